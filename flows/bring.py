@@ -1,0 +1,24 @@
+"""Flow: activations from a table instead of a model."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.common import open_store, part_task, reporting, show_table
+from saeflow import activations
+from saeflow.config import Recipe
+
+
+@flow(name="saeflow-bring", flow_run_name="bring-{recipe.name}")
+def bring_flow(recipe: Recipe, store: str | None = None) -> str:
+    """Store the recipe's table, or its made activations."""
+    opened = open_store(recipe, store)
+    with reporting("bring") as progress:
+
+        @part_task.with_options(task_run_name="bring")
+        def bring() -> str:
+            return activations.bring(opened, recipe, progress)[1].id
+
+        made = str(bring())
+    show_table("bring", {"n_rows": opened.by_id(made).published().total("n_tokens")})
+    return made

@@ -1,0 +1,63 @@
+"""What every flow shares: the store, progress into Prefect, the artefacts a page shows, errors without retry."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+
+from saeflow.config import Recipe, UserError
+from saeflow.pipeline import store_path
+from saeflow.progress import Progress
+from saeflow.store import Store
+
+PROGRESS_SECONDS = 5.0
+"""Between two updates of a progress artifact."""
+
+
+def open_store(recipe: Recipe, store: str | None) -> Store:
+    """The store a flow works in: the parameter, SAEFLOW_STORE, the recipe, data/store."""
+    return Store.create(store_path(store, recipe))
+
+
+def worth_retrying(task: Any, run: Any, state: Any) -> bool:
+    """An error that the user has to mend stays the same however often it is tried."""
+    error = state.data if isinstance(state.data, BaseException) else getattr(state.data, "exception", None)
+    return not isinstance(error, UserError)
+
+
+part_task = task(
+    retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=worth_retrying
+)
+"""Decorates the work on one part. It gets an index and returns a folder's name: nothing large goes through Prefect."""
+
+
+@contextmanager
+def reporting(stage: str) -> Iterator[Progress]:
+    """Progress on the terminal and, every few seconds, in one progress artifact of the flow run."""
+    artifact: UUID = create_progress_artifact(progress=0.0, key=f"saeflow-{stage}", description=f"{stage}: starting")
+    last = time.monotonic()
+
+    def tell(name: str, done: int, total: int | None, rate: float) -> None:
+        nonlocal last
+        if time.monotonic() - last < PROGRESS_SECONDS:
+            return
+        last = time.monotonic()
+        share = 100 * done / total if total else 0.0
+        update_progress_artifact(artifact, progress=share, description=f"{name}: {done:,} done, {rate:,.0f}/s")
+
+    yield Progress(listener=tell)
+    update_progress_artifact(artifact, progress=100.0, description=f"{stage}: done")
+
+
+def show_table(stage: str, facts: dict[str, Any]) -> None:
+    """A table artifact with the numbers of a finished stage, and one log line."""
+    rows = [{"what": name, "value": str(value)} for name, value in facts.items()]
+    create_table_artifact(table=rows, key=f"saeflow-{stage}-numbers", description=f"What {stage} made")
+    get_run_logger().info("%s: %s", stage, ", ".join(f"{row['what']} {row['value']}" for row in rows))

@@ -1,0 +1,26 @@
+"""Flow: judge the SAE on held-out documents and draw the run's picture."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.common import open_store, part_task, reporting, show_table
+from saeflow import evaluate, report
+from saeflow.config import Recipe
+
+
+@flow(name="saeflow-evaluate", flow_run_name="evaluate-{recipe.name}")
+def evaluate_flow(recipe: Recipe, store: str | None = None) -> dict[str, float]:
+    """Write the figures of quality and the picture beside the run's features."""
+    opened = open_store(recipe, store)
+    with reporting("evaluate") as progress:
+
+        @part_task.with_options(task_run_name="evaluate")
+        def judge() -> dict[str, float]:
+            quality = evaluate.run(opened, recipe, progress)
+            report.run(opened, recipe, progress)
+            return quality
+
+        quality = dict(judge())
+    show_table("evaluate", quality)
+    return quality

@@ -1,0 +1,452 @@
+"""The `saeflow` command. Needs no Prefect; heavy modules are loaded by the commands that use them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from saeflow import __version__
+from saeflow.config import Recipe, UserError, load_recipe
+from saeflow.progress import Progress
+from saeflow.store import KINDS, Artefact, Store, human_bytes, read_json
+
+if TYPE_CHECKING:
+    import duckdb
+
+app = typer.Typer(
+    name="saeflow",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Store activations once, train many sparse autoencoders, ask anything in SQL.\n\n"
+    "Start with `saeflow init my.toml`, then `saeflow run my.toml`, then `saeflow ask`.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (TOML).")]
+StoreOption = Annotated[
+    str | None, typer.Option("--store", help="Store folder; else SAEFLOW_STORE, the recipe, data/store.")
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. --set sae.k=16.")
+]
+RunOption = Annotated[str | None, typer.Option("--run", help="Which run; default: the newest.")]
+
+
+@app.callback()
+def _about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.toml"),
+    model: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
+    files: Annotated[str | None, typer.Option(help="Texts, e.g. 'texts/*.txt'.")] = None,
+) -> None:
+    """Write a commented recipe to start from. Example: `saeflow init my.toml --files 'texts/*.txt'`"""
+    from saeflow.recipe_text import template
+
+    if path.exists():
+        raise UserError(f"{path} exists already. Choose another name, or delete it first.")
+    given = {"model": {"path": model}, "corpus": {"files": files}}
+    start = {s: {k: _toml_string(v, s) for k, v in keys.items() if v} for s, keys in given.items()}
+    name = "".join(c if c.isalnum() else "_" for c in path.stem.lower()).strip("_") or "recipe"
+    path.write_text(template(name, path.name, start), "utf-8")
+    out.print(f"Wrote {path}. Set the lines without #, then: saeflow run {path}", markup=False)
+
+
+def _toml_string(value: str, section: str) -> str:
+    quoted = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"[{quoted}]" if section == "corpus" else quoted
+
+
+@app.command()
+def run(
+    recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
+) -> None:
+    """Run everything that is missing, from text to SQL answers. Example: `saeflow run my.toml --set sae.k=16`"""
+    from saeflow import pipeline
+
+    settings = _recipe(recipe, set_)
+    opened = _create(store, settings, quiet)
+    summary = pipeline.run(opened, settings, _progress(quiet, verbose))
+    if not quiet:
+        print_summary(summary)
+
+
+def _stage(name: str, does: str) -> None:
+    """Add the command of one stage."""
+
+    def command(
+        recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
+    ) -> None:
+        from saeflow import pipeline
+
+        settings = _recipe(recipe, set_)
+        stages = pipeline.stages(settings)
+        if name not in stages:
+            raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
+        stages[name](_create(store, settings, quiet), settings, _progress(quiet, verbose))
+
+    app.command(name, help=f"{does} Example: `saeflow {name} my.toml`", rich_help_panel="Stages")(command)
+
+
+_stage("tokens", "Turn documents into fixed-length sequences of tokens.")
+_stage("collect", "Run the model and store the activations of the chosen sites.")
+_stage("bring", "Store activations from a table instead of a model.")
+_stage("train", "Train the sparse autoencoder; continues where a killed training stood.")
+_stage("encode", "Write every non-zero feature activation of the corpus to Parquet.")
+_stage("evaluate", "Judge the autoencoder on held-out documents.")
+_stage("report", "Draw the run's picture.")
+
+
+@app.command()
+def sites(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    pattern: Annotated[str, typer.Argument(help="Only names that match this glob.")] = "*",
+) -> None:
+    """List the modules of a model whose activations can be stored. Example: `saeflow sites gpt2 '*.mlp.act'`"""
+    import fnmatch
+
+    from saeflow.config import ModelConfig
+    from saeflow.model import list_sites, load_model
+
+    table = _table("site", "width")
+    for site in list_sites(load_model(ModelConfig(path=model))):
+        if fnmatch.fnmatch(site.name, pattern):
+            table.add_row(site.name, str(site.width))
+    out.print(table)
+
+
+@app.command()
+def ls(store: StoreOption = None) -> None:
+    """List what the store holds. Example: `saeflow ls --store data/store`"""
+    opened = _open(store)
+    table = _table("artefact", "generation", "parts", "tokens", "size", "inputs")
+    for artefact in opened.artefacts():
+        table.add_row(
+            artefact.id, *_state(artefact), human_bytes(_size(artefact.path)), ", ".join(artefact.record.inputs)
+        )
+    out.print(table)
+
+
+def _state(artefact: Artefact) -> tuple[str, str, str]:
+    if artefact.kind == "saes":
+        return ("whole" if artefact.complete() else "damaged"), "-", "-"
+    generation = artefact.generation()
+    if generation is None:
+        return "unfinished", str(len(artefact.parts())), "-"
+    return str(generation.number), str(len(generation.parts)), f"{generation.total('n_tokens'):,}"
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="An artefact as `saeflow ls` names it, or the name of a run.")],
+    store: StoreOption = None,
+) -> None:
+    """Show an artefact: its settings, inputs, parts and quality. Example: `saeflow show demo`"""
+    artefact = _find(_open(store), name)
+    out.print(f"{artefact.id}\n{artefact.path}", markup=False)
+    table = _table("setting", "value")
+    for key, value in sorted(artefact.record.facts.items()):
+        table.add_row(key, str(value))
+    for name in artefact.record.inputs:
+        table.add_row("reads", name)
+    quality = artefact.path / "quality.json"
+    for key, value in (read_json(quality) if quality.is_file() else {}).items():
+        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    out.print(table)
+
+
+def _find(store: Store, name: str) -> Artefact:
+    import difflib
+
+    artefacts = store.artefacts(*reversed(KINDS))
+    for artefact in artefacts:
+        if name in (artefact.id, artefact.name, f"{artefact.name}-{artefact.fp}"):
+            return artefact
+    known = [artefact.id for artefact in artefacts]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.2)
+    raise UserError(f"{store.root} has no artefact {name!r}. Nearest: {', '.join(near) or 'none'}. See `saeflow ls`.")
+
+
+@app.command()
+def verify(
+    store: StoreOption = None,
+    full: Annotated[bool, typer.Option("--full", help="Read every byte, and run the SQL checks.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove damaged parts, so that the next run makes them again.")
+    ] = False,
+) -> None:
+    """Check that nothing published is missing or changed. Example: `saeflow verify --full`"""
+    opened = _open(store)
+    damage = [found for artefact in opened.artefacts() for found in artefact.damage(full)]
+    for folder, problem in damage:
+        out.print(f"damaged: {problem}", markup=False, soft_wrap=True)
+        if repair and folder.exists():
+            shutil.rmtree(folder)
+    broken = _run_checks(opened) if full and not damage else []
+    for name, n_rows in broken:
+        out.print(f"check {name}: {n_rows} offending rows", markup=False)
+    if repair and damage:
+        out.print("Removed the damaged parts. Run the recipe again to make them: saeflow run RECIPE")
+    elif damage:
+        raise UserError("Remove the damaged parts with `saeflow verify --full --repair`, then run the recipe again.")
+    elif broken:
+        raise UserError("The feature files do not agree. Remove the run's folder and run the recipe again.")
+    else:
+        out.print(
+            f"{len(opened.artefacts())} artefacts in {opened.root}: nothing missing, nothing changed", markup=False
+        )
+
+
+def _run_checks(store: Store) -> list[tuple[str, int]]:
+    from saeflow import queries
+
+    broken = []
+    for each in queries.runs(store):
+        with contextlib.closing(queries.connect(store, each.artefact.id)) as connection:
+            broken += [(f"{each.schema}.{name}", len(rows)) for name, rows in queries.check(connection) if len(rows)]
+    return broken
+
+
+Format = Annotated[
+    Literal["table", "csv", "json", "jsonl", "parquet"], typer.Option("--format", "-f", help="How to answer.")
+]
+Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows at most.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of the terminal.")]
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def ask(
+    question: Annotated[str | None, typer.Argument(help="Name of a question; none lists them.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its parameters, in order.")] = None,
+    store: StoreOption = None,
+    run: RunOption = None,
+    format: Format = "table",
+    limit: Limit = 20,
+    output: Output = None,
+) -> None:
+    """Ask a named question. Examples: `saeflow ask top_tokens 123 10`, `saeflow ask tokens_where 123 0.5 -f csv`"""
+    from saeflow import queries, terminal
+
+    if question is None:
+        return _list_questions()
+    with _connection(store, run) as connection:
+        table = queries.ask(connection, question, arguments or [], limit)
+    terminal.write(table, format, output, out)
+    if format == "table" and output is None and len(table) == limit:
+        err.print(f"The first {limit} rows; more with --limit.")
+    return None
+
+
+def _list_questions() -> None:
+    from saeflow import queries
+
+    table = _table("question", "answers")
+    for question in queries.questions():
+        table.add_row(question.usage, question.answers)
+    out.print(table)
+
+
+@app.command()
+def sql(
+    query: Annotated[str | None, typer.Argument(help="A select; none opens a prompt.")] = None,
+    store: StoreOption = None,
+    run: RunOption = None,
+    format: Format = "table",
+    limit: Limit = 1000,
+    output: Output = None,
+) -> None:
+    """Run your own read-only SQL. Example: `saeflow sql 'select count(*) from tokens'`"""
+    from saeflow import queries, terminal
+
+    with _connection(store, run) as connection:
+        if query is not None or not sys.stdin.isatty():
+            table = queries.query(connection, query if query is not None else sys.stdin.read(), limit=limit)
+            terminal.write(table, format, output, out)
+            return
+        for typed in _prompt():
+            try:
+                terminal.write(queries.query(connection, typed, limit=limit), format, None, out)
+            except UserError as error:
+                err.print(str(error), markup=False, style="red")
+
+
+def _prompt() -> Iterator[str]:
+    """Statements typed by a person, each ended by a semicolon."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (arrow keys and history)
+    err.print("Type a select and end it with ; — Ctrl-D leaves.")
+    typed = ""
+    while True:
+        try:
+            typed += input("saeflow> " if not typed else "      -> ") + "\n"
+        except EOFError:
+            return
+        if typed.rstrip().endswith(";"):
+            yield typed
+            typed = ""
+
+
+@app.command()
+def doctor(store: StoreOption = None) -> None:
+    """Report versions, processor, speeds and free disk. Example: `saeflow doctor`"""
+    from saeflow import doctor as examination
+    from saeflow.pipeline import store_path
+
+    table = _table("what", "here")
+    for name, value in examination.facts(store_path(store)):
+        table.add_row(name, value)
+    out.print(table)
+    for problem in examination.problems():
+        out.print(problem, markup=False, style="yellow")
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """What a run made, and the next commands."""
+    quality = summary["quality"]
+    table = _table("", "")
+    table.show_header = False
+    for name in ("n_documents", "n_tokens", "n_values"):
+        table.add_row(name.removeprefix("n_"), f"{summary[name]:,}")
+    for name in ("activation_bytes", "feature_bytes"):
+        table.add_row(name.replace("_", " "), human_bytes(summary[name]))
+    for name in ("variance_unexplained", "l0", "dead_share", "loss_recovered_zero", "loss_recovered_mean"):
+        if name in quality:
+            table.add_row(name.replace("_", " "), f"{quality[name]:.4f}")
+    table.add_row("judged on", quality["judged_on"])
+    for name, seconds in summary.get("seconds", {}).items():
+        table.add_row(f"{name} took", f"{seconds:.1f} s")
+    out.print(table)
+    where = "" if os.environ.get("SAEFLOW_STORE") else f" --store {shlex.quote(summary['store'])}"
+    out.print(
+        "Next:",
+        f"  saeflow ask{where}",
+        f"  saeflow ask feature_summary{where}",
+        sep="\n",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _recipe(path: Path, changes: list[str] | None) -> Recipe:
+    import tomllib
+
+    overrides = {}
+    for change in changes or []:
+        key, sign, value = change.partition("=")
+        if not sign:
+            raise UserError(f"--set {change}: write it as KEY=VALUE, e.g. --set sae.k=16.")
+        try:
+            overrides[key] = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError:
+            overrides[key] = value
+    return load_recipe(path, **overrides)
+
+
+def _create(option: str | None, recipe: Recipe, quiet: bool) -> Store:
+    from saeflow.pipeline import store_path
+
+    store = Store.create(store_path(option, recipe))
+    if not quiet:
+        err.print(f"store: {store.root}", markup=False, soft_wrap=True)
+    return store
+
+
+def _open(option: str | None) -> Store:
+    from saeflow.pipeline import store_path
+
+    return Store.open(store_path(option))
+
+
+@contextlib.contextmanager
+def _connection(option: str | None, run: str | None) -> Iterator[duckdb.DuckDBPyConnection]:
+    from saeflow import queries
+
+    with contextlib.closing(queries.connect(_open(option), run)) as connection:
+        yield connection
+
+
+def _progress(quiet: bool, verbose: bool) -> Progress:
+    return Progress(err, -1 if quiet else int(verbose))
+
+
+def main() -> None:
+    """Entry point: errors a user can mend end with one message and exit code 2."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _terminated)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    sys.exit(_guarded(arguments, debug))
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _guarded(arguments: list[str], debug: bool) -> int:
+    command = typer.main.get_command(app)
+    try:
+        return int(command.main(arguments, "saeflow", standalone_mode=False) or 0)
+    except KeyboardInterrupt:
+        again = shlex.join(["saeflow", *arguments])
+        err.print(f"\nStopped. Nothing finished is lost; continue with: {again}", markup=False, soft_wrap=True)
+        return 130
+    except UserError as error:
+        if debug:
+            raise
+        err.print(str(error), markup=False, soft_wrap=True, style="red")
+        return 2
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        err.print(_disk_message(error), markup=False, soft_wrap=True, style="red")
+        return 2
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # the command line itself was wrong
+            error.show()
+            return int(error.exit_code)
+        if type(error).__name__ == "Abort":
+            return 130
+        raise
+
+
+def _disk_message(error: OSError) -> str:
+    what = error.strerror or "the disk refused"
+    where = f" at {error.filename}" if error.filename else ""
+    return f"{what}{where}. Finished parts are safe. Free some space or choose another --store, then run the same command again."

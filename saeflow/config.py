@@ -1,0 +1,304 @@
+"""The recipe: everything a run needs, as one validated model read from a TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+FORMAT_VERSION = 1
+"""Version of the bytes on disk, written into every artefact (see data/README.md)."""
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class UserError(Exception):
+    """Something the user can mend: the setting, what it is, what it may be, what to do. Exit code 2."""
+
+
+class Section(BaseModel, frozen=True, extra="forbid"):
+    """A part of a recipe. Unknown keys are refused, values never change after reading."""
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
+
+
+class CorpusConfig(Section):
+    """Where the documents come from, and which of them are held out."""
+
+    files: Paths = Field([], description="Parquet, CSV, JSON lines or text files; globs and URLs allowed.")
+    sql: str | None = Field(None, description="A select giving `text` and any metadata columns, instead of files.")
+    text: str = Field("text", description="Column that holds the text.")
+    key: str | None = Field(None, description="Column that names a document; default `key`, then file and row.")
+    dedup: bool = Field(False, description="Keep only the first of documents with equal text.")
+    held_out: Share = Field(0.05, description="Share of documents kept for evaluation, chosen by hash of their key.")
+    seed: int = Field(0, description="Seed of that choice.")
+
+
+class ModelConfig(Section):
+    """The language model whose activations are read."""
+
+    path: str = Field(description="Local folder, or name on the Hugging Face hub.")
+    revision: str | None = Field(None, description="Commit or tag on the hub.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the forward pass.")
+    device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
+
+
+class TokensConfig(Section):
+    """How documents become fixed-length sequences."""
+
+    context_length: PositiveInt = Field(256, description="Tokens in one sequence.")
+    packing: Literal["concatenated", "isolated"] = Field(
+        "concatenated", description="Documents joined end to end, or one document a row with padding."
+    )
+    prepend_bos: bool | None = Field(None, description="Start documents with BOS; default: the tokenizer's habit.")
+    part_tokens: PositiveInt = Field(262_144, description="A part is closed once it holds this many tokens.")
+
+
+class SyntheticConfig(Section):
+    """Activations with known structure instead of a model's: the toys of the founding articles."""
+
+    kind: Literal["sparse", "superposition"] = Field(description="Sparse mixtures, or a trained toy model.")
+    n_samples: PositiveInt = Field(5000, description="Rows made.")
+    n_neurons: PositiveInt = Field(5, description="Width of the hidden layer (D).")
+    n_true: PositiveInt = Field(20, description="Known features mixed into it.")
+    n_active: PositiveInt = Field(2, description="At most this many known features in one row (kind `sparse`).")
+    density: PositiveFloat = Field(0.1, lt=1, description="Chance that a feature is present (kind `superposition`).")
+    seed: int = Field(0, description="Seed of the directions and of the samples.")
+
+
+class ActivationsConfig(Section):
+    """Which activations are stored, and how."""
+
+    sites: Paths = Field([], description="Module names or globs; add `:input` to read a module's input.")
+    source: str | None = Field(None, description="Bring your own: a CSV, npy or Parquet table instead of a model.")
+    synthetic: SyntheticConfig | None = Field(None, description="Made activations instead of a model's.")
+    dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="Precision on disk.")
+    forward_batch: PositiveInt = Field(64, description="Sequences in one forward pass.")
+    chunk_bytes: ByteSize = Field(ByteSize(4 << 20), description="Unit of decoding inside a shard.")
+    shard_bytes: ByteSize = Field(ByteSize(32 << 20), description="Unit of storage.")
+    part_rows: PositiveInt = Field(262_144, description="Rows in a part of brought or made activations.")
+
+
+class FeedConfig(Section):
+    """How stored activations become shuffled minibatches."""
+
+    batch_rows: PositiveInt = Field(4096, description="Tokens in one minibatch (B).")
+    block_bytes: ByteSize = Field(ByteSize(8 << 20), description="Unit of reading.")
+    pool_bytes: ByteSize = Field(
+        ByteSize(1 << 30), description="Activations held in memory, half mixed, half read ahead."
+    )
+    seed: int = Field(0, description="Same seed, same order, on any machine.")
+
+
+class SAEConfig(Section):
+    """The dictionary: architecture, size and sparsity."""
+
+    site: str | None = Field(None, description="Which stored site; needed when there are several.")
+    architecture: Literal["relu", "topk", "batchtopk"] = Field("batchtopk", description="Kind of autoencoder.")
+    n_features: PositiveInt = Field(4096, description="Directions in the dictionary (F).")
+    k: PositiveInt = Field(32, description="Active features per token (topk, batchtopk).")
+    l1_weight: float = Field(0.01, ge=0, description="Weight of mean(abs(values)) in the loss (relu).")
+    unit_norm: bool = Field(True, description="Keep decoder rows at unit length.")
+    normalise: bool = Field(
+        True, description="Scale the data set to mean squared norm D while training; folded in at save."
+    )
+    decoder_bias: Literal["mean", "zero"] = Field("mean", description="Where the decoder bias starts.")
+    seed: int = Field(0, description="Seed of the initial weights.")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> SAEConfig:
+        if self.architecture != "relu" and self.k > self.n_features:
+            raise ValueError(
+                f"sae.k is {self.k}, but sae.n_features is {self.n_features}.\n"
+                f"Set sae.k to at most {self.n_features}, or raise sae.n_features."
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation: how long, how fast."""
+
+    n_tokens: PositiveInt = Field(2_000_000, description="Tokens seen in training; the store is read again if smaller.")
+    lr: PositiveFloat = Field(1e-3, description="Peak learning rate of Adam.")
+    warmup_share: Share = Field(0.02, description="Share of steps over which the learning rate rises.")
+    decay_share: Share = Field(0.3, description="Share of steps at the end over which it falls to zero.")
+    beta1: Share = Field(0.9, description="Adam's first moment.")
+    beta2: Share = Field(0.999, description="Adam's second moment.")
+    aux_weight: float = Field(1 / 32, ge=0, description="Weight of the auxiliary loss of dead features (top-k family).")
+    dead_after_tokens: PositiveInt = Field(
+        200_000, description="A feature silent this long counts as dead in training."
+    )
+    checkpoint_seconds: PositiveFloat = Field(60, description="Work at most lost when a run is killed.")
+    log_every: PositiveInt = Field(10, description="Steps between rows of log.parquet.")
+
+
+class FeaturesConfig(Section):
+    """How the corpus is encoded."""
+
+    batch_rows: PositiveInt = Field(4096, description="Tokens encoded at once; results do not depend on it.")
+
+
+class EvaluateConfig(Section):
+    """How the trained SAE is judged on held-out documents."""
+
+    max_tokens: PositiveInt = Field(250_000, description="Held-out tokens used at most.")
+
+
+class Recipe(Section):
+    """One pipeline, from corpus to queries."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$", description="Names the artefacts and the run.")
+    store: str | None = Field(None, description="Store folder; `--store` and SAEFLOW_STORE come first.")
+    threads: NonNegativeInt = Field(0, description="Processor threads; 0 takes all. Fix it for byte-equal results.")
+    corpus: CorpusConfig | None = None
+    model: ModelConfig | None = None
+    tokens: TokensConfig = TokensConfig()
+    activations: ActivationsConfig = ActivationsConfig()
+    feed: FeedConfig = FeedConfig()
+    sae: SAEConfig = SAEConfig()
+    train: TrainConfig = TrainConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Recipe:
+        brought = [self.activations.source, self.activations.synthetic]
+        n_sources = sum(source is not None for source in [self.model, *brought])
+        if n_sources != 1:
+            raise ValueError(
+                f"the recipe names {n_sources} sources of activations; exactly one is needed:\n"
+                "a [model] section, activations.source (a table), or [activations.synthetic]."
+            )
+        if self.model is not None and self.corpus is None:
+            raise ValueError(
+                'a [corpus] section is missing: say which texts the model reads, e.g. files = ["my.parquet"].'
+            )
+        if self.model is not None and not self.activations.sites:
+            raise ValueError(
+                f"activations.sites is empty. Name the modules to read; `saeflow sites {self.model.path}` lists them."
+            )
+        return self
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Read a recipe; relative paths inside it count from the folder it lies in.
+
+    `overrides` replace values by dotted name, e.g. `{"sae.k": 16}`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No recipe at {path}. Write one with `saeflow init {path}`.")
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}.") from error
+    for dotted, value in overrides.items():
+        _put(data, dotted.split("."), value)
+    return parse_recipe(_anchored(data, path.resolve().parent), str(path))
+
+
+def parse_recipe(data: dict[str, Any], origin: str = "recipe") -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(item, origin) for item in error.errors())) from error
+
+
+def _put(data: dict[str, Any], keys: list[str], value: object) -> None:
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+    data[keys[-1]] = value
+
+
+def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make the recipe's own relative paths absolute; URLs and hub names stay as they are."""
+
+    def anchor(value: object) -> object:
+        if isinstance(value, list):
+            return [anchor(item) for item in value]
+        if not isinstance(value, str) or "://" in value or Path(value).is_absolute():
+            return value
+        return str(folder / value)
+
+    def anchor_if_there(value: object) -> object:
+        return anchor(value) if isinstance(value, str) and (folder / value).exists() else value
+
+    data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for section, key, how in [
+        ("corpus", "files", anchor),
+        ("activations", "source", anchor),
+        ("model", "path", anchor_if_there),
+    ]:
+        if isinstance(data.get(section), dict) and key in data[section]:
+            data[section][key] = how(data[section][key])
+    if isinstance(data.get("store"), str):
+        data["store"] = anchor(data["store"])
+    return data
+
+
+def _explain(error: Any, origin: str) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
+        return f"{origin}: unknown key {name}. {hint}"
+    if error["type"] == "missing":
+        return f"{origin}: {name} is missing. {_describe(error['loc'])}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{origin}: {message}"
+    return f"{origin}: {name} is {error['input']!r}, but: {message[:1].lower()}{message[1:]}. {_describe(error['loc'])}"
+
+
+def _section(location: tuple[Any, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        choices = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not choices:
+            break
+        model = choices[0]
+    return model
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    return list(_section(location).model_fields)
+
+
+def _describe(location: tuple[Any, ...]) -> str:
+    field = _section(location[:-1]).model_fields.get(str(location[-1]))
+    return (field.description or "") if field else ""
+
+
+def fingerprint(*facts: object) -> str:
+    """Eight hex digits that stand for JSON-able facts; equal facts, equal digits, on any machine."""
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise TypeError(f"cannot fingerprint {type(value).__name__}")

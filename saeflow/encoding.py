@@ -1,0 +1,308 @@
+"""From activations to the few non-zero values: the encoder product, and what is chosen from it.
+
+Choosing for training takes the rounded pre-activations as they are. Exact encoding takes them as a screen only: a
+bound on their error says which features might be chosen, and these are recomputed in float64.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saeflow import kernels
+from saeflow.kernels import Bits, Doubles, Floats, Ids, Offsets, in_parallel, ranges
+
+PRODUCT_ENTRIES = 1 << 21
+"""Pre-activations one worker holds at a time: they stay in the processor's cache until they are searched."""
+
+
+class SparseValues(NamedTuple):
+    """Non-zero values of consecutive tokens, by row; inside a row in ascending order of feature."""
+
+    row_starts: Offsets
+    """(B + 1): row r owns entries row_starts[r] to row_starts[r + 1]."""
+    feature_ids: Ids
+    values: Floats
+
+
+class FeatureMajor(NamedTuple):
+    """The same entries by feature (F + 1 starts); inside a feature in ascending order of row."""
+
+    feature_starts: Offsets
+    rows: Ids
+    values: Floats
+
+
+class FeatureStatistics(NamedTuple):
+    """Of each feature's non-zero values: (F) each."""
+
+    n_tokens: NDArray[np.int64]
+    sum: Doubles
+    sum_squares: Doubles
+    max: Floats
+
+
+@lru_cache(maxsize=1)
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this processor multiplies it clearly quicker than float32, by measurement; else float32.
+
+    Processor time of one thread is compared: a busy machine must not change the answer, and with it the weights.
+    """
+    seconds = np.min(in_parallel(_product_seconds, range(2)), axis=0)
+    return torch.bfloat16 if seconds[1] < 0.75 * seconds[0] else torch.float32
+
+
+def _product_seconds(_: int) -> list[float]:
+    pairs = [(torch.ones(256, 512, dtype=d), torch.ones(512, 512, dtype=d)) for d in (torch.float32, torch.bfloat16)]
+    return np.min([[_seconds(a, b) for a, b in pairs] for _ in range(8)], axis=0).tolist()
+
+
+def _seconds(a: Tensor, b: Tensor) -> float:
+    began = time.thread_time()
+    torch.mm(a, b)
+    return time.thread_time() - began
+
+
+class _Buffers(threading.local):
+    """Memory that a worker uses again and again: fresh pages cost more than the search of them."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def take(self, name: str, n: int, dtype: torch.dtype) -> Tensor:
+        held = self.held.get(name)
+        if held is None or len(held) < n or held.dtype != dtype:
+            held = self.held[name] = torch.empty(n, dtype=dtype)
+        return held[:n]
+
+
+_buffers = _Buffers()
+
+
+class Encoder:
+    """Encoder weights (F, D) and bias (F), also in the precision of the product."""
+
+    def __init__(self, w_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) -> None:
+        self.w_enc, self.b_enc, self.dtype = w_enc.detach(), b_enc.detach(), dtype
+        self.low_w, self.low_b = self.w_enc.to(dtype), self.b_enc.to(dtype)
+
+    @property
+    def chunk_rows(self) -> int:
+        return min(max(PRODUCT_ENTRIES // len(self.w_enc), 64), 1024)
+
+    def pre_activations(self, low: Tensor) -> Tensor:
+        """Of centred rows (n, D) in the product's precision: (n, F), valid until the thread's next call."""
+        shape = len(low), len(self.low_w)
+        out = _buffers.take("product", shape[0] * shape[1], self.dtype).view(shape)
+        return torch.addmm(self.low_b, low, self.low_w.t(), out=out)
+
+    @property
+    def relative_error(self) -> float:
+        """Of rounding a pre-activation: product and bias may be rounded one after the other."""
+        return 2.05 * 2.0 ** (-8 if self.dtype == torch.bfloat16 else -24)
+
+    @cached_property
+    def bounds(self) -> Doubles:
+        """(3, F): factors of |x - x~| and of |x~|, and what no row changes, in a bound on the screen's error.
+
+        x.w + b - (x~.w~ + b~) = (x - x~).w + x~.(w - w~) + b - b~, each product at most that of the lengths
+        (Cauchy-Schwarz); sums of D + 2 terms in float32 add D + 2 of its roundings, here doubled.
+        """
+        rounding = (self.w_enc.shape[1] + 2) * 2.0**-23
+        w, low_w = self.w_enc.double(), self.low_w.double()
+        b, low_b = self.b_enc.double(), self.low_b.double()
+        of_low = (w - low_w).norm(dim=1) + rounding * low_w.norm(dim=1)
+        fixed = (b - low_b).abs() + (rounding + self.relative_error) * low_b.abs() + 1e-30
+        return torch.stack([w.norm(dim=1), of_low, fixed]).mul(1 + 1e-6).numpy()
+
+
+Chosen = tuple[Offsets, Ids, Bits]
+
+
+def choose(bits: Bits, kernel: Callable[..., None], *how: Any) -> Chosen:
+    """Run a selecting kernel on pre-activations and copy out what it chose."""
+    starts = np.empty(len(bits) + 1, np.int64)
+    ids = _buffers.take("ids", bits.size, torch.int32).numpy()
+    out = _buffers.take("bits", bits.size, torch.int16 if bits.itemsize == 2 else torch.int32).numpy()
+    kernel(bits, *how, starts, ids, out)
+    return starts, ids[: starts[-1]].copy(), out[: starts[-1]].copy()
+
+
+def joined(parts: list[Any]) -> Any:
+    """Put row-wise sparse triples of consecutive rows together."""
+    starts, ids, values = zip(*parts, strict=True)
+    ends = np.concatenate([[0], *(np.diff(s) for s in starts)]).cumsum()
+    return ends.astype(np.int64), np.concatenate(ids), np.concatenate(values)
+
+
+def select_top(low: Tensor, encoder: Encoder, k: int) -> SparseValues:
+    """Each row's k largest positive pre-activations; among equals, the lower features."""
+
+    def work(rows: tuple[int, int]) -> Chosen:
+        bits = kernels.bits_of(encoder.pre_activations(low[slice(*rows)]))
+        return choose(bits, kernels.select_top, k)
+
+    starts, ids, bits = joined(in_parallel(work, ranges(len(low), encoder.chunk_rows)))
+    return SparseValues(starts, ids, kernels.floats_of(bits))
+
+
+def select_batch(low: Tensor, encoder: Encoder, n: int, guess: float) -> tuple[SparseValues, float]:
+    """The n largest positive pre-activations of all rows together; among equals, the first ones.
+
+    `guess` is a number that about n, and rather more, are thought to exceed: it costs time if wrong, and never
+    changes what is chosen. Returned is the guess for the next batch; 0 means none.
+    """
+    dtype = encoder.dtype
+    guess = guess or _sampled_guess(low, encoder, n)
+    while True:
+        cut = np.maximum(kernels.cut_bits(np.array([guess]), dtype), 0)
+
+        def work(rows: tuple[int, int], cut: Bits = cut) -> Chosen:
+            bits = kernels.bits_of(encoder.pre_activations(low[slice(*rows)]))
+            return choose(bits, kernels.select_above, np.broadcast_to(cut, len(bits)).copy())
+
+        starts, ids, bits = joined(in_parallel(work, ranges(len(low), encoder.chunk_rows)))
+        if len(bits) >= n or cut[0] == 0:
+            break
+        guess = 0.6 * guess if guess > 1e-6 else 0.0
+    if len(bits) <= n:
+        return SparseValues(starts, ids, kernels.floats_of(bits)), 0.0
+    kth = np.partition(bits, len(bits) - n)[len(bits) - n]
+    keep = bits > kth
+    keep[np.flatnonzero(bits == kth)[: n - np.count_nonzero(keep)]] = True
+    starts = np.concatenate([[0], keep.cumsum()])[starts]
+    next_guess = 0.93 * float(kernels.floats_of(kth[None])[0])
+    return SparseValues(starts, ids[keep], kernels.floats_of(bits[keep])), next_guess
+
+
+def _sampled_guess(low: Tensor, encoder: Encoder, n: int) -> float:
+    sample = low[:: max(len(low) // 64, 1)]
+    pre = encoder.pre_activations(sample).float().flatten()
+    rank = min(2 * n * len(sample) // len(low) + 1, pre.numel())
+    return max(pre.topk(rank).values[-1].item(), 0.0)
+
+
+Rule = Literal["above", "top"]
+
+
+def encode(x: Tensor, encoder: Encoder, b_dec: Tensor, rule: Rule, threshold: float, k: int) -> SparseValues:
+    """Exact encoding on the processor: float64 pre-activations chosen, then rounded to 11 significand bits.
+
+    `above`: all above the threshold; `top`: the k largest positive of each row. A row's result depends on
+    nothing but the row.
+    """
+
+    def work(rows: tuple[int, int]) -> tuple[Offsets, Ids, Floats]:
+        return _encode_rows(x[slice(*rows)].detach().float(), encoder, b_dec.detach(), rule, threshold, k)
+
+    parts = in_parallel(work, ranges(len(x), encoder.chunk_rows))
+    return SparseValues(*joined(parts)) if parts else SparseValues(*_nothing())
+
+
+def _nothing() -> tuple[Offsets, Ids, Floats]:
+    return np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+
+
+def _encode_rows(
+    x: Tensor, encoder: Encoder, b_dec: Tensor, rule: Rule, threshold: float, k: int
+) -> tuple[Offsets, Ids, Floats]:
+    centred = x - b_dec
+    low = centred.to(encoder.dtype)
+    row_bounds = _row_bounds(centred, low)
+    relative = encoder.relative_error
+    widest = row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()
+    bits = kernels.bits_of(encoder.pre_activations(low))
+    floors = np.full(len(x), threshold)
+    if rule == "top":
+        floors = np.maximum(_kth(choose(bits, kernels.select_top, k), k) * (1 - relative) - widest, 0)
+    lower = floors - widest
+    cuts = kernels.cut_bits(np.where(lower > 0, lower / (1 + relative), lower / (1 - relative)), encoder.dtype)
+    starts, ids, near = choose(bits, kernels.select_above, cuts)
+    kept, values = np.empty_like(starts), np.empty(len(ids), np.float32)
+    kernels.rescore(
+        x.numpy(), b_dec.double().numpy(), encoder.w_enc.numpy(), encoder.b_enc.double().numpy(),
+        encoder.bounds, row_bounds, floors, relative, threshold, k if rule == "top" else encoder.w_enc.shape[0],
+        starts, ids, kernels.floats_of(near), kept, values,
+    )  # fmt: skip
+    return kept, ids[: kept[-1]], values[: kept[-1]]
+
+
+def _row_bounds(centred: Tensor, low: Tensor) -> Doubles:
+    """(n, 2): |x - x~|, with the rounding of x - b_dec to float32, and |x~|; a little too large, never too small."""
+    of_centred, of_low = centred.norm(dim=1).double(), low.float().norm(dim=1).double()
+    lost = (centred - low.float()).norm(dim=1).double() + 2.0**-23 * of_centred
+    return torch.stack([lost, of_low], 1).mul(1.001).numpy()
+
+
+def _kth(top: Chosen, k: int) -> Doubles:
+    """Each row's k-th largest value; 0 where fewer are positive."""
+    starts, _, bits = top
+    full = np.diff(starts) == k
+    kth = np.zeros(len(full))
+    kth[full] = np.minimum.reduceat(kernels.floats_of(bits), starts[:-1][full]) if full.any() else 0
+    return kth
+
+
+def encode_anywhere(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor, b_dec: Tensor, rule: Rule, threshold: float, k: int
+) -> SparseValues:
+    """The same on any device by a dense float64 product, for comparison and for accelerators."""
+    parts = []
+    for start, stop in ranges(len(x), 1024):
+        pre = (x[start:stop].double() - b_dec.double()) @ w_enc.double().t() + b_enc.double()
+        keep = pre > threshold
+        if rule == "top":
+            places = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            keep &= torch.zeros_like(keep).scatter_(1, places, True)
+        values = rounded(torch.where(keep, pre, 0.0))
+        rows, ids = values.nonzero(as_tuple=True)
+        starts = torch.bincount(rows, minlength=stop - start).cumsum(0).cpu().numpy()
+        parts.append((np.concatenate([[0], starts]), ids.int().cpu().numpy(), values[rows, ids].cpu().numpy()))
+    return SparseValues(*joined(parts)) if parts else SparseValues(*_nothing())
+
+
+def rounded(values: Tensor) -> Tensor:
+    """float64 to float32 numbers of 11 significand bits, halves to even; the exponent is kept."""
+    bits = values.view(torch.int64)
+    bits = bits + (1 << 41) - 1 + ((bits >> 42) & 1)
+    return ((bits >> 42) << 42).view(torch.float64).float()
+
+
+def feature_major(sparse: SparseValues, n_features: int) -> FeatureMajor:
+    """Sort entries by feature, then row."""
+    starts, rows, values = transpose(sparse.row_starts, sparse.feature_ids, sparse.values[None], n_features)
+    return FeatureMajor(starts, rows, values[0])
+
+
+def transpose(row_starts: Offsets, ids: Ids, values: Floats, n_features: int) -> tuple[Offsets, Ids, Floats]:
+    """Feature starts (F + 1), rows (nnz) and values (n, nnz) in the order of features; a stable counting sort."""
+    parts = ranges(len(row_starts) - 1, max(-(-len(row_starts) // torch.get_num_threads()), 1))
+    counts = np.array(
+        [np.bincount(ids[row_starts[a] : row_starts[b]], minlength=n_features) for a, b in parts] or [[0] * n_features]
+    )
+    feature_starts = np.concatenate([[0], counts.sum(0).cumsum()]).astype(np.int64)
+    positions = feature_starts[:-1] + np.concatenate([np.zeros((1, n_features), np.int64), counts[:-1].cumsum(0)])
+    rows, out = np.empty(len(ids), np.int32), np.empty_like(values)
+
+    def work(part: int) -> None:
+        kernels.transpose(*parts[part], row_starts, ids, values, positions[part], rows, out)
+
+    in_parallel(work, range(len(parts)))
+    return feature_starts, rows, out
+
+
+def feature_statistics(sparse: SparseValues, n_features: int) -> FeatureStatistics:
+    """Count, sum, sum of squares and maximum of each feature's values, added in the order of rows."""
+    out = FeatureStatistics(
+        np.zeros(n_features, np.int64), np.zeros(n_features), np.zeros(n_features), np.zeros(n_features, np.float32)
+    )
+    kernels.statistics(sparse.feature_ids, sparse.values, *out)
+    return out

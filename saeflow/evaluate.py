@@ -1,0 +1,186 @@
+"""How good is a trained SAE? Judged on held-out documents, and on the whole encoded corpus for dead features."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as tf
+from torch import Tensor, nn
+
+from saeflow import activations, features, tokens, train
+from saeflow.config import Recipe
+from saeflow.feed import Feed, held_out_rows
+from saeflow.model import load_model, replaced
+from saeflow.progress import Progress
+from saeflow.sae import SparseAutoencoder
+from saeflow.store import Artefact, Store, read_json, write_json
+
+_SEQUENCES = 4
+"""Sequences in one forward pass up to the logits: few, so that the logits stay in the processor's cache."""
+
+
+@dataclass
+class Reconstruction:
+    """Sums over tokens (float64) from which variance unexplained and L0 follow."""
+
+    width: int
+    n_tokens: int = 0
+    error: float = 0.0
+    n_active: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = torch.zeros(self.width, dtype=torch.float64)
+        self.squares = 0.0
+
+    def add(self, x: Tensor, sae: SparseAutoencoder) -> None:
+        """Count tokens x (n, D)."""
+        sparse = sae.encode_sparse(x)
+        wide = x.double()
+        self.n_tokens += len(x)
+        self.n_active += len(sparse.values)
+        self.error += (wide - sae.decode(sparse).double()).square().sum().item()
+        self.total += wide.sum(0)
+        self.squares += wide.square().sum().item()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.n_tokens
+
+    @property
+    def variance_unexplained(self) -> float:
+        """Sum of |x - reconstruction|² over sum of |x - mean|², the mean taken over the same tokens."""
+        return self.error / (self.squares - self.n_tokens * self.mean.square().sum().item())
+
+    @property
+    def l0(self) -> float:
+        """Active features per token."""
+        return self.n_active / self.n_tokens
+
+
+def loss_recovered(loss: float, spliced: float, ablated: float) -> float:
+    """Share of the loss that ablation costs and the reconstruction does not; 1 is perfect, 0 no better than ablation."""
+    return (ablated - spliced) / (ablated - loss)
+
+
+def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Judge the recipe's SAE and keep the figures beside its features."""
+    run_artefact = features.artefact(store, recipe)
+    path = run_artefact.path / "quality.json"
+    if path.is_file():
+        progress.skip("evaluate", f"variance unexplained {read_json(path)['variance_unexplained']:.4f}")
+        return dict(read_json(path))
+    train.set_threads(recipe)
+    sae = SparseAutoencoder.load(train.artefact(store, recipe).path)
+    quality = _reconstruction(store, recipe, sae, progress) | _liveness(run_artefact)
+    if recipe.model is not None and quality.pop("held_out"):
+        mean = quality.pop("mean")
+        quality |= _language_model_loss(store, recipe, sae, mean, progress)
+    else:
+        quality.pop("mean", None)
+        quality.pop("held_out", None)
+    write_json(path, quality)
+    return quality
+
+
+def _reconstruction(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> dict[str, Any]:
+    source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
+    site = activations.choose_site(stored, recipe.sae.site)
+    sums = Reconstruction(site.width)
+    with progress.bar("evaluate", None, "tokens") as bar:
+        for rows in held_out_rows(source, stored, site, recipe.evaluate.max_tokens):
+            for x in torch.split(rows, recipe.features.batch_rows):
+                sums.add(x, sae)
+                bar.advance(len(x))
+        held_out = sums.n_tokens > 0
+        if not held_out:  # nothing was held out: judge on what was trained on, and say so
+            feed = Feed(source, stored, site, recipe.feed)
+            for x in itertools.islice(feed.batches(), feed.batches_per_epoch):
+                sums.add(x, sae)
+    return {
+        "held_out": held_out,
+        "mean": sums.mean.float(),
+        "n_tokens": sums.n_tokens,
+        "variance_unexplained": sums.variance_unexplained,
+        "mean_squared_error": sums.error / sums.n_tokens / site.width,
+        "l0": sums.l0,
+        "judged_on": "held-out documents" if held_out else "training data",
+    }
+
+
+def _liveness(run_artefact: Artefact) -> dict[str, Any]:
+    """Dead features never fire in the whole encoded corpus; dense ones fire at more than a tenth of its tokens."""
+    generation = run_artefact.published()
+    paths = [run_artefact.part_path(part) / "feature_stats.parquet" for part in generation.parts]
+    n_firing = sum(pq.read_table(path, columns=["n_tokens"]).column(0).to_numpy() for path in paths)
+    density = np.asarray(n_firing) / max(generation.total("n_tokens"), 1)
+    return {
+        "n_values": generation.total("n_values"),
+        "n_dead": int((density == 0).sum()),
+        "dead_share": float((density == 0).mean()),
+        "dense_share": float((density > 0.1).mean()),
+    }
+
+
+def _language_model_loss(
+    store: Store, recipe: Recipe, sae: SparseAutoencoder, mean: Tensor, progress: Progress
+) -> dict[str, Any]:
+    """Next-token loss (nats) as it is, with the reconstruction spliced in, and with mean and zero instead."""
+    assert recipe.model is not None
+    model = load_model(recipe.model)
+    site = activations.choose_site(activations.artefact(store, recipe), recipe.sae.site).name
+    changes: dict[str, Callable[[Tensor], Tensor] | None] = {
+        "loss": None,
+        "loss_sae": lambda x: sae.reconstruct(x.float().flatten(0, -2)).view(x.shape).to(x),
+        "loss_mean_ablated": lambda x: mean.to(x).expand_as(x),
+        "loss_zero_ablated": torch.zeros_like,
+    }
+    sums, n_predicted = dict.fromkeys(changes, 0.0), 0
+    with progress.bar("loss", None, "tokens") as bar:
+        for vocab_ids, mask in _held_out_sequences(store, recipe):
+            for name, change in changes.items():
+                sums[name] += _summed_loss(model, site, change, vocab_ids, mask)
+            n_predicted += int((mask[:, 1:] & mask[:, :-1]).sum())
+            bar.advance(int(mask.sum()))
+    losses = {name: total / n_predicted for name, total in sums.items()}
+    recovered = {
+        f"loss_recovered_{kind}": loss_recovered(losses["loss"], losses["loss_sae"], losses[f"loss_{kind}_ablated"])
+        for kind in ("mean", "zero")
+    }
+    return losses | recovered | {"n_predicted": n_predicted}
+
+
+def _held_out_sequences(store: Store, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Vocabulary ids and mask (s, T) of held-out sequences, at most `evaluate.max_tokens` tokens."""
+    source = activations.tokens_artefact(store, recipe)
+    left = math.ceil(recipe.evaluate.max_tokens / recipe.tokens.context_length)
+    for part in source.published().parts:
+        vocab_ids, mask = tokens.read_part(source, part)
+        rows = slice(part.counts["n_train_sequences"], part.counts["n_train_sequences"] + left)
+        pairs = zip(*(torch.split(torch.from_numpy(a[rows]), _SEQUENCES) for a in (vocab_ids, mask)), strict=True)
+        yield from ((ids, real) for ids, real in pairs if len(ids))
+        left -= len(vocab_ids[rows])
+
+
+@torch.no_grad()
+def _summed_loss(
+    model: nn.Module, site: str, change: Callable[[Tensor], Tensor] | None, vocab_ids: Tensor, mask: Tensor
+) -> float:
+    """Summed loss of predicting each real token from those before it in its sequence."""
+    place = next(model.parameters()).device
+    attention = None if mask.all() else mask.to(place)
+    if change is None:
+        logits = model(vocab_ids.to(place), attention_mask=attention).logits
+    else:
+        with replaced(model, site, change):
+            logits = model(vocab_ids.to(place), attention_mask=attention).logits
+    wanted = (mask[:, 1:] & mask[:, :-1]).flatten().to(place)
+    targets = vocab_ids[:, 1:].flatten().to(place)
+    each = tf.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="none")
+    return float(each[wanted].double().sum())

@@ -1,0 +1,197 @@
+"""Language models: load one, name its sites, read or replace what a module gives."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saeflow.config import ModelConfig, UserError, fingerprint
+from saeflow.store import checksum
+
+_IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose output, or input (`name:input`), is a vector at every token."""
+
+    name: str
+    width: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.name.replace(':', '.')}.zarr"
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's own tokenizer. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer.from_pretrained, config)
+
+
+def load_model(config: ModelConfig) -> nn.Module:
+    """The model with the head it was trained with, in eval mode on its device.
+
+    Raises UserError for a path that holds no model.
+    """
+    import transformers
+
+    about = _load(transformers.AutoConfig.from_pretrained, config)
+    named = getattr(about, "architectures", None) or []
+    loader = getattr(transformers, named[0], None) if named else None
+    model = _load((loader or transformers.AutoModel).from_pretrained, config, dtype=getattr(torch, config.dtype))
+    ready: nn.Module = model.eval().requires_grad_(False).to(device(config.device))
+    return ready
+
+
+def device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f'model.device is {name!r}, but torch sees no CUDA device. Use device = "auto" or "cpu".')
+    return torch.device(name)
+
+
+def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> Any:
+    local = Path(config.path).exists()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return loader(
+                config.path, revision=config.revision, trust_remote_code=False, local_files_only=local, **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        what = "a folder without a Hugging Face model" if local else "neither a local folder nor a model on the hub"
+        raise UserError(
+            f"model.path is {config.path!r}: {what} ({str(error).splitlines()[0][:200]}).\n"
+            "Name a folder with config.json, model.safetensors and tokenizer.json, or a hub name such as openai/gpt2."
+        ) from error
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    """Stands for the files of a local model, or for the commit of one on the hub."""
+    folder = Path(config.path)
+    if folder.is_dir():
+        files = sorted({path for pattern in _IDENTITY_FILES for path in folder.glob(pattern)})
+        return fingerprint([(path.name, checksum(path)) for path in files], config.dtype)
+    from huggingface_hub import model_info
+
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return fingerprint(config.path, config.revision, config.dtype)
+    return fingerprint(config.path, model_info(config.path, revision=config.revision).sha, config.dtype)
+
+
+def list_sites(model: nn.Module) -> list[Site]:
+    """Every module that gives one vector a token, in the order they run; widths by a small trial."""
+    found: dict[str, int] = {}
+    batch, length = 2, 3
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            for label, value in ((f"{name}:input", inputs), (name, output)):
+                tensor = _tensor(value)
+                if tensor is not None and tensor.dim() == 3 and tensor.shape[:2] == (batch, length):
+                    found.setdefault(label, tensor.shape[2])
+
+        return hook
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name, module in model.named_modules():
+            if name:
+                stack.callback(module.register_forward_hook(note(name)).remove)
+        model(torch.zeros(batch, length, dtype=torch.int64, device=_device_of(model)))
+    return [Site(name, width) for name, width in found.items()]
+
+
+def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
+    """The sites that dotted names or globs stand for, in running order.
+
+    Raises UserError with the nearest names for a pattern that matches nothing.
+    """
+    known = list_sites(model)
+    names = [site.name for site in known]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        wants_input = pattern.endswith(":input")
+        matches = [name for name in fnmatch.filter(names, pattern) if name.endswith(":input") == wants_input]
+        if not matches:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise UserError(
+                f"activations.sites: the model has no site {pattern!r}. Nearest: {', '.join(near) or 'none'}.\n"
+                "List them all with `saeflow sites MODEL`."
+            )
+        chosen.update(matches)
+    return [site for site in known if site.name in chosen]
+
+
+class _Reached(Exception):
+    """The deepest wanted site has run; nothing after it is needed."""
+
+
+@torch.no_grad()
+def read_sites(model: nn.Module, sites: list[Site], vocab_ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Run the model up to the deepest of `sites` and return what each gave.
+
+    vocab_ids (B, T) int64; mask (B, T) bool, True at real tokens, or None where all are.
+    Each result is (B, T, D) in the model's precision, on its device.
+    """
+    read: dict[str, Tensor] = {}
+
+    def take(name: str, value: Any) -> None:
+        tensor = _tensor(value)
+        assert tensor is not None
+        read[name] = tensor
+        if len(read) == len(sites):
+            raise _Reached
+
+    with contextlib.ExitStack() as stack:
+        for site in sites:
+            stack.callback(_hook(model, site.name, take).remove)
+        with contextlib.suppress(_Reached):
+            where = _device_of(model)
+            model(vocab_ids.to(where), attention_mask=None if mask is None else mask.to(where))
+    return read
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While open, what the module gives (or gets) at `site` is `change(it)`; shapes (B, T, D)."""
+    handle = _hook(model, site, lambda name, value: _with_tensor(value, change))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _hook(model: nn.Module, site: str, act: Callable[[str, Any], Any]) -> Any:
+    name, _, side = site.partition(":")
+    module = model.get_submodule(name)
+    if side == "input":
+        return module.register_forward_pre_hook(lambda module, inputs: act(site, inputs))
+    return module.register_forward_hook(lambda module, inputs, output: act(site, output))
+
+
+def _tensor(value: Any) -> Tensor | None:
+    first = value[0] if isinstance(value, tuple) and value else value
+    return first if isinstance(first, Tensor) else None
+
+
+def _with_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, tuple):
+        return (change(value[0]), *value[1:])
+    return change(value)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

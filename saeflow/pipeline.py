@@ -1,0 +1,55 @@
+"""All stages of a recipe in order, and what came of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from saeflow import activations, evaluate, features, report, tokens, train
+from saeflow.config import Recipe
+from saeflow.progress import Progress
+from saeflow.store import Store, read_json
+
+Stage = Callable[[Store, Recipe, Progress], Any]
+
+
+def stages(recipe: Recipe) -> dict[str, Stage]:
+    """The stages of this recipe by name, in order. Brought activations need no model."""
+    first: dict[str, Stage] = {"tokens": tokens.run, "collect": activations.run}
+    if recipe.model is None:
+        first = {"bring": activations.bring}
+    return first | {"train": train.run, "encode": features.run, "evaluate": evaluate.run, "report": report.run}
+
+
+def store_path(option: str | None, recipe: Recipe | None = None) -> Path:
+    """`--store`, then SAEFLOW_STORE, then the recipe, then data/store."""
+    return Path(option or os.environ.get("SAEFLOW_STORE") or (recipe.store if recipe else None) or "data/store")
+
+
+def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Run what is missing and return the summary."""
+    seconds = {}
+    for name, stage in stages(recipe).items():
+        began = time.monotonic()
+        stage(store, recipe, progress)
+        seconds[name] = time.monotonic() - began
+    return summary(store, recipe) | {"seconds": seconds}
+
+
+def summary(store: Store, recipe: Recipe) -> dict[str, Any]:
+    """Documents, tokens, bytes, quality and non-zeros of a finished recipe."""
+    source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
+    encoded = features.artefact(store, recipe)
+    return {
+        "run": recipe.name,
+        "store": str(store.root),
+        "n_documents": source.published().total("n_documents"),
+        "n_tokens": source.published().total("n_tokens"),
+        "activation_bytes": sum(part.n_bytes for part in stored.published().parts),
+        "feature_bytes": sum(part.n_bytes for part in encoded.published().parts),
+        "n_values": encoded.published().total("n_values"),
+        "quality": read_json(encoded.path / "quality.json"),
+    }

@@ -1,0 +1,123 @@
+"""What a person sees while a stage works: bars on a terminal, plain lines elsewhere, nothing with -q."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+_PLAIN_SECONDS = 5.0
+"""Between two plain lines of one stage."""
+
+Listener = Callable[[str, int, int | None, float], None]
+"""Called with stage, units done, units in all (or None), units per second."""
+
+
+@dataclass
+class Bar:
+    """Counts one stage's units."""
+
+    stage: str
+    total: int | None
+    unit: str
+    show: Callable[[Bar], None]
+    done: int = 0
+    before: int = 0
+    note: str = ""
+    began: float = field(default_factory=time.monotonic)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def advance(self, n: int, note: str = "") -> None:
+        with self.lock:
+            self.done += n
+            self.note = note
+            self.show(self)
+
+    def resume_at(self, done: int) -> None:
+        """Units that an earlier run has done."""
+        self.done = self.before = done
+
+    @property
+    def rate(self) -> float:
+        return (self.done - self.before) / max(time.monotonic() - self.began, 1e-9)
+
+    @property
+    def line(self) -> str:
+        share = f" of {self.total:,} ({self.done / self.total:.0%})" if self.total else ""
+        left = (
+            f", {(self.total - self.done) / self.rate:.0f} s left" if self.total and 0 < self.done < self.total else ""
+        )
+        return (
+            f"{self.stage}: {self.done:,}{share} {self.unit}, {self.rate:,.0f}/s{left}{self.note and ', ' + self.note}"
+        )
+
+
+@dataclass
+class Progress:
+    """Where stages report to. `verbosity` -1 is silent but for errors, 0 normal, 1 adds detail."""
+
+    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    verbosity: int = 0
+    listener: Listener | None = None
+
+    def say(self, text: str, verbosity: int = 0) -> None:
+        if self.verbosity >= verbosity:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def skip(self, stage: str, what: str) -> None:
+        """Say that a stage has nothing to do."""
+        self.say(f"{stage}: already done, {what}; nothing to do")
+
+    @contextlib.contextmanager
+    def bar(self, stage: str, total: int | None, unit: str) -> Iterator[Bar]:
+        """A bar over `total` units; ends with one line that says how much in how long."""
+        with self._display(stage, total) as show:
+            bar = Bar(stage, total, unit, show)
+            yield bar
+        seconds = time.monotonic() - bar.began
+        self.say(f"{stage}: {bar.done:,} {unit} in {seconds:.1f} s ({bar.rate:,.0f}/s)")
+        self._tell(bar)
+
+    def _tell(self, bar: Bar) -> None:
+        if self.listener is not None:
+            self.listener(bar.stage, bar.done, bar.total, bar.rate)
+
+    @contextlib.contextmanager
+    def _display(self, stage: str, total: int | None) -> Iterator[Callable[[Bar], None]]:
+        if self.verbosity < 0 or not self.console.is_terminal:
+            yield self._plain()
+            return
+        columns = [
+            TextColumn("{task.description:12}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+        ]
+        with RichProgress(*columns, console=self.console, transient=True) as display:
+            task = display.add_task(stage, total=total, line="")
+
+            def show(bar: Bar) -> None:
+                line = f"{bar.done:,} {bar.unit} {bar.rate:,.0f}/s {bar.note}"
+                display.update(task, completed=bar.done, line=line)
+                self._tell(bar)
+
+            yield show
+
+    def _plain(self) -> Callable[[Bar], None]:
+        last = time.monotonic()
+
+        def show(bar: Bar) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _PLAIN_SECONDS:
+                last = time.monotonic()
+                self.say(bar.line)
+            self._tell(bar)
+
+        return show

@@ -1,0 +1,63 @@
+"""A commented recipe to start from, written from the settings' own descriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ByteSize
+
+from saeflow.config import Recipe
+from saeflow.store import human_bytes
+
+_HEAD = """\
+# A saeflow recipe. Lines that begin with # show settings at their defaults.
+# Relative paths count from the folder of this file.
+#
+#   saeflow run {file}          everything, from text to SQL answers
+#   saeflow ask                 the questions you can ask afterwards
+
+name = "{name}"
+"""
+_START: dict[str, dict[str, str]] = {
+    "corpus": {"files": '["texts/*.txt"]'},
+    "model": {"path": '"openai-community/gpt2"'},
+    "activations": {"sites": '["transformer.h.6.mlp.act"]'},
+}
+
+
+def template(name: str, file: str, start: dict[str, dict[str, str]] | None = None) -> str:
+    """The whole recipe as TOML text; `start` gives TOML values for settings without a default."""
+    chosen = {section: _START.get(section, {}) | (start or {}).get(section, {}) for section in Recipe.model_fields}
+    sections = [_section(section, field.annotation, chosen[section]) for section, field in Recipe.model_fields.items()]
+    return _HEAD.format(name=name, file=file) + "".join(sections)
+
+
+def _section(name: str, annotation: Any, start: dict[str, str]) -> str:
+    choices = [annotation, *getattr(annotation, "__args__", ())]
+    model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    if model is None:
+        return ""
+    purpose = (model.__doc__ or "").strip().splitlines()[0]
+    return f"\n[{name}]  # {purpose}\n" + "".join(_lines(model, start))
+
+
+def _lines(model: type[BaseModel], start: dict[str, str]) -> Iterator[str]:
+    for key, field in model.model_fields.items():
+        if key in start:
+            yield f"{key} = {start[key]}  # {field.description}\n"
+        elif key != "synthetic":
+            yield f"# {key} = {_toml(field.default)}  # {field.description}\n"
+
+
+def _toml(value: object) -> str:
+    match value:
+        case None:
+            return '""'
+        case bool():
+            return str(value).lower()
+        case ByteSize():
+            return f'"{human_bytes(value).replace(".0", "").replace(" ", "")}"'
+        case str():
+            return f'"{value}"'
+    return str(value)

@@ -1,0 +1,250 @@
+"""Runs as DuckDB sees them: one schema each, with the files of `sql/` loaded, and a hardened connection.
+
+No text of a user becomes SQL here. The connection can read the published files of the store's runs and
+nothing else on the machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from saeflow.config import UserError
+from saeflow.store import Artefact, Store, read_json
+
+log = logging.getLogger(__name__)
+
+_RESERVED = {"main", "temp", "system", "pg_catalog", "information_schema"}
+_UNREADABLE = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
+"""What a missing, cut or nonsensical record raises."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the store as SQL sees it: its schema, its files by table, and what is wrong with it."""
+
+    artefact: Artefact
+    schema: str
+    files: Mapping[str, Sequence[str]]
+    facts: str | None = None
+    quality: str | None = None
+    n_tokens: int | None = None
+    problem: str | None = None
+
+    def is_called(self, name: str) -> bool:
+        artefact = self.artefact
+        return name in (self.schema, artefact.id, f"{artefact.name}-{artefact.fp}", f"{artefact.name}_{artefact.fp}")
+
+    def row(self, current: Run) -> dict[str, object]:
+        return {
+            "name": self.artefact.name,
+            "fp": self.artefact.fp,
+            "schema_name": self.schema,
+            "is_current": self is current,
+            "n_tokens": self.n_tokens,
+            "facts": self.facts,
+            "quality": self.quality,
+            "problem": self.problem,
+        }
+
+
+def sql_folder() -> Path:
+    """`sql/` of a clone, or the copy inside the installed package."""
+    here = Path(__file__).resolve().parent
+    for folder in (here.parent / "sql", here / "_sql"):
+        if (folder / "sources.sql").is_file():
+            return folder
+    raise UserError("The folder sql/ is missing from this installation. Install saeflow again.")
+
+
+def runs(store: Store) -> list[Run]:
+    """Every run of the store, the newest first; one that cannot be read says so in `problem`.
+
+    The newest readable run of a name has the name as its schema, all others `name_fp`.
+    """
+    found: list[Run] = []
+    for artefact in reversed(store.artefacts("features")):
+        taken = {run.schema for run in found} | _RESERVED
+        full_name = f"{artefact.name}_{artefact.fp}"
+        try:
+            found.append(_readable(store, artefact, full_name if artefact.name in taken else artefact.name))
+        except _UNREADABLE as error:
+            found.append(Run(artefact, full_name, {}, problem=str(error) or type(error).__name__))
+    return found
+
+
+def connect(
+    store: Store, run: str | None = None, memory_limit: str | None = None, threads: int | None = None
+) -> duckdb.DuckDBPyConnection:
+    """An in-memory connection with one schema per run; `run` (default: the newest) is in the search path.
+
+    Runs that cannot be read are left out with a note in the log and in the view `runs`. The connection
+    reads the runs' published files and nothing else, and its settings can no longer be changed.
+    """
+    every = runs(store)
+    for skipped in (other for other in every if other.problem):
+        log.warning("%s is left out: %s", skipped.artefact.id, skipped.problem)
+    current = _choose(store, every, run)
+    connection = duckdb.connect(config=_settings(memory_limit, threads))
+    for each in every:
+        if each.problem is None:
+            _load(connection, each, every, current)
+    connection.execute(f"set search_path = {_literal(_identifier(current.schema))}")
+    _harden(connection, every)
+    return connection
+
+
+def script(store: Store, run: str | None = None) -> str:
+    """One run's `sql/` as text that the duckdb shell runs by hand."""
+    every = runs(store)
+    current = _choose(store, every, run)
+    return "\n".join(_statements(current, every, current))
+
+
+def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
+    inputs = [name for name in artefact.record.inputs if name.startswith("tokens/")]
+    if not inputs:
+        raise UserError(f"{artefact.id} does not say which tokens it belongs to")
+    tokens = store.by_id(inputs[0])
+    files = _files(artefact, ["feature_major", "token_major", "feature_stats"])
+    files |= _files(tokens, ["tokens", "documents"]) | {"vocab": [str(tokens.path / "vocab.parquet")]}
+    for problem in (p for a in (artefact, tokens) for _, p in a.damage(full=False)):
+        raise UserError(problem)
+    for table, paths in files.items():
+        if not paths or not Path(paths[0]).is_file():
+            raise UserError(f"{artefact.id} has no {table} files")
+    quality = artefact.path / "quality.json"
+    n_tokens = artefact.published().total("n_tokens") or tokens.published().total("n_tokens")
+    return Run(
+        artefact,
+        schema,
+        files,
+        facts=json.dumps(artefact.record.facts),
+        quality=json.dumps(read_json(quality)) if quality.is_file() else None,
+        n_tokens=n_tokens or None,
+    )
+
+
+def _files(artefact: Artefact, tables: Iterable[str]) -> dict[str, Sequence[str]]:
+    """Published files by table: `table.parquet`, or the files of a folder `table/`."""
+    found: dict[str, list[str]] = {table: [] for table in tables}
+    for part in artefact.published().parts:
+        for file in part.files:
+            table = file.name.partition("/")[0].removesuffix(".parquet")
+            if table in found and file.name.endswith(".parquet"):
+                found[table].append(str(artefact.part_path(part) / file.name))
+    return dict(found)
+
+
+def _choose(store: Store, every: Sequence[Run], name: str | None) -> Run:
+    readable = [run for run in every if run.problem is None]
+    damaged = [run for run in every if run.problem is not None]
+    if name is None:
+        if readable:
+            return readable[0]
+        reasons = "".join(f"\n{run.artefact.id}: {run.problem}" for run in damaged)
+        raise UserError(f"{store.root} has no run to ask. Make one: `saeflow run RECIPE`.{reasons}")
+    for run in readable:
+        if run.is_called(name):
+            return run
+    for run in damaged:
+        if run.is_called(name) or run.artefact.name == name:
+            raise UserError(f"The run {name} cannot be read: {run.problem}")
+    raise UserError(f"There is no run {name!r} in {store.root}. {nearest(name, [run.schema for run in readable])}")
+
+
+def _settings(memory_limit: str | None, threads: int | None) -> dict[str, Any]:
+    """A private spill folder, because DuckDB lets every query write into its own."""
+    settings: dict[str, Any] = {
+        "temp_directory": os.path.join(tempfile.gettempdir(), f"saeflow-{uuid.uuid4().hex}"),
+        "python_enable_replacements": False,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    if memory_limit is not None:
+        settings["memory_limit"] = memory_limit
+    if threads is not None:
+        settings["threads"] = threads
+    return settings
+
+
+def _load(connection: duckdb.DuckDBPyConnection, run: Run, every: Sequence[Run], current: Run) -> None:
+    """Make the run's schema. A table macro looks names up in its caller's schema, so names are qualified."""
+    schema = _identifier(run.schema)
+    connection.execute(f"create schema {schema}")
+    connection.execute(f"set search_path = {_literal(schema)}")
+    for statement in _statements(run, every, current):
+        connection.execute(_qualified(statement, schema))
+
+
+def _statements(run: Run, every: Sequence[Run], current: Run) -> Iterator[str]:
+    folder = sql_folder()
+    lists = {table: _literal(list(map(_unglobbed, paths))) for table, paths in run.files.items()}
+    rows = _literal([other.row(run) for other in every])
+    yield Template((folder / "sources.sql").read_text("utf-8")).substitute(lists, runs=rows)
+    for path in (*sorted((folder / "staging").glob("*.sql")), *sorted((folder / "marts").glob("*.sql"))):
+        yield path.read_text("utf-8")
+
+
+@cache
+def _names(folder: Path) -> re.Pattern[str]:
+    stems = [path.stem for path in folder.glob("*/*.sql") if path.parent.name != "checks"]
+    stems += re.findall(r"create or replace view (\w+)", (folder / "sources.sql").read_text("utf-8"))
+    either = "|".join(sorted(stems, key=len, reverse=True))
+    return re.compile(rf"(?<=\bfrom )(?:{either})\b|(?<=\bjoin )(?:{either})\b|(?<![\w.\"'])(?:{either})(?=\()")
+
+
+def _qualified(sql: str, schema: str) -> str:
+    return _names(sql_folder()).sub(lambda name: f"{schema}.{name[0]}", sql)
+
+
+def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None:
+    """Leave access to the published files alone; both spellings, as globs are resolved under the same rule."""
+    paths = {path for run in every for files in run.files.values() for path in files}
+    allowed = sorted(paths | {_unglobbed(path) for path in paths})
+    connection.execute(f"set allowed_paths = {_literal(allowed)}")
+    connection.execute("set enable_external_access = false")
+    connection.execute("set lock_configuration = true")
+
+
+def _unglobbed(path: str) -> str:
+    """The path as a glob that matches only itself: read_parquet expands `*`, `?` and `[` even in a list."""
+    return re.sub(r"[*?\[]", r"[\g<0>]", path)
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool() | int():
+            return str(value).lower()
+        case dict():
+            return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+        case list():
+            return "[" + ", ".join(map(_literal, value)) + "]"
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not there."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known) or 'none'}."

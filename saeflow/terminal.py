@@ -1,0 +1,280 @@
+"""Answers for people and programs: tables in the terminal, CSV, JSON and Parquet.
+
+Text of a corpus is not trusted. In the terminal nothing of it is obeyed: no escape sequence, no
+direction mark, no markup. In CSV no text cell starts a formula.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import decimal
+import io
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich import box
+from rich.cells import cell_len, chop_cells
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Format = Literal["table", "csv", "json", "jsonl", "parquet"]
+
+_HOSTILE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb]")
+_LINE_BREAK = re.compile(r"\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]")
+_MARKED = re.compile("«([^«»]*)»")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_GAP = 3
+_NARROWEST_CONTEXT = 24
+_NARROWEST_TEXT = 12
+_WIDEST_BESIDE_CONTEXT = 32
+
+
+def sanitise(text: str) -> str:
+    """`text` on one line with nothing a terminal would obey: line breaks as ↵, tabs as ⇥, the rest as symbols."""
+    return _HOSTILE.sub(_harmless, _LINE_BREAK.sub("↵", text))
+
+
+def _harmless(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if code == 9:
+        return "⇥"
+    if code < 32:
+        return chr(0x2400 + code)
+    return "␡" if code == 127 else f"⟨U+{code:04X}⟩"
+
+
+def render_table(table: pa.Table, console: Console | None = None, max_rows: int | None = None) -> None:
+    """Print a table that fits the console, or one record under the other where no table would fit.
+
+    The token marked in a `context` column stays in sight, highlighted.
+    """
+    console = console or Console(highlight=False)
+    shown = table if max_rows is None else table.slice(0, max_rows)
+    columns = [
+        _Column(name, _is_number(field.type), [_cell(name, value) for value in column.to_pylist()])
+        for name, field, column in zip(shown.column_names, shown.schema, shown.columns, strict=True)
+    ]
+    fits = sum(column.least_width + _GAP for column in columns) <= console.width
+    console.print(*(_grid(columns, console.width) if fits else _records(columns, console.width)), sep="\n")
+    if shown.num_rows < table.num_rows:
+        console.print(Text(f"{shown.num_rows:,} of {table.num_rows:,} rows shown.", style="dim"))
+    elif not table.num_rows:
+        console.print(Text("No rows.", style="dim"))
+
+
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    is_number: bool
+    cells: list[str]
+
+    @property
+    def width(self) -> int:
+        return max([cell_len(sanitise(self.name)), *map(cell_len, self.cells)])
+
+    @property
+    def least_width(self) -> int:
+        if self.name == "context":
+            return min(self.width, _NARROWEST_CONTEXT)
+        return self.width if self.is_number else max(min(self.width, _NARROWEST_TEXT), cell_len(sanitise(self.name)))
+
+
+def _grid(columns: list[_Column], width: int) -> list[Table]:
+    """One row a row; contexts take the room that is left, on one line."""
+    others = sum(min(c.width, _WIDEST_BESIDE_CONTEXT) + _GAP for c in columns if c.name != "context")
+    room = max(width - others - _GAP, _NARROWEST_CONTEXT)
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        view.add_column(
+            Text(sanitise(column.name)),
+            justify="right" if column.is_number else "left",
+            no_wrap=column.is_number or column.name == "context",
+            min_width=column.least_width,
+            overflow="fold",
+        )
+    for row in zip(*(column.cells for column in columns), strict=True):
+        view.add_row(*(_styled(column.name, cell, room) for column, cell in zip(columns, row, strict=True)))
+    return [view]
+
+
+def _records(columns: list[_Column], width: int) -> list[Table]:
+    """One row after the other, its columns as lines."""
+    labels = max(cell_len(sanitise(column.name)) for column in columns)
+    views = []
+    for row in zip(*(column.cells for column in columns), strict=True):
+        view = Table(box=None, show_header=False, pad_edge=False)
+        view.add_column(style="bold", no_wrap=True)
+        view.add_column(overflow="fold")
+        for column, cell in zip(columns, row, strict=True):
+            view.add_row(Text(sanitise(column.name)), _styled(column.name, cell, max(width - labels - 2, 1)))
+        view.add_row()
+        views.append(view)
+    return views
+
+
+def _styled(name: str, cell: str, room: int) -> Text:
+    return _in_context(cell, room) if name == "context" else Text(cell)
+
+
+def _is_number(type: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(type) or pa.types.is_floating(type) or pa.types.is_decimal(type))
+
+
+def _cell(name: str, value: object) -> str:
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}" if name.startswith(("n_", "count")) else str(value)
+        case float():
+            return _number(value)
+        case bytes():
+            return value.hex()
+        case str():
+            return _visible_spaces(sanitise(value)) if name == "piece" else sanitise(value)
+        case list() | dict():
+            return sanitise(json.dumps(_plain(value), ensure_ascii=False))
+    return sanitise(str(value))
+
+
+def _number(value: float) -> str:
+    """Four significant digits, without an exponent where that stays short."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if 1e-4 <= abs(value) < 1e6:
+        return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:.3e}"
+
+
+def _visible_spaces(piece: str) -> str:
+    """Spaces at the ends of a token matter, and a terminal does not show them."""
+    inner = piece.strip(" ")
+    if not inner:
+        return "␣" * len(piece)
+    before = len(piece) - len(piece.lstrip(" "))
+    return "␣" * before + inner + "␣" * (len(piece) - before - len(inner))
+
+
+def _in_context(cell: str, room: int) -> Text:
+    """The marked token highlighted, with as much on either side as there is room for."""
+    found = _MARKED.search(cell)
+    if found is None:
+        return Text(cell)
+    token = found[0]
+    rest = max(room - cell_len(token), 0)
+    before, after = cell[: found.start()], cell[found.end() :]
+    left = min(cell_len(before), max(rest // 2, rest - cell_len(after)))
+    return Text.assemble(
+        (_last_cells(before, left), "dim"), (token, "bold yellow"), (_first_cells(after, rest - left), "dim")
+    )
+
+
+def _first_cells(text: str, width: int) -> str:
+    if cell_len(text) <= width:
+        return text
+    return chop_cells(text, width - 1)[0] + "…" if width > 2 else ""
+
+
+def _last_cells(text: str, width: int) -> str:
+    return _first_cells(text[::-1], width)[::-1]
+
+
+def write(table: pa.Table, format: Format, target: Path | None = None, console: Console | None = None) -> None:
+    """Write an answer in a format, to a file or to standard output."""
+    if format == "table":
+        if target is None:
+            return render_table(table, console)
+        with target.open("w", encoding="utf-8") as file:
+            return render_table(table, Console(file=file, width=160, highlight=False))
+    if target is not None:
+        with target.open("wb") as file:
+            return _write_bytes(table, format, file)
+    sys.stdout.flush()
+    _write_bytes(table, format, sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+    return None
+
+
+def _write_bytes(table: pa.Table, format: Format, out: BinaryIO) -> None:
+    match format:
+        case "csv":
+            out.write(to_csv(table).encode())
+        case "json":
+            out.write(to_json(table).encode())
+        case "jsonl":
+            out.write(to_json_lines(table).encode())
+        case _:
+            buffer = io.BytesIO()
+            pq.write_table(table, buffer, compression="zstd")
+            out.write(buffer.getvalue())
+
+
+def to_csv(table: pa.Table) -> str:
+    """CSV whose text cells no spreadsheet takes for a formula: a leading = + - @, tab or break gets a '."""
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    header = _csv_line([_no_formula(name) for name in table.column_names])
+    return header + "".join(_csv_line([_csv_cell(value) for value in row]) for row in rows)
+
+
+def _csv_line(cells: list[object]) -> str:
+    """The writer quotes a carriage return only where it is part of its line end."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\r\n").writerow(cells)
+    return out.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _csv_cell(value: object) -> object:
+    if value is None or isinstance(value, (bool, int, float, decimal.Decimal)):
+        return value
+    plain = _plain(value)
+    return _no_formula(plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False))
+
+
+def _no_formula(text: str) -> str:
+    return "'" + text if text.startswith(_FORMULA) else text
+
+
+def to_json(table: pa.Table) -> str:
+    """An array of objects, one row a line."""
+    return "[\n" + ",\n".join(_json_rows(table)) + "\n]\n" if table.num_rows else "[]\n"
+
+
+def to_json_lines(table: pa.Table) -> str:
+    return "".join(row + "\n" for row in _json_rows(table))
+
+
+def _json_rows(table: pa.Table) -> list[str]:
+    """Control and direction characters are escaped, so that the text is harmless in a terminal too."""
+    rows = (json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) for row in table.to_pylist())
+    return [_HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", row) for row in rows]
+
+
+def _plain(value: object) -> object:
+    """A value JSON knows: bytes as hexadecimal digits, what is not finite as null."""
+    match value:
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case bytes():
+            return value.hex()
+        case float():
+            return value if math.isfinite(value) else None
+        case decimal.Decimal():
+            return int(value) if value == value.to_integral_value() else float(value)
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case None | bool() | int() | str():
+            return value
+    return str(value)

@@ -1,0 +1,245 @@
+"""Train a sparse autoencoder on a feed: schedule, checkpoint, exact resume, publication."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saeflow import activations
+from saeflow.config import Recipe, TrainConfig, UserError, fingerprint
+from saeflow.encoding import fast_dtype
+from saeflow.feed import Feed
+from saeflow.model import Site
+from saeflow.progress import Progress
+from saeflow.sae import SparseAutoencoder, StepInfo
+from saeflow.store import Artefact, Store, read_json, replacing, write_json
+
+_SAMPLE_ROWS = 65_536
+"""Tokens from which the mean and the scale of the data set are taken."""
+
+
+def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
+    """Linear warm-up to `lr`, flat, then linear decay towards zero over the last `decay_share` of steps."""
+    warmup = max(1, math.ceil(config.warmup_share * n_steps))
+    decay = max(1, math.ceil(config.decay_share * n_steps))
+    rise = min(1.0, (step + 1) / warmup)
+    fall = min(1.0, (n_steps - step) / decay) if config.decay_share else 1.0
+    return config.lr * min(rise, fall)
+
+
+def artefact(store: Store, recipe: Recipe) -> Artefact:
+    return store.artefact("saes", recipe.name, fingerprint(facts(store, recipe)))
+
+
+def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
+    """What makes a trained SAE the same: the generation it read, and every setting of the training."""
+    source = activations.artefact(store, recipe)
+    return {
+        "activations": source.fp,
+        "generation": source.published().number,
+        "sae": recipe.sae.model_dump(mode="json"),
+        "train": recipe.train.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "feed": recipe.feed.model_dump(mode="json"),
+        "threads": recipe.threads,
+    }
+
+
+@dataclass
+class Training:
+    """State of one training: everything that a checkpoint holds, and the step that changes it."""
+
+    sae: SparseAutoencoder
+    adam: torch.optim.Adam
+    config: TrainConfig
+    scale: float
+    n_steps: int
+    step: int = 0
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, feed: Feed, recipe: Recipe) -> Training:
+        """Fresh weights, the data set's mean and scale from a sample of shuffled rows."""
+        sample = _sample(feed)
+        mean = sample.mean(0)
+        spread = (sample - mean).square().sum(1).mean().item()
+        if not spread > 0:
+            raise UserError("All activations are equal; there is nothing to learn. Check the site and the corpus.")
+        scale = math.sqrt(feed.site.width / spread) if recipe.sae.normalise else 1.0
+        sae = SparseAutoencoder(recipe.sae, feed.site.width)
+        sae.product_dtype = fast_dtype()
+        if recipe.sae.decoder_bias == "mean":
+            sae.initialise(mean * scale)
+        config = recipe.train
+        adam = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        n_steps = max(1, round(config.n_tokens * feed.batches_per_epoch / feed.n_rows))
+        return cls(sae, adam, config, scale, n_steps)
+
+    def advance(self, batch: Tensor) -> StepInfo:
+        """One optimiser step on a batch (B, D) in raw units."""
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(self.step, self.n_steps, self.config)
+        loss, info = self.sae.training_loss(batch * self.scale, self.config.aux_weight, self.config.dead_after_tokens)
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"The loss is {loss.item()} at step {self.step}. Lower train.lr (it is {self.config.lr}), "
+                "or run `saeflow verify --full` to check the stored activations."
+            )
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.adam.step()
+        self.sae.after_step()
+        if self.step % self.config.log_every == 0 or self.step == self.n_steps - 1:
+            self.log.append(self._row(loss.item(), info, len(batch)))
+        self.step += 1
+        return info
+
+    def _row(self, loss: float, info: StepInfo, n_rows: int) -> dict[str, float]:
+        return {
+            "step": self.step, "batch_rows": n_rows, "lr": self.adam.param_groups[0]["lr"], "loss": loss,
+            "variance_unexplained": info.unexplained, "l0": info.n_active, "dead": info.n_dead,
+            "auxiliary_loss": info.auxiliary, "sparsity_loss": info.sparsity,
+        }  # fmt: skip
+
+    @property
+    def product(self) -> str:
+        """Precision of the encoder product, chosen once by measurement and then kept."""
+        return str(self.sae.product_dtype).removeprefix("torch.")
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint beside the last one, then take its place."""
+        fresh = folder.with_name(folder.name + ".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        moments = {
+            f"adam.{number}.{name}": value
+            for number, state in self.adam.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        save_file({**weights, **moments}, fresh / "state.safetensors")
+        write_json(
+            fresh / "state.json", {"step": self.step, "scale": self.scale, "product": self.product, "log": self.log}
+        )
+        _flush_file(fresh / "state.safetensors")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(fresh, folder)
+
+    def restore(self, folder: Path) -> bool:
+        """Continue from the newest whole checkpoint, if there is one."""
+        for candidate in (folder, folder.with_name(folder.name + ".new")):
+            if (candidate / "state.json").is_file():
+                self._load(candidate)
+                return True
+        return False
+
+    def _load(self, folder: Path) -> None:
+        tensors = load_file(folder / "state.safetensors")
+        about = read_json(folder / "state.json")
+        self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, number, slot = name.split(".", 2)
+                state.setdefault(int(number), {})[slot] = value
+        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+        self.sae.product_dtype = getattr(torch, about["product"])
+        self.step, self.scale, self.log = int(about["step"]), float(about["scale"]), list(about["log"])
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sample(feed: Feed) -> Tensor:
+    """Shuffled rows (n, D) float32 from the first pool of the first epoch."""
+    rows: list[Tensor] = []
+    for batch in feed.batches():
+        rows.append(batch)
+        if sum(map(len, rows)) >= min(_SAMPLE_ROWS, feed.n_rows):
+            break
+    return torch.cat(rows)
+
+
+def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
+    """Train the recipe's SAE, or continue a killed training where its checkpoint stands."""
+    target = artefact(store, recipe)
+    with target.writing():
+        if target.complete():
+            progress.skip("train", f"{recipe.sae.n_features:,} features in {target.path}")
+            return target
+        set_threads(recipe)
+        feed = open_feed(store, recipe)
+        training = Training.begin(feed, recipe)
+        checkpoint = target.work.with_name(target.work.name + ".checkpoint")
+        if training.restore(checkpoint):
+            progress.say(f"train: continuing at step {training.step} of {training.n_steps}")
+        began = time.monotonic()
+        loop(training, feed, checkpoint, progress)
+        publish(target, training, feed.site, store, recipe, time.monotonic() - began)
+        for folder in (checkpoint, checkpoint.with_name(checkpoint.name + ".new")):
+            shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def last_row(target: Artefact) -> dict[str, float]:
+    """The last row of a training's log."""
+    log = pq.read_table(target.path / "log.parquet")
+    return dict(log.slice(log.num_rows - 1).to_pylist()[0])
+
+
+def set_threads(recipe: Recipe) -> None:
+    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+
+
+def open_feed(store: Store, recipe: Recipe) -> Feed:
+    stored = activations.artefact(store, recipe)
+    site = activations.choose_site(stored, recipe.sae.site)
+    return Feed(activations.tokens_artefact(store, recipe), stored, site, recipe.feed)
+
+
+def loop(training: Training, feed: Feed, checkpoint: Path, progress: Progress) -> None:
+    """Step to the end, saving a checkpoint every `checkpoint_seconds` and when interrupted."""
+    saved = time.monotonic()
+    with progress.bar("train", training.n_steps * feed.n_rows // feed.batches_per_epoch, "tokens") as bar:
+        bar.resume_at(training.step * feed.n_rows // feed.batches_per_epoch)
+        batches = feed.batches(skip=training.step)
+        try:
+            while training.step < training.n_steps:
+                batch = next(batches)
+                info = training.advance(batch)
+                bar.advance(
+                    len(batch), f"unexplained {info.unexplained:.3f}, L0 {info.n_active:.1f}, dead {info.n_dead}"
+                )
+                if time.monotonic() - saved > training.config.checkpoint_seconds:
+                    training.save(checkpoint)
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            training.save(checkpoint)
+            raise
+        finally:
+            batches.close()
+
+
+def publish(target: Artefact, training: Training, site: Site, store: Store, recipe: Recipe, seconds: float) -> None:
+    """Fold the scale into the weights and publish weights, settings and log."""
+    inputs = [activations.tokens_artefact(store, recipe).id, activations.artefact(store, recipe).id]
+    about = facts(store, recipe)
+    with target.whole(about, inputs, {"seconds": seconds}) as folder:
+        training.sae.folded(training.scale).save(
+            folder, {"site": site.name, "saeflow": json.dumps(about, sort_keys=True)}
+        )
+        with replacing(folder / "log.parquet") as temporary:
+            pq.write_table(pa.Table.from_pylist(training.log), temporary, compression="zstd")

@@ -1,0 +1,10 @@
+-- Every value is positive and finite.
+--
+-- Grain:   one row per (feature, token) with a value that is not.
+-- Reads:   stg_feature_major
+-- Units:   value is in the units of the activations.
+-- Ask it:  did anything overflow, or is a zero stored?
+select feature_id, token_id, value
+from stg_feature_major
+where value is null or not isfinite(value) or value <= 0
+order by feature_id, token_id;

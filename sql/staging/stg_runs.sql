@@ -1,0 +1,17 @@
+-- The store's runs, their records taken apart.
+--
+-- Grain:   one row per run of the store, damaged ones too.
+-- Reads:   src_runs
+-- Units:   facts and quality are JSON; problem says why a run cannot be asked, else null.
+-- Ask it:  which runs cannot be read, and why?
+create or replace view stg_runs as
+select
+    name,
+    fp,
+    schema_name,
+    is_current::boolean         as is_current,
+    n_tokens::bigint            as n_tokens,
+    try_cast(facts as json)     as facts,
+    try_cast(quality as json)   as quality,
+    problem
+from src_runs;

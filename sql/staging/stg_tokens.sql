@@ -1,0 +1,8 @@
+-- The corpus as the model was fed it, padding included.
+--
+-- Grain:   one row per (sequence, position).
+-- Reads:   src_tokens
+-- Units:   position counts from 0 inside the sequence; mask is true for real tokens.
+-- Ask it:  which document does token 4711 belong to?
+create or replace view stg_tokens as
+select token_id, vocab_id, document_id, position, mask from src_tokens;
