@@ -15,7 +15,7 @@ def bring_flow(recipe: Recipe, store: str | None = None) -> str:
     opened = open_store(recipe, store)
     with reporting("bring") as progress:
 
-        @part_task.with_options(task_run_name="bring")
+        @part_task("bring")
         def bring() -> str:
             return activations.bring(opened, recipe, progress)[1].id
 

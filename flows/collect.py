@@ -20,7 +20,7 @@ def collect_flow(recipe: Recipe, store: str | None = None) -> str:
     opened = open_store(recipe, store)
     with reporting("collect") as progress, activations.collecting(opened, recipe, progress) as job:
 
-        @part_task.with_options(task_run_name="collect-{index}")
+        @part_task("collect-{index}")
         def collect_part(index: int) -> str:
             return job.work(index).folder
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
-from prefect import get_run_logger, task
+from prefect import Task, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
@@ -16,6 +17,22 @@ from saeflow.config import Recipe, UserError
 from saeflow.pipeline import store_path
 from saeflow.progress import Progress
 from saeflow.store import Store
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _OneLine(logging.Filter):
+    """An error that the user has to mend is logged in one line; a traceback would hide what to do."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], UserError):
+            record.exc_info = None
+        return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_OneLine())
 
 PROGRESS_SECONDS = 5.0
 """Between two updates of a progress artifact."""
@@ -32,16 +49,24 @@ def worth_retrying(task: Any, run: Any, state: Any) -> bool:
     return not isinstance(error, UserError)
 
 
-part_task = task(
-    retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=worth_retrying
-)
-"""Decorates the work on one part. It gets an index and returns a folder's name: nothing large goes through Prefect."""
+def part_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Decorates the work on one part. It gets an index and returns a small record: nothing large goes through Prefect."""
+    return task(
+        name="saeflow-part",
+        task_run_name=name,
+        retries=2,
+        retry_delay_seconds=2,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retry_condition_fn=worth_retrying,
+    )
 
 
 @contextmanager
 def reporting(stage: str) -> Iterator[Progress]:
     """Progress on the terminal and, every few seconds, in one progress artifact of the flow run."""
-    artifact: UUID = create_progress_artifact(progress=0.0, key=f"saeflow-{stage}", description=f"{stage}: starting")
+    artifact = create_progress_artifact(progress=0.0, key=f"saeflow-{stage}", description=f"{stage}: starting")
+    assert isinstance(artifact, UUID)  # not a coroutine outside of async code
     last = time.monotonic()
 
     def tell(name: str, done: int, total: int | None, rate: float) -> None:

@@ -22,7 +22,7 @@ def encode_flow(recipe: Recipe, store: str | None = None) -> str:
     opened = open_store(recipe, store)
     with reporting("encode") as progress, features.encoding(opened, recipe, progress) as job:
 
-        @part_task.with_options(task_run_name="encode-{index}")
+        @part_task("encode-{index}")
         def encode_part(index: int) -> str:
             return job.work(index).folder
 

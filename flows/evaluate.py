@@ -15,7 +15,7 @@ def evaluate_flow(recipe: Recipe, store: str | None = None) -> dict[str, float]:
     opened = open_store(recipe, store)
     with reporting("evaluate") as progress:
 
-        @part_task.with_options(task_run_name="evaluate")
+        @part_task("evaluate")
         def judge() -> dict[str, float]:
             quality = evaluate.run(opened, recipe, progress)
             report.run(opened, recipe, progress)

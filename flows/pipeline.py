@@ -28,7 +28,7 @@ from saeflow.config import Recipe
 @flow(name="saeflow-pipeline", flow_run_name="pipeline-{recipe.name}")
 def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     """Run what is missing of every stage, in order, and return the summary."""
-    first = {"tokens": tokens_flow, "collect": collect_flow} if recipe.model else {"bring": bring_flow}
+    first: dict[str, Any] = {"tokens": tokens_flow, "collect": collect_flow} if recipe.model else {"bring": bring_flow}
     seconds = {}
     for stage, stage_flow in (first | {"train": train_flow, "encode": encode_flow, "evaluate": evaluate_flow}).items():
         began = time.monotonic()

@@ -15,7 +15,7 @@ def tokens_flow(recipe: Recipe, store: str | None = None) -> str:
     opened = open_store(recipe, store)
     with reporting("tokens") as progress:
 
-        @part_task
+        @part_task("tokenise")
         def tokenise() -> str:
             return tokens.run(opened, recipe, progress).id
 

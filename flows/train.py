@@ -15,7 +15,7 @@ def train_flow(recipe: Recipe, store: str | None = None) -> str:
     opened = open_store(recipe, store)
     with reporting("train") as progress:
 
-        @part_task.with_options(task_run_name="train")
+        @part_task("train")
         def train_sae() -> str:
             return train.run(opened, recipe, progress).id
 

@@ -9,12 +9,13 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from saeflow import __version__
@@ -94,6 +95,7 @@ def run(
     summary = pipeline.run(opened, settings, _progress(quiet, verbose))
     if not quiet:
         print_summary(summary)
+        print_answers(opened, settings)
 
 
 def _stage(name: str, does: str) -> None:
@@ -230,7 +232,7 @@ def _run_checks(store: Store) -> list[tuple[str, int]]:
     from saeflow import queries
 
     broken = []
-    for each in queries.runs(store):
+    for each in (run for run in queries.runs(store) if run.problem is None):
         with contextlib.closing(queries.connect(store, each.artefact.id)) as connection:
             broken += [(f"{each.schema}.{name}", len(rows)) for name, rows in queries.check(connection) if len(rows)]
     return broken
@@ -271,7 +273,7 @@ def _list_questions() -> None:
 
     table = _table("question", "answers")
     for question in queries.questions():
-        table.add_row(question.usage, question.answers)
+        table.add_row(escape(question.usage), escape(question.answers))
     out.print(table)
 
 
@@ -345,15 +347,38 @@ def print_summary(summary: dict[str, Any]) -> None:
     for name, seconds in summary.get("seconds", {}).items():
         table.add_row(f"{name} took", f"{seconds:.1f} s")
     out.print(table)
-    where = "" if os.environ.get("SAEFLOW_STORE") else f" --store {shlex.quote(summary['store'])}"
-    out.print(
-        "Next:",
-        f"  saeflow ask{where}",
-        f"  saeflow ask feature_summary{where}",
-        sep="\n",
-        markup=False,
-        soft_wrap=True,
-    )
+
+
+def print_answers(store: Store, recipe: Recipe) -> None:
+    """Three SQL answers, each under the command that gives it, and what to try next."""
+    from saeflow import answers, features, queries, terminal
+
+    where = f" --store {shlex.quote(str(store.root))}" if "SAEFLOW_STORE" not in os.environ else ""
+    run = features.artefact(store, recipe).id
+    with contextlib.closing(queries.connect(store, run)) as connection:
+        for question in answers.first_questions(connection):
+            name, arguments = question
+            out.print(
+                f"\n$ saeflow ask {name} {shlex.join(arguments)}{where}", markup=False, soft_wrap=True, style="bold"
+            )
+            terminal.render_table(answers.answer(connection, question), out)
+    out.print("\nTry next:", style="bold")
+    for line in ("ask", "ask search_token Jerusalem", "ask feature_summary", "sql 'select * from runs'", "ls"):
+        out.print(f"  saeflow {line}{where}", markup=False, soft_wrap=True)
+
+
+def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:
+    """The command line of a flow: `python -m flows.pipeline RECIPE [--store FOLDER] [--set KEY=VALUE]`."""
+
+    def command(recipe: RecipePath, store: StoreOption = None, set_: Set = None) -> None:
+        settings = _recipe(recipe, set_)
+        opened = _create(store, settings, quiet=False)
+        print_summary(flow(settings, str(opened.root)))
+        print_answers(opened, settings)
+
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(help="Run what is missing of every stage through Prefect.")(command)
+    main(single, f"python -m {Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem}")
 
 
 def _table(*columns: str) -> Table:
@@ -405,26 +430,26 @@ def _progress(quiet: bool, verbose: bool) -> Progress:
     return Progress(err, -1 if quiet else int(verbose))
 
 
-def main() -> None:
+def main(commands: typer.Typer = app, name: str = "saeflow") -> None:
     """Entry point: errors a user can mend end with one message and exit code 2."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminated)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(_guarded(arguments, debug))
+    sys.exit(_guarded(commands, name, arguments, debug))
 
 
 def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _guarded(arguments: list[str], debug: bool) -> int:
-    command = typer.main.get_command(app)
+def _guarded(commands: typer.Typer, name: str, arguments: list[str], debug: bool) -> int:
+    command = typer.main.get_command(commands)
     try:
-        return int(command.main(arguments, "saeflow", standalone_mode=False) or 0)
+        return int(command.main(arguments, name, standalone_mode=False) or 0)
     except KeyboardInterrupt:
-        again = shlex.join(["saeflow", *arguments])
+        again = shlex.join([*name.split(), *arguments])
         err.print(f"\nStopped. Nothing finished is lost; continue with: {again}", markup=False, soft_wrap=True)
         return 130
     except UserError as error:

@@ -220,16 +220,17 @@ def _encode_rows(
     relative = encoder.relative_error
     widest = row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()
     bits = kernels.bits_of(encoder.pre_activations(low))
-    floors = np.full(len(x), threshold)
+    firsts = np.full(len(x), -np.inf)
+    lower = threshold - widest
     if rule == "top":
-        floors = np.maximum(_kth(choose(bits, kernels.select_top, k), k) * (1 - relative) - widest, 0)
-    lower = floors - widest
+        firsts = _kth(choose(bits, kernels.select_top, k), k)
+        lower = np.maximum(firsts * (1 - relative) - widest, 0) - widest
     cuts = kernels.cut_bits(np.where(lower > 0, lower / (1 + relative), lower / (1 - relative)), encoder.dtype)
     starts, ids, near = choose(bits, kernels.select_above, cuts)
     kept, values = np.empty_like(starts), np.empty(len(ids), np.float32)
     kernels.rescore(
         x.numpy(), b_dec.double().numpy(), encoder.w_enc.numpy(), encoder.b_enc.double().numpy(),
-        encoder.bounds, row_bounds, floors, relative, threshold, k if rule == "top" else encoder.w_enc.shape[0],
+        encoder.bounds, row_bounds, relative, firsts, threshold, k if rule == "top" else len(encoder.w_enc) + 1,
         starts, ids, kernels.floats_of(near), kept, values,
     )  # fmt: skip
     return kept, ids[: kept[-1]], values[: kept[-1]]
@@ -237,8 +238,9 @@ def _encode_rows(
 
 def _row_bounds(centred: Tensor, low: Tensor) -> Doubles:
     """(n, 2): |x - x~|, with the rounding of x - b_dec to float32, and |x~|; a little too large, never too small."""
-    of_centred, of_low = centred.norm(dim=1).double(), low.float().norm(dim=1).double()
-    lost = (centred - low.float()).norm(dim=1).double() + 2.0**-23 * of_centred
+    wide = low.float()
+    of_centred, of_low = centred.norm(dim=1).double(), wide.norm(dim=1).double()
+    lost = wide.sub_(centred).norm(dim=1).double() + 2.0**-23 * of_centred
     return torch.stack([lost, of_low], 1).mul(1.001).numpy()
 
 

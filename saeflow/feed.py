@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from dask import compute, delayed
+from dask.base import compute
+from dask.delayed import delayed
 from torch import Tensor
 
 from saeflow import activations, tokens
@@ -94,6 +95,7 @@ class Feed:
                 f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most {human_bytes(config.pool_bytes // 2)}."
             )
         self.length, self.stride = length, block_sequences * length
+        self._kept: tuple[tuple[Block, ...], Tensor, np.ndarray] | None = None
         self.lengths = {part.index: tokens.read_part(source, token_parts[part.index])[1].sum(1) for part in parts}
 
     @cached_property
@@ -109,7 +111,8 @@ class Feed:
         """Row numbers of a block's real tokens; block n owns the numbers from n × stride on."""
         block = self.blocks[number]
         lengths = self.lengths[block.part.index][block.start : block.stop]
-        return number * self.stride + np.flatnonzero(np.arange(self.length) < lengths[:, None])
+        rows: np.ndarray = np.flatnonzero(np.arange(self.length) < lengths[:, None]) + number * self.stride
+        return rows
 
     def pools(self, epoch: int) -> Iterator[Pool]:
         return plan_epoch(
@@ -146,15 +149,24 @@ class Feed:
     def _read(self, pool: Pool) -> tuple[Tensor, list[Tensor]]:
         """The pool's values, blocks end to end, and its batches as places in them."""
         blocks = [self.blocks[int(number)] for number in pool.blocks]
+        values, starts = self._values(tuple(blocks))
+        shift = starts - pool.blocks * self.stride
+        places = [batch + shift[np.searchsorted(pool.blocks, batch // self.stride)] for batch in pool.batches]
+        return values, [torch.from_numpy(place) for place in places]
+
+    def _values(self, blocks: tuple[Block, ...]) -> tuple[Tensor, np.ndarray]:
+        """Values of the blocks, and where each begins. A store that fits in one pool is read once."""
+        if self._kept is not None and self._kept[0] == blocks:
+            return self._kept[1:]
         ends = np.cumsum([(block.stop - block.start) * self.length for block in blocks])
         starts = np.concatenate([[0], ends[:-1]])
         values = torch.empty(int(ends[-1]), self.site.width, dtype=self.dtype)
         read = delayed(self._read_block)
         tasks = [read(block, values[a:b]) for block, a, b in zip(blocks, starts, ends, strict=True)]
         compute(*tasks, scheduler="threads", num_workers=2)
-        shift = starts - pool.blocks * self.stride
-        places = [batch + shift[np.searchsorted(pool.blocks, batch // self.stride)] for batch in pool.batches]
-        return values, [torch.from_numpy(place) for place in places]
+        if len(blocks) == len(self.blocks):
+            self._kept = blocks, values, starts
+        return values, starts
 
     def _read_block(self, block: Block, out: Tensor) -> None:
         values = activations.read_rows(self.arrays[block.part.index], slice(block.start, block.stop))

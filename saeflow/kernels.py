@@ -21,19 +21,22 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Bits = NDArray[np.signedinteger[Any]]
 Ids = NDArray[np.int32]
+Matrix = NDArray[Any]
 Offsets = NDArray[np.int64]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 BLOCK = 32
-"""Pre-activations looked at together: a block whose largest is below the cut is skipped."""
+"""Pre-activations compared at once."""
 
 ROUNDING = np.int64(1) << 41
 """Half a unit in the last of 11 significand bits, in the bits of a float64."""
@@ -92,11 +95,58 @@ def floats_of(bits: Bits) -> Floats:
     return (wide << 16 if bits.itemsize == 2 else wide).view(np.float32)
 
 
-def cut_bits(cut: Doubles | Floats, dtype: torch.dtype) -> Bits:
-    """The largest `c` for which `ordered(bits) > c` holds for all numbers of `dtype` above the cut."""
+def cut_bits(cut: Doubles, dtype: torch.dtype) -> Bits:
+    """Of each cut the `c` with `ordered(bits) > c` for all numbers of `dtype` above it, and hardly any other.
+
+    `ordered` flips all but the sign of negative numbers, which then are ordered like all others.
+    """
     bits = np.nextafter(cut.astype(np.float32), np.float32(-np.inf)).view(np.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered >> 16).astype(np.int16) if dtype.itemsize == 2 else ordered
+    if dtype.itemsize == 4:
+        return ordered
+    return np.where(ordered < 0, ((ordered + 1) >> 16) - 1, ordered >> 16).astype(np.int16)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _mask_above(typing: Any, numbers: Any, start: Any, limit: Any) -> Any:
+    """One bit for each of BLOCK numbers from `start` on, set where the number is above the limit.
+
+    Written as vector instructions: the compiler does not find them, and this is what a whole matrix goes through.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        element = context.get_data_type(numbers.dtype)
+        vector = ir.VectorType(element, BLOCK)
+        array = context.make_array(numbers)(context, builder, arguments[0])
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
+        loaded = builder.load(place, align=element.width // 8)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), None)
+        limits = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+        return builder.bitcast(builder.icmp_signed(">", loaded, limits), ir.IntType(BLOCK))
+
+    return numba.uint32(numbers, numba.intp, numbers.dtype), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _lowest_bit(typing: Any, mask: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.zext(builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
+
+    return numba.intp(numba.uint32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float(typing: Any, number: Any) -> Any:
+    """A float32 from the bits of a bfloat16 in an int16; a float32 stays what it is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if number != numba.int16:
+            return arguments[0]
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return numba.float32(number), generate
 
 
 @_compiled
@@ -110,23 +160,26 @@ def _above(row: Bits, cut: int, ids: Ids, out: Bits, n: int) -> int:
             out[n] = row[j]
             n += row[j] >= 0 or (row[j] ^ flip) > cut
         return n
-    for start in range(0, len(row), BLOCK):
-        block = row[start : start + BLOCK]
-        largest = block[0]
-        for j in range(len(block)):
-            number = block[j]
-            largest = number if number > largest else largest
-        if largest > limit:
-            for j in range(len(block)):
-                ids[n] = start + j
-                out[n] = block[j]
-                n += block[j] > limit
+    n_blocks = len(row) // BLOCK
+    for block in range(n_blocks):
+        mask = _mask_above(row, block * BLOCK, limit)
+        while mask != 0:
+            j = block * BLOCK + _lowest_bit(mask)
+            ids[n] = j
+            out[n] = row[j]
+            n += 1
+            mask = np.uint32(mask & np.uint32(mask - np.uint32(1)))
+    for j in range(n_blocks * BLOCK, len(row)):
+        if row[j] > limit:
+            ids[n] = j
+            out[n] = row[j]
+            n += 1
     return n
 
 
 @_compiled
 def _kth_largest(numbers: Bits, k: int) -> int:
-    """The largest t with at least k of the numbers >= t, by bisection; 0 if fewer than k are positive."""
+    """A t with exactly k numbers >= t, by bisection. Is there none, the k-th largest; 0 if fewer are positive."""
     low, high = 0, 1
     for i in range(len(numbers)):
         high = max(high, numbers[i] + 1)
@@ -136,7 +189,9 @@ def _kth_largest(numbers: Bits, k: int) -> int:
         count = np.int32(0)
         for i in range(len(numbers)):
             count = np.int32(count + np.int32(numbers[i] >= limit))
-        if count >= k:
+        if count == k:
+            return middle
+        if count > k:
             low = middle
         else:
             high = middle
@@ -193,6 +248,14 @@ def select_top(bits: Bits, k: int, row_starts: Offsets, ids: Ids, out: Bits) -> 
 
 
 @_compiled
+def _dot(doubles: Doubles, floats: Floats) -> float:
+    total = 0.0
+    for c in range(len(doubles)):
+        total += doubles[c] * np.float64(floats[c])
+    return total
+
+
+@_compiled
 def rescore(
     x: Floats,
     b_dec: Doubles,
@@ -200,8 +263,8 @@ def rescore(
     b_enc: Doubles,
     bounds: Doubles,
     row_bounds: Doubles,
-    floors: Doubles,
     relative: float,
+    firsts: Doubles,
     threshold: float,
     k: int,
     row_starts: Offsets,
@@ -212,52 +275,71 @@ def rescore(
 ) -> None:
     """Recompute candidates in float64, keep those above the threshold, of these the k largest, and round.
 
-    A candidate is skipped unread when its approximate value plus the bound on its error stays below the row's floor.
-    The bound is `row_bounds[r] @ bounds[:, j] + relative * abs(approximate)`. Kept entries are written over `ids`.
+    A candidate is left out unread when its approximate value and the bound on its error,
+    `row_bounds[r] @ bounds[:, j] + relative * abs(approximate)`, stay below what is needed. Candidates of at least
+    `firsts[r]` come first: where there are k, the least of them raises what is needed of the others.
+    Kept entries are written over `ids`.
     """
-    d = x.shape[1]
-    centred = np.empty(d)
     longest = 0
     for r in range(len(x)):
         longest = max(longest, row_starts[r + 1] - row_starts[r])
     exact = np.empty(longest)
     exact_bits = exact.view(np.int64)
-    places = np.empty(longest, np.int32)
+    centred = np.empty(x.shape[1])
     n = 0
     kept_starts[0] = 0
     for r in range(len(x)):
-        for c in range(d):
+        for c in range(len(centred)):
             centred[c] = np.float64(x[r, c]) - b_dec[c]
-        n_exact = 0
-        for e in range(row_starts[r], row_starts[r + 1]):
-            j = ids[e]
-            guess = np.float64(approximate[e])
-            error = row_bounds[r, 0] * bounds[0, j] + row_bounds[r, 1] * bounds[1, j] + bounds[2, j]
-            if guess + error + relative * abs(guess) < floors[r]:
-                continue
-            total = 0.0
-            for c in range(d):
-                total += centred[c] * np.float64(w_enc[j, c])
-            total += b_enc[j]
-            exact[n_exact] = total
-            places[n_exact] = j
-            n_exact += total > threshold
-        kth = np.int64(0)
-        ties = np.int64(k)
-        if n_exact > k:
-            kth = _kth_largest(exact_bits[:n_exact], k)
-            for i in range(n_exact):
-                ties -= exact_bits[i] > kth
-        for i in range(n_exact):
-            number = exact_bits[i]
-            if number > kth or (number == kth and ties > 0):
-                ties -= number == kth
-                number += ROUNDING - 1 + ((number >> 42) & 1)
-                exact_bits[i] = (number >> 42) << 42
-                ids[n] = places[i]
-                values[n] = exact[i]
-                n += values[n] > 0
+        row_ids = ids[row_starts[r] : row_starts[r + 1]]
+        guesses = approximate[row_starts[r] : row_starts[r + 1]]
+        needed = threshold
+        for first in (True, False):
+            n_exact = 0
+            least = np.inf
+            for i in range(len(row_ids)):
+                j = row_ids[i]
+                guess = np.float64(guesses[i])
+                if first:
+                    exact[i] = 0
+                if (guess >= firsts[r]) != first:
+                    continue
+                error = row_bounds[r, 0] * bounds[0, j] + row_bounds[r, 1] * bounds[1, j] + bounds[2, j]
+                if guess + error + relative * abs(guess) < needed:
+                    continue
+                exact[i] = max(_dot(centred, w_enc[j]) + b_enc[j], 0.0)
+                least = min(least, exact[i])
+                n_exact += 1
+            if n_exact >= k:
+                needed = max(needed, least)
+        n = _round_largest(exact[: len(row_ids)], exact_bits[: len(row_ids)], threshold, k, row_ids, ids, values, n)
         kept_starts[r + 1] = n
+
+
+@_compiled
+def _round_largest(
+    exact: Doubles, exact_bits: Bits, threshold: float, k: int, row_ids: Ids, ids: Ids, values: Floats, n: int
+) -> int:
+    """Append the k largest numbers above the threshold, among equals the first ones, rounded to 11 bits."""
+    n_above = 0
+    for i in range(len(exact)):
+        n_above += exact[i] > threshold
+    kth = np.int64(0)
+    ties = np.int64(k)
+    if n_above > k:
+        kth = _kth_largest(exact_bits, k)
+        for i in range(len(exact)):
+            ties -= exact_bits[i] > kth
+    for i in range(len(exact)):
+        number = exact_bits[i]
+        if exact[i] > threshold and (number > kth or (number == kth and ties > 0)):
+            ties -= number == kth
+            number += ROUNDING - 1 + ((number >> 42) & 1)
+            exact_bits[i] = (number >> 42) << 42
+            ids[n] = row_ids[i]
+            values[n] = exact[i]
+            n += values[n] > 0
+    return n
 
 
 @_compiled
@@ -332,9 +414,9 @@ def transpose(
 
 
 @_compiled
-def _add_two(out: Floats, a: float, first: Floats, b: float, second: Floats) -> None:
+def _add_two(out: Floats, a: float, first: Matrix, b: float, second: Matrix) -> None:
     for c in range(len(out)):
-        out[c] += a * first[c] + b * second[c]
+        out[c] += a * _float(first[c]) + b * _float(second[c])
 
 
 @_compiled
@@ -345,8 +427,8 @@ def accumulate(
     rows: Ids,
     values: Floats,
     d_values: Floats,
-    residual: Floats,
-    centred: Floats,
+    residual: Matrix,
+    centred: Matrix,
     w_dec: Floats,
     on_sphere: bool,
     d_w_enc: Floats,
@@ -355,39 +437,40 @@ def accumulate(
 ) -> None:
     """Gradients of features start..stop. Rows past the end of `centred` are its first rows once more.
 
+    `residual` and `centred` are float32, or bfloat16 as bits: reading them is what takes the time.
     With `on_sphere` the part of `d_w_dec` along a row of `w_dec` is taken out: the gradient of the loss of unit rows.
     """
-    d = residual.shape[1]
     n_rows = len(centred)
     for f in range(start, stop):
         d_enc, d_dec = d_w_enc[f], d_w_dec[f]
         d_enc[:] = 0
         d_dec[:] = 0
         bias = np.float32(0)
-        for e in range(feature_starts[f], feature_starts[f + 1]):
-            bias += d_values[e]
-        e = feature_starts[f]
-        while e + 2 <= feature_starts[f + 1]:
-            r0, r1 = rows[e], rows[e + 1]
-            _add_two(d_dec, values[e], residual[r0], values[e + 1], residual[r1])
+        for e in range(feature_starts[f], feature_starts[f + 1], 2):
+            more = e + 1 < feature_starts[f + 1]
+            last = e + 1 if more else e
+            r0, r1 = rows[e], rows[last]
+            v1 = values[last] if more else np.float32(0)
+            g1 = d_values[last] if more else np.float32(0)
+            bias += d_values[e] + g1
+            _add_two(d_dec, values[e], residual[r0], v1, residual[r1])
             r0, r1 = r0 if r0 < n_rows else r0 - n_rows, r1 if r1 < n_rows else r1 - n_rows
-            _add_two(d_enc, d_values[e], centred[r0], d_values[e + 1], centred[r1])
-            e += 2
-        if e < feature_starts[f + 1]:
-            r0 = rows[e]
-            _add_two(d_dec, values[e], residual[r0], np.float32(0), residual[r0])
-            r0 = r0 if r0 < n_rows else r0 - n_rows
-            _add_two(d_enc, d_values[e], centred[r0], np.float32(0), centred[r0])
+            _add_two(d_enc, d_values[e], centred[r0], g1, centred[r1])
         d_b_enc[f] = bias
         if on_sphere:
-            along = np.float32(0)
-            length = np.float32(0)
-            for c in range(d):
-                along += d_dec[c] * w_dec[f, c]
-                length += w_dec[f, c] * w_dec[f, c]
-            along /= length
-            for c in range(d):
-                d_dec[c] -= along * w_dec[f, c]
+            _project_out(d_dec, w_dec[f])
+
+
+@_compiled
+def _project_out(vector: Floats, direction: Floats) -> None:
+    along = np.float32(0)
+    length = np.float32(0)
+    for c in range(len(vector)):
+        along += vector[c] * direction[c]
+        length += direction[c] * direction[c]
+    along /= length
+    for c in range(len(vector)):
+        vector[c] -= along * direction[c]
 
 
 @_compiled

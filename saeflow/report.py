@@ -98,7 +98,7 @@ def _densities(target: Artefact) -> Any:
     live = density[density > 0]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.hist(np.log10(live), bins=np.arange(math.floor(np.log10(live.min())) if len(live) else -6, 0.1, 0.1))
+    axes.hist(np.log10(live), bins=list(np.arange(math.floor(np.log10(live.min())) if len(live) else -6, 0.1, 0.1)))
     axes.set_xlabel("log10 of the share of tokens on which a feature fires")
     axes.set_ylabel("features")
     axes.set_title(f"{len(live):,} live features, {len(density) - len(live):,} dead")

@@ -173,8 +173,10 @@ def _feature_gradients(step: Step, w_dec: Tensor, pair: Tensor) -> tuple[Tensor,
     starts, ids, _ = (t.numpy() for t in step.entries)
     feature_starts, rows, (values, d_values) = encoding.transpose(starts, ids, pair.numpy(), len(w_dec))
     out = torch.empty_like(w_dec), torch.empty(len(w_dec)), torch.empty_like(w_dec)
-    matrices = [t.numpy() for t in (step.residual, step.prepared.centred, w_dec)]
-    arrays = [feature_starts, rows, values, d_values, *matrices, step.unit_norm, *(t.numpy() for t in out)]
+    low = step.residual.to(step.prepared.low.dtype), step.prepared.low
+    matrices = [kernels.bits_of(t) if t.dtype == torch.bfloat16 else t.numpy() for t in low]
+    arrays = [feature_starts, rows, values, d_values, *matrices, w_dec.numpy(), step.unit_norm]
+    arrays += [t.numpy() for t in out]
     in_parallel(lambda features: kernels.accumulate(*features, *arrays), ranges(len(w_dec), FEATURES))
     return out
 
@@ -183,14 +185,15 @@ def _feature_gradients_anywhere(step: Step, w_dec: Tensor, pair: Tensor) -> tupl
     ids, rows = step.entries.feature_ids.long(), step.entries.rows
     order = ids.argsort(stable=True)
     starts = tf.pad(torch.bincount(ids, minlength=len(w_dec)).cumsum(0), (1, 0))
-    centred = step.prepared.centred
-    centred = torch.cat([centred, centred[: len(step.residual) - len(centred)]])
+    low = step.prepared.low
+    centred = torch.cat([low, low[: len(step.residual) - len(low)]]).float()
+    residual = step.residual.to(low.dtype).float()
 
     def product(numbers: Tensor, matrix: Tensor) -> Tensor:
         bags = rows[order], matrix, starts
         return tf.embedding_bag(*bags, mode="sum", per_sample_weights=numbers[order], include_last_offset=True)
 
-    d_w_enc, d_w_dec = product(pair[1], centred), product(pair[0], step.residual)
+    d_w_enc, d_w_dec = product(pair[1], centred), product(pair[0], residual)
     d_b_enc = torch.zeros_like(w_dec[:, 0]).index_add_(0, ids, pair[1])
     if step.unit_norm:
         along = (d_w_dec * w_dec).sum(1) / w_dec.square().sum(1)
