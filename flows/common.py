@@ -14,9 +14,8 @@ from prefect.artifacts import create_progress_artifact, create_table_artifact, u
 from prefect.cache_policies import NO_CACHE
 
 from saeflow.config import Recipe, UserError
-from saeflow.pipeline import store_path
 from saeflow.progress import Progress
-from saeflow.store import Store
+from saeflow.store import Store, store_path
 
 P = ParamSpec("P")
 R = TypeVar("R")

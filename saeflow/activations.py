@@ -20,13 +20,14 @@ from zarr.codecs import Crc32cCodec
 
 from saeflow import brought, tokens
 from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
-from saeflow.model import Site, load_model, model_fingerprint, read_sites, resolve_sites
+from saeflow.model import Site, SiteReader, load_model, model_fingerprint, resolve_sites
+from saeflow.parallel import in_order, n_threads
 from saeflow.progress import Bar, Progress
-from saeflow.store import Artefact, Job, PartRecord, Store
+from saeflow.store import Artefact, Job, PartRecord, Store, checksum
 
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _QUEUE = 4
-"""Shards waiting for the disk before the model has to wait."""
+"""Forward batches waiting for the disk before the model has to wait."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,14 @@ def _brought_facts(recipe: Recipe) -> dict[str, Any]:
     about = recipe.activations
     made = about.synthetic.model_dump(mode="json") if about.synthetic else None
     share = recipe.corpus.held_out if recipe.corpus else 0.0
-    return {"source": about.source, "synthetic": made, "part_rows": about.part_rows, "held_out": share}
+    content = checksum(Path(about.source)) if about.source and Path(about.source).is_file() else None
+    return {
+        "source": about.source,
+        "content": content,
+        "synthetic": made,
+        "part_rows": about.part_rows,
+        "held_out": share,
+    }
 
 
 @dataclass
@@ -87,33 +95,39 @@ class Collector:
     config: ActivationsConfig
     model: nn.Module
     sites: list[Site]
+    workers: int
 
     def collect(self, part: PartRecord, bar: Bar) -> PartRecord:
-        """Run the model over one token part and publish the part's activations."""
+        """Run the model over one token part and keep the activations as a part."""
         vocab_ids, mask = tokens.read_part(self.source, part)
-        with self.target.new_part(part.index, dict(part.counts)) as folder:
-            n, length = vocab_ids.shape
-            layouts = {site: plan_layout(n, length, site.width, self.config) for site in self.sites}
-            writers = [_Writer(folder / site.file, layouts[site], self.config.dtype) for site in self.sites]
-            with ThreadPoolExecutor(1) as disk:
+        n, length = vocab_ids.shape
+        batches = [
+            slice(start, min(start + self.config.forward_batch, n)) for start in range(0, n, self.config.forward_batch)
+        ]
+        reader = SiteReader(self.model, self.sites)
+
+        def forward(rows: slice) -> list[np.ndarray]:
+            padding = None if mask[rows].all() else torch.from_numpy(mask[rows])
+            read = reader.read(torch.from_numpy(vocab_ids[rows]), padding)
+            return [_stored(read[site.name], self.config, part, rows.start) for site in self.sites]
+
+        with self.target.new_part(part.index, dict(part.counts)) as folder, contextlib.closing(reader):
+            writers = [
+                _Writer(folder / site.file, plan_layout(n, length, site.width, self.config), self.config.dtype)
+                for site in self.sites
+            ]
+            with ThreadPoolExecutor(1, "saeflow-disk") as disk:
                 pending: deque[Future[None]] = deque()
-                for start in range(0, len(vocab_ids), self.config.forward_batch):
-                    rows = slice(start, start + self.config.forward_batch)
-                    read = self._forward(vocab_ids[rows], mask[rows])
-                    for site, writer in zip(self.sites, writers, strict=True):
-                        pending.append(disk.submit(writer.append, _stored(read[site.name], self.config, part, start)))
-                    while len(pending) > _QUEUE:
+                for rows, values in zip(batches, in_order(forward, batches, self.workers), strict=True):
+                    pending += [disk.submit(w.append, block) for w, block in zip(writers, values, strict=True)]
+                    while len(pending) > _QUEUE * len(writers):
                         pending.popleft().result()
                     bar.advance(int(mask[rows].sum()))
                 for future in pending:
                     future.result()
-                for writer in writers:
-                    writer.close()
+            for writer in writers:
+                writer.close()
         return self.target.parts()[part.index]
-
-    def _forward(self, vocab_ids: np.ndarray, mask: np.ndarray) -> dict[str, Tensor]:
-        padding = None if mask.all() else torch.from_numpy(mask)
-        return read_sites(self.model, self.sites, torch.from_numpy(vocab_ids), padding)
 
 
 class _Writer:
@@ -228,7 +242,9 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
     about = facts(store, recipe) | {"stored": [[site.name, site.width] for site in sites]}
     target.begin(about, [source.id])
-    return Collector(source, target, recipe.activations, model, sites)
+    on_processor = next(model.parameters()).device.type == "cpu"
+    workers = n_threads(recipe.threads) if on_processor else 1
+    return Collector(source, target, recipe.activations, model, sites, workers)
 
 
 def stored_sites(target: Artefact) -> list[Site]:
@@ -264,6 +280,7 @@ def bring(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, A
             skipped(target, progress)
             return source, target
         about = recipe.activations
+        torch.set_num_threads(n_threads(recipe.threads))
         table = brought.make_table(about.synthetic) if about.synthetic else brought.read_table(str(about.source))
         site = Site("table", table.values.shape[1])
         store.require_free(int(table.values.nbytes * 1.05), "Storing the table")

@@ -12,6 +12,8 @@ import torch
 
 from saeflow.config import SyntheticConfig, UserError
 
+_TOY_STEPS = 3000
+
 
 @dataclass(frozen=True)
 class Table:
@@ -47,7 +49,11 @@ def read_table(path: str) -> Table:
 
 
 def _unlabelled(values: np.ndarray) -> Table:
-    return Table([f"row {i}" for i in range(len(values))], values.astype(np.float32))
+    return Table(_names(len(values)), values.astype(np.float32))
+
+
+def _names(n: int) -> list[str]:
+    return [f"row {i}" for i in range(n)]
 
 
 def _from_columns(file: Path) -> Table:
@@ -81,34 +87,35 @@ def make_table(config: SyntheticConfig) -> Table:
 
 
 def _sparse_mixture(config: SyntheticConfig, generator: torch.Generator) -> Table:
-    """Rows are sums of one to `n_active` of `n_true` random unit directions, strengths uniform in [0.5, 1.5]."""
+    """Rows are sums of one to `n_active` of `n_true` random unit directions, strengths uniform in [0, 1]."""
     directions = torch.nn.functional.normalize(torch.randn(config.n_true, config.n_neurons, generator=generator), dim=1)
     order = torch.rand(config.n_samples, config.n_true, generator=generator).argsort(1)[:, : config.n_active]
-    strengths = 0.5 + torch.rand(config.n_samples, config.n_active, generator=generator)
+    strengths = torch.rand(config.n_samples, config.n_active, generator=generator)
     n_present = torch.randint(1, config.n_active + 1, (config.n_samples, 1), generator=generator)
     strengths *= torch.arange(config.n_active) < n_present
     values = (directions[order] * strengths[:, :, None]).sum(1)
-    return Table(_unlabelled(values.numpy()).labels, values.numpy(), directions.numpy())
+    return Table(_names(len(values)), values.numpy(), directions.numpy())
 
 
 def _superposition(config: SyntheticConfig, generator: torch.Generator) -> Table:
-    """The hidden layer of a toy model of superposition: `relu(W'Wx + b)` trained to copy sparse x.
+    """The hidden layer of a toy model of superposition, `relu(W'Wx + b)` trained to copy sparse x; x = 0 is left out.
 
-    Elhage et al. 2022 (transformer-circuits.pub/2022/toy_model). Directions are the columns of W.
+    Elhage et al. 2022 (transformer-circuits.pub/2022/toy_model). Directions are the columns of W (m, n).
     """
     n, m = config.n_true, config.n_neurons
     weight = torch.nn.Parameter(torch.randn(m, n, generator=generator) * 0.5)
     bias = torch.nn.Parameter(torch.zeros(n))
     adam = torch.optim.Adam([weight, bias], lr=1e-2)
-    for step in range(4000):
-        adam.param_groups[0]["lr"] = 1e-2 * (1 - step / 4000)
-        x = _sparse_inputs(1024, n, config.density, generator)
+    for step in range(_TOY_STEPS):
+        adam.param_groups[0]["lr"] = 1e-2 * min(1.0, 2 - 2 * step / _TOY_STEPS)
+        x = _sparse_inputs(512, n, config.density, generator)
         loss = (torch.relu(x @ weight.T @ weight + bias) - x).square().mean()
         adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         adam.step()
-    hidden = _sparse_inputs(config.n_samples, n, config.density, generator) @ weight.detach().T
-    return Table(_unlabelled(hidden.numpy()).labels, hidden.numpy(), weight.detach().T.numpy())
+    x = _sparse_inputs(config.n_samples, n, config.density, generator)
+    hidden = (x[x.sum(1) > 0] @ weight.detach().T).numpy()
+    return Table(_names(len(hidden)), hidden, weight.detach().T.numpy())
 
 
 def _sparse_inputs(n_rows: int, n: int, density: float, generator: torch.Generator) -> torch.Tensor:

@@ -21,7 +21,7 @@ from rich.table import Table
 from saeflow import __version__
 from saeflow.config import Recipe, UserError, load_recipe
 from saeflow.progress import Progress
-from saeflow.store import KINDS, Artefact, Store, human_bytes, read_json
+from saeflow.store import KINDS, Artefact, Store, human_bytes, read_json, store_path
 
 if TYPE_CHECKING:
     import duckdb
@@ -282,6 +282,7 @@ def sql(
     query: Annotated[str | None, typer.Argument(help="A select; none opens a prompt.")] = None,
     store: StoreOption = None,
     run: RunOption = None,
+    script: Annotated[bool, typer.Option("--script", help="Print the run's SQL for the duckdb shell.")] = False,
     format: Format = "table",
     limit: Limit = 1000,
     output: Output = None,
@@ -289,16 +290,18 @@ def sql(
     """Run your own read-only SQL. Example: `saeflow sql 'select count(*) from tokens'`"""
     from saeflow import queries, terminal
 
+    if script:
+        return typer.echo(queries.script(_open(store), run))
     with _connection(store, run) as connection:
         if query is not None or not sys.stdin.isatty():
             table = queries.query(connection, query if query is not None else sys.stdin.read(), limit=limit)
-            terminal.write(table, format, output, out)
-            return
+            return terminal.write(table, format, output, out)
         for typed in _prompt():
             try:
                 terminal.write(queries.query(connection, typed, limit=limit), format, None, out)
             except UserError as error:
                 err.print(str(error), markup=False, style="red")
+    return None
 
 
 def _prompt() -> Iterator[str]:
@@ -321,7 +324,6 @@ def _prompt() -> Iterator[str]:
 def doctor(store: StoreOption = None) -> None:
     """Report versions, processor, speeds and free disk. Example: `saeflow doctor`"""
     from saeflow import doctor as examination
-    from saeflow.pipeline import store_path
 
     table = _table("what", "here")
     for name, value in examination.facts(store_path(store)):
@@ -363,7 +365,7 @@ def print_answers(store: Store, recipe: Recipe) -> None:
             )
             terminal.render_table(answers.answer(connection, question), out)
     out.print("\nTry next:", style="bold")
-    for line in ("ask", "ask search_token Jerusalem", "ask feature_summary", "sql 'select * from runs'", "ls"):
+    for line in ("ask", "ask feature_summary", "ask search_token the", "sql 'select * from runs'", "ls"):
         out.print(f"  saeflow {line}{where}", markup=False, soft_wrap=True)
 
 
@@ -404,8 +406,6 @@ def _recipe(path: Path, changes: list[str] | None) -> Recipe:
 
 
 def _create(option: str | None, recipe: Recipe, quiet: bool) -> Store:
-    from saeflow.pipeline import store_path
-
     store = Store.create(store_path(option, recipe))
     if not quiet:
         err.print(f"store: {store.root}", markup=False, soft_wrap=True)
@@ -413,9 +413,9 @@ def _create(option: str | None, recipe: Recipe, quiet: bool) -> Store:
 
 
 def _open(option: str | None) -> Store:
-    from saeflow.pipeline import store_path
-
-    return Store.open(store_path(option))
+    store = Store.open(store_path(option))
+    err.print(f"store: {store.root}", markup=False, soft_wrap=True)
+    return store
 
 
 @contextlib.contextmanager
@@ -440,6 +440,10 @@ def main(commands: typer.Typer = app, name: str = "saeflow") -> None:
     sys.exit(_guarded(commands, name, arguments, debug))
 
 
+_INTERRUPTED = 130
+"""What a command returns after Ctrl-C or SIGTERM."""
+
+
 def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -447,18 +451,18 @@ def _terminated(number: int, frame: object) -> None:
 def _guarded(commands: typer.Typer, name: str, arguments: list[str], debug: bool) -> int:
     command = typer.main.get_command(commands)
     try:
-        return int(command.main(arguments, name, standalone_mode=False) or 0)
-    except KeyboardInterrupt:
-        again = shlex.join([*name.split(), *arguments])
-        err.print(f"\nStopped. Nothing finished is lost; continue with: {again}", markup=False, soft_wrap=True)
-        return 130
+        code = int(command.main(arguments, name, standalone_mode=False) or 0)
+        if code == _INTERRUPTED:
+            again = shlex.join([*name.split(), *arguments])
+            err.print(f"\nStopped. Nothing finished is lost; continue with: {again}", markup=False, soft_wrap=True)
+        return code
     except UserError as error:
         if debug:
             raise
         err.print(str(error), markup=False, soft_wrap=True, style="red")
         return 2
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if debug or error.errno not in _DISK_ERRORS:
             raise
         err.print(_disk_message(error), markup=False, soft_wrap=True, style="red")
         return 2
@@ -467,8 +471,11 @@ def _guarded(commands: typer.Typer, name: str, arguments: list[str], debug: bool
             error.show()
             return int(error.exit_code)
         if type(error).__name__ == "Abort":
-            return 130
+            return _INTERRUPTED
         raise
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def _disk_message(error: OSError) -> str:

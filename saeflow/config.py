@@ -93,7 +93,7 @@ class ActivationsConfig(Section):
     source: str | None = Field(None, description="Bring your own: a CSV, npy or Parquet table instead of a model.")
     synthetic: SyntheticConfig | None = Field(None, description="Made activations instead of a model's.")
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="Precision on disk.")
-    forward_batch: PositiveInt = Field(64, description="Sequences in one forward pass.")
+    forward_batch: PositiveInt = Field(16, description="Sequences in one forward pass.")
     chunk_bytes: ByteSize = Field(ByteSize(4 << 20), description="Unit of decoding inside a shard.")
     shard_bytes: ByteSize = Field(ByteSize(32 << 20), description="Unit of storage.")
     part_rows: PositiveInt = Field(262_144, description="Rows in a part of brought or made activations.")
@@ -118,11 +118,18 @@ class SAEConfig(Section):
     n_features: PositiveInt = Field(4096, description="Directions in the dictionary (F).")
     k: PositiveInt = Field(32, description="Active features per token (topk, batchtopk).")
     l1_weight: float = Field(0.01, ge=0, description="Weight of mean(abs(values)) in the loss (relu).")
+    l1_norm_weighted: bool = Field(False, description="Weigh each value by its decoder row's length in that loss.")
     unit_norm: bool = Field(True, description="Keep decoder rows at unit length.")
     normalise: bool = Field(
         True, description="Scale the data set to mean squared norm D while training; folded in at save."
     )
-    decoder_bias: Literal["mean", "zero"] = Field("mean", description="Where the decoder bias starts.")
+    init: Literal["tied", "linear"] = Field(
+        "tied", description="Random unit rows shared by both matrices, or uniform as torch's nn.Linear."
+    )
+    decoder_scale: PositiveFloat = Field(1.0, description="Factor on the decoder's first rows (without unit_norm).")
+    decoder_bias: Literal["mean", "zero", "fixed"] = Field(
+        "mean", description="Where the decoder bias starts; `fixed` keeps it at zero."
+    )
     seed: int = Field(0, description="Seed of the initial weights.")
 
     @model_validator(mode="after")
@@ -148,6 +155,10 @@ class TrainConfig(Section):
     dead_after_tokens: PositiveInt = Field(
         200_000, description="A feature silent this long counts as dead in training."
     )
+    resample_at: list[Share] = Field(
+        [], description="Shares of the training at which dead features start anew (Bricken et al. 2023)."
+    )
+    restarts: PositiveInt = Field(1, description="Trainings from other seeds; the best reconstruction is kept.")
     checkpoint_seconds: PositiveFloat = Field(60, description="Work at most lost when a run is killed.")
     log_every: PositiveInt = Field(10, description="Steps between rows of log.parquet.")
 

@@ -156,9 +156,9 @@ def _tables(paths: list[str], reader: str, config: CorpusConfig) -> Corpus:
             )
         except duckdb.Error as error:
             raise UserError(f"corpus.files cannot be read as {reader}: {_first_line(error)}") from error
+        names = {local_path: Path(path).name for local_path, path in local.items()}
+        corpus = _from_relation(connection, relation, config, names, ordered=False)
         keep = stack.pop_all()  # the folder lives as long as the documents are read
-    names = {local_path: Path(path).name for local_path, path in local.items()}
-    corpus = _from_relation(connection, relation, config, names, ordered=False)
     return Corpus(_closing(corpus.documents, keep), corpus.metadata)
 
 

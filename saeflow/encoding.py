@@ -92,7 +92,7 @@ class Encoder:
 
     def __init__(self, w_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) -> None:
         self.w_enc, self.b_enc, self.dtype = w_enc.detach(), b_enc.detach(), dtype
-        self.low_w, self.low_b = self.w_enc.to(dtype), self.b_enc.to(dtype)
+        self.low_w, self.low_b = kernels.converted(self.w_enc, dtype), self.b_enc.to(dtype)
 
     @property
     def chunk_rows(self) -> int:
@@ -240,7 +240,7 @@ def _row_bounds(centred: Tensor, low: Tensor) -> Doubles:
     """(n, 2): |x - x~|, with the rounding of x - b_dec to float32, and |x~|; a little too large, never too small."""
     wide = low.float()
     of_centred, of_low = centred.norm(dim=1).double(), wide.norm(dim=1).double()
-    lost = wide.sub_(centred).norm(dim=1).double() + 2.0**-23 * of_centred
+    lost = (wide - centred).norm(dim=1).double() + 2.0**-23 * of_centred
     return torch.stack([lost, of_low], 1).mul(1.001).numpy()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from saeflow import activations, features, tokens, train
 from saeflow.config import Recipe
 from saeflow.feed import Feed, held_out_rows
 from saeflow.model import load_model, replaced
+from saeflow.parallel import in_order, n_threads
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Artefact, Store, read_json, write_json
@@ -141,13 +144,15 @@ def _language_model_loss(
         "loss_mean_ablated": lambda x: mean.to(x).expand_as(x),
         "loss_zero_ablated": torch.zeros_like,
     }
-    sums, n_predicted = dict.fromkeys(changes, 0.0), 0
-    with progress.bar("loss", None, "tokens") as bar:
-        for vocab_ids, mask in _held_out_sequences(store, recipe):
-            for name, change in changes.items():
-                sums[name] += _summed_loss(model, site, change, vocab_ids, mask)
-            n_predicted += int((mask[:, 1:] & mask[:, :-1]).sum())
-            bar.advance(int(mask.sum()))
+    batches = list(_held_out_sequences(store, recipe))
+    n_predicted = sum(int((mask[:, 1:] & mask[:, :-1]).sum()) for _, mask in batches)
+    sums = {}
+    with progress.bar("loss", len(changes) * n_predicted, "tokens") as bar:
+        for name, change in changes.items():
+            with replaced(model, site, change) if change else contextlib.nullcontext():
+                each = in_order(partial(_summed_loss, model), batches, n_threads(recipe.threads))
+                sums[name] = math.fsum(each)
+            bar.advance(n_predicted)
     losses = {name: total / n_predicted for name, total in sums.items()}
     recovered = {
         f"loss_recovered_{kind}": loss_recovered(losses["loss"], losses["loss_sae"], losses[f"loss_{kind}_ablated"])
@@ -169,18 +174,10 @@ def _held_out_sequences(store: Store, recipe: Recipe) -> Iterator[tuple[Tensor, 
 
 
 @torch.no_grad()
-def _summed_loss(
-    model: nn.Module, site: str, change: Callable[[Tensor], Tensor] | None, vocab_ids: Tensor, mask: Tensor
-) -> float:
-    """Summed loss of predicting each real token from those before it in its sequence."""
-    place = next(model.parameters()).device
-    attention = None if mask.all() else mask.to(place)
-    if change is None:
-        logits = model(vocab_ids.to(place), attention_mask=attention).logits
-    else:
-        with replaced(model, site, change):
-            logits = model(vocab_ids.to(place), attention_mask=attention).logits
-    wanted = (mask[:, 1:] & mask[:, :-1]).flatten().to(place)
-    targets = vocab_ids[:, 1:].flatten().to(place)
-    each = tf.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="none")
+def _summed_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
+    """Summed loss of predicting each real token of (vocab_ids, mask) from those before it in its sequence."""
+    vocab_ids, mask = (tensor.to(next(model.parameters()).device) for tensor in batch)
+    logits = model(vocab_ids, attention_mask=None if mask.all() else mask).logits
+    wanted = (mask[:, 1:] & mask[:, :-1]).flatten()
+    each = tf.cross_entropy(logits[:, :-1].flatten(0, 1).float(), vocab_ids[:, 1:].flatten(), reduction="none")
     return float(each[wanted].double().sum())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from saeflow.config import Recipe, UserError, fingerprint
 from saeflow.encoding import SparseValues, feature_major, feature_statistics
 from saeflow.feed import source_length
 from saeflow.model import Site
+from saeflow.parallel import n_threads, use_one_thread
 from saeflow.progress import Bar, Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Artefact, Job, PartRecord, Store
@@ -181,7 +181,10 @@ def open_encoder(store: Store, recipe: Recipe) -> Encoder:
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
     """Encode every missing part, several at once, and publish."""
-    with encoding(store, recipe, progress) as job, ThreadPoolExecutor(n_workers(recipe), "saeflow-encode") as pool:
+    with (
+        encoding(store, recipe, progress) as job,
+        ThreadPoolExecutor(n_threads(recipe.threads), "saeflow-encode") as pool,
+    ):
         try:
             for future in [pool.submit(job.work, index) for index in job.missing]:
                 future.result()
@@ -208,14 +211,3 @@ def encoding(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job]:
             yield Job([], done.__getitem__)
         done = target.parts()
         target.publish([done[part.index] for part in wanted])
-
-
-def n_workers(recipe: Recipe) -> int:
-    """Parts encoded at once, each on one thread: quicker than one part on all of them."""
-    return recipe.threads or os.cpu_count() or 1
-
-
-def use_one_thread() -> None:
-    """Let torch use one thread for what the calling thread asks of it."""
-    torch.get_num_threads()  # the first call in a thread would otherwise undo the next
-    torch.set_num_threads(1)

@@ -97,6 +97,8 @@ class Feed:
         self.length, self.stride = length, block_sequences * length
         self._kept: tuple[tuple[Block, ...], Tensor, np.ndarray] | None = None
         self.lengths = {part.index: tokens.read_part(source, token_parts[part.index])[1].sum(1) for part in parts}
+        if not self.n_rows:
+            raise UserError(f"{source.id} has no training tokens. Read more documents, or lower corpus.held_out.")
 
     @cached_property
     def n_rows(self) -> int:

@@ -79,6 +79,15 @@ def _workers(n_threads: int, process: int) -> ThreadPoolExecutor:
     return workers
 
 
+def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)` for at least one dimension, by the workers: torch's own threads would spin beside them."""
+    if tensor.dtype == dtype or tensor.device.type != "cpu":
+        return tensor.to(dtype)
+    out = torch.empty_like(tensor, dtype=dtype)
+    in_parallel(lambda rows: out[slice(*rows)].copy_(tensor[slice(*rows)]), ranges(len(tensor), 512))
+    return out
+
+
 def ranges(n: int, size: int) -> list[tuple[int, int]]:
     """Cut 0..n into consecutive ranges of at most `size`."""
     return [(start, min(start + size, n)) for start in range(0, n, size)]

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import fnmatch
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -139,29 +140,36 @@ class _Reached(Exception):
     """The deepest wanted site has run; nothing after it is needed."""
 
 
-@torch.no_grad()
-def read_sites(model: nn.Module, sites: list[Site], vocab_ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """Run the model up to the deepest of `sites` and return what each gave.
+class SiteReader:
+    """Runs a model up to the deepest of `sites` and returns what each gave. Several threads may share one."""
 
-    vocab_ids (B, T) int64; mask (B, T) bool, True at real tokens, or None where all are.
-    Each result is (B, T, D) in the model's precision, on its device.
-    """
-    read: dict[str, Tensor] = {}
+    def __init__(self, model: nn.Module, sites: list[Site]) -> None:
+        self.model, self.sites = model, sites
+        self._here = threading.local()
+        self._hooks = [_hook(model, site.name, self._take) for site in sites]
 
-    def take(name: str, value: Any) -> None:
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, name: str, value: Any) -> None:
         tensor = _tensor(value)
         assert tensor is not None
-        read[name] = tensor
-        if len(read) == len(sites):
+        self._here.read[name] = tensor
+        if len(self._here.read) == len(self.sites):
             raise _Reached
 
-    with contextlib.ExitStack() as stack:
-        for site in sites:
-            stack.callback(_hook(model, site.name, take).remove)
+    @torch.no_grad()
+    def read(self, vocab_ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Activations (B, T, D) by site, in the model's precision, on its device.
+
+        vocab_ids (B, T) int64; mask (B, T) bool, True at real tokens, or None where all are.
+        """
+        self._here.read = {}
+        place = _device_of(self.model)
         with contextlib.suppress(_Reached):
-            where = _device_of(model)
-            model(vocab_ids.to(where), attention_mask=None if mask is None else mask.to(where))
-    return read
+            self.model(vocab_ids.to(place), attention_mask=None if mask is None else mask.to(place))
+        return dict(self._here.read)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from saeflow import activations, evaluate, features, report, tokens, train
@@ -22,11 +20,6 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
     if recipe.model is None:
         first = {"bring": activations.bring}
     return first | {"train": train.run, "encode": features.run, "evaluate": evaluate.run, "report": report.run}
-
-
-def store_path(option: str | None, recipe: Recipe | None = None) -> Path:
-    """`--store`, then SAEFLOW_STORE, then the recipe, then data/store."""
-    return Path(option or os.environ.get("SAEFLOW_STORE") or (recipe.store if recipe else None) or "data/store")
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saeflow import encoding, sparse_step
+from saeflow import encoding, kernels, sparse_step
 from saeflow.config import SAEConfig, UserError
 from saeflow.encoding import Encoder, SparseValues, fast_dtype
 from saeflow.sparse_step import Auxiliary, Weights
@@ -60,12 +60,9 @@ class SparseAutoencoder(nn.Module):
     def __init__(self, config: SAEConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        generator = torch.Generator().manual_seed(config.seed)
-        directions = tf.normalize(torch.randn(config.n_features, width, generator=generator), dim=1)
-        self.W_enc = nn.Parameter(directions.clone())
-        self.b_enc = nn.Parameter(torch.zeros(config.n_features))
-        self.W_dec = nn.Parameter(directions)
-        self.b_dec = nn.Parameter(torch.zeros(width))
+        w_enc, b_enc, w_dec = _initial_weights(config, width)
+        self.W_enc, self.b_enc, self.W_dec = (nn.Parameter(weight) for weight in (w_enc, b_enc, w_dec))
+        self.b_dec = nn.Parameter(torch.zeros(width), requires_grad=config.decoder_bias != "fixed")
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("tokens_since_fired", torch.zeros(config.n_features, dtype=torch.int64))
         self.product_dtype: torch.dtype | None = None
@@ -103,7 +100,8 @@ class SparseAutoencoder(nn.Module):
         w_dec = tf.normalize(self.W_dec, dim=1) if self.config.unit_norm else self.W_dec
         values = tf.relu(tf.linear(x - self.b_dec, self.W_enc, self.b_enc))
         error = (values @ w_dec + self.b_dec - x).square()
-        sparsity = values.abs().mean()
+        lengths = torch.linalg.vector_norm(w_dec, dim=1) if self.config.l1_norm_weighted else 1.0
+        sparsity = (values * lengths).mean()  # values are not negative
         with torch.no_grad():
             fired = (values > 0).sum(0)
             unexplained = error.sum() / (x - x.mean(0)).square().sum().clamp(min=1e-30)
@@ -142,8 +140,13 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Bring decoder rows back to unit length; call it after every optimiser step."""
+
+        def normalise(features: tuple[int, int]) -> None:
+            rows = self.W_dec[slice(*features)]
+            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
         if self.config.unit_norm:
-            self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
+            kernels.in_parallel(normalise, kernels.ranges(len(self.W_dec), 512))
 
     def _current_encoder(self) -> Encoder:
         """The encoder in the precision of the product; kept in eval mode until a parameter changes.
@@ -233,6 +236,27 @@ class SparseAutoencoder(nn.Module):
         return sae.eval()
 
 
+def _initial_weights(config: SAEConfig, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """W_enc (F, D), b_enc (F), W_dec (F, D). `linear` draws uniformly within one over the root of the fan-in."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = config.n_features, width
+    if config.init == "tied":
+        directions = tf.normalize(torch.randn(shape, generator=generator), dim=1)
+        return directions.clone(), torch.zeros(config.n_features), directions * _decoder_scale(config)
+
+    def uniform(fan_in: int, *size: int) -> Tensor:
+        return (2 * torch.rand(size, generator=generator) - 1) / fan_in**0.5
+
+    decoder = uniform(config.n_features, *shape) * config.decoder_scale
+    if config.unit_norm:
+        decoder = tf.normalize(decoder, dim=1)
+    return uniform(width, *shape), uniform(width, config.n_features), decoder
+
+
+def _decoder_scale(config: SAEConfig) -> float:
+    return 1.0 if config.unit_norm else config.decoder_scale
+
+
 def _saelens_cfg(config: SAEConfig, width: int, metadata: dict[str, Any]) -> dict[str, Any]:
     cfg: dict[str, Any] = {
         "architecture": {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}[config.architecture],
@@ -254,7 +278,12 @@ def _own_config(cfg: dict[str, Any], folder: Path) -> SAEConfig:
     if own := cfg.get("metadata", {}).get("saeflow"):
         return SAEConfig.model_validate(own)
     known = {"standard": "relu", "topk": "topk", "jumprelu": "batchtopk"}
-    wanted = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+    wanted = {
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+    }
     if cfg.get("architecture") not in known:
         raise UserError(f"{folder / CFG}: architecture is {cfg.get('architecture')!r}; known are {', '.join(known)}.")
     for name, value in wanted.items():

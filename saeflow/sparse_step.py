@@ -173,7 +173,7 @@ def _feature_gradients(step: Step, w_dec: Tensor, pair: Tensor) -> tuple[Tensor,
     starts, ids, _ = (t.numpy() for t in step.entries)
     feature_starts, rows, (values, d_values) = encoding.transpose(starts, ids, pair.numpy(), len(w_dec))
     out = torch.empty_like(w_dec), torch.empty(len(w_dec)), torch.empty_like(w_dec)
-    low = step.residual.to(step.prepared.low.dtype), step.prepared.low
+    low = kernels.converted(step.residual, step.prepared.low.dtype), step.prepared.low
     matrices = [kernels.bits_of(t) if t.dtype == torch.bfloat16 else t.numpy() for t in low]
     arrays = [feature_starts, rows, values, d_values, *matrices, w_dec.numpy(), step.unit_norm]
     arrays += [t.numpy() for t in out]

@@ -25,7 +25,7 @@ import xxhash
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
-from saeflow.config import FORMAT_VERSION, UserError
+from saeflow.config import FORMAT_VERSION, Recipe, UserError
 
 Kind = Literal["tokens", "activations", "saes", "features"]
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -167,7 +167,10 @@ class Artefact:
         """Finished parts on disk whose files are all there in their full size."""
         found = {}
         for path in sorted((self.path / "parts").glob("*/part.json")):
-            record = _read_record(path, PartRecord)
+            try:
+                record = _read_record(path, PartRecord)
+            except ValueError:  # a damaged record: the part is made again
+                continue
             if not list(missing_files(path.parent, record.files)):
                 found[record.index] = record
         return found
@@ -303,6 +306,11 @@ class Store:
                 f"{purpose} needs about {human_bytes(n_bytes)}, but {self.root} has {human_bytes(free)} free.\n"
                 "Free some space, choose another disk with --store, or read fewer documents or sites."
             )
+
+
+def store_path(option: str | None, recipe: Recipe | None = None) -> Path:
+    """`--store`, then SAEFLOW_STORE, then the recipe, then data/store."""
+    return Path(option or os.environ.get("SAEFLOW_STORE") or (recipe.store if recipe else None) or "data/store")
 
 
 def human_bytes(n_bytes: float) -> str:

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from saeflow.config import Recipe, TrainConfig, UserError, fingerprint
 from saeflow.encoding import fast_dtype
 from saeflow.feed import Feed
 from saeflow.model import Site
+from saeflow.parallel import n_threads
 from saeflow.progress import Progress
+from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder, StepInfo
 from saeflow.store import Artefact, Store, read_json, replacing, write_json
 
@@ -69,15 +72,16 @@ class Training:
     log: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, feed: Feed, recipe: Recipe) -> Training:
+    def begin(cls, feed: Feed, recipe: Recipe, restart: int = 0) -> Training:
         """Fresh weights, the data set's mean and scale from a sample of shuffled rows."""
-        sample = _sample(feed)
-        mean = sample.mean(0)
-        spread = (sample - mean).square().sum(1).mean().item()
+        rows = sample(feed)
+        mean = rows.mean(0)
+        spread = (rows - mean).square().sum(1).mean().item()
         if not spread > 0:
             raise UserError("All activations are equal; there is nothing to learn. Check the site and the corpus.")
         scale = math.sqrt(feed.site.width / spread) if recipe.sae.normalise else 1.0
-        sae = SparseAutoencoder(recipe.sae, feed.site.width)
+        seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
+        sae = SparseAutoencoder(seeded, feed.site.width)
         sae.product_dtype = fast_dtype()
         if recipe.sae.decoder_bias == "mean":
             sae.initialise(mean * scale)
@@ -100,6 +104,8 @@ class Training:
         loss.backward()  # type: ignore[no-untyped-call]
         self.adam.step()
         self.sae.after_step()
+        if self.step in self._resample_steps:
+            resample(self.sae, self.adam, batch * self.scale, self.config.dead_after_tokens, seed=self.step)
         if self.step % self.config.log_every == 0 or self.step == self.n_steps - 1:
             self.log.append(self._row(loss.item(), info, len(batch)))
         self.step += 1
@@ -111,6 +117,16 @@ class Training:
             "variance_unexplained": info.unexplained, "l0": info.n_active, "dead": info.n_dead,
             "auxiliary_loss": info.auxiliary, "sparsity_loss": info.sparsity,
         }  # fmt: skip
+
+    @cached_property
+    def _resample_steps(self) -> set[int]:
+        return {round(share * self.n_steps) for share in self.config.resample_at}
+
+    def error(self, rows: Tensor) -> float:
+        """Mean squared error of reconstructing rows (n, D) in raw units, as the published SAE will."""
+        self.sae.eval()
+        x = rows * self.scale
+        return float((self.sae.reconstruct(x) - x).square().mean())
 
     @property
     def product(self) -> str:
@@ -163,7 +179,7 @@ def _flush_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sample(feed: Feed) -> Tensor:
+def sample(feed: Feed) -> Tensor:
     """Shuffled rows (n, D) float32 from the first pool of the first epoch."""
     rows: list[Tensor] = []
     for batch in feed.batches():
@@ -182,16 +198,28 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
             return target
         set_threads(recipe)
         feed = open_feed(store, recipe)
-        training = Training.begin(feed, recipe)
-        checkpoint = target.work.with_name(target.work.name + ".checkpoint")
-        if training.restore(checkpoint):
-            progress.say(f"train: continuing at step {training.step} of {training.n_steps}")
+        checkpoints = target.work.with_name(target.work.name + ".checkpoint")
         began = time.monotonic()
-        loop(training, feed, checkpoint, progress)
+        training = fit(feed, recipe, checkpoints, progress)
         publish(target, training, feed.site, store, recipe, time.monotonic() - began)
-        for folder in (checkpoint, checkpoint.with_name(checkpoint.name + ".new")):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return target
+
+
+def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
+    """Train as often as `train.restarts` says, each from its checkpoint if there is one; return the best."""
+    trained = []
+    for restart in range(recipe.train.restarts):
+        training = Training.begin(feed, recipe, restart)
+        folder = checkpoints / f"restart-{restart}"
+        if training.restore(folder) and training.step < training.n_steps:
+            progress.say(f"train: continuing at step {training.step} of {training.n_steps}")
+        loop(training, feed, folder, progress)
+        if recipe.train.restarts > 1:
+            training.save(folder)
+        trained.append(training)
+    rows = sample(feed)
+    return min(trained, key=lambda each: each.error(rows)) if len(trained) > 1 else trained[0]
 
 
 def last_row(target: Artefact) -> dict[str, float]:
@@ -201,7 +229,7 @@ def last_row(target: Artefact) -> dict[str, float]:
 
 
 def set_threads(recipe: Recipe) -> None:
-    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    torch.set_num_threads(n_threads(recipe.threads))
 
 
 def open_feed(store: Store, recipe: Recipe) -> Feed:
@@ -212,6 +240,8 @@ def open_feed(store: Store, recipe: Recipe) -> Feed:
 
 def loop(training: Training, feed: Feed, checkpoint: Path, progress: Progress) -> None:
     """Step to the end, saving a checkpoint every `checkpoint_seconds` and when interrupted."""
+    if training.step >= training.n_steps:
+        return
     saved = time.monotonic()
     with progress.bar("train", training.n_steps * feed.n_rows // feed.batches_per_epoch, "tokens") as bar:
         bar.resume_at(training.step * feed.n_rows // feed.batches_per_epoch)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from small_store import Document, Given
+from tests.small_store import Document, Given
 
 from saeflow.config import UserError
 from saeflow.queries import ask, check, connect, query, questions, runs

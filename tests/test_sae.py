@@ -147,15 +147,15 @@ def test_training_explains_superposed_features_and_keeps_unit_rows(architecture)
     generator = torch.Generator().manual_seed(1)
     true = tf.normalize(torch.randn(F // 2, D, generator=generator), dim=1)
     sae = SparseAutoencoder(SAEConfig(architecture=architecture, n_features=F, k=4, l1_weight=0.01), D)
-    adam = torch.optim.Adam(sae.parameters(), lr=3e-3, fused=True)
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
 
     def sample():
         places = torch.randint(F // 2, (512, 2), generator=generator)
         return true[places].sum(1) * 3
 
     first = None
-    for step in range(80):
-        adam.param_groups[0]["lr"] = 3e-3 * min(1.0, (80 - step) / 40)
+    for step in range(60):
+        adam.param_groups[0]["lr"] = 1e-2 * min(1.0, (60 - step) / 30)
         loss, info = sae.training_loss(sample(), 1 / 32, 20_000)
         first = first or info.unexplained
         loss.backward()
@@ -186,6 +186,24 @@ def test_the_same_training_twice_gives_the_same_bytes(architecture):
 
     first, second = train(), train()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_several_threads_compute_what_one_does(architecture):
+    x, seen = a_batch(5000), []
+    for n_threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(n_threads)
+        try:
+            sae = an_autoencoder(architecture, torch.bfloat16)
+            sae.tokens_since_fired[:40] = 10**6
+            loss, _ = sae.training_loss(x, 1.0)
+            seen.append([loss.detach(), *gradients(loss, sae)])
+        finally:
+            torch.set_num_threads(before)
+    *most, d_b_dec = zip(*seen, strict=True)
+    assert all(torch.equal(one, three) for one, three in most)
+    torch.testing.assert_close(*d_b_dec)
 
 
 def test_silence_is_counted_in_tokens_and_only_in_training():

@@ -10,7 +10,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pytest
-from small_store import DOCUMENTS, VALUES, Document, Given, count_stats, token_rows
+from tests.small_store import DOCUMENTS, VALUES, Document, Given, count_stats, token_rows
 
 from saeflow import queries
 from saeflow.queries import ask, check, connect

@@ -1,0 +1,67 @@
+"""Fixtures that all tests share; what they are made of is in tests/small_pipeline.py.
+
+`ingredients`  a small real model and corpus on disk: read-only, made once.
+`finished`     a store in which every stage of the small recipe has run: read-only, made once.
+`progress`     a Progress that says nothing.
+
+Everything works offline and on one processor thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ.pop("SAEFLOW_STORE", None)
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from saeflow import pipeline
+from saeflow.config import Recipe, parse_recipe
+from saeflow.progress import Progress
+from saeflow.store import Store
+from tests.small_pipeline import Ingredients, quiet, recipe_data
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A store in which `recipe` has run to the end, and the summary it gave."""
+
+    store: Store
+    recipe: Recipe
+    summary: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def ingredients(tmp_path_factory: pytest.TempPathFactory) -> Ingredients:
+    """A two-layer random GPT-2 and 66 documents in many scripts; do not write there."""
+    return Ingredients.write(tmp_path_factory.mktemp("ingredients"))
+
+
+@pytest.fixture(scope="session")
+def finished(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The small recipe run through all stages; do not write there (copy the store to change it)."""
+    store = Store.create(tmp_path_factory.mktemp("finished") / "store")
+    recipe = parse_recipe(recipe_data(ingredients))
+    return Finished(store, recipe, pipeline.run(store, recipe, quiet()))
+
+
+@pytest.fixture
+def progress() -> Progress:
+    return quiet()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Small things run quicker, and always alike, on one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,208 @@
+"""Runs cut off at named points, then run again with the plain command.
+
+A point is a change of the file system as Python makes it (a folder made, a file opened for writing, a rename),
+seen by an audit hook: nothing of saeflow is replaced. There the process kills itself, gets a signal, or finds
+the disk full. Afterwards the same command must finish the work, and the store must equal an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import filecmp
+import os
+import re
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+Fault = Literal["SIGKILL", "SIGTERM", "SIGINT", "disk full"]
+FAULTS: tuple[Fault, ...] = ("SIGKILL", "SIGTERM", "SIGINT", "disk full")
+EXIT_CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 130, "SIGINT": 130, "disk full": 2}
+
+_HEAVY = [
+    "saeflow.cli",
+    "saeflow.pipeline",
+    "saeflow.answers",
+    "saeflow.terminal",
+    "matplotlib.backends.backend_agg",
+    "transformers.models.gpt2.modeling_gpt2",
+    "tests.faults",
+]
+
+STEP = "a training step"
+"""An event besides those of the file system: weights are changed, the step is not counted yet."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The `nth` time that `event` happens to a path that `path` matches, seen from the store's folder."""
+
+    stage: str
+    when: str
+    event: str
+    path: str
+    nth: int = 1
+
+
+def _parts(stage: str, kind: str) -> list[Point]:
+    """Points in a stage that makes an artefact of parts."""
+    return [
+        Point(stage, "before the first write", "os.mkdir", rf"{kind}/[^/]+/parts$"),
+        Point(stage, "in the middle of a part", "open", rf"tmp/{kind}-[^/]+/000002/\.part\.json\.new$"),
+        Point(stage, "before a part is renamed", "os.rename", rf"tmp/{kind}-[^/]+/000001$"),
+        Point(stage, "after a part", "os.mkdir", rf"tmp/{kind}-[^/]+/000003$"),
+        Point(stage, "before publication", "os.mkdir", rf"{kind}/[^/]+/generations$"),
+        Point(stage, "before the manifest", "open", rf"{kind}/[^/]+/\.manifest\.json\.new$"),
+        Point(stage, "before the manifest is renamed", "os.rename", rf"{kind}/[^/]+/\.manifest\.json\.new$"),
+    ]
+
+
+POINTS = [
+    *_parts("tokens", "tokens"),
+    *_parts("collect", "activations"),
+    Point("train", "before the first step", "os.mkdir", r"\.checkpoint/restart-0\.new$"),
+    Point("train", "in the middle of a step", STEP, "", 20),
+    Point("train", "in the middle of a checkpoint", "open", r"\.checkpoint/restart-0\.new/\.state\.json\.new$", 3),
+    Point("train", "before a checkpoint is renamed", "os.rename", r"\.checkpoint/restart-0\.new$", 3),
+    Point("train", "before publication", "os.mkdir", r"tmp/saes-[^/]+/whole$"),
+    Point("train", "before the record", "open", r"whole/\.artefact\.json\.new$"),
+    Point("train", "before the artefact is renamed", "os.rename", r"whole$"),
+    Point("train", "after publication", "shutil.rmtree", r"tmp/saes-[^/]+\.checkpoint$", -1),
+    *_parts("encode", "features"),
+    Point("evaluate", "before the figures", "open", r"features/[^/]+/\.quality\.json\.new$"),
+    Point("evaluate", "before the figures are renamed", "os.rename", r"features/[^/]+/\.quality\.json\.new$"),
+    Point("report", "before the picture is renamed", "os.rename", r"features/[^/]+/\.density\.png\.new$"),
+]
+"""`nth` -1: the first time after the SAE is published."""
+
+
+@dataclass(frozen=True)
+class Case:
+    point: Point
+    fault: Fault
+
+    @property
+    def name(self) -> str:
+        return f"{self.point.stage}, {self.point.when}, {self.fault}"
+
+
+CASES = [Case(point, fault) for point in POINTS for fault in FAULTS]
+
+
+def tenth(n: int) -> list[Case]:
+    """Every tenth case, beginning with the n-th: ten of them are all, and each holds several stages and faults."""
+    return CASES[n % 10 :: 10]
+
+
+class Strike:
+    """Watches for the point and lets the fault happen there, once."""
+
+    def __init__(self, case: Case, root: Path) -> None:
+        self.case, self.root = case, f"{root}/"
+        self.wanted = re.compile(case.point.path)
+        self.left = abs(case.point.nth)
+        self.struck = False
+
+    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.struck or event != self.case.point.event:
+            return
+        if event != STEP and not self._is_here(event, arguments):
+            return
+        self.left -= 1
+        if not self.left:
+            self.struck = True
+            self._strike(str(arguments[0]) if arguments else "")
+
+    def _is_here(self, event: str, arguments: tuple[object, ...]) -> bool:
+        path = str(arguments[0])
+        if event == "open" and not str(arguments[1] or "").startswith(("w", "x", "a")):
+            return False
+        if self.case.point.nth < 0 and not list(Path(self.root).glob("saes/*/artefact.json")):
+            return False
+        return path.startswith(self.root) and self.wanted.search(path.removeprefix(self.root)) is not None
+
+    def _strike(self, path: str) -> None:
+        if self.case.fault == "disk full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path or None)
+        os.kill(os.getpid(), getattr(signal, self.case.fault))
+
+
+def command(arguments: list[str], log: Path, case: Case | None, root: Path) -> None:
+    """What `saeflow ARGUMENTS` does, in this process, with a fault on its way; the terminal goes to `log`."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from saeflow import cli, sae
+
+    if case is not None:
+        strike = Strike(case, root)
+        sys.addaudithook(strike)
+        after = sae.SparseAutoencoder.after_step
+
+        def after_step(self: sae.SparseAutoencoder) -> None:
+            after(self)
+            strike(STEP, ())
+
+        sae.SparseAutoencoder.after_step = after_step  # type: ignore[method-assign]
+    sys.argv = ["saeflow", *arguments]
+    cli.main()
+
+
+class Runner:
+    """Runs `saeflow` in fresh processes that have the heavy modules loaded already."""
+
+    def __init__(self, folder: Path, recipe: Path) -> None:
+        self.folder, self.recipe = folder, recipe
+        self.context = get_context("forkserver")
+        self.context.set_forkserver_preload(_HEAVY)
+        self.undisturbed = folder / "undisturbed"
+        code = self.run(self.undisturbed)
+        assert code == 0, self.said(self.undisturbed)
+
+    def run(self, store: Path, case: Case | None = None) -> int | None:
+        """The exit code of `saeflow run` into `store`; minus the signal's number where one killed it."""
+        arguments = ["run", str(self.recipe), "--store", str(store)]
+        process = self.context.Process(target=command, args=(arguments, self._log(store), case, store))
+        process.start()
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise TimeoutError(f"{case} did not end:\n{self.said(store)}")
+        return process.exitcode
+
+    def said(self, store: Path) -> str:
+        """What the last run printed."""
+        return self._log(store).read_text("utf-8")
+
+    def _log(self, store: Path) -> Path:
+        return self.folder / f"{store.name}.log"
+
+    def problems(self, case: Case) -> list[str]:
+        """Let the fault happen, run the plain command again, and compare; nothing found is good."""
+        store = self.folder / re.sub(r"\W+", "-", case.name)
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, store, ignore_errors=True)
+            code = self.run(store, case)
+            if code != EXIT_CODES[case.fault]:
+                return [f"exit code {code} instead of {EXIT_CODES[case.fault]}:\n{self.said(store)}"]
+            if "Traceback" in self.said(store):
+                return [f"a traceback:\n{self.said(store)}"]
+            code = self.run(store)
+            if code != 0:
+                return [f"the second run ended with {code}:\n{self.said(store)}"]
+            return differences(self.undisturbed, store)
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What `diff -r -x provenance.json a b` would say: files on one side only, files of other bytes."""
+    files_a, files_b = ({str(p.relative_to(root)) for p in root.rglob("*")} for root in (a, b))
+    both = sorted(name for name in files_a & files_b if (a / name).is_file() and Path(name).name != "provenance.json")
+    found = [f"only in {a.name}: {name}" for name in sorted(files_a - files_b)]
+    found += [f"only in {b.name}: {name}" for name in sorted(files_b - files_a)]
+    return found + [f"differs: {name}" for name in both if not filecmp.cmp(a / name, b / name, shallow=False)]

@@ -1,0 +1,276 @@
+"""Sequences through the model to disk: what is stored is what the model gave."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saeflow import activations, store, tokens
+from saeflow.config import ActivationsConfig, UserError, parse_recipe
+from saeflow.model import Site, load_model
+from saeflow.store import Store
+from tests.small_pipeline import CONTEXT_LENGTH, SITE, WIDTH, a_table, brought_data, recipe_data, tree, write_table
+
+STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@pytest.fixture(autouse=True)
+def _no_flush(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture
+def with_tokens(tmp_path, finished) -> Store:
+    """A store in which only the tokens stage has run."""
+    new = Store.create(tmp_path / "store")
+    shutil.copytree(finished.store.root / "tokens", new.root / "tokens")
+    return new
+
+
+def collected(where: Store, ingredients, progress, **changes):
+    """Recipe and artefact after the stage."""
+    recipe = parse_recipe(recipe_data(ingredients, **changes))
+    tokens.run(where, recipe, progress)
+    return recipe, activations.run(where, recipe, progress)
+
+
+def stored(artefact, name: str = SITE) -> torch.Tensor:
+    """All sequences of a site (S, T, D)."""
+    site = activations.choose_site(artefact, name)
+    parts = artefact.published().parts
+    return torch.cat([activations.read_rows(activations.open_site(artefact, p, site), slice(None)) for p in parts])
+
+
+def outputs(recipe, where: Store, name: str = SITE) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the module gives (S, T, D) when the whole model runs, sequence after sequence, and the mask."""
+    model, seen = load_model(recipe.model), []
+    model.get_submodule(name).register_forward_hook(lambda _, inputs, output: seen.append(output))
+    source = tokens.artefact(where, recipe)
+    masks = []
+    for part in source.published().parts:
+        vocab_ids, mask = tokens.read_part(source, part)
+        masks.append(torch.from_numpy(mask))
+        for ids, real in zip(vocab_ids, mask, strict=True):
+            with torch.no_grad():
+                model(torch.from_numpy(ids)[None], attention_mask=torch.from_numpy(real)[None])
+    return torch.cat(seen), torch.cat(masks)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("packing", ["concatenated", "isolated"])
+def test_stored_rows_are_the_models_own_output_in_the_precision_of_the_disk(
+    with_tokens, ingredients, progress, dtype, packing
+):
+    changes = {"activations": {"dtype": dtype}, "tokens": {"packing": packing}}
+    recipe, artefact = collected(with_tokens, ingredients, progress, **changes)
+    wanted, mask = outputs(recipe, with_tokens)
+    got = stored(artefact)
+    assert got.dtype == STORED[dtype]
+    assert got.shape == wanted.shape == (mask.shape[0], CONTEXT_LENGTH, WIDTH)
+    assert packing == "concatenated" or not mask.all()
+    tolerance = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6}[dtype]
+    torch.testing.assert_close(got[mask].float(), wanted[mask], rtol=tolerance, atol=2e-6)
+
+
+def test_several_sites_are_stored_in_one_pass_each_as_if_alone(with_tokens, ingredients, progress, finished):
+    both = {"activations": {"sites": ["transformer.h.*.mlp.act", "transformer.h.0.ln_2:input"]}}
+    _, artefact = collected(with_tokens, ingredients, progress, **both)
+    assert activations.stored_sites(artefact) == [
+        Site("transformer.h.0.ln_2:input", 16), Site(SITE, WIDTH), Site("transformer.h.1.mlp.act", WIDTH)
+    ]  # fmt: skip
+    alone = activations.artefact(finished.store, finished.recipe)
+    torch.testing.assert_close(stored(artefact), stored(alone), rtol=0, atol=0)
+
+
+def test_a_site_must_be_named_where_several_are_stored(with_tokens, ingredients, progress):
+    _, artefact = collected(with_tokens, ingredients, progress, activations={"sites": ["transformer.h.*.mlp.act"]})
+    assert activations.choose_site(artefact, SITE).width == WIDTH
+    for wrong in (None, "transformer.h.2.mlp.act"):
+        with pytest.raises(UserError, match=r"sae\.site is .*; the store holds: transformer\.h\.0\.mlp\.act, "):
+            activations.choose_site(artefact, wrong)
+
+
+@pytest.mark.parametrize("layout", [{"chunk_bytes": 1, "shard_bytes": 1}, {"chunk_bytes": 3000, "shard_bytes": 7000}])
+def test_the_sizes_of_chunks_and_shards_change_no_value(with_tokens, ingredients, progress, finished, layout):
+    _, artefact = collected(with_tokens, ingredients, progress, activations=layout)
+    usual = activations.artefact(finished.store, finished.recipe)
+    assert artefact.fp != usual.fp
+    torch.testing.assert_close(stored(artefact), stored(usual), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", [{"activations": {"forward_batch": 5}}, {"threads": 2}])
+def test_how_sequences_are_batched_and_threaded_changes_values_by_rounding_at_most(
+    with_tokens, ingredients, progress, finished, change
+):
+    _, artefact = collected(with_tokens, ingredients, progress, **change)
+    usual = activations.artefact(finished.store, finished.recipe)
+    torch.testing.assert_close(stored(artefact), stored(usual), rtol=1e-3, atol=2e-6)
+
+
+def test_parts_mirror_those_of_the_tokens(finished):
+    source = tokens.artefact(finished.store, finished.recipe).published().parts
+    parts = activations.artefact(finished.store, finished.recipe).published().parts
+    assert [part.counts for part in parts] == [part.counts for part in source]
+
+
+@pytest.mark.parametrize("n_kept", [0, 1, 4])
+def test_collecting_goes_on_after_any_number_of_finished_parts_to_the_same_bytes(
+    with_tokens, finished, progress, n_kept
+):
+    usual = activations.artefact(finished.store, finished.recipe)
+    cut = activations.artefact(with_tokens, finished.recipe)
+    shutil.copytree(usual.path, cut.path)
+    for part in cut.published().parts[n_kept:]:
+        shutil.rmtree(cut.part_path(part))
+    shutil.rmtree(cut.path / "generations")
+    (cut.path / "manifest.json").unlink()
+    activations.run(with_tokens, finished.recipe, progress)
+    assert tree(cut.path) == tree(usual.path)
+
+
+def test_a_flipped_byte_is_noticed_when_it_is_read(tmp_path, finished):
+    usual = activations.artefact(finished.store, finished.recipe)
+    shutil.copytree(usual.path, tmp_path / "activations" / usual.path.name)
+    copy = dataclasses.replace(usual, root=tmp_path)
+    shards = copy.part_path(copy.published().parts[0]) / f"{SITE}.zarr" / "c"
+    path = next(path for path in shards.rglob("*") if path.is_file())
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        stored(copy)
+
+
+def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:
+    """Let the second batch of the model's output hold `value`."""
+    real, calls = activations.SiteReader.read, []
+
+    def read(self, vocab_ids, mask):
+        found = real(self, vocab_ids, mask)
+        calls.append(None)
+        if len(calls) == 2:
+            found[SITE][at] = value
+        return found
+
+    monkeypatch.setattr(activations.SiteReader, "read", read)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "says"),
+    [
+        (float("nan"), "float16", r"part 0, row 11 \(position 4, neuron 5\) is nan; nothing of this part was stored"),
+        (float("inf"), "float32", r"part 0, row 11 \(position 4, neuron 5\) is inf"),
+        (
+            -70000.0,
+            "float16",
+            r"-70000 in part 0, row 11 .* overflows float16\.\nSet activations\.dtype to \"bfloat16\"",
+        ),
+    ],
+)
+def test_what_the_disk_cannot_hold_is_refused_with_part_and_row(
+    with_tokens, ingredients, progress, monkeypatch, value, dtype, says
+):
+    spoil(monkeypatch, value, (3, 4, 5))  # batches of 8: row 11
+    with pytest.raises(UserError, match=says):
+        collected(with_tokens, ingredients, progress, activations={"dtype": dtype})
+    (artefact,) = with_tokens.artefacts("activations")
+    assert artefact.parts() == {}
+    assert artefact.generation() is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_overflows_float16_fits_the_other_precisions(with_tokens, ingredients, progress, monkeypatch, dtype):
+    spoil(monkeypatch, -70000.0, (3, 4, 5))
+    _, artefact = collected(with_tokens, ingredients, progress, activations={"dtype": dtype})
+    assert stored(artefact)[11, 4, 5].item() == pytest.approx(-70000, rel=4e-3)
+
+
+def test_too_little_disk_is_refused_before_work_with_both_numbers(with_tokens, ingredients, progress, monkeypatch):
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+    with pytest.raises(UserError, match=r"activations of 1 site.* needs about 2\d\d\.\d KiB, but .* has 4\.9 KiB free"):
+        collected(with_tokens, ingredients, progress)
+    assert with_tokens.artefacts("activations") == []
+
+
+def test_a_context_longer_than_the_model_reads_is_refused(with_tokens, ingredients, progress):
+    with pytest.raises(UserError, match=r"tokens\.context_length is 65, but the model reads at most 64"):
+        collected(with_tokens, ingredients, progress, tokens={"context_length": 65})
+
+
+def test_collecting_before_tokens_says_what_to_run(tmp_path, ingredients, progress):
+    recipe = parse_recipe(recipe_data(ingredients))
+    with pytest.raises(UserError, match=r"tokens/small-.* is not finished\. .*saeflow run"):
+        activations.run(Store.create(tmp_path / "store"), recipe, progress)
+
+
+SIZES = st.integers(1, 5000)
+
+
+@given(n=st.integers(1, 300), length=st.integers(1, 20), width=st.integers(1, 20), chunk=SIZES, shard=SIZES)
+def test_a_layout_keeps_to_the_sizes_asked_for_where_a_sequence_fits(n, length, width, chunk, shard):
+    config = ActivationsConfig(chunk_bytes=chunk, shard_bytes=shard)
+    layout = activations.plan_layout(n, length, width, config)
+    row_bytes = 2 * length * width
+    assert layout.shape == (n, length, width)
+    assert 1 <= layout.chunk <= n
+    assert layout.shard % layout.chunk == 0
+    assert layout.chunk * row_bytes <= max(chunk, row_bytes)
+    assert layout.shard * row_bytes <= max(shard, layout.chunk * row_bytes)
+    assert layout.shard < n + layout.chunk
+
+
+@pytest.mark.parametrize("part_rows", [100, 300, 10_000])
+def test_a_brought_table_is_stored_row_for_row_whatever_the_part_size(tmp_path, progress, part_rows):
+    values = a_table()
+    data = brought_data(
+        write_table(tmp_path / "t.npy", values), activations={"part_rows": part_rows, "dtype": "float32"}
+    )
+    recipe = parse_recipe(data)
+    source, artefact = activations.bring(Store.create(tmp_path / "store"), recipe, progress)
+    np.testing.assert_array_equal(stored(artefact, "table")[:, 0].numpy(), values)
+    assert len(artefact.published().parts) == len(source.published().parts) == -(-len(values) // part_rows)
+    before = tree(tmp_path / "store")
+    activations.bring(Store(tmp_path / "store"), recipe, progress)
+    assert tree(tmp_path / "store") == before
+
+
+def test_a_brought_row_that_is_not_finite_is_refused_with_part_and_row(tmp_path, progress):
+    values = a_table()
+    values[432, 7] = np.nan
+    recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", values)))
+    with pytest.raises(UserError, match=r"part 1, row 432 \(position 0, neuron 7\) is nan"):
+        activations.bring(Store.create(tmp_path / "store"), recipe, progress)
+
+
+def test_a_table_that_changed_is_another_table(tmp_path, progress):
+    where = Store.create(tmp_path / "store")
+    for values in (a_table(50), a_table(40, seed=1)):
+        recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", values), activations={"dtype": "float32"}))
+        _, artefact = activations.bring(where, recipe, progress)
+        np.testing.assert_array_equal(stored(artefact, "table")[:, 0].numpy(), values)
+
+
+def test_interrupted_bringing_is_finished_to_the_same_bytes(tmp_path, progress, monkeypatch):
+    recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table())))
+    for name in ("whole", "cut"):
+        Store.create(tmp_path / name)
+    activations.bring(Store(tmp_path / "whole"), recipe, progress)
+    real = activations._bring_part
+
+    def fail(*arguments):
+        if arguments[-1] == 300:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(activations, "_bring_part", fail)
+        activations.bring(Store(tmp_path / "cut"), recipe, progress)
+    activations.bring(Store(tmp_path / "cut"), recipe, progress)
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")

@@ -1,0 +1,114 @@
+"""The layout: what may import what, what lies at the top, and that every SQL file has a reader."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from saeflow import queries
+from tests.small_store import Given
+
+ROOT = Path(__file__).parent.parent
+
+ORDER = [
+    "config",
+    "parallel",
+    "store",
+    "progress",
+    "corpus",
+    "model",
+    "tokens",
+    "brought",
+    "activations",
+    "feed",
+    "kernels",
+    "encoding",
+    "sparse_step",
+    "sae",
+    "train",
+    "features",
+    "evaluate",
+    "report",
+    "runs",
+    "queries",
+    "answers",
+    "pipeline",
+    "recipe_text",
+    "doctor",
+    "terminal",
+    "cli",
+]
+"""Each module imports only modules before it."""
+
+TOP = {
+    "README.md", "pyproject.toml", "Makefile", "requirements.lock", "CHANGELOG.md", "LICENSE", "docs", ".ci",
+    "flows", "saeflow", "sql", "tests", "data", ".gitignore", ".git",
+}  # fmt: skip
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, wherever in the file; `from a import b` gives `a` and `a.b`."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules() -> dict[str, Path]:
+    return {path.stem: path for path in (ROOT / "saeflow").glob("*.py") if path.stem != "__init__"}
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_those_before_it(module):
+    names = {name.split(".")[1] for name in imported(modules()[module]) if name.startswith("saeflow.")}
+    later = {name for name in names & set(ORDER) if ORDER.index(name) >= ORDER.index(module)}
+    assert not later
+
+
+@pytest.mark.parametrize("module", [*ORDER, "__init__"])
+def test_saeflow_knows_neither_prefect_nor_the_flows(module):
+    roots = {name.split(".")[0] for name in imported(ROOT / "saeflow" / f"{module}.py")}
+    assert not roots & {"prefect", "flows", "tests"}
+
+
+def test_nothing_unpickles_or_runs_code_of_an_artefact():
+    for path in [*modules().values(), *(ROOT / "flows").glob("*.py")]:
+        assert not {name.split(".")[0] for name in imported(path)} & {"pickle", "dill", "cloudpickle", "joblib"}, path
+        text = path.read_text("utf-8")
+        for forbidden in ("torch.load(", "allow_pickle=True", "trust_remote_code=True"):
+            assert forbidden not in text, f"{path.name} has {forbidden}"
+
+
+def test_the_top_folder_holds_only_what_it_should():
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    found = {path.name for path in ROOT.iterdir()}
+    assert not {name for name in found - TOP if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)}
+
+
+def test_the_wheel_carries_the_sql_files_where_the_package_looks_for_them():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["saeflow", "flows"]
+    assert wheel["force-include"] == {"sql": "saeflow/_sql"}
+
+
+def test_every_sql_file_is_read(tmp_path):
+    files = {path.relative_to(ROOT / "sql") for path in (ROOT / "sql").rglob("*") if path.is_file()}
+    assert {path.parent.name for path in files if path.name != "sources.sql"} == {"staging", "marts", "checks"}
+    with queries.connect(Given().write(tmp_path)) as connection:
+        views = {row[0] for row in connection.execute("select view_name from duckdb_views()").fetchall()}
+        macros = {row[0] for row in connection.execute("select function_name from duckdb_functions()").fetchall()}
+        checks = {name for name, _ in queries.check(connection)}
+    known = {"staging": views | macros, "marts": views | macros, "checks": checks}
+    assert not {path for path in files if path.name != "sources.sql" and path.stem not in known[path.parent.name]}

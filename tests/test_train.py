@@ -1,0 +1,264 @@
+"""Training: the schedule, exact resume, what is published, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from saeflow import activations, train
+from saeflow.config import Recipe, TrainConfig, UserError, parse_recipe
+from saeflow.progress import Progress
+from saeflow.sae import SparseAutoencoder
+from saeflow.store import Store, read_json
+from tests.small_pipeline import a_table, brought_data, quiet, tree, write_table
+
+ARCHITECTURES = ["relu", "topk", "batchtopk"]
+BATCHES = 3
+"""In one epoch of the table's 700 rows."""
+
+
+class Killed(BaseException):
+    """The process is gone: nothing more is saved."""
+
+
+@pytest.fixture(autouse=True)
+def _no_flush(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    return write_table(tmp_path_factory.mktemp("table") / "t.npy", a_table())
+
+
+@pytest.fixture(scope="module")
+def stored(table, tmp_path_factory) -> Store:
+    """A store that holds only the table, in float32."""
+    store = Store.create(tmp_path_factory.mktemp("stored") / "store")
+    activations.bring(store, recipe_of(table), quiet())
+    return store
+
+
+@pytest.fixture
+def store(stored, tmp_path) -> Store:
+    """A copy to train in."""
+    shutil.copytree(stored.root, tmp_path / "store")
+    return Store(tmp_path / "store")
+
+
+def recipe_of(table: Path, **changes) -> Recipe:
+    given_first = {"activations": {"dtype": "float32"}, "train": {"n_tokens": 20 * 700 // BATCHES, "log_every": 3}}
+    merged = {key: {**given_first.get(key, {}), **changes.get(key, {})} for key in given_first | changes}
+    return parse_recipe(brought_data(table, **merged))
+
+
+def stopping_after(n_rows: int, error: type[BaseException]) -> Progress:
+    """Progress that ends the training once it has seen more than `n_rows` rows."""
+
+    def listen(stage: str, done: int, total: int | None, rate: float) -> None:
+        if stage == "train" and done > n_rows:
+            raise error
+
+    return Progress(verbosity=-1, listener=listen)
+
+
+def log_of(store: Store, recipe: Recipe) -> dict[str, list[float]]:
+    return pq.read_table(train.artefact(store, recipe).path / "log.parquet").to_pydict()
+
+
+SHARE = st.floats(0, 0.5)
+
+
+@given(n_steps=st.integers(1, 400), warmup=SHARE, decay=SHARE, lr=st.floats(1e-6, 1.0))
+def test_the_learning_rate_rises_stays_and_falls_in_straight_lines(n_steps, warmup, decay, lr):
+    config = TrainConfig(lr=lr, warmup_share=warmup, decay_share=decay)
+    rates = np.array([train.learning_rate(step, n_steps, config) for step in range(n_steps)]) / lr
+    n_up, n_down = max(1, int(np.ceil(warmup * n_steps))), int(np.ceil(decay * n_steps))
+    steps = np.arange(n_steps)
+    wanted = np.minimum((steps + 1) / n_up, 1)
+    if n_down:
+        wanted = np.minimum(wanted, (n_steps - steps) / n_down)
+    np.testing.assert_allclose(rates, wanted, rtol=1e-12)
+    assert (rates > 0).all()
+
+
+def test_the_learning_rate_at_named_steps():
+    config = TrainConfig(lr=1.0, warmup_share=0.1, decay_share=0.2)
+    rates = [train.learning_rate(step, 100, config) for step in (0, 4, 9, 10, 79, 80, 81, 99)]
+    assert rates == pytest.approx([0.1, 0.5, 1, 1, 1, 1, 0.95, 0.05])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_explains_the_activations_and_says_so_step_by_step(store, table, architecture):
+    sae = {"architecture": architecture, "k": 6, "l1_weight": 0.05}
+    recipe = recipe_of(table, sae=sae, train={"n_tokens": 100_000, "lr": 5e-3, "log_every": 50})
+    train.run(store, recipe, quiet())
+    log = log_of(store, recipe)
+    assert log["variance_unexplained"][-1] < 0.25 * log["variance_unexplained"][0]
+    assert architecture == "relu" or log["l0"][-1] == pytest.approx(6, abs=0.5)
+
+
+def test_the_log_is_keyed_by_step_and_holds_the_schedule(store, table):
+    recipe = recipe_of(table)
+    train.run(store, recipe, quiet())
+    log = log_of(store, recipe)
+    assert log["step"] == [0, 3, 6, 9, 12, 15, 18, 19]
+    assert log["lr"] == [train.learning_rate(int(step), 20, recipe.train) for step in log["step"]]
+    assert set(log["batch_rows"]) <= {233, 234}
+    assert log["step"][-1] == train.last_row(train.artefact(store, recipe))["step"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("n_rows", [240, 2000, 4400])
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(
+    store, stored, table, tmp_path, architecture, n_rows
+):
+    recipe = recipe_of(table, sae={"architecture": architecture}, train={"checkpoint_seconds": 1e-9})
+    shutil.copytree(stored.root, tmp_path / "undisturbed")
+    undisturbed = Store(tmp_path / "undisturbed")
+    train.run(undisturbed, recipe, quiet())
+    with pytest.raises(Killed):
+        train.run(store, recipe, stopping_after(n_rows, Killed))
+    assert not train.artefact(store, recipe).exists()
+    said = []
+    loud = Progress(verbosity=-1)
+    loud.say = lambda text, verbosity=0: said.append(text)
+    train.run(store, recipe, loud)
+    assert any("continuing at step" in line for line in said)
+    assert tree(store.root) == tree(undisturbed.root)
+
+
+def test_an_interrupted_training_keeps_what_it_has_done(store, stored, table, tmp_path):
+    recipe = recipe_of(table)
+    shutil.copytree(stored.root, tmp_path / "undisturbed")
+    train.run(Store(tmp_path / "undisturbed"), recipe, quiet())
+    with pytest.raises(KeyboardInterrupt):
+        train.run(store, recipe, stopping_after(2000, KeyboardInterrupt))
+    states = [read_json(path) for path in (store.root / "tmp").rglob("state.json")]
+    assert [state["step"] for state in states] == [9]
+    train.run(store, recipe, quiet())
+    assert tree(store.root) == tree(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("moment", ["zero_grad", "step"])
+def test_an_interrupt_in_the_middle_of_a_step_does_not_spoil_the_result(
+    store, stored, table, tmp_path, monkeypatch, moment
+):
+    recipe = recipe_of(table)
+    shutil.copytree(stored.root, tmp_path / "undisturbed")
+    train.run(Store(tmp_path / "undisturbed"), recipe, quiet())
+    calls, real = [], getattr(torch.optim.Adam, moment)
+
+    def interrupted(self, *arguments, **options):
+        real(self, *arguments, **options)
+        calls.append(None)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.Adam, moment, interrupted)
+        train.run(store, recipe, quiet())
+    train.run(store, recipe, quiet())
+    assert tree(store.root) == tree(tmp_path / "undisturbed")
+
+
+def test_a_checkpoint_cut_down_while_it_was_replaced_gives_way_to_the_new_one(stored, table, tmp_path):
+    recipe = recipe_of(table)
+    feed = train.open_feed(stored, recipe)
+    training = train.Training.begin(feed, recipe)
+    training.save(tmp_path / "checkpoint")
+    shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint.new")
+    (tmp_path / "checkpoint" / "state.safetensors").unlink()
+    assert training.restore(tmp_path / "checkpoint")
+
+
+def test_a_second_run_trains_nothing(store, table):
+    recipe = recipe_of(table)
+    before = tree(train.run(store, recipe, quiet()).path)
+    assert tree(train.run(store, recipe, stopping_after(-1, Killed)).path) == before
+
+
+def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path):
+    """64 times larger activations: the same directions, and biases, threshold and values 64 times larger."""
+    found = []
+    for factor in (1, 64):
+        store = Store.create(tmp_path / str(factor))
+        recipe = recipe_of(write_table(tmp_path / f"{factor}.npy", factor * a_table()))
+        activations.bring(store, recipe, quiet())
+        found.append(train.run(store, recipe, quiet()).path)
+    small, large = (load_file(path / "sae_weights.safetensors") for path in found)
+    for name, factor in {"W_enc": 1, "W_dec": 1, "b_enc": 64, "b_dec": 64, "threshold": 64}.items():
+        torch.testing.assert_close(large[name], factor * small[name], rtol=0, atol=0)
+    x = torch.from_numpy(a_table())
+    one, other = (SparseAutoencoder.load(path) for path in found)
+    torch.testing.assert_close(64 * one.reconstruct(x), other.reconstruct(64 * x), rtol=0, atol=0)
+    assert (one.reconstruct(x) - x).square().sum() < (x - x.mean(0)).square().sum()
+
+
+def test_without_normalise_nothing_is_scaled(store, table):
+    recipe = recipe_of(table, sae={"normalise": False})
+    assert train.Training.begin(train.open_feed(store, recipe), recipe).scale == 1.0
+
+
+def test_the_decoder_bias_starts_at_the_mean(stored, table):
+    training = train.Training.begin(train.open_feed(stored, recipe_of(table)), recipe_of(table))
+    wanted = torch.from_numpy(a_table().mean(0)) * training.scale
+    torch.testing.assert_close(training.sae.b_dec.detach(), wanted, rtol=1e-5, atol=1e-6)
+    spread = torch.from_numpy(a_table() - a_table().mean(0)).mul(training.scale).square().sum(1).mean()
+    assert spread.item() == pytest.approx(12, rel=1e-4)  # the width
+
+
+def test_activations_that_are_all_equal_are_refused(tmp_path):
+    store = Store.create(tmp_path / "store")
+    recipe = recipe_of(write_table(tmp_path / "t.npy", np.ones((50, 3), np.float32)))
+    activations.bring(store, recipe, quiet())
+    with pytest.raises(UserError, match=r"All activations are equal.*Check the site and the corpus"):
+        train.run(store, recipe, quiet())
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_a_way_out(store, table):
+    recipe = recipe_of(table, sae={"architecture": "relu", "unit_norm": False}, train={"lr": 1e30})
+    with pytest.raises(UserError, match=r"The loss is (nan|inf) at step \d+\. Lower train\.lr \(it is 1e\+30\)"):
+        train.run(store, recipe, quiet())
+    assert not train.artefact(store, recipe).exists()
+
+
+def test_a_training_shorter_than_a_batch_is_one_step(store, table):
+    recipe = recipe_of(table, train={"n_tokens": 1})
+    train.run(store, recipe, quiet())
+    assert log_of(store, recipe)["step"] == [0]
+
+
+def test_every_setting_that_changes_the_weights_makes_another_autoencoder(stored, table):
+    def fp(**changes) -> str:
+        return train.artefact(stored, recipe_of(table, **changes)).fp
+
+    same = fp()
+    assert same == fp(train={"checkpoint_seconds": 5.0}, evaluate={"max_tokens": 7}, features={"batch_rows": 9})
+    others = [fp(sae={"seed": 1}), fp(sae={"k": 3}), fp(train={"lr": 0.1}), fp(feed={"seed": 1})]
+    assert len({same, *others}) == 5
+
+
+def test_another_generation_of_activations_makes_another_autoencoder(store, table):
+    recipe = recipe_of(table)
+    before = train.artefact(store, recipe).fp
+    artefact = activations.artefact(store, recipe)
+    artefact.publish(artefact.published().parts[:-1])
+    assert train.artefact(store, recipe).fp != before
+
+
+def test_an_autoencoder_with_a_lost_file_is_trained_again_to_the_same_bytes(store, table):
+    recipe = recipe_of(table)
+    path = train.run(store, recipe, quiet()).path
+    before = tree(path)
+    (path / "sae_weights.safetensors").unlink()
+    train.run(store, recipe, quiet())
+    assert tree(path) == before
