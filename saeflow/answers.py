@@ -1,47 +1,63 @@
-"""Three questions worth asking first about any run: chosen by SQL, answered by SQL."""
+"""Three questions worth asking first about any run, answered by SQL."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import duckdb
 import pyarrow as pa
 
 from saeflow import queries
 
-Question = tuple[str, list[str]]
-
 _LARGEST_SOURCES = """
 select source from stg_documents group by source order by sum(n_tokens) desc, source limit 2
 """
 
-_TELLING = """
-select feature_id from compare_sources(?, ?)
-where n_tokens_a >= 200 and log2_ratio > 0
-order by log2_ratio * ln(n_tokens_a) desc, feature_id limit 1
+_STRIKING = """
+select feature_id from feature_summary where n_tokens > 0
+order by density between 0.0005 and 0.01 desc, max_value desc, feature_id limit 2
 """
 
-_RAREST = "select feature_id from feature_summary where n_tokens > 0 order by n_tokens, feature_id limit 2"
+_FEWEST_TOKENS = 200
+"""A feature must fire so often in a source to speak for it."""
 
 
-def first_questions(connection: duckdb.DuckDBPyConnection) -> Iterator[Question]:
-    """The features that tell the two largest sources apart, and what explains one token."""
-    features = _features(connection)
-    for feature in features:
-        yield "top_tokens", [str(feature), "6"]
-    token = queries.ask(connection, "top_tokens", [features[0], 1]).column("token_id")[0].as_py()
-    yield "token_features", [str(token)]
+@dataclass(frozen=True)
+class Answer:
+    """A question with its arguments, and those columns and rows of the answer that fit on a page."""
+
+    question: str
+    arguments: list[str]
+    table: pa.Table
 
 
-def _features(connection: duckdb.DuckDBPyConnection) -> list[int]:
+def first_answers(connection: duckdb.DuckDBPyConnection, n_rows: int = 6) -> Iterator[Answer]:
+    """Which features tell the two largest sources apart, and where the most telling of each fires."""
     sources = [row[0] for row in connection.execute(_LARGEST_SOURCES).fetchall()]
-    found = []
     if len(sources) == 2:
-        for a, b in (sources, sources[::-1]):
-            found += [row[0] for row in connection.execute(_TELLING, [a, b]).fetchall()]
-    return found or [row[0] for row in connection.execute(_RAREST).fetchall()]
+        table = queries.ask(connection, "compare_sources", sources)
+        shown = table.select(["feature_id", "rate_a", "rate_b", "log2_ratio"]).slice(0, n_rows)
+        yield Answer("compare_sources", sources, shown)
+        features = _telling(table)
+    else:
+        columns = ["feature_id", "n_tokens", "density", "mean_value", "max_value"]
+        yield Answer("feature_summary", [], queries.ask(connection, "feature_summary", [], n_rows).select(columns))
+        features = [row[0] for row in connection.execute(_STRIKING).fetchall()]
+    for feature in features:
+        arguments = [str(feature), str(n_rows)]
+        table = queries.ask(connection, "top_tokens", arguments).select(["value", "source", "context"])
+        yield Answer("top_tokens", arguments, table)
 
 
-def answer(connection: duckdb.DuckDBPyConnection, question: Question) -> pa.Table:
-    name, arguments = question
-    return queries.ask(connection, name, arguments, limit=8)
+def _telling(comparison: pa.Table) -> list[int]:
+    """The feature that speaks most for source a, and the one for b: both often and much more often than in the other."""
+    rows = [row for row in comparison.to_pylist() if row["log2_ratio"] is not None]
+    found = []
+    for side, sign in (("n_tokens_a", 1), ("n_tokens_b", -1)):
+        often = [row for row in rows if row[side] >= _FEWEST_TOKENS]
+        if often:
+            best = max(often, key=lambda row: sign * row["log2_ratio"] * math.log(row[side]))
+            found.append(int(best["feature_id"]))
+    return found

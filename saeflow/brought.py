@@ -25,16 +25,16 @@ class Table:
 
 
 def read_table(path: str) -> Table:
-    """Read a CSV, Parquet, npy or npz file: numeric columns are neurons, the first text column labels rows.
+    """Read a CSV, TSV, Parquet or npy file: numeric columns are neurons, the first text column labels rows.
 
-    Raises UserError for a file that is missing, not numeric, or not finite (naming the row).
+    Raises UserError for a file that is missing, cannot be read or is not numeric.
     """
     file = Path(path)
     if not file.is_file():
         raise UserError(f"activations.source: no file at {path}.")
     match file.suffix.lower():
         case ".npy":
-            table = _unlabelled(np.load(file, allow_pickle=False))
+            table = _from_array(file)
         case ".csv" | ".tsv" | ".parquet":
             table = _from_columns(file)
         case other:
@@ -46,6 +46,13 @@ def read_table(path: str) -> Table:
             f"activations.source: {file.name} has shape {table.values.shape}; a table of rows × neurons is needed."
         )
     return table
+
+
+def _from_array(file: Path) -> Table:
+    try:
+        return _unlabelled(np.load(file, allow_pickle=False))
+    except (ValueError, EOFError) as error:
+        raise UserError(f"activations.source: {file.name} is no array of numbers in npy format.") from error
 
 
 def _unlabelled(values: np.ndarray) -> Table:

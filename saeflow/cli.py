@@ -43,21 +43,27 @@ StoreOption = Annotated[
     str | None, typer.Option("--store", help="Store folder; else SAEFLOW_STORE, the recipe, data/store.")
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say every setting too.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. --set sae.k=16.")
 ]
 RunOption = Annotated[str | None, typer.Option("--run", help="Which run; default: the newest.")]
 
 
-@app.callback()
-def _about(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         out.print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -92,7 +98,7 @@ def run(
 
     settings = _recipe(recipe, set_)
     opened = _create(store, settings, quiet)
-    summary = pipeline.run(opened, settings, _progress(quiet, verbose))
+    summary = pipeline.run(opened, settings, _progress(quiet, verbose, settings))
     if not quiet:
         print_summary(summary)
         print_answers(opened, settings)
@@ -110,7 +116,7 @@ def _stage(name: str, does: str) -> None:
         stages = pipeline.stages(settings)
         if name not in stages:
             raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
-        stages[name](_create(store, settings, quiet), settings, _progress(quiet, verbose))
+        stages[name](_create(store, settings, quiet), settings, _progress(quiet, verbose, settings))
 
     app.command(name, help=f"{does} Example: `saeflow {name} my.toml`", rich_help_panel="Stages")(command)
 
@@ -358,12 +364,10 @@ def print_answers(store: Store, recipe: Recipe) -> None:
     where = f" --store {shlex.quote(str(store.root))}" if "SAEFLOW_STORE" not in os.environ else ""
     run = features.artefact(store, recipe).id
     with contextlib.closing(queries.connect(store, run)) as connection:
-        for question in answers.first_questions(connection):
-            name, arguments = question
-            out.print(
-                f"\n$ saeflow ask {name} {shlex.join(arguments)}{where}", markup=False, soft_wrap=True, style="bold"
-            )
-            terminal.render_table(answers.answer(connection, question), out)
+        for answer in answers.first_answers(connection):
+            asked = shlex.join(["saeflow", "ask", answer.question, *answer.arguments])
+            out.print(f"\n$ {asked}{where}", markup=False, soft_wrap=True, style="bold")
+            terminal.render_table(answer.table, out)
     out.print("\nTry next:", style="bold")
     for line in ("ask", "ask feature_summary", "ask search_token the", "sql 'select * from runs'", "ls"):
         out.print(f"  saeflow {line}{where}", markup=False, soft_wrap=True)
@@ -426,8 +430,10 @@ def _connection(option: str | None, run: str | None) -> Iterator[duckdb.DuckDBPy
         yield connection
 
 
-def _progress(quiet: bool, verbose: bool) -> Progress:
-    return Progress(err, -1 if quiet else int(verbose))
+def _progress(quiet: bool, verbose: bool, recipe: Recipe) -> Progress:
+    progress = Progress(err, -1 if quiet else int(verbose))
+    progress.say(f"saeflow {__version__}, with every setting: {recipe.model_dump_json(exclude_none=True)}", 1)
+    return progress
 
 
 def main(commands: typer.Typer = app, name: str = "saeflow") -> None:

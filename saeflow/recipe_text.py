@@ -18,7 +18,8 @@ _HEAD = """\
 #   saeflow ask                 the questions you can ask afterwards
 
 name = "{name}"
-"""
+{top}"""
+_TOP = {"store": '"data/store"', "threads": "0"}
 _START: dict[str, dict[str, str]] = {
     "corpus": {"files": '["texts/*.txt"]'},
     "model": {"path": '"openai-community/gpt2"'},
@@ -30,7 +31,8 @@ def template(name: str, file: str, start: dict[str, dict[str, str]] | None = Non
     """The whole recipe as TOML text; `start` gives TOML values for settings without a default."""
     chosen = {section: _START.get(section, {}) | (start or {}).get(section, {}) for section in Recipe.model_fields}
     sections = [_section(section, field.annotation, chosen[section]) for section, field in Recipe.model_fields.items()]
-    return _HEAD.format(name=name, file=file) + "".join(sections)
+    top = [f"# {key} = {value}  # {Recipe.model_fields[key].description}\n" for key, value in _TOP.items()]
+    return _HEAD.format(name=name, file=file, top="".join(top)) + "".join(sections)
 
 
 def _section(name: str, annotation: Any, start: dict[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Path:
     if path.is_file():
         return path
     figure = _heat_map(store, recipe) if small else _densities(target)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
     progress.say(f"report: picture in {path}")
     return path

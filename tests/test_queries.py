@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from tests.small_store import Document, Given
 
 from saeflow.config import UserError
 from saeflow.queries import ask, check, connect, query, questions, runs
 from saeflow.runs import sql_folder
 from saeflow.store import Store
 from saeflow.terminal import render_table, sanitise, to_csv, to_json, to_json_lines, write
+from tests.small_store import Document, Given
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pytest
-from tests.small_store import DOCUMENTS, VALUES, Document, Given, count_stats, token_rows
 
 from saeflow import queries
 from saeflow.queries import ask, check, connect
+from tests.small_store import DOCUMENTS, VALUES, Document, Given, count_stats, token_rows
 
 SQL = Path(__file__).parent.parent / "sql"
 

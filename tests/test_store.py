@@ -40,6 +40,19 @@ def write_part(artefact: Artefact, index: int = 0, content: bytes = b"some bytes
     return artefact.parts()[index]
 
 
+def fail_half_way(folder: Path) -> None:
+    (folder / "data.bin").write_bytes(b"x")
+    raise RuntimeError
+
+
+def use(root: Path, id: str) -> None:
+    """Read and write as later stages do."""
+    artefact = Store.open(root).by_id(id)
+    artefact.parts()
+    artefact.published()
+    artefact.begin({})
+
+
 def raise_newer(path: Path) -> None:
     write_json(path, read_json(path) | {"format_version": FORMAT_VERSION + 1})
 
@@ -53,8 +66,7 @@ def test_a_part_appears_only_when_it_is_finished(artefact):
 
 def test_a_part_whose_work_fails_never_appears_and_the_next_writer_clears_it_away(artefact):
     with pytest.raises(RuntimeError), artefact.new_part(0, {}) as folder:
-        (folder / "data.bin").write_bytes(b"x")
-        raise RuntimeError
+        fail_half_way(folder)
     assert artefact.parts() == {}
     assert artefact.work.exists()
     with artefact.writing():
@@ -169,8 +181,7 @@ def test_an_interrupted_replacement_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_folder_without_parts_appears_whole_or_not_at_all(store):
     sae = store.artefact("saes", "small", "0123abcd")
     with pytest.raises(RuntimeError), sae.whole({}, [], {}) as folder:
-        (folder / "weights").write_bytes(b"x")
-        raise RuntimeError
+        fail_half_way(folder)
     assert not sae.complete()
     assert not sae.path.exists()
     with sae.writing(), sae.whole({"k": 3}, ["tokens/a-1"], {}) as folder:
@@ -192,8 +203,7 @@ def test_what_a_newer_version_wrote_is_refused_by_name(store, artefact, file):
     folder = {"part.json": artefact.part_path(part), "store.json": store.root}.get(file, artefact.path)
     raise_newer(folder / file)
     with pytest.raises(UserError, match=rf"{file} has format version {FORMAT_VERSION + 1}; .*\n.*upgrade"):
-        again = Store.open(store.root).by_id(artefact.id)
-        again.parts(), again.published(), again.begin({})
+        use(store.root, artefact.id)
 
 
 def test_a_folder_that_is_no_store_is_said_plainly(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -161,11 +162,12 @@ def test_an_interrupt_in_the_middle_of_a_step_does_not_spoil_the_result(
         real(self, *arguments, **options)
         calls.append(None)
         if len(calls) == 8:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, moment, interrupted)
-        train.run(store, recipe, quiet())
+        with pytest.raises(KeyboardInterrupt):
+            train.run(store, recipe, quiet())
     train.run(store, recipe, quiet())
     assert tree(store.root) == tree(tmp_path / "undisturbed")
 
@@ -200,7 +202,6 @@ def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path)
     x = torch.from_numpy(a_table())
     one, other = (SparseAutoencoder.load(path) for path in found)
     torch.testing.assert_close(64 * one.reconstruct(x), other.reconstruct(64 * x), rtol=0, atol=0)
-    assert (one.reconstruct(x) - x).square().sum() < (x - x.mean(0)).square().sum()
 
 
 def test_without_normalise_nothing_is_scaled(store, table):

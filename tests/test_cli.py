@@ -1,0 +1,435 @@
+"""The `saeflow` command: every command on a small finished store."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+
+from saeflow import __version__, cli, queries
+from saeflow.config import Recipe, load_recipe
+from saeflow.store import Store
+from tests.conftest import Finished
+from tests.small_pipeline import (
+    SITE,
+    WIDTH,
+    Ingredients,
+    a_table,
+    brought_data,
+    recipe_data,
+    tree,
+    write_recipe,
+    write_table,
+)
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7][0-9;]*m")
+COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
+SAEFLOW = [sys.executable, "-c", "from saeflow.cli import main; main()"]
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def saeflow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Runs the command in a folder of its own, as `main` does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(*arguments: object) -> Said:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["saeflow", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return Said(int(ended.value.code or 0), said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def copied(finished: Finished, tmp_path: Path) -> Store:
+    """A copy of the finished store, to be damaged."""
+    shutil.copytree(finished.store.root, tmp_path / "copied")
+    return Store.open(tmp_path / "copied")
+
+
+@pytest.fixture
+def recipe_file(ingredients: Ingredients, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "small.toml", recipe_data(ingredients))
+
+
+def test_version_is_printed(saeflow: Command) -> None:
+    assert saeflow("--version").out.strip() == __version__
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_each_command_has_an_example(name: str, saeflow: Command) -> None:
+    said = saeflow(name, "--help")
+    assert said.code == 0
+    assert re.search(rf"Examples?:\s+saeflow\s+{name}\b", said.out)
+
+
+def test_a_command_that_is_not_there_ends_with_2(saeflow: Command) -> None:
+    said = saeflow("trian")
+    assert said.code == 2
+    assert "train" in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["ask"], ["sql", "select 1"]])
+def test_light_commands_do_not_wait_for_torch(arguments: list[str], finished: Finished) -> None:
+    code = (
+        "import sys; from saeflow import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print([m for m in ('torch', 'transformers', 'prefect', 'zarr', 'numba') if m in sys.modules])"
+    )
+    environment = os.environ | {"SAEFLOW_STORE": str(finished.store.root)}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_the_stages_one_by_one_make_the_store_that_run_makes(
+    saeflow: Command, finished: Finished, recipe_file: Path, tmp_path: Path
+) -> None:
+    for stage in ("tokens", "collect", "train", "encode", "evaluate", "report"):
+        said = saeflow(stage, recipe_file, "--store", tmp_path / "store")
+        assert said.code == 0, said.err
+        assert f"store: {tmp_path / 'store'}" in said.err
+    assert tree(tmp_path / "store") == tree(finished.store.root)
+    again = saeflow("run", recipe_file, "--store", tmp_path / "store")
+    assert again.code == 0
+    assert again.err.count("already done") == 5
+    assert "66" in again.out  # documents
+    assert again.out.count("$ saeflow ask ") == 3
+    assert "Try next:" in again.out
+
+
+def test_a_stage_that_the_recipe_has_not_is_refused(saeflow: Command, tmp_path: Path) -> None:
+    source = write_table(tmp_path / "table.npy", a_table())
+    recipe = write_recipe(tmp_path / "brought.toml", brought_data(source))
+    said = saeflow("collect", recipe, "--store", tmp_path / "store")
+    assert said.code == 2
+    assert "bring, train, encode" in said.err
+    assert saeflow("bring", recipe, "--store", tmp_path / "store").code == 0
+
+
+def test_a_written_recipe_parses_and_says_the_defaults(saeflow: Command, tmp_path: Path) -> None:
+    assert saeflow("init", "my.toml", "--model", "some/model", "--files", "a/*.txt").code == 0
+    written = load_recipe(tmp_path / "my.toml")
+    assert written.model is not None
+    assert written.model.path == "some/model"
+    assert written.corpus is not None
+    assert written.corpus.files == [str(tmp_path / "a/*.txt")]
+    text = (tmp_path / "my.toml").read_text()
+    lines = [re.sub(r"^# (?=\w+ = )", "", line) for line in text.splitlines() if ' = ""' not in line]
+    (tmp_path / "all.toml").write_text("\n".join(lines))
+    everything = load_recipe(tmp_path / "all.toml")
+    assert everything.model_dump(exclude={"store"}) == written.model_dump(exclude={"store"})
+    for section, field in Recipe.model_fields.items():
+        assert re.search(rf"^(# {section} =|{section} =|\[{section}\])", text, re.MULTILINE), field
+
+
+def test_init_overwrites_nothing(saeflow: Command, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text("mine")
+    said = saeflow("init", "my.toml")
+    assert said.code == 2
+    assert "exists already" in said.err
+    assert (tmp_path / "my.toml").read_text() == "mine"
+
+
+def test_an_edited_recipe_of_init_runs(saeflow: Command, ingredients: Ingredients, tmp_path: Path) -> None:
+    saeflow("init", "my.toml", "--model", ingredients.model, "--files", ingredients.corpus)
+    path = tmp_path / "my.toml"
+    path.write_text(re.sub(r"^sites = .*$", f'sites = ["{SITE}"]', path.read_text(), flags=re.MULTILINE))
+    small = ["tokens.context_length=16", "sae.n_features=64", "sae.k=4", "train.n_tokens=2000", "feed.batch_rows=256"]
+    said = saeflow("run", "my.toml", "-q", *(word for change in small for word in ("--set", change)))
+    assert (said.code, said.out, said.err) == (0, "", "")
+    assert "features/my-" in saeflow("ls").out
+
+
+def test_set_changes_settings_and_names_what_it_cannot_read(saeflow: Command, recipe_file: Path) -> None:
+    assert "--set sae.k" in saeflow("run", recipe_file, "--set", "sae.k").err
+    said = saeflow("run", recipe_file, "--set", "sae.k=many")
+    assert said.code == 2
+    assert "sae.k is 'many'" in said.err
+
+
+def test_quiet_says_nothing_and_verbose_says_every_setting(
+    saeflow: Command, finished: Finished, recipe_file: Path
+) -> None:
+    quiet = saeflow("run", recipe_file, "-q", "--store", finished.store.root)
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    verbose = saeflow("tokens", recipe_file, "-v", "--store", finished.store.root)
+    assert '"n_features":64' in verbose.err
+
+
+def test_sites_lists_names_and_widths(saeflow: Command, ingredients: Ingredients) -> None:
+    said = saeflow("sites", ingredients.model, "*.mlp.act")
+    assert [line.split() for line in said.out.splitlines()[1:]] == [
+        [SITE, str(WIDTH)],
+        [SITE.replace("0", "1"), str(WIDTH)],
+    ]
+    assert len(saeflow("sites", ingredients.model).out.splitlines()) > 10
+
+
+def test_ls_and_show_say_what_there_is(saeflow: Command, finished: Finished) -> None:
+    listed = saeflow("ls", "--store", finished.store.root)
+    for artefact in finished.store.artefacts():
+        assert artefact.id in listed.out.replace("\n", "")
+    shown = saeflow("show", "small", "--store", finished.store.root)
+    assert "features/small-" in shown.out
+    assert "variance_unexplained" in shown.out
+    unknown = saeflow("show", "smal", "--store", finished.store.root)
+    assert unknown.code == 2
+    assert "Nearest: " in unknown.err
+
+
+def test_the_store_is_the_option_then_the_environment_then_the_recipe_then_data_store(
+    saeflow: Command, ingredients: Ingredients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_table(tmp_path / "table.npy", a_table(40))
+    with_store = write_recipe(tmp_path / "a.toml", brought_data(source, store="from-recipe"))
+    without = write_recipe(tmp_path / "b.toml", brought_data(source))
+    assert f"store: {tmp_path}/data/store\n" in saeflow("bring", without).err
+    assert f"store: {tmp_path}/from-recipe\n" in saeflow("bring", with_store).err
+    monkeypatch.setenv("SAEFLOW_STORE", str(tmp_path / "from-environment"))
+    assert f"store: {tmp_path}/from-environment\n" in saeflow("bring", with_store).err
+    assert f"store: {tmp_path}/from-option\n" in saeflow("bring", with_store, "--store", "from-option").err
+    assert f"store: {tmp_path}/from-environment\n" in saeflow("ls").err
+
+
+def test_a_store_that_is_not_there_is_named(saeflow: Command, tmp_path: Path) -> None:
+    for command in (["ls"], ["ask", "runs"], ["sql", "select 1"], ["verify"], ["show", "x"]):
+        said = saeflow(*command)
+        assert said.code == 2
+        assert f"No store at {tmp_path}/data/store" in said.err
+    assert not (tmp_path / "data").exists()
+
+
+def a_shard(store: Store) -> Path:
+    return sorted(path for path in store.root.glob("activations/*/parts/*/*.zarr/c/**/*") if path.is_file())[0]
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_verify_finds_nothing_wrong_with_a_finished_store(saeflow: Command, finished: Finished) -> None:
+    for options in ([], ["--full"]):
+        said = saeflow("verify", "--store", finished.store.root, *options)
+        assert said.code == 0, said.out
+        assert "nothing missing, nothing changed" in said.out
+
+
+def test_a_flipped_byte_is_found_repaired_and_made_again(
+    saeflow: Command, copied: Store, finished: Finished, recipe_file: Path
+) -> None:
+    shard = a_shard(copied)
+    flip_a_byte(shard)
+    found = saeflow("verify", "--full", "--store", copied.root)
+    assert found.code == 2
+    assert f"{shard} has changed" in found.out
+    assert "--repair" in found.err
+    assert saeflow("verify", "--full", "--repair", "--store", copied.root).code == 0
+    assert not shard.exists()
+    assert saeflow("run", recipe_file, "--store", copied.root).code == 0
+    assert saeflow("verify", "--full", "--store", copied.root).code == 0
+    assert tree(copied.root) == tree(finished.store.root)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "activations", "saes", "features"])
+def test_a_missing_file_is_found_and_run_makes_it_again(
+    kind: str, saeflow: Command, copied: Store, finished: Finished, recipe_file: Path
+) -> None:
+    lost = sorted(copied.root.glob(f"{kind}/*/parts/*") if kind != "saes" else copied.root.glob("saes/*/sae_*"))[-1]
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    found = saeflow("verify", "--store", copied.root)
+    assert found.code == 2
+    assert f"damaged: {lost}" in found.out
+    assert saeflow("run", recipe_file, "--store", copied.root).code == 0
+    assert tree(copied.root) == tree(finished.store.root)
+
+
+WORDS = {"bigint": "1", "double": "0.5", "varchar": "cat"}
+
+
+@pytest.mark.parametrize("question", queries.questions(), ids=lambda question: question.name)
+def test_every_question_can_be_asked(question: queries.Question, saeflow: Command, finished: Finished) -> None:
+    sources = {"a": "tales", "b": "letters"}
+    words = [
+        sources.get(p.name[-1], WORDS[p.type]) if "source" in p.name else WORDS[p.type] for p in question.parameters
+    ]
+    if question.name == "compare_sources":
+        words = ["tales", "letters"]
+    said = saeflow("ask", question.name, *words, "-f", "json", "-n", 5, "--store", finished.store.root)
+    assert said.code == 0, said.err
+    rows = json.loads(said.out)
+    assert 1 <= len(rows) <= 5
+
+
+def test_ask_without_a_question_lists_them(saeflow: Command) -> None:
+    listed = saeflow("ask").out
+    assert all(question.name in listed for question in queries.questions())
+
+
+def test_all_formats_give_the_same_rows(saeflow: Command, finished: Finished, tmp_path: Path) -> None:
+    ask = ["ask", "tokens_where", 1, 0.0, "--store", finished.store.root, "-n", 7]
+    wanted = json.loads(saeflow(*ask, "-f", "json").out)
+    assert len(wanted) == 7
+    assert [json.loads(line) for line in saeflow(*ask, "-f", "jsonl").out.splitlines()] == wanted
+    rows = list(csv.DictReader(io.StringIO(saeflow(*ask, "-f", "csv").out)))
+    assert [int(row["token_id"]) for row in rows] == [row["token_id"] for row in wanted]
+    assert saeflow(*ask, "-f", "parquet", "-o", tmp_path / "answer.parquet").out == ""
+    assert pq.read_table(tmp_path / "answer.parquet").to_pylist() == wanted
+    table = saeflow(*ask)
+    assert str(wanted[0]["token_id"]) in table.out
+    assert "The first 7 rows; more with --limit." in table.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "top_token", "1"], "Did you mean top_tokens"),
+        (["ask", "top_tokens", "cat"], "must be a whole number"),
+        (["ask", "tokens_where"], "tokens_where needs"),
+        (["ask", "runs", "--run", "smal"], "Did you mean small?"),
+        (["sql", "select nothing from tokens"], "nothing"),
+        (["sql", "copy tokens to 'stolen.parquet'"], "Only one statement that reads"),
+        (["sql", "with x as (copy tokens to 'stolen.parquet') select 1"], ""),
+        (["sql", "create table mine as select 1"], "Only one statement that reads"),
+        (["sql", "select 1; drop view tokens"], "Only one statement that reads"),
+        (["sql", "select * from read_text('/etc/hostname')"], ""),
+        (["sql", "attach 'stolen.db'"], "Only one statement that reads"),
+    ],
+)
+def test_what_cannot_be_asked_ends_with_2_and_one_message(
+    arguments: list[str], message: str, saeflow: Command, finished: Finished, tmp_path: Path
+) -> None:
+    said = saeflow(*arguments, "--store", finished.store.root)
+    assert (said.code, said.out) == (2, "")
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert list(tmp_path.glob("stolen*")) == []
+
+
+def test_sql_answers_and_reads_a_pipe(saeflow: Command, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = ["sql", "select count(*) as n from tokens where not held_out", "-f", "csv", "--store", finished.store.root]
+    n = int(saeflow(*ask).out.split()[1])
+    assert 0 < n < finished.summary["n_tokens"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(ask[1]))
+    assert int(saeflow(ask[0], *ask[2:]).out.split()[1]) == n
+
+
+def test_the_script_runs_by_hand_in_duckdb(saeflow: Command, finished: Finished) -> None:
+    script = saeflow("sql", "--script", "--store", finished.store.root).out
+    with duckdb.connect() as connection:
+        connection.execute(script)
+        assert connection.sql("select sum(n_tokens) from documents").fetchone() == (finished.summary["n_tokens"],)
+
+
+def on_a_terminal(arguments: list[str], typed: str, environment: dict[str, str]) -> str:
+    """What a person sees who types into the command on a terminal."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*SAEFLOW, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | environment
+    )
+    os.close(theirs)
+    seen = b""
+    os.write(ours, typed.encode())
+    while select.select([ours], [], [], 60)[0]:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # the other side has been closed
+            break
+        if not piece:
+            break
+        seen += piece
+    os.close(ours)
+    assert process.wait(60) == 0, seen.decode()
+    return seen.decode()
+
+
+def test_the_prompt_answers_until_the_end(finished: Finished) -> None:
+    environment = {"TERM": "xterm", "COLUMNS": "100"}
+    typed = "select 40 +\n2 as answer;\nselect oops;\nselect count(*) from stg_vocab;\n\x04"
+    seen = on_a_terminal(["sql", "--store", str(finished.store.root)], typed, environment)
+    assert "answer" in seen
+    assert "42" in seen
+    assert "oops" in seen
+    assert "400" in seen
+    assert COLOUR.search(seen)
+    assert "Traceback" not in seen
+
+
+def test_no_color_is_obeyed(finished: Finished) -> None:
+    environment = {"TERM": "xterm", "NO_COLOR": "1"}
+    seen = on_a_terminal(["sql", "--store", str(finished.store.root)], "select oops;\n\x04", environment)
+    assert "oops" in seen
+    assert not COLOUR.search(seen)
+
+
+def test_away_from_a_terminal_there_are_plain_lines(saeflow: Command, ingredients: Ingredients, tmp_path: Path) -> None:
+    source = write_table(tmp_path / "table.npy", a_table())
+    recipe = write_recipe(tmp_path / "brought.toml", brought_data(source))
+    said = saeflow("run", recipe)
+    assert "\x1b" not in said.out + said.err
+    assert re.search(r"^activations: 700 rows in [\d.]+ s \([\d,]+/s\)$", said.err, re.MULTILINE)
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_continue(tmp_path: Path) -> None:
+    source = write_table(tmp_path / "table.npy", a_table())
+    recipe = write_recipe(tmp_path / "my recipe.toml", brought_data(source, train={"n_tokens": 10**9}))
+    arguments = ["run", str(recipe), "--store", str(tmp_path / "store")]
+    process = subprocess.Popen([*SAEFLOW, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("activations:"):
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(60) == 130, said
+    process.stderr.close()
+    assert f"continue with: saeflow run '{recipe}' --store {tmp_path}/store" in said
+    assert "Traceback" not in said
+
+
+def test_doctor_says_versions_speeds_and_free_disk(saeflow: Command, tmp_path: Path) -> None:
+    said = saeflow("doctor", "--store", tmp_path / "not-yet")
+    assert said.code == 0
+    for what in ("torch", "processor", "bfloat16 product", "GFLOP/s", "free for"):
+        assert what in said.out
+    assert not (tmp_path / "not-yet").exists()
+
+
+def test_debug_shows_the_traceback(saeflow: Command, tmp_path: Path) -> None:
+    command = [*SAEFLOW, "run", "missing.toml", "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "Traceback" in done.stderr
+    assert "No recipe at missing.toml" in done.stderr

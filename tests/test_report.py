@@ -1,0 +1,83 @@
+"""Pictures of a run, and the table that a small one is drawn from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from saeflow import activations, features, report, train
+from saeflow.config import parse_recipe
+from saeflow.report import active_sets, feature_table
+from saeflow.store import Store
+from tests.small_pipeline import brought_data, quiet
+
+PNG = b"\x89PNG\r\n"
+PHRASES = "phrase,a,b,c\n" + "".join(
+    f"{label} ${i},{i % 3},{i % 5},{0.5 * i}\n" for i, label in enumerate("猫狗€$xyz_^")
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run on nine labelled rows, whose labels try matplotlib's markup."""
+    folder = tmp_path_factory.mktemp("phrases")
+    (folder / "t.csv").write_text(PHRASES, "utf-8")
+    store = Store.create(folder / "store")
+    recipe = parse_recipe(brought_data(folder / "t.csv", sae={"n_features": 8, "k": 2}, activations={"part_rows": 4}))
+    for stage in (activations.bring, train.run, features.run):
+        stage(store, recipe, quiet())
+    return store, recipe
+
+
+def test_a_small_table_is_drawn_whole_and_only_once(small):
+    store, recipe = small
+    path = report.run(store, recipe, quiet())
+    assert path.name == "features.png"
+    assert path.read_bytes().startswith(PNG)
+    before = path.stat().st_mtime_ns
+    assert report.run(store, recipe, quiet()) == path
+    assert path.stat().st_mtime_ns == before
+
+
+def test_the_same_run_gives_the_same_picture_byte_for_byte(small):
+    store, recipe = small
+    path = report.run(store, recipe, quiet())
+    before = path.read_bytes()
+    path.unlink()
+    assert report.run(store, recipe, quiet()).read_bytes() == before
+
+
+def test_a_run_on_a_corpus_is_drawn_as_a_histogram_of_densities(finished):
+    path = features.artefact(finished.store, finished.recipe).path / "density.png"
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_the_table_of_features_holds_the_stored_values_under_the_rows_own_labels(small):
+    store, recipe = small
+    labels, values = feature_table(store, recipe)
+    assert labels == [line.split(",")[0] for line in PHRASES.splitlines()[1:]]
+    artefact = features.artefact(store, recipe)
+    wanted = np.zeros((9, 8), np.float32)
+    for part in artefact.published().parts:
+        rows = pq.read_table(artefact.part_path(part) / "token_major" / "000.parquet").to_pydict()
+        wanted[rows["token_id"], rows["feature_id"]] = rows["value"]
+    np.testing.assert_array_equal(values, wanted)
+    assert values.any()
+
+
+def test_a_feature_is_active_above_a_tenth_of_its_own_maximum():
+    values = np.array([[5.0, 0, 0.2], [0.5, 0, 0.01], [0.51, 0, 0.0]])
+    assert active_sets(["cat", "dog", "robot"], values) == {0: frozenset({"cat", "robot"}), 2: frozenset({"cat"})}
+
+
+@pytest.mark.parametrize("n_features", [1, 8])
+def test_a_run_in_which_nothing_fires_is_drawn_too(tmp_path, n_features):
+    target = Store.create(tmp_path).artefact("features", "dead", "00000000")
+    target.begin({})
+    with target.new_part(0, {"n_tokens": 9}) as folder:
+        pq.write_table(pa.table({"n_tokens": np.zeros(n_features, np.int64)}), folder / "feature_stats.parquet")
+    target.publish(target.parts().values())
+    (axes,) = report._densities(target).axes
+    assert axes.get_title() == f"0 live features, {n_features} dead"
