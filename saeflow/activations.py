@@ -127,7 +127,7 @@ class Collector:
                     future.result()
             for writer in writers:
                 writer.close()
-        return self.target.parts()[part.index]
+        return self.target.made[part.index]
 
 
 class _Writer:

@@ -94,10 +94,10 @@ def run(
     recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
 ) -> None:
     """Run everything that is missing, from text to SQL answers. Example: `saeflow run my.toml --set sae.k=16`"""
-    from saeflow import pipeline
-
     settings = _recipe(recipe, set_)
     opened = _create(store, settings, quiet)
+    from saeflow import pipeline  # seconds: only after what can be refused at once
+
     summary = pipeline.run(opened, settings, _progress(quiet, verbose, settings))
     if not quiet:
         print_summary(summary)
@@ -110,9 +110,9 @@ def _stage(name: str, does: str) -> None:
     def command(
         recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
     ) -> None:
+        settings = _recipe(recipe, set_)
         from saeflow import pipeline
 
-        settings = _recipe(recipe, set_)
         stages = pipeline.stages(settings)
         if name not in stages:
             raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
@@ -229,9 +229,8 @@ def verify(
     elif broken:
         raise UserError("The feature files do not agree. Remove the run's folder and run the recipe again.")
     else:
-        out.print(
-            f"{len(opened.artefacts())} artefacts in {opened.root}: nothing missing, nothing changed", markup=False
-        )
+        said = f"{len(opened.artefacts())} artefacts in {opened.root}: nothing missing, nothing changed"
+        out.print(said, markup=False, soft_wrap=True)
 
 
 def _run_checks(store: Store) -> list[tuple[str, int]]:
@@ -389,8 +388,8 @@ def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number == 0)
     return table
 
 

@@ -75,7 +75,7 @@ class Encoder:
                     folder / "feature_major" / f"{number:03d}.parquet", token_ids, sparse, len(totals.n_tokens)
                 )
             pq.write_table(totals.table(), folder / "feature_stats.parquet", compression="zstd")
-        return self.target.parts()[index]
+        return self.target.made[index]
 
     def _segments(
         self, part: PartRecord, token_part: PartRecord, bar: Bar

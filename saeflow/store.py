@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +98,8 @@ class Artefact:
     kind: Kind
     name: str
     fp: str
+    made: dict[int, PartRecord] = field(default_factory=dict, compare=False, repr=False)
+    """Parts that this object has finished, by index."""
 
     @property
     def id(self) -> str:
@@ -156,12 +158,13 @@ class Artefact:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder
-        record = PartRecord(index=index, counts=counts, files=_file_records(folder))
+        record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=_file_records(folder))
         write_json(folder / "part.json", record.model_dump(mode="json"))
         _flush_tree(folder)
         for stale in (self.path / "parts").glob(f"{index:06d}-*"):
             shutil.rmtree(stale)
         _rename(folder, self.part_path(record))
+        self.made[index] = record
 
     def parts(self) -> dict[int, PartRecord]:
         """Finished parts on disk whose files are all there in their full size."""

@@ -222,7 +222,7 @@ def write_part(target: Artefact, index: int, counts: dict[str, int], packed: Pac
             column_encoding={"token_id": "DELTA_BINARY_PACKED", "document_id": "DELTA_BINARY_PACKED"},
         )
         pq.write_table(documents, folder / "documents.parquet", compression="zstd")
-    return target.parts()[index]
+    return target.made[index]
 
 
 def _batches(stream: Iterator[Document], n_tokens: int) -> Iterator[list[Document]]:

@@ -277,15 +277,12 @@ def test_a_missing_file_is_found_and_run_makes_it_again(
     assert tree(copied.root) == tree(finished.store.root)
 
 
-WORDS = {"bigint": "1", "double": "0.5", "varchar": "cat"}
+WORDS = {"bigint": "1", "double": "0.5", "text": "cat"}
 
 
 @pytest.mark.parametrize("question", queries.questions(), ids=lambda question: question.name)
 def test_every_question_can_be_asked(question: queries.Question, saeflow: Command, finished: Finished) -> None:
-    sources = {"a": "tales", "b": "letters"}
-    words = [
-        sources.get(p.name[-1], WORDS[p.type]) if "source" in p.name else WORDS[p.type] for p in question.parameters
-    ]
+    words = [WORDS[parameter.type] for parameter in question.parameters]
     if question.name == "compare_sources":
         words = ["tales", "letters"]
     said = saeflow("ask", question.name, *words, "-f", "json", "-n", 5, "--store", finished.store.root)
@@ -340,7 +337,14 @@ def test_what_cannot_be_asked_ends_with_2_and_one_message(
 
 
 def test_sql_answers_and_reads_a_pipe(saeflow: Command, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = ["sql", "select count(*) as n from tokens where not held_out", "-f", "csv", "--store", finished.store.root]
+    ask = [
+        "sql",
+        "select sum(n_tokens)::bigint as n from documents where not held_out",
+        "-f",
+        "csv",
+        "--store",
+        finished.store.root,
+    ]
     n = int(saeflow(*ask).out.split()[1])
     assert 0 < n < finished.summary["n_tokens"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(ask[1]))
@@ -351,26 +355,25 @@ def test_the_script_runs_by_hand_in_duckdb(saeflow: Command, finished: Finished)
     script = saeflow("sql", "--script", "--store", finished.store.root).out
     with duckdb.connect() as connection:
         connection.execute(script)
-        assert connection.sql("select sum(n_tokens) from documents").fetchone() == (finished.summary["n_tokens"],)
+        assert connection.execute("select sum(n_tokens) from documents").fetchone() == (finished.summary["n_tokens"],)
 
 
-def on_a_terminal(arguments: list[str], typed: str, environment: dict[str, str]) -> str:
-    """What a person sees who types into the command on a terminal."""
+def on_a_terminal(arguments: list[str], lines: list[str], environment: dict[str, str]) -> str:
+    """What a person sees who types a line at every prompt and then Ctrl-D."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*SAEFLOW, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | environment
     )
     os.close(theirs)
-    seen = b""
-    os.write(ours, typed.encode())
+    seen, typed = b"", 0
     while select.select([ours], [], [], 60)[0]:
         try:
-            piece = os.read(ours, 4096)
+            seen += os.read(ours, 4096)
         except OSError:  # the other side has been closed
             break
-        if not piece:
-            break
-        seen += piece
+        if len(re.findall(rb"saeflow> |    -> ", seen)) > typed:
+            os.write(ours, f"{lines[typed]}\n".encode() if typed < len(lines) else b"\x04")
+            typed += 1
     os.close(ours)
     assert process.wait(60) == 0, seen.decode()
     return seen.decode()
@@ -378,8 +381,8 @@ def on_a_terminal(arguments: list[str], typed: str, environment: dict[str, str])
 
 def test_the_prompt_answers_until_the_end(finished: Finished) -> None:
     environment = {"TERM": "xterm", "COLUMNS": "100"}
-    typed = "select 40 +\n2 as answer;\nselect oops;\nselect count(*) from stg_vocab;\n\x04"
-    seen = on_a_terminal(["sql", "--store", str(finished.store.root)], typed, environment)
+    lines = ["select 40 +", "2 as answer;", "select oops;", "select count(*) from stg_vocab;"]
+    seen = on_a_terminal(["sql", "--store", str(finished.store.root)], lines, environment)
     assert "answer" in seen
     assert "42" in seen
     assert "oops" in seen
@@ -390,7 +393,7 @@ def test_the_prompt_answers_until_the_end(finished: Finished) -> None:
 
 def test_no_color_is_obeyed(finished: Finished) -> None:
     environment = {"TERM": "xterm", "NO_COLOR": "1"}
-    seen = on_a_terminal(["sql", "--store", str(finished.store.root)], "select oops;\n\x04", environment)
+    seen = on_a_terminal(["sql", "--store", str(finished.store.root)], ["select oops;"], environment)
     assert "oops" in seen
     assert not COLOUR.search(seen)
 

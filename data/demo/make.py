@@ -30,7 +30,7 @@ END_OF_TEXT, END_OF_TEXT_ID = "<|endoftext|>", 0
 VOCABULARY = 4096
 SEED = 0
 HELD_OUT, HELD_BACK = 0.05, 0.08  # held out for evaluation; the next 3% tune learning rates and discounts
-SCHEDULE = train.Schedule(steps=12_000)
+SCHEDULE = train.Schedule(steps=12_000, seed=SEED)
 CHECKPOINT_STEPS, VALIDATION_STEPS = 200, 1000
 
 TOKENIZER_CONFIG = {
@@ -116,7 +116,9 @@ def train_model(work: Path, documents: dict[str, list[train.Tokens]]) -> None:
         with log.open("a") as file:
             print(json.dumps(entry), file=file)
         trainer.save(checkpoint)
-    trainer.model.save_pretrained(work / "model")
+    trainer.model.save_pretrained(work / "weights")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (work / "weights" / name).replace(work / "model" / name)
 
 
 def progress(trainer: train.Trainer, tokens: train.Tokens) -> Iterator[list[float]]:
