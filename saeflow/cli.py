@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -466,12 +467,10 @@ def _guarded(commands: typer.Typer, name: str, arguments: list[str], debug: bool
             raise
         err.print(str(error), markup=False, soft_wrap=True, style="red")
         return 2
-    except OSError as error:
-        if debug or error.errno not in _DISK_ERRORS:
-            raise
-        err.print(_disk_message(error), markup=False, soft_wrap=True, style="red")
-        return 2
     except Exception as error:
+        if not debug and _system_error(error) in _DISK_ERRORS:
+            err.print(_disk_message(error), markup=False, soft_wrap=True, style="red")
+            return 2
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # the command line itself was wrong
             error.show()
             return int(error.exit_code)
@@ -483,7 +482,15 @@ def _guarded(commands: typer.Typer, name: str, arguments: list[str], debug: bool
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
-def _disk_message(error: OSError) -> str:
-    what = error.strerror or "the disk refused"
-    where = f" at {error.filename}" if error.filename else ""
+def _system_error(error: Exception) -> int | None:
+    """The system's number of an error; libraries written in Rust give it in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _disk_message(error: Exception) -> str:
+    what = os.strerror(_system_error(error) or 0)
+    where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
     return f"{what}{where}. Finished parts are safe. Free some space or choose another --store, then run the same command again."

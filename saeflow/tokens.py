@@ -292,6 +292,6 @@ def write_vocab(path: Path, pieces: Iterable[str], raw: Iterable[bytes]) -> None
 def read_part(target: Artefact, part: PartRecord) -> tuple[np.ndarray, np.ndarray]:
     """Vocabulary ids int64 (S, T) and mask bool (S, T) of one part."""
     table = pq.read_table(target.part_path(part) / "tokens.parquet", columns=["vocab_id", "mask"])
-    shape = (part.counts["n_sequences"], -1)
+    shape = (part.counts["n_sequences"], int(target.record.facts["context_length"]))
     vocab_ids = table.column("vocab_id").to_numpy().astype(np.int64)
     return vocab_ids.reshape(shape), table.column("mask").to_numpy(zero_copy_only=False).reshape(shape)

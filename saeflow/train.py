@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -155,7 +159,7 @@ class Training:
     def restore(self, folder: Path) -> bool:
         """Continue from the newest whole checkpoint, if there is one."""
         for candidate in (folder, folder.with_name(folder.name + ".new")):
-            if (candidate / "state.json").is_file():
+            if all((candidate / name).is_file() for name in ("state.json", "state.safetensors")):
                 self._load(candidate)
                 return True
         return False
@@ -238,6 +242,25 @@ def open_feed(store: Store, recipe: Recipe) -> Feed:
     return Feed(activations.tokens_artefact(store, recipe), stored, site, recipe.feed)
 
 
+@contextlib.contextmanager
+def whole_step() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block has ended: a step half made must not be saved."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+        yield
+        return
+    asked: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if asked:
+        signal.raise_signal(asked[0])
+
+
 def loop(training: Training, feed: Feed, checkpoint: Path, progress: Progress) -> None:
     """Step to the end, saving a checkpoint every `checkpoint_seconds` and when interrupted."""
     if training.step >= training.n_steps:
@@ -249,7 +272,8 @@ def loop(training: Training, feed: Feed, checkpoint: Path, progress: Progress) -
         try:
             while training.step < training.n_steps:
                 batch = next(batches)
-                info = training.advance(batch)
+                with whole_step():
+                    info = training.advance(batch)
                 bar.advance(
                     len(batch), f"unexplained {info.unexplained:.3f}, L0 {info.n_active:.1f}, dead {info.n_dead}"
                 )
@@ -272,4 +296,6 @@ def publish(target: Artefact, training: Training, site: Site, store: Store, reci
             folder, {"site": site.name, "saeflow": json.dumps(about, sort_keys=True)}
         )
         with replacing(folder / "log.parquet") as temporary:
-            pq.write_table(pa.Table.from_pylist(training.log), temporary, compression="zstd")
+            table = pa.Table.from_pylist(training.log)
+            names = ["step", *sorted(set(table.column_names) - {"step"})]  # a checkpoint does not keep their order
+            pq.write_table(table.select(names), temporary, compression="zstd")

@@ -16,7 +16,17 @@ from saeflow import activations, store, tokens
 from saeflow.config import ActivationsConfig, UserError, parse_recipe
 from saeflow.model import Site, load_model
 from saeflow.store import Store
-from tests.small_pipeline import CONTEXT_LENGTH, SITE, WIDTH, a_table, brought_data, recipe_data, tree, write_table
+from tests.small_pipeline import (
+    CONTEXT_LENGTH,
+    SITE,
+    WIDTH,
+    a_table,
+    brought_data,
+    recipe_data,
+    tree,
+    write_corpus,
+    write_table,
+)
 
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -190,6 +200,14 @@ def test_what_overflows_float16_fits_the_other_precisions(with_tokens, ingredien
     spoil(monkeypatch, -70000.0, (3, 4, 5))
     _, artefact = collected(with_tokens, ingredients, progress, activations={"dtype": dtype})
     assert stored(artefact)[11, 4, 5].item() == pytest.approx(-70000, rel=4e-3)
+
+
+def test_documents_that_are_all_empty_store_no_rows(tmp_path, ingredients, progress):
+    empty = [{"key": key, "text": "", "source": "s", "title": "t"} for key in "abc"]
+    corpus = write_corpus(tmp_path / "c.parquet", empty)
+    where = Store.create(tmp_path / "store")
+    _, artefact = collected(where, ingredients, progress, corpus={"files": [str(corpus)]})
+    assert stored(artefact).shape == (0, CONTEXT_LENGTH, WIDTH)
 
 
 def test_too_little_disk_is_refused_before_work_with_both_numbers(with_tokens, ingredients, progress, monkeypatch):

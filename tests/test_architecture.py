@@ -30,6 +30,7 @@ ORDER = [
     "encoding",
     "sparse_step",
     "sae",
+    "resample",
     "train",
     "features",
     "evaluate",

@@ -59,7 +59,7 @@ def test_a_feature_that_never_fires_or_does_not_exist_has_no_tokens(demo, featur
 
 
 def test_tokens_where_reads_only_the_row_groups_of_its_feature(tmp_path, monkeypatch):
-    import small_store
+    from tests import small_store
 
     write = small_store.pq.write_table
     monkeypatch.setattr(small_store.pq, "write_table", lambda t, p: write(t, p, row_group_size=100))
