@@ -62,7 +62,7 @@ def fast_dtype() -> torch.dtype:
 
 def _product_seconds(_: int) -> list[float]:
     pairs = [(torch.ones(256, 512, dtype=d), torch.ones(512, 512, dtype=d)) for d in (torch.float32, torch.bfloat16)]
-    return np.min([[_seconds(a, b) for a, b in pairs] for _ in range(8)], axis=0).tolist()
+    return [min(_seconds(a, b) for _ in range(8)) for a, b in pairs]
 
 
 def _seconds(a: Tensor, b: Tensor) -> float:
@@ -288,7 +288,8 @@ def transpose(row_starts: Offsets, ids: Ids, values: Floats, n_features: int) ->
     """Feature starts (F + 1), rows (nnz) and values (n, nnz) in the order of features; a stable counting sort."""
     parts = ranges(len(row_starts) - 1, max(-(-len(row_starts) // torch.get_num_threads()), 1))
     counts = np.array(
-        [np.bincount(ids[row_starts[a] : row_starts[b]], minlength=n_features) for a, b in parts] or [[0] * n_features]
+        [np.bincount(ids[row_starts[a] : row_starts[b]], minlength=n_features) for a, b in parts]
+        or [np.zeros(n_features, np.int64)]
     )
     feature_starts = np.concatenate([[0], counts.sum(0).cumsum()]).astype(np.int64)
     positions = feature_starts[:-1] + np.concatenate([np.zeros((1, n_features), np.int64), counts[:-1].cumsum(0)])

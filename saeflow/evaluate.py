@@ -59,7 +59,7 @@ class Reconstruction:
     @property
     def variance_unexplained(self) -> float:
         """Sum of |x - reconstruction|² over sum of |x - mean|², the mean taken over the same tokens."""
-        return self.error / (self.squares - self.n_tokens * self.mean.square().sum().item())
+        return ratio(self.error, self.squares - self.n_tokens * self.mean.square().sum().item())
 
     @property
     def l0(self) -> float:
@@ -69,16 +69,22 @@ class Reconstruction:
 
 def loss_recovered(loss: float, spliced: float, ablated: float) -> float:
     """Share of the loss that ablation costs and the reconstruction does not; 1 is perfect, 0 no better than ablation."""
-    return (ablated - spliced) / (ablated - loss)
+    return ratio(ablated - spliced, ablated - loss)
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole; infinite where there is no whole."""
+    return part / whole if whole else math.copysign(math.inf, part)
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Judge the recipe's SAE and keep the figures beside its features."""
     run_artefact = features.artefact(store, recipe)
     path = run_artefact.path / "quality.json"
-    if path.is_file():
-        progress.skip("evaluate", f"variance unexplained {read_json(path)['variance_unexplained']:.4f}")
-        return dict(read_json(path))
+    known = read_json(path) if path.is_file() else {}
+    if known.get("max_tokens") == recipe.evaluate.max_tokens:
+        progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
+        return dict(known)
     train.set_threads(recipe)
     sae = SparseAutoencoder.load(train.artefact(store, recipe).path)
     quality = _reconstruction(store, recipe, sae, progress) | _liveness(run_artefact)
@@ -113,6 +119,7 @@ def _reconstruction(store: Store, recipe: Recipe, sae: SparseAutoencoder, progre
         "variance_unexplained": sums.variance_unexplained,
         "mean_squared_error": sums.error / sums.n_tokens / site.width,
         "l0": sums.l0,
+        "max_tokens": recipe.evaluate.max_tokens,
         "judged_on": "held-out documents" if held_out else "training data",
     }
 
@@ -153,7 +160,7 @@ def _language_model_loss(
                 each = in_order(partial(_summed_loss, model), batches, n_threads(recipe.threads))
                 sums[name] = math.fsum(each)
             bar.advance(n_predicted)
-    losses = {name: total / n_predicted for name, total in sums.items()}
+    losses = {name: ratio(total, n_predicted) for name, total in sums.items()}
     recovered = {
         f"loss_recovered_{kind}": loss_recovered(losses["loss"], losses["loss_sae"], losses[f"loss_{kind}_ablated"])
         for kind in ("mean", "zero")

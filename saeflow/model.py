@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> An
         ) from error
 
 
+@lru_cache(maxsize=8)
 def model_fingerprint(config: ModelConfig) -> str:
     """Stands for the files of a local model, or for the commit of one on the hub."""
     folder = Path(config.path)

@@ -47,4 +47,5 @@ def _reconstruct(sae: SparseAutoencoder, x: Tensor) -> Tensor:
 
 
 def _mean_length(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1).mean()
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1).mean()
+    return length

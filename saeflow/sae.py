@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -245,7 +246,7 @@ def _initial_weights(config: SAEConfig, width: int) -> tuple[Tensor, Tensor, Ten
         return directions.clone(), torch.zeros(config.n_features), directions * _decoder_scale(config)
 
     def uniform(fan_in: int, *size: int) -> Tensor:
-        return (2 * torch.rand(size, generator=generator) - 1) / fan_in**0.5
+        return torch.rand(size, generator=generator).mul_(2).sub_(1).div_(math.sqrt(fan_in))
 
     decoder = uniform(config.n_features, *shape) * config.decoder_scale
     if config.unit_norm:

@@ -206,8 +206,11 @@ class Artefact:
         path = self.path / "manifest.json"
         if not path.is_file():
             return None
-        number = int(_read_checked(path)["generation"])
+        manifest = _read_checked(path)
+        number = int(manifest["generation"])
         file = self.path / "generations" / f"{number:06d}.parquet"
+        if not file.is_file() or checksum(file) != manifest["checksum"]:
+            raise _damaged(file, path)
         records = pq.read_table(file, columns=["record"]).column("record").to_pylist()
         return Generation(number, tuple(PartRecord.model_validate_json(record) for record in records))
 
@@ -378,7 +381,10 @@ def _version(package: str) -> str | None:
 
 
 def _read_checked(path: Path) -> Any:
-    data = read_json(path)
+    try:
+        data = read_json(path)
+    except ValueError as error:
+        raise _damaged(path, path) from error
     found = data.get("format_version", 0)
     if found > FORMAT_VERSION:
         raise UserError(
@@ -386,6 +392,12 @@ def _read_checked(path: Path) -> Any:
             "It was written by a newer saeflow: upgrade with `pip install --upgrade saeflow`."
         )
     return data
+
+
+def _damaged(what: Path, remove: Path) -> UserError:
+    return UserError(
+        f"{what} is missing or damaged. Remove {remove} and run the recipe again: finished parts are kept."
+    )
 
 
 def _read_record(path: Path, model: type[_Record]) -> _Record:

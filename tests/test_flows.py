@@ -172,6 +172,12 @@ def test_a_flow_takes_the_recipe_as_plain_json(finished: Finished, upstream: Sto
     assert isinstance(finished.recipe, Recipe)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Prefect home; its database is made by the first process that uses it."""
+    return tmp_path_factory.mktemp("prefect")
+
+
 def processes_with(home: Path) -> list[psutil.Process]:
     """Processes that were given this PREFECT_HOME."""
     found = []
@@ -192,23 +198,23 @@ def as_a_process(home: Path, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
-def test_the_module_runs_a_recipe_and_leaves_no_server_behind(tmp_path: Path) -> None:
+def test_the_module_runs_a_recipe_and_leaves_no_server_behind(home: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    done = as_a_process(tmp_path / "prefect", "flows/recipes/toy.toml", "--store", store, "--set", "train.n_tokens=800")
+    done = as_a_process(home, "flows/recipes/toy.toml", "--store", store, "--set", "train.n_tokens=800")
     assert done.returncode == 0, done.stderr
-    assert processes_with(tmp_path / "prefect") == []
+    assert processes_with(home) == []
     assert "activations: 8 rows in" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.count("$ saeflow ask") == 3
     assert published(Store(store)) == ["activations", "features", "tokens"]
 
 
-def test_the_module_ends_with_2_and_one_message_where_the_user_can_mend_it(tmp_path: Path) -> None:
+def test_the_module_ends_with_2_and_one_message_where_the_user_can_mend_it(home: Path, tmp_path: Path) -> None:
     table = a_table(40)
     table[7, 0] = float("nan")
     recipe = write_recipe(tmp_path / "r.toml", brought_data(write_table(tmp_path / "t.npy", table)))
-    done = as_a_process(tmp_path / "prefect", recipe, "--store", tmp_path / "store")
+    done = as_a_process(home, recipe, "--store", tmp_path / "store")
     assert done.returncode == 2, done.stderr
     assert "row 7" in done.stderr
     assert "Traceback" not in done.stderr
-    assert processes_with(tmp_path / "prefect") == []
+    assert processes_with(home) == []

@@ -1,7 +1,7 @@
 """Rebuild the demonstration corpus, tokenizer and language model, or evaluate those beside this file.
 
-    python data/demo/make.py              # about an hour on two cores; the texts need apt-get, dpkg-deb and npm
-    python data/demo/make.py --evaluate   # two minutes; needs the committed files only
+    python data/demo/make.py              # about an hour on one core; the texts need apt-get, dpkg-deb and npm
+    python data/demo/make.py --evaluate   # half a minute; needs the committed files only
 
 A build that was stopped continues where it was: each step leaves a file in the work folder.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ def main() -> int:
     cases = CASES if chosen.tenth is None else tenth(chosen.tenth)
     cases = [case for case in cases if chosen.only in case.name]
     n_failed = 0
+    os.environ["PYTHONWARNINGS"] = "ignore"  # multiprocessing counts what the killed ones left behind
     with tempfile.TemporaryDirectory(prefix="saeflow-faults-") as folder:
         runner = small_runner(Path(folder))
         for case in cases:
