@@ -8,8 +8,8 @@ from torch import Tensor
 
 from saeflow.sae import SparseAutoencoder
 
-_ENCODER_SHARE = 0.5
-"""Length of a new encoder row over the mean length of live ones."""
+_ENCODER_SHARE = {"relu": 0.5, "topk": 1.0, "batchtopk": 1.0}
+"""Length of a new encoder row over the mean length of live ones; a shorter one would never reach the top k."""
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def resample(sae: SparseAutoencoder, adam: torch.optim.Adam, x: Tensor, dead_aft
     directions = tf.normalize(residual[chosen], dim=1)
     live = sae.tokens_since_fired < dead_after_tokens
     sae.W_dec[dead] = directions * _mean_length(sae.W_dec[live])
-    sae.W_enc[dead] = directions * _mean_length(sae.W_enc[live]) * _ENCODER_SHARE
+    sae.W_enc[dead] = directions * _mean_length(sae.W_enc[live]) * _ENCODER_SHARE[sae.config.architecture]
     sae.b_enc[dead] = 0.0
     for parameter in (sae.W_dec, sae.W_enc, sae.b_enc):
         for moment in ("exp_avg", "exp_avg_sq"):

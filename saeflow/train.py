@@ -197,12 +197,13 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
     """Train the recipe's SAE, or continue a killed training where its checkpoint stands."""
     target = artefact(store, recipe)
     with target.writing():
+        checkpoints = target.work.with_name(target.work.name + ".checkpoint")
         if target.complete():
+            shutil.rmtree(checkpoints, ignore_errors=True)  # a run killed just after publication leaves it
             progress.skip("train", f"{recipe.sae.n_features:,} features in {target.path}")
             return target
         set_threads(recipe)
         feed = open_feed(store, recipe)
-        checkpoints = target.work.with_name(target.work.name + ".checkpoint")
         began = time.monotonic()
         training = fit(feed, recipe, checkpoints, progress)
         publish(target, training, feed.site, store, recipe, time.monotonic() - began)

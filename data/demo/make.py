@@ -7,7 +7,6 @@ A build that was stopped continues where it was: each step leaves a file in the 
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ import trigram
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2LMHeadModel
+
+from saeflow.corpus import is_held_out
 
 HERE = Path(__file__).parent
 WORK = Path.home() / ".cache/saeflow/demo"
@@ -40,10 +41,6 @@ TOKENIZER_CONFIG = {
     "model_max_length": train.CONTEXT,
     "clean_up_tokenization_spaces": False,
 }
-
-
-def is_held_out(key: str, seed: int, share: float) -> bool:
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest(), "big") / 2**64 < share
 
 
 def split(key: str) -> str:

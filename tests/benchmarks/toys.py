@@ -50,7 +50,12 @@ def stored(recipe: Recipe) -> Iterator[Callable[[Recipe], Training]]:
     with tempfile.TemporaryDirectory(prefix="saeflow-toys-") as folder:
         store = Store.create(folder)
         activations.bring(store, recipe, QUIET)
-        yield lambda changed: fit(open_feed(store, changed), changed, Path(folder) / "checkpoint", QUIET)
+
+        def train(changed: Recipe) -> Training:
+            with tempfile.TemporaryDirectory(dir=folder) as checkpoints:
+                return fit(open_feed(store, changed), changed, Path(checkpoints), QUIET)
+
+        yield train
 
 
 def reseeded(recipe: Recipe, seed: int, **sae: int | float) -> Recipe:
