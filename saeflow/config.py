@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -249,7 +250,7 @@ def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             return [anchor(item) for item in value]
         if not isinstance(value, str) or "://" in value or Path(value).is_absolute():
             return value
-        return str(folder / value)
+        return os.path.normpath(folder / value)
 
     def anchor_if_there(value: object) -> object:
         return anchor(value) if isinstance(value, str) and (folder / value).exists() else value
