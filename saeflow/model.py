@@ -66,6 +66,9 @@ def device(name: str) -> torch.device:
 
 
 def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     local = Path(config.path).exists()
     try:
         with warnings.catch_warnings():
@@ -81,18 +84,25 @@ def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> An
         ) from error
 
 
-@lru_cache(maxsize=8)
 def model_fingerprint(config: ModelConfig) -> str:
     """Stands for the files of a local model, or for the commit of one on the hub."""
     folder = Path(config.path)
     if folder.is_dir():
         files = sorted({path for pattern in _IDENTITY_FILES for path in folder.glob(pattern)})
-        return fingerprint([(path.name, checksum(path)) for path in files], config.dtype)
+        return fingerprint(
+            [(path.name, _known_checksum(path, path.stat().st_mtime_ns)) for path in files], config.dtype
+        )
     from huggingface_hub import model_info
 
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return fingerprint(config.path, config.revision, config.dtype)
     return fingerprint(config.path, model_info(config.path, revision=config.revision).sha, config.dtype)
+
+
+@lru_cache(maxsize=256)
+def _known_checksum(path: Path, changed_ns: int) -> str:
+    """Checksum of a file, computed once as long as it does not change: weights are large and asked for often."""
+    return checksum(path)
 
 
 def list_sites(model: nn.Module) -> list[Site]:

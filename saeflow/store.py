@@ -172,7 +172,7 @@ class Artefact:
         for path in sorted((self.path / "parts").glob("*/part.json")):
             try:
                 record = _read_record(path, PartRecord)
-            except ValueError:  # a damaged record: the part is made again
+            except (Damaged, ValueError):  # the part is made again
                 continue
             if not list(missing_files(path.parent, record.files)):
                 found[record.index] = record
@@ -394,10 +394,12 @@ def _read_checked(path: Path) -> Any:
     return data
 
 
-def _damaged(what: Path, remove: Path) -> UserError:
-    return UserError(
-        f"{what} is missing or damaged. Remove {remove} and run the recipe again: finished parts are kept."
-    )
+class Damaged(UserError):
+    """A record of the store that cannot be read."""
+
+
+def _damaged(what: Path, remove: Path) -> Damaged:
+    return Damaged(f"{what} is missing or damaged. Remove {remove} and run the recipe again: finished parts are kept.")
 
 
 def _read_record(path: Path, model: type[_Record]) -> _Record:
