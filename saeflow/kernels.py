@@ -25,6 +25,8 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from saeflow.parallel import use_one_thread
+
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Bits = NDArray[np.signedinteger[Any]]
@@ -65,13 +67,12 @@ def in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> li
 def _workers(n_threads: int, process: int) -> ThreadPoolExecutor:
     barrier = threading.Barrier(n_threads + 1)
 
-    def use_one_thread() -> None:
-        torch.get_num_threads()  # the first call in a thread would otherwise undo the next line
-        torch.set_num_threads(1)
+    def prepare() -> None:
+        use_one_thread()
         torch.set_grad_enabled(False)  # this too is a setting of the thread
         barrier.wait()
 
-    workers = ThreadPoolExecutor(n_threads, "saeflow", initializer=use_one_thread)
+    workers = ThreadPoolExecutor(n_threads, "saeflow", initializer=prepare)
     for _ in range(n_threads):
         workers.submit(int)
     barrier.wait()
