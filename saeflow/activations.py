@@ -21,7 +21,7 @@ from zarr.codecs import Crc32cCodec
 from saeflow import brought, tokens
 from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
 from saeflow.model import Site, SiteReader, load_model, model_fingerprint, resolve_sites
-from saeflow.parallel import in_order, n_threads
+from saeflow.parallel import in_order, keep_freed_memory, n_threads
 from saeflow.progress import Bar, Progress
 from saeflow.store import Artefact, Job, PartRecord, Store, checksum
 
@@ -244,6 +244,7 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     target.begin(about, [source.id])
     on_processor = next(model.parameters()).device.type == "cpu"
     workers = n_threads(recipe.threads) if on_processor else 1
+    keep_freed_memory()
     return Collector(source, target, recipe.activations, model, sites, workers)
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saeflow import kernels
+from saeflow import kernels, sparse_product
 from saeflow.kernels import Bits, Doubles, Floats, Ids, Offsets, in_parallel, ranges
 
 PRODUCT_ENTRIES = 1 << 21
@@ -88,21 +88,49 @@ _buffers = _Buffers()
 
 
 class Encoder:
-    """Encoder weights (F, D) and bias (F), also in the precision of the product."""
+    """Encoder weights (F, D) and bias (F), and the product of centred rows with them in `dtype`.
 
-    def __init__(self, w_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) -> None:
-        self.w_enc, self.b_enc, self.dtype = w_enc.detach(), b_enc.detach(), dtype
-        self.low_w, self.low_b = kernels.converted(self.w_enc, dtype), self.b_enc.to(dtype)
+    A product gives pre-activations quickly and with an error that `bounds` and `relative_error` bound.
+    """
+
+    def __init__(self, w_enc: Tensor, b_enc: Tensor, b_dec: Tensor, dtype: torch.dtype) -> None:
+        self.w_enc, self.b_enc, self.b_dec, self.dtype = w_enc.detach(), b_enc.detach(), b_dec.detach(), dtype
+
+    def suited_to(self, x: Tensor) -> Encoder:
+        """This one, or one that reads only what is not zero where most of x (B, D) is zero, as after a ReLU."""
+        if len(self.w_enc) % sparse_product.COLUMNS or not sparse_product.mostly_zero(x):
+            return self
+        return self._of_zeros
+
+    @cached_property
+    def _of_zeros(self) -> Encoder:
+        return SparseInputEncoder(self.w_enc, self.b_enc, self.b_dec, torch.float32)
+
+    @cached_property
+    def low_w(self) -> Tensor:
+        return kernels.converted(self.w_enc, self.dtype)
+
+    @cached_property
+    def low_b(self) -> Tensor:
+        return self.b_enc.to(self.dtype)
+
+    def prepare(self) -> None:
+        """Bring the weights into the form of the product, before several threads ask for them."""
+        _ = self.low_w, self.low_b
 
     @property
     def chunk_rows(self) -> int:
         return min(max(PRODUCT_ENTRIES // len(self.w_enc), 64), 1024)
 
-    def pre_activations(self, low: Tensor) -> Tensor:
-        """Of centred rows (n, D) in the product's precision: (n, F), valid until the thread's next call."""
-        shape = len(low), len(self.low_w)
+    def rows(self, x: Tensor) -> Tensor:
+        """What `pre_activations` takes, of rows x (n, D) in float32."""
+        return (x - self.b_dec).to(self.dtype)
+
+    def pre_activations(self, rows: Tensor) -> Tensor:
+        """(n, F), valid until the thread's next call."""
+        shape = len(rows), len(self.low_w)
         out = _buffers.take("product", shape[0] * shape[1], self.dtype).view(shape)
-        return torch.addmm(self.low_b, low, self.low_w.t(), out=out)
+        return torch.addmm(self.low_b, rows, self.low_w.t(), out=out)
 
     @property
     def relative_error(self) -> float:
@@ -111,17 +139,63 @@ class Encoder:
 
     @cached_property
     def bounds(self) -> Doubles:
-        """(3, F): factors of |x - x~| and of |x~|, and what no row changes, in a bound on the screen's error.
+        """(3, F): factors of the two numbers of `row_bounds`, and what no row changes, in a bound on the error.
 
         x.w + b - (x~.w~ + b~) = (x - x~).w + x~.(w - w~) + b - b~, each product at most that of the lengths
         (Cauchy-Schwarz); sums of D + 2 terms in float32 add D + 2 of its roundings, here doubled.
         """
+        return self._bounds(self.low_w.double(), self.b_enc.double(), self.low_b.double())
+
+    def _bounds(self, low_w: Tensor, b: Tensor, low_b: Tensor) -> Doubles:
         rounding = (self.w_enc.shape[1] + 2) * 2.0**-23
-        w, low_w = self.w_enc.double(), self.low_w.double()
-        b, low_b = self.b_enc.double(), self.low_b.double()
+        w = self.w_enc.double()
         of_low = (w - low_w).norm(dim=1) + rounding * low_w.norm(dim=1)
         fixed = (b - low_b).abs() + (rounding + self.relative_error) * low_b.abs() + 1e-30
         return torch.stack([w.norm(dim=1), of_low, fixed]).mul(1 + 1e-6).numpy()
+
+    def row_bounds(self, x: Tensor, rows: Tensor) -> Doubles:
+        """(n, 2): |x - x~|, with the rounding of x - b_dec to float32, and |x~|; too large, never too small."""
+        centred, wide = x - self.b_dec, rows.float()
+        of_centred, of_low = centred.norm(dim=1).double(), wide.norm(dim=1).double()
+        lost = (wide - centred).norm(dim=1).double() + 2.0**-23 * of_centred
+        return torch.stack([lost, of_low], 1).mul(1.001).numpy()
+
+
+class SparseInputEncoder(Encoder):
+    """The same for rows that are mostly zero: x.w + (b_enc - b_dec.w), with w in bfloat16 and x as it is."""
+
+    @cached_property
+    def words(self) -> Ids:
+        return sparse_product.packed(self.w_enc)
+
+    @cached_property
+    def base(self) -> Doubles:
+        return (self.b_enc.double() - self.w_enc.double() @ self.b_dec.double()).numpy()
+
+    def prepare(self) -> None:
+        _ = self.words, self.base
+
+    @property
+    def chunk_rows(self) -> int:
+        return max(super().chunk_rows // 2, 64)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x
+
+    def pre_activations(self, rows: Tensor) -> Tensor:
+        shape = len(rows), len(self.w_enc)
+        out = _buffers.take("product", shape[0] * shape[1], torch.float32)
+        sparse_product.product(rows.numpy(), self.words, self.base.astype(np.float32), out.numpy())
+        return out.view(shape)
+
+    @cached_property
+    def bounds(self) -> Doubles:
+        base = torch.from_numpy(self.base)
+        return self._bounds(self.w_enc.bfloat16().double(), base, base.float().double())
+
+    def row_bounds(self, x: Tensor, rows: Tensor) -> Doubles:
+        lengths = x.norm(dim=1).double()
+        return torch.stack([torch.zeros_like(lengths), lengths], 1).mul(1.001).numpy()
 
 
 Chosen = tuple[Offsets, Ids, Bits]
@@ -143,33 +217,33 @@ def joined(parts: list[Any]) -> Any:
     return ends.astype(np.int64), np.concatenate(ids), np.concatenate(values)
 
 
-def select_top(low: Tensor, encoder: Encoder, k: int) -> SparseValues:
+def select_top(rows: Tensor, encoder: Encoder, k: int) -> SparseValues:
     """Each row's k largest positive pre-activations; among equals, the lower features."""
 
-    def work(rows: tuple[int, int]) -> Chosen:
-        bits = kernels.bits_of(encoder.pre_activations(low[slice(*rows)]))
+    def work(part: tuple[int, int]) -> Chosen:
+        bits = kernels.bits_of(encoder.pre_activations(rows[slice(*part)]))
         return choose(bits, kernels.select_top, k)
 
-    starts, ids, bits = joined(in_parallel(work, ranges(len(low), encoder.chunk_rows)))
+    starts, ids, bits = joined(in_parallel(work, ranges(len(rows), encoder.chunk_rows)))
     return SparseValues(starts, ids, kernels.floats_of(bits))
 
 
-def select_batch(low: Tensor, encoder: Encoder, n: int, guess: float) -> tuple[SparseValues, float]:
+def select_batch(rows: Tensor, encoder: Encoder, n: int, guess: float) -> tuple[SparseValues, float]:
     """The n largest positive pre-activations of all rows together; among equals, the first ones.
 
     `guess` is a number that about n, and rather more, are thought to exceed: it costs time if wrong, and never
     changes what is chosen. Returned is the guess for the next batch; 0 means none.
     """
     dtype = encoder.dtype
-    guess = guess or _sampled_guess(low, encoder, n)
+    guess = guess or _sampled_guess(rows, encoder, n)
     while True:
         cut = np.maximum(kernels.cut_bits(np.array([guess]), dtype), 0)
 
-        def work(rows: tuple[int, int], cut: Bits = cut) -> Chosen:
-            bits = kernels.bits_of(encoder.pre_activations(low[slice(*rows)]))
+        def work(part: tuple[int, int], cut: Bits = cut) -> Chosen:
+            bits = kernels.bits_of(encoder.pre_activations(rows[slice(*part)]))
             return choose(bits, kernels.select_above, np.broadcast_to(cut, len(bits)).copy())
 
-        starts, ids, bits = joined(in_parallel(work, ranges(len(low), encoder.chunk_rows)))
+        starts, ids, bits = joined(in_parallel(work, ranges(len(rows), encoder.chunk_rows)))
         if len(bits) >= n or cut[0] == 0:
             break
         guess = 0.6 * guess if guess > 1e-6 else 0.0
@@ -183,25 +257,27 @@ def select_batch(low: Tensor, encoder: Encoder, n: int, guess: float) -> tuple[S
     return SparseValues(starts, ids[keep], kernels.floats_of(bits[keep])), next_guess
 
 
-def _sampled_guess(low: Tensor, encoder: Encoder, n: int) -> float:
-    sample = low[:: max(len(low) // 64, 1)]
+def _sampled_guess(rows: Tensor, encoder: Encoder, n: int) -> float:
+    sample = rows[:: max(len(rows) // 64, 1)]
     pre = encoder.pre_activations(sample).float().flatten()
-    rank = min(2 * n * len(sample) // len(low) + 1, pre.numel())
+    rank = min(2 * n * len(sample) // len(rows) + 1, pre.numel())
     return max(pre.topk(rank).values[-1].item(), 0.0)
 
 
 Rule = Literal["above", "top"]
 
 
-def encode(x: Tensor, encoder: Encoder, b_dec: Tensor, rule: Rule, threshold: float, k: int) -> SparseValues:
+def encode(x: Tensor, encoder: Encoder, rule: Rule, threshold: float, k: int) -> SparseValues:
     """Exact encoding on the processor: float64 pre-activations chosen, then rounded to 11 significand bits.
 
     `above`: all above the threshold; `top`: the k largest positive of each row. A row's result depends on
     nothing but the row.
     """
+    encoder = encoder.suited_to(x)
+    encoder.prepare()
 
-    def work(rows: tuple[int, int]) -> tuple[Offsets, Ids, Floats]:
-        return _encode_rows(x[slice(*rows)].detach().float(), encoder, b_dec.detach(), rule, threshold, k)
+    def work(part: tuple[int, int]) -> tuple[Offsets, Ids, Floats]:
+        return _encode_rows(x[slice(*part)].detach().float(), encoder, rule, threshold, k)
 
     parts = in_parallel(work, ranges(len(x), encoder.chunk_rows))
     return SparseValues(*joined(parts)) if parts else SparseValues(*_nothing())
@@ -211,15 +287,12 @@ def _nothing() -> tuple[Offsets, Ids, Floats]:
     return np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
-def _encode_rows(
-    x: Tensor, encoder: Encoder, b_dec: Tensor, rule: Rule, threshold: float, k: int
-) -> tuple[Offsets, Ids, Floats]:
-    centred = x - b_dec
-    low = centred.to(encoder.dtype)
-    row_bounds = _row_bounds(centred, low)
+def _encode_rows(x: Tensor, encoder: Encoder, rule: Rule, threshold: float, k: int) -> tuple[Offsets, Ids, Floats]:
+    rows = encoder.rows(x)
+    row_bounds = encoder.row_bounds(x, rows)
     relative = encoder.relative_error
     widest = row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()
-    bits = kernels.bits_of(encoder.pre_activations(low))
+    bits = kernels.bits_of(encoder.pre_activations(rows))
     firsts = np.full(len(x), -np.inf)
     lower = threshold - widest
     if rule == "top":
@@ -229,19 +302,11 @@ def _encode_rows(
     starts, ids, near = choose(bits, kernels.select_above, cuts)
     kept, values = np.empty_like(starts), np.empty(len(ids), np.float32)
     kernels.rescore(
-        x.numpy(), b_dec.double().numpy(), encoder.w_enc.numpy(), encoder.b_enc.double().numpy(),
+        x.numpy(), encoder.b_dec.double().numpy(), encoder.w_enc.numpy(), encoder.b_enc.double().numpy(),
         encoder.bounds, row_bounds, relative, firsts, threshold, k if rule == "top" else len(encoder.w_enc) + 1,
         starts, ids, kernels.floats_of(near), kept, values,
     )  # fmt: skip
     return kept, ids[: kept[-1]], values[: kept[-1]]
-
-
-def _row_bounds(centred: Tensor, low: Tensor) -> Doubles:
-    """(n, 2): |x - x~|, with the rounding of x - b_dec to float32, and |x~|; a little too large, never too small."""
-    wide = low.float()
-    of_centred, of_low = centred.norm(dim=1).double(), wide.norm(dim=1).double()
-    lost = (wide - centred).norm(dim=1).double() + 2.0**-23 * of_centred
-    return torch.stack([lost, of_low], 1).mul(1.001).numpy()
 
 
 def _kth(top: Chosen, k: int) -> Doubles:

@@ -185,6 +185,7 @@ def _summed_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
     """Summed loss of predicting each real token of (vocab_ids, mask) from those before it in its sequence."""
     vocab_ids, mask = (tensor.to(next(model.parameters()).device) for tensor in batch)
     logits = model(vocab_ids, attention_mask=None if mask.all() else mask).logits
-    wanted = (mask[:, 1:] & mask[:, :-1]).flatten()
-    each = tf.cross_entropy(logits[:, :-1].flatten(0, 1).float(), vocab_ids[:, 1:].flatten(), reduction="none")
+    following = vocab_ids.roll(-1, dims=1).flatten()  # a sequence's last token predicts nothing: left out below
+    wanted = tf.pad(mask[:, 1:] & mask[:, :-1], (0, 1)).flatten()
+    each = tf.cross_entropy(logits.flatten(0, 1).float(), following, reduction="none")
     return float(each[wanted].double().sum())

@@ -44,7 +44,7 @@ ROUNDING = np.int64(1) << 41
 """Half a unit in the last of 11 significand bits, in the bits of a float64."""
 
 
-def _compiled(kernel: Kernel) -> Kernel:
+def compiled(kernel: Kernel) -> Kernel:
     """Reassociating sums lets them use vector registers; the order stays the same from run to run."""
     return cast(
         Kernel, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})(kernel)
@@ -159,7 +159,7 @@ def _float(typing: Any, number: Any) -> Any:
     return numba.float32(number), generate
 
 
-@_compiled
+@compiled
 def _above(row: Bits, cut: int, ids: Ids, out: Bits, n: int) -> int:
     """Append the places and bits of all numbers above the cut to `ids` and `out`, from entry n on."""
     limit = row.dtype.type(cut)
@@ -187,7 +187,7 @@ def _above(row: Bits, cut: int, ids: Ids, out: Bits, n: int) -> int:
     return n
 
 
-@_compiled
+@compiled
 def _kth_largest(numbers: Bits, k: int) -> int:
     """A t with exactly k numbers >= t, by bisection. Is there none, the k-th largest; 0 if fewer are positive."""
     low, high = 0, 1
@@ -208,7 +208,7 @@ def _kth_largest(numbers: Bits, k: int) -> int:
     return low
 
 
-@_compiled
+@compiled
 def select_above(bits: Bits, cuts: Bits, row_starts: Offsets, ids: Ids, out: Bits) -> None:
     """All entries of each row above the row's cut. `ids` and `out` have room for every entry."""
     n = 0
@@ -218,7 +218,7 @@ def select_above(bits: Bits, cuts: Bits, row_starts: Offsets, ids: Ids, out: Bit
         row_starts[r + 1] = n
 
 
-@_compiled
+@compiled
 def select_top(bits: Bits, k: int, row_starts: Offsets, ids: Ids, out: Bits) -> None:
     """The k largest positive entries of each row; among equals, the lower features.
 
@@ -257,7 +257,7 @@ def select_top(bits: Bits, k: int, row_starts: Offsets, ids: Ids, out: Bits) -> 
         row_starts[r + 1] = n
 
 
-@_compiled
+@compiled
 def _dot(doubles: Doubles, floats: Floats) -> float:
     total = 0.0
     for c in range(len(doubles)):
@@ -265,7 +265,7 @@ def _dot(doubles: Doubles, floats: Floats) -> float:
     return total
 
 
-@_compiled
+@compiled
 def rescore(
     x: Floats,
     b_dec: Doubles,
@@ -326,7 +326,7 @@ def rescore(
         kept_starts[r + 1] = n
 
 
-@_compiled
+@compiled
 def _round_largest(
     exact: Doubles, exact_bits: Bits, threshold: float, k: int, row_ids: Ids, ids: Ids, values: Floats, n: int
 ) -> int:
@@ -352,7 +352,7 @@ def _round_largest(
     return n
 
 
-@_compiled
+@compiled
 def reconstruct(
     start: int,
     stop: int,
@@ -399,7 +399,7 @@ def reconstruct(
             d_values[e] = dot
 
 
-@_compiled
+@compiled
 def transpose(
     start: int,
     stop: int,
@@ -423,13 +423,13 @@ def transpose(
                 sorted_values[i, place] = values[i, e]
 
 
-@_compiled
+@compiled
 def _add_two(out: Floats, a: float, first: Matrix, b: float, second: Matrix) -> None:
     for c in range(len(out)):
         out[c] += a * _float(first[c]) + b * _float(second[c])
 
 
-@_compiled
+@compiled
 def accumulate(
     start: int,
     stop: int,
@@ -471,7 +471,7 @@ def accumulate(
             _project_out(d_dec, w_dec[f])
 
 
-@_compiled
+@compiled
 def _project_out(vector: Floats, direction: Floats) -> None:
     along = np.float32(0)
     length = np.float32(0)
@@ -483,7 +483,7 @@ def _project_out(vector: Floats, direction: Floats) -> None:
         vector[c] -= along * direction[c]
 
 
-@_compiled
+@compiled
 def statistics(
     ids: Ids, values: Floats, n_tokens: Offsets, total: Doubles, total_squares: Doubles, largest: Floats
 ) -> None:

@@ -114,9 +114,11 @@ class SparseAutoencoder(nn.Module):
         with torch.no_grad():
             encoder = self._current_encoder()
             prepared = sparse_step.prepare(x, self.b_dec, encoder.dtype)
+            suited = encoder.suited_to(x) if self.use_kernels else encoder
             entries, self._guess = sparse_step.select(
-                prepared.low, encoder, config.k, config.architecture == "topk", self._guess, self.use_kernels
-            )
+                prepared.low if suited is encoder else x, suited, config.k,
+                config.architecture == "topk", self._guess, self.use_kernels,
+            )  # fmt: skip
             dead = (self.tokens_since_fired >= dead_after_tokens).nonzero().flatten()
             auxiliary = Auxiliary.plan(dead, len(x), x.shape[1], config.k, aux_weight)
             plain = Weights(*(weight.detach() for weight in weights))
@@ -156,10 +158,10 @@ class SparseAutoencoder(nn.Module):
         """
         dtype = self.product_dtype or (fast_dtype() if self.W_enc.device.type == "cpu" else torch.bfloat16)
         if self.training:
-            return Encoder(self.W_enc, self.b_enc, dtype)
-        state = dtype, *((p.data_ptr(), p._version) for p in (self.W_enc, self.b_enc))
+            return Encoder(self.W_enc, self.b_enc, self.b_dec, dtype)
+        state = dtype, *((p.data_ptr(), p._version) for p in (self.W_enc, self.b_enc, self.b_dec))
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, Encoder(self.W_enc, self.b_enc, dtype)
+            self._kept = state, Encoder(self.W_enc, self.b_enc, self.b_dec, dtype)
         return self._kept[1]
 
     def train(self, mode: bool = True) -> SparseAutoencoder:
@@ -177,7 +179,7 @@ class SparseAutoencoder(nn.Module):
         rule: encoding.Rule = "top" if self.config.architecture == "topk" else "above"
         threshold = self.threshold.item() if self.config.architecture == "batchtopk" else 0.0
         if self.use_kernels and x.device.type == "cpu" and self.W_enc.device.type == "cpu":
-            return encoding.encode(x, self._current_encoder(), self.b_dec, rule, threshold, self.config.k)
+            return encoding.encode(x, self._current_encoder(), rule, threshold, self.config.k)
         weights = self.W_enc, self.b_enc, self.b_dec
         return encoding.encode_anywhere(x.to(self.W_enc.device), *weights, rule, threshold, self.config.k)
 

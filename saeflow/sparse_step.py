@@ -98,15 +98,15 @@ def prepare(x: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Prepared:
 
 
 def select(
-    low: Tensor, encoder: Encoder, k: int, by_row: bool, guess: float, use_kernels: bool
+    rows: Tensor, encoder: Encoder, k: int, by_row: bool, guess: float, use_kernels: bool
 ) -> tuple[Entries, float]:
     """The k largest positive pre-activations per row, or k times B of the whole batch. See `select_batch` for `guess`."""
-    if not on_processor(low, use_kernels):
-        pre = encoder.pre_activations(low)
-        return (_dense_top(pre, k) if by_row else _dense_batch(pre, k * len(low))), 0.0
+    if not on_processor(rows, use_kernels):
+        pre = encoder.pre_activations(rows)
+        return (_dense_top(pre, k) if by_row else _dense_batch(pre, k * len(rows))), 0.0
     if by_row:
-        return _entries(encoding.select_top(low, encoder, k)), 0.0
-    sparse, guess = encoding.select_batch(low, encoder, k * len(low), guess)
+        return _entries(encoding.select_top(rows, encoder, k)), 0.0
+    sparse, guess = encoding.select_batch(rows, encoder, k * len(rows), guess)
     return _entries(sparse), guess
 
 
@@ -252,7 +252,7 @@ def run(
 
 def _dead_entries(low: Tensor, encoder: Encoder, auxiliary: Auxiliary, use_kernels: bool) -> Entries:
     dead = auxiliary.features
-    small = Encoder(encoder.w_enc[dead], encoder.b_enc[dead], encoder.dtype)
+    small = Encoder(encoder.w_enc[dead], encoder.b_enc[dead], encoder.b_dec, encoder.dtype)
     entries, _ = select(low, small, auxiliary.k, True, 0.0, use_kernels)
     return entries._replace(feature_ids=dead[entries.feature_ids.long()].int())
 

@@ -27,7 +27,7 @@ from saeflow.config import Recipe, TrainConfig, UserError, fingerprint
 from saeflow.encoding import fast_dtype
 from saeflow.feed import Feed
 from saeflow.model import Site
-from saeflow.parallel import n_threads
+from saeflow.parallel import keep_freed_memory, n_threads
 from saeflow.progress import Progress
 from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder, StepInfo
@@ -235,6 +235,7 @@ def last_row(target: Artefact) -> dict[str, float]:
 
 def set_threads(recipe: Recipe) -> None:
     torch.set_num_threads(n_threads(recipe.threads))
+    keep_freed_memory()
 
 
 def open_feed(store: Store, recipe: Recipe) -> Feed:

@@ -27,6 +27,7 @@ ORDER = [
     "activations",
     "feed",
     "kernels",
+    "sparse_product",
     "encoding",
     "sparse_step",
     "sae",

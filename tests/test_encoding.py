@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow import encoding
+from saeflow import encoding, sparse_product
 from saeflow.config import SAEConfig
 from saeflow.encoding import SparseValues, feature_major, feature_statistics
 from saeflow.sae import SparseAutoencoder
@@ -96,17 +96,42 @@ def test_without_kernels_the_result_is_the_same(architecture):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("share_of_zeros", [0.0, 0.9])
 @pytest.mark.parametrize("width", [3, 64, 500])
-def test_the_screen_never_errs_by_more_than_its_bound(width):
-    sae, x = an_autoencoder("relu", width=width), some_activations(64, torch.float32, width)
-    encoder = sae._current_encoder()
-    centred = x - sae.b_dec.detach()
-    low = centred.to(encoder.dtype)
-    screen = encoder.pre_activations(low).double().numpy()
+def test_the_screen_never_errs_by_more_than_its_bound(width, share_of_zeros):
+    sae, x = an_autoencoder("relu", width=width, n_features=320), some_activations(64, torch.float32, width)
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < share_of_zeros] = 0
+    encoder = sae._current_encoder().suited_to(x)
+    assert isinstance(encoder, encoding.SparseInputEncoder) == (share_of_zeros > 0)
+    rows = encoder.rows(x)
+    screen = encoder.pre_activations(rows).double().numpy()
     exact = (x.double() - sae.b_dec.double()) @ sae.W_enc.double().t() + sae.b_enc.double()
     error = np.abs(screen - exact.detach().numpy())
-    bound = encoding._row_bounds(centred, low) @ encoder.bounds[:2] + encoder.bounds[2]
+    bound = encoder.row_bounds(x, rows) @ encoder.bounds[:2] + encoder.bounds[2]
     assert (error <= bound + encoder.relative_error * np.abs(screen)).all()
+
+
+@pytest.mark.parametrize("n_features", [32, 320, 544])
+def test_the_product_of_mostly_zero_rows_is_that_of_the_weights_in_bfloat16(n_features):
+    x = torch.relu(some_activations(7, torch.float32) - 4)
+    x[3] = 0
+    w, base = torch.randn(n_features, D, generator=torch.Generator().manual_seed(2)), torch.arange(n_features).float()
+    out = np.full((7, n_features), np.nan, np.float32)
+    sparse_product.product(x.numpy(), sparse_product.packed(w), base.numpy(), out.reshape(-1))
+    wanted = x.double() @ w.bfloat16().double().t() + base
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mostly_zero_rows_are_encoded_as_exactly_as_others(architecture, dtype):
+    sae, x = an_autoencoder(architecture, n_features=288), torch.relu(some_activations(300, dtype) - 3)
+    assert isinstance(sae._current_encoder().suited_to(x), encoding.SparseInputEncoder)
+    quick = sae.encode_sparse(x)
+    assert len(quick.values) > 300
+    sae.use_kernels = False
+    for a, b in zip(quick, sae.encode_sparse(x), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_equal_values_go_to_the_lower_features():
