@@ -169,8 +169,15 @@ class SparseInputEncoder(Encoder):
         return sparse_product.packed(self.w_enc)
 
     @cached_property
-    def base(self) -> Doubles:
-        return (self.b_enc.double() - self.w_enc.double() @ self.b_dec.double()).numpy()
+    def base(self) -> Floats:
+        base = torch.empty_like(self.b_enc)
+
+        def work(part: tuple[int, int]) -> None:
+            rows = slice(*part)
+            torch.addmv(self.b_enc[rows], self.w_enc[rows], self.b_dec, alpha=-1, out=base[rows])
+
+        in_parallel(work, ranges(len(base), 512))
+        return base.numpy()
 
     def prepare(self) -> None:
         _ = self.words, self.base
@@ -185,13 +192,13 @@ class SparseInputEncoder(Encoder):
     def pre_activations(self, rows: Tensor) -> Tensor:
         shape = len(rows), len(self.w_enc)
         out = _buffers.take("product", shape[0] * shape[1], torch.float32)
-        sparse_product.product(rows.numpy(), self.words, self.base.astype(np.float32), out.numpy())
+        sparse_product.product(rows.numpy(), self.words, self.base, out.numpy())
         return out.view(shape)
 
     @cached_property
     def bounds(self) -> Doubles:
-        base = torch.from_numpy(self.base)
-        return self._bounds(self.w_enc.bfloat16().double(), base, base.float().double())
+        exact = self.b_enc.double() - self.w_enc.double() @ self.b_dec.double()
+        return self._bounds(self.w_enc.bfloat16().double(), exact, torch.from_numpy(self.base).double())
 
     def row_bounds(self, x: Tensor, rows: Tensor) -> Doubles:
         lengths = x.norm(dim=1).double()
@@ -219,6 +226,7 @@ def joined(parts: list[Any]) -> Any:
 
 def select_top(rows: Tensor, encoder: Encoder, k: int) -> SparseValues:
     """Each row's k largest positive pre-activations; among equals, the lower features."""
+    encoder.prepare()
 
     def work(part: tuple[int, int]) -> Chosen:
         bits = kernels.bits_of(encoder.pre_activations(rows[slice(*part)]))
@@ -235,6 +243,7 @@ def select_batch(rows: Tensor, encoder: Encoder, n: int, guess: float) -> tuple[
     changes what is chosen. Returned is the guess for the next batch; 0 means none.
     """
     dtype = encoder.dtype
+    encoder.prepare()
     guess = guess or _sampled_guess(rows, encoder, n)
     while True:
         cut = np.maximum(kernels.cut_bits(np.array([guess]), dtype), 0)
