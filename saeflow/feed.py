@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -124,14 +124,21 @@ class Feed:
     def batches(self, skip: int = 0) -> Generator[Tensor, None, None]:
         """Batches (B, D) float32 without end, one epoch after the other, beginning after `skip` batches."""
         planned = self._planned(skip)
+        n_rows = min(self.pool_blocks, len(self.blocks)) * self.stride
+        halves = itertools.cycle([self._room(n_rows), self._room(n_rows)])
+        batch = self._room(self.config.batch_rows)
         with ThreadPoolExecutor(1, "saeflow-feed") as ahead:
-            pending = self._submit(ahead, planned)
+            pending = self._submit(ahead, planned, halves)
             while pending is not None:
                 values, batches = pending.result()
-                pending = self._submit(ahead, planned)
-                for batch in batches:
-                    yield values[batch].float()
-                del values
+                pending = self._submit(ahead, planned, halves)
+                for places in batches:
+                    taken = torch.index_select(values, 0, places, out=batch[: len(places)])
+                    yield taken.to(torch.float32, copy=True)
+
+    def _room(self, n_rows: int) -> Tensor:
+        """Memory that is filled again and again: getting fresh pages takes longer than filling them."""
+        return torch.empty(n_rows, self.site.width, dtype=self.dtype)
 
     def _planned(self, skip: int) -> Iterator[Pool]:
         epoch = 0
@@ -144,25 +151,27 @@ class Feed:
                 skip = 0
             epoch += 1
 
-    def _submit(self, ahead: ThreadPoolExecutor, planned: Iterator[Pool]) -> Future[Any] | None:
+    def _submit(
+        self, ahead: ThreadPoolExecutor, planned: Iterator[Pool], halves: Iterator[Tensor]
+    ) -> Future[tuple[Tensor, list[Tensor]]] | None:
         pool = next(planned, None)
-        return None if pool is None else ahead.submit(self._read, pool)
+        return None if pool is None else ahead.submit(self._read, pool, next(halves))
 
-    def _read(self, pool: Pool) -> tuple[Tensor, list[Tensor]]:
+    def _read(self, pool: Pool, room: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The pool's values, blocks end to end, and its batches as places in them."""
         blocks = [self.blocks[int(number)] for number in pool.blocks]
-        values, starts = self._values(tuple(blocks))
+        values, starts = self._values(tuple(blocks), room)
         shift = starts - pool.blocks * self.stride
         places = [batch + shift[np.searchsorted(pool.blocks, batch // self.stride)] for batch in pool.batches]
         return values, [torch.from_numpy(place) for place in places]
 
-    def _values(self, blocks: tuple[Block, ...]) -> tuple[Tensor, np.ndarray]:
-        """Values of the blocks, and where each begins. A store that fits in one pool is read once."""
+    def _values(self, blocks: tuple[Block, ...], room: Tensor) -> tuple[Tensor, np.ndarray]:
+        """Values of the blocks in `room`, and where each begins. A store that fits in one pool is read once."""
         if self._kept is not None and self._kept[0] == blocks:
             return self._kept[1:]
         ends = np.cumsum([(block.stop - block.start) * self.length for block in blocks])
         starts = np.concatenate([[0], ends[:-1]])
-        values = torch.empty(int(ends[-1]), self.site.width, dtype=self.dtype)
+        values = room[: int(ends[-1])]
         read = delayed(self._read_block)
         tasks = [read(block, values[a:b]) for block, a, b in zip(blocks, starts, ends, strict=True)]
         compute(*tasks, scheduler="threads", num_workers=2)

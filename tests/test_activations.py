@@ -154,8 +154,10 @@ def test_a_flipped_byte_is_noticed_when_it_is_read(tmp_path, finished):
     content = bytearray(path.read_bytes())
     content[1000] ^= 4
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="checksum"):
+    with pytest.raises(UserError, match="checksum") as caught:
         stored(copy)
+    assert f"{SITE}.zarr" in str(caught.value)
+    assert "verify --full --repair" in str(caught.value)
 
 
 def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:
