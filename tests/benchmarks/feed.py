@@ -68,8 +68,8 @@ def open_feed(folder: Path, pool_bytes: int) -> Feed:
     return Feed(*artefacts(Store.open(folder)), SITE, FeedConfig(pool_bytes=pool_bytes))
 
 
-def mapped_chunks(feed: Feed) -> Callable[[int], np.ndarray]:
-    """A block's rows (n, D) in the shard files as they lie there: chunk after chunk, each with four bytes of checksum."""
+def mapped_chunks(feed: Feed) -> Callable[[int], list[np.ndarray]]:
+    """A block's rows (n, D) where they lie in the shard files: chunk after chunk, each with four bytes of checksum."""
     files = {}
     for index, array in feed.arrays.items():
         part = next(b.part for b in feed.blocks if b.part.index == index)
@@ -77,7 +77,7 @@ def mapped_chunks(feed: Feed) -> Callable[[int], np.ndarray]:
         shards = sorted(folder.glob("*/0/0"), key=lambda path: int(path.relative_to(folder).parts[0]))
         files[index] = array, [np.memmap(shard, np.uint8, "r") for shard in shards]
 
-    def rows(number: int) -> np.ndarray:
+    def chunks(number: int) -> list[np.ndarray]:
         block = feed.blocks[number]
         array, shards = files[block.part.index]
         chunk, per_shard = array.chunks[0], array.shards[0]
@@ -86,17 +86,18 @@ def mapped_chunks(feed: Feed) -> Callable[[int], np.ndarray]:
             at = first % per_shard // chunk * (chunk * SEQUENCE_BYTES + 4)
             n_bytes = min(chunk, block.stop - first) * SEQUENCE_BYTES
             pieces.append(shards[first // per_shard][at : at + n_bytes].view(np.float16).reshape(-1, WIDTH))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return pieces
 
-    return rows
+    return chunks
 
 
 def limit_batches(feed: Feed) -> Iterator[np.ndarray]:
     """The plan of the feed, carried out in the plainest way."""
-    rows_of = mapped_chunks(feed)
+    chunks_of = mapped_chunks(feed)
     for pool in feed.pools(0):
-        held = np.concatenate([rows_of(int(number)) for number in pool.blocks])
-        starts = np.concatenate([[0], np.cumsum([len(rows_of(int(number))) for number in pool.blocks])[:-1]])
+        blocks = [chunks_of(int(number)) for number in pool.blocks]
+        held = np.concatenate([chunk for block in blocks for chunk in block])
+        starts = np.concatenate([[0], np.cumsum([sum(map(len, block)) for block in blocks])[:-1]])
         shift = starts - pool.blocks * feed.stride
         for batch in pool.batches:
             yield np.take(held, batch + shift[np.searchsorted(pool.blocks, batch // feed.stride)], axis=0)
