@@ -122,9 +122,17 @@ class Encoder:
     def chunk_rows(self) -> int:
         return min(max(PRODUCT_ENTRIES // len(self.w_enc), 64), 1024)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """What `pre_activations` takes, of rows x (n, D) in float32."""
-        return (x - self.b_dec).to(self.dtype)
+    def bounded(self, x: Tensor) -> tuple[Tensor, Doubles]:
+        """Of rows x (n, D) in float32: what `pre_activations` takes, x~, and the two numbers of a row's bound (n, 2).
+
+        These are |x - x~|, with the rounding of x - b_dec to float32, and |x~|; too large, never too small.
+        """
+        centred = x - self.b_dec
+        low = centred.to(self.dtype)
+        wide = low.float()
+        of_centred, of_low = centred.norm(dim=1).double(), wide.norm(dim=1).double()
+        lost = (wide - centred).norm(dim=1).double() + 2.0**-23 * of_centred
+        return low, torch.stack([lost, of_low], 1).mul(1.001).numpy()
 
     def pre_activations(self, rows: Tensor) -> Tensor:
         """(n, F), valid until the thread's next call."""
@@ -139,7 +147,7 @@ class Encoder:
 
     @cached_property
     def bounds(self) -> Doubles:
-        """(3, F): factors of the two numbers of `row_bounds`, and what no row changes, in a bound on the error.
+        """(3, F): factors of the two numbers of a row's bound, and what no row changes, in a bound on the error.
 
         x.w + b - (x~.w~ + b~) = (x - x~).w + x~.(w - w~) + b - b~, each product at most that of the lengths
         (Cauchy-Schwarz); sums of D + 2 terms in float32 add D + 2 of its roundings, here doubled.
@@ -152,13 +160,6 @@ class Encoder:
         of_low = (w - low_w).norm(dim=1) + rounding * low_w.norm(dim=1)
         fixed = (b - low_b).abs() + (rounding + self.relative_error) * low_b.abs() + 1e-30
         return torch.stack([w.norm(dim=1), of_low, fixed]).mul(1 + 1e-6).numpy()
-
-    def row_bounds(self, x: Tensor, rows: Tensor) -> Doubles:
-        """(n, 2): |x - x~|, with the rounding of x - b_dec to float32, and |x~|; too large, never too small."""
-        centred, wide = x - self.b_dec, rows.float()
-        of_centred, of_low = centred.norm(dim=1).double(), wide.norm(dim=1).double()
-        lost = (wide - centred).norm(dim=1).double() + 2.0**-23 * of_centred
-        return torch.stack([lost, of_low], 1).mul(1.001).numpy()
 
 
 class SparseInputEncoder(Encoder):
@@ -186,8 +187,9 @@ class SparseInputEncoder(Encoder):
     def chunk_rows(self) -> int:
         return max(super().chunk_rows // 2, 64)
 
-    def rows(self, x: Tensor) -> Tensor:
-        return x
+    def bounded(self, x: Tensor) -> tuple[Tensor, Doubles]:
+        lengths = x.norm(dim=1).double()
+        return x, torch.stack([torch.zeros_like(lengths), lengths], 1).mul(1.001).numpy()
 
     def pre_activations(self, rows: Tensor) -> Tensor:
         shape = len(rows), len(self.w_enc)
@@ -199,10 +201,6 @@ class SparseInputEncoder(Encoder):
     def bounds(self) -> Doubles:
         exact = self.b_enc.double() - self.w_enc.double() @ self.b_dec.double()
         return self._bounds(self.w_enc.bfloat16().double(), exact, torch.from_numpy(self.base).double())
-
-    def row_bounds(self, x: Tensor, rows: Tensor) -> Doubles:
-        lengths = x.norm(dim=1).double()
-        return torch.stack([torch.zeros_like(lengths), lengths], 1).mul(1.001).numpy()
 
 
 Chosen = tuple[Offsets, Ids, Bits]
@@ -297,8 +295,7 @@ def _nothing() -> tuple[Offsets, Ids, Floats]:
 
 
 def _encode_rows(x: Tensor, encoder: Encoder, rule: Rule, threshold: float, k: int) -> tuple[Offsets, Ids, Floats]:
-    rows = encoder.rows(x)
-    row_bounds = encoder.row_bounds(x, rows)
+    rows, row_bounds = encoder.bounded(x)
     relative = encoder.relative_error
     widest = row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()
     bits = kernels.bits_of(encoder.pre_activations(rows))

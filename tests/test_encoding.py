@@ -103,11 +103,11 @@ def test_the_screen_never_errs_by_more_than_its_bound(width, share_of_zeros):
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < share_of_zeros] = 0
     encoder = sae._current_encoder().suited_to(x)
     assert isinstance(encoder, encoding.SparseInputEncoder) == (share_of_zeros > 0)
-    rows = encoder.rows(x)
+    rows, row_bounds = encoder.bounded(x)
     screen = encoder.pre_activations(rows).double().numpy()
     exact = (x.double() - sae.b_dec.double()) @ sae.W_enc.double().t() + sae.b_enc.double()
     error = np.abs(screen - exact.detach().numpy())
-    bound = encoder.row_bounds(x, rows) @ encoder.bounds[:2] + encoder.bounds[2]
+    bound = row_bounds @ encoder.bounds[:2] + encoder.bounds[2]
     assert (error <= bound + encoder.relative_error * np.abs(screen)).all()
 
 
