@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,6 +159,22 @@ def test_a_flipped_byte_is_noticed_when_it_is_read(tmp_path, finished):
         stored(copy)
     assert f"{SITE}.zarr" in str(caught.value)
     assert "verify --full --repair" in str(caught.value)
+
+
+def test_a_flipped_byte_is_noticed_where_a_shard_is_read_in_part(tmp_path):
+    config = ActivationsConfig(sites=[SITE], chunk_bytes=2 * 8 * 4 * 2, shard_bytes=8 * 8 * 4 * 2)
+    layout = activations.plan_layout(8, 8, 4, config)
+    assert (layout.chunk, layout.shard) == (2, 8)
+    writer = activations._Writer(tmp_path / f"{SITE}.zarr", layout, "float16")
+    writer.append(np.ones((8, 8, 4), np.float16))
+    writer.close()
+    shard = tmp_path / f"{SITE}.zarr" / "c" / "0" / "0" / "0"
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 4
+    shard.write_bytes(content)
+    whole = SimpleNamespace(part_path=lambda part: tmp_path)
+    with pytest.raises(UserError, match="checksum"):
+        activations.read_rows(activations.open_site(whole, None, Site(SITE, 4)), slice(0, 2))
 
 
 def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:
