@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
-from saeflow import activations
+from saeflow import bring
 from saeflow.config import Recipe
 
 
@@ -16,9 +16,9 @@ def bring_flow(recipe: Recipe, store: str | None = None) -> str:
     with reporting("bring") as progress:
 
         @part_task("bring")
-        def bring() -> str:
-            return activations.bring(opened, recipe, progress)[1].id
+        def bring_table() -> str:
+            return bring.run(opened, recipe, progress)[1].id
 
-        made = str(bring())
+        made = str(bring_table())
     show_table("bring", {"n_rows": opened.by_id(made).published().total("n_tokens")})
     return made

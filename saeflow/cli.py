@@ -21,8 +21,9 @@ from rich.table import Table
 
 from saeflow import __version__
 from saeflow.config import Recipe, UserError, load_recipe
+from saeflow.disk import human_bytes, read_json
 from saeflow.progress import Progress
-from saeflow.store import KINDS, Artefact, Store, human_bytes, read_json, store_path
+from saeflow.store import KINDS, Artefact, Store, store_path
 
 if TYPE_CHECKING:
     import duckdb

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from saeflow import __version__
-from saeflow.store import human_bytes
+from saeflow.disk import human_bytes
 
 PACKAGES = ["torch", "transformers", "zarr", "dask", "pyarrow", "duckdb", "numba", "prefect", "fastapi"]
 

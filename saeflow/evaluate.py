@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from saeflow import activations, features, tokens, train
 from saeflow.config import Recipe
+from saeflow.disk import read_json, write_json
 from saeflow.feed import Feed, held_out_rows
 from saeflow.model import load_model, replaced
 from saeflow.parallel import in_order, n_threads
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Artefact, Store, read_json, write_json
+from saeflow.store import Artefact, Store
 
 _SEQUENCES = 4
 """Sequences in one forward pass up to the logits: few, so that the logits stay in the processor's cache."""

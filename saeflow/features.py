@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow import activations, tokens, train
+from saeflow import activations, arrays, tokens, train
 from saeflow.config import Recipe, UserError, fingerprint
 from saeflow.encoding import SparseValues, feature_major, feature_statistics
 from saeflow.feed import source_length
@@ -92,13 +92,13 @@ class Encoder:
     def _rows(self, part: PartRecord, token_part: PartRecord) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Unmasked tokens in order, at most `batch_rows` at once: token_ids (n,), activations (n, D)."""
         mask = tokens.read_part(self.source, token_part)[1]
-        array = activations.open_site(self.stored, part, self.site)
+        array = arrays.open_site(self.stored, part, self.site)
         length = mask.shape[1]
         block = array.chunks[0]
         for start in range(0, len(mask), block):
             keep = np.flatnonzero(mask[start : start + block])
             token_ids = (part.counts["first_sequence"] + start) * length + keep
-            values = activations.read_rows(array, slice(start, start + block)).reshape(-1, self.site.width)
+            values = arrays.read_rows(array, slice(start, start + block)).reshape(-1, self.site.width)
             for at in range(0, len(keep), self.batch_rows):
                 chosen = keep[at : at + self.batch_rows]
                 rows = values[at : at + len(chosen)] if len(keep) == len(values) else values[torch.from_numpy(chosen)]

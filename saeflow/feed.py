@@ -14,10 +14,11 @@ from dask.base import compute
 from dask.delayed import delayed
 from torch import Tensor
 
-from saeflow import activations, tokens
+from saeflow import arrays, tokens
 from saeflow.config import FeedConfig, UserError
+from saeflow.disk import human_bytes
 from saeflow.model import Site
-from saeflow.store import Artefact, PartRecord, human_bytes
+from saeflow.store import Artefact, PartRecord
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Feed:
         parts = target.published().parts
         token_parts = {part.index: part for part in source.published().parts}
         length = source_length(source)
-        self.arrays = {part.index: activations.open_site(target, part, site) for part in parts}
+        self.arrays = {part.index: arrays.open_site(target, part, site) for part in parts}
         self.dtype = getattr(torch, str(next(iter(self.arrays.values())).attrs["dtype"]))
         item_bytes = self.dtype.itemsize
         sequence_bytes = length * site.width * item_bytes
@@ -180,7 +181,7 @@ class Feed:
         return values, starts
 
     def _read_block(self, block: Block, out: Tensor) -> None:
-        values = activations.read_rows(self.arrays[block.part.index], slice(block.start, block.stop))
+        values = arrays.read_rows(self.arrays[block.part.index], slice(block.start, block.stop))
         out.copy_(values.reshape(-1, self.site.width))
 
 
@@ -199,7 +200,7 @@ def held_out_rows(source: Artefact, target: Artefact, site: Site, max_tokens: in
             continue
         mask = tokens.read_part(source, token_parts[part.index])[1][start:]
         stop = start + int(np.searchsorted(mask.sum(1).cumsum(), left)) + 1
-        values = activations.read_rows(activations.open_site(target, part, site), slice(start, stop))
+        values = arrays.read_rows(arrays.open_site(target, part, site), slice(start, stop))
         rows = values.reshape(-1, site.width)[torch.from_numpy(mask[: stop - start].reshape(-1))][:left]
         left -= len(rows)
         yield rows.float()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.config import ModelConfig, UserError, fingerprint
-from saeflow.store import checksum
+from saeflow.disk import checksum
 
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
 

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from saeflow import activations, evaluate, features, report, tokens, train
+from saeflow import activations, bring, evaluate, features, report, tokens, train
 from saeflow.config import Recipe
+from saeflow.disk import read_json
 from saeflow.progress import Progress
-from saeflow.store import Store, read_json
+from saeflow.store import Store
 
 Stage = Callable[[Store, Recipe, Progress], Any]
 
@@ -18,7 +19,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
     """The stages of this recipe by name, in order. Brought activations need no model."""
     first: dict[str, Stage] = {"tokens": tokens.run, "collect": activations.run}
     if recipe.model is None:
-        first = {"bring": activations.bring}
+        first = {"bring": bring.run}
     return first | {"train": train.run, "encode": features.run, "evaluate": evaluate.run, "report": report.run}
 
 

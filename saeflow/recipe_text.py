@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ByteSize
 
 from saeflow.config import Recipe
-from saeflow.store import human_bytes
+from saeflow.disk import human_bytes
 
 _HEAD = """\
 # A saeflow recipe. Lines that begin with # show settings at their defaults.

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from saeflow import activations, features, tokens, train
+from saeflow import activations, arrays, features, tokens, train
 from saeflow.config import Recipe
+from saeflow.disk import replacing
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Artefact, Store, replacing
+from saeflow.store import Artefact, Store
 
 MAX_ROWS = 64
 """A table of at most so many rows is drawn whole."""
@@ -49,7 +50,7 @@ def feature_table(store: Store, recipe: Recipe) -> tuple[list[str], np.ndarray]:
     values = []
     for token_part, part in zip(source.published().parts, stored.published().parts, strict=True):
         labels += [vocab[i] for i in tokens.read_part(source, token_part)[0][:, 0]]
-        rows = activations.read_rows(activations.open_site(stored, part, site), slice(None))
+        rows = arrays.read_rows(arrays.open_site(stored, part, site), slice(None))
         sparse = sae.encode_sparse(rows.reshape(-1, site.width))
         dense = np.zeros((len(rows), recipe.sae.n_features), np.float32)
         dense[np.repeat(np.arange(len(rows)), np.diff(sparse.row_starts)), sparse.feature_ids] = sparse.values

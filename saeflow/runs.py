@@ -24,7 +24,8 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.config import UserError
-from saeflow.store import Artefact, Store, read_json
+from saeflow.disk import read_json
+from saeflow.store import Artefact, Store
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from saeflow.config import FORMAT_VERSION, Recipe, UserError
+from saeflow.disk import checksum, flush_tree, human_bytes, read_json, rename, replacing, write_json
 
 Kind = Literal["tokens", "activations", "saes", "features"]
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -160,10 +161,10 @@ class Artefact:
         yield folder
         record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=_file_records(folder))
         write_json(folder / "part.json", record.model_dump(mode="json"))
-        _flush_tree(folder)
+        flush_tree(folder)
         for stale in (self.path / "parts").glob(f"{index:06d}-*"):
             shutil.rmtree(stale)
-        _rename(folder, self.part_path(record))
+        rename(folder, self.part_path(record))
         self.made[index] = record
 
     def parts(self) -> dict[int, PartRecord]:
@@ -232,10 +233,10 @@ class Artefact:
         )
         write_json(folder / "artefact.json", record.model_dump(mode="json"))
         write_provenance(folder, provenance)
-        _flush_tree(folder)
+        flush_tree(folder)
         if self.path.exists():  # damaged: the caller found files missing
             shutil.rmtree(self.path)
-        _rename(folder, self.path)
+        rename(folder, self.path)
 
     def complete(self) -> bool:
         """Is an artefact without parts there, with all its files?"""
@@ -319,22 +320,6 @@ def store_path(option: str | None, recipe: Recipe | None = None) -> Path:
     return Path(option or os.environ.get("SAEFLOW_STORE") or (recipe.store if recipe else None) or "data/store")
 
 
-def human_bytes(n_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n_bytes) < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"
-
-
-def checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def missing_files(folder: Path, files: Iterable[FileRecord], full: bool = False) -> Iterator[str]:
     """What is wrong with the recorded files: missing, of another size, or (`full`) of other content."""
     for file in files:
@@ -345,26 +330,6 @@ def missing_files(folder: Path, files: Iterable[FileRecord], full: bool = False)
             yield f"{path} has {path.stat().st_size} bytes instead of {file.n_bytes}"
         elif full and checksum(path) != file.checksum:
             yield f"{path} has changed since it was written"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place, flushed, when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    yield temporary
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
-def write_json(path: Path, value: object) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
 
 
 def write_provenance(folder: Path, facts: dict[str, Any]) -> None:
@@ -412,23 +377,3 @@ def _file_records(folder: Path) -> list[FileRecord]:
         FileRecord(name=path.relative_to(folder).as_posix(), n_bytes=path.stat().st_size, checksum=checksum(path))
         for path in paths
     ]
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _flush(path)
-
-
-def _rename(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(source, target)
-    _flush(target.parent)
-    _flush(source.parent)

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from saeflow import corpus
 from saeflow.config import CorpusConfig, ModelConfig, Recipe, TokensConfig, UserError, fingerprint
 from saeflow.corpus import Document
+from saeflow.disk import replacing
 from saeflow.model import load_tokenizer, model_fingerprint
 from saeflow.progress import Progress
-from saeflow.store import Artefact, PartRecord, Store, replacing
+from saeflow.store import Artefact, PartRecord, Store
 
 _BATCH_CHARACTERS = 1 << 20
 """Text handed to the tokenizer at once."""

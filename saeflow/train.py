@@ -24,6 +24,7 @@ from torch import Tensor
 
 from saeflow import activations
 from saeflow.config import Recipe, TrainConfig, UserError, fingerprint
+from saeflow.disk import read_json, replacing, write_json
 from saeflow.encoding import fast_dtype
 from saeflow.feed import Feed
 from saeflow.model import Site
@@ -31,7 +32,7 @@ from saeflow.parallel import keep_freed_memory, n_threads
 from saeflow.progress import Progress
 from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder, StepInfo
-from saeflow.store import Artefact, Store, read_json, replacing, write_json
+from saeflow.store import Artefact, Store
 
 _SAMPLE_ROWS = 65_536
 """Tokens from which the mean and the scale of the data set are taken."""

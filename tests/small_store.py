@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow.store import Artefact, Store, write_json
+from saeflow.disk import write_json
+from saeflow.store import Artefact, Store
 
 CONTEXT_LENGTH = 4
 N_FEATURES = 4

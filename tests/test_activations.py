@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow import activations, store, tokens
+from saeflow import activations, arrays, bring, store, tokens
 from saeflow.config import ActivationsConfig, UserError, parse_recipe
 from saeflow.model import Site, load_model
 from saeflow.store import Store
@@ -56,7 +56,7 @@ def stored(artefact, name: str = SITE) -> torch.Tensor:
     """All sequences of a site (S, T, D)."""
     site = activations.choose_site(artefact, name)
     parts = artefact.published().parts
-    return torch.cat([activations.read_rows(activations.open_site(artefact, p, site), slice(None)) for p in parts])
+    return torch.cat([arrays.read_rows(arrays.open_site(artefact, p, site), slice(None)) for p in parts])
 
 
 def outputs(recipe, where: Store, name: str = SITE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,9 +163,9 @@ def test_a_flipped_byte_is_noticed_when_it_is_read(tmp_path, finished):
 
 def test_a_flipped_byte_is_noticed_where_a_shard_is_read_in_part(tmp_path):
     config = ActivationsConfig(sites=[SITE], chunk_bytes=2 * 8 * 4 * 2, shard_bytes=8 * 8 * 4 * 2)
-    layout = activations.plan_layout(8, 8, 4, config)
+    layout = arrays.plan_layout(8, 8, 4, config)
     assert (layout.chunk, layout.shard) == (2, 8)
-    writer = activations._Writer(tmp_path / f"{SITE}.zarr", layout, "float16")
+    writer = arrays.Writer(tmp_path / f"{SITE}.zarr", layout, "float16")
     writer.append(np.ones((8, 8, 4), np.float16))
     writer.close()
     shard = tmp_path / f"{SITE}.zarr" / "c" / "0" / "0" / "0"
@@ -174,7 +174,7 @@ def test_a_flipped_byte_is_noticed_where_a_shard_is_read_in_part(tmp_path):
     shard.write_bytes(content)
     whole = SimpleNamespace(part_path=lambda part: tmp_path)
     with pytest.raises(UserError, match="checksum"):
-        activations.read_rows(activations.open_site(whole, None, Site(SITE, 4)), slice(0, 2))
+        arrays.read_rows(arrays.open_site(whole, None, Site(SITE, 4)), slice(0, 2))
 
 
 def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:
@@ -253,7 +253,7 @@ SIZES = st.integers(1, 5000)
 @given(n=st.integers(1, 300), length=st.integers(1, 20), width=st.integers(1, 20), chunk=SIZES, shard=SIZES)
 def test_a_layout_keeps_to_the_sizes_asked_for_where_a_sequence_fits(n, length, width, chunk, shard):
     config = ActivationsConfig(chunk_bytes=chunk, shard_bytes=shard)
-    layout = activations.plan_layout(n, length, width, config)
+    layout = arrays.plan_layout(n, length, width, config)
     row_bytes = 2 * length * width
     assert layout.shape == (n, length, width)
     assert 1 <= layout.chunk <= n
@@ -270,11 +270,11 @@ def test_a_brought_table_is_stored_row_for_row_whatever_the_part_size(tmp_path, 
         write_table(tmp_path / "t.npy", values), activations={"part_rows": part_rows, "dtype": "float32"}
     )
     recipe = parse_recipe(data)
-    source, artefact = activations.bring(Store.create(tmp_path / "store"), recipe, progress)
+    source, artefact = bring.run(Store.create(tmp_path / "store"), recipe, progress)
     np.testing.assert_array_equal(stored(artefact, "table")[:, 0].numpy(), values)
     assert len(artefact.published().parts) == len(source.published().parts) == -(-len(values) // part_rows)
     before = tree(tmp_path / "store")
-    activations.bring(Store(tmp_path / "store"), recipe, progress)
+    bring.run(Store(tmp_path / "store"), recipe, progress)
     assert tree(tmp_path / "store") == before
 
 
@@ -283,14 +283,14 @@ def test_a_brought_row_that_is_not_finite_is_refused_with_part_and_row(tmp_path,
     values[432, 7] = np.nan
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", values)))
     with pytest.raises(UserError, match=r"part 1, row 432 \(position 0, neuron 7\) is nan"):
-        activations.bring(Store.create(tmp_path / "store"), recipe, progress)
+        bring.run(Store.create(tmp_path / "store"), recipe, progress)
 
 
 def test_a_table_that_changed_is_another_table(tmp_path, progress):
     where = Store.create(tmp_path / "store")
     for values in (a_table(50), a_table(40, seed=1)):
         recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", values), activations={"dtype": "float32"}))
-        _, artefact = activations.bring(where, recipe, progress)
+        _, artefact = bring.run(where, recipe, progress)
         np.testing.assert_array_equal(stored(artefact, "table")[:, 0].numpy(), values)
 
 
@@ -298,8 +298,8 @@ def test_interrupted_bringing_is_finished_to_the_same_bytes(tmp_path, progress, 
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table())))
     for name in ("whole", "cut"):
         Store.create(tmp_path / name)
-    activations.bring(Store(tmp_path / "whole"), recipe, progress)
-    real = activations._bring_part
+    bring.run(Store(tmp_path / "whole"), recipe, progress)
+    real = bring._bring_part
 
     def fail(*arguments):
         if arguments[-1] == 300:
@@ -307,7 +307,7 @@ def test_interrupted_bringing_is_finished_to_the_same_bytes(tmp_path, progress, 
         real(*arguments)
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(activations, "_bring_part", fail)
-        activations.bring(Store(tmp_path / "cut"), recipe, progress)
-    activations.bring(Store(tmp_path / "cut"), recipe, progress)
+        patch.setattr(bring, "_bring_part", fail)
+        bring.run(Store(tmp_path / "cut"), recipe, progress)
+    bring.run(Store(tmp_path / "cut"), recipe, progress)
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")

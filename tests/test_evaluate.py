@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as tf
 
-from saeflow import activations, evaluate, features, tokens, train
+from saeflow import activations, arrays, bring, evaluate, features, tokens, train
 from saeflow.config import SAEConfig, parse_recipe
+from saeflow.disk import read_json
 from saeflow.evaluate import Reconstruction, loss_recovered
 from saeflow.model import load_model
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Store, read_json
+from saeflow.store import Store
 from tests.small_pipeline import WIDTH, a_table, brought_data, quiet, recipe_data, tree, write_table
 
 X = torch.randint(-9, 10, (64, WIDTH), generator=torch.Generator().manual_seed(0)).float()
@@ -96,9 +97,7 @@ def held_out(store, recipe, site):
     source, stored = tokens.artefact(store, recipe), activations.artefact(store, recipe)
     for token_part, part in zip(source.published().parts, stored.published().parts, strict=True):
         mask = tokens.read_part(source, token_part)[1][part.counts["n_train_sequences"] :]
-        rows = activations.read_rows(
-            activations.open_site(stored, part, site), slice(part.counts["n_train_sequences"], None)
-        )
+        rows = arrays.read_rows(arrays.open_site(stored, part, site), slice(part.counts["n_train_sequences"], None))
         yield rows[torch.from_numpy(mask)].float()
 
 
@@ -170,7 +169,7 @@ def test_judging_again_does_nothing(finished, progress):
 def test_without_held_out_documents_the_training_data_are_judged_and_that_is_said(tmp_path, progress):
     store = Store.create(tmp_path / "store")
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table())))
-    for stage in (activations.bring, train.run, features.run):
+    for stage in (bring.run, train.run, features.run):
         stage(store, recipe, progress)
     quality = evaluate.run(store, recipe, progress)
     assert quality["judged_on"] == "training data"

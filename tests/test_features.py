@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from saeflow import activations, features, queries, tokens, train
+from saeflow import activations, arrays, bring, features, queries, tokens, train
 from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.disk import read_json
 from saeflow.model import Site
-from saeflow.store import Artefact, Store, read_json
+from saeflow.store import Artefact, Store
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
@@ -46,7 +47,7 @@ def stored_rows(store: Store, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
         table = pq.read_table(source.part_path(token_part) / "tokens.parquet")
         mask = table.column("mask").to_numpy(zero_copy_only=False)
         token_ids.append(table.column("token_id").to_numpy()[mask])
-        rows = activations.read_rows(activations.open_site(target, part, site), slice(None))
+        rows = arrays.read_rows(arrays.open_site(target, part, site), slice(None))
         values.append(rows.reshape(-1, site.width).double().numpy()[mask])
     return np.concatenate(token_ids), np.concatenate(values)
 
@@ -178,7 +179,7 @@ def brought(tmp_path_factory):
     source = write_table(folder / "t.npy", a_table())
     store = Store.create(folder / "store")
     recipe = parse_recipe(brought_data(source, sae={"k": 5}))
-    for stage in (activations.bring, train.run):
+    for stage in (bring.run, train.run):
         stage(store, recipe, quiet())
     return store, recipe, source
 
@@ -206,7 +207,7 @@ def test_values_do_not_depend_on_the_size_of_parts(brought, part_rows):
     n_rows = 40 if part_rows == 1 else 700
     table = write_table(source.with_name(f"{part_rows}.npy"), a_table()[:n_rows])
     cut = parse_recipe(brought_data(table, activations={"part_rows": part_rows}))
-    _, stored = activations.bring(store, cut, quiet())
+    _, stored = bring.run(store, cut, quiet())
     assert len(stored.published().parts) == -(-n_rows // part_rows)
     assert values_of(encode_all(encoder_of(brought, stored, f"parts{part_rows}"))) == [
         row for row in usual if row[0] < n_rows
@@ -263,7 +264,7 @@ def test_a_lost_part_is_encoded_again_to_the_same_bytes(tmp_path, trained, damag
 def test_encoding_before_training_says_what_to_run(tmp_path, progress):
     store = Store.create(tmp_path / "store")
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table(50))))
-    activations.bring(store, recipe, progress)
+    bring.run(store, recipe, progress)
     with pytest.raises(UserError, match=r"saes/brought-.* is not trained\. Run `saeflow train"):
         features.run(store, recipe, progress)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow import activations, tokens
+from saeflow import activations, arrays, bring, tokens
 from saeflow.config import FeedConfig, UserError, parse_recipe
 from saeflow.feed import Feed, held_out_rows, plan_blocks, plan_epoch
 from saeflow.store import PartRecord, Store
@@ -78,7 +78,7 @@ def numbered(tmp_path_factory):
     values = np.stack([np.arange(700), np.ones(700)], 1).astype(np.float32)
     data = brought_data(write_table(folder / "t.npy", values), activations={"dtype": "float32"})
     store, recipe = Store.create(folder / "store"), parse_recipe(data)
-    activations.bring(store, recipe, quiet())
+    bring.run(store, recipe, quiet())
     return store, recipe
 
 
@@ -147,7 +147,7 @@ def rows_by_place(store, recipe):
     values, train, held = [], [], []
     for token_part, part in zip(source.published().parts, target.published().parts, strict=True):
         mask = tokens.read_part(source, token_part)[1]
-        values.append(activations.read_rows(activations.open_site(target, part, site), slice(None)).reshape(-1, WIDTH))
+        values.append(arrays.read_rows(arrays.open_site(target, part, site), slice(None)).reshape(-1, WIDTH))
         is_train = np.arange(len(mask))[:, None] < part.counts["n_train_sequences"]
         train.append((mask & is_train).reshape(-1))
         held.append((mask & ~is_train).reshape(-1))
@@ -195,7 +195,7 @@ def test_a_store_without_training_tokens_is_refused_instead_of_waited_for(tmp_pa
 def test_batches_are_float32_whatever_the_disk_holds(tmp_path, progress, dtype):
     data = brought_data(write_table(tmp_path / "t.npy", a_table()), activations={"dtype": dtype})
     store, recipe = Store.create(tmp_path / "store"), parse_recipe(data)
-    activations.bring(store, recipe, progress)
+    bring.run(store, recipe, progress)
     feed = open_feed(store, recipe)
     batches = feed.batches()
     epoch = torch.cat(list(itertools.islice(batches, feed.batches_per_epoch)))

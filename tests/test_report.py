@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow import activations, features, report, train
+from saeflow import bring, features, report, train
 from saeflow.config import parse_recipe
 from saeflow.report import active_sets, feature_table
 from saeflow.store import Store
@@ -26,7 +26,7 @@ def small(tmp_path_factory):
     (folder / "t.csv").write_text(PHRASES, "utf-8")
     store = Store.create(folder / "store")
     recipe = parse_recipe(brought_data(folder / "t.csv", sae={"n_features": 8, "k": 2}, activations={"part_rows": 4}))
-    for stage in (activations.bring, train.run, features.run):
+    for stage in (bring.run, train.run, features.run):
         stage(store, recipe, quiet())
     return store, recipe
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from saeflow.config import FORMAT_VERSION, UserError
-from saeflow.store import KINDS, Artefact, PartRecord, Store, read_json, write_json
+from saeflow.disk import read_json, write_json
+from saeflow.store import KINDS, Artefact, PartRecord, Store
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from saeflow import activations, train
+from saeflow import activations, bring, train
 from saeflow.config import Recipe, TrainConfig, UserError, parse_recipe
+from saeflow.disk import read_json
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Store, read_json
+from saeflow.store import Store
 from tests.small_pipeline import a_table, brought_data, quiet, tree, write_table
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
@@ -44,7 +45,7 @@ def table(tmp_path_factory) -> Path:
 def stored(table, tmp_path_factory) -> Store:
     """A store that holds only the table, in float32."""
     store = Store.create(tmp_path_factory.mktemp("stored") / "store")
-    activations.bring(store, recipe_of(table), quiet())
+    bring.run(store, recipe_of(table), quiet())
     return store
 
 
@@ -194,7 +195,7 @@ def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path)
     for factor in (1, 64):
         store = Store.create(tmp_path / str(factor))
         recipe = recipe_of(write_table(tmp_path / f"{factor}.npy", factor * a_table()))
-        activations.bring(store, recipe, quiet())
+        bring.run(store, recipe, quiet())
         found.append(train.run(store, recipe, quiet()).path)
     small, large = (load_file(path / "sae_weights.safetensors") for path in found)
     for name, factor in {"W_enc": 1, "W_dec": 1, "b_enc": 64, "b_dec": 64, "threshold": 64}.items():
@@ -220,7 +221,7 @@ def test_the_decoder_bias_starts_at_the_mean(stored, table):
 def test_activations_that_are_all_equal_are_refused(tmp_path):
     store = Store.create(tmp_path / "store")
     recipe = recipe_of(write_table(tmp_path / "t.npy", np.ones((50, 3), np.float32)))
-    activations.bring(store, recipe, quiet())
+    bring.run(store, recipe, quiet())
     with pytest.raises(UserError, match=r"All activations are equal.*Check the site and the corpus"):
         train.run(store, recipe, quiet())
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from saeflow import features
 from saeflow.config import load_recipe
-from saeflow.store import Store, read_json
+from saeflow.disk import read_json
+from saeflow.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from saeflow import activations, tokens
+from saeflow import activations, arrays, tokens
 from saeflow.config import FeedConfig
 from saeflow.feed import Feed, plan_epoch
 from saeflow.model import Site
@@ -51,9 +51,7 @@ def make_store(folder: Path, n_bytes: int) -> None:
         tokens.write_part(source, index, counts, packed, pa.table({"document_id": np.unique(owners)}))
         config = activations.ActivationsConfig(sites=[SITE.name])
         with target.new_part(index, counts) as place:
-            writer = activations._Writer(
-                place / SITE.file, activations.plan_layout(n, LENGTH, WIDTH, config), "float16"
-            )
+            writer = arrays.Writer(place / SITE.file, arrays.plan_layout(n, LENGTH, WIDTH, config), "float16")
             writer.append(np.roll(noise, index, axis=0))
             writer.close()
     for item in (source, target):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from saeflow import activations, brought
+from saeflow import bring, brought
 from saeflow.config import Recipe, load_recipe
 from saeflow.progress import Progress
 from saeflow.report import active_sets
@@ -49,7 +49,7 @@ def stored(recipe: Recipe) -> Iterator[Callable[[Recipe], Training]]:
     """A store with the recipe's activations, as a function that trains another SAE on them."""
     with tempfile.TemporaryDirectory(prefix="saeflow-toys-") as folder:
         store = Store.create(folder)
-        activations.bring(store, recipe, QUIET)
+        bring.run(store, recipe, QUIET)
 
         def train(changed: Recipe) -> Training:
             with tempfile.TemporaryDirectory(dir=folder) as checkpoints:
