@@ -91,7 +91,10 @@ class Collector:
             read = reader.read(torch.from_numpy(vocab_ids[rows]), padding)
             return [stored(read[site.name], self.config, part, rows.start) for site in self.sites]
 
-        with self.target.new_part(part.index, dict(part.counts)) as folder, contextlib.closing(reader):
+        with (
+            self.target.new_part(part.index, dict(part.counts), {"tokens": part.folder}) as folder,
+            contextlib.closing(reader),
+        ):
             writers = [
                 Writer(folder / site.file, plan_layout(n, length, site.width, self.config), self.config.dtype)
                 for site in self.sites
@@ -123,17 +126,18 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
     """The parts that are missing and how to make one; publishes when the block ends well."""
     target = artefact(store, recipe)
     wanted = tokens_artefact(store, recipe).published().parts
+    inputs = {part.index: {"tokens": part.folder} for part in wanted}
     with target.writing():
-        done = target.parts()
+        done = target.fitting(inputs)
         plan = {part.index: part for part in wanted if part.index not in done}
-        if plan:
+        if plan or not target.complete():
             collector = open_collector(store, recipe, plan.values())
             with progress.bar("activations", sum(part.counts["n_tokens"] for part in plan.values()), "tokens") as bar:
                 yield Job(list(plan), lambda index: collector.collect(plan[index], bar))
         else:
             skipped(target, progress)
-            yield Job([], target.parts().__getitem__)
-        done = target.parts()
+            yield Job([], done.__getitem__)
+        done = target.fitting(inputs)
         target.publish([done[part.index] for part in wanted])
 
 

@@ -14,6 +14,7 @@ from saeflow.model import Site
 from saeflow.parallel import n_threads
 from saeflow.progress import Progress
 from saeflow.store import Artefact, PartRecord, Store
+from saeflow.vocab import write_vocab
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Artefact]:
@@ -31,7 +32,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Art
         source.begin(brought_facts(recipe) | {"context_length": 1})
         target.begin(facts(store, recipe) | {"stored": [[site.name, site.width]]}, [source.id])
         pieces = sorted(set(table.labels))
-        tokens.write_vocab(source.path / "vocab.parquet", pieces, [piece.encode() for piece in pieces])
+        write_vocab(source.path / "vocab.parquet", pieces, [piece.encode() for piece in pieces])
         with progress.bar("activations", len(table.labels), "rows") as bar:
             for index, start in enumerate(range(0, len(table.labels), about.part_rows)):
                 _bring_part(source, target, recipe, site, table, pieces, index, start)

@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ from rich.table import Table
 
 from saeflow import __version__
 from saeflow.config import Recipe, UserError, load_recipe
-from saeflow.disk import human_bytes, read_json
+from saeflow.disk import human_bytes
 from saeflow.progress import Progress
-from saeflow.store import KINDS, Artefact, Store, store_path
+from saeflow.store import KINDS, Artefact, Store, read_checked, store_path
 
 if TYPE_CHECKING:
     import duckdb
@@ -126,7 +125,26 @@ def _stage(name: str, does: str) -> None:
 _stage("tokens", "Turn documents into fixed-length sequences of tokens.")
 _stage("collect", "Run the model and store the activations of the chosen sites.")
 _stage("bring", "Store activations from a table instead of a model.")
-_stage("train", "Train the sparse autoencoder; continues where a killed training stood.")
+
+
+@app.command(name="train", rich_help_panel="Stages")
+def train_command(
+    recipe: RecipePath,
+    store: StoreOption = None,
+    set_: Set = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="On what the store holds now, even if one is trained.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train the sparse autoencoder; continues where a killed training stood. Example: `saeflow train my.toml`"""
+    settings = _recipe(recipe, set_)
+    from saeflow import train
+
+    train.run(_create(store, settings, quiet), settings, _progress(quiet, verbose, settings), fresh)
+
+
 _stage("encode", "Write every non-zero feature activation of the corpus to Parquet.")
 _stage("evaluate", "Judge the autoencoder on held-out documents.")
 _stage("report", "Draw the run's picture.")
@@ -189,7 +207,7 @@ def show(
     for name in artefact.record.inputs:
         table.add_row("reads", name)
     quality = artefact.path / "quality.json"
-    for key, value in (read_json(quality) if quality.is_file() else {}).items():
+    for key, value in (read_checked(quality) if quality.is_file() else {}).items():
         table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
     out.print(table)
 
@@ -215,24 +233,92 @@ def verify(
     ] = False,
 ) -> None:
     """Check that nothing published is missing or changed. Example: `saeflow verify --full`"""
+    from saeflow import integrity
+
     opened = _open(store)
-    damage = [found for artefact in opened.artefacts() for found in artefact.damage(full)]
-    for folder, problem in damage:
-        out.print(f"damaged: {problem}", markup=False, soft_wrap=True)
-        if repair and folder.exists():
-            shutil.rmtree(folder)
-    broken = _run_checks(opened) if full and not damage else []
+    found = [each for artefact in opened.artefacts() for each in integrity.damage(artefact, full)]
+    for each in found:
+        out.print(f"damaged: {each}", markup=False, soft_wrap=True)
+    for each in found if repair else []:
+        err.print(integrity.repair(each), markup=False, soft_wrap=True)
+    broken = _run_checks(opened) if full and not found else []
     for name, n_rows in broken:
         out.print(f"check {name}: {n_rows} offending rows", markup=False)
-    if repair and damage:
-        out.print("Removed the damaged parts. Run the recipe again to make them: saeflow run RECIPE")
-    elif damage:
-        raise UserError("Remove the damaged parts with `saeflow verify --full --repair`, then run the recipe again.")
+    if repair and found:
+        out.print("What had to be removed is made again by the next run: saeflow run RECIPE")
+    elif found:
+        raise UserError("Mend it with `saeflow verify --full --repair`, then run the recipe again: the rest is kept.")
     elif broken:
         raise UserError("The feature files do not agree. Remove the run's folder and run the recipe again.")
     else:
         said = f"{len(opened.artefacts())} artefacts in {opened.root}: nothing missing, nothing changed"
         out.print(said, markup=False, soft_wrap=True)
+
+
+@app.command()
+def forget(
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys of documents; see the view `documents`.")],
+    store: StoreOption = None,
+    quiet: Quiet = False,
+) -> None:
+    """Hide documents at once, in every view and feed. Example: `saeflow forget letters/017 letters/018`"""
+    from saeflow.forget import forget as hide
+
+    done = hide(Store.create(store_path(store)), keys, Progress(err, -1 if quiet else 0))
+    for name, n in done.documents.items():
+        out.print(f"{name}: {n} documents hidden", markup=False, soft_wrap=True)
+    for name in done.runs:
+        out.print(f"{name}: their values removed", markup=False, soft_wrap=True)
+    for name, why in done.waiting.items():
+        out.print(f"{name}: parts with them are left out of every answer until encoded again: {why}", markup=False)
+    for name in done.saes:
+        out.print(f"{name}: was trained on them; train anew with `saeflow train RECIPE --fresh`", markup=False)
+    for name in done.held_out_only:
+        out.print(f"{name}: was not trained on them, they were held out", markup=False, soft_wrap=True)
+    out.print("Remove them from the disk: saeflow compact RECIPE, then saeflow gc --grace 0 --yes", markup=False)
+
+
+@app.command()
+def compact(
+    recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
+) -> None:
+    """Rewrite the parts that still hold forgotten or replaced documents. Example: `saeflow compact my.toml`"""
+    settings = _recipe(recipe, set_)
+    opened, progress = _create(store, settings, quiet), _progress(quiet, verbose, settings)
+    from saeflow import pipeline
+
+    pipeline.compact(opened, settings, progress)
+    if not quiet:
+        err.print("The old files go with: saeflow gc --yes (kept for their readers for --grace hours)", markup=False)
+
+
+@app.command()
+def upgrade(store: StoreOption = None) -> None:
+    """Bring a store of an earlier format up to date; nothing is computed again. Example: `saeflow upgrade`"""
+    from saeflow import integrity
+
+    opened = Store.create(store_path(store))
+    for line in integrity.upgrade(opened):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def gc(
+    store: StoreOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+    grace: Annotated[float, typer.Option(help="Hours for which a replaced generation is kept for its readers.")] = 24,
+) -> None:
+    """List what nobody can read any more; remove it with --yes. Example: `saeflow gc --yes`"""
+    from saeflow import integrity
+
+    found = list(integrity.garbage(_open(store), grace * 3600))
+    n_bytes = sum(each.n_bytes for each in found)
+    for each in found:
+        out.print(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}", markup=False, soft_wrap=True)
+    for each in found if yes else []:
+        integrity.remove(each)
+    done = "removed" if yes else "to remove" if not found else "to remove with `saeflow gc --yes`"
+    out.print(f"{len(found)} files and folders, {human_bytes(n_bytes)} {done}", markup=False, soft_wrap=True)
 
 
 def _run_checks(store: Store) -> list[tuple[str, int]]:

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the bytes on disk, written into every artefact (see data/README.md)."""
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -94,6 +94,10 @@ class ActivationsConfig(Section):
     source: str | None = Field(None, description="Bring your own: a CSV, npy or Parquet table instead of a model.")
     synthetic: SyntheticConfig | None = Field(None, description="Made activations instead of a model's.")
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="Precision on disk.")
+    skip_positions: list[NonNegativeInt] = Field(
+        [], description="Positions never trained on, encoded or judged, e.g. [0] where the model keeps a huge vector."
+    )
+    skip_special: bool = Field(False, description="The same for special tokens, such as BOS.")
     forward_batch: PositiveInt = Field(16, description="Sequences in one forward pass.")
     chunk_bytes: ByteSize = Field(ByteSize(4 << 20), description="Unit of decoding inside a shard.")
     shard_bytes: ByteSize = Field(ByteSize(32 << 20), description="Unit of storage.")
@@ -314,3 +318,16 @@ def _plain(value: object) -> object:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     raise TypeError(f"cannot fingerprint {type(value).__name__}")
+
+
+_SINCE_2 = {"skip_positions", "skip_special", "token_ids", "compression"}
+"""Settings that format 1 did not have: at their defaults they leave fingerprints as they were."""
+
+
+def facts_of(section: Section) -> dict[str, Any]:
+    """The section's settings for a fingerprint."""
+    data = section.model_dump(mode="json")
+    defaults = {
+        name: field.get_default(call_default_factory=True) for name, field in type(section).model_fields.items()
+    }
+    return {name: value for name, value in data.items() if name not in _SINCE_2 or value != defaults[name]}

@@ -68,6 +68,21 @@ def open_corpus(config: CorpusConfig) -> Corpus:
     return Corpus(_checked(corpus.documents, config), corpus.metadata)
 
 
+def signature(config: CorpusConfig) -> str | None:
+    """Changes when a file of the corpus does: by name, size and time. None for a query, which has to be run."""
+    if config.sql:
+        return None
+    found = []
+    for path in (path for pattern in config.files for path in _matches(pattern)):
+        if "://" in path:
+            filesystem, inside = fsspec.core.url_to_fs(path)
+            found.append((path, str(filesystem.ukey(inside))))
+        else:
+            about = Path(path).stat()
+            found.append((path, f"{about.st_size} {about.st_mtime_ns}"))
+    return hashlib.blake2b(repr(sorted(found)).encode(), digest_size=8).hexdigest()
+
+
 def _checked(documents: Iterator[Document], config: CorpusConfig) -> Iterator[Document]:
     """Drop repeated texts where asked, turn DuckDB's errors into the user's, refuse an empty corpus."""
     seen: set[str] = set()

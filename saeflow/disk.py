@@ -41,7 +41,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: object) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(json_text(value), "utf-8")
+
+
+def json_text(value: object) -> str:
+    """The one way in which JSON is written here."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

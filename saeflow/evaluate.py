@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,14 @@ import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from saeflow import activations, features, tokens, train
-from saeflow.config import Recipe
-from saeflow.disk import read_json, write_json
+from saeflow.config import FORMAT_VERSION, Recipe, fingerprint
 from saeflow.feed import Feed, held_out_rows
 from saeflow.model import load_model, replaced
 from saeflow.parallel import in_order, n_threads
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Artefact, Store
+from saeflow.store import Artefact, Damaged, Store, read_checked, write_checked
+from saeflow.used import Used
 
 _SEQUENCES = 4
 """Sequences in one forward pass up to the logits: few, so that the logits stay in the processor's cache."""
@@ -82,8 +84,9 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Judge the recipe's SAE and keep the figures beside its features."""
     run_artefact = features.artefact(store, recipe)
     path = run_artefact.path / "quality.json"
-    known = read_json(path) if path.is_file() else {}
-    if known.get("max_tokens") == recipe.evaluate.max_tokens:
+    known = _known(path)
+    judged = {"max_tokens": recipe.evaluate.max_tokens, "parts": _fingerprint(run_artefact)}
+    if _matches(known, judged, run_artefact):
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
         return dict(known)
     train.set_threads(recipe)
@@ -95,8 +98,28 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     else:
         quality.pop("mean", None)
         quality.pop("held_out", None)
-    write_json(path, quality)
+    write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
     return quality
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """Figures of an earlier run; none where they cannot be read."""
+    with contextlib.suppress(Damaged, OSError):
+        return dict(read_checked(path))
+    return {}
+
+
+def _matches(known: dict[str, Any], judged: dict[str, Any], run_artefact: Artefact) -> bool:
+    """Are the known figures those of what would be judged? Format 1 did not say which parts; it counted values."""
+    if "parts" in known:
+        return {name: known.get(name) for name in judged} == judged
+    counted = (known.get("max_tokens"), known.get("n_values"))
+    return counted == (judged["max_tokens"], run_artefact.published().total("n_values"))
+
+
+def _fingerprint(run_artefact: Artefact) -> str:
+    """Stands for the encoded corpus that was judged."""
+    return fingerprint([part.folder for part in run_artefact.published().parts])
 
 
 def _reconstruction(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> dict[str, Any]:
@@ -120,7 +143,6 @@ def _reconstruction(store: Store, recipe: Recipe, sae: SparseAutoencoder, progre
         "variance_unexplained": sums.variance_unexplained,
         "mean_squared_error": sums.error / sums.n_tokens / site.width,
         "l0": sums.l0,
-        "max_tokens": recipe.evaluate.max_tokens,
         "judged_on": "held-out documents" if held_out else "training data",
     }
 
@@ -153,12 +175,13 @@ def _language_model_loss(
         "loss_zero_ablated": torch.zeros_like,
     }
     batches = list(_held_out_sequences(store, recipe))
-    n_predicted = sum(int((mask[:, 1:] & mask[:, :-1]).sum()) for _, mask in batches)
+    n_predicted = sum(int(_predicting(batch).sum()) for batch in batches)
     sums = {}
     with progress.bar("loss", len(changes) * n_predicted, "tokens") as bar:
         for name, change in changes.items():
-            with replaced(model, site, change) if change else contextlib.nullcontext():
-                each = in_order(partial(_summed_loss, model), batches, n_threads(recipe.threads))
+            spliced = _Spliced(change)
+            with replaced(model, site, spliced) if change else contextlib.nullcontext():
+                each = in_order(partial(_summed_loss, model, spliced), batches, n_threads(recipe.threads))
                 sums[name] = math.fsum(each)
             bar.advance(n_predicted)
     losses = {name: ratio(total, n_predicted) for name, total in sums.items()}
@@ -169,24 +192,56 @@ def _language_model_loss(
     return losses | recovered | {"n_predicted": n_predicted}
 
 
-def _held_out_sequences(store: Store, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
-    """Vocabulary ids and mask (s, T) of held-out sequences, at most `evaluate.max_tokens` tokens."""
+@dataclass(frozen=True)
+class _Batch:
+    """Held-out sequences, (s, T) each: vocab_ids, what is text, what readers see of it, what the SAE is used on."""
+
+    vocab_ids: Tensor
+    real: Tensor
+    seen: Tensor
+    used: Tensor
+
+
+class _Spliced:
+    """What takes the place of the activations (s, T, D): the change at used tokens, nothing elsewhere."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] | None) -> None:
+        self.change, self.here = change, threading.local()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self.change is not None
+        used = self.here.used.to(x.device)
+        return self.change(x) if used.all() else torch.where(used[:, :, None], self.change(x), x)
+
+
+def _held_out_sequences(store: Store, recipe: Recipe) -> Iterator[_Batch]:
+    """Held-out sequences, at most `evaluate.max_tokens` tokens."""
     source = activations.tokens_artefact(store, recipe)
+    visible, used = Used(source), Used.of(source, recipe.activations)
     left = math.ceil(recipe.evaluate.max_tokens / recipe.tokens.context_length)
     for part in source.published().parts:
-        vocab_ids, mask = tokens.read_part(source, part)
-        rows = slice(part.counts["n_train_sequences"], part.counts["n_train_sequences"] + left)
-        pairs = zip(*(torch.split(torch.from_numpy(a[rows]), _SEQUENCES) for a in (vocab_ids, mask)), strict=True)
-        yield from ((ids, real) for ids, real in pairs if len(ids))
-        left -= len(vocab_ids[rows])
+        rows = slice(part.counts["n_train_sequences"], part.counts["n_train_sequences"] + max(left, 0))
+        if rows.start == min(rows.stop, part.counts["n_sequences"]):
+            continue
+        vocab_ids, real = (each[rows] for each in tokens.read_part(source, part))
+        arrays = (vocab_ids, real, visible.mask(part.index, rows), used.mask(part.index, rows))
+        pieces = (torch.split(torch.from_numpy(np.ascontiguousarray(each)), _SEQUENCES) for each in arrays)
+        yield from (_Batch(*batch) for batch in zip(*pieces, strict=True))
+        left -= len(vocab_ids)
+
+
+def _predicting(batch: _Batch) -> Tensor:
+    """Where the next token of the sequence is predicted from one before it, bool (s, T); both are seen."""
+    return tf.pad(batch.seen[:, 1:] & batch.seen[:, :-1], (0, 1))
 
 
 @torch.no_grad()
-def _summed_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
-    """Summed loss of predicting each real token of (vocab_ids, mask) from those before it in its sequence."""
-    vocab_ids, mask = (tensor.to(next(model.parameters()).device) for tensor in batch)
-    logits = model(vocab_ids, attention_mask=None if mask.all() else mask).logits
+def _summed_loss(model: nn.Module, spliced: _Spliced, batch: _Batch) -> float:
+    """Summed loss of predicting each real token from those before it in its sequence."""
+    place = next(model.parameters()).device
+    spliced.here.used = batch.used
+    vocab_ids, real = batch.vocab_ids.to(place), batch.real.to(place)
+    logits = model(vocab_ids, attention_mask=None if real.all() else real).logits
     following = vocab_ids.roll(-1, dims=1).flatten()  # a sequence's last token predicts nothing: left out below
-    wanted = tf.pad(mask[:, 1:] & mask[:, :-1], (0, 1)).flatten()
     each = tf.cross_entropy(logits.flatten(0, 1).float(), following, reduction="none")
-    return float(each[wanted].double().sum())
+    return float(each[_predicting(batch).flatten().to(place)].double().sum())

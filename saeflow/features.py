@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow import activations, arrays, tokens, train
+from saeflow import activations, arrays, train
 from saeflow.config import Recipe, UserError, fingerprint
 from saeflow.encoding import SparseValues, feature_major, feature_statistics
-from saeflow.feed import source_length
 from saeflow.model import Site
 from saeflow.parallel import n_threads, use_one_thread
 from saeflow.progress import Bar, Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Artefact, Job, PartRecord, Store
+from saeflow.used import Used
 
 SEGMENT_NONZEROS = 24_000_000
 """Values of one part held in memory at once; beyond, a part gets further pairs of files."""
@@ -51,7 +51,7 @@ def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
 class Encoder:
     """Everything a part needs: made once, used for every part."""
 
-    source: Artefact
+    used: Used
     stored: Artefact
     target: Artefact
     site: Site
@@ -61,12 +61,11 @@ class Encoder:
     def encode(self, part: PartRecord, bar: Bar) -> PartRecord:
         """Encode one activation part, on one thread, and keep its values as a part."""
         use_one_thread()
-        index = part.index
-        token_part = next(p for p in self.source.published().parts if p.index == index)
-        counts = {"n_tokens": part.counts["n_tokens"], "n_values": 0}
+        mask = self.used.mask(part.index)
+        counts = {"n_tokens": int(mask.sum()), "n_values": 0}
         totals = _Totals(self.sae.config.n_features)
-        with self.target.new_part(index, counts) as folder:
-            for number, segment in enumerate(self._segments(part, token_part, bar)):
+        with self.target.new_part(part.index, counts, part_inputs(self.used, part)) as folder:
+            for number, segment in enumerate(self._segments(part, mask, bar)):
                 token_ids, sparse = segment
                 counts["n_values"] += len(sparse.values)
                 totals.add(sparse)
@@ -75,13 +74,11 @@ class Encoder:
                     folder / "feature_major" / f"{number:03d}.parquet", token_ids, sparse, len(totals.n_tokens)
                 )
             pq.write_table(totals.table(), folder / "feature_stats.parquet", compression="zstd")
-        return self.target.made[index]
+        return self.target.made[part.index]
 
-    def _segments(
-        self, part: PartRecord, token_part: PartRecord, bar: Bar
-    ) -> Iterator[tuple[np.ndarray, SparseValues]]:
+    def _segments(self, part: PartRecord, mask: np.ndarray, bar: Bar) -> Iterator[tuple[np.ndarray, SparseValues]]:
         held: list[tuple[np.ndarray, SparseValues]] = []
-        for token_ids, rows in self._rows(part, token_part):
+        for token_ids, rows in self._rows(part, mask):
             held.append((token_ids, self.sae.encode_sparse(rows)))
             bar.advance(len(token_ids))
             if sum(len(sparse.values) for _, sparse in held) >= SEGMENT_NONZEROS:
@@ -89,9 +86,8 @@ class Encoder:
                 held = []
         yield _joined(held)
 
-    def _rows(self, part: PartRecord, token_part: PartRecord) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Unmasked tokens in order, at most `batch_rows` at once: token_ids (n,), activations (n, D)."""
-        mask = tokens.read_part(self.source, token_part)[1]
+    def _rows(self, part: PartRecord, mask: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Used tokens in order, at most `batch_rows` at once: token_ids (n,), activations (n, D)."""
         array = arrays.open_site(self.stored, part, self.site)
         length = mask.shape[1]
         block = array.chunks[0]
@@ -164,6 +160,13 @@ def _write(path: Path, columns: dict[str, np.ndarray]) -> None:
     )
 
 
+def part_inputs(used: Used, part: PartRecord) -> dict[str, str]:
+    """What the values of an activation part follow from."""
+    hidden = used.generation.hidden_digest(part.index)
+    inputs = {"tokens": used.parts[part.index].folder, "activations": part.folder}
+    return inputs | ({"hidden": hidden} if hidden else {})
+
+
 def open_encoder(store: Store, recipe: Recipe) -> Encoder:
     """Load the SAE, check the disk, and create the artefact."""
     source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
@@ -173,10 +176,18 @@ def open_encoder(store: Store, recipe: Recipe) -> Encoder:
     n_tokens = stored.published().total("n_tokens")
     per_token = recipe.sae.k if recipe.sae.architecture != "relu" else recipe.sae.n_features // 8 + 1
     store.require_free(n_tokens * per_token * _BYTES_PER_NONZERO, "Storing every feature activation")
-    about = facts(store, recipe) | {"context_length": source_length(source), "architecture": recipe.sae.architecture}
-    target.begin(about, [source.id, stored.id, trained.id])
-    site = activations.choose_site(stored, recipe.sae.site)
-    return Encoder(source, stored, target, site, SparseAutoencoder.load(trained.path), recipe.features.batch_rows)
+    used = Used.of(source, recipe.activations)
+    about = facts(store, recipe) | {"context_length": used.length, "architecture": recipe.sae.architecture}
+    target.begin(about | used.facts, [source.id, stored.id, trained.id])
+    return encoder_of(store, target, recipe.features.batch_rows)
+
+
+def encoder_of(store: Store, target: Artefact, batch_rows: int = 4096) -> Encoder:
+    """The encoder of a run that exists, from what its record says."""
+    source, stored, trained = (store.by_id(name) for name in target.record.inputs)
+    site = activations.choose_site(stored, target.record.facts["site"])
+    used = Used.from_facts(source, target.record.facts)
+    return Encoder(used, stored, target, site, SparseAutoencoder.load(trained.path), batch_rows)
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
@@ -199,15 +210,33 @@ def encoding(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job]:
     """The parts that are missing and how to make one; publishes when the block ends well."""
     target = artefact(store, recipe)
     wanted = activations.artefact(store, recipe).published().parts
+    used = Used.of(activations.tokens_artefact(store, recipe), recipe.activations)
+    inputs = {part.index: part_inputs(used, part) for part in wanted}
     with target.writing():
-        done = target.parts()
+        done = target.fitting(inputs)
         plan = {part.index: part for part in wanted if part.index not in done}
-        if plan:
+        if plan or not target.complete():
             encoder = open_encoder(store, recipe)
             with progress.bar("features", sum(part.counts["n_tokens"] for part in plan.values()), "tokens") as bar:
                 yield Job(list(plan), lambda index: encoder.encode(plan[index], bar))
         else:
             progress.skip("features", f"{sum(p.counts['n_values'] for p in done.values()):,} values")
             yield Job([], done.__getitem__)
-        done = target.parts()
+        done = target.fitting(inputs)
         target.publish([done[part.index] for part in wanted])
+
+
+def refresh(store: Store, target: Artefact, progress: Progress) -> list[int]:
+    """Encode again the parts of a run that no longer follow from what they were made of; their indices."""
+    with target.writing():
+        encoder = encoder_of(store, target)
+        known = {part.index for part in target.published().parts}
+        wanted = [part for part in encoder.stored.published().parts if part.index in known]
+        inputs = {part.index: part_inputs(encoder.used, part) for part in wanted}
+        done = target.fitting(inputs)
+        stale = [part for part in wanted if part.index not in done]
+        with progress.bar("features", sum(part.counts["n_tokens"] for part in stale), "tokens") as bar:
+            for part in stale:
+                done[part.index] = encoder.encode(part, bar)
+        target.publish([done[part.index] for part in wanted])
+    return [part.index for part in stale]

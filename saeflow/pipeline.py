@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from saeflow import activations, bring, evaluate, features, report, tokens, train
-from saeflow.config import Recipe
-from saeflow.disk import read_json
+from saeflow import activations, bring, evaluate, features, forget, integrity, report, tokens, train
+from saeflow.config import Recipe, UserError
 from saeflow.progress import Progress
-from saeflow.store import Store
+from saeflow.store import Store, read_checked
 
 Stage = Callable[[Store, Recipe, Progress], Any]
 
@@ -33,6 +32,22 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     return summary(store, recipe) | {"seconds": seconds}
 
 
+def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
+    """Remove hidden documents from the newest generation of tokens, activations and every run over them."""
+    integrity.upgrade(store)
+    if recipe.model is None:
+        raise UserError("saeflow compact works on tokens of a model; bring the table again without the rows instead.")
+    source = activations.tokens_artefact(store, recipe)
+    forget.compact(store, source, progress)
+    for stored in (a for a in store.artefacts("activations") if source.id in a.record.inputs):
+        if stored != activations.artefact(store, recipe):
+            progress.say(f"compact: {stored.id} belongs to another recipe; compact that too")
+    activations.run(store, recipe, progress)
+    for run in store.artefacts("features"):
+        if activations.artefact(store, recipe).id in run.record.inputs:
+            features.refresh(store, run, progress)
+
+
 def summary(store: Store, recipe: Recipe) -> dict[str, Any]:
     """Documents, tokens, bytes, quality and non-zeros of a finished recipe."""
     source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
@@ -45,5 +60,5 @@ def summary(store: Store, recipe: Recipe) -> dict[str, Any]:
         "activation_bytes": sum(part.n_bytes for part in stored.published().parts),
         "feature_bytes": sum(part.n_bytes for part in encoded.published().parts),
         "n_values": encoded.published().total("n_values"),
-        "quality": read_json(encoded.path / "quality.json"),
+        "quality": read_checked(encoded.path / "quality.json"),
     }

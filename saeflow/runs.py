@@ -24,8 +24,8 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.config import UserError
-from saeflow.disk import read_json
-from saeflow.store import Artefact, Store
+from saeflow.integrity import damage
+from saeflow.store import Artefact, Generation, PartRecord, Store, read_checked
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class Run:
     facts: str | None = None
     quality: str | None = None
     n_tokens: int | None = None
+    hidden: Sequence[int] = ()
+    """Documents that were forgotten or replaced."""
     problem: str | None = None
 
     def is_called(self, name: str) -> bool:
@@ -121,29 +123,47 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
     if not inputs:
         raise UserError(f"{artefact.id} does not say which tokens it belongs to")
     tokens = store.by_id(inputs[0])
-    files = _files(artefact, ["feature_major", "token_major", "feature_stats"])
-    files |= _files(tokens, ["tokens", "documents"]) | {"vocab": [str(tokens.path / "vocab.parquet")]}
-    for problem in (p for a in (artefact, tokens) for _, p in a.damage(full=False)):
-        raise UserError(problem)
+    generation = tokens.published()
+    shown = _shown(artefact, generation)
+    files = _files(artefact, shown, ["feature_major", "token_major", "feature_stats"])
+    files |= _files(tokens, generation.parts, ["tokens", "documents"])
+    files |= {"vocab": [str(tokens.path / "vocab.parquet")]}
+    for found in (each for item in (artefact, tokens) for each in damage(item, full=False)):
+        raise UserError(found.problem)
     for table, paths in files.items():
         if not paths or not Path(paths[0]).is_file():
             raise UserError(f"{artefact.id} has no {table} files")
     quality = artefact.path / "quality.json"
-    n_tokens = artefact.published().total("n_tokens") or tokens.published().total("n_tokens")
+    n_tokens = sum(part.counts.get("n_tokens", 0) for part in shown) or generation.total("n_tokens")
     return Run(
         artefact,
         schema,
         files,
         facts=json.dumps(artefact.record.facts),
-        quality=json.dumps(read_json(quality)) if quality.is_file() else None,
+        quality=json.dumps(read_checked(quality)) if quality.is_file() else None,
         n_tokens=n_tokens or None,
+        hidden=generation.hidden_ids,
     )
 
 
-def _files(artefact: Artefact, tables: Iterable[str]) -> dict[str, Sequence[str]]:
-    """Published files by table: `table.parquet`, or the files of a folder `table/`."""
+def _shown(artefact: Artefact, tokens: Generation) -> list[PartRecord]:
+    """The run's parts without those that still hold values of a document forgotten since."""
+    every = artefact.published().parts
+    shown = [part for part in every if part.inputs.get("hidden", "") == tokens.hidden_digest(part.index)]
+    if len(shown) < len(every):
+        log.warning(
+            "%s: %d parts are left out, because they hold documents that were forgotten or replaced since. "
+            "Encode them again: saeflow encode RECIPE",
+            artefact.id,
+            len(every) - len(shown),
+        )
+    return shown
+
+
+def _files(artefact: Artefact, parts: Iterable[PartRecord], tables: Iterable[str]) -> dict[str, Sequence[str]]:
+    """Files of the parts by table: `table.parquet`, or the files of a folder `table/`."""
     found: dict[str, list[str]] = {table: [] for table in tables}
-    for part in artefact.published().parts:
+    for part in parts:
         for file in part.files:
             table = file.name.partition("/")[0].removesuffix(".parquet")
             if table in found and file.name.endswith(".parquet"):
@@ -196,7 +216,8 @@ def _statements(run: Run, every: Sequence[Run], current: Run) -> Iterator[str]:
     folder = sql_folder()
     lists = {table: _literal(list(map(_unglobbed, paths))) for table, paths in run.files.items()}
     rows = _literal([other.row(run) for other in every])
-    yield Template((folder / "sources.sql").read_text("utf-8")).substitute(lists, runs=rows)
+    sources = Template((folder / "sources.sql").read_text("utf-8"))
+    yield sources.substitute(lists, runs=rows, hidden=_literal(list(run.hidden)))
     for path in (*sorted((folder / "staging").glob("*.sql")), *sorted((folder / "marts").glob("*.sql"))):
         yield path.read_text("utf-8")
 

@@ -7,12 +7,14 @@ renamed into place, so that a kill or a power cut leaves either nothing or a fin
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -23,10 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from saeflow.config import FORMAT_VERSION, Recipe, UserError
-from saeflow.disk import checksum, flush_tree, human_bytes, read_json, rename, replacing, write_json
+from saeflow.disk import checksum, flush_tree, human_bytes, json_text, read_json, rename, replacing, write_json
 
 Kind = Literal["tokens", "activations", "saes", "features"]
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -48,12 +50,20 @@ class PartRecord(BaseModel, frozen=True):
     index: int
     counts: dict[str, int]
     files: list[FileRecord]
+    inputs: dict[str, str] = {}
+    """What the part was made from: the folder of the part read, by kind. Empty in format 1."""
 
     @property
     def folder(self) -> str:
         """`<index>-<hash>`: equal content has an equal name."""
-        facts = json.dumps([self.counts, [(f.name, f.checksum) for f in self.files]], sort_keys=True)
-        return f"{self.index:06d}-{xxhash.xxh3_64_hexdigest(facts.encode())[:8]}"
+        facts: list[Any] = [self.counts, [(f.name, f.checksum) for f in self.files]]
+        if self.inputs:
+            facts.append(self.inputs)
+        return f"{self.index:06d}-{xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())[:8]}"
+
+    def made_from(self, inputs: dict[str, str]) -> bool:
+        """Is the part what these inputs give? Format 1 did not say; its parts follow from their index."""
+        return self.inputs == inputs or (not self.inputs and not inputs.get("hidden"))
 
     @property
     def n_bytes(self) -> int:
@@ -72,12 +82,31 @@ class ArtefactRecord(BaseModel, frozen=True):
     files: list[FileRecord] = []
 
 
+class Hidden(BaseModel, frozen=True):
+    """A document that readers no longer see: forgotten, or replaced by a newer one of the same key."""
+
+    document_id: int
+    key_hash: str
+    reason: Literal["forgotten", "replaced"]
+
+
 @dataclass(frozen=True)
 class Generation:
-    """The list of parts that readers see, in index order."""
+    """The list of parts that readers see, in index order, and the documents in them that they do not see."""
 
     number: int
     parts: tuple[PartRecord, ...]
+    hidden: Mapping[int, tuple[Hidden, ...]] = field(default_factory=dict)
+    """By index of the part; tokens only."""
+
+    def hidden_digest(self, index: int) -> str:
+        """Stands for what is hidden in a part; empty where nothing is."""
+        ids = sorted(document.document_id for document in self.hidden.get(index, ()))
+        return xxhash.xxh3_64_hexdigest(json.dumps(ids).encode())[:8] if ids else ""
+
+    @property
+    def hidden_ids(self) -> list[int]:
+        return sorted(document.document_id for each in self.hidden.values() for document in each)
 
     def total(self, count: str) -> int:
         return sum(part.counts.get(count, 0) for part in self.parts)
@@ -112,7 +141,7 @@ class Artefact:
 
     @cached_property
     def record(self) -> ArtefactRecord:
-        return _read_record(self.path / "artefact.json", ArtefactRecord)
+        return read_record(self.path / "artefact.json", ArtefactRecord)
 
     def exists(self) -> bool:
         return (self.path / "artefact.json").is_file()
@@ -122,14 +151,18 @@ class Artefact:
         """Folder for work in progress; emptied when the next writer starts."""
         return self.root / "tmp" / f"{self.kind}-{self.name}-{self.fp}"
 
+    @property
+    def lock_path(self) -> Path:
+        return self.root / "tmp" / "locks" / f"{self.kind}-{self.name}-{self.fp}.lock"
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the artefact's lock and clear what a killed run left behind."""
-        lock = self.root / "tmp" / "locks" / f"{self.kind}-{self.name}-{self.fp}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        self.lock_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(lock, timeout=0):
+            with FileLock(self.lock_path, timeout=0):
                 shutil.rmtree(self.work, ignore_errors=True)
+                self.recover()
                 yield
                 shutil.rmtree(self.work, ignore_errors=True)
         except Timeout:
@@ -137,20 +170,27 @@ class Artefact:
                 f"Another run is writing {self.id}. Wait for it to end, then run the command again."
             ) from None
 
-    def begin(self, facts: dict[str, Any], inputs: Iterable[str] = ()) -> None:
-        """Create the folder and its artefact.json, once."""
+    def begin(self, facts: dict[str, Any], inputs: Iterable[str] = (), files: Iterable[str] = ()) -> None:
+        """Create the folder and its artefact.json, once; `files` lie in the folder already."""
         if self.exists():
             _ = self.record  # refuses a newer format
             return
         (self.path / "parts").mkdir(parents=True, exist_ok=True)
-        record = ArtefactRecord(kind=self.kind, name=self.name, fp=self.fp, facts=facts, inputs=list(inputs))
-        write_json(self.path / "artefact.json", record.model_dump(mode="json"))
+        record = ArtefactRecord(
+            kind=self.kind, name=self.name, fp=self.fp, facts=facts, inputs=list(inputs),
+            files=[_file_record(self.path, self.path / name) for name in files],
+        )  # fmt: skip
+        write_record(self.path / "artefact.json", record)
+
+    def fitting(self, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
+        """Finished parts that were made from these inputs, by index."""
+        return self.parts(lambda part: part.index in inputs and part.made_from(inputs[part.index]))
 
     def part_path(self, part: PartRecord) -> Path:
         return self.path / "parts" / part.folder
 
     @contextlib.contextmanager
-    def new_part(self, index: int, counts: dict[str, int]) -> Iterator[Path]:
+    def new_part(self, index: int, counts: dict[str, int], inputs: dict[str, str] | None = None) -> Iterator[Path]:
         """A folder to fill; on a clean exit it becomes the part, checksummed and flushed to disk.
 
         `counts` may still be changed inside the block.
@@ -159,61 +199,137 @@ class Artefact:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder
-        record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=_file_records(folder))
-        write_json(folder / "part.json", record.model_dump(mode="json"))
+        files = _file_records(folder)
+        record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
+        write_record(folder / "part.json", record)
         flush_tree(folder)
-        for stale in (self.path / "parts").glob(f"{index:06d}-*"):
-            shutil.rmtree(stale)
+        shutil.rmtree(self.part_path(record), ignore_errors=True)  # the same part, damaged
         rename(folder, self.part_path(record))
         self.made[index] = record
 
-    def parts(self) -> dict[int, PartRecord]:
-        """Finished parts on disk whose files are all there in their full size."""
-        found = {}
-        for path in sorted((self.path / "parts").glob("*/part.json")):
-            try:
-                record = _read_record(path, PartRecord)
-            except (Damaged, ValueError):  # the part is made again
-                continue
-            if not list(missing_files(path.parent, record.files)):
+    def parts(self, fits: Callable[[PartRecord], bool] = lambda record: True) -> dict[int, PartRecord]:
+        """Finished parts on disk that fit and whose files are all there in their full size; published ones first."""
+        generation = self.generation()
+        found: dict[int, PartRecord] = {}
+        for record in itertools.chain(generation.parts if generation else (), self._unlisted(generation)):
+            if fits(record) and record.index not in found and not list(self._missing(record)):
                 found[record.index] = record
         return found
 
-    def publish(self, parts: Iterable[PartRecord], provenance: dict[str, Any] | None = None) -> Generation:
-        """Show readers these parts from now on; publishing the same list again changes nothing."""
+    def _missing(self, part: PartRecord) -> Iterator[str]:
+        yield from missing_files(self.part_path(part), part.files)
+        if not (self.part_path(part) / "part.json").is_file():
+            yield f"{self.part_path(part) / 'part.json'} is missing"
+
+    def _unlisted(self, generation: Generation | None) -> Iterator[PartRecord]:
+        """Parts on disk that are not published: work of a run that was killed."""
+        listed = {part.folder for part in generation.parts} if generation else set()
+        for folder in sorted(self.part_folders() - listed):
+            with contextlib.suppress(Damaged, ValueError, OSError):  # such a part is made again
+                record = read_record(self.path / "parts" / folder / "part.json", PartRecord)
+                if record.folder == folder:
+                    yield record
+
+    def part_folders(self) -> set[str]:
+        """Names of the folders in parts/, finished or not, listed or not."""
+        with contextlib.suppress(FileNotFoundError):
+            return {entry.name for entry in os.scandir(self.path / "parts")}
+        return set()
+
+    def publish(
+        self,
+        parts: Iterable[PartRecord],
+        provenance: dict[str, Any] | None = None,
+        hidden: Mapping[int, tuple[Hidden, ...]] | None = None,
+    ) -> Generation:
+        """Show readers these parts from now on; publishing the same list again changes nothing.
+
+        `hidden` (default: what is hidden now) goes with it, in the same instant.
+        """
         ordered = tuple(sorted(parts, key=lambda part: part.index))
         current = self.generation()
-        if current is not None and current.parts == ordered:
+        if hidden is None:
+            hidden = current.hidden if current else {}
+        if current is not None and (current.parts, current.hidden) == (ordered, hidden):
             return current
-        number = current.number + 1 if current else 1
-        file = self.path / "generations" / f"{number:06d}.parquet"
-        table = pa.table(
-            {
-                "part_index": [part.index for part in ordered],
-                "folder": [part.folder for part in ordered],
-                "n_bytes": pa.array([part.n_bytes for part in ordered], pa.int64()),
-                "record": [part.model_dump_json() for part in ordered],
-            }
-        )
-        with replacing(file) as temporary:
-            pq.write_table(table, temporary)
+        fresh = Generation(current.number + 1 if current else 1, ordered, hidden)
+        with replacing(self.list_path(fresh.number)) as temporary:
+            pq.write_table(_listed(fresh), temporary)
         write_provenance(self.path, provenance or {})
-        manifest = {"format_version": FORMAT_VERSION, "generation": number, "checksum": checksum(file)}
-        write_json(self.path / "manifest.json", manifest)
-        return Generation(number, ordered)
+        self._show(fresh.number)
+        self._clear_unseen()
+        return fresh
 
-    def generation(self) -> Generation | None:
-        """The published list of parts, or None while nothing is published."""
+    def list_path(self, number: int) -> Path:
+        return self.path / "generations" / f"{number:06d}.parquet"
+
+    def _show(self, number: int) -> None:
+        """Switch readers to a generation."""
+        file = self.list_path(number)
+        about = {"format_version": FORMAT_VERSION, "generation": number, "checksum": checksum(file)}
+        write_checked(self.path / "manifest.json", about)
+
+    def _clear_unseen(self) -> None:
+        """Remove parts that no generation lists: leftovers of killed runs, which no reader can have open."""
+        for folder in self.unlisted_folders():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def unlisted_folders(self) -> list[Path]:
+        """Folders in parts/ that no generation on disk lists."""
+        listed = {part.folder for number in self.numbers() for part in self._read_list(number).parts}
+        return sorted(self.path / "parts" / name for name in self.part_folders() - listed)
+
+    def numbers(self) -> list[int]:
+        """Generations whose lists are still on disk."""
+        return sorted(int(path.stem) for path in (self.path / "generations").glob("[0-9]*.parquet"))
+
+    def generation(self, number: int | None = None) -> Generation | None:
+        """The published list of parts, or None while nothing is published; or an earlier one by its number."""
         path = self.path / "manifest.json"
+        if number is not None:
+            return self._read_list(number)
         if not path.is_file():
             return None
-        manifest = _read_checked(path)
-        number = int(manifest["generation"])
-        file = self.path / "generations" / f"{number:06d}.parquet"
+        manifest = read_checked(path)
+        file = self.list_path(int(manifest["generation"]))
         if not file.is_file() or checksum(file) != manifest["checksum"]:
-            raise _damaged(file, path)
-        records = pq.read_table(file, columns=["record"]).column("record").to_pylist()
-        return Generation(number, tuple(PartRecord.model_validate_json(record) for record in records))
+            raise damaged(file)
+        return self._read_list(int(manifest["generation"]))
+
+    def _read_list(self, number: int) -> Generation:
+        try:
+            rows = pq.read_table(self.list_path(number)).to_pylist()
+            parts = tuple(PartRecord.model_validate_json(row["record"]) for row in rows)
+        except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
+            raise damaged(self.list_path(number)) from error
+        listed = ((part.index, row.get("hidden")) for part, row in zip(parts, rows, strict=True))
+        hidden = {index: tuple(Hidden(**each) for each in documents) for index, documents in listed if documents}
+        return Generation(number, parts, hidden)
+
+    def recover(self) -> bool:
+        """Make a lost or damaged list or manifest again, if what is left allows it. True if something was done."""
+        with contextlib.suppress(Damaged):
+            if self.generation() is not None or not self.numbers():
+                return False
+        try:
+            manifest = read_checked(self.path / "manifest.json")
+        except (Damaged, OSError):
+            newest = self.numbers()[-1]
+            self._read_list(newest)  # an older one would show again what was forgotten since
+            self._show(newest)
+        else:
+            self._recover_list(int(manifest["generation"]), str(manifest["checksum"]))
+        return True
+
+    def _recover_list(self, number: int, wanted: str) -> None:
+        """From the records of the parts; right only if the bytes come out as the manifest says."""
+        parts = {part.index: part for part in self._unlisted(None)}
+        content = io.BytesIO()
+        pq.write_table(_listed(Generation(number, tuple(parts[i] for i in sorted(parts)))), content)
+        if xxhash.xxh3_128_hexdigest(content.getvalue()) != wanted:
+            raise damaged(self.list_path(number))
+        with replacing(self.list_path(number)) as temporary:
+            temporary.write_bytes(content.getvalue())
 
     def published(self) -> Generation:
         generation = self.generation()
@@ -231,7 +347,7 @@ class Artefact:
         record = ArtefactRecord(
             kind=self.kind, name=self.name, fp=self.fp, facts=facts, inputs=list(inputs), files=files
         )
-        write_json(folder / "artefact.json", record.model_dump(mode="json"))
+        write_record(folder / "artefact.json", record)
         write_provenance(folder, provenance)
         flush_tree(folder)
         if self.path.exists():  # damaged: the caller found files missing
@@ -239,17 +355,8 @@ class Artefact:
         rename(folder, self.path)
 
     def complete(self) -> bool:
-        """Is an artefact without parts there, with all its files?"""
+        """Is the artefact there, with all the files of its own?"""
         return self.exists() and not list(missing_files(self.path, self.record.files))
-
-    def damage(self, full: bool) -> Iterator[tuple[Path, str]]:
-        """Each damaged folder and what is wrong with it; `full` reads every byte."""
-        generation = self.generation()
-        folders = [(self.path, self.record.files)]
-        folders += [(self.part_path(part), part.files) for part in (generation.parts if generation else ())]
-        for folder, files in folders:
-            for problem in missing_files(folder, files, full):
-                yield folder, problem
 
 
 @dataclass(frozen=True)
@@ -274,8 +381,8 @@ class Store:
             ) from error
         marker = store.root / "store.json"
         if not marker.exists():
-            write_json(marker, {"format_version": FORMAT_VERSION})
-        _read_checked(marker)
+            write_checked(marker, {"format_version": FORMAT_VERSION})
+        read_checked(marker)
         return store
 
     @classmethod
@@ -286,7 +393,7 @@ class Store:
             raise UserError(
                 f"No store at {store.root}. Name one with --store or SAEFLOW_STORE, or make one: `saeflow run RECIPE`."
             )
-        _read_checked(store.root / "store.json")
+        read_checked(store.root / "store.json")
         return store
 
     def artefact(self, kind: Kind, name: str, fp: str) -> Artefact:
@@ -332,6 +439,12 @@ def missing_files(folder: Path, files: Iterable[FileRecord], full: bool = False)
             yield f"{path} has changed since it was written"
 
 
+def note_provenance(folder: Path, facts: dict[str, Any]) -> None:
+    """Add to provenance.json, where that is there."""
+    with contextlib.suppress(OSError, ValueError):
+        write_json(folder / "provenance.json", read_json(folder / "provenance.json") | facts)
+
+
 def write_provenance(folder: Path, facts: dict[str, Any]) -> None:
     """When, where and with what: the one file in which two equal runs may differ."""
     packages = ["saeflow", "torch", "transformers", "zarr", "duckdb", "pyarrow", "numpy"]
@@ -345,35 +458,75 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _read_checked(path: Path) -> Any:
+def read_checked(path: Path) -> Any:
+    """A JSON record; refused where its checksum is wrong or a newer saeflow wrote it."""
     try:
-        data = read_json(path)
-    except ValueError as error:
-        raise _damaged(path, path) from error
-    found = data.get("format_version", 0)
-    if found > FORMAT_VERSION:
+        text = path.read_bytes().decode("utf-8")
+        data = json.loads(text)
+        version_found = data.get("format_version", 1)
+    except (ValueError, AttributeError) as error:
+        raise damaged(path) from error
+    if isinstance(version_found, int) and version_found > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {found}; this saeflow reads up to {FORMAT_VERSION}.\n"
+            f"{path} has format version {version_found}; this saeflow reads up to {FORMAT_VERSION}.\n"
             "It was written by a newer saeflow: upgrade with `pip install --upgrade saeflow`."
         )
+    if text != json_text(data) or data.pop("sum", None) != (_sum(data) if version_found != 1 else None):
+        raise damaged(path)
     return data
 
 
+def write_checked(path: Path, data: dict[str, Any]) -> None:
+    """A JSON record with its own checksum, `sum`."""
+    write_json(path, data | {"sum": _sum(data)})
+
+
+def _sum(data: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json_text(data).encode())
+
+
+def read_record(path: Path, model: type[_Record]) -> _Record:
+    try:
+        return model.model_validate(read_checked(path))
+    except ValidationError as error:
+        raise damaged(path) from error
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    write_checked(path, record.model_dump(mode="json"))
+
+
 class Damaged(UserError):
-    """A record of the store that cannot be read."""
+    """Something of the store that cannot be read."""
 
 
-def _damaged(what: Path, remove: Path) -> Damaged:
-    return Damaged(f"{what} is missing or damaged. Remove {remove} and run the recipe again: finished parts are kept.")
+def damaged(what: Path) -> Damaged:
+    return Damaged(
+        f"{what} is missing or damaged. Mend it with `saeflow verify --full --repair`, then run the recipe again: "
+        "finished parts are kept."
+    )
 
 
-def _read_record(path: Path, model: type[_Record]) -> _Record:
-    return model.model_validate(_read_checked(path))
+def _listed(generation: Generation) -> pa.Table:
+    """The table of a generation: one row a part."""
+    parts = generation.parts
+    hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
+    document = pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())])
+    return pa.table(
+        {
+            "part_index": [part.index for part in parts],
+            "folder": [part.folder for part in parts],
+            "n_bytes": pa.array([part.n_bytes for part in parts], pa.int64()),
+            "record": [part.model_dump_json() for part in parts],
+            "hidden": pa.array(hidden, pa.list_(document)),
+        }
+    )
 
 
 def _file_records(folder: Path) -> list[FileRecord]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [
-        FileRecord(name=path.relative_to(folder).as_posix(), n_bytes=path.stat().st_size, checksum=checksum(path))
-        for path in paths
-    ]
+    return [_file_record(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _file_record(folder: Path, path: Path) -> FileRecord:
+    name = path.relative_to(folder).as_posix()
+    return FileRecord(name=name, n_bytes=path.stat().st_size, checksum=checksum(path))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow import corpus
-from saeflow.config import CorpusConfig, ModelConfig, Recipe, TokensConfig, UserError, fingerprint
-from saeflow.corpus import Document
-from saeflow.disk import replacing
+from saeflow.config import CorpusConfig, ModelConfig, Recipe, TokensConfig, UserError, facts_of, fingerprint
+from saeflow.disk import read_json
+from saeflow.ledger import Entry, Ledger, merged
 from saeflow.model import load_tokenizer, model_fingerprint
-from saeflow.progress import Progress
-from saeflow.store import Artefact, PartRecord, Store
+from saeflow.progress import Bar, Progress
+from saeflow.store import Artefact, Generation, PartRecord, Store, note_provenance
+from saeflow.vocab import tokenizer_vocab, write_vocab
 
 _BATCH_CHARACTERS = 1 << 20
 """Text handed to the tokenizer at once."""
@@ -66,95 +66,169 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     assert recipe.model is not None
     assert recipe.corpus is not None
     return {
-        "corpus": recipe.corpus.model_dump(mode="json"),
+        "corpus": facts_of(recipe.corpus),
         "tokenizer": model_fingerprint(ModelConfig(path=recipe.model.path, revision=recipe.model.revision)),
-        **recipe.tokens.model_dump(mode="json"),
+        **facts_of(recipe.tokens),
     }
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
-    """Tokenise the corpus; parts already there are not made again."""
+    """Tokenise what the corpus has and the store has not: all of it, new documents, changed ones, lost parts."""
+    assert recipe.corpus is not None
     target = artefact(store, recipe)
     with target.writing():
-        published = target.generation()
+        generation = target.generation() or Generation(0, ())
         done = target.parts()
-        if published and all(done.get(part.index) == part for part in published.parts):
-            progress.skip("tokens", f"{published.total('n_tokens'):,} tokens in {len(published.parts)} parts")
+        lost = [part for part in generation.parts if done.get(part.index) != part]
+        whole = bool(generation.number) and not lost and target.complete()
+        try:
+            seen = corpus.signature(recipe.corpus)
+        except UserError as error:
+            if not whole:
+                raise
+            progress.say(f"tokens: the corpus is gone, going on with what is stored ({str(error).splitlines()[0]})")
             return target
-        assert recipe.model is not None
-        assert recipe.corpus is not None
-        tokenizer = load_tokenizer(recipe.model)
-        target.begin(facts(recipe))
-        write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer))
+        if whole and seen is not None and seen == _last_seen(target):
+            progress.skip("tokens", f"{generation.total('n_tokens'):,} tokens in {len(generation.parts)} parts")
+            return target
         began = time.monotonic()
-        source = corpus.open_corpus(recipe.corpus)
+        maker = _open_maker(target, recipe)
         with progress.bar("tokens", None, "tokens") as bar:
-            parts = list(_parts(target, source, tokenizer, recipe.corpus, recipe.tokens, done, bar))
-        target.publish(parts, {"seconds": time.monotonic() - began})
+            kept = {part.index: part for part in generation.parts} | _restored(maker, lost, generation, bar)
+            parts, ledger = _append(maker, generation, done, bar)
+        hidden = merged(generation.hidden, ledger.replaced(generation.parts))
+        target.publish([*kept.values(), *parts], {"seconds": time.monotonic() - began}, hidden)
+        if seen is not None:
+            note_provenance(target.path, {"corpus": seen})
+        progress.say(_summary(ledger, generation))
     return target
 
 
-def _parts(
-    target: Artefact,
-    source: corpus.Corpus,
-    tokenizer: Any,
-    about: CorpusConfig,
-    config: TokensConfig,
-    done: dict[int, PartRecord],
-    bar: Any,
-) -> Iterator[PartRecord]:
-    """Cut the stream of documents into parts, in order; finished ones are only skipped over."""
-    maker = _Maker(target, tokenizer, about, config, source.metadata)
-    stream = iter(source.documents)
-    for index in itertools.count():
-        record = done.get(index)
-        if record is not None and record.counts["first_sequence"] == maker.n_sequences:
-            n_skipped = sum(1 for _ in itertools.islice(stream, record.counts["n_documents"]))
-            if n_skipped < record.counts["n_documents"]:
-                raise UserError(f"The corpus has fewer documents than {target.id} holds. Use another recipe name.")
-        else:
+def _last_seen(target: Artefact) -> str | None:
+    """What the corpus looked like when it was last read."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return str(read_json(target.path / "provenance.json")["corpus"])
+    return None
+
+
+def _summary(ledger: Ledger, before: Generation) -> str:
+    found = ledger.found
+    said = f"tokens: {found['new']:,} documents are new"
+    if before.number:
+        said += f", {found['changed']:,} changed, {found['same']:,} as before, {found['forgotten']:,} forgotten"
+    return said + (f"; {ledger.n_repeated:,} keys came again and got a number" if ledger.n_repeated else "")
+
+
+def _open_maker(target: Artefact, recipe: Recipe) -> _Maker:
+    assert recipe.model is not None
+    assert recipe.corpus is not None
+    tokenizer = load_tokenizer(recipe.model)
+    target.path.mkdir(parents=True, exist_ok=True)
+    write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), tokenizer.all_special_ids)
+    target.begin(facts(recipe), files=["vocab.parquet"])
+    return _Maker(target, tokenizer, recipe.corpus, recipe.tokens)
+
+
+def _append(
+    maker: _Maker, generation: Generation, done: dict[int, PartRecord], bar: Bar
+) -> tuple[list[PartRecord], Ledger]:
+    """Parts of the documents that no published part holds; those that a killed run has finished are kept."""
+    ledger = Ledger.read(maker.target, generation)
+    for part in generation.parts:
+        maker.advance(part)
+    stream = maker.open_corpus(ledger)
+    parts: list[PartRecord] = []
+    for index in itertools.count(len(generation.parts)):
+        record, stream = _kept(maker, done.get(index), stream)
+        if record is None:
             tokenised = list(maker.take(stream))
             if not tokenised:
-                return
+                return parts, ledger
             record = maker.write(index, tokenised)
         maker.advance(record)
         bar.advance(record.counts["n_tokens"])
-        yield record
+        parts.append(record)
+    raise AssertionError  # the loop above has no end
+
+
+def _kept(
+    maker: _Maker, record: PartRecord | None, stream: Iterator[Entry]
+) -> tuple[PartRecord | None, Iterator[Entry]]:
+    """The record if it holds just the documents that come next, which are then taken from the stream."""
+    if record is None or record.counts["first_sequence"] != maker.n_sequences:
+        return None, stream
+    taken = list(itertools.islice(stream, record.counts["n_documents"]))
+    table = pq.read_table(maker.target.part_path(record) / "documents.parquet", columns=["key", "content_hash"])
+    if [(e.key, e.document.content_hash) for e in taken] == list(zip(*table.to_pydict().values(), strict=True)):
+        return record, stream
+    return None, itertools.chain(taken, stream)
+
+
+def _restored(maker: _Maker, lost: list[PartRecord], generation: Generation, bar: Bar) -> dict[int, PartRecord]:
+    """Published parts made again from the documents that no other part holds. Raises UserError if those have changed."""
+    if not lost:
+        return {}
+    made = {}
+    gone = {part.index for part in lost}
+    intact = tuple(part for part in generation.parts if part.index not in gone)
+    hidden = {index: documents for index, documents in generation.hidden.items() if index not in gone}
+    stream = maker.open_corpus(Ledger.read(maker.target, Generation(generation.number, intact, hidden)))
+    for part in lost:
+        maker.n_sequences, maker.n_documents = part.counts["first_sequence"], part.counts["first_document"]
+        entries = list(itertools.islice(stream, part.counts["n_documents"]))
+        made[part.index] = maker.write(part.index, list(maker.tokenised(entries)))
+        if (made[part.index].counts, made[part.index].files) != (part.counts, part.files):
+            raise UserError(
+                f"Part {part.index} of {maker.target.id} is damaged, and the corpus no longer gives the documents it "
+                f"held.\nBring the corpus back as it was, restore {maker.target.part_path(part)} from a backup, "
+                "or use another recipe name."
+            )
+        bar.advance(part.counts["n_tokens"])
+    maker.n_sequences = maker.n_documents = 0
+    return made
 
 
 class _Maker:
     """Makes the parts of one artefact; knows the numbers the next part begins with."""
 
-    def __init__(
-        self, target: Artefact, tokenizer: Any, about: CorpusConfig, config: TokensConfig, metadata: pa.Schema
-    ) -> None:
-        self.target, self.tokenizer, self.about, self.config, self.metadata = target, tokenizer, about, config, metadata
+    def __init__(self, target: Artefact, tokenizer: Any, about: CorpusConfig, config: TokensConfig) -> None:
+        self.target, self.tokenizer, self.about, self.config = target, tokenizer, about, config
+        self.metadata = pa.schema([])
         self.n_sequences = self.n_documents = 0
         self.bos = _bos(tokenizer, config)
         self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+    def open_corpus(self, ledger: Ledger) -> Iterator[Entry]:
+        """The documents of the corpus that the ledger does not have."""
+        opened = corpus.open_corpus(self.about)
+        self.metadata = opened.metadata
+        return ledger.fresh(opened.documents, self.about)
 
     def advance(self, record: PartRecord) -> None:
         self.n_sequences += record.counts["n_sequences"]
         self.n_documents += record.counts["n_documents"]
 
-    def take(self, stream: Iterator[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+    def take(self, stream: Iterator[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
         """Tokenised documents for the next part: whole ones, until it is full."""
         n_tokens = 0
         for batch in _batches(stream, self.config.part_tokens):
-            encoded = self.tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)
-            for document, ids in zip(batch, encoded["input_ids"], strict=True):
-                ids = np.asarray(self.bos + ids, np.int32)
+            for entry, ids in self.tokenised(batch):
                 n_tokens += len(ids)
-                yield document, ids
+                yield entry, ids
             if n_tokens >= self.config.part_tokens:
                 return
 
-    def write(self, index: int, tokenised: Sequence[tuple[Document, np.ndarray]]) -> PartRecord:
-        numbered = [(self.n_documents + i, document, ids) for i, (document, ids) in enumerate(tokenised)]
-        held = [corpus.is_held_out(d.key, self.about.seed, self.about.held_out) for _, d, _ in numbered]
+    def tokenised(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
+        texts = [entry.document.text for entry in entries]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {"input_ids": []}
+        for entry, ids in zip(entries, encoded["input_ids"], strict=True):
+            yield entry, np.asarray(self.bos + ids, np.int32)
+
+    def write(self, index: int, tokenised: Sequence[tuple[Entry, np.ndarray]]) -> PartRecord:
+        numbered = [(self.n_documents + i, entry, ids) for i, (entry, ids) in enumerate(tokenised)]
         packed = [
             pack(
-                [(n, ids) for (n, _, ids), h in zip(numbered, held, strict=True) if h == wanted],
+                [(n, ids) for n, entry, ids in numbered if entry.held_out == wanted],
                 self.config.context_length,
                 self.config.packing,
                 self.pad,
@@ -173,29 +247,26 @@ class _Maker:
             "n_tokens": int((both.documents >= 0).sum()),
             "n_train_tokens": int((packed[0].documents >= 0).sum()),
         }
-        return write_part(self.target, index, counts, both, self._documents(numbered, held, both))
+        return write_part(self.target, index, counts, both, self._documents(numbered, both))
 
-    def _documents(
-        self, numbered: list[tuple[int, Document, np.ndarray]], held: list[bool], packed: Packed
-    ) -> pa.Table:
+    def _documents(self, numbered: list[tuple[int, Entry, np.ndarray]], packed: Packed) -> pa.Table:
         owners = packed.documents.reshape(-1)
         names, first = np.unique(owners, return_index=True)
         first_token = dict(zip(names.tolist(), first.tolist(), strict=True))
         base = self.n_sequences * self.config.context_length
+        begins = [base + first_token[n] if n in first_token else None for n, _, _ in numbered]
         columns = {
             "document_id": pa.array([n for n, _, _ in numbered], pa.int64()),
-            "key": pa.array([d.key for _, d, _ in numbered], pa.string()),
-            "source": pa.array([d.source for _, d, _ in numbered], pa.string()),
-            "content_hash": pa.array([d.content_hash for _, d, _ in numbered], pa.string()),
-            "held_out": pa.array(held, pa.bool_()),
+            "key": pa.array([e.key for _, e, _ in numbered], pa.string()),
+            "source": pa.array([e.document.source for _, e, _ in numbered], pa.string()),
+            "content_hash": pa.array([e.document.content_hash for _, e, _ in numbered], pa.string()),
+            "held_out": pa.array([e.held_out for _, e, _ in numbered], pa.bool_()),
             "n_tokens": pa.array([len(ids) for _, _, ids in numbered], pa.int64()),
-            "first_token_id": pa.array(
-                [base + first_token[n] if n in first_token else None for n, _, _ in numbered], pa.int64()
-            ),
+            "first_token_id": pa.array(begins, pa.int64()),
         }
         for name in self.metadata.names:
             kind = self.metadata.field(name).type
-            columns[name] = pa.array([d.metadata[name] for _, d, _ in numbered], kind)
+            columns[name] = pa.array([e.document.metadata[name] for _, e, _ in numbered], kind)
         return pa.table(columns)
 
 
@@ -213,6 +284,12 @@ def write_part(target: Artefact, index: int, counts: dict[str, int], packed: Pac
             "mask": owners >= 0,
         }
     )
+    return write_tables(target, index, counts, table, documents)
+
+
+def write_tables(
+    target: Artefact, index: int, counts: dict[str, int], table: pa.Table, documents: pa.Table
+) -> PartRecord:
     with target.new_part(index, counts) as folder:
         pq.write_table(
             table,
@@ -226,14 +303,14 @@ def write_part(target: Artefact, index: int, counts: dict[str, int], packed: Pac
     return target.made[index]
 
 
-def _batches(stream: Iterator[Document], n_tokens: int) -> Iterator[list[Document]]:
+def _batches(stream: Iterator[Entry], n_tokens: int) -> Iterator[list[Entry]]:
     """Documents in groups small enough that a part is overfilled by at most one group."""
     limit = min(_BATCH_CHARACTERS, n_tokens)
-    batch: list[Document] = []
+    batch: list[Entry] = []
     n_characters = 0
-    for document in stream:
-        batch.append(document)
-        n_characters += len(document.text)
+    for entry in stream:
+        batch.append(entry)
+        n_characters += len(entry.document.text)
         if n_characters >= limit:
             yield batch
             batch, n_characters = [], 0
@@ -248,46 +325,6 @@ def _bos(tokenizer: Any, config: TokensConfig) -> list[int]:
     if wanted and tokenizer.bos_token_id is None:
         raise UserError("tokens.prepend_bos is true, but the tokenizer has no BOS token. Set it to false.")
     return [tokenizer.bos_token_id] if wanted else []
-
-
-def tokenizer_vocab(tokenizer: Any) -> tuple[list[str], list[bytes]]:
-    """The printable text and the raw bytes of every vocabulary entry, by vocab_id."""
-    n_entries = max(tokenizer.get_vocab().values()) + 1
-    names = tokenizer.convert_ids_to_tokens(list(range(n_entries)))
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    byte_level = "ByteLevel" in json.dumps([backend.get("decoder"), backend.get("pre_tokenizer")])
-    special = set(tokenizer.all_special_ids)
-    raw = [_entry_bytes(name or "", byte_level and i not in special, i, tokenizer) for i, name in enumerate(names)]
-    return [entry.decode("utf-8", "replace") for entry in raw], raw
-
-
-def _entry_bytes(name: str, byte_level: bool, vocab_id: int, tokenizer: Any) -> bytes:
-    if byte_level and all(letter in _BYTE_OF_LETTER for letter in name):
-        return bytes(_BYTE_OF_LETTER[letter] for letter in name)
-    return str(tokenizer.decode([vocab_id]) if name not in tokenizer.all_special_tokens else name).encode()
-
-
-def _byte_letters() -> dict[str, int]:
-    """The printable stand-in of each byte in byte-level BPE (GPT-2's table, Radford et al. 2019)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-_BYTE_OF_LETTER = _byte_letters()
-
-
-def write_vocab(path: Path, pieces: Iterable[str], raw: Iterable[bytes]) -> None:
-    pieces = list(pieces)
-    table = pa.table(
-        {
-            "vocab_id": np.arange(len(pieces), dtype=np.int32),
-            "piece": pa.array(pieces, pa.string()),
-            "bytes": pa.array(list(raw), pa.binary()),
-        }
-    )
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_part(target: Artefact, part: PartRecord) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow import activations
-from saeflow.config import Recipe, TrainConfig, UserError, fingerprint
+from saeflow.config import Recipe, TrainConfig, UserError, facts_of, fingerprint
 from saeflow.disk import read_json, replacing, write_json
 from saeflow.encoding import fast_dtype
 from saeflow.feed import Feed
@@ -33,6 +33,7 @@ from saeflow.progress import Progress
 from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder, StepInfo
 from saeflow.store import Artefact, Store
+from saeflow.used import Used
 
 _SAMPLE_ROWS = 65_536
 """Tokens from which the mean and the scale of the data set are taken."""
@@ -48,20 +49,38 @@ def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
 
 
 def artefact(store: Store, recipe: Recipe) -> Artefact:
+    """The recipe's SAE: the one trained on the newest generation, however much was appended since; else the one to train."""
+    settings = _settings(store, recipe)
+    trained = [sae for sae in store.artefacts("saes") if sae.name == recipe.name and sae.complete()]
+    mine = [sae for sae in trained if _without_seen(sae.record.facts) == settings]
+    return max(mine, key=lambda sae: sae.record.facts["generation"]) if mine else fresh_artefact(store, recipe)
+
+
+def fresh_artefact(store: Store, recipe: Recipe) -> Artefact:
+    """The SAE of what the store holds now."""
     return store.artefact("saes", recipe.name, fingerprint(facts(store, recipe)))
 
 
 def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
-    """What makes a trained SAE the same: the generation it read, and every setting of the training."""
-    source = activations.artefact(store, recipe)
+    """What makes a trained SAE the same: what it has seen, and every setting of the training."""
+    hidden = activations.tokens_artefact(store, recipe).published().hidden_ids
+    seen = {"generation": activations.artefact(store, recipe).published().number}
+    return _settings(store, recipe) | seen | ({"hidden": fingerprint(hidden)} if hidden else {})
+
+
+def _settings(store: Store, recipe: Recipe) -> dict[str, Any]:
+    checkpoints = {"checkpoint_seconds"}
     return {
-        "activations": source.fp,
-        "generation": source.published().number,
-        "sae": recipe.sae.model_dump(mode="json"),
-        "train": recipe.train.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "feed": recipe.feed.model_dump(mode="json"),
+        "activations": activations.artefact(store, recipe).fp,
+        "sae": facts_of(recipe.sae),
+        "train": {name: value for name, value in facts_of(recipe.train).items() if name not in checkpoints},
+        "feed": facts_of(recipe.feed),
         "threads": recipe.threads,
-    }
+    } | Used.of(activations.tokens_artefact(store, recipe), recipe.activations).facts
+
+
+def _without_seen(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in ("generation", "hidden")}
 
 
 @dataclass
@@ -194,9 +213,12 @@ def sample(feed: Feed) -> Tensor:
     return torch.cat(rows)
 
 
-def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
-    """Train the recipe's SAE, or continue a killed training where its checkpoint stands."""
-    target = artefact(store, recipe)
+def run(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -> Artefact:
+    """Train the recipe's SAE, or continue a killed training where its checkpoint stands.
+
+    An SAE trained before documents were appended or forgotten stays the recipe's own unless `fresh` is asked for.
+    """
+    target = fresh_artefact(store, recipe) if fresh else artefact(store, recipe)
     with target.writing():
         checkpoints = target.work.with_name(target.work.name + ".checkpoint")
         if target.complete():

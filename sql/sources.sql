@@ -11,7 +11,10 @@ create or replace view src_tokens as
 select * from read_parquet($tokens);
 
 create or replace view src_documents as
-select * from read_parquet($documents);
+select * from read_parquet($documents, union_by_name = true);
+
+create or replace view src_hidden as
+select unnest($hidden::bigint[]) as document_id;
 
 create or replace view src_vocab as
 select * from read_parquet($vocab);

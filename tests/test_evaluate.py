@@ -13,11 +13,10 @@ import torch.nn.functional as tf
 
 from saeflow import activations, arrays, bring, evaluate, features, tokens, train
 from saeflow.config import SAEConfig, parse_recipe
-from saeflow.disk import read_json
 from saeflow.evaluate import Reconstruction, loss_recovered
 from saeflow.model import load_model
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Store
+from saeflow.store import Store, read_checked
 from tests.small_pipeline import WIDTH, a_table, brought_data, quiet, recipe_data, tree, write_table
 
 X = torch.randint(-9, 10, (64, WIDTH), generator=torch.Generator().manual_seed(0)).float()
@@ -155,7 +154,7 @@ def test_the_figures_of_a_run_are_those_of_its_held_out_tokens_and_its_whole_cor
 
 
 def test_all_figures_are_numbers_and_are_kept_beside_the_features(finished):
-    kept = read_json(features.artefact(finished.store, finished.recipe).path / "quality.json")
+    kept = read_checked(features.artefact(finished.store, finished.recipe).path / "quality.json")
     assert kept == finished.summary["quality"]
     assert all(math.isfinite(value) for value in kept.values() if not isinstance(value, str))
 

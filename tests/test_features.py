@@ -17,6 +17,7 @@ from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.disk import read_json
 from saeflow.model import Site
 from saeflow.store import Artefact, Store
+from saeflow.used import Used
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
@@ -191,7 +192,7 @@ def encoder_of(brought, stored: Artefact, name: str) -> features.Encoder:
     target = store.artefact("features", name, "00000000")
     target.begin({"context_length": 1, "n_features": recipe.sae.n_features}, [source.id, stored.id, "saes/x-0"])
     sae = train.SparseAutoencoder.load(train.artefact(store, recipe).path)
-    return features.Encoder(source, stored, target, Site("table", 12), sae, recipe.features.batch_rows)
+    return features.Encoder(Used(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows)
 
 
 def encode_all(encoder: features.Encoder) -> Artefact:

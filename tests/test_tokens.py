@@ -237,15 +237,17 @@ def test_a_second_run_does_nothing_and_does_not_even_open_the_corpus(tmp_path, i
     assert tree(path) == before
 
 
-def test_a_corpus_that_shrank_under_a_half_finished_run_is_refused(tmp_path, ingredients, progress):
+def test_parts_of_a_killed_run_are_made_again_where_the_corpus_has_changed_since(tmp_path, ingredients, progress):
     corpus = write_corpus(tmp_path / "corpus.parquet")
     recipe = parse_recipe(recipe_data(ingredients, corpus={"files": [str(corpus)]}))
     store = Store.create(tmp_path / "store")
     made = tokens.run(store, recipe, progress)
     os.unlink(made.path / "manifest.json")
+    shutil.rmtree(made.path / "generations")
     write_corpus(corpus, documents()[:10])
-    with pytest.raises(UserError, match="fewer documents"):
-        tokens.run(store, recipe, progress)
+    tokens.run(store, recipe, progress)
+    tokens.run(Store.create(tmp_path / "fresh"), recipe, progress)
+    assert tree(store.root / "tokens") == tree(tmp_path / "fresh" / "tokens")
 
 
 def test_the_part_size_changes_neither_documents_nor_their_tokens(

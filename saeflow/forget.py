@@ -1,0 +1,148 @@
+"""Documents leave the store: hidden at once in every view and feed, then removed from the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from saeflow import features
+from saeflow.config import UserError
+from saeflow.ledger import by_part, key_hash, merged
+from saeflow.progress import Progress
+from saeflow.store import Artefact, Generation, Hidden, PartRecord, Store
+from saeflow.tokens import write_tables
+
+
+@dataclass
+class Forgotten:
+    """What a call hid: documents by token artefact, runs whose values were removed, SAEs that were trained on them."""
+
+    documents: dict[str, int] = field(default_factory=dict)
+    runs: list[str] = field(default_factory=list)
+    waiting: dict[str, str] = field(default_factory=dict)
+    """Runs whose parts are left out of every answer until they can be encoded again, and why they cannot be now."""
+    saes: list[str] = field(default_factory=list)
+    held_out_only: list[str] = field(default_factory=list)
+    """SAEs of a store that held these documents, but only outside of training."""
+
+
+def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
+    """Hide every document of these keys, and every earlier version of them. Raises UserError for keys nobody has."""
+    sources = {source.id: source for source in store.artefacts("tokens") if source.generation()}
+    found = {name: list(_owned(source, keys)) for name, source in sources.items()}
+    known = {row["key"] for rows in found.values() for row in rows}
+    unknown = [key for key in keys if key not in known and not _forgotten(sources.values(), key)]
+    if unknown:
+        raise UserError(
+            f"No document is called {', '.join(map(repr, unknown))}. Nothing was hidden.\n"
+            "List the keys with `saeflow sql 'select key, source, n_tokens from documents'`."
+        )
+    done = Forgotten()
+    for name, rows in found.items():
+        if rows:
+            _hide(sources[name], rows)
+            done.documents[name] = len(rows)
+    for run in store.artefacts("features"):  # also those that a killed call has left
+        try:
+            if run.generation() and features.refresh(store, run, progress):
+                done.runs.append(run.id)
+        except UserError as error:  # its views leave these parts out
+            done.waiting[run.id] = str(error)
+    _list_saes(store, found, done)
+    return done
+
+
+def _owned(source: Artefact, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of documents.parquet with these keys, replaced versions included, forgotten ones not."""
+    generation = source.published()
+    gone = {d.document_id for each in generation.hidden.values() for d in each if d.reason == "forgotten"}
+    for part in generation.parts:
+        table = pq.read_table(source.part_path(part) / "documents.parquet", columns=["document_id", "key", "held_out"])
+        for row in table.filter(pc.is_in(table.column("key"), pa.array(keys, pa.string()))).to_pylist():
+            if row["document_id"] not in gone:
+                yield row
+
+
+def _forgotten(sources: Iterable[Artefact], key: str) -> bool:
+    """Was this key forgotten before?"""
+    hashed = key_hash(key)
+    every = (d for source in sources for each in source.published().hidden.values() for d in each)
+    return any(d.key_hash == hashed and d.reason == "forgotten" for d in every)
+
+
+def _hide(source: Artefact, rows: list[dict[str, Any]]) -> None:
+    with source.writing():
+        generation = source.published()
+        new = [Hidden(document_id=r["document_id"], key_hash=key_hash(r["key"]), reason="forgotten") for r in rows]
+        source.publish(generation.parts, hidden=merged(generation.hidden, by_part(new, generation.parts)))
+
+
+def _list_saes(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotten) -> None:
+    """SAEs that were trained on a generation which held one of the documents."""
+    for sae in (sae for sae in store.artefacts("saes") if sae.record.inputs):
+        source, stored = store.by_id(sae.record.inputs[0]), store.by_id(sae.record.inputs[1])
+        rows = [row for row in found.get(source.id, []) if row["document_id"] < _n_seen(stored, sae)]
+        if any(not row["held_out"] for row in rows):
+            done.saes.append(sae.id)
+        elif rows:
+            done.held_out_only.append(sae.id)
+
+
+def _n_seen(stored: Artefact, sae: Artefact) -> int:
+    """Documents that existed when the SAE was trained: their numbers are below this."""
+    number = int(sae.record.facts["generation"])
+    generation = stored.generation(number) if number in stored.numbers() else stored.published()
+    return generation.total("n_documents") if generation else 0
+
+
+def compact(store: Store, source: Artefact, progress: Progress) -> list[int]:
+    """Rewrite the token parts that still hold hidden documents; indices of these parts.
+
+    Their tokens become padding, so that no number changes; activations and features follow when they are next
+    collected and encoded, and `gc` removes the old files.
+    """
+    with source.writing():
+        generation = source.published()
+        fresh = {part.index: part for part in generation.parts}
+        for index, hidden in generation.hidden.items():
+            if fresh[index].counts.get("n_removed_documents", 0) < len(hidden):
+                fresh[index] = _without(source, fresh[index], hidden)
+        source.publish(fresh.values())
+        progress.say(f"compact: {len(_changed(generation, fresh))} parts of {source.id} written again")
+        return _changed(generation, fresh)
+
+
+def _changed(generation: Generation, fresh: dict[int, PartRecord]) -> list[int]:
+    return [part.index for part in generation.parts if fresh[part.index] != part]
+
+
+def _without(source: Artefact, part: PartRecord, hidden: Sequence[Hidden]) -> PartRecord:
+    """The part with padding in place of the hidden documents, and their names left out."""
+    ids = pa.array([document.document_id for document in hidden], pa.int64())
+    folder = source.part_path(part)
+    tokens, documents = (pq.read_table(folder / name) for name in ("tokens.parquet", "documents.parquet"))
+    gone = pc.is_in(tokens.column("document_id"), ids)
+    pad = pa.scalar(0, pa.int32())
+    tokens = _replaced(tokens, "vocab_id", pc.if_else(gone, pad, tokens.column("vocab_id")))
+    tokens = _replaced(
+        tokens, "document_id", pc.if_else(gone, pa.scalar(None, pa.int64()), tokens.column("document_id"))
+    )
+    tokens = _replaced(tokens, "mask", pc.and_not(tokens.column("mask"), gone))
+    documents = documents.filter(pc.invert(pc.is_in(documents.column("document_id"), ids)))
+    real = np.asarray(tokens.column("mask").to_numpy(zero_copy_only=False)).reshape(part.counts["n_sequences"], -1)
+    counts = part.counts | {
+        "n_tokens": int(real.sum()),
+        "n_train_tokens": int(real[: part.counts["n_train_sequences"]].sum()),
+        "n_removed_documents": len(hidden),
+    }
+    return write_tables(source, part.index, counts, tokens, documents)
+
+
+def _replaced(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)

@@ -1,0 +1,228 @@
+"""Is everything published there, byte for byte? What to remove so that it is made again, and what nobody reads any more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from saeflow.config import FORMAT_VERSION
+from saeflow.disk import flush_tree, rename
+from saeflow.store import (
+    Artefact,
+    Damaged,
+    FileRecord,
+    PartRecord,
+    Store,
+    missing_files,
+    read_checked,
+    read_record,
+    write_checked,
+    write_record,
+)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something wrong: the artefact, the part (None: the artefact's own files), the file, and what is wrong with it."""
+
+    artefact: Artefact
+    part: PartRecord | None
+    problem: str
+
+    def __str__(self) -> str:
+        where = f"{self.artefact.id}, part {self.part.index}" if self.part else self.artefact.id
+        return f"{where}: {self.problem}"
+
+
+def damage(artefact: Artefact, full: bool) -> Iterator[Damage]:
+    """What is missing or of another size; `full` reads every byte."""
+    yield from (Damage(artefact, None, problem) for problem in _own_problems(artefact, full))
+    with contextlib.suppress(Damaged):  # said above
+        generation = artefact.generation()
+        for part in generation.parts if generation else ():
+            yield from (Damage(artefact, part, problem) for problem in _part_problems(artefact, part, full))
+
+
+def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
+    try:
+        yield from missing_files(artefact.path, artefact.record.files, full)
+        if artefact.generation() is None and artefact.numbers():
+            yield f"{artefact.path / 'manifest.json'} is missing"
+        if (artefact.path / "quality.json").is_file():
+            read_checked(artefact.path / "quality.json")
+    except (Damaged, OSError) as error:
+        yield str(error).partition(" is missing or damaged")[0] + " is missing or damaged"
+
+
+def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator[str]:
+    folder = artefact.part_path(part)
+    yield from missing_files(folder, part.files, full)
+    yield from (f"{folder / name} does not belong there" for name in _strangers(folder, part.files) if full)
+    try:
+        if read_record(folder / "part.json", PartRecord) != part:
+            yield f"{folder / 'part.json'} is not the record that was published"
+    except (Damaged, OSError):
+        yield f"{folder / 'part.json'} is missing or damaged"
+
+
+def _strangers(folder: Path, files: list[FileRecord]) -> list[str]:
+    known = {file.name for file in files} | {"part.json"}
+    return sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - known)
+
+
+def repair(found: Damage) -> str:
+    """Mend what can be mended at once, or remove it so that the next run makes it again. Says what was done."""
+    artefact, part = found.artefact, found.part
+    with artefact.writing():
+        if part is not None:
+            return _repair_part(artefact, part)
+        if artefact.kind == "saes":
+            shutil.rmtree(artefact.path)
+            return f"removed {artefact.path}"
+        for path in _bad_files(artefact):
+            path.unlink(missing_ok=True)
+        artefact.recover()
+        return f"mended {artefact.path}, or removed what has to be made again"
+
+
+def _repair_part(artefact: Artefact, part: PartRecord) -> str:
+    folder = artefact.part_path(part)
+    if not list(missing_files(folder, part.files, full=True)) and not _strangers(folder, part.files):
+        write_record(folder / "part.json", part)
+        return f"wrote {folder / 'part.json'} again"
+    shutil.rmtree(folder, ignore_errors=True)
+    return f"removed {folder}"
+
+
+def _bad_files(artefact: Artefact) -> Iterator[Path]:
+    """The artefact's own files that have to be made again."""
+    for name in ("artefact.json", "quality.json"):
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                read_checked(artefact.path / name)
+            except Damaged:
+                yield artefact.path / name
+    with contextlib.suppress(Damaged, OSError):
+        for file in artefact.record.files:
+            if list(missing_files(artefact.path, [file], full=True)):
+                yield artefact.path / file.name
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A file or folder that no reader can reach any more."""
+
+    path: Path
+    why: str
+
+    @property
+    def n_bytes(self) -> int:
+        if self.path.is_file():
+            return self.path.stat().st_size
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+
+def garbage(store: Store, grace_seconds: float) -> Iterator[Garbage]:
+    """What no generation lists, lists that were replaced longer ago than the grace period, and forgotten work."""
+    for artefact in store.artefacts():
+        yield from _old_generations(artefact, grace_seconds)
+    yield from _left_work(store)
+
+
+def _old_generations(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
+    current = artefact.generation()
+    if current is None or not _free(artefact.lock_path):
+        return
+    kept = {part.folder for part in current.parts}
+    lists = {number: artefact.list_path(number) for number in artefact.numbers()}
+    for number, path in lists.items():
+        replaced = [lists[later].stat().st_mtime for later in lists if later > number]
+        if number == current.number or (replaced and time.time() - min(replaced) < grace_seconds):
+            kept |= {part.folder for part in _parts_of(artefact, number)}
+        else:
+            yield Garbage(path, f"list of generation {number}; readers see {current.number}")
+    for path in (artefact.path / "parts" / name for name in sorted(artefact.part_folders() - kept)):
+        if time.time() - path.stat().st_mtime >= grace_seconds:
+            yield Garbage(path, "part that no generation lists")
+
+
+def _parts_of(artefact: Artefact, number: int) -> tuple[PartRecord, ...]:
+    generation = artefact.generation(number)
+    return generation.parts if generation else ()
+
+
+def _left_work(store: Store) -> Iterator[Garbage]:
+    """Work in tmp/ whose artefact nobody is writing; checkpoints only where the SAE is published."""
+    for path in sorted(path for path in (store.root / "tmp").glob("*-*") if path.is_dir()):
+        name = path.name.removesuffix(".checkpoint")
+        if path.name != name and not _finished(store, name):
+            continue
+        if _free(store.root / "tmp" / "locks" / f"{name}.lock"):
+            yield Garbage(path, "left by a run that was killed")
+
+
+def _finished(store: Store, name: str) -> bool:
+    return any(sae.complete() for sae in store.artefacts("saes") if f"saes-{sae.name}-{sae.fp}" == name)
+
+
+def _free(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
+def remove(garbage: Garbage) -> None:
+    if garbage.path.is_dir():
+        shutil.rmtree(garbage.path)
+    else:
+        garbage.path.unlink(missing_ok=True)
+
+
+def upgrade(store: Store) -> list[str]:
+    """Bring the records of a store to the format of this saeflow; says what was done, nothing where all is new."""
+    done = []
+    for artefact in store.artefacts():
+        if artefact.record.format_version < FORMAT_VERSION:
+            with artefact.writing():
+                _upgrade(store, artefact)
+            done.append(f"{artefact.id}: format {artefact.record.format_version} to {FORMAT_VERSION}")
+    if read_checked(store.root / "store.json")["format_version"] < FORMAT_VERSION:
+        write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
+    return done or [f"{store.root} has format {FORMAT_VERSION} already"]
+
+
+def _upgrade(store: Store, artefact: Artefact) -> None:
+    """Parts learn what they were made from; format 1 had one generation, so the parts of now are the right ones."""
+    generation = artefact.generation()
+    if generation is not None:
+        inputs = [store.by_id(name) for name in artefact.record.inputs if not name.startswith("saes/")]
+        artefact.publish([_upgraded(artefact, part, inputs) for part in generation.parts])
+    write_record(artefact.path / "artefact.json", artefact.record.model_copy(update={"format_version": FORMAT_VERSION}))
+
+
+def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> PartRecord:
+    """The part under its new name, its files linked, not copied."""
+    if part.format_version == FORMAT_VERSION:
+        return part
+    made_from = {each.kind: p.folder for each in inputs for p in each.published().parts if p.index == part.index}
+    fresh = part.model_copy(update={"format_version": FORMAT_VERSION, "inputs": made_from})
+    if fresh.folder == part.folder:
+        write_record(artefact.part_path(part) / "part.json", fresh)
+        return fresh
+    folder = artefact.work / fresh.folder
+    shutil.copytree(artefact.part_path(part), folder, copy_function=os.link)
+    (folder / "part.json").unlink()
+    write_record(folder / "part.json", fresh)
+    flush_tree(folder)
+    shutil.rmtree(artefact.part_path(fresh), ignore_errors=True)
+    rename(folder, artefact.part_path(fresh))
+    return fresh

@@ -1,0 +1,116 @@
+"""Which documents a token artefact holds: what of a corpus is new, changed, the same, or to be left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from saeflow.config import CorpusConfig
+from saeflow.corpus import Document, is_held_out
+from saeflow.store import Artefact, Generation, Hidden, PartRecord
+
+Verdict = Literal["new", "changed", "same", "forgotten"]
+HiddenByPart = Mapping[int, tuple[Hidden, ...]]
+
+
+def key_hash(key: str) -> str:
+    """16 hex digits that stand for a document's key and do not tell it."""
+    return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A document as it is stored: under a key that no other has, and on its side of the split."""
+
+    document: Document
+    key: str
+    held_out: bool
+
+
+@dataclass
+class Ledger:
+    """Hashes of keys and contents of the documents that readers see: sorted by key, 24 bytes a document."""
+
+    keys: np.ndarray
+    contents: np.ndarray
+    document_ids: np.ndarray
+    forgotten: frozenset[str] = frozenset()
+    changed: list[Hidden] = field(default_factory=list)
+    found: Counter[Verdict] = field(default_factory=Counter)
+    n_repeated: int = 0
+
+    @classmethod
+    def read(cls, target: Artefact, generation: Generation) -> Ledger:
+        """From the documents of the generation's parts."""
+        hidden = np.array(generation.hidden_ids, np.int64)
+        keys, contents, ids = [], [], []
+        for part in generation.parts:
+            table = pq.read_table(
+                target.part_path(part) / "documents.parquet", columns=["document_id", "key", "content_hash"]
+            )
+            seen = ~np.isin(table.column("document_id").to_numpy(), hidden)
+            ids.append(table.column("document_id").to_numpy()[seen])
+            keys.append(_numbers(key_hash(key) for key in table.filter(seen).column("key").to_pylist()))
+            contents.append(_numbers(text[:16] for text in table.filter(seen).column("content_hash").to_pylist()))
+        every = [np.concatenate(each) if each else np.empty(0, np.uint64) for each in (keys, contents, ids)]
+        order = np.argsort(every[0], kind="stable")
+        every_hidden = (document for documents in generation.hidden.values() for document in documents)
+        forgotten = frozenset(each.key_hash for each in every_hidden if each.reason == "forgotten")
+        return cls(every[0][order], every[1][order], every[2][order], forgotten)
+
+    def look_up(self, key: str, content_hash: str) -> Verdict:
+        """What the artefact knows of this document; a changed one is noted to be replaced."""
+        hashed = key_hash(key)
+        if hashed in self.forgotten:
+            return "forgotten"
+        wanted = np.uint64(int(hashed, 16))
+        place = int(np.searchsorted(self.keys, wanted))
+        if place == len(self.keys) or self.keys[place] != wanted:
+            return "new"
+        if self.contents[place] == np.uint64(int(content_hash[:16], 16)):
+            return "same"
+        self.changed.append(Hidden(document_id=int(self.document_ids[place]), key_hash=hashed, reason="replaced"))
+        return "changed"
+
+    def fresh(self, documents: Iterable[Document], about: CorpusConfig) -> Iterator[Entry]:
+        """The documents that are new or changed, each under a key of its own."""
+        times: Counter[str] = Counter()
+        for document in documents:
+            if not about.sql and document.key not in times:
+                times.clear()  # files give equal keys one after the other
+            times[document.key] += 1
+            key = document.key if times[document.key] == 1 else f"{document.key} ({times[document.key]})"
+            self.n_repeated += key != document.key
+            verdict = self.look_up(key, document.content_hash)
+            self.found[verdict] += 1
+            if verdict in ("new", "changed"):
+                yield Entry(document, key, is_held_out(document.key, about.seed, about.held_out))
+
+    def replaced(self, parts: Sequence[PartRecord]) -> dict[int, tuple[Hidden, ...]]:
+        """The old versions of changed documents, by index of the part that holds them."""
+        return by_part(self.changed, parts)
+
+
+def by_part(documents: Iterable[Hidden], parts: Sequence[PartRecord]) -> dict[int, tuple[Hidden, ...]]:
+    first = [part.counts["first_document"] for part in parts]
+    found: dict[int, tuple[Hidden, ...]] = {}
+    for document in sorted(documents, key=lambda each: each.document_id):
+        index = parts[int(np.searchsorted(first, document.document_id, side="right")) - 1].index
+        found[index] = (*found.get(index, ()), document)
+    return found
+
+
+def merged(old: HiddenByPart, new: HiddenByPart) -> dict[int, tuple[Hidden, ...]]:
+    """Both, each document once, in order; what is new about it counts."""
+    every = {index: {d.document_id: d for d in (*old.get(index, ()), *new.get(index, ()))} for index in {*old, *new}}
+    return {index: tuple(each[i] for i in sorted(each)) for index, each in sorted(every.items()) if each}
+
+
+def _numbers(digits: Iterable[str]) -> np.ndarray:
+    return np.array([int(each, 16) for each in digits], np.uint64)
