@@ -235,8 +235,10 @@ def verify(
     """Check that nothing published is missing or changed. Example: `saeflow verify --full`"""
     from saeflow import integrity
 
-    opened = _open(store)
-    found = [each for artefact in opened.artefacts() for each in integrity.damage(artefact, full)]
+    opened = Store.find(store_path(store)) if repair else _open(store)
+    if repair and (said := integrity.mend_marker(opened)):
+        out.print(said, markup=False, soft_wrap=True)
+    found = list(integrity.verify(opened, full))
     for each in found:
         out.print(f"damaged: {each}", markup=False, soft_wrap=True)
     for each in found if repair else []:

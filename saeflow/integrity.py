@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from saeflow.config import FORMAT_VERSION
 from saeflow.disk import flush_tree, rename
 from saeflow.store import (
+    KINDS,
     Artefact,
     Damaged,
     FileRecord,
@@ -41,6 +42,24 @@ class Damage:
         return f"{where}: {self.problem}"
 
 
+def verify(store: Store, full: bool) -> Iterator[Damage]:
+    """Everything that is wrong in a store."""
+    for kind in KINDS:
+        for folder in sorted(path for path in (store.root / kind).glob("*-*") if path.is_dir()):
+            if any((folder / name).exists() for name in ("artefact.json", "manifest.json", "cfg.json")):
+                yield from damage(store.by_id(f"{kind}/{folder.name}"), full)
+
+
+def mend_marker(store: Store) -> str | None:
+    """Write store.json again where it cannot be read: it says nothing but the format. What was wrong, if anything."""
+    try:
+        read_checked(store.root / "store.json")
+    except (Damaged, OSError) as error:
+        write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
+        return str(error).partition(" is missing")[0] + " was missing or damaged and is written again"
+    return None
+
+
 def damage(artefact: Artefact, full: bool) -> Iterator[Damage]:
     """What is missing or of another size; `full` reads every byte."""
     yield from (Damage(artefact, None, problem) for problem in _own_problems(artefact, full))
@@ -51,8 +70,10 @@ def damage(artefact: Artefact, full: bool) -> Iterator[Damage]:
 
 
 def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
+    if not artefact.exists():
+        yield f"{artefact.path / 'artefact.json'} is missing"
     try:
-        yield from missing_files(artefact.path, artefact.record.files, full)
+        yield from missing_files(artefact.path, artefact.record.files if artefact.exists() else [], full)
         if artefact.generation() is None and artefact.numbers():
             yield f"{artefact.path / 'manifest.json'} is missing"
         if (artefact.path / "quality.json").is_file():

@@ -387,13 +387,19 @@ class Store:
 
     @classmethod
     def open(cls, root: str | Path) -> Store:
-        """Open for reading. Raises UserError where there is no store."""
+        """Open for reading. Raises UserError where there is no store, or one that cannot be read."""
+        store = cls.find(root)
+        read_checked(store.root / "store.json")
+        return store
+
+    @classmethod
+    def find(cls, root: str | Path) -> Store:
+        """A store whose marker may be damaged. Raises UserError where there is none."""
         store = cls(Path(root).absolute())
-        if not (store.root / "store.json").is_file():
+        if not (store.root / "store.json").is_file() and not any((store.root / kind).is_dir() for kind in KINDS):
             raise UserError(
                 f"No store at {store.root}. Name one with --store or SAEFLOW_STORE, or make one: `saeflow run RECIPE`."
             )
-        read_checked(store.root / "store.json")
         return store
 
     def artefact(self, kind: Kind, name: str, fp: str) -> Artefact:

@@ -272,7 +272,8 @@ def test_a_missing_file_is_found_and_run_makes_it_again(
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
     found = saeflow("verify", "--store", copied.root)
     assert found.code == 2
-    assert f"damaged: {lost}" in found.out
+    assert "damaged: " in found.out
+    assert str(lost) in found.out
     assert saeflow("run", recipe_file, "--store", copied.root).code == 0
     assert tree(copied.root) == tree(finished.store.root)
 
