@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 import zarr
@@ -48,6 +53,7 @@ class Writer:
             chunks=(layout.chunk, *layout.shape[1:]), shards=(layout.shard, *layout.shape[1:]),
             compressors=[Crc32cCodec()], filters=None, fill_value=0,
             attributes={"dtype": dtype}, dimension_names=("sequence", "position", "width"),
+            config={"write_empty_chunks": True},  # a shard of zeros is there, too: none may be missing
         )  # fmt: skip
         self.buffer = np.empty((layout.shard, *layout.shape[1:]), stored)
 
@@ -99,21 +105,120 @@ def _not_finite(values: Tensor, stored: Tensor, config: ActivationsConfig, part:
     )
 
 
-def open_site(target: Artefact, part: PartRecord, site: Site) -> zarr.Array[Any]:
-    """The stored array (S, T, D) of one part, for reading.
+class Stored:
+    """One stored array (S, T, D), for reading. Every byte is checked against its checksum whenever it is read.
 
-    By zarr's own codecs: zarrs 0.2.3 is quicker, but leaves checksums unread where a shard is read in part.
+    What the Writer wrote without compression is read straight into place. Anything else goes through zarr's own
+    codecs; zarrs 0.2.3 is quicker, but leaves checksums unread where a shard is read in part.
     """
-    return zarr.open_array(target.part_path(part) / site.file, mode="r")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.array = zarr.open_array(path, mode="r")
+            self.dtype: torch.dtype = getattr(torch, str(self.array.attrs["dtype"]))
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise _unreadable(path, "it", error) from error
+        self.shape: tuple[int, ...] = self.array.shape
+        self.chunk, self.shard = self.array.chunks[0], (self.array.shards or self.array.chunks)[0]
+        self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        self._plain = _is_plain(self.array)
+        self._index: dict[int, np.ndarray] = {}
+
+    def read(self, rows: slice) -> Tensor:
+        """Sequences as a tensor (s, T, D) in the stored precision. Raises Damaged where bytes are gone or changed."""
+        start, stop, _ = rows.indices(self.shape[0])
+        out = torch.empty(max(stop - start, 0), *self.shape[1:], dtype=self.dtype)
+        self.read_into(slice(start, stop), out)
+        return out
+
+    def read_into(self, rows: slice, out: Tensor) -> None:
+        """The same into contiguous memory of just that size, any shape."""
+        raw = out.view(torch.uint8).numpy().reshape(-1)
+        try:
+            if self._plain:
+                self._read_plain(rows.start, rows.stop, raw)
+            else:
+                values = self._by_zarr(rows)
+                raw[:] = values.view(np.uint8).reshape(-1)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _unreadable(self.path, f"rows {rows.start} to {rows.stop}", error) from error
+
+    def _by_zarr(self, rows: slice) -> np.ndarray:
+        for shard in range(rows.start // self.shard, -(-rows.stop // self.shard)):
+            if not self._file(shard).is_file():  # zarr would give zeros
+                raise FileNotFoundError(f"{self._file(shard)} is missing")
+        return np.ascontiguousarray(self.array[rows])
+
+    def _file(self, shard: int) -> Path:
+        return self.path / "c" / str(shard) / "0" / "0"
+
+    def _read_plain(self, start: int, stop: int, raw: np.ndarray) -> None:
+        for shard in range(start // self.shard, -(-stop // self.shard)):
+            first, last = max(start, shard * self.shard), min(stop, (shard + 1) * self.shard)
+            with self._file(shard).open("rb", buffering=0) as file:
+                for number in range(first // self.chunk, -(-last // self.chunk)):
+                    a, b = max(first, number * self.chunk), min(last, (number + 1) * self.chunk)
+                    piece = raw[(a - start) * self._row_bytes : (b - start) * self._row_bytes]
+                    self._read_chunk(file, shard, number, a - number * self.chunk, piece)
+
+    def _read_chunk(self, file: io.FileIO, shard: int, number: int, skip: int, out: np.ndarray) -> None:
+        """Rows of one chunk from `skip` on; the whole chunk is checked."""
+        size = self.chunk * self._row_bytes
+        offset, n_bytes = self._places(file, shard)[number % (self.shard // self.chunk)]
+        if offset == n_bytes == _EMPTY:
+            out[:] = 0
+            return
+        if n_bytes != size + 4:
+            raise ValueError(f"chunk {number} has {n_bytes} bytes instead of {size + 4}")
+        before = skip * self._row_bytes
+        pieces = [np.empty(before, np.uint8), out, np.empty(size - before - len(out), np.uint8)]
+        found, at = 0, int(offset)
+        for piece in (part for whole in pieces for part in _cut(whole)):
+            if os.preadv(file.fileno(), [piece.data], at) != len(piece):
+                raise ValueError(f"chunk {number} ends too early")
+            found, at = google_crc32c.extend(found, piece), at + len(piece)
+        if os.pread(file.fileno(), 4, at) != struct.pack("<I", found):
+            raise ValueError(f"the checksum of chunk {number} is wrong")
+
+    def _places(self, file: io.FileIO, shard: int) -> np.ndarray:
+        """Offset and size of every chunk of a shard, from the index at its end."""
+        if shard not in self._index:
+            n_bytes = self.shard // self.chunk * 16
+            content = os.pread(file.fileno(), n_bytes + 4, os.fstat(file.fileno()).st_size - n_bytes - 4)
+            if content[n_bytes:] != struct.pack("<I", google_crc32c.value(content[:n_bytes])):
+                raise ValueError("the checksum of the shard's index is wrong")
+            self._index[shard] = np.frombuffer(content[:n_bytes], "<u8").reshape(-1, 2)
+        return self._index[shard]
 
 
-def read_rows(array: zarr.Array[Any], rows: slice) -> Tensor:
-    """Sequences of an array as a tensor (s, T, D) in the stored precision. Raises Damaged where bytes have changed."""
-    try:
-        values = torch.from_numpy(np.asarray(array[rows]))
-    except (RuntimeError, ValueError) as error:
-        raise Damaged(
-            f"Rows {rows.start} to {rows.stop} of {array.store_path} cannot be read: {error}.\n"
-            "Remove what is damaged with `saeflow verify --full --repair`, then run the recipe again: the rest is kept."
-        ) from error
-    return values.view(torch.bfloat16) if array.attrs["dtype"] == "bfloat16" else values
+_EMPTY = 2**64 - 1
+"""In a shard's index: a chunk of zeros that was not written (zarr-specs, sharding-indexed). Our Writer writes them."""
+_PIECE_BYTES = 512 << 10
+"""Read and checked at once, so that the check finds the bytes still in the processor's cache."""
+
+
+def _cut(memory: np.ndarray) -> list[np.ndarray]:
+    return [memory[start : start + _PIECE_BYTES] for start in range(0, len(memory), _PIECE_BYTES)]
+
+
+def _is_plain(array: zarr.Array[Any]) -> bool:
+    """Was the array written as the Writer writes without compression?"""
+    codecs: Any = array.metadata.to_dict()["codecs"]
+    if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed" or sys.byteorder != "little":
+        return False
+    about = codecs[0]["configuration"]
+    inner, index = ([codec["name"] for codec in about[name]] for name in ("codecs", "index_codecs"))
+    return inner == index == ["bytes", "crc32c"] and about.get("index_location", "end") == "end"
+
+
+def _unreadable(path: Path, what: str, error: Exception) -> Damaged:
+    return Damaged(
+        f"{path}: {what} cannot be read: {error}.\n"
+        "Remove what is damaged with `saeflow verify --full --repair`, then run the recipe again: the rest is kept."
+    )
+
+
+def open_site(target: Artefact, part: PartRecord, site: Site) -> Stored:
+    """The stored array (S, T, D) of one part."""
+    return Stored(target.part_path(part) / site.file)

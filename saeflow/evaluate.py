@@ -124,16 +124,17 @@ def _fingerprint(run_artefact: Artefact) -> str:
 
 def _reconstruction(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> dict[str, Any]:
     source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
+    used = Used.of(source, recipe.activations)
     site = activations.choose_site(stored, recipe.sae.site)
     sums = Reconstruction(site.width)
     with progress.bar("evaluate", None, "tokens") as bar:
-        for rows in held_out_rows(source, stored, site, recipe.evaluate.max_tokens):
+        for rows in held_out_rows(used, stored, site, recipe.evaluate.max_tokens):
             for x in torch.split(rows, recipe.features.batch_rows):
                 sums.add(x, sae)
                 bar.advance(len(x))
         held_out = sums.n_tokens > 0
         if not held_out:  # nothing was held out: judge on what was trained on, and say so
-            feed = Feed(source, stored, site, recipe.feed)
+            feed = Feed(used, stored, site, recipe.feed)
             for x in itertools.islice(feed.batches(), feed.batches_per_epoch):
                 sums.add(x, sae)
     return {

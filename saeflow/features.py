@@ -90,11 +90,11 @@ class Encoder:
         """Used tokens in order, at most `batch_rows` at once: token_ids (n,), activations (n, D)."""
         array = arrays.open_site(self.stored, part, self.site)
         length = mask.shape[1]
-        block = array.chunks[0]
+        block = array.chunk
         for start in range(0, len(mask), block):
             keep = np.flatnonzero(mask[start : start + block])
             token_ids = (part.counts["first_sequence"] + start) * length + keep
-            values = arrays.read_rows(array, slice(start, start + block)).reshape(-1, self.site.width)
+            values = array.read(slice(start, start + block)).reshape(-1, self.site.width)
             for at in range(0, len(keep), self.batch_rows):
                 chosen = keep[at : at + self.batch_rows]
                 rows = values[at : at + len(chosen)] if len(keep) == len(values) else values[torch.from_numpy(chosen)]

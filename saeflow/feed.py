@@ -1,9 +1,9 @@
-"""Shuffled minibatches from a store larger than memory: a pure plan, and a reader of Dask threads."""
+"""Shuffled minibatches from a store larger than memory, read ahead by Dask threads."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,116 +14,135 @@ from dask.base import compute
 from dask.delayed import delayed
 from torch import Tensor
 
-from saeflow import arrays, tokens
+from saeflow.arrays import ITEM_BYTES, Stored, open_site
 from saeflow.config import FeedConfig, UserError
 from saeflow.disk import human_bytes
 from saeflow.model import Site
-from saeflow.store import Artefact, PartRecord
+from saeflow.plan import (
+    Block,
+    Pool,
+    batches_of_pools,
+    expected_partners,
+    met_partners,
+    plan_blocks,
+    plan_epoch,
+    plan_pools,
+)
+from saeflow.store import Artefact
+from saeflow.used import Used
+
+_READERS = 2
+"""Dask threads that read blocks."""
+_SAMPLED_POOLS = 4
+"""Pools of which the mixing is looked at."""
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Blocks that are in memory together, and the batches of global row numbers drawn from them."""
+def pool_blocks(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:
+    """Sequences in a block, and blocks in the half of the memory that is mixed.
 
-    blocks: np.ndarray
-    batches: list[np.ndarray]
-
-
-def plan_epoch(
-    rows_of: Sequence[np.ndarray] | Callable[[int], np.ndarray],
-    n_blocks: int,
-    pool_blocks: int,
-    batch_rows: int,
-    seed: int,
-    epoch: int = 0,
-) -> Iterator[Pool]:
-    """Every row once, in pools of at most `pool_blocks` randomly chosen blocks, mixed inside each pool.
-
-    `rows_of` gives a block's row numbers. Batches of one pool differ in size by at most one row. Pure:
-    the same arguments give the same plan on any machine.
+    `sequence_bytes`: stored activations of one sequence, all sites together. Raises UserError where not even one
+    block read and one mixed have room.
     """
-    look = rows_of if callable(rows_of) else rows_of.__getitem__
-    order = np.random.default_rng([seed, epoch]).permutation(n_blocks)
-    for number, start in enumerate(range(0, n_blocks, pool_blocks)):
-        blocks = np.sort(order[start : start + pool_blocks])
-        rows = np.concatenate([look(int(block)) for block in blocks])
-        rows = np.random.default_rng([seed, epoch, number]).permutation(rows)
-        batches = np.array_split(rows, -(-len(rows) // batch_rows)) if len(rows) else []
-        yield Pool(blocks, list(batches))
+    sequences = max(1, config.block_bytes // sequence_bytes)
+    blocks = config.pool_bytes // 2 // (sequences * sequence_bytes)
+    if blocks < 1:
+        need = 2 * sequences * sequence_bytes
+        raise UserError(
+            f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block read and one mixed take {human_bytes(need)}.\n"
+            f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most {human_bytes(config.pool_bytes // 2)}."
+        )
+    return sequences, blocks
 
 
 @dataclass(frozen=True)
-class Block:
-    """A run of sequences inside one part."""
+class Mixing:
+    """Tokens of its own document that a token meets in its batch: in this feed, in pools of blocks chosen at random,
+    and in a perfect shuffle of the whole store."""
 
-    part: PartRecord
-    start: int
-    stop: int
+    feed: float
+    random_blocks: float
+    perfect: float
 
-
-def plan_blocks(parts: Sequence[PartRecord], block_sequences: int) -> list[Block]:
-    """Training sequences of the parts, cut into blocks; held-out ones, which end each part, stay out."""
-    return [
-        Block(part, start, min(start + block_sequences, part.counts["n_train_sequences"]))
-        for part in parts
-        for start in range(0, part.counts["n_train_sequences"], block_sequences)
-    ]
+    def __str__(self) -> str:
+        return (
+            f"a token meets {self.feed:.2f} others of its document in a batch "
+            f"({self.random_blocks:.2f} from blocks at random, {self.perfect:.2f} from a perfect shuffle)"
+        )
 
 
 class Feed:
-    """Minibatches (B, D) of the training tokens of one site, read ahead by Dask threads.
+    """Minibatches (B, D) of the used training tokens of one site, or of several, aligned.
 
-    Half of `pool_bytes` is being mixed while the other half is being read. Raises UserError when that
-    half cannot hold one block.
+    Half of `pool_bytes` is being mixed while the other half is being read. Raises UserError when that half cannot
+    hold one block.
     """
 
-    def __init__(self, source: Artefact, target: Artefact, site: Site, config: FeedConfig) -> None:
-        self.config, self.site, self.target = config, site, target
-        parts = target.published().parts
-        token_parts = {part.index: part for part in source.published().parts}
-        length = source_length(source)
-        self.arrays = {part.index: arrays.open_site(target, part, site) for part in parts}
-        self.dtype = getattr(torch, str(next(iter(self.arrays.values())).attrs["dtype"]))
-        item_bytes = self.dtype.itemsize
-        sequence_bytes = length * site.width * item_bytes
-        block_sequences = max(1, config.block_bytes // sequence_bytes)
+    def __init__(
+        self,
+        used: Used,
+        target: Artefact,
+        sites: Site | Sequence[Site],
+        config: FeedConfig,
+        generation: int | None = None,
+    ) -> None:
+        self.config, self.used, self.target = config, used, target
+        self.sites = [sites] if isinstance(sites, Site) else list(sites)
+        parts = (target.generation(generation) or target.published()).parts
+        self.arrays: dict[tuple[int, str], Stored] = {
+            (part.index, site.name): open_site(target, part, site) for part in parts for site in self.sites
+        }
+        self.dtype: torch.dtype = next(iter(self.arrays.values())).dtype
+        row_bytes = sum(site.width for site in self.sites) * self.dtype.itemsize
+        block_sequences, self.pool_blocks = pool_blocks(config, used.length * row_bytes)
         self.blocks = plan_blocks(parts, block_sequences)
-        self.pool_blocks = config.pool_bytes // 2 // (block_sequences * sequence_bytes)
-        if self.pool_blocks < 1:
-            need = 2 * block_sequences * sequence_bytes
-            raise UserError(
-                f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block read and one mixed take {human_bytes(need)}.\n"
-                f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most {human_bytes(config.pool_bytes // 2)}."
-            )
-        self.length, self.stride = length, block_sequences * length
-        self._kept: tuple[tuple[Block, ...], Tensor, np.ndarray] | None = None
-        self.lengths = {part.index: tokens.read_part(source, token_parts[part.index])[1].sum(1) for part in parts}
+        self.stride = block_sequences * used.length
+        self.counts = self._block_counts()
+        self._kept: tuple[tuple[Block, ...], list[Tensor], np.ndarray] | None = None
         if not self.n_rows:
-            raise UserError(f"{source.id} has no training tokens. Read more documents, or lower corpus.held_out.")
+            raise UserError(f"{used.source.id} has no training tokens. Read more documents, or lower corpus.held_out.")
 
-    @cached_property
+    @property
+    def site(self) -> Site:
+        return self.sites[0]
+
+    def _block_counts(self) -> np.ndarray:
+        """Used tokens of every block."""
+        of_part = {index: self.used.counts(index) for index in {block.part.index for block in self.blocks}}
+        return np.array([of_part[b.part.index][b.start : b.stop].sum() for b in self.blocks], np.int64)
+
+    @property
     def n_rows(self) -> int:
-        """Unmasked training tokens in one epoch."""
-        return sum(int(self.lengths[b.part.index][b.start : b.stop].sum()) for b in self.blocks)
+        """Used training tokens in one epoch."""
+        return int(self.counts.sum())
 
     @cached_property
     def batches_per_epoch(self) -> int:
-        return sum(len(pool.batches) for pool in self.pools(0))
+        return int(batches_of_pools(self._pools(0), self.counts, self.config.batch_rows).sum())
+
+    def _pools(self, epoch: int) -> list[np.ndarray]:
+        return plan_pools(len(self.blocks), self.pool_blocks, self.config.seed, epoch)
 
     def _rows(self, number: int) -> np.ndarray:
-        """Row numbers of a block's real tokens; block n owns the numbers from n × stride on."""
-        block = self.blocks[number]
-        lengths = self.lengths[block.part.index][block.start : block.stop]
-        rows: np.ndarray = np.flatnonzero(np.arange(self.length) < lengths[:, None]) + number * self.stride
-        return rows
+        """Row numbers of a block's used tokens; block n owns the numbers from n × stride on."""
+        return np.arange(self.counts[number]) + number * self.stride
 
-    def pools(self, epoch: int) -> Iterator[Pool]:
+    def pools(self, epoch: int, first_pool: int = 0) -> Iterator[Pool]:
+        about = self.config
         return plan_epoch(
-            self._rows, len(self.blocks), self.pool_blocks, self.config.batch_rows, self.config.seed, epoch
+            self._rows, len(self.blocks), self.pool_blocks, about.batch_rows, about.seed, epoch, first_pool
         )
 
     def batches(self, skip: int = 0) -> Generator[Tensor, None, None]:
-        """Batches (B, D) float32 without end, one epoch after the other, beginning after `skip` batches."""
+        """Batches (B, D) float32 of the first site without end, one epoch after the other, after `skip` batches."""
+        aligned = self.aligned(skip)
+        try:
+            for values in aligned:
+                yield values[0]
+        finally:
+            aligned.close()
+
+    def aligned(self, skip: int = 0) -> Generator[tuple[Tensor, ...], None, None]:
+        """The same for all sites: one tensor (B, D) a site, the same tokens in the same rows."""
         planned = self._planned(skip)
         n_rows = min(self.pool_blocks, len(self.blocks)) * self.stride
         halves = itertools.cycle([self._room(n_rows), self._room(n_rows)])
@@ -134,73 +153,113 @@ class Feed:
                 values, batches = pending.result()
                 pending = self._submit(ahead, planned, halves)
                 for places in batches:
-                    taken = torch.index_select(values, 0, places, out=batch[: len(places)])
-                    yield taken.to(torch.float32, copy=True)
+                    yield tuple(
+                        torch.index_select(each, 0, places, out=room[: len(places)]).to(torch.float32, copy=True)
+                        for each, room in zip(values, batch, strict=True)
+                    )
 
-    def _room(self, n_rows: int) -> Tensor:
+    def _room(self, n_rows: int) -> list[Tensor]:
         """Memory that is filled again and again: getting fresh pages takes longer than filling them."""
-        return torch.empty(n_rows, self.site.width, dtype=self.dtype)
+        return [torch.empty(n_rows, site.width, dtype=self.dtype) for site in self.sites]
 
     def _planned(self, skip: int) -> Iterator[Pool]:
-        epoch = 0
-        while True:
-            for pool in self.pools(epoch):
-                if skip >= len(pool.batches):
-                    skip -= len(pool.batches)
-                    continue
+        """Pools from the batch on that comes after `skip`; what is skipped is only counted."""
+        for epoch in itertools.count():
+            ends = batches_of_pools(self._pools(epoch), self.counts, self.config.batch_rows).cumsum()
+            if skip >= ends[-1]:
+                skip -= int(ends[-1])
+                continue
+            first = int(np.searchsorted(ends, skip, side="right"))
+            skip -= int(ends[first - 1]) if first else 0
+            for pool in self.pools(epoch, first):
                 yield Pool(pool.blocks, pool.batches[skip:])
                 skip = 0
-            epoch += 1
 
     def _submit(
-        self, ahead: ThreadPoolExecutor, planned: Iterator[Pool], halves: Iterator[Tensor]
-    ) -> Future[tuple[Tensor, list[Tensor]]] | None:
+        self, ahead: ThreadPoolExecutor, planned: Iterator[Pool], halves: Iterator[list[Tensor]]
+    ) -> Future[tuple[list[Tensor], list[Tensor]]] | None:
         pool = next(planned, None)
         return None if pool is None else ahead.submit(self._read, pool, next(halves))
 
-    def _read(self, pool: Pool, room: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The pool's values, blocks end to end, and its batches as places in them."""
-        blocks = [self.blocks[int(number)] for number in pool.blocks]
-        values, starts = self._values(tuple(blocks), room)
+    def _read(self, pool: Pool, room: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The pool's values by site, blocks end to end, and its batches as places in them."""
+        values, starts = self._values(pool.blocks, room)
         shift = starts - pool.blocks * self.stride
         places = [batch + shift[np.searchsorted(pool.blocks, batch // self.stride)] for batch in pool.batches]
         return values, [torch.from_numpy(place) for place in places]
 
-    def _values(self, blocks: tuple[Block, ...], room: Tensor) -> tuple[Tensor, np.ndarray]:
+    def _values(self, numbers: np.ndarray, room: list[Tensor]) -> tuple[list[Tensor], np.ndarray]:
         """Values of the blocks in `room`, and where each begins. A store that fits in one pool is read once."""
+        blocks = tuple(self.blocks[int(number)] for number in numbers)
         if self._kept is not None and self._kept[0] == blocks:
             return self._kept[1:]
-        ends = np.cumsum([(block.stop - block.start) * self.length for block in blocks])
+        ends = self.counts[numbers].cumsum()
         starts = np.concatenate([[0], ends[:-1]])
-        values = room[: int(ends[-1])]
+        values = [each[: int(ends[-1])] for each in room]
         read = delayed(self._read_block)
-        tasks = [read(block, values[a:b]) for block, a, b in zip(blocks, starts, ends, strict=True)]
-        compute(*tasks, scheduler="threads", num_workers=2)
+        tasks = [read(block, [each[a:b] for each in values]) for block, a, b in zip(blocks, starts, ends, strict=True)]
+        compute(*tasks, scheduler="threads", num_workers=_READERS)
         if len(blocks) == len(self.blocks):
             self._kept = blocks, values, starts
         return values, starts
 
-    def _read_block(self, block: Block, out: Tensor) -> None:
-        values = arrays.read_rows(self.arrays[block.part.index], slice(block.start, block.stop))
-        out.copy_(values.reshape(-1, self.site.width))
+    def _read_block(self, block: Block, out: list[Tensor]) -> None:
+        """Fill `out` with the used tokens of the block, a tensor a site."""
+        rows = slice(block.start, block.stop)
+        whole = len(out[0]) == (block.stop - block.start) * self.used.length
+        chosen = None if whole else torch.from_numpy(self.used.mask(block.part.index, rows).reshape(-1).nonzero()[0])
+        for site, room in zip(self.sites, out, strict=True):
+            array = self.arrays[block.part.index, site.name]
+            if chosen is None:
+                array.read_into(rows, room)
+            else:
+                torch.index_select(array.read(rows).reshape(-1, site.width), 0, chosen, out=room)
+
+    def mixing(self) -> Mixing:
+        """How well batches are mixed, from a sample of pools; reads the documents of their tokens, no activations."""
+        planned = list(itertools.islice(self.pools(0), _SAMPLED_POOLS))
+        owners = {int(n): self._owners(self.blocks[n]) for pool in planned for n in pool.blocks}
+        batches = [
+            np.array([owners[row // self.stride][row % self.stride] for row in batch.tolist()])
+            for pool in planned
+            for batch in pool.batches[:2]
+        ]
+        chosen = np.random.default_rng([self.config.seed, 1 << 32])
+        known = sorted(owners)
+        sizes = []
+        for _ in range(2 * _SAMPLED_POOLS):
+            some = chosen.permutation(known)[: self.pool_blocks]
+            sizes.append(np.unique(np.concatenate([owners[int(n)] for n in some]), return_counts=True)[1])
+        random_blocks = float(np.mean([expected_partners(each, self.config.batch_rows) for each in sizes]))
+        return Mixing(met_partners(batches), random_blocks, self._perfect(owners))
+
+    def _owners(self, block: Block) -> np.ndarray:
+        """document_id of the used tokens of a block."""
+        return self.used.owners(block.part.index, slice(block.start, block.stop))
+
+    def _perfect(self, owners: dict[int, np.ndarray]) -> float:
+        """For the whole store, as if its documents were as large as those of the sample."""
+        sizes = np.unique(np.concatenate(list(owners.values())), return_counts=True)[1]
+        sampled = int(sizes.sum())
+        others = float((sizes * (sizes - 1)).sum()) / max(sampled, 1)
+        return others * (self.config.batch_rows - 1) / max(self.n_rows - 1, 1)
 
 
-def source_length(source: Artefact) -> int:
-    """Context length T of a token artefact."""
-    return int(source.record.facts["context_length"])
-
-
-def held_out_rows(source: Artefact, target: Artefact, site: Site, max_tokens: int) -> Iterator[Tensor]:
-    """Unmasked held-out activations (n, D) float32, part by part, at most `max_tokens` in all."""
-    token_parts = {part.index: part for part in source.published().parts}
+def held_out_rows(used: Used, target: Artefact, site: Site, max_tokens: int) -> Iterator[Tensor]:
+    """Used held-out activations (n, D) float32, part by part, at most `max_tokens` in all."""
     left = max_tokens
     for part in target.published().parts:
         start = part.counts["n_train_sequences"]
         if left <= 0 or start == part.counts["n_sequences"]:
             continue
-        mask = tokens.read_part(source, token_parts[part.index])[1][start:]
+        mask = used.mask(part.index, slice(start, None))
         stop = start + int(np.searchsorted(mask.sum(1).cumsum(), left)) + 1
-        values = arrays.read_rows(arrays.open_site(target, part, site), slice(start, stop))
-        rows = values.reshape(-1, site.width)[torch.from_numpy(mask[: stop - start].reshape(-1))][:left]
+        values = open_site(target, part, site).read(slice(start, stop)).reshape(-1, site.width)
+        rows = values[torch.from_numpy(mask[: stop - start].reshape(-1))][:left]
         left -= len(rows)
         yield rows.float()
+
+
+def require_pool(config: FeedConfig, length: int, width: int, dtype: str) -> None:
+    """Refuse a pool that cannot hold a block, before anything is computed."""
+    pool_blocks(config, length * width * ITEM_BYTES[dtype])

@@ -50,7 +50,7 @@ def feature_table(store: Store, recipe: Recipe) -> tuple[list[str], np.ndarray]:
     values = []
     for token_part, part in zip(source.published().parts, stored.published().parts, strict=True):
         labels += [vocab[i] for i in tokens.read_part(source, token_part)[0][:, 0]]
-        rows = arrays.read_rows(arrays.open_site(stored, part, site), slice(None))
+        rows = arrays.open_site(stored, part, site).read(slice(None))
         sparse = sae.encode_sparse(rows.reshape(-1, site.width))
         dense = np.zeros((len(rows), recipe.sae.n_features), np.float32)
         dense[np.repeat(np.arange(len(rows)), np.diff(sparse.row_starts)), sparse.feature_ids] = sparse.values

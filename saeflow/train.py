@@ -227,6 +227,7 @@ def run(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -
             return target
         set_threads(recipe)
         feed = open_feed(store, recipe)
+        progress.say(f"train: {feed.mixing()}")
         began = time.monotonic()
         training = fit(feed, recipe, checkpoints, progress)
         publish(target, training, feed.site, store, recipe, time.monotonic() - began)
@@ -264,7 +265,8 @@ def set_threads(recipe: Recipe) -> None:
 def open_feed(store: Store, recipe: Recipe) -> Feed:
     stored = activations.artefact(store, recipe)
     site = activations.choose_site(stored, recipe.sae.site)
-    return Feed(activations.tokens_artefact(store, recipe), stored, site, recipe.feed)
+    used = Used.of(activations.tokens_artefact(store, recipe), recipe.activations)
+    return Feed(used, stored, site, recipe.feed)
 
 
 @contextlib.contextmanager

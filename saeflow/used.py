@@ -72,6 +72,11 @@ class Used:
         used[:, list(self.skip_positions)] = False
         return np.asarray(used)
 
+    def owners(self, index: int, rows: slice) -> np.ndarray:
+        """document_id int64 (n,) of the used tokens of these sequences of a part."""
+        owners = self._read(self.parts[index], ["document_id"])["document_id"].reshape(-1, self.length)[rows]
+        return np.asarray(owners[self.mask(index, rows)])
+
     def counts(self, index: int) -> np.ndarray:
         """int64 (S,): used tokens of every sequence of a part. Reads no tokens where the record says enough."""
         part = self.parts[index]

@@ -56,7 +56,7 @@ def stored(artefact, name: str = SITE) -> torch.Tensor:
     """All sequences of a site (S, T, D)."""
     site = activations.choose_site(artefact, name)
     parts = artefact.published().parts
-    return torch.cat([arrays.read_rows(arrays.open_site(artefact, p, site), slice(None)) for p in parts])
+    return torch.cat([arrays.open_site(artefact, p, site).read(slice(None)) for p in parts])
 
 
 def outputs(recipe, where: Store, name: str = SITE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +174,7 @@ def test_a_flipped_byte_is_noticed_where_a_shard_is_read_in_part(tmp_path):
     shard.write_bytes(content)
     whole = SimpleNamespace(part_path=lambda part: tmp_path)
     with pytest.raises(UserError, match="checksum"):
-        arrays.read_rows(arrays.open_site(whole, None, Site(SITE, 4)), slice(0, 2))
+        arrays.open_site(whole, None, Site(SITE, 4)).read(slice(0, 2))
 
 
 def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:

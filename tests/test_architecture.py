@@ -32,6 +32,7 @@ ORDER = [
     "arrays",
     "activations",
     "bring",
+    "plan",
     "feed",
     "kernels",
     "sparse_product",

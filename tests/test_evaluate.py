@@ -96,7 +96,7 @@ def held_out(store, recipe, site):
     source, stored = tokens.artefact(store, recipe), activations.artefact(store, recipe)
     for token_part, part in zip(source.published().parts, stored.published().parts, strict=True):
         mask = tokens.read_part(source, token_part)[1][part.counts["n_train_sequences"] :]
-        rows = arrays.read_rows(arrays.open_site(stored, part, site), slice(part.counts["n_train_sequences"], None))
+        rows = arrays.open_site(stored, part, site).read(slice(part.counts["n_train_sequences"], None))
         yield rows[torch.from_numpy(mask)].float()
 
 

@@ -48,7 +48,7 @@ def stored_rows(store: Store, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
         table = pq.read_table(source.part_path(token_part) / "tokens.parquet")
         mask = table.column("mask").to_numpy(zero_copy_only=False)
         token_ids.append(table.column("token_id").to_numpy()[mask])
-        rows = arrays.read_rows(arrays.open_site(target, part, site), slice(None))
+        rows = arrays.open_site(target, part, site).read(slice(None))
         values.append(rows.reshape(-1, site.width).double().numpy()[mask])
     return np.concatenate(token_ids), np.concatenate(values)
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from saeflow import activations, arrays, bring, tokens
 from saeflow.config import FeedConfig, UserError, parse_recipe
-from saeflow.feed import Feed, held_out_rows, plan_blocks, plan_epoch
+from saeflow.feed import Feed, held_out_rows
+from saeflow.plan import plan_blocks, plan_epoch
 from saeflow.store import PartRecord, Store
 from saeflow.train import open_feed
+from saeflow.used import Used
 from tests.small_pipeline import CONTEXT_LENGTH, SITE, WIDTH, a_table, brought_data, quiet, recipe_data, write_table
 
 SIZE, SEED = st.integers(1, 60), st.integers(0, 2**32)
@@ -147,7 +149,7 @@ def rows_by_place(store, recipe):
     values, train, held = [], [], []
     for token_part, part in zip(source.published().parts, target.published().parts, strict=True):
         mask = tokens.read_part(source, token_part)[1]
-        values.append(arrays.read_rows(arrays.open_site(target, part, site), slice(None)).reshape(-1, WIDTH))
+        values.append(arrays.open_site(target, part, site).read(slice(None)).reshape(-1, WIDTH))
         is_train = np.arange(len(mask))[:, None] < part.counts["n_train_sequences"]
         train.append((mask & is_train).reshape(-1))
         held.append((mask & ~is_train).reshape(-1))
@@ -177,7 +179,7 @@ def test_held_out_and_masked_rows_never_appear_and_all_others_do(tmp_path, ingre
     assert multiset(epoch) == multiset(values[train])
     site, source, target = reader.site, tokens.artefact(store, recipe), activations.artefact(store, recipe)
     for limit in (10**9, 300, 1):
-        rows = torch.cat(list(held_out_rows(source, target, site, limit)))
+        rows = torch.cat(list(held_out_rows(Used(source), target, site, limit)))
         torch.testing.assert_close(rows, values[held][:limit], rtol=0, atol=0)
     assert values.shape[0] % CONTEXT_LENGTH == 0
 

@@ -14,6 +14,7 @@ from saeflow import activations, features, integrity, pipeline, tokens, train
 from saeflow.config import UserError
 from saeflow.feed import held_out_rows
 from saeflow.store import Store
+from saeflow.used import Used
 from tests.conftest import Finished
 from tests.small_pipeline import SITE, quiet, tree
 
@@ -136,7 +137,7 @@ def read_by_feed(copied: Finished) -> object:
 
 def read_held_out(copied: Finished) -> object:
     source, stored = (each.artefact(copied.store, copied.recipe) for each in (tokens, activations))
-    return list(held_out_rows(source, stored, activations.choose_site(stored, SITE), 10**9))
+    return list(held_out_rows(Used(source), stored, activations.choose_site(stored, SITE), 10**9))
 
 
 def read_by_encoder(copied: Finished) -> object:

@@ -24,9 +24,11 @@ import pyarrow as pa
 
 from saeflow import activations, arrays, tokens
 from saeflow.config import FeedConfig
-from saeflow.feed import Feed, plan_epoch
+from saeflow.feed import Feed
 from saeflow.model import Site
+from saeflow.plan import plan_epoch
 from saeflow.store import Artefact, Store
+from saeflow.used import Used
 from tests.benchmarks._bars import Bar, arguments, report
 
 LENGTH, WIDTH, PART_SEQUENCES = 256, 512, 512
@@ -40,12 +42,13 @@ def make_store(folder: Path, n_bytes: int) -> None:
     """Parts of 128 MiB of float16 noise; 8 sequences a document."""
     store = Store.create(folder)
     source, target = artefacts(store)
-    source.begin({"context_length": LENGTH})
+    source.begin({"context_length": LENGTH, "packing": "concatenated"})
     target.begin({"stored": [[SITE.name, WIDTH]]}, [source.id])
     noise = np.random.default_rng(0).standard_normal((PART_SEQUENCES, LENGTH, WIDTH), np.float32).astype(np.float16)
     for index in range(n_bytes // (PART_SEQUENCES * SEQUENCE_BYTES)):
         n = PART_SEQUENCES
-        counts = {"first_sequence": index * n, "n_sequences": n, "n_train_sequences": n, "n_tokens": n * LENGTH}
+        counts = {"first_sequence": index * n, "n_sequences": n, "n_train_sequences": n, "n_tokens": n * LENGTH,
+                  "n_train_tokens": n * LENGTH}  # fmt: skip
         owners = np.repeat(np.arange(n) // 8, LENGTH).reshape(n, LENGTH) + index * n
         packed = tokens.Packed(np.zeros((n, LENGTH), np.int32), owners)
         tokens.write_part(source, index, counts, packed, pa.table({"document_id": np.unique(owners)}))
@@ -63,13 +66,14 @@ def artefacts(store: Store) -> tuple[Artefact, Artefact]:
 
 
 def open_feed(folder: Path, pool_bytes: int) -> Feed:
-    return Feed(*artefacts(Store.open(folder)), SITE, FeedConfig(pool_bytes=pool_bytes))
+    source, target = artefacts(Store.open(folder))
+    return Feed(Used(source), target, SITE, FeedConfig(pool_bytes=pool_bytes))
 
 
 def mapped_chunks(feed: Feed) -> Callable[[int], list[np.ndarray]]:
     """A block's rows (n, D) where they lie in the shard files: chunk after chunk, each with four bytes of checksum."""
     files = {}
-    for index, array in feed.arrays.items():
+    for (index, _), array in feed.arrays.items():
         part = next(b.part for b in feed.blocks if b.part.index == index)
         folder = feed.target.part_path(part) / SITE.file / "c"
         shards = sorted(folder.glob("*/0/0"), key=lambda path: int(path.relative_to(folder).parts[0]))
@@ -78,7 +82,7 @@ def mapped_chunks(feed: Feed) -> Callable[[int], list[np.ndarray]]:
     def chunks(number: int) -> list[np.ndarray]:
         block = feed.blocks[number]
         array, shards = files[block.part.index]
-        chunk, per_shard = array.chunks[0], array.shards[0]
+        chunk, per_shard = array.chunk, array.shard
         pieces = []
         for first in range(block.start, block.stop, chunk):
             at = first % per_shard // chunk * (chunk * SEQUENCE_BYTES + 4)
