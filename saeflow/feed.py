@@ -10,8 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from dask.base import compute
-from dask.delayed import delayed
+from dask.threaded import get
 from torch import Tensor
 
 from saeflow.arrays import ITEM_BYTES, Stored, open_site
@@ -133,7 +132,7 @@ class Feed:
         )
 
     def batches(self, skip: int = 0) -> Generator[Tensor, None, None]:
-        """Batches (B, D) float32 of the first site without end, one epoch after the other, after `skip` batches."""
+        """Batches (B, D) of the first site, in the precision of the disk, without end, beginning after `skip` batches."""
         aligned = self.aligned(skip)
         try:
             for values in aligned:
@@ -146,17 +145,13 @@ class Feed:
         planned = self._planned(skip)
         n_rows = min(self.pool_blocks, len(self.blocks)) * self.stride
         halves = itertools.cycle([self._room(n_rows), self._room(n_rows)])
-        batch = self._room(self.config.batch_rows)
         with ThreadPoolExecutor(1, "saeflow-feed") as ahead:
             pending = self._submit(ahead, planned, halves)
             while pending is not None:
                 values, batches = pending.result()
                 pending = self._submit(ahead, planned, halves)
                 for places in batches:
-                    yield tuple(
-                        torch.index_select(each, 0, places, out=room[: len(places)]).to(torch.float32, copy=True)
-                        for each, room in zip(values, batch, strict=True)
-                    )
+                    yield tuple(_taken(each, places) for each in values)
 
     def _room(self, n_rows: int) -> list[Tensor]:
         """Memory that is filled again and again: getting fresh pages takes longer than filling them."""
@@ -177,16 +172,16 @@ class Feed:
 
     def _submit(
         self, ahead: ThreadPoolExecutor, planned: Iterator[Pool], halves: Iterator[list[Tensor]]
-    ) -> Future[tuple[list[Tensor], list[Tensor]]] | None:
+    ) -> Future[tuple[list[Tensor], list[np.ndarray]]] | None:
         pool = next(planned, None)
         return None if pool is None else ahead.submit(self._read, pool, next(halves))
 
-    def _read(self, pool: Pool, room: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _read(self, pool: Pool, room: list[Tensor]) -> tuple[list[Tensor], list[np.ndarray]]:
         """The pool's values by site, blocks end to end, and its batches as places in them."""
         values, starts = self._values(pool.blocks, room)
         shift = starts - pool.blocks * self.stride
         places = [batch + shift[np.searchsorted(pool.blocks, batch // self.stride)] for batch in pool.batches]
-        return values, [torch.from_numpy(place) for place in places]
+        return values, places
 
     def _values(self, numbers: np.ndarray, room: list[Tensor]) -> tuple[list[Tensor], np.ndarray]:
         """Values of the blocks in `room`, and where each begins. A store that fits in one pool is read once."""
@@ -196,9 +191,13 @@ class Feed:
         ends = self.counts[numbers].cumsum()
         starts = np.concatenate([[0], ends[:-1]])
         values = [each[: int(ends[-1])] for each in room]
-        read = delayed(self._read_block)
-        tasks = [read(block, [each[a:b] for each in values]) for block, a, b in zip(blocks, starts, ends, strict=True)]
-        compute(*tasks, scheduler="threads", num_workers=_READERS)
+
+        def read(place: int) -> None:
+            self._read_block(blocks[place], [each[starts[place] : ends[place]] for each in values])
+
+        # A bare graph of numbers: `delayed` would look into every tensor handed to it, which takes longer than reading.
+        names = [f"block-{place}" for place in range(len(blocks))]
+        get({name: (read, place) for place, name in enumerate(names)}, names, num_workers=_READERS)
         if len(blocks) == len(self.blocks):
             self._kept = blocks, values, starts
         return values, starts
@@ -243,6 +242,12 @@ class Feed:
         sampled = int(sizes.sum())
         others = float((sizes * (sizes - 1)).sum()) / max(sampled, 1)
         return others * (self.config.batch_rows - 1) / max(self.n_rows - 1, 1)
+
+
+def _taken(values: Tensor, places: np.ndarray) -> Tensor:
+    """Rows of a pool, by one core: torch would call all of them away from reading ahead."""
+    bits = values.view(torch.int16 if values.dtype.itemsize == 2 else torch.int32).numpy()
+    return torch.from_numpy(np.take(bits, places, axis=0)).view(values.dtype)
 
 
 def held_out_rows(used: Used, target: Artefact, site: Site, max_tokens: int) -> Iterator[Tensor]:

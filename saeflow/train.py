@@ -118,7 +118,8 @@ class Training:
         """One optimiser step on a batch (B, D) in raw units."""
         for group in self.adam.param_groups:
             group["lr"] = learning_rate(self.step, self.n_steps, self.config)
-        loss, info = self.sae.training_loss(batch * self.scale, self.config.aux_weight, self.config.dead_after_tokens)
+        x = batch.float() * self.scale
+        loss, info = self.sae.training_loss(x, self.config.aux_weight, self.config.dead_after_tokens)
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"The loss is {loss.item()} at step {self.step}. Lower train.lr (it is {self.config.lr}), "
@@ -129,7 +130,7 @@ class Training:
         self.adam.step()
         self.sae.after_step()
         if self.step in self._resample_steps:
-            resample(self.sae, self.adam, batch * self.scale, self.config.dead_after_tokens, seed=self.step)
+            resample(self.sae, self.adam, x, self.config.dead_after_tokens, seed=self.step)
         if self.step % self.config.log_every == 0 or self.step == self.n_steps - 1:
             self.log.append(self._row(loss.item(), info, len(batch)))
         self.step += 1
@@ -207,7 +208,7 @@ def sample(feed: Feed) -> Tensor:
     """Shuffled rows (n, D) float32 from the first pool of the first epoch."""
     rows: list[Tensor] = []
     for batch in feed.batches():
-        rows.append(batch)
+        rows.append(batch.float())
         if sum(map(len, rows)) >= min(_SAMPLE_ROWS, feed.n_rows):
             break
     return torch.cat(rows)
