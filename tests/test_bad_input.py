@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from saeflow import config
 from saeflow.store import Store
 from tests.conftest import Finished
 from tests.small_pipeline import (
@@ -179,7 +180,7 @@ def test_a_store_made_by_a_newer_saeflow(
         said = saeflow(*command, "--store", store)
         if command[0] == "ask" and said.code == 0:  # other runs can still be asked
             continue
-        refused(said, str(path), "format version 99", "reads up to 1", "upgrade")
+        refused(said, str(path), "format version 99", f"reads up to {config.FORMAT_VERSION}", "upgrade")
     assert tree(store) == before
 
 
