@@ -13,7 +13,7 @@ from saeflow import pipeline, queries
 from saeflow.config import FORMAT_VERSION, Recipe, load_recipe
 from saeflow.disk import read_json
 from saeflow.forget import forget
-from saeflow.integrity import upgrade, verify
+from saeflow.integrity import garbage, remove, upgrade, verify
 from saeflow.store import Store
 from tests.small_pipeline import quiet, tree
 
@@ -62,17 +62,16 @@ def test_running_the_recipe_again_on_an_old_store_works_on_nothing_finished(old:
     assert after.keys() >= before.keys()
 
 
-def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store, recipe: Recipe) -> None:
+def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store) -> None:
     before = rows(old, FIGURES)
-    assert upgrade(old)
+    assert len(upgrade(old)) == len(old.artefacts())
     assert list(verify(old, full=True)) == []
+    for garbage_found in list(garbage(old, grace_seconds=0)):  # the generation before
+        remove(garbage_found)
     versions = {read_json(path).get("format_version") for path in old.root.rglob("*.json") if path.name != "zarr.json"}
     assert versions <= {FORMAT_VERSION, None}
     assert rows(old, FIGURES) == before
-    assert upgrade(old) == []
-    after = tree(old.root)
-    pipeline.run(Store.create(old.root), recipe, quiet())
-    assert tree(old.root) == after
+    assert "already" in upgrade(old)[0]
 
 
 @pytest.mark.parametrize("upgraded", [False, True], ids=["as it was", "upgraded"])
