@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from saeflow import tokens
-from saeflow.arrays import ITEM_BYTES, Writer, plan_layout, stored
+from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
 from saeflow.disk import checksum
 from saeflow.model import Site, SiteReader, load_model, model_fingerprint, resolve_sites
 from saeflow.parallel import in_order, keep_freed_memory, n_threads
 from saeflow.progress import Bar, Progress
 from saeflow.store import Artefact, Job, PartRecord, Store
+from saeflow.writer import Writer, stored
 
 _QUEUE = 4
 """Forward batches waiting for the disk before the model has to wait."""
@@ -91,8 +92,9 @@ class Collector:
             read = reader.read(torch.from_numpy(vocab_ids[rows]), padding)
             return [stored(read[site.name], self.config, part, rows.start) for site in self.sites]
 
+        known: dict[str, str] = {}
         with (
-            self.target.new_part(part.index, dict(part.counts), {"tokens": part.folder}) as folder,
+            self.target.new_part(part.index, dict(part.counts), {"tokens": part.folder}, known) as folder,
             contextlib.closing(reader),
         ):
             writers = [
@@ -110,6 +112,7 @@ class Collector:
                     future.result()
             for writer in writers:
                 writer.close()
+                known |= {f"{writer.path.name}/{name}": found for name, found in writer.checksums.items()}
         return self.target.made[part.index]
 
 

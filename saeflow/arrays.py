@@ -1,4 +1,4 @@
-"""Arrays [sequence, position, width] on disk: how they are cut, written a shard at a time, and read."""
+"""Arrays [sequence, position, width] on disk: how they are cut, and read with every byte checked."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor
-from zarr.codecs import Crc32cCodec
 
-from saeflow.config import ActivationsConfig, UserError
+from saeflow.config import ActivationsConfig
 from saeflow.model import Site
 from saeflow.store import Artefact, Damaged, PartRecord
 
@@ -40,69 +39,6 @@ def plan_layout(n_sequences: int, length: int, width: int, config: ActivationsCo
     chunk = max(1, min(n_sequences, config.chunk_bytes // row_bytes))
     shard = max(1, min(-(-n_sequences // chunk), config.shard_bytes // (chunk * row_bytes))) * chunk
     return Layout((n_sequences, length, width), chunk, shard)
-
-
-class Writer:
-    """Fills one array from its beginning, a whole shard at a time."""
-
-    def __init__(self, path: Path, layout: Layout, dtype: str) -> None:
-        self.layout, self.rows, self.at = layout, 0, 0
-        stored = {"bfloat16": "uint16"}.get(dtype, dtype)
-        self.array = zarr.create_array(
-            path, shape=layout.shape, dtype=stored,
-            chunks=(layout.chunk, *layout.shape[1:]), shards=(layout.shard, *layout.shape[1:]),
-            compressors=[Crc32cCodec()], filters=None, fill_value=0,
-            attributes={"dtype": dtype}, dimension_names=("sequence", "position", "width"),
-            config={"write_empty_chunks": True},  # a shard of zeros is there, too: none may be missing
-        )  # fmt: skip
-        self.buffer = np.empty((layout.shard, *layout.shape[1:]), stored)
-
-    def append(self, block: np.ndarray) -> None:
-        while len(block):
-            taken = block[: self.layout.shard - self.rows]
-            self.buffer[self.rows : self.rows + len(taken)] = taken
-            self.rows += len(taken)
-            block = block[len(taken) :]
-            if self.rows == self.layout.shard:
-                self._write()
-
-    def _write(self) -> None:
-        self.array[self.at : self.at + self.rows] = self.buffer[: self.rows]
-        self.at += self.rows
-        self.rows = 0
-
-    def close(self) -> None:
-        if self.rows:
-            self._write()
-        assert self.at == self.layout.shape[0]
-
-
-def stored(values: Tensor, config: ActivationsConfig, part: PartRecord, first: int) -> np.ndarray:
-    """Values (S, T, D) in the precision of the disk. Raises UserError for what it cannot hold."""
-    dtype = getattr(torch, config.dtype)
-    low, high = (extreme.to(dtype).item() for extreme in torch.aminmax(values))  # NaN goes through
-    stored = values.to(dtype).cpu()
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise _not_finite(values.cpu(), stored, config, part, first)
-    return (stored.view(torch.uint16) if config.dtype == "bfloat16" else stored).numpy()
-
-
-def _not_finite(values: Tensor, stored: Tensor, config: ActivationsConfig, part: PartRecord, first: int) -> UserError:
-    sequence, position, neuron = (int(i) for i in (~torch.isfinite(stored)).nonzero()[0])
-    where = (
-        f"part {part.index}, row {part.counts['first_sequence'] + first + sequence} "
-        f"(position {position}, neuron {neuron})"
-    )
-    value = values[sequence, position, neuron].item()
-    if math.isfinite(value):
-        return UserError(
-            f"An activation of {value:.6g} in {where} overflows {config.dtype}.\n"
-            'Set activations.dtype to "bfloat16" or "float32".'
-        )
-    return UserError(
-        f"An activation in {where} is {value}; nothing of this part was stored.\n"
-        'Check the model or the table; for a model run in float16 set model.dtype = "float32".'
-    )
 
 
 class Stored:
@@ -166,7 +102,7 @@ class Stored:
         """Rows of one chunk from `skip` on; the whole chunk is checked."""
         size = self.chunk * self._row_bytes
         offset, n_bytes = self._places(file, shard)[number % (self.shard // self.chunk)]
-        if offset == n_bytes == _EMPTY:
+        if offset == n_bytes == EMPTY:
             out[:] = 0
             return
         if n_bytes != size + 4:
@@ -192,8 +128,8 @@ class Stored:
         return self._index[shard]
 
 
-_EMPTY = 2**64 - 1
-"""In a shard's index: a chunk of zeros that was not written (zarr-specs, sharding-indexed). Our Writer writes them."""
+EMPTY = 2**64 - 1
+"""In a shard's index: a chunk of zeros that was not written, or beyond the end of the array (zarr-specs, sharding-indexed)."""
 _PIECE_BYTES = 512 << 10
 """Read and checked at once, so that the check finds the bytes still in the processor's cache."""
 

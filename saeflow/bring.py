@@ -8,13 +8,14 @@ import torch
 
 from saeflow import brought, tokens
 from saeflow.activations import artefact, brought_facts, facts, skipped, tokens_artefact
-from saeflow.arrays import Writer, plan_layout, stored
+from saeflow.arrays import plan_layout
 from saeflow.config import Recipe
 from saeflow.model import Site
 from saeflow.parallel import n_threads
 from saeflow.progress import Progress
 from saeflow.store import Artefact, PartRecord, Store
 from saeflow.vocab import write_vocab
+from saeflow.writer import Writer, stored
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Artefact]:

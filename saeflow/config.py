@@ -51,6 +51,12 @@ class CorpusConfig(Section):
     text: str = Field("text", description="Column that holds the text.")
     key: str | None = Field(None, description="Column that names a document; default `key`, then file and row.")
     dedup: bool = Field(False, description="Keep only the first of documents with equal text.")
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the documents read, chosen by hash of their key; raise it later to append.",
+    )
     held_out: Share = Field(0.05, description="Share of documents kept for evaluation, chosen by hash of their key.")
     seed: int = Field(0, description="Seed of that choice.")
 
@@ -325,8 +331,8 @@ _SINCE_2 = {"skip_positions", "skip_special", "token_ids", "compression"}
 
 
 def facts_of(section: Section) -> dict[str, Any]:
-    """The section's settings for a fingerprint."""
-    data = section.model_dump(mode="json")
+    """The section's settings for a fingerprint; how much of a corpus is read does not count."""
+    data = section.model_dump(mode="json", exclude={"share"})
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(section).model_fields.items()
     }

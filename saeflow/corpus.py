@@ -53,8 +53,12 @@ class Corpus:
 
 def is_held_out(key: str, seed: int, share: float) -> bool:
     """Is this document kept for evaluation? Depends on its key alone, so it never changes on append."""
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < share
+    return _hashed(f"{seed}:{key}") < share
+
+
+def _hashed(text: str) -> float:
+    """A number in [0, 1) that is the same for the same text, evenly spread over texts."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:
@@ -80,7 +84,8 @@ def signature(config: CorpusConfig) -> str | None:
         else:
             about = Path(path).stat()
             found.append((path, f"{about.st_size} {about.st_mtime_ns}"))
-    return hashlib.blake2b(repr(sorted(found)).encode(), digest_size=8).hexdigest()
+    seen = repr(sorted(found)) + (f" {config.share}" if config.share < 1 else "")
+    return hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()
 
 
 def _checked(documents: Iterator[Document], config: CorpusConfig) -> Iterator[Document]:
@@ -90,6 +95,8 @@ def _checked(documents: Iterator[Document], config: CorpusConfig) -> Iterator[Do
     try:
         for document in documents:
             n_documents += 1
+            if config.share < 1 and _hashed(f"share:{document.key}") >= config.share:
+                continue
             if config.dedup:
                 if document.content_hash in seen:
                     continue

@@ -52,9 +52,15 @@ def load_model(config: ModelConfig) -> nn.Module:
     about = _load(transformers.AutoConfig.from_pretrained, config)
     named = getattr(about, "architectures", None) or []
     loader = getattr(transformers, named[0], None) if named else None
-    model = _load((loader or transformers.AutoModel).from_pretrained, config, dtype=getattr(torch, config.dtype))
+    fallback = transformers.AutoModelForCausalLM if is_gguf(config.path) else transformers.AutoModel
+    model = _load((loader or fallback).from_pretrained, config, dtype=getattr(torch, config.dtype))
     ready: nn.Module = model.eval().requires_grad_(False).to(device(config.device))
     return ready
+
+
+def is_gguf(path: str) -> bool:
+    """A single file of quantised weights with its tokenizer, as llama.cpp keeps them."""
+    return path.endswith(".gguf")
 
 
 def device(name: str) -> torch.device:
@@ -69,24 +75,46 @@ def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> An
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    local = Path(config.path).exists()
+    path, local = Path(config.path), Path(config.path).exists()
+    options |= {"revision": config.revision, "trust_remote_code": False, "local_files_only": local}
+    if is_gguf(config.path):
+        options["gguf_file"] = path.name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return loader(
-                config.path, revision=config.revision, trust_remote_code=False, local_files_only=local, **options
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        what = "a folder without a Hugging Face model" if local else "neither a local folder nor a model on the hub"
-        raise UserError(
-            f"model.path is {config.path!r}: {what} ({str(error).splitlines()[0][:200]}).\n"
-            "Name a folder with config.json, model.safetensors and tokenizer.json, or a hub name such as openai/gpt2."
-        ) from error
+            return loader(str(path.parent) if is_gguf(config.path) else config.path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(_why_not(config, local, error)) from error
+
+
+def _why_not(config: ModelConfig, local: bool, error: Exception) -> str:
+    """Why a model was not loaded, and the way out."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    said = f"model.path is {config.path!r}"
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    causes = [error, error.__cause__, error.__context__]
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"{said}: its owner lets in only those who accepted the licence.\n"
+            f"Accept it at https://huggingface.co/{config.path} and set HF_TOKEN to a token of that account."
+        )
+    if isinstance(error, ImportError) and is_gguf(config.path):
+        return f"{said}: GGUF files need two more packages. Install them: pip install gguf accelerate"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        reason = "the hub has no such model, or a private one that HF_TOKEN does not open"
+    what = "a folder without a Hugging Face model" if local else "neither a local folder nor a model on the hub"
+    return (
+        f"{said}: {what} ({reason}).\nName a folder with config.json, model.safetensors and tokenizer.json, "
+        "a .gguf file, or a hub name such as openai/gpt2."
+    )
 
 
 def model_fingerprint(config: ModelConfig) -> str:
     """Stands for the files of a local model, or for the commit of one on the hub."""
     folder = Path(config.path)
+    if folder.is_file():
+        return fingerprint(folder.name, _known_checksum(folder, folder.stat().st_mtime_ns), config.dtype)
     if folder.is_dir():
         files = sorted({path for pattern in _IDENTITY_FILES for path in folder.glob(pattern)})
         return fingerprint(

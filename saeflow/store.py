@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -190,16 +191,20 @@ class Artefact:
         return self.path / "parts" / part.folder
 
     @contextlib.contextmanager
-    def new_part(self, index: int, counts: dict[str, int], inputs: dict[str, str] | None = None) -> Iterator[Path]:
+    def new_part(
+        self, index: int, counts: dict[str, int], inputs: dict[str, str] | None = None,
+        checksums: Mapping[str, str] | None = None,
+    ) -> Iterator[Path]:  # fmt: skip
         """A folder to fill; on a clean exit it becomes the part, checksummed and flushed to disk.
 
-        `counts` may still be changed inside the block.
+        `counts` may still be changed inside the block, and `checksums` be filled: those of files that need not be
+        read again, by name.
         """
         folder = self.work / f"{index:06d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder
-        files = _file_records(folder)
+        files = _file_records(folder, checksums or {})
         record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
         write_record(folder / "part.json", record)
         flush_tree(folder)
@@ -529,10 +534,10 @@ def _listed(generation: Generation) -> pa.Table:
     )
 
 
-def _file_records(folder: Path) -> list[FileRecord]:
-    return [_file_record(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]
+def _file_records(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> list[FileRecord]:
+    return [_file_record(folder, path, known) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def _file_record(folder: Path, path: Path) -> FileRecord:
+def _file_record(folder: Path, path: Path, known: Mapping[str, str] = MappingProxyType({})) -> FileRecord:
     name = path.relative_to(folder).as_posix()
-    return FileRecord(name=name, n_bytes=path.stat().st_size, checksum=checksum(path))
+    return FileRecord(name=name, n_bytes=path.stat().st_size, checksum=known.get(name) or checksum(path))

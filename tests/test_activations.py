@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+import zarr
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zarr.codecs import Crc32cCodec
 
 from saeflow import activations, arrays, bring, store, tokens
 from saeflow.config import ActivationsConfig, UserError, parse_recipe
+from saeflow.disk import checksum
 from saeflow.model import Site, load_model
 from saeflow.store import Store
+from saeflow.writer import Writer
 from tests.small_pipeline import (
     CONTEXT_LENGTH,
     SITE,
@@ -165,7 +171,7 @@ def test_a_flipped_byte_is_noticed_where_a_shard_is_read_in_part(tmp_path):
     config = ActivationsConfig(sites=[SITE], chunk_bytes=2 * 8 * 4 * 2, shard_bytes=8 * 8 * 4 * 2)
     layout = arrays.plan_layout(8, 8, 4, config)
     assert (layout.chunk, layout.shard) == (2, 8)
-    writer = arrays.Writer(tmp_path / f"{SITE}.zarr", layout, "float16")
+    writer = Writer(tmp_path / f"{SITE}.zarr", layout, "float16")
     writer.append(np.ones((8, 8, 4), np.float16))
     writer.close()
     shard = tmp_path / f"{SITE}.zarr" / "c" / "0" / "0" / "0"
@@ -175,6 +181,44 @@ def test_a_flipped_byte_is_noticed_where_a_shard_is_read_in_part(tmp_path):
     whole = SimpleNamespace(part_path=lambda part: tmp_path)
     with pytest.raises(UserError, match="checksum"):
         arrays.open_site(whole, None, Site(SITE, 4)).read(slice(0, 2))
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(1, 40), chunk=st.integers(1, 9), per_shard=st.integers(1, 5), batch=st.integers(1, 12))
+def test_shards_hold_the_bytes_that_zarr_would_write(tmp_path, n, chunk, per_shard, batch):
+    values = np.random.default_rng(n).normal(size=(n, 3, 5)).astype(np.float16)
+    mine, theirs = tmp_path / "mine.zarr", tmp_path / "theirs.zarr"
+    for path in (mine, theirs):
+        shutil.rmtree(path, ignore_errors=True)
+    writer = Writer(mine, arrays.Layout(values.shape, chunk, chunk * per_shard), "float16")
+    for start in range(0, n, batch):
+        writer.append(values[start : start + batch])
+    writer.close()
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        array = zarr.create_array(
+            theirs, shape=values.shape, dtype="float16", chunks=(chunk, 3, 5), shards=(chunk * per_shard, 3, 5),
+            compressors=[Crc32cCodec()], filters=None, fill_value=0,
+        )  # fmt: skip
+        array[:] = values
+    assert tree(mine / "c") == tree(theirs / "c")
+    assert (zarr.open_array(mine)[:] == values).all()
+    assert writer.checksums == {f"c/{name}": checksum(mine / "c" / name) for name in tree(mine / "c")}
+
+
+def test_a_disk_that_cannot_be_written_past_its_cache_is_written_through_it(tmp_path, monkeypatch):
+    real = os.open
+
+    def refusing(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr("os.open", refusing)
+    values = np.ones((4, 2, 3), np.float16)
+    writer = Writer(tmp_path / "a.zarr", arrays.Layout(values.shape, 2, 4), "float16")
+    writer.append(values)
+    writer.close()
+    assert (zarr.open_array(tmp_path / "a.zarr")[:] == values).all()
 
 
 def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:

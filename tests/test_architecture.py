@@ -30,6 +30,7 @@ ORDER = [
     "tokens",
     "brought",
     "arrays",
+    "writer",
     "activations",
     "bring",
     "plan",

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow.config import CorpusConfig, UserError
-from saeflow.corpus import Document, is_held_out, open_corpus
+from saeflow.config import CorpusConfig, UserError, facts_of
+from saeflow.corpus import Document, is_held_out, open_corpus, signature
 from tests.small_pipeline import SCRIPTS
 
 TEXTS = {key: text for key, text in SCRIPTS.items() if text}
@@ -214,6 +214,27 @@ def test_formats_are_not_mixed(tmp_path):
 def test_a_corpus_setting_that_cannot_work_is_said_plainly(settings, says):
     with pytest.raises(UserError, match=says):
         read(**settings)
+
+
+def test_a_share_of_the_documents_is_part_of_every_larger_share(tmp_path):
+    rows = [{"key": str(n), "text": f"text {n}"} for n in range(400)]
+    path = tmp_path / "corpus.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    read = {
+        share: {d.key for d in open_corpus(CorpusConfig(files=[str(path)], share=share)).documents}
+        for share in (0.1, 0.5, 1.0)
+    }
+    assert read[0.1] < read[0.5] < read[1.0] == {row["key"] for row in rows}
+    assert 20 < len(read[0.1]) < 70
+    assert 160 < len(read[0.5]) < 240
+
+
+def test_raising_the_share_reads_the_corpus_again_and_keeps_its_name(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    few, more = (CorpusConfig(files=[str(path)], share=share) for share in (0.1, 0.5))
+    assert signature(few) != signature(more)
+    assert facts_of(few) == facts_of(more)
 
 
 def test_the_held_out_share_is_about_right_and_grows_with_the_share():

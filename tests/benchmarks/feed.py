@@ -29,6 +29,7 @@ from saeflow.model import Site
 from saeflow.plan import plan_epoch
 from saeflow.store import Artefact, Store
 from saeflow.used import Used
+from saeflow.writer import Writer
 from tests.benchmarks._bars import Bar, arguments, report
 
 LENGTH, WIDTH, PART_SEQUENCES = 256, 512, 512
@@ -54,7 +55,7 @@ def make_store(folder: Path, n_bytes: int) -> None:
         tokens.write_part(source, index, counts, packed, pa.table({"document_id": np.unique(owners)}))
         config = activations.ActivationsConfig(sites=[SITE.name])
         with target.new_part(index, counts) as place:
-            writer = arrays.Writer(place / SITE.file, arrays.plan_layout(n, LENGTH, WIDTH, config), "float16")
+            writer = Writer(place / SITE.file, arrays.plan_layout(n, LENGTH, WIDTH, config), "float16")
             writer.append(np.roll(noise, index, axis=0))
             writer.close()
     for item in (source, target):
