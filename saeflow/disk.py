@@ -31,7 +31,7 @@ def checksum(path: Path) -> str:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, flushed, when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.new")
     yield temporary
     flush(temporary)
@@ -61,13 +61,21 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """The folder, and what is missing above it; a power cut does not take them away again."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        flush(folder.parent)
+
+
 def flush_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         flush(path)
 
 
 def rename(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     os.rename(source, target)
     flush(target.parent)
     flush(source.parent)

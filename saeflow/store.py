@@ -29,7 +29,17 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from saeflow.config import FORMAT_VERSION, Recipe, UserError
-from saeflow.disk import checksum, flush_tree, human_bytes, json_text, read_json, rename, replacing, write_json
+from saeflow.disk import (
+    checksum,
+    flush_tree,
+    human_bytes,
+    json_text,
+    make_folder,
+    read_json,
+    rename,
+    replacing,
+    write_json,
+)
 
 Kind = Literal["tokens", "activations", "saes", "features"]
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -176,7 +186,7 @@ class Artefact:
         if self.exists():
             _ = self.record  # refuses a newer format
             return
-        (self.path / "parts").mkdir(parents=True, exist_ok=True)
+        make_folder(self.path / "parts")
         record = ArtefactRecord(
             kind=self.kind, name=self.name, fp=self.fp, facts=facts, inputs=list(inputs),
             files=[_file_record(self.path, self.path / name) for name in files],
@@ -258,9 +268,9 @@ class Artefact:
         if current is not None and (current.parts, current.hidden) == (ordered, hidden):
             return current
         fresh = Generation(current.number + 1 if current else 1, ordered, hidden)
+        write_provenance(self.path, provenance or {})
         with replacing(self.list_path(fresh.number)) as temporary:
             pq.write_table(_listed(fresh), temporary)
-        write_provenance(self.path, provenance or {})
         self._show(fresh.number)
         self._clear_unseen()
         return fresh
@@ -375,7 +385,7 @@ class Store:
         """Open for writing, making the folder if needed. Raises UserError where that cannot be."""
         store = cls(Path(root).absolute())
         try:
-            (store.root / "tmp").mkdir(parents=True, exist_ok=True)
+            make_folder(store.root / "tmp")
             probe = store.root / "tmp" / f".writable-{os.getpid()}"
             probe.touch()
             probe.unlink()

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from saeflow import corpus
 from saeflow.config import CorpusConfig, ModelConfig, Recipe, TokensConfig, UserError, facts_of, fingerprint
-from saeflow.disk import read_json
+from saeflow.disk import make_folder, read_json
 from saeflow.ledger import Entry, Ledger, merged
 from saeflow.model import load_tokenizer, model_fingerprint
 from saeflow.progress import Bar, Progress
@@ -123,7 +123,7 @@ def _open_maker(target: Artefact, recipe: Recipe) -> _Maker:
     assert recipe.model is not None
     assert recipe.corpus is not None
     tokenizer = load_tokenizer(recipe.model)
-    target.path.mkdir(parents=True, exist_ok=True)
+    make_folder(target.path)
     write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), tokenizer.all_special_ids)
     target.begin(facts(recipe), files=["vocab.parquet"])
     return _Maker(target, tokenizer, recipe.corpus, recipe.tokens)

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from saeflow import config
-from saeflow.store import Store
+from saeflow import activations, config
+from saeflow.progress import Bar
+from saeflow.store import PartRecord, Store
 from tests.conftest import Finished
 from tests.small_pipeline import (
     Ingredients,
@@ -248,8 +249,12 @@ def test_too_little_disk_for_the_forecast(
     assert published(disk.root / "store") == ["tokens"]
 
 
-@pytest.mark.parametrize("stage", ["tokens", "train", "encode", "evaluate"])
+STAGES = ["tokens", "collect", "train", "encode", "evaluate"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_disk_that_fills_up_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
     stage: str,
     saeflow: Command,
     disk: Disk,
@@ -259,16 +264,33 @@ def test_a_disk_that_fills_up_loses_nothing(
 ) -> None:
     recipe = write_recipe(tmp_path / "r.toml", recipe_data(ingredients))
     store = disk.root / "store"
-    stages = ["tokens", "collect", "train", "encode", "evaluate"]
     Store.create(store)
-    for earlier in stages[: stages.index(stage)]:
+    for earlier in STAGES[: STAGES.index(stage)]:
         assert saeflow(earlier, recipe, "--store", store, "-q").code == 0
     before = tree(store)
-    disk.leave(0 if stage == "evaluate" else 150 << 10 if stage == "encode" else 16 << 10)
+    if stage == "collect":
+        fill_after_first_part(monkeypatch, disk)
+    else:
+        disk.leave(0 if stage == "evaluate" else 150 << 10 if stage == "encode" else 16 << 10)
     said = saeflow(stage, recipe, "--store", store, "-q")
     refused(said, "No space left on device", "Finished parts are safe", "run the same command again")
     after = tree(store)
     assert {name: after.get(name) for name in before} == before
+    if stage == "collect":
+        assert len(list(store.glob("activations/*/parts/*"))) == 1
     disk.filler.unlink()
+    monkeypatch.undo()
     assert saeflow("run", "-q", recipe, "--store", store).code == 0
     assert tree(store) == tree(finished.store.root)
+
+
+def fill_after_first_part(monkeypatch: pytest.MonkeyPatch, disk: Disk) -> None:
+    """Somebody else takes the disk while activations are collected: the check before the work saw room enough."""
+    collect = activations.Collector.collect
+
+    def filling(self: activations.Collector, part: PartRecord, bar: Bar) -> PartRecord:
+        if self.target.part_folders():
+            disk.leave(16 << 10)
+        return collect(self, part, bar)
+
+    monkeypatch.setattr(activations.Collector, "collect", filling)

@@ -15,8 +15,11 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
@@ -132,23 +135,30 @@ class Strike:
         os.kill(os.getpid(), getattr(signal, self.case.fault))
 
 
-def command(arguments: list[str], log: Path, case: Case | None, root: Path) -> None:
-    """What `saeflow ARGUMENTS` does, in this process, with a fault on its way; the terminal goes to `log`."""
+def watch(case: Case, root: Path) -> None:
+    """Let the fault happen in this process once its point is reached."""
+    from saeflow import sae
+
+    strike = Strike(case, root)
+    sys.addaudithook(strike)
+    after = sae.SparseAutoencoder.after_step
+
+    def after_step(self: sae.SparseAutoencoder) -> None:
+        after(self)
+        strike(STEP, ())
+
+    sae.SparseAutoencoder.after_step = after_step  # type: ignore[method-assign]
+
+
+def command(arguments: list[str], log: Path, prepare: Callable[[], None] | None) -> None:
+    """What `saeflow ARGUMENTS` does, in this process, after `prepare`; the terminal goes to `log`."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from saeflow import cli, sae
+    from saeflow import cli
 
-    if case is not None:
-        strike = Strike(case, root)
-        sys.addaudithook(strike)
-        after = sae.SparseAutoencoder.after_step
-
-        def after_step(self: sae.SparseAutoencoder) -> None:
-            after(self)
-            strike(STEP, ())
-
-        sae.SparseAutoencoder.after_step = after_step  # type: ignore[method-assign]
+    if prepare is not None:
+        prepare()
     sys.argv = ["saeflow", *arguments]
     cli.main()
 
@@ -166,14 +176,20 @@ class Runner:
 
     def run(self, store: Path, case: Case | None = None) -> int | None:
         """The exit code of `saeflow run` into `store`; minus the signal's number where one killed it."""
+        return self.finish(store, self.start(store, partial(watch, case, store) if case else None))
+
+    def start(self, store: Path, prepare: Callable[[], None] | None = None) -> ForkServerProcess:
         arguments = ["run", str(self.recipe), "--store", str(store)]
-        process = self.context.Process(target=command, args=(arguments, self._log(store), case, store))
+        process = self.context.Process(target=command, args=(arguments, self._log(store), prepare))
         process.start()
+        return process
+
+    def finish(self, store: Path, process: ForkServerProcess) -> int | None:
         process.join(240)
         if process.is_alive():
             process.kill()
             process.join()
-            raise TimeoutError(f"{case} did not end:\n{self.said(store)}")
+            raise TimeoutError(f"a run did not end:\n{self.said(store)}")
         return process.exitcode
 
     def said(self, store: Path) -> str:

@@ -1,4 +1,11 @@
-"""All faults, or a tenth of them: `python -m tests.faults [--tenth N] [--only WORDS]`."""
+"""Faults at named points, kills at random instants, power cuts.
+
+python -m tests.faults                       every fault at every named point
+python -m tests.faults --tenth 3             a tenth of them
+python -m tests.faults --only train          those whose name has these words
+python -m tests.faults --random-kills 20     a collection killed so often, resumed each time
+python -m tests.faults --power-cuts 20       about so many power cuts in one run
+"""
 
 from __future__ import annotations
 
@@ -6,10 +13,12 @@ import argparse
 import os
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.faults import CASES, Runner, tenth
+from tests.faults import CASES, Runner, power, tenth
+from tests.faults.kills import collecting_runner, random_kills
+from tests.faults.power import VIEWS, power_cuts
 from tests.small_pipeline import Ingredients, recipe_data, write_recipe
 
 _SHOWN = 6
@@ -17,27 +26,51 @@ _SHOWN = 6
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--tenth", type=int, metavar="N", help="only every tenth case, beginning with the N-th")
     parser.add_argument("--only", default="", metavar="WORDS", help="only cases whose name has these words")
+    parser.add_argument("--random-kills", type=int, metavar="N", help="only kills at N random instants of a collection")
+    parser.add_argument("--power-cuts", type=int, metavar="N", help="only about N power cuts")
+    parser.add_argument("--seed", type=int, default=0, help="of the random instants")
     chosen = parser.parse_args()
-    cases = CASES if chosen.tenth is None else tenth(chosen.tenth)
-    cases = [case for case in cases if chosen.only in case.name]
-    n_failed = 0
     os.environ["PYTHONWARNINGS"] = "ignore"  # multiprocessing counts what the killed ones left behind
     with tempfile.TemporaryDirectory(prefix="saeflow-faults-") as folder:
-        runner = small_runner(Path(folder))
-        for case in cases:
-            began = time.monotonic()
-            problems = runner.problems(case)
-            n_failed += bool(problems)
-            print(f"{'FAILED' if problems else 'passed'}  {time.monotonic() - began:5.1f} s  {case.name}", flush=True)
-            for problem in problems[:_SHOWN]:
-                print(f"        {problem}", flush=True)
-            if len(problems) > _SHOWN:
-                print(f"        and {len(problems) - _SHOWN} more", flush=True)
-    print(f"{len(cases) - n_failed} passed, {n_failed} failed")
+        found = list(map(_said, _results(chosen, Path(folder))))
+    n_failed = sum(found)
+    print(f"{len(found) - n_failed} passed, {n_failed} failed")
     return 1 if n_failed else 0
+
+
+def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Names of cases and what was wrong."""
+    if chosen.random_kills:
+        runner = collecting_runner(folder, 1500)
+        for instant, problems in random_kills(runner, chosen.random_kills, chosen.seed):
+            yield f"a kill {instant:.2f} s into the collection" if instant else "finished after the last kill", problems
+    elif chosen.power_cuts:
+        runner = small_runner(folder)
+        for cut in power_cuts(runner, chosen.power_cuts):
+            for view in VIEWS:
+                yield f"power cut at flush {cut.name}, {view}", power.problems(runner, cut, view)
+    else:
+        cases = CASES if chosen.tenth is None else tenth(chosen.tenth)
+        runner = small_runner(folder)
+        for case in cases:
+            if chosen.only in case.name:
+                yield case.name, runner.problems(case)
+
+
+def _said(result: tuple[str, list[str]]) -> bool:
+    """Print one case; is something wrong?"""
+    name, problems = result
+    print(f"{'FAILED' if problems else 'passed'}  {name}", flush=True)
+    for problem in problems[:_SHOWN]:
+        print(f"        {problem}", flush=True)
+    if len(problems) > _SHOWN:
+        print(f"        and {len(problems) - _SHOWN} more", flush=True)
+    return bool(problems)
 
 
 def small_runner(folder: Path) -> Runner:
