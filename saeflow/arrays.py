@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
 import struct
 import sys
 from dataclasses import dataclass
@@ -18,7 +16,9 @@ import zarr
 from torch import Tensor
 
 from saeflow.config import ActivationsConfig
+from saeflow.disk import Bytes, FileBytes
 from saeflow.model import Site
+from saeflow.objects import Objects
 from saeflow.store import Artefact, Damaged, PartRecord
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -48,10 +48,10 @@ class Stored:
     codecs; zarrs 0.2.3 is quicker, but leaves checksums unread where a shard is read in part.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, objects: Objects | None = None) -> None:
+        self.path, self.objects = path, objects
         try:
-            self.array = zarr.open_array(path, mode="r")
+            self.array = zarr.open_array(objects.zarr(path) if objects else path, mode="r")
             self.dtype: torch.dtype = getattr(torch, str(self.array.attrs["dtype"]))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise _unreadable(path, "it", error) from error
@@ -82,23 +82,27 @@ class Stored:
 
     def _by_zarr(self, rows: slice) -> np.ndarray:
         for shard in range(rows.start // self.shard, -(-rows.stop // self.shard)):
-            if not self._file(shard).is_file():  # zarr would give zeros
-                raise FileNotFoundError(f"{self._file(shard)} is missing")
+            with self._open(shard):  # zarr would give zeros where it is missing
+                pass
         return np.ascontiguousarray(self.array[rows])
 
-    def _file(self, shard: int) -> Path:
-        return self.path / "c" / str(shard) / "0" / "0"
+    def _open(self, shard: int) -> Bytes:
+        """Raises FileNotFoundError."""
+        path = self.path / "c" / str(shard) / "0" / "0"
+        return self.objects.open(path) if self.objects else FileBytes(path)
 
     def _read_plain(self, start: int, stop: int, raw: np.ndarray) -> None:
         for shard in range(start // self.shard, -(-stop // self.shard)):
             first, last = max(start, shard * self.shard), min(stop, (shard + 1) * self.shard)
-            with self._file(shard).open("rb", buffering=0) as file:
-                for number in range(first // self.chunk, -(-last // self.chunk)):
+            with self._open(shard) as opened:
+                numbers = range(first // self.chunk, -(-last // self.chunk))
+                file = opened.ahead(*self._span(opened, shard, numbers))
+                for number in numbers:
                     a, b = max(first, number * self.chunk), min(last, (number + 1) * self.chunk)
                     piece = raw[(a - start) * self._row_bytes : (b - start) * self._row_bytes]
                     self._read_chunk(file, shard, number, a - number * self.chunk, piece)
 
-    def _read_chunk(self, file: io.FileIO, shard: int, number: int, skip: int, out: np.ndarray) -> None:
+    def _read_chunk(self, file: Bytes, shard: int, number: int, skip: int, out: np.ndarray) -> None:
         """Rows of one chunk from `skip` on; the whole chunk is checked."""
         size = self.chunk * self._row_bytes
         offset, n_bytes = self._places(file, shard)[number % (self.shard // self.chunk)]
@@ -111,17 +115,27 @@ class Stored:
         pieces = [np.empty(before, np.uint8), out, np.empty(size - before - len(out), np.uint8)]
         found, at = 0, int(offset)
         for piece in (part for whole in pieces for part in _cut(whole)):
-            if os.preadv(file.fileno(), [piece.data], at) != len(piece):
+            if file.read_into(piece, at) != len(piece):
                 raise ValueError(f"chunk {number} ends too early")
             found, at = google_crc32c.extend(found, piece), at + len(piece)
-        if os.pread(file.fileno(), 4, at) != struct.pack("<I", found):
+        if file.read(at, 4) != struct.pack("<I", found):
             raise ValueError(f"the checksum of chunk {number} is wrong")
 
-    def _places(self, file: io.FileIO, shard: int) -> np.ndarray:
+    def _span(self, file: Bytes, shard: int, numbers: range) -> tuple[int, int]:
+        """Start and length of what the chunks of a shard fill."""
+        per_shard = self.shard // self.chunk
+        places = self._places(file, shard)[[number % per_shard for number in numbers]]
+        written = places[places[:, 0] != EMPTY]
+        if not len(written):
+            return 0, 0
+        start = int(written[:, 0].min())
+        return start, int(written.sum(1).max()) + 4 - start
+
+    def _places(self, file: Bytes, shard: int) -> np.ndarray:
         """Offset and size of every chunk of a shard, from the index at its end."""
         if shard not in self._index:
             n_bytes = self.shard // self.chunk * 16
-            content = os.pread(file.fileno(), n_bytes + 4, os.fstat(file.fileno()).st_size - n_bytes - 4)
+            content = file.read(file.n_bytes - n_bytes - 4, n_bytes + 4)
             if content[n_bytes:] != struct.pack("<I", google_crc32c.value(content[:n_bytes])):
                 raise ValueError("the checksum of the shard's index is wrong")
             self._index[shard] = np.frombuffer(content[:n_bytes], "<u8").reshape(-1, 2)
@@ -157,4 +171,4 @@ def _unreadable(path: Path, what: str, error: Exception) -> Damaged:
 
 def open_site(target: Artefact, part: PartRecord, site: Site) -> Stored:
     """The stored array (S, T, D) of one part."""
-    return Stored(target.part_path(part) / site.file)
+    return Stored(target.part_path(part) / site.file, target.objects)

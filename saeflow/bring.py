@@ -34,6 +34,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Art
         target.begin(facts(store, recipe) | {"stored": [[site.name, site.width]]}, [source.id])
         pieces = sorted(set(table.labels))
         write_vocab(source.path / "vocab.parquet", pieces, [piece.encode() for piece in pieces])
+        source.send(source.path / "vocab.parquet")
         with progress.bar("activations", len(table.labels), "rows") as bar:
             for index, start in enumerate(range(0, len(table.labels), about.part_rows)):
                 _bring_part(source, target, recipe, site, table, pieces, index, start)

@@ -175,7 +175,10 @@ def ls(store: StoreOption = None) -> None:
     table = _table("artefact", "generation", "parts", "tokens", "size", "inputs")
     for artefact in opened.artefacts():
         table.add_row(
-            artefact.id, *_state(artefact), human_bytes(_size(artefact.path)), ", ".join(artefact.record.inputs)
+            artefact.id,
+            *_state(artefact),
+            human_bytes(artefact.footprint(artefact.path)[0]),
+            ", ".join(artefact.record.inputs),
         )
     out.print(table)
 
@@ -187,10 +190,6 @@ def _state(artefact: Artefact) -> tuple[str, str, str]:
     if generation is None:
         return "unfinished", str(len(artefact.parts())), "-"
     return str(generation.number), str(len(generation.parts)), f"{generation.total('n_tokens'):,}"
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @app.command()
@@ -221,7 +220,7 @@ def _find(store: Store, name: str) -> Artefact:
             return artefact
     known = [artefact.id for artefact in artefacts]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.2)
-    raise UserError(f"{store.root} has no artefact {name!r}. Nearest: {', '.join(near) or 'none'}. See `saeflow ls`.")
+    raise UserError(f"{store.name} has no artefact {name!r}. Nearest: {', '.join(near) or 'none'}. See `saeflow ls`.")
 
 
 @app.command()
@@ -253,7 +252,7 @@ def verify(
     elif broken:
         raise UserError("The feature files do not agree. Remove the run's folder and run the recipe again.")
     else:
-        said = f"{len(opened.artefacts())} artefacts in {opened.root}: nothing missing, nothing changed"
+        said = f"{len(opened.artefacts())} artefacts in {opened.name}: nothing missing, nothing changed"
         out.print(said, markup=False, soft_wrap=True)
 
 
@@ -450,7 +449,7 @@ def print_answers(store: Store, recipe: Recipe) -> None:
     """Three SQL answers, each under the command that gives it, and what to try next."""
     from saeflow import answers, features, queries, terminal
 
-    where = f" --store {shlex.quote(str(store.root))}" if "SAEFLOW_STORE" not in os.environ else ""
+    where = f" --store {shlex.quote(store.name)}" if "SAEFLOW_STORE" not in os.environ else ""
     run = features.artefact(store, recipe).id
     with contextlib.closing(queries.connect(store, run)) as connection:
         for answer in answers.first_answers(connection):
@@ -468,7 +467,7 @@ def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:
     def command(recipe: RecipePath, store: StoreOption = None, set_: Set = None) -> None:
         settings = _recipe(recipe, set_)
         opened = _create(store, settings, quiet=False)
-        print_summary(flow(settings, str(opened.root)))
+        print_summary(flow(settings, opened.name))
         print_answers(opened, settings)
 
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -501,13 +500,13 @@ def _recipe(path: Path, changes: list[str] | None) -> Recipe:
 def _create(option: str | None, recipe: Recipe, quiet: bool) -> Store:
     store = Store.create(store_path(option, recipe))
     if not quiet:
-        err.print(f"store: {store.root}", markup=False, soft_wrap=True)
+        err.print(f"store: {store.name}", markup=False, soft_wrap=True)
     return store
 
 
 def _open(option: str | None) -> Store:
     store = Store.open(store_path(option))
-    err.print(f"store: {store.root}", markup=False, soft_wrap=True)
+    err.print(f"store: {store.name}", markup=False, soft_wrap=True)
     return store
 
 

@@ -7,8 +7,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import xxhash
 
 
@@ -18,6 +19,44 @@ def human_bytes(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.1f} TiB"
+
+
+class Bytes(Protocol):
+    """A file or object that is read from anywhere in it, by several threads at once."""
+
+    @property
+    def n_bytes(self) -> int: ...
+    def read_into(self, out: np.ndarray, start: int) -> int: ...
+    def read(self, start: int, n_bytes: int) -> bytes: ...
+    def ahead(self, start: int, n_bytes: int) -> Bytes:
+        """The same, with these bytes in memory where each reading would be a request."""
+        ...
+
+    def __enter__(self) -> Bytes: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+class FileBytes:
+    """A file of this machine. Raises FileNotFoundError."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY)
+        self.n_bytes = os.fstat(self.handle).st_size
+
+    def read_into(self, out: np.ndarray, start: int) -> int:
+        return os.preadv(self.handle, [out.data], start)
+
+    def read(self, start: int, n_bytes: int) -> bytes:
+        return os.pread(self.handle, n_bytes, start)
+
+    def ahead(self, start: int, n_bytes: int) -> FileBytes:
+        return self
+
+    def __enter__(self) -> FileBytes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.handle)
 
 
 def checksum(path: Path) -> str:

@@ -15,11 +15,12 @@ import torch
 
 from saeflow import __version__
 from saeflow.disk import human_bytes
+from saeflow.objects import cache_folder, is_url
 
 PACKAGES = ["torch", "transformers", "zarr", "dask", "pyarrow", "duckdb", "numba", "prefect", "fastapi"]
 
 
-def facts(store: Path) -> Iterator[tuple[str, str]]:
+def facts(store: str) -> Iterator[tuple[str, str]]:
     """Lines of the report: what, and how it is."""
     yield "saeflow", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
@@ -30,8 +31,9 @@ def facts(store: Path) -> Iterator[tuple[str, str]]:
     yield "gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     for name in ("float32", "bfloat16"):
         yield f"{name} product", f"{product_rate(getattr(torch, name)):,.0f} GFLOP/s"
-    here = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
-    yield "disk", f"{human_bytes(shutil.disk_usage(here).free)} free for {store}"
+    folder = (cache_folder(store) if is_url(store) else Path(store)).absolute()
+    here = next(each for each in (folder, *folder.parents) if each.exists())
+    yield "disk", f"{human_bytes(shutil.disk_usage(here).free)} free for {folder}"
 
 
 def problems() -> Iterator[str]:

@@ -90,7 +90,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
         return dict(known)
     train.set_threads(recipe)
-    sae = SparseAutoencoder.load(train.artefact(store, recipe).path)
+    sae = SparseAutoencoder.load(train.artefact(store, recipe).fetched())
     quality = _reconstruction(store, recipe, sae, progress) | _liveness(run_artefact)
     if recipe.model is not None and quality.pop("held_out"):
         mean = quality.pop("mean")
@@ -99,6 +99,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
         quality.pop("mean", None)
         quality.pop("held_out", None)
     write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
+    run_artefact.send(path)
     return quality
 
 
@@ -151,7 +152,7 @@ def _reconstruction(store: Store, recipe: Recipe, sae: SparseAutoencoder, progre
 def _liveness(run_artefact: Artefact) -> dict[str, Any]:
     """Dead features never fire in the whole encoded corpus; dense ones fire at more than a tenth of its tokens."""
     generation = run_artefact.published()
-    paths = [run_artefact.part_path(part) / "feature_stats.parquet" for part in generation.parts]
+    paths = [run_artefact.part_file(part, "feature_stats.parquet") for part in generation.parts]
     n_firing = sum(pq.read_table(path, columns=["n_tokens"]).column(0).to_numpy() for path in paths)
     density = np.asarray(n_firing) / max(generation.total("n_tokens"), 1)
     return {

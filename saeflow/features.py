@@ -187,7 +187,7 @@ def encoder_of(store: Store, target: Artefact, batch_rows: int = 4096) -> Encode
     source, stored, trained = (store.by_id(name) for name in target.record.inputs)
     site = activations.choose_site(stored, target.record.facts["site"])
     used = Used.from_facts(source, target.record.facts)
-    return Encoder(used, stored, target, site, SparseAutoencoder.load(trained.path), batch_rows)
+    return Encoder(used, stored, target, site, SparseAutoencoder.load(trained.fetched()), batch_rows)
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:

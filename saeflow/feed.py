@@ -30,7 +30,7 @@ from saeflow.plan import (
 from saeflow.store import Artefact
 from saeflow.used import Used
 
-_READERS = 2
+_READERS, _OBJECT_READERS = 2, 8
 """Dask threads that read blocks."""
 _SAMPLED_POOLS = 4
 """Pools of which the mixing is looked at."""
@@ -197,7 +197,11 @@ class Feed:
 
         # A bare graph of numbers: `delayed` would look into every tensor handed to it, which takes longer than reading.
         names = [f"block-{place}" for place in range(len(blocks))]
-        get({name: (read, place) for place, name in enumerate(names)}, names, num_workers=_READERS)
+        get(
+            {name: (read, place) for place, name in enumerate(names)},
+            names,
+            num_workers=_OBJECT_READERS if self.target.objects else _READERS,
+        )
         if len(blocks) == len(self.blocks):
             self._kept = blocks, values, starts
         return values, starts

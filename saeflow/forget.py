@@ -63,7 +63,7 @@ def _owned(source: Artefact, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     generation = source.published()
     gone = {d.document_id for each in generation.hidden.values() for d in each if d.reason == "forgotten"}
     for part in generation.parts:
-        table = pq.read_table(source.part_path(part) / "documents.parquet", columns=["document_id", "key", "held_out"])
+        table = pq.read_table(source.part_file(part, "documents.parquet"), columns=["document_id", "key", "held_out"])
         for row in table.filter(pc.is_in(table.column("key"), pa.array(keys, pa.string()))).to_pylist():
             if row["document_id"] not in gone:
                 yield row
@@ -125,8 +125,7 @@ def _changed(generation: Generation, fresh: dict[int, PartRecord]) -> list[int]:
 def _without(source: Artefact, part: PartRecord, hidden: Sequence[Hidden]) -> PartRecord:
     """The part with padding in place of the hidden documents, and their names left out."""
     ids = pa.array([document.document_id for document in hidden], pa.int64())
-    folder = source.part_path(part)
-    tokens, documents = (pq.read_table(folder / name) for name in ("tokens.parquet", "documents.parquet"))
+    tokens, documents = (pq.read_table(source.part_file(part, f"{name}.parquet")) for name in ("tokens", "documents"))
     gone = pc.is_in(tokens.column("document_id"), ids)
     pad = pa.scalar(0, pa.int32())
     tokens = _replaced(tokens, "vocab_id", pc.if_else(gone, pad, tokens.column("vocab_id")))

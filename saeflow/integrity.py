@@ -18,10 +18,8 @@ from saeflow.store import (
     KINDS,
     Artefact,
     Damaged,
-    FileRecord,
     PartRecord,
     Store,
-    missing_files,
     read_checked,
     read_record,
     write_checked,
@@ -56,6 +54,7 @@ def mend_marker(store: Store) -> str | None:
         read_checked(store.root / "store.json")
     except (Damaged, OSError) as error:
         write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
+        store.send(store.root / "store.json")
         return str(error).partition(" is missing")[0] + " was missing or damaged and is written again"
     return None
 
@@ -73,7 +72,7 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
     if not artefact.exists():
         yield f"{artefact.path / 'artefact.json'} is missing"
     try:
-        yield from missing_files(artefact.path, artefact.record.files if artefact.exists() else [], full)
+        yield from artefact.missing_files(artefact.path, artefact.record.files if artefact.exists() else [], full)
         if artefact.generation() is None and artefact.numbers():
             yield f"{artefact.path / 'manifest.json'} is missing"
         if (artefact.path / "quality.json").is_file():
@@ -84,18 +83,22 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
 
 def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator[str]:
     folder = artefact.part_path(part)
-    yield from missing_files(folder, part.files, full)
-    yield from (f"{folder / name} does not belong there" for name in _strangers(folder, part.files) if full)
+    yield from artefact.missing_files(folder, part.files, full)
+    yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part) if full)
     try:
+        if artefact.objects is not None:
+            if not full:  # one request a part would take long
+                return
+            artefact.objects.fetch(folder / "part.json", fresh=True)
         if read_record(folder / "part.json", PartRecord) != part:
             yield f"{folder / 'part.json'} is not the record that was published"
     except (Damaged, OSError):
         yield f"{folder / 'part.json'} is missing or damaged"
 
 
-def _strangers(folder: Path, files: list[FileRecord]) -> list[str]:
-    known = {file.name for file in files} | {"part.json"}
-    return sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - known)
+def _strangers(artefact: Artefact, part: PartRecord) -> list[str]:
+    known = {file.name for file in part.files} | {"part.json"}
+    return sorted(artefact.files_of(artefact.part_path(part)) - known)
 
 
 def repair(found: Damage) -> str:
@@ -105,20 +108,21 @@ def repair(found: Damage) -> str:
         if part is not None:
             return _repair_part(artefact, part)
         if artefact.kind == "saes":
-            shutil.rmtree(artefact.path)
+            artefact.remove(artefact.path)
             return f"removed {artefact.path}"
         for path in _bad_files(artefact):
-            path.unlink(missing_ok=True)
+            artefact.remove(path)
         artefact.recover()
         return f"mended {artefact.path}, or removed what has to be made again"
 
 
 def _repair_part(artefact: Artefact, part: PartRecord) -> str:
     folder = artefact.part_path(part)
-    if not list(missing_files(folder, part.files, full=True)) and not _strangers(folder, part.files):
+    if not list(artefact.missing_files(folder, part.files, full=True)) and not _strangers(artefact, part):
         write_record(folder / "part.json", part)
+        artefact.send(folder / "part.json")
         return f"wrote {folder / 'part.json'} again"
-    shutil.rmtree(folder, ignore_errors=True)
+    artefact.remove(folder)
     return f"removed {folder}"
 
 
@@ -132,7 +136,7 @@ def _bad_files(artefact: Artefact) -> Iterator[Path]:
                 yield artefact.path / name
     with contextlib.suppress(Damaged, OSError):
         for file in artefact.record.files:
-            if list(missing_files(artefact.path, [file], full=True)):
+            if list(artefact.missing_files(artefact.path, [file], full=True)):
                 yield artefact.path / file.name
 
 
@@ -142,12 +146,9 @@ class Garbage:
 
     path: Path
     why: str
-
-    @property
-    def n_bytes(self) -> int:
-        if self.path.is_file():
-            return self.path.stat().st_size
-        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+    n_bytes: int
+    artefact: Artefact | None = None
+    """None for work in progress, which is on this machine alone."""
 
 
 def garbage(store: Store, grace_seconds: float) -> Iterator[Garbage]:
@@ -168,10 +169,12 @@ def _old_generations(artefact: Artefact, grace_seconds: float) -> Iterator[Garba
         if number == current.number or (replaced and time.time() - min(replaced) < grace_seconds):
             kept |= {part.folder for part in _parts_of(artefact, number)}
         else:
-            yield Garbage(path, f"list of generation {number}; readers see {current.number}")
+            why = f"list of generation {number}; readers see {current.number}"
+            yield Garbage(path, why, path.stat().st_size, artefact)
     for path in (artefact.path / "parts" / name for name in sorted(artefact.part_folders() - kept)):
-        if time.time() - path.stat().st_mtime >= grace_seconds:
-            yield Garbage(path, "part that no generation lists")
+        n_bytes, written = artefact.footprint(path)
+        if time.time() - written >= grace_seconds:
+            yield Garbage(path, "part that no generation lists", n_bytes, artefact)
 
 
 def _parts_of(artefact: Artefact, number: int) -> tuple[PartRecord, ...]:
@@ -186,7 +189,8 @@ def _left_work(store: Store) -> Iterator[Garbage]:
         if path.name != name and not _finished(store, name):
             continue
         if _free(store.root / "tmp" / "locks" / f"{name}.lock"):
-            yield Garbage(path, "left by a run that was killed")
+            n_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+            yield Garbage(path, "left by a run that was killed", n_bytes)
 
 
 def _finished(store: Store, name: str) -> bool:
@@ -202,10 +206,10 @@ def _free(lock: Path) -> bool:
 
 
 def remove(garbage: Garbage) -> None:
-    if garbage.path.is_dir():
-        shutil.rmtree(garbage.path)
+    if garbage.artefact is not None:
+        garbage.artefact.remove(garbage.path)
     else:
-        garbage.path.unlink(missing_ok=True)
+        shutil.rmtree(garbage.path, ignore_errors=True)
 
 
 def upgrade(store: Store) -> list[str]:
@@ -218,7 +222,8 @@ def upgrade(store: Store) -> list[str]:
             done.append(f"{artefact.id}: format {artefact.record.format_version} to {FORMAT_VERSION}")
     if read_checked(store.root / "store.json")["format_version"] < FORMAT_VERSION:
         write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
-    return done or [f"{store.root} has format {FORMAT_VERSION} already"]
+        store.send(store.root / "store.json")
+    return done or [f"{store.name} has format {FORMAT_VERSION} already"]
 
 
 def _upgrade(store: Store, artefact: Artefact) -> None:

@@ -52,7 +52,7 @@ class Ledger:
         keys, contents, ids = [], [], []
         for part in generation.parts:
             table = pq.read_table(
-                target.part_path(part) / "documents.parquet", columns=["document_id", "key", "content_hash"]
+                target.part_file(part, "documents.parquet"), columns=["document_id", "key", "content_hash"]
             )
             seen = ~np.isin(table.column("document_id").to_numpy(), hidden)
             ids.append(table.column("document_id").to_numpy()[seen])

@@ -54,7 +54,7 @@ def summary(store: Store, recipe: Recipe) -> dict[str, Any]:
     encoded = features.artefact(store, recipe)
     return {
         "run": recipe.name,
-        "store": str(store.root),
+        "store": store.name,
         "n_documents": source.published().total("n_documents"),
         "n_tokens": source.published().total("n_tokens"),
         "activation_bytes": sum(part.n_bytes for part in stored.published().parts),

@@ -35,6 +35,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Path:
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+    target.send(path)
     progress.say(f"report: picture in {path}")
     return path
 
@@ -43,9 +44,9 @@ def feature_table(store: Store, recipe: Recipe) -> tuple[list[str], np.ndarray]:
     """Row labels and the value of every feature on every row (N, F), for tables that fit in memory."""
     source = activations.tokens_artefact(store, recipe)
     stored = activations.artefact(store, recipe)
-    sae = SparseAutoencoder.load(train.artefact(store, recipe).path)
+    sae = SparseAutoencoder.load(train.artefact(store, recipe).fetched())
     site = activations.choose_site(stored, recipe.sae.site)
-    vocab = pq.read_table(source.path / "vocab.parquet").column("piece").to_pylist()
+    vocab = pq.read_table(source.own_file("vocab.parquet")).column("piece").to_pylist()
     labels: list[str] = []
     values = []
     for token_part, part in zip(source.published().parts, stored.published().parts, strict=True):
@@ -95,7 +96,7 @@ def _densities(target: Artefact) -> Any:
     from matplotlib.figure import Figure
 
     parts = target.published().parts
-    tables = [pq.read_table(target.part_path(part) / "feature_stats.parquet", columns=["n_tokens"]) for part in parts]
+    tables = [pq.read_table(target.part_file(part, "feature_stats.parquet"), columns=["n_tokens"]) for part in parts]
     n_firing = np.sum([table.column(0).to_numpy() for table in tables], axis=0)
     density = n_firing / max(target.published().total("n_tokens"), 1)
     live = density[density > 0]

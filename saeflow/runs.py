@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from saeflow.config import UserError
 from saeflow.integrity import damage
+from saeflow.object_files import ObjectFiles
 from saeflow.store import Artefact, Generation, PartRecord, Store, read_checked
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ def connect(
         log.warning("%s is left out: %s", skipped.artefact.id, skipped.problem)
     current = _choose(store, every, run)
     connection = duckdb.connect(config=_settings(memory_limit, threads))
+    if store.objects is not None:
+        connection.register_filesystem(ObjectFiles(store.objects))
     for each in every:
         if each.problem is None:
             _load(connection, each, every, current)
@@ -127,11 +130,11 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
     shown = _shown(artefact, generation)
     files = _files(artefact, shown, ["feature_major", "token_major", "feature_stats"])
     files |= _files(tokens, generation.parts, ["tokens", "documents"])
-    files |= {"vocab": [str(tokens.path / "vocab.parquet")]}
+    files |= {"vocab": [tokens.location(tokens.path / "vocab.parquet")]}
     for found in (each for item in (artefact, tokens) for each in damage(item, full=False)):
         raise UserError(found.problem)
     for table, paths in files.items():
-        if not paths or not Path(paths[0]).is_file():
+        if not paths or not (store.objects or Path(paths[0]).is_file()):
             raise UserError(f"{artefact.id} has no {table} files")
     quality = artefact.path / "quality.json"
     n_tokens = sum(part.counts.get("n_tokens", 0) for part in shown) or generation.total("n_tokens")
@@ -167,7 +170,7 @@ def _files(artefact: Artefact, parts: Iterable[PartRecord], tables: Iterable[str
         for file in part.files:
             table = file.name.partition("/")[0].removesuffix(".parquet")
             if table in found and file.name.endswith(".parquet"):
-                found[table].append(str(artefact.part_path(part) / file.name))
+                found[table].append(artefact.location(artefact.part_path(part) / file.name))
     return dict(found)
 
 
@@ -178,14 +181,14 @@ def _choose(store: Store, every: Sequence[Run], name: str | None) -> Run:
         if readable:
             return readable[0]
         reasons = "".join(f"\n{run.artefact.id}: {run.problem}" for run in damaged)
-        raise UserError(f"{store.root} has no run to ask. Make one: `saeflow run RECIPE`.{reasons}")
+        raise UserError(f"{store.name} has no run to ask. Make one: `saeflow run RECIPE`.{reasons}")
     for run in readable:
         if run.is_called(name):
             return run
     for run in damaged:
         if run.is_called(name) or run.artefact.name == name:
             raise UserError(f"The run {name} cannot be read: {run.problem}")
-    raise UserError(f"There is no run {name!r} in {store.root}. {nearest(name, [run.schema for run in readable])}")
+    raise UserError(f"There is no run {name!r} in {store.name}. {nearest(name, [run.schema for run in readable])}")
 
 
 def _settings(memory_limit: str | None, threads: int | None) -> dict[str, Any]:

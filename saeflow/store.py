@@ -40,6 +40,7 @@ from saeflow.disk import (
     replacing,
     write_json,
 )
+from saeflow.objects import Objects, cache_folder, is_url
 
 Kind = Literal["tokens", "activations", "saes", "features"]
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -139,6 +140,8 @@ class Artefact:
     kind: Kind
     name: str
     fp: str
+    objects: Objects | None = field(default=None, compare=False, repr=False)
+    """The object store that the folder stands for, if it does."""
     made: dict[int, PartRecord] = field(default_factory=dict, compare=False, repr=False)
     """Parts that this object has finished, by index."""
 
@@ -192,6 +195,22 @@ class Artefact:
             files=[_file_record(self.path, self.path / name) for name in files],
         )  # fmt: skip
         write_record(self.path / "artefact.json", record)
+        self.send(*(self.path / name for name in files))
+        self.send(self.path / "artefact.json")
+
+    def send(self, *paths: Path) -> None:
+        """Bring files of the artefact's own to the object store, where there is one."""
+        if self.objects is not None:
+            self.objects.send(paths)
+
+    def remove(self, path: Path) -> None:
+        """A file or folder of the artefact, wherever it is."""
+        if self.objects is not None:
+            self.objects.remove(path)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
     def fitting(self, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
         """Finished parts that were made from these inputs, by index."""
@@ -199,6 +218,32 @@ class Artefact:
 
     def part_path(self, part: PartRecord) -> Path:
         return self.path / "parts" / part.folder
+
+    def part_file(self, part: PartRecord, name: str) -> Path:
+        """A file of a part, to be read. Raises Damaged where the object store gives another one than was written."""
+        return self._fetched(self.part_path(part) / name, part.files)
+
+    def location(self, path: Path) -> str:
+        """Where a file of the artefact is, as anybody can name it: its path or URL."""
+        return f"{self.objects.url}/{self.objects.key(path)}" if self.objects else str(path)
+
+    def own_file(self, name: str) -> Path:
+        """A file beside the parts, to be read."""
+        path = self.path / name
+        return self._fetched(path, self.record.files) if self.objects is not None else path
+
+    def _fetched(self, path: Path, files: Iterable[FileRecord]) -> Path:
+        if self.objects is None or path.is_file():
+            return path
+        try:
+            self.objects.fetch(path)
+        except FileNotFoundError:
+            return path  # its reader says what is missing
+        wanted = [file.checksum for file in files if path.as_posix().endswith(f"/{file.name}")]
+        if wanted and checksum(path) not in wanted:
+            path.unlink()
+            raise damaged(path)
+        return path
 
     @contextlib.contextmanager
     def new_part(
@@ -217,10 +262,24 @@ class Artefact:
         files = _file_records(folder, checksums or {})
         record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
         write_record(folder / "part.json", record)
-        flush_tree(folder)
-        shutil.rmtree(self.part_path(record), ignore_errors=True)  # the same part, damaged
-        rename(folder, self.part_path(record))
+        self._keep(folder, record)
         self.made[index] = record
+
+    def _keep(self, folder: Path, record: PartRecord) -> None:
+        """Make a filled folder the part, in one rename or, in an object store, with its record written last."""
+        target = self.part_path(record)
+        if self.objects is None:
+            flush_tree(folder)
+            shutil.rmtree(target, ignore_errors=True)  # the same part, damaged
+            rename(folder, target)
+            return
+        self.objects.send([folder / file.name for file in record.files], folder, target)
+        self.objects.send([folder / "part.json"], folder, target)
+        shutil.rmtree(target, ignore_errors=True)
+        if self.kind == "tokens":  # small, and read by every later stage
+            rename(folder, target)
+        else:
+            shutil.rmtree(folder)
 
     def parts(self, fits: Callable[[PartRecord], bool] = lambda record: True) -> dict[int, PartRecord]:
         """Finished parts on disk that fit and whose files are all there in their full size; published ones first."""
@@ -232,21 +291,58 @@ class Artefact:
         return found
 
     def _missing(self, part: PartRecord) -> Iterator[str]:
-        yield from missing_files(self.part_path(part), part.files)
-        if not (self.part_path(part) / "part.json").is_file():
+        yield from self.missing_files(self.part_path(part), part.files)
+        if self._size(self.part_path(part) / "part.json") is None:
             yield f"{self.part_path(part) / 'part.json'} is missing"
+
+    def missing_files(self, folder: Path, files: Iterable[FileRecord], full: bool = False) -> Iterator[str]:
+        """What is wrong with the recorded files: missing, of another size, or (`full`) of other content."""
+        for file in files:
+            path = folder / file.name
+            n_bytes = self._size(path)
+            if n_bytes is None:
+                yield f"{path} is missing"
+            elif n_bytes != file.n_bytes:
+                yield f"{path} has {n_bytes} bytes instead of {file.n_bytes}"
+            elif full and (self.objects.checksum(path) if self.objects else checksum(path)) != file.checksum:
+                yield f"{path} has changed since it was written"
+
+    def _size(self, path: Path) -> int | None:
+        """Bytes of a file of the artefact, None where it is missing."""
+        if self.objects is not None:
+            found = self.objects.listing(self.path).get(self.objects.key(path))
+            return found.n_bytes if found else None
+        return path.stat().st_size if path.is_file() else None
+
+    def footprint(self, path: Path) -> tuple[int, float]:
+        """Bytes of a file of the artefact, or of all below a folder, and when the newest was written (0: just now)."""
+        if self.objects is not None:
+            key = self.objects.key(path)
+            found = [each for name, each in self.objects.listing(self.path).items() if f"{name}/".startswith(f"{key}/")]
+            return sum(each.n_bytes for each in found), max((each.written for each in found), default=0.0)
+        inside = [path, *path.rglob("*")]
+        return sum(each.stat().st_size for each in inside if each.is_file()), path.stat().st_mtime
+
+    def files_of(self, folder: Path) -> set[str]:
+        """Names of all files below a folder of the artefact."""
+        if self.objects is not None:
+            inside = self.objects.key(folder) + "/"
+            return {key.removeprefix(inside) for key in self.objects.listing(self.path) if key.startswith(inside)}
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
     def _unlisted(self, generation: Generation | None) -> Iterator[PartRecord]:
         """Parts on disk that are not published: work of a run that was killed."""
         listed = {part.folder for part in generation.parts} if generation else set()
         for folder in sorted(self.part_folders() - listed):
             with contextlib.suppress(Damaged, ValueError, OSError):  # such a part is made again
-                record = read_record(self.path / "parts" / folder / "part.json", PartRecord)
+                record = read_record(self._fetched(self.path / "parts" / folder / "part.json", ()), PartRecord)
                 if record.folder == folder:
                     yield record
 
     def part_folders(self) -> set[str]:
         """Names of the folders in parts/, finished or not, listed or not."""
+        if self.objects is not None:
+            return {name.partition("/")[0] for name in self.files_of(self.path / "parts")}
         with contextlib.suppress(FileNotFoundError):
             return {entry.name for entry in os.scandir(self.path / "parts")}
         return set()
@@ -271,8 +367,10 @@ class Artefact:
         write_provenance(self.path, provenance or {})
         with replacing(self.list_path(fresh.number)) as temporary:
             pq.write_table(_listed(fresh), temporary)
+        self.send(self.path / "provenance.json", self.list_path(fresh.number))
         self._show(fresh.number)
-        self._clear_unseen()
+        if self.objects is None:  # another machine may be about to publish them; `gc` waits for it
+            self._clear_unseen()
         return fresh
 
     def list_path(self, number: int) -> Path:
@@ -282,6 +380,8 @@ class Artefact:
         """Switch readers to a generation."""
         file = self.list_path(number)
         about = {"format_version": FORMAT_VERSION, "generation": number, "checksum": checksum(file)}
+        if self.objects is not None:
+            self.objects.switch(self.path / "manifest.json", checked_text(about).encode())
         write_checked(self.path / "manifest.json", about)
 
     def _clear_unseen(self) -> None:
@@ -307,6 +407,9 @@ class Artefact:
             return None
         manifest = read_checked(path)
         file = self.list_path(int(manifest["generation"]))
+        if self.objects is not None and not (file.is_file() and checksum(file) == manifest["checksum"]):
+            with contextlib.suppress(FileNotFoundError):
+                self.objects.fetch(file, fresh=True)
         if not file.is_file() or checksum(file) != manifest["checksum"]:
             raise damaged(file)
         return self._read_list(int(manifest["generation"]))
@@ -345,6 +448,7 @@ class Artefact:
             raise damaged(self.list_path(number))
         with replacing(self.list_path(number)) as temporary:
             temporary.write_bytes(content.getvalue())
+        self.send(self.list_path(number))
 
     def published(self) -> Generation:
         generation = self.generation()
@@ -366,24 +470,49 @@ class Artefact:
         write_provenance(folder, provenance)
         flush_tree(folder)
         if self.path.exists():  # damaged: the caller found files missing
-            shutil.rmtree(self.path)
+            self.remove(self.path)
+        if self.objects is not None:
+            names = [*(file.name for file in files), "provenance.json"]
+            self.objects.send([folder / name for name in names], folder, self.path)
+            self.objects.send([folder / "artefact.json"], folder, self.path)
         rename(folder, self.path)
 
     def complete(self) -> bool:
         """Is the artefact there, with all the files of its own?"""
-        return self.exists() and not list(missing_files(self.path, self.record.files))
+        return self.exists() and not list(self.missing_files(self.path, self.record.files))
+
+    def fetched(self) -> Path:
+        """The folder of an artefact without parts, with all its files in it."""
+        for file in self.record.files:
+            self.own_file(file.name)
+        return self.path
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of artefacts."""
+    """A folder of artefacts, or one that stands for an object store."""
 
     root: Path
+    objects: Objects | None = field(default=None, compare=False)
+
+    @classmethod
+    def at(cls, root: str | Path) -> Store:
+        """The store of a folder or URL, with the records as they are now."""
+        if not is_url(root):
+            return cls(Path(root).absolute())
+        objects = Objects(str(root).rstrip("/"), cache_folder(str(root).rstrip("/")))
+        objects.pull()
+        return cls(objects.root, objects)
+
+    @property
+    def name(self) -> str:
+        """What `--store` calls it."""
+        return self.objects.url if self.objects else str(self.root)
 
     @classmethod
     def create(cls, root: str | Path) -> Store:
         """Open for writing, making the folder if needed. Raises UserError where that cannot be."""
-        store = cls(Path(root).absolute())
+        store = cls.at(root)
         try:
             make_folder(store.root / "tmp")
             probe = store.root / "tmp" / f".writable-{os.getpid()}"
@@ -397,6 +526,7 @@ class Store:
         marker = store.root / "store.json"
         if not marker.exists():
             write_checked(marker, {"format_version": FORMAT_VERSION})
+            store.send(marker)
         read_checked(marker)
         return store
 
@@ -410,20 +540,24 @@ class Store:
     @classmethod
     def find(cls, root: str | Path) -> Store:
         """A store whose marker may be damaged. Raises UserError where there is none."""
-        store = cls(Path(root).absolute())
+        store = cls.at(root)
         if not (store.root / "store.json").is_file() and not any((store.root / kind).is_dir() for kind in KINDS):
             raise UserError(
-                f"No store at {store.root}. Name one with --store or SAEFLOW_STORE, or make one: `saeflow run RECIPE`."
+                f"No store at {store.name}. Name one with --store or SAEFLOW_STORE, or make one: `saeflow run RECIPE`."
             )
         return store
 
+    def send(self, path: Path) -> None:
+        if self.objects is not None:
+            self.objects.send([path])
+
     def artefact(self, kind: Kind, name: str, fp: str) -> Artefact:
-        return Artefact(self.root, kind, name, fp)
+        return Artefact(self.root, kind, name, fp, self.objects)
 
     def by_id(self, id: str) -> Artefact:
         kind, _, folder = id.partition("/")
         name, _, fp = folder.rpartition("-")
-        return Artefact(self.root, kind, name, fp)  # type: ignore[arg-type]
+        return Artefact(self.root, kind, name, fp, self.objects)  # type: ignore[arg-type]
 
     def artefacts(self, *kinds: Kind) -> list[Artefact]:
         """Existing artefacts, by kind and name, the newest last among equal names."""
@@ -434,7 +568,9 @@ class Store:
         return found
 
     def require_free(self, n_bytes: int, purpose: str) -> None:
-        """Refuse to start work that the disk cannot hold."""
+        """Refuse to start work that the disk cannot hold. An object store tells nobody how much it holds."""
+        if self.objects is not None:
+            return
         free = shutil.disk_usage(self.root).free
         if n_bytes > free:
             raise UserError(
@@ -443,21 +579,10 @@ class Store:
             )
 
 
-def store_path(option: str | None, recipe: Recipe | None = None) -> Path:
-    """`--store`, then SAEFLOW_STORE, then the recipe, then data/store."""
-    return Path(option or os.environ.get("SAEFLOW_STORE") or (recipe.store if recipe else None) or "data/store")
-
-
-def missing_files(folder: Path, files: Iterable[FileRecord], full: bool = False) -> Iterator[str]:
-    """What is wrong with the recorded files: missing, of another size, or (`full`) of other content."""
-    for file in files:
-        path = folder / file.name
-        if not path.is_file():
-            yield f"{path} is missing"
-        elif path.stat().st_size != file.n_bytes:
-            yield f"{path} has {path.stat().st_size} bytes instead of {file.n_bytes}"
-        elif full and checksum(path) != file.checksum:
-            yield f"{path} has changed since it was written"
+def store_path(option: str | None, recipe: Recipe | None = None) -> str:
+    """Folder or URL: `--store`, then SAEFLOW_STORE, then the recipe, then data/store."""
+    found = option or os.environ.get("SAEFLOW_STORE") or (recipe.store if recipe else None) or "data/store"
+    return found.removeprefix("file://")
 
 
 def note_provenance(folder: Path, facts: dict[str, Any]) -> None:
@@ -499,7 +624,12 @@ def read_checked(path: Path) -> Any:
 
 def write_checked(path: Path, data: dict[str, Any]) -> None:
     """A JSON record with its own checksum, `sum`."""
-    write_json(path, data | {"sum": _sum(data)})
+    with replacing(path) as temporary:
+        temporary.write_text(checked_text(data), "utf-8")
+
+
+def checked_text(data: dict[str, Any]) -> str:
+    return json_text(data | {"sum": _sum(data)})
 
 
 def _sum(data: dict[str, Any]) -> str:

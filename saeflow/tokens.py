@@ -100,6 +100,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
         target.publish([*kept.values(), *parts], {"seconds": time.monotonic() - began}, hidden)
         if seen is not None:
             note_provenance(target.path, {"corpus": seen})
+            target.send(target.path / "provenance.json")
         progress.say(_summary(ledger, generation))
     return target
 
@@ -126,6 +127,7 @@ def _open_maker(target: Artefact, recipe: Recipe) -> _Maker:
     make_folder(target.path)
     write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), tokenizer.all_special_ids)
     target.begin(facts(recipe), files=["vocab.parquet"])
+    target.send(target.path / "vocab.parquet")
     return _Maker(target, tokenizer, recipe.corpus, recipe.tokens)
 
 
@@ -158,7 +160,7 @@ def _kept(
     if record is None or record.counts["first_sequence"] != maker.n_sequences:
         return None, stream
     taken = list(itertools.islice(stream, record.counts["n_documents"]))
-    table = pq.read_table(maker.target.part_path(record) / "documents.parquet", columns=["key", "content_hash"])
+    table = pq.read_table(maker.target.part_file(record, "documents.parquet"), columns=["key", "content_hash"])
     if [(e.key, e.document.content_hash) for e in taken] == list(zip(*table.to_pydict().values(), strict=True)):
         return record, stream
     return None, itertools.chain(taken, stream)
@@ -329,7 +331,7 @@ def _bos(tokenizer: Any, config: TokensConfig) -> list[int]:
 
 def read_part(target: Artefact, part: PartRecord) -> tuple[np.ndarray, np.ndarray]:
     """Vocabulary ids int64 (S, T) and mask bool (S, T) of one part."""
-    table = pq.read_table(target.part_path(part) / "tokens.parquet", columns=["vocab_id", "mask"])
+    table = pq.read_table(target.part_file(part, "tokens.parquet"), columns=["vocab_id", "mask"])
     shape = (part.counts["n_sequences"], int(target.record.facts["context_length"]))
     vocab_ids = table.column("vocab_id").to_numpy().astype(np.int64)
     return vocab_ids.reshape(shape), table.column("mask").to_numpy(zero_copy_only=False).reshape(shape)

@@ -254,7 +254,7 @@ def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Tr
 
 def last_row(target: Artefact) -> dict[str, float]:
     """The last row of a training's log."""
-    log = pq.read_table(target.path / "log.parquet")
+    log = pq.read_table(target.own_file("log.parquet"))
     return dict(log.slice(log.num_rows - 1).to_pylist()[0])
 
 

@@ -104,11 +104,11 @@ class Used:
 
     @cached_property
     def _special(self) -> np.ndarray:
-        return special_ids(self.source.path / "vocab.parquet") if self.skip_special else np.empty(0, np.int32)
+        return special_ids(self.source.own_file("vocab.parquet")) if self.skip_special else np.empty(0, np.int32)
 
     def _read(self, part: PartRecord, columns: list[str]) -> dict[str, np.ndarray]:
         wanted = columns if len(self._special) else [name for name in columns if name != "vocab_id"]
-        table = pq.read_table(self.source.part_path(part) / "tokens.parquet", columns=wanted)
+        table = pq.read_table(self.source.part_file(part, "tokens.parquet"), columns=wanted)
         found: dict[str, Any] = {name: table.column(name) for name in wanted}
         found["document_id"] = found["document_id"].fill_null(-1)
         return {name: column.to_numpy() for name, column in found.items()}

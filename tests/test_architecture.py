@@ -19,6 +19,8 @@ ORDER = [
     "config",
     "parallel",
     "disk",
+    "objects",
+    "object_files",
     "store",
     "integrity",
     "progress",

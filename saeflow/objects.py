@@ -1,0 +1,307 @@
+"""An object store (s3://, gs://, az://) behind a folder of this machine.
+
+The folder holds the records, as they are now, and the tables that were asked for. What a stage has finished is sent, its
+record last; shards of arrays are read in ranges and not kept. Credentials come from the usual environment variables,
+which obstore reads; they are not logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import obstore
+import xxhash
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import from_url
+
+from saeflow.config import UserError
+
+_RETRIES: Any = {
+    "max_retries": 12,
+    "retry_timeout": timedelta(minutes=5),
+    "backoff": {"max_backoff": timedelta(seconds=20)},
+}
+_SENDERS = 4
+"""Files of a part on their way at once."""
+_STREAM_BYTES = 4 << 20
+
+
+def is_url(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def cache_folder(url: str) -> Path:
+    """The folder of this machine that stands for a store: SAEFLOW_CACHE, else the user's cache, and a name of its own."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(os.environ.get("SAEFLOW_CACHE") or Path(home) / "saeflow").absolute()
+    name = "".join(c if c.isalnum() else "-" for c in url.partition("://")[2])[-40:].strip("-")
+    return base / f"{name}-{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a listing says of an object: its size in bytes, and when it was written, in seconds since 1970."""
+
+    n_bytes: int
+    written: float
+
+
+@dataclass
+class Objects:
+    """The objects below a URL, by the paths that stand for them below `root`. Safe to use from several threads."""
+
+    url: str
+    root: Path
+    _listed: dict[str, dict[str, Found]] = field(default_factory=dict, repr=False)
+    _tags: dict[str, str] = field(default_factory=dict, repr=False)
+    _n_bytes: dict[str, int] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        insecure = any(str(os.environ.get(name, "")).startswith("http://") for name in _ENDPOINTS)
+        options: Any = {"retry_config": _RETRIES, "client_options": {"allow_http": insecure}}
+        try:
+            self.store: Any = from_url(self.url, **options)
+        except (BaseError, ValueError, TypeError) as error:
+            raise UserError(f"The store {self.url} cannot be opened: {_first_line(error)}. {_HELP}") from error
+
+    def key(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def pull(self) -> None:
+        """Bring the records of every artefact into the folder and drop what is no longer there.
+
+        Two listings an artefact, whatever it holds; parts are not looked at.
+        """
+        self._listed.clear()
+        self._tags.clear()
+        with _explained(self.url):
+            top = obstore.list_with_delimiter(self.store)
+            kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
+            artefacts = [a for kind in kinds for a in obstore.list_with_delimiter(self.store, kind)["common_prefixes"]]
+            with ThreadPoolExecutor(_SENDERS) as pool:
+                found = [top, *pool.map(self._own_files, artefacts)]
+        known = {str(meta["path"]): meta for each in found for meta in each["objects"]}
+        for path in self._own_local():
+            if self.key(path) not in known:
+                path.unlink()
+        for key, meta in known.items():
+            self._refresh(key, meta)
+
+    def _own_files(self, artefact: str) -> Any:
+        """Objects of an artefact that belong to no part."""
+        own = obstore.list_with_delimiter(self.store, artefact)
+        lists = obstore.list_with_delimiter(self.store, f"{artefact}/generations")
+        return {"objects": [*own["objects"], *lists["objects"]]}
+
+    def _own_local(self) -> Iterator[Path]:
+        for pattern in ("*", "*/*/*", "*/*/generations/*"):
+            for path in self.root.glob(pattern):
+                if path.is_file() and not path.is_relative_to(self.root / "tmp"):
+                    yield path
+
+    def _refresh(self, key: str, meta: Any) -> None:
+        """Small records are read anew, other files dropped where they are no longer those of the store."""
+        path = self.root / key
+        if key.endswith(".json"):
+            return self._fetch(key, path)
+        if "/generations/" in key and not _same(path, meta):
+            return self._fetch(key, path)
+        if path.is_file() and not _same(path, meta):
+            path.unlink()
+        return None
+
+    def fetch(self, path: Path, fresh: bool = False) -> Path:
+        """The file, brought here if it is not. Raises FileNotFoundError."""
+        if fresh or not path.is_file():
+            with _explained(self.url):
+                self._fetch(self.key(path), path)
+        return path
+
+    def _fetch(self, key: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            found = obstore.get(self.store, key)
+            with temporary.open("wb") as file:
+                for piece in found.stream(min_chunk_size=_STREAM_BYTES):
+                    file.write(piece)
+            written = found.meta["last_modified"].timestamp()
+            os.utime(temporary, (written, written))
+            os.replace(temporary, path)
+            self._tags[key] = str(found.meta["e_tag"])
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def checksum(self, path: Path) -> str:
+        """xxh3_128 of an object as it is in the store now."""
+        digest = xxhash.xxh3_128()
+        with _explained(self.url):
+            for piece in obstore.get(self.store, self.key(path)).stream(min_chunk_size=_STREAM_BYTES):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def open(self, path: Path) -> ObjectBytes:
+        """An object, to be read in ranges. Raises FileNotFoundError."""
+        key = self.key(path)
+        if key not in self._n_bytes:
+            with _explained(self.url):
+                self._n_bytes[key] = int(obstore.head(self.store, key)["size"])
+        return ObjectBytes(self, key, self._n_bytes[key])
+
+    def zarr(self, path: Path) -> Any:
+        """An array as zarr reads it."""
+        from zarr.storage import ObjectStore, StorePath
+
+        return StorePath(ObjectStore(self.store, read_only=True), self.key(path))
+
+    def send(self, paths: Iterable[Path], folder: Path | None = None, to: Path | None = None) -> None:
+        """Write files to the store, several at once; those of `folder` under the names they would have in `to`."""
+        pairs = [(path, to / path.relative_to(folder) if folder and to else path) for path in paths]
+        with _explained(self.url), ThreadPoolExecutor(_SENDERS, "saeflow-send") as pool:
+            for _ in pool.map(self._send, pairs):
+                pass
+
+    def _send(self, pair: tuple[Path, Path]) -> None:
+        path, target = pair
+        obstore.put(self.store, self.key(target), path)
+        self._note(target, path.stat().st_size)
+
+    def _note(self, target: Path, n_bytes: int | None) -> None:
+        """Keep the listings that were made true."""
+        key = self.key(target)
+        with self._lock:
+            for prefix, listed in self._listed.items():
+                if key.startswith(prefix + "/"):
+                    listed.pop(key, None)
+                    if n_bytes is not None:
+                        listed[key] = Found(n_bytes, 0.0)
+
+    def switch(self, path: Path, content: bytes) -> None:
+        """Replace a record, if it is still the one that was last read here. Raises UserError where somebody else has
+        replaced it since, or the store cannot compare."""
+        key = self.key(path)
+        mode: Any = {"e_tag": self._tags[key]} if key in self._tags else "create"
+        try:
+            with _explained(self.url):
+                self._tags[key] = str(obstore.put(self.store, key, content, mode=mode, use_multipart=False)["e_tag"])
+        except (AlreadyExistsError, PreconditionError) as error:
+            now = obstore.get(self.store, key)
+            if bytes(now.bytes()) != content:  # else the answer to the first try was lost
+                raise UserError(
+                    f"Another machine has published {path.parent.name} in {self.url} since this run began.\n"
+                    "Nothing is lost; run the same command again."
+                ) from error
+            self._tags[key] = str(now.meta["e_tag"])
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.url} cannot compare before it replaces (conditional put), so two runs could undo each other.\n"
+                "Use an object store that can (S3, Google, Azure, MinIO, R2), or a local folder."
+            ) from error
+
+    def listing(self, folder: Path) -> dict[str, Found]:
+        """All objects below a folder, by key; listed once, then kept up to date by what is sent and removed here."""
+        prefix = self.key(folder)
+        if prefix not in self._listed:
+            with _explained(self.url):
+                pieces = obstore.list(self.store, prefix, chunk_size=1000)
+                found = {m["path"]: Found(m["size"], m["last_modified"].timestamp()) for each in pieces for m in each}
+            with self._lock:
+                self._listed[prefix] = found
+        return self._listed[prefix]
+
+    def forget_listings(self) -> None:
+        self._listed.clear()
+
+    def remove(self, path: Path) -> None:
+        """An object, or all below a folder, here and there."""
+        with _explained(self.url):
+            below = [m["path"] for each in obstore.list(self.store, self.key(path)) for m in each]
+            for start in range(0, len(below), 1000):
+                obstore.delete(self.store, below[start : start + 1000])
+            if not below:
+                with contextlib.suppress(FileNotFoundError):
+                    obstore.delete(self.store, self.key(path))
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        self._listed.clear()
+        self._tags.pop(self.key(path), None)
+
+
+@dataclass
+class ObjectBytes:
+    """One object, part of which may be in memory. Raises FileNotFoundError once it is gone."""
+
+    objects: Objects
+    key: str
+    n_bytes: int
+    held: memoryview = field(default_factory=lambda: memoryview(b""))
+    held_from: int = 0
+
+    def read_into(self, out: np.ndarray, start: int) -> int:
+        found = self._range(start, len(out))
+        out[: len(found)] = np.frombuffer(found, np.uint8)
+        return len(found)
+
+    def read(self, start: int, n_bytes: int) -> bytes:
+        return bytes(self._range(start, n_bytes))
+
+    def _range(self, start: int, n_bytes: int) -> memoryview:
+        n_bytes = max(min(n_bytes, self.n_bytes - start), 0)
+        at = start - self.held_from
+        if at >= 0 and at + n_bytes <= len(self.held):
+            return self.held[at : at + n_bytes]
+        with _explained(self.objects.url):
+            return memoryview(obstore.get_range(self.objects.store, self.key, start=start, length=n_bytes))
+
+    def ahead(self, start: int, n_bytes: int) -> ObjectBytes:
+        return ObjectBytes(self.objects, self.key, self.n_bytes, self._range(start, n_bytes), start)
+
+    def __enter__(self) -> ObjectBytes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
+_HELP = (
+    "Check the bucket's name, and the credentials in the environment "
+    "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; or those of Google or Azure)."
+)
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """What the store refuses, in words: access is for the user to mend; the rest may pass when tried again."""
+    try:
+        yield
+    except (FileNotFoundError, AlreadyExistsError, PreconditionError):
+        raise
+    except (BaseError, PermissionError) as error:
+        raise UserError(
+            f"The store {url} does not answer: {_first_line(error)}.\n{_HELP} "
+            "Finished parts are safe; then run the same command again."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _same(path: Path, meta: Any) -> bool:
+    """Is the local file the object of the listing? As rsync sees it: equal size and time."""
+    with contextlib.suppress(FileNotFoundError):
+        about = path.stat()
+        return bool(about.st_size == meta["size"] and abs(about.st_mtime - meta["last_modified"].timestamp()) < 1e-3)
+    return False
