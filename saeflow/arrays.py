@@ -51,7 +51,7 @@ class Stored:
     def __init__(self, path: Path, objects: Objects | None = None) -> None:
         self.path, self.objects = path, objects
         try:
-            self.array = zarr.open_array(objects.zarr(path) if objects else path, mode="r")
+            self.array = zarr.open_array(self._described(), mode="r")
             self.dtype: torch.dtype = getattr(torch, str(self.array.attrs["dtype"]))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise _unreadable(path, "it", error) from error
@@ -80,11 +80,18 @@ class Stored:
         except (OSError, RuntimeError, ValueError) as error:
             raise _unreadable(self.path, f"rows {rows.start} to {rows.stop}", error) from error
 
+    def _described(self) -> Path:
+        """The folder with the array's own record in it; an object store's shards stay there."""
+        if self.objects is not None:
+            self.objects.fetch(self.path / "zarr.json")
+        return self.path
+
     def _by_zarr(self, rows: slice) -> np.ndarray:
         for shard in range(rows.start // self.shard, -(-rows.stop // self.shard)):
             with self._open(shard):  # zarr would give zeros where it is missing
                 pass
-        return np.ascontiguousarray(self.array[rows])
+        array = zarr.open_array(self.objects.zarr(self.path), mode="r") if self.objects else self.array
+        return np.ascontiguousarray(array[rows])
 
     def _open(self, shard: int) -> Bytes:
         """Raises FileNotFoundError."""

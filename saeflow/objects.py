@@ -12,18 +12,19 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import obstore
 import xxhash
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 from obstore.store import from_url
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from saeflow.config import UserError
 
@@ -32,6 +33,7 @@ _RETRIES: Any = {
     "retry_timeout": timedelta(minutes=5),
     "backoff": {"max_backoff": timedelta(seconds=20)},
 }
+T = TypeVar("T")
 _SENDERS = 4
 """Files of a part on their way at once."""
 _STREAM_BYTES = 4 << 20
@@ -79,6 +81,20 @@ class Objects:
     def key(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
+    def _ask(self, ask: Callable[[], T]) -> T:
+        """The answer to something that can be asked twice. obstore tries again what fails at once; an answer that breaks
+        off in the middle is left to us. Raises UserError where the store refuses, or is silent for minutes.
+        """
+        try:
+            return _tries()(ask)
+        except (AlreadyExistsError, PreconditionError):
+            raise
+        except (BaseError, PermissionError) as error:
+            raise UserError(
+                f"The store {self.url} does not answer: {_first_line(error)}.\n{_HELP}\n"
+                "Finished parts are safe; then run the same command again."
+            ) from error
+
     def pull(self) -> None:
         """Bring the records of every artefact into the folder and drop what is no longer there.
 
@@ -86,12 +102,11 @@ class Objects:
         """
         self._listed.clear()
         self._tags.clear()
-        with _explained(self.url):
-            top = obstore.list_with_delimiter(self.store)
-            kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
-            artefacts = [a for kind in kinds for a in obstore.list_with_delimiter(self.store, kind)["common_prefixes"]]
-            with ThreadPoolExecutor(_SENDERS) as pool:
-                found = [top, *pool.map(self._own_files, artefacts)]
+        top = self._level("")
+        kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
+        artefacts = [artefact for kind in kinds for artefact in self._level(kind)["common_prefixes"]]
+        with ThreadPoolExecutor(_SENDERS) as pool:
+            found = [top, *pool.map(self._own_files, artefacts)]
         known = {str(meta["path"]): meta for each in found for meta in each["objects"]}
         for path in self._own_local():
             if self.key(path) not in known:
@@ -101,9 +116,12 @@ class Objects:
 
     def _own_files(self, artefact: str) -> Any:
         """Objects of an artefact that belong to no part."""
-        own = obstore.list_with_delimiter(self.store, artefact)
-        lists = obstore.list_with_delimiter(self.store, f"{artefact}/generations")
-        return {"objects": [*own["objects"], *lists["objects"]]}
+        lists = self._level(f"{artefact}/generations")
+        return {"objects": [*self._level(artefact)["objects"], *lists["objects"]]}
+
+    def _level(self, prefix: str) -> Any:
+        """Objects and prefixes right below a prefix."""
+        return self._ask(lambda: obstore.list_with_delimiter(self.store, prefix or None))
 
     def _own_local(self) -> Iterator[Path]:
         for pattern in ("*", "*/*/*", "*/*/generations/*"):
@@ -125,11 +143,13 @@ class Objects:
     def fetch(self, path: Path, fresh: bool = False) -> Path:
         """The file, brought here if it is not. Raises FileNotFoundError."""
         if fresh or not path.is_file():
-            with _explained(self.url):
-                self._fetch(self.key(path), path)
+            self._fetch(self.key(path), path)
         return path
 
     def _fetch(self, key: str, path: Path) -> None:
+        self._ask(lambda: self._fetch_once(key, path))
+
+    def _fetch_once(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
@@ -146,19 +166,27 @@ class Objects:
 
     def checksum(self, path: Path) -> str:
         """xxh3_128 of an object as it is in the store now."""
-        digest = xxhash.xxh3_128()
-        with _explained(self.url):
+
+        def digest() -> str:
+            found = xxhash.xxh3_128()
             for piece in obstore.get(self.store, self.key(path)).stream(min_chunk_size=_STREAM_BYTES):
-                digest.update(piece)
-        return digest.hexdigest()
+                found.update(piece)
+            return found.hexdigest()
+
+        return self._ask(digest)
 
     def open(self, path: Path) -> ObjectBytes:
         """An object, to be read in ranges. Raises FileNotFoundError."""
         key = self.key(path)
         if key not in self._n_bytes:
-            with _explained(self.url):
-                self._n_bytes[key] = int(obstore.head(self.store, key)["size"])
+            self._n_bytes[key] = self._ask(lambda: int(obstore.head(self.store, key)["size"]))
         return ObjectBytes(self, key, self._n_bytes[key])
+
+    def range(self, key: str, start: int, n_bytes: int) -> memoryview:
+        """Bytes of an object. Raises FileNotFoundError."""
+        if not n_bytes:
+            return memoryview(b"")
+        return self._ask(lambda: memoryview(obstore.get_range(self.store, key, start=start, length=n_bytes)))
 
     def zarr(self, path: Path) -> Any:
         """An array as zarr reads it."""
@@ -169,13 +197,13 @@ class Objects:
     def send(self, paths: Iterable[Path], folder: Path | None = None, to: Path | None = None) -> None:
         """Write files to the store, several at once; those of `folder` under the names they would have in `to`."""
         pairs = [(path, to / path.relative_to(folder) if folder and to else path) for path in paths]
-        with _explained(self.url), ThreadPoolExecutor(_SENDERS, "saeflow-send") as pool:
+        with ThreadPoolExecutor(_SENDERS, "saeflow-send") as pool:
             for _ in pool.map(self._send, pairs):
                 pass
 
     def _send(self, pair: tuple[Path, Path]) -> None:
         path, target = pair
-        obstore.put(self.store, self.key(target), path)
+        self._ask(lambda: obstore.put(self.store, self.key(target), path))
         self._note(target, path.stat().st_size)
 
     def _note(self, target: Path, n_bytes: int | None) -> None:
@@ -194,16 +222,15 @@ class Objects:
         key = self.key(path)
         mode: Any = {"e_tag": self._tags[key]} if key in self._tags else "create"
         try:
-            with _explained(self.url):
-                self._tags[key] = str(obstore.put(self.store, key, content, mode=mode, use_multipart=False)["e_tag"])
+            put = self._ask(lambda: obstore.put(self.store, key, content, mode=mode, use_multipart=False))
+            self._tags[key] = str(put["e_tag"])
         except (AlreadyExistsError, PreconditionError) as error:
-            now = obstore.get(self.store, key)
-            if bytes(now.bytes()) != content:  # else the answer to the first try was lost
+            self._fetch(key, path)
+            if path.read_bytes() != content:  # else the answer to the first try was lost
                 raise UserError(
                     f"Another machine has published {path.parent.name} in {self.url} since this run began.\n"
                     "Nothing is lost; run the same command again."
                 ) from error
-            self._tags[key] = str(now.meta["e_tag"])
         except NotImplementedError as error:
             raise UserError(
                 f"{self.url} cannot compare before it replaces (conditional put), so two runs could undo each other.\n"
@@ -214,25 +241,21 @@ class Objects:
         """All objects below a folder, by key; listed once, then kept up to date by what is sent and removed here."""
         prefix = self.key(folder)
         if prefix not in self._listed:
-            with _explained(self.url):
-                pieces = obstore.list(self.store, prefix, chunk_size=1000)
-                found = {m["path"]: Found(m["size"], m["last_modified"].timestamp()) for each in pieces for m in each}
+            found = {
+                meta["path"]: Found(meta["size"], meta["last_modified"].timestamp()) for meta in self._below(prefix)
+            }
             with self._lock:
                 self._listed[prefix] = found
         return self._listed[prefix]
 
-    def forget_listings(self) -> None:
-        self._listed.clear()
+    def _below(self, prefix: str) -> list[Any]:
+        return self._ask(lambda: [meta for each in obstore.list(self.store, prefix, chunk_size=1000) for meta in each])
 
     def remove(self, path: Path) -> None:
         """An object, or all below a folder, here and there."""
-        with _explained(self.url):
-            below = [m["path"] for each in obstore.list(self.store, self.key(path)) for m in each]
-            for start in range(0, len(below), 1000):
-                obstore.delete(self.store, below[start : start + 1000])
-            if not below:
-                with contextlib.suppress(FileNotFoundError):
-                    obstore.delete(self.store, self.key(path))
+        keys = [meta["path"] for meta in self._below(self.key(path))] or [self.key(path)]
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(lambda: obstore.delete(self.store, keys))
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         self._listed.clear()
         self._tags.pop(self.key(path), None)
@@ -261,8 +284,7 @@ class ObjectBytes:
         at = start - self.held_from
         if at >= 0 and at + n_bytes <= len(self.held):
             return self.held[at : at + n_bytes]
-        with _explained(self.objects.url):
-            return memoryview(obstore.get_range(self.objects.store, self.key, start=start, length=n_bytes))
+        return self.objects.range(self.key, start, n_bytes)
 
     def ahead(self, start: int, n_bytes: int) -> ObjectBytes:
         return ObjectBytes(self.objects, self.key, self.n_bytes, self._range(start, n_bytes), start)
@@ -274,25 +296,20 @@ class ObjectBytes:
         pass
 
 
+def _tries() -> Retrying:
+    return Retrying(
+        retry=retry_if_exception_type(GenericError),
+        stop=stop_after_attempt(8),
+        wait=wait_random_exponential(multiplier=0.1, max=10),
+        reraise=True,
+    )
+
+
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 _HELP = (
     "Check the bucket's name, and the credentials in the environment "
     "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; or those of Google or Azure)."
 )
-
-
-@contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """What the store refuses, in words: access is for the user to mend; the rest may pass when tried again."""
-    try:
-        yield
-    except (FileNotFoundError, AlreadyExistsError, PreconditionError):
-        raise
-    except (BaseError, PermissionError) as error:
-        raise UserError(
-            f"The store {url} does not answer: {_first_line(error)}.\n{_HELP} "
-            "Finished parts are safe; then run the same command again."
-        ) from error
 
 
 def _first_line(error: Exception) -> str:
