@@ -28,11 +28,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from saeflow.config import UserError
 
-_RETRIES: Any = {
-    "max_retries": 12,
-    "retry_timeout": timedelta(minutes=5),
-    "backoff": {"max_backoff": timedelta(seconds=20)},
-}
+_RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
 T = TypeVar("T")
 _SENDERS = 4
 """Files of a part on their way at once."""
@@ -215,6 +211,17 @@ class Objects:
                     listed.pop(key, None)
                     if n_bytes is not None:
                         listed[key] = Found(n_bytes, 0.0)
+
+    def create(self, path: Path) -> bool:
+        """Send a file, unless there is another one of that name already; then False, and the other is here."""
+        content, key = path.read_bytes(), self.key(path)
+        try:
+            self._ask(lambda: obstore.put(self.store, key, content, mode="create", use_multipart=False))
+        except AlreadyExistsError:
+            self._fetch(key, path)
+            return path.read_bytes() == content
+        self._note(path, len(content))
+        return True
 
     def switch(self, path: Path, content: bytes) -> None:
         """Replace a record, if it is still the one that was last read here. Raises UserError where somebody else has

@@ -28,7 +28,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Path:
     """Draw the run's picture beside its features."""
     target = features.artefact(store, recipe)
     small = recipe.model is None and target.published().total("n_tokens") <= MAX_ROWS
-    path = target.path / ("features.png" if small else "density.png")
+    path = target.own_file("features.png" if small else "density.png")
     if path.is_file():
         return path
     figure = _heat_map(store, recipe) if small else _densities(target)

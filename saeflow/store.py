@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -365,13 +365,20 @@ class Artefact:
             return current
         fresh = Generation(current.number + 1 if current else 1, ordered, hidden)
         write_provenance(self.path, provenance or {})
-        with replacing(self.list_path(fresh.number)) as temporary:
-            pq.write_table(_listed(fresh), temporary)
-        self.send(self.path / "provenance.json", self.list_path(fresh.number))
+        self.send(self.path / "provenance.json")
+        fresh = self._write_list(fresh)
         self._show(fresh.number)
         if self.objects is None:  # another machine may be about to publish them; `gc` waits for it
             self._clear_unseen()
         return fresh
+
+    def _write_list(self, generation: Generation) -> Generation:
+        """Write a generation's list; in an object store under a number that nobody else has used."""
+        with replacing(self.list_path(generation.number)) as temporary:
+            pq.write_table(_listed(generation), temporary)
+        if self.objects is None or self.objects.create(self.list_path(generation.number)):
+            return generation
+        return self._write_list(replace(generation, number=generation.number + 1))
 
     def list_path(self, number: int) -> Path:
         return self.path / "generations" / f"{number:06d}.parquet"

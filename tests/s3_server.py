@@ -97,15 +97,15 @@ class Server:
 @contextlib.contextmanager
 def s3_server() -> Iterator[Server]:
     """Started in a process of its own, ended at the end of the block."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.s3_server"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        server = Server(int(process.stdout.readline()))
-        yield server
-        server.listener.close()
-    finally:
-        process.terminate()
-        process.wait()
+    command = [sys.executable, "-m", "tests.s3_server"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            server = Server(int(process.stdout.readline()))
+            yield server
+            server.listener.close()
+        finally:
+            process.terminate()
 
 
 def serve() -> None:

@@ -1,0 +1,265 @@
+"""Stores by URL, against a real server that speaks S3: the same bytes, the same answers, nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tenacity import Retrying, stop_after_attempt
+
+from saeflow import activations, features, forget, integrity, objects, pipeline, queries
+from saeflow.arrays import open_site
+from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.object_files import ObjectFiles
+from saeflow.objects import Objects
+from saeflow.store import Damaged, Store
+from tests.s3_server import SECRET, Server, s3_server
+from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
+
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with s3_server() as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("SAEFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        started.bucket("bucket")
+        yield started
+
+
+@pytest.fixture
+def url(server: Server) -> Iterator[str]:
+    """A store of its own."""
+    server.drop(0)
+    yield f"s3://bucket/deep/store-{next(numbers)}"
+    server.drop(0)
+
+
+@pytest.fixture(scope="module")
+def recipe(ingredients: Ingredients) -> Recipe:
+    return parse_recipe(recipe_data(ingredients))
+
+
+@pytest.fixture(scope="module")
+def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store.create(tmp_path_factory.mktemp("local"))
+    pipeline.run(store, recipe, quiet())
+    return store
+
+
+@pytest.fixture(scope="module")
+def remote(recipe: Recipe, server: Server) -> str:
+    """A finished store that tests only read."""
+    server.drop(0)
+    pipeline.run(Store.create("s3://bucket/finished"), recipe, quiet())
+    return "s3://bucket/finished"
+
+
+@contextlib.contextmanager
+def another_machine(tmp_path: Path) -> Iterator[Path]:
+    """One that has seen nothing of the store yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAEFLOW_CACHE", str(tmp_path / f"machine-{next(numbers)}"))
+        yield Path(os.environ["SAEFLOW_CACHE"])
+
+
+def there(server: Server, url: str) -> dict[str, bytes]:
+    """The objects of a store by their path in it, as `tree` gives a folder's files."""
+    found = server.files("bucket", url.removeprefix("s3://bucket/"))
+    return {key: content for key, content in found.items() if not key.endswith("provenance.json")}
+
+
+def here(store: Store) -> dict[str, bytes]:
+    return {name: content for name, content in tree(store.root).items() if not name.startswith("tmp/")}
+
+
+def answers(store: Store) -> dict[str, Any]:
+    """What each named question answers to its first arguments."""
+    words = {"feature": 3, "threshold": 0.1, "n": 5, "token": 20, "text": "the", "a": "tales", "b": "letters"}
+    with contextlib.closing(queries.connect(store)) as connection:
+        found = {}
+        for question in (each for each in queries.questions() if each.name != "runs"):
+            given = {p.name: words[p.name] for p in question.parameters if p.name in words}
+            rows = queries.ask(connection, question.name, given).to_pylist()
+            found[question.name] = sorted(map(repr, rows))  # a view has no order
+        return found
+
+
+def test_a_store_by_url_holds_the_bytes_of_a_local_one(server: Server, remote: str, local: Store) -> None:
+    assert there(server, remote) == here(local)
+
+
+def test_connections_dropped_at_random_change_nothing(server: Server, url: str, recipe: Recipe, local: Store) -> None:
+    server.drop(0.1, seed=1)
+    before = server.n_dropped
+    store = Store.create(url)
+    pipeline.run(store, recipe, quiet())
+    assert answers(store) == answers(local)
+    assert server.n_dropped - before > 10
+    server.drop(0)
+    assert there(server, url) == here(local)
+
+
+def test_another_machine_answers_the_same_and_fetches_no_arrays_and_no_values(
+    remote: str, local: Store, tmp_path: Path
+) -> None:
+    with another_machine(tmp_path) as cache:
+        store = Store.open(remote)
+        assert answers(store) == answers(local)
+        kept = [path for path in cache.rglob("*.parquet") if "generations" not in path.parts]
+        assert kept == []
+        assert not list(cache.rglob("c"))
+
+
+def test_what_one_machine_began_another_finishes(
+    server: Server, url: str, recipe: Recipe, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, sent = Objects.send, itertools.count()
+
+    def breaking(self: Objects, *args: Any, **options: Any) -> None:
+        if next(sent) == 24:  # the files of a part of activations, its record still missing
+            raise ConnectionError("the machine is gone")
+        send(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "send", breaking)
+        with pytest.raises(ConnectionError):
+            pipeline.run(Store.create(url), recipe, quiet())
+    begun = set(there(server, url))
+    assert any(name.startswith("activations/") for name in begun)
+    assert not any(name.startswith("saes/") for name in begun)
+    with another_machine(tmp_path):
+        pipeline.run(Store.create(url), recipe, quiet())
+    assert there(server, url) == here(local)
+
+
+def test_a_second_run_sends_nothing(url: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.run(Store.create(url), recipe, quiet())
+    sent: list[Path] = []
+    monkeypatch.setattr(Objects, "_send", lambda self, pair: sent.append(pair[1]))
+    pipeline.run(Store.create(url), recipe, quiet())
+    assert sent == []
+
+
+def shard_key(server: Server, url: str) -> str:
+    prefix = url.removeprefix("s3://bucket/")
+    return next(f"{prefix}/{name}" for name in sorted(there(server, url)) if "/c/" in name)
+
+
+@pytest.mark.parametrize("harm", ["deleted", "flipped"])
+def test_a_shard_that_is_gone_or_changed_is_named_never_read_and_made_again(
+    harm: str, server: Server, url: str, recipe: Recipe, local: Store
+) -> None:
+    pipeline.run(Store.create(url), recipe, quiet())
+    key, client = shard_key(server, url), server.client()
+    if harm == "deleted":
+        client.delete_object(Bucket="bucket", Key=key)
+    else:
+        content = bytearray(client.get_object(Bucket="bucket", Key=key)["Body"].read())
+        content[100] ^= 1
+        client.put_object(Bucket="bucket", Key=key, Body=bytes(content))
+    store = Store.open(url)
+    stored = activations.artefact(store, recipe)
+    part = stored.published().parts[0]
+    with pytest.raises(Damaged, match="rows 0 to"):
+        open_site(stored, part, activations.stored_sites(stored)[0]).read(slice(None))
+    found = list(integrity.verify(store, full=True))
+    assert [each.part.index for each in found if each.part] == [part.index]
+    for each in found:
+        integrity.repair(each)
+    pipeline.run(Store.create(url), recipe, quiet())
+    assert list(integrity.verify(Store.open(url), full=True)) == []
+    assert there(server, url) == here(local)
+
+
+def test_two_machines_never_undo_each_other(url: str, recipe: Recipe, tmp_path: Path) -> None:
+    pipeline.stages(recipe)["tokens"](Store.create(url), recipe, quiet())
+    mine = activations.tokens_artefact(Store.create(url), recipe)
+    with another_machine(tmp_path):
+        others = activations.tokens_artefact(Store.create(url), recipe)
+        others.publish(others.published().parts[:-1])
+    with pytest.raises(UserError, match=r"(?s)Another machine has published .*run the same command again"):
+        mine.publish(mine.published().parts[:-2])
+    now = activations.tokens_artefact(Store.create(url), recipe)
+    assert len(now.published().parts) == len(mine.parts()) - 1
+
+
+def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
+    server: Server, url: str, ingredients: Ingredients, tmp_path: Path
+) -> None:
+    rows = documents(40)
+    secret = "Quetzalcoatl sings in the garden."
+    rows.append({"key": "secret", "text": secret, "source": "letters", "title": "S"})
+    corpus = write_corpus(tmp_path / "corpus.parquet", rows)
+    recipe = parse_recipe(recipe_data(ingredients, corpus={"files": [str(corpus)], "held_out": 0.2}))
+    pipeline.run(Store.create(url), recipe, quiet())
+    n_before = len(activations.artefact(Store.open(url), recipe).published().parts)
+    write_corpus(tmp_path / "corpus.parquet", [*rows, *documents(60)[46:]])
+    pipeline.run(Store.create(url), recipe, quiet())
+    assert len(activations.artefact(Store.open(url), recipe).published().parts) > n_before
+    forget.forget(Store.create(url), ["secret"], quiet())
+    with contextlib.closing(queries.connect(Store.open(url))) as connection:
+        assert queries.query(connection, "select key from documents where key = 'secret'").num_rows == 0
+    store = Store.create(url)
+    pipeline.compact(store, recipe, quiet())
+    for each in list(integrity.garbage(Store.open(url), grace_seconds=0)):
+        integrity.remove(each)
+    for name, content in there(server, url).items():
+        if name.endswith("documents.parquet"):
+            (tmp_path / "documents.parquet").write_bytes(content)
+            assert "secret" not in pq.read_table(tmp_path / "documents.parquet").column("key").to_pylist()
+    assert list(integrity.verify(Store.open(url), full=True)) == []
+
+
+def test_a_bucket_that_is_not_there_is_named_and_no_secret_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_tries", lambda: Retrying(stop=stop_after_attempt(1), reraise=True))
+    with pytest.raises(UserError) as missing:
+        Store.open("s3://no-such-bucket/store")
+    assert "s3://no-such-bucket/store" in str(missing.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL") as silent:
+        Store.open("s3://bucket/store")
+    assert SECRET not in str(missing.value) + str(silent.value)
+
+
+def test_a_url_that_is_no_object_store_is_refused() -> None:
+    with pytest.raises(UserError, match="gopher://somewhere cannot be opened"):
+        Store.open("gopher://somewhere")
+
+
+def test_a_store_that_cannot_compare_before_it_replaces_is_refused(tmp_path: Path) -> None:
+    plain = Objects(tmp_path.as_uri(), tmp_path / "cache")
+    record = tmp_path / "cache" / "manifest.json"
+    plain.switch(record, b"1")
+    with pytest.raises(UserError, match="conditional put"):
+        plain.switch(record, b"2")
+
+
+def test_an_open_object_may_be_shared_by_threads(server: Server, url: str, tmp_path: Path) -> None:
+    content = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8).tobytes()
+    server.client().put_object(Bucket="bucket", Key=f"{url.removeprefix('s3://bucket/')}/file", Body=content)
+    files = ObjectFiles(Objects(url, tmp_path))
+    dice = np.random.default_rng(1)
+    wanted = [(int(start), int(size)) for start, size in dice.integers(0, [2_900_000, 600_000], (200, 2))]
+    with files.open(f"{url}/file") as shared, ThreadPoolExecutor(8) as pool:
+
+        def read(place: tuple[int, int]) -> bytes:
+            shared.seek(place[0])
+            return bytes(shared.read(place[1]))
+
+        assert list(pool.map(read, wanted)) == [content[start : start + size] for start, size in wanted]
+
+
+def test_values_are_encoded_from_an_object_store_as_from_a_disk(remote: str, recipe: Recipe, local: Store) -> None:
+    ours, theirs = (features.artefact(store, recipe).published() for store in (local, Store.open(remote)))
+    assert ours.parts == theirs.parts
