@@ -258,6 +258,25 @@ class Objects:
     def _below(self, prefix: str) -> list[Any]:
         return self._ask(lambda: [meta for each in obstore.list(self.store, prefix, chunk_size=1000) for meta in each])
 
+    def keep(self, folder: Path, number: int, last: str) -> None:
+        """Send a folder of work in progress as its version `number`, the file `last` after the others; drop older ones."""
+        older = [meta["path"] for meta in self._below(self.key(folder))]
+        target = folder / f"{number:09d}"
+        paths = [path for path in folder.iterdir() if path.name != last]
+        self.send(paths, folder, target)
+        self.send([folder / last], folder, target)
+        old = [key for key in older if not key.startswith(self.key(target) + "/")]
+        if old:
+            self._ask(lambda: obstore.delete(self.store, old))
+
+    def bring_back(self, folder: Path, last: str) -> None:
+        """The newest whole version of a folder that was kept, if there is one."""
+        keys = sorted(meta["path"] for meta in self._below(self.key(folder)))
+        whole = [key.rpartition("/")[0] for key in keys if key.endswith(f"/{last}")]
+        for key in keys if whole else []:
+            if key.startswith(whole[-1] + "/"):
+                self._fetch(key, folder / key.rpartition("/")[2])
+
     def remove(self, path: Path) -> None:
         """An object, or all below a folder, here and there."""
         keys = [meta["path"] for meta in self._below(self.key(path))] or [self.key(path)]

@@ -28,6 +28,7 @@ from saeflow.disk import read_json, replacing, write_json
 from saeflow.encoding import fast_dtype
 from saeflow.feed import Feed
 from saeflow.model import Site
+from saeflow.objects import Objects
 from saeflow.parallel import keep_freed_memory, n_threads
 from saeflow.progress import Progress
 from saeflow.resample import resample
@@ -35,6 +36,8 @@ from saeflow.sae import SparseAutoencoder, StepInfo
 from saeflow.store import Artefact, Store
 from saeflow.used import Used
 
+_CHECKPOINT = "state.json"
+"""The file of a checkpoint that is written last."""
 _SAMPLE_ROWS = 65_536
 """Tokens from which the mean and the scale of the data set are taken."""
 
@@ -230,21 +233,28 @@ def run(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -
         feed = open_feed(store, recipe)
         progress.say(f"train: {feed.mixing()}")
         began = time.monotonic()
-        training = fit(feed, recipe, checkpoints, progress)
+        training = fit(feed, recipe, checkpoints, progress, store.objects)
         publish(target, training, feed.site, store, recipe, time.monotonic() - began)
+        if store.objects is not None:
+            store.objects.remove(checkpoints)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return target
 
 
-def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
-    """Train as often as `train.restarts` says, each from its checkpoint if there is one; return the best."""
+def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress, objects: Objects | None = None) -> Training:
+    """Train as often as `train.restarts` says, each from its checkpoint if there is one; return the best.
+
+    Checkpoints are kept in the object store, too, so that another machine can go on where this one was lost.
+    """
     trained = []
     for restart in range(recipe.train.restarts):
         training = Training.begin(feed, recipe, restart)
         folder = checkpoints / f"restart-{restart}"
+        if objects is not None and not folder.is_dir():
+            objects.bring_back(folder, _CHECKPOINT)
         if training.restore(folder) and training.step < training.n_steps:
             progress.say(f"train: continuing at step {training.step} of {training.n_steps}")
-        loop(training, feed, folder, progress)
+        loop(training, feed, folder, progress, objects)
         if recipe.train.restarts > 1:
             training.save(folder)
         trained.append(training)
@@ -289,10 +299,16 @@ def whole_step() -> Iterator[None]:
         signal.raise_signal(asked[0])
 
 
-def loop(training: Training, feed: Feed, checkpoint: Path, progress: Progress) -> None:
+def loop(training: Training, feed: Feed, checkpoint: Path, progress: Progress, objects: Objects | None = None) -> None:
     """Step to the end, saving a checkpoint every `checkpoint_seconds` and when interrupted."""
     if training.step >= training.n_steps:
         return
+
+    def keep() -> None:
+        training.save(checkpoint)
+        if objects is not None:
+            objects.keep(checkpoint, training.step, _CHECKPOINT)
+
     saved = time.monotonic()
     with progress.bar("train", training.n_steps * feed.n_rows // feed.batches_per_epoch, "tokens") as bar:
         bar.resume_at(training.step * feed.n_rows // feed.batches_per_epoch)
@@ -306,10 +322,10 @@ def loop(training: Training, feed: Feed, checkpoint: Path, progress: Progress) -
                     len(batch), f"unexplained {info.unexplained:.3f}, L0 {info.n_active:.1f}, dead {info.n_dead}"
                 )
                 if time.monotonic() - saved > training.config.checkpoint_seconds:
-                    training.save(checkpoint)
+                    keep()
                     saved = time.monotonic()
         except KeyboardInterrupt:
-            training.save(checkpoint)
+            keep()
             raise
         finally:
             batches.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from tenacity import Retrying, stop_after_attempt
+from torch import Tensor
 
-from saeflow import activations, features, forget, integrity, objects, pipeline, queries
+from saeflow import activations, features, forget, integrity, objects, pipeline, queries, train
 from saeflow.arrays import open_site
 from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.object_files import ObjectFiles
 from saeflow.objects import Objects
+from saeflow.progress import Progress
+from saeflow.sae import StepInfo
 from saeflow.store import Damaged, Store
 from tests.s3_server import SECRET, Server, s3_server
 from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
@@ -140,6 +145,28 @@ def test_what_one_machine_began_another_finishes(
     assert not any(name.startswith("saes/") for name in begun)
     with another_machine(tmp_path):
         pipeline.run(Store.create(url), recipe, quiet())
+    assert there(server, url) == here(local)
+
+
+def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
+    server: Server, url: str, ingredients: Ingredients, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
+    advance = train.Training.advance
+
+    def lost(self: train.Training, batch: Tensor) -> StepInfo:
+        if self.step == 20:
+            raise ConnectionError("the machine is gone")
+        return advance(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "advance", lost)
+        with pytest.raises(ConnectionError):
+            pipeline.run(Store.create(url), often, quiet())
+    console = Console(record=True, file=io.StringIO(), width=200)
+    with another_machine(tmp_path):
+        pipeline.run(Store.create(url), often, Progress(console))
+    assert "continuing at step 20 of" in console.export_text()
     assert there(server, url) == here(local)
 
 
