@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from torch import nn
 
 from saeflow import tokens
 from saeflow.arrays import ITEM_BYTES, plan_layout
+from saeflow.brought import content
 from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
-from saeflow.disk import checksum
 from saeflow.model import Site, SiteReader, load_model, model_fingerprint, resolve_sites
 from saeflow.parallel import in_order, keep_freed_memory, n_threads
 from saeflow.progress import Bar, Progress
@@ -57,13 +56,13 @@ def brought_facts(recipe: Recipe) -> dict[str, Any]:
     about = recipe.activations
     made = about.synthetic.model_dump(mode="json") if about.synthetic else None
     share = recipe.corpus.held_out if recipe.corpus else 0.0
-    content = checksum(Path(about.source)) if about.source and Path(about.source).is_file() else None
     return {
         "source": about.source,
-        "content": content,
+        "content": content(about.source) if about.source else None,
         "synthetic": made,
         "part_rows": about.part_rows,
         "held_out": share,
+        **({"source_array": about.source_array} if about.source_array else {}),
     }
 
 

@@ -97,7 +97,13 @@ class ActivationsConfig(Section):
     """Which activations are stored, and how."""
 
     sites: Paths = Field([], description="Module names or globs; add `:input` to read a module's input.")
-    source: str | None = Field(None, description="Bring your own: a CSV, npy or Parquet table instead of a model.")
+    source: str | None = Field(
+        None,
+        description="Bring your own: CSV, Parquet, npy, npz, safetensors, Zarr or SAELens' cache instead of a model.",
+    )
+    source_array: str | None = Field(
+        None, description="Which array of the source, or column of lists, where it has several."
+    )
     synthetic: SyntheticConfig | None = Field(None, description="Made activations instead of a model's.")
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="Precision on disk.")
     skip_positions: list[NonNegativeInt] = Field(
