@@ -14,12 +14,13 @@ from saeflow.activations import artefact, brought_facts, facts, skipped, tokens_
 from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.config import Recipe
 from saeflow.model import Site
+from saeflow.packed import open_writer
 from saeflow.parallel import n_threads
 from saeflow.progress import Bar, Progress
 from saeflow.rows import Reader, Rows
 from saeflow.store import Artefact, PartRecord, Store
 from saeflow.vocab import write_vocab
-from saeflow.writer import Writer, stored
+from saeflow.writer import stored
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Artefact]:
@@ -94,7 +95,7 @@ def _bring_part(
     names: list[str] = []
     where = PartRecord(index=index, counts=counts, files=[])
     with target.new_part(index, counts) as folder:
-        writer = Writer(folder / site.file, plan_layout(n, 1, site.width, about), about.dtype)
+        writer = open_writer(folder / site.file, plan_layout(n, 1, site.width, about), about)
         for values, found in table.reader.read(start, start + n):
             writer.append(stored(torch.from_numpy(values)[:, None], about, where, len(names)))
             names += found or [labels.name_of(start + len(names) + i) for i in range(len(values))]

@@ -106,6 +106,9 @@ class ActivationsConfig(Section):
     )
     synthetic: SyntheticConfig | None = Field(None, description="Made activations instead of a model's.")
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="Precision on disk.")
+    compression: Literal["none", "zstd"] = Field(
+        "none", description="`zstd` where disk is dear: a fifth after a ReLU, four fifths or more elsewhere; slower."
+    )
     skip_positions: list[NonNegativeInt] = Field(
         [], description="Positions never trained on, encoded or judged, e.g. [0] where the model keeps a huge vector."
     )
@@ -332,7 +335,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"cannot fingerprint {type(value).__name__}")
 
 
-_SINCE_2 = {"skip_positions", "skip_special", "token_ids", "compression"}
+_SINCE_2 = {"skip_positions", "skip_special", "token_ids", "compression", "source_array"}
 """Settings that format 1 did not have: at their defaults they leave fingerprints as they were."""
 
 

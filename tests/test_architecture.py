@@ -34,6 +34,8 @@ ORDER = [
     "brought",
     "arrays",
     "writer",
+    "packed",
+    "norms",
     "activations",
     "bring",
     "plan",
