@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,16 @@ from torch import nn
 
 from saeflow import tokens
 from saeflow.arrays import ITEM_BYTES, plan_layout
+from saeflow.brought import content
 from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
-from saeflow.disk import checksum
 from saeflow.model import Site, SiteReader, load_model, model_fingerprint, resolve_sites
+from saeflow.norms import FILE as NORMS_FILE
+from saeflow.norms import Norms, norms_of, warn
+from saeflow.packed import open_writer
 from saeflow.parallel import in_order, keep_freed_memory, n_threads
 from saeflow.progress import Bar, Progress
 from saeflow.store import Artefact, Job, PartRecord, Store
-from saeflow.writer import Writer, stored
+from saeflow.writer import stored
 
 _QUEUE = 4
 """Forward batches waiting for the disk before the model has to wait."""
@@ -50,6 +52,7 @@ def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
         "dtype": about.dtype,
         "forward_batch": about.forward_batch,
         "layout": [about.chunk_bytes, about.shard_bytes],
+        **({"compression": about.compression} if about.compression != "none" else {}),
     }
 
 
@@ -57,13 +60,13 @@ def brought_facts(recipe: Recipe) -> dict[str, Any]:
     about = recipe.activations
     made = about.synthetic.model_dump(mode="json") if about.synthetic else None
     share = recipe.corpus.held_out if recipe.corpus else 0.0
-    content = checksum(Path(about.source)) if about.source and Path(about.source).is_file() else None
     return {
         "source": about.source,
-        "content": content,
+        "content": content(about.source) if about.source else None,
         "synthetic": made,
         "part_rows": about.part_rows,
         "held_out": share,
+        **({"source_array": about.source_array} if about.source_array else {}),
     }
 
 
@@ -87,10 +90,14 @@ class Collector:
         ]
         reader = SiteReader(self.model, self.sites)
 
-        def forward(rows: slice) -> list[np.ndarray]:
+        norms = Norms(self.sites, length)
+
+        def forward(rows: slice) -> list[tuple[np.ndarray, np.ndarray]]:
+            """Of every site what is stored, and its norms."""
             padding = None if mask[rows].all() else torch.from_numpy(mask[rows])
             read = reader.read(torch.from_numpy(vocab_ids[rows]), padding)
-            return [stored(read[site.name], self.config, part, rows.start) for site in self.sites]
+            each = (read[site.name] for site in self.sites)
+            return [(stored(values, self.config, part, rows.start), norms_of(values)) for values in each]
 
         known: dict[str, str] = {}
         with (
@@ -98,21 +105,23 @@ class Collector:
             contextlib.closing(reader),
         ):
             writers = [
-                Writer(folder / site.file, plan_layout(n, length, site.width, self.config), self.config.dtype)
+                open_writer(folder / site.file, plan_layout(n, length, site.width, self.config), self.config)
                 for site in self.sites
             ]
             with ThreadPoolExecutor(1, "saeflow-disk") as disk:
                 pending: deque[Future[None]] = deque()
-                for rows, values in zip(batches, in_order(forward, batches, self.workers), strict=True):
-                    pending += [disk.submit(w.append, block) for w, block in zip(writers, values, strict=True)]
+                for rows, found in zip(batches, in_order(forward, batches, self.workers), strict=True):
+                    pending += [disk.submit(w.append, block) for w, (block, _) in zip(writers, found, strict=True)]
+                    norms.add([each for _, each in found], mask[rows])
                     while len(pending) > _QUEUE * len(writers):
                         pending.popleft().result()
                     bar.advance(int(mask[rows].sum()))
                 for future in pending:
                     future.result()
+            norms.write(folder / NORMS_FILE)
             for writer in writers:
                 writer.close()
-                known |= {f"{writer.path.name}/{name}": found for name, found in writer.checksums.items()}
+                known |= {f"{writer.path.name}/{name}": each for name, each in writer.checksums.items()}
         return self.target.made[part.index]
 
 
@@ -142,6 +151,8 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
             yield Job([], done.__getitem__)
         done = target.fitting(inputs)
         target.publish([done[part.index] for part in wanted])
+        if plan:
+            warn(target, recipe.activations, progress)
 
 
 def skipped(target: Artefact, progress: Progress) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property, partial
+
 import numpy as np
 import pyarrow as pa
 import torch
 
-from saeflow import brought, tokens
+from saeflow import brought, labels, tokens
 from saeflow.activations import artefact, brought_facts, facts, skipped, tokens_artefact
-from saeflow.arrays import plan_layout
+from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.config import Recipe
 from saeflow.model import Site
+from saeflow.packed import open_writer
 from saeflow.parallel import n_threads
-from saeflow.progress import Progress
+from saeflow.progress import Bar, Progress
+from saeflow.rows import Reader, Rows
 from saeflow.store import Artefact, PartRecord, Store
 from saeflow.vocab import write_vocab
-from saeflow.writer import Writer, stored
+from saeflow.writer import stored
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Artefact]:
-    """Store a user's table, or a made one, as activations of one-token documents."""
+    """Store a user's table, or a made one, as activations of one-token documents. Parts that are there are kept."""
     source, target = tokens_artefact(store, recipe), artefact(store, recipe)
     with source.writing(), target.writing():
         if source.generation() and target.generation() and not _missing(source, target):
@@ -27,21 +32,51 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Art
             return source, target
         about = recipe.activations
         torch.set_num_threads(n_threads(recipe.threads))
-        table = brought.make_table(about.synthetic) if about.synthetic else brought.read_table(str(about.source))
-        site = Site("table", table.values.shape[1])
-        store.require_free(int(table.values.nbytes * 1.05), "Storing the table")
+        made = brought.make_table(about.synthetic) if about.synthetic else None
+        rows = brought.rows_of(made) if made else brought.open_rows(str(about.source), about.source_array)
+        site = Site("table", rows.width)
+        store.require_free(int(rows.n_rows * rows.width * ITEM_BYTES[about.dtype] * 1.05), "Storing the table")
+        seen = brought.look(rows, progress)
         source.begin(brought_facts(recipe) | {"context_length": 1})
         target.begin(facts(store, recipe) | {"stored": [[site.name, site.width]]}, [source.id])
-        pieces = sorted(set(table.labels))
-        write_vocab(source.path / "vocab.parquet", pieces, [piece.encode() for piece in pieces])
+        table = _Table(rows, Reader(rows), seen.pieces)
+        table.write_vocab(source)
         source.send(source.path / "vocab.parquet")
-        with progress.bar("activations", len(table.labels), "rows") as bar:
-            for index, start in enumerate(range(0, len(table.labels), about.part_rows)):
-                _bring_part(source, target, recipe, site, table, pieces, index, start)
-                bar.advance(min(about.part_rows, len(table.labels) - start))
+        done = source.parts().keys() & target.parts().keys()
+        with progress.bar("activations", rows.n_rows, "rows") as bar:
+            for index, start in enumerate(range(0, rows.n_rows, about.part_rows)):
+                if index in done:
+                    bar.resume_at(bar.done + min(about.part_rows, rows.n_rows - start))
+                else:
+                    _bring_part(source, target, recipe, site, table, bar, index, start)
         for item in (source, target):
             item.publish(item.parts().values())
     return source, target
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rows, what reads them, and their distinct labels in text order, if they have any."""
+
+    rows: Rows
+    reader: Reader
+    pieces: list[str] | None
+
+    def write_vocab(self, source: Artefact) -> None:
+        names = partial(labels.names_in_order, self.rows.n_rows) if self.pieces is None else partial(iter, self.pieces)
+        write_vocab(source.path / "vocab.parquet", names(), (name.encode() for name in names()))
+
+    @cached_property
+    def place(self) -> dict[str, int]:
+        return {piece: i for i, piece in enumerate(self.pieces or ())}
+
+    def vocab_ids(self, names: list[str], start: int) -> np.ndarray:
+        """int32 (n, 1)"""
+        if self.pieces is None:
+            places = labels.places_of(np.arange(start, start + len(names)), self.rows.n_rows)
+        else:
+            places = np.array([self.place[name] for name in names])
+        return places.astype(np.int32)[:, None]
 
 
 def _missing(source: Artefact, target: Artefact) -> list[PartRecord]:
@@ -50,28 +85,29 @@ def _missing(source: Artefact, target: Artefact) -> list[PartRecord]:
 
 
 def _bring_part(
-    source: Artefact, target: Artefact, recipe: Recipe, site: Site,
-    table: brought.Table, pieces: list[str], index: int, start: int,
-) -> None:  # fmt: skip
-    labels = table.labels[start : start + recipe.activations.part_rows]
-    numbers = np.arange(start, start + len(labels))
-    place = {piece: i for i, piece in enumerate(pieces)}
-    packed = tokens.Packed(np.array([[place[label]] for label in labels], np.int32), numbers[:, None])
-    n = len(labels)
+    source: Artefact, target: Artefact, recipe: Recipe, site: Site, table: _Table, bar: Bar, index: int, start: int
+) -> None:
+    about = recipe.activations
+    n = min(about.part_rows, table.rows.n_rows - start)
     counts = {
         "first_sequence": start, "n_sequences": n, "n_train_sequences": n, "first_document": start,
         "n_documents": n, "n_tokens": n, "n_train_tokens": n,
     }  # fmt: skip
+    names: list[str] = []
+    where = PartRecord(index=index, counts=counts, files=[])
+    with target.new_part(index, counts) as folder:
+        writer = open_writer(folder / site.file, plan_layout(n, 1, site.width, about), about)
+        for values, found in table.reader.read(start, start + n):
+            writer.append(stored(torch.from_numpy(values)[:, None], about, where, len(names)))
+            names += found or [labels.name_of(start + len(names) + i) for i in range(len(values))]
+            bar.advance(len(values))
+        writer.close()
+    numbers = np.arange(start, start + n)
     documents = pa.table(
         {
-            "document_id": numbers, "key": [f"{label} #{i}" for i, label in zip(numbers, labels, strict=True)],
+            "document_id": numbers, "key": [f"{name} #{i}" for i, name in zip(numbers, names, strict=True)],
             "source": ["table"] * n, "content_hash": [""] * n, "held_out": [False] * n,
             "n_tokens": np.ones(n, np.int64), "first_token_id": numbers,
         }
     )  # fmt: skip
-    record = tokens.write_part(source, index, counts, packed, documents)
-    values = torch.from_numpy(table.values[start : start + n, None, :])
-    with target.new_part(index, counts) as folder:
-        writer = Writer(folder / site.file, plan_layout(n, 1, site.width, recipe.activations), recipe.activations.dtype)
-        writer.append(stored(values, recipe.activations, record, 0))
-        writer.close()
+    tokens.write_part(source, index, counts, tokens.Packed(table.vocab_ids(names, start), numbers[:, None]), documents)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-import duckdb
 import numpy as np
-import pyarrow as pa
 import torch
+import xxhash
 
+from saeflow.columns import arrow_files, arrow_rows, csv_rows, parquet_rows
 from saeflow.config import SyntheticConfig, UserError
+from saeflow.disk import checksum
+from saeflow.labels import name_of
+from saeflow.progress import Progress
+from saeflow.rows import Reader, Rows, no_table, npy_rows, npz_rows, safetensors_rows, zarr_rows
 
 _TOY_STEPS = 3000
+_ZARR = ("zarr.json", ".zarray", ".zgroup")
 
 
 @dataclass(frozen=True)
@@ -24,65 +30,121 @@ class Table:
     directions: np.ndarray | None = None
 
 
-def read_table(path: str) -> Table:
-    """Read a CSV, TSV, Parquet or npy file: numeric columns are neurons, the first text column labels rows.
+@dataclass(frozen=True)
+class Seen:
+    """What a first look at all rows gave: their distinct labels in text order, None where rows have none."""
 
-    Raises UserError for a file that is missing, cannot be read or is not numeric.
+    pieces: list[str] | None
+
+
+def open_rows(source: str, array: str | None = None) -> Rows:
+    """The user's table, by the ending of the file or by what lies in the folder; reads little more than its shape.
+
+    Numeric columns are neurons and the first text column labels rows. Raises UserError for what is missing, cannot be
+    read or is no table.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"activations.source: no file at {path}.")
-    match file.suffix.lower():
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"activations.source: no file at {source}.")
+    rows = _of_folder(path, array) if path.is_dir() else _of_file(path, array)
+    if 0 in (rows.n_rows, rows.width):
+        raise no_table(path.name, (rows.n_rows, rows.width))
+    return rows
+
+
+def _of_file(path: Path, array: str | None) -> Rows:
+    match path.suffix.lower():
         case ".npy":
-            table = _from_array(file)
-        case ".csv" | ".tsv" | ".parquet":
-            table = _from_columns(file)
+            return npy_rows(path)
+        case ".npz":
+            return npz_rows(path, array)
+        case ".safetensors":
+            return safetensors_rows(path, array)
+        case ".csv" | ".tsv":
+            return csv_rows(path)
+        case ".parquet":
+            return parquet_rows(path, array)
         case other:
             raise UserError(
-                f"activations.source is {file.name}, but {other or 'no ending'} is none of .csv .tsv .parquet .npy."
+                f"activations.source is {path.name}, but {other or 'no ending'} is none of "
+                ".csv .tsv .parquet .npy .npz .safetensors; a folder may be Zarr, or what SAELens caches."
             )
-    if table.values.ndim != 2 or 0 in table.values.shape:
-        raise UserError(
-            f"activations.source: {file.name} has shape {table.values.shape}; a table of rows × neurons is needed."
+
+
+def _of_folder(path: Path, array: str | None) -> Rows:
+    if (path / "state.json").is_file():
+        return arrow_rows(path, array)
+    if any((path / name).is_file() for name in _ZARR):
+        return zarr_rows(path, array)
+    unfinished = (path / ".tmp_shards").is_dir()
+    raise UserError(
+        f"activations.source: the folder {path.name} "
+        + (
+            "is an activation cache that SAELens did not finish. Let it make the cache again."
+            if unfinished
+            else "is neither Zarr (zarr.json, .zarray or .zgroup) nor what SAELens or `datasets` saved (state.json)."
         )
-    return table
+    )
 
 
-def _from_array(file: Path) -> Table:
-    try:
-        return _unlabelled(np.load(file, allow_pickle=False))
-    except (ValueError, EOFError) as error:
-        raise UserError(f"activations.source: {file.name} is no array of numbers in npy format.") from error
+@lru_cache(maxsize=64)
+def _content(path: Path, signature: tuple[tuple[str, int, int], ...]) -> str:
+    """xxh3_128 of a file, or of the names and checksums of a folder's files."""
+    if path.is_file():
+        return checksum(path)
+    each = [f"{name} {checksum(path / name)}\n" for name, _, _ in signature]
+    return xxhash.xxh3_128_hexdigest("".join(each).encode())
 
 
-def _unlabelled(values: np.ndarray) -> Table:
-    return Table(_names(len(values)), values.astype(np.float32))
+def content(source: str) -> str | None:
+    """Checksum of the source; None where nothing is there. Read once a process while size and time stay the same."""
+    path = Path(source)
+    if not path.exists():
+        return None
+    files = [path]
+    if path.is_dir():
+        listed = (path / "state.json").is_file()
+        files = arrow_files(path) if listed else sorted(file for file in path.rglob("*") if file.is_file())
+    about = [(file, file.stat()) for file in files]
+    return _content(path, tuple((file.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns) for file, s in about))
+
+
+def look(rows: Rows, progress: Progress) -> Seen:
+    """Read everything once and keep nothing but the distinct labels. Raises UserError at a number that is not finite."""
+    pieces: set[str] = set()
+    labelled, at = False, 0
+    with progress.bar("check", rows.n_rows, "rows") as bar:
+        for values, labels in Reader(rows).read(0, rows.n_rows):
+            if not np.isfinite(values).all():
+                row, column = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+                raise UserError(
+                    f"activations.source: {rows.name} has {values[row, column]} in row {at + row}, neuron {column} "
+                    "(counted from 0);\nnothing was stored. Mend the number, or leave out the row."
+                )
+            if labels is not None:
+                labelled = True
+                pieces.update(labels)
+            at += len(values)
+            bar.advance(len(values))
+    return Seen(sorted(pieces) if labelled else None)
+
+
+def read_table(path: str, array: str | None = None) -> Table:
+    """The whole table in memory: for small ones."""
+    rows = open_rows(path, array)
+    found = list(Reader(rows).read(0, rows.n_rows))
+    labels = [label for _, labels in found for label in labels or ()]
+    return Table(labels or _names(rows.n_rows), np.concatenate([values for values, _ in found]))
+
+
+def rows_of(table: Table) -> Rows:
+    """A table in memory as one that is read."""
+    n_rows, width = table.values.shape
+    return Rows("the table", n_rows, width, lambda start: iter([(table.values[start:], table.labels[start:])]))
 
 
 def _names(n: int) -> list[str]:
-    return [f"row {i}" for i in range(n)]
-
-
-def _from_columns(file: Path) -> Table:
-    connection = duckdb.connect()
-    try:
-        read = connection.from_parquet if file.suffix == ".parquet" else connection.read_csv
-        data: pa.Table = read(str(file)).to_arrow_table()
-    except duckdb.Error as error:
-        raise UserError(f"activations.source: {file.name} cannot be read: {str(error).splitlines()[0]}") from error
-    names = [
-        f.name
-        for f in data.schema
-        if pa.types.is_floating(f.type) or pa.types.is_integer(f.type) or pa.types.is_decimal(f.type)
-    ]
-    texts = [f.name for f in data.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    if not names:
-        raise UserError(
-            f"activations.source: {file.name} has no numeric column; it has {', '.join(data.schema.names)}."
-        )
-    values = np.column_stack([data.column(name).cast(pa.float64()).to_numpy() for name in names]).astype(np.float32)
-    labels = [str(label) for label in data.column(texts[0]).to_pylist()] if texts else _unlabelled(values).labels
-    return Table(labels, values)
+    return [name_of(i) for i in range(n)]
 
 
 def make_table(config: SyntheticConfig) -> Table:

@@ -97,9 +97,18 @@ class ActivationsConfig(Section):
     """Which activations are stored, and how."""
 
     sites: Paths = Field([], description="Module names or globs; add `:input` to read a module's input.")
-    source: str | None = Field(None, description="Bring your own: a CSV, npy or Parquet table instead of a model.")
+    source: str | None = Field(
+        None,
+        description="Bring your own: CSV, Parquet, npy, npz, safetensors, Zarr or SAELens' cache instead of a model.",
+    )
+    source_array: str | None = Field(
+        None, description="Which array of the source, or column of lists, where it has several."
+    )
     synthetic: SyntheticConfig | None = Field(None, description="Made activations instead of a model's.")
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="Precision on disk.")
+    compression: Literal["none", "zstd"] = Field(
+        "none", description="`zstd` where disk is dear: a fifth after a ReLU, four fifths or more elsewhere; slower."
+    )
     skip_positions: list[NonNegativeInt] = Field(
         [], description="Positions never trained on, encoded or judged, e.g. [0] where the model keeps a huge vector."
     )
@@ -326,7 +335,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"cannot fingerprint {type(value).__name__}")
 
 
-_SINCE_2 = {"skip_positions", "skip_special", "token_ids", "compression"}
+_SINCE_2 = {"skip_positions", "skip_special", "token_ids", "compression", "source_array"}
 """Settings that format 1 did not have: at their defaults they leave fingerprints as they were."""
 
 

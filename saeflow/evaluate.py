@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from saeflow.config import FORMAT_VERSION, Recipe, fingerprint
 from saeflow.feed import Feed, held_out_rows
 from saeflow.model import load_model, replaced
 from saeflow.parallel import in_order, n_threads
-from saeflow.progress import Progress
+from saeflow.progress import Bar, Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Artefact, Damaged, Store, read_checked, write_checked
 from saeflow.used import Used
@@ -184,14 +184,19 @@ def _language_model_loss(
             spliced = _Spliced(change)
             with replaced(model, site, spliced) if change else contextlib.nullcontext():
                 each = in_order(partial(_summed_loss, model, spliced), batches, n_threads(recipe.threads))
-                sums[name] = math.fsum(each)
-            bar.advance(n_predicted)
+                sums[name] = math.fsum(_counted(each, batches, bar))
     losses = {name: ratio(total, n_predicted) for name, total in sums.items()}
     recovered = {
         f"loss_recovered_{kind}": loss_recovered(losses["loss"], losses["loss_sae"], losses[f"loss_{kind}_ablated"])
         for kind in ("mean", "zero")
     }
     return losses | recovered | {"n_predicted": n_predicted}
+
+
+def _counted(losses: Iterable[float], batches: list[_Batch], bar: Bar) -> Iterator[float]:
+    for loss, batch in zip(losses, batches, strict=True):
+        bar.advance(int(_predicting(batch).sum()))
+        yield loss
 
 
 @dataclass(frozen=True)

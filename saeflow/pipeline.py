@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 from saeflow import activations, bring, evaluate, features, forget, integrity, report, tokens, train
 from saeflow.config import Recipe, UserError
+from saeflow.machine import measured
 from saeflow.progress import Progress
 from saeflow.store import Store, read_checked
 
@@ -24,12 +24,14 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Run what is missing and return the summary."""
-    seconds = {}
+    taken = {}
     for name, stage in stages(recipe).items():
-        began = time.monotonic()
-        stage(store, recipe, progress)
-        seconds[name] = time.monotonic() - began
-    return summary(store, recipe) | {"seconds": seconds}
+        with measured() as taken[name]:
+            stage(store, recipe, progress)
+    return summary(store, recipe) | {
+        "seconds": {name: each.seconds for name, each in taken.items()},
+        "peak_bytes": {name: each.peak_bytes for name, each in taken.items()},
+    }
 
 
 def compact(store: Store, recipe: Recipe, progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,20 +43,26 @@ _BYTE_OF_LETTER = _byte_letters()
 
 
 def write_vocab(path: Path, pieces: Iterable[str], raw: Iterable[bytes], special: Iterable[int] = ()) -> None:
-    """`special`: vocab_ids of entries that are no text, such as the end of a document."""
-    pieces = list(pieces)
-    marked = np.zeros(len(pieces), bool)
-    marked[list(special)] = True
-    table = pa.table(
-        {
-            "vocab_id": np.arange(len(pieces), dtype=np.int32),
-            "piece": pa.array(pieces, pa.string()),
-            "bytes": pa.array(list(raw), pa.binary()),
-            "special": marked,
-        }
-    )
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    """`special`: vocab_ids of entries that are no text, such as the end of a document. Holds one row group at a time."""
+    marked = np.array(sorted(special), np.int64)
+    pairs, n = zip(pieces, raw, strict=True), 0
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as file:
+        while (batch := list(itertools.islice(pairs, _ROW_GROUP))) or not n:
+            numbers = np.arange(n, n + len(batch))
+            columns = [
+                pa.array(numbers, pa.int32()),
+                pa.array([piece for piece, _ in batch], pa.string()),
+                pa.array([content for _, content in batch], pa.binary()),
+                pa.array(np.isin(numbers, marked)),
+            ]
+            file.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), _ROW_GROUP)
+            n += len(batch)
+            if not batch:
+                break
+
+
+_ROW_GROUP = 1 << 17
+_SCHEMA = pa.schema([("vocab_id", pa.int32()), ("piece", pa.string()), ("bytes", pa.binary()), ("special", pa.bool_())])
 
 
 def special_ids(path: Path) -> np.ndarray:

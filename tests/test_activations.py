@@ -322,12 +322,14 @@ def test_a_brought_table_is_stored_row_for_row_whatever_the_part_size(tmp_path, 
     assert tree(tmp_path / "store") == before
 
 
-def test_a_brought_row_that_is_not_finite_is_refused_with_part_and_row(tmp_path, progress):
+def test_a_brought_row_that_is_not_finite_is_refused_before_anything_is_stored(tmp_path, progress):
     values = a_table()
     values[432, 7] = np.nan
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", values)))
-    with pytest.raises(UserError, match=r"part 1, row 432 \(position 0, neuron 7\) is nan"):
-        bring.run(Store.create(tmp_path / "store"), recipe, progress)
+    where = Store.create(tmp_path / "store")
+    with pytest.raises(UserError, match=r"activations\.source: t\.npy has nan in row 432, neuron 7"):
+        bring.run(where, recipe, progress)
+    assert where.artefacts() == []
 
 
 def test_a_table_that_changed_is_another_table(tmp_path, progress):
