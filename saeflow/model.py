@@ -100,7 +100,7 @@ def _why_not(config: ModelConfig, local: bool, error: Exception) -> str:
             f"Accept it at https://huggingface.co/{config.path} and set HF_TOKEN to a token of that account."
         )
     if isinstance(error, ImportError) and is_gguf(config.path):
-        return f"{said}: GGUF files need two more packages. Install them: pip install gguf accelerate"
+        return f"{said}: GGUF files need two more packages. Install them: pip install 'saeflow[gguf]'"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         reason = "the hub has no such model, or a private one that HF_TOKEN does not open"
     what = "a folder without a Hugging Face model" if local else "neither a local folder nor a model on the hub"
