@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from saeflow.parallel import n_threads
 from saeflow.progress import Progress
 from saeflow.store import Store, read_checked, write_checked
 
-_PIECES, _PIECE_CHARACTERS = 16, 4000
+_PIECES, _MORE_PIECES, _PIECE_CHARACTERS = 16, 256, 4000
 """The sample: so many pieces of text, drawn as if the corpus were cut into pieces of this length."""
-_STEPS, _JUDGED = 60, 1024
-"""Training steps and evaluated tokens of the trial."""
+_QUICK_SECONDS = 4.0
+"""A model that reads the pieces in less is tried again on more of them: short work tells little of long work."""
+_STEPS, _JUDGED = 60, 64
+"""Training steps, and tokens evaluated for each piece of the sample."""
 _BYTES_PER_VALUE = 6.7
 """On disk, both orders together: measured on the demo and on SmolLM2."""
 _MEMORY_PER_VALUE = 60
@@ -99,8 +101,8 @@ def survey(recipe: Recipe, progress: Progress) -> Survey:
             n_held_out += len(document.text) * is_held_out(document.key, about.seed, about.held_out)
             for piece in _cut(document.text):
                 n_pieces += 1
-                place = len(pieces) if len(pieces) < _PIECES else dice.randrange(n_pieces)
-                pieces[place : place + 1] = [piece] if place < _PIECES else pieces[place : place + 1]
+                place = len(pieces) if len(pieces) < _MORE_PIECES else dice.randrange(n_pieces)
+                pieces[place : place + 1] = [piece] if place < _MORE_PIECES else pieces[place : place + 1]
             bar.advance(len(document.text))
     return Survey(n_documents, n_characters, n_held_out, tuple(pieces))
 
@@ -110,33 +112,45 @@ def _cut(text: str) -> Iterator[str]:
         yield text[start : start + _PIECE_CHARACTERS]
 
 
-def trial_recipe(recipe: Recipe, surveyed: Survey, folder: Path) -> Recipe:
+def trial_recipe(recipe: Recipe, pieces: Sequence[str], folder: Path) -> Recipe:
     """The recipe on the sample alone: as many parts as threads, a short training, a short evaluation."""
     assert recipe.corpus is not None
-    keys = [f"piece/{i}" for i in range(len(surveyed.pieces))]
-    pq.write_table(pa.table({"key": keys, "text": list(surveyed.pieces)}), folder / "sample.parquet")
+    keys = [f"piece/{i}" for i in range(len(pieces))]
+    pq.write_table(pa.table({"key": keys, "text": list(pieces)}), folder / "sample.parquet")
     share = 0.25 if recipe.corpus.held_out else 0.0
     seed = next(
-        s for s in range(1000) if not share or 3 <= sum(is_held_out(key, s, share) for key in keys) <= 5 or s == 999
+        s
+        for s in range(1000)
+        if not share
+        or share / 1.5 < sum(is_held_out(key, s, share) for key in keys) / len(keys) < share * 1.5
+        or s == 999
     )
-    n_tokens = max(1, sum(map(len, surveyed.pieces)) // (4 * 2 * n_threads(recipe.threads)))
+    n_tokens = max(1, sum(map(len, pieces)) // (4 * 2 * n_threads(recipe.threads)))
     return recipe.model_copy(
         update={
             "corpus": CorpusConfig(files=[str(folder / "sample.parquet")], held_out=share, seed=seed),
             "tokens": recipe.tokens.model_copy(update={"part_tokens": n_tokens}),
             "train": recipe.train.model_copy(update={"n_tokens": _STEPS * recipe.feed.batch_rows, "restarts": 1}),
-            "evaluate": recipe.evaluate.model_copy(update={"max_tokens": _JUDGED}),
+            "evaluate": recipe.evaluate.model_copy(update={"max_tokens": _JUDGED * len(pieces)}),
         }
     )
 
 
 def try_out(recipe: Recipe, surveyed: Survey, progress: Progress) -> dict[str, Any]:
+    """The stages on a few pieces, and where they take no time, on more."""
+    tried = _tried(recipe, surveyed.pieces[:_PIECES], progress)
+    if len(surveyed.pieces) > _PIECES and tried["stages"]["collect"]["working"] < _QUICK_SECONDS:
+        return _tried(recipe, surveyed.pieces, progress)
+    return tried
+
+
+def _tried(recipe: Recipe, pieces: Sequence[str], progress: Progress) -> dict[str, Any]:
     """Run the stages on the sample in a process of its own and a store of its own, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="saeflow-plan-") as temporary:
         folder = Path(temporary)
-        small = trial_recipe(recipe, surveyed, folder)
+        small = trial_recipe(recipe, pieces, folder)
         (folder / "recipe.json").write_text(small.model_dump_json(), "utf-8")
-        progress.say(f"plan: trying every stage on {sum(map(len, surveyed.pieces)):,} characters")
+        progress.say(f"plan: trying every stage on {sum(map(len, pieces)):,} characters")
         command = [sys.executable, "-m", "saeflow.trial", str(folder / "recipe.json"), str(folder / "store")]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     if done.returncode:
@@ -145,12 +159,12 @@ def try_out(recipe: Recipe, surveyed: Survey, progress: Progress) -> dict[str, A
             f"The trial of the recipe failed: {last}\nSee all of it with `saeflow run RECIPE --set corpus.share=0.01`."
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return found | {"n_characters": sum(map(len, pieces))}
 
 
 def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any]) -> Forecast:
     """From the sample to the corpus: counts by characters, activations from their layout, seconds from steady rates."""
-    sample = sum(map(len, surveyed.pieces))
+    sample = tried["n_characters"]
     n_tokens = round(tried["n_tokens"] * surveyed.n_characters / max(sample, 1))
     n_parts = max(1, round(n_tokens / part_size(recipe, sample / tried["n_tokens"])))
     l0 = recipe.sae.k if recipe.sae.architecture != "relu" else tried["n_values"] / tried["n_tokens"]
@@ -185,8 +199,8 @@ def activation_bytes(recipe: Recipe, tried: dict[str, Any], n_tokens: int, n_par
     total = 0.0
     for width in tried["widths"]:
         row_bytes = length * width * ITEM_BYTES[about.dtype]
-        chunk = max(1, about.chunk_bytes // row_bytes)
         rows = n_tokens / n_parts / length + 1  # the last sequence of training and of held out are half full
+        chunk = max(1, min(round(rows), about.chunk_bytes // row_bytes))
         total += n_parts * math.ceil(rows / chunk) * chunk * row_bytes
     raw = sum(tried["widths"]) * ITEM_BYTES[about.dtype] * tried["n_tokens"]
     return round(total * (tried["activation_bytes"] / raw if about.compression != "none" else 1))

@@ -31,6 +31,10 @@ class Bars:
         """Units per second by bar, over its second half, when it is under way; 0 where too little was heard."""
         return {stage: _steady(points) for stage, points in self.heard.items()}
 
+    def seconds(self) -> float:
+        """Under way, all bars together."""
+        return sum(points[-1][0] - points[0][0] for points in self.heard.values())
+
     def counts(self) -> dict[str, int]:
         return {stage: points[-1][1] for stage, points in self.heard.items()}
 
@@ -49,7 +53,7 @@ def run(recipe: Recipe, store: Store) -> dict[str, object]:
         bars = Bars()
         with measured() as taken:
             stage(store, recipe, Progress(verbosity=-1, listener=bars.hear))
-        found[name] = asdict(taken) | {"rates": bars.rates(), "counts": bars.counts()}
+        found[name] = asdict(taken) | {"rates": bars.rates(), "counts": bars.counts(), "working": bars.seconds()}
     source, encoded = activations.tokens_artefact(store, recipe), features.artefact(store, recipe)
     stored = activations.artefact(store, recipe)
     return {

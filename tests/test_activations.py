@@ -178,12 +178,12 @@ def test_a_flipped_byte_is_noticed_where_a_shard_is_read_in_part(tmp_path):
     content = bytearray(shard.read_bytes())
     content[10] ^= 4
     shard.write_bytes(content)
-    whole = SimpleNamespace(part_path=lambda part: tmp_path)
+    whole = SimpleNamespace(part_path=lambda part: tmp_path, objects=None)
     with pytest.raises(UserError, match="checksum"):
         arrays.open_site(whole, None, Site(SITE, 4)).read(slice(0, 2))
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(1, 40), chunk=st.integers(1, 9), per_shard=st.integers(1, 5), batch=st.integers(1, 12))
 def test_shards_hold_the_bytes_that_zarr_would_write(tmp_path, n, chunk, per_shard, batch):
     values = np.random.default_rng(n).normal(size=(n, 3, 5)).astype(np.float16)

@@ -138,7 +138,7 @@ def test_a_table_with_a_value_that_is_not_finite(value: float, saeflow: Command,
     table = a_table()
     table[501, 3] = value
     recipe = write_recipe(tmp_path / "r.toml", brought_data(write_table(tmp_path / "t.npy", table)))
-    refused(saeflow("run", "-q", recipe, "--store", tmp_path / "store"), "part 1", "row 501", "neuron 3", str(value))
+    refused(saeflow("run", "-q", recipe, "--store", tmp_path / "store"), "row 501", "neuron 3", str(value))
     assert published(tmp_path / "store") == []
 
 

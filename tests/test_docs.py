@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import tomllib
@@ -38,7 +39,7 @@ def test_a_documented_command_parses(words: list[str]) -> None:
 @pytest.mark.parametrize("words", [w for w in typed("saeflow") if w[1] == "ask" and len(w) > 2], ids=" ".join)
 def test_a_documented_question_is_one(words: list[str]) -> None:
     known = {question.name: question for question in queries.questions()}
-    question, arguments = known[words[2]], words[3:]
+    question, arguments = known[words[2]], list(itertools.takewhile(lambda word: not word.startswith("--"), words[3:]))
     for parameter, word in zip(question.parameters, arguments, strict=False):
         parameter.parse(word)
     assert all(parameter.default is not None for parameter in question.parameters[len(arguments) :])

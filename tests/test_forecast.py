@@ -29,7 +29,7 @@ def tried(**changes: Any) -> dict[str, Any]:
         "collect": {"seconds": 6.0, "peak_bytes": 200, "rates": {"activations": 20.0}, "counts": {"activations": 100}},
     }
     found = {"stages": stages, "n_tokens": 100, "n_values": 400, "token_bytes": 900, "activation_bytes": 6400}
-    return found | {"feature_bytes": 1, "sae_bytes": 77, "widths": [32]} | changes
+    return found | {"feature_bytes": 1, "sae_bytes": 77, "widths": [32], "n_characters": 500} | changes
 
 
 def test_seconds_are_start_up_and_then_units_at_the_steady_rate() -> None:
@@ -65,7 +65,7 @@ def test_the_survey_counts_every_character_and_samples_pieces_of_it(recipe: Reci
     texts = [row["text"] for row in documents()]
     assert (surveyed.n_documents, surveyed.n_characters) == (len(texts), sum(map(len, texts)))
     assert 0 < surveyed.n_held_out < surveyed.n_characters
-    assert len(surveyed.pieces) == 16
+    assert 16 < len(surveyed.pieces) <= 256
     assert all(piece in text for piece in surveyed.pieces for text in texts if text.startswith(piece[:60]) and piece)
     assert surveyed == forecast.survey(recipe, quiet())
 
