@@ -199,8 +199,8 @@ def activation_bytes(recipe: Recipe, tried: dict[str, Any], n_tokens: int, n_par
     total = 0.0
     for width in tried["widths"]:
         row_bytes = length * width * ITEM_BYTES[about.dtype]
-        rows = n_tokens / n_parts / length + 1  # the last sequence of training and of held out are half full
-        chunk = max(1, min(round(rows), about.chunk_bytes // row_bytes))
+        rows = round(n_tokens / n_parts / length) + 1  # the last sequence of training and of held out are half full
+        chunk = max(1, min(rows, about.chunk_bytes // row_bytes))
         total += n_parts * math.ceil(rows / chunk) * chunk * row_bytes
     raw = sum(tried["widths"]) * ITEM_BYTES[about.dtype] * tried["n_tokens"]
     return round(total * (tried["activation_bytes"] / raw if about.compression != "none" else 1))
