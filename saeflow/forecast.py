@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from saeflow import corpus
 from saeflow.arrays import ITEM_BYTES
-from saeflow.config import CorpusConfig, Recipe, UserError, fingerprint
+from saeflow.config import FORMAT_VERSION, CorpusConfig, Recipe, UserError, fingerprint
 from saeflow.corpus import is_held_out
 from saeflow.disk import human_bytes
 from saeflow.parallel import n_threads
@@ -250,7 +250,7 @@ def plan(store: Store, recipe: Recipe, progress: Progress) -> Forecast:
     store.require_free(forecast.n_bytes, f"The recipe {recipe.name}")
     path = forecast_path(store, recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_checked(path, asdict(forecast))
+    write_checked(path, {"format_version": FORMAT_VERSION} | asdict(forecast))
     return forecast
 
 
@@ -264,6 +264,7 @@ def known_forecast(store: Store, recipe: Recipe) -> Forecast | None:
     if not path.is_file():
         return None
     found = read_checked(path)
+    found.pop("format_version")
     stages = tuple(StageForecast(**stage) for stage in found.pop("stages"))
     return Forecast(stages=stages, **found)
 
