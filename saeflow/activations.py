@@ -96,8 +96,11 @@ class Collector:
             """Of every site what is stored, and its norms."""
             padding = None if mask[rows].all() else torch.from_numpy(mask[rows])
             read = reader.read(torch.from_numpy(vocab_ids[rows]), padding)
-            each = (read[site.name] for site in self.sites)
-            return [(stored(values, self.config, part, rows.start), norms_of(values)) for values in each]
+            found = []
+            for values in (read[site.name] for site in self.sites):
+                lengths = norms_of(values)
+                found.append((stored(values, self.config, part, rows.start, float(lengths.max())), lengths))
+            return found
 
         known: dict[str, str] = {}
         with (

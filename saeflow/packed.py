@@ -13,8 +13,8 @@ from saeflow.config import ActivationsConfig
 from saeflow.writer import Writer
 
 _LEVEL = 1
-"""Of zstd, alone. On real activations level 3 saved nothing more, and Blosc's byte or bit shuffle lost a fifth or more
-of what it saves where most values are zero (`python -m tests.benchmarks.compression`)."""
+"""Of zstd, alone. On real activations level 3 saved nothing more, and Blosc's byte shuffle less: behind a ReLU 3.8 times
+instead of 4.8."""
 
 
 def open_writer(path: Path, layout: Layout, config: ActivationsConfig) -> Writer | PackedWriter:

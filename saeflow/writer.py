@@ -164,10 +164,17 @@ def _through_cache(file: int) -> None:
     fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~_DIRECT)
 
 
-def stored(values: Tensor, config: ActivationsConfig, part: PartRecord, first: int) -> np.ndarray:
-    """Values (S, T, D) in the precision of the disk. Raises UserError for what it cannot hold."""
+def stored(
+    values: Tensor, config: ActivationsConfig, part: PartRecord, first: int, longest: float = math.inf
+) -> np.ndarray:
+    """Values (S, T, D) in the precision of the disk. Raises UserError for what it cannot hold.
+
+    `longest`: the largest norm among the vectors, where it is known. No value is larger, so that none need be looked at.
+    """
     dtype = getattr(torch, config.dtype)
-    low, high = (extreme.to(dtype).item() for extreme in torch.aminmax(values))  # NaN goes through
+    low = high = 0.0
+    if not longest <= torch.finfo(dtype).max:  # NaN, too
+        low, high = (extreme.to(dtype).item() for extreme in torch.aminmax(values))  # NaN goes through
     stored = values.to(dtype).cpu()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise _not_finite(values.cpu(), stored, config, part, first)

@@ -1,7 +1,7 @@
 """Collecting activations, beside the same forward pass with its output dropped, and beside SAELens' cache runner.
 
 python -m tests.benchmarks.collect            a quarter of the demo corpus by its own model, a hundredth by SmolLM2
-python -m tests.benchmarks.collect --quick    a twentieth and a three-hundredth
+python -m tests.benchmarks.collect --quick    a twentieth and a hundred-and-sixtieth
 
 SmolLM2 comes with `make smollm2`, the peer with `make peers`; without them their lines say so.
 *Ours* includes everything of the stage: conversion, checksums, files flushed to the disk, publication.
@@ -154,7 +154,7 @@ def smollm2(share: float, figures: dict[str, float]) -> list[Bar]:
 def main() -> None:
     quick = arguments(__doc__).quick
     figures: dict[str, float] = {}
-    bars = demo(0.05 if quick else 0.25, figures) + smollm2(0.003 if quick else 0.01, figures)
+    bars = demo(0.05 if quick else 0.25, figures) + smollm2(0.006 if quick else 0.01, figures)
     report("collect", bars, tokens_per_second=figures)
 
 
