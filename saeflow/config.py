@@ -49,6 +49,9 @@ class CorpusConfig(Section):
     files: Paths = Field([], description="Parquet, CSV, JSON lines or text files; globs and URLs allowed.")
     sql: str | None = Field(None, description="A select giving `text` and any metadata columns, instead of files.")
     text: str = Field("text", description="Column that holds the text.")
+    token_ids: str | None = Field(
+        None, description="Column of lists of vocabulary ids, for a corpus tokenised already, instead of `text`."
+    )
     key: str | None = Field(None, description="Column that names a document; default `key`, then file and row.")
     dedup: bool = Field(False, description="Keep only the first of documents with equal text.")
     share: float = Field(

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import fsspec
+import numpy as np
 import pyarrow as pa
 from duckdb import ColumnExpression, FunctionExpression
 
+from saeflow import remote
 from saeflow.config import CorpusConfig, UserError
+from saeflow.objects import is_url
 
 BATCH_DOCUMENTS = 512
 MEMORY_LIMIT = "1GB"
@@ -31,16 +32,26 @@ RESERVED = {"document_id", "key", "source", "content_hash", "held_out", "n_token
 
 @dataclass(frozen=True)
 class Document:
-    """One text with its name; `metadata` holds the corpus's other columns."""
+    """One text, or its vocabulary ids, with its name; `metadata` holds the corpus's other columns."""
 
     key: str
-    text: str
+    content: str | tuple[int, ...]
     source: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def text(self) -> str:
+        assert isinstance(self.content, str)
+        return self.content
+
+    @property
+    def vocab_ids(self) -> tuple[int, ...]:
+        return () if isinstance(self.content, str) else self.content
+
+    @property
     def content_hash(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+        written = self.content.encode() if isinstance(self.content, str) else np.array(self.content, "<i8").tobytes()
+        return hashlib.sha256(written).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,14 @@ def open_corpus(config: CorpusConfig) -> Corpus:
     """
     if bool(config.files) == bool(config.sql):
         raise UserError('[corpus] needs either files = [...] or sql = "select ...", and not both.')
+    config = pinned(config)
     corpus = _from_query(config) if config.sql else _from_files(config)
     return Corpus(_checked(corpus.documents, config), corpus.metadata)
+
+
+def pinned(config: CorpusConfig) -> CorpusConfig:
+    """The same corpus with every hub data set at the commit it is at now."""
+    return config.model_copy(update={"files": [remote.pinned(pattern) for pattern in config.files]})
 
 
 def signature(config: CorpusConfig) -> str | None:
@@ -77,10 +94,9 @@ def signature(config: CorpusConfig) -> str | None:
     if config.sql:
         return None
     found = []
-    for path in (path for pattern in config.files for path in _matches(pattern)):
-        if "://" in path:
-            filesystem, inside = fsspec.core.url_to_fs(path)
-            found.append((path, str(filesystem.ukey(inside))))
+    for path in (path for pattern in pinned(config).files for path in _matches(pattern)):
+        if is_url(path):
+            found.append((path, remote.state(path)))
         else:
             about = Path(path).stat()
             found.append((path, f"{about.st_size} {about.st_mtime_ns}"))
@@ -113,15 +129,18 @@ def _from_files(config: CorpusConfig) -> Corpus:
     readers = {_reader(path) for path in paths}
     if len(readers) > 1:
         raise UserError(f"corpus.files mixes formats ({', '.join(sorted(readers))}). Name files of one format.")
+    if readers == {"text"} and config.token_ids:
+        raise UserError(
+            "corpus.token_ids names a column, but corpus.files are plain texts. Name Parquet or JSON files."
+        )
     if readers == {"text"}:
         return Corpus(_text_files(config.files), pa.schema([]))
     return _tables(paths, readers.pop(), config)
 
 
 def _matches(pattern: str) -> list[str]:
-    if "://" in pattern:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        found = [filesystem.unstrip_protocol(item) for item in sorted(filesystem.glob(path))]
+    if is_url(pattern):
+        found = remote.matches(pattern)
     elif Path(pattern).is_file():
         found = [pattern]
     elif Path(pattern).is_dir():
@@ -148,7 +167,7 @@ def _text_files(patterns: list[str]) -> Iterator[Document]:
         for path in _matches(pattern):
             named[path.removeprefix(base).lstrip("/")] = path
     for key in sorted(named):
-        with fsspec.open(named[key], "rb", compression="infer") as file:
+        with remote.opened(named[key]) as file:
             content = file.read()
         try:
             text = content.decode("utf-8")
@@ -161,7 +180,7 @@ def _text_files(patterns: list[str]) -> Iterator[Document]:
 
 
 def _fixed_folder(pattern: str) -> str:
-    if "://" not in pattern and Path(pattern).is_dir():
+    if not is_url(pattern) and Path(pattern).is_dir():
         return pattern
     fixed = pattern.split("*")[0].split("?")[0].split("[")[0]
     return fixed.rpartition("/")[0]
@@ -190,12 +209,16 @@ def _closing(documents: Iterator[Document], stack: ExitStack) -> Iterator[Docume
 
 
 def _readable(path: str, folder: Path) -> str:
-    """A file that DuckDB can read: the same, or a decompressed copy."""
-    if Path(path).suffix not in _OTHER_COMPRESSION:
+    """A file that DuckDB can read: the same, or a copy of what is elsewhere or compressed in another way.
+
+    Sorting writes the texts to the same disk once more, so that a copy at most doubles what is needed.
+    """
+    packed = Path(path).suffix in _OTHER_COMPRESSION
+    if not is_url(path) and not packed:
         return path
-    target = folder / f"{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}-{Path(path).stem}"
-    with fsspec.open(path, "rb", compression="infer") as source, target.open("wb") as copy:
-        shutil.copyfileobj(source, copy)
+    name = Path(path).stem if packed else Path(path).name
+    target = folder / f"{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}-{name}"
+    remote.copy(path, target, unpack=packed)
     return str(target)
 
 
@@ -224,28 +247,42 @@ def _from_relation(
     ordered: bool,
 ) -> Corpus:
     columns = [column for column in relation.columns if column != "filename" or not file_names]
-    if config.text not in columns:
+    content = config.token_ids or config.text
+    if content not in columns:
         raise UserError(
-            f"The corpus has no column {config.text!r}; it has: {', '.join(columns)}.\n"
-            'Name the one that holds the text, e.g. text = "content" under [corpus].'
+            f"The corpus has no column {content!r}; it has: {', '.join(columns)}.\n"
+            'Name the one that holds the text, e.g. text = "content" under [corpus], or token_ids = "input_ids".'
         )
     key = config.key or ("key" if "key" in columns else None)
     if key is not None and key not in columns:
         raise UserError(f"corpus.key is {key!r}, but the corpus has only: {', '.join(columns)}.")
     if not ordered:
         file = [ColumnExpression("filename")] if file_names else []
-        content = FunctionExpression("sha256", ColumnExpression(config.text))
-        relation = relation.sort(*([ColumnExpression(key), *file, content] if key else [*file, content]))
-    extra = [column for column in columns if column not in {config.text, key} | RESERVED]
+        hashed = FunctionExpression("sha256", ColumnExpression(content).cast("VARCHAR"))
+        relation = relation.sort(*([ColumnExpression(key), *file, hashed] if key else [*file, hashed]))
+    extra = [column for column in columns if column not in {config.text, content, key} | RESERVED]
     reader = relation.to_arrow_reader(BATCH_DOCUMENTS)
+    if config.token_ids:
+        _require_ids(reader.schema.field(content))
     metadata = pa.schema([reader.schema.field(name) for name in extra])
-    return Corpus(_rows(connection, reader, config.text, key, extra, file_names), metadata)
+    return Corpus(_rows(connection, reader, content, key, extra, file_names), metadata)
+
+
+def _require_ids(column: pa.Field) -> None:
+    lists = (
+        pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
+    )
+    if not lists or not pa.types.is_integer(column.type.value_type):
+        raise UserError(
+            f"corpus.token_ids is {column.name!r}, a column of type {column.type}; a list of integers is needed, the "
+            "vocabulary ids of each document."
+        )
 
 
 def _rows(
     connection: duckdb.DuckDBPyConnection,  # kept alive while its result is read
     batches: Iterable[pa.RecordBatch],
-    text: str,
+    content: str,
     key: str | None,
     extra: list[str],
     file_names: dict[str, str],
@@ -255,15 +292,17 @@ def _rows(
             file = file_names.get(row.get("filename", ""), "query")
             document = Document(
                 key="" if key is None else str(row[key]),
-                text=row[text] or "",
+                content=_content(row[content]),
                 source=str(row.get("source") or file),
                 metadata={name: row[name] for name in extra},
             )
             if key is None:
-                document = Document(
-                    f"{file}#{document.content_hash}", document.text, document.source, document.metadata
-                )
+                document = replace(document, key=f"{file}#{document.content_hash}")
             yield document
+
+
+def _content(value: str | list[int] | None) -> str | tuple[int, ...]:
+    return tuple(-1 if i is None else i for i in value) if isinstance(value, list) else value or ""
 
 
 def _first_line(error: Exception) -> str:

@@ -22,9 +22,11 @@ from saeflow.arrays import ITEM_BYTES
 from saeflow.config import FORMAT_VERSION, CorpusConfig, Recipe, UserError, fingerprint
 from saeflow.corpus import is_held_out
 from saeflow.disk import human_bytes
+from saeflow.model import load_tokenizer
 from saeflow.parallel import n_threads
 from saeflow.progress import Progress
 from saeflow.store import Store, read_checked, write_checked
+from saeflow.tokens import bos_ids
 
 _PIECES, _MORE_PIECES, _PIECE_CHARACTERS = 16, 256, 4000
 """The sample: so many pieces of text, drawn as if the corpus were cut into pieces of this length."""
@@ -40,12 +42,12 @@ _MEMORY_PER_VALUE = 60
 
 @dataclass(frozen=True)
 class Survey:
-    """The corpus by its lengths: documents, characters, characters held out, and the sample."""
+    """The corpus by its lengths: documents, characters (ids where it is tokenised), those held out, and the sample."""
 
     n_documents: int
     n_characters: int
     n_held_out: int
-    pieces: tuple[str, ...]
+    pieces: tuple[str | tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -92,31 +94,34 @@ def survey(recipe: Recipe, progress: Progress) -> Survey:
             "its rows × its columns × 2 bytes in float16. Run it: saeflow run RECIPE"
         )
     dice, about = random.Random(0), recipe.corpus
-    pieces: list[str] = []
+    pieces: list[str | tuple[int, ...]] = []
     n_documents = n_characters = n_held_out = n_pieces = 0
     with progress.bar("survey", None, "characters") as bar:
         for document in corpus.open_corpus(about).documents:
             n_documents += 1
-            n_characters += len(document.text)
-            n_held_out += len(document.text) * is_held_out(document.key, about.seed, about.held_out)
-            for piece in _cut(document.text):
+            n_characters += len(document.content)
+            n_held_out += len(document.content) * is_held_out(document.key, about.seed, about.held_out)
+            for piece in _cut(document.content):
                 n_pieces += 1
                 place = len(pieces) if len(pieces) < _MORE_PIECES else dice.randrange(n_pieces)
                 pieces[place : place + 1] = [piece] if place < _MORE_PIECES else pieces[place : place + 1]
-            bar.advance(len(document.text))
+            bar.advance(len(document.content))
+    dice.shuffle(pieces)  # a small corpus fills the reservoir in its own order
     return Survey(n_documents, n_characters, n_held_out, tuple(pieces))
 
 
-def _cut(text: str) -> Iterator[str]:
-    for start in range(0, len(text), _PIECE_CHARACTERS):
-        yield text[start : start + _PIECE_CHARACTERS]
+def _cut(content: str | tuple[int, ...]) -> Iterator[str | tuple[int, ...]]:
+    length = _PIECE_CHARACTERS if isinstance(content, str) else _PIECE_CHARACTERS // 4
+    for start in range(0, len(content), length):
+        yield content[start : start + length]
 
 
-def trial_recipe(recipe: Recipe, pieces: Sequence[str], folder: Path) -> Recipe:
+def trial_recipe(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], folder: Path) -> Recipe:
     """The recipe on the sample alone: as many parts as threads, a short training, a short evaluation."""
     assert recipe.corpus is not None
+    column = recipe.corpus.token_ids or recipe.corpus.text
     keys = [f"piece/{i}" for i in range(len(pieces))]
-    pq.write_table(pa.table({"key": keys, "text": list(pieces)}), folder / "sample.parquet")
+    pq.write_table(pa.table({"key": keys, column: list(pieces)}), folder / "sample.parquet")
     share = 0.25 if recipe.corpus.held_out else 0.0
     seed = next(
         s
@@ -128,7 +133,14 @@ def trial_recipe(recipe: Recipe, pieces: Sequence[str], folder: Path) -> Recipe:
     n_tokens = max(1, sum(map(len, pieces)) // (4 * 2 * n_threads(recipe.threads)))
     return recipe.model_copy(
         update={
-            "corpus": CorpusConfig(files=[str(folder / "sample.parquet")], held_out=share, seed=seed),
+            "corpus": CorpusConfig(
+                files=[str(folder / "sample.parquet")],
+                text=recipe.corpus.text,
+                token_ids=recipe.corpus.token_ids,
+                key="key",
+                held_out=share,
+                seed=seed,
+            ),
             "tokens": recipe.tokens.model_copy(update={"part_tokens": n_tokens}),
             "train": recipe.train.model_copy(update={"n_tokens": _STEPS * recipe.feed.batch_rows, "restarts": 1}),
             "evaluate": recipe.evaluate.model_copy(update={"max_tokens": _JUDGED * len(pieces)}),
@@ -144,7 +156,7 @@ def try_out(recipe: Recipe, surveyed: Survey, progress: Progress) -> dict[str, A
     return tried
 
 
-def _tried(recipe: Recipe, pieces: Sequence[str], progress: Progress) -> dict[str, Any]:
+def _tried(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], progress: Progress) -> dict[str, Any]:
     """Run the stages on the sample in a process of its own and a store of its own, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="saeflow-plan-") as temporary:
         folder = Path(temporary)
@@ -162,10 +174,9 @@ def _tried(recipe: Recipe, pieces: Sequence[str], progress: Progress) -> dict[st
     return found | {"n_characters": sum(map(len, pieces))}
 
 
-def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any]) -> Forecast:
-    """From the sample to the corpus: counts by characters, activations from their layout, seconds from steady rates."""
+def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any], n_tokens: int) -> Forecast:
+    """From the sample to a corpus of `n_tokens`: activations from their layout, seconds from steady rates."""
     sample = tried["n_characters"]
-    n_tokens = round(tried["n_tokens"] * surveyed.n_characters / max(sample, 1))
     n_parts = max(1, round(n_tokens / part_size(recipe, sample / tried["n_tokens"])))
     l0 = recipe.sae.k if recipe.sae.architecture != "relu" else tried["n_values"] / tried["n_tokens"]
     n_bytes = {
@@ -187,6 +198,18 @@ def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any]) -> Fore
     return Forecast(surveyed.n_documents, n_tokens, n_parts, tuple(stages), break_even(n_tokens, recipe.train.n_tokens))
 
 
+def count_tokens(recipe: Recipe, surveyed: Survey) -> int:
+    """Of the whole corpus, from those of all the pieces, which are many more than are tried, and a BOS a document."""
+    assert recipe.model is not None
+    assert recipe.corpus is not None
+    if recipe.corpus.token_ids:
+        return surveyed.n_characters
+    tokenizer = load_tokenizer(recipe.model)
+    counted = tokenizer(list(surveyed.pieces), add_special_tokens=False, verbose=False)["input_ids"]
+    share = surveyed.n_characters / max(1, sum(map(len, surveyed.pieces)))
+    return round(sum(map(len, counted)) * share) + surveyed.n_documents * len(bos_ids(tokenizer, recipe.tokens))
+
+
 def part_size(recipe: Recipe, characters_per_token: float) -> float:
     """Tokens of a part: a group of documents of up to `part_tokens` characters may overfill it; half of one, on average."""
     wanted: int = recipe.tokens.part_tokens
@@ -194,12 +217,15 @@ def part_size(recipe: Recipe, characters_per_token: float) -> float:
 
 
 def activation_bytes(recipe: Recipe, tried: dict[str, Any], n_tokens: int, n_parts: int) -> int:
-    """Whole chunks of whole sequences, each with its checksum; compressed as the sample was."""
+    """Whole chunks of whole sequences; as much padding where documents are isolated, and compressed, as the sample was."""
     length, about = recipe.tokens.context_length, recipe.activations
+    padded = tried["n_sequences"] * length / tried["n_tokens"] if recipe.tokens.packing == "isolated" else 1.0
     total = 0.0
     for width in tried["widths"]:
         row_bytes = length * width * ITEM_BYTES[about.dtype]
-        rows = round(n_tokens / n_parts / length) + 1  # the last sequence of training and of held out are half full
+        rows = (
+            round(n_tokens * padded / n_parts / length) + 1
+        )  # the last sequence of training and of held out are half full
         chunk = max(1, min(rows, about.chunk_bytes // row_bytes))
         total += n_parts * math.ceil(rows / chunk) * chunk * row_bytes
     raw = sum(tried["widths"]) * ITEM_BYTES[about.dtype] * tried["n_tokens"]
@@ -246,7 +272,7 @@ def break_even(n_tokens: int, train_tokens: int) -> int:
 def plan(store: Store, recipe: Recipe, progress: Progress) -> Forecast:
     """Survey, trial and forecast; kept in the store for later comparison. Raises UserError where the disk is too small."""
     surveyed = survey(recipe, progress)
-    forecast = extrapolate(recipe, surveyed, try_out(recipe, surveyed, progress))
+    forecast = extrapolate(recipe, surveyed, try_out(recipe, surveyed, progress), count_tokens(recipe, surveyed))
     store.require_free(forecast.n_bytes, f"The recipe {recipe.name}")
     path = forecast_path(store, recipe)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from saeflow.config import UserError
 
-_RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
+RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
 T = TypeVar("T")
 _SENDERS = 4
 """Files of a part on their way at once."""
@@ -67,8 +67,7 @@ class Objects:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
-        insecure = any(str(os.environ.get(name, "")).startswith("http://") for name in _ENDPOINTS)
-        options: Any = {"retry_config": _RETRIES, "client_options": {"allow_http": insecure}}
+        options: Any = {"retry_config": RETRIES, "client_options": {"allow_http": allow_http()}}
         try:
             self.store: Any = from_url(self.url, **options)
         except (BaseError, ValueError, TypeError) as error:
@@ -82,7 +81,7 @@ class Objects:
         off in the middle is left to us. Raises UserError where the store refuses, or is silent for minutes.
         """
         try:
-            return _tries()(ask)
+            return tries(GenericError)(ask)
         except (AlreadyExistsError, PreconditionError):
             raise
         except (BaseError, PermissionError) as error:
@@ -322,9 +321,15 @@ class ObjectBytes:
         pass
 
 
-def _tries() -> Retrying:
+def allow_http() -> bool:
+    """Only where an endpoint in the environment says so."""
+    return any(str(os.environ.get(name, "")).startswith("http://") for name in _ENDPOINTS)
+
+
+def tries(*failures: type[BaseException]) -> Retrying:
+    """Calls again, eight times at most, what fails so."""
     return Retrying(
-        retry=retry_if_exception_type(GenericError),
+        retry=retry_if_exception_type(failures),
         stop=stop_after_attempt(8),
         wait=wait_random_exponential(multiplier=0.1, max=10),
         reraise=True,

@@ -99,7 +99,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
         hidden = merged(generation.hidden, ledger.replaced(generation.parts))
         target.publish([*kept.values(), *parts], {"seconds": time.monotonic() - began}, hidden)
         if seen is not None:
-            note_provenance(target.path, {"corpus": seen})
+            note_provenance(target.path, {"corpus": seen, "corpus_files": corpus.pinned(recipe.corpus).files})
             target.send(target.path / "provenance.json")
         progress.say(_summary(ledger, generation))
     return target
@@ -197,7 +197,9 @@ class _Maker:
         self.target, self.tokenizer, self.about, self.config = target, tokenizer, about, config
         self.metadata = pa.schema([])
         self.n_sequences = self.n_documents = 0
-        self.bos = _bos(tokenizer, config)
+        self.n_vocab = 1 + max(tokenizer.get_vocab().values())
+        as_it_is = about.token_ids is not None and config.prepend_bos is None
+        self.bos = [] if as_it_is else bos_ids(tokenizer, config)
         self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
     def open_corpus(self, ledger: Ledger) -> Iterator[Entry]:
@@ -221,10 +223,26 @@ class _Maker:
                 return
 
     def tokenised(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
-        texts = [entry.document.text for entry in entries]
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {"input_ids": []}
-        for entry, ids in zip(entries, encoded["input_ids"], strict=True):
-            yield entry, np.asarray(self.bos + ids, np.int32)
+        for entry, ids in zip(entries, self._ids(entries), strict=True):
+            yield entry, np.concatenate([np.array(self.bos, np.int32), np.asarray(ids, np.int32)])
+
+    def _ids(self, entries: Sequence[Entry]) -> Sequence[Sequence[int]]:
+        if not entries:
+            return []
+        if self.about.token_ids is None:
+            texts = [entry.document.text for entry in entries]
+            return list(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        for entry in entries:
+            self._require_known(entry.key, entry.document.vocab_ids)
+        return [entry.document.vocab_ids for entry in entries]
+
+    def _require_known(self, key: str, ids: Sequence[int]) -> None:
+        wrong = [i for i in ids if not 0 <= i < self.n_vocab]
+        if wrong:
+            raise UserError(
+                f"corpus.token_ids: the document {key!r} has the id {wrong[0]}, but the model's tokenizer has 0 to "
+                f'{self.n_vocab - 1}.\nWas it tokenised for another model? Name the text column instead: text = "...".'
+            )
 
     def write(self, index: int, tokenised: Sequence[tuple[Entry, np.ndarray]]) -> PartRecord:
         numbered = [(self.n_documents + i, entry, ids) for i, (entry, ids) in enumerate(tokenised)]
@@ -312,7 +330,7 @@ def _batches(stream: Iterator[Entry], n_tokens: int) -> Iterator[list[Entry]]:
     n_characters = 0
     for entry in stream:
         batch.append(entry)
-        n_characters += len(entry.document.text)
+        n_characters += len(entry.document.content)
         if n_characters >= limit:
             yield batch
             batch, n_characters = [], 0
@@ -320,7 +338,7 @@ def _batches(stream: Iterator[Entry], n_tokens: int) -> Iterator[list[Entry]]:
         yield batch
 
 
-def _bos(tokenizer: Any, config: TokensConfig) -> list[int]:
+def bos_ids(tokenizer: Any, config: TokensConfig) -> list[int]:
     """The ids put before each document."""
     habit = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     wanted = habit if config.prepend_bos is None else config.prepend_bos

@@ -59,6 +59,7 @@ def run(recipe: Recipe, store: Store) -> dict[str, object]:
     return {
         "stages": found,
         "n_tokens": source.published().total("n_tokens"),
+        "n_sequences": source.published().total("n_sequences"),
         "n_values": encoded.published().total("n_values"),
         "token_bytes": sum(part.n_bytes for part in source.published().parts),
         "activation_bytes": sum(part.n_bytes for part in stored.published().parts),

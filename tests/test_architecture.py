@@ -25,6 +25,7 @@ ORDER = [
     "store",
     "integrity",
     "progress",
+    "remote",
     "corpus",
     "model",
     "vocab",

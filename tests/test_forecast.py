@@ -15,6 +15,7 @@ from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.forecast import Survey
 from saeflow.machine import measured
 from saeflow.store import Store
+from tests.conftest import Finished
 from tests.small_pipeline import Ingredients, brought_data, documents, quiet, recipe_data
 
 
@@ -28,7 +29,14 @@ def tried(**changes: Any) -> dict[str, Any]:
         "tokens": {"seconds": 3.0, "peak_bytes": 100, "rates": {"tokens": 50.0}, "counts": {"tokens": 100}},
         "collect": {"seconds": 6.0, "peak_bytes": 200, "rates": {"activations": 20.0}, "counts": {"activations": 100}},
     }
-    found = {"stages": stages, "n_tokens": 100, "n_values": 400, "token_bytes": 900, "activation_bytes": 6400}
+    found = {
+        "stages": stages,
+        "n_tokens": 100,
+        "n_sequences": 7,
+        "n_values": 400,
+        "token_bytes": 900,
+        "activation_bytes": 6400,
+    }
     return found | {"feature_bytes": 1, "sae_bytes": 77, "widths": [32], "n_characters": 500} | changes
 
 
@@ -37,8 +45,8 @@ def test_seconds_are_start_up_and_then_units_at_the_steady_rate() -> None:
     assert forecast.stage_seconds(stage, {"activations": 1000}) == 1.0 + 50.0
 
 
-def test_tokens_follow_from_the_characters_of_the_corpus(recipe: Recipe) -> None:
-    found = forecast.extrapolate(recipe, Survey(7, 5000, 1000, ("x" * 500,)), tried())
+def test_bytes_and_seconds_follow_from_the_tokens_of_the_corpus(recipe: Recipe) -> None:
+    found = forecast.extrapolate(recipe, Survey(7, 5000, 1000, ("x" * 500,)), tried(), 1000)
     assert (found.n_documents, found.n_tokens) == (7, 1000)
     assert [stage.n_bytes for stage in found.stages] == [9000, forecast.activation_bytes(recipe, tried(), 1000, 1)]
     assert [round(stage.seconds) for stage in found.stages] == [21, 51]
@@ -70,6 +78,27 @@ def test_the_survey_counts_every_character_and_samples_pieces_of_it(recipe: Reci
     assert surveyed == forecast.survey(recipe, quiet())
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_tokens_are_counted_over_all_the_pieces_with_a_bos_a_document(
+    recipe: Recipe, finished: Finished, bos: bool
+) -> None:
+    changed = recipe.model_copy(update={"tokens": recipe.tokens.model_copy(update={"prepend_bos": bos})})
+    surveyed = forecast.survey(recipe, quiet())
+    exact = activations.tokens_artefact(finished.store, finished.recipe).published().total("n_tokens")
+    assert forecast.count_tokens(changed, surveyed) == exact + bos * surveyed.n_documents
+    halved = Survey(66, 2 * surveyed.n_characters, 0, surveyed.pieces)
+    assert forecast.count_tokens(recipe, halved) == 2 * exact
+
+
+def test_isolated_documents_are_stored_with_their_padding(recipe: Recipe) -> None:
+    isolated = recipe.model_copy(update={"tokens": recipe.tokens.model_copy(update={"packing": "isolated"})})
+    length = recipe.tokens.context_length
+    alone = tried(n_sequences=2 * 100 // length)
+    assert forecast.activation_bytes(isolated, alone, 1600, 1) >= 1.9 * forecast.activation_bytes(
+        recipe, alone, 1600, 1
+    )
+
+
 def test_the_forecast_of_a_small_run_is_near_what_it_takes(recipe: Recipe, tmp_path: Path) -> None:
     store = Store.create(tmp_path / "store")
     found = forecast.plan(store, recipe, quiet())
@@ -90,6 +119,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forecast, "try_out", lambda *_: tried())
+    monkeypatch.setattr(forecast, "count_tokens", lambda *_: 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"(?s)The recipe small needs about .* has 1000 B free"):
         forecast.plan(Store.create(tmp_path / "store"), recipe, quiet())
@@ -115,5 +145,5 @@ def test_the_peak_of_a_piece_of_work_is_its_own() -> None:
 def test_a_forecast_is_plain_json(recipe: Recipe) -> None:
     import dataclasses
 
-    found = forecast.extrapolate(recipe, Survey(7, 5000, 1000, ("x" * 500,)), tried())
+    found = forecast.extrapolate(recipe, Survey(7, 5000, 1000, ("x" * 500,)), tried(), 1000)
     assert json.loads(json.dumps(dataclasses.asdict(found)))["n_tokens"] == 1000

@@ -288,4 +288,4 @@ def test_bos_that_the_tokenizer_does_not_have_is_refused(tokenizer):
             return dict(tokenizer(text))
 
     with pytest.raises(UserError, match=r"tokens\.prepend_bos is true, but .* no BOS token\. Set it to false"):
-        tokens._bos(WithoutBos(), TokensConfig(prepend_bos=True))
+        tokens.bos_ids(WithoutBos(), TokensConfig(prepend_bos=True))
