@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -120,11 +119,23 @@ def model_fingerprint(config: ModelConfig) -> str:
         return fingerprint(
             [(path.name, _known_checksum(path, path.stat().st_mtime_ns)) for path in files], config.dtype
         )
-    from huggingface_hub import model_info
+    return fingerprint(config.path, _commit(config), config.dtype)
 
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return fingerprint(config.path, config.revision, config.dtype)
-    return fingerprint(config.path, model_info(config.path, revision=config.revision).sha, config.dtype)
+
+def _commit(config: ModelConfig) -> str:
+    """The commit of a model on the hub; without a way to the hub, the one that was downloaded before."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(model_info(config.path, revision=config.revision).sha)
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        cached = None
+        with contextlib.suppress(ValueError):  # no name of a model
+            cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+        if not isinstance(cached, str) or isinstance(error, HfHubHTTPError):
+            raise UserError(_why_not(config, False, error)) from error
+        return Path(cached).parent.name
 
 
 @lru_cache(maxsize=256)

@@ -1,9 +1,9 @@
 """A server on loopback that answers as the Hugging Face hub does, as far as data sets and gated models need.
 
-    with hub_server() as hub:
-        hub.datasets["someone/texts"] = [{"a.parquet": content}]      # a list of commits; `main` is the last
-        hub.gated["someone/model"] = "token"                          # opens with HF_TOKEN=token
-        environment = hub.environment
+with hub_server() as hub:
+    hub.datasets["someone/texts"] = [{"a.parquet": content}]      # a list of commits; `main` is the last
+    hub.gated["someone/model"] = "token"                          # opens with HF_TOKEN=token
+    environment = hub.environment
 """
 
 from __future__ import annotations
