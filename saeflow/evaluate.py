@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from saeflow import activations, features, tokens, train
 from saeflow.config import FORMAT_VERSION, Recipe, fingerprint
 from saeflow.feed import Feed, held_out_rows
-from saeflow.model import load_model, replaced
+from saeflow.model import load_model, predicts_next_token, replaced
 from saeflow.parallel import in_order, n_threads
 from saeflow.progress import Bar, Progress
 from saeflow.sae import SparseAutoencoder
@@ -169,6 +169,9 @@ def _language_model_loss(
     """Next-token loss (nats) as it is, with the reconstruction spliced in, and with mean and zero instead."""
     assert recipe.model is not None
     model = load_model(recipe.model)
+    if not predicts_next_token(model):
+        progress.say("evaluate: the model does not predict the next token, so there is no loss to recover")
+        return {}
     site = activations.choose_site(activations.artefact(store, recipe), recipe.sae.site).name
     changes: dict[str, Callable[[Tensor], Tensor] | None] = {
         "loss": None,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,23 @@ def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> An
     if is_gguf(config.path):
         options["gguf_file"] = path.name
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent_gguf() if is_gguf(config.path) else contextlib.nullcontext():
             warnings.simplefilter("ignore")
             return loader(str(path.parent) if is_gguf(config.path) else config.path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         raise UserError(_why_not(config, local, error)) from error
+
+
+@contextlib.contextmanager
+def _silent_gguf() -> Iterator[None]:
+    """transformers shows a bar for GGUF files that its own switch does not turn off."""
+    reading: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    shown = reading.tqdm
+    reading.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        reading.tqdm = shown
 
 
 def _why_not(config: ModelConfig, local: bool, error: Exception) -> str:
@@ -162,8 +175,25 @@ def list_sites(model: nn.Module) -> list[Site]:
         for name, module in model.named_modules():
             if name:
                 stack.callback(module.register_forward_hook(note(name)).remove)
-        model(torch.zeros(batch, length, dtype=torch.int64, device=_device_of(model)))
+        try:
+            model(torch.zeros(batch, length, dtype=torch.int64, device=_device_of(model)))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"model.path: a {type(model).__name__} needs more than the tokens of a text ({error}).\n"
+                "Name a decoder, such as GPT-2, or an encoder, such as BERT."
+            ) from error
     return [Site(name, width) for name, width in found.items()]
+
+
+@torch.no_grad()
+def predicts_next_token(model: nn.Module) -> bool:
+    """Has the model logits over its vocabulary that later tokens do not change? Encoders and headless models have not."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return False
+    vocab_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=_device_of(model))
+    first, second = model(vocab_ids).logits.float()
+    return torch.allclose(first[:-1], second[:-1], rtol=1e-3, atol=1e-3)
 
 
 def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:

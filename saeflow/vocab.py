@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,45 @@ from saeflow.disk import replacing
 
 
 def tokenizer_vocab(tokenizer: Any) -> tuple[list[str], list[bytes]]:
-    """The printable text and the raw bytes of every vocabulary entry, by vocab_id."""
-    n_entries = max(tokenizer.get_vocab().values()) + 1
-    names = tokenizer.convert_ids_to_tokens(list(range(n_entries)))
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    byte_level = "ByteLevel" in json.dumps([backend.get("decoder"), backend.get("pre_tokenizer")])
-    special = set(tokenizer.all_special_ids)
-    raw = [_entry_bytes(name or "", byte_level and i not in special, i, tokenizer) for i, name in enumerate(names)]
+    """The printable text and the raw bytes of every vocabulary entry, by vocab_id.
+
+    The bytes are what the entry adds to a text that has begun: ` the` where a word begins, `ing` where it goes on,
+    a single byte for an entry of byte fallback (Kudo & Richardson 2018), a special entry's own name.
+    """
+    names = tokenizer.convert_ids_to_tokens(list(range(max(tokenizer.get_vocab().values()) + 1)))
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    read = _letters if _is_byte_level(tokenizer) else _single_byte
+    known = [added[i].encode() if i in added else read(name or "") for i, name in enumerate(names)]
+    others = iter(_additions(tokenizer, [i for i, entry in enumerate(known) if entry is None]))
+    raw = [next(others) if entry is None else entry for entry in known]
     return [entry.decode("utf-8", "replace") for entry in raw], raw
 
 
-def _entry_bytes(name: str, byte_level: bool, vocab_id: int, tokenizer: Any) -> bytes:
-    if byte_level and all(letter in _BYTE_OF_LETTER for letter in name):
+def _is_byte_level(tokenizer: Any) -> bool:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    return "ByteLevel" in json.dumps([backend.get("decoder"), backend.get("pre_tokenizer")])
+
+
+def _letters(name: str) -> bytes | None:
+    """Bytes of an entry of byte-level BPE; None if it is none."""
+    if all(letter in _BYTE_OF_LETTER for letter in name):
         return bytes(_BYTE_OF_LETTER[letter] for letter in name)
-    return str(tokenizer.decode([vocab_id]) if name not in tokenizer.all_special_tokens else name).encode()
+    return None
+
+
+def _single_byte(name: str) -> bytes | None:
+    found = re.fullmatch("<0x([0-9A-F]{2})>", name)
+    return bytes.fromhex(found[1]) if found else None
+
+
+def _additions(tokenizer: Any, vocab_ids: list[int]) -> list[bytes]:
+    """What each entry adds to a text before it, as the tokenizer's own decoder joins them."""
+    begun = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    before = tokenizer.decode(begun)
+    whole = tokenizer.batch_decode([[*begun, i] for i in vocab_ids])
+    alone = tokenizer.batch_decode([[i] for i in vocab_ids])
+    pairs = zip(whole, alone, strict=True)
+    return [(text[len(before) :] if text.startswith(before) else entry).encode() for text, entry in pairs]
 
 
 def _byte_letters() -> dict[str, int]:
