@@ -17,13 +17,15 @@ from saeflow import tokens
 from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.brought import content
 from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
-from saeflow.model import Site, SiteReader, load_model, model_fingerprint, resolve_sites
+from saeflow.model import Site, SiteReader, device_of, load_model, model_fingerprint, resolve_sites
 from saeflow.norms import FILE as NORMS_FILE
 from saeflow.norms import Norms, norms_of, warn
 from saeflow.packed import open_writer
 from saeflow.parallel import in_order, keep_freed_memory, n_threads
+from saeflow.plan import pool_blocks
 from saeflow.progress import Bar, Progress
 from saeflow.store import Artefact, Job, PartRecord, Store
+from saeflow.transfer import GPU_WORKERS, own_stream
 from saeflow.writer import stored
 
 _QUEUE = 4
@@ -95,11 +97,12 @@ class Collector:
         def forward(rows: slice) -> list[tuple[np.ndarray, np.ndarray]]:
             """Of every site what is stored, and its norms."""
             padding = None if mask[rows].all() else torch.from_numpy(mask[rows])
-            read = reader.read(torch.from_numpy(vocab_ids[rows]), padding)
             found = []
-            for values in (read[site.name] for site in self.sites):
-                lengths = norms_of(values)
-                found.append((stored(values, self.config, part, rows.start, float(lengths.max())), lengths))
+            with own_stream(device_of(self.model)):
+                read = reader.read(torch.from_numpy(vocab_ids[rows]), padding)
+                for values in (read[site.name] for site in self.sites):
+                    lengths = norms_of(values)
+                    found.append((stored(values, self.config, part, rows.start, float(lengths.max())), lengths))
             return found
 
         known: dict[str, str] = {}
@@ -147,6 +150,8 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
         plan = {part.index: part for part in wanted if part.index not in done}
         if plan or not target.complete():
             collector = open_collector(store, recipe, plan.values())
+            if len(collector.sites) > 1 and not recipe.sae.site:
+                progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
             with progress.bar("activations", sum(part.counts["n_tokens"] for part in plan.values()), "tokens") as bar:
                 yield Job(list(plan), lambda index: collector.collect(plan[index], bar))
         else:
@@ -165,7 +170,7 @@ def skipped(target: Artefact, progress: Progress) -> None:
 
 
 def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> Collector:
-    """Load the model, name the sites, check the disk, and create the artefact."""
+    """Load the model, name the sites, check the disk and what training will ask for, and create the artefact."""
     assert recipe.model is not None
     source, target = tokens_artefact(store, recipe), artefact(store, recipe)
     model = load_model(recipe.model)
@@ -176,13 +181,16 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
         raise UserError(
             f"tokens.context_length is {length}, but the model reads at most {limit} tokens. Set at most {limit}."
         )
+    for site in sites:
+        pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
+    if recipe.sae.site:
+        _chosen(sites, recipe.sae.site)
     row_bytes = length * sum(site.width for site in sites) * ITEM_BYTES[recipe.activations.dtype]
     n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
     store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
     about = facts(store, recipe) | {"stored": [[site.name, site.width] for site in sites]}
     target.begin(about, [source.id])
-    on_processor = next(model.parameters()).device.type == "cpu"
-    workers = n_threads(recipe.threads) if on_processor else 1
+    workers = n_threads(recipe.threads) if device_of(model).type == "cpu" else GPU_WORKERS
     keep_freed_memory()
     return Collector(source, target, recipe.activations, model, sites, workers)
 
@@ -193,9 +201,12 @@ def stored_sites(target: Artefact) -> list[Site]:
 
 def choose_site(target: Artefact, wanted: str | None) -> Site:
     """The site an SAE reads; it must be named where several are stored."""
-    sites = stored_sites(target)
+    return _chosen(stored_sites(target), wanted)
+
+
+def _chosen(sites: list[Site], wanted: str | None) -> Site:
     found = [site for site in sites if site.name == wanted] if wanted else sites
     if len(found) != 1:
         names = ", ".join(site.name for site in sites)
-        raise UserError(f"sae.site is {wanted!r}; the store holds: {names}. Set sae.site to one of them.")
+        raise UserError(f"sae.site is {wanted!r}; the sites are: {names}. Set sae.site to one of them.")
     return found[0]

@@ -16,6 +16,7 @@ from saeflow.config import Recipe
 from saeflow.model import Site
 from saeflow.packed import open_writer
 from saeflow.parallel import n_threads
+from saeflow.plan import pool_blocks
 from saeflow.progress import Bar, Progress
 from saeflow.rows import Reader, Rows
 from saeflow.store import Artefact, PartRecord, Store
@@ -35,6 +36,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Art
         made = brought.make_table(about.synthetic) if about.synthetic else None
         rows = brought.rows_of(made) if made else brought.open_rows(str(about.source), about.source_array)
         site = Site("table", rows.width)
+        pool_blocks(recipe.feed, site.width * ITEM_BYTES[about.dtype])
         store.require_free(int(rows.n_rows * rows.width * ITEM_BYTES[about.dtype] * 1.05), "Storing the table")
         seen = brought.look(rows, progress)
         source.begin(brought_facts(recipe) | {"context_length": 1})

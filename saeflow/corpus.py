@@ -167,8 +167,7 @@ def _text_files(patterns: list[str]) -> Iterator[Document]:
         for path in _matches(pattern):
             named[path.removeprefix(base).lstrip("/")] = path
     for key in sorted(named):
-        with remote.opened(named[key]) as file:
-            content = file.read()
+        content = remote.content(named[key])
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:

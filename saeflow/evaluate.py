@@ -175,7 +175,7 @@ def _language_model_loss(
     site = activations.choose_site(activations.artefact(store, recipe), recipe.sae.site).name
     changes: dict[str, Callable[[Tensor], Tensor] | None] = {
         "loss": None,
-        "loss_sae": lambda x: sae.reconstruct(x.float().flatten(0, -2)).view(x.shape).to(x),
+        "loss_sae": lambda x: sae.reconstruct(x.float().cpu().flatten(0, -2)).view(x.shape).to(x),
         "loss_mean_ablated": lambda x: mean.to(x).expand_as(x),
         "loss_zero_ablated": torch.zeros_like,
     }

@@ -13,9 +13,8 @@ import torch
 from dask.threaded import get
 from torch import Tensor
 
-from saeflow.arrays import ITEM_BYTES, Stored, open_site
+from saeflow.arrays import Stored, open_site
 from saeflow.config import FeedConfig, UserError
-from saeflow.disk import human_bytes
 from saeflow.model import Site
 from saeflow.plan import (
     Block,
@@ -26,6 +25,7 @@ from saeflow.plan import (
     plan_blocks,
     plan_epoch,
     plan_pools,
+    pool_blocks,
 )
 from saeflow.store import Artefact
 from saeflow.used import Used
@@ -34,23 +34,6 @@ _READERS, _OBJECT_READERS = 2, 8
 """Dask threads that read blocks."""
 _SAMPLED_POOLS = 4
 """Pools of which the mixing is looked at."""
-
-
-def pool_blocks(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:
-    """Sequences in a block, and blocks in the half of the memory that is mixed.
-
-    `sequence_bytes`: stored activations of one sequence, all sites together. Raises UserError where not even one
-    block read and one mixed have room.
-    """
-    sequences = max(1, config.block_bytes // sequence_bytes)
-    blocks = config.pool_bytes // 2 // (sequences * sequence_bytes)
-    if blocks < 1:
-        need = 2 * sequences * sequence_bytes
-        raise UserError(
-            f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block read and one mixed take {human_bytes(need)}.\n"
-            f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most {human_bytes(config.pool_bytes // 2)}."
-        )
-    return sequences, blocks
 
 
 @dataclass(frozen=True)
@@ -267,8 +250,3 @@ def held_out_rows(used: Used, target: Artefact, site: Site, max_tokens: int) -> 
         rows = values[torch.from_numpy(mask[: stop - start].reshape(-1))][:left]
         left -= len(rows)
         yield rows.float()
-
-
-def require_pool(config: FeedConfig, length: int, width: int, dtype: str) -> None:
-    """Refuse a pool that cannot hold a block, before anything is computed."""
-    pool_blocks(config, length * width * ITEM_BYTES[dtype])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saeflow.config import ModelConfig, UserError, fingerprint
 from saeflow.disk import checksum
+from saeflow.transfer import to_device
 
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
 
@@ -176,7 +177,7 @@ def list_sites(model: nn.Module) -> list[Site]:
             if name:
                 stack.callback(module.register_forward_hook(note(name)).remove)
         try:
-            model(torch.zeros(batch, length, dtype=torch.int64, device=_device_of(model)))
+            model(torch.zeros(batch, length, dtype=torch.int64, device=device_of(model)))
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"model.path: a {type(model).__name__} needs more than the tokens of a text ({error}).\n"
@@ -191,7 +192,7 @@ def predicts_next_token(model: nn.Module) -> bool:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return False
-    vocab_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=_device_of(model))
+    vocab_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device_of(model))
     first, second = model(vocab_ids).logits.float()
     return torch.allclose(first[:-1], second[:-1], rtol=1e-3, atol=1e-3)
 
@@ -247,9 +248,9 @@ class SiteReader:
         vocab_ids (B, T) int64; mask (B, T) bool, True at real tokens, or None where all are.
         """
         self._here.read = {}
-        place = _device_of(self.model)
+        place = device_of(self.model)
         with contextlib.suppress(_Reached):
-            self.model(vocab_ids.to(place), attention_mask=None if mask is None else mask.to(place))
+            self.model(to_device(vocab_ids, place), attention_mask=None if mask is None else to_device(mask, place))
         return dict(self._here.read)
 
 
@@ -282,5 +283,5 @@ def _with_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(value)
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device

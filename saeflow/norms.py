@@ -15,6 +15,7 @@ from saeflow.config import ActivationsConfig
 from saeflow.model import Site
 from saeflow.progress import Progress
 from saeflow.store import Artefact
+from saeflow.transfer import to_processor
 
 FILE = "norms.parquet"
 _FACTOR = 10
@@ -60,7 +61,7 @@ class Norms:
 
 def norms_of(values: Tensor) -> np.ndarray:
     """Lengths float32 (s, T) of the vectors (s, T, D)."""
-    return np.asarray(torch.linalg.vector_norm(values, dim=2, dtype=torch.float32).cpu())
+    return to_processor(torch.linalg.vector_norm(values, dim=2, dtype=torch.float32)).numpy()
 
 
 def mean_norms(target: Artefact) -> dict[str, np.ndarray]:

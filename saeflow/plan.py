@@ -7,7 +7,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from saeflow.config import FeedConfig, UserError
+from saeflow.disk import human_bytes
 from saeflow.store import PartRecord
+
+
+def pool_blocks(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:
+    """Sequences in a block, and blocks in the half of the memory that is mixed.
+
+    `sequence_bytes`: stored activations of one sequence, all sites together. Raises UserError where not even one
+    block read and one mixed have room.
+    """
+    sequences = max(1, config.block_bytes // sequence_bytes)
+    blocks = config.pool_bytes // 2 // (sequences * sequence_bytes)
+    if blocks < 1:
+        need = 2 * sequences * sequence_bytes
+        raise UserError(
+            f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block read and one mixed take {human_bytes(need)}.\n"
+            f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most {human_bytes(config.pool_bytes // 2)}."
+        )
+    return sequences, blocks
 
 
 @dataclass(frozen=True)

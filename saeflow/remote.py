@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, GenericError
 from obstore.fsspec import register
 
 from saeflow.config import UserError
@@ -26,14 +26,18 @@ def matches(pattern: str) -> list[str]:
     """The URLs that a URL with globs stands for, in order."""
     with _said(pattern):
         filesystem, path = fsspec.core.url_to_fs(pattern, **_options(pattern))
-        return sorted(filesystem.unstrip_protocol(found) for found in filesystem.glob(path))
+        return sorted(filesystem.unstrip_protocol(found) for found in tries(GenericError)(filesystem.glob, path))
 
 
-@contextlib.contextmanager
-def opened(path: str) -> Iterator[IO[bytes]]:
-    """The content of a file or URL, decompressed as its ending says."""
-    with _said(path), fsspec.open(path, "rb", compression="infer", **_options(path)) as file:
-        yield file
+def content(path: str) -> bytes:
+    """What a file or URL holds, decompressed as its ending says."""
+    with _said(path):
+        return tries(GenericError)(_content, path) if is_url(path) else _content(path)
+
+
+def _content(path: str) -> bytes:
+    with fsspec.open(path, "rb", compression="infer", **_options(path)) as file:
+        return bytes(file.read())
 
 
 def copy(path: str, target: Path, *, unpack: bool) -> None:
@@ -51,7 +55,7 @@ def state(url: str) -> str:
     """Changes when the object does."""
     with _said(url):
         filesystem, path = fsspec.core.url_to_fs(url, **_options(url))
-        return str(filesystem.ukey(path))
+        return str(tries(GenericError)(filesystem.ukey, path))
 
 
 def pinned(pattern: str) -> str:

@@ -22,6 +22,7 @@ from zarr.codecs import Crc32cCodec
 from saeflow.arrays import EMPTY, Layout
 from saeflow.config import ActivationsConfig, UserError
 from saeflow.store import PartRecord
+from saeflow.transfer import to_processor
 
 
 class Writer:
@@ -175,7 +176,7 @@ def stored(
     low = high = 0.0
     if not longest <= torch.finfo(dtype).max:  # NaN, too
         low, high = (extreme.to(dtype).item() for extreme in torch.aminmax(values))  # NaN goes through
-    stored = values.to(dtype).cpu()
+    stored = to_processor(values.to(dtype))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise _not_finite(values.cpu(), stored, config, part, first)
     return (stored.view(torch.uint16) if config.dtype == "bfloat16" else stored).numpy()

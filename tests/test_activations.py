@@ -110,7 +110,7 @@ def test_a_site_must_be_named_where_several_are_stored(with_tokens, ingredients,
     _, artefact = collected(with_tokens, ingredients, progress, activations={"sites": ["transformer.h.*.mlp.act"]})
     assert activations.choose_site(artefact, SITE).width == WIDTH
     for wrong in (None, "transformer.h.2.mlp.act"):
-        with pytest.raises(UserError, match=r"sae\.site is .*; the store holds: transformer\.h\.0\.mlp\.act, "):
+        with pytest.raises(UserError, match=r"sae\.site is .*; the sites are: transformer\.h\.0\.mlp\.act, "):
             activations.choose_site(artefact, wrong)
 
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "config",
     "parallel",
+    "transfer",
     "machine",
     "disk",
     "objects",
@@ -40,9 +41,9 @@ ORDER = [
     "writer",
     "packed",
     "norms",
+    "plan",
     "activations",
     "bring",
-    "plan",
     "feed",
     "kernels",
     "sparse_product",

@@ -94,6 +94,7 @@ def test_a_corpus_that_cannot_be_read(
     [
         ({"activations": {"sites": ["transformer.h.0.mlp.akt"]}}, ["no site 'transformer.h.0.mlp.akt'", "transformer.h.0.mlp.act"]),
         ({"model": {"path": "no/such-model"}}, ["model.path is 'no/such-model'", "neither a local folder nor a model on the hub"]),
+        ({"sae": {"site": "lm_head"}}, ["sae.site is 'lm_head'", "transformer.h.0.mlp.act"]),
         ({"sae": {"k": 65}}, ["sae.k is 65, but sae.n_features is 64", "at most 64"]),
         ({"feed": {"pool_bytes": "1KiB"}}, ["feed.pool_bytes is 1.0 KiB", "feed.pool_bytes to at least"]),
         ({"tokens": {"context_length": 65}}, ["tokens.context_length is 65", "at most 64"]),
@@ -102,7 +103,7 @@ def test_a_corpus_that_cannot_be_read(
         ({"train": {"lr": "fast"}}, ["train.lr is 'fast'"]),
         ({"model": {"device": "cuda:7"}}, ["model.device is 'cuda:7'"]),
     ],
-    ids=["site", "model", "k", "memory", "context", "key", "section", "number", "device"],
+    ids=["site", "model", "site of the SAE", "k", "memory", "context", "key", "section", "number", "device"],
 )  # fmt: skip
 def test_a_recipe_that_cannot_work(
     changes: dict[str, Any],
@@ -115,7 +116,7 @@ def test_a_recipe_that_cannot_work(
         pytest.skip("this machine has CUDA")
     recipe = write_recipe(tmp_path / "r.toml", recipe_data(ingredients, **changes))
     refused(saeflow("run", "-q", recipe, "--store", tmp_path / "store"), *phrases)
-    assert "features" not in published(tmp_path / "store")
+    assert not {"activations", "features"} & set(published(tmp_path / "store"))
 
 
 def test_a_folder_that_is_not_a_model(saeflow: Command, ingredients: Ingredients, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
 
 
 def test_a_bucket_that_is_not_there_is_named_and_no_secret_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "_tries", lambda: Retrying(stop=stop_after_attempt(1), reraise=True))
+    monkeypatch.setattr(objects, "tries", lambda *_: Retrying(stop=stop_after_attempt(1), reraise=True))
     with pytest.raises(UserError) as missing:
         Store.open("s3://no-such-bucket/store")
     assert "s3://no-such-bucket/store" in str(missing.value)

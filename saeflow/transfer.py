@@ -1,0 +1,41 @@
+"""Between the processor and a GPU: a stream for each thread, pinned memory, copies that only their own thread waits for.
+
+While one thread waits for its copy the GPU computes what another has asked for (CUDA C++ Programming Guide,
+"Asynchronous Concurrent Execution"). On the processor all of this is nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import torch
+from torch import Tensor
+
+_here = threading.local()
+GPU_WORKERS = 2
+"""Threads that feed a GPU: one batch is computed while the one before it leaves."""
+
+
+def own_stream(place: torch.device) -> contextlib.AbstractContextManager[object]:
+    """What this thread asks of a GPU inside the block is in a queue of its own."""
+    if place.type != "cuda":
+        return contextlib.nullcontext()
+    if getattr(_here, "stream", None) is None:
+        _here.stream = torch.cuda.Stream(place)
+        _here.stream.wait_stream(torch.cuda.default_stream(place))  # weights may still be on their way
+    return torch.cuda.stream(_here.stream)
+
+
+def to_device(values: Tensor, place: torch.device) -> Tensor:
+    return values.pin_memory().to(place, non_blocking=True) if place.type == "cuda" else values.to(place)
+
+
+def to_processor(values: Tensor) -> Tensor:
+    """The values in the processor's memory, all of them there."""
+    if values.device.type != "cuda":
+        return values.cpu()
+    here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    here.copy_(values, non_blocking=True)
+    torch.cuda.current_stream(values.device).synchronize()
+    return here

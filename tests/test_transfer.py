@@ -1,0 +1,61 @@
+"""A GPU gives what the processor gives; its copies overlap with its work and are whole when they are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from saeflow import activations, arrays, tokens
+from saeflow.config import parse_recipe
+from saeflow.parallel import in_order
+from saeflow.pipeline import run
+from saeflow.progress import Progress
+from saeflow.store import Store
+from saeflow.transfer import GPU_WORKERS, own_stream, to_device, to_processor
+from tests.small_pipeline import Ingredients, recipe_data
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_what_comes_back_is_what_was_sent_from_every_thread(place: str) -> None:
+    def there_and_back(seed: int) -> torch.Tensor:
+        values = torch.arange(1 << 18).view(4, -1) + seed
+        with own_stream(torch.device(place)):
+            return to_processor(to_device(values, torch.device(place)) * 2)
+
+    for seed, found in enumerate(in_order(there_and_back, range(24), GPU_WORKERS)):
+        assert found.device.type == "cpu"
+        assert torch.equal(found, (torch.arange(1 << 18).view(4, -1) + seed) * 2)
+
+
+@on_gpu
+@pytest.mark.parametrize("packing", ["concatenated", "isolated"])
+def test_a_gpu_stores_what_the_processor_stores(
+    ingredients: Ingredients, tmp_path: Path, progress: Progress, packing: str
+) -> None:
+    found = {}
+    for place in ("cpu", "cuda"):
+        changes = {"tokens": {"packing": packing}, "activations": {"dtype": "float32"}}
+        recipe = parse_recipe(
+            recipe_data(ingredients, model={"path": str(ingredients.model), "device": place}, **changes)
+        )
+        store = Store.create(tmp_path / place)
+        tokens.run(store, recipe, progress)
+        stored = activations.run(store, recipe, progress)
+        site = activations.stored_sites(stored)[0]
+        parts = stored.published().parts
+        found[place] = torch.cat([arrays.open_site(stored, part, site).read(slice(None)).flatten(1) for part in parts])
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-3, atol=1e-4)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_run_with_the_model_on_a_gpu_ends_with_its_quality(
+    ingredients: Ingredients, tmp_path: Path, dtype: str
+) -> None:
+    about = {"path": str(ingredients.model), "device": "cuda", "dtype": dtype}
+    quality = run(Store.create(tmp_path / "store"), parse_recipe(recipe_data(ingredients, model=about)), Progress())
+    assert quality["quality"]["n_predicted"] > 0
