@@ -40,6 +40,6 @@ def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from saeflow.cli import run_flow
+    from saeflow.commands_run import run_flow
 
     run_flow(pipeline_flow)

@@ -15,6 +15,7 @@ from torch import nn
 
 from saeflow import tokens
 from saeflow.arrays import ITEM_BYTES, plan_layout
+from saeflow.artefact import Artefact, Job
 from saeflow.brought import content
 from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
 from saeflow.model import Site, SiteReader, device_of, load_model, model_fingerprint, resolve_sites
@@ -24,7 +25,8 @@ from saeflow.packed import open_writer
 from saeflow.parallel import in_order, keep_freed_memory, n_threads
 from saeflow.plan import pool_blocks
 from saeflow.progress import Bar, Progress
-from saeflow.store import Artefact, Job, PartRecord, Store
+from saeflow.records import PartRecord
+from saeflow.store import Store
 from saeflow.transfer import GPU_WORKERS, own_stream
 from saeflow.writer import stored
 

@@ -15,11 +15,12 @@ import torch
 import zarr
 from torch import Tensor
 
+from saeflow.artefact import Artefact
 from saeflow.config import ActivationsConfig
 from saeflow.disk import Bytes, FileBytes
 from saeflow.model import Site
 from saeflow.objects import Objects
-from saeflow.store import Artefact, Damaged, PartRecord
+from saeflow.records import Damaged, PartRecord
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 

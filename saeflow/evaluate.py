@@ -19,13 +19,15 @@ import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from saeflow import activations, features, tokens, train
+from saeflow.artefact import Artefact
 from saeflow.config import FORMAT_VERSION, Recipe, fingerprint
 from saeflow.feed import Feed, held_out_rows
 from saeflow.model import load_model, predicts_next_token, replaced
 from saeflow.parallel import in_order, n_threads
 from saeflow.progress import Bar, Progress
+from saeflow.records import Damaged, read_checked, write_checked
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Artefact, Damaged, Store, read_checked, write_checked
+from saeflow.store import Store
 from saeflow.used import Used
 
 _SEQUENCES = 4

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from saeflow import activations, arrays, train
+from saeflow.artefact import Artefact, Job
 from saeflow.config import Recipe, UserError, fingerprint
 from saeflow.encoding import SparseValues, feature_major, feature_statistics
 from saeflow.model import Site
 from saeflow.parallel import n_threads, use_one_thread
 from saeflow.progress import Bar, Progress
+from saeflow.records import PartRecord
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Artefact, Job, PartRecord, Store
+from saeflow.store import Store
 from saeflow.used import Used
 
 SEGMENT_NONZEROS = 24_000_000

@@ -14,6 +14,7 @@ from dask.threaded import get
 from torch import Tensor
 
 from saeflow.arrays import Stored, open_site
+from saeflow.artefact import Artefact
 from saeflow.config import FeedConfig, UserError
 from saeflow.model import Site
 from saeflow.plan import (
@@ -27,7 +28,6 @@ from saeflow.plan import (
     plan_pools,
     pool_blocks,
 )
-from saeflow.store import Artefact
 from saeflow.used import Used
 
 _READERS, _OBJECT_READERS = 2, 8

@@ -25,7 +25,8 @@ from saeflow.disk import human_bytes
 from saeflow.model import load_tokenizer
 from saeflow.parallel import n_threads
 from saeflow.progress import Progress
-from saeflow.store import Store, read_checked, write_checked
+from saeflow.records import read_checked, write_checked
+from saeflow.store import Store
 from saeflow.tokens import bos_ids
 
 _PIECES, _MORE_PIECES, _PIECE_CHARACTERS = 16, 256, 4000

@@ -12,10 +12,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow import features
+from saeflow.artefact import Artefact
 from saeflow.config import UserError
 from saeflow.ledger import by_part, key_hash, merged
 from saeflow.progress import Progress
-from saeflow.store import Artefact, Generation, Hidden, PartRecord, Store
+from saeflow.records import Generation, Hidden, PartRecord
+from saeflow.store import Store
 from saeflow.tokens import write_tables
 
 

@@ -12,19 +12,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from saeflow.artefact import Artefact
 from saeflow.config import FORMAT_VERSION
 from saeflow.disk import flush_tree, rename
-from saeflow.store import (
-    KINDS,
-    Artefact,
-    Damaged,
-    PartRecord,
-    Store,
-    read_checked,
-    read_record,
-    write_checked,
-    write_record,
-)
+from saeflow.records import KINDS, Damaged, PartRecord, read_checked, read_record, write_checked, write_record
+from saeflow.store import Store
 
 
 @dataclass(frozen=True)

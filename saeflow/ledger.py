@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 import pyarrow.parquet as pq
 
+from saeflow.artefact import Artefact
 from saeflow.config import CorpusConfig
 from saeflow.corpus import Document, is_held_out
-from saeflow.store import Artefact, Generation, Hidden, PartRecord
+from saeflow.records import Generation, Hidden, PartRecord
 
 Verdict = Literal["new", "changed", "same", "forgotten"]
 HiddenByPart = Mapping[int, tuple[Hidden, ...]]

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saeflow.artefact import Artefact
 from saeflow.config import ActivationsConfig
 from saeflow.model import Site
 from saeflow.progress import Progress
-from saeflow.store import Artefact
 from saeflow.transfer import to_processor
 
 FILE = "norms.parquet"

@@ -9,7 +9,8 @@ from saeflow import activations, bring, evaluate, features, forget, integrity, r
 from saeflow.config import Recipe, UserError
 from saeflow.machine import measured
 from saeflow.progress import Progress
-from saeflow.store import Store, read_checked
+from saeflow.records import read_checked
+from saeflow.store import Store
 
 Stage = Callable[[Store, Recipe, Progress], Any]
 

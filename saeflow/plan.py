@@ -9,7 +9,7 @@ import numpy as np
 
 from saeflow.config import FeedConfig, UserError
 from saeflow.disk import human_bytes
-from saeflow.store import PartRecord
+from saeflow.records import PartRecord
 
 
 def pool_blocks(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:

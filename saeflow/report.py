@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from saeflow import activations, arrays, features, tokens, train
+from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.disk import replacing
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Artefact, Store
+from saeflow.store import Store
 
 MAX_ROWS = 64
 """A table of at most so many rows is drawn whole."""

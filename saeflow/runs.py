@@ -23,10 +23,12 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from saeflow.artefact import Artefact
 from saeflow.config import UserError
 from saeflow.integrity import damage
 from saeflow.object_files import ObjectFiles
-from saeflow.store import Artefact, Generation, PartRecord, Store, read_checked
+from saeflow.records import Generation, PartRecord, read_checked
+from saeflow.store import Store
 
 log = logging.getLogger(__name__)
 

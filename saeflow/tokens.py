@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow import corpus
+from saeflow.artefact import Artefact
 from saeflow.config import CorpusConfig, ModelConfig, Recipe, TokensConfig, UserError, facts_of, fingerprint
 from saeflow.disk import make_folder, read_json
 from saeflow.ledger import Entry, Ledger, merged
 from saeflow.model import load_tokenizer, model_fingerprint
 from saeflow.progress import Bar, Progress
-from saeflow.store import Artefact, Generation, PartRecord, Store, note_provenance
+from saeflow.records import Generation, PartRecord, note_provenance
+from saeflow.store import Store
 from saeflow.vocab import tokenizer_vocab, write_vocab
 
 _BATCH_CHARACTERS = 1 << 20

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow import activations
+from saeflow.artefact import Artefact
 from saeflow.config import Recipe, TrainConfig, UserError, facts_of, fingerprint
 from saeflow.disk import read_json, replacing, write_json
 from saeflow.encoding import fast_dtype
@@ -33,7 +34,7 @@ from saeflow.parallel import keep_freed_memory, n_threads
 from saeflow.progress import Progress
 from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder, StepInfo
-from saeflow.store import Artefact, Store
+from saeflow.store import Store
 from saeflow.used import Used
 
 _CHECKPOINT = "state.json"

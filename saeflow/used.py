@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from saeflow.artefact import Artefact
 from saeflow.config import ActivationsConfig, UserError
-from saeflow.store import Artefact, Generation, PartRecord
+from saeflow.records import Generation, PartRecord
 from saeflow.vocab import special_ids
 
 

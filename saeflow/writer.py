@@ -21,7 +21,7 @@ from zarr.codecs import Crc32cCodec
 
 from saeflow.arrays import EMPTY, Layout
 from saeflow.config import ActivationsConfig, UserError
-from saeflow.store import PartRecord
+from saeflow.records import PartRecord
 from saeflow.transfer import to_processor
 
 

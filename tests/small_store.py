@@ -8,8 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saeflow.artefact import Artefact
 from saeflow.disk import write_json
-from saeflow.store import Artefact, Store
+from saeflow.store import Store
 
 CONTEXT_LENGTH = 4
 N_FEATURES = 4

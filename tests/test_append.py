@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from saeflow import activations, features, pipeline, queries, tokens, train
+from saeflow.artefact import Artefact
 from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.forget import forget
 from saeflow.integrity import damage, garbage, remove
 from saeflow.progress import Progress
-from saeflow.store import Artefact, Store
+from saeflow.store import Store
 from tests.small_pipeline import documents, quiet, recipe_data, tree, write_corpus
 
 SECRET = "xylophone quixotry zugzwang"

@@ -23,6 +23,8 @@ ORDER = [
     "disk",
     "objects",
     "object_files",
+    "records",
+    "artefact",
     "store",
     "integrity",
     "progress",
@@ -65,6 +67,10 @@ ORDER = [
     "recipe_text",
     "doctor",
     "terminal",
+    "command_line",
+    "commands_run",
+    "commands_store",
+    "commands_ask",
     "cli",
 ]
 """Each module imports only modules before it."""

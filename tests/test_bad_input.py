@@ -18,7 +18,8 @@ import torch
 
 from saeflow import activations, config
 from saeflow.progress import Bar
-from saeflow.store import PartRecord, Store
+from saeflow.records import PartRecord
+from saeflow.store import Store
 from tests.conftest import Finished
 from tests.small_pipeline import (
     Ingredients,

@@ -20,6 +20,7 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 import pytest
+import typer
 
 from saeflow import __version__, cli, queries
 from saeflow.config import Recipe, load_recipe
@@ -38,7 +39,7 @@ from tests.small_pipeline import (
 )
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7][0-9;]*m")
-COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 SAEFLOW = [sys.executable, "-c", "from saeflow.cli import main; main()"]
 
 

@@ -15,8 +15,9 @@ from saeflow import activations, arrays, bring, evaluate, features, tokens, trai
 from saeflow.config import SAEConfig, parse_recipe
 from saeflow.evaluate import Reconstruction, loss_recovered
 from saeflow.model import load_model
+from saeflow.records import read_checked
 from saeflow.sae import SparseAutoencoder
-from saeflow.store import Store, read_checked
+from saeflow.store import Store
 from tests.small_pipeline import WIDTH, a_table, brought_data, quiet, recipe_data, tree, write_table
 
 X = torch.randint(-9, 10, (64, WIDTH), generator=torch.Generator().manual_seed(0)).float()

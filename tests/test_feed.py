@@ -14,7 +14,8 @@ from saeflow import activations, arrays, bring, tokens
 from saeflow.config import FeedConfig, UserError, parse_recipe
 from saeflow.feed import Feed, held_out_rows
 from saeflow.plan import plan_blocks, plan_epoch
-from saeflow.store import PartRecord, Store
+from saeflow.records import PartRecord
+from saeflow.store import Store
 from saeflow.train import open_feed
 from saeflow.used import Used
 from tests.small_pipeline import CONTEXT_LENGTH, SITE, WIDTH, a_table, brought_data, quiet, recipe_data, write_table

@@ -23,7 +23,8 @@ from flows.pipeline import pipeline_flow
 from flows.tokens import tokens_flow
 from saeflow import activations
 from saeflow.config import Recipe, UserError, parse_recipe
-from saeflow.store import PartRecord, Store
+from saeflow.records import PartRecord
+from saeflow.store import Store
 from tests.conftest import Finished
 from tests.small_pipeline import Ingredients, a_table, brought_data, recipe_data, tree, write_recipe, write_table
 

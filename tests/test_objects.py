@@ -24,8 +24,9 @@ from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.object_files import ObjectFiles
 from saeflow.objects import Objects
 from saeflow.progress import Progress
+from saeflow.records import Damaged
 from saeflow.sae import StepInfo
-from saeflow.store import Damaged, Store
+from saeflow.store import Store
 from tests.s3_server import SECRET, Server, s3_server
 from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from saeflow.artefact import Artefact
 from saeflow.config import FORMAT_VERSION, UserError
 from saeflow.disk import read_json, write_json
 from saeflow.integrity import damage
-from saeflow.store import KINDS, Artefact, PartRecord, Store
+from saeflow.records import KINDS, PartRecord
+from saeflow.store import Store
 
 
 @pytest.fixture(autouse=True)

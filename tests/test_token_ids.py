@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from saeflow import tokens
+from saeflow.artefact import Artefact
 from saeflow.config import ModelConfig, UserError, parse_recipe
 from saeflow.model import load_tokenizer
 from saeflow.progress import Progress
-from saeflow.store import Artefact, Store
+from saeflow.store import Store
 from tests.small_pipeline import Ingredients, documents, recipe_data
 
 ROWS = documents()

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeflow import tokens
+from saeflow.artefact import Artefact
 from saeflow.config import TokensConfig, UserError, parse_recipe
 from saeflow.corpus import is_held_out
 from saeflow.model import load_tokenizer
-from saeflow.store import Artefact, Store
+from saeflow.store import Store
 from tests.small_pipeline import CONTEXT_LENGTH, SCRIPTS, documents, recipe_data, tree, write_corpus
 
 PAD = 7

@@ -23,11 +23,12 @@ import numpy as np
 import pyarrow as pa
 
 from saeflow import activations, arrays, tokens
+from saeflow.artefact import Artefact
 from saeflow.config import FeedConfig
 from saeflow.feed import Feed
 from saeflow.model import Site
 from saeflow.plan import plan_epoch
-from saeflow.store import Artefact, Store
+from saeflow.store import Store
 from saeflow.used import Used
 from saeflow.writer import Writer
 from tests.benchmarks._bars import Bar, arguments, report

@@ -1,0 +1,410 @@
+"""Artefacts on disk: immutable parts, their records, and generations switched atomically.
+
+The bytes are specified in data/README.md. Everything is written under `tmp/`, flushed to the disk and
+renamed into place, so that a kill or a power cut leaves either nothing or a finished part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import xxhash
+from filelock import FileLock, Timeout
+
+from saeflow.config import FORMAT_VERSION, UserError
+from saeflow.disk import checksum, flush_tree, make_folder, rename, replacing
+from saeflow.objects import Objects
+from saeflow.records import (
+    ArtefactRecord,
+    Damaged,
+    FileRecord,
+    Generation,
+    Hidden,
+    Kind,
+    PartRecord,
+    checked_text,
+    damaged,
+    file_record,
+    file_records,
+    listed,
+    read_checked,
+    read_listed,
+    read_record,
+    write_checked,
+    write_provenance,
+    write_record,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work cut into parts: the indices still missing, and how to make one of them."""
+
+    missing: list[int]
+    work: Callable[[int], PartRecord]
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A folder `<kind>/<name>-<fp>` of a store; it may not exist yet."""
+
+    root: Path
+    kind: Kind
+    name: str
+    fp: str
+    objects: Objects | None = field(default=None, compare=False, repr=False)
+    """The object store that the folder stands for, if it does."""
+    made: dict[int, PartRecord] = field(default_factory=dict, compare=False, repr=False)
+    """Parts that this object has finished, by index."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}/{self.name}-{self.fp}"
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.kind / f"{self.name}-{self.fp}"
+
+    @cached_property
+    def record(self) -> ArtefactRecord:
+        return read_record(self.path / "artefact.json", ArtefactRecord)
+
+    def exists(self) -> bool:
+        return (self.path / "artefact.json").is_file()
+
+    @property
+    def work(self) -> Path:
+        """Folder for work in progress; emptied when the next writer starts."""
+        return self.root / "tmp" / f"{self.kind}-{self.name}-{self.fp}"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.root / "tmp" / "locks" / f"{self.kind}-{self.name}-{self.fp}.lock"
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the artefact's lock and clear what a killed run left behind."""
+        self.lock_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.lock_path, timeout=0):
+                shutil.rmtree(self.work, ignore_errors=True)
+                self.recover()
+                yield
+                shutil.rmtree(self.work, ignore_errors=True)
+        except Timeout:
+            raise UserError(
+                f"Another run is writing {self.id}. Wait for it to end, then run the command again."
+            ) from None
+
+    def begin(self, facts: dict[str, Any], inputs: Iterable[str] = (), files: Iterable[str] = ()) -> None:
+        """Create the folder and its artefact.json, once; `files` lie in the folder already."""
+        if self.exists():
+            _ = self.record  # refuses a newer format
+            return
+        make_folder(self.path / "parts")
+        record = ArtefactRecord(
+            kind=self.kind, name=self.name, fp=self.fp, facts=facts, inputs=list(inputs),
+            files=[file_record(self.path, self.path / name) for name in files],
+        )  # fmt: skip
+        write_record(self.path / "artefact.json", record)
+        self.send(*(self.path / name for name in files))
+        self.send(self.path / "artefact.json")
+
+    def send(self, *paths: Path) -> None:
+        """Bring files of the artefact's own to the object store, where there is one."""
+        if self.objects is not None:
+            self.objects.send(paths)
+
+    def remove(self, path: Path) -> None:
+        """A file or folder of the artefact, wherever it is."""
+        if self.objects is not None:
+            self.objects.remove(path)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def fitting(self, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
+        """Finished parts that were made from these inputs, by index."""
+        return self.parts(lambda part: part.index in inputs and part.made_from(inputs[part.index]))
+
+    def part_path(self, part: PartRecord) -> Path:
+        return self.path / "parts" / part.folder
+
+    def part_file(self, part: PartRecord, name: str) -> Path:
+        """A file of a part, to be read. Raises Damaged where the object store gives another one than was written."""
+        return self._fetched(self.part_path(part) / name, part.files)
+
+    def location(self, path: Path) -> str:
+        """Where a file of the artefact is, as anybody can name it: its path or URL."""
+        return f"{self.objects.url}/{self.objects.key(path)}" if self.objects else str(path)
+
+    def own_file(self, name: str) -> Path:
+        """A file beside the parts, to be read."""
+        path = self.path / name
+        return self._fetched(path, self.record.files) if self.objects is not None else path
+
+    def _fetched(self, path: Path, files: Iterable[FileRecord]) -> Path:
+        if self.objects is None or path.is_file():
+            return path
+        try:
+            self.objects.fetch(path)
+        except FileNotFoundError:
+            return path  # its reader says what is missing
+        wanted = [file.checksum for file in files if path.as_posix().endswith(f"/{file.name}")]
+        if wanted and checksum(path) not in wanted:
+            path.unlink()
+            raise damaged(path)
+        return path
+
+    @contextlib.contextmanager
+    def new_part(
+        self, index: int, counts: dict[str, int], inputs: dict[str, str] | None = None,
+        checksums: Mapping[str, str] | None = None,
+    ) -> Iterator[Path]:  # fmt: skip
+        """A folder to fill; on a clean exit it becomes the part, checksummed and flushed to disk.
+
+        `counts` may still be changed inside the block, and `checksums` be filled: those of files that need not be
+        read again, by name.
+        """
+        folder = self.work / f"{index:06d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        files = file_records(folder, checksums or {})
+        record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
+        write_record(folder / "part.json", record)
+        self._keep(folder, record)
+        self.made[index] = record
+
+    def _keep(self, folder: Path, record: PartRecord) -> None:
+        """Make a filled folder the part, in one rename or, in an object store, with its record written last."""
+        target = self.part_path(record)
+        if self.objects is None:
+            flush_tree(folder)
+            shutil.rmtree(target, ignore_errors=True)  # the same part, damaged
+            rename(folder, target)
+            return
+        self.objects.send([folder / file.name for file in record.files], folder, target)
+        self.objects.send([folder / "part.json"], folder, target)
+        shutil.rmtree(target, ignore_errors=True)
+        if self.kind == "tokens":  # small, and read by every later stage
+            rename(folder, target)
+        else:
+            shutil.rmtree(folder)
+
+    def parts(self, fits: Callable[[PartRecord], bool] = lambda record: True) -> dict[int, PartRecord]:
+        """Finished parts on disk that fit and whose files are all there in their full size; published ones first."""
+        generation = self.generation()
+        found: dict[int, PartRecord] = {}
+        for record in itertools.chain(generation.parts if generation else (), self._unlisted(generation)):
+            if fits(record) and record.index not in found and not list(self._missing(record)):
+                found[record.index] = record
+        return found
+
+    def _missing(self, part: PartRecord) -> Iterator[str]:
+        yield from self.missing_files(self.part_path(part), part.files)
+        if self._size(self.part_path(part) / "part.json") is None:
+            yield f"{self.part_path(part) / 'part.json'} is missing"
+
+    def missing_files(self, folder: Path, files: Iterable[FileRecord], full: bool = False) -> Iterator[str]:
+        """What is wrong with the recorded files: missing, of another size, or (`full`) of other content."""
+        for file in files:
+            path = folder / file.name
+            n_bytes = self._size(path)
+            if n_bytes is None:
+                yield f"{path} is missing"
+            elif n_bytes != file.n_bytes:
+                yield f"{path} has {n_bytes} bytes instead of {file.n_bytes}"
+            elif full and (self.objects.checksum(path) if self.objects else checksum(path)) != file.checksum:
+                yield f"{path} has changed since it was written"
+
+    def _size(self, path: Path) -> int | None:
+        """Bytes of a file of the artefact, None where it is missing."""
+        if self.objects is not None:
+            found = self.objects.listing(self.path).get(self.objects.key(path))
+            return found.n_bytes if found else None
+        return path.stat().st_size if path.is_file() else None
+
+    def footprint(self, path: Path) -> tuple[int, float]:
+        """Bytes of a file of the artefact, or of all below a folder, and when the newest was written (0: just now)."""
+        if self.objects is not None:
+            key = self.objects.key(path)
+            found = [each for name, each in self.objects.listing(self.path).items() if f"{name}/".startswith(f"{key}/")]
+            return sum(each.n_bytes for each in found), max((each.written for each in found), default=0.0)
+        inside = [path, *path.rglob("*")]
+        return sum(each.stat().st_size for each in inside if each.is_file()), path.stat().st_mtime
+
+    def files_of(self, folder: Path) -> set[str]:
+        """Names of all files below a folder of the artefact."""
+        if self.objects is not None:
+            inside = self.objects.key(folder) + "/"
+            return {key.removeprefix(inside) for key in self.objects.listing(self.path) if key.startswith(inside)}
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+    def _unlisted(self, generation: Generation | None) -> Iterator[PartRecord]:
+        """Parts on disk that are not published: work of a run that was killed."""
+        listed = {part.folder for part in generation.parts} if generation else set()
+        for folder in sorted(self.part_folders() - listed):
+            with contextlib.suppress(Damaged, ValueError, OSError):  # such a part is made again
+                record = read_record(self._fetched(self.path / "parts" / folder / "part.json", ()), PartRecord)
+                if record.folder == folder:
+                    yield record
+
+    def part_folders(self) -> set[str]:
+        """Names of the folders in parts/, finished or not, listed or not."""
+        if self.objects is not None:
+            return {name.partition("/")[0] for name in self.files_of(self.path / "parts")}
+        with contextlib.suppress(FileNotFoundError):
+            return {entry.name for entry in os.scandir(self.path / "parts")}
+        return set()
+
+    def publish(
+        self,
+        parts: Iterable[PartRecord],
+        provenance: dict[str, Any] | None = None,
+        hidden: Mapping[int, tuple[Hidden, ...]] | None = None,
+    ) -> Generation:
+        """Show readers these parts from now on; publishing the same list again changes nothing.
+
+        `hidden` (default: what is hidden now) goes with it, in the same instant.
+        """
+        ordered = tuple(sorted(parts, key=lambda part: part.index))
+        current = self.generation()
+        if hidden is None:
+            hidden = current.hidden if current else {}
+        if current is not None and (current.parts, current.hidden) == (ordered, hidden):
+            return current
+        fresh = Generation(current.number + 1 if current else 1, ordered, hidden)
+        write_provenance(self.path, provenance or {})
+        self.send(self.path / "provenance.json")
+        fresh = self._write_list(fresh)
+        self._show(fresh.number)
+        if self.objects is None:  # another machine may be about to publish them; `gc` waits for it
+            self._clear_unseen()
+        return fresh
+
+    def _write_list(self, generation: Generation) -> Generation:
+        """Write a generation's list; in an object store under a number that nobody else has used."""
+        with replacing(self.list_path(generation.number)) as temporary:
+            pq.write_table(listed(generation), temporary)
+        if self.objects is None or self.objects.create(self.list_path(generation.number)):
+            return generation
+        return self._write_list(replace(generation, number=generation.number + 1))
+
+    def list_path(self, number: int) -> Path:
+        return self.path / "generations" / f"{number:06d}.parquet"
+
+    def _show(self, number: int) -> None:
+        """Switch readers to a generation."""
+        file = self.list_path(number)
+        about = {"format_version": FORMAT_VERSION, "generation": number, "checksum": checksum(file)}
+        if self.objects is not None:
+            self.objects.switch(self.path / "manifest.json", checked_text(about).encode())
+        write_checked(self.path / "manifest.json", about)
+
+    def _clear_unseen(self) -> None:
+        """Remove parts that no generation lists: leftovers of killed runs, which no reader can have open."""
+        for folder in self.unlisted_folders():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def unlisted_folders(self) -> list[Path]:
+        """Folders in parts/ that no generation on disk lists."""
+        listed = {part.folder for number in self.numbers() for part in self._read_list(number).parts}
+        return sorted(self.path / "parts" / name for name in self.part_folders() - listed)
+
+    def numbers(self) -> list[int]:
+        """Generations whose lists are still on disk."""
+        return sorted(int(path.stem) for path in (self.path / "generations").glob("[0-9]*.parquet"))
+
+    def generation(self, number: int | None = None) -> Generation | None:
+        """The published list of parts, or None while nothing is published; or an earlier one by its number."""
+        path = self.path / "manifest.json"
+        if number is not None:
+            return self._read_list(number)
+        if not path.is_file():
+            return None
+        manifest = read_checked(path)
+        file = self.list_path(int(manifest["generation"]))
+        if self.objects is not None and not (file.is_file() and checksum(file) == manifest["checksum"]):
+            with contextlib.suppress(FileNotFoundError):
+                self.objects.fetch(file, fresh=True)
+        if not file.is_file() or checksum(file) != manifest["checksum"]:
+            raise damaged(file)
+        return self._read_list(int(manifest["generation"]))
+
+    def _read_list(self, number: int) -> Generation:
+        return read_listed(self.list_path(number), number)
+
+    def recover(self) -> bool:
+        """Make a lost or damaged list or manifest again, if what is left allows it. True if something was done."""
+        with contextlib.suppress(Damaged):
+            if self.generation() is not None or not self.numbers():
+                return False
+        try:
+            manifest = read_checked(self.path / "manifest.json")
+        except (Damaged, OSError):
+            newest = self.numbers()[-1]
+            self._read_list(newest)  # an older one would show again what was forgotten since
+            self._show(newest)
+        else:
+            self._recover_list(int(manifest["generation"]), str(manifest["checksum"]))
+        return True
+
+    def _recover_list(self, number: int, wanted: str) -> None:
+        """From the records of the parts; right only if the bytes come out as the manifest says."""
+        parts = {part.index: part for part in self._unlisted(None)}
+        content = io.BytesIO()
+        pq.write_table(listed(Generation(number, tuple(parts[i] for i in sorted(parts)))), content)
+        if xxhash.xxh3_128_hexdigest(content.getvalue()) != wanted:
+            raise damaged(self.list_path(number))
+        with replacing(self.list_path(number)) as temporary:
+            temporary.write_bytes(content.getvalue())
+        self.send(self.list_path(number))
+
+    def published(self) -> Generation:
+        generation = self.generation()
+        if generation is None:
+            raise UserError(f"{self.id} is not finished. Run the stage that makes it: `saeflow run RECIPE`.")
+        return generation
+
+    @contextlib.contextmanager
+    def whole(self, facts: dict[str, Any], inputs: Iterable[str], provenance: dict[str, Any]) -> Iterator[Path]:
+        """A folder that becomes the artefact in one rename: for artefacts without parts."""
+        folder = self.work / "whole"
+        folder.mkdir(parents=True)
+        yield folder
+        files = file_records(folder)
+        record = ArtefactRecord(
+            kind=self.kind, name=self.name, fp=self.fp, facts=facts, inputs=list(inputs), files=files
+        )
+        write_record(folder / "artefact.json", record)
+        write_provenance(folder, provenance)
+        flush_tree(folder)
+        if self.path.exists():  # damaged: the caller found files missing
+            self.remove(self.path)
+        if self.objects is not None:
+            names = [*(file.name for file in files), "provenance.json"]
+            self.objects.send([folder / name for name in names], folder, self.path)
+            self.objects.send([folder / "artefact.json"], folder, self.path)
+        rename(folder, self.path)
+
+    def complete(self) -> bool:
+        """Is the artefact there, with all the files of its own?"""
+        return self.exists() and not list(self.missing_files(self.path, self.record.files))
+
+    def fetched(self) -> Path:
+        """The folder of an artefact without parts, with all its files in it."""
+        for file in self.record.files:
+            self.own_file(file.name)
+        return self.path

@@ -1,0 +1,230 @@
+"""Commands that work: a recipe from text to SQL answers, or one stage of it."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saeflow.command_line import (
+    Quiet,
+    RecipePath,
+    Set,
+    StoreOption,
+    Verbose,
+    a_table,
+    create_store,
+    err,
+    main,
+    out,
+    progress_of,
+    read_recipe,
+)
+from saeflow.config import Recipe, UserError
+from saeflow.disk import human_bytes
+from saeflow.progress import Progress
+from saeflow.store import Store
+
+commands = typer.Typer()
+
+
+@commands.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.toml"),
+    model: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
+    files: Annotated[str | None, typer.Option(help="Texts, e.g. 'texts/*.txt'.")] = None,
+) -> None:
+    """Write a commented recipe to start from. Example: `saeflow init my.toml --files 'texts/*.txt'`"""
+    from saeflow.recipe_text import template
+
+    if path.exists():
+        raise UserError(f"{path} exists already. Choose another name, or delete it first.")
+    given = {"model": {"path": model}, "corpus": {"files": files}}
+    start = {s: {k: _toml_string(v, s) for k, v in keys.items() if v} for s, keys in given.items()}
+    name = "".join(c if c.isalnum() else "_" for c in path.stem.lower()).strip("_") or "recipe"
+    path.write_text(template(name, path.name, start), "utf-8")
+    out.print(f"Wrote {path}. Set the lines without #, then: saeflow run {path}", markup=False)
+
+
+def _toml_string(value: str, section: str) -> str:
+    quoted = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"[{quoted}]" if section == "corpus" else quoted
+
+
+@commands.command()
+def run(
+    recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
+) -> None:
+    """Run everything that is missing, from text to SQL answers. Example: `saeflow run my.toml --set sae.k=16`"""
+    settings = read_recipe(recipe, set_)
+    opened = create_store(store, settings, quiet)
+    from saeflow import pipeline  # seconds: only after what can be refused at once
+
+    summary = pipeline.run(opened, settings, progress_of(quiet, verbose, settings))
+    if not quiet:
+        print_summary(summary)
+        _compare(opened, settings, summary)
+        print_answers(opened, settings)
+
+
+def _compare(store: Store, recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Forecast against actual, where this recipe was planned and this run did the work."""
+    from saeflow import forecast
+
+    known = forecast.known_forecast(store, recipe)
+    if known is None or summary["seconds"].get("collect", 0) < known.seconds / 20:
+        return
+    n_bytes = summary["activation_bytes"] + summary["feature_bytes"]
+    foreseen = sum(stage.n_bytes for stage in known.stages if stage.name in ("collect", "encode"))
+    seconds, peak = sum(summary["seconds"].values()), max(summary["peak_bytes"].values())
+    table = a_table("", "forecast", "actual")
+    table.add_row("activations and features", human_bytes(foreseen), human_bytes(n_bytes))
+    table.add_row("peak memory", human_bytes(known.peak_bytes), human_bytes(peak))
+    table.add_row("time", forecast.duration(known.seconds), forecast.duration(seconds))
+    out.print(table)
+
+
+@commands.command()
+def plan(
+    recipe: RecipePath,
+    store: StoreOption = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
+) -> None:
+    """Forecast tokens, bytes, memory and hours before any work, from a trial on a sample. Example: `saeflow plan my.toml`"""
+    import dataclasses
+    import json
+
+    settings = read_recipe(recipe, set_)
+    opened = create_store(store, settings, quiet)
+    from saeflow import forecast
+
+    found = forecast.plan(opened, settings, Progress(err, -1 if quiet else 0))
+    if as_json:
+        return typer.echo(json.dumps(dataclasses.asdict(found)))
+    out.print(f"{found.n_documents:,} documents, {found.n_tokens:,} tokens in {found.n_parts:,} parts")
+    table = a_table("stage", "bytes", "peak memory", "time")
+    for row in forecast.rows(found):
+        table.add_row(*row)
+    out.print(table)
+    often = "the first SAE" if found.break_even <= 1 else f"{found.break_even} SAEs"
+    out.print(f"Storing beats streaming from {often} on. Next: saeflow run {recipe}", markup=False, soft_wrap=True)
+    return None
+
+
+def _stage(name: str, does: str) -> None:
+    """Add the command of one stage."""
+
+    def command(
+        recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
+    ) -> None:
+        settings = read_recipe(recipe, set_)
+        from saeflow import pipeline
+
+        stages = pipeline.stages(settings)
+        if name not in stages:
+            raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
+        stages[name](create_store(store, settings, quiet), settings, progress_of(quiet, verbose, settings))
+
+    commands.command(name, help=f"{does} Example: `saeflow {name} my.toml`", rich_help_panel="Stages")(command)
+
+
+_stage("tokens", "Turn documents into fixed-length sequences of tokens.")
+_stage("collect", "Run the model and store the activations of the chosen sites.")
+_stage("bring", "Store activations from a table instead of a model.")
+
+
+@commands.command(name="train", rich_help_panel="Stages")
+def train_command(
+    recipe: RecipePath,
+    store: StoreOption = None,
+    set_: Set = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="On what the store holds now, even if one is trained.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train the sparse autoencoder; continues where a killed training stood. Example: `saeflow train my.toml`"""
+    settings = read_recipe(recipe, set_)
+    from saeflow import train
+
+    train.run(create_store(store, settings, quiet), settings, progress_of(quiet, verbose, settings), fresh)
+
+
+_stage("encode", "Write every non-zero feature activation of the corpus to Parquet.")
+_stage("evaluate", "Judge the autoencoder on held-out documents.")
+_stage("report", "Draw the run's picture.")
+
+
+@commands.command()
+def sites(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    pattern: Annotated[str, typer.Argument(help="Only names that match this glob.")] = "*",
+) -> None:
+    """List the modules of a model whose activations can be stored. Example: `saeflow sites gpt2 '*.mlp.act'`"""
+
+    from saeflow.config import ModelConfig
+    from saeflow.model import list_sites, load_model
+
+    table = a_table("site", "width")
+    for site in list_sites(load_model(ModelConfig(path=model))):
+        if fnmatch.fnmatch(site.name, pattern):
+            table.add_row(site.name, str(site.width))
+    out.print(table)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """What a run made, and the next commands."""
+    quality = summary["quality"]
+    table = a_table("", "")
+    table.show_header = False
+    for name in ("n_documents", "n_tokens", "n_values"):
+        table.add_row(name.removeprefix("n_"), f"{summary[name]:,}")
+    for name in ("activation_bytes", "feature_bytes"):
+        table.add_row(name.replace("_", " "), human_bytes(summary[name]))
+    for name in ("variance_unexplained", "l0", "dead_share", "loss_recovered_zero", "loss_recovered_mean"):
+        if name in quality:
+            table.add_row(name.replace("_", " "), f"{quality[name]:.4f}")
+    table.add_row("judged on", quality["judged_on"])
+    for name, seconds in summary.get("seconds", {}).items():
+        table.add_row(f"{name} took", f"{seconds:.1f} s")
+    out.print(table)
+
+
+def print_answers(store: Store, recipe: Recipe) -> None:
+    """Three SQL answers, each under the command that gives it, and what to try next."""
+    from saeflow import answers, features, queries, terminal
+
+    where = f" --store {shlex.quote(store.name)}" if "SAEFLOW_STORE" not in os.environ else ""
+    run = features.artefact(store, recipe).id
+    with contextlib.closing(queries.connect(store, run)) as connection:
+        for answer in answers.first_answers(connection):
+            asked = shlex.join(["saeflow", "ask", answer.question, *answer.arguments])
+            out.print(f"\n$ {asked}{where}", markup=False, soft_wrap=True, style="bold")
+            terminal.render_table(answer.table, out)
+    out.print("\nTry next:", style="bold")
+    for line in ("ask", "ask feature_summary", "ask search_token the", "sql 'select * from runs'", "ls"):
+        out.print(f"  saeflow {line}{where}", markup=False, soft_wrap=True)
+
+
+def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:
+    """The command line of a flow: `python -m flows.pipeline RECIPE [--store FOLDER] [--set KEY=VALUE]`."""
+
+    def command(recipe: RecipePath, store: StoreOption = None, set_: Set = None) -> None:
+        settings = read_recipe(recipe, set_)
+        opened = create_store(store, settings, quiet=False)
+        print_summary(flow(settings, opened.name))
+        print_answers(opened, settings)
+
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(help="Run what is missing of every stage through Prefect.")(command)
+    main(single, f"python -m {Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem}")

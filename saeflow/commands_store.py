@@ -1,0 +1,195 @@
+"""Commands about what a store holds: list, show, check, forget, clear."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Annotated
+
+import typer
+
+from saeflow.artefact import Artefact
+from saeflow.command_line import (
+    Quiet,
+    RecipePath,
+    Set,
+    StoreOption,
+    Verbose,
+    a_table,
+    create_store,
+    err,
+    open_store,
+    out,
+    progress_of,
+    read_recipe,
+)
+from saeflow.config import UserError
+from saeflow.disk import human_bytes
+from saeflow.progress import Progress
+from saeflow.records import KINDS, read_checked
+from saeflow.store import Store, store_path
+
+commands = typer.Typer()
+
+
+@commands.command()
+def ls(store: StoreOption = None) -> None:
+    """List what the store holds. Example: `saeflow ls --store data/store`"""
+    opened = open_store(store)
+    table = a_table("artefact", "generation", "parts", "tokens", "size", "inputs")
+    for artefact in opened.artefacts():
+        table.add_row(
+            artefact.id,
+            *_state(artefact),
+            human_bytes(artefact.footprint(artefact.path)[0]),
+            ", ".join(artefact.record.inputs),
+        )
+    out.print(table)
+
+
+def _state(artefact: Artefact) -> tuple[str, str, str]:
+    if artefact.kind == "saes":
+        return ("whole" if artefact.complete() else "damaged"), "-", "-"
+    generation = artefact.generation()
+    if generation is None:
+        return "unfinished", str(len(artefact.parts())), "-"
+    return str(generation.number), str(len(generation.parts)), f"{generation.total('n_tokens'):,}"
+
+
+@commands.command()
+def show(
+    name: Annotated[str, typer.Argument(help="An artefact as `saeflow ls` names it, or the name of a run.")],
+    store: StoreOption = None,
+) -> None:
+    """Show an artefact: its settings, inputs, parts and quality. Example: `saeflow show demo`"""
+    artefact = _find(open_store(store), name)
+    out.print(f"{artefact.id}\n{artefact.path}", markup=False)
+    table = a_table("setting", "value")
+    for key, value in sorted(artefact.record.facts.items()):
+        table.add_row(key, str(value))
+    for name in artefact.record.inputs:
+        table.add_row("reads", name)
+    quality = artefact.path / "quality.json"
+    for key, value in (read_checked(quality) if quality.is_file() else {}).items():
+        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    out.print(table)
+
+
+def _find(store: Store, name: str) -> Artefact:
+    import difflib
+
+    artefacts = store.artefacts(*reversed(KINDS))
+    for artefact in artefacts:
+        if name in (artefact.id, artefact.name, f"{artefact.name}-{artefact.fp}"):
+            return artefact
+    known = [artefact.id for artefact in artefacts]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.2)
+    raise UserError(f"{store.name} has no artefact {name!r}. Nearest: {', '.join(near) or 'none'}. See `saeflow ls`.")
+
+
+@commands.command()
+def verify(
+    store: StoreOption = None,
+    full: Annotated[bool, typer.Option("--full", help="Read every byte, and run the SQL checks.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove damaged parts, so that the next run makes them again.")
+    ] = False,
+) -> None:
+    """Check that nothing published is missing or changed. Example: `saeflow verify --full`"""
+    from saeflow import integrity
+
+    opened = Store.find(store_path(store)) if repair else open_store(store)
+    if repair and (said := integrity.mend_marker(opened)):
+        out.print(said, markup=False, soft_wrap=True)
+    found = list(integrity.verify(opened, full))
+    for each in found:
+        out.print(f"damaged: {each}", markup=False, soft_wrap=True)
+    for each in found if repair else []:
+        err.print(integrity.repair(each), markup=False, soft_wrap=True)
+    broken = _run_checks(opened) if full and not found else []
+    for name, n_rows in broken:
+        out.print(f"check {name}: {n_rows} offending rows", markup=False)
+    if repair and found:
+        out.print("What had to be removed is made again by the next run: saeflow run RECIPE")
+    elif found:
+        raise UserError("Mend it with `saeflow verify --full --repair`, then run the recipe again: the rest is kept.")
+    elif broken:
+        raise UserError("The feature files do not agree. Remove the run's folder and run the recipe again.")
+    else:
+        said = f"{len(opened.artefacts())} artefacts in {opened.name}: nothing missing, nothing changed"
+        out.print(said, markup=False, soft_wrap=True)
+
+
+@commands.command()
+def forget(
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys of documents; see the view `documents`.")],
+    store: StoreOption = None,
+    quiet: Quiet = False,
+) -> None:
+    """Hide documents at once, in every view and feed. Example: `saeflow forget letters/017 letters/018`"""
+    from saeflow.forget import forget as hide
+
+    done = hide(Store.create(store_path(store)), keys, Progress(err, -1 if quiet else 0))
+    for name, n in done.documents.items():
+        out.print(f"{name}: {n} documents hidden", markup=False, soft_wrap=True)
+    for name in done.runs:
+        out.print(f"{name}: their values removed", markup=False, soft_wrap=True)
+    for name, why in done.waiting.items():
+        out.print(f"{name}: parts with them are left out of every answer until encoded again: {why}", markup=False)
+    for name in done.saes:
+        out.print(f"{name}: was trained on them; train anew with `saeflow train RECIPE --fresh`", markup=False)
+    for name in done.held_out_only:
+        out.print(f"{name}: was not trained on them, they were held out", markup=False, soft_wrap=True)
+    out.print("Remove them from the disk: saeflow compact RECIPE, then saeflow gc --grace 0 --yes", markup=False)
+
+
+@commands.command()
+def compact(
+    recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
+) -> None:
+    """Rewrite the parts that still hold forgotten or replaced documents. Example: `saeflow compact my.toml`"""
+    settings = read_recipe(recipe, set_)
+    opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
+    from saeflow import pipeline
+
+    pipeline.compact(opened, settings, progress)
+    if not quiet:
+        err.print("The old files go with: saeflow gc --yes (kept for their readers for --grace hours)", markup=False)
+
+
+@commands.command()
+def upgrade(store: StoreOption = None) -> None:
+    """Bring a store of an earlier format up to date; nothing is computed again. Example: `saeflow upgrade`"""
+    from saeflow import integrity
+
+    opened = Store.create(store_path(store))
+    for line in integrity.upgrade(opened):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@commands.command()
+def gc(
+    store: StoreOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+    grace: Annotated[float, typer.Option(help="Hours for which a replaced generation is kept for its readers.")] = 24,
+) -> None:
+    """List what nobody can read any more; remove it with --yes. Example: `saeflow gc --yes`"""
+    from saeflow import integrity
+
+    found = list(integrity.garbage(open_store(store), grace * 3600))
+    n_bytes = sum(each.n_bytes for each in found)
+    for each in found:
+        out.print(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}", markup=False, soft_wrap=True)
+    for each in found if yes else []:
+        integrity.remove(each)
+    done = "removed" if yes else "to remove" if not found else "to remove with `saeflow gc --yes`"
+    out.print(f"{len(found)} files and folders, {human_bytes(n_bytes)} {done}", markup=False, soft_wrap=True)
+
+
+def _run_checks(store: Store) -> list[tuple[str, int]]:
+    from saeflow import queries
+
+    broken = []
+    for each in (run for run in queries.runs(store) if run.problem is None):
+        with contextlib.closing(queries.connect(store, each.artefact.id)) as connection:
+            broken += [(f"{each.schema}.{name}", len(rows)) for name, rows in queries.check(connection) if len(rows)]
+    return broken

@@ -1,0 +1,216 @@
+"""Records of a store: what its JSON files and lists of parts say, each with its own checksum.
+
+The bytes are specified in data/README.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from pydantic import BaseModel, ValidationError
+
+from saeflow.config import FORMAT_VERSION, UserError
+from saeflow.disk import checksum, json_text, read_json, replacing, write_json
+
+Kind = Literal["tokens", "activations", "saes", "features"]
+KINDS: tuple[Kind, ...] = ("tokens", "activations", "saes", "features")
+_Record = TypeVar("_Record", bound=BaseModel)
+
+
+class FileRecord(BaseModel, frozen=True):
+    """One file of a part: path inside it, size, and the 128-bit xxh3 checksum of its bytes."""
+
+    name: str
+    n_bytes: int
+    checksum: str
+
+
+class PartRecord(BaseModel, frozen=True):
+    """What part.json says: enough to find, count and verify the part without opening its arrays."""
+
+    format_version: int = FORMAT_VERSION
+    index: int
+    counts: dict[str, int]
+    files: list[FileRecord]
+    inputs: dict[str, str] = {}
+    """What the part was made from: the folder of the part read, by kind. Empty in format 1."""
+
+    @property
+    def folder(self) -> str:
+        """`<index>-<hash>`: equal content has an equal name."""
+        facts: list[Any] = [self.counts, [(f.name, f.checksum) for f in self.files]]
+        if self.inputs:
+            facts.append(self.inputs)
+        return f"{self.index:06d}-{xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())[:8]}"
+
+    def made_from(self, inputs: dict[str, str]) -> bool:
+        """Is the part what these inputs give? Format 1 did not say; its parts follow from their index."""
+        return self.inputs == inputs or (not self.inputs and not inputs.get("hidden"))
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(file.n_bytes for file in self.files)
+
+
+class ArtefactRecord(BaseModel, frozen=True):
+    """What artefact.json says: identity, the facts behind the fingerprint, and the artefacts read."""
+
+    format_version: int = FORMAT_VERSION
+    kind: Kind
+    name: str
+    fp: str
+    facts: dict[str, Any]
+    inputs: list[str] = []
+    files: list[FileRecord] = []
+
+
+class Hidden(BaseModel, frozen=True):
+    """A document that readers no longer see: forgotten, or replaced by a newer one of the same key."""
+
+    document_id: int
+    key_hash: str
+    reason: Literal["forgotten", "replaced"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The list of parts that readers see, in index order, and the documents in them that they do not see."""
+
+    number: int
+    parts: tuple[PartRecord, ...]
+    hidden: Mapping[int, tuple[Hidden, ...]] = field(default_factory=dict)
+    """By index of the part; tokens only."""
+
+    def hidden_digest(self, index: int) -> str:
+        """Stands for what is hidden in a part; empty where nothing is."""
+        ids = sorted(document.document_id for document in self.hidden.get(index, ()))
+        return xxhash.xxh3_64_hexdigest(json.dumps(ids).encode())[:8] if ids else ""
+
+    @property
+    def hidden_ids(self) -> list[int]:
+        return sorted(document.document_id for each in self.hidden.values() for document in each)
+
+    def total(self, count: str) -> int:
+        return sum(part.counts.get(count, 0) for part in self.parts)
+
+
+def listed(generation: Generation) -> pa.Table:
+    """The table of a generation: one row a part."""
+    parts = generation.parts
+    hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
+    document = pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())])
+    return pa.table(
+        {
+            "part_index": [part.index for part in parts],
+            "folder": [part.folder for part in parts],
+            "n_bytes": pa.array([part.n_bytes for part in parts], pa.int64()),
+            "record": [part.model_dump_json() for part in parts],
+            "hidden": pa.array(hidden, pa.list_(document)),
+        }
+    )
+
+
+def read_listed(path: Path, number: int) -> Generation:
+    """A generation from its table. Raises Damaged."""
+    try:
+        rows = pq.read_table(path).to_pylist()
+        parts = tuple(PartRecord.model_validate_json(row["record"]) for row in rows)
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
+        raise damaged(path) from error
+    found = ((part.index, row.get("hidden")) for part, row in zip(parts, rows, strict=True))
+    hidden = {index: tuple(Hidden(**each) for each in documents) for index, documents in found if documents}
+    return Generation(number, parts, hidden)
+
+
+def file_records(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> list[FileRecord]:
+    return [file_record(folder, path, known) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def file_record(folder: Path, path: Path, known: Mapping[str, str] = MappingProxyType({})) -> FileRecord:
+    name = path.relative_to(folder).as_posix()
+    return FileRecord(name=name, n_bytes=path.stat().st_size, checksum=known.get(name) or checksum(path))
+
+
+def note_provenance(folder: Path, facts: dict[str, Any]) -> None:
+    """Add to provenance.json, where that is there."""
+    with contextlib.suppress(OSError, ValueError):
+        write_json(folder / "provenance.json", read_json(folder / "provenance.json") | facts)
+
+
+def write_provenance(folder: Path, facts: dict[str, Any]) -> None:
+    """When, where and with what: the one file in which two equal runs may differ."""
+    packages = ["saeflow", "torch", "transformers", "zarr", "duckdb", "pyarrow", "numpy"]
+    about = {"host": platform.node(), "written": time.time(), "versions": {p: _version(p) for p in packages}}
+    write_json(folder / "provenance.json", about | facts)
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(Exception):
+        return version(package)
+    return None
+
+
+def read_checked(path: Path) -> Any:
+    """A JSON record; refused where its checksum is wrong or a newer saeflow wrote it."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+        data = json.loads(text)
+        version_found = data.get("format_version", 1)
+    except (ValueError, AttributeError) as error:
+        raise damaged(path) from error
+    if isinstance(version_found, int) and version_found > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version_found}; this saeflow reads up to {FORMAT_VERSION}.\n"
+            "It was written by a newer saeflow: upgrade with `pip install --upgrade saeflow`."
+        )
+    if text != json_text(data) or data.pop("sum", None) != (_sum(data) if version_found != 1 else None):
+        raise damaged(path)
+    return data
+
+
+def write_checked(path: Path, data: dict[str, Any]) -> None:
+    """A JSON record with its own checksum, `sum`."""
+    with replacing(path) as temporary:
+        temporary.write_text(checked_text(data), "utf-8")
+
+
+def checked_text(data: dict[str, Any]) -> str:
+    return json_text(data | {"sum": _sum(data)})
+
+
+def _sum(data: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json_text(data).encode())
+
+
+def read_record(path: Path, model: type[_Record]) -> _Record:
+    try:
+        return model.model_validate(read_checked(path))
+    except ValidationError as error:
+        raise damaged(path) from error
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    write_checked(path, record.model_dump(mode="json"))
+
+
+class Damaged(UserError):
+    """Something of the store that cannot be read."""
+
+
+def damaged(what: Path) -> Damaged:
+    return Damaged(
+        f"{what} is missing or damaged. Mend it with `saeflow verify --full --repair`, then run the recipe again: "
+        "finished parts are kept."
+    )
