@@ -18,7 +18,7 @@ from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.artefact import Artefact, Job
 from saeflow.brought import content
 from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
-from saeflow.model import Site, SiteReader, device_of, load_model, model_fingerprint, resolve_sites
+from saeflow.model import Site, SiteReader, device_of, load_model, model_fingerprint, require_length, resolve_sites
 from saeflow.norms import FILE as NORMS_FILE
 from saeflow.norms import Norms, norms_of, warn
 from saeflow.packed import open_writer
@@ -178,11 +178,7 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     model = load_model(recipe.model)
     sites = resolve_sites(model, recipe.activations.sites)
     length = recipe.tokens.context_length
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    if length > limit:
-        raise UserError(
-            f"tokens.context_length is {length}, but the model reads at most {limit} tokens. Set at most {limit}."
-        )
+    require_length(model, length)
     for site in sites:
         pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
     if recipe.sae.site:

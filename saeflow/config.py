@@ -48,6 +48,9 @@ class CorpusConfig(Section):
 
     files: Paths = Field([], description="Parquet, CSV, JSON lines or text files; globs and URLs allowed.")
     sql: str | None = Field(None, description="A select giving `text` and any metadata columns, instead of files.")
+    folder: str | None = Field(
+        None, description="Where relative paths in `sql` count from; default: the recipe's folder."
+    )
     text: str = Field("text", description="Column that holds the text.")
     token_ids: str | None = Field(
         None, description="Column of lists of vocabulary ids, for a corpus tokenised already, instead of `text`."
@@ -81,6 +84,9 @@ class TokensConfig(Section):
         "concatenated", description="Documents joined end to end, or one document a row with padding."
     )
     prepend_bos: bool | None = Field(None, description="Start documents with BOS; default: the tokenizer's habit.")
+    parse_special: bool = Field(
+        False, description="Read names such as <|im_start|> in texts as the special tokens they name (chat templates)."
+    )
     part_tokens: PositiveInt = Field(262_144, description="A part is closed once it holds this many tokens.")
 
 
@@ -279,8 +285,11 @@ def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         return anchor(value) if isinstance(value, str) and (folder / value).exists() else value
 
     data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    if isinstance(data.get("corpus"), dict) and "sql" in data["corpus"]:
+        data["corpus"].setdefault("folder", str(folder))
     for section, key, how in [
         ("corpus", "files", anchor),
+        ("corpus", "folder", anchor),
         ("activations", "source", anchor),
         ("model", "path", anchor_if_there),
     ]:
@@ -339,13 +348,13 @@ def _plain(value: object) -> object:
     raise TypeError(f"cannot fingerprint {type(value).__name__}")
 
 
-_SINCE_2 = {"skip_positions", "skip_special", "token_ids", "compression", "source_array"}
+_SINCE_2 = {"skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array"}
 """Settings that format 1 did not have: at their defaults they leave fingerprints as they were."""
 
 
 def facts_of(section: Section) -> dict[str, Any]:
     """The section's settings for a fingerprint; how much of a corpus is read does not count."""
-    data = section.model_dump(mode="json", exclude={"share"})
+    data = section.model_dump(mode="json", exclude={"share", "folder"})
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(section).model_fields.items()
     }

@@ -22,16 +22,20 @@ from saeflow import activations, features, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import FORMAT_VERSION, Recipe, fingerprint
 from saeflow.feed import Feed, held_out_rows
-from saeflow.model import load_model, predicts_next_token, replaced
+from saeflow.machine import total_memory
+from saeflow.model import device_of, load_model, predicts_next_token, replaced
 from saeflow.parallel import in_order, n_threads
 from saeflow.progress import Bar, Progress
 from saeflow.records import Damaged, read_checked, write_checked
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
+from saeflow.transfer import GPU_WORKERS
 from saeflow.used import Used
 
 _SEQUENCES = 4
 """Sequences in one forward pass up to the logits: few, so that the logits stay in the processor's cache."""
+_LOGIT_BYTES = 3 * 4
+"""Memory of one logit: as the model gives it, in float32, and its logarithm of the softmax."""
 
 
 @dataclass
@@ -181,14 +185,15 @@ def _language_model_loss(
         "loss_mean_ablated": lambda x: mean.to(x).expand_as(x),
         "loss_zero_ablated": torch.zeros_like,
     }
-    batches = list(_held_out_sequences(store, recipe))
+    workers, n_together = _room(model, recipe)
+    batches = list(_held_out_sequences(store, recipe, n_together))
     n_predicted = sum(int(_predicting(batch).sum()) for batch in batches)
     sums = {}
     with progress.bar("loss", len(changes) * n_predicted, "tokens") as bar:
         for name, change in changes.items():
             spliced = _Spliced(change)
             with replaced(model, site, spliced) if change else contextlib.nullcontext():
-                each = in_order(partial(_summed_loss, model, spliced), batches, n_threads(recipe.threads))
+                each = in_order(partial(_summed_loss, model, spliced), batches, workers)
                 sums[name] = math.fsum(_counted(each, batches, bar))
     losses = {name: ratio(total, n_predicted) for name, total in sums.items()}
     recovered = {
@@ -196,6 +201,16 @@ def _language_model_loss(
         for kind in ("mean", "zero")
     }
     return losses | recovered | {"n_predicted": n_predicted}
+
+
+def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
+    """Forward passes at once, and sequences in each, so that the logits take a quarter of the memory at most."""
+    on_processor = device_of(model).type == "cpu"
+    room = (total_memory() if on_processor else torch.cuda.mem_get_info(device_of(model))[0]) // 4
+    one = recipe.tokens.context_length * model.get_output_embeddings().weight.shape[0] * _LOGIT_BYTES
+    wanted = n_threads(recipe.threads) if on_processor else GPU_WORKERS
+    workers = min(wanted, max(1, room // one))
+    return workers, min(_SEQUENCES, max(1, room // one // workers))
 
 
 def _counted(losses: Iterable[float], batches: list[_Batch], bar: Bar) -> Iterator[float]:
@@ -226,7 +241,7 @@ class _Spliced:
         return self.change(x) if used.all() else torch.where(used[:, :, None], self.change(x), x)
 
 
-def _held_out_sequences(store: Store, recipe: Recipe) -> Iterator[_Batch]:
+def _held_out_sequences(store: Store, recipe: Recipe, n_together: int) -> Iterator[_Batch]:
     """Held-out sequences, at most `evaluate.max_tokens` tokens."""
     source = activations.tokens_artefact(store, recipe)
     visible, used = Used(source), Used.of(source, recipe.activations)
@@ -237,7 +252,7 @@ def _held_out_sequences(store: Store, recipe: Recipe) -> Iterator[_Batch]:
             continue
         vocab_ids, real = (each[rows] for each in tokens.read_part(source, part))
         arrays = (vocab_ids, real, visible.mask(part.index, rows), used.mask(part.index, rows))
-        pieces = (torch.split(torch.from_numpy(np.ascontiguousarray(each)), _SEQUENCES) for each in arrays)
+        pieces = (torch.split(torch.from_numpy(np.ascontiguousarray(each)), n_together) for each in arrays)
         yield from (_Batch(*batch) for batch in zip(*pieces, strict=True))
         left -= len(vocab_ids)
 

@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 from saeflow import corpus
 from saeflow.arrays import ITEM_BYTES
 from saeflow.config import FORMAT_VERSION, CorpusConfig, Recipe, UserError, fingerprint
-from saeflow.corpus import is_held_out
 from saeflow.disk import human_bytes
+from saeflow.document import is_held_out
 from saeflow.model import load_tokenizer
 from saeflow.parallel import n_threads
 from saeflow.progress import Progress
 from saeflow.records import read_checked, write_checked
 from saeflow.store import Store
-from saeflow.tokens import bos_ids
+from saeflow.tokens import bos_ids, ids_of
 
 _PIECES, _MORE_PIECES, _PIECE_CHARACTERS = 16, 256, 4000
 """The sample: so many pieces of text, drawn as if the corpus were cut into pieces of this length."""
@@ -107,6 +107,8 @@ def survey(recipe: Recipe, progress: Progress) -> Survey:
                 place = len(pieces) if len(pieces) < _MORE_PIECES else dice.randrange(n_pieces)
                 pieces[place : place + 1] = [piece] if place < _MORE_PIECES else pieces[place : place + 1]
             bar.advance(len(document.content))
+    if not pieces:
+        raise UserError("All documents of the corpus are empty. Check corpus.text, the column that holds the text.")
     dice.shuffle(pieces)  # a small corpus fills the reservoir in its own order
     return Survey(n_documents, n_characters, n_held_out, tuple(pieces))
 
@@ -206,7 +208,7 @@ def count_tokens(recipe: Recipe, surveyed: Survey) -> int:
     if recipe.corpus.token_ids:
         return surveyed.n_characters
     tokenizer = load_tokenizer(recipe.model)
-    counted = tokenizer(list(surveyed.pieces), add_special_tokens=False, verbose=False)["input_ids"]
+    counted = ids_of(tokenizer, [piece for piece in surveyed.pieces if isinstance(piece, str)], recipe.tokens)
     share = surveyed.n_characters / max(1, sum(map(len, surveyed.pieces)))
     return round(sum(map(len, counted)) * share) + surveyed.n_documents * len(bos_ids(tokenizer, recipe.tokens))
 

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from saeflow.artefact import Artefact
 from saeflow.config import CorpusConfig
-from saeflow.corpus import Document, is_held_out
+from saeflow.document import Document, is_held_out
 from saeflow.records import Generation, Hidden, PartRecord
 
 Verdict = Literal["new", "changed", "same", "forgotten"]
@@ -85,13 +86,34 @@ class Ledger:
         for document in documents:
             if not about.sql and document.key not in times:
                 times.clear()  # files give equal keys one after the other
-            times[document.key] += 1
-            key = document.key if times[document.key] == 1 else f"{document.key} ({times[document.key]})"
+            key = self._own_key(document, times)
             self.n_repeated += key != document.key
             verdict = self.look_up(key, document.content_hash)
+            if verdict == "new" and about.dedup and self._has_content(document.content_hash):
+                verdict = "same"
             self.found[verdict] += 1
             if verdict in ("new", "changed"):
                 yield Entry(document, key, is_held_out(document.key, about.seed, about.held_out))
+
+    def _own_key(self, document: Document, times: Counter[str]) -> str:
+        """The document's key; where that has come before, followed by its content, which no order of files changes."""
+        by_content = f"{document.key}#{document.content_hash[:8]}"
+        times[document.key] += 1
+        if times[document.key] == 1 and not self._knows(by_content):
+            return document.key
+        times[by_content] += 1
+        return by_content if times[by_content] == 1 else f"{by_content} ({times[by_content]})"
+
+    def _knows(self, key: str) -> bool:
+        hashed = key_hash(key)
+        return hashed in self.forgotten or _holds(self.keys, hashed)
+
+    def _has_content(self, content_hash: str) -> bool:
+        return _holds(self._sorted_contents, content_hash[:16])
+
+    @cached_property
+    def _sorted_contents(self) -> np.ndarray:
+        return np.sort(self.contents)
 
     def replaced(self, parts: Sequence[PartRecord]) -> dict[int, tuple[Hidden, ...]]:
         """The old versions of changed documents, by index of the part that holds them."""
@@ -111,6 +133,12 @@ def merged(old: HiddenByPart, new: HiddenByPart) -> dict[int, tuple[Hidden, ...]
     """Both, each document once, in order; what is new about it counts."""
     every = {index: {d.document_id: d for d in (*old.get(index, ()), *new.get(index, ()))} for index in {*old, *new}}
     return {index: tuple(each[i] for i in sorted(each)) for index, each in sorted(every.items()) if each}
+
+
+def _holds(ascending: np.ndarray, digits: str) -> bool:
+    wanted = np.uint64(int(digits, 16))
+    place = int(np.searchsorted(ascending, wanted))
+    return place < len(ascending) and bool(ascending[place] == wanted)
 
 
 def _numbers(digits: Iterable[str]) -> np.ndarray:

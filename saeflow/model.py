@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saeflow.config import ModelConfig, UserError, fingerprint
 from saeflow.disk import checksum
+from saeflow.remote import hub_errors
 from saeflow.transfer import to_device
 
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
@@ -77,15 +78,18 @@ def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> An
 
     logging.disable_progress_bar()
     path, local = Path(config.path), Path(config.path).exists()
-    options |= {"revision": config.revision, "trust_remote_code": False, "local_files_only": local}
+    revision, online = (config.revision, False) if local else _commit(config.path, config.revision)
+    options |= {"revision": revision, "trust_remote_code": False, "local_files_only": not online}
     if is_gguf(config.path):
         options["gguf_file"] = path.name
+    known = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
+    failures: tuple[type[Exception], ...] = (*hub_errors(), *known)
     try:
         with warnings.catch_warnings(), _silent_gguf() if is_gguf(config.path) else contextlib.nullcontext():
             warnings.simplefilter("ignore")
             return loader(str(path.parent) if is_gguf(config.path) else config.path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
-        raise UserError(_why_not(config, local, error)) from error
+    except failures as error:
+        raise UserError(_why_not(config.path, local, error)) from error
 
 
 @contextlib.contextmanager
@@ -100,19 +104,19 @@ def _silent_gguf() -> Iterator[None]:
         reading.tqdm = shown
 
 
-def _why_not(config: ModelConfig, local: bool, error: Exception) -> str:
+def _why_not(path: str, local: bool, error: Exception) -> str:
     """Why a model was not loaded, and the way out."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    said = f"model.path is {config.path!r}"
+    said = f"model.path is {path!r}"
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     causes = [error, error.__cause__, error.__context__]
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (
             f"{said}: its owner lets in only those who accepted the licence.\n"
-            f"Accept it at https://huggingface.co/{config.path} and set HF_TOKEN to a token of that account."
+            f"Accept it at https://huggingface.co/{path} and set HF_TOKEN to a token of that account."
         )
-    if isinstance(error, ImportError) and is_gguf(config.path):
+    if isinstance(error, ImportError) and is_gguf(path):
         return f"{said}: GGUF files need two more packages. Install them: pip install 'saeflow[gguf]'"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         reason = "the hub has no such model, or a private one that HF_TOKEN does not open"
@@ -133,23 +137,43 @@ def model_fingerprint(config: ModelConfig) -> str:
         return fingerprint(
             [(path.name, _known_checksum(path, path.stat().st_mtime_ns)) for path in files], config.dtype
         )
-    return fingerprint(config.path, _commit(config), config.dtype)
+    return fingerprint(config.path, _commit(config.path, config.revision)[0], config.dtype)
 
 
-def _commit(config: ModelConfig) -> str:
-    """The commit of a model on the hub; without a way to the hub, the one that was downloaded before."""
-    from huggingface_hub import model_info, try_to_load_from_cache
+_HUB_SECONDS = 10.0
+
+
+@cache
+def _commit(path: str, revision: str | None) -> tuple[str, bool]:
+    """The commit of a model on the hub, and whether the hub answered; if not, the commit that was downloaded before.
+
+    Asked once a process: what is loaded later must be what the fingerprint stands for.
+    """
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    failures: tuple[type[Exception], ...] = (*hub_errors(), OSError, ValueError, RuntimeError)
     try:
-        return str(model_info(config.path, revision=config.revision).sha)
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        cached = None
-        with contextlib.suppress(ValueError):  # no name of a model
-            cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
-        if not isinstance(cached, str) or isinstance(error, HfHubHTTPError):
-            raise UserError(_why_not(config, False, error)) from error
-        return Path(cached).parent.name
+        return str(HfApi().model_info(path, revision=revision, timeout=_HUB_SECONDS).sha), True
+    except failures as error:
+        cached = _downloaded(path, revision)
+        if cached is None or isinstance(error, HfHubHTTPError):
+            raise UserError(_why_not(path, False, error)) from error
+        return cached, False
+
+
+def _downloaded(path: str, revision: str | None) -> str | None:
+    """The commit of a branch, tag or commit in the hub's cache; without one, the commit that came last."""
+    from huggingface_hub import constants, file_download, try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):  # no name of a model
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    folder = file_download.repo_folder_name(repo_id=path, repo_type="model")
+    snapshots = Path(constants.HF_HUB_CACHE, folder, "snapshots").glob("*/config.json")
+    newest = max(snapshots, key=lambda each: each.lstat().st_mtime, default=None) if revision is None else None
+    return newest.parent.name if newest else None
 
 
 @lru_cache(maxsize=256)
@@ -187,13 +211,29 @@ def list_sites(model: nn.Module) -> list[Site]:
 
 
 @torch.no_grad()
+def require_length(model: nn.Module, length: int) -> None:
+    """Raises UserError where the model cannot read sequences of `length` tokens: by its settings, or by trial."""
+    limit = getattr(model.config, "max_position_embeddings", None) or length
+    said = f"tokens.context_length is {length}, but the model reads"
+    if length > limit:
+        raise UserError(f"{said} at most {limit} tokens. Set at most {limit}.")
+    try:
+        model(torch.zeros(1, length, dtype=torch.int64, device=device_of(model)))
+    except (IndexError, RuntimeError) as error:  # some keep a few positions for themselves
+        raise UserError(f"{said} fewer ({str(error).splitlines()[0]}). Set less, such as {limit - 2}.") from error
+
+
+@torch.no_grad()
 def predicts_next_token(model: nn.Module) -> bool:
     """Has the model logits over its vocabulary that later tokens do not change? Encoders and headless models have not."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return False
     vocab_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device_of(model))
-    first, second = model(vocab_ids).logits.float()
+    logits = getattr(model(vocab_ids), "logits", None)
+    if logits is None:
+        return False
+    first, second = logits.float()
     return torch.allclose(first[:-1], second[:-1], rtol=1e-3, atol=1e-3)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 from obstore.exceptions import BaseError, GenericError
@@ -24,9 +25,27 @@ _OBJECT_STORES = ("s3", "gs", "az", "abfs")
 
 def matches(pattern: str) -> list[str]:
     """The URLs that a URL with globs stands for, in order."""
+    _require_no_secret(pattern)
     with _said(pattern):
         filesystem, path = fsspec.core.url_to_fs(pattern, **_options(pattern))
-        return sorted(filesystem.unstrip_protocol(found) for found in tries(GenericError)(filesystem.glob, path))
+        found = tries(GenericError)(filesystem.glob, path, detail=True)
+        if len(found) == 1 and _is_folder(next(iter(found.values()))):
+            found = tries(GenericError)(filesystem.find, path, detail=True)
+        return sorted(filesystem.unstrip_protocol(name) for name, about in found.items() if not _is_folder(about))
+
+
+def _is_folder(about: dict[str, Any]) -> bool:
+    return about.get("type") == "directory"
+
+
+def _require_no_secret(url: str) -> None:
+    """Recipes, records and messages name the files of a corpus, so a URL must not hold a password or a signature."""
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https", "ftp", "sftp") and (parts.query or parts.password):
+        raise UserError(
+            f"corpus.files: {parts.scheme}://{parts.hostname}{parts.path} comes with a query or a password, which would "
+            "be written into the store.\nDownload the file first, or name it in an object store (s3://, gs://, az://)."
+        )
 
 
 def content(path: str) -> bytes:
@@ -42,7 +61,10 @@ def _content(path: str) -> bytes:
 
 def copy(path: str, target: Path, *, unpack: bool) -> None:
     """Copy a file or object to a local file, as it is or decompressed; asked for again where the answer breaks off."""
-    tries(OSError, BaseError)(_copy, path, target, unpack) if is_url(path) else _copy(path, target, unpack)
+    with _said(path):
+        tries(GenericError, ConnectionError, TimeoutError)(_copy, path, target, unpack) if is_url(path) else _copy(
+            path, target, unpack
+        )
 
 
 def _copy(path: str, target: Path, unpack: bool) -> None:
@@ -55,7 +77,7 @@ def state(url: str) -> str:
     """Changes when the object does."""
     with _said(url):
         filesystem, path = fsspec.core.url_to_fs(url, **_options(url))
-        return str(tries(GenericError)(filesystem.ukey, path))
+        return str(sorted((name, str(value)) for name, value in tries(GenericError)(filesystem.info, path).items()))
 
 
 def pinned(pattern: str) -> str:
@@ -87,14 +109,21 @@ def _know_object_stores() -> None:
     register(_OBJECT_STORES)
 
 
+@cache
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub refuses or cannot be reached: its own errors and its HTTP library's."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (HfHubHTTPError, *(base for base in HfHubHTTPError.__bases__ if base is not OSError))
+
+
 @contextlib.contextmanager
 def _said(path: str) -> Iterator[None]:
     """Any failure of a URL as the user's to mend."""
-    from huggingface_hub.errors import HfHubHTTPError
-
+    failures: tuple[type[Exception], ...] = (OSError, BaseError, *hub_errors(), ImportError, ValueError)
     try:
         yield
-    except (OSError, BaseError, HfHubHTTPError, ImportError, ValueError) as error:
+    except failures as error:
         if not is_url(path):
             raise
         raise UserError(f"corpus.files: {path} cannot be read ({_reason(error)}).\n{_way_out(path)}") from error

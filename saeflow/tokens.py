@@ -84,7 +84,8 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
         lost = [part for part in generation.parts if done.get(part.index) != part]
         whole = bool(generation.number) and not lost and target.complete()
         try:
-            seen = corpus.signature(recipe.corpus)
+            about = corpus.pinned(recipe.corpus)
+            seen = corpus.signature(about)
         except UserError as error:
             if not whole:
                 raise
@@ -94,14 +95,14 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
             progress.skip("tokens", f"{generation.total('n_tokens'):,} tokens in {len(generation.parts)} parts")
             return target
         began = time.monotonic()
-        maker = _open_maker(target, recipe)
+        maker = _open_maker(target, recipe, about)
         with progress.bar("tokens", None, "tokens") as bar:
             kept = {part.index: part for part in generation.parts} | _restored(maker, lost, generation, bar)
             parts, ledger = _append(maker, generation, done, bar)
         hidden = merged(generation.hidden, ledger.replaced(generation.parts))
         target.publish([*kept.values(), *parts], {"seconds": time.monotonic() - began}, hidden)
         if seen is not None:
-            note_provenance(target.path, {"corpus": seen, "corpus_files": corpus.pinned(recipe.corpus).files})
+            note_provenance(target.path, {"corpus": seen, "corpus_files": about.files})
             target.send(target.path / "provenance.json")
         progress.say(_summary(ledger, generation))
     return target
@@ -119,18 +120,17 @@ def _summary(ledger: Ledger, before: Generation) -> str:
     said = f"tokens: {found['new']:,} documents are new"
     if before.number:
         said += f", {found['changed']:,} changed, {found['same']:,} as before, {found['forgotten']:,} forgotten"
-    return said + (f"; {ledger.n_repeated:,} keys came again and got a number" if ledger.n_repeated else "")
+    return said + (f"; {ledger.n_repeated:,} keys came again and got their content added" if ledger.n_repeated else "")
 
 
-def _open_maker(target: Artefact, recipe: Recipe) -> _Maker:
+def _open_maker(target: Artefact, recipe: Recipe, about: CorpusConfig) -> _Maker:
     assert recipe.model is not None
-    assert recipe.corpus is not None
     tokenizer = load_tokenizer(recipe.model)
     make_folder(target.path)
     write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), tokenizer.all_special_ids)
     target.begin(facts(recipe), files=["vocab.parquet"])
     target.send(target.path / "vocab.parquet")
-    return _Maker(target, tokenizer, recipe.corpus, recipe.tokens)
+    return _Maker(target, tokenizer, about, recipe.tokens)
 
 
 def _append(
@@ -233,7 +233,7 @@ class _Maker:
             return []
         if self.about.token_ids is None:
             texts = [entry.document.text for entry in entries]
-            return list(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+            return ids_of(self.tokenizer, texts, self.config)
         for entry in entries:
             self._require_known(entry.key, entry.document.vocab_ids)
         return [entry.document.vocab_ids for entry in entries]
@@ -338,6 +338,12 @@ def _batches(stream: Iterator[Entry], n_tokens: int) -> Iterator[list[Entry]]:
             batch, n_characters = [], 0
     if batch:
         yield batch
+
+
+def ids_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[list[int]]:
+    """The vocabulary ids of texts. Names of special tokens in them are text like any other, unless the recipe says."""
+    literal = {} if config.parse_special else {"split_special_tokens": True}
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False, **literal)["input_ids"])
 
 
 def bos_ids(tokenizer: Any, config: TokensConfig) -> list[int]:

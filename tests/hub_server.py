@@ -61,6 +61,8 @@ class _Answers(BaseHTTPRequestHandler):
                 self._file(self.server.commit_of(f"{owner}/{name}", revision), "/".join(file))
             case [owner, name, "resolve", revision, *file] if f"{owner}/{name}" in self.server.gated:
                 self._gated(f"{owner}/{name}", "/".join(file))
+            case ["api", "models", owner, name, "tree", *_] if f"{owner}/{name}" in self.server.gated:
+                self._json([])
             case ["api", "models", owner, name, *_] if f"{owner}/{name}" in self.server.gated:
                 self._json({"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": [], "gated": "auto"})
             case _:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 from saeflow import activations, features, pipeline, queries, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.document import Document
 from saeflow.forget import forget
 from saeflow.integrity import damage, garbage, remove
 from saeflow.progress import Progress
 from saeflow.store import Store
-from tests.small_pipeline import documents, quiet, recipe_data, tree, write_corpus
+from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
 
 SECRET = "xylophone quixotry zugzwang"
 
@@ -391,3 +393,51 @@ def test_special_tokens_may_be_left_out(grown):
 def recipe_of(grown: Grown, **changes: dict[str, object]) -> dict[str, object]:
     data = grown.recipe.model_dump()
     return {key: {**value, **changes[key]} if key in changes else value for key, value in data.items()}
+
+
+def repeated(ingredients: Ingredients, rows: list[tuple[str, str]], tmp_path: Path, **corpus: object) -> Recipe:
+    """A recipe whose corpus is these keys and texts."""
+    write_corpus(tmp_path / "repeated.parquet", [{"key": key, "text": text} for key, text in rows])
+    return parse_recipe(recipe_data(ingredients, corpus={"files": [str(tmp_path / "repeated.parquet")], **corpus}))
+
+
+def stored_keys(store: Store, recipe: Recipe) -> list[str]:
+    source = tokens.artefact(store, recipe)
+    generation = source.published()
+    tables = [pq.read_table(source.part_file(part, "documents.parquet")) for part in generation.parts]
+    return [
+        row["key"] for table in tables for row in table.to_pylist() if row["document_id"] not in generation.hidden_ids
+    ]
+
+
+def test_repeated_keys_are_told_apart_by_content_so_that_what_was_forgotten_stays_so(ingredients, tmp_path, progress):
+    store = Store.create(tmp_path / "store")
+    recipe = repeated(ingredients, [("a", "the first text"), ("a", "the secret text"), ("b", "other")], tmp_path)
+    tokens.run(store, recipe, progress)
+    (secret,) = [key for key in stored_keys(store, recipe) if key.startswith("a#")]
+    forget(store, [secret], progress)
+    by_content = {
+        f"a#{Document('a', text, '').content_hash[:8]}": text for text in ("the first text", "the secret text")
+    }
+    left = repeated(ingredients, [("a", by_content[secret]), ("b", "other")], tmp_path)
+    made = tokens.run(store, left, progress).published()
+    assert made.total("n_documents") == 3, "the forgotten text did not come back under another key"
+    assert secret not in stored_keys(store, recipe)
+
+
+def test_a_key_that_looks_like_a_repeated_one_is_no_other_document(ingredients, tmp_path, progress):
+    store = Store.create(tmp_path / "store")
+    rows = [("a", "one"), ("a", "two"), ("a (2)", "three"), ("a", "one")]
+    recipe = repeated(ingredients, rows, tmp_path)
+    first = tokens.run(store, recipe, progress).published()
+    assert len(set(stored_keys(store, recipe))) == 4
+    os.utime(tmp_path / "repeated.parquet")
+    assert tokens.run(store, recipe, progress).published() == first
+
+
+def test_dedup_knows_the_texts_that_are_stored(ingredients, tmp_path, progress):
+    store = Store.create(tmp_path / "store")
+    tokens.run(store, repeated(ingredients, [("b", "same"), ("c", "other")], tmp_path, dedup=True), progress)
+    recipe = repeated(ingredients, [("a", "same"), ("b", "same"), ("c", "other")], tmp_path, dedup=True)
+    tokens.run(store, recipe, progress)
+    assert sorted(stored_keys(store, recipe)) == ["b", "c"]

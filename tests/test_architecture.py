@@ -29,6 +29,8 @@ ORDER = [
     "integrity",
     "progress",
     "remote",
+    "document",
+    "tables",
     "corpus",
     "model",
     "vocab",

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import bz2
+import datetime
 import gzip
 import json
 import lzma
+import tempfile
 import unicodedata
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saeflow import tables
 from saeflow.config import CorpusConfig, UserError, facts_of
-from saeflow.corpus import Document, is_held_out, open_corpus, signature
+from saeflow.corpus import open_corpus, signature
+from saeflow.document import Document, is_held_out
 from tests.small_pipeline import SCRIPTS
 
 TEXTS = {key: text for key, text in SCRIPTS.items() if text}
@@ -252,3 +257,123 @@ def test_nothing_is_held_out_at_share_zero(key, seed):
 
 def test_which_documents_are_held_out_is_the_same_on_every_machine():
     assert [i for i in range(32) if is_held_out(f"{i}", 0, 0.1)] == [3, 7, 18, 23, 24, 31]
+
+
+def test_files_of_the_same_name_in_two_folders_are_both_read(tmp_path):
+    for folder in ("a", "b", "c/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.txt").write_text(f"of {folder}")
+    patterns = [f"{tmp_path}/a/*.txt", f"{tmp_path}/b/*.txt", f"{tmp_path}/c/b/x.txt", f"{tmp_path}/a/x*"]
+    found = texts(read(files=patterns))
+    assert sorted(found.values()) == ["of a", "of b", "of c/b"]
+    assert found["x.txt"] == "of a"
+    assert found["b/x.txt"] == "of b"
+
+
+def test_texts_larger_together_than_the_memory_for_sorting_come_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "total_memory", lambda: 0)
+    monkeypatch.setattr(tables, "LEAST_MEMORY", 256 << 20)
+    letters = np.random.default_rng(0)
+    keys = [f"{i * 7919 % 4000:05d}" for i in range(4000)]
+    schema = pa.schema([("key", pa.string()), ("text", pa.string())])
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as file:
+        for start in range(0, len(keys), 500):
+            rows = [letters.integers(97, 123, 100_000, np.uint8).tobytes().decode() for _ in keys[start : start + 500]]
+            file.write_table(pa.table({"key": keys[start : start + 500], "text": rows}, schema), 500)
+    config = CorpusConfig(files=[str(tmp_path / "a.parquet")])
+    found = [(document.key, len(document.text)) for document in open_corpus(config).documents]
+    assert found == [(key, 100_000) for key in sorted(keys)]
+
+
+@pytest.mark.parametrize("last", ['{"text": "cut o', '{"text": "y", "n": "unknown"}'])
+def test_a_table_that_turns_out_to_be_broken_late_is_one_clear_message(tmp_path, last):
+    lines = ['{"text": "x", "n": 1}'] * 60_000
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, last]))
+    with pytest.raises(UserError, match=r"The corpus cannot be read: ") as caught:
+        read(files=[str(tmp_path / "a.jsonl")])
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+ROWS = "select i % 300 as key, hash(i)::varchar as text from range(3000) t(i)"
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        f"from ({ROWS}) qualify row_number() over (partition by key order by text) = 1",
+        f"select key, max(text) as text from ({ROWS} order by i) group by key",
+        f"select key, text from ({ROWS}) order by key",
+    ],
+)
+def test_a_select_gives_the_same_order_every_time(sql):
+    first = read(sql=sql)
+    assert all(read(sql=sql) == first for _ in range(3))
+    assert len(first) >= 300
+
+
+def test_an_order_is_that_of_the_outermost_select(tmp_path):
+    inner = read(sql="select key, text from (select 'b' as key, 'x' as text union all select 'a', 'y' order by 1 desc)")
+    assert [document.key for document in inner] == ["a", "b"]
+    outer = read(sql="select 'a' as key, 'x' as text union all select 'b', 'y' order\n by key desc")
+    assert [document.key for document in outer] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array(["x", "ü"]).cast(pa.binary()), ["x", "ü"]),
+        (pa.array([12, 7]), ["12", "7"]),
+        (pa.array([datetime.date(1851, 1, 2), None]), ["1851-01-02", ""]),
+    ],
+    ids=["binary", "numbers", "dates"],
+)
+def test_a_column_of_another_type_is_read_as_its_text(tmp_path, column, expected):
+    pq.write_table(pa.table({"key": ["a", "b"], "text": column}), tmp_path / "a.parquet")
+    assert list(texts(read(files=[str(tmp_path / "a.parquet")])).values()) == expected
+
+
+@pytest.mark.parametrize("column", [[["a", "b"]], [{"role": "user"}], [[1, 2]]], ids=["list", "struct", "ids"])
+def test_a_column_that_holds_no_text_is_refused_with_the_way_out(tmp_path, column):
+    pq.write_table(pa.table({"messages": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"corpus\.text is 'messages', a column of type .*\n.*corpus\.sql"):
+        read(files=[str(tmp_path / "a.parquet")], text="messages")
+
+
+def test_metadata_that_python_cannot_hold_is_kept_as_text(tmp_path):
+    odd = (
+        "select 'k' as key, 'x' as text, 170141183460469231731687303715884105727::hugeint as huge, "
+        "interval 3 months as span, timestamp_ns '2024-01-01 00:00:00.123456789' as nanoseconds"
+    )
+    (document,) = read(sql=odd)
+    assert document.metadata == {
+        "huge": "170141183460469231731687303715884105727",
+        "span": "3 months",
+        "nanoseconds": "2024-01-01 00:00:00.123456789",
+    }
+
+
+def test_a_column_called_filename_is_refused_with_the_way_out(tmp_path):
+    pq.write_table(pa.table({"filename": ["a"], "text": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"filename.*\n.*corpus\.sql can rename"):
+        read(files=[str(tmp_path / "a.parquet")])
+
+
+def test_paths_of_a_select_count_from_the_recipes_folder(tmp_path):
+    write_table(tmp_path / "texts.parquet")
+    assert len(read(sql="select key, text from 'texts.parquet'", folder=str(tmp_path))) == len(TEXTS)
+    assert facts_of(CorpusConfig(sql="select 1", folder="/a")) == facts_of(CorpusConfig(sql="select 1", folder="/b"))
+
+
+def test_a_share_that_chooses_no_document_is_refused(tmp_path):
+    write_table(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"gives no documents at corpus\.share = 1e-09; raise it"):
+        read(files=[str(tmp_path / "a.parquet")], share=1e-9)
+
+
+def test_nothing_of_a_corpus_stays_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    write_table(tmp_path / "a.parquet")
+    read(files=[str(tmp_path / "a.parquet")])
+    read(sql=f"select key, text from '{tmp_path}/a.parquet'")
+    assert list((tmp_path / "scratch").iterdir()) == []

@@ -18,7 +18,15 @@ from transformers import PreTrainedTokenizerFast
 
 from saeflow import activations, arrays, tokens
 from saeflow.config import ModelConfig, Recipe, UserError, parse_recipe
-from saeflow.model import SiteReader, load_model, load_tokenizer, predicts_next_token, replaced, resolve_sites
+from saeflow.model import (
+    SiteReader,
+    load_model,
+    load_tokenizer,
+    predicts_next_token,
+    replaced,
+    require_length,
+    resolve_sites,
+)
 from saeflow.pipeline import run
 from saeflow.progress import Progress
 from saeflow.store import Store
@@ -297,3 +305,23 @@ def test_bytes_of_entries_join_to_words_for_word_pieces() -> None:
 def test_the_bytes_of_an_entry_are_what_it_adds_to_a_text(tokenizer: Any, name: str, expected: bytes) -> None:
     made = tokenizer()
     assert tokenizer_vocab(made)[1][made.convert_tokens_to_ids(name)] == expected
+
+
+def test_a_model_with_several_heads_is_no_predictor_of_the_next_token() -> None:
+    about = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    assert not predicts_next_token(a_model(about, transformers.BertForPreTraining).eval())
+
+
+def test_a_model_that_keeps_positions_for_itself_says_so_before_work() -> None:
+    about = transformers.RobertaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=20, pad_token_id=1,
+    )  # fmt: skip
+    model = a_model(about, transformers.RobertaForMaskedLM).eval()
+    require_length(model, 18)
+    with pytest.raises(UserError, match=r"context_length is 20, but the model reads fewer .*Set less, such as 18"):
+        require_length(model, 20)
+    with pytest.raises(UserError, match=r"at most 20 tokens"):
+        require_length(model, 21)

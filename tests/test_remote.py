@@ -16,8 +16,9 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 from saeflow import corpus, tokens
-from saeflow.config import CorpusConfig, Recipe, UserError, parse_recipe
+from saeflow.config import CorpusConfig, ModelConfig, Recipe, UserError, parse_recipe
 from saeflow.disk import read_json
+from saeflow.model import load_tokenizer, model_fingerprint
 from saeflow.progress import Progress
 from saeflow.store import Store
 from tests.hub_server import Hub, hub_server, sha_of
@@ -155,3 +156,47 @@ def test_a_bucket_that_does_not_answer_is_said_without_the_secret(s3: Server) ->
     with pytest.raises(UserError, match=r"(?s)s3://nowhere/x\.parquet.*AWS_ACCESS_KEY_ID") as caught:
         keys("s3://nowhere/x.parquet")
     assert SECRET not in str(caught.value)
+
+
+def test_globs_over_folders_of_a_bucket_give_the_files_in_them(s3: Server) -> None:
+    for key in ("shelf/a.txt", "shelf/row/b.txt", "shelf/row/deep/c.txt"):
+        s3.client().put_object(Bucket="texts", Key=key, Body=b"text")
+    assert keys("s3://texts/shelf/**") == ["a.txt", "row/b.txt", "row/deep/c.txt"]
+    assert keys("s3://texts/shelf/*") == ["a.txt"]
+    assert len(keys("s3://texts/shelf/row")) == 2
+
+
+@pytest.mark.parametrize("url", ["https://h/x.jsonl?X-Amz-Signature=s3cr3t", "https://user:s3cr3t@h/x.jsonl"])
+def test_a_url_that_holds_a_secret_is_refused_without_it(url: str) -> None:
+    with pytest.raises(UserError, match=r"https://h/x\.jsonl comes with a query or a password") as caught:
+        keys(url)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_without_a_way_to_the_hub_a_model_that_was_downloaded_goes_on(ingredients: Ingredients, tmp_path: Path) -> None:
+    with hub_server() as hub:
+        files = {path.name: path.read_bytes() for path in ingredients.model.iterdir()}
+        hub.gated["someone/model"] = ("hf_token", files)
+        online = saeflow(hub, tmp_path / "home", "sites", "someone/model", token="hf_token")
+        assert online.returncode == 0, online.stderr
+    offline = saeflow(hub, tmp_path / "home", "sites", "someone/model")
+    assert (offline.returncode, offline.stdout) == (0, online.stdout), offline.stderr
+    unknown = saeflow(hub, tmp_path / "home", "sites", "someone/else")
+    assert unknown.returncode == 2
+    assert "model.path is 'someone/else'" in unknown.stderr
+    assert len(unknown.stderr.splitlines()) <= 4
+
+
+def test_a_model_is_loaded_at_the_commit_that_its_fingerprint_stands_for(
+    hub: Hub, ingredients: Ingredients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    files = {path.name: path.read_bytes() for path in ingredients.model.iterdir()}
+    hub.gated["someone/pinned"] = ("hf_token", files)
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    config = ModelConfig(path="someone/pinned")
+    assert model_fingerprint(config) == model_fingerprint(config)
+    load_tokenizer(config)
+    loaded = {path for _, path, _ in hub.asked if "/resolve/" in path}
+    assert loaded
+    assert all(f"/resolve/{'0' * 40}/" in path for path in loaded)

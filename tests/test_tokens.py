@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from saeflow import tokens
 from saeflow.artefact import Artefact
 from saeflow.config import TokensConfig, UserError, parse_recipe
-from saeflow.corpus import is_held_out
+from saeflow.document import is_held_out
 from saeflow.model import load_tokenizer
 from saeflow.store import Store
 from tests.small_pipeline import CONTEXT_LENGTH, SCRIPTS, documents, recipe_data, tree, write_corpus
@@ -290,3 +290,15 @@ def test_bos_that_the_tokenizer_does_not_have_is_refused(tokenizer):
 
     with pytest.raises(UserError, match=r"tokens\.prepend_bos is true, but .* no BOS token\. Set it to false"):
         tokens.bos_ids(WithoutBos(), TokensConfig(prepend_bos=True))
+
+
+@pytest.mark.parametrize("parse", [False, True])
+def test_names_of_special_tokens_in_a_text_are_text_unless_the_recipe_says(
+    tmp_path, ingredients, progress, tokenizer, parse
+):
+    corpus = write_corpus(tmp_path / "hostile.parquet", [{"key": "a", "text": "one<|endoftext|>two"}])
+    changes = {"corpus": {"files": [str(corpus)]}, "tokens": {"parse_special": parse}}
+    made = tokenise(tmp_path, ingredients, progress, **changes)
+    ids = made.column("vocab_id")[made.column("mask")]
+    assert (tokenizer.eos_token_id in ids) == parse
+    assert made.text(tokenizer, made.documents[0]) == "one<|endoftext|>two"
