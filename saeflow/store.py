@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from saeflow.artefact import Artefact
 from saeflow.config import FORMAT_VERSION, Recipe, UserError
@@ -93,6 +94,18 @@ class Store:
             found += [self.by_id(f"{kind}/{path.parent.name}") for path in paths]
         return found
 
+    def told_apart(self, target: Artefact, facts: dict[str, Any]) -> str:
+        """Why an artefact that is begun is another than the newest of its name; empty where there is none."""
+        others = [other for other in self.artefacts(target.kind) if other.name == target.name and other != target]
+        if target.exists() or not others:
+            return ""
+        mine, theirs = _flat(facts), _flat(others[-1].record.facts)
+        names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+        return (
+            f"{target.kind}: a new artefact beside {others[-1].id}, because of {', '.join(names)}. "
+            "To go on with that one, set them as they were."
+        )
+
     def require_free(self, n_bytes: int, purpose: str) -> None:
         """Refuse to start work that the disk cannot hold. An object store tells nobody how much it holds."""
         if self.objects is not None:
@@ -103,6 +116,14 @@ class Store:
                 f"{purpose} needs about {human_bytes(n_bytes)}, but {self.root} has {human_bytes(free)} free.\n"
                 "Free some space, choose another disk with --store, or read fewer documents or sites."
             )
+
+
+def _flat(facts: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return found
 
 
 def store_path(option: str | None, recipe: Recipe | None = None) -> str:

@@ -95,6 +95,8 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
             progress.skip("tokens", f"{generation.total('n_tokens'):,} tokens in {len(generation.parts)} parts")
             return target
         began = time.monotonic()
+        if different := store.told_apart(target, facts(recipe)):
+            progress.say(f"{different} A glob such as texts/*.txt takes new files as new documents.")
         maker = _open_maker(target, recipe, about)
         with progress.bar("tokens", None, "tokens") as bar:
             kept = {part.index: part for part in generation.parts} | _restored(maker, lost, generation, bar)

@@ -441,3 +441,15 @@ def test_dedup_knows_the_texts_that_are_stored(ingredients, tmp_path, progress):
     recipe = repeated(ingredients, [("a", "same"), ("b", "same"), ("c", "other")], tmp_path, dedup=True)
     tokens.run(store, recipe, progress)
     assert sorted(stored_keys(store, recipe)) == ["b", "c"]
+
+
+def test_a_recipe_that_begins_anew_says_which_setting_made_it(ingredients, tmp_path, capsys):
+    store = Store.create(tmp_path / "store")
+    first = tokens.run(store, repeated(ingredients, [("a", "one")], tmp_path), Progress())
+    assert "a new artefact" not in capsys.readouterr().err
+    changed = repeated(ingredients, [("a", "one")], tmp_path, held_out=0.5)
+    tokens.run(store, changed, Progress())
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"tokens: a new artefact beside {first.id}, because of corpus.held_out. To go on with that one" in said
+    tokens.run(store, changed, Progress())
+    assert "a new artefact" not in capsys.readouterr().err
