@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -15,14 +16,40 @@ from saeflow.command_line import RunOption, StoreOption, a_table, connection_to,
 from saeflow.config import UserError
 from saeflow.store import store_path
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 commands = typer.Typer()
 
-
-Format = Annotated[
-    Literal["table", "csv", "json", "jsonl", "parquet"], typer.Option("--format", "-f", help="How to answer.")
+Format = Literal["table", "csv", "json", "jsonl", "parquet"]
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", "-f", help="How to answer; default: as the file's name ends, else a table.")
 ]
-Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows at most.")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", "-n", min=1, help="Rows at most; default: all, but a screenful in a terminal.")
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of the terminal.")]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How an answer is given: in which format, where, and how much of it."""
+
+    format: Format | None
+    output: Path | None
+    limit: int | None
+
+    def give(self, find: Callable[[int | None], pa.Table], screenful: int | None) -> None:
+        """Find so many rows and write them. Only a table on the screen is cut unasked, and says so."""
+        from saeflow import terminal
+
+        format = self.format or terminal.format_of(self.output)
+        on_screen = format == "table" and self.output is None
+        most = self.limit or (screenful if on_screen else None)
+        table = find(most and most + 1)
+        terminal.write(table.slice(0, most), format, self.output, out)
+        if on_screen and most and len(table) > most:
+            err.print(f"The first {most:,} rows. More: -n {10 * most}; all: -o FILE.csv", markup=False, soft_wrap=True)
 
 
 @commands.command(context_settings={"ignore_unknown_options": True})
@@ -31,20 +58,20 @@ def ask(
     arguments: Annotated[list[str] | None, typer.Argument(help="Its parameters, in order.")] = None,
     store: StoreOption = None,
     run: RunOption = None,
-    format: Format = "table",
-    limit: Limit = 20,
+    format: FormatOption = None,
+    limit: Limit = None,
     output: Output = None,
 ) -> None:
     """Ask a named question. Examples: `saeflow ask top_tokens 123 10`, `saeflow ask tokens_where 123 0.5 -f csv`"""
-    from saeflow import queries, terminal
+    from saeflow import queries
 
     if question is None:
         return _list_questions()
+    given = arguments or []
+    counted = "n" in [parameter.name for parameter in queries.find(question).parameters[: len(given)]]
     with connection_to(store, run) as connection:
-        table = queries.ask(connection, question, arguments or [], limit)
-    terminal.write(table, format, output, out)
-    if format == "table" and output is None and len(table) == limit:
-        err.print(f"The first {limit} rows; more with --limit.")
+        reply = Reply(format, output, limit)
+        reply.give(lambda most: queries.ask(connection, question, given, most), None if counted else 20)
     return None
 
 
@@ -63,22 +90,26 @@ def sql(
     store: StoreOption = None,
     run: RunOption = None,
     script: Annotated[bool, typer.Option("--script", help="Print the run's SQL for the duckdb shell.")] = False,
-    format: Format = "table",
-    limit: Limit = 1000,
+    format: FormatOption = None,
+    limit: Limit = None,
     output: Output = None,
 ) -> None:
     """Run your own read-only SQL. Example: `saeflow sql 'select count(*) from tokens'`"""
-    from saeflow import queries, terminal
+    from saeflow import queries
 
     if script:
         return typer.echo(queries.script(open_store(store), run))
+    reply = Reply(format, output, limit)
     with connection_to(store, run) as connection:
+
+        def answer(typed: str) -> None:
+            reply.give(lambda most: queries.query(connection, typed, limit=most), 1000)
+
         if query is not None or not sys.stdin.isatty():
-            table = queries.query(connection, query if query is not None else sys.stdin.read(), limit=limit)
-            return terminal.write(table, format, output, out)
+            return answer(query if query is not None else sys.stdin.read())
         for typed in _prompt():
             try:
-                terminal.write(queries.query(connection, typed, limit=limit), format, None, out)
+                answer(typed)
             except UserError as error:
                 err.print(str(error), markup=False, style="red")
     return None

@@ -79,6 +79,14 @@ def questions() -> list[Question]:
     return [_question(path.stem, path.read_text("utf-8")) for path in sorted((sql_folder() / "marts").glob("*.sql"))]
 
 
+def find(question: str) -> Question:
+    """The question of this name. Raises UserError."""
+    known = {each.name: each for each in questions()}
+    if question not in known:
+        raise UserError(f"There is no question {question!r}. {nearest(question, known)}")
+    return known[question]
+
+
 def ask(
     connection: duckdb.DuckDBPyConnection,
     question: str,
@@ -86,10 +94,7 @@ def ask(
     limit: int | None = None,
 ) -> pa.Table:
     """Answer a named question; arguments by position or by name, as values or as words to be parsed."""
-    known = {each.name: each for each in questions()}
-    if question not in known:
-        raise UserError(f"There is no question {question!r}. {nearest(question, known)}")
-    chosen = known[question]
+    chosen = find(question)
     values: list[object] = _values(chosen, arguments)
     call = f"({', '.join('?' * len(values))})" if chosen.is_macro else ""
     sql = f"select * from {chosen.name}{call}"

@@ -190,6 +190,12 @@ def _last_cells(text: str, width: int) -> str:
     return _first_cells(text[::-1], width)[::-1]
 
 
+def format_of(target: Path | None) -> Format:
+    """What a file's name promises; a table where it promises nothing."""
+    known: dict[str, Format] = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
+    return known.get(target.suffix.lower(), "table") if target is not None else "table"
+
+
 def write(table: pa.Table, format: Format, target: Path | None = None, console: Console | None = None) -> None:
     """Write an answer in a format, to a file or to standard output."""
     if format == "table":

@@ -307,9 +307,39 @@ def test_all_formats_give_the_same_rows(saeflow: Command, finished: Finished, tm
     assert [int(row["token_id"]) for row in rows] == [row["token_id"] for row in wanted]
     assert saeflow(*ask, "-f", "parquet", "-o", tmp_path / "answer.parquet").out == ""
     assert pq.read_table(tmp_path / "answer.parquet").to_pylist() == wanted
-    table = saeflow(*ask)
-    assert str(wanted[0]["token_id"]) in table.out
-    assert "The first 7 rows; more with --limit." in table.err
+    assert str(wanted[0]["token_id"]) in saeflow(*ask).out
+
+
+EVERY = "select token_id from stg_tokens limit 1200"
+
+
+@pytest.mark.parametrize("ask", [["ask", "tokens_where", "1"], ["sql", EVERY]], ids=["ask", "sql"])
+def test_only_a_table_on_the_screen_is_cut_unasked_and_it_says_so(
+    ask: list[str], saeflow: Command, finished: Finished, tmp_path: Path
+) -> None:
+    ask = [*ask, "--store", str(finished.store.root)]
+    n_rows = len(saeflow(*ask, "-f", "jsonl").out.splitlines())
+    first = 20 if ask[0] == "ask" else 1000
+    assert n_rows > first
+    assert len(json.loads(saeflow(*ask, "-f", "json").out)) == n_rows
+    assert len(saeflow(*ask, "-f", "csv").out.splitlines()) == n_rows + 1
+    for name in ("all.parquet", "all.csv", "all.txt"):
+        assert saeflow(*ask, "-o", tmp_path / name).code == 0
+    assert pq.read_metadata(tmp_path / "all.parquet").num_rows == n_rows
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == n_rows + 1
+    assert len((tmp_path / "all.txt").read_text().splitlines()) > n_rows
+    cut = saeflow(*ask)
+    assert f"The first {first:,} rows. More: -n {10 * first}; all: -o FILE.csv" in cut.err
+    assert len(cut.out.splitlines()) < first + 10
+    whole = saeflow(*ask, "-n", n_rows)
+    assert len(whole.out.splitlines()) > n_rows
+    assert "The first" not in whole.err
+
+
+def test_a_question_asked_for_so_many_rows_shows_so_many(saeflow: Command, finished: Finished) -> None:
+    said = saeflow("ask", "top_tokens", 1, 30, "--store", finished.store.root)
+    assert said.out.count("token_id") == 30  # one record under the other
+    assert "The first" not in said.err
 
 
 @pytest.mark.parametrize(
