@@ -77,9 +77,10 @@ def show(
 def _find(store: Store, name: str) -> Artefact:
     import difflib
 
-    artefacts = store.artefacts(*reversed(KINDS))
+    artefacts = store.artefacts(*KINDS)[::-1]  # runs before what they read, the newest first
     for artefact in artefacts:
-        if name in (artefact.id, artefact.name, f"{artefact.name}-{artefact.fp}"):
+        full_names = (f"{artefact.name}{sign}{artefact.fp}" for sign in "-_")
+        if name in (artefact.id, artefact.name, *full_names):
             return artefact
     known = [artefact.id for artefact in artefacts]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.2)

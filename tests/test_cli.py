@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -208,6 +209,36 @@ def test_ls_and_show_say_what_there_is(saeflow: Command, finished: Finished) -> 
     unknown = saeflow("show", "smal", "--store", finished.store.root)
     assert unknown.code == 2
     assert "Nearest: " in unknown.err
+
+
+@pytest.fixture
+def two_runs(saeflow: Command, tmp_path: Path) -> tuple[Path, Path]:
+    """A recipe that was run with k = 4, then with k = 2; and the store."""
+    recipe = write_recipe(tmp_path / "two.toml", brought_data(write_table(tmp_path / "two.npy", a_table()), name="two"))
+    store = tmp_path / "two"
+    for k in (4, 2):
+        assert saeflow("run", recipe, "--set", f"sae.k={k}", "--store", store, "-q").code == 0
+    return recipe, store
+
+
+def test_show_and_run_mean_the_newest_run_of_a_name(saeflow: Command, two_runs: tuple[Path, Path]) -> None:
+    (asked,) = json.loads(
+        saeflow("sql", "from runs where is_current", "--run", "two", "-f", "json", "--store", two_runs[1]).out
+    )
+    assert asked["k"] == 2
+    assert f"features/two-{asked['fp']}" in saeflow("show", "two", "--store", two_runs[1]).out
+
+
+def test_the_commands_that_run_prints_answer_what_it_printed(saeflow: Command, two_runs: tuple[Path, Path]) -> None:
+    recipe, store = two_runs
+    for k, is_default in ((2, True), (4, False)):
+        said = saeflow("run", recipe, "--set", f"sae.k={k}", "--store", store)
+        commands = re.findall(r"^(?:\$|  ) ?saeflow ((?:ask|sql) .+)$", said.out, re.MULTILINE)
+        answers = [words for line in commands if len(words := shlex.split(line)) > 3]
+        assert len(answers) == 6
+        assert all(("--run" in words) is not is_default for words in answers)
+        (current,) = [row for row in json.loads(saeflow(*answers[-1], "-f", "json").out) if row["is_current"]]
+        assert current["k"] == k
 
 
 def test_the_store_is_the_option_then_the_environment_then_the_recipe_then_data_store(
