@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.markup import escape
 
-from saeflow.command_line import RunOption, StoreOption, a_table, connection_to, err, open_store, out
+from saeflow.command_line import RunOption, StoreOption, a_table, connection_to, err, open_store, out, require_place
 from saeflow.config import UserError
 from saeflow.store import store_path
 
@@ -38,6 +38,10 @@ class Reply:
     format: Format | None
     output: Path | None
     limit: int | None
+
+    def __post_init__(self) -> None:
+        if self.output is not None:
+            require_place(self.output)
 
     def give(self, find: Callable[[int | None], pa.Table], screenful: int | None) -> None:
         """Find so many rows and write them. Only a table on the screen is cut unasked, and says so."""
@@ -69,8 +73,8 @@ def ask(
         return _list_questions()
     given = arguments or []
     counted = "n" in [parameter.name for parameter in queries.find(question).parameters[: len(given)]]
+    reply = Reply(format, output, limit)
     with connection_to(store, run) as connection:
-        reply = Reply(format, output, limit)
         reply.give(lambda most: queries.ask(connection, question, given, most), None if counted else 20)
     return None
 

@@ -26,6 +26,7 @@ from saeflow.command_line import (
     out,
     progress_of,
     read_recipe,
+    require_place,
 )
 from saeflow.config import Recipe, UserError
 from saeflow.disk import human_bytes
@@ -44,6 +45,7 @@ def init(
     """Write a commented recipe to start from. Example: `saeflow init my.toml --files 'texts/*.txt'`"""
     from saeflow.recipe_text import template
 
+    require_place(path)
     if path.exists():
         raise UserError(f"{path} exists already. Choose another name, or delete it first.")
     given = {"model": {"path": model}, "corpus": {"files": files}}

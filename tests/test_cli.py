@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -162,6 +163,30 @@ def test_init_overwrites_nothing(saeflow: Command, tmp_path: Path) -> None:
     assert said.code == 2
     assert "exists already" in said.err
     assert (tmp_path / "my.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["init", "nodir/my.toml"], ["ask", "runs", "-o", "nodir/x.csv"], ["sql", "select 1", "-o", "nodir/x.csv"]],
+    ids=lambda words: words[0],
+)
+def test_a_file_in_a_folder_that_is_not_there_is_refused_before_work(arguments: list[str], saeflow: Command) -> None:
+    said = saeflow(*arguments)
+    assert (said.code, said.out) == (2, "")
+    assert "There is no folder nodir for " in said.err  # and not: no store at …
+    assert len(said.err.splitlines()) == 1
+
+
+def test_what_the_system_refuses_about_a_file_ends_with_one_message(
+    saeflow: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(_: Path) -> bool:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "a.txt/b")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    said = saeflow("init", "my.toml")
+    assert (said.code, said.out) == (2, "")
+    assert said.err == "Not a directory at a.txt/b. --debug shows where it was needed.\n"
 
 
 def test_an_edited_recipe_of_init_runs(saeflow: Command, ingredients: Ingredients, tmp_path: Path) -> None:
