@@ -83,6 +83,11 @@ def open_store(option: str | None) -> Store:
     return store
 
 
+def where(store: Store) -> str:
+    """What a printed command needs to mean this store."""
+    return f" --store {shlex.quote(store.name)}" if "SAEFLOW_STORE" not in os.environ else ""
+
+
 @contextlib.contextmanager
 def connection_to(option: str | None, run: str | None) -> Iterator[duckdb.DuckDBPyConnection]:
     from saeflow import queries

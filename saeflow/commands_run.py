@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from saeflow.command_line import (
     progress_of,
     read_recipe,
     require_place,
+    where,
 )
 from saeflow.config import Recipe, UserError
 from saeflow.disk import human_bytes
@@ -206,18 +206,17 @@ def print_answers(store: Store, recipe: Recipe) -> None:
     """Three SQL answers, each under the command that gives it, and what to try next."""
     from saeflow import answers, features, queries, terminal
 
-    where = f" --store {shlex.quote(store.name)}" if "SAEFLOW_STORE" not in os.environ else ""
     run = features.artefact(store, recipe).id
     which = _which(store, run)
     with contextlib.closing(queries.connect(store, run)) as connection:
         for answer in answers.first_answers(connection):
             asked = shlex.join(["saeflow", "ask", answer.question, *answer.arguments])
-            out.print(f"\n$ {asked}{which}{where}", markup=False, soft_wrap=True, style="bold")
+            out.print(f"\n$ {asked}{which}{where(store)}", markup=False, soft_wrap=True, style="bold")
             terminal.render_table(answer.table, out)
     out.print("\nTry next:", style="bold")
     asks = [f"{line}{which}" for line in ("ask feature_summary", "ask search_token the", "sql 'select * from runs'")]
     for line in ("ask", *asks, "ls"):
-        out.print(f"  saeflow {line}{where}", markup=False, soft_wrap=True)
+        out.print(f"  saeflow {line}{where(store)}", markup=False, soft_wrap=True)
 
 
 def _which(store: Store, run: str) -> str:

@@ -21,6 +21,7 @@ from saeflow.command_line import (
     out,
     progress_of,
     read_recipe,
+    where,
 )
 from saeflow.config import UserError
 from saeflow.disk import human_bytes
@@ -29,6 +30,9 @@ from saeflow.records import KINDS, read_checked
 from saeflow.store import Store, store_path
 
 commands = typer.Typer()
+
+GRACE_HOURS = 24
+"""For so long a replaced generation is kept for its readers."""
 
 
 @commands.command()
@@ -154,7 +158,8 @@ def compact(
 
     pipeline.compact(opened, settings, progress)
     if not quiet:
-        err.print("The old files go with: saeflow gc --yes (kept for their readers for --grace hours)", markup=False)
+        said = f"The old files go after {GRACE_HOURS} hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes"
+        err.print(said, markup=False, soft_wrap=True)
 
 
 @commands.command()
@@ -171,19 +176,27 @@ def upgrade(store: StoreOption = None) -> None:
 def gc(
     store: StoreOption = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
-    grace: Annotated[float, typer.Option(help="Hours for which a replaced generation is kept for its readers.")] = 24,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Hours for which a replaced generation is kept for its readers.")
+    ] = GRACE_HOURS,
 ) -> None:
     """List what nobody can read any more; remove it with --yes. Example: `saeflow gc --yes`"""
     from saeflow import integrity
 
-    found = list(integrity.garbage(open_store(store), grace * 3600))
+    opened = open_store(store)
+    found = list(integrity.garbage(opened, grace * 3600))
     n_bytes = sum(each.n_bytes for each in found)
+    kept = sum(each.n_bytes for each in integrity.garbage(opened, 0)) - n_bytes if grace else 0
     for each in found:
         out.print(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}", markup=False, soft_wrap=True)
     for each in found if yes else []:
         integrity.remove(each)
-    done = "removed" if yes else "to remove" if not found else "to remove with `saeflow gc --yes`"
+    again = f"saeflow gc{'' if grace == GRACE_HOURS else f' --grace {grace:g}'} --yes{where(opened)}"
+    done = "removed" if yes else "to remove" if not found else f"to remove with `{again}`"
     out.print(f"{len(found)} files and folders, {human_bytes(n_bytes)} {done}", markup=False, soft_wrap=True)
+    if kept > 0:
+        later = f"{human_bytes(kept)} more after {grace:g} hours; now with --grace 0"
+        out.print(later, markup=False, soft_wrap=True)
 
 
 def _run_checks(store: Store) -> list[tuple[str, int]]:

@@ -335,6 +335,36 @@ def test_a_missing_file_is_found_and_run_makes_it_again(
     assert tree(copied.root) == tree(finished.store.root)
 
 
+def an_unlisted_part(store: Store) -> Path:
+    part = sorted(store.root.glob("tokens/*/parts/*"))[0]
+    return Path(shutil.copytree(part, part.with_name("00009-unlisted")))
+
+
+def test_what_gc_names_to_remove_is_removed_by_the_command_it_names(saeflow: Command, copied: Store) -> None:
+    part = an_unlisted_part(copied)
+    now = saeflow("gc", "--grace", 0, "--store", copied.root)
+    assert "more after" not in now.out
+    assert saeflow(*shlex.split(now.out.split("`")[1])[1:]).code == 0
+    assert not part.exists()
+
+
+def test_gc_says_what_is_still_within_the_grace_period(saeflow: Command, copied: Store) -> None:
+    part = an_unlisted_part(copied)
+    said = saeflow("gc", "--yes", "--store", copied.root)
+    assert "0 files and folders, 0 B removed" in said.out
+    assert re.search(r"^[\d.]+ \w+ more after 24 hours; now with --grace 0$", said.out, re.MULTILINE)
+    assert part.exists()
+
+
+def test_a_negative_grace_is_refused(saeflow: Command, copied: Store) -> None:
+    assert saeflow("gc", "--grace", -1, "--store", copied.root).code == 2
+
+
+def test_compact_names_both_ways_to_the_disk(saeflow: Command, copied: Store, recipe_file: Path) -> None:
+    said = saeflow("compact", recipe_file, "--store", copied.root)
+    assert "after 24 hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes" in said.err
+
+
 WORDS = {"bigint": "1", "double": "0.5", "text": "cat"}
 
 
