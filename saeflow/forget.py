@@ -103,6 +103,19 @@ def _n_seen(stored: Artefact, sae: Artefact) -> int:
     return generation.total("n_documents") if generation else 0
 
 
+def seen(source: Artefact) -> dict[str, int]:
+    """Documents and tokens that readers see: all but the hidden ones, which a compacted part still counts as documents."""
+    generation = source.published()
+    n_tokens = generation.total("n_tokens")
+    for part in generation.parts:
+        ids = pa.array([document.document_id for document in generation.hidden.get(part.index, ())], pa.int64())
+        if len(ids):
+            table = pq.read_table(source.part_file(part, "documents.parquet"), columns=["document_id", "n_tokens"])
+            hidden = table.filter(pc.is_in(table.column("document_id"), ids))
+            n_tokens -= pc.sum(hidden.column("n_tokens")).as_py() or 0
+    return {"n_documents": generation.total("n_documents") - len(generation.hidden_ids), "n_tokens": n_tokens}
+
+
 def compact(store: Store, source: Artefact, progress: Progress) -> list[int]:
     """Rewrite the token parts that still hold hidden documents; indices of these parts.
 
