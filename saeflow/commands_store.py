@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +29,9 @@ from saeflow.disk import human_bytes
 from saeflow.progress import Progress
 from saeflow.records import KINDS, read_checked
 from saeflow.store import Store, store_path
+
+if TYPE_CHECKING:
+    from saeflow.forget import Forgotten
 
 commands = typer.Typer()
 
@@ -133,18 +137,22 @@ def forget(
     """Hide documents at once, in every view and feed. Example: `saeflow forget letters/017 letters/018`"""
     from saeflow.forget import forget as hide
 
-    done = hide(Store.create(store_path(store)), keys, Progress(err, -1 if quiet else 0))
-    for name, n in done.documents.items():
-        out.print(f"{name}: {n} documents hidden", markup=False, soft_wrap=True)
-    for name in done.runs:
-        out.print(f"{name}: their values removed", markup=False, soft_wrap=True)
+    done = hide(Store.open(store_path(store)), keys, Progress(err, -1 if quiet else 0))
+    for line in [] if quiet else _told(done):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _told(done: Forgotten) -> Iterator[str]:
+    yield from (f"{key!r} is forgotten already" for key in done.already)
+    yield from (f"{name}: {n} documents hidden" for name, n in done.documents.items())
+    yield from (f"{name}: their values removed" for name in done.runs)
     for name, why in done.waiting.items():
-        out.print(f"{name}: parts with them are left out of every answer until encoded again: {why}", markup=False)
+        yield f"{name}: parts with them are left out of every answer until encoded again: {why}"
     for name in done.saes:
-        out.print(f"{name}: was trained on them; train anew with `saeflow train RECIPE --fresh`", markup=False)
-    for name in done.held_out_only:
-        out.print(f"{name}: was not trained on them, they were held out", markup=False, soft_wrap=True)
-    out.print("Remove them from the disk: saeflow compact RECIPE, then saeflow gc --grace 0 --yes", markup=False)
+        yield f"{name}: was trained on them; train anew with `saeflow train RECIPE --fresh`"
+    yield from (f"{name}: was not trained on them, they were held out" for name in done.held_out_only)
+    if done.documents or done.runs:
+        yield "Remove them from the disk: saeflow compact RECIPE, then saeflow gc --grace 0 --yes"
 
 
 @commands.command()
@@ -167,7 +175,7 @@ def upgrade(store: StoreOption = None) -> None:
     """Bring a store of an earlier format up to date; nothing is computed again. Example: `saeflow upgrade`"""
     from saeflow import integrity
 
-    opened = Store.create(store_path(store))
+    opened = Store.open(store_path(store))
     for line in integrity.upgrade(opened):
         out.print(line, markup=False, soft_wrap=True)
 

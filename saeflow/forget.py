@@ -26,6 +26,8 @@ class Forgotten:
     """What a call hid: documents by token artefact, runs whose values were removed, SAEs that were trained on them."""
 
     documents: dict[str, int] = field(default_factory=dict)
+    already: list[str] = field(default_factory=list)
+    """Keys that were forgotten before."""
     runs: list[str] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
     """Runs whose parts are left out of every answer until they can be encoded again, and why they cannot be now."""
@@ -45,7 +47,7 @@ def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
             f"No document is called {', '.join(map(repr, unknown))}. Nothing was hidden.\n"
             "List the keys with `saeflow sql 'select key, source, n_tokens from documents'`."
         )
-    done = Forgotten()
+    done = Forgotten(already=[key for key in keys if key not in known])
     for name, rows in found.items():
         if rows:
             _hide(sources[name], rows)

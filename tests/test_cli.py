@@ -281,7 +281,8 @@ def test_the_store_is_the_option_then_the_environment_then_the_recipe_then_data_
 
 
 def test_a_store_that_is_not_there_is_named(saeflow: Command, tmp_path: Path) -> None:
-    for command in (["ls"], ["ask", "runs"], ["sql", "select 1"], ["verify"], ["show", "x"]):
+    reading = (["ls"], ["ask", "runs"], ["sql", "select 1"], ["verify"], ["show", "x"])
+    for command in (*reading, ["gc"], ["upgrade"], ["forget", "x"]):
         said = saeflow(*command)
         assert said.code == 2
         assert f"No store at {tmp_path}/data/store" in said.err
@@ -333,6 +334,18 @@ def test_a_missing_file_is_found_and_run_makes_it_again(
     assert str(lost) in found.out
     assert saeflow("run", recipe_file, "--store", copied.root).code == 0
     assert tree(copied.root) == tree(finished.store.root)
+
+
+def test_forgetting_twice_says_so_and_quietly_says_nothing(saeflow: Command, copied: Store) -> None:
+    at = ("--store", copied.root)
+    listed = json.loads(saeflow("sql", "select key from documents where n_tokens > 0", "-f", "json", *at).out)
+    one, two = (row["key"] for row in listed[:2])
+    assert saeflow("forget", one, "-q", *at) == Said(0, "", "")
+    assert saeflow("forget", one, *at) == Said(0, f"{one!r} is forgotten already\n", "")
+    both = saeflow("forget", one, two, *at).out
+    assert f"{one!r} is forgotten already\n" in both
+    assert "1 documents hidden" in both
+    assert "saeflow gc --grace 0 --yes" in both
 
 
 def an_unlisted_part(store: Store) -> Path:
