@@ -166,7 +166,9 @@ def compact(
 
     pipeline.compact(opened, settings, progress)
     if not quiet:
-        said = f"The old files go after {GRACE_HOURS} hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes"
+        said = (
+            f"The old files go after {GRACE_HOURS} hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes"
+        )
         err.print(said, markup=False, soft_wrap=True)
 
 
