@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -17,7 +17,10 @@ from saeflow.config import UserError
 from saeflow.store import store_path
 
 if TYPE_CHECKING:
+    import duckdb
     import pyarrow as pa
+
+    from saeflow import queries
 
 commands = typer.Typer()
 
@@ -72,11 +75,34 @@ def ask(
     if question is None:
         return _list_questions()
     given = arguments or []
-    counted = "n" in [parameter.name for parameter in queries.find(question).parameters[: len(given)]]
+    chosen = queries.find(question)
+    values = queries.named(chosen, given)
+    counted = "n" in list(values)[: len(given)]
     reply = Reply(format, output, limit)
     with connection_to(store, run) as connection:
+        _refuse_unknown(connection, chosen, values)
         reply.give(lambda most: queries.ask(connection, question, given, most), None if counted else 20)
     return None
+
+
+def _refuse_unknown(connection: duckdb.DuckDBPyConnection, question: queries.Question, values: dict[str, Any]) -> None:
+    """A feature or a source that the run does not have is a slip of the finger, not an empty answer."""
+    from saeflow import queries, terminal
+
+    if "feature" in values:
+        last = queries.query(connection, "select max(feature_id) from stg_feature_stats").column(0)[0].as_py()
+        if last is not None and not 0 <= values["feature"] <= last:
+            raise UserError(f"There is no feature {values['feature']}; features go from 0 to {last}.")
+    if question.name == "compare_sources":
+        sql = "select distinct source from stg_documents where source is not null order by source"
+        sources = queries.query(connection, sql).column(0).to_pylist()
+        for wrong in (source for source in values.values() if source not in sources):
+            there = ", ".join(map(terminal.sanitise, sources[:_SOURCES_SAID]))
+            more = f" … (saeflow sql '{sql}')" if len(sources) > _SOURCES_SAID else ""
+            raise UserError(f"There is no source {wrong!r}. There are: {there}{more}")
+
+
+_SOURCES_SAID = 20
 
 
 def _list_questions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fnmatch
 import shlex
 import sys
@@ -177,10 +178,14 @@ def sites(
     from saeflow.config import ModelConfig
     from saeflow.model import list_sites, load_model
 
+    every = list_sites(load_model(ModelConfig(path=model)))
+    found = [site for site in every if fnmatch.fnmatch(site.name, pattern)]
+    if not found:
+        near = difflib.get_close_matches(pattern, [site.name for site in every], n=3, cutoff=0)
+        raise UserError(f"{model} has no site {pattern!r}. Nearest: {', '.join(near)}. All: saeflow sites {model}")
     table = a_table("site", "width")
-    for site in list_sites(load_model(ModelConfig(path=model))):
-        if fnmatch.fnmatch(site.name, pattern):
-            table.add_row(site.name, str(site.width))
+    for site in found:
+        table.add_row(site.name, str(site.width))
     out.print(table)
 
 

@@ -95,12 +95,31 @@ def ask(
 ) -> pa.Table:
     """Answer a named question; arguments by position or by name, as values or as words to be parsed."""
     chosen = find(question)
-    values: list[object] = _values(chosen, arguments)
+    values: list[object] = list(named(chosen, arguments).values())
     call = f"({', '.join('?' * len(values))})" if chosen.is_macro else ""
     sql = f"select * from {chosen.name}{call}"
     if limit is not None:
         sql, values = f"{sql} limit ?", [*values, limit]
     return _fetch(connection, sql, values, chosen.name)
+
+
+def named(question: Question, arguments: Mapping[str, object] | Sequence[object]) -> dict[str, object]:
+    """Every parameter with its value, in order. Raises UserError for what is too many, missing or of another type."""
+    names = [parameter.name for parameter in question.parameters]
+    if not isinstance(arguments, Mapping):
+        if len(arguments) > len(names):
+            raise UserError(f"{question.name} takes {len(names)} arguments, not {len(arguments)}: {question.usage}")
+        arguments = dict(zip(names, arguments, strict=False))
+    for name in arguments:
+        if name not in names:
+            raise UserError(f"{question.name} has no parameter {name!r}. Ask it as: {question.usage}")
+    values: dict[str, object] = {}
+    for parameter in question.parameters:
+        value = arguments.get(parameter.name, parameter.default)
+        if value is None:
+            raise UserError(f"{question.name} needs {parameter}. Ask it as: {question.usage}")
+        values[parameter.name] = parameter.parse(value)
+    return values
 
 
 def query(
@@ -126,24 +145,6 @@ def _question(name: str, sql: str) -> Question:
     return Question(
         name, answers, labelled["Ask it"], tuple(Parameter(*match.groups()) for match in parameters if match), sql
     )
-
-
-def _values(question: Question, arguments: Mapping[str, object] | Sequence[object]) -> list[object]:
-    names = [parameter.name for parameter in question.parameters]
-    if not isinstance(arguments, Mapping):
-        if len(arguments) > len(names):
-            raise UserError(f"{question.name} takes {len(names)} arguments, not {len(arguments)}: {question.usage}")
-        arguments = dict(zip(names, arguments, strict=False))
-    for name in arguments:
-        if name not in names:
-            raise UserError(f"{question.name} has no parameter {name!r}. Ask it as: {question.usage}")
-    values: list[object] = []
-    for parameter in question.parameters:
-        value = arguments.get(parameter.name, parameter.default)
-        if value is None:
-            raise UserError(f"{question.name} needs {parameter}. Ask it as: {question.usage}")
-        values.append(parameter.parse(value))
-    return values
 
 
 def _refuse_writes(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object]) -> None:

@@ -39,6 +39,7 @@ from tests.small_pipeline import (
     write_recipe,
     write_table,
 )
+from tests.small_store import Document, Given
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7][0-9;]*m")
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
@@ -222,6 +223,13 @@ def test_sites_lists_names_and_widths(saeflow: Command, ingredients: Ingredients
         [SITE.replace("0", "1"), str(WIDTH)],
     ]
     assert len(saeflow("sites", ingredients.model).out.splitlines()) > 10
+
+
+def test_a_pattern_that_no_site_matches_names_the_nearest(saeflow: Command, ingredients: Ingredients) -> None:
+    said = saeflow("sites", ingredients.model, "*.mlp.acts")
+    assert (said.code, said.out) == (2, "")
+    assert "has no site '*.mlp.acts'. Nearest: " in said.err
+    assert SITE in said.err
 
 
 def test_ls_and_show_say_what_there_is(saeflow: Command, finished: Finished) -> None:
@@ -447,6 +455,9 @@ def test_a_question_asked_for_so_many_rows_shows_so_many(saeflow: Command, finis
         (["ask", "top_token", "1"], "Did you mean top_tokens"),
         (["ask", "top_tokens", "cat"], "must be a whole number"),
         (["ask", "tokens_where"], "tokens_where needs"),
+        (["ask", "top_tokens", "9999"], "There is no feature 9999; features go from 0 to 63."),
+        (["ask", "tokens_where", "-1"], "There is no feature -1; features go from 0 to 63."),
+        (["ask", "compare_sources", "tales", "nosuch"], "There is no source 'nosuch'. There are: "),
         (["ask", "runs", "--run", "smal"], "Did you mean small?"),
         (["sql", "select nothing from tokens"], "nothing"),
         (["sql", "copy tokens to 'stolen.parquet'"], "Only one statement that reads"),
@@ -465,6 +476,14 @@ def test_what_cannot_be_asked_ends_with_2_and_one_message(
     assert message in said.err
     assert "Traceback" not in said.err
     assert list(tmp_path.glob("stolen*")) == []
+
+
+def test_sources_that_are_named_cannot_speak_to_the_terminal(saeflow: Command, tmp_path: Path) -> None:
+    Given(documents=[Document("k", "a\x1b[2Jb", [b"x"])], values=[]).write(tmp_path / "hostile")
+    said = saeflow("ask", "compare_sources", "x", "y", "--store", tmp_path / "hostile")
+    assert said.code == 2
+    assert "There are: a␛[2Jb" in said.err
+    assert "\x1b" not in said.err
 
 
 def test_sql_answers_and_reads_a_pipe(saeflow: Command, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
