@@ -52,8 +52,9 @@ def init(
     given = {"model": {"path": model}, "corpus": {"files": files}}
     start = {s: {k: _toml_string(v, s) for k, v in keys.items() if v} for s, keys in given.items()}
     name = "".join(c if c.isalnum() else "_" for c in path.stem.lower()).strip("_") or "recipe"
-    path.write_text(template(name, path.name, start), "utf-8")
-    out.print(f"Wrote {path}. Set the lines without #, then: saeflow run {path}", markup=False)
+    path.write_text(template(name, path.name, start, model), "utf-8")
+    sites = f"Choose activations.sites (saeflow sites {shlex.quote(model)}), set" if model else "Set"
+    out.print(f"Wrote {path}. {sites} the lines without #, then: saeflow run {path}", markup=False, soft_wrap=True)
 
 
 def _toml_string(value: str, section: str) -> str:

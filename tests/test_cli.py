@@ -144,7 +144,7 @@ def test_a_stage_that_the_recipe_has_not_is_refused(saeflow: Command, tmp_path: 
 
 def test_a_written_recipe_parses_and_says_the_defaults(saeflow: Command, tmp_path: Path) -> None:
     assert saeflow("init", "my.toml", "--model", "some/model", "--files", "a/*.txt").code == 0
-    written = load_recipe(tmp_path / "my.toml")
+    written = load_recipe(tmp_path / "my.toml", **{"activations.sites": ["a.site"]})
     assert written.model is not None
     assert written.model.path == "some/model"
     assert written.corpus is not None
@@ -152,10 +152,23 @@ def test_a_written_recipe_parses_and_says_the_defaults(saeflow: Command, tmp_pat
     text = (tmp_path / "my.toml").read_text()
     lines = [re.sub(r"^# (?=\w+ = )", "", line) for line in text.splitlines() if ' = ""' not in line]
     (tmp_path / "all.toml").write_text("\n".join(lines))
-    everything = load_recipe(tmp_path / "all.toml")
+    everything = load_recipe(tmp_path / "all.toml", **{"activations.sites": ["a.site"]})
     assert everything.model_dump(exclude={"store"}) == written.model_dump(exclude={"store"})
     for section, field in Recipe.model_fields.items():
         assert re.search(rf"^(# {section} =|{section} =|\[{section}\])", text, re.MULTILINE), field
+
+
+def test_the_sites_of_a_model_that_is_named_are_left_open_with_the_way_to_list_them(
+    saeflow: Command, tmp_path: Path
+) -> None:
+    said = saeflow("init", "my.toml", "--model", "my model")
+    text = (tmp_path / "my.toml").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("# sites = []")]
+    assert line.endswith("List them: saeflow sites 'my model'")
+    assert "saeflow sites 'my model'" in said.out
+    assert "activations.sites is empty" in saeflow("run", "my.toml").err
+    saeflow("init", "gpt2.toml")
+    assert load_recipe(tmp_path / "gpt2.toml").activations.sites == ["transformer.h.6.mlp.act"]
 
 
 def test_init_overwrites_nothing(saeflow: Command, tmp_path: Path) -> None:
@@ -193,7 +206,7 @@ def test_what_the_system_refuses_about_a_file_ends_with_one_message(
 def test_an_edited_recipe_of_init_runs(saeflow: Command, ingredients: Ingredients, tmp_path: Path) -> None:
     saeflow("init", "my.toml", "--model", ingredients.model, "--files", ingredients.corpus)
     path = tmp_path / "my.toml"
-    path.write_text(re.sub(r"^sites = .*$", f'sites = ["{SITE}"]', path.read_text(), flags=re.MULTILINE))
+    path.write_text(re.sub(r"^# sites = .*$", f'sites = ["{SITE}"]', path.read_text(), flags=re.MULTILINE))
     small = ["tokens.context_length=16", "sae.n_features=64", "sae.k=4", "train.n_tokens=2000", "feed.batch_rows=256"]
     said = saeflow("run", "my.toml", "-q", *(word for change in small for word in ("--set", change)))
     assert (said.code, said.out, said.err) == (0, "", "")
