@@ -45,6 +45,8 @@ class Reply:
     def __post_init__(self) -> None:
         if self.output is not None:
             require_place(self.output)
+        elif self.format == "parquet" and sys.stdout.isatty():
+            raise UserError("Parquet is not for a terminal. Write it to a file: -o answer.parquet")
 
     def give(self, find: Callable[[int | None], pa.Table], screenful: int | None) -> None:
         """Find so many rows and write them. Only a table on the screen is cut unasked, and says so."""
@@ -127,9 +129,10 @@ def sql(
     """Run your own read-only SQL. Example: `saeflow sql 'select count(*) from tokens'`"""
     from saeflow import queries
 
-    if script:
-        return typer.echo(queries.script(open_store(store), run))
     reply = Reply(format, output, limit)
+    if script:
+        text = queries.script(open_store(store), run)
+        return typer.echo(text) if output is None else _keep(output, text)
     with connection_to(store, run) as connection:
 
         def answer(typed: str) -> None:
@@ -137,12 +140,18 @@ def sql(
 
         if query is not None or not sys.stdin.isatty():
             return answer(query if query is not None else sys.stdin.read())
+        if output is not None:
+            raise UserError(f"Which answer belongs in {output}? Give the query too: saeflow sql 'select …' -o {output}")
         for typed in _prompt():
             try:
                 answer(typed)
             except UserError as error:
                 err.print(str(error), markup=False, style="red")
     return None
+
+
+def _keep(path: Path, text: str) -> None:
+    path.write_text(text + "\n", "utf-8")
 
 
 def _prompt() -> Iterator[str]:

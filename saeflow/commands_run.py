@@ -44,7 +44,7 @@ def init(
     files: Annotated[str | None, typer.Option(help="Texts, e.g. 'texts/*.txt'.")] = None,
 ) -> None:
     """Write a commented recipe to start from. Example: `saeflow init my.toml --files 'texts/*.txt'`"""
-    from saeflow.recipe_text import template
+    from saeflow.recipe_text import DEFAULT_MODEL, template
 
     require_place(path)
     if path.exists():
@@ -52,8 +52,9 @@ def init(
     given = {"model": {"path": model}, "corpus": {"files": files}}
     start = {s: {k: _toml_string(v, s) for k, v in keys.items() if v} for s, keys in given.items()}
     name = "".join(c if c.isalnum() else "_" for c in path.stem.lower()).strip("_") or "recipe"
-    path.write_text(template(name, path.name, start, model), "utf-8")
-    sites = f"Choose activations.sites (saeflow sites {shlex.quote(model)}), set" if model else "Set"
+    other = model if model != DEFAULT_MODEL else None
+    path.write_text(template(name, path.name, start, other), "utf-8")
+    sites = f"Choose activations.sites (saeflow sites {shlex.quote(other)}), set" if other else "Set"
     out.print(f"Wrote {path}. {sites} the lines without #, then: saeflow run {path}", markup=False, soft_wrap=True)
 
 

@@ -21,19 +21,18 @@ _HEAD = """\
 name = "{name}"
 {top}"""
 _TOP = {"store": '"data/store"', "threads": "0"}
+DEFAULT_MODEL = "openai-community/gpt2"
 _START: dict[str, dict[str, str]] = {
     "corpus": {"files": '["texts/*.txt"]'},
-    "model": {"path": '"openai-community/gpt2"'},
+    "model": {"path": f'"{DEFAULT_MODEL}"'},
     "activations": {"sites": '["transformer.h.6.mlp.act"]'},
 }
 
 
-def template(
-    name: str, file: str, start: dict[str, dict[str, str]] | None = None, sites_of: str | None = None
-) -> str:
+def template(name: str, file: str, start: dict[str, dict[str, str]] | None = None, sites_of: str | None = None) -> str:
     """The whole recipe as TOML text; `start` gives TOML values for settings without a default.
 
-    With a model of the user's own, `sites_of`, the sites are left open: only `saeflow sites` knows them.
+    With another model than `DEFAULT_MODEL`, `sites_of`, the sites are left open: only `saeflow sites` knows them.
     """
     chosen = {section: _START.get(section, {}) | (start or {}).get(section, {}) for section in Recipe.model_fields}
     hint = ""

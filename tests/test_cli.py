@@ -167,8 +167,9 @@ def test_the_sites_of_a_model_that_is_named_are_left_open_with_the_way_to_list_t
     assert line.endswith("List them: saeflow sites 'my model'")
     assert "saeflow sites 'my model'" in said.out
     assert "activations.sites is empty" in saeflow("run", "my.toml").err
-    saeflow("init", "gpt2.toml")
-    assert load_recipe(tmp_path / "gpt2.toml").activations.sites == ["transformer.h.6.mlp.act"]
+    for options in ([], ["--model", "openai-community/gpt2"]):
+        saeflow("init", f"{len(options)}.toml", *options)
+        assert load_recipe(tmp_path / f"{len(options)}.toml").activations.sites == ["transformer.h.6.mlp.act"]
 
 
 def test_init_overwrites_nothing(saeflow: Command, tmp_path: Path) -> None:
@@ -519,6 +520,23 @@ def test_the_script_runs_by_hand_in_duckdb(saeflow: Command, finished: Finished)
     with duckdb.connect() as connection:
         connection.execute(script)
         assert connection.execute("select sum(n_tokens) from documents").fetchone() == (finished.summary["n_tokens"],)
+
+
+def test_the_script_goes_to_the_file_that_is_named(saeflow: Command, finished: Finished, tmp_path: Path) -> None:
+    ask = ["sql", "--script", "--store", finished.store.root]
+    said = saeflow(*ask, "-o", "run.sql")
+    assert (said.code, said.out) == (0, "")
+    assert (tmp_path / "run.sql").read_text() == saeflow(*ask).out
+
+
+@pytest.mark.parametrize("ask", [["ask", "runs"], ["sql", "select 1"]], ids=["ask", "sql"])
+def test_parquet_is_not_written_to_a_terminal(
+    ask: list[str], saeflow: Command, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    said = saeflow(*ask, "-f", "parquet", "--store", finished.store.root)
+    assert (said.code, said.out) == (2, "")
+    assert "-o answer.parquet" in said.err
 
 
 def on_a_terminal(arguments: list[str], lines: list[str], environment: dict[str, str]) -> str:
