@@ -29,7 +29,8 @@ FormatOption = Annotated[
     Format | None, typer.Option("--format", "-f", help="How to answer; default: as the file's name ends, else a table.")
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", "-n", min=1, help="Rows at most; default: all, but a screenful in a terminal.")
+    int | None,
+    typer.Option("--limit", "-n", min=1, help="Rows at most; default: all, but only the first in a terminal."),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of the terminal.")]
 
@@ -48,15 +49,15 @@ class Reply:
         elif self.format == "parquet" and sys.stdout.isatty():
             raise UserError("Parquet is not for a terminal. Write it to a file: -o answer.parquet")
 
-    def give(self, find: Callable[[int | None], pa.Table], screenful: int | None) -> None:
-        """Find so many rows and write them. Only a table on the screen is cut unasked, and says so."""
+    def give(self, find: Callable[[int | None], pa.Table], unasked: int | None) -> None:
+        """Find so many rows and write them. Only a table on the screen is cut `unasked`, and says so."""
         from saeflow import terminal
 
-        format = self.format or terminal.format_of(self.output)
-        on_screen = format == "table" and self.output is None
-        most = self.limit or (screenful if on_screen else None)
+        form = self.format or terminal.format_of(self.output)
+        on_screen = form == "table" and self.output is None
+        most = self.limit or (unasked if on_screen else None)
         table = find(most and most + 1)
-        terminal.write(table.slice(0, most), format, self.output, out)
+        terminal.write(table.slice(0, most), form, self.output, out)
         if on_screen and most and len(table) > most:
             err.print(f"The first {most:,} rows. More: -n {10 * most}; all: -o FILE.csv", markup=False, soft_wrap=True)
 
