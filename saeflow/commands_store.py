@@ -140,14 +140,15 @@ def forget(
     done = hide(Store.open(store_path(store)), keys, Progress(err, -1 if quiet else 0))
     for line in [] if quiet else _told(done):
         out.print(line, markup=False, soft_wrap=True)
+    for name, why in done.waiting.items():
+        said = f"{name}: parts with them are left out of every answer until encoded again: {why}"
+        err.print(said, markup=False, soft_wrap=True)
 
 
 def _told(done: Forgotten) -> Iterator[str]:
     yield from (f"{key!r} is forgotten already" for key in done.already)
     yield from (f"{name}: {n} documents hidden" for name, n in done.documents.items())
     yield from (f"{name}: their values removed" for name in done.runs)
-    for name, why in done.waiting.items():
-        yield f"{name}: parts with them are left out of every answer until encoded again: {why}"
     for name in done.saes:
         yield f"{name}: was trained on them; train anew with `saeflow train RECIPE --fresh`"
     yield from (f"{name}: was not trained on them, they were held out" for name in done.held_out_only)
