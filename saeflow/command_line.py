@@ -62,6 +62,14 @@ def read_recipe(path: Path, changes: list[str] | None) -> Recipe:
     return load_recipe(path, **overrides)
 
 
+def require_place(path: Path) -> None:
+    """Refuse a file to write whose folder is not there, before any work."""
+    if not path.parent.is_dir():
+        raise UserError(f"There is no folder {path.parent} for {path.name}. Make it, or choose another.")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder. Name a file in it.")
+
+
 def create_store(option: str | None, recipe: Recipe, quiet: bool) -> Store:
     store = Store.create(store_path(option, recipe))
     if not quiet:
@@ -73,6 +81,11 @@ def open_store(option: str | None) -> Store:
     store = Store.open(store_path(option))
     err.print(f"store: {store.name}", markup=False, soft_wrap=True)
     return store
+
+
+def where(store: Store) -> str:
+    """What a printed command needs to mean this store."""
+    return f" --store {shlex.quote(store.name)}" if "SAEFLOW_STORE" not in os.environ else ""
 
 
 @contextlib.contextmanager
@@ -121,8 +134,8 @@ def guarded(commands: typer.Typer, name: str, arguments: list[str], debug: bool)
         err.print(str(error), markup=False, soft_wrap=True, style="red")
         return 2
     except Exception as error:
-        if not debug and _system_error(error) in _DISK_ERRORS:
-            err.print(_disk_message(error), markup=False, soft_wrap=True, style="red")
+        if not debug and (message := _system_message(error)):
+            err.print(message, markup=False, soft_wrap=True, style="red")
             return 2
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # the command line itself was wrong
             error.show()
@@ -143,7 +156,11 @@ def _system_error(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def _disk_message(error: Exception) -> str:
-    what = os.strerror(_system_error(error) or 0)
-    where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
-    return f"{what}{where}. Finished parts are safe. Free some space or choose another --store, then run the same command again."
+def _system_message(error: Exception) -> str | None:
+    """What the system refused, where it is about the disk or names a file."""
+    number = _system_error(error)
+    file = error.filename if isinstance(error, OSError) else None
+    what = os.strerror(number or 0) + (f" at {file}" if file else "")
+    if number in _DISK_ERRORS:
+        return f"{what}. Finished parts are safe. Free some space or choose another --store, then run the same command again."
+    return f"{what}. --debug shows where it was needed." if number and file else None

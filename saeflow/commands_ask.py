@@ -4,25 +4,62 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
-from saeflow.command_line import RunOption, StoreOption, a_table, connection_to, err, open_store, out
+from saeflow.command_line import RunOption, StoreOption, a_table, connection_to, err, open_store, out, require_place
 from saeflow.config import UserError
 from saeflow.store import store_path
 
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+
+    from saeflow import queries
+
 commands = typer.Typer()
 
-
-Format = Annotated[
-    Literal["table", "csv", "json", "jsonl", "parquet"], typer.Option("--format", "-f", help="How to answer.")
+Format = Literal["table", "csv", "json", "jsonl", "parquet"]
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", "-f", help="How to answer; default: as the file's name ends, else a table.")
 ]
-Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows at most.")]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", "-n", min=1, help="Rows at most; default: all, but only the first in a terminal."),
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of the terminal.")]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How an answer is given: in which format, where, and how much of it."""
+
+    format: Format | None
+    output: Path | None
+    limit: int | None
+
+    def __post_init__(self) -> None:
+        if self.output is not None:
+            require_place(self.output)
+        elif self.format == "parquet" and sys.stdout.isatty():
+            raise UserError("Parquet is not for a terminal. Write it to a file: -o answer.parquet")
+
+    def give(self, find: Callable[[int | None], pa.Table], unasked: int | None) -> None:
+        """Find so many rows and write them. Only a table on the screen is cut `unasked`, and says so."""
+        from saeflow import terminal
+
+        form = self.format or terminal.format_of(self.output)
+        on_screen = form == "table" and self.output is None
+        most = self.limit or (unasked if on_screen else None)
+        table = find(most and most + 1)
+        terminal.write(table.slice(0, most), form, self.output, out)
+        if on_screen and most and len(table) > most:
+            err.print(f"The first {most:,} rows. More: -n {10 * most}; all: -o FILE.csv", markup=False, soft_wrap=True)
 
 
 @commands.command(context_settings={"ignore_unknown_options": True})
@@ -31,21 +68,44 @@ def ask(
     arguments: Annotated[list[str] | None, typer.Argument(help="Its parameters, in order.")] = None,
     store: StoreOption = None,
     run: RunOption = None,
-    format: Format = "table",
-    limit: Limit = 20,
+    format: FormatOption = None,
+    limit: Limit = None,
     output: Output = None,
 ) -> None:
     """Ask a named question. Examples: `saeflow ask top_tokens 123 10`, `saeflow ask tokens_where 123 0.5 -f csv`"""
-    from saeflow import queries, terminal
+    from saeflow import queries
 
     if question is None:
         return _list_questions()
+    given = arguments or []
+    chosen = queries.find(question)
+    values = queries.named(chosen, given)
+    counted = "n" in list(values)[: len(given)]
+    reply = Reply(format, output, limit)
     with connection_to(store, run) as connection:
-        table = queries.ask(connection, question, arguments or [], limit)
-    terminal.write(table, format, output, out)
-    if format == "table" and output is None and len(table) == limit:
-        err.print(f"The first {limit} rows; more with --limit.")
+        _refuse_unknown(connection, chosen, values)
+        reply.give(lambda most: queries.ask(connection, question, given, most), None if counted else 20)
     return None
+
+
+def _refuse_unknown(connection: duckdb.DuckDBPyConnection, question: queries.Question, values: dict[str, Any]) -> None:
+    """A feature or a source that the run does not have is a slip of the finger, not an empty answer."""
+    from saeflow import queries, terminal
+
+    if "feature" in values:
+        last = queries.query(connection, "select max(feature_id) from stg_feature_stats").column(0)[0].as_py()
+        if last is not None and not 0 <= values["feature"] <= last:
+            raise UserError(f"There is no feature {values['feature']}; features go from 0 to {last}.")
+    if question.name == "compare_sources":
+        sql = "select distinct source from stg_documents where source is not null order by source"
+        sources = queries.query(connection, sql).column(0).to_pylist()
+        for wrong in (source for source in values.values() if source not in sources):
+            there = ", ".join(map(terminal.sanitise, sources[:_SOURCES_SAID]))
+            more = f" … (saeflow sql '{sql}')" if len(sources) > _SOURCES_SAID else ""
+            raise UserError(f"There is no source {wrong!r}. There are: {there}{more}")
+
+
+_SOURCES_SAID = 20
 
 
 def _list_questions() -> None:
@@ -63,25 +123,36 @@ def sql(
     store: StoreOption = None,
     run: RunOption = None,
     script: Annotated[bool, typer.Option("--script", help="Print the run's SQL for the duckdb shell.")] = False,
-    format: Format = "table",
-    limit: Limit = 1000,
+    format: FormatOption = None,
+    limit: Limit = None,
     output: Output = None,
 ) -> None:
     """Run your own read-only SQL. Example: `saeflow sql 'select count(*) from tokens'`"""
-    from saeflow import queries, terminal
+    from saeflow import queries
 
+    reply = Reply(format, output, limit)
     if script:
-        return typer.echo(queries.script(open_store(store), run))
+        text = queries.script(open_store(store), run)
+        return typer.echo(text) if output is None else _keep(output, text)
     with connection_to(store, run) as connection:
+
+        def answer(typed: str) -> None:
+            reply.give(lambda most: queries.query(connection, typed, limit=most), 1000)
+
         if query is not None or not sys.stdin.isatty():
-            table = queries.query(connection, query if query is not None else sys.stdin.read(), limit=limit)
-            return terminal.write(table, format, output, out)
+            return answer(query if query is not None else sys.stdin.read())
+        if output is not None:
+            raise UserError(f"Which answer belongs in {output}? Give the query too: saeflow sql 'select …' -o {output}")
         for typed in _prompt():
             try:
-                terminal.write(queries.query(connection, typed, limit=limit), format, None, out)
+                answer(typed)
             except UserError as error:
                 err.print(str(error), markup=False, style="red")
     return None
+
+
+def _keep(path: Path, text: str) -> None:
+    path.write_text(text + "\n", "utf-8")
 
 
 def _prompt() -> Iterator[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fnmatch
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -26,6 +26,8 @@ from saeflow.command_line import (
     out,
     progress_of,
     read_recipe,
+    require_place,
+    where,
 )
 from saeflow.config import Recipe, UserError
 from saeflow.disk import human_bytes
@@ -42,15 +44,18 @@ def init(
     files: Annotated[str | None, typer.Option(help="Texts, e.g. 'texts/*.txt'.")] = None,
 ) -> None:
     """Write a commented recipe to start from. Example: `saeflow init my.toml --files 'texts/*.txt'`"""
-    from saeflow.recipe_text import template
+    from saeflow.recipe_text import DEFAULT_MODEL, template
 
+    require_place(path)
     if path.exists():
         raise UserError(f"{path} exists already. Choose another name, or delete it first.")
     given = {"model": {"path": model}, "corpus": {"files": files}}
     start = {s: {k: _toml_string(v, s) for k, v in keys.items() if v} for s, keys in given.items()}
     name = "".join(c if c.isalnum() else "_" for c in path.stem.lower()).strip("_") or "recipe"
-    path.write_text(template(name, path.name, start), "utf-8")
-    out.print(f"Wrote {path}. Set the lines without #, then: saeflow run {path}", markup=False)
+    other = model if model != DEFAULT_MODEL else None
+    path.write_text(template(name, path.name, start, other), "utf-8")
+    sites = f"Choose activations.sites (saeflow sites {shlex.quote(other)}), set" if other else "Set"
+    out.print(f"Wrote {path}. {sites} the lines without #, then: saeflow run {path}", markup=False, soft_wrap=True)
 
 
 def _toml_string(value: str, section: str) -> str:
@@ -175,10 +180,14 @@ def sites(
     from saeflow.config import ModelConfig
     from saeflow.model import list_sites, load_model
 
+    every = list_sites(load_model(ModelConfig(path=model)))
+    found = [site for site in every if fnmatch.fnmatch(site.name, pattern)]
+    if not found:
+        near = difflib.get_close_matches(pattern, [site.name for site in every], n=3, cutoff=0)
+        raise UserError(f"{model} has no site {pattern!r}. Nearest: {', '.join(near)}. All: saeflow sites {model}")
     table = a_table("site", "width")
-    for site in list_sites(load_model(ModelConfig(path=model))):
-        if fnmatch.fnmatch(site.name, pattern):
-            table.add_row(site.name, str(site.width))
+    for site in found:
+        table.add_row(site.name, str(site.width))
     out.print(table)
 
 
@@ -204,16 +213,26 @@ def print_answers(store: Store, recipe: Recipe) -> None:
     """Three SQL answers, each under the command that gives it, and what to try next."""
     from saeflow import answers, features, queries, terminal
 
-    where = f" --store {shlex.quote(store.name)}" if "SAEFLOW_STORE" not in os.environ else ""
     run = features.artefact(store, recipe).id
+    which = _which(store, run)
     with contextlib.closing(queries.connect(store, run)) as connection:
         for answer in answers.first_answers(connection):
             asked = shlex.join(["saeflow", "ask", answer.question, *answer.arguments])
-            out.print(f"\n$ {asked}{where}", markup=False, soft_wrap=True, style="bold")
+            out.print(f"\n$ {asked}{which}{where(store)}", markup=False, soft_wrap=True, style="bold")
             terminal.render_table(answer.table, out)
     out.print("\nTry next:", style="bold")
-    for line in ("ask", "ask feature_summary", "ask search_token the", "sql 'select * from runs'", "ls"):
-        out.print(f"  saeflow {line}{where}", markup=False, soft_wrap=True)
+    asks = [f"{line}{which}" for line in ("ask feature_summary", "ask search_token the", "sql 'select * from runs'")]
+    for line in ("ask", *asks, "ls"):
+        out.print(f"  saeflow {line}{where(store)}", markup=False, soft_wrap=True)
+
+
+def _which(store: Store, run: str) -> str:
+    """What a command needs to ask this run, where another is asked by default."""
+    from saeflow import queries
+
+    readable = [each for each in queries.runs(store) if each.problem is None]
+    mine = next((each for each in readable if each.artefact.id == run), readable[0])
+    return f" --run {shlex.quote(mine.schema)}" if mine is not readable[0] else ""
 
 
 def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:

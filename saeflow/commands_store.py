@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,7 @@ from saeflow.command_line import (
     out,
     progress_of,
     read_recipe,
+    where,
 )
 from saeflow.config import UserError
 from saeflow.disk import human_bytes
@@ -28,7 +30,13 @@ from saeflow.progress import Progress
 from saeflow.records import KINDS, read_checked
 from saeflow.store import Store, store_path
 
+if TYPE_CHECKING:
+    from saeflow.forget import Forgotten
+
 commands = typer.Typer()
+
+GRACE_HOURS = 24
+"""For so long a replaced generation is kept for its readers."""
 
 
 @commands.command()
@@ -77,9 +85,10 @@ def show(
 def _find(store: Store, name: str) -> Artefact:
     import difflib
 
-    artefacts = store.artefacts(*reversed(KINDS))
+    artefacts = store.artefacts(*KINDS)[::-1]  # runs before what they read, the newest first
     for artefact in artefacts:
-        if name in (artefact.id, artefact.name, f"{artefact.name}-{artefact.fp}"):
+        full_names = (f"{artefact.name}{sign}{artefact.fp}" for sign in "-_")
+        if name in (artefact.id, artefact.name, *full_names):
             return artefact
     known = [artefact.id for artefact in artefacts]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.2)
@@ -128,18 +137,23 @@ def forget(
     """Hide documents at once, in every view and feed. Example: `saeflow forget letters/017 letters/018`"""
     from saeflow.forget import forget as hide
 
-    done = hide(Store.create(store_path(store)), keys, Progress(err, -1 if quiet else 0))
-    for name, n in done.documents.items():
-        out.print(f"{name}: {n} documents hidden", markup=False, soft_wrap=True)
-    for name in done.runs:
-        out.print(f"{name}: their values removed", markup=False, soft_wrap=True)
+    done = hide(Store.open(store_path(store)), keys, Progress(err, -1 if quiet else 0))
+    for line in [] if quiet else _told(done):
+        out.print(line, markup=False, soft_wrap=True)
     for name, why in done.waiting.items():
-        out.print(f"{name}: parts with them are left out of every answer until encoded again: {why}", markup=False)
+        said = f"{name}: parts with them are left out of every answer until encoded again: {why}"
+        err.print(said, markup=False, soft_wrap=True)
+
+
+def _told(done: Forgotten) -> Iterator[str]:
+    yield from (f"{key!r} is forgotten already" for key in done.already)
+    yield from (f"{name}: {n} documents hidden" for name, n in done.documents.items())
+    yield from (f"{name}: their values removed" for name in done.runs)
     for name in done.saes:
-        out.print(f"{name}: was trained on them; train anew with `saeflow train RECIPE --fresh`", markup=False)
-    for name in done.held_out_only:
-        out.print(f"{name}: was not trained on them, they were held out", markup=False, soft_wrap=True)
-    out.print("Remove them from the disk: saeflow compact RECIPE, then saeflow gc --grace 0 --yes", markup=False)
+        yield f"{name}: was trained on them; train anew with `saeflow train RECIPE --fresh`"
+    yield from (f"{name}: was not trained on them, they were held out" for name in done.held_out_only)
+    if done.documents or done.runs:
+        yield "Remove them from the disk: saeflow compact RECIPE, then saeflow gc --grace 0 --yes"
 
 
 @commands.command()
@@ -153,7 +167,10 @@ def compact(
 
     pipeline.compact(opened, settings, progress)
     if not quiet:
-        err.print("The old files go with: saeflow gc --yes (kept for their readers for --grace hours)", markup=False)
+        said = (
+            f"The old files go after {GRACE_HOURS} hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes"
+        )
+        err.print(said, markup=False, soft_wrap=True)
 
 
 @commands.command()
@@ -161,7 +178,7 @@ def upgrade(store: StoreOption = None) -> None:
     """Bring a store of an earlier format up to date; nothing is computed again. Example: `saeflow upgrade`"""
     from saeflow import integrity
 
-    opened = Store.create(store_path(store))
+    opened = Store.open(store_path(store))
     for line in integrity.upgrade(opened):
         out.print(line, markup=False, soft_wrap=True)
 
@@ -170,19 +187,27 @@ def upgrade(store: StoreOption = None) -> None:
 def gc(
     store: StoreOption = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
-    grace: Annotated[float, typer.Option(help="Hours for which a replaced generation is kept for its readers.")] = 24,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Hours for which a replaced generation is kept for its readers.")
+    ] = GRACE_HOURS,
 ) -> None:
     """List what nobody can read any more; remove it with --yes. Example: `saeflow gc --yes`"""
     from saeflow import integrity
 
-    found = list(integrity.garbage(open_store(store), grace * 3600))
+    opened = open_store(store)
+    found = list(integrity.garbage(opened, grace * 3600))
     n_bytes = sum(each.n_bytes for each in found)
+    kept = sum(each.n_bytes for each in integrity.garbage(opened, 0)) - n_bytes if grace else 0
     for each in found:
         out.print(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}", markup=False, soft_wrap=True)
     for each in found if yes else []:
         integrity.remove(each)
-    done = "removed" if yes else "to remove" if not found else "to remove with `saeflow gc --yes`"
+    again = f"saeflow gc{'' if grace == GRACE_HOURS else f' --grace {grace:g}'} --yes{where(opened)}"
+    done = "removed" if yes else "to remove" if not found else f"to remove with `{again}`"
     out.print(f"{len(found)} files and folders, {human_bytes(n_bytes)} {done}", markup=False, soft_wrap=True)
+    if kept > 0:
+        later = f"{human_bytes(kept)} more after {grace:g} hours; now with --grace 0"
+        out.print(later, markup=False, soft_wrap=True)
 
 
 def _run_checks(store: Store) -> list[tuple[str, int]]:

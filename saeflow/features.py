@@ -237,8 +237,9 @@ def refresh(store: Store, target: Artefact, progress: Progress) -> list[int]:
         inputs = {part.index: part_inputs(encoder.used, part) for part in wanted}
         done = target.fitting(inputs)
         stale = [part for part in wanted if part.index not in done]
-        with progress.bar("features", sum(part.counts["n_tokens"] for part in stale), "tokens") as bar:
-            for part in stale:
-                done[part.index] = encoder.encode(part, bar)
+        if stale:
+            with progress.bar("features", sum(part.counts["n_tokens"] for part in stale), "tokens") as bar:
+                for part in stale:
+                    done[part.index] = encoder.encode(part, bar)
         target.publish([done[part.index] for part in wanted])
     return [part.index for part in stale]

@@ -26,6 +26,8 @@ class Forgotten:
     """What a call hid: documents by token artefact, runs whose values were removed, SAEs that were trained on them."""
 
     documents: dict[str, int] = field(default_factory=dict)
+    already: list[str] = field(default_factory=list)
+    """Keys that were forgotten before."""
     runs: list[str] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
     """Runs whose parts are left out of every answer until they can be encoded again, and why they cannot be now."""
@@ -45,7 +47,7 @@ def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
             f"No document is called {', '.join(map(repr, unknown))}. Nothing was hidden.\n"
             "List the keys with `saeflow sql 'select key, source, n_tokens from documents'`."
         )
-    done = Forgotten()
+    done = Forgotten(already=[key for key in keys if key not in known])
     for name, rows in found.items():
         if rows:
             _hide(sources[name], rows)
@@ -101,6 +103,19 @@ def _n_seen(stored: Artefact, sae: Artefact) -> int:
     number = int(sae.record.facts["generation"])
     generation = stored.generation(number) if number in stored.numbers() else stored.published()
     return generation.total("n_documents") if generation else 0
+
+
+def seen(source: Artefact) -> dict[str, int]:
+    """Documents and tokens that readers see: all but the hidden ones, which a compacted part still counts as documents."""
+    generation = source.published()
+    n_tokens = generation.total("n_tokens")
+    for part in generation.parts:
+        ids = pa.array([document.document_id for document in generation.hidden.get(part.index, ())], pa.int64())
+        if len(ids):
+            table = pq.read_table(source.part_file(part, "documents.parquet"), columns=["document_id", "n_tokens"])
+            hidden = table.filter(pc.is_in(table.column("document_id"), ids))
+            n_tokens -= pc.sum(hidden.column("n_tokens")).as_py() or 0
+    return {"n_documents": generation.total("n_documents") - len(generation.hidden_ids), "n_tokens": n_tokens}
 
 
 def compact(store: Store, source: Artefact, progress: Progress) -> list[int]:

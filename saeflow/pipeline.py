@@ -58,8 +58,7 @@ def summary(store: Store, recipe: Recipe) -> dict[str, Any]:
     return {
         "run": recipe.name,
         "store": store.name,
-        "n_documents": source.published().total("n_documents"),
-        "n_tokens": source.published().total("n_tokens"),
+        **forget.seen(source),
         "activation_bytes": sum(part.n_bytes for part in stored.published().parts),
         "feature_bytes": sum(part.n_bytes for part in encoded.published().parts),
         "n_values": encoded.published().total("n_values"),

@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 _PLAIN_SECONDS = 5.0
 """Between two plain lines of one stage."""
+
+_BESIDE_LINE = 27
+"""Columns of a terminal for the bar (10 at least), the share (4), the time left (9), and the gaps between them."""
 
 Listener = Callable[[str, int, int | None, float], None]
 """Called with stage, units done, units in all (or None), units per second."""
@@ -57,6 +61,12 @@ class Bar:
             f"{self.stage}: {self.done:,}{share} {self.unit}, {self.rate:,.0f}/s{left}{self.note and ', ' + self.note}"
         )
 
+    def short_line(self, width: int) -> str:
+        """As much beside a bar as fits; the rate goes first, then the count, which the bar shows too."""
+        count, rate = f"{self.done:,} {self.unit}", f"{self.rate:,.0f}/s"
+        lines = (f"{count} {rate} {self.note}".rstrip(), f"{count} {self.note}".rstrip(), self.note, count)
+        return next((line for line in lines if line and len(line) <= width), "")
+
 
 @dataclass
 class Progress:
@@ -98,13 +108,13 @@ class Progress:
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
         ]
         with RichProgress(*columns, console=self.console, transient=True) as display:
             task = display.add_task(stage, total=total, line="")
 
             def show(bar: Bar) -> None:
-                line = f"{bar.done:,} {bar.unit} {bar.rate:,.0f}/s {bar.note}"
+                line = bar.short_line(self.console.width - _BESIDE_LINE - max(12, len(stage)))
                 display.update(task, completed=bar.done, line=line)
                 self._tell(bar)
 

@@ -79,6 +79,14 @@ def questions() -> list[Question]:
     return [_question(path.stem, path.read_text("utf-8")) for path in sorted((sql_folder() / "marts").glob("*.sql"))]
 
 
+def find(question: str) -> Question:
+    """The question of this name. Raises UserError."""
+    known = {each.name: each for each in questions()}
+    if question not in known:
+        raise UserError(f"There is no question {question!r}. {nearest(question, known)}")
+    return known[question]
+
+
 def ask(
     connection: duckdb.DuckDBPyConnection,
     question: str,
@@ -86,16 +94,32 @@ def ask(
     limit: int | None = None,
 ) -> pa.Table:
     """Answer a named question; arguments by position or by name, as values or as words to be parsed."""
-    known = {each.name: each for each in questions()}
-    if question not in known:
-        raise UserError(f"There is no question {question!r}. {nearest(question, known)}")
-    chosen = known[question]
-    values: list[object] = _values(chosen, arguments)
+    chosen = find(question)
+    values: list[object] = list(named(chosen, arguments).values())
     call = f"({', '.join('?' * len(values))})" if chosen.is_macro else ""
     sql = f"select * from {chosen.name}{call}"
     if limit is not None:
         sql, values = f"{sql} limit ?", [*values, limit]
     return _fetch(connection, sql, values, chosen.name)
+
+
+def named(question: Question, arguments: Mapping[str, object] | Sequence[object]) -> dict[str, object]:
+    """Every parameter with its value, in order. Raises UserError for what is too many, missing or of another type."""
+    names = [parameter.name for parameter in question.parameters]
+    if not isinstance(arguments, Mapping):
+        if len(arguments) > len(names):
+            raise UserError(f"{question.name} takes {len(names)} arguments, not {len(arguments)}: {question.usage}")
+        arguments = dict(zip(names, arguments, strict=False))
+    for name in arguments:
+        if name not in names:
+            raise UserError(f"{question.name} has no parameter {name!r}. Ask it as: {question.usage}")
+    values: dict[str, object] = {}
+    for parameter in question.parameters:
+        value = arguments.get(parameter.name, parameter.default)
+        if value is None:
+            raise UserError(f"{question.name} needs {parameter}. Ask it as: {question.usage}")
+        values[parameter.name] = parameter.parse(value)
+    return values
 
 
 def query(
@@ -121,24 +145,6 @@ def _question(name: str, sql: str) -> Question:
     return Question(
         name, answers, labelled["Ask it"], tuple(Parameter(*match.groups()) for match in parameters if match), sql
     )
-
-
-def _values(question: Question, arguments: Mapping[str, object] | Sequence[object]) -> list[object]:
-    names = [parameter.name for parameter in question.parameters]
-    if not isinstance(arguments, Mapping):
-        if len(arguments) > len(names):
-            raise UserError(f"{question.name} takes {len(names)} arguments, not {len(arguments)}: {question.usage}")
-        arguments = dict(zip(names, arguments, strict=False))
-    for name in arguments:
-        if name not in names:
-            raise UserError(f"{question.name} has no parameter {name!r}. Ask it as: {question.usage}")
-    values: list[object] = []
-    for parameter in question.parameters:
-        value = arguments.get(parameter.name, parameter.default)
-        if value is None:
-            raise UserError(f"{question.name} needs {parameter}. Ask it as: {question.usage}")
-        values.append(parameter.parse(value))
-    return values
 
 
 def _refuse_writes(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object]) -> None:

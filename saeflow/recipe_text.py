@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,36 +21,48 @@ _HEAD = """\
 name = "{name}"
 {top}"""
 _TOP = {"store": '"data/store"', "threads": "0"}
+DEFAULT_MODEL = "openai-community/gpt2"
 _START: dict[str, dict[str, str]] = {
     "corpus": {"files": '["texts/*.txt"]'},
-    "model": {"path": '"openai-community/gpt2"'},
+    "model": {"path": f'"{DEFAULT_MODEL}"'},
     "activations": {"sites": '["transformer.h.6.mlp.act"]'},
 }
 
 
-def template(name: str, file: str, start: dict[str, dict[str, str]] | None = None) -> str:
-    """The whole recipe as TOML text; `start` gives TOML values for settings without a default."""
+def template(name: str, file: str, start: dict[str, dict[str, str]] | None = None, sites_of: str | None = None) -> str:
+    """The whole recipe as TOML text; `start` gives TOML values for settings without a default.
+
+    With another model than `DEFAULT_MODEL`, `sites_of`, the sites are left open: only `saeflow sites` knows them.
+    """
     chosen = {section: _START.get(section, {}) | (start or {}).get(section, {}) for section in Recipe.model_fields}
-    sections = [_section(section, field.annotation, chosen[section]) for section, field in Recipe.model_fields.items()]
+    hint = ""
+    if sites_of is not None:
+        del chosen["activations"]["sites"]
+        hint = f" List them: saeflow sites {shlex.quote(sites_of)}"
+    sections = [
+        _section(section, field.annotation, chosen[section], {"sites": hint} if section == "activations" else {})
+        for section, field in Recipe.model_fields.items()
+    ]
     top = [f"# {key} = {value}  # {Recipe.model_fields[key].description}\n" for key, value in _TOP.items()]
     return _HEAD.format(name=name, file=file, top="".join(top)) + "".join(sections)
 
 
-def _section(name: str, annotation: Any, start: dict[str, str]) -> str:
+def _section(name: str, annotation: Any, start: dict[str, str], hints: dict[str, str]) -> str:
     choices = [annotation, *getattr(annotation, "__args__", ())]
     model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
     if model is None:
         return ""
     purpose = (model.__doc__ or "").strip().splitlines()[0]
-    return f"\n[{name}]  # {purpose}\n" + "".join(_lines(model, start))
+    return f"\n[{name}]  # {purpose}\n" + "".join(_lines(model, start, hints))
 
 
-def _lines(model: type[BaseModel], start: dict[str, str]) -> Iterator[str]:
+def _lines(model: type[BaseModel], start: dict[str, str], hints: dict[str, str]) -> Iterator[str]:
     for key, field in model.model_fields.items():
+        about = f"{field.description}{hints.get(key, '')}"
         if key in start:
-            yield f"{key} = {start[key]}  # {field.description}\n"
+            yield f"{key} = {start[key]}  # {about}\n"
         elif key != "synthetic":
-            yield f"# {key} = {_toml(field.default)}  # {field.description}\n"
+            yield f"# {key} = {_toml(field.default)}  # {about}\n"
 
 
 def _toml(value: object) -> str:

@@ -6,6 +6,7 @@ nothing else on the machine.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
@@ -144,11 +145,20 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
         artefact,
         schema,
         files,
-        facts=json.dumps(artefact.record.facts),
+        facts=json.dumps(artefact.record.facts | _sae_facts(store, artefact)),
         quality=json.dumps(read_checked(quality)) if quality.is_file() else None,
         n_tokens=n_tokens or None,
         hidden=generation.hidden_ids,
     )
+
+
+def _sae_facts(store: Store, artefact: Artefact) -> dict[str, Any]:
+    """Architecture and k of the run's SAE, as far as known; a ReLU has no k."""
+    for sae in (store.by_id(name) for name in artefact.record.inputs if name.startswith("saes/")):
+        with contextlib.suppress(*_UNREADABLE):
+            found = sae.record.facts["sae"]
+            return {"architecture": found["architecture"], "k": found["k"] if found["architecture"] != "relu" else None}
+    return {}
 
 
 def _shown(artefact: Artefact, tokens: Generation) -> list[PartRecord]:

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -32,6 +33,7 @@ _HOSTILE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-
 _LINE_BREAK = re.compile(r"\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]")
 _MARKED = re.compile("«([^«»]*)»")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_ROWS_AT_ONCE = 10_000
 _GAP = 3
 _NARROWEST_CONTEXT = 24
 _NARROWEST_TEXT = 12
@@ -190,6 +192,12 @@ def _last_cells(text: str, width: int) -> str:
     return _first_cells(text[::-1], width)[::-1]
 
 
+def format_of(target: Path | None) -> Format:
+    """What a file's name promises; a table where it promises nothing."""
+    known: dict[str, Format] = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
+    return known.get(target.suffix.lower(), "table") if target is not None else "table"
+
+
 def write(table: pa.Table, format: Format, target: Path | None = None, console: Console | None = None) -> None:
     """Write an answer in a format, to a file or to standard output."""
     if format == "table":
@@ -207,13 +215,16 @@ def write(table: pa.Table, format: Format, target: Path | None = None, console: 
 
 
 def _write_bytes(table: pa.Table, format: Format, out: BinaryIO) -> None:
+    """Some rows at a time: as Python objects they take many times the room they have in a table."""
+    pieces = (table.slice(start, _ROWS_AT_ONCE) for start in range(0, len(table), _ROWS_AT_ONCE))
     match format:
         case "csv":
-            out.write(to_csv(table).encode())
+            out.write(_csv_header(table).encode())
+            out.writelines(_csv_rows(piece).encode() for piece in pieces)
         case "json":
-            out.write(to_json(table).encode())
+            out.writelines(text.encode() for text in _json_array(pieces))
         case "jsonl":
-            out.write(to_json_lines(table).encode())
+            out.writelines(to_json_lines(piece).encode() for piece in pieces)
         case _:
             buffer = io.BytesIO()
             pq.write_table(table, buffer, compression="zstd")
@@ -222,9 +233,16 @@ def _write_bytes(table: pa.Table, format: Format, out: BinaryIO) -> None:
 
 def to_csv(table: pa.Table) -> str:
     """CSV whose text cells no spreadsheet takes for a formula: a leading = + - @, tab or break gets a '."""
+    return _csv_header(table) + _csv_rows(table)
+
+
+def _csv_header(table: pa.Table) -> str:
+    return _csv_line([_no_formula(name) for name in table.column_names])
+
+
+def _csv_rows(table: pa.Table) -> str:
     rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
-    header = _csv_line([_no_formula(name) for name in table.column_names])
-    return header + "".join(_csv_line([_csv_cell(value) for value in row]) for row in rows)
+    return "".join(_csv_line([_csv_cell(value) for value in row]) for row in rows)
 
 
 def _csv_line(cells: list[object]) -> str:
@@ -247,7 +265,16 @@ def _no_formula(text: str) -> str:
 
 def to_json(table: pa.Table) -> str:
     """An array of objects, one row a line."""
-    return "[\n" + ",\n".join(_json_rows(table)) + "\n]\n" if table.num_rows else "[]\n"
+    return "".join(_json_array([table]))
+
+
+def _json_array(pieces: Iterable[pa.Table]) -> Iterator[str]:
+    before = "[\n"
+    for piece in pieces:
+        for row in _json_rows(piece):
+            yield before + row
+            before = ",\n"
+    yield "[]\n" if before == "[\n" else "\n]\n"
 
 
 def to_json_lines(table: pa.Table) -> str:

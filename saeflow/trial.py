@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from saeflow import activations, features, pipeline
-from saeflow.config import Recipe
+from saeflow.config import Recipe, UserError
 from saeflow.machine import measured
 from saeflow.progress import Progress
 from saeflow.store import Store
@@ -71,6 +71,20 @@ def run(recipe: Recipe, store: Store) -> dict[str, object]:
     }
 
 
+REFUSED = 2
+"""What the process returns after an error that a user can mend: then its answer is `{"refused": message}`."""
+
+
+def main(recipe_file: Path, folder: Path) -> int:
+    try:
+        found = run(Recipe.model_validate_json(recipe_file.read_text("utf-8")), Store.create(folder))
+    except UserError as error:
+        print(json.dumps({"refused": str(error)}))
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return REFUSED
+    print(json.dumps(found))
+    return 0
+
+
 if __name__ == "__main__":
-    recipe_file, folder = map(Path, sys.argv[1:])
-    print(json.dumps(run(Recipe.model_validate_json(recipe_file.read_text("utf-8")), Store.create(folder))))
+    sys.exit(main(*map(Path, sys.argv[1:])))

@@ -246,6 +246,19 @@ def test_a_key_that_nobody_has_hides_nothing_and_says_how_to_list_keys(grown):
     assert tree(grown.store.root) == before
 
 
+def test_the_summary_counts_what_the_view_documents_shows(grown):
+    def agree() -> bool:
+        (shown,) = grown.sql("select count(*) as n_documents, sum(n_tokens)::bigint as n_tokens from documents")
+        return shown.items() <= pipeline.summary(grown.store, grown.recipe).items()
+
+    grown.run([{**FIRST[0], "text": "replaced by this"}, *FIRST[1:], *NEW])
+    assert agree()
+    forget(grown.store, [str(FIRST[1]["key"]), str(NEW[0]["key"])], quiet())
+    assert agree()
+    pipeline.compact(grown.store, grown.recipe, quiet())
+    assert agree()
+
+
 def test_compaction_and_gc_leave_no_trace_of_a_forgotten_document(grown):
     grown.run(with_secret())
     forget(grown.store, ["secret/one"], quiet())

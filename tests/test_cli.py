@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,6 +39,7 @@ from tests.small_pipeline import (
     write_recipe,
     write_table,
 )
+from tests.small_store import Document, Given
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7][0-9;]*m")
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
@@ -141,7 +144,7 @@ def test_a_stage_that_the_recipe_has_not_is_refused(saeflow: Command, tmp_path: 
 
 def test_a_written_recipe_parses_and_says_the_defaults(saeflow: Command, tmp_path: Path) -> None:
     assert saeflow("init", "my.toml", "--model", "some/model", "--files", "a/*.txt").code == 0
-    written = load_recipe(tmp_path / "my.toml")
+    written = load_recipe(tmp_path / "my.toml", **{"activations.sites": ["a.site"]})
     assert written.model is not None
     assert written.model.path == "some/model"
     assert written.corpus is not None
@@ -149,10 +152,24 @@ def test_a_written_recipe_parses_and_says_the_defaults(saeflow: Command, tmp_pat
     text = (tmp_path / "my.toml").read_text()
     lines = [re.sub(r"^# (?=\w+ = )", "", line) for line in text.splitlines() if ' = ""' not in line]
     (tmp_path / "all.toml").write_text("\n".join(lines))
-    everything = load_recipe(tmp_path / "all.toml")
+    everything = load_recipe(tmp_path / "all.toml", **{"activations.sites": ["a.site"]})
     assert everything.model_dump(exclude={"store"}) == written.model_dump(exclude={"store"})
     for section, field in Recipe.model_fields.items():
         assert re.search(rf"^(# {section} =|{section} =|\[{section}\])", text, re.MULTILINE), field
+
+
+def test_the_sites_of_a_model_that_is_named_are_left_open_with_the_way_to_list_them(
+    saeflow: Command, tmp_path: Path
+) -> None:
+    said = saeflow("init", "my.toml", "--model", "my model")
+    text = (tmp_path / "my.toml").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("# sites = []")]
+    assert line.endswith("List them: saeflow sites 'my model'")
+    assert "saeflow sites 'my model'" in said.out
+    assert "activations.sites is empty" in saeflow("run", "my.toml").err
+    for options in ([], ["--model", "openai-community/gpt2"]):
+        saeflow("init", f"{len(options)}.toml", *options)
+        assert load_recipe(tmp_path / f"{len(options)}.toml").activations.sites == ["transformer.h.6.mlp.act"]
 
 
 def test_init_overwrites_nothing(saeflow: Command, tmp_path: Path) -> None:
@@ -163,10 +180,34 @@ def test_init_overwrites_nothing(saeflow: Command, tmp_path: Path) -> None:
     assert (tmp_path / "my.toml").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["init", "nodir/my.toml"], ["ask", "runs", "-o", "nodir/x.csv"], ["sql", "select 1", "-o", "nodir/x.csv"]],
+    ids=lambda words: words[0],
+)
+def test_a_file_in_a_folder_that_is_not_there_is_refused_before_work(arguments: list[str], saeflow: Command) -> None:
+    said = saeflow(*arguments)
+    assert (said.code, said.out) == (2, "")
+    assert "There is no folder nodir for " in said.err  # and not: no store at …
+    assert len(said.err.splitlines()) == 1
+
+
+def test_what_the_system_refuses_about_a_file_ends_with_one_message(
+    saeflow: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(_: Path) -> bool:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "a.txt/b")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    said = saeflow("init", "my.toml")
+    assert (said.code, said.out) == (2, "")
+    assert said.err == "Not a directory at a.txt/b. --debug shows where it was needed.\n"
+
+
 def test_an_edited_recipe_of_init_runs(saeflow: Command, ingredients: Ingredients, tmp_path: Path) -> None:
     saeflow("init", "my.toml", "--model", ingredients.model, "--files", ingredients.corpus)
     path = tmp_path / "my.toml"
-    path.write_text(re.sub(r"^sites = .*$", f'sites = ["{SITE}"]', path.read_text(), flags=re.MULTILINE))
+    path.write_text(re.sub(r"^# sites = .*$", f'sites = ["{SITE}"]', path.read_text(), flags=re.MULTILINE))
     small = ["tokens.context_length=16", "sae.n_features=64", "sae.k=4", "train.n_tokens=2000", "feed.batch_rows=256"]
     said = saeflow("run", "my.toml", "-q", *(word for change in small for word in ("--set", change)))
     assert (said.code, said.out, said.err) == (0, "", "")
@@ -198,6 +239,13 @@ def test_sites_lists_names_and_widths(saeflow: Command, ingredients: Ingredients
     assert len(saeflow("sites", ingredients.model).out.splitlines()) > 10
 
 
+def test_a_pattern_that_no_site_matches_names_the_nearest(saeflow: Command, ingredients: Ingredients) -> None:
+    said = saeflow("sites", ingredients.model, "*.mlp.acts")
+    assert (said.code, said.out) == (2, "")
+    assert "has no site '*.mlp.acts'. Nearest: " in said.err
+    assert SITE in said.err
+
+
 def test_ls_and_show_say_what_there_is(saeflow: Command, finished: Finished) -> None:
     listed = saeflow("ls", "--store", finished.store.root)
     for artefact in finished.store.artefacts():
@@ -208,6 +256,36 @@ def test_ls_and_show_say_what_there_is(saeflow: Command, finished: Finished) -> 
     unknown = saeflow("show", "smal", "--store", finished.store.root)
     assert unknown.code == 2
     assert "Nearest: " in unknown.err
+
+
+@pytest.fixture
+def two_runs(saeflow: Command, tmp_path: Path) -> tuple[Path, Path]:
+    """A recipe that was run with k = 4, then with k = 2; and the store."""
+    recipe = write_recipe(tmp_path / "two.toml", brought_data(write_table(tmp_path / "two.npy", a_table()), name="two"))
+    store = tmp_path / "two"
+    for k in (4, 2):
+        assert saeflow("run", recipe, "--set", f"sae.k={k}", "--store", store, "-q").code == 0
+    return recipe, store
+
+
+def test_show_and_run_mean_the_newest_run_of_a_name(saeflow: Command, two_runs: tuple[Path, Path]) -> None:
+    (asked,) = json.loads(
+        saeflow("sql", "from runs where is_current", "--run", "two", "-f", "json", "--store", two_runs[1]).out
+    )
+    assert asked["k"] == 2
+    assert f"features/two-{asked['fp']}" in saeflow("show", "two", "--store", two_runs[1]).out
+
+
+def test_the_commands_that_run_prints_answer_what_it_printed(saeflow: Command, two_runs: tuple[Path, Path]) -> None:
+    recipe, store = two_runs
+    for k, is_default in ((2, True), (4, False)):
+        said = saeflow("run", recipe, "--set", f"sae.k={k}", "--store", store)
+        commands = re.findall(r"^(?:\$|  ) ?saeflow ((?:ask|sql) .+)$", said.out, re.MULTILINE)
+        answers = [words for line in commands if len(words := shlex.split(line)) > 3]
+        assert len(answers) == 6
+        assert all(("--run" in words) is not is_default for words in answers)
+        (current,) = [row for row in json.loads(saeflow(*answers[-1], "-f", "json").out) if row["is_current"]]
+        assert current["k"] == k
 
 
 def test_the_store_is_the_option_then_the_environment_then_the_recipe_then_data_store(
@@ -225,7 +303,8 @@ def test_the_store_is_the_option_then_the_environment_then_the_recipe_then_data_
 
 
 def test_a_store_that_is_not_there_is_named(saeflow: Command, tmp_path: Path) -> None:
-    for command in (["ls"], ["ask", "runs"], ["sql", "select 1"], ["verify"], ["show", "x"]):
+    reading = (["ls"], ["ask", "runs"], ["sql", "select 1"], ["verify"], ["show", "x"])
+    for command in (*reading, ["gc"], ["upgrade"], ["forget", "x"]):
         said = saeflow(*command)
         assert said.code == 2
         assert f"No store at {tmp_path}/data/store" in said.err
@@ -279,6 +358,48 @@ def test_a_missing_file_is_found_and_run_makes_it_again(
     assert tree(copied.root) == tree(finished.store.root)
 
 
+def test_forgetting_twice_says_so_and_quietly_says_nothing(saeflow: Command, copied: Store) -> None:
+    at = ("--store", copied.root)
+    listed = json.loads(saeflow("sql", "select key from documents where n_tokens > 0", "-f", "json", *at).out)
+    one, two = (row["key"] for row in listed[:2])
+    assert saeflow("forget", one, "-q", *at) == Said(0, "", "")
+    assert saeflow("forget", one, *at) == Said(0, f"{one!r} is forgotten already\n", "")
+    both = saeflow("forget", one, two, *at).out
+    assert f"{one!r} is forgotten already\n" in both
+    assert "1 documents hidden" in both
+    assert "saeflow gc --grace 0 --yes" in both
+
+
+def an_unlisted_part(store: Store) -> Path:
+    part = sorted(store.root.glob("tokens/*/parts/*"))[0]
+    return Path(shutil.copytree(part, part.with_name("00009-unlisted")))
+
+
+def test_what_gc_names_to_remove_is_removed_by_the_command_it_names(saeflow: Command, copied: Store) -> None:
+    part = an_unlisted_part(copied)
+    now = saeflow("gc", "--grace", 0, "--store", copied.root)
+    assert "more after" not in now.out
+    assert saeflow(*shlex.split(now.out.split("`")[1])[1:]).code == 0
+    assert not part.exists()
+
+
+def test_gc_says_what_is_still_within_the_grace_period(saeflow: Command, copied: Store) -> None:
+    part = an_unlisted_part(copied)
+    said = saeflow("gc", "--yes", "--store", copied.root)
+    assert "0 files and folders, 0 B removed" in said.out
+    assert re.search(r"^[\d.]+ \w+ more after 24 hours; now with --grace 0$", said.out, re.MULTILINE)
+    assert part.exists()
+
+
+def test_a_negative_grace_is_refused(saeflow: Command, copied: Store) -> None:
+    assert saeflow("gc", "--grace", -1, "--store", copied.root).code == 2
+
+
+def test_compact_names_both_ways_to_the_disk(saeflow: Command, copied: Store, recipe_file: Path) -> None:
+    said = saeflow("compact", recipe_file, "--store", copied.root)
+    assert "after 24 hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes" in said.err
+
+
 WORDS = {"bigint": "1", "double": "0.5", "text": "cat"}
 
 
@@ -307,9 +428,39 @@ def test_all_formats_give_the_same_rows(saeflow: Command, finished: Finished, tm
     assert [int(row["token_id"]) for row in rows] == [row["token_id"] for row in wanted]
     assert saeflow(*ask, "-f", "parquet", "-o", tmp_path / "answer.parquet").out == ""
     assert pq.read_table(tmp_path / "answer.parquet").to_pylist() == wanted
-    table = saeflow(*ask)
-    assert str(wanted[0]["token_id"]) in table.out
-    assert "The first 7 rows; more with --limit." in table.err
+    assert str(wanted[0]["token_id"]) in saeflow(*ask).out
+
+
+EVERY = "select token_id from stg_tokens limit 1200"
+
+
+@pytest.mark.parametrize("ask", [["ask", "tokens_where", "1"], ["sql", EVERY]], ids=["ask", "sql"])
+def test_only_a_table_on_the_screen_is_cut_unasked_and_it_says_so(
+    ask: list[str], saeflow: Command, finished: Finished, tmp_path: Path
+) -> None:
+    ask = [*ask, "--store", str(finished.store.root)]
+    n_rows = len(saeflow(*ask, "-f", "jsonl").out.splitlines())
+    first = 20 if ask[0] == "ask" else 1000
+    assert n_rows > first
+    assert len(json.loads(saeflow(*ask, "-f", "json").out)) == n_rows
+    assert len(saeflow(*ask, "-f", "csv").out.splitlines()) == n_rows + 1
+    for name in ("all.parquet", "all.csv", "all.txt"):
+        assert saeflow(*ask, "-o", tmp_path / name).code == 0
+    assert pq.read_metadata(tmp_path / "all.parquet").num_rows == n_rows
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == n_rows + 1
+    assert len((tmp_path / "all.txt").read_text().splitlines()) > n_rows
+    cut = saeflow(*ask)
+    assert f"The first {first:,} rows. More: -n {10 * first}; all: -o FILE.csv" in cut.err
+    assert len(cut.out.splitlines()) < first + 10
+    whole = saeflow(*ask, "-n", n_rows)
+    assert len(whole.out.splitlines()) > n_rows
+    assert "The first" not in whole.err
+
+
+def test_a_question_asked_for_so_many_rows_shows_so_many(saeflow: Command, finished: Finished) -> None:
+    said = saeflow("ask", "top_tokens", 1, 30, "--store", finished.store.root)
+    assert said.out.count("token_id") == 30  # one record under the other
+    assert "The first" not in said.err
 
 
 @pytest.mark.parametrize(
@@ -318,6 +469,9 @@ def test_all_formats_give_the_same_rows(saeflow: Command, finished: Finished, tm
         (["ask", "top_token", "1"], "Did you mean top_tokens"),
         (["ask", "top_tokens", "cat"], "must be a whole number"),
         (["ask", "tokens_where"], "tokens_where needs"),
+        (["ask", "top_tokens", "9999"], "There is no feature 9999; features go from 0 to 63."),
+        (["ask", "tokens_where", "-1"], "There is no feature -1; features go from 0 to 63."),
+        (["ask", "compare_sources", "tales", "nosuch"], "There is no source 'nosuch'. There are: "),
         (["ask", "runs", "--run", "smal"], "Did you mean small?"),
         (["sql", "select nothing from tokens"], "nothing"),
         (["sql", "copy tokens to 'stolen.parquet'"], "Only one statement that reads"),
@@ -336,6 +490,14 @@ def test_what_cannot_be_asked_ends_with_2_and_one_message(
     assert message in said.err
     assert "Traceback" not in said.err
     assert list(tmp_path.glob("stolen*")) == []
+
+
+def test_sources_that_are_named_cannot_speak_to_the_terminal(saeflow: Command, tmp_path: Path) -> None:
+    Given(documents=[Document("k", "a\x1b[2Jb", [b"x"])], values=[]).write(tmp_path / "hostile")
+    said = saeflow("ask", "compare_sources", "x", "y", "--store", tmp_path / "hostile")
+    assert said.code == 2
+    assert "There are: a␛[2Jb" in said.err
+    assert "\x1b" not in said.err
 
 
 def test_sql_answers_and_reads_a_pipe(saeflow: Command, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +520,23 @@ def test_the_script_runs_by_hand_in_duckdb(saeflow: Command, finished: Finished)
     with duckdb.connect() as connection:
         connection.execute(script)
         assert connection.execute("select sum(n_tokens) from documents").fetchone() == (finished.summary["n_tokens"],)
+
+
+def test_the_script_goes_to_the_file_that_is_named(saeflow: Command, finished: Finished, tmp_path: Path) -> None:
+    ask = ["sql", "--script", "--store", finished.store.root]
+    said = saeflow(*ask, "-o", "run.sql")
+    assert (said.code, said.out) == (0, "")
+    assert (tmp_path / "run.sql").read_text() == saeflow(*ask).out
+
+
+@pytest.mark.parametrize("ask", [["ask", "runs"], ["sql", "select 1"]], ids=["ask", "sql"])
+def test_parquet_is_not_written_to_a_terminal(
+    ask: list[str], saeflow: Command, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    said = saeflow(*ask, "-f", "parquet", "--store", finished.store.root)
+    assert (said.code, said.out) == (2, "")
+    assert "-o answer.parquet" in said.err
 
 
 def on_a_terminal(arguments: list[str], lines: list[str], environment: dict[str, str]) -> str:

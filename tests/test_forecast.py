@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from saeflow import activations, forecast, pipeline
+from saeflow import activations, forecast, pipeline, trial
 from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.forecast import Survey
 from saeflow.machine import measured
@@ -113,6 +115,21 @@ def test_the_forecast_of_a_small_run_is_near_what_it_takes(recipe: Recipe, tmp_p
     assert forecast.known_forecast(store, recipe) == found
     other = recipe.model_copy(update={"threads": 2})
     assert forecast.known_forecast(store, other) is None
+
+
+def test_what_a_stage_refuses_in_the_trial_is_said_in_its_own_words(recipe: Recipe, tmp_path: Path) -> None:
+    wrong = recipe.model_copy(update={"activations": recipe.activations.model_copy(update={"sites": ["no.such.site"]})})
+    with pytest.raises(UserError) as direct:
+        pipeline.run(Store.create(tmp_path / "direct"), wrong, quiet())
+    (tmp_path / "recipe.json").write_text(wrong.model_dump_json())
+    command = [sys.executable, "-m", "saeflow.trial", str(tmp_path / "recipe.json"), str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == trial.REFUSED
+    assert json.loads(done.stdout.splitlines()[-1]) == {"refused": str(direct.value)}
+    with pytest.raises(UserError) as planned:
+        forecast.plan(Store.create(tmp_path / "planned"), wrong, quiet())
+    assert " ".join(str(direct.value).split()) in " ".join(str(planned.value).split())
+    assert "saeflow.config" not in str(planned.value)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(

@@ -382,6 +382,16 @@ def test_json_is_valid_whatever_is_in_it():
     assert json.loads(to_json(table.slice(0, 0))) == []
 
 
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 4])
+def test_an_answer_written_some_rows_at_a_time_is_the_whole_answer(tmp_path, monkeypatch, n_rows):
+    monkeypatch.setattr("saeflow.terminal._ROWS_AT_ONCE", 2)
+    table = pa.table({"x": pa.array(range(n_rows), pa.int64())})
+    for form, text in (("csv", to_csv(table)), ("json", to_json(table)), ("jsonl", to_json_lines(table))):
+        write(table, form, tmp_path / form)
+        assert (tmp_path / form).read_text() == text
+    assert json.loads(to_json(table)) == table.to_pylist()
+
+
 @pytest.mark.parametrize("format", ["table", "csv", "json", "jsonl", "parquet"])
 def test_every_format_goes_to_a_file_or_to_standard_output(connection, tmp_path, capfdbinary, format):
     table = ask(connection, "top_tokens", [0])

@@ -226,8 +226,18 @@ def test_runs_show_their_size_and_quality_as_far_as_known(tmp_path):
     new, old = rows
     assert (new["name"], new["is_current"], new["site"], new["n_features"]) == ("demo", True, "layers.1", 4)
     assert (new["n_tokens"], new["l0"], new["variance_unexplained"]) == (8, 1.5, 0.2)
+    assert (new["architecture"], new["k"]) == (None, None)  # there is no SAE
     assert '"other"' in new["quality"]
     assert (old["name"], old["is_current"], old["l0"], old["problem"]) == ("old", False, None, None)
+
+
+@pytest.mark.parametrize(("architecture", "k"), [("topk", 7), ("relu", None)])
+def test_runs_show_what_their_sae_is(tmp_path, architecture, k):
+    store = Given().write(tmp_path)
+    store.artefact("saes", "demo", "f0000001").begin({"sae": {"architecture": architecture, "k": 7}})
+    with connect(store) as connection:
+        (row,) = ask(connection, "runs").to_pylist()
+    assert (row["architecture"], row["k"]) == (architecture, k)
 
 
 def test_a_healthy_run_passes_every_check(tmp_path):

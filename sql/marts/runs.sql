@@ -2,8 +2,9 @@
 --
 -- Grain:   one row per run of the store, damaged ones too.
 -- Reads:   stg_runs
--- Units:   l0 is features per token; variance_unexplained, dead_share and loss_recovered_… are shares;
---          quality holds every measure as JSON. Null until the run is evaluated.
+-- Units:   l0 is features per token, k what was asked for (null for relu); variance_unexplained, dead_share
+--          and loss_recovered_… are shares; quality holds every measure as JSON. Null until the run is
+--          evaluated.
 -- Ask it:  which run recovers most of the loss at which l0?
 create or replace view runs as
 select
@@ -12,7 +13,9 @@ select
     fp,
     is_current,
     facts ->> 'site'                                     as site,
+    facts ->> 'architecture'                             as architecture,
     (facts ->> 'n_features')::bigint                     as n_features,
+    (facts ->> 'k')::bigint                              as k,
     n_tokens,
     (quality ->> 'l0')::double                           as l0,
     (quality ->> 'variance_unexplained')::double         as variance_unexplained,
