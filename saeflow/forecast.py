@@ -28,6 +28,7 @@ from saeflow.progress import Progress
 from saeflow.records import read_checked, write_checked
 from saeflow.store import Store
 from saeflow.tokens import bos_ids, ids_of
+from saeflow.trial import REFUSED
 
 _PIECES, _MORE_PIECES, _PIECE_CHARACTERS = 16, 256, 4000
 """The sample: so many pieces of text, drawn as if the corpus were cut into pieces of this length."""
@@ -168,10 +169,13 @@ def _tried(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], progress: Pr
         progress.say(f"plan: trying every stage on {sum(map(len, pieces)):,} characters")
         command = [sys.executable, "-m", "saeflow.trial", str(folder / "recipe.json"), str(folder / "store")]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    if done.returncode == REFUSED:
+        raise UserError(json.loads(done.stdout.splitlines()[-1])["refused"])
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
-            f"The trial of the recipe failed: {last}\nSee all of it with `saeflow run RECIPE --set corpus.share=0.01`."
+            f"The trial of the recipe failed: {last}\nSee all of it on a few documents, in a store that you can delete: "
+            "saeflow run RECIPE --set corpus.share=0.01 --store /tmp/trial"
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found | {"n_characters": sum(map(len, pieces))}
