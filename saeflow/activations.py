@@ -178,7 +178,7 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     model = load_model(recipe.model)
     sites = resolve_sites(model, recipe.activations.sites)
     length = recipe.tokens.context_length
-    require_length(model, length)
+    require_length(model, length, sites)
     for site in sites:
         pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
     if recipe.sae.site:

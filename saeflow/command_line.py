@@ -19,6 +19,7 @@ from rich.table import Table
 
 from saeflow import __version__
 from saeflow.config import Recipe, UserError, load_recipe
+from saeflow.harmless import harmless_lines
 from saeflow.progress import Progress
 from saeflow.store import Store, store_path
 
@@ -131,11 +132,11 @@ def guarded(commands: typer.Typer, name: str, arguments: list[str], debug: bool)
     except UserError as error:
         if debug:
             raise
-        err.print(str(error), markup=False, soft_wrap=True, style="red")
+        err.print(harmless_lines(str(error)), markup=False, soft_wrap=True, style="red")
         return 2
     except Exception as error:
         if not debug and (message := _system_message(error)):
-            err.print(message, markup=False, soft_wrap=True, style="red")
+            err.print(harmless_lines(message), markup=False, soft_wrap=True, style="red")
             return 2
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # the command line itself was wrong
             error.show()

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from saeflow.command_line import RunOption, StoreOption, a_table, connection_to, err, open_store, out, require_place
 from saeflow.config import UserError
+from saeflow.harmless import harmless_lines, sanitise
 from saeflow.store import store_path
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def ask(
 
 def _refuse_unknown(connection: duckdb.DuckDBPyConnection, question: queries.Question, values: dict[str, Any]) -> None:
     """A feature or a source that the run does not have is a slip of the finger, not an empty answer."""
-    from saeflow import queries, terminal
+    from saeflow import queries
 
     if "feature" in values:
         last = queries.query(connection, "select max(feature_id) from stg_feature_stats").column(0)[0].as_py()
@@ -100,7 +101,7 @@ def _refuse_unknown(connection: duckdb.DuckDBPyConnection, question: queries.Que
         sql = "select distinct source from stg_documents where source is not null order by source"
         sources = queries.query(connection, sql).column(0).to_pylist()
         for wrong in (source for source in values.values() if source not in sources):
-            there = ", ".join(map(terminal.sanitise, sources[:_SOURCES_SAID]))
+            there = ", ".join(map(sanitise, sources[:_SOURCES_SAID]))
             more = f" … (saeflow sql '{sql}')" if len(sources) > _SOURCES_SAID else ""
             raise UserError(f"There is no source {wrong!r}. There are: {there}{more}")
 
@@ -147,7 +148,7 @@ def sql(
             try:
                 answer(typed)
             except UserError as error:
-                err.print(str(error), markup=False, style="red")
+                err.print(harmless_lines(str(error)), markup=False, style="red")
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from saeflow.artefact import Artefact
 from saeflow.command_line import (
@@ -26,6 +27,7 @@ from saeflow.command_line import (
 )
 from saeflow.config import UserError
 from saeflow.disk import human_bytes
+from saeflow.harmless import sanitise
 from saeflow.progress import Progress
 from saeflow.records import KINDS, read_checked
 from saeflow.store import Store, store_path
@@ -73,7 +75,7 @@ def show(
     out.print(f"{artefact.id}\n{artefact.path}", markup=False)
     table = a_table("setting", "value")
     for key, value in sorted(artefact.record.facts.items()):
-        table.add_row(key, str(value))
+        table.add_row(escape(key), escape(sanitise(str(value))))
     for name in artefact.record.inputs:
         table.add_row("reads", name)
     quality = artefact.path / "quality.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from saeflow.document import Corpus, Document, is_shared
 from saeflow.objects import is_url
 
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
+_COMMIT = re.compile("(?<=[^/])@[0-9a-f]{40}(?=/|$)")
+"""In the URL of a hub data set; no part of a document's name."""
 _COMPRESSION = {".gz", ".zst"} | tables.OTHER_COMPRESSION
 
 
@@ -127,7 +130,7 @@ def _named(patterns: list[str]) -> dict[str, str]:
         for path in (path for path in _matches(pattern) if path not in seen):
             seen.add(path)
             key = path.removeprefix(base).lstrip("/")
-            choices = (key, f"{os.path.basename(base)}/{key}", path)
+            choices = (key, f"{os.path.basename(_COMMIT.sub('', base))}/{key}", _COMMIT.sub("", path))
             named[next(choice for choice in choices if choice not in named)] = path
     return named
 

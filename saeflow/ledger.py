@@ -61,10 +61,20 @@ class Ledger:
             keys.append(_numbers(key_hash(key) for key in table.filter(seen).column("key").to_pylist()))
             contents.append(_numbers(text[:16] for text in table.filter(seen).column("content_hash").to_pylist()))
         every = [np.concatenate(each) if each else np.empty(0, np.uint64) for each in (keys, contents, ids)]
-        order = np.argsort(every[0], kind="stable")
         every_hidden = (document for documents in generation.hidden.values() for document in documents)
         forgotten = frozenset(each.key_hash for each in every_hidden if each.reason == "forgotten")
-        return cls(every[0][order], every[1][order], every[2][order], forgotten)
+        return cls._sorted(every[0], every[1], every[2], forgotten)
+
+    @classmethod
+    def of(cls, held: Sequence[tuple[str, str]]) -> Ledger:
+        """Of documents by key and content hash, numbered as they come."""
+        keys, contents = _numbers(key_hash(key) for key, _ in held), _numbers(content[:16] for _, content in held)
+        return cls._sorted(keys, contents, np.arange(len(held)), frozenset())
+
+    @classmethod
+    def _sorted(cls, keys: np.ndarray, contents: np.ndarray, ids: np.ndarray, forgotten: frozenset[str]) -> Ledger:
+        order = np.argsort(keys, kind="stable")
+        return cls(keys[order], contents[order], ids[order], forgotten)
 
     def look_up(self, key: str, content_hash: str) -> Verdict:
         """What the artefact knows of this document; a changed one is noted to be replaced."""
@@ -97,12 +107,21 @@ class Ledger:
 
     def _own_key(self, document: Document, times: Counter[str]) -> str:
         """The document's key; where that has come before, followed by its content, which no order of files changes."""
-        by_content = f"{document.key}#{document.content_hash[:8]}"
-        times[document.key] += 1
-        if times[document.key] == 1 and not self._knows(by_content):
-            return document.key
-        times[by_content] += 1
-        return by_content if times[by_content] == 1 else f"{by_content} ({times[by_content]})"
+        key, by_content = document.key, f"{document.key}#{document.content_hash[:8]}"
+        free, n = not times[key], times[by_content] + 1
+        nth = by_content if n == 1 else f"{by_content} ({n})"
+        mine = free and self._holds_as(key, document.content_hash)
+        if not mine and (self._knows(nth) or (not free and key_hash(key) not in self.forgotten)):
+            times[by_content], times[key] = n, times[key]
+            return nth
+        times[key] += 1
+        return key
+
+    def _holds_as(self, key: str, content_hash: str) -> bool:
+        """Is a document of this key and content stored?"""
+        place = int(np.searchsorted(self.keys, np.uint64(int(key_hash(key), 16))))
+        wanted = (int(key_hash(key), 16), int(content_hash[:16], 16))
+        return place < len(self.keys) and (int(self.keys[place]), int(self.contents[place])) == wanted
 
     def _knows(self, key: str) -> bool:
         hashed = key_hash(key)

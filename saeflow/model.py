@@ -154,26 +154,40 @@ def _commit(path: str, revision: str | None) -> tuple[str, bool]:
 
     failures: tuple[type[Exception], ...] = (*hub_errors(), OSError, ValueError, RuntimeError)
     try:
-        return str(HfApi().model_info(path, revision=revision, timeout=_HUB_SECONDS).sha), True
+        commit = str(HfApi().model_info(path, revision=revision, timeout=_HUB_SECONDS).sha)
     except failures as error:
         cached = _downloaded(path, revision)
         if cached is None or isinstance(error, HfHubHTTPError):
             raise UserError(_why_not(path, False, error)) from error
         return cached, False
+    _note_commit(path, revision, commit)
+    return commit, True
+
+
+def _cache_folder(path: str) -> Path:
+    from huggingface_hub import constants, file_download
+
+    return Path(constants.HF_HUB_CACHE, file_download.repo_folder_name(repo_id=path, repo_type="model"))
+
+
+def _note_commit(path: str, revision: str | None, commit: str) -> None:
+    """Where the hub's cache keeps which commit a branch or tag is; it does so itself only for what is asked by name."""
+    if revision != commit:
+        note = _cache_folder(path) / "refs" / (revision or "main")
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(commit)
 
 
 def _downloaded(path: str, revision: str | None) -> str | None:
-    """The commit of a branch, tag or commit in the hub's cache; without one, the commit that came last."""
-    from huggingface_hub import constants, file_download, try_to_load_from_cache
+    """The commit in the hub's cache that a branch, tag or commit stands for."""
+    from huggingface_hub import try_to_load_from_cache
 
     with contextlib.suppress(ValueError):  # no name of a model
         found = try_to_load_from_cache(path, "config.json", revision=revision)
         if isinstance(found, str):
             return Path(found).parent.name
-    folder = file_download.repo_folder_name(repo_id=path, repo_type="model")
-    snapshots = Path(constants.HF_HUB_CACHE, folder, "snapshots").glob("*/config.json")
-    newest = max(snapshots, key=lambda each: each.lstat().st_mtime, default=None) if revision is None else None
-    return newest.parent.name if newest else None
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -211,15 +225,18 @@ def list_sites(model: nn.Module) -> list[Site]:
 
 
 @torch.no_grad()
-def require_length(model: nn.Module, length: int) -> None:
+def require_length(model: nn.Module, length: int, sites: list[Site]) -> None:
     """Raises UserError where the model cannot read sequences of `length` tokens: by its settings, or by trial."""
     limit = getattr(model.config, "max_position_embeddings", None) or length
     said = f"tokens.context_length is {length}, but the model reads"
     if length > limit:
         raise UserError(f"{said} at most {limit} tokens. Set at most {limit}.")
     try:
-        model(torch.zeros(1, length, dtype=torch.int64, device=device_of(model)))
+        with contextlib.closing(SiteReader(model, sites)) as reader:
+            reader.read(torch.zeros(1, length, dtype=torch.int64), None)
     except (IndexError, RuntimeError) as error:  # some keep a few positions for themselves
+        if "allocate" in str(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
         raise UserError(f"{said} fewer ({str(error).splitlines()[0]}). Set less, such as {limit - 2}.") from error
 
 

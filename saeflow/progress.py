@@ -13,6 +13,8 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from saeflow.harmless import harmless_lines
+
 _PLAIN_SECONDS = 5.0
 """Between two plain lines of one stage."""
 
@@ -78,7 +80,7 @@ class Progress:
 
     def say(self, text: str, verbosity: int = 0) -> None:
         if self.verbosity >= verbosity:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(harmless_lines(text), markup=False, soft_wrap=True)
 
     def skip(self, stage: str, what: str) -> None:
         """Say that a stage has nothing to do."""

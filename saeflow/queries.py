@@ -184,7 +184,9 @@ def _fetch(
     try:
         reader = connection.sql(sql, params=parameters or None).to_arrow_reader()
         return _head(reader, limit)
-    except duckdb.Error as error:
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of DuckDB through Arrow
+            raise
         raise UserError(f"{what} failed.\n{error}") from error
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,6 +66,10 @@ def from_query(config: CorpusConfig) -> Corpus:
     """One document a row of a select, in its own order if it has one. Raises UserError for what cannot be run."""
     with ExitStack() as stack:
         scratch, sql = _scratch(stack), config.sql or ""
+        if "," in (config.folder or ""):
+            raise UserError(
+                f"corpus.folder is {config.folder!r}; DuckDB cannot search a folder with a comma. Rename it."
+            )
         connection = stack.enter_context(_connection(scratch / "read", file_search_path=config.folder or ""))
         with _said("corpus.sql cannot be run"):
             statements = connection.extract_statements(sql)
@@ -122,6 +127,11 @@ def _columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files: bool) 
     kinds = {name: str(kind) for name, kind in zip(relation.columns, relation.types, strict=True)}
     if has_files:
         kinds.pop("filename")
+    twice = [name for name, n in Counter(map(str.casefold, relation.columns)).items() if n > 1]
+    if twice:
+        raise UserError(
+            f"The corpus has several columns called {twice[0]!r} but for case. Leave out or rename one of them."
+        )
     content = config.token_ids or config.text
     if content not in kinds:
         raise UserError(
@@ -194,7 +204,8 @@ def _in_order(
                 table.insert_into("narrow")
         if narrow is None:
             return
-        by = [name for name in (_KEY, _FILE, _PLACE[0]) if name in narrow.columns]
+        by = [_KEY, _PLACE[0], _FILE] if _KEY in narrow.columns else [_FILE, _PLACE[0]]
+        by = [name for name in by if name in narrow.columns]
         contents.flush()
         for batch in narrow.sort(*map(ColumnExpression, by)).to_arrow_reader(BATCH_DOCUMENTS):
             yield batch.append_column(_CONTENT, _brought_back(batch, contents.fileno()))
@@ -276,4 +287,6 @@ def _said(what: str, hint: str = "") -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:  # of the system, not of DuckDB through Arrow
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "Out of Memory" in first:
+            hint = 'Leave out long columns that you do not need: sql = "select key, text from ..." under [corpus].'
         raise UserError(f"{what}: {first}" + (f"\n{hint}" if hint else "")) from error

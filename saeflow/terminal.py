@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from saeflow.harmless import HOSTILE, sanitise
+
 Format = Literal["table", "csv", "json", "jsonl", "parquet"]
 
-_HOSTILE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb]")
-_LINE_BREAK = re.compile(r"\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]")
 _MARKED = re.compile("«([^«»]*)»")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _ROWS_AT_ONCE = 10_000
@@ -38,20 +38,6 @@ _GAP = 3
 _NARROWEST_CONTEXT = 24
 _NARROWEST_TEXT = 12
 _WIDEST_BESIDE_CONTEXT = 32
-
-
-def sanitise(text: str) -> str:
-    """`text` on one line with nothing a terminal would obey: line breaks as ↵, tabs as ⇥, the rest as symbols."""
-    return _HOSTILE.sub(_harmless, _LINE_BREAK.sub("↵", text))
-
-
-def _harmless(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    if code == 9:
-        return "⇥"
-    if code < 32:
-        return chr(0x2400 + code)
-    return "␡" if code == 127 else f"⟨U+{code:04X}⟩"
 
 
 def render_table(table: pa.Table, console: Console | None = None, max_rows: int | None = None) -> None:
@@ -284,7 +270,7 @@ def to_json_lines(table: pa.Table) -> str:
 def _json_rows(table: pa.Table) -> list[str]:
     """Control and direction characters are escaped, so that the text is harmless in a terminal too."""
     rows = (json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) for row in table.to_pylist())
-    return [_HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", row) for row in rows]
+    return [HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", row) for row in rows]
 
 
 def _plain(value: object) -> object:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import pytest
 
 from saeflow import activations, features, pipeline, queries, tokens, train
 from saeflow.artefact import Artefact
-from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.config import CorpusConfig, Recipe, UserError, parse_recipe
 from saeflow.document import Document
 from saeflow.forget import forget
 from saeflow.integrity import damage, garbage, remove
+from saeflow.ledger import Ledger, key_hash
 from saeflow.progress import Progress
 from saeflow.store import Store
 from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
@@ -466,3 +468,28 @@ def test_a_recipe_that_begins_anew_says_which_setting_made_it(ingredients, tmp_p
     assert f"tokens: a new artefact beside {first.id}, because of corpus.held_out. To go on with that one" in said
     tokens.run(store, changed, Progress())
     assert "a new artefact" not in capsys.readouterr().err
+
+
+CONTENTS = ("one text", "another text", "a third text")
+
+
+@pytest.mark.parametrize("first", list(itertools.product(CONTENTS, repeat=2)) + list(itertools.permutations(CONTENTS)))
+def test_documents_of_one_key_are_the_same_ones_in_any_order(first):
+    """Held as `first` gives them; every order of them, and of them without one, adds nothing and changes nothing."""
+    about = CorpusConfig(files=["x"])
+    rows = [Document("a", text, "") for text in first]
+    held = list(Ledger.of([]).fresh(rows, about))
+    assert len({entry.key for entry in held}) == len(first)
+    for left in range(1, len(first) + 1):
+        for again in itertools.permutations(rows, left):
+            ledger = Ledger.of([(entry.key, entry.document.content_hash) for entry in held])
+            assert list(ledger.fresh(again, about)) == [], again
+
+
+def test_a_forgotten_text_stays_away_whatever_comes_under_its_key():
+    about = CorpusConfig(files=["x"])
+    for others in (["a new text"], ["a new text", "another"]):
+        for order in itertools.permutations(["the secret", *others]):
+            ledger = replace(Ledger.of([]), forgotten=frozenset({key_hash("a")}))
+            stored = ledger.fresh([Document("a", text, "") for text in order], about)
+            assert "the secret" not in [entry.document.content for entry in stored]

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = [
     "config",
+    "harmless",
     "parallel",
     "transfer",
     "machine",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
@@ -617,3 +618,33 @@ def test_debug_shows_the_traceback(saeflow: Command, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "Traceback" in done.stderr
     assert "No recipe at missing.toml" in done.stderr
+
+
+def test_nothing_of_a_corpus_reaches_the_terminal_as_a_command_through_a_message(
+    saeflow: Command, ingredients: Ingredients, tmp_path: Path
+) -> None:
+    hostile = "\x1b]0;pwned\x07\u202e"
+    pq.write_table(pa.table({"key": ["a"], "text": [hostile]}), tmp_path / "a.parquet")
+    sql = f"select key, cast(text as int)::varchar as text from '{tmp_path}/a.parquet'"
+    recipe = write_recipe(tmp_path / "r.toml", recipe_data(ingredients, corpus={"files": [], "sql": sql}))
+    said = saeflow("tokens", recipe, "--store", tmp_path / "store")
+    assert said.code == 2
+    assert "pwned" in said.err
+    assert not {"\x1b", "\x07", "\u202e"} & set(said.err)
+
+
+def test_an_error_late_in_a_query_is_one_message(saeflow: Command, finished: Finished) -> None:
+    late = "select cast(case when i = 900000 then 'x' else '1' end as int) as n from range(1000000) t(i)"
+    said = saeflow("sql", late, "--store", finished.store.root, "-f", "csv")
+    assert said.code == 2
+    assert "Could not convert string 'x'" in said.err
+    assert "Traceback" not in said.err
+
+
+def test_settings_are_shown_as_they_are(saeflow: Command, ingredients: Ingredients, tmp_path: Path) -> None:
+    folder = tmp_path / "texts[b]"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some text")
+    data = recipe_data(ingredients, corpus={"files": [str(folder)]})
+    assert saeflow("tokens", write_recipe(tmp_path / "r.toml", data), "--store", tmp_path / "store").code == 0
+    assert "texts[b]" in saeflow("show", "small", "--store", tmp_path / "store").out.replace("\n", "")

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow import tables
+from saeflow import corpus, tables
 from saeflow.config import CorpusConfig, UserError, facts_of
 from saeflow.corpus import open_corpus, signature
 from saeflow.document import Document, is_held_out
@@ -377,3 +377,29 @@ def test_nothing_of_a_corpus_stays_in_the_temporary_folder(tmp_path, monkeypatch
     read(files=[str(tmp_path / "a.parquet")])
     read(sql=f"select key, text from '{tmp_path}/a.parquet'")
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_columns_that_differ_only_in_case_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"several columns called 'text' but for case"):
+        read(sql="select 'a' as text, 'c' as \"TEXT\"")
+
+
+def test_the_commit_of_a_hub_data_set_is_no_part_of_a_documents_name(monkeypatch):
+    found = {}
+    for commit in ("0" * 40, "1" * 40):
+        patterns = [f"hf://datasets/o/{name}@{commit}/*.txt" for name in "nmk"]
+        monkeypatch.setattr(corpus, "_matches", lambda pattern: [pattern.replace("*", "README")])
+        found[commit] = list(corpus._named(patterns))
+    assert found["0" * 40] == found["1" * 40] == ["README.txt", "m/README.txt", "k/README.txt"]
+
+
+def test_where_memory_is_short_the_way_out_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "total_memory", lambda: 0)
+    monkeypatch.setattr(tables, "LEAST_MEMORY", 24 << 20)
+    letters = np.random.default_rng(0)
+    long = [letters.integers(97, 123, 50_000, np.uint8).tobytes().decode() for _ in range(2000)]
+    pq.write_table(
+        pa.table({"key": [str(i) for i in range(2000)], "text": ["x"] * 2000, "html": long}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=r"Out of Memory.*\nLeave out long columns"):
+        read(files=[str(tmp_path / "a.parquet")])

@@ -320,8 +320,9 @@ def test_a_model_that_keeps_positions_for_itself_says_so_before_work() -> None:
         max_position_embeddings=20, pad_token_id=1,
     )  # fmt: skip
     model = a_model(about, transformers.RobertaForMaskedLM).eval()
-    require_length(model, 18)
+    sites = resolve_sites(model, ["roberta.encoder.layer.0"])
+    require_length(model, 18, sites)
     with pytest.raises(UserError, match=r"context_length is 20, but the model reads fewer .*Set less, such as 18"):
-        require_length(model, 20)
+        require_length(model, 20, sites)
     with pytest.raises(UserError, match=r"at most 20 tokens"):
-        require_length(model, 21)
+        require_length(model, 21, sites)

@@ -1,0 +1,27 @@
+"""Text that a terminal does not obey, whoever wrote it."""
+
+from __future__ import annotations
+
+import re
+
+HOSTILE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb]")
+_LINE_BREAK = re.compile(r"\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]")
+
+
+def sanitise(text: str) -> str:
+    """`text` on one line with nothing a terminal would obey: line breaks as ↵, tabs as ⇥, the rest as symbols."""
+    return HOSTILE.sub(_harmless, _LINE_BREAK.sub("↵", text))
+
+
+def _harmless(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if code == 9:
+        return "⇥"
+    if code < 32:
+        return chr(0x2400 + code)
+    return "␡" if code == 127 else f"⟨U+{code:04X}⟩"
+
+
+def harmless_lines(text: str) -> str:
+    """A message of one line or more, each line sanitised."""
+    return "\n".join(map(sanitise, text.split("\n")))
