@@ -227,6 +227,8 @@ def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:
 
     def read(self, vocab_ids, mask):
         found = real(self, vocab_ids, mask)
+        if len(vocab_ids) == 1:  # the trial of the context length
+            return found
         calls.append(None)
         if len(calls) == 2:
             found[SITE][at] = value
