@@ -22,12 +22,12 @@ from saeflow.model import Site, SiteReader, device_of, load_model, model_fingerp
 from saeflow.norms import FILE as NORMS_FILE
 from saeflow.norms import Norms, norms_of, warn
 from saeflow.packed import open_writer
-from saeflow.parallel import in_order, keep_freed_memory, n_threads
+from saeflow.parallel import in_order, keep_freed_memory
 from saeflow.plan import pool_blocks
 from saeflow.progress import Bar, Progress
 from saeflow.records import PartRecord
 from saeflow.store import Store
-from saeflow.transfer import GPU_WORKERS, own_stream
+from saeflow.transfer import n_workers, own_stream
 from saeflow.writer import stored
 
 _QUEUE = 4
@@ -188,7 +188,7 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
     about = facts(store, recipe) | {"stored": [[site.name, site.width] for site in sites]}
     target.begin(about, [source.id])
-    workers = n_threads(recipe.threads) if device_of(model).type == "cpu" else GPU_WORKERS
+    workers = n_workers(device_of(model), recipe.threads)
     keep_freed_memory()
     return Collector(source, target, recipe.activations, model, sites, workers)
 

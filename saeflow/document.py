@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class Document:
     def vocab_ids(self) -> tuple[int, ...]:
         return () if isinstance(self.content, str) else self.content
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         written = self.content.encode() if isinstance(self.content, str) else np.array(self.content, "<i8").tobytes()
         return hashlib.sha256(written).hexdigest()[:32]

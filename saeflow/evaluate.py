@@ -24,12 +24,12 @@ from saeflow.config import FORMAT_VERSION, Recipe, fingerprint
 from saeflow.feed import Feed, held_out_rows
 from saeflow.machine import total_memory
 from saeflow.model import device_of, load_model, predicts_next_token, replaced
-from saeflow.parallel import in_order, n_threads
+from saeflow.parallel import in_order
 from saeflow.progress import Bar, Progress
 from saeflow.records import Damaged, read_checked, write_checked
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
-from saeflow.transfer import GPU_WORKERS
+from saeflow.transfer import n_workers
 from saeflow.used import Used
 
 _SEQUENCES = 4
@@ -208,8 +208,7 @@ def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
     on_processor = device_of(model).type == "cpu"
     room = (total_memory() if on_processor else torch.cuda.mem_get_info(device_of(model))[0]) // 4
     one = recipe.tokens.context_length * model.get_output_embeddings().weight.shape[0] * _LOGIT_BYTES
-    wanted = n_threads(recipe.threads) if on_processor else GPU_WORKERS
-    workers = min(wanted, max(1, room // one))
+    workers = min(n_workers(device_of(model), recipe.threads), max(1, room // one))
     return workers, min(_SEQUENCES, max(1, room // one // workers))
 
 

@@ -15,6 +15,7 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.config import UserError
+from saeflow.query_errors import QUERY_ERRORS, is_of_system
 from saeflow.runs import Run, connect, nearest, runs, script, sql_folder
 
 __all__ = ["Parameter", "Question", "Run", "ask", "check", "connect", "query", "questions", "runs", "script"]
@@ -184,8 +185,8 @@ def _fetch(
     try:
         reader = connection.sql(sql, params=parameters or None).to_arrow_reader()
         return _head(reader, limit)
-    except (duckdb.Error, pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of DuckDB through Arrow
+    except QUERY_ERRORS as error:
+        if is_of_system(error):
             raise
         raise UserError(f"{what} failed.\n{error}") from error
 

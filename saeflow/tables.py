@@ -28,6 +28,7 @@ from saeflow.config import CorpusConfig, UserError
 from saeflow.document import Corpus, Document, is_shared
 from saeflow.machine import total_memory
 from saeflow.objects import is_url
+from saeflow.query_errors import QUERY_ERRORS, is_of_system
 
 BATCH_DOCUMENTS = 512
 OTHER_COMPRESSION = {".bz2", ".xz", ".lzma"}
@@ -217,7 +218,7 @@ def _set_aside(batch: pa.RecordBatch, names: dict[str, str], share: float, conte
     base = contents.tell()
     for row, content in enumerate(_as_bytes(batch.column(_CONTENT))):
         digest = hashlib.sha256(content).hexdigest()
-        if share >= 1 or is_shared(_key(batch, row, names, digest), share):
+        if share >= 1 or is_shared(_key(batch, row, names, content), share):
             kept.append(row)
             written.append((digest, base, len(content)))
             contents.write(content)
@@ -250,9 +251,9 @@ def _brought_back(batch: pa.RecordBatch, file: int) -> pa.Array:
     return pa.array([os.pread(file, n_bytes, offset) for offset, n_bytes in places], pa.large_binary())
 
 
-def _key(batch: pa.RecordBatch, row: int, names: dict[str, str], digest: str) -> str:
+def _key(batch: pa.RecordBatch, row: int, names: dict[str, str], content: bytes) -> str:
     key = batch.column(_KEY)[row].as_py() if _KEY in batch.schema.names else None
-    return str(key) if key is not None else f"{_file(batch, row, names)}#{digest[:32]}"
+    return str(key) if key is not None else f"{_file(batch, row, names)}#{hashlib.sha256(content).hexdigest()[:32]}"
 
 
 def _file(batch: pa.RecordBatch, row: int, names: dict[str, str]) -> str:
@@ -271,7 +272,7 @@ def _documents(
             for row, content in enumerate(_as_bytes(batch.column(_CONTENT))):
                 source = batch.column(_SOURCE)[row].as_py() if _SOURCE in batch.schema.names else None
                 yield Document(
-                    key=_key(batch, row, names, hashlib.sha256(content).hexdigest()),
+                    key=_key(batch, row, names, content),
                     content=tuple(np.frombuffer(content, "<i8").tolist()) if is_ids else content.decode(),
                     source=source or _file(batch, row, names),
                     metadata=metadata[row],
@@ -283,8 +284,8 @@ def _said(what: str, hint: str = "") -> Iterator[None]:
     """Errors of DuckDB, and values that Python cannot hold, as one message."""
     try:
         yield
-    except (duckdb.Error, pa.ArrowException, OSError, OverflowError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of DuckDB through Arrow
+    except (*QUERY_ERRORS, OverflowError, ValueError) as error:
+        if is_of_system(error):
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "Out of Memory" in first:

@@ -12,9 +12,16 @@ import threading
 import torch
 from torch import Tensor
 
+from saeflow.parallel import n_threads
+
 _here = threading.local()
 GPU_WORKERS = 2
 """Threads that feed a GPU: one batch is computed while the one before it leaves."""
+
+
+def n_workers(place: torch.device, threads: int) -> int:
+    """Threads that run a model at once: as many as asked for on the processor, enough to keep a GPU busy."""
+    return n_threads(threads) if place.type == "cpu" else GPU_WORKERS
 
 
 def own_stream(place: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -80,7 +80,6 @@ def main(recipe_file: Path, folder: Path) -> int:
         found = run(Recipe.model_validate_json(recipe_file.read_text("utf-8")), Store.create(folder))
     except UserError as error:
         print(json.dumps({"refused": str(error)}))
-        print(" ".join(str(error).split()), file=sys.stderr)
         return REFUSED
     print(json.dumps(found))
     return 0

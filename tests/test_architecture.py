@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "config",
     "harmless",
+    "query_errors",
     "parallel",
     "transfer",
     "machine",

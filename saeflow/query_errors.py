@@ -1,0 +1,13 @@
+"""What a query raises: DuckDB itself, or, once rows are streamed, Arrow in its place."""
+
+from __future__ import annotations
+
+import duckdb
+import pyarrow as pa
+
+QUERY_ERRORS = (duckdb.Error, pa.ArrowException, OSError)
+
+
+def is_of_system(error: Exception) -> bool:
+    """Is it the system's (a full disk), and not an error of DuckDB that Arrow hands on as an OSError without a number?"""
+    return isinstance(error, OSError) and error.errno is not None
