@@ -140,15 +140,42 @@ class FeedConfig(Section):
     seed: int = Field(0, description="Same seed, same order, on any machine.")
 
 
+Architecture = Literal["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
+"""The kinds of autoencoder there are. Another one is added here and where `saeflow.sae` matches on it."""
+
+TOP_FAMILY: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka")
+"""Architectures that choose the k largest values of a token or of a batch; the others pay for values by a penalty."""
+
+
 class SAEConfig(Section):
     """The dictionary: architecture, size and sparsity."""
 
-    site: str | None = Field(None, description="Which stored site; needed when there are several.")
-    architecture: Literal["relu", "topk", "batchtopk"] = Field("batchtopk", description="Kind of autoencoder.")
+    site: str | None = Field(None, description="Which stored site is read; needed when there are several.")
+    target_site: str | None = Field(
+        None, description="Stored site to reconstruct from the one read: makes a transcoder. Default: the one read."
+    )
+    source: str | None = Field(
+        None, description="Folder of a trained SAE (SAELens, dictionary_learning) to use instead of training one."
+    )
+    architecture: Architecture = Field("batchtopk", description="Kind of autoencoder.")
     n_features: PositiveInt = Field(4096, description="Directions in the dictionary (F).")
-    k: PositiveInt = Field(32, description="Active features per token (topk, batchtopk).")
-    l1_weight: float = Field(0.01, ge=0, description="Weight of mean(abs(values)) in the loss (relu).")
+    k: PositiveInt = Field(
+        32, description="Active features per token (topk, batchtopk, matryoshka); jumprelu's target with penalty `l0`."
+    )
+    prefixes: list[PositiveInt] = Field(
+        [], description="Sizes of matryoshka's nested dictionaries; default: 1/32, 3/32, 7/32, 15/32 of F, and F."
+    )
+    l1_weight: float = Field(0.01, ge=0, description="Weight of mean(abs(values)) in the loss (relu, gated).")
     l1_norm_weighted: bool = Field(False, description="Weigh each value by its decoder row's length in that loss.")
+    penalty: Literal["l0", "tanh"] = Field(
+        "l0", description="jumprelu: (L0 / k - 1)², which aims at k features a token, or tanh of the values."
+    )
+    penalty_weight: float = Field(1.0, ge=0, description="Weight of that penalty in the loss (jumprelu).")
+    tanh_scale: PositiveFloat = Field(4.0, description="Factor inside that tanh (jumprelu).")
+    bandwidth: PositiveFloat = Field(
+        0.1, description="Width of the window around a threshold in which its gradient is estimated (jumprelu)."
+    )
+    first_threshold: PositiveFloat = Field(0.1, description="Where thresholds start (jumprelu).")
     unit_norm: bool = Field(True, description="Keep decoder rows at unit length.")
     normalise: bool = Field(
         True, description="Scale the data set to mean squared norm D while training; folded in at save."
@@ -162,12 +189,31 @@ class SAEConfig(Section):
     )
     seed: int = Field(0, description="Seed of the initial weights.")
 
+    @property
+    def counts_k(self) -> bool:
+        """Is `k` the number of features that are chosen?"""
+        return self.architecture in TOP_FAMILY
+
+    @property
+    def nested(self) -> list[int]:
+        """Sizes of the nested dictionaries in ascending order, the last of them F (Bussmann et al. 2025, arXiv 2503.17547)."""
+        if self.architecture != "matryoshka":
+            return [self.n_features]
+        shares = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
+        chosen = self.prefixes or [max(1, round(share * self.n_features)) for share in shares]
+        return sorted({*chosen, self.n_features})
+
     @model_validator(mode="after")
     def _k_fits(self) -> SAEConfig:
-        if self.architecture != "relu" and self.k > self.n_features:
+        if self.counts_k and self.k > self.n_features:
             raise ValueError(
                 f"sae.k is {self.k}, but sae.n_features is {self.n_features}.\n"
                 f"Set sae.k to at most {self.n_features}, or raise sae.n_features."
+            )
+        if max(self.prefixes, default=0) > self.n_features:
+            raise ValueError(
+                f"sae.prefixes holds {max(self.prefixes)}, but sae.n_features is {self.n_features}.\n"
+                f"Give sizes of at most {self.n_features}, or raise sae.n_features."
             )
         return self
 
@@ -179,8 +225,19 @@ class TrainConfig(Section):
     lr: PositiveFloat = Field(1e-3, description="Peak learning rate of Adam.")
     warmup_share: Share = Field(0.02, description="Share of steps over which the learning rate rises.")
     decay_share: Share = Field(0.3, description="Share of steps at the end over which it falls to zero.")
+    decay: Literal["linear", "cosine"] = Field("linear", description="How it falls: straight, or as half a cosine.")
     beta1: Share = Field(0.9, description="Adam's first moment.")
     beta2: Share = Field(0.999, description="Adam's second moment.")
+    clip_norm: PositiveFloat | None = Field(
+        None, description="Longest gradient, all parameters together; longer ones are scaled down to it."
+    )
+    sparsity_warmup_share: Share = Field(
+        0.0, description="Share of steps over which the penalty rises from zero (relu, gated, jumprelu)."
+    )
+    k_start: PositiveInt | None = Field(
+        None, description="Active features per token at the start, falling to sae.k (top-k family)."
+    )
+    k_anneal_share: Share = Field(0.1, description="Share of steps over which k falls from `k_start` to sae.k.")
     aux_weight: float = Field(1 / 32, ge=0, description="Weight of the auxiliary loss of dead features (top-k family).")
     dead_after_tokens: PositiveInt = Field(
         200_000, description="A feature silent this long counts as dead in training."
@@ -191,6 +248,9 @@ class TrainConfig(Section):
     restarts: PositiveInt = Field(1, description="Trainings from other seeds; the best reconstruction is kept.")
     checkpoint_seconds: PositiveFloat = Field(60, description="Work at most lost when a run is killed.")
     log_every: PositiveInt = Field(10, description="Steps between rows of log.parquet.")
+    tensorboard: str | None = Field(
+        None, description="Folder for TensorBoard's event files; needs the package tensorboard."
+    )
 
 
 class FeaturesConfig(Section):
@@ -291,6 +351,8 @@ def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         ("corpus", "files", anchor),
         ("corpus", "folder", anchor),
         ("activations", "source", anchor),
+        ("sae", "source", anchor),
+        ("train", "tensorboard", anchor),
         ("model", "path", anchor_if_there),
     ]:
         if isinstance(data.get(section), dict) and key in data[section]:
@@ -348,13 +410,17 @@ def _plain(value: object) -> object:
     raise TypeError(f"cannot fingerprint {type(value).__name__}")
 
 
-_SINCE_2 = {"skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array"}
+_SINCE_2 = {
+    "skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array",
+    "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold",
+    "decay", "clip_norm", "sparsity_warmup_share", "k_start", "k_anneal_share",
+}  # fmt: skip
 """Settings that format 1 did not have: at their defaults they leave fingerprints as they were."""
 
 
 def facts_of(section: Section) -> dict[str, Any]:
     """The section's settings for a fingerprint; how much of a corpus is read does not count."""
-    data = section.model_dump(mode="json", exclude={"share", "folder"})
+    data = section.model_dump(mode="json", exclude={"share", "folder", "tensorboard"})
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(section).model_fields.items()
     }
