@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from saeflow import tokens
 from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.artefact import Artefact, Job
 from saeflow.brought import content
-from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
+from saeflow.config import ActivationsConfig, Recipe, SAEConfig, UserError, fingerprint
 from saeflow.model import Site, SiteReader, device_of, load_model, model_fingerprint, require_length, resolve_sites
 from saeflow.norms import FILE as NORMS_FILE
 from saeflow.norms import Norms, norms_of, warn
@@ -35,14 +36,14 @@ _QUEUE = 4
 
 
 def artefact(store: Store, recipe: Recipe) -> Artefact:
-    return store.artefact("activations", recipe.name, fingerprint(facts(store, recipe)))
+    return store.artefact("activations", recipe.data_name, fingerprint(facts(store, recipe)))
 
 
 def tokens_artefact(store: Store, recipe: Recipe) -> Artefact:
     """The tokens these activations belong to; for brought activations, one a row."""
     if recipe.model is not None:
         return tokens.artefact(store, recipe)
-    return store.artefact("tokens", recipe.name, fingerprint(brought_facts(recipe)))
+    return store.artefact("tokens", recipe.data_name, fingerprint(brought_facts(recipe)))
 
 
 def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
         plan = {part.index: part for part in wanted if part.index not in done}
         if plan or not target.complete():
             collector = open_collector(store, recipe, plan.values())
-            if len(collector.sites) > 1 and not recipe.sae.site:
+            if len(collector.sites) > 1 and not all(member.sae.site for member in recipe.members()):
                 progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
             with progress.bar("activations", sum(part.counts["n_tokens"] for part in plan.values()), "tokens") as bar:
                 yield Job(list(plan), lambda index: collector.collect(plan[index], bar))
@@ -181,8 +182,10 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     require_length(model, length, sites)
     for site in sites:
         pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
-    if recipe.sae.site:
-        _chosen(sites, recipe.sae.site)
+    for member in recipe.members():
+        if member.sae.site or member.sae.target_site:
+            wanted = sum(site.width for site in _sites_of(sites, member.sae))
+            pool_blocks(recipe.feed, length * wanted * ITEM_BYTES[recipe.activations.dtype])
     row_bytes = length * sum(site.width for site in sites) * ITEM_BYTES[recipe.activations.dtype]
     n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
     store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
@@ -202,9 +205,25 @@ def choose_site(target: Artefact, wanted: str | None) -> Site:
     return _chosen(stored_sites(target), wanted)
 
 
-def _chosen(sites: list[Site], wanted: str | None) -> Site:
+def choose_sites(target: Artefact, config: SAEConfig) -> list[Site]:
+    """That site and, for a transcoder, the one it reconstructs."""
+    return _sites_of(stored_sites(target), config)
+
+
+def _sites_of(sites: list[Site], config: SAEConfig) -> list[Site]:
+    read = _chosen(sites, config.site)
+    if config.target_site in (None, read.name):
+        return [read]
+    return [read, _chosen(sites, config.target_site, "sae.target_site")]
+
+
+def _chosen(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:
     found = [site for site in sites if site.name == wanted] if wanted else sites
     if len(found) != 1:
-        names = ", ".join(site.name for site in sites)
-        raise UserError(f"sae.site is {wanted!r}; the sites are: {names}. Set sae.site to one of them.")
+        names = [site.name for site in sites]
+        near = difflib.get_close_matches(wanted or "", names, n=1, cutoff=0.3)
+        hint = f" Nearest: {near[0]}." if near else ""
+        raise UserError(
+            f"{setting} is {wanted!r}; the sites are: {', '.join(names)}.{hint} Set {setting} to one of them."
+        )
     return found[0]
