@@ -6,11 +6,13 @@ bound on their error says which features might be chosen, and these are recomput
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,10 @@ from saeflow.kernels import Bits, Doubles, Floats, Ids, Offsets, in_parallel, ra
 
 PRODUCT_ENTRIES = 1 << 21
 """Pre-activations one worker holds at a time: they stay in the processor's cache until they are searched."""
+
+
+_SAMPLE_ROWS = 64
+"""Rows of a batch that stand for all of them where a guess will do."""
 
 
 class SparseValues(NamedTuple):
@@ -90,11 +96,25 @@ _buffers = _Buffers()
 class Encoder:
     """Encoder weights (F, D) and bias (F), and the product of centred rows with them in `dtype`.
 
-    A product gives pre-activations quickly and with an error that `bounds` and `relative_error` bound.
+    A product gives pre-activations, less `cut` (F) where there is one, quickly and with an error that `bounds` and
+    `relative_error` bound: what is positive is above its feature's cut.
     """
 
-    def __init__(self, w_enc: Tensor, b_enc: Tensor, b_dec: Tensor, dtype: torch.dtype) -> None:
-        self.w_enc, self.b_enc, self.b_dec, self.dtype = w_enc.detach(), b_enc.detach(), b_dec.detach(), dtype
+    def __init__(
+        self, w_enc: Tensor, b_enc: Tensor, b_in: Tensor, dtype: torch.dtype, cut: Tensor | None = None
+    ) -> None:
+        self.w_enc, self.b_enc, self.b_in, self.dtype = w_enc.detach(), b_enc.detach(), b_in.detach(), dtype
+        self.cut = cut
+        self.bias = self.b_enc if cut is None else self.b_enc.double() - cut.double()
+
+    def with_cut(self, cut: Tensor) -> Encoder:
+        """The same with another cut; weights brought into the form of the product stay so."""
+        self.prepare()
+        other = copy.copy(self)
+        other.cut, other.bias = cut, self.b_enc.double() - cut.double()
+        for made_of_bias in ("low_b", "base", "bounds", "_of_zeros"):
+            other.__dict__.pop(made_of_bias, None)
+        return other
 
     def suited_to(self, x: Tensor) -> Encoder:
         """This one, or one that reads only what is not zero where most of x (B, D) is zero, as after a ReLU."""
@@ -104,7 +124,7 @@ class Encoder:
 
     @cached_property
     def _of_zeros(self) -> Encoder:
-        return SparseInputEncoder(self.w_enc, self.b_enc, self.b_dec, torch.float32)
+        return SparseInputEncoder(self.w_enc, self.b_enc, self.b_in, torch.float32, self.cut)
 
     @cached_property
     def low_w(self) -> Tensor:
@@ -112,7 +132,7 @@ class Encoder:
 
     @cached_property
     def low_b(self) -> Tensor:
-        return self.b_enc.to(self.dtype)
+        return self.bias.to(self.dtype)
 
     def prepare(self) -> None:
         """Bring the weights into the form of the product, before several threads ask for them."""
@@ -125,9 +145,9 @@ class Encoder:
     def bounded(self, x: Tensor) -> tuple[Tensor, Doubles]:
         """Of rows x (n, D) in float32: what `pre_activations` takes, x~, and the two numbers of a row's bound (n, 2).
 
-        These are |x - x~|, with the rounding of x - b_dec to float32, and |x~|; too large, never too small.
+        These are |x - x~|, with the rounding of x - b_in to float32, and |x~|; too large, never too small.
         """
-        centred = x - self.b_dec
+        centred = x - self.b_in
         low = centred.to(self.dtype)
         wide = low.float()
         of_centred, of_low = centred.norm(dim=1).double(), wide.norm(dim=1).double()
@@ -152,7 +172,7 @@ class Encoder:
         x.w + b - (x~.w~ + b~) = (x - x~).w + x~.(w - w~) + b - b~, each product at most that of the lengths
         (Cauchy-Schwarz); sums of D + 2 terms in float32 add D + 2 of its roundings, here doubled.
         """
-        return self._bounds(self.low_w.double(), self.b_enc.double(), self.low_b.double())
+        return self._bounds(self.low_w.double(), self.bias.double(), self.low_b.double())
 
     def _bounds(self, low_w: Tensor, b: Tensor, low_b: Tensor) -> Doubles:
         rounding = (self.w_enc.shape[1] + 2) * 2.0**-23
@@ -163,7 +183,7 @@ class Encoder:
 
 
 class SparseInputEncoder(Encoder):
-    """The same for rows that are mostly zero: x.w + (b_enc - b_dec.w), with w in bfloat16 and x as it is."""
+    """The same for rows that are mostly zero: x.w + (b_enc - b_in.w), with w in bfloat16 and x as it is."""
 
     @cached_property
     def words(self) -> Ids:
@@ -171,11 +191,12 @@ class SparseInputEncoder(Encoder):
 
     @cached_property
     def base(self) -> Floats:
-        base = torch.empty_like(self.b_enc)
+        bias = self.bias.float()
+        base = torch.empty_like(bias)
 
         def work(part: tuple[int, int]) -> None:
             rows = slice(*part)
-            torch.addmv(self.b_enc[rows], self.w_enc[rows], self.b_dec, alpha=-1, out=base[rows])
+            torch.addmv(bias[rows], self.w_enc[rows], self.b_in, alpha=-1, out=base[rows])
 
         in_parallel(work, ranges(len(base), 512))
         return base.numpy()
@@ -199,7 +220,7 @@ class SparseInputEncoder(Encoder):
 
     @cached_property
     def bounds(self) -> Doubles:
-        exact = self.b_enc.double() - self.w_enc.double() @ self.b_dec.double()
+        exact = self.bias.double() - self.w_enc.double() @ self.b_in.double()
         return self._bounds(self.w_enc.bfloat16().double(), exact, torch.from_numpy(self.base).double())
 
 
@@ -234,6 +255,25 @@ def select_top(rows: Tensor, encoder: Encoder, k: int) -> SparseValues:
     return SparseValues(starts, ids, kernels.floats_of(bits))
 
 
+def select_positive(rows: Tensor, encoder: Encoder) -> SparseValues:
+    """All positive pre-activations, less the encoder's cut."""
+    encoder.prepare()
+
+    def work(part: tuple[int, int]) -> Chosen:
+        bits = kernels.bits_of(encoder.pre_activations(rows[slice(*part)]))
+        return choose(bits, kernels.select_above, np.zeros(len(bits), bits.dtype))
+
+    starts, ids, bits = joined(in_parallel(work, ranges(len(rows), encoder.chunk_rows)))
+    return SparseValues(starts, ids, kernels.floats_of(bits))
+
+
+def share_positive(rows: Tensor, encoder: Encoder) -> float:
+    """Share of pre-activations, less the encoder's cut, that are positive, in a sample of the rows."""
+    encoder.prepare()
+    sample = rows[:: max(len(rows) // _SAMPLE_ROWS, 1)]
+    return float((encoder.pre_activations(sample) > 0).float().mean())
+
+
 def select_batch(rows: Tensor, encoder: Encoder, n: int, guess: float) -> tuple[SparseValues, float]:
     """The n largest positive pre-activations of all rows together; among equals, the first ones.
 
@@ -265,26 +305,39 @@ def select_batch(rows: Tensor, encoder: Encoder, n: int, guess: float) -> tuple[
 
 
 def _sampled_guess(rows: Tensor, encoder: Encoder, n: int) -> float:
-    sample = rows[:: max(len(rows) // 64, 1)]
+    sample = rows[:: max(len(rows) // _SAMPLE_ROWS, 1)]
     pre = encoder.pre_activations(sample).float().flatten()
     rank = min(2 * n * len(sample) // len(rows) + 1, pre.numel())
     return max(pre.topk(rank).values[-1].item(), 0.0)
 
 
-Rule = Literal["above", "top"]
+@dataclass(frozen=True)
+class Readout:
+    """How exact pre-activations become values: those above their feature's threshold, of these the k largest of a token
+    if `k` is given; the value is stretch * pre + shift where that is positive. All (F) in float64."""
+
+    thresholds: Doubles
+    stretch: Doubles
+    shift: Doubles
+    k: int | None
+
+    @classmethod
+    def plain(cls, thresholds: Tensor, k: int | None = None) -> Readout:
+        """The value is the pre-activation."""
+        each = thresholds.detach().double().cpu().numpy()
+        return cls(each, np.ones_like(each), np.zeros_like(each), k)
 
 
-def encode(x: Tensor, encoder: Encoder, rule: Rule, threshold: float, k: int) -> SparseValues:
-    """Exact encoding on the processor: float64 pre-activations chosen, then rounded to 11 significand bits.
+def encode(x: Tensor, encoder: Encoder, readout: Readout) -> SparseValues:
+    """Exact encoding on the processor: float64 pre-activations chosen, then values rounded to 11 significand bits.
 
-    `above`: all above the threshold; `top`: the k largest positive of each row. A row's result depends on
-    nothing but the row.
+    The encoder's cut must be the readout's thresholds. A row's result depends on nothing but the row.
     """
     encoder = encoder.suited_to(x)
     encoder.prepare()
 
     def work(part: tuple[int, int]) -> tuple[Offsets, Ids, Floats]:
-        return _encode_rows(x[slice(*part)].detach().float(), encoder, rule, threshold, k)
+        return _encode_rows(x[slice(*part)].detach().float(), encoder, readout)
 
     parts = in_parallel(work, ranges(len(x), encoder.chunk_rows))
     return SparseValues(*joined(parts)) if parts else SparseValues(*_nothing())
@@ -294,23 +347,23 @@ def _nothing() -> tuple[Offsets, Ids, Floats]:
     return np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
-def _encode_rows(x: Tensor, encoder: Encoder, rule: Rule, threshold: float, k: int) -> tuple[Offsets, Ids, Floats]:
+def _encode_rows(x: Tensor, encoder: Encoder, readout: Readout) -> tuple[Offsets, Ids, Floats]:
     rows, row_bounds = encoder.bounded(x)
     relative = encoder.relative_error
     widest = row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()
     bits = kernels.bits_of(encoder.pre_activations(rows))
     firsts = np.full(len(x), -np.inf)
-    lower = threshold - widest
-    if rule == "top":
-        firsts = _kth(choose(bits, kernels.select_top, k), k)
+    lower = -widest
+    if readout.k is not None:
+        firsts = _kth(choose(bits, kernels.select_top, readout.k), readout.k)
         lower = np.maximum(firsts * (1 - relative) - widest, 0) - widest
     cuts = kernels.cut_bits(np.where(lower > 0, lower / (1 + relative), lower / (1 - relative)), encoder.dtype)
     starts, ids, near = choose(bits, kernels.select_above, cuts)
     kept, values = np.empty_like(starts), np.empty(len(ids), np.float32)
     kernels.rescore(
-        x.numpy(), encoder.b_dec.double().numpy(), encoder.w_enc.numpy(), encoder.b_enc.double().numpy(),
-        encoder.bounds, row_bounds, relative, firsts, threshold, k if rule == "top" else len(encoder.w_enc) + 1,
-        starts, ids, kernels.floats_of(near), kept, values,
+        x.numpy(), encoder.b_in.double().numpy(), encoder.w_enc.numpy(), encoder.b_enc.double().numpy(),
+        encoder.bounds, row_bounds, relative, firsts, readout.thresholds, readout.stretch, readout.shift,
+        readout.k or len(encoder.w_enc) + 1, starts, ids, kernels.floats_of(near), kept, values,
     )  # fmt: skip
     return kept, ids[: kept[-1]], values[: kept[-1]]
 
@@ -324,18 +377,19 @@ def _kth(top: Chosen, k: int) -> Doubles:
     return kth
 
 
-def encode_anywhere(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor, b_dec: Tensor, rule: Rule, threshold: float, k: int
-) -> SparseValues:
+def encode_anywhere(x: Tensor, w_enc: Tensor, b_enc: Tensor, b_in: Tensor, readout: Readout) -> SparseValues:
     """The same on any device by a dense float64 product, for comparison and for accelerators."""
+    thresholds, stretch, shift = (
+        torch.from_numpy(each).to(w_enc.device) for each in (readout.thresholds, readout.stretch, readout.shift)
+    )
     parts = []
     for start, stop in ranges(len(x), 1024):
-        pre = (x[start:stop].double() - b_dec.double()) @ w_enc.double().t() + b_enc.double()
-        keep = pre > threshold
-        if rule == "top":
-            places = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        pre = (x[start:stop].double() - b_in.double()) @ w_enc.double().t() + b_enc.double()
+        keep = pre > thresholds
+        if readout.k is not None:
+            places = pre.sort(dim=1, descending=True, stable=True).indices[:, : readout.k]
             keep &= torch.zeros_like(keep).scatter_(1, places, True)
-        values = rounded(torch.where(keep, pre, 0.0))
+        values = rounded(torch.where(keep, (stretch * pre + shift).clamp(min=0), 0.0))
         rows, ids = values.nonzero(as_tuple=True)
         starts = torch.bincount(rows, minlength=stop - start).cumsum(0).cpu().numpy()
         parts.append((np.concatenate([[0], starts]), ids.int().cpu().numpy(), values[rows, ids].cpu().numpy()))

@@ -275,7 +275,9 @@ def rescore(
     row_bounds: Doubles,
     relative: float,
     firsts: Doubles,
-    threshold: float,
+    thresholds: Doubles,
+    stretch: Doubles,
+    shift: Doubles,
     k: int,
     row_starts: Offsets,
     ids: Ids,
@@ -283,12 +285,12 @@ def rescore(
     kept_starts: Offsets,
     values: Floats,
 ) -> None:
-    """Recompute candidates in float64, keep those above the threshold, of these the k largest, and round.
+    """Recompute candidates in float64, keep those above their thresholds, of these the k largest, and round.
 
-    A candidate is left out unread when its approximate value and the bound on its error,
-    `row_bounds[r] @ bounds[:, j] + relative * abs(approximate)`, stay below what is needed. Candidates of at least
-    `firsts[r]` come first: where there are k, the least of them raises what is needed of the others.
-    Kept entries are written over `ids`.
+    `approximate` is that of the pre-activation less the feature's threshold. A candidate is left out unread when it and
+    the bound on its error, `row_bounds[r] @ bounds[:, j] + relative * abs(approximate)`, stay below what is needed.
+    Candidates of at least `firsts[r]` come first: where there are k, the least of them raises what is needed of the
+    others. The value of what is kept is stretch[j] * pre + shift[j], where positive. Kept entries are written over `ids`.
     """
     longest = 0
     for r in range(len(x)):
@@ -303,7 +305,7 @@ def rescore(
             centred[c] = np.float64(x[r, c]) - b_dec[c]
         row_ids = ids[row_starts[r] : row_starts[r + 1]]
         guesses = approximate[row_starts[r] : row_starts[r + 1]]
-        needed = threshold
+        needed = 0.0
         for first in (True, False):
             n_exact = 0
             least = np.inf
@@ -317,23 +319,23 @@ def rescore(
                 error = row_bounds[r, 0] * bounds[0, j] + row_bounds[r, 1] * bounds[1, j] + bounds[2, j]
                 if guess + error + relative * abs(guess) < needed:
                     continue
-                exact[i] = max(_dot(centred, w_enc[j]) + b_enc[j], 0.0)
-                least = min(least, exact[i])
+                pre = _dot(centred, w_enc[j]) + b_enc[j]
+                if pre > thresholds[j]:
+                    exact[i] = max(stretch[j] * pre + shift[j], 0.0)
+                least = min(least, pre - thresholds[j])
                 n_exact += 1
             if n_exact >= k:
                 needed = max(needed, least)
-        n = _round_largest(exact[: len(row_ids)], exact_bits[: len(row_ids)], threshold, k, row_ids, ids, values, n)
+        n = _round_largest(exact[: len(row_ids)], exact_bits[: len(row_ids)], k, row_ids, ids, values, n)
         kept_starts[r + 1] = n
 
 
 @compiled
-def _round_largest(
-    exact: Doubles, exact_bits: Bits, threshold: float, k: int, row_ids: Ids, ids: Ids, values: Floats, n: int
-) -> int:
-    """Append the k largest numbers above the threshold, among equals the first ones, rounded to 11 bits."""
+def _round_largest(exact: Doubles, exact_bits: Bits, k: int, row_ids: Ids, ids: Ids, values: Floats, n: int) -> int:
+    """Append the k largest positive numbers, among equals the first ones, rounded to 11 bits."""
     n_above = 0
     for i in range(len(exact)):
-        n_above += exact[i] > threshold
+        n_above += exact[i] > 0
     kth = np.int64(0)
     ties = np.int64(k)
     if n_above > k:
@@ -342,7 +344,7 @@ def _round_largest(
             ties -= exact_bits[i] > kth
     for i in range(len(exact)):
         number = exact_bits[i]
-        if exact[i] > threshold and (number > kth or (number == kth and ties > 0)):
+        if exact[i] > 0 and (number > kth or (number == kth and ties > 0)):
             ties -= number == kth
             number += ROUNDING - 1 + ((number >> 42) & 1)
             exact_bits[i] = (number >> 42) << 42
@@ -361,38 +363,60 @@ def reconstruct(
     values: Floats,
     w_dec: Floats,
     target: Floats,
+    ends: Ids,
     residual: Floats,
     d_values: Floats,
     losses: Floats,
 ) -> None:
-    """For rows start..stop: residual = values @ w_dec - target, its squared norm, and d_values = residual @ w_dec.T.
+    """For rows start..stop: residuals values @ w_dec - target, their squared norms, and d_values = residual @ w_dec.T.
 
-    One pass while a row's K directions are in cache; d_values only where values are.
+    Features up to `ends[g]` make dictionary g, each inside the next. `losses` (G, B) are those of each dictionary;
+    `residual` (G, B, D) is for g the sum of the residuals of g and all larger ones, which is what features that belong
+    to g first have to answer for. One pass while a row's K directions are in cache; d_values only where values are.
     """
+    n_nested = len(ends)
     d = target.shape[1]
     for r in range(start, stop):
-        row = residual[r]
-        for c in range(d):
-            row[c] = -target[r, c]
         e = row_starts[r]
         end = row_starts[r + 1]
-        while e + 4 <= end:
-            i0, i1, i2, i3 = ids[e], ids[e + 1], ids[e + 2], ids[e + 3]
-            v0, v1, v2, v3 = values[e], values[e + 1], values[e + 2], values[e + 3]
+        for g in range(n_nested):
+            row = residual[g, r]
+            if g == 0:
+                for c in range(d):
+                    row[c] = -target[r, c]
+            else:
+                before = residual[g - 1, r]
+                for c in range(d):
+                    row[c] = before[c]
+            last = e
+            while last < end and ids[last] < ends[g]:
+                last += 1
+            while e + 4 <= last:
+                i0, i1, i2, i3 = ids[e], ids[e + 1], ids[e + 2], ids[e + 3]
+                v0, v1, v2, v3 = values[e], values[e + 1], values[e + 2], values[e + 3]
+                for c in range(d):
+                    row[c] += v0 * w_dec[i0, c] + v1 * w_dec[i1, c] + v2 * w_dec[i2, c] + v3 * w_dec[i3, c]
+                e += 4
+            while e < last:
+                i0, v0 = ids[e], values[e]
+                for c in range(d):
+                    row[c] += v0 * w_dec[i0, c]
+                e += 1
+            loss = np.float32(0)
             for c in range(d):
-                row[c] += v0 * w_dec[i0, c] + v1 * w_dec[i1, c] + v2 * w_dec[i2, c] + v3 * w_dec[i3, c]
-            e += 4
-        while e < end:
-            i0, v0 = ids[e], values[e]
+                loss += row[c] * row[c]
+            losses[g, r] = loss
+        for g in range(n_nested - 2, -1, -1):
+            row = residual[g, r]
+            after = residual[g + 1, r]
             for c in range(d):
-                row[c] += v0 * w_dec[i0, c]
-            e += 1
-        loss = np.float32(0)
-        for c in range(d):
-            loss += row[c] * row[c]
-        losses[r] = loss
+                row[c] += after[c]
+        g = 0
         for e in range(row_starts[r], end):
             i0 = ids[e]
+            while i0 >= ends[g]:
+                g += 1
+            row = residual[g, r]
             dot = np.float32(0)
             for c in range(d):
                 dot += row[c] * w_dec[i0, c]
@@ -436,37 +460,38 @@ def accumulate(
     feature_starts: Offsets,
     rows: Ids,
     values: Floats,
-    d_values: Floats,
+    d_pre: Floats,
+    ends: Ids,
     residual: Matrix,
     centred: Matrix,
     w_dec: Floats,
     on_sphere: bool,
+    fresh: bool,
     d_w_enc: Floats,
-    d_b_enc: Floats,
     d_w_dec: Floats,
 ) -> None:
-    """Gradients of features start..stop. Rows past the end of `centred` are its first rows once more.
+    """Gradients of features start..stop, added to what is there, unless it is `fresh` memory.
 
-    `residual` and `centred` are float32, or bfloat16 as bits: reading them is what takes the time.
+    `residual` (G, B, D) and `centred` (B, D) are float32, or bfloat16 as bits: reading them is what takes the time.
     With `on_sphere` the part of `d_w_dec` along a row of `w_dec` is taken out: the gradient of the loss of unit rows.
     """
-    n_rows = len(centred)
+    g = 0
     for f in range(start, stop):
+        while f >= ends[g]:
+            g += 1
+        of_nested = residual[g]
         d_enc, d_dec = d_w_enc[f], d_w_dec[f]
-        d_enc[:] = 0
-        d_dec[:] = 0
-        bias = np.float32(0)
+        if fresh:
+            d_enc[:] = 0
+            d_dec[:] = 0
         for e in range(feature_starts[f], feature_starts[f + 1], 2):
             more = e + 1 < feature_starts[f + 1]
             last = e + 1 if more else e
             r0, r1 = rows[e], rows[last]
             v1 = values[last] if more else np.float32(0)
-            g1 = d_values[last] if more else np.float32(0)
-            bias += d_values[e] + g1
-            _add_two(d_dec, values[e], residual[r0], v1, residual[r1])
-            r0, r1 = r0 if r0 < n_rows else r0 - n_rows, r1 if r1 < n_rows else r1 - n_rows
-            _add_two(d_enc, d_values[e], centred[r0], g1, centred[r1])
-        d_b_enc[f] = bias
+            g1 = d_pre[last] if more else np.float32(0)
+            _add_two(d_dec, values[e], of_nested[r0], v1, of_nested[r1])
+            _add_two(d_enc, d_pre[e], centred[r0], g1, centred[r1])
         if on_sphere:
             _project_out(d_dec, w_dec[f])
 

@@ -1,4 +1,4 @@
-"""The sparse autoencoder: its parameters, losses, exact encoding, and its folder on disk."""
+"""The sparse autoencoder: its parameters, its loss, and exact encoding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch.nn.functional as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saeflow import encoding, kernels, sparse_step
+from saeflow import dense_step, encoding, kernels, sparse_step
 from saeflow.config import SAEConfig, UserError
-from saeflow.encoding import Encoder, SparseValues, fast_dtype
-from saeflow.sparse_step import Auxiliary, Weights
+from saeflow.encoding import Encoder, Readout, SparseValues, fast_dtype
+from saeflow.rules import Gated, JumpReLU, Relu, Rule, Top
+from saeflow.sparse_step import Auxiliary, Batch, Outcome, Task, Weights
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 THRESHOLD_MEMORY = 0.9
@@ -29,8 +30,9 @@ class StepInfo:
     """What a training step saw.
 
     `unexplained` is the share of the batch's variance that the reconstruction misses; `auxiliary` the share of the rest
-    that dead features miss (top-k family) and `sparsity` mean(abs(values)) (relu), both before their weights;
-    `n_active` the mean number of active features of a token; `fired` the number of tokens of each feature (F).
+    that dead features miss, and `sparsity` the penalty, both before their weights: mean(abs(values)) (relu, gated), or
+    (L0 / k - 1)² or the mean sum of tanh (jumprelu); `n_active` the mean number of active features of a token; `fired` the
+    number of tokens of each feature (F).
     """
 
     unexplained: float
@@ -44,97 +46,162 @@ class StepInfo:
 class SparseAutoencoder(nn.Module):
     """Explain each activation vector as a short non-negative sum of learned directions.
 
-        values         = sparsify((x - b_dec) @ W_enc.T + b_enc)    (B, F)
-        reconstruction = values @ W_dec + b_dec                      (B, D)
+        pre            = (x - b_in) @ W_enc.T + b_enc               (B, F)
+        values         = sparsify(pre)                               (B, F)
+        reconstruction = values @ W_dec + b_dec                      (B, D_out)
 
-    `W_enc` and `W_dec` are (F, D), a row a feature. Rows of `W_dec` are the feature directions. With `unit_norm` they
-    have unit length after every optimiser step, so a feature's value is its contribution in the units of the
-    activations.
+    `W_enc` (F, D) and `W_dec` (F, D_out) have a row a feature. Rows of `W_dec` are the feature directions. With
+    `unit_norm` they have unit length after every optimiser step, so a feature's value is its contribution in the units
+    of the activations. What sparsify is says `saeflow.rules` for each architecture, with its source.
 
-    In training, `batchtopk` takes its threshold from the batch at hand. `encode_sparse` applies the running threshold
-    instead, so a token's features do not depend on its batch mates (Bussmann et al. 2024, arXiv 2412.06410).
+    An autoencoder reconstructs what it reads, and b_in is b_dec. A *transcoder* (`target_site`) reconstructs another
+    site's activations (Dunefsky et al. 2024, arXiv 2406.11944); its b_in is the mean of what it reads and is not trained.
+
+    In training, `batchtopk` and `matryoshka` take their threshold from the batch at hand. `encode_sparse` applies the
+    running threshold instead, so a token's features do not depend on its batch mates. To add an architecture, name
+    it in `config.Architecture`, write its rule, and choose it in `_rule` and `_readout`.
     """
 
     threshold: Tensor
     tokens_since_fired: Tensor
+    centre: Tensor
 
-    def __init__(self, config: SAEConfig, width: int) -> None:
+    def __init__(self, config: SAEConfig, width: int, out_width: int | None = None) -> None:
         super().__init__()
         self.config = config
-        w_enc, b_enc, w_dec = _initial_weights(config, width)
+        w_enc, b_enc, w_dec = _initial_weights(config, width, out_width or width)
         self.W_enc, self.b_enc, self.W_dec = (nn.Parameter(weight) for weight in (w_enc, b_enc, w_dec))
-        self.b_dec = nn.Parameter(torch.zeros(width), requires_grad=config.decoder_bias != "fixed")
-        self.register_buffer("threshold", torch.zeros(()))
+        self.b_dec = nn.Parameter(torch.zeros(w_dec.shape[1]), requires_grad=config.decoder_bias != "fixed")
+        threshold = torch.zeros(())
+        match config.architecture:
+            case "gated":
+                self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(config.n_features)) for _ in range(2))
+            case "jumprelu":
+                threshold = torch.full((config.n_features,), config.first_threshold)
+                self.log_threshold = nn.Parameter(threshold.log())
+        self.register_buffer("threshold", threshold)
         self.register_buffer("tokens_since_fired", torch.zeros(config.n_features, dtype=torch.int64))
+        if config.target_site is not None:
+            self.register_buffer("centre", torch.zeros(width))
         self.product_dtype: torch.dtype | None = None
         """Precision of the encoder product; None takes the quicker of bfloat16 and float32. Values on disk are exact."""
         self.use_kernels = True
         self._kept: tuple[object, Encoder] | None = None
         self._guess = 0.0
 
-    def initialise(self, mean: Tensor) -> None:
-        """Let the decoder bias start at `mean` (D)."""
+    @property
+    def b_in(self) -> Tensor:
+        """What is taken off what is read (D)."""
+        return self.b_dec if self.config.target_site is None else self.centre
+
+    def initialise(self, mean: Tensor, target_mean: Tensor | None = None) -> None:
+        """Let the decoder bias start at the mean of what is reconstructed; `mean` (D) is that of what is read."""
         with torch.no_grad():
-            self.b_dec.copy_(mean)
+            if self.config.target_site is not None:
+                self.centre.copy_(mean)
+            if self.config.decoder_bias == "mean":
+                self.b_dec.copy_(mean if target_mean is None else target_mean)
 
     def training_loss(
-        self, x: Tensor, aux_weight: float = 0.0, dead_after_tokens: int = 200_000
+        self,
+        x: Tensor,
+        aux_weight: float = 0.0,
+        dead_after_tokens: int = 200_000,
+        *,
+        target: Tensor | None = None,
+        k: int | None = None,
+        sparsity: float = 1.0,
     ) -> tuple[Tensor, StepInfo]:
         """Loss of a batch (B, D) of float32, to be differentiated for the parameters, not for `x`.
 
-        topk, batchtopk: share of variance unexplained, sum((x - reconstruction)²) / sum((x - mean(x))²) over the batch,
-        plus `aux_weight` times the share of the remaining error that features silent for `dead_after_tokens` miss.
-        relu: mean((x - reconstruction)²) + l1_weight * mean(abs(values)).
-        With `unit_norm` the loss is that of directions scaled to unit length, so its gradient keeps the length.
+        topk, batchtopk, matryoshka: share of variance unexplained, sum((x - reconstruction)²) / sum((x - mean(x))²) over
+        the batch, for matryoshka the mean of that share over its nested dictionaries. relu, gated, jumprelu: mean((x -
+        reconstruction)²), gated also that of its gate's own reconstruction, plus `sparsity` times the penalty.
+        topk family and jumprelu: plus `aux_weight` times the share of the remaining error that features silent for
+        `dead_after_tokens` miss. `target` (B, D_out) takes the place of x in all of that, for a transcoder; `k` that of
+        the configured one. With `unit_norm` the loss is that of directions of unit length, so its gradient keeps the length.
         In training mode the step also updates the running threshold and the silence counters.
         """
-        n_dead = int((self.tokens_since_fired >= dead_after_tokens).sum())
-        if self.config.architecture == "relu":
-            loss, info = self._relu_loss(x, n_dead)
-        else:
-            loss, info = self._top_loss(x, aux_weight, dead_after_tokens)
-        if self.training:
-            self.tokens_since_fired.add_(len(x)).masked_fill_(info.fired > 0, 0)
-        return loss, info
-
-    def _relu_loss(self, x: Tensor, n_dead: int) -> tuple[Tensor, StepInfo]:
-        w_dec = tf.normalize(self.W_dec, dim=1) if self.config.unit_norm else self.W_dec
-        values = tf.relu(tf.linear(x - self.b_dec, self.W_enc, self.b_enc))
-        error = (values @ w_dec + self.b_dec - x).square()
-        lengths = torch.linalg.vector_norm(w_dec, dim=1) if self.config.l1_norm_weighted else 1.0
-        sparsity = (values * lengths).mean()  # values are not negative
         with torch.no_grad():
-            fired = (values > 0).sum(0)
-            unexplained = error.sum() / (x - x.mean(0)).square().sum().clamp(min=1e-30)
-        info = StepInfo(unexplained.item(), 0.0, sparsity.item(), fired.sum().item() / len(x), n_dead, fired)
-        return error.mean() + self.config.l1_weight * sparsity, info
-
-    def _top_loss(self, x: Tensor, aux_weight: float, dead_after_tokens: int) -> tuple[Tensor, StepInfo]:
-        config, weights = self.config, Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        with torch.no_grad():
-            encoder = self._current_encoder()
-            prepared = sparse_step.prepare(x, self.b_dec, encoder.dtype)
-            suited = encoder.suited_to(x) if self.use_kernels else encoder
-            entries, self._guess = sparse_step.select(
-                prepared.low if suited is encoder else x, suited, config.k,
-                config.architecture == "topk", self._guess, self.use_kernels,
-            )  # fmt: skip
-            dead = (self.tokens_since_fired >= dead_after_tokens).nonzero().flatten()
-            auxiliary = Auxiliary.plan(dead, len(x), x.shape[1], config.k, aux_weight)
-            plain = Weights(*(weight.detach() for weight in weights))
-            unexplained, aux_loss, step = sparse_step.run(
-                prepared, entries, plain, encoder, auxiliary, config.unit_norm, self.use_kernels
-            )
-            fired = torch.bincount(entries.feature_ids, minlength=config.n_features)
+            loss, info, gradients = self._step(x, aux_weight, dead_after_tokens, target, k or self.config.k, sparsity)
             if self.training:
-                self._follow_threshold(entries.values)
-            total = (unexplained + aux_weight * aux_loss).float()
-        loss = cast(Tensor, sparse_step.SparseLoss.apply(total, step, *weights))  # type: ignore[no-untyped-call]
-        n_active = len(entries.values) / len(x)
-        return loss, StepInfo(unexplained.item(), aux_loss.item(), 0.0, n_active, len(dead), fired)
+                self.tokens_since_fired.add_(len(x)).masked_fill_(info.fired > 0, 0)
+        hung = cast(Tensor, _Computed.apply(loss, gradients, *self._trained()))  # type: ignore[no-untyped-call]
+        return hung, info
+
+    def _trained(self) -> list[nn.Parameter]:
+        own = {"gated": ("r_mag", "b_mag"), "jumprelu": ("log_threshold",)}.get(self.config.architecture, ())
+        return [self.W_enc, self.b_enc, self.W_dec, self.b_dec, *(getattr(self, name) for name in own)]
+
+    def _step(
+        self, x: Tensor, aux_weight: float, dead_after: int, target: Tensor | None, k: int, sparsity: float
+    ) -> tuple[Tensor, StepInfo, tuple[Tensor, ...]]:
+        encoder = self._current_encoder()
+        batch = sparse_step.prepare(x, self.b_in, target, self.b_dec, encoder.dtype)
+        rule, weights = self._rule(batch, sparsity), Weights(*(p.detach() for p in self._trained()[:4]))
+        ends = torch.tensor(self.config.nested, dtype=torch.int32)
+        task = Task(rule, ends, batch.scale(self.config.counts_k), self.config.unit_norm, self.use_kernels)
+        outcome = self._outcome(x, batch, encoder, weights, task, k)
+        dead = (self.tokens_since_fired >= dead_after).nonzero().flatten()
+        weight = aux_weight if self.config.counts_k or self.config.architecture == "jumprelu" else 0.0
+        auxiliary = Auxiliary.plan(dead, len(x), batch.target.shape[1], k, weight)
+        aux_loss = auxiliary.add_to(outcome, batch, weights, encoder, task)
+        n_active = outcome.n_active / len(x)
+        penalty, sparsity_loss = rule.penalty_loss(outcome.penalty, n_active)
+        loss = outcome.mean_error * task.scale + penalty + aux_weight * aux_loss
+        unexplained = outcome.error / batch.variance
+        info = StepInfo(unexplained, aux_loss, sparsity_loss, n_active, len(dead), outcome.fired)
+        return torch.tensor(loss, device=x.device), info, self._gradients(outcome, rule, weights, n_active)
+
+    def _outcome(self, x: Tensor, batch: Batch, encoder: Encoder, weights: Weights, task: Task, k: int) -> Outcome:
+        suited = encoder.suited_to(x) if self.use_kernels else encoder
+        rows = batch.low if suited is encoder else x
+        if self.config.counts_k:
+            chosen, self._guess = sparse_step.select_top(
+                rows, suited, k, self.config.architecture == "topk", self._guess, self.use_kernels
+            )
+            if self.training and self.config.architecture != "topk":
+                self._follow_threshold(chosen.values)
+        else:
+            cut = cast(Tensor | float, task.rule.cut)
+            if isinstance(cut, Tensor):
+                suited = suited.with_cut(cut)
+            if encoding.share_positive(rows, suited) > dense_step.DENSEST:
+                return dense_step.run(batch, encoder, weights, task)
+            chosen = sparse_step.select_above(rows, suited, self.use_kernels)
+        return sparse_step.run(batch, chosen, weights, task)
+
+    def _rule(self, batch: Batch, sparsity: float) -> Rule:
+        config, n_rows = self.config, len(batch.low)
+        weighted = config.l1_norm_weighted or (config.architecture == "jumprelu" and not config.unit_norm)
+        lengths = torch.linalg.vector_norm(self.W_dec.detach(), dim=1) if weighted else None
+        paid = config.l1_weight * sparsity, n_rows * config.n_features, lengths
+        match config.architecture:
+            case "relu":
+                return Relu(*paid)
+            case "gated":
+                return Gated(*paid, self.r_mag.detach(), self.b_mag.detach(), self.b_enc.detach())
+            case "jumprelu":
+                scale = config.tanh_scale if config.penalty == "tanh" else None
+                weight, width = config.penalty_weight * sparsity, batch.target.shape[1]
+                return JumpReLU(self.threshold, config.bandwidth, weight, config.k, n_rows, width, scale, lengths)
+            case _:
+                return Top()
+
+    def _gradients(self, outcome: Outcome, rule: Rule, weights: Weights, n_active: float) -> tuple[Tensor, ...]:
+        """In the order of `_trained`."""
+        d_w_dec, d_b_dec = outcome.d_w_dec, outcome.d_b_dec
+        if "length" in outcome.sums:
+            per_length = outcome.sums["length"] / torch.linalg.vector_norm(weights.w_dec, dim=1)
+            along = per_length[:, None] * weights.w_dec
+            d_w_dec = d_w_dec if self.config.unit_norm else d_w_dec + along
+        if self.config.target_site is None:
+            d_b_dec = d_b_dec - outcome.d_pre @ weights.w_enc
+        d_b_enc = rule.bias_gradient(outcome.d_pre, outcome.sums)
+        return outcome.d_w_enc, d_b_enc, d_w_dec, d_b_dec, *rule.own_gradients(outcome.sums, n_active)
 
     def _follow_threshold(self, values: Tensor) -> None:
-        if self.config.architecture != "batchtopk" or not len(values):
+        if not len(values):
             return
         least = values.min()
         memory = torch.where(self.threshold > 0, THRESHOLD_MEMORY, 0.0)
@@ -142,7 +209,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Bring decoder rows back to unit length; call it after every optimiser step."""
+        """Bring decoder rows back to unit length and thresholds up to date; call it after every optimiser step."""
 
         def normalise(features: tuple[int, int]) -> None:
             rows = self.W_dec[slice(*features)]
@@ -150,42 +217,59 @@ class SparseAutoencoder(nn.Module):
 
         if self.config.unit_norm:
             kernels.in_parallel(normalise, kernels.ranges(len(self.W_dec), 512))
+        if self.config.architecture == "jumprelu":
+            torch.exp(self.log_threshold, out=self.threshold)
 
-    def _current_encoder(self) -> Encoder:
+    def _current_encoder(self, cut: Tensor | None = None) -> Encoder:
         """The encoder in the precision of the product; kept in eval mode until a parameter changes.
 
         In training it is made anew every time: fused optimisers change parameters without telling.
         """
         dtype = self.product_dtype or (fast_dtype() if self.W_enc.device.type == "cpu" else torch.bfloat16)
+        weights = self.W_enc, self.b_enc, self.b_in
         if self.training:
-            return Encoder(self.W_enc, self.b_enc, self.b_dec, dtype)
-        state = dtype, *((p.data_ptr(), p._version) for p in (self.W_enc, self.b_enc, self.b_dec))
+            return Encoder(*weights, dtype, cut)
+        state = dtype, *((p.data_ptr(), p._version) for p in (*weights, self.threshold))
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, Encoder(self.W_enc, self.b_enc, self.b_dec, dtype)
+            self._kept = state, Encoder(*weights, dtype, cut)
         return self._kept[1]
 
     def train(self, mode: bool = True) -> SparseAutoencoder:
         self._kept = None
         return super().train(mode)
 
+    def _readout(self) -> Readout:
+        thresholds = self.threshold.expand(self.config.n_features)
+        match self.config.architecture:
+            case "relu":
+                return Readout.plain(torch.zeros_like(thresholds))
+            case "topk":
+                return Readout.plain(torch.zeros_like(thresholds), self.config.k)
+            case "gated":
+                stretch = self.r_mag.detach().double().exp()
+                shift = self.b_mag.detach().double() - stretch * self.b_enc.detach().double()
+                zeros = torch.zeros_like(stretch)
+                return Readout(*(each.cpu().numpy() for each in (zeros, stretch, shift)), None)
+            case _:
+                return Readout.plain(thresholds)
+
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseValues:
         """Every non-zero value of tokens (B, D) in float16, bfloat16 or float32, exactly as the disk contract says.
 
         Pre-activations in float64; relu keeps those above 0, topk the k largest positive of a token (among equals the
-        lower features), batchtopk those above the running threshold; values are rounded to 11 significand bits.
+        lower features), batchtopk and matryoshka those above the running threshold, jumprelu those above the feature's;
+        gated stretches and shifts those above 0. Values are rounded to 11 significand bits.
         A token's values depend neither on its batch nor on the number of threads.
         """
-        rule: encoding.Rule = "top" if self.config.architecture == "topk" else "above"
-        threshold = self.threshold.item() if self.config.architecture == "batchtopk" else 0.0
+        readout = self._readout()
         if self.use_kernels and x.device.type == "cpu" and self.W_enc.device.type == "cpu":
-            return encoding.encode(x, self._current_encoder(), rule, threshold, self.config.k)
-        weights = self.W_enc, self.b_enc, self.b_dec
-        return encoding.encode_anywhere(x.to(self.W_enc.device), *weights, rule, threshold, self.config.k)
+            return encoding.encode(x, self._current_encoder(_cut(readout)), readout)
+        return encoding.encode_anywhere(x.to(self.W_enc.device), self.W_enc, self.b_enc, self.b_in, readout)
 
     @torch.no_grad()
     def decode(self, sparse: SparseValues) -> Tensor:
-        """Reconstructions (B, D) in float32."""
+        """Reconstructions (B, D_out) in float32."""
         entries = (torch.from_numpy(array).to(self.W_dec.device) for array in sparse)
         return sparse_step.decode(sparse_step.Entries(*entries), self.W_dec) + self.b_dec
 
@@ -195,12 +279,20 @@ class SparseAutoencoder(nn.Module):
 
     forward = reconstruct
 
-    def folded(self, scale: float) -> SparseAutoencoder:
-        """The same autoencoder for activations before they were multiplied by `scale`, with values in their units."""
+    def folded(self, scale: float, target_scale: float | None = None) -> SparseAutoencoder:
+        """The same autoencoder for activations before they were multiplied by `scale` (a transcoder's target: by
+        `target_scale`), with values in the units of what it reconstructs."""
         other = copy.deepcopy(self).train(self.training)
+        out = scale if target_scale is None else target_scale
         with torch.no_grad():
-            for tensor in (other.b_enc, other.b_dec, other.threshold):
-                tensor.div_(scale)
+            for name in ("b_enc", "b_dec", "threshold", "b_mag"):
+                if hasattr(other, name):
+                    getattr(other, name).div_(out)
+            if self.config.architecture == "jumprelu":
+                other.log_threshold.sub_(math.log(out))
+            if self.config.target_site is not None:
+                other.centre.div_(scale)
+                other.W_enc.mul_(scale / out)
         return other
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
@@ -239,25 +331,45 @@ class SparseAutoencoder(nn.Module):
         return sae.eval()
 
 
-def _initial_weights(config: SAEConfig, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """W_enc (F, D), b_enc (F), W_dec (F, D). `linear` draws uniformly within one over the root of the fan-in."""
+class _Computed(torch.autograd.Function):
+    """Hang a loss that is already computed into the graph, with its gradients for the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None  # held by nobody else, they need no copy
+        return None, None, *(gradients if d_loss.item() == 1 else (each * d_loss for each in gradients))
+
+
+def _cut(readout: Readout) -> Tensor | None:
+    return torch.from_numpy(readout.thresholds) if readout.thresholds.any() else None
+
+
+def _initial_weights(config: SAEConfig, width: int, out_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """W_enc (F, D), b_enc (F), W_dec (F, D_out). `linear` draws uniformly within one over the root of the fan-in.
+
+    A transcoder's matrices have nothing in common, so `tied` draws both.
+    """
     generator = torch.Generator().manual_seed(config.seed)
-    shape = config.n_features, width
+    n = config.n_features
     if config.init == "tied":
-        directions = tf.normalize(torch.randn(shape, generator=generator), dim=1)
-        return directions.clone(), torch.zeros(config.n_features), directions * _decoder_scale(config)
+        directions = tf.normalize(torch.randn(n, width, generator=generator), dim=1)
+        outward = directions
+        if config.target_site is not None:
+            outward = tf.normalize(torch.randn(n, out_width, generator=generator), dim=1)
+        return directions.clone(), torch.zeros(n), outward * (1.0 if config.unit_norm else config.decoder_scale)
 
     def uniform(fan_in: int, *size: int) -> Tensor:
         return torch.rand(size, generator=generator).mul_(2).sub_(1).div_(math.sqrt(fan_in))
 
-    decoder = uniform(config.n_features, *shape) * config.decoder_scale
+    decoder = uniform(n, n, out_width) * config.decoder_scale
     if config.unit_norm:
         decoder = tf.normalize(decoder, dim=1)
-    return uniform(width, *shape), uniform(width, config.n_features), decoder
-
-
-def _decoder_scale(config: SAEConfig) -> float:
-    return 1.0 if config.unit_norm else config.decoder_scale
+    return uniform(width, n, width), uniform(width, n), decoder
 
 
 def _saelens_cfg(config: SAEConfig, width: int, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,184 @@
+"""What each architecture makes of a pre-activation: its value, its penalty, and the derivatives of both.
+
+A rule works number by number, on the few entries that matter or on a dense piece alike: `at` says which features the
+last dimension of its tensors are (their ids, or all in order). `g` is the derivative of the loss of reconstruction by
+the value. A rule gives the derivative by the pre-activation, and contributions to be summed by feature, from which
+come the gradients of the parameters that only its architecture has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+At = Tensor | slice
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Top:
+    """Values are the pre-activations that were chosen: TopK (Gao et al. 2024, arXiv 2406.04093), BatchTopK (Bussmann et
+    al. 2024, arXiv 2412.06410) and, with nested dictionaries, Matryoshka BatchTopK (Bussmann et al. 2025, arXiv
+    2503.17547)."""
+
+    @property
+    def cut(self) -> Tensor | float | None:
+        """Only entries above it, of the feature, matter; None where entries are chosen otherwise."""
+        return None
+
+    def values(self, pre: Tensor, at: At) -> Tensor:
+        return pre
+
+    def second(self, pre: Tensor) -> Tensor | None:
+        return None
+
+    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: At) -> tuple[Tensor, Sums]:
+        return g, {}
+
+    def penalty(self, pre: Tensor, values: Tensor, at: At) -> Tensor:
+        return values.new_zeros(())
+
+    def penalty_loss(self, total: Tensor, n_active: float) -> tuple[float, float]:
+        """What the penalty adds to the loss, and the penalty before its weight."""
+        return 0.0, 0.0
+
+    def bias_gradient(self, d_pre: Tensor, sums: Sums) -> Tensor:
+        return d_pre
+
+    def own_gradients(self, sums: Sums, n_active: float) -> tuple[Tensor, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Relu(Top):
+    """relu(pre), with `weight` times the sum of values, each times its direction's length where `lengths` (F) are given
+    (Bricken et al. 2023, "Towards Monosemanticity"; with lengths Conerly et al. 2024, "April update")."""
+
+    weight: float
+    n_entries: int
+    lengths: Tensor | None
+
+    @property
+    def cut(self) -> float:
+        return 0.0
+
+    def values(self, pre: Tensor, at: At) -> Tensor:
+        return pre.clamp(min=0)
+
+    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: At) -> tuple[Tensor, Sums]:
+        return (g + self._price(at)) * (pre > 0), self._of_lengths(values)
+
+    def penalty(self, pre: Tensor, values: Tensor, at: At) -> Tensor:
+        return (values if self.lengths is None else values * self.lengths[at]).sum()
+
+    def penalty_loss(self, total: Tensor, n_active: float) -> tuple[float, float]:
+        mean = total.item() / self.n_entries
+        return self.weight * mean, mean
+
+    def _price(self, at: At) -> Tensor | float:
+        price = self.weight / self.n_entries
+        return price if self.lengths is None else price * self.lengths[at]
+
+    def _of_lengths(self, values: Tensor) -> Sums:
+        return {} if self.lengths is None else {"length": values * (self.weight / self.n_entries)}
+
+
+@dataclass(frozen=True)
+class Gated(Relu):
+    """relu(exp(r_mag) * (pre - b_enc) + b_mag) where pre, the gate, is positive (Rajamanoharan et al. 2024, arXiv
+    2404.16014). The penalty is on relu(pre), which also has to reconstruct by itself with a decoder held fixed."""
+
+    r_mag: Tensor
+    b_mag: Tensor
+    b_enc: Tensor
+
+    def values(self, pre: Tensor, at: At) -> Tensor:
+        inner = self.r_mag[at].exp() * (pre - self.b_enc[at]) + self.b_mag[at]
+        return inner.clamp_(min=0) * (pre > 0)
+
+    def second(self, pre: Tensor) -> Tensor | None:
+        return pre.clamp(min=0)
+
+    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: At) -> tuple[Tensor, Sums]:
+        assert g_second is not None
+        stretch, of_magnitude = self.r_mag[at].exp(), g * (values > 0)
+        through = stretch * of_magnitude
+        d_pre = through + (g_second + self._price(at)) * (pre > 0)
+        sums = {"b_mag": of_magnitude, "r_mag": through * (pre - self.b_enc[at])}
+        return d_pre, sums | self._of_lengths(pre.clamp(min=0))
+
+    def penalty(self, pre: Tensor, values: Tensor, at: At) -> Tensor:
+        return super().penalty(pre, pre.clamp(min=0), at)
+
+    def bias_gradient(self, d_pre: Tensor, sums: Sums) -> Tensor:
+        """The magnitude path does not see the gate's bias."""
+        return d_pre - self.r_mag.exp() * sums["b_mag"]
+
+    def own_gradients(self, sums: Sums, n_active: float) -> tuple[Tensor, ...]:
+        return sums["r_mag"], sums["b_mag"]
+
+
+@dataclass(frozen=True)
+class JumpReLU(Top):
+    """pre where it is above the feature's threshold, else 0 (Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+    The thresholds' gradients are straight-through estimates with a box kernel of width `bandwidth`. The penalty is
+    `weight` times (L0 / k - 1)², the quadratic aim at k features a token of that paper's appendix; or, with `tanh_scale`,
+    `weight` / D times the sum of tanh(tanh_scale * value * length) over features (Conerly et al. 2025, "January update").
+    """
+
+    threshold: Tensor
+    bandwidth: float
+    weight: float
+    k: int
+    n_rows: int
+    width: int
+    tanh_scale: float | None
+    lengths: Tensor | None
+
+    @property
+    def cut(self) -> Tensor:
+        return self.threshold - self.bandwidth / 2
+
+    def values(self, pre: Tensor, at: At) -> Tensor:
+        return pre * (pre > self.threshold[at])
+
+    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: At) -> tuple[Tensor, Sums]:
+        threshold, sums = self.threshold[at], {}
+        if self.tanh_scale is not None:
+            lengths = 1.0 if self.lengths is None else self.lengths[at]
+            price = self._price * (1 - torch.tanh(self.tanh_scale * lengths * values).square()) * self.tanh_scale
+            g = g + price * lengths
+            if self.lengths is not None:
+                sums["length"] = price * values
+        near = ((pre - threshold).abs() < self.bandwidth / 2) / self.bandwidth
+        sums |= {"threshold": -threshold * near * g, "near": near}
+        return g * (pre > threshold), sums
+
+    def penalty(self, pre: Tensor, values: Tensor, at: At) -> Tensor:
+        if self.tanh_scale is None:
+            return values.new_zeros(())
+        lengths = 1.0 if self.lengths is None else self.lengths[at]
+        return torch.tanh(self.tanh_scale * lengths * values).sum()
+
+    def penalty_loss(self, total: Tensor, n_active: float) -> tuple[float, float]:
+        if self.tanh_scale is None:
+            off = (n_active / self.k - 1) ** 2
+            return self.weight * off, off
+        return self._price * total.item(), total.item() / self.n_rows
+
+    @property
+    def _price(self) -> float:
+        return self.weight / (self.n_rows * self.width)
+
+    def own_gradients(self, sums: Sums, n_active: float) -> tuple[Tensor, ...]:
+        """Of the logarithm of the thresholds."""
+        gradient = sums["threshold"]
+        if self.tanh_scale is None:
+            gradient = gradient - 2 * self.weight * (n_active / self.k - 1) / self.k / self.n_rows * sums["near"]
+        return (gradient * self.threshold,)
+
+
+Rule = Top | Relu | Gated | JumpReLU
