@@ -184,7 +184,7 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
         pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
     for member in recipe.members():
         if member.sae.site or member.sae.target_site:
-            wanted = sum(site.width for site in _sites_of(sites, member.sae))
+            wanted = sum(site.width for site in {*_pair(sites, member.sae)})
             pool_blocks(recipe.feed, length * wanted * ITEM_BYTES[recipe.activations.dtype])
     row_bytes = length * sum(site.width for site in sites) * ITEM_BYTES[recipe.activations.dtype]
     n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
@@ -205,16 +205,14 @@ def choose_site(target: Artefact, wanted: str | None) -> Site:
     return _chosen(stored_sites(target), wanted)
 
 
-def choose_sites(target: Artefact, config: SAEConfig) -> list[Site]:
-    """That site and, for a transcoder, the one it reconstructs."""
-    return _sites_of(stored_sites(target), config)
+def sites_of(target: Artefact, config: SAEConfig) -> tuple[Site, Site]:
+    """The site that is read and the one that is reconstructed: another one only where a transcoder is asked for."""
+    return _pair(stored_sites(target), config)
 
 
-def _sites_of(sites: list[Site], config: SAEConfig) -> list[Site]:
+def _pair(sites: list[Site], config: SAEConfig) -> tuple[Site, Site]:
     read = _chosen(sites, config.site)
-    if config.target_site in (None, read.name):
-        return [read]
-    return [read, _chosen(sites, config.target_site, "sae.target_site")]
+    return read, _chosen(sites, config.target_site, "sae.target_site") if config.target_site else read
 
 
 def _chosen(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:

@@ -142,7 +142,7 @@ def set_threads(recipe: Recipe) -> None:
 
 def sites_of(store: Store, recipe: Recipe) -> list[Site]:
     """The site read and, for a transcoder, the one to reconstruct."""
-    return activations.choose_sites(activations.artefact(store, recipe), recipe.sae)
+    return list(dict.fromkeys(activations.sites_of(activations.artefact(store, recipe), recipe.sae)))
 
 
 def open_feed(store: Store, recipe: Recipe) -> Feed:

@@ -12,18 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow import schedule
-from saeflow.config import Recipe, SAEConfig, TrainConfig, UserError
+from saeflow.config import Recipe, TrainConfig, UserError
 from saeflow.disk import read_json, write_json
 from saeflow.encoding import fast_dtype
 from saeflow.feed import Feed
-from saeflow.model import Site
 from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder, StepInfo
 
@@ -96,10 +94,9 @@ class Training:
             *(_mean_and_scale(each, recipe.sae.normalise) for each in rows or sample(feed)), strict=True
         )
         seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
-        sae = _new(seeded, feed.sites)
+        sae = SparseAutoencoder(seeded, feed.sites[0].width, feed.sites[-1].width)
         sae.product_dtype = fast_dtype()
-        if recipe.sae.decoder_bias == "mean":
-            sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
+        sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
         config = recipe.train
         adam = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
         n_steps = max(1, round(config.n_tokens * feed.batches_per_epoch / feed.n_rows))
@@ -118,9 +115,10 @@ class Training:
         for group in self.adam.param_groups:
             group["lr"] = schedule.learning_rate(self.step, self.n_steps, self.config)
         x, *others = (batch.scaled(site, scale) for site, scale in enumerate(self.scales))
-        target = _unless(not others, target=others and others[0])
-        dead_after = self.config.dead_after_tokens
-        loss, info = self.sae.training_loss(x, self.config.aux_weight, dead_after, **target, **self._scheduled())
+        target, dead_after = others[0] if others else None, self.config.dead_after_tokens
+        loss, info = self.sae.training_loss(
+            x, self.config.aux_weight, dead_after, target=target, k=self._k, sparsity=self._sparsity
+        )
         if not math.isfinite(loss.item()):
             raise UserError(self._no_number(loss.item(), batch))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -129,7 +127,7 @@ class Training:
         self.sae.after_step()
         self.adam.zero_grad(set_to_none=True)  # of many trainings, only one has gradients at a time
         if self.step in self._resample_steps:
-            resample(self.sae, self.adam, x, dead_after, seed=self.step, **target)
+            resample(self.sae, self.adam, x, dead_after, self.step, **({} if target is None else {"target": target}))
         if self.step % self.config.log_every == 0 or self.step == self.n_steps - 1:
             self.log.append(self._row(loss.item(), info, len(batch)) | clipped)
         self.step, self.info = self.step + 1, info
@@ -142,11 +140,6 @@ class Training:
     @property
     def _sparsity(self) -> float:
         return schedule.sparsity(self.step, self.n_steps, self.config)
-
-    def _scheduled(self) -> dict[str, Any]:
-        """What this step asks of the loss."""
-        k, factor = self._k, self._sparsity
-        return _unless(k == self.sae.config.k, k=k) | _unless(factor == 1.0, sparsity=factor)
 
     def _clip(self) -> dict[str, float]:
         """Shorten the gradient where that is asked for; its length before, for the log."""
@@ -169,8 +162,8 @@ class Training:
             "step": self.step, "batch_rows": n_rows, "lr": self.adam.param_groups[0]["lr"], "loss": loss,
             "variance_unexplained": info.unexplained, "l0": info.n_active, "dead": info.n_dead,
             "auxiliary_loss": info.auxiliary, "sparsity_loss": info.sparsity,
-            **_unless(not (self.config.k_start and self.sae.config.counts_k), k=self._k),
-            **_unless(not self.config.sparsity_warmup_share, sparsity_factor=self._sparsity),
+            **({"k": self._k} if self.config.k_start and self.sae.config.counts_k else {}),
+            **({"sparsity_factor": self._sparsity} if self.config.sparsity_warmup_share else {}),
         }  # fmt: skip
 
     @cached_property
@@ -185,8 +178,7 @@ class Training:
 
     def folded(self) -> SparseAutoencoder:
         """The SAE for activations as they are."""
-        scale, *others = self.scales
-        return self.sae.folded(scale, **_unless(not others, target_scale=others and others[0]))
+        return self.sae.folded(*self.scales)
 
     @property
     def product(self) -> str:
@@ -246,16 +238,6 @@ def _mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:
     if not spread > 0:
         raise UserError("All activations are equal; there is nothing to learn. Check the site and the corpus.")
     return mean, math.sqrt(rows.shape[1] / spread) if normalise else 1.0
-
-
-def _new(config: SAEConfig, sites: Sequence[Site]) -> SparseAutoencoder:
-    """An SAE of one site, a transcoder of two."""
-    return SparseAutoencoder(config, sites[0].width, **_unless(len(sites) == 1, out_width=sites[-1].width))
-
-
-def _unless(default: bool, **option: Any) -> dict[str, Any]:
-    """An argument that is only given where it is not at its default."""
-    return {} if default else option
 
 
 @contextlib.contextmanager

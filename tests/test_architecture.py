@@ -64,6 +64,7 @@ ORDER = [
     "train",
     "features",
     "forget",
+    "metrics",
     "evaluate",
     "report",
     "runs",
