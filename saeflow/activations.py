@@ -17,7 +17,7 @@ from saeflow import tokens
 from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.artefact import Artefact, Job
 from saeflow.brought import content
-from saeflow.config import ActivationsConfig, Recipe, UserError, fingerprint
+from saeflow.config import ActivationsConfig, Recipe, SAEConfig, UserError, fingerprint
 from saeflow.model import Site, SiteReader, device_of, load_model, model_fingerprint, require_length, resolve_sites
 from saeflow.norms import FILE as NORMS_FILE
 from saeflow.norms import Norms, norms_of, warn
@@ -183,6 +183,8 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
         pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
     if recipe.sae.site:
         _chosen(sites, recipe.sae.site)
+    if recipe.sae.target_site:
+        _chosen(sites, recipe.sae.target_site, "sae.target_site")
     row_bytes = length * sum(site.width for site in sites) * ITEM_BYTES[recipe.activations.dtype]
     n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
     store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
@@ -202,9 +204,15 @@ def choose_site(target: Artefact, wanted: str | None) -> Site:
     return _chosen(stored_sites(target), wanted)
 
 
-def _chosen(sites: list[Site], wanted: str | None) -> Site:
+def sites_of(target: Artefact, config: SAEConfig) -> tuple[Site, Site]:
+    """The site that is read and the one that is reconstructed: another one only where a transcoder is asked for."""
+    read = choose_site(target, config.site)
+    return read, _chosen(stored_sites(target), config.target_site, "sae.target_site") if config.target_site else read
+
+
+def _chosen(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:
     found = [site for site in sites if site.name == wanted] if wanted else sites
     if len(found) != 1:
         names = ", ".join(site.name for site in sites)
-        raise UserError(f"sae.site is {wanted!r}; the sites are: {names}. Set sae.site to one of them.")
+        raise UserError(f"{setting} is {wanted!r}; the sites are: {names}. Set {setting} to one of them.")
     return found[0]

@@ -200,7 +200,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add_row(name.removeprefix("n_"), f"{summary[name]:,}")
     for name in ("activation_bytes", "feature_bytes"):
         table.add_row(name.replace("_", " "), human_bytes(summary[name]))
-    for name in ("variance_unexplained", "l0", "dead_share", "loss_recovered_zero", "loss_recovered_mean"):
+    shares = "loss_recovered_zero", "loss_recovered_mean", "kl_recovered_mean"
+    for name in ("variance_unexplained", "l0", "shrinkage", "dead_share", *shares):
         if name in quality:
             table.add_row(name.replace("_", " "), f"{quality[name]:.4f}")
     table.add_row("judged on", quality["judged_on"])

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from saeflow import activations, features, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import FORMAT_VERSION, Recipe, fingerprint
-from saeflow.feed import Feed, held_out_rows
+from saeflow.feed import Feed, aligned_held_out_rows
 from saeflow.machine import total_memory
-from saeflow.model import device_of, load_model, predicts_next_token, replaced
+from saeflow.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
+from saeflow.model import device_of, load_model, predicts_next_token, require_running_order, spliced
 from saeflow.parallel import in_order
 from saeflow.progress import Bar, Progress
 from saeflow.records import Damaged, read_checked, write_checked
@@ -34,56 +35,49 @@ from saeflow.used import Used
 
 _SEQUENCES = 4
 """Sequences in one forward pass up to the logits: few, so that the logits stay in the processor's cache."""
-_LOGIT_BYTES = 3 * 4
-"""Memory of one logit: as the model gives it, in float32, and its logarithm of the softmax."""
+_LOGIT_BYTES = 8 + 3 * 4
+"""Memory of one logit: the unchanged model's as a probability in float64; the other pass's as the model gives it, and
+twice more what heads hold on the way, a cast and a soft cap."""
+
+Change = Callable[[Tensor, Tensor], Tensor]
+"""What takes the place of activations (s, T, D): from those of the site that is read and those that were there."""
 
 
 @dataclass
-class Reconstruction:
-    """Sums over tokens (float64) from which variance unexplained and L0 follow."""
+class Judged:
+    """What an SAE makes of the tokens it is judged on."""
 
-    width: int
-    n_tokens: int = 0
-    error: float = 0.0
-    n_active: int = 0
+    reconstruction: Reconstruction
+    firing: Firing
+    held_out: bool = True
 
-    def __post_init__(self) -> None:
-        self.total = torch.zeros(self.width, dtype=torch.float64)
-        self.squares = 0.0
-
-    def add(self, x: Tensor, sae: SparseAutoencoder) -> None:
-        """Count tokens x (n, D)."""
+    def add(self, x: Tensor, wanted: Tensor, sae: SparseAutoencoder) -> None:
+        """Count tokens x (n, D), to be reconstructed as `wanted`."""
         sparse = sae.encode_sparse(x)
-        wide = x.double()
-        self.n_tokens += len(x)
-        self.n_active += len(sparse.values)
-        self.error += (wide - sae.decode(sparse).double()).square().sum().item()
-        self.total += wide.sum(0)
-        self.squares += wide.square().sum().item()
+        self.firing.add(sparse)
+        self.reconstruction.add(wanted, sae.decode(sparse))
 
     @property
-    def mean(self) -> Tensor:
-        return self.total / self.n_tokens
-
-    @property
-    def variance_unexplained(self) -> float:
-        """Sum of |x - reconstruction|² over sum of |x - mean|², the mean taken over the same tokens."""
-        return ratio(self.error, self.squares - self.n_tokens * self.mean.square().sum().item())
-
-    @property
-    def l0(self) -> float:
-        """Active features per token."""
-        return self.n_active / self.n_tokens
-
-
-def loss_recovered(loss: float, spliced: float, ablated: float) -> float:
-    """Share of the loss that ablation costs and the reconstruction does not; 1 is perfect, 0 no better than ablation."""
-    return ratio(ablated - spliced, ablated - loss)
+    def figures(self) -> dict[str, Any]:
+        sums, firing = self.reconstruction, self.firing
+        return {
+            "n_tokens": sums.n_tokens,
+            "variance_unexplained": sums.variance_unexplained,
+            "mean_squared_error": sums.mean_squared_error,
+            "shrinkage": sums.shrinkage,
+            "l0": firing.l0,
+            "silent": firing.silent,
+            "density_histogram": density_histogram(firing.n_firing, firing.n_tokens),
+            "judged_on": "held-out documents" if self.held_out else "training data",
+        }
 
 
-def ratio(part: float, whole: float) -> float:
-    """part / whole; infinite where there is no whole."""
-    return part / whole if whole else math.copysign(math.inf, part)
+def judge(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> dict[str, Any]:
+    """Figures of any SAE or transcoder on the held-out tokens of the recipe's activations; nothing needs to be encoded.
+
+    Without held-out documents it is judged on the training tokens, all of them, and `judged_on` says so.
+    """
+    return _judged(store, recipe, sae, progress).figures
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
@@ -97,13 +91,10 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
         return dict(known)
     train.set_threads(recipe)
     sae = SparseAutoencoder.load(train.artefact(store, recipe).fetched())
-    quality = _reconstruction(store, recipe, sae, progress) | _liveness(run_artefact)
-    if recipe.model is not None and quality.pop("held_out"):
-        mean = quality.pop("mean")
-        quality |= _language_model_loss(store, recipe, sae, mean, progress)
-    else:
-        quality.pop("mean", None)
-        quality.pop("held_out", None)
+    judgement = _judged(store, recipe, sae, progress)
+    quality = judgement.figures | _liveness(run_artefact)
+    if recipe.model is not None and judgement.held_out:
+        quality |= _language_model(store, recipe, sae, judgement.reconstruction.mean.float(), progress)
     write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
     run_artefact.send(path)
     return quality
@@ -119,7 +110,7 @@ def _known(path: Path) -> dict[str, Any]:
 def _matches(known: dict[str, Any], judged: dict[str, Any], run_artefact: Artefact) -> bool:
     """Are the known figures those of what would be judged? Format 1 did not say which parts; it counted values."""
     if "parts" in known:
-        return {name: known.get(name) for name in judged} == judged
+        return "shrinkage" in known and {name: known.get(name) for name in judged} == judged
     counted = (known.get("max_tokens"), known.get("n_values"))
     return counted == (judged["max_tokens"], run_artefact.published().total("n_values"))
 
@@ -129,82 +120,90 @@ def _fingerprint(run_artefact: Artefact) -> str:
     return fingerprint([part.folder for part in run_artefact.published().parts])
 
 
-def _reconstruction(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> dict[str, Any]:
+def _judged(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> Judged:
     source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
     used = Used.of(source, recipe.activations)
-    site = activations.choose_site(stored, recipe.sae.site)
-    sums = Reconstruction(site.width)
+    read, target = activations.sites_of(stored, recipe.sae)
+    sites = [read] if read == target else [read, target]
+    found = Judged(Reconstruction(target.width), Firing(sae.config.n_features))
     with progress.bar("evaluate", None, "tokens") as bar:
-        for rows in held_out_rows(used, stored, site, recipe.evaluate.max_tokens):
-            for x in torch.split(rows, recipe.features.batch_rows):
-                sums.add(x, sae)
-                bar.advance(len(x))
-        held_out = sums.n_tokens > 0
-        if not held_out:  # nothing was held out: judge on what was trained on, and say so
-            feed = Feed(used, stored, site, recipe.feed)
-            for x in itertools.islice(feed.batches(), feed.batches_per_epoch):
-                sums.add(x, sae)
-    return {
-        "held_out": held_out,
-        "mean": sums.mean.float(),
-        "n_tokens": sums.n_tokens,
-        "variance_unexplained": sums.variance_unexplained,
-        "mean_squared_error": sums.error / sums.n_tokens / site.width,
-        "l0": sums.l0,
-        "judged_on": "held-out documents" if held_out else "training data",
-    }
+        for rows in aligned_held_out_rows(used, stored, sites, recipe.evaluate.max_tokens):
+            for batch in zip(*(torch.split(each, recipe.features.batch_rows) for each in rows), strict=True):
+                found.add(batch[0], batch[-1], sae)
+                bar.advance(len(batch[0]))
+        if not found.firing.n_tokens:  # nothing was held out: judge on what was trained on, and say so
+            found.held_out = False
+            feed = Feed(used, stored, sites, recipe.feed)
+            with contextlib.closing(feed.aligned()) as batches:
+                for batch in itertools.islice(batches, feed.batches_per_epoch):
+                    found.add(batch[0], batch[-1], sae)
+    return found
 
 
 def _liveness(run_artefact: Artefact) -> dict[str, Any]:
     """Dead features never fire in the whole encoded corpus; dense ones fire at more than a tenth of its tokens."""
     generation = run_artefact.published()
     paths = [run_artefact.part_file(part, "feature_stats.parquet") for part in generation.parts]
-    n_firing = sum(pq.read_table(path, columns=["n_tokens"]).column(0).to_numpy() for path in paths)
-    density = np.asarray(n_firing) / max(generation.total("n_tokens"), 1)
+    n_firing = np.asarray(sum(pq.read_table(path, columns=["n_tokens"]).column(0).to_numpy() for path in paths))
+    n_tokens = generation.total("n_tokens")
+    density = n_firing / max(n_tokens, 1)
     return {
         "n_values": generation.total("n_values"),
+        "density_histogram": density_histogram(n_firing, n_tokens),
         "n_dead": int((density == 0).sum()),
         "dead_share": float((density == 0).mean()),
         "dense_share": float((density > 0.1).mean()),
     }
 
 
-def _language_model_loss(
+def _language_model(
     store: Store, recipe: Recipe, sae: SparseAutoencoder, mean: Tensor, progress: Progress
 ) -> dict[str, Any]:
-    """Next-token loss (nats) as it is, with the reconstruction spliced in, and with mean and zero instead."""
+    """Next-token loss as it is, with the reconstruction spliced in, and with mean and zero instead; how far each change
+    takes predictions from the model's own (KL, nats a token); the shares of both that the reconstruction recovers."""
     assert recipe.model is not None
     model = load_model(recipe.model)
     if not predicts_next_token(model):
         progress.say("evaluate: the model does not predict the next token, so there is no loss to recover")
         return {}
-    site = activations.choose_site(activations.artefact(store, recipe), recipe.sae.site).name
-    changes: dict[str, Callable[[Tensor], Tensor] | None] = {
-        "loss": None,
-        "loss_sae": lambda x: sae.reconstruct(x.float().cpu().flatten(0, -2)).view(x.shape).to(x),
-        "loss_mean_ablated": lambda x: mean.to(x).expand_as(x),
-        "loss_zero_ablated": torch.zeros_like,
-    }
+    sites = activations.sites_of(activations.artefact(store, recipe), recipe.sae)
+    read, target = (site.name for site in sites)
+    require_running_order(model, read, target)
     workers, n_together = _room(model, recipe)
     batches = list(_held_out_sequences(store, recipe, n_together))
     n_predicted = sum(int(_predicting(batch).sum()) for batch in batches)
-    sums = {}
-    with progress.bar("loss", len(changes) * n_predicted, "tokens") as bar:
-        for name, change in changes.items():
-            spliced = _Spliced(change)
-            with replaced(model, site, spliced) if change else contextlib.nullcontext():
-                each = in_order(partial(_summed_loss, model, spliced), batches, workers)
-                sums[name] = math.fsum(_counted(each, batches, bar))
-    losses = {name: ratio(total, n_predicted) for name, total in sums.items()}
-    recovered = {
-        f"loss_recovered_{kind}": loss_recovered(losses["loss"], losses["loss_sae"], losses[f"loss_{kind}_ablated"])
+    if not n_predicted:
+        progress.say("evaluate: no held-out token follows another in its sequence, so there is no loss to recover")
+        return {}
+    splice, changes = _Splice(), _changes(sae, mean)
+    n_passes = 1 + len(changes)
+    with spliced(model, read, target, splice), progress.bar("loss", n_passes * n_predicted, "tokens") as bar:
+        each = in_order(partial(_compared, model, splice, changes), batches, workers)
+        sums = list(_counted(each, batches, n_passes, bar))
+    means = {name: ratio(math.fsum(batch[name] for batch in sums), n_predicted) for name in sums[0]}
+    return means | _shares(means) | {"n_predicted": n_predicted}
+
+
+def _changes(sae: SparseAutoencoder, mean: Tensor) -> dict[str, Change]:
+    return {
+        "sae": lambda x, there: sae.reconstruct(x.float().cpu().flatten(0, -2)).view(there.shape).to(there),
+        "mean_ablated": lambda x, there: mean.to(there).expand_as(there),
+        "zero_ablated": lambda x, there: torch.zeros_like(there),
+    }
+
+
+def _shares(means: dict[str, float]) -> dict[str, float]:
+    """Of what each ablation costs, in loss and in KL divergence (none without a change), what the SAE recovers."""
+    without = {"loss": means["loss"], "kl": 0.0}
+    return {
+        f"{figure}_recovered_{kind}": recovered(least, means[f"{figure}_sae"], means[f"{figure}_{kind}_ablated"])
+        for figure, least in without.items()
         for kind in ("mean", "zero")
     }
-    return losses | recovered | {"n_predicted": n_predicted}
 
 
 def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
-    """Forward passes at once, and sequences in each, so that the logits take a quarter of the memory at most."""
+    """Threads at once, and sequences in each, so that the logits take a quarter of the memory at most."""
     on_processor = device_of(model).type == "cpu"
     room = (total_memory() if on_processor else torch.cuda.mem_get_info(device_of(model))[0]) // 4
     one = recipe.tokens.context_length * model.get_output_embeddings().weight.shape[0] * _LOGIT_BYTES
@@ -212,10 +211,12 @@ def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
     return workers, min(_SEQUENCES, max(1, room // one // workers))
 
 
-def _counted(losses: Iterable[float], batches: list[_Batch], bar: Bar) -> Iterator[float]:
-    for loss, batch in zip(losses, batches, strict=True):
-        bar.advance(int(_predicting(batch).sum()))
-        yield loss
+def _counted(
+    sums: Iterable[dict[str, float]], batches: list[_Batch], n_passes: int, bar: Bar
+) -> Iterator[dict[str, float]]:
+    for found, batch in zip(sums, batches, strict=True):
+        bar.advance(n_passes * int(_predicting(batch).sum()))
+        yield found
 
 
 @dataclass(frozen=True)
@@ -228,16 +229,20 @@ class _Batch:
     used: Tensor
 
 
-class _Spliced:
-    """What takes the place of the activations (s, T, D): the change at used tokens, nothing elsewhere."""
+class _Splice:
+    """What is at the target in the pass that this thread runs: the change at used tokens, what was there elsewhere."""
 
-    def __init__(self, change: Callable[[Tensor], Tensor] | None) -> None:
-        self.change, self.here = change, threading.local()
+    def __init__(self) -> None:
+        self.here = threading.local()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        assert self.change is not None
-        used = self.here.used.to(x.device)
-        return self.change(x) if used.all() else torch.where(used[:, :, None], self.change(x), x)
+    def set(self, change: Change | None, used: Tensor) -> None:
+        self.here.change, self.here.used = change, used
+
+    def __call__(self, x: Tensor, there: Tensor) -> Tensor:
+        if self.here.change is None:
+            return there
+        used, changed = self.here.used.to(there.device), self.here.change(x, there)
+        return changed if used.all() else torch.where(used[:, :, None], changed, there)
 
 
 def _held_out_sequences(store: Store, recipe: Recipe, n_together: int) -> Iterator[_Batch]:
@@ -262,12 +267,19 @@ def _predicting(batch: _Batch) -> Tensor:
 
 
 @torch.no_grad()
-def _summed_loss(model: nn.Module, spliced: _Spliced, batch: _Batch) -> float:
-    """Summed loss of predicting each real token from those before it in its sequence."""
-    place = next(model.parameters()).device
-    spliced.here.used = batch.used
+def _compared(model: nn.Module, splice: _Splice, changes: dict[str, Change], batch: _Batch) -> dict[str, float]:
+    """Sums over the predicted tokens of a batch: loss of the model as it is, loss and KL divergence with each change."""
+    place = device_of(model)
     vocab_ids, real = batch.vocab_ids.to(place), batch.real.to(place)
-    logits = model(vocab_ids, attention_mask=None if real.all() else real).logits
-    following = vocab_ids.roll(-1, dims=1).flatten()  # a sequence's last token predicts nothing: left out below
-    each = tf.cross_entropy(logits.flatten(0, 1).float(), following, reduction="none")
-    return float(each[_predicting(batch).flatten().to(place)].double().sum())
+    rows = _predicting(batch).to(place).flatten().nonzero().flatten()
+
+    def logits(change: Change | None) -> Tensor:
+        splice.set(change, batch.used)
+        found: Tensor = model(vocab_ids, attention_mask=None if real.all() else real).logits
+        return found.flatten(0, 1)
+
+    unchanged = Predictions(logits(None), rows, vocab_ids.flatten()[rows + 1])
+    sums = {"loss": unchanged.loss}
+    for name, change in changes.items():
+        sums[f"loss_{name}"], sums[f"kl_{name}"] = unchanged.beside(logits(change))
+    return sums

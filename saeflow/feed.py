@@ -238,15 +238,29 @@ def _taken(values: Tensor, places: np.ndarray) -> Tensor:
 
 
 def held_out_rows(used: Used, target: Artefact, site: Site, max_tokens: int) -> Iterator[Tensor]:
-    """Used held-out activations (n, D) float32, part by part, at most `max_tokens` in all."""
+    """Used held-out activations (n, D) float32, some at a time, at most `max_tokens` in all."""
+    return (rows for (rows,) in aligned_held_out_rows(used, target, [site], max_tokens))
+
+
+def aligned_held_out_rows(
+    used: Used, target: Artefact, sites: Sequence[Site], max_tokens: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """The same for several sites: one tensor (n, D) a site, the same tokens in the same rows.
+
+    In the order of the store; no more is held at once than a shard of each site.
+    """
     left = max_tokens
     for part in target.published().parts:
-        start = part.counts["n_train_sequences"]
-        if left <= 0 or start == part.counts["n_sequences"]:
+        first, n = part.counts["n_train_sequences"], part.counts["n_sequences"]
+        if left <= 0 or first == n:
             continue
-        mask = used.mask(part.index, slice(start, None))
-        stop = start + int(np.searchsorted(mask.sum(1).cumsum(), left)) + 1
-        values = open_site(target, part, site).read(slice(start, stop)).reshape(-1, site.width)
-        rows = values[torch.from_numpy(mask[: stop - start].reshape(-1))][:left]
-        left -= len(rows)
-        yield rows.float()
+        stored = [open_site(target, part, site) for site in sites]
+        mask = used.mask(part.index, slice(first, None))
+        step = max(array.shard for array in stored)
+        edges = [first, *range((first // step + 1) * step, n, step), n]
+        for start, stop in itertools.pairwise(edges):
+            chosen = mask[start - first : stop - first].reshape(-1).nonzero()[0][:left]
+            if len(chosen):
+                rows = slice(start, start + int(chosen[-1]) // used.length + 1)
+                yield tuple(array.read(rows).flatten(0, 1)[torch.from_numpy(chosen)].float() for array in stored)
+                left -= len(chosen)

@@ -312,13 +312,41 @@ class SiteReader:
 
 
 @contextlib.contextmanager
-def replaced(model: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, what the module gives (or gets) at `site` is `change(it)`; shapes (B, T, D)."""
-    handle = _hook(model, site, lambda name, value: _with_tensor(value, change))
+def spliced(model: nn.Module, read: str, target: str, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """While open, what the module gives (or gets) at `target` is `change(what is at read in the same pass, it)`.
+
+    `read` and `target` may be one site; else the model must run `read` first (`require_running_order`). Several
+    threads may run the model.
+    """
+    here = threading.local()
+
+    def note(name: str, value: Any) -> None:
+        here.read = _tensor(value)
+
+    def put(name: str, value: Any) -> Any:
+        return _with_tensor(value, lambda x: change(here.read, x))
+
+    handles = [_hook(model, read, note), _hook(model, target, put)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def require_running_order(model: nn.Module, read: str, target: str) -> None:
+    """Raises UserError where a transcoder's target runs before what it reads, by a small trial."""
+    reached: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for site in (read, target):
+            stack.callback(_hook(model, site, lambda name, value: reached.append(name)).remove)
+        model(torch.zeros(1, 2, dtype=torch.int64, device=device_of(model)))
+    if read != reached[0]:
+        raise UserError(
+            f"sae.target_site is {target!r}, which the model runs before sae.site, {read!r}:\n"
+            "nothing can take its place in time. Set sae.site to a site that runs before sae.target_site."
+        )
 
 
 def _hook(model: nn.Module, site: str, act: Callable[[str, Any], Any]) -> Any:

@@ -60,6 +60,7 @@ ORDER = [
     "train",
     "features",
     "forget",
+    "metrics",
     "evaluate",
     "report",
     "runs",

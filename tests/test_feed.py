@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saeflow import activations, arrays, bring, tokens
 from saeflow.config import FeedConfig, UserError, parse_recipe
-from saeflow.feed import Feed, held_out_rows
+from saeflow.feed import Feed, aligned_held_out_rows, held_out_rows
 from saeflow.plan import plan_blocks, plan_epoch
 from saeflow.records import PartRecord
 from saeflow.store import Store
@@ -182,6 +182,31 @@ def test_held_out_and_masked_rows_never_appear_and_all_others_do(tmp_path, ingre
         rows = torch.cat(list(held_out_rows(Used(source), target, site, limit)))
         torch.testing.assert_close(rows, values[held][:limit], rtol=0, atol=0)
     assert values.shape[0] % CONTEXT_LENGTH == 0
+
+
+@pytest.mark.parametrize("limit", [10**9, 300, 1])
+@pytest.mark.parametrize("skip", [[], [0, 15]])
+def test_held_out_rows_of_several_sites_are_the_same_tokens(tmp_path, ingredients, progress, limit, skip):
+    sites = [SITE, "transformer.h.1", "transformer.h.0.mlp.c_fc:input"]
+    about = {"sites": sites, "chunk_bytes": 2048, "shard_bytes": 4096, "skip_positions": skip}
+    recipe = parse_recipe(recipe_data(ingredients, activations=about, sae={"site": SITE}))
+    store = Store.create(tmp_path / "store")
+    tokens.run(store, recipe, progress)
+    target = activations.run(store, recipe, progress)
+    used = Used.of(tokens.artefact(store, recipe), recipe.activations)
+    chosen = [activations.choose_site(target, name) for name in sites]
+    found = list(aligned_held_out_rows(used, target, chosen, limit))
+    for site, rows in zip(chosen, zip(*found, strict=True), strict=True):
+        wanted = []
+        for part in target.published().parts:
+            held = slice(part.counts["n_train_sequences"], None)
+            mask = torch.from_numpy(used.mask(part.index, held))
+            wanted.append(arrays.open_site(target, part, site).read(held)[mask])
+        torch.testing.assert_close(torch.cat(rows), torch.cat(wanted).float()[:limit], rtol=0, atol=0)
+    row_bytes = 16 * 2  # of the narrow sites, whose shards hold the most rows
+    assert max(len(rows[0]) for rows in found) <= 4096 // row_bytes
+    if limit == 10**9:
+        assert len(found) > len(target.published().parts)
 
 
 def test_a_store_without_training_tokens_is_refused_instead_of_waited_for(tmp_path, ingredients, progress):
