@@ -178,9 +178,16 @@ class SAEConfig(Section):
     penalty_weight: float = Field(1.0, ge=0, description="Weight of that penalty in the loss (jumprelu).")
     tanh_scale: PositiveFloat = Field(4.0, description="Factor inside that tanh (jumprelu).")
     bandwidth: PositiveFloat = Field(
-        0.1, description="Width of the window around a threshold in which its gradient is estimated (jumprelu)."
+        0.5, description="Width of the window around a threshold in which its gradient is estimated (jumprelu)."
     )
-    first_threshold: PositiveFloat = Field(0.1, description="Where thresholds start (jumprelu).")
+    first_threshold: PositiveFloat = Field(
+        0.1, description="Where thresholds start without `first_share` (jumprelu), and their least then."
+    )
+    first_share: Share | None = Field(
+        None,
+        description="Share of tokens on which each feature fires at the start (relu, gated, jumprelu), by its bias or "
+        "threshold; default: 0.05 for gated and jumprelu, and biases of zero for relu. A sparse start is also quick.",
+    )
     unit_norm: bool = Field(True, description="Keep decoder rows at unit length.")
     normalise: bool = Field(
         True, description="Scale the data set to mean squared norm D while training; folded in at save."
@@ -541,7 +548,7 @@ def _plain(value: object) -> object:
 
 _SINCE_2 = {
     "skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array",
-    "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold",
+    "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share",
     "decay", "clip_norm", "sparsity_warmup_share", "k_start", "k_anneal_share",
 }  # fmt: skip
 """Settings that format 1 did not have: at their defaults they leave fingerprints as they were."""

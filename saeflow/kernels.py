@@ -58,7 +58,7 @@ def in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> li
     A worker runs torch on one thread, so that nothing competes for cores. `function` must not call `in_parallel`.
     """
     n_threads = torch.get_num_threads()
-    if n_threads == 1 or len(items) < 2:
+    if n_threads == 1:
         return [function(item) for item in items]
     return list(_workers(n_threads, os.getpid()).map(function, items))
 

@@ -312,16 +312,6 @@ class SiteReader:
 
 
 @contextlib.contextmanager
-def replaced(model: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, what the module gives (or gets) at `site` is `change(it)`; shapes (B, T, D)."""
-    handle = _hook(model, site, lambda name, value: _with_tensor(value, change))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
 def spliced(model: nn.Module, read: str, target: str, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """While open, what the module gives (or gets) at `target` is `change(what is at read in the same pass, it)`.
 

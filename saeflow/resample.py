@@ -8,38 +8,55 @@ from torch import Tensor
 
 from saeflow.sae import SparseAutoencoder
 
-_ENCODER_SHARE = {"relu": 0.5, "topk": 1.0, "batchtopk": 1.0}
-"""Length of a new encoder row over the mean length of live ones; a shorter one would never reach the top k."""
+_ENCODER_SHARE = {"relu": 0.5, "gated": 0.5}
+"""Length of a new encoder row over the mean length of live ones; where few values are chosen a shorter one than the
+others would never be among them."""
 
 
 @torch.no_grad()
-def resample(sae: SparseAutoencoder, adam: torch.optim.Adam, x: Tensor, dead_after_tokens: int, seed: int) -> int:
+def resample(
+    sae: SparseAutoencoder,
+    adam: torch.optim.Adam,
+    x: Tensor,
+    dead_after_tokens: int,
+    seed: int,
+    target: Tensor | None = None,
+) -> int:
     """Give each dead feature the direction of a badly explained row of x (B, D); returns how many there were.
 
-    Rows are drawn with probability proportional to their squared error. The feature's Adam state is cleared.
+    Rows are drawn with probability proportional to their squared error. A transcoder's feature reads the row itself and
+    writes what is missing of its target (B, D_out). Biases and thresholds start as at first, and the feature's Adam
+    state is cleared.
     """
     dead = (sae.tokens_since_fired >= dead_after_tokens).nonzero().flatten()
     if not len(dead) or len(dead) == len(sae.tokens_since_fired):
         return 0
-    residual = x - _reconstruct(sae, x)
+    residual = (x if target is None else target) - _reconstruct(sae, x)
     errors = residual.square().sum(1)
     if not float(errors.sum()) > 0:
         return 0
     chosen = torch.multinomial(errors, len(dead), replacement=True, generator=torch.Generator().manual_seed(seed))
-    directions = tf.normalize(residual[chosen], dim=1)
+    outward = tf.normalize(residual[chosen], dim=1)
+    inward = outward if target is None else tf.normalize(x[chosen] - sae.b_in, dim=1)
     live = sae.tokens_since_fired < dead_after_tokens
-    sae.W_dec[dead] = directions * _mean_length(sae.W_dec[live])
-    sae.W_enc[dead] = directions * _mean_length(sae.W_enc[live]) * _ENCODER_SHARE[sae.config.architecture]
-    sae.b_enc[dead] = 0.0
-    for parameter in (sae.W_dec, sae.W_enc, sae.b_enc):
-        for moment in ("exp_avg", "exp_avg_sq"):
-            adam.state[parameter][moment][dead] = 0.0
+    share = _ENCODER_SHARE.get(sae.config.architecture, 1.0)
+    sae.W_dec[dead] = outward * _mean_length(sae.W_dec[live])
+    sae.W_enc[dead] = inward * _mean_length(sae.W_enc[live]) * share
+    for name, parameter in sae.named_parameters():
+        if name in ("b_enc", "r_mag", "b_mag"):
+            parameter[dead] = 0.0
+        if name == "log_threshold":
+            parameter[dead] = parameter[live].mean()
+            sae.threshold[dead] = parameter[dead].exp()
+        if name != "b_dec":
+            for moment in ("exp_avg", "exp_avg_sq"):
+                adam.state[parameter][moment][dead] = 0.0
     sae.tokens_since_fired[dead] = 0
     return len(dead)
 
 
 def _reconstruct(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """As in training, but for batchtopk, whose running threshold stands in for the batch's."""
+    """As in training, but for a threshold of the batch, for which the running one stands in."""
     training = sae.training
     reconstruction = sae.eval().reconstruct(x)
     sae.train(training)

@@ -102,6 +102,22 @@ class SparseAutoencoder(nn.Module):
             if self.config.decoder_bias == "mean":
                 self.b_dec.copy_(mean if target_mean is None else target_mean)
 
+    @torch.no_grad()
+    def start_sparse(self, rows: Tensor) -> None:
+        """Let each feature fire on `first_share` of the rows (n, D), by its bias, or by its threshold (jumprelu)."""
+        share = self.config.first_share
+        if share is None:
+            share = {"gated": 0.05, "jumprelu": 0.05}.get(self.config.architecture, 0.0)
+        if not share or self.config.counts_k:
+            return
+        pre = (rows - self.b_in) @ self.W_enc.t()
+        cuts = pre.kthvalue(max(round((1 - share) * len(pre)), 1), dim=0).values
+        if self.config.architecture == "jumprelu":
+            self.log_threshold.copy_(cuts.clamp(min=self.config.first_threshold).log())
+            self.after_step()
+        else:
+            self.b_enc.copy_(-cuts)
+
     def training_loss(
         self,
         x: Tensor,

@@ -18,7 +18,6 @@ from saeflow.model import (
     load_model,
     load_tokenizer,
     model_fingerprint,
-    replaced,
     require_running_order,
     resolve_sites,
     spliced,
@@ -31,6 +30,10 @@ IDS = torch.tensor([[5, 9, 300, 2], [7, 7, 1, 0]])
 @pytest.fixture(scope="module")
 def model(ingredients):
     return load_model(ModelConfig(path=str(ingredients.model)))
+
+
+def _zeros(x, there):
+    return torch.zeros_like(there)
 
 
 def read(model, names, ids=IDS, mask=None):
@@ -91,7 +94,7 @@ def test_a_module_that_gives_a_tuple_is_read_and_replaced_at_its_first_item(mode
     assert isinstance(_output_of(model, attention), tuple)
     got = read(model, [attention])[attention]
     torch.testing.assert_close(got, _output_of(model, attention)[0], rtol=0, atol=0)
-    with replaced(model, attention, torch.zeros_like):
+    with spliced(model, attention, attention, _zeros):
         assert (_output_of(model, attention)[0] == 0).all()
 
 
@@ -147,22 +150,22 @@ def test_padding_at_the_end_changes_nothing_before_it(model):
 def test_replacing_a_site_with_itself_changes_nothing_and_with_zeros_does(model, site):
     with torch.no_grad():
         plain = model(IDS).logits
-        with replaced(model, site, lambda x: x.clone()):
+        with spliced(model, site, site, lambda x, there: x.clone()):
             torch.testing.assert_close(model(IDS).logits, plain, rtol=0, atol=0)
-        with replaced(model, site, torch.zeros_like):
+        with spliced(model, site, site, _zeros):
             assert not torch.allclose(model(IDS).logits, plain)
         torch.testing.assert_close(model(IDS).logits, plain, rtol=0, atol=0)
 
 
 def test_what_is_spliced_in_is_what_later_modules_get(model):
-    with torch.no_grad(), replaced(model, SITE, lambda x: torch.full_like(x, 3.0)):
+    with torch.no_grad(), spliced(model, SITE, SITE, lambda x, there: torch.full_like(x, 3.0)):
         assert (read(model, ["transformer.h.0.mlp.c_proj:input"])["transformer.h.0.mlp.c_proj:input"] == 3.0).all()
 
 
 def test_a_replacement_is_taken_back_after_an_error(model):
     with torch.no_grad():
         plain = model(IDS).logits
-        with pytest.raises(RuntimeError), replaced(model, SITE, torch.zeros_like):
+        with pytest.raises(RuntimeError), spliced(model, SITE, SITE, _zeros):
             raise RuntimeError
         torch.testing.assert_close(model(IDS).logits, plain, rtol=0, atol=0)
 
@@ -188,8 +191,8 @@ def test_a_splice_gets_what_was_read_in_the_same_pass_and_what_is_there(model, s
     require_running_order(model, site, target)
     with torch.no_grad(), spliced(model, site, target, change):
         for ids in (IDS, IDS + 1):
-            replaced_now = _output_of(model, target, ids)
-            assert ((replaced_now[0] if isinstance(replaced_now, tuple) else replaced_now) == 2.0).all()
+            given = _output_of(model, target, ids)
+            assert ((given[0] if isinstance(given, tuple) else given) == 2.0).all()
     for (x, y), a, b in zip(seen, wanted, there, strict=True):
         torch.testing.assert_close(x, a, rtol=0, atol=0)
         torch.testing.assert_close(y, b, rtol=0, atol=0)

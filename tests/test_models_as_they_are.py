@@ -23,9 +23,9 @@ from saeflow.model import (
     load_model,
     load_tokenizer,
     predicts_next_token,
-    replaced,
     require_length,
     resolve_sites,
+    spliced,
 )
 from saeflow.pipeline import run
 from saeflow.progress import Progress
@@ -145,9 +145,9 @@ def test_the_residual_stream_of_a_llama_is_read_and_replaced_by_its_block(llama:
     with torch.no_grad():
         expected = model(IDS, output_hidden_states=True)
         torch.testing.assert_close(read(model, "model.layers.0"), expected.hidden_states[1])
-        with replaced(model, "model.layers.0", lambda x: x):
+        with spliced(model, "model.layers.0", "model.layers.0", lambda x, there: x):
             torch.testing.assert_close(model(IDS).logits, expected.logits)
-        with replaced(model, "model.layers.0", torch.zeros_like):
+        with spliced(model, "model.layers.0", "model.layers.0", lambda x, there: torch.zeros_like(x)):
             assert not torch.allclose(model(IDS).logits, expected.logits)
 
 
