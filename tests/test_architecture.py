@@ -67,6 +67,7 @@ ORDER = [
     "metrics",
     "evaluate",
     "report",
+    "sweep",
     "runs",
     "queries",
     "answers",
