@@ -340,8 +340,8 @@ def _add_here(
         task.on_sphere,
         fresh,
     ]
-    out = d_w_enc.numpy(), d_w_dec.numpy()
-    in_parallel(lambda features: kernels.accumulate(*features, *arrays, *out), ranges(len(w_dec), FEATURES))
+    arrays += [d_w_enc.numpy(), d_w_dec.numpy()]
+    in_parallel(lambda features: kernels.accumulate(*features, *arrays), ranges(len(w_dec), FEATURES))
 
 
 def _add_anywhere(
