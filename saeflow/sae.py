@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as tf
 from safetensors.torch import load_file, save_file
@@ -264,8 +265,7 @@ class SparseAutoencoder(nn.Module):
             case "gated":
                 stretch = self.r_mag.detach().double().exp()
                 shift = self.b_mag.detach().double() - stretch * self.b_enc.detach().double()
-                zeros = torch.zeros_like(stretch)
-                return Readout(*(each.cpu().numpy() for each in (zeros, stretch, shift)), None)
+                return Readout(np.zeros(len(stretch)), stretch.cpu().numpy(), shift.cpu().numpy(), None)
             case _:
                 return Readout.plain(thresholds)
 
