@@ -123,6 +123,7 @@ def recommended(rows: Sequence[dict[str, Any]]) -> str:
 def draw(name: str, rows: Sequence[dict[str, Any]]) -> Any:
     """L0 against variance unexplained, a colour and marker an architecture, the Pareto front as a line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -143,6 +144,8 @@ def draw(name: str, rows: Sequence[dict[str, Any]]) -> Any:
                 ha="left" if below else "right", va="bottom" if below else "top",
             )  # fmt: skip
     axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(StrMethodFormatter("{x:g}"))
     axes.margins(0.12)
     axes.set_xlabel("active features per token (L0)")
     axes.set_ylabel("variance unexplained")

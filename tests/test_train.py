@@ -337,3 +337,55 @@ def test_an_autoencoder_with_a_lost_file_is_trained_again_to_the_same_bytes(stor
     (path / "sae_weights.safetensors").unlink()
     train.run(store, recipe, quiet())
     assert tree(path) == before
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values by name, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_tensorboard_gets_every_row_of_the_log_once_also_after_a_kill(store, table, tmp_path):
+    folder = tmp_path / "board"
+    recipe = recipe_of(table, train={"tensorboard": str(folder), "checkpoint_seconds": 1e-9, "clip_norm": 1.0})
+    assert train.artefact(store, recipe) == train.artefact(store, recipe_of(table, train={"clip_norm": 1.0}))
+    with pytest.raises(KeyboardInterrupt):
+        train.run(store, recipe, stopping_after(1500, KeyboardInterrupt))
+    with pytest.raises(Killed):
+        train.run(store, recipe, stopping_after(3000, Killed))
+    target = train.run(store, recipe, quiet())
+    log = log_of(store, recipe)
+    shown = scalars(folder / target.id)
+    assert shown.keys() == log.keys() - {"step"}
+    for name, values in shown.items():
+        assert [step for step, _ in values] == log["step"], name
+        np.testing.assert_allclose([value for _, value in values], log[name], rtol=1e-6)
+
+
+def test_steps_that_were_lost_with_a_kill_are_shown_once(store, table, tmp_path):
+    """A checkpoint is older than what TensorBoard has heard of."""
+    recipe = recipe_of(table, train={"tensorboard": str(tmp_path), "log_every": 1})
+    train.open_feed(store, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(store, recipe, stopping_after(1500, KeyboardInterrupt))
+    with pytest.raises(Killed):
+        train.run(store, recipe, stopping_after(3000, Killed))
+    target = train.run(store, recipe, quiet())
+    assert [step for step, _ in scalars(tmp_path / target.id)["loss"]] == list(range(20))
+
+
+def test_restarts_have_event_files_of_their_own(store, table, tmp_path):
+    target = train.run(store, recipe_of(table, train={"tensorboard": str(tmp_path), "restarts": 2}), quiet())
+    assert sorted(path.name for path in (tmp_path / target.id).iterdir()) == ["restart-0", "restart-1"]
+
+
+def test_event_files_without_tensorboard_are_refused_before_work(store, table, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        train.run(store, recipe_of(table, train={"tensorboard": "runs"}), stopping_after(-1, Killed))
+    assert str(caught.value) == (
+        "train.tensorboard is 'runs', but the package tensorboard is not installed.\n"
+        "Install it with `pip install tensorboard`, or take the setting out."
+    )
