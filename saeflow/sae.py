@@ -107,8 +107,8 @@ class SparseAutoencoder(nn.Module):
     def start_sparse(self, rows: Tensor) -> None:
         """Let each feature fire on `first_share` of the rows (n, D), by its bias, or by its threshold (jumprelu)."""
         share = self.config.first_share
-        if share is None:
-            share = {"gated": 0.05, "jumprelu": 0.05}.get(self.config.architecture, 0.0)
+        if share is None and self.config.architecture != "relu":
+            share = min(2 * self.config.k / self.config.n_features, 0.05)
         if not share or self.config.counts_k:
             return
         pre = (rows - self.b_in) @ self.W_enc.t()
