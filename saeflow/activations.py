@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,14 +36,14 @@ _QUEUE = 4
 
 
 def artefact(store: Store, recipe: Recipe) -> Artefact:
-    return store.artefact("activations", recipe.name, fingerprint(facts(store, recipe)))
+    return store.artefact("activations", recipe.data_name, fingerprint(facts(store, recipe)))
 
 
 def tokens_artefact(store: Store, recipe: Recipe) -> Artefact:
     """The tokens these activations belong to; for brought activations, one a row."""
     if recipe.model is not None:
         return tokens.artefact(store, recipe)
-    return store.artefact("tokens", recipe.name, fingerprint(brought_facts(recipe)))
+    return store.artefact("tokens", recipe.data_name, fingerprint(brought_facts(recipe)))
 
 
 def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
         plan = {part.index: part for part in wanted if part.index not in done}
         if plan or not target.complete():
             collector = open_collector(store, recipe, plan.values())
-            if len(collector.sites) > 1 and not recipe.sae.site:
+            if len(collector.sites) > 1 and not all(member.sae.site for member in recipe.members()):
                 progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
             with progress.bar("activations", sum(part.counts["n_tokens"] for part in plan.values()), "tokens") as bar:
                 yield Job(list(plan), lambda index: collector.collect(plan[index], bar))
@@ -181,10 +182,10 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     require_length(model, length, sites)
     for site in sites:
         pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
-    if recipe.sae.site:
-        _chosen(sites, recipe.sae.site)
-    if recipe.sae.target_site:
-        _chosen(sites, recipe.sae.target_site, "sae.target_site")
+    for member in recipe.members():
+        if member.sae.site or member.sae.target_site:
+            wanted = sum(site.width for site in {*_pair(sites, member.sae)})
+            pool_blocks(recipe.feed, length * wanted * ITEM_BYTES[recipe.activations.dtype])
     row_bytes = length * sum(site.width for site in sites) * ITEM_BYTES[recipe.activations.dtype]
     n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
     store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
@@ -206,13 +207,21 @@ def choose_site(target: Artefact, wanted: str | None) -> Site:
 
 def sites_of(target: Artefact, config: SAEConfig) -> tuple[Site, Site]:
     """The site that is read and the one that is reconstructed: another one only where a transcoder is asked for."""
-    read = choose_site(target, config.site)
-    return read, _chosen(stored_sites(target), config.target_site, "sae.target_site") if config.target_site else read
+    return _pair(stored_sites(target), config)
+
+
+def _pair(sites: list[Site], config: SAEConfig) -> tuple[Site, Site]:
+    read = _chosen(sites, config.site)
+    return read, _chosen(sites, config.target_site, "sae.target_site") if config.target_site else read
 
 
 def _chosen(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:
     found = [site for site in sites if site.name == wanted] if wanted else sites
     if len(found) != 1:
-        names = ", ".join(site.name for site in sites)
-        raise UserError(f"{setting} is {wanted!r}; the sites are: {names}. Set {setting} to one of them.")
+        names = [site.name for site in sites]
+        near = difflib.get_close_matches(wanted or "", names, n=1, cutoff=0.3)
+        hint = f" Nearest: {near[0]}." if near else ""
+        raise UserError(
+            f"{setting} is {wanted!r}; the sites are: {', '.join(names)}.{hint} Set {setting} to one of them."
+        )
     return found[0]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -140,6 +142,9 @@ class FeedConfig(Section):
     seed: int = Field(0, description="Same seed, same order, on any machine.")
 
 
+NAME = r"^[a-z0-9][a-z0-9_]*$"
+"""What a recipe may be called."""
+
 Architecture = Literal["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
 """The kinds of autoencoder there are. Another one is added here and where `saeflow.sae` matches on it."""
 
@@ -272,10 +277,88 @@ class EvaluateConfig(Section):
     max_tokens: PositiveInt = Field(250_000, description="Held-out tokens used at most.")
 
 
+SWEPT: dict[str, type[Section]] = {"sae": SAEConfig, "train": TrainConfig}
+"""Sections whose settings a sweep may change."""
+
+
+def _by_dotted_name(value: object) -> object:
+    """`{"sae": {"k": 3}}`, which TOML makes of `sae.k = 3`, as `{"sae.k": 3}`."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        dotted: setting
+        for key, inner in value.items()
+        for dotted, setting in (
+            {f"{key}.{k}": v for k, v in inner.items()} if isinstance(inner, dict) else {key: inner}
+        ).items()
+    }
+
+
+Swept = Annotated[dict[str, Any], BeforeValidator(_by_dotted_name)]
+
+
+class SweepConfig(Section):
+    """Many SAEs trained in one reading of the activations."""
+
+    grid: Annotated[dict[str, list[Any]], BeforeValidator(_by_dotted_name)] = Field(
+        {}, description='Values by setting, e.g. {"sae.k" = [16, 32]}; every combination is trained.'
+    )
+    each: list[Swept] = Field(
+        [], description="Settings that belong together, a table an SAE; each with every combination of the grid."
+    )
+
+    @model_validator(mode="after")
+    def _names_settings(self) -> SweepConfig:
+        known = [f"{section}.{key}" for section, model in SWEPT.items() for key in model.model_fields]
+        for key in dict.fromkeys([*self.grid, *(key for chosen in self.each for key in chosen)]):
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=3) or ["sae.k", "sae.n_features", "train.lr"]
+                raise ValueError(
+                    f"sweep names {key}, which it cannot change. Nearest: {', '.join(near)}.\n"
+                    "A sweep changes settings of [sae] and [train]; everything else is the same for all its SAEs."
+                )
+            if key in self.grid and not self.grid[key]:
+                raise ValueError(f"sweep.grid has no values of {key}. Give some, or take it out.")
+            if key in self.grid and any(key in chosen for chosen in self.each):
+                raise ValueError(f"{key} is in sweep.grid and in sweep.each. Name it in one of them.")
+        return self
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Settings by dotted name, one dict an SAE, in the order of their sections."""
+        grid = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        order = [
+            "sae.architecture",
+            *(f"{section}.{key}" for section, model in SWEPT.items() for key in model.model_fields),
+        ]
+        both = [chosen | point for chosen in self.each or [{}] for point in grid]
+        return [{key: settings[key] for key in order if key in settings} for settings in both]
+
+
+def _named(key: str, value: object) -> str:
+    """A setting in a member's name: `topk`, `k16`, `l1_weight0p02`."""
+    key = key.partition(".")[2]
+    match value:
+        case bool():
+            return key if value else f"no_{key}"
+        case str():
+            return re.sub("[^a-z0-9]+", "_", value.lower()).strip("_")
+        case list():
+            return key + "_".join(re.sub("[^a-z0-9]+", "p", str(item).lower()) for item in value)
+        case float():
+            short = f"{value:g}"
+            value = short if float(short) == value else repr(value)
+    return key + str(value).lower().replace(".", "p").replace("-", "m").replace("+", "")
+
+
 class Recipe(Section):
     """One pipeline, from corpus to queries."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$", description="Names the artefacts and the run.")
+    name: str = Field(pattern=NAME, description="Names the artefacts and the run.")
+    data: str | None = Field(
+        None,
+        pattern=NAME,
+        description="Name of the recipe whose stored tokens and activations are used; default: this one.",
+    )
     store: str | None = Field(None, description="Store folder; `--store` and SAEFLOW_STORE come first.")
     threads: NonNegativeInt = Field(0, description="Processor threads; 0 takes all. Fix it for byte-equal results.")
     corpus: CorpusConfig | None = None
@@ -287,6 +370,41 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     features: FeaturesConfig = FeaturesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    sweep: SweepConfig | None = None
+
+    @property
+    def data_name(self) -> str:
+        """What the tokens and activations are called."""
+        return self.data or self.name
+
+    def members(self) -> list[Recipe]:
+        """The recipes of a sweep's SAEs, which read this recipe's activations; without a sweep, the recipe itself."""
+        settings = self.sweep.combinations() if self.sweep else [{}]
+        if settings == [{}]:
+            return [self]
+        return [self._member(chosen) for chosen in settings]
+
+    def _member(self, settings: dict[str, Any]) -> Recipe:
+        data = self.model_dump(exclude={"sweep"}, exclude_unset=True)
+        name = "_".join([self.name, *(_named(key, value) for key, value in settings.items())])
+        for key, value in settings.items():
+            _put(data, key.split("."), value)
+        return parse_recipe(data | {"name": name, "data": self.data_name}, name)
+
+    @property
+    def is_sweep(self) -> bool:
+        return self.sweep is not None and bool(self.sweep.grid or self.sweep.each)
+
+    @model_validator(mode="after")
+    def _members_are_recipes(self) -> Recipe:
+        try:
+            names = [member.name for member in self.members()] if self.is_sweep else []
+        except UserError as error:
+            raise ValueError(f"a member of the sweep cannot be:\n{error}") from None
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"two SAEs of the sweep would be called {twice[0]}. Let their settings differ.")
+        return self
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Recipe:
@@ -304,6 +422,17 @@ class Recipe(Section):
         if self.model is not None and not self.activations.sites:
             raise ValueError(
                 f"activations.sites is empty. Name the modules to read; `saeflow sites {self.model.path}` lists them."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _k_falls(self) -> Recipe:
+        start = self.train.k_start
+        if start is not None and self.sae.counts_k and not self.sae.k <= start <= self.sae.n_features:
+            raise ValueError(
+                f"train.k_start is {start}, but k falls from it to sae.k ({self.sae.k}) and counts features of "
+                f"sae.n_features ({self.sae.n_features}).\n"
+                f"Set train.k_start to {self.sae.k} at least and {self.sae.n_features} at most."
             )
         return self
 

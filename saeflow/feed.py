@@ -52,6 +52,18 @@ class Mixing:
         )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an activation is stored: the part, the sequence (counted through the whole store), and the position in it."""
+
+    part: int
+    sequence: int
+    position: int
+
+    def __str__(self) -> str:
+        return f"part {self.part}, sequence {self.sequence}, position {self.position}"
+
+
 class Feed:
     """Minibatches (B, D) of the used training tokens of one site, or of several, aligned.
 
@@ -74,11 +86,13 @@ class Feed:
             (part.index, site.name): open_site(target, part, site) for part in parts for site in self.sites
         }
         self.dtype: torch.dtype = next(iter(self.arrays.values())).dtype
-        row_bytes = sum(site.width for site in self.sites) * self.dtype.itemsize
-        block_sequences, self.pool_blocks = pool_blocks(config, used.length * row_bytes)
+        self._row_bytes = sum(site.width for site in self.sites) * self.dtype.itemsize
+        block_sequences, self.pool_blocks = pool_blocks(config, used.length * self._row_bytes)
         self.blocks = plan_blocks(parts, block_sequences)
         self.stride = block_sequences * used.length
         self.counts = self._block_counts()
+        self.n_bytes_read = 0
+        """Stored bytes of the blocks read so far."""
         self._kept: tuple[tuple[Block, ...], list[Tensor], np.ndarray] | None = None
         if not self.n_rows:
             raise UserError(f"{used.source.id} has no training tokens. Read more documents, or lower corpus.held_out.")
@@ -136,6 +150,14 @@ class Feed:
                 for places in batches:
                     yield tuple(_taken(each, places) for each in values)
 
+    def whereabouts(self, batch: int, row: int) -> Place:
+        """Where row `row` of batch number `batch` is stored: from the plan, the masks of one block, and no activations."""
+        number, nth = divmod(int(next(self._planned(batch)).batches[0][row]), self.stride)
+        block = self.blocks[number]
+        used = self.used.mask(block.part.index, slice(block.start, block.stop)).reshape(-1).nonzero()[0]
+        sequence, position = divmod(int(used[nth]), self.used.length)
+        return Place(block.part.index, block.part.counts["first_sequence"] + block.start + sequence, position)
+
     def _room(self, n_rows: int) -> list[Tensor]:
         """Memory that is filled again and again: getting fresh pages takes longer than filling them."""
         return [torch.empty(n_rows, site.width, dtype=self.dtype) for site in self.sites]
@@ -185,6 +207,8 @@ class Feed:
             names,
             num_workers=_OBJECT_READERS if self.target.objects else _READERS,
         )
+        n_sequences = sum(block.stop - block.start for block in blocks)
+        self.n_bytes_read += n_sequences * self.used.length * self._row_bytes
         if len(blocks) == len(self.blocks):
             self._kept = blocks, values, starts
         return values, starts

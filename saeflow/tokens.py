@@ -60,7 +60,7 @@ def _rows(run: Sequence[tuple[int, np.ndarray]], length: int, pad: int) -> tuple
 
 def artefact(store: Store, recipe: Recipe) -> Artefact:
     """Where this recipe's tokens are, or will be."""
-    return store.artefact("tokens", recipe.name, fingerprint(facts(recipe)))
+    return store.artefact("tokens", recipe.data_name, fingerprint(facts(recipe)))
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:

@@ -119,6 +119,19 @@ def test_the_batches_are_those_of_the_plan(numbered):
     assert take(feed, len(planned)) == wanted
 
 
+@settings(deadline=None, max_examples=25)
+@given(batch=st.integers(0, 40), share=st.floats(0, 1, exclude_max=True), about=st.sampled_from([
+    {}, {"pool_bytes": 1 << 20}, {"block_bytes": 80}, {"batch_rows": 7},
+]))  # fmt: skip
+def test_the_activations_at_a_rows_whereabouts_are_those_of_the_row(numbered, batch, share, about):
+    feed = feed_of(numbered, **about)
+    [rows] = take(feed, 1, batch)
+    row = int(share * len(rows))
+    place = feed.whereabouts(batch, row)
+    assert (place.sequence, place.position) == (rows[row], 0)
+    assert feed_of(numbered, **about).whereabouts(batch, row) == place, "the plan alone says so"
+
+
 @pytest.mark.parametrize("settings", [{}, {"pool_bytes": 1 << 20}, {"batch_rows": 1000}, {"block_bytes": 80}])
 def test_skipping_n_batches_gives_what_follows_them(numbered, settings):
     feed = feed_of(numbered, **settings)
@@ -155,6 +168,37 @@ def rows_by_place(store, recipe):
         train.append((mask & is_train).reshape(-1))
         held.append((mask & ~is_train).reshape(-1))
     return torch.cat(values).float(), np.concatenate(train), np.concatenate(held)
+
+
+def test_whereabouts_pass_over_padding_held_out_and_skipped_tokens(tmp_path, ingredients, progress):
+    store = Store.create(tmp_path / "store")
+    data = recipe_data(
+        ingredients, tokens={"packing": "isolated"}, activations={"skip_positions": [0, 3]},
+        feed={"batch_rows": 100, "block_bytes": 4096, "pool_bytes": 20_000},
+    )  # fmt: skip
+    recipe = parse_recipe(data)
+    tokens.run(store, recipe, progress)
+    activations.run(store, recipe, progress)
+    feed, target = open_feed(store, recipe), activations.artefact(store, recipe)
+    parts = {part.index: part for part in target.published().parts}
+    for batch in (0, 1, feed.batches_per_epoch + 2):
+        batches = feed.batches(batch)
+        values = next(batches)
+        batches.close()
+        for row in range(0, len(values), 7):
+            place = feed.whereabouts(batch, row)
+            array = arrays.open_site(target, parts[place.part], feed.site)
+            at = place.sequence - parts[place.part].counts["first_sequence"]
+            torch.testing.assert_close(array.read(slice(at, at + 1))[0, place.position], values[row], rtol=0, atol=0)
+
+
+def test_the_bytes_read_are_counted(numbered):
+    small, large = feed_of(numbered), feed_of(numbered, pool_bytes=1 << 20)
+    assert small.n_bytes_read == 0
+    take(large, 3 * large.batches_per_epoch)
+    assert large.n_bytes_read == 700 * 8, "what fits in half a pool is read once"
+    take(small, small.batches_per_epoch)
+    assert 700 * 8 <= small.n_bytes_read <= 2 * 700 * 8
 
 
 def multiset(values: torch.Tensor) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -10,16 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from saeflow import activations, bring, train
-from saeflow.config import Recipe, TrainConfig, UserError, parse_recipe
+from saeflow import activations, bring, schedule, train
+from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.disk import read_json
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
+from saeflow.training import Batch
 from tests.small_pipeline import a_table, brought_data, quiet, tree, write_table
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
@@ -76,28 +76,6 @@ def log_of(store: Store, recipe: Recipe) -> dict[str, list[float]]:
     return pq.read_table(train.artefact(store, recipe).path / "log.parquet").to_pydict()
 
 
-SHARE = st.floats(0, 0.5)
-
-
-@given(n_steps=st.integers(1, 400), warmup=SHARE, decay=SHARE, lr=st.floats(1e-6, 1.0))
-def test_the_learning_rate_rises_stays_and_falls_in_straight_lines(n_steps, warmup, decay, lr):
-    config = TrainConfig(lr=lr, warmup_share=warmup, decay_share=decay)
-    rates = np.array([train.learning_rate(step, n_steps, config) for step in range(n_steps)]) / lr
-    n_up, n_down = max(1, int(np.ceil(warmup * n_steps))), int(np.ceil(decay * n_steps))
-    steps = np.arange(n_steps)
-    wanted = np.minimum((steps + 1) / n_up, 1)
-    if n_down:
-        wanted = np.minimum(wanted, (n_steps - steps) / n_down)
-    np.testing.assert_allclose(rates, wanted, rtol=1e-12)
-    assert (rates > 0).all()
-
-
-def test_the_learning_rate_at_named_steps():
-    config = TrainConfig(lr=1.0, warmup_share=0.1, decay_share=0.2)
-    rates = [train.learning_rate(step, 100, config) for step in (0, 4, 9, 10, 79, 80, 81, 99)]
-    assert rates == pytest.approx([0.1, 0.5, 1, 1, 1, 1, 0.95, 0.05])
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_explains_the_activations_and_says_so_step_by_step(store, table, architecture):
     sae = {"architecture": architecture, "k": 6, "l1_weight": 0.05}
@@ -113,7 +91,7 @@ def test_the_log_is_keyed_by_step_and_holds_the_schedule(store, table):
     train.run(store, recipe, quiet())
     log = log_of(store, recipe)
     assert log["step"] == [0, 3, 6, 9, 12, 15, 18, 19]
-    assert log["lr"] == [train.learning_rate(int(step), 20, recipe.train) for step in log["step"]]
+    assert log["lr"] == [schedule.learning_rate(int(step), 20, recipe.train) for step in log["step"]]
     assert set(log["batch_rows"]) <= {233, 234}
     assert log["step"][-1] == train.last_row(train.artefact(store, recipe))["step"]
 
@@ -226,11 +204,106 @@ def test_activations_that_are_all_equal_are_refused(tmp_path):
         train.run(store, recipe, quiet())
 
 
-def test_a_loss_that_is_no_number_ends_the_training_with_a_way_out(store, table):
+def test_a_loss_that_is_no_number_ends_the_training_with_the_longest_row_and_a_way_out(store, table):
     recipe = recipe_of(table, sae={"architecture": "relu", "unit_norm": False}, train={"lr": 1e30})
-    with pytest.raises(UserError, match=r"The loss is (nan|inf) at step \d+\. Lower train\.lr \(it is 1e\+30\)"):
+    with pytest.raises(UserError) as caught:
         train.run(store, recipe, quiet())
+    said = re.fullmatch(
+        r"brought: The loss is (?:nan|inf) at step (\d+)\. Lower train\.lr \(it is 1e\+30\), or set train\.clip_norm\.\n"
+        r"All activations of the batch are finite; the longest is that at part (\d+), sequence (\d+), position 0, "
+        r"of length ([\d.]+)\.",
+        str(caught.value),
+    )
+    step, part, row = map(int, said.groups()[:3])
+    assert row // 300 == part
+    batch = next(train.open_feed(store, recipe).batches(skip=step))
+    norms = batch.double().norm(dim=1)
+    assert float(said[4]) == pytest.approx(norms.max().item(), rel=1e-3)
+    np.testing.assert_array_equal(a_table()[row], batch[norms.argmax()])
     assert not train.artefact(store, recipe).exists()
+
+
+def test_a_row_that_is_not_finite_is_named_with_its_part_sequence_and_position(stored, table, monkeypatch):
+    recipe = recipe_of(table)
+    feed = train.open_feed(stored, recipe)
+    training = train.Training.begin(feed, recipe)
+    training.step = 4
+    values = next(feed.batches(skip=4)).clone()
+    place = feed.whereabouts(4, 17)
+    values[17, 3] = float("nan")
+    with pytest.raises(UserError) as caught:
+        training.advance(Batch(4, (values,), feed))
+    assert str(caught.value) == (
+        f"brought: The loss is nan at step 4. The activation at part {place.part}, sequence {place.sequence}, position 0 "
+        "is not finite. Check what is stored with `saeflow verify --full`."
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_clipped_gradient_is_no_longer_than_asked_and_the_log_says_how_long_it_was(
+    store, table, architecture, monkeypatch
+):
+    lengths = []
+    step = torch.optim.Adam.step
+
+    def measuring(self, *arguments):
+        gradients = [p.grad.double().square().sum() for group in self.param_groups for p in group["params"]]
+        lengths.append(float(torch.stack(gradients).sum().sqrt()))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", measuring)
+    recipe = recipe_of(table, sae={"architecture": architecture}, train={"clip_norm": 0.05, "log_every": 1})
+    train.run(store, recipe, quiet())
+    clipped = lengths.copy()
+    logged = log_of(store, recipe)["grad_norm"]
+    assert len(logged) == len(clipped) == 20
+    assert max(logged) > 0.05
+    np.testing.assert_allclose(clipped, np.minimum(logged, 0.05), rtol=1e-4)
+
+
+def test_the_log_has_columns_of_schedules_only_where_they_are_on(store, table, monkeypatch):
+    plain = recipe_of(table)
+    train.run(store, plain, quiet())
+    columns = {
+        "step", "batch_rows", "lr", "loss", "variance_unexplained", "l0", "dead", "auxiliary_loss", "sparsity_loss"
+    }  # fmt: skip
+    assert set(log_of(store, plain)) == columns
+
+
+class Recorder:
+    """Stands before `training_loss` and notes what is asked of it beyond the batch."""
+
+    def __init__(self, monkeypatch):
+        self.asked: list[dict[str, float]] = []
+        real = SparseAutoencoder.training_loss
+
+        def recording(sae, x, aux_weight, dead_after_tokens, **asked):
+            self.asked.append(asked)
+            return real(sae, x, aux_weight, dead_after_tokens)
+
+        monkeypatch.setattr(SparseAutoencoder, "training_loss", recording)
+
+
+def test_k_falls_during_a_training(store, table, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    recipe = recipe_of(table, train={"k_start": 14, "k_anneal_share": 0.5, "log_every": 1})
+    train.run(store, recipe, quiet())
+    wanted = [schedule.n_active(step, 20, recipe.sae, recipe.train) for step in range(20)]
+    assert wanted[:11] == [14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4]
+    assert [asked.get("k", 4) for asked in recorder.asked] == wanted == log_of(store, recipe)["k"]
+
+
+def test_the_penalty_rises_during_a_training(store, table, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    recipe = recipe_of(
+        table, sae={"architecture": "relu"}, train={"sparsity_warmup_share": 0.25, "log_every": 1, "decay": "cosine"}
+    )
+    train.run(store, recipe, quiet())
+    asked = [asked.get("sparsity", 1.0) for asked in recorder.asked]
+    assert asked == pytest.approx([0.2, 0.4, 0.6, 0.8] + 16 * [1.0])
+    log = log_of(store, recipe)
+    assert log["sparsity_factor"] == asked
+    assert log["lr"] == [schedule.learning_rate(step, 20, recipe.train) for step in range(20)]
 
 
 def test_a_training_shorter_than_a_batch_is_one_step(store, table):
@@ -264,3 +337,55 @@ def test_an_autoencoder_with_a_lost_file_is_trained_again_to_the_same_bytes(stor
     (path / "sae_weights.safetensors").unlink()
     train.run(store, recipe, quiet())
     assert tree(path) == before
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values by name, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_tensorboard_gets_every_row_of_the_log_once_also_after_a_kill(store, table, tmp_path):
+    folder = tmp_path / "board"
+    recipe = recipe_of(table, train={"tensorboard": str(folder), "checkpoint_seconds": 1e-9, "clip_norm": 1.0})
+    assert train.artefact(store, recipe) == train.artefact(store, recipe_of(table, train={"clip_norm": 1.0}))
+    with pytest.raises(KeyboardInterrupt):
+        train.run(store, recipe, stopping_after(1500, KeyboardInterrupt))
+    with pytest.raises(Killed):
+        train.run(store, recipe, stopping_after(3000, Killed))
+    target = train.run(store, recipe, quiet())
+    log = log_of(store, recipe)
+    shown = scalars(folder / target.id)
+    assert shown.keys() == log.keys() - {"step"}
+    for name, values in shown.items():
+        assert [step for step, _ in values] == log["step"], name
+        np.testing.assert_allclose([value for _, value in values], log[name], rtol=1e-6)
+
+
+def test_steps_that_were_lost_with_a_kill_are_shown_once(store, table, tmp_path):
+    """A checkpoint is older than what TensorBoard has heard of."""
+    recipe = recipe_of(table, train={"tensorboard": str(tmp_path), "log_every": 1})
+    train.open_feed(store, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(store, recipe, stopping_after(1500, KeyboardInterrupt))
+    with pytest.raises(Killed):
+        train.run(store, recipe, stopping_after(3000, Killed))
+    target = train.run(store, recipe, quiet())
+    assert [step for step, _ in scalars(tmp_path / target.id)["loss"]] == list(range(20))
+
+
+def test_restarts_have_event_files_of_their_own(store, table, tmp_path):
+    target = train.run(store, recipe_of(table, train={"tensorboard": str(tmp_path), "restarts": 2}), quiet())
+    assert sorted(path.name for path in (tmp_path / target.id).iterdir()) == ["restart-0", "restart-1"]
+
+
+def test_event_files_without_tensorboard_are_refused_before_work(store, table, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        train.run(store, recipe_of(table, train={"tensorboard": "runs"}), stopping_after(-1, Killed))
+    assert str(caught.value) == (
+        "train.tensorboard is 'runs', but the package tensorboard is not installed.\n"
+        "Install it with `pip install tensorboard`, or take the setting out."
+    )
