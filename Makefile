@@ -30,12 +30,12 @@ check: $(READY)  ## style and types
 bench: $(READY)  ## the benchmarks, each ending in one line of JSON
 	for file in tests/benchmarks/[a-z]*.py; do $(RUN) -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
 
-peers: .bench/saelens  ## what the benchmarks compare with, in environments of their own
+peers: .bench/saelens/bin/sparsify  ## what the benchmarks compare with, in an environment of their own
 
-.bench/saelens:
-	$(PYTHON) -m venv $@
-	$@/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 "sae-lens==6.54.*" "fastapi<0.151"
-	$@/bin/pip uninstall --quiet --yes torchvision torchaudio
+.bench/saelens/bin/sparsify:
+	$(PYTHON) -m venv .bench/saelens
+	.bench/saelens/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 "sae-lens==6.54.*" "eai-sparsify==1.3.*" "fastapi<0.151"
+	.bench/saelens/bin/pip uninstall --quiet --yes torchvision torchaudio
 
 clean:  ## remove the environment and the caches, not the store
 	rm -rf .venv .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

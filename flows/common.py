@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 from prefect import Task, get_run_logger, task
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 
 from saeflow.config import Recipe, UserError
@@ -32,6 +39,9 @@ class _OneLine(logging.Filter):
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(_OneLine())
+
+PICTURE_BYTES = 200_000
+"""A picture up to this size is shown on the page itself."""
 
 PROGRESS_SECONDS = 5.0
 """Between two updates of a progress artifact."""
@@ -85,3 +95,19 @@ def show_table(stage: str, facts: dict[str, Any]) -> None:
     rows = [{"what": name, "value": str(value)} for name, value in facts.items()]
     create_table_artifact(table=rows, key=f"saeflow-{stage}-numbers", description=f"What {stage} made")
     get_run_logger().info("%s: %s", stage, ", ".join(f"{row['what']} {row['value']}" for row in rows))
+
+
+def show_rows(stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table artifact with a line for each of several things."""
+    shown = [{name: str(value) for name, value in row.items()} for row in rows]
+    create_table_artifact(table=shown, key=f"saeflow-{stage}", description=f"What the {stage} made")
+    get_run_logger().info("%s: %d lines", stage, len(rows))
+
+
+def show_picture(stage: str, path: Path) -> None:
+    """A markdown artifact with the picture in it or, where it is large, with its path."""
+    content = path.read_bytes()
+    text = f"{path}"
+    if len(content) <= PICTURE_BYTES:
+        text = f"![{stage}](data:image/png;base64,{base64.b64encode(content).decode()})\n\n{path}"
+    create_markdown_artifact(markdown=text, key=f"saeflow-{stage}-picture", description=f"Picture of the {stage}")

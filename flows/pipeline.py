@@ -29,8 +29,11 @@ from saeflow.config import Recipe
 def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     """Run what is missing of every stage, in order, and return the summary."""
     first: dict[str, Any] = {"tokens": tokens_flow, "collect": collect_flow} if recipe.model else {"bring": bring_flow}
+    stages = first | {"train": train_flow}
+    if not recipe.is_sweep:  # its SAEs are judged where they are trained, and encoded when one is asked for
+        stages |= {"encode": encode_flow, "evaluate": evaluate_flow}
     seconds = {}
-    for stage, stage_flow in (first | {"train": train_flow, "encode": encode_flow, "evaluate": evaluate_flow}).items():
+    for stage, stage_flow in stages.items():
         began = time.monotonic()
         stage_flow(recipe, store)
         seconds[stage] = time.monotonic() - began

@@ -1,24 +1,42 @@
-"""Flow: train the recipe's SAE. One task, which continues from its checkpoint when retried."""
+"""Flow: train the recipe's SAE, or all of a sweep. One task, which continues from its checkpoints when retried."""
 
 from __future__ import annotations
 
 from prefect import flow
 
-from flows.common import open_store, part_task, reporting, show_table
-from saeflow import train
+from flows.common import open_store, part_task, reporting, show_picture, show_rows, show_table
+from saeflow import sweep, train
 from saeflow.config import Recipe
+from saeflow.progress import Progress
+from saeflow.store import Store
 
 
 @flow(name="saeflow-train", flow_run_name="train-{recipe.name}")
 def train_flow(recipe: Recipe, store: str | None = None) -> str:
-    """Train the SAE on the stored activations, or continue where a killed training stood."""
+    """Train on the stored activations, or continue where a killed training stood; a sweep is also judged and drawn."""
     opened = open_store(recipe, store)
     with reporting("train") as progress:
 
         @part_task("train")
-        def train_sae() -> str:
-            return train.run(opened, recipe, progress).id
+        def train_saes() -> list[str]:
+            return [target.id for target in train.run_all(opened, recipe, progress)]
 
-        made = str(train_sae())
-    show_table("train", train.last_row(opened.by_id(made)))
-    return made
+        made = [str(each) for each in train_saes()]
+        if recipe.is_sweep:
+            _compare(opened, recipe, progress)
+    if not recipe.is_sweep:
+        show_table("train", train.last_row(opened.by_id(made[0])))
+    return made[0]
+
+
+def _compare(store: Store, recipe: Recipe, progress: Progress) -> None:
+    """Judge the SAEs of a sweep, all in one task, and show their table and picture."""
+
+    @part_task("judge")
+    def judge() -> int:
+        return len(sweep.run(store, recipe, progress)["saes"])
+
+    judge()
+    table = sweep.run(store, recipe, Progress(verbosity=-1))  # what the task has written
+    show_rows("sweep", table["saes"])
+    show_picture("sweep", sweep.picture_of(store, recipe))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import re
@@ -38,6 +39,9 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say every settin
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. --set sae.k=16.")
 ]
+MemberOption = Annotated[
+    str | None, typer.Option("--member", metavar="NAME", help="Only this SAE of the recipe's sweep.")
+]
 RunOption = Annotated[str | None, typer.Option("--run", help="Which run; default: the newest.")]
 
 
@@ -48,7 +52,8 @@ def a_table(*columns: str) -> Table:
     return table
 
 
-def read_recipe(path: Path, changes: list[str] | None) -> Recipe:
+def read_recipe(path: Path, changes: list[str] | None, member: str | None = None) -> Recipe:
+    """The recipe, or one of its sweep."""
     import tomllib
 
     overrides = {}
@@ -60,7 +65,26 @@ def read_recipe(path: Path, changes: list[str] | None) -> Recipe:
             overrides[key] = tomllib.loads(f"v = {value}")["v"]
         except tomllib.TOMLDecodeError:
             overrides[key] = value
-    return load_recipe(path, **overrides)
+    recipe = load_recipe(path, **overrides)
+    return recipe if member is None else _member(recipe, member)
+
+
+def _member(recipe: Recipe, name: str) -> Recipe:
+    members = {member.name: member for member in recipe.members()} if recipe.is_sweep else {}
+    if name not in members:
+        near = difflib.get_close_matches(name, members, n=3, cutoff=0) or ["none: the recipe has no [sweep]"]
+        raise UserError(f"{recipe.name} has no SAE {name!r} in its sweep. Nearest: {', '.join(near)}.")
+    return members[name]
+
+
+def require_one(recipe: Recipe, command: str) -> None:
+    """Refuse a whole sweep where a command is about one SAE."""
+    if recipe.is_sweep:
+        names = [member.name for member in recipe.members()]
+        raise UserError(
+            f"{recipe.name} is a sweep of {len(names)} SAEs. Name the one: saeflow {command} RECIPE --member NAME\n"
+            f"They are: {', '.join(names)}."
+        )
 
 
 def require_place(path: Path) -> None:

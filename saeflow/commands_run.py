@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from saeflow.command_line import (
+    MemberOption,
     Quiet,
     RecipePath,
     Set,
@@ -26,6 +28,7 @@ from saeflow.command_line import (
     out,
     progress_of,
     read_recipe,
+    require_one,
     require_place,
     where,
 )
@@ -65,15 +68,22 @@ def _toml_string(value: str, section: str) -> str:
 
 @commands.command()
 def run(
-    recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
+    recipe: RecipePath,
+    store: StoreOption = None,
+    set_: Set = None,
+    member: MemberOption = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run everything that is missing, from text to SQL answers. Example: `saeflow run my.toml --set sae.k=16`"""
-    settings = read_recipe(recipe, set_)
+    settings = read_recipe(recipe, set_, member)
     opened = create_store(store, settings, quiet)
     from saeflow import pipeline  # seconds: only after what can be refused at once
 
     summary = pipeline.run(opened, settings, progress_of(quiet, verbose, settings))
-    if not quiet:
+    if not quiet and settings.is_sweep:
+        print_sweep(summary["sweep"], recipe, opened)
+    elif not quiet:
         print_summary(summary)
         _compare(opened, settings, summary)
         print_answers(opened, settings)
@@ -126,20 +136,44 @@ def plan(
 
 
 def _stage(name: str, does: str) -> None:
-    """Add the command of one stage."""
+    """Add the command of one stage that all SAEs of a recipe share."""
 
     def command(
         recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
     ) -> None:
-        settings = read_recipe(recipe, set_)
-        from saeflow import pipeline
-
-        stages = pipeline.stages(settings)
-        if name not in stages:
-            raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
-        stages[name](create_store(store, settings, quiet), settings, progress_of(quiet, verbose, settings))
+        _run_stage(name, read_recipe(recipe, set_), store, quiet, verbose)
 
     commands.command(name, help=f"{does} Example: `saeflow {name} my.toml`", rich_help_panel="Stages")(command)
+
+
+def _stage_of_one(name: str, does: str) -> None:
+    """Add the command of one stage that is about one SAE."""
+
+    def command(
+        recipe: RecipePath,
+        store: StoreOption = None,
+        set_: Set = None,
+        member: MemberOption = None,
+        quiet: Quiet = False,
+        verbose: Verbose = False,
+    ) -> None:
+        settings = read_recipe(recipe, set_, member)
+        if name != "evaluate":
+            require_one(settings, name)
+        table = _run_stage(name, settings, store, quiet, verbose)
+        if settings.is_sweep and not quiet:
+            print_sweep(table, recipe, create_store(store, settings, quiet=True))
+
+    commands.command(name, help=f"{does} Example: `saeflow {name} my.toml`", rich_help_panel="Stages")(command)
+
+
+def _run_stage(name: str, settings: Recipe, store: str | None, quiet: bool, verbose: bool) -> Any:
+    from saeflow import pipeline
+
+    stages = pipeline.stages(settings)
+    if name not in stages:
+        raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
+    return stages[name](create_store(store, settings, quiet), settings, progress_of(quiet, verbose, settings))
 
 
 _stage("tokens", "Turn documents into fixed-length sequences of tokens.")
@@ -155,14 +189,20 @@ def train_command(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="On what the store holds now, even if one is trained.")
     ] = False,
+    member: MemberOption = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train the sparse autoencoder; continues where a killed training stood. Example: `saeflow train my.toml`"""
-    settings = read_recipe(recipe, set_)
-    from saeflow import train
+    """Train the sparse autoencoder, or all of a sweep; continues where a killed training stood. Example: `saeflow train my.toml`"""
+    settings = read_recipe(recipe, set_, member)
+    from saeflow import sweep, train
 
-    train.run(create_store(store, settings, quiet), settings, progress_of(quiet, verbose, settings), fresh)
+    opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
+    train.run(opened, settings, progress, fresh)
+    if settings.is_sweep:
+        table = sweep.run(opened, settings, progress)
+        if not quiet:
+            print_sweep(table, recipe, opened)
 
 
 @commands.command(name="import", rich_help_panel="Stages")
@@ -174,12 +214,13 @@ def import_command(
     recipe: RecipePath,
     store: StoreOption = None,
     set_: Set = None,
+    member: MemberOption = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Take an SAE trained elsewhere in the place of one trained here. Example: `saeflow import saes/gemma my.toml`"""
-    source = f"sae.source={folder.resolve()}"
-    settings = read_recipe(recipe, [*(set_ or []), source])
+    settings = read_recipe(recipe, [*(set_ or []), f"sae.source={folder.resolve()}"], member)
+    require_one(settings, "import")
     from saeflow import imported, train
 
     opened = create_store(store, settings, quiet)
@@ -192,9 +233,9 @@ def import_command(
         )
 
 
-_stage("encode", "Write every non-zero feature activation of the corpus to Parquet.")
-_stage("evaluate", "Judge the autoencoder on held-out documents.")
-_stage("report", "Draw the run's picture.")
+_stage_of_one("encode", "Write every non-zero feature activation of the corpus to Parquet.")
+_stage_of_one("evaluate", "Judge the autoencoder on held-out documents; those of a sweep together.")
+_stage_of_one("report", "Draw the run's picture.")
 
 
 @commands.command()
@@ -216,6 +257,28 @@ def sites(
     for site in found:
         table.add_row(site.name, str(site.width))
     out.print(table)
+
+
+_WIDE = 160
+"""Columns that the table of a sweep may take."""
+
+
+def print_sweep(table: dict[str, Any], recipe: Path, store: Store) -> None:
+    """The SAEs of a sweep, and the next command."""
+    from saeflow import sweep
+
+    shown = a_table("SAE", "architecture", "sparsity", "features", "L0", "unexplained", "silent", "on the front")
+    for row in table["saes"]:
+        share = row["silent"] / row["n_features"]
+        shown.add_row(
+            row["member"], row["architecture"], row["sparsity"], f"{row['n_features']:,}", f"{row['l0']:.1f}",
+            f"{row['variance_unexplained']:.4f}", f"{share:.1%}", "yes" if row["on_front"] else "",
+        )  # fmt: skip
+    Console(file=out.file, width=max(out.width, _WIDE), highlight=False).print(shown)  # each SAE on one line
+    out.print(f"judged on {table['saes'][0]['n_tokens']:,} tokens of {table['saes'][0]['judged_on']}", markup=False)
+    name = sweep.recommended(table["saes"])
+    again = f"saeflow run {shlex.quote(str(recipe))} --member {name}{where(store)}"
+    out.print(f"Encode the corpus with one of them: {again}", markup=False, soft_wrap=True)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -266,11 +329,15 @@ def _which(store: Store, run: str) -> str:
 def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:
     """The command line of a flow: `python -m flows.pipeline RECIPE [--store FOLDER] [--set KEY=VALUE]`."""
 
-    def command(recipe: RecipePath, store: StoreOption = None, set_: Set = None) -> None:
-        settings = read_recipe(recipe, set_)
+    def command(recipe: RecipePath, store: StoreOption = None, set_: Set = None, member: MemberOption = None) -> None:
+        settings = read_recipe(recipe, set_, member)
         opened = create_store(store, settings, quiet=False)
-        print_summary(flow(settings, opened.name))
-        print_answers(opened, settings)
+        summary = flow(settings, opened.name)
+        if settings.is_sweep:
+            print_sweep(summary["sweep"], recipe, opened)
+        else:
+            print_summary(summary)
+            print_answers(opened, settings)
 
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(help="Run what is missing of every stage through Prefect.")(command)

@@ -186,7 +186,7 @@ class SAEConfig(Section):
     first_share: Share | None = Field(
         None,
         description="Share of tokens on which each feature fires at the start (relu, gated, jumprelu), by its bias or "
-        "threshold; default: 0.05 for gated and jumprelu, and biases of zero for relu. A sparse start is also quick.",
+        "threshold; default: that of 2 k features, at most 0.05, for gated and jumprelu, and biases of zero for relu.",
     )
     unit_norm: bool = Field(True, description="Keep decoder rows at unit length.")
     normalise: bool = Field(
@@ -548,7 +548,7 @@ def _plain(value: object) -> object:
 
 _SINCE_2 = {
     "skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array",
-    "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share",
+    "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share", "SAEConfig.source",
     "decay", "clip_norm", "sparsity_warmup_share", "k_start", "k_anneal_share",
 }  # fmt: skip
 """Settings that format 1 did not have: at their defaults they leave fingerprints as they were."""
@@ -561,4 +561,5 @@ def facts_of(section: Section) -> dict[str, Any]:
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(section).model_fields.items()
     }
-    return {name: value for name, value in data.items() if name not in _SINCE_2 or value != defaults[name]}
+    since = {name for name in data if {name, f"{type(section).__name__}.{name}"} & _SINCE_2}
+    return {name: value for name, value in data.items() if name not in since or value != defaults[name]}

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,22 +121,33 @@ def _fingerprint(run_artefact: Artefact) -> str:
 
 
 def _judged(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> Judged:
+    return judge_together(store, recipe, [sae], progress)[0]
+
+
+def judge_together(store: Store, recipe: Recipe, saes: Sequence[SparseAutoencoder], progress: Progress) -> list[Judged]:
+    """Several SAEs of the recipe's sites, judged in one reading."""
     source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
     used = Used.of(source, recipe.activations)
     read, target = activations.sites_of(stored, recipe.sae)
     sites = [read] if read == target else [read, target]
-    found = Judged(Reconstruction(target.width), Firing(sae.config.n_features))
+    found = [Judged(Reconstruction(target.width), Firing(sae.config.n_features)) for sae in saes]
+
+    def add(x: Tensor, wanted: Tensor) -> None:
+        for judged, sae in zip(found, saes, strict=True):
+            judged.add(x, wanted, sae)
+
     with progress.bar("evaluate", None, "tokens") as bar:
         for rows in aligned_held_out_rows(used, stored, sites, recipe.evaluate.max_tokens):
             for batch in zip(*(torch.split(each, recipe.features.batch_rows) for each in rows), strict=True):
-                found.add(batch[0], batch[-1], sae)
+                add(batch[0], batch[-1])
                 bar.advance(len(batch[0]))
-        if not found.firing.n_tokens:  # nothing was held out: judge on what was trained on, and say so
-            found.held_out = False
+        if not found[0].firing.n_tokens:  # nothing was held out: judge on what was trained on, and say so
             feed = Feed(used, stored, sites, recipe.feed)
             with contextlib.closing(feed.aligned()) as batches:
                 for batch in itertools.islice(batches, feed.batches_per_epoch):
-                    found.add(batch[0], batch[-1], sae)
+                    add(batch[0], batch[-1])
+            for judged in found:
+                judged.held_out = False
     return found
 
 

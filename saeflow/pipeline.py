@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from saeflow import activations, bring, evaluate, features, forget, integrity, report, tokens, train
+from saeflow import activations, bring, evaluate, features, forget, integrity, report, sweep, tokens, train
 from saeflow.config import Recipe, UserError
 from saeflow.machine import measured
 from saeflow.progress import Progress
@@ -16,10 +16,13 @@ Stage = Callable[[Store, Recipe, Progress], Any]
 
 
 def stages(recipe: Recipe) -> dict[str, Stage]:
-    """The stages of this recipe by name, in order. Brought activations need no model."""
+    """The stages of this recipe by name, in order. Brought activations need no model; a sweep's SAEs are compared, and
+    each encoded only when it is asked for."""
     first: dict[str, Stage] = {"tokens": tokens.run, "collect": activations.run}
     if recipe.model is None:
         first = {"bring": bring.run}
+    if recipe.is_sweep:
+        return first | {"train": train.run_all, "evaluate": sweep.run}
     return first | {"train": train.run, "encode": features.run, "evaluate": evaluate.run, "report": report.run}
 
 
@@ -52,14 +55,18 @@ def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
 
 
 def summary(store: Store, recipe: Recipe) -> dict[str, Any]:
-    """Documents, tokens, bytes, quality and non-zeros of a finished recipe."""
+    """Documents, tokens, bytes, quality and non-zeros of a finished recipe; of a sweep its table."""
     source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
-    encoded = features.artefact(store, recipe)
-    return {
+    about = {
         "run": recipe.name,
         "store": store.name,
         **forget.seen(source),
         "activation_bytes": sum(part.n_bytes for part in stored.published().parts),
+    }
+    if recipe.is_sweep:
+        return about | {"sweep": sweep.run(store, recipe, Progress(verbosity=-1))}
+    encoded = features.artefact(store, recipe)
+    return about | {
         "feature_bytes": sum(part.n_bytes for part in encoded.published().parts),
         "n_values": encoded.published().total("n_values"),
         "quality": read_checked(encoded.path / "quality.json"),

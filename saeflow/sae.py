@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from saeflow.sparse_step import Auxiliary, Batch, Outcome, Task, Weights
 
 THRESHOLD_MEMORY = 0.9
 """Share of the running threshold that a batch leaves in place."""
+_START_ROWS = 4096
+"""Rows from which biases and thresholds of a sparse start are taken."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,15 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def start_sparse(self, rows: Tensor) -> None:
-        """Let each feature fire on `first_share` of the rows (n, D), by its bias, or by its threshold (jumprelu)."""
+        """Let each feature fire on `first_share` of the first rows (n, D), by its bias, or by its threshold (jumprelu)."""
         share = self.config.first_share
-        if share is None:
-            share = {"gated": 0.05, "jumprelu": 0.05}.get(self.config.architecture, 0.0)
+        if share is None and self.config.architecture != "relu":
+            share = min(2 * self.config.k / self.config.n_features, 0.05)
         if not share or self.config.counts_k:
             return
-        pre = (rows - self.b_in) @ self.W_enc.t()
-        cuts = pre.kthvalue(max(round((1 - share) * len(pre)), 1), dim=0).values
+        centred = rows[:_START_ROWS] - self.b_in
+        rank = max(round((1 - share) * len(centred)), 1)
+        cuts = torch.cat([(centred @ w_enc.t()).kthvalue(rank, dim=0).values for w_enc in self.W_enc.split(1024)])
         if self.config.architecture == "jumprelu":
             self.log_threshold.copy_(cuts.clamp(min=self.config.first_threshold).log())
             self.after_step()
@@ -260,8 +264,7 @@ class SparseAutoencoder(nn.Module):
             case "gated":
                 stretch = self.r_mag.detach().double().exp()
                 shift = self.b_mag.detach().double() - stretch * self.b_enc.detach().double()
-                zeros = torch.zeros_like(stretch)
-                return Readout(*(each.cpu().numpy() for each in (zeros, stretch, shift)), None)
+                return Readout(np.zeros(len(stretch)), stretch.cpu().numpy(), shift.cpu().numpy(), None)
             case _:
                 return Readout.plain(thresholds)
 

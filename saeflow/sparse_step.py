@@ -7,7 +7,7 @@ same for batches in which too many entries matter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -254,8 +254,9 @@ def _explain(
     values.copy_(rule.values(pre, ids))
     explained.reconstruct(rows, w_dec, target, task)
     g_second, error_second = None, 0.0
-    if alone is not None:
-        alone.entries.values[mine] = rule.second(pre)
+    second = rule.second(pre)
+    if alone is not None and second is not None:
+        alone.entries.values[mine] = second
         alone.reconstruct(rows, w_dec, target, task)
         g_second, error_second = alone.g[mine] * each, alone.losses[0, slice(*rows)].double().sum().item()
     d_pre, to_sum = rule.backward(pre, values, explained.g[mine] * each, g_second, ids)
@@ -326,12 +327,21 @@ def _add_here(
 ) -> None:  # fmt: skip
     starts, ids, _ = (t.numpy() for t in entries)
     feature_starts, rows, (values, d_pre) = encoding.transpose(starts, ids, pair.numpy(), len(w_dec))
-    of_dictionaries = [kernels.converted(each, low.dtype) for each in residual]
-    stacked = of_dictionaries[0][None] if len(residual) == 1 else torch.stack(of_dictionaries)
-    matrices = [kernels.bits_of(t) if t.dtype == torch.bfloat16 else t.numpy() for t in (stacked, low)]
-    arrays = [feature_starts, rows, values, d_pre, task.ends.numpy(), *matrices, w_dec.numpy(), task.on_sphere, fresh]
-    out = d_w_enc.numpy(), d_w_dec.numpy()
-    in_parallel(lambda features: kernels.accumulate(*features, *arrays, *out), ranges(len(w_dec), FEATURES))
+    low_residual = kernels.converted(residual.flatten(0, 1), low.dtype).view(residual.shape)
+    matrices = [kernels.bits_of(t) if t.dtype == torch.bfloat16 else t.numpy() for t in (low_residual, low)]
+    arrays: list[Any] = [
+        feature_starts,
+        rows,
+        values,
+        d_pre,
+        task.ends.numpy(),
+        *matrices,
+        w_dec.numpy(),
+        task.on_sphere,
+        fresh,
+    ]
+    arrays += [d_w_enc.numpy(), d_w_dec.numpy()]
+    in_parallel(lambda features: kernels.accumulate(*features, *arrays), ranges(len(w_dec), FEATURES))
 
 
 def _add_anywhere(

@@ -72,6 +72,7 @@ ORDER = [
     "forget",
     "evaluate",
     "report",
+    "sweep",
     "runs",
     "queries",
     "answers",

@@ -71,7 +71,7 @@ def test_a_recipe_cannot_be_changed_after_reading(nowhere):
         ({"evalute": {}}, ["evalute", "Did you mean evaluate?"]),
         ({"sae": {"k": 0}}, ["sae.k is 0", "greater than 0", "Active features per token"]),
         ({"sae": {"k": 100, "n_features": 64}}, ["sae.k is 100", "sae.n_features is 64", "at most 64", "or raise"]),
-        ({"sae": {"architecture": "gated"}}, ["sae.architecture is 'gated'", "relu", "topk", "batchtopk"]),
+        ({"sae": {"architecture": "dense"}}, ["sae.architecture is 'dense'", "relu", "gated", "topk", "batchtopk"]),
         ({"corpus": {"held_out": 1.0}}, ["corpus.held_out is 1.0", "less than 1"]),
         ({"feed": {"pool_bytes": "lots"}}, ["feed.pool_bytes is 'lots'", "byte"]),
         ({"tokens": {"packing": "tight"}}, ["tokens.packing is 'tight'", "concatenated", "isolated"]),

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from saeflow import activations, bring, tokens, train
-from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow import activations, bring, evaluate, interchange, pipeline, sweep, tokens, train
+from saeflow.config import Recipe, SAEConfig, UserError, parse_recipe
 from saeflow.feed import Feed
 from saeflow.progress import Progress
 from saeflow.reading import Reading
+from saeflow.records import read_checked
 from saeflow.store import Store
 from saeflow.training import Training, sample
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
@@ -279,3 +282,91 @@ def test_members_may_read_different_sites_each_is_read_once(tmp_path, ingredient
     for member in recipe.members():
         train.run(Store(tmp_path / "separate"), member, quiet())
     assert tree(store.root) == tree(tmp_path / "separate")
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, ingredients) -> tuple[Store, Recipe, dict[str, Any]]:
+    """A sweep over a model's activations, run to its table."""
+    store = Store.create(tmp_path_factory.mktemp("judged") / "store")
+    sweep = {"grid": {"sae.k": [2, 4, 8], "sae.architecture": ["topk", "batchtopk"]}}
+    recipe = parse_recipe(recipe_data(ingredients, sweep=sweep, train={"n_tokens": 6000}))
+    return store, recipe, pipeline.run(store, recipe, quiet())
+
+
+def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
+    store, recipe, summary = judged
+    rows = summary["sweep"]["saes"]
+    assert [row["member"] for row in rows] == [member.name for member in recipe.members()]
+    for row, member in zip(rows, recipe.members(), strict=True):
+        target = train.artefact(store, member)
+        alone = evaluate.judge(store, member, interchange.load(target.path), quiet())
+        assert {name: row[name] for name in sweep.FIGURES} == {name: alone[name] for name in sweep.FIGURES}
+        assert (row["sae"], row["architecture"]) == (target.id, member.sae.architecture)
+        assert (row["sparsity"], row["n_features"]) == (f"k {member.sae.k}", 64)
+    assert summary["sweep"] == read_checked(table_of(store))
+
+
+def table_of(store: Store) -> Path:
+    [path] = store.root.glob("sweeps/*/table.json")
+    return path
+
+
+def test_the_picture_lies_beside_the_table_and_shows_every_sae(judged):
+    store, recipe, summary = judged
+    picture = sweep.picture_of(store, recipe)
+    assert picture.parent == table_of(store).parent
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    figure = sweep.draw(recipe.name, summary["sweep"]["saes"])
+    [axes] = figure.axes
+    assert axes.get_xscale() == "log"
+    assert sum(len(drawn.get_offsets()) for drawn in axes.collections) == 6
+    assert sorted(text.get_text() for text in axes.texts) == sorted(2 * ["k2", "k4", "k8"])
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"Pareto front", "topk", "batchtopk"}
+
+
+def test_a_judged_sweep_is_not_judged_again_and_nothing_is_encoded(judged):
+    store, recipe, summary = judged
+    before = tree(store.root)
+    again = pipeline.run(store, recipe, quiet())
+    assert (tree(store.root), again["sweep"]) == (before, summary["sweep"])
+    assert not (store.root / "features").exists()
+
+
+def test_a_member_goes_on_to_its_features_without_training(judged, tmp_path):
+    shutil.copytree(judged[0].root, tmp_path / "store")
+    store, member = Store(tmp_path / "store"), judged[1].members()[3]
+    trained = tree(store.root / "saes")
+    summary = pipeline.run(store, member, quiet())
+    assert tree(store.root / "saes") == trained
+    assert len(list((store.root / "activations").iterdir())) == 1
+    [run] = store.artefacts("features")
+    assert run.name == summary["run"] == member.name
+
+
+def test_a_sweep_that_is_not_trained_is_not_judged(store, table):
+    recipe = recipe_of(table, sweep=SWEEP)
+    train.run(store, recipe.members()[0], quiet())
+    with pytest.raises(UserError, match=r"Not trained yet: brought_topk_k6, .*saeflow train RECIPE"):
+        sweep.run(store, recipe, quiet())
+
+
+@given(points=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=20))
+def test_the_front_holds_what_nothing_betters(points):
+    front = sweep.pareto(points)
+    assert front
+    for number, (x, y) in enumerate(points):
+        better = [(a, b) for a, b in points if (a < x and b <= y) or (a <= x and b < y)]
+        assert (number in front) == (not better)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"architecture": "topk", "k": 7}, "k 7"),
+        ({"architecture": "relu", "l1_weight": 0.02}, "penalty 0.02"),
+        ({"architecture": "jumprelu", "k": 7}, "k 7"),
+        ({"architecture": "jumprelu", "penalty": "tanh", "penalty_weight": 0.5}, "penalty 0.5"),
+    ],
+)
+def test_the_table_says_what_makes_an_sae_sparse(settings, says):
+    assert sweep.sparsity(SAEConfig(**settings)) == says
