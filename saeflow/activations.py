@@ -18,7 +18,7 @@ from saeflow import tokens
 from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.artefact import Artefact, Job
 from saeflow.brought import content
-from saeflow.config import ActivationsConfig, Recipe, SAEConfig, UserError, fingerprint
+from saeflow.config import ActivationsConfig, Recipe, SAEConfig, UserError, facts_of, fingerprint
 from saeflow.model import Site, SiteReader, device_of, load_model, model_fingerprint, require_length, resolve_sites
 from saeflow.norms import FILE as NORMS_FILE
 from saeflow.norms import Norms, norms_of, warn
@@ -63,7 +63,9 @@ def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
 
 def brought_facts(recipe: Recipe) -> dict[str, Any]:
     about = recipe.activations
-    made = about.synthetic.model_dump(mode="json") if about.synthetic else None
+    made = facts_of(about.synthetic) if about.synthetic else None
+    if made and about.synthetic and about.synthetic.grows:
+        del made["n_samples"]
     share = recipe.corpus.held_out if recipe.corpus else 0.0
     return {
         "source": about.source,

@@ -13,7 +13,7 @@ from saeflow import brought, labels, tokens
 from saeflow.activations import artefact, brought_facts, facts, skipped, tokens_artefact
 from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.artefact import Artefact
-from saeflow.config import Recipe
+from saeflow.config import ActivationsConfig, Recipe
 from saeflow.model import Site
 from saeflow.packed import open_writer
 from saeflow.parallel import n_threads
@@ -30,32 +30,54 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Art
     """Store a user's table, or a made one, as activations of one-token documents. Parts that are there are kept."""
     source, target = tokens_artefact(store, recipe), artefact(store, recipe)
     with source.writing(), target.writing():
-        if source.generation() and target.generation() and not _missing(source, target):
+        about = recipe.activations
+        if source.generation() and target.generation() and not _missing(source, target, about):
             skipped(target, progress)
             return source, target
-        about = recipe.activations
         torch.set_num_threads(n_threads(recipe.threads))
-        made = brought.make_table(about.synthetic) if about.synthetic else None
-        rows = brought.rows_of(made) if made else brought.open_rows(str(about.source), about.source_array)
+        rows = _open(source, target, about)
         site = Site("table", rows.width)
-        pool_blocks(recipe.feed, site.width * ITEM_BYTES[about.dtype])
-        store.require_free(int(rows.n_rows * rows.width * ITEM_BYTES[about.dtype] * 1.05), "Storing the table")
+        row_bytes = site.width * ITEM_BYTES[about.dtype]
+        pool_blocks(recipe.feed, row_bytes)
+        starts = range(0, rows.n_rows, about.part_rows)
+        sizes = {index: min(about.part_rows, rows.n_rows - start) for index, start in enumerate(starts)}
+        done = _done(source, sizes).keys() & _done(target, sizes).keys()
+        n_left = sum(size for index, size in sizes.items() if index not in done)
+        store.require_free(int(n_left * row_bytes * 1.05), "Storing the table")
         seen = brought.look(rows, progress)
         source.begin(brought_facts(recipe) | {"context_length": 1})
         target.begin(facts(store, recipe) | {"stored": [[site.name, site.width]]}, [source.id])
         table = _Table(rows, Reader(rows), seen.pieces)
         table.write_vocab(source)
         source.send(source.path / "vocab.parquet")
-        done = source.parts().keys() & target.parts().keys()
         with progress.bar("activations", rows.n_rows, "rows") as bar:
-            for index, start in enumerate(range(0, rows.n_rows, about.part_rows)):
-                if index in done:
-                    bar.resume_at(bar.done + min(about.part_rows, rows.n_rows - start))
-                else:
+            bar.resume_at(rows.n_rows - n_left)
+            for index, start in enumerate(starts):
+                if index not in done:
                     _bring_part(source, target, recipe, site, table, bar, index, start)
         for item in (source, target):
-            item.publish(item.parts().values())
+            item.publish(_done(item, sizes).values())
     return source, target
+
+
+def _open(source: Artefact, target: Artefact, about: ActivationsConfig) -> Rows:
+    """The rows to store. What is stored of made ones is kept where the recipe now asks for fewer."""
+    if about.synthetic is None:
+        return brought.open_rows(str(about.source), about.source_array)
+    if not about.synthetic.grows:
+        return brought.made_rows(about.synthetic)
+    n_samples = max(about.synthetic.n_samples, _n_rows(source), _n_rows(target))
+    return brought.made_rows(about.synthetic.model_copy(update={"n_samples": n_samples}))
+
+
+def _n_rows(item: Artefact) -> int:
+    generation = item.generation()
+    return generation.total("n_documents") if generation else 0
+
+
+def _done(item: Artefact, sizes: dict[int, int]) -> dict[int, PartRecord]:
+    """Finished parts of the right size, by index: where rows were appended, the last one was too small."""
+    return item.parts(lambda part: part.counts["n_documents"] == sizes.get(part.index))
 
 
 @dataclass(frozen=True)
@@ -83,9 +105,11 @@ class _Table:
         return places.astype(np.int32)[:, None]
 
 
-def _missing(source: Artefact, target: Artefact) -> list[PartRecord]:
-    parts = [(item, part) for item in (source, target) for part in item.published().parts]
-    return [part for item, part in parts if part.index not in item.parts()]
+def _missing(source: Artefact, target: Artefact, about: ActivationsConfig) -> bool:
+    """Is a published part gone, or more asked for than is published?"""
+    if about.synthetic and about.synthetic.grows and about.synthetic.n_samples > min(_n_rows(source), _n_rows(target)):
+        return True
+    return any(part.index not in item.parts() for item in (source, target) for part in item.published().parts)
 
 
 def _bring_part(

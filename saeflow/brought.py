@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 import xxhash
 
+from saeflow import superposed, toys
 from saeflow.columns import arrow_files, arrow_rows, csv_rows, parquet_rows
 from saeflow.config import SyntheticConfig, UserError
 from saeflow.disk import checksum
@@ -17,7 +17,6 @@ from saeflow.labels import name_of
 from saeflow.progress import Progress
 from saeflow.rows import Reader, Rows, no_table, npy_rows, npz_rows, safetensors_rows, zarr_rows
 
-_TOY_STEPS = 3000
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
 
 
@@ -110,7 +109,12 @@ def content(source: str) -> str | None:
 
 
 def look(rows: Rows, progress: Progress) -> Seen:
-    """Read everything once and keep nothing but the distinct labels. Raises UserError at a number that is not finite."""
+    """Read everything once and keep nothing but the distinct labels. Raises UserError at a number that is not finite.
+
+    Rows that say their labels themselves are not read.
+    """
+    if rows.pieces is not None:
+        return Seen(rows.pieces)
     pieces: set[str] = set()
     labelled, at = False, 0
     with progress.bar("check", rows.n_rows, "rows") as bar:
@@ -148,45 +152,15 @@ def _names(n: int) -> list[str]:
 
 
 def make_table(config: SyntheticConfig) -> Table:
-    """Made activations whose true directions are known."""
-    generator = torch.Generator().manual_seed(config.seed)
-    if config.kind == "sparse":
-        return _sparse_mixture(config, generator)
-    return _superposition(config, generator)
+    """Made activations whose true directions are known, all in memory: for small ones."""
+    if config.kind == "superposed":
+        found = list(Reader(superposed.rows_of(config)).read(0, config.n_samples))
+        labels = [label for _, each in found for label in each or ()]
+        return Table(labels, np.concatenate([values for values, _ in found]), superposed.World.of(config).directions)
+    values, directions = toys.table(config)
+    return Table(_names(len(values)), values, directions)
 
 
-def _sparse_mixture(config: SyntheticConfig, generator: torch.Generator) -> Table:
-    """Rows are sums of one to `n_active` of `n_true` random unit directions, strengths uniform in [0, 1]."""
-    directions = torch.nn.functional.normalize(torch.randn(config.n_true, config.n_neurons, generator=generator), dim=1)
-    order = torch.rand(config.n_samples, config.n_true, generator=generator).argsort(1)[:, : config.n_active]
-    strengths = torch.rand(config.n_samples, config.n_active, generator=generator)
-    n_present = torch.randint(1, config.n_active + 1, (config.n_samples, 1), generator=generator)
-    strengths *= torch.arange(config.n_active) < n_present
-    values = (directions[order] * strengths[:, :, None]).sum(1)
-    return Table(_names(len(values)), values.numpy(), directions.numpy())
-
-
-def _superposition(config: SyntheticConfig, generator: torch.Generator) -> Table:
-    """The hidden layer of a toy model of superposition, `relu(W'Wx + b)` trained to copy sparse x; x = 0 is left out.
-
-    Elhage et al. 2022 (transformer-circuits.pub/2022/toy_model). Directions are the columns of W (m, n).
-    """
-    n, m = config.n_true, config.n_neurons
-    weight = torch.nn.Parameter(torch.randn(m, n, generator=generator) * 0.5)
-    bias = torch.nn.Parameter(torch.zeros(n))
-    adam = torch.optim.Adam([weight, bias], lr=1e-2)
-    for step in range(_TOY_STEPS):
-        adam.param_groups[0]["lr"] = 1e-2 * min(1.0, 2 - 2 * step / _TOY_STEPS)
-        x = _sparse_inputs(512, n, config.density, generator)
-        loss = (torch.relu(x @ weight.T @ weight + bias) - x).square().mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    x = _sparse_inputs(config.n_samples, n, config.density, generator)
-    hidden = (x[x.sum(1) > 0] @ weight.detach().T).numpy()
-    return Table(_names(len(hidden)), hidden, weight.detach().T.numpy())
-
-
-def _sparse_inputs(n_rows: int, n: int, density: float, generator: torch.Generator) -> torch.Tensor:
-    present = torch.rand(n_rows, n, generator=generator) < density
-    return torch.rand(n_rows, n, generator=generator) * present
+def made_rows(config: SyntheticConfig) -> Rows:
+    """The same rows, to be read."""
+    return superposed.rows_of(config) if config.kind == "superposed" else rows_of(make_table(config))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saeflow import __version__, command_line, commands_ask, commands_run, commands_store
+from saeflow import __version__, command_line, commands_ask, commands_run, commands_store, commands_synth
 from saeflow.command_line import out
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Store activations once, train many sparse autoencoders, ask anything in SQL.\n\n"
     "Start with `saeflow init my.toml`, then `saeflow run my.toml`, then `saeflow ask`.",
 )
-for each in (commands_run, commands_store, commands_ask):
+for each in (commands_run, commands_synth, commands_store, commands_ask):
     app.add_typer(each.commands)
 
 

@@ -93,15 +93,57 @@ class TokensConfig(Section):
 
 
 class SyntheticConfig(Section):
-    """Activations with known structure instead of a model's: the toys of the founding articles."""
+    """Activations with known structure instead of a model's: the toys of the founding articles, and a benchmark.
 
-    kind: Literal["sparse", "superposition"] = Field(description="Sparse mixtures, or a trained toy model.")
-    n_samples: PositiveInt = Field(5000, description="Rows made.")
+    What `superposed` means is said in `saeflow.superposed`.
+    """
+
+    kind: Literal["sparse", "superposition", "superposed"] = Field(
+        description="Sparse mixtures, a trained toy model, or superposed features of many frequencies and any number of rows."
+    )
+    n_samples: PositiveInt = Field(5000, description="Rows made; kind `superposed` appends when it is raised later.")
     n_neurons: PositiveInt = Field(5, description="Width of the hidden layer (D).")
     n_true: PositiveInt = Field(20, description="Known features mixed into it.")
     n_active: PositiveInt = Field(2, description="At most this many known features in one row (kind `sparse`).")
     density: PositiveFloat = Field(0.1, lt=1, description="Chance that a feature is present (kind `superposition`).")
+    l0: PositiveFloat = Field(16.0, description="Known features in a row on average (this and below: `superposed`).")
+    zipf_exponent: float = Field(
+        1.0, ge=0, description="A feature's firing rate falls with its rank to this power; 0: all rates are equal."
+    )
+    max_rate: PositiveFloat = Field(0.4, lt=1, description="No feature fires more often; the others share the rest.")
+    magnitude_floor: float = Field(1.0, ge=0, description="Least strength of a feature that fires.")
+    magnitude_scale: PositiveFloat = Field(
+        0.5,
+        description="Strength above the floor: half-normal, the absolute value of a normal number of this deviation.",
+    )
+    group_share: float = Field(0.2, ge=0, le=1, description="Share of features in groups of four that fire together.")
+    group_chance: PositiveFloat = Field(
+        0.5, le=1, description="Chance that the most frequent of a group fires in the group's event."
+    )
+    noise: float = Field(0.05, ge=0, description="Standard deviation of Gaussian noise on every neuron.")
+    offset: float = Field(1.0, ge=0, description="Length of a vector, the same in all rows, that is added to them.")
     seed: int = Field(0, description="Seed of the directions and of the samples.")
+
+    @property
+    def grows(self) -> bool:
+        """Can rows be appended later?"""
+        return self.kind == "superposed"
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> SyntheticConfig:
+        if self.kind != "superposed":
+            return self
+        if self.l0 > self.n_true * self.max_rate:
+            raise ValueError(
+                f"activations.synthetic.l0 is {self.l0:g}, but {self.n_true} features at a rate of at most {self.max_rate:g} "
+                f"give {self.n_true * self.max_rate:g}.\nLower activations.synthetic.l0, or raise n_true or max_rate."
+            )
+        if self.group_share and self.max_rate >= self.group_chance:
+            raise ValueError(
+                f"activations.synthetic.max_rate is {self.max_rate:g}, but members of a group fire in group_chance = "
+                f"{self.group_chance:g} of its events,\nso none can fire that often. Set max_rate below group_chance."
+            )
+        return self
 
 
 class ActivationsConfig(Section):
@@ -550,6 +592,8 @@ _SINCE_2 = {
     "skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array",
     "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share", "SAEConfig.source",
     "decay", "clip_norm", "sparsity_warmup_share", "k_start", "k_anneal_share",
+    "l0", "zipf_exponent", "max_rate", "magnitude_floor", "magnitude_scale", "group_share", "group_chance", "noise",
+    "offset",
 }  # fmt: skip
 """Settings that format 1 did not have: at their defaults they leave fingerprints as they were."""
 

@@ -38,6 +38,8 @@ class Rows:
     width: int
     blocks: Callable[[int], Iterator[Block]]
     """From this row on, everything in order, in blocks of any size."""
+    pieces: list[str] | None = None
+    """Every label in text order, of rows that are known to be finite and labelled without a look at them."""
 
 
 def block_rows(width: int) -> int:

@@ -520,3 +520,12 @@ def test_a_target_site_that_is_not_stored_is_refused_with_the_nearest(two_sites)
 def test_another_target_site_makes_another_autoencoder(two_sites):
     store, recipe, _ = two_sites
     assert train.artefact(store, recipe) != train.artefact(store, changed(recipe, sae={"target_site": None}))
+
+
+def test_the_disk_contract_explains_every_column_of_the_log(store, table):
+    page = (Path(__file__).parents[1] / "data" / "README.md").read_text("utf-8")
+    section = page.split("## SAEs\n")[1].split("\n## ")[0]
+    named = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
+    recipe = recipe_of(table, train={"clip_norm": 1.0, "k_start": 8, "sparsity_warmup_share": 0.1})
+    train.run(store, recipe, quiet())
+    assert named == set(log_of(store, recipe))
