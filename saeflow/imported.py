@@ -95,8 +95,9 @@ def _digest_of(path: Path, n_bytes: int, changed: int) -> str:
 
 
 def require_fits(store: Store, recipe: Recipe) -> None:
-    """Refuse an SAE whose vectors are not as wide as the activations."""
+    """Refuse an SAE whose vectors are not as wide as the activations, and one for activations that are not there."""
     found, stored = described(recipe), activations.artefact(store, recipe)
+    stored.published()
     read, target = activations.sites_of(stored, recipe.sae)
     named = [("site", read, found.width), ("target_site", target, found.out_width)]
     for setting, site, width in named if recipe.sae.target_site else named[:1]:

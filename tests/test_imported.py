@@ -212,6 +212,11 @@ def test_vectors_of_another_width_are_refused_with_the_sites_that_fit(
     assert tree(store.root) == before
 
 
+def test_activations_come_before_an_import(tmp_path: Path, folder: Path, ingredients: Ingredients) -> None:
+    with pytest.raises(UserError, match=r"activations/small-\w+ is not finished"):
+        train.run(Store.create(str(tmp_path / "empty")), recipe_of(ingredients, folder), quiet())
+
+
 def test_a_transcoder_is_imported_onto_two_sites(tmp_path: Path, ingredients: Ingredients) -> None:
     target = "transformer.h.0.mlp"
     about = {"apply_b_dec_to_input": False, "d_out": 16}
