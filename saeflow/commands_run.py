@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from saeflow.command_line import (
     MemberOption,
@@ -230,6 +231,10 @@ def sites(
     out.print(table)
 
 
+_WIDE = 160
+"""Columns that the table of a sweep may take."""
+
+
 def print_sweep(table: dict[str, Any], recipe: Path, store: Store) -> None:
     """The SAEs of a sweep, and the next command."""
     from saeflow import sweep
@@ -241,7 +246,7 @@ def print_sweep(table: dict[str, Any], recipe: Path, store: Store) -> None:
             row["member"], row["architecture"], row["sparsity"], f"{row['n_features']:,}", f"{row['l0']:.1f}",
             f"{row['variance_unexplained']:.4f}", f"{share:.1%}", "yes" if row["on_front"] else "",
         )  # fmt: skip
-    out.print(shown)
+    Console(file=out.file, width=max(out.width, _WIDE), highlight=False).print(shown)  # each SAE on one line
     out.print(f"judged on {table['saes'][0]['n_tokens']:,} tokens of {table['saes'][0]['judged_on']}", markup=False)
     name = sweep.recommended(table["saes"])
     again = f"saeflow run {shlex.quote(str(recipe))} --member {name}{where(store)}"

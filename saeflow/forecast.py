@@ -146,7 +146,10 @@ def trial_recipe(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], folder
                 seed=seed,
             ),
             "tokens": recipe.tokens.model_copy(update={"part_tokens": n_tokens}),
-            "train": recipe.train.model_copy(update={"n_tokens": _STEPS * recipe.feed.batch_rows, "restarts": 1}),
+            "train": recipe.train.model_copy(
+                update={"n_tokens": _STEPS * recipe.feed.batch_rows, "restarts": 1, "tensorboard": None}
+            ),
+            "sweep": None,
             "evaluate": recipe.evaluate.model_copy(update={"max_tokens": _JUDGED * len(pieces)}),
         }
     )
@@ -182,23 +185,30 @@ def _tried(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], progress: Pr
 
 
 def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any], n_tokens: int) -> Forecast:
-    """From the sample to a corpus of `n_tokens`: activations from their layout, seconds from steady rates."""
+    """From the sample to a corpus of `n_tokens`: activations from their layout, seconds from steady rates.
+
+    The SAEs of a sweep are taken to train as fast as the recipe's own settings do; a sweep encodes nothing.
+    """
+    members = recipe.members()
     sample = tried["n_characters"]
     n_parts = max(1, round(n_tokens / part_size(recipe, sample / tried["n_tokens"])))
     l0 = recipe.sae.k if recipe.sae.architecture != "relu" else tried["n_values"] / tried["n_tokens"]
     n_bytes = {
         "tokens": round(tried["token_bytes"] * n_tokens / tried["n_tokens"]),
         "collect": activation_bytes(recipe, tried, n_tokens, n_parts),
-        "train": int(tried["sae_bytes"]),
+        "train": int(tried["sae_bytes"]) * len(members),
         "encode": round(n_tokens * l0 * _BYTES_PER_VALUE),
     }
     judged = min(recipe.evaluate.max_tokens, n_tokens * surveyed.n_held_out / max(surveyed.n_characters, 1))
     units = {
-        "tokens": n_tokens, "activations": n_tokens, "train": recipe.train.n_tokens * recipe.train.restarts,
-        "features": n_tokens, "evaluate": judged, "loss": 4 * judged,
+        "tokens": n_tokens, "activations": n_tokens,
+        "train": sum(member.train.n_tokens * member.train.restarts for member in members),
+        "features": n_tokens, "evaluate": judged * len(members), "loss": 0 if recipe.is_sweep else 4 * judged,
     }  # fmt: skip
     stages, grown = [], 0
     for name, found in tried["stages"].items():
+        if recipe.is_sweep and name in ("encode", "report"):
+            continue
         grown = max(grown, growth(name, recipe, tried, n_tokens, n_parts, n_bytes["collect"], l0))
         seconds = stage_seconds(found, units)
         stages.append(StageForecast(name, n_bytes.get(name, 0), found["peak_bytes"] + grown, seconds))

@@ -35,6 +35,9 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     path = folder_of(store, recipe.name, trained)
     judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens}
     known = _known(path / TABLE)
+    if known and store.objects is not None:
+        with contextlib.suppress(FileNotFoundError):
+            store.objects.fetch(path / PICTURE)
     if {name: known.get(name) for name in judged} == judged and (path / PICTURE).is_file():
         progress.skip("evaluate", f"{len(members)} SAEs in {path}")
         return known

@@ -127,7 +127,7 @@ class Training:
         self.sae.after_step()
         self.adam.zero_grad(set_to_none=True)  # of many trainings, only one has gradients at a time
         if self.step in self._resample_steps:
-            resample(self.sae, self.adam, x, dead_after, self.step, **({} if target is None else {"target": target}))
+            resample(self.sae, self.adam, x, dead_after, self.step, target)
         if self.step % self.config.log_every == 0 or self.step == self.n_steps - 1:
             self.log.append(self._row(loss.item(), info, len(batch)) | clipped)
         self.step, self.info = self.step + 1, info

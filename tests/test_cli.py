@@ -648,3 +648,61 @@ def test_settings_are_shown_as_they_are(saeflow: Command, ingredients: Ingredien
     data = recipe_data(ingredients, corpus={"files": [str(folder)]})
     assert saeflow("tokens", write_recipe(tmp_path / "r.toml", data), "--store", tmp_path / "store").code == 0
     assert "texts[b]" in saeflow("show", "small", "--store", tmp_path / "store").out.replace("\n", "")
+
+
+@pytest.fixture(scope="module")
+def swept(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe with a sweep and the store in which `saeflow run` has run it."""
+    folder = tmp_path_factory.mktemp("swept")
+    sweep = {"grid": {"sae.k": [2, 4], "sae.architecture": ["topk", "relu"]}}
+    recipe = write_recipe(folder / "small.toml", recipe_data(ingredients, sweep=sweep, train={"n_tokens": 3000}))
+    arguments = ["run", str(recipe), "--store", str(folder / "store")]
+    done = subprocess.run([*SAEFLOW, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
+    return recipe, folder / "store"
+
+
+def test_a_sweep_prints_its_table_and_the_next_command_which_works(saeflow: Command, swept: tuple[Path, Path]) -> None:
+    recipe, store = swept
+    said = (recipe.parent / "said").read_text()
+    for name in ("topk_k2", "topk_k4", "relu_k2", "relu_k4"):
+        assert re.search(rf"^small_{name} +{name[:4]} +(k \d|penalty 0\.01) +64 +[\d.]+ +[\d.]+ +[\d.]+%", said, re.M)
+    assert re.search(r"yes *$", said, re.M)
+    next_command = re.search(r"^Encode the corpus with one of them: saeflow (run .*)$", said, re.M)
+    assert next_command is not None
+    done = saeflow(*shlex.split(next_command[1]))
+    assert done.code == 0, done.err
+    assert "train: already done" in done.err
+    assert "$ saeflow ask" in done.out
+    assert [path.name.rpartition("-")[0] for path in (store / "features").iterdir()] == [
+        next_command[1].split("--member ")[1].split()[0]
+    ]
+
+
+def test_a_stage_takes_one_sae_of_a_sweep_by_name(saeflow: Command, swept: tuple[Path, Path]) -> None:
+    recipe, store = swept
+    for stage in ("train", "encode", "evaluate", "report"):
+        said = saeflow(stage, recipe, "--store", store, "--member", "small_topk_k2")
+        assert said.code == 0, said.err
+    assert any(path.name.startswith("small_topk_k2-") for path in (store / "features").iterdir())
+    again = saeflow("evaluate", recipe, "--store", store)
+    assert again.code == 0
+    assert "4 SAEs in" in again.err
+    assert "small_relu_k4" in again.out
+
+
+def test_an_sae_that_a_sweep_has_not_is_refused_with_the_nearest(
+    saeflow: Command, swept: tuple[Path, Path], recipe_file: Path
+) -> None:
+    recipe, store = swept
+    said = saeflow("run", recipe, "--store", store, "--member", "small_topk_k3")
+    assert said.code == 2
+    assert "small has no SAE 'small_topk_k3' in its sweep. Nearest: small_topk_k" in said.err
+    said = saeflow("train", recipe_file, "--store", store, "--member", "small_topk_k3")
+    assert (said.code, "the recipe has no [sweep]" in said.err) == (2, True)
+    for stage in ("encode", "report"):
+        said = saeflow(stage, recipe, "--store", store)
+        assert said.code == 2
+        assert f"small is a sweep of 4 SAEs. Name the one: saeflow {stage} RECIPE --member NAME" in said.err
+        assert "small_relu_k4" in said.err

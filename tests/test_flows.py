@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
 import subprocess
@@ -17,16 +19,17 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
+from flows import common
 from flows.collect import collect_flow
 from flows.encode import encode_flow
 from flows.pipeline import pipeline_flow
 from flows.tokens import tokens_flow
-from saeflow import activations
+from saeflow import activations, pipeline, sweep
 from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.records import PartRecord
 from saeflow.store import Store
 from tests.conftest import Finished
-from tests.small_pipeline import Ingredients, a_table, brought_data, recipe_data, tree, write_recipe, write_table
+from tests.small_pipeline import Ingredients, a_table, brought_data, quiet, recipe_data, tree, write_recipe, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -219,3 +222,35 @@ def test_the_module_ends_with_2_and_one_message_where_the_user_can_mend_it(home:
     assert "row 7" in done.stderr
     assert "Traceback" not in done.stderr
     assert processes_with(home) == []
+
+
+def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
+    finished: Finished, upstream: Store, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.store.root / "activations", upstream.root / "activations")
+    shutil.copytree(upstream.root, tmp_path / "alone")
+    data = finished.recipe.model_dump(mode="json") | {"sweep": {"grid": {"sae.k": [2, 4], "train.n_tokens": [3000]}}}
+    recipe = parse_recipe(data)
+    summary = pipeline_flow(recipe, str(upstream.root))
+    pipeline.run(Store.create(tmp_path / "alone"), recipe, quiet())
+    assert tree(upstream.root / "saes") == tree(tmp_path / "alone" / "saes")
+    assert tree(upstream.root / "sweeps") == tree(tmp_path / "alone" / "sweeps")
+    assert sorted(run.name for run in task_runs("saeflow-train", upstream)) == ["judge", "train"]
+    assert not (upstream.root / "features").exists()
+    with get_client(sync_client=True) as client:
+        found = {artifact.key: artifact.data for artifact in client.read_artifacts()}
+    rows = json.loads(found["saeflow-sweep"])
+    assert [row["member"] for row in rows] == ["small_k2_n_tokens3000", "small_k4_n_tokens3000"]
+    assert [float(row["l0"]) for row in rows] == [row["l0"] for row in summary["sweep"]["saes"]]
+    picture = sweep.picture_of(upstream, recipe)
+    assert base64.b64encode(picture.read_bytes()).decode() in found["saeflow-sweep-picture"]
+    assert str(picture) in found["saeflow-sweep-picture"]
+
+
+def test_a_large_picture_is_named_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(common, "create_markdown_artifact", lambda markdown, **_: shown.append(markdown))
+    path = tmp_path / "pareto.png"
+    path.write_bytes(bytes(common.PICTURE_BYTES + 1))
+    common.show_picture("sweep", path)
+    assert shown == [str(path)]

@@ -163,3 +163,19 @@ def test_a_forecast_is_plain_json(recipe: Recipe) -> None:
 
     found = forecast.extrapolate(recipe, Survey(7, 5000, 1000, ("x" * 500,)), tried(), 1000)
     assert json.loads(json.dumps(dataclasses.asdict(found)))["n_tokens"] == 1000
+
+
+def test_a_sweep_is_forecast_as_so_many_trainings_and_no_features(recipe: Recipe, tmp_path: Path) -> None:
+    swept = Recipe.model_validate(recipe.model_dump() | {"sweep": {"grid": {"sae.k": [2, 4, 8]}}})
+    assert not forecast.trial_recipe(swept, ["a text"], tmp_path).is_sweep
+    found = tried()
+    for name, bar in (("train", "train"), ("encode", "features"), ("evaluate", "evaluate"), ("report", "report")):
+        found["stages"][name] = {"seconds": 2.0, "peak_bytes": 1, "rates": {bar: 100.0}, "counts": {bar: 100}}
+    one, three = (
+        forecast.extrapolate(each, Survey(7, 5000, 1000, ("x" * 500,)), found, 1000) for each in (recipe, swept)
+    )
+    assert [stage.name for stage in one.stages] == ["tokens", "collect", "train", "encode", "evaluate", "report"]
+    assert [stage.name for stage in three.stages] == ["tokens", "collect", "train", "evaluate"]
+    trains = [each.stage("train") for each in (one, three)]
+    assert [stage and stage.n_bytes for stage in trains] == [77, 3 * 77]
+    assert [stage and round(stage.seconds) for stage in trains] == [1 + 100, 1 + 300]  # 10,000 tokens at 100/s

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults import CASES, FAULTS, POINTS, STEP, Case, Point, Runner, differences, tenth
+from tests.faults.kills import training_runner
 from tests.small_pipeline import Ingredients, recipe_data, write_recipe
+
+SWEPT = ["relu", "topk", "batchtopk"]
 
 HALF_WAY = {
     "tokens": "after a part",
@@ -49,6 +52,22 @@ def test_a_killed_training_continues_where_its_checkpoint_stood(runner: Runner) 
     assert runner.run(store, Case(point("train", "in the middle of a step"), "SIGKILL")) == -9
     assert runner.run(store) == 0
     assert "train: continuing at step 1" in runner.said(store)  # of 40, killed in the 20th
+
+
+@pytest.fixture(scope="module")
+def sweeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    folder = tmp_path_factory.mktemp("sweeping")
+    yield training_runner(folder, [{"sae.architecture": name} for name in SWEPT], n_tokens=10_000)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("nth", [1, 31, 100])
+def test_a_killed_sweep_leaves_the_undisturbed_store_for_every_architecture(nth: int, sweeping: Runner) -> None:
+    store = sweeping.folder / f"killed-{nth}"
+    assert sweeping.run(store, Case(Point("train", "in some step", STEP, "", nth), "SIGKILL")) == -9
+    assert differences(sweeping.undisturbed, store), "the kill came too late to disturb anything"
+    assert sweeping.run(store) == 0, sweeping.said(store)
+    assert differences(sweeping.undisturbed, store) == []
 
 
 @pytest.mark.parametrize(

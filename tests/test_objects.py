@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from tenacity import Retrying, stop_after_attempt
-from torch import Tensor
 
 from saeflow import activations, features, forget, integrity, objects, pipeline, queries, train
 from saeflow.arrays import open_site
@@ -27,6 +26,7 @@ from saeflow.progress import Progress
 from saeflow.records import Damaged
 from saeflow.sae import StepInfo
 from saeflow.store import Store
+from saeflow.training import Batch
 from tests.s3_server import SECRET, Server, s3_server
 from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
 
@@ -155,7 +155,7 @@ def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
     often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
     advance = train.Training.advance
 
-    def lost(self: train.Training, batch: Tensor) -> StepInfo:
+    def lost(self: train.Training, batch: Batch) -> StepInfo:
         if self.step == 20:
             raise ConnectionError("the machine is gone")
         return advance(self, batch)
@@ -169,6 +169,35 @@ def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
         pipeline.run(Store.create(url), often, Progress(console))
     assert "continuing at step 20 of" in console.export_text()
     assert there(server, url) == here(local)
+
+
+def test_a_sweep_goes_on_and_is_read_on_another_machine(
+    server: Server, url: str, ingredients: Ingredients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = {"grid": {"sae.k": [2, 4]}}
+    often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001, "n_tokens": 3000}, sweep=sweep))
+    advance = train.Training.advance
+
+    def lost(self: train.Training, batch: Batch) -> StepInfo:
+        if (self.step, self.name) == (6, "small_k4"):
+            raise ConnectionError("the machine is gone")
+        return advance(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "advance", lost)
+        with pytest.raises(ConnectionError):
+            pipeline.run(Store.create(url), often, quiet())
+    console = Console(record=True, file=io.StringIO(), width=200)
+    with another_machine(tmp_path):
+        pipeline.run(Store.create(url), often, Progress(console))
+    assert "small_k2 continuing at step 6 of" in console.export_text(clear=False)
+    assert "small_k4 continuing at step 6 of" in console.export_text()
+    with another_machine(tmp_path / "third"):
+        pipeline.run(Store.create(url), often, Progress(console))
+    assert "evaluate: already done, 2 SAEs" in console.export_text()
+    alone = Store.create(tmp_path / "alone")
+    pipeline.run(alone, often, quiet())
+    assert there(server, url) == here(alone)
 
 
 def test_a_second_run_sends_nothing(url: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

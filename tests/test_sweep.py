@@ -371,3 +371,11 @@ def test_the_front_holds_what_nothing_betters(points):
 )
 def test_the_table_says_what_makes_an_sae_sparse(settings, says):
     assert sweep.sparsity(SAEConfig(**settings)) == says
+
+
+def test_the_disk_contract_explains_every_key_of_the_table(judged):
+    page = (Path(__file__).parents[1] / "data" / "README.md").read_text("utf-8")
+    section = page.split("## Sweeps\n")[1].split("\n## ")[0]
+    keys = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
+    [row, *_] = judged[2]["sweep"]["saes"]
+    assert keys == row.keys()

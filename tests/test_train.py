@@ -13,16 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeflow import activations, bring, schedule, train
+from saeflow import activations, bring, schedule, tokens, train
 from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.disk import read_json
+from saeflow.model import load_model
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
-from saeflow.training import Batch
-from tests.small_pipeline import a_table, brought_data, quiet, tree, write_table
+from saeflow.training import Batch, sample
+from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
+ALL = [*ARCHITECTURES, "gated", "matryoshka", "jumprelu"]
 BATCHES = 3
 """In one epoch of the table's 700 rows."""
 
@@ -389,3 +391,141 @@ def test_event_files_without_tensorboard_are_refused_before_work(store, table, t
         "train.tensorboard is 'runs', but the package tensorboard is not installed.\n"
         "Install it with `pip install tensorboard`, or take the setting out."
     )
+
+
+def state_of(training: train.Training) -> dict[str, torch.Tensor]:
+    moments = {f"{n}.{k}": v for n, state in training.adam.state_dict()["state"].items() for k, v in state.items()}
+    return {**training.sae.state_dict(), **moments}
+
+
+def assert_killed_and_resumed_alike(feed, recipe, folder, n_rows):
+    undisturbed = train.fit(feed, recipe, folder / "undisturbed", quiet())
+    with pytest.raises(Killed):
+        train.fit(feed, recipe, folder / "killed", stopping_after(n_rows, Killed))
+    resumed = train.fit(feed, recipe, folder / "killed", quiet())
+    assert resumed.log == undisturbed.log
+    found, wanted = state_of(resumed), state_of(undisturbed)
+    assert found.keys() == wanted.keys()
+    assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]
+
+
+EVERYTHING = {
+    "checkpoint_seconds": 1e-9, "clip_norm": 0.3, "sparsity_warmup_share": 0.5, "k_start": 9, "k_anneal_share": 0.5,
+    "decay": "cosine", "dead_after_tokens": 500, "resample_at": [0.3, 0.6],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_every_architecture_with_every_schedule_goes_on_exactly(stored, table, tmp_path, architecture):
+    recipe = recipe_of(table, sae={"architecture": architecture}, train=EVERYTHING)
+    assert_killed_and_resumed_alike(train.open_feed(stored, recipe), recipe, tmp_path, 2000)
+
+
+READ, TARGET = "transformer.h.0.mlp:input", "transformer.h.0.mlp"
+
+
+@pytest.fixture(scope="module")
+def two_sites(ingredients, tmp_path_factory):
+    """What a transcoder from an MLP's input to its output needs, and the MLP itself."""
+    store = Store.create(tmp_path_factory.mktemp("two") / "store")
+    about = {"sites": [READ, TARGET], "dtype": "float32"}
+    small = {"batch_rows": 100, "block_bytes": 8192, "pool_bytes": 40_000}
+    more = {"n_tokens": 4000, "lr": 3e-3, "log_every": 1}
+    data = recipe_data(
+        ingredients, activations=about, sae={"site": READ, "target_site": TARGET}, feed=small, train=more
+    )
+    recipe = parse_recipe(data)
+    tokens.run(store, recipe, quiet())
+    activations.run(store, recipe, quiet())
+    return store, recipe, load_model(recipe.model).get_submodule(TARGET)
+
+
+def changed(recipe: Recipe, **changes) -> Recipe:
+    """The recipe with other settings in some sections."""
+    return recipe.model_copy(
+        update={name: getattr(recipe, name).model_copy(update=values) for name, values in changes.items()}
+    )
+
+
+def test_a_transcoder_is_given_what_the_other_site_holds_at_the_same_tokens(two_sites, monkeypatch):
+    store, recipe, mlp = two_sites
+    given, real = [], SparseAutoencoder.training_loss
+
+    def recording(sae, x, *others, target, **options):
+        given.append((x, target))
+        return real(sae, x, *others, target=target, **options)
+
+    monkeypatch.setattr(SparseAutoencoder, "training_loss", recording)
+    feed = train.open_feed(store, recipe)
+    assert [site.name for site in feed.sites] == [READ, TARGET]
+    training = train.Training.begin(feed, recipe)
+    rows = sample(feed)
+    for each, scale in zip(rows, training.scales, strict=True):
+        spread = (each - each.mean(0)).mul(scale).square().sum(1).mean()
+        assert spread.item() == pytest.approx(16, rel=1e-4)
+    assert training.scales[0] != pytest.approx(training.scales[1], rel=0.1)
+    torch.testing.assert_close(training.sae.centre, rows[0].mean(0) * training.scales[0])
+    torch.testing.assert_close(training.sae.b_dec.detach(), rows[1].mean(0) * training.scales[1])
+    batches = feed.aligned()
+    for number in range(3):
+        training.advance(Batch(number, next(batches), feed))
+    batches.close()
+    for x, target in given:
+        with torch.no_grad():
+            wanted = mlp(x / training.scales[0])
+        torch.testing.assert_close(target / training.scales[1], wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_transcoder_learns_and_goes_on_exactly(two_sites, tmp_path, architecture):
+    store, recipe, _ = two_sites
+    recipe = changed(recipe, sae={"architecture": architecture, "k": 8, "l1_weight": 0.01}, train=EVERYTHING)
+    feed = train.open_feed(store, recipe)
+    assert_killed_and_resumed_alike(feed, recipe, tmp_path, 2000)
+    again = train.fit(feed, changed(recipe, train={"resample_at": []}), tmp_path / "again", quiet())
+    shares = [row["variance_unexplained"] for row in again.log]
+    assert np.mean(shares[-3:]) < 0.8 * np.mean(shares[:3])
+
+
+def test_the_error_by_which_restarts_are_compared_is_that_of_a_transcoders_target(two_sites, tmp_path):
+    store, recipe, _ = two_sites
+    feed = train.open_feed(store, recipe)
+    training = train.fit(feed, recipe, tmp_path, quiet())
+    rows = sample(feed)
+    x, target = (each * scale for each, scale in zip(rows, training.scales, strict=True))
+    wanted = (training.sae.eval().reconstruct(x) - target).square().mean().item()
+    assert training.error(rows) == pytest.approx(wanted)
+
+
+def test_the_folded_transcoder_is_made_for_activations_as_they_are(two_sites, tmp_path):
+    store, recipe, _ = two_sites
+    feed = train.open_feed(store, recipe)
+    training = train.fit(feed, recipe, tmp_path, quiet())
+    rows = sample(feed)[0][:200]
+    read, target = training.scales
+    scaled = training.sae.eval().reconstruct(rows * read) / target
+    torch.testing.assert_close(training.folded().eval().reconstruct(rows), scaled, rtol=1e-2, atol=1e-2)
+
+
+def test_a_target_site_that_is_not_stored_is_refused_with_the_nearest(two_sites):
+    store, recipe, _ = two_sites
+    with pytest.raises(UserError) as caught:
+        train.run(store, changed(recipe, sae={"target_site": "transformer.h.0.mpl"}), quiet())
+    assert str(caught.value) == (
+        f"sae.target_site is 'transformer.h.0.mpl'; the sites are: {READ}, {TARGET}. Nearest: {TARGET}. "
+        "Set sae.target_site to one of them."
+    )
+
+
+def test_another_target_site_makes_another_autoencoder(two_sites):
+    store, recipe, _ = two_sites
+    assert train.artefact(store, recipe) != train.artefact(store, changed(recipe, sae={"target_site": None}))
+
+
+def test_the_disk_contract_explains_every_column_of_the_log(store, table):
+    page = (Path(__file__).parents[1] / "data" / "README.md").read_text("utf-8")
+    section = page.split("## SAEs\n")[1].split("\n## ")[0]
+    named = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
+    recipe = recipe_of(table, train={"clip_norm": 1.0, "k_start": 8, "sparsity_warmup_share": 0.1})
+    train.run(store, recipe, quiet())
+    assert named == set(log_of(store, recipe))

@@ -4,6 +4,7 @@ python -m tests.faults                       every fault at every named point
 python -m tests.faults --tenth 3             a tenth of them
 python -m tests.faults --only train          those whose name has these words
 python -m tests.faults --random-kills 20     a collection killed so often, resumed each time
+python -m tests.faults --training-kills 20   a sweep of every architecture, killed in training, likewise
 python -m tests.faults --power-cuts 20       about so many power cuts in one run
 """
 
@@ -15,9 +16,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
+from saeflow.config import Architecture
 from tests.faults import CASES, Runner, power, tenth
-from tests.faults.kills import collecting_runner, random_kills
+from tests.faults.kills import TRAINING, collecting_runner, random_kills, training_runner
 from tests.faults.power import VIEWS, power_cuts
 from tests.small_pipeline import Ingredients, recipe_data, write_recipe
 
@@ -32,6 +35,7 @@ def main() -> int:
     parser.add_argument("--tenth", type=int, metavar="N", help="only every tenth case, beginning with the N-th")
     parser.add_argument("--only", default="", metavar="WORDS", help="only cases whose name has these words")
     parser.add_argument("--random-kills", type=int, metavar="N", help="only kills at N random instants of a collection")
+    parser.add_argument("--training-kills", type=int, metavar="N", help="only kills at N random instants of a training")
     parser.add_argument("--power-cuts", type=int, metavar="N", help="only about N power cuts")
     parser.add_argument("--seed", type=int, default=0, help="of the random instants")
     chosen = parser.parse_args()
@@ -49,6 +53,10 @@ def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, li
         runner = collecting_runner(folder, 1500)
         for instant, problems in random_kills(runner, chosen.random_kills, chosen.seed):
             yield f"a kill {instant:.2f} s into the collection" if instant else "finished after the last kill", problems
+    elif chosen.training_kills:
+        runner = training_runner(folder, [{"sae.architecture": name} for name in get_args(Architecture)])
+        for instant, problems in random_kills(runner, chosen.training_kills, chosen.seed, TRAINING):
+            yield f"a kill {instant:.2f} s into the training" if instant else "finished after the last kill", problems
     elif chosen.power_cuts:
         runner = small_runner(folder)
         for cut in power_cuts(runner, chosen.power_cuts):

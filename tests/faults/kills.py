@@ -1,12 +1,14 @@
-"""Kills at random instants of a collection, each followed by the same command."""
+"""Kills at random instants of a collection or of a training, each followed by the same command."""
 
 from __future__ import annotations
 
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.faults import Runner, differences
 from tests.small_pipeline import Ingredients, documents, recipe_data, write_corpus, write_recipe
@@ -21,20 +23,44 @@ def collecting_runner(folder: Path, n_documents: int) -> Runner:
     return Runner(folder, write_recipe(folder / "small.toml", recipe_data(data, **changes)))
 
 
-def random_kills(runner: Runner, n_kills: int, seed: int) -> Iterator[tuple[float, list[str]]]:
-    """Kill `saeflow run` by SIGKILL so many times while it collects, running it again each time.
+def training_runner(folder: Path, settings: list[dict[str, Any]], n_tokens: int = 60_000) -> Runner:
+    """A run that is mostly the training of a sweep, with a checkpoint every tenth of a second."""
+    train = {"n_tokens": n_tokens, "checkpoint_seconds": 0.1, "clip_norm": 1.0, "dead_after_tokens": 2000}
+    data = recipe_data(Ingredients.write(folder), train=train, sweep={"each": settings})
+    return Runner(folder, write_recipe(folder / "small.toml", data))
 
-    Yields, for each kill, its instant (seconds after the start of the collection) and what was wrong afterwards: a
-    traceback, or a store that differs from the undisturbed one once it is finished.
+
+@dataclass(frozen=True)
+class Work:
+    """A stretch of a run, by what is in the store when it begins and when it has ended."""
+
+    begun: Callable[[Path], bool]
+    done: Callable[[Path], bool]
+
+
+COLLECTION = Work(
+    lambda store: any(store.glob("activations/*/artefact.json")),
+    lambda store: any(store.glob("activations/*/manifest.json")),
+)
+TRAINING = Work(
+    lambda store: any(store.glob("activations/*/manifest.json")), lambda store: any(store.glob("sweeps/*/table.json"))
+)
+
+
+def random_kills(runner: Runner, n_kills: int, seed: int, work: Work = COLLECTION) -> Iterator[tuple[float, list[str]]]:
+    """Kill `saeflow run` by SIGKILL so many times while it is at this work, running it again each time.
+
+    Yields, for each kill, its instant (seconds after the work began, or after the start of a run that goes on with it) and
+    what was wrong afterwards: a traceback, or a store that differs from the undisturbed one once it is finished.
     """
     chance = random.Random(seed)
-    store, n_done, longest = runner.folder / "killed", 0, _seconds_of_collection(runner)
+    store, n_done, longest = runner.folder / "killed", 0, _seconds_of(work, runner)
     while n_done < n_kills:
         process = runner.start(store)
-        _wait_for_collection(store, process.pid)
+        _wait_until(work.begun, store, process.pid)
         instant = chance.uniform(0, longest)
         process.join(instant)
-        if process.exitcode is None and not _collected(store):
+        if process.exitcode is None and not work.done(store):
             process.kill()
             process.join()
             n_done += 1
@@ -51,23 +77,18 @@ def random_kills(runner: Runner, n_kills: int, seed: int) -> Iterator[tuple[floa
     yield 0.0, differences(runner.undisturbed, store)
 
 
-def _collected(store: Path) -> bool:
-    return any(store.glob("activations/*/manifest.json"))
-
-
-def _wait_for_collection(store: Path, pid: int | None) -> None:
-    """Until the tokens are there and the activations have begun, or the process has ended."""
-    while not any(store.glob("activations/*/artefact.json")) and Path(f"/proc/{pid}").exists():
+def _wait_until(begun: Callable[[Path], bool], store: Path, pid: int | None) -> None:
+    """Or until the process has ended."""
+    while not begun(store) and Path(f"/proc/{pid}").exists():
         time.sleep(0.001)
 
 
-def _seconds_of_collection(runner: Runner) -> float:
+def _seconds_of(work: Work, runner: Runner) -> float:
     store = runner.folder / "timed"
     process = runner.start(store)
-    _wait_for_collection(store, process.pid)
+    _wait_until(work.begun, store, process.pid)
     began = time.monotonic()
-    while not _collected(store):
-        time.sleep(0.001)
+    _wait_until(work.done, store, process.pid)
     seconds = time.monotonic() - began
     runner.finish(store, process)
     shutil.rmtree(store)
