@@ -205,6 +205,34 @@ def train_command(
             print_sweep(table, recipe, opened)
 
 
+@commands.command(name="import", rich_help_panel="Stages")
+def import_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of a trained SAE: of saeflow, SAELens or dictionary_learning.", metavar="FOLDER"),
+    ],
+    recipe: RecipePath,
+    store: StoreOption = None,
+    set_: Set = None,
+    member: MemberOption = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Take an SAE trained elsewhere in the place of one trained here. Example: `saeflow import saes/gemma my.toml`"""
+    settings = read_recipe(recipe, [*(set_ or []), f"sae.source={folder.resolve()}"], member)
+    require_one(settings, "import")
+    from saeflow import imported, train
+
+    opened = create_store(store, settings, quiet)
+    made = train.run(opened, settings, progress_of(quiet, verbose, settings))
+    if not quiet:
+        out.print(imported.in_words(settings, made), markup=False, soft_wrap=True)
+        lines = f"In {recipe}, section [sae], write:\n\n  source = {_toml_string(str(folder.resolve()), '')}\n"
+        out.print(
+            f"{lines}\nNext: saeflow encode {shlex.quote(str(recipe))}{where(opened)}", markup=False, soft_wrap=True
+        )
+
+
 _stage_of_one("encode", "Write every non-zero feature activation of the corpus to Parquet.")
 _stage_of_one("evaluate", "Judge the autoencoder on held-out documents; those of a sweep together.")
 _stage_of_one("report", "Draw the run's picture.")

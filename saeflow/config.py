@@ -599,8 +599,9 @@ _SINCE_2 = {
 
 
 def facts_of(section: Section) -> dict[str, Any]:
-    """The section's settings for a fingerprint; how much of a corpus is read does not count."""
-    data = section.model_dump(mode="json", exclude={"share", "folder", "tensorboard"})
+    """The section's settings for a fingerprint; how much of a corpus is read does not count, nor where an SAE came from."""
+    not_settings = {"share", "folder", "tensorboard"} | ({"source"} if isinstance(section, SAEConfig) else set())
+    data = section.model_dump(mode="json", exclude=not_settings)
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(section).model_fields.items()
     }

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
-from saeflow import activations, features, tokens, train
+from saeflow import activations, features, interchange, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import FORMAT_VERSION, Recipe, fingerprint
 from saeflow.feed import Feed, aligned_held_out_rows
@@ -90,7 +90,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
         return dict(known)
     train.set_threads(recipe)
-    sae = SparseAutoencoder.load(train.artefact(store, recipe).fetched())
+    sae = interchange.load(train.artefact(store, recipe).fetched())
     judgement = _judged(store, recipe, sae, progress)
     quality = judgement.figures | _liveness(run_artefact)
     if recipe.model is not None and judgement.held_out:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow import activations, arrays, train
+from saeflow import activations, arrays, imported, interchange, train
 from saeflow.artefact import Artefact, Job
 from saeflow.config import Recipe, UserError, fingerprint
 from saeflow.encoding import SparseValues, feature_major, feature_statistics
@@ -45,7 +45,7 @@ def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
         "sae": train.artefact(store, recipe).fp,
         "activations": stored.fp,
         "site": activations.choose_site(stored, recipe.sae.site).name,
-        "n_features": recipe.sae.n_features,
+        "n_features": imported.sae_config(recipe).n_features,
     }
 
 
@@ -176,10 +176,13 @@ def open_encoder(store: Store, recipe: Recipe) -> Encoder:
     if not trained.complete():
         raise UserError(f"{trained.id} is not trained. Run `saeflow train RECIPE` first.")
     n_tokens = stored.published().total("n_tokens")
-    per_token = recipe.sae.k if recipe.sae.architecture != "relu" else recipe.sae.n_features // 8 + 1
-    store.require_free(n_tokens * per_token * _BYTES_PER_NONZERO, "Storing every feature activation")
+    per_token = train.last_row(trained).get("l0", recipe.sae.k)
+    store.require_free(int(n_tokens * per_token * _BYTES_PER_NONZERO), "Storing every feature activation")
     used = Used.of(source, recipe.activations)
-    about = facts(store, recipe) | {"context_length": used.length, "architecture": recipe.sae.architecture}
+    about = facts(store, recipe) | {
+        "context_length": used.length,
+        "architecture": imported.sae_config(recipe).architecture,
+    }
     target.begin(about | used.facts, [source.id, stored.id, trained.id])
     return encoder_of(store, target, recipe.features.batch_rows)
 
@@ -189,7 +192,7 @@ def encoder_of(store: Store, target: Artefact, batch_rows: int = 4096) -> Encode
     source, stored, trained = (store.by_id(name) for name in target.record.inputs)
     site = activations.choose_site(stored, target.record.facts["site"])
     used = Used.from_facts(source, target.record.facts)
-    return Encoder(used, stored, target, site, SparseAutoencoder.load(trained.fetched()), batch_rows)
+    return Encoder(used, stored, target, site, interchange.load(trained.fetched()), batch_rows)
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:

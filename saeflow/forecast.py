@@ -192,7 +192,8 @@ def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any], n_token
     members = recipe.members()
     sample = tried["n_characters"]
     n_parts = max(1, round(n_tokens / part_size(recipe, sample / tried["n_tokens"])))
-    l0 = recipe.sae.k if recipe.sae.architecture != "relu" else tried["n_values"] / tried["n_tokens"]
+    chosen = recipe.sae.counts_k and recipe.sae.source is None
+    l0 = recipe.sae.k if chosen else tried["n_values"] / tried["n_tokens"]
     n_bytes = {
         "tokens": round(tried["token_bytes"] * n_tokens / tried["n_tokens"]),
         "collect": activation_bytes(recipe, tried, n_tokens, n_parts),

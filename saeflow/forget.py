@@ -99,7 +99,9 @@ def _list_saes(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgo
 
 
 def _n_seen(stored: Artefact, sae: Artefact) -> int:
-    """Documents that existed when the SAE was trained: their numbers are below this."""
+    """Documents that existed when the SAE was trained: their numbers are below this. One that was imported saw none."""
+    if "imported" in sae.record.facts:
+        return 0
     number = int(sae.record.facts["generation"])
     generation = stored.generation(number) if number in stored.numbers() else stored.published()
     return generation.total("n_documents") if generation else 0

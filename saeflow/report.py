@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from saeflow import activations, arrays, features, tokens, train
+from saeflow import activations, arrays, features, interchange, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.disk import replacing
 from saeflow.progress import Progress
-from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
 
 MAX_ROWS = 64
@@ -45,7 +44,7 @@ def feature_table(store: Store, recipe: Recipe) -> tuple[list[str], np.ndarray]:
     """Row labels and the value of every feature on every row (N, F), for tables that fit in memory."""
     source = activations.tokens_artefact(store, recipe)
     stored = activations.artefact(store, recipe)
-    sae = SparseAutoencoder.load(train.artefact(store, recipe).fetched())
+    sae = interchange.load(train.artefact(store, recipe).fetched())
     site = activations.choose_site(stored, recipe.sae.site)
     vocab = pq.read_table(source.own_file("vocab.parquet")).column("piece").to_pylist()
     labels: list[str] = []
@@ -54,7 +53,7 @@ def feature_table(store: Store, recipe: Recipe) -> tuple[list[str], np.ndarray]:
         labels += [vocab[i] for i in tokens.read_part(source, token_part)[0][:, 0]]
         rows = arrays.open_site(stored, part, site).read(slice(None))
         sparse = sae.encode_sparse(rows.reshape(-1, site.width))
-        dense = np.zeros((len(rows), recipe.sae.n_features), np.float32)
+        dense = np.zeros((len(rows), sae.config.n_features), np.float32)
         dense[np.repeat(np.arange(len(rows)), np.diff(sparse.row_starts)), sparse.feature_ids] = sparse.values
         values.append(dense)
     return labels, np.concatenate(values)

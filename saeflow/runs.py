@@ -25,7 +25,7 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.artefact import Artefact
-from saeflow.config import UserError
+from saeflow.config import TOP_FAMILY, UserError
 from saeflow.integrity import damage
 from saeflow.object_files import ObjectFiles
 from saeflow.records import Generation, PartRecord, read_checked
@@ -153,11 +153,14 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
 
 
 def _sae_facts(store: Store, artefact: Artefact) -> dict[str, Any]:
-    """Architecture and k of the run's SAE, as far as known; a ReLU has no k."""
+    """Architecture of the run's SAE, and the k that was asked for, as far as known."""
     for sae in (store.by_id(name) for name in artefact.record.inputs if name.startswith("saes/")):
         with contextlib.suppress(*_UNREADABLE):
-            found = sae.record.facts["sae"]
-            return {"architecture": found["architecture"], "k": found["k"] if found["architecture"] != "relu" else None}
+            facts = sae.record.facts
+            architecture = facts["sae"]["architecture"]
+            aims = architecture == "jumprelu" and facts["sae"].get("penalty", "l0") == "l0" and "imported" not in facts
+            has_k = architecture in TOP_FAMILY or aims
+            return {"architecture": architecture, "k": facts["sae"]["k"] if has_k else None}
     return {}
 
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as tf
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saeflow import dense_step, encoding, kernels, sparse_step
-from saeflow.config import SAEConfig, UserError
+from saeflow.config import SAEConfig
 from saeflow.encoding import Encoder, Readout, SparseValues, fast_dtype
 from saeflow.rules import Gated, JumpReLU, Relu, Rule, Top
 from saeflow.sparse_step import Auxiliary, Batch, Outcome, Task, Weights
 
-CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 THRESHOLD_MEMORY = 0.9
 """Share of the running threshold that a batch leaves in place."""
 _START_ROWS = 4096
@@ -314,41 +310,6 @@ class SparseAutoencoder(nn.Module):
                 other.W_enc.mul_(scale / out)
         return other
 
-    def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them; equal contents give equal bytes.
-
-        A batchtopk autoencoder becomes a `jumprelu` one with the running threshold for every feature.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            "W_enc": self.W_enc.t(), "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec
-        }  # fmt: skip
-        if self.config.architecture == "batchtopk":
-            tensors["threshold"] = self.threshold.expand(self.config.n_features)
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
-        cfg = _saelens_cfg(self.config, self.b_dec.numel(), metadata)
-        (folder / CFG).write_text(json.dumps(cfg, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> SparseAutoencoder:
-        """Read what `save` wrote, or any SAELens 6 autoencoder of the architectures known here, ready to encode."""
-        for name in (CFG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise UserError(f"No {name} in {folder}. A trained autoencoder has {CFG} and {WEIGHTS}.")
-        cfg = json.loads((folder / CFG).read_text("utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-        sae = cls(_own_config(cfg, folder), int(cfg["d_in"]))
-        threshold = tensors.get("threshold", torch.zeros(1))
-        if threshold.min() != threshold.max():
-            raise UserError(f"{folder} has a threshold for each feature; saeflow reads one threshold for all.")
-        with torch.no_grad():
-            sae.W_enc.copy_(tensors["W_enc"].t())
-            sae.W_dec.copy_(tensors["W_dec"])
-            sae.b_enc.copy_(tensors["b_enc"])
-            sae.b_dec.copy_(tensors["b_dec"])
-            sae.threshold.copy_(threshold[0])
-        return sae.eval()
-
 
 class _Computed(torch.autograd.Function):
     """Hang a loss that is already computed into the graph, with its gradients for the parameters."""
@@ -389,39 +350,3 @@ def _initial_weights(config: SAEConfig, width: int, out_width: int) -> tuple[Ten
     if config.unit_norm:
         decoder = tf.normalize(decoder, dim=1)
     return uniform(width, n, width), uniform(width, n), decoder
-
-
-def _saelens_cfg(config: SAEConfig, width: int, metadata: dict[str, Any]) -> dict[str, Any]:
-    cfg: dict[str, Any] = {
-        "architecture": {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}[config.architecture],
-        "d_in": width,
-        "d_sae": config.n_features,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {**metadata, "saeflow": config.model_dump(mode="json")},
-    }
-    if config.architecture == "topk":
-        cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-    return cfg
-
-
-def _own_config(cfg: dict[str, Any], folder: Path) -> SAEConfig:
-    if own := cfg.get("metadata", {}).get("saeflow"):
-        return SAEConfig.model_validate(own)
-    known = {"standard": "relu", "topk": "topk", "jumprelu": "batchtopk"}
-    wanted = {
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
-    }
-    if cfg.get("architecture") not in known:
-        raise UserError(f"{folder / CFG}: architecture is {cfg.get('architecture')!r}; known are {', '.join(known)}.")
-    for name, value in wanted.items():
-        if cfg.get(name, value) != value:
-            raise UserError(f"{folder / CFG}: {name} is {cfg[name]!r}; saeflow reads {value!r} only.")
-    shape = {"n_features": cfg["d_sae"], "k": cfg["k"]} if "k" in cfg else {"n_features": cfg["d_sae"]}
-    return SAEConfig.model_validate({"architecture": known[cfg["architecture"]], "unit_norm": False} | shape)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saeflow import activations, evaluate, train
+from saeflow import activations, evaluate, imported, interchange, train
 from saeflow.artefact import Artefact
 from saeflow.config import FORMAT_VERSION, Recipe, SAEConfig, UserError, fingerprint
 from saeflow.disk import replacing
 from saeflow.progress import Progress
 from saeflow.records import Damaged, read_checked, write_checked
-from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
 
 TABLE, PICTURE = "table.json", "pareto.png"
@@ -76,7 +75,7 @@ def _judged(
     figures: dict[int, dict[str, Any]] = {}
     for chosen in dict.fromkeys(sites):
         together = [number for number, each in enumerate(sites) if each == chosen]
-        saes = [SparseAutoencoder.load(trained[number].fetched()) for number in together]
+        saes = [interchange.load(trained[number].fetched()) for number in together]
         found = evaluate.judge_together(store, members[together[0]], saes, progress)
         figures |= {number: judged.figures for number, judged in zip(together, found, strict=True)}
     return [figures[number] for number in range(len(members))]
@@ -90,9 +89,9 @@ def _rows(
         {
             "member": member.name,
             "sae": target.id,
-            "architecture": member.sae.architecture,
+            "architecture": imported.sae_config(member).architecture,
             "sparsity": sparsity(member.sae),
-            "n_features": member.sae.n_features,
+            "n_features": imported.sae_config(member).n_features,
             "on_front": number in front,
             **{name: figures[number][name] for name in FIGURES},
         }
@@ -102,6 +101,8 @@ def _rows(
 
 def sparsity(config: SAEConfig) -> str:
     """What decides how many features are active, and its value."""
+    if config.source is not None:
+        return "imported"
     if config.counts_k or (config.architecture == "jumprelu" and config.penalty == "l0"):
         return f"k {config.k}"
     return f"penalty {config.penalty_weight if config.architecture == 'jumprelu' else config.l1_weight:g}"

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saeflow import activations
+from saeflow import activations, imported, interchange
 from saeflow.artefact import Artefact
 from saeflow.board import require_tensorboard
 from saeflow.config import Recipe, UserError, facts_of, fingerprint
@@ -31,6 +31,8 @@ from saeflow.used import Used
 
 def artefact(store: Store, recipe: Recipe) -> Artefact:
     """The recipe's SAE: the one trained on the newest generation, however much was appended since; else the one to train."""
+    if recipe.sae.source is not None:
+        return fresh_artefact(store, recipe)
     settings = _settings(store, recipe)
     trained = [sae for sae in store.artefacts("saes") if sae.name == recipe.name and sae.complete()]
     mine = [sae for sae in trained if _without_seen(sae.record.facts) == settings]
@@ -43,7 +45,9 @@ def fresh_artefact(store: Store, recipe: Recipe) -> Artefact:
 
 
 def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
-    """What makes a trained SAE the same: what it has seen, and every setting of the training."""
+    """What makes a trained SAE the same: what it has seen, and every setting of the training; or what was imported."""
+    if recipe.sae.source is not None:
+        return imported.facts(store, recipe)
     hidden = activations.tokens_artefact(store, recipe).published().hidden_ids
     seen = {"generation": activations.artefact(store, recipe).published().number}
     return _settings(store, recipe) | seen | ({"hidden": fingerprint(hidden)} if hidden else {})
@@ -65,8 +69,8 @@ def _without_seen(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -> Artefact:
-    """Train the recipe's SAE, or continue a killed training where its checkpoint stands; of a sweep all, and the first is
-    returned.
+    """Train the recipe's SAE, or continue a killed training where its checkpoint stands, or import the one that
+    `sae.source` names; of a sweep all, and the first is returned.
 
     An SAE trained before documents were appended or forgotten stays the recipe's own unless `fresh` is asked for.
     """
@@ -88,14 +92,19 @@ def run_all(store: Store, recipe: Recipe, progress: Progress, fresh: bool = Fals
         for target in (target for target in targets if target.complete()):
             shutil.rmtree(checkpoints_of(target), ignore_errors=True)  # a run killed just after publication leaves it
         _say_what_is_done(progress, recipe, targets, len(jobs))
-        if jobs:
+        ready = [job for job in jobs if job.recipe.sae.source is not None]
+        for job in ready:
+            imported.require_fits(store, job.recipe)
+        for job in ready:
+            imported.publish(job.target, store, job.recipe, progress)
+        if jobs := [job for job in jobs if job.recipe.sae.source is None]:
             _train(store, jobs, progress)
     return targets
 
 
 def _say_what_is_done(progress: Progress, recipe: Recipe, targets: list[Artefact], n_jobs: int) -> None:
     if n_jobs == 0:
-        one = f"{recipe.sae.n_features:,} features in {targets[0].path}"
+        one = f"{imported.sae_config(recipe).n_features:,} features in {targets[0].path}"
         progress.skip("train", f"{len(targets)} SAEs of {recipe.name}" if recipe.is_sweep else one)
     elif n_jobs < len(targets):
         progress.say(f"train: {len(targets) - n_jobs} of {len(targets)} SAEs are trained already")
@@ -171,7 +180,7 @@ def publish(target: Artefact, training: Training, feed: Feed, store: Store, reci
     about = facts(store, recipe)
     named = dict(zip(("site", "target_site"), (site.name for site in feed.sites), strict=False))
     with target.whole(about, inputs, {"seconds": seconds}) as folder:
-        training.folded().save(folder, named | {"saeflow": json.dumps(about, sort_keys=True)})
+        interchange.save(training.folded(), folder, named | {"saeflow": json.dumps(about, sort_keys=True)})
         with replacing(folder / "log.parquet") as temporary:
             table = pa.Table.from_pylist(training.log)
             names = ["step", *sorted(set(table.column_names) - {"step"})]  # a checkpoint does not keep their order

@@ -61,15 +61,18 @@ ORDER = [
     "sparse_step",
     "dense_step",
     "sae",
+    "sae_folders",
+    "interchange",
     "resample",
     "schedule",
     "training",
     "board",
     "reading",
+    "metrics",
+    "imported",
     "train",
     "features",
     "forget",
-    "metrics",
     "evaluate",
     "ground_truth",
     "report",
@@ -134,8 +137,24 @@ def test_nothing_unpickles_or_runs_code_of_an_artefact():
     for path in [*modules().values(), *(ROOT / "flows").glob("*.py")]:
         assert not {name.split(".")[0] for name in imported(path)} & {"pickle", "dill", "cloudpickle", "joblib"}, path
         text = path.read_text("utf-8")
-        for forbidden in ("torch.load(", "allow_pickle=True", "trust_remote_code=True"):
+        for forbidden in ("allow_pickle=True", "trust_remote_code=True"):
             assert forbidden not in text, f"{path.name} has {forbidden}"
+
+
+def test_files_of_torch_are_read_in_one_place_as_tensors_alone():
+    for path in [*modules().values(), *(ROOT / "flows").glob("*.py")]:
+        assert "torch.load" not in imported(path), path
+        tree = ast.parse(path.read_text("utf-8"))
+        named = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
+        ]
+        calls = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+        ]
+        assert len(named) == len(calls) <= (path.stem == "interchange"), f"{path.name} reads files of torch"
+        for call in calls:
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert given.get("weights_only") == "True", f"{path.name} would run what a file of torch holds"
 
 
 def test_the_top_folder_holds_only_what_it_should():

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as tf
 
-from saeflow import activations, arrays, bring, evaluate, features, tokens, train
+from saeflow import activations, arrays, bring, evaluate, features, interchange, tokens, train
 from saeflow.config import FeaturesConfig, SAEConfig, UserError, parse_recipe
 from saeflow.encoding import SparseValues
 from saeflow.model import load_model
@@ -136,7 +136,7 @@ def assert_equal_figures(found, wanted, rel):
 
 @pytest.mark.parametrize("batch_rows", [1, 7, 100_000])
 def test_figures_do_not_depend_on_the_batch(finished, batch_rows):
-    sae = SparseAutoencoder.load(train.artefact(finished.store, finished.recipe).path)
+    sae = interchange.load(train.artefact(finished.store, finished.recipe).path)
     found = judged(finished, sae, features=FeaturesConfig(batch_rows=batch_rows))
     assert_equal_figures(found, judged(finished, sae), rel=1e-9)
 
@@ -157,7 +157,7 @@ def test_figures_of_the_language_model_do_not_depend_on_how_many_sequences_run_t
 
 def test_how_the_corpus_is_cut_into_parts_does_not_matter(tmp_path, ingredients, finished, progress):
     """One document a sequence and one sequence a pass: parts then hold the very same activations."""
-    sae = SparseAutoencoder.load(train.artefact(finished.store, finished.recipe).path)
+    sae = interchange.load(train.artefact(finished.store, finished.recipe).path)
     found = []
     for part_tokens in (200, 800, 10**6):
         about = {"packing": "isolated", "part_tokens": part_tokens}
@@ -332,7 +332,7 @@ def test_the_figures_of_a_run_are_those_of_its_held_out_tokens_and_its_whole_cor
     store, recipe, quality = finished.store, finished.recipe, finished.summary["quality"]
     site = activations.stored_sites(activations.artefact(store, recipe))[0]
     x = torch.cat(list(held_out(store, recipe, site))).double()
-    sae = SparseAutoencoder.load(train.artefact(store, recipe).path)
+    sae = interchange.load(train.artefact(store, recipe).path)
     error = (x - sae.reconstruct(x.float()).double()).square().sum()
     assert quality["judged_on"] == "held-out documents"
     assert quality["n_tokens"] == len(x)
@@ -391,7 +391,7 @@ def test_without_held_out_documents_the_training_data_are_judged_and_that_is_sai
     quality = evaluate.run(store, recipe, progress)
     assert quality["judged_on"] == "training data"
     assert quality["n_tokens"] == 700
-    sae = SparseAutoencoder.load(train.artefact(store, recipe).path)
+    sae = interchange.load(train.artefact(store, recipe).path)
     x = torch.from_numpy(a_table()).half().float()
     wanted = (x - sae.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert quality["variance_unexplained"] == pytest.approx(wanted.item(), rel=1e-5)

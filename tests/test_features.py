@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from saeflow import activations, arrays, bring, features, queries, tokens, train
+from saeflow import activations, arrays, bring, features, interchange, queries, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.disk import read_json
@@ -192,7 +192,7 @@ def encoder_of(brought, stored: Artefact, name: str) -> features.Encoder:
     source = store.by_id(stored.record.inputs[0])
     target = store.artefact("features", name, "00000000")
     target.begin({"context_length": 1, "n_features": recipe.sae.n_features}, [source.id, stored.id, "saes/x-0"])
-    sae = train.SparseAutoencoder.load(train.artefact(store, recipe).path)
+    sae = interchange.load(train.artefact(store, recipe).path)
     return features.Encoder(Used(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows)
 
 

@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -6,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as tf
 
-from saeflow.config import SAEConfig, UserError
+from saeflow.config import SAEConfig
 from saeflow.sae import SparseAutoencoder
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
@@ -234,50 +233,6 @@ def test_folding_gives_the_features_of_raw_activations_in_raw_units(architecture
     np.testing.assert_array_equal(scaled.feature_ids, folded.feature_ids)
     np.testing.assert_array_equal(scaled.values / np.float32(scale), folded.values)
     torch.testing.assert_close(sae.reconstruct(raw * scale) / scale, sae.folded(scale).reconstruct(raw))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_saved_autoencoder_comes_back_and_is_saved_alike(architecture, tmp_path):
-    sae, x = an_autoencoder(architecture).eval(), a_batch()
-    sae.threshold.fill_(3.0)
-    sae.save(tmp_path / "one", {"site": "layers.3"})
-    loaded = SparseAutoencoder.load(tmp_path / "one")
-    assert loaded.config == sae.config
-    for a, b in zip(sae.encode_sparse(x), loaded.encode_sparse(x), strict=True):
-        np.testing.assert_array_equal(a, b)
-    loaded.save(tmp_path / "two", {"site": "layers.3"})
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("architecture", "theirs"), [("relu", "standard"), ("topk", "topk"), ("batchtopk", "jumprelu")]
-)
-def test_the_folder_has_the_layout_of_saelens(architecture, theirs, tmp_path):
-    from safetensors.torch import load_file
-
-    an_autoencoder(architecture).save(tmp_path, {"site": "layers.3"})
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
-    assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (theirs, D, F, "float32")
-    assert cfg["apply_b_dec_to_input"] is True
-    assert cfg["metadata"]["site"] == "layers.3"
-    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "sae_weights.safetensors").items()}
-    wanted = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
-    assert shapes == wanted | ({"threshold": (F,)} if architecture == "batchtopk" else {})
-
-
-def test_what_saeflow_cannot_read_is_refused_with_a_reason(tmp_path):
-    with pytest.raises(UserError, match=r"No cfg\.json"):
-        SparseAutoencoder.load(tmp_path)
-    an_autoencoder("topk").save(tmp_path, {})
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
-    for change, reason in [
-        ({"architecture": "gated"}, "gated"),
-        ({"normalize_activations": "layer_norm"}, "layer_norm"),
-    ]:
-        (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"metadata": {}} | change))
-        with pytest.raises(UserError, match=reason):
-            SparseAutoencoder.load(tmp_path)
 
 
 def test_losses_of_constant_batches_are_finite():

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow import activations, bring, evaluate, pipeline, sweep, tokens, train
+from saeflow import activations, bring, evaluate, interchange, pipeline, sweep, tokens, train
 from saeflow.config import Recipe, SAEConfig, UserError, parse_recipe
 from saeflow.feed import Feed
 from saeflow.progress import Progress
 from saeflow.reading import Reading
 from saeflow.records import read_checked
-from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
 from saeflow.training import Training, sample
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
@@ -300,7 +299,7 @@ def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
     assert [row["member"] for row in rows] == [member.name for member in recipe.members()]
     for row, member in zip(rows, recipe.members(), strict=True):
         target = train.artefact(store, member)
-        alone = evaluate.judge(store, member, SparseAutoencoder.load(target.path), quiet())
+        alone = evaluate.judge(store, member, interchange.load(target.path), quiet())
         assert {name: row[name] for name in sweep.FIGURES} == {name: alone[name] for name in sweep.FIGURES}
         assert (row["sae"], row["architecture"]) == (target.id, member.sae.architecture)
         assert (row["sparsity"], row["n_features"]) == (f"k {member.sae.k}", 64)

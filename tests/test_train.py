@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeflow import activations, bring, schedule, tokens, train
+from saeflow import activations, bring, interchange, schedule, tokens, train
 from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.disk import read_json
 from saeflow.model import load_model
@@ -181,7 +181,7 @@ def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path)
     for name, factor in {"W_enc": 1, "W_dec": 1, "b_enc": 64, "b_dec": 64, "threshold": 64}.items():
         torch.testing.assert_close(large[name], factor * small[name], rtol=0, atol=0)
     x = torch.from_numpy(a_table())
-    one, other = (SparseAutoencoder.load(path) for path in found)
+    one, other = (interchange.load(path) for path in found)
     torch.testing.assert_close(64 * one.reconstruct(x), other.reconstruct(64 * x), rtol=0, atol=0)
 
 

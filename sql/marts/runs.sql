@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per run of the store, damaged ones too.
 -- Reads:   stg_runs
--- Units:   l0 is features per token, k what was asked for (null for relu); variance_unexplained, dead_share
+-- Units:   l0 is features per token, k what was asked for (null where nothing was); variance_unexplained, dead_share
 --          and loss_recovered_… are shares; quality holds every measure as JSON. Null until the run is
 --          evaluated.
 -- Ask it:  which run recovers most of the loss at which l0?
