@@ -90,13 +90,13 @@ class Training:
     @classmethod
     def begin(cls, feed: Feed, recipe: Recipe, restart: int = 0, rows: tuple[Tensor, ...] | None = None) -> Training:
         """Fresh weights, the data set's mean and scale from a sample of shuffled rows."""
-        means, scales = zip(
-            *(_mean_and_scale(each, recipe.sae.normalise) for each in rows or sample(feed)), strict=True
-        )
+        rows = rows or sample(feed)
+        means, scales = zip(*(_mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
         seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
         sae = SparseAutoencoder(seeded, feed.sites[0].width, feed.sites[-1].width)
         sae.product_dtype = fast_dtype()
         sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
+        sae.start_sparse(rows[0] * scales[0])
         config = recipe.train
         adam = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
         n_steps = max(1, round(config.n_tokens * feed.batches_per_epoch / feed.n_rows))
