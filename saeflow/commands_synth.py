@@ -33,19 +33,19 @@ commands = typer.Typer()
 
 _SCORES = {
     "live": ("n_live", "{:,}", "features that fire at all on fresh rows"),
-    "unexplained": (
+    "missed": (
         "variance_unexplained",
         "{:.4f}",
-        "share of their variance missed; noise is {noise_floor:.4f} of it",
+        "share of their variance unexplained; noise alone is {noise_floor:.4f}",
     ),
     "L0": ("l0", "{:.1f}", "features that fire in a row; in truth {true_l0:.1f}"),
-    "cosine": ("mean_max_cosine", "{:.3f}", "of a true feature with the nearest live one, on average (MMCS)"),
+    "cos": ("mean_max_cosine", "{:.3f}", "cosine of a true feature with the nearest live one, on average (MMCS)"),
     "found": ("found_share", "{:.3f}", "share of the {n_true:,} true features with a live one above cosine 0.9"),
-    "frequent": ("found_share_frequent", "{:.3f}", "the same of the {n_frequent:,} that fire 1,000 times in training"),
-    "precision": ("precision", "{:.3f}", "share of live features with a true one above cosine 0.9"),
+    "freq.": ("found_share_frequent", "{:.3f}", "the same of the {n_frequent:,} that fire 1,000 times in training"),
+    "prec.": ("precision", "{:.3f}", "precision: share of live features with a true one above cosine 0.9"),
     "MCC": ("mcc", "{:.3f}", "mean cosine of true and live features matched one to one"),
     "F1": ("f1", "{:.3f}", "does the matched feature fire when the true one does? mean over frequent ones"),
-    "F1 weighted": ("f1_weighted", "{:.3f}", "the same mean, weighted by how often they fire"),
+    "F1 w.": ("f1_weighted", "{:.3f}", "the same mean, weighted by how often they fire"),
 }
 """What a score is called, its field and how it is written, and what it means."""
 
@@ -119,6 +119,7 @@ def print_scores(judged: Sequence[Synth]) -> None:
         meanings.add_row(name, *value, meaning.format_map(first))
     if len(judged) > 1:
         table = a_table("SAE", *_SCORES)
+        table.padding = (0, 1, 0, 0)  # so that it fits 80 columns
         for each in judged:
             found = dataclasses.asdict(each.scores)
             table.add_row(_name(each.recipe), *(written.format(found[field]) for field, written, _ in _SCORES.values()))

@@ -110,15 +110,15 @@ class SyntheticConfig(Section):
     zipf_exponent: float = Field(
         1.0, ge=0, description="A feature's firing rate falls with its rank to this power; 0: all rates are equal."
     )
-    max_rate: PositiveFloat = Field(0.4, lt=1, description="No feature fires more often; the others share the rest.")
+    max_rate: PositiveFloat = Field(0.2, lt=1, description="No feature fires more often; the others share the rest.")
     magnitude_floor: float = Field(1.0, ge=0, description="Least strength of a feature that fires.")
     magnitude_scale: PositiveFloat = Field(
-        0.5,
+        0.25,
         description="Strength above the floor: half-normal, the absolute value of a normal number of this deviation.",
     )
     group_share: float = Field(0.2, ge=0, le=1, description="Share of features in groups of four that fire together.")
     group_chance: PositiveFloat = Field(
-        0.5, le=1, description="Chance that the most frequent of a group fires in the group's event."
+        0.25, le=1, description="Chance that the most frequent of a group fires in the group's event."
     )
     noise: float = Field(0.05, ge=0, description="Standard deviation of Gaussian noise on every neuron.")
     offset: float = Field(1.0, ge=0, description="Length of a vector, the same in all rows, that is added to them.")

@@ -123,12 +123,14 @@ def label_of(feature: int) -> str:
 
 
 def strongest(codes: Codes) -> np.ndarray:
-    """int64 (B,): the strongest feature of each row, -1 where none fires."""
-    found = np.full(len(codes.row_starts) - 1, -1)
-    order = np.lexsort((codes.values, codes.rows))
-    last = codes.row_starts[1:] - 1
-    some = np.diff(codes.row_starts) > 0
-    found[some] = codes.feature_ids[order[last[some]]]
+    """int64 (B,): the strongest feature of each row (the last of equal ones), -1 where none fires."""
+    n_active = np.diff(codes.row_starts)
+    some = n_active > 0
+    found = np.full(len(n_active), -1)
+    if some.any():
+        largest = np.maximum.reduceat(codes.values, codes.row_starts[:-1][some])
+        top = np.flatnonzero(codes.values == np.repeat(largest, n_active[some]))
+        found[codes.rows[top]] = codes.feature_ids[top]
     return found
 
 

@@ -259,3 +259,22 @@ def test_features_that_the_toy_model_does_not_represent_are_not_asked_for():
 def test_scores_are_plain_numbers():
     found = dataclasses.asdict(judged(DIRECTIONS))
     assert all(type(value) in (int, float) for value in found.values())
+
+
+def test_anybodys_dense_encoder_is_scored_as_our_own_is():
+    from tests.benchmarks import synth
+
+    config = kind("superposed", n_neurons=16, n_true=24, l0=2.0)
+    sae = SparseAutoencoder(SAEConfig(architecture="topk", n_features=30, k=3), 16)
+
+    def dense_values(x: Tensor) -> Tensor:
+        sparse = sae.encode_sparse(x)
+        values = torch.zeros(len(x), 30)
+        rows = np.repeat(np.arange(len(x)), np.diff(sparse.row_starts))
+        values[rows, sparse.feature_ids] = torch.from_numpy(sparse.values)
+        return values
+
+    ours = score(sae, truth_of(config), 10**6)
+    theirs = synth.score_directions(sae.W_dec, dense_values, truth_of(config), 10**6, sae.b_dec)
+    assert dataclasses.asdict(theirs) == pytest.approx(dataclasses.asdict(ours), rel=1e-5)
+    assert ours.f1 < synth.linear_f1(truth_of(config), n_blocks=2) <= 1

@@ -30,7 +30,8 @@ N_ROWS = 30 * superposed.BLOCK_ROWS
 
 
 def settings(**changes) -> SyntheticConfig:
-    about = {"kind": "superposed", "n_samples": 10_000, "n_neurons": 16, "n_true": 40, "l0": 3.0}
+    about = {"kind": "superposed", "n_samples": 10_000, "n_neurons": 16, "n_true": 40, "l0": 3.0, "max_rate": 0.4,
+             "magnitude_scale": 0.5, "group_chance": 0.5}  # fmt: skip
     return SyntheticConfig.model_validate(about | changes)
 
 

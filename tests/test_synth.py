@@ -44,7 +44,7 @@ def test_one_command_makes_trains_scores_and_says_what_the_numbers_mean(tmp_path
     path = write_recipe(tmp_path / "made.toml", DATA)
     found = run("synth", path, "--store", tmp_path / "store", "-q")
     assert found.exit_code == 0, found.output
-    for name in ("live", "unexplained", "L0", "cosine", "found", "frequent", "precision", "MCC", "F1", "F1 weighted"):
+    for name in ("live", "missed", "L0", "cos", "found", "freq.", "prec.", "MCC", "F1", "F1 w."):
         assert f"\n{name} " in f"\n{found.stdout}", name
     assert "in truth 1.5" in found.stdout
     assert "24 true features" in " ".join(found.stdout.split())
@@ -79,13 +79,14 @@ def test_several_recipes_give_a_row_each_on_the_same_activations(tmp_path, progr
     found = judge(store, recipes, progress)
     assert len(store.artefacts("activations")) == 1
     assert len({each.sae for each in found}) == 2
-    wide = Console(width=160, highlight=False)
-    monkeypatch.setattr(commands_synth, "out", wide)
-    with wide.capture() as printed:
+    narrow = Console(width=80, highlight=False)
+    monkeypatch.setattr(commands_synth, "out", narrow)
+    with narrow.capture() as printed:
         print_scores(found)
     lines = printed.get().splitlines()
-    assert lines[0].split()[:4] == ["SAE", "live", "unexplained", "L0"]
+    assert lines[0].split()[:4] == ["SAE", "live", "missed", "L0"]
     assert [line.split()[0] for line in lines[1:3]] == ["topk", "batchtopk"]
+    assert lines[3].strip() == ""
 
 
 def test_every_score_is_shown():
