@@ -69,8 +69,11 @@ def test_documented_make_targets_are_there() -> None:
 
 
 def test_documented_settings_are_those_of_a_recipe() -> None:
+    """A fence without a name goes on where the first one, a whole recipe, ends."""
+    whole = tomllib.loads(fences("toml")[0])
     for fence in fences("toml"):
-        parse_recipe(tomllib.loads(fence))
+        recipe = parse_recipe(whole | tomllib.loads(fence))
+        assert recipe.members()
 
 
 def test_links_lead_somewhere() -> None:
