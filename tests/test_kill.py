@@ -6,14 +6,14 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from saeflow.config import Architecture
 from tests.faults import CASES, FAULTS, POINTS, STEP, Case, Point, Runner, differences, tenth
 from tests.faults.kills import training_runner
 from tests.small_pipeline import Ingredients, recipe_data, write_recipe
-
-SWEPT = ["relu", "topk", "batchtopk"]
 
 HALF_WAY = {
     "tokens": "after a part",
@@ -57,11 +57,11 @@ def test_a_killed_training_continues_where_its_checkpoint_stood(runner: Runner) 
 @pytest.fixture(scope="module")
 def sweeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     folder = tmp_path_factory.mktemp("sweeping")
-    yield training_runner(folder, [{"sae.architecture": name} for name in SWEPT], n_tokens=10_000)
+    yield training_runner(folder, [{"sae.architecture": name} for name in get_args(Architecture)], n_tokens=10_000)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("nth", [1, 31, 100])
+@pytest.mark.parametrize("nth", [1, 64, 200])
 def test_a_killed_sweep_leaves_the_undisturbed_store_for_every_architecture(nth: int, sweeping: Runner) -> None:
     store = sweeping.folder / f"killed-{nth}"
     assert sweeping.run(store, Case(Point("train", "in some step", STEP, "", nth), "SIGKILL")) == -9

@@ -23,7 +23,7 @@ def collecting_runner(folder: Path, n_documents: int) -> Runner:
     return Runner(folder, write_recipe(folder / "small.toml", recipe_data(data, **changes)))
 
 
-def training_runner(folder: Path, settings: list[dict[str, Any]], n_tokens: int = 60_000) -> Runner:
+def training_runner(folder: Path, settings: list[dict[str, Any]], n_tokens: int = 20_000) -> Runner:
     """A run that is mostly the training of a sweep, with a checkpoint every tenth of a second."""
     train = {"n_tokens": n_tokens, "checkpoint_seconds": 0.1, "clip_norm": 1.0, "dead_after_tokens": 2000}
     data = recipe_data(Ingredients.write(folder), train=train, sweep={"each": settings})
