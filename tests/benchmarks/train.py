@@ -1,6 +1,7 @@
 """Training steps and what they reach, beside SAELens and sparsify, on the same rows of the same file.
 
 python -m tests.benchmarks.train            both sizes, every architecture, quality after 2M tokens (about an hour)
+python -m tests.benchmarks.train --steps 20 --only speed    shorter; without quality and without the store
 python -m tests.benchmarks.train --quick    the first size with few steps, TopK alone, no quality
 
 D = 256, F = 4,096, K = 16 and D = 512, F = 16,384, K = 32, batches of 4,096 float32 rows with mean squared norm D, Adam at
@@ -13,11 +14,12 @@ The peers come with `make peers`; without them their lines say so.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from saeflow.store import Store
 from saeflow.train import open_feed
 from saeflow.training import Batch, Training
 from tests.benchmarks import _peers, _superposed
-from tests.benchmarks._bars import Bar, arguments, report
+from tests.benchmarks._bars import Bar, report
 
 LR, BATCH, ALTERNATIONS = 1e-3, 4096, 3
 NO_PEER = "the peers are not installed: make peers"
@@ -311,8 +313,20 @@ def recipe_of(rows: Rows, size: Size) -> Recipe:
     )
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under a minute, smaller sizes")
+    parser.add_argument("--steps", type=int, default=50, help="timed steps at the first size, after a fifth of warm-up")
+    parser.add_argument("--only", choices=["speed", "store", "quality", "second"], help="one part of it")
+    return parser.parse_args()
+
+
 def main() -> None:
-    quick = arguments(__doc__).quick
+    asked = _arguments()
+    quick, only = asked.quick, asked.only
+    first = replace(
+        FIRST, warmup=asked.steps // 5, timed=asked.steps, peer_warmup=asked.steps // 5, peer_timed=asked.steps
+    )
     torch.set_num_threads(torch.get_num_threads())
     keep_freed_memory()
     with tempfile.TemporaryDirectory(prefix="saeflow-train-") as temporary:
@@ -323,16 +337,21 @@ def main() -> None:
             bars.append(from_store(QUICK, rows, folder, 12, 1))
             report("train", bars, fast_dtype=str(fast_dtype()), speed={QUICK.name: facts})
             return
-        rows = Rows(folder, FIRST, 1 << 19)
-        bars, facts = speed(FIRST, rows, list(OURS), ALTERNATIONS)
-        speeds = {FIRST.name: facts}
-        bars.append(from_store(FIRST, rows, folder, 200, ALTERNATIONS))
-        more, reached = quality(FIRST, rows, 2_000_000 // BATCH)
-        bars += more
-        rows = Rows(folder, SECOND, 1 << 17)
-        more, facts = speed(SECOND, rows, ["topk", "batchtopk"], ALTERNATIONS)
-        speeds[SECOND.name] = facts
-        report("train", bars + more, fast_dtype=str(fast_dtype()), speed=speeds, quality=reached)
+        bars, speeds, reached = [], {}, {}
+        rows = Rows(folder, first, 1 << 19)
+        if only in (None, "speed"):
+            bars, speeds[first.name] = speed(first, rows, list(OURS), ALTERNATIONS)
+        if only in (None, "store"):
+            bars.append(from_store(first, rows, folder, 200, ALTERNATIONS))
+        if only in (None, "quality"):
+            more, reached = quality(first, rows, 2_000_000 // BATCH)
+            bars += more
+        if only in (None, "second"):
+            more, speeds[SECOND.name] = speed(
+                SECOND, Rows(folder, SECOND, 1 << 17), ["topk", "batchtopk"], ALTERNATIONS
+            )
+            bars += more
+        report("train", bars, fast_dtype=str(fast_dtype()), timed_steps=asked.steps, speed=speeds, quality=reached)
 
 
 if __name__ == "__main__":
