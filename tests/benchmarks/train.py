@@ -68,7 +68,7 @@ OURS: dict[str, dict[str, Any]] = {
     "batchtopk": {},
     "matryoshka": {},
     "relu": {"l1_weight": 1.0, "first_share": 0.05},
-    "relu, dense start": {"l1_weight": 1.0},
+    "relu-dense-start": {"l1_weight": 1.0},
     "gated": {"l1_weight": 1.0},
     "jumprelu": {},
 }
@@ -94,7 +94,7 @@ class Rows:
 
 
 def a_training(name: str, size: Size, rows: Rows, n_steps: int, **train: Any) -> Training:
-    architecture = name.partition(",")[0]
+    architecture = name.partition("-")[0]
     config = SAEConfig(architecture=architecture, n_features=size.n_features, k=size.k, **OURS[name])
     made = sae.SparseAutoencoder(config, size.width)
     made.product_dtype = fast_dtype()
@@ -182,7 +182,7 @@ def speed(size: Size, rows: Rows, architectures: list[str], times: int) -> tuple
     autocast = peers and quicker_autocast(size, rows)
     bars, speeds = [], {}
     for name in architectures:
-        theirs = name.partition(",")[0]
+        theirs = name.partition("-")[0]
         runs: dict[str, Callable[[], float]] = {name: lambda name=name: our_speed(name, size, rows)}
         runs |= {"floor": lambda: floor_speed(size)}
         if peers:
@@ -318,6 +318,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="under a minute, smaller sizes")
     parser.add_argument("--steps", type=int, default=50, help="timed steps at the first size, after a fifth of warm-up")
     parser.add_argument("--only", choices=["speed", "store", "quality", "second"], help="one part of it")
+    parser.add_argument("--architectures", default=",".join(OURS), help="of the first size, e.g. topk,batchtopk")
     return parser.parse_args()
 
 
@@ -340,7 +341,7 @@ def main() -> None:
         bars, speeds, reached = [], {}, {}
         rows = Rows(folder, first, 1 << 19)
         if only in (None, "speed"):
-            bars, speeds[first.name] = speed(first, rows, list(OURS), ALTERNATIONS)
+            bars, speeds[first.name] = speed(first, rows, asked.architectures.split(","), ALTERNATIONS)
         if only in (None, "store"):
             bars.append(from_store(first, rows, folder, 200, ALTERNATIONS))
         if only in (None, "quality"):
