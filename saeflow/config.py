@@ -223,7 +223,7 @@ class SAEConfig(Section):
         0.5, description="Width of the window around a threshold in which its gradient is estimated (jumprelu)."
     )
     first_threshold: PositiveFloat = Field(
-        0.1, description="Where thresholds start without `first_share` (jumprelu), and their least then."
+        0.1, description="The least threshold at the start, and every one where `first_share` is 0 (jumprelu)."
     )
     first_share: Share | None = Field(
         None,
@@ -292,7 +292,9 @@ class TrainConfig(Section):
         None, description="Active features per token at the start, falling to sae.k (top-k family)."
     )
     k_anneal_share: Share = Field(0.1, description="Share of steps over which k falls from `k_start` to sae.k.")
-    aux_weight: float = Field(1 / 32, ge=0, description="Weight of the auxiliary loss of dead features (top-k family).")
+    aux_weight: float = Field(
+        1 / 32, ge=0, description="Weight of the auxiliary loss of dead features (top-k family, jumprelu)."
+    )
     dead_after_tokens: PositiveInt = Field(
         200_000, description="A feature silent this long counts as dead in training."
     )

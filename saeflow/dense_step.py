@@ -16,7 +16,8 @@ from saeflow.sparse_step import Batch, Outcome, Task, Weights, without_radial
 
 DENSEST = 0.1
 """Share of entries that matter up to which the sparse step is quicker, measured at D = 256, F = 4,096."""
-_ROWS, _FEATURES = 256, 512
+_PIECE, _FEATURES = 1 << 20, 512
+"""Pre-activations of the rows that a worker takes at a time, and features of a piece of the gradients."""
 
 
 def run(batch: Batch, encoder: Encoder, weights: Weights, task: Task) -> Outcome:
@@ -48,7 +49,7 @@ def run(batch: Batch, encoder: Encoder, weights: Weights, task: Task) -> Outcome
         sums = {name: numbers.sum(0) for name, numbers in each.items()}
         return error, error_second, fired, d_pre.sum(0), sums, rule.penalty(pre, values, every)
 
-    found = in_parallel(forward_and_back, ranges(n_rows, _ROWS))
+    found = in_parallel(forward_and_back, ranges(n_rows, min(max(_PIECE // n_features, 16), 256)))
     errors, errors_second, fired, d_pre, sums, penalty = zip(*found, strict=True)
     d_w_enc, d_w_dec = torch.empty_like(weights.w_enc), torch.empty_like(weights.w_dec)
     residual_low = kernels.converted(residual, batch.low.dtype)

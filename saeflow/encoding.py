@@ -156,6 +156,8 @@ class Encoder:
 
     def pre_activations(self, rows: Tensor) -> Tensor:
         """(n, F), valid until the thread's next call."""
+        if rows.device.type != "cpu":
+            return torch.addmm(self.low_b, rows, self.low_w.t())
         shape = len(rows), len(self.low_w)
         out = _buffers.take("product", shape[0] * shape[1], self.dtype).view(shape)
         return torch.addmm(self.low_b, rows, self.low_w.t(), out=out)

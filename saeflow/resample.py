@@ -25,8 +25,8 @@ def resample(
     """Give each dead feature the direction of a badly explained row of x (B, D); returns how many there were.
 
     Rows are drawn with probability proportional to their squared error. A transcoder's feature reads the row itself and
-    writes what is missing of its target (B, D_out). Biases and thresholds start as at first, and the feature's Adam
-    state is cleared.
+    writes what is missing of its target (B, D_out). Biases and thresholds start as at first, those of a sparse start on this
+    batch, other thresholds at the mean of live ones. The feature's Adam state is cleared.
     """
     dead = (sae.tokens_since_fired >= dead_after_tokens).nonzero().flatten()
     if not len(dead) or len(dead) == len(sae.tokens_since_fired):
@@ -35,7 +35,7 @@ def resample(
     errors = residual.square().sum(1)
     if not float(errors.sum()) > 0:
         return 0
-    chosen = torch.multinomial(errors, len(dead), replacement=True, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.multinomial(errors.cpu(), len(dead), replacement=True, generator=torch.Generator().manual_seed(seed))
     outward = tf.normalize(residual[chosen], dim=1)
     inward = outward if target is None else tf.normalize(x[chosen] - sae.b_in, dim=1)
     live = sae.tokens_since_fired < dead_after_tokens
@@ -51,6 +51,7 @@ def resample(
         if name != "b_dec":
             for moment in ("exp_avg", "exp_avg_sq"):
                 adam.state[parameter][moment][dead] = 0.0
+    sae.start_sparse(x, dead)
     sae.tokens_since_fired[dead] = 0
     return len(dead)
 

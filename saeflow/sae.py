@@ -102,21 +102,25 @@ class SparseAutoencoder(nn.Module):
                 self.b_dec.copy_(mean if target_mean is None else target_mean)
 
     @torch.no_grad()
-    def start_sparse(self, rows: Tensor) -> None:
-        """Let each feature fire on `first_share` of the first rows (n, D), by its bias, or by its threshold (jumprelu)."""
+    def start_sparse(self, rows: Tensor, features: Tensor | None = None) -> None:
+        """Let each feature, or some (int64 ids), fire on `first_share` of the first rows (n, D), by its bias, or by its
+        threshold (jumprelu)."""
         share = self.config.first_share
         if share is None and self.config.architecture != "relu":
             share = min(2 * self.config.k / self.config.n_features, 0.05)
         if not share or self.config.counts_k:
             return
+        chosen = torch.arange(len(self.b_enc)) if features is None else features
         centred = rows[:_START_ROWS] - self.b_in
         rank = max(round((1 - share) * len(centred)), 1)
-        cuts = torch.cat([(centred @ w_enc.t()).kthvalue(rank, dim=0).values for w_enc in self.W_enc.split(1024)])
-        if self.config.architecture == "jumprelu":
-            self.log_threshold.copy_(cuts.clamp(min=self.config.first_threshold).log())
-            self.after_step()
-        else:
-            self.b_enc.copy_(-cuts)
+        for some in chosen.split(1024):
+            pre = torch.addmm(self.b_enc[some], centred, self.W_enc[some].t())
+            cuts = pre.kthvalue(rank, dim=0).values
+            if self.config.architecture == "jumprelu":
+                self.log_threshold[some] = cuts.clamp(min=self.config.first_threshold).log()
+                self.threshold[some] = self.log_threshold[some].exp()
+            else:
+                self.b_enc[some] -= cuts
 
     def training_loss(
         self,
@@ -138,10 +142,10 @@ class SparseAutoencoder(nn.Module):
         the configured one. With `unit_norm` the loss is that of directions of unit length, so its gradient keeps the length.
         In training mode the step also updates the running threshold and the silence counters.
         """
+        if target is None and self.config.target_site is not None:
+            target = x
         with torch.no_grad():
             loss, info, gradients = self._step(x, aux_weight, dead_after_tokens, target, k or self.config.k, sparsity)
-            if self.training:
-                self.tokens_since_fired.add_(len(x)).masked_fill_(info.fired > 0, 0)
         hung = cast(Tensor, _Computed.apply(loss, gradients, *self._trained()))  # type: ignore[no-untyped-call]
         return hung, info
 
@@ -157,7 +161,7 @@ class SparseAutoencoder(nn.Module):
         rule, weights = self._rule(batch, sparsity), Weights(*(p.detach() for p in self._trained()[:4]))
         ends = torch.tensor(self.config.nested, dtype=torch.int32)
         task = Task(rule, ends, batch.scale(self.config.counts_k), self.config.unit_norm, self.use_kernels)
-        outcome = self._outcome(x, batch, encoder, weights, task, k)
+        outcome, chosen = self._outcome(x, batch, encoder, weights, task, k)
         dead = (self.tokens_since_fired >= dead_after).nonzero().flatten()
         weight = aux_weight if self.config.counts_k or self.config.architecture == "jumprelu" else 0.0
         auxiliary = Auxiliary.plan(dead, len(x), batch.target.shape[1], k, weight)
@@ -165,27 +169,29 @@ class SparseAutoencoder(nn.Module):
         n_active = outcome.n_active / len(x)
         penalty, sparsity_loss = rule.penalty_loss(outcome.penalty, n_active)
         loss = outcome.mean_error * task.scale + penalty + aux_weight * aux_loss
+        if self.training and math.isfinite(loss):  # what a batch that is no number leaves behind must not be kept
+            self._remember(len(x), outcome.fired, chosen)
         unexplained = outcome.error / batch.variance
         info = StepInfo(unexplained, aux_loss, sparsity_loss, n_active, len(dead), outcome.fired)
         return torch.tensor(loss, device=x.device), info, self._gradients(outcome, rule, weights, n_active)
 
-    def _outcome(self, x: Tensor, batch: Batch, encoder: Encoder, weights: Weights, task: Task, k: int) -> Outcome:
+    def _outcome(
+        self, x: Tensor, batch: Batch, encoder: Encoder, weights: Weights, task: Task, k: int
+    ) -> tuple[Outcome, sparse_step.Entries | None]:
         suited = encoder.suited_to(x) if self.use_kernels else encoder
         rows = batch.low if suited is encoder else x
         if self.config.counts_k:
             chosen, self._guess = sparse_step.select_top(
                 rows, suited, k, self.config.architecture == "topk", self._guess, self.use_kernels
             )
-            if self.training and self.config.architecture != "topk":
-                self._follow_threshold(chosen.values)
         else:
             cut = cast(Tensor | float, task.rule.cut)
             if isinstance(cut, Tensor):
                 suited = suited.with_cut(cut)
             if encoding.share_positive(rows, suited) > dense_step.DENSEST:
-                return dense_step.run(batch, encoder, weights, task)
+                return dense_step.run(batch, encoder, weights, task), None
             chosen = sparse_step.select_above(rows, suited, self.use_kernels)
-        return sparse_step.run(batch, chosen, weights, task)
+        return sparse_step.run(batch, chosen, weights, task), chosen
 
     def _rule(self, batch: Batch, sparsity: float) -> Rule:
         config, n_rows = self.config, len(batch.low)
@@ -216,12 +222,12 @@ class SparseAutoencoder(nn.Module):
         d_b_enc = rule.bias_gradient(outcome.d_pre, outcome.sums)
         return outcome.d_w_enc, d_b_enc, d_w_dec, d_b_dec, *rule.own_gradients(outcome.sums, n_active)
 
-    def _follow_threshold(self, values: Tensor) -> None:
-        if not len(values):
-            return
-        least = values.min()
-        memory = torch.where(self.threshold > 0, THRESHOLD_MEMORY, 0.0)
-        self.threshold.mul_(memory).add_((1 - memory) * least)
+    def _remember(self, n_rows: int, fired: Tensor, chosen: sparse_step.Entries | None) -> None:
+        """Count the tokens since each feature fired, and let the running threshold follow the least value chosen."""
+        self.tokens_since_fired.add_(n_rows).masked_fill_(fired > 0, 0)
+        if self.config.architecture in ("batchtopk", "matryoshka") and chosen is not None and len(chosen.values):
+            memory = torch.where(self.threshold > 0, THRESHOLD_MEMORY, 0.0)
+            self.threshold.mul_(memory).add_((1 - memory) * chosen.values.min())
 
     @torch.no_grad()
     def after_step(self) -> None:

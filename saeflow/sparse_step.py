@@ -19,6 +19,8 @@ from saeflow.encoding import Encoder
 from saeflow.kernels import in_parallel, ranges
 from saeflow.rules import Rule, Sums, Top
 
+_DEGENERATE = 1e-6
+"""Share of the squares of a batch below which its variance, or what is left to explain, is rounding."""
 ROWS, FEATURES = 256, 128
 """Rows and features that one worker takes at a time."""
 
@@ -95,13 +97,18 @@ def on_processor(tensor: Tensor, use_kernels: bool) -> bool:
 
 
 def prepare(x: Tensor, b_in: Tensor, target: Tensor | None, b_dec: Tensor, dtype: torch.dtype) -> Batch:
-    """The variance is the sum over the batch of squared distances from its mean. Without a target it is x, and b_dec b_in."""
+    """The variance is the sum over the batch of squared distances from its mean. Without a target it is x, and b_dec b_in.
+
+    Rows that are all equal, or a single one, have none: then distances from the decoder bias stand in.
+    """
     centred, sums, squares, low = _centred(x, b_in, dtype)
     wanted = centred
     if target is not None:
         wanted, sums, squares, _ = _centred(target, b_dec, torch.float32)
-    variance = squares - sums.square().sum() / len(x)
-    return Batch(centred, low, wanted, max(variance.item(), 1e-30))
+    variance = (squares - sums.square().sum() / len(x)).item()
+    if variance < _DEGENERATE * squares.item():
+        variance = squares.item()
+    return Batch(centred, low, wanted, max(variance, 1e-30))
 
 
 def _centred(x: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -396,7 +403,8 @@ class Auxiliary:
         if not self.n_rows:
             return 0.0
         rest = -outcome.residual[: self.n_rows]
-        total = max(rest.double().square().sum().item(), 1e-30)
+        whole_squares = batch.target[: self.n_rows].double().square().sum().item()
+        total = max(rest.double().square().sum().item(), _DEGENERATE * whole_squares, 1e-30)
         low = batch.low[: self.n_rows]
         chosen = self._chosen(low, encoder, task.use_kernels)
         whole = Task(Top(), task.ends[-1:], self.weight / total, task.on_sphere, task.use_kernels)

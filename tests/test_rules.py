@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saeflow import dense_step
 from saeflow.config import Architecture, SAEConfig
+from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder
 
 B, D, D_OUT, F, K = 200, 24, 18, 160, 5
@@ -315,3 +316,38 @@ def test_where_the_largest_are_chosen_nothing_starts_sparse():
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     sae.start_sparse(rows())
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "jumprelu-l0"])
+def test_a_batch_that_is_no_number_leaves_nothing_behind(name):
+    sae, x = an_autoencoder(name), rows()
+    sae.training_loss(x)
+    before = {each: value.clone() for each, value in sae.state_dict().items()}
+    x[7, 3] = torch.nan
+    loss, _ = sae.training_loss(x)
+    assert not torch.isfinite(loss)
+    assert all(torch.equal(value, before[each]) for each, value in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("n", [1, 5])
+def test_rows_that_are_all_equal_make_no_giant_steps(name, n):
+    sae = an_autoencoder(name)
+    loss, _ = sae.training_loss(rows()[:1].expand(n, D).contiguous(), 1.0, 0)
+    found = gradients(loss, sae)
+    assert loss.item() < 1e3
+    assert all(gradient.abs().max() < 1e4 for gradient in found.values())
+
+
+def test_a_feature_started_anew_fires_on_its_share_of_rows():
+    sae, x = an_autoencoder("gated", first_share=0.1), rows(n=1000)
+    sae.tokens_since_fired[:40] = 10**6
+    adam = torch.optim.Adam(sae.parameters())
+    loss, _ = sae.training_loss(x)
+    loss.backward()
+    adam.step()
+    sae.tokens_since_fired[:40] = 10**6
+    assert resample(sae, adam, x, 10**6, seed=0) == 40
+    fired = (obvious_values(sae, x) > 0).double().mean(0)
+    assert fired[:40].max() <= 0.11
+    assert fired[:40].mean() > 0.09
