@@ -16,7 +16,7 @@ from saeflow.config import Recipe, SAEConfig, UserError, parse_recipe
 from saeflow.feed import Feed
 from saeflow.progress import Progress
 from saeflow.reading import Reading
-from saeflow.records import read_checked
+from saeflow.records import Hidden, read_checked
 from saeflow.store import Store
 from saeflow.training import Training, sample
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
@@ -304,6 +304,17 @@ def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
         assert (row["sae"], row["architecture"]) == (target.id, member.sae.architecture)
         assert (row["sparsity"], row["n_features"]) == (f"k {member.sae.k}", 64)
     assert summary["sweep"] == read_checked(table_of(store))
+
+
+def test_a_sweep_is_judged_again_once_a_document_is_hidden(store, table):
+    recipe = recipe_of(table, sweep={"grid": {"sae.k": [3, 6]}}, train={"n_tokens": 500})
+    train.run(store, recipe, quiet())
+    first = sweep.run(store, recipe, quiet())
+    assert sweep.run(store, recipe, quiet()) == first
+    source = activations.tokens_artefact(store, recipe)
+    one = Hidden(document_id=0, key_hash="00", reason="forgotten")
+    source.publish(source.published().parts, hidden={source.published().parts[0].index: (one,)})
+    assert sweep.run(store, recipe, quiet())["tokens"] != first["tokens"]
 
 
 def table_of(store: Store) -> Path:
