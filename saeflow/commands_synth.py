@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -143,7 +143,8 @@ def _names(recipes: Sequence[Recipe]) -> list[str]:
 
     names = [recipe.name for recipe in recipes]
     if len(set(names)) == len(names):
-        shared = os.path.commonprefix(names).rpartition("_")[0]
+        alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+        shared = "".join(letters[0] for letters in alike).rpartition("_")[0]
         return [name.removeprefix(f"{shared}_") for name in names]
     configs = [imported.sae_config(recipe) for recipe in recipes]
     return [f"{config.architecture} {config.n_features:,}" for config in configs]

@@ -273,7 +273,9 @@ class Objects:
 
         The file `last` comes after the others: a folder without it was not brought whole.
         """
-        keys = sorted((meta["path"] for meta in self._below(self.key(folder))), key=lambda key: (key.endswith(f"/{last}"), key))
+        keys = sorted(
+            (meta["path"] for meta in self._below(self.key(folder))), key=lambda key: (key.endswith(f"/{last}"), key)
+        )
         whole = [key.rpartition("/")[0] for key in keys if key.endswith(f"/{last}")]
         if whole:
             shutil.rmtree(folder, ignore_errors=True)

@@ -302,7 +302,9 @@ def test_a_store_that_cannot_compare_before_it_replaces_is_refused(tmp_path: Pat
         plain.switch(record, b"2")
 
 
-def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, there = tmp_path / "cache" / "tmp" / "one", tmp_path / "there"
     there.mkdir()
     objects = Objects(there.as_uri(), tmp_path / "cache")

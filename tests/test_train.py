@@ -550,7 +550,7 @@ def test_a_target_site_that_is_the_one_read_is_refused(two_sites):
 def test_a_target_that_runs_before_what_is_read_is_refused_before_activations_are_stored(two_sites):
     store, recipe, _ = two_sites
     back = changed(recipe, sae={"site": TARGET, "target_site": READ}, activations={"sites": [TARGET, READ]})
-    with pytest.raises(UserError, match="which the model runs before sae.site"):
+    with pytest.raises(UserError, match=r"which the model runs before sae\.site"):
         activations.open_collector(store, back, [])
 
 
