@@ -9,7 +9,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.common import open_store, part_task, reporting, show_table
 from saeflow import features
-from saeflow.config import Recipe
+from saeflow.config import Recipe, require_one
 
 
 @flow(
@@ -19,6 +19,7 @@ from saeflow.config import Recipe
 )
 def encode_flow(recipe: Recipe, store: str | None = None) -> str:
     """Encode every activation part that is not encoded yet, then publish."""
+    require_one(recipe, "encode")
     opened = open_store(recipe, store)
     with reporting("encode") as progress, features.encoding(opened, recipe, progress) as job:
 

@@ -6,12 +6,13 @@ from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
 from saeflow import evaluate, report
-from saeflow.config import Recipe
+from saeflow.config import Recipe, require_one
 
 
 @flow(name="saeflow-evaluate", flow_run_name="evaluate-{recipe.name}")
 def evaluate_flow(recipe: Recipe, store: str | None = None) -> dict[str, float]:
     """Write the figures of quality and the picture beside the run's features."""
+    require_one(recipe, "evaluate")
     opened = open_store(recipe, store)
     with reporting("evaluate") as progress:
 

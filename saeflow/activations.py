@@ -19,7 +19,16 @@ from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.artefact import Artefact, Job
 from saeflow.brought import content
 from saeflow.config import ActivationsConfig, Recipe, SAEConfig, UserError, facts_of, fingerprint
-from saeflow.model import Site, SiteReader, device_of, load_model, model_fingerprint, require_length, resolve_sites
+from saeflow.model import (
+    Site,
+    SiteReader,
+    device_of,
+    load_model,
+    model_fingerprint,
+    require_length,
+    require_running_order,
+    resolve_sites,
+)
 from saeflow.norms import FILE as NORMS_FILE
 from saeflow.norms import Norms, norms_of, warn
 from saeflow.packed import open_writer
@@ -186,7 +195,10 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
         pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
     for member in recipe.members():
         if member.sae.site or member.sae.target_site:
-            wanted = sum(site.width for site in {*_pair(sites, member.sae)})
+            read, target_site = _pair(sites, member.sae)
+            if read != target_site:
+                require_running_order(model, read.name, target_site.name)
+            wanted = sum(site.width for site in {read, target_site})
             pool_blocks(recipe.feed, length * wanted * ITEM_BYTES[recipe.activations.dtype])
     row_bytes = length * sum(site.width for site in sites) * ITEM_BYTES[recipe.activations.dtype]
     n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
@@ -214,7 +226,14 @@ def sites_of(target: Artefact, config: SAEConfig) -> tuple[Site, Site]:
 
 def _pair(sites: list[Site], config: SAEConfig) -> tuple[Site, Site]:
     read = _chosen(sites, config.site)
-    return read, _chosen(sites, config.target_site, "sae.target_site") if config.target_site else read
+    if not config.target_site:
+        return read, read
+    target = _chosen(sites, config.target_site, "sae.target_site")
+    if target == read:
+        raise UserError(
+            f"sae.target_site is {target.name}, the site that is read: that is no transcoder.\nLeave sae.target_site out."
+        )
+    return read, target
 
 
 def _chosen(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:

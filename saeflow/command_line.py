@@ -77,16 +77,6 @@ def _member(recipe: Recipe, name: str) -> Recipe:
     return members[name]
 
 
-def require_one(recipe: Recipe, command: str) -> None:
-    """Refuse a whole sweep where a command is about one SAE."""
-    if recipe.is_sweep:
-        names = [member.name for member in recipe.members()]
-        raise UserError(
-            f"{recipe.name} is a sweep of {len(names)} SAEs. Name the one: saeflow {command} RECIPE --member NAME\n"
-            f"They are: {', '.join(names)}."
-        )
-
-
 def require_place(path: Path) -> None:
     """Refuse a file to write whose folder is not there, before any work."""
     if not path.parent.is_dir():

@@ -28,11 +28,10 @@ from saeflow.command_line import (
     out,
     progress_of,
     read_recipe,
-    require_one,
     require_place,
     where,
 )
-from saeflow.config import Recipe, UserError
+from saeflow.config import Recipe, UserError, require_one
 from saeflow.disk import human_bytes
 from saeflow.progress import Progress
 from saeflow.store import Store

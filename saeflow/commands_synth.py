@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saeflow.command_line import (
+    MemberOption,
     Quiet,
     RecipePath,
     Set,
@@ -64,12 +66,13 @@ def synth(
     recipe: RecipePath,
     store: StoreOption = None,
     set_: Set = None,
+    member: MemberOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Make activations with known features, train on them, and score what was found. Example: `saeflow synth flows/recipes/synth.toml --set train.n_tokens=1_000_000`"""
-    settings = read_recipe(recipe, set_)
+    settings = read_recipe(recipe, set_, member)
     require_known(settings)
     opened = create_store(store, settings, quiet)
     found = judge(opened, [settings], progress_of(quiet, verbose, settings))
@@ -88,7 +91,10 @@ def require_known(recipe: Recipe) -> None:
 
 
 def judge(store: Store, recipes: Sequence[Recipe], progress: Progress) -> list[Synth]:
-    """Store each recipe's activations, train and score its autoencoder. What is there already is kept, scores are not."""
+    """Store each recipe's activations, train and score its autoencoder, or all of its sweep, trained in one reading.
+
+    What is there already is kept, scores are not.
+    """
     from saeflow import bring, ground_truth, interchange, train
 
     judged = []
@@ -96,16 +102,19 @@ def judge(store: Store, recipes: Sequence[Recipe], progress: Progress) -> list[S
         require_known(recipe)
         assert recipe.activations.synthetic is not None
         bring.run(store, recipe, progress)
-        trained = train.run(store, recipe, progress)
+        trained = train.run_all(store, recipe, progress)
         train.set_threads(recipe)
-        sae = interchange.load(trained.fetched())
         truth = ground_truth.truth_of(recipe.activations.synthetic)
-        judged.append(Synth(recipe, trained.id, ground_truth.score(sae, truth, recipe.train.n_tokens)))
+        for member, target in zip(recipe.members(), trained, strict=True):
+            sae = interchange.load(target.fetched())
+            judged.append(Synth(member, target.id, ground_truth.score(sae, truth, member.train.n_tokens)))
     return judged
 
 
 def _plain(each: Synth) -> dict[str, object]:
-    about = {"name": each.recipe.name, "sae": each.sae, "architecture": each.recipe.sae.architecture}
+    from saeflow import imported
+
+    about = {"name": each.recipe.name, "sae": each.sae, "architecture": imported.sae_config(each.recipe).architecture}
     return about | dataclasses.asdict(each.scores)
 
 
@@ -120,13 +129,22 @@ def print_scores(judged: Sequence[Synth]) -> None:
     if len(judged) > 1:
         table = a_table("SAE", *_SCORES)
         table.padding = (0, 1, 0, 0)  # so that it fits 80 columns
-        for each in judged:
+        for name, each in zip(_names([each.recipe for each in judged]), judged, strict=True):
             found = dataclasses.asdict(each.scores)
-            table.add_row(_name(each.recipe), *(written.format(found[field]) for field, written, _ in _SCORES.values()))
+            table.add_row(name, *(written.format(found[field]) for field, written, _ in _SCORES.values()))
         out.print(table)
         out.print()
     out.print(meanings)
 
 
-def _name(recipe: Recipe) -> str:
-    return f"{recipe.sae.architecture} {recipe.sae.n_features:,}"
+def _names(recipes: Sequence[Recipe]) -> list[str]:
+    """What tells them apart: their names without what all begin with, else what they are."""
+    from saeflow import imported
+
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) == len(names):
+        alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+        shared = "".join(letters[0] for letters in alike).rpartition("_")[0]
+        return [name.removeprefix(f"{shared}_") for name in names]
+    configs = [imported.sae_config(recipe) for recipe in recipes]
+    return [f"{config.architecture} {config.n_features:,}" for config in configs]

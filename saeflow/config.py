@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -131,6 +132,11 @@ class SyntheticConfig(Section):
 
     @model_validator(mode="after")
     def _rates_fit(self) -> SyntheticConfig:
+        if self.kind == "sparse" and self.n_active > self.n_true:
+            raise ValueError(
+                f"activations.synthetic.n_active is {self.n_active}, but there are {self.n_true} known features (n_true).\n"
+                f"Set n_active to at most {self.n_true}, or raise n_true."
+            )
         if self.kind != "superposed":
             return self
         if self.l0 > self.n_true * self.max_rate:
@@ -241,7 +247,7 @@ class SAEConfig(Section):
     decoder_bias: Literal["mean", "zero", "fixed"] = Field(
         "mean", description="Where the decoder bias starts; `fixed` keeps it at zero."
     )
-    seed: int = Field(0, description="Seed of the initial weights.")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="Seed of the initial weights.")
 
     @property
     def counts_k(self) -> bool:
@@ -437,17 +443,28 @@ class Recipe(Section):
 
     @property
     def is_sweep(self) -> bool:
-        return self.sweep is not None and bool(self.sweep.grid or self.sweep.each)
+        return self.sweep is not None and self.sweep.combinations() != [{}]
 
     @model_validator(mode="after")
     def _members_are_recipes(self) -> Recipe:
         try:
-            names = [member.name for member in self.members()] if self.is_sweep else []
+            members = self.members() if self.is_sweep else []
         except UserError as error:
             raise ValueError(f"a member of the sweep cannot be:\n{error}") from None
+        names = [member.name for member in members]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise ValueError(f"two SAEs of the sweep would be called {twice[0]}. Let their settings differ.")
+        seen: dict[str, Recipe] = {}
+        for member in members:
+            other = seen.setdefault(_all_that_is_read(member), member)
+            if other is not member:
+                keys = sorted(dict(_settings(other)).items() ^ dict(_settings(member)).items())
+                ignored = " and ".join(dict.fromkeys(key for key, _ in keys))
+                raise ValueError(
+                    f"{other.name} and {member.name} of the sweep would be the same SAE: {member.sae.architecture} does not "
+                    f"read {ignored}.\nTake one of them out: give that architecture an entry of its own in sweep.each."
+                )
         return self
 
     @model_validator(mode="after")
@@ -481,6 +498,36 @@ class Recipe(Section):
         return self
 
 
+_PENALTY = {"sae.penalty", "sae.penalty_weight", "sae.tanh_scale", "sae.bandwidth", "sae.first_threshold"}
+_L1 = {"sae.l1_weight", "sae.l1_norm_weighted"}
+_FALLING_K = {"train.k_start", "train.k_anneal_share"}
+_TOP = {*_PENALTY, *_L1, "sae.first_share", "train.sparsity_warmup_share"}
+_IGNORED: dict[Architecture, set[str]] = {
+    "relu": {*_PENALTY, *_FALLING_K, "sae.k", "sae.prefixes", "train.aux_weight"},
+    "gated": {*_PENALTY, *_FALLING_K, "sae.prefixes", "train.aux_weight"},  # k decides where its gate starts
+    "jumprelu": {*_FALLING_K, "sae.l1_weight", "sae.prefixes"},
+    "topk": {*_TOP, "sae.prefixes"},
+    "batchtopk": {*_TOP, "sae.prefixes"},
+    "matryoshka": _TOP,
+}
+"""Settings that an architecture does not read."""
+
+
+def _settings(recipe: Recipe) -> list[tuple[str, str]]:
+    """What a sweep may change, as JSON by dotted name."""
+    sections: dict[str, Section] = {"sae": recipe.sae, "train": recipe.train}
+    return [
+        (f"{section}.{key}", json.dumps(value))
+        for section, model in sections.items()
+        for key, value in model.model_dump(mode="json").items()
+    ]
+
+
+def _all_that_is_read(recipe: Recipe) -> str:
+    ignored = _IGNORED[recipe.sae.architecture] if recipe.sae.source is None else set()
+    return json.dumps([setting for setting in _settings(recipe) if setting[0] not in ignored])
+
+
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     """Read a recipe; relative paths inside it count from the folder it lies in.
 
@@ -496,6 +543,16 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     for dotted, value in overrides.items():
         _put(data, dotted.split("."), value)
     return parse_recipe(_anchored(data, path.resolve().parent), str(path))
+
+
+def require_one(recipe: Recipe, command: str) -> None:
+    """Refuse a whole sweep where a command is about one SAE."""
+    if recipe.is_sweep:
+        names = [member.name for member in recipe.members()]
+        raise UserError(
+            f"{recipe.name} is a sweep of {len(names)} SAEs. Name the one: saeflow {command} RECIPE --member NAME\n"
+            f"They are: {', '.join(names)}."
+        )
 
 
 def parse_recipe(data: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -537,9 +594,24 @@ def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     ]:
         if isinstance(data.get(section), dict) and key in data[section]:
             data[section][key] = how(data[section][key])
+    if isinstance(sweep := data.get("sweep"), dict):
+        for key in sweep:
+            sweep[key] = _map(sweep[key], lambda chosen: _anchored_settings(chosen, anchor))
     if isinstance(data.get("store"), str):
         data["store"] = anchor(data["store"])
     return data
+
+
+def _map(value: object, change: Callable[[object], object]) -> object:
+    return [change(item) for item in value] if isinstance(value, list) else change(value)
+
+
+def _anchored_settings(chosen: object, anchor: Callable[[object], object]) -> object:
+    """A sweep's settings, by dotted name or nested, with their paths anchored."""
+    flat = _by_dotted_name(chosen)
+    if not isinstance(flat, dict):
+        return chosen
+    return {key: anchor(value) if key in ("sae.source", "train.tensorboard") else value for key, value in flat.items()}
 
 
 def _explain(error: Any, origin: str) -> str:

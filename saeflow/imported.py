@@ -53,7 +53,8 @@ def sae_config(recipe: Recipe) -> SAEConfig:
 
 
 def _require_agreement(asked: SAEConfig, found: Described) -> None:
-    for name in ("n_features", "k") if found.config.architecture == "topk" else ("n_features",):
+    names = ["architecture", "n_features", *(["k"] if found.config.architecture == "topk" else [])]
+    for name in names:
         value, there = getattr(asked, name), getattr(found.config, name)
         if value not in (there, SAEConfig.model_fields[name].default):
             raise UserError(

@@ -269,9 +269,16 @@ class Objects:
             self._ask(lambda: obstore.delete(self.store, old))
 
     def bring_back(self, folder: Path, last: str) -> None:
-        """The newest whole version of a folder that was kept, if there is one."""
-        keys = sorted(meta["path"] for meta in self._below(self.key(folder)))
+        """The newest whole version of a folder that was kept, if there is one, in place of what the folder holds.
+
+        The file `last` comes after the others: a folder without it was not brought whole.
+        """
+        keys = sorted(
+            (meta["path"] for meta in self._below(self.key(folder))), key=lambda key: (key.endswith(f"/{last}"), key)
+        )
         whole = [key.rpartition("/")[0] for key in keys if key.endswith(f"/{last}")]
+        if whole:
+            shutil.rmtree(folder, ignore_errors=True)
         for key in keys if whole else []:
             if key.startswith(whole[-1] + "/"):
                 self._fetch(key, folder / key.rpartition("/")[2])

@@ -16,7 +16,7 @@ from saeflow.config import Recipe, UserError
 from saeflow.feed import Feed
 from saeflow.objects import Objects
 from saeflow.progress import Bar, Progress
-from saeflow.training import CHECKPOINT, Batch, Training, sample, whole_step
+from saeflow.training import CHECKPOINT, Batch, Training, is_whole, sample, whole_step
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Reading:
     def _begun(self, job: Job, training: Training, restart: int) -> Training:
         """The training as its checkpoint has it, if there is one; on the object store it may be from another machine."""
         folder = job.folder(restart)
-        if self.objects is not None and not folder.is_dir():
+        if self.objects is not None and not is_whole(folder):  # a fetch may have been killed between two files
             self.objects.bring_back(folder, CHECKPOINT)
         if training.restore(folder) and not training.done:
             which = f"{training.name} " if len(self.jobs) > 1 else ""

@@ -20,7 +20,7 @@ _HEAD = """\
 
 name = "{name}"
 {top}"""
-_TOP = {"data": '""', "store": '"data/store"', "threads": "0"}
+_TOP = {"data": '"{name}"', "store": '"data/store"', "threads": "0"}
 DEFAULT_MODEL = "openai-community/gpt2"
 _START: dict[str, dict[str, str]] = {
     "corpus": {"files": '["texts/*.txt"]'},
@@ -43,7 +43,10 @@ def template(name: str, file: str, start: dict[str, dict[str, str]] | None = Non
         _section(section, field.annotation, chosen[section], {"sites": hint} if section == "activations" else {})
         for section, field in Recipe.model_fields.items()
     ]
-    top = [f"# {key} = {value}  # {Recipe.model_fields[key].description}\n" for key, value in _TOP.items()]
+    top = [
+        f"# {key} = {value.format(name=name)}  # {Recipe.model_fields[key].description}\n"
+        for key, value in _TOP.items()
+    ]
     return _HEAD.format(name=name, file=file, top="".join(top)) + "".join(sections)
 
 

@@ -33,6 +33,8 @@ _SAELENS: dict[str, Architecture] = {
     "transcoder": "relu", "jumprelu_transcoder": "jumprelu",
     "topk_transcoder": "topk", "gated_transcoder": "gated",  # ours: SAELens has none
 }  # fmt: skip
+_BY_NORM = [name for name, architecture in _SAELENS.items() if architecture in ("relu", *TOP_FAMILY)]
+"""Those whose values may be in units of contributions. A gate and thresholds of their own would have to follow."""
 _CLASSES: dict[str, Architecture] = {
     "AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk", "GatedAutoEncoder": "gated",
     "JumpReluAutoEncoder": "jumprelu", "BatchTopKSAE": "batchtopk", "MatryoshkaBatchTopKSAE": "matryoshka",
@@ -80,7 +82,7 @@ def saelens_name(config: SAEConfig) -> str:
 
 
 def _saelens(settings: Path, weights: Path) -> Described:
-    cfg = _of_today(_json_of(settings))
+    cfg = _of_today(settings, _json_of(settings))
     name = _one_of(settings, cfg, "architecture", tuple(_SAELENS))
     transcodes = name.endswith("transcoder")
     _one_of(settings, cfg, "activation_fn", ("relu",))
@@ -88,7 +90,7 @@ def _saelens(settings: Path, weights: Path) -> Described:
     _one_of(settings, cfg, "reshape_activations", ("none", "hook_z"))
     _one_of(settings, cfg, "finetuning_scaling_factor", (False,))
     takes_off = _one_of(settings, cfg, "apply_b_dec_to_input", (False,) if transcodes else (True, False))
-    by_norm = _one_of(settings, cfg, "rescale_acts_by_decoder_norm", (False, True))
+    by_norm = _one_of(settings, cfg, "rescale_acts_by_decoder_norm", (False, True) if name in _BY_NORM else (False,))
     width, n_features = _count(settings, cfg, "d_in"), _count(settings, cfg, "d_sae")
     out_width = _count(settings, cfg, "d_out") if transcodes else width
     metadata = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {}
@@ -103,7 +105,7 @@ def _saelens(settings: Path, weights: Path) -> Described:
     return Described(writer, config, width, out_width, settings, weights, takes_off, by_norm, metadata)
 
 
-def _of_today(cfg: dict[str, Any]) -> dict[str, Any]:
+def _of_today(settings: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """Settings of SAELens before 6 under the names of today, and defaults for what may be left out."""
     function = cfg.get("activation_fn") or cfg.get("activation_fn_str") or "relu"
     normalised = cfg.get("normalize_activations")
@@ -114,7 +116,10 @@ def _of_today(cfg: dict[str, Any]) -> dict[str, Any]:
         "finetuning_scaling_factor": bool(cfg.get("finetuning_scaling_factor")),
     }  # fmt: skip
     if function == "topk":
-        cfg |= {"architecture": "topk", "activation_fn": "relu", "k": (cfg.get("activation_fn_kwargs") or cfg).get("k")}
+        given = cfg.get("activation_fn_kwargs") or cfg
+        if not isinstance(given, dict):
+            raise UserError(f"{settings}: activation_fn_kwargs is {_short(given)}; it has to be a table. {AGAIN}")
+        cfg |= {"architecture": "topk", "activation_fn": "relu", "k": given.get("k")}
     return cfg
 
 
@@ -161,8 +166,10 @@ def _foreign(
     about: dict[str, Any] = {"architecture": architecture, "n_features": n_features, "unit_norm": False}
     if architecture == "topk":
         about["k"] = _count(settings, cfg, "k")
-    elif architecture in TOP_FAMILY and isinstance(cfg.get("k"), int | float):
-        about["k"] = max(1, round(cfg["k"]))  # an average, and of no use to encoding
+    elif architecture in TOP_FAMILY and isinstance(k := cfg.get("k"), int | float):
+        if not abs(k) < _MOST:  # NaN, too
+            raise UserError(f"{settings}: k is {_short(k)}; it has to be a number of features. {AGAIN}")
+        about["k"] = max(1, round(k))  # an average, and of no use to encoding
     if about.get("k", 1) > n_features:
         raise UserError(f"{settings}: k is {about['k']}, more than its {n_features} features. {AGAIN}")
     if architecture in TOP_FAMILY:
@@ -175,17 +182,19 @@ def _foreign(
 def _counts(settings: Path, cfg: Mapping[str, Any], name: str) -> list[int]:
     found = cfg.get(name) or []
     if not isinstance(found, list):
-        raise UserError(f"{settings}: {name} is {json.dumps(found)}; it has to be a list of whole numbers. {AGAIN}")
+        raise UserError(f"{settings}: {name} is {_short(found)}; it has to be a list of whole numbers. {AGAIN}")
     return [_count(settings, {name: each}, name) for each in found]
 
 
+_MOST = 2**31
+"""No count is so large."""
 AGAIN = "Copy the folder again from where it comes from."
 
 
 def _json_of(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is damaged, it is no JSON ({error}). {AGAIN}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged, it holds no settings. {AGAIN}")
@@ -197,7 +206,7 @@ def _one_of(settings: Path, cfg: Mapping[str, Any], name: str, known: tuple[T, .
     if value not in known or type(value) is not type(known[known.index(value)]):
         may = ", ".join(json.dumps(each) for each in known)
         raise UserError(
-            f"{settings}: {name} is {json.dumps(value)}; saeflow reads {may}. {_WAYS_OUT.get(name, '')}".rstrip()
+            f"{settings}: {name} is {_short(value)}; saeflow reads {may}. {_WAYS_OUT.get(name, '')}".rstrip()
         )
     return known[known.index(value)]
 
@@ -205,12 +214,19 @@ def _one_of(settings: Path, cfg: Mapping[str, Any], name: str, known: tuple[T, .
 _WAYS_OUT = {
     "normalize_activations": "If it is a constant factor, fold it in with SAELens (fold_activation_norm_scaling_factor) "
     "and save again.",
+    "rescale_acts_by_decoder_norm": "Fold the lengths of the decoder's rows in with SAELens (fold_W_dec_norm) and save again.",
     "finetuning_scaling_factor": "Fold the tensor scaling_factor into the decoder, and save again.",
 }
 
 
+def _short(value: object) -> str:
+    """As JSON, so that the message stays one."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _count(settings: Path, cfg: Mapping[str, Any], name: str) -> int:
     value = cfg.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 1:
-        raise UserError(f"{settings}: {name} is {json.dumps(value)}; it has to be a whole number above 0. {AGAIN}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < _MOST or value % 1:
+        raise UserError(f"{settings}: {name} is {_short(value)}; it has to be a whole number above 0. {AGAIN}")
     return int(value)

@@ -32,7 +32,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     if missing:
         raise UserError(f"Not trained yet: {', '.join(missing)}. Run `saeflow train RECIPE` first.")
     path = folder_of(store, recipe.name, trained)
-    judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens}
+    judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(store, recipe)}
     known = _known(path / TABLE)
     if known and store.objects is not None:
         with contextlib.suppress(FileNotFoundError):
@@ -59,6 +59,13 @@ def folder_of(store: Store, name: str, trained: Sequence[Artefact]) -> Path:
 def picture_of(store: Store, recipe: Recipe) -> Path:
     """Where the picture of a judged sweep lies."""
     return folder_of(store, recipe.name, [train.artefact(store, member) for member in recipe.members()]) / PICTURE
+
+
+def _judged_tokens(store: Store, recipe: Recipe) -> str:
+    """Stands for the activations that are judged on: their parts, and the documents that are hidden in them."""
+    parts = activations.artefact(store, recipe).published().parts
+    hidden = activations.tokens_artefact(store, recipe).published().hidden_ids
+    return fingerprint([part.folder for part in parts], hidden)
 
 
 def _known(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 import signal
 import threading
@@ -14,19 +13,20 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow import schedule
 from saeflow.config import Recipe, TrainConfig, UserError
-from saeflow.disk import read_json, write_json
+from saeflow.disk import flush, make_folder, read_json, rename, write_json
 from saeflow.encoding import fast_dtype
 from saeflow.feed import Feed
 from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder, StepInfo
 
-CHECKPOINT = "state.json"
-"""The file of a checkpoint that is written last."""
+CHECKPOINT, STATE = "state.json", "state.safetensors"
+"""The files of a checkpoint; the first is written last."""
 _SAMPLE_ROWS = 65_536
 """Tokens from which the mean and the scale of the data set are taken."""
 
@@ -189,30 +189,42 @@ class Training:
         """Write a checkpoint beside the last one, then take its place."""
         fresh = folder.with_name(folder.name + ".new")
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
+        make_folder(fresh)
         moments = {
             f"adam.{number}.{name}": value
             for number, state in self.adam.state_dict()["state"].items()
             for name, value in state.items()
         }
         weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        save_file({**weights, **moments}, fresh / "state.safetensors")
+        save_file({**weights, **moments}, fresh / STATE)
+        flush(fresh / STATE)  # before the file that says that the checkpoint is whole
         about = {"step": self.step, "scales": self.scales, "product": self.product, "log": self.log}
         write_json(fresh / CHECKPOINT, about)
-        _flush_file(fresh / "state.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
-        os.rename(fresh, folder)
+        rename(fresh, folder)
 
     def restore(self, folder: Path) -> bool:
-        """Continue from the newest whole checkpoint, if there is one."""
-        for candidate in (folder, folder.with_name(folder.name + ".new")):
-            if all((candidate / name).is_file() for name in (CHECKPOINT, "state.safetensors")):
-                self._load(candidate)
-                return True
-        return False
+        """Continue from the newest whole checkpoint, if there is one; it then lies in `folder`.
+
+        Raises UserError where there is one that cannot be read.
+        """
+        fresh = folder.with_name(folder.name + ".new")
+        if not is_whole(folder):
+            if not is_whole(fresh):
+                return False
+            shutil.rmtree(folder, ignore_errors=True)
+            rename(fresh, folder)  # the next `save` begins with taking `.new` away
+        try:
+            self._load(folder)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.name}: The checkpoint {folder} cannot be read ({type(error).__name__}: {error}).\n"
+                "Delete that folder, and the training begins anew."
+            ) from error
+        return True
 
     def _load(self, folder: Path) -> None:
-        tensors = load_file(folder / "state.safetensors")
+        tensors = load_file(folder / STATE)
         about = read_json(folder / CHECKPOINT)
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
         state: dict[int, dict[str, Tensor]] = {}
@@ -226,9 +238,9 @@ class Training:
         self.step, self.scales, self.log = int(about["step"]), tuple(map(float, scales)), list(about["log"])
 
 
-def _flush_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def is_whole(folder: Path) -> bool:
+    """Does the folder hold all of a checkpoint?"""
+    return all((folder / name).is_file() for name in (CHECKPOINT, STATE))
 
 
 def _mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:

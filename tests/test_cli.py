@@ -654,7 +654,7 @@ def test_settings_are_shown_as_they_are(saeflow: Command, ingredients: Ingredien
 def swept(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A recipe with a sweep and the store in which `saeflow run` has run it."""
     folder = tmp_path_factory.mktemp("swept")
-    sweep = {"grid": {"sae.k": [2, 4], "sae.architecture": ["topk", "relu"]}}
+    sweep = {"grid": {"sae.k": [2, 4], "sae.architecture": ["topk", "batchtopk"]}}
     recipe = write_recipe(folder / "small.toml", recipe_data(ingredients, sweep=sweep, train={"n_tokens": 3000}))
     arguments = ["run", str(recipe), "--store", str(folder / "store")]
     done = subprocess.run([*SAEFLOW, *arguments], capture_output=True, text=True)
@@ -666,7 +666,7 @@ def swept(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_sweep_prints_its_table_and_the_next_command_which_works(saeflow: Command, swept: tuple[Path, Path]) -> None:
     recipe, store = swept
     said = (recipe.parent / "said").read_text()
-    for name in ("topk_k2", "topk_k4", "relu_k2", "relu_k4"):
+    for name in ("topk_k2", "topk_k4", "batchtopk_k2", "batchtopk_k4"):
         assert re.search(rf"^small_{name} +{name[:4]} +(k \d|penalty 0\.01) +64 +[\d.]+ +[\d.]+ +[\d.]+%", said, re.M)
     assert re.search(r"yes *$", said, re.M)
     next_command = re.search(r"^Encode the corpus with one of them: saeflow (run .*)$", said, re.M)
@@ -689,7 +689,7 @@ def test_a_stage_takes_one_sae_of_a_sweep_by_name(saeflow: Command, swept: tuple
     again = saeflow("evaluate", recipe, "--store", store)
     assert again.code == 0
     assert "4 SAEs in" in again.err
-    assert "small_relu_k4" in again.out
+    assert "small_batchtopk_k4" in again.out
 
 
 def test_an_sae_that_a_sweep_has_not_is_refused_with_the_nearest(
@@ -705,4 +705,4 @@ def test_an_sae_that_a_sweep_has_not_is_refused_with_the_nearest(
         said = saeflow(stage, recipe, "--store", store)
         assert said.code == 2
         assert f"small is a sweep of 4 SAEs. Name the one: saeflow {stage} RECIPE --member NAME" in said.err
-        assert "small_relu_k4" in said.err
+        assert "small_batchtopk_k4" in said.err

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from saeflow.config import SAEConfig, UserError, fingerprint, load_recipe, parse_recipe
+from saeflow.config import SAEConfig, UserError, _anchored, fingerprint, load_recipe, parse_recipe
 from saeflow.recipe_text import template
 from tests.small_pipeline import Ingredients, brought_data, recipe_data, write_recipe
 
@@ -39,6 +39,28 @@ def test_relative_paths_count_from_the_recipes_folder_and_hub_names_and_urls_sta
     assert recipe.corpus.files == [str(tmp_path / "a/*.txt"), "s3://b/c.parquet", "/d.csv"]
     assert recipe.model.path == "openai-community/gpt2"
     assert recipe.store == str(tmp_path.parent / "store")
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        {"grid": {"sae.source": ["a", "b"]}, "each": [{"train.tensorboard": "logs"}]},
+        {"grid": {"sae": {"source": ["a", "b"]}}, "each": [{"train": {"tensorboard": "logs"}}]},
+        {"each": [{"sae.source": name, "train": {"tensorboard": "logs"}} for name in "ab"]},
+    ],
+)
+def test_relative_paths_in_a_sweep_count_from_the_recipes_folder(tmp_path, nowhere, sweep):
+    data = _anchored(recipe_data(nowhere) | {"sweep": sweep}, tmp_path)
+    members = parse_recipe(data).members()
+    assert [member.sae.source for member in members] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert {member.train.tensorboard for member in members} == {str(tmp_path / "logs")}
+
+
+def test_made_rows_hold_no_more_features_than_are_known(tmp_path):
+    made = {"kind": "sparse", "n_true": 3, "n_active": 4}
+    assert "n_active is 4, but there are 3 known features" in complaint(
+        {"name": "n", "activations": {"synthetic": made}}
+    )
 
 
 def test_a_model_folder_beside_the_recipe_is_found(tmp_path, nowhere):
@@ -119,6 +141,13 @@ def test_a_brought_table_needs_no_model(tmp_path):
 def test_the_recipe_that_init_writes_can_be_read(tmp_path):
     (tmp_path / "new.toml").write_text(template("new", "new.toml"), "utf-8")
     assert load_recipe(tmp_path / "new.toml").name == "new"
+
+
+@pytest.mark.parametrize("key", ["data", "store", "threads"])
+def test_what_init_shows_at_the_top_is_the_default_when_it_is_uncommented(tmp_path, key):
+    text = template("new", "new.toml")
+    (tmp_path / "new.toml").write_text(text.replace(f"# {key} = ", f"{key} = "), "utf-8")
+    assert load_recipe(tmp_path / "new.toml").data_name == "new"
 
 
 def test_fingerprints_do_not_depend_on_order_or_machine_and_tell_facts_apart():

@@ -22,6 +22,7 @@ from prefect.testing.utilities import prefect_test_harness
 from flows import common
 from flows.collect import collect_flow
 from flows.encode import encode_flow
+from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
 from flows.tokens import tokens_flow
 from saeflow import activations, pipeline, sweep
@@ -245,6 +246,13 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     picture = sweep.picture_of(upstream, recipe)
     assert base64.b64encode(picture.read_bytes()).decode() in found["saeflow-sweep-picture"]
     assert str(picture) in found["saeflow-sweep-picture"]
+
+
+@pytest.mark.parametrize("flow", [encode_flow, evaluate_flow], ids=["encode", "evaluate"])
+def test_a_flow_about_one_sae_refuses_a_sweep(flow: Any, finished: Finished, tmp_path: Path) -> None:
+    swept = Recipe.model_validate(finished.recipe.model_dump() | {"sweep": {"grid": {"sae.k": [2, 4]}}})
+    with pytest.raises(UserError, match=r"is a sweep of 2 SAEs"):
+        flow.fn(swept, str(tmp_path / "store"))
 
 
 def test_a_large_picture_is_named_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from saeflow import (
     features,
     forecast,
     forget,
+    imported,
     interchange,
     pipeline,
     queries,
@@ -248,11 +249,19 @@ def test_an_imported_autoencoder_has_seen_none_of_the_documents(
     assert any(sae.startswith("saes/small") for sae in [*done.saes, *done.held_out_only])
 
 
+def test_another_architecture_than_the_folders_is_refused(folder: Path, ingredients: Ingredients) -> None:
+    asked = {"source": str(folder), "n_features": F, "architecture": "gated"}
+    with pytest.raises(
+        UserError, match=r"sae.architecture is gated, but the SAE in .* has jumprelu\.\nSet .* leave it out"
+    ):
+        imported.sae_config(parse_recipe(recipe_data(ingredients, sae=asked)))
+
+
 def test_a_member_of_a_sweep_may_be_imported(store: Store, folder: Path, ingredients: Ingredients) -> None:
     each = [{"sae": {"source": str(folder), "n_features": F}}, {"sae": {"k": 3}}]
     recipe = parse_recipe(recipe_data(ingredients) | {"sweep": {"each": each}})
-    imported, trained = train.run_all(store, recipe, quiet())
-    assert ("imported" in imported.record.facts, "imported" in trained.record.facts) == (True, False)
+    taken, trained = train.run_all(store, recipe, quiet())
+    assert ("imported" in taken.record.facts, "imported" in trained.record.facts) == (True, False)
 
 
 def test_a_plan_forecasts_an_import(store: Store, folder: Path, ingredients: Ingredients) -> None:

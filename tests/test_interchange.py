@@ -303,6 +303,9 @@ def test_a_file_of_torch_that_holds_code_is_refused_and_runs_nothing(tmp_path: P
 # refusals -----------------------------------------------------------------------------------------------------------
 
 
+ODD = [float("nan"), float("inf"), float("-inf"), 10**400]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -322,6 +325,22 @@ def test_a_file_of_torch_that_holds_code_is_refused_and_runs_nothing(tmp_path: P
         ({"architecture": "jumprelu"}, r"lacks threshold, which jumprelu needs"),
         ({"architecture": "gated"}, r"lacks b_gate, b_mag, r_mag"),
         ({"architecture": "transcoder"}, r"apply_b_dec_to_input is true; saeflow reads false"),
+        (
+            {"architecture": "gated", "rescale_acts_by_decoder_norm": True},
+            r"rescale_acts_by_decoder_norm is true; .*fold_W",
+        ),
+        ({"architecture": "jumprelu", "rescale_acts_by_decoder_norm": True}, r"saeflow reads false"),
+        *(({"architecture": "topk", "k": k}, r"k is (NaN|-?Infinity|1000)") for k in ODD),
+        *(({"architecture": "batchtopk", "k": k}, r"k is (NaN|-?Infinity|1000)") for k in ODD),
+        ({"d_sae": 10**400}, r"d_sae is 10000.*\.\.\.; it has to be a whole number above 0"),
+        (
+            {"activation_fn": "topk", "activation_fn_kwargs": "k=3"},
+            r'activation_fn_kwargs is "k=3"; it has to be a table',
+        ),
+        (
+            {"metadata": {"saeflow": {"n_features": F, "architecture": "relu", "seed": 10**30}}},
+            r"metadata\.saeflow is not understood \(seed:",
+        ),
         ({"metadata": {"saeflow": {"arch": 1}}}, r"metadata\.saeflow is not understood \(arch:"),
         ({"metadata": {"saeflow": {"n_features": 9, "architecture": "relu"}}}, r"d_sae is 160, but 9 follows"),
     ],
@@ -348,6 +367,13 @@ def test_weights_that_do_not_fit_are_named(change: dict[str, Tensor | None], rea
     tensors = {name: t for name, t in (random_tensors("b_enc") | change).items() if t is not None}
     write_saelens(tmp_path, "standard", tensors, d_in=D, d_sae=F)
     with pytest.raises(UserError, match=reason):
+        interchange.load(tmp_path)
+
+
+def test_settings_nested_without_end_are_refused(tmp_path: Path) -> None:
+    write_saelens(tmp_path, "standard", random_tensors("b_enc"))
+    (tmp_path / "cfg.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"cfg\.json is damaged"):
         interchange.load(tmp_path)
 
 

@@ -26,7 +26,7 @@ from saeflow.progress import Progress
 from saeflow.records import Damaged
 from saeflow.sae import StepInfo
 from saeflow.store import Store
-from saeflow.training import Batch
+from saeflow.training import CHECKPOINT, STATE, Batch, is_whole
 from tests.s3_server import SECRET, Server, s3_server
 from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
 
@@ -300,6 +300,33 @@ def test_a_store_that_cannot_compare_before_it_replaces_is_refused(tmp_path: Pat
     plain.switch(record, b"1")
     with pytest.raises(UserError, match="conditional put"):
         plain.switch(record, b"2")
+
+
+def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, there = tmp_path / "cache" / "tmp" / "one", tmp_path / "there"
+    there.mkdir()
+    objects = Objects(there.as_uri(), tmp_path / "cache")
+    folder.mkdir(parents=True)
+    for name in (CHECKPOINT, STATE):
+        (folder / name).write_text("new")
+    objects.keep(folder, 1, CHECKPOINT)
+    (folder / STATE).write_text("of an older checkpoint")
+    (folder / CHECKPOINT).unlink()
+    fetch = Objects._fetch
+
+    def dying(self: Objects, key: str, path: Path) -> None:
+        fetch(self, key, path)
+        raise ConnectionError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "_fetch", dying)
+        with pytest.raises(ConnectionError):
+            objects.bring_back(folder, CHECKPOINT)
+    assert not is_whole(folder)
+    objects.bring_back(folder, CHECKPOINT)
+    assert [(folder / name).read_text() for name in (CHECKPOINT, STATE)] == ["new", "new"]
 
 
 def test_an_open_object_may_be_shared_by_threads(server: Server, url: str, tmp_path: Path) -> None:

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow import activations, bring, evaluate, interchange, pipeline, sweep, tokens, train
+from saeflow import activations, bring, config, evaluate, interchange, pipeline, sweep, tokens, train
 from saeflow.config import Recipe, SAEConfig, UserError, parse_recipe
 from saeflow.feed import Feed
 from saeflow.progress import Progress
 from saeflow.reading import Reading
-from saeflow.records import read_checked
+from saeflow.records import Hidden, read_checked
 from saeflow.store import Store
-from saeflow.training import Training, sample
+from saeflow.training import Batch, Training, sample
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
 SWEEP: dict[str, Any] = {
@@ -26,13 +27,13 @@ SWEEP: dict[str, Any] = {
     "each": [
         {"sae.architecture": "topk"},
         {"sae.architecture": "batchtopk", "train.lr": 0.003},
-        {"sae.architecture": "relu", "sae.l1_weight": 0.02, "train.n_tokens": 2000},
+        {"sae.architecture": "jumprelu", "sae.penalty_weight": 0.02, "train.n_tokens": 2000},
     ],
 }
 NAMES = [
     "brought_topk_k3", "brought_topk_k6",
     "brought_batchtopk_k3_lr0p003", "brought_batchtopk_k6_lr0p003",
-    "brought_relu_k3_l1_weight0p02_n_tokens2000", "brought_relu_k6_l1_weight0p02_n_tokens2000",
+    "brought_jumprelu_k3_penalty_weight0p02_n_tokens2000", "brought_jumprelu_k6_penalty_weight0p02_n_tokens2000",
 ]  # fmt: skip
 
 
@@ -135,6 +136,14 @@ def test_a_member_is_named_by_its_settings(table, settings, name):
         ({"grid": {"sae.k": [2, 2]}}, ["two SAEs", "brought_k2"]),
         ({"grid": {"sae.k": [2, 65]}}, ["brought_k65: sae.k is 65", "at most 64"]),
         ({"grid": {"train.lr": [-1.0]}}, ["train.lr is -1.0", "greater than 0"]),
+        (
+            {"grid": {"sae.k": [2, 3], "sae.architecture": ["topk", "relu"]}},
+            ["brought_relu_k2 and brought_relu_k3", "the same SAE: relu does not read sae.k."],
+        ),
+        (
+            {"grid": {"sae.l1_weight": [0.1, 0.2], "train.k_start": [5]}},
+            ["batchtopk does not read sae.l1_weight."],
+        ),
         ({"gird": {}}, ["sweep.gird", "Did you mean grid?"]),
     ],
 )
@@ -142,6 +151,44 @@ def test_a_sweep_that_cannot_be_is_refused_when_the_recipe_is_read(table, sweep,
     with pytest.raises(UserError) as caught:
         recipe_of(table, sweep=sweep)
     assert not [words for words in says if words not in str(caught.value)], str(caught.value)
+
+
+@pytest.mark.parametrize("sweep", [{}, {"each": [{}]}, {"each": [], "grid": {}}])
+def test_a_sweep_that_changes_nothing_is_no_sweep(table, sweep):
+    recipe = recipe_of(table, sweep=sweep)
+    assert not recipe.is_sweep
+    assert recipe.members() == [recipe]
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"])
+def test_settings_said_to_be_ignored_change_no_weight(stored, table, architecture):
+    other = {
+        "sae": {
+            "k": 9, "prefixes": [16, 32], "l1_weight": 0.5, "l1_norm_weighted": True, "penalty": "tanh",
+            "penalty_weight": 9.0, "tanh_scale": 1.0, "bandwidth": 0.1, "first_threshold": 0.5, "first_share": 0.02,
+        },
+        "train": {"k_start": 12, "k_anneal_share": 0.9, "aux_weight": 0.5, "sparsity_warmup_share": 0.5},
+    }  # fmt: skip
+    ignored = config._IGNORED[architecture]
+    mine = {
+        name: {key: value for key, value in values.items() if f"{name}.{key}" in ignored}
+        for name, values in other.items()
+    }
+    about = {"architecture": architecture, "unit_norm": False}
+    few = {"n_tokens": 1000, "dead_after_tokens": 200}
+    recipes = [
+        recipe_of(table, sae=about, train=few),
+        recipe_of(table, sae=about | mine["sae"], train=few | mine["train"]),
+    ]
+    weights = []
+    for recipe in recipes:
+        feed = train.open_feed(stored, recipe)
+        training = Training.begin(feed, recipe)
+        for number, values in zip(range(4), feed.aligned(), strict=False):
+            training.advance(Batch(number, values, feed))
+        weights.append(training.sae.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
 
 
 def test_each_sae_of_a_sweep_is_byte_for_byte_that_of_a_run_of_its_own(store, table, separate):
@@ -227,9 +274,9 @@ def training_steps(store: Store, recipe: Recipe) -> int:
 
 
 def test_a_member_that_diverges_leaves_the_others_their_work(store, table, separate):
-    bad = {"sae.architecture": "relu", "sae.unit_norm": False, "train.lr": 1e30}
+    bad = {"sae.architecture": "jumprelu", "sae.unit_norm": False, "train.lr": 1e30}
     recipe = recipe_of(table, sweep={"each": [*SWEEP["each"], bad], "grid": SWEEP["grid"]})
-    with pytest.raises(UserError, match=r"brought_relu_k3_no_unit_norm_lr1e30: The loss is .* Lower train\.lr"):
+    with pytest.raises(UserError, match=r"brought_jumprelu_k3_no_unit_norm_lr1e30: The loss is .* Lower train\.lr"):
         train.run(store, recipe, quiet())
     progress = quiet()
     lines = said(progress)
@@ -304,6 +351,17 @@ def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
         assert (row["sae"], row["architecture"]) == (target.id, member.sae.architecture)
         assert (row["sparsity"], row["n_features"]) == (f"k {member.sae.k}", 64)
     assert summary["sweep"] == read_checked(table_of(store))
+
+
+def test_a_sweep_is_judged_again_once_a_document_is_hidden(store, table):
+    recipe = recipe_of(table, sweep={"grid": {"sae.k": [3, 6]}}, train={"n_tokens": 500})
+    train.run(store, recipe, quiet())
+    first = sweep.run(store, recipe, quiet())
+    assert sweep.run(store, recipe, quiet()) == first
+    source = activations.tokens_artefact(store, recipe)
+    one = Hidden(document_id=0, key_hash="00", reason="forgotten")
+    source.publish(source.published().parts, hidden={source.published().parts[0].index: (one,)})
+    assert sweep.run(store, recipe, quiet())["tokens"] != first["tokens"]
 
 
 def table_of(store: Store) -> Path:

@@ -89,6 +89,18 @@ def test_several_recipes_give_a_row_each_on_the_same_activations(tmp_path, progr
     assert lines[3].strip() == ""
 
 
+def test_all_of_a_sweep_are_scored_under_their_own_names_and_one_can_be_named(tmp_path):
+    path = write_recipe(tmp_path / "made.toml", DATA | {"sweep": {"grid": {"sae.k": [1, 2]}}})
+    found = run("synth", path, "--store", tmp_path / "store", "--json", "-q")
+    scores = json.loads(found.stdout)
+    assert [each["name"] for each in scores] == ["made_k1", "made_k2"]
+    assert scores[0]["l0"] < scores[1]["l0"]
+    one = run("synth", path, "--store", tmp_path / "store", "--json", "-q", "--member", "made_k2")
+    assert json.loads(one.stdout) == scores[1:]
+    names = commands_synth._names(load_recipe(path).members())
+    assert names == ["k1", "k2"]
+
+
 def test_every_score_is_shown():
     shown = {field for field, _, _ in commands_synth._SCORES.values()}
     assert {field.name for field in dataclasses.fields(Scores)} - shown == {

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeflow import activations, bring, interchange, schedule, tokens, train
+from saeflow import activations, bring, interchange, schedule, tokens, train, training
 from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.disk import read_json
 from saeflow.model import load_model
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
-from saeflow.training import Batch, sample
+from saeflow.training import Batch, is_whole, sample
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
 ARCHITECTURES = ["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
@@ -160,6 +160,31 @@ def test_a_checkpoint_cut_down_while_it_was_replaced_gives_way_to_the_new_one(st
     shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint.new")
     (tmp_path / "checkpoint" / "state.safetensors").unlink()
     assert training.restore(tmp_path / "checkpoint")
+    assert is_whole(tmp_path / "checkpoint"), "`save` begins with taking the new one away"
+    assert not (tmp_path / "checkpoint.new").exists()
+
+
+def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_it_whole(
+    stored, table, tmp_path, monkeypatch
+):
+    recipe = recipe_of(table)
+    begun = train.Training.begin(train.open_feed(stored, recipe), recipe)
+    done: list[str] = []
+    write = training.write_json
+    monkeypatch.setattr(training, "flush", lambda path: done.append(path.name))
+    monkeypatch.setattr(training, "write_json", lambda path, value: (done.append(path.name), write(path, value)))
+    begun.save(tmp_path / "checkpoint")
+    assert done == ["state.safetensors", "state.json"]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_checkpoint_that_cannot_be_read_is_named_with_the_way_out(stored, table, tmp_path, name):
+    recipe = recipe_of(table)
+    begun = train.Training.begin(train.open_feed(stored, recipe), recipe)
+    begun.save(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / name).write_bytes(b"{")
+    with pytest.raises(UserError, match=rf"checkpoint {tmp_path}/checkpoint cannot be read .*\nDelete that folder"):
+        begun.restore(tmp_path / "checkpoint")
 
 
 def test_a_second_run_trains_nothing(store, table):
@@ -514,6 +539,19 @@ def test_a_target_site_that_is_not_stored_is_refused_with_the_nearest(two_sites)
         f"sae.target_site is 'transformer.h.0.mpl'; the sites are: {READ}, {TARGET}. Nearest: {TARGET}. "
         "Set sae.target_site to one of them."
     )
+
+
+def test_a_target_site_that_is_the_one_read_is_refused(two_sites):
+    store, recipe, _ = two_sites
+    with pytest.raises(UserError, match=f"sae.target_site is {READ}, .*\nLeave sae.target_site out"):
+        train.run(store, changed(recipe, sae={"target_site": READ}), quiet())
+
+
+def test_a_target_that_runs_before_what_is_read_is_refused_before_activations_are_stored(two_sites):
+    store, recipe, _ = two_sites
+    back = changed(recipe, sae={"site": TARGET, "target_site": READ}, activations={"sites": [TARGET, READ]})
+    with pytest.raises(UserError, match=r"which the model runs before sae\.site"):
+        activations.open_collector(store, back, [])
 
 
 def test_another_target_site_makes_another_autoencoder(two_sites):
