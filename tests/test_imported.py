@@ -219,17 +219,17 @@ def test_activations_come_before_an_import(tmp_path: Path, folder: Path, ingredi
 
 
 def test_a_transcoder_is_imported_onto_two_sites(tmp_path: Path, ingredients: Ingredients) -> None:
-    target = "transformer.h.0.mlp"
+    wide, target = "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp"
     about = {"apply_b_dec_to_input": False, "d_out": 16}
     folder = write_saelens(tmp_path / "theirs", "jumprelu_transcoder", foreign_tensors(out=16), **about)
     sae = {"source": str(folder), "n_features": F, "site": SITE}
-    data = recipe_data(ingredients, name="foreign", sae=sae, activations={"sites": [SITE, target]})
+    data = recipe_data(ingredients, name="foreign", sae=sae, activations={"sites": [SITE, wide, target]})
     recipe, store = parse_recipe(data), Store.create(str(tmp_path / "store"))
     for stage in (tokens.run, activations.run):
         stage(store, recipe, quiet())
     with pytest.raises(UserError, match=r"is a transcoder, but sae\.target_site is None\.\nSet it to the site"):
         train.run(store, recipe, quiet())
-    to_wide = parse_recipe(data | {"sae": data["sae"] | {"target_site": SITE}})
+    to_wide = parse_recipe(data | {"sae": data["sae"] | {"target_site": wide}})
     with pytest.raises(UserError, match=rf"has vectors of 16, but .* of {WIDTH}\.\nSet sae\.target_site to {target}"):
         train.run(store, to_wide, quiet())
     recipe = parse_recipe(data | {"sae": data["sae"] | {"target_site": target}})

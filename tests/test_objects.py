@@ -9,7 +9,9 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ from saeflow.config import Recipe, UserError, parse_recipe
 from saeflow.object_files import ObjectFiles
 from saeflow.objects import Objects
 from saeflow.progress import Progress
+from saeflow.reading import Reading
 from saeflow.records import Damaged
 from saeflow.sae import StepInfo
 from saeflow.store import Store
@@ -325,7 +328,9 @@ def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(
         with pytest.raises(ConnectionError):
             objects.bring_back(folder, CHECKPOINT)
     assert not is_whole(folder)
-    objects.bring_back(folder, CHECKPOINT)
+    reading: Any = SimpleNamespace(objects=objects, jobs=[])
+    job: Any = SimpleNamespace(folder=lambda restart: folder)
+    Reading._begun(reading, job, MagicMock(done=True), 0)
     assert [(folder / name).read_text() for name in (CHECKPOINT, STATE)] == ["new", "new"]
 
 
