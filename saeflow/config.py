@@ -664,7 +664,7 @@ def _plain(value: object) -> object:
 
 _SINCE_2 = {
     "skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array",
-    "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share", "SAEConfig.source",
+    "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share",
     "decay", "clip_norm", "sparsity_warmup_share", "k_start", "k_anneal_share",
     "l0", "zipf_exponent", "max_rate", "magnitude_floor", "magnitude_scale", "group_share", "group_chance", "noise",
     "offset",
@@ -679,5 +679,4 @@ def facts_of(section: Section) -> dict[str, Any]:
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(section).model_fields.items()
     }
-    since = {name for name in data if {name, f"{type(section).__name__}.{name}"} & _SINCE_2}
-    return {name: value for name, value in data.items() if name not in since or value != defaults[name]}
+    return {name: value for name, value in data.items() if name not in _SINCE_2 or value != defaults[name]}

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from saeflow.metrics import Firing, Predictions, Reconstruction, density_histogr
 from saeflow.model import device_of, load_model, predicts_next_token, require_running_order, spliced
 from saeflow.parallel import in_order
 from saeflow.progress import Bar, Progress
-from saeflow.records import Damaged, read_checked, write_checked
+from saeflow.records import read_known, write_checked
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
 from saeflow.transfer import n_workers
@@ -84,7 +83,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Judge the recipe's SAE and keep the figures beside its features."""
     run_artefact = features.artefact(store, recipe)
     path = run_artefact.path / "quality.json"
-    known = _known(path)
+    known = read_known(path)
     judged = {"max_tokens": recipe.evaluate.max_tokens, "parts": _fingerprint(run_artefact)}
     if _matches(known, judged, run_artefact):
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
@@ -98,13 +97,6 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
     run_artefact.send(path)
     return quality
-
-
-def _known(path: Path) -> dict[str, Any]:
-    """Figures of an earlier run; none where they cannot be read."""
-    with contextlib.suppress(Damaged, OSError):
-        return dict(read_checked(path))
-    return {}
 
 
 def _matches(known: dict[str, Any], judged: dict[str, Any], run_artefact: Artefact) -> bool:

@@ -180,6 +180,13 @@ def read_checked(path: Path) -> Any:
     return data
 
 
+def read_known(path: Path) -> dict[str, Any]:
+    """A record of figures of an earlier run; none where it is missing or cannot be read."""
+    with contextlib.suppress(Damaged, OSError):
+        return dict(read_checked(path))
+    return {}
+
+
 def write_checked(path: Path, data: dict[str, Any]) -> None:
     """A JSON record with its own checksum, `sum`."""
     with replacing(path) as temporary:

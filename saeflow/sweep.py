@@ -12,7 +12,7 @@ from saeflow.artefact import Artefact
 from saeflow.config import FORMAT_VERSION, Recipe, SAEConfig, UserError, fingerprint
 from saeflow.disk import replacing
 from saeflow.progress import Progress
-from saeflow.records import Damaged, read_checked, write_checked
+from saeflow.records import read_known, write_checked
 from saeflow.store import Store
 
 TABLE, PICTURE = "table.json", "pareto.png"
@@ -33,7 +33,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
         raise UserError(f"Not trained yet: {', '.join(missing)}. Run `saeflow train RECIPE` first.")
     path = folder_of(store, recipe.name, trained)
     judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(store, recipe)}
-    known = _known(path / TABLE)
+    known = read_known(path / TABLE)
     if known and store.objects is not None:
         with contextlib.suppress(FileNotFoundError):
             store.objects.fetch(path / PICTURE)
@@ -66,12 +66,6 @@ def _judged_tokens(store: Store, recipe: Recipe) -> str:
     parts = activations.artefact(store, recipe).published().parts
     hidden = activations.tokens_artefact(store, recipe).published().hidden_ids
     return fingerprint([part.folder for part in parts], hidden)
-
-
-def _known(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(Damaged, OSError):
-        return dict(read_checked(path))
-    return {}
 
 
 def _judged(
