@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from saeflow import ground_truth, toys
-from saeflow.config import SAEConfig, SyntheticConfig
+from saeflow.config import SAEConfig, SyntheticConfig, load_recipe
 from saeflow.encoding import SparseValues
 from saeflow.ground_truth import Scores, best_cosines, match, score, score_directions, truth_of
 from saeflow.known import Codes, Truth
@@ -261,20 +263,30 @@ def test_scores_are_plain_numbers():
     assert all(type(value) in (int, float) for value in found.values())
 
 
-def test_anybodys_dense_encoder_is_scored_as_our_own_is():
+def test_a_peers_autoencoder_is_scored_as_our_own_is(tmp_path, monkeypatch):
     from tests.benchmarks import synth
 
-    config = kind("superposed", n_neurons=16, n_true=24, l0=2.0)
-    sae = SparseAutoencoder(SAEConfig(architecture="topk", n_features=30, k=3), 16)
+    changes = synth.QUICK | {"activations.synthetic.n_samples": 4096, "train.n_tokens": 4096}
+    recipe = load_recipe(synth.RECIPE, **changes)
+    sae = SparseAutoencoder(SAEConfig(architecture="topk", n_features=1024, k=4), 64)
+    scale = synth.write_rows(recipe, tmp_path / "rows.npy")
+    trained_on = []
 
-    def dense_values(x: Tensor) -> Tensor:
-        sparse = sae.encode_sparse(x)
-        values = torch.zeros(len(x), 30)
-        rows = np.repeat(np.arange(len(x)), np.diff(sparse.row_starts))
-        values[rows, sparse.feature_ids] = torch.from_numpy(sparse.values)
-        return values
+    def train(**about: Any) -> None:
+        trained_on.append(np.load(about["data"]))
+        about["save"].mkdir()
+        tensors = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        save_file({name: tensor.detach() for name, tensor in tensors.items()}, about["save"] / "sae.safetensors")
+        (about["save"] / "cfg.json").write_text('{"k": 4}')
 
-    ours = score(sae, truth_of(config), 10**6)
-    theirs = synth.score_directions(sae.W_dec, dense_values, truth_of(config), 10**6, sae.b_dec)
-    assert dataclasses.asdict(theirs) == pytest.approx(dataclasses.asdict(ours), rel=1e-5)
-    assert ours.f1 < synth.linear_f1(truth_of(config), n_blocks=2) <= 1
+    monkeypatch.setattr(synth._peers, "train", train)
+    theirs = synth.peer_scores(recipe, "sparsify", "topk", tmp_path)
+    with torch.no_grad():
+        sae.W_enc *= scale
+        sae.W_dec /= scale
+        sae.b_dec /= scale
+    truth = truth_of(recipe.activations.synthetic)
+    ours = score(sae, truth, 4096)
+    assert dataclasses.asdict(theirs) == pytest.approx(dataclasses.asdict(ours), rel=1e-4)
+    assert np.square(trained_on[0] - trained_on[0].mean(0)).sum(1).mean() == pytest.approx(64, rel=0.05)
+    assert ours.f1 < synth.linear_f1(truth, n_blocks=2) <= 1

@@ -3,10 +3,13 @@
 python -m tests.benchmarks.synth                                 every architecture, 4M tokens each
 python -m tests.benchmarks.synth --tokens 20_000_000             as issue 4 asks; 10 GB on the disk
 python -m tests.benchmarks.synth --architectures topk,batchtopk  some of them
+python -m tests.benchmarks.synth --peers ""                      ours alone
 python -m tests.benchmarks.synth --quick                         a quarter of the width, 100,000 tokens: is it alive?
 
 The world is that of flows/recipes/synth.toml, with as many rows as tokens, so that each is read once. With --store a
 stopped run goes on where it was. Beside the scores stands what a linear detector reaches that knows the true features.
+The peers train on the same rows from a file, brought to the same scale, with the same batch, width, k and rate; they come
+with `make peers`.
 """
 
 from __future__ import annotations
@@ -15,24 +18,26 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
 
-from saeflow import ground_truth
+from saeflow import ground_truth, interchange, superposed
 from saeflow.commands_synth import Synth, judge, print_scores
-from saeflow.config import Architecture, Recipe, UserError, load_recipe
-from saeflow.encoding import SparseValues
+from saeflow.config import Architecture, Recipe, SAEConfig, UserError, load_recipe
 from saeflow.ground_truth import Scores
-from saeflow.known import Codes, Truth
+from saeflow.known import Truth
 from saeflow.progress import Progress
+from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
+from tests.benchmarks import _peers
 from tests.benchmarks._bars import Bar, report
 
 RECIPE = Path(__file__).resolve().parents[2] / "flows" / "recipes" / "synth.toml"
@@ -53,6 +58,7 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 """The same crowding (features and active ones a neuron) at a sixteenth of the work."""
 
+PEERS = "saelens-topk,saelens-batchtopk,sparsify-topk"
 FOUND, PRECISION, F1 = 0.97, 0.85, 0.85
 
 
@@ -62,27 +68,52 @@ def recipe_of(architecture: str, n_tokens: int, quick: bool) -> Recipe:
     return load_recipe(RECIPE, **({**QUICK, **changes} if quick else changes))
 
 
-def score_directions(
-    w_dec: Tensor, encode: Callable[[Tensor], Tensor], truth: Truth, n_tokens: int, b_dec: Tensor | None = None
-) -> Scores:
-    """Judge anybody's autoencoder by its directions (F, D) and an encoder from rows (B, D) to dense values (B, F).
+def peer_scores(recipe: Recipe, peer: str, architecture: str, folder: Path) -> Scores:
+    """Train a peer's autoencoder on the recipe's rows from a file and judge it as ours are."""
+    made = recipe.activations.synthetic
+    assert made is not None
+    scale = write_rows(recipe, folder / "rows.npy")
+    n_steps = max(recipe.train.n_tokens // recipe.feed.batch_rows, 1)
+    saved = folder / f"{peer}-{architecture}"
+    _peers.train(
+        peer=peer, architecture=architecture, data=folder / "rows.npy", held_out=folder / "rows-held-out.npy",
+        batch=recipe.feed.batch_rows, lr=recipe.train.lr, n_features=recipe.sae.n_features, k=recipe.sae.k,
+        n_steps=n_steps, n_timed=0, decay_steps=round(recipe.train.decay_share * n_steps),
+        threads=torch.get_num_threads(), save=saved,
+    )  # fmt: skip
+    sae = (interchange.load if peer == "saelens" else load_sparsify)(saved).eval()
+    return ground_truth.score_directions(
+        sae.W_dec.detach(), lambda x: sae.encode_sparse(x * scale), lambda sparse: sae.decode(sparse) / scale,
+        ground_truth.truth_of(made), recipe.train.n_tokens,
+    )  # fmt: skip
 
-    Without `b_dec` (D) its reconstruction, and with it variance unexplained, lacks an offset.
-    """
-    bias = torch.zeros(w_dec.shape[1]) if b_dec is None else b_dec
 
-    def encode_sparse(x: Tensor) -> SparseValues:
-        codes = Codes.of_dense(encode(x).detach().float().cpu().numpy())
-        return SparseValues(codes.row_starts, codes.feature_ids.astype(np.int32), codes.values)
+def write_rows(recipe: Recipe, path: Path) -> float:
+    """The recipe's rows, scaled to a mean squared distance of D from their mean, once; returns the scale."""
+    made = recipe.activations.synthetic
+    assert made is not None
+    world = superposed.World.of(made)
+    first = np.concatenate([world.block(superposed.TRAINING, number)[0] for number in range(16)])
+    scale = float(np.sqrt(made.n_neurons / np.square(first - first.mean(0)).sum(1).mean()))
+    if not path.exists():
+        rows = np.lib.format.open_memmap(path, "w+", np.float32, (made.n_samples, made.n_neurons))
+        for number, start in enumerate(range(0, made.n_samples, superposed.BLOCK_ROWS)):
+            block = world.block(superposed.TRAINING, number)[0][: made.n_samples - start]
+            np.multiply(block, np.float32(scale), out=rows[start : start + len(block)])
+        rows.flush()
+        np.save(path.with_name("rows-held-out.npy"), world.block(superposed.FRESH, 0)[0] * np.float32(scale))
+    return scale
 
-    def decode(sparse: SparseValues) -> Tensor:
-        values = torch.zeros(len(sparse.row_starts) - 1, len(w_dec))
-        values[torch.from_numpy(Codes(*sparse).rows), torch.from_numpy(sparse.feature_ids).long()] = torch.from_numpy(
-            sparse.values
-        )
-        return values @ w_dec.detach().float().cpu() + bias.detach().float().cpu()
 
-    return ground_truth.score_directions(w_dec.detach(), encode_sparse, decode, truth, n_tokens)
+def load_sparsify(folder: Path) -> SparseAutoencoder:
+    """What sparsify saved, as a TopK autoencoder of ours."""
+    about = json.loads((folder / "cfg.json").read_text())
+    tensors = load_file(folder / "sae.safetensors")
+    n_features, width = tensors["W_dec"].shape
+    sae = SparseAutoencoder(SAEConfig(architecture="topk", n_features=n_features, k=about["k"]), width)
+    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+    sae.load_state_dict({ours: tensors[theirs].float() for ours, theirs in names.items()}, strict=False)
+    return sae
 
 
 def linear_f1(truth: Truth, n_blocks: int = 16, n_features: int = 256) -> float:
@@ -129,11 +160,19 @@ def main() -> None:
     made = recipes[0].activations.synthetic
     assert made is not None
     skipped: dict[str, str] = {}
+    peers: dict[str, Scores] = {}
     with contextlib.ExitStack() as stack:
         folder = asked.store or stack.enter_context(tempfile.TemporaryDirectory(prefix="saeflow-synth-"))
         found = list(trained(Store.create(folder), recipes, skipped))
-    if found:
-        print_scores([each for each, _ in found])
+        if found:
+            print_scores([each for each, _ in found])
+        for peer, architecture in asked.peers:
+            if not _peers.available():
+                skipped[f"{peer} {architecture}"] = "the peers are not installed: make peers"
+                continue
+            rows = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saeflow-peers-")))
+            peers[f"{peer} {architecture}"] = peer_scores(recipes[0], peer, architecture, rows)
+            print(f"{peer} {architecture}: {dataclasses.asdict(peers[f'{peer} {architecture}'])}", flush=True)
     best = max((each for each, _ in found), key=lambda each: worst_share(each.scores), default=None)
     scores = best.scores if best else None
     names = ("found of those that fire 1,000 times", "precision", "F1 of firing")
@@ -149,6 +188,7 @@ def main() -> None:
         linear_detector_f1=round(linear_f1(ground_truth.truth_of(made)), 4),
         seconds={each.recipe.sae.architecture: round(seconds, 1) for each, seconds in found},
         scores={each.recipe.sae.architecture: dataclasses.asdict(each.scores) for each, _ in found},
+        peers={name: dataclasses.asdict(each) for name, each in peers.items()},
         skipped=skipped,
     )
 
@@ -158,11 +198,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="about a minute, smaller sizes")
     parser.add_argument("--tokens", type=int, help="rows made, and tokens each is trained on")
     parser.add_argument("--architectures", default=",".join(get_args(Architecture)), help="comma-separated")
+    parser.add_argument("--peers", default=PEERS, help="peer-architecture, comma-separated")
     parser.add_argument("--store", help="folder to keep rows and autoencoders in; default: one that goes away")
     asked = parser.parse_args()
     unknown = set(asked.architectures.split(",")) - SETTINGS.keys()
     if unknown:
         parser.error(f"--architectures: {', '.join(sorted(unknown))} is none of {', '.join(SETTINGS)}")
+    asked.peers = [] if asked.quick else [name.split("-") for name in asked.peers.split(",") if name]
     return asked
 
 
