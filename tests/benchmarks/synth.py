@@ -42,19 +42,20 @@ from tests.benchmarks._bars import Bar, report
 
 RECIPE = Path(__file__).resolve().parents[2] / "flows" / "recipes" / "synth.toml"
 
+NO_K: dict[str, Any] = {"train.k_start": None, "train.k_anneal_share": 0.1}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "relu": {"sae.l1_weight": 40.0, "train.sparsity_warmup_share": 0.05, "train.resample_at": [0.2, 0.4]},
-    "gated": {"sae.l1_weight": 40.0, "train.sparsity_warmup_share": 0.05},
+    "relu": NO_K | {"sae.l1_weight": 40.0, "train.sparsity_warmup_share": 0.05, "train.resample_at": [0.2, 0.4]},
+    "gated": NO_K | {"sae.l1_weight": 40.0, "train.sparsity_warmup_share": 0.05},
     "topk": {},
     "batchtopk": {},
     "matryoshka": {},
-    "jumprelu": {"sae.penalty": "l0", "train.sparsity_warmup_share": 0.05},
+    "jumprelu": NO_K | {"sae.penalty": "l0", "train.sparsity_warmup_share": 0.05},
 }
 """What differs from the recipe, by architecture. All aim at the true number of active features, k."""
 
 QUICK: dict[str, Any] = {
     "activations.synthetic.n_neurons": 64, "activations.synthetic.n_true": 512, "activations.synthetic.l0": 4.0,
-    "sae.n_features": 1024, "sae.k": 4,
+    "sae.n_features": 1024, "sae.k": 4, "train.k_start": 10,
 }  # fmt: skip
 """The same crowding (features and active ones a neuron) at a sixteenth of the work."""
 
