@@ -91,7 +91,7 @@ class Training:
     def begin(cls, feed: Feed, recipe: Recipe, restart: int = 0, rows: tuple[Tensor, ...] | None = None) -> Training:
         """Fresh weights, the data set's mean and scale from a sample of shuffled rows."""
         rows = rows or sample(feed)
-        means, scales = zip(*(_mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
+        means, scales = zip(*(mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
         seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
         sae = SparseAutoencoder(seeded, feed.sites[0].width, feed.sites[-1].width)
         sae.product_dtype = fast_dtype()
@@ -243,7 +243,7 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (CHECKPOINT, STATE))
 
 
-def _mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:
+def mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:
     """Mean (D), and the factor that brings the rows' mean squared distance from it to D."""
     mean = rows.mean(0)
     spread = (rows - mean).square().sum(1).mean().item()

@@ -37,19 +37,19 @@ from saeflow.known import Truth
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
+from saeflow.training import mean_and_scale
 from tests.benchmarks import _peers
 from tests.benchmarks._bars import Bar, report
 
 RECIPE = Path(__file__).resolve().parents[2] / "flows" / "recipes" / "synth.toml"
 
-NO_K: dict[str, Any] = {"train.k_start": None, "train.k_anneal_share": 0.1}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "relu": NO_K | {"sae.l1_weight": 40.0, "train.sparsity_warmup_share": 0.05, "train.resample_at": [0.2, 0.4]},
-    "gated": NO_K | {"sae.l1_weight": 40.0, "train.sparsity_warmup_share": 0.05},
+    "relu": {"sae.l1_weight": 40.0, "train.sparsity_warmup_share": 0.05, "train.resample_at": [0.2, 0.4]},
+    "gated": {"sae.l1_weight": 40.0, "train.sparsity_warmup_share": 0.05},
     "topk": {},
     "batchtopk": {},
     "matryoshka": {},
-    "jumprelu": NO_K | {"sae.penalty": "l0", "train.sparsity_warmup_share": 0.05},
+    "jumprelu": {"sae.penalty": "l0", "train.sparsity_warmup_share": 0.05},
 }
 """What differs from the recipe, by architecture. All aim at the true number of active features, k."""
 
@@ -93,16 +93,17 @@ def write_rows(recipe: Recipe, path: Path) -> float:
     """The recipe's rows, scaled to a mean squared distance of D from their mean, once; returns the scale."""
     made = recipe.activations.synthetic
     assert made is not None
-    world = superposed.World.of(made)
-    first = np.concatenate([world.block(superposed.TRAINING, number)[0] for number in range(16)])
-    scale = float(np.sqrt(made.n_neurons / np.square(first - first.mean(0)).sum(1).mean()))
+    blocks = [values for values, _ in itertools.islice(superposed.rows_of(made).blocks(0), 16)]
+    _, scale = mean_and_scale(torch.from_numpy(np.concatenate(blocks)), normalise=True)
     if not path.exists():
         rows = np.lib.format.open_memmap(path, "w+", np.float32, (made.n_samples, made.n_neurons))
-        for number, start in enumerate(range(0, made.n_samples, superposed.BLOCK_ROWS)):
-            block = world.block(superposed.TRAINING, number)[0][: made.n_samples - start]
-            np.multiply(block, np.float32(scale), out=rows[start : start + len(block)])
+        start = 0
+        for values, _ in superposed.rows_of(made).blocks(0):
+            rows[start : start + len(values)] = values[: len(rows) - start] * np.float32(scale)
+            start += len(values)
         rows.flush()
-        np.save(path.with_name("rows-held-out.npy"), world.block(superposed.FRESH, 0)[0] * np.float32(scale))
+        fresh, _ = next(ground_truth.truth_of(made).fresh())
+        np.save(path.with_name("rows-held-out.npy"), fresh * np.float32(scale))
     return scale
 
 
@@ -167,11 +168,11 @@ def main() -> None:
         found = list(trained(Store.create(folder), recipes, skipped))
         if found:
             print_scores([each for each, _ in found])
+        rows = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saeflow-peers-")))
         for peer, architecture in asked.peers:
             if not _peers.available():
                 skipped[f"{peer} {architecture}"] = "the peers are not installed: make peers"
                 continue
-            rows = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saeflow-peers-")))
             peers[f"{peer} {architecture}"] = peer_scores(recipes[0], peer, architecture, rows)
             print(f"{peer} {architecture}: {dataclasses.asdict(peers[f'{peer} {architecture}'])}", flush=True)
     best = max((each for each, _ in found), key=lambda each: worst_share(each.scores), default=None)
