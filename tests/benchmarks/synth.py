@@ -8,8 +8,8 @@ python -m tests.benchmarks.synth --quick                         a quarter of th
 
 The world is that of flows/recipes/synth.toml, with as many rows as tokens, so that each is read once. With --store a
 stopped run goes on where it was. Beside the scores stands what a linear detector reaches that knows the true features.
-The peers train on the same rows from a file, brought to the same scale, with the same batch, width, k and rate; they come
-with `make peers`.
+The peers train on the same rows from a file, brought to the same scale, with the same batch, width, k (theirs
+does not fall) and schedule of the rate; they come with `make peers`.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def peer_scores(recipe: Recipe, peer: str, architecture: str, folder: Path) -> S
     _peers.train(
         peer=peer, architecture=architecture, data=folder / "rows.npy", held_out=folder / "rows-held-out.npy",
         batch=recipe.feed.batch_rows, lr=recipe.train.lr, n_features=recipe.sae.n_features, k=recipe.sae.k,
-        n_steps=n_steps, n_timed=0, decay_steps=round(recipe.train.decay_share * n_steps),
-        threads=torch.get_num_threads(), save=saved,
+        n_steps=n_steps, n_timed=0, lr_warmup_steps=round(recipe.train.warmup_share * n_steps),
+        decay_steps=round(recipe.train.decay_share * n_steps), threads=torch.get_num_threads(), save=saved,
     )  # fmt: skip
     sae = (interchange.load if peer == "saelens" else load_sparsify)(saved).eval()
     return ground_truth.score_directions(
