@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saeflow import kernels
-from saeflow.encoding import Encoder
+from saeflow.encoding import Encoder, linear
 from saeflow.kernels import in_parallel, ranges
 from saeflow.sparse_step import Batch, Outcome, Task, Weights, without_radial
 
@@ -32,7 +32,7 @@ def run(batch: Batch, encoder: Encoder, weights: Weights, task: Task) -> Outcome
 
     def missed(values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         rest = torch.addmm(target, values, weights.w_dec, beta=-1)
-        return rest, (rest.to(low_w_dec.dtype) @ low_w_dec.t()).float().mul_(scale)
+        return rest, linear(rest.to(low_w_dec.dtype), low_w_dec).float().mul_(scale)
 
     def forward_and_back(part: tuple[int, int]) -> tuple[float, float, Tensor, Tensor, dict[str, Tensor], Tensor]:
         rows = slice(*part)

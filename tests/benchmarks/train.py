@@ -28,7 +28,7 @@ import torch
 
 from saeflow import bring, sae, sparse_step
 from saeflow.config import Recipe, SAEConfig, TrainConfig, parse_recipe
-from saeflow.encoding import fast_dtype
+from saeflow.encoding import PRODUCT_ENTRIES, fast_dtype, linear
 from saeflow.kernels import in_parallel, ranges
 from saeflow.parallel import keep_freed_memory
 from saeflow.progress import Progress
@@ -137,15 +137,10 @@ def floor_speed(size: Size) -> float:
     """Tokens/s of the encoder product alone, on as many workers as a step has."""
     dtype = fast_dtype()
     x, w = torch.randn(BATCH, size.width).to(dtype), torch.randn(size.n_features, size.width).to(dtype)
-    out = torch.empty(BATCH, size.n_features, dtype=dtype)
-
-    def product(part: tuple[int, int]) -> None:
-        torch.mm(x[slice(*part)], w.t(), out=out[slice(*part)])
-
-    seconds = []
+    rows, seconds = min(max(PRODUCT_ENTRIES // size.n_features, 64), 512), []
     for _ in range(8):
         began = time.perf_counter()
-        in_parallel(product, ranges(BATCH, 512))
+        in_parallel(lambda part: linear(x[slice(*part)], w), ranges(BATCH, rows))
         seconds.append(time.perf_counter() - began)
     return BATCH / statistics.median(seconds)
 
