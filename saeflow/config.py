@@ -50,15 +50,15 @@ class CorpusConfig(Section):
     """Where the documents come from, and which of them are held out."""
 
     files: Paths = Field([], description="Parquet, CSV, JSON lines or text files; globs and URLs allowed.")
-    sql: str | None = Field(None, description="A select giving `text` and any metadata columns, instead of files.")
+    sql: str | None = Field(None, examples=["select text, source from 'texts.parquet'"], description="A select giving `text` and any metadata columns, instead of files.")
     folder: str | None = Field(
-        None, description="Where relative paths in `sql` count from; default: the recipe's folder."
+        None, examples=["texts"], description="Where relative paths in `sql` count from; default: the recipe's folder."
     )
     text: str = Field("text", description="Column that holds the text.")
     token_ids: str | None = Field(
-        None, description="Column of lists of vocabulary ids, for a corpus tokenised already, instead of `text`."
+        None, examples=["token_ids"], description="Column of lists of vocabulary ids, for a corpus tokenised already, instead of `text`."
     )
-    key: str | None = Field(None, description="Column that names a document; default `key`, then file and row.")
+    key: str | None = Field(None, examples=["id"], description="Column that names a document; default `key`, then file and row.")
     dedup: bool = Field(False, description="Keep only the first of documents with equal text.")
     share: float = Field(
         1.0,
@@ -74,7 +74,7 @@ class ModelConfig(Section):
     """The language model whose activations are read."""
 
     path: str = Field(description="Local folder, or name on the Hugging Face hub.")
-    revision: str | None = Field(None, description="Commit or tag on the hub.")
+    revision: str | None = Field(None, examples=["main"], description="Commit or tag on the hub.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the forward pass.")
     device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
 
@@ -86,7 +86,7 @@ class TokensConfig(Section):
     packing: Literal["concatenated", "isolated"] = Field(
         "concatenated", description="Documents joined end to end, or one document a row with padding."
     )
-    prepend_bos: bool | None = Field(None, description="Start documents with BOS; default: the tokenizer's habit.")
+    prepend_bos: bool | None = Field(None, examples=[True], description="Start documents with BOS; default: the tokenizer's habit.")
     parse_special: bool = Field(
         False, description="Read names such as <|im_start|> in texts as the special tokens they name (chat templates)."
     )
@@ -157,11 +157,11 @@ class ActivationsConfig(Section):
 
     sites: Paths = Field([], description="Module names or globs; add `:input` to read a module's input.")
     source: str | None = Field(
-        None,
+        None, examples=["activations.parquet"],
         description="Bring your own: CSV, Parquet, npy, npz, safetensors, Zarr or SAELens' cache instead of a model.",
     )
     source_array: str | None = Field(
-        None, description="Which array of the source, or column of lists, where it has several."
+        None, examples=["activations"], description="Which array of the source, or column of lists, where it has several."
     )
     synthetic: SyntheticConfig | None = Field(None, description="Made activations instead of a model's.")
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="Precision on disk.")
@@ -203,12 +203,12 @@ TOP_FAMILY: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka")
 class SAEConfig(Section):
     """The dictionary: architecture, size and sparsity."""
 
-    site: str | None = Field(None, description="Which stored site is read; needed when there are several.")
+    site: str | None = Field(None, examples=["transformer.h.6.mlp.act"], description="Which stored site is read; needed when there are several.")
     target_site: str | None = Field(
-        None, description="Stored site to reconstruct from the one read: makes a transcoder. Default: the one read."
+        None, examples=["transformer.h.6.mlp"], description="Stored site to reconstruct from the one read: makes a transcoder. Default: the one read."
     )
     source: str | None = Field(
-        None, description="Folder of a trained SAE (SAELens, dictionary_learning) to use instead of training one."
+        None, examples=["sae"], description="Folder of a trained SAE (SAELens, dictionary_learning) to use instead of training one."
     )
     architecture: Architecture = Field("batchtopk", description="Kind of autoencoder.")
     n_features: PositiveInt = Field(4096, description="Directions in the dictionary (F).")
@@ -232,7 +232,7 @@ class SAEConfig(Section):
         0.1, description="The least threshold at the start, and every one where `first_share` is 0 (jumprelu)."
     )
     first_share: Share | None = Field(
-        None,
+        None, examples=[0.02],
         description="Share of tokens on which each feature fires at the start (relu, gated, jumprelu), by its bias or "
         "threshold; default: that of 2 k features, at most 0.05, for gated and jumprelu, and biases of zero for relu.",
     )
@@ -289,13 +289,13 @@ class TrainConfig(Section):
     beta1: Share = Field(0.9, description="Adam's first moment.")
     beta2: Share = Field(0.999, description="Adam's second moment.")
     clip_norm: PositiveFloat | None = Field(
-        None, description="Longest gradient, all parameters together; longer ones are scaled down to it."
+        None, examples=[1.0], description="Longest gradient, all parameters together; longer ones are scaled down to it."
     )
     sparsity_warmup_share: Share = Field(
         0.0, description="Share of steps over which the penalty rises from zero (relu, gated, jumprelu)."
     )
     k_start: PositiveInt | None = Field(
-        None, description="Active features per token at the start, falling to sae.k (top-k family)."
+        None, examples=[64], description="Active features per token at the start, falling to sae.k (top-k family)."
     )
     k_anneal_share: Share = Field(0.1, description="Share of steps over which k falls from `k_start` to sae.k.")
     aux_weight: float = Field(
@@ -311,7 +311,7 @@ class TrainConfig(Section):
     checkpoint_seconds: PositiveFloat = Field(60, description="Work at most lost when a run is killed.")
     log_every: PositiveInt = Field(10, description="Steps between rows of log.parquet.")
     tensorboard: str | None = Field(
-        None, description="Folder for TensorBoard's event files; needs the package tensorboard."
+        None, examples=["tensorboard"], description="Folder for TensorBoard's event files; needs the package tensorboard."
     )
 
 
@@ -406,10 +406,11 @@ class Recipe(Section):
     name: str = Field(pattern=NAME, description="Names the artefacts and the run.")
     data: str | None = Field(
         None,
+        examples=["other_recipe"],
         pattern=NAME,
         description="Name of the recipe whose stored tokens and activations are used; default: this one.",
     )
-    store: str | None = Field(None, description="Store folder; `--store` and SAEFLOW_STORE come first.")
+    store: str | None = Field(None, examples=["data/store"], description="Store folder; `--store` and SAEFLOW_STORE come first.")
     threads: NonNegativeInt = Field(0, description="Processor threads; 0 takes all. Fix it for byte-equal results.")
     corpus: CorpusConfig | None = None
     model: ModelConfig | None = None

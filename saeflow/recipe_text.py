@@ -12,7 +12,7 @@ from saeflow.config import Recipe
 from saeflow.disk import human_bytes
 
 _HEAD = """\
-# A saeflow recipe. Lines that begin with # show settings at their defaults.
+# A saeflow recipe. Lines that begin with # show settings at their defaults, or an example where there is none.
 # Relative paths count from the folder of this file.
 #
 #   saeflow run {file}          everything, from text to SQL answers
@@ -65,13 +65,12 @@ def _lines(model: type[BaseModel], start: dict[str, str], hints: dict[str, str])
         if key in start:
             yield f"{key} = {start[key]}  # {about}\n"
         elif key != "synthetic":
-            yield f"# {key} = {_toml(field.default)}  # {about}\n"
+            value = field.examples[0] if field.default is None and field.examples else field.default
+            yield f"# {key} = {_toml(value)}  # {about}\n"
 
 
 def _toml(value: object) -> str:
     match value:
-        case None:
-            return '""'
         case bool():
             return str(value).lower()
         case ByteSize():

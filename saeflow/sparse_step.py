@@ -21,7 +21,7 @@ from saeflow.rules import Rule, Sums, Top
 
 _DEGENERATE = 1e-6
 """Share of the squares of a batch below which its variance, or what is left to explain, is rounding."""
-ROWS, FEATURES = 256, 128
+ROWS, FEATURES = 512, 128
 """Rows and features that one worker takes at a time."""
 
 

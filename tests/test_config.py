@@ -150,6 +150,20 @@ def test_what_init_shows_at_the_top_is_the_default_when_it_is_uncommented(tmp_pa
     assert load_recipe(tmp_path / "new.toml").data_name == "new"
 
 
+def commented_settings() -> list[str]:
+    return re.findall(r"^# (\w+ = .*)$", template("new", "new.toml").partition("\n[")[2], re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", commented_settings())
+def test_every_setting_that_init_shows_is_of_the_right_kind_when_it_is_uncommented(tmp_path, line):
+    text = template("new", "new.toml").replace(f"# {line}\n", f"{line}\n")
+    (tmp_path / "new.toml").write_text(text, "utf-8")
+    try:
+        load_recipe(tmp_path / "new.toml")
+    except UserError as error:  # another source beside the model is one too many
+        assert "2 sources of activations" in str(error)
+
+
 def test_fingerprints_do_not_depend_on_order_or_machine_and_tell_facts_apart():
     assert fingerprint({"a": 1, "b": "猫"}) == fingerprint({"b": "猫", "a": 1}) == "3ff501ca"
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
