@@ -298,6 +298,9 @@ class TrainConfig(Section):
         None, examples=[64], description="Active features per token at the start, falling to sae.k (top-k family)."
     )
     k_anneal_share: Share = Field(0.1, description="Share of steps over which k falls from `k_start` to sae.k.")
+    token_topk_share: Share = Field(
+        0.0, description="Share of steps at the start in which each token keeps its own k largest (batchtopk, matryoshka)."
+    )
     aux_weight: float = Field(
         1 / 32, ge=0, description="Weight of the auxiliary loss of dead features (top-k family, jumprelu)."
     )
@@ -501,13 +504,13 @@ class Recipe(Section):
 
 _PENALTY = {"sae.penalty", "sae.penalty_weight", "sae.tanh_scale", "sae.bandwidth", "sae.first_threshold"}
 _L1 = {"sae.l1_weight", "sae.l1_norm_weighted"}
-_FALLING_K = {"train.k_start", "train.k_anneal_share"}
+_FALLING_K = {"train.k_start", "train.k_anneal_share", "train.token_topk_share"}
 _TOP = {*_PENALTY, *_L1, "sae.first_share", "train.sparsity_warmup_share"}
 _IGNORED: dict[Architecture, set[str]] = {
     "relu": {*_PENALTY, *_FALLING_K, "sae.k", "sae.prefixes", "train.aux_weight"},
     "gated": {*_PENALTY, *_FALLING_K, "sae.prefixes", "train.aux_weight"},  # k decides where its gate starts
     "jumprelu": {*_FALLING_K, "sae.l1_weight", "sae.prefixes"},
-    "topk": {*_TOP, "sae.prefixes"},
+    "topk": {*_TOP, "sae.prefixes", "train.token_topk_share"},
     "batchtopk": {*_TOP, "sae.prefixes"},
     "matryoshka": _TOP,
 }
@@ -667,6 +670,7 @@ _SINCE_2 = {
     "skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array",
     "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share",
     "decay", "clip_norm", "sparsity_warmup_share", "k_start", "k_anneal_share",
+    "token_topk_share",
     "l0", "zipf_exponent", "max_rate", "magnitude_floor", "magnitude_scale", "group_share", "group_chance", "noise",
     "offset",
 }  # fmt: skip

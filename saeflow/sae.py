@@ -131,6 +131,7 @@ class SparseAutoencoder(nn.Module):
         target: Tensor | None = None,
         k: int | None = None,
         sparsity: float = 1.0,
+        by_token: bool = False,
     ) -> tuple[Tensor, StepInfo]:
         """Loss of a batch (B, D) of float32, to be differentiated for the parameters, not for `x`.
 
@@ -139,13 +140,16 @@ class SparseAutoencoder(nn.Module):
         reconstruction)²), gated also that of its gate's own reconstruction, plus `sparsity` times the penalty.
         topk family and jumprelu: plus `aux_weight` times the share of the remaining error that features silent for
         `dead_after_tokens` miss. `target` (B, D_out) takes the place of x in all of that, for a transcoder; `k` that of
-        the configured one. With `unit_norm` the loss is that of directions of unit length, so its gradient keeps the length.
+        the configured one; `by_token` lets batchtopk and matryoshka choose as topk does. With `unit_norm` the loss is that
+        of directions of unit length, so its gradient keeps the length.
         In training mode the step also updates the running threshold and the silence counters.
         """
         if target is None and self.config.target_site is not None:
             target = x
         with torch.no_grad():
-            loss, info, gradients = self._step(x, aux_weight, dead_after_tokens, target, k or self.config.k, sparsity)
+            loss, info, gradients = self._step(
+                x, aux_weight, dead_after_tokens, target, k or self.config.k, sparsity, by_token
+            )
         hung = cast(Tensor, _Computed.apply(loss, gradients, *self._trained()))  # type: ignore[no-untyped-call]
         return hung, info
 
@@ -154,14 +158,16 @@ class SparseAutoencoder(nn.Module):
         return [self.W_enc, self.b_enc, self.W_dec, self.b_dec, *(getattr(self, name) for name in own)]
 
     def _step(
-        self, x: Tensor, aux_weight: float, dead_after: int, target: Tensor | None, k: int, sparsity: float
-    ) -> tuple[Tensor, StepInfo, tuple[Tensor, ...]]:
+        self, x: Tensor, aux_weight: float, dead_after: int, target: Tensor | None, k: int, sparsity: float,
+        by_token: bool,
+    ) -> tuple[Tensor, StepInfo, tuple[Tensor, ...]]:  # fmt: skip
+        by_token = by_token or self.config.architecture == "topk"
         encoder = self._current_encoder()
         batch = sparse_step.prepare(x, self.b_in, target, self.b_dec, encoder.dtype)
         rule, weights = self._rule(batch, sparsity), Weights(*(p.detach() for p in self._trained()[:4]))
         ends = torch.tensor(self.config.nested, dtype=torch.int32)
         task = Task(rule, ends, batch.scale(self.config.counts_k), self.config.unit_norm, self.use_kernels)
-        outcome, chosen = self._outcome(x, batch, encoder, weights, task, k)
+        outcome, chosen = self._outcome(x, batch, encoder, weights, task, k, by_token)
         dead = (self.tokens_since_fired >= dead_after).nonzero().flatten()
         weight = aux_weight if self.config.counts_k or self.config.architecture == "jumprelu" else 0.0
         auxiliary = Auxiliary.plan(dead, len(x), batch.target.shape[1], k, weight)
@@ -170,19 +176,20 @@ class SparseAutoencoder(nn.Module):
         penalty, sparsity_loss = rule.penalty_loss(outcome.penalty, n_active)
         loss = outcome.mean_error * task.scale + penalty + aux_weight * aux_loss
         if self.training and math.isfinite(loss):  # what a batch that is no number leaves behind must not be kept
-            self._remember(len(x), outcome.fired, chosen)
+            self._remember(len(x), outcome.fired, None if by_token else chosen)
         unexplained = outcome.error / batch.variance
         info = StepInfo(unexplained, aux_loss, sparsity_loss, n_active, len(dead), outcome.fired)
         return torch.tensor(loss, device=x.device), info, self._gradients(outcome, rule, weights, n_active)
 
     def _outcome(
-        self, x: Tensor, batch: Batch, encoder: Encoder, weights: Weights, task: Task, k: int
-    ) -> tuple[Outcome, sparse_step.Entries | None]:
+        self, x: Tensor, batch: Batch, encoder: Encoder, weights: Weights, task: Task, k: int,
+        by_token: bool,
+    ) -> tuple[Outcome, sparse_step.Entries | None]:  # fmt: skip
         suited = encoder.suited_to(x) if self.use_kernels else encoder
         rows = batch.low if suited is encoder else x
         if self.config.counts_k:
             chosen, self._guess = sparse_step.select_top(
-                rows, suited, k, self.config.architecture == "topk", self._guess, self.use_kernels
+                rows, suited, k, by_token, self._guess, self.use_kernels
             )
         else:
             cut = cast(Tensor | float, task.rule.cut)
@@ -223,9 +230,10 @@ class SparseAutoencoder(nn.Module):
         return outcome.d_w_enc, d_b_enc, d_w_dec, d_b_dec, *rule.own_gradients(outcome.sums, n_active)
 
     def _remember(self, n_rows: int, fired: Tensor, chosen: sparse_step.Entries | None) -> None:
-        """Count the tokens since each feature fired, and let the running threshold follow the least value chosen."""
+        """Count the tokens since each feature fired, and let the running threshold follow the least value chosen of a
+        batch."""
         self.tokens_since_fired.add_(n_rows).masked_fill_(fired > 0, 0)
-        if self.config.architecture in ("batchtopk", "matryoshka") and chosen is not None and len(chosen.values):
+        if self.config.counts_k and chosen is not None and len(chosen.values):
             memory = torch.where(self.threshold > 0, THRESHOLD_MEMORY, 0.0)
             self.threshold.mul_(memory).add_((1 - memory) * chosen.values.min())
 

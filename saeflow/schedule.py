@@ -34,5 +34,14 @@ def n_active(step: int, n_steps: int, sae: SAEConfig, config: TrainConfig) -> in
     return round(config.k_start + (sae.k - config.k_start) * fallen)
 
 
+def chooses_by_token(step: int, n_steps: int, config: TrainConfig) -> bool:
+    """Does each token keep its own k largest in this step? For the first `token_topk_share` of steps, never in the last.
+
+    A threshold for all tokens of a batch, as batchtopk and matryoshka have it, hardly ever selects a rare feature that
+    is not learned yet: its values stay below those of the features that are. Within a token it competes with few.
+    """
+    return step < math.floor(config.token_topk_share * n_steps)
+
+
 def _risen(step: int, n_steps: int, share: float) -> float:
     return min(1.0, (step + 1) / max(1, math.ceil(share * n_steps)))

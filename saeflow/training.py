@@ -117,8 +117,9 @@ class Training:
         x, *others = (batch.scaled(site, scale) for site, scale in enumerate(self.scales))
         target, dead_after = others[0] if others else None, self.config.dead_after_tokens
         loss, info = self.sae.training_loss(
-            x, self.config.aux_weight, dead_after, target=target, k=self._k, sparsity=self._sparsity
-        )
+            x, self.config.aux_weight, dead_after, target=target, k=self._k, sparsity=self._sparsity,
+            by_token=schedule.chooses_by_token(self.step, self.n_steps, self.config),
+        )  # fmt: skip
         if not math.isfinite(loss.item()):
             raise UserError(self._no_number(loss.item(), batch))
         loss.backward()  # type: ignore[no-untyped-call]

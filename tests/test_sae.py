@@ -73,6 +73,17 @@ def test_the_sparse_step_has_the_loss_and_gradients_of_the_dense_one(architectur
     assert_near(gradients(loss, sae), gradients(wanted, sae), 1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_choosing_by_token_is_what_topk_does_and_leaves_the_threshold_alone(architecture):
+    sae, topk, x = an_autoencoder(architecture, prefixes=[F]), an_autoencoder("topk"), a_batch()
+    sae.threshold.fill_(0.7)
+    (by_token, info), (wanted, _) = sae.training_loss(x, by_token=True), topk.training_loss(x)
+    assert torch.equal(by_token, wanted) and sae.threshold == torch.tensor(0.7)
+    assert all(map(torch.equal, gradients(by_token, sae), gradients(wanted, topk)))
+    sae.training_loss(x)
+    assert info.n_active == K and sae.threshold != torch.tensor(0.7)
+
+
 @pytest.mark.parametrize("n_dead", [2, 60])
 @pytest.mark.parametrize("kernels", [True, False])
 def test_the_auxiliary_loss_has_the_gradients_of_the_dense_one(kernels, n_dead):

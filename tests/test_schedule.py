@@ -75,6 +75,15 @@ def test_k_falls_step_by_step_from_its_start_to_what_the_sae_has(n_steps, k, mor
     assert np.abs(found[:n_down] - straight).max() <= 0.5 + 1e-9
 
 
+@given(n_steps=N_STEPS, share=st.floats(0, 0.999))
+def test_tokens_choose_by_themselves_for_a_share_of_the_steps_but_never_in_the_last(n_steps, share):
+    config = TrainConfig(token_topk_share=share)
+    found = [schedule.chooses_by_token(step, n_steps, config) for step in range(n_steps)]
+    n_first = int(share * n_steps)
+    assert found == [True] * n_first + [False] * (n_steps - n_first)
+    assert not found[-1]
+
+
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
 def test_k_stays_where_it_is_not_counted_or_no_start_is_given(architecture):
     sae, config = SAEConfig(architecture=architecture, k=5), TrainConfig(k_start=50)

@@ -319,6 +319,12 @@ def test_k_falls_during_a_training(store, table, monkeypatch):
     assert [asked.get("k", 4) for asked in recorder.asked] == wanted == log_of(store, recipe)["k"]
 
 
+def test_tokens_choose_by_themselves_at_the_start_of_a_training(store, table, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    train.run(store, recipe_of(table, train={"token_topk_share": 0.6}), quiet())
+    assert [asked["by_token"] for asked in recorder.asked] == [True] * 12 + [False] * 8
+
+
 def test_the_penalty_rises_during_a_training(store, table, monkeypatch):
     recorder = Recorder(monkeypatch)
     recipe = recipe_of(
@@ -435,6 +441,7 @@ def assert_killed_and_resumed_alike(feed, recipe, folder, n_rows):
 
 EVERYTHING = {
     "checkpoint_seconds": 1e-9, "clip_norm": 0.3, "sparsity_warmup_share": 0.5, "k_start": 9, "k_anneal_share": 0.5,
+    "token_topk_share": 0.4,
     "decay": "cosine", "dead_after_tokens": 500, "resample_at": [0.3, 0.6],
 }  # fmt: skip
 
