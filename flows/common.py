@@ -20,8 +20,9 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
-from saeflow.config import Recipe, UserError
+from saeflow.config import Recipe
 from saeflow.progress import Progress
+from saeflow.sections import UserError
 from saeflow.store import Store, store_path
 
 P = ParamSpec("P")

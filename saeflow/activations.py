@@ -18,7 +18,8 @@ from saeflow import tokens
 from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.artefact import Artefact, Job
 from saeflow.brought import content
-from saeflow.config import ActivationsConfig, Recipe, SAEConfig, UserError, facts_of, fingerprint
+from saeflow.config import Recipe
+from saeflow.fingerprints import facts_of, fingerprint
 from saeflow.model import (
     Site,
     SiteReader,
@@ -36,6 +37,7 @@ from saeflow.parallel import in_order, keep_freed_memory
 from saeflow.plan import pool_blocks
 from saeflow.progress import Bar, Progress
 from saeflow.records import PartRecord
+from saeflow.sections import ActivationsConfig, SAEConfig, UserError
 from saeflow.store import Store
 from saeflow.transfer import n_workers, own_stream
 from saeflow.writer import stored

@@ -16,11 +16,11 @@ import zarr
 from torch import Tensor
 
 from saeflow.artefact import Artefact
-from saeflow.config import ActivationsConfig
 from saeflow.disk import Bytes, FileBytes
 from saeflow.model import Site
 from saeflow.objects import Objects
 from saeflow.records import Damaged, PartRecord
+from saeflow.sections import ActivationsConfig
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock, Timeout
 
-from saeflow.config import FORMAT_VERSION, UserError
 from saeflow.disk import checksum, flush_tree, make_folder, rename, replacing
+from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.objects import Objects
 from saeflow.records import (
     ArtefactRecord,
@@ -44,6 +44,7 @@ from saeflow.records import (
     write_provenance,
     write_record,
 )
+from saeflow.sections import UserError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saeflow.config import UserError
+from saeflow.sections import UserError
 
 
 class Board:

@@ -13,7 +13,7 @@ from saeflow import brought, labels, tokens
 from saeflow.activations import artefact, brought_facts, facts, skipped, tokens_artefact
 from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.artefact import Artefact
-from saeflow.config import ActivationsConfig, Recipe
+from saeflow.config import Recipe
 from saeflow.model import Site
 from saeflow.packed import open_writer
 from saeflow.parallel import n_threads
@@ -21,6 +21,7 @@ from saeflow.plan import pool_blocks
 from saeflow.progress import Bar, Progress
 from saeflow.records import PartRecord
 from saeflow.rows import Reader, Rows
+from saeflow.sections import ActivationsConfig
 from saeflow.store import Store
 from saeflow.vocab import write_vocab
 from saeflow.writer import stored

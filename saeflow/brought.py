@@ -11,11 +11,11 @@ import xxhash
 
 from saeflow import superposed, toys
 from saeflow.columns import arrow_files, arrow_rows, csv_rows, parquet_rows
-from saeflow.config import SyntheticConfig, UserError
 from saeflow.disk import checksum
 from saeflow.labels import name_of
 from saeflow.progress import Progress
 from saeflow.rows import Reader, Rows, no_table, npy_rows, npz_rows, safetensors_rows, zarr_rows
+from saeflow.sections import SyntheticConfig, UserError
 
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saeflow.config import UserError
 from saeflow.disk import read_json
 from saeflow.rows import Block, Rows, block_rows, choose, unreadable
+from saeflow.sections import UserError
 
 _TOKEN_IDS = "token_ids"
 """SAELens' column of what the model read."""

@@ -19,9 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from saeflow import __version__
-from saeflow.config import Recipe, UserError, load_recipe
+from saeflow.config import Recipe
 from saeflow.harmless import harmless_lines
 from saeflow.progress import Progress
+from saeflow.recipe_file import load_recipe
+from saeflow.sections import UserError
 from saeflow.store import Store, store_path
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import typer
 from rich.markup import escape
 
 from saeflow.command_line import RunOption, StoreOption, a_table, connection_to, err, open_store, out, require_place
-from saeflow.config import UserError
 from saeflow.harmless import harmless_lines, sanitise
+from saeflow.sections import UserError
 from saeflow.store import store_path
 
 if TYPE_CHECKING:

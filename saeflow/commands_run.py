@@ -31,9 +31,10 @@ from saeflow.command_line import (
     require_place,
     where,
 )
-from saeflow.config import Recipe, UserError, require_one
+from saeflow.config import Recipe, require_one
 from saeflow.disk import human_bytes
 from saeflow.progress import Progress
+from saeflow.sections import UserError
 from saeflow.store import Store
 
 commands = typer.Typer()
@@ -244,8 +245,8 @@ def sites(
 ) -> None:
     """List the modules of a model whose activations can be stored. Example: `saeflow sites gpt2 '*.mlp.act'`"""
 
-    from saeflow.config import ModelConfig
     from saeflow.model import list_sites, load_model
+    from saeflow.sections import ModelConfig
 
     every = list_sites(load_model(ModelConfig(path=model)))
     found = [site for site in every if fnmatch.fnmatch(site.name, pattern)]

@@ -25,11 +25,11 @@ from saeflow.command_line import (
     read_recipe,
     where,
 )
-from saeflow.config import UserError
 from saeflow.disk import human_bytes
 from saeflow.harmless import sanitise
 from saeflow.progress import Progress
 from saeflow.records import KINDS, read_checked
+from saeflow.sections import UserError
 from saeflow.store import Store, store_path
 
 if TYPE_CHECKING:

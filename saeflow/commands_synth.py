@@ -24,8 +24,9 @@ from saeflow.command_line import (
     progress_of,
     read_recipe,
 )
-from saeflow.config import Recipe, UserError
+from saeflow.config import Recipe
 from saeflow.progress import Progress
+from saeflow.sections import UserError
 from saeflow.store import Store
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from saeflow import remote, tables
-from saeflow.config import CorpusConfig, UserError
 from saeflow.document import Corpus, Document, is_shared
 from saeflow.objects import is_url
+from saeflow.sections import CorpusConfig, UserError
 
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 _COMMIT = re.compile("(?<=[^/])@[0-9a-f]{40}(?=/|$)")

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from saeflow import activations, features, interchange, tokens, train
 from saeflow.artefact import Artefact
-from saeflow.config import FORMAT_VERSION, Recipe, fingerprint
+from saeflow.config import Recipe
 from saeflow.feed import Feed, aligned_held_out_rows
+from saeflow.fingerprints import FORMAT_VERSION, fingerprint
 from saeflow.machine import total_memory
 from saeflow.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
 from saeflow.model import device_of, load_model, predicts_next_token, require_running_order, spliced

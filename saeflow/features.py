@@ -17,13 +17,15 @@ from torch import Tensor
 
 from saeflow import activations, arrays, imported, interchange, train
 from saeflow.artefact import Artefact, Job
-from saeflow.config import Recipe, UserError, fingerprint
+from saeflow.config import Recipe
 from saeflow.encoding import SparseValues, feature_major, feature_statistics
+from saeflow.fingerprints import fingerprint
 from saeflow.model import Site
 from saeflow.parallel import n_threads, use_one_thread
 from saeflow.progress import Bar, Progress
 from saeflow.records import PartRecord
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.used import Used
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from saeflow.arrays import Stored, open_site
 from saeflow.artefact import Artefact
-from saeflow.config import FeedConfig, UserError
 from saeflow.model import Site
 from saeflow.plan import (
     Block,
@@ -28,6 +27,7 @@ from saeflow.plan import (
     plan_pools,
     pool_blocks,
 )
+from saeflow.sections import FeedConfig, UserError
 from saeflow.used import Used
 
 _READERS, _OBJECT_READERS = 2, 8

@@ -19,13 +19,15 @@ import pyarrow.parquet as pq
 
 from saeflow import corpus
 from saeflow.arrays import ITEM_BYTES
-from saeflow.config import FORMAT_VERSION, CorpusConfig, Recipe, UserError, fingerprint
+from saeflow.config import Recipe
 from saeflow.disk import human_bytes
 from saeflow.document import is_held_out
+from saeflow.fingerprints import FORMAT_VERSION, fingerprint
 from saeflow.model import load_tokenizer
 from saeflow.parallel import n_threads
 from saeflow.progress import Progress
 from saeflow.records import read_checked, write_checked
+from saeflow.sections import CorpusConfig, UserError
 from saeflow.store import Store
 from saeflow.tokens import bos_ids, ids_of
 from saeflow.trial import REFUSED

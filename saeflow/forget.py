@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from saeflow import features
 from saeflow.artefact import Artefact
-from saeflow.config import UserError
 from saeflow.ledger import by_part, key_hash, merged
 from saeflow.progress import Progress
 from saeflow.records import Generation, Hidden, PartRecord
+from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.tokens import write_tables
 

@@ -15,10 +15,10 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow import superposed, toys
-from saeflow.config import SyntheticConfig
 from saeflow.encoding import SparseValues
 from saeflow.known import Codes, Truth
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import SyntheticConfig
 
 FOUND = 0.9
 """Cosine above which a direction is that of a true feature."""

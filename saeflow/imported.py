@@ -13,13 +13,15 @@ from torch import Tensor
 
 from saeflow import activations, arrays, interchange, sae_folders
 from saeflow.artefact import Artefact
-from saeflow.config import Recipe, SAEConfig, UserError, facts_of
+from saeflow.config import Recipe
 from saeflow.disk import checksum, replacing
+from saeflow.fingerprints import facts_of
 from saeflow.metrics import Firing, Reconstruction
 from saeflow.model import Site
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.sae_folders import Described
+from saeflow.sections import SAEConfig, UserError
 from saeflow.store import Store
 from saeflow.used import Used
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from saeflow.artefact import Artefact
-from saeflow.config import FORMAT_VERSION
 from saeflow.disk import flush_tree, rename
+from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.records import KINDS, Damaged, PartRecord, read_checked, read_record, write_checked, write_record
 from saeflow.store import Store
 

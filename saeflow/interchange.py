@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.config import UserError
 from saeflow.sae import SparseAutoencoder
 from saeflow.sae_folders import AGAIN, CFG, SAVED_AS, WEIGHTS, Described, describe, saelens_name
+from saeflow.sections import UserError
 
 _NAMES = {
     "encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc", "bias": "b_dec",

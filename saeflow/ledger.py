@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from saeflow.artefact import Artefact
-from saeflow.config import CorpusConfig
 from saeflow.document import Document, is_held_out
 from saeflow.records import Generation, Hidden, PartRecord
+from saeflow.sections import CorpusConfig
 
 Verdict = Literal["new", "changed", "same", "forgotten"]
 HiddenByPart = Mapping[int, tuple[Hidden, ...]]

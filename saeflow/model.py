@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saeflow.config import ModelConfig, UserError, fingerprint
 from saeflow.disk import checksum
+from saeflow.fingerprints import fingerprint
 from saeflow.remote import hub_errors
+from saeflow.sections import ModelConfig, UserError
 from saeflow.transfer import to_device
 
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")

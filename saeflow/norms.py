@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from saeflow.artefact import Artefact
-from saeflow.config import ActivationsConfig
 from saeflow.model import Site
 from saeflow.progress import Progress
+from saeflow.sections import ActivationsConfig
 from saeflow.transfer import to_processor
 
 FILE = "norms.parquet"

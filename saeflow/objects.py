@@ -26,7 +26,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, Prec
 from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from saeflow.config import UserError
+from saeflow.sections import UserError
 
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from saeflow.arrays import Layout
-from saeflow.config import ActivationsConfig
+from saeflow.sections import ActivationsConfig
 from saeflow.writer import Writer
 
 _LEVEL = 1

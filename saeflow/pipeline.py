@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from saeflow import activations, bring, evaluate, features, forget, integrity, report, sweep, tokens, train
-from saeflow.config import Recipe, UserError
+from saeflow.config import Recipe
 from saeflow.machine import measured
 from saeflow.progress import Progress
 from saeflow.records import read_checked
+from saeflow.sections import UserError
 from saeflow.store import Store
 
 Stage = Callable[[Store, Recipe, Progress], Any]

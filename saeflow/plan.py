@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saeflow.config import FeedConfig, UserError
 from saeflow.disk import human_bytes
 from saeflow.records import PartRecord
+from saeflow.sections import FeedConfig, UserError
 
 
 def pool_blocks(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:

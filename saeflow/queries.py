@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import duckdb
 import pyarrow as pa
 
-from saeflow.config import UserError
 from saeflow.query_errors import QUERY_ERRORS, is_of_system
 from saeflow.runs import Run, connect, nearest, runs, script, sql_folder
+from saeflow.sections import UserError
 
 __all__ = ["Parameter", "Question", "Run", "ask", "check", "connect", "query", "questions", "runs", "script"]
 

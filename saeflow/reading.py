@@ -12,10 +12,11 @@ from pathlib import Path
 
 from saeflow.artefact import Artefact
 from saeflow.board import Board
-from saeflow.config import Recipe, UserError
+from saeflow.config import Recipe
 from saeflow.feed import Feed
 from saeflow.objects import Objects
 from saeflow.progress import Bar, Progress
+from saeflow.sections import UserError
 from saeflow.training import CHECKPOINT, Batch, Training, is_whole, sample, whole_step
 
 

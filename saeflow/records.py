@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import xxhash
 from pydantic import BaseModel, ValidationError
 
-from saeflow.config import FORMAT_VERSION, UserError
 from saeflow.disk import checksum, json_text, read_json, replacing, write_json
+from saeflow.fingerprints import FORMAT_VERSION
+from saeflow.sections import UserError
 
 Kind = Literal["tokens", "activations", "saes", "features"]
 KINDS: tuple[Kind, ...] = ("tokens", "activations", "saes", "features")

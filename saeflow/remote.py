@@ -17,8 +17,8 @@ import fsspec
 from obstore.exceptions import BaseError, GenericError
 from obstore.fsspec import register
 
-from saeflow.config import UserError
 from saeflow.objects import RETRIES, allow_http, is_url, tries
+from saeflow.sections import UserError
 
 _OBJECT_STORES = ("s3", "gs", "az", "abfs")
 

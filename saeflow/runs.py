@@ -25,10 +25,10 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.artefact import Artefact
-from saeflow.config import TOP_FAMILY, UserError
 from saeflow.integrity import damage
 from saeflow.object_files import ObjectFiles
 from saeflow.records import Generation, PartRecord, read_checked
+from saeflow.sections import TOP_FAMILY, UserError
 from saeflow.store import Store
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from saeflow import dense_step, encoding, kernels, sparse_step
-from saeflow.config import SAEConfig
 from saeflow.encoding import Encoder, Readout, SparseValues, fast_dtype
 from saeflow.rules import Gated, JumpReLU, Relu, Rule, Top
+from saeflow.sections import SAEConfig
 from saeflow.sparse_step import Auxiliary, Batch, Outcome, Task, Weights
 
 THRESHOLD_MEMORY = 0.9
@@ -58,7 +58,7 @@ class SparseAutoencoder(nn.Module):
 
     In training, `batchtopk` and `matryoshka` take their threshold from the batch at hand. `encode_sparse` applies the
     running threshold instead, so a token's features do not depend on its batch mates. To add an architecture, name
-    it in `config.Architecture`, write its rule, and choose it in `_rule` and `_readout`.
+    it in `sections.Architecture`, write its rule, and choose it in `_rule` and `_readout`.
     """
 
     threshold: Tensor
@@ -188,9 +188,7 @@ class SparseAutoencoder(nn.Module):
         suited = encoder.suited_to(x) if self.use_kernels else encoder
         rows = batch.low if suited is encoder else x
         if self.config.counts_k:
-            chosen, self._guess = sparse_step.select_top(
-                rows, suited, k, by_token, self._guess, self.use_kernels
-            )
+            chosen, self._guess = sparse_step.select_top(rows, suited, k, by_token, self._guess, self.use_kernels)
         else:
             cut = cast(Tensor | float, task.rule.cut)
             if isinstance(cut, Tensor):

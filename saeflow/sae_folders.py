@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from saeflow.config import TOP_FAMILY, Architecture, SAEConfig, UserError
+from saeflow.sections import TOP_FAMILY, Architecture, SAEConfig, UserError
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 THEIR_CFG, THEIR_WEIGHTS = "config.json", "ae.pt"

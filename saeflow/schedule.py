@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from saeflow.config import SAEConfig, TrainConfig
+from saeflow.sections import SAEConfig, TrainConfig
 
 
 def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.artefact import Artefact
-from saeflow.config import FORMAT_VERSION, Recipe, UserError
+from saeflow.config import Recipe
 from saeflow.disk import human_bytes, make_folder
+from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.objects import Objects, cache_folder, is_url
 from saeflow.records import KINDS, Kind, read_checked, write_checked
+from saeflow.sections import UserError
 
 
 @dataclass(frozen=True)

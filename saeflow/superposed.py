@@ -23,9 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as tf
 
-from saeflow.config import SyntheticConfig
 from saeflow.known import Codes, Truth, random_numbers, starts_of
 from saeflow.rows import Block, Rows
+from saeflow.sections import SyntheticConfig
 
 BLOCK_ROWS = 4096
 """Rows of one generator. Other blocks would hold other rows."""

@@ -9,10 +9,12 @@ from typing import Any
 
 from saeflow import activations, evaluate, imported, interchange, train
 from saeflow.artefact import Artefact
-from saeflow.config import FORMAT_VERSION, Recipe, SAEConfig, UserError, fingerprint
+from saeflow.config import Recipe
 from saeflow.disk import replacing
+from saeflow.fingerprints import FORMAT_VERSION, fingerprint
 from saeflow.progress import Progress
 from saeflow.records import read_known, write_checked
+from saeflow.sections import SAEConfig, UserError
 from saeflow.store import Store
 
 TABLE, PICTURE = "table.json", "pareto.png"

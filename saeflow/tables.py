@@ -24,11 +24,11 @@ import pyarrow as pa
 from duckdb import ColumnExpression, DuckDBPyConnection, DuckDBPyRelation, Expression, FunctionExpression
 
 from saeflow import remote
-from saeflow.config import CorpusConfig, UserError
 from saeflow.document import Corpus, Document, is_shared
 from saeflow.machine import total_memory
 from saeflow.objects import is_url
 from saeflow.query_errors import QUERY_ERRORS, is_of_system
+from saeflow.sections import CorpusConfig, UserError
 
 BATCH_DOCUMENTS = 512
 OTHER_COMPRESSION = {".bz2", ".xz", ".lzma"}

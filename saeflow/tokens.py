@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 
 from saeflow import corpus
 from saeflow.artefact import Artefact
-from saeflow.config import CorpusConfig, ModelConfig, Recipe, TokensConfig, UserError, facts_of, fingerprint
+from saeflow.config import Recipe
 from saeflow.disk import make_folder, read_json
+from saeflow.fingerprints import facts_of, fingerprint
 from saeflow.ledger import Entry, Ledger, merged
 from saeflow.model import load_tokenizer, model_fingerprint
 from saeflow.progress import Bar, Progress
 from saeflow.records import Generation, PartRecord, note_provenance
+from saeflow.sections import CorpusConfig, ModelConfig, TokensConfig, UserError
 from saeflow.store import Store
 from saeflow.vocab import tokenizer_vocab, write_vocab
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from saeflow.config import SyntheticConfig
 from saeflow.known import Codes, Truth, random_numbers
+from saeflow.sections import SyntheticConfig
 
 _TOY_STEPS = 3000
 _FRESH, _FRESH_ROWS = 1, 4096

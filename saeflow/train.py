@@ -16,14 +16,16 @@ import torch
 from saeflow import activations, imported, interchange
 from saeflow.artefact import Artefact
 from saeflow.board import require_tensorboard
-from saeflow.config import Recipe, UserError, facts_of, fingerprint
+from saeflow.config import Recipe
 from saeflow.disk import human_bytes, replacing
 from saeflow.feed import Feed
+from saeflow.fingerprints import facts_of, fingerprint
 from saeflow.machine import total_memory
 from saeflow.model import Site
 from saeflow.parallel import keep_freed_memory, n_threads
 from saeflow.progress import Progress
 from saeflow.reading import Job, Reading, checkpoints_of
+from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.training import Training
 from saeflow.used import Used

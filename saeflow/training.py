@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow import schedule
-from saeflow.config import Recipe, TrainConfig, UserError
+from saeflow.config import Recipe
 from saeflow.disk import flush, make_folder, read_json, rename, write_json
 from saeflow.encoding import fast_dtype
 from saeflow.feed import Feed
 from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder, StepInfo
+from saeflow.sections import TrainConfig, UserError
 
 CHECKPOINT, STATE = "state.json", "state.safetensors"
 """The files of a checkpoint; the first is written last."""

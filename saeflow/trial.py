@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from saeflow import activations, features, pipeline
-from saeflow.config import Recipe, UserError
+from saeflow.config import Recipe
 from saeflow.machine import measured
 from saeflow.progress import Progress
+from saeflow.sections import UserError
 from saeflow.store import Store
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from saeflow.artefact import Artefact
-from saeflow.config import ActivationsConfig, UserError
 from saeflow.records import Generation, PartRecord
+from saeflow.sections import ActivationsConfig, UserError
 from saeflow.vocab import special_ids
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
 from saeflow.arrays import EMPTY, Layout
-from saeflow.config import ActivationsConfig, UserError
 from saeflow.records import PartRecord
+from saeflow.sections import ActivationsConfig, UserError
 from saeflow.transfer import to_processor
 
 

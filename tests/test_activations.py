@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 
 from saeflow import activations, arrays, bring, store, tokens
-from saeflow.config import ActivationsConfig, UserError, parse_recipe
+from saeflow.config import parse_recipe
 from saeflow.disk import checksum
 from saeflow.model import Site, load_model
+from saeflow.sections import ActivationsConfig, UserError
 from saeflow.store import Store
 from saeflow.writer import Writer
 from tests.small_pipeline import (

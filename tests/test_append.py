@@ -15,12 +15,13 @@ import pytest
 
 from saeflow import activations, features, pipeline, queries, tokens, train
 from saeflow.artefact import Artefact
-from saeflow.config import CorpusConfig, Recipe, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.document import Document
 from saeflow.forget import forget
 from saeflow.integrity import damage, garbage, remove
 from saeflow.ledger import Ledger, key_hash
 from saeflow.progress import Progress
+from saeflow.sections import CorpusConfig, UserError
 from saeflow.store import Store
 from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
 

@@ -16,7 +16,11 @@ from tests.small_store import Given
 ROOT = Path(__file__).parent.parent
 
 ORDER = [
+    "sections",
+    "swept",
     "config",
+    "recipe_file",
+    "fingerprints",
     "harmless",
     "query_errors",
     "parallel",

@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
 from saeflow.brought import content, make_table, open_rows, read_table
-from saeflow.config import SyntheticConfig, UserError
 from saeflow.labels import name_of, names_in_order, places_of
 from saeflow.rows import Reader
+from saeflow.sections import SyntheticConfig, UserError
 
 LABELS = ["猫", "happy cat", 'a "quoted", word']
 VALUES = np.array([[0.5, -1.25], [3, 0], [1e-3, 1e4]], np.float32)

@@ -26,7 +26,8 @@ import pytest
 import typer
 
 from saeflow import __version__, cli, queries
-from saeflow.config import Recipe, load_recipe
+from saeflow.config import Recipe
+from saeflow.recipe_file import load_recipe
 from saeflow.store import Store
 from tests.conftest import Finished
 from tests.small_pipeline import (

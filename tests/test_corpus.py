@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow import corpus, tables
-from saeflow.config import CorpusConfig, UserError, facts_of
 from saeflow.corpus import open_corpus, signature
 from saeflow.document import Document, is_held_out
+from saeflow.fingerprints import facts_of
+from saeflow.sections import CorpusConfig, UserError
 from tests.small_pipeline import SCRIPTS
 
 TEXTS = {key: text for key, text in SCRIPTS.items() if text}

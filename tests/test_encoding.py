@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeflow import encoding, sparse_product
-from saeflow.config import SAEConfig
 from saeflow.encoding import SparseValues, feature_major, feature_statistics
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import SAEConfig
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
 STORED = [torch.float16, torch.bfloat16, torch.float32]

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as tf
 
 from saeflow import activations, arrays, bring, evaluate, features, interchange, tokens, train
-from saeflow.config import FeaturesConfig, SAEConfig, UserError, parse_recipe
+from saeflow.config import parse_recipe
 from saeflow.encoding import SparseValues
 from saeflow.model import load_model
 from saeflow.records import read_checked, write_checked
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import FeaturesConfig, SAEConfig, UserError
 from saeflow.store import Store
 from tests.small_pipeline import SITE, WIDTH, a_table, brought_data, quiet, recipe_data, tree, write_table
 

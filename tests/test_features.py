@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 
 from saeflow import activations, arrays, bring, features, interchange, queries, tokens, train
 from saeflow.artefact import Artefact
-from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json
 from saeflow.model import Site
+from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.used import Used
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table

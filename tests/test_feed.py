@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeflow import activations, arrays, bring, tokens
-from saeflow.config import FeedConfig, UserError, parse_recipe
+from saeflow.config import parse_recipe
 from saeflow.feed import Feed, aligned_held_out_rows, held_out_rows
 from saeflow.plan import plan_blocks, plan_epoch
 from saeflow.records import PartRecord
+from saeflow.sections import FeedConfig, UserError
 from saeflow.store import Store
 from saeflow.train import open_feed
 from saeflow.used import Used

@@ -26,8 +26,9 @@ from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
 from flows.tokens import tokens_flow
 from saeflow import activations, pipeline, sweep
-from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.records import PartRecord
+from saeflow.sections import UserError
 from saeflow.store import Store
 from tests.conftest import Finished
 from tests.small_pipeline import Ingredients, a_table, brought_data, quiet, recipe_data, tree, write_recipe, write_table

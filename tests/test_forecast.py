@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from saeflow import activations, forecast, pipeline, trial
-from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.forecast import Survey
 from saeflow.machine import measured
+from saeflow.sections import UserError
 from saeflow.store import Store
 from tests.conftest import Finished
 from tests.small_pipeline import Ingredients, brought_data, documents, quiet, recipe_data

@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from saeflow import pipeline, queries
-from saeflow.config import FORMAT_VERSION, Recipe, load_recipe
+from saeflow.config import Recipe
 from saeflow.disk import read_json
+from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.forget import forget
 from saeflow.integrity import garbage, remove, upgrade, verify
+from saeflow.recipe_file import load_recipe
 from saeflow.store import Store
 from tests.small_pipeline import quiet, tree
 

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeflow import ground_truth, toys
-from saeflow.config import SAEConfig, SyntheticConfig, load_recipe
 from saeflow.encoding import SparseValues
 from saeflow.ground_truth import Scores, best_cosines, match, score, score_directions, truth_of
 from saeflow.known import Codes, Truth
+from saeflow.recipe_file import load_recipe
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import SAEConfig, SyntheticConfig
 
 N, WIDTH = 8, 12
 

@@ -28,8 +28,9 @@ from saeflow import (
     tokens,
     train,
 )
-from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json
+from saeflow.sections import UserError
 from saeflow.store import Store
 from tests.conftest import Finished
 from tests.small_pipeline import SITE, WIDTH, Ingredients, quiet, recipe_data, tree, write_recipe

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from saeflow import activations, features, integrity, pipeline, tokens, train
-from saeflow.config import UserError
 from saeflow.feed import held_out_rows
+from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.used import Used
 from tests.conftest import Finished

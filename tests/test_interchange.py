@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow import interchange
-from saeflow.config import UserError
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import UserError
 from tests.test_rules import D_OUT, EVERY, B, D, F, K, an_autoencoder, dense, obvious_values, rows
 
 FILES = ("cfg.json", "sae_weights.safetensors")

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from saeflow.config import Architecture
+from saeflow.sections import Architecture
 from tests.faults import CASES, FAULTS, POINTS, STEP, Case, Point, Runner, differences, tenth
 from tests.faults.kills import training_runner
 from tests.small_pipeline import Ingredients, recipe_data, write_recipe

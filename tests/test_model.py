@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from saeflow.config import ModelConfig, UserError
 from saeflow.model import (
     Site,
     SiteReader,
@@ -22,6 +21,7 @@ from saeflow.model import (
     resolve_sites,
     spliced,
 )
+from saeflow.sections import ModelConfig, UserError
 from tests.small_pipeline import SITE, WIDTH
 
 IDS = torch.tensor([[5, 9, 300, 2], [7, 7, 1, 0]])

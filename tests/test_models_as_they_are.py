@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from saeflow import activations, arrays, tokens
-from saeflow.config import ModelConfig, Recipe, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.model import (
     SiteReader,
     load_model,
@@ -29,6 +29,7 @@ from saeflow.model import (
 )
 from saeflow.pipeline import run
 from saeflow.progress import Progress
+from saeflow.sections import ModelConfig, UserError
 from saeflow.store import Store
 from saeflow.vocab import tokenizer_vocab
 from tests.small_pipeline import SCRIPTS, Ingredients, documents, recipe_data

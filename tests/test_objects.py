@@ -21,13 +21,14 @@ from tenacity import Retrying, stop_after_attempt
 
 from saeflow import activations, features, forget, integrity, objects, pipeline, queries, train
 from saeflow.arrays import open_site
-from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.object_files import ObjectFiles
 from saeflow.objects import Objects
 from saeflow.progress import Progress
 from saeflow.reading import Reading
 from saeflow.records import Damaged
 from saeflow.sae import StepInfo
+from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.training import CHECKPOINT, STATE, Batch, is_whole
 from tests.s3_server import SECRET, Server, s3_server

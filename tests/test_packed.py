@@ -8,9 +8,10 @@ import torch
 
 from saeflow import activations, bring, tokens
 from saeflow.arrays import Layout, Stored
-from saeflow.config import ActivationsConfig, UserError, parse_recipe
+from saeflow.config import parse_recipe
 from saeflow.integrity import verify
 from saeflow.packed import PackedWriter, open_writer
+from saeflow.sections import ActivationsConfig, UserError
 from saeflow.store import Store
 from saeflow.writer import Writer
 from tests.small_pipeline import a_table, brought_data, recipe_data, tree, write_table

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from saeflow.config import UserError
 from saeflow.harmless import sanitise
 from saeflow.queries import ask, check, connect, query, questions, runs
 from saeflow.runs import sql_folder
+from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.terminal import render_table, to_csv, to_json, to_json_lines, write
 from tests.small_store import Document, Given

@@ -16,10 +16,11 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 from saeflow import corpus, tokens
-from saeflow.config import CorpusConfig, ModelConfig, Recipe, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json
 from saeflow.model import load_tokenizer, model_fingerprint
 from saeflow.progress import Progress
+from saeflow.sections import CorpusConfig, ModelConfig, UserError
 from saeflow.store import Store
 from tests.hub_server import Hub, hub_server, sha_of
 from tests.s3_server import SECRET, Server, s3_server

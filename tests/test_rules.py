@@ -11,9 +11,9 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow import dense_step
-from saeflow.config import Architecture, SAEConfig
 from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import Architecture, SAEConfig
 
 B, D, D_OUT, F, K = 200, 24, 18, 160, 5
 PENALISED = ["relu", "gated", "jumprelu-l0", "jumprelu-tanh"]

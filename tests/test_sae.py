@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as tf
 
-from saeflow.config import SAEConfig
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import SAEConfig
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
 B, D, F, K = 300, 24, 160, 5
@@ -78,10 +78,12 @@ def test_choosing_by_token_is_what_topk_does_and_leaves_the_threshold_alone(arch
     sae, topk, x = an_autoencoder(architecture, prefixes=[F]), an_autoencoder("topk"), a_batch()
     sae.threshold.fill_(0.7)
     (by_token, info), (wanted, _) = sae.training_loss(x, by_token=True), topk.training_loss(x)
-    assert torch.equal(by_token, wanted) and sae.threshold == torch.tensor(0.7)
+    assert torch.equal(by_token, wanted)
+    assert sae.threshold == torch.tensor(0.7)
     assert all(map(torch.equal, gradients(by_token, sae), gradients(wanted, topk)))
     sae.training_loss(x)
-    assert info.n_active == K and sae.threshold != torch.tensor(0.7)
+    assert info.n_active == K
+    assert sae.threshold != torch.tensor(0.7)
 
 
 @pytest.mark.parametrize("n_dead", [2, 60])

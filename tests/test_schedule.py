@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow import schedule
-from saeflow.config import SAEConfig, TrainConfig, UserError, parse_recipe
+from saeflow.config import parse_recipe
+from saeflow.sections import SAEConfig, TrainConfig, UserError
 from tests.small_pipeline import brought_data
 
 SHARE = st.floats(0, 0.5)

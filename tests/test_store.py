@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from saeflow.artefact import Artefact
-from saeflow.config import FORMAT_VERSION, UserError
 from saeflow.disk import read_json, write_json
+from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.integrity import damage
 from saeflow.records import KINDS, PartRecord
+from saeflow.sections import UserError
 from saeflow.store import Store
 
 

@@ -18,10 +18,13 @@ from saeflow import bring, superposed
 from saeflow.activations import artefact, brought_facts
 from saeflow.arrays import open_site
 from saeflow.brought import make_table
-from saeflow.config import Recipe, SyntheticConfig, UserError, fingerprint, load_recipe, parse_recipe
+from saeflow.config import Recipe, parse_recipe
+from saeflow.fingerprints import fingerprint
 from saeflow.known import Codes
 from saeflow.model import Site
+from saeflow.recipe_file import load_recipe
 from saeflow.rows import Reader
+from saeflow.sections import SyntheticConfig, UserError
 from saeflow.store import Store
 from tests.small_pipeline import tree
 

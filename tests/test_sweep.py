@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow import activations, bring, config, evaluate, interchange, pipeline, sweep, tokens, train
-from saeflow.config import Recipe, SAEConfig, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.feed import Feed
 from saeflow.progress import Progress
 from saeflow.reading import Reading
 from saeflow.records import Hidden, read_checked
+from saeflow.sections import SAEConfig, UserError
 from saeflow.store import Store
 from saeflow.training import Batch, Training, sample
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table

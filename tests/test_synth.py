@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from saeflow import commands_synth
 from saeflow.cli import app
 from saeflow.commands_synth import judge, print_scores
-from saeflow.config import UserError, load_recipe, parse_recipe
+from saeflow.config import parse_recipe
 from saeflow.ground_truth import Scores
+from saeflow.recipe_file import load_recipe
+from saeflow.sections import UserError
 from saeflow.store import Store
 from tests.small_pipeline import brought_data, write_recipe
 from tests.test_superposed import RECIPES

@@ -11,9 +11,10 @@ import pytest
 
 from saeflow import tokens
 from saeflow.artefact import Artefact
-from saeflow.config import ModelConfig, UserError, parse_recipe
+from saeflow.config import parse_recipe
 from saeflow.model import load_tokenizer
 from saeflow.progress import Progress
+from saeflow.sections import ModelConfig, UserError
 from saeflow.store import Store
 from tests.small_pipeline import Ingredients, documents, recipe_data
 

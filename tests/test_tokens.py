@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from saeflow import tokens
 from saeflow.artefact import Artefact
-from saeflow.config import TokensConfig, UserError, parse_recipe
+from saeflow.config import parse_recipe
 from saeflow.document import is_held_out
 from saeflow.model import load_tokenizer
+from saeflow.sections import TokensConfig, UserError
 from saeflow.store import Store
 from tests.small_pipeline import CONTEXT_LENGTH, SCRIPTS, documents, recipe_data, tree, write_corpus
 

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from saeflow import activations, bring, interchange, schedule, tokens, train, training
-from saeflow.config import Recipe, UserError, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json
 from saeflow.model import load_model
 from saeflow.progress import Progress
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.training import Batch, is_whole, sample
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table

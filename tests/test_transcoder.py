@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as tf
 
-from saeflow.config import SAEConfig
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import SAEConfig
 
 D, D_OUT, ACTIVE = 16, 24, 3
 

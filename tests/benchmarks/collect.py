@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 import torch
 
 from saeflow import activations, tokens
-from saeflow.config import Recipe, load_recipe
+from saeflow.config import Recipe
 from saeflow.model import SiteReader
 from saeflow.parallel import in_order
 from saeflow.progress import Progress
+from saeflow.recipe_file import load_recipe
 from saeflow.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 

@@ -19,10 +19,11 @@ import torch
 
 from saeflow import activations, tokens
 from saeflow.arrays import Stored, plan_layout
-from saeflow.config import ActivationsConfig, load_recipe
 from saeflow.model import SiteReader, load_model, resolve_sites
 from saeflow.packed import open_writer
 from saeflow.progress import Progress
+from saeflow.recipe_file import load_recipe
+from saeflow.sections import ActivationsConfig
 from saeflow.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 

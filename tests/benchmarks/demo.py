@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from saeflow import features
-from saeflow.config import load_recipe
 from saeflow.disk import read_json
+from saeflow.recipe_file import load_recipe
 from saeflow.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 

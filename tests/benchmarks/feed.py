@@ -24,10 +24,10 @@ import pyarrow as pa
 
 from saeflow import activations, arrays, tokens
 from saeflow.artefact import Artefact
-from saeflow.config import FeedConfig
 from saeflow.feed import Feed
 from saeflow.model import Site
 from saeflow.plan import plan_epoch
+from saeflow.sections import FeedConfig
 from saeflow.store import Store
 from saeflow.used import Used
 from saeflow.writer import Writer

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from saeflow import forecast, pipeline
-from saeflow.config import Recipe, load_recipe
+from saeflow.config import Recipe
 from saeflow.progress import Progress
+from saeflow.recipe_file import load_recipe
 from saeflow.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 

@@ -31,11 +31,13 @@ from safetensors.torch import load_file
 
 from saeflow import ground_truth, interchange, superposed
 from saeflow.commands_synth import Synth, judge, print_scores
-from saeflow.config import Architecture, Recipe, SAEConfig, UserError, load_recipe
+from saeflow.config import Recipe
 from saeflow.ground_truth import Scores
 from saeflow.known import Truth
 from saeflow.progress import Progress
+from saeflow.recipe_file import load_recipe
 from saeflow.sae import SparseAutoencoder
+from saeflow.sections import Architecture, SAEConfig, UserError
 from saeflow.store import Store
 from saeflow.training import mean_and_scale
 from tests.benchmarks import _peers

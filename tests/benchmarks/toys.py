@@ -22,8 +22,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from saeflow import bring, brought
-from saeflow.config import Recipe, load_recipe
+from saeflow.config import Recipe
 from saeflow.progress import Progress
+from saeflow.recipe_file import load_recipe
 from saeflow.report import active_sets
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store

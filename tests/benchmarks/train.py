@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 from saeflow import bring, sae, sparse_step
-from saeflow.config import Recipe, SAEConfig, TrainConfig, parse_recipe
+from saeflow.config import Recipe, parse_recipe
 from saeflow.encoding import PRODUCT_ENTRIES, fast_dtype, linear
 from saeflow.kernels import in_parallel, ranges
 from saeflow.parallel import keep_freed_memory
 from saeflow.progress import Progress
+from saeflow.sections import SAEConfig, TrainConfig
 from saeflow.store import Store
 from saeflow.train import open_feed
 from saeflow.training import Batch, Training

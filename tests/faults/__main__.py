@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from saeflow.config import Architecture
+from saeflow.sections import Architecture
 from tests.faults import CASES, Runner, power, tenth
 from tests.faults.kills import TRAINING, collecting_runner, random_kills, training_runner
 from tests.faults.power import VIEWS, power_cuts
