@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saeflow import kernels
 from saeflow.encoding import Encoder, linear
-from saeflow.kernels import in_parallel, ranges
+from saeflow.kernels import in_parallel, pieces, ranges
 from saeflow.sparse_step import Batch, Outcome, Task, Weights, without_radial
 
 DENSEST = 0.1
@@ -60,7 +60,7 @@ def run(batch: Batch, encoder: Encoder, weights: Weights, task: Task) -> Outcome
         of_decoder = (values_low[:, features].t() @ residual_low).float().mul_(scale)
         d_w_dec[features] = without_radial(of_decoder, weights.w_dec[features]) if task.on_sphere else of_decoder
 
-    in_parallel(differentiate, ranges(n_features, _FEATURES))
+    in_parallel(differentiate, pieces(weights.w_dec, _FEATURES))
     total = torch.stack(fired).sum(0)
     return Outcome(
         sum(errors), sum(errors) + sum(errors_second), int(total.sum()), total, torch.stack(penalty).double().sum(),

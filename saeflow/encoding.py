@@ -56,22 +56,26 @@ class FeatureStatistics(NamedTuple):
     max: Floats
 
 
-@lru_cache(maxsize=1)
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this processor multiplies it clearly quicker than float32, by measurement; else float32.
+def fast_dtype(place: torch.device | str = "cpu") -> torch.dtype:
+    """bfloat16 where it is multiplied clearly quicker than float32: by measurement on the processor; else float32."""
+    if torch.device(place).type == "cpu":
+        return _fast_here()
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
-    Processor time of one thread is compared: a busy machine must not change the answer, and with it the weights.
-    """
+
+@lru_cache(maxsize=1)
+def _fast_here() -> torch.dtype:
+    """Processor time of one thread is compared: a busy machine must not change the answer, and with it the weights."""
     seconds = np.min(in_parallel(_product_seconds, range(2)), axis=0)
     return torch.bfloat16 if seconds[1] < 0.75 * seconds[0] else torch.float32
 
 
 def linear(rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows (n, D) @ weights (F, D).T + bias (F), on the processor: (n, F).
+    """rows (n, D) @ weights (F, D).T + bias (F): (n, F).
 
-    In float32 by oneDNN where torch has it: it would ask MKL, which is 1.2 to 1.5 times slower on AMD's processors.
+    On the processor in float32 by oneDNN, where torch has it: it would ask MKL, which is 1.2 to 1.5 times slower on AMD's processors.
     """
-    if rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         pair = rows.contiguous(), weights.contiguous()  # for other layouts it has kernels a thousand times slower
         product: Tensor = torch.ops.mkldnn._linear_pointwise(*pair, bias, "none", [], "")
         return product
@@ -168,8 +172,6 @@ class Encoder:
 
     def pre_activations(self, rows: Tensor) -> Tensor:
         """(n, F), valid until the thread's next call."""
-        if rows.device.type != "cpu":
-            return torch.addmm(self.low_b, rows, self.low_w.t())
         return linear(rows, self.low_w, self.low_b)
 
     @property

@@ -22,7 +22,6 @@ from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.feed import Feed, aligned_held_out_rows
 from saeflow.fingerprints import FORMAT_VERSION, fingerprint
-from saeflow.machine import total_memory
 from saeflow.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
 from saeflow.model import device_of, load_model, predicts_next_token, require_running_order, spliced
 from saeflow.parallel import in_order
@@ -30,7 +29,7 @@ from saeflow.progress import Bar, Progress
 from saeflow.records import read_known, write_checked
 from saeflow.sae import SparseAutoencoder
 from saeflow.store import Store
-from saeflow.transfer import n_workers
+from saeflow.transfer import memory_of, n_workers
 from saeflow.used import Used
 
 _SEQUENCES = 4
@@ -208,8 +207,7 @@ def _shares(means: dict[str, float]) -> dict[str, float]:
 
 def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
     """Threads at once, and sequences in each, so that the logits take a quarter of the memory at most."""
-    on_processor = device_of(model).type == "cpu"
-    room = (total_memory() if on_processor else torch.cuda.mem_get_info(device_of(model))[0]) // 4
+    room = memory_of(device_of(model)) // 4
     one = recipe.tokens.context_length * model.get_output_embeddings().weight.shape[0] * _LOGIT_BYTES
     workers = min(n_workers(device_of(model), recipe.threads), max(1, room // one))
     return workers, min(_SEQUENCES, max(1, room // one // workers))

@@ -21,7 +21,7 @@ from saeflow.disk import checksum
 from saeflow.fingerprints import fingerprint
 from saeflow.remote import hub_errors
 from saeflow.sections import ModelConfig, UserError
-from saeflow.transfer import to_device
+from saeflow.transfer import device, to_device
 
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
 
@@ -57,21 +57,13 @@ def load_model(config: ModelConfig) -> nn.Module:
     loader = getattr(transformers, named[0], None) if named else None
     fallback = transformers.AutoModelForCausalLM if is_gguf(config.path) else transformers.AutoModel
     model = _load((loader or fallback).from_pretrained, config, dtype=getattr(torch, config.dtype))
-    ready: nn.Module = model.eval().requires_grad_(False).to(device(config.device))
+    ready: nn.Module = model.eval().requires_grad_(False).to(device("model.device", config.device))
     return ready
 
 
 def is_gguf(path: str) -> bool:
     """A single file of quantised weights with its tokenizer, as llama.cpp keeps them."""
     return path.endswith(".gguf")
-
-
-def device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f'model.device is {name!r}, but torch sees no CUDA device. Use device = "auto" or "cpu".')
-    return torch.device(name)
 
 
 def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> Any:

@@ -244,7 +244,7 @@ class SparseAutoencoder(nn.Module):
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
         if self.config.unit_norm:
-            kernels.in_parallel(normalise, kernels.ranges(len(self.W_dec), 512))
+            kernels.in_parallel(normalise, kernels.pieces(self.W_dec, 512))
         if self.config.architecture == "jumprelu":
             torch.exp(self.log_threshold, out=self.threshold)
 
@@ -253,7 +253,7 @@ class SparseAutoencoder(nn.Module):
 
         In training it is made anew every time: fused optimisers change parameters without telling.
         """
-        dtype = self.product_dtype or (fast_dtype() if self.W_enc.device.type == "cpu" else torch.bfloat16)
+        dtype = self.product_dtype or fast_dtype(self.W_enc.device)
         weights = self.W_enc, self.b_enc, self.b_in
         if self.training:
             return Encoder(*weights, dtype, cut)

@@ -322,6 +322,10 @@ class TrainConfig(Section):
     resample_at: list[Share] = Field(
         [], description="Shares of the training at which dead features start anew (Bricken et al. 2023)."
     )
+    device: str = Field(
+        "cpu",
+        description="Where it runs: `cpu`, `cuda`, or `auto`, which is a GPU where there is one. Not a setting of the SAE.",
+    )
     restarts: PositiveInt = Field(1, description="Trainings from other seeds; the best reconstruction is kept.")
     checkpoint_seconds: PositiveFloat = Field(60, description="Work at most lost when a run is killed.")
     log_every: PositiveInt = Field(10, description="Steps between rows of log.parquet.")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saeflow import encoding, kernels
 from saeflow.encoding import Encoder
-from saeflow.kernels import in_parallel, ranges
+from saeflow.kernels import in_parallel, pieces, ranges
 from saeflow.rules import Rule, Sums, Top
 
 _DEGENERATE = 1e-6
@@ -122,7 +122,7 @@ def _centred(x: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
             low[slice(*rows)].copy_(part)
         return part.sum(0), torch.linalg.vector_norm(part)
 
-    sums, norms = zip(*in_parallel(work, ranges(len(x), ROWS)), strict=True)
+    sums, norms = zip(*in_parallel(work, pieces(x, ROWS)), strict=True)
     return centred, torch.stack(sums).double().sum(0), torch.stack(norms).double().square().sum(), low
 
 
@@ -188,18 +188,18 @@ def run(batch: Batch, chosen: Entries, weights: Weights, task: Task) -> Outcome:
         return _explain(rows, chosen, explained, alone, weights.w_dec, batch.target, task, pair)
 
     parts = ranges(n_rows, ROWS) if on_processor(batch.low, task.use_kernels) else [(0, n_rows)]
-    pieces = in_parallel(work, parts)
-    errors = torch.stack([piece.errors for piece in pieces]).sum(0)
+    done = in_parallel(work, parts)
+    errors = torch.stack([piece.errors for piece in done]).sum(0)
     d_w_enc, d_w_dec = torch.empty_like(weights.w_enc), torch.empty_like(weights.w_dec)
     by_feature = add_gradients(explained, pair, batch.low, weights.w_dec, task, d_w_enc, d_w_dec, fresh=True)
-    sums = {name: by_feature(torch.cat([piece.each[name] for piece in pieces])) for name in pieces[0].each}
-    active = torch.cat([piece.active for piece in pieces])
+    sums = {name: by_feature(torch.cat([piece.each[name] for piece in done])) for name in done[0].each}
+    active = torch.cat([piece.active for piece in done])
     return Outcome(
         errors[-1].item(),
-        errors.mean().item() + sum(piece.error_second for piece in pieces),
+        errors.mean().item() + sum(piece.error_second for piece in done),
         len(active),
         by_feature.count(active),
-        torch.stack([piece.penalty for piece in pieces]).double().sum(),
+        torch.stack([piece.penalty for piece in done]).double().sum(),
         explained.residual[-1],
         d_w_enc,
         d_w_dec,
@@ -274,7 +274,7 @@ def _explain(
 
 def _column_sums(matrix: Tensor) -> Tensor:
     """Sum over rows, by the workers: torch's own threads would wait for one another."""
-    return torch.stack(in_parallel(lambda rows: matrix[slice(*rows)].sum(0), ranges(len(matrix), ROWS))).sum(0)
+    return torch.stack(in_parallel(lambda rows: matrix[slice(*rows)].sum(0), pieces(matrix, ROWS))).sum(0)
 
 
 def _reconstruct_anywhere(
@@ -298,6 +298,13 @@ def decode(entries: Entries, w_dec: Tensor) -> Tensor:
     return tf.embedding_bag(ids.long(), w_dec, starts, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
+def summed_in_order(ids: Tensor, numbers: Tensor, n: int) -> Tensor:
+    """Sums (n) of numbers (nnz) by id. In the order of entries, so the same every time: on a GPU `index_add_` is not."""
+    starts = tf.pad(torch.bincount(ids, minlength=n).cumsum(0), (1, 0))
+    column = numbers[:, None].float()
+    return tf.embedding_bag(ids.argsort(stable=True), column, starts, mode="sum", include_last_offset=True)[:, 0]
+
+
 class ByFeature:
     """Sums numbers of entries by their feature: (nnz) to (F). NumPy's sums are in order, and wait for no other thread."""
 
@@ -308,7 +315,7 @@ class ByFeature:
         if self.ids.device.type == "cpu":
             summed = np.bincount(self.ids.numpy(), numbers.numpy(), self.n_features)
             return torch.from_numpy(summed).float()
-        return torch.zeros(self.n_features, device=numbers.device).index_add_(0, self.ids, numbers)
+        return summed_in_order(self.ids, numbers, self.n_features)
 
     def count(self, ids: Tensor) -> Tensor:
         """How often each feature is among `ids` (n) int64."""

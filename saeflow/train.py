@@ -20,7 +20,6 @@ from saeflow.config import Recipe
 from saeflow.disk import human_bytes, replacing
 from saeflow.feed import Feed
 from saeflow.fingerprints import facts_of, fingerprint
-from saeflow.machine import total_memory
 from saeflow.model import Site
 from saeflow.parallel import keep_freed_memory, n_threads
 from saeflow.progress import Progress
@@ -28,6 +27,7 @@ from saeflow.reading import Job, Reading, checkpoints_of
 from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.training import Training
+from saeflow.transfer import device, memory_of
 from saeflow.used import Used
 
 
@@ -56,11 +56,11 @@ def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
 
 
 def _settings(store: Store, recipe: Recipe) -> dict[str, Any]:
-    checkpoints = {"checkpoint_seconds"}
+    no_settings = {"checkpoint_seconds", "device"}
     return {
         "activations": activations.artefact(store, recipe).fp,
         "sae": facts_of(recipe.sae),
-        "train": {name: value for name, value in facts_of(recipe.train).items() if name not in checkpoints},
+        "train": {name: value for name, value in facts_of(recipe.train).items() if name not in no_settings},
         "feed": facts_of(recipe.feed),
         "threads": recipe.threads,
     } | Used.of(activations.tokens_artefact(store, recipe), recipe.activations).facts
@@ -132,18 +132,20 @@ def _train(store: Store, jobs: list[Job], progress: Progress) -> None:
 
 def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]]) -> None:
     """Weights and Adam's two moments of every training, and the gradients of the one that steps, float32."""
-    sizes = [
-        recipe.sae.n_features * (sites[0].width + sites[-1].width + 2)
-        for recipe, sites in wanted
-        for _ in range(recipe.train.restarts)
-    ]
-    need, total = 4 * (3 * sum(sizes) + max(sizes)), total_memory()
-    if need > total:
-        raise UserError(
-            f"{len(sizes)} SAEs in training take {human_bytes(need)} (weights, gradients, moments), but this machine has "
-            f"{human_bytes(total)} of memory.\nTrain fewer at once: shorten [sweep], lower train.restarts, or choose a "
-            "smaller sae.n_features."
-        )
+    needs: dict[torch.device, list[int]] = {}
+    for recipe, sites in wanted:
+        size = recipe.sae.n_features * (sites[0].width + sites[-1].width + 2)
+        here = needs.setdefault(device("train.device", recipe.train.device), [])
+        here += [size] * recipe.train.restarts
+    for place, sizes in needs.items():
+        need, total = 4 * (3 * sum(sizes) + max(sizes)), memory_of(place)
+        if need > total:
+            where = "this machine has" if place.type == "cpu" else f"on {place} are free"
+            raise UserError(
+                f"{len(sizes)} SAEs in training take {human_bytes(need)} (weights, gradients, moments), but {where} "
+                f"{human_bytes(total)} of memory.\nTrain fewer at once: shorten [sweep], lower train.restarts, or choose a "
+                "smaller sae.n_features."
+            )
 
 
 def set_threads(recipe: Recipe) -> None:

@@ -25,6 +25,7 @@ from saeflow.feed import Feed
 from saeflow.resample import resample
 from saeflow.sae import SparseAutoencoder, StepInfo
 from saeflow.sections import TrainConfig, UserError
+from saeflow.transfer import device, to_device
 
 CHECKPOINT, STATE = "state.json", "state.safetensors"
 """The files of a checkpoint; the first is written last."""
@@ -49,16 +50,17 @@ class Batch:
     number: int
     values: tuple[Tensor, ...]
     feed: Feed
-    _scaled: dict[tuple[int, float], Tensor] = field(default_factory=dict, repr=False)
+    _scaled: dict[tuple[int, float, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.values[0])
 
-    def scaled(self, site: int, scale: float) -> Tensor:
+    def scaled(self, site: int, scale: float, place: torch.device) -> Tensor:
         """Rows of a site in float32, times `scale`: made once, however many trainings ask. Not to be changed."""
-        if (site, scale) not in self._scaled:
-            self._scaled[site, scale] = self.values[site].float() * scale
-        return self._scaled[site, scale]
+        key = site, scale, place
+        if key not in self._scaled:
+            self._scaled[key] = to_device(self.values[site], place).float() * scale
+        return self._scaled[key]
 
     def suspect(self) -> tuple[str, bool]:
         """The row to look at where a loss is no number, in words, and is it finite?
@@ -95,10 +97,11 @@ class Training:
         means, scales = zip(*(mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
         seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
         sae = SparseAutoencoder(seeded, feed.sites[0].width, feed.sites[-1].width)
-        sae.product_dtype = fast_dtype()
         sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
         sae.start_sparse(rows[0] * scales[0])
-        config = recipe.train
+        config, place = recipe.train, device("train.device", recipe.train.device)
+        sae.product_dtype = fast_dtype(place)
+        sae.to(place)
         adam = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
         n_steps = max(1, round(config.n_tokens * feed.batches_per_epoch / feed.n_rows))
         return cls(sae, adam, config, scales, n_steps, recipe.name)
@@ -108,6 +111,11 @@ class Training:
         return self.scales[0]
 
     @property
+    def place(self) -> torch.device:
+        """Where it runs."""
+        return self.sae.W_enc.device
+
+    @property
     def done(self) -> bool:
         return self.step >= self.n_steps
 
@@ -115,7 +123,7 @@ class Training:
         """One optimiser step."""
         for group in self.adam.param_groups:
             group["lr"] = schedule.learning_rate(self.step, self.n_steps, self.config)
-        x, *others = (batch.scaled(site, scale) for site, scale in enumerate(self.scales))
+        x, *others = (batch.scaled(site, scale, self.place) for site, scale in enumerate(self.scales))
         target, dead_after = others[0] if others else None, self.config.dead_after_tokens
         loss, info = self.sae.training_loss(
             x, self.config.aux_weight, dead_after, target=target, k=self._k, sparsity=self._sparsity,
@@ -175,12 +183,12 @@ class Training:
     def error(self, rows: Sequence[Tensor]) -> float:
         """Mean squared error of reconstructing rows (n, D) in raw units, as the published SAE will; a tensor a site."""
         self.sae.eval()
-        scaled = [each * scale for each, scale in zip(rows, self.scales, strict=True)]
+        scaled = [each.to(self.place) * scale for each, scale in zip(rows, self.scales, strict=True)]
         return float((self.sae.reconstruct(scaled[0]) - scaled[-1]).square().mean())
 
     def folded(self) -> SparseAutoencoder:
-        """The SAE for activations as they are."""
-        return self.sae.folded(*self.scales)
+        """The SAE for activations as they are, on the processor."""
+        return self.sae.folded(*self.scales).cpu()
 
     @property
     def product(self) -> str:

@@ -12,11 +12,31 @@ import threading
 import torch
 from torch import Tensor
 
+from saeflow.machine import total_memory
 from saeflow.parallel import n_threads
+from saeflow.sections import UserError
 
 _here = threading.local()
 GPU_WORKERS = 2
 """Threads that feed a GPU: one batch is computed while the one before it leaves."""
+
+
+def device(setting: str, name: str) -> torch.device:
+    """`auto` is a GPU where there is one. Raises UserError, which names the setting, where a named one is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UserError(f'{setting} is {name!r}, but it may be "auto", "cpu", "cuda" or, of several, "cuda:1".')
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        seen = f"torch sees {torch.cuda.device_count()} CUDA devices" if number else "torch sees no CUDA device"
+        raise UserError(f'{setting} is {name!r}, but {seen}. Use "auto" or "cpu".')
+    return torch.device(name)
+
+
+def memory_of(place: torch.device) -> int:
+    """Bytes of memory: this machine's, or what is free on a GPU."""
+    return total_memory() if place.type == "cpu" else torch.cuda.mem_get_info(place)[0]
 
 
 def n_workers(place: torch.device, threads: int) -> int:

@@ -453,6 +453,33 @@ def test_every_architecture_with_every_schedule_goes_on_exactly(stored, table, t
     assert_killed_and_resumed_alike(train.open_feed(stored, recipe), recipe, tmp_path, 2000)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_gpu_learns_what_the_processor_learns_and_goes_on_exactly(stored, table, tmp_path, architecture):
+    recipes = [
+        recipe_of(table, sae={"architecture": architecture}, train=EVERYTHING | {"device": place})
+        for place in ("cpu", "cuda")
+    ]
+    feed = train.open_feed(stored, recipes[0])
+    here, there = (
+        train.fit(feed, recipe, tmp_path / recipe.train.device, quiet()).log[-1]["variance_unexplained"]
+        for recipe in recipes
+    )
+    assert there == pytest.approx(here, rel=0.1)
+    assert_killed_and_resumed_alike(feed, recipes[1], tmp_path, 2000)
+
+
+def test_where_it_is_trained_is_no_setting_of_an_sae(stored, table):
+    here, anywhere = (recipe_of(table, train={"device": place}) for place in ("cpu", "auto"))
+    assert train.artefact(stored, here).id == train.artefact(stored, anywhere).id
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(stored, table, monkeypatch):
+    monkeypatch.setattr(train, "open_feed", None)
+    with pytest.raises(UserError, match=r"train\.device is 'cuda:99'"):
+        train.run(stored, recipe_of(table, name="elsewhere", train={"device": "cuda:99"}), quiet())
+
+
 READ, TARGET = "transformer.h.0.mlp:input", "transformer.h.0.mlp"
 
 

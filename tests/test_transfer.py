@@ -12,8 +12,9 @@ from saeflow.config import parse_recipe
 from saeflow.parallel import in_order
 from saeflow.pipeline import run
 from saeflow.progress import Progress
+from saeflow.sections import UserError
 from saeflow.store import Store
-from saeflow.transfer import GPU_WORKERS, own_stream, to_device, to_processor
+from saeflow.transfer import GPU_WORKERS, device, own_stream, to_device, to_processor
 from tests.small_pipeline import Ingredients, recipe_data
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -29,6 +30,14 @@ def test_what_comes_back_is_what_was_sent_from_every_thread(place: str) -> None:
     for seed, found in enumerate(in_order(there_and_back, range(24), GPU_WORKERS)):
         assert found.device.type == "cpu"
         assert torch.equal(found, (torch.arange(1 << 18).view(4, -1) + seed) * 2)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:99", "mps", ""])
+def test_a_device_that_is_not_there_is_refused_with_the_ones_that_may_be_named(name: str) -> None:
+    with pytest.raises(UserError, match=rf"train\.device is '{name}', but .*\"auto\".*\"cpu\""):
+        device("train.device", name)
+    assert device("train.device", "cpu").type == "cpu"
+    assert device("train.device", "auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @on_gpu
