@@ -474,10 +474,10 @@ def test_where_it_is_trained_is_no_setting_of_an_sae(stored, table):
     assert train.artefact(stored, here).id == train.artefact(stored, anywhere).id
 
 
-def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(stored, table, monkeypatch):
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(store, table, monkeypatch):
     monkeypatch.setattr(train, "open_feed", None)
     with pytest.raises(UserError, match=r"train\.device is 'cuda:99'"):
-        train.run(stored, recipe_of(table, name="elsewhere", train={"device": "cuda:99"}), quiet())
+        train.run(store, recipe_of(table, train={"device": "cuda:99"}), quiet())
 
 
 READ, TARGET = "transformer.h.0.mlp:input", "transformer.h.0.mlp"
