@@ -12,7 +12,7 @@ from saeflow.config import Recipe
 from saeflow.disk import human_bytes
 
 _HEAD = """\
-# A saeflow recipe. Lines that begin with # show settings at their defaults, or an example where there is none.
+# A saeflow recipe. Lines that begin with # show settings at their defaults, or, where there is none, an example.
 # Relative paths count from the folder of this file.
 #
 #   saeflow run {file}          everything, from text to SQL answers
@@ -65,7 +65,9 @@ def _lines(model: type[BaseModel], start: dict[str, str], hints: dict[str, str])
         if key in start:
             yield f"{key} = {start[key]}  # {about}\n"
         elif key != "synthetic":
-            value = field.examples[0] if field.default is None and field.examples else field.default
+            value = field.default
+            if value is None and field.examples:
+                value, about = field.examples[0], f"e.g.: {about}"
             yield f"# {key} = {_toml(value)}  # {about}\n"
 
 

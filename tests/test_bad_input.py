@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from saeflow import activations, config
+from saeflow import activations
+from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.progress import Bar
 from saeflow.records import PartRecord
 from saeflow.store import Store
@@ -183,7 +184,7 @@ def test_a_store_made_by_a_newer_saeflow(
         said = saeflow(*command, "--store", store)
         if command[0] == "ask" and said.code == 0:  # other runs can still be asked
             continue
-        refused(said, str(path), "format version 99", f"reads up to {config.FORMAT_VERSION}", "upgrade")
+        refused(said, str(path), "format version 99", f"reads up to {FORMAT_VERSION}", "upgrade")
     assert tree(store) == before
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as tf
 
-from saeflow import activations, arrays, bring, evaluate, features, interchange, tokens, train
+from saeflow import activations, arrays, bring, evaluate, features, interchange, tokens, train, transfer
 from saeflow.config import parse_recipe
 from saeflow.encoding import SparseValues
 from saeflow.model import load_model
@@ -240,7 +240,7 @@ def test_logits_of_the_passes_that_are_compared_take_a_quarter_of_the_memory_at_
     model, recipe = load_model(finished.recipe.model), finished.recipe.model_copy(update={"threads": 8})
     n_logits = recipe.tokens.context_length * model.config.vocab_size
     for room, wanted in ((0, (1, 1)), (1, (1, 1)), (3, (3, 1)), (9, (8, 1)), (17, (8, 2)), (10**6, (8, 4))):
-        monkeypatch.setattr(evaluate, "total_memory", lambda room=room: 4 * room * n_logits * (8 + 3 * 4))
+        monkeypatch.setattr(transfer, "total_memory", lambda room=room: 4 * room * n_logits * (8 + 3 * 4))
         assert evaluate._room(model, recipe) == wanted
 
 

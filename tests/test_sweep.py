@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow import activations, bring, config, evaluate, interchange, pipeline, sweep, tokens, train
+from saeflow import activations, bring, config, evaluate, interchange, pipeline, sweep, tokens, train, transfer
 from saeflow.config import Recipe, parse_recipe
 from saeflow.feed import Feed
 from saeflow.progress import Progress
@@ -308,7 +308,7 @@ def test_restarts_read_the_store_once_and_the_best_is_kept(store, stored, table,
 
 
 def test_a_sweep_that_memory_cannot_hold_is_refused_with_both_numbers(store, table, monkeypatch):
-    monkeypatch.setattr(train, "total_memory", lambda: 60_000)
+    monkeypatch.setattr(transfer, "total_memory", lambda: 60_000)
     recipe = recipe_of(table, sweep=SWEEP)
     with pytest.raises(UserError) as caught:
         train.run(store, recipe, quiet())
