@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saeflow import kernels
 from saeflow.encoding import Encoder, linear
-from saeflow.kernels import in_parallel, pieces, ranges
-from saeflow.sparse_step import Batch, Outcome, Task, Weights, without_radial
+from saeflow.kernels import in_parallel, ranges
+from saeflow.sparse_step import Batch, Outcome, Task, Weights, pieces, without_radial
 
 DENSEST = 0.1
 """Share of entries that matter up to which the sparse step is quicker, measured at D = 256, F = 4,096."""

@@ -94,11 +94,6 @@ def ranges(n: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def pieces(tensor: torch.Tensor, size: int) -> list[tuple[int, int]]:
-    """Ranges of the first dimension: for workers on the processor; elsewhere one of all."""
-    return ranges(len(tensor), size if tensor.device.type == "cpu" else max(len(tensor), 1))
-
-
 def bits_of(tensor: torch.Tensor) -> Bits:
     """The numbers of a bfloat16 or float32 tensor as integers, without a copy."""
     return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy()

@@ -244,7 +244,7 @@ class SparseAutoencoder(nn.Module):
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
         if self.config.unit_norm:
-            kernels.in_parallel(normalise, kernels.pieces(self.W_dec, 512))
+            kernels.in_parallel(normalise, sparse_step.pieces(self.W_dec, 512))
         if self.config.architecture == "jumprelu":
             torch.exp(self.log_threshold, out=self.threshold)
 

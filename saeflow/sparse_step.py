@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saeflow import encoding, kernels
 from saeflow.encoding import Encoder
-from saeflow.kernels import in_parallel, pieces, ranges
+from saeflow.kernels import in_parallel, ranges
 from saeflow.rules import Rule, Sums, Top
 
 _DEGENERATE = 1e-6
@@ -94,6 +94,11 @@ class Outcome:
 
 def on_processor(tensor: Tensor, use_kernels: bool) -> bool:
     return use_kernels and tensor.device.type == "cpu"
+
+
+def pieces(tensor: Tensor, size: int, use_kernels: bool = True) -> list[tuple[int, int]]:
+    """Ranges of the first dimension for the workers of the processor; elsewhere one of all."""
+    return ranges(len(tensor), size) if on_processor(tensor, use_kernels) else [(0, len(tensor))]
 
 
 def prepare(x: Tensor, b_in: Tensor, target: Tensor | None, b_dec: Tensor, dtype: torch.dtype) -> Batch:
@@ -179,7 +184,7 @@ def _dense_entries(pre: Tensor, keep: Tensor) -> Entries:
 
 def run(batch: Batch, chosen: Entries, weights: Weights, task: Task) -> Outcome:
     """Loss and gradients from the pre-activations of the chosen entries."""
-    n_rows, n_nested = len(batch.low), len(task.ends)
+    n_nested = len(task.ends)
     explained = Explained.room(chosen, batch.target, task)
     alone = Explained.room(chosen, batch.target, task) if task.rule.second(chosen.values[:0]) is not None else None
     pair = chosen.values.new_empty(2, len(chosen.values))
@@ -187,8 +192,7 @@ def run(batch: Batch, chosen: Entries, weights: Weights, task: Task) -> Outcome:
     def work(rows: tuple[int, int]) -> _Piece:
         return _explain(rows, chosen, explained, alone, weights.w_dec, batch.target, task, pair)
 
-    parts = ranges(n_rows, ROWS) if on_processor(batch.low, task.use_kernels) else [(0, n_rows)]
-    done = in_parallel(work, parts)
+    done = in_parallel(work, pieces(batch.low, ROWS, task.use_kernels))
     errors = torch.stack([piece.errors for piece in done]).sum(0)
     d_w_enc, d_w_dec = torch.empty_like(weights.w_enc), torch.empty_like(weights.w_dec)
     by_feature = add_gradients(explained, pair, batch.low, weights.w_dec, task, d_w_enc, d_w_dec, fresh=True)
@@ -419,7 +423,7 @@ class Auxiliary:
         explained.entries.values.copy_(chosen.values)
         in_parallel(
             lambda rows: explained.reconstruct(rows, weights.w_dec, rest, whole),
-            ranges(self.n_rows, ROWS) if on_processor(rest, task.use_kernels) else [(0, self.n_rows)],
+            pieces(rest, ROWS, task.use_kernels),
         )
         pair = torch.stack([chosen.values, explained.g]) * (2 * whole.scale)
         by_feature = add_gradients(

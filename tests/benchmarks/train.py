@@ -28,7 +28,7 @@ import torch
 
 from saeflow import bring, sae, sparse_step
 from saeflow.config import Recipe, parse_recipe
-from saeflow.encoding import PRODUCT_ENTRIES, fast_dtype, linear
+from saeflow.encoding import Encoder, fast_dtype
 from saeflow.kernels import in_parallel, ranges
 from saeflow.parallel import keep_freed_memory
 from saeflow.progress import Progress
@@ -136,12 +136,13 @@ def their_speed(size: Size, rows: Rows, **about: Any) -> float:
 
 def floor_speed(size: Size) -> float:
     """Tokens/s of the encoder product alone, on as many workers as a step has."""
-    dtype = fast_dtype()
-    x, w = torch.randn(BATCH, size.width).to(dtype), torch.randn(size.n_features, size.width).to(dtype)
-    rows, seconds = min(max(PRODUCT_ENTRIES // size.n_features, 64), 512), []
+    dtype, seconds = fast_dtype(), []
+    x, w = torch.randn(BATCH, size.width).to(dtype), torch.randn(size.n_features, size.width)
+    encoder = Encoder(w, torch.zeros(size.n_features), torch.zeros(size.width), dtype)
+    encoder.prepare()
     for _ in range(8):
         began = time.perf_counter()
-        in_parallel(lambda part: linear(x[slice(*part)], w), ranges(BATCH, rows))
+        in_parallel(lambda part: encoder.pre_activations(x[slice(*part)]), ranges(BATCH, encoder.chunk_rows))
         seconds.append(time.perf_counter() - began)
     return BATCH / statistics.median(seconds)
 
