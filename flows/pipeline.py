@@ -21,13 +21,14 @@ from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
 from flows.tokens import tokens_flow
 from flows.train import train_flow
-from saeflow import pipeline
+from saeflow import pipeline, train
 from saeflow.config import Recipe
 
 
 @flow(name="saeflow-pipeline", flow_run_name="pipeline-{recipe.name}")
 def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     """Run what is missing of every stage, in order, and return the summary."""
+    train.require_devices(recipe)
     first: dict[str, Any] = {"tokens": tokens_flow, "collect": collect_flow} if recipe.model else {"bring": bring_flow}
     stages = first | {"train": train_flow}
     if not recipe.is_sweep:  # its SAEs are judged where they are trained, and encoded when one is asked for

@@ -18,7 +18,8 @@ Stage = Callable[[Store, Recipe, Progress], Any]
 
 def stages(recipe: Recipe) -> dict[str, Stage]:
     """The stages of this recipe by name, in order. Brought activations need no model; a sweep's SAEs are compared, and
-    each encoded only when it is asked for."""
+    each encoded only when it is asked for. Raises UserError where training could not run here."""
+    train.require_devices(recipe)
     first: dict[str, Stage] = {"tokens": tokens.run, "collect": activations.run}
     if recipe.model is None:
         first = {"bring": bring.run}

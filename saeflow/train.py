@@ -130,6 +130,12 @@ def _train(store: Store, jobs: list[Job], progress: Progress) -> None:
         Reading(feed, together, progress, publish_job, store.objects).run()
 
 
+def require_devices(recipe: Recipe) -> None:
+    """Refuse a device that is not there before hours of collecting, where this machine is to train as well."""
+    for member in recipe.members():
+        device("train.device", member.train.device)
+
+
 def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]]) -> None:
     """Weights and Adam's two moments of every training, and the gradients of the one that steps, float32."""
     needs: dict[torch.device, list[int]] = {}

@@ -104,8 +104,9 @@ def test_a_corpus_that_cannot_be_read(
         ({"trian": {"lr": 1}}, ["unknown key trian", "Did you mean train?"]),
         ({"train": {"lr": "fast"}}, ["train.lr is 'fast'"]),
         ({"model": {"device": "cuda:7"}}, ["model.device is 'cuda:7'"]),
+        ({"train": {"device": "cuda:99"}}, ["train.device is 'cuda:99'", '"auto" or "cpu"']),
     ],
-    ids=["site", "model", "site of the SAE", "k", "memory", "context", "key", "section", "number", "device"],
+    ids=["site", "model", "site of the SAE", "k", "memory", "context", "key", "section", "number", "device", "device of training"],
 )  # fmt: skip
 def test_a_recipe_that_cannot_work(
     changes: dict[str, Any],
