@@ -10,6 +10,10 @@ Everything works offline and on one processor thread.
 from __future__ import annotations
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job and all that it starts ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
