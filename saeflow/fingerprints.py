@@ -29,6 +29,7 @@ def _plain(value: object) -> object:
 _SINCE_2 = {
     "skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array",
     "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share",
+    "encoder_scale",
     "decay", "clip_norm", "sparsity_warmup_share", "k_start", "k_anneal_share",
     "token_topk_share",
     "l0", "zipf_exponent", "max_rate", "magnitude_floor", "magnitude_scale", "group_share", "group_chance", "noise",

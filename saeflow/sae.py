@@ -353,7 +353,8 @@ def _initial_weights(config: SAEConfig, width: int, out_width: int) -> tuple[Ten
         outward = directions
         if config.target_site is not None:
             outward = tf.normalize(torch.randn(n, out_width, generator=generator), dim=1)
-        return directions.clone(), torch.zeros(n), outward * (1.0 if config.unit_norm else config.decoder_scale)
+        decoder_scale = 1.0 if config.unit_norm else config.decoder_scale
+        return directions * config.first_encoder_scale, torch.zeros(n), outward * decoder_scale
 
     def uniform(fan_in: int, *size: int) -> Tensor:
         return torch.rand(size, generator=generator).mul_(2).sub_(1).div_(math.sqrt(fan_in))
@@ -361,4 +362,4 @@ def _initial_weights(config: SAEConfig, width: int, out_width: int) -> tuple[Ten
     decoder = uniform(n, n, out_width) * config.decoder_scale
     if config.unit_norm:
         decoder = tf.normalize(decoder, dim=1)
-    return uniform(width, n, width), uniform(width, n), decoder
+    return uniform(width, n, width) * config.first_encoder_scale, uniform(width, n), decoder

@@ -252,6 +252,12 @@ class SAEConfig(Section):
     init: Literal["tied", "linear"] = Field(
         "tied", description="Random unit rows shared by both matrices, or uniform as torch's nn.Linear."
     )
+    encoder_scale: PositiveFloat | None = Field(
+        None,
+        examples=[1.0],
+        description="Factor on the encoder's first rows; default: 0.5 in the top-k family, whose encoder then follows its "
+        "gradients sooner, else 1.",
+    )
     decoder_scale: PositiveFloat = Field(1.0, description="Factor on the decoder's first rows (without unit_norm).")
     decoder_bias: Literal["mean", "zero", "fixed"] = Field(
         "mean", description="Where the decoder bias starts; `fixed` keeps it at zero."
@@ -262,6 +268,10 @@ class SAEConfig(Section):
     def counts_k(self) -> bool:
         """Is `k` the number of features that are chosen?"""
         return self.architecture in TOP_FAMILY
+
+    @property
+    def first_encoder_scale(self) -> float:
+        return self.encoder_scale or (0.5 if self.counts_k else 1.0)
 
     @property
     def nested(self) -> list[int]:

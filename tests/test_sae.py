@@ -151,7 +151,7 @@ def test_a_wrong_guess_of_the_threshold_changes_nothing():
 
 def test_fewer_positive_pre_activations_than_asked_for_are_all_taken():
     for architecture in ("topk", "batchtopk"):
-        sae = an_autoencoder(architecture)
+        sae = an_autoencoder(architecture, encoder_scale=1.0)
         with torch.no_grad():
             sae.b_enc.fill_(-8.0)
         x = a_batch()
@@ -224,6 +224,21 @@ def test_several_threads_compute_what_one_does(architecture):
     *most, d_b_dec = zip(*seen, strict=True)
     assert all(torch.equal(one, three) for one, three in most)
     torch.testing.assert_close(*d_b_dec)
+
+
+@pytest.mark.parametrize("init", ["tied", "linear"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "jumprelu", "relu"])
+def test_the_encoder_starts_as_long_as_is_asked_and_as_the_decoder_points(architecture, init):
+    def first(**settings):
+        return SparseAutoencoder(SAEConfig(architecture=architecture, n_features=F, k=K, init=init, **settings), D)
+
+    asked, whole, silent = first(encoder_scale=0.2), first(encoder_scale=1.0), first()
+    assert_near(asked.W_enc, 0.2 * whole.W_enc, 1e-6)
+    assert_near(asked.W_dec, whole.W_dec, 1e-6)
+    short = architecture in ("topk", "batchtopk", "matryoshka")
+    assert silent.W_enc.norm() < 0.6 * whole.W_enc.norm() if short else torch.equal(silent.W_enc, whole.W_enc)
+    if init == "tied":
+        assert_near(tf.normalize(silent.W_enc, dim=1), tf.normalize(silent.W_dec, dim=1), 1e-6)
 
 
 def test_silence_is_counted_in_tokens_and_only_in_training():
