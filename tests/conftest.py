@@ -55,6 +55,14 @@ def finished(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory)
     return Finished(store, recipe, pipeline.run(store, recipe, quiet()))
 
 
+LONG = {f"test_{name}" for name in "flows power remote forecast imported wheel kill objects".split()}
+"""Files that take longest: they come first, so that no worker is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def progress() -> Progress:
     return quiet()

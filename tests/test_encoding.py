@@ -16,7 +16,8 @@ D, F, K = 40, 200, 6
 
 def an_autoencoder(architecture, product=torch.bfloat16, n_features=F, width=D):
     """Uneven weights, so that bounds differ from feature to feature."""
-    sae = SparseAutoencoder(SAEConfig(architecture=architecture, n_features=n_features, k=K, seed=3), width).eval()
+    config = SAEConfig(architecture=architecture, n_features=n_features, k=K, seed=3, encoder_scale=1.0)
+    sae = SparseAutoencoder(config, width).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         sae.W_enc.mul_(torch.rand(n_features, 1, generator=generator) * 3 + 0.1)
