@@ -125,5 +125,5 @@ def test_the_shipped_recipe_is_what_the_issue_asks_for():
     made = recipe.activations.synthetic
     assert made is not None
     assert (made.n_neurons, made.n_true, made.l0, made.group_share) == (256, 2048, 16, 0.2)
-    assert (recipe.sae.n_features, recipe.sae.k) == (4096, 16)
+    assert (recipe.sae.n_features, recipe.sae.architecture, recipe.sae.k) == (4096, "batchtopk", 16)
     commands_synth.require_known(recipe)

@@ -45,18 +45,14 @@ from tests.benchmarks._bars import Bar, report
 
 RECIPE = Path(__file__).resolve().parents[2] / "flows" / "recipes" / "synth.toml"
 
+PENALISED: dict[str, Any] = {"sae.encoder_scale": 1.0, "train.sparsity_warmup_share": 0.05}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "relu": {
-        "sae.encoder_scale": 1.0,
-        "sae.l1_weight": 40.0,
-        "train.sparsity_warmup_share": 0.05,
-        "train.resample_at": [0.2, 0.4],
-    },
-    "gated": {"sae.encoder_scale": 1.0, "sae.l1_weight": 40.0, "train.sparsity_warmup_share": 0.05},
+    "relu": {**PENALISED, "sae.l1_weight": 40.0, "train.resample_at": [0.2, 0.4]},
+    "gated": {**PENALISED, "sae.l1_weight": 40.0},
     "topk": {"train.token_topk_share": 0.0},
     "batchtopk": {},
     "matryoshka": {},
-    "jumprelu": {"sae.encoder_scale": 1.0, "sae.penalty": "l0", "train.sparsity_warmup_share": 0.05},
+    "jumprelu": {**PENALISED, "sae.penalty": "l0"},
 }
 """What differs from the recipe, by architecture. All aim at the true number of active features, k."""
 
