@@ -15,7 +15,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from string import Template
@@ -25,15 +25,21 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.artefact import Artefact
+from saeflow.feature_tables import ORDERS, PART_TABLES, RUN_TABLES
 from saeflow.integrity import damage
 from saeflow.object_files import ObjectFiles
 from saeflow.records import Generation, PartRecord, read_checked
+from saeflow.relations import identifier, literal, relations, side_by_side, unglobbed
 from saeflow.sections import TOP_FAMILY, UserError
 from saeflow.store import Store
 
 log = logging.getLogger(__name__)
 
-_RESERVED = {"main", "temp", "system", "pg_catalog", "information_schema"}
+SETTINGS = ("set parquet_metadata_cache = true", "set asof_loop_join_threshold = 0")
+"""Files never change; and by a wrong guess DuckDB would compare every document with every token."""
+
+_EVERY_RUN = "every_run"
+_RESERVED = {_EVERY_RUN, "main", "temp", "system", "pg_catalog", "information_schema"}
 _UNREADABLE = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
 """What a missing, cut or nonsensical record raises."""
 
@@ -50,6 +56,8 @@ class Run:
     n_tokens: int | None = None
     hidden: Sequence[int] = ()
     """Documents that were forgotten or replaced."""
+    shape: Mapping[str, int | None] = field(default_factory=dict)
+    """Context length and number of features."""
     problem: str | None = None
 
     def is_called(self, name: str) -> bool:
@@ -112,7 +120,11 @@ def connect(
     for each in every:
         if each.problem is None:
             _load(connection, each, every, current)
-    connection.execute(f"set search_path = {_literal(_identifier(current.schema))}")
+    for statement in _side_by_side([each.schema for each in every if each.problem is None]):
+        connection.execute(statement)
+    connection.execute(f"set search_path = {literal(identifier(current.schema))}")
+    for setting in SETTINGS:
+        connection.execute(setting)
     _harden(connection, every)
     return connection
 
@@ -131,13 +143,19 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
     tokens = store.by_id(inputs[0])
     generation = tokens.published()
     shown = _shown(artefact, generation)
-    files = _files(artefact, shown, ["feature_major", "token_major", "feature_stats"])
-    files |= _files(tokens, generation.parts, ["tokens", "documents"])
+    files = _files(artefact, shown, [*ORDERS, *PART_TABLES])
+    files |= _files(tokens, generation.parts, ["tokens", "documents", "vocab_blocks"])
     files |= {"vocab": [tokens.location(tokens.path / "vocab.parquet")]}
+    own = {file.name for file in artefact.record.files}
+    files |= {
+        table: [artefact.location(artefact.path / f"{table}.parquet")]
+        for table in RUN_TABLES
+        if f"{table}.parquet" in own
+    }
     for found in (each for item in (artefact, tokens) for each in damage(item, full=False)):
         raise UserError(found.problem)
-    for table, paths in files.items():
-        if not paths or not (store.objects or Path(paths[0]).is_file()):
+    for table in (*ORDERS, "feature_stats", "tokens", "documents", "vocab"):
+        if not files[table] or not (store.objects or Path(files[table][0]).is_file()):
             raise UserError(f"{artefact.id} has no {table} files")
     quality = artefact.path / "quality.json"
     n_tokens = sum(part.counts.get("n_tokens", 0) for part in shown) or generation.total("n_tokens")
@@ -149,6 +167,10 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
         quality=json.dumps(read_checked(quality)) if quality.is_file() else None,
         n_tokens=n_tokens or None,
         hidden=generation.hidden_ids,
+        shape={
+            "context_length": tokens.record.facts.get("context_length"),
+            "n_features": artefact.record.facts.get("n_features"),
+        },
     )
 
 
@@ -223,21 +245,28 @@ def _settings(memory_limit: str | None, threads: int | None) -> dict[str, Any]:
 
 def _load(connection: duckdb.DuckDBPyConnection, run: Run, every: Sequence[Run], current: Run) -> None:
     """Make the run's schema. A table macro looks names up in its caller's schema, so names are qualified."""
-    schema = _identifier(run.schema)
+    schema = identifier(run.schema)
     connection.execute(f"create schema {schema}")
-    connection.execute(f"set search_path = {_literal(schema)}")
+    connection.execute(f"set search_path = {literal(schema)}")
     for statement in _statements(run, every, current):
         connection.execute(_qualified(statement, schema))
 
 
 def _statements(run: Run, every: Sequence[Run], current: Run) -> Iterator[str]:
     folder = sql_folder()
-    lists = {table: _literal(list(map(_unglobbed, paths))) for table, paths in run.files.items()}
-    rows = _literal([other.row(run) for other in every])
+    rows = literal([other.row(run) for other in every])
     sources = Template((folder / "sources.sql").read_text("utf-8"))
-    yield sources.substitute(lists, runs=rows, hidden=_literal(list(run.hidden)))
+    shape = {name: literal(value) for name, value in run.shape.items()}
+    yield sources.substitute(relations(run.files), runs=rows, hidden=literal(list(run.hidden)), **shape)
     for path in (*sorted((folder / "staging").glob("*.sql")), *sorted((folder / "marts").glob("*.sql"))):
         yield path.read_text("utf-8")
+
+
+def _side_by_side(schemas: Sequence[str]) -> Iterator[str]:
+    """The schema that holds what questions about several runs read."""
+    yield f"create schema if not exists {_EVERY_RUN}"
+    for view in ("stg_feature_stats", "stg_token_major"):
+        yield f"create or replace view {_EVERY_RUN}.{view} as {side_by_side(schemas, view)}"
 
 
 @cache
@@ -255,32 +284,10 @@ def _qualified(sql: str, schema: str) -> str:
 def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None:
     """Leave access to the published files alone; both spellings, as globs are resolved under the same rule."""
     paths = {path for run in every for files in run.files.values() for path in files}
-    allowed = sorted(paths | {_unglobbed(path) for path in paths})
-    connection.execute(f"set allowed_paths = {_literal(allowed)}")
+    allowed = sorted(paths | {unglobbed(path) for path in paths})
+    connection.execute(f"set allowed_paths = {literal(allowed)}")
     connection.execute("set enable_external_access = false")
     connection.execute("set lock_configuration = true")
-
-
-def _unglobbed(path: str) -> str:
-    """The path as a glob that matches only itself: read_parquet expands `*`, `?` and `[` even in a list."""
-    return re.sub(r"[*?\[]", r"[\g<0>]", path)
-
-
-def _identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _literal(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool() | int():
-            return str(value).lower()
-        case dict():
-            return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
-        case list():
-            return "[" + ", ".join(map(_literal, value)) + "]"
-    return "'" + str(value).replace("'", "''") + "'"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

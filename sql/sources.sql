@@ -2,31 +2,66 @@
 --
 -- Grain:   as stored; one view for each table of the disk contract (data/README.md).
 -- Reads:   the explicit Parquet files of one published generation, never a glob.
--- Units:   as stored.
+-- Units:   as stored. low and high say which features, or tokens, a file may hold: a question about one of them
+--          that also asks for `between low and high` opens no other file.
 -- Ask it:  nothing; everything else reads these views.
 --
--- Each `$$name` below is filled in with a DuckDB list. To work by hand in the duckdb shell, let
--- `saeflow sql --script` print this file filled in, followed by the rest of the folder.
+-- Each `$$name` below is filled in with a read_parquet of those files, or with an empty table where an earlier saeflow
+-- wrote none. To work by hand in the duckdb shell, let `saeflow sql --script` print this file filled in, followed by
+-- the rest of the folder.
 create or replace view src_tokens as
-select * from read_parquet($tokens);
+select * from $tokens;
+
+create or replace view src_vocab_blocks as
+select block_id, first_token_id, n_tokens, vocab_ids from $vocab_blocks;
+
+create or replace view src_shape as
+select $context_length::bigint as context_length, $n_features::bigint as n_features;
 
 create or replace view src_documents as
-select * from read_parquet($documents, union_by_name = true);
+select * from $documents;
 
 create or replace view src_hidden as
 select unnest($hidden::bigint[]) as document_id;
 
 create or replace view src_vocab as
-select * from read_parquet($vocab);
+select * from $vocab;
 
 create or replace view src_feature_major as
-select * from read_parquet($feature_major);
+select feature_id, token_id, value, low, high from $feature_major;
 
 create or replace view src_token_major as
-select * from read_parquet($token_major);
+select token_id, feature_id, value, low, high from $token_major;
 
 create or replace view src_feature_stats as
-select * from read_parquet($feature_stats, filename = true);
+select * from $feature_stats;
+
+create or replace view src_feature_histogram as
+select feature_id, bin, n_tokens from $feature_histogram;
+
+create or replace view src_feature_sources as
+select feature_id, source, is_rest, n_tokens, sum_value, sum_squares from $feature_sources;
+
+create or replace view src_feature_positions as
+select feature_id, band, n_tokens, sum_value from $feature_positions;
+
+create or replace view src_feature_vocab as
+select feature_id, vocab_id, n_tokens, sum_value from $feature_vocab;
+
+create or replace view src_coactivation as
+select feature_id, other_id, n_both from $coactivation;
+
+create or replace view src_encoded_tokens as
+select source, is_rest, band, n_tokens from $encoded_tokens;
+
+create or replace view src_similar as
+select feature_id, other_id, cosine from $similar;
+
+create or replace view src_logits as
+select feature_id, vocab_id, logit from $logits;
+
+create or replace view src_labels as
+select feature_id, label, source, score from $labels;
 
 create or replace view src_runs as
 select unnest($runs, recursive := true);

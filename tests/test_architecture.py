@@ -23,6 +23,8 @@ ORDER = [
     "fingerprints",
     "harmless",
     "query_errors",
+    "feature_tables",
+    "relations",
     "parallel",
     "machine",
     "transfer",

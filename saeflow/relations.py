@@ -1,0 +1,104 @@
+"""Files as SQL text: what `sql/sources.sql` reads in the place of each `$name`.
+
+Nothing here is text of a user: names of files and columns, and numbers, each as a literal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+
+from saeflow.feature_tables import BLOCK_TOKENS, LABELS, ORDERS, PART_TABLES, RUN_TABLES, VALUES
+
+Files = Mapping[str, Sequence[str]]
+Ranges = Sequence[tuple[int, int]]
+
+_HIVE = "hive_partitioning = true, hive_types = {'low': bigint, 'high': bigint}"
+_TYPES = {
+    pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
+    pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
+}  # fmt: skip
+_OPTIONAL = {**PART_TABLES, **RUN_TABLES, "labels": LABELS}
+
+
+def relations(files: Files, left_out: Ranges = ()) -> dict[str, str]:
+    """Each table of a run as something to select from; `left_out` are ranges of token_id, both ends included, whose
+    values are not shown."""
+    found = {
+        "tokens": _read(files["tokens"]),
+        "documents": _read(files["documents"], "union_by_name = true"),
+        "vocab": _read(files["vocab"]),
+        "vocab_blocks": _vocab_blocks(files.get("vocab_blocks", ()), files["tokens"]),
+    }
+    found |= {order: _values(order, files[order], left_out) for order in ORDERS}
+    for table, schema in _OPTIONAL.items():
+        options = "filename = true" if table == "feature_stats" else ""
+        found[table] = _read(files[table], options) if files.get(table) else _empty(schema)
+    return found
+
+
+def _read(paths: Sequence[str], options: str = "") -> str:
+    listed = literal([unglobbed(path) for path in paths])
+    return f"read_parquet({listed}{', ' + options if options else ''})"
+
+
+def _values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
+    """With the columns low and high; files of an earlier saeflow do not say, and may hold anything."""
+    said = [path for path in paths if re.search(r"/low=\d+/high=\d+/[^/]*$", path)]
+    others = [path for path in paths if path not in set(said)]
+    columns = ", ".join(VALUES[order].names)
+    everywhere = "0::bigint as low, 9223372036854775807 as high"
+    parts = [f"select {columns}, low, high from {_read(said, _HIVE)}"] if said else []
+    parts += [f"select {columns}, {everywhere} from {_read(others)}"] if others else []
+    parts = parts or [f"select *, {everywhere} from {_empty(VALUES[order])}"]
+    rows = " union all ".join(parts)
+    unseen = " and ".join(f"token_id not between {first} and {last}" for first, last in left_out)
+    return f"(select * from ({rows}) where {unseen})" if unseen else f"({rows})"
+
+
+def _vocab_blocks(paths: Sequence[str], tokens: Sequence[str]) -> str:
+    """Blocks as stored; of token parts that an earlier saeflow wrote without them, made from the tokens."""
+    folders = {path.rpartition("/")[0] for path in paths}
+    lacking = [path for path in tokens if path.rpartition("/")[0] not in folders]
+    parts = [f"select * from {_read(paths)}"] if paths else []
+    if lacking:
+        parts.append(
+            f"select token_id // {BLOCK_TOKENS} as block_id, min(token_id) as first_token_id, count(*)::integer as n_tokens, "
+            f"unhex(string_agg(printf('%08x', vocab_id), '' order by token_id)) as vocab_ids from {_read(lacking)} group by block_id"
+        )
+    return f"({' union all '.join(parts)})"
+
+
+def _empty(schema: pa.Schema) -> str:
+    columns = ", ".join(f"null::{_TYPES[field.type]} as {field.name}" for field in schema)
+    return f"(select {columns} where false)"
+
+
+def unglobbed(path: str) -> str:
+    """The path as a glob that matches only itself: read_parquet expands `*`, `?` and `[` even in a list."""
+    return re.sub(r"[*?\[]", r"[\g<0>]", path)
+
+
+def identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool() | int():
+            return str(value).lower()
+        case dict():
+            return "{" + ", ".join(f"{literal(key)}: {literal(item)}" for key, item in value.items()) + "}"
+        case list():
+            return "[" + ", ".join(map(literal, value)) + "]"
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def side_by_side(schemas: Sequence[str], view: str) -> str:
+    """One view of every run end to end, with the schema's name in front."""
+    each = (f"select {literal(schema)} as run, * from {identifier(schema)}.{view}" for schema in schemas)
+    return " union all ".join(each)
