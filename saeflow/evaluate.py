@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
-from saeflow import activations, features, interchange, tokens, train
+from saeflow import activations, compaction, features, interchange, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.feed import Feed, aligned_held_out_rows
@@ -109,7 +109,8 @@ def _matches(known: dict[str, Any], judged: dict[str, Any], run_artefact: Artefa
 
 def _fingerprint(run_artefact: Artefact) -> str:
     """Stands for the encoded corpus that was judged."""
-    return fingerprint([part.folder for part in run_artefact.published().parts])
+    held = [item for part in run_artefact.published().parts for item in compaction.covered(part).items()]
+    return fingerprint(sorted(held))
 
 
 def _judged(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> Judged:

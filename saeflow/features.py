@@ -1,25 +1,25 @@
-"""Activations through a trained SAE to Parquet: every non-zero value, in two orders, with statistics."""
+"""Activations through trained SAEs to Parquet: every non-zero value, in two orders, with statistics."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow import activations, arrays, imported, interchange, train
+from saeflow import activations, arrays, compaction, imported, interchange, train
 from saeflow.artefact import Artefact, Job
 from saeflow.config import Recipe
-from saeflow.encoding import SparseValues, feature_major, feature_statistics
+from saeflow.encoding import SparseValues, feature_major
+from saeflow.feature_files import write_feature_major, write_table, write_token_major
 from saeflow.fingerprints import fingerprint
+from saeflow.marginals import Totals
 from saeflow.model import Site
 from saeflow.parallel import n_threads, use_one_thread
 from saeflow.progress import Bar, Progress
@@ -27,6 +27,7 @@ from saeflow.records import PartRecord
 from saeflow.sae import SparseAutoencoder
 from saeflow.sections import UserError
 from saeflow.store import Store
+from saeflow.token_facts import TokenFacts, facts_of
 from saeflow.used import Used
 
 SEGMENT_NONZEROS = 24_000_000
@@ -64,33 +65,9 @@ class Encoder:
 
     def encode(self, part: PartRecord, bar: Bar) -> PartRecord:
         """Encode one activation part, on one thread, and keep its values as a part."""
-        use_one_thread()
-        mask = self.used.mask(part.index)
-        counts = {"n_tokens": int(mask.sum()), "n_values": 0}
-        totals = _Totals(self.sae.config.n_features)
-        with self.target.new_part(part.index, counts, part_inputs(self.used, part)) as folder:
-            for number, segment in enumerate(self._segments(part, mask, bar)):
-                token_ids, sparse = segment
-                counts["n_values"] += len(sparse.values)
-                totals.add(sparse)
-                write_token_major(folder / "token_major" / f"{number:03d}.parquet", token_ids, sparse)
-                write_feature_major(
-                    folder / "feature_major" / f"{number:03d}.parquet", token_ids, sparse, len(totals.n_tokens)
-                )
-            pq.write_table(totals.table(), folder / "feature_stats.parquet", compression="zstd")
-        return self.target.made[part.index]
+        return encode_together([self], part, bar)[0]
 
-    def _segments(self, part: PartRecord, mask: np.ndarray, bar: Bar) -> Iterator[tuple[np.ndarray, SparseValues]]:
-        held: list[tuple[np.ndarray, SparseValues]] = []
-        for token_ids, rows in self._rows(part, mask):
-            held.append((token_ids, self.sae.encode_sparse(rows)))
-            bar.advance(len(token_ids))
-            if sum(len(sparse.values) for _, sparse in held) >= SEGMENT_NONZEROS:
-                yield _joined(held)
-                held = []
-        yield _joined(held)
-
-    def _rows(self, part: PartRecord, mask: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def rows(self, part: PartRecord, mask: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Used tokens in order, at most `batch_rows` at once: token_ids (n,), activations (n, D)."""
         array = arrays.open_site(self.stored, part, self.site)
         length = mask.shape[1]
@@ -105,28 +82,64 @@ class Encoder:
                 yield token_ids[at : at + len(chosen)], rows
 
 
-class _Totals:
-    """Per-feature statistics of a part, added up in order."""
-
-    def __init__(self, n_features: int) -> None:
-        self.n_tokens = np.zeros(n_features, np.int64)
-        self.sum_value = np.zeros(n_features)
-        self.sum_squares = np.zeros(n_features)
-        self.max_value = np.zeros(n_features)
-
-    def add(self, sparse: SparseValues) -> None:
-        found = feature_statistics(sparse, len(self.n_tokens))
-        self.n_tokens += found.n_tokens
-        self.sum_value += found.sum
-        self.sum_squares += found.sum_squares
-        self.max_value = np.maximum(self.max_value, found.max)
-
-    def table(self) -> pa.Table:
-        ids = np.arange(len(self.n_tokens), dtype=np.int32)
-        return pa.table({"feature_id": ids} | vars(self))
+def encode_together(encoders: Sequence[Encoder], part: PartRecord, bar: Bar) -> list[PartRecord]:
+    """Encode one activation part for several SAEs of its site in one reading, on one thread."""
+    use_one_thread()
+    first = encoders[0]
+    about = facts_of(first.used, part.index)
+    mask = about.mask.reshape(-1, first.used.length)
+    with contextlib.ExitStack() as stack:
+        outputs = [_Output.open(stack, encoder, part, about) for encoder in encoders]
+        for token_ids, rows in first.rows(part, mask):
+            for output in outputs:
+                output.take(token_ids, output.encoder.sae.encode_sparse(rows))
+            bar.advance(len(token_ids))
+        for output in outputs:
+            output.close()
+    return [encoder.target.made[part.index] for encoder in encoders]
 
 
-def _joined(held: list[tuple[np.ndarray, SparseValues]]) -> tuple[np.ndarray, SparseValues]:
+class _Output:
+    """Values of one part and one SAE on their way to the disk."""
+
+    def __init__(self, encoder: Encoder, folder: Path, counts: dict[str, int], about: TokenFacts) -> None:
+        self.encoder, self.folder, self.counts, self.about = encoder, folder, counts, about
+        self.totals = Totals(encoder.sae.config.n_features)
+        self.totals.see(about)
+        self._held: list[tuple[np.ndarray, SparseValues]] = []
+        self._n_held = 0
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack, encoder: Encoder, part: PartRecord, about: TokenFacts) -> _Output:
+        counts = {"n_tokens": int(about.mask.sum()), "n_values": 0}
+        inputs = part_inputs(encoder.used, part)
+        return cls(
+            encoder, stack.enter_context(encoder.target.new_part(part.index, counts, inputs)), counts, about
+        )  # fmt: skip
+
+    def take(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
+        self._held.append((token_ids, sparse))
+        self._n_held += len(sparse.values)
+        if self._n_held >= SEGMENT_NONZEROS:
+            self._write()
+
+    def close(self) -> None:
+        if self._held or not self.counts["n_values"]:
+            self._write()
+        for name, table in self.totals.tables().items():
+            write_table(self.folder / f"{name}.parquet", table)
+
+    def _write(self) -> None:
+        token_ids, sparse = joined(self._held)
+        self._held, self._n_held = [], 0
+        entries = feature_major(sparse, self.totals.n_features)
+        write_token_major(self.folder, token_ids, sparse)
+        write_feature_major(self.folder, token_ids, entries)
+        self.totals.add(self.about.of(token_ids), sparse, entries)
+        self.counts["n_values"] += len(sparse.values)
+
+
+def joined(held: Sequence[tuple[np.ndarray, SparseValues]]) -> tuple[np.ndarray, SparseValues]:
     """Batches end to end."""
     if not held:
         return np.empty(0, np.int64), SparseValues(
@@ -136,32 +149,6 @@ def _joined(held: list[tuple[np.ndarray, SparseValues]]) -> tuple[np.ndarray, Sp
     starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
     ids, values = (np.concatenate([getattr(sparse, name) for _, sparse in held]) for name in ("feature_ids", "values"))
     return np.concatenate([token_ids for token_ids, _ in held]), SparseValues(starts, ids, values)
-
-
-def write_token_major(path: Path, token_ids: np.ndarray, sparse: SparseValues) -> None:
-    """Sorted by token, then feature."""
-    owners = np.repeat(token_ids, np.diff(sparse.row_starts))
-    _write(path, {"token_id": owners, "feature_id": sparse.feature_ids, "value": sparse.values})
-
-
-def write_feature_major(path: Path, token_ids: np.ndarray, sparse: SparseValues, n_features: int) -> None:
-    """Sorted by feature, then token."""
-    ordered = feature_major(sparse, n_features)
-    ids = np.repeat(np.arange(n_features, dtype=np.int32), np.diff(ordered.feature_starts))
-    _write(path, {"feature_id": ids, "token_id": token_ids[ordered.rows], "value": ordered.values})
-
-
-def _write(path: Path, columns: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    pq.write_table(
-        pa.table(columns),
-        path,
-        compression="zstd",
-        compression_level=1,
-        row_group_size=122_880,
-        use_dictionary=["feature_id"],
-        column_encoding={"token_id": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"},
-    )
 
 
 def part_inputs(used: Used, part: PartRecord) -> dict[str, str]:
@@ -191,17 +178,30 @@ def open_encoder(store: Store, recipe: Recipe) -> Encoder:
 
 def encoder_of(store: Store, target: Artefact, batch_rows: int = 4096) -> Encoder:
     """The encoder of a run that exists, from what its record says."""
-    source, stored, trained = (store.by_id(name) for name in target.record.inputs)
+    _, stored, trained = (store.by_id(name) for name in target.record.inputs)
     site = activations.choose_site(stored, target.record.facts["site"])
-    used = Used.from_facts(source, target.record.facts)
-    return Encoder(used, stored, target, site, interchange.load(trained.fetched()), batch_rows)
+    return Encoder(used_of(store, target), stored, target, site, interchange.load(trained.fetched()), batch_rows)
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
     """Encode every missing part, several at once, and publish."""
+    run_together(store, [recipe], progress)
+    return artefact(store, recipe)
+
+
+def run_all(store: Store, recipe: Recipe, progress: Progress) -> None:
+    """Encode every SAE of a sweep; those of one site in one reading."""
+    members = recipe.members()
+    sites = [facts(store, member)["site"] for member in members]
+    for site in dict.fromkeys(sites):
+        run_together(store, [member for member, own in zip(members, sites, strict=True) if own == site], progress)
+
+
+def run_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> None:
+    """Encode the SAEs of recipes that read one site, in one reading."""
     with (
-        encoding(store, recipe, progress) as job,
-        ThreadPoolExecutor(n_threads(recipe.threads), "saeflow-encode") as pool,
+        encoding_together(store, recipes, progress) as job,
+        ThreadPoolExecutor(n_threads(recipes[0].threads), "saeflow-encode") as pool,
     ):
         try:
             for future in [pool.submit(job.work, index) for index in job.missing]:
@@ -209,42 +209,80 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return artefact(store, recipe)
 
 
 @contextlib.contextmanager
 def encoding(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job]:
     """The parts that are missing and how to make one; publishes when the block ends well."""
-    target = artefact(store, recipe)
-    wanted = activations.artefact(store, recipe).published().parts
-    used = Used.of(activations.tokens_artefact(store, recipe), recipe.activations)
+    with encoding_together(store, [recipe], progress) as job:
+        yield job
+
+
+@contextlib.contextmanager
+def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> Iterator[Job]:
+    """The same for several SAEs: a part is made for each of them that lacks it."""
+    first = recipes[0]
+    wanted = activations.artefact(store, first).published().parts
+    used = Used.of(activations.tokens_artefact(store, first), first.activations)
     inputs = {part.index: part_inputs(used, part) for part in wanted}
-    with target.writing():
-        done = target.fitting(inputs)
-        plan = {part.index: part for part in wanted if part.index not in done}
-        if plan or not target.complete():
-            encoder = open_encoder(store, recipe)
+    targets = {artefact(store, recipe): recipe for recipe in recipes}
+    with contextlib.ExitStack() as stack:
+        for target in targets:
+            stack.enter_context(target.writing())
+        lacking = {target: sorted(inputs.keys() - compaction.owners(target, inputs)) for target in targets}
+        encoders = {
+            target: open_encoder(store, recipe)
+            for target, recipe in targets.items()
+            if lacking[target] or not target.complete()
+        }
+        plan = {part.index: part for part in wanted if any(part.index in lacking[target] for target in encoders)}
+        if encoders:
             with progress.bar("features", sum(part.counts["n_tokens"] for part in plan.values()), "tokens") as bar:
-                yield Job(list(plan), lambda index: encoder.encode(plan[index], bar))
+
+                def work(index: int) -> PartRecord:
+                    chosen = [encoder for target, encoder in encoders.items() if index in lacking[target]]
+                    return encode_together(chosen, plan[index], bar)[0]
+
+                yield Job(list(plan), work)
         else:
-            progress.skip("features", f"{sum(p.counts['n_values'] for p in done.values()):,} values")
-            yield Job([], done.__getitem__)
-        done = target.fitting(inputs)
-        target.publish([done[part.index] for part in wanted])
+            n_values = sum(target.published().total("n_values") for target in targets)
+            progress.skip("features", f"{n_values:,} values")
+            yield Job([], lambda index: next(iter(targets)).made[index])
+        for target in targets:
+            publish(target, used, inputs)
+
+
+def compact(store: Store, recipe: Recipe, progress: Progress, enough: int = compaction.ENOUGH_PARTS) -> None:
+    """Merge the parts of every run of the recipe, where at least `enough` can be."""
+    for member in recipe.members():
+        target = artefact(store, member)
+        if target.generation() is not None:
+            train.set_threads(member)
+            compaction.run(target, used_of(store, target), progress, enough)
+
+
+def used_of(store: Store, target: Artefact) -> Used:
+    """The tokens that a run encodes, as they are now."""
+    return Used.from_facts(store.by_id(target.record.inputs[0]), target.record.facts)
+
+
+def publish(target: Artefact, used: Used, inputs: Mapping[int, dict[str, str]]) -> None:
+    """Show the parts that follow from these inputs; a compacted one that holds more is written again without it."""
+    target.publish(compaction.settled(target, used, inputs))
 
 
 def refresh(store: Store, target: Artefact, progress: Progress) -> list[int]:
     """Encode again the parts of a run that no longer follow from what they were made of; their indices."""
     with target.writing():
         encoder = encoder_of(store, target)
-        known = {part.index for part in target.published().parts}
+        known = {index for part in target.published().parts for index in compaction.covered(part)}
         wanted = [part for part in encoder.stored.published().parts if part.index in known]
         inputs = {part.index: part_inputs(encoder.used, part) for part in wanted}
-        done = target.fitting(inputs)
+        done = compaction.owners(target, inputs)
         stale = [part for part in wanted if part.index not in done]
         if stale:
             with progress.bar("features", sum(part.counts["n_tokens"] for part in stale), "tokens") as bar:
                 for part in stale:
-                    done[part.index] = encoder.encode(part, bar)
-        target.publish([done[part.index] for part in wanted])
+                    encoder.encode(part, bar)
+        publish(target, encoder.used, inputs)
     return [part.index for part in stale]

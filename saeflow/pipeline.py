@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from saeflow import activations, bring, evaluate, features, forget, integrity, report, sweep, tokens, train
+from saeflow import activations, bring, compaction, evaluate, features, forget, integrity, report, sweep, tokens, train
 from saeflow.config import Recipe
 from saeflow.machine import measured
 from saeflow.progress import Progress
@@ -25,7 +25,13 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         first = {"bring": bring.run}
     if recipe.is_sweep:
         return first | {"train": train.run_all, "evaluate": sweep.run}
-    return first | {"train": train.run, "encode": features.run, "evaluate": evaluate.run, "report": report.run}
+    return first | {
+        "train": train.run,
+        "encode": features.run,
+        "compact": features.compact,
+        "evaluate": evaluate.run,
+        "report": report.run,
+    }
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
@@ -54,6 +60,8 @@ def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
     for run in store.artefacts("features"):
         if activations.artefact(store, recipe).id in run.record.inputs:
             features.refresh(store, run, progress)
+            with run.writing():
+                compaction.compact(run, features.used_of(store, run), progress)
 
 
 def summary(store: Store, recipe: Recipe) -> dict[str, Any]:

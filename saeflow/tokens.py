@@ -17,6 +17,7 @@ from saeflow import corpus
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.disk import make_folder, read_json
+from saeflow.feature_tables import BLOCK_TOKENS, VOCAB_BLOCKS
 from saeflow.fingerprints import facts_of, fingerprint
 from saeflow.ledger import Entry, Ledger, merged
 from saeflow.model import load_tokenizer, model_fingerprint
@@ -326,7 +327,21 @@ def write_tables(
             column_encoding={"token_id": "DELTA_BINARY_PACKED", "document_id": "DELTA_BINARY_PACKED"},
         )
         pq.write_table(documents, folder / "documents.parquet", compression="zstd")
+        pq.write_table(vocab_blocks(table), folder / "vocab_blocks.parquet", compression="none", row_group_size=128)
     return target.made[index]
+
+
+def vocab_blocks(table: pa.Table) -> pa.Table:
+    """The vocabulary ids of consecutive tokens as rows of BLOCK_TOKENS: where a question looks one up."""
+    token_ids = table.column("token_id").to_numpy()
+    ids = table.column("vocab_id").to_numpy().astype(">i4")
+    cuts = np.flatnonzero(token_ids % BLOCK_TOKENS == 0)
+    starts = np.unique(np.r_[cuts, 0]) if len(ids) else cuts
+    ends = np.r_[starts[1:], len(ids)]
+    blobs = [ids[a:b].tobytes() for a, b in zip(starts, ends, strict=False)]
+    columns = [token_ids[starts] // BLOCK_TOKENS, token_ids[starts], (ends - starts)[: len(starts)], blobs]
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, VOCAB_BLOCKS, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=VOCAB_BLOCKS)
 
 
 def _batches(stream: Iterator[Entry], n_tokens: int) -> Iterator[list[Entry]]:

@@ -189,3 +189,9 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "provenance.json" and "locks" not in path.parts
     }
+
+
+def value_file(folder: Path, order: str = "token_major") -> Path:
+    """The one file of an order in the folder of a feature part."""
+    [path] = folder.glob(f"{order}/low=*/high=*/*.parquet")
+    return path

@@ -23,7 +23,7 @@ from saeflow.ledger import Ledger, key_hash
 from saeflow.progress import Progress
 from saeflow.sections import CorpusConfig, UserError
 from saeflow.store import Store
-from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
+from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, value_file, write_corpus
 
 SECRET = "xylophone quixotry zugzwang"
 
@@ -370,10 +370,7 @@ def test_positions_that_are_skipped_are_stored_but_never_used(grown):
     assert train.artefact(grown.store, changed) != train.artefact(grown.store, grown.recipe)
     run = features.artefact(grown.store, changed)
     ids = np.concatenate(
-        [
-            pq.read_table(run.part_path(p) / "token_major" / "000.parquet").column("token_id").to_numpy()
-            for p in run.published().parts
-        ]
+        [pq.read_table(value_file(run.part_path(p))).column("token_id").to_numpy() for p in run.published().parts]
     )
     assert not set((ids % changed.tokens.context_length).tolist()) & {0, 3}
     assert len(set((ids % changed.tokens.context_length).tolist())) == changed.tokens.context_length - 2

@@ -21,7 +21,7 @@ from saeflow.records import read_checked, write_checked
 from saeflow.sae import SparseAutoencoder
 from saeflow.sections import FeaturesConfig, SAEConfig, UserError
 from saeflow.store import Store
-from tests.small_pipeline import SITE, WIDTH, a_table, brought_data, quiet, recipe_data, tree, write_table
+from tests.small_pipeline import SITE, WIDTH, a_table, brought_data, quiet, recipe_data, tree, value_file, write_table
 
 X = torch.randint(-9, 10, (64, WIDTH), generator=torch.Generator().manual_seed(0)).float()
 """Small whole numbers: exact in 11 bits, and so is their mean over 64 rows in float32."""
@@ -340,7 +340,7 @@ def test_the_figures_of_a_run_are_those_of_its_held_out_tokens_and_its_whole_cor
     assert quality["variance_unexplained"] == pytest.approx((error / (x - x.mean(0)).square().sum()).item(), rel=1e-9)
     assert quality["l0"] == pytest.approx(len(sae.encode_sparse(x.float()).values) / len(x))
     artefact = features.artefact(store, recipe)
-    rows = [pq.read_table(artefact.part_path(p) / "token_major" / "000.parquet") for p in artefact.published().parts]
+    rows = [pq.read_table(value_file(artefact.part_path(p))) for p in artefact.published().parts]
     fired = np.bincount(np.concatenate([table.column("feature_id") for table in rows]), minlength=64)
     assert quality["n_values"] == fired.sum()
     assert quality["n_dead"] == (fired == 0).sum()

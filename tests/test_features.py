@@ -20,7 +20,7 @@ from saeflow.model import Site
 from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.used import Used
-from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
+from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, value_file, write_table
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
 MARGIN = 1e-9
@@ -157,7 +157,7 @@ def test_statistics_are_what_counting_the_values_gives(trained, architecture):
     recipe = trained[1][architecture]
     artefact = features.artefact(trained[0], recipe)
     for part in artefact.published().parts:
-        rows = pq.read_table(artefact.part_path(part) / "token_major" / "000.parquet")
+        rows = pq.read_table(value_file(artefact.part_path(part)))
         ids, values = (rows.column(name).to_numpy() for name in ("feature_id", "value"))
         stats = pq.read_table(artefact.part_path(part) / "feature_stats.parquet").to_pydict()
         wide, n = values.astype(np.float64), recipe.sae.n_features
@@ -259,7 +259,7 @@ def test_a_lost_part_is_encoded_again_to_the_same_bytes(tmp_path, trained, damag
     copy = Store(tmp_path / "store")
     artefact = features.artefact(copy, recipes["topk"])
     before = tree(artefact.path)
-    damage(artefact.part_path(artefact.published().parts[1]) / "token_major" / "000.parquet")
+    damage(value_file(artefact.part_path(artefact.published().parts[1])))
     encoded(copy, recipes["topk"])
     assert tree(artefact.path) == before
 

@@ -21,12 +21,14 @@ from tests.small_pipeline import SITE, quiet, tree
 PART = "parts/000001-*"
 CLASSES = {
     "token table": f"tokens/*/{PART}/tokens.parquet",
+    "blocks of the vocabulary": f"tokens/*/{PART}/vocab_blocks.parquet",
     "documents": f"tokens/*/{PART}/documents.parquet",
     "vocabulary": "tokens/*/vocab.parquet",
     "shard": f"activations/*/{PART}/*.zarr/c/0/0/0",
     "zarr.json": f"activations/*/{PART}/*.zarr/zarr.json",
-    "feature-major": f"features/*/{PART}/feature_major/000.parquet",
-    "token-major": f"features/*/{PART}/token_major/000.parquet",
+    "feature-major": f"features/*/{PART}/feature_major/*/*/000.parquet",
+    "token-major": f"features/*/{PART}/token_major/*/*/000.parquet",
+    "histogram": f"features/*/{PART}/feature_histogram.parquet",
     "statistics": f"features/*/{PART}/feature_stats.parquet",
     "figures": "features/*/quality.json",
     "weights": "saes/*/sae_weights.safetensors",

@@ -11,7 +11,7 @@ from saeflow import bring, features, report, train
 from saeflow.config import parse_recipe
 from saeflow.report import active_sets, feature_table
 from saeflow.store import Store
-from tests.small_pipeline import brought_data, quiet
+from tests.small_pipeline import brought_data, quiet, value_file
 
 PNG = b"\x89PNG\r\n"
 PHRASES = "phrase,a,b,c\n" + "".join(
@@ -61,7 +61,7 @@ def test_the_table_of_features_holds_the_stored_values_under_the_rows_own_labels
     artefact = features.artefact(store, recipe)
     wanted = np.zeros((9, 8), np.float32)
     for part in artefact.published().parts:
-        rows = pq.read_table(artefact.part_path(part) / "token_major" / "000.parquet").to_pydict()
+        rows = pq.read_table(value_file(artefact.part_path(part))).to_pydict()
         wanted[rows["token_id"], rows["feature_id"]] = rows["value"]
     np.testing.assert_array_equal(values, wanted)
     assert values.any()

@@ -1,0 +1,172 @@
+"""What is counted of encoded values: by feature and some property of the token, and which features fire together.
+
+Entries come by feature (F + 1 starts, rows, values) as `encoding.feature_major` sorts them, and by row as they were
+encoded. Kernels work on a range of features and release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saeflow.encoding import FeatureMajor, SparseValues
+from saeflow.kernels import Doubles, Floats, Ids, Offsets, compiled
+
+Counts = NDArray[np.int64]
+
+FIRST_BIN = -4 * 127
+"""Bin of the smallest normal float32; four bins an octave, as many as the two highest bits of the significand say."""
+
+
+class Grouped(NamedTuple):
+    """Of each feature and each key it fires on, by feature, then key: count, sum and sum of squares of the values."""
+
+    feature_ids: Ids
+    keys: Ids
+    n_tokens: Counts
+    sum_value: Doubles
+    sum_squares: Doubles
+
+
+def by_key(entries: FeatureMajor, keys: Ids, n_keys: int) -> Grouped:
+    """`keys` (B,): a number from 0 to n_keys - 1 of every row. Values are added in the order of rows."""
+    n_features = len(entries.feature_starts) - 1
+    found = np.zeros(n_features, np.int64)
+    _count_keys(entries.feature_starts, entries.rows, keys, np.full(n_keys, -1, np.int32), found)
+    starts = np.concatenate([[0], found.cumsum()])
+    n = int(starts[-1])
+    out = Grouped(
+        np.repeat(np.arange(n_features, dtype=np.int32), found), np.empty(n, np.int32), np.empty(n, np.int64),
+        np.empty(n), np.empty(n),
+    )  # fmt: skip
+    _sum_keys(*entries, keys, n_keys, starts, out.keys, out.n_tokens, out.sum_value, out.sum_squares)
+    return out
+
+
+@compiled
+def _count_keys(feature_starts: Offsets, rows: Ids, keys: Ids, seen: Ids, found: Counts) -> None:
+    for f in range(len(feature_starts) - 1):
+        for e in range(feature_starts[f], feature_starts[f + 1]):
+            key = keys[rows[e]]
+            if seen[key] != f:
+                seen[key] = f
+                found[f] += 1
+
+
+@compiled
+def _sum_keys(
+    feature_starts: Offsets, rows: Ids, values: Floats, keys: Ids, n_keys: int, starts: Offsets,
+    out_keys: Ids, out_n: Counts, out_sum: Doubles, out_squares: Doubles,
+) -> None:  # fmt: skip
+    n, total, squares = np.zeros(n_keys, np.int64), np.zeros(n_keys), np.zeros(n_keys)
+    for f in range(len(feature_starts) - 1):
+        at = starts[f]
+        for e in range(feature_starts[f], feature_starts[f + 1]):
+            key = keys[rows[e]]
+            if n[key] == 0:
+                out_keys[at] = key
+                at += 1
+            value = np.float64(values[e])
+            n[key] += 1
+            total[key] += value
+            squares[key] += value * value
+        out_keys[starts[f] : at].sort()
+        for i in range(starts[f], at):
+            key = out_keys[i]
+            out_n[i], out_sum[i], out_squares[i] = n[key], total[key], squares[key]
+            n[key], total[key], squares[key] = 0, 0.0, 0.0
+
+
+def bins_of(values: Floats) -> Ids:
+    """int32: 4 e + m of a positive value between 2^e (1 + m / 4) and 2^e (1 + (m + 1) / 4), m from 0 to 3."""
+    return (values.view(np.int32) >> 21) + np.int32(FIRST_BIN)
+
+
+@compiled
+def _pairs_of_feature(f: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Ids, together: Ids) -> None:
+    for e in range(feature_starts[f], feature_starts[f + 1]):
+        r = rows[e]
+        for i in range(row_starts[r], row_starts[r + 1]):
+            together[ids[i]] += 1
+
+
+@compiled
+def count_pairs(
+    start: int, stop: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Ids, first: int, together: Ids
+) -> None:
+    """Add to `together` (n, F) on how many rows each feature start..stop fires with each other; its row 0 is `first`."""
+    for f in range(start, stop):
+        _pairs_of_feature(f, feature_starts, rows, row_starts, ids, together[f - first])
+
+
+@compiled
+def _best_together(
+    f: int, together: Ids, n_tokens: Counts, top: int, best: Doubles, others: Ids, n_both: Counts
+) -> int:
+    """The features that share most of their rows with f (Jaccard index), largest first; among equals the lower ones."""
+    n = 0
+    for g in range(len(together)):
+        both = np.int64(together[g])
+        if both == 0 or g == f:
+            continue
+        index = both / (n_tokens[f] + n_tokens[g] - both)
+        if n == top and index <= best[n - 1]:
+            continue
+        place = n if n < top else top - 1
+        while place > 0 and best[place - 1] < index:
+            best[place], others[place], n_both[place] = best[place - 1], others[place - 1], n_both[place - 1]
+            place -= 1
+        best[place], others[place], n_both[place] = index, g, both
+        n = min(n + 1, top)
+    return n
+
+
+@compiled
+def best_of_counted(
+    start: int,
+    stop: int,
+    first: int,
+    together: Ids,
+    n_tokens: Counts,
+    top: int,
+    found: Counts,
+    others: Ids,
+    n_both: Counts,
+) -> None:
+    """`others` and `n_both` (F, top) of features start..stop, `found` (F,) of them, from counted pairs."""
+    best = np.empty(top)
+    for f in range(start, stop):
+        found[f] = _best_together(f, together[f - first], n_tokens, top, best, others[f], n_both[f])
+
+
+@compiled
+def best_together(
+    start: int, stop: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Ids, n_tokens: Counts, top: int,
+    found: Counts, others: Ids, n_both: Counts,
+) -> None:  # fmt: skip
+    """The same from the entries, one feature at a time."""
+    best, together = np.empty(top), np.empty(len(feature_starts) - 1, np.int32)
+    for f in range(start, stop):
+        together[:] = 0
+        _pairs_of_feature(f, feature_starts, rows, row_starts, ids, together)
+        found[f] = _best_together(f, together, n_tokens, top, best, others[f], n_both[f])
+
+
+def coactive(sparse: SparseValues, entries: FeatureMajor, n_tokens: Counts, top: int) -> tuple[Ids, Ids, Counts]:
+    """feature_ids, other_ids and n_both of the `top` features that fire with each, by Jaccard index."""
+    n_features = len(n_tokens)
+    found = np.zeros(n_features, np.int64)
+    others, n_both = np.empty((n_features, top), np.int32), np.empty((n_features, top), np.int64)
+    best_together(
+        0, n_features, entries.feature_starts, entries.rows, sparse.row_starts, sparse.feature_ids, n_tokens, top,
+        found, others, n_both,
+    )  # fmt: skip
+    return listed(found, others, n_both)
+
+
+def listed(found: Counts, others: Ids, n_both: Counts) -> tuple[Ids, Ids, Counts]:
+    """One row a pair, of rows (F, top) of which the first `found` (F,) count."""
+    keep = np.arange(others.shape[1]) < found[:, None]
+    return np.repeat(np.arange(len(found), dtype=np.int32), found), others[keep], n_both[keep]

@@ -1,0 +1,175 @@
+"""Statistics of a part's values: per feature, and per feature and source, position, strength, word, other feature.
+
+Counts, maxima and histograms are exact however a part is cut; sums are in float64, in the order in which values are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from saeflow.encoding import FeatureMajor, SparseValues, feature_statistics
+from saeflow.feature_kernels import FIRST_BIN, Counts, Grouped, bins_of, by_key, coactive
+from saeflow.feature_tables import MOST_SOURCES, PART_TABLES, TOP, TOP_VOCAB
+from saeflow.kernels import Ids
+from saeflow.token_facts import REST, Source, TokenFacts
+
+_VOCAB_HELD = 64
+"""Vocabulary entries of a feature that are remembered from one piece of a part to the next."""
+
+_N_BINS = 4 * 255
+"""Bins of all finite float32."""
+
+
+class Totals:
+    """Adds up pieces of a part: `see` its tokens, `add` its values, then take the tables."""
+
+    def __init__(self, n_features: int) -> None:
+        self.n_features = n_features
+        self.n_tokens = np.zeros(n_features, np.int64)
+        self.sum_value = np.zeros(n_features)
+        self.sum_squares = np.zeros(n_features)
+        self.max_value = np.zeros(n_features, np.float32)
+        self._codes: dict[Source, int] = {REST: 0}
+        self._encoded: dict[tuple[int, int], int] = {}
+        self._grouped: dict[str, Grouped] = {}
+        self._together = np.empty((0, 3), np.int64)
+
+    def see(self, facts: TokenFacts) -> None:
+        """Count the used tokens of a part."""
+        codes, bands = self._own_codes(facts)[facts.mask], facts.bands[facts.mask]
+        pairs, counts = np.unique(np.stack([codes, bands]), axis=1, return_counts=True)
+        for code, band, n in zip(*pairs.tolist(), counts.tolist(), strict=True):
+            self._encoded[code, band] = self._encoded.get((code, band), 0) + n
+
+    def add(self, facts: TokenFacts, sparse: SparseValues, entries: FeatureMajor, pairs: bool = True) -> None:
+        """Values of some tokens, whose facts these are, in both orders. `pairs`: also which features fire together."""
+        found = feature_statistics(sparse, self.n_features)
+        self.n_tokens += found.n_tokens
+        self.sum_value += found.sum
+        self.sum_squares += found.sum_squares
+        self.max_value = np.maximum(self.max_value, found.max)
+        by_entry = FeatureMajor(entries.feature_starts, np.arange(len(entries.values), dtype=np.int32), entries.values)
+        self._group("histogram", by_key(by_entry, bins_of(entries.values) - np.int32(FIRST_BIN), _N_BINS))
+        self._group("sources", by_key(entries, self._own_codes(facts), len(self._codes)))
+        self._group("positions", by_key(entries, facts.bands, _n_keys(facts.bands)))
+        self._group("vocab", by_key(entries, facts.vocab_ids, _n_keys(facts.vocab_ids)))
+        self._grouped["vocab"] = most_frequent(self._grouped["vocab"], _VOCAB_HELD)
+        if pairs:
+            self._pair(*coactive(sparse, entries, found.n_tokens, TOP))
+
+    def together(self, feature_ids: Ids, other_ids: Ids, n_both: Counts) -> None:
+        """Set which features fire together, where the caller has counted them over the whole part."""
+        self._together = np.stack([feature_ids.astype(np.int64), other_ids.astype(np.int64), n_both], 1)
+
+    def tables(self) -> dict[str, pa.Table]:
+        """The part's tables by name, each sorted by its first columns."""
+        columns: dict[str, Sequence[np.ndarray]] = {
+            "feature_stats": [
+                np.arange(self.n_features), self.n_tokens, self.sum_value, self.sum_squares, self.max_value,
+            ],
+            "feature_histogram": self._histogram(),
+            "feature_sources": self._sources(),
+            "feature_positions": list(self._of("positions")[:4]),
+            "feature_vocab": list(most_frequent(self._of("vocab"), TOP_VOCAB)[:4]),
+            "coactivation": list(self._together.T),
+            "encoded_tokens": self._seen(),
+        }  # fmt: skip
+        return {name: _table(PART_TABLES[name], found) for name, found in columns.items()}
+
+    def _own_codes(self, facts: TokenFacts) -> Ids:
+        """Numbers of this object for the sources of a part."""
+        mine = [self._codes.setdefault(source, len(self._codes)) for source in facts.sources]
+        return np.asarray(np.array(mine, np.int32)[facts.source_codes])
+
+    def _group(self, name: str, found: Grouped) -> None:
+        self._grouped[name] = merged([self._grouped[name], found]) if name in self._grouped else found
+
+    def _of(self, name: str) -> Grouped:
+        nothing = np.empty(0, np.int32)
+        return self._grouped.get(name, Grouped(nothing, nothing, np.empty(0, np.int64), np.empty(0), np.empty(0)))
+
+    def _pair(self, feature_ids: Ids, other_ids: Ids, n_both: Counts) -> None:
+        """Pairs of another piece: counts add up where a pair stands in both, and the best TOP of a feature remain."""
+        before = self._together
+        self.together(feature_ids, other_ids, n_both)
+        if not len(before):
+            return
+        rows = np.concatenate([before, self._together])
+        keys, place = np.unique(rows[:, 0] * self.n_features + rows[:, 1], return_inverse=True)
+        both = np.bincount(place, rows[:, 2]).astype(np.int64)
+        f, g = keys // self.n_features, keys % self.n_features
+        index = both / (self.n_tokens[f] + self.n_tokens[g] - both)
+        order = np.lexsort([g, -index, f])
+        kept = order[_places(f[order]) < TOP]
+        self._together = np.stack([f[kept], g[kept], both[kept]], 1)
+
+    def _histogram(self) -> list[np.ndarray]:
+        found = self._of("histogram")
+        return [found.feature_ids, found.keys + FIRST_BIN, found.n_tokens]
+
+    def _kept_sources(self) -> tuple[Ids, list[Source]]:
+        """For each code the row it is counted in: of the sources with most tokens its own, else that of the rest."""
+        tokens: dict[int, int] = {}
+        for (code, _), n in self._encoded.items():
+            tokens[code] = tokens.get(code, 0) + n
+        named = [source for source in self._codes if source != REST]
+        named.sort(key=lambda s: (-tokens.get(self._codes[s], 0), s[0] is None, s[0] or ""))
+        rows = [*named[:MOST_SOURCES], REST]
+        place = {source: i for i, source in enumerate(rows)}
+        return np.array([place.get(source, len(rows) - 1) for source in self._codes], np.int32), rows
+
+    def _sources(self) -> list[np.ndarray]:
+        found = self._of("sources")
+        place, rows = self._kept_sources()
+        found = merged([found._replace(keys=place[found.keys])])
+        names = np.array([name for name, _ in rows], object)[found.keys]
+        is_rest = np.array([rest for _, rest in rows])[found.keys]
+        return [found.feature_ids, names, is_rest, *found[2:]]
+
+    def _seen(self) -> list[np.ndarray]:
+        place, rows = self._kept_sources()
+        counts: dict[tuple[int, int], int] = {}
+        for (code, band), n in self._encoded.items():
+            key = (int(place[code]), band)
+            counts[key] = counts.get(key, 0) + n
+        keys = sorted(counts)
+        names = np.array([rows[row][0] for row, _ in keys], object)
+        is_rest = np.array([rows[row][1] for row, _ in keys], bool)
+        return [names, is_rest, np.array([band for _, band in keys]), np.array([counts[key] for key in keys], np.int64)]
+
+
+def _n_keys(keys: np.ndarray) -> int:
+    return int(keys.max(initial=-1)) + 1
+
+
+def merged(groups: Sequence[Grouped]) -> Grouped:
+    """Groups of the same feature and key as one, added in the order given."""
+    ids, keys, n, total, squares = (np.concatenate([group[i] for group in groups]) for i in range(5))
+    order = np.lexsort((keys, ids))
+    ids, keys = ids[order], keys[order]
+    first = np.flatnonzero(np.r_[True, (ids[1:] != ids[:-1]) | (keys[1:] != keys[:-1])]) if len(ids) else order
+    n, total, squares = (np.add.reduceat(each[order], first) if len(first) else each for each in (n, total, squares))
+    return Grouped(ids[first], keys[first], n, total, squares)
+
+
+def most_frequent(found: Grouped, most: int) -> Grouped:
+    """Of each feature the keys with most tokens, at most so many; among equals the lower ones. In the order of keys."""
+    order = np.lexsort((found.keys, -found.n_tokens, found.feature_ids))
+    kept = np.sort(order[_places(found.feature_ids[order]) < most])
+    return Grouped._make(each[kept] for each in found)
+
+
+def _places(ids: np.ndarray) -> np.ndarray:
+    """Place of each entry among those of its id; ids are sorted."""
+    if not len(ids):
+        return ids
+    first = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
+    return np.arange(len(ids)) - np.repeat(first, np.diff(np.r_[first, len(ids)]))
+
+
+def _table(schema: pa.Schema, columns: Sequence[np.ndarray]) -> pa.Table:
+    arrays = [pa.array(values, field.type, from_pandas=True) for values, field in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
