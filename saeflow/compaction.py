@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
@@ -62,6 +62,11 @@ def stands_for(inputs: Mapping[str, str]) -> str:
     """Digits for what values followed from, then those of the hidden documents that were left out."""
     hidden = inputs.get("hidden", "")
     return f"{fingerprint(dict(inputs))} {hidden}".strip()
+
+
+def hidden_in(digest: str) -> str:
+    """What stands for the hidden documents in such digits; empty where none were."""
+    return digest.partition(" ")[2]
 
 
 def owners(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
@@ -235,13 +240,13 @@ class _Merger:
         """The order by feature: one file after the other, each sorted by DuckDB."""
         parts = {part.folder: part for part in self.taken.values()}.values()
         with duckdb.connect(config={"temp_directory": str(self.target.work / "sort")}) as connection:
-            for first, last in buckets(self.totals.n_tokens):
+            for first, last in buckets(self.totals.n_tokens, BUCKET_VALUES):
                 paths = [
                     unglobbed(str(self.target.part_file(part, name)))
                     for part in parts
                     for name in files_of(part, "feature_major", first, last)
                 ]
-                found: Any = connection.execute(
+                found = connection.sql(
                     f"select feature_id, token_id, value from read_parquet({literal(paths)}, hive_partitioning = false) "
                     f"where feature_id between {first} and {last}{self._unwanted(parts)} order by feature_id, token_id"
                 )
@@ -270,7 +275,7 @@ def _count(piece: _Piece, together: np.ndarray, first: int) -> None:
     kernels.in_parallel(work, [(first + a, first + b) for a, b in kernels.ranges(last - first, 64)])
 
 
-def buckets(n_tokens: np.ndarray, wanted: int = BUCKET_VALUES) -> list[tuple[int, int]]:
+def buckets(n_tokens: np.ndarray, wanted: int) -> list[tuple[int, int]]:
     """Ranges of features, both ends included, that together are all: of about `wanted` values each, of about as many in
     all of them where no feature has more than a share of its own. `n_tokens` (F,) of each feature."""
     ends = np.cumsum(n_tokens)

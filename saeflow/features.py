@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,22 +15,17 @@ from torch import Tensor
 from saeflow import activations, arrays, compaction, imported, interchange, train
 from saeflow.artefact import Artefact, Job
 from saeflow.config import Recipe
-from saeflow.encoding import SparseValues, feature_major
-from saeflow.feature_files import write_feature_major, write_table, write_token_major
 from saeflow.fingerprints import fingerprint
-from saeflow.marginals import Totals
 from saeflow.model import Site
 from saeflow.parallel import n_threads, use_one_thread
+from saeflow.part_writer import PartWriter
 from saeflow.progress import Bar, Progress
 from saeflow.records import PartRecord
 from saeflow.sae import SparseAutoencoder
 from saeflow.sections import UserError
 from saeflow.store import Store
-from saeflow.token_facts import TokenFacts, facts_of
+from saeflow.token_facts import facts_of
 from saeflow.used import Used
-
-SEGMENT_NONZEROS = 24_000_000
-"""Values of one part held in memory at once; beyond, a part gets further pairs of files."""
 
 _BYTES_PER_NONZERO = 8
 """Both orders together, compressed: for the forecast of disk space."""
@@ -88,67 +82,20 @@ def encode_together(encoders: Sequence[Encoder], part: PartRecord, bar: Bar) -> 
     first = encoders[0]
     about = facts_of(first.used, part.index)
     mask = about.mask.reshape(-1, first.used.length)
+    inputs = part_inputs(first.used, part)
     with contextlib.ExitStack() as stack:
-        outputs = [_Output.open(stack, encoder, part, about) for encoder in encoders]
+        writers = []
+        for encoder in encoders:
+            counts: dict[str, int] = {}
+            folder = stack.enter_context(encoder.target.new_part(part.index, counts, inputs))
+            writers.append((encoder.sae, PartWriter(folder, counts, about, encoder.sae.config.n_features)))
         for token_ids, rows in first.rows(part, mask):
-            for output in outputs:
-                output.take(token_ids, output.encoder.sae.encode_sparse(rows))
+            for sae, writer in writers:
+                writer.take(token_ids, sae.encode_sparse(rows))
             bar.advance(len(token_ids))
-        for output in outputs:
-            output.close()
+        for _, writer in writers:
+            writer.close()
     return [encoder.target.made[part.index] for encoder in encoders]
-
-
-class _Output:
-    """Values of one part and one SAE on their way to the disk."""
-
-    def __init__(self, encoder: Encoder, folder: Path, counts: dict[str, int], about: TokenFacts) -> None:
-        self.encoder, self.folder, self.counts, self.about = encoder, folder, counts, about
-        self.totals = Totals(encoder.sae.config.n_features)
-        self.totals.see(about)
-        self._held: list[tuple[np.ndarray, SparseValues]] = []
-        self._n_held = 0
-
-    @classmethod
-    def open(cls, stack: contextlib.ExitStack, encoder: Encoder, part: PartRecord, about: TokenFacts) -> _Output:
-        counts = {"n_tokens": int(about.mask.sum()), "n_values": 0}
-        inputs = part_inputs(encoder.used, part)
-        return cls(
-            encoder, stack.enter_context(encoder.target.new_part(part.index, counts, inputs)), counts, about
-        )  # fmt: skip
-
-    def take(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
-        self._held.append((token_ids, sparse))
-        self._n_held += len(sparse.values)
-        if self._n_held >= SEGMENT_NONZEROS:
-            self._write()
-
-    def close(self) -> None:
-        if self._held or not self.counts["n_values"]:
-            self._write()
-        for name, table in self.totals.tables().items():
-            write_table(self.folder / f"{name}.parquet", table)
-
-    def _write(self) -> None:
-        token_ids, sparse = joined(self._held)
-        self._held, self._n_held = [], 0
-        entries = feature_major(sparse, self.totals.n_features)
-        write_token_major(self.folder, token_ids, sparse)
-        write_feature_major(self.folder, token_ids, entries)
-        self.totals.add(self.about.of(token_ids), sparse, entries)
-        self.counts["n_values"] += len(sparse.values)
-
-
-def joined(held: Sequence[tuple[np.ndarray, SparseValues]]) -> tuple[np.ndarray, SparseValues]:
-    """Batches end to end."""
-    if not held:
-        return np.empty(0, np.int64), SparseValues(
-            np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
-        )
-    counts = [np.diff(sparse.row_starts) for _, sparse in held]
-    starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-    ids, values = (np.concatenate([getattr(sparse, name) for _, sparse in held]) for name in ("feature_ids", "values"))
-    return np.concatenate([token_ids for token_ids, _ in held]), SparseValues(starts, ids, values)
 
 
 def part_inputs(used: Used, part: PartRecord) -> dict[str, str]:

@@ -25,6 +25,7 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.artefact import Artefact
+from saeflow.compaction import covered, hidden_in
 from saeflow.feature_tables import ORDERS, PART_TABLES, RUN_TABLES
 from saeflow.integrity import damage
 from saeflow.object_files import ObjectFiles
@@ -56,6 +57,8 @@ class Run:
     n_tokens: int | None = None
     hidden: Sequence[int] = ()
     """Documents that were forgotten or replaced."""
+    left_out: Sequence[tuple[int, int]] = ()
+    """Tokens, first and last, of which nothing is shown until they are encoded again."""
     shape: Mapping[str, int | None] = field(default_factory=dict)
     """Context length and number of features."""
     problem: str | None = None
@@ -167,6 +170,7 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
         quality=json.dumps(read_checked(quality)) if quality.is_file() else None,
         n_tokens=n_tokens or None,
         hidden=generation.hidden_ids,
+        left_out=_left_out(shown, tokens, generation),
         shape={
             "context_length": tokens.record.facts.get("context_length"),
             "n_features": artefact.record.facts.get("n_features"),
@@ -189,15 +193,31 @@ def _sae_facts(store: Store, artefact: Artefact) -> dict[str, Any]:
 def _shown(artefact: Artefact, tokens: Generation) -> list[PartRecord]:
     """The run's parts without those that still hold values of a document forgotten since."""
     every = artefact.published().parts
-    shown = [part for part in every if part.inputs.get("hidden", "") == tokens.hidden_digest(part.index)]
-    if len(shown) < len(every):
+    stale = {part.folder: _stale(part, tokens) for part in every}
+    shown = [part for part in every if len(stale[part.folder]) < len(covered(part))]
+    n_stale = sum(map(len, stale.values()))
+    if n_stale:
         log.warning(
             "%s: %d parts are left out, because they hold documents that were forgotten or replaced since. "
             "Encode them again: saeflow encode RECIPE",
             artefact.id,
-            len(every) - len(shown),
+            n_stale,
         )
     return shown
+
+
+def _stale(part: PartRecord, tokens: Generation) -> list[int]:
+    """Activation parts in which documents were hidden since their values were written."""
+    return [i for i, digest in covered(part).items() if hidden_in(digest) != tokens.hidden_digest(i)]
+
+
+def _left_out(shown: Iterable[PartRecord], tokens: Artefact, generation: Generation) -> list[tuple[int, int]]:
+    """Tokens, first and last, whose values in a compacted part are not to be seen."""
+    length = int(tokens.record.facts.get("context_length", 1))
+    counts = {part.index: part.counts for part in generation.parts}
+    stale = sorted(i for part in shown for i in _stale(part, generation) if i in counts)
+    first = {i: counts[i]["first_sequence"] * length for i in stale}
+    return [(first[i], first[i] + counts[i]["n_sequences"] * length - 1) for i in stale]
 
 
 def _files(artefact: Artefact, parts: Iterable[PartRecord], tables: Iterable[str]) -> dict[str, Sequence[str]]:
@@ -257,7 +277,7 @@ def _statements(run: Run, every: Sequence[Run], current: Run) -> Iterator[str]:
     rows = literal([other.row(run) for other in every])
     sources = Template((folder / "sources.sql").read_text("utf-8"))
     shape = {name: literal(value) for name, value in run.shape.items()}
-    yield sources.substitute(relations(run.files), runs=rows, hidden=literal(list(run.hidden)), **shape)
+    yield sources.substitute(relations(run.files, run.left_out), runs=rows, hidden=literal(list(run.hidden)), **shape)
     for path in (*sorted((folder / "staging").glob("*.sql")), *sorted((folder / "marts").glob("*.sql"))):
         yield path.read_text("utf-8")
 

@@ -70,6 +70,7 @@ ORDER = [
     "token_facts",
     "marginals",
     "feature_files",
+    "part_writer",
     "compaction",
     "sae",
     "sae_folders",

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from saeflow import activations, arrays, bring, features, interchange, queries, tokens, train
+from saeflow import activations, arrays, bring, features, interchange, part_writer, queries, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json
@@ -230,7 +230,7 @@ def test_the_files_do_not_depend_on_the_size_of_batches(brought, batch_rows):
 def test_a_part_with_more_values_than_memory_holds_gets_more_files_with_the_same_rows(brought, monkeypatch, limit):
     store, recipe, _ = brought
     usual = encoded(store, recipe)
-    monkeypatch.setattr(features, "SEGMENT_NONZEROS", limit)
+    monkeypatch.setattr(part_writer, "SEGMENT_NONZEROS", limit)
     encoder = encoder_of(brought, activations.artefact(store, recipe), f"segments{limit}")
     encoder.batch_rows = 50
     cut = encode_all(encoder)
