@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from saeflow.encoding import FeatureMajor, SparseValues, feature_statistics
-from saeflow.feature_kernels import FIRST_BIN, Counts, Grouped, bins_of, by_key, coactive
+from saeflow.feature_kernels import FIRST_BIN, Counts, Grouped, bins_of, by_key, coactive, most_frequent_keys
 from saeflow.feature_tables import MOST_SOURCES, PART_TABLES, TOP, TOP_VOCAB
 from saeflow.kernels import Ids
 from saeflow.token_facts import REST, Source, TokenFacts
@@ -55,8 +55,8 @@ class Totals:
         self._group("histogram", by_key(by_entry, bins_of(entries.values) - np.int32(FIRST_BIN), _N_BINS))
         self._group("sources", by_key(entries, self._own_codes(facts), len(self._codes)))
         self._group("positions", by_key(entries, facts.bands, _n_keys(facts.bands)))
-        self._group("vocab", by_key(entries, facts.vocab_ids, _n_keys(facts.vocab_ids)))
-        self._grouped["vocab"] = most_frequent(self._grouped["vocab"], _VOCAB_HELD)
+        words = most_frequent_keys(entries, facts.vocab_ids, _n_keys(facts.vocab_ids), _VOCAB_HELD)
+        self._grouped["vocab"] = most_frequent(merged([self._of("vocab"), words]), _VOCAB_HELD)
         if pairs:
             self._pair(*coactive(sparse, entries, found.n_tokens, TOP))
 

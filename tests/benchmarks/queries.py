@@ -1,0 +1,222 @@
+"""Questions to a compacted run of 10 and of 100 million values, cold and warm, beside two ways of keeping values.
+
+python -m tests.benchmarks.queries            10M and 100M values: 2 GB of disk and of memory, about ten minutes
+python -m tests.benchmarks.queries --quick    1M and 10M
+
+*Warm*: asked before on the same connection, of other features. *Cold*: a new connection, and the files dropped from the system's
+cache. Besides: one file a part with its values unsorted; and files of a fifth of the features each, which have to be loaded for
+one feature (as delphi keeps its latents: safetensors, int64 places and float32 values).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save_file
+
+from saeflow import compaction, queries
+from saeflow.artefact import Artefact
+from saeflow.feature_files import files_of
+from saeflow.progress import Progress
+from saeflow.store import Store
+from saeflow.used import Used
+from tests.benchmarks import _made_run
+from tests.benchmarks._bars import Bar, arguments, report
+
+ALTERNATIONS = 3
+RARE, COMMON = 100, 30_000
+N_SPLITS = 5
+QUIET = Progress(verbosity=-1)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with the arguments it is asked with, one after the other, and the milliseconds it may take."""
+
+    name: str
+    question: str
+    arguments: Sequence[Sequence[object]]
+    most_ms: float | None
+    grows: bool = False
+    """May it take at most 1.5 times as long with ten times the values?"""
+    limit: int | None = None
+
+
+def asked(counts: np.ndarray, n_tokens: int) -> list[Asked]:
+    """`counts` (F,): on how many tokens each feature fires."""
+    rare, common = nearest(counts, RARE), nearest(counts, COMMON)
+    tokens = np.random.default_rng(0).integers(0, n_tokens, 16).tolist()
+    each = [[f] for f in nearest(counts, 1000)]
+    return [
+        Asked("tokens_where, rare", "tokens_where", [[f, 0.0] for f in rare], 10, True),
+        Asked("tokens_where, common", "tokens_where", [[f, 0.0] for f in common], 30, True),
+        Asked("top_tokens", "top_tokens", [[f, 20] for f in nearest(counts, 1000)], 10, True),
+        Asked("token_features", "token_features", [[t] for t in tokens], 10, True),
+        Asked("context", "context", [[t] for t in tokens], None, True),
+        Asked("contexts with values", "contexts", [[f, 20] for f in nearest(counts, 1000)], 50),
+        Asked("coactive_features", "coactive_features", each, 10),
+        Asked("feature_histogram", "feature_histogram", each, 10),
+        Asked("position_profile", "position_profile", each, 10),
+        Asked("similar_features", "similar_features", each, 10),
+        Asked("feature_summary, a page", "feature_summary", [[]] * 8, 20, limit=50),
+        Asked("source_contrast", "source_contrast", [["source 0", "source 1"]] * 4, None),
+        Asked("feature_quantile_examples", "feature_quantile_examples", each[:8], None),
+        Asked("coactivation, from the values", "coactivation", each[:4], None),
+    ]
+
+
+def nearest(counts: np.ndarray, wanted: int, n: int = 16) -> list[int]:
+    """Features that fire on about so many tokens."""
+    return [int(f) for f in np.argsort(np.abs(counts - wanted), kind="stable")[:n]]
+
+
+def milliseconds(connection: duckdb.DuckDBPyConnection, each: Asked, arguments: Sequence[object]) -> float:
+    began = time.perf_counter()
+    queries.ask(connection, each.question, list(arguments), each.limit)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def measured(store: Store, run: Artefact, n_tokens: int) -> dict[str, dict[str, Any]]:
+    """Median and 95th percentile of every question, warm; the median of three, cold."""
+    with contextlib.closing(queries.connect(store)) as connection:
+        found = queries.query(connection, "select n_tokens from stg_feature_stats order by feature_id")
+        every = asked(found.column(0).to_numpy(), n_tokens)
+        warm: dict[str, list[list[float]]] = {each.name: [] for each in every}
+        for _ in range(ALTERNATIONS):
+            for each in every:
+                milliseconds(connection, each, each.arguments[0])
+                warm[each.name].append([milliseconds(connection, each, a) for a in each.arguments])
+    answers = {}
+    for each in every:
+        times = np.array(warm[each.name])
+        medians = np.median(times, axis=1)
+        answers[each.name] = {
+            "asked_ms": each.most_ms, "grows": each.grows, "median_ms": round(float(np.median(medians)), 2),
+            "p95_ms": round(float(np.quantile(times, 0.95)), 2), "spread": round(float(np.ptp(medians)), 2),
+            "cold_ms": round(float(np.median([cold(store, run, each, a) for a in each.arguments[:3]])), 1),
+        }  # fmt: skip
+        print(f"{each.name:32}", answers[each.name], flush=True)
+    return answers
+
+
+def cold(store: Store, run: Artefact, each: Asked, arguments: Sequence[object]) -> float:
+    for path in store.root.rglob("*.parquet"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    with contextlib.closing(queries.connect(store)) as connection:
+        return milliseconds(connection, each, arguments)
+
+
+def unsorted(run: Artefact, folder: Path, features: Sequence[int]) -> float:
+    """Milliseconds to find a feature's values where each part is one file in no order."""
+    folder.mkdir()
+    for part in run.published().parts:
+        for number, name in enumerate(files_of(part, "token_major")):
+            table = pq.read_table(run.part_path(part) / name, partitioning=None)
+            order = np.random.default_rng(0).permutation(len(table))
+            pq.write_table(
+                table.take(pa.array(order)), folder / f"{part.index:06d}-{number}.parquet", compression="zstd"
+            )
+    files = sorted(map(str, folder.glob("*.parquet")))
+    with duckdb.connect() as connection:
+        return typical(lambda f: connection.sql(
+            "select token_id, value from read_parquet($files) where feature_id = $f order by token_id",
+            params={"files": files, "f": f},
+        ).to_arrow_table(), features)  # fmt: skip
+
+
+def as_splits(run: Artefact, folder: Path, features: Sequence[int]) -> float:
+    """Milliseconds to load the split that holds a feature and pick its rows."""
+    folder.mkdir()
+    size = -(-_made_run.N_FEATURES // N_SPLITS)
+    for split in range(N_SPLITS):
+        wanted = [("feature_id", ">=", split * size), ("feature_id", "<", (split + 1) * size)]
+        tables = [
+            pq.read_table(run.part_path(part) / name, filters=wanted, partitioning=None)
+            for part in run.published().parts
+            for name in files_of(part, "feature_major", split * size, (split + 1) * size - 1)
+        ]
+        table = pa.concat_tables(tables)
+        token, feature = (table.column(c).to_numpy().astype(np.int64) for c in ("token_id", "feature_id"))
+        places = np.stack([token // _made_run.LENGTH, token % _made_run.LENGTH, feature], 1)
+        save_file(
+            {"locations": places, "activations": table.column("value").to_numpy()}, folder / f"{split}.safetensors"
+        )
+
+    def load(f: int) -> Any:
+        held = load_file(folder / f"{f // size}.safetensors")
+        return held["activations"][held["locations"][:, 2] == f]
+
+    return typical(load, features[:4])
+
+
+def typical(ask: Callable[[int], Any], features: Sequence[int]) -> float:
+    times = []
+    for f in features:
+        began = time.perf_counter()
+        ask(f)
+        times.append(1e3 * (time.perf_counter() - began))
+    return float(np.median(times))
+
+
+def made(folder: Path, n_values: int) -> tuple[Store, Artefact, int, float]:
+    store = Store.create(folder / f"store-{n_values}")
+    run = _made_run.make(store, n_values)
+    source = store.by_id(run.record.inputs[0])
+    began = time.perf_counter()
+    compaction.run(run, Used(source), QUIET, enough=2)
+    return store, run, source.published().total("n_tokens"), time.perf_counter() - began
+
+
+def bars(small: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]], full: bool) -> list[Bar]:
+    found = []
+    for name, each in large.items():
+        if each["asked_ms"] is not None and full:
+            found.append(Bar(f"{name}: milliseconds, warm", each["asked_ms"], "<=", each["median_ms"], each["spread"]))
+        if each["grows"]:
+            grown = each["median_ms"] / small[name]["median_ms"]
+            spread = each["spread"] / small[name]["median_ms"]
+            found.append(Bar(f"{name}: time at ten times the values", 1.5, "<=", round(grown, 2), round(spread, 2)))
+    return found
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    sizes = (1_000_000, 10_000_000) if options.quick else (10_000_000, 100_000_000)
+    answers, facts = [], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for n_values in sizes:
+            store, run, n_tokens, seconds = made(folder, n_values)
+            answers.append(measured(store, run, n_tokens))
+            held = run.published().total("n_values")
+            facts[f"compaction of {held:,} values"] = f"{held / seconds:,.0f} values/s"
+        with contextlib.closing(queries.connect(store)) as connection:
+            counts = (
+                queries.query(connection, "select n_tokens from stg_feature_stats order by feature_id")
+                .column(0)
+                .to_numpy()
+            )
+        rare = nearest(counts, RARE)
+        peers = {
+            "unsorted files": unsorted(run, folder / "unsorted", rare),
+            "splits loaded": as_splits(run, folder / "splits", rare),
+        }
+    facts["one rare feature elsewhere, milliseconds"] = {name: round(ms, 1) for name, ms in peers.items()}
+    report("queries", bars(*answers, not options.quick), sizes=list(sizes), warm=answers, **facts)
+
+
+if __name__ == "__main__":
+    main()
