@@ -63,6 +63,7 @@ ORDER = [
     "kernels",
     "sparse_product",
     "encoding",
+    "directions",
     "rules",
     "sparse_step",
     "dense_step",
