@@ -63,6 +63,7 @@ ORDER = [
     "kernels",
     "sparse_product",
     "encoding",
+    "direct_path",
     "directions",
     "rules",
     "sparse_step",

@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor
 
 from saeflow import directions
-from saeflow.directions import direct_path, logits, similar
+from saeflow.direct_path import direct_path
+from saeflow.directions import logits, similar
 from saeflow.feature_tables import RUN_TABLES, TOP, TOP_LOGITS
 from saeflow.model import list_sites, load_model, spliced
 from saeflow.sections import ModelConfig
@@ -107,12 +108,14 @@ def test_as_many_are_kept_as_the_contract_says() -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    rows, n_threads = some_directions(600, 33), torch.get_num_threads()
+    rows, n_threads = some_directions(600, 512), torch.get_num_threads()
+    model = load_model(ModelConfig(path=str(DEMO)))
+    found = []
     try:
-        torch.set_num_threads(1)
-        alone = similar(rows)
-        torch.set_num_threads(2)
-        assert similar(rows).equals(alone)
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append((similar(rows), logits(rows, model, "transformer.h.0.mlp.act")))
+        assert found[0] == found[1]
     finally:
         torch.set_num_threads(n_threads)
 
@@ -343,6 +346,17 @@ def test_no_features_have_no_logits() -> None:
     table = logits(torch.zeros(3, 24), gpt2(), "transformer.h.1")
     assert table is not None
     assert len(table) == 0
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
+def test_a_norm_counts_whatever_its_size_and_what_is_no_norm_does_not(size: float) -> None:
+    model, rows = gpt2(), some_directions(2, 24)
+    expected = unit(all_logits(model, "transformer.h.1", rows))
+    model.transformer.ln_f.weight.mul_(size)
+    model.transformer.ln_f.bias.mul_(size)
+    torch.testing.assert_close(unit(all_logits(model, "transformer.h.1", rows)), expected, rtol=1e-4, atol=1e-5)
+    model.transformer.ln_f = torch.nn.GELU()
+    assert logits(rows, model, "transformer.h.1") is None
 
 
 @torch.no_grad()
