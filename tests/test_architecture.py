@@ -63,6 +63,8 @@ ORDER = [
     "kernels",
     "sparse_product",
     "encoding",
+    "direct_path",
+    "directions",
     "rules",
     "sparse_step",
     "dense_step",
