@@ -7,27 +7,39 @@ made beside the old parts and shown in their place in one switch, so that a read
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 
 from saeflow import kernels
 from saeflow.artefact import Artefact
 from saeflow.encoding import FeatureMajor, SparseValues, feature_major
 from saeflow.feature_files import TokenMajorWriter, files_of, pieces, read_tokens, write_table, write_values
-from saeflow.feature_kernels import best_of_counted, count_pairs, listed
-from saeflow.feature_tables import TOP
+from saeflow.feature_kernels import (
+    Grouped,
+    Pairs,
+    PairTable,
+    best_of_counted,
+    count_pairs,
+    listed,
+    most_frequent_keys,
+    place_sorted,
+    room_for_best,
+    unsigned,
+)
+from saeflow.feature_tables import PART_TABLES, TOP, TOP_VOCAB
 from saeflow.fingerprints import fingerprint
 from saeflow.marginals import Totals
+from saeflow.parallel import in_order
 from saeflow.progress import Bar, Progress
 from saeflow.records import PartRecord
-from saeflow.relations import literal, unglobbed
-from saeflow.token_facts import facts_of
+from saeflow.token_facts import TokenFacts, facts_of
 from saeflow.used import Used
 
 FIRST_INDEX = 10_000_000
@@ -153,17 +165,9 @@ def merge(target: Artefact, used: Used, sources: Sequence[_Source], bar: Bar | N
     return target.made[index]
 
 
-class _Piece(NamedTuple):
-    """Values of some tokens, in both orders."""
-
-    token_ids: np.ndarray
-    sparse: SparseValues
-    entries: FeatureMajor
-
-
 @dataclass
 class _Merger:
-    """One merge: a reading that counts and writes the order by token, then the order by feature, file by file."""
+    """One merge: a reading in the order of tokens, which is written again, then the order by feature, range by range."""
 
     target: Artefact
     used: Used
@@ -174,43 +178,67 @@ class _Merger:
     def __post_init__(self) -> None:
         self.n_features = int(self.target.record.facts["n_features"])
         self.totals = Totals(self.n_features)
+        self.parts = list({part.folder: part for part in self.taken.values()}.values())
+        self.whole = all(self.taken.get(index) is part for part in self.parts for index in covered(part))
         self.n_tokens = 0
+        first, last = self._ends(min(self.taken))[0], self._ends(max(self.taken))[1]
+        self.first_token, self.vocab_ids = first, np.zeros(last - first + 1, np.int32)
 
     def run(self) -> None:
-        share = max(1, _PAIR_BYTES // (4 * self.n_features))
-        readings = -(-self.n_features // share)
-        exact = readings <= _MOST_READINGS
-        together = np.zeros((min(share, self.n_features), self.n_features), np.int32) if exact else None
-        self._read_and_write(together)
-        if together is not None:
-            self._pairs(together)
+        pairs = _Pairs(self.n_features)
+        self._read_and_write(pairs)
         self._write_buckets()
+        if pairs.exact:
+            self.totals.together(pairs.best(self.totals.n_tokens, self._values))
         for name, table in self.totals.tables().items():
             write_table(self.folder / f"{name}.parquet", table)
 
-    def _read_and_write(self, together: np.ndarray | None) -> None:
-        """The order by token, and every statistic."""
+    def _read_and_write(self, pairs: _Pairs) -> None:
+        """The order by token; statistics of whole parts are added up, else counted."""
+        counted = self.whole and all(f"{name}.parquet" in _names(part) for part in self.parts for name in PART_TABLES)
+        for part in self.parts if counted else []:
+            self.totals.absorb({name: self._table(part, name) for name in PART_TABLES})
         writer = TokenMajorWriter(self.folder, PIECE_VALUES)
-        for index, part in self.taken.items():
-            facts = facts_of(self.used, index)
-            self.totals.see(facts)
-            self.n_tokens += int(facts.mask.sum())
-            for piece in self._pieces(index, part):
-                self.totals.add(facts.of(piece.token_ids), piece.sparse, piece.entries, pairs=together is None)
-                if together is not None:
-                    _count(piece, together, 0)
-                writer.append(piece.token_ids, piece.sparse)
-                if self.bar is not None:
-                    self.bar.advance(len(piece.sparse.values))
+        about: dict[int, TokenFacts] = {}
+        for index, token_ids, sparse in in_order(self._read, self._pieces(), 1):
+            if index not in about:
+                about = {index: self._see(index, counted)}
+            if not counted or not pairs.exact:
+                entries = feature_major(sparse, self.n_features)
+                facts = about[index].of(token_ids)
+                self.totals.add(facts, sparse, entries, stats=not counted, pairs=not pairs.exact)
+            pairs.add(sparse)
+            writer.append(token_ids, sparse)
+            if self.bar is not None:
+                self.bar.advance(len(sparse.values))
         writer.close()
 
-    def _pieces(self, index: int, part: PartRecord) -> Iterator[_Piece]:
-        """What a part holds of one activation part, in the order of tokens."""
-        first, last = self._ends(index)
-        per_token = part.counts["n_values"] / max(1, part.counts["n_tokens"])
-        for begin, end in pieces(first, last, max(1, int(PIECE_VALUES / max(per_token, 1e-9)))):
-            token_ids, sparse = read_tokens(self.target, part, begin, end)
-            yield _Piece(token_ids, sparse, feature_major(sparse, self.n_features))
+    def _see(self, index: int, counted: bool) -> TokenFacts:
+        """Note the tokens of an activation part."""
+        facts = facts_of(self.used, index)
+        self.vocab_ids[facts.first_token - self.first_token :][: len(facts.mask)] = facts.vocab_ids
+        self.n_tokens += int(facts.mask.sum())
+        if not counted:
+            self.totals.see(facts)
+        return facts
+
+    def _table(self, part: PartRecord, name: str) -> pa.Table:
+        return pq.read_table(self.target.part_file(part, f"{name}.parquet"))
+
+    def _values(self) -> Iterator[SparseValues]:
+        return (sparse for _, _, sparse in in_order(self._read, self._pieces(), 1))
+
+    def _pieces(self) -> Iterator[tuple[int, PartRecord, int, int]]:
+        """What is read at once: an activation part, the part that holds it, first and last token. In the order of tokens."""
+        for index, part in self.taken.items():
+            first, last = self._ends(index)
+            per_token = part.counts["n_values"] / max(1, part.counts["n_tokens"])
+            for begin, end in pieces(first, last, max(1, int(PIECE_VALUES / max(per_token, 1e-9)))):
+                yield index, part, begin, end
+
+    def _read(self, piece: tuple[int, PartRecord, int, int]) -> tuple[int, np.ndarray, SparseValues]:
+        index, part, first, last = piece
+        return index, *read_tokens(self.target, part, first, last)
 
     def _ends(self, index: int) -> tuple[int, int]:
         """First and last token of an activation part."""
@@ -218,61 +246,115 @@ class _Merger:
         first = counts["first_sequence"] * self.used.length
         return first, first + counts["n_sequences"] * self.used.length - 1
 
-    def _pairs(self, together: np.ndarray) -> None:
-        """Which features fire together, exactly: of the first features from what is counted, of others by reading again."""
-        n, top = len(together), (self.n_features, TOP)
-        found, others, n_both = np.zeros(self.n_features, np.int64), np.empty(top, np.int32), np.empty(top, np.int64)
-        for first in range(0, self.n_features, n):
-            if first:
-                together[:] = 0
-                for index, part in self.taken.items():
-                    for piece in self._pieces(index, part):
-                        _count(piece, together, first)
-            last = min(first + n, self.n_features)
-
-            def best(features: tuple[int, int], first: int = first) -> None:
-                best_of_counted(*features, first, together, self.totals.n_tokens, TOP, found, others, n_both)
-
-            kernels.in_parallel(best, [(first + a, first + b) for a, b in kernels.ranges(last - first, 256)])
-        self.totals.together(*listed(found, others, n_both))
-
     def _write_buckets(self) -> None:
-        """The order by feature: one file after the other, each sorted by DuckDB."""
-        parts = {part.folder: part for part in self.taken.values()}.values()
-        with duckdb.connect(config={"temp_directory": str(self.target.work / "sort")}) as connection:
-            for first, last in buckets(self.totals.n_tokens, BUCKET_VALUES):
-                paths = [
-                    unglobbed(str(self.target.part_file(part, name)))
-                    for part in parts
-                    for name in files_of(part, "feature_major", first, last)
-                ]
-                found = connection.sql(
-                    f"select feature_id, token_id, value from read_parquet({literal(paths)}, hive_partitioning = false) "
-                    f"where feature_id between {first} and {last}{self._unwanted(parts)} order by feature_id, token_id"
-                )
-                table: pa.Table = found.to_arrow_table()
-                write_values(
-                    self.folder, "feature_major", (first, last), {c: table.column(c) for c in table.column_names}
-                )
+        """The order by feature; several files of it are gathered in one reading."""
+        found = buckets(self.totals.n_tokens, BUCKET_VALUES)
+        n_values = [int(self.totals.n_tokens[a : b + 1].sum()) for a, b in found]
+        groups = [[found[number] for number in group] for group in together_within(n_values, PIECE_VALUES)]
+        for group, words in zip(groups, in_order(self._write_group, groups, torch.get_num_threads()), strict=True):
+            self.totals.words(group[0][0], words)
 
-    def _unwanted(self, parts: Iterable[PartRecord]) -> str:
-        """Leaves out what a part holds of activation parts that are not taken from it."""
-        others = [i for part in parts for i in covered(part) if self.taken.get(i) is not part and i in self.used.parts]
-        return "".join(f" and token_id not between {a} and {b}" for a, b in map(self._ends, others))
+    def _write_group(self, group: list[tuple[int, int]]) -> Grouped:
+        """Neighbouring files; returns the most frequent words of their features, numbered from the first."""
+        first = group[0][0]
+        entries, tokens = self._gather(first, group[-1][1])
+        for low, high in group:
+            at = slice(*entries.feature_starts[[low - first, high + 1 - first]])
+            ids = np.repeat(np.arange(low, high + 1, dtype=np.int32), self.totals.n_tokens[low : high + 1])
+            columns = {"feature_id": ids, "token_id": tokens[at], "value": entries.values[at]}
+            write_values(self.folder, "feature_major", (low, high), columns)
+        return most_frequent_keys(entries, self.vocab_ids, int(self.vocab_ids.max(initial=0)) + 1, TOP_VOCAB)
+
+    def _gather(self, first: int, last: int) -> tuple[FeatureMajor, np.ndarray]:
+        """Values of the features first..last, rows counted from the first token; and the token_ids."""
+        n_tokens = self.totals.n_tokens[first : last + 1]
+        starts = np.concatenate([[0], n_tokens.cumsum()]).astype(np.int64)
+        places = starts[:-1].copy()
+        tokens, values = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.float32)
+        for part in sorted(self.parts, key=lambda part: min(covered(part))):
+            for name in files_of(part, "feature_major", first, last):
+                place_sorted(*self._range(part, name, first, last), first, places, tokens, values)
+        assert np.array_equal(places, starts[1:]), "the two orders do not hold the same values"
+        rows = (tokens - self.first_token).astype(np.int32)
+        return FeatureMajor(starts, rows, values), tokens
+
+    def _range(self, part: PartRecord, name: str, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """feature_id, token_id and value of these features in a file, without activation parts that are not taken."""
+        wanted = [("feature_id", ">=", first), ("feature_id", "<=", last)]
+        table = pq.read_table(self.target.part_file(part, name), filters=wanted, partitioning=None)
+        ids, tokens, values = (table.column(c).to_numpy() for c in ("feature_id", "token_id", "value"))
+        if self.whole:
+            return ids, tokens, values
+        keep = np.zeros(len(ids), bool)
+        for begin, end in (self._ends(index) for index, taken in self.taken.items() if taken is part):
+            keep |= (tokens >= begin) & (tokens <= end)
+        return ids[keep], tokens[keep], values[keep]
 
 
-def _count(piece: _Piece, together: np.ndarray, first: int) -> None:
+def _names(part: PartRecord) -> set[str]:
+    return {file.name for file in part.files}
+
+
+class _Pairs:
+    """Which features fire together, exactly: in one table, or with more features in several readings of the values.
+
+    With so many that it would take too many readings, pairs are those of the pieces, added up (`exact` is False).
+    """
+
+    def __init__(self, n_features: int) -> None:
+        self.n_features = n_features
+        self._table = PairTable(n_features) if n_features <= PairTable.MOST_FEATURES else None
+        self._share = min(n_features, max(1, _PAIR_BYTES // (4 * n_features)))
+        self.exact = self._table is not None or -(-n_features // self._share) <= _MOST_READINGS
+
+    def add(self, sparse: SparseValues) -> None:
+        if self._table is not None:
+            self._table.add(sparse)
+
+    def best(self, n_tokens: np.ndarray, read: Callable[[], Iterator[SparseValues]]) -> Pairs:
+        if self._table is not None:
+            return self._table.best(n_tokens, TOP)
+        out = room_for_best(self.n_features, TOP)
+        for first in range(0, self.n_features, self._share):
+            last = min(first + self._share, self.n_features)
+            together = np.zeros((last - first, self.n_features), np.uint32)
+            for sparse in read():
+                _count(sparse, together, first)
+
+            def choose(a: int, b: int, first: int = first, counts: np.ndarray = together) -> None:
+                best_of_counted(a, b, first, counts, n_tokens, TOP, *out)
+
+            _in_ranges(choose, first, last)
+        return listed(*out)
+
+
+def _count(sparse: SparseValues, together: np.ndarray, first: int) -> None:
     """Count the pairs of the features first..first + n with all others, each feature by one worker."""
-    last = min(first + len(together), together.shape[1])
-    entries = piece.entries
+    n_features = together.shape[1]
+    entries, ids = feature_major(sparse, n_features), unsigned(sparse.feature_ids, n_features)
 
-    def work(features: tuple[int, int]) -> None:
-        count_pairs(
-            *features, entries.feature_starts, entries.rows, piece.sparse.row_starts, piece.sparse.feature_ids, first,
-            together,
-        )  # fmt: skip
+    def work(a: int, b: int) -> None:
+        count_pairs(a, b, entries.feature_starts, entries.rows, sparse.row_starts, ids, first, together)
 
-    kernels.in_parallel(work, [(first + a, first + b) for a, b in kernels.ranges(last - first, 64)])
+    _in_ranges(work, first, first + len(together))
+
+
+def _in_ranges(work: Callable[[int, int], None], first: int, last: int) -> None:
+    kernels.in_parallel(
+        lambda features: work(*features), [(first + a, first + b) for a, b in kernels.ranges(last - first, 64)]
+    )
+
+
+def together_within(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Neighbouring numbers 0..n in groups whose sizes add up to at most `most`, unless one alone has more."""
+    group: list[int] = []
+    for number, size in enumerate(sizes):
+        if group and sum(sizes[i] for i in group) + size > most:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
 
 
 def buckets(n_tokens: np.ndarray, wanted: int) -> list[tuple[int, int]]:

@@ -12,15 +12,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeflow.encoding import FeatureMajor, SparseValues
-from saeflow.kernels import Doubles, Floats, Ids, Offsets, compiled
+from saeflow.kernels import Doubles, Floats, Ids, Matrix, Offsets, compiled
 
 Counts = NDArray[np.int64]
 
-_TABLE_BYTES = 128 << 20
-"""Up to so many bytes all pairs are counted in one table, row by row: it takes a third of the time."""
-
 FIRST_BIN = -4 * 127
 """Bin of the smallest normal float32; four bins an octave, as many as the two highest bits of the significand say."""
+
+
+@compiled
+def place_sorted(
+    ids: Ids, token_ids: Counts, values: Floats, first: int, places: Offsets, tokens: Counts, out: Floats
+) -> None:
+    """Put entries sorted by feature where `places`, the next free one of each feature from `first` on, says."""
+    for e in range(len(ids)):
+        f = ids[e] - first
+        at = places[f]
+        places[f] = at + 1
+        tokens[at] = token_ids[e]
+        out[at] = values[e]
+
+
+class Pairs(NamedTuple):
+    """Two features a row, and on how many tokens both fire."""
+
+    feature_ids: Ids
+    other_ids: Ids
+    n_both: Counts
 
 
 class Grouped(NamedTuple):
@@ -139,30 +157,54 @@ def bins_of(values: Floats) -> Ids:
 
 
 @compiled
-def _pairs_of_feature(f: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Ids, together: Ids) -> None:
+def _pairs_of_feature(
+    f: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Matrix, together: Matrix
+) -> None:
     for e in range(feature_starts[f], feature_starts[f + 1]):
         r = rows[e]
         for i in range(row_starts[r], row_starts[r + 1]):
-            together[ids[i]] += 1
+            together[ids[i]] += np.uint32(1)
 
 
 @compiled
 def count_pairs(
-    start: int, stop: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Ids, first: int, together: Ids
+    start: int,
+    stop: int,
+    feature_starts: Offsets,
+    rows: Ids,
+    row_starts: Offsets,
+    ids: Matrix,
+    first: int,
+    together: Matrix,
 ) -> None:
-    """Add to `together` (n, F) on how many rows each feature start..stop fires with each other; its row 0 is `first`."""
+    """Add to `together` (n, F) on how many rows each feature start..stop fires with each other; its row 0 is `first`.
+
+    `ids` and `together` are unsigned: numbers that may be negative would be looked at twice.
+    """
     for f in range(start, stop):
         _pairs_of_feature(f, feature_starts, rows, row_starts, ids, together[f - first])
 
 
 @compiled
-def _count_all_pairs(row_starts: Offsets, ids: Ids, together: Ids) -> None:
-    """Add to `together` (F, F), above its diagonal, on how many rows each two features fire."""
-    for r in range(len(row_starts) - 1):
-        for i in range(row_starts[r], row_starts[r + 1]):
-            counts = together[ids[i]]
-            for j in range(i + 1, row_starts[r + 1]):
-                counts[ids[j]] += 1
+def _pairs_of_rows(start: int, stop: int, row_starts: Offsets, ids: Matrix, counts: Matrix) -> None:
+    for r in range(start, stop):
+        end = row_starts[r + 1]
+        for i in range(row_starts[r], end):
+            with_it = counts[ids[i]]
+            for j in range(i + 1, end):
+                with_it[ids[j]] += np.uint16(1)
+
+
+@compiled
+def _move(counts: Matrix, together: Matrix) -> None:
+    for f in range(len(counts)):
+        for g in range(f + 1, len(counts)):
+            together[f, g] += counts[f, g]
+        counts[f, f + 1 :] = 0
+
+
+@compiled
+def _mirror(together: Matrix) -> None:
     n, tile = len(together), 32
     for top in range(0, n, tile):
         for left in range(top, n, tile):
@@ -171,9 +213,38 @@ def _count_all_pairs(row_starts: Offsets, ids: Ids, together: Ids) -> None:
                     together[g, f] = together[f, g]
 
 
+class PairTable:
+    """On how many rows each two features fire, in one table (F, F); small numbers first, which stay in the cache."""
+
+    MOST_FEATURES = 8192
+    _ROWS = 65_535
+
+    def __init__(self, n_features: int) -> None:
+        self._counts = np.zeros((n_features, n_features), np.uint16)
+        self._together = np.zeros((n_features, n_features), np.uint32)
+
+    def add(self, sparse: SparseValues) -> None:
+        ids, n_rows = unsigned(sparse.feature_ids, len(self._counts)), len(sparse.row_starts) - 1
+        for start in range(0, n_rows, self._ROWS):
+            _pairs_of_rows(start, min(start + self._ROWS, n_rows), sparse.row_starts, ids, self._counts)
+            _move(self._counts, self._together)
+
+    def best(self, n_tokens: Counts, top: int) -> Pairs:
+        """The `top` features that fire with each, by Jaccard index."""
+        _mirror(self._together)
+        out = room_for_best(len(n_tokens), top)
+        best_of_counted(0, len(n_tokens), 0, self._together, n_tokens, top, *out)
+        return listed(*out)
+
+
+def unsigned(ids: Ids, n_features: int) -> Matrix:
+    """Feature numbers without a sign, in half the bytes where they fit."""
+    return ids.astype(np.uint16) if n_features <= 1 << 16 else ids.view(np.uint32)
+
+
 @compiled
 def _best_together(
-    f: int, together: Ids, n_tokens: Counts, top: int, best: Doubles, others: Ids, n_both: Counts
+    f: int, together: Matrix, n_tokens: Counts, top: int, best: Doubles, others: Ids, n_both: Counts
 ) -> int:
     """The features that share most of their rows with f (Jaccard index), largest first; among equals the lower ones."""
     n = 0
@@ -198,7 +269,7 @@ def best_of_counted(
     start: int,
     stop: int,
     first: int,
-    together: Ids,
+    together: Matrix,
     n_tokens: Counts,
     top: int,
     found: Counts,
@@ -213,35 +284,36 @@ def best_of_counted(
 
 @compiled
 def best_together(
-    start: int, stop: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Ids, n_tokens: Counts, top: int,
+    start: int, stop: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Matrix, n_tokens: Counts, top: int,
     found: Counts, others: Ids, n_both: Counts,
 ) -> None:  # fmt: skip
     """The same from the entries, one feature at a time."""
-    best, together = np.empty(top), np.empty(len(feature_starts) - 1, np.int32)
+    best, together = np.empty(top), np.empty(len(feature_starts) - 1, np.uint32)
     for f in range(start, stop):
         together[:] = 0
         _pairs_of_feature(f, feature_starts, rows, row_starts, ids, together)
         found[f] = _best_together(f, together, n_tokens, top, best, others[f], n_both[f])
 
 
-def coactive(sparse: SparseValues, entries: FeatureMajor, n_tokens: Counts, top: int) -> tuple[Ids, Ids, Counts]:
-    """feature_ids, other_ids and n_both of the `top` features that fire with each, by Jaccard index."""
+def coactive(sparse: SparseValues, entries: FeatureMajor, n_tokens: Counts, top: int) -> Pairs:
+    """The `top` features that fire with each, by Jaccard index."""
     n_features = len(n_tokens)
-    found = np.zeros(n_features, np.int64)
-    others, n_both = np.empty((n_features, top), np.int32), np.empty((n_features, top), np.int64)
-    if 4 * n_features * n_features <= _TABLE_BYTES:
-        together = np.zeros((n_features, n_features), np.int32)
-        _count_all_pairs(sparse.row_starts, sparse.feature_ids, together)
-        best_of_counted(0, n_features, 0, together, n_tokens, top, found, others, n_both)
-    else:
-        best_together(
-            0, n_features, entries.feature_starts, entries.rows, sparse.row_starts, sparse.feature_ids, n_tokens, top,
-            found, others, n_both,
-        )  # fmt: skip
-    return listed(found, others, n_both)
+    if n_features <= PairTable.MOST_FEATURES // 2:
+        table = PairTable(n_features)
+        table.add(sparse)
+        return table.best(n_tokens, top)
+    out = room_for_best(n_features, top)
+    ids = unsigned(sparse.feature_ids, n_features)
+    best_together(0, n_features, entries.feature_starts, entries.rows, sparse.row_starts, ids, n_tokens, top, *out)
+    return listed(*out)
 
 
-def listed(found: Counts, others: Ids, n_both: Counts) -> tuple[Ids, Ids, Counts]:
+def room_for_best(n_features: int, top: int) -> tuple[Counts, Ids, Counts]:
+    """How many others each feature has, their numbers, and on how many rows both fire."""
+    return np.zeros(n_features, np.int64), np.empty((n_features, top), np.int32), np.empty((n_features, top), np.int64)
+
+
+def listed(found: Counts, others: Ids, n_both: Counts) -> Pairs:
     """One row a pair, of rows (F, top) of which the first `found` (F,) count."""
     keep = np.arange(others.shape[1]) < found[:, None]
-    return np.repeat(np.arange(len(found), dtype=np.int32), found), others[keep], n_both[keep]
+    return Pairs(np.repeat(np.arange(len(found), dtype=np.int32), found), others[keep], n_both[keep])

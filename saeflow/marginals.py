@@ -5,13 +5,13 @@ Counts, maxima and histograms are exact however a part is cut; sums are in float
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from saeflow.encoding import FeatureMajor, SparseValues, feature_statistics
-from saeflow.feature_kernels import FIRST_BIN, Counts, Grouped, bins_of, by_key, coactive, most_frequent_keys
+from saeflow.encoding import FeatureMajor, FeatureStatistics, SparseValues, feature_statistics
+from saeflow.feature_kernels import FIRST_BIN, Grouped, Pairs, bins_of, by_key, coactive, most_frequent_keys
 from saeflow.feature_tables import MOST_SOURCES, PART_TABLES, TOP, TOP_VOCAB
 from saeflow.kernels import Ids
 from saeflow.token_facts import REST, Source, TokenFacts
@@ -19,8 +19,14 @@ from saeflow.token_facts import REST, Source, TokenFacts
 _VOCAB_HELD = 64
 """Vocabulary entries of a feature that are remembered from one piece of a part to the next."""
 
+_GROUPS_HELD = 16
+"""Pieces whose groups are kept apart before they are merged."""
+
 _N_BINS = 4 * 255
 """Bins of all finite float32."""
+
+
+_NOTHING = Grouped(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0), np.empty(0))
 
 
 class Totals:
@@ -34,7 +40,7 @@ class Totals:
         self.max_value = np.zeros(n_features, np.float32)
         self._codes: dict[Source, int] = {REST: 0}
         self._encoded: dict[tuple[int, int], int] = {}
-        self._grouped: dict[str, Grouped] = {}
+        self._grouped: dict[str, list[Grouped]] = {}
         self._together = np.empty((0, 3), np.int64)
 
     def see(self, facts: TokenFacts) -> None:
@@ -44,9 +50,17 @@ class Totals:
         for code, band, n in zip(*pairs.tolist(), counts.tolist(), strict=True):
             self._encoded[code, band] = self._encoded.get((code, band), 0) + n
 
-    def add(self, facts: TokenFacts, sparse: SparseValues, entries: FeatureMajor, pairs: bool = True) -> None:
+    def add(
+        self, facts: TokenFacts, sparse: SparseValues, entries: FeatureMajor, stats: bool = True, pairs: bool = True
+    ) -> None:
         """Values of some tokens, whose facts these are, in both orders. `pairs`: also which features fire together."""
         found = feature_statistics(sparse, self.n_features)
+        if stats:
+            self._add_statistics(found, facts, entries)
+        if pairs:
+            self._pair(coactive(sparse, entries, found.n_tokens, TOP))
+
+    def _add_statistics(self, found: FeatureStatistics, facts: TokenFacts, entries: FeatureMajor) -> None:
         self.n_tokens += found.n_tokens
         self.sum_value += found.sum
         self.sum_squares += found.sum_squares
@@ -56,13 +70,41 @@ class Totals:
         self._group("sources", by_key(entries, self._own_codes(facts), len(self._codes)))
         self._group("positions", by_key(entries, facts.bands, _n_keys(facts.bands)))
         words = most_frequent_keys(entries, facts.vocab_ids, _n_keys(facts.vocab_ids), _VOCAB_HELD)
-        self._grouped["vocab"] = most_frequent(merged([self._of("vocab"), words]), _VOCAB_HELD)
-        if pairs:
-            self._pair(*coactive(sparse, entries, found.n_tokens, TOP))
+        self._grouped["vocab"] = [most_frequent(merged([self._of("vocab"), words]), _VOCAB_HELD)]
 
-    def together(self, feature_ids: Ids, other_ids: Ids, n_both: Counts) -> None:
+    def absorb(self, tables: Mapping[str, pa.Table]) -> None:
+        """Another part by its tables, but for words and pairs, of which a part keeps the most frequent ones only."""
+        columns = {name: [column.to_numpy() for column in table.columns] for name, table in tables.items()}
+        _, n_tokens, sum_value, sum_squares, max_value = columns["feature_stats"]
+        self.n_tokens += n_tokens
+        self.sum_value += sum_value
+        self.sum_squares += sum_squares
+        self.max_value = np.maximum(self.max_value, max_value.astype(np.float32))
+        ids, bins, n = columns["feature_histogram"]
+        self._group("histogram", Grouped(ids, bins.astype(np.int32) - FIRST_BIN, n, np.zeros(len(n)), np.zeros(len(n))))
+        ids, bands, n, total = columns["feature_positions"]
+        self._group("positions", Grouped(ids, bands.astype(np.int32), n, total, np.zeros(len(n))))
+        ids, n, total, squares = (columns["feature_sources"][i] for i in (0, 3, 4, 5))
+        self._group("sources", Grouped(ids, self._codes_in(tables["feature_sources"]), n, total, squares))
+        seen = tables["encoded_tokens"]
+        _, _, bands, n = columns["encoded_tokens"]
+        for code, band, count in zip(self._codes_in(seen).tolist(), bands.tolist(), n.tolist(), strict=True):
+            self._encoded[code, band] = self._encoded.get((code, band), 0) + count
+
+    def _codes_in(self, table: pa.Table) -> Ids:
+        pairs = zip(table.column("source").to_pylist(), table.column("is_rest").to_pylist(), strict=True)
+        return np.array([self._codes.setdefault(pair, len(self._codes)) for pair in pairs], np.int32)
+
+    def words(self, first: int, found: Grouped) -> None:
+        """Most frequent words of the features from `first` on, in the place of those known so far: counted over the whole
+        part by the caller."""
+        if first == 0:
+            self._grouped["vocab"] = []
+        self._group("vocab", found._replace(feature_ids=found.feature_ids + np.int32(first)))
+
+    def together(self, pairs: Pairs) -> None:
         """Set which features fire together, where the caller has counted them over the whole part."""
-        self._together = np.stack([feature_ids.astype(np.int64), other_ids.astype(np.int64), n_both], 1)
+        self._together = np.stack([each.astype(np.int64) for each in pairs], 1)
 
     def tables(self) -> dict[str, pa.Table]:
         """The part's tables by name, each sorted by its first columns."""
@@ -85,16 +127,18 @@ class Totals:
         return np.asarray(np.array(mine, np.int32)[facts.source_codes])
 
     def _group(self, name: str, found: Grouped) -> None:
-        self._grouped[name] = merged([self._grouped[name], found]) if name in self._grouped else found
+        groups = self._grouped.setdefault(name, [])
+        groups.append(found)
+        if len(groups) >= _GROUPS_HELD:
+            self._grouped[name] = [merged(groups)]
 
     def _of(self, name: str) -> Grouped:
-        nothing = np.empty(0, np.int32)
-        return self._grouped.get(name, Grouped(nothing, nothing, np.empty(0, np.int64), np.empty(0), np.empty(0)))
+        return merged(self._grouped.get(name) or [_NOTHING])
 
-    def _pair(self, feature_ids: Ids, other_ids: Ids, n_both: Counts) -> None:
+    def _pair(self, pairs: Pairs) -> None:
         """Pairs of another piece: counts add up where a pair stands in both, and the best TOP of a feature remain."""
         before = self._together
-        self.together(feature_ids, other_ids, n_both)
+        self.together(pairs)
         if not len(before):
             return
         rows = np.concatenate([before, self._together])

@@ -19,6 +19,7 @@ from saeflow import compaction, features, pipeline, queries
 from saeflow.artefact import Artefact
 from saeflow.compaction import buckets, covered, plan
 from saeflow.feature_files import files_of
+from saeflow.feature_kernels import PairTable
 from saeflow.feature_tables import PART_TABLES, TOP, TOP_VOCAB
 from saeflow.forget import forget
 from saeflow.records import PartRecord
@@ -174,6 +175,7 @@ def test_features_that_fire_together_are_the_same_however_much_memory_counting_h
     target = run_of(copied)
     shutil.copytree(copied.store.root, copied.store.root.with_name("other"))
     monkeypatch.setattr(compaction, "_PAIR_BYTES", 4 * 64 * 10)
+    monkeypatch.setattr(PairTable, "MOST_FEATURES", 0)
     other = Finished(Store(copied.store.root.with_name("other")), copied.recipe, copied.summary)
     compacted(other)
     monkeypatch.undo()
