@@ -17,6 +17,7 @@ from prefect import flow
 from flows.bring import bring_flow
 from flows.collect import collect_flow
 from flows.common import open_store, show_table
+from flows.compact import compact_flow
 from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
 from flows.tokens import tokens_flow
@@ -32,7 +33,7 @@ def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     first: dict[str, Any] = {"tokens": tokens_flow, "collect": collect_flow} if recipe.model else {"bring": bring_flow}
     stages = first | {"train": train_flow}
     if not recipe.is_sweep:  # its SAEs are judged where they are trained, and encoded when one is asked for
-        stages |= {"encode": encode_flow, "evaluate": evaluate_flow}
+        stages |= {"encode": encode_flow, "compact": compact_flow, "evaluate": evaluate_flow}
     seconds = {}
     for stage, stage_flow in stages.items():
         began = time.monotonic()

@@ -121,6 +121,18 @@ class Artefact:
         self.send(*(self.path / name for name in files))
         self.send(self.path / "artefact.json")
 
+    def attach(self, names: Iterable[str]) -> None:
+        """Name further files of the artefact's own, which lie in its folder, in its record."""
+        files = [file_record(self.path, self.path / name) for name in names]
+        known = {file.name for file in files}
+        kept = [file for file in self.record.files if file.name not in known]
+        record = self.record.model_copy(update={"files": [*kept, *files]})
+        if record != self.record:
+            self.send(*(self.path / name for name in names))
+            write_record(self.path / "artefact.json", record)
+            self.send(self.path / "artefact.json")
+            self.__dict__["record"] = record
+
     def send(self, *paths: Path) -> None:
         """Bring files of the artefact's own to the object store, where there is one."""
         if self.objects is not None:

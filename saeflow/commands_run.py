@@ -158,19 +158,19 @@ def _stage_of_one(name: str, does: str) -> None:
         verbose: Verbose = False,
     ) -> None:
         settings = read_recipe(recipe, set_, member)
-        if name != "evaluate":
+        if name == "report":
             require_one(settings, name)
         table = _run_stage(name, settings, store, quiet, verbose)
-        if settings.is_sweep and not quiet:
+        if settings.is_sweep and not quiet and name == "evaluate":
             print_sweep(table, recipe, create_store(store, settings, quiet=True))
 
     commands.command(name, help=f"{does} Example: `saeflow {name} my.toml`", rich_help_panel="Stages")(command)
 
 
 def _run_stage(name: str, settings: Recipe, store: str | None, quiet: bool, verbose: bool) -> Any:
-    from saeflow import pipeline
+    from saeflow import features, pipeline
 
-    stages = pipeline.stages(settings)
+    stages = pipeline.stages(settings) | ({"encode": features.run_all} if settings.is_sweep else {})
     if name not in stages:
         raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
     return stages[name](create_store(store, settings, quiet), settings, progress_of(quiet, verbose, settings))
@@ -233,7 +233,10 @@ def import_command(
         )
 
 
-_stage_of_one("encode", "Write every non-zero feature activation of the corpus to Parquet.")
+_stage_of_one(
+    "encode",
+    "Write every non-zero feature activation of the corpus to Parquet; of a sweep for all SAEs in one reading.",
+)
 _stage_of_one("evaluate", "Judge the autoencoder on held-out documents; those of a sweep together.")
 _stage_of_one("report", "Draw the run's picture.")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow import activations, arrays, compaction, imported, interchange, train
+from saeflow import activations, arrays, compaction, imported, interchange, run_tables, train
 from saeflow.artefact import Artefact, Job
 from saeflow.config import Recipe
 from saeflow.fingerprints import fingerprint
@@ -105,7 +105,7 @@ def part_inputs(used: Used, part: PartRecord) -> dict[str, str]:
     return inputs | ({"hidden": hidden} if hidden else {})
 
 
-def open_encoder(store: Store, recipe: Recipe) -> Encoder:
+def open_encoder(store: Store, recipe: Recipe, progress: Progress) -> Encoder:
     """Load the SAE, check the disk, and create the artefact."""
     source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
     trained, target = train.artefact(store, recipe), artefact(store, recipe)
@@ -119,7 +119,10 @@ def open_encoder(store: Store, recipe: Recipe) -> Encoder:
         "context_length": used.length,
         "architecture": imported.sae_config(recipe).architecture,
     }
-    target.begin(about | used.facts, [source.id, stored.id, trained.id])
+    sae = interchange.load(trained.fetched())
+    tables = run_tables.write(target, recipe, sae, about["site"], progress)
+    target.begin(about | used.facts, [source.id, stored.id, trained.id], tables)
+    target.attach(tables)
     return encoder_of(store, target, recipe.features.batch_rows)
 
 
@@ -178,9 +181,9 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
             stack.enter_context(target.writing())
         lacking = {target: sorted(inputs.keys() - compaction.owners(target, inputs)) for target in targets}
         encoders = {
-            target: open_encoder(store, recipe)
+            target: open_encoder(store, recipe, progress)
             for target, recipe in targets.items()
-            if lacking[target] or not target.complete()
+            if lacking[target] or not target.complete() or run_tables.lacking(target)
         }
         plan = {part.index: part for part in wanted if any(part.index in lacking[target] for target in encoders)}
         if encoders:

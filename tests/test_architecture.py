@@ -75,6 +75,7 @@ ORDER = [
     "part_writer",
     "compaction",
     "sae",
+    "run_tables",
     "sae_folders",
     "interchange",
     "resample",

@@ -1,0 +1,20 @@
+"""Flow: the parts of a run merged, so that questions open few files."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.common import open_store, reporting, show_table
+from saeflow import features
+from saeflow.config import Recipe
+
+
+@flow(name="saeflow-compact", flow_run_name="compact-{recipe.name}")
+def compact_flow(recipe: Recipe, store: str | None = None) -> int:
+    """Merge what can be merged; returns the number of parts that are left."""
+    opened = open_store(recipe, store)
+    with reporting("compact") as progress:
+        features.compact(opened, recipe, progress)
+    n_parts = len(features.artefact(opened, recipe).published().parts)
+    show_table("compact", {"n_parts": n_parts})
+    return n_parts

@@ -1,0 +1,42 @@
+"""Tables beside the parts of a run: which features are alike, and which words they push (`directions`)."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from saeflow import directions
+from saeflow.artefact import Artefact
+from saeflow.config import Recipe
+from saeflow.disk import make_folder
+from saeflow.feature_files import write_table
+from saeflow.feature_tables import RUN_TABLES
+from saeflow.model import load_model
+from saeflow.progress import Progress
+from saeflow.sae import SparseAutoencoder
+
+
+def lacking(target: Artefact) -> list[str]:
+    """Tables that the record names and the disk has not; all of them where there is no record, or an earlier one."""
+    names = [f"{table}.parquet" for table in RUN_TABLES]
+    known = [file.name for file in target.record.files] if target.exists() else []
+    wanted = known if names[0] in known else names
+    return [name for name in wanted if name in names and not target.own_file(name).is_file()]
+
+
+def write(target: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, progress: Progress) -> list[str]:
+    """Make what is lacking; the names of the tables that there are. The logits need the model, if the recipe has one."""
+    names = lacking(target)
+    make_folder(target.path)
+    if names:
+        progress.say("features: which features are alike, and which words they push")
+    for name in names:
+        table = directions.similar(sae.W_dec) if name == "similar.parquet" else _logits(recipe, sae, site)
+        if table is not None:
+            write_table(target.path / name, table)
+    return [f"{table}.parquet" for table in RUN_TABLES if (target.path / f"{table}.parquet").is_file()]
+
+
+def _logits(recipe: Recipe, sae: SparseAutoencoder, site: str) -> pa.Table | None:
+    if recipe.model is None:
+        return None
+    return directions.logits(sae.W_dec, load_model(recipe.model), recipe.sae.target_site or site)
