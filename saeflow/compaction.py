@@ -54,9 +54,6 @@ BUCKET_VALUES = 8_000_000
 PIECE_VALUES = 16_000_000
 """Values read, counted and written at once."""
 
-ENOUGH_PARTS = 8
-"""From so many parts of one activation part each on, `saeflow run` compacts by itself."""
-
 _PAIR_BYTES = 512 << 20
 """Memory for counting which features fire together; with more features values are read again for each share of them."""
 
@@ -97,7 +94,7 @@ def owners(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict[int, 
     return found
 
 
-def run(target: Artefact, used: Used, progress: Progress, enough: int = ENOUGH_PARTS) -> None:
+def run(target: Artefact, used: Used, progress: Progress, enough: int) -> None:
     """Compact where that is worth it, under the artefact's lock."""
     with target.writing():
         if not compact(target, used, progress, enough):

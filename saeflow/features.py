@@ -202,13 +202,13 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
             publish(target, used, inputs)
 
 
-def compact(store: Store, recipe: Recipe, progress: Progress, enough: int = compaction.ENOUGH_PARTS) -> None:
-    """Merge the parts of every run of the recipe, where at least `enough` can be."""
+def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None = None) -> None:
+    """Merge the parts of every run of the recipe, where at least `enough` can be (default: `features.compact_parts`)."""
     for member in recipe.members():
         target = artefact(store, member)
         if target.generation() is not None:
             train.set_threads(member)
-            compaction.run(target, used_of(store, target), progress, enough)
+            compaction.run(target, used_of(store, target), progress, enough or member.features.compact_parts)
 
 
 def used_of(store: Store, target: Artefact) -> Used:

@@ -13,6 +13,7 @@ import pytest
 from saeflow.sections import Architecture
 from tests.faults import CASES, FAULTS, POINTS, STEP, Case, Point, Runner, differences, tenth
 from tests.faults.kills import training_runner
+from tests.faults.readers import Reading
 from tests.small_pipeline import Ingredients, recipe_data, write_recipe
 
 HALF_WAY = {
@@ -20,6 +21,7 @@ HALF_WAY = {
     "collect": "in the middle of a part",
     "train": "in the middle of a step",
     "encode": "after a part",
+    "compact": "before the order by feature",
     "evaluate": "before the figures are renamed",
 }
 
@@ -27,7 +29,7 @@ HALF_WAY = {
 @pytest.fixture(scope="module")
 def runner(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     folder = tmp_path_factory.mktemp("kill")
-    data = recipe_data(ingredients, train={"checkpoint_seconds": 0.001})
+    data = recipe_data(ingredients, train={"checkpoint_seconds": 0.001}, features={"compact_parts": 2})
     yield Runner(folder, write_recipe(folder / "small.toml", data))
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -68,6 +70,10 @@ def test_a_killed_sweep_leaves_the_undisturbed_store_for_every_architecture(nth:
     assert differences(sweeping.undisturbed, store), "the kill came too late to disturb anything"
     assert sweeping.run(store) == 0, sweeping.said(store)
     assert differences(sweeping.undisturbed, store) == []
+
+
+def test_who_asks_while_encoding_and_compaction_are_killed_sees_the_old_answer_or_the_new_one(tmp_path: Path) -> None:
+    assert [problems for _, problems in Reading(tmp_path).kills(2, seed=1)] == [[]]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,11 @@ POINTS = [
     Point("train", "before the artefact is renamed", "os.rename", r"whole$"),
     Point("train", "after publication", "shutil.rmtree", r"tmp/saes-[^/]+\.checkpoint$", -1),
     *_parts("encode", "features"),
+    Point("compact", "before the order by token", "os.mkdir", r"tmp/features-[^/]+/1\d{7}/token_major"),
+    Point("compact", "before the order by feature", "os.mkdir", r"tmp/features-[^/]+/1\d{7}/feature_major"),
+    Point("compact", "before the part is renamed", "os.rename", r"tmp/features-[^/]+/1\d{7}$"),
+    Point("compact", "before the manifest", "open", r"features/[^/]+/\.manifest\.json\.new$", 2),
+    Point("compact", "before the manifest is renamed", "os.rename", r"features/[^/]+/\.manifest\.json\.new$", 2),
     Point("evaluate", "before the figures", "open", r"features/[^/]+/\.quality\.json\.new$"),
     Point("evaluate", "before the figures are renamed", "os.rename", r"features/[^/]+/\.quality\.json\.new$"),
     Point("report", "before the picture is renamed", "os.rename", r"features/[^/]+/\.density\.png\.new$"),
@@ -150,7 +155,7 @@ def watch(case: Case, root: Path) -> None:
     sae.SparseAutoencoder.after_step = after_step  # type: ignore[method-assign]
 
 
-def command(arguments: list[str], log: Path, prepare: Callable[[], None] | None) -> None:
+def run_command(arguments: list[str], log: Path, prepare: Callable[[], None] | None) -> None:
     """What `saeflow ARGUMENTS` does, in this process, after `prepare`; the terminal goes to `log`."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -178,9 +183,9 @@ class Runner:
         """The exit code of `saeflow run` into `store`; minus the signal's number where one killed it."""
         return self.finish(store, self.start(store, partial(watch, case, store) if case else None))
 
-    def start(self, store: Path, prepare: Callable[[], None] | None = None) -> ForkServerProcess:
-        arguments = ["run", str(self.recipe), "--store", str(store)]
-        process = self.context.Process(target=command, args=(arguments, self._log(store), prepare))
+    def start(self, store: Path, prepare: Callable[[], None] | None = None, command: str = "run") -> ForkServerProcess:
+        arguments = [command, str(self.recipe), "--store", str(store)]
+        process = self.context.Process(target=run_command, args=(arguments, self._log(store), prepare))
         process.start()
         return process
 
