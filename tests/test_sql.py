@@ -253,8 +253,7 @@ def test_a_run_without_any_value_passes_every_check(tmp_path):
 
 
 def faulty_tokens(**change: object) -> list[dict[str, object]]:
-    vocab = sorted({piece for document in DOCUMENTS for piece in document.pieces})
-    rows = token_rows([(i, piece) for i, d in enumerate(DOCUMENTS) for piece in d.pieces], vocab)
+    rows = token_rows(Given().every_token())
     rows[1] |= change
     return rows
 
