@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ import pyarrow.parquet as pq
 
 from saeflow.artefact import Artefact
 from saeflow.disk import write_json
-from saeflow.feature_tables import PART_TABLES, RUN_TABLES, VALUES as VALUE_SCHEMAS, VOCAB_BLOCKS
+from saeflow.feature_tables import PART_TABLES, RUN_TABLES, VOCAB_BLOCKS
+from saeflow.feature_tables import VALUES as VALUE_SCHEMAS
 from saeflow.records import Hidden
 from saeflow.store import Store
 from tests import part_tables
@@ -61,6 +63,8 @@ class Given:
     in_folders: bool = False
     n_buckets: int = 0
     """Files of a part by feature range; 0: the files do not say what they may hold."""
+    names: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    """What a file of an order, by its number, says that it may hold, in the place of what it should say."""
     is_early: bool = False
     """As a saeflow wrote it that knew neither marginals nor blocks."""
     skipped: Sequence[int] = ()
@@ -105,7 +109,11 @@ class Given:
     def values_of(self, index: int) -> list[Value]:
         """The values of a part of the features."""
         n_sequences = max(1, len(self.every_token()) // CONTEXT_LENGTH)
-        return [row for row in self.values if min(row[0] // CONTEXT_LENGTH * self.n_parts // n_sequences, self.n_parts - 1) == index]
+        return [
+            row
+            for row in self.values
+            if min(row[0] // CONTEXT_LENGTH * self.n_parts // n_sequences, self.n_parts - 1) == index
+        ]
 
     def _documents_of(self, index: int) -> range:
         n = len(self.documents)
@@ -177,12 +185,14 @@ class Given:
         by_feature = mine if self.feature_major is None else self.feature_major
         if self.n_buckets:
             tokens = [token_id for token_id, _, _ in mine] or [0]
-            write_values(mine, said(folder, "token_major", min(tokens), max(tokens)), "token_major")
+            span = self.names.get(("token_major", 0), (min(tokens), max(tokens)))
+            write_values(mine, said(folder, "token_major", *span), "token_major")
             edges = [self.n_features * i // self.n_buckets for i in range(self.n_buckets + 1)]
-            for low, end in zip(edges, edges[1:], strict=False):
+            for i, (low, end) in enumerate(itertools.pairwise(edges)):
                 rows = [row for row in by_feature if low <= row[1] < end]
                 if end > low:
-                    write_values(rows, said(folder, "feature_major", low, end - 1), "feature_major")
+                    span = self.names.get(("feature_major", i), (low, end - 1))
+                    write_values(rows, said(folder, "feature_major", *span), "feature_major")
             return
         for order, rows in (("token_major", mine), ("feature_major", by_feature)):
             for i, path in enumerate(self._files(folder, order)):

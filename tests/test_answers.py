@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import duckdb
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from saeflow.queries import ask, check, connect
@@ -52,7 +51,9 @@ def worlds(draw: st.DrawFn) -> Given:
         skipped=skipped,
         hidden=sorted(hidden),
     )
-    usable = [t.token_id for t in given.every_token() if t.document_id not in {None, *hidden} and t.position not in skipped]
+    usable = [
+        t.token_id for t in given.every_token() if t.document_id not in {None, *hidden} and t.position not in skipped
+    ]
     cells = [(token, feature) for token in usable for feature in range(N_FEATURES - 1)]
     chosen = draw(st.lists(st.sampled_from(cells), unique=True, max_size=40)) if cells else []
     given.values = [(*cell, draw(st.integers(1, 12)) / 8) for cell in sorted(chosen)]
@@ -356,7 +357,7 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(worlds())
 def test_every_question_answers_what_looking_at_each_token_answers(world):
     with tempfile.TemporaryDirectory() as folder, connect(world.write(Path(folder)), threads=1) as connection:

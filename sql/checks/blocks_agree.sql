@@ -8,7 +8,7 @@ with told as (
     select
         block_id,
         first_token_id + place                 as token_id,
-        block_vocab_id(vocab_ids, place)       as in_block,
+        case when place < octet_length(vocab_ids) // 4 then block_vocab_id(vocab_ids, place) end as in_block,
         octet_length(vocab_ids) = 4 * n_tokens as has_length
     from (
         select *, unnest(generate_series(0, greatest(octet_length(vocab_ids) // 4, n_tokens) - 1)) as place

@@ -14,9 +14,12 @@ with sizes as materialized (
     from stg_runs
     where problem is null and schema_name in (a, b)
 ),
-known as (
-    select error('a and b must be schema names of the view runs')
-    where not exists (from sizes where schema_name = a) or not exists (from sizes where schema_name = b)
+known as materialized (
+    select case
+        when bool_or(schema_name = a) and bool_or(schema_name = b) then true
+        else error('a and b must be schema names of the view runs')
+    end as are_known
+    from sizes
 ),
 sample_a as materialized (
     select token_id, feature_id from every_run.stg_token_major
@@ -82,5 +85,5 @@ select
 from rates as of_a
 left join best on best.feature_id = of_a.feature_id
 left join rates as of_b on of_b.feature_id = best.match_id and of_b.run = b
-where of_a.run = a and not exists (from known)
+where of_a.run = a and (select are_known from known)
 order by best.jaccard desc nulls last, of_a.feature_id;

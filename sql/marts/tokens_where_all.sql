@@ -11,7 +11,7 @@ with firing as materialized (
     select token_id, list(value order by place) as feature_values
     from threshold_hits(features, thresholds)
     group by token_id
-    having count(distinct place) = len(features)
+    having count(distinct place) = coalesce(len(features), 0)
 ),
 places as materialized (
     from token_places((select list(token_id) from firing))

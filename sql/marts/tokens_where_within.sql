@@ -40,7 +40,7 @@ spans as materialized (
     from latest
     where last_id - latest.token_id <= "window"
     group by last_id
-    having count(*) = len(features)
+    having count(*) = coalesce(len(features), 0)
 ),
 pieces as materialized (
     from token_pieces((select list(token_id) from spans))
