@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -35,8 +36,11 @@ class Parameter:
     def __str__(self) -> str:
         return f"{self.name} {self.type}" + (f" = {self.default}" if self.default is not None else "")
 
-    def parse(self, value: object) -> int | float | str:
-        """`value`, mostly a word from the command line, as a value of this type."""
+    def parse(self, value: object) -> int | float | str | list[Any]:
+        """`value`, mostly a word from the command line, as a value of this type; a list's items are set apart by commas."""
+        if self.type.endswith("[]"):
+            items = value if isinstance(value, (list, tuple)) else str(value).strip().strip("[]").split(",")
+            return [Parameter(self.name, self.type[:-2]).parse(item) for item in items]
         try:
             match self.type:
                 case "bigint":
@@ -142,7 +146,7 @@ def _question(name: str, sql: str) -> Question:
     answers = " ".join(lines[: lines.index("")])
     labelled = {label: text.strip() for label, _, text in (line.partition(":") for line in lines)}
     listed = re.split(r",\s*", labelled.get("Parameters", ""))
-    parameters = [re.fullmatch(r"(\w+) (\w+)(?: = (.+))?", item) for item in listed if item]
+    parameters = [re.fullmatch(r"(\w+) ([\w\[\]]+)(?: = (.+))?", item) for item in listed if item]
     return Question(
         name, answers, labelled["Ask it"], tuple(Parameter(*match.groups()) for match in parameters if match), sql
     )

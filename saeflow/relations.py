@@ -45,14 +45,14 @@ def _read(paths: Sequence[str], options: str = "") -> str:
 
 
 def _values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
-    """With the columns low and high; files of an earlier saeflow do not say, and may hold anything."""
+    """With the columns low, high and filename; files of an earlier saeflow do not say, and may hold anything."""
     said = [path for path in paths if re.search(r"/low=\d+/high=\d+/[^/]*$", path)]
     others = [path for path in paths if path not in set(said)]
     columns = ", ".join(VALUES[order].names)
     everywhere = "0::bigint as low, 9223372036854775807 as high"
-    parts = [f"select {columns}, low, high from {_read(said, _HIVE)}"] if said else []
-    parts += [f"select {columns}, {everywhere} from {_read(others)}"] if others else []
-    parts = parts or [f"select *, {everywhere} from {_empty(VALUES[order])}"]
+    parts = [f"select {columns}, low, high, filename from {_read(said, _HIVE)}"] if said else []
+    parts += [f"select {columns}, {everywhere}, filename from {_read(others)}"] if others else []
+    parts = parts or [f"select *, {everywhere}, null::varchar as filename from {_empty(VALUES[order])}"]
     rows = " union all ".join(parts)
     unseen = " and ".join(f"token_id not between {first} and {last}" for first, last in left_out)
     return f"(select * from ({rows}) where {unseen})" if unseen else f"({rows})"

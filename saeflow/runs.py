@@ -120,11 +120,13 @@ def connect(
     connection = duckdb.connect(config=_settings(memory_limit, threads))
     if store.objects is not None:
         connection.register_filesystem(ObjectFiles(store.objects))
-    for each in every:
-        if each.problem is None:
-            _load(connection, each, every, current)
-    for statement in _side_by_side([each.schema for each in every if each.problem is None]):
+    readable = [each for each in every if each.problem is None]
+    for each in readable:
+        _load(connection, each.schema, _staging(each, every, current))
+    for statement in _side_by_side([each.schema for each in readable]):
         connection.execute(statement)
+    for each in readable:
+        _load(connection, each.schema, _marts())
     connection.execute(f"set search_path = {literal(identifier(current.schema))}")
     for setting in SETTINGS:
         connection.execute(setting)
@@ -136,7 +138,7 @@ def script(store: Store, run: str | None = None) -> str:
     """One run's `sql/` as text that the duckdb shell runs by hand."""
     every = runs(store)
     current = _choose(store, every, run)
-    return "\n".join(_statements(current, every, current))
+    return "\n".join([*_staging(current, every, current), *_side_by_side(["main"]), *_marts()])
 
 
 def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
@@ -263,30 +265,39 @@ def _settings(memory_limit: str | None, threads: int | None) -> dict[str, Any]:
     return settings
 
 
-def _load(connection: duckdb.DuckDBPyConnection, run: Run, every: Sequence[Run], current: Run) -> None:
-    """Make the run's schema. A table macro looks names up in its caller's schema, so names are qualified."""
-    schema = identifier(run.schema)
-    connection.execute(f"create schema {schema}")
+def _load(connection: duckdb.DuckDBPyConnection, name: str, statements: Iterable[str]) -> None:
+    """Fill a run's schema. A table macro looks names up in its caller's schema, so names are qualified."""
+    schema = identifier(name)
+    connection.execute(f"create schema if not exists {schema}")
     connection.execute(f"set search_path = {literal(schema)}")
-    for statement in _statements(run, every, current):
+    for statement in statements:
         connection.execute(_qualified(statement, schema))
 
 
-def _statements(run: Run, every: Sequence[Run], current: Run) -> Iterator[str]:
+def _staging(run: Run, every: Sequence[Run], current: Run) -> Iterator[str]:
     folder = sql_folder()
     rows = literal([other.row(run) for other in every])
     sources = Template((folder / "sources.sql").read_text("utf-8"))
     shape = {name: literal(value) for name, value in run.shape.items()}
     yield sources.substitute(relations(run.files, run.left_out), runs=rows, hidden=literal(list(run.hidden)), **shape)
-    for path in (*sorted((folder / "staging").glob("*.sql")), *sorted((folder / "marts").glob("*.sql"))):
+    yield from _files_of("staging")
+
+
+def _marts() -> Iterator[str]:
+    yield from _files_of("marts")
+
+
+def _files_of(layer: str) -> Iterator[str]:
+    """In the order of their names: a macro reads only what is there when it is made."""
+    for path in sorted((sql_folder() / layer).glob("*.sql")):
         yield path.read_text("utf-8")
 
 
 def _side_by_side(schemas: Sequence[str]) -> Iterator[str]:
     """The schema that holds what questions about several runs read."""
-    yield f"create schema if not exists {_EVERY_RUN}"
+    yield f"create schema if not exists {_EVERY_RUN};"
     for view in ("stg_feature_stats", "stg_token_major"):
-        yield f"create or replace view {_EVERY_RUN}.{view} as {side_by_side(schemas, view)}"
+        yield f"create or replace view {_EVERY_RUN}.{view} as {side_by_side(schemas, view)};"
 
 
 @cache

@@ -28,10 +28,10 @@ create or replace view src_vocab as
 select * from $vocab;
 
 create or replace view src_feature_major as
-select feature_id, token_id, value, low, high from $feature_major;
+select feature_id, token_id, value, low, high, filename from $feature_major;
 
 create or replace view src_token_major as
-select token_id, feature_id, value, low, high from $token_major;
+select token_id, feature_id, value, low, high, filename from $token_major;
 
 create or replace view src_feature_stats as
 select * from $feature_stats;

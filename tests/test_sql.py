@@ -9,11 +9,15 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from saeflow import queries
+from saeflow import queries, runs
+from saeflow.feature_tables import LABELS
 from saeflow.queries import ask, check, connect
-from tests.small_store import DOCUMENTS, VALUES, Document, Given, count_stats, token_rows
+from saeflow.sections import UserError
+from tests import part_tables
+from tests.small_store import DOCUMENTS, N_FEATURES, VALUES, Document, Given, count_stats, token_rows
 
 SQL = Path(__file__).parent.parent / "sql"
 
@@ -53,9 +57,270 @@ def test_tokens_where_without_a_threshold_gives_every_token_at_which_the_feature
     assert column(demo("tokens_where", 0), "token_id") == [0, 1, 5, 7]
 
 
-@pytest.mark.parametrize("feature", [3, 99, -1, 2**62])
-def test_a_feature_that_never_fires_or_does_not_exist_has_no_tokens(demo, feature):
-    assert demo("tokens_where", feature) == []
+OF_A_FEATURE = [
+    "tokens_where", "top_tokens", "contexts", "top_documents", "feature_histogram", "feature_quantile_examples",
+    "near_misses", "coactivation", "coactive_features", "similar_features", "feature_logits",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", [3, 99, -1, 2**62, -(2**63)])
+@pytest.mark.parametrize("question", OF_A_FEATURE)
+def test_a_feature_that_never_fires_or_does_not_exist_has_no_rows(demo, question, feature):
+    assert demo(question, feature) == []
+
+
+@pytest.mark.parametrize("token", [-1, 8, 2**62, 2**63 - 1, -(2**63)])
+def test_a_token_that_does_not_exist_has_no_context_and_no_features(demo, token):
+    assert demo("context", token, 2**63 - 1, 2**63 - 1) == demo("token_features", token) == []
+
+
+def test_windows_as_wide_as_numbers_go_show_the_whole_document(demo):
+    assert demo("context", 6, 2**63 - 1, 2**63 - 1)[0]["context"] == "Love« thy» love"
+    assert demo("contexts", 1, 1, 2**63 - 1, -(2**63))[0]["pieces"] == ["Emma", " loves", " no", " one"]
+
+
+def test_a_threshold_that_is_no_number_or_null_has_no_tokens(tmp_path):
+    with connect(Given().write(tmp_path)) as connection:
+        for call in ("tokens_where(0, 'nan')", "tokens_where(0, null)", "tokens_where(null)"):
+            assert queries.query(connection, f"from {call}").num_rows == 0
+        for call in ("tokens_where_all([0], ['nan'::double])", "tokens_where_all([0, null], [0, 0])"):
+            assert queries.query(connection, f"from {call}").num_rows == 0
+
+
+@pytest.mark.parametrize("lists", ["[0], [0, 1]", "[0, 1], [0]", "null, [0]", "[0], null", "[], []"])
+@pytest.mark.parametrize("question", ["tokens_where_all({})", "tokens_where_within({}, 3)"])
+def test_lists_that_do_not_fit_are_refused(tmp_path, question, lists):
+    with connect(Given().write(tmp_path)) as connection, pytest.raises(UserError, match="lists of one length"):
+        queries.query(connection, f"from {question.format(lists)}")
+
+
+def test_tokens_where_all_gives_the_tokens_at_which_every_feature_is_above_its_threshold(demo):
+    rows = demo("tokens_where_all", [0, 2], [0, 0.5])
+    assert rows == [
+        {
+            "token_id": 7,
+            "feature_values": [2.0, 1.5],
+            "piece": " love",
+            "key": "psalm",
+            "source": "bible",
+            "position": 3,
+        }
+    ]
+    assert demo("tokens_where_all", "0,2", "0,0")[0]["token_id"] == 1
+
+
+@pytest.mark.parametrize(("window", "expected"), [(0, []), (1, []), (2, [([1, 3], 3)]), (9, [([1, 3], 3)]), (-1, [])])
+def test_tokens_where_within_finds_features_at_most_so_many_tokens_apart_in_one_document(demo, window, expected):
+    rows = demo("tokens_where_within", [0, 1], [0, 0], window)
+    assert [(row["token_ids"], row["token_id"]) for row in rows] == expected
+
+
+def test_top_documents_come_with_the_largest_sum_first(demo):
+    first, second = demo("top_documents", 0)
+    assert (first["key"], first["n_tokens"], first["rate"], first["sum_value"], first["max_value"]) == (
+        "psalm", 2, 2 / 3, 5.0, 3.0,
+    )  # fmt: skip
+    assert (second["key"], second["sum_value"], second["top_token_id"]) == ("emma", 3.5, 1)
+    assert column(demo("top_documents", 0, 1), "key") == ["psalm"]
+
+
+def test_contexts_show_the_value_at_every_token_of_the_window(demo):
+    row = demo("contexts", 2, 1, 2, 0)[0]
+    assert (row["token_id"], row["value"], row["place"]) == (7, 1.5, 3)
+    assert row["pieces"] == ["Love", " thy", " love"]
+    assert row["feature_values"] == [0.0, 0.0, 1.5]
+
+
+def test_contexts_give_a_letter_in_several_pieces_to_the_one_that_begins_it(tmp_path):
+    pieces = [b"a ", *split_bytes("🐘"), b" z"]
+    given = Given(documents=[Document("bytes", "a", pieces)], values=[(2, 0, 1.0)])
+    with connect(given.write(tmp_path)) as connection:
+        (whole,) = ask(connection, "contexts", [0]).to_pylist()
+        (cut,) = ask(connection, "contexts", [0, 1, 0, 2]).to_pylist()
+    assert whole["pieces"] == ["a ", "🐘", "", "", "", " z"]
+    assert cut["pieces"] == ["", "", ""]
+
+
+def test_feature_histogram_has_bins_of_a_quarter_octave(tmp_path):
+    values = [(0, 0, 1.0), (1, 0, 1.2), (2, 0, 1.25), (3, 0, 2.0), (4, 0, 0.3)]
+    rows = answer(tmp_path, Given(values=values, n_parts=2), "feature_histogram", 0)
+    assert [(row["from_value"], row["to_value"], row["n_tokens"]) for row in rows] == [
+        (0.25, 0.3125, 1),
+        (1.0, 1.25, 2),
+        (1.25, 1.5, 1),
+        (2.0, 2.5, 1),
+    ]
+    assert column(rows, "share") == [0.2, 0.4, 0.2, 0.2]
+
+
+def test_quantile_examples_come_from_bands_of_equal_counts_the_strongest_first(demo):
+    rows = demo("feature_quantile_examples", 0, 2, 1)
+    assert [(row["band"], row["n_tokens"], row["low_value"], row["high_value"]) for row in rows] == [
+        (1, 2, 2.5, 3.0),
+        (2, 2, 1.0, 2.0),
+    ]
+    assert column(demo("feature_quantile_examples", 0, 9, 9), "value") == [3.0, 2.5, 2.0, 1.0]
+    with pytest.raises(UserError, match="at least 1"):
+        demo("feature_quantile_examples", 0, 0)
+
+
+def test_near_misses_are_where_the_commonest_entry_of_a_feature_leaves_it_silent(tmp_path):
+    documents = [Document("k", "a", [b" love", b" it", b" love", b" me", b" love"])]
+    rows = answer(
+        tmp_path, Given(documents=documents, values=[(0, 1, 1.0), (2, 1, 2.0), (3, 1, 9.0)]), "near_misses", 1
+    )
+    assert [(row["context"], row["n_silent"], row["n_fired"]) for row in rows] == [(" love it love me« love»", 1, 2)]
+
+
+def test_coactivation_counts_tokens_at_which_both_fire(demo):
+    assert demo("coactivation", 0) == [
+        {"other_id": 2, "n_both": 2, "n_feature": 4, "n_other": 2, "jaccard": 0.5, "pmi": 1.0}
+    ]
+    (stored,) = demo("coactive_features", 0)
+    assert (stored["other_id"], stored["n_both"], stored["jaccard"], stored["pmi"]) == (2, 2, 0.5, 1.0)
+
+
+def test_coactivation_with_a_shift_stays_in_the_sequence_and_the_document(demo):
+    assert [(row["other_id"], row["n_both"]) for row in demo("coactivation", 0, 1)] == [(2, 1), (0, 1)]
+    assert [(row["other_id"], row["n_both"]) for row in demo("coactivation", 0, -1)] == [(0, 1)]
+    assert demo("coactivation", 1, 1) == []  # token 4 is in the next sequence
+    assert demo("coactivation", 0, 2**63 - 1) == []
+
+
+def test_features_on_a_text_come_with_their_lift(demo):
+    (row, *others) = demo("features_on", "LOVE")
+    assert (row["feature_id"], row["n_tokens"], row["share"], row["density"], row["lift"]) == (0, 2, 1.0, 0.5, 2.0)
+    assert [(other["feature_id"], other["share"], other["lift"]) for other in others] == [(2, 0.5, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("no one.", [2, 3, 4]), (" ONE ", [3]), ("love thy", [5, 6]), (". love", []), ("ove", []), ("%", []), ("", [])],
+)
+def test_a_text_is_spelt_by_tokens_that_follow_one_another_in_one_document(tmp_path, text, tokens):
+    with connect(Given().write(tmp_path)) as connection:
+        found = connection.execute("select token_id from demo.tokens_of_text(?) order by 1", [text]).fetchall()
+    assert [token for (token,) in found] == tokens
+
+
+def test_a_text_of_letters_in_several_pieces_is_found(tmp_path):
+    given = Given(documents=[Document("k", "a", [b" \xe6", b"\xb0", b"\xb4x", b"\xb0"])], values=[(1, 0, 1.0)])
+    (row,) = answer(tmp_path, given, "features_on", "水X")
+    assert (row["n_tokens"], row["share"]) == (1, pytest.approx(1 / 3))
+
+
+def test_source_contrast_compares_rates_of_stored_counts(demo):
+    rows = {row["feature_id"]: row for row in demo("source_contrast", "novels", "bible")}
+    assert sorted(rows) == [0, 1, 2, 3]
+    exact = {row["feature_id"]: row for row in demo("compare_sources", "novels", "bible")}
+    for feature, row in rows.items():
+        for name in ("n_tokens_a", "n_tokens_b", "rate_a", "rate_b", "log2_ratio", "mean_value_a", "mean_value_b"):
+            assert row[name] == exact[feature][name]
+        h = 2 * math.asin(math.sqrt(row["rate_a"])) - 2 * math.asin(math.sqrt(row["rate_b"]))
+        assert row["cohens_h"] == pytest.approx(h)
+    assert set(column(demo("source_contrast", "novels", "nowhere"), "cohens_h")) == {None}
+
+
+def test_position_profile_has_bands_that_double(demo):
+    rows = demo("position_profile", 0)
+    assert [(row["first_position"], row["last_position"], row["n_encoded"], row["n_tokens"]) for row in rows] == [
+        (0, 0, 2, 1),
+        (1, 1, 2, 2),
+        (2, 3, 4, 1),
+    ]
+    assert column(rows, "mean_value") == [1.0, 2.75, 2.0]
+    assert {row["n_tokens"] for row in demo("position_profile", 3)} == {0}
+    assert demo("position_profile", 99) == demo("position_profile", -1) == []
+
+
+def test_similar_features_and_logits_come_strongest_first(tmp_path):
+    similar = [{"feature_id": 1, "other_id": other, "cosine": cosine} for other, cosine in ((2, 0.25), (0, 0.5))]
+    logits = [{"feature_id": 1, "vocab_id": entry, "logit": logit} for entry, logit in ((0, -1.0), (3, 2.0))]
+    with connect(Given(tables={"similar": similar, "logits": logits}).write(tmp_path)) as connection:
+        rows = ask(connection, "similar_features", [1]).to_pylist()
+        assert [(row["other_id"], row["cosine"], row["n_tokens"]) for row in rows] == [(0, 0.5, 4), (2, 0.25, 2)]
+        rows = ask(connection, "feature_logits", [1]).to_pylist()
+        vocab = Given().vocab
+        assert [(row["piece"].encode(), row["logit"]) for row in rows] == [(vocab[3], 2.0), (vocab[0], -1.0)]
+
+
+def test_labels_name_a_feature_our_own_first(tmp_path, monkeypatch):
+    labels = [(0, "guess", "auto", 0.9), (0, "love", "own", None), (2, "b", "auto", 0.5), (2, "a", "auto", 0.1)]
+    rows = [dict(zip(LABELS.names, row, strict=True)) for row in labels]
+    pq.write_table(pa.Table.from_pylist(rows, LABELS), tmp_path / "labels.parquet")
+    read = runs.relations
+    path = str(tmp_path / "labels.parquet")
+    monkeypatch.setattr(runs, "relations", lambda files: read({**files, "labels": [path]}))
+    monkeypatch.setattr(runs, "_harden", lambda *_: None)
+    with connect(Given().write(tmp_path / "store")) as connection:
+        assert ask(connection, "feature_labels").column("label").to_pylist() == ["love", "guess", "b", "a"]
+        assert ask(connection, "feature_summary").column("label").to_pylist() == ["love", None, "b", None]
+        assert ask(connection, "coactive_features", [0]).column("label").to_pylist() == ["b"]
+
+
+def test_each_kind_of_feature_is_told_by_where_it_fires(tmp_path):
+    documents = [Document("k", "a", [b"x", b"y", b"z", b"y", b"x", b"w", b"z", b"y"] * 150)]
+    values = [
+        *((token, 0, 1.0) for token in range(9)),
+        *((token, 1, 1.0) for token in range(600)),
+        *((token, 2, 1.0) for token in range(2, 160, 4)),
+        *((token, 3, 1.0) for token in range(1, 160, 4)),
+        *((token, 4, 1.0) for token in range(40)),
+    ]
+    rows = answer(tmp_path, Given(documents=documents, values=values), "feature_kind")
+    assert column(rows, "kind") == ["rare", "dense", "single-token", "position", "other"]
+    assert rows[2]["vocab_share"] == rows[3]["band_share"] == 1.0
+    assert answer(tmp_path / "b", Given(), "feature_kind")[3]["kind"] == "dead"
+
+
+def test_compare_runs_finds_the_feature_that_fires_on_the_same_tokens(tmp_path):
+    other = [(token, {0: 3, 1: 0, 2: 1}[feature], value) for token, feature, value in VALUES if token != 5]
+    Given(name="old", fp="f0000000", values=other).write(tmp_path)
+    with connect(Given().write(tmp_path)) as connection:
+        rows = {row["feature_id"]: row for row in ask(connection, "compare_runs", ["demo", "old"]).to_pylist()}
+        with pytest.raises(UserError, match="schema names"):
+            ask(connection, "compare_runs", ["demo", "nowhere"])
+    assert {feature: (row["match_id"], row["jaccard"]) for feature, row in rows.items()} == {
+        0: (3, 0.75), 1: (0, 1.0), 2: (1, 1.0), 3: (None, None),
+    }  # fmt: skip
+    assert (rows[0]["rate_a"], rows[0]["rate_b"], rows[0]["rate_difference"]) == (0.5, 0.375, 0.125)
+
+
+def test_a_run_of_an_earlier_saeflow_answers_what_its_values_answer(tmp_path):
+    with connect(Given(is_early=True).write(tmp_path)) as connection:
+        assert ask(connection, "top_tokens", [0, 1]).column("context").to_pylist() == ["«Love» thy love"]
+        assert ask(connection, "coactivation", [0]).num_rows == 1
+        for question in ("feature_histogram", "coactive_features", "position_profile"):
+            assert ask(connection, question, [0]).num_rows == 0
+        assert not any(rows.num_rows for _, rows in check(connection))
+
+
+def test_a_question_about_one_feature_opens_only_the_file_that_may_hold_it(tmp_path):
+    with connect(Given(n_buckets=4).write(tmp_path)) as connection:
+        assert ask(connection, "tokens_where", [0]).column("token_id").to_pylist() == [0, 1, 5, 7]
+        plan = queries.query(connection, "explain analyze select * from tokens_where(2)").column(1)[0].as_py()
+        assert not any(rows.num_rows for _, rows in check(connection))
+    assert "1/4" in plan.replace(" ", "")
+
+
+def test_a_forgotten_document_is_nowhere(tmp_path):
+    values = [row for row in VALUES if row[0] >= 5]
+    with connect(Given(hidden=[0], values=values).write(tmp_path)) as connection:
+        assert ask(connection, "context", [1]).num_rows == 0
+        assert ask(connection, "features_on", ["no"]).num_rows == 0
+        assert ask(connection, "feature_summary").column("density").to_pylist()[0] == 2 / 3
+        assert not any(rows.num_rows for _, rows in check(connection))
+
+
+def test_contexts_are_right_where_blocks_and_parts_end(tmp_path):
+    documents = [Document(f"d{i}", "a", [b"%d," % (7 * i + j) for j in range(n)]) for i, n in enumerate((601, 3, 1100))]
+    given = Given(documents=documents, n_token_parts=2, values=[])
+    places = [t for t in given.every_token() if t.document_id is not None and t.token_id % 512 in (0, 1, 90, 511)]
+    with connect(given.write(tmp_path)) as connection:
+        assert not any(rows.num_rows for _, rows in check(connection))
+        for token in places:
+            (row,) = ask(connection, "context", [token.token_id, 2, 2]).to_pylist()
+            assert row["token_text"].encode() == given.vocab[token.vocab_id]
 
 
 def test_tokens_where_reads_only_the_row_groups_of_its_feature(tmp_path, monkeypatch):
@@ -253,8 +518,7 @@ def test_a_run_without_any_value_passes_every_check(tmp_path):
 
 
 def faulty_tokens(**change: object) -> list[dict[str, object]]:
-    vocab = sorted({piece for document in DOCUMENTS for piece in document.pieces})
-    rows = token_rows([(i, piece) for i, d in enumerate(DOCUMENTS) for piece in d.pieces], vocab)
+    rows = token_rows(Given().every_token())
     rows[1] |= change
     return rows
 
@@ -265,7 +529,69 @@ def faulty_stats(feature: int, **change: float) -> list[dict[str, float]]:
     return rows
 
 
+def faulty(table: str, row: int, **change: object) -> Given:
+    """One row of a table of the part, written wrongly; `drop` takes it out."""
+    given = Given()
+    rows = part_tables.part_tables(VALUES, given.every_token(), N_FEATURES)[table]
+    if change == {"drop": True}:
+        del rows[row]
+    else:
+        rows[row] |= change
+    return Given(tables={table: rows})
+
+
+def faulty_blocks(**change: object) -> Given:
+    (block,) = part_tables.blocks(Given().every_token())
+    return Given(vocab_blocks=[block | change])
+
+
+def misnamed(order: str, file: int, low: int, high: int) -> Given:
+    """One of the files (features 0 and 1, 2 and 3; all tokens) says that it may hold something else."""
+    return Given(n_buckets=2, names={(order, file): (low, high)})
+
+
+GOOD_BLOCK = part_tables.blocks(Given().every_token())[0]["vocab_ids"]
+
 CAUGHT = {
+    "histogram_agrees": [
+        ("a count", faulty("feature_histogram", 0, n_tokens=9), "feature_id", [0]),
+        ("a bin lost", faulty("feature_histogram", 0, drop=True), "feature_id", [0]),
+        ("a bin wrong", faulty("feature_histogram", 0, bin=77), "bin", [0, 77]),
+    ],
+    "positions_agree": [
+        ("a count", faulty("feature_positions", 0, n_tokens=9), "feature_id", [0]),
+        ("a sum", faulty("feature_positions", 0, sum_value=1.0 + 1e-9), "feature_id", [0]),
+        ("a band lost", faulty("feature_positions", 0, drop=True), "feature_id", [0]),
+    ],
+    "sources_agree": [
+        ("a count", faulty("feature_sources", 0, n_tokens=9), "feature_id", [0, 0]),
+        ("a sum", faulty("feature_sources", 0, sum_value=3.5 + 1e-9), "feature_id", [0, 0]),
+        ("a source", faulty("feature_sources", 0, source="letters"), "source", ["letters", "novels"]),
+    ],
+    "encoded_agree": [
+        ("too many", faulty("encoded_tokens", 0, n_tokens=9), "source", ["novels", None]),
+        ("fewer than fire", faulty("encoded_tokens", 1, n_tokens=0), "source", [None]),
+    ],
+    "coactivation_agrees": [
+        ("too many", faulty("coactivation", 0, n_both=3), "other_id", [2]),
+        ("too few", faulty("coactivation", 0, n_both=1), "other_id", [2]),
+        ("another", faulty("coactivation", 0, other_id=3), "other_id", [3]),
+    ],
+    "buckets_cover": [
+        ("overlap", misnamed("feature_major", 1, 1, 3), "feature_id", [1]),
+        ("a gap", misnamed("feature_major", 0, 1, 1), "feature_id", [0]),
+    ],
+    "files_as_named": [
+        ("a feature outside", misnamed("feature_major", 0, 1, 1), "n_outside", [4]),
+        ("a token outside", misnamed("token_major", 0, 1, 5), "n_outside", [3]),
+    ],
+    "blocks_agree": [
+        ("an entry", faulty_blocks(vocab_ids=b"\0\0\0\x63" + GOOD_BLOCK[4:]), "token_id", [0]),
+        ("short", faulty_blocks(vocab_ids=GOOD_BLOCK[:-4]), "token_id", list(range(8))),
+        ("shifted", faulty_blocks(first_token_id=1), "token_id", list(range(9))),
+        ("another block", faulty_blocks(block_id=1), "token_id", list(range(8))),
+        ("lost", Given(vocab_blocks=[]), "token_id", list(range(8))),
+    ],
     "orders_agree": [
         ("a row lost", Given(feature_major=VALUES[1:]), "feature_id", [0]),
         ("a value changed", Given(feature_major=[(0, 0, 1.5), *VALUES[1:]]), "feature_id", [0]),
@@ -330,6 +656,15 @@ def test_every_file_says_its_grain_and_holds_what_it_is_named_after(path):
     if path.parent.name in ("staging", "marts"):
         assert len(re.findall(r"^create or replace (?:view|macro) (\w+)", text, re.MULTILINE)) == 1
         assert re.search(rf"^create or replace (?:view|macro) {path.stem}\b", text, re.MULTILINE)
+
+
+def test_every_example_in_a_header_runs(tmp_path):
+    Given(name="small", fp="f0000000").write(tmp_path)
+    with connect(Given(name="large").write(tmp_path)) as connection:
+        for question in queries.questions():
+            found = re.search(r"\?  (from .*)$", question.example)
+            assert bool(found) == question.is_macro, question.name
+            queries.query(connection, found[1] if found else f"from {question.name}")
 
 
 def test_only_sources_names_files_and_each_layer_reads_the_one_before():

@@ -4,11 +4,12 @@
 -- Reads:   stg_token_major, stg_tokens
 -- Units:   n_features counts the features said to fire there.
 -- Ask it:  do the features belong to these tokens?
-with fired as (
-    select token_id, count(*) as n_features from stg_token_major group by token_id
+with homeless as materialized (
+    select token_id from stg_token_major
+    anti join (select token_id from stg_tokens where mask) using (token_id)
 )
-select token_id, fired.n_features, stg_tokens.mask
-from fired
+select token_id, count(*) as n_features, any_value(stg_tokens.mask) as mask
+from homeless
 left join stg_tokens using (token_id)
-where stg_tokens.mask is distinct from true
+group by token_id
 order by token_id;

@@ -2,14 +2,14 @@
 --
 -- Grain:   one row per feature whose statistics are wrong.
 -- Reads:   stg_feature_stats, stg_feature_major
--- Units:   sums are compared to a relative 1e-9, counts and maxima exactly.
+-- Units:   sums are compared to a relative 1e-12, counts and maxima exactly.
 -- Ask it:  which statistics are stale?
 with recount as (
     select
         feature_id,
         count(*)                    as n_tokens,
-        sum(value::double)          as sum_value,
-        sum(pow(value::double, 2))  as sum_squares,
+        fsum(value::double)         as sum_value,
+        fsum(pow(value::double, 2)) as sum_squares,
         max(value)::double          as max_value
     from stg_feature_major
     group by feature_id
@@ -28,8 +28,8 @@ from stg_feature_stats
 full join recount using (feature_id)
 where coalesce(stg_feature_stats.n_tokens, 0) <> coalesce(recount.n_tokens, 0)
     or abs(coalesce(stg_feature_stats.sum_value, 0) - coalesce(recount.sum_value, 0))
-        > 1e-9 * abs(coalesce(recount.sum_value, 0))
+        > 1e-12 * abs(coalesce(recount.sum_value, 0))
     or abs(coalesce(stg_feature_stats.sum_squares, 0) - coalesce(recount.sum_squares, 0))
-        > 1e-9 * coalesce(recount.sum_squares, 0)
+        > 1e-12 * coalesce(recount.sum_squares, 0)
     or stg_feature_stats.max_value is distinct from recount.max_value
 order by feature_id;

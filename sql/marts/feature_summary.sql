@@ -1,21 +1,20 @@
 -- How often and how strongly each feature fires.
 --
 -- Grain:   one row per feature, dead ones too.
--- Reads:   stg_feature_stats, stg_tokens
+-- Reads:   stg_feature_stats, stg_size, feature_names
 -- Units:   density is a share of all real tokens (0 to 1); values are in the units of the activations,
---          taken over the tokens at which the feature fires (null for dead features).
+--          taken over the tokens at which the feature fires (null for dead features). label is the name it goes by.
 -- Ask it:  which features are dense (density > 0.1) or nearly dead (n_tokens < 10)?
 create or replace view feature_summary as
-with corpus as (
-    select count(*) as n_corpus_tokens from stg_tokens where mask
-)
 select
     feature_id,
+    feature_names.label,
     n_tokens,
-    n_tokens / nullif(n_corpus_tokens, 0)                                            as density,
+    n_tokens / nullif(n_real_tokens, 0)                                              as density,
     sum_value / nullif(n_tokens, 0)                                                  as mean_value,
     sqrt(greatest(sum_squares / nullif(n_tokens, 0) - pow(sum_value / nullif(n_tokens, 0), 2), 0)) as std_value,
     max_value
 from stg_feature_stats
-cross join corpus
+left join feature_names using (feature_id)
+cross join stg_size
 order by feature_id;

@@ -8,5 +8,5 @@
 create or replace macro token_features(token) as table
 select feature_id, value
 from stg_token_major
-where token_id = token
+where token_id = token and token between low and high
 order by value desc, feature_id;

@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per (token, feature) at which the feature fires.
 -- Reads:   src_token_major
--- Units:   value is in the units of the activations.
--- Ask it:  which features fire at one token? (filter on token_id: other row groups are skipped)
+-- Units:   value is in the units of the activations; low and high are the first and last token the row's file may hold.
+-- Ask it:  what fires at token 7? (ask for token_id = 7 and 7 between low and high: other files stay closed)
 create or replace view stg_token_major as
-select token_id, feature_id, value from src_token_major;
+select token_id, feature_id, value, low, high from src_token_major;

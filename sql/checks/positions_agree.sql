@@ -1,0 +1,31 @@
+-- The counts by position equal a recount of the values. Silent where an earlier saeflow stored none.
+--
+-- Grain:   one row per (feature, band) with a wrong count or sum.
+-- Reads:   stg_feature_positions, stg_feature_major, stg_shape, position_band
+-- Units:   n_… count tokens; sums are compared to a relative 1e-12.
+-- Ask it:  which counts by position are stale?
+with recount as (
+    select
+        feature_id,
+        position_band(token_id % context_length) as band,
+        count(*)                                 as n_tokens,
+        fsum(value::double)                      as sum_value
+    from stg_feature_major
+    cross join stg_shape
+    group by feature_id, band
+)
+select
+    feature_id,
+    band,
+    coalesce(stg_feature_positions.n_tokens, 0) as n_tokens_stored,
+    coalesce(recount.n_tokens, 0)               as n_tokens_counted,
+    stg_feature_positions.sum_value             as sum_value_stored,
+    recount.sum_value                           as sum_value_counted
+from stg_feature_positions
+full join recount using (feature_id, band)
+where (
+        stg_feature_positions.n_tokens is distinct from recount.n_tokens
+        or abs(stg_feature_positions.sum_value - recount.sum_value) > 1e-12 * abs(recount.sum_value)
+    )
+    and exists (from stg_feature_positions)
+order by feature_id, band;

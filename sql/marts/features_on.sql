@@ -1,0 +1,32 @@
+-- Which features fire on a text.
+--
+-- Grain:   one row per feature that fires on a token of the text, at most n: those that tell most first.
+-- Reads:   tokens_of_text, stg_token_major, stg_feature_stats, stg_size, feature_names
+-- Units:   tokens of the text are those of tokens_of_text, whatever its case; n_tokens counts those at which the
+--          feature fires, share is their share. lift = share / the feature's density over all encoded tokens. The
+--          order is by share * log2(lift).
+-- Parameters: text text, n bigint = 20
+-- Ask it:  which features mean Jerusalem?  from features_on('Jerusalem')
+create or replace macro features_on(text, n := 20) as table
+with found as materialized (
+    select distinct token_id from tokens_of_text(text)
+),
+counts as materialized (
+    select feature_id, count(*) as n_tokens from stg_token_major where token_id in (from found) group by feature_id
+),
+shares as (
+    select
+        feature_id,
+        counts.n_tokens,
+        counts.n_tokens / (select count(*) from found)                  as share,
+        stats.n_tokens / n_encoded_tokens                               as density,
+        counts.n_tokens * n_encoded_tokens::double / (stats.n_tokens * (select count(*) from found)::double) as lift
+    from counts
+    join stg_feature_stats as stats using (feature_id)
+    cross join stg_size
+)
+select feature_id, feature_names.label, shares.n_tokens, share, density, lift
+from shares
+left join feature_names using (feature_id)
+order by share * log2(lift) desc, feature_id
+limit n;

@@ -1,0 +1,42 @@
+-- Where a feature is silent although its commonest vocabulary entry is there.
+--
+-- Grain:   one row per token with the entry at which the feature does not fire: n of them, spread evenly over the
+--          corpus, in corpus order.
+-- Reads:   stg_feature_vocab, stg_feature_major, stg_tokens, stg_encoded_tokens, stg_shape, token_texts
+-- Units:   the entry is the one on which the feature fires most often. Only encoded tokens: where a setting left
+--          position 0 out, no token there is a miss. n_silent counts all such tokens, n_fired those with the entry at
+--          which it fires; context shows 12 tokens on either side.
+-- Parameters: feature bigint, n bigint = 20
+-- Ask it:  what must be around the word for feature 12 to fire?  from near_misses(12)
+create or replace macro near_misses(feature, n := 20) as table
+with entry as materialized (
+    select vocab_id from stg_feature_vocab where feature_id = feature order by n_tokens desc, vocab_id limit 1
+),
+firing as materialized (
+    select token_id from stg_feature_major where feature_id = feature and feature between low and high
+),
+met as materialized (
+    select token_id, token_id in (from firing) as has_fired
+    from stg_tokens
+    where mask
+        and vocab_id = (from entry)
+        and (position > 0 or exists (from stg_encoded_tokens where band = 0) or not exists (from stg_encoded_tokens))
+),
+silent as (
+    select
+        token_id,
+        row_number() over (order by token_id) - 1           as place,
+        count(*) over ()                                    as n_silent,
+        (select count(*) from met where has_fired)          as n_fired
+    from met
+    where not has_fired
+),
+chosen as materialized (
+    select token_id, n_silent, n_fired
+    from (select *, least(greatest(n, 0), n_silent) as n_chosen from silent)
+    where (place + 1) * n_chosen // n_silent > place * n_chosen // n_silent
+)
+select token_id, found.piece, found.context, found.key, found.source, found.position, chosen.n_silent, chosen.n_fired
+from chosen
+join token_texts((select list(token_id) from chosen), 12, 12) as found using (token_id)
+order by token_id;

@@ -1,0 +1,8 @@
+-- The two sizes that say how tokens and features are numbered.
+--
+-- Grain:   one row.
+-- Reads:   src_shape
+-- Units:   context_length counts tokens of a sequence: position = token_id % context_length.
+-- Ask it:  how many features does the dictionary have?
+create or replace view stg_shape as
+select context_length, n_features from src_shape;

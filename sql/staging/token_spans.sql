@@ -1,0 +1,29 @@
+-- The tokens around some tokens, given as a list of their numbers.
+--
+-- Grain:   one row per (centre, token of its span): centres are the different real tokens of the list.
+-- Reads:   token_owners, stg_vocab_blocks, src_vocab, block_vocab_id
+-- Units:   before and after count tokens; a span never leaves its document. key, source and position are the centre's;
+--          byte_digits are the bytes of the vocabulary entry as hexadecimal digits, two a byte.
+-- Ask it:  from token_spans([4711], 2, 2)
+create or replace macro token_spans(ids, before, after) as table
+with owned as materialized (
+    select
+        token_id as centre,
+        key,
+        source,
+        position,
+        unnest(generate_series(
+            greatest(first_token_id, token_id - least(greatest(before, 0), 1::bigint << 40)),
+            least(end_token_id - 1, token_id + least(greatest(after, 0), 1::bigint << 40))
+        )) as token_id
+    from token_owners(ids)
+),
+spelt as materialized (
+    select centre, token_id, key, source, position, block_vocab_id(vocab_ids, token_id - first_token_id) as vocab_id
+    from (select *, token_id // 512 as block_id from owned)
+    join stg_vocab_blocks using (block_id)
+    where token_id between first_token_id and first_token_id + n_tokens - 1
+)
+select centre, token_id, src_vocab.piece, hex(src_vocab.bytes) as byte_digits, spelt.key, spelt.source, spelt.position
+from spelt
+join src_vocab using (vocab_id);

@@ -1,0 +1,77 @@
+-- The tokens that spell a text, whatever its case.
+--
+-- Grain:   one row per (run of tokens that spells it, token of the run). A run has at most 8 consecutive tokens of one
+--          document; their bytes together are the text, but for white space (blanks, tabs, ends of lines) in front and
+--          behind, of which alone no token of a run may consist at its ends.
+-- Reads:   stg_vocab, stg_tokens, token_owners, stg_vocab_blocks, block_vocab_id, begun_text, open_letter
+-- Units:   run_id is the run's first token.
+-- Ask it:  from tokens_of_text('Jerusalem')
+create or replace macro tokens_of_text(text) as table
+with recursive goal as materialized (
+    select trim(lower(text::varchar), E' \t\n\r') as letters
+),
+entries as materialized (
+    select vocab_id, byte_digits, begun_text(byte_digits) as begun, open_letter(byte_digits) as half
+    from stg_vocab
+),
+openings as materialized (
+    select vocab_id, byte_digits
+    from entries
+    cross join goal
+    where letters <> ''
+        and begun || half <> ''
+        and (starts_with(letters, begun) or (half = '' and rtrim(begun, E' \t\n\r') = letters))
+),
+starts as materialized (
+    select token_id, vocab_id from stg_tokens where mask and vocab_id in (select vocab_id from openings)
+),
+owners as materialized (
+    select token_id, end_token_id from token_owners((select list(token_id) from starts))
+),
+spelling as (
+    select
+        token_id                                                                     as run_id,
+        token_id,
+        end_token_id,
+        1                                                                            as n_pieces,
+        byte_digits,
+        open_letter(byte_digits) = '' and rtrim(begun_text(byte_digits), E' \t\n\r') = letters as is_done
+    from starts
+    join owners using (token_id)
+    join openings using (vocab_id)
+    cross join goal
+    union all
+    select
+        run_id,
+        token_id,
+        end_token_id,
+        n_pieces,
+        byte_digits,
+        open_letter(byte_digits) = '' and rtrim(begun_text(byte_digits), E' \t\n\r') = letters
+    from (
+        select run_id, token_id, end_token_id, n_pieces, byte_digits_before || stg_vocab.byte_digits as byte_digits
+        from (
+            select
+                run_id,
+                next_id                                          as token_id,
+                end_token_id,
+                n_pieces + 1                                     as n_pieces,
+                byte_digits                                      as byte_digits_before,
+                block_vocab_id(vocab_ids, next_id - first_token_id)    as vocab_id
+            from (
+                select *, token_id + 1 as next_id, (token_id + 1) // 512 as block_id
+                from spelling
+                where not is_done and n_pieces < 8 and token_id + 1 < end_token_id
+            )
+            join stg_vocab_blocks using (block_id)
+            where next_id between first_token_id and first_token_id + n_tokens - 1
+        )
+        join stg_vocab using (vocab_id)
+    )
+    cross join goal
+    where starts_with(letters, begun_text(byte_digits))
+        or (open_letter(byte_digits) = '' and rtrim(begun_text(byte_digits), E' \t\n\r') = letters)
+)
+select run_id, unnest(generate_series(run_id, token_id)) as token_id
+from spelling
+where is_done;
