@@ -44,7 +44,21 @@ Set = Annotated[
 MemberOption = Annotated[
     str | None, typer.Option("--member", metavar="NAME", help="Only this SAE of the recipe's sweep.")
 ]
-RunOption = Annotated[str | None, typer.Option("--run", help="Which run; default: the newest.")]
+
+
+def _run_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Runs of the store that is named before, for a shell that completes words: nothing is said where there is none."""
+    from saeflow import queries
+
+    with contextlib.suppress(UserError, OSError):
+        store = Store.open(store_path(context.params.get("store")))
+        return [run.schema for run in queries.runs(store) if run.schema.startswith(incomplete)]
+    return []
+
+
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Which run; default: the newest.", autocompletion=_run_names)
+]
 
 
 def a_table(*columns: str) -> Table:

@@ -25,7 +25,9 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.artefact import Artefact
+from saeflow.feature_labels import LabelFile, label_files, labels_relation
 from saeflow.feature_tables import ORDERS, PART_TABLES, RUN_TABLES
+from saeflow.harmless import HOSTILE, brief, sanitise
 from saeflow.integrity import damage
 from saeflow.object_files import ObjectFiles
 from saeflow.records import Generation, PartRecord, read_checked
@@ -39,7 +41,7 @@ SETTINGS = ("set parquet_metadata_cache = true", "set asof_loop_join_threshold =
 """Files never change; and by a wrong guess DuckDB would compare every document with every token."""
 
 _EVERY_RUN = "every_run"
-_RESERVED = {_EVERY_RUN, "main", "temp", "system", "pg_catalog", "information_schema"}
+_RESERVED = {_EVERY_RUN, "memory", "main", "temp", "system", "pg_catalog", "information_schema"}
 _UNREADABLE = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
 """What a missing, cut or nonsensical record raises."""
 
@@ -58,6 +60,7 @@ class Run:
     """Documents that were forgotten or replaced."""
     shape: Mapping[str, int | None] = field(default_factory=dict)
     """Context length and number of features."""
+    labels: Sequence[LabelFile] = ()
     problem: str | None = None
 
     def is_called(self, name: str) -> bool:
@@ -110,33 +113,58 @@ def connect(
     Runs that cannot be read are left out with a note in the log and in the view `runs`. The connection
     reads the runs' published files and nothing else, and its settings can no longer be changed.
     """
+    return open_run(store, run, memory_limit, threads)[1]
+
+
+def open_run(
+    store: Store, run: str | None = None, memory_limit: str | None = None, threads: int | None = None
+) -> tuple[Run, duckdb.DuckDBPyConnection]:
+    """The run, and its connection as `connect` gives it."""
     every = runs(store)
     for skipped in (other for other in every if other.problem):
-        log.warning("%s is left out: %s", skipped.artefact.id, skipped.problem)
+        log.warning("%s is left out: %s", sanitise(skipped.artefact.id), skipped.problem)
     current = _choose(store, every, run)
     connection = duckdb.connect(config=_settings(memory_limit, threads))
     if store.objects is not None:
         connection.register_filesystem(ObjectFiles(store.objects))
-    for each in every:
-        if each.problem is None:
-            _load(connection, each, every, current)
-    for statement in _side_by_side([each.schema for each in every if each.problem is None]):
+    for statement in definitions(every, current):
         connection.execute(statement)
-    connection.execute(f"set search_path = {literal(identifier(current.schema))}")
-    for setting in SETTINGS:
-        connection.execute(setting)
     _harden(connection, every)
-    return connection
+    return current, connection
+
+
+def chosen(store: Store, name: str | None = None) -> Run:
+    """The run of this name, or the newest. Raises UserError where it cannot be read."""
+    return _choose(store, runs(store), name)
+
+
+def definitions(every: Sequence[Run], current: Run) -> Iterator[str]:
+    """SQL that makes a schema of each readable run and one of all of them; `current` is in the search path.
+
+    A table macro looks names up in its caller's schema, so names in it are qualified.
+    """
+    readable = [run for run in every if run.problem is None]
+    for run in readable:
+        schema = identifier(run.schema)
+        yield f"create schema if not exists {schema}"
+        yield f"set search_path = {literal(schema)}"
+        yield _sources(run, every, current)
+        yield from (_qualified(text, schema) for text in _views())
+    yield from _side_by_side([run.schema for run in readable])
+    yield f"set search_path = {literal(identifier(current.schema))}"
+    yield from SETTINGS
 
 
 def script(store: Store, run: str | None = None) -> str:
     """One run's `sql/` as text that the duckdb shell runs by hand."""
     every = runs(store)
     current = _choose(store, every, run)
-    return "\n".join(_statements(current, every, current))
+    return "\n".join([_sources(current, every, current), *_views()])
 
 
 def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
+    if HOSTILE.search(artefact.id) or not artefact.id.isprintable():
+        raise UserError("its name holds characters that a terminal obeys")
     inputs = [name for name in artefact.record.inputs if name.startswith("tokens/")]
     if not inputs:
         raise UserError(f"{artefact.id} does not say which tokens it belongs to")
@@ -171,7 +199,13 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
             "context_length": tokens.record.facts.get("context_length"),
             "n_features": artefact.record.facts.get("n_features"),
         },
+        labels=label_files(store, sae) if (sae := sae_of(artefact)) else (),
     )
+
+
+def sae_of(artefact: Artefact) -> str | None:
+    """The SAE whose features a run holds, as `saes/<name>-<fp>`."""
+    return next((name for name in artefact.record.inputs if name.startswith("saes/")), None)
 
 
 def _sae_facts(store: Store, artefact: Artefact) -> dict[str, Any]:
@@ -225,7 +259,9 @@ def _choose(store: Store, every: Sequence[Run], name: str | None) -> Run:
     for run in damaged:
         if run.is_called(name) or run.artefact.name == name:
             raise UserError(f"The run {name} cannot be read: {run.problem}")
-    raise UserError(f"There is no run {name!r} in {store.name}. {nearest(name, [run.schema for run in readable])}")
+    raise UserError(
+        f"There is no run {brief(name)!r} in {store.name}. {nearest(name, [run.schema for run in readable])}"
+    )
 
 
 def _settings(memory_limit: str | None, threads: int | None) -> dict[str, Any]:
@@ -243,23 +279,19 @@ def _settings(memory_limit: str | None, threads: int | None) -> dict[str, Any]:
     return settings
 
 
-def _load(connection: duckdb.DuckDBPyConnection, run: Run, every: Sequence[Run], current: Run) -> None:
-    """Make the run's schema. A table macro looks names up in its caller's schema, so names are qualified."""
-    schema = identifier(run.schema)
-    connection.execute(f"create schema {schema}")
-    connection.execute(f"set search_path = {literal(schema)}")
-    for statement in _statements(run, every, current):
-        connection.execute(_qualified(statement, schema))
-
-
-def _statements(run: Run, every: Sequence[Run], current: Run) -> Iterator[str]:
-    folder = sql_folder()
-    rows = literal([other.row(run) for other in every])
-    sources = Template((folder / "sources.sql").read_text("utf-8"))
+def _sources(run: Run, every: Sequence[Run], current: Run) -> str:
+    text = Template((sql_folder() / "sources.sql").read_text("utf-8"))
+    rows = literal([other.row(current) for other in every])
     shape = {name: literal(value) for name, value in run.shape.items()}
-    yield sources.substitute(relations(run.files), runs=rows, hidden=literal(list(run.hidden)), **shape)
-    for path in (*sorted((folder / "staging").glob("*.sql")), *sorted((folder / "marts").glob("*.sql"))):
-        yield path.read_text("utf-8")
+    found = relations(run.files) | ({"labels": labels_relation(run.labels)} if run.labels else {})
+    return text.substitute(found, runs=rows, hidden=literal(list(run.hidden)), **shape)
+
+
+def _views() -> Iterator[str]:
+    """The files of staging/ and marts/, each after those it reads."""
+    for folder in ("staging", "marts"):
+        for path in sorted((sql_folder() / folder).glob("*.sql")):
+            yield path.read_text("utf-8")
 
 
 def _side_by_side(schemas: Sequence[str]) -> Iterator[str]:
@@ -284,6 +316,7 @@ def _qualified(sql: str, schema: str) -> str:
 def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None:
     """Leave access to the published files alone; both spellings, as globs are resolved under the same rule."""
     paths = {path for run in every for files in run.files.values() for path in files}
+    paths |= {file.location for run in every for file in run.labels}
     allowed = sorted(paths | {unglobbed(path) for path in paths})
     connection.execute(f"set allowed_paths = {literal(allowed)}")
     connection.execute("set enable_external_access = false")
@@ -293,5 +326,5 @@ def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that is not there."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(brief(name), known, n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known) or 'none'}."

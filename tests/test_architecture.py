@@ -83,8 +83,13 @@ ORDER = [
     "ground_truth",
     "report",
     "sweep",
+    "feature_labels",
+    "label_import",
     "runs",
+    "questions",
     "queries",
+    "api",
+    "catalog",
     "answers",
     "pipeline",
     "trial",
@@ -97,6 +102,7 @@ ORDER = [
     "commands_synth",
     "commands_store",
     "commands_ask",
+    "commands_label",
     "cli",
 ]
 """Each module imports only modules before it."""
