@@ -20,7 +20,7 @@ from rich.table import Table
 
 from saeflow import __version__
 from saeflow.config import Recipe
-from saeflow.harmless import harmless_lines
+from saeflow.harmless import harmless_lines, sanitise
 from saeflow.progress import Progress
 from saeflow.recipe_file import load_recipe
 from saeflow.sections import UserError
@@ -104,13 +104,13 @@ def require_place(path: Path) -> None:
 def create_store(option: str | None, recipe: Recipe, quiet: bool) -> Store:
     store = Store.create(store_path(option, recipe))
     if not quiet:
-        err.print(f"store: {store.name}", markup=False, soft_wrap=True)
+        err.print(f"store: {sanitise(store.name)}", markup=False, soft_wrap=True)
     return store
 
 
 def open_store(option: str | None) -> Store:
     store = Store.open(store_path(option))
-    err.print(f"store: {store.name}", markup=False, soft_wrap=True)
+    err.print(f"store: {sanitise(store.name)}", markup=False, soft_wrap=True)
     return store
 
 

@@ -78,4 +78,4 @@ def write_catalog(store: StoreOption = None) -> None:
     opened = open_store(store)
     changed = catalog.write(opened)
     said = "written" if changed else "up to date"
-    out.print(f"{opened.name}/{catalog.NAME}: {said}", markup=False, soft_wrap=True)
+    out.print(f"{sanitise(opened.name)}/{catalog.NAME}: {said}", markup=False, soft_wrap=True)

@@ -253,9 +253,9 @@ def _choose(store: Store, every: Sequence[Run], name: str | None) -> Run:
             return readable[0]
         reasons = "".join(f"\n{run.artefact.id}: {run.problem}" for run in damaged)
         raise UserError(f"{store.name} has no run to ask. Make one: `saeflow run RECIPE`.{reasons}")
-    for run in readable:
-        if run.is_called(name):
-            return run
+    called = [run for run in readable if run.is_called(name)]
+    for run in called + [run for run in readable if run.artefact.name == name]:
+        return run
     for run in damaged:
         if run.is_called(name) or run.artefact.name == name:
             raise UserError(f"The run {name} cannot be read: {run.problem}")
