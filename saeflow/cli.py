@@ -6,19 +6,26 @@ from typing import Annotated
 
 import typer
 
-from saeflow import __version__, command_line, commands_ask, commands_run, commands_store, commands_synth
+from saeflow import (
+    __version__,
+    command_line,
+    commands_ask,
+    commands_label,
+    commands_run,
+    commands_store,
+    commands_synth,
+)
 from saeflow.command_line import out
 
 app = typer.Typer(
     name="saeflow",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Store activations once, train many sparse autoencoders, ask anything in SQL.\n\n"
     "Start with `saeflow init my.toml`, then `saeflow run my.toml`, then `saeflow ask`.",
 )
-for each in (commands_run, commands_synth, commands_store, commands_ask):
+for each in (commands_run, commands_synth, commands_store, commands_ask, commands_label):
     app.add_typer(each.commands)
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from saeflow import __version__
 from saeflow.config import Recipe
-from saeflow.harmless import harmless_lines
+from saeflow.harmless import harmless_lines, sanitise
 from saeflow.progress import Progress
 from saeflow.recipe_file import load_recipe
 from saeflow.sections import UserError
@@ -44,7 +44,21 @@ Set = Annotated[
 MemberOption = Annotated[
     str | None, typer.Option("--member", metavar="NAME", help="Only this SAE of the recipe's sweep.")
 ]
-RunOption = Annotated[str | None, typer.Option("--run", help="Which run; default: the newest.")]
+
+
+def _run_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Runs of the store that is named before, for a shell that completes words: nothing is said where there is none."""
+    from saeflow import queries
+
+    with contextlib.suppress(UserError, OSError):
+        store = Store.open(store_path(context.params.get("store")))
+        return [run.schema for run in queries.runs(store) if run.schema.startswith(incomplete)]
+    return []
+
+
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Which run; default: the newest.", autocompletion=_run_names)
+]
 
 
 def a_table(*columns: str) -> Table:
@@ -90,13 +104,13 @@ def require_place(path: Path) -> None:
 def create_store(option: str | None, recipe: Recipe, quiet: bool) -> Store:
     store = Store.create(store_path(option, recipe))
     if not quiet:
-        err.print(f"store: {store.name}", markup=False, soft_wrap=True)
+        err.print(f"store: {sanitise(store.name)}", markup=False, soft_wrap=True)
     return store
 
 
 def open_store(option: str | None) -> Store:
     store = Store.open(store_path(option))
-    err.print(f"store: {store.name}", markup=False, soft_wrap=True)
+    err.print(f"store: {sanitise(store.name)}", markup=False, soft_wrap=True)
     return store
 
 

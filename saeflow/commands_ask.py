@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 
 from saeflow.command_line import RunOption, StoreOption, a_table, connection_to, err, open_store, out, require_place
-from saeflow.harmless import harmless_lines, sanitise
+from saeflow.harmless import harmless_lines
 from saeflow.sections import UserError
 from saeflow.store import store_path
 
 if TYPE_CHECKING:
-    import duckdb
     import pyarrow as pa
 
     from saeflow import queries
@@ -27,7 +27,13 @@ commands = typer.Typer()
 
 Format = Literal["table", "csv", "json", "jsonl", "parquet"]
 FormatOption = Annotated[
-    Format | None, typer.Option("--format", "-f", help="How to answer; default: as the file's name ends, else a table.")
+    Format | None,
+    typer.Option(
+        "--format",
+        "-f",
+        help="How to answer; default: as the file's name ends, else a table. In CSV a text that begins with = + - @, a tab "
+        "or a line break gets a ' in front, so that no spreadsheet runs it; numbers stay as they are.",
+    ),
 ]
 Limit = Annotated[
     int | None,
@@ -63,12 +69,26 @@ class Reply:
             err.print(f"The first {most:,} rows. More: -n {10 * most}; all: -o FILE.csv", markup=False, soft_wrap=True)
 
 
+def _question_names(incomplete: str) -> list[tuple[str, str]]:
+    from saeflow import queries
+
+    return [(each.name, each.answers) for each in queries.questions() if each.name.startswith(incomplete)]
+
+
 @commands.command(context_settings={"ignore_unknown_options": True})
 def ask(
-    question: Annotated[str | None, typer.Argument(help="Name of a question; none lists them.")] = None,
-    arguments: Annotated[list[str] | None, typer.Argument(help="Its parameters, in order.")] = None,
+    question: Annotated[
+        str | None, typer.Argument(help="Name of a question; none lists them.", autocompletion=_question_names)
+    ] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="Its parameters, in order; without them they are explained. 3,7,12 is a list."),
+    ] = None,
     store: StoreOption = None,
     run: RunOption = None,
+    show_sql: Annotated[
+        bool, typer.Option("--sql", help="Print the question as SQL for the duckdb shell instead of the answer.")
+    ] = False,
     format: FormatOption = None,
     limit: Limit = None,
     output: Output = None,
@@ -80,42 +100,59 @@ def ask(
         return _list_questions()
     given = arguments or []
     chosen = queries.find(question)
-    values = queries.named(chosen, given)
+    values = _values(chosen, given)
     counted = "n" in list(values)[: len(given)]
     reply = Reply(format, output, limit)
     with connection_to(store, run) as connection:
-        _refuse_unknown(connection, chosen, values)
-        reply.give(lambda most: queries.ask(connection, question, given, most), None if counted else 20)
+        values = queries.resolved(connection, chosen, values)
+        if show_sql:
+            text = queries.spelled(connection, chosen, values, limit)
+            return typer.echo(text) if output is None else _keep(output, text)
+        reply.give(lambda most: queries.ask(connection, question, values, most), None if counted else 20)
     return None
 
 
-def _refuse_unknown(connection: duckdb.DuckDBPyConnection, question: queries.Question, values: dict[str, Any]) -> None:
-    """A feature or a source that the run does not have is a slip of the finger, not an empty answer."""
+def _values(question: queries.Question, given: list[str]) -> dict[str, Any]:
     from saeflow import queries
 
-    if "feature" in values:
-        last = queries.query(connection, "select max(feature_id) from stg_feature_stats").column(0)[0].as_py()
-        if last is not None and not 0 <= values["feature"] <= last:
-            raise UserError(f"There is no feature {values['feature']}; features go from 0 to {last}.")
-    if question.name == "compare_sources":
-        sql = "select distinct source from stg_documents where source is not null order by source"
-        sources = queries.query(connection, sql).column(0).to_pylist()
-        for wrong in (source for source in values.values() if source not in sources):
-            there = ", ".join(map(sanitise, sources[:_SOURCES_SAID]))
-            more = f" … (saeflow sql '{sql}')" if len(sources) > _SOURCES_SAID else ""
-            raise UserError(f"There is no source {wrong!r}. There are: {there}{more}")
+    try:
+        return dict(queries.named(question, given))
+    except UserError as error:
+        if all(parameter.default is not None for parameter in question.parameters[len(given) :]):
+            raise
+        raise UserError(f"{error}\n\n{_explained(question)}") from None
 
 
-_SOURCES_SAID = 20
+def _explained(question: queries.Question) -> str:
+    """A question, its parameters and an example, in 80 columns."""
+    width = max(len(str(parameter.name)) for parameter in question.parameters)
+    rows = [
+        f"  {each.name:{width}}  {each.type}{' (a list: 3,7,12)' * each.type.endswith('[]')}, "
+        + ("needed" if each.default is None else f"{each.default} where not given")
+        for each in question.parameters
+    ]
+    about = (f"Gives: {question.grain}", f"Units: {question.units}", f"Example: {question.command}")
+    return "\n".join([_filled(question.answers), *rows, *map(_filled, about)])
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False)
 
 
 def _list_questions() -> None:
     from saeflow import queries
 
-    table = a_table("question", "answers")
-    for question in queries.questions():
-        table.add_row(escape(question.usage), escape(question.answers))
-    out.print(table)
+    known = queries.questions()
+    for title in queries.GROUPS:
+        mine = [question for question in known if question.group == title]
+        for number, question in enumerate(mine):
+            if number == 0:
+                out.print(title, style="bold", markup=False)
+            out.print(f"  {question.brief}", markup=False, soft_wrap=True)
+            out.print(
+                textwrap.fill(question.answers, 74, initial_indent=" " * 6, subsequent_indent=" " * 6), markup=False
+            )
+    out.print("\nsaeflow ask NAME explains one of them and its parameters.", markup=False)
 
 
 @commands.command()
@@ -141,12 +178,12 @@ def sql(
             reply.give(lambda most: queries.query(connection, typed, limit=most), 1000)
 
         if query is not None or not sys.stdin.isatty():
-            return answer(query if query is not None else sys.stdin.read())
+            return answer(query if query is not None else _piped())
         if output is not None:
             raise UserError(f"Which answer belongs in {output}? Give the query too: saeflow sql 'select …' -o {output}")
         for typed in _prompt():
             try:
-                answer(typed)
+                answer(_IN_THE_PROMPT.get(typed, typed))
             except UserError as error:
                 err.print(harmless_lines(str(error)), markup=False, style="red")
     return None
@@ -156,20 +193,57 @@ def _keep(path: Path, text: str) -> None:
     path.write_text(text + "\n", "utf-8")
 
 
+def _piped() -> str:
+    """Standard input, as far as a statement may be long."""
+    from saeflow.queries import LONGEST_SQL
+
+    try:
+        return sys.stdin.read(LONGEST_SQL + 1)
+    except UnicodeDecodeError:
+        raise UserError("Standard input is not text in UTF-8.") from None
+
+
+_IN_THE_PROMPT = {
+    ".tables": "select distinct table_name from duckdb_columns() where schema_name = current_schema() order by all",
+    ".questions": "select distinct function_name as question, parameters from duckdb_functions() "
+    "where schema_name = current_schema() and function_type = 'table_macro' order by all",
+}
+"""What may be typed in the place of a statement."""
+
+
 def _prompt() -> Iterator[str]:
-    """Statements typed by a person, each ended by a semicolon."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (arrow keys and history)
-    err.print("Type a select and end it with ; — Ctrl-D leaves.")
-    typed = ""
-    while True:
-        try:
-            typed += input("saeflow> " if not typed else "      -> ") + "\n"
-        except EOFError:
-            return
-        if typed.rstrip().endswith(";"):
-            yield typed
-            typed = ""
+    """Statements typed by a person, each ended by a semicolon, or one of the words above."""
+    err.print("Type a select and end it with ; — .tables and .questions list what there is, Ctrl-D leaves.")
+    with _history():
+        typed = ""
+        while True:
+            try:
+                typed += input("saeflow> " if not typed else "      -> ") + "\n"
+            except EOFError:
+                return
+            if typed.rstrip().endswith(";") or typed.strip() in _IN_THE_PROMPT:
+                yield typed.strip()
+                typed = ""
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Arrow keys, and what was typed the last times, where this Python can."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "saeflow" / "history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(1000)
+            readline.write_history_file(path)
 
 
 @commands.command()

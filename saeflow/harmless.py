@@ -25,3 +25,8 @@ def _harmless(found: re.Match[str]) -> str:
 def harmless_lines(text: str) -> str:
     """A message of one line or more, each line sanitised."""
     return "\n".join(map(sanitise, text.split("\n")))
+
+
+def brief(text: str, longest: int = 80) -> str:
+    """The beginning of a text that may be of any length."""
+    return text if len(text) <= longest else text[:longest] + "…"

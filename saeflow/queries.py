@@ -6,97 +6,39 @@ Values travel as prepared parameters; names are looked up among the files of `sq
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from saeflow.query_errors import QUERY_ERRORS, is_of_system
+from saeflow.harmless import brief, sanitise
+from saeflow.query_errors import QUERY_ERRORS, is_of_system, message
+from saeflow.questions import GROUPS, Arguments, Parameter, Question, Value, find, named, questions
 from saeflow.runs import Run, connect, nearest, runs, script, sql_folder
 from saeflow.sections import UserError
 
-__all__ = ["Parameter", "Question", "Run", "ask", "check", "connect", "query", "questions", "runs", "script"]
+__all__ = [
+    "GROUPS", "Parameter", "Question", "Run", "ask", "check", "connect", "find", "named", "query", "questions", "resolved",
+    "runs", "script", "spelled",
+]  # fmt: skip
+
+LONGEST_SQL = 100_000
+"""Characters of a statement: DuckDB takes minutes over some longer ones before it has read them."""
+
+DEEPEST_SQL = 200
+"""Brackets in brackets; the parser's time grows with more than the square of their number."""
 
 _WRITES = re.compile(r"COPY|INSERT|UPDATE|DELETE|MERGE|CREATE|ATTACH|EXPORT|LOAD|SET\b|RESET|TRANSACTION")
-_INT64 = 1 << 63
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """What a question asks for; `default` is None where a value must be given."""
-
-    name: str
-    type: str
-    default: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.type}" + (f" = {self.default}" if self.default is not None else "")
-
-    def parse(self, value: object) -> int | float | str | list[Any]:
-        """`value`, mostly a word from the command line, as a value of this type; a list's items are set apart by commas."""
-        if self.type.endswith("[]"):
-            items = value if isinstance(value, (list, tuple)) else str(value).strip().strip("[]").split(",")
-            return [Parameter(self.name, self.type[:-2]).parse(item) for item in items]
-        try:
-            match self.type:
-                case "bigint":
-                    number = int(str(value))
-                    if not -_INT64 <= number < _INT64:
-                        raise ValueError
-                    return number
-                case "double":
-                    real = float(str(value))
-                    if math.isnan(real):
-                        raise ValueError
-                    return real
-                case _:
-                    return str(value)
-        except ValueError:
-            kind = {"bigint": "a whole number", "double": "a number"}[self.type]
-            raise UserError(f"{self.name} is {str(value)!r}, but it must be {kind} ({self.type}).") from None
-
-
-@dataclass(frozen=True)
-class Question:
-    """A view or table macro of `sql/marts`, as its header describes it."""
-
-    name: str
-    answers: str
-    example: str
-    parameters: tuple[Parameter, ...]
-    sql: str
-
-    @property
-    def usage(self) -> str:
-        return " ".join([self.name, *(f"[{p}]" if p.default is not None else f"<{p}>" for p in self.parameters)])
-
-    @property
-    def is_macro(self) -> bool:
-        return bool(re.search(rf"\bmacro\s+{self.name}\b", self.sql))
-
-
-def questions() -> list[Question]:
-    """The named questions: every view and table macro of `sql/marts`, by name."""
-    return [_question(path.stem, path.read_text("utf-8")) for path in sorted((sql_folder() / "marts").glob("*.sql"))]
-
-
-def find(question: str) -> Question:
-    """The question of this name. Raises UserError."""
-    known = {each.name: each for each in questions()}
-    if question not in known:
-        raise UserError(f"There is no question {question!r}. {nearest(question, known)}")
-    return known[question]
+_BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
+_OF_SOURCES = {"compare_sources", "source_contrast"}
+_OF_RUNS = {"compare_runs"}
+_SAID = 20
+"""Sources that are listed where one is not there."""
 
 
 def ask(
-    connection: duckdb.DuckDBPyConnection,
-    question: str,
-    arguments: Mapping[str, object] | Sequence[object] = (),
-    limit: int | None = None,
+    connection: duckdb.DuckDBPyConnection, question: str, arguments: Arguments = (), limit: int | None = None
 ) -> pa.Table:
     """Answer a named question; arguments by position or by name, as values or as words to be parsed."""
     chosen = find(question)
@@ -108,29 +50,37 @@ def ask(
     return _fetch(connection, sql, values, chosen.name)
 
 
-def named(question: Question, arguments: Mapping[str, object] | Sequence[object]) -> dict[str, object]:
-    """Every parameter with its value, in order. Raises UserError for what is too many, missing or of another type."""
-    names = [parameter.name for parameter in question.parameters]
-    if not isinstance(arguments, Mapping):
-        if len(arguments) > len(names):
-            raise UserError(f"{question.name} takes {len(names)} arguments, not {len(arguments)}: {question.usage}")
-        arguments = dict(zip(names, arguments, strict=False))
-    for name in arguments:
-        if name not in names:
-            raise UserError(f"{question.name} has no parameter {name!r}. Ask it as: {question.usage}")
-    values: dict[str, object] = {}
-    for parameter in question.parameters:
-        value = arguments.get(parameter.name, parameter.default)
-        if value is None:
-            raise UserError(f"{question.name} needs {parameter}. Ask it as: {question.usage}")
-        values[parameter.name] = parameter.parse(value)
-    return values
+def resolved(
+    connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value]
+) -> dict[str, Value]:
+    """The values with runs by the names of their schemas.
+
+    Raises UserError for a feature, source or run that is not there: a slip of the finger, not an empty answer.
+    """
+    _refuse_unknown_features(connection, [*_listed(values.get("feature")), *_listed(values.get("features"))])
+    texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
+    if question.name in _OF_SOURCES:
+        _refuse_unknown_sources(connection, [str(value) for name, value in values.items() if name in texts])
+    if question.name in _OF_RUNS:
+        return {name: _schema(connection, str(v)) if name in texts else v for name, v in values.items()}
+    return dict(values)
+
+
+def spelled(
+    connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value], limit: int | None = None
+) -> str:
+    """The question as SQL with its values in it, which the run's schema need not be in use for. Bound, but not run."""
+    schema = _fetch(connection, "select current_schema()", (), "The run").column(0)[0].as_py()
+    sql = question.spelled(values, schema) + (f" limit {limit}" if limit is not None else "")
+    _refuse_writes(connection, sql, ())
+    return f"{sql};"
 
 
 def query(
     connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object] = (), limit: int | None = None
 ) -> pa.Table:
     """Run one statement that only reads; anything else is refused before it runs."""
+    _refuse_nonsense(sql)
     _refuse_writes(connection, sql, parameters)
     return _fetch(connection, sql, parameters, "The query", limit)
 
@@ -141,15 +91,54 @@ def check(connection: duckdb.DuckDBPyConnection, limit: int = 1000) -> list[tupl
     return [(path.stem, _fetch(connection, path.read_text("utf-8"), (), path.stem, limit)) for path in paths]
 
 
-def _question(name: str, sql: str) -> Question:
-    lines = [line[2:].strip() for line in sql.splitlines() if line.startswith("--")]
-    answers = " ".join(lines[: lines.index("")])
-    labelled = {label: text.strip() for label, _, text in (line.partition(":") for line in lines)}
-    listed = re.split(r",\s*", labelled.get("Parameters", ""))
-    parameters = [re.fullmatch(r"(\w+) ([\w\[\]]+)(?: = (.+))?", item) for item in listed if item]
-    return Question(
-        name, answers, labelled["Ask it"], tuple(Parameter(*match.groups()) for match in parameters if match), sql
-    )
+def _listed(value: Value) -> list[object]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _refuse_unknown_features(connection: duckdb.DuckDBPyConnection, features: Sequence[object]) -> None:
+    if not features:
+        return
+    sql = "select coalesce((select n_features - 1 from src_shape), (select max(feature_id) from stg_feature_stats))"
+    last = _fetch(connection, sql, (), "The number of features").column(0)[0].as_py()
+    for feature in features:
+        if last is not None and not (isinstance(feature, int) and 0 <= feature <= last):
+            raise UserError(f"There is no feature {feature}; features go from 0 to {last}.")
+
+
+def _refuse_unknown_sources(connection: duckdb.DuckDBPyConnection, sources: Sequence[str]) -> None:
+    sql = "select distinct source from stg_documents where source is not null order by source"
+    known: list[str] = _fetch(connection, sql, (), "The list of sources").column(0).to_pylist()
+    for wrong in (source for source in sources if source not in known):
+        hint = nearest(wrong, known)
+        if hint.startswith("There are") and len(known) > _SAID:
+            hint = f"There are: {', '.join(known[:_SAID])} … (saeflow sql '{sql}')"
+        raise UserError(f"There is no source {brief(wrong)!r}. {sanitise(hint)}")
+
+
+def _schema(connection: duckdb.DuckDBPyConnection, run: str) -> str:
+    """The schema of a run that is called by any of its names."""
+    sql = "select schema_name, name, fp from stg_runs where problem is null"
+    known = _fetch(connection, sql, (), "The list of runs").to_pylist()
+    for row in known:
+        full = f"{row['name']}-{row['fp']}"
+        if run in (row["schema_name"], full, f"{row['name']}_{row['fp']}", f"features/{full}"):
+            return str(row["schema_name"])
+    raise UserError(f"There is no run {brief(run)!r}. {nearest(run, [row['schema_name'] for row in known])}")
+
+
+def _refuse_nonsense(sql: str) -> None:
+    if len(sql) > LONGEST_SQL:
+        raise UserError(f"The query has {len(sql):,} characters; at most {LONGEST_SQL:,} are read.")
+    try:
+        sql.encode()
+    except UnicodeEncodeError:
+        raise UserError("The query is not text in UTF-8.") from None
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(sql):
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(found[0], 0)
+        deepest = max(deepest, depth)
+    if deepest > DEEPEST_SQL:
+        raise UserError("The query cannot be run: it is nested too deeply.")
 
 
 def _refuse_writes(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object]) -> None:
@@ -166,9 +155,12 @@ def _refuse_writes(connection: duckdb.DuckDBPyConnection, sql: str, parameters: 
         if kinds != [duckdb.StatementType.SELECT]:
             raise refused
         plan = connection.execute(f"explain (format json) {sql}", parameters or None).fetchall()
+        names = [name for row in plan for name in _operators(row[-1])]
     except duckdb.Error as error:
-        raise UserError(f"The query cannot be run.\n{error}") from error
-    if any(_WRITES.match(name) for row in plan for name in _operators(row[-1])):
+        raise UserError(f"The query cannot be run.\n{message(error)}") from error
+    except RecursionError:
+        raise UserError("The query cannot be run: it is nested too deeply.") from None
+    if any(map(_WRITES.match, names)):
         raise refused
     return None
 
@@ -192,11 +184,11 @@ def _fetch(
     except QUERY_ERRORS as error:
         if is_of_system(error):
             raise
-        raise UserError(f"{what} failed.\n{error}") from error
+        raise UserError(f"{what} failed.\n{message(error)}") from error
 
 
 def _head(reader: pa.RecordBatchReader, limit: int | None) -> pa.Table:
-    """The first rows of a stream, or all of it."""
+    """The first rows of a stream, or all of it; the buffers are DuckDB's own."""
     if limit is None:
         return reader.read_all()
     batches, n_rows = [], 0

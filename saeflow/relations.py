@@ -5,12 +5,14 @@ Nothing here is text of a user: names of files and columns, and numbers, each as
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
 from saeflow.feature_tables import BLOCK_TOKENS, LABELS, ORDERS, PART_TABLES, RUN_TABLES, VALUES
+from saeflow.harmless import HOSTILE
 
 Files = Mapping[str, Sequence[str]]
 Ranges = Sequence[tuple[int, int]]
@@ -86,16 +88,25 @@ def identifier(name: str) -> str:
 
 
 def literal(value: object) -> str:
+    """A value as SQL on one line, without anything that a terminal would obey."""
     match value:
         case None:
             return "null"
         case bool() | int():
             return str(value).lower()
+        case float() if math.isfinite(value):
+            return repr(value)
         case dict():
             return "{" + ", ".join(f"{literal(key)}: {literal(item)}" for key, item in value.items()) + "}"
         case list():
             return "[" + ", ".join(map(literal, value)) + "]"
-    return "'" + str(value).replace("'", "''") + "'"
+    text = str(value).encode("utf-8", "replace").decode().replace("'", "''")
+    return f"E'{_escaped(text)}'" if HOSTILE.search(text) else f"'{text}'"
+
+
+def _escaped(text: str) -> str:
+    doubled = text.replace("\\", "\\\\")
+    return HOSTILE.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode()), doubled)
 
 
 def side_by_side(schemas: Sequence[str], view: str) -> str:

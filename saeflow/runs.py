@@ -26,7 +26,9 @@ import pyarrow as pa
 
 from saeflow.artefact import Artefact
 from saeflow.compaction import covered, hidden_in
+from saeflow.feature_labels import LabelFile, label_files, labels_relation
 from saeflow.feature_tables import ORDERS, PART_TABLES, RUN_TABLES
+from saeflow.harmless import HOSTILE, brief, sanitise
 from saeflow.integrity import damage
 from saeflow.object_files import ObjectFiles
 from saeflow.records import Generation, PartRecord, read_checked
@@ -40,7 +42,7 @@ SETTINGS = ("set parquet_metadata_cache = true", "set asof_loop_join_threshold =
 """Files never change; and by a wrong guess DuckDB would compare every document with every token."""
 
 _EVERY_RUN = "every_run"
-_RESERVED = {_EVERY_RUN, "main", "temp", "system", "pg_catalog", "information_schema"}
+_RESERVED = {_EVERY_RUN, "memory", "main", "temp", "system", "pg_catalog", "information_schema"}
 _UNREADABLE = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
 """What a missing, cut or nonsensical record raises."""
 
@@ -61,6 +63,7 @@ class Run:
     """Tokens, first and last, of which nothing is shown until they are encoded again."""
     shape: Mapping[str, int | None] = field(default_factory=dict)
     """Context length and number of features."""
+    labels: Sequence[LabelFile] = ()
     problem: str | None = None
 
     def is_called(self, name: str) -> bool:
@@ -113,35 +116,63 @@ def connect(
     Runs that cannot be read are left out with a note in the log and in the view `runs`. The connection
     reads the runs' published files and nothing else, and its settings can no longer be changed.
     """
+    return open_run(store, run, memory_limit, threads)[1]
+
+
+def open_run(
+    store: Store, run: str | None = None, memory_limit: str | None = None, threads: int | None = None
+) -> tuple[Run, duckdb.DuckDBPyConnection]:
+    """The run, and its connection as `connect` gives it."""
     every = runs(store)
     for skipped in (other for other in every if other.problem):
-        log.warning("%s is left out: %s", skipped.artefact.id, skipped.problem)
+        log.warning("%s is left out: %s", sanitise(skipped.artefact.id), skipped.problem)
     current = _choose(store, every, run)
     connection = duckdb.connect(config=_settings(memory_limit, threads))
     if store.objects is not None:
         connection.register_filesystem(ObjectFiles(store.objects))
-    readable = [each for each in every if each.problem is None]
-    for each in readable:
-        _load(connection, each.schema, _staging(each, every, current))
-    for statement in _side_by_side([each.schema for each in readable]):
+    for statement in definitions(every, current):
         connection.execute(statement)
-    for each in readable:
-        _load(connection, each.schema, _marts())
-    connection.execute(f"set search_path = {literal(identifier(current.schema))}")
-    for setting in SETTINGS:
-        connection.execute(setting)
     _harden(connection, every)
-    return connection
+    return current, connection
+
+
+def chosen(store: Store, name: str | None = None) -> Run:
+    """The run of this name, or the newest. Raises UserError where it cannot be read."""
+    return _choose(store, runs(store), name)
+
+
+def definitions(every: Sequence[Run], current: Run) -> Iterator[str]:
+    """SQL that makes a schema of each readable run and one of all of them; `current` is in the search path.
+
+    A table macro looks names up in its caller's schema, so names in it are qualified.
+    """
+    readable = [run for run in every if run.problem is None]
+    for run in readable:
+        yield f"create schema if not exists {identifier(run.schema)}"
+        yield from _in_schema(run, [_sources(run, every), *_texts("staging")])
+    yield from _side_by_side([run.schema for run in readable])
+    for run in readable:
+        yield from _in_schema(run, _texts("marts"))
+    yield f"set search_path = {literal(identifier(current.schema))}"
+    yield from SETTINGS
+
+
+def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:
+    schema = identifier(run.schema)
+    yield f"set search_path = {literal(schema)}"
+    yield from (_qualified(text, schema) for text in texts)
 
 
 def script(store: Store, run: str | None = None) -> str:
     """One run's `sql/` as text that the duckdb shell runs by hand."""
     every = runs(store)
     current = _choose(store, every, run)
-    return "\n".join([*_staging(current, every, current), *_side_by_side(["main"]), *_marts()])
+    return "\n".join([_sources(current, every), *_texts("staging"), *_side_by_side(["main"]), *_texts("marts")])
 
 
 def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
+    if HOSTILE.search(artefact.id) or not artefact.id.isprintable():
+        raise UserError("its name holds characters that a terminal obeys")
     inputs = [name for name in artefact.record.inputs if name.startswith("tokens/")]
     if not inputs:
         raise UserError(f"{artefact.id} does not say which tokens it belongs to")
@@ -177,7 +208,13 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
             "context_length": tokens.record.facts.get("context_length"),
             "n_features": artefact.record.facts.get("n_features"),
         },
+        labels=label_files(store, sae) if (sae := sae_of(artefact)) else (),
     )
+
+
+def sae_of(artefact: Artefact) -> str | None:
+    """The SAE whose features a run holds, as `saes/<name>-<fp>`."""
+    return next((name for name in artefact.record.inputs if name.startswith("saes/")), None)
 
 
 def _sae_facts(store: Store, artefact: Artefact) -> dict[str, Any]:
@@ -241,13 +278,15 @@ def _choose(store: Store, every: Sequence[Run], name: str | None) -> Run:
             return readable[0]
         reasons = "".join(f"\n{run.artefact.id}: {run.problem}" for run in damaged)
         raise UserError(f"{store.name} has no run to ask. Make one: `saeflow run RECIPE`.{reasons}")
-    for run in readable:
-        if run.is_called(name):
-            return run
+    called = [run for run in readable if run.is_called(name)]
+    for run in called + [run for run in readable if run.artefact.name == name]:
+        return run
     for run in damaged:
         if run.is_called(name) or run.artefact.name == name:
             raise UserError(f"The run {name} cannot be read: {run.problem}")
-    raise UserError(f"There is no run {name!r} in {store.name}. {nearest(name, [run.schema for run in readable])}")
+    raise UserError(
+        f"There is no run {brief(name)!r} in {store.name}. {nearest(name, [run.schema for run in readable])}"
+    )
 
 
 def _settings(memory_limit: str | None, threads: int | None) -> dict[str, Any]:
@@ -265,31 +304,17 @@ def _settings(memory_limit: str | None, threads: int | None) -> dict[str, Any]:
     return settings
 
 
-def _load(connection: duckdb.DuckDBPyConnection, name: str, statements: Iterable[str]) -> None:
-    """Fill a run's schema. A table macro looks names up in its caller's schema, so names are qualified."""
-    schema = identifier(name)
-    connection.execute(f"create schema if not exists {schema}")
-    connection.execute(f"set search_path = {literal(schema)}")
-    for statement in statements:
-        connection.execute(_qualified(statement, schema))
-
-
-def _staging(run: Run, every: Sequence[Run], current: Run) -> Iterator[str]:
-    folder = sql_folder()
+def _sources(run: Run, every: Sequence[Run]) -> str:
+    text = Template((sql_folder() / "sources.sql").read_text("utf-8"))
     rows = literal([other.row(run) for other in every])
-    sources = Template((folder / "sources.sql").read_text("utf-8"))
     shape = {name: literal(value) for name, value in run.shape.items()}
-    yield sources.substitute(relations(run.files, run.left_out), runs=rows, hidden=literal(list(run.hidden)), **shape)
-    yield from _files_of("staging")
+    found = relations(run.files, run.left_out) | ({"labels": labels_relation(run.labels)} if run.labels else {})
+    return text.substitute(found, runs=rows, hidden=literal(list(run.hidden)), **shape)
 
 
-def _marts() -> Iterator[str]:
-    yield from _files_of("marts")
-
-
-def _files_of(layer: str) -> Iterator[str]:
+def _texts(folder: str) -> Iterator[str]:
     """In the order of their names: a macro reads only what is there when it is made."""
-    for path in sorted((sql_folder() / layer).glob("*.sql")):
+    for path in sorted((sql_folder() / folder).glob("*.sql")):
         yield path.read_text("utf-8")
 
 
@@ -315,6 +340,7 @@ def _qualified(sql: str, schema: str) -> str:
 def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None:
     """Leave access to the published files alone; both spellings, as globs are resolved under the same rule."""
     paths = {path for run in every for files in run.files.values() for path in files}
+    paths |= {file.location for run in every for file in run.labels}
     allowed = sorted(paths | {unglobbed(path) for path in paths})
     connection.execute(f"set allowed_paths = {literal(allowed)}")
     connection.execute("set enable_external_access = false")
@@ -324,5 +350,5 @@ def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that is not there."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(brief(name), known, n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known) or 'none'}."

@@ -185,7 +185,7 @@ def format_of(target: Path | None) -> Format:
 
 
 def write(table: pa.Table, format: Format, target: Path | None = None, console: Console | None = None) -> None:
-    """Write an answer in a format, to a file or to standard output."""
+    """Write an answer in a format, to a file or to standard output; on a screen no text of it is obeyed."""
     if format == "table":
         if target is None:
             return render_table(table, console)
@@ -195,6 +195,8 @@ def write(table: pa.Table, format: Format, target: Path | None = None, console: 
         with target.open("wb") as file:
             return _write_bytes(table, format, file)
     sys.stdout.flush()
+    if format == "csv" and sys.stdout.isatty():
+        table = _harmless(table)
     _write_bytes(table, format, sys.stdout.buffer)
     sys.stdout.buffer.flush()
     return None
@@ -215,6 +217,17 @@ def _write_bytes(table: pa.Table, format: Format, out: BinaryIO) -> None:
             buffer = io.BytesIO()
             pq.write_table(table, buffer, compression="zstd")
             out.write(buffer.getvalue())
+
+
+def _harmless(table: pa.Table) -> pa.Table:
+    """CSV has no way of its own to write a control character, as JSON has."""
+    columns = [column if _is_number(column.type) else _harmless_column(column) for column in table.columns]
+    return pa.table(columns, [sanitise(name) for name in table.column_names])
+
+
+def _harmless_column(column: pa.ChunkedArray) -> pa.Array:
+    cells = (None if value is None else _csv_text(value) for value in column.to_pylist())
+    return pa.array([cell if cell is None else sanitise(cell) for cell in cells], pa.string())
 
 
 def to_csv(table: pa.Table) -> str:
@@ -241,8 +254,12 @@ def _csv_line(cells: list[object]) -> str:
 def _csv_cell(value: object) -> object:
     if value is None or isinstance(value, (bool, int, float, decimal.Decimal)):
         return value
+    return _no_formula(_csv_text(value))
+
+
+def _csv_text(value: object) -> str:
     plain = _plain(value)
-    return _no_formula(plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False))
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
 
 def _no_formula(text: str) -> str:

@@ -92,8 +92,13 @@ ORDER = [
     "ground_truth",
     "report",
     "sweep",
+    "feature_labels",
+    "label_import",
     "runs",
+    "questions",
     "queries",
+    "api",
+    "catalog",
     "answers",
     "pipeline",
     "trial",
@@ -106,6 +111,7 @@ ORDER = [
     "commands_synth",
     "commands_store",
     "commands_ask",
+    "commands_label",
     "cli",
 ]
 """Each module imports only modules before it."""

@@ -250,7 +250,7 @@ def test_labels_name_a_feature_our_own_first(tmp_path, monkeypatch):
     pq.write_table(pa.Table.from_pylist(rows, LABELS), tmp_path / "labels.parquet")
     read = runs.relations
     path = str(tmp_path / "labels.parquet")
-    monkeypatch.setattr(runs, "relations", lambda files: read({**files, "labels": [path]}))
+    monkeypatch.setattr(runs, "relations", lambda files, *_: read({**files, "labels": [path]}))
     monkeypatch.setattr(runs, "_harden", lambda *_: None)
     with connect(Given().write(tmp_path / "store")) as connection:
         assert ask(connection, "feature_labels").column("label").to_pylist() == ["love", "guess", "b", "a"]
