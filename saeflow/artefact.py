@@ -122,7 +122,10 @@ class Artefact:
         self.send(self.path / "artefact.json")
 
     def attach(self, names: Iterable[str]) -> None:
-        """Name further files of the artefact's own, which lie in its folder, in its record."""
+        """Name further files of the artefact's own, which lie in its folder, in its record; not in one of an earlier format,
+        which `upgrade` writes anew."""
+        if self.record.format_version < FORMAT_VERSION:
+            return
         files = [file_record(self.path, self.path / name) for name in names]
         known = {file.name for file in files}
         kept = [file for file in self.record.files if file.name not in known]

@@ -19,6 +19,7 @@ import torch
 
 from saeflow import kernels
 from saeflow.artefact import Artefact
+from saeflow.coverage import FIRST_INDEX, covered, has_every_table, stands_for
 from saeflow.encoding import FeatureMajor, SparseValues, feature_major
 from saeflow.feature_files import TokenMajorWriter, files_of, pieces, read_tokens, write_table, write_values
 from saeflow.feature_kernels import (
@@ -34,16 +35,12 @@ from saeflow.feature_kernels import (
     unsigned,
 )
 from saeflow.feature_tables import PART_TABLES, TOP, TOP_VOCAB
-from saeflow.fingerprints import fingerprint
 from saeflow.marginals import Totals
 from saeflow.parallel import in_order
 from saeflow.progress import Bar, Progress
 from saeflow.records import PartRecord
 from saeflow.token_facts import TokenFacts, facts_of
 from saeflow.used import Used
-
-FIRST_INDEX = 10_000_000
-"""A compacted part has the index of its first activation part, and this added."""
 
 MOST_VALUES = 2_000_000_000
 """Values in one compacted part: what has to be written again when one document of it is forgotten."""
@@ -58,24 +55,6 @@ _PAIR_BYTES = 512 << 20
 """Memory for counting which features fire together; with more features values are read again for each share of them."""
 
 _MOST_READINGS = 16
-
-
-def covered(part: PartRecord) -> dict[int, str]:
-    """Activation parts whose values a part holds, by index, and what stands for the inputs of each."""
-    if part.index < FIRST_INDEX:
-        return {part.index: stands_for(part.inputs)}
-    return {int(index): digest for index, digest in part.inputs.items()}
-
-
-def stands_for(inputs: Mapping[str, str]) -> str:
-    """Digits for what values followed from, then those of the hidden documents that were left out."""
-    hidden = inputs.get("hidden", "")
-    return f"{fingerprint(dict(inputs))} {hidden}".strip()
-
-
-def hidden_in(digest: str) -> str:
-    """What stands for the hidden documents in such digits; empty where none were."""
-    return digest.partition(" ")[2]
 
 
 def owners(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
@@ -94,10 +73,10 @@ def owners(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict[int, 
     return found
 
 
-def run(target: Artefact, used: Used, progress: Progress, enough: int) -> None:
+def run(target: Artefact, used: Used, progress: Progress, enough: int, mend: bool = False) -> None:
     """Compact where that is worth it, under the artefact's lock."""
     with target.writing():
-        if not compact(target, used, progress, enough):
+        if not compact(target, used, progress, enough, mend):
             progress.skip("compact", f"{len(target.published().parts)} parts")
 
 
@@ -123,13 +102,15 @@ class _Source(NamedTuple):
     indices: list[int]
 
 
-def compact(target: Artefact, used: Used, progress: Progress, enough: int = 2) -> list[PartRecord]:
+def compact(target: Artefact, used: Used, progress: Progress, enough: int = 2, mend: bool = True) -> list[PartRecord]:
     """Merge neighbouring parts into compacted ones, where at least `enough` of them can be; the new parts.
+
+    `mend`: also those that an earlier saeflow made, which lack some statistics.
 
     Each group is shown as soon as it is written. The caller holds the artefact's lock.
     """
     made = []
-    for group in plan(target.published().parts, enough):
+    for group in plan(target.published().parts, enough, mend):
         n_values = sum(part.counts["n_values"] for part in group)
         with progress.bar("compact", n_values, "values") as bar:
             made.append(merge(target, used, [_Source(part, sorted(covered(part))) for part in group], bar))
@@ -138,14 +119,20 @@ def compact(target: Artefact, used: Used, progress: Progress, enough: int = 2) -
     return made
 
 
-def plan(parts: Sequence[PartRecord], enough: int = 2, most_values: int = MOST_VALUES) -> list[list[PartRecord]]:
+def plan(
+    parts: Sequence[PartRecord], enough: int = 2, mend: bool = False, most_values: int = MOST_VALUES
+) -> list[list[PartRecord]]:
     """Groups of neighbouring parts to merge, of at most `most_values` values unless one part alone has more."""
     groups: list[list[PartRecord]] = [[]]
     for part in sorted(parts, key=lambda part: min(covered(part))):
         if sum(p.counts["n_values"] for p in groups[-1]) + part.counts["n_values"] > most_values and groups[-1]:
             groups.append([])
         groups[-1].append(part)
-    return [group for group in groups if len(group) >= max(enough, 2)]
+    return [
+        group
+        for group in groups
+        if len(group) >= max(enough, 2) or (mend and not all(has_every_table(part) for part in group))
+    ]
 
 
 def merge(target: Artefact, used: Used, sources: Sequence[_Source], bar: Bar | None = None) -> PartRecord:
@@ -192,7 +179,7 @@ class _Merger:
 
     def _read_and_write(self, pairs: _Pairs) -> None:
         """The order by token; statistics of whole parts are added up, else counted."""
-        counted = self.whole and all(f"{name}.parquet" in _names(part) for part in self.parts for name in PART_TABLES)
+        counted = self.whole and all(map(has_every_table, self.parts))
         for part in self.parts if counted else []:
             self.totals.absorb({name: self._table(part, name) for name in PART_TABLES})
         writer = TokenMajorWriter(self.folder, PIECE_VALUES)
@@ -286,10 +273,6 @@ class _Merger:
         for begin, end in (self._ends(index) for index, taken in self.taken.items() if taken is part):
             keep |= (tokens >= begin) & (tokens <= end)
         return ids[keep], tokens[keep], values[keep]
-
-
-def _names(part: PartRecord) -> set[str]:
-    return {file.name for file in part.files}
 
 
 class _Pairs:

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
-from saeflow import activations, compaction, features, interchange, tokens, train
+from saeflow import activations, features, interchange, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
+from saeflow.coverage import covered
 from saeflow.feed import Feed, aligned_held_out_rows
 from saeflow.fingerprints import FORMAT_VERSION, fingerprint
 from saeflow.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
@@ -109,7 +110,7 @@ def _matches(known: dict[str, Any], judged: dict[str, Any], run_artefact: Artefa
 
 def _fingerprint(run_artefact: Artefact) -> str:
     """Stands for the encoded corpus that was judged."""
-    held = [item for part in run_artefact.published().parts for item in compaction.covered(part).items()]
+    held = [item for part in run_artefact.published().parts for item in covered(part).items()]
     return fingerprint(sorted(held))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from saeflow import activations, arrays, compaction, imported, interchange, run_tables, train
 from saeflow.artefact import Artefact, Job
 from saeflow.config import Recipe
+from saeflow.coverage import covered
 from saeflow.fingerprints import fingerprint
 from saeflow.model import Site
 from saeflow.parallel import n_threads, use_one_thread
@@ -183,7 +184,7 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
         encoders = {
             target: open_encoder(store, recipe, progress)
             for target, recipe in targets.items()
-            if lacking[target] or not target.complete() or run_tables.lacking(target)
+            if lacking[target] or not target.complete()
         }
         plan = {part.index: part for part in wanted if any(part.index in lacking[target] for target in encoders)}
         if encoders:
@@ -211,6 +212,14 @@ def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None
             compaction.run(target, used_of(store, target), progress, enough or member.features.compact_parts)
 
 
+def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progress) -> None:
+    """Tables beside the parts that a run of an earlier saeflow lacks; the recipe names the model."""
+    with target.writing():
+        if run_tables.lacking(target):
+            encoder = encoder_of(store, target)
+            target.attach(run_tables.write(target, recipe, encoder.sae, encoder.site.name, progress))
+
+
 def used_of(store: Store, target: Artefact) -> Used:
     """The tokens that a run encodes, as they are now."""
     return Used.from_facts(store.by_id(target.record.inputs[0]), target.record.facts)
@@ -225,7 +234,7 @@ def refresh(store: Store, target: Artefact, progress: Progress) -> list[int]:
     """Encode again the parts of a run that no longer follow from what they were made of; their indices."""
     with target.writing():
         encoder = encoder_of(store, target)
-        known = {index for part in target.published().parts for index in compaction.covered(part)}
+        known = {index for part in target.published().parts for index in covered(part)}
         wanted = [part for part in encoder.stored.published().parts if part.index in known]
         inputs = {part.index: part_inputs(encoder.used, part) for part in wanted}
         done = compaction.owners(target, inputs)

@@ -10,7 +10,6 @@ from saeflow.config import Recipe
 from saeflow.machine import measured
 from saeflow.progress import Progress
 from saeflow.records import read_checked
-from saeflow.sections import UserError
 from saeflow.store import Store
 
 Stage = Callable[[Store, Recipe, Progress], Any]
@@ -47,21 +46,25 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
 
 
 def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
-    """Remove hidden documents from the newest generation of tokens, activations and every run over them."""
+    """Remove hidden documents from the newest generation of tokens and activations, and merge the parts of every run over
+    them."""
     integrity.upgrade(store)
-    if recipe.model is None:
-        raise UserError("saeflow compact works on tokens of a model; bring the table again without the rows instead.")
+    if recipe.model is not None:
+        _without_hidden(store, recipe, progress)
+    for run in store.artefacts("features"):
+        if activations.artefact(store, recipe).id in run.record.inputs:
+            features.refresh(store, run, progress)
+            features.add_tables(store, run, recipe, progress)
+            compaction.run(run, features.used_of(store, run), progress, enough=2, mend=True)
+
+
+def _without_hidden(store: Store, recipe: Recipe, progress: Progress) -> None:
     source = activations.tokens_artefact(store, recipe)
     forget.compact(store, source, progress)
     for stored in (a for a in store.artefacts("activations") if source.id in a.record.inputs):
         if stored != activations.artefact(store, recipe):
             progress.say(f"compact: {stored.id} belongs to another recipe; compact that too")
     activations.run(store, recipe, progress)
-    for run in store.artefacts("features"):
-        if activations.artefact(store, recipe).id in run.record.inputs:
-            features.refresh(store, run, progress)
-            with run.writing():
-                compaction.compact(run, features.used_of(store, run), progress)
 
 
 def summary(store: Store, recipe: Recipe) -> dict[str, Any]:

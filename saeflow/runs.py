@@ -25,7 +25,7 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.artefact import Artefact
-from saeflow.compaction import covered, hidden_in
+from saeflow.coverage import covered, has_every_table, hidden_in
 from saeflow.feature_labels import LabelFile, label_files, labels_relation
 from saeflow.feature_tables import ORDERS, PART_TABLES, RUN_TABLES
 from saeflow.harmless import HOSTILE, brief, sanitise
@@ -207,6 +207,7 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
         shape={
             "context_length": tokens.record.facts.get("context_length"),
             "n_features": artefact.record.facts.get("n_features"),
+            "has_marginals": all(map(has_every_table, shown)),
         },
         labels=label_files(store, sae) if (sae := sae_of(artefact)) else (),
     )

@@ -16,7 +16,10 @@ create or replace view src_vocab_blocks as
 select block_id, first_token_id, n_tokens, vocab_ids from $vocab_blocks;
 
 create or replace view src_shape as
-select $context_length::bigint as context_length, $n_features::bigint as n_features;
+select
+    $context_length::bigint as context_length,
+    $n_features::bigint     as n_features,
+    $has_marginals::boolean as has_marginals;
 
 create or replace view src_documents as
 select * from $documents;

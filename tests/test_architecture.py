@@ -32,6 +32,7 @@ ORDER = [
     "objects",
     "object_files",
     "records",
+    "coverage",
     "artefact",
     "store",
     "integrity",

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from saeflow import compaction, features, pipeline, queries
 from saeflow.artefact import Artefact
-from saeflow.compaction import buckets, covered, plan
+from saeflow.compaction import buckets, plan
+from saeflow.coverage import covered
 from saeflow.feature_files import files_of
 from saeflow.feature_kernels import PairTable
 from saeflow.feature_tables import PART_TABLES, TOP, TOP_VOCAB

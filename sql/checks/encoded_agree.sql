@@ -39,6 +39,6 @@ full join real_tokens
 left join fired
     on fired.band = coalesce(encoded.band, real_tokens.band)
     and coalesce(encoded.is_all, real_tokens.is_all)
-where exists (from stg_encoded_tokens)
+where (select has_marginals from stg_shape)
     and (coalesce(n_encoded, 0) > coalesce(n_real, 0) or coalesce(n_encoded, 0) < coalesce(n_fired, 0))
 order by 1, 2, 3;

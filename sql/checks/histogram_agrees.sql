@@ -1,7 +1,7 @@
 -- The histogram equals a recount of the values. Silent where an earlier saeflow stored none.
 --
 -- Grain:   one row per (feature, bin) with a wrong count.
--- Reads:   stg_feature_histogram, stg_feature_major, value_bin
+-- Reads:   stg_feature_histogram, stg_feature_major, value_bin, stg_shape
 -- Units:   n_… count tokens; a value that is not positive and finite has no bin.
 -- Ask it:  which bins are stale?
 with recount as (
@@ -18,5 +18,5 @@ select
 from stg_feature_histogram
 full join recount using (feature_id, bin)
 where stg_feature_histogram.n_tokens is distinct from recount.n_tokens
-    and exists (from stg_feature_histogram)
+    and (select has_marginals from stg_shape)
 order by feature_id, bin;

@@ -27,5 +27,5 @@ where (
         stg_feature_positions.n_tokens is distinct from recount.n_tokens
         or abs(stg_feature_positions.sum_value - recount.sum_value) > 1e-12 * abs(recount.sum_value)
     )
-    and exists (from stg_feature_positions)
+    and (select has_marginals from stg_shape)
 order by feature_id, band;

@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per (feature, source) with a wrong count or sum; is_all marks a feature of which all sources
 --          together are wrong.
--- Reads:   stg_feature_sources, stg_feature_major, stg_tokens, stg_documents
+-- Reads:   stg_feature_sources, stg_feature_major, stg_tokens, stg_documents, stg_shape
 -- Units:   n_… count tokens; sums are compared to a relative 1e-12. Where a part counts sources together (is_rest), a
 --          source by itself may have less than the recount.
 -- Ask it:  which counts by source are stale?
@@ -47,7 +47,7 @@ full join recount
     on stored.feature_id = recount.feature_id
     and stored.source is not distinct from recount.source
     and stored.is_all = recount.is_all
-where exists (from stg_feature_sources)
+where (select has_marginals from stg_shape)
     and case
         when coalesce(stored.is_all, recount.is_all) or not exists (from stg_feature_sources where is_rest)
             then stored.n_tokens is distinct from recount.n_tokens

@@ -5,4 +5,4 @@
 -- Units:   context_length counts tokens of a sequence: position = token_id % context_length.
 -- Ask it:  how many features does the dictionary have?
 create or replace view stg_shape as
-select context_length, n_features from src_shape;
+select context_length, n_features, has_marginals from src_shape;

@@ -1,0 +1,35 @@
+"""Which activation parts the values of a run's part belong to, and what they followed from: read from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from saeflow.feature_tables import PART_TABLES
+from saeflow.fingerprints import fingerprint
+from saeflow.records import PartRecord
+
+FIRST_INDEX = 10_000_000
+"""A compacted part has the index of its first activation part, and this added."""
+
+
+def covered(part: PartRecord) -> dict[int, str]:
+    """Activation parts whose values a part holds, by index, and what stands for the inputs of each."""
+    if part.index < FIRST_INDEX:
+        return {part.index: stands_for(part.inputs)}
+    return {int(index): digest for index, digest in part.inputs.items()}
+
+
+def stands_for(inputs: Mapping[str, str]) -> str:
+    """Digits for what values followed from, then those of the hidden documents that were left out."""
+    hidden = inputs.get("hidden", "")
+    return f"{fingerprint(dict(inputs))} {hidden}".strip()
+
+
+def hidden_in(digest: str) -> str:
+    """What stands for the hidden documents in such digits; empty where none were."""
+    return digest.partition(" ")[2]
+
+
+def has_every_table(part: PartRecord) -> bool:
+    """Not so of a part that an earlier saeflow made."""
+    return {f"{table}.parquet" for table in PART_TABLES} <= {file.name for file in part.files}
