@@ -403,14 +403,17 @@ def test_compact_names_both_ways_to_the_disk(saeflow: Command, copied: Store, re
     assert "after 24 hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes" in said.err
 
 
-WORDS = {"bigint": "1", "double": "0.5", "text": "cat"}
+WORDS = {"bigint": "1", "double": "0.5", "text": "cat", "bigint[]": "1,2", "double[]": "0,0"}
+NAMES = {
+    "compare_sources": ["tales", "letters"],
+    "source_contrast": ["tales", "letters"],
+    "compare_runs": ["small", "small"],
+}
 
 
 @pytest.mark.parametrize("question", queries.questions(), ids=lambda question: question.name)
 def test_every_question_can_be_asked(question: queries.Question, saeflow: Command, finished: Finished) -> None:
-    words = [WORDS[parameter.type] for parameter in question.parameters]
-    if question.name == "compare_sources":
-        words = ["tales", "letters"]
+    words = NAMES.get(question.name) or [WORDS[each.type] for each in question.parameters if each.default is None]
     said = saeflow("ask", question.name, *words, "-f", "json", "-n", 5, "--store", finished.store.root)
     assert said.code == 0, said.err
     rows = json.loads(said.out)
