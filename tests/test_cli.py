@@ -566,20 +566,23 @@ def on_a_terminal(arguments: list[str], lines: list[str], environment: dict[str,
     return seen.decode()
 
 
-def test_the_prompt_answers_until_the_end(finished: Finished) -> None:
-    environment = {"TERM": "xterm", "COLUMNS": "100"}
-    lines = ["select 40 +", "2 as answer;", "select oops;", "select count(*) from stg_vocab;"]
+def test_the_prompt_answers_until_the_end(finished: Finished, tmp_path: Path) -> None:
+    environment = {"TERM": "xterm", "COLUMNS": "100", "XDG_STATE_HOME": str(tmp_path)}
+    lines = ["select 40 +", "2 as answer;", "select oops;", "select count(*) from stg_vocab;", ".questions", ".tables"]
     seen = on_a_terminal(["sql", "--store", str(finished.store.root)], lines, environment)
     assert "answer" in seen
     assert "42" in seen
     assert "oops" in seen
     assert "400" in seen
+    assert "tokens_where" in seen
+    assert "feature_summary" in seen
+    assert "select oops;" in (tmp_path / "saeflow" / "history").read_text()
     assert COLOUR.search(seen)
     assert "Traceback" not in seen
 
 
-def test_no_color_is_obeyed(finished: Finished) -> None:
-    environment = {"TERM": "xterm", "NO_COLOR": "1"}
+def test_no_color_is_obeyed(finished: Finished, tmp_path: Path) -> None:
+    environment = {"TERM": "xterm", "NO_COLOR": "1", "XDG_STATE_HOME": str(tmp_path)}
     seen = on_a_terminal(["sql", "--store", str(finished.store.root)], ["select oops;"], environment)
     assert "oops" in seen
     assert not COLOUR.search(seen)
