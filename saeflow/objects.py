@@ -230,6 +230,7 @@ class Objects:
         try:
             put = self._ask(lambda: obstore.put(self.store, key, content, mode=mode, use_multipart=False))
             self._tags[key] = str(put["e_tag"])
+            self._note(path, len(content))
         except (AlreadyExistsError, PreconditionError) as error:
             self._fetch(key, path)
             if path.read_bytes() != content:  # else the answer to the first try was lost

@@ -403,14 +403,17 @@ def test_compact_names_both_ways_to_the_disk(saeflow: Command, copied: Store, re
     assert "after 24 hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes" in said.err
 
 
-WORDS = {"bigint": "1", "double": "0.5", "text": "cat"}
+WORDS = {"bigint": "1", "double": "0.5", "text": "cat", "bigint[]": "1,2", "double[]": "0,0"}
+NAMES = {
+    "compare_sources": ["tales", "letters"],
+    "source_contrast": ["tales", "letters"],
+    "compare_runs": ["small", "small"],
+}
 
 
 @pytest.mark.parametrize("question", queries.questions(), ids=lambda question: question.name)
 def test_every_question_can_be_asked(question: queries.Question, saeflow: Command, finished: Finished) -> None:
-    words = [WORDS[parameter.type] for parameter in question.parameters]
-    if question.name == "compare_sources":
-        words = ["tales", "letters"]
+    words = NAMES.get(question.name) or [WORDS[each.type] for each in question.parameters if each.default is None]
     said = saeflow("ask", question.name, *words, "-f", "json", "-n", 5, "--store", finished.store.root)
     assert said.code == 0, said.err
     rows = json.loads(said.out)
@@ -563,20 +566,23 @@ def on_a_terminal(arguments: list[str], lines: list[str], environment: dict[str,
     return seen.decode()
 
 
-def test_the_prompt_answers_until_the_end(finished: Finished) -> None:
-    environment = {"TERM": "xterm", "COLUMNS": "100"}
-    lines = ["select 40 +", "2 as answer;", "select oops;", "select count(*) from stg_vocab;"]
+def test_the_prompt_answers_until_the_end(finished: Finished, tmp_path: Path) -> None:
+    environment = {"TERM": "xterm", "COLUMNS": "100", "XDG_STATE_HOME": str(tmp_path)}
+    lines = ["select 40 +", "2 as answer;", "select oops;", "select count(*) from stg_vocab;", ".questions", ".tables"]
     seen = on_a_terminal(["sql", "--store", str(finished.store.root)], lines, environment)
     assert "answer" in seen
     assert "42" in seen
     assert "oops" in seen
     assert "400" in seen
+    assert "tokens_where" in seen
+    assert "feature_summary" in seen
+    assert "select oops;" in (tmp_path / "saeflow" / "history").read_text()
     assert COLOUR.search(seen)
     assert "Traceback" not in seen
 
 
-def test_no_color_is_obeyed(finished: Finished) -> None:
-    environment = {"TERM": "xterm", "NO_COLOR": "1"}
+def test_no_color_is_obeyed(finished: Finished, tmp_path: Path) -> None:
+    environment = {"TERM": "xterm", "NO_COLOR": "1", "XDG_STATE_HOME": str(tmp_path)}
     seen = on_a_terminal(["sql", "--store", str(finished.store.root)], ["select oops;"], environment)
     assert "oops" in seen
     assert not COLOUR.search(seen)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_a_file_that_goes_while_it_is_asked_is_a_message(store: Store) -> None:
         assert query(connection, "from src_labels").num_rows == 0
         path.unlink()
         assert ask(connection, "tokens_where", [0]).num_rows == 4
-        with pytest.raises(UserError, match="No files found"):
+        with pytest.raises(UserError, match="cannot be run"):
             query(connection, "from src_labels")
 
 
@@ -310,8 +311,6 @@ def test_an_sae_s_name_is_no_way_out_of_the_store(store: Store) -> None:
 
 
 def test_a_large_file_is_read_and_changed_in_a_moment(store: Store) -> None:
-    import time
-
     rows = "".join(f"{i},label number {i},0.5\n" for i in range(131_072))
     by_hand(store, f"feature_id,label,score\n{rows}".encode())
     started = time.monotonic()

@@ -19,7 +19,19 @@ import pytest
 from rich.console import Console
 from tenacity import Retrying, stop_after_attempt
 
-from saeflow import activations, features, forget, integrity, objects, pipeline, queries, train
+from saeflow import (
+    activations,
+    catalog,
+    feature_labels,
+    features,
+    forget,
+    integrity,
+    objects,
+    pipeline,
+    queries,
+    runs,
+    train,
+)
 from saeflow.arrays import open_site
 from saeflow.config import Recipe, parse_recipe
 from saeflow.object_files import ObjectFiles
@@ -353,3 +365,28 @@ def test_an_open_object_may_be_shared_by_threads(server: Server, url: str, tmp_p
 def test_values_are_encoded_from_an_object_store_as_from_a_disk(remote: str, recipe: Recipe, local: Store) -> None:
     ours, theirs = (features.artefact(store, recipe).published() for store in (local, Store.open(remote)))
     assert ours.parts == theirs.parts
+
+
+def test_labels_and_the_catalog_lie_in_the_bucket_too(server: Server, url: str, recipe: Recipe, tmp_path: Path) -> None:
+    store = Store.create(url)
+    pipeline.run(store, recipe, quiet())
+    sae = runs.sae_of(runs.chosen(store).artefact)
+    assert sae is not None
+    assert feature_labels.put(store, sae, "own", {1: feature_labels.Label("one", 0.5)}) == 1
+    catalog.write(store)
+    with another_machine(tmp_path):
+        there_too = Store.open(url)
+        assert catalog.write(there_too) is None
+        feature_labels.put(there_too, sae, "own", {2: feature_labels.Label("two")})
+        feature_labels.put(there_too, sae, "gpt", {1: feature_labels.Label("uno")})
+        assert catalog.write(there_too)
+    sql = "select feature_id, label, source, score from src_labels order by all"
+    again = Store.open(url)
+    with contextlib.closing(queries.connect(again)) as connection:
+        found = [tuple(row.values()) for row in queries.query(connection, sql).to_pylist()]
+    assert found == [(1, "one", "own", 0.5), (1, "uno", "gpt", None), (2, "two", "own", None)]
+    text = there(server, url)["catalog.sql"].decode()
+    assert f"{url}/labels/" in text
+    assert "httpfs" in text
+    feature_labels.put(again, sae, "gpt", {1: None})
+    assert not [key for key in there(server, url) if key.endswith("gpt.csv")]
