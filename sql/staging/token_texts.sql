@@ -34,23 +34,25 @@ parted as (
         substr(behind, length(rest) + 1)                                                         as digits_after
     from finished
 ),
-words as (
+-- One call of lossy_text for all three, and materialised: planning these expressions takes longer than their work.
+words as materialized (
     select
         *,
-        lossy_text(digits_before) as text_before,
-        lossy_text(digits_here)   as token_text,
-        lossy_text(left(digits_after, length(digits_after) - length(open_letter(digits_after)))) as text_after
+        list_transform(
+            [digits_before, digits_here, left(digits_after, length(digits_after) - length(open_letter(digits_after)))],
+            lambda digits: lossy_text(digits)
+        ) as texts
     from parted
 )
 select
     centre as token_id,
     piece,
-    text_before,
-    token_text,
-    text_after,
-    translate(text_before, '«»', '‹›')
-        || '«' || translate(token_text, '«»', '‹›') || '»'
-        || translate(text_after, '«»', '‹›') as context,
+    texts[1] as text_before,
+    texts[2] as token_text,
+    texts[3] as text_after,
+    translate(texts[1], '«»', '‹›')
+        || '«' || translate(texts[2], '«»', '‹›') || '»'
+        || translate(texts[3], '«»', '‹›') as context,
     key,
     source,
     position
