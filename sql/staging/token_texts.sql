@@ -1,6 +1,6 @@
 -- Some tokens, given as a list of their numbers, in the text around them.
 --
--- Grain:   one row per different token of the list that is a real one of a visible document.
+-- Grain:   one row per token of the list that is a real one of a visible document; no number may come twice.
 -- Reads:   token_spans, open_letter, letter_rest, lossy_text
 -- Units:   before and after count tokens; the text never leaves the document. A letter whose bytes are spread over
 --          several tokens belongs to token_text; half letters at the far edges are dropped. In context such marks as «
