@@ -357,7 +357,7 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(worlds())
 def test_every_question_answers_what_looking_at_each_token_answers(world):
     with tempfile.TemporaryDirectory() as folder, connect(world.write(Path(folder)), threads=1) as connection:

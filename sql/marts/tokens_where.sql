@@ -1,20 +1,27 @@
 -- Tokens where a feature is stronger than a threshold: all of them.
 --
 -- Grain:   one row per token at which value > threshold, in corpus order.
--- Reads:   stg_feature_major (only the row groups of this feature), token_places
+-- Reads:   stg_feature_major (only the row groups of this feature), stg_vocab_blocks, stg_vocab, stg_document_places,
+--          stg_shape, block_vocab_id
 -- Units:   value is in the units of the activations; position counts from 0 inside the sequence.
 -- Parameters: feature bigint, threshold double = 0
 -- Ask it:  where does feature 12 exceed 0.5?  from tokens_where(12, 0.5)
 create or replace macro tokens_where(feature, threshold := 0) as table
 with firing as materialized (
-    select token_id, value
+    select token_id, value, token_id // 512 as block_id
     from stg_feature_major
     where feature_id = feature and feature between low and high and value > threshold
 ),
-places as materialized (
-    from token_places((select list(token_id) from firing))
+hits as materialized (
+    select token_id, value, block_vocab_id(vocab_ids, token_id - first_token_id) as vocab_id
+    from firing
+    join stg_vocab_blocks using (block_id)
+    where token_id between first_token_id and first_token_id + n_tokens - 1
 )
-select token_id, firing.value, places.piece, places.key, places.source, places.position
-from firing
-join places using (token_id)
+select token_id, value, stg_vocab.piece, places.key, places.source, token_id % context_length as position
+from hits
+asof join stg_document_places as places on hits.token_id >= places.first_token_id
+join stg_vocab using (vocab_id)
+cross join stg_shape
+where token_id < end_token_id and not is_hidden
 order by token_id;

@@ -1,15 +1,12 @@
 -- The documents of some tokens, given as a list of their numbers.
 --
--- Grain:   one row per different token of the list that is a real one of a visible document.
+-- Grain:   one row per token of the list that is a real one of a visible document; no number may come twice.
 -- Reads:   stg_document_places, stg_shape
 -- Units:   position counts from 0 inside the sequence; the document has the tokens first_token_id to end_token_id - 1.
 -- Ask it:  from token_owners([0, 4711])
 create or replace macro token_owners(ids) as table
-with wanted as materialized (
-    select distinct token_id from (select unnest(ids)::bigint as token_id)
-)
 select token_id, document_id, key, source, token_id % context_length as position, first_token_id, end_token_id
-from wanted
+from (select unnest(ids)::bigint as token_id) as wanted
 asof join stg_document_places on wanted.token_id >= stg_document_places.first_token_id
 cross join stg_shape
 where token_id < end_token_id and not is_hidden;

@@ -1,6 +1,6 @@
 -- What is written at some tokens, given as a list of their numbers, and where.
 --
--- Grain:   one row per different token of the list that is a real one of a visible document.
+-- Grain:   one row per token of the list that is a real one of a visible document; no number may come twice.
 -- Reads:   token_owners, token_pieces
 -- Units:   position counts from 0 inside the sequence.
 -- Ask it:  from token_places([0, 4711])

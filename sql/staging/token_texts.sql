@@ -1,6 +1,6 @@
 -- Some tokens, given as a list of their numbers, in the text around them.
 --
--- Grain:   one row per different token of the list that is a real one of a visible document.
+-- Grain:   one row per token of the list that is a real one of a visible document; no number may come twice.
 -- Reads:   token_spans, open_letter, letter_rest, lossy_text
 -- Units:   before and after count tokens; the text never leaves the document. A letter whose bytes are spread over
 --          several tokens belongs to token_text; half letters at the far edges are dropped. In context such marks as «
@@ -34,23 +34,25 @@ parted as (
         substr(behind, length(rest) + 1)                                                         as digits_after
     from finished
 ),
-words as (
+-- One call of lossy_text for all three, and materialised: planning these expressions takes longer than their work.
+words as materialized (
     select
         *,
-        lossy_text(digits_before) as text_before,
-        lossy_text(digits_here)   as token_text,
-        lossy_text(left(digits_after, length(digits_after) - length(open_letter(digits_after)))) as text_after
+        list_transform(
+            [digits_before, digits_here, left(digits_after, length(digits_after) - length(open_letter(digits_after)))],
+            lambda digits: lossy_text(digits)
+        ) as texts
     from parted
 )
 select
     centre as token_id,
     piece,
-    text_before,
-    token_text,
-    text_after,
-    translate(text_before, '«»', '‹›')
-        || '«' || translate(token_text, '«»', '‹›') || '»'
-        || translate(text_after, '«»', '‹›') as context,
+    texts[1] as text_before,
+    texts[2] as token_text,
+    texts[3] as text_after,
+    translate(texts[1], '«»', '‹›')
+        || '«' || translate(texts[2], '«»', '‹›') || '»'
+        || translate(texts[3], '«»', '‹›') as context,
     key,
     source,
     position
