@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import open_store, reporting, show_table
-from saeflow import features
+from saeflow import catalog, features
 from saeflow.config import Recipe
 
 
@@ -16,5 +16,6 @@ def compact_flow(recipe: Recipe, store: str | None = None) -> int:
     with reporting("compact") as progress:
         features.compact(opened, recipe, progress)
     n_parts = len(features.artefact(opened, recipe).published().parts)
+    catalog.write(opened)
     show_table("compact", {"n_parts": n_parts})
     return n_parts

@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.common import open_store, part_task, reporting, show_table
-from saeflow import features
+from saeflow import catalog, features
 from saeflow.config import Recipe, require_one
 
 
@@ -29,5 +29,6 @@ def encode_flow(recipe: Recipe, store: str | None = None) -> str:
 
         encode_part.map(job.missing).result()
     target = features.artefact(opened, recipe)
+    catalog.write(opened)
     show_table("encode", {count: target.published().total(count) for count in ("n_tokens", "n_values")})
     return target.id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
-from saeflow import evaluate, report
+from saeflow import catalog, evaluate, report
 from saeflow.config import Recipe, require_one
 
 
@@ -23,5 +23,6 @@ def evaluate_flow(recipe: Recipe, store: str | None = None) -> dict[str, float]:
             return quality
 
         quality = dict(judge())
+    catalog.write(opened)
     show_table("evaluate", quality)
     return quality

@@ -168,9 +168,9 @@ def _stage_of_one(name: str, does: str) -> None:
 
 
 def _run_stage(name: str, settings: Recipe, store: str | None, quiet: bool, verbose: bool) -> Any:
-    from saeflow import features, pipeline
+    from saeflow import pipeline
 
-    stages = pipeline.stages(settings) | ({"encode": features.run_all} if settings.is_sweep else {})
+    stages = pipeline.stages(settings) | ({"encode": pipeline.encode_all} if settings.is_sweep else {})
     if name not in stages:
         raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
     return stages[name](create_store(store, settings, quiet), settings, progress_of(quiet, verbose, settings))

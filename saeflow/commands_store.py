@@ -137,9 +137,12 @@ def forget(
     quiet: Quiet = False,
 ) -> None:
     """Hide documents at once, in every view and feed. Example: `saeflow forget letters/017 letters/018`"""
+    from saeflow import catalog
     from saeflow.forget import forget as hide
 
-    done = hide(Store.open(store_path(store)), keys, Progress(err, -1 if quiet else 0))
+    opened = Store.open(store_path(store))
+    done = hide(opened, keys, Progress(err, -1 if quiet else 0))
+    catalog.write(opened)
     for line in [] if quiet else _told(done):
         out.print(line, markup=False, soft_wrap=True)
     for name, why in done.waiting.items():
@@ -194,7 +197,7 @@ def gc(
     ] = GRACE_HOURS,
 ) -> None:
     """List what nobody can read any more; remove it with --yes. Example: `saeflow gc --yes`"""
-    from saeflow import integrity
+    from saeflow import catalog, integrity
 
     opened = open_store(store)
     found = list(integrity.garbage(opened, grace * 3600))
@@ -204,6 +207,8 @@ def gc(
         out.print(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}", markup=False, soft_wrap=True)
     for each in found if yes else []:
         integrity.remove(each)
+    if yes and found:
+        catalog.write(opened)
     again = f"saeflow gc{'' if grace == GRACE_HOURS else f' --grace {grace:g}'} --yes{where(opened)}"
     done = "removed" if yes else "to remove" if not found else f"to remove with `{again}`"
     out.print(f"{len(found)} files and folders, {human_bytes(n_bytes)} {done}", markup=False, soft_wrap=True)

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from saeflow import activations, bring, compaction, evaluate, features, forget, integrity, report, sweep, tokens, train
+from saeflow import (
+    activations,
+    bring,
+    catalog,
+    compaction,
+    evaluate,
+    features,
+    forget,
+    integrity,
+    report,
+    sweep,
+    tokens,
+    train,
+)
 from saeflow.config import Recipe
 from saeflow.machine import measured
 from saeflow.progress import Progress
@@ -26,11 +39,27 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         return first | {"train": train.run_all, "evaluate": sweep.run}
     return first | {
         "train": train.run,
-        "encode": features.run,
-        "compact": features.compact,
-        "evaluate": evaluate.run,
+        "encode": _with_catalog(features.run),
+        "compact": _with_catalog(features.compact),
+        "evaluate": _with_catalog(evaluate.run),
         "report": report.run,
     }
+
+
+def encode_all(store: Store, recipe: Recipe, progress: Progress) -> None:
+    """Encode every SAE of a sweep."""
+    _with_catalog(features.run_all)(store, recipe, progress)
+
+
+def _with_catalog(stage: Stage) -> Stage:
+    """A stage that changes what questions read: `catalog.sql` follows."""
+
+    def run_stage(store: Store, recipe: Recipe, progress: Progress) -> Any:
+        found = stage(store, recipe, progress)
+        catalog.write(store)
+        return found
+
+    return run_stage
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
@@ -56,6 +85,7 @@ def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
             features.refresh(store, run, progress)
             features.add_tables(store, run, recipe, progress)
             compaction.run(run, features.used_of(store, run), progress, enough=2, mend=True)
+    catalog.write(store)
 
 
 def _without_hidden(store: Store, recipe: Recipe, progress: Progress) -> None:

@@ -149,7 +149,9 @@ def definitions(every: Sequence[Run], current: Run) -> Iterator[str]:
     readable = [run for run in every if run.problem is None]
     for run in readable:
         yield f"create schema if not exists {identifier(run.schema)}"
-        yield from _in_schema(run, [_sources(run, every), *_texts("staging")])
+        yield f"set search_path = {literal(identifier(run.schema))}"
+        yield _sources(run, every)
+        yield from _in_schema(run, _texts("staging"))
     yield from _side_by_side([run.schema for run in readable])
     for run in readable:
         yield from _in_schema(run, _texts("marts"))

@@ -183,11 +183,11 @@ def quiet() -> Progress:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but provenance.json and locks: equal trees hold equal bytes."""
+    """Every file below a folder but provenance.json, catalog.sql (it names absolute paths) and locks: equal trees hold equal bytes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "provenance.json" and "locks" not in path.parts
+        if path.is_file() and path.name not in ("provenance.json", "catalog.sql") and "locks" not in path.parts
     }
 
 

@@ -98,7 +98,7 @@ def another_machine(tmp_path: Path) -> Iterator[Path]:
 def there(server: Server, url: str) -> dict[str, bytes]:
     """The objects of a store by their path in it, as `tree` gives a folder's files."""
     found = server.files("bucket", url.removeprefix("s3://bucket/"))
-    return {key: content for key, content in found.items() if not key.endswith("provenance.json")}
+    return {key: content for key, content in found.items() if not key.endswith(("provenance.json", "catalog.sql"))}
 
 
 def here(store: Store) -> dict[str, bytes]:

@@ -220,10 +220,14 @@ class Runner:
             return differences(self.undisturbed, store)
 
 
+_OWN = ("provenance.json", "catalog.sql")
+"""Times and hosts; absolute paths."""
+
+
 def differences(a: Path, b: Path) -> list[str]:
-    """What `diff -r -x provenance.json a b` would say: files on one side only, files of other bytes."""
-    files_a, files_b = ({str(p.relative_to(root)) for p in root.rglob("*")} for root in (a, b))
-    both = sorted(name for name in files_a & files_b if (a / name).is_file() and Path(name).name != "provenance.json")
+    """What `diff -r -x provenance.json -x catalog.sql a b` would say: files on one side only, files of other bytes."""
+    files_a, files_b = ({str(p.relative_to(root)) for p in root.rglob("*") if p.name not in _OWN} for root in (a, b))
+    both = sorted(name for name in files_a & files_b if (a / name).is_file())
     found = [f"only in {a.name}: {name}" for name in sorted(files_a - files_b)]
     found += [f"only in {b.name}: {name}" for name in sorted(files_b - files_a)]
     return found + [f"differs: {name}" for name in both if not filecmp.cmp(a / name, b / name, shallow=False)]
