@@ -159,6 +159,11 @@ class Encoder:
     def chunk_rows(self) -> int:
         return min(max(PRODUCT_ENTRIES // len(self.w_enc), 64), 512)
 
+    @property
+    def device_rows(self) -> int:
+        """Rows that an accelerator takes at once: it has no cache to stay in, and memory for more."""
+        return max(16 * PRODUCT_ENTRIES // len(self.w_enc), 256)
+
     def bounded(self, x: Tensor) -> tuple[Tensor, Doubles]:
         """Of rows x (n, D) in float32: what `pre_activations` takes, x~, and the two numbers of a row's bound (n, 2).
 
@@ -169,7 +174,7 @@ class Encoder:
         wide = low.float()
         of_centred, of_low = centred.norm(dim=1).double(), wide.norm(dim=1).double()
         lost = (wide - centred).norm(dim=1).double() + 2.0**-23 * of_centred
-        return low, torch.stack([lost, of_low], 1).mul(1.001).numpy()
+        return low, torch.stack([lost, of_low], 1).mul(1.001).cpu().numpy()
 
     def pre_activations(self, rows: Tensor) -> Tensor:
         """(n, F), valid until the thread's next call."""
@@ -194,7 +199,7 @@ class Encoder:
         w = self.w_enc.double()
         of_low = (w - low_w).norm(dim=1) + rounding * low_w.norm(dim=1)
         fixed = (b - low_b).abs() + (rounding + self.relative_error) * low_b.abs() + 1e-30
-        return torch.stack([w.norm(dim=1), of_low, fixed]).mul(1 + 1e-6).numpy()
+        return torch.stack([w.norm(dim=1), of_low, fixed]).mul(1 + 1e-6).cpu().numpy()
 
 
 class SparseInputEncoder(Encoder):
@@ -390,6 +395,58 @@ def _kth(top: Chosen, k: int) -> Doubles:
     kth = np.zeros(len(full))
     kth[full] = np.minimum.reduceat(kernels.floats_of(bits), starts[:-1][full]) if full.any() else 0
     return kth
+
+
+def encode_by_screen(x: Tensor, encoder: Encoder, readout: Readout) -> SparseValues:
+    """The same on an accelerator: a quick product of all features, then candidates alone in float64.
+
+    Rows of PRODUCT_ENTRIES pre-activations at a time; what is sorted is sorted there.
+    """
+    parts = [_screened(x[start:stop], encoder, readout) for start, stop in ranges(len(x), encoder.device_rows)]
+    return SparseValues(*joined(parts)) if parts else SparseValues(*_nothing())
+
+
+def _screened(x: Tensor, encoder: Encoder, readout: Readout) -> tuple[Offsets, Ids, Floats]:
+    place = encoder.w_enc.device
+    thresholds, stretch, shift = (
+        torch.from_numpy(each).to(place) for each in (readout.thresholds, readout.stretch, readout.shift)
+    )
+    low, row_bounds = encoder.bounded(x.float())
+    pre = encoder.pre_activations(low).float()
+    widest = torch.from_numpy(row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()).to(place)
+    least = -widest
+    if readout.k is not None:
+        kth = pre.topk(min(readout.k, pre.shape[1]), dim=1).values[:, -1].double()
+        least = (kth * (1 - encoder.relative_error) - widest).clamp(min=0) - widest
+    cut = least - encoder.relative_error * least.abs() - 1e-30
+    rows, ids = (pre.double() > cut[:, None]).nonzero(as_tuple=True)
+    exact = _exact(x, encoder, rows, ids)
+    keep = exact > thresholds[ids]
+    if readout.k is not None:
+        keep &= _places_in_rows(rows, torch.where(keep, exact, -torch.inf), len(x)) < readout.k
+    values = rounded((stretch[ids] * exact + shift[ids]).clamp(min=0))
+    keep &= values > 0
+    starts = torch.bincount(rows[keep], minlength=len(x)).cumsum(0).cpu().numpy()
+    return np.concatenate([[0], starts]), ids[keep].int().cpu().numpy(), values[keep].cpu().numpy()
+
+
+def _exact(x: Tensor, encoder: Encoder, rows: Tensor, ids: Tensor) -> Tensor:
+    """float64 pre-activations of these entries, so many at once that they take as much memory as the product."""
+    centred, n = x.double() - encoder.b_in.double(), max(PRODUCT_ENTRIES // x.shape[1], 1)
+    pieces = [(centred[r] * encoder.w_enc[f].double()).sum(1) for r, f in zip(rows.split(n), ids.split(n), strict=True)]
+    dots = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.float64, device=rows.device)
+    return dots + encoder.b_enc.double()[ids]
+
+
+def _places_in_rows(rows: Tensor, values: Tensor, n_rows: int) -> Tensor:
+    """Place of each entry in its row by value, the largest first; among equals in the order given. Rows are sorted."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    counts = torch.bincount(rows, minlength=n_rows)
+    first = counts.cumsum(0) - counts
+    places = torch.empty_like(rows)
+    places[order] = torch.arange(len(rows), device=rows.device) - first[rows]
+    return places
 
 
 def encode_anywhere(x: Tensor, w_enc: Tensor, b_enc: Tensor, b_in: Tensor, readout: Readout) -> SparseValues:

@@ -26,6 +26,7 @@ from saeflow.sae import SparseAutoencoder
 from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.token_facts import facts_of
+from saeflow.transfer import device, own_stream
 from saeflow.used import Used
 
 _BYTES_PER_NONZERO = 8
@@ -90,10 +91,11 @@ def encode_together(encoders: Sequence[Encoder], part: PartRecord, bar: Bar) -> 
             counts: dict[str, int] = {}
             folder = stack.enter_context(encoder.target.new_part(part.index, counts, inputs))
             writers.append((encoder.sae, PartWriter(folder, counts, about, encoder.sae.config.n_features)))
-        for token_ids, rows in first.rows(part, mask):
-            for sae, writer in writers:
-                writer.take(token_ids, sae.encode_sparse(rows))
-            bar.advance(len(token_ids))
+        with own_stream(first.sae.W_enc.device):
+            for token_ids, rows in first.rows(part, mask):
+                for sae, writer in writers:
+                    writer.take(token_ids, sae.encode_sparse(rows))
+                bar.advance(len(token_ids))
         for _, writer in writers:
             writer.close()
     return [encoder.target.made[part.index] for encoder in encoders]
@@ -124,14 +126,15 @@ def open_encoder(store: Store, recipe: Recipe, progress: Progress) -> Encoder:
     tables = run_tables.write(target, recipe, sae, about["site"], progress)
     target.begin(about | used.facts, [source.id, stored.id, trained.id], tables)
     target.attach(tables)
-    return encoder_of(store, target, recipe.features.batch_rows)
+    return encoder_of(store, target, recipe.features.batch_rows, recipe.features.device)
 
 
-def encoder_of(store: Store, target: Artefact, batch_rows: int = 4096) -> Encoder:
+def encoder_of(store: Store, target: Artefact, batch_rows: int = 4096, place: str = "auto") -> Encoder:
     """The encoder of a run that exists, from what its record says."""
     _, stored, trained = (store.by_id(name) for name in target.record.inputs)
     site = activations.choose_site(stored, target.record.facts["site"])
-    return Encoder(used_of(store, target), stored, target, site, interchange.load(trained.fetched()), batch_rows)
+    sae = interchange.load(trained.fetched()).to(device("features.device", place))
+    return Encoder(used_of(store, target), stored, target, site, sae, batch_rows)
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:

@@ -7,7 +7,7 @@ import pyarrow as pa
 from saeflow import directions
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
-from saeflow.disk import make_folder
+from saeflow.disk import make_folder, replacing
 from saeflow.feature_files import write_table
 from saeflow.feature_tables import RUN_TABLES
 from saeflow.model import load_model
@@ -18,7 +18,9 @@ from saeflow.sae import SparseAutoencoder
 def lacking(target: Artefact) -> list[str]:
     """Tables that the record names and the disk has not; all of them where there is no record, or an earlier one."""
     names = [f"{table}.parquet" for table in RUN_TABLES]
-    known = [file.name for file in target.record.files] if target.exists() else []
+    if not target.exists():
+        return [name for name in names if not (target.path / name).is_file()]
+    known = [file.name for file in target.record.files]
     wanted = known if names[0] in known else names
     return [name for name in wanted if name in names and not target.own_file(name).is_file()]
 
@@ -32,7 +34,8 @@ def write(target: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, p
     for name in names:
         table = directions.similar(sae.W_dec) if name == "similar.parquet" else _logits(recipe, sae, site)
         if table is not None:
-            write_table(target.path / name, table)
+            with replacing(target.path / name) as temporary:
+                write_table(temporary, table)
     return [f"{table}.parquet" for table in RUN_TABLES if (target.path / f"{table}.parquet").is_file()]
 
 

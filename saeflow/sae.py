@@ -17,6 +17,7 @@ from saeflow.encoding import Encoder, Readout, SparseValues, fast_dtype
 from saeflow.rules import Gated, JumpReLU, Relu, Rule, Top
 from saeflow.sections import SAEConfig
 from saeflow.sparse_step import Auxiliary, Batch, Outcome, Task, Weights
+from saeflow.transfer import to_device
 
 THRESHOLD_MEMORY = 0.9
 """Share of the running threshold that a batch leaves in place."""
@@ -289,10 +290,15 @@ class SparseAutoencoder(nn.Module):
         gated stretches and shifts those above 0. Values are rounded to 11 significand bits.
         A token's values depend neither on its batch nor on the number of threads.
         """
-        readout = self._readout()
+        readout, cut = self._readout(), None
+        if readout.thresholds.any():
+            cut = torch.from_numpy(readout.thresholds).to(self.W_enc.device)
         if self.use_kernels and x.device.type == "cpu" and self.W_enc.device.type == "cpu":
-            return encoding.encode(x, self._current_encoder(_cut(readout)), readout)
-        return encoding.encode_anywhere(x.to(self.W_enc.device), self.W_enc, self.b_enc, self.b_in, readout)
+            return encoding.encode(x, self._current_encoder(cut), readout)
+        x = to_device(x, self.W_enc.device)
+        if self.use_kernels and self.W_enc.device.type != "cpu":
+            return encoding.encode_by_screen(x, self._current_encoder(cut), readout)
+        return encoding.encode_anywhere(x, self.W_enc, self.b_enc, self.b_in, readout)
 
     @torch.no_grad()
     def decode(self, sparse: SparseValues) -> Tensor:
@@ -335,10 +341,6 @@ class _Computed(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients, ctx.gradients = ctx.gradients, None  # held by nobody else, they need no copy
         return None, None, *(gradients if d_loss.item() == 1 else (each * d_loss for each in gradients))
-
-
-def _cut(readout: Readout) -> Tensor | None:
-    return torch.from_numpy(readout.thresholds) if readout.thresholds.any() else None
 
 
 def _initial_weights(config: SAEConfig, width: int, out_width: int) -> tuple[Tensor, Tensor, Tensor]:

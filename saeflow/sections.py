@@ -350,6 +350,9 @@ class FeaturesConfig(Section):
     """How the corpus is encoded."""
 
     batch_rows: PositiveInt = Field(4096, description="Tokens encoded at once; results do not depend on it.")
+    device: str = Field(
+        "auto", description="`auto`, `cpu` or `cuda`: where the encoder's product runs (on a GPU not tried yet)."
+    )
     compact_parts: PositiveInt = Field(
         16, ge=2, description="A run merges its parts by itself from so many on; `saeflow compact` does it at any time."
     )

@@ -177,14 +177,14 @@ def test_a_forgotten_document_is_gone_from_every_view_at_once(grown):
     grown.run(with_secret())
     owned = token_ids_of(grown, "secret/one")
     n_values = grown.sql("select sum(n_tokens) as n from stg_feature_stats")[0]["n"]
-    fired = grown.sql("from stg_token_major")
+    fired = grown.sql("select token_id, feature_id, value from stg_token_major")
     done = forget(grown.store, ["secret/one"], quiet())
     assert list(done.documents.values()) == [1]
     assert done.runs == [grown.artefacts()[2].id]
     assert token_ids_of(grown, "secret/one") == set()
     assert grown.sql("from documents where source = 'secrets'") == []
     kept = [row for row in fired if row["token_id"] not in owned]
-    assert grown.sql("from stg_token_major") == kept
+    assert grown.sql("select token_id, feature_id, value from stg_token_major") == kept
     assert len(kept) < len(fired)
     assert grown.sql("select sum(n_tokens) as n from stg_feature_stats")[0]["n"] == len(kept) < int(str(n_values))
     assert grown.checked() == []
@@ -214,11 +214,11 @@ def test_views_leave_a_part_out_while_it_still_holds_values_of_a_forgotten_docum
         patch.setattr(features, "refresh", killed)
         with pytest.raises(KeyboardInterrupt):
             forget(grown.store, ["secret/one"], quiet())
-    assert not owned & {row["token_id"] for row in grown.sql("from stg_token_major")}
+    assert not owned & {row["token_id"] for row in grown.sql("select token_id, feature_id, value from stg_token_major")}
     assert "parts are left out" in caplog.text
     assert forget(grown.store, ["secret/one"], quiet()).runs == [grown.artefacts()[2].id]  # the same command finishes
     caplog.clear()
-    assert grown.sql("from stg_token_major")
+    assert grown.sql("select token_id, feature_id, value from stg_token_major")
     assert caplog.text == ""
 
 
@@ -293,7 +293,7 @@ def test_compaction_moves_no_other_token_and_changes_no_other_value_outside_the_
     source = grown.artefacts()[0]
     touched = set(source.published().hidden)
     before = {row["token_id"]: row for row in grown.sql("from tokens")}
-    values = grown.sql("from stg_token_major")
+    values = grown.sql("select token_id, feature_id, value from stg_token_major")
     pipeline.compact(grown.store, grown.recipe, quiet())
     assert {row["token_id"]: row for row in grown.sql("from tokens")} == before
     length = grown.recipe.tokens.context_length
@@ -306,7 +306,7 @@ def test_compaction_moves_no_other_token_and_changes_no_other_value_outside_the_
     def outside(rows: list[dict[str, object]]) -> list[dict[str, object]]:
         return [row for row in rows if any(a <= int(str(row["token_id"])) < b for a, b in ranges)]
 
-    assert outside(grown.sql("from stg_token_major")) == outside(values)
+    assert outside(grown.sql("select token_id, feature_id, value from stg_token_major")) == outside(values)
 
 
 def test_a_compacted_store_trains_and_runs_on(grown):

@@ -56,6 +56,34 @@ def dense(sparse, n_features=F):
     return out
 
 
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gated", "jumprelu"])
+@pytest.mark.parametrize("product", [torch.bfloat16, torch.float32])
+def test_what_an_accelerator_screens_is_what_a_dense_product_in_float64_gives(architecture, product):
+    sae = an_autoencoder(architecture, product)
+    x = some_activations(700)
+    x[13:20] = x[12]
+    readout = sae._readout()
+    cut = torch.from_numpy(readout.thresholds)
+    encoder = encoding.Encoder(sae.W_enc, sae.b_enc, sae.b_in, product, cut if readout.thresholds.any() else None)
+    screened = encoding.encode_by_screen(x, encoder, readout)
+    whole = encoding.encode_anywhere(x, sae.W_enc, sae.b_enc, sae.b_in, readout)
+    assert len(screened.values) > 500
+    for one, other in zip(screened, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_of_equal_pre_activations_an_accelerator_keeps_the_lower_features():
+    sae = an_autoencoder("topk")
+    with torch.no_grad():
+        sae.W_enc.copy_(sae.W_enc[:20].repeat(10, 1))
+        sae.b_enc.copy_(sae.b_enc[:20].repeat(10))
+    x = some_activations(50)
+    encoder = encoding.Encoder(sae.W_enc, sae.b_enc, sae.b_in, torch.bfloat16)
+    screened = encoding.encode_by_screen(x, encoder, sae._readout())
+    np.testing.assert_array_equal(screened.feature_ids, sae.encode_sparse(x).feature_ids)
+    assert len(encoding.encode_by_screen(x[:0], encoder, sae._readout()).values) == 0
+
+
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("product", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

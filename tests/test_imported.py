@@ -165,7 +165,7 @@ def test_one_of_our_own_is_imported_into_another_name_with_the_same_values(
     first, again = (features.artefact(s, r).path for s, r in ((finished.store, finished.recipe), (store, recipe)))
 
     def tables(path: Path) -> list[bytes]:
-        return [file.read_bytes() for file in sorted(path.glob("parts/*/*_major/*.parquet"))]
+        return [file.read_bytes() for file in sorted(path.glob("parts/*/*_major/*/*/*.parquet"))]
 
     assert tables(first) == tables(again) != []
     assert interchange.load(train.artefact(store, recipe).path).config == interchange.load(own).config
