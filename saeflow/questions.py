@@ -8,6 +8,8 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 from saeflow.harmless import brief
 from saeflow.relations import identifier, literal
@@ -142,7 +144,12 @@ class Question:
 
 def questions() -> list[Question]:
     """The named questions: every view and table macro of `sql/marts`, by name."""
-    return [_question(path.stem, path.read_text("utf-8")) for path in sorted((sql_folder() / "marts").glob("*.sql"))]
+    return list(_questions_in(sql_folder() / "marts"))
+
+
+@cache
+def _questions_in(folder: Path) -> tuple[Question, ...]:
+    return tuple(_question(path.stem, path.read_text("utf-8")) for path in sorted(folder.glob("*.sql")))
 
 
 def find(question: str) -> Question:

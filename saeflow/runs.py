@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 SETTINGS = ("set parquet_metadata_cache = true", "set asof_loop_join_threshold = 0")
 """Files never change; and by a wrong guess DuckDB would compare every document with every token."""
 
+MOST_KEPT_ROWS = 200_000
+"""Of a table that a connection holds in memory: a vocabulary, or where documents lie."""
+
 _EVERY_RUN = "every_run"
 _RESERVED = {_EVERY_RUN, "memory", "main", "temp", "system", "pg_catalog", "information_schema"}
 _UNREADABLE = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
@@ -132,8 +135,19 @@ def open_run(
         connection.register_filesystem(ObjectFiles(store.objects))
     for statement in definitions(every, current):
         connection.execute(statement)
+    _keep_small_tables(connection, current)
     _harden(connection, every)
     return current, connection
+
+
+def _keep_small_tables(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
+    """Hold in memory what nearly every question joins with: reading it anew takes longer than the rest of a short one."""
+    schema = identifier(run.schema)
+    for view in ("src_vocab", "stg_document_places"):
+        if connection.execute(f"select count(*) from {schema}.{view}").fetchall()[0][0] <= MOST_KEPT_ROWS:
+            connection.execute(f"create table {schema}.kept_{view} as from {schema}.{view}")
+            connection.execute(f"drop view {schema}.{view}")
+            connection.execute(f"alter table {schema}.kept_{view} rename to {view}")
 
 
 def chosen(store: Store, name: str | None = None) -> Run:
