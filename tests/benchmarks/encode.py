@@ -111,7 +111,7 @@ def compact(store: Store, recipe: Recipe) -> float | None:
     if work is None:
         return None
     began = time.perf_counter()
-    work(store, recipe, QUIET)
+    work(store, recipe, QUIET, 2)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 

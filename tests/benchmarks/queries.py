@@ -87,35 +87,46 @@ def milliseconds(connection: duckdb.DuckDBPyConnection, each: Asked, arguments: 
     return 1e3 * (time.perf_counter() - began)
 
 
-def measured(store: Store, run: Artefact, n_tokens: int) -> dict[str, dict[str, Any]]:
-    """Median and 95th percentile of every question, warm; the median of three, cold."""
-    with contextlib.closing(queries.connect(store)) as connection:
-        found = queries.query(connection, "select n_tokens from stg_feature_stats order by feature_id")
-        every = asked(found.column(0).to_numpy(), n_tokens)
-        warm: dict[str, list[list[float]]] = {each.name: [] for each in every}
-        for _ in range(ALTERNATIONS):
-            for each in every:
-                milliseconds(connection, each, each.arguments[0])
-                warm[each.name].append([milliseconds(connection, each, a) for a in each.arguments])
-    answers = {}
-    for each in every:
-        times = np.array(warm[each.name])
-        medians = np.median(times, axis=1)
-        answers[each.name] = {
-            "asked_ms": each.most_ms, "grows": each.grows, "median_ms": round(float(np.median(medians)), 2),
-            "p95_ms": round(float(np.quantile(times, 0.95)), 2), "spread": round(float(np.ptp(medians)), 2),
-            "cold_ms": round(float(np.median([cold(store, run, each, a) for a in each.arguments[:3]])), 1),
-        }  # fmt: skip
-        print(f"{each.name:32}", answers[each.name], flush=True)
+@dataclass
+class Made:
+    """A store, its one run, and what it is asked."""
+
+    store: Store
+    run: Artefact
+    connection: duckdb.DuckDBPyConnection
+    every: list[Asked]
+
+
+def measured(stores: Sequence[Made]) -> list[dict[str, dict[str, Any]]]:
+    """Median and 95th percentile of every question, warm; the median of three, cold. The stores are asked in turn."""
+    warm: dict[tuple[int, str], list[list[float]]] = {}
+    for _ in range(ALTERNATIONS):
+        for number, made in enumerate(stores):
+            for each in made.every:
+                milliseconds(made.connection, each, each.arguments[0])
+                times = [milliseconds(made.connection, each, a) for a in each.arguments]
+                warm.setdefault((number, each.name), []).append(times)
+    answers: list[dict[str, dict[str, Any]]] = []
+    for number, made in enumerate(stores):
+        answers.append({})
+        for each in made.every:
+            times = np.array(warm[number, each.name])
+            medians = np.median(times, axis=1)
+            answers[-1][each.name] = {
+                "asked_ms": each.most_ms, "grows": each.grows, "median_ms": round(float(np.median(medians)), 2),
+                "medians_ms": medians.round(2).tolist(), "p95_ms": round(float(np.quantile(times, 0.95)), 2),
+                "cold_ms": round(float(np.median([cold(made, each, a) for a in each.arguments[:3]])), 1),
+            }  # fmt: skip
+            print(f"{each.name:32}", answers[-1][each.name], flush=True)
     return answers
 
 
-def cold(store: Store, run: Artefact, each: Asked, arguments: Sequence[object]) -> float:
-    for path in store.root.rglob("*.parquet"):
+def cold(made: Made, each: Asked, arguments: Sequence[object]) -> float:
+    for path in made.store.root.rglob("*.parquet"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    with contextlib.closing(queries.connect(store)) as connection:
+    with contextlib.closing(queries.connect(made.store)) as connection:
         return milliseconds(connection, each, arguments)
 
 
@@ -171,51 +182,59 @@ def typical(ask: Callable[[int], Any], features: Sequence[int]) -> float:
     return float(np.median(times))
 
 
-def made(folder: Path, n_values: int) -> tuple[Store, Artefact, int, float]:
+def made(folder: Path, n_values: int) -> tuple[Made, float]:
+    """And values/s of its compaction."""
     store = Store.create(folder / f"store-{n_values}")
     run = _made_run.make(store, n_values)
     source = store.by_id(run.record.inputs[0])
     began = time.perf_counter()
     compaction.run(run, Used(source), QUIET, enough=2)
-    return store, run, source.published().total("n_tokens"), time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    connection = queries.connect(store)
+    counts = counts_of(connection)
+    every = asked(counts, source.published().total("n_tokens"))
+    return Made(store, run, connection, every), int(counts.sum()) / seconds
+
+
+def counts_of(connection: duckdb.DuckDBPyConnection) -> np.ndarray:
+    found = queries.query(connection, "select n_tokens from stg_feature_stats order by feature_id")
+    return np.asarray(found.column(0).to_numpy())
 
 
 def bars(small: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]], full: bool) -> list[Bar]:
     found = []
     for name, each in large.items():
+        medians = np.array(each["medians_ms"])
         if each["asked_ms"] is not None and full:
-            found.append(Bar(f"{name}: milliseconds, warm", each["asked_ms"], "<=", each["median_ms"], each["spread"]))
+            spread = round(float(np.ptp(medians)), 2)
+            found.append(Bar(f"{name}: milliseconds, warm", each["asked_ms"], "<=", each["median_ms"], spread))
         if each["grows"]:
-            grown = each["median_ms"] / small[name]["median_ms"]
-            spread = each["spread"] / small[name]["median_ms"]
-            found.append(Bar(f"{name}: time at ten times the values", 1.5, "<=", round(grown, 2), round(spread, 2)))
+            grown = medians / np.array(small[name]["medians_ms"])
+            middle, spread = round(float(np.median(grown)), 2), round(float(np.ptp(grown)), 2)
+            found.append(Bar(f"{name}: time at ten times the values", 1.5, "<=", middle, spread))
     return found
 
 
 def main() -> None:
     options = arguments(__doc__)
     sizes = (1_000_000, 10_000_000) if options.quick else (10_000_000, 100_000_000)
-    answers, facts = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for n_values in sizes:
-            store, run, n_tokens, seconds = made(folder, n_values)
-            answers.append(measured(store, run, n_tokens))
-            held = run.published().total("n_values")
-            facts[f"compaction of {held:,} values"] = f"{held / seconds:,.0f} values/s"
-        with contextlib.closing(queries.connect(store)) as connection:
-            counts = (
-                queries.query(connection, "select n_tokens from stg_feature_stats order by feature_id")
-                .column(0)
-                .to_numpy()
-            )
-        rare = nearest(counts, RARE)
+        stores, rates = zip(*(made(folder, n_values) for n_values in sizes), strict=True)
+        answers = measured(stores)
+        large = stores[-1]
+        rare = nearest(counts_of(large.connection), RARE)
         peers = {
-            "unsorted files": unsorted(run, folder / "unsorted", rare),
-            "splits loaded": as_splits(run, folder / "splits", rare),
+            "unsorted files": unsorted(large.run, folder / "unsorted", rare),
+            "splits loaded": as_splits(large.run, folder / "splits", rare),
         }
-    facts["one rare feature elsewhere, milliseconds"] = {name: round(ms, 1) for name, ms in peers.items()}
-    report("queries", bars(*answers, not options.quick), sizes=list(sizes), warm=answers, **facts)
+        for each in stores:
+            each.connection.close()
+    facts = {
+        "compaction_values_per_s": [round(rate) for rate in rates],
+        "one rare feature elsewhere, milliseconds": {name: round(ms, 1) for name, ms in peers.items()},
+    }
+    report("queries", bars(answers[0], answers[1], not options.quick), sizes=list(sizes), warm=answers, **facts)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,11 @@ Every SAE of the sweep must be, byte for byte, that of its separate run.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,6 +26,7 @@ from saeflow.progress import Progress
 from saeflow.store import Store
 from tests.benchmarks import _superposed
 from tests.benchmarks._bars import Bar, arguments, report
+from tests.benchmarks._pipe import Pipe
 
 QUIET = Progress(verbosity=-1)
 WIDTH, N_SAES = 256, 8
@@ -48,39 +45,6 @@ def a_recipe(folder: Path, n_rows: int, n_features: int) -> Recipe:
             "sweep": {"grid": {"sae.k": [8, 16, 24, 32], "train.lr": [5e-4, 1e-3]}},
         }
     )
-
-
-class Pipe:
-    """Blocks of all feeds come through it at `rate` bytes/s, or as they can; counts the bytes."""
-
-    def __init__(self) -> None:
-        self.rate: float | None = None
-        self.n_bytes = 0
-        self.free_at = 0.0
-        self.lock = threading.Lock()
-
-    def wait(self, n_bytes: int) -> None:
-        with self.lock:
-            self.n_bytes += n_bytes
-            if self.rate is None:
-                return
-            self.free_at = max(self.free_at, time.monotonic()) + n_bytes / self.rate
-            until = self.free_at
-        time.sleep(max(until - time.monotonic(), 0))
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        plain = Feed._read_block
-
-        def read(feed: Feed, block: Any, out: Any) -> None:
-            plain(feed, block, out)
-            self.wait(sum(each.numel() * each.element_size() for each in out))
-
-        Feed._read_block = read  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            Feed._read_block = plain  # type: ignore[method-assign]
 
 
 def files_of(store: Store) -> dict[str, bytes]:
@@ -105,7 +69,10 @@ def main() -> None:
     quick = arguments(__doc__).quick
     n_rows, n_features, times = (1 << 15, 1024, 1) if quick else (1 << 18, 4096, 3)
     pipe = Pipe()
-    with tempfile.TemporaryDirectory(prefix="saeflow-sweep-") as temporary, pipe.installed():
+    with (
+        tempfile.TemporaryDirectory(prefix="saeflow-sweep-") as temporary,
+        pipe.installed(Feed, "_read_block", lambda feed, block, out: sum(e.numel() * e.element_size() for e in out)),
+    ):
         recipe = a_recipe(Path(temporary), n_rows, n_features)
         members = recipe.members()
         together, apart = (Store.create(Path(temporary) / name) for name in ("together", "apart"))
