@@ -212,7 +212,15 @@ def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None
         target = artefact(store, member)
         if target.generation() is not None:
             train.set_threads(member)
-            compaction.run(target, used_of(store, target), progress, enough or member.features.compact_parts)
+            merge_parts(store, target, progress, enough or member.features.compact_parts)
+
+
+def merge_parts(store: Store, target: Artefact, progress: Progress, enough: int, mend: bool = False) -> None:
+    """Compact one run. Raises UserError where the disk has no room for the largest part that would be made."""
+    groups = compaction.plan(target.published().parts, enough, mend)
+    largest = max((sum(part.n_bytes for part in group) for group in groups), default=0)
+    store.require_free(largest, f"Merging the parts of {target.id}")
+    compaction.run(target, used_of(store, target), progress, enough, mend)
 
 
 def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progress) -> None:

@@ -9,7 +9,6 @@ from saeflow import (
     activations,
     bring,
     catalog,
-    compaction,
     evaluate,
     features,
     forget,
@@ -84,7 +83,7 @@ def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
         if activations.artefact(store, recipe).id in run.record.inputs:
             features.refresh(store, run, progress)
             features.add_tables(store, run, recipe, progress)
-            compaction.run(run, features.used_of(store, run), progress, enough=2, mend=True)
+            features.merge_parts(store, run, progress, enough=2, mend=True)
     catalog.write(store)
 
 

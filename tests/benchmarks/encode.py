@@ -7,8 +7,8 @@ python -m tests.benchmarks.encode --quick    the first size with few rows, memor
 D = 512, K = 32, F = 4,096 and 16,384: a TopK autoencoder whose directions are those that the rows are made of (kind
 `superposed`, float16, in a real store). *Stage* is `features.run` from the store to published parts, both orders and
 all statistics, files flushed. *Product* is the encoder product alone over as many rows, in the quickest precision, on
-all threads. *Plain way* is what caches of this field do: float32 pre-activations and topk of torch, every value appended
-to lists, put together at the end, one safetensors file a range of features (`locations` int64 (n, 3), `activations`);
+all threads. *Plain way* is what delphi's cache of latents does: float32 pre-activations and topk of torch, scattered into a
+dense matrix, whose non-zeros are looked for and appended to lists, put together at the end, one safetensors file a range of features (`locations` int64 (n, 3), `activations`);
 it reads the same store. Each in turn, the median of three. Memory is the peak of a fresh process each.
 """
 
@@ -156,9 +156,11 @@ def plain(store: Store, recipe: Recipe, folder: Path) -> float:
     locations, values = [], []
     for first, rows in batches(store, recipe):
         top = torch.addmm(sae.b_enc, rows - sae.b_dec, sae.W_enc.t()).topk(k, dim=1)
-        sequence, at = (top.values > 0).nonzero(as_tuple=True)
-        locations.append(torch.stack([first + sequence, torch.zeros_like(at), top.indices[sequence, at]], 1))
-        values.append(top.values[sequence, at])
+        dense = torch.zeros(len(rows), n_features).scatter_(1, top.indices, top.values)
+        fires = dense.abs() > 1e-5
+        found = fires.nonzero()
+        locations.append(torch.stack([first + found[:, 0], torch.zeros(len(found), dtype=torch.int64), found[:, 1]], 1))
+        values.append(dense[fires])
     every, strengths = torch.cat(locations), torch.cat(values)
     for start, stop in ranges(n_features, -(-n_features // N_FILES)):
         mine = (every[:, 2] >= start) & (every[:, 2] < stop)
