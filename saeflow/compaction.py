@@ -48,7 +48,7 @@ MOST_VALUES = 2_000_000_000
 BUCKET_VALUES = 8_000_000
 """Values in one file of the order by feature, about."""
 
-PIECE_VALUES = 16_000_000
+PIECE_VALUES = 8_000_000
 """Values read, counted and written at once."""
 
 _PAIR_BYTES = 512 << 20
@@ -182,7 +182,7 @@ class _Merger:
         counted = self.whole and all(map(has_every_table, self.parts))
         for part in self.parts if counted else []:
             self.totals.absorb({name: self._table(part, name) for name in PART_TABLES})
-        writer = TokenMajorWriter(self.folder, PIECE_VALUES)
+        writer = TokenMajorWriter(self.folder, 2 * PIECE_VALUES)
         about: dict[int, TokenFacts] = {}
         for index, token_ids, sparse in in_order(self._read, self._pieces(), 1):
             if index not in about:
