@@ -92,7 +92,8 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 def encodings(schema: pa.Schema) -> dict[str, object]:
     """How columns are packed: measured in README, section on bytes."""
-    plain = {"token_id": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"}
+    split = dict.fromkeys(("value", "cosine", "logit"), "BYTE_STREAM_SPLIT")
+    plain = {"token_id": "DELTA_BINARY_PACKED"} | split
     return {
         "compression": "zstd",
         "compression_level": 1,

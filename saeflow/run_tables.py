@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
+import torch
 
 from saeflow import directions
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.disk import make_folder, replacing
+from saeflow.encoding import rounded
 from saeflow.feature_files import write_table
 from saeflow.feature_tables import RUN_TABLES
 from saeflow.model import load_model
@@ -35,8 +38,15 @@ def write(target: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, p
         table = directions.similar(sae.W_dec) if name == "similar.parquet" else _logits(recipe, sae, site)
         if table is not None:
             with replacing(target.path / name) as temporary:
-                write_table(temporary, table)
+                write_table(temporary, _rounded(table))
     return [f"{table}.parquet" for table in RUN_TABLES if (target.path / f"{table}.parquet").is_file()]
+
+
+def _rounded(table: pa.Table) -> pa.Table:
+    """Its last column, which is all numbers, with 11 significand bits, as values have: half the bytes."""
+    number = len(table.schema) - 1
+    numbers = torch.from_numpy(table.column(number).to_numpy().astype(np.float64))
+    return table.set_column(number, table.schema.field(number), pa.array(rounded(numbers).numpy()))
 
 
 def _logits(recipe: Recipe, sae: SparseAutoencoder, site: str) -> pa.Table | None:
