@@ -20,8 +20,8 @@ from saeflow.store import Store, store_path
 class OpenRun:
     """A run of a store, to be asked. Close it, or use it in a `with` block.
 
-    Answers are `pyarrow.Table`s whose buffers are DuckDB's own: nothing is copied and no Python object is made for a
-    row. `.to_pandas()` and `polars.from_arrow(table)` go on from there. Use it from one thread at a time.
+    Answers are `pyarrow.Table`s, with no Python object for a row. Those of `sql` are in DuckDB's own memory; those of named
+    questions it copies once inside itself, as planning a short statement twice takes longer. `.to_pandas()` and `polars.from_arrow(table)` go on from there. Use it from one thread at a time.
     """
 
     def __init__(self, store: Store, run: Run, connection: duckdb.DuckDBPyConnection) -> None:

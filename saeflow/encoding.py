@@ -347,6 +347,11 @@ class Readout:
         each = thresholds.detach().double().cpu().numpy()
         return cls(each, np.ones_like(each), np.zeros_like(each), k)
 
+    def on(self, place: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Thresholds, stretch and shift there."""
+        thresholds, stretch, shift = map(torch.from_numpy, (self.thresholds, self.stretch, self.shift))
+        return thresholds.to(place), stretch.to(place), shift.to(place)
+
 
 def encode(x: Tensor, encoder: Encoder, readout: Readout) -> SparseValues:
     """Exact encoding on the processor: float64 pre-activations chosen, then values rounded to 11 significand bits.
@@ -360,10 +365,10 @@ def encode(x: Tensor, encoder: Encoder, readout: Readout) -> SparseValues:
         return _encode_rows(x[slice(*part)].detach().float(), encoder, readout)
 
     parts = in_parallel(work, ranges(len(x), encoder.chunk_rows))
-    return SparseValues(*joined(parts)) if parts else SparseValues(*_nothing())
+    return SparseValues(*joined(parts)) if parts else SparseValues(*nothing())
 
 
-def _nothing() -> tuple[Offsets, Ids, Floats]:
+def nothing() -> tuple[Offsets, Ids, Floats]:
     return np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
@@ -400,17 +405,15 @@ def _kth(top: Chosen, k: int) -> Doubles:
 def encode_by_screen(x: Tensor, encoder: Encoder, readout: Readout) -> SparseValues:
     """The same on an accelerator: a quick product of all features, then candidates alone in float64.
 
-    Rows of PRODUCT_ENTRIES pre-activations at a time; what is sorted is sorted there.
+    `device_rows` rows at a time; what is sorted is sorted there.
     """
     parts = [_screened(x[start:stop], encoder, readout) for start, stop in ranges(len(x), encoder.device_rows)]
-    return SparseValues(*joined(parts)) if parts else SparseValues(*_nothing())
+    return SparseValues(*joined(parts)) if parts else SparseValues(*nothing())
 
 
 def _screened(x: Tensor, encoder: Encoder, readout: Readout) -> tuple[Offsets, Ids, Floats]:
     place = encoder.w_enc.device
-    thresholds, stretch, shift = (
-        torch.from_numpy(each).to(place) for each in (readout.thresholds, readout.stretch, readout.shift)
-    )
+    thresholds, stretch, shift = readout.on(place)
     low, row_bounds = encoder.bounded(x.float())
     pre = encoder.pre_activations(low).float()
     widest = torch.from_numpy(row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()).to(place)
@@ -450,10 +453,8 @@ def _places_in_rows(rows: Tensor, values: Tensor, n_rows: int) -> Tensor:
 
 
 def encode_anywhere(x: Tensor, w_enc: Tensor, b_enc: Tensor, b_in: Tensor, readout: Readout) -> SparseValues:
-    """The same on any device by a dense float64 product, for comparison and for accelerators."""
-    thresholds, stretch, shift = (
-        torch.from_numpy(each).to(w_enc.device) for each in (readout.thresholds, readout.stretch, readout.shift)
-    )
+    """The same on any device by a dense float64 product, for comparison."""
+    thresholds, stretch, shift = readout.on(w_enc.device)
     parts = []
     for start, stop in ranges(len(x), 1024):
         pre = (x[start:stop].double() - b_in.double()) @ w_enc.double().t() + b_enc.double()
@@ -465,7 +466,7 @@ def encode_anywhere(x: Tensor, w_enc: Tensor, b_enc: Tensor, b_in: Tensor, reado
         rows, ids = values.nonzero(as_tuple=True)
         starts = torch.bincount(rows, minlength=stop - start).cumsum(0).cpu().numpy()
         parts.append((np.concatenate([[0], starts]), ids.int().cpu().numpy(), values[rows, ids].cpu().numpy()))
-    return SparseValues(*joined(parts)) if parts else SparseValues(*_nothing())
+    return SparseValues(*joined(parts)) if parts else SparseValues(*nothing())
 
 
 def rounded(values: Tensor) -> Tensor:

@@ -21,29 +21,29 @@ ROW_GROUP = 122_880
 
 def write_token_major(folder: Path, token_ids: np.ndarray, sparse: SparseValues) -> None:
     """Values of these tokens (ascending), sorted by token, then feature."""
-    owners = np.repeat(token_ids, np.diff(sparse.row_starts))
     ends = (int(token_ids[0]), int(token_ids[-1])) if len(token_ids) else (0, 0)
-    write_values(
-        folder, "token_major", ends, {"token_id": owners, "feature_id": sparse.feature_ids, "value": sparse.values}
-    )
+    write_values(folder, "token_major", ends, _by_token(token_ids, sparse))
 
 
-def write_feature_major(folder: Path, token_ids: np.ndarray, entries: FeatureMajor, first: int = 0) -> None:
-    """Values of the features from `first` on, sorted by feature, then token; rows count in `token_ids`."""
+def _by_token(token_ids: np.ndarray, sparse: SparseValues) -> dict[str, np.ndarray]:
+    owners = np.repeat(token_ids, np.diff(sparse.row_starts))
+    return {"token_id": owners, "feature_id": sparse.feature_ids, "value": sparse.values}
+
+
+def write_feature_major(folder: Path, token_ids: np.ndarray, entries: FeatureMajor) -> None:
+    """Values of all features, sorted by feature, then token; rows count in `token_ids`."""
     n_features = len(entries.feature_starts) - 1
-    ids = np.repeat(np.arange(first, first + n_features, dtype=np.int32), np.diff(entries.feature_starts))
+    ids = np.repeat(np.arange(n_features, dtype=np.int32), np.diff(entries.feature_starts))
     columns = {"feature_id": ids, "token_id": token_ids[entries.rows], "value": entries.values}
-    write_values(folder, "feature_major", (first, first + n_features - 1), columns)
+    write_values(folder, "feature_major", (0, n_features - 1), columns)
 
 
-def write_values(folder: Path, order: str, ends: tuple[int, int], columns: Mapping[str, np.ndarray]) -> Path:
+def write_values(folder: Path, order: str, ends: tuple[int, int], columns: Mapping[str, np.ndarray]) -> None:
     """One more file of an order; `ends` are the first and last feature, or token, that it may hold."""
-    path = next_file(folder, order, ends)
-    write_table(path, pa.table(dict(columns), VALUES[order]))
-    return path
+    write_table(_next_file(folder, order, ends), pa.table(dict(columns), VALUES[order]))
 
 
-def next_file(folder: Path, order: str, ends: tuple[int, int]) -> Path:
+def _next_file(folder: Path, order: str, ends: tuple[int, int]) -> Path:
     place = folder / order / f"low={ends[0]}" / f"high={ends[1]}"
     return place / f"{len(list(place.glob('*.parquet'))):03d}.parquet"
 
@@ -63,10 +63,9 @@ class TokenMajorWriter:
             schema = VALUES["token_major"]
             self._open = pq.ParquetWriter(self.folder / _UNNAMED, schema, **encodings(schema))
             self._n_values, self._ends = 0, (int(token_ids[0]), 0)
-        owners = np.repeat(token_ids, np.diff(sparse.row_starts))
-        columns = {"token_id": owners, "feature_id": sparse.feature_ids, "value": sparse.values}
-        self._open.write_table(pa.table(columns, VALUES["token_major"]), row_group_size=ROW_GROUP)
-        self._n_values += len(owners)
+        table = pa.table(_by_token(token_ids, sparse), VALUES["token_major"])
+        self._open.write_table(table, row_group_size=ROW_GROUP)
+        self._n_values += len(table)
         self._ends = self._ends[0], int(token_ids[-1])
         if self._n_values >= self.file_values:
             self.close()
@@ -77,7 +76,7 @@ class TokenMajorWriter:
             return
         self._open.close()
         self._open = None
-        path = next_file(self.folder, "token_major", self._ends)
+        path = _next_file(self.folder, "token_major", self._ends)
         path.parent.mkdir(parents=True)
         (self.folder / _UNNAMED).rename(path)
 

@@ -27,7 +27,6 @@ from saeflow.store import Store
 
 log = logging.getLogger(__name__)
 
-OWN = "own"
 COLUMNS = ("feature_id", "label", "score")
 _ALIASES = {"feature": "feature_id", "index": "feature_id", "description": "label", "explanation": "label"}
 _LONGEST = 10_000

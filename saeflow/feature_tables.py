@@ -10,8 +10,6 @@ import pyarrow as pa
 ORDERS = ("feature_major", "token_major")
 """Every non-zero value, twice. A file lies in folders `low=<first>/high=<last>/`, which say what it may hold."""
 
-FIRST_LAST = ("low", "high")
-
 TOP = 50
 """Features kept for each feature that fire with it, or are similar to it."""
 

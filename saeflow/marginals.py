@@ -5,6 +5,7 @@ Counts, maxima and histograms are exact however a part is cut; sums are in float
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -39,7 +40,7 @@ class Totals:
         self.sum_squares = np.zeros(n_features)
         self.max_value = np.zeros(n_features, np.float32)
         self._codes: dict[Source, int] = {REST: 0}
-        self._encoded: dict[tuple[int, int], int] = {}
+        self._encoded: Counter[tuple[int, int]] = Counter()
         self._grouped: dict[str, list[Grouped]] = {}
         self._together = np.empty((0, 3), np.int64)
 
@@ -48,7 +49,7 @@ class Totals:
         codes, bands = self._own_codes(facts)[facts.mask], facts.bands[facts.mask]
         pairs, counts = np.unique(np.stack([codes, bands]), axis=1, return_counts=True)
         for code, band, n in zip(*pairs.tolist(), counts.tolist(), strict=True):
-            self._encoded[code, band] = self._encoded.get((code, band), 0) + n
+            self._encoded[code, band] += n
 
     def add(
         self, facts: TokenFacts, sparse: SparseValues, entries: FeatureMajor, stats: bool = True, pairs: bool = True
@@ -89,7 +90,7 @@ class Totals:
         seen = tables["encoded_tokens"]
         _, _, bands, n = columns["encoded_tokens"]
         for code, band, count in zip(self._codes_in(seen).tolist(), bands.tolist(), n.tolist(), strict=True):
-            self._encoded[code, band] = self._encoded.get((code, band), 0) + count
+            self._encoded[code, band] += count
 
     def _codes_in(self, table: pa.Table) -> Ids:
         pairs = zip(table.column("source").to_pylist(), table.column("is_rest").to_pylist(), strict=True)
@@ -156,11 +157,11 @@ class Totals:
 
     def _kept_sources(self) -> tuple[Ids, list[Source]]:
         """For each code the row it is counted in: of the sources with most tokens its own, else that of the rest."""
-        tokens: dict[int, int] = {}
+        tokens: Counter[int] = Counter()
         for (code, _), n in self._encoded.items():
-            tokens[code] = tokens.get(code, 0) + n
+            tokens[code] += n
         named = [source for source in self._codes if source != REST]
-        named.sort(key=lambda s: (-tokens.get(self._codes[s], 0), s[0] is None, s[0] or ""))
+        named.sort(key=lambda s: (-tokens[self._codes[s]], s[0] is None, s[0] or ""))
         rows = [*named[:MOST_SOURCES], REST]
         place = {source: i for i, source in enumerate(rows)}
         return np.array([place.get(source, len(rows) - 1) for source in self._codes], np.int32), rows
@@ -175,10 +176,9 @@ class Totals:
 
     def _seen(self) -> list[np.ndarray]:
         place, rows = self._kept_sources()
-        counts: dict[tuple[int, int], int] = {}
+        counts: Counter[tuple[int, int]] = Counter()
         for (code, band), n in self._encoded.items():
-            key = (int(place[code]), band)
-            counts[key] = counts.get(key, 0) + n
+            counts[int(place[code]), band] += n
         keys = sorted(counts)
         names = np.array([rows[row][0] for row, _ in keys], object)
         is_rest = np.array([rows[row][1] for row, _ in keys], bool)

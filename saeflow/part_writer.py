@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from saeflow import encoding
 from saeflow.encoding import SparseValues, feature_major
 from saeflow.feature_files import write_feature_major, write_table, write_token_major
 from saeflow.marginals import Totals
@@ -39,21 +40,12 @@ class PartWriter:
             write_table(self.folder / f"{name}.parquet", table)
 
     def _write(self) -> None:
-        token_ids, sparse = joined(self._held)
+        nothing = np.empty(0, np.int64), SparseValues(*encoding.nothing())
+        ids, values = zip(*(self._held or [nothing]), strict=True)
+        token_ids, sparse = np.concatenate(ids), SparseValues(*encoding.joined(list(values)))
         self._held, self._n_held = [], 0
         entries = feature_major(sparse, self.totals.n_features)
         write_token_major(self.folder, token_ids, sparse)
         write_feature_major(self.folder, token_ids, entries)
         self.totals.add(self.about.of(token_ids), sparse, entries)
         self.counts["n_values"] += len(sparse.values)
-
-
-def joined(held: list[tuple[np.ndarray, SparseValues]]) -> tuple[np.ndarray, SparseValues]:
-    """Batches end to end."""
-    if not held:
-        nothing = SparseValues(np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
-        return np.empty(0, np.int64), nothing
-    counts = [np.diff(sparse.row_starts) for _, sparse in held]
-    starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-    ids, values = (np.concatenate([getattr(sparse, name) for _, sparse in held]) for name in ("feature_ids", "values"))
-    return np.concatenate([token_ids for token_ids, _ in held]), SparseValues(starts, ids, values)

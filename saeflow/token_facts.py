@@ -28,10 +28,6 @@ class TokenFacts:
     sources: list[Source]
     """By code."""
 
-    @property
-    def last_token(self) -> int:
-        return self.first_token + len(self.mask) - 1
-
     def of(self, token_ids: np.ndarray) -> TokenFacts:
         """Those of some tokens."""
         at = token_ids - self.first_token
@@ -53,11 +49,6 @@ def facts_of(used: Used, index: int) -> TokenFacts:
 def bands_of(positions: np.ndarray) -> np.ndarray:
     """int32: 0 of position 0, and b of the positions from 2^(b - 1) to 2^b - 1."""
     return np.frexp(positions.astype(np.float64))[1].astype(np.int32)
-
-
-def n_bands(length: int) -> int:
-    """How many there are in sequences of this length."""
-    return int(bands_of(np.array([length - 1]))[0]) + 1
 
 
 def _sources(used: Used, index: int, owners: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[Source]]:

@@ -182,12 +182,16 @@ def quiet() -> Progress:
     return Progress(verbosity=-1)
 
 
+NOT_COMPARED = ("provenance.json", "catalog.sql")
+"""Files in which equal stores differ: times and hosts; absolute paths."""
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder but provenance.json, catalog.sql (it names absolute paths) and locks: equal trees hold equal bytes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("provenance.json", "catalog.sql") and "locks" not in path.parts
+        if path.is_file() and path.name not in NOT_COMPARED and "locks" not in path.parts
     }
 
 

@@ -44,7 +44,7 @@ from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.training import CHECKPOINT, STATE, Batch, is_whole
 from tests.s3_server import SECRET, Server, s3_server
-from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
+from tests.small_pipeline import NOT_COMPARED, Ingredients, documents, quiet, recipe_data, tree, write_corpus
 
 numbers = itertools.count()
 
@@ -98,7 +98,7 @@ def another_machine(tmp_path: Path) -> Iterator[Path]:
 def there(server: Server, url: str) -> dict[str, bytes]:
     """The objects of a store by their path in it, as `tree` gives a folder's files."""
     found = server.files("bucket", url.removeprefix("s3://bucket/"))
-    return {key: content for key, content in found.items() if not key.endswith(("provenance.json", "catalog.sql"))}
+    return {key: content for key, content in found.items() if not key.endswith(NOT_COMPARED)}
 
 
 def here(store: Store) -> dict[str, bytes]:

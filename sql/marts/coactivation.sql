@@ -2,7 +2,8 @@
 --
 -- Grain:   one row per other feature that fires at least once there, the largest Jaccard first. With a shift the
 --          feature itself may be among them.
--- Reads:   stg_feature_major, stg_token_major, stg_feature_stats, stg_size, stg_shape, token_owners
+-- Reads:   stg_feature_major, stg_token_major, stg_feature_stats, stg_size, stg_shape, token_owners,
+--          jaccard_index, mutual_information
 -- Units:   n_both counts the tokens t at which the feature fires and the other one at t + shift, in the same sequence
 --          and document. n_feature and n_other count all tokens at which each fires, N the encoded tokens.
 --          jaccard = n_both / (n_feature + n_other - n_both); pmi = log2(n_both * N / (n_feature * n_other)), in bits.
@@ -35,9 +36,9 @@ select
     other_id,
     counts.n_both,
     own.n_feature,
-    others.n_tokens                                                          as n_other,
-    counts.n_both / (own.n_feature + others.n_tokens - counts.n_both)        as jaccard,
-    log2(counts.n_both * n_encoded_tokens::double / (own.n_feature::double * others.n_tokens)) as pmi
+    others.n_tokens                                                                     as n_other,
+    jaccard_index(counts.n_both, own.n_feature, others.n_tokens)                        as jaccard,
+    mutual_information(counts.n_both, own.n_feature, others.n_tokens, n_encoded_tokens) as pmi
 from counts
 join stg_feature_stats as others on others.feature_id = other_id
 cross join own

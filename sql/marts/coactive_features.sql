@@ -1,7 +1,8 @@
 -- Which features fire with a feature: the stored ones, at once.
 --
 -- Grain:   one row per other feature, at most 50 from each part, the largest Jaccard first.
--- Reads:   stg_coactivation, stg_feature_stats, stg_size, feature_names
+-- Reads:   stg_coactivation, stg_feature_stats, stg_size, feature_names, jaccard_index,
+--          mutual_information
 -- Units:   n_both counts tokens: exact in a compacted run, else a lower bound, as a part keeps the 50 nearest of each
 --          feature. n_other counts all tokens at which the other fires; jaccard and pmi (bits) as in coactivation,
 --          which counts them again from the values. label is the other feature's.
@@ -18,9 +19,9 @@ select
     other_id,
     feature_names.label,
     found.n_both,
-    others.n_tokens                                                          as n_other,
-    found.n_both / (own.n_feature + others.n_tokens - found.n_both)          as jaccard,
-    log2(found.n_both * n_encoded_tokens::double / (own.n_feature::double * others.n_tokens)) as pmi
+    others.n_tokens                                                                    as n_other,
+    jaccard_index(found.n_both, own.n_feature, others.n_tokens)                        as jaccard,
+    mutual_information(found.n_both, own.n_feature, others.n_tokens, n_encoded_tokens) as pmi
 from found
 join stg_feature_stats as others on others.feature_id = other_id
 cross join own

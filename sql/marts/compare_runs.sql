@@ -1,7 +1,7 @@
 -- Which feature of one run does the work of which in another.
 --
 -- Grain:   one row per feature of run a, dead ones too.
--- Reads:   stg_feature_stats and stg_token_major of all runs side by side, stg_runs
+-- Reads:   stg_feature_stats and stg_token_major of all runs side by side, stg_runs, jaccard_index
 -- Units:   a and b are schema names of the view runs, of the same tokens. match_id is the feature of b that fires on
 --          most of the same tokens: jaccard = tokens at which both fire / tokens at which either fires (null if none
 --          fires with it), on every s-th token, s odd, about 16,000 in all that both runs encoded. Of equals the
@@ -59,7 +59,7 @@ matches as (
     select
         pairs.feature_id,
         pairs.match_id,
-        pairs.n_both / (counts_a.n_fired + counts_b.n_fired - pairs.n_both) as jaccard
+        jaccard_index(pairs.n_both, counts_a.n_fired, counts_b.n_fired) as jaccard
     from pairs
     join counts_a using (feature_id)
     join counts_b on counts_b.feature_id = pairs.match_id

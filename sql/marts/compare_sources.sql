@@ -1,7 +1,7 @@
 -- How often and how strongly each feature fires in one source of documents against another.
 --
 -- Grain:   one row per feature, dead ones too; the largest difference of rates first.
--- Reads:   stg_token_major, stg_tokens, stg_documents, stg_feature_stats
+-- Reads:   stg_token_major, stg_tokens, stg_documents, stg_feature_stats, log2_rate_ratio
 -- Units:   rate is a share of the source's own real tokens (null if it has none); mean_value is over the
 --          tokens at which the feature fires there; differences are a minus b; log2_ratio compares the
 --          rates with half a token added to each count, so that it is always finite (null if the feature
@@ -51,10 +51,7 @@ select
     rate_a,
     rate_b,
     rate_a - rate_b             as rate_difference,
-    case
-        when n_tokens_a + n_tokens_b > 0 and tokens_a > 0 and tokens_b > 0
-            then log2((n_tokens_a + 0.5) / (tokens_a + 1)) - log2((n_tokens_b + 0.5) / (tokens_b + 1))
-    end                         as log2_ratio,
+    log2_rate_ratio(n_tokens_a, tokens_a, n_tokens_b, tokens_b) as log2_ratio,
     mean_value_a,
     mean_value_b,
     mean_value_a - mean_value_b as mean_value_difference

@@ -1,7 +1,7 @@
 -- How differently each feature fires in two sources of documents: from stored counts, at once.
 --
 -- Grain:   one row per feature, dead ones too; the largest effect first.
--- Reads:   stg_feature_sources, stg_encoded_tokens, stg_feature_stats
+-- Reads:   stg_feature_sources, stg_encoded_tokens, stg_feature_stats, log2_rate_ratio
 -- Units:   rate is a share of the source's encoded tokens (null if it has none); cohens_h = 2 asin(sqrt(rate_a)) -
 --          2 asin(sqrt(rate_b)) (Cohen 1988: 0.2 small, 0.5 medium, 0.8 large); log2_ratio compares the rates with half
 --          a token added to each count (null if the feature fires in neither). mean_value is over the tokens at which
@@ -49,10 +49,7 @@ select
     rate_a,
     rate_b,
     2 * asin(sqrt(rate_a)) - 2 * asin(sqrt(rate_b)) as cohens_h,
-    case
-        when n_tokens_a + n_tokens_b > 0
-            then log2((n_tokens_a + 0.5) / (tokens_a + 1)) - log2((n_tokens_b + 0.5) / (tokens_b + 1))
-    end                                             as log2_ratio,
+    log2_rate_ratio(n_tokens_a, tokens_a, n_tokens_b, tokens_b) as log2_ratio,
     mean_value_a,
     mean_value_b
 from rates

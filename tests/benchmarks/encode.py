@@ -105,13 +105,10 @@ def stage(store: Store, recipe: Recipe) -> float:
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
-def compact(store: Store, recipe: Recipe) -> float | None:
-    """Tokens/s of compacting the run that `stage` left; None where this version of saeflow has nothing to do so."""
-    work: Callable[..., Any] | None = getattr(features, "compact", None)
-    if work is None:
-        return None
+def compact(store: Store, recipe: Recipe) -> float:
+    """Tokens/s of compacting the run that `stage` left."""
     began = time.perf_counter()
-    work(store, recipe, QUIET, 2)
+    features.compact(store, recipe, QUIET, 2)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 

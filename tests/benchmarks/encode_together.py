@@ -23,6 +23,7 @@ from saeflow.progress import Progress
 from saeflow.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 from tests.benchmarks._pipe import Pipe
+from tests.small_pipeline import tree
 
 QUIET = Progress(verbosity=-1)
 KS = (16, 32, 64)
@@ -41,15 +42,6 @@ def recipes(n_rows: int, n_features: int, n_parts: int = 8) -> list[Recipe]:
         )
         for k in KS
     ]  # fmt: skip
-
-
-def files_of(store: Store) -> dict[str, bytes]:
-    root = store.root / "features"
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != "provenance.json"
-    }
 
 
 def measured(store: Store, groups: Sequence[Sequence[Recipe]], pipe: Pipe) -> tuple[float, int]:
@@ -89,7 +81,7 @@ def main() -> None:
                     each, _ = measured(apart, [[recipe] for recipe in three], pipe)
                     ratios.setdefault(name, []).append(many / each)
                     bytes_ratio = read / one_bytes
-                    same = same and files_of(together) == files_of(apart)
+                    same = same and tree(together.root / "features") == tree(apart.root / "features")
                     print(f"  {name}: {many:.1f} s together, {each:.1f} s apart", flush=True)
     middle = {name: statistics.median(each) for name, each in ratios.items()}
     spread = {name: max(each) - min(each) for name, each in ratios.items()}

@@ -27,6 +27,7 @@ from saeflow.store import Store
 from tests.benchmarks import _superposed
 from tests.benchmarks._bars import Bar, arguments, report
 from tests.benchmarks._pipe import Pipe
+from tests.small_pipeline import tree
 
 QUIET = Progress(verbosity=-1)
 WIDTH, N_SAES = 256, 8
@@ -45,15 +46,6 @@ def a_recipe(folder: Path, n_rows: int, n_features: int) -> Recipe:
             "sweep": {"grid": {"sae.k": [8, 16, 24, 32], "train.lr": [5e-4, 1e-3]}},
         }
     )
-
-
-def files_of(store: Store) -> dict[str, bytes]:
-    root = Path(store.name) / "saes"
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != "provenance.json"
-    }
 
 
 def measured(store: Store, recipes: list[Recipe], pipe: Pipe) -> tuple[float, int]:
@@ -89,7 +81,7 @@ def main() -> None:
                 each, _ = measured(apart, members, pipe)
                 ratios.setdefault(name, []).append(many / each)
                 bytes_ratio = n_bytes / one_bytes
-                same = same and files_of(together) == files_of(apart)
+                same = same and tree(together.root / "saes") == tree(apart.root / "saes")
                 print(f"  {name}: {many:.1f} s together, {each:.1f} s apart", flush=True)
     middle = {name: statistics.median(each) for name, each in ratios.items()}
     spread = {name: max(each) - min(each) for name, each in ratios.items()}

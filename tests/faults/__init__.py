@@ -23,6 +23,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
+from tests.small_pipeline import NOT_COMPARED
+
 Fault = Literal["SIGKILL", "SIGTERM", "SIGINT", "disk full"]
 FAULTS: tuple[Fault, ...] = ("SIGKILL", "SIGTERM", "SIGINT", "disk full")
 EXIT_CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 130, "SIGINT": 130, "disk full": 2}
@@ -220,13 +222,11 @@ class Runner:
             return differences(self.undisturbed, store)
 
 
-_OWN = ("provenance.json", "catalog.sql")
-"""Times and hosts; absolute paths."""
-
-
 def differences(a: Path, b: Path) -> list[str]:
     """What `diff -r -x provenance.json -x catalog.sql a b` would say: files on one side only, files of other bytes."""
-    files_a, files_b = ({str(p.relative_to(root)) for p in root.rglob("*") if p.name not in _OWN} for root in (a, b))
+    files_a, files_b = (
+        {str(p.relative_to(root)) for p in root.rglob("*") if p.name not in NOT_COMPARED} for root in (a, b)
+    )
     both = sorted(name for name in files_a & files_b if (a / name).is_file())
     found = [f"only in {a.name}: {name}" for name in sorted(files_a - files_b)]
     found += [f"only in {b.name}: {name}" for name in sorted(files_b - files_a)]
