@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow import activations, arrays, compaction, imported, interchange, run_tables, train
+from saeflow import activations, arrays, checks, compaction, imported, interchange, run_tables, train
 from saeflow.artefact import Artefact, Job
 from saeflow.config import Recipe
 from saeflow.coverage import covered
@@ -145,10 +145,16 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
 
 def run_all(store: Store, recipe: Recipe, progress: Progress) -> None:
     """Encode every SAE of a sweep; those of one site in one reading."""
-    members = recipe.members()
-    sites = [facts(store, member)["site"] for member in members]
-    for site in dict.fromkeys(sites):
-        run_together(store, [member for member, own in zip(members, sites, strict=True) if own == site], progress)
+    for group in by_site(store, recipe):
+        run_together(store, group, progress)
+
+
+def by_site(store: Store, recipe: Recipe) -> list[list[Recipe]]:
+    """The SAEs of a recipe, those together that read one site."""
+    groups: dict[str, list[Recipe]] = {}
+    for member in recipe.members():
+        groups.setdefault(facts(store, member)["site"], []).append(member)
+    return list(groups.values())
 
 
 def run_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> None:
@@ -166,15 +172,8 @@ def run_together(store: Store, recipes: Sequence[Recipe], progress: Progress) ->
 
 
 @contextlib.contextmanager
-def encoding(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job]:
-    """The parts that are missing and how to make one; publishes when the block ends well."""
-    with encoding_together(store, [recipe], progress) as job:
-        yield job
-
-
-@contextlib.contextmanager
 def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> Iterator[Job]:
-    """The same for several SAEs: a part is made for each of them that lacks it."""
+    """The parts that an SAE lacks and how to make one for each of them; publishes when the block ends well."""
     first = recipes[0]
     wanted = activations.artefact(store, first).published().parts
     used = Used.of(activations.tokens_artefact(store, first), first.activations)
@@ -202,8 +201,8 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
             n_values = sum(target.published().total("n_values") for target in targets)
             progress.skip("features", f"{n_values:,} values")
             yield Job([], lambda index: next(iter(targets)).made[index])
-        for target in targets:
-            publish(target, used, inputs)
+        for target, recipe in targets.items():
+            publish(store, target, used, inputs, progress, recipe.features.check_values)
 
 
 def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None = None) -> None:
@@ -236,9 +235,18 @@ def used_of(store: Store, target: Artefact) -> Used:
     return Used.from_facts(store.by_id(target.record.inputs[0]), target.record.facts)
 
 
-def publish(target: Artefact, used: Used, inputs: Mapping[int, dict[str, str]]) -> None:
-    """Show the parts that follow from these inputs; a compacted one that holds more is written again without it."""
-    target.publish(compaction.settled(target, used, inputs))
+def publish(
+    store: Store, target: Artefact, used: Used, inputs: Mapping[int, dict[str, str]], progress: Progress,
+    check_values: int = checks.MOST_VALUES,
+) -> None:  # fmt: skip
+    """Show the parts that follow from these inputs; a compacted one that holds more is written again without it.
+
+    New ones are checked first, at most so many values of them. Raises UserError where a check finds something.
+    """
+    generation, parts = target.generation(), compaction.settled(target, used, inputs)
+    known = {part.folder for part in generation.parts} if generation else set()
+    checks.require(store, target, [part for part in parts if part.folder not in known], check_values, progress)
+    target.publish(parts)
 
 
 def refresh(store: Store, target: Artefact, progress: Progress) -> list[int]:
@@ -254,5 +262,5 @@ def refresh(store: Store, target: Artefact, progress: Progress) -> list[int]:
             with progress.bar("features", sum(part.counts["n_tokens"] for part in stale), "tokens") as bar:
                 for part in stale:
                     encoder.encode(part, bar)
-        publish(target, encoder.used, inputs)
+        publish(store, target, encoder.used, inputs, progress)
     return [part.index for part in stale]

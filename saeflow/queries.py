@@ -1,4 +1,4 @@
-"""Questions to a run: named ones from `sql/marts`, statements that only read, and the checks of `sql/checks`.
+"""Questions to a run: named ones from `sql/marts`, and statements that only read.
 
 Values travel as prepared parameters; names are looked up among the files of `sql/`.
 """
@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import duckdb
 import pyarrow as pa
 
+from saeflow.checks import check
 from saeflow.harmless import brief, sanitise
 from saeflow.query_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.questions import GROUPS, Arguments, Parameter, Question, Value, find, named, questions
-from saeflow.runs import Run, connect, nearest, runs, script, sql_folder
+from saeflow.runs import Run, connect, nearest, runs, script
 from saeflow.sections import UserError
 
 __all__ = [
@@ -84,12 +85,6 @@ def query(
     _refuse_nonsense(sql)
     _refuse_writes(connection, sql, parameters)
     return _fetch(connection, sql, parameters, "The query", limit)
-
-
-def check(connection: duckdb.DuckDBPyConnection, limit: int = 1000) -> list[tuple[str, pa.Table]]:
-    """Each invariant of `sql/checks` with the rows that break it, at most `limit` of them; none is good."""
-    paths = sorted((sql_folder() / "checks").glob("*.sql"))
-    return [(path.stem, _fetch(connection, path.read_text("utf-8"), (), path.stem, limit)) for path in paths]
 
 
 def _listed(value: Value) -> list[object]:

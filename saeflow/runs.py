@@ -135,14 +135,39 @@ def open_run(
     for skipped in (other for other in every if other.problem):
         log.warning("%s is left out: %s", sanitise(skipped.artefact.id), skipped.problem)
     current = _choose(store, every, run)
-    connection = duckdb.connect(config=_settings(memory_limit, threads))
-    if store.objects is not None:
-        connection.register_filesystem(ObjectFiles(store.objects))
+    connection = _opened(store, memory_limit, threads)
     for statement in definitions(every, current):
         connection.execute(statement)
     _keep_small_tables(connection, current)
     _harden(connection, every)
     return current, connection
+
+
+def _opened(store: Store, memory_limit: str | None = None, threads: int | None = None) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(config=_settings(memory_limit, threads))
+    if store.objects is not None:
+        connection.register_filesystem(ObjectFiles(store.objects))
+    return connection
+
+
+def connect_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord]) -> duckdb.DuckDBPyConnection:
+    """A connection that sees only these parts of a run, published or not, and their tokens: for the checks."""
+    tokens = store.by_id(next(name for name in artefact.record.inputs if name.startswith("tokens/")))
+    generation = tokens.published()
+    known = {index for part in parts for index in covered(part)}
+    run = Run(
+        artefact,
+        artefact.name,
+        _tables(artefact, parts, tokens, [part for part in generation.parts if part.index in known]),
+        facts=json.dumps(artefact.record.facts),
+        hidden=generation.hidden_ids,
+        shape=_shape(artefact, tokens, parts),
+    )
+    connection = _opened(store)
+    for statement in (_sources(run, [run]), *_texts("staging"), *SETTINGS):
+        connection.execute(statement)
+    _harden(connection, [run])
+    return connection
 
 
 def _keep_small_tables(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
@@ -200,15 +225,7 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
     tokens = store.by_id(inputs[0])
     generation = tokens.published()
     shown = _shown(artefact, generation)
-    files = _files(artefact, shown, [*ORDERS, *PART_TABLES])
-    files |= _files(tokens, generation.parts, ["tokens", "documents", "vocab_blocks"])
-    files |= {"vocab": [tokens.location(tokens.path / "vocab.parquet")]}
-    own = {file.name for file in artefact.record.files}
-    files |= {
-        table: [artefact.location(artefact.path / f"{table}.parquet")]
-        for table in RUN_TABLES
-        if f"{table}.parquet" in own
-    }
+    files = _tables(artefact, shown, tokens, generation.parts)
     for found in (each for item in (artefact, tokens) for each in damage(item, full=False)):
         raise UserError(found.problem)
     for table in (*ORDERS, "feature_stats", "tokens", "documents", "vocab"):
@@ -225,13 +242,31 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
         n_tokens=n_tokens or None,
         hidden=generation.hidden_ids,
         left_out=_left_out(shown, tokens, generation),
-        shape={
-            "context_length": tokens.record.facts.get("context_length"),
-            "n_features": artefact.record.facts.get("n_features"),
-            "has_marginals": all(map(has_every_table, shown)),
-        },
+        shape=_shape(artefact, tokens, shown),
         labels=label_files(store, sae) if (sae := sae_of(artefact)) else (),
     )
+
+
+def _tables(
+    artefact: Artefact, shown: Sequence[PartRecord], tokens: Artefact, token_parts: Sequence[PartRecord]
+) -> dict[str, Sequence[str]]:
+    """Files of a run by table: of its parts, of the parts of the tokens, and those beside the parts."""
+    own = {file.name for file in artefact.record.files}
+    beside = (table for table in RUN_TABLES if f"{table}.parquet" in own)
+    return {
+        **_files(artefact, shown, [*ORDERS, *PART_TABLES]),
+        **_files(tokens, token_parts, ["tokens", "documents", "vocab_blocks"]),
+        "vocab": [tokens.location(tokens.path / "vocab.parquet")],
+        **{table: [artefact.location(artefact.path / f"{table}.parquet")] for table in beside},
+    }
+
+
+def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) -> dict[str, int | None]:
+    return {
+        "context_length": tokens.record.facts.get("context_length"),
+        "n_features": artefact.record.facts.get("n_features"),
+        "has_marginals": all(map(has_every_table, shown)),
+    }
 
 
 def sae_of(artefact: Artefact) -> str | None:

@@ -353,6 +353,11 @@ class FeaturesConfig(Section):
     device: str = Field(
         "auto", description="`auto`, `cpu` or `cuda`: where the encoder's product runs (on a GPU not tried yet)."
     )
+    check_values: NonNegativeInt = Field(
+        20_000_000,
+        description="Values of new parts that are counted again before they are published, about a second for two million; "
+        "0: none. `saeflow verify --full` checks all.",
+    )
     compact_parts: PositiveInt = Field(
         16, ge=2, description="A run merges its parts by itself from so many on; `saeflow compact` does it at any time."
     )

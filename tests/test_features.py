@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from saeflow import activations, arrays, bring, features, interchange, part_writer, queries, tokens, train
+from saeflow import activations, arrays, bring, checks, features, interchange, part_writer, queries, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json
 from saeflow.model import Site
-from saeflow.sections import UserError
+from saeflow.part_writer import PartWriter
+from saeflow.sections import FeaturesConfig, UserError
 from saeflow.store import Store
 from saeflow.used import Used
 from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, value_file, write_table
@@ -280,3 +281,43 @@ def test_a_run_names_what_it_was_made_from(trained):
     assert all(store.by_id(name).exists() for name in record.inputs)
     assert record.facts["n_features"] == 64
     assert read_json(train.artefact(store, recipes["relu"]).path / "cfg.json")["d_sae"] == 64
+
+
+def miscounting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on one feature of each new part is said to fire once more often than it does."""
+
+    def wrong(self: PartWriter) -> None:
+        self.totals.n_tokens[0] += 1
+        close(self)
+
+    close = PartWriter.close
+    monkeypatch.setattr(PartWriter, "close", wrong)
+
+
+def test_parts_that_break_a_check_are_never_published_and_are_made_again(trained, tmp_path, monkeypatch):
+    recipe = trained[1]["topk"]
+    store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
+    whole = tree(features.artefact(store, recipe).path)
+    shutil.rmtree(features.artefact(store, recipe).path)
+    with monkeypatch.context() as patch:
+        miscounting(patch)
+        with pytest.raises(UserError, match=r"breaks \d+ checks: .*stats_agree \(1 rows\)"):
+            encoded(store, recipe)
+    assert features.artefact(store, recipe).generation() is None
+    assert features.artefact(store, recipe).part_folders() == set()
+    assert tree(encoded(store, recipe).path) == whole
+
+
+def test_checks_after_an_encoding_look_at_the_values_asked_for(trained, tmp_path, monkeypatch):
+    recipe = trained[1]["topk"]
+    parts = features.artefact(trained[0], recipe).published().parts
+    n_values = [part.counts["n_values"] for part in parts]
+    assert checks.chosen(parts, 0) == []
+    assert checks.chosen(parts, 1) == [parts[-1]]
+    assert checks.chosen(parts, n_values[-1] + n_values[-2]) == list(parts[-2:])
+    assert checks.chosen(parts, sum(n_values)) == list(parts)
+    store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
+    shutil.rmtree(features.artefact(store, recipe).path)
+    miscounting(monkeypatch)
+    unchecked = recipe.model_copy(update={"features": FeaturesConfig(check_values=0)})
+    assert encoded(store, unchecked).published().total("n_values") == sum(n_values)

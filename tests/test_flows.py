@@ -25,7 +25,7 @@ from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
 from flows.tokens import tokens_flow
-from saeflow import activations, pipeline, sweep
+from saeflow import activations, features, pipeline, sweep
 from saeflow.config import Recipe, parse_recipe
 from saeflow.records import PartRecord
 from saeflow.sections import UserError
@@ -239,6 +239,10 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     assert tree(upstream.root / "sweeps") == tree(tmp_path / "alone" / "sweeps")
     assert sorted(run.name for run in task_runs("saeflow-train", upstream)) == ["judge", "train"]
     assert not (upstream.root / "features").exists()
+    encoded = encode_flow(recipe, str(upstream.root))
+    features.run_all(Store.create(tmp_path / "alone"), recipe, quiet())
+    assert tree(upstream.root / "features") == tree(tmp_path / "alone" / "features")
+    assert len(encoded) == len(upstream.artefacts("features")) == 2
     with get_client(sync_client=True) as client:
         found = {artifact.key: artifact.data for artifact in client.read_artifacts()}
     rows = json.loads(found["saeflow-sweep"])
@@ -249,11 +253,10 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     assert str(picture) in found["saeflow-sweep-picture"]
 
 
-@pytest.mark.parametrize("flow", [encode_flow, evaluate_flow], ids=["encode", "evaluate"])
-def test_a_flow_about_one_sae_refuses_a_sweep(flow: Any, finished: Finished, tmp_path: Path) -> None:
+def test_a_flow_about_one_sae_refuses_a_sweep(finished: Finished, tmp_path: Path) -> None:
     swept = Recipe.model_validate(finished.recipe.model_dump() | {"sweep": {"grid": {"sae.k": [2, 4]}}})
     with pytest.raises(UserError, match=r"is a sweep of 2 SAEs"):
-        flow.fn(swept, str(tmp_path / "store"))
+        evaluate_flow.fn(swept, str(tmp_path / "store"))
 
 
 def test_a_large_picture_is_named_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

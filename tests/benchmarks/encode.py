@@ -6,7 +6,7 @@ python -m tests.benchmarks.encode --quick    the first size with few rows, memor
 
 D = 512, K = 32, F = 4,096 and 16,384: a TopK autoencoder whose directions are those that the rows are made of (kind
 `superposed`, float16, in a real store). *Stage* is `features.run` from the store to published parts, both orders and
-all statistics, files flushed. *Product* is the encoder product alone over as many rows, in the quickest precision, on
+all statistics, files flushed; compaction and the checks are timed apart. *Product* is the encoder product alone over as many rows, in the quickest precision, on
 all threads. *Plain way* is what delphi's cache of latents does: float32 pre-activations and topk of torch, scattered into a
 dense matrix, whose non-zeros are looked for and appended to lists, put together at the end, one safetensors file a range of features (`locations` int64 (n, 3), `activations`);
 it reads the same store. Each in turn, the median of three. Memory is the peak of a fresh process each.
@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-from saeflow import activations, arrays, bring, features, interchange, train
+from saeflow import activations, arrays, bring, checks, features, interchange, train
 from saeflow.config import Recipe, parse_recipe
 from saeflow.encoding import Encoder, fast_dtype
 from saeflow.kernels import in_parallel, ranges
@@ -69,7 +69,8 @@ class Size:
             "l0": self.k,
         }  # fmt: skip
         about = {"synthetic": made, "dtype": "float16", "part_rows": self.part_rows}
-        return parse_recipe({"name": "rows", "activations": about, "sae": {"source": str(folder / "sae")}})
+        data = {"name": "rows", "activations": about, "sae": {"source": str(folder / "sae")}}
+        return parse_recipe(data | {"features": {"check_values": 0}})
 
 
 FIRST = Size(512, 4096, 32, 1 << 20, 1 << 18, 0.4)
@@ -109,6 +110,14 @@ def compact(store: Store, recipe: Recipe) -> float:
     """Tokens/s of compacting the run that `stage` left."""
     began = time.perf_counter()
     features.compact(store, recipe, QUIET, 2)
+    return n_tokens(store, recipe) / (time.perf_counter() - began)
+
+
+def check(store: Store, recipe: Recipe) -> float:
+    """Tokens/s of the checks that an encoding ends with, over all that `stage` left."""
+    target = features.artefact(store, recipe)
+    parts, began = target.published().parts, time.perf_counter()
+    checks.require(store, target, parts, sum(part.counts["n_values"] for part in parts), QUIET)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
@@ -228,7 +237,7 @@ def speed(size: Size, figures: dict[str, Any]) -> list[Bar]:
             "tokens_per_s": found, "n_rows": size.n_rows, "bytes_per_value": n_bytes / run_of.total("n_values"),
             "plain_bytes_per_value": sum(path.stat().st_size for path in (folder / "plain").iterdir())
             / run_of.total("n_values"),
-            "compaction_tokens_per_s": compact(store, recipe),
+            "checks_tokens_per_s": check(store, recipe), "compaction_tokens_per_s": compact(store, recipe),
         }  # fmt: skip
     return [
         ratio_bar(f"{size.name}: encode stage over the product alone", size.asked, found["stage"], found["product"]),

@@ -37,6 +37,7 @@ def recipes(n_rows: int, n_features: int, n_parts: int = 8) -> list[Recipe]:
         parse_recipe(
             {
                 "name": f"k{k}", "data": "rows", "activations": about, "train": {"n_tokens": 40_960},
+                "features": {"check_values": 0},
                 "sae": {"architecture": "topk", "n_features": n_features, "k": k},
             }
         )
