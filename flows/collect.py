@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.common import open_store, part_task, reporting, show_table
+from flows.common import open_store, part_task, reporting, results, show_table
 from saeflow import activations
 from saeflow.config import Recipe
 
@@ -24,7 +24,7 @@ def collect_flow(recipe: Recipe, store: str | None = None) -> str:
         def collect_part(index: int) -> str:
             return job.work(index).folder
 
-        collect_part.map(job.missing).result()
+        results(collect_part.map(job.missing))
     target = activations.artefact(opened, recipe)
     n_bytes = sum(part.n_bytes for part in target.published().parts)
     show_table("collect", {"n_tokens": target.published().total("n_tokens"), "bytes": n_bytes})

@@ -19,6 +19,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFutureList, wait
 
 from saeflow.config import Recipe
 from saeflow.progress import Progress
@@ -70,6 +71,12 @@ def part_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
         persist_result=False,
         retry_condition_fn=worth_retrying,
     )
+
+
+def results(futures: PrefectFutureList[R]) -> list[R]:
+    """Results of mapped tasks, once all have ended: after a failure the others must not work on without the lock."""
+    wait(list(futures))
+    return futures.result()
 
 
 @contextmanager

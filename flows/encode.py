@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.common import open_store, part_task, reporting, show_table
+from flows.common import open_store, part_task, reporting, results, show_table
 from saeflow import catalog, features
 from saeflow.config import Recipe
 from saeflow.progress import Progress
@@ -40,4 +40,4 @@ def _encode(store: Store, recipes: Sequence[Recipe], progress: Progress) -> None
         def encode_part(index: int) -> str:
             return job.work(index).folder
 
-        encode_part.map(job.missing).result()
+        results(encode_part.map(job.missing))

@@ -126,10 +126,9 @@ class Artefact:
         which `upgrade` writes anew."""
         if self.record.format_version < FORMAT_VERSION:
             return
-        files = [file_record(self.path, self.path / name) for name in names]
-        known = {file.name for file in files}
-        kept = [file for file in self.record.files if file.name not in known]
-        record = self.record.model_copy(update={"files": [*kept, *files]})
+        files = {file.name: file for file in self.record.files}
+        files |= {name: file_record(self.path, self.path / name) for name in names}
+        record = self.record.model_copy(update={"files": list(files.values())})
         if record != self.record:
             self.send(*(self.path / name for name in names))
             write_record(self.path / "artefact.json", record)

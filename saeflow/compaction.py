@@ -38,12 +38,15 @@ from saeflow.feature_tables import PART_TABLES, TOP, TOP_VOCAB
 from saeflow.marginals import Totals
 from saeflow.parallel import in_order
 from saeflow.progress import Bar, Progress
-from saeflow.records import PartRecord
+from saeflow.records import PartRecord, damaged
 from saeflow.token_facts import TokenFacts, facts_of
 from saeflow.used import Used
 
 MOST_VALUES = 2_000_000_000
 """Values in one compacted part: what has to be written again when one document of it is forgotten."""
+
+MOST_TOKENS = 1 << 30
+"""Places of tokens in one compacted part: their rows are numbered in 32 bits, and their vocabulary ids held in memory."""
 
 BUCKET_VALUES = 8_000_000
 """Values in one file of the order by feature, about."""
@@ -58,13 +61,19 @@ _MOST_READINGS = 16
 
 
 def owners(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
-    """Of each activation part the finished part that holds its values as they follow from these inputs."""
-    wanted = {index: stands_for(each) for index, each in inputs.items()}
+    """Of each activation part the finished part that holds its values as they follow from these inputs.
+
+    Parts of format 1 do not say what they were made from; merged ones hold that of nothing.
+    """
+    wanted = {
+        index: {stands_for(each)} if each.get("hidden") else {stands_for(each), stands_for({})}
+        for index, each in inputs.items()
+    }
 
     def held(part: PartRecord) -> list[int]:
         if part.index < FIRST_INDEX:
             return [part.index] if part.index in inputs and part.made_from(inputs[part.index]) else []
-        return [index for index, digest in covered(part).items() if wanted.get(index) == digest]
+        return [index for index, digest in covered(part).items() if digest in wanted.get(index, ())]
 
     found: dict[int, PartRecord] = {}
     for part in target.parts(lambda part: bool(held(part))).values():
@@ -110,7 +119,7 @@ def compact(target: Artefact, used: Used, progress: Progress, enough: int = 2, m
     Each group is shown as soon as it is written. The caller holds the artefact's lock.
     """
     made = []
-    for group in plan(target.published().parts, enough, mend):
+    for group in plan(target.published().parts, used.spans, enough, mend):
         n_values = sum(part.counts["n_values"] for part in group)
         with progress.bar("compact", n_values, "values") as bar:
             made.append(merge(target, used, [_Source(part, sorted(covered(part))) for part in group], bar))
@@ -120,13 +129,24 @@ def compact(target: Artefact, used: Used, progress: Progress, enough: int = 2, m
 
 
 def plan(
-    parts: Sequence[PartRecord], enough: int = 2, mend: bool = False, most_values: int = MOST_VALUES
+    parts: Sequence[PartRecord],
+    spans: Mapping[int, tuple[int, int]],
+    enough: int = 2,
+    mend: bool = False,
+    most_values: int = MOST_VALUES,
+    most_tokens: int = MOST_TOKENS,
 ) -> list[list[PartRecord]]:
-    """Groups of neighbouring parts to merge, of at most `most_values` values unless one part alone has more."""
+    """Groups of neighbouring parts to merge, of at most `most_values` values in at most `most_tokens` places (padding
+    counts), unless one part alone has more. `spans`: first and last token of each activation part."""
     groups: list[list[PartRecord]] = [[]]
+    n_values = first = last = 0
     for part in sorted(parts, key=lambda part: min(covered(part))):
-        if sum(p.counts["n_values"] for p in groups[-1]) + part.counts["n_values"] > most_values and groups[-1]:
+        begin, end = min(spans[i][0] for i in covered(part)), max(spans[i][1] for i in covered(part))
+        n_values, last = n_values + part.counts["n_values"], max(last, end)
+        if groups[-1] and (n_values > most_values or last - first >= most_tokens):
             groups.append([])
+        if not groups[-1]:
+            n_values, first, last = part.counts["n_values"], begin, end
         groups[-1].append(part)
     return [
         group
@@ -137,8 +157,8 @@ def plan(
 
 def merge(target: Artefact, used: Used, sources: Sequence[_Source], bar: Bar | None = None) -> PartRecord:
     """Write the values of these parts as one."""
-    taken = {index: source.part for source in sources for index in source.indices}
-    inputs = {f"{index:06d}": covered(taken[index])[index] for index in sorted(taken)}
+    taken = dict(sorted((index, source.part) for source in sources for index in source.indices))
+    inputs = {f"{index:06d}": covered(part)[index] for index, part in taken.items()}
     counts = {"n_tokens": 0, "n_values": 0, "n_parts": len(taken)}
     index = FIRST_INDEX + min(taken)
     with target.new_part(index, counts, inputs) as folder:
@@ -151,7 +171,11 @@ def merge(target: Artefact, used: Used, sources: Sequence[_Source], bar: Bar | N
 
 @dataclass
 class _Merger:
-    """One merge: a reading in the order of tokens, which is written again, then the order by feature, range by range."""
+    """One merge: a reading in the order of tokens, which is written again, then the order by feature, range by range.
+
+    `taken`: the part to read by activation part, in their order. Parts are interleaved where one was encoded anew that
+    lies between others of a compacted one.
+    """
 
     target: Artefact
     used: Used
@@ -164,8 +188,10 @@ class _Merger:
         self.totals = Totals(self.n_features)
         self.parts = list({part.folder: part for part in self.taken.values()}.values())
         self.whole = all(self.taken.get(index) is part for part in self.parts for index in covered(part))
+        changes = sum(a is not b for a, b in itertools.pairwise(self.taken.values()))
+        self.interleaved = changes >= len(self.parts)
         self.n_tokens = 0
-        first, last = self._ends(min(self.taken))[0], self._ends(max(self.taken))[1]
+        first, last = self.used.spans[min(self.taken)][0], self.used.spans[max(self.taken)][1]
         self.first_token, self.vocab_ids = first, np.zeros(last - first + 1, np.int32)
 
     def run(self) -> None:
@@ -215,7 +241,7 @@ class _Merger:
     def _pieces(self) -> Iterator[tuple[int, PartRecord, int, int]]:
         """What is read at once: an activation part, the part that holds it, first and last token. In the order of tokens."""
         for index, part in self.taken.items():
-            first, last = self._ends(index)
+            first, last = self.used.spans[index]
             per_token = part.counts["n_values"] / max(1, part.counts["n_tokens"])
             for begin, end in pieces(first, last, max(1, int(PIECE_VALUES / max(per_token, 1e-9)))):
                 yield index, part, begin, end
@@ -223,12 +249,6 @@ class _Merger:
     def _read(self, piece: tuple[int, PartRecord, int, int]) -> tuple[int, np.ndarray, SparseValues]:
         index, part, first, last = piece
         return index, *read_tokens(self.target, part, first, last)
-
-    def _ends(self, index: int) -> tuple[int, int]:
-        """First and last token of an activation part."""
-        counts = self.used.parts[index].counts
-        first = counts["first_sequence"] * self.used.length
-        return first, first + counts["n_sequences"] * self.used.length - 1
 
     def _write_buckets(self) -> None:
         """The order by feature; several files of it are gathered in one reading."""
@@ -255,10 +275,17 @@ class _Merger:
         starts = np.concatenate([[0], n_tokens.cumsum()]).astype(np.int64)
         places = starts[:-1].copy()
         tokens, values = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.float32)
-        for part in sorted(self.parts, key=lambda part: min(covered(part))):
+        for part in self.parts:
             for name in files_of(part, "feature_major", first, last):
-                place_sorted(*self._range(part, name, first, last), first, places, tokens, values)
-        assert np.array_equal(places, starts[1:]), "the two orders do not hold the same values"
+                ids, token_ids, strengths = self._range(part, name, first, last)
+                if np.any(places + np.bincount(ids - first, minlength=len(n_tokens)) > starts[1:]):
+                    raise damaged(self.target.part_path(part) / name)
+                place_sorted(ids, token_ids, strengths, first, places, tokens, values)
+        if not np.array_equal(places, starts[1:]):
+            raise damaged(self.target.part_path(self.parts[0]) / "feature_major")
+        if self.interleaved:
+            order = np.lexsort((tokens, np.repeat(np.arange(len(n_tokens)), n_tokens)))
+            tokens, values = tokens[order], values[order]
         rows = (tokens - self.first_token).astype(np.int32)
         return FeatureMajor(starts, rows, values), tokens
 
@@ -270,7 +297,7 @@ class _Merger:
         if self.whole:
             return ids, tokens, values
         keep = np.zeros(len(ids), bool)
-        for begin, end in (self._ends(index) for index, taken in self.taken.items() if taken is part):
+        for begin, end in (self.used.spans[index] for index, taken in self.taken.items() if taken is part):
             keep |= (tokens >= begin) & (tokens <= end)
         return ids[keep], tokens[keep], values[keep]
 

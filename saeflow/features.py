@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,15 @@ from saeflow.config import Recipe
 from saeflow.coverage import covered
 from saeflow.fingerprints import fingerprint
 from saeflow.model import Site
-from saeflow.parallel import n_threads, use_one_thread
+from saeflow.parallel import use_one_thread
 from saeflow.part_writer import PartWriter
 from saeflow.progress import Bar, Progress
 from saeflow.records import PartRecord
 from saeflow.sae import SparseAutoencoder
-from saeflow.sections import UserError
+from saeflow.sections import FeaturesConfig, UserError
 from saeflow.store import Store
 from saeflow.token_facts import facts_of
-from saeflow.transfer import device, own_stream
+from saeflow.transfer import device, n_workers, own_stream
 from saeflow.used import Used
 
 _BYTES_PER_NONZERO = 8
@@ -108,33 +108,28 @@ def part_inputs(used: Used, part: PartRecord) -> dict[str, str]:
     return inputs | ({"hidden": hidden} if hidden else {})
 
 
-def open_encoder(store: Store, recipe: Recipe, progress: Progress) -> Encoder:
-    """Load the SAE, check the disk, and create the artefact."""
+def open_encoder(store: Store, recipe: Recipe, used: Used, progress: Progress) -> Encoder:
+    """Make the tables beside the parts, create the artefact, and load the SAE."""
     source, stored = activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)
-    trained, target = train.artefact(store, recipe), artefact(store, recipe)
-    if not trained.complete():
-        raise UserError(f"{trained.id} is not trained. Run `saeflow train RECIPE` first.")
-    n_tokens = stored.published().total("n_tokens")
-    per_token = train.last_row(trained).get("l0", recipe.sae.k)
-    store.require_free(int(n_tokens * per_token * _BYTES_PER_NONZERO), "Storing every feature activation")
-    used = Used.of(source, recipe.activations)
+    trained, target = _trained(store, recipe), artefact(store, recipe)
     about = facts(store, recipe) | {
         "context_length": used.length,
         "architecture": imported.sae_config(recipe).architecture,
     }
     sae = interchange.load(trained.fetched())
-    tables = run_tables.write(target, recipe, sae, about["site"], progress)
-    target.begin(about | used.facts, [source.id, stored.id, trained.id], tables)
-    target.attach(tables)
-    return encoder_of(store, target, recipe.features.batch_rows, recipe.features.device)
+    made = run_tables.write(target, recipe, sae, about["site"], progress)
+    target.begin(about | used.facts, [source.id, stored.id, trained.id], made)
+    target.attach(made)
+    return encoder_of(store, target, used, recipe.features)
 
 
-def encoder_of(store: Store, target: Artefact, batch_rows: int = 4096, place: str = "auto") -> Encoder:
+def encoder_of(store: Store, target: Artefact, used: Used, config: FeaturesConfig) -> Encoder:
     """The encoder of a run that exists, from what its record says."""
     _, stored, trained = (store.by_id(name) for name in target.record.inputs)
     site = activations.choose_site(stored, target.record.facts["site"])
-    sae = interchange.load(trained.fetched()).to(device("features.device", place))
-    return Encoder(used_of(store, target), stored, target, site, sae, batch_rows)
+    sae = interchange.load(trained.fetched()).to(device("features.device", config.device))
+    sae.prepare()
+    return Encoder(used, stored, target, site, sae, config.batch_rows)
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
@@ -161,30 +156,41 @@ def run_together(store: Store, recipes: Sequence[Recipe], progress: Progress) ->
     """Encode the SAEs of recipes that read one site, in one reading."""
     with (
         encoding_together(store, recipes, progress) as job,
-        ThreadPoolExecutor(n_threads(recipes[0].threads), "saeflow-encode") as pool,
+        _workers(recipes[0].features, recipes[0].threads) as pool,
     ):
-        try:
-            for future in [pool.submit(job.work, index) for index in job.missing]:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        _all_done(pool, [pool.submit(job.work, index) for index in job.missing])
+
+
+def _workers(config: FeaturesConfig, threads: int) -> ThreadPoolExecutor:
+    """Threads that encode a part each: their use of one thread of torch stays theirs."""
+    return ThreadPoolExecutor(n_workers(device("features.device", config.device), threads), "saeflow-encode")
+
+
+def _all_done(pool: ThreadPoolExecutor, futures: Sequence[Future[Any]]) -> None:
+    try:
+        for future in futures:
+            future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 @contextlib.contextmanager
 def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> Iterator[Job]:
     """The parts that an SAE lacks and how to make one for each of them; publishes when the block ends well."""
     first = recipes[0]
-    wanted = activations.artefact(store, first).published().parts
-    used = Used.of(activations.tokens_artefact(store, first), first.activations)
-    inputs = {part.index: part_inputs(used, part) for part in wanted}
     targets = {artefact(store, recipe): recipe for recipe in recipes}
     with contextlib.ExitStack() as stack:
         for target in targets:
             stack.enter_context(target.writing())
-        lacking = {target: sorted(inputs.keys() - compaction.owners(target, inputs)) for target in targets}
+        wanted = activations.artefact(store, first).published().parts
+        used = Used.of(activations.tokens_artefact(store, first), first.activations)
+        inputs = {part.index: part_inputs(used, part) for part in wanted}
+        lacking = {target: inputs.keys() - compaction.owners(target, inputs) for target in targets}
+        n_tokens = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
+        _require_room(store, recipes, n_tokens)
         encoders = {
-            target: open_encoder(store, recipe, progress)
+            target: open_encoder(store, recipe, used, progress)
             for target, recipe in targets.items()
             if lacking[target] or not target.complete()
         }
@@ -198,11 +204,26 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
 
                 yield Job(list(plan), work)
         else:
-            n_values = sum(target.published().total("n_values") for target in targets)
+            n_values = sum(each.total("n_values") for target in targets if (each := target.generation()))
             progress.skip("features", f"{n_values:,} values")
             yield Job([], lambda index: next(iter(targets)).made[index])
         for target, recipe in targets.items():
             publish(store, target, used, inputs, progress, recipe.features.check_values)
+
+
+def _trained(store: Store, recipe: Recipe) -> Artefact:
+    trained = train.artefact(store, recipe)
+    if not trained.complete():
+        raise UserError(f"{trained.id} is not trained. Run `saeflow train RECIPE` first.")
+    return trained
+
+
+def _require_room(store: Store, recipes: Sequence[Recipe], n_tokens: Sequence[int]) -> None:
+    """Refuse what the disk cannot hold: of each SAE its values at so many tokens."""
+    n_values = 0.0
+    for recipe, n in zip(recipes, n_tokens, strict=True):
+        n_values += n * train.last_row(_trained(store, recipe)).get("l0", recipe.sae.k) if n else 0
+    store.require_free(int(n_values * _BYTES_PER_NONZERO), "Storing every feature activation")
 
 
 def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None = None) -> None:
@@ -215,19 +236,20 @@ def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None
 
 
 def merge_parts(store: Store, target: Artefact, progress: Progress, enough: int, mend: bool = False) -> None:
-    """Compact one run. Raises UserError where the disk has no room for the largest part that would be made."""
-    groups = compaction.plan(target.published().parts, enough, mend)
-    largest = max((sum(part.n_bytes for part in group) for group in groups), default=0)
-    store.require_free(largest, f"Merging the parts of {target.id}")
-    compaction.run(target, used_of(store, target), progress, enough, mend)
+    """Compact one run. Raises UserError where the disk has no room for the parts that would be made beside the old ones."""
+    used = used_of(store, target)
+    groups = compaction.plan(target.published().parts, used.spans, enough, mend)
+    n_bytes = sum(part.n_bytes for group in groups for part in group)
+    store.require_free(n_bytes, f"Merging the parts of {target.id}")
+    compaction.run(target, used, progress, enough, mend)
 
 
 def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progress) -> None:
     """Tables beside the parts that a run of an earlier saeflow lacks; the recipe names the model."""
     with target.writing():
         if run_tables.lacking(target):
-            encoder = encoder_of(store, target)
-            target.attach(run_tables.write(target, recipe, encoder.sae, encoder.site.name, progress))
+            sae = interchange.load(store.by_id(target.record.inputs[2]).fetched())
+            target.attach(run_tables.write(target, recipe, sae, target.record.facts["site"], progress))
 
 
 def used_of(store: Store, target: Artefact) -> Used:
@@ -244,23 +266,33 @@ def publish(
     New ones are checked first, at most so many values of them. Raises UserError where a check finds something.
     """
     generation, parts = target.generation(), compaction.settled(target, used, inputs)
+    if lost := inputs.keys() - {index for part in parts for index in covered(part)}:
+        raise UserError(f"Part {min(lost)} of {target.id} is gone since it was encoded. Run the same command again.")
     known = {part.folder for part in generation.parts} if generation else set()
     checks.require(store, target, [part for part in parts if part.folder not in known], check_values, progress)
     target.publish(parts)
 
 
-def refresh(store: Store, target: Artefact, progress: Progress) -> list[int]:
-    """Encode again the parts of a run that no longer follow from what they were made of; their indices."""
+def refresh(store: Store, target: Artefact, progress: Progress, grow: bool = False) -> list[int]:
+    """Encode again the parts of a run that no longer follow from what they were made of; their indices.
+
+    `grow`: also those of activations that came since, so that the run holds the whole store again.
+    """
     with target.writing():
-        encoder = encoder_of(store, target)
+        used = used_of(store, target)
         known = {index for part in target.published().parts for index in covered(part)}
-        wanted = [part for part in encoder.stored.published().parts if part.index in known]
-        inputs = {part.index: part_inputs(encoder.used, part) for part in wanted}
-        done = compaction.owners(target, inputs)
-        stale = [part for part in wanted if part.index not in done]
+        stored = store.by_id(target.record.inputs[1]).published().parts
+        wanted = {part.index: part for part in stored if grow or part.index in known}
+        inputs = {index: part_inputs(used, part) for index, part in wanted.items()}
+        stale = sorted(inputs.keys() - compaction.owners(target, inputs))
         if stale:
-            with progress.bar("features", sum(part.counts["n_tokens"] for part in stale), "tokens") as bar:
-                for part in stale:
-                    encoder.encode(part, bar)
-        publish(store, target, encoder.used, inputs, progress)
-    return [part.index for part in stale]
+            _encode(store, target, used, [wanted[index] for index in stale], progress)
+        publish(store, target, used, inputs, progress)
+    return stale
+
+
+def _encode(store: Store, target: Artefact, used: Used, parts: Sequence[PartRecord], progress: Progress) -> None:
+    config, n_tokens = FeaturesConfig(), sum(part.counts["n_tokens"] for part in parts)
+    encoder = encoder_of(store, target, used, config)
+    with progress.bar("features", n_tokens, "tokens") as bar, _workers(config, 0) as pool:
+        _all_done(pool, [pool.submit(encoder.encode, part, bar) for part in parts])

@@ -77,6 +77,7 @@ def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
     """Remove hidden documents from the newest generation of tokens and activations, and merge the parts of every run over
     them."""
     integrity.upgrade(store)
+    train.set_threads(recipe)
     if recipe.model is not None:
         _without_hidden(store, recipe, progress)
     for run in store.artefacts("features"):

@@ -49,7 +49,8 @@ def _read(paths: Sequence[str], options: str = "") -> str:
 def _values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
     """With the columns low, high and filename; files of an earlier saeflow do not say, and may hold anything."""
     said = [path for path in paths if re.search(r"/low=\d+/high=\d+/[^/]*$", path)]
-    others = [path for path in paths if path not in set(said)]
+    known = set(said)
+    others = [path for path in paths if path not in known]
     columns = ", ".join(VALUES[order].names)
     everywhere = "0::bigint as low, 9223372036854775807 as high"
     parts = [f"select {columns}, low, high, filename from {_read(said, _HIVE)}"] if said else []

@@ -19,18 +19,19 @@ from saeflow.sae import SparseAutoencoder
 
 
 def lacking(target: Artefact) -> list[str]:
-    """Tables that the record names and the disk has not; all of them where there is no record, or an earlier one."""
+    """Tables that the record names and the disk has not, or not in their size; all of them where there is no record, or an
+    earlier one."""
     names = [f"{table}.parquet" for table in RUN_TABLES]
     if not target.exists():
-        return [name for name in names if not (target.path / name).is_file()]
-    known = [file.name for file in target.record.files]
-    wanted = known if names[0] in known else names
-    return [name for name in wanted if name in names and not target.own_file(name).is_file()]
+        return names
+    known = {file.name: file for file in target.record.files}
+    wanted = [name for name in names if name in known] if names[0] in known else names
+    return [name for name in wanted if name not in known or list(target.missing_files(target.path, [known[name]]))]
 
 
 def write(target: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, progress: Progress) -> list[str]:
-    """Make what is lacking; the names of the tables that there are. The logits need the model, if the recipe has one."""
-    names = lacking(target)
+    """Make what is lacking; the names of what was made. The logits need the model, if the recipe has one."""
+    names, made = lacking(target), []
     make_folder(target.path)
     if names:
         progress.say("features: which features are alike, and which words they push")
@@ -39,7 +40,8 @@ def write(target: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, p
         if table is not None:
             with replacing(target.path / name) as temporary:
                 write_table(temporary, _rounded(table))
-    return [f"{table}.parquet" for table in RUN_TABLES if (target.path / f"{table}.parquet").is_file()]
+            made.append(name)
+    return made
 
 
 def _rounded(table: pa.Table) -> pa.Table:

@@ -281,6 +281,19 @@ class SparseAutoencoder(nn.Module):
             case _:
                 return Readout.plain(thresholds)
 
+    def _cut(self, readout: Readout) -> Tensor | None:
+        return torch.from_numpy(readout.thresholds).to(self.W_enc.device) if readout.thresholds.any() else None
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Bring the weights into the form of the product, before several threads ask for them: what one asks of a GPU,
+        the others' streams do not wait for."""
+        if self.use_kernels and self.W_enc.device.type == "cuda":
+            encoder = self._current_encoder(self._cut(self._readout()))
+            encoder.prepare()
+            _ = encoder.bounds
+            torch.cuda.synchronize(self.W_enc.device)
+
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseValues:
         """Every non-zero value of tokens (B, D) in float16, bfloat16 or float32, exactly as the disk contract says.
@@ -290,9 +303,8 @@ class SparseAutoencoder(nn.Module):
         gated stretches and shifts those above 0. Values are rounded to 11 significand bits.
         A token's values depend neither on its batch nor on the number of threads.
         """
-        readout, cut = self._readout(), None
-        if readout.thresholds.any():
-            cut = torch.from_numpy(readout.thresholds).to(self.W_enc.device)
+        readout = self._readout()
+        cut = self._cut(readout)
         if self.use_kernels and x.device.type == "cpu" and self.W_enc.device.type == "cpu":
             return encoding.encode(x, self._current_encoder(cut), readout)
         x = to_device(x, self.W_enc.device)

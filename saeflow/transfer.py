@@ -31,6 +31,8 @@ def device(setting: str, name: str) -> torch.device:
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         seen = f"torch sees {torch.cuda.device_count()} CUDA devices" if number else "torch sees no CUDA device"
         raise UserError(f'{setting} is {name!r}, but {seen}. Use "auto" or "cpu".')
+    if kind == "cuda":  # sums stay in float32, as the bounds of `encoding` have it
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return torch.device(name)
 
 

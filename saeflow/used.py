@@ -49,6 +49,12 @@ class Used:
     def parts(self) -> dict[int, PartRecord]:
         return {part.index: part for part in self.generation.parts}
 
+    @cached_property
+    def spans(self) -> dict[int, tuple[int, int]]:
+        """First and last token of every part, padding included."""
+        first = {index: part.counts["first_sequence"] * self.length for index, part in self.parts.items()}
+        return {i: (first[i], first[i] + self.parts[i].counts["n_sequences"] * self.length - 1) for i in first}
+
     @property
     def facts(self) -> dict[str, Any]:
         """The settings, where they are not the defaults: for fingerprints and records."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow import compaction, features, pipeline, queries
+from saeflow import compaction, features, pipeline, queries, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.compaction import buckets, plan
 from saeflow.coverage import covered
@@ -24,6 +26,7 @@ from saeflow.feature_kernels import PairTable
 from saeflow.feature_tables import PART_TABLES, TOP, TOP_VOCAB
 from saeflow.forget import forget
 from saeflow.records import PartRecord
+from saeflow.sections import UserError
 from saeflow.store import Store
 from saeflow.token_facts import bands_of
 from tests.conftest import Finished
@@ -208,6 +211,68 @@ def test_a_document_forgotten_leaves_a_compacted_run_as_it_leaves_one_in_parts(c
         assert [name for name, found in queries.check(connection) if len(found)] == []
 
 
+def key_of(finished: Finished, index: int) -> str:
+    """A document of a token part."""
+    source = tokens.artefact(finished.store, finished.recipe)
+    table = pq.read_table(source.part_file(source.published().parts[index], "documents.parquet"))
+    return str(table.column("key")[1].as_py())
+
+
+def test_parts_encoded_anew_between_others_of_a_compacted_one_are_merged_in_order(copied, tmp_path):
+    other = Finished(Store(tmp_path / "other"), copied.recipe, copied.summary)
+    shutil.copytree(copied.store.root, other.store.root)
+    compacted(copied)
+    for key in (key_of(copied, 2), key_of(copied, 0)):
+        for each in (copied, other):
+            forget(each.store, [key], quiet())
+        [part] = compacted(copied).published().parts
+        for order, columns in (
+            ("token_major", ["token_id", "feature_id"]),
+            ("feature_major", ["feature_id", "token_id"]),
+        ):
+            folder = run_of(copied).part_path(part)
+            found = [pq.read_table(folder / name, partitioning=None) for name in files_of(part, order)]
+            rows = list(zip(*(pa.concat_tables(found).column(name).to_pylist() for name in columns), strict=True))
+            assert rows == sorted(rows)
+        assert rows_of(run_of(copied)) == rows_of(run_of(copied), "feature_major") == rows_of(run_of(other))
+        with contextlib.closing(queries.connect(copied.store)) as connection:
+            assert [name for name, found in queries.check(connection) if len(found)] == []
+
+
+def test_statistics_that_do_not_fit_the_values_end_a_compaction_and_nothing_is_written_out_of_bounds(copied):
+    run = run_of(copied)
+    path = run.part_path(run.published().parts[0]) / "feature_stats.parquet"
+    table = pq.read_table(path)
+    one_less = np.maximum(table.column("n_tokens").to_numpy() - 1, 0)
+    pq.write_table(table.set_column(1, table.schema.field(1), pa.array(one_less)), path)
+    with pytest.raises(UserError, match="missing or damaged"):
+        compacted(copied)
+
+
+def test_the_disk_must_hold_all_that_is_merged_and_what_of_the_corpus_is_not_encoded_yet(copied, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(Store, "require_free", lambda self, n_bytes, purpose: asked.append(n_bytes))
+    run = run_of(copied)
+    parts = run.published().parts
+    shutil.rmtree(run.part_path(parts[-1]))
+    features.run(copied.store, copied.recipe, quiet())
+    l0 = train.last_row(train.artefact(copied.store, copied.recipe))["l0"]
+    assert asked == [pytest.approx(8 * l0 * parts[-1].counts["n_tokens"], abs=1)]
+    monkeypatch.setattr(compaction, "MOST_VALUES", 1)
+    compacted(copied)
+    assert asked[1:] == [sum(part.n_bytes for part in parts)]
+
+
+def test_forgetting_leaves_torch_its_threads(copied):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        forget(copied.store, [key_of(copied, 1)], quiet())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_a_compacted_run_still_holds_of_a_forgotten_document_is_not_shown(copied, monkeypatch):
     compacted(copied)
     monkeypatch.setattr(features, "refresh", lambda *_: [])
@@ -251,10 +316,16 @@ def a_part(index: int, n_values: int) -> PartRecord:
     return PartRecord(index=index, counts={"n_values": n_values}, files=[])
 
 
-@given(sizes=st.lists(st.integers(0, 100), max_size=30), most=st.integers(1, 200))
-def test_groups_are_neighbours_within_the_limit_and_take_every_part_that_has_a_partner(sizes, most):
+@given(
+    sizes=st.lists(st.integers(0, 100), max_size=30), most=st.integers(1, 200), places=st.integers(1, 50),
+    most_places=st.integers(1, 500),
+)  # fmt: skip
+def test_groups_are_neighbours_within_the_limits_and_take_every_part_that_has_a_partner(
+    sizes, most, places, most_places
+):
     parts = [a_part(i, n) for i, n in enumerate(sizes)]
-    groups = plan(parts, most_values=most)
+    spans = {i: (places * i, places * (i + 1) - 1) for i in range(len(sizes))}
+    groups = plan(parts, spans, most_values=most, most_tokens=most_places)
     grouped = [part.index for group in groups for part in group]
     assert grouped == sorted(set(grouped))
     for group in groups:
@@ -262,6 +333,10 @@ def test_groups_are_neighbours_within_the_limit_and_take_every_part_that_has_a_p
         assert indices == list(range(indices[0], indices[-1] + 1))
         assert len(group) >= 2
         assert sum(part.counts["n_values"] for part in group) <= most
+        assert len(group) * places <= most_places
+    if groups == [] and len(parts) > 1:
+        limits = [(a.counts["n_values"] + b.counts["n_values"], 2 * places) for a, b in itertools.pairwise(parts)]
+        assert all(n > most or n_places > most_places for n, n_places in limits)
 
 
 @given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=60), wanted=st.integers(1, 100))

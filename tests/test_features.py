@@ -12,7 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from saeflow import activations, arrays, bring, checks, features, interchange, part_writer, queries, tokens, train
+from saeflow import (
+    activations,
+    arrays,
+    bring,
+    checks,
+    features,
+    integrity,
+    interchange,
+    part_writer,
+    queries,
+    tokens,
+    train,
+)
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json
@@ -321,3 +333,57 @@ def test_checks_after_an_encoding_look_at_the_values_asked_for(trained, tmp_path
     miscounting(monkeypatch)
     unchecked = recipe.model_copy(update={"features": FeaturesConfig(check_values=0)})
     assert encoded(store, unchecked).published().total("n_values") == sum(n_values)
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_table_beside_the_parts_that_is_damaged_is_made_again(trained, tmp_path, how):
+    recipe = trained[1]["topk"]
+    store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
+    run = features.artefact(store, recipe)
+    whole = tree(run.path)
+    path = run.path / "similar.parquet"
+    path.write_bytes(path.read_bytes()[:-10]) if how == "cut" else path.unlink()
+    assert tree(encoded(store, recipe).path) == whole
+
+
+def test_a_table_whose_bytes_have_changed_keeps_its_record_and_is_found(trained, tmp_path):
+    recipe = trained[1]["topk"]
+    store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
+    run = features.artefact(store, recipe)
+    content = bytearray((run.path / "similar.parquet").read_bytes())
+    content[40] ^= 1
+    (run.path / "similar.parquet").write_bytes(content)
+    shutil.rmtree(run.part_path(run.published().parts[0]))
+    encoded(store, recipe)
+    assert "similar.parquet has changed" in " ".join(map(str, integrity.damage(run, full=True)))
+
+
+def test_a_run_killed_before_its_first_publication_is_finished_by_the_next(trained, tmp_path, monkeypatch):
+    recipe = trained[1]["topk"]
+    store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
+    whole = tree(features.artefact(store, recipe).path)
+    shutil.rmtree(features.artefact(store, recipe).path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Artefact, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encoded(store, recipe)
+    assert tree(encoded(store, recipe).path) == whole
+
+
+def test_a_part_that_vanished_since_it_was_encoded_is_not_left_out_silently(trained, tmp_path):
+    recipe = trained[1]["topk"]
+    store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
+    run = features.artefact(store, recipe)
+    before = run.published()
+    used = features.used_of(store, run)
+    inputs = {
+        part.index: features.part_inputs(used, part) for part in activations.artefact(store, recipe).published().parts
+    }
+    shutil.rmtree(run.part_path(before.parts[1]))
+    with pytest.raises(UserError, match=r"Part 1 of .* is gone"):
+        features.publish(store, run, used, inputs, quiet())
+    assert run.published() == before

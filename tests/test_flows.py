@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
 from flows.tokens import tokens_flow
-from saeflow import activations, features, pipeline, sweep
+from saeflow import activations, features, pipeline, sweep, train
 from saeflow.config import Recipe, parse_recipe
 from saeflow.records import PartRecord
 from saeflow.sections import UserError
@@ -154,6 +155,28 @@ def test_a_part_that_always_fails_fails_the_flow_and_publishes_nothing(
     assert 1 in tried
     assert len(tried) < len(finished.store.artefacts("activations")[0].published().parts), "finished parts came again"
     assert tree(upstream.root / "activations") == tree(finished.store.root / "activations")
+
+
+def test_after_a_failure_no_task_works_on_without_the_lock(
+    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in (activations.run, train.run):
+        stage(upstream, finished.recipe, quiet())
+    encode, ended = features.encode_together, []
+
+    def slow(encoders: Any, part: PartRecord, bar: Any) -> Any:
+        if part.index == 0:
+            raise UserError("Mend the disk.")
+        time.sleep(0.5)
+        made = encode(encoders, part, bar)
+        ended.append(part.index)
+        return made
+
+    monkeypatch.setattr(features, "encode_together", slow)
+    with pytest.raises(UserError, match="Mend the disk"):
+        encode_flow(finished.recipe, str(upstream.root))
+    n_parts = len(activations.artefact(upstream, finished.recipe).published().parts)
+    assert sorted(ended) == list(range(1, n_parts))
 
 
 def test_an_error_of_the_user_is_not_tried_again(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow import pipeline, queries
+from saeflow import features, pipeline, queries
 from saeflow.config import Recipe
 from saeflow.disk import read_json
 from saeflow.fingerprints import FORMAT_VERSION
@@ -62,6 +62,15 @@ def test_running_the_recipe_again_on_an_old_store_works_on_nothing_finished(old:
     added = {"vocab.parquet", "density.png"}  # a column of the vocabulary, a picture the old store was made without
     assert {Path(name).name for name in after if after[name] != before.get(name)} <= added
     assert after.keys() >= before.keys()
+
+
+def test_an_old_store_that_was_merged_is_not_encoded_again(old: Store, recipe: Recipe) -> None:
+    store = Store.create(old.root)
+    features.compact(store, recipe, quiet(), enough=2)
+    before = features.artefact(store, recipe).published()
+    features.run(store, recipe, quiet())
+    assert features.artefact(store, recipe).published() == before
+    assert len(before.parts) == 1
 
 
 def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store) -> None:

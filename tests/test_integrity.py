@@ -143,7 +143,8 @@ def read_held_out(copied: Finished) -> object:
 
 
 def read_by_encoder(copied: Finished) -> object:
-    encoder = features.open_encoder(copied.store, copied.recipe, quiet())
+    run = features.artefact(copied.store, copied.recipe)
+    encoder = features.encoder_of(copied.store, run, features.used_of(copied.store, run), copied.recipe.features)
     with quiet().bar("features", None, "tokens") as bar:
         return [encoder.encode(part, bar) for part in encoder.stored.published().parts]
 
