@@ -51,7 +51,7 @@ PROGRESS_SECONDS = 5.0
 
 def open_store(recipe: Recipe, store: str | None) -> Store:
     """The store a flow works in: the parameter, SAEFLOW_STORE, the recipe, data/store."""
-    return Store.create(store_path(store, recipe))
+    return Store.create(store_path(store, recipe), recipe.overlap)
 
 
 def worth_retrying(task: Any, run: Any, state: Any) -> bool:

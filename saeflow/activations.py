@@ -159,9 +159,10 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
 def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job]:
     """The parts that are missing and how to make one; publishes when the block ends well."""
     target = artefact(store, recipe)
-    wanted = tokens_artefact(store, recipe).published().parts
-    inputs = {part.index: {"tokens": part.folder} for part in wanted}
+    tokens_artefact(store, recipe).published()  # before anybody is waited for
     with target.writing():
+        wanted = tokens_artefact(store, recipe).published().parts
+        inputs = {part.index: {"tokens": part.folder} for part in wanted}
         done = target.fitting(inputs)
         plan = {part.index: part for part in wanted if part.index not in done}
         if plan or not target.complete():

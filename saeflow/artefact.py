@@ -19,10 +19,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import xxhash
-from filelock import FileLock, Timeout
 
 from saeflow.disk import checksum, flush_tree, make_folder, rename, replacing
 from saeflow.fingerprints import FORMAT_VERSION
+from saeflow.lease import FileSlot, Lease, ObjectSlot, held
 from saeflow.objects import Objects
 from saeflow.records import (
     ArtefactRecord,
@@ -44,7 +44,7 @@ from saeflow.records import (
     write_provenance,
     write_record,
 )
-from saeflow.sections import UserError
+from saeflow.sections import Overlap, UserError
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,18 @@ class Job:
 
     missing: list[int]
     work: Callable[[int], PartRecord]
+
+
+@dataclass
+class Hold:
+    """A lease, and the generation that its owner began with or has switched to since; 0 is none."""
+
+    lease: Lease
+    number: int
+
+
+_HOLDS: dict[tuple[Path, str], list[Hold]] = {}
+"""Leases that this process holds, by store and artefact."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class Artefact:
     fp: str
     objects: Objects | None = field(default=None, compare=False, repr=False)
     """The object store that the folder stands for, if it does."""
+    overlap: Overlap = field(default="refuse", compare=False, repr=False)
+    """What `writing` does while somebody else is at it."""
     made: dict[int, PartRecord] = field(default_factory=dict, compare=False, repr=False)
     """Parts that this object has finished, by index."""
 
@@ -89,23 +103,63 @@ class Artefact:
         return self.root / "tmp" / f"{self.kind}-{self.name}-{self.fp}"
 
     @property
-    def lock_path(self) -> Path:
-        return self.root / "tmp" / "locks" / f"{self.kind}-{self.name}-{self.fp}.lock"
+    def holds(self) -> list[Hold]:
+        """The lease, while this process holds it."""
+        return _HOLDS.setdefault((self.root, self.id), [])
+
+    @property
+    def own_work(self) -> Path:
+        """What this writer alone fills: one that was thought dead may wake up and write on in its own."""
+        return self.work / (self.holds[-1].lease.owner.token if self.holds else "free")
+
+    @property
+    def slot(self) -> FileSlot | ObjectSlot:
+        """Where the lease is kept."""
+        path = self.root / "tmp" / "locks" / f"{self.kind}-{self.name}-{self.fp}.lease"
+        return FileSlot(path) if self.objects is None else ObjectSlot(self.objects, path)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the artefact's lock and clear what a killed run left behind."""
-        self.lock_path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.lock_path, timeout=0):
+        """Hold the artefact's lease and clear what a killed run left behind. Raises UserError where another run has it,
+        unless the store waits for others."""
+        with held(self.slot, self.id, self.overlap) as lease:
+            if lease.waited and self.objects is not None:
+                self.objects.pull()
+            self.holds.append(Hold(lease, 0))
+            try:
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.recover()
+                self.holds[-1].number = self._number()
                 yield
-                shutil.rmtree(self.work, ignore_errors=True)
-        except Timeout:
-            raise UserError(
-                f"Another run is writing {self.id}. Wait for it to end, then run the command again."
-            ) from None
+            finally:
+                shutil.rmtree(self.own_work, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self.work.rmdir()  # unless another's work is in it
+                self.holds.pop()
+
+    def require_lease(self) -> None:
+        """Raises UserError where this run held the lease and was silent for so long that another has it now."""
+        for hold in self.holds[-1:]:
+            hold.lease.require()
+
+    @contextlib.contextmanager
+    def _fence(self) -> Iterator[None]:
+        """Nobody else publishes inside the block. Raises UserError where somebody has since this run began."""
+        guard = self.slot.guard() if isinstance(self.slot, FileSlot) else contextlib.nullcontext()
+        with guard:  # an object store compares when it switches
+            self.require_lease()
+            if any(hold.number != self._number() for hold in self.holds[-1:]):
+                raise UserError(
+                    f"Another run has published {self.id} since this one began.\nNothing is lost; run the same command again."
+                )
+            yield
+            for hold in self.holds[-1:]:
+                hold.number = self._number()
+
+    def _number(self) -> int:
+        """Of the generation that is published; 0 while none is."""
+        path = self.path / "manifest.json"
+        return int(read_checked(path)["generation"]) if path.is_file() else 0
 
     def begin(self, facts: dict[str, Any], inputs: Iterable[str] = (), files: Iterable[str] = ()) -> None:
         """Create the folder and its artefact.json, once; `files` lie in the folder already."""
@@ -192,7 +246,8 @@ class Artefact:
         `counts` may still be changed inside the block, and `checksums` be filled: those of files that need not be
         read again, by name.
         """
-        folder = self.work / f"{index:06d}"
+        self.require_lease()
+        folder = self.own_work / f"{index:06d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder
@@ -205,10 +260,10 @@ class Artefact:
     def _keep(self, folder: Path, record: PartRecord) -> None:
         """Make a filled folder the part, in one rename or, in an object store, with its record written last."""
         target = self.part_path(record)
+        self.require_lease()
         if self.objects is None:
             flush_tree(folder)
-            shutil.rmtree(target, ignore_errors=True)  # the same part, damaged
-            rename(folder, target)
+            _put_in_place(folder, target, lambda: not list(self.missing_files(target, record.files, full=True)))
             return
         self.objects.send([folder / file.name for file in record.files], folder, target)
         self.objects.send([folder / "part.json"], folder, target)
@@ -295,19 +350,20 @@ class Artefact:
         `hidden` (default: what is hidden now) goes with it, in the same instant.
         """
         ordered = tuple(sorted(parts, key=lambda part: part.index))
-        current = self.generation()
-        if hidden is None:
-            hidden = current.hidden if current else {}
-        if current is not None and (current.parts, current.hidden) == (ordered, hidden):
-            return current
-        fresh = Generation(current.number + 1 if current else 1, ordered, hidden)
-        write_provenance(self.path, provenance or {})
-        self.send(self.path / "provenance.json")
-        fresh = self._write_list(fresh)
-        self._show(fresh.number)
-        if self.objects is None:  # another machine may be about to publish them; `gc` waits for it
-            self._clear_unseen()
-        return fresh
+        with self._fence():
+            current = self.generation()
+            if hidden is None:
+                hidden = current.hidden if current else {}
+            if current is not None and (current.parts, current.hidden) == (ordered, hidden):
+                return current
+            fresh = Generation(current.number + 1 if current else 1, ordered, hidden)
+            write_provenance(self.path, provenance or {})
+            self.send(self.path / "provenance.json")
+            fresh = self._write_list(fresh)
+            self._show(fresh.number)
+            if self.objects is None:  # another machine may be about to publish them; `gc` waits for it
+                self._clear_unseen()
+            return fresh
 
     def _write_list(self, generation: Generation) -> Generation:
         """Write a generation's list; in an object store under a number that nobody else has used."""
@@ -396,7 +452,7 @@ class Artefact:
     @contextlib.contextmanager
     def whole(self, facts: dict[str, Any], inputs: Iterable[str], provenance: dict[str, Any]) -> Iterator[Path]:
         """A folder that becomes the artefact in one rename: for artefacts without parts."""
-        folder = self.work / "whole"
+        folder = self.own_work / "whole"
         folder.mkdir(parents=True)
         yield folder
         files = file_records(folder)
@@ -406,13 +462,14 @@ class Artefact:
         write_record(folder / "artefact.json", record)
         write_provenance(folder, provenance)
         flush_tree(folder)
-        if self.path.exists():  # damaged: the caller found files missing
-            self.remove(self.path)
-        if self.objects is not None:
-            names = [*(file.name for file in files), "provenance.json"]
-            self.objects.send([folder / name for name in names], folder, self.path)
-            self.objects.send([folder / "artefact.json"], folder, self.path)
-        rename(folder, self.path)
+        with self._fence():
+            if self.path.exists():  # damaged: the caller found files missing
+                self.remove(self.path)
+            if self.objects is not None:
+                names = [*(file.name for file in files), "provenance.json"]
+                self.objects.send([folder / name for name in names], folder, self.path)
+                self.objects.send([folder / "artefact.json"], folder, self.path)
+            rename(folder, self.path)
 
     def complete(self) -> bool:
         """Is the artefact there, with all the files of its own?"""
@@ -423,3 +480,17 @@ class Artefact:
         for file in self.record.files:
             self.own_file(file.name)
         return self.path
+
+
+def _put_in_place(folder: Path, target: Path, is_whole: Callable[[], bool]) -> None:
+    """A finished folder under the name that its content gives it. What is there already is equal, or damaged."""
+    if target.exists() and is_whole():
+        shutil.rmtree(folder)
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        rename(folder, target)
+    except OSError:  # another attempt at the same part was quicker
+        if not is_whole():
+            raise
+        shutil.rmtree(folder)

@@ -12,6 +12,7 @@ import duckdb
 from saeflow import __version__
 from saeflow.disk import replacing
 from saeflow.harmless import brief, sanitise
+from saeflow.lease import FileSlot
 from saeflow.runs import Run, definitions, runs
 from saeflow.store import Store
 
@@ -43,12 +44,13 @@ def write(store: Store) -> Path | None:
     write at once the last one wins, and both are right about what they saw.
     """
     path = store.root / NAME
-    content = text(store).encode()
-    if _present(store, path) == content:
-        return None
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-    store.send(path)
+    with FileSlot(store.root / "tmp" / "locks" / "catalog.lease").guard():
+        content = text(store).encode()
+        if _present(store, path) == content:
+            return None
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+        store.send(path)
     return path
 
 

@@ -102,7 +102,7 @@ def require_place(path: Path) -> None:
 
 
 def create_store(option: str | None, recipe: Recipe, quiet: bool) -> Store:
-    store = Store.create(store_path(option, recipe))
+    store = Store.create(store_path(option, recipe), recipe.overlap)
     if not quiet:
         err.print(f"store: {sanitise(store.name)}", markup=False, soft_wrap=True)
     return store

@@ -17,6 +17,7 @@ from saeflow.sections import (
     FeaturesConfig,
     FeedConfig,
     ModelConfig,
+    Overlap,
     SAEConfig,
     Section,
     TokensConfig,
@@ -40,6 +41,10 @@ class Recipe(Section):
         None, examples=["data/store"], description="Store folder; `--store` and SAEFLOW_STORE come first."
     )
     threads: NonNegativeInt = Field(0, description="Processor threads; 0 takes all. Fix it for byte-equal results.")
+    overlap: Overlap = Field(
+        "refuse",
+        description="While another run writes the same: `refuse` ends at once and names it, `wait` waits for it.",
+    )
     corpus: CorpusConfig | None = None
     model: ModelConfig | None = None
     tokens: TokensConfig = TokensConfig()

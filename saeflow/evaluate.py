@@ -83,6 +83,11 @@ def judge(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progre
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Judge the recipe's SAE and keep the figures beside its features."""
     run_artefact = features.artefact(store, recipe)
+    with run_artefact.writing():
+        return _run(store, recipe, run_artefact, progress)
+
+
+def _run(store: Store, recipe: Recipe, run_artefact: Artefact, progress: Progress) -> dict[str, Any]:
     path = run_artefact.path / "quality.json"
     known = read_known(path)
     judged = {"max_tokens": recipe.evaluate.max_tokens, "parts": _fingerprint(run_artefact)}

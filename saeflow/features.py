@@ -181,7 +181,9 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
     first = recipes[0]
     targets = {artefact(store, recipe): recipe for recipe in recipes}
     with contextlib.ExitStack() as stack:
-        for target in targets:
+        for target in sorted(
+            targets, key=lambda target: target.id
+        ):  # in one order: nobody waits for one who waits for him
             stack.enter_context(target.writing())
         wanted = activations.artefact(store, first).published().parts
         used = Used.of(activations.tokens_artefact(store, first), first.activations)

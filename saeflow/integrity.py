@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from saeflow.artefact import Artefact
 from saeflow.disk import flush_tree, rename
 from saeflow.fingerprints import FORMAT_VERSION
+from saeflow.lease import is_free
 from saeflow.records import KINDS, Damaged, PartRecord, read_checked, read_record, write_checked, write_record
 from saeflow.store import Store
 
@@ -152,7 +151,7 @@ def garbage(store: Store, grace_seconds: float) -> Iterator[Garbage]:
 
 def _old_generations(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
     current = artefact.generation()
-    if current is None or not _free(artefact.lock_path):
+    if current is None or not is_free(artefact.slot):
         return
     kept = {part.folder for part in current.parts}
     lists = {number: artefact.list_path(number) for number in artefact.numbers()}
@@ -180,21 +179,13 @@ def _left_work(store: Store) -> Iterator[Garbage]:
         name = path.name.removesuffix(".checkpoint")
         if path.name != name and not _finished(store, name):
             continue
-        if _free(store.root / "tmp" / "locks" / f"{name}.lock"):
+        if is_free(store.by_id(name.replace("-", "/", 1)).slot):
             n_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
             yield Garbage(path, "left by a run that was killed", n_bytes)
 
 
 def _finished(store: Store, name: str) -> bool:
     return any(sae.complete() for sae in store.artefacts("saes") if f"saes-{sae.name}-{sae.fp}" == name)
-
-
-def _free(lock: Path) -> bool:
-    try:
-        with FileLock(lock, timeout=0):
-            return True
-    except Timeout:
-        return False
 
 
 def remove(garbage: Garbage) -> None:
@@ -236,7 +227,7 @@ def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> P
     if fresh.folder == part.folder:
         write_record(artefact.part_path(part) / "part.json", fresh)
         return fresh
-    folder = artefact.work / fresh.folder
+    folder = artefact.own_work / fresh.folder
     shutil.copytree(artefact.part_path(part), folder, copy_function=os.link)
     (folder / "part.json").unlink()
     write_record(folder / "part.json", fresh)

@@ -239,10 +239,35 @@ class Objects:
                     "Nothing is lost; run the same command again."
                 ) from error
         except NotImplementedError as error:
-            raise UserError(
-                f"{self.url} cannot compare before it replaces (conditional put), so two runs could undo each other.\n"
-                "Use an object store that can (S3, Google, Azure, MinIO, R2), or a local folder."
-            ) from error
+            raise UserError(_CANNOT_COMPARE.format(url=self.url)) from error
+
+    def read_tagged(self, path: Path) -> tuple[bytes, str] | None:
+        """What an object holds now, and its tag; None where there is none."""
+
+        def read() -> tuple[bytes, str]:
+            found = obstore.get(self.store, self.key(path))
+            return bytes(found.bytes()), str(found.meta["e_tag"])
+
+        with contextlib.suppress(FileNotFoundError):
+            return self._ask(read)
+        return None
+
+    def put_tagged(self, path: Path, content: bytes, tag: str | None) -> str | None:
+        """Write an object that still has this tag, or (None) is not there; its new tag, or None where that is not so."""
+        mode: Any = {"e_tag": tag} if tag is not None else "create"
+        try:
+            put = self._ask(lambda: obstore.put(self.store, self.key(path), content, mode=mode, use_multipart=False))
+            return str(put["e_tag"])
+        except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+            found = self.read_tagged(path)
+            return found[1] if found and found[0] == content else None  # the answer to the first try was lost
+        except NotImplementedError as error:
+            raise UserError(_CANNOT_COMPARE.format(url=self.url)) from error
+
+    def drop(self, path: Path) -> None:
+        """Remove one object that no listing holds."""
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(lambda: obstore.delete(self.store, self.key(path)))
 
     def listing(self, folder: Path) -> dict[str, Found]:
         """All objects below a folder, by key; listed once, then kept up to date by what is sent and removed here."""
@@ -344,6 +369,10 @@ def tries(*failures: type[BaseException]) -> Retrying:
     )
 
 
+_CANNOT_COMPARE = (
+    "{url} cannot compare before it replaces (conditional put), so two runs could undo each other.\n"
+    "Use an object store that can (S3, Google, Azure, MinIO, R2), or a local folder."
+)
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 _HELP = (
     "Check the bucket's name, and the credentials in the environment "

@@ -148,6 +148,7 @@ class Reading:
     def _keep(self) -> None:
         """Checkpoints, in the object store, too, so that another machine can go on where this one was lost."""
         for job in (job for job in self.jobs if not job.published):
+            job.target.require_lease()
             for board in job.boards:
                 board.flush()
             for restart, training in enumerate(job.trainings):

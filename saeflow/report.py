@@ -32,7 +32,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Path:
     if path.is_file():
         return path
     figure = _heat_map(store, recipe) if small else _densities(target)
-    with replacing(path) as temporary, warnings.catch_warnings():
+    with target.writing(), replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
     target.send(path)

@@ -18,6 +18,10 @@ from pydantic import (
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+Overlap = Literal["refuse", "wait"]
+"""What is done while somebody else writes the same artefact: end at once, or wait."""
+
+
 class UserError(Exception):
     """Something the user can mend: the setting, what it is, what it may be, what to do. Exit code 2."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.disk import human_bytes, make_folder
 from saeflow.fingerprints import FORMAT_VERSION
+from saeflow.lease import FileSlot, ObjectSlot, held
 from saeflow.objects import Objects, cache_folder, is_url
 from saeflow.records import KINDS, Kind, read_checked, write_checked
-from saeflow.sections import UserError
+from saeflow.sections import Overlap, UserError
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,16 @@ class Store:
 
     root: Path
     objects: Objects | None = field(default=None, compare=False)
+    overlap: Overlap = field(default="refuse", compare=False)
 
     @classmethod
-    def at(cls, root: str | Path) -> Store:
+    def at(cls, root: str | Path, overlap: Overlap = "refuse") -> Store:
         """The store of a folder or URL, with the records as they are now."""
         if not is_url(root):
-            return cls(Path(root).absolute())
+            return cls(Path(root).absolute(), overlap=overlap)
         objects = Objects(str(root).rstrip("/"), cache_folder(str(root).rstrip("/")))
         objects.pull()
-        return cls(objects.root, objects)
+        return cls(objects.root, objects, overlap)
 
     @property
     def name(self) -> str:
@@ -39,9 +43,12 @@ class Store:
         return self.objects.url if self.objects else str(self.root)
 
     @classmethod
-    def create(cls, root: str | Path) -> Store:
-        """Open for writing, making the folder if needed. Raises UserError where that cannot be."""
-        store = cls.at(root)
+    def create(cls, root: str | Path, overlap: Overlap = "refuse") -> Store:
+        """Open for writing, making the folder if needed. Raises UserError where that cannot be.
+
+        `overlap`: what is done where another run is writing.
+        """
+        store = cls.at(root, overlap)
         try:
             make_folder(store.root / "tmp")
             probe = store.root / "tmp" / f".writable-{os.getpid()}"
@@ -54,7 +61,8 @@ class Store:
             ) from error
         marker = store.root / "store.json"
         if not marker.exists():
-            write_checked(marker, {"format_version": FORMAT_VERSION})
+            with FileSlot(store.root / "tmp" / "locks" / "store.lease").guard():  # two may begin a store at once
+                write_checked(marker, {"format_version": FORMAT_VERSION})
             store.send(marker)
         read_checked(marker)
         return store
@@ -76,17 +84,24 @@ class Store:
             )
         return store
 
+    @contextlib.contextmanager
+    def writing(self, name: str, what: str) -> Iterator[None]:
+        """Hold a lease of this name: for what is no artefact. Raises UserError as `Artefact.writing` does."""
+        path = self.root / "tmp" / "locks" / f"{name}.lease"
+        with held(FileSlot(path) if self.objects is None else ObjectSlot(self.objects, path), what, self.overlap):
+            yield
+
     def send(self, path: Path) -> None:
         if self.objects is not None:
             self.objects.send([path])
 
     def artefact(self, kind: Kind, name: str, fp: str) -> Artefact:
-        return Artefact(self.root, kind, name, fp, self.objects)
+        return Artefact(self.root, kind, name, fp, self.objects, self.overlap)
 
     def by_id(self, id: str) -> Artefact:
         kind, _, folder = id.partition("/")
         name, _, fp = folder.rpartition("-")
-        return Artefact(self.root, kind, name, fp, self.objects)  # type: ignore[arg-type]
+        return Artefact(self.root, kind, name, fp, self.objects, self.overlap)  # type: ignore[arg-type]
 
     def artefacts(self, *kinds: Kind) -> list[Artefact]:
         """Existing artefacts, by kind and name, the newest last among equal names."""

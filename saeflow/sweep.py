@@ -34,6 +34,12 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     if missing:
         raise UserError(f"Not trained yet: {', '.join(missing)}. Run `saeflow train RECIPE` first.")
     path = folder_of(store, recipe.name, trained)
+    with store.writing(f"sweeps-{path.name}", f"the table of {recipe.name}"):
+        return _run(store, recipe, trained, path, progress)
+
+
+def _run(store: Store, recipe: Recipe, trained: Sequence[Artefact], path: Path, progress: Progress) -> dict[str, Any]:
+    members = recipe.members()
     judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(store, recipe)}
     known = read_known(path / TABLE)
     if known and store.objects is not None:

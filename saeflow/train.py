@@ -88,7 +88,9 @@ def run_all(store: Store, recipe: Recipe, progress: Progress, fresh: bool = Fals
     members = recipe.members()
     targets = [fresh_artefact(store, each) if fresh else artefact(store, each) for each in members]
     with contextlib.ExitStack() as stack:
-        for target in targets:
+        for target in sorted(
+            targets, key=lambda target: target.id
+        ):  # in one order: nobody waits for one who waits for him
             stack.enter_context(target.writing())
         jobs = [Job(*pair) for pair in zip(members, targets, strict=True) if not pair[1].complete()]
         for target in (target for target in targets if target.complete()):

@@ -33,6 +33,7 @@ ORDER = [
     "object_files",
     "records",
     "coverage",
+    "lease",
     "artefact",
     "store",
     "integrity",

@@ -25,7 +25,7 @@ from typing import Literal
 
 from tests.small_pipeline import NOT_COMPARED
 
-Fault = Literal["SIGKILL", "SIGTERM", "SIGINT", "disk full"]
+Fault = Literal["SIGKILL", "SIGTERM", "SIGINT", "disk full", "SIGSTOP"]
 FAULTS: tuple[Fault, ...] = ("SIGKILL", "SIGTERM", "SIGINT", "disk full")
 EXIT_CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 130, "SIGINT": 130, "disk full": 2}
 
@@ -58,9 +58,9 @@ def _parts(stage: str, kind: str) -> list[Point]:
     """Points in a stage that makes an artefact of parts."""
     return [
         Point(stage, "before the first write", "os.mkdir", rf"{kind}/[^/]+/parts$"),
-        Point(stage, "in the middle of a part", "open", rf"tmp/{kind}-[^/]+/000002/\.part\.json\.new$"),
-        Point(stage, "before a part is renamed", "os.rename", rf"tmp/{kind}-[^/]+/000001$"),
-        Point(stage, "after a part", "os.mkdir", rf"tmp/{kind}-[^/]+/000003$"),
+        Point(stage, "in the middle of a part", "open", rf"tmp/{kind}-[^/]+/[^/]+/000002/\.part\.json\.new$"),
+        Point(stage, "before a part is renamed", "os.rename", rf"tmp/{kind}-[^/]+/[^/]+/000001$"),
+        Point(stage, "after a part", "os.mkdir", rf"tmp/{kind}-[^/]+/[^/]+/000003$"),
         Point(stage, "before publication", "os.mkdir", rf"{kind}/[^/]+/generations$"),
         Point(stage, "before the manifest", "open", rf"{kind}/[^/]+/\.manifest\.json\.new$"),
         Point(stage, "before the manifest is renamed", "os.rename", rf"{kind}/[^/]+/\.manifest\.json\.new$"),
@@ -74,14 +74,14 @@ POINTS = [
     Point("train", "in the middle of a step", STEP, "", 20),
     Point("train", "in the middle of a checkpoint", "open", r"\.checkpoint/restart-0\.new/\.state\.json\.new$", 3),
     Point("train", "before a checkpoint is renamed", "os.rename", r"\.checkpoint/restart-0\.new$", 3),
-    Point("train", "before publication", "os.mkdir", r"tmp/saes-[^/]+/whole$"),
+    Point("train", "before publication", "os.mkdir", r"tmp/saes-[^/]+/[^/]+/whole$"),
     Point("train", "before the record", "open", r"whole/\.artefact\.json\.new$"),
     Point("train", "before the artefact is renamed", "os.rename", r"whole$"),
     Point("train", "after publication", "shutil.rmtree", r"tmp/saes-[^/]+\.checkpoint$", -1),
     *_parts("encode", "features"),
-    Point("compact", "before the order by token", "os.mkdir", r"tmp/features-[^/]+/1\d{7}/token_major"),
-    Point("compact", "before the order by feature", "os.mkdir", r"tmp/features-[^/]+/1\d{7}/feature_major"),
-    Point("compact", "before the part is renamed", "os.rename", r"tmp/features-[^/]+/1\d{7}$"),
+    Point("compact", "before the order by token", "os.mkdir", r"tmp/features-[^/]+/[^/]+/1\d{7}/token_major"),
+    Point("compact", "before the order by feature", "os.mkdir", r"tmp/features-[^/]+/[^/]+/1\d{7}/feature_major"),
+    Point("compact", "before the part is renamed", "os.rename", r"tmp/features-[^/]+/[^/]+/1\d{7}$"),
     Point("compact", "before the manifest", "open", r"features/[^/]+/\.manifest\.json\.new$", 2),
     Point("compact", "before the manifest is renamed", "os.rename", r"features/[^/]+/\.manifest\.json\.new$", 2),
     Point("evaluate", "before the figures", "open", r"features/[^/]+/\.quality\.json\.new$"),
@@ -185,9 +185,13 @@ class Runner:
         """The exit code of `saeflow run` into `store`; minus the signal's number where one killed it."""
         return self.finish(store, self.start(store, partial(watch, case, store) if case else None))
 
-    def start(self, store: Path, prepare: Callable[[], None] | None = None, command: str = "run") -> ForkServerProcess:
+    def start(
+        self, store: Path, prepare: Callable[[], None] | None = None, command: str = "run", log: str = ""
+    ) -> ForkServerProcess:
+        """`log`: its own name, where several runs of one store print at once."""
         arguments = [command, str(self.recipe), "--store", str(store)]
-        process = self.context.Process(target=run_command, args=(arguments, self._log(store), prepare))
+        path = self._log(store).with_stem(f"{store.name}-{log}") if log else self._log(store)
+        process = self.context.Process(target=run_command, args=(arguments, path, prepare))
         process.start()
         return process
 

@@ -6,6 +6,7 @@ python -m tests.faults --only train          those whose name has these words
 python -m tests.faults --random-kills 20     a collection killed so often, resumed each time
 python -m tests.faults --training-kills 20   a sweep of every architecture, killed in training, likewise
 python -m tests.faults --reading-kills 20    encoding and compaction killed so often while another process asks
+python -m tests.faults --overlaps            runs side by side; one halted at every named point, followed, continued
 python -m tests.faults --power-cuts 20       about so many power cuts in one run
 """
 
@@ -22,6 +23,7 @@ from typing import get_args
 from saeflow.sections import Architecture
 from tests.faults import CASES, Runner, power, tenth
 from tests.faults.kills import TRAINING, collecting_runner, random_kills, training_runner
+from tests.faults.overlap import overlaps
 from tests.faults.power import VIEWS, power_cuts
 from tests.faults.readers import Reading
 from tests.small_pipeline import Ingredients, recipe_data, write_recipe
@@ -39,6 +41,7 @@ def main() -> int:
     parser.add_argument("--random-kills", type=int, metavar="N", help="only kills at N random instants of a collection")
     parser.add_argument("--training-kills", type=int, metavar="N", help="only kills at N random instants of a training")
     parser.add_argument("--reading-kills", type=int, metavar="N", help="only N kills beside a reader")
+    parser.add_argument("--overlaps", action="store_true", help="only two runs at once")
     parser.add_argument("--power-cuts", type=int, metavar="N", help="only about N power cuts")
     parser.add_argument("--seed", type=int, default=0, help="of the random instants")
     chosen = parser.parse_args()
@@ -62,6 +65,8 @@ def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, li
             yield f"a kill {instant:.2f} s into the training" if instant else "finished after the last kill", problems
     elif chosen.reading_kills:
         yield from Reading(folder).kills(chosen.reading_kills, chosen.seed)
+    elif chosen.overlaps:
+        yield from (case for case in overlaps(folder) if chosen.only in case[0])
     elif chosen.power_cuts:
         runner = small_runner(folder)
         for cut in power_cuts(runner, chosen.power_cuts):

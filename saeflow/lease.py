@@ -1,0 +1,316 @@
+"""Who is writing an artefact: a lease that its owner renews, and that others may take once it is silent.
+
+An owner of this machine whose process is gone is known at once. Any other one is watched: where nothing changes for as
+long as the lease lasts, by the watcher's own monotonic clock, it is taken over. So nobody's clock has to be right, and
+nothing is waited for after an ordinary crash. The lease is a courtesy that saves work. What keeps a store right is that
+a generation is only switched by who holds the lease and finds the generation that it began with (`artefact`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+from filelock import FileLock, Timeout
+
+from saeflow.disk import json_text
+from saeflow.harmless import brief, sanitise
+from saeflow.objects import Objects
+from saeflow.sections import Overlap, UserError
+
+log = logging.getLogger(__name__)
+
+SECONDS = 60.0
+"""After so long without a sign of life the owner counts as gone; SAEFLOW_LEASE_SECONDS sets another number."""
+
+BEATS = 6
+"""Signs of life in that time."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What a lease says. `beat` grows with every sign of life; `machine` and `born` tell processes of one number apart."""
+
+    token: str
+    machine: str
+    pid: int
+    born: float
+    about: str
+    seconds: float
+    beat: int = 0
+
+    @classmethod
+    def here(cls) -> Owner:
+        pid = os.getpid()
+        return cls(uuid.uuid4().hex[:12], _machine(), pid, _born(pid) or 0.0, _about(), lease_seconds())
+
+    def is_here(self) -> bool:
+        return self.machine == _machine()
+
+    def is_gone(self) -> bool:
+        """Is it known to have ended?"""
+        return self.is_here() and _born(self.pid) != self.born
+
+    def is_stopped(self) -> bool:
+        """Has it been halted (SIGSTOP), so that it says nothing for a while?"""
+        with contextlib.suppress(psutil.Error):
+            return self.is_here() and psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        return False
+
+
+def lease_seconds() -> float:
+    return float(os.environ.get("SAEFLOW_LEASE_SECONDS") or SECONDS)
+
+
+def _machine() -> str:
+    """This boot of this machine, or container: where a process number means the same process."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _born(pid: int) -> float | None:
+    """When a process began, in the kernel's own count where there is one, which no clock moves; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else float(fields[19])
+    except OSError:
+        pass
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return None
+
+
+def _about() -> str:
+    command = " ".join([Path(sys.argv[0] or "python").name, *sys.argv[1:]])
+    return f"process {os.getpid()} on {platform.node()} ({command[:120]})"
+
+
+class Slot(Protocol):
+    """Where a lease is kept. `tag` stands for the content that was seen."""
+
+    def read(self) -> tuple[Owner | None, Any]:
+        """The owner, None where there is none; and the tag."""
+        ...
+
+    def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
+        """Write the owner, if the content is still what `tag` stands for. Did it work, and the new tag."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSlot:
+    """A file; a lock of the operating system is held while it is compared and replaced."""
+
+    path: Path
+
+    @contextlib.contextmanager
+    def guard(self, seconds: float = 60) -> Iterator[None]:
+        """Nobody else is inside. Raises UserError where somebody stays so long."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.path.with_suffix(".lock")
+        try:
+            with FileLock(path, timeout=seconds):
+                yield
+        except Timeout:
+            raise UserError(
+                f"{path} has been locked for {seconds:.0f} s: some process was halted while it published.\n"
+                "Let it go on (kill -CONT) or end it, then run the same command again."
+            ) from None
+
+    def read(self) -> tuple[Owner | None, Any]:
+        try:
+            content = self.path.read_text("utf-8")
+        except FileNotFoundError:
+            return None, None
+        return _owner(content), content
+
+    def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
+        with self.guard():
+            return (True, self.put(owner)) if self.read()[1] == tag else (False, None)
+
+    def put(self, owner: Owner | None) -> str | None:
+        """Write without asking; the caller holds the guard. A power cut may lose it: every owner is then gone, too."""
+        if owner is None:
+            self.path.unlink(missing_ok=True)
+            return None
+        fresh, content = self.path.with_suffix(".new"), _text(owner)
+        fresh.write_text(content, "utf-8")
+        os.replace(fresh, self.path)
+        return content
+
+
+@dataclass(frozen=True)
+class ObjectSlot:
+    """An object, written with the condition that it is still the one that was read."""
+
+    objects: Objects
+    path: Path
+
+    def read(self) -> tuple[Owner | None, Any]:
+        found = self.objects.read_tagged(self.path)
+        return (_owner(found[0].decode("utf-8", "replace")), found[1]) if found else (None, None)
+
+    def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
+        content = (_text(owner) if owner else "{}\n").encode()
+        fresh = self.objects.put_tagged(self.path, content, tag)
+        if fresh is not None and owner is None:  # who has taken it in this instant writes it again
+            self.objects.drop(self.path)
+        return fresh is not None, fresh
+
+
+def _text(owner: Owner) -> str:
+    return json_text(vars(owner))
+
+
+def _owner(content: str) -> Owner | None:
+    """None where nobody owns it, or nonsense was written."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = Owner(**json.loads(content))
+        return replace(found, about=sanitise(brief(found.about, 300)), seconds=float(found.seconds), pid=int(found.pid))
+    return None
+
+
+@dataclass
+class Lease:
+    """A lease that is held: renewed from a thread of its own until it is released or lost."""
+
+    slot: Slot
+    owner: Owner
+    tag: Any
+    what: str
+    waited: bool = False
+    """Was somebody else at work before?"""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        threading.Thread(target=self._beat, name="saeflow-lease", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(self.owner.seconds / BEATS):
+            try:
+                self.renew()
+            except (OSError, UserError) as error:  # the disk or the network may come back
+                log.warning("The lease of %s could not be renewed: %s", self.what, error)
+
+    def renew(self) -> bool:
+        """A sign of life. False once somebody else has taken the lease."""
+        with self._lock:
+            if self._over.is_set():
+                return False
+            owner = replace(self.owner, beat=self.owner.beat + 1)
+            done, tag = self.slot.swap(owner, self.tag)
+            if not done and self.slot.read()[0] is None:  # removed, but nobody else's
+                done, tag = self.slot.swap(owner, self.slot.read()[1])
+            if done:
+                self.owner, self.tag = owner, tag
+            elif self._other():
+                self._over.set()
+            return done
+
+    def _other(self) -> Owner | None:
+        """Who has the lease now, if somebody else."""
+        found = self.slot.read()[0]
+        return found if found is not None and found.token != self.owner.token else None
+
+    def require(self) -> None:
+        """Raises UserError where the lease is somebody else's now."""
+        if other := self._other():
+            self._over.set()
+            raise UserError(
+                f"{self.what}: this run was silent for more than {self.owner.seconds:.0f} s, and {other.about} has taken over.\n"
+                "Nothing is lost, and nothing of this run was published since. Run the same command again to see it finished."
+            )
+
+    def release(self) -> None:
+        self._over.set()
+        with self._lock:
+            self.slot.swap(None, self.tag)
+
+
+def acquire(slot: Slot, what: str, overlap: Overlap, sleep: Callable[[float], object] = time.sleep) -> Lease:
+    """Take the lease. Raises UserError where somebody else has it and `overlap` is "refuse".
+
+    An owner that cannot be asked is watched for as long as its lease lasts, whatever `overlap` says.
+    """
+    seen, since, waited = None, time.monotonic(), False
+    while True:
+        owner, tag = slot.read()
+        if owner is None or owner.is_gone() or (tag == seen and time.monotonic() - since >= owner.seconds):
+            if owner is not None:
+                log.warning(
+                    "%s was left by %s, which %s.", what, owner.about, "has ended" if owner.is_gone() else "is silent"
+                )
+            if lease := _take(slot, tag, what, waited):
+                return lease
+            continue
+        lives = owner.is_here() and not owner.is_stopped()
+        if overlap == "refuse" and (lives or (seen is not None and tag != seen)):
+            raise UserError(
+                f"Another run is writing {what}: {owner.about}.\n"
+                'Wait for it to end, then run the command again; or set overlap = "wait" in the recipe.'
+            )
+        if tag != seen:
+            seen, since = tag, time.monotonic()
+        if not waited:
+            log.warning("%s is being written by %s: waiting.", what, owner.about)
+            waited = True
+        sleep(min(1.0, owner.seconds / BEATS))
+
+
+def _take(slot: Slot, tag: Any, what: str, waited: bool) -> Lease | None:
+    mine = Owner.here()
+    done, fresh = slot.swap(mine, tag)
+    if not done:
+        return None
+    lease = Lease(slot, mine, fresh, what, waited)
+    lease.start()
+    return lease
+
+
+def is_free(slot: Slot) -> bool:
+    """Is nobody at work? Somebody of whom nothing is known is watched for as long as the lease lasts."""
+    owner = slot.read()[0]
+    if owner is None or owner.is_gone():
+        return True
+    try:
+        acquire(slot, "this", "refuse").release()
+    except UserError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def held(slot: Slot, what: str, overlap: Overlap) -> Iterator[Lease]:
+    """Hold the lease for the block. An error inside is explained by a loss of the lease, where there was one."""
+    lease = acquire(slot, what, overlap)
+    try:
+        yield lease
+    except UserError:
+        raise
+    except Exception as error:
+        try:
+            lease.require()
+        except UserError as lost:
+            raise lost from error
+        raise
+    finally:
+        lease.release()

@@ -1,0 +1,91 @@
+"""Two runs of one recipe at once: side by side, and one that is halted past its lease, followed, and then continued."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from tests.faults import POINTS, Case, Point, Runner, differences, watch
+from tests.small_pipeline import Ingredients, recipe_data, write_recipe
+
+LEASE_SECONDS = "1"
+
+
+def waiting_runner(folder: Path) -> Runner:
+    """Of a small recipe whose runs wait for one another."""
+    data = recipe_data(
+        Ingredients.write(folder), overlap="wait", train={"checkpoint_seconds": 0.001}, features={"compact_parts": 2}
+    )
+    return Runner(folder, write_recipe(folder / "small.toml", data))
+
+
+def halted(runner: Runner, point: Point) -> list[str]:
+    """A run that stops dead at the point, another that waits and finishes the work, then the first continued."""
+    store = runner.folder / f"halted-{POINTS.index(point)}"
+    first = runner.start(store, partial(_watched, Case(point, "SIGSTOP"), store))
+    try:
+        _wait(lambda: psutil.Process(first.pid).status() == psutil.STATUS_STOPPED)
+        second = runner.start(store, _short_lease, log="second")
+        if _publishing(point):  # nobody may pass: it holds the lock
+            time.sleep(3 * float(LEASE_SECONDS))
+            os.kill(first.pid or 0, signal.SIGCONT)
+        codes = [runner.finish(store, second)]
+    finally:
+        os.kill(first.pid or 0, signal.SIGCONT)
+    codes.append(runner.finish(store, first))
+    return [*_wrong(runner, store, codes, (0, 2)), *differences(runner.undisturbed, store)]
+
+
+def _publishing(point: Point) -> bool:
+    return (
+        "manifest" in point.when
+        or "before publication" in point.when
+        or "record" in point.when
+        or "artefact" in point.when
+    )
+
+
+def side_by_side(runner: Runner, n: int = 2) -> list[str]:
+    """Several runs from the first instant on, all of which wait for one another."""
+    store = runner.folder / "side-by-side"
+    processes = [runner.start(store, _short_lease, log=str(i)) for i in range(n)]
+    codes = [runner.finish(store, process) for process in processes]
+    return [*_wrong(runner, store, codes, (0,)), *differences(runner.undisturbed, store)]
+
+
+def overlaps(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    runner = waiting_runner(folder)
+    yield "two runs side by side", side_by_side(runner)
+    yield "four runs side by side", side_by_side(runner, 4)
+    for point in POINTS:
+        yield f"halted: {point.stage}, {point.when}", halted(runner, point)
+
+
+def _short_lease() -> None:
+    os.environ["SAEFLOW_LEASE_SECONDS"] = LEASE_SECONDS
+
+
+def _watched(case: Case, store: Path) -> None:
+    _short_lease()
+    watch(case, store)
+
+
+def _wait(until: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end, "the run never came to that point"
+        time.sleep(0.02)
+
+
+def _wrong(runner: Runner, store: Path, codes: list[int | None], allowed: tuple[int, ...]) -> list[str]:
+    """Exit codes and tracebacks that should not be."""
+    logs = {path.name: path.read_text("utf-8") for path in sorted(runner.folder.glob(f"{store.name}*.log"))}
+    said = "\n".join(f"{name}:\n{text}" for name, text in logs.items())
+    found = [f"exit codes {codes}:\n{said}"] if codes[0] != 0 or any(code not in allowed for code in codes) else []
+    return found + [f"a traceback in {name}:\n{text}" for name, text in logs.items() if "Traceback" in text]

@@ -1,0 +1,252 @@
+"""Leases: one writer an artefact, a dead one's work taken over, a halted one that wakes up publishes nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saeflow import artefact, lease
+from saeflow.artefact import Artefact
+from saeflow.lease import FileSlot, Owner, acquire, held
+from saeflow.sections import UserError
+from saeflow.store import Store
+from tests.faults import POINTS, Runner
+from tests.faults.overlap import halted, side_by_side, waiting_runner
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> FileSlot:
+    return FileSlot(tmp_path / "locks" / "x.lease")
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAEFLOW_LEASE_SECONDS", "1")
+
+
+def foreign(slot: FileSlot, **changes: Any) -> Owner:
+    """An owner on another machine, of whom nothing but the lease is known."""
+    owner = replace(Owner.here(), machine="elsewhere", about="process 7 on elsewhere (saeflow run)", **changes)
+    with slot.guard():
+        slot.put(owner)
+    return owner
+
+
+def test_a_second_writer_of_this_machine_is_refused_at_once_and_the_first_is_named(slot: FileSlot) -> None:
+    with held(slot, "tokens/x", "refuse"):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=rf"writing tokens/x: process {os.getpid()} on .*\n.*overlap = \"wait\""):
+            acquire(slot, "tokens/x", "refuse")
+        assert time.monotonic() - began < 0.5
+    acquire(slot, "tokens/x", "refuse").release()
+    assert not slot.path.exists()
+
+
+def test_a_second_writer_that_waits_begins_when_the_first_ends(slot: FileSlot) -> None:
+    order = []
+
+    def second() -> None:
+        with held(slot, "x", "wait") as mine:
+            order.append(("second", mine.waited))
+
+    with held(slot, "x", "refuse"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.5)
+        order.append(("first", False))
+    thread.join()
+    assert order == [("first", False), ("second", True)]
+
+
+def test_a_lease_held_for_longer_than_it_lasts_stays_its_owners(slot: FileSlot) -> None:
+    with held(slot, "x", "refuse"):
+        time.sleep(1.5)
+        with pytest.raises(UserError, match="Another run is writing"):
+            acquire(slot, "x", "refuse")
+
+
+def test_a_dead_process_of_this_machine_is_followed_at_once(slot: FileSlot) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    owner = replace(Owner.here(), pid=child.pid, born=lease._born(child.pid) or 1.0, seconds=3600.0)
+    child.wait()
+    with slot.guard():
+        slot.put(owner)
+    began = time.monotonic()
+    acquire(slot, "x", "refuse").release()
+    assert time.monotonic() - began < 1
+
+
+def test_a_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(slot: FileSlot) -> None:
+    with slot.guard():
+        slot.put(replace(Owner.here(), born=1.0))
+    acquire(slot, "x", "refuse").release()
+
+
+@pytest.mark.parametrize("overlap", ["refuse", "wait"])
+def test_a_silent_owner_elsewhere_is_followed_once_its_lease_has_lasted(slot: FileSlot, overlap: Any) -> None:
+    foreign(slot)
+    began = time.monotonic()
+    acquire(slot, "x", overlap).release()
+    assert 1 <= time.monotonic() - began < 5
+
+
+def test_an_owner_elsewhere_that_gives_signs_of_life_is_never_followed(slot: FileSlot) -> None:
+    owner, over = foreign(slot), threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not over.wait(0.2):
+            beats += 1
+            with slot.guard():
+                slot.put(replace(owner, beat=beats))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="process 7 on elsewhere"):
+            acquire(slot, "x", "refuse")
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_expiry_counts_by_the_watchers_own_steady_clock(slot: FileSlot, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign(slot)
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # the clock on the wall was put back to 1970
+    os.utime(slot.path, (4e9, 4e9))  # and the file is from the future
+    acquire(slot, "x", "refuse").release()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"token": 3}', "\0\0", '{"token": "\x1b[2J"}'])
+def test_nonsense_in_the_place_of_a_lease_belongs_to_nobody(slot: FileSlot, content: str) -> None:
+    slot.path.parent.mkdir()
+    slot.path.write_text(content)
+    acquire(slot, "x", "refuse").release()
+
+
+def test_what_another_process_calls_itself_is_shown_harmless(slot: FileSlot) -> None:
+    owner = foreign(slot)
+    with slot.guard():
+        slot.put(replace(owner, machine=lease._machine(), about="\x1b[2J\u202eevil"))
+    with pytest.raises(UserError) as refused:
+        acquire(slot, "x", "refuse")
+    assert "\x1b" not in str(refused.value)
+    assert "\u202e" not in str(refused.value)
+
+
+def test_of_many_that_want_a_lease_one_has_it_at_a_time(slot: FileSlot) -> None:
+    inside, most, done = [0], [0], []
+
+    def work() -> None:
+        with held(slot, "x", "wait"):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.01)
+            inside[0] -= 1
+            done.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert len(done) == 4
+
+
+def taken_over(target: Artefact) -> None:
+    """Another machine takes the lease."""
+    assert isinstance(target.slot, FileSlot)
+    foreign(target.slot, token="theirs")
+
+
+def a_part(target: Artefact, text: str) -> None:
+    with target.new_part(0, {"n": 1}) as folder:
+        (folder / "data").write_text(text)
+
+
+def test_who_has_lost_the_lease_publishes_nothing(tmp_path: Path) -> None:
+    target = Store.create(tmp_path).artefact("tokens", "x", "00000000")
+
+    def publish() -> None:
+        with target.writing():
+            target.begin({})
+            a_part(target, "mine")
+            taken_over(target)
+            target.publish(target.made.values())
+
+    with pytest.raises(UserError, match=r"silent for more than 1 s, and process 7 on elsewhere"):
+        publish()
+    assert target.generation() is None
+
+
+def test_who_finds_another_generation_than_it_began_with_publishes_nothing_lease_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.create(tmp_path)
+    target, other = (store.artefact("tokens", "x", "00000000") for _ in range(2))
+
+    def publish() -> None:
+        with target.writing():
+            target.begin({})
+            a_part(target, "mine")
+            with monkeypatch.context() as patch:  # as in another process
+                patch.setattr(artefact, "_HOLDS", {})
+                a_part(other, "theirs")
+                other.publish(other.made.values())
+            target.publish(target.made.values())
+
+    with pytest.raises(UserError, match="has published tokens/x-00000000 since"):
+        publish()
+    assert target.published().parts == tuple(other.made.values())
+
+
+def test_an_error_after_the_loss_of_a_lease_is_explained_by_it(tmp_path: Path) -> None:
+    target = Store.create(tmp_path).artefact("tokens", "x", "00000000")
+
+    def write() -> None:
+        with target.writing():
+            taken_over(target)
+            raise FileNotFoundError("the other has cleared the folder for work in progress")
+
+    with pytest.raises(UserError, match="silent for more than"):
+        write()
+
+
+def test_a_part_that_is_there_already_is_kept_and_never_away_for_an_instant(tmp_path: Path) -> None:
+    target = Store.create(tmp_path).artefact("tokens", "x", "00000000")
+    a_part(target, "same")
+    [folder] = (target.path / "parts").iterdir()
+    node = folder.stat().st_ino
+    a_part(target, "same")
+    assert [each.stat().st_ino for each in (target.path / "parts").iterdir()] == [node]
+    (folder / "data").write_text("SAME")
+    a_part(target, "same")
+    assert (folder / "data").read_text() == "same"
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return waiting_runner(tmp_path_factory.mktemp("overlap"))
+
+
+def test_two_runs_at_once_leave_the_store_of_one(runner: Runner) -> None:
+    assert side_by_side(runner) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "when"), [("collect", "in the middle of a part"), ("train", "in the middle of a checkpoint")]
+)
+def test_a_run_halted_past_its_lease_and_continued_leaves_the_store_of_one(
+    runner: Runner, stage: str, when: str
+) -> None:
+    [point] = [point for point in POINTS if (point.stage, point.when) == (stage, when)]
+    assert halted(runner, point) == []
