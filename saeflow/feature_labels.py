@@ -164,7 +164,8 @@ def _one_file(file: LabelFile) -> str:
     columns = literal(dict.fromkeys(file.columns, "varchar"))
     options = (
         f"columns = {columns}, delim = {literal(file.delimiter)}, quote = '\"', escape = '\"', header = true, "
-        "auto_detect = false, ignore_errors = true, null_padding = true, strict_mode = false, parallel = false"
+        "auto_detect = false, ignore_errors = true, null_padding = true, strict_mode = false, parallel = false, "
+        "hive_partitioning = false"
     )
     score = "try_cast(trim(score) as double)" if "score" in file.columns else "null::double"
     return (

@@ -50,6 +50,32 @@ def test_a_store_may_lie_anywhere(tmp_path, folder):
         assert not any(rows.num_rows for _, rows in check(connection))
 
 
+NAMED_LIKE_COLUMNS = [
+    "source=web", "value=9", "low=3", "low=3/high=2", "feature_id=1", "token_id=5", "vocab_id=1", "n_tokens=5", "label=x",
+    "year=2024",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", NAMED_LIKE_COLUMNS)
+def test_folders_above_the_store_never_stand_for_a_column_of_its_files(tmp_path, folder):
+    views = ("documents", "tokens", "feature_summary", "feature_labels", "feature_kind", "src_feature_stats")
+    questions = [*(f"from {view}" for view in views), "select feature_id, token_id, value, low, high from src_feature_major"]
+    questions += ["from tokens_where(0)", "from token_features(7)", "from source_contrast('novels', 'bible')"]
+    answers = []
+    for root in (tmp_path / "plain", tmp_path / folder / "store"):
+        store = Given(n_buckets=4).write(root)
+        labels = root / "labels" / "demo-f0000001" / "own.csv"
+        labels.parent.mkdir(parents=True)
+        labels.write_text("feature_id,label\n2,love\n")
+        with connect(store, threads=1) as connection:
+            found = [query(connection, sql) for sql in questions]
+            plan = query(connection, "explain analyze from tokens_where(2)").column(1)[0].as_py()
+            assert not any(rows.num_rows for _, rows in check(connection))
+        answers.append([table.drop_columns({"filename"} & set(table.column_names)).to_pylist() for table in found])
+        assert "1/4" in plan.replace(" ", "")
+    assert answers[0] == answers[1]
+
+
 def test_the_newest_run_is_asked_unless_another_is_named(tmp_path):
     Given(name="old", fp="f0000001", values=[]).write(tmp_path)
     store = Given(name="new", fp="f0000002").write(tmp_path)
