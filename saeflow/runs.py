@@ -103,17 +103,24 @@ def sql_folder() -> Path:
 def runs(store: Store) -> list[Run]:
     """Every run of the store, the newest first; one that cannot be read says so in `problem`.
 
-    The newest readable run of a name has the name as its schema, all others `name_fp`.
+    The newest readable run of a name has the name as its schema, all others `name_fp`. To DuckDB `Demo` is `demo`: of
+    names that differ in nothing else the newest run has its own, too.
     """
     found: list[Run] = []
     for artefact in reversed(store.artefacts("features")):
-        taken = {run.schema for run in found} | _RESERVED
+        taken = {run.schema.casefold() for run in found} | _RESERVED
         full_name = f"{artefact.name}_{artefact.fp}"
+        full_names = (full_name, *(f"{full_name}_{number}" for number in range(2, len(found) + 3)))
         try:
-            found.append(_readable(store, artefact, full_name if artefact.name in taken else artefact.name))
+            found.append(_readable(store, artefact, _free([artefact.name, *full_names], taken)))
         except _UNREADABLE as error:
-            found.append(Run(artefact, full_name, {}, problem=str(error) or type(error).__name__))
+            schema = _free(full_names, taken)
+            found.append(Run(artefact, schema, {}, problem=str(error) or type(error).__name__))
     return found
+
+
+def _free(names: Iterable[str], taken: set[str]) -> str:
+    return next(name for name in names if name.casefold() not in taken)
 
 
 def connect(
@@ -335,9 +342,9 @@ def _choose(store: Store, every: Sequence[Run], name: str | None) -> Run:
             return readable[0]
         reasons = "".join(f"\n{run.artefact.id}: {run.problem}" for run in damaged)
         raise UserError(f"{store.name} has no run to ask. Make one: `saeflow run RECIPE`.{reasons}")
-    called = [run for run in readable if run.is_called(name)]
-    for run in called + [run for run in readable if run.artefact.name == name]:
-        return run
+    for fits in (lambda run: run.schema == name, lambda run: run.is_called(name), lambda run: run.artefact.name == name):
+        for run in filter(fits, readable):
+            return run
     for run in damaged:
         if run.is_called(name) or run.artefact.name == name:
             raise UserError(f"The run {name} cannot be read: {run.problem}")

@@ -100,7 +100,26 @@ def test_of_two_runs_of_one_name_the_newest_has_it_and_each_answers_from_its_own
         assert ask(connection, "tokens_where", [3]).num_rows == 1
 
 
-@pytest.mark.parametrize("name", ["main", "temp", "pg_catalog", "1st", "select"])
+@pytest.mark.parametrize(("older", "newer"), [("Demo", "demo"), ("demo", "DEMO"), ("demo_f0000001", "Demo_F0000001")])
+def test_of_two_runs_whose_names_differ_in_case_each_answers_from_its_own_files(tmp_path, older, newer):
+    Given(name=older, fp="f0000001", values=[(2, 3, 9.0)]).write(tmp_path)
+    store = Given(name=newer, fp="f0000002").write(tmp_path)
+    for name, n_tokens in ((older, [0, 0, 0, 1]), (newer, [4, 1, 2, 0]), (f"features/{older}-f0000001", [0, 0, 0, 1])):
+        with connect(store, name) as connection:
+            assert ask(connection, "feature_summary").column("n_tokens").to_pylist() == n_tokens
+
+
+def test_a_run_may_be_called_as_an_older_run_of_another_name_is_in_full(tmp_path):
+    Given(name="demo", fp="f0000001", values=[(2, 3, 9.0)]).write(tmp_path)
+    Given(name="demo", fp="f0000002", values=[(2, 3, 9.0), (3, 3, 9.0)]).write(tmp_path)
+    store = Given(name="demo_f0000001", fp="f0000003").write(tmp_path)
+    assert [run.schema for run in runs(store)] == ["demo_f0000001", "demo", "demo_f0000001_2"]
+    for name, n_tokens in (("demo_f0000001", 0), ("demo", 2), ("demo_f0000001_2", 1), ("demo-f0000001", 1)):
+        with connect(store, name) as connection:
+            assert ask(connection, "feature_summary").column("n_tokens").to_pylist()[3] == n_tokens
+
+
+@pytest.mark.parametrize("name", ["main", "Main", "temp", "pg_catalog", "Every_Run", "1st", "select"])
 def test_a_run_may_have_any_name_a_recipe_may(tmp_path, name):
     with connect(Given(name=name).write(tmp_path)) as connection:
         assert ask(connection, "top_tokens", [0]).num_rows == 4
