@@ -484,6 +484,23 @@ def test_documents_show_all_metadata_whatever_its_name(tmp_path):
     assert column(rows, "key") == ["emma", "psalm", "empty"]
 
 
+NAMES_OF_COLUMNS = [
+    "position", "mask", "token_id", "vocab_id", "piece", "value", "feature_id", "feature", "text", "a", "is_hidden", "Position",
+    "end_token_id", "band", "n_real", "filename", "Source", "Key", "N_Tokens", "First_Token_Id",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES_OF_COLUMNS)
+def test_metadata_may_be_called_as_any_column_is(tmp_path, name):
+    with connect(Given(metadata={name: pa.array(["1", "2", "3"])}).write(tmp_path), threads=1) as connection:
+        assert not any(rows.num_rows for _, rows in check(connection))
+        assert len(ask(connection, "documents")) == 3
+        assert sorted(ask(connection, "tokens").column("source").to_pylist()) == ["bible"] * 3 + ["novels"] * 5
+        for question, arguments in (("compare_sources", ["novels", "bible"]), ("tokens_where", [0])):
+            assert len(ask(connection, question, arguments)) == 4
+        assert len(ask(connection, "context", [1])) == len(ask(connection, "top_documents", [0])) - 1 == 1
+
+
 def test_runs_show_their_size_and_quality_as_far_as_known(tmp_path):
     Given(name="old", fp="f0000000").write(tmp_path)
     quality = {"l0": 1.5, "variance_unexplained": 0.2, "loss_recovered_zero": 0.9, "other": [1]}
