@@ -96,6 +96,22 @@ def unglobbed(path: str) -> str:
     return re.sub(r"[*?\[]", r"[\g<0>]", path)
 
 
+def condition_of_encoded(
+    ranges: Ranges | None, length: int, positions: Sequence[int] = (), entries: Sequence[int] = ()
+) -> str:
+    """Was a token encoded, as SQL on its number `token` and its vocabulary id `entry`? Without ranges all were, but for these
+    positions and entries."""
+    said = []
+    if ranges is not None:
+        inside = " or ".join(f"token between {first} and {last}" for first, last in ranges)
+        said.append(f"({inside or 'false'})")
+    if positions:
+        said.append(f"token % {length} not in ({', '.join(map(str, positions))})")
+    if entries:
+        said.append(f"entry not in ({', '.join(map(str, entries))})")
+    return " and ".join(said) or "true"
+
+
 def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 

@@ -59,7 +59,10 @@ NAMED_LIKE_COLUMNS = [
 @pytest.mark.parametrize("folder", NAMED_LIKE_COLUMNS)
 def test_folders_above_the_store_never_stand_for_a_column_of_its_files(tmp_path, folder):
     views = ("documents", "tokens", "feature_summary", "feature_labels", "feature_kind", "src_feature_stats")
-    questions = [*(f"from {view}" for view in views), "select feature_id, token_id, value, low, high from src_feature_major"]
+    questions = [
+        *(f"from {view}" for view in views),
+        "select feature_id, token_id, value, low, high from src_feature_major",
+    ]
     questions += ["from tokens_where(0)", "from token_features(7)", "from source_contrast('novels', 'bible')"]
     answers = []
     for root in (tmp_path / "plain", tmp_path / folder / "store"):
