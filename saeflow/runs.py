@@ -144,7 +144,7 @@ def open_run(
     """The run, and its connection as `connect` gives it."""
     every = runs(store)
     for skipped in (other for other in every if other.problem):
-        log.warning("%s is left out: %s", sanitise(skipped.artefact.id), skipped.problem)
+        log.warning("%s is left out: %s", sanitise(skipped.artefact.id), sanitise(brief(str(skipped.problem), 300)))
     current = _choose(store, every, run)
     connection = _opened(store, memory_limit, threads)
     for statement in definitions(every, current):
