@@ -46,6 +46,11 @@ def token_ranges(indices: Iterable[int], tokens: Iterable[PartRecord], length: i
     return ranges
 
 
+def holding(parts: Iterable[PartRecord]) -> str:
+    """Stands for what parts hold, however they are cut or merged."""
+    return fingerprint(sorted(item for part in parts for item in covered(part).items()))
+
+
 def has_every_table(part: PartRecord) -> bool:
     """Not so of a part that an earlier saeflow made."""
     return {f"{table}.parquet" for table in PART_TABLES} <= {file.name for file in part.files}
