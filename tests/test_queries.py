@@ -168,6 +168,17 @@ def test_a_damaged_run_is_left_out_with_a_note_and_breaks_no_other(tmp_path, dam
         connect(store, "bad")
 
 
+def test_a_note_about_a_damaged_run_is_not_obeyed_by_a_terminal(tmp_path, caplog):
+    root = tmp_path / "it's \u202e; -- \x1b[2J"
+    Given(name="good").write(root)
+    store = Given(name="bad").write(root)
+    lose_tokens(store)
+    with connect(store):
+        assert "features/bad-f0000001 is left out" in caplog.text
+        assert "tokens.parquet" in caplog.text
+    assert not {"\x1b", "\u202e"} & set(caplog.text)
+
+
 def test_an_unfinished_run_does_not_take_the_name_of_a_finished_one(tmp_path):
     Given(fp="f0000001").write(tmp_path)
     store = Given(fp="f0000002").write(tmp_path)
@@ -429,6 +440,35 @@ def test_json_is_valid_whatever_is_in_it():
         assert rows[1]["x"] is None
     assert not set(to_json(table)) & set("\x1b\x9b\u202e\x7f")
     assert json.loads(to_json(table.slice(0, 0))) == []
+
+
+NOT_FOR_PYTHON = {
+    "date '99999-01-01'": "99999-01-01",
+    "'infinity'::date": "infinity",
+    "date '0044-01-01 (BC)'": "0044-01-01 (BC)",
+    "timestamp '290000-01-01'": "290000-01-01 00:00:00",
+    "timestamp_ns '2020-01-01 00:00:00.123456789'": "2020-01-01 00:00:00.123456789",
+    "interval '1 month'": "1 month",
+    "[date '99999-01-01']": "[99999-01-01]",
+    "union_value(a := date '99999-01-01')": "99999-01-01",
+}
+
+
+@pytest.mark.parametrize("format", ["table", "csv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("value", NOT_FOR_PYTHON)
+def test_values_that_python_or_parquet_cannot_hold_are_shown_as_text(connection, tmp_path, value, format):
+    write(query(connection, f"select {value} as x, 7 as n"), format, tmp_path / "answer")
+    if format == "parquet":
+        with duckdb.connect() as reader:
+            (found,) = reader.read_parquet(str(tmp_path / "answer")).project("x::varchar").fetchall()[0]
+        assert found == NOT_FOR_PYTHON[value]
+    else:
+        assert NOT_FOR_PYTHON[value] in (tmp_path / "answer").read_text()
+
+
+def test_honest_dates_stay_as_they_are(connection):
+    table = query(connection, "select date '2020-02-03' as d, [timestamp '2020-02-03 04:05:06'] as t")
+    assert json.loads(to_json(table)) == [{"d": "2020-02-03", "t": ["2020-02-03T04:05:06"]}]
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 4])
