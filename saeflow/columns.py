@@ -24,7 +24,7 @@ def csv_rows(file: Path) -> Rows:
     """Streamed through DuckDB in the order of the file."""
     try:
         with duckdb.connect() as connection:
-            relation = connection.read_csv(str(file))
+            relation = _csv(connection, file)
             numbers, label = _numbers_and_label(file, relation.limit(0).to_arrow_table().schema)
             n_rows = relation.count("*").fetchall()[0][0]
     except duckdb.Error as error:
@@ -33,7 +33,7 @@ def csv_rows(file: Path) -> Rows:
     def blocks(start: int) -> Iterator[Block]:
         with duckdb.connect() as connection:
             wanted = ", ".join('"' + name.replace('"', '""') + '"' for name in [*numbers, *label])
-            found = connection.read_csv(str(file)).project(wanted)
+            found = _csv(connection, file).project(wanted)
             try:
                 batches = found.to_arrow_reader(min(block_rows(len(numbers)), 100_000))
                 yield from _skipped((_block(batch, numbers, label) for batch in batches), start)
@@ -41,6 +41,11 @@ def csv_rows(file: Path) -> Rows:
                 raise ValueError(str(error)) from error
 
     return Rows(file.name, n_rows, len(numbers), blocks)
+
+
+def _csv(connection: duckdb.DuckDBPyConnection, file: Path) -> duckdb.DuckDBPyRelation:
+    """A folder `a=1` above the file is no column of it."""
+    return connection.read_csv(str(file), hive_partitioning=False)
 
 
 def parquet_rows(file: Path, wanted: str | None) -> Rows:

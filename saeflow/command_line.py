@@ -116,7 +116,7 @@ def open_store(option: str | None) -> Store:
 
 def where(store: Store) -> str:
     """What a printed command needs to mean this store."""
-    return f" --store {shlex.quote(store.name)}" if "SAEFLOW_STORE" not in os.environ else ""
+    return sanitise(f" --store {shlex.quote(store.name)}") if "SAEFLOW_STORE" not in os.environ else ""
 
 
 @contextlib.contextmanager

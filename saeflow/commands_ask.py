@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from saeflow.command_line import RunOption, StoreOption, a_table, connection_to, err, open_store, out, require_place
 from saeflow.harmless import harmless_lines
@@ -32,7 +35,7 @@ FormatOption = Annotated[
         "--format",
         "-f",
         help="How to answer; default: as the file's name ends, else a table. In CSV a text that begins with = + - @, a tab "
-        "or a line break gets a ' in front, so that no spreadsheet runs it; numbers stay as they are.",
+        "or a line break gets a ' in front, so that no spreadsheet runs it that is told that the separator is the comma; numbers stay as they are.",
     ),
 ]
 Limit = Annotated[
@@ -75,7 +78,19 @@ def _question_names(incomplete: str) -> list[tuple[str, str]]:
     return [(each.name, each.answers) for each in queries.questions() if each.name.startswith(incomplete)]
 
 
-@commands.command(context_settings={"ignore_unknown_options": True})
+class _Ask(TyperCommand):
+    """Numbers below zero are values, and no options; `-inf` would be read as `-i -n f`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for word in itertools.takewhile(lambda word: word != "--", args):
+            if re.fullmatch("-inf(inity)?", word, re.IGNORECASE):
+                raise UserError(
+                    f"{word} reads like an option. Write -- before it: saeflow ask tokens_where 12 -- {word}"
+                )
+        return super().parse_args(ctx, args)
+
+
+@commands.command(cls=_Ask, context_settings={"ignore_unknown_options": True})
 def ask(
     question: Annotated[
         str | None, typer.Argument(help="Name of a question; none lists them.", autocompletion=_question_names)

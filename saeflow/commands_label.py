@@ -43,15 +43,15 @@ def label(
         found = label_import.read(file, n_features)
     elif feature is None:
         raise UserError('Which feature? saeflow label 123 "what it stands for"; or --import FILE --source NAME.')
-    elif text is None:
-        return _show(opened, chosen.schema, feature)
     else:
         label_import.require_feature(feature, n_features, "")
+        if text is None:
+            return _show(opened, chosen.schema, feature)
         found = {feature: feature_labels.cleaned(text, score, f"feature {feature}")}
     n_labels = feature_labels.put(opened, sae, source, found)
     catalog.write(opened)
     err.print(
-        f"labels/{sae.removeprefix('saes/')}/{source}.csv: {n_labels:,} label{'s' * (n_labels != 1)}",
+        sanitise(f"labels/{sae.removeprefix('saes/')}/{source}.csv: {n_labels:,} label{'s' * (n_labels != 1)}"),
         markup=False,
         soft_wrap=True,
     )

@@ -48,12 +48,16 @@ def ls(store: StoreOption = None) -> None:
     table = a_table("artefact", "generation", "parts", "tokens", "size", "inputs")
     for artefact in opened.artefacts():
         table.add_row(
-            artefact.id,
+            _cell(artefact.id),
             *_state(artefact),
             human_bytes(artefact.footprint(artefact.path)[0]),
-            ", ".join(artefact.record.inputs),
+            _cell(", ".join(artefact.record.inputs)),
         )
     out.print(table)
+
+
+def _cell(text: object) -> str:
+    return escape(sanitise(str(text)))
 
 
 def _state(artefact: Artefact) -> tuple[str, str, str]:
@@ -72,15 +76,15 @@ def show(
 ) -> None:
     """Show an artefact: its settings, inputs, parts and quality. Example: `saeflow show demo`"""
     artefact = _find(open_store(store), name)
-    out.print(f"{artefact.id}\n{artefact.path}", markup=False)
+    out.print(f"{sanitise(artefact.id)}\n{sanitise(str(artefact.path))}", markup=False)
     table = a_table("setting", "value")
     for key, value in sorted(artefact.record.facts.items()):
-        table.add_row(escape(key), escape(sanitise(str(value))))
+        table.add_row(_cell(key), _cell(value))
     for name in artefact.record.inputs:
-        table.add_row("reads", name)
+        table.add_row("reads", _cell(name))
     quality = artefact.path / "quality.json"
     for key, value in (read_checked(quality) if quality.is_file() else {}).items():
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(_cell(key), f"{value:.4f}" if isinstance(value, float) else _cell(value))
     out.print(table)
 
 
@@ -110,15 +114,15 @@ def verify(
 
     opened = Store.find(store_path(store)) if repair else open_store(store)
     if repair and (said := integrity.mend_marker(opened)):
-        out.print(said, markup=False, soft_wrap=True)
+        out.print(sanitise(said), markup=False, soft_wrap=True)
     found = list(integrity.verify(opened, full))
     for each in found:
-        out.print(f"damaged: {each}", markup=False, soft_wrap=True)
+        out.print(sanitise(f"damaged: {each}"), markup=False, soft_wrap=True)
     for each in found if repair else []:
-        err.print(integrity.repair(each), markup=False, soft_wrap=True)
+        err.print(sanitise(integrity.repair(each)), markup=False, soft_wrap=True)
     broken = _run_checks(opened) if full and not found else []
     for name, n_rows in broken:
-        out.print(f"check {name}: {n_rows} offending rows", markup=False)
+        out.print(sanitise(f"check {name}: {n_rows} offending rows"), markup=False)
     if repair and found:
         out.print("What had to be removed is made again by the next run: saeflow run RECIPE")
     elif found:
@@ -127,7 +131,7 @@ def verify(
         raise UserError("The feature files do not agree. Remove the run's folder and run the recipe again.")
     else:
         said = f"{len(opened.artefacts())} artefacts in {opened.name}: nothing missing, nothing changed"
-        out.print(said, markup=False, soft_wrap=True)
+        out.print(sanitise(said), markup=False, soft_wrap=True)
 
 
 @commands.command()
@@ -144,10 +148,10 @@ def forget(
     done = hide(opened, keys, Progress(err, -1 if quiet else 0))
     catalog.write(opened)
     for line in [] if quiet else _told(done):
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(sanitise(line), markup=False, soft_wrap=True)
     for name, why in done.waiting.items():
         said = f"{name}: parts with them are left out of every answer until encoded again: {why}"
-        err.print(said, markup=False, soft_wrap=True)
+        err.print(sanitise(said), markup=False, soft_wrap=True)
 
 
 def _told(done: Forgotten) -> Iterator[str]:
@@ -175,7 +179,7 @@ def compact(
         said = (
             f"The old files go after {GRACE_HOURS} hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes"
         )
-        err.print(said, markup=False, soft_wrap=True)
+        err.print(sanitise(said), markup=False, soft_wrap=True)
 
 
 @commands.command()
@@ -185,7 +189,7 @@ def upgrade(store: StoreOption = None) -> None:
 
     opened = Store.open(store_path(store))
     for line in integrity.upgrade(opened):
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(sanitise(line), markup=False, soft_wrap=True)
 
 
 @commands.command()
@@ -204,7 +208,7 @@ def gc(
     n_bytes = sum(each.n_bytes for each in found)
     kept = sum(each.n_bytes for each in integrity.garbage(opened, 0)) - n_bytes if grace else 0
     for each in found:
-        out.print(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}", markup=False, soft_wrap=True)
+        out.print(sanitise(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}"), markup=False, soft_wrap=True)
     for each in found if yes else []:
         integrity.remove(each)
     if yes and found:

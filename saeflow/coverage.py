@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from saeflow.feature_tables import PART_TABLES
 from saeflow.fingerprints import fingerprint
@@ -28,6 +28,27 @@ def stands_for(inputs: Mapping[str, str]) -> str:
 def hidden_in(digest: str) -> str:
     """What stands for the hidden documents in such digits; empty where none were."""
     return digest.partition(" ")[2]
+
+
+def token_ranges(indices: Iterable[int], tokens: Iterable[PartRecord], length: int) -> list[tuple[int, int]] | None:
+    """Tokens, first and last, of the parts with these indices, neighbours as one; None where a record does not say."""
+    counts = {part.index: part.counts for part in tokens}
+    ranges: list[tuple[int, int]] = []
+    for index in sorted(indices):
+        if not {"first_sequence", "n_sequences"} <= counts.get(index, {}).keys():
+            return None
+        first = counts[index]["first_sequence"] * length
+        end = first + counts[index]["n_sequences"] * length
+        if ranges and ranges[-1][1] == first - 1:
+            first = ranges.pop()[0]
+        if end > first:
+            ranges.append((first, end - 1))
+    return ranges
+
+
+def holding(parts: Iterable[PartRecord]) -> str:
+    """Stands for what parts hold, however they are cut or merged."""
+    return fingerprint(sorted(item for part in parts for item in covered(part).items()))
 
 
 def has_every_table(part: PartRecord) -> bool:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from saeflow import activations, features, interchange, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
-from saeflow.coverage import covered
+from saeflow.coverage import holding
 from saeflow.feed import Feed, aligned_held_out_rows
-from saeflow.fingerprints import FORMAT_VERSION, fingerprint
+from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
 from saeflow.model import device_of, load_model, predicts_next_token, require_running_order, spliced
 from saeflow.parallel import in_order
@@ -90,7 +90,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
 def _run(store: Store, recipe: Recipe, run_artefact: Artefact, progress: Progress) -> dict[str, Any]:
     path = run_artefact.path / "quality.json"
     known = read_known(path)
-    judged = {"max_tokens": recipe.evaluate.max_tokens, "parts": _fingerprint(run_artefact)}
+    judged = {"max_tokens": recipe.evaluate.max_tokens, "parts": holding(run_artefact.published().parts)}
     if _matches(known, judged, run_artefact):
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
         return dict(known)
@@ -111,12 +111,6 @@ def _matches(known: dict[str, Any], judged: dict[str, Any], run_artefact: Artefa
         return "shrinkage" in known and {name: known.get(name) for name in judged} == judged
     counted = (known.get("max_tokens"), known.get("n_values"))
     return counted == (judged["max_tokens"], run_artefact.published().total("n_values"))
-
-
-def _fingerprint(run_artefact: Artefact) -> str:
-    """Stands for the encoded corpus that was judged."""
-    held = [item for part in run_artefact.published().parts for item in covered(part).items()]
-    return fingerprint(sorted(held))
 
 
 def _judged(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> Judged:

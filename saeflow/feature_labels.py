@@ -34,7 +34,10 @@ _SAID = 3
 """Lines of a file that are named before the rest are only counted."""
 
 _FORMULA = re.compile(r"'*[=+\-@]")
-_UNQUOTED = r"regexp_replace(trim(label), '^''(''*[=+\-@])', '\1')"
+_BLANK = " \t\n\r\v\f\xa0"
+"""What is cut off both ends of a cell, here and in SQL."""
+
+_UNQUOTED = r"regexp_replace({}, '^''(''*[=+\-@])', '\1')"
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Sheet:
 
     def cell(self, row: list[str], name: str) -> str:
         place = self._places.get(name, len(row))
-        return row[place].strip() if place < len(row) else ""
+        return row[place].strip(_BLANK) if place < len(row) else ""
 
     def feature(self, row: list[str]) -> int | None:
         return _feature(self.cell(row, "feature_id"))
@@ -147,7 +150,9 @@ def label_files(store: Store, sae: str) -> list[LabelFile]:
             sheet = Sheet.of(_bytes(store, path))
             literal(path.name).encode()
         except (ValueError, OSError) as error:
-            log.warning("labels: %s is left out: %s", sanitise(ascii(path.name)[1:-1]), brief(str(error), 200))
+            log.warning(
+                "labels: %s is left out: %s", sanitise(ascii(path.name)[1:-1]), sanitise(brief(str(error), 200))
+            )
             continue
         _warn_of_lines(path.name, sheet)
         location = f"{store.objects.url}/{store.objects.key(path)}" if store.objects else str(path)
@@ -164,16 +169,26 @@ def _one_file(file: LabelFile) -> str:
     columns = literal(dict.fromkeys(file.columns, "varchar"))
     options = (
         f"columns = {columns}, delim = {literal(file.delimiter)}, quote = '\"', escape = '\"', header = true, "
-        "auto_detect = false, ignore_errors = true, null_padding = true, strict_mode = false, parallel = false"
+        "auto_detect = false, ignore_errors = true, null_padding = true, strict_mode = false, parallel = false, "
+        "hive_partitioning = false"
     )
-    score = "try_cast(trim(score) as double)" if "score" in file.columns else "null::double"
+    feature_id, label = _trimmed("feature_id"), _trimmed("label")
+    score = (
+        f"if(contains(score, '_'), null, try_cast({_trimmed('score')} as double))"
+        if "score" in file.columns
+        else "null::double"
+    )
     return (
         f"select feature_id, label, {literal(file.source)} as source, if(isfinite(score), score, null) as score from ("
-        "select case when regexp_full_match(trim(feature_id), '[0-9]+') then try_cast(trim(feature_id) as integer) end "
-        f"as feature_id, {_UNQUOTED} as label, {score} as score "
+        f"select case when regexp_full_match({feature_id}, '[0-9]{{1,10}}') then try_cast({feature_id} as integer) end "
+        f"as feature_id, {_UNQUOTED.format(label)} as label, {score} as score "
         f"from read_csv({literal([unglobbed(file.location)])}, {options})"
-        ") where feature_id is not null and trim(label) <> ''"
+        ") where feature_id is not null and label <> ''"
     )
+
+
+def _trimmed(column: str) -> str:
+    return f"trim({column}, {literal(_BLANK)})"
 
 
 def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None]) -> int:
@@ -292,7 +307,7 @@ def _wrong(sheet: Sheet, row: list[str]) -> str | None:
     if _feature(feature) is None:
         return f"left out, as {brief(feature)!r} is not the number of a feature"
     with suppress(ValueError):
-        if not score or math.isfinite(float(score)):
+        if not score or ("_" not in score and math.isfinite(float(score))):
             return None
     return f"its score is left out, as {brief(score)!r} is not a number"
 
@@ -303,4 +318,5 @@ def _guarded(text: str) -> str:
 
 
 def _digits(score: float | None) -> str:
-    return "" if score is None else f"{score:g}"
+    """All of them, so that it comes back as it was."""
+    return "" if score is None else repr(score).removesuffix(".0")

@@ -115,7 +115,7 @@ def _schema(connection: duckdb.DuckDBPyConnection, run: str) -> str:
     """The schema of a run that is called by any of its names."""
     sql = "select schema_name, name, fp from stg_runs where problem is null"
     known = _fetch(connection, sql, (), "The list of runs").to_pylist()
-    for row in known:
+    for row in sorted(known, key=lambda row: bool(row["schema_name"] != run)):
         full = f"{row['name']}-{row['fp']}"
         if run in (row["schema_name"], full, f"{row['name']}_{row['fp']}", f"features/{full}"):
             return str(row["schema_name"])

@@ -18,6 +18,7 @@ Files = Mapping[str, Sequence[str]]
 Ranges = Sequence[tuple[int, int]]
 
 _HIVE = "hive_partitioning = true, hive_types = {'low': bigint, 'high': bigint}"
+_BY_NAME = r"regexp_extract(filename, '/low=(\d+)/high=(\d+)/[^/]*$', {})::bigint"
 _TYPES = {
     pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
     pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
@@ -43,22 +44,34 @@ def relations(files: Files, left_out: Ranges = ()) -> dict[str, str]:
 
 def _read(paths: Sequence[str], options: str = "") -> str:
     listed = literal([unglobbed(path) for path in paths])
-    return f"read_parquet({listed}{', ' + options if options else ''})"
+    partitions = "" if "hive_partitioning" in options else ", hive_partitioning = false"
+    return f"read_parquet({listed}{partitions}{', ' + options if options else ''})"
 
 
 def _values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
-    """With the columns low, high and filename; files of an earlier saeflow do not say, and may hold anything."""
+    """With the columns low, high and filename; files of an earlier saeflow do not say, and may hold anything.
+
+    A folder `value=9` above the store would give its value to a column in the place of the file's own, so that there low
+    and high are taken from the names: it opens as few files, but looks at each name a little longer.
+    """
     said = [path for path in paths if re.search(r"/low=\d+/high=\d+/[^/]*$", path)]
     known = set(said)
     others = [path for path in paths if path not in known]
     columns = ", ".join(VALUES[order].names)
     everywhere = "0::bigint as low, 9223372036854775807 as high"
-    parts = [f"select {columns}, low, high, filename from {_read(said, _HIVE)}"] if said else []
+    parts = [_values_of(columns, said)] if said else []
     parts += [f"select {columns}, {everywhere}, filename from {_read(others)}"] if others else []
     parts = parts or [f"select *, {everywhere}, null::varchar as filename from {_empty(VALUES[order])}"]
     rows = " union all ".join(parts)
     unseen = " and ".join(f"token_id not between {first} and {last}" for first, last in left_out)
     return f"(select * from ({rows}) where {unseen})" if unseen else f"({rows})"
+
+
+def _values_of(columns: str, paths: Sequence[str]) -> str:
+    if any("=" in path.rpartition("/low=")[0] for path in paths):
+        low, high = map(_BY_NAME.format, (1, 2))
+        return f"select {columns}, {low} as low, {high} as high, filename from {_read(paths)}"
+    return f"select {columns}, low, high, filename from {_read(paths, _HIVE)}"
 
 
 def _vocab_blocks(paths: Sequence[str], tokens: Sequence[str]) -> str:
@@ -82,6 +95,22 @@ def _empty(schema: pa.Schema) -> str:
 def unglobbed(path: str) -> str:
     """The path as a glob that matches only itself: read_parquet expands `*`, `?` and `[` even in a list."""
     return re.sub(r"[*?\[]", r"[\g<0>]", path)
+
+
+def condition_of_encoded(
+    ranges: Ranges | None, length: int, positions: Sequence[int] = (), entries: Sequence[int] = ()
+) -> str:
+    """Was a token encoded, as SQL on its number `token` and its vocabulary id `entry`? Without ranges all were, but for these
+    positions and entries."""
+    said = []
+    if ranges is not None:
+        inside = " or ".join(f"token between {first} and {last}" for first, last in ranges)
+        said.append(f"({inside or 'false'})")
+    if positions:
+        said.append(f"token % {length} not in ({', '.join(map(str, positions))})")
+    if entries:
+        said.append(f"entry not in ({', '.join(map(str, entries))})")
+    return " and ".join(said) or "true"
 
 
 def identifier(name: str) -> str:

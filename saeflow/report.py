@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from saeflow import activations, arrays, features, interchange, tokens, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
+from saeflow.coverage import holding
 from saeflow.disk import replacing
 from saeflow.progress import Progress
 from saeflow.store import Store
@@ -20,21 +21,26 @@ from saeflow.store import Store
 MAX_ROWS = 64
 """A table of at most so many rows is drawn whole."""
 
+_DRAWN = "saeflow parts"
+"""Says in the picture's file what it shows: a PNG keeps such a text as it is."""
+
 ACTIVE = 0.1
 """A feature is drawn as active above this share of its own maximum."""
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> Path:
-    """Draw the run's picture beside its features."""
+    """Draw the run's picture beside its features, again where the features are others than those that were drawn."""
     target = features.artefact(store, recipe)
-    small = recipe.model is None and target.published().total("n_tokens") <= MAX_ROWS
+    generation = target.published()
+    small = recipe.model is None and generation.total("n_tokens") <= MAX_ROWS
     path = target.own_file("features.png" if small else "density.png")
-    if path.is_file():
+    drawn = holding(generation.parts)
+    if path.is_file() and f"{_DRAWN}\0{drawn}".encode() in path.read_bytes():
         return path
     figure = _heat_map(store, recipe) if small else _densities(target)
     with target.writing(), replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None, _DRAWN: drawn})
     target.send(path)
     progress.say(f"report: picture in {path}")
     return path
@@ -102,7 +108,8 @@ def _densities(target: Artefact) -> Any:
     live = density[density > 0]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.hist(np.log10(live), bins=list(np.arange(math.floor(np.log10(live.min())) if len(live) else -6, 0.1, 0.1)))
+    lowest = min(math.floor(np.log10(live.min())), -1) if len(live) else -6
+    axes.hist(np.log10(live), bins=list(np.linspace(lowest, 0, 10 * -lowest + 1)))
     axes.set_xlabel("log10 of the share of tokens on which a feature fires")
     axes.set_ylabel("features")
     axes.set_title(f"{len(live):,} live features, {len(density) - len(live):,} dead")

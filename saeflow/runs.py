@@ -25,16 +25,17 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.artefact import Artefact
-from saeflow.coverage import covered, has_every_table, hidden_in
+from saeflow.coverage import covered, has_every_table, hidden_in, token_ranges
 from saeflow.feature_labels import LabelFile, label_files, labels_relation
 from saeflow.feature_tables import ORDERS, PART_TABLES, RUN_TABLES
 from saeflow.harmless import HOSTILE, brief, sanitise
 from saeflow.integrity import damage
 from saeflow.object_files import ObjectFiles
 from saeflow.records import Generation, PartRecord, read_checked
-from saeflow.relations import identifier, literal, relations, side_by_side, unglobbed
+from saeflow.relations import condition_of_encoded, identifier, literal, relations, side_by_side, unglobbed
 from saeflow.sections import TOP_FAMILY, UserError
 from saeflow.store import Store
+from saeflow.vocab import special_ids
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Run:
     """Tokens, first and last, of which nothing is shown until they are encoded again."""
     shape: Mapping[str, int | None] = field(default_factory=dict)
     """Context length and number of features."""
+    encoded: str = "true"
+    """SQL on `token` and `entry`: was the token encoded, so that no value means that no feature fired?"""
     labels: Sequence[LabelFile] = ()
     problem: str | None = None
 
@@ -85,6 +88,7 @@ class Run:
             "schema_name": self.schema,
             "is_current": self is current,
             "n_tokens": self.n_tokens,
+            "tokens_artefact": tokens_of(self.artefact) if self.problem is None else None,
             "facts": self.facts,
             "quality": self.quality,
             "problem": self.problem,
@@ -103,17 +107,24 @@ def sql_folder() -> Path:
 def runs(store: Store) -> list[Run]:
     """Every run of the store, the newest first; one that cannot be read says so in `problem`.
 
-    The newest readable run of a name has the name as its schema, all others `name_fp`.
+    The newest readable run of a name has the name as its schema, all others `name_fp`. To DuckDB `Demo` is `demo`: of
+    names that differ in nothing else the newest run has its own, too.
     """
     found: list[Run] = []
     for artefact in reversed(store.artefacts("features")):
-        taken = {run.schema for run in found} | _RESERVED
+        taken = {run.schema.casefold() for run in found} | _RESERVED
         full_name = f"{artefact.name}_{artefact.fp}"
+        full_names = (full_name, *(f"{full_name}_{number}" for number in range(2, len(found) + 3)))
         try:
-            found.append(_readable(store, artefact, full_name if artefact.name in taken else artefact.name))
+            found.append(_readable(store, artefact, _free([artefact.name, *full_names], taken)))
         except _UNREADABLE as error:
-            found.append(Run(artefact, full_name, {}, problem=str(error) or type(error).__name__))
+            schema = _free(full_names, taken)
+            found.append(Run(artefact, schema, {}, problem=str(error) or type(error).__name__))
     return found
+
+
+def _free(names: Iterable[str], taken: set[str]) -> str:
+    return next(name for name in names if name.casefold() not in taken)
 
 
 def connect(
@@ -133,7 +144,7 @@ def open_run(
     """The run, and its connection as `connect` gives it."""
     every = runs(store)
     for skipped in (other for other in every if other.problem):
-        log.warning("%s is left out: %s", sanitise(skipped.artefact.id), skipped.problem)
+        log.warning("%s is left out: %s", sanitise(skipped.artefact.id), sanitise(brief(str(skipped.problem), 300)))
     current = _choose(store, every, run)
     connection = _opened(store, memory_limit, threads)
     for statement in definitions(every, current):
@@ -219,10 +230,10 @@ def script(store: Store, run: str | None = None) -> str:
 def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
     if HOSTILE.search(artefact.id) or not artefact.id.isprintable():
         raise UserError("its name holds characters that a terminal obeys")
-    inputs = [name for name in artefact.record.inputs if name.startswith("tokens/")]
-    if not inputs:
+    source = tokens_of(artefact)
+    if source is None:
         raise UserError(f"{artefact.id} does not say which tokens it belongs to")
-    tokens = store.by_id(inputs[0])
+    tokens = store.by_id(source)
     generation = tokens.published()
     shown = _shown(artefact, generation)
     files = _tables(artefact, shown, tokens, generation.parts)
@@ -243,6 +254,7 @@ def _readable(store: Store, artefact: Artefact, schema: str) -> Run:
         hidden=generation.hidden_ids,
         left_out=_left_out(shown, tokens, generation),
         shape=_shape(artefact, tokens, shown),
+        encoded=_encoded(artefact, shown, tokens, generation),
         labels=label_files(store, sae) if (sae := sae_of(artefact)) else (),
     )
 
@@ -267,6 +279,11 @@ def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) ->
         "n_features": artefact.record.facts.get("n_features"),
         "has_marginals": all(map(has_every_table, shown)),
     }
+
+
+def tokens_of(artefact: Artefact) -> str | None:
+    """The tokens that a run was encoded from, as `tokens/<name>-<fp>`."""
+    return next((name for name in artefact.record.inputs if name.startswith("tokens/")), None)
 
 
 def sae_of(artefact: Artefact) -> str | None:
@@ -316,6 +333,16 @@ def _left_out(shown: Iterable[PartRecord], tokens: Artefact, generation: Generat
     return [(first[i], first[i] + counts[i]["n_sequences"] * length - 1) for i in stale]
 
 
+def _encoded(artefact: Artefact, shown: Sequence[PartRecord], tokens: Artefact, generation: Generation) -> str:
+    """Not so are tokens that were added since, or whose values are not to be seen, and what a setting leaves out."""
+    facts, length = artefact.record.facts, int(tokens.record.facts.get("context_length", 1))
+    known = (i for part in shown for i in covered(part).keys() - set(_stale(part, generation)))
+    special = special_ids(tokens.own_file("vocab.parquet")).tolist() if facts.get("skip_special") else ()
+    return condition_of_encoded(
+        token_ranges(known, generation.parts, length), length, facts.get("skip_positions", ()), special
+    )
+
+
 def _files(artefact: Artefact, parts: Iterable[PartRecord], tables: Iterable[str]) -> dict[str, Sequence[str]]:
     """Files of the parts by table: `table.parquet`, or the files of a folder `table/`."""
     found: dict[str, list[str]] = {table: [] for table in tables}
@@ -335,9 +362,13 @@ def _choose(store: Store, every: Sequence[Run], name: str | None) -> Run:
             return readable[0]
         reasons = "".join(f"\n{run.artefact.id}: {run.problem}" for run in damaged)
         raise UserError(f"{store.name} has no run to ask. Make one: `saeflow run RECIPE`.{reasons}")
-    called = [run for run in readable if run.is_called(name)]
-    for run in called + [run for run in readable if run.artefact.name == name]:
-        return run
+    for fits in (
+        lambda run: run.schema == name,
+        lambda run: run.is_called(name),
+        lambda run: run.artefact.name == name,
+    ):
+        for run in filter(fits, readable):
+            return run
     for run in damaged:
         if run.is_called(name) or run.artefact.name == name:
             raise UserError(f"The run {name} cannot be read: {run.problem}")
@@ -366,7 +397,7 @@ def _sources(run: Run, every: Sequence[Run]) -> str:
     rows = literal([other.row(run) for other in every])
     shape = {name: literal(value) for name, value in run.shape.items()}
     found = relations(run.files, run.left_out) | ({"labels": labels_relation(run.labels)} if run.labels else {})
-    return text.substitute(found, runs=rows, hidden=literal(list(run.hidden)), **shape)
+    return text.substitute(found, runs=rows, hidden=literal(list(run.hidden)), encoded=run.encoded, **shape)
 
 
 def _texts(folder: str) -> Iterator[str]:
@@ -385,7 +416,7 @@ def _side_by_side(schemas: Sequence[str]) -> Iterator[str]:
 @cache
 def _names(folder: Path) -> re.Pattern[str]:
     stems = [path.stem for path in folder.glob("*/*.sql") if path.parent.name != "checks"]
-    stems += re.findall(r"create or replace view (\w+)", (folder / "sources.sql").read_text("utf-8"))
+    stems += re.findall(r"create or replace (?:view|macro) (\w+)", (folder / "sources.sql").read_text("utf-8"))
     either = "|".join(sorted(stems, key=len, reverse=True))
     return re.compile(rf"(?<=\bfrom )(?:{either})\b|(?<=\bjoin )(?:{either})\b|(?<![\w.\"'])(?:{either})(?=\()")
 

@@ -1,7 +1,7 @@
 """Answers for people and programs: tables in the terminal, CSV, JSON and Parquet.
 
 Text of a corpus is not trusted. In the terminal nothing of it is obeyed: no escape sequence, no
-direction mark, no markup. In CSV no text cell starts a formula.
+direction mark, no markup. In CSV no text cell starts a formula where the comma is the separator.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich import box
@@ -28,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeflow.harmless import HOSTILE, sanitise
+from saeflow.sections import UserError
 
 Format = Literal["table", "csv", "json", "jsonl", "parquet"]
 
@@ -185,7 +187,11 @@ def format_of(target: Path | None) -> Format:
 
 
 def write(table: pa.Table, format: Format, target: Path | None = None, console: Console | None = None) -> None:
-    """Write an answer in a format, to a file or to standard output; on a screen no text of it is obeyed."""
+    """Write an answer in a format, to a file or to standard output; on a screen no text of it is obeyed.
+
+    What Python, or Parquet, cannot hold, such as the year 99999 or an interval, is written as DuckDB's text of it.
+    """
+    table = _as_text(table, _fits_parquet if format == "parquet" else _fits_python)
     if format == "table":
         if target is None:
             return render_table(table, console)
@@ -200,6 +206,49 @@ def write(table: pa.Table, format: Format, target: Path | None = None, console: 
     _write_bytes(table, format, sys.stdout.buffer)
     sys.stdout.buffer.flush()
     return None
+
+
+def _as_text(table: pa.Table, fits: Callable[[pa.ChunkedArray], bool]) -> pa.Table:
+    for place, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if not fits(column):
+            table = table.set_column(place, name, _text_of(name, column))
+    return table
+
+
+def _text_of(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    try:
+        with duckdb.connect() as connection:
+            found = connection.from_arrow(pa.table({"x": column})).project("x::varchar as x").to_arrow_table()
+    except (duckdb.Error, pa.ArrowException):
+        raise UserError(f"{name} is of the type {column.type}, which cannot be written. Cast it to varchar.") from None
+    return found.column(0)
+
+
+def _fits_python(column: pa.ChunkedArray) -> bool:
+    leaves = list(_leaves(column.type))
+    if any(map(pa.types.is_interval, leaves)) or not any(map(pa.types.is_temporal, leaves)):
+        return not any(map(pa.types.is_interval, leaves))
+    try:
+        for start in range(0, len(column), _ROWS_AT_ONCE):
+            column.slice(start, _ROWS_AT_ONCE).to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        return False
+    return True
+
+
+def _fits_parquet(column: pa.ChunkedArray) -> bool:
+    try:
+        pq.write_table(pa.table({"x": column.slice(0, 0)}), io.BytesIO())
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _leaves(type: pa.DataType) -> Iterator[pa.DataType]:
+    if not type.num_fields:
+        yield type
+    for place in range(type.num_fields):
+        yield from _leaves(type.field(place).type)
 
 
 def _write_bytes(table: pa.Table, format: Format, out: BinaryIO) -> None:

@@ -21,6 +21,9 @@ select
     $n_features::bigint     as n_features,
     $has_marginals::boolean as has_marginals;
 
+create or replace macro src_is_encoded(token, entry) as
+($encoded);
+
 create or replace view src_documents as
 select * from $documents;
 

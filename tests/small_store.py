@@ -69,6 +69,12 @@ class Given:
     """As a saeflow wrote it that knew neither marginals nor blocks."""
     skipped: Sequence[int] = ()
     """Positions that are not encoded."""
+    skips_special: Sequence[bytes] = ()
+    """Entries that are special, and not encoded."""
+    early_parts: Sequence[int] = ()
+    """Parts of the features as a saeflow wrote them that knew no marginals."""
+    corpus: tuple[str, str] | None = None
+    """Name and fingerprint of the tokens; by default those of the run."""
     hidden: Sequence[int] = ()
     """Documents forgotten after everything was written."""
 
@@ -120,18 +126,21 @@ class Given:
         return range(n * index // self.n_token_parts, n * (index + 1) // self.n_token_parts)
 
     def _tokens(self, store: Store) -> Artefact:
-        artefact = store.artefact("tokens", self.name, self.fp)
+        artefact = store.artefact("tokens", *(self.corpus or (self.name, self.fp)))
+        if artefact.exists():
+            return artefact
         artefact.begin({"context_length": CONTEXT_LENGTH})
         vocab = self.vocab
         entries = {
             "vocab_id": pa.array(range(len(vocab)), pa.int32()),
             "piece": [piece.decode("utf-8", "replace") for piece in vocab],
             "bytes": pa.array(vocab, pa.binary()),
+            "special": [piece in self.skips_special for piece in vocab],
         }
         pq.write_table(pa.table(entries), artefact.path / "vocab.parquet")
         for index, part in enumerate(self.token_parts()):
             n_tokens = sum(token.document_id is not None for token in part)
-            with artefact.new_part(index, {"n_tokens": n_tokens}) as folder:
+            with artefact.new_part(index, {"n_tokens": n_tokens} | self._place(part)) as folder:
                 rows = self.tokens if self.tokens is not None else token_rows(part)
                 pq.write_table(pa.Table.from_pylist(rows, TOKENS), folder / "tokens.parquet")
                 pq.write_table(self._documents(index), folder / "documents.parquet")
@@ -145,6 +154,12 @@ class Given:
             hidden[owners[i]] = (*hidden.get(owners[i], ()), mine)
         artefact.publish(artefact.parts().values(), hidden=hidden)
         return artefact
+
+    def _place(self, part: Sequence[Token]) -> dict[str, int]:
+        """Which sequences a part of the tokens has; unsaid where the features are cut into other parts."""
+        if self.n_parts != self.n_token_parts or not part:
+            return {}
+        return {"first_sequence": part[0].token_id // CONTEXT_LENGTH, "n_sequences": len(part) // CONTEXT_LENGTH}
 
     def _documents(self, index: int) -> pa.Table:
         order = [token.document_id for token in self.every_token()]
@@ -164,6 +179,8 @@ class Given:
     def _features(self, store: Store, tokens: Artefact) -> Artefact:
         artefact = store.artefact("features", self.name, self.fp)
         facts = {"sae": f"saes/{self.name}-{self.fp}", "n_features": self.n_features, "site": "layers.1"}
+        settings = {"skip_positions": list(self.skipped), "skip_special": bool(self.skips_special)}
+        facts |= {name: value for name, value in settings.items() if value}
         artefact.path.mkdir(parents=True, exist_ok=True)
         own = [name for name in RUN_TABLES if name in self.tables]
         for name in own:
@@ -203,12 +220,14 @@ class Given:
         seen = [token for token in tokens if token.document_id not in self.hidden]
         n_sequences = max(1, len(tokens) // CONTEXT_LENGTH)
         of_part = [t for t in seen if t.token_id // CONTEXT_LENGTH * self.n_parts // n_sequences == index]
+        special = {entry for entry, piece in enumerate(self.vocab) if piece in self.skips_special}
+        of_part = [token for token in of_part if token.vocab_id not in special]
         tables = part_tables.part_tables(mine, of_part, self.n_features, self.skipped)
         if self.stats is not None:
             tables["feature_stats"] = list(self.stats)
         tables |= {name: rows for name, rows in self.tables.items() if name in PART_TABLES}
         for name, rows in tables.items():
-            if not self.is_early or name == "feature_stats":
+            if not (self.is_early or index in self.early_parts) or name == "feature_stats":
                 pq.write_table(pa.Table.from_pylist(rows, PART_TABLES[name]), folder / f"{name}.parquet")
 
     def _files(self, folder: Path, table: str) -> list[Path]:

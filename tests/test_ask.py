@@ -322,6 +322,37 @@ def test_nothing_of_a_corpus_is_obeyed_by_a_terminal(
     assert not {"\x1b", "\x07", "\u202e", "\u2066"} & set(said.out + said.err)
 
 
+@pytest.mark.parametrize(
+    "words", [["ls"], ["show", "evil"], ["verify"], ["gc", "--grace", "0"]], ids=lambda words: words[0]
+)
+def test_nothing_of_a_foreign_store_is_obeyed_by_a_terminal(words: list[str], saeflow: Command, tmp_path: Path) -> None:
+    root = tmp_path / "it's \u202e; -- \x1b[2J"
+    store = Given(name="evil", fp="f\x1b]0;x\x07\u202e").write(root)
+    store.artefact("features", "[bold]e\x1b[31m", "f0000001").begin(
+        {"a\x1b[2J": "\x1b[2J"}, ["tokens/\x1b[2J-f0000001"]
+    )
+    next(root.glob("tokens/*/parts/*/tokens.parquet")).unlink()
+    said = saeflow(*words, "--store", root)
+    assert said.out
+    assert not {"\x1b", "\x07", "\u202e"} & set(said.out + said.err)
+
+
+def test_minus_infinity_is_asked_for_behind_two_dashes(saeflow: Command, store: Store) -> None:
+    said = saeflow("ask", "tokens_where", 0, "-inf", "--store", store.root)
+    assert (said.code, "Write -- before it" in said.err) == (2, True)
+    said = saeflow("ask", "tokens_where", "--store", store.root, "-f", "jsonl", "--", 0, "-inf")
+    assert (said.code, len(said.out.splitlines())) == (0, 4)
+    assert saeflow("ask", "tokens_where", 0, -1.5, "--store", store.root).code == 0
+
+
+@pytest.mark.parametrize("threshold", [0.0999755859, 0.0999755860])
+def test_a_threshold_means_the_same_in_sql_and_as_an_argument(tmp_path: Path, threshold: float) -> None:
+    value = 0.0999755859375
+    with connect(Given(values=[(0, 0, value)]).write(tmp_path), threads=1) as connection:
+        asked = queries.ask(connection, "tokens_where", [0, threshold]).num_rows
+        assert query(connection, f"from tokens_where(0, {threshold:.10f})").num_rows == asked == (value > threshold)
+
+
 def test_a_file_holds_the_text_as_it_is(saeflow: Command, hostile: Store, tmp_path: Path) -> None:
     assert saeflow("ask", "documents", "--store", hostile.root, "-o", tmp_path / "a.csv").code == 0
     (row,) = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_bytes().decode(), newline=""))

@@ -57,6 +57,13 @@ def test_a_table_without_a_text_column_has_numbered_rows(tmp_path):
     assert (table.labels, table.values.tolist()) == (["row 0", "row 1"], [[1, 2.5], [3, 4]])
 
 
+def test_a_folder_named_like_a_column_is_none_of_the_table(tmp_path):
+    folder = tmp_path / "a=9" / "year=2024"
+    folder.mkdir(parents=True)
+    (folder / "t.csv").write_text("a,b\n1,2.5\n3,4\n")
+    assert read_table(str(folder / "t.csv")).values.tolist() == [[1, 2.5], [3, 4]]
+
+
 BITS = VALUES.astype(np.float16).astype(np.float32)
 """Values that float16 holds exactly."""
 LONG = np.arange(3 * 4 * 5, dtype=np.float32).reshape(3, 4, 5) / 8

@@ -70,7 +70,9 @@ def alone(store: Store, *sql: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["plain", "it's; drop\u202e --\n.shell rm \x1b[2J", "a[b]* from tokens"])
+@pytest.mark.parametrize(
+    "folder", ["plain", "it's; drop\u202e --\n.shell rm \x1b[2J", "a[b]* from tokens", "value=9/source=web"]
+)
 def test_duckdb_alone_answers_as_saeflow_does_wherever_the_store_lies(folder: str, tmp_path: Path) -> None:
     store = two_runs(tmp_path / folder)
     assert catalog.write(store) == store.root / "catalog.sql"

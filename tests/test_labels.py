@@ -68,6 +68,17 @@ def test_a_label_is_set_changed_shown_and_taken_away(saeflow: Command, store: St
     assert labels(store) == []
 
 
+def test_a_score_keeps_all_its_digits(store: Store) -> None:
+    put(store, SAE, "own", {1: Label("a", 0.123456789), 2: Label("b", 1e-9)})
+    assert labels(store) == [(1, "a", "own", 0.123456789), (2, "b", "own", 1e-9)]
+
+
+def test_a_feature_that_is_not_there_has_no_label_to_show(saeflow: Command, store: Store) -> None:
+    said = saeflow("label", 77, "--store", store.root)
+    assert (said.code, said.out) == (2, "")
+    assert "There is no feature 77; features go from 0 to 3." in said.err
+
+
 def test_a_new_file_of_labels_is_in_the_catalog_at_once(saeflow: Command, store: Store) -> None:
     assert saeflow("label", 2, "x", "--store", store.root).code == 0
     assert "labels/demo-f0000001/own.csv" in (store.root / "catalog.sql").read_text()
@@ -117,6 +128,9 @@ def test_a_label_comes_back_as_it_was_and_is_no_formula_in_a_spreadsheet(text: s
         (b"feature_id,label,score\n1,a,nan\n2,b,inf\n", [(1, "a", None), (2, "b", None)], "as 'inf' is not a number"),
         (b"feature_id;label;score\n1;a, b;0,8\n", [(1, "a, b", None)], "as '0,8' is not a number"),
         (b"Feature_ID\tLabel\n1\ta\n", [(1, "a", None)], ""),
+        (b"feature_id,label,score\n1\t,\ta\t,\t0.5\n\xc2\xa02,\xc2\xa0b\xc2\xa0,\n", [(1, "a", 0.5), (2, "b", None)], ""),
+        (b"feature_id,label,score\n1,a,0_5\n", [(1, "a", None)], "as '0_5' is not a number"),
+        (b"feature_id,label\n00000000001,a\n2,b\n", [(2, "b", None)], "as '00000000001' is not the number"),
         (b"label,feature_id\r\na,1\r\n\r\nb,2\r\n", [(1, "a", None), (2, "b", None)], ""),
         (b"feature_id,label,score\n1\n2,b\n3,c,0.5,more\n", [(2, "b", None), (3, "c", 0.5)], ""),
         (b"feature_id,label,score\n1,\"two\nlines\",\n", [(1, "two\nlines", None)], ""),
@@ -131,7 +145,7 @@ def test_a_label_comes_back_as_it_was_and_is_no_formula_in_a_spreadsheet(text: s
         (b"feature_id,label\n1," + b"x" * 200_000 + b"\n", [], "line 2: field larger"),
         (b"feature_id,label\n1,\x1b[2Ja\n\x1b[2J,b\n", [(1, "\x1b[2Ja", None)], r"as '\x1b[2J' is not"),
     ],
-    ids=["word", "score", "nan", "semicolons", "tabs", "other order", "ragged", "two lines", "numbers", "open quote",
+    ids=["word", "score", "nan", "semicolons", "tabs", "blanks", "underscore", "many zeros", "other order", "ragged", "two lines", "numbers", "open quote",
          "latin-1", "utf-16", "no header", "twice", "empty", "zero byte", "long", "escape codes"],
 )  # fmt: skip
 def test_what_people_and_spreadsheets_do_to_a_file_breaks_no_question(

@@ -50,6 +50,35 @@ def test_a_store_may_lie_anywhere(tmp_path, folder):
         assert not any(rows.num_rows for _, rows in check(connection))
 
 
+NAMED_LIKE_COLUMNS = [
+    "source=web", "value=9", "low=3", "low=3/high=2", "feature_id=1", "token_id=5", "vocab_id=1", "n_tokens=5", "label=x",
+    "year=2024",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", NAMED_LIKE_COLUMNS)
+def test_folders_above_the_store_never_stand_for_a_column_of_its_files(tmp_path, folder):
+    views = ("documents", "tokens", "feature_summary", "feature_labels", "feature_kind", "src_feature_stats")
+    questions = [
+        *(f"from {view}" for view in views),
+        "select feature_id, token_id, value, low, high from src_feature_major",
+    ]
+    questions += ["from tokens_where(0)", "from token_features(7)", "from source_contrast('novels', 'bible')"]
+    answers = []
+    for root in (tmp_path / "plain", tmp_path / folder / "store"):
+        store = Given(n_buckets=4).write(root)
+        labels = root / "labels" / "demo-f0000001" / "own.csv"
+        labels.parent.mkdir(parents=True)
+        labels.write_text("feature_id,label\n2,love\n")
+        with connect(store, threads=1) as connection:
+            found = [query(connection, sql) for sql in questions]
+            plan = query(connection, "explain analyze from tokens_where(2)").column(1)[0].as_py()
+            assert not any(rows.num_rows for _, rows in check(connection))
+        answers.append([table.drop_columns({"filename"} & set(table.column_names)).to_pylist() for table in found])
+        assert "1/4" in plan.replace(" ", "")
+    assert answers[0] == answers[1]
+
+
 def test_the_newest_run_is_asked_unless_another_is_named(tmp_path):
     Given(name="old", fp="f0000001", values=[]).write(tmp_path)
     store = Given(name="new", fp="f0000002").write(tmp_path)
@@ -74,7 +103,26 @@ def test_of_two_runs_of_one_name_the_newest_has_it_and_each_answers_from_its_own
         assert ask(connection, "tokens_where", [3]).num_rows == 1
 
 
-@pytest.mark.parametrize("name", ["main", "temp", "pg_catalog", "1st", "select"])
+@pytest.mark.parametrize(("older", "newer"), [("Demo", "demo"), ("demo", "DEMO"), ("demo_f0000001", "Demo_F0000001")])
+def test_of_two_runs_whose_names_differ_in_case_each_answers_from_its_own_files(tmp_path, older, newer):
+    Given(name=older, fp="f0000001", values=[(2, 3, 9.0)]).write(tmp_path)
+    store = Given(name=newer, fp="f0000002").write(tmp_path)
+    for name, n_tokens in ((older, [0, 0, 0, 1]), (newer, [4, 1, 2, 0]), (f"features/{older}-f0000001", [0, 0, 0, 1])):
+        with connect(store, name) as connection:
+            assert ask(connection, "feature_summary").column("n_tokens").to_pylist() == n_tokens
+
+
+def test_a_run_may_be_called_as_an_older_run_of_another_name_is_in_full(tmp_path):
+    Given(name="demo", fp="f0000001", values=[(2, 3, 9.0)]).write(tmp_path)
+    Given(name="demo", fp="f0000002", values=[(2, 3, 9.0), (3, 3, 9.0)]).write(tmp_path)
+    store = Given(name="demo_f0000001", fp="f0000003").write(tmp_path)
+    assert [run.schema for run in runs(store)] == ["demo_f0000001", "demo", "demo_f0000001_2"]
+    for name, n_tokens in (("demo_f0000001", 0), ("demo", 2), ("demo_f0000001_2", 1), ("demo-f0000001", 1)):
+        with connect(store, name) as connection:
+            assert ask(connection, "feature_summary").column("n_tokens").to_pylist()[3] == n_tokens
+
+
+@pytest.mark.parametrize("name", ["main", "Main", "temp", "pg_catalog", "Every_Run", "1st", "select"])
 def test_a_run_may_have_any_name_a_recipe_may(tmp_path, name):
     with connect(Given(name=name).write(tmp_path)) as connection:
         assert ask(connection, "top_tokens", [0]).num_rows == 4
@@ -118,6 +166,17 @@ def test_a_damaged_run_is_left_out_with_a_note_and_breaks_no_other(tmp_path, dam
     assert "features/bad-f0000001 is left out" in caplog.text
     with pytest.raises(UserError, match="bad cannot be read"):
         connect(store, "bad")
+
+
+def test_a_note_about_a_damaged_run_is_not_obeyed_by_a_terminal(tmp_path, caplog):
+    root = tmp_path / "it's \u202e; -- \x1b[2J"
+    Given(name="good").write(root)
+    store = Given(name="bad").write(root)
+    lose_tokens(store)
+    with connect(store):
+        assert "features/bad-f0000001 is left out" in caplog.text
+        assert "tokens.parquet" in caplog.text
+    assert not {"\x1b", "\u202e"} & set(caplog.text)
 
 
 def test_an_unfinished_run_does_not_take_the_name_of_a_finished_one(tmp_path):
@@ -381,6 +440,35 @@ def test_json_is_valid_whatever_is_in_it():
         assert rows[1]["x"] is None
     assert not set(to_json(table)) & set("\x1b\x9b\u202e\x7f")
     assert json.loads(to_json(table.slice(0, 0))) == []
+
+
+NOT_FOR_PYTHON = {
+    "date '99999-01-01'": "99999-01-01",
+    "'infinity'::date": "infinity",
+    "date '0044-01-01 (BC)'": "0044-01-01 (BC)",
+    "timestamp '290000-01-01'": "290000-01-01 00:00:00",
+    "timestamp_ns '2020-01-01 00:00:00.123456789'": "2020-01-01 00:00:00.123456789",
+    "interval '1 month'": "1 month",
+    "[date '99999-01-01']": "[99999-01-01]",
+    "union_value(a := date '99999-01-01')": "99999-01-01",
+}
+
+
+@pytest.mark.parametrize("format", ["table", "csv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("value", NOT_FOR_PYTHON)
+def test_values_that_python_or_parquet_cannot_hold_are_shown_as_text(connection, tmp_path, value, format):
+    write(query(connection, f"select {value} as x, 7 as n"), format, tmp_path / "answer")
+    if format == "parquet":
+        with duckdb.connect() as reader:
+            (found,) = reader.read_parquet(str(tmp_path / "answer")).project("x::varchar").fetchall()[0]
+        assert found == NOT_FOR_PYTHON[value]
+    else:
+        assert NOT_FOR_PYTHON[value] in (tmp_path / "answer").read_text()
+
+
+def test_honest_dates_stay_as_they_are(connection):
+    table = query(connection, "select date '2020-02-03' as d, [timestamp '2020-02-03 04:05:06'] as t")
+    assert json.loads(to_json(table)) == [{"d": "2020-02-03", "t": ["2020-02-03T04:05:06"]}]
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 4])

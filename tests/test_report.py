@@ -41,6 +41,23 @@ def test_a_small_table_is_drawn_whole_and_only_once(small):
     assert path.stat().st_mtime_ns == before
 
 
+def test_the_picture_is_drawn_again_once_the_features_are_others(tmp_path):
+    (tmp_path / "t.csv").write_text(PHRASES, "utf-8")
+    store = Store.create(tmp_path / "store")
+    recipe = parse_recipe(brought_data(tmp_path / "t.csv", sae={"n_features": 8}, activations={"part_rows": 4}))
+    for stage in (bring.run, train.run, features.run):
+        stage(store, recipe, quiet())
+    target = features.artefact(store, recipe)
+    every = target.published().parts
+    target.publish(every[:-1])
+    before = report.run(store, recipe, quiet()).read_bytes()
+    target.publish(every)
+    after = report.run(store, recipe, quiet()).read_bytes()
+    assert before != after
+    report.run(store, recipe, quiet()).unlink()
+    assert report.run(store, recipe, quiet()).read_bytes() == after
+
+
 def test_the_same_run_gives_the_same_picture_byte_for_byte(small):
     store, recipe = small
     path = report.run(store, recipe, quiet())
@@ -70,6 +87,17 @@ def test_the_table_of_features_holds_the_stored_values_under_the_rows_own_labels
 def test_a_feature_is_active_above_a_tenth_of_its_own_maximum():
     values = np.array([[5.0, 0, 0.2], [0.5, 0, 0.01], [0.51, 0, 0.0]])
     assert active_sets(["cat", "dog", "robot"], values) == {0: frozenset({"cat", "robot"}), 2: frozenset({"cat"})}
+
+
+@pytest.mark.parametrize("n_tokens", [[1], [1000], [1000, 1000, 20], [1000, 1], [999, 100, 10, 0]])
+def test_every_live_feature_is_in_the_histogram(tmp_path, n_tokens):
+    target = Store.create(tmp_path).artefact("features", "live", "00000000")
+    target.begin({})
+    with target.new_part(0, {"n_tokens": 1000}) as folder:
+        pq.write_table(pa.table({"n_tokens": np.array(n_tokens, np.int64)}), folder / "feature_stats.parquet")
+    target.publish(target.parts().values())
+    (axes,) = report._densities(target).axes
+    assert sum(bar.get_height() for bar in axes.patches) == np.count_nonzero(n_tokens)
 
 
 @pytest.mark.parametrize("n_features", [1, 8])

@@ -15,6 +15,7 @@ import pytest
 from saeflow import queries, runs
 from saeflow.feature_tables import LABELS
 from saeflow.queries import ask, check, connect
+from saeflow.records import Hidden
 from saeflow.sections import UserError
 from tests import part_tables
 from tests.small_store import DOCUMENTS, N_FEATURES, VALUES, Document, Given, count_stats, token_rows
@@ -275,7 +276,7 @@ def test_each_kind_of_feature_is_told_by_where_it_fires(tmp_path):
 
 def test_compare_runs_finds_the_feature_that_fires_on_the_same_tokens(tmp_path):
     other = [(token, {0: 3, 1: 0, 2: 1}[feature], value) for token, feature, value in VALUES if token != 5]
-    Given(name="old", fp="f0000000", values=other).write(tmp_path)
+    Given(name="old", fp="f0000000", values=other, corpus=("demo", "f0000001")).write(tmp_path)
     with connect(Given().write(tmp_path)) as connection:
         rows = {row["feature_id"]: row for row in ask(connection, "compare_runs", ["demo", "old"]).to_pylist()}
         with pytest.raises(UserError, match="schema names"):
@@ -286,13 +287,108 @@ def test_compare_runs_finds_the_feature_that_fires_on_the_same_tokens(tmp_path):
     assert (rows[0]["rate_a"], rows[0]["rate_b"], rows[0]["rate_difference"]) == (0.5, 0.375, 0.125)
 
 
+def test_runs_of_different_tokens_are_not_compared(tmp_path):
+    Given(name="old", fp="f0000000").write(tmp_path)
+    with connect(Given().write(tmp_path)) as connection, pytest.raises(UserError, match="runs of different tokens"):
+        ask(connection, "compare_runs", ["demo", "old"])
+
+
 def test_a_run_of_an_earlier_saeflow_answers_what_its_values_answer(tmp_path):
     with connect(Given(is_early=True).write(tmp_path)) as connection:
         assert ask(connection, "top_tokens", [0, 1]).column("context").to_pylist() == ["«Love» thy love"]
         assert ask(connection, "coactivation", [0]).num_rows == 1
-        for question in ("feature_histogram", "coactive_features", "position_profile"):
+        for question in ("feature_histogram", "coactive_features"):
             assert ask(connection, question, [0]).num_rows == 0
+        for question, arguments in (("position_profile", [0]), ("source_contrast", ["novels", "bible"])):
+            with pytest.raises(UserError, match="saeflow compact counts it"):
+                ask(connection, question, arguments)
         assert not any(rows.num_rows for _, rows in check(connection))
+
+
+def test_where_one_part_of_two_is_of_an_earlier_saeflow_rates_are_shares_of_every_token(tmp_path):
+    answers = []
+    for name, early in (("whole", []), ("mixed", [0])):
+        with connect(Given(n_parts=2, early_parts=early).write(tmp_path / name)) as connection:
+            summary = ask(connection, "feature_summary").column("density").to_pylist()
+            kind = ask(connection, "feature_kind").column("density").to_pylist()
+            on = ask(connection, "features_on", ["love"]).column("lift").to_pylist()
+            answers.append((summary, kind, on, ask(connection, "coactivation", [0]).column("pmi").to_pylist()))
+            if early:
+                for question, arguments in (("position_profile", [0]), ("source_contrast", ["novels", "bible"])):
+                    with pytest.raises(UserError, match="saeflow compact counts it"):
+                        ask(connection, question, arguments)
+    assert answers[0] == answers[1]
+
+
+TWO_PARTS = [Document("first", "a", [b"x", b"y", b"x", b"y"]), Document("second", "a", [b"x", b"x", b"y", b"z"])]
+"""A sequence each."""
+
+COUNTED = [
+    ("feature_summary", []),
+    ("feature_kind", []),
+    ("near_misses", [0]),
+    ("features_on", ["x"]),
+    ("compare_sources", ["a", "a"]),
+    ("source_contrast", ["a", "a"]),
+    ("coactivation", [0]),
+    ("position_profile", [0]),
+    ("tokens_where", [0]),
+]
+
+
+def test_tokens_that_are_not_encoded_yet_change_no_answer(tmp_path):
+    values = [(0, 0, 1.0), (1, 1, 2.0)]
+    before = Given(documents=TWO_PARTS[:1], values=values).write(tmp_path / "before")
+    during = Given(documents=TWO_PARTS, values=values, n_parts=2, n_token_parts=2).write(tmp_path / "during")
+    features = during.artefact("features", "demo", "f0000001")
+    features.publish([part for part in features.parts().values() if part.index == 0])
+    with connect(before) as one, connect(during) as other:
+        assert ask(other, "tokens").num_rows == 8
+        for question, arguments in COUNTED:
+            expected, found = (ask(each, question, arguments).to_pylist() for each in (one, other))
+            assert found == expected, question
+        assert ask(one, "near_misses", [0]).column("n_silent").to_pylist() == [1]
+
+
+def test_values_that_are_not_to_be_seen_are_no_misses(tmp_path):
+    store = Given(documents=TWO_PARTS, values=[(0, 0, 1.0), (4, 0, 1.0)], n_parts=2, n_token_parts=2).write(tmp_path)
+    tokens = store.artefact("tokens", "demo", "f0000001")
+    gone = {1: (Hidden(document_id=77, key_hash="77", reason="replaced"),)}
+    tokens.publish(tokens.published().parts, hidden=gone)
+    with connect(store) as connection:
+        assert ask(connection, "tokens_where", [0]).column("token_id").to_pylist() == [0]
+        assert ask(connection, "near_misses", [0]).column("token_id").to_pylist() == [2]
+
+
+@pytest.mark.parametrize("left_out", [{"skipped": [0, 2]}, {"skipped": [1]}, {"skips_special": [b"<s>"]}])
+def test_what_a_setting_leaves_out_is_no_miss_and_no_part_of_a_share(tmp_path, left_out):
+    documents = [Document("k", "a", [b"<s>", b"x", b"x", b"x"] * 3), Document("l", "b", [b"x", b"x", b"<s>", b"x"])]
+    given = Given(documents=documents, values=[], **left_out)
+    pieces = {token.token_id: given.vocab[token.vocab_id] for token in given.every_token()}
+    usable = [
+        token for token, piece in pieces.items() if token % 4 not in given.skipped and piece not in given.skips_special
+    ]
+    x = [token for token in usable if pieces[token] == b"x"]
+    values = [(token, 0, 1.0) for token in x[::2]] + [(token, 1, 1.0) for token in usable]
+    with connect(Given(documents=documents, values=values, **left_out).write(tmp_path)) as connection:
+        assert not any(rows.num_rows for _, rows in check(connection))
+        assert ask(connection, "near_misses", [0]).column("token_id").to_pylist() == x[1::2]
+        (row, _) = sorted(ask(connection, "features_on", ["x"]).to_pylist(), key=lambda row: row["feature_id"])
+        assert row["share"] == len(x[::2]) / len(x)
+        assert row["lift"] == pytest.approx(row["share"] * len(usable) / len(x[::2]))
+        assert ask(connection, "feature_summary").column("density").to_pylist()[1] == 1.0
+        rates = ask(connection, "compare_sources", ["a", "b"]).to_pylist()
+        assert [(row["rate_a"], row["rate_b"]) for row in rates if row["feature_id"] == 1] == [(1.0, 1.0)]
+
+
+def test_a_source_that_was_not_counted_apart_is_an_error_that_names_the_question_to_ask(tmp_path):
+    documents = [Document(f"d{i}", f"s{i:02d}", [b"x"] * (2 if i < 66 else 1)) for i in range(70)]
+    given = Given(documents=documents, values=[(i, 0, 1.0) for i in range(136)])
+    with connect(given.write(tmp_path), threads=1) as connection:
+        assert ask(connection, "source_contrast", ["s00", "s01"]).to_pylist()[0]["rate_a"] == 1.0
+        with pytest.raises(UserError, match="ask compare_sources"):
+            ask(connection, "source_contrast", ["s69", "s00"])
+        assert ask(connection, "compare_sources", ["s69", "s00"]).to_pylist()[0]["rate_a"] == 1.0
 
 
 def test_a_question_about_one_feature_opens_only_the_file_that_may_hold_it(tmp_path):
@@ -382,6 +478,18 @@ def test_a_letter_in_several_byte_pieces_is_shown_whole_whichever_piece_is_asked
         assert "�" not in ask(connection, "top_tokens", [0]).column("context")[0].as_py()
 
 
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (0, 1), (1, 1), (2, 2), (-5, -5)])
+def test_a_letter_in_several_pieces_is_whole_however_narrow_the_window(tmp_path, before, after):
+    pieces = [b"a", *split_bytes("🐘"), b"b", *split_bytes("é"), b"z"]
+    with connect(Given(documents=[Document("bytes", "s", pieces)], values=[]).write(tmp_path)) as connection:
+        rows = [ask(connection, "context", [token, before, after]).to_pylist()[0] for token in range(len(pieces))]
+    assert column(rows, "token_text") == ["a", *"🐘🐘🐘🐘", "b", *"éé", "z"]
+    assert rows[1]["text_before"] == ("a" if before > 0 else "")
+    assert rows[4]["text_after"] == ("b" if after > 0 else "")
+    assert rows[2]["text_before"] == ("a" if before > 1 else "")
+    assert "�" not in "".join(column(rows, "context"))
+
+
 def test_half_letters_at_the_edges_of_a_context_are_dropped(tmp_path):
     pieces = [*split_bytes("水"), b"x", *split_bytes("🐘")]
     given = Given(documents=[Document("bytes", "a", pieces)], values=[])
@@ -463,7 +571,7 @@ def test_feature_summary_has_dead_features_too_and_sums_over_parts(tmp_path, n_p
     assert column(rows, "density") == [0.5, 0.125, 0.25, 0.0]
     assert column(rows, "mean_value") == [2.125, 4.0, 1.0, None]
     assert column(rows, "max_value") == [3.0, 4.0, 1.5, None]
-    assert rows[2]["std_value"] == pytest.approx(0.5)
+    assert column(rows, "std_value") == [pytest.approx(math.sqrt(0.546875)), 0.0, pytest.approx(0.5), None]
 
 
 def test_density_is_a_share_of_real_tokens_only(tmp_path):
@@ -482,6 +590,23 @@ def test_documents_show_all_metadata_whatever_its_name(tmp_path):
     assert "title" not in rows[0]
     assert (rows[0]["order"], rows[0]["Ünï code"], rows[0]["tags"]) == (1, "a", ["x"])
     assert column(rows, "key") == ["emma", "psalm", "empty"]
+
+
+NAMES_OF_COLUMNS = [
+    "position", "mask", "token_id", "vocab_id", "piece", "value", "feature_id", "feature", "text", "a", "is_hidden", "Position",
+    "end_token_id", "band", "n_real", "filename", "Source", "Key", "N_Tokens", "First_Token_Id",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES_OF_COLUMNS)
+def test_metadata_may_be_called_as_any_column_is(tmp_path, name):
+    with connect(Given(metadata={name: pa.array(["1", "2", "3"])}).write(tmp_path), threads=1) as connection:
+        assert not any(rows.num_rows for _, rows in check(connection))
+        assert len(ask(connection, "documents")) == 3
+        assert sorted(ask(connection, "tokens").column("source").to_pylist()) == ["bible"] * 3 + ["novels"] * 5
+        for question, arguments in (("compare_sources", ["novels", "bible"]), ("tokens_where", [0])):
+            assert len(ask(connection, question, arguments)) == 4
+        assert len(ask(connection, "context", [1])) == len(ask(connection, "top_documents", [0])) - 1 == 1
 
 
 def test_runs_show_their_size_and_quality_as_far_as_known(tmp_path):
@@ -659,7 +784,7 @@ def test_every_file_says_its_grain_and_holds_what_it_is_named_after(path):
 
 
 def test_every_example_in_a_header_runs(tmp_path):
-    Given(name="small", fp="f0000000").write(tmp_path)
+    Given(name="small", fp="f0000000", corpus=("large", "f0000001")).write(tmp_path)
     with connect(Given(name="large").write(tmp_path)) as connection:
         for question in queries.questions():
             found = re.search(r"\?  (from .*)$", question.example)

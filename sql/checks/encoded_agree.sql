@@ -13,10 +13,10 @@ with encoded as materialized (
     select null, band, true, sum(n_tokens) from stg_encoded_tokens group by band
 ),
 found as materialized (
-    select stg_documents.source, position_band(position) as band, count(*) as n_real
+    select stg_documents.source, position_band(stg_tokens.position) as band, count(*) as n_real
     from stg_tokens
     join stg_documents using (document_id)
-    where mask
+    where stg_tokens.mask
     group by all
 ),
 real_tokens as (

@@ -7,7 +7,7 @@
 --          source by itself may have less than the recount.
 -- Ask it:  which counts by source are stale?
 with owners as (
-    select token_id, source from stg_tokens join stg_documents using (document_id)
+    select stg_tokens.token_id, stg_documents.source from stg_tokens join stg_documents using (document_id)
 ),
 counted as materialized (
     select

@@ -5,7 +5,7 @@
 -- Units:   n_rows should be 1.
 -- Ask it:  is a token without a document, or a document there twice?
 select
-    token_id,
+    stg_tokens.token_id,
     count(*)                                 as n_rows,
     bool_and(stg_documents.key is not null)  as has_document,
     bool_and(stg_vocab.vocab_id is not null) as has_vocab_entry
@@ -13,6 +13,6 @@ from stg_tokens
 left join stg_documents using (document_id)
 left join stg_vocab on stg_vocab.vocab_id = stg_tokens.vocab_id
 where stg_tokens.mask
-group by token_id
+group by stg_tokens.token_id
 having n_rows > 1 or not has_document or not has_vocab_entry
-order by token_id;
+order by stg_tokens.token_id;

@@ -10,14 +10,17 @@
 -- Ask it:  which features did the larger SAE keep?  from compare_runs('small', 'large')
 create or replace macro compare_runs(a, b) as table
 with sizes as materialized (
-    select schema_name, n_tokens, max(n_tokens) over () // 16384 | 1 as step
+    select schema_name, n_tokens, tokens_artefact, max(n_tokens) over () // 16384 | 1 as step
     from stg_runs
     where problem is null and schema_name in (a, b)
 ),
 known as materialized (
     select case
-        when bool_or(schema_name = a) and bool_or(schema_name = b) then true
-        else error('a and b must be schema names of the view runs')
+        when (bool_or(schema_name = a) and bool_or(schema_name = b)) is distinct from true
+            then error('a and b must be schema names of the view runs')
+        when count(distinct tokens_artefact) > 1
+            then error('a and b are runs of different tokens: a token of one is none of the other')
+        else true
     end as are_known
     from sizes
 ),

@@ -1,8 +1,8 @@
 -- How often and how strongly each feature fires in one source of documents against another.
 --
 -- Grain:   one row per feature, dead ones too; the largest difference of rates first.
--- Reads:   stg_token_major, stg_tokens, stg_documents, stg_feature_stats, log2_rate_ratio
--- Units:   rate is a share of the source's own real tokens (null if it has none); mean_value is over the
+-- Reads:   stg_token_major, stg_tokens, stg_documents, stg_feature_stats, is_encoded, log2_rate_ratio
+-- Units:   rate is a share of the source's own encoded tokens (null if it has none); mean_value is over the
 --          tokens at which the feature fires there; differences are a minus b; log2_ratio compares the
 --          rates with half a token added to each count, so that it is always finite (null if the feature
 --          fires in neither).
@@ -13,7 +13,9 @@ with members as (
     select stg_tokens.token_id, stg_documents.source = a as in_a, stg_documents.source = b as in_b
     from stg_tokens
     join stg_documents using (document_id)
-    where stg_tokens.mask and stg_documents.source in (a, b)
+    where stg_tokens.mask
+        and stg_documents.source in (a, b)
+        and is_encoded(stg_tokens.token_id, stg_tokens.vocab_id)
 ),
 totals as (
     select count(*) filter (where in_a) as tokens_a, count(*) filter (where in_b) as tokens_b from members

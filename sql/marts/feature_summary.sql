@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per feature, dead ones too.
 -- Reads:   stg_feature_stats, stg_size, feature_names
--- Units:   density is a share of all real tokens (0 to 1); values are in the units of the activations,
+-- Units:   density is a share of the encoded tokens (0 to 1); values are in the units of the activations,
 --          taken over the tokens at which the feature fires (null for dead features). label is the name it goes by.
 -- Ask it:  which features are dense (density > 0.1) or nearly dead (n_tokens < 10)?
 create or replace view feature_summary as
@@ -10,9 +10,11 @@ select
     feature_id,
     feature_names.label,
     n_tokens,
-    n_tokens / nullif(n_real_tokens, 0)                                              as density,
+    n_tokens / nullif(n_encoded_tokens, 0)                                           as density,
     sum_value / nullif(n_tokens, 0)                                                  as mean_value,
-    sqrt(greatest(sum_squares / nullif(n_tokens, 0) - pow(sum_value / nullif(n_tokens, 0), 2), 0)) as std_value,
+    case
+        when n_tokens > 0 then sqrt(greatest(sum_squares / n_tokens - pow(sum_value / n_tokens, 2), 0))
+    end                                                                              as std_value,
     max_value
 from stg_feature_stats
 left join feature_names using (feature_id)

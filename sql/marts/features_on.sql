@@ -1,15 +1,15 @@
 -- Which features fire on a text.
 --
 -- Grain:   one row per feature that fires on a token of the text, at most n: those that tell most first.
--- Reads:   tokens_of_text, stg_token_major, stg_feature_stats, stg_size, feature_names
--- Units:   tokens of the text are those of tokens_of_text, whatever its case; n_tokens counts those at which the
---          feature fires, share is their share. lift = share / the feature's density over all encoded tokens. The
---          order is by share * log2(lift).
+-- Reads:   tokens_of_text, is_encoded, stg_token_major, stg_feature_stats, stg_size, feature_names
+-- Units:   tokens of the text are those of tokens_of_text, whatever its case, that were encoded; n_tokens counts those
+--          at which the feature fires, share is their share. lift = share / the feature's density over all encoded
+--          tokens. The order is by share * log2(lift).
 -- Parameters: text text, n bigint = 20
 -- Ask it:  which features mean Jerusalem?  from features_on('Jerusalem')
 create or replace macro features_on(text, n := 20) as table
 with found as materialized (
-    select distinct token_id from tokens_of_text(text)
+    select distinct token_id from tokens_of_text(text) where is_encoded(token_id, vocab_id)
 ),
 counts as materialized (
     select feature_id, count(*) as n_tokens from stg_token_major where token_id in (from found) group by feature_id

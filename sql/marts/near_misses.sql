@@ -2,9 +2,9 @@
 --
 -- Grain:   one row per token with the entry at which the feature does not fire: n of them, spread evenly over the
 --          corpus, in corpus order.
--- Reads:   stg_feature_vocab, stg_feature_major, stg_tokens, stg_encoded_tokens, stg_shape, token_texts
--- Units:   the entry is the one on which the feature fires most often. Only encoded tokens: where a setting left
---          position 0 out, no token there is a miss. n_silent counts all such tokens, n_fired those with the entry at
+-- Reads:   stg_feature_vocab, stg_feature_major, stg_tokens, is_encoded, token_texts
+-- Units:   the entry is the one on which the feature fires most often. Only encoded tokens: at a position that a
+--          setting leaves out, no token is a miss. n_silent counts all such tokens, n_fired those with the entry at
 --          which it fires; context shows 12 tokens on either side.
 -- Parameters: feature bigint, n bigint = 20
 -- Ask it:  what must be around the word for feature 12 to fire?  from near_misses(12)
@@ -18,9 +18,7 @@ firing as materialized (
 met as materialized (
     select token_id, token_id in (from firing) as has_fired
     from stg_tokens
-    where mask
-        and vocab_id = (from entry)
-        and (position > 0 or exists (from stg_encoded_tokens where band = 0) or not exists (from stg_encoded_tokens))
+    where mask and vocab_id = (from entry) and is_encoded(token_id, vocab_id)
 ),
 silent as (
     select

@@ -1,7 +1,7 @@
 -- Where in the sequence a feature fires.
 --
 -- Grain:   one row per band of positions that was encoded, the first first.
--- Reads:   stg_feature_positions, stg_encoded_tokens, stg_shape
+-- Reads:   stg_feature_positions, stg_encoded_tokens, stg_shape, every_part_counts
 -- Units:   positions from first_position to last_position, which double from band to band; rate is a share of the
 --          band's encoded tokens; mean_value is over the tokens at which the feature fires there, in the units of the
 --          activations (null where it never does).
@@ -24,5 +24,5 @@ select
 from encoded
 left join found using (band)
 cross join stg_shape
-where feature between 0 and n_features - 1
+where feature between 0 and n_features - 1 and every_part_counts()
 order by band;

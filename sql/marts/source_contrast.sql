@@ -1,20 +1,31 @@
 -- How differently each feature fires in two sources of documents: from stored counts, at once.
 --
 -- Grain:   one row per feature, dead ones too; the largest effect first.
--- Reads:   stg_feature_sources, stg_encoded_tokens, stg_feature_stats, log2_rate_ratio
+-- Reads:   stg_feature_sources, stg_encoded_tokens, stg_feature_stats, every_part_counts,
+--          log2_rate_ratio
 -- Units:   rate is a share of the source's encoded tokens (null if it has none); cohens_h = 2 asin(sqrt(rate_a)) -
 --          2 asin(sqrt(rate_b)) (Cohen 1988: 0.2 small, 0.5 medium, 0.8 large); log2_ratio compares the rates with half
 --          a token added to each count (null if the feature fires in neither). mean_value is over the tokens at which
---          it fires there. A part counts its 64 most frequent sources apart: ask compare_sources about others.
+--          it fires there. A part counts its 64 most frequent sources apart: a source that no part does is an error.
 -- Parameters: a text, b text
 -- Ask it:  what tells novels from scripture?  from source_contrast('austen', 'bible')
 create or replace macro source_contrast(a, b) as table
 with totals as (
     select
-        sum(n_tokens) filter (where source = a)::bigint as tokens_a,
-        sum(n_tokens) filter (where source = b)::bigint as tokens_b
+        sum(n_tokens) filter (where source = a and not is_rest)::bigint as tokens_a,
+        sum(n_tokens) filter (where source = b and not is_rest)::bigint as tokens_b,
+        bool_or(is_rest)                                                as has_rest
     from stg_encoded_tokens
-    where not is_rest
+),
+counted as (
+    select tokens_a, tokens_b
+    from totals
+    where every_part_counts()
+        and case
+            when has_rest and (tokens_a is null or tokens_b is null)
+                then error('only the 64 most frequent sources of a part are counted apart: ask compare_sources')
+            else true
+        end
 ),
 firing as (
     select
@@ -40,7 +51,7 @@ rates as (
         tokens_b
     from stg_feature_stats
     left join firing using (feature_id)
-    cross join totals
+    cross join counted
 )
 select
     feature_id,

@@ -6,14 +6,14 @@
 -- Ask it:  what are the tokens of one document? (filter on key)
 create or replace view tokens as
 select
-    token_id,
-    vocab_id,
+    stg_tokens.token_id,
+    stg_tokens.vocab_id,
     stg_vocab.piece,
-    document_id,
+    stg_tokens.document_id,
     stg_documents.key,
     stg_documents.source,
-    position
+    stg_tokens.position
 from stg_tokens
-join stg_vocab using (vocab_id)
-join stg_documents using (document_id)
-where mask;
+join stg_vocab on stg_vocab.vocab_id = stg_tokens.vocab_id
+join stg_documents on stg_documents.document_id = stg_tokens.document_id
+where stg_tokens.mask;

@@ -10,7 +10,7 @@ create or replace macro tokens_where(feature, threshold := 0) as table
 with firing as materialized (
     select token_id, value, token_id // 512 as block_id
     from stg_feature_major
-    where feature_id = feature and feature between low and high and value > threshold
+    where feature_id = feature and feature between low and high and value > threshold::double
 ),
 hits as materialized (
     select token_id, value, block_vocab_id(vocab_ids, token_id - first_token_id) as vocab_id

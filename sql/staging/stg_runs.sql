@@ -2,7 +2,8 @@
 --
 -- Grain:   one row per run of the store, damaged ones too.
 -- Reads:   src_runs
--- Units:   facts and quality are JSON; problem says why a run cannot be asked, else null.
+-- Units:   facts and quality are JSON; tokens_artefact names the one whose tokens were encoded; problem says why a run
+--          cannot be asked, else null.
 -- Ask it:  which runs cannot be read, and why?
 create or replace view stg_runs as
 select
@@ -11,6 +12,7 @@ select
     schema_name,
     is_current::boolean         as is_current,
     n_tokens::bigint            as n_tokens,
+    tokens_artefact,
     try_cast(facts as json)     as facts,
     try_cast(quality as json)   as quality,
     problem

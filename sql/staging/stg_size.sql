@@ -1,12 +1,16 @@
 -- How large the corpus is: what rates are shares of.
 --
 -- Grain:   one row.
--- Reads:   stg_documents, stg_encoded_tokens
+-- Reads:   stg_documents, stg_encoded_tokens, stg_shape
 -- Units:   n_real_tokens counts real tokens of visible documents; n_encoded_tokens those that could fire, real ones
---          that no setting leaves out (n_real_tokens where an earlier saeflow did not count them).
+--          that no setting leaves out (n_real_tokens where an earlier saeflow did not count them in every part).
 -- Ask it:  how many tokens are there?
 create or replace view stg_size as
 select
     n_real_tokens,
-    coalesce((select sum(n_tokens)::bigint from stg_encoded_tokens), n_real_tokens) as n_encoded_tokens
+    case
+        when (select has_marginals from stg_shape)
+            then coalesce((select sum(n_tokens)::bigint from stg_encoded_tokens), 0)
+        else n_real_tokens
+    end as n_encoded_tokens
 from (select coalesce(sum(n_tokens), 0)::bigint as n_real_tokens from stg_documents);

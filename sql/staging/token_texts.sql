@@ -16,8 +16,11 @@ with digits as (
         any_value(piece) filter (where token_id = centre)                                         as piece,
         coalesce(string_agg(byte_digits, '' order by token_id) filter (where token_id < centre), '') as in_front,
         coalesce(string_agg(byte_digits, '' order by token_id) filter (where token_id = centre), '') as middle,
-        coalesce(string_agg(byte_digits, '' order by token_id) filter (where token_id > centre), '') as behind
-    from token_spans(ids, before, after)
+        coalesce(string_agg(byte_digits, '' order by token_id) filter (where token_id > centre), '') as behind,
+        coalesce(sum(length(byte_digits)) filter (where centre - token_id between 1 and before), 0) as n_in_front,
+        coalesce(sum(length(byte_digits)) filter (where token_id - centre between 1 and after), 0)  as n_behind
+    -- A letter has at most four bytes, so that the token's own may begin three tokens before it.
+    from token_spans(ids, greatest(before, 3), greatest(after, 3))
     group by all
 ),
 begun as (
@@ -29,9 +32,13 @@ finished as (
 parted as (
     select
         *,
-        regexp_replace(left(in_front, length(in_front) - length(lead)), '^(?:[89AB].){1,3}', '') as digits_before,
-        lead || middle || rest                                                                   as digits_here,
-        substr(behind, length(rest) + 1)                                                         as digits_after
+        regexp_replace(
+            right(left(in_front, length(in_front) - length(lead)), greatest(n_in_front - length(lead), 0)::bigint),
+            '^(?:[89AB].){1,3}',
+            ''
+        )                                                                                           as digits_before,
+        lead || middle || rest                                                                      as digits_here,
+        substr(behind, length(rest) + 1, greatest(n_behind - length(rest), 0)::bigint)              as digits_after
     from finished
 ),
 -- One call of lossy_text for all three, and materialised: planning these expressions takes longer than their work.

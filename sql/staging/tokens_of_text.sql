@@ -4,7 +4,7 @@
 --          document; their bytes together are the text, but for white space (blanks, tabs, ends of lines) in front and
 --          behind, of which alone no token of a run may consist at its ends.
 -- Reads:   stg_vocab, stg_tokens, token_owners, stg_vocab_blocks, block_vocab_id, begun_text, open_letter
--- Units:   run_id is the run's first token.
+-- Units:   run_id is the run's first token; vocab_id is the token's own.
 -- Ask it:  from tokens_of_text('Jerusalem')
 create or replace macro tokens_of_text(text) as table
 with recursive goal as materialized (
@@ -33,7 +33,7 @@ spelling as (
         token_id                                                                     as run_id,
         token_id,
         end_token_id,
-        1                                                                            as n_pieces,
+        [vocab_id]                                                                   as pieces,
         byte_digits,
         open_letter(byte_digits) = '' and rtrim(begun_text(byte_digits), E' \t\n\r') = letters as is_done
     from starts
@@ -45,23 +45,28 @@ spelling as (
         run_id,
         token_id,
         end_token_id,
-        n_pieces,
+        pieces,
         byte_digits,
         open_letter(byte_digits) = '' and rtrim(begun_text(byte_digits), E' \t\n\r') = letters
     from (
-        select run_id, token_id, end_token_id, n_pieces, byte_digits_before || stg_vocab.byte_digits as byte_digits
+        select
+            run_id,
+            token_id,
+            end_token_id,
+            pieces || [vocab_id]                        as pieces,
+            byte_digits_before || stg_vocab.byte_digits as byte_digits
         from (
             select
                 run_id,
                 next_id                                          as token_id,
                 end_token_id,
-                n_pieces + 1                                     as n_pieces,
+                pieces,
                 byte_digits                                      as byte_digits_before,
                 block_vocab_id(vocab_ids, next_id - first_token_id)    as vocab_id
             from (
                 select *, token_id + 1 as next_id, (token_id + 1) // 512 as block_id
                 from spelling
-                where not is_done and n_pieces < 8 and token_id + 1 < end_token_id
+                where not is_done and len(pieces) < 8 and token_id + 1 < end_token_id
             )
             join stg_vocab_blocks using (block_id)
             where next_id between first_token_id and first_token_id + n_tokens - 1
@@ -72,6 +77,6 @@ spelling as (
     where starts_with(letters, begun_text(byte_digits))
         or (open_letter(byte_digits) = '' and rtrim(begun_text(byte_digits), E' \t\n\r') = letters)
 )
-select run_id, unnest(generate_series(run_id, token_id)) as token_id
+select run_id, unnest(generate_series(run_id, token_id)) as token_id, unnest(pieces) as vocab_id
 from spelling
 where is_done;
