@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -37,7 +38,8 @@ def halted(runner: Runner, point: Point) -> list[str]:
             os.kill(first.pid or 0, signal.SIGCONT)
         codes = [runner.finish(store, second)]
     finally:
-        os.kill(first.pid or 0, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(first.pid or 0, signal.SIGCONT)
     codes.append(runner.finish(store, first))
     return [*_wrong(runner, store, codes, (0, 2)), *differences(runner.undisturbed, store)]
 
