@@ -176,7 +176,8 @@ def guarded(commands: typer.Typer, name: str, arguments: list[str], debug: bool)
         raise
 
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _system_error(error: Exception) -> int | None:
@@ -192,6 +193,7 @@ def _system_message(error: Exception) -> str | None:
     number = _system_error(error)
     file = error.filename if isinstance(error, OSError) else None
     what = os.strerror(number or 0) + (f" at {file}" if file else "")
-    if number in _DISK_ERRORS:
-        return f"{what}. Finished parts are safe. Free some space or choose another --store, then run the same command again."
+    mend = "Free some space" if number in _FULL else "Make it writable" if number in _CLOSED else "Look at the disk"
+    if number in (*_FULL, *_CLOSED, errno.EIO):
+        return f"{what}. Finished parts are safe. {mend} or choose another --store, then run the same command again."
     return f"{what}. --debug shows where it was needed." if number and file else None

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from typing import Literal
 
 from tests.small_pipeline import NOT_COMPARED
 
-Fault = Literal["SIGKILL", "SIGTERM", "SIGINT", "disk full", "SIGSTOP"]
+Fault = Literal[
+    "SIGKILL", "SIGTERM", "SIGINT", "disk full", "SIGSTOP", "read-only", "clock back", "server lost"
+]  # fmt: skip
 FAULTS: tuple[Fault, ...] = ("SIGKILL", "SIGTERM", "SIGINT", "disk full")
 EXIT_CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 130, "SIGINT": 130, "disk full": 2}
 
@@ -38,6 +41,8 @@ _HEAVY = [
     "transformers.models.gpt2.modeling_gpt2",
     "tests.faults",
 ]
+
+ROOT = Path(__file__).resolve().parents[2]
 
 STEP = "a training step"
 """An event besides those of the file system: weights are changed, the step is not counted yet."""
@@ -137,9 +142,18 @@ class Strike:
         return path.startswith(self.root) and self.wanted.search(path.removeprefix(self.root)) is not None
 
     def _strike(self, path: str) -> None:
-        if self.case.fault == "disk full":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path or None)
-        os.kill(os.getpid(), getattr(signal, self.case.fault))
+        match self.case.fault:
+            case "disk full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path or None)
+            case "read-only":
+                for words in (["--bind", self.root, self.root], ["-o", "remount,ro,bind", self.root]):
+                    subprocess.run(["mount", *words], check=True)
+            case "clock back":
+                Path(os.environ["SAEFLOW_TEST_CLOCK"]).write_text("-3d\n")
+            case "server lost":
+                os.kill(int(os.environ["SAEFLOW_TEST_SERVER"]), signal.SIGKILL)
+            case name:
+                os.kill(os.getpid(), getattr(signal, name))
 
 
 def watch(case: Case, root: Path) -> None:
@@ -190,7 +204,7 @@ class Runner:
     ) -> ForkServerProcess:
         """`log`: its own name, where several runs of one store print at once."""
         arguments = [command, str(self.recipe), "--store", str(store)]
-        path = self._log(store).with_stem(f"{store.name}-{log}") if log else self._log(store)
+        path = self.log(store).with_stem(f"{store.name}-{log}") if log else self.log(store)
         process = self.context.Process(target=run_command, args=(arguments, path, prepare))
         process.start()
         return process
@@ -205,9 +219,10 @@ class Runner:
 
     def said(self, store: Path) -> str:
         """What the last run printed."""
-        return self._log(store).read_text("utf-8")
+        return self.log(store).read_text("utf-8")
 
-    def _log(self, store: Path) -> Path:
+    def log(self, store: Path) -> Path:
+        """Where runs into a store print."""
         return self.folder / f"{store.name}.log"
 
     def problems(self, case: Case) -> list[str]:

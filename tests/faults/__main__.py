@@ -7,6 +7,7 @@ python -m tests.faults --random-kills 20     a collection killed so often, resum
 python -m tests.faults --training-kills 20   a sweep of every architecture, killed in training, likewise
 python -m tests.faults --reading-kills 20    encoding and compaction killed so often while another process asks
 python -m tests.faults --overlaps            runs side by side; one halted at every named point, followed, continued
+python -m tests.faults --matrix --table docs/faults.md    every kind of fault in every stage, and a page of it
 python -m tests.faults --power-cuts 20       about so many power cuts in one run
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import get_args
 
 from saeflow.sections import Architecture
-from tests.faults import CASES, Runner, power, tenth
+from tests.faults import CASES, Runner, matrix, power, tenth
 from tests.faults.kills import TRAINING, collecting_runner, random_kills, training_runner
 from tests.faults.overlap import overlaps
 from tests.faults.power import VIEWS, power_cuts
@@ -41,6 +42,8 @@ def main() -> int:
     parser.add_argument("--random-kills", type=int, metavar="N", help="only kills at N random instants of a collection")
     parser.add_argument("--training-kills", type=int, metavar="N", help="only kills at N random instants of a training")
     parser.add_argument("--reading-kills", type=int, metavar="N", help="only N kills beside a reader")
+    parser.add_argument("--matrix", action="store_true", help="only every kind of fault once in every stage")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="where to write what the matrix found")
     parser.add_argument("--overlaps", action="store_true", help="only two runs at once")
     parser.add_argument("--power-cuts", type=int, metavar="N", help="only about N power cuts")
     parser.add_argument("--seed", type=int, default=0, help="of the random instants")
@@ -65,6 +68,8 @@ def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, li
             yield f"a kill {instant:.2f} s into the training" if instant else "finished after the last kill", problems
     elif chosen.reading_kills:
         yield from Reading(folder).kills(chosen.reading_kills, chosen.seed)
+    elif chosen.matrix:
+        yield from matrix_results(chosen, folder)
     elif chosen.overlaps:
         yield from (case for case in overlaps(folder) if chosen.only in case[0])
     elif chosen.power_cuts:
@@ -78,6 +83,17 @@ def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, li
         for case in cases:
             if chosen.only in case.name:
                 yield case.name, runner.problems(case)
+
+
+def matrix_results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    names = [f"{fault}, {stage}" for fault in matrix.FAULTS_OF_ALL for stage in matrix.STAGES]
+    wanted = names if chosen.tenth is None else names[chosen.tenth % 10 :: 10]
+    rows = []
+    for row in matrix.Matrix(folder).rows(lambda name: name in wanted and chosen.only in name):
+        rows.append(row)
+        yield f"{row.name}{f': skipped, {row.skipped}' if row.skipped else ''}", list(row.problems)
+    if chosen.table:
+        chosen.table.write_text(matrix.table(rows), "utf-8")
 
 
 def _said(result: tuple[str, list[str]]) -> bool:
