@@ -1,7 +1,7 @@
 """Who is writing an artefact: a lease that its owner renews, and that others may take once it is silent.
 
-An owner of this machine whose process is gone is known at once. Any other one is watched: where nothing changes for as
-long as the lease lasts, by the watcher's own monotonic clock, it is taken over. So nobody's clock has to be right, and
+An owner of this machine whose process is gone is known at once, and one that runs is left alone. Any other one is watched:
+where nothing changes for as long as the lease lasts, by the watcher's own monotonic clock, it is taken over. So nobody's clock has to be right, and
 nothing is waited for after an ordinary crash. The lease is a courtesy that saves work. What keeps a store right is that
 a generation is only switched by who holds the lease and finds the generation that it began with (`artefact`).
 """
@@ -254,7 +254,9 @@ def acquire(slot: Slot, what: str, overlap: Overlap, sleep: Callable[[float], ob
     seen, since, waited = None, time.monotonic(), False
     while True:
         owner, tag = slot.read()
-        if owner is None or owner.is_gone() or (tag == seen and time.monotonic() - since >= owner.seconds):
+        lives = owner is not None and owner.is_here() and not owner.is_gone() and not owner.is_stopped()
+        silent = owner is not None and tag == seen and time.monotonic() - since >= owner.seconds
+        if owner is None or owner.is_gone() or (silent and not lives):
             if owner is not None:
                 log.warning(
                     "%s was left by %s, which %s.", what, owner.about, "has ended" if owner.is_gone() else "is silent"
@@ -262,7 +264,6 @@ def acquire(slot: Slot, what: str, overlap: Overlap, sleep: Callable[[float], ob
             if lease := _take(slot, tag, what, waited):
                 return lease
             continue
-        lives = owner.is_here() and not owner.is_stopped()
         if overlap == "refuse" and (lives or (seen is not None and tag != seen)):
             raise UserError(
                 f"Another run is writing {what}: {owner.about}.\n"

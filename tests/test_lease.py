@@ -84,6 +84,20 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(slot: FileSlot) -> N
     assert time.monotonic() - began < 1
 
 
+def test_an_owner_of_this_machine_that_runs_is_left_alone_however_silent(slot: FileSlot) -> None:
+    with slot.guard():
+        slot.put(replace(Owner.here(), token="busy", seconds=0.2))
+    over = threading.Event()
+    threading.Timer(1, over.set).start()
+
+    def sleep(seconds: float) -> None:
+        if over.wait(seconds):
+            slot.path.unlink(missing_ok=True)
+
+    acquire(slot, "x", "wait", sleep).release()
+    assert over.is_set()
+
+
 def test_a_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(slot: FileSlot) -> None:
     with slot.guard():
         slot.put(replace(Owner.here(), born=1.0))

@@ -15,7 +15,7 @@ import psutil
 from tests.faults import POINTS, Case, Point, Runner, differences, watch
 from tests.small_pipeline import Ingredients, recipe_data, write_recipe
 
-LEASE_SECONDS = "1"
+LEASE_SECONDS = "2"
 
 
 def waiting_runner(folder: Path) -> Runner:
