@@ -13,10 +13,10 @@ from prefect.exceptions import ObjectNotFound
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.types.entrypoint import EntrypointType
 
-from flows.compact import compact_flow
 from flows.gc import gc_flow
 from flows.ingest import GROWN, ingest_flow, resource
 from flows.retrain import retrain_flow
+from flows.tidy import tidy_flow
 from flows.verify import verify_flow
 from saeflow.config import Recipe
 from saeflow.sections import UserError
@@ -24,7 +24,7 @@ from saeflow.timetable import ANCHOR, NEVER, ScheduleConfig, interval_of
 
 TAG = "saeflow"
 _STAGES: dict[str, Flow[..., Any]] = {
-    "ingest": ingest_flow, "train": retrain_flow, "compact": compact_flow, "verify": verify_flow, "gc": gc_flow,
+    "ingest": ingest_flow, "train": retrain_flow, "compact": tidy_flow, "verify": verify_flow, "gc": gc_flow,
 }  # fmt: skip
 
 

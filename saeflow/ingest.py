@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from saeflow import activations, catalog, features, pipeline, retrain
+from saeflow import activations, catalog, features, integrity, pipeline, retrain, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.progress import Progress
@@ -19,9 +19,10 @@ _FIRST = ("tokens", "collect", "bring")
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Bring new and changed documents through every stage, and forget removed ones if the recipe says so.
 
-    Every published run over these activations encodes what is new. Where the recipe has no run yet, its SAE is trained
-    first. Where nothing has changed, only records are read. The summary counts what is new: documents and tokens, and the
-    indices of parts by artefact. Raises UserError where a run could not follow, after the others have.
+    Every published run over these activations encodes what is new; one that another run is writing does at the next
+    ingest. Where the recipe's newest SAE has no run yet, it is trained, encoded and judged. Where nothing has changed, only
+    records are read. The summary counts what is new: documents and tokens, and the indices of parts by artefact. Raises
+    UserError where a run could not follow, after the others have.
     """
     before = _folders(store)
     n_removed = forget_removed(store, recipe, progress)
@@ -29,11 +30,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     for name in (name for name in _FIRST if name in stages):
         stages[name](store, recipe, progress)
     note_seen(store, recipe)
-    trained = not _has_run(store, recipe)
-    if trained:
-        pipeline.run(store, recipe, progress)
-        if recipe.is_sweep:
-            pipeline.encode_all(store, recipe, progress)
+    trained = not _has_run(store, recipe) and _make_run(store, recipe, progress)
     waiting = _encode_new(store, recipe, progress)
     catalog.write(store)
     if waiting:
@@ -53,13 +50,29 @@ def _has_run(store: Store, recipe: Recipe) -> bool:
     )
 
 
+def _make_run(store: Store, recipe: Recipe, progress: Progress) -> bool:
+    """Train, encode and judge what is missing, unless another run is at that already."""
+    for member in recipe.members():
+        for each in (train.artefact(store, member), features.artefact(store, member)):
+            if integrity.at_work(each):
+                progress.say(f"ingest: another run is making {each.id}")
+                return False
+    pipeline.run(store, recipe, progress)
+    if recipe.is_sweep:
+        pipeline.encode_all(store, recipe, progress)
+    return True
+
+
 def _encode_new(store: Store, recipe: Recipe, progress: Progress) -> dict[str, str]:
     """Let every published run over the recipe's activations hold all of them; those that cannot, and why."""
     waiting = {}
     for each in runs_over(store, recipe):
+        if integrity.at_work(each):
+            progress.say(f"ingest: another run is writing {each.id}, which follows at the next ingest")
+            continue
         try:
             features.refresh(store, each, progress, grow=True)
-        except UserError as error:
+        except (UserError, OSError) as error:
             waiting[each.id] = str(error)
     return waiting
 

@@ -205,6 +205,11 @@ def _finished(store: Store, name: str) -> bool:
     return any(sae.complete() for sae in store.artefacts("saes") if f"saes-{sae.name}-{sae.fp}" == name)
 
 
+def at_work(artefact: Artefact) -> bool:
+    """Is a run of this machine writing it?"""
+    return not _free(artefact.lock_path)
+
+
 def _free(lock: Path) -> bool:
     try:
         with FileLock(lock, timeout=0):

@@ -55,7 +55,7 @@ class ScheduleConfig(Section):
     train_growth: float = Field(
         0.2, ge=0, description="Also train when the store has grown by this share since the newest SAE; 0: never."
     )
-    compact: When = Field("30 2 * * *", description="Many small parts become few.")
+    compact: When = Field("30 2 * * *", description="Many small parts become few; forgotten documents leave the disk.")
     verify: When = Field("0 4 * * *", description="Read a share of the store back and compare its checksums.")
     verify_nights: PositiveInt = Field(7, description="Times of `verify` after which every part has been read.")
     gc: When = Field("0 5 * * *", description="Remove what no reader can reach any more.")

@@ -71,6 +71,11 @@ class Server:
     home: Path
     environment: dict[str, str]
 
+    def answers(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"{self.api}/health", timeout=5).is_success
+        return False
+
     def processes(self) -> list[psutil.Process]:
         """Processes with this PREFECT_HOME, but for this one and the server."""
         found = []
@@ -115,15 +120,9 @@ def prefect_server(home: Path, **more: str) -> Iterator[Server]:
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=subprocess.STDOUT)
     with ended(process):
-        wait_for(lambda: _answers(server.api) or process.poll() is not None, 150, "the server answers")
+        wait_for(lambda: server.answers() or process.poll() is not None, 150, "the server answers")
         assert process.poll() is None, (home / "server.log").read_text()
         yield server
-
-
-def _answers(api: str) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{api}/health", timeout=5).is_success
-    return False
 
 
 def postgres_folder() -> Path | None:

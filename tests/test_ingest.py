@@ -173,18 +173,24 @@ def test_every_published_run_over_the_activations_follows(night: Watched) -> Non
         )
 
 
-def test_a_run_that_cannot_follow_is_named_and_the_others_follow(night: Watched) -> None:
+def test_a_run_that_is_being_written_follows_later_and_one_that_cannot_is_named_after_the_others(
+    night: Watched,
+) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
     pipeline.run(night.store, other, quiet())
     night.drop(NEW)
-    with (
-        features.artefact(night.store, other).writing(),
-        pytest.raises(UserError, match=r"features/other-.* does not hold"),
-    ):
-        night.ingest()
+    name = features.artefact(night.store, other).id
+    with features.artefact(night.store, other).writing():
+        assert night.ingest()["parts"][name] == []
     assert night.says(WORD, features.artefact(night.store, night.recipe).id)
-    assert night.ingest()["parts"][features.artefact(night.store, other).id] != []
+    assert night.ingest()["parts"][name] != []
+    night.drop({"another.txt": FIRST["00.txt"]})
+    shutil.rmtree(train.artefact(night.store, other).path)
+    with pytest.raises(UserError, match=rf"{name} does not hold the new documents yet"):
+        night.ingest()
+    own = features.artefact(night.store, night.recipe).published()
+    assert len(own.parts) == len(activations.artefact(night.store, night.recipe).published().parts)
 
 
 def test_documents_that_are_gone_are_kept_unless_the_recipe_says_so(night: Watched) -> None:
@@ -300,6 +306,17 @@ def test_a_training_that_was_killed_before_its_values_were_encoded_is_finished_b
     train.run(night.store, night.recipe, quiet(), fresh=True)
     assert night.ingest()["trained"]
     assert (features.artefact(night.store, night.recipe).path / "quality.json").is_file()
+
+
+def test_an_ingest_leaves_a_new_run_to_the_training_that_is_making_it(night: Watched) -> None:
+    night.drop(NEW)
+    night.ingest()
+    train.run(night.store, night.recipe, quiet(), fresh=True)
+    night.drop({"another.txt": FIRST["00.txt"]})
+    with features.artefact(night.store, night.recipe).writing():
+        summary = night.ingest()
+    assert (summary["n_documents"], summary["trained"]) == (1, False)
+    assert "another.txt" in night.held()
 
 
 def test_an_sae_from_elsewhere_is_never_trained_anew(night: Watched) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 from prefect import get_client
 from prefect.client.schemas.objects import FlowRun
@@ -29,9 +30,11 @@ from flows.gc import gc_flow
 from flows.ingest import ingest_flow
 from flows.retrain import retrain_flow
 from flows.serve import ZOMBIES, set_zombie_automation
+from flows.tidy import tidy_flow
 from flows.verify import verify_flow
 from saeflow import activations, cli, ingest, integrity
 from saeflow.config import Recipe, parse_recipe
+from saeflow.forget import forget
 from saeflow.records import KINDS
 from saeflow.sections import UserError
 from saeflow.store import Store
@@ -177,9 +180,9 @@ def test_sigterm_ends_serve_and_its_runs_and_nothing_is_left_behind(night: Night
 
 
 def test_runs_of_a_stage_do_not_overlap(night: Night, server: Server) -> None:
-    runs = [run for run in server.find("flow_runs") if run["start_time"] and run["state_type"] != "CANCELLED"]
+    runs = [run for run in server.find("flow_runs") if run["start_time"]]
     spans = sorted((str(run["start_time"]), str(run["end_time"])) for run in runs if "ingest" in run["tags"])  # type: ignore[operator]
-    assert len(spans) > 2
+    assert len(spans) >= 2
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
@@ -191,7 +194,7 @@ def test_every_stage_is_deployed_with_its_tags_schedule_and_limit(night: Night, 
     for stage, flow, schedule, collision in [
         ("ingest", "saeflow-ingest", {"interval": 3.0}, "CANCEL_NEW"),
         ("train", "saeflow-retrain", None, "ENQUEUE"),
-        ("compact", "saeflow-compact", {"cron": "30 2 * * *"}, "CANCEL_NEW"),
+        ("compact", "saeflow-tidy", {"cron": "30 2 * * *"}, "CANCEL_NEW"),
         ("verify", "saeflow-verify", {"cron": "0 4 * * *"}, "CANCEL_NEW"),
         ("gc", "saeflow-gc", {"cron": "0 5 * * *"}, "CANCEL_NEW"),
     ]:
@@ -255,7 +258,7 @@ def test_what_an_operator_paused_stays_paused_and_a_schedule_that_is_gone_from_t
     assert deployment_of(server, "saeflow-gc", "kept")["paused"]
     assert [each["active"] for each in deployment_of(server, "saeflow-verify", "kept")["schedules"]] == [False]
     assert deployment_of(server, "saeflow-retrain", "kept")["schedules"] == []
-    assert deployment_of(server, "saeflow-compact", "kept")["schedules"] == []
+    assert deployment_of(server, "saeflow-tidy", "kept")["schedules"] == []
     [ingest_time] = deployment_of(server, "saeflow-ingest", "kept")["schedules"]
     assert ingest_time["schedule"]["interval"] == 3600
     bring(small(ingredients, "kept", ingest="0 6 * * *"))
@@ -352,6 +355,22 @@ def _runs_of(flow: str, store: str) -> list[FlowRun]:
         return [run for run in client.read_flow_runs() if run.flow_id == known.id and run.parameters["store"] == store]
 
 
+@pytest.mark.usefixtures("_here")
+def test_the_nightly_compaction_merges_the_parts_of_every_run_and_takes_forgotten_documents_off_the_disk(
+    again: Night,
+) -> None:
+    recipe = parse_recipe(again.data | {"features": {"compact_parts": 2}})
+    forget(again.store, ["03.txt"], quiet())
+    left = tidy_flow(recipe, str(again.store.root))
+    assert set(left.values()) == {1}
+    source = activations.tokens_artefact(again.store, recipe)
+    kept = [pq.read_table(source.part_file(part, "documents.parquet")) for part in source.published().parts]
+    assert "03.txt" not in {key for table in kept for key in table.column("key").to_pylist()}
+    before = again.written()
+    tidy_flow(recipe, str(again.store.root))
+    assert again.written() == before
+
+
 def test_two_recipes_of_one_name_are_refused(ingredients: Ingredients) -> None:
     twice = [small(ingredients, "same"), small(ingredients, "same")]
     with pytest.raises(UserError, match="Two recipes are called same"):
@@ -405,7 +424,7 @@ def test_the_deployments_of_prefect_yaml_can_be_deployed(server: Server, ingredi
     environment = server.environment | given
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
-    for stage in ("ingest", "retrain", "compact", "verify", "gc"):
+    for stage in ("ingest", "retrain", "tidy", "verify", "gc"):
         found = deployment_of(server, f"saeflow-{stage}", "nightly")
         assert found["work_pool_name"] == "yard"
         assert parse_recipe(found["parameters"]["recipe"]).name == "nightly"
