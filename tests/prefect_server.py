@@ -128,7 +128,7 @@ def prefect_server(home: Path, **more: str) -> Iterator[Server]:
 def postgres_folder() -> Path | None:
     """Where PostgreSQL's programs are on this machine."""
     found = shutil.which("initdb") or next(iter(sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))[::-1]), None)
-    return Path(found).parent if found else None
+    return Path(found).resolve().parent if found else None
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(600)
 def test_five_commands_lead_from_nothing_to_answers_that_follow_a_folder_of_texts(place: Path) -> None:
     """The first, which installs, is only rehearsed: it must name a target of the Makefile that makes .venv."""
     setup, init, server, serve, ask = block()
@@ -65,7 +66,9 @@ def test_five_commands_lead_from_nothing_to_answers_that_follow_a_folder_of_text
                 ["bash", "-c", f"exec {serve}"], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         try:
-            wait_for(lambda: typed(ask).returncode == 0 or running.poll() is not None, 240, "there are answers")
+            published = "data/store/features/*/manifest.json"
+            wait_for(lambda: any(place.glob(published)) or running.poll() is not None, 300, "a run is published")
+            wait_for(lambda: typed(ask).returncode == 0 or running.poll() is not None, 60, "there are answers")
             assert running.poll() is None, (place / "serve.log").read_text()
             assert len(typed(ask).stdout.splitlines()) > 1
         finally:

@@ -118,10 +118,12 @@ def night(server: Server, ingredients: Ingredients, tmp_path_factory: pytest.Tem
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(command, env=server.environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_for(lambda: _completed(server) >= 2 or process.poll() is not None, 150, "two ingests are completed")
+        wait_for(lambda: _completed(server) > 0 or process.poll() is not None, 150, "an ingest is completed")
         night.before, night.parts = night.written(), night.indices()
         night.drop(NEW)
         wait_for(lambda: night.indices()["features"] > night.parts["features"], 100, "the new files are encoded")
+        done = _completed(server)
+        wait_for(lambda: _completed(server) > done, 100, "the ingest of the new files is completed")
         process.send_signal(signal.SIGTERM)
         night.code = process.wait(60)
     finally:
@@ -180,10 +182,11 @@ def test_sigterm_ends_serve_and_its_runs_and_nothing_is_left_behind(night: Night
 
 
 def test_runs_of_a_stage_do_not_overlap(night: Night, server: Server) -> None:
-    runs = [run for run in server.find("flow_runs") if run["start_time"]]
-    spans = sorted((str(run["start_time"]), str(run["end_time"])) for run in runs if "ingest" in run["tags"])  # type: ignore[operator]
-    assert len(spans) >= 2
-    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    began = [run for run in server.find("flow_runs") if "ingest" in run["tags"] and run["start_time"]]  # type: ignore[operator]
+    spans = sorted((str(run["start_time"]), str(run["end_time"])) for run in began)
+    worked = [(begin, end) for begin, end in spans if begin != end]  # the others were cancelled at once
+    assert len(spans) > len(worked) >= 2
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(worked))
 
 
 def deployment_of(server: Server, flow: str, name: str) -> dict[str, Any]:
