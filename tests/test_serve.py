@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 from prefect import get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_SERVER_API_PORT, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    PREFECT_SERVER_API_PORT,
+    temporary_settings,
+)
 from typer.testing import CliRunner
 
 from flows import gpu
@@ -54,10 +61,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield found
 
 
+def using(server: Server) -> AbstractContextManager[object]:
+    """Flows and clients of this process use the server; their log stays here, as the server may end before it is sent."""
+    return temporary_settings(
+        {PREFECT_API_URL: server.api, PREFECT_HOME: server.home, PREFECT_LOGGING_TO_API_ENABLED: False}
+    )
+
+
 @pytest.fixture
 def _here(server: Server) -> Iterator[None]:
-    """Flows and clients of this process use the server."""
-    with temporary_settings({PREFECT_API_URL: server.api, PREFECT_HOME: server.home}):
+    with using(server):
         yield
 
 
@@ -442,7 +455,7 @@ def test_an_ingest_runs_on_a_server_with_postgresql(ingredients: Ingredients, tm
     with (
         postgres(programs) as url,
         prefect_server(tmp_path / "home", PREFECT_SERVER_DATABASE_CONNECTION_URL=url) as server,
-        temporary_settings({PREFECT_API_URL: server.api, PREFECT_HOME: server.home}),
+        using(server),
     ):
         recipe, store = parse_recipe(recipe_data(ingredients, train={"n_tokens": 1000})), str(tmp_path / "store")
         assert ingest_flow(recipe, store)["trained"]
