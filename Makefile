@@ -8,10 +8,12 @@ RUN := .venv/bin/python
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo smollm2 test check bench peers clean
+.PHONY: demo ready smollm2 test check bench peers clean
 
 demo: $(READY)  ## the main job on the shipped model and corpus, then three SQL answers
 	$(RUN) -m flows.pipeline flows/recipes/demo.toml
+
+ready: $(READY)  ## the environment alone, in .venv
 
 smollm2: $(READY) data/models/smollm2  ## a real model of 135 million parameters on a piece of the demo corpus
 	.venv/bin/saeflow run flows/recipes/smollm2.toml

@@ -12,6 +12,7 @@ from saeflow import (
     commands_ask,
     commands_label,
     commands_run,
+    commands_serve,
     commands_store,
     commands_synth,
 )
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Store activations once, train many sparse autoencoders, ask anything in SQL.\n\n"
     "Start with `saeflow init my.toml`, then `saeflow run my.toml`, then `saeflow ask`.",
 )
-for each in (commands_run, commands_synth, commands_store, commands_ask, commands_label):
+for each in (commands_run, commands_synth, commands_store, commands_ask, commands_label, commands_serve):
     app.add_typer(each.commands)
 
 

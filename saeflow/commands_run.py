@@ -45,6 +45,7 @@ def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.toml"),
     model: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
     files: Annotated[str | None, typer.Option(help="Texts, e.g. 'texts/*.txt'.")] = None,
+    sites: Annotated[str | None, typer.Option(help="Modules to read, e.g. '*.6.mlp.act'; see `saeflow sites`.")] = None,
 ) -> None:
     """Write a commented recipe to start from. Example: `saeflow init my.toml --files 'texts/*.txt'`"""
     from saeflow.recipe_text import DEFAULT_MODEL, template
@@ -52,10 +53,10 @@ def init(
     require_place(path)
     if path.exists():
         raise UserError(f"{path} exists already. Choose another name, or delete it first.")
-    given = {"model": {"path": model}, "corpus": {"files": files}}
+    given = {"model": {"path": model}, "corpus": {"files": files}, "activations": {"sites": sites}}
     start = {s: {k: _toml_string(v, s) for k, v in keys.items() if v} for s, keys in given.items()}
     name = "".join(c if c.isalnum() else "_" for c in path.stem.lower()).strip("_") or "recipe"
-    other = model if model != DEFAULT_MODEL else None
+    other = model if model != DEFAULT_MODEL and not sites else None
     path.write_text(template(name, path.name, start, other), "utf-8")
     sites = f"Choose activations.sites (saeflow sites {shlex.quote(other)}), set" if other else "Set"
     out.print(f"Wrote {path}. {sites} the lines without #, then: saeflow run {path}", markup=False, soft_wrap=True)
@@ -63,7 +64,7 @@ def init(
 
 def _toml_string(value: str, section: str) -> str:
     quoted = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return f"[{quoted}]" if section == "corpus" else quoted
+    return f"[{quoted}]" if section in ("corpus", "activations") else quoted
 
 
 @commands.command()

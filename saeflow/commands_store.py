@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import date
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -108,14 +109,19 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Remove damaged parts, so that the next run makes them again.")
     ] = False,
+    share: Annotated[
+        str | None,
+        typer.Option(metavar="1/N", help="Read every byte of today's share; on N days in a row, of the whole store."),
+    ] = None,
 ) -> None:
     """Check that nothing published is missing or changed. Example: `saeflow verify --full`"""
+    today = _share_of_today(share)
     from saeflow import integrity
 
     opened = Store.find(store_path(store)) if repair else open_store(store)
     if repair and (said := integrity.mend_marker(opened)):
         out.print(sanitise(said), markup=False, soft_wrap=True)
-    found = list(integrity.verify(opened, full))
+    found = list(integrity.verify(opened, full, today))
     for each in found:
         out.print(sanitise(f"damaged: {each}"), markup=False, soft_wrap=True)
     for each in found if repair else []:
@@ -219,6 +225,19 @@ def gc(
     if kept > 0:
         later = f"{human_bytes(kept)} more after {grace:g} hours; now with --grace 0"
         out.print(later, markup=False, soft_wrap=True)
+
+
+def _share_of_today(text: str | None) -> tuple[int, int] | None:
+    from saeflow.integrity import share_of_day
+
+    if text is None:
+        return None
+    one, _, n = text.partition("/")
+    if one != "1" or not n.isascii() or not n.isdigit() or int(n) == 0:
+        raise UserError(
+            f"--share is {text!r}. Write it as 1/N, e.g. --share 1/7: a seventh today, all of it in a week."
+        )
+    return share_of_day(int(n), date.today())
 
 
 def _run_checks(store: Store) -> list[tuple[str, int]]:

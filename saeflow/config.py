@@ -25,6 +25,7 @@ from saeflow.sections import (
     UserError,
 )
 from saeflow.swept import SweepConfig, in_a_name
+from saeflow.timetable import ScheduleConfig
 
 
 class Recipe(Section):
@@ -55,6 +56,7 @@ class Recipe(Section):
     features: FeaturesConfig = FeaturesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sweep: SweepConfig | None = None
+    schedule: ScheduleConfig = ScheduleConfig()
 
     @property
     def data_name(self) -> str:

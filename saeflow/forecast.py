@@ -301,7 +301,12 @@ def plan(store: Store, recipe: Recipe, progress: Progress) -> Forecast:
 
 
 def forecast_path(store: Store, recipe: Recipe) -> Path:
-    return store.root / "tmp" / "forecasts" / f"{recipe.name}-{fingerprint(recipe.model_dump(mode='json'))}.json"
+    return (
+        store.root
+        / "tmp"
+        / "forecasts"
+        / f"{recipe.name}-{fingerprint(recipe.model_dump(mode='json', exclude={'schedule'}))}.json"
+    )
 
 
 def known_forecast(store: Store, recipe: Recipe) -> Forecast | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -50,8 +50,25 @@ def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
     done = Forgotten(already=[key for key in keys if key not in known])
     for name, rows in found.items():
         if rows:
-            _hide(sources[name], rows)
+            _hide(sources[name], rows, "forgotten")
             done.documents[name] = len(rows)
+    _follow(store, found, done, progress)
+    return done
+
+
+def withdraw(store: Store, source: Artefact, rows: list[dict[str, Any]], progress: Progress) -> Forgotten:
+    """Hide documents of one token artefact, given as rows of documents.parquet: its corpus no longer holds them.
+
+    One that comes back is a new document, while a forgotten one stays away.
+    """
+    done = Forgotten({source.id: len(rows)})
+    _hide(source, rows, "replaced")
+    _follow(store, {source.id: rows}, done, progress)
+    return done
+
+
+def _follow(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotten, progress: Progress) -> None:
+    """Remove the values of what was hidden, and list the SAEs that were trained on it."""
     for run in store.artefacts("features"):  # also those that a killed call has left
         try:
             if run.generation() and features.refresh(store, run, progress):
@@ -59,7 +76,6 @@ def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
         except UserError as error:  # its views leave these parts out
             done.waiting[run.id] = str(error)
     _list_saes(store, found, done)
-    return done
 
 
 def _owned(source: Artefact, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -80,10 +96,10 @@ def _forgotten(sources: Iterable[Artefact], key: str) -> bool:
     return any(d.key_hash == hashed and d.reason == "forgotten" for d in every)
 
 
-def _hide(source: Artefact, rows: list[dict[str, Any]]) -> None:
+def _hide(source: Artefact, rows: list[dict[str, Any]], reason: Literal["forgotten", "replaced"]) -> None:
     with source.writing():
         generation = source.published()
-        new = [Hidden(document_id=r["document_id"], key_hash=key_hash(r["key"]), reason="forgotten") for r in rows]
+        new = [Hidden(document_id=r["document_id"], key_hash=key_hash(r["key"]), reason=reason) for r in rows]
         source.publish(generation.parts, hidden=merged(generation.hidden, by_part(new, generation.parts)))
 
 

@@ -8,7 +8,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+
+import xxhash
 
 from saeflow.artefact import Artefact
 from saeflow.disk import flush_tree, rename
@@ -31,12 +34,24 @@ class Damage:
         return f"{where}: {self.problem}"
 
 
-def verify(store: Store, full: bool) -> Iterator[Damage]:
-    """Everything that is wrong in a store."""
+def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> Iterator[Damage]:
+    """Everything that is wrong in a store.
+
+    `share`, as (i, n), reads every byte of the i-th of n shares, which together are the whole, and the sizes of the rest.
+    """
     for kind in KINDS:
         for folder in sorted(path for path in (store.root / kind).glob("*-*") if path.is_dir()):
             if any((folder / name).exists() for name in ("artefact.json", "manifest.json", "cfg.json")):
-                yield from damage(store.by_id(f"{kind}/{folder.name}"), full)
+                yield from damage(store.by_id(f"{kind}/{folder.name}"), full, share)
+
+
+def share_of_day(n: int, day: date) -> tuple[int, int]:
+    """The share of a store that is read on a day: on n days in a row all of it."""
+    return day.toordinal() % n, n
+
+
+def _falls_into(share: tuple[int, int] | None, name: str) -> bool:
+    return share is not None and xxhash.xxh3_64_intdigest(name.encode()) % share[1] == share[0]
 
 
 def mend_marker(store: Store) -> str | None:
@@ -50,13 +65,15 @@ def mend_marker(store: Store) -> str | None:
     return None
 
 
-def damage(artefact: Artefact, full: bool) -> Iterator[Damage]:
-    """What is missing or of another size; `full` reads every byte."""
-    yield from (Damage(artefact, None, problem) for problem in _own_problems(artefact, full))
+def damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = None) -> Iterator[Damage]:
+    """What is missing or of another size; `full` reads every byte, a share those of parts that fall into it."""
+    own = full or _falls_into(share, artefact.id)
+    yield from (Damage(artefact, None, problem) for problem in _own_problems(artefact, own))
     with contextlib.suppress(Damaged):  # said above
         generation = artefact.generation()
         for part in generation.parts if generation else ():
-            yield from (Damage(artefact, part, problem) for problem in _part_problems(artefact, part, full))
+            read = full or _falls_into(share, part.folder)
+            yield from (Damage(artefact, part, problem) for problem in _part_problems(artefact, part, read))
 
 
 def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
@@ -186,6 +203,11 @@ def _left_work(store: Store) -> Iterator[Garbage]:
 
 def _finished(store: Store, name: str) -> bool:
     return any(sae.complete() for sae in store.artefacts("saes") if f"saes-{sae.name}-{sae.fp}" == name)
+
+
+def at_work(artefact: Artefact) -> bool:
+    """Is a run writing it?"""
+    return not is_free(artefact.slot)
 
 
 def remove(garbage: Garbage) -> None:

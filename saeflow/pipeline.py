@@ -73,9 +73,9 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     }
 
 
-def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
+def compact(store: Store, recipe: Recipe, progress: Progress, enough: int = 2) -> None:
     """Remove hidden documents from the newest generation of tokens and activations, and merge the parts of every run over
-    them."""
+    them, where at least `enough` can be."""
     integrity.upgrade(store)
     train.set_threads(recipe)
     if recipe.model is not None:
@@ -84,7 +84,7 @@ def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
         if activations.artefact(store, recipe).id in run.record.inputs:
             features.refresh(store, run, progress)
             features.add_tables(store, run, recipe, progress)
-            features.merge_parts(store, run, progress, enough=2, mend=True)
+            features.merge_parts(store, run, progress, enough, mend=True)
     catalog.write(store)
 
 

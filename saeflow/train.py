@@ -38,7 +38,9 @@ def artefact(store: Store, recipe: Recipe) -> Artefact:
     settings = _settings(store, recipe)
     trained = [sae for sae in store.artefacts("saes") if sae.name == recipe.name and sae.complete()]
     mine = [sae for sae in trained if _without_seen(sae.record.facts) == settings]
-    return max(mine, key=lambda sae: sae.record.facts["generation"]) if mine else fresh_artefact(store, recipe)
+    if not mine:
+        return fresh_artefact(store, recipe)
+    return max(reversed(mine), key=lambda sae: sae.record.facts["generation"])  # of equal ones the one trained last
 
 
 def fresh_artefact(store: Store, recipe: Recipe) -> Artefact:
@@ -191,7 +193,8 @@ def publish(target: Artefact, training: Training, feed: Feed, store: Store, reci
     inputs = [activations.tokens_artefact(store, recipe).id, activations.artefact(store, recipe).id]
     about = facts(store, recipe)
     named = dict(zip(("site", "target_site"), (site.name for site in feed.sites), strict=False))
-    with target.whole(about, inputs, {"seconds": seconds}) as folder:
+    seen = {"n_train_tokens": activations.artefact(store, recipe).published().total("n_train_tokens")}
+    with target.whole(about, inputs, {"seconds": seconds} | seen) as folder:
         interchange.save(training.folded(), folder, named | {"saeflow": json.dumps(about, sort_keys=True)})
         with replacing(folder / "log.parquet") as temporary:
             table = pa.Table.from_pylist(training.log)

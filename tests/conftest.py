@@ -55,7 +55,10 @@ def finished(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory)
     return Finished(store, recipe, pipeline.run(store, recipe, quiet()))
 
 
-LONG = {f"test_{name}" for name in ["flows", "power", "remote", "forecast", "imported", "wheel", "kill", "objects"]}
+LONG = {
+    f"test_{name}"
+    for name in ["serve", "newcomer", "flows", "power", "remote", "forecast", "imported", "wheel", "kill", "objects"]
+}
 """Files that take longest: they come first, so that no worker is left with one of them at the end."""
 
 

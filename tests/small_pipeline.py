@@ -73,7 +73,7 @@ def write_corpus(path: Path, rows: list[dict[str, str]] | None = None) -> Path:
     return path
 
 
-def write_model(folder: Path, n_layers: int = 2, activation: str = "gelu_new") -> Path:
+def write_model(folder: Path, n_layers: int = 2, activation: str = "gelu_new", n_positions: int = 64) -> Path:
     """A random GPT-2 with its own byte-level BPE of 400 entries, in Hugging Face format."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -88,7 +88,7 @@ def write_model(folder: Path, n_layers: int = 2, activation: str = "gelu_new") -
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
     wrapped.save_pretrained(folder)
     config = GPT2Config(
-        vocab_size=tokenizer.get_vocab_size(), n_positions=64, n_embd=16, n_layer=n_layers, n_head=2, n_inner=WIDTH,
+        vocab_size=tokenizer.get_vocab_size(), n_positions=n_positions, n_embd=16, n_layer=n_layers, n_head=2, n_inner=WIDTH,
         activation_function=activation, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, initializer_range=0.3,
     )  # fmt: skip

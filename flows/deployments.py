@@ -1,0 +1,109 @@
+"""Deployments of a recipe: which flows Prefect starts, when, and how many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import Flow, get_client
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.deployments.runner import RunnerDeployment
+from prefect.events import DeploymentEventTrigger, DeploymentTriggerTypes, TriggerTypes
+from prefect.exceptions import ObjectNotFound
+from prefect.schedules import Cron, Interval, Schedule
+from prefect.types.entrypoint import EntrypointType
+
+from flows.gc import gc_flow
+from flows.ingest import GROWN, ingest_flow, resource
+from flows.retrain import retrain_flow
+from flows.tidy import tidy_flow
+from flows.verify import verify_flow
+from saeflow.config import Recipe
+from saeflow.sections import UserError
+from saeflow.timetable import ANCHOR, NEVER, ScheduleConfig, interval_of
+
+TAG = "saeflow"
+_STAGES: dict[str, Flow[..., Any]] = {
+    "ingest": ingest_flow, "train": retrain_flow, "compact": tidy_flow, "verify": verify_flow, "gc": gc_flow,
+}  # fmt: skip
+
+
+def deployments(recipes: Sequence[Recipe], stores: Sequence[str]) -> list[RunnerDeployment]:
+    """What every recipe is deployed as, each for its store. Raises UserError where two recipes have one name."""
+    names = [recipe.name for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"Two recipes are called {name}. Deployments go by that name: let them differ.")
+    return [
+        _deployment(stage, recipe, store)
+        for recipe, store in zip(recipes, stores, strict=True)
+        for stage in _STAGES
+    ]  # fmt: skip
+
+
+def _deployment(stage: str, recipe: Recipe, store: str) -> RunnerDeployment:
+    """A second run of a stage waits (train) or is cancelled at once: the one at work does all there is."""
+    waits = stage == "train"
+    strategy = ConcurrencyLimitStrategy.ENQUEUE if waits else ConcurrencyLimitStrategy.CANCEL_NEW
+    parameters: dict[str, Any] = {"recipe": recipe.model_dump(mode="json", exclude_none=True), "store": store}
+    made = _STAGES[stage].to_deployment(
+        recipe.name,
+        parameters=parameters | _own_parameters(stage, recipe.schedule),
+        schedules=_schedules(stage, recipe.schedule),
+        triggers=_triggers(stage, recipe, store),
+        tags=[TAG, recipe.name, stage],
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=strategy),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(made, RunnerDeployment)  # a coroutine only in async code
+    return made
+
+
+def _own_parameters(stage: str, about: ScheduleConfig) -> dict[str, Any]:
+    match stage:
+        case "verify":
+            return {"nights": about.verify_nights}
+        case "gc":
+            return {"grace_hours": about.gc_grace_hours}
+    return {}
+
+
+def slug(stage: str) -> str:
+    """What the schedule that a recipe gives is called on the server; any other is an operator's."""
+    return f"{TAG}-{stage}"
+
+
+def _schedules(stage: str, about: ScheduleConfig) -> list[Schedule]:
+    when = getattr(about, stage)
+    if when == NEVER:
+        return []
+    if (interval := interval_of(when)) is not None:
+        return [Interval(interval, anchor_date=ANCHOR, timezone=about.timezone, slug=slug(stage))]
+    return [Cron(when, timezone=about.timezone, slug=slug(stage))]
+
+
+def _triggers(stage: str, recipe: Recipe, store: str) -> list[DeploymentTriggerTypes | TriggerTypes]:
+    """Training follows an ingest that made the store grow enough; it looks for itself whether that is so."""
+    share = recipe.schedule.train_growth
+    if stage != "train" or not share:
+        return []
+    about = {"prefect.resource.id": resource(recipe, store)["prefect.resource.id"]}
+    name = f"{TAG}: {recipe.name} is trained anew when its store has grown"
+    return [DeploymentEventTrigger(name=name, expect={GROWN}, match=about, parameters={"share": share})]
+
+
+def keep_what_was_set(deployment: RunnerDeployment) -> None:
+    """Let what an operator paused stay paused when it is applied again, and take schedules off the server that the recipe
+    no longer gives."""
+    with get_client(sync_client=True) as client:
+        try:
+            known = client.read_deployment_by_name(deployment.full_name)
+        except ObjectNotFound:
+            return
+        deployment.paused = known.paused
+        wanted = {each.slug: each for each in deployment.schedules or []}
+        for there in known.schedules:
+            if (given := wanted.get(there.slug)) is not None:
+                given.active = there.active
+            elif there.slug is not None and there.slug.startswith(f"{TAG}-"):
+                client.delete_deployment_schedule(known.id, there.id)

@@ -1,0 +1,32 @@
+"""One flow run a GPU at a time: Prefect's global concurrency limit `saeflow-gpu`, which `saeflow serve` sets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from prefect import get_client
+from prefect.concurrency.sync import concurrency
+
+LIMIT = "saeflow-gpu"
+
+
+def set_limit(n_gpus: int) -> None:
+    """Let so many flow runs use a GPU at once, on all machines of this server together."""
+    with get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name(LIMIT, n_gpus)
+
+
+@contextlib.contextmanager
+def gpu_slot(*devices: str) -> Iterator[None]:
+    """Wait until a GPU is free, if one of these settings of `device` means one, and hold it. Without a limit: no wait."""
+    if any(map(uses_gpu, devices)):
+        with concurrency(LIMIT, occupy=1, raise_on_lease_renewal_failure=False):
+            yield
+    else:
+        yield
+
+
+def uses_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())

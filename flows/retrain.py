@@ -1,0 +1,31 @@
+"""Flow: a new SAE on what the store holds now, encoded and judged. It ends at once where the store has not grown enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.common import open_store, part_task, reporting, show_table
+from flows.gpu import gpu_slot
+from saeflow import retrain
+from saeflow.config import Recipe
+
+
+@flow(name="saeflow-retrain", flow_run_name="retrain-{recipe.name}")
+def retrain_flow(recipe: Recipe, store: str | None = None, share: float | None = None) -> dict[str, Any]:
+    """Train anew, encode and judge.
+
+    Args:
+        share: Only if the store has grown by this share since the newest SAE was trained; empty: in any case.
+    """
+    opened = open_store(recipe, store)
+    with reporting("retrain") as progress, gpu_slot(recipe.train.device, recipe.features.device):
+
+        @part_task("retrain")
+        def train_anew() -> dict[str, Any]:
+            return retrain.run(opened, recipe, progress, share)
+
+        made = dict(train_anew())
+    show_table("retrain", {"grown": f"{made['grown']:.1%}", "trained": ", ".join(made["trained"]) or "nothing"})
+    return made

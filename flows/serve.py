@@ -1,0 +1,140 @@
+"""`saeflow serve`: the deployments of recipes, brought to a Prefect server and worked on in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+from collections.abc import Container, Iterator, Sequence
+from datetime import timedelta
+from uuid import UUID
+
+import httpx
+import torch
+from prefect import get_client
+from prefect.automations import EventTrigger, Posture
+from prefect.client.schemas.objects import StateType
+from prefect.deployments.runner import RunnerDeployment
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.runner import Runner
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+from flows import gpu
+from flows.deployments import TAG, keep_what_was_set
+from saeflow.sections import UserError
+
+HEARTBEAT_SECONDS = 30
+"""Between two signs of life of a flow run; Prefect's own default is three minutes."""
+
+ZOMBIES = f"{TAG}: a run without a sign of life has crashed"
+
+
+@contextlib.contextmanager
+def found() -> Iterator[str]:
+    """The server's API, which is Prefect's inside the block: PREFECT_API_URL, else the place where `prefect server start`
+    puts one. Raises UserError where none answers: a temporary server would keep no schedule."""
+    settings = get_current_settings()
+    url = settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
+    try:
+        httpx.get(f"{url}/health", timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
+        raise UserError(
+            f"No Prefect server answers at {url} ({error}).\nStart one, which keeps the schedules and shows the page: "
+            "prefect server start --background\nIf it is elsewhere, say where: "
+            "prefect config set PREFECT_API_URL=http://HOST:4200/api"
+        ) from None
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
+
+
+def page_url(url: str) -> str:
+    return str(get_current_settings().ui_url or url.removesuffix("/api"))
+
+
+def set_zombie_automation(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> UUID:
+    """Crash runs of saeflow that have given no sign of life for four heartbeats, so that their place is free again.
+
+    There is one such automation, however often this is called.
+    """
+    ends = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended", "AwaitingRetry")
+    beat = "prefect.flow-run.heartbeat"
+    wanted = AutomationCore(
+        name=ZOMBIES,
+        description="Set by saeflow serve: the process is gone, or its machine.",
+        enabled=True,
+        trigger=EventTrigger(
+            after={beat},
+            expect={beat, *(f"prefect.flow-run.{end}" for end in ends)},
+            match={"prefect.resource.id": ["prefect.flow-run.*"]},  # type: ignore[arg-type]
+            match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"},  # type: ignore[arg-type]
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=4 * heartbeat_seconds),
+        ),
+        actions=[
+            ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message="No sign of life: the process is gone.")
+        ],
+    )
+    with get_client(sync_client=True) as client:
+        known = client.read_automations_by_name(ZOMBIES)
+        for twice in known[1:]:
+            client.delete_automation(twice.id)
+        if not known:
+            return client.create_automation(wanted)
+        client.update_automation(known[0].id, wanted)
+        return known[0].id
+
+
+def prepare_server() -> None:
+    """What all deployments share: the automation, and the limit of GPUs where this machine has some."""
+    set_zombie_automation()
+    if torch.cuda.is_available():
+        gpu.set_limit(torch.cuda.device_count())
+
+
+def hand_to_workers(wanted: Sequence[RunnerDeployment], pool: str) -> None:
+    """Create or refresh the deployments for the workers of a pool. Raises UserError where there is none of that name."""
+    _require_pool(pool)
+    for deployment in wanted:
+        keep_what_was_set(deployment)
+        deployment.job_variables = {"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}}
+        deployment.apply(work_pool_name=pool)
+
+
+def _require_pool(name: str) -> None:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(name)
+        except ObjectNotFound:
+            raise UserError(
+                f"There is no work pool {name}. Make it first: prefect work-pool create {name} --type process"
+            ) from None
+
+
+def work(wanted: Sequence[RunnerDeployment], at_once: Container[str], limit: int | None) -> None:
+    """Start the runs of these deployments as they fall due, each in a process of its own, until SIGTERM or Ctrl-C, which
+    ends the runs, too.
+
+    Those whose full name is in `at_once` also run now, unless they are paused. What is paused or scheduled stays so for the
+    next time.
+    """
+    runner = Runner(name=TAG, limit=limit, pause_on_shutdown=False, heartbeat_seconds=HEARTBEAT_SECONDS)
+    for deployment in wanted:
+        keep_what_was_set(deployment)
+        made = runner.add_deployment(deployment)
+        assert isinstance(made, UUID)  # a coroutine only in async code
+        if deployment.full_name in at_once and not deployment.paused:
+            with get_client(sync_client=True) as client:
+                client.create_flow_run_from_deployment(made, tags=[*(deployment.tags or []), "at-start"])
+    before = signal.signal(signal.SIGINT, runner.handle_sigterm)  # as start() does with SIGTERM
+    try:
+        asyncio.run(runner.start())
+    except (KeyboardInterrupt, TerminationSignal):
+        return
+    finally:
+        signal.signal(signal.SIGINT, before)
+        shutil.rmtree(runner._tmp_dir, ignore_errors=True)  # Prefect leaves it

@@ -1,0 +1,26 @@
+"""Flow: the nightly compaction of a store. Forgotten documents leave the disk, and the parts of every run over it become few."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.common import open_store, part_task, reporting, show_table
+from saeflow import ingest, pipeline
+from saeflow.config import Recipe
+
+
+@flow(name="saeflow-tidy", flow_run_name="tidy-{recipe.name}")
+def tidy_flow(recipe: Recipe, store: str | None = None) -> dict[str, int]:
+    """Write parts anew that still hold hidden documents, and merge the parts of runs that have `features.compact_parts` of
+    them; returns how many each run has left."""
+    opened = open_store(recipe, store)
+    with reporting("tidy") as progress:
+
+        @part_task("tidy")
+        def tidy() -> None:
+            pipeline.compact(opened, recipe, progress, recipe.features.compact_parts)
+
+        tidy()
+    left = {each.id: len(each.published().parts) for each in ingest.runs_over(opened, recipe)}
+    show_table("tidy", {f"parts of {name}": n for name, n in left.items()})
+    return left

@@ -1,0 +1,43 @@
+"""Flow: a share of the store read back and compared with its checksums. It fails where something is damaged."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from prefect import flow
+from pydantic import PositiveInt
+
+from flows.common import open_store, part_task, reporting, show_table
+from saeflow import integrity
+from saeflow.config import Recipe
+from saeflow.sections import UserError
+
+
+@flow(name="saeflow-verify", flow_run_name="verify-{recipe.name}")
+def verify_flow(recipe: Recipe, store: str | None = None, nights: PositiveInt = 7) -> int:
+    """Read every byte of today's share of the store, and the sizes of the rest.
+
+    Args:
+        nights: After so many days in a row the whole store has been read.
+    """
+    opened = open_store(recipe, store)
+    share = integrity.share_of_day(nights, date.today())
+    with reporting("verify"):
+
+        @part_task("verify")
+        def read_back() -> list[str]:
+            return [str(each) for each in integrity.verify(opened, False, share)]
+
+        found = list(read_back())
+    show_table("verify", {"share": f"{share[0] + 1} of {nights}", "damaged": len(found)} | _named(found))
+    if found:
+        shown = "\n".join(found[:20])
+        raise UserError(
+            f"{len(found)} damaged in {opened.name}:\n{shown}\n"
+            "Mend it with `saeflow verify --full --repair`; the next ingest makes again what had to be removed."
+        )
+    return share[0]
+
+
+def _named(found: list[str]) -> dict[str, str]:
+    return {f"damage {number}": each for number, each in enumerate(found[:20], 1)}

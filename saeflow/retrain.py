@@ -1,0 +1,61 @@
+"""A new SAE once the store has grown, encoded and judged like the first."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+from saeflow import activations, features, pipeline, train
+from saeflow.artefact import Artefact
+from saeflow.config import Recipe
+from saeflow.disk import read_json
+from saeflow.progress import Progress
+from saeflow.store import Store
+
+_LATER = ("encode", "compact", "evaluate", "report")
+
+
+def grown(store: Store, recipe: Recipe) -> float:
+    """By what share the tokens for training have grown since the recipe's newest SAE was trained; of a sweep the largest.
+
+    Infinite where none is trained, 0 for an SAE from elsewhere. For one of an earlier saeflow whose generation is
+    collected already, growth counts from the oldest that is kept.
+    """
+    return max(_grown(store, member) for member in recipe.members())
+
+
+def _grown(store: Store, recipe: Recipe) -> float:
+    if recipe.sae.source is not None:
+        return 0.0
+    stored, trained = activations.artefact(store, recipe), train.artefact(store, recipe)
+    if not trained.complete():
+        return math.inf
+    now, seen = stored.published().total("n_train_tokens"), _n_seen(stored, trained)
+    return now / seen - 1 if seen else math.inf
+
+
+def _n_seen(stored: Artefact, trained: Artefact) -> int:
+    """Tokens for training that the store held when the SAE was trained."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return int(read_json(trained.own_file("provenance.json"))["n_train_tokens"])
+    number = int(trained.record.facts["generation"])
+    generation = stored.generation(min(each for each in stored.numbers() if each >= number))
+    return generation.total("n_train_tokens") if generation else 0
+
+
+def run(store: Store, recipe: Recipe, progress: Progress, share: float | None = None) -> dict[str, Any]:
+    """Train on what the store holds now, encode and judge; with a share only if the store has grown by it. Says which."""
+    growth = grown(store, recipe)
+    if recipe.sae.source is not None or (share is not None and growth < share):
+        asked = "the SAE is from elsewhere" if share is None else f"asked for {share:.1%}"
+        progress.say(f"retrain: the store has grown by {growth:.1%} since the newest SAE ({asked}); nothing to do")
+        return {"run": recipe.name, "trained": [], "grown": growth}
+    made = train.run_all(store, recipe, progress, fresh=True)
+    stages = pipeline.stages(recipe)
+    for name in (name for name in _LATER if name in stages):
+        stages[name](store, recipe, progress)
+    if recipe.is_sweep:
+        pipeline.encode_all(store, recipe, progress)
+    runs = [features.artefact(store, member).id for member in recipe.members()]
+    return {"run": recipe.name, "trained": [each.id for each in made], "grown": growth, "runs": runs}
