@@ -11,7 +11,8 @@ import io
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,14 @@ class Job:
 
     missing: list[int]
     work: Callable[[int], PartRecord]
+    by_workers: Callable[[Sequence[int]], Iterator[PartRecord]] | None = None
+    """Makes parts on a cluster, as many at once as it has workers; each as it is finished."""
+    n_at_once: int = 1
+    """How many that are."""
+
+    def make(self, indices: Sequence[int]) -> list[PartRecord]:
+        """These parts, on the cluster where there is one, else one after the other."""
+        return list(self.by_workers(indices)) if self.by_workers else [self.work(index) for index in indices]
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Artefact:
     """The object store that the folder stands for, if it does."""
     made: dict[int, PartRecord] = field(default_factory=dict, compare=False, repr=False)
     """Parts that this object has finished, by index."""
+    shared: bool = field(default=False, compare=False)
+    """May another process make the same part at the same time? Then each attempt has a folder of its own."""
 
     @property
     def id(self) -> str:
@@ -193,7 +204,7 @@ class Artefact:
         `counts` may still be changed inside the block, and `checksums` be filled: those of files that need not be
         read again, by name.
         """
-        folder = self.work / f"{index:06d}"
+        folder = self.work / (f"{index:06d}-{uuid.uuid4().hex[:8]}" if self.shared else f"{index:06d}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder
@@ -208,8 +219,7 @@ class Artefact:
         target = self.part_path(record)
         if self.objects is None:
             flush_tree(folder)
-            shutil.rmtree(target, ignore_errors=True)  # the same part, damaged
-            rename(folder, target)
+            self._put(folder, record)
             return
         self.objects.send([folder / file.name for file in record.files], folder, target)
         self.objects.send([folder / "part.json"], folder, target)
@@ -218,6 +228,26 @@ class Artefact:
             rename(folder, target)
         else:
             shutil.rmtree(folder)
+
+    def _put(self, folder: Path, record: PartRecord) -> None:
+        """Rename a part into place; where another process is quicker, its equal one stays."""
+        target = self.part_path(record)
+        if not self.shared:
+            shutil.rmtree(target, ignore_errors=True)  # the same part, damaged
+            return rename(folder, target)
+        with contextlib.suppress(OSError):
+            rename(folder, target)
+        if list(self._missing(record)):
+            shutil.rmtree(target, ignore_errors=True)
+            rename(folder, target)
+        return shutil.rmtree(folder, ignore_errors=True)
+
+    def look_again(self) -> None:
+        """What other machines have finished is to be seen from now on."""
+        if self.objects is not None:
+            self.objects.list_again()
+        with contextlib.suppress(FileNotFoundError):
+            os.scandir(self.path.parent).close()  # a network file system asks its server when a folder is opened
 
     def parts(self, fits: Callable[[PartRecord], bool] = lambda record: True) -> dict[int, PartRecord]:
         """Finished parts on disk that fit and whose files are all there in their full size; published ones first."""

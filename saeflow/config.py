@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
 
 from saeflow.sections import (
     NAME,
     ActivationsConfig,
     Architecture,
+    ClusterConfig,
     CorpusConfig,
     EvaluateConfig,
     FeaturesConfig,
@@ -22,6 +23,7 @@ from saeflow.sections import (
     TokensConfig,
     TrainConfig,
     UserError,
+    by_address,
 )
 from saeflow.swept import SweepConfig, in_a_name
 
@@ -50,6 +52,7 @@ class Recipe(Section):
     features: FeaturesConfig = FeaturesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sweep: SweepConfig | None = None
+    cluster: Annotated[ClusterConfig | None, BeforeValidator(by_address)] = None
 
     @property
     def data_name(self) -> str:

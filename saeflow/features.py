@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow import activations, arrays, checks, compaction, imported, interchange, run_tables, train
+from saeflow import activations, arrays, checks, cluster_work, compaction, imported, interchange, run_tables, train
 from saeflow.artefact import Artefact, Job
+from saeflow.cluster import Workers, workers_of
 from saeflow.config import Recipe
 from saeflow.coverage import covered
 from saeflow.fingerprints import fingerprint
@@ -126,7 +129,8 @@ def open_encoder(store: Store, recipe: Recipe, progress: Progress) -> Encoder:
     tables = run_tables.write(target, recipe, sae, about["site"], progress)
     target.begin(about | used.facts, [source.id, stored.id, trained.id], tables)
     target.attach(tables)
-    return encoder_of(store, target, recipe.features.batch_rows, recipe.features.device)
+    place = "cpu" if recipe.cluster else recipe.features.device  # the workers' devices are theirs
+    return encoder_of(store, target, recipe.features.batch_rows, place)
 
 
 def encoder_of(store: Store, target: Artefact, batch_rows: int = 4096, place: str = "auto") -> Encoder:
@@ -159,10 +163,15 @@ def by_site(store: Store, recipe: Recipe) -> list[list[Recipe]]:
 
 def run_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> None:
     """Encode the SAEs of recipes that read one site, in one reading."""
-    with (
-        encoding_together(store, recipes, progress) as job,
-        ThreadPoolExecutor(n_threads(recipes[0].threads), "saeflow-encode") as pool,
-    ):
+    with encoding_together(store, recipes, progress) as job:
+        if job.by_workers:
+            job.make(job.missing)
+        else:
+            _make_in_threads(job, n_threads(recipes[0].threads))
+
+
+def _make_in_threads(job: Job, n: int) -> None:
+    with ThreadPoolExecutor(n, "saeflow-encode") as pool:
         try:
             for future in [pool.submit(job.work, index) for index in job.missing]:
                 future.result()
@@ -190,13 +199,23 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
         }
         plan = {part.index: part for part in wanted if any(part.index in lacking[target] for target in encoders)}
         if encoders:
-            with progress.bar("features", sum(part.counts["n_tokens"] for part in plan.values()), "tokens") as bar:
+            n_tokens = {index: part.counts["n_tokens"] for index, part in plan.items()}
+            with (
+                progress.bar("features", sum(n_tokens.values()), "tokens") as bar,
+                workers_of(store, first, progress) as workers,
+            ):
 
                 def work(index: int) -> PartRecord:
                     chosen = [encoder for target, encoder in encoders.items() if index in lacking[target]]
                     return encode_together(chosen, plan[index], bar)[0]
 
-                yield Job(list(plan), work)
+                if workers is None:
+                    yield Job(list(plan), work)
+                else:
+                    wanted_of = {target: set(lacking[target]) for target in encoders}
+                    yield _on_workers(next(iter(encoders.values())), first, workers, wanted_of, n_tokens, bar)
+                    for target in targets:
+                        target.look_again()
         else:
             n_values = sum(target.published().total("n_values") for target in targets)
             progress.skip("features", f"{n_values:,} values")
@@ -205,21 +224,105 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
             publish(store, target, used, inputs, progress, recipe.features.check_values)
 
 
+def _on_workers(
+    encoder: Encoder, recipe: Recipe, workers: Workers, lacking: Mapping[Artefact, set[int]], n_tokens: dict[int, int],
+    bar: Bar,
+) -> Job:  # fmt: skip
+    """The same job, done by a cluster."""
+    settings = {
+        "batch_rows": recipe.features.batch_rows,
+        "device": recipe.features.device,
+        "generations": [encoder.used.generation.number, encoder.stored.published().number],
+        "runs": [target.id for target in lacking],
+    }
+    runs = {target.id: target for target in lacking}
+
+    def by_workers(indices: Sequence[int]) -> Iterator[PartRecord]:
+        items = [(index, [name for name, at in runs.items() if index in lacking[at]]) for index in indices]
+        sizes = {json.dumps(item): n_tokens[item[0]] for item in items}
+        with contextlib.closing(workers.each("features.encode_at", settings, items, bar, sizes)) as found:
+            for (index, _), records in found:
+                for name, record in records.items():
+                    runs[name].made[index] = PartRecord.model_validate(record)
+                yield runs[next(iter(records))].made[index]
+
+    return Job(list(n_tokens), lambda index: next(by_workers([index])), by_workers, workers.n_threads)
+
+
+def encode_at(store: str, settings: str, item: tuple[int, list[str]], progress: Progress) -> dict[str, Any]:
+    """On a worker: encode an activation part for these runs; the record of each."""
+    index, runs = item
+    encoders, parts = cluster_work.held(_encoders_at, store, settings)
+    with progress.bar("features", None, "tokens") as bar:
+        records = encode_together([encoders[run] for run in runs], parts[index], bar)
+    return {run: record.model_dump(mode="json") for run, record in zip(runs, records, strict=True)}
+
+
+def _encoders_at(name: str, settings: str) -> tuple[dict[str, Encoder], dict[int, PartRecord]]:
+    """What a worker needs for every part, and the activation parts: made once, from what the client has begun."""
+    about, store = cluster_work.settings_of(settings), cluster_work.store_at(name)
+    encoders = {
+        run: encoder_of(store, cluster_work.shared(store, run), about["batch_rows"], about["device"])
+        for run in about["runs"]
+    }
+    first = next(iter(encoders.values()))
+    generation = first.stored.published()
+    if [first.used.generation.number, generation.number] != about["generations"]:
+        raise UserError("The store has changed since this run began. Nothing is lost; run the same command again.")
+    return encoders, {part.index: part for part in generation.parts}
+
+
 def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None = None) -> None:
     """Merge the parts of every run of the recipe, where at least `enough` can be (default: `features.compact_parts`)."""
     for member in recipe.members():
         target = artefact(store, member)
         if target.generation() is not None:
             train.set_threads(member)
-            merge_parts(store, target, progress, enough or member.features.compact_parts)
+            merge_parts(store, target, member, progress, enough or member.features.compact_parts)
 
 
-def merge_parts(store: Store, target: Artefact, progress: Progress, enough: int, mend: bool = False) -> None:
+def merge_parts(
+    store: Store, target: Artefact, recipe: Recipe, progress: Progress, enough: int, mend: bool = False
+) -> None:
     """Compact one run. Raises UserError where the disk has no room for the largest part that would be made."""
     groups = compaction.plan(target.published().parts, enough, mend)
     largest = max((sum(part.n_bytes for part in group) for group in groups), default=0)
     store.require_free(largest, f"Merging the parts of {target.id}")
-    compaction.run(target, used_of(store, target), progress, enough, mend)
+    if not groups or recipe.cluster is None:
+        return compaction.run(target, used_of(store, target), progress, enough, mend)
+    with workers_of(store, recipe, progress) as workers:
+        assert workers is not None
+        by_workers = partial(_merged_by_workers, workers, target, recipe.threads)
+        return compaction.run(target, used_of(store, target), progress, enough, mend, by_workers)
+
+
+def _merged_by_workers(
+    workers: Workers, target: Artefact, threads: int, groups: list[list[PartRecord]], bar: Bar
+) -> Iterator[PartRecord]:
+    """The merged part of each group, in their order, so that generations follow one another as in one process."""
+    about = {"run": target.id, "generation": target.published().number, "threads": threads}
+    items = [[part.folder for part in group] for group in groups]
+    sizes = {json.dumps(item): sum(p.counts["n_values"] for p in g) for item, g in zip(items, groups, strict=True)}
+    early: dict[str, PartRecord] = {}
+    with contextlib.closing(workers.each("features.merge_at", about, items, bar, sizes)) as found:
+        for item in items:
+            while item[0] not in early:
+                made, record = next(found)
+                early[made[0]] = PartRecord.model_validate(record)
+            target.look_again()
+            yield early.pop(item[0])
+
+
+def merge_at(store: str, settings: str, folders: list[str], progress: Progress) -> dict[str, Any]:
+    """On a worker: merge these parts of a run; the record of the new one."""
+    cluster_work.let_go()
+    about, opened = cluster_work.settings_of(settings), cluster_work.store_at(store)
+    target = cluster_work.shared(opened, about["run"])
+    torch.set_num_threads(n_threads(about["threads"]))
+    generation = target.generation(about["generation"])
+    parts = [part for part in (generation.parts if generation else ()) if part.folder in folders]
+    with progress.bar("compact", None, "values") as bar:
+        return compaction.merge_whole(target, used_of(opened, target), parts, bar).model_dump(mode="json")
 
 
 def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progress) -> None:

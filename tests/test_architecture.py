@@ -37,6 +37,8 @@ ORDER = [
     "store",
     "integrity",
     "progress",
+    "cluster_work",
+    "cluster",
     "remote",
     "document",
     "tables",
