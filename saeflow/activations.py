@@ -210,7 +210,7 @@ def _on_workers(
 def collect_at(store: str, settings: str, index: int, progress: Progress) -> dict[str, Any]:
     """On a worker: collect one part; the record of it."""
     collector, parts = cluster_work.held(_collector_at, store, settings)
-    with progress.bar("activations", None, "tokens") as bar:
+    with cluster_work.one_at_a_time, progress.bar("activations", None, "tokens") as bar:
         return collector.collect(parts[index], bar).model_dump(mode="json")
 
 

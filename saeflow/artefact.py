@@ -207,7 +207,12 @@ class Artefact:
         folder = self.work / (f"{index:06d}-{uuid.uuid4().hex[:8]}" if self.shared else f"{index:06d}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if self.shared:  # nobody else knows this folder
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         files = file_records(folder, checksums or {})
         record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
         write_record(folder / "part.json", record)

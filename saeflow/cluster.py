@@ -22,8 +22,9 @@ from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
-from saeflow.cluster_work import TOPIC, Session, look, software, work
+from saeflow.cluster_work import TOPIC, Session, let_go, look, software, work
 from saeflow.config import Recipe
+from saeflow.disk import make_folder
 from saeflow.progress import Bar, Progress
 from saeflow.sections import ClusterConfig, UserError
 from saeflow.store import Store
@@ -146,7 +147,7 @@ class Workers:
             if self.able():
                 alone_since = None
             elif time.monotonic() - (alone_since := alone_since or time.monotonic()) > self.config.wait_seconds:
-                raise self.alone("left")
+                raise self.alone("no worker left")
 
     def _result(self, future: Future[Any], item: Any) -> Any:
         if future.status in ("cancelled", "lost"):
@@ -173,7 +174,7 @@ class Workers:
 
     def alone(self, word: str) -> UserError:
         return UserError(
-            f"The Dask scheduler at {self.address} has no worker {word} since {self.config.wait_seconds:g} s "
+            f"The Dask scheduler at {self.address} has {word} since {self.config.wait_seconds:g} s "
             f"(cluster.wait_seconds).\nStart some: dask worker {self.address} --nthreads 1. Then run the same command again."
         )
 
@@ -232,12 +233,13 @@ def _opened(store: Store, config: ClusterConfig, progress: Progress) -> Iterator
         try:
             client.wait_for_workers(1, timeout=config.wait_seconds)
         except TimeoutError:
-            raise workers.alone("") from None
+            raise workers.alone("no worker") from None
         _look_at(workers, store, progress)
         client.subscribe_topic(TOPIC, workers.told)
         progress.say(f"cluster: {len(workers.able())} workers of {workers.address}, {workers.n_threads} parts at once")
         try:
             yield workers
+            client.run(let_go, on_error="ignore")
         finally:
             workers.closed.set()
 
@@ -268,8 +270,9 @@ def _arguments(config: ClusterConfig) -> dict[str, Any]:
     """Keyword arguments for the class of a cluster; the recipe's options come last."""
     given: dict[str, Any] = {} if config.n_workers is None else {"n_workers": config.n_workers}
     match config.starts:
-        case "local" | "local-cuda":  # listens on loopback; no page
-            given |= {"threads_per_worker": config.threads_per_worker, "dashboard_address": None, "host": "127.0.0.1"}
+        case "local" | "local-cuda":  # nothing of it listens but on loopback
+            given |= {"threads_per_worker": config.threads_per_worker, "host": "127.0.0.1"}
+            given["dashboard_address"] = "127.0.0.1:0"
         case "slurm" | "pbs" | "sge" | "lsf":
             given |= {"cores": config.threads_per_worker, "processes": 1}
     return given | config.options
@@ -305,6 +308,7 @@ def _address_in(config: ClusterConfig) -> str:
 def _look_at(workers: Workers, store: Store, progress: Progress) -> None:
     """Every worker must have this saeflow and see this store; other versions are worth a warning."""
     marker = store.root / "tmp" / f"cluster-{workers.session.token}"
+    make_folder(marker.parent)
     marker.write_text(workers.session.token)
     store.send(marker)
     try:

@@ -86,6 +86,8 @@ class _Telling:
             raise Abandoned("Nobody waits for this part any more.")
 
 
+one_at_a_time = threading.Lock()
+"""For work that uses one model, or all the threads that the recipe gives it."""
 _opening = threading.Lock()
 _held: dict[tuple[Any, ...], Any] = {}
 
@@ -102,9 +104,10 @@ def held(make: Callable[..., T], *key: Any) -> T:
 
 
 def let_go() -> None:
-    """Free what is held before work that needs the memory."""
-    with _opening:
+    """Free what is held, where nothing is being opened."""
+    if _opening.acquire(blocking=False):
         _held.clear()
+        _opening.release()
 
 
 def store_at(name: str) -> Store:

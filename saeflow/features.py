@@ -321,7 +321,7 @@ def merge_at(store: str, settings: str, folders: list[str], progress: Progress) 
     torch.set_num_threads(n_threads(about["threads"]))
     generation = target.generation(about["generation"])
     parts = [part for part in (generation.parts if generation else ()) if part.folder in folders]
-    with progress.bar("compact", None, "values") as bar:
+    with cluster_work.one_at_a_time, progress.bar("compact", None, "values") as bar:
         return compaction.merge_whole(target, used_of(opened, target), parts, bar).model_dump(mode="json")
 
 

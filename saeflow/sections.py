@@ -389,7 +389,9 @@ class ClusterConfig(Section):
     n_workers: PositiveInt | None = Field(
         None, examples=[2], description="Workers that it starts; default: one a core (`local`) or GPU (`local-cuda`)."
     )
-    threads_per_worker: PositiveInt = Field(1, description="Parts that such a worker works on at once.")
+    threads_per_worker: PositiveInt = Field(
+        1, description="Parts that such a worker encodes at once; it collects, trains and merges one at a time."
+    )
     options: dict[str, Any] = Field(
         {}, description="Further arguments of the class of dask, dask_cuda, dask_jobqueue or dask_kubernetes."
     )
