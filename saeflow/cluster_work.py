@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class Abandoned(UserError):
 
 def work(session: Session, function: str, settings: str, item: Any) -> dict[str, Any]:
     """`module.function(store name, settings, item, progress)`: what it found, or why it refused."""
+    stop_profiler(get_worker())  # it may have come after `look`
     try:
         if software()["saeflow"] != session.saeflow:
             raise UserError(_other_saeflow(session, software()["saeflow"]))
@@ -147,8 +149,17 @@ def _remove_at_exit(folder: Path) -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
-def look(session: Session, marker: str) -> dict[str, Any]:
+def stop_profiler(worker: Any) -> None:
+    """Dask's profiler of tasks asks for all threads' frames a hundred times a second; in Python 3.11 that can block the
+    process for ever when a thread begins or ends (github.com/dask/distributed/issues/8616)."""
+    profiler = worker.periodic_callbacks.get("profile")
+    if sys.version_info < (3, 12) and profiler is not None and profiler.is_running():
+        worker.loop.add_callback(profiler.stop)
+
+
+def look(session: Session, marker: str, dask_worker: Any = None) -> dict[str, Any]:
     """Of this worker: its host, its software, and what keeps it from working, if anything."""
+    stop_profiler(dask_worker)
     found: dict[str, Any] = {"host": platform.node(), "software": software(), "problem": None}
     if found["software"]["saeflow"] != session.saeflow:
         return found | {"problem": _other_saeflow(session, found["software"]["saeflow"])}

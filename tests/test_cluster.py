@@ -335,6 +335,19 @@ def test_a_worker_that_does_not_see_the_store_is_named_before_any_work(
     assert not list(store.root.glob("tmp/cluster-*"))
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="mended in Python 3.12")
+def test_workers_do_not_run_the_profiler_that_blocks_python_3_11(dask: Cluster, recipe: Recipe, alone: Store) -> None:
+    dask.restore(1)
+
+    def profiles(dask_worker: Any) -> bool:
+        return bool(dask_worker.periodic_callbacks["profile"].is_running())
+
+    profiles.__module__ = "__main__"  # sent by value
+    with cluster.workers_of(Store(alone.root / "tokens"), on(dask, recipe), quiet()) as workers:
+        assert workers is not None
+        assert set(workers.client.run(profiles).values()) == {False}
+
+
 def test_what_a_worker_refuses_reaches_the_user_with_the_workers_name(
     dask: Cluster, recipe: Recipe, alone: Store, tmp_path: Path
 ) -> None:
