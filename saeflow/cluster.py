@@ -15,13 +15,13 @@ import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
+from saeflow.cluster_start import client_of, say_less, started
 from saeflow.cluster_work import TOPIC, Session, let_go, look, software, work
 from saeflow.config import Recipe
 from saeflow.disk import make_folder
@@ -35,17 +35,6 @@ _AHEAD = 3
 """Parts given to the scheduler for each thread of the workers: 100,000 at once would be a burden to it."""
 _LOOK_SECONDS = 5.0
 """Between two looks at who is there, while nothing arrives."""
-
-_CLASSES = {
-    "local": ("distributed", "LocalCluster", "distributed"),
-    "local-cuda": ("dask_cuda", "LocalCUDACluster", "dask-cuda"),
-    "slurm": ("dask_jobqueue", "SLURMCluster", "dask-jobqueue"),
-    "pbs": ("dask_jobqueue", "PBSCluster", "dask-jobqueue"),
-    "sge": ("dask_jobqueue", "SGECluster", "dask-jobqueue"),
-    "lsf": ("dask_jobqueue", "LSFCluster", "dask-jobqueue"),
-    "kubernetes": ("dask_kubernetes.operator", "KubeCluster", "dask-kubernetes"),
-}
-"""Module, class and package of each kind."""
 
 
 class _Tally:
@@ -227,8 +216,9 @@ def workers_of(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Wor
 
 @contextlib.contextmanager
 def _opened(store: Store, config: ClusterConfig, progress: Progress) -> Iterator[Workers]:
+    say_less()
     session = Session(store.name, uuid.uuid4().hex, software()["saeflow"])
-    with _started(config) as cluster, contextlib.closing(_client(config, cluster)) as client:
+    with started(config) as cluster, client_of(config, cluster) as client:
         workers = Workers(client, config, session)
         try:
             client.wait_for_workers(1, timeout=config.wait_seconds)
@@ -242,67 +232,6 @@ def _opened(store: Store, config: ClusterConfig, progress: Progress) -> Iterator
             client.run(let_go, on_error="ignore")
         finally:
             workers.closed.set()
-
-
-@contextlib.contextmanager
-def _started(config: ClusterConfig) -> Iterator[Any]:
-    """A cluster of the kind that is asked for, ended with the block; None where one is there already."""
-    if config.starts is None:
-        yield None
-        return
-    module, name, package = _CLASSES[config.starts]
-    said = f"cluster.kind is {config.starts!r}"
-    try:
-        kind = getattr(import_module(module), name)
-    except ImportError as error:
-        raise UserError(f"{said}, which needs the package {package}. Install it: pip install {package}") from error
-    try:
-        cluster = kind(**_arguments(config))
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"{said}, but {name} refuses: {error}\nCheck cluster.options, which are handed to it."
-        ) from error
-    with contextlib.closing(cluster):
-        yield cluster
-
-
-def _arguments(config: ClusterConfig) -> dict[str, Any]:
-    """Keyword arguments for the class of a cluster; the recipe's options come last."""
-    given: dict[str, Any] = {} if config.n_workers is None else {"n_workers": config.n_workers}
-    match config.starts:
-        case "local" | "local-cuda":  # nothing of it listens but on loopback
-            given |= {"threads_per_worker": config.threads_per_worker, "host": "127.0.0.1"}
-            given["dashboard_address"] = "127.0.0.1:0"
-        case "slurm" | "pbs" | "sge" | "lsf":
-            given |= {"cores": config.threads_per_worker, "processes": 1}
-    return given | config.options
-
-
-def _client(config: ClusterConfig, cluster: Any) -> Client:
-    """Raises UserError where nobody answers."""
-    address = config.address or config.scheduler_file
-    try:
-        where = cluster or config.address or _address_in(config)
-        return Client(where, timeout=config.wait_seconds, set_as_default=False, name="saeflow")
-    except (OSError, TimeoutError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"No Dask scheduler answers at {address} within {config.wait_seconds:g} s (cluster.wait_seconds): "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}.\n"
-            "Start one, `dask scheduler --host 127.0.0.1`, with workers, or set cluster.address to where it is."
-        ) from error
-
-
-def _address_in(config: ClusterConfig) -> str:
-    """The address that a scheduler has written; waits for the file."""
-    assert config.scheduler_file is not None
-    until = time.monotonic() + config.wait_seconds
-    while True:
-        try:
-            return str(json.loads(Path(config.scheduler_file).read_text("utf-8"))["address"])
-        except (OSError, ValueError, KeyError):
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.2)
 
 
 def _look_at(workers: Workers, store: Store, progress: Progress) -> None:

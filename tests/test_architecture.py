@@ -38,6 +38,7 @@ ORDER = [
     "integrity",
     "progress",
     "cluster_work",
+    "cluster_start",
     "cluster",
     "remote",
     "document",

@@ -72,7 +72,7 @@ class Cluster:
             assert time.monotonic() < until
             time.sleep(0.05)
 
-    def start_workers(self, *numbers: int) -> None:
+    def start_workers(self, *numbers: int, more: tuple[str, ...] = ()) -> None:
         for number in numbers:
             self.start(
                 f"worker{number}", "--nworkers", "1", "--nthreads", "1", "--no-dashboard", "--no-nanny",
@@ -496,7 +496,7 @@ def test_workers_of_a_store_in_a_bucket_make_the_objects_that_one_process_makes(
             monkeypatch.setenv(name, value)
         stack.callback(lambda: here.kill(*here.processes))
         here.start_scheduler()
-        here.start_workers(0)
+        here.start_workers(0, more=("--resources", "GPU=1"))
         url = server.bucket("store") + "/here"
         for path in (alone.root / "tokens").rglob("*"):
             if path.is_file() and path.relative_to(alone.root).parts[1] != "tmp":
