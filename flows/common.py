@@ -19,8 +19,9 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFutureList, wait
+from prefect.task_runners import ThreadPoolTaskRunner
 
+from saeflow.artefact import Job
 from saeflow.config import Recipe
 from saeflow.progress import Progress
 from saeflow.sections import UserError
@@ -44,6 +45,9 @@ for _name in ("prefect.flow_runs", "prefect.task_runs"):
 
 PICTURE_BYTES = 200_000
 """A picture up to this size is shown on the page itself."""
+
+MOST_TASKS = 1_000
+"""Task runs in one flow run: of more parts several go into one."""
 
 PROGRESS_SECONDS = 5.0
 """Between two updates of a progress artifact."""
@@ -73,10 +77,24 @@ def part_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
     )
 
 
-def results(futures: PrefectFutureList[R]) -> list[R]:
-    """Results of mapped tasks, once all have ended: after a failure the others must not work on without the lock."""
-    wait(list(futures))
-    return futures.result()
+def runs_of(indices: Sequence[int]) -> list[list[int]]:
+    """Neighbouring parts for one task each, `MOST_TASKS` at most."""
+    size = max(1, -(-len(indices) // MOST_TASKS))
+    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+
+
+def make_parts(stage: str, job: Job, n_here: int) -> None:
+    """Make what a job lacks, one task a run of parts: `n_here` tasks at once, or as many as a cluster works on."""
+
+    @part_task("{name}")
+    def make(name: str, indices: list[int]) -> list[str]:
+        return [part.folder for part in job.make(indices)]
+
+    runs = runs_of(job.missing)
+    names = [f"{stage}-{run[0]}" if len(run) == 1 else f"{stage}-{run[0]}-to-{run[-1]}" for run in runs]
+    wanted: ThreadPoolTaskRunner[list[str]] = ThreadPoolTaskRunner(job.n_at_once if job.by_workers else n_here)
+    with wanted as runner:
+        runner.map(make, {"name": names, "indices": runs}).result()
 
 
 @contextmanager

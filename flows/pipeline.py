@@ -22,7 +22,7 @@ from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
 from flows.tokens import tokens_flow
 from flows.train import train_flow
-from saeflow import pipeline, train
+from saeflow import cluster, pipeline, train
 from saeflow.config import Recipe
 
 
@@ -35,10 +35,11 @@ def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     if not recipe.is_sweep:  # its SAEs are judged where they are trained, and encoded when one is asked for
         stages |= {"encode": encode_flow, "compact": compact_flow, "evaluate": evaluate_flow}
     seconds = {}
-    for stage, stage_flow in stages.items():
-        began = time.monotonic()
-        stage_flow(recipe, store)
-        seconds[stage] = time.monotonic() - began
+    with cluster.kept_open():
+        for stage, stage_flow in stages.items():
+            began = time.monotonic()
+            stage_flow(recipe, store)
+            seconds[stage] = time.monotonic() - began
     summary = pipeline.summary(open_store(recipe, store), recipe) | {"seconds": seconds}
     show_table("pipeline", {name: value for name, value in summary.items() if not isinstance(value, dict)})
     return summary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from saeflow import tokens
+from saeflow import cluster_work, tokens
 from saeflow.arrays import ITEM_BYTES, plan_layout
 from saeflow.artefact import Artefact, Job
 from saeflow.brought import content
-from saeflow.config import Recipe
+from saeflow.cluster import Workers, workers_of
+from saeflow.config import Recipe, parse_recipe
 from saeflow.fingerprints import facts_of, fingerprint
 from saeflow.model import (
     Site,
@@ -150,8 +151,7 @@ class Collector:
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
     """Collect every missing part and publish."""
     with collecting(store, recipe, progress) as job:
-        for index in job.missing:
-            job.work(index)
+        job.make(job.missing)
     return artefact(store, recipe)
 
 
@@ -169,8 +169,17 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
             collector = open_collector(store, recipe, plan.values())
             if len(collector.sites) > 1 and not all(member.sae.site for member in recipe.members()):
                 progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
-            with progress.bar("activations", sum(part.counts["n_tokens"] for part in plan.values()), "tokens") as bar:
-                yield Job(list(plan), lambda index: collector.collect(plan[index], bar))
+            n_tokens = {index: part.counts["n_tokens"] for index, part in plan.items()}
+            with (
+                progress.bar("activations", sum(n_tokens.values()), "tokens") as bar,
+                workers_of(store, recipe, progress) as workers,
+            ):
+                if workers is None:
+                    yield Job(list(plan), lambda index: collector.collect(plan[index], bar))
+                else:
+                    del collector  # the model is wanted on the workers
+                    yield _on_workers(store, recipe, workers, target, n_tokens, bar)
+                    target.look_again()
         else:
             skipped(target, progress)
             yield Job([], done.__getitem__)
@@ -178,6 +187,51 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
         target.publish([done[part.index] for part in wanted])
         if plan:
             warn(target, recipe.activations, progress)
+
+
+def _on_workers(
+    store: Store, recipe: Recipe, workers: Workers, target: Artefact, n_tokens: dict[int, int], bar: Bar
+) -> Job:
+    """The same job, done by a cluster."""
+    settings = {
+        "recipe": recipe.model_copy(update={"cluster": None, "sweep": None}).model_dump(mode="json"),
+        "target": target.id,
+        "generation": tokens_artefact(store, recipe).published().number,
+    }
+
+    def by_workers(indices: Sequence[int]) -> Iterator[PartRecord]:
+        with contextlib.closing(workers.each("activations.collect_at", settings, indices, bar, n_tokens)) as found:
+            for index, record in found:
+                target.made[index] = PartRecord.model_validate(record)
+                yield target.made[index]
+
+    return Job(list(n_tokens), lambda index: next(by_workers([index])), by_workers, workers.n_threads)
+
+
+def collect_at(store: str, settings: str, index: int, progress: Progress) -> dict[str, Any]:
+    """On a worker: collect one part; the record of it."""
+    collector, parts = cluster_work.held(_collector_at, store, settings)
+    with cluster_work.one_at_a_time, progress.bar("activations", None, "tokens") as bar:
+        return collector.collect(parts[index], bar).model_dump(mode="json")
+
+
+def _collector_at(name: str, settings: str) -> tuple[Collector, dict[int, PartRecord]]:
+    """What a worker needs for every part, and the token parts: made once, from what the client has begun."""
+    about = cluster_work.settings_of(settings)
+    store, recipe = cluster_work.store_at(name), parse_recipe(about["recipe"])
+    assert recipe.model is not None
+    target = cluster_work.shared(store, about["target"])
+    source = store.by_id(target.record.inputs[0])
+    if model_fingerprint(recipe.model) != target.record.facts["model"]:
+        raise UserError(
+            f"model.path is {recipe.model.path!r}, but its files are others than where the run was started."
+        )
+    model = load_model(recipe.model)
+    workers = n_workers(device_of(model), recipe.threads)
+    keep_freed_memory()
+    generation = source.generation(about["generation"])
+    parts = {part.index: part for part in generation.parts} if generation else {}
+    return Collector(source, target, recipe.activations, model, stored_sites(target), workers), parts
 
 
 def skipped(target: Artefact, progress: Progress) -> None:
@@ -190,7 +244,8 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     """Load the model, name the sites, check the disk and what training will ask for, and create the artefact."""
     assert recipe.model is not None
     source, target = tokens_artefact(store, recipe), artefact(store, recipe)
-    model = load_model(recipe.model)
+    place = {"device": "cpu"} if recipe.cluster else {}  # the workers' devices are theirs
+    model = load_model(recipe.model.model_copy(update=place))
     sites = resolve_sites(model, recipe.activations.sites)
     length = recipe.tokens.context_length
     require_length(model, length, sites)

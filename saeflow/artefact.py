@@ -11,7 +11,8 @@ import io
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,14 @@ class Job:
 
     missing: list[int]
     work: Callable[[int], PartRecord]
+    by_workers: Callable[[Sequence[int]], Iterator[PartRecord]] | None = None
+    """Makes parts on a cluster, as many at once as it has workers; each as it is finished."""
+    n_at_once: int = 1
+    """How many that are."""
+
+    def make(self, indices: Sequence[int]) -> list[PartRecord]:
+        """These parts, on the cluster where there is one, else one after the other."""
+        return list(self.by_workers(indices)) if self.by_workers else [self.work(index) for index in indices]
 
 
 @dataclass
@@ -81,6 +90,8 @@ class Artefact:
     """What `writing` does while somebody else is at it."""
     made: dict[int, PartRecord] = field(default_factory=dict, compare=False, repr=False)
     """Parts that this object has finished, by index."""
+    shared: bool = field(default=False, compare=False)
+    """May another process make the same part at the same time? Then each attempt has a folder of its own."""
 
     @property
     def id(self) -> str:
@@ -109,8 +120,11 @@ class Artefact:
 
     @property
     def own_work(self) -> Path:
-        """What this writer alone fills: one that was thought dead may wake up and write on in its own."""
-        return self.work / (self.holds[-1].lease.owner.token if self.holds else "free")
+        """What this writer alone fills, or its workers: one that was thought dead may wake up and write on in its own."""
+        if self.holds:
+            return self.work / self.holds[-1].lease.owner.token
+        owner = self.slot.read()[0] if self.shared else None
+        return self.work / (owner.token if owner else "free")
 
     @property
     def slot(self) -> FileSlot | ObjectSlot:
@@ -247,10 +261,15 @@ class Artefact:
         read again, by name.
         """
         self.require_lease()
-        folder = self.own_work / f"{index:06d}"
+        folder = self.own_work / (f"{index:06d}-{uuid.uuid4().hex[:8]}" if self.shared else f"{index:06d}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if self.shared:  # nobody else knows this folder
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         files = file_records(folder, checksums or {})
         record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
         write_record(folder / "part.json", record)
@@ -272,6 +291,13 @@ class Artefact:
             rename(folder, target)
         else:
             shutil.rmtree(folder)
+
+    def look_again(self) -> None:
+        """What other machines have finished is to be seen from now on."""
+        if self.objects is not None:
+            self.objects.list_again()
+        with contextlib.suppress(FileNotFoundError):
+            os.scandir(self.path.parent).close()  # a network file system asks its server when a folder is opened
 
     def parts(self, fits: Callable[[PartRecord], bool] = lambda record: True) -> dict[int, PartRecord]:
         """Finished parts on disk that fit and whose files are all there in their full size; published ones first."""

@@ -82,10 +82,21 @@ def owners(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict[int, 
     return found
 
 
-def run(target: Artefact, used: Used, progress: Progress, enough: int, mend: bool = False) -> None:
+ByWorkers = Callable[[list[list[PartRecord]], Bar], Iterator[PartRecord]]
+"""Gives the merged part of each group, in their order."""
+
+
+def run(
+    target: Artefact,
+    used: Used,
+    progress: Progress,
+    enough: int,
+    mend: bool = False,
+    by_workers: ByWorkers | None = None,
+) -> None:
     """Compact where that is worth it, under the artefact's lock."""
     with target.writing():
-        if not compact(target, used, progress, enough, mend):
+        if not compact(target, used, progress, enough, mend, by_workers):
             progress.skip("compact", f"{len(target.published().parts)} parts")
 
 
@@ -111,21 +122,33 @@ class _Source(NamedTuple):
     indices: list[int]
 
 
-def compact(target: Artefact, used: Used, progress: Progress, enough: int = 2, mend: bool = True) -> list[PartRecord]:
+def compact(
+    target: Artefact, used: Used, progress: Progress, enough: int = 2, mend: bool = True,
+    by_workers: ByWorkers | None = None,
+) -> list[PartRecord]:  # fmt: skip
     """Merge neighbouring parts into compacted ones, where at least `enough` of them can be; the new parts.
 
     `mend`: also those that an earlier saeflow made, which lack some statistics.
 
     Each group is shown as soon as it is written. The caller holds the artefact's lock.
     """
-    made = []
-    for group in plan(target.published().parts, used.spans, enough, mend):
-        n_values = sum(part.counts["n_values"] for part in group)
-        with progress.bar("compact", n_values, "values") as bar:
-            made.append(merge(target, used, [_Source(part, sorted(covered(part))) for part in group], bar))
-        gone = {part.folder for part in group}
-        target.publish([*(p for p in target.published().parts if p.folder not in gone), made[-1]])
+    made: list[PartRecord] = []
+    groups = plan(target.published().parts, used.spans, enough, mend)
+    if not groups:
+        return made
+    n_values = sum(part.counts["n_values"] for group in groups for part in group)
+    with progress.bar("compact", n_values, "values") as bar:
+        here = (merge_whole(target, used, group, bar) for group in groups)
+        for group, part in zip(groups, by_workers(groups, bar) if by_workers else here, strict=True):
+            gone = {old.folder for old in group}
+            target.publish([*(p for p in target.published().parts if p.folder not in gone), part])
+            made.append(part)
     return made
+
+
+def merge_whole(target: Artefact, used: Used, parts: Sequence[PartRecord], bar: Bar) -> PartRecord:
+    """Write all values of these parts as one."""
+    return merge(target, used, [_Source(part, sorted(covered(part))) for part in parts], bar)
 
 
 def plan(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
 
 from saeflow.sections import (
     NAME,
     ActivationsConfig,
     Architecture,
+    ClusterConfig,
     CorpusConfig,
     EvaluateConfig,
     FeaturesConfig,
@@ -23,6 +24,7 @@ from saeflow.sections import (
     TokensConfig,
     TrainConfig,
     UserError,
+    by_address,
 )
 from saeflow.swept import SweepConfig, in_a_name
 from saeflow.timetable import ScheduleConfig
@@ -57,6 +59,7 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     sweep: SweepConfig | None = None
     schedule: ScheduleConfig = ScheduleConfig()
+    cluster: Annotated[ClusterConfig | None, BeforeValidator(by_address)] = None
 
     @property
     def data_name(self) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow import activations, arrays, checks, compaction, imported, interchange, run_tables, train
+from saeflow import activations, arrays, checks, cluster_work, compaction, imported, interchange, run_tables, train
 from saeflow.artefact import Artefact, Job
+from saeflow.cluster import Workers, workers_of
 from saeflow.config import Recipe
 from saeflow.coverage import covered
 from saeflow.fingerprints import fingerprint
 from saeflow.model import Site
-from saeflow.parallel import use_one_thread
+from saeflow.parallel import n_threads, use_one_thread
 from saeflow.part_writer import PartWriter
 from saeflow.progress import Bar, Progress
 from saeflow.records import PartRecord
@@ -120,7 +123,8 @@ def open_encoder(store: Store, recipe: Recipe, used: Used, progress: Progress) -
     made = run_tables.write(target, recipe, sae, about["site"], progress)
     target.begin(about | used.facts, [source.id, stored.id, trained.id], made)
     target.attach(made)
-    return encoder_of(store, target, used, recipe.features)
+    config = recipe.features.model_copy(update={"device": "cpu"}) if recipe.cluster else recipe.features
+    return encoder_of(store, target, used, config)  # the workers' devices are theirs
 
 
 def encoder_of(store: Store, target: Artefact, used: Used, config: FeaturesConfig) -> Encoder:
@@ -154,11 +158,12 @@ def by_site(store: Store, recipe: Recipe) -> list[list[Recipe]]:
 
 def run_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> None:
     """Encode the SAEs of recipes that read one site, in one reading."""
-    with (
-        encoding_together(store, recipes, progress) as job,
-        _workers(recipes[0].features, recipes[0].threads) as pool,
-    ):
-        _all_done(pool, [pool.submit(job.work, index) for index in job.missing])
+    with encoding_together(store, recipes, progress) as job:
+        if job.by_workers:
+            job.make(job.missing)
+            return
+        with _workers(recipes[0].features, recipes[0].threads) as pool:
+            _all_done(pool, [pool.submit(job.work, index) for index in job.missing])
 
 
 def _workers(config: FeaturesConfig, threads: int) -> ThreadPoolExecutor:
@@ -181,16 +186,14 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
     first = recipes[0]
     targets = {artefact(store, recipe): recipe for recipe in recipes}
     with contextlib.ExitStack() as stack:
-        for target in sorted(
-            targets, key=lambda target: target.id
-        ):  # in one order: nobody waits for one who waits for him
+        for target in sorted(targets, key=lambda each: each.id):  # in one order: no two wait for one another
             stack.enter_context(target.writing())
         wanted = activations.artefact(store, first).published().parts
         used = Used.of(activations.tokens_artefact(store, first), first.activations)
         inputs = {part.index: part_inputs(used, part) for part in wanted}
         lacking = {target: inputs.keys() - compaction.owners(target, inputs) for target in targets}
-        n_tokens = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
-        _require_room(store, recipes, n_tokens)
+        missing = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
+        _require_room(store, recipes, missing)
         encoders = {
             target: open_encoder(store, recipe, used, progress)
             for target, recipe in targets.items()
@@ -198,13 +201,23 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
         }
         plan = {part.index: part for part in wanted if any(part.index in lacking[target] for target in encoders)}
         if encoders:
-            with progress.bar("features", sum(part.counts["n_tokens"] for part in plan.values()), "tokens") as bar:
+            n_tokens = {index: part.counts["n_tokens"] for index, part in plan.items()}
+            with (
+                progress.bar("features", sum(n_tokens.values()), "tokens") as bar,
+                workers_of(store, first, progress) as workers,
+            ):
 
                 def work(index: int) -> PartRecord:
                     chosen = [encoder for target, encoder in encoders.items() if index in lacking[target]]
                     return encode_together(chosen, plan[index], bar)[0]
 
-                yield Job(list(plan), work)
+                if workers is None:
+                    yield Job(list(plan), work)
+                else:
+                    wanted_of = {target: set(lacking[target]) for target in encoders}
+                    yield _on_workers(next(iter(encoders.values())), first, workers, wanted_of, n_tokens, bar)
+                    for target in targets:
+                        target.look_again()
         else:
             n_values = sum(each.total("n_values") for target in targets if (each := target.generation()))
             progress.skip("features", f"{n_values:,} values")
@@ -228,22 +241,104 @@ def _require_room(store: Store, recipes: Sequence[Recipe], n_tokens: Sequence[in
     store.require_free(int(n_values * _BYTES_PER_NONZERO), "Storing every feature activation")
 
 
+def _on_workers(
+    encoder: Encoder, recipe: Recipe, workers: Workers, lacking: Mapping[Artefact, set[int]], n_tokens: dict[int, int],
+    bar: Bar,
+) -> Job:  # fmt: skip
+    """The same job, done by a cluster."""
+    settings = {
+        "features": recipe.features.model_dump(mode="json"),
+        "generations": [encoder.used.generation.number, encoder.stored.published().number],
+        "runs": [target.id for target in lacking],
+    }
+    runs = {target.id: target for target in lacking}
+
+    def by_workers(indices: Sequence[int]) -> Iterator[PartRecord]:
+        items = [(index, [name for name, at in runs.items() if index in lacking[at]]) for index in indices]
+        sizes = {json.dumps(item): n_tokens[item[0]] for item in items}
+        with contextlib.closing(workers.each("features.encode_at", settings, items, bar, sizes)) as found:
+            for (index, _), records in found:
+                for name, record in records.items():
+                    runs[name].made[index] = PartRecord.model_validate(record)
+                yield runs[next(iter(records))].made[index]
+
+    return Job(list(n_tokens), lambda index: next(by_workers([index])), by_workers, workers.n_threads)
+
+
+def encode_at(store: str, settings: str, item: tuple[int, list[str]], progress: Progress) -> dict[str, Any]:
+    """On a worker: encode an activation part for these runs; the record of each."""
+    index, runs = item
+    encoders, parts = cluster_work.held(_encoders_at, store, settings)
+    with progress.bar("features", None, "tokens") as bar:
+        records = encode_together([encoders[run] for run in runs], parts[index], bar)
+    return {run: record.model_dump(mode="json") for run, record in zip(runs, records, strict=True)}
+
+
+def _encoders_at(name: str, settings: str) -> tuple[dict[str, Encoder], dict[int, PartRecord]]:
+    """What a worker needs for every part, and the activation parts: made once, from what the client has begun."""
+    about, store = cluster_work.settings_of(settings), cluster_work.store_at(name)
+    config = FeaturesConfig.model_validate(about["features"])
+    targets = {run: cluster_work.shared(store, run) for run in about["runs"]}
+    encoders = {run: encoder_of(store, each, used_of(store, each), config) for run, each in targets.items()}
+    first = next(iter(encoders.values()))
+    generation = first.stored.published()
+    if [first.used.generation.number, generation.number] != about["generations"]:
+        raise UserError("The store has changed since this run began. Nothing is lost; run the same command again.")
+    return encoders, {part.index: part for part in generation.parts}
+
+
 def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None = None) -> None:
     """Merge the parts of every run of the recipe, where at least `enough` can be (default: `features.compact_parts`)."""
     for member in recipe.members():
         target = artefact(store, member)
         if target.generation() is not None:
             train.set_threads(member)
-            merge_parts(store, target, progress, enough or member.features.compact_parts)
+            merge_parts(store, target, member, progress, enough or member.features.compact_parts)
 
 
-def merge_parts(store: Store, target: Artefact, progress: Progress, enough: int, mend: bool = False) -> None:
+def merge_parts(
+    store: Store, target: Artefact, recipe: Recipe, progress: Progress, enough: int, mend: bool = False
+) -> None:
     """Compact one run. Raises UserError where the disk has no room for the parts that would be made beside the old ones."""
     used = used_of(store, target)
     groups = compaction.plan(target.published().parts, used.spans, enough, mend)
     n_bytes = sum(part.n_bytes for group in groups for part in group)
     store.require_free(n_bytes, f"Merging the parts of {target.id}")
-    compaction.run(target, used, progress, enough, mend)
+    if not groups or recipe.cluster is None:
+        return compaction.run(target, used, progress, enough, mend)
+    with workers_of(store, recipe, progress) as workers:
+        assert workers is not None
+        by_workers = partial(_merged_by_workers, workers, target, recipe.threads)
+        return compaction.run(target, used, progress, enough, mend, by_workers)
+
+
+def _merged_by_workers(
+    workers: Workers, target: Artefact, threads: int, groups: list[list[PartRecord]], bar: Bar
+) -> Iterator[PartRecord]:
+    """The merged part of each group, in their order, so that generations follow one another as in one process."""
+    about = {"run": target.id, "generation": target.published().number, "threads": threads}
+    items = [[part.folder for part in group] for group in groups]
+    sizes = {json.dumps(item): sum(p.counts["n_values"] for p in g) for item, g in zip(items, groups, strict=True)}
+    early: dict[str, PartRecord] = {}
+    with contextlib.closing(workers.each("features.merge_at", about, items, bar, sizes)) as found:
+        for item in items:
+            while item[0] not in early:
+                made, record = next(found)
+                early[made[0]] = PartRecord.model_validate(record)
+            target.look_again()
+            yield early.pop(item[0])
+
+
+def merge_at(store: str, settings: str, folders: list[str], progress: Progress) -> dict[str, Any]:
+    """On a worker: merge these parts of a run; the record of the new one."""
+    cluster_work.let_go()
+    about, opened = cluster_work.settings_of(settings), cluster_work.store_at(store)
+    target = cluster_work.shared(opened, about["run"])
+    torch.set_num_threads(n_threads(about["threads"]))
+    generation = target.generation(about["generation"])
+    parts = [part for part in (generation.parts if generation else ()) if part.folder in folders]
+    with cluster_work.one_at_a_time, progress.bar("compact", None, "values") as bar:
+        return compaction.merge_whole(target, used_of(opened, target), parts, bar).model_dump(mode="json")
 
 
 def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progress) -> None:

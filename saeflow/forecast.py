@@ -147,6 +147,7 @@ def trial_recipe(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], folder
                 held_out=share,
                 seed=seed,
             ),
+            "cluster": None,  # a trial is of this machine
             "tokens": recipe.tokens.model_copy(update={"part_tokens": n_tokens}),
             "train": recipe.train.model_copy(
                 update={"n_tokens": _STEPS * recipe.feed.batch_rows, "restarts": 1, "tensorboard": None}

@@ -280,6 +280,11 @@ class Objects:
                 self._listed[prefix] = found
         return self._listed[prefix]
 
+    def list_again(self) -> None:
+        """Others have sent and removed objects."""
+        with self._lock:
+            self._listed.clear()
+
     def _below(self, prefix: str) -> list[Any]:
         return self._ask(lambda: [meta for each in obstore.list(self.store, prefix, chunk_size=1000) for meta in each])
 

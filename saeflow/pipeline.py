@@ -9,6 +9,7 @@ from saeflow import (
     activations,
     bring,
     catalog,
+    cluster,
     evaluate,
     features,
     forget,
@@ -64,9 +65,10 @@ def _with_catalog(stage: Stage) -> Stage:
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Run what is missing and return the summary."""
     taken = {}
-    for name, stage in stages(recipe).items():
-        with measured() as taken[name]:
-            stage(store, recipe, progress)
+    with cluster.kept_open():
+        for name, stage in stages(recipe).items():
+            with measured() as taken[name]:
+                stage(store, recipe, progress)
     return summary(store, recipe) | {
         "seconds": {name: each.seconds for name, each in taken.items()},
         "peak_bytes": {name: each.peak_bytes for name, each in taken.items()},
@@ -78,13 +80,14 @@ def compact(store: Store, recipe: Recipe, progress: Progress, enough: int = 2) -
     them, where at least `enough` can be."""
     integrity.upgrade(store)
     train.set_threads(recipe)
-    if recipe.model is not None:
-        _without_hidden(store, recipe, progress)
-    for run in store.artefacts("features"):
-        if activations.artefact(store, recipe).id in run.record.inputs:
-            features.refresh(store, run, progress)
-            features.add_tables(store, run, recipe, progress)
-            features.merge_parts(store, run, progress, enough, mend=True)
+    with cluster.kept_open():
+        if recipe.model is not None:
+            _without_hidden(store, recipe, progress)
+        for run in store.artefacts("features"):
+            if activations.artefact(store, recipe).id in run.record.inputs:
+                features.refresh(store, run, progress)
+                features.add_tables(store, run, recipe, progress)
+                features.merge_parts(store, run, recipe, progress, enough, mend=True)
     catalog.write(store)
 
 

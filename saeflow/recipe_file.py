@@ -53,6 +53,7 @@ def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         ("sae", "source", anchor),
         ("train", "tensorboard", anchor),
         ("model", "path", anchor_if_there),
+        ("cluster", "scheduler_file", anchor),
     ]:
         if isinstance(data.get(section), dict) and key in data[section]:
             data[section][key] = how(data[section][key])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -371,3 +371,51 @@ class EvaluateConfig(Section):
     """How the trained SAE is judged on held-out documents."""
 
     max_tokens: PositiveInt = Field(250_000, description="Held-out tokens used at most.")
+
+
+class ClusterConfig(Section):
+    """Dask workers that collect, encode, compact and train; the store is all that they share with this machine."""
+
+    address: str | None = Field(
+        None,
+        pattern=r"^(tcp|tls)://\S+:\d+$",
+        examples=["tcp://127.0.0.1:8786"],
+        description="Scheduler of a cluster that is there; certificates of tls:// are those of Dask's own settings.",
+    )
+    scheduler_file: str | None = Field(
+        None, examples=["scheduler.json"], description="The file that `dask scheduler --scheduler-file` wrote, instead."
+    )
+    kind: Literal["local", "local-cuda", "slurm", "pbs", "sge", "lsf", "kubernetes"] | None = Field(
+        None,
+        examples=["local"],
+        description="A cluster that saeflow starts and ends itself; `local` where neither of the above is given.",
+    )
+    n_workers: PositiveInt | None = Field(
+        None, examples=[2], description="Workers that it starts; default: one a core (`local`) or GPU (`local-cuda`)."
+    )
+    threads_per_worker: PositiveInt = Field(
+        1, description="Parts that such a worker encodes at once; it collects, trains and merges one at a time."
+    )
+    options: dict[str, Any] = Field(
+        {}, description="Further arguments of the class of dask, dask_cuda, dask_jobqueue or dask_kubernetes."
+    )
+    wait_seconds: PositiveFloat = Field(60, description="How long to wait for the scheduler and for a first worker.")
+
+    @property
+    def starts(self) -> str | None:
+        """The kind of cluster to start, None where one is there already."""
+        return None if self.address or self.scheduler_file else self.kind or "local"
+
+    @model_validator(mode="after")
+    def _is_one_cluster(self) -> ClusterConfig:
+        named = {"address": self.address, "scheduler_file": self.scheduler_file, "kind": self.kind}
+        if len(given := [f"cluster.{name}" for name, value in named.items() if value is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)} name a cluster each. Keep one of them.")
+        if self.starts not in (None, "local", "local-cuda") and self.n_workers is None:
+            raise ValueError(f"cluster.kind is {self.kind!r}, which needs cluster.n_workers: how many to start.")
+        return self
+
+
+def by_address(value: object) -> object:
+    """`cluster = "tcp://host:8786"` as its section; an empty section is none."""
+    return {"address": value} if isinstance(value, str) else value or None

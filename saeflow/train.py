@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saeflow import activations, imported, interchange
+from saeflow import activations, cluster_work, imported, interchange
 from saeflow.artefact import Artefact
 from saeflow.board import require_tensorboard
-from saeflow.config import Recipe
+from saeflow.cluster import workers_of
+from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import human_bytes, replacing
 from saeflow.feed import Feed
 from saeflow.fingerprints import facts_of, fingerprint
@@ -86,15 +89,28 @@ def run_all(store: Store, recipe: Recipe, progress: Progress, fresh: bool = Fals
 
     All that read the same sites are trained on each batch of one feed. Each is the artefact, byte for byte, that a run of
     the member's recipe would make, with a lock and a checkpoint of its own, and is published as soon as it is finished.
+    On a cluster each worker trains its share of them, locks and publishes them; what is imported stays here.
     """
     members = recipe.members()
     targets = [fresh_artefact(store, each) if fresh else artefact(store, each) for each in members]
+    away = [(m, t) for m, t in zip(members, targets, strict=True) if m.sae.source is None and not t.complete()]
+    if recipe.cluster is not None and away:
+        _train_on_workers(store, recipe, away, progress, fresh)
+        pairs = [pair for pair in zip(members, targets, strict=True) if pair not in away]
+    else:
+        pairs = list(zip(members, targets, strict=True))
+    if pairs:
+        _train_here(store, recipe, pairs, progress)
+    return targets
+
+
+def _train_here(store: Store, recipe: Recipe, pairs: list[tuple[Recipe, Artefact]], progress: Progress) -> None:
+    """Train or import these members of a recipe in this process."""
+    targets = [target for _, target in pairs]
     with contextlib.ExitStack() as stack:
-        for target in sorted(
-            targets, key=lambda target: target.id
-        ):  # in one order: nobody waits for one who waits for him
+        for target in sorted(targets, key=lambda each: each.id):  # in one order: no two wait for one another
             stack.enter_context(target.writing())
-        jobs = [Job(*pair) for pair in zip(members, targets, strict=True) if not pair[1].complete()]
+        jobs = [Job(*pair) for pair in pairs if not pair[1].complete()]
         for target in (target for target in targets if target.complete()):
             shutil.rmtree(checkpoints_of(target), ignore_errors=True)  # a run killed just after publication leaves it
         _say_what_is_done(progress, recipe, targets, len(jobs))
@@ -105,7 +121,54 @@ def run_all(store: Store, recipe: Recipe, progress: Progress, fresh: bool = Fals
             imported.publish(job.target, store, job.recipe, progress)
         if jobs := [job for job in jobs if job.recipe.sae.source is None]:
             _train(store, jobs, progress)
-    return targets
+
+
+def _train_on_workers(
+    store: Store, recipe: Recipe, away: list[tuple[Recipe, Artefact]], progress: Progress, fresh: bool
+) -> None:
+    """Train these members on a cluster: as many groups as it has workers, those of one group in one reading."""
+    settings = {"recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"), "fresh": fresh}
+    sites = [tuple(sites_of(store, member)) for member, _ in away]
+    with workers_of(store, recipe, progress) as workers:
+        assert workers is not None
+        groups = [[away[number][0] for number in group] for group in shares(sites, len(workers.able()))]
+        items = [[member.name for member in group] for group in groups]
+        n_tokens = {
+            json.dumps(item): max(m.train.n_tokens for m in group) for item, group in zip(items, groups, strict=True)
+        }
+        with (
+            progress.bar("train", sum(n_tokens.values()), "tokens") as bar,
+            contextlib.closing(workers.each("train.train_at", settings, items, bar, n_tokens)) as finished,
+        ):
+            for names, _ in finished:
+                progress.say(f"train: {', '.join(names)} finished on a worker")
+    for _, target in away:
+        target.look_again()
+    if store.objects is not None:
+        store.objects.pull()
+
+
+def shares(sites: Sequence[Hashable], n: int) -> list[list[int]]:
+    """Numbers of things in about `n` groups of about equal size, only those of equal `sites` together."""
+    groups: list[list[int]] = []
+    for chosen in dict.fromkeys(sites):
+        numbers = [number for number, each in enumerate(sites) if each == chosen]
+        n_groups = min(max(1, round(n * len(numbers) / len(sites))), len(numbers))
+        groups += [list(map(int, group)) for group in np.array_split(numbers, n_groups)]
+    return groups
+
+
+def train_at(name: str, settings: str, names: list[str], progress: Progress) -> list[str]:
+    """On a worker: train these members of a sweep in one reading, each from its checkpoint; the artefacts."""
+    cluster_work.let_go()
+    about, opened = cluster_work.settings_of(settings), cluster_work.store_at(name)
+    store = replace(opened, overlap="wait")  # a worker that is thought lost may still be at it
+    recipe = parse_recipe(about["recipe"])
+    members = [member for member in recipe.members() if member.name in names]
+    pairs = [(each, fresh_artefact(store, each) if about["fresh"] else artefact(store, each)) for each in members]
+    with cluster_work.one_at_a_time:
+        _train_here(store, recipe, pairs, progress)
+    return [target.id for _, target in pairs]
 
 
 def _say_what_is_done(progress: Progress, recipe: Recipe, targets: list[Artefact], n_jobs: int) -> None:
@@ -136,7 +199,7 @@ def _train(store: Store, jobs: list[Job], progress: Progress) -> None:
 
 def require_devices(recipe: Recipe) -> None:
     """Refuse a device that is not there before hours of collecting, where this machine is to train as well."""
-    for member in recipe.members():
+    for member in recipe.members() if recipe.cluster is None else ():
         device("train.device", member.train.device)
 
 

@@ -162,11 +162,13 @@ def test_after_a_failure_no_task_works_on_without_the_lock(
 ) -> None:
     for stage in (activations.run, train.run):
         stage(upstream, finished.recipe, quiet())
-    encode, ended = features.encode_together, []
+    encode, begun, ended = features.encode_together, [], []
 
     def slow(encoders: Any, part: PartRecord, bar: Any) -> Any:
         if part.index == 0:
+            time.sleep(0.1)
             raise UserError("Mend the disk.")
+        begun.append(part.index)
         time.sleep(0.5)
         made = encode(encoders, part, bar)
         ended.append(part.index)
@@ -175,8 +177,7 @@ def test_after_a_failure_no_task_works_on_without_the_lock(
     monkeypatch.setattr(features, "encode_together", slow)
     with pytest.raises(UserError, match="Mend the disk"):
         encode_flow(finished.recipe, str(upstream.root))
-    n_parts = len(activations.artefact(upstream, finished.recipe).published().parts)
-    assert sorted(ended) == list(range(1, n_parts))
+    assert sorted(ended) == sorted(begun) != []
 
 
 def test_an_error_of_the_user_is_not_tried_again(
