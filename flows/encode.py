@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.common import open_store, part_task, reporting, results, show_table
+from flows.common import counted, name_run, open_store, part_task, reporting, results, show_table, stopping
 from saeflow import catalog, features
 from saeflow.config import Recipe
 from saeflow.progress import Progress
@@ -17,7 +17,7 @@ from saeflow.store import Store
 
 @flow(
     name="saeflow-encode",
-    flow_run_name="encode-{recipe.name}",
+    flow_run_name="encode {recipe.name}",
     task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count()),  # type: ignore[arg-type]  # a part a core
 )
 def encode_flow(recipe: Recipe, store: str | None = None) -> list[str]:
@@ -34,7 +34,8 @@ def encode_flow(recipe: Recipe, store: str | None = None) -> list[str]:
 
 
 def _encode(store: Store, recipes: Sequence[Recipe], progress: Progress) -> None:
-    with features.encoding_together(store, recipes, progress) as job:
+    with features.encoding_together(store, recipes, progress) as job, stopping(progress):
+        name_run("encode", counted(len(job.missing), "part"))
 
         @part_task("encode-{index}")
         def encode_part(index: int) -> str:

@@ -94,14 +94,16 @@ class Artefact:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the artefact's lock and clear what a killed run left behind."""
+        """Hold the artefact's lock; clear what a killed run left behind, and what this one does."""
         self.lock_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.lock_path, timeout=0):
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.recover()
-                yield
-                shutil.rmtree(self.work, ignore_errors=True)
+                try:
+                    yield
+                finally:
+                    shutil.rmtree(self.work, ignore_errors=True)
         except Timeout:
             raise UserError(
                 f"Another run is writing {self.id}. Wait for it to end, then run the command again."
