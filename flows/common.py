@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,8 +134,7 @@ def reporting(stage: str) -> Iterator[Progress]:
     A run that a server started has no terminal of its own: there Prefect's log is enough.
     """
     name_run(stage)
-    context = FlowRunContext.get()
-    served = bool(context and context.flow_run and context.flow_run.deployment_id)
+    served = "PREFECT__FLOW_RUN_ID" in os.environ
     logger, watched = get_run_logger(), _Watched(stage)
     console = Console(stderr=True, highlight=False, quiet=served)
     progress = Progress(console, listener=watched.hear, log=lambda text: logger.info("%s", text))

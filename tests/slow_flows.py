@@ -14,7 +14,7 @@ from flows.pipeline import pipeline_flow
 from saeflow.config import Recipe
 from saeflow.progress import Bar
 
-PAUSE = 0.25
+PAUSE = 1.0
 
 
 @flow(name="slow-pipeline")

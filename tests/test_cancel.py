@@ -24,8 +24,8 @@ from tests.small_pipeline import quiet, tree
 
 pytestmark = pytest.mark.filterwarnings("default")  # Prefect's own
 
-SECONDS = 15
-"""Within which a run is Cancelled; Prefect kills it after 30."""
+SECONDS = 25
+"""Within which a run is Cancelled, on a busy machine; Prefect kills it after 30."""
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +99,14 @@ def test_a_run_cancelled_on_the_page_ends_in_seconds_and_the_next_one_finishes_i
 
     client.set_flow_run_state(run, Cancelling())
     assert until(lambda: state_of(client, run) == "Cancelled") < SECONDS
+    assert set(states_below(client, run)) == {"Completed", "Cancelled"}, "its process was killed"
     target = artefact(store, recipe)
-    assert not target.complete()
+    assert not (target.exists() if bar == "train" else target.generation())
     left = [path.name for path in (store.root / "tmp").iterdir() if path.name != "locks"]
     assert left == ([f"saes-{target.name}-{target.fp}.checkpoint"] if bar == "train" else [])
     with target.writing():
         pass  # nobody holds its lock
 
-    until(lambda: all(name in ("Cancelled", "Completed") for name in states_below(client, run)), 20)
     pipeline.run(store, recipe, quiet())
     assert tree(store.root) == tree(finished.store.root)
 
