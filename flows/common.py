@@ -36,17 +36,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _OneLine(logging.Filter):
-    """An error that the user has to mend is logged in one line; a traceback would hide what to do."""
+class _MessageAlone(logging.Filter):
+    """Of an error that the user has to mend the message alone is logged; a traceback would hide what to do."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], UserError):
-            record.exc_info = None
+        if record.exc_info and isinstance(error := record.exc_info[1], UserError):
+            record.msg, record.args, record.exc_info = harmless_lines(str(error)), (), None
         return True
 
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
-    logging.getLogger(_name).addFilter(_OneLine())
+    logging.getLogger(_name).addFilter(_MessageAlone())
 
 PROGRESS_SECONDS = 5.0
 """Between two updates of a progress artifact."""
@@ -188,7 +188,7 @@ class _Watched:
     def _update(self, how: str = "") -> None:
         line = self.bar.line if self.bar else ""
         share = 100.0 * self.bar.done / self.bar.total if self.bar and self.bar.total else 0.0
-        about = page.plain(": ".join(filter(None, [self.stage, how, line])))
+        about = page.plain(": ".join(filter(None, [how, line or self.stage])))
         with decoration():
             if self.artifact is not None:
                 update_progress_artifact(self.artifact, 100.0 if how == "done" else min(share, 100.0), about)
@@ -215,22 +215,24 @@ def _warnings_of_saeflow() -> Iterator[None]:
 
 def show_table(stage: str, facts: Mapping[str, Any]) -> None:
     """A table artifact with the numbers of a finished stage, and one log line."""
-    rows = [{"what": name, "value": page.shown(name, value)} for name, value in facts.items() if _is_short(value)]
+    numbers = {name: value for name, value in facts.items() if not isinstance(value, dict | list)}
+    rows = [{"what": name, "value": page.cell(name, value)} for name, value in numbers.items()]
     with decoration():
         create_table_artifact(table=rows, key=f"saeflow-{stage}-numbers", description=f"What {stage} made")
-    get_run_logger().info("%s: %s", stage, ", ".join(f"{row['what']} {row['value']}" for row in rows))
-
-
-def _is_short(value: Any) -> bool:
-    return not isinstance(value, dict | list)
+    said = ", ".join(f"{name} {page.shown(name, value)}" for name, value in numbers.items())
+    get_run_logger().info("%s: %s", stage, said)
 
 
 def show_rows(stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table artifact with a line for each of several things."""
-    lines = [{name: str(value) for name, value in row.items()} for row in rows]
+    lines = [{name: _exact(value) for name, value in row.items()} for row in rows]
     with decoration():
         create_table_artifact(table=lines, key=f"saeflow-{stage}", description=f"What the {stage} made")
     get_run_logger().info("%s: %d lines", stage, len(rows))
+
+
+def _exact(value: Any) -> str:
+    return str(value) if isinstance(value, int | float) else page.plain(str(value))
 
 
 def show_picture(stage: str, path: Path) -> None:

@@ -14,12 +14,13 @@ from saeflow.harmless import sanitise
 PICTURE_BYTES = 200_000
 """A picture up to this size is shown on the page itself."""
 
-_MARKUP = re.compile(r"[^\w\s,]|_")
+_MARKUP = re.compile(r"[!-+\--/:-@\[-`{-~]")
+"""ASCII punctuation but the comma. Prefect's pages know backslashes; entities they show as they are written."""
 
 
 def plain(text: str) -> str:
     """Text that markdown shows as it is: no link, picture, tag, table or emphasis comes of it."""
-    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", sanitise(text).strip())
+    return _MARKUP.sub(r"\\\g<0>", sanitise(text).strip())
 
 
 def shown(name: str, value: Any) -> str:
@@ -31,9 +32,14 @@ def shown(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def cell(name: str, value: Any) -> str:
+    """The same as markdown, which Prefect takes the cells of a table for, too."""
+    return shown(name, value) if isinstance(value, int | float) else plain(str(value))
+
+
 def table(facts: Mapping[str, Any]) -> str:
     """A markdown table of names and numbers."""
-    rows = [f"| {plain(name.replace('_', ' '))} | {plain(shown(name, value))} |" for name, value in facts.items()]
+    rows = [f"| {plain(name.replace('_', ' '))} | {cell(name, value)} |" for name, value in facts.items()]
     return "\n".join(["| what | value |", "| --- | ---: |", *rows])
 
 

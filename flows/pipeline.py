@@ -71,13 +71,8 @@ def result_page(store: Store, recipe: Recipe, summary: dict[str, Any]) -> str:
         numbers = summary | {name: summary["quality"][name] for name in FIGURES if name in summary["quality"]} | took
         lines = answers.next_commands(store, features.artefact(store, recipe).id, where)
     numbers = {name: value for name, value in numbers.items() if not isinstance(value, dict | list)}
-    parts = [
-        f"# {page.plain(recipe.name)}",
-        page.picture(recipe.name, path),
-        page.table(numbers),
-        "Next:",
-        page.commands(lines),
-    ]
+    picture, next_lines = page.picture(recipe.name, path), page.commands(lines)
+    parts = [f"# {page.plain(recipe.name)}", picture, "Next:", next_lines, page.table(numbers)]
     return "\n\n".join(parts)
 
 

@@ -26,8 +26,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import common, page
 from flows.pipeline import pipeline_flow
+from saeflow import activations
 from saeflow.config import Recipe, parse_recipe
 from saeflow.sections import UserError
+from saeflow.store import Store
 from tests.prefect_server import ROOT, prefect_server
 from tests.small_pipeline import Ingredients, documents, recipe_data, write_corpus
 
@@ -46,14 +48,16 @@ class Pages:
         """Go to a page, and to a tab of it; raises where a text does not come up there."""
         self.window.goto(f"{self.url}/{path}")
         if tab is not None:
-            self.window.get_by_role("tab", name=tab).or_(self.window.get_by_role("button", name=tab)).first.click()
+            self.window.get_by_text(tab, exact=True).first.click()
         for text in texts:
             self.window.get_by_text(text).first.wait_for(timeout=30_000)
 
-    def keep(self, name: str) -> None:
+    def keep(self, name: str, height: int = WINDOW["height"]) -> None:
         """A picture of what is seen, once it has stopped moving."""
+        self.window.set_viewport_size(WINDOW | {"height": height})
         self.window.wait_for_timeout(1500)
         self.window.screenshot(path=self.into / f"{name}.png")
+        self.window.set_viewport_size(WINDOW)
         print(f"  {name}.png", flush=True)
 
     def count(self, selector: str) -> int:
@@ -120,26 +124,34 @@ def artifact(key: str, run: UUID | None = None) -> UUID:
 
 def look(pages: Pages, refused: str) -> None:
     finished, train = newest("saeflow-pipeline", "tales"), newest("saeflow-train", "tales")
-    pages.open(f"runs/flow-run/{finished.id}", finished.name, "Completed", "batchtopk", "encode tales:")
+    pages.open(
+        f"runs/flow-run/{finished.id}", finished.name, "Completed", "batchtopk", "encode tales:", tab="Subflow Runs"
+    )
+    pages.open(f"runs/flow-run/{finished.id}", "n_values")
     pages.keep("finished")
-    pages.open(f"runs/flow-run/{train.id}", train.name, "left", "unexplained")
+    pages.open(f"runs/flow-run/{train.id}", train.name, " left, unexplained")
     pages.keep("log")
-    pages.open(f"runs/flow-run/{train.id}", "saeflow-train", tab="Artifacts")
+    pages.open(f"runs/flow-run/{train.id}", "done: train:", tab="Artifacts")
     pages.keep("artifacts")
     pages.open(
         f"artifacts/artifact/{artifact('saeflow-result')}", "saeflow ask search_token the", "variance unexplained"
     )
     pages.window.wait_for_function("[...document.images].some(i => i.src.startsWith('data:') && i.naturalWidth > 300)")
-    pages.keep("result")
-    pages.open(f"artifacts/artifact/{artifact('saeflow-pipeline-numbers')}", "n_tokens")
-    pages.keep("numbers")
+    pages.keep("result", 1200)
+    pages.open(f"artifacts/artifact/{artifact('saeflow-pipeline-numbers')}", "n_tokens", f"{n_tokens(finished):,}")
     failed = newest("saeflow-pipeline", "tight")
-    pages.open(f"runs/flow-run/{failed.id}", failed.name, "Failed", refused.splitlines()[0])
+    pages.open(f"runs/flow-run/{failed.id}", failed.name, "Failed", *refused.splitlines())
     assert pages.count("text=Traceback") == 0
     pages.keep("failed")
     for key in ("saeflow-hostile-numbers", "saeflow-hostile"):
-        pages.open(f"artifacts/artifact/{artifact(key)}", "evil.example")
+        pages.open(f"artifacts/artifact/{artifact(key)}", HOSTILE)
         assert pages.count("[src*=evil], [href*=evil]") == 0, f"{key} has an active link or image"
+
+
+def n_tokens(run: FlowRun) -> int:
+    """What the store of a finished run holds."""
+    recipe, store = Recipe.model_validate(run.parameters["recipe"]), Store.open(run.parameters["store"])
+    return activations.tokens_artefact(store, recipe).published().total("n_tokens")
 
 
 def main() -> None:

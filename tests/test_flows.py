@@ -336,7 +336,8 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     with get_client(sync_client=True) as client:
         found = {artifact.key: artifact.data for artifact in client.read_artifacts()}
     rows = json.loads(found["saeflow-sweep"])
-    assert [row["member"] for row in rows] == ["small_k2_n_tokens3000", "small_k4_n_tokens3000"]
+    members = ["small_k2_n_tokens3000", "small_k4_n_tokens3000"]
+    assert [row["member"] for row in rows] == [page.plain(member) for member in members]
     assert [float(row["l0"]) for row in rows] == [row["l0"] for row in summary["sweep"]["saes"]]
     picture = sweep.picture_of(upstream, recipe)
     assert base64.b64encode(picture.read_bytes()).decode() in found["saeflow-sweep-picture"]
