@@ -9,7 +9,7 @@ from saeflow import bring
 from saeflow.config import Recipe
 
 
-@flow(name="saeflow-bring", flow_run_name="bring-{recipe.name}")
+@flow(name="saeflow-bring", flow_run_name="bring {recipe.name}")
 def bring_flow(recipe: Recipe, store: str | None = None) -> str:
     """Store the recipe's table, or its made activations."""
     opened = open_store(recipe, store)

@@ -9,12 +9,12 @@ from saeflow import activations
 from saeflow.config import Recipe
 
 
-@flow(name="saeflow-collect", flow_run_name="collect-{recipe.name}")
+@flow(name="saeflow-collect", flow_run_name="collect {recipe.name}")
 def collect_flow(recipe: Recipe, store: str | None = None) -> str:
     """Store the activations of every token part that has none yet, then publish."""
     opened = open_store(recipe, store)
     with reporting("collect") as progress, activations.collecting(opened, recipe, progress) as job:
-        make_parts("collect", job, n_here=1)  # one forward pass at a time
+        make_parts("collect", job, progress, n_here=1)  # one forward pass at a time
     target = activations.artefact(opened, recipe)
     n_bytes = sum(part.n_bytes for part in target.published().parts)
     show_table("collect", {"n_tokens": target.published().total("n_tokens"), "bytes": n_bytes})

@@ -1,17 +1,18 @@
-"""What every flow shares: the store, progress into Prefect, the artefacts a page shows, errors without retry."""
+"""What every flow shares: the store, tasks, what is seen of a run while it works, and ending well when it is cancelled."""
 
 from __future__ import annotations
 
-import base64
 import logging
-import time
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
-from prefect import Task, get_run_logger, task
+from prefect import Task, get_client, get_run_logger, task
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -19,11 +20,16 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+from prefect.logging.handlers import APILogHandler
 from prefect.task_runners import ThreadPoolTaskRunner
+from rich.console import Console
 
+from flows import page
 from saeflow.artefact import Job
 from saeflow.config import Recipe
-from saeflow.progress import Progress
+from saeflow.harmless import harmless_lines
+from saeflow.progress import Bar, Progress
 from saeflow.sections import UserError
 from saeflow.store import Store, store_path
 
@@ -31,26 +37,26 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _OneLine(logging.Filter):
-    """An error that the user has to mend is logged in one line; a traceback would hide what to do."""
+class _MessageAlone(logging.Filter):
+    """Of an error that the user has to mend the message alone is logged; a traceback would hide what to do."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], UserError):
-            record.exc_info = None
+        if record.exc_info and isinstance(error := record.exc_info[1], UserError):
+            record.msg, record.args, record.exc_info = harmless_lines(str(error)), (), None
         return True
 
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
-    logging.getLogger(_name).addFilter(_OneLine())
-
-PICTURE_BYTES = 200_000
-"""A picture up to this size is shown on the page itself."""
+    logging.getLogger(_name).addFilter(_MessageAlone())
 
 MOST_TASKS = 1_000
 """Task runs in one flow run: of more parts several go into one."""
 
 PROGRESS_SECONDS = 5.0
 """Between two updates of a progress artifact."""
+
+LOG_SECONDS = 30.0
+"""Between two lines in the log of a run that say how far it is."""
 
 
 def open_store(recipe: Recipe, store: str | None) -> Store:
@@ -83,8 +89,9 @@ def runs_of(indices: Sequence[int]) -> list[list[int]]:
     return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
 
 
-def make_parts(stage: str, job: Job, n_here: int) -> None:
+def make_parts(stage: str, job: Job, progress: Progress, n_here: int) -> None:
     """Make what a job lacks, one task a run of parts: `n_here` tasks at once, or as many as a cluster works on."""
+    name_run(stage, counted(len(job.missing), "part"))
 
     @part_task("{name}")
     def make(name: str, indices: list[int]) -> list[str]:
@@ -93,47 +100,163 @@ def make_parts(stage: str, job: Job, n_here: int) -> None:
     runs = runs_of(job.missing)
     names = [f"{stage}-{run[0]}" if len(run) == 1 else f"{stage}-{run[0]}-to-{run[-1]}" for run in runs]
     wanted: ThreadPoolTaskRunner[list[str]] = ThreadPoolTaskRunner(job.n_at_once if job.by_workers else n_here)
-    with wanted as runner:
+    with wanted as runner, stopping(progress, runner):
         runner.map(make, {"name": names, "indices": runs}).result()
 
 
 @contextmanager
+def stopping(progress: Progress, runner: ThreadPoolTaskRunner[Any]) -> Iterator[None]:
+    """Around mapped tasks: when the run is cancelled or interrupted, which only the main thread hears of, tasks at work
+    end at their next batch, the others are not begun, and then the exception goes on."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            progress.stopping.set()
+            runner.cancel_all()  # waits for those at work
+        raise
+
+
+@contextmanager
+def decoration() -> Iterator[None]:
+    """What only makes a page nicer must not fail a run: an error of the server is logged."""
+    try:
+        yield
+    except Exception as error:
+        get_run_logger().warning("Prefect's page is not up to date: %s", error)
+
+
+def name_run(stage: str, about: str = "") -> None:
+    """Name the flow run by what it does, as far as that is known, and tag it with stage, recipe and architecture."""
+    context = FlowRunContext.get()
+    assert context is not None
+    assert context.flow_run is not None
+    recipe = (context.parameters or {}).get("recipe")
+    tags, name = {*context.flow_run.tags, stage}, stage
+    if isinstance(recipe, Recipe):
+        tags |= {recipe.name, *(member.sae.architecture for member in recipe.members())}
+        name = f"{stage} {recipe.name}"
+    with decoration(), get_client(sync_client=True) as client:
+        client.update_flow_run(context.flow_run.id, name=f"{name}: {about}" if about else name, tags=sorted(tags))
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+@contextmanager
 def reporting(stage: str) -> Iterator[Progress]:
-    """Progress on the terminal and, every few seconds, in one progress artifact of the flow run."""
-    artifact = create_progress_artifact(progress=0.0, key=f"saeflow-{stage}", description=f"{stage}: starting")
-    assert isinstance(artifact, UUID)  # not a coroutine outside of async code
-    last = time.monotonic()
+    """Progress on the terminal, in one progress artifact of the flow run, and in its log; its name and tags.
 
-    def tell(name: str, done: int, total: int | None, rate: float) -> None:
-        nonlocal last
-        if time.monotonic() - last < PROGRESS_SECONDS:
-            return
-        last = time.monotonic()
-        share = 100 * done / total if total else 0.0
-        update_progress_artifact(artifact, progress=share, description=f"{name}: {done:,} done, {rate:,.0f}/s")
+    A run that a server started has no terminal of its own: there Prefect's log is enough.
+    """
+    name_run(stage)
+    served = "PREFECT__FLOW_RUN_ID" in os.environ
+    logger, watched = get_run_logger(), _Watched(stage)
+    console = Console(stderr=True, highlight=False, quiet=served)
+    progress = Progress(console, listener=watched.hear, log=lambda text: logger.info("%s", text))
+    with _warnings_of_saeflow(), watched.shown():
+        try:
+            yield progress
+        except UserError as error:
+            error.args = (harmless_lines(str(error)),)  # it becomes the message of the run's state
+            raise
 
-    yield Progress(listener=tell)
-    update_progress_artifact(artifact, progress=100.0, description=f"{stage}: done")
+
+class _Watched:
+    """The progress artifact of a stage and the lines in its log, written by a thread of their own, so that a server that is
+    slow or lost holds nobody up."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.bar: Bar | None = None
+        self.ended = threading.Event()
+        self.artifact: UUID | None = None
+
+    def hear(self, bar: Bar) -> None:
+        self.bar = bar
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        with decoration():
+            made = create_progress_artifact(0.0, key=f"saeflow-{self.stage}", description=f"{self.stage}: starting")
+            self.artifact = made if isinstance(made, UUID) else None  # a coroutine only in async code
+        thread = threading.Thread(target=copy_context().run, args=(self._watch,), name="saeflow-page", daemon=True)
+        thread.start()
+        how = "stopped"
+        try:
+            yield
+            how = "done"
+        finally:
+            self.ended.set()
+            thread.join()
+            self._update(how)
+
+    def _watch(self) -> None:
+        rounds = 0
+        while not self.ended.wait(PROGRESS_SECONDS):
+            if self.bar is None:
+                continue
+            rounds += 1
+            self._update()
+            if rounds % round(LOG_SECONDS / PROGRESS_SECONDS) == 0:
+                get_run_logger().info("%s", self.bar.line)
+
+    def _update(self, how: str = "") -> None:
+        line = self.bar.line if self.bar else ""
+        share = 100.0 * self.bar.done / self.bar.total if self.bar and self.bar.total else 0.0
+        about = page.plain(": ".join(filter(None, [how, line or self.stage])))
+        with decoration():
+            if self.artifact is not None:
+                update_progress_artifact(self.artifact, 100.0 if how == "done" else min(share, 100.0), about)
 
 
-def show_table(stage: str, facts: dict[str, Any]) -> None:
+@contextmanager
+def _warnings_of_saeflow() -> Iterator[None]:
+    """What saeflow warns of is in the log of this flow run, too, whichever thread it comes from."""
+    context = FlowRunContext.get()
+    run_id = str(context.flow_run.id) if context and context.flow_run else None
+    handler = APILogHandler(logging.WARNING)
+
+    def belongs(record: logging.LogRecord) -> bool:
+        record.flow_run_id, record.msg, record.args = run_id, harmless_lines(record.getMessage()), ()
+        return run_id is not None
+
+    handler.addFilter(belongs)
+    logging.getLogger("saeflow").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("saeflow").removeHandler(handler)
+
+
+def show_table(stage: str, facts: Mapping[str, Any]) -> None:
     """A table artifact with the numbers of a finished stage, and one log line."""
-    rows = [{"what": name, "value": str(value)} for name, value in facts.items()]
-    create_table_artifact(table=rows, key=f"saeflow-{stage}-numbers", description=f"What {stage} made")
-    get_run_logger().info("%s: %s", stage, ", ".join(f"{row['what']} {row['value']}" for row in rows))
+    numbers = {name: value for name, value in facts.items() if not isinstance(value, dict | list)}
+    rows = [{"what": name, "value": page.cell(name, value)} for name, value in numbers.items()]
+    with decoration():
+        create_table_artifact(table=rows, key=f"saeflow-{stage}-numbers", description=f"What {stage} made")
+    said = ", ".join(f"{name} {page.shown(name, value)}" for name, value in numbers.items())
+    get_run_logger().info("%s: %s", stage, said)
 
 
 def show_rows(stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table artifact with a line for each of several things."""
-    shown = [{name: str(value) for name, value in row.items()} for row in rows]
-    create_table_artifact(table=shown, key=f"saeflow-{stage}", description=f"What the {stage} made")
+    lines = [{name: _exact(value) for name, value in row.items()} for row in rows]
+    with decoration():
+        create_table_artifact(table=lines, key=f"saeflow-{stage}", description=f"What the {stage} made")
     get_run_logger().info("%s: %d lines", stage, len(rows))
+
+
+def _exact(value: Any) -> str:
+    return str(value) if isinstance(value, int | float) else page.plain(str(value))
 
 
 def show_picture(stage: str, path: Path) -> None:
     """A markdown artifact with the picture in it or, where it is large, with its path."""
-    content = path.read_bytes()
-    text = f"{path}"
-    if len(content) <= PICTURE_BYTES:
-        text = f"![{stage}](data:image/png;base64,{base64.b64encode(content).decode()})\n\n{path}"
-    create_markdown_artifact(markdown=text, key=f"saeflow-{stage}-picture", description=f"Picture of the {stage}")
+    show_markdown(f"{stage}-picture", page.picture(stage, path), f"Picture of the {stage}")
+
+
+def show_markdown(key: str, text: str, about: str) -> None:
+    with decoration():
+        create_markdown_artifact(markdown=text, key=f"saeflow-{key}", description=about)

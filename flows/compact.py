@@ -9,7 +9,7 @@ from saeflow import catalog, features
 from saeflow.config import Recipe
 
 
-@flow(name="saeflow-compact", flow_run_name="compact-{recipe.name}")
+@flow(name="saeflow-compact", flow_run_name="compact {recipe.name}")
 def compact_flow(recipe: Recipe, store: str | None = None) -> int:
     """Merge what can be merged; returns the number of parts that are left."""
     opened = open_store(recipe, store)

@@ -10,14 +10,14 @@ from saeflow.config import Recipe
 from saeflow.parallel import n_threads
 
 
-@flow(name="saeflow-encode", flow_run_name="encode-{recipe.name}")
+@flow(name="saeflow-encode", flow_run_name="encode {recipe.name}")
 def encode_flow(recipe: Recipe, store: str | None = None) -> list[str]:
     """Encode every activation part that is not encoded yet, then publish; the SAEs of a sweep together."""
     opened = open_store(recipe, store)
     with reporting("encode") as progress:
         for group in features.by_site(opened, recipe):
             with features.encoding_together(opened, group, progress) as job:
-                make_parts("encode", job, n_here=n_threads(recipe.threads))  # a part a core
+                make_parts("encode", job, progress, n_here=n_threads(recipe.threads))  # a part a core
     catalog.write(opened)
     made = [features.artefact(opened, member) for member in recipe.members()]
     totals = [target.published() for target in made]

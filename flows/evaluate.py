@@ -9,7 +9,7 @@ from saeflow import catalog, evaluate, report
 from saeflow.config import Recipe, require_one
 
 
-@flow(name="saeflow-evaluate", flow_run_name="evaluate-{recipe.name}")
+@flow(name="saeflow-evaluate", flow_run_name="evaluate {recipe.name}")
 def evaluate_flow(recipe: Recipe, store: str | None = None) -> dict[str, float]:
     """Write the figures of quality and the picture beside the run's features."""
     require_one(recipe, "evaluate")

@@ -6,27 +6,37 @@ python -m flows.pipeline flows/recipes/demo.toml
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from typing import Any
 
 if __name__ == "__main__":  # the terminal shows saeflow's own lines; a served flow keeps Prefect's
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
 
 from prefect import flow
 
+from flows import page
 from flows.bring import bring_flow
 from flows.collect import collect_flow
-from flows.common import open_store, show_table
+from flows.common import counted, name_run, open_store, show_markdown, show_table
 from flows.compact import compact_flow
 from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
 from flows.tokens import tokens_flow
 from flows.train import train_flow
-from saeflow import cluster, pipeline, train
+from saeflow import answers, cluster, features, pipeline, report, sweep, train
 from saeflow.config import Recipe
+from saeflow.progress import Progress
+from saeflow.store import Store
+
+FIGURES = (
+    "variance_unexplained", "l0", "shrinkage", "dead_share", "loss_recovered_zero", "loss_recovered_mean",
+    "kl_recovered_mean", "judged_on",
+)  # fmt: skip
+"""Of the quality of an SAE, what the page of its pipeline shows."""
 
 
-@flow(name="saeflow-pipeline", flow_run_name="pipeline-{recipe.name}")
+@flow(name="saeflow-pipeline", flow_run_name="pipeline {recipe.name}")
 def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     """Run what is missing of every stage, in order, and return the summary."""
     train.require_devices(recipe)
@@ -34,15 +44,37 @@ def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     stages = first | {"train": train_flow}
     if not recipe.is_sweep:  # its SAEs are judged where they are trained, and encoded when one is asked for
         stages |= {"encode": encode_flow, "compact": compact_flow, "evaluate": evaluate_flow}
+    about = counted(len(recipe.members()), "SAE") if recipe.is_sweep else ", ".join(stages)
+    name_run("pipeline", about)
     seconds = {}
     with cluster.kept_open():
         for stage, stage_flow in stages.items():
             began = time.monotonic()
             stage_flow(recipe, store)
             seconds[stage] = time.monotonic() - began
-    summary = pipeline.summary(open_store(recipe, store), recipe) | {"seconds": seconds}
-    show_table("pipeline", {name: value for name, value in summary.items() if not isinstance(value, dict)})
+    opened = open_store(recipe, store)
+    summary = pipeline.summary(opened, recipe) | {"seconds": seconds}
+    show_table("pipeline", summary)
+    show_markdown("result", result_page(opened, recipe, summary), f"What came of {recipe.name}, and what to type next")
     return summary
+
+
+def result_page(store: Store, recipe: Recipe, summary: dict[str, Any]) -> str:
+    """Markdown: the picture, the numbers, the next commands."""
+    where = f" --store {shlex.quote(store.name)}"
+    if recipe.is_sweep:
+        path, rows = sweep.picture_of(store, recipe), summary["sweep"]["saes"]
+        numbers = {row["member"]: f"{row['variance_unexplained']:.4f} unexplained, L0 {row['l0']:.1f}" for row in rows}
+        lines = [f"saeflow run RECIPE --member {sweep.recommended(rows)}{where}"]
+    else:
+        path = report.run(store, recipe, Progress(verbosity=-1))
+        took = {f"{stage} took": f"{seconds:.1f} s" for stage, seconds in summary["seconds"].items()}
+        numbers = summary | {name: summary["quality"][name] for name in FIGURES if name in summary["quality"]} | took
+        lines = answers.next_commands(store, features.artefact(store, recipe).id, where)
+    numbers = {name: value for name, value in numbers.items() if not isinstance(value, dict | list)}
+    picture, next_lines = page.picture(recipe.name, path), page.commands(lines)
+    parts = [f"# {page.plain(recipe.name)}", picture, "Next:", next_lines, page.table(numbers)]
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

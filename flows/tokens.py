@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.common import open_store, part_task, reporting, show_table
+from flows.common import counted, name_run, open_store, part_task, reporting, show_table
 from saeflow import tokens
 from saeflow.config import Recipe
 
 
-@flow(name="saeflow-tokens", flow_run_name="tokens-{recipe.name}")
+@flow(name="saeflow-tokens", flow_run_name="tokens {recipe.name}")
 def tokens_flow(recipe: Recipe, store: str | None = None) -> str:
     """Tokenise the recipe's corpus and publish the tokens."""
     opened = open_store(recipe, store)
@@ -22,4 +22,5 @@ def tokens_flow(recipe: Recipe, store: str | None = None) -> str:
         made = str(tokenise())
     generation = opened.by_id(made).published()
     show_table("tokens", {count: generation.total(count) for count in ("n_documents", "n_tokens", "n_sequences")})
+    name_run("tokens", counted(generation.total("n_tokens"), "token"))
     return made

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.common import open_store, part_task, reporting, show_picture, show_rows, show_table
+from flows.common import counted, name_run, open_store, part_task, reporting, show_picture, show_rows, show_table
 from saeflow import sweep, train
 from saeflow.config import Recipe
 from saeflow.progress import Progress
 from saeflow.store import Store
 
 
-@flow(name="saeflow-train", flow_run_name="train-{recipe.name}")
+@flow(name="saeflow-train", flow_run_name="train {recipe.name}")
 def train_flow(recipe: Recipe, store: str | None = None) -> str:
     """Train on the stored activations, or continue where a killed training stood; a sweep is also judged and drawn."""
     opened = open_store(recipe, store)
+    one = "imported" if recipe.sae.source else f"{recipe.sae.architecture}, {counted(recipe.sae.n_features, 'feature')}"
     with reporting("train") as progress:
+        name_run("train", counted(len(recipe.members()), "SAE") if recipe.is_sweep else one)
 
         @part_task("train")
         def train_saes() -> list[str]:

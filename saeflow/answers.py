@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from saeflow import queries
+from saeflow.store import Store
 
 _LARGEST_SOURCES = """
 select source from stg_documents group by source order by sum(n_tokens) desc, source limit 2
@@ -22,6 +24,23 @@ order by density between 0.0005 and 0.01 desc, max_value desc, feature_id limit 
 
 _FEWEST_TOKENS = 200
 """A feature must fire so often in a source to speak for it."""
+
+
+NEXT = ("ask feature_summary", "ask search_token the", "sql 'select * from runs'")
+"""What to ask a run next."""
+
+
+def next_commands(store: Store, run: str, where: str) -> list[str]:
+    """Commands to type after a run, of which `where` names the store."""
+    which = which_run(store, run)
+    return [f"saeflow {line}{where}" for line in ("ask", *(f"{asked}{which}" for asked in NEXT), "ls")]
+
+
+def which_run(store: Store, run: str) -> str:
+    """What a command needs to ask this run, where another is asked by default."""
+    readable = [each for each in queries.runs(store) if each.problem is None]
+    mine = next((each for each in readable if each.artefact.id == run), readable[0])
+    return f" --run {shlex.quote(mine.schema)}" if mine is not readable[0] else ""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from saeflow.cluster_start import client_of, say_less, started
 from saeflow.cluster_work import TOPIC, Session, let_go, look, software, work
 from saeflow.config import Recipe
 from saeflow.disk import make_folder
-from saeflow.progress import Bar, Progress
+from saeflow.progress import Bar, Progress, Stopped
 from saeflow.sections import ClusterConfig, UserError
 from saeflow.store import Store
 
@@ -107,7 +107,7 @@ class Workers:
                     future.add_done_callback(finished.put)
                 if not running:
                     return
-                future, item = running.pop(str(self._next(finished).key))
+                future, item = running.pop(str(self._next(finished, bar).key))
                 found = self._result(future, item)
                 tally.tell(json.dumps(item), sizes[item if isinstance(item, int) else json.dumps(item)])
                 yield item, found
@@ -125,12 +125,14 @@ class Workers:
         )  # fmt: skip
         return found
 
-    def _next(self, finished: queue.SimpleQueue[Future[Any]]) -> Future[Any]:
-        """The next future that is done. Raises UserError where none can be any more."""
+    def _next(self, finished: queue.SimpleQueue[Future[Any]], bar: Bar) -> Future[Any]:
+        """The next future that is done. Raises UserError where none can be any more, Stopped once the work is to stop."""
         alone_since = None
         while True:
             with contextlib.suppress(queue.Empty):
                 return finished.get(timeout=1)
+            if bar.stopping.is_set():
+                raise Stopped
             if self.closed.is_set() or self.client.status != "running":
                 raise self.lost()
             if self.able():
@@ -176,7 +178,8 @@ class Workers:
         about = event[1]
         if about.get("token") == self.session.token:
             for tally in list(self.tallies):
-                tally.tell(about["item"], about["done"])
+                with contextlib.suppress(Stopped):  # who waits for the parts hears of it
+                    tally.tell(about["item"], about["done"])
 
 
 def _has_gpu(worker: dict[str, Any]) -> bool:

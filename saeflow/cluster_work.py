@@ -29,7 +29,7 @@ from distributed.core import Status
 from saeflow import __version__
 from saeflow.artefact import Artefact
 from saeflow.objects import Objects, cache_folder, is_url
-from saeflow.progress import Progress
+from saeflow.progress import Bar, Progress
 from saeflow.records import read_checked
 from saeflow.sections import UserError
 from saeflow.store import Store
@@ -75,11 +75,11 @@ class _Telling:
         self.worker, self.key = get_worker(), get_worker().get_current_task()
         self.about, self.last = {"token": token, "item": json.dumps(item)}, 0.0
 
-    def __call__(self, stage: str, done: int, total: int | None, rate: float) -> None:
+    def __call__(self, bar: Bar) -> None:
         self.require_wanted()
         if time.monotonic() - self.last >= _TELL_SECONDS:
             self.last = time.monotonic()
-            self.worker.log_event(TOPIC, self.about | {"done": done})
+            self.worker.log_event(TOPIC, self.about | {"done": bar.done})
 
     def require_wanted(self) -> None:
         """Dask frees the key of a task that was cancelled or whose client or scheduler is gone; its thread goes on."""

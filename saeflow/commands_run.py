@@ -309,25 +309,15 @@ def print_answers(store: Store, recipe: Recipe) -> None:
     from saeflow import answers, features, queries, terminal
 
     run = features.artefact(store, recipe).id
-    which = _which(store, run)
+    which = answers.which_run(store, run)
     with contextlib.closing(queries.connect(store, run)) as connection:
         for answer in answers.first_answers(connection):
             asked = shlex.join(["saeflow", "ask", answer.question, *answer.arguments])
             out.print(f"\n$ {asked}{which}{where(store)}", markup=False, soft_wrap=True, style="bold")
             terminal.render_table(answer.table, out)
     out.print("\nTry next:", style="bold")
-    asks = [f"{line}{which}" for line in ("ask feature_summary", "ask search_token the", "sql 'select * from runs'")]
-    for line in ("ask", *asks, "ls"):
-        out.print(f"  saeflow {line}{where(store)}", markup=False, soft_wrap=True)
-
-
-def _which(store: Store, run: str) -> str:
-    """What a command needs to ask this run, where another is asked by default."""
-    from saeflow import queries
-
-    readable = [each for each in queries.runs(store) if each.problem is None]
-    mine = next((each for each in readable if each.artefact.id == run), readable[0])
-    return f" --run {shlex.quote(mine.schema)}" if mine is not readable[0] else ""
+    for line in answers.next_commands(store, run, where(store)):
+        out.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -21,8 +22,9 @@ _PLAIN_SECONDS = 5.0
 _BESIDE_LINE = 27
 """Columns of a terminal for the bar (10 at least), the share (4), the time left (9), and the gaps between them."""
 
-Listener = Callable[[str, int, int | None, float], None]
-"""Called with stage, units done, units in all (or None), units per second."""
+
+class Stopped(KeyboardInterrupt):
+    """The work was asked to stop while a thread did it that no signal reaches."""
 
 
 @dataclass
@@ -36,10 +38,14 @@ class Bar:
     done: int = 0
     before: int = 0
     note: str = ""
+    stopping: threading.Event = field(default_factory=threading.Event)
     began: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def advance(self, n: int, note: str = "") -> None:
+        """Count `n` units more. Raises Stopped once the work is to stop."""
+        if self.stopping.is_set():
+            raise Stopped
         with self.lock:
             self.done += n
             self.note = note
@@ -56,18 +62,24 @@ class Bar:
     @property
     def line(self) -> str:
         share = f" of {self.total:,} ({self.done / self.total:.0%})" if self.total else ""
-        left = (
-            f", {(self.total - self.done) / self.rate:.0f} s left" if self.total and 0 < self.done < self.total else ""
-        )
-        return (
-            f"{self.stage}: {self.done:,}{share} {self.unit}, {self.rate:,.0f}/s{left}{self.note and ', ' + self.note}"
-        )
+        note = f", {self.note}" if self.note else ""
+        return f"{self.stage}: {self.done:,}{share} {self.unit}, {self.rate:,.0f}/s{self._left}{note}"
+
+    @property
+    def _left(self) -> str:
+        if not self.total or not self.before < self.done < self.total:
+            return ""
+        return f", {timedelta(seconds=round((self.total - self.done) / self.rate))} left"
 
     def short_line(self, width: int) -> str:
         """As much beside a bar as fits; the rate goes first, then the count, which the bar shows too."""
         count, rate = f"{self.done:,} {self.unit}", f"{self.rate:,.0f}/s"
         lines = (f"{count} {rate} {self.note}".rstrip(), f"{count} {self.note}".rstrip(), self.note, count)
         return next((line for line in lines if line and len(line) <= width), "")
+
+
+Listener = Callable[[Bar], None]
+"""Called with the bar that has advanced, often: it must be quick."""
 
 
 @dataclass
@@ -77,10 +89,19 @@ class Progress:
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
     verbosity: int = 0
     listener: Listener | None = None
+    log: Callable[[str], None] | None = None
+    """Called with what is said, besides, but for the lines of a bar."""
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """Once set, the next `advance` of any bar raises Stopped, in whatever thread."""
 
     def say(self, text: str, verbosity: int = 0) -> None:
         if self.verbosity >= verbosity:
-            self.console.print(harmless_lines(text), markup=False, soft_wrap=True)
+            self._print(text)
+            if self.log is not None:
+                self.log(harmless_lines(text))
+
+    def _print(self, text: str) -> None:
+        self.console.print(harmless_lines(text), markup=False, soft_wrap=True)
 
     def skip(self, stage: str, what: str) -> None:
         """Say that a stage has nothing to do."""
@@ -90,7 +111,7 @@ class Progress:
     def bar(self, stage: str, total: int | None, unit: str) -> Iterator[Bar]:
         """A bar over `total` units; ends with one line that says how much in how long."""
         with self._display(stage, total) as show:
-            bar = Bar(stage, total, unit, show)
+            bar = Bar(stage, total, unit, show, stopping=self.stopping)
             yield bar
         seconds = time.monotonic() - bar.began
         self.say(f"{stage}: {bar.done:,} {unit} in {seconds:.1f} s ({bar.rate:,.0f}/s)")
@@ -98,7 +119,7 @@ class Progress:
 
     def _tell(self, bar: Bar) -> None:
         if self.listener is not None:
-            self.listener(bar.stage, bar.done, bar.total, bar.rate)
+            self.listener(bar)
 
     @contextlib.contextmanager
     def _display(self, stage: str, total: int | None) -> Iterator[Callable[[Bar], None]]:
@@ -127,9 +148,9 @@ class Progress:
 
         def show(bar: Bar) -> None:
             nonlocal last
-            if time.monotonic() - last >= _PLAIN_SECONDS:
+            if self.verbosity >= 0 and time.monotonic() - last >= _PLAIN_SECONDS:
                 last = time.monotonic()
-                self.say(bar.line)
+                self._print(bar.line)
             self._tell(bar)
 
         return show

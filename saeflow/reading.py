@@ -83,8 +83,9 @@ class Reading:
                 self._read()
             for job in self.jobs:
                 self._finish(job)
-        except (KeyboardInterrupt, UserError):
-            self._keep()
+        except BaseException as error:
+            if isinstance(error, UserError) or not isinstance(error, Exception):  # the latter: interrupted, however
+                self._keep()
             raise
         finally:
             for board in (board for job in self.jobs for board in job.boards):

@@ -14,7 +14,7 @@ from pathlib import Path
 from saeflow import activations, features, pipeline
 from saeflow.config import Recipe
 from saeflow.machine import measured
-from saeflow.progress import Progress
+from saeflow.progress import Bar, Progress
 from saeflow.sections import UserError
 from saeflow.store import Store
 
@@ -25,8 +25,8 @@ class Bars:
 
     heard: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
 
-    def hear(self, stage: str, done: int, total: int | None, rate: float) -> None:
-        self.heard.setdefault(stage, []).append((time.monotonic(), done))
+    def hear(self, bar: Bar) -> None:
+        self.heard.setdefault(bar.stage, []).append((time.monotonic(), bar.done))
 
     def rates(self) -> dict[str, float]:
         """Units per second by bar, over its second half, when it is under way; 0 where too little was heard."""

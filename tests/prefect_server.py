@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,17 @@ class Server:
     api: str
     home: Path
     environment: dict[str, str]
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Of its pages."""
+        return self.api.removesuffix("/api")
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Variables for processes that use it."""
+        return self.environment | {"PREFECT_API_URL": self.api}
 
     def answers(self) -> bool:
         with contextlib.suppress(httpx.HTTPError):
@@ -97,28 +108,52 @@ def _is_server(process: psutil.Process) -> bool:
     return process.pid == os.getpid() or "server" in line or any("uvicorn" in word for word in line)
 
 
+def children(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(psutil.Process(pid).children(recursive=True))
+    return []
+
+
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ends a process when the block does, by SIGTERM and if need be by SIGKILL."""
+    """Ends a process when the block does, by SIGTERM; what is left of it and its children then, by SIGKILL."""
     try:
         yield
     finally:
+        family = children(process.pid)
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        for each in (process, *family):
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                each.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
-def prefect_server(home: Path, **more: str) -> Iterator[Server]:
+def running(command: list[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of this tree that prints into a file, and is ended after the block."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=dict(environment), stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+    with ended(process):
+        yield process
+
+
+@contextlib.contextmanager
+def prefect_server(home: Path, pages: bool = False, **more: str) -> Iterator[Server]:
+    """`prefect server start` with its database in `home`, ready when the block begins; `pages`: those for a browser, too."""
     port = free_port()
-    environment = environment_of(home, port, **more)
+    environment = environment_of(
+        home, port, PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false", DO_NOT_TRACK="1", **more
+    )
     server = Server(f"http://127.0.0.1:{port}/api", home, environment)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui"]
+    command = [sys.executable, "-m", "prefect", "server", "start", *([] if pages else ["--no-ui"])]
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=subprocess.STDOUT)
+    server.process = process
     with ended(process):
         wait_for(lambda: server.answers() or process.poll() is not None, 150, "the server answers")
         assert process.poll() is None, (home / "server.log").read_text()

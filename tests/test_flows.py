@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
@@ -20,7 +23,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import common
+from flows import common, page
 from flows.collect import collect_flow
 from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
@@ -100,6 +103,65 @@ def test_progress_and_numbers_are_artifacts(flowed: Store) -> None:
         assert {(f"saeflow-{stage}", "progress"), (f"saeflow-{stage}-numbers", "table")} <= kinds
         assert {a.data for a in found if a.key == f"saeflow-{stage}"} == {100.0}
     assert ("saeflow-pipeline-numbers", "table") in kinds
+
+
+def test_runs_are_named_and_tagged_by_what_they_do(flowed: Store, finished: Finished) -> None:
+    n_parts = len(finished.store.artefacts("activations")[0].published().parts)
+    wanted = {
+        "pipeline": "pipeline small: tokens, collect, train, encode, compact, evaluate",
+        "tokens": f"tokens small: {finished.summary['n_tokens']:,} tokens",
+        "collect": f"collect small: {n_parts} parts",
+        "train": "train small: batchtopk, 64 features",
+        "encode": f"encode small: {n_parts} parts",
+        "evaluate": "evaluate small",
+    }
+    for stage, name in wanted.items():
+        [run] = runs(f"saeflow-{stage}", flowed)
+        assert run.name == name
+        assert set(run.tags) == {stage, "small", "batchtopk"}
+
+
+def test_the_pipeline_ends_with_a_page_of_picture_numbers_and_next_commands(flowed: Store, finished: Finished) -> None:
+    with get_client(sync_client=True) as client:
+        [found] = [each for each in client.read_artifacts() if each.key == "saeflow-result"]
+    text = str(found.data)
+    [picture] = flowed.root.glob("features/*/density.png")
+    assert base64.b64encode(picture.read_bytes()).decode() in text
+    assert f"saeflow ask search_token the --store {flowed.name}" in text
+    assert f"| {page.plain('n tokens')} | {finished.summary['n_tokens']:,} |" in text
+
+
+def test_what_saeflow_says_and_warns_of_is_in_the_log_of_the_run(
+    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "PROGRESS_SECONDS", 0.2)
+    monkeypatch.setattr(common, "LOG_SECONDS", 0.2)
+    collect = activations.Collector.collect
+
+    def slow(self: activations.Collector, part: PartRecord, bar: Any) -> PartRecord:
+        logging.getLogger("saeflow.rows").warning("part %d is \x1b[31modd", part.index)
+        time.sleep(0.3)
+        return collect(self, part, bar)
+
+    monkeypatch.setattr(activations.Collector, "collect", slow)
+    collect_flow(finished.recipe, str(upstream.root))
+    said = wait_for_logs(runs("saeflow-collect", upstream)[0].id, "activations: 4,273 tokens in")
+    assert any(
+        re.search(r"activations: [\d,]+ of [\d,]+ \(\d+%\) tokens, [\d,]+/s, [\d:]+ left", line) for line in said
+    )
+    assert "part 1 is ␛[31modd" in said
+
+
+def wait_for_logs(run_id: UUID, last: str) -> list[str]:
+    """Lines of a flow run's log on the server, once one of them begins with `last`; they are sent from time to time."""
+    for _ in range(100):
+        with get_client(sync_client=True) as client:
+            found = client._client.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [str(run_id)]}}}).json()
+        said = [each["message"] for each in found]
+        if any(line.startswith(last) for line in said):
+            return said
+        time.sleep(0.2)
+    raise AssertionError(f"no such line: {last}")
 
 
 def test_a_second_run_does_nothing_twice_and_says_so(
@@ -187,6 +249,11 @@ def test_an_error_of_the_user_is_not_tried_again(
     with pytest.raises(UserError, match="Mend the table"):
         collect_flow(finished.recipe, str(upstream.root))
     assert tried.count(1) == 1
+    [run] = runs("saeflow-collect", upstream)
+    assert run.state is not None
+    assert str(run.state.message).endswith("UserError: Mend the table.")
+    with get_client(sync_client=True) as client:
+        assert any("stopped" in str(each.description) for each in client.read_artifacts() if each.flow_run_id == run.id)
 
 
 def test_a_flow_on_missing_input_says_what_to_run_first(upstream: Store, finished: Finished) -> None:
@@ -270,23 +337,16 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     with get_client(sync_client=True) as client:
         found = {artifact.key: artifact.data for artifact in client.read_artifacts()}
     rows = json.loads(found["saeflow-sweep"])
-    assert [row["member"] for row in rows] == ["small_k2_n_tokens3000", "small_k4_n_tokens3000"]
+    members = ["small_k2_n_tokens3000", "small_k4_n_tokens3000"]
+    assert [row["member"] for row in rows] == [page.plain(member) for member in members]
     assert [float(row["l0"]) for row in rows] == [row["l0"] for row in summary["sweep"]["saes"]]
     picture = sweep.picture_of(upstream, recipe)
     assert base64.b64encode(picture.read_bytes()).decode() in found["saeflow-sweep-picture"]
-    assert str(picture) in found["saeflow-sweep-picture"]
+    assert page.plain(str(picture)) in found["saeflow-sweep-picture"]
+    assert "saeflow run RECIPE --member small_k" in found["saeflow-result"]
 
 
 def test_a_flow_about_one_sae_refuses_a_sweep(finished: Finished, tmp_path: Path) -> None:
     swept = Recipe.model_validate(finished.recipe.model_dump() | {"sweep": {"grid": {"sae.k": [2, 4]}}})
     with pytest.raises(UserError, match=r"is a sweep of 2 SAEs"):
         evaluate_flow.fn(swept, str(tmp_path / "store"))
-
-
-def test_a_large_picture_is_named_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[str] = []
-    monkeypatch.setattr(common, "create_markdown_artifact", lambda markdown, **_: shown.append(markdown))
-    path = tmp_path / "pareto.png"
-    path.write_bytes(bytes(common.PICTURE_BYTES + 1))
-    common.show_picture("sweep", path)
-    assert shown == [str(path)]

@@ -17,7 +17,7 @@ from saeflow import activations, bring, interchange, schedule, tokens, train, tr
 from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json
 from saeflow.model import load_model
-from saeflow.progress import Progress
+from saeflow.progress import Bar, Progress
 from saeflow.sae import SparseAutoencoder
 from saeflow.sections import UserError
 from saeflow.store import Store
@@ -67,8 +67,8 @@ def recipe_of(table: Path, **changes) -> Recipe:
 def stopping_after(n_rows: int, error: type[BaseException]) -> Progress:
     """Progress that ends the training once it has seen more than `n_rows` rows."""
 
-    def listen(stage: str, done: int, total: int | None, rate: float) -> None:
-        if stage == "train" and done > n_rows:
+    def listen(bar: Bar) -> None:
+        if bar.stage == "train" and bar.done > n_rows:
             raise error
 
     return Progress(verbosity=-1, listener=listen)

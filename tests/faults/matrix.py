@@ -162,9 +162,8 @@ def clock_back(runner: Runner, stage: str, store: Path) -> int | None:
 def prefect_lost(when: dict[str, str], usual: str, runner: Runner, stage: str, store: Path) -> int | None:
     """Prefect's server is killed at that point of the flow."""
     with prefect_server(runner.folder / f"prefect-{store.name}") as server:
-        environment = server.environment | {
-            "PREFECT_API_URL": server.api, "PREFECT_CLIENT_MAX_RETRIES": "1", "SAEFLOW_TEST_SERVER": str(server.pid),
-        }  # fmt: skip
+        assert server.process is not None
+        environment = server.env | {"SAEFLOW_TEST_SERVER": str(server.process.pid)}
         words = [stage, "server lost", str(store), str(runner.recipe), at(stage, when, usual).when]
         return _alone(runner, store, words, environment)
 
