@@ -81,13 +81,35 @@ class Block:
     stop: int
 
 
-def plan_blocks(parts: Sequence[PartRecord], block_sequences: int) -> list[Block]:
-    """Training sequences of the parts, cut into blocks; held-out ones, which end each part, stay out."""
-    return [
-        Block(part, start, min(start + block_sequences, part.counts["n_train_sequences"]))
-        for part in parts
-        for start in range(0, part.counts["n_train_sequences"], block_sequences)
-    ]
+class Blocks:
+    """Training sequences of the parts, cut into blocks; held-out ones, which end each part, stay out.
+
+    What is kept is a number for each part: there may be millions of blocks.
+    """
+
+    def __init__(self, parts: Sequence[PartRecord], block_sequences: int) -> None:
+        self.parts = [part for part in parts if part.counts["n_train_sequences"]]
+        self.block_sequences = block_sequences
+        n_blocks = [-(-part.counts["n_train_sequences"] // block_sequences) for part in self.parts]
+        self._ends = np.cumsum(n_blocks, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, number: int) -> Block:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        part = self.parts[place]
+        start = (number - int(self._ends[place - 1] if place else 0)) * self.block_sequences
+        return Block(part, start, min(start + self.block_sequences, part.counts["n_train_sequences"]))
+
+    def sums(self, of_sequences: Callable[[int], np.ndarray]) -> np.ndarray:
+        """int64: of every block the sum of what is given for the sequences of a part (S,), by the part's index."""
+        found = [self._sums(part, of_sequences(part.index)) for part in self.parts]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def _sums(self, part: PartRecord, each: np.ndarray) -> np.ndarray:
+        n_train = part.counts["n_train_sequences"]
+        return np.add.reduceat(each[:n_train].astype(np.int64), np.arange(0, n_train, self.block_sequences))
 
 
 def expected_partners(sizes: np.ndarray, batch_rows: int) -> float:

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from saeflow.disk import checksum, json_text, read_json, replacing, write_json
 from saeflow.fingerprints import FORMAT_VERSION
@@ -30,8 +32,12 @@ KINDS: tuple[Kind, ...] = ("tokens", "activations", "saes", "features")
 _Record = TypeVar("_Record", bound=BaseModel)
 
 
-class FileRecord(BaseModel, frozen=True):
-    """One file of a part: path inside it, size, and the 128-bit xxh3 checksum of its bytes."""
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of a part: path inside it, size, and the 128-bit xxh3 checksum of its bytes.
+
+    No pydantic model: a store has millions of them, and one takes a quarter of the memory so.
+    """
 
     name: str
     n_bytes: int
@@ -48,13 +54,27 @@ class PartRecord(BaseModel, frozen=True):
     inputs: dict[str, str] = {}
     """What the part was made from: the folder of the part read, by kind. Empty in format 1."""
 
-    @property
+    @cached_property
     def folder(self) -> str:
         """`<index>-<hash>`: equal content has an equal name."""
         facts: list[Any] = [self.counts, [(f.name, f.checksum) for f in self.files]]
         if self.inputs:
             facts.append(self.inputs)
         return f"{self.index:06d}-{xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())[:8]}"
+
+    @property
+    def text(self) -> str:
+        """What part.json holds: `checked_text` of the record, without Python's own slow indenting."""
+        files = [{"checksum": f.checksum, "n_bytes": f.n_bytes, "name": f.name} for f in self.files]
+        about = {
+            "counts": dict(sorted(self.counts.items())),
+            "files": files,
+            "format_version": self.format_version,
+            "index": self.index,
+            "inputs": dict(sorted(self.inputs.items())),
+        }
+        digest = xxhash.xxh3_64_hexdigest(to_json(about, indent=1) + b"\n")
+        return to_json(about | {"sum": digest}, indent=1).decode() + "\n"
 
     def made_from(self, inputs: dict[str, str]) -> bool:
         """Is the part what these inputs give? Format 1 did not say; its parts follow from their index."""
@@ -126,13 +146,23 @@ def listed(generation: Generation) -> pa.Table:
 def read_listed(path: Path, number: int) -> Generation:
     """A generation from its table. Raises Damaged."""
     try:
-        rows = pq.read_table(path).to_pylist()
-        parts = tuple(PartRecord.model_validate_json(row["record"]) for row in rows)
+        table = pq.read_table(path)
+        parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_pylist()))
+        for part, folder in zip(parts, table.column("folder").to_pylist(), strict=True):
+            part.__dict__["folder"] = folder  # known: it need not be computed
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
         raise damaged(path) from error
-    found = ((part.index, row.get("hidden")) for part, row in zip(parts, rows, strict=True))
-    hidden = {index: tuple(Hidden(**each) for each in documents) for index, documents in found if documents}
-    return Generation(number, parts, hidden)
+    documents = table.column("hidden").to_pylist() if "hidden" in table.column_names else []
+    found = ((part.index, each) for part, each in zip(parts, documents, strict=False) if each)
+    return Generation(number, parts, {index: tuple(Hidden(**one) for one in each) for index, each in found})
+
+
+def listed_folders(path: Path) -> list[str]:
+    """Folders of the parts in a list, without their records. Raises Damaged."""
+    try:
+        return list(pq.read_table(path, columns=["folder"]).column("folder").to_pylist())
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(path) from error
 
 
 def file_records(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> list[FileRecord]:
