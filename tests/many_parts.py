@@ -8,10 +8,11 @@ are digits by chance; nothing is flushed to the disk while the parts are made. `
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +23,9 @@ import pyarrow.parquet as pq
 from saeflow import activations, features, tokens, train
 from saeflow.arrays import plan_layout
 from saeflow.artefact import Artefact
+from saeflow.compaction import BUCKET_VALUES, MOST_VALUES, PIECE_VALUES
 from saeflow.config import Recipe, parse_recipe
+from saeflow.coverage import FIRST_INDEX, stands_for
 from saeflow.feature_tables import PART_TABLES
 from saeflow.records import FileRecord, Generation, PartRecord
 from saeflow.store import Store
@@ -53,12 +56,11 @@ class Many:
 
     @property
     def recipe(self) -> Recipe:
-        data = ROOT / "data" / "demo"
         return parse_recipe(
             {
                 "name": "many",
-                "corpus": {"files": [str(data / "corpus.parquet")]},
-                "model": {"path": str(data / "model")},
+                "corpus": {"files": ["texts/*.txt"]},
+                "model": {"path": str(ROOT / "data" / "demo" / "model")},
                 "tokens": {"context_length": LENGTH},
                 "activations": {"sites": [SITE]},
                 "sae": {"n_features": N_FEATURES, "k": VALUES_PER_TOKEN},
@@ -110,6 +112,24 @@ class Many:
             inputs = {"tokens": source.folder, "activations": stored.folder}
             yield self._part(self.features, index, counts, files, inputs)
 
+    def compacted_parts(self) -> Iterator[PartRecord]:
+        """What `saeflow compact` makes of all parts: files of about as many values as it writes."""
+        every = list(replace(self, with_files=False).feature_parts(0, self.n_parts))
+        per_part = every[0].counts["n_values"]
+        for start in range(0, len(every), MOST_VALUES // per_part):
+            group = every[start : start + MOST_VALUES // per_part]
+            n_values = per_part * len(group)
+            ids = np.linspace(0, N_FEATURES, max(1, n_values // BUCKET_VALUES) + 1, dtype=int)
+            first = group[0].index * N_SEQUENCES * LENGTH
+            last = first + len(group) * N_SEQUENCES * LENGTH
+            tokens = np.linspace(first, last, max(1, n_values // (2 * PIECE_VALUES)) + 1, dtype=int)
+            files = [f"{table}.parquet" for table in PART_TABLES]
+            files += [f"feature_major/low={a}/high={b - 1}/000.parquet" for a, b in itertools.pairwise(ids)]
+            files += [f"token_major/low={a}/high={b - 1}/000.parquet" for a, b in itertools.pairwise(tokens)]
+            counts = {"n_tokens": last - first, "n_values": n_values, "n_parts": len(group)}
+            inputs = {f"{part.index:06d}": stands_for(part.inputs) for part in group}
+            yield self._part(self.features, FIRST_INDEX + group[0].index, counts, dict.fromkeys(files), inputs)
+
     def _make_tokens(self) -> None:
         os.makedirs(self.tokens.path, exist_ok=True)
         pieces = [f" w{i}" for i in range(4096)]
@@ -121,25 +141,22 @@ class Many:
         facts = activations.facts(self.store, self.recipe) | {"stored": [[SITE, WIDTH]]}
         self.activations.begin(facts, [self.tokens.id])
         self._publish(self.activations, self.activation_parts(0, self.n_parts))
-        self._describe_first()
 
     def _make_features(self) -> None:
         facts = features.facts(self.store, self.recipe) | {"context_length": LENGTH, "architecture": "batchtopk"}
-        trained = train.artefact(self.store, self.recipe)
-        self.features.begin(facts, [self.tokens.id, self.activations.id, trained.id])
+        trained = train.fresh_artefact(self.store, self.recipe)
+        inputs = [self.tokens.id, self.activations.id]
+        with trained.writing(), trained.whole(train.facts(self.store, self.recipe), inputs, {}) as folder:
+            (folder / "cfg.json").write_text("{}")
+        self.features.begin(facts, [*inputs, trained.id])
         self._publish(self.features, self.feature_parts(0, self.n_parts))
 
-    def _describe_first(self) -> None:
-        """A real `zarr.json` in the first part, of which the feed learns the precision."""
-        first = self.activations.published().parts[0]
-        layout = plan_layout(N_SEQUENCES, LENGTH, WIDTH, self.recipe.activations)
+    def _described(self) -> Path:
+        """A real `zarr.json`: the feed opens arrays for it."""
         scratch = self.store.root / "tmp" / "described.zarr"
-        Writer(scratch, layout, "float16")._disk.shutdown()
-        target = self.activations.part_path(first) / f"{SITE}.zarr" / "zarr.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        shutil.copy(scratch / "zarr.json", target)
-        shutil.rmtree(scratch)
+        if not scratch.exists():
+            Writer(scratch, plan_layout(N_SEQUENCES, LENGTH, WIDTH, self.recipe.activations), "float16")
+        return scratch / "zarr.json"
 
     def _publish(self, target: Artefact, parts: Iterator[PartRecord]) -> None:
         target._show(target._write_list(Generation(1, tuple(parts))).number)
@@ -171,6 +188,8 @@ class Many:
     def source(self, name: str) -> str:
         """The small file that parts link to under this name."""
         table = name.partition("/")[0]
+        if name.endswith("zarr.json"):
+            return str(self._described())
         if table in self.sources:
             return str(self.sources[table])
         made = f"{self.store.root}/tmp/one-byte"
