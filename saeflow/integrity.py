@@ -76,7 +76,8 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
 def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator[str]:
     folder = artefact.part_path(part)
     yield from artefact.missing_files(folder, part.files, full)
-    yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part) if full)
+    if full:
+        yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part))
     try:
         if artefact.objects is not None:
             if not full:  # one request a part would take long
