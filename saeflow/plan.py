@@ -40,7 +40,9 @@ class Pool:
 def plan_pools(n_blocks: int, pool_blocks: int, seed: int, epoch: int = 0) -> list[np.ndarray]:
     """All blocks in random order, at most `pool_blocks` together; ascending inside a pool."""
     order = np.random.default_rng([seed, epoch]).permutation(n_blocks)
-    return [np.sort(order[start : start + pool_blocks]) for start in range(0, n_blocks, pool_blocks)]
+    whole = n_blocks // pool_blocks * pool_blocks
+    full = np.sort(order[:whole].reshape(-1, pool_blocks), axis=1)
+    return [*full, np.sort(order[whole:])] if whole < n_blocks else [*full]
 
 
 def plan_epoch(
@@ -109,7 +111,7 @@ class Blocks:
 
     def _sums(self, part: PartRecord, each: np.ndarray) -> np.ndarray:
         n_train = part.counts["n_train_sequences"]
-        return np.add.reduceat(each[:n_train].astype(np.int64), np.arange(0, n_train, self.block_sequences))
+        return np.add.reduceat(each[:n_train], np.arange(0, n_train, self.block_sequences), dtype=np.int64)
 
 
 def expected_partners(sizes: np.ndarray, batch_rows: int) -> float:

@@ -6,10 +6,11 @@ The bytes are specified in data/README.md.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -147,7 +148,8 @@ def read_listed(path: Path, number: int) -> Generation:
     """A generation from its table. Raises Damaged."""
     try:
         table = pq.read_table(path)
-        parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_pylist()))
+        with _no_collection():
+            parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_pylist()))
         for part, folder in zip(parts, table.column("folder").to_pylist(), strict=True):
             part.__dict__["folder"] = folder  # known: it need not be computed
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
@@ -155,6 +157,18 @@ def read_listed(path: Path, number: int) -> Generation:
     documents = table.column("hidden").to_pylist() if "hidden" in table.column_names else []
     found = ((part.index, each) for part, each in zip(parts, documents, strict=False) if each)
     return Generation(number, parts, {index: tuple(Hidden(**one) for one in each) for index, each in found})
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python would look again and again for cycles among the million objects that are being made: most of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def listed_folders(path: Path) -> list[str]:

@@ -101,8 +101,7 @@ class Used:
         ):
             if last > first:
                 real[last - 1] = n_tokens - (last - first - 1) * self.length
-        skipped = np.searchsorted(self.skip_positions, real) if self.skip_positions else 0
-        return np.asarray(real - skipped)
+        return real - np.searchsorted(self.skip_positions, real) if self.skip_positions else real
 
     @cached_property
     def _special(self) -> np.ndarray:

@@ -51,13 +51,15 @@ class Taken:
 
     began: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
+    processor_seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         yield
         self.seconds += time.perf_counter() - began
+        self.processor_seconds += time.process_time() - worked
 
 
 def target_of(many: Many, kind: str) -> Artefact:
@@ -174,7 +176,12 @@ def step(name: str, folder: Path, n_parts: int) -> None:
     taken = Taken()
     STEPS[name](many_of(folder, n_parts), taken)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    print(json.dumps({"seconds": round(taken.seconds, 2), "peak_bytes": peak} | taken.facts))
+    about = {
+        "seconds": round(taken.seconds, 2),
+        "processor_seconds": round(taken.processor_seconds, 2),
+        "peak_bytes": peak,
+    }
+    print(json.dumps(about | taken.facts))
 
 
 def many_of(folder: Path, n_parts: int) -> Many:
