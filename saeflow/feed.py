@@ -33,8 +33,8 @@ from saeflow.used import Used
 
 _READERS, _OBJECT_READERS = 2, 8
 """Dask threads that read blocks."""
-_MOST_OPEN = 1024
-"""Arrays that are kept open, of all sites: one takes about a millisecond and some kilobytes."""
+_MOST_OPEN = 128
+"""Arrays that are kept open, of all sites: one takes two milliseconds to open."""
 _SAMPLED_POOLS = 4
 """Pools of which the mixing is looked at."""
 

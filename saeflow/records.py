@@ -10,7 +10,7 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -18,7 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from pydantic import BaseModel, ValidationError
@@ -149,14 +151,20 @@ def read_listed(path: Path, number: int) -> Generation:
     try:
         table = pq.read_table(path)
         with _no_collection():
-            parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_pylist()))
-        for part, folder in zip(parts, table.column("folder").to_pylist(), strict=True):
+            parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_numpy()))
+        for part, folder in zip(parts, table.column("folder").to_numpy(), strict=True):
             part.__dict__["folder"] = folder  # known: it need not be computed
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
         raise damaged(path) from error
-    documents = table.column("hidden").to_pylist() if "hidden" in table.column_names else []
-    found = ((part.index, each) for part, each in zip(parts, documents, strict=False) if each)
-    return Generation(number, parts, {index: tuple(Hidden(**one) for one in each) for index, each in found})
+    return Generation(number, parts, dict(_hidden(table, parts)))
+
+
+def _hidden(table: pa.Table, parts: Sequence[PartRecord]) -> Iterator[tuple[int, tuple[Hidden, ...]]]:
+    """By index of the parts that have any."""
+    if "hidden" in table.column_names:
+        column = table.column("hidden")
+        for row in np.flatnonzero(pc.fill_null(pc.list_value_length(column), 0)).tolist():
+            yield parts[row].index, tuple(Hidden(**each) for each in column[row].as_py())
 
 
 @contextlib.contextmanager
@@ -174,7 +182,7 @@ def _no_collection() -> Iterator[None]:
 def listed_folders(path: Path) -> list[str]:
     """Folders of the parts in a list, without their records. Raises Damaged."""
     try:
-        return list(pq.read_table(path, columns=["folder"]).column("folder").to_pylist())
+        return list(pq.read_table(path, columns=["folder"]).column("folder").to_numpy())
     except (OSError, ValueError, KeyError) as error:
         raise damaged(path) from error
 

@@ -95,12 +95,10 @@ class Used:
         """Of sequences that are full, but for the last for training and the last held out."""
         n, n_train = part.counts["n_sequences"], part.counts["n_train_sequences"]
         real = np.full(n, self.length)
-        for last, first, n_tokens in (
-            (n_train, 0, part.counts["n_train_tokens"]),
-            (n, n_train, part.counts["n_tokens"] - part.counts["n_train_tokens"]),
-        ):
-            if last > first:
-                real[last - 1] = n_tokens - (last - first - 1) * self.length
+        if n_train:
+            real[n_train - 1] += part.counts["n_train_tokens"] - n_train * self.length
+        if n > n_train:
+            real[n - 1] += part.counts["n_tokens"] - part.counts["n_train_tokens"] - (n - n_train) * self.length
         return real - np.searchsorted(self.skip_positions, real) if self.skip_positions else real
 
     @cached_property

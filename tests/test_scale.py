@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import zarr
@@ -14,14 +16,17 @@ import zarr
 import saeflow.artefact
 from saeflow import activations, compaction, feed, integrity
 from saeflow.artefact import Artefact
+from saeflow.compaction import BUCKET_VALUES, MOST_VALUES, PIECE_VALUES
+from saeflow.config import parse_recipe
 from saeflow.feed import Feed
 from saeflow.model import Site
+from saeflow.plan import pool_blocks
 from saeflow.progress import Progress
 from saeflow.records import checked_text
 from saeflow.sections import FeedConfig
 from saeflow.store import Store
 from saeflow.used import Used
-from tests.many_parts import N_SEQUENCES, N_TRAIN, SITE, WIDTH, Many
+from tests.many_parts import N_SEQUENCES, N_TRAIN, ROOT, SITE, WIDTH, Many
 
 N_PARTS, N_ENCODED = 2_000, 300
 FEW = 60
@@ -157,3 +162,53 @@ def test_planning_an_epoch_opens_a_bounded_number_of_arrays_and_no_tokens(many, 
 def test_the_record_of_a_part_is_written_as_every_other_record_is(many):
     for part in (*many.tokens.published().parts[:3], *many.features.published().parts[:3]):
         assert part.text == checked_text(part.model_dump(mode="json"))
+
+
+PAGE = (ROOT / "docs" / "scale.md").read_text("utf-8")
+FRAGMENTS = re.findall(r"^```toml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS)
+def test_a_recipe_of_the_page_on_scale_is_one(fragment):
+    recipe = parse_recipe(tomllib.loads(fragment))
+    assert recipe.tokens.part_tokens == 1 << 22
+    sequence_bytes = recipe.tokens.context_length * 4096 * 2
+    assert pool_blocks(recipe.feed, sequence_bytes)[1] >= 100, "a pool of fewer blocks does not mix"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model of the page: width, features, active ones a token, and parameters up to the site (None: measured instead)."""
+
+    width: int
+    n_features: int
+    l0: int
+    n_parameters: float | None
+
+    def figures(self, n_tokens: float) -> dict[str, str]:
+        """What the formulas of the page give."""
+        values, product = self.l0 * n_tokens, 2 * self.width * self.n_features
+        forward = n_tokens / 222_648 if self.n_parameters is None else 2 * self.n_parameters * n_tokens / GPU
+        return {
+            "activations, TB": f"{2 * self.width * n_tokens / 1e12:,.1f}",
+            "token tables, TB": f"{5.56 * n_tokens / 1e12:,.3f}",
+            "features, TB": f"{7.2 * values / 1e12:,.1f}",
+            "shards of 32 MiB": f"{2 * self.width * n_tokens / (32 << 20):,.0f}",
+            "shards of 1 GiB": f"{2 * self.width * n_tokens / (1 << 30):,.0f}",
+            "files of a compacted run": f"{values * (1 / BUCKET_VALUES + 1 / (2 * PIECE_VALUES) + 7 / MOST_VALUES):,.0f}",
+            "collection, hours": f"{forward / 3600:,.1f}",
+            "encoding, core hours": f"{n_tokens / (14_282 / 2) * product / (2 * 512 * 16_384) / 3600:,.0f}",
+            "compaction, hours": f"{values / 2_843_891 / 3600:,.0f}",
+            "training on 10⁹ tokens, days of two cores": f"{1e9 / 12_254 * product / (2 * 512 * 16_384) / 86_400:,.1f}",
+        }
+
+
+GPU = 0.3 * 989e12
+EXAMPLES = [Example(512, 16_384, 32, None), Example(2304, 65_536, 64, 1.3e9), Example(4096, 131_072, 64, 4e9)]
+
+
+@pytest.mark.parametrize("name", list(EXAMPLES[0].figures(1e10)))
+def test_the_figures_of_the_page_on_scale_follow_from_its_formulas(name):
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} "))
+    cells = [cell.strip() for cell in row.strip("|").split("|")][1:4]
+    assert cells == [example.figures(1e10)[name] for example in EXAMPLES]
