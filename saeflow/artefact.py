@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock, Timeout
 
-from saeflow.disk import checksum, flush_tree, make_folder, rename, replacing
+from saeflow.disk import checksum, flush_tree, look, make_folder, rename, replacing
 from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.objects import Objects
 from saeflow.records import (
@@ -227,10 +227,17 @@ class Artefact:
         """Finished parts on disk that fit and whose files are all there in their full size; published ones first."""
         generation = self.generation()
         found: dict[int, PartRecord] = {}
-        for record in itertools.chain(generation.parts if generation else (), self._unlisted(generation)):
-            if fits(record) and record.index not in found and not list(self._missing(record)):
-                found[record.index] = record
+        every = itertools.chain(generation.parts if generation else (), self._unlisted(generation))
+        for record, whole in self._looked_at(record for record in every if fits(record)):
+            if whole:
+                found.setdefault(record.index, record)
         return found
+
+    def _looked_at(self, records: Iterable[PartRecord]) -> Iterator[tuple[PartRecord, bool]]:
+        """Parts, and whether their files are all there."""
+        if self.objects is not None:
+            self.objects.listing(self.path)
+        return look(lambda record: (record, not any(self._missing(record))), records)
 
     def _missing(self, part: PartRecord) -> Iterator[str]:
         folder = self.part_path(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import time
@@ -13,9 +14,18 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from saeflow.artefact import Artefact
-from saeflow.disk import flush_tree, rename
+from saeflow.disk import flush_tree, look, rename
 from saeflow.fingerprints import FORMAT_VERSION
-from saeflow.records import KINDS, Damaged, PartRecord, read_checked, read_record, write_checked, write_record
+from saeflow.records import (
+    KINDS,
+    Damaged,
+    PartRecord,
+    listed_folders,
+    read_checked,
+    read_record,
+    write_checked,
+    write_record,
+)
 from saeflow.store import Store
 
 
@@ -56,8 +66,10 @@ def damage(artefact: Artefact, full: bool) -> Iterator[Damage]:
     yield from (Damage(artefact, None, problem) for problem in _own_problems(artefact, full))
     with contextlib.suppress(Damaged):  # said above
         generation = artefact.generation()
-        for part in generation.parts if generation else ():
-            yield from (Damage(artefact, part, problem) for problem in _part_problems(artefact, part, full))
+        parts = generation.parts if generation else ()
+        one_by_one = full or artefact.objects is not None
+        found = (map if one_by_one else look)(lambda part: (part, list(_part_problems(artefact, part, full))), parts)
+        yield from (Damage(artefact, part, problem) for part, problems in found for problem in problems)
 
 
 def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
@@ -165,7 +177,7 @@ def _old_generations(artefact: Artefact, grace_seconds: float) -> Iterator[Garba
     for number, path in lists.items():
         replaced = [lists[later].stat().st_mtime for later in lists if later > number]
         if number == current.number or (replaced and time.time() - min(replaced) < grace_seconds):
-            kept |= {part.folder for part in _parts_of(artefact, number)}
+            kept |= set(listed_folders(path))
         else:
             why = f"list of generation {number}; readers see {current.number}"
             yield Garbage(path, why, path.stat().st_size, artefact)
@@ -173,11 +185,6 @@ def _old_generations(artefact: Artefact, grace_seconds: float) -> Iterator[Garba
         n_bytes, written = artefact.footprint(path)
         if time.time() - written >= grace_seconds:
             yield Garbage(path, "part that no generation lists", n_bytes, artefact)
-
-
-def _parts_of(artefact: Artefact, number: int) -> tuple[PartRecord, ...]:
-    generation = artefact.generation(number)
-    return generation.parts if generation else ()
 
 
 def _left_work(store: Store) -> Iterator[Garbage]:
