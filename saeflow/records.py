@@ -132,6 +132,11 @@ class Generation:
 
 def listed(generation: Generation) -> pa.Table:
     """The table of a generation: one row a part."""
+    with _no_collection():
+        return _listed(generation)
+
+
+def _listed(generation: Generation) -> pa.Table:
     parts = generation.parts
     hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
     document = pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())])

@@ -6,8 +6,9 @@ python -m tests.benchmarks.scale --keep FOLDER    leaves the store there, and be
 
 Records, lists, folders, names and sizes of files and the documents' names are real; the values are not
 (`tests/many_parts.py` says which is which). A part has 262,144 tokens of 512 neurons in 8 shards, as by default: 2.6e10
-tokens and 10 million documents. Each line is a process of its own. Seconds are those after Python's imports, memory is the
-peak of the whole process; the system's cache is warm. Nothing is asked of the values: `tests.benchmarks.queries` does that.
+tokens and 10 million documents. Each line is a process of its own. Seconds are those after Python's imports, of the clock
+and of the processor (on a busy machine the clock says how busy it is); memory is the peak of the whole process. How much
+of the folders the system has in its cache is left to it. Nothing is asked of the values: `tests.benchmarks.queries` does that.
 """
 
 from __future__ import annotations
@@ -226,7 +227,8 @@ def bars(found: dict[str, dict[str, Any]]) -> list[Bar]:
     for name, each in found.items():
         most = ASKED.get(name.split()[0].strip(","))
         if most is not None:
-            made.append(Bar(f"{name}: seconds", most, "<=", each.get("seconds"), reason=each.get("failed")))
+            for clock in ("seconds", "processor_seconds"):
+                made.append(Bar(f"{name}: {clock}", most, "<=", each.get(clock), reason=each.get("failed")))
         made.append(Bar(f"{name}: bytes of memory", MEMORY, "<=", each.get("peak_bytes"), reason=each.get("failed")))
     return made
 
