@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import xxhash
 
-from saeflow.disk import checksum, flush_tree, make_folder, rename, replacing
+from saeflow.disk import checksum, flush_tree, look, make_folder, rename, replacing
 from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.lease import FileSlot, Lease, ObjectSlot, held
 from saeflow.objects import Objects
@@ -38,6 +39,7 @@ from saeflow.records import (
     file_record,
     file_records,
     listed,
+    listed_folders,
     read_checked,
     read_listed,
     read_record,
@@ -92,6 +94,8 @@ class Artefact:
     """Parts that this object has finished, by index."""
     shared: bool = field(default=False, compare=False)
     """May another process make the same part at the same time? Then each attempt has a folder of its own."""
+    _lists: dict[tuple[int, str], Generation] = field(default_factory=dict, compare=False, repr=False)
+    """The list that was read last, by its number and checksum: of 100,000 parts one takes seconds to read."""
 
     @property
     def id(self) -> str:
@@ -303,34 +307,49 @@ class Artefact:
         """Finished parts on disk that fit and whose files are all there in their full size; published ones first."""
         generation = self.generation()
         found: dict[int, PartRecord] = {}
-        for record in itertools.chain(generation.parts if generation else (), self._unlisted(generation)):
-            if fits(record) and record.index not in found and not list(self._missing(record)):
-                found[record.index] = record
+        every = itertools.chain(generation.parts if generation else (), self._unlisted(generation))
+        for record, whole in self._looked_at(record for record in every if fits(record)):
+            if whole:
+                found.setdefault(record.index, record)
         return found
 
+    def _looked_at(self, records: Iterable[PartRecord]) -> Iterator[tuple[PartRecord, bool]]:
+        """Parts, and whether their files are all there."""
+        if self.objects is not None:
+            self.objects.listing(self.path)
+        return look(lambda record: (record, not any(self._missing(record))), records)
+
     def _missing(self, part: PartRecord) -> Iterator[str]:
-        yield from self.missing_files(self.part_path(part), part.files)
-        if self._size(self.part_path(part) / "part.json") is None:
-            yield f"{self.part_path(part) / 'part.json'} is missing"
+        folder = self.part_path(part)
+        yield from self.missing_files(folder, part.files)
+        if self._size(f"{folder}/part.json") is None:
+            yield f"{folder}/part.json is missing"
 
     def missing_files(self, folder: Path, files: Iterable[FileRecord], full: bool = False) -> Iterator[str]:
         """What is wrong with the recorded files: missing, of another size, or (`full`) of other content."""
         for file in files:
-            path = folder / file.name
+            path = f"{folder}/{file.name}"
             n_bytes = self._size(path)
             if n_bytes is None:
                 yield f"{path} is missing"
             elif n_bytes != file.n_bytes:
                 yield f"{path} has {n_bytes} bytes instead of {file.n_bytes}"
-            elif full and (self.objects.checksum(path) if self.objects else checksum(path)) != file.checksum:
+            elif full and self._checksum(Path(path)) != file.checksum:
                 yield f"{path} has changed since it was written"
 
-    def _size(self, path: Path) -> int | None:
-        """Bytes of a file of the artefact, None where it is missing."""
+    def _size(self, path: str) -> int | None:
+        """Bytes of a file of the artefact, None where it is missing. One call of the system: a store has millions."""
         if self.objects is not None:
-            found = self.objects.listing(self.path).get(self.objects.key(path))
+            found = self.objects.listing(self.path).get(self.objects.key(Path(path)))
             return found.n_bytes if found else None
-        return path.stat().st_size if path.is_file() else None
+        try:
+            about = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return about.st_size if stat.S_ISREG(about.st_mode) else None
+
+    def _checksum(self, path: Path) -> str:
+        return self.objects.checksum(path) if self.objects is not None else checksum(path)
 
     def footprint(self, path: Path) -> tuple[int, float]:
         """Bytes of a file of the artefact, or of all below a folder, and when the newest was written (0: just now)."""
@@ -417,7 +436,7 @@ class Artefact:
 
     def unlisted_folders(self) -> list[Path]:
         """Folders in parts/ that no generation on disk lists."""
-        listed = {part.folder for number in self.numbers() for part in self._read_list(number).parts}
+        listed = {name for number in self.numbers() for name in listed_folders(self.list_path(number))}
         return sorted(self.path / "parts" / name for name in self.part_folders() - listed)
 
     def numbers(self) -> list[int]:
@@ -438,7 +457,11 @@ class Artefact:
                 self.objects.fetch(file, fresh=True)
         if not file.is_file() or checksum(file) != manifest["checksum"]:
             raise damaged(file)
-        return self._read_list(int(manifest["generation"]))
+        known = int(manifest["generation"]), str(manifest["checksum"])
+        if known not in self._lists:
+            self._lists.clear()
+            self._lists[known] = self._read_list(known[0])
+        return self._lists[known]
 
     def _read_list(self, number: int) -> Generation:
         return read_listed(self.list_path(number), number)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -18,20 +18,23 @@ from saeflow.artefact import Artefact
 from saeflow.model import Site
 from saeflow.plan import (
     Block,
+    Blocks,
     Pool,
     batches_of_pools,
     expected_partners,
     met_partners,
-    plan_blocks,
     plan_epoch,
     plan_pools,
     pool_blocks,
 )
+from saeflow.records import PartRecord
 from saeflow.sections import FeedConfig, UserError
 from saeflow.used import Used
 
 _READERS, _OBJECT_READERS = 2, 8
 """Dask threads that read blocks."""
+_MOST_OPEN = 128
+"""Arrays that are kept open, of all sites: one takes two milliseconds to open."""
 _SAMPLED_POOLS = 4
 """Pools of which the mixing is looked at."""
 
@@ -82,15 +85,16 @@ class Feed:
         self.config, self.used, self.target = config, used, target
         self.sites = [sites] if isinstance(sites, Site) else list(sites)
         parts = (target.generation(generation) or target.published()).parts
-        self.arrays: dict[tuple[int, str], Stored] = {
-            (part.index, site.name): open_site(target, part, site) for part in parts for site in self.sites
-        }
-        self.dtype: torch.dtype = next(iter(self.arrays.values())).dtype
+        self._array = _opener(target, parts)
+        first = parts[: max(1, _MOST_OPEN // len(self.sites))]  # of few parts all: what is missing is said at the start
+        arrays = [self._array(part.index, site) for part in first for site in self.sites]
+        self.dtype: torch.dtype = arrays[0].dtype
         self._row_bytes = sum(site.width for site in self.sites) * self.dtype.itemsize
         block_sequences, self.pool_blocks = pool_blocks(config, used.length * self._row_bytes)
-        self.blocks = plan_blocks(parts, block_sequences)
+        self.blocks = Blocks(parts, block_sequences)
         self.stride = block_sequences * used.length
-        self.counts = self._block_counts()
+        self.counts = self.blocks.sums(used.counts)
+        """Used tokens of every block."""
         self.n_bytes_read = 0
         """Stored bytes of the blocks read so far."""
         self._kept: tuple[tuple[Block, ...], list[Tensor], np.ndarray] | None = None
@@ -100,11 +104,6 @@ class Feed:
     @property
     def site(self) -> Site:
         return self.sites[0]
-
-    def _block_counts(self) -> np.ndarray:
-        """Used tokens of every block."""
-        of_part = {index: self.used.counts(index) for index in {block.part.index for block in self.blocks}}
-        return np.array([of_part[b.part.index][b.start : b.stop].sum() for b in self.blocks], np.int64)
 
     @property
     def n_rows(self) -> int:
@@ -219,7 +218,7 @@ class Feed:
         whole = len(out[0]) == (block.stop - block.start) * self.used.length
         chosen = None if whole else torch.from_numpy(self.used.mask(block.part.index, rows).reshape(-1).nonzero()[0])
         for site, room in zip(self.sites, out, strict=True):
-            array = self.arrays[block.part.index, site.name]
+            array = self._array(block.part.index, site)
             if chosen is None:
                 array.read_into(rows, room)
             else:
@@ -253,6 +252,17 @@ class Feed:
         sampled = int(sizes.sum())
         others = float((sizes * (sizes - 1)).sum()) / max(sampled, 1)
         return others * (self.config.batch_rows - 1) / max(self.n_rows - 1, 1)
+
+
+def _opener(target: Artefact, parts: Sequence[PartRecord]) -> Callable[[int, Site], Stored]:
+    """Opens the array of a part, by its index, and site; the last ones stay open."""
+    records = {part.index: part for part in parts}
+
+    @lru_cache(_MOST_OPEN)
+    def opened(index: int, site: Site) -> Stored:
+        return open_site(target, records[index], site)
+
+    return opened
 
 
 def _taken(values: Tensor, places: np.ndarray) -> Tensor:

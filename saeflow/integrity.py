@@ -14,10 +14,19 @@ from pathlib import Path
 import xxhash
 
 from saeflow.artefact import Artefact
-from saeflow.disk import flush_tree, rename
+from saeflow.disk import flush_tree, look, rename
 from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.lease import is_free
-from saeflow.records import KINDS, Damaged, PartRecord, read_checked, read_record, write_checked, write_record
+from saeflow.records import (
+    KINDS,
+    Damaged,
+    PartRecord,
+    listed_folders,
+    read_checked,
+    read_record,
+    write_checked,
+    write_record,
+)
 from saeflow.store import Store
 
 
@@ -71,9 +80,15 @@ def damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = None)
     yield from (Damage(artefact, None, problem) for problem in _own_problems(artefact, own))
     with contextlib.suppress(Damaged):  # said above
         generation = artefact.generation()
-        for part in generation.parts if generation else ():
-            read = full or _falls_into(share, part.folder)
-            yield from (Damage(artefact, part, problem) for problem in _part_problems(artefact, part, read))
+        parts = generation.parts if generation else ()
+        reads = full or share is not None
+        one_by_one = reads or artefact.objects is not None
+
+        def problems(part: PartRecord) -> tuple[PartRecord, list[str]]:
+            return part, list(_part_problems(artefact, part, full or _falls_into(share, part.folder)))
+
+        for part, found in (map if one_by_one else look)(problems, parts):
+            yield from (Damage(artefact, part, problem) for problem in found)
 
 
 def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
@@ -92,16 +107,22 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
 def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator[str]:
     folder = artefact.part_path(part)
     yield from artefact.missing_files(folder, part.files, full)
-    yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part) if full)
+    if full:
+        yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part))
     try:
         if artefact.objects is not None:
             if not full:  # one request a part would take long
                 return
             artefact.objects.fetch(folder / "part.json", fresh=True)
-        if read_record(folder / "part.json", PartRecord) != part:
+        if not _holds(folder / "part.json", part):
             yield f"{folder / 'part.json'} is not the record that was published"
     except (Damaged, OSError):
         yield f"{folder / 'part.json'} is missing or damaged"
+
+
+def _holds(path: Path, part: PartRecord) -> bool:
+    """Is this the record in part.json? Nearly always its bytes are, and need not be read as JSON."""
+    return path.read_bytes() == part.text.encode() or read_record(path, PartRecord) == part
 
 
 def _strangers(artefact: Artefact, part: PartRecord) -> list[str]:
@@ -175,7 +196,7 @@ def _old_generations(artefact: Artefact, grace_seconds: float) -> Iterator[Garba
     for number, path in lists.items():
         replaced = [lists[later].stat().st_mtime for later in lists if later > number]
         if number == current.number or (replaced and time.time() - min(replaced) < grace_seconds):
-            kept |= {part.folder for part in _parts_of(artefact, number)}
+            kept |= set(listed_folders(path))
         else:
             why = f"list of generation {number}; readers see {current.number}"
             yield Garbage(path, why, path.stat().st_size, artefact)
@@ -183,11 +204,6 @@ def _old_generations(artefact: Artefact, grace_seconds: float) -> Iterator[Garba
         n_bytes, written = artefact.footprint(path)
         if time.time() - written >= grace_seconds:
             yield Garbage(path, "part that no generation lists", n_bytes, artefact)
-
-
-def _parts_of(artefact: Artefact, number: int) -> tuple[PartRecord, ...]:
-    generation = artefact.generation(number)
-    return generation.parts if generation else ()
 
 
 def _left_work(store: Store) -> Iterator[Garbage]:
@@ -245,7 +261,7 @@ def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> P
     if part.format_version == FORMAT_VERSION:
         return part
     made_from = {each.kind: p.folder for each in inputs for p in each.published().parts if p.index == part.index}
-    fresh = part.model_copy(update={"format_version": FORMAT_VERSION, "inputs": made_from})
+    fresh = PartRecord(index=part.index, counts=part.counts, files=part.files, inputs=made_from)
     if fresh.folder == part.folder:
         write_record(artefact.part_path(part) / "part.json", fresh)
         return fresh

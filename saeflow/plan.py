@@ -40,7 +40,9 @@ class Pool:
 def plan_pools(n_blocks: int, pool_blocks: int, seed: int, epoch: int = 0) -> list[np.ndarray]:
     """All blocks in random order, at most `pool_blocks` together; ascending inside a pool."""
     order = np.random.default_rng([seed, epoch]).permutation(n_blocks)
-    return [np.sort(order[start : start + pool_blocks]) for start in range(0, n_blocks, pool_blocks)]
+    whole = n_blocks // pool_blocks * pool_blocks
+    full = np.sort(order[:whole].reshape(-1, pool_blocks), axis=1)
+    return [*full, np.sort(order[whole:])] if whole < n_blocks else [*full]
 
 
 def plan_epoch(
@@ -81,13 +83,35 @@ class Block:
     stop: int
 
 
-def plan_blocks(parts: Sequence[PartRecord], block_sequences: int) -> list[Block]:
-    """Training sequences of the parts, cut into blocks; held-out ones, which end each part, stay out."""
-    return [
-        Block(part, start, min(start + block_sequences, part.counts["n_train_sequences"]))
-        for part in parts
-        for start in range(0, part.counts["n_train_sequences"], block_sequences)
-    ]
+class Blocks:
+    """Training sequences of the parts, cut into blocks; held-out ones, which end each part, stay out.
+
+    What is kept is a number for each part: there may be millions of blocks.
+    """
+
+    def __init__(self, parts: Sequence[PartRecord], block_sequences: int) -> None:
+        self.parts = [part for part in parts if part.counts["n_train_sequences"]]
+        self.block_sequences = block_sequences
+        n_blocks = [-(-part.counts["n_train_sequences"] // block_sequences) for part in self.parts]
+        self._ends = np.cumsum(n_blocks, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, number: int) -> Block:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        part = self.parts[place]
+        start = (number - int(self._ends[place - 1] if place else 0)) * self.block_sequences
+        return Block(part, start, min(start + self.block_sequences, part.counts["n_train_sequences"]))
+
+    def sums(self, of_sequences: Callable[[int], np.ndarray]) -> np.ndarray:
+        """int64: of every block the sum of what is given for the sequences of a part (S,), by the part's index."""
+        found = [self._sums(part, of_sequences(part.index)) for part in self.parts]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def _sums(self, part: PartRecord, each: np.ndarray) -> np.ndarray:
+        n_train = part.counts["n_train_sequences"]
+        return np.add.reduceat(each[:n_train], np.arange(0, n_train, self.block_sequences), dtype=np.int64)
 
 
 def expected_partners(sizes: np.ndarray, batch_rows: int) -> float:

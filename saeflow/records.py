@@ -6,20 +6,25 @@ The bytes are specified in data/README.md.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from saeflow.disk import checksum, json_text, read_json, replacing, write_json
 from saeflow.fingerprints import FORMAT_VERSION
@@ -30,8 +35,12 @@ KINDS: tuple[Kind, ...] = ("tokens", "activations", "saes", "features")
 _Record = TypeVar("_Record", bound=BaseModel)
 
 
-class FileRecord(BaseModel, frozen=True):
-    """One file of a part: path inside it, size, and the 128-bit xxh3 checksum of its bytes."""
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of a part: path inside it, size, and the 128-bit xxh3 checksum of its bytes.
+
+    No pydantic model: a store has millions of them, and one takes a quarter of the memory so.
+    """
 
     name: str
     n_bytes: int
@@ -48,13 +57,27 @@ class PartRecord(BaseModel, frozen=True):
     inputs: dict[str, str] = {}
     """What the part was made from: the folder of the part read, by kind. Empty in format 1."""
 
-    @property
+    @cached_property
     def folder(self) -> str:
         """`<index>-<hash>`: equal content has an equal name."""
         facts: list[Any] = [self.counts, [(f.name, f.checksum) for f in self.files]]
         if self.inputs:
             facts.append(self.inputs)
         return f"{self.index:06d}-{xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())[:8]}"
+
+    @property
+    def text(self) -> str:
+        """What part.json holds: `checked_text` of the record, without Python's own slow indenting."""
+        files = [{"checksum": f.checksum, "n_bytes": f.n_bytes, "name": f.name} for f in self.files]
+        about = {
+            "counts": dict(sorted(self.counts.items())),
+            "files": files,
+            "format_version": self.format_version,
+            "index": self.index,
+            "inputs": dict(sorted(self.inputs.items())),
+        }
+        digest = xxhash.xxh3_64_hexdigest(to_json(about, indent=1) + b"\n")
+        return to_json(about | {"sum": digest}, indent=1).decode() + "\n"
 
     def made_from(self, inputs: dict[str, str]) -> bool:
         """Is the part what these inputs give? Format 1 did not say; its parts follow from their index."""
@@ -109,6 +132,11 @@ class Generation:
 
 def listed(generation: Generation) -> pa.Table:
     """The table of a generation: one row a part."""
+    with _no_collection():
+        return _listed(generation)
+
+
+def _listed(generation: Generation) -> pa.Table:
     parts = generation.parts
     hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
     document = pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())])
@@ -126,13 +154,42 @@ def listed(generation: Generation) -> pa.Table:
 def read_listed(path: Path, number: int) -> Generation:
     """A generation from its table. Raises Damaged."""
     try:
-        rows = pq.read_table(path).to_pylist()
-        parts = tuple(PartRecord.model_validate_json(row["record"]) for row in rows)
+        table = pq.read_table(path)
+        with _no_collection():
+            parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_numpy()))
+        for part, folder in zip(parts, table.column("folder").to_numpy(), strict=True):
+            part.__dict__["folder"] = folder  # known: it need not be computed
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
         raise damaged(path) from error
-    found = ((part.index, row.get("hidden")) for part, row in zip(parts, rows, strict=True))
-    hidden = {index: tuple(Hidden(**each) for each in documents) for index, documents in found if documents}
-    return Generation(number, parts, hidden)
+    return Generation(number, parts, dict(_hidden(table, parts)))
+
+
+def _hidden(table: pa.Table, parts: Sequence[PartRecord]) -> Iterator[tuple[int, tuple[Hidden, ...]]]:
+    """By index of the parts that have any."""
+    if "hidden" in table.column_names:
+        column = table.column("hidden")
+        for row in np.flatnonzero(pc.fill_null(pc.list_value_length(column), 0)).tolist():
+            yield parts[row].index, tuple(Hidden(**each) for each in column[row].as_py())
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python would look again and again for cycles among the million objects that are being made: most of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def listed_folders(path: Path) -> list[str]:
+    """Folders of the parts in a list, without their records. Raises Damaged."""
+    try:
+        return list(pq.read_table(path, columns=["folder"]).column("folder").to_numpy())
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(path) from error
 
 
 def file_records(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> list[FileRecord]:

@@ -5,6 +5,7 @@ Activations of every position are stored; these are the ones that are trained on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,20 +69,20 @@ class Used:
     def mask(self, index: int, rows: slice = slice(None)) -> np.ndarray:
         """bool (s, T): True at the used tokens of these sequences of a part."""
         part = self.parts[index]
-        table = self._read(part, ["document_id", "vocab_id"])
-        owners = table["document_id"].reshape(-1, self.length)[rows]
+        table = self._read(part, ["document_id", "vocab_id"], rows)
+        owners = table["document_id"]
         used = owners >= 0
         hidden = [document.document_id for document in self.generation.hidden.get(index, ())]
         if hidden:
             used &= ~np.isin(owners, hidden)
         if len(self._special):
-            used &= ~np.isin(table["vocab_id"].reshape(-1, self.length)[rows], self._special)
+            used &= ~np.isin(table["vocab_id"], self._special)
         used[:, list(self.skip_positions)] = False
         return np.asarray(used)
 
     def owners(self, index: int, rows: slice) -> np.ndarray:
         """document_id int64 (n,) of the used tokens of these sequences of a part."""
-        owners = self._read(self.parts[index], ["document_id"])["document_id"].reshape(-1, self.length)[rows]
+        owners = self._read(self.parts[index], ["document_id"], rows)["document_id"]
         return np.asarray(owners[self.mask(index, rows)])
 
     def counts(self, index: int) -> np.ndarray:
@@ -100,22 +101,31 @@ class Used:
         """Of sequences that are full, but for the last for training and the last held out."""
         n, n_train = part.counts["n_sequences"], part.counts["n_train_sequences"]
         real = np.full(n, self.length)
-        for last, first, n_tokens in (
-            (n_train, 0, part.counts["n_train_tokens"]),
-            (n, n_train, part.counts["n_tokens"] - part.counts["n_train_tokens"]),
-        ):
-            if last > first:
-                real[last - 1] = n_tokens - (last - first - 1) * self.length
-        skipped = np.searchsorted(self.skip_positions, real) if self.skip_positions else 0
-        return np.asarray(real - skipped)
+        if n_train:
+            real[n_train - 1] += part.counts["n_train_tokens"] - n_train * self.length
+        if n > n_train:
+            real[n - 1] += part.counts["n_tokens"] - part.counts["n_train_tokens"] - (n - n_train) * self.length
+        return real - np.searchsorted(self.skip_positions, real) if self.skip_positions else real
 
     @cached_property
     def _special(self) -> np.ndarray:
         return special_ids(self.source.own_file("vocab.parquet")) if self.skip_special else np.empty(0, np.int32)
 
-    def _read(self, part: PartRecord, columns: list[str]) -> dict[str, np.ndarray]:
+    def _read(self, part: PartRecord, columns: list[str], rows: slice) -> dict[str, np.ndarray]:
+        """Columns (s, T) of these sequences; of a large part only the row groups that hold them are read."""
         wanted = columns if len(self._special) else [name for name in columns if name != "vocab_id"]
-        table = pq.read_table(self.source.part_file(part, "tokens.parquet"), columns=wanted)
+        start, stop, _ = rows.indices(part.counts["n_sequences"])
+        with pq.ParquetFile(self.source.part_file(part, "tokens.parquet")) as file:
+            groups, before = _holding(file.metadata, start * self.length, stop * self.length)
+            table = file.read_row_groups(groups, columns=wanted)
+        table = table.slice(start * self.length - before, max(stop - start, 0) * self.length)
         found: dict[str, Any] = {name: table.column(name) for name in wanted}
         found["document_id"] = found["document_id"].fill_null(-1)
-        return {name: column.to_numpy() for name, column in found.items()}
+        return {name: column.to_numpy().reshape(-1, self.length) for name, column in found.items()}
+
+
+def _holding(about: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+    """Row groups that hold the rows from `start` to before `stop`, and how many rows lie before them."""
+    ends = np.cumsum([0, *(about.row_group(number).num_rows for number in range(about.num_row_groups))])
+    groups = [n for n, (a, b) in enumerate(itertools.pairwise(ends.tolist())) if a < stop and b > start]
+    return groups, int(ends[groups[0]]) if groups else start

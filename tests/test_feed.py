@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from saeflow import activations, arrays, bring, tokens
 from saeflow.config import parse_recipe
 from saeflow.feed import Feed, aligned_held_out_rows, held_out_rows
-from saeflow.plan import plan_blocks, plan_epoch
+from saeflow.plan import Blocks, plan_epoch
 from saeflow.records import PartRecord
 from saeflow.sections import FeedConfig, UserError
 from saeflow.store import Store
@@ -70,9 +70,9 @@ def test_blocks_cover_the_training_sequences_and_nothing_else(sequences, block):
         PartRecord(index=i, counts={"n_train_sequences": train, "n_sequences": train + held}, files=[])
         for i, (train, held) in enumerate(sequences)
     ]
-    covered = [(b.part.index, row) for b in plan_blocks(parts, block) for row in range(b.start, b.stop)]
+    covered = [(b.part.index, row) for b in Blocks(parts, block) for row in range(b.start, b.stop)]
     assert covered == [(i, row) for i, (train, _) in enumerate(sequences) for row in range(train)]
-    assert all(0 < b.stop - b.start <= block for b in plan_blocks(parts, block))
+    assert all(0 < b.stop - b.start <= block for b in Blocks(parts, block))
 
 
 @pytest.fixture(scope="module")

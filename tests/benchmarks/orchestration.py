@@ -36,6 +36,11 @@ DEMO = ROOT / "flows" / "recipes" / "demo.toml"
 WORKERS = {"one at a time": 1, "one a core": os.cpu_count() or 1}
 
 
+def folder_of(index: int) -> str:
+    """What a part of no work returns."""
+    return f"{index:06d}-00000000"
+
+
 def last_line(env: Mapping[str, str], *arguments: object) -> dict[str, float]:
     """What a module prints last."""
     command = [sys.executable, "-m", *map(str, arguments)]
@@ -77,19 +82,19 @@ def by_dask(sizes: list[int]) -> dict[str, dict[str, float]]:
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
-        client.gather(client.map(record, [-1], pure=False))
+        client.gather(client.map(folder_of, [-1], pure=False))
         found["start"] = {"seconds": time.monotonic() - began}
         family = [me, *me.children(recursive=True)]
         for n_parts in sizes:
             began, cpu = time.monotonic(), cpu_of(family)
-            assert len(client.gather(client.map(record, range(n_parts), pure=False))) == n_parts
+            assert len(client.gather(client.map(folder_of, range(n_parts), pure=False))) == n_parts
             found[str(n_parts)] = {"seconds": time.monotonic() - began, "cpu": cpu_of(family) - cpu}
     return found
 
 
 def by_a_loop(n_parts: int) -> float:
     began = time.monotonic()
-    assert len([f"{index:06d}-00000000" for index in range(n_parts)]) == n_parts
+    assert len([folder_of(index) for index in range(n_parts)]) == n_parts
     return time.monotonic() - began
 
 

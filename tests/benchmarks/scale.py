@@ -1,0 +1,253 @@
+"""A store of 100,000 parts: what every command does before and after its own work, in seconds and bytes of memory.
+
+python -m tests.benchmarks.scale            100,000 parts: 3.5 million files, about 20 GB of disk for a while, half an hour
+python -m tests.benchmarks.scale --quick    5,000
+python -m tests.benchmarks.scale --keep FOLDER    leaves the store there, and begins with it where it is already
+
+Records, lists, folders, names and sizes of files and the documents' names are real; the values are not
+(`tests/many_parts.py` says which is which). A part has 262,144 tokens of 512 neurons in 8 shards, as by default: 2.6e10
+tokens and 10 million documents. Each line is a process of its own. Seconds are those after Python's imports, of the clock
+and of the processor (on a busy machine the clock says how busy it is); memory is the peak of the whole process. How much
+of the folders the system has in its cache is left to it. Nothing is asked of the values: `tests.benchmarks.queries` does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saeflow import activations, catalog, features, integrity, queries, runs
+from saeflow.artefact import Artefact
+from saeflow.feed import Feed
+from saeflow.ledger import Ledger
+from saeflow.model import Site
+from saeflow.progress import Progress
+from saeflow.sections import FeedConfig
+from saeflow.store import Store
+from saeflow.used import Used
+from tests.benchmarks import _made_run
+from tests.benchmarks._bars import Bar, report
+from tests.many_parts import SITE, WIDTH, Many
+
+QUIET = Progress(verbosity=-1)
+KINDS = ("tokens", "activations", "features")
+MEMORY = 2 << 30
+ASKABLE = 2_000
+"""Parts that are asked about without being compacted."""
+
+
+@dataclass
+class Taken:
+    """What a step reports beside its seconds."""
+
+    began: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        began, worked = time.perf_counter(), time.process_time()
+        yield
+        self.seconds += time.perf_counter() - began
+        self.processor_seconds += time.process_time() - worked
+
+
+def target_of(many: Many, kind: str) -> Artefact:
+    found: Artefact = getattr(many, kind)
+    return many.store.by_id(found.id)
+
+
+def opened(many: Many, taken: Taken, kind: str) -> None:
+    target = target_of(many, kind)
+    with taken.timed():
+        parts = target.published().parts
+    taken.facts = {"list_bytes": target.list_path(target.published().number).stat().st_size, "parts": len(parts)}
+
+
+def planned(many: Many, taken: Taken) -> None:
+    """What training does before its first batch, but for looking at the mixing and reading."""
+    with taken.timed():
+        feed = Feed(Used(target_of(many, "tokens")), target_of(many, "activations"), Site(SITE, WIDTH), FeedConfig())
+        n_batches = feed.batches_per_epoch
+        pool = next(feed.pools(0))
+    taken.facts = {"rows": feed.n_rows, "blocks": len(feed.blocks), "batches": n_batches, "first": len(pool.batches)}
+
+
+def published(many: Many, taken: Taken, kind: str) -> None:
+    target = target_of(many, kind)
+    n_parts = len(target.published().parts)
+    make = {"tokens": many.token_parts, "activations": many.activation_parts, "features": many.feature_parts}[kind]
+    fresh = list(make(n_parts, n_parts + 10))
+    target = target_of(many, kind)
+    with taken.timed(), target.writing():
+        target.publish([*target.published().parts, *fresh])
+
+
+def verified(many: Many, taken: Taken, kind: str) -> None:
+    with taken.timed():
+        assert not list(integrity.damage(target_of(many, kind), full=False))
+
+
+def collected(many: Many, taken: Taken) -> None:
+    """`saeflow collect` where nothing is missing."""
+    with taken.timed(), activations.collecting(many.store, many.recipe, QUIET) as job:
+        assert not job.missing
+
+
+def encoded(many: Many, taken: Taken) -> None:
+    """`saeflow encode` where nothing is missing."""
+    with taken.timed(), features.encoding_together(many.store, [many.recipe], QUIET) as job:
+        assert not job.missing
+
+
+def appended(many: Many, taken: Taken) -> None:
+    """What tokens are appended to: hashes of all documents of the store."""
+    target = target_of(many, "tokens")
+    generation = target.published()
+    with taken.timed():
+        ledger = Ledger.read(target, generation)
+    taken.facts = {"documents": len(ledger.keys)}
+
+
+def swept(many: Many, taken: Taken) -> None:
+    with taken.timed():
+        taken.facts = {"found": len(list(integrity.garbage(many.store, 0.0)))}
+
+
+def asked(many: Many, taken: Taken) -> None:
+    """A connection, a question about a feature, and `catalog.sql`."""
+    with taken.timed(), contextlib.closing(queries.connect(many.store)) as connection:
+        taken.facts["connected"] = round(time.perf_counter() - taken.began, 1)
+        for name, arguments in (("tokens_where", [7, 0.5]), ("context", [4711])):
+            began = time.perf_counter()
+            queries.ask(connection, name, arguments, None)
+            taken.facts[name] = round(time.perf_counter() - began, 3)
+    (run,) = runs.runs(many.store)
+    taken.facts["files"] = sum(map(len, run.files.values()))
+    taken.facts["catalog_bytes"] = len(catalog.text(many.store))
+
+
+STEPS: dict[str, Callable[[Many, Taken], None]] = {
+    **{f"open, {kind}": lambda many, taken, kind=kind: opened(many, taken, kind) for kind in KINDS},
+    "plan an epoch": planned,
+    **{f"publish 10 more, {kind}": lambda many, taken, kind=kind: published(many, taken, kind) for kind in KINDS},
+    **{f"quick verify, {kind}": lambda many, taken, kind=kind: verified(many, taken, kind) for kind in KINDS},
+    "what is to be collected": collected,
+    "what is to be encoded": encoded,
+    "known documents": appended,
+    "garbage": swept,
+    "ask": asked,
+}
+ASKED = {"open": 5, "plan": 5, "publish": 5, "quick": 30, "what": 30}
+"""Seconds at most, by the first word."""
+
+
+def measured(name: str, folder: Path, n_parts: int) -> dict[str, Any]:
+    """A step in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.scale",
+        "--step",
+        name,
+        "--keep",
+        str(folder),
+        "--parts",
+        str(n_parts),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"signal {-done.returncode}"}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def step(name: str, folder: Path, n_parts: int) -> None:
+    taken = Taken()
+    STEPS[name](many_of(folder, n_parts), taken)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    about = {
+        "seconds": round(taken.seconds, 2),
+        "processor_seconds": round(taken.processor_seconds, 2),
+        "peak_bytes": peak,
+    }
+    print(json.dumps(about | taken.facts))
+
+
+def many_of(folder: Path, n_parts: int) -> Many:
+    """The parts of the store in this folder; small files to link to come from a real store beside it."""
+    scratch = Store.create(folder / "small")
+    run = next(iter(scratch.artefacts("features")), None) or _made_run.make(scratch, 131_072)
+    found = {}
+    for target in (scratch.by_id(run.record.inputs[0]), run):
+        part = target.published().parts[0]
+        found |= {file.name.partition("/")[0]: target.part_path(part) / file.name for file in part.files}
+    return Many(Store.create(folder / f"store-{n_parts}"), n_parts, found, with_documents=True)
+
+
+def made(folder: Path, n_parts: int) -> Many:
+    many = many_of(folder, n_parts)
+    for kind in KINDS:
+        if not getattr(many, kind).generation():
+            many.make(kind)
+    return many
+
+
+def run(folder: Path, n_parts: int) -> dict[str, dict[str, Any]]:
+    made(folder, n_parts)
+    found = {}
+    for name in STEPS:
+        if name != "ask":
+            found[name] = measured(name, folder, n_parts)
+            print(f"{name:28}", found[name], flush=True)
+    few = made(folder / "few", ASKABLE)
+    found[f"ask, {ASKABLE:,} parts as encoded"] = measured("ask", folder / "few", ASKABLE)
+    del few
+    many = many_of(folder, n_parts)
+    many.features.publish(many.compacted_parts())
+    found["ask, compacted"] = measured("ask", folder, n_parts)
+    for name in list(found)[-2:]:
+        print(f"{name:28}", found[name], flush=True)
+    return found
+
+
+def bars(found: dict[str, dict[str, Any]]) -> list[Bar]:
+    made = []
+    for name, each in found.items():
+        most = ASKED.get(name.split()[0].strip(","))
+        if most is not None:
+            for clock in ("seconds", "processor_seconds"):
+                made.append(Bar(f"{name}: {clock}", most, "<=", each.get(clock), reason=each.get("failed")))
+        made.append(Bar(f"{name}: bytes of memory", MEMORY, "<=", each.get("peak_bytes"), reason=each.get("failed")))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="5,000 parts, a few minutes")
+    parser.add_argument("--keep", type=Path, help="folder for the store, which stays")
+    parser.add_argument("--parts", type=int, help="other than 100,000")
+    parser.add_argument("--step", choices=STEPS, help="one step alone, of a store that is made")
+    options = parser.parse_args()
+    n_parts = options.parts or (5_000 if options.quick else 100_000)
+    if options.step:
+        return step(options.step, options.keep, n_parts)
+    with contextlib.ExitStack() as stack:
+        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found = run(folder, n_parts)
+    return report("scale", bars(found), n_parts=n_parts, figures=found)
+
+
+if __name__ == "__main__":
+    main()
