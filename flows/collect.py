@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import make_parts, open_store, reporting, show_table
+from flows.gpu import gpu_slot
 from saeflow import activations
 from saeflow.config import Recipe
 
@@ -13,7 +14,12 @@ from saeflow.config import Recipe
 def collect_flow(recipe: Recipe, store: str | None = None) -> str:
     """Store the activations of every token part that has none yet, then publish."""
     opened = open_store(recipe, store)
-    with reporting("collect") as progress, activations.collecting(opened, recipe, progress) as job:
+    place = recipe.model.device if recipe.model else "cpu"
+    with (
+        reporting("collect") as progress,
+        gpu_slot(recipe, place),
+        activations.collecting(opened, recipe, progress) as job,
+    ):
         make_parts("collect", job, progress, n_here=1)  # one forward pass at a time
     target = activations.artefact(opened, recipe)
     n_bytes = sum(part.n_bytes for part in target.published().parts)

@@ -9,6 +9,8 @@ import torch
 from prefect import get_client
 from prefect.concurrency.sync import concurrency
 
+from saeflow.config import Recipe
+
 LIMIT = "saeflow-gpu"
 
 
@@ -19,9 +21,10 @@ def set_limit(n_gpus: int) -> None:
 
 
 @contextlib.contextmanager
-def gpu_slot(*devices: str) -> Iterator[None]:
-    """Wait until a GPU is free, if one of these settings of `device` means one, and hold it. Without a limit: no wait."""
-    if any(map(uses_gpu, devices)):
+def gpu_slot(recipe: Recipe, *devices: str) -> Iterator[None]:
+    """Wait until a GPU is free, if one of these settings of `device` means one of this machine, and hold it. Without a limit
+    there is no wait; what a cluster's workers do is theirs."""
+    if recipe.cluster is None and any(map(uses_gpu, devices)):
         with concurrency(LIMIT, occupy=1, raise_on_lease_renewal_failure=False):
             yield
     else:

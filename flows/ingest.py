@@ -27,7 +27,7 @@ def ingest_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     """Read new and changed documents, encode them by every published run, and forget removed ones if the recipe says so."""
     opened = open_store(recipe, store)
     devices = [recipe.features.device, *([recipe.model.device] if recipe.model else [])]
-    with reporting("ingest") as progress, gpu_slot(*devices):
+    with reporting("ingest") as progress, gpu_slot(recipe, *devices):
 
         @part_task("ingest")
         def take_in() -> dict[str, Any]:

@@ -20,7 +20,7 @@ def retrain_flow(recipe: Recipe, store: str | None = None, share: float | None =
         share: Only if the store has grown by this share since the newest SAE was trained; empty: in any case.
     """
     opened = open_store(recipe, store)
-    with reporting("retrain") as progress, gpu_slot(recipe.train.device, recipe.features.device):
+    with reporting("retrain") as progress, gpu_slot(recipe, recipe.train.device, recipe.features.device):
 
         @part_task("retrain")
         def train_anew() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import counted, name_run, open_store, part_task, reporting, show_picture, show_rows, show_table
+from flows.gpu import gpu_slot
 from saeflow import sweep, train
 from saeflow.config import Recipe
 from saeflow.progress import Progress
@@ -23,9 +24,10 @@ def train_flow(recipe: Recipe, store: str | None = None) -> str:
         def train_saes() -> list[str]:
             return [target.id for target in train.run_all(opened, recipe, progress)]
 
-        made = [str(each) for each in train_saes()]
-        if recipe.is_sweep:
-            _compare(opened, recipe, progress)
+        with gpu_slot(recipe, *(member.train.device for member in recipe.members())):
+            made = [str(each) for each in train_saes()]
+            if recipe.is_sweep:
+                _compare(opened, recipe, progress)
     if not recipe.is_sweep:
         show_table("train", train.last_row(opened.by_id(made[0])))
     return made[0]
