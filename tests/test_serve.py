@@ -43,7 +43,7 @@ from saeflow import activations, cli, ingest, integrity
 from saeflow.config import Recipe, parse_recipe
 from saeflow.forget import forget
 from saeflow.records import KINDS
-from saeflow.sections import UserError
+from saeflow.sections import ClusterConfig, UserError
 from saeflow.store import Store
 from tests.prefect_server import SAEFLOW, Server, free_port, postgres, postgres_folder, prefect_server, wait_for
 from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, write_recipe
@@ -296,16 +296,19 @@ def test_there_is_one_zombie_automation_however_often_it_is_set(server: Server) 
 
 
 @pytest.mark.usefixtures("_here")
-def test_a_flow_that_uses_a_gpu_holds_one_of_its_slots(server: Server) -> None:
+def test_a_flow_that_uses_a_gpu_holds_one_of_its_slots(server: Server, night: Night) -> None:
     gpu.set_limit(2)
 
     def taken() -> Any:
         return server.get(f"v2/concurrency_limits/{gpu.LIMIT}")["active_slots"]
 
-    with gpu.gpu_slot("cpu", "cpu"):
+    with gpu.gpu_slot(night.recipe, "cpu", "cpu"):
         assert taken() == 0
-    with gpu.gpu_slot("cpu", "cuda"):
+    with gpu.gpu_slot(night.recipe, "cpu", "cuda"):
         assert taken() == 1
+    on_workers = night.recipe.model_copy(update={"cluster": ClusterConfig(address="tcp://127.0.0.1:8786")})
+    with gpu.gpu_slot(on_workers, "cuda"):
+        assert taken() == 0
     assert taken() == 0
 
 
