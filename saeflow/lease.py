@@ -111,7 +111,11 @@ class Slot(Protocol):
         ...
 
     def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
-        """Write the owner, if the content is still what `tag` stands for. Did it work, and the new tag."""
+        """Write the owner, if it is still the one that `tag` stands for. Did it work, and the new tag."""
+        ...
+
+    def beat(self, owner: Owner, tag: Any) -> tuple[bool, Any]:
+        """A sign of life of the owner who holds it. Did it work, and the new tag."""
         ...
 
 
@@ -140,13 +144,22 @@ class FileSlot:
             content = self.path.read_text("utf-8")
         except FileNotFoundError:
             return None, None
-        return _owner(content), content
+        owner = _owner(content)
+        beat = ""
+        with contextlib.suppress(OSError):
+            beat = self._beats(owner.token).read_text("utf-8") if owner else ""
+        return owner, (content, beat)
 
     def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
         with self.guard():
-            return (True, self.put(owner)) if self.read()[1] == tag else (False, None)
+            found = self.read()[1]
+            if (found and found[0]) != (tag and tag[0]):
+                return False, None
+            for left in self.path.parent.glob(f"{self.path.stem}.*.beat"):
+                left.unlink(missing_ok=True)
+            return True, self.put(owner)
 
-    def put(self, owner: Owner | None) -> str | None:
+    def put(self, owner: Owner | None) -> tuple[str, str] | None:
         """Write without asking; the caller holds the guard. A power cut may lose it: every owner is then gone, too."""
         if owner is None:
             self.path.unlink(missing_ok=True)
@@ -154,7 +167,18 @@ class FileSlot:
         fresh, content = self.path.with_suffix(".new"), _text(owner)
         fresh.write_text(content, "utf-8")
         os.replace(fresh, self.path)
-        return content
+        return content, ""
+
+    def beat(self, owner: Owner, tag: Any) -> tuple[bool, Any]:
+        """In a file of the owner's own and without the guard: a process that is halted here holds nobody up."""
+        found = self.read()[0]
+        if found is None or found.token != owner.token:
+            return False, None
+        self._beats(owner.token).write_text(str(owner.beat), "utf-8")
+        return True, tag
+
+    def _beats(self, token: str) -> Path:
+        return self.path.with_suffix(f".{token}.beat")
 
 
 @dataclass(frozen=True)
@@ -174,6 +198,9 @@ class ObjectSlot:
         if fresh is not None and owner is None:  # who has taken it in this instant writes it again
             self.objects.drop(self.path)
         return fresh is not None, fresh
+
+    def beat(self, owner: Owner, tag: Any) -> tuple[bool, Any]:
+        return self.swap(owner, tag)
 
 
 def _text(owner: Owner) -> str:
@@ -217,7 +244,7 @@ class Lease:
             if self._over.is_set():
                 return False
             owner = replace(self.owner, beat=self.owner.beat + 1)
-            done, tag = self.slot.swap(owner, self.tag)
+            done, tag = self.slot.beat(owner, self.tag)
             if not done and self.slot.read()[0] is None:  # removed, but nobody else's
                 done, tag = self.slot.swap(owner, self.slot.read()[1])
             if done:

@@ -47,7 +47,7 @@ def test_a_second_writer_of_this_machine_is_refused_at_once_and_the_first_is_nam
             acquire(slot, "tokens/x", "refuse")
         assert time.monotonic() - began < 0.5
     acquire(slot, "tokens/x", "refuse").release()
-    assert not slot.path.exists()
+    assert [path.name for path in slot.path.parent.iterdir()] == ["x.lock"]
 
 
 def test_a_second_writer_that_waits_begins_when_the_first_ends(slot: FileSlot) -> None:
