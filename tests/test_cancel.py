@@ -22,7 +22,7 @@ from tests.conftest import Finished
 from tests.prefect_server import ROOT, children, prefect_server, running
 from tests.small_pipeline import quiet, tree
 
-pytestmark = pytest.mark.filterwarnings("default")  # Prefect's own
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("default")]  # Prefect's own
 
 SECONDS = 25
 """Within which a run is Cancelled, on a busy machine; Prefect kills it after 30."""

@@ -42,7 +42,7 @@ from tests.small_pipeline import (
 ROOT = Path(__file__).resolve().parents[1]
 SAES = {"grid": {"sae.k": [2, 3, 4, 6], "sae.architecture": ["topk", "batchtopk"]}}
 
-pytestmark = pytest.mark.filterwarnings("default")  # Dask's own, when its processes are killed
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("default")]  # Dask's own, when its processes are killed
 
 
 @dataclass

@@ -12,6 +12,8 @@ import pytest
 from tests.prefect_server import ROOT, Server, environment_of, free_port, wait_for
 from tests.small_pipeline import documents, write_model
 
+pytestmark = pytest.mark.long
+
 README = (ROOT / "README.md").read_text("utf-8")
 
 

@@ -48,7 +48,7 @@ from saeflow.store import Store
 from tests.prefect_server import SAEFLOW, Server, free_port, postgres, postgres_folder, prefect_server, wait_for
 from tests.small_pipeline import Ingredients, documents, quiet, recipe_data, write_recipe
 
-pytestmark = pytest.mark.filterwarnings("default")  # Prefect's own
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("default")]  # Prefect's own
 
 WORD = "zebu"
 FIRST = {f"{number:02d}.txt": row["text"] for number, row in enumerate(documents()[-24:])}
