@@ -335,7 +335,7 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     assert tree(upstream.root / "features") == tree(tmp_path / "alone" / "features")
     assert len(encoded) == len(upstream.artefacts("features")) == 2
     with get_client(sync_client=True) as client:
-        found = {artifact.key: artifact.data for artifact in client.read_artifacts()}
+        found = {artifact.key: artifact.data for artifact in client.read_latest_artifacts()}
     rows = json.loads(found["saeflow-sweep"])
     members = ["small_k2_n_tokens3000", "small_k4_n_tokens3000"]
     assert [row["member"] for row in rows] == [page.plain(member) for member in members]

@@ -242,9 +242,13 @@ class Runner:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What `diff -r -x provenance.json -x catalog.sql a b` would say: files on one side only, files of other bytes."""
+    """What `diff -r -x provenance.json -x catalog.sql -x '*.lock' a b` would say: files on one side only, or of other bytes.
+
+    Locks are empty files, which a power cut may take.
+    """
     files_a, files_b = (
-        {str(p.relative_to(root)) for p in root.rglob("*") if p.name not in NOT_COMPARED} for root in (a, b)
+        {str(p.relative_to(root)) for p in root.rglob("*") if p.name not in NOT_COMPARED and p.suffix != ".lock"}
+        for root in (a, b)
     )
     both = sorted(name for name in files_a & files_b if (a / name).is_file())
     found = [f"only in {a.name}: {name}" for name in sorted(files_a - files_b)]
