@@ -54,9 +54,8 @@ def _values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
     A folder `value=9` above the store would give its value to a column in the place of the file's own, so that there low
     and high are taken from the names: it opens as few files, but looks at each name a little longer.
     """
-    said = [path for path in paths if re.search(r"/low=\d+/high=\d+/[^/]*$", path)]
-    known = set(said)
-    others = [path for path in paths if path not in known]
+    said = [path for path in paths if _says_what_it_holds(path)]
+    others = [path for path in paths if not _says_what_it_holds(path)]
     columns = ", ".join(VALUES[order].names)
     everywhere = "0::bigint as low, 9223372036854775807 as high"
     parts = [_values_of(columns, said)] if said else []
@@ -74,10 +73,31 @@ def _values_of(columns: str, paths: Sequence[str]) -> str:
     return f"select {columns}, low, high, filename from {_read(paths, _HIVE)}"
 
 
+def _says_what_it_holds(path: str) -> bool:
+    return re.search(r"/low=\d+/high=\d+/[^/]*$", path) is not None
+
+
+def outline(files: Files) -> dict[str, Sequence[str]]:
+    """A few files of each table that give the same columns and types as all of them, but for further ones of documents."""
+    found: dict[str, Sequence[str]] = {table: _one_of_each(paths) for table, paths in files.items()}
+    lacking = _without_blocks(files.get("vocab_blocks", ()), files["tokens"])
+    return found | {"tokens": [*files["tokens"][:1], *(path for path in lacking[:1] if path != files["tokens"][0])]}
+
+
+def _one_of_each(paths: Sequence[str]) -> list[str]:
+    """Of the files that say what they hold, and of those that do not."""
+    first = {_says_what_it_holds(path): path for path in reversed(paths)}
+    return list(first.values())
+
+
+def _without_blocks(paths: Sequence[str], tokens: Sequence[str]) -> list[str]:
+    folders = {path.rpartition("/")[0] for path in paths}
+    return [path for path in tokens if path.rpartition("/")[0] not in folders]
+
+
 def _vocab_blocks(paths: Sequence[str], tokens: Sequence[str]) -> str:
     """Blocks as stored; of token parts that an earlier saeflow wrote without them, made from the tokens."""
-    folders = {path.rpartition("/")[0] for path in paths}
-    lacking = [path for path in tokens if path.rpartition("/")[0] not in folders]
+    lacking = _without_blocks(paths, tokens)
     parts = [f"select * from {_read(paths)}"] if paths else []
     if lacking:
         parts.append(

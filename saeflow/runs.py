@@ -15,7 +15,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from string import Template
@@ -32,7 +32,15 @@ from saeflow.harmless import HOSTILE, brief, sanitise
 from saeflow.integrity import damage
 from saeflow.object_files import ObjectFiles
 from saeflow.records import Generation, PartRecord, read_checked
-from saeflow.relations import condition_of_encoded, identifier, literal, relations, side_by_side, unglobbed
+from saeflow.relations import (
+    condition_of_encoded,
+    identifier,
+    literal,
+    outline,
+    relations,
+    side_by_side,
+    unglobbed,
+)
 from saeflow.sections import TOP_FAMILY, UserError
 from saeflow.store import Store
 from saeflow.vocab import special_ids
@@ -49,6 +57,12 @@ KEPT = {
     "stg_feature_stats": 200_000,
 }
 """Tables that a connection holds in memory, and with how many rows at most: 64 MB of blocks, for 17 million tokens."""
+
+MANY_FILES = 1_000
+"""From so many files of a run on, its views are made in outline first."""
+
+_OF_DOCUMENTS = ("staging/stg_documents.sql", "marts/documents.sql")
+"""Views with whatever columns the documents have, which only all files together tell."""
 
 _EVERY_RUN = "every_run"
 _RESERVED = {_EVERY_RUN, "memory", "main", "temp", "system", "pg_catalog", "information_schema"}
@@ -205,13 +219,28 @@ def definitions(every: Sequence[Run], current: Run) -> Iterator[str]:
     for run in readable:
         yield f"create schema if not exists {identifier(run.schema)}"
         yield f"set search_path = {literal(identifier(run.schema))}"
-        yield _sources(run, every)
+        yield _sources(_in_outline(run), every)
         yield from _in_schema(run, _texts("staging"))
     yield from _side_by_side([run.schema for run in readable])
     for run in readable:
         yield from _in_schema(run, _texts("marts"))
+    for run in readable:
+        if _in_outline(run) is not run:
+            yield f"set search_path = {literal(identifier(run.schema))}"
+            yield _sources(run, every)
+            yield from _in_schema(run, ((sql_folder() / name).read_text("utf-8") for name in _OF_DOCUMENTS))
     yield f"set search_path = {literal(identifier(current.schema))}"
     yield from SETTINGS
+
+
+def _in_outline(run: Run) -> Run:
+    """The run with a few of its files: DuckDB looks at all files of a view again for every view and macro made upon it.
+
+    The others come when all are made.
+    """
+    if sum(map(len, run.files.values())) <= MANY_FILES:
+        return run
+    return replace(run, files=outline(run.files))
 
 
 def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LENGTH, WIDTH, N_FEATURES = 256, 512, 16_384
 SITE = "transformer.h.0.mlp.act"
 N_SEQUENCES, N_TRAIN = 1024, 973
-"""Of a part: 262,144 tokens, as `tokens.part_tokens` is by default, a twentieth of them held out."""
+"""Of a part, if nothing else is said: 262,144 tokens, as `tokens.part_tokens` is by default; and how many of them train."""
 N_DOCUMENTS = 100
 VALUES_PER_TOKEN = 32
 _MOST_LINKS = 50_000
@@ -53,6 +53,8 @@ class Many:
     with_files: bool = True
     with_documents: bool = False
     n_shards: int = 8
+    n_sequences: int = N_SEQUENCES
+    """In a part; a twentieth of them held out."""
 
     @property
     def recipe(self) -> Recipe:
@@ -88,14 +90,14 @@ class Many:
         names = ("documents.parquet", "tokens.parquet", "vocab_blocks.parquet")
         for index in range(start, stop):
             documents = {"documents.parquet": self._documents(index)} if self.with_documents else {}
-            yield self._part(self.tokens, index, counts_of(index), dict.fromkeys(names) | documents, {})
+            yield self._part(self.tokens, index, self._counts(index), dict.fromkeys(names) | documents, {})
 
     def activation_parts(self, start: int, stop: int) -> Iterator[PartRecord]:
         shards = [f"{SITE}.zarr/c/{shard}/0/0" for shard in range(self.n_shards)]
-        size = 2 * N_SEQUENCES * LENGTH * WIDTH // self.n_shards
+        size = 2 * self.n_sequences * LENGTH * WIDTH // self.n_shards
         files = {"norms.parquet": None, **dict.fromkeys(shards, size), f"{SITE}.zarr/zarr.json": None}
         for index, part in enumerate(self.tokens.published().parts[start:stop], start):
-            yield self._part(self.activations, index, counts_of(index), files, {"tokens": part.folder})
+            yield self._part(self.activations, index, self._counts(index), files, {"tokens": part.folder})
 
     def feature_parts(self, start: int, stop: int) -> Iterator[PartRecord]:
         pairs = zip(
@@ -103,8 +105,8 @@ class Many:
         )
         for index, (source, stored) in enumerate(pairs, start):
             counts = {"n_tokens": source.counts["n_tokens"], "n_values": VALUES_PER_TOKEN * source.counts["n_tokens"]}
-            first = index * N_SEQUENCES * LENGTH
-            ends = {"feature_major": (0, N_FEATURES - 1), "token_major": (first, first + N_SEQUENCES * LENGTH - 1)}
+            first = index * self.n_sequences * LENGTH
+            ends = {"feature_major": (0, N_FEATURES - 1), "token_major": (first, first + self.n_sequences * LENGTH - 1)}
             files = dict.fromkeys(
                 [f"{table}.parquet" for table in PART_TABLES]
                 + [f"{order}/low={low}/high={high}/000.parquet" for order, (low, high) in ends.items()]
@@ -120,8 +122,8 @@ class Many:
             group = every[start : start + MOST_VALUES // per_part]
             n_values = per_part * len(group)
             ids = np.linspace(0, N_FEATURES, max(1, n_values // BUCKET_VALUES) + 1, dtype=int)
-            first = group[0].index * N_SEQUENCES * LENGTH
-            last = first + len(group) * N_SEQUENCES * LENGTH
+            first = group[0].index * self.n_sequences * LENGTH
+            last = first + len(group) * self.n_sequences * LENGTH
             tokens = np.linspace(first, last, max(1, n_values // (2 * PIECE_VALUES)) + 1, dtype=int)
             files = [f"{table}.parquet" for table in PART_TABLES]
             files += [f"feature_major/low={a}/high={b - 1}/000.parquet" for a, b in itertools.pairwise(ids)]
@@ -155,7 +157,7 @@ class Many:
         """A real `zarr.json`: the feed opens arrays for it."""
         scratch = self.store.root / "tmp" / "described.zarr"
         if not scratch.exists():
-            Writer(scratch, plan_layout(N_SEQUENCES, LENGTH, WIDTH, self.recipe.activations), "float16")
+            Writer(scratch, plan_layout(self.n_sequences, LENGTH, WIDTH, self.recipe.activations), "float16")
         return scratch / "zarr.json"
 
     def _publish(self, target: Artefact, parts: Iterator[PartRecord]) -> None:
@@ -221,9 +223,21 @@ class Many:
             shutil.copy(source, copy)
         return copy
 
+    def _counts(self, index: int) -> dict[str, int]:
+        n, n_train = self.n_sequences, self.n_sequences * N_TRAIN // N_SEQUENCES
+        return {
+            "first_sequence": index * n,
+            "n_sequences": n,
+            "n_train_sequences": n_train,
+            "first_document": index * N_DOCUMENTS,
+            "n_documents": N_DOCUMENTS,
+            "n_tokens": n * LENGTH,
+            "n_train_tokens": n_train * LENGTH,
+        }
+
     def _documents(self, index: int) -> bytes:
         ids = np.arange(index * N_DOCUMENTS, (index + 1) * N_DOCUMENTS)
-        per_document = N_SEQUENCES * LENGTH // N_DOCUMENTS
+        per_document = self.n_sequences * LENGTH // N_DOCUMENTS
         table = pa.table(
             {
                 "document_id": ids,
@@ -238,15 +252,3 @@ class Many:
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="zstd")
         return buffer.getvalue().to_pybytes()
-
-
-def counts_of(index: int) -> dict[str, int]:
-    return {
-        "first_sequence": index * N_SEQUENCES,
-        "n_sequences": N_SEQUENCES,
-        "n_train_sequences": N_TRAIN,
-        "first_document": index * N_DOCUMENTS,
-        "n_documents": N_DOCUMENTS,
-        "n_tokens": N_SEQUENCES * LENGTH,
-        "n_train_tokens": N_TRAIN * LENGTH,
-    }

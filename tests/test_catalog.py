@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pytest
 
 from saeflow import catalog, queries
@@ -161,3 +162,25 @@ def test_it_loads_what_connect_loads(tmp_path: Path) -> None:
         assert alone(store, every) == [repr(connection.execute(every).fetchall())]
     assert [run.schema for run in runs(store)] == ["demo", "old"]
     assert queries.questions()
+
+
+class WithLaterColumns(Given):
+    """Documents whose metadata begins in the second part."""
+
+    def _documents(self, index: int) -> pa.Table:
+        table = super()._documents(index)
+        return table if index else table.drop_columns(list(self.metadata))
+
+
+@pytest.mark.parametrize("name", ["store", "a[b]* from tokens"])
+def test_a_run_of_many_files_answers_as_one_of_few_does(tmp_path, monkeypatch, name):
+    years = {"year": pa.array([1815, 1611, 1612])}
+    store = WithLaterColumns(n_parts=2, n_token_parts=3, n_buckets=2, metadata=years).write(tmp_path / name)
+    views = ["documents", "tokens", "feature_summary", "stg_vocab_blocks", "stg_feature_major", "stg_token_major"]
+    asked = [*(f"select * from {view} order by all" for view in views), "from context(2)", "from tokens_where(0, 0.5)"]
+    with connect(store) as connection:
+        expected = [connection.execute(sql).fetchall() for sql in asked]
+    assert [row[-1] for row in expected[0]] == [None, 1611, 1612]
+    monkeypatch.setattr("saeflow.runs.MANY_FILES", 1)
+    with connect(store) as connection:
+        assert [connection.execute(sql).fetchall() for sql in asked] == expected

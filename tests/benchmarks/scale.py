@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from saeflow import activations, catalog, features, integrity, queries, runs
 from saeflow.artefact import Artefact
 from saeflow.feed import Feed
 from saeflow.ledger import Ledger
+from saeflow.machine import peak_bytes
 from saeflow.model import Site
 from saeflow.progress import Progress
 from saeflow.sections import FeedConfig
@@ -37,11 +37,14 @@ from saeflow.store import Store
 from saeflow.used import Used
 from tests.benchmarks import _made_run
 from tests.benchmarks._bars import Bar, report
-from tests.many_parts import SITE, WIDTH, Many
+from tests.many_parts import N_SEQUENCES, SITE, WIDTH, Many
 
 QUIET = Progress(verbosity=-1)
 KINDS = ("tokens", "activations", "features")
 MEMORY = 2 << 30
+RECOMMENDED = 2_385
+"""Parts of 10^10 tokens, as docs/scale.md recommends: they have 16 times as many tokens as by default."""
+PATIENCE = 1800
 ASKABLE = 2_000
 """Parts that are asked about without being compacted."""
 
@@ -138,6 +141,17 @@ def asked(many: Many, taken: Taken) -> None:
     taken.facts["catalog_bytes"] = len(catalog.text(many.store))
 
 
+def make(many: Many, taken: Taken) -> None:
+    for kind in KINDS:
+        if not getattr(many, kind).generation():
+            many.make(kind)
+
+
+def compact(many: Many, taken: Taken) -> None:
+    many.features.publish(many.compacted_parts())
+
+
+PREPARATIONS = {"make": make, "compact": compact}
 STEPS: dict[str, Callable[[Many, Taken], None]] = {
     **{f"open, {kind}": lambda many, taken, kind=kind: opened(many, taken, kind) for kind in KINDS},
     "plan an epoch": planned,
@@ -155,18 +169,12 @@ ASKED = {"open": 5, "plan": 5, "publish": 5, "quick": 30, "what": 30}
 
 def measured(name: str, folder: Path, n_parts: int) -> dict[str, Any]:
     """A step in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.benchmarks.scale",
-        "--step",
-        name,
-        "--keep",
-        str(folder),
-        "--parts",
-        str(n_parts),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    step = ["--step", name, "--keep", str(folder), "--parts", str(n_parts)]
+    try:
+        command = [sys.executable, "-m", "tests.benchmarks.scale", *step]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {PATIENCE} seconds"}
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"signal {-done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -175,12 +183,11 @@ def measured(name: str, folder: Path, n_parts: int) -> dict[str, Any]:
 
 def step(name: str, folder: Path, n_parts: int) -> None:
     taken = Taken()
-    STEPS[name](many_of(folder, n_parts), taken)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    (STEPS | PREPARATIONS)[name](many_of(folder, n_parts), taken)
     about = {
         "seconds": round(taken.seconds, 2),
         "processor_seconds": round(taken.processor_seconds, 2),
-        "peak_bytes": peak,
+        "peak_bytes": peak_bytes(),
     }
     print(json.dumps(about | taken.facts))
 
@@ -193,32 +200,28 @@ def many_of(folder: Path, n_parts: int) -> Many:
     for target in (scratch.by_id(run.record.inputs[0]), run):
         part = target.published().parts[0]
         found |= {file.name.partition("/")[0]: target.part_path(part) / file.name for file in part.files}
-    return Many(Store.create(folder / f"store-{n_parts}"), n_parts, found, with_documents=True)
-
-
-def made(folder: Path, n_parts: int) -> Many:
-    many = many_of(folder, n_parts)
-    for kind in KINDS:
-        if not getattr(many, kind).generation():
-            many.make(kind)
-    return many
+    n_sequences = N_SEQUENCES if n_parts != RECOMMENDED else 16 * N_SEQUENCES
+    return Many(Store.create(folder / f"store-{n_parts}"), n_parts, found, with_documents=True, n_sequences=n_sequences)
 
 
 def run(folder: Path, n_parts: int) -> dict[str, dict[str, Any]]:
-    made(folder, n_parts)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
+
+    def take(name: str, step: str, place: Path = folder, n: int = n_parts) -> None:
+        found[name] = measured(step, place, n)
+        print(f"{name:28}", found[name], flush=True)
+
+    measured("make", folder, n_parts)
     for name in STEPS:
         if name != "ask":
-            found[name] = measured(name, folder, n_parts)
-            print(f"{name:28}", found[name], flush=True)
-    few = made(folder / "few", ASKABLE)
-    found[f"ask, {ASKABLE:,} parts as encoded"] = measured("ask", folder / "few", ASKABLE)
-    del few
-    many = many_of(folder, n_parts)
-    many.features.publish(many.compacted_parts())
-    found["ask, compacted"] = measured("ask", folder, n_parts)
-    for name in list(found)[-2:]:
-        print(f"{name:28}", found[name], flush=True)
+            take(name, name)
+    measured("make", folder / "few", ASKABLE)
+    take(f"ask, {ASKABLE:,} parts as encoded", "ask", folder / "few", ASKABLE)
+    for preparation in PREPARATIONS:
+        measured(preparation, folder / "large", RECOMMENDED)
+    take(f"ask, {RECOMMENDED:,} parts of 4M tokens, compacted", "ask", folder / "large", RECOMMENDED)
+    measured("compact", folder, n_parts)
+    take("ask, compacted", "ask")
     return found
 
 
@@ -238,7 +241,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="5,000 parts, a few minutes")
     parser.add_argument("--keep", type=Path, help="folder for the store, which stays")
     parser.add_argument("--parts", type=int, help="other than 100,000")
-    parser.add_argument("--step", choices=STEPS, help="one step alone, of a store that is made")
+    parser.add_argument("--step", choices=[*STEPS, *PREPARATIONS], help="one step alone, of a store that is made")
     options = parser.parse_args()
     n_parts = options.parts or (5_000 if options.quick else 100_000)
     if options.step:
