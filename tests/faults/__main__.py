@@ -91,9 +91,9 @@ def matrix_results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[s
     rows = []
     for row in matrix.Matrix(folder).rows(lambda name: name in wanted and chosen.only in name):
         rows.append(row)
+        if chosen.table:  # what is known so far, however long the rest takes
+            chosen.table.write_text(matrix.table(rows), "utf-8")
         yield f"{row.name}{f': skipped, {row.skipped}' if row.skipped else ''}", list(row.problems)
-    if chosen.table:
-        chosen.table.write_text(matrix.table(rows), "utf-8")
 
 
 def _said(result: tuple[str, list[str]]) -> bool:

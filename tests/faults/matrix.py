@@ -224,13 +224,13 @@ FAULTS_OF_ALL: dict[str, tuple[Strike, Callable[[str], str]]] = {
     "SIGKILL": (partial(signalled, "SIGKILL"), _never),
     "SIGTERM": (partial(signalled, "SIGTERM"), _never),
     "SIGINT": (partial(signalled, "SIGINT"), _never),
-    WORKER: (worker_lost, _no_worker),
-    "Prefect's server lost at the start": (partial(prefect_lost, START, "before the first write"), _never),
-    "Prefect's server lost in the middle": (partial(prefect_lost, MIDDLE, ""), _never),
-    "Prefect's server lost at the end": (partial(prefect_lost, END, "before the manifest is renamed"), _never),
     "disk full": (partial(signalled, "disk full"), _never),
     "store read-only": (read_only, _no_mount),
+    WORKER: (worker_lost, _no_worker),
     "clock moved back": (clock_back, _no_clock),
+    "Prefect's server lost in the middle": (partial(prefect_lost, MIDDLE, ""), _never),
+    "Prefect's server lost at the start": (partial(prefect_lost, START, "before the first write"), _never),
+    "Prefect's server lost at the end": (partial(prefect_lost, END, "before the manifest is renamed"), _never),
 }
 
 
