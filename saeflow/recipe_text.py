@@ -20,7 +20,7 @@ _HEAD = """\
 
 name = "{name}"
 {top}"""
-_TOP = {"data": '"{name}"', "store": '"data/store"', "threads": "0"}
+_TOP = {"data": '"{name}"', "store": '"data/store"', "threads": "0", "overlap": '"refuse"'}
 DEFAULT_MODEL = "openai-community/gpt2"
 _START: dict[str, dict[str, str]] = {
     "corpus": {"files": '["texts/*.txt"]'},
