@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -98,16 +99,18 @@ def by_a_loop(n_parts: int) -> float:
     return time.monotonic() - began
 
 
-def seconds_of(env: Mapping[str, str], *command: object) -> float:
-    began = time.monotonic()
+def taken_by(env: Mapping[str, str], *command: object) -> tuple[float, float]:
+    """Seconds of a command, and CPU seconds of it and of all that it started and saw the end of."""
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(list(map(str, command)), cwd=ROOT, env=dict(env), check=True, capture_output=True)
-    return time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.monotonic() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def shares(recipe: Path, folder: Path, times: int, work_times: int) -> dict[str, list[float]]:
-    """Seconds that Prefect's coat adds to a recipe in fresh stores, and to one that is finished."""
+    """Seconds that Prefect's coat adds to a recipe in fresh stores, and to one that is finished, there with the CPU's."""
     env = dict(os.environ) | {"PREFECT_HOME": str(folder / "prefect")}
-    found: dict[str, list[float]] = {"with work": [], "finished": []}
+    found: dict[str, list[float]] = {"with work": [], "finished": [], "finished, CPU": []}
     store = folder / f"{recipe.stem}-store"
     for number in range(work_times):
         store = folder / f"{recipe.stem}-{number}"
@@ -116,10 +119,14 @@ def shares(recipe: Path, folder: Path, times: int, work_times: int) -> dict[str,
         print(f"  {recipe.stem} with work: {taken['seconds']:.1f} s, {taken['work']:.1f} s of them work", flush=True)
     plain, coated = ("-c", "from saeflow.cli import main; main()", "run"), ("-m", "flows.pipeline")
     for _ in range(times):
-        with_prefect = seconds_of(env, sys.executable, *coated, recipe, "--store", store)
-        without = seconds_of(env, sys.executable, *plain, recipe, "--store", store)
-        found["finished"].append(with_prefect - without)
-        print(f"  {recipe.stem} finished: {with_prefect:.1f} s with Prefect, {without:.1f} s without", flush=True)
+        with_prefect = taken_by(env, sys.executable, *coated, recipe, "--store", store)
+        without = taken_by(env, sys.executable, *plain, recipe, "--store", store)
+        for kind, a, b in zip(("finished", "finished, CPU"), with_prefect, without, strict=True):
+            found[kind].append(a - b)
+        said = "{:.1f} s (CPU {:.1f} s)"
+        print(
+            f"  {recipe.stem} finished: with Prefect {said}, without {said}".format(*with_prefect, *without), flush=True
+        )
     return found
 
 
@@ -145,6 +152,8 @@ def bars(parts: Mapping[str, Any], sizes: list[int], share: Mapping[str, Mapping
     made = []
     for recipe, kinds in share.items():
         for kind, seconds in kinds.items():
+            if kind.endswith("CPU"):
+                continue
             spread = max(seconds) - min(seconds) if len(seconds) > 1 else None
             made.append(Bar(f"seconds Prefect adds to {recipe}, {kind}", 25, "<=", statistics.median(seconds), spread))
     for name in [each for each in parts if each.startswith(("running", "temporary")) and str(sizes[-1]) in parts[each]]:
@@ -169,8 +178,9 @@ def main() -> None:
         small = write_recipe(folder / "small.toml", recipe_data(Ingredients.write(folder)))
         share = {"the small recipe": shares(small, folder, 1 if quick else 3, 1 if quick else 3)}
         if not quick:
+            print(f"  load {os.getloadavg()[0]:.1f} before the demo", flush=True)
             share["the demo"] = shares(DEMO, folder, 3, 1)
-    report("orchestration", bars(parts, sizes, share), load_before=load, parts=parts, shares=share)
+    report("orchestration", bars(parts, sizes, share), load=[load, os.getloadavg()[0]], parts=parts, shares=share)
 
 
 if __name__ == "__main__":
