@@ -49,7 +49,7 @@ def _read(paths: Sequence[str], options: str = "") -> str:
 def _values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
     """With the columns low, high and filename; files of an earlier saeflow do not say, and may hold anything."""
     said = [path for path in paths if _says_what_it_holds(path)]
-    others = [path for path in paths if path not in set(said)]
+    others = [path for path in paths if not _says_what_it_holds(path)]
     columns = ", ".join(VALUES[order].names)
     everywhere = "0::bigint as low, 9223372036854775807 as high"
     parts = [f"select {columns}, low, high, filename from {_read(said, _HIVE)}"] if said else []
