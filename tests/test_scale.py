@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from saeflow.model import Site
 from saeflow.plan import pool_blocks
 from saeflow.progress import Progress
 from saeflow.records import checked_text
+from saeflow.relations import relations
 from saeflow.sections import FeedConfig
 from saeflow.store import Store
 from saeflow.used import Used
@@ -212,3 +214,11 @@ def test_the_figures_of_the_page_on_scale_follow_from_its_formulas(name):
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} "))
     cells = [cell.strip() for cell in row.strip("|").split("|")][1:4]
     assert cells == [example.figures(1e10)[name] for example in EXAMPLES]
+
+
+def test_the_sql_of_many_files_takes_time_in_proportion_to_them():
+    """A thousandth of what comparing each with each takes."""
+    files = [f"/store/part/feature_major/low={n}/high={n}/000.parquet" for n in range(40_000)]
+    began = time.process_time()
+    relations({"feature_major": files, "token_major": files, "tokens": files[:1], "documents": [], "vocab": []})
+    assert time.process_time() - began < 5
