@@ -252,10 +252,12 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return waiting_runner(tmp_path_factory.mktemp("overlap"))
 
 
+@pytest.mark.long
 def test_two_runs_at_once_leave_the_store_of_one(runner: Runner) -> None:
     assert side_by_side(runner) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stage", "when"), [("collect", "in the middle of a part"), ("train", "in the middle of a checkpoint")]
 )

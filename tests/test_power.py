@@ -44,6 +44,7 @@ def test_a_disk_after_a_cut_holds_only_what_was_flushed(tmp_path: Path) -> None:
     assert eager == {"kept": "kept", "torn": "torn", "renamed": ""}
 
 
+@pytest.mark.long
 def test_a_collection_killed_at_random_instants_ends_equal_to_the_undisturbed_one(tmp_path: Path) -> None:
     runner = collecting_runner(tmp_path, 150)
     found = list(random_kills(runner, 3, seed=1))

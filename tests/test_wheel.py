@@ -77,6 +77,7 @@ def test_the_command_works_outside_the_clone(
     assert "small" in answer
 
 
+@pytest.mark.long
 def test_a_flow_runs_outside_the_clone(installed: Installed, tmp_path: Path) -> None:
     [recipe] = installed.environment.glob("lib/python*/site-packages/flows/recipes/toy.toml")
     small = ["--set", "train.n_tokens=800", "--set", "train.restarts=1"]

@@ -88,11 +88,11 @@ def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, li
 def matrix_results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, list[str]]]:
     names = [f"{fault}, {stage}" for fault in matrix.FAULTS_OF_ALL for stage in matrix.STAGES]
     wanted = names if chosen.tenth is None else names[chosen.tenth % 10 :: 10]
-    rows = []
+    rows, before = [], chosen.table.read_text("utf-8") if chosen.table and chosen.table.exists() else ""
     for row in matrix.Matrix(folder).rows(lambda name: name in wanted and chosen.only in name):
         rows.append(row)
         if chosen.table:  # what is known so far, however long the rest takes
-            chosen.table.write_text(matrix.table(rows), "utf-8")
+            chosen.table.write_text(matrix.table(rows, before), "utf-8")
         yield f"{row.name}{f': skipped, {row.skipped}' if row.skipped else ''}", list(row.problems)
 
 

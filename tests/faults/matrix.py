@@ -255,26 +255,32 @@ def main() -> None:
     cli.main()
 
 
-def table(rows: list[Row]) -> str:
-    """The page `docs/faults.md`."""
-    lines = [
-        "# What faults do",
-        "",
-        "Each stage of a small recipe, disturbed in its middle by each fault; then the same command again. Made by",
-        "`python -m tests.faults --matrix --table docs/faults.md`. *Kept* and *lost* count finished parts and autoencoders that",
-        "were there after the fault: those that the second run left as they were, and those that it made again. *Equal*: the store",
-        "is that of an undisturbed run, byte for byte (provenance and catalog aside).",
-        "",
-        "| fault | stage | exit code | what is said | kept | lost | the same command again |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        said = row.message.replace("|", "\\|").replace("<", "&lt;") or "(nothing)"
-        if row.skipped:
-            lines.append(f"| {row.fault} | {row.stage} | - | ({row.skipped}) | - | - | - |")
-        else:
-            lines.append(f"| {row.fault} | {row.stage} | {row.code} | {said} | {row.kept} | {row.lost} | {row.again} |")
-    return "\n".join([*lines, ""])
+HEAD = """\
+# What faults do
+
+Each stage of a small recipe, disturbed in its middle by each fault; then the same command again. Made by
+`python -m tests.faults --matrix --table docs/faults.md` (with `--only WORDS` just those lines are made anew). *Kept* and *lost* count
+finished parts and autoencoders that were there after the fault: those that the second run left as they were, and those that it made
+again. *Equal*: the store is that of an undisturbed run, byte for byte (provenance and catalog aside).
+
+| fault | stage | exit code | what is said | kept | lost | the same command again |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def table(rows: list[Row], before: str = "") -> str:
+    """The page `docs/faults.md`; lines of `before` stay where there is no row for them."""
+    lines = {tuple(line.split(" | ")[:2]): line for line in before.splitlines() if line.startswith("| ")}
+    lines |= {(f"| {row.fault}", row.stage): _line(row) for row in rows}
+    order = [(f"| {fault}", stage) for fault in FAULTS_OF_ALL for stage in STAGES]
+    return HEAD + "".join(f"{lines[key]}\n" for key in order if key in lines)
+
+
+def _line(row: Row) -> str:
+    said = row.message.replace("|", "\\|").replace("<", "&lt;") if row.code else "(it went on to the end)"
+    if row.skipped:
+        return f"| {row.fault} | {row.stage} | - | ({row.skipped}) | - | - | - |"
+    return f"| {row.fault} | {row.stage} | {row.code} | {said} | {row.kept} | {row.lost} | {row.again} |"
 
 
 if __name__ == "__main__":
