@@ -13,6 +13,7 @@ from typing import Any
 if __name__ == "__main__":  # the terminal shows saeflow's own lines; a served flow keeps Prefect's
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
 
+import httpx
 from prefect import flow
 
 from flows import page
@@ -27,6 +28,7 @@ from flows.train import train_flow
 from saeflow import answers, cluster, features, pipeline, report, sweep, train
 from saeflow.config import Recipe
 from saeflow.progress import Progress
+from saeflow.sections import UserError
 from saeflow.store import Store
 
 FIGURES = (
@@ -77,7 +79,18 @@ def result_page(store: Store, recipe: Recipe, summary: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def told(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
+    """The flow; a server that is lost on the way ends it with what to do."""
+    try:
+        return pipeline_flow(recipe, store)
+    except httpx.TransportError as error:
+        raise UserError(
+            f"Prefect's server does not answer any more ({error}). What is finished is kept in the store.\n"
+            "Start the server again (prefect server start), then the same command; or go on without it: saeflow run RECIPE"
+        ) from error
+
+
 if __name__ == "__main__":
     from saeflow.commands_run import run_flow
 
-    run_flow(pipeline_flow)
+    run_flow(told)

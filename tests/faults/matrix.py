@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -106,7 +107,8 @@ class Matrix:
             said, before = runner.said(store), _parts(store)
             again = runner.run(store)
             after = runner.said(store)
-            problems = [f"a traceback:\n{said}"] if "Traceback" in said else []
+            own = "Prefect" not in row.fault  # Prefect's log may hold its own
+            problems = [f"a traceback:\n{said}"] if own and "Traceback" in said else []
             problems += [f"the second run ended with {again}:\n{after}"] if again else []
             problems += differences(runner.undisturbed, store)
             kept = {name for name, node in before.items() if _parts(store).get(name) == node}
@@ -130,8 +132,12 @@ def _message(said: str) -> str:
     progress = re.compile(
         r"^(store|tokens|activations|train|features|checks|compact|evaluate|loss|report|saeflow \d)[^:]*:"
     )
-    last = [line for line in lines[-4:] if not progress.match(line)]
+    last = [line for line in lines[-12:] if not progress.match(line) and not _LOGGED.search(line)]
     return " ".join(last[-2:])[:400]
+
+
+_LOGGED = re.compile(r"\| (INFO|WARNING|ERROR) +\||Error logging to API|connection attempts failed")
+"""Lines of Prefect's log."""
 
 
 def signalled(fault: Fault, runner: Runner, stage: str, store: Path) -> int | None:
@@ -163,17 +169,28 @@ def prefect_lost(when: dict[str, str], usual: str, runner: Runner, stage: str, s
     """Prefect's server is killed at that point of the flow."""
     with prefect_server(runner.folder / f"prefect-{store.name}") as server:
         assert server.process is not None
-        environment = server.env | {"SAEFLOW_TEST_SERVER": str(server.process.pid)}
+        about = {"SAEFLOW_TEST_SERVER": str(server.process.pid), "PREFECT_CLIENT_MAX_RETRIES": "1"}
+        environment = server.env | about
         words = [stage, "server lost", str(store), str(runner.recipe), at(stage, when, usual).when]
         return _alone(runner, store, words, environment)
 
 
+MOST_SECONDS = 300
+"""After so long a disturbed run is ended, and the table says so."""
+
+
 def _alone(runner: Runner, store: Path, words: list[str], environment: dict[str, str]) -> int:
     """A run in a process of its own, with these variables; it prints where the runner's do."""
+    command = [sys.executable, "-m", "tests.faults.matrix", *words]
     with runner.log(store).open("wb") as log:
-        command = [sys.executable, "-m", "tests.faults.matrix", *words]
-        done = subprocess.run(command, env=environment, cwd=ROOT, stdout=log, stderr=log, timeout=300, check=False)
-    return done.returncode
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            return process.wait(MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            log.write(f"\n(it tried on, and was killed after {MOST_SECONDS} s)\n".encode())
+            return -signal.SIGKILL
 
 
 def worker_lost(runner: Runner, stage: str, store: Path) -> int | None:
@@ -239,12 +256,12 @@ def main() -> None:
     stage, fault, store, recipe, *when = sys.argv[1:]
     point = at(stage, {stage: when[0]} if when else MIDDLE, "")
     if fault == "server lost":
-        from flows.pipeline import pipeline_flow
+        from flows.pipeline import told
         from saeflow.commands_run import run_flow
 
         watch(Case(point, "server lost"), Path(store))
         sys.argv = ["flows.pipeline", recipe, "--store", store]
-        run_flow(pipeline_flow)
+        run_flow(told)
     from saeflow import cli
 
     if fault == "worker lost":
