@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,13 +225,14 @@ def test_after_a_failure_no_task_works_on_without_the_lock(
 ) -> None:
     for stage in (activations.run, train.run):
         stage(upstream, finished.recipe, quiet())
-    encode, begun, ended = features.encode_together, [], []
+    encode, begun, ended, another = features.encode_together, [], [], threading.Event()
 
     def slow(encoders: Any, part: PartRecord, bar: Any) -> Any:
         if part.index == 0:
-            time.sleep(0.1)
+            assert another.wait(60), "no other part began"
             raise UserError("Mend the disk.")
         begun.append(part.index)
+        another.set()
         time.sleep(0.5)
         made = encode(encoders, part, bar)
         ended.append(part.index)
