@@ -223,8 +223,9 @@ def test_a_part_that_always_fails_fails_the_flow_and_publishes_nothing(
 def test_after_a_failure_no_task_works_on_without_the_lock(
     upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    two_at_once = finished.recipe.model_copy(update={"threads": 2})
     for stage in (activations.run, train.run):
-        stage(upstream, finished.recipe, quiet())
+        stage(upstream, two_at_once, quiet())
     encode, begun, ended, another = features.encode_together, [], [], threading.Event()
 
     def slow(encoders: Any, part: PartRecord, bar: Any) -> Any:
@@ -240,7 +241,7 @@ def test_after_a_failure_no_task_works_on_without_the_lock(
 
     monkeypatch.setattr(features, "encode_together", slow)
     with pytest.raises(UserError, match="Mend the disk"):
-        encode_flow(finished.recipe, str(upstream.root))
+        encode_flow(two_at_once, str(upstream.root))
     assert sorted(ended) == sorted(begun) != []
 
 
