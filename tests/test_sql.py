@@ -391,12 +391,15 @@ def test_a_source_that_was_not_counted_apart_is_an_error_that_names_the_question
         assert ask(connection, "compare_sources", ["s69", "s00"]).to_pylist()[0]["rate_a"] == 1.0
 
 
-def test_a_question_about_one_feature_opens_only_the_file_that_may_hold_it(tmp_path):
+@pytest.mark.parametrize(
+    "question", ["tokens_where(2)", "tokens_where_all([2], [0.0])", "tokens_where_within([2], [0.0], 3)"]
+)
+def test_a_question_about_one_feature_opens_only_the_file_that_may_hold_it(tmp_path, question):
     with connect(Given(n_buckets=4).write(tmp_path)) as connection:
         assert ask(connection, "tokens_where", [0]).column("token_id").to_pylist() == [0, 1, 5, 7]
-        plan = queries.query(connection, "explain analyze select * from tokens_where(2)").column(1)[0].as_py()
+        plan = queries.query(connection, f"explain analyze from {question}").column(1)[0].as_py()
         assert not any(rows.num_rows for _, rows in check(connection))
-    assert "1/4" in plan.replace(" ", "")
+    assert "Scanning Files: 1/4" in plan
 
 
 def test_a_forgotten_document_is_nowhere(tmp_path):

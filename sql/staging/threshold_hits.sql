@@ -1,7 +1,8 @@
 -- Where several features are stronger than a threshold each.
 --
 -- Grain:   one row per (place in the lists, token) at which the feature at that place is above its threshold.
--- Reads:   stg_feature_major (only the files and row groups of these features), same_length
+-- Reads:   stg_feature_major (only files from the first to the last of these features, and of them the row groups of
+--          these features), same_length
 -- Units:   place counts from 1; value is in the units of the activations. Lists that are null, empty or of different
 --          lengths are an error.
 -- Ask it:  from threshold_hits([12, 34], [0, 0.5])
@@ -17,7 +18,5 @@ select wanted.place, token_id, value
 from stg_feature_major
 join wanted using (feature_id)
 where value > wanted.threshold
-    and case
-        when same_length(features, thresholds)
-            then list_bool_or(list_transform(features, lambda f: f between low and high))
-    end;
+    and low <= case when same_length(features, thresholds) then list_max(features::bigint[]) end
+    and high >= case when same_length(features, thresholds) then list_min(features::bigint[]) end;
