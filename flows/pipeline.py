@@ -15,6 +15,7 @@ if __name__ == "__main__":  # the terminal shows saeflow's own lines; a served f
 
 import httpx
 from prefect import flow
+from prefect.events.worker import EventsWorker
 
 from flows import page
 from flows.bring import bring_flow
@@ -84,6 +85,7 @@ def told(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     try:
         return pipeline_flow(recipe, store)
     except httpx.TransportError as error:
+        EventsWorker.instance().reset_for_fork()  # it would try each event for seconds before the process may end
         raise UserError(
             f"Prefect's server does not answer any more ({error}). What is finished is kept in the store.\n"
             "Start the server again (prefect server start), then the same command; or go on without it: saeflow run RECIPE"
