@@ -5,7 +5,9 @@ python -m flows.pipeline flows/recipes/demo.toml
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import shlex
 import time
 from typing import Any
@@ -85,11 +87,19 @@ def told(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     try:
         return pipeline_flow(recipe, store)
     except httpx.TransportError as error:
-        EventsWorker.instance().reset_for_fork()  # it would try each event for seconds before the process may end
+        _drop_events()
         raise UserError(
             f"Prefect's server does not answer any more ({error}). What is finished is kept in the store.\n"
             "Start the server again (prefect server start), then the same command; or go on without it: saeflow run RECIPE"
         ) from error
+
+
+def _drop_events() -> None:
+    """Events that wait for the server: Prefect would try each for seven seconds before the process may end."""
+    waiting = EventsWorker.instance()._queue
+    with contextlib.suppress(queue.Empty):
+        while True:
+            waiting.get_nowait()
 
 
 if __name__ == "__main__":
