@@ -18,7 +18,8 @@ from saeflow.artefact import Artefact
 from saeflow.config import Recipe, parse_recipe
 from saeflow.document import Document
 from saeflow.forget import forget
-from saeflow.integrity import damage, garbage, remove
+from saeflow.garbage import collect
+from saeflow.integrity import damage
 from saeflow.ledger import Ledger, key_hash
 from saeflow.progress import Progress
 from saeflow.sections import CorpusConfig, UserError
@@ -268,8 +269,7 @@ def test_compaction_and_gc_leave_no_trace_of_a_forgotten_document(grown):
     assert b"secret/one" in documents_of(grown)
     pipeline.compact(grown.store, grown.recipe, quiet())
     assert list(grown.sql("from documents where key = 'secret/one'")) == []
-    for each in garbage(grown.store, grace_seconds=0):
-        remove(each)
+    collect(grown.store, grace_seconds=0, remove=True)
     assert b"secret/one" not in documents_of(grown)
     everything = text_of(grown.store.root)
     for trace in (b"secret/one", b"Zugzwang", SECRET.encode()):
