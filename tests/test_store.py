@@ -16,6 +16,7 @@ from saeflow.artefact import Artefact
 from saeflow.disk import read_json, write_json
 from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.integrity import damage, mend, next_share, note_share, verify
+from saeflow.objects import Objects
 from saeflow.records import (
     KINDS,
     ArtefactRecord,
@@ -450,3 +451,21 @@ def test_the_shares_of_a_store_follow_one_another_whenever_they_are_read(store):
     assert seen == [(i % 3, 3) for i in range(7)]
     (store.root / "tmp" / "verified.json").write_text("?")
     assert next_share(store, 3) == (0, 3)
+
+
+def test_a_stray_object_is_found_in_one_pass_over_the_listing(tmp_path, monkeypatch):
+    objects = Objects("memory:///", tmp_path / "cache")
+    artefact = Store(objects.root, objects).artefact("tokens", "small", "0123abcd")
+    with artefact.writing():
+        artefact.begin({})
+        parts = [write_part(artefact, index) for index in range(3)]
+        artefact.publish(parts)
+    stray = artefact.part_path(parts[1]) / "deeper" / "stray"
+    stray.write_bytes(b"x")
+    artefact.send(stray)
+    with monkeypatch.context() as patch:
+        patch.setattr(Artefact, "files_of", None)  # looks through everything for each part
+        found = list(damage(artefact, full=True))
+    assert [(each.part, each.problem) for each in found] == [(parts[1], f"{stray} does not belong there")]
+    assert list(mend(found)) == [f"removed {stray}"]
+    assert list(damage(artefact, full=True)) == []
