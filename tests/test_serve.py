@@ -353,6 +353,7 @@ def test_a_damaged_part_fails_the_verify_flow_by_name_and_gc_removes_what_nobody
     assert gc_flow(again.recipe, store, 0) > 0
     assert not garbage.collect(again.store, 0, remove=False).garbage
     assert verify_flow(again.recipe, store, nights=1) == 0
+    assert [verify_flow(again.recipe, store, nights=2) for _ in range(3)] == [0, 1, 0]
     [stored] = again.store.artefacts("activations")
     part = stored.published().parts[0]
     [shard] = [path for path in stored.part_path(part).rglob("c/*") if path.is_file()][:1] or [
