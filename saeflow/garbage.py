@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from saeflow.artefact import Artefact
-from saeflow.integrity import by_folder
+from saeflow.integrity import below_of
 from saeflow.lease import held
 from saeflow.objects import Found
 from saeflow.records import KINDS, Generation, listed_folders
@@ -138,10 +138,8 @@ def _now(artefact: Artefact) -> Generation | None:
 
 def _scales(artefact: Artefact) -> Callable[[Path], tuple[int, float]]:
     """Bytes of a list or part, and when it was written last, in seconds since 1970."""
-    if artefact.objects is None:
-        return artefact.footprint
-    listed = by_folder(artefact)
-    return lambda path: _weight(listed.get(path.relative_to(artefact.path).as_posix(), {}))
+    below = below_of(artefact)
+    return artefact.footprint if below is None else lambda path: _weight(below(path))
 
 
 def _weight(found: Mapping[str, Found]) -> tuple[int, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -31,7 +32,7 @@ from saeflow.records import (
 from saeflow.sections import UserError
 from saeflow.store import Store
 
-_Inside: TypeAlias = Mapping[str, Mapping[str, Found]]
+Below: TypeAlias = Callable[[Path], Mapping[str, Found]]
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,10 @@ def damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = None)
         parts = generation.parts if generation else ()
         reads = full or share is not None
         one_by_one = reads or artefact.objects is not None
-        inside = by_folder(artefact) if reads else None
+        below = below_of(artefact) if reads else None
 
         def problems(part: PartRecord) -> tuple[PartRecord, list[str]]:
-            return part, list(_part_problems(artefact, part, full or _falls_into(share, part.folder), inside))
+            return part, list(_part_problems(artefact, part, full or _falls_into(share, part.folder), below))
 
         for part, found in (map if one_by_one else look)(problems, parts):
             yield from (Damage(artefact, part, problem) for problem in found)
@@ -128,11 +129,11 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
         yield str(error).partition(" is missing or damaged")[0] + " is missing or damaged"
 
 
-def _part_problems(artefact: Artefact, part: PartRecord, full: bool, inside: _Inside | None) -> Iterator[str]:
+def _part_problems(artefact: Artefact, part: PartRecord, full: bool, below: Below | None) -> Iterator[str]:
     folder = artefact.part_path(part)
     yield from artefact.missing_files(folder, part.files, full)
     if full:
-        yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part, inside))
+        yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part, below))
     try:
         if artefact.objects is not None:
             if not full:  # one request a part would take long
@@ -149,22 +150,30 @@ def _holds(path: Path, part: PartRecord) -> bool:
     return path.read_bytes() == part.text.encode() or read_record(path, PartRecord) == part
 
 
-def _strangers(artefact: Artefact, part: PartRecord, inside: _Inside | None = None) -> list[str]:
-    """Files in the folder of a part that are none of its own; `inside` is what `by_folder` found."""
+def _strangers(artefact: Artefact, part: PartRecord, below: Below | None = None) -> list[str]:
+    """Files in the folder of a part that are none of its own."""
     known = {file.name for file in part.files} | {"part.json"}
-    found = inside.get(f"parts/{part.folder}", {}) if inside else artefact.files_of(artefact.part_path(part))
-    return sorted(found - known if isinstance(found, set) else found.keys() - known)
+    folder = artefact.part_path(part)
+    if below is None:
+        return sorted(artefact.files_of(folder) - known)
+    inside = f"{folder.relative_to(artefact.root).as_posix()}/"
+    return sorted({key.removeprefix(inside) for key in below(folder)} - known)
 
 
-def by_folder(artefact: Artefact) -> dict[str, dict[str, Found]]:
-    """What an object store lists of each part and list of parts (`parts/<folder>`, `generations/<file>`): its files by their names
-    in it, `""` where it is a file itself. One pass; empty for a store on disk."""
-    found: dict[str, dict[str, Found]] = {}
-    for key, about in artefact.objects.listing(artefact.path).items() if artefact.objects is not None else ():
-        kind, _, rest = key.split("/", 2)[2].partition("/")
-        name, _, inside = rest.partition("/")
-        found.setdefault(f"{kind}/{name}", {})[inside] = about
-    return found
+def below_of(artefact: Artefact) -> Below | None:
+    """What an object store lists at or below a path of the artefact, by key, found without a walk through all of its listing;
+    None for a store on disk."""
+    if artefact.objects is None:
+        return None
+    objects, listed = artefact.objects, artefact.objects.listing(artefact.path)
+    keys = sorted(listed)
+
+    def below(path: Path) -> dict[str, Found]:
+        key = objects.key(path)
+        inside = keys[bisect_left(keys, f"{key}/") : bisect_left(keys, f"{key}0")]  # 0 comes after /
+        return {name: listed[name] for name in [key, *inside] if name in listed}
+
+    return below
 
 
 def mend(found: Iterable[Damage]) -> Iterator[str]:
