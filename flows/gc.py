@@ -8,7 +8,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.common import open_store, part_task, reporting, show_table
-from saeflow import catalog, integrity
+from saeflow import catalog, garbage
 from saeflow.config import Recipe
 from saeflow.disk import human_bytes
 
@@ -19,6 +19,8 @@ Hours = Annotated[float, Field(ge=0)]
 def gc_flow(recipe: Recipe, store: str | None = None, grace_hours: Hours = 24) -> int:
     """Remove replaced generations, parts that none lists, and what killed runs left; returns how many bytes that were.
 
+    What is being written is left to the next time.
+
     Args:
         grace_hours: For so long a replaced generation is kept for its readers.
     """
@@ -26,14 +28,13 @@ def gc_flow(recipe: Recipe, store: str | None = None, grace_hours: Hours = 24) -
     with reporting("gc"):
 
         @part_task("gc")
-        def collect_garbage() -> tuple[int, int]:
-            found = list(integrity.garbage(opened, grace_hours * 3600))
-            for each in found:
-                integrity.remove(each)
-            if found:
+        def collect_garbage() -> tuple[int, int, list[str]]:
+            done = garbage.collect(opened, grace_hours * 3600, remove=True)
+            if done.garbage:
                 catalog.write(opened)
-            return len(found), sum(each.n_bytes for each in found)
+            return len(done.garbage), done.n_bytes, done.left_alone
 
-        n, n_bytes = collect_garbage()
-    show_table("gc", {"removed": n, "bytes": human_bytes(n_bytes)})
+        n, n_bytes, left_alone = collect_garbage()
+    left = {f"left alone {number}": why for number, why in enumerate(left_alone[:20], 1)}
+    show_table("gc", {"removed": n, "bytes": human_bytes(n_bytes)} | left)
     return n_bytes

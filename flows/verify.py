@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import date
-
 from prefect import flow
 from pydantic import PositiveInt
 
@@ -15,13 +13,13 @@ from saeflow.sections import UserError
 
 @flow(name="saeflow-verify", flow_run_name="verify-{recipe.name}")
 def verify_flow(recipe: Recipe, store: str | None = None, nights: PositiveInt = 7) -> int:
-    """Read every byte of today's share of the store, and the sizes of the rest.
+    """Read every byte of the next share of the store, and the sizes of the rest.
 
     Args:
-        nights: After so many days in a row the whole store has been read.
+        nights: After so many runs, whenever they are, the whole store has been read.
     """
     opened = open_store(recipe, store)
-    share = integrity.share_of_day(nights, date.today())
+    share = integrity.next_share(opened, nights)
     with reporting("verify"):
 
         @part_task("verify")
@@ -29,6 +27,7 @@ def verify_flow(recipe: Recipe, store: str | None = None, nights: PositiveInt = 
             return [str(each) for each in integrity.verify(opened, False, share)]
 
         found = list(read_back())
+        integrity.note_share(opened, share)
     show_table("verify", {"share": f"{share[0] + 1} of {nights}", "damaged": len(found)} | _named(found))
     if found:
         shown = "\n".join(found[:20])

@@ -213,7 +213,12 @@ class Artefact:
             self.objects.send(paths)
 
     def remove(self, path: Path) -> None:
-        """A file or folder of the artefact, wherever it is."""
+        """A file or folder of the artefact, wherever it is. Raises UserError where a record or a link leads out of its folder."""
+        inside = path.parent.resolve().is_relative_to(self.path.resolve()) and path.name != ".."
+        if path != self.path and not inside:
+            raise UserError(
+                f"{path} lies outside of {self.path}: it is left alone.\nA record or link was not written by saeflow."
+            )
         if self.objects is not None:
             self.objects.remove(path)
         elif path.is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import date
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +29,7 @@ from saeflow.command_line import (
 from saeflow.disk import human_bytes
 from saeflow.harmless import sanitise
 from saeflow.progress import Progress
-from saeflow.records import KINDS, read_checked
+from saeflow.records import KINDS, PartRecord, read_checked
 from saeflow.sections import UserError
 from saeflow.store import Store, store_path
 
@@ -48,12 +48,7 @@ def ls(store: StoreOption = None) -> None:
     opened = open_store(store)
     table = a_table("artefact", "generation", "parts", "tokens", "size", "inputs")
     for artefact in opened.artefacts():
-        table.add_row(
-            _cell(artefact.id),
-            *_state(artefact),
-            human_bytes(artefact.footprint(artefact.path)[0]),
-            _cell(", ".join(artefact.record.inputs)),
-        )
+        table.add_row(_cell(artefact.id), *_state(artefact), _cell(", ".join(artefact.record.inputs)))
     out.print(table)
 
 
@@ -61,13 +56,21 @@ def _cell(text: object) -> str:
     return escape(sanitise(str(text)))
 
 
-def _state(artefact: Artefact) -> tuple[str, str, str]:
+def _state(artefact: Artefact) -> tuple[str, str, str, str]:
+    """Generation, parts, tokens, and the size of what readers see, as its records say: a store has millions of files."""
     if artefact.kind == "saes":
-        return ("whole" if artefact.complete() else "damaged"), "-", "-"
+        return ("whole" if artefact.complete() else "damaged"), "-", "-", _size(artefact, ())
     generation = artefact.generation()
     if generation is None:
-        return "unfinished", str(len(artefact.parts())), "-"
-    return str(generation.number), str(len(generation.parts)), f"{generation.total('n_tokens'):,}"
+        parts = artefact.parts().values()
+        return "unfinished", str(len(parts)), "-", _size(artefact, parts)
+    n_tokens = f"{generation.total('n_tokens'):,}"
+    return str(generation.number), str(len(generation.parts)), n_tokens, _size(artefact, generation.parts)
+
+
+def _size(artefact: Artefact, parts: Iterable[PartRecord]) -> str:
+    n_bytes = sum(part.n_bytes for part in parts) + sum(file.n_bytes for file in artefact.record.files)
+    return human_bytes(n_bytes)
 
 
 @commands.command()
@@ -124,8 +127,8 @@ def verify(
     found = list(integrity.verify(opened, full, today))
     for each in found:
         out.print(sanitise(f"damaged: {each}"), markup=False, soft_wrap=True)
-    for each in found if repair else []:
-        err.print(sanitise(integrity.repair(each)), markup=False, soft_wrap=True)
+    for said in integrity.mend(found) if repair else []:
+        err.print(sanitise(said), markup=False, soft_wrap=True)
     broken = _run_checks(opened) if full and not found else []
     for name, n_rows in broken:
         out.print(sanitise(f"check {name}: {n_rows} offending rows"), markup=False)
@@ -207,24 +210,24 @@ def gc(
     ] = GRACE_HOURS,
 ) -> None:
     """List what nobody can read any more; remove it with --yes. Example: `saeflow gc --yes`"""
-    from saeflow import catalog, integrity
+    from saeflow import catalog, garbage
 
     opened = open_store(store)
-    found = list(integrity.garbage(opened, grace * 3600))
-    n_bytes = sum(each.n_bytes for each in found)
-    kept = sum(each.n_bytes for each in integrity.garbage(opened, 0)) - n_bytes if grace else 0
-    for each in found:
+    done = garbage.collect(opened, grace * 3600, remove=yes)
+    for each in done.garbage:
         out.print(sanitise(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}"), markup=False, soft_wrap=True)
-    for each in found if yes else []:
-        integrity.remove(each)
-    if yes and found:
+    if yes and done.garbage:
         catalog.write(opened)
     again = f"saeflow gc{'' if grace == GRACE_HOURS else f' --grace {grace:g}'} --yes{where(opened)}"
-    done = "removed" if yes else "to remove" if not found else f"to remove with `{again}`"
-    out.print(f"{len(found)} files and folders, {human_bytes(n_bytes)} {done}", markup=False, soft_wrap=True)
-    if kept > 0:
-        later = f"{human_bytes(kept)} more after {grace:g} hours; now with --grace 0"
+    said = "removed" if yes else "to remove" if not done.garbage else f"to remove with `{again}`"
+    out.print(
+        f"{len(done.garbage)} files and folders, {human_bytes(done.n_bytes)} {said}", markup=False, soft_wrap=True
+    )
+    if done.n_bytes_kept:
+        later = f"{human_bytes(done.n_bytes_kept)} more after {grace:g} hours; now with --grace 0"
         out.print(later, markup=False, soft_wrap=True)
+    for why in done.left_alone:
+        err.print(sanitise(f"left alone: {why}"), markup=False, soft_wrap=True)
 
 
 def _share_of_today(text: str | None) -> tuple[int, int] | None:

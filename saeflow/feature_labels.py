@@ -17,10 +17,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from filelock import FileLock
-
-from saeflow.disk import make_folder, replacing
+from saeflow.disk import replacing
 from saeflow.harmless import brief, sanitise
+from saeflow.lease import FileSlot
 from saeflow.relations import literal, unglobbed
 from saeflow.sections import UserError
 from saeflow.store import Store
@@ -194,12 +193,11 @@ def _trimmed(column: str) -> str:
 def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None]) -> int:
     """Set the labels of features in the file of a source, None to remove; returns how many it then holds.
 
-    Raises UserError where the file is there and cannot be read: what a person wrote is not overwritten.
+    Raises UserError where the file is there and cannot be read: what a person wrote is not overwritten; or where another command
+    has been changing labels of this SAE for a minute.
     """
     path = _folder(store, sae) / f"{_known_source(source)}.csv"
-    lock = store.root / "tmp" / "locks" / f"labels-{path.parent.name}.lock"
-    make_folder(lock.parent)
-    with FileLock(lock):
+    with FileSlot(store.root / "tmp" / "locks" / f"labels-{path.parent.name}.lease").guard():
         sheet = _present(store, path)
         sheet = sheet.with_labels(labels)
         _replace(store, path, sheet)

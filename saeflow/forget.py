@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,10 +39,10 @@ class Forgotten:
 
 def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
     """Hide every document of these keys, and every earlier version of them. Raises UserError for keys nobody has."""
-    sources = {source.id: source for source in store.artefacts("tokens") if source.generation()}
-    found = {name: list(_owned(source, keys)) for name, source in sources.items()}
+    sources = {source.id: _Search(source, keys) for source in store.artefacts("tokens") if source.generation()}
+    found = {name: source.rows() for name, source in sources.items()}
     known = {row["key"] for rows in found.values() for row in rows}
-    unknown = [key for key in keys if key not in known and not _forgotten(sources.values(), key)]
+    unknown = [key for key in keys if key not in known and not _forgotten((s.artefact for s in sources.values()), key)]
     if unknown:
         raise UserError(
             f"No document is called {', '.join(map(repr, unknown))}. Nothing was hidden.\n"
@@ -50,8 +51,8 @@ def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
     done = Forgotten(already=[key for key in keys if key not in known])
     for name, rows in found.items():
         if rows:
-            _hide(sources[name], rows, "forgotten")
-            done.documents[name] = len(rows)
+            found[name] = _hide(sources[name].artefact, sources[name].rows, "forgotten")
+            done.documents[name] = len(found[name])
     _follow(store, found, done, progress)
     return done
 
@@ -62,7 +63,7 @@ def withdraw(store: Store, source: Artefact, rows: list[dict[str, Any]], progres
     One that comes back is a new document, while a forgotten one stays away.
     """
     done = Forgotten({source.id: len(rows)})
-    _hide(source, rows, "replaced")
+    _hide(source, lambda: rows, "replaced")
     _follow(store, {source.id: rows}, done, progress)
     return done
 
@@ -78,15 +79,28 @@ def _follow(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotte
     _list_saes(store, found, done)
 
 
-def _owned(source: Artefact, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of documents.parquet with these keys, replaced versions included, forgotten ones not."""
-    generation = source.published()
-    gone = {d.document_id for each in generation.hidden.values() for d in each if d.reason == "forgotten"}
-    for part in generation.parts:
-        table = pq.read_table(source.part_file(part, "documents.parquet"), columns=["document_id", "key", "held_out"])
-        for row in table.filter(pc.is_in(table.column("key"), pa.array(keys, pa.string()))).to_pylist():
-            if row["document_id"] not in gone:
-                yield row
+@dataclass
+class _Search:
+    """Looks for documents by their keys; in each part once, however often it is asked."""
+
+    artefact: Artefact
+    keys: Sequence[str]
+    _seen: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of documents.parquet as it is now, replaced versions included, forgotten ones not."""
+        generation = self.artefact.published()
+        gone = {d.document_id for each in generation.hidden.values() for d in each if d.reason == "forgotten"}
+        found = (row for part in generation.parts for row in self._rows_of(part))
+        return [row for row in found if row["document_id"] not in gone]
+
+    def _rows_of(self, part: PartRecord) -> list[dict[str, Any]]:
+        if part.folder not in self._seen:
+            path = self.artefact.part_file(part, "documents.parquet")
+            table = pq.read_table(path, columns=["document_id", "key", "held_out"])
+            owned = pc.is_in(table.column("key"), pa.array(self.keys, pa.string()))
+            self._seen[part.folder] = table.filter(owned).to_pylist()
+        return self._seen[part.folder]
 
 
 def _forgotten(sources: Iterable[Artefact], key: str) -> bool:
@@ -96,11 +110,15 @@ def _forgotten(sources: Iterable[Artefact], key: str) -> bool:
     return any(d.key_hash == hashed and d.reason == "forgotten" for d in every)
 
 
-def _hide(source: Artefact, rows: list[dict[str, Any]], reason: Literal["forgotten", "replaced"]) -> None:
+def _hide(
+    source: Artefact, find: Callable[[], list[dict[str, Any]]], reason: Literal["forgotten", "replaced"]
+) -> list[dict[str, Any]]:
+    """What is hidden is found once the lease is held: a newer version may have come in since somebody looked."""
     with source.writing():
-        generation = source.published()
+        generation, rows = source.published(), find()
         new = [Hidden(document_id=r["document_id"], key_hash=key_hash(r["key"]), reason=reason) for r in rows]
         source.publish(generation.parts, hidden=merged(generation.hidden, by_part(new, generation.parts)))
+    return rows
 
 
 def _list_saes(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotten) -> None:
@@ -115,12 +133,13 @@ def _list_saes(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgo
 
 
 def _n_seen(stored: Artefact, sae: Artefact) -> int:
-    """Documents that existed when the SAE was trained: their numbers are below this. One that was imported saw none."""
+    """Documents that existed when the SAE was trained: their numbers are below this. One that was imported saw none; where its
+    activations are gone nobody knows, and it may have seen all."""
     if "imported" in sae.record.facts:
         return 0
     number = int(sae.record.facts["generation"])
-    generation = stored.generation(number) if number in stored.numbers() else stored.published()
-    return generation.total("n_documents") if generation else 0
+    generation = stored.generation(number) if number in stored.numbers() else stored.generation()
+    return generation.total("n_documents") if generation else sys.maxsize
 
 
 def seen(source: Artefact) -> dict[str, int]:

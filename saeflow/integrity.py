@@ -1,15 +1,16 @@
-"""Is everything published there, byte for byte? What to remove so that it is made again, and what nobody reads any more."""
+"""Is everything published there, byte for byte? What to remove so that it is made again."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import time
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import TypeAlias
 
 import xxhash
 
@@ -17,17 +18,21 @@ from saeflow.artefact import Artefact
 from saeflow.disk import flush_tree, look, rename
 from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.lease import is_free
+from saeflow.objects import Found
 from saeflow.records import (
     KINDS,
     Damaged,
     PartRecord,
-    listed_folders,
     read_checked,
+    read_known,
     read_record,
     write_checked,
     write_record,
 )
+from saeflow.sections import UserError
 from saeflow.store import Store
+
+Below: TypeAlias = Callable[[Path], Mapping[str, Found]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> It
     `share`, as (i, n), reads every byte of the i-th of n shares, which together are the whole, and the sizes of the rest.
     """
     for kind in KINDS:
-        for folder in sorted(path for path in (store.root / kind).glob("*-*") if path.is_dir()):
+        for folder in sorted(path for path in (store.root / kind).glob("?*-*") if path.is_dir()):
             if any((folder / name).exists() for name in ("artefact.json", "manifest.json", "cfg.json")):
                 yield from damage(store.by_id(f"{kind}/{folder.name}"), full, share)
 
@@ -57,6 +62,25 @@ def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> It
 def share_of_day(n: int, day: date) -> tuple[int, int]:
     """The share of a store that is read on a day: on n days in a row all of it."""
     return day.toordinal() % n, n
+
+
+def next_share(store: Store, n: int) -> tuple[int, int]:
+    """The share of n that was not read for longest: the one after that which `note_share` was last told of."""
+    if store.objects is not None:
+        with contextlib.suppress(FileNotFoundError):
+            store.objects.fetch(_shares(store), fresh=True)
+    return int(read_known(_shares(store)).get(str(n), 0)) % n, n
+
+
+def note_share(store: Store, share: tuple[int, int]) -> None:
+    """Remember that a share has been read, so that the next is read whenever that is: on another day or not."""
+    read = read_known(_shares(store)) | {"format_version": FORMAT_VERSION, str(share[1]): share[0] + 1}
+    write_checked(_shares(store), read)
+    store.send(_shares(store))
+
+
+def _shares(store: Store) -> Path:
+    return store.root / "tmp" / "verified.json"
 
 
 def _falls_into(share: tuple[int, int] | None, name: str) -> bool:
@@ -83,9 +107,10 @@ def damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = None)
         parts = generation.parts if generation else ()
         reads = full or share is not None
         one_by_one = reads or artefact.objects is not None
+        below = below_of(artefact) if reads else None
 
         def problems(part: PartRecord) -> tuple[PartRecord, list[str]]:
-            return part, list(_part_problems(artefact, part, full or _falls_into(share, part.folder)))
+            return part, list(_part_problems(artefact, part, full or _falls_into(share, part.folder), below))
 
         for part, found in (map if one_by_one else look)(problems, parts):
             yield from (Damage(artefact, part, problem) for problem in found)
@@ -104,11 +129,11 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
         yield str(error).partition(" is missing or damaged")[0] + " is missing or damaged"
 
 
-def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator[str]:
+def _part_problems(artefact: Artefact, part: PartRecord, full: bool, below: Below | None) -> Iterator[str]:
     folder = artefact.part_path(part)
     yield from artefact.missing_files(folder, part.files, full)
     if full:
-        yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part))
+        yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part, below))
     try:
         if artefact.objects is not None:
             if not full:  # one request a part would take long
@@ -125,34 +150,86 @@ def _holds(path: Path, part: PartRecord) -> bool:
     return path.read_bytes() == part.text.encode() or read_record(path, PartRecord) == part
 
 
-def _strangers(artefact: Artefact, part: PartRecord) -> list[str]:
+def _strangers(artefact: Artefact, part: PartRecord, below: Below | None = None) -> list[str]:
+    """Files in the folder of a part that are none of its own."""
     known = {file.name for file in part.files} | {"part.json"}
-    return sorted(artefact.files_of(artefact.part_path(part)) - known)
+    folder = artefact.part_path(part)
+    if below is None:
+        return sorted(artefact.files_of(folder) - known)
+    inside = f"{folder.relative_to(artefact.root).as_posix()}/"
+    return sorted({key.removeprefix(inside) for key in below(folder)} - known)
+
+
+def below_of(artefact: Artefact) -> Below | None:
+    """What an object store lists at or below a path of the artefact, by key, found without a walk through all of its listing;
+    None for a store on disk."""
+    if artefact.objects is None:
+        return None
+    objects, listed = artefact.objects, artefact.objects.listing(artefact.path)
+    keys = sorted(listed)
+
+    def below(path: Path) -> dict[str, Found]:
+        key = objects.key(path)
+        inside = keys[bisect_left(keys, f"{key}/") : bisect_left(keys, f"{key}0")]  # 0 comes after /
+        return {name: listed[name] for name in [key, *inside] if name in listed}
+
+    return below
+
+
+def mend(found: Iterable[Damage]) -> Iterator[str]:
+    """Mend what can be mended at once, or remove it so that the next run makes it again; each place once. Says what was done,
+    and ends with a UserError where something is left to do."""
+    left = []
+    for each in {(each.artefact, each.part and each.part.folder): each for each in found}.values():
+        try:
+            yield repair(each)
+        except UserError as error:
+            left.append(str(error))
+    if left:
+        raise UserError("\n".join(["Not everything could be mended; the rest is.", *dict.fromkeys(left)]))
 
 
 def repair(found: Damage) -> str:
-    """Mend what can be mended at once, or remove it so that the next run makes it again. Says what was done."""
+    """Mend one place. Raises UserError where that cannot be done, with what can be done instead."""
     artefact, part = found.artefact, found.part
-    with artefact.writing():
-        if part is not None:
-            return _repair_part(artefact, part)
-        if artefact.kind == "saes":
-            artefact.remove(artefact.path)
-            return f"removed {artefact.path}"
-        for path in _bad_files(artefact):
-            artefact.remove(path)
-        artefact.recover()
-        return f"mended {artefact.path}, or removed what has to be made again"
+    try:
+        with artefact.writing():
+            return _repair_part(artefact, part) if part is not None else _repair_own(artefact)
+    except Damaged as error:
+        raise _beyond_repair(artefact, error) from error
+
+
+def _repair_own(artefact: Artefact) -> str:
+    if artefact.kind == "saes":
+        artefact.remove(artefact.path)
+        return f"removed {artefact.path}"
+    for path in _bad_files(artefact):
+        artefact.remove(path)
+    artefact.recover()
+    return f"mended {artefact.path}, or removed what has to be made again"
 
 
 def _repair_part(artefact: Artefact, part: PartRecord) -> str:
     folder = artefact.part_path(part)
-    if not list(artefact.missing_files(folder, part.files, full=True)) and not _strangers(artefact, part):
-        write_record(folder / "part.json", part)
-        artefact.send(folder / "part.json")
-        return f"wrote {folder / 'part.json'} again"
-    artefact.remove(folder)
-    return f"removed {folder}"
+    if list(artefact.missing_files(folder, part.files, full=True)):
+        artefact.remove(folder)
+        return f"removed {folder}"
+    strangers = [folder / name for name in _strangers(artefact, part)]
+    for path in strangers:
+        artefact.remove(path)
+    write_record(folder / "part.json", part)
+    artefact.send(folder / "part.json")
+    return f"removed {', '.join(map(str, strangers))}" if strangers else f"wrote {folder / 'part.json'} again"
+
+
+def _beyond_repair(artefact: Artefact, error: Damaged) -> UserError:
+    """What is damaged follows from nothing that is left; that the run then makes all again has a price in tokens."""
+    what = str(error).partition(" is missing or damaged")[0]
+    again = "; documents that were forgotten come back with it: forget them again" if artefact.kind == "tokens" else ""
+    return UserError(
+        f"{what} is damaged, and nothing that is left says what was in it.\nBring it back from a backup. Or remove "
+        f"{artefact.location(artefact.path)}: the next run makes all of it again from what it reads{again}."
+    )
 
 
 def _bad_files(artefact: Artefact) -> Iterator[Path]:
@@ -169,68 +246,9 @@ def _bad_files(artefact: Artefact) -> Iterator[Path]:
                 yield artefact.path / file.name
 
 
-@dataclass(frozen=True)
-class Garbage:
-    """A file or folder that no reader can reach any more."""
-
-    path: Path
-    why: str
-    n_bytes: int
-    artefact: Artefact | None = None
-    """None for work in progress, which is on this machine alone."""
-
-
-def garbage(store: Store, grace_seconds: float) -> Iterator[Garbage]:
-    """What no generation lists, lists that were replaced longer ago than the grace period, and forgotten work."""
-    for artefact in store.artefacts():
-        yield from _old_generations(artefact, grace_seconds)
-    yield from _left_work(store)
-
-
-def _old_generations(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
-    current = artefact.generation()
-    if current is None or not is_free(artefact.slot):
-        return
-    kept = {part.folder for part in current.parts}
-    lists = {number: artefact.list_path(number) for number in artefact.numbers()}
-    for number, path in lists.items():
-        replaced = [lists[later].stat().st_mtime for later in lists if later > number]
-        if number == current.number or (replaced and time.time() - min(replaced) < grace_seconds):
-            kept |= set(listed_folders(path))
-        else:
-            why = f"list of generation {number}; readers see {current.number}"
-            yield Garbage(path, why, path.stat().st_size, artefact)
-    for path in (artefact.path / "parts" / name for name in sorted(artefact.part_folders() - kept)):
-        n_bytes, written = artefact.footprint(path)
-        if time.time() - written >= grace_seconds:
-            yield Garbage(path, "part that no generation lists", n_bytes, artefact)
-
-
-def _left_work(store: Store) -> Iterator[Garbage]:
-    """Work in tmp/ whose artefact nobody is writing; checkpoints only where the SAE is published."""
-    for path in sorted(path for path in (store.root / "tmp").glob("*-*") if path.is_dir()):
-        name = path.name.removesuffix(".checkpoint")
-        if path.name != name and not _finished(store, name):
-            continue
-        if is_free(store.by_id(name.replace("-", "/", 1)).slot):
-            n_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-            yield Garbage(path, "left by a run that was killed", n_bytes)
-
-
-def _finished(store: Store, name: str) -> bool:
-    return any(sae.complete() for sae in store.artefacts("saes") if f"saes-{sae.name}-{sae.fp}" == name)
-
-
 def at_work(artefact: Artefact) -> bool:
     """Is a run writing it?"""
     return not is_free(artefact.slot)
-
-
-def remove(garbage: Garbage) -> None:
-    if garbage.artefact is not None:
-        garbage.artefact.remove(garbage.path)
-    else:
-        shutil.rmtree(garbage.path, ignore_errors=True)
 
 
 def upgrade(store: Store) -> list[str]:

@@ -16,14 +16,14 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 
 from saeflow.disk import checksum, json_text, read_json, replacing, write_json
@@ -34,6 +34,13 @@ Kind = Literal["tokens", "activations", "saes", "features"]
 KINDS: tuple[Kind, ...] = ("tokens", "activations", "saes", "features")
 _Record = TypeVar("_Record", bound=BaseModel)
 
+_STEP = r"([^/.\x00][^/\x00]*|\.[^/.\x00][^/\x00]*|\.\.[^/\x00]+)"
+_INSIDE = rf"^{_STEP}(/{_STEP})*$"
+"""A path that stays in its folder: neither from the root nor with a step up. A store may come from a stranger."""
+
+_FOLDER = r"\A[0-9]{6,}-[0-9a-f]{8}\z"
+"""What parts are called."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
@@ -42,7 +49,7 @@ class FileRecord:
     No pydantic model: a store has millions of them, and one takes a quarter of the memory so.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=_INSIDE)]
     n_bytes: int
     checksum: str
 
@@ -157,7 +164,7 @@ def read_listed(path: Path, number: int) -> Generation:
         table = pq.read_table(path)
         with _no_collection():
             parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_numpy()))
-        for part, folder in zip(parts, table.column("folder").to_numpy(), strict=True):
+        for part, folder in zip(parts, _folders(table), strict=True):
             part.__dict__["folder"] = folder  # known: it need not be computed
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
         raise damaged(path) from error
@@ -187,9 +194,17 @@ def _no_collection() -> Iterator[None]:
 def listed_folders(path: Path) -> list[str]:
     """Folders of the parts in a list, without their records. Raises Damaged."""
     try:
-        return list(pq.read_table(path, columns=["folder"]).column("folder").to_numpy())
+        return list(_folders(pq.read_table(path, columns=["folder"])))
     except (OSError, ValueError, KeyError) as error:
         raise damaged(path) from error
+
+
+def _folders(table: pa.Table) -> np.ndarray:
+    """Raises ValueError where one is no name of a part: it could lead anywhere."""
+    column = table.column("folder")
+    if not pc.all(pc.fill_null(pc.match_substring_regex(column, _FOLDER), False), min_count=0).as_py():
+        raise ValueError("a folder is not called as parts are")
+    return np.asarray(column.to_numpy())
 
 
 def file_records(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> list[FileRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,10 @@ from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.disk import human_bytes, make_folder
 from saeflow.fingerprints import FORMAT_VERSION
+from saeflow.harmless import brief
 from saeflow.lease import FileSlot, ObjectSlot, held
 from saeflow.objects import Objects, cache_folder, is_url
-from saeflow.records import KINDS, Kind, read_checked, write_checked
+from saeflow.records import KINDS, Kind, damaged, read_checked, write_checked
 from saeflow.sections import Overlap, UserError
 
 
@@ -51,9 +53,7 @@ class Store:
         store = cls.at(root, overlap)
         try:
             make_folder(store.root / "tmp")
-            probe = store.root / "tmp" / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=store.root / "tmp").close()
         except OSError as error:
             raise UserError(
                 f"The store {store.root} cannot be written: {error.strerror}.\n"
@@ -71,7 +71,10 @@ class Store:
     def open(cls, root: str | Path) -> Store:
         """Open for reading. Raises UserError where there is no store, or one that cannot be read."""
         store = cls.find(root)
-        read_checked(store.root / "store.json")
+        try:
+            read_checked(store.root / "store.json")
+        except FileNotFoundError:
+            raise damaged(store.root / "store.json") from None
         return store
 
     @classmethod
@@ -95,19 +98,34 @@ class Store:
         if self.objects is not None:
             self.objects.send([path])
 
+    def remove(self, path: Path) -> None:
+        """A file or folder of work in progress, here and in the object store."""
+        if self.objects is not None:
+            self.objects.remove(path)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
     def artefact(self, kind: Kind, name: str, fp: str) -> Artefact:
         return Artefact(self.root, kind, name, fp, self.objects, self.overlap)
 
     def by_id(self, id: str) -> Artefact:
+        """The artefact of a name such as `tokens/demo-0123abcd`. Raises UserError where it would lie somewhere else."""
         kind, _, folder = id.partition("/")
         name, _, fp = folder.rpartition("-")
+        if kind not in KINDS or not name or "/" in folder:
+            raise UserError(
+                f"{brief(id)!r} in a record of {self.name} names no artefact: that is called <kind>/<name>-<fingerprint>.\n"
+                "The record was not written by saeflow; do not use this store."
+            )
         return Artefact(self.root, kind, name, fp, self.objects, self.overlap)  # type: ignore[arg-type]
 
     def artefacts(self, *kinds: Kind) -> list[Artefact]:
         """Existing artefacts, by kind and name, the newest last among equal names."""
         found = []
         for kind in kinds or KINDS:
-            paths = sorted((self.root / kind).glob("*/artefact.json"), key=lambda p: (p.stat().st_mtime_ns, p))
+            paths = sorted((self.root / kind).glob("?*-*/artefact.json"), key=lambda p: (p.stat().st_mtime_ns, p))
             found += [self.by_id(f"{kind}/{path.parent.name}") for path in paths]
         return found
 

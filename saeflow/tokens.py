@@ -131,11 +131,19 @@ def _summary(ledger: Ledger, before: Generation) -> str:
 def _open_maker(target: Artefact, recipe: Recipe, about: CorpusConfig) -> _Maker:
     assert recipe.model is not None
     tokenizer = load_tokenizer(recipe.model)
-    make_folder(target.path)
-    write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), tokenizer.all_special_ids)
-    target.begin(facts(recipe), files=["vocab.parquet"])
-    target.send(target.path / "vocab.parquet")
+    if not _has_vocab(target):
+        make_folder(target.path)
+        write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), tokenizer.all_special_ids)
+        target.begin(facts(recipe), files=["vocab.parquet"])
+        target.attach(["vocab.parquet"])  # the same table has other bytes under another pyarrow
+        target.send(target.path / "vocab.parquet")
     return _Maker(target, tokenizer, about, recipe.tokens)
+
+
+def _has_vocab(target: Artefact) -> bool:
+    """Is the vocabulary there as it was recorded?"""
+    files = [file for file in target.record.files if file.name == "vocab.parquet"] if target.exists() else []
+    return bool(files) and not list(target.missing_files(target.path, files, full=True))
 
 
 def _append(

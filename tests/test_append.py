@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from saeflow import activations, features, pipeline, queries, tokens, train
+from saeflow import forget as forgetting
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe, parse_recipe
 from saeflow.document import Document
 from saeflow.forget import forget
-from saeflow.integrity import damage, garbage, remove
+from saeflow.garbage import collect
+from saeflow.integrity import damage
 from saeflow.ledger import Ledger, key_hash
 from saeflow.progress import Progress
 from saeflow.sections import CorpusConfig, UserError
@@ -242,6 +244,50 @@ def test_forgetting_lists_the_saes_that_saw_the_document_and_those_that_did_not(
     assert forget(grown.store, ["secret/one"], quiet()).saes == []  # appended after its training
 
 
+def test_a_version_that_comes_in_while_documents_are_being_forgotten_is_forgotten_too(grown, monkeypatch):
+    key = str(FIRST[-1]["key"])
+    hide = forgetting._hide
+
+    def late(*about):
+        """An ingest of a changed text ends between the look at the keys and the lease."""
+        write_corpus(grown.corpus, [*FIRST[:-1], {**FIRST[-1], "text": SECRET}])
+        tokens.run(grown.store, grown.recipe, quiet())
+        return hide(*about)
+
+    monkeypatch.setattr(forgetting, "_hide", late)
+    assert forget(grown.store, [key], quiet()).documents == {tokens.artefact(grown.store, grown.recipe).id: 2}
+    assert list(grown.sql(f"from documents where key = '{key}'")) == []
+
+
+def test_forgetting_goes_on_where_the_activations_are_gone_and_names_the_saes_that_may_have_seen_them(grown):
+    sae, run = (each.artefact(grown.store, grown.recipe).id for each in (train, features))
+    shutil.rmtree(activations.artefact(grown.store, grown.recipe).path)
+    key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 0 order by key"))
+    done = forget(grown.store, [key], quiet())
+    assert (done.saes, list(done.waiting)) == ([sae], [run])
+    assert list(grown.sql(f"from documents where key = '{key}'")) == []
+
+
+def test_another_version_of_pyarrow_changes_nothing_of_a_vocabulary_that_is_there(grown, monkeypatch):
+    """It writes its name into each file."""
+    write = tokens.write_vocab
+
+    def newer(path, *table):
+        write(path, *table)
+        path.write_bytes(path.read_bytes().replace(b"parquet-cpp-arrow version", b"parquet-cpp-arrow Version"))
+
+    monkeypatch.setattr(tokens, "write_vocab", newer)
+    source = tokens.artefact(grown.store, grown.recipe)
+    before = (source.path / "vocab.parquet").read_bytes()
+    write_corpus(grown.corpus, [*FIRST, *NEW])
+    tokens.run(grown.store, grown.recipe, quiet())
+    assert (source.path / "vocab.parquet").read_bytes() == before
+    (source.path / "vocab.parquet").unlink()
+    source = tokens.run(grown.store, grown.recipe, quiet())
+    assert (source.path / "vocab.parquet").read_bytes() != before
+    assert list(damage(tokens.artefact(grown.store, grown.recipe), full=True)) == []
+
+
 def test_a_key_that_nobody_has_hides_nothing_and_says_how_to_list_keys(grown):
     before = tree(grown.store.root)
     with pytest.raises(UserError, match=r"No document is called 'nobody'.*\n.*select key"):
@@ -268,8 +314,7 @@ def test_compaction_and_gc_leave_no_trace_of_a_forgotten_document(grown):
     assert b"secret/one" in documents_of(grown)
     pipeline.compact(grown.store, grown.recipe, quiet())
     assert list(grown.sql("from documents where key = 'secret/one'")) == []
-    for each in garbage(grown.store, grace_seconds=0):
-        remove(each)
+    collect(grown.store, grace_seconds=0, remove=True)
     assert b"secret/one" not in documents_of(grown)
     everything = text_of(grown.store.root)
     for trace in (b"secret/one", b"Zugzwang", SECRET.encode()):

@@ -38,6 +38,7 @@ ORDER = [
     "artefact",
     "store",
     "integrity",
+    "garbage",
     "progress",
     "cluster_work",
     "cluster_start",

@@ -25,8 +25,10 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
-from saeflow import __version__, cli, queries
+from saeflow import __version__, cli, commands_store, queries
+from saeflow.artefact import Artefact
 from saeflow.config import Recipe
+from saeflow.disk import human_bytes
 from saeflow.recipe_file import load_recipe
 from saeflow.store import Store
 from tests.conftest import Finished
@@ -376,6 +378,23 @@ def test_forgetting_twice_says_so_and_quietly_says_nothing(saeflow: Command, cop
 def an_unlisted_part(store: Store) -> Path:
     part = sorted(store.root.glob("tokens/*/parts/*"))[0]
     return Path(shutil.copytree(part, part.with_name("00009-unlisted")))
+
+
+def test_the_sizes_of_a_store_are_read_from_its_records(copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store has millions of files."""
+    monkeypatch.delattr(Artefact, "footprint")
+    for artefact in copied.artefacts():
+        shown = {"parts", *(file.name for file in artefact.record.files)}
+        inside = [path for path in artefact.path.rglob("*") if path.relative_to(artefact.path).parts[0] in shown]
+        n_bytes = sum(path.stat().st_size for path in inside if path.is_file() and path.name != "part.json")
+        assert commands_store._state(artefact)[-1] == human_bytes(n_bytes)
+
+
+def test_gc_says_what_it_leaves_to_a_run_at_work(saeflow: Command, copied: Store) -> None:
+    artefact = copied.artefacts("tokens")[0]
+    with artefact.writing():
+        said = saeflow("gc", "--yes", "--store", copied.root)
+    assert f"left alone: Another run is writing {artefact.id}: process {os.getpid()} on " in said.err
 
 
 def test_what_gc_names_to_remove_is_removed_by_the_command_it_names(saeflow: Command, copied: Store) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from saeflow import activations, cli, features, ingest, integrity, pipeline, queries, retrain, tokens, train
+from saeflow import activations, cli, features, garbage, ingest, integrity, pipeline, queries, retrain, tokens, train
 from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json, write_json
 from saeflow.records import KINDS
@@ -289,8 +289,7 @@ def test_growth_counts_from_the_newest_sae_and_a_new_one_is_trained_once_it_is_e
 def test_growth_is_known_after_old_generations_were_collected(night: Watched) -> None:
     night.drop(NEW)
     growth = night.ingest()["grown"]
-    for each in list(integrity.garbage(night.store, 0)):
-        integrity.remove(each)
+    garbage.collect(night.store, 0, remove=True)
     assert activations.artefact(night.store, night.recipe).numbers() == [2]
     assert retrain.grown(night.store, night.recipe) == growth
     path = train.artefact(night.store, night.recipe).path / "provenance.json"

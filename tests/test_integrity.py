@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saeflow import activations, features, integrity, pipeline, tokens, train
+from saeflow import activations, features, garbage, integrity, pipeline, tokens, train
 from saeflow.feed import held_out_rows
 from saeflow.sections import UserError
 from saeflow.store import Store
@@ -166,6 +166,10 @@ def test_the_marker_of_a_store_is_mended(copied: Finished, finished: Finished) -
     assert tree(copied.store.root) == tree(finished.store.root)
 
 
+def listed(store: Store, grace_seconds: float) -> set[Path]:
+    return {each.path for each in garbage.collect(store, grace_seconds, remove=False).garbage}
+
+
 def test_gc_lists_what_no_generation_lists_and_keeps_what_readers_may_have_open(copied: Finished) -> None:
     target = activations.artefact(copied.store, copied.recipe)
     first = target.published()
@@ -174,15 +178,14 @@ def test_gc_lists_what_no_generation_lists_and_keeps_what_readers_may_have_open(
     target.publish(first.parts[:-1])
     shutil.copytree(target.part_path(first.parts[0]), target.path / "parts" / "000009-00000000", dirs_exist_ok=True)
     old = target.list_path(1)
-    assert {each.path.name for each in integrity.garbage(copied.store, 3600)} == {"saes-gone-00000000"}
-    found = {each.path for each in integrity.garbage(copied.store, 0)}
+    assert listed(copied.store, 3600) == {copied.store.root / "tmp" / "saes-gone-00000000"}
+    found = listed(copied.store, 0)
     parts = target.path / "parts"
     assert found == {
         old, parts / "000009-00000000", parts / first.parts[-1].folder, copied.store.root / "tmp" / "saes-gone-00000000"
     }  # fmt: skip
-    for each in list(integrity.garbage(copied.store, 0)):
-        integrity.remove(each)
-    assert list(integrity.garbage(copied.store, 0)) == []
+    assert {each.path for each in garbage.collect(copied.store, 0, remove=True).garbage} == found
+    assert listed(copied.store, 0) == set()
     assert target.published().parts == first.parts[:-1]
 
 
@@ -192,4 +195,7 @@ def test_gc_leaves_alone_what_is_being_written(copied: Finished) -> None:
         target.work.mkdir(parents=True)
         (target.path / "parts" / "000009-00000000").mkdir()
         os.utime(target.path / "parts" / "000009-00000000", (0, 0))
-        assert list(integrity.garbage(copied.store, 0)) == []
+        for remove in (False, True):
+            done = garbage.collect(copied.store, 0, remove)
+            assert done.garbage == []
+            assert [f"{target.id}: process {os.getpid()}" in why for why in done.left_alone] == [True]

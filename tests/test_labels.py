@@ -14,10 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saeflow import catalog
+from saeflow import catalog, lease
 from saeflow.feature_labels import Label, Sheet, put
 from saeflow.label_import import read
 from saeflow.queries import ask, connect, query
@@ -159,6 +160,16 @@ def test_what_people_and_spreadsheets_do_to_a_file_breaks_no_question(
     assert warned in caplog.text
     assert warned or not caplog.text
     assert "\x1b" not in caplog.text
+
+
+def test_a_command_that_was_halted_while_it_wrote_labels_does_not_hold_up_the_next_for_ever(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "FileLock", lambda path, timeout: FileLock(path, timeout=min(timeout, 0.05)))
+    halted = FileLock(store.root / "tmp" / "locks" / "labels-demo-f0000001.lock")
+    with halted, pytest.raises(UserError, match="some process was halted"):
+        put(store, SAE, "own", {0: Label("love")})
+    assert put(store, SAE, "own", {0: Label("love")}) == 1
 
 
 def test_a_file_that_cannot_be_read_is_not_overwritten(saeflow: Command, store: Store) -> None:

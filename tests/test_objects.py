@@ -25,6 +25,7 @@ from saeflow import (
     feature_labels,
     features,
     forget,
+    garbage,
     integrity,
     objects,
     pipeline,
@@ -287,8 +288,7 @@ def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
         assert queries.query(connection, "select key from documents where key = 'secret'").num_rows == 0
     store = Store.create(url)
     pipeline.compact(store, recipe, quiet())
-    for each in list(integrity.garbage(Store.open(url), grace_seconds=0)):
-        integrity.remove(each)
+    garbage.collect(Store.open(url), grace_seconds=0, remove=True)
     for name, content in there(server, url).items():
         if name.endswith("documents.parquet"):
             (tmp_path / "documents.parquet").write_bytes(content)

@@ -8,13 +8,29 @@ import os
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from saeflow.artefact import Artefact
 from saeflow.disk import read_json, write_json
 from saeflow.fingerprints import FORMAT_VERSION
-from saeflow.integrity import damage
-from saeflow.records import KINDS, PartRecord
+from saeflow.integrity import damage, mend, next_share, note_share, verify
+from saeflow.objects import Objects
+from saeflow.records import (
+    KINDS,
+    ArtefactRecord,
+    Damaged,
+    FileRecord,
+    Generation,
+    Hidden,
+    PartRecord,
+    listed,
+    listed_folders,
+    read_listed,
+    read_record,
+    write_record,
+)
 from saeflow.sections import UserError
 from saeflow.store import Store
 
@@ -302,3 +318,154 @@ def test_records_are_plain_json_that_names_every_file(artefact):
     record = json.loads((artefact.part_path(write_part(artefact)) / "part.json").read_text())
     assert [file["name"] for file in record["files"]] == ["data.bin", "deeper/more.bin"]
     assert [file["n_bytes"] for file in record["files"]] == [10, 20]
+
+
+def damaged_store(artefact: Artefact) -> PartRecord:
+    part = write_part(artefact)
+    artefact.publish([part])
+    return part
+
+
+def test_of_a_part_with_a_stray_file_only_the_stray_file_goes(artefact):
+    part = damaged_store(artefact)
+    stray = artefact.part_path(part) / "deeper" / ".DS_Store"
+    stray.write_bytes(b"x")
+    assert list(mend(damage(artefact, full=True))) == [f"removed {stray}"]
+    assert list(damage(artefact, full=True)) == []
+    assert artefact.parts() == {0: part}
+
+
+@pytest.mark.parametrize("name", ["/home/u/.ssh/id", "../../../precious", "deeper/..", "", ".", "a//b"])
+def test_a_file_name_that_leads_out_of_its_folder_is_no_record(artefact, name):
+    part = damaged_store(artefact)
+    changed = part.model_copy(update={"files": [FileRecord(name, 5, "0" * 32)]})
+    write_record(artefact.part_path(part) / "part.json", changed)
+    with pytest.raises(Damaged, match=r"part\.json is missing or damaged"):
+        read_record(artefact.part_path(part) / "part.json", PartRecord)
+    pq.write_table(listed(Generation(1, (changed,))), artefact.list_path(1))
+    with pytest.raises(Damaged, match=r"000001\.parquet is missing or damaged"):
+        read_listed(artefact.list_path(1), 1)
+
+
+@pytest.mark.parametrize(
+    "folder", ["/home/u/Documents", "../../..", "000000-0123456", "000000-0123456g", "x\n000000-01234567", None]
+)
+def test_a_folder_that_no_part_is_called_is_no_list(artefact, folder):
+    part = damaged_store(artefact)
+    table = listed(Generation(1, (part,)))
+    pq.write_table(table.set_column(1, "folder", pa.array([folder], pa.string())), artefact.list_path(1))
+    for read in (lambda path: read_listed(path, 1), listed_folders):
+        with pytest.raises(Damaged):
+            read(artefact.list_path(1))
+
+
+def test_repairing_a_strangers_store_touches_nothing_outside_of_it(store, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("!")
+    stranger = store.artefact("tokens", "x", "00000000")
+    record = ArtefactRecord(
+        kind="tokens", name="x", fp="00000000", facts={}, files=[FileRecord(str(victim / "precious"), 5, "0" * 32)]
+    )
+    write_record(stranger.path / "artefact.json", record)
+    part = PartRecord(index=0, counts={}, files=[FileRecord("data", 5, "0" * 32)])
+    part.__dict__["folder"] = str(victim)
+    with contextlib.suppress(Damaged):
+        stranger.publish([part])
+    with contextlib.suppress(UserError):
+        list(mend(verify(store, full=True)))
+    assert [path.name for path in victim.rglob("*")] == ["precious"]
+
+
+def test_a_link_in_an_artefact_leads_no_removal_out_of_it(artefact, tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious").write_text("!")
+    (artefact.path / "link").symlink_to(tmp_path / "victim")
+    for path in (artefact.path / "link" / "precious", artefact.path / "parts" / ".." / "..", artefact.path / ".."):
+        with pytest.raises(UserError, match="lies outside of"):
+            artefact.remove(path)
+    assert (tmp_path / "victim" / "precious").exists()
+
+
+@pytest.mark.parametrize("id", ["tokens/../../home/u-x", "../home/u-x", "labels/x-00000000", "tokens/x", "tokens"])
+def test_the_name_of_an_artefact_leads_nowhere_else(store, id):
+    with pytest.raises(UserError, match="names no artefact"):
+        store.by_id(id)
+
+
+def test_repair_goes_on_where_one_artefact_is_past_mending_and_says_what_is_left(store, artefact):
+    """A list that hides documents follows from no record of a part."""
+    part = damaged_store(artefact)
+    artefact.publish([part], hidden={0: (Hidden(document_id=0, key_hash="aa", reason="forgotten"),)})
+    artefact.list_path(2).write_bytes(b"x")
+    other = store.artefact("tokens", "x", "00000000")
+    other.begin({})
+    broken = damaged_store(other)
+    (other.part_path(broken) / "data.bin").unlink()
+    said = mend(list(verify(store, full=True)))
+    assert next(said) == f"removed {other.part_path(broken)}"
+    with pytest.raises(UserError) as left:
+        next(said)
+    assert f"{artefact.list_path(2)} is damaged" in str(left.value)
+    assert f"Bring it back from a backup. Or remove {artefact.path}: " in str(left.value)
+    assert "verify --full --repair" not in str(left.value)
+
+
+def test_a_damaged_part_is_mended_once_however_much_is_wrong_with_it(artefact):
+    part = damaged_store(artefact)
+    for name in ("data.bin", "deeper/more.bin"):
+        (artefact.part_path(part) / name).unlink()
+    found = list(damage(artefact, full=True))
+    assert len(found) == 2
+    assert list(mend(found)) == [f"removed {artefact.part_path(part)}"]
+
+
+def test_two_machines_whose_processes_have_one_number_may_open_a_store_at_once(store, monkeypatch):
+    """In containers every process is number 1: the other's test of the disk may come and go at any time."""
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    opening = Path.touch
+
+    def touch(self: Path, *rest: object) -> None:
+        opening(self)
+        self.unlink()
+
+    monkeypatch.setattr(Path, "touch", touch)
+    assert Store.create(store.root).root == store.root
+    assert [path.name for path in (store.root / "tmp").iterdir() if path.name != "locks"] == []
+
+
+def test_a_store_whose_marker_is_gone_is_opened_with_the_way_to_mend_it(store, artefact):
+    (store.root / "store.json").unlink()
+    with pytest.raises(UserError, match=r"store\.json is missing or damaged\. Mend it with `saeflow verify"):
+        Store.open(store.root)
+
+
+def test_the_shares_of_a_store_follow_one_another_whenever_they_are_read(store):
+    seen = []
+    for _ in range(7):
+        share = next_share(Store.open(store.root), 3)
+        seen.append(share)
+        assert next_share(store, 3) == share, "one that was not read to its end is read again"
+        note_share(store, share)
+        note_share(store, next_share(store, 5))
+    assert seen == [(i % 3, 3) for i in range(7)]
+    (store.root / "tmp" / "verified.json").write_text("?")
+    assert next_share(store, 3) == (0, 3)
+
+
+def test_a_stray_object_is_found_in_one_pass_over_the_listing(tmp_path, monkeypatch):
+    objects = Objects("memory:///", tmp_path / "cache")
+    artefact = Store(objects.root, objects).artefact("tokens", "small", "0123abcd")
+    with artefact.writing():
+        artefact.begin({})
+        parts = [write_part(artefact, index) for index in range(3)]
+        artefact.publish(parts)
+    stray = artefact.part_path(parts[1]) / "deeper" / "stray"
+    stray.write_bytes(b"x")
+    artefact.send(stray)
+    with monkeypatch.context() as patch:
+        patch.setattr(Artefact, "files_of", None)  # looks through everything for each part
+        found = list(damage(artefact, full=True))
+    assert [(each.part, each.problem) for each in found] == [(parts[1], f"{stray} does not belong there")]
+    assert list(mend(found)) == [f"removed {stray}"]
+    assert list(damage(artefact, full=True)) == []

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saeflow import activations, catalog, features, integrity, queries, runs
+from saeflow import activations, catalog, features, garbage, integrity, queries, runs
 from saeflow.artefact import Artefact
 from saeflow.feed import Feed
 from saeflow.ledger import Ledger
@@ -125,7 +125,7 @@ def appended(many: Many, taken: Taken) -> None:
 
 def swept(many: Many, taken: Taken) -> None:
     with taken.timed():
-        taken.facts = {"found": len(list(integrity.garbage(many.store, 0.0)))}
+        taken.facts = {"found": len(garbage.collect(many.store, 0.0, remove=False).garbage)}
 
 
 def asked(many: Many, taken: Taken) -> None:
