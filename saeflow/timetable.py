@@ -65,7 +65,9 @@ class ScheduleConfig(Section):
         "keep", description="Documents that are gone from the corpus: keep them, or forget them at the next `ingest`."
     )
     most_removed: PositiveFloat = Field(
-        0.5, le=1, description="Refuse to forget a larger share of the documents at once: a disk may not be mounted."
+        0.5,
+        le=1,
+        description="Of a larger share at once none is forgotten, and the run fails after what is new: is a disk mounted?",
     )
 
 
