@@ -183,7 +183,7 @@ def test_documents_tokens_and_parts_touched_are_exactly_the_new_ones(night: Nigh
 
 
 def test_serve_says_what_runs_when_and_where_to_look(night: Night, server: Server) -> None:
-    for words in ("ingest", "3s", "verify", "0 4 * * *", server.api.removesuffix("/api"), "saeflow ask --store"):
+    for words in ("ingest", "3s", "verify", "7 4 * * *", server.api.removesuffix("/api"), "saeflow ask --store"):
         assert words in night.said
 
 
@@ -210,9 +210,9 @@ def test_every_stage_is_deployed_with_its_tags_schedule_and_limit(night: Night, 
     for stage, flow, schedule, collision in [
         ("ingest", "saeflow-ingest", {"interval": 3.0}, "CANCEL_NEW"),
         ("train", "saeflow-retrain", None, "ENQUEUE"),
-        ("compact", "saeflow-tidy", {"cron": "30 2 * * *"}, "CANCEL_NEW"),
-        ("verify", "saeflow-verify", {"cron": "0 4 * * *"}, "CANCEL_NEW"),
-        ("gc", "saeflow-gc", {"cron": "0 5 * * *"}, "CANCEL_NEW"),
+        ("compact", "saeflow-tidy", {"cron": "37 2 * * *"}, "CANCEL_NEW"),
+        ("verify", "saeflow-verify", {"cron": "7 4 * * *"}, "CANCEL_NEW"),
+        ("gc", "saeflow-gc", {"cron": "7 5 * * *"}, "CANCEL_NEW"),
     ]:
         found = deployment_of(server, flow, "nightly")
         assert sorted(found["tags"]) == sorted([TAG, "nightly", stage])
