@@ -48,7 +48,7 @@ def serve(
             return
         _tell(recipes, settings, stores, server.page_url(url))
         at_once = {f"saeflow-ingest/{each.name}" for each in settings if interval_of(each.schedule.ingest)}
-        server.work(wanted, at_once, limit)
+        server.work(wanted, at_once, limit, err.print)
     err.print("Stopped, and its runs with it. What is scheduled goes on when it is started again.")
 
 
