@@ -15,6 +15,7 @@ import httpx
 import torch
 from prefect import get_client
 from prefect.automations import EventTrigger, Posture
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.objects import StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
@@ -101,10 +102,23 @@ def set_zombie_automation(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> UUID:
 
 
 def prepare_server() -> None:
-    """What all deployments share: the automation, and the limit of GPUs where this machine has some."""
+    """What all deployments share: the automation, and the limit of GPUs where this machine has some and none is set."""
     set_zombie_automation()
     if torch.cuda.is_available():
         gpu.set_limit(torch.cuda.device_count())
+
+
+def others(wanted: Sequence[RunnerDeployment]) -> list[str]:
+    """Full names of other deployments of saeflow on the server that have times, in order: who serves them is not known."""
+    named = {deployment.full_name for deployment in wanted}
+    with get_client(sync_client=True) as client:
+        tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+        timed = [
+            each
+            for each in client.read_deployments(deployment_filter=tagged)
+            if not each.paused and each.work_pool_name is None and any(given.active for given in each.schedules)
+        ]
+        return sorted({f"{client.read_flow(each.flow_id).name}/{each.name}" for each in timed} - named)
 
 
 def hand_to_workers(wanted: Sequence[RunnerDeployment], pool: str) -> None:

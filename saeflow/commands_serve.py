@@ -40,6 +40,7 @@ def serve(
     with server.found() as url:
         wanted = deployments(settings, stores)
         server.prepare_server()
+        _tell_others(server.others(wanted))
         if work_pool is not None:
             server.hand_to_workers(wanted, work_pool)
             out.print(
@@ -50,6 +51,16 @@ def serve(
         at_once = {f"saeflow-ingest/{each.name}" for each in settings if interval_of(each.schedule.ingest)}
         server.work(wanted, at_once, limit, err.print)
     err.print("Stopped, and its runs with it. What is scheduled goes on when it is started again.")
+
+
+def _tell_others(names: Sequence[str]) -> None:
+    """A recipe that is no longer named leaves its deployments on the server."""
+    if names:
+        err.print(
+            "Also on the server, and not served here. Their runs pile up if nobody else serves them; to delete them:"
+        )
+    for name in names:
+        err.print(f"  prefect deployment delete {shlex.quote(name)}", markup=False, soft_wrap=True)
 
 
 def _tell(paths: Sequence[Path], recipes: Sequence[Recipe], stores: Sequence[str], page: str) -> None:
