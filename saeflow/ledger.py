@@ -86,9 +86,8 @@ class Ledger:
         hashed = key_hash(key)
         if hashed in self.forgotten:
             return "forgotten"
-        wanted = np.uint64(int(hashed, 16))
-        place = int(np.searchsorted(self.keys, wanted))
-        if place == len(self.keys) or self.keys[place] != wanted:
+        place = _place(self.keys, hashed)
+        if place is None:
             return "new"
         self.met[place] = True
         if self.contents[place] == np.uint64(int(content_hash[:16], 16)):
@@ -135,16 +134,15 @@ class Ledger:
 
     def _holds_as(self, key: str, content_hash: str) -> bool:
         """Is a document of this key and content stored?"""
-        place = int(np.searchsorted(self.keys, np.uint64(int(key_hash(key), 16))))
-        wanted = (int(key_hash(key), 16), int(content_hash[:16], 16))
-        return place < len(self.keys) and (int(self.keys[place]), int(self.contents[place])) == wanted
+        place = _place(self.keys, key_hash(key))
+        return place is not None and int(self.contents[place]) == int(content_hash[:16], 16)
 
     def _knows(self, key: str) -> bool:
         hashed = key_hash(key)
-        return hashed in self.forgotten or _holds(self.keys, hashed)
+        return hashed in self.forgotten or _place(self.keys, hashed) is not None
 
     def _has_content(self, content_hash: str) -> bool:
-        return _holds(self._sorted_contents, content_hash[:16])
+        return _place(self._sorted_contents, content_hash[:16]) is not None
 
     @cached_property
     def _sorted_contents(self) -> np.ndarray:
@@ -183,10 +181,11 @@ def merged(old: HiddenByPart, new: HiddenByPart) -> dict[int, tuple[Hidden, ...]
     return {index: tuple(each[i] for i in sorted(each)) for index, each in sorted(every.items()) if each}
 
 
-def _holds(ascending: np.ndarray, digits: str) -> bool:
+def _place(ascending: np.ndarray, digits: str) -> int | None:
+    """Where the number of these hex digits is, if it is there."""
     wanted = np.uint64(int(digits, 16))
-    place = int(np.searchsorted(ascending, wanted))
-    return place < len(ascending) and bool(ascending[place] == wanted)
+    place = int(ascending.searchsorted(wanted))
+    return place if place < len(ascending) and ascending[place] == wanted else None
 
 
 def _numbers(digits: Iterable[str]) -> np.ndarray:
