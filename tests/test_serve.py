@@ -284,14 +284,14 @@ def test_what_an_operator_paused_stays_paused_and_a_schedule_that_is_gone_from_t
 
 @pytest.mark.usefixtures("_here")
 def test_deployments_of_a_recipe_that_is_no_longer_named_are_listed(ingredients: Ingredients) -> None:
-    bring(small(ingredients, "given-up", compact="never"))
-    wanted = deployments([small(ingredients, "still-named")], ["/nowhere"])
-    bring(small(ingredients, "still-named"))
+    bring(small(ingredients, "given_up", compact="never"))
+    wanted = deployments([small(ingredients, "still_named")], ["/nowhere"])
+    bring(small(ingredients, "still_named"))
     found = others(wanted)
-    assert {name for name in found if name.endswith("/given-up")} == {
-        "saeflow-ingest/given-up", "saeflow-verify/given-up", "saeflow-gc/given-up",
+    assert {name for name in found if name.endswith("/given_up")} == {
+        "saeflow-ingest/given_up", "saeflow-verify/given_up", "saeflow-gc/given_up",
     }  # fmt: skip
-    assert not [name for name in found if name.endswith("/still-named")]
+    assert not [name for name in found if name.endswith("/still_named")]
 
 
 def test_recipes_that_share_a_store_have_one_time_to_verify_it(ingredients: Ingredients) -> None:
