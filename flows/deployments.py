@@ -20,7 +20,7 @@ from flows.tidy import tidy_flow
 from flows.verify import verify_flow
 from saeflow.config import Recipe
 from saeflow.sections import UserError
-from saeflow.timetable import ANCHOR, NEVER, ScheduleConfig, interval_of
+from saeflow.timetable import ANCHOR, NEVER, ScheduleConfig, interval_of, once_a_store
 
 TAG = "saeflow"
 _STAGES: dict[str, Flow[..., Any]] = {
@@ -29,27 +29,31 @@ _STAGES: dict[str, Flow[..., Any]] = {
 
 
 def deployments(recipes: Sequence[Recipe], stores: Sequence[str]) -> list[RunnerDeployment]:
-    """What every recipe is deployed as, each for its store. Raises UserError where two recipes have one name."""
+    """What every recipe is deployed as, each for its store. Of recipes that share one, one has the times of `verify` and `gc`.
+
+    Raises UserError where two recipes have one name.
+    """
     names = [recipe.name for recipe in recipes]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"Two recipes are called {name}. Deployments go by that name: let them differ.")
+    times = once_a_store([recipe.schedule for recipe in recipes], stores)
     return [
-        _deployment(stage, recipe, store)
-        for recipe, store in zip(recipes, stores, strict=True)
+        _deployment(stage, recipe, store, about)
+        for recipe, store, about in zip(recipes, stores, times, strict=True)
         for stage in _STAGES
-    ]  # fmt: skip
+    ]
 
 
-def _deployment(stage: str, recipe: Recipe, store: str) -> RunnerDeployment:
+def _deployment(stage: str, recipe: Recipe, store: str, about: ScheduleConfig) -> RunnerDeployment:
     """A second run of a stage waits (train) or is cancelled at once: the one at work does all there is."""
     waits = stage == "train"
     strategy = ConcurrencyLimitStrategy.ENQUEUE if waits else ConcurrencyLimitStrategy.CANCEL_NEW
     parameters: dict[str, Any] = {"recipe": recipe.model_dump(mode="json", exclude_none=True), "store": store}
     made = _STAGES[stage].to_deployment(
         recipe.name,
-        parameters=parameters | _own_parameters(stage, recipe.schedule),
-        schedules=_schedules(stage, recipe.schedule),
+        parameters=parameters | _own_parameters(stage, about),
+        schedules=_schedules(stage, about),
         triggers=_triggers(stage, recipe, store),
         tags=[TAG, recipe.name, stage],
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=strategy),

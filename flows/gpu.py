@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from prefect import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
 
 from saeflow.config import Recipe
 
@@ -15,9 +17,9 @@ LIMIT = "saeflow-gpu"
 
 
 def set_limit(n_gpus: int) -> None:
-    """Let so many flow runs use a GPU at once, on all machines of this server together."""
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(LIMIT, n_gpus)
+    """Let so many flow runs use a GPU at once, on all machines of this server together, unless a number is set already."""
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=n_gpus))
 
 
 @contextlib.contextmanager

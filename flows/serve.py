@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import shutil
 import signal
-from collections.abc import Container, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -14,6 +15,7 @@ import httpx
 import torch
 from prefect import get_client
 from prefect.automations import EventTrigger, Posture
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.objects import StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
@@ -29,6 +31,9 @@ from saeflow.sections import UserError
 HEARTBEAT_SECONDS = 30
 """Between two signs of life of a flow run; Prefect's own default is three minutes."""
 
+SECONDS_BETWEEN_LOOKS = 5.0
+"""For a server that is away."""
+
 ZOMBIES = f"{TAG}: a run without a sign of life has crashed"
 
 
@@ -38,16 +43,23 @@ def found() -> Iterator[str]:
     puts one. Raises UserError where none answers: a temporary server would keep no schedule."""
     settings = get_current_settings()
     url = settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
-    try:
-        httpx.get(f"{url}/health", timeout=10).raise_for_status()
-    except httpx.HTTPError as error:
+    if (why := _silence(url)) is not None:
         raise UserError(
-            f"No Prefect server answers at {url} ({error}).\nStart one, which keeps the schedules and shows the page: "
+            f"No Prefect server answers at {url} ({why}).\nStart one, which keeps the schedules and shows the page: "
             "prefect server start --background\nIf it is elsewhere, say where: "
             "prefect config set PREFECT_API_URL=http://HOST:4200/api"
-        ) from None
+        )
     with temporary_settings({PREFECT_API_URL: url}):
         yield url
+
+
+def _silence(url: str) -> str | None:
+    """Why no server answers at this API, None where one does."""
+    try:
+        httpx.get(f"{url}/health", timeout=10).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 def page_url(url: str) -> str:
@@ -90,10 +102,23 @@ def set_zombie_automation(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> UUID:
 
 
 def prepare_server() -> None:
-    """What all deployments share: the automation, and the limit of GPUs where this machine has some."""
+    """What all deployments share: the automation, and the limit of GPUs where this machine has some and none is set."""
     set_zombie_automation()
     if torch.cuda.is_available():
         gpu.set_limit(torch.cuda.device_count())
+
+
+def others(wanted: Sequence[RunnerDeployment]) -> list[str]:
+    """Full names of other deployments of saeflow on the server that have times, in order: who serves them is not known."""
+    named = {deployment.full_name for deployment in wanted}
+    with get_client(sync_client=True) as client:
+        tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+        timed = [
+            each
+            for each in client.read_deployments(deployment_filter=tagged)
+            if not each.paused and each.work_pool_name is None and any(given.active for given in each.schedules)
+        ]
+        return sorted({f"{client.read_flow(each.flow_id).name}/{each.name}" for each in timed} - named)
 
 
 def hand_to_workers(wanted: Sequence[RunnerDeployment], pool: str) -> None:
@@ -115,26 +140,64 @@ def _require_pool(name: str) -> None:
             ) from None
 
 
-def work(wanted: Sequence[RunnerDeployment], at_once: Container[str], limit: int | None) -> None:
+def work(
+    wanted: Sequence[RunnerDeployment], at_once: Iterable[str], limit: int | None, say: Callable[[str], None]
+) -> None:
     """Start the runs of these deployments as they fall due, each in a process of its own, until SIGTERM or Ctrl-C, which
-    ends the runs, too.
+    ends the runs, too. A server that is away ends the runs at work and is waited for: then what is due goes on.
 
     Those whose full name is in `at_once` also run now, unless they are paused. What is paused or scheduled stays so for the
     next time.
     """
+    due = set(at_once)
+    with contextlib.suppress(KeyboardInterrupt, TerminationSignal):
+        while not _worked(wanted, due, limit):
+            url = PREFECT_API_URL.value()
+            say(f"The Prefect server at {url} is away. Waiting until it answers; Ctrl-C ends this.")
+            while _silence(str(url)) is not None:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            say("It answers: going on with what is due.")
+
+
+def _worked(wanted: Sequence[RunnerDeployment], due: set[str], limit: int | None) -> bool:
+    """Work until somebody ends it; False where the server was lost."""
     runner = Runner(name=TAG, limit=limit, pause_on_shutdown=False, heartbeat_seconds=HEARTBEAT_SECONDS)
-    for deployment in wanted:
-        keep_what_was_set(deployment)
-        made = runner.add_deployment(deployment)
-        assert isinstance(made, UUID)  # a coroutine only in async code
-        if deployment.full_name in at_once and not deployment.paused:
-            with get_client(sync_client=True) as client:
-                client.create_flow_run_from_deployment(made, tags=[*(deployment.tags or []), "at-start"])
-    before = signal.signal(signal.SIGINT, runner.handle_sigterm)  # as start() does with SIGTERM
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for deployment in wanted:
+            _add(runner, deployment, due)
+        signal.signal(signal.SIGINT, runner.handle_sigterm)  # as start() does with SIGTERM
         asyncio.run(runner.start())
-    except (KeyboardInterrupt, TerminationSignal):
-        return
+    except Exception as error:
+        if _is_outage(error):
+            return False
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         shutil.rmtree(runner._tmp_dir, ignore_errors=True)  # Prefect leaves it
+    return True
+
+
+def _add(runner: Runner, deployment: RunnerDeployment, due: set[str]) -> None:
+    keep_what_was_set(deployment)
+    made = runner.add_deployment(deployment)
+    assert isinstance(made, UUID)  # a coroutine only in async code
+    if deployment.full_name in due and not deployment.paused:
+        with get_client(sync_client=True) as client:
+            client.create_flow_run_from_deployment(made, tags=[*(deployment.tags or []), "at-start"])
+    due.discard(deployment.full_name)
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    """Does the server's absence, or trouble of its own, explain why a runner ended?"""
+    match error:
+        case BaseExceptionGroup():
+            return all(map(_is_outage, error.exceptions))
+        case httpx.HTTPStatusError():
+            return error.response.status_code >= 500
+        case httpx.TransportError() | OSError():
+            return True
+        case RuntimeError():  # Prefect's own after three failed looks, or where it could not begin
+            return "exceeded error threshold" in str(error) or _is_outage(error.__cause__)
+    return False

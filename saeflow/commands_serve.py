@@ -13,7 +13,7 @@ import typer
 from saeflow.command_line import Set, StoreOption, a_table, err, out, read_recipe
 from saeflow.config import Recipe
 from saeflow.store import Store, store_path
-from saeflow.timetable import interval_of, next_time
+from saeflow.timetable import interval_of, next_time, once_a_store
 
 commands = typer.Typer()
 
@@ -40,6 +40,7 @@ def serve(
     with server.found() as url:
         wanted = deployments(settings, stores)
         server.prepare_server()
+        _tell_others(server.others(wanted))
         if work_pool is not None:
             server.hand_to_workers(wanted, work_pool)
             out.print(
@@ -48,16 +49,25 @@ def serve(
             return
         _tell(recipes, settings, stores, server.page_url(url))
         at_once = {f"saeflow-ingest/{each.name}" for each in settings if interval_of(each.schedule.ingest)}
-        server.work(wanted, at_once, limit)
+        server.work(wanted, at_once, limit, err.print)
     err.print("Stopped, and its runs with it. What is scheduled goes on when it is started again.")
+
+
+def _tell_others(names: Sequence[str]) -> None:
+    """A recipe that is no longer named leaves its deployments on the server."""
+    if names:
+        err.print(
+            "Also on the server, and not served here. Their runs pile up if nobody else serves them; to delete them:"
+        )
+    for name in names:
+        err.print(f"  prefect deployment delete {shlex.quote(name)}", markup=False, soft_wrap=True)
 
 
 def _tell(paths: Sequence[Path], recipes: Sequence[Recipe], stores: Sequence[str], page: str) -> None:
     """What happens when, and where it can be seen."""
     table = a_table("recipe", "what", "when", "next")
     now = datetime.now(UTC)
-    for recipe in recipes:
-        about = recipe.schedule
+    for recipe, about in zip(recipes, once_a_store([each.schedule for each in recipes], stores), strict=True):
         for stage in _STAGES:
             when = getattr(about, stage)
             following = next_time(when, about.timezone, now)
@@ -66,7 +76,8 @@ def _tell(paths: Sequence[Path], recipes: Sequence[Recipe], stores: Sequence[str
             else:
                 shown = f"{following:%Y-%m-%d %H:%M %Z}" if following else ""
             more = f", or grown by {about.train_growth:.0%}" if stage == "train" and about.train_growth else ""
-            table.add_row(recipe.name, stage, f"{when}{more}", shown)
+            once = "" if when == getattr(recipe.schedule, stage) else " here: once a store"
+            table.add_row(recipe.name, stage, f"{when}{once}{more}", shown)
     out.print(table)
     for path, place in zip(paths, stores, strict=True):
         out.print(f"{path}: store {place}", markup=False, soft_wrap=True)

@@ -42,15 +42,16 @@ def signature(config: CorpusConfig) -> str | None:
     """Changes when a file of the corpus does: by name, size and time. None for a query, which has to be run."""
     if config.sql:
         return None
-    found = []
-    for path in (path for pattern in config.files for path in _matches(pattern)):
-        if is_url(path):
-            found.append((path, remote.state(path)))
-        else:
-            about = Path(path).stat()
-            found.append((path, f"{about.st_size} {about.st_mtime_ns}"))
+    found = [(path, at or _state(path)) for pattern in config.files for path, at in _matches(pattern).items()]
     seen = repr(sorted(found)) + (f" {config.share}" if config.share < 1 else "")
     return hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()
+
+
+def _state(path: str) -> str:
+    if is_url(path):
+        return remote.state(path)
+    about = Path(path).stat()
+    return f"{about.st_size} {about.st_mtime_ns}"
 
 
 def _checked(documents: Iterator[Document], config: CorpusConfig) -> Iterator[Document]:
@@ -85,18 +86,20 @@ def _from_files(config: CorpusConfig) -> Corpus:
     return tables.from_files(paths, readers.pop(), config)
 
 
-def _matches(pattern: str) -> list[str]:
-    if is_url(pattern):
-        found = remote.matches(pattern)
-    elif Path(pattern).is_file():
-        found = [pattern]
-    elif Path(pattern).is_dir():
-        found = sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file())
-    else:
-        found = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
-    if not found:
+def _matches(pattern: str) -> dict[str, str | None]:
+    """The files in order, each with what changes when it does, where the listing has said that."""
+    listed = remote.matches(pattern) if is_url(pattern) else dict.fromkeys(_local_matches(pattern))
+    if not listed:
         raise UserError(f"corpus.files: nothing matches {pattern}. Check the path; globs such as texts/**/*.txt work.")
-    return found
+    return listed
+
+
+def _local_matches(pattern: str) -> list[str]:
+    if Path(pattern).is_file():
+        return [pattern]
+    if Path(pattern).is_dir():
+        return sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file())
+    return sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
 
 
 def _reader(path: str) -> str:

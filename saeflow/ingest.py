@@ -22,23 +22,22 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     Every published run over these activations encodes what is new; one that another run is writing does at the next
     ingest. Where the recipe's newest SAE has no run yet, it is trained, encoded and judged. Where nothing has changed, only
     records are read. The summary counts what is new: documents and tokens, and the indices of parts by artefact. Raises
-    UserError where a run could not follow, after the others have.
+    UserError where a run could not follow, after the others have, and where too many documents are gone to be forgotten.
     """
     before = _folders(store)
-    n_removed = forget_removed(store, recipe, progress)
+    removed = forget_removed(store, recipe, progress)
     stages = pipeline.stages(recipe)
     for name in (name for name in _FIRST if name in stages):
         stages[name](store, recipe, progress)
-    note_seen(store, recipe)
+    note_seen(store, recipe, removed)
     trained = not _has_run(store, recipe) and _make_run(store, recipe, progress)
     waiting = _encode_new(store, recipe, progress)
     catalog.write(store)
-    if waiting:
-        raise UserError(
-            "\n".join(f"{name} does not hold the new documents yet: {why}" for name, why in waiting.items())
-        )
+    failed = [f"{name} does not hold the new documents yet: {why}" for name, why in waiting.items()]
+    if removed.refusal or failed:
+        raise UserError("\n".join(filter(None, [removed.refusal, *failed])))
     return _summary(store, recipe, before) | {
-        "n_removed": n_removed, "trained": trained, "grown": retrain.grown(store, recipe),
+        "n_removed": removed.n, "trained": trained, "grown": retrain.grown(store, recipe),
     }  # fmt: skip
 
 

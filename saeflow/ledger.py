@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from saeflow.sections import CorpusConfig
 Verdict = Literal["new", "changed", "same", "forgotten"]
 _PARTS_AT_ONCE = 1000
 _COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("content_hash", pa.string())])
+_ROWS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("held_out", pa.bool_())])
 HiddenByPart = Mapping[int, tuple[Hidden, ...]]
 
 
@@ -40,7 +41,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Hashes of keys and contents of the documents that readers see: sorted by key, 24 bytes a document."""
+    """Hashes of keys and contents of the documents that readers see: sorted by key, 25 bytes a document."""
 
     keys: np.ndarray
     contents: np.ndarray
@@ -49,6 +50,9 @@ class Ledger:
     changed: list[Hidden] = field(default_factory=list)
     found: Counter[Verdict] = field(default_factory=Counter)
     n_repeated: int = 0
+
+    def __post_init__(self) -> None:
+        self.met = np.zeros(len(self.keys), bool)
 
     @classmethod
     def read(cls, target: Artefact, generation: Generation) -> Ledger:
@@ -82,10 +86,10 @@ class Ledger:
         hashed = key_hash(key)
         if hashed in self.forgotten:
             return "forgotten"
-        wanted = np.uint64(int(hashed, 16))
-        place = int(np.searchsorted(self.keys, wanted))
-        if place == len(self.keys) or self.keys[place] != wanted:
+        place = _place(self.keys, hashed)
+        if place is None:
             return "new"
+        self.met[place] = True
         if self.contents[place] == np.uint64(int(content_hash[:16], 16)):
             return "same"
         self.changed.append(Hidden(document_id=int(self.document_ids[place]), key_hash=hashed, reason="replaced"))
@@ -118,18 +122,27 @@ class Ledger:
         times[key] += 1
         return key
 
+    def meet_again(self, document: Document) -> None:
+        """Count a document as met that is stored with just this content, under its own key or by content."""
+        for key in (document.key, f"{document.key}#{document.content_hash[:8]}"):
+            if self._holds_as(key, document.content_hash):
+                self.look_up(key, document.content_hash)
+
+    def not_met(self) -> np.ndarray:
+        """The numbers of the documents, int64 in order, that no document looked up stands for."""
+        return np.sort(self.document_ids[~self.met])
+
     def _holds_as(self, key: str, content_hash: str) -> bool:
         """Is a document of this key and content stored?"""
-        place = int(np.searchsorted(self.keys, np.uint64(int(key_hash(key), 16))))
-        wanted = (int(key_hash(key), 16), int(content_hash[:16], 16))
-        return place < len(self.keys) and (int(self.keys[place]), int(self.contents[place])) == wanted
+        place = _place(self.keys, key_hash(key))
+        return place is not None and int(self.contents[place]) == int(content_hash[:16], 16)
 
     def _knows(self, key: str) -> bool:
         hashed = key_hash(key)
-        return hashed in self.forgotten or _holds(self.keys, hashed)
+        return hashed in self.forgotten or _place(self.keys, hashed) is not None
 
     def _has_content(self, content_hash: str) -> bool:
-        return _holds(self._sorted_contents, content_hash[:16])
+        return _place(self._sorted_contents, content_hash[:16]) is not None
 
     @cached_property
     def _sorted_contents(self) -> np.ndarray:
@@ -138,6 +151,19 @@ class Ledger:
     def replaced(self, parts: Sequence[PartRecord]) -> dict[int, tuple[Hidden, ...]]:
         """The old versions of changed documents, by index of the part that holds them."""
         return by_part(self.changed, parts)
+
+
+def rows_of(target: Artefact, generation: Generation, ids: np.ndarray) -> list[dict[str, Any]]:
+    """`document_id`, `key` and `held_out` of the documents with these numbers, from the parts that hold them."""
+    first = [part.counts["first_document"] for part in generation.parts]
+    holding = [generation.parts[i] for i in np.unique(np.searchsorted(first, ids, side="right") - 1)]
+    files = [str(target.part_file(part, "documents.parquet")) for part in holding]
+    wanted = dataset.field("document_id").isin(pa.array(ids))
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(files), _PARTS_AT_ONCE):
+        read = dataset.dataset(files[start : start + _PARTS_AT_ONCE], schema=_ROWS, format="parquet")
+        found += read.to_table(filter=wanted).to_pylist()
+    return found
 
 
 def by_part(documents: Iterable[Hidden], parts: Sequence[PartRecord]) -> dict[int, tuple[Hidden, ...]]:
@@ -155,10 +181,11 @@ def merged(old: HiddenByPart, new: HiddenByPart) -> dict[int, tuple[Hidden, ...]
     return {index: tuple(each[i] for i in sorted(each)) for index, each in sorted(every.items()) if each}
 
 
-def _holds(ascending: np.ndarray, digits: str) -> bool:
+def _place(ascending: np.ndarray, digits: str) -> int | None:
+    """Where the number of these hex digits is, if it is there."""
     wanted = np.uint64(int(digits, 16))
-    place = int(np.searchsorted(ascending, wanted))
-    return place < len(ascending) and bool(ascending[place] == wanted)
+    place = int(ascending.searchsorted(wanted))
+    return place if place < len(ascending) and ascending[place] == wanted else None
 
 
 def _numbers(digits: Iterable[str]) -> np.ndarray:

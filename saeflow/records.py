@@ -222,6 +222,13 @@ def note_provenance(folder: Path, facts: dict[str, Any]) -> None:
         write_json(folder / "provenance.json", read_json(folder / "provenance.json") | facts)
 
 
+def noted(folder: Path, name: str) -> str | None:
+    """What provenance.json says of this name, None where it says nothing."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return str(read_json(folder / "provenance.json")[name])
+    return None
+
+
 def write_provenance(folder: Path, facts: dict[str, Any]) -> None:
     """When, where and with what: the one file in which two equal runs may differ."""
     packages = ["saeflow", "torch", "transformers", "zarr", "duckdb", "pyarrow", "numpy"]

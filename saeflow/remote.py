@@ -23,19 +23,26 @@ from saeflow.sections import UserError
 _OBJECT_STORES = ("s3", "gs", "az", "abfs")
 
 
-def matches(pattern: str) -> list[str]:
-    """The URLs that a URL with globs stands for, in order."""
+def matches(pattern: str) -> dict[str, str | None]:
+    """The URLs that a URL with globs stands for, in order, each with what changes when the object does, if that is listed."""
     _require_no_secret(pattern)
     with _said(pattern):
         filesystem, path = fsspec.core.url_to_fs(pattern, **_options(pattern))
         found = tries(GenericError)(filesystem.glob, path, detail=True)
         if len(found) == 1 and _is_folder(next(iter(found.values()))):
             found = tries(GenericError)(filesystem.find, path, detail=True)
-        return sorted(filesystem.unstrip_protocol(name) for name, about in found.items() if not _is_folder(about))
+        listed = {filesystem.unstrip_protocol(n): _listed(about) for n, about in found.items() if not _is_folder(about)}
+        return dict(sorted(listed.items()))
 
 
 def _is_folder(about: dict[str, Any]) -> bool:
     return about.get("type") == "directory"
+
+
+def _listed(about: dict[str, Any]) -> str | None:
+    """Of object stores the tag, of the hub the blob; other listings do not tell two contents of one size apart."""
+    content = about.get("e_tag") or about.get("blob_id")
+    return f"{about.get('size')} {content}" if content else None
 
 
 def _require_no_secret(url: str) -> None:
@@ -74,7 +81,7 @@ def _copy(path: str, target: Path, unpack: bool) -> None:
 
 
 def state(url: str) -> str:
-    """Changes when the object does."""
+    """Changes when the object does; for what no listing tells."""
     with _said(url):
         filesystem, path = fsspec.core.url_to_fs(url, **_options(url))
         return str(sorted((name, str(value)) for name, value in tries(GenericError)(filesystem.info, path).items()))

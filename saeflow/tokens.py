@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,13 @@ import pyarrow.parquet as pq
 from saeflow import corpus
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
-from saeflow.disk import make_folder, read_json
+from saeflow.disk import make_folder
 from saeflow.feature_tables import BLOCK_TOKENS, VOCAB_BLOCKS
 from saeflow.fingerprints import facts_of, fingerprint
 from saeflow.ledger import Entry, Ledger, merged
 from saeflow.model import load_tokenizer, model_fingerprint
 from saeflow.progress import Bar, Progress
-from saeflow.records import Generation, PartRecord, note_provenance
+from saeflow.records import Generation, PartRecord, note_provenance, noted
 from saeflow.sections import CorpusConfig, ModelConfig, TokensConfig, UserError
 from saeflow.store import Store
 from saeflow.vocab import tokenizer_vocab, write_vocab
@@ -94,7 +93,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
                 raise
             progress.say(f"tokens: the corpus is gone, going on with what is stored ({str(error).splitlines()[0]})")
             return target
-        if whole and seen is not None and seen == _last_seen(target):
+        if whole and seen is not None and seen == noted(target.path, "corpus"):
             progress.skip("tokens", f"{generation.total('n_tokens'):,} tokens in {len(generation.parts)} parts")
             return target
         began = time.monotonic()
@@ -111,13 +110,6 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
             target.send(target.path / "provenance.json")
         progress.say(_summary(ledger, generation))
     return target
-
-
-def _last_seen(target: Artefact) -> str | None:
-    """What the corpus looked like when it was last read."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return str(read_json(target.path / "provenance.json")["corpus"])
-    return None
 
 
 def _summary(ledger: Ledger, before: Generation) -> str:

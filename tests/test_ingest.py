@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -12,13 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from saeflow import activations, cli, features, garbage, ingest, integrity, pipeline, queries, retrain, tokens, train
+from saeflow import (
+    activations,
+    cli,
+    features,
+    garbage,
+    ingest,
+    integrity,
+    pipeline,
+    queries,
+    removed,
+    retrain,
+    tokens,
+    train,
+)  # fmt: skip
 from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json, write_json
+from saeflow.document import Document
+from saeflow.ledger import Entry, Ledger
 from saeflow.records import KINDS
-from saeflow.sections import UserError
+from saeflow.sections import CorpusConfig, UserError
 from saeflow.store import Store
 from saeflow.timetable import ScheduleConfig, next_time
 from tests.small_pipeline import Ingredients, a_table, brought_data, documents, quiet, recipe_data, write_table
@@ -218,17 +236,21 @@ def test_documents_that_went_before_the_setting_was_made_go_too(night: Watched) 
     assert night.with_schedule(removed="forget").ingest()["n_removed"] == 1
 
 
-def test_a_disk_that_is_not_mounted_forgets_nothing(night: Watched) -> None:
+def test_a_disk_that_is_not_mounted_forgets_nothing_and_what_is_new_comes_in_all_the_same(night: Watched) -> None:
     night = night.with_schedule(removed="forget", most_removed=0.25)
     night.lose(*sorted(FIRST)[:7])
+    night.drop(NEW)
     with pytest.raises(UserError, match=r"7 of 24 documents are gone .*29%; schedule\.most_removed is 0\.25"):
         night.ingest()
-    assert night.held() == sorted(FIRST)
+    assert night.held() == sorted([*FIRST, *NEW])
+    assert night.says(WORD)
+    with pytest.raises(UserError, match=r"7 of 27 documents are gone"):  # again, although nothing has changed
+        night.ingest()
     assert night.with_schedule(removed="forget", most_removed=0.3).ingest()["n_removed"] == 7
-    night.lose(*sorted(FIRST)[7:])
+    night.lose(*sorted(FIRST)[7:], *NEW)
     with pytest.raises(UserError, match="nothing matches"):
         night.ingest()
-    assert len(night.held()) == len(FIRST) - 7
+    assert len(night.held()) == len(FIRST) - 7 + len(NEW)
 
 
 def test_an_ingest_killed_between_forgetting_and_reading_forgets_no_more_and_no_less(
@@ -248,6 +270,88 @@ def test_an_ingest_killed_between_forgetting_and_reading_forgets_no_more_and_no_
     summary = night.ingest()
     assert summary["n_documents"] == len(NEW)
     assert night.held() == sorted([*(set(FIRST) - {"05.txt"}), *NEW])
+
+
+def test_a_document_deleted_while_the_corpus_is_looked_through_is_forgotten_by_the_next_ingest(
+    night: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night = night.with_schedule(removed="forget")
+    night.lose("05.txt")
+
+    def deleted_meanwhile(*arguments: Any) -> Any:
+        found = removed.forget_removed(*arguments)
+        night.lose("06.txt")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest, "forget_removed", deleted_meanwhile)
+        assert night.ingest()["n_removed"] == 1
+    assert "06.txt" in night.held()
+    assert night.ingest()["n_removed"] == 1
+    assert night.held() == sorted(set(FIRST) - {"05.txt", "06.txt"})
+
+
+def test_of_documents_of_one_key_the_one_that_is_gone_goes(ingredients: Ingredients, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+
+    def write(*texts: str) -> None:
+        path.write_text("".join(json.dumps({"key": "austen", "text": text}) + "\n" for text in texts), "utf-8")
+
+    write("Emma is gone.", WORD)
+    corpus = {"files": [str(path)], "held_out": 0.0}
+    data = recipe_data(ingredients, corpus=corpus, schedule={"removed": "forget"})
+    recipe = parse_recipe(data)
+    store = Store.create(tmp_path / "store")
+    tokens.run(store, recipe, quiet())
+    write(WORD)
+    found = removed.forget_removed(store, recipe, quiet())
+    source = tokens.run(store, recipe, quiet())
+    [hidden] = source.published().hidden_ids
+    assert (found.n, hidden) == (1, 0)
+
+
+_DOCUMENTS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("ABCD")), min_size=1, max_size=6).map(
+    lambda documents: sorted(documents, key=lambda each: each[0])
+)
+"""Keys and texts, equal keys one after the other, as files give them."""
+
+
+def looked_through(
+    stored: list[tuple[Entry, tuple[str, str]]], now: list[tuple[str, str]], about: CorpusConfig
+) -> set[int]:
+    """Places of what is gone from the corpus."""
+    ledger = Ledger.of([(entry.key, entry.document.content_hash) for entry, _ in stored])
+    removed.look_through(ledger, (Document(key, text, "files") for key, text in now), about)
+    return set(ledger.not_met().tolist())
+
+
+def taken_in(
+    stored: list[tuple[Entry, tuple[str, str]]], now: list[tuple[str, str]], about: CorpusConfig
+) -> list[tuple[Entry, tuple[str, str]]]:
+    """What is stored after the next reading."""
+    ledger = Ledger.of([(entry.key, entry.document.content_hash) for entry, _ in stored])
+    texts = [text for _, text in now]
+    read = [each for place, each in enumerate(now) if not (about.dedup and each[1] in texts[:place])]
+    new = list(ledger.fresh((Document(key, text, "files") for key, text in read), about))
+    replaced = {each.document_id for each in ledger.changed}
+    return [each for place, each in enumerate(stored) if place not in replaced] + [
+        (entry, (entry.document.key, entry.document.text)) for entry in new
+    ]
+
+
+@given(nights=st.lists(_DOCUMENTS, min_size=1, max_size=3), dedup=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_what_is_gone_goes_and_nothing_that_is_there_whatever_keys_and_texts_are_equal(
+    nights: list[list[tuple[str, str]]], dedup: bool
+) -> None:
+    about, stored = CorpusConfig(files=["texts"], dedup=dedup), []
+    for now in nights:
+        gone = looked_through(stored, now, about)
+        if dedup:
+            assert not [place for place in gone if stored[place][1] in now]
+        stored = taken_in([each for place, each in enumerate(stored) if place not in gone], now, about)
+        found = [each for _, each in stored]
+        assert set(found) <= set(now) if dedup else sorted(found) == sorted(now)
 
 
 def test_of_equal_texts_one_is_kept_while_one_of_them_is_there(ingredients: Ingredients, tmp_path: Path) -> None:

@@ -153,6 +153,17 @@ def test_a_changed_object_changes_the_signature_and_nothing_else_does(s3: Server
     assert corpus.signature(config) != before
 
 
+def test_the_signature_of_many_objects_takes_no_request_for_each(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CorpusConfig(files=["s3://texts/many/*.txt"])
+    for number in range(3):
+        s3.client().put_object(Bucket="texts", Key=f"many/{number}.txt", Body=b"text")
+    monkeypatch.delattr("saeflow.remote.state")
+    before = corpus.signature(config)
+    assert corpus.signature(config) == before
+    s3.client().put_object(Bucket="texts", Key="many/1.txt", Body=b"tale")
+    assert corpus.signature(config) != before
+
+
 def test_a_bucket_that_does_not_answer_is_said_without_the_secret(s3: Server) -> None:
     with pytest.raises(UserError, match=r"(?s)s3://nowhere/x\.parquet.*AWS_ACCESS_KEY_ID") as caught:
         keys("s3://nowhere/x.parquet")

@@ -36,7 +36,7 @@ from flows.deployments import TAG, deployments, keep_what_was_set
 from flows.gc import gc_flow
 from flows.ingest import ingest_flow
 from flows.retrain import retrain_flow
-from flows.serve import ZOMBIES, set_zombie_automation
+from flows.serve import ZOMBIES, others, set_zombie_automation
 from flows.tidy import tidy_flow
 from flows.verify import verify_flow
 from saeflow import activations, cli, garbage, ingest
@@ -183,7 +183,7 @@ def test_documents_tokens_and_parts_touched_are_exactly_the_new_ones(night: Nigh
 
 
 def test_serve_says_what_runs_when_and_where_to_look(night: Night, server: Server) -> None:
-    for words in ("ingest", "3s", "verify", "0 4 * * *", server.api.removesuffix("/api"), "saeflow ask --store"):
+    for words in ("ingest", "3s", "verify", "7 4 * * *", server.api.removesuffix("/api"), "saeflow ask --store"):
         assert words in night.said
 
 
@@ -210,9 +210,9 @@ def test_every_stage_is_deployed_with_its_tags_schedule_and_limit(night: Night, 
     for stage, flow, schedule, collision in [
         ("ingest", "saeflow-ingest", {"interval": 3.0}, "CANCEL_NEW"),
         ("train", "saeflow-retrain", None, "ENQUEUE"),
-        ("compact", "saeflow-tidy", {"cron": "30 2 * * *"}, "CANCEL_NEW"),
-        ("verify", "saeflow-verify", {"cron": "0 4 * * *"}, "CANCEL_NEW"),
-        ("gc", "saeflow-gc", {"cron": "0 5 * * *"}, "CANCEL_NEW"),
+        ("compact", "saeflow-tidy", {"cron": "37 2 * * *"}, "CANCEL_NEW"),
+        ("verify", "saeflow-verify", {"cron": "7 4 * * *"}, "CANCEL_NEW"),
+        ("gc", "saeflow-gc", {"cron": "7 5 * * *"}, "CANCEL_NEW"),
     ]:
         found = deployment_of(server, flow, "nightly")
         assert sorted(found["tags"]) == sorted([TAG, "nightly", stage])
@@ -283,6 +283,25 @@ def test_what_an_operator_paused_stays_paused_and_a_schedule_that_is_gone_from_t
 
 
 @pytest.mark.usefixtures("_here")
+def test_deployments_of_a_recipe_that_is_no_longer_named_are_listed(ingredients: Ingredients) -> None:
+    bring(small(ingredients, "given_up", compact="never"))
+    wanted = deployments([small(ingredients, "still_named")], ["/nowhere"])
+    bring(small(ingredients, "still_named"))
+    found = others(wanted)
+    assert {name for name in found if name.endswith("/given_up")} == {
+        "saeflow-ingest/given_up", "saeflow-verify/given_up", "saeflow-gc/given_up",
+    }  # fmt: skip
+    assert not [name for name in found if name.endswith("/still_named")]
+
+
+def test_recipes_that_share_a_store_have_one_time_to_verify_it(ingredients: Ingredients) -> None:
+    both = [small(ingredients, "one"), small(ingredients, "two")]
+    timed = {each.full_name for each in deployments(both, ["/a", "/a"]) if each.schedules}
+    assert {name for name in timed if "verify" in name or "gc" in name} == {"saeflow-verify/one", "saeflow-gc/one"}
+    assert {"saeflow-ingest/one", "saeflow-ingest/two", "saeflow-tidy/one", "saeflow-tidy/two"} <= timed
+
+
+@pytest.mark.usefixtures("_here")
 def test_there_is_one_zombie_automation_however_often_it_is_set(server: Server) -> None:
     for seconds in (30, 60, 30):
         set_zombie_automation(seconds)
@@ -298,6 +317,9 @@ def test_there_is_one_zombie_automation_however_often_it_is_set(server: Server) 
 @pytest.mark.usefixtures("_here")
 def test_a_flow_that_uses_a_gpu_holds_one_of_its_slots(server: Server, night: Night) -> None:
     gpu.set_limit(2)
+    gpu.set_limit(1)
+    limit = server.get(f"v2/concurrency_limits/{gpu.LIMIT}")["limit"]
+    assert limit == 2, "what is set on the server was overwritten by the number of this machine"
 
     def taken() -> Any:
         return server.get(f"v2/concurrency_limits/{gpu.LIMIT}")["active_slots"]
