@@ -53,6 +53,8 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.met = np.zeros(len(self.keys), bool)
+        self._replaced_contents: set[int] = set()
+        self._left_out: set[int] = set()
 
     @classmethod
     def read(cls, target: Artefact, generation: Generation) -> Ledger:
@@ -90,8 +92,9 @@ class Ledger:
         if place is None:
             return "new"
         self.met[place] = True
-        if self.contents[place] == np.uint64(int(content_hash[:16], 16)):
+        if int(self.contents[place]) == _number(content_hash):
             return "same"
+        self._replaced_contents.add(int(self.contents[place]))
         self.changed.append(Hidden(document_id=int(self.document_ids[place]), key_hash=hashed, reason="replaced"))
         return "changed"
 
@@ -106,9 +109,16 @@ class Ledger:
             verdict = self.look_up(key, document.content_hash)
             if verdict == "new" and about.dedup and self._has_content(document.content_hash):
                 verdict = "same"
+                self._left_out.add(_number(document.content_hash))
             self.found[verdict] += 1
             if verdict in ("new", "changed"):
                 yield Entry(document, key, is_held_out(document.key, about.seed, about.held_out))
+
+    @property
+    def settled(self) -> bool:
+        """False if a text was left out because a document held it that has another text now: the corpus has to be read
+        again, once the new version is published."""
+        return self._left_out.isdisjoint(self._replaced_contents)
 
     def _own_key(self, document: Document, times: Counter[str]) -> str:
         """The document's key; where that has come before, followed by its content, which no order of files changes."""
@@ -135,7 +145,7 @@ class Ledger:
     def _holds_as(self, key: str, content_hash: str) -> bool:
         """Is a document of this key and content stored?"""
         place = _place(self.keys, key_hash(key))
-        return place is not None and int(self.contents[place]) == int(content_hash[:16], 16)
+        return place is not None and int(self.contents[place]) == _number(content_hash)
 
     def _knows(self, key: str) -> bool:
         hashed = key_hash(key)
@@ -186,6 +196,11 @@ def _place(ascending: np.ndarray, digits: str) -> int | None:
     wanted = np.uint64(int(digits, 16))
     place = int(ascending.searchsorted(wanted))
     return place if place < len(ascending) and ascending[place] == wanted else None
+
+
+def _number(content_hash: str) -> int:
+    """The first 64 bits of a content hash."""
+    return int(content_hash[:16], 16)
 
 
 def _numbers(digits: Iterable[str]) -> np.ndarray:

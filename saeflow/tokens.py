@@ -105,11 +105,11 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
             parts, ledger = _append(maker, generation, done, bar)
         hidden = merged(generation.hidden, ledger.replaced(generation.parts))
         target.publish([*kept.values(), *parts], {"seconds": time.monotonic() - began}, hidden)
-        if seen is not None:
+        if seen is not None and ledger.settled:
             note_provenance(target.path, {"corpus": seen, "corpus_files": about.files})
             target.send(target.path / "provenance.json")
         progress.say(_summary(ledger, generation))
-    return target
+    return target if ledger.settled else run(store, recipe, progress)
 
 
 def _summary(ledger: Ledger, before: Generation) -> str:

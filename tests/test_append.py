@@ -501,6 +501,15 @@ def test_dedup_knows_the_texts_that_are_stored(ingredients, tmp_path, progress):
     assert sorted(stored_keys(store, recipe)) == ["b", "c"]
 
 
+@pytest.mark.parametrize("new", ["a", "z"])
+def test_dedup_keeps_a_text_that_moves_from_one_document_to_another(ingredients, tmp_path, progress, new):
+    store = Store.create(tmp_path / "store")
+    tokens.run(store, repeated(ingredients, [("m", "moves"), ("n", "stays")], tmp_path, dedup=True), progress)
+    rows = sorted([("m", "another"), ("n", "stays"), (new, "moves")])
+    tokens.run(store, recipe := repeated(ingredients, rows, tmp_path, dedup=True), progress)
+    assert sorted(stored_keys(store, recipe)) == sorted([new, "m", "n"])
+
+
 def test_a_recipe_that_begins_anew_says_which_setting_made_it(ingredients, tmp_path, capsys):
     store = Store.create(tmp_path / "store")
     first = tokens.run(store, repeated(ingredients, [("a", "one")], tmp_path), Progress())
