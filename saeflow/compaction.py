@@ -130,7 +130,8 @@ def compact(
 
     `mend`: also those that an earlier saeflow made, which lack some statistics.
 
-    Each group is shown as soon as it is written. The caller holds the artefact's lock.
+    Each group is shown as soon as it is written; workers may have finished a later one by then, which no list names yet.
+    The caller holds the artefact's lock.
     """
     made: list[PartRecord] = []
     groups = plan(target.published().parts, used.spans, enough, mend)
@@ -141,8 +142,9 @@ def compact(
         here = (merge_whole(target, used, group, bar) for group in groups)
         for group, part in zip(groups, by_workers(groups, bar) if by_workers else here, strict=True):
             gone = {old.folder for old in group}
-            target.publish([*(p for p in target.published().parts if p.folder not in gone), part])
             made.append(part)
+            kept = [p for p in target.published().parts if p.folder not in gone]
+            target.publish([*kept, part], clear=len(made) == len(groups))
     return made
 
 
