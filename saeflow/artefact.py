@@ -52,18 +52,13 @@ from saeflow.sections import Overlap, UserError
 
 @dataclass(frozen=True)
 class Job:
-    """Work cut into parts: the indices still missing, and how to make one of them."""
+    """Work cut into parts: the indices still missing, and how to make them."""
 
     missing: list[int]
-    work: Callable[[int], PartRecord]
-    by_workers: Callable[[Sequence[int]], Iterator[PartRecord]] | None = None
-    """Makes parts on a cluster, as many at once as it has workers; each as it is finished."""
-    n_at_once: int = 1
-    """How many that are."""
-
-    def make(self, indices: Sequence[int]) -> list[PartRecord]:
-        """These parts, on the cluster where there is one, else one after the other."""
-        return list(self.by_workers(indices)) if self.by_workers else [self.work(index) for index in indices]
+    make: Callable[[Sequence[int]], Iterator[PartRecord]]
+    """Makes parts as it is iterated: one after the other here, or several at once on a cluster."""
+    n_calls: int | None = None
+    """Calls of `make` at once that keep the cluster busy; None where there is none."""
 
 
 @dataclass

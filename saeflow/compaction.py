@@ -165,7 +165,7 @@ def plan(
     counts), unless one part alone has more. `spans`: first and last token of each activation part."""
     groups: list[list[PartRecord]] = [[]]
     n_values = first = last = 0
-    for part in sorted(parts, key=lambda part: min(covered(part))):
+    for part in _in_order(parts):
         begin, end = min(spans[i][0] for i in covered(part)), max(spans[i][1] for i in covered(part))
         n_values, last = n_values + part.counts["n_values"], max(last, end)
         if groups[-1] and (n_values > most_values or last - first >= most_tokens):
@@ -178,6 +178,18 @@ def plan(
         for group in groups
         if len(group) >= max(enough, 2) or (mend and not all(has_every_table(part) for part in group))
     ]
+
+
+def neighbours(parts: Sequence[PartRecord], first: str, last: str) -> list[PartRecord]:
+    """A group of `plan`, by the folders of its first and last part."""
+    ordered = _in_order(parts)
+    folders = [part.folder for part in ordered]
+    return ordered[folders.index(first) : folders.index(last) + 1]
+
+
+def _in_order(parts: Sequence[PartRecord]) -> list[PartRecord]:
+    """By the first activation part that they hold."""
+    return sorted(parts, key=lambda part: min(covered(part)))
 
 
 def merge(target: Artefact, used: Used, sources: Sequence[_Source], bar: Bar | None = None) -> PartRecord:

@@ -129,9 +129,12 @@ def _train_on_workers(
     """Train these members on a cluster: as many groups as it has workers, those of one group in one reading."""
     settings = {"recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"), "fresh": fresh}
     sites = [tuple(sites_of(store, member)) for member, _ in away]
+    for _, target in away:
+        with target.writing():  # refuses or waits for another run, as `overlap` says, before a worker is kept by it
+            pass
     with workers_of(store, recipe, progress) as workers:
         assert workers is not None
-        groups = [[away[number][0] for number in group] for group in shares(sites, len(workers.able()))]
+        groups = [[away[number][0] for number in group] for group in shares(sites, workers.n_expected)]
         items = [[member.name for member in group] for group in groups]
         n_tokens = {
             json.dumps(item): max(m.train.n_tokens for m in group) for item, group in zip(items, groups, strict=True)
