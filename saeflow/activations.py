@@ -151,8 +151,7 @@ class Collector:
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
     """Collect every missing part and publish."""
     with collecting(store, recipe, progress) as job:
-        for _ in job.make(job.missing):
-            pass
+        list(job.make(job.missing))
     return artefact(store, recipe)
 
 

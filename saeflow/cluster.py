@@ -186,10 +186,10 @@ class Workers:
         return found["found"]
 
     def lost(self) -> UserError:
-        first = "" if self.config.starts else "Start scheduler and workers again, then "
-        again = f"{first}run the same command again: it goes on where this one stood."
+        run = "Run" if self.config.starts else "Start scheduler and workers again, then run"
         return UserError(
-            f"The Dask scheduler at {self.address} is lost. Finished parts are safe in the store.\n{again[0].upper()}{again[1:]}"
+            f"The Dask scheduler at {self.address} is lost. Finished parts are safe in the store.\n"
+            f"{run} the same command again: it goes on where this one stood."
         )
 
     def alone(self, word: str) -> UserError:

@@ -168,7 +168,12 @@ def run_together(store: Store, recipes: Sequence[Recipe], progress: Progress) ->
 
 def _workers(config: FeaturesConfig, threads: int) -> ThreadPoolExecutor:
     """Threads that encode a part each: their use of one thread of torch stays theirs."""
-    return ThreadPoolExecutor(n_workers(device("features.device", config.device), threads), "saeflow-encode")
+    return ThreadPoolExecutor(n_at_once(config, threads), "saeflow-encode")
+
+
+def n_at_once(config: FeaturesConfig, threads: int) -> int:
+    """Parts that this process encodes at once: one a core, or enough to keep a GPU busy."""
+    return n_workers(device("features.device", config.device), threads)
 
 
 def _all_done(pool: ThreadPoolExecutor, futures: Sequence[Future[Any]]) -> None:

@@ -212,7 +212,7 @@ class Running(Thread):
 
 def part_begun(store: Store) -> bool:
     """Has a worker files of a part that is not finished?"""
-    return any(path.is_file() for path in store.root.glob("tmp/[af]*/*-*/**/*"))
+    return any(path.is_file() for path in store.root.glob("tmp/[af]*/*/*-*/**/*"))
 
 
 def checkpoint_written(store: Store) -> bool:
@@ -292,7 +292,7 @@ def test_a_run_that_is_terminated_ends_at_once_and_its_workers_drop_what_they_we
     assert "Traceback" not in said
     assert dask.busy() == []
     until = time.monotonic() + 30
-    while list(store.root.glob("tmp/activations-*/*-*")):
+    while list(store.root.glob("tmp/activations-*/*/*-*")):
         assert time.monotonic() < until, "the worker goes on with what nobody waits for"
         time.sleep(0.05)
 

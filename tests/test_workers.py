@@ -18,10 +18,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from distributed import Client, LocalCluster, Worker
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import common
+from flows import common, encode
 from saeflow import cluster, cluster_start, cluster_work, compaction, features, parallel, train
 from saeflow.artefact import Artefact, Job
 from saeflow.cluster import Workers
@@ -31,6 +32,7 @@ from saeflow.lease import held
 from saeflow.progress import Bar
 from saeflow.records import PartRecord
 from saeflow.sections import ClusterConfig, UserError
+from saeflow.transfer import GPU_WORKERS
 from tests.conftest import Finished
 from tests.small_pipeline import Ingredients, quiet, recipe_data, tree
 
@@ -388,3 +390,50 @@ def test_a_group_of_parts_is_found_by_its_ends(finished: Finished) -> None:
     parts = run.published().parts
     for group in compaction.plan(parts, features.used_of(finished.store, run).spans):
         assert compaction.neighbours(parts[::-1], group[0].folder, group[-1].folder) == group
+
+
+def test_a_sweep_is_split_for_the_workers_that_the_recipe_starts_though_one_is_there_yet(
+    copied: Finished, ingredients: Ingredients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[str]] = []
+
+    def each(function: str, settings: Any, items: list[list[str]], *_: Any) -> Iterator[Any]:
+        given.extend(items)
+        yield from ()
+
+    data = recipe_data(ingredients, sweep={"grid": {"sae.k": [2, 3, 5, 6]}})
+    recipe = parse_recipe(data | {"cluster": {"kind": "slurm", "n_workers": 3}})
+    queue = Workers(SimpleNamespace(), recipe.cluster, Session("/store", "token", ""))  # type: ignore[arg-type]
+    queue._able = time.monotonic(), {"tcp://the-first": 1}
+    monkeypatch.setattr(queue, "each", each)
+    monkeypatch.setattr(train, "workers_of", lambda *_: contextlib.nullcontext(queue))
+    train.run_all(copied.store, recipe, quiet())
+    assert sorted(map(len, given)) == [1, 1, 2]
+
+
+def test_a_gpu_gets_as_many_parts_at_once_from_the_flow_as_from_the_command(
+    copied: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(features, "device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(features, "encoding_together", lambda *_: contextlib.nullcontext(Job([], lambda _: iter(()))))
+    monkeypatch.setattr(encode, "reporting", lambda _: contextlib.nullcontext(quiet()))
+    monkeypatch.setattr(encode, "make_parts", lambda stage, job, progress, n_here: asked.append(n_here))
+    monkeypatch.setattr(encode, "show_table", lambda *_: None)
+    encode.encode_flow.fn(copied.recipe, str(copied.store.root))
+    assert asked == [GPU_WORKERS]
+    assert features._workers(copied.recipe.features, 64)._max_workers == GPU_WORKERS
+
+
+def test_a_cluster_of_the_runs_own_that_does_not_answer_is_called_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any, **__: Any) -> None:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(cluster_start, "Client", silent)
+    with (
+        pytest.raises(
+            UserError, match=r"No Dask scheduler answers at the address of cluster\.kind = 'local' within 2 s"
+        ),
+        cluster_start.client_of(ClusterConfig(kind="local", wait_seconds=2), object()),
+    ):
+        pass
