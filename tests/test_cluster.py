@@ -389,7 +389,7 @@ def test_two_attempts_at_a_part_in_folders_of_their_own_leave_one_part(tmp_path:
     assert one.made == other.made
     assert [path.name for path in one.path.glob("parts/*")] == [one.made[3].folder]
     assert list(one.parts().values()) == [one.made[3]]
-    assert not list(one.work.iterdir())
+    assert not list(one.own_work.iterdir())
 
 
 def test_a_damaged_part_is_replaced_by_an_attempt(tmp_path: Path) -> None:

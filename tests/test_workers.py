@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -28,7 +28,7 @@ from saeflow.artefact import Artefact, Job
 from saeflow.cluster import Workers
 from saeflow.cluster_work import Session, software
 from saeflow.config import parse_recipe
-from saeflow.lease import held
+from saeflow.lease import acquire, held
 from saeflow.progress import Bar
 from saeflow.records import PartRecord
 from saeflow.sections import ClusterConfig, UserError
@@ -72,7 +72,7 @@ class InThreads:
 
 @pytest.fixture
 def dask(monkeypatch: pytest.MonkeyPatch) -> Iterator[InThreads]:
-    arguments = {"processes": False, "dashboard_address": None, "protocol": "tcp", "host": "127.0.0.1"}
+    arguments = {"processes": False, "dashboard_address": "127.0.0.1:0", "protocol": "tcp", "host": "127.0.0.1"}
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, **arguments) as started,
         Client(started, set_as_default=False) as one,
@@ -342,8 +342,30 @@ def test_a_training_that_another_run_is_at_is_refused_before_a_worker_has_it(
     target = train.artefact(copied.store, recipe)
     shutil.rmtree(target.path)
     monkeypatch.setattr(train, "workers_of", lambda *_: pytest.fail("a cluster was asked for"))
+    monkeypatch.setattr(train, "_NOTICING_SECONDS", 0.3)
     with held(target.slot, target.id, "refuse"), pytest.raises(UserError, match=f"Another run is writing {target.id}"):
         train.run(copied.store, recipe, quiet())
+
+
+def test_a_worker_of_a_killed_run_has_some_seconds_to_notice_it(
+    copied: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = copied.recipe.model_copy(update={"cluster": ClusterConfig(kind="local")})
+    target = train.artefact(copied.store, recipe)
+    shutil.rmtree(target.path)
+    left, asked = acquire(target.slot, target.id, "refuse"), Event()
+
+    def each(*_: Any) -> Iterator[Any]:
+        asked.set()
+        yield from ()
+
+    queue = SimpleNamespace(n_expected=1, each=each)
+    monkeypatch.setattr(train, "workers_of", lambda *_: contextlib.nullcontext(queue))
+    noticing = Timer(0.3, left.release)
+    noticing.start()
+    train.run(copied.store, recipe, quiet())
+    noticing.join()
+    assert asked.is_set()
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '"tcp://a:1"', "{"])
