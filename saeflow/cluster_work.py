@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,6 +30,7 @@ from distributed.core import Status
 
 from saeflow import __version__
 from saeflow.artefact import Artefact
+from saeflow.lease import acquire
 from saeflow.objects import Objects, cache_folder, is_url
 from saeflow.progress import Bar, Progress
 from saeflow.records import read_checked
@@ -97,6 +98,19 @@ class _Telling:
         task = self.worker.state.tasks.get(self.key)
         if self.worker.status not in (Status.running, Status.paused) or task is None or task.state == "cancelled":
             raise Abandoned
+
+    def sleep(self, seconds: float) -> None:
+        """For what waits for others: it ends as soon as nobody waits for it."""
+        self.require_wanted()
+        time.sleep(seconds)
+
+
+def wait_for_turn(targets: Iterable[Artefact], progress: Progress) -> None:
+    """Wait until nobody writes these artefacts; Abandoned where nobody waits for this task any more."""
+    telling = progress.listener
+    assert isinstance(telling, _Telling)
+    for target in targets:
+        acquire(target.slot, target.id, "wait", telling.sleep).release()
 
 
 one_at_a_time = threading.Lock()

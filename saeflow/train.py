@@ -185,6 +185,7 @@ def train_at(name: str, settings: str, names: list[str], progress: Progress) -> 
     recipe = parse_recipe(about["recipe"])
     members = [member for member in recipe.members() if member.name in names]
     pairs = [(each, fresh_artefact(store, each) if about["fresh"] else artefact(store, each)) for each in members]
+    cluster_work.wait_for_turn([target for _, target in pairs], progress)
     with cluster_work.one_at_a_time:
         _train_here(store, recipe, pairs, progress)
     return [target.id for _, target in pairs]

@@ -29,7 +29,7 @@ from saeflow.cluster import Workers
 from saeflow.cluster_work import Session, software
 from saeflow.config import parse_recipe
 from saeflow.lease import acquire, held
-from saeflow.progress import Bar
+from saeflow.progress import Bar, Progress, Stopped
 from saeflow.records import PartRecord
 from saeflow.sections import ClusterConfig, UserError
 from saeflow.transfer import GPU_WORKERS
@@ -49,18 +49,21 @@ class InThreads:
     """Items, and the worker that began each."""
     behave: dict[Any, Callable[[Any], Any]] = field(default_factory=dict)
     """What an item does instead of nothing."""
+    progress: Progress = field(default_factory=quiet)
+    """That of the item begun last."""
 
     def workers(self, **config: Any) -> Workers:
         config = {"kind": "local", "wait_seconds": 1} | config
         return Workers(self.client, ClusterConfig(**config), Session("/store", "token", software()["saeflow"]))
 
-    def make(self, workers: Workers, items: list[int]) -> dict[int, Any]:
-        with quiet().bar("fake", None, "units") as bar:
+    def make(self, workers: Workers, items: list[int], progress: Progress | None = None) -> dict[int, Any]:
+        with (progress or quiet()).bar("fake", None, "units") as bar:
             return dict(workers.each("fake_parts.fake_at", {}, items, bar, dict.fromkeys(items, 1)))
 
     def fake_at(self, store: str, settings: str, item: int, progress: Any) -> int:
         from distributed import get_worker
 
+        self.progress = progress
         self.begun.append((item, get_worker().address))
         with progress.bar("fake", None, "units") as bar:
             self.behave.pop(item, lambda _: None)(bar)
@@ -143,6 +146,26 @@ def test_a_part_of_a_worker_that_is_retired_is_made_by_another(dask: InThreads) 
     assert dask.make(dask.workers(), [1, 2, 3]) == {1: 1, 2: 2, 3: 3}
     first, second = (address for item, address in dask.begun if item == 3)
     assert first != second
+
+
+def test_a_worker_that_waits_for_another_run_is_free_once_its_own_is_stopped(
+    dask: InThreads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEFLOW_LEASE_SECONDS", "0.6")
+    target, free, stopped = Artefact(tmp_path, "saes", "run", "00000000"), Event(), quiet()
+
+    def wait(_: Bar) -> None:
+        stopped.stopping.set()
+        try:
+            cluster_work.wait_for_turn([target], dask.progress)
+        finally:
+            free.set()
+
+    dask.behave[1] = wait
+    with held(target.slot, target.id, "refuse"):
+        with pytest.raises(Stopped):
+            dask.make(dask.workers(), [1], stopped)
+        assert free.wait(5)
 
 
 def test_without_a_gpu_left_the_run_ends_though_other_workers_are_there(
