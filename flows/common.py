@@ -90,16 +90,23 @@ def runs_of(indices: Sequence[int]) -> list[list[int]]:
 
 
 def make_parts(stage: str, job: Job, progress: Progress, n_here: int) -> None:
-    """Make what a job lacks, one task a run of parts: `n_here` tasks at once, or as many as a cluster works on."""
+    """Make what a job lacks, one task a run of parts: `n_here` tasks at once, or as many as keep a cluster busy.
+
+    A task that is tried again makes those of its parts that are not finished.
+    """
     name_run(stage, counted(len(job.missing), "part"))
+
+    done: dict[int, str] = {}
 
     @part_task("{name}")
     def make(name: str, indices: list[int]) -> list[str]:
-        return [part.folder for part in job.make(indices)]
+        for part in job.make([index for index in indices if index not in done]):
+            done[part.index] = part.folder
+        return [done[index] for index in indices]
 
     runs = runs_of(job.missing)
     names = [f"{stage}-{run[0]}" if len(run) == 1 else f"{stage}-{run[0]}-to-{run[-1]}" for run in runs]
-    wanted: ThreadPoolTaskRunner[list[str]] = ThreadPoolTaskRunner(job.n_at_once if job.by_workers else n_here)
+    wanted: ThreadPoolTaskRunner[list[str]] = ThreadPoolTaskRunner(job.n_calls or n_here)
     with wanted as runner, stopping(progress, runner):
         runner.map(make, {"name": names, "indices": runs}).result()
 

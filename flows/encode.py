@@ -8,7 +8,6 @@ from flows.common import make_parts, open_store, reporting, show_table
 from flows.gpu import gpu_slot
 from saeflow import catalog, features
 from saeflow.config import Recipe
-from saeflow.parallel import n_threads
 
 
 @flow(name="saeflow-encode", flow_run_name="encode {recipe.name}")
@@ -18,7 +17,8 @@ def encode_flow(recipe: Recipe, store: str | None = None) -> list[str]:
     with reporting("encode") as progress, gpu_slot(recipe, recipe.features.device):
         for group in features.by_site(opened, recipe):
             with features.encoding_together(opened, group, progress) as job:
-                make_parts("encode", job, progress, n_here=n_threads(recipe.threads))  # a part a core
+                n_here = job.n_calls or features.n_at_once(recipe.features, recipe.threads)
+                make_parts("encode", job, progress, n_here)
     catalog.write(opened)
     made = [features.artefact(opened, member) for member in recipe.members()]
     totals = [target.published() for target in made]

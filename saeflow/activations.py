@@ -151,7 +151,7 @@ class Collector:
 def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
     """Collect every missing part and publish."""
     with collecting(store, recipe, progress) as job:
-        job.make(job.missing)
+        list(job.make(job.missing))
     return artefact(store, recipe)
 
 
@@ -175,14 +175,14 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
                 workers_of(store, recipe, progress) as workers,
             ):
                 if workers is None:
-                    yield Job(list(plan), lambda index: collector.collect(plan[index], bar))
+                    yield Job(list(plan), lambda indices: (collector.collect(plan[index], bar) for index in indices))
                 else:
                     del collector  # the model is wanted on the workers
                     yield _on_workers(store, recipe, workers, target, n_tokens, bar)
                     target.look_again()
         else:
             skipped(target, progress)
-            yield Job([], done.__getitem__)
+            yield Job([], lambda _: iter(()))
         done = target.fitting(inputs)
         target.publish([done[part.index] for part in wanted])
         if plan:
@@ -193,19 +193,20 @@ def _on_workers(
     store: Store, recipe: Recipe, workers: Workers, target: Artefact, n_tokens: dict[int, int], bar: Bar
 ) -> Job:
     """The same job, done by a cluster."""
+    place = {"cluster": None, "sweep": None, "threads": workers.threads(recipe.threads)}
     settings = {
-        "recipe": recipe.model_copy(update={"cluster": None, "sweep": None}).model_dump(mode="json"),
+        "recipe": recipe.model_copy(update=place).model_dump(mode="json"),
         "target": target.id,
         "generation": tokens_artefact(store, recipe).published().number,
     }
 
-    def by_workers(indices: Sequence[int]) -> Iterator[PartRecord]:
+    def make(indices: Sequence[int]) -> Iterator[PartRecord]:
         with contextlib.closing(workers.each("activations.collect_at", settings, indices, bar, n_tokens)) as found:
             for index, record in found:
                 target.made[index] = PartRecord.model_validate(record)
                 yield target.made[index]
 
-    return Job(list(n_tokens), lambda index: next(by_workers([index])), by_workers, workers.n_threads)
+    return Job(list(n_tokens), make, workers.n_calls)
 
 
 def collect_at(store: str, settings: str, index: int, progress: Progress) -> dict[str, Any]:
@@ -230,7 +231,8 @@ def _collector_at(name: str, settings: str) -> tuple[Collector, dict[int, PartRe
     workers = n_workers(device_of(model), recipe.threads)
     keep_freed_memory()
     generation = source.generation(about["generation"])
-    parts = {part.index: part for part in generation.parts} if generation else {}
+    assert generation is not None
+    parts = {part.index: part for part in generation.parts}
     return Collector(source, target, recipe.activations, model, stored_sites(target), workers), parts
 
 

@@ -52,18 +52,13 @@ from saeflow.sections import Overlap, UserError
 
 @dataclass(frozen=True)
 class Job:
-    """Work cut into parts: the indices still missing, and how to make one of them."""
+    """Work cut into parts: the indices still missing, and how to make them."""
 
     missing: list[int]
-    work: Callable[[int], PartRecord]
-    by_workers: Callable[[Sequence[int]], Iterator[PartRecord]] | None = None
-    """Makes parts on a cluster, as many at once as it has workers; each as it is finished."""
-    n_at_once: int = 1
-    """How many that are."""
-
-    def make(self, indices: Sequence[int]) -> list[PartRecord]:
-        """These parts, on the cluster where there is one, else one after the other."""
-        return list(self.by_workers(indices)) if self.by_workers else [self.work(index) for index in indices]
+    make: Callable[[Sequence[int]], Iterator[PartRecord]]
+    """Makes parts as it is iterated: one after the other here, or several at once on a cluster."""
+    n_calls: int | None = None
+    """Calls of `make` at once that keep the cluster busy; None where there is none."""
 
 
 @dataclass
@@ -394,10 +389,13 @@ class Artefact:
         parts: Iterable[PartRecord],
         provenance: dict[str, Any] | None = None,
         hidden: Mapping[int, tuple[Hidden, ...]] | None = None,
+        clear: bool = True,
     ) -> Generation:
         """Show readers these parts from now on; publishing the same list again changes nothing.
 
-        `hidden` (default: what is hidden now) goes with it, in the same instant.
+        `hidden` (default: what is hidden now) goes with it, in the same instant. `clear` removes folders that no list names:
+        not while others of this run make parts that are shown later. Raises UserError where the folder of a part that was
+        not shown before is not there.
         """
         ordered = tuple(sorted(parts, key=lambda part: part.index))
         with self._fence():
@@ -406,14 +404,23 @@ class Artefact:
                 hidden = current.hidden if current else {}
             if current is not None and (current.parts, current.hidden) == (ordered, hidden):
                 return current
+            if self.objects is None:
+                self._require_there(ordered, current)
             fresh = Generation(current.number + 1 if current else 1, ordered, hidden)
             write_provenance(self.path, provenance or {})
             self.send(self.path / "provenance.json")
             fresh = self._write_list(fresh)
             self._show(fresh.number)
-            if self.objects is None:  # another machine may be about to publish them; `gc` waits for it
+            if clear and self.objects is None:  # another machine may be about to publish them; `gc` waits for it
                 self._clear_unseen()
             return fresh
+
+    def _require_there(self, parts: Sequence[PartRecord], current: Generation | None) -> None:
+        shown = {part.folder for part in current.parts} if current else set()
+        if lost := {part.folder for part in parts} - shown - self.part_folders():
+            raise UserError(
+                f"Part {min(lost)} of {self.id} is gone since it was made. Nothing was published; run the same command again."
+            )
 
     def _write_list(self, generation: Generation) -> Generation:
         """Write a generation's list; in an object store under a number that nobody else has used."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
-from saeflow.cluster_start import client_of, say_less, started
+from saeflow.cluster_start import client_of, say_less, started, threads_of_worker
 from saeflow.cluster_work import TOPIC, Session, let_go, look, software, work
 from saeflow.config import Recipe
 from saeflow.disk import make_folder
@@ -33,19 +33,25 @@ _RETRIES = 2
 """Of a part that fails on a worker otherwise than by the worker's death, which Dask counts by itself."""
 _AHEAD = 3
 """Parts given to the scheduler for each thread of the workers: 100,000 at once would be a burden to it."""
+_CALLS = 64
+"""Calls of `each` at once that leave something for workers that come later: what is too much waits in the scheduler."""
 _LOOK_SECONDS = 5.0
 """Between two looks at who is there, while nothing arrives."""
 
 
 class _Tally:
-    """Units done, by item: one that is made a second time on another worker counts once."""
+    """Units done, by item: one that is made a second time on another worker counts once, one that was not begun here never."""
 
     def __init__(self, bar: Bar) -> None:
         self.bar, self.done, self.lock = bar, dict[str, int](), threading.Lock()
 
+    def begin(self, item: str) -> None:
+        with self.lock:
+            self.done.setdefault(item, 0)
+
     def tell(self, item: str, done: int) -> None:
         with self.lock:
-            new = done - self.done.get(item, 0)
+            new = done - self.done.get(item, done)
             if new > 0:
                 self.done[item] = done
                 self.bar.advance(new)
@@ -69,17 +75,33 @@ class Workers:
         """Parts that are worked on at once."""
         return max(1, sum(self.able().values()))
 
+    @property
+    def n_expected(self) -> int:
+        """Workers that are there or, if more, that the recipe starts: those of a queue come one by one."""
+        return max(len(self.able()), self.config.n_workers or 0)
+
+    @property
+    def n_calls(self) -> int:
+        """Calls of `each` that keep all of them busy, with one part each."""
+        return max(_CALLS, self.n_threads, self.n_expected * self.config.threads_per_worker)
+
+    def threads(self, asked: int) -> int:
+        """Threads for a part that has a worker to itself: as many as asked for, or what the workers have; 0: they see."""
+        return asked or threads_of_worker(self.config, self.n_expected)
+
     def able(self) -> dict[str, int]:
         """Addresses of the workers that may run a model, and how many parts each works on at once.
 
-        Where any worker was started with GPUs (`--resources GPU=1`), only those, a part a GPU. Known for some seconds.
+        Where any worker was started with GPUs (`--resources GPU=1`), only such from then on, a part a GPU. Known for some
+        seconds.
         """
         with self._lock:
             if time.monotonic() - self._able[0] > _LOOK_SECONDS or not self._able[1]:
                 found = self.client.scheduler_info(n_workers=-1)["workers"]
                 gpus = {name: int(each["resources"]["GPU"]) for name, each in found.items() if _has_gpu(each)}
-                self._able = time.monotonic(), gpus or {name: each["nthreads"] for name, each in found.items()}
-                self._gpu = bool(gpus)
+                self._gpu = self._gpu or bool(gpus)
+                every = {name: each["nthreads"] for name, each in found.items()}
+                self._able = time.monotonic(), gpus if self._gpu else every
             return self._able[1]
 
     @property
@@ -102,6 +124,7 @@ class Workers:
         try:
             while True:
                 for item in islice(waiting, max(0, _AHEAD * self.n_threads - len(running))):
+                    tally.begin(json.dumps(item))
                     future = self._start(function, text, item)
                     running[str(future.key)] = future, item
                     future.add_done_callback(finished.put)
@@ -150,6 +173,11 @@ class Workers:
                 f"{error.last_worker.address}.\nLook at that worker's log: most often its memory was full. Finished parts are "
                 "safe; then run the same command again."
             ) from error
+        if isinstance(error, OSError):  # of that machine, where this one's advice would mislead
+            said = "\n".join([str(error), *getattr(error, "__notes__", [])])
+            raise UserError(
+                f"{said}\nFinished parts are safe; mend it there, then run the same command again."
+            ) from error
         if error is not None:
             raise error
         found = future.result()
@@ -158,15 +186,19 @@ class Workers:
         return found["found"]
 
     def lost(self) -> UserError:
+        run = "Run" if self.config.starts else "Start scheduler and workers again, then run"
         return UserError(
             f"The Dask scheduler at {self.address} is lost. Finished parts are safe in the store.\n"
-            "Start scheduler and workers again, then run the same command again: it goes on where this one stood."
+            f"{run} the same command again: it goes on where this one stood."
         )
 
     def alone(self, word: str) -> UserError:
+        start = f"Start some: dask worker {self.address} --nthreads 1."
+        if self.config.starts:
+            start = f"See why the workers of cluster.kind = {self.config.starts!r} do not run, or raise cluster.wait_seconds."
         return UserError(
             f"The Dask scheduler at {self.address} has {word} since {self.config.wait_seconds:g} s "
-            f"(cluster.wait_seconds).\nStart some: dask worker {self.address} --nthreads 1. Then run the same command again."
+            f"(cluster.wait_seconds).\n{start} Then run the same command again."
         )
 
     @property
@@ -232,13 +264,22 @@ def _opened(store: Store, config: ClusterConfig, progress: Progress) -> Iterator
         progress.say(f"cluster: {len(workers.able())} workers of {workers.address}, {workers.n_threads} parts at once")
         try:
             yield workers
-            client.run(let_go, on_error="ignore")
+            if client.status == "running":
+                with contextlib.suppress(Exception):  # what a lost scheduler's workers hold is no matter of ours
+                    client.run(let_go, session.token, on_error="ignore")
         finally:
             workers.closed.set()
 
 
 def _look_at(workers: Workers, store: Store, progress: Progress) -> None:
-    """Every worker must have this saeflow and see this store; other versions are worth a warning."""
+    """Every worker must have this saeflow and see this store; other versions are worth a warning.
+
+    A scheduler reads tasks before it hands them on, so it must have saeflow as well.
+    """
+    try:
+        workers.client.run_on_scheduler(software)
+    except (ImportError, AttributeError) as error:  # none, or an early one
+        raise _cannot_load(f"Dask scheduler at {workers.address}", workers, error) from error
     marker = store.root / "tmp" / f"cluster-{workers.session.token}"
     make_folder(marker.parent)
     marker.write_text(workers.session.token)
@@ -248,11 +289,8 @@ def _look_at(workers: Workers, store: Store, progress: Progress) -> None:
     finally:
         (store.objects.remove if store.objects else Path.unlink)(marker)
     for address, found in seen.items():
-        if isinstance(found, ImportError):
-            raise UserError(
-                f"The worker at {address} cannot load saeflow ({found}).\n"
-                f"Install saeflow {workers.session.saeflow} where the workers run, and start them again."
-            )
+        if isinstance(found, ImportError | AttributeError):
+            raise _cannot_load(f"worker at {address}", workers, found)
         if isinstance(found, OSError):  # it died meanwhile; others may be there
             continue
         if isinstance(found, BaseException):
@@ -260,6 +298,13 @@ def _look_at(workers: Workers, store: Store, progress: Progress) -> None:
         if found["problem"]:
             raise UserError(found["problem"])
     _warn_of_versions([found for found in seen.values() if isinstance(found, dict)], progress)
+
+
+def _cannot_load(who: str, workers: Workers, error: Exception) -> UserError:
+    return UserError(
+        f"The {who} cannot load saeflow ({error}).\n"
+        f"Install saeflow {workers.session.saeflow} where scheduler and workers run, and start them again."
+    )
 
 
 def _warn_of_versions(seen: Sequence[dict[str, Any]], progress: Progress) -> None:

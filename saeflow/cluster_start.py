@@ -13,6 +13,7 @@ from typing import Any
 
 from distributed import Client
 
+from saeflow.parallel import n_threads
 from saeflow.sections import ClusterConfig, UserError
 
 _CLOSE_SECONDS = 10.0
@@ -75,6 +76,16 @@ def _arguments(config: ClusterConfig) -> dict[str, Any]:
     return given | config.options
 
 
+def threads_of_worker(config: ClusterConfig, n_workers: int) -> int:
+    """Threads for one part on one of so many workers that the run has started; 0: as many as the worker sees cores."""
+    match config.starts:
+        case "local" | "local-cuda":
+            return max(config.threads_per_worker, n_threads(0) // n_workers)
+        case "slurm" | "pbs" | "sge" | "lsf":
+            return int(config.options.get("cores", config.threads_per_worker))
+    return 0
+
+
 @contextlib.contextmanager
 def client_of(config: ClusterConfig, cluster: Any) -> Iterator[Client]:
     """Of a cluster that was started, or of the scheduler that is named. Raises UserError where nobody answers."""
@@ -86,26 +97,32 @@ def client_of(config: ClusterConfig, cluster: Any) -> Iterator[Client]:
 
 
 def _connected(config: ClusterConfig, cluster: Any) -> Client:
-    address = config.address or config.scheduler_file
+    address = config.address or config.scheduler_file or f"the address of cluster.kind = {config.starts!r}"
+    way_out = "Start one, `dask scheduler --host 127.0.0.1`, with workers, or set cluster.address to where it is."
+    if config.starts:
+        way_out = "Raise cluster.wait_seconds, or check cluster.options."
     try:
         where = cluster or config.address or _address_in(config)
         return Client(where, timeout=config.wait_seconds, set_as_default=False, name="saeflow")
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:
         raise UserError(
             f"No Dask scheduler answers at {address} within {config.wait_seconds:g} s (cluster.wait_seconds): "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}.\n"
-            "Start one, `dask scheduler --host 127.0.0.1`, with workers, or set cluster.address to where it is."
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}.\n{way_out}"
         ) from error
 
 
 def _address_in(config: ClusterConfig) -> str:
-    """The address that a scheduler has written; waits for the file."""
+    """The address that a scheduler has written; waits for the file. Raises OSError where it is not there in time, ValueError
+    where it says no address."""
     assert config.scheduler_file is not None
     until = time.monotonic() + config.wait_seconds
     while True:
         try:
             return str(json.loads(Path(config.scheduler_file).read_text("utf-8"))["address"])
-        except (OSError, ValueError, KeyError):
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.2)
+        except (KeyError, TypeError):
+            found: Exception = ValueError("it is not what `dask scheduler --scheduler-file` writes")
+        except (OSError, ValueError) as error:
+            found = error
+        if time.monotonic() > until:
+            raise found
+        time.sleep(0.2)

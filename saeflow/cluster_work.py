@@ -6,6 +6,7 @@ records, errors of the user travel as their text.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -14,7 +15,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -23,11 +25,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from distributed import get_worker
+from distributed import Reschedule, get_worker
 from distributed.core import Status
 
 from saeflow import __version__
 from saeflow.artefact import Artefact
+from saeflow.lease import acquire
 from saeflow.objects import Objects, cache_folder, is_url
 from saeflow.progress import Bar, Progress
 from saeflow.records import read_checked
@@ -51,21 +54,30 @@ class Session:
 
 
 class Abandoned(UserError):
-    """The client is gone, or does not want this part any more."""
+    """The client is gone, or does not want this part any more, or this worker is to end."""
 
 
 def work(session: Session, function: str, settings: str, item: Any) -> dict[str, Any]:
-    """`module.function(store name, settings, item, progress)`: what it found, or why it refused."""
+    """`module.function(store name, settings, item, progress)`: what it found, or why it refused.
+
+    Of a worker that is to end (its lifetime, a queue, fewer workers) Dask gives the part to another.
+    """
     stop_profiler(get_worker())  # it may have come after `look`
+    _token.set(session.token)
     try:
         if software()["saeflow"] != session.saeflow:
             raise UserError(_other_saeflow(session, software()["saeflow"]))
         module, _, name = function.partition(".")
         progress = Progress(verbosity=-1, listener=_Telling(session.token, item))
         return {"found": getattr(import_module(f"saeflow.{module}"), name)(session.store, settings, item, progress)}
+    except Abandoned:
+        raise Reschedule from None
     except UserError as error:
         text, host = str(error), platform.node()
         return {"refused": text if host in text else f"On the worker {host}: {text}"}
+    except Exception as error:
+        error.add_note(f"It happened on the worker {platform.node()}, in {function}, part {item}.")
+        raise
 
 
 class _Telling:
@@ -85,19 +97,34 @@ class _Telling:
         """Dask frees the key of a task that was cancelled or whose client or scheduler is gone; its thread goes on."""
         task = self.worker.state.tasks.get(self.key)
         if self.worker.status not in (Status.running, Status.paused) or task is None or task.state == "cancelled":
-            raise Abandoned("Nobody waits for this part any more.")
+            raise Abandoned
+
+    def sleep(self, seconds: float) -> None:
+        """For what waits for others: it ends as soon as nobody waits for it."""
+        self.require_wanted()
+        time.sleep(seconds)
+
+
+def wait_for_turn(targets: Iterable[Artefact], progress: Progress) -> None:
+    """Wait until nobody writes these artefacts; Abandoned where nobody waits for this task any more."""
+    telling = progress.listener
+    assert isinstance(telling, _Telling)
+    for target in targets:
+        acquire(target.slot, target.id, "wait", telling.sleep).release()
 
 
 one_at_a_time = threading.Lock()
 """For work that uses one model, or all the threads that the recipe gives it."""
 _opening = threading.Lock()
 _held: dict[tuple[Any, ...], Any] = {}
+_token: ContextVar[str] = ContextVar("token", default="")
+"""Of the run that the task at hand belongs to."""
 
 
 def held(make: Callable[..., T], *key: Any) -> T:
     """What `make(*key)` gives; it is kept until something else is asked for, so that a worker loads a model once."""
     with _opening:
-        name = (make.__module__, make.__qualname__, *key)
+        name = (_token.get(), make.__module__, make.__qualname__, *key)
         if name not in _held:
             _held.clear()
             _held[name] = make(*key)
@@ -105,10 +132,11 @@ def held(make: Callable[..., T], *key: Any) -> T:
         return found
 
 
-def let_go() -> None:
-    """Free what is held, where nothing is being opened."""
+def let_go(token: str | None = None) -> None:
+    """Free what is held, or what is held of one run, where nothing is being opened."""
     if _opening.acquire(blocking=False):
-        _held.clear()
+        for name in [name for name in _held if token in (None, name[0])]:
+            del _held[name]
         _opening.release()
 
 
@@ -136,17 +164,12 @@ def _own_cache(url: str) -> Path:
     home = cache_folder(url)
     begin = f"{home.name}-worker-{platform.node()}-"
     for left in home.parent.glob(f"{begin}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(begin))):
+        pid = left.name.removeprefix(begin)  # of the machine a-1 it is more than a number, seen from the machine a
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     folder = home.with_name(f"{begin}{os.getpid()}")
-    _remove_at_exit(folder)
-    return folder
-
-
-def _remove_at_exit(folder: Path) -> None:
-    import atexit
-
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def stop_profiler(worker: Any) -> None:
@@ -174,6 +197,8 @@ def look(session: Session, marker: str, dask_worker: Any = None) -> dict[str, An
         found["problem"] = _not_seen(session.store)
     except UserError as error:
         found["problem"] = str(error)
+    except OSError as error:
+        found["problem"] = f"The worker on {platform.node()} cannot work there: {error}"
     return found
 
 

@@ -130,7 +130,8 @@ def compact(
 
     `mend`: also those that an earlier saeflow made, which lack some statistics.
 
-    Each group is shown as soon as it is written. The caller holds the artefact's lock.
+    Each group is shown as soon as it is written; workers may have finished a later one by then, which no list names yet.
+    The caller holds the artefact's lock.
     """
     made: list[PartRecord] = []
     groups = plan(target.published().parts, used.spans, enough, mend)
@@ -141,8 +142,9 @@ def compact(
         here = (merge_whole(target, used, group, bar) for group in groups)
         for group, part in zip(groups, by_workers(groups, bar) if by_workers else here, strict=True):
             gone = {old.folder for old in group}
-            target.publish([*(p for p in target.published().parts if p.folder not in gone), part])
             made.append(part)
+            kept = [p for p in target.published().parts if p.folder not in gone]
+            target.publish([*kept, part], clear=len(made) == len(groups))
     return made
 
 
@@ -163,7 +165,7 @@ def plan(
     counts), unless one part alone has more. `spans`: first and last token of each activation part."""
     groups: list[list[PartRecord]] = [[]]
     n_values = first = last = 0
-    for part in sorted(parts, key=lambda part: min(covered(part))):
+    for part in _in_order(parts):
         begin, end = min(spans[i][0] for i in covered(part)), max(spans[i][1] for i in covered(part))
         n_values, last = n_values + part.counts["n_values"], max(last, end)
         if groups[-1] and (n_values > most_values or last - first >= most_tokens):
@@ -176,6 +178,18 @@ def plan(
         for group in groups
         if len(group) >= max(enough, 2) or (mend and not all(has_every_table(part) for part in group))
     ]
+
+
+def neighbours(parts: Sequence[PartRecord], first: str, last: str) -> list[PartRecord]:
+    """A group of `plan`, by the folders of its first and last part."""
+    ordered = _in_order(parts)
+    folders = [part.folder for part in ordered]
+    return ordered[folders.index(first) : folders.index(last) + 1]
+
+
+def _in_order(parts: Sequence[PartRecord]) -> list[PartRecord]:
+    """By the first activation part that they hold."""
+    return sorted(parts, key=lambda part: min(covered(part)))
 
 
 def merge(target: Artefact, used: Used, sources: Sequence[_Source], bar: Bar | None = None) -> PartRecord:

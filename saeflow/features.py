@@ -159,16 +159,21 @@ def by_site(store: Store, recipe: Recipe) -> list[list[Recipe]]:
 def run_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> None:
     """Encode the SAEs of recipes that read one site, in one reading."""
     with encoding_together(store, recipes, progress) as job:
-        if job.by_workers:
-            job.make(job.missing)
+        if job.n_calls:
+            list(job.make(job.missing))
             return
         with _workers(recipes[0].features, recipes[0].threads) as pool:
-            _all_done(pool, [pool.submit(job.work, index) for index in job.missing])
+            _all_done(pool, [pool.submit(list, job.make([index])) for index in job.missing])
 
 
 def _workers(config: FeaturesConfig, threads: int) -> ThreadPoolExecutor:
     """Threads that encode a part each: their use of one thread of torch stays theirs."""
-    return ThreadPoolExecutor(n_workers(device("features.device", config.device), threads), "saeflow-encode")
+    return ThreadPoolExecutor(n_at_once(config, threads), "saeflow-encode")
+
+
+def n_at_once(config: FeaturesConfig, threads: int) -> int:
+    """Parts that this process encodes at once: one a core, or enough to keep a GPU busy."""
+    return n_workers(device("features.device", config.device), threads)
 
 
 def _all_done(pool: ThreadPoolExecutor, futures: Sequence[Future[Any]]) -> None:
@@ -207,12 +212,13 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
                 workers_of(store, first, progress) as workers,
             ):
 
-                def work(index: int) -> PartRecord:
-                    chosen = [encoder for target, encoder in encoders.items() if index in lacking[target]]
-                    return encode_together(chosen, plan[index], bar)[0]
+                def make(indices: Sequence[int]) -> Iterator[PartRecord]:
+                    for index in indices:
+                        chosen = [encoder for target, encoder in encoders.items() if index in lacking[target]]
+                        yield encode_together(chosen, plan[index], bar)[0]
 
                 if workers is None:
-                    yield Job(list(plan), work)
+                    yield Job(list(plan), make)
                 else:
                     wanted_of = {target: set(lacking[target]) for target in encoders}
                     yield _on_workers(next(iter(encoders.values())), first, workers, wanted_of, n_tokens, bar)
@@ -221,7 +227,7 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
         else:
             n_values = sum(each.total("n_values") for target in targets if (each := target.generation()))
             progress.skip("features", f"{n_values:,} values")
-            yield Job([], lambda index: next(iter(targets)).made[index])
+            yield Job([], lambda _: iter(()))
         for target, recipe in targets.items():
             publish(store, target, used, inputs, progress, recipe.features.check_values)
 
@@ -253,7 +259,7 @@ def _on_workers(
     }
     runs = {target.id: target for target in lacking}
 
-    def by_workers(indices: Sequence[int]) -> Iterator[PartRecord]:
+    def make(indices: Sequence[int]) -> Iterator[PartRecord]:
         items = [(index, [name for name, at in runs.items() if index in lacking[at]]) for index in indices]
         sizes = {json.dumps(item): n_tokens[item[0]] for item in items}
         with contextlib.closing(workers.each("features.encode_at", settings, items, bar, sizes)) as found:
@@ -262,7 +268,7 @@ def _on_workers(
                     runs[name].made[index] = PartRecord.model_validate(record)
                 yield runs[next(iter(records))].made[index]
 
-    return Job(list(n_tokens), lambda index: next(by_workers([index])), by_workers, workers.n_threads)
+    return Job(list(n_tokens), make, workers.n_calls)
 
 
 def encode_at(store: str, settings: str, item: tuple[int, list[str]], progress: Progress) -> dict[str, Any]:
@@ -316,8 +322,8 @@ def _merged_by_workers(
     workers: Workers, target: Artefact, threads: int, groups: list[list[PartRecord]], bar: Bar
 ) -> Iterator[PartRecord]:
     """The merged part of each group, in their order, so that generations follow one another as in one process."""
-    about = {"run": target.id, "generation": target.published().number, "threads": threads}
-    items = [[part.folder for part in group] for group in groups]
+    about = {"run": target.id, "generation": target.published().number, "threads": workers.threads(threads)}
+    items = [[group[0].folder, group[-1].folder] for group in groups]
     sizes = {json.dumps(item): sum(p.counts["n_values"] for p in g) for item, g in zip(items, groups, strict=True)}
     early: dict[str, PartRecord] = {}
     with contextlib.closing(workers.each("features.merge_at", about, items, bar, sizes)) as found:
@@ -329,14 +335,15 @@ def _merged_by_workers(
             yield early.pop(item[0])
 
 
-def merge_at(store: str, settings: str, folders: list[str], progress: Progress) -> dict[str, Any]:
-    """On a worker: merge these parts of a run; the record of the new one."""
+def merge_at(store: str, settings: str, ends: tuple[str, str], progress: Progress) -> dict[str, Any]:
+    """On a worker: merge neighbouring parts of a run, from one folder to another; the record of the new one."""
     cluster_work.let_go()
     about, opened = cluster_work.settings_of(settings), cluster_work.store_at(store)
     target = cluster_work.shared(opened, about["run"])
     torch.set_num_threads(n_threads(about["threads"]))
     generation = target.generation(about["generation"])
-    parts = [part for part in (generation.parts if generation else ()) if part.folder in folders]
+    assert generation is not None
+    parts = compaction.neighbours(generation.parts, *ends)
     with cluster_work.one_at_a_time, progress.bar("compact", None, "values") as bar:
         return compaction.merge_whole(target, used_of(opened, target), parts, bar).model_dump(mode="json")
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from dask.system import cpu_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def n_threads(asked: int) -> int:
-    """Threads to use: as many as asked for, or one a core."""
-    return asked or os.cpu_count() or 1
+    """Threads to use: as many as asked for, or one for each core that this process may use (affinity, cgroup)."""
+    return asked or cpu_count()
 
 
 def keep_freed_memory() -> None:

@@ -394,7 +394,9 @@ class ClusterConfig(Section):
         None, examples=[2], description="Workers that it starts; default: one a core (`local`) or GPU (`local-cuda`)."
     )
     threads_per_worker: PositiveInt = Field(
-        1, description="Parts that such a worker encodes at once; it collects, trains and merges one at a time."
+        1,
+        description="Parts that such a worker encodes at once; it collects, trains and merges one at a time. Not of "
+        "kubernetes, where options give a worker its cores.",
     )
     options: dict[str, Any] = Field(
         {}, description="Further arguments of the class of dask, dask_cuda, dask_jobqueue or dask_kubernetes."
@@ -413,6 +415,19 @@ class ClusterConfig(Section):
             raise ValueError(f"{' and '.join(given)} name a cluster each. Keep one of them.")
         if self.starts not in (None, "local", "local-cuda") and self.n_workers is None:
             raise ValueError(f"cluster.kind is {self.kind!r}, which needs cluster.n_workers: how many to start.")
+        fields = type(self).model_fields
+        about_starting = ("n_workers", "threads_per_worker", "options")
+        given = [name for name in about_starting if getattr(self, name) != fields[name].default]
+        if self.starts is None and given:
+            raise ValueError(
+                f"cluster.{given[0]} is for a cluster that saeflow starts (cluster.kind), but the workers of "
+                f"cluster.{'address' if self.address else 'scheduler_file'} are started by others. Leave it out."
+            )
+        if self.starts == "kubernetes" and "threads_per_worker" in given:
+            raise ValueError(
+                f"cluster.threads_per_worker is {self.threads_per_worker}, but of kubernetes the image and cluster.options "
+                "say how many threads a worker has. Leave it out."
+            )
         return self
 
 

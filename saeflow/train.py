@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from saeflow import activations, cluster_work, imported, interchange
 from saeflow.artefact import Artefact
@@ -32,6 +33,9 @@ from saeflow.store import Store
 from saeflow.training import Training
 from saeflow.transfer import device, memory_of
 from saeflow.used import Used
+
+_NOTICING_SECONDS = 10.0
+"""That a worker may take to notice that its run was killed: some batches."""
 
 
 def artefact(store: Store, recipe: Recipe) -> Artefact:
@@ -129,9 +133,10 @@ def _train_on_workers(
     """Train these members on a cluster: as many groups as it has workers, those of one group in one reading."""
     settings = {"recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"), "fresh": fresh}
     sites = [tuple(sites_of(store, member)) for member, _ in away]
+    _require_free([target for _, target in away])
     with workers_of(store, recipe, progress) as workers:
         assert workers is not None
-        groups = [[away[number][0] for number in group] for group in shares(sites, len(workers.able()))]
+        groups = [[away[number][0] for number in group] for group in shares(sites, workers.n_expected)]
         items = [[member.name for member in group] for group in groups]
         n_tokens = {
             json.dumps(item): max(m.train.n_tokens for m in group) for item, group in zip(items, groups, strict=True)
@@ -146,6 +151,20 @@ def _train_on_workers(
         target.look_again()
     if store.objects is not None:
         store.objects.pull()
+
+
+def _require_free(targets: Iterable[Artefact]) -> None:
+    """Refuse or wait, as `overlap` says, while another run is at one of these: here, not where it would keep a worker.
+
+    A worker of a run that was killed may take some seconds to notice that nobody waits for it.
+    """
+    noticing = stop_after_delay(_NOTICING_SECONDS)
+    for target in targets:
+        for attempt in Retrying(
+            retry=retry_if_exception_type(UserError), stop=noticing, wait=wait_fixed(0.2), reraise=True
+        ):
+            with attempt, target.writing():
+                pass
 
 
 def shares(sites: Sequence[Hashable], n: int) -> list[list[int]]:
@@ -166,6 +185,7 @@ def train_at(name: str, settings: str, names: list[str], progress: Progress) -> 
     recipe = parse_recipe(about["recipe"])
     members = [member for member in recipe.members() if member.name in names]
     pairs = [(each, fresh_artefact(store, each) if about["fresh"] else artefact(store, each)) for each in members]
+    cluster_work.wait_for_turn([target for _, target in pairs], progress)
     with cluster_work.one_at_a_time:
         _train_here(store, recipe, pairs, progress)
     return [target.id for _, target in pairs]

@@ -212,7 +212,7 @@ class Running(Thread):
 
 def part_begun(store: Store) -> bool:
     """Has a worker files of a part that is not finished?"""
-    return any(path.is_file() for path in store.root.glob("tmp/[af]*/*-*/**/*"))
+    return any(path.is_file() for path in store.root.glob("tmp/[af]*/*/*-*/**/*"))
 
 
 def checkpoint_written(store: Store) -> bool:
@@ -292,7 +292,7 @@ def test_a_run_that_is_terminated_ends_at_once_and_its_workers_drop_what_they_we
     assert "Traceback" not in said
     assert dask.busy() == []
     until = time.monotonic() + 30
-    while list(store.root.glob("tmp/activations-*/*-*")):
+    while list(store.root.glob("tmp/activations-*/*/*-*")):
         assert time.monotonic() < until, "the worker goes on with what nobody waits for"
         time.sleep(0.05)
 
@@ -389,7 +389,7 @@ def test_two_attempts_at_a_part_in_folders_of_their_own_leave_one_part(tmp_path:
     assert one.made == other.made
     assert [path.name for path in one.path.glob("parts/*")] == [one.made[3].folder]
     assert list(one.parts().values()) == [one.made[3]]
-    assert not list(one.work.iterdir())
+    assert not list(one.own_work.iterdir())
 
 
 def test_a_damaged_part_is_replaced_by_an_attempt(tmp_path: Path) -> None:

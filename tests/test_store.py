@@ -161,8 +161,9 @@ def test_nothing_is_published_before_publish_and_the_message_says_what_to_do(art
 
 
 def test_readers_see_the_parts_of_the_newest_generation_in_order(artefact):
-    first, second = write_part(artefact, 0), write_part(artefact, 1)
+    first = write_part(artefact, 0)
     artefact.publish([first])
+    second = write_part(artefact, 1)
     artefact.publish([second, first])
     assert artefact.published().number == 2
     assert artefact.published().parts == (first, second)

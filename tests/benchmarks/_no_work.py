@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 
 import psutil
 from prefect import flow
@@ -40,7 +41,7 @@ def run(n_parts: int, workers: int) -> dict[str, float]:
 
     @flow(name="no-work")
     def no_work() -> None:
-        make_parts("part", Job(list(range(n_parts)), work), Progress(verbosity=-1), n_here=workers)
+        make_parts("part", Job(list(range(n_parts)), partial(map, work)), Progress(verbosity=-1), n_here=workers)
 
     me = psutil.Process()
     began, cpu = time.monotonic(), cpu_of([me])

@@ -57,7 +57,7 @@ class Stopwatch:
             with self.running():
                 job = context.__enter__()
             try:
-                yield replace(job, work=self.function(job.work))
+                yield replace(job, make=self.function(lambda indices: list(job.make(indices))))
             except BaseException:
                 context.__exit__(*sys.exc_info())
                 raise

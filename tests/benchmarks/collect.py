@@ -85,8 +85,8 @@ def collected(store: Store, recipe: Recipe) -> float:
     shutil.rmtree(target.path, ignore_errors=True)
     with activations.collecting(store, recipe, QUIET) as job:
         began = time.perf_counter()
-        for index in job.missing:
-            job.work(index)
+        for _ in job.make(job.missing):
+            pass
     return source.published().total("n_tokens") / (time.perf_counter() - began)
 
 
