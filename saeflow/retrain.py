@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
-from saeflow import activations, features, pipeline, train
+from saeflow import activations, features, pipeline, seen, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
-from saeflow.disk import read_json
 from saeflow.progress import Progress
 from saeflow.store import Store
 
@@ -37,8 +35,8 @@ def _grown(store: Store, recipe: Recipe) -> float:
 
 def _n_seen(stored: Artefact, trained: Artefact) -> int:
     """Tokens for training that the store held when the SAE was trained."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return int(read_json(trained.own_file("provenance.json"))["n_train_tokens"])
+    if (known := seen.n_seen(trained)) is not None:
+        return known
     number = int(trained.record.facts["generation"])
     generation = stored.generation(min(each for each in stored.numbers() if each >= number))
     return generation.total("n_train_tokens") if generation else 0

@@ -91,6 +91,7 @@ ORDER = [
     "reading",
     "metrics",
     "imported",
+    "seen",
     "train",
     "feature_labels",
     "runs",
