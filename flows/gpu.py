@@ -9,6 +9,7 @@ import torch
 from prefect import get_client
 from prefect.concurrency.sync import concurrency
 
+from saeflow import pipeline
 from saeflow.config import Recipe
 
 LIMIT = "saeflow-gpu"
@@ -29,6 +30,12 @@ def gpu_slot(recipe: Recipe, *devices: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def places(recipe: Recipe) -> pipeline.Place:
+    """Has each stage of a recipe wait until a GPU is free, if it uses one of this machine, and hold it while it works."""
+    alone = recipe.model_copy(update={"cluster": None})
+    return lambda stage: gpu_slot(alone, *pipeline.devices_of(recipe, stage))
 
 
 def uses_gpu(device: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from saeflow import activations, features, pipeline, seen, train
+from saeflow import activations, cluster, features, pipeline, seen, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.progress import Progress
@@ -42,18 +42,25 @@ def _n_seen(stored: Artefact, trained: Artefact) -> int:
     return generation.total("n_train_tokens") if generation else 0
 
 
-def run(store: Store, recipe: Recipe, progress: Progress, share: float | None = None) -> dict[str, Any]:
+def run(
+    store: Store, recipe: Recipe, progress: Progress, share: float | None = None,
+    place: pipeline.Place = pipeline.anywhere,
+) -> dict[str, Any]:  # fmt: skip
     """Train on what the store holds now, encode and judge; with a share only if the store has grown by it. Says which."""
     growth = grown(store, recipe)
     if recipe.sae.source is not None or (share is not None and growth < share):
         asked = "the SAE is from elsewhere" if share is None else f"asked for {share:.1%}"
         progress.say(f"retrain: the store has grown by {growth:.1%} since the newest SAE ({asked}); nothing to do")
         return {"run": recipe.name, "trained": [], "grown": growth}
-    made = train.run_all(store, recipe, progress, fresh=True)
-    stages = pipeline.stages(recipe)
-    for name in (name for name in _LATER if name in stages):
-        stages[name](store, recipe, progress)
-    if recipe.is_sweep:
-        pipeline.encode_all(store, recipe, progress)
+    with cluster.kept_open():
+        with place("train"):
+            made = train.run_all(store, recipe, progress, fresh=True)
+        stages = pipeline.stages(recipe)
+        for name in (name for name in _LATER if name in stages):
+            with place(name):
+                stages[name](store, recipe, progress)
+        if recipe.is_sweep:
+            with place("encode"):
+                pipeline.encode_all(store, recipe, progress)
     runs = [features.artefact(store, member).id for member in recipe.members()]
     return {"run": recipe.name, "trained": [each.id for each in made], "grown": growth, "runs": runs}

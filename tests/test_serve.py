@@ -209,7 +209,7 @@ def deployment_of(server: Server, flow: str, name: str) -> dict[str, Any]:
 def test_every_stage_is_deployed_with_its_tags_schedule_and_limit(night: Night, server: Server) -> None:
     for stage, flow, schedule, collision in [
         ("ingest", "saeflow-ingest", {"interval": 3.0}, "CANCEL_NEW"),
-        ("train", "saeflow-retrain", None, "ENQUEUE"),
+        ("train", "saeflow-retrain", None, "CANCEL_NEW"),
         ("compact", "saeflow-tidy", {"cron": "30 2 * * *"}, "CANCEL_NEW"),
         ("verify", "saeflow-verify", {"cron": "0 4 * * *"}, "CANCEL_NEW"),
         ("gc", "saeflow-gc", {"cron": "0 5 * * *"}, "CANCEL_NEW"),
