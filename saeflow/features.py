@@ -376,7 +376,8 @@ def publish(
 
 def runs_over(store: Store, stored: Artefact) -> list[Artefact]:
     """The published runs that read these activations, whosever they are."""
-    return [each for each in store.artefacts("features") if stored.id in each.record.inputs and each.generation()]
+    runs = [each for each in store.artefacts("features") if stored.id in each.record.inputs]
+    return [each for each in runs if (each.path / "manifest.json").is_file()]
 
 
 def holds_all(store: Store, target: Artefact) -> bool:
@@ -419,7 +420,7 @@ def _encode(
     joined = workers_of(store, recipe, progress) if recipe else contextlib.nullcontext()
     with progress.bar("features", sum(n_tokens.values()), "tokens") as bar, joined as workers:
         if recipe and workers:
-            _on_workers(encoder, recipe, workers, {target: set(n_tokens)}, n_tokens, bar).make(list(n_tokens))
+            list(_on_workers(encoder, recipe, workers, {target: set(n_tokens)}, n_tokens, bar).make(list(n_tokens)))
             target.look_again()
             return
         with _workers(config, threads) as pool:

@@ -10,6 +10,7 @@ from saeflow import activations, bring, catalog, cluster, features, integrity, p
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.progress import Progress
+from saeflow.records import Damaged, listed_folders
 from saeflow.removed import forget_removed, note_seen
 from saeflow.sections import UserError
 from saeflow.store import Store
@@ -25,12 +26,14 @@ def run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place 
     changed, only records are read. The summary counts what is new: documents and tokens, and the indices of parts by
     artefact. Raises UserError where a run could not follow, or not be made, after the others have.
     """
-    before = _folders(store, recipe)
-    trained = False
+    held = [activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)]
+    before, trained = _folders(store, held), False
+    _keep_lists(held)
     with cluster.kept_open():
         n_removed = forget_removed(store, recipe, progress)
         _take_in(store, recipe, progress, place)
         note_seen(store, recipe)
+        _keep_lists(held)
         waiting = _encode_new(store, recipe, progress, place)
         catalog.write(store)
         try:
@@ -41,7 +44,7 @@ def run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place 
         raise UserError(
             "\n".join(f"{name} does not hold the new documents yet: {why}" for name, why in waiting.items())
         )
-    return _summary(store, recipe, before) | {
+    return _summary(store, recipe, held, before) | {
         "n_removed": n_removed, "trained": trained, "grown": retrain.grown(store, recipe),
     }  # fmt: skip
 
@@ -55,12 +58,18 @@ def _take_in(store: Store, recipe: Recipe, progress: Progress, place: pipeline.P
     pipeline.collect(store, recipe, progress, place)
 
 
+def _keep_lists(held: list[Artefact]) -> None:
+    """Read the lists of parts: as long as they are held here, no stage reads them again."""
+    for each in held:
+        with contextlib.suppress(Damaged):  # its stage mends it
+            each.generation()
+
+
 def _has_run(store: Store, recipe: Recipe) -> bool:
     """Is every SAE of the recipe trained, encoded and judged?"""
+    made = features.runs_over(store, activations.artefact(store, recipe))
     runs = [features.artefact(store, member) for member in recipe.members()]
-    return all(each.generation() is not None for each in runs) and (
-        recipe.is_sweep or (runs[0].path / "quality.json").is_file()
-    )
+    return all(each in made for each in runs) and (recipe.is_sweep or (runs[0].path / "quality.json").is_file())
 
 
 def _make_run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place) -> bool:
@@ -95,27 +104,21 @@ def _encode_new(store: Store, recipe: Recipe, progress: Progress, place: pipelin
     return waiting
 
 
-def _artefacts(store: Store, recipe: Recipe) -> list[Artefact]:
-    """What an ingest adds parts to."""
-    stored = activations.artefact(store, recipe)
-    return [activations.tokens_artefact(store, recipe), stored, *features.runs_over(store, stored)]
+def _folders(store: Store, held: list[Artefact]) -> dict[str, set[str]]:
+    """The published parts of what an ingest adds parts to."""
+    found = {}
+    for each in (*held, *features.runs_over(store, held[1])):
+        with contextlib.suppress(Damaged, OSError):  # not yet there, or about to be mended
+            found[each.id] = set(listed_folders(each.list_path(each._number())))
+    return found
 
 
-def _folders(store: Store, recipe: Recipe) -> dict[str, set[str]]:
-    """The published parts of each."""
-    found = {each.id: each.generation() for each in _artefacts(store, recipe)}
-    return {name: {part.folder for part in generation.parts} for name, generation in found.items() if generation}
-
-
-def _summary(store: Store, recipe: Recipe, before: dict[str, set[str]]) -> dict[str, Any]:
-    source, *others = _artefacts(store, recipe)
-    parts = {
-        each.id: [part for part in each.published().parts if part.folder not in before.get(each.id, ())]
-        for each in (source, *others)
-    }
+def _summary(store: Store, recipe: Recipe, held: list[Artefact], before: dict[str, set[str]]) -> dict[str, Any]:
+    fresh = {name: folders - before.get(name, set()) for name, folders in _folders(store, held).items()}
+    new = [part for part in held[0].published().parts if part.folder in fresh[held[0].id]]
     return {
         "run": recipe.name,
         "store": store.name,
-        **{count: sum(part.counts[count] for part in parts[source.id]) for count in ("n_documents", "n_tokens")},
-        "parts": {name: [part.index for part in fresh] for name, fresh in parts.items()},
+        **{count: sum(part.counts[count] for part in new) for count in ("n_documents", "n_tokens")},
+        "parts": {name: sorted(int(each.partition("-")[0]) for each in folders) for name, folders in fresh.items()},
     }

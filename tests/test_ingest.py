@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -17,7 +18,20 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from saeflow import activations, cli, cluster, features, ingest, integrity, pipeline, queries, retrain, tokens, train
+from saeflow import (
+    activations,
+    artefact,
+    cli,
+    cluster,
+    features,
+    ingest,
+    integrity,
+    pipeline,
+    queries,
+    retrain,
+    tokens,
+    train,
+)
 from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json, write_json
 from saeflow.records import KINDS
@@ -416,6 +430,29 @@ def test_a_training_is_asked_for_by_the_next_ingest_where_the_one_that_read_the_
     retrain.run(night.store, night.recipe, quiet())
     assert not has_grown(night.recipe, night.ingest())
     assert not has_grown(night.with_schedule(train_growth=0.0).recipe, found)
+
+
+def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_stages(
+    night: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = night.recipe.model_dump(mode="json")
+    pipeline.run(
+        night.store, parse_recipe(data | {"name": "other", "corpus": {**data["corpus"], "share": 0.5}}), quiet()
+    )
+    night.ingest()
+    read, real = list[str](), artefact.read_listed
+
+    def counted(path: Path, number: int) -> Any:
+        read.append(str(path.relative_to(night.store.root)))
+        return real(path, number)
+
+    monkeypatch.setattr(artefact, "read_listed", counted)
+    night.ingest()
+    times = Counter(read)
+    for each in (tokens, activations):
+        stored = each.artefact(night.store, night.recipe)  # type: ignore[attr-defined]
+        assert times[str(stored.list_path(1).relative_to(night.store.root))] == 1
+    assert max(times.values()) <= 2, "of a run once more, for catalog.sql"
 
 
 def test_documents_that_are_gone_are_kept_unless_the_recipe_says_so(night: Watched) -> None:

@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -388,6 +390,24 @@ def test_the_nightly_compaction_merges_the_parts_of_every_run_and_takes_forgotte
     before = again.written()
     tidy_flow(recipe, str(again.store.root))
     assert again.written() == before
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_scheduled_compaction_waits_for_who_is_writing_instead_of_failing(again: Night) -> None:
+    recipe, begun, ended = parse_recipe(again.data), threading.Event(), list[str]()
+
+    def write() -> None:
+        with activations.artefact(again.store, recipe).writing():
+            begun.set()
+            time.sleep(2)
+            ended.append("written")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert begun.wait(30)
+    tidy_flow(recipe, str(again.store.root))
+    assert ended == ["written"]
+    writer.join()
 
 
 def test_two_recipes_of_one_name_are_refused(ingredients: Ingredients) -> None:
