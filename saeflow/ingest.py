@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 def run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place = pipeline.anywhere) -> dict[str, Any]:
     """Bring new and changed documents through every stage, and forget removed ones if the recipe says so.
 
-    Every published run over these activations encodes what is new; one that another run is writing does at the next
+    Every published run over these activations encodes what is new, of the recipe's own `schedule.keep_runs`; one that another run is writing does at the next
     ingest. Where the recipe's newest SAE has no run yet, it is trained, encoded and judged after that. Where nothing has
     changed, only records are read. The summary counts what is new: documents and tokens, and the indices of parts by
     artefact. Raises UserError where a run could not follow, or not be made, after the others have.
@@ -89,7 +89,7 @@ def _make_run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.
 def _encode_new(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place) -> dict[str, str]:
     """Let every published run over the recipe's activations hold all of them; those that cannot, and why."""
     waiting = {}
-    for each in features.runs_over(store, activations.artefact(store, recipe)):
+    for each in following(store, recipe):
         if integrity.at_work(each):
             progress.say(f"ingest: another run is writing {each.id}, which follows at the next ingest")
             continue
@@ -102,6 +102,16 @@ def _encode_new(store: Store, recipe: Recipe, progress: Progress, place: pipelin
             _log.exception("%s could not be encoded", each.id)
             waiting[each.id] = f"{type(error).__name__}: {error}"
     return waiting
+
+
+def following(store: Store, recipe: Recipe) -> list[Artefact]:
+    """The published runs that new documents reach: all over the recipe's activations but, of each name of its own, the newest
+    `schedule.keep_runs` and the recipe's own."""
+    every = features.runs_over(store, activations.artefact(store, recipe))
+    own = [features.artefact(store, member) for member in recipe.members()] if recipe.schedule.keep_runs else []
+    of_name = {each.name: [run for run in every if run.name == each.name] for each in own}
+    old = [run for runs in of_name.values() for run in runs[: -recipe.schedule.keep_runs]]
+    return [run for run in every if run in own or run not in old]
 
 
 def _folders(store: Store, held: list[Artefact]) -> dict[str, set[str]]:

@@ -455,6 +455,25 @@ def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_sta
     assert max(times.values()) <= 2, "of a run once more, for catalog.sql"
 
 
+def test_of_the_recipes_own_runs_only_the_newest_follow_where_it_keeps_so_many(night: Watched) -> None:
+    data = night.recipe.model_dump(mode="json")
+    other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
+    pipeline.run(night.store, other, quiet())
+    own = [features.artefact(night.store, night.recipe)]
+    for number in range(2):
+        night.drop({f"{number}.txt": FIRST["00.txt"]})
+        night.ingest()
+        retrain.run(night.store, night.recipe, quiet())
+        own.append(features.artefact(night.store, night.recipe))
+    night = night.with_schedule(keep_runs=2)
+    night.drop(NEW)
+    parts = night.ingest()["parts"]
+    assert [bool(parts[each.id]) for each in own] == [False, True, True]
+    assert parts[features.artefact(night.store, other).id]
+    assert not night.says(WORD, own[0].id)
+    assert night.with_schedule(keep_runs=0).ingest()["parts"][own[0].id]
+
+
 def test_documents_that_are_gone_are_kept_unless_the_recipe_says_so(night: Watched) -> None:
     night.lose("05.txt", "06.txt")
     assert night.ingest()["n_removed"] == 0
