@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from prefect import flow
@@ -19,8 +20,8 @@ one is trained: whichever attempt has published what is new, and whatever became
 
 
 def has_grown(recipe: Recipe, found: dict[str, Any]) -> bool:
-    """Has an ingest found enough for a new SAE?"""
-    return bool(0 < recipe.schedule.train_growth <= found["grown"])
+    """Has an ingest found enough for a new SAE? The first one is no event's: it is made by the ingest or at work already."""
+    return bool(0 < recipe.schedule.train_growth <= found["grown"] < math.inf)
 
 
 def resource(recipe: Recipe, store: str) -> dict[str, str]:

@@ -21,10 +21,11 @@ _log = logging.getLogger(__name__)
 def run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place = pipeline.anywhere) -> dict[str, Any]:
     """Bring new and changed documents through every stage, and forget removed ones if the recipe says so.
 
-    Every published run over these activations encodes what is new, of the recipe's own `schedule.keep_runs`; one that another run is writing does at the next
-    ingest. Where the recipe's newest SAE has no run yet, it is trained, encoded and judged after that. Where nothing has
-    changed, only records are read. The summary counts what is new: documents and tokens, and the indices of parts by
-    artefact. Raises UserError where a run could not follow, or not be made, after the others have.
+    Every published run over these activations encodes what is new, of the recipe's own the newest `schedule.keep_runs`;
+    one that another run is writing does at the next ingest. Where the recipe's newest SAE has no run yet, it is trained,
+    encoded and judged after that. Where nothing has changed, only records are read. The summary counts what is new:
+    documents and tokens, and the indices of parts by artefact. Raises UserError where a run could not follow, or not be
+    made, after the others have.
     """
     held = [activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)]
     before, trained = _folders(store, held), False

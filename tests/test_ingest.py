@@ -430,6 +430,7 @@ def test_a_training_is_asked_for_by_the_next_ingest_where_the_one_that_read_the_
     retrain.run(night.store, night.recipe, quiet())
     assert not has_grown(night.recipe, night.ingest())
     assert not has_grown(night.with_schedule(train_growth=0.0).recipe, found)
+    assert not has_grown(night.recipe, {"grown": math.inf}), "the first SAE is at work elsewhere"
 
 
 def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_stages(
