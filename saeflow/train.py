@@ -60,7 +60,8 @@ def run(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -
     """Train the recipe's SAE, or continue a killed training where its checkpoint stands, or import the one that
     `sae.source` names; of a sweep all, and the first is returned.
 
-    An SAE trained before documents were appended or forgotten stays the recipe's own unless `fresh` is asked for.
+    An SAE trained before documents were appended or forgotten stays the recipe's own unless `fresh` is asked for. A killed
+    training ends with what it has seen; the next `fresh` one sees what was appended since.
     """
     return run_all(store, recipe, progress, fresh)[0]
 
@@ -169,6 +170,11 @@ def _train(store: Store, jobs: list[Job], progress: Progress) -> None:
     for chosen in dict.fromkeys(reads):
         together = [job for job, each in zip(jobs, reads, strict=True) if each == chosen]
         feed = _feed_of(store, together[0])
+        now = feed.target.published().number
+        if now != together[0].facts["generation"]:
+            progress.say(
+                f"train: on generation {together[0].facts['generation']} of {feed.target.id}, as begun; {now} is there by now"
+            )
         progress.say(f"train: {feed.mixing()}")
 
         def publish_job(job: Job, training: Training, seconds: float, feed: Feed = feed) -> None:

@@ -378,7 +378,11 @@ def test_a_killed_training_goes_on_with_what_it_has_seen_although_more_was_appen
     with pytest.raises(Killed):
         train.run(store, recipe, stopping_after(2000, Killed))
     append(store, recipe)
-    made = train.run(store, recipe, quiet(), fresh=True)
+    said, loud = [], Progress(verbosity=-1)
+    loud.say = lambda text, verbosity=0: said.append(text)
+    made = train.run(store, recipe, loud, fresh=True)
+    assert any(line.startswith("train: on generation 1 of ") and "2 is there by now" in line for line in said)
+    assert any("continuing at step" in line for line in said)
     assert tree(made.path) == tree(undisturbed.path)
     assert made.record.facts["generation"] == 1
     assert not list(store.root.glob("tmp/*.checkpoint"))
