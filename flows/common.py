@@ -30,7 +30,7 @@ from saeflow.artefact import Job
 from saeflow.config import Recipe
 from saeflow.harmless import harmless_lines
 from saeflow.progress import Bar, Progress
-from saeflow.sections import UserError
+from saeflow.sections import Overlap, UserError
 from saeflow.store import Store, store_path
 
 P = ParamSpec("P")
@@ -59,9 +59,9 @@ LOG_SECONDS = 30.0
 """Between two lines in the log of a run that say how far it is."""
 
 
-def open_store(recipe: Recipe, store: str | None) -> Store:
-    """The store a flow works in: the parameter, SAEFLOW_STORE, the recipe, data/store."""
-    return Store.create(store_path(store, recipe), recipe.overlap)
+def open_store(recipe: Recipe, store: str | None, overlap: Overlap | None = None) -> Store:
+    """The store a flow works in: the parameter, SAEFLOW_STORE, the recipe, data/store. `overlap`: not the recipe's."""
+    return Store.create(store_path(store, recipe), overlap or recipe.overlap)
 
 
 def worth_retrying(task: Any, run: Any, state: Any) -> bool:

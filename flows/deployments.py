@@ -46,9 +46,7 @@ def deployments(recipes: Sequence[Recipe], stores: Sequence[str]) -> list[Runner
 
 
 def _deployment(stage: str, recipe: Recipe, store: str, about: ScheduleConfig) -> RunnerDeployment:
-    """A second run of a stage waits (train) or is cancelled at once: the one at work does all there is."""
-    waits = stage == "train"
-    strategy = ConcurrencyLimitStrategy.ENQUEUE if waits else ConcurrencyLimitStrategy.CANCEL_NEW
+    """A second run of a stage is cancelled at once: the one at work does all there is, or each ingest asks again (train)."""
     parameters: dict[str, Any] = {"recipe": recipe.model_dump(mode="json", exclude_none=True), "store": store}
     made = _STAGES[stage].to_deployment(
         recipe.name,
@@ -56,7 +54,7 @@ def _deployment(stage: str, recipe: Recipe, store: str, about: ScheduleConfig) -
         schedules=_schedules(stage, about),
         triggers=_triggers(stage, recipe, store),
         tags=[TAG, recipe.name, stage],
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=strategy),
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     assert isinstance(made, RunnerDeployment)  # a coroutine only in async code

@@ -5,8 +5,8 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import make_parts, open_store, reporting, show_table
-from flows.gpu import gpu_slot
-from saeflow import catalog, features
+from flows.gpu import places
+from saeflow import catalog, cluster, features
 from saeflow.config import Recipe
 
 
@@ -14,7 +14,7 @@ from saeflow.config import Recipe
 def encode_flow(recipe: Recipe, store: str | None = None) -> list[str]:
     """Encode every activation part that is not encoded yet, then publish; the SAEs of a sweep together."""
     opened = open_store(recipe, store)
-    with reporting("encode") as progress, gpu_slot(recipe, recipe.features.device):
+    with reporting("encode") as progress, places(recipe)("encode"), cluster.kept_open():
         for group in features.by_site(opened, recipe):
             with features.encoding_together(opened, group, progress) as job:
                 n_here = job.n_calls or features.n_at_once(recipe.features, recipe.threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
+from flows.gpu import places
 from saeflow import catalog, evaluate, report
 from saeflow.config import Recipe, require_one
 
@@ -14,7 +15,7 @@ def evaluate_flow(recipe: Recipe, store: str | None = None) -> dict[str, float]:
     """Write the figures of quality and the picture beside the run's features."""
     require_one(recipe, "evaluate")
     opened = open_store(recipe, store)
-    with reporting("evaluate") as progress:
+    with reporting("evaluate") as progress, places(recipe)("evaluate"):
 
         @part_task("evaluate")
         def judge() -> dict[str, float]:

@@ -11,6 +11,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 
+from saeflow import pipeline
 from saeflow.config import Recipe
 
 LIMIT = "saeflow-gpu"
@@ -31,6 +32,12 @@ def gpu_slot(recipe: Recipe, *devices: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def places(recipe: Recipe) -> pipeline.Place:
+    """Has each stage of a recipe wait until a GPU is free, if it uses one of this machine, and hold it while it works."""
+    alone = recipe.model_copy(update={"cluster": None})
+    return lambda stage: gpu_slot(alone, *pipeline.devices_of(recipe, stage))
 
 
 def uses_gpu(device: str) -> bool:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from prefect import flow
 from prefect.events import emit_event
 
 from flows.common import open_store, part_task, reporting, show_table
-from flows.gpu import gpu_slot
+from flows.gpu import places
 from saeflow import ingest
 from saeflow.config import Recipe
 from saeflow.fingerprints import fingerprint
 
 GROWN = "saeflow.store.grown"
-"""The event after an ingest that made the store grow by `schedule.train_growth` or more since the newest SAE."""
+"""The event after each ingest by which the store has grown by `schedule.train_growth` or more since the newest SAE, until
+one is trained: whichever attempt has published what is new, and whatever became of the training that the last one began."""
+
+
+def has_grown(recipe: Recipe, found: dict[str, Any]) -> bool:
+    """Has an ingest found enough for a new SAE? The first one is no event's: it is made by the ingest or at work already."""
+    return bool(0 < recipe.schedule.train_growth <= found["grown"] < math.inf)
 
 
 def resource(recipe: Recipe, store: str) -> dict[str, str]:
@@ -25,17 +32,16 @@ def resource(recipe: Recipe, store: str) -> dict[str, str]:
 @flow(name="saeflow-ingest", flow_run_name="ingest-{recipe.name}")
 def ingest_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     """Read new and changed documents, encode them by every published run, and forget removed ones if the recipe says so."""
-    opened = open_store(recipe, store)
-    devices = [recipe.features.device, *([recipe.model.device] if recipe.model else [])]
-    with reporting("ingest") as progress, gpu_slot(recipe, *devices):
+    opened = open_store(recipe, store, overlap="wait")
+    with reporting("ingest") as progress:
 
         @part_task("ingest")
         def take_in() -> dict[str, Any]:
-            return ingest.run(opened, recipe, progress)
+            return ingest.run(opened, recipe, progress, places(recipe))
 
         found = dict(take_in())
     numbers = {name: found[name] for name in ("n_documents", "n_tokens", "n_removed")}
     show_table("ingest", numbers | {name: f"{len(parts)} new parts" for name, parts in found["parts"].items() if parts})
-    if found["n_documents"] and 0 < recipe.schedule.train_growth <= found["grown"]:
+    if has_grown(recipe, found):
         emit_event(GROWN, resource(recipe, opened.name), payload={"grown": found["grown"]})
     return found

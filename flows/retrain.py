@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
-from flows.gpu import gpu_slot
+from flows.gpu import places
 from saeflow import retrain
 from saeflow.config import Recipe
 
@@ -19,12 +19,12 @@ def retrain_flow(recipe: Recipe, store: str | None = None, share: float | None =
     Args:
         share: Only if the store has grown by this share since the newest SAE was trained; empty: in any case.
     """
-    opened = open_store(recipe, store)
-    with reporting("retrain") as progress, gpu_slot(recipe, recipe.train.device, recipe.features.device):
+    opened = open_store(recipe, store, overlap="wait")
+    with reporting("retrain") as progress:
 
         @part_task("retrain")
         def train_anew() -> dict[str, Any]:
-            return retrain.run(opened, recipe, progress, share)
+            return retrain.run(opened, recipe, progress, share, places(recipe))
 
         made = dict(train_anew())
     show_table("retrain", {"grown": f"{made['grown']:.1%}", "trained": ", ".join(made["trained"]) or "nothing"})

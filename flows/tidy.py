@@ -5,7 +5,8 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
-from saeflow import ingest, pipeline
+from flows.gpu import places
+from saeflow import activations, features, pipeline
 from saeflow.config import Recipe
 
 
@@ -13,14 +14,15 @@ from saeflow.config import Recipe
 def tidy_flow(recipe: Recipe, store: str | None = None) -> dict[str, int]:
     """Write parts anew that still hold hidden documents, and merge the parts of runs that have `features.compact_parts` of
     them; returns how many each run has left."""
-    opened = open_store(recipe, store)
+    opened = open_store(recipe, store, overlap="wait")
     with reporting("tidy") as progress:
 
         @part_task("tidy")
         def tidy() -> None:
-            pipeline.compact(opened, recipe, progress, recipe.features.compact_parts)
+            pipeline.compact(opened, recipe, progress, recipe.features.compact_parts, places(recipe))
 
         tidy()
-    left = {each.id: len(each.published().parts) for each in ingest.runs_over(opened, recipe)}
+    stored = activations.artefact(opened, recipe)
+    left = {each.id: len(each.published().parts) for each in features.runs_over(opened, stored)}
     show_table("tidy", {f"parts of {name}": n for name, n in left.items()})
     return left

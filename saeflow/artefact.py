@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -71,6 +72,10 @@ class Hold:
 
 _HOLDS: dict[tuple[Path, str], list[Hold]] = {}
 """Leases that this process holds, by store and artefact."""
+
+
+_READ: weakref.WeakValueDictionary[tuple[Path, str, int, str], Generation] = weakref.WeakValueDictionary()
+"""Lists that some object of this process still holds: another object of the same artefact need not read them again."""
 
 
 @dataclass(frozen=True)
@@ -472,7 +477,8 @@ class Artefact:
         known = int(manifest["generation"]), str(manifest["checksum"])
         if known not in self._lists:
             self._lists.clear()
-            self._lists[known] = self._read_list(known[0])
+            shared = _READ.get((self.root, self.id, *known)) or self._read_list(known[0])
+            self._lists[known] = _READ[self.root, self.id, *known] = shared
         return self._lists[known]
 
     def _read_list(self, number: int) -> Generation:

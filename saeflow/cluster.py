@@ -224,6 +224,9 @@ _kept: ContextVar[tuple[contextlib.ExitStack, dict[tuple[str, str], Workers]] | 
 @contextlib.contextmanager
 def kept_open() -> Iterator[None]:
     """A cluster that a stage opens inside the block stays for the next stages; without it each opens its own."""
+    if _kept.get() is not None:  # kept for what is around this block
+        yield
+        return
     with contextlib.ExitStack() as stack:
         token = _kept.set((stack, {}))
         try:

@@ -188,7 +188,10 @@ def train_command(
     store: StoreOption = None,
     set_: Set = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="On what the store holds now, even if one is trained.")
+        bool,
+        typer.Option(
+            "--fresh", help="On what the store holds now, even if one is trained; a killed training goes on first."
+        ),
     ] = False,
     member: MemberOption = None,
     quiet: Quiet = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from saeflow import activations, arrays, checks, cluster_work, compaction, imported, interchange, run_tables, train
 from saeflow.artefact import Artefact, Job
-from saeflow.cluster import Workers, workers_of
+from saeflow.cluster import Workers, kept_open, workers_of
 from saeflow.config import Recipe
-from saeflow.coverage import covered
+from saeflow.coverage import covered, stands_for
 from saeflow.fingerprints import fingerprint
 from saeflow.model import Site
 from saeflow.parallel import n_threads, use_one_thread
@@ -123,8 +123,12 @@ def open_encoder(store: Store, recipe: Recipe, used: Used, progress: Progress) -
     made = run_tables.write(target, recipe, sae, about["site"], progress)
     target.begin(about | used.facts, [source.id, stored.id, trained.id], made)
     target.attach(made)
-    config = recipe.features.model_copy(update={"device": "cpu"}) if recipe.cluster else recipe.features
-    return encoder_of(store, target, used, config)  # the workers' devices are theirs
+    return encoder_of(store, target, used, _config_here(recipe))
+
+
+def _config_here(recipe: Recipe) -> FeaturesConfig:
+    """The settings for this machine; the devices of a cluster's workers are theirs."""
+    return recipe.features.model_copy(update={"device": "cpu"}) if recipe.cluster else recipe.features
 
 
 def encoder_of(store: Store, target: Artefact, used: Used, config: FeaturesConfig) -> Encoder:
@@ -144,8 +148,9 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
 
 def run_all(store: Store, recipe: Recipe, progress: Progress) -> None:
     """Encode every SAE of a sweep; those of one site in one reading."""
-    for group in by_site(store, recipe):
-        run_together(store, group, progress)
+    with kept_open():
+        for group in by_site(store, recipe):
+            run_together(store, group, progress)
 
 
 def by_site(store: Store, recipe: Recipe) -> list[list[Recipe]]:
@@ -198,7 +203,7 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
         inputs = {part.index: part_inputs(used, part) for part in wanted}
         lacking = {target: inputs.keys() - compaction.owners(target, inputs) for target in targets}
         missing = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
-        _require_room(store, recipes, missing)
+        _require_room(store, [(_trained(store, r), n) for r, n in zip(recipes, missing, strict=True) if n])
         encoders = {
             target: open_encoder(store, recipe, used, progress)
             for target, recipe in targets.items()
@@ -239,11 +244,9 @@ def _trained(store: Store, recipe: Recipe) -> Artefact:
     return trained
 
 
-def _require_room(store: Store, recipes: Sequence[Recipe], n_tokens: Sequence[int]) -> None:
+def _require_room(store: Store, wanted: Iterable[tuple[Artefact, int]]) -> None:
     """Refuse what the disk cannot hold: of each SAE its values at so many tokens."""
-    n_values = 0.0
-    for recipe, n in zip(recipes, n_tokens, strict=True):
-        n_values += n * train.last_row(_trained(store, recipe)).get("l0", recipe.sae.k) if n else 0
+    n_values = sum(n * train.last_row(trained).get("l0", 0) for trained, n in wanted)
     store.require_free(int(n_values * _BYTES_PER_NONZERO), "Storing every feature activation")
 
 
@@ -295,11 +298,12 @@ def _encoders_at(name: str, settings: str) -> tuple[dict[str, Encoder], dict[int
 
 def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None = None) -> None:
     """Merge the parts of every run of the recipe, where at least `enough` can be (default: `features.compact_parts`)."""
-    for member in recipe.members():
-        target = artefact(store, member)
-        if target.generation() is not None:
-            train.set_threads(member)
-            merge_parts(store, target, member, progress, enough or member.features.compact_parts)
+    with kept_open():
+        for member in recipe.members():
+            target = artefact(store, member)
+            if target.generation() is not None:
+                train.set_threads(member)
+                merge_parts(store, target, member, progress, enough or member.features.compact_parts)
 
 
 def merge_parts(
@@ -377,11 +381,28 @@ def publish(
     target.publish(parts)
 
 
-def refresh(store: Store, target: Artefact, progress: Progress, grow: bool = False) -> list[int]:
+def runs_over(store: Store, stored: Artefact) -> list[Artefact]:
+    """The published runs that read these activations, whosever they are."""
+    runs = [each for each in store.artefacts("features") if stored.id in each.record.inputs]
+    return [each for each in runs if (each.path / "manifest.json").is_file()]
+
+
+def holds_all(store: Store, target: Artefact) -> bool:
+    """Do the published parts of a run follow from all activations as they are now? Read from records alone."""
+    used, stored = used_of(store, target), store.by_id(target.record.inputs[1])
+    known = dict(item for part in target.published().parts for item in covered(part).items())
+    return all(known.get(each.index) == stands_for(part_inputs(used, each)) for each in stored.published().parts)
+
+
+def refresh(
+    store: Store, target: Artefact, progress: Progress, grow: bool = False, recipe: Recipe | None = None
+) -> list[int]:
     """Encode again the parts of a run that no longer follow from what they were made of; their indices.
 
-    `grow`: also those of activations that came since, so that the run holds the whole store again.
+    `grow`: also those of activations that came since, so that the run holds the whole store again. How it is done the
+    `[features]`, `threads` and `[cluster]` of a recipe say. Raises UserError where the disk has no room for a recipe's.
     """
+    config = recipe.features if recipe else FeaturesConfig()
     with target.writing():
         used = used_of(store, target)
         known = {index for part in target.published().parts for index in covered(part)}
@@ -390,13 +411,24 @@ def refresh(store: Store, target: Artefact, progress: Progress, grow: bool = Fal
         inputs = {index: part_inputs(used, part) for index, part in wanted.items()}
         stale = sorted(inputs.keys() - compaction.owners(target, inputs))
         if stale:
-            _encode(store, target, used, [wanted[index] for index in stale], progress)
-        publish(store, target, used, inputs, progress)
+            _encode(store, target, used, [wanted[index] for index in stale], progress, recipe)
+        publish(store, target, used, inputs, progress, config.check_values)
     return stale
 
 
-def _encode(store: Store, target: Artefact, used: Used, parts: Sequence[PartRecord], progress: Progress) -> None:
-    config, n_tokens = FeaturesConfig(), sum(part.counts["n_tokens"] for part in parts)
+def _encode(
+    store: Store, target: Artefact, used: Used, parts: Sequence[PartRecord], progress: Progress, recipe: Recipe | None
+) -> None:
+    n_tokens = {part.index: part.counts["n_tokens"] for part in parts}
+    if recipe:
+        _require_room(store, [(store.by_id(target.record.inputs[2]), sum(n_tokens.values()))])
+    config, threads = (_config_here(recipe), recipe.threads) if recipe else (FeaturesConfig(), 0)
     encoder = encoder_of(store, target, used, config)
-    with progress.bar("features", n_tokens, "tokens") as bar, _workers(config, 0) as pool:
-        _all_done(pool, [pool.submit(encoder.encode, part, bar) for part in parts])
+    joined = workers_of(store, recipe, progress) if recipe else contextlib.nullcontext()
+    with progress.bar("features", sum(n_tokens.values()), "tokens") as bar, joined as workers:
+        if recipe and workers:
+            list(_on_workers(encoder, recipe, workers, {target: set(n_tokens)}, n_tokens, bar).make(list(n_tokens)))
+            target.look_again()
+            return
+        with _workers(config, threads) as pool:
+            _all_done(pool, [pool.submit(encoder.encode, part, bar) for part in parts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from saeflow import (
@@ -26,6 +27,29 @@ from saeflow.records import read_checked
 from saeflow.store import Store
 
 Stage = Callable[[Store, Recipe, Progress], Any]
+
+Place = Callable[[str], AbstractContextManager[None]]
+"""Holds, while the stage of that name works, what it must not use together with others: a GPU."""
+
+
+def anywhere(stage: str) -> AbstractContextManager[None]:
+    """No stage waits for a place."""
+    return nullcontext()
+
+
+def devices_of(recipe: Recipe, stage: str) -> list[str]:
+    """The settings of `device` by which a stage uses this machine; what a cluster's workers do is theirs."""
+    model = [recipe.model.device] if recipe.model else []
+    match stage:
+        case "evaluate":
+            return model
+        case "collect" if recipe.cluster is None:
+            return model
+        case "train" if recipe.cluster is None:
+            return [member.train.device for member in recipe.members()]
+        case "encode" if recipe.cluster is None:
+            return [recipe.features.device, *model]
+    return []
 
 
 def stages(recipe: Recipe) -> dict[str, Stage]:
@@ -62,12 +86,12 @@ def _with_catalog(stage: Stage) -> Stage:
     return run_stage
 
 
-def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+def run(store: Store, recipe: Recipe, progress: Progress, place: Place = anywhere) -> dict[str, Any]:
     """Run what is missing and return the summary."""
     taken = {}
     with cluster.kept_open():
         for name, stage in stages(recipe).items():
-            with measured() as taken[name]:
+            with place(name), measured() as taken[name]:
                 stage(store, recipe, progress)
     return summary(store, recipe) | {
         "seconds": {name: each.seconds for name, each in taken.items()},
@@ -75,29 +99,42 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     }
 
 
-def compact(store: Store, recipe: Recipe, progress: Progress, enough: int = 2) -> None:
-    """Remove hidden documents from the newest generation of tokens and activations, and merge the parts of every run over
-    them, where at least `enough` can be."""
+def compact(store: Store, recipe: Recipe, progress: Progress, enough: int = 2, place: Place = anywhere) -> None:
+    """Remove hidden documents from the newest generation of tokens and activations, and merge the parts of every published
+    run over them, where at least `enough` can be."""
     integrity.upgrade(store)
     train.set_threads(recipe)
-    with cluster.kept_open():
-        if recipe.model is not None:
-            _without_hidden(store, recipe, progress)
-        for run in store.artefacts("features"):
-            if activations.artefact(store, recipe).id in run.record.inputs:
-                features.refresh(store, run, progress)
+    try:
+        with cluster.kept_open():
+            if recipe.model is not None:
+                _without_hidden(store, recipe, progress, place)
+            for run in features.runs_over(store, activations.artefact(store, recipe)):
+                with nullcontext() if features.holds_all(store, run) else place("encode"):
+                    features.refresh(store, run, progress, recipe=recipe)
                 features.add_tables(store, run, recipe, progress)
                 features.merge_parts(store, run, recipe, progress, enough, mend=True)
-    catalog.write(store)
+    finally:
+        catalog.write(store)
 
 
-def _without_hidden(store: Store, recipe: Recipe, progress: Progress) -> None:
+def _without_hidden(store: Store, recipe: Recipe, progress: Progress, place: Place) -> None:
     source = activations.tokens_artefact(store, recipe)
     forget.compact(store, source, progress)
     for stored in (a for a in store.artefacts("activations") if source.id in a.record.inputs):
         if stored != activations.artefact(store, recipe):
             progress.say(f"compact: {stored.id} belongs to another recipe; compact that too")
-    activations.run(store, recipe, progress)
+    collect(store, recipe, progress, place)
+
+
+def collect(store: Store, recipe: Recipe, progress: Progress, place: Place) -> None:
+    """Store the activations of what is new; where nothing is, no place is waited for."""
+    source, stored = (
+        activations.tokens_artefact(store, recipe).published(),
+        activations.artefact(store, recipe).generation(),
+    )
+    done = {part.inputs.get("tokens") for part in stored.parts} if stored else set()
+    with place("collect") if {part.folder for part in source.parts} - done else nullcontext():
+        activations.run(store, recipe, progress)
 
 
 def summary(store: Store, recipe: Recipe) -> dict[str, Any]:

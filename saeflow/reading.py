@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from saeflow.artefact import Artefact
 from saeflow.board import Board
@@ -26,6 +27,8 @@ class Job:
 
     recipe: Recipe
     target: Artefact
+    facts: dict[str, Any] = field(default_factory=dict)
+    """By which it is trained and published."""
     trainings: list[Training] = field(default_factory=list)
     boards: list[Board] = field(default_factory=list)
     published: bool = False

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
-from saeflow import activations, features, pipeline, train
+from saeflow import activations, cluster, features, pipeline, seen, train
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
-from saeflow.disk import read_json
 from saeflow.progress import Progress
 from saeflow.store import Store
 
@@ -37,25 +35,32 @@ def _grown(store: Store, recipe: Recipe) -> float:
 
 def _n_seen(stored: Artefact, trained: Artefact) -> int:
     """Tokens for training that the store held when the SAE was trained."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return int(read_json(trained.own_file("provenance.json"))["n_train_tokens"])
+    if (known := seen.n_seen(trained)) is not None:
+        return known
     number = int(trained.record.facts["generation"])
     generation = stored.generation(min(each for each in stored.numbers() if each >= number))
     return generation.total("n_train_tokens") if generation else 0
 
 
-def run(store: Store, recipe: Recipe, progress: Progress, share: float | None = None) -> dict[str, Any]:
+def run(
+    store: Store, recipe: Recipe, progress: Progress, share: float | None = None,
+    place: pipeline.Place = pipeline.anywhere,
+) -> dict[str, Any]:  # fmt: skip
     """Train on what the store holds now, encode and judge; with a share only if the store has grown by it. Says which."""
     growth = grown(store, recipe)
     if recipe.sae.source is not None or (share is not None and growth < share):
         asked = "the SAE is from elsewhere" if share is None else f"asked for {share:.1%}"
         progress.say(f"retrain: the store has grown by {growth:.1%} since the newest SAE ({asked}); nothing to do")
         return {"run": recipe.name, "trained": [], "grown": growth}
-    made = train.run_all(store, recipe, progress, fresh=True)
-    stages = pipeline.stages(recipe)
-    for name in (name for name in _LATER if name in stages):
-        stages[name](store, recipe, progress)
-    if recipe.is_sweep:
-        pipeline.encode_all(store, recipe, progress)
+    with cluster.kept_open():
+        with place("train"):
+            made = train.run_all(store, recipe, progress, fresh=True)
+        stages = pipeline.stages(recipe)
+        for name in (name for name in _LATER if name in stages):
+            with place(name):
+                stages[name](store, recipe, progress)
+        if recipe.is_sweep:
+            with place("encode"):
+                pipeline.encode_all(store, recipe, progress)
     runs = [features.artefact(store, member).id for member in recipe.members()]
     return {"run": recipe.name, "trained": [each.id for each in made], "grown": growth, "runs": runs}

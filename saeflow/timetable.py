@@ -64,6 +64,9 @@ class ScheduleConfig(Section):
 
     ingest: When = Field("15m", description="New and changed documents through every stage to answers.")
     train: When = Field(NEVER, description="A new SAE on what the store holds by then.")
+    keep_runs: int = Field(
+        0, ge=0, description="Of so many runs of the recipe's name, the newest, new documents are encoded; 0: of all."
+    )
     train_growth: float = Field(
         0.2, ge=0, description="Also train when the store has grown by this share since the newest SAE; 0: never."
     )

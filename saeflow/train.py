@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from saeflow import activations, cluster_work, imported, interchange
+from saeflow import activations, cluster_work, imported, interchange, seen
 from saeflow.artefact import Artefact
 from saeflow.board import require_tensorboard
 from saeflow.cluster import workers_of
 from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import human_bytes, replacing
 from saeflow.feed import Feed
-from saeflow.fingerprints import facts_of, fingerprint
+from saeflow.fingerprints import fingerprint
 from saeflow.model import Site
 from saeflow.parallel import keep_freed_memory, n_threads
 from saeflow.progress import Progress
@@ -39,51 +39,33 @@ _NOTICING_SECONDS = 10.0
 
 
 def artefact(store: Store, recipe: Recipe) -> Artefact:
-    """The recipe's SAE: the one trained on the newest generation, however much was appended since; else the one to train."""
-    if recipe.sae.source is not None:
-        return fresh_artefact(store, recipe)
-    settings = _settings(store, recipe)
-    trained = [sae for sae in store.artefacts("saes") if sae.name == recipe.name and sae.complete()]
-    mine = [sae for sae in trained if _without_seen(sae.record.facts) == settings]
-    if not mine:
-        return fresh_artefact(store, recipe)
-    return max(reversed(mine), key=lambda sae: sae.record.facts["generation"])  # of equal ones the one trained last
+    """The recipe's SAE: the one that was trained last, however much was appended since; else the one to train."""
+    return _job(store, recipe, fresh=False).target
 
 
 def fresh_artefact(store: Store, recipe: Recipe) -> Artefact:
-    """The SAE of what the store holds now."""
-    return store.artefact("saes", recipe.name, fingerprint(facts(store, recipe)))
+    """The SAE to train: of a training that was killed, or of what the store holds now."""
+    return _job(store, recipe, fresh=True).target
 
 
-def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
-    """What makes a trained SAE the same: what it has seen, and every setting of the training; or what was imported."""
-    if recipe.sae.source is not None:
-        return imported.facts(store, recipe)
-    hidden = activations.tokens_artefact(store, recipe).published().hidden_ids
-    seen = {"generation": activations.artefact(store, recipe).published().number}
-    return _settings(store, recipe) | seen | ({"hidden": fingerprint(hidden)} if hidden else {})
+def _job(store: Store, recipe: Recipe, fresh: bool) -> Job:
+    """An SAE with the facts that it is trained by: what it sees is chosen here, whatever is appended meanwhile."""
+    if recipe.sae.source is None and not fresh and (known := seen.newest(store, recipe)) is not None:
+        return Job(recipe, known, known.record.facts)
+    about = seen.facts(store, recipe)
+    return Job(recipe, _named(store, recipe, about), about)
 
 
-def _settings(store: Store, recipe: Recipe) -> dict[str, Any]:
-    no_settings = {"checkpoint_seconds", "device"}
-    return {
-        "activations": activations.artefact(store, recipe).fp,
-        "sae": facts_of(recipe.sae),
-        "train": {name: value for name, value in facts_of(recipe.train).items() if name not in no_settings},
-        "feed": facts_of(recipe.feed),
-        "threads": recipe.threads,
-    } | Used.of(activations.tokens_artefact(store, recipe), recipe.activations).facts
-
-
-def _without_seen(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if name not in ("generation", "hidden")}
+def _named(store: Store, recipe: Recipe, about: dict[str, Any]) -> Artefact:
+    return store.artefact("saes", recipe.name, fingerprint(about))
 
 
 def run(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -> Artefact:
     """Train the recipe's SAE, or continue a killed training where its checkpoint stands, or import the one that
     `sae.source` names; of a sweep all, and the first is returned.
 
-    An SAE trained before documents were appended or forgotten stays the recipe's own unless `fresh` is asked for.
+    An SAE trained before documents were appended or forgotten stays the recipe's own unless `fresh` is asked for. A killed
+    training ends with what it has seen; the next `fresh` one sees what was appended since.
     """
     return run_all(store, recipe, progress, fresh)[0]
 
@@ -95,26 +77,22 @@ def run_all(store: Store, recipe: Recipe, progress: Progress, fresh: bool = Fals
     the member's recipe would make, with a lock and a checkpoint of its own, and is published as soon as it is finished.
     On a cluster each worker trains its share of them, locks and publishes them; what is imported stays here.
     """
-    members = recipe.members()
-    targets = [fresh_artefact(store, each) if fresh else artefact(store, each) for each in members]
-    away = [(m, t) for m, t in zip(members, targets, strict=True) if m.sae.source is None and not t.complete()]
-    if recipe.cluster is not None and away:
-        _train_on_workers(store, recipe, away, progress, fresh)
-        pairs = [pair for pair in zip(members, targets, strict=True) if pair not in away]
-    else:
-        pairs = list(zip(members, targets, strict=True))
-    if pairs:
-        _train_here(store, recipe, pairs, progress)
-    return targets
+    jobs = [_job(store, member, fresh) for member in recipe.members()]
+    away = [job for job in jobs if recipe.cluster and job.recipe.sae.source is None and not job.target.complete()]
+    if away:
+        _train_on_workers(store, recipe, away, progress)
+    if here := [job for job in jobs if job not in away]:
+        _train_here(store, recipe, here, progress)
+    return [job.target for job in jobs]
 
 
-def _train_here(store: Store, recipe: Recipe, pairs: list[tuple[Recipe, Artefact]], progress: Progress) -> None:
+def _train_here(store: Store, recipe: Recipe, chosen: list[Job], progress: Progress) -> None:
     """Train or import these members of a recipe in this process."""
-    targets = [target for _, target in pairs]
+    targets = [job.target for job in chosen]
     with contextlib.ExitStack() as stack:
         for target in sorted(targets, key=lambda each: each.id):  # in one order: no two wait for one another
             stack.enter_context(target.writing())
-        jobs = [Job(*pair) for pair in pairs if not pair[1].complete()]
+        jobs = [job for job in chosen if not job.target.complete()]
         for target in (target for target in targets if target.complete()):
             shutil.rmtree(checkpoints_of(target), ignore_errors=True)  # a run killed just after publication leaves it
         _say_what_is_done(progress, recipe, targets, len(jobs))
@@ -127,16 +105,17 @@ def _train_here(store: Store, recipe: Recipe, pairs: list[tuple[Recipe, Artefact
             _train(store, jobs, progress)
 
 
-def _train_on_workers(
-    store: Store, recipe: Recipe, away: list[tuple[Recipe, Artefact]], progress: Progress, fresh: bool
-) -> None:
+def _train_on_workers(store: Store, recipe: Recipe, away: list[Job], progress: Progress) -> None:
     """Train these members on a cluster: as many groups as it has workers, those of one group in one reading."""
-    settings = {"recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"), "fresh": fresh}
-    sites = [tuple(sites_of(store, member)) for member, _ in away]
-    _require_free([target for _, target in away])
+    settings = {
+        "recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"),
+        "facts": {job.recipe.name: job.facts for job in away},
+    }
+    sites = [tuple(sites_of(store, job.recipe)) for job in away]
+    _require_free([job.target for job in away])
     with workers_of(store, recipe, progress) as workers:
         assert workers is not None
-        groups = [[away[number][0] for number in group] for group in shares(sites, workers.n_expected)]
+        groups = [[away[number].recipe for number in group] for group in shares(sites, workers.n_expected)]
         items = [[member.name for member in group] for group in groups]
         n_tokens = {
             json.dumps(item): max(m.train.n_tokens for m in group) for item, group in zip(items, groups, strict=True)
@@ -147,8 +126,8 @@ def _train_on_workers(
         ):
             for names, _ in finished:
                 progress.say(f"train: {', '.join(names)} finished on a worker")
-    for _, target in away:
-        target.look_again()
+    for job in away:
+        job.target.look_again()
     if store.objects is not None:
         store.objects.pull()
 
@@ -183,12 +162,13 @@ def train_at(name: str, settings: str, names: list[str], progress: Progress) -> 
     about, opened = cluster_work.settings_of(settings), cluster_work.store_at(name)
     store = replace(opened, overlap="wait")  # a worker that is thought lost may still be at it
     recipe = parse_recipe(about["recipe"])
-    members = [member for member in recipe.members() if member.name in names]
-    pairs = [(each, fresh_artefact(store, each) if about["fresh"] else artefact(store, each)) for each in members]
-    cluster_work.wait_for_turn([target for _, target in pairs], progress)
+    facts = {name: about["facts"][name] for name in names}
+    members = [member for member in recipe.members() if member.name in facts]
+    jobs = [Job(each, _named(store, each, facts[each.name]), facts[each.name]) for each in members]
+    cluster_work.wait_for_turn([job.target for job in jobs], progress)
     with cluster_work.one_at_a_time:
-        _train_here(store, recipe, pairs, progress)
-    return [target.id for _, target in pairs]
+        _train_here(store, recipe, jobs, progress)
+    return [job.target.id for job in jobs]
 
 
 def _say_what_is_done(progress: Progress, recipe: Recipe, targets: list[Artefact], n_jobs: int) -> None:
@@ -206,15 +186,34 @@ def _train(store: Store, jobs: list[Job], progress: Progress) -> None:
     for job in jobs:
         require_tensorboard(job.recipe.train.tensorboard)
     set_threads(jobs[0].recipe)
-    for chosen in dict.fromkeys(map(tuple, sites)):
-        together = [job for job, each in zip(jobs, sites, strict=True) if tuple(each) == chosen]
-        feed = open_feed(store, together[0].recipe)
+    reads = [(job.facts["generation"], *each) for job, each in zip(jobs, sites, strict=True)]
+    for chosen in dict.fromkeys(reads):
+        together = [job for job, each in zip(jobs, reads, strict=True) if each == chosen]
+        feed = _feed_of(store, together[0])
+        now = feed.target.published().number
+        if now != together[0].facts["generation"]:
+            progress.say(
+                f"train: on generation {together[0].facts['generation']} of {feed.target.id}, as begun; {now} is there by now"
+            )
         progress.say(f"train: {feed.mixing()}")
 
         def publish_job(job: Job, training: Training, seconds: float, feed: Feed = feed) -> None:
-            publish(job.target, training, feed, store, job.recipe, seconds)
+            publish(job, training, feed, store, seconds)
 
         Reading(feed, together, progress, publish_job, store.objects).run()
+
+
+def _feed_of(store: Store, job: Job) -> Feed:
+    """The feed of what the job was chosen to see. Raises UserError where that is there no more."""
+    number = int(job.facts["generation"])
+    listed = number in activations.artefact(store, job.recipe).numbers()
+    feed = open_feed(store, job.recipe, number) if listed else None
+    if feed is None or seen.hidden_in(feed.used.generation).get("hidden") != job.facts.get("hidden"):
+        raise UserError(
+            "The store has changed since this run was begun: documents were forgotten or replaced, or it waited until its "
+            f"generation {number} was collected.\nNothing is lost; run the same command again."
+        )
+    return feed
 
 
 def require_devices(recipe: Recipe) -> None:
@@ -251,10 +250,11 @@ def sites_of(store: Store, recipe: Recipe) -> list[Site]:
     return list(dict.fromkeys(activations.sites_of(activations.artefact(store, recipe), recipe.sae)))
 
 
-def open_feed(store: Store, recipe: Recipe) -> Feed:
+def open_feed(store: Store, recipe: Recipe, generation: int | None = None) -> Feed:
+    """The training tokens of a generation of the activations, by default of the published one."""
     stored = activations.artefact(store, recipe)
     used = Used.of(activations.tokens_artefact(store, recipe), recipe.activations)
-    return Feed(used, stored, sites_of(store, recipe), recipe.feed)
+    return Feed(used, stored, sites_of(store, recipe), recipe.feed, generation)
 
 
 def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
@@ -271,13 +271,13 @@ def last_row(target: Artefact) -> dict[str, float]:
     return dict(log.slice(log.num_rows - 1).to_pylist()[0])
 
 
-def publish(target: Artefact, training: Training, feed: Feed, store: Store, recipe: Recipe, seconds: float) -> None:
+def publish(job: Job, training: Training, feed: Feed, store: Store, seconds: float) -> None:
     """Fold the scale into the weights and publish weights, settings and log."""
-    inputs = [activations.tokens_artefact(store, recipe).id, activations.artefact(store, recipe).id]
-    about = facts(store, recipe)
+    source, stored = activations.tokens_artefact(store, job.recipe), activations.artefact(store, job.recipe)
     named = dict(zip(("site", "target_site"), (site.name for site in feed.sites), strict=False))
-    seen = {"n_train_tokens": activations.artefact(store, recipe).published().total("n_train_tokens")}
-    with target.whole(about, inputs, {"seconds": seconds} | seen) as folder:
+    about = job.facts
+    n_seen = sum(part.counts["n_train_tokens"] for part in feed.blocks.parts)
+    with job.target.whole(about, [source.id, stored.id], {"seconds": seconds, "n_train_tokens": n_seen}) as folder:
         interchange.save(training.folded(), folder, named | {"saeflow": json.dumps(about, sort_keys=True)})
         with replacing(folder / "log.parquet") as temporary:
             table = pa.Table.from_pylist(training.log)

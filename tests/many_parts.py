@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow import activations, features, tokens, train
+from saeflow import activations, features, seen, tokens, train
 from saeflow.arrays import plan_layout
 from saeflow.artefact import Artefact
 from saeflow.compaction import BUCKET_VALUES, MOST_VALUES, PIECE_VALUES
@@ -148,7 +148,7 @@ class Many:
         facts = features.facts(self.store, self.recipe) | {"context_length": LENGTH, "architecture": "batchtopk"}
         trained = train.fresh_artefact(self.store, self.recipe)
         inputs = [self.tokens.id, self.activations.id]
-        with trained.writing(), trained.whole(train.facts(self.store, self.recipe), inputs, {}) as folder:
+        with trained.writing(), trained.whole(seen.facts(self.store, self.recipe), inputs, {}) as folder:
             (folder / "cfg.json").write_text("{}")
         self.features.begin(facts, [*inputs, trained.id])
         self._publish(self.features, self.feature_parts(0, self.n_parts))

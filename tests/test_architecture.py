@@ -92,6 +92,7 @@ ORDER = [
     "reading",
     "metrics",
     "imported",
+    "seen",
     "train",
     "feature_labels",
     "runs",

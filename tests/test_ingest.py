@@ -7,9 +7,12 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,9 @@ from typer.testing import CliRunner
 
 from saeflow import (
     activations,
+    artefact,
     cli,
+    cluster,
     features,
     garbage,
     ingest,
@@ -209,6 +214,271 @@ def test_a_run_that_is_being_written_follows_later_and_one_that_cannot_is_named_
         night.ingest()
     own = features.artefact(night.store, night.recipe).published()
     assert len(own.parts) == len(activations.artefact(night.store, night.recipe).published().parts)
+
+
+def test_published_runs_follow_though_the_recipes_own_cannot_be_made_and_it_is_named(night: Watched) -> None:
+    data = night.recipe.model_dump(mode="json")
+    own = parse_recipe(data | {"sae": data["sae"] | {"k": 3, "n_features": 10**9}})
+    night.drop(NEW)
+    with pytest.raises(UserError, match=r"^small does not hold the new documents yet: .*of memory"):
+        ingest.run(night.store, own, quiet())
+    assert night.says(WORD, features.artefact(night.store, night.recipe).id)
+
+
+def test_whatever_ends_one_run_the_others_follow(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = night.recipe.model_dump(mode="json")
+    other = parse_recipe(data | {"name": "a", "data": "small", "sae": data["sae"] | {"k": 2}})
+    pipeline.run(night.store, other, quiet())
+    first, own = (features.artefact(night.store, each) for each in (other, night.recipe))
+    night.drop(NEW)
+    encode = features._encode
+
+    def broken(store: Store, target: Any, *arguments: Any) -> None:
+        if target == first:
+            raise RuntimeError("CUDA error: out of memory")
+        encode(store, target, *arguments)
+
+    monkeypatch.setattr(features, "_encode", broken)
+    with pytest.raises(UserError, match=f"^{first.id} does not hold .*: RuntimeError: CUDA error: out of memory$"):
+        night.ingest()
+    assert night.says(WORD, own.id)
+    assert own.published().parts[-1].folder in (night.store.root / "catalog.sql").read_text()
+
+
+def begin_another(night: Watched) -> str:
+    """A run whose first encoding was killed."""
+    own = features.artefact(night.store, night.recipe)
+    begun = night.store.artefact("features", "a", "00000000")
+    begun.begin(own.record.facts, own.record.inputs)
+    return begun.id
+
+
+def test_a_run_that_was_never_finished_keeps_no_other_from_following_or_being_compacted(night: Watched) -> None:
+    begin_another(night)
+    night.drop(NEW)
+    night.ingest()
+    assert night.says(WORD)
+    pipeline.compact(night.store, night.recipe, quiet())
+    assert len(features.artefact(night.store, night.recipe).published().parts) == 1
+
+
+def test_the_catalog_is_written_though_a_run_cannot_be_compacted(
+    night: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise UserError("no room")
+
+    (night.store.root / "catalog.sql").unlink()
+    monkeypatch.setattr(features, "add_tables", broken)
+    with pytest.raises(UserError, match="no room"):
+        pipeline.compact(night.store, night.recipe, quiet())
+    assert (night.store.root / "catalog.sql").is_file()
+
+
+def test_new_parts_are_encoded_and_checked_as_the_recipe_says(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = night.recipe.model_dump(mode="json")
+    about = {"device": "cpu", "batch_rows": 7, "check_values": 3}
+    recipe, seen = parse_recipe(data | {"features": about}), {}
+    encoder_of, workers, require = features.encoder_of, features._workers, features.checks.require
+    monkeypatch.setattr(features, "encoder_of", lambda *a: encoder_of(*a[:3], seen.setdefault("config", a[3])))
+    monkeypatch.setattr(features, "_workers", lambda config, n: workers(config, seen.setdefault("threads", n)))
+    monkeypatch.setattr(features.checks, "require", lambda *a: require(*a[:3], seen.setdefault("checked", a[3]), a[4]))
+    night.drop(NEW)
+    ingest.run(night.store, recipe, quiet())
+    assert (seen["config"], seen["threads"], seen["checked"]) == (recipe.features, recipe.threads, 3)
+
+
+def test_a_disk_without_room_for_the_new_values_is_said_before_they_are_encoded(
+    night: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night.drop(NEW)
+    real = Store.require_free
+
+    def full(self: Store, n_bytes: int, purpose: str) -> None:
+        real(self, n_bytes if purpose != "Storing every feature activation" else 1 << 60, purpose)
+
+    monkeypatch.setattr(Store, "require_free", full)
+    with pytest.raises(UserError, match="does not hold the new documents yet: Storing every feature activation needs"):
+        night.ingest()
+
+
+class _Here:
+    """What a cluster is to those who give it parts; the parts are made at once, in this process."""
+
+    n_threads = 2
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.made = store, list[str]()
+
+    def each(
+        self, function: str, settings: dict[str, Any], items: Iterable[Any], bar: Any, sizes: Any
+    ) -> Iterator[tuple[Any, Any]]:
+        for item in items:
+            self.made.append(function)
+            yield (
+                item,
+                getattr(features, function.partition(".")[2])(self.store.name, json.dumps(settings), item, quiet()),
+            )
+
+
+def on_a_cluster(night: Watched, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, _Here, list[str]]:
+    """The recipe with a cluster, the cluster, and a word for each time that one is started."""
+    workers, opened = _Here(night.store), list[str]()
+
+    @contextlib.contextmanager
+    def starting(*_: Any) -> Iterator[_Here]:
+        opened.append("opened")
+        workers.client = SimpleNamespace(status="running")  # type: ignore[attr-defined]
+        yield workers
+
+    monkeypatch.setattr(cluster, "_opened", starting)
+    recipe = parse_recipe(night.recipe.model_dump(mode="json") | {"cluster": {"kind": "local", "n_workers": 2}})
+    return recipe, workers, opened
+
+
+def test_workers_encode_what_an_ingest_found_where_the_recipe_has_a_cluster(
+    night: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night.drop(NEW)
+    tokens.run(night.store, night.recipe, quiet())
+    activations.run(night.store, night.recipe, quiet())
+    recipe, workers, _ = on_a_cluster(night, monkeypatch)
+    ingest.run(night.store, recipe, quiet())
+    assert workers.made == ["features.encode_at"]
+    assert night.says(WORD)
+    assert not night.broken_checks()
+
+
+def test_a_cluster_of_its_own_is_started_once_however_many_blocks_keep_it_open(
+    night: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _, opened = on_a_cluster(night, monkeypatch)
+    with cluster.kept_open():
+        for _ in range(2):
+            with cluster.kept_open(), cluster.workers_of(night.store, recipe, quiet()):
+                pass
+    assert opened == ["opened"]
+
+
+def test_a_stage_holds_a_place_while_it_works_and_an_ingest_of_nothing_new_waits_for_none(night: Watched) -> None:
+    held: list[str] = []
+
+    @contextlib.contextmanager
+    def place(stage: str) -> Iterator[None]:
+        assert not [name for name in held if name.startswith("in ")], "two places at once"
+        held.append(f"in {stage}")
+        yield
+        held[-1] = stage
+
+    def asked() -> list[str]:
+        found = held.copy()
+        held.clear()
+        return found
+
+    ingest.run(night.store, night.recipe, quiet(), place)
+    assert asked() == []
+    night.drop(NEW)
+    ingest.run(night.store, night.recipe, quiet(), place)
+    assert asked() == ["collect", "encode"]
+    retrain.run(night.store, night.recipe, quiet(), place=place)
+    assert asked() == ["train", "encode", "compact", "evaluate", "report"]
+    pipeline.compact(night.store, night.recipe, quiet(), place=place)
+    assert asked() == []
+
+
+def test_a_place_is_that_of_a_gpu_that_the_stage_would_use(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import gpu
+
+    taken: list[str] = []
+
+    @contextlib.contextmanager
+    def counted(*_: Any, **__: Any) -> Iterator[None]:
+        taken.append("a place")
+        yield
+
+    monkeypatch.setattr(gpu, "concurrency", counted)
+    data = night.recipe.model_dump(mode="json")
+
+    def stages_on_gpu(**changes: Any) -> set[str]:
+        recipe, found = parse_recipe(data | changes), set[str]()
+        for stage in ("tokens", "collect", "train", "encode", "compact", "evaluate", "report"):
+            taken.clear()
+            with gpu.places(recipe)(stage):
+                found |= {stage} if taken else set()
+        return found
+
+    on_gpu = {"model": data["model"] | {"device": "cuda"}, "features": {"device": "cpu"}}
+    assert stages_on_gpu() == set()
+    assert stages_on_gpu(**on_gpu) == {"collect", "encode", "evaluate"}
+    assert stages_on_gpu(**on_gpu, cluster={"kind": "local"}) == {"evaluate"}
+    assert stages_on_gpu(train=data["train"] | {"device": "cuda"}) == {"train"}
+
+
+def test_a_training_is_asked_for_by_the_next_ingest_where_the_one_that_read_the_documents_failed(
+    night: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.ingest import has_grown
+
+    night = night.with_schedule(train_growth=0.01)
+    night.drop(NEW)
+
+    def killed(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(activations, "run", killed)
+        with pytest.raises(OSError, match="the disk is gone"):
+            night.ingest()
+    found = night.ingest()
+    assert found["n_documents"] == 0
+    assert has_grown(night.recipe, found)
+    assert has_grown(night.recipe, night.ingest()), "asked again until an SAE is trained"
+    retrain.run(night.store, night.recipe, quiet())
+    assert not has_grown(night.recipe, night.ingest())
+    assert not has_grown(night.with_schedule(train_growth=0.0).recipe, found)
+    assert not has_grown(night.recipe, {"grown": math.inf}), "the first SAE is at work elsewhere"
+
+
+def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_stages(
+    night: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = night.recipe.model_dump(mode="json")
+    pipeline.run(
+        night.store, parse_recipe(data | {"name": "other", "corpus": {**data["corpus"], "share": 0.5}}), quiet()
+    )
+    night.ingest()
+    read, real = list[str](), artefact.read_listed
+
+    def counted(path: Path, number: int) -> Any:
+        read.append(str(path.relative_to(night.store.root)))
+        return real(path, number)
+
+    monkeypatch.setattr(artefact, "read_listed", counted)
+    night.ingest()
+    times = Counter(read)
+    for each in (tokens, activations):
+        stored = each.artefact(night.store, night.recipe)  # type: ignore[attr-defined]
+        assert times[str(stored.list_path(1).relative_to(night.store.root))] == 1
+    assert max(times.values()) <= 2, "of a run once more, for catalog.sql"
+
+
+def test_of_the_recipes_own_runs_only_the_newest_follow_where_it_keeps_so_many(night: Watched) -> None:
+    data = night.recipe.model_dump(mode="json")
+    other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
+    pipeline.run(night.store, other, quiet())
+    own = [features.artefact(night.store, night.recipe)]
+    for number in range(2):
+        night.drop({f"{number}.txt": FIRST["00.txt"]})
+        night.ingest()
+        retrain.run(night.store, night.recipe, quiet())
+        own.append(features.artefact(night.store, night.recipe))
+    night = night.with_schedule(keep_runs=2)
+    night.drop(NEW)
+    parts = night.ingest()["parts"]
+    assert [bool(parts[each.id]) for each in own] == [False, True, True]
+    assert parts[features.artefact(night.store, other).id]
+    assert not night.says(WORD, own[0].id)
+    assert night.with_schedule(keep_runs=0).ingest()["parts"][own[0].id]
 
 
 def test_documents_that_are_gone_are_kept_unless_the_recipe_says_so(night: Watched) -> None:

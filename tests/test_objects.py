@@ -190,6 +190,29 @@ def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
     assert there(server, url) == here(local)
 
 
+def test_a_training_goes_on_on_another_machine_although_documents_were_appended_since(
+    server: Server, url: str, ingredients: Ingredients, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
+    advance, store = train.Training.advance, Store.create(url)
+
+    def lost(self: train.Training, batch: Batch) -> StepInfo:
+        if self.step == 20:
+            raise ConnectionError("the machine is gone")
+        return advance(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "advance", lost)
+        with pytest.raises(ConnectionError):
+            pipeline.run(store, often, quiet())
+    stored = activations.artefact(store, often)
+    stored.publish(stored.published().parts[:-1])  # any other list of parts
+    with another_machine(tmp_path):
+        assert train.run(Store.create(url), often, quiet(), fresh=True).record.facts["generation"] == 1
+    saes = {name: content for name, content in there(server, url).items() if name.startswith("saes/")}
+    assert saes == {name: content for name, content in here(local).items() if name.startswith("saes/")}
+
+
 def test_a_sweep_goes_on_and_is_read_on_another_machine(
     server: Server, url: str, ingredients: Ingredients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

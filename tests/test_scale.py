@@ -7,6 +7,7 @@ import os
 import re
 import time
 import tomllib
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ def many(tmp_path_factory) -> Iterator[Many]:
 def calls(monkeypatch) -> Counter[str]:
     """How often each of COUNTED is called from now on."""
     counts: Counter[str] = Counter()
+    monkeypatch.setattr(saeflow.artefact, "_READ", weakref.WeakValueDictionary())  # as in a process that has read none
 
     def counting(name: str, call: Callable[..., object]) -> Callable[..., object]:
         def counted(*arguments: object, **named: object) -> object:

@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -209,7 +211,7 @@ def deployment_of(server: Server, flow: str, name: str) -> dict[str, Any]:
 def test_every_stage_is_deployed_with_its_tags_schedule_and_limit(night: Night, server: Server) -> None:
     for stage, flow, schedule, collision in [
         ("ingest", "saeflow-ingest", {"interval": 3.0}, "CANCEL_NEW"),
-        ("train", "saeflow-retrain", None, "ENQUEUE"),
+        ("train", "saeflow-retrain", None, "CANCEL_NEW"),
         ("compact", "saeflow-tidy", {"cron": "37 2 * * *"}, "CANCEL_NEW"),
         ("verify", "saeflow-verify", {"cron": "7 4 * * *"}, "CANCEL_NEW"),
         ("gc", "saeflow-gc", {"cron": "7 5 * * *"}, "CANCEL_NEW"),
@@ -411,6 +413,24 @@ def test_the_nightly_compaction_merges_the_parts_of_every_run_and_takes_forgotte
     before = again.written()
     tidy_flow(recipe, str(again.store.root))
     assert again.written() == before
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_scheduled_compaction_waits_for_who_is_writing_instead_of_failing(again: Night) -> None:
+    recipe, begun, ended = parse_recipe(again.data), threading.Event(), list[str]()
+
+    def write() -> None:
+        with activations.artefact(again.store, recipe).writing():
+            begun.set()
+            time.sleep(2)
+            ended.append("written")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert begun.wait(30)
+    tidy_flow(recipe, str(again.store.root))
+    assert ended == ["written"]
+    writer.join()
 
 
 def test_two_recipes_of_one_name_are_refused(ingredients: Ingredients) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeflow import activations, bring, interchange, schedule, tokens, train, training
+from saeflow import activations, bring, interchange, schedule, seen, tokens, train, training
 from saeflow.config import Recipe, parse_recipe
 from saeflow.disk import read_json
+from saeflow.fingerprints import fingerprint
 from saeflow.model import load_model
 from saeflow.progress import Bar, Progress
 from saeflow.sae import SparseAutoencoder
@@ -361,6 +362,87 @@ def test_another_generation_of_activations_makes_another_autoencoder(store, tabl
     artefact = activations.artefact(store, recipe)
     artefact.publish(artefact.published().parts[:-1])
     assert train.artefact(store, recipe).fp != before
+
+
+def append(store: Store, recipe: Recipe) -> None:
+    """Show the activations as a further generation, which holds others than the last one."""
+    artefact = activations.artefact(store, recipe)
+    n_parts = len(artefact.published().parts)
+    artefact.publish(list(artefact.parts().values())[: n_parts - 1 if n_parts > 1 else None])
+
+
+def test_a_killed_training_goes_on_with_what_it_has_seen_although_more_was_appended(store, stored, table, tmp_path):
+    recipe = recipe_of(table, train={"checkpoint_seconds": 1e-9})
+    shutil.copytree(stored.root, tmp_path / "undisturbed")
+    undisturbed = train.run(Store(tmp_path / "undisturbed"), recipe, quiet())
+    with pytest.raises(Killed):
+        train.run(store, recipe, stopping_after(2000, Killed))
+    append(store, recipe)
+    said, loud = [], Progress(verbosity=-1)
+    loud.say = lambda text, verbosity=0: said.append(text)
+    made = train.run(store, recipe, loud, fresh=True)
+    assert any(line.startswith("train: on generation 1 of ") and "2 is there by now" in line for line in said)
+    assert any("continuing at step" in line for line in said)
+    assert tree(made.path) == tree(undisturbed.path)
+    assert made.record.facts["generation"] == 1
+    assert not list(store.root.glob("tmp/*.checkpoint"))
+    assert train.run(store, recipe, quiet(), fresh=True).record.facts["generation"] == 2
+
+
+def test_a_killed_training_begins_anew_where_what_it_has_seen_is_there_no_more(store, table):
+    recipe = recipe_of(table, train={"checkpoint_seconds": 1e-9})
+    with pytest.raises(Killed):
+        train.run(store, recipe, stopping_after(2000, Killed))
+    append(store, recipe)
+    activations.artefact(store, recipe).list_path(1).unlink()
+    assert train.run(store, recipe, quiet()).record.facts["generation"] == 2
+
+
+def test_an_autoencoder_says_what_it_was_trained_on_whatever_was_appended_meanwhile(store, stored, table, tmp_path):
+    recipe = recipe_of(table)
+    shutil.copytree(stored.root, tmp_path / "undisturbed")
+    undisturbed = train.run(Store(tmp_path / "undisturbed"), recipe, quiet())
+    held = activations.artefact(store, recipe).published().total("n_train_tokens")
+
+    def listen(bar: Bar) -> None:
+        if bar.stage == "train" and activations.artefact(store, recipe).published().number == 1:
+            append(store, recipe)
+
+    made = train.run(store, recipe, Progress(verbosity=-1, listener=listen))
+    assert activations.artefact(store, recipe).published().number == 2
+    assert tree(made.path) == tree(undisturbed.path)
+    assert made.fp == fingerprint(made.record.facts)
+    assert seen.n_seen(made) == held
+
+
+def test_activations_that_were_removed_and_made_again_are_trained_on_though_their_generations_begin_anew(store, table):
+    recipe = recipe_of(table)
+    stored = activations.artefact(store, recipe)
+    append(store, recipe)
+    first = train.run(store, recipe, quiet())
+    parts = list(stored.parts().values())
+    shutil.rmtree(stored.path / "generations")
+    (stored.path / "manifest.json").unlink()
+    for shown in (parts, parts[:1]):
+        stored.publish(shown)
+    second = train.run(store, recipe, quiet(), fresh=True)
+    assert first.record.facts["generation"] == second.record.facts["generation"] == 2
+    assert second.fp == fingerprint(second.record.facts) != first.fp
+    assert seen.n_seen(second) == stored.published().total("n_train_tokens")
+    assert train.artefact(store, recipe) == second == train.run(store, recipe, quiet(), fresh=True)
+
+
+def test_the_autoencoder_trained_last_is_the_recipes_own_though_its_generation_has_a_smaller_number(store, table):
+    recipe = recipe_of(table)
+    append(store, recipe)
+    train.run(store, recipe, quiet())
+    stored = activations.artefact(store, recipe)
+    shutil.rmtree(stored.path / "generations")
+    (stored.path / "manifest.json").unlink()
+    stored.publish(stored.parts().values())
+    made = train.run(store, recipe, quiet(), fresh=True)
+    assert made.record.facts["generation"] == 1
+    assert train.artefact(store, recipe) == made
 
 
 def test_an_autoencoder_with_a_lost_file_is_trained_again_to_the_same_bytes(store, table):
