@@ -167,12 +167,15 @@ class Artefact:
         with guard:  # an object store compares when it switches
             self.require_lease()
             if any(hold.number != self._number() for hold in self.holds[-1:]):
-                raise UserError(
-                    f"Another run has published {self.id} since this one began.\nNothing is lost; run the same command again."
-                )
+                raise self._overtaken()
             yield
             for hold in self.holds[-1:]:
                 hold.number = self._number()
+
+    def _overtaken(self) -> UserError:
+        return UserError(
+            f"Another run has published {self.id} since this one began.\nNothing is lost; run the same command again."
+        )
 
     def _number(self) -> int:
         """Of the generation that is published; 0 while none is."""
@@ -500,7 +503,10 @@ class Artefact:
 
     @contextlib.contextmanager
     def whole(self, facts: dict[str, Any], inputs: Iterable[str], provenance: dict[str, Any]) -> Iterator[Path]:
-        """A folder that becomes the artefact in one rename: for artefacts without parts."""
+        """A folder that becomes the artefact in one rename: for artefacts without parts.
+
+        Raises UserError where another run has published it meanwhile.
+        """
         folder = self.own_work / "whole"
         folder.mkdir(parents=True)
         yield folder
@@ -512,6 +518,9 @@ class Artefact:
         write_provenance(folder, provenance)
         flush_tree(folder)
         with self._fence():
+            self.__dict__.pop("record", None)
+            if self.complete():
+                raise self._overtaken()
             if self.path.exists():  # damaged: the caller found files missing
                 self.remove(self.path)
             if self.objects is not None:

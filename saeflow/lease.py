@@ -225,6 +225,8 @@ class Lease:
     what: str
     waited: bool = False
     """Was somebody else at work before?"""
+    beaten: float = field(default_factory=time.monotonic)
+    """When its last sign of life was begun."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _over: threading.Event = field(default_factory=threading.Event)
 
@@ -243,27 +245,31 @@ class Lease:
         with self._lock:
             if self._over.is_set():
                 return False
-            owner = replace(self.owner, beat=self.owner.beat + 1)
+            began, owner = time.monotonic(), replace(self.owner, beat=self.owner.beat + 1)
             done, tag = self.slot.beat(owner, self.tag)
-            if not done and self.slot.read()[0] is None:  # removed, but nobody else's
-                done, tag = self.slot.swap(owner, self.slot.read()[1])
+            if not done:
+                found, seen = self.slot.read()
+                if self._lost(found):
+                    self._over.set()
+                elif found is None:  # removed, but nobody else's
+                    done, tag = self.slot.swap(owner, seen)
             if done:
-                self.owner, self.tag = owner, tag
-            elif self._other():
-                self._over.set()
+                self.owner, self.tag, self.beaten = owner, tag, began
             return done
 
-    def _other(self) -> Owner | None:
-        """Who has the lease now, if somebody else."""
-        found = self.slot.read()[0]
-        return found if found is not None and found.token != self.owner.token else None
+    def _lost(self, found: Owner | None) -> str:
+        """What has become of the lease, in words; nothing while it is this run's. One that is gone after a silence is not
+        taken back: somebody may have had it, published and ended."""
+        if found is None and time.monotonic() - self.beaten > self.owner.seconds:
+            return "another run may have taken over and ended"
+        return f"{found.about} has taken over" if found and found.token != self.owner.token else ""
 
     def require(self) -> None:
-        """Raises UserError where the lease is somebody else's now."""
-        if other := self._other():
+        """Raises UserError where the lease is somebody else's now, or may have been meanwhile."""
+        if lost := self._lost(self.slot.read()[0]):
             self._over.set()
             raise UserError(
-                f"{self.what}: this run was silent for more than {self.owner.seconds:.0f} s, and {other.about} has taken over.\n"
+                f"{self.what}: this run was silent for more than {self.owner.seconds:.0f} s, and {lost}.\n"
                 "Nothing is lost, and nothing of this run was published since. Run the same command again to see it finished."
             )
 

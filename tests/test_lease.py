@@ -223,6 +223,60 @@ def test_who_finds_another_generation_than_it_began_with_publishes_nothing_lease
     assert target.published().parts == tuple(other.made.values())
 
 
+def an_sae(target: Artefact, weights: str) -> None:
+    with target.whole({}, [], {}) as folder:
+        (folder / "weights").write_text(weights)
+
+
+def test_a_run_that_wakes_up_after_another_has_published_and_ended_neither_takes_its_lease_back_nor_publishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.create(tmp_path)
+    target, other = (store.artefact("saes", "x", "00000000") for _ in range(2))
+
+    def woken() -> None:
+        with target.writing():
+            [hold] = target.holds
+            hold.lease._over.set()  # halted: it beats no more
+            taken_over(target)
+            with monkeypatch.context() as patch:  # as in another process
+                patch.setattr(artefact, "_HOLDS", {})
+                an_sae(other, "theirs")
+            target.slot.path.unlink()
+            hold.lease.beaten -= 2
+            hold.lease._over.clear()
+            assert not hold.lease.renew()
+            assert target.slot.read()[0] is None
+            an_sae(target, "mine")
+
+    with pytest.raises(UserError, match="silent for more than 1 s, and another run may have taken over and ended"):
+        woken()
+    assert (target.path / "weights").read_text() == "theirs"
+
+
+def test_a_finished_sae_is_never_replaced_by_another_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.create(tmp_path)
+    target, other = (store.artefact("saes", "x", "00000000") for _ in range(2))
+
+    def late() -> None:
+        with target.writing():
+            with monkeypatch.context() as patch:
+                patch.setattr(artefact, "_HOLDS", {})
+                an_sae(other, "theirs")
+            an_sae(target, "mine")
+
+    with pytest.raises(UserError, match="has published saes/x-00000000 since"):
+        late()
+    assert (target.path / "weights").read_text() == "theirs"
+
+
+def test_a_lease_that_somebody_removed_is_taken_back_by_an_owner_that_was_never_silent(slot: FileSlot) -> None:
+    with held(slot, "x", "refuse") as mine:
+        slot.path.unlink()
+        assert mine.renew()
+        assert slot.read()[0] == mine.owner
+
+
 def test_an_error_after_the_loss_of_a_lease_is_explained_by_it(tmp_path: Path) -> None:
     target = Store.create(tmp_path).artefact("tokens", "x", "00000000")
 
