@@ -141,10 +141,9 @@ class Artefact:
         """Hold the artefact's lease and clear what a killed run left behind. Raises UserError where another run has it,
         unless the store waits for others."""
         with held(self.slot, self.id, self.overlap) as lease:
-            if lease.waited and self.objects is not None:
-                self.objects.pull()
             self.holds.append(Hold(lease, 0))
             try:
+                self._read_anew(lease.waited)
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.recover()
                 self.holds[-1].number = self._number()
@@ -154,6 +153,14 @@ class Artefact:
                 with contextlib.suppress(OSError):
                     self.work.rmdir()  # unless another's work is in it
                 self.holds.pop()
+
+    def _read_anew(self, waited: bool) -> None:
+        """In an object store the records are those that this process saw when it began; others may have published."""
+        if self.objects is not None:
+            if waited:
+                self.objects.pull()
+            self.objects.pull_one(self.path)
+        self.__dict__.pop("record", None)
 
     def require_lease(self) -> None:
         """Raises UserError where this run held the lease and was silent for so long that another has it now."""
@@ -518,7 +525,7 @@ class Artefact:
         write_provenance(folder, provenance)
         flush_tree(folder)
         with self._fence():
-            self.__dict__.pop("record", None)
+            self._read_anew(waited=False)
             if self.complete():
                 raise self._overtaken()
             if self.path.exists():  # damaged: the caller found files missing
@@ -526,7 +533,9 @@ class Artefact:
             if self.objects is not None:
                 names = [*(file.name for file in files), "provenance.json"]
                 self.objects.send([folder / name for name in names], folder, self.path)
-                self.objects.send([folder / "artefact.json"], folder, self.path)
+                if not self.objects.create(self.path / "artefact.json", folder / "artefact.json"):
+                    raise self._overtaken()
+                shutil.rmtree(self.path, ignore_errors=True)
             rename(folder, self.path)
 
     def complete(self) -> bool:

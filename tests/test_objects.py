@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
+import obstore
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -33,6 +34,7 @@ from saeflow import (
     train,
 )
 from saeflow.arrays import open_site
+from saeflow.artefact import Artefact
 from saeflow.config import Recipe, parse_recipe
 from saeflow.object_files import ObjectFiles
 from saeflow.objects import Objects
@@ -347,6 +349,126 @@ def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(
     job: Any = SimpleNamespace(folder=lambda restart: folder)
     Reading._begun(reading, job, MagicMock(done=True), 0)
     assert [(folder / name).read_text() for name in (CHECKPOINT, STATE)] == ["new", "new"]
+
+
+class Machines:
+    """Machines that share a bucket in memory, each with a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bucket = Objects("memory:///", folder / "nobody").store
+
+    def store(self, name: str) -> Store:
+        """As a process of that machine sees it that has just begun."""
+        objects = Objects("memory:///", self.folder / name)
+        objects.store = self.bucket
+        objects.pull()
+        return Store(objects.root, objects)
+
+    def content(self, key: str) -> bytes:
+        return bytes(obstore.get(self.bucket, key).bytes())
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Machines:
+    return Machines(tmp_path)
+
+
+def an_sae(target: Artefact, weights: str) -> None:
+    with target.whole({}, [], {}) as folder:
+        (folder / "weights").write_text(weights)
+
+
+def test_who_takes_a_lease_sees_what_another_machine_has_published_since_it_began(machines: Machines) -> None:
+    one, two = (machines.store(name).artefact("saes", "x", "00000000") for name in ("one", "two"))
+    assert not two.complete()
+    with one.writing():
+        an_sae(one, "first")
+    with two.writing():
+        assert two.complete()
+        assert (two.fetched() / "weights").read_text() == "first"
+
+
+def test_a_generation_published_since_a_process_began_is_the_one_that_it_goes_on_from(machines: Machines) -> None:
+    one, two = (machines.store(name).artefact("tokens", "x", "00000000") for name in ("one", "two"))
+    for index, target in enumerate((one, two)):
+        with target.writing():
+            target.begin({})
+            with target.new_part(index, {"n": 1}) as folder:
+                (folder / "data").write_text("x")
+            target.publish(target.parts().values())
+    assert [part.index for part in two.published().parts] == [0, 1]
+
+
+def test_an_sae_of_another_machine_is_never_overwritten(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (machines.store(name).artefact("saes", "x", "00000000") for name in ("one", "two"))
+
+    def late() -> None:
+        with two.writing():
+            an_sae(one, "first")  # by a process that holds no lease any more
+            an_sae(two, "second")
+
+    with pytest.raises(UserError, match="has published saes/x-00000000 since"):
+        late()
+    assert machines.content("saes/x-00000000/weights") == b"first"
+    assert (two.fetched() / "weights").read_text() == "first"
+    sent = Objects.send
+
+    def first_now(self: Objects, *args: Any) -> None:
+        """Another machine's record comes between the look and ours."""
+        sent(self, *args)
+        record = three.path / "artefact.json"
+        obstore.put(machines.bucket, three.objects.key(record), b"theirs") if three.objects else None
+
+    three = machines.store("three").artefact("saes", "y", "00000000")
+    monkeypatch.setattr(Objects, "send", first_now)
+    with pytest.raises(UserError, match="has published saes/y-00000000 since"), three.writing():
+        an_sae(three, "third")
+    assert machines.content("saes/y-00000000/artefact.json") == b"theirs"
+
+
+def test_a_look_at_the_store_leaves_alone_what_a_run_of_this_machine_has_not_sent_yet(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.begin({})
+    for again in ("once", "again"):
+        (target.path / "similar.parquet").write_text(again)
+        (target.path / ".manifest.json.new").write_text("being written")
+        machines.store("here")
+        assert (target.path / "similar.parquet").read_text() == again
+        assert (target.path / ".manifest.json.new").read_text() == "being written"
+        target.send(target.path / "similar.parquet")
+
+
+def test_what_was_sent_is_kept_while_the_store_has_it_and_dropped_once_it_has_not(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.begin({})
+    table = target.path / "similar.parquet"
+    table.write_text("once")
+    target.send(table)
+    machines.store("here")
+    assert table.read_text() == "once"
+    other = machines.store("there").artefact("features", "x", "00000000")
+    other.own_file("similar.parquet").write_text("again")
+    other.send(other.path / "similar.parquet")
+    machines.store("here")
+    assert not table.exists()
+    assert target.own_file("similar.parquet").read_text() == "again"
+    other.remove(other.path)
+    machines.store("here")
+    assert not target.exists()
+    assert not table.exists()
+
+
+def test_what_a_killed_run_left_unsent_goes_when_the_next_one_takes_the_lease(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.begin({})
+    (target.path / "quality.json").write_text("never sent")
+    with machines.store("here").artefact("features", "x", "00000000").writing():
+        assert not (target.path / "quality.json").exists()
+    (target.path / "quality.json").write_text("never sent")
+    os.utime(target.path / "quality.json", (0, 0))
+    machines.store("here")
+    assert not (target.path / "quality.json").exists()
 
 
 def test_an_open_object_may_be_shared_by_threads(server: Server, url: str, tmp_path: Path) -> None:
