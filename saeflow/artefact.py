@@ -168,11 +168,10 @@ class Artefact:
             hold.lease.require()
 
     @contextlib.contextmanager
-    def _fence(self) -> Iterator[None]:
-        """Nobody else publishes inside the block. Raises UserError where somebody has since this run began."""
-        guard = self.slot.guard() if isinstance(self.slot, FileSlot) else contextlib.nullcontext()
-        with guard:  # an object store compares when it switches
-            self.require_lease()
+    def publishing(self) -> Iterator[None]:
+        """Around what readers see at once: nobody else publishes inside. Raises UserError where somebody has since this
+        run began."""
+        with self.holds[-1].lease.fence() if self.holds else self.slot.guard():
             if any(hold.number != self._number() for hold in self.holds[-1:]):
                 raise self._overtaken()
             yield
@@ -211,7 +210,9 @@ class Artefact:
         files = {file.name: file for file in self.record.files}
         files |= {name: file_record(self.path, self.path / name) for name in names}
         record = self.record.model_copy(update={"files": list(files.values())})
-        if record != self.record:
+        if record == self.record:
+            return
+        with self.publishing():
             self.send(*(self.path / name for name in names))
             write_record(self.path / "artefact.json", record)
             self.send(self.path / "artefact.json")
@@ -405,7 +406,7 @@ class Artefact:
         `hidden` (default: what is hidden now) goes with it, in the same instant.
         """
         ordered = tuple(sorted(parts, key=lambda part: part.index))
-        with self._fence():
+        with self.publishing():
             current = self.generation()
             if hidden is None:
                 hidden = current.hidden if current else {}
@@ -524,7 +525,7 @@ class Artefact:
         write_record(folder / "artefact.json", record)
         write_provenance(folder, provenance)
         flush_tree(folder)
-        with self._fence():
+        with self.publishing():
             self._read_anew(waited=False)
             if self.complete():
                 raise self._overtaken()

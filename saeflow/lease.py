@@ -110,6 +110,10 @@ class Slot(Protocol):
         """The owner, None where there is none; and the tag."""
         ...
 
+    def guard(self) -> contextlib.AbstractContextManager[None]:
+        """Nobody else takes the lease inside, where that can be had."""
+        ...
+
     def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
         """Write the owner, if it is still the one that `tag` stands for. Did it work, and the new tag."""
         ...
@@ -187,6 +191,10 @@ class ObjectSlot:
 
     objects: Objects
     path: Path
+
+    def guard(self) -> contextlib.AbstractContextManager[None]:
+        """No lock: what is written inside is compared as it is written."""
+        return contextlib.nullcontext()
 
     def read(self) -> tuple[Owner | None, Any]:
         found = self.objects.read_tagged(self.path)
@@ -272,6 +280,13 @@ class Lease:
                 f"{self.what}: this run was silent for more than {self.owner.seconds:.0f} s, and {lost}.\n"
                 "Nothing is lost, and nothing of this run was published since. Run the same command again to see it finished."
             )
+
+    @contextlib.contextmanager
+    def fence(self) -> Iterator[None]:
+        """Around what readers see at once. Raises UserError where the lease is somebody else's now."""
+        with self.slot.guard():
+            self.require()
+            yield
 
     def release(self) -> None:
         self._over.set()

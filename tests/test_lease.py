@@ -20,6 +20,7 @@ from saeflow.sections import UserError
 from saeflow.store import Store
 from tests.faults import POINTS, Runner
 from tests.faults.overlap import halted, side_by_side, waiting_runner
+from tests.small_pipeline import take_over
 
 
 @pytest.fixture
@@ -176,12 +177,6 @@ def test_of_many_that_want_a_lease_one_has_it_at_a_time(slot: FileSlot) -> None:
     assert len(done) == 4
 
 
-def taken_over(target: Artefact) -> None:
-    """Another machine takes the lease."""
-    assert isinstance(target.slot, FileSlot)
-    foreign(target.slot, token="theirs")
-
-
 def a_part(target: Artefact, text: str) -> None:
     with target.new_part(0, {"n": 1}) as folder:
         (folder / "data").write_text(text)
@@ -194,7 +189,7 @@ def test_who_has_lost_the_lease_publishes_nothing(tmp_path: Path) -> None:
         with target.writing():
             target.begin({})
             a_part(target, "mine")
-            taken_over(target)
+            take_over(target.slot)
             target.publish(target.made.values())
 
     with pytest.raises(UserError, match=r"silent for more than 1 s, and process 7 on elsewhere"):
@@ -238,7 +233,7 @@ def test_a_run_that_wakes_up_after_another_has_published_and_ended_neither_takes
         with target.writing():
             [hold] = target.holds
             hold.lease._over.set()  # halted: it beats no more
-            taken_over(target)
+            take_over(target.slot)
             with monkeypatch.context() as patch:  # as in another process
                 patch.setattr(artefact, "_HOLDS", {})
                 an_sae(other, "theirs")
@@ -277,12 +272,27 @@ def test_a_lease_that_somebody_removed_is_taken_back_by_an_owner_that_was_never_
         assert slot.read()[0] == mine.owner
 
 
+def test_who_has_lost_the_lease_names_no_further_files_in_the_record(tmp_path: Path) -> None:
+    target = Store.create(tmp_path).artefact("features", "x", "00000000")
+
+    def attach() -> None:
+        with target.writing():
+            target.begin({})
+            (target.path / "similar.parquet").write_text("mine")
+            take_over(target.slot)
+            target.attach(["similar.parquet"])
+
+    with pytest.raises(UserError, match="has taken over"):
+        attach()
+    assert target.record.files == []
+
+
 def test_an_error_after_the_loss_of_a_lease_is_explained_by_it(tmp_path: Path) -> None:
     target = Store.create(tmp_path).artefact("tokens", "x", "00000000")
 
     def write() -> None:
         with target.writing():
-            taken_over(target)
+            take_over(target.slot)
             raise FileNotFoundError("the other has cleared the folder for work in progress")
 
     with pytest.raises(UserError, match="silent for more than"):
