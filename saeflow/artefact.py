@@ -273,19 +273,25 @@ class Artefact:
         """A folder to fill; on a clean exit it becomes the part, checksummed and flushed to disk.
 
         `counts` may still be changed inside the block, and `checksums` be filled: those of files that need not be
-        read again, by name.
+        read again, by name. Raises UserError where one of them, or the folder, is gone.
         """
         self.require_lease()
         folder = self.own_work / (f"{index:06d}-{uuid.uuid4().hex[:8]}" if self.shared else f"{index:06d}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
-            yield folder
+            with _staying(folder) as stayed:
+                yield folder
+                files = file_records(folder, checksums or {})
+                if not stayed() or not {file.name for file in files}.issuperset(checksums or ()):
+                    raise UserError(
+                        f"{self.id}: the work folder {folder} was removed while part {index} was written into it.\n"
+                        "Nothing of that part is published. Run the same command again, and leave tmp/ alone while it works."
+                    )
         except BaseException:
             if self.shared:  # nobody else knows this folder
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        files = file_records(folder, checksums or {})
         record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
         write_record(folder / "part.json", record)
         self._keep(folder, record)
@@ -548,6 +554,16 @@ class Artefact:
         for file in self.record.files:
             self.own_file(file.name)
         return self.path
+
+
+@contextlib.contextmanager
+def _staying(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Is it the same folder still? One that was removed and made again is another."""
+    handle = os.open(folder, os.O_RDONLY)  # as long as it is open, no other one gets its number
+    try:
+        yield lambda: folder.is_dir() and os.path.samestat(os.fstat(handle), folder.stat())
+    finally:
+        os.close(handle)
 
 
 def _put_in_place(folder: Path, target: Path, is_whole: Callable[[], bool]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -76,6 +77,26 @@ def test_a_part_whose_work_fails_never_appears_and_the_next_writer_clears_it_awa
     assert artefact.work.exists()
     with artefact.writing():
         assert not artefact.work.exists()
+
+
+def lose_the_folder(folder: Path, known: dict[str, str]) -> None:
+    (folder / "zarr.json").write_text("x")
+    shutil.rmtree(folder)
+    folder.mkdir()  # as a writer of shards does
+    (folder / "shard").write_text("y")
+
+
+def lose_a_file(folder: Path, known: dict[str, str]) -> None:
+    (folder / "other").write_text("x")
+    known["shard"] = "0" * 32
+
+
+@pytest.mark.parametrize("lose", [lose_the_folder, lose_a_file])
+def test_a_part_whose_work_folder_was_removed_or_emptied_meanwhile_is_refused(artefact, lose):
+    known: dict[str, str] = {}
+    with pytest.raises(UserError, match=r"work folder .* was removed"), artefact.new_part(0, {}, None, known) as folder:
+        lose(folder, known)
+    assert artefact.parts() == {}
 
 
 def test_a_folder_without_a_record_is_not_a_part(artefact):
