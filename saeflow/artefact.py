@@ -198,9 +198,10 @@ class Artefact:
             kind=self.kind, name=self.name, fp=self.fp, facts=facts, inputs=list(inputs),
             files=[file_record(self.path, self.path / name) for name in files],
         )  # fmt: skip
-        write_record(self.path / "artefact.json", record)
-        self.send(*(self.path / name for name in files))
-        self.send(self.path / "artefact.json")
+        with self.publishing():
+            write_record(self.path / "artefact.json", record)
+            self.send(*(self.path / name for name in files))
+            self.send(self.path / "artefact.json")
 
     def attach(self, names: Iterable[str]) -> None:
         """Name further files of the artefact's own, which lie in its folder, in its record; not in one of an earlier format,

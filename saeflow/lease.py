@@ -201,10 +201,8 @@ class ObjectSlot:
         return (_owner(found[0].decode("utf-8", "replace")), found[1]) if found else (None, None)
 
     def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
-        content = (_text(owner) if owner else "{}\n").encode()
+        content = (_text(owner) if owner else "{}\n").encode()  # not deleted: that asks no condition
         fresh = self.objects.put_tagged(self.path, content, tag)
-        if fresh is not None and owner is None:  # who has taken it in this instant writes it again
-            self.objects.drop(self.path)
         return fresh is not None, fresh
 
     def beat(self, owner: Owner, tag: Any) -> tuple[bool, Any]:

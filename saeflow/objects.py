@@ -321,11 +321,6 @@ class Objects:
         except NotImplementedError as error:
             raise UserError(_CANNOT_COMPARE.format(url=self.url)) from error
 
-    def drop(self, path: Path) -> None:
-        """Remove one object that no listing holds."""
-        with contextlib.suppress(FileNotFoundError):
-            self._ask(lambda: obstore.delete(self.store, self.key(path)))
-
     def listing(self, folder: Path) -> dict[str, Found]:
         """All objects below a folder, by key; listed once, then kept up to date by what is sent and removed here."""
         prefix = self.key(folder)

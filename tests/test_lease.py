@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 
 from saeflow import artefact, lease
 from saeflow.artefact import Artefact
-from saeflow.lease import FileSlot, Owner, acquire, held
+from saeflow.lease import FileSlot, ObjectSlot, Owner, acquire, held
+from saeflow.objects import Objects
 from saeflow.sections import UserError
 from saeflow.store import Store
 from tests.faults import POINTS, Runner
@@ -26,6 +28,26 @@ from tests.small_pipeline import take_over
 @pytest.fixture
 def slot(tmp_path: Path) -> FileSlot:
     return FileSlot(tmp_path / "locks" / "x.lease")
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Callable[[], ObjectSlot]:
+    """Each call is another machine that sees the same bucket."""
+    bucket = Objects("memory:///", tmp_path).store
+
+    def machine() -> ObjectSlot:
+        objects = Objects("memory:///", tmp_path)
+        objects.store = bucket
+        return ObjectSlot(objects, tmp_path / "tmp" / "locks" / "x.lease")
+
+    return machine
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def any_slot(request: pytest.FixtureRequest) -> FileSlot | ObjectSlot:
+    if request.param == "folder":
+        return request.getfixturevalue("slot")
+    return request.getfixturevalue("machines")()
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +153,72 @@ def test_an_owner_elsewhere_that_gives_signs_of_life_is_never_followed(slot: Fil
     finally:
         over.set()
         thread.join()
+
+
+def test_a_lease_is_renewed_so_that_other_machines_leave_it_alone(
+    any_slot: FileSlot | ObjectSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "_machine", lambda: "elsewhere")
+        mine = acquire(any_slot, "x", "refuse")
+    with pytest.raises(UserError, match="Another run is writing x"):
+        acquire(any_slot, "x", "refuse")
+    mine.require()
+    mine.release()
+    acquire(any_slot, "x", "refuse").release()
+
+
+def test_a_lease_that_is_renewed_no_more_is_taken_by_other_machines(
+    any_slot: FileSlot | ObjectSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "_machine", lambda: "elsewhere")
+        lost = acquire(any_slot, "x", "refuse")
+    lost._over.set()
+    with held(any_slot, "x", "refuse"):
+        with pytest.raises(UserError, match="has taken over"):
+            lost.require()
+        lost.release()
+        with pytest.raises(UserError, match="Another run is writing"):
+            acquire(any_slot, "x", "refuse")
+
+
+def test_in_a_bucket_a_release_never_takes_the_lease_from_the_next_owner(
+    machines: Callable[[], ObjectSlot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, put, next_owners = acquire(machines(), "x", "wait"), Objects.put_tagged, []
+
+    def putting(self: Objects, path: Path, content: bytes, tag: str | None) -> str | None:
+        """The next one sees what the release has written before the release has ended."""
+        found = put(self, path, content, tag)
+        if content == b"{}\n" and not next_owners:
+            next_owners.append(acquire(machines(), "x", "wait"))
+        return found
+
+    monkeypatch.setattr(Objects, "put_tagged", putting)
+    mine.release()
+    with pytest.raises(UserError, match="Another run is writing"):
+        acquire(machines(), "x", "refuse")
+    next_owners[0].require()
+    next_owners[0].release()
+
+
+def test_in_a_bucket_two_that_wait_have_the_lease_one_after_the_other(machines: Callable[[], ObjectSlot]) -> None:
+    inside, most = [0], [0]
+
+    def work(slot: ObjectSlot) -> None:
+        with held(slot, "x", "wait"):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.05)
+            inside[0] -= 1
+
+    threads = [threading.Thread(target=work, args=(machines(),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
 
 
 def test_expiry_counts_by_the_watchers_own_steady_clock(slot: FileSlot, monkeypatch: pytest.MonkeyPatch) -> None:
