@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -38,6 +39,10 @@ SECONDS = 60.0
 BEATS = 6
 """Signs of life in that time."""
 
+_MOST_SECONDS = 86_400
+_ENDED = -1.0
+"""In the place of the time when a process began."""
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -61,17 +66,29 @@ class Owner:
 
     def is_gone(self) -> bool:
         """Is it known to have ended?"""
-        return self.is_here() and _born(self.pid) != self.born
+        found = _born(self.pid) if self.is_here() else None
+        return found == _ENDED or found not in (None, self.born)
 
-    def is_stopped(self) -> bool:
-        """Has it been halted (SIGSTOP), so that it says nothing for a while?"""
+    def lives(self) -> bool:
+        """Is it known to run, and not halted (SIGSTOP)?"""
+        return self.is_here() and _born(self.pid) == self.born and not self._is_stopped()
+
+    def _is_stopped(self) -> bool:
         with contextlib.suppress(psutil.Error):
-            return self.is_here() and psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
         return False
 
 
 def lease_seconds() -> float:
-    return float(os.environ.get("SAEFLOW_LEASE_SECONDS") or SECONDS)
+    """Of this process's leases. Raises UserError where SAEFLOW_LEASE_SECONDS is none."""
+    text = os.environ.get("SAEFLOW_LEASE_SECONDS") or str(SECONDS)
+    with contextlib.suppress(ValueError):
+        if 1 <= float(text) <= _MOST_SECONDS:
+            return float(text)
+    raise UserError(
+        f"SAEFLOW_LEASE_SECONDS is {text!r}, but it must be a number of seconds from 1 to {_MOST_SECONDS:,}.\n"
+        f"Set it so, or leave it out: then it is {SECONDS:.0f}."
+    )
 
 
 def _machine() -> str:
@@ -85,22 +102,27 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> float | None:
-    """When a process began, in the kernel's own count where there is one, which no clock moves; None if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else float(fields[19])
-    except OSError:
-        pass
-    try:
+    """When a process began, in the kernel's own count where there is one, which no clock moves; `_ENDED` if it has ended,
+    None where that cannot be known: of another user's process a system may hide all but its number."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return _ENDED if fields[0] in (b"Z", b"X") else float(fields[19])
+    with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.Error:
-        return None
+        return _ENDED if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return _ENDED
+    except PermissionError:
+        pass
+    return None
 
 
 def _about() -> str:
     command = " ".join([Path(sys.argv[0] or "python").name, *sys.argv[1:]])
-    return f"process {os.getpid()} on {platform.node()} ({command[:120]})"
+    about = f"process {os.getpid()} on {platform.node()} ({command[:120]})"
+    return about.encode("utf-8", "replace").decode()  # an argument need not be text
 
 
 class Slot(Protocol):
@@ -145,13 +167,13 @@ class FileSlot:
 
     def read(self) -> tuple[Owner | None, Any]:
         try:
-            content = self.path.read_text("utf-8")
+            content = self.path.read_bytes().decode("utf-8", "replace")
         except FileNotFoundError:
             return None, None
         owner = _owner(content)
         beat = ""
         with contextlib.suppress(OSError):
-            beat = self._beats(owner.token).read_text("utf-8") if owner else ""
+            beat = self._beats(owner.token).read_bytes().decode("utf-8", "replace") if owner else ""
         return owner, (content, beat)
 
     def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
@@ -215,9 +237,16 @@ def _text(owner: Owner) -> str:
 
 def _owner(content: str) -> Owner | None:
     """None where nobody owns it, or nonsense was written."""
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         found = Owner(**json.loads(content))
-        return replace(found, about=sanitise(brief(found.about, 300)), seconds=float(found.seconds), pid=int(found.pid))
+        about = sanitise(brief(str(found.about), 300))
+        found = replace(found, about=about, seconds=float(found.seconds), pid=int(found.pid))
+        if (
+            re.fullmatch("[0-9a-z]{1,64}", found.token)
+            and 0 < found.pid < 1 << 31
+            and 0 < found.seconds <= _MOST_SECONDS
+        ):
+            return found
     return None
 
 
@@ -300,7 +329,7 @@ def acquire(slot: Slot, what: str, overlap: Overlap, sleep: Callable[[float], ob
     seen, since, waited = None, time.monotonic(), False
     while True:
         owner, tag = slot.read()
-        lives = owner is not None and owner.is_here() and not owner.is_gone() and not owner.is_stopped()
+        lives = owner is not None and owner.lives()
         silent = owner is not None and tag == seen and time.monotonic() - since >= owner.seconds
         if owner is None or owner.is_gone() or (silent and not lives):
             if owner is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from saeflow import artefact, lease
@@ -228,11 +231,62 @@ def test_expiry_counts_by_the_watchers_own_steady_clock(slot: FileSlot, monkeypa
     acquire(slot, "x", "refuse").release()
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"token": 3}', "\0\0", '{"token": "\x1b[2J"}'])
-def test_nonsense_in_the_place_of_a_lease_belongs_to_nobody(slot: FileSlot, content: str) -> None:
+def a_lease(**changes: Any) -> bytes:
+    return json.dumps(vars(replace(Owner.here(), machine="elsewhere")) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[1]", b'{"token": 3}', b"\0\0", b'{"token": "\x1b[2J"}', b"\xff\xfe"]
+    + [a_lease(token=token) for token in ("a/b", "..", "", None)]
+    + [a_lease(pid=pid) for pid in (-1, 0, 1 << 70, math.inf)]
+    + [a_lease(seconds=seconds) for seconds in (math.nan, 0, -1, 1e9)],
+)
+def test_nonsense_in_the_place_of_a_lease_belongs_to_nobody(slot: FileSlot, content: bytes) -> None:
     slot.path.parent.mkdir()
-    slot.path.write_text(content)
+    slot.path.write_bytes(content)
     acquire(slot, "x", "refuse").release()
+
+
+@pytest.mark.parametrize("seconds", ["1m", "nan", "0", "-5", "inf", "100000"])
+def test_a_length_of_leases_that_is_none_is_refused_with_what_it_may_be(
+    slot: FileSlot, monkeypatch: pytest.MonkeyPatch, seconds: str
+) -> None:
+    monkeypatch.setenv("SAEFLOW_LEASE_SECONDS", seconds)
+    with pytest.raises(UserError, match=rf"SAEFLOW_LEASE_SECONDS is '{seconds}', .* from 1 to 86,400"):
+        acquire(slot, "x", "refuse")
+
+
+def test_an_argument_that_is_no_text_keeps_nobody_from_work(slot: FileSlot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["saeflow", "run", os.fsdecode(b"rec\xe9.toml")])
+    with held(slot, "x", "refuse") as mine:
+        assert "saeflow run rec?.toml" in mine.owner.about
+        assert slot.read()[0] == mine.owner
+
+
+def test_a_process_of_which_the_system_shows_only_its_number_is_watched_not_taken_for_dead(
+    slot: FileSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = replace(Owner.here(), pid=os.getppid(), token="hidden")
+    read, hidden = Path.read_bytes, f"/proc/{owner.pid}/stat"
+
+    def read_bytes(self: Path) -> bytes:
+        if str(self) == hidden:
+            raise PermissionError
+        return read(self)
+
+    def refused(pid: int) -> None:
+        raise psutil.NoSuchProcess(pid)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(psutil, "Process", refused)
+    assert not owner.is_gone()
+    assert not owner.lives()
+    with slot.guard():
+        slot.put(owner)
+    began = time.monotonic()
+    acquire(slot, "x", "refuse").release()
+    assert time.monotonic() - began >= 1
 
 
 def test_what_another_process_calls_itself_is_shown_harmless(slot: FileSlot) -> None:
