@@ -254,14 +254,17 @@ class Artefact:
         return self._fetched(path, self.record.files) if self.objects is not None else path
 
     def _fetched(self, path: Path, files: Iterable[FileRecord]) -> Path:
-        if self.objects is None or path.is_file():
+        """A file, brought here if it is not: a power cut may have left it shorter than its record says."""
+        if self.objects is None:
+            return path
+        known = [file for file in files if path.as_posix().endswith(f"/{file.name}")]
+        if path.is_file() and (not known or path.stat().st_size in [file.n_bytes for file in known]):
             return path
         try:
-            self.objects.fetch(path)
+            self.objects.fetch(path, fresh=True)
         except FileNotFoundError:
             return path  # its reader says what is missing
-        wanted = [file.checksum for file in files if path.as_posix().endswith(f"/{file.name}")]
-        if wanted and checksum(path) not in wanted:
+        if known and checksum(path) not in [file.checksum for file in known]:
             path.unlink()
             raise damaged(path)
         return path

@@ -288,13 +288,16 @@ class Objects:
             self._tags[key] = str(put["e_tag"])
             self._note_known(path, xxhash.xxh3_128_hexdigest(content), put["e_tag"])
             self._note(path, len(content))
-        except (AlreadyExistsError, PreconditionError) as error:
-            self._fetch(key, path)
-            if path.read_bytes() != content:  # else the answer to the first try was lost
-                raise UserError(
-                    f"Another machine has published {path.parent.name} in {self.url} since this run began.\n"
-                    "Nothing is lost; run the same command again."
-                ) from error
+        except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
+            self._tags.pop(key, None)
+            with contextlib.suppress(FileNotFoundError):  # it was removed
+                self._fetch(key, path)
+                if path.read_bytes() == content:  # the answer to the first try was lost
+                    return
+            raise UserError(
+                f"Another machine has published or removed {path.parent.name} in {self.url} since this run began.\n"
+                "Nothing is lost; run the same command again."
+            ) from error
         except NotImplementedError as error:
             raise UserError(_CANNOT_COMPARE.format(url=self.url)) from error
 

@@ -267,7 +267,7 @@ def test_two_machines_never_undo_each_other(url: str, recipe: Recipe, tmp_path: 
     with another_machine(tmp_path):
         others = activations.tokens_artefact(Store.create(url), recipe)
         others.publish(others.published().parts[:-1])
-    with pytest.raises(UserError, match=r"(?s)Another machine has published .*run the same command again"):
+    with pytest.raises(UserError, match=r"(?s)Another machine has published or removed .*run the same command again"):
         mine.publish(mine.published().parts[:-2])
     now = activations.tokens_artefact(Store.create(url), recipe)
     assert len(now.published().parts) == len(mine.parts()) - 1
@@ -459,6 +459,26 @@ def test_what_was_sent_is_kept_while_the_store_has_it_and_dropped_once_it_has_no
     machines.store("here")
     assert not target.exists()
     assert not table.exists()
+
+
+def test_a_file_that_a_power_cut_has_shortened_is_brought_again(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    with target.new_part(0, {"n": 1}) as folder:
+        (folder / "values.parquet").write_text("whole")
+    path = target.part_file(target.made[0], "values.parquet")
+    path.write_text("")
+    assert target.part_file(target.made[0], "values.parquet").read_text() == "whole"
+
+
+def test_a_record_that_another_machine_has_removed_is_refused_in_words(machines: Machines) -> None:
+    here = machines.store("here").objects
+    assert here is not None
+    record = here.root / "tokens" / "x-00000000" / "manifest.json"
+    here.switch(record, b"1")
+    here.switch(record, b"2")
+    obstore.delete(machines.bucket, here.key(record))
+    with pytest.raises(UserError, match="Another machine has published or removed x-00000000"):
+        here.switch(record, b"3")
 
 
 def test_what_a_killed_run_left_unsent_goes_when_the_next_one_takes_the_lease(machines: Machines) -> None:
