@@ -24,7 +24,7 @@ import xxhash
 
 from saeflow.disk import checksum, flush_tree, look, make_folder, rename, replacing
 from saeflow.fingerprints import FORMAT_VERSION
-from saeflow.lease import FileSlot, Lease, ObjectSlot, held
+from saeflow.lease import FileSlot, Lease, ObjectSlot, held, watch
 from saeflow.objects import Objects
 from saeflow.records import (
     ArtefactRecord,
@@ -558,6 +558,18 @@ class Artefact:
         for file in self.record.files:
             self.own_file(file.name)
         return self.path
+
+
+@contextlib.contextmanager
+def writing_all(targets: Iterable[Artefact]) -> Iterator[None]:
+    """Hold the leases of several artefacts; taken in one order, so that no two runs wait for one another."""
+    ordered = sorted(targets, key=lambda each: each.id)
+    for target in ordered:
+        watch(target.slot)
+    with contextlib.ExitStack() as stack:
+        for target in ordered:
+            stack.enter_context(target.writing())
+        yield
 
 
 @contextlib.contextmanager

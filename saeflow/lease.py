@@ -40,6 +40,8 @@ BEATS = 6
 """Signs of life in that time."""
 
 _MOST_SECONDS = 86_400
+_PATIENCE = 5.0
+"""Seconds that the release of a lease may take: without a network each try takes minutes."""
 _ENDED = -1.0
 """In the place of the time when a process began."""
 
@@ -128,6 +130,9 @@ def _about() -> str:
 class Slot(Protocol):
     """Where a lease is kept. `tag` stands for the content that was seen."""
 
+    @property
+    def path(self) -> Path: ...
+
     def read(self) -> tuple[Owner | None, Any]:
         """The owner, None where there is none; and the tag."""
         ...
@@ -178,14 +183,13 @@ class FileSlot:
 
     def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
         with self.guard():
-            found = self.read()[1]
-            if (found and found[0]) != (tag and tag[0]):
+            if not _is_the_same(self.read()[1], tag):
                 return False, None
             for left in self.path.parent.glob(f"{self.path.stem}.*.beat"):
                 left.unlink(missing_ok=True)
             return True, self.put(owner)
 
-    def put(self, owner: Owner | None) -> tuple[str, str] | None:
+    def put(self, owner: Owner | None) -> tuple[str, str | None] | None:
         """Write without asking; the caller holds the guard. A power cut may lose it: every owner is then gone, too."""
         if owner is None:
             self.path.unlink(missing_ok=True)
@@ -193,7 +197,7 @@ class FileSlot:
         fresh, content = self.path.with_suffix(".new"), _text(owner)
         fresh.write_text(content, "utf-8")
         os.replace(fresh, self.path)
-        return content, ""
+        return content, None
 
     def beat(self, owner: Owner, tag: Any) -> tuple[bool, Any]:
         """In a file of the owner's own and without the guard: a process that is halted here holds nobody up."""
@@ -205,6 +209,13 @@ class FileSlot:
 
     def _beats(self, token: str) -> Path:
         return self.path.with_suffix(f".{token}.beat")
+
+
+def _is_the_same(found: tuple[str, str] | None, tag: tuple[str, str | None] | None) -> bool:
+    """Is a file what it was, with its sign of life? Its owner, who has read none, asks only whether it is its own."""
+    if found is None or tag is None:
+        return found is tag
+    return found[0] == tag[0] and tag[1] in (None, found[1])
 
 
 @dataclass(frozen=True)
@@ -316,9 +327,33 @@ class Lease:
             yield
 
     def release(self) -> None:
+        """Give it back. Where the store does not answer soon it is left as it is, and lapses."""
         self._over.set()
-        with self._lock:
-            self.slot.swap(None, self.tag)
+        returning = threading.Thread(target=self._give_back, name="saeflow-release", daemon=True)
+        returning.start()
+        returning.join(_PATIENCE)
+        if returning.is_alive():
+            log.warning("The lease of %s could not be given back in %.0f s: it lapses.", self.what, _PATIENCE)
+
+    def _give_back(self) -> None:
+        try:
+            with self._lock:
+                self.slot.swap(None, self.tag)
+        except (OSError, UserError) as error:
+            log.warning("The lease of %s could not be given back: %s", self.what, error)
+
+
+_WATCHED: dict[Path, tuple[Any, float]] = {}
+"""What each lease looked like when it was read last, and since when, by this process's monotonic clock."""
+
+
+def watch(slot: Slot) -> tuple[Owner | None, Any, float]:
+    """The owner, the tag, and since when it is known to be unchanged. Of many leases to be taken each is watched first, so
+    that those of a dead machine lapse at the same time and not one after the other."""
+    owner, tag = slot.read()
+    if slot.path not in _WATCHED or _WATCHED[slot.path][0] != tag:
+        _WATCHED[slot.path] = tag, time.monotonic()
+    return owner, tag, _WATCHED[slot.path][1]
 
 
 def acquire(slot: Slot, what: str, overlap: Overlap, sleep: Callable[[float], object] = time.sleep) -> Lease:
@@ -326,29 +361,37 @@ def acquire(slot: Slot, what: str, overlap: Overlap, sleep: Callable[[float], ob
 
     An owner that cannot be asked is watched for as long as its lease lasts, whatever `overlap` says.
     """
-    seen, since, waited = None, time.monotonic(), False
+    waited = False
     while True:
-        owner, tag = slot.read()
-        lives = owner is not None and owner.lives()
-        silent = owner is not None and tag == seen and time.monotonic() - since >= owner.seconds
-        if owner is None or owner.is_gone() or (silent and not lives):
-            if owner is not None:
-                log.warning(
-                    "%s was left by %s, which %s.", what, owner.about, "has ended" if owner.is_gone() else "is silent"
-                )
-            if lease := _take(slot, tag, what, waited):
-                return lease
-            continue
-        if overlap == "refuse" and (lives or (seen is not None and tag != seen)):
+        tag, busy = _once_free(slot, what, overlap, sleep)
+        waited = waited or busy
+        if lease := _take(slot, tag, what, waited):
+            return lease
+
+
+def _once_free(slot: Slot, what: str, overlap: Overlap, sleep: Callable[[float], object]) -> tuple[Any, bool]:
+    """The tag of a lease that may be taken, and was it waited for?"""
+    first, waited = None, False
+    while True:
+        owner, tag, since = watch(slot)
+        if owner is None:
+            return tag, waited
+        if owner.is_gone():
+            log.warning("%s was left by %s, which has ended.", what, owner.about)
+            return tag, waited
+        lives = owner.lives()
+        if not lives and time.monotonic() - since >= owner.seconds:
+            log.warning("%s was left by %s, which is silent.", what, owner.about)
+            return tag, True
+        if overlap == "refuse" and (lives or (first is not None and tag != first)):
             raise UserError(
                 f"Another run is writing {what}: {owner.about}.\n"
                 'Wait for it to end, then run the command again; or set overlap = "wait" in the recipe.'
             )
-        if tag != seen:
-            seen, since = tag, time.monotonic()
         if not waited:
-            log.warning("%s is being written by %s: waiting.", what, owner.about)
-            waited = True
+            doing = "waiting" if overlap == "wait" or lives else f"watching it for {owner.seconds:.0f} s"
+            log.warning("%s is being written by %s, as its lease says: %s.", what, owner.about, doing)
+        first, waited = first or tag, True
         sleep(min(1.0, owner.seconds / BEATS))
 
 
@@ -363,12 +406,9 @@ def _take(slot: Slot, tag: Any, what: str, waited: bool) -> Lease | None:
 
 
 def is_free(slot: Slot) -> bool:
-    """Is nobody at work? Somebody of whom nothing is known is watched for as long as the lease lasts."""
-    owner = slot.read()[0]
-    if owner is None or owner.is_gone():
-        return True
+    """Is nobody at work? Somebody of whom nothing is known is watched for as long as the lease lasts. Nothing is taken."""
     try:
-        acquire(slot, "this", "refuse").release()
+        _once_free(slot, slot.path.stem.replace("-", "/", 1), "refuse", time.sleep)
     except UserError:
         return False
     return True

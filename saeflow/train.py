@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from saeflow import activations, cluster_work, imported, interchange
-from saeflow.artefact import Artefact
+from saeflow.artefact import Artefact, writing_all
 from saeflow.board import require_tensorboard
 from saeflow.cluster import workers_of
 from saeflow.config import Recipe, parse_recipe
@@ -107,9 +107,7 @@ def run_all(store: Store, recipe: Recipe, progress: Progress, fresh: bool = Fals
 def _train_here(store: Store, recipe: Recipe, pairs: list[tuple[Recipe, Artefact]], progress: Progress) -> None:
     """Train or import these members of a recipe in this process."""
     targets = [target for _, target in pairs]
-    with contextlib.ExitStack() as stack:
-        for target in sorted(targets, key=lambda each: each.id):  # in one order: no two wait for one another
-            stack.enter_context(target.writing())
+    with writing_all(targets):
         jobs = [Job(*pair) for pair in pairs if not pair[1].complete()]
         for target in (target for target in targets if target.complete()):
             shutil.rmtree(checkpoints_of(target), ignore_errors=True)  # a run killed just after publication leaves it

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from saeflow import artefact, lease
-from saeflow.artefact import Artefact
-from saeflow.lease import FileSlot, ObjectSlot, Owner, acquire, held
+from saeflow.artefact import Artefact, writing_all
+from saeflow.lease import FileSlot, ObjectSlot, Owner, acquire, held, is_free
 from saeflow.objects import Objects
 from saeflow.sections import UserError
 from saeflow.store import Store
@@ -222,6 +222,74 @@ def test_in_a_bucket_two_that_wait_have_the_lease_one_after_the_other(machines: 
     for thread in threads:
         thread.join()
     assert most == [1]
+
+
+def test_an_owner_that_beats_again_keeps_the_lease_that_another_is_about_to_take(slot: FileSlot) -> None:
+    owner = foreign(slot)
+    silent = slot.read()[1]
+    slot.beat(replace(owner, beat=1), None)
+    assert not slot.swap(Owner.here(), silent)[0]
+    assert slot.read()[0] == owner
+
+
+def test_the_leases_of_a_dead_machine_lapse_together(tmp_path: Path) -> None:
+    store = Store.create(tmp_path)
+    targets = [store.artefact("saes", f"member-{n}", "00000000") for n in range(5)]
+    for target in targets:
+        take_over(target.slot)
+    began = time.monotonic()
+    with writing_all(targets):
+        assert 1 <= time.monotonic() - began < 3
+
+
+def test_whether_a_lease_is_free_is_found_out_without_taking_it_and_names_the_artefact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slot = Store.create(tmp_path).artefact("tokens", "x", "00000000").slot
+    take_over(slot)
+    before = slot.read()
+    assert is_free(slot)
+    assert slot.read() == before
+    assert "tokens/x-00000000 is being written by process 7 on elsewhere" in caplog.text
+    assert "this" not in caplog.text.split()
+
+
+def test_a_store_that_does_not_answer_holds_up_no_release_and_hides_no_error(
+    machines: Callable[[], ObjectSlot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+
+    def silent(self: Objects, path: Path, content: bytes, tag: str | None) -> str | None:
+        over.wait(20)
+        raise UserError("The store does not answer")
+
+    def interrupted() -> None:
+        with held(machines(), "x", "refuse"):
+            monkeypatch.setattr(Objects, "put_tagged", silent)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lease, "_PATIENCE", 0.2)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    over.set()
+    assert time.monotonic() - began < 5
+
+
+def test_a_release_that_fails_does_not_hide_why_the_work_ended(
+    slot: FileSlot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(self: FileSlot, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
+        raise OSError("read-only")
+
+    def ends() -> None:
+        with held(slot, "x", "refuse"):
+            monkeypatch.setattr(FileSlot, "swap", read_only)
+            raise UserError("why the work ended")
+
+    with pytest.raises(UserError, match="why the work ended"):
+        ends()
+    assert "could not be given back: read-only" in caplog.text
 
 
 def test_expiry_counts_by_the_watchers_own_steady_clock(slot: FileSlot, monkeypatch: pytest.MonkeyPatch) -> None:
