@@ -373,7 +373,7 @@ class Artefact:
         return self.objects.checksum(path) if self.objects is not None else checksum(path)
 
     def footprint(self, path: Path) -> tuple[int, float]:
-        """Bytes of a file of the artefact, or of all below a folder, and when the newest was written (0: just now)."""
+        """Bytes of a file of the artefact, or of all below a folder, and when the newest was written."""
         if self.objects is not None:
             key = self.objects.key(path)
             found = [each for name, each in self.objects.listing(self.path).items() if f"{name}/".startswith(f"{key}/")]
@@ -457,8 +457,11 @@ class Artefact:
 
     def unlisted_folders(self) -> list[Path]:
         """Folders in parts/ that no generation on disk lists."""
-        listed = {name for number in self.numbers() for name in listed_folders(self.list_path(number))}
-        return sorted(self.path / "parts" / name for name in self.part_folders() - listed)
+        left = self.part_folders()
+        for number in reversed(self.numbers()):  # the newest names nearly all: the others are mostly not read
+            if left:
+                left -= set(listed_folders(self.list_path(number)))
+        return sorted(self.path / "parts" / name for name in left)
 
     def numbers(self) -> list[int]:
         """Generations whose lists are still on disk."""

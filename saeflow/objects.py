@@ -261,7 +261,7 @@ class Objects:
                 if key.startswith(prefix + "/"):
                     listed.pop(key, None)
                     if n_bytes is not None:
-                        listed[key] = Found(n_bytes, 0.0)
+                        listed[key] = Found(n_bytes, time.time())
 
     def create(self, path: Path, source: Path | None = None) -> bool:
         """Send a file, or `source` in its name, unless there is another one of that name already; then False, and the

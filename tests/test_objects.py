@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -468,6 +469,15 @@ def test_a_file_that_a_power_cut_has_shortened_is_brought_again(machines: Machin
     path = target.part_file(target.made[0], "values.parquet")
     path.write_text("")
     assert target.part_file(target.made[0], "values.parquet").read_text() == "whole"
+
+
+def test_what_was_sent_a_moment_ago_is_that_old(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.look_again()
+    assert target.part_folders() == set()
+    with target.new_part(0, {"n": 1}) as folder:
+        (folder / "values.parquet").write_text("whole")
+    assert time.time() - target.footprint(target.part_path(target.made[0]))[1] < 60
 
 
 def test_a_record_that_another_machine_has_removed_is_refused_in_words(machines: Machines) -> None:

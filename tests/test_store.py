@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from saeflow import artefact as artefact_module
 from saeflow.artefact import Artefact
 from saeflow.disk import read_json, write_json
 from saeflow.fingerprints import FORMAT_VERSION
@@ -97,6 +98,18 @@ def test_a_part_whose_work_folder_was_removed_or_emptied_meanwhile_is_refused(ar
     with pytest.raises(UserError, match=r"work folder .* was removed"), artefact.new_part(0, {}, None, known) as folder:
         lose(folder, known)
     assert artefact.parts() == {}
+
+
+def test_a_publication_reads_as_few_lists_as_it_needs(artefact, monkeypatch):
+    parts = []
+    for index in range(3):
+        parts.append(write_part(artefact, index, bytes([index])))
+        artefact.publish(parts)
+    artefact.publish(parts[:2])
+    read, listed_folders = [], artefact_module.listed_folders
+    monkeypatch.setattr(artefact_module, "listed_folders", lambda path: read.append(path.stem) or listed_folders(path))
+    assert artefact.unlisted_folders() == []
+    assert read == ["000004", "000003"]  # that lists the last part that is there
 
 
 def test_a_folder_without_a_record_is_not_a_part(artefact):
