@@ -25,7 +25,7 @@ import xxhash
 
 from saeflow.disk import checksum, flush_tree, look, make_folder, rename, replacing
 from saeflow.fingerprints import FORMAT_VERSION
-from saeflow.lease import FileSlot, Lease, ObjectSlot, held
+from saeflow.lease import FileSlot, Lease, ObjectSlot, held, watch
 from saeflow.objects import Objects
 from saeflow.records import (
     ArtefactRecord,
@@ -141,10 +141,9 @@ class Artefact:
         """Hold the artefact's lease and clear what a killed run left behind. Raises UserError where another run has it,
         unless the store waits for others."""
         with held(self.slot, self.id, self.overlap) as lease:
-            if lease.waited and self.objects is not None:
-                self.objects.pull()
             self.holds.append(Hold(lease, 0))
             try:
+                self._read_anew(lease.waited)
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.recover()
                 self.holds[-1].number = self._number()
@@ -155,24 +154,34 @@ class Artefact:
                     self.work.rmdir()  # unless another's work is in it
                 self.holds.pop()
 
+    def _read_anew(self, waited: bool) -> None:
+        """In an object store the records are those that this process saw when it began; others may have published."""
+        if self.objects is not None:
+            if waited:
+                self.objects.pull()
+            self.objects.pull_one(self.path)
+        self.__dict__.pop("record", None)
+
     def require_lease(self) -> None:
         """Raises UserError where this run held the lease and was silent for so long that another has it now."""
         for hold in self.holds[-1:]:
             hold.lease.require()
 
     @contextlib.contextmanager
-    def _fence(self) -> Iterator[None]:
-        """Nobody else publishes inside the block. Raises UserError where somebody has since this run began."""
-        guard = self.slot.guard() if isinstance(self.slot, FileSlot) else contextlib.nullcontext()
-        with guard:  # an object store compares when it switches
-            self.require_lease()
+    def publishing(self) -> Iterator[None]:
+        """Around what readers see at once: nobody else publishes inside. Raises UserError where somebody has since this
+        run began."""
+        with self.holds[-1].lease.fence() if self.holds else self.slot.guard():
             if any(hold.number != self._number() for hold in self.holds[-1:]):
-                raise UserError(
-                    f"Another run has published {self.id} since this one began.\nNothing is lost; run the same command again."
-                )
+                raise self._overtaken()
             yield
             for hold in self.holds[-1:]:
                 hold.number = self._number()
+
+    def _overtaken(self) -> UserError:
+        return UserError(
+            f"Another run has published {self.id} since this one began.\nNothing is lost; run the same command again."
+        )
 
     def _number(self) -> int:
         """Of the generation that is published; 0 while none is."""
@@ -189,9 +198,10 @@ class Artefact:
             kind=self.kind, name=self.name, fp=self.fp, facts=facts, inputs=list(inputs),
             files=[file_record(self.path, self.path / name) for name in files],
         )  # fmt: skip
-        write_record(self.path / "artefact.json", record)
-        self.send(*(self.path / name for name in files))
-        self.send(self.path / "artefact.json")
+        with self.publishing():
+            write_record(self.path / "artefact.json", record)
+            self.send(*(self.path / name for name in files))
+            self.send(self.path / "artefact.json")
 
     def attach(self, names: Iterable[str]) -> None:
         """Name further files of the artefact's own, which lie in its folder, in its record; not in one of an earlier format,
@@ -201,7 +211,9 @@ class Artefact:
         files = {file.name: file for file in self.record.files}
         files |= {name: file_record(self.path, self.path / name) for name in names}
         record = self.record.model_copy(update={"files": list(files.values())})
-        if record != self.record:
+        if record == self.record:
+            return
+        with self.publishing():
             self.send(*(self.path / name for name in names))
             write_record(self.path / "artefact.json", record)
             self.send(self.path / "artefact.json")
@@ -247,14 +259,17 @@ class Artefact:
         return self._fetched(path, self.record.files) if self.objects is not None else path
 
     def _fetched(self, path: Path, files: Iterable[FileRecord]) -> Path:
-        if self.objects is None or path.is_file():
+        """A file, brought here if it is not: a power cut may have left it shorter than its record says."""
+        if self.objects is None:
+            return path
+        known = [file for file in files if path.as_posix().endswith(f"/{file.name}")]
+        if path.is_file() and (not known or path.stat().st_size in [file.n_bytes for file in known]):
             return path
         try:
-            self.objects.fetch(path)
+            self.objects.fetch(path, fresh=True)
         except FileNotFoundError:
             return path  # its reader says what is missing
-        wanted = [file.checksum for file in files if path.as_posix().endswith(f"/{file.name}")]
-        if wanted and checksum(path) not in wanted:
+        if known and checksum(path) not in [file.checksum for file in known]:
             path.unlink()
             raise damaged(path)
         return path
@@ -267,19 +282,25 @@ class Artefact:
         """A folder to fill; on a clean exit it becomes the part, checksummed and flushed to disk.
 
         `counts` may still be changed inside the block, and `checksums` be filled: those of files that need not be
-        read again, by name.
+        read again, by name. Raises UserError where one of them, or the folder, is gone.
         """
         self.require_lease()
         folder = self.own_work / (f"{index:06d}-{uuid.uuid4().hex[:8]}" if self.shared else f"{index:06d}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
-            yield folder
+            with _staying(folder) as stayed:
+                yield folder
+                files = file_records(folder, checksums or {})
+                if not stayed() or not {file.name for file in files}.issuperset(checksums or ()):
+                    raise UserError(
+                        f"{self.id}: the work folder {folder} was removed while part {index} was written into it.\n"
+                        "Nothing of that part is published. Run the same command again, and leave tmp/ alone while it works."
+                    )
         except BaseException:
             if self.shared:  # nobody else knows this folder
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        files = file_records(folder, checksums or {})
         record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
         write_record(folder / "part.json", record)
         self._keep(folder, record)
@@ -357,7 +378,7 @@ class Artefact:
         return self.objects.checksum(path) if self.objects is not None else checksum(path)
 
     def footprint(self, path: Path) -> tuple[int, float]:
-        """Bytes of a file of the artefact, or of all below a folder, and when the newest was written (0: just now)."""
+        """Bytes of a file of the artefact, or of all below a folder, and when the newest was written."""
         if self.objects is not None:
             key = self.objects.key(path)
             found = [each for name, each in self.objects.listing(self.path).items() if f"{name}/".startswith(f"{key}/")]
@@ -403,7 +424,7 @@ class Artefact:
         not shown before is not there.
         """
         ordered = tuple(sorted(parts, key=lambda part: part.index))
-        with self._fence():
+        with self.publishing():
             current = self.generation()
             if hidden is None:
                 hidden = current.hidden if current else {}
@@ -453,8 +474,11 @@ class Artefact:
 
     def unlisted_folders(self) -> list[Path]:
         """Folders in parts/ that no generation on disk lists."""
-        listed = {name for number in self.numbers() for name in listed_folders(self.list_path(number))}
-        return sorted(self.path / "parts" / name for name in self.part_folders() - listed)
+        left = self.part_folders()
+        for number in reversed(self.numbers()):  # the newest names nearly all: the others are mostly not read
+            if left:
+                left -= set(listed_folders(self.list_path(number)))
+        return sorted(self.path / "parts" / name for name in left)
 
     def numbers(self) -> list[int]:
         """Generations whose lists are still on disk."""
@@ -518,7 +542,10 @@ class Artefact:
 
     @contextlib.contextmanager
     def whole(self, facts: dict[str, Any], inputs: Iterable[str], provenance: dict[str, Any]) -> Iterator[Path]:
-        """A folder that becomes the artefact in one rename: for artefacts without parts."""
+        """A folder that becomes the artefact in one rename: for artefacts without parts.
+
+        Raises UserError where another run has published it meanwhile.
+        """
         folder = self.own_work / "whole"
         folder.mkdir(parents=True)
         yield folder
@@ -529,13 +556,18 @@ class Artefact:
         write_record(folder / "artefact.json", record)
         write_provenance(folder, provenance)
         flush_tree(folder)
-        with self._fence():
+        with self.publishing():
+            self._read_anew(waited=False)
+            if self.complete():
+                raise self._overtaken()
             if self.path.exists():  # damaged: the caller found files missing
                 self.remove(self.path)
             if self.objects is not None:
                 names = [*(file.name for file in files), "provenance.json"]
                 self.objects.send([folder / name for name in names], folder, self.path)
-                self.objects.send([folder / "artefact.json"], folder, self.path)
+                if not self.objects.create(self.path / "artefact.json", folder / "artefact.json"):
+                    raise self._overtaken()
+                shutil.rmtree(self.path, ignore_errors=True)
             rename(folder, self.path)
 
     def complete(self) -> bool:
@@ -547,6 +579,28 @@ class Artefact:
         for file in self.record.files:
             self.own_file(file.name)
         return self.path
+
+
+@contextlib.contextmanager
+def writing_all(targets: Iterable[Artefact]) -> Iterator[None]:
+    """Hold the leases of several artefacts; taken in one order, so that no two runs wait for one another."""
+    ordered = sorted(targets, key=lambda each: each.id)
+    for target in ordered:
+        watch(target.slot)
+    with contextlib.ExitStack() as stack:
+        for target in ordered:
+            stack.enter_context(target.writing())
+        yield
+
+
+@contextlib.contextmanager
+def _staying(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Is it the same folder still? One that was removed and made again is another."""
+    handle = os.open(folder, os.O_RDONLY)  # as long as it is open, no other one gets its number
+    try:
+        yield lambda: folder.is_dir() and os.path.samestat(os.fstat(handle), folder.stat())
+    finally:
+        os.close(handle)
 
 
 def _put_in_place(folder: Path, target: Path, is_whole: Callable[[], bool]) -> None:

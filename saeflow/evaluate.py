@@ -100,8 +100,9 @@ def _run(store: Store, recipe: Recipe, run_artefact: Artefact, progress: Progres
     quality = judgement.figures | _liveness(run_artefact)
     if recipe.model is not None and judgement.held_out:
         quality |= _language_model(store, recipe, sae, judgement.reconstruction.mean.float(), progress)
-    write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
-    run_artefact.send(path)
+    with run_artefact.publishing():
+        write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
+        run_artefact.send(path)
     return quality
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saeflow import activations, arrays, checks, cluster_work, compaction, imported, interchange, run_tables, train
-from saeflow.artefact import Artefact, Job
+from saeflow.artefact import Artefact, Job, writing_all
 from saeflow.cluster import Workers, kept_open, workers_of
 from saeflow.config import Recipe
 from saeflow.coverage import covered, stands_for
@@ -195,9 +195,7 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
     """The parts that an SAE lacks and how to make one for each of them; publishes when the block ends well."""
     first = recipes[0]
     targets = {artefact(store, recipe): recipe for recipe in recipes}
-    with contextlib.ExitStack() as stack:
-        for target in sorted(targets, key=lambda each: each.id):  # in one order: no two wait for one another
-            stack.enter_context(target.writing())
+    with writing_all(targets):
         wanted = activations.artefact(store, first).published().parts
         used = Used.of(activations.tokens_artefact(store, first), first.activations)
         inputs = {part.index: part_inputs(used, part) for part in wanted}

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, Prec
 from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from saeflow.disk import checksum
 from saeflow.sections import UserError
 
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
@@ -33,6 +36,8 @@ T = TypeVar("T")
 _SENDERS = 4
 """Files of a part on their way at once."""
 _STREAM_BYTES = 4 << 20
+_UNSENT_SECONDS = 86_400
+"""A file that is older and was never sent is not about to be."""
 
 
 def is_url(path: str | Path) -> bool:
@@ -93,7 +98,8 @@ class Objects:
     def pull(self) -> None:
         """Bring the records of every artefact into the folder and drop what is no longer there.
 
-        Two listings an artefact, whatever it holds; parts are not looked at.
+        Two listings an artefact, whatever it holds; parts are not looked at. What was never in the store as it is here
+        stays: a run of this machine is about to send it.
         """
         self._listed.clear()
         self._tags.clear()
@@ -101,39 +107,81 @@ class Objects:
         kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
         artefacts = [artefact for kind in kinds for artefact in self._level(kind)["common_prefixes"]]
         with ThreadPoolExecutor(_SENDERS) as pool:
-            found = [top, *pool.map(self._own_files, artefacts)]
-        known = {str(meta["path"]): meta for each in found for meta in each["objects"]}
-        for path in self._own_local():
-            if self.key(path) not in known:
-                path.unlink()
-        for key, meta in known.items():
-            self._refresh(key, meta)
+            found = [*top["objects"], *itertools.chain.from_iterable(pool.map(self._own_files, artefacts))]
+        self._bring(found, self._own_local(self.root), keep_unsent=True)
 
-    def _own_files(self, artefact: str) -> Any:
+    def pull_one(self, folder: Path) -> None:
+        """The same for one artefact by who holds its lease: what is here and was never sent is a killed run's, and goes."""
+        key = self.key(folder)
+        self._listed.pop(key, None)
+        for known in [known for known in self._tags if known.startswith(f"{key}/")]:
+            del self._tags[known]
+        self._bring(self._own_files(key), self._own_local(folder), keep_unsent=False)
+
+    def _bring(self, found: list[Any], local: Iterable[Path], keep_unsent: bool) -> None:
+        known = {str(meta["path"]): meta for meta in found}
+        for path in local:
+            if self.key(path) not in known and not (keep_unsent and self._is_unsent(path)):
+                path.unlink(missing_ok=True)
+        for key, meta in known.items():
+            self._refresh(key, meta, keep_unsent)
+
+    def _own_files(self, artefact: str) -> list[Any]:
         """Objects of an artefact that belong to no part."""
-        lists = self._level(f"{artefact}/generations")
-        return {"objects": [*self._level(artefact)["objects"], *lists["objects"]]}
+        return [*self._level(artefact)["objects"], *self._level(f"{artefact}/generations")["objects"]]
 
     def _level(self, prefix: str) -> Any:
         """Objects and prefixes right below a prefix."""
         return self._ask(lambda: obstore.list_with_delimiter(self.store, prefix or None))
 
-    def _own_local(self) -> Iterator[Path]:
-        for pattern in ("*", "*/*/*", "*/*/generations/*"):
-            for path in self.root.glob(pattern):
-                if path.is_file() and not path.is_relative_to(self.root / "tmp"):
-                    yield path
+    def _own_local(self, folder: Path) -> Iterator[Path]:
+        """Files of this machine in the place of `_own_files`, of the whole store where the folder is its root; not
+        those, with a dot before their names, that are being written."""
+        patterns = ("*", "*/*/*", "*/*/generations/*") if folder == self.root else ("*", "generations/*")
+        for path in itertools.chain.from_iterable(map(folder.glob, patterns)):
+            if path.is_file() and path.name[0] != "." and not path.is_relative_to(self.root / "tmp"):
+                yield path
 
-    def _refresh(self, key: str, meta: Any) -> None:
+    def _refresh(self, key: str, meta: Any, keep_unsent: bool) -> None:
         """Small records are read anew, other files dropped where they are no longer those of the store."""
         path = self.root / key
         if key.endswith(".json"):
             return self._fetch(key, path)
-        if "/generations/" in key and not _same(path, meta):
+        if not path.is_file() or _same(path, meta):
+            return self._fetch(key, path) if "/generations/" in key and not path.is_file() else None
+        if self._noted(path) == [checksum(path), str(meta["e_tag"])]:  # sent from here
+            written = meta["last_modified"].timestamp()
+            return os.utime(path, (written, written))
+        if "/generations/" in key:
             return self._fetch(key, path)
-        if path.is_file() and not _same(path, meta):
-            path.unlink()
+        if not (keep_unsent and self._noted(path) and self._is_unsent(path)):
+            path.unlink(missing_ok=True)
         return None
+
+    def _is_unsent(self, path: Path) -> bool:
+        """Has a file never been in the store as it is here? One that is a day old is a killed run's."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._noted(path)[:1] != [checksum(path)] and time.time() - path.stat().st_mtime < _UNSENT_SECONDS
+        return False
+
+    def _noted(self, path: Path) -> list[str]:
+        """The checksum and the tag with which a file of an artefact's own was sent or fetched last, if it was."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._note_of(path).read_text("utf-8").split(" ", 1)
+        return []
+
+    def _note_of(self, path: Path) -> Path:
+        return self.root / "tmp" / "known" / self.key(path)
+
+    def _note_known(self, path: Path, digest: str, tag: object) -> None:
+        """Such a file is in the store now."""
+        if self._noted(path) == [digest, str(tag)]:
+            return
+        note = self._note_of(path)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(note)
+        temporary.write_text(f"{digest} {tag}", "utf-8")
+        os.replace(temporary, note)
 
     def fetch(self, path: Path, fresh: bool = False) -> Path:
         """The file, brought here if it is not. Raises FileNotFoundError."""
@@ -146,7 +194,7 @@ class Objects:
 
     def _fetch_once(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary = _temporary(path)
         try:
             found = obstore.get(self.store, key)
             with temporary.open("wb") as file:
@@ -154,6 +202,8 @@ class Objects:
                     file.write(piece)
             written = found.meta["last_modified"].timestamp()
             os.utime(temporary, (written, written))
+            if _is_own(key):
+                self._note_known(path, checksum(temporary), found.meta["e_tag"])
             os.replace(temporary, path)
             self._tags[key] = str(found.meta["e_tag"])
         finally:
@@ -198,7 +248,9 @@ class Objects:
 
     def _send(self, pair: tuple[Path, Path]) -> None:
         path, target = pair
-        self._ask(lambda: obstore.put(self.store, self.key(target), path))
+        put = self._ask(lambda: obstore.put(self.store, self.key(target), path))
+        if _is_own(self.key(target)):
+            self._note_known(target, checksum(path), put["e_tag"])
         self._note(target, path.stat().st_size)
 
     def _note(self, target: Path, n_bytes: int | None) -> None:
@@ -209,16 +261,20 @@ class Objects:
                 if key.startswith(prefix + "/"):
                     listed.pop(key, None)
                     if n_bytes is not None:
-                        listed[key] = Found(n_bytes, 0.0)
+                        listed[key] = Found(n_bytes, time.time())
 
-    def create(self, path: Path) -> bool:
-        """Send a file, unless there is another one of that name already; then False, and the other is here."""
-        content, key = path.read_bytes(), self.key(path)
+    def create(self, path: Path, source: Path | None = None) -> bool:
+        """Send a file, or `source` in its name, unless there is another one of that name already; then False, and the
+        other is here."""
+        content, key = (source or path).read_bytes(), self.key(path)
         try:
-            self._ask(lambda: obstore.put(self.store, key, content, mode="create", use_multipart=False))
+            put = self._ask(lambda: obstore.put(self.store, key, content, mode="create", use_multipart=False))
         except AlreadyExistsError:
             self._fetch(key, path)
             return path.read_bytes() == content
+        except NotImplementedError as error:
+            raise UserError(_CANNOT_COMPARE.format(url=self.url)) from error
+        self._note_known(path, xxhash.xxh3_128_hexdigest(content), put["e_tag"])
         self._note(path, len(content))
         return True
 
@@ -230,14 +286,18 @@ class Objects:
         try:
             put = self._ask(lambda: obstore.put(self.store, key, content, mode=mode, use_multipart=False))
             self._tags[key] = str(put["e_tag"])
+            self._note_known(path, xxhash.xxh3_128_hexdigest(content), put["e_tag"])
             self._note(path, len(content))
-        except (AlreadyExistsError, PreconditionError) as error:
-            self._fetch(key, path)
-            if path.read_bytes() != content:  # else the answer to the first try was lost
-                raise UserError(
-                    f"Another machine has published {path.parent.name} in {self.url} since this run began.\n"
-                    "Nothing is lost; run the same command again."
-                ) from error
+        except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
+            self._tags.pop(key, None)
+            with contextlib.suppress(FileNotFoundError):  # it was removed
+                self._fetch(key, path)
+                if path.read_bytes() == content:  # the answer to the first try was lost
+                    return
+            raise UserError(
+                f"Another machine has published or removed {path.parent.name} in {self.url} since this run began.\n"
+                "Nothing is lost; run the same command again."
+            ) from error
         except NotImplementedError as error:
             raise UserError(_CANNOT_COMPARE.format(url=self.url)) from error
 
@@ -263,11 +323,6 @@ class Objects:
             return found[1] if found and found[0] == content else None  # the answer to the first try was lost
         except NotImplementedError as error:
             raise UserError(_CANNOT_COMPARE.format(url=self.url)) from error
-
-    def drop(self, path: Path) -> None:
-        """Remove one object that no listing holds."""
-        with contextlib.suppress(FileNotFoundError):
-            self._ask(lambda: obstore.delete(self.store, self.key(path)))
 
     def listing(self, folder: Path) -> dict[str, Found]:
         """All objects below a folder, by key; listed once, then kept up to date by what is sent and removed here."""
@@ -319,7 +374,8 @@ class Objects:
         keys = [meta["path"] for meta in self._below(self.key(path))] or [self.key(path)]
         with contextlib.suppress(FileNotFoundError):
             self._ask(lambda: obstore.delete(self.store, keys))
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for here in (path, self._note_of(path)):
+            shutil.rmtree(here, ignore_errors=True) if here.is_dir() else here.unlink(missing_ok=True)
         self._listed.clear()
         self._tags.pop(self.key(path), None)
 
@@ -387,6 +443,16 @@ _HELP = (
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _is_own(key: str) -> bool:
+    """Is it a file of an artefact's own, or of the store's?"""
+    return not key.startswith("tmp/") and "/parts/" not in key
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside a file for what takes its place, of this thread alone."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
 
 
 def _same(path: Path, meta: Any) -> bool:

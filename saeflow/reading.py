@@ -152,11 +152,10 @@ class Reading:
     def _keep(self) -> None:
         """Checkpoints, in the object store, too, so that another machine can go on where this one was lost."""
         for job in (job for job in self.jobs if not job.published):
-            job.target.require_lease()
             for board in job.boards:
                 board.flush()
             for restart, training in enumerate(job.trainings):
-                training.save(job.folder(restart))
+                training.save(job.folder(restart), job.target.own_work, job.target.require_lease)
                 if self.objects is not None:
                     self.objects.keep(job.folder(restart), training.step, CHECKPOINT)
         self.saved = time.monotonic()

@@ -34,14 +34,15 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Path:
     generation = target.published()
     small = recipe.model is None and generation.total("n_tokens") <= MAX_ROWS
     path = target.own_file("features.png" if small else "density.png")
-    drawn = holding(generation.parts)
-    if path.is_file() and f"{_DRAWN}\0{drawn}".encode() in path.read_bytes():
+    if path.is_file() and f"{_DRAWN}\0{holding(generation.parts)}".encode() in path.read_bytes():
         return path
-    figure = _heat_map(store, recipe) if small else _densities(target)
-    with target.writing(), replacing(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None, _DRAWN: drawn})
-    target.send(path)
+    with target.writing():
+        drawn = holding(target.published().parts)
+        figure = _heat_map(store, recipe) if small else _densities(target)
+        with target.publishing(), replacing(path) as temporary, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
+            figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None, _DRAWN: drawn})
+        target.send(path)
     progress.say(f"report: picture in {path}")
     return path
 

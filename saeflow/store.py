@@ -16,7 +16,7 @@ from saeflow.config import Recipe
 from saeflow.disk import human_bytes, make_folder
 from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.harmless import brief
-from saeflow.lease import FileSlot, ObjectSlot, held
+from saeflow.lease import FileSlot, Lease, ObjectSlot, held
 from saeflow.objects import Objects, cache_folder, is_url
 from saeflow.records import KINDS, Kind, damaged, read_checked, write_checked
 from saeflow.sections import Overlap, UserError
@@ -88,11 +88,12 @@ class Store:
         return store
 
     @contextlib.contextmanager
-    def writing(self, name: str, what: str) -> Iterator[None]:
+    def writing(self, name: str, what: str) -> Iterator[Lease]:
         """Hold a lease of this name: for what is no artefact. Raises UserError as `Artefact.writing` does."""
         path = self.root / "tmp" / "locks" / f"{name}.lease"
-        with held(FileSlot(path) if self.objects is None else ObjectSlot(self.objects, path), what, self.overlap):
-            yield
+        slot = FileSlot(path) if self.objects is None else ObjectSlot(self.objects, path)
+        with held(slot, what, self.overlap) as lease:
+            yield lease
 
     def send(self, path: Path) -> None:
         if self.objects is not None:

@@ -12,6 +12,7 @@ from saeflow.artefact import Artefact
 from saeflow.config import Recipe
 from saeflow.disk import replacing
 from saeflow.fingerprints import FORMAT_VERSION, fingerprint
+from saeflow.lease import Lease
 from saeflow.progress import Progress
 from saeflow.records import read_known, write_checked
 from saeflow.sections import SAEConfig, UserError
@@ -34,11 +35,15 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     if missing:
         raise UserError(f"Not trained yet: {', '.join(missing)}. Run `saeflow train RECIPE` first.")
     path = folder_of(store, recipe.name, trained)
-    with store.writing(f"sweeps-{path.name}", f"the table of {recipe.name}"):
-        return _run(store, recipe, trained, path, progress)
+    with store.writing(f"sweeps-{path.name}", f"the table of {recipe.name}") as lease:
+        if store.objects is not None:  # another machine may have judged since this process began
+            store.objects.pull_one(path)
+        return _run(store, recipe, trained, path, progress, lease)
 
 
-def _run(store: Store, recipe: Recipe, trained: Sequence[Artefact], path: Path, progress: Progress) -> dict[str, Any]:
+def _run(
+    store: Store, recipe: Recipe, trained: Sequence[Artefact], path: Path, progress: Progress, lease: Lease
+) -> dict[str, Any]:
     members = recipe.members()
     judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(store, recipe)}
     known = read_known(path / TABLE)
@@ -51,11 +56,13 @@ def _run(store: Store, recipe: Recipe, trained: Sequence[Artefact], path: Path, 
     train.set_threads(recipe)
     rows = _rows(members, trained, _judged(store, members, trained, progress))
     table = {"format_version": FORMAT_VERSION} | judged | {"saes": rows}
-    write_checked(path / TABLE, table)
-    with replacing(path / PICTURE) as temporary:
-        draw(recipe.name, rows).savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-    for name in (TABLE, PICTURE):
-        store.send(path / name)
+    picture = draw(recipe.name, rows)
+    with lease.fence():
+        write_checked(path / TABLE, table)
+        with replacing(path / PICTURE) as temporary:
+            picture.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+        for name in (TABLE, PICTURE):
+            store.send(path / name)
     progress.say(f"evaluate: table and picture in {path}")
     return table
 

@@ -17,7 +17,7 @@ import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from saeflow import activations, cluster_work, imported, interchange, seen
-from saeflow.artefact import Artefact
+from saeflow.artefact import Artefact, writing_all
 from saeflow.board import require_tensorboard
 from saeflow.cluster import workers_of
 from saeflow.config import Recipe, parse_recipe
@@ -89,9 +89,7 @@ def run_all(store: Store, recipe: Recipe, progress: Progress, fresh: bool = Fals
 def _train_here(store: Store, recipe: Recipe, chosen: list[Job], progress: Progress) -> None:
     """Train or import these members of a recipe in this process."""
     targets = [job.target for job in chosen]
-    with contextlib.ExitStack() as stack:
-        for target in sorted(targets, key=lambda each: each.id):  # in one order: no two wait for one another
-            stack.enter_context(target.writing())
+    with writing_all(targets):
         jobs = [job for job in chosen if not job.target.complete()]
         for target in (target for target in targets if target.complete()):
             shutil.rmtree(checkpoints_of(target), ignore_errors=True)  # a run killed just after publication leaves it

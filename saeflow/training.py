@@ -7,13 +7,13 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -195,9 +195,10 @@ class Training:
         """Precision of the encoder product, chosen once by measurement and then kept."""
         return str(self.sae.product_dtype).removeprefix("torch.")
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint beside the last one, then take its place."""
-        fresh = folder.with_name(folder.name + ".new")
+    def save(self, folder: Path, work: Path | None = None, require: Callable[[], None] = lambda: None) -> None:
+        """Write a checkpoint under `work`, then let it take the place of the last one, if `require` does not object."""
+        whole = folder.with_name(folder.name + ".new")
+        fresh = (work or folder.parent) / f"{folder.name}.fresh"
         shutil.rmtree(fresh, ignore_errors=True)
         make_folder(fresh)
         moments = {
@@ -206,12 +207,15 @@ class Training:
             for name, value in state.items()
         }
         weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        save_file({**weights, **moments}, fresh / STATE)
+        save_file({**weights, **moments}, fresh / STATE, {"step": str(self.step)})
         flush(fresh / STATE)  # before the file that says that the checkpoint is whole
         about = {"step": self.step, "scales": self.scales, "product": self.product, "log": self.log}
         write_json(fresh / CHECKPOINT, about)
+        require()
+        shutil.rmtree(whole, ignore_errors=True)
+        rename(fresh, whole)
         shutil.rmtree(folder, ignore_errors=True)
-        rename(fresh, folder)
+        rename(whole, folder)
 
     def restore(self, folder: Path) -> bool:
         """Continue from the newest whole checkpoint, if there is one; it then lies in `folder`.
@@ -234,8 +238,11 @@ class Training:
         return True
 
     def _load(self, folder: Path) -> None:
-        tensors = load_file(folder / STATE)
-        about = read_json(folder / CHECKPOINT)
+        tensors, about = load_file(folder / STATE), read_json(folder / CHECKPOINT)
+        with safe_open(folder / STATE, "pt") as file:
+            step = (file.metadata() or {}).get("step", str(about["step"]))  # an earlier saeflow did not say it
+        if step != str(about["step"]):
+            raise ValueError(f"{STATE} is of step {step}, {CHECKPOINT} of step {about['step']}")
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
+import obstore
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -34,6 +36,7 @@ from saeflow import (
     train,
 )
 from saeflow.arrays import open_site
+from saeflow.artefact import Artefact
 from saeflow.config import Recipe, parse_recipe
 from saeflow.object_files import ObjectFiles
 from saeflow.objects import Objects
@@ -97,9 +100,11 @@ def another_machine(tmp_path: Path) -> Iterator[Path]:
 
 
 def there(server: Server, url: str) -> dict[str, bytes]:
-    """The objects of a store by their path in it, as `tree` gives a folder's files."""
+    """The objects of a store by their path in it, as `tree` gives a folder's files; leases, which all are nobody's, aside."""
     found = server.files("bucket", url.removeprefix("s3://bucket/"))
-    return {key: content for key, content in found.items() if not key.endswith(NOT_COMPARED)}
+    leases = {key for key in found if key.startswith("tmp/locks/")}
+    assert {found[key] for key in leases} <= {b"{}\n"}
+    return {key: content for key, content in found.items() if not key.endswith(NOT_COMPARED) and key not in leases}
 
 
 def here(store: Store) -> dict[str, bytes]:
@@ -287,7 +292,7 @@ def test_two_machines_never_undo_each_other(url: str, recipe: Recipe, tmp_path: 
     with another_machine(tmp_path):
         others = activations.tokens_artefact(Store.create(url), recipe)
         others.publish(others.published().parts[:-1])
-    with pytest.raises(UserError, match=r"(?s)Another machine has published .*run the same command again"):
+    with pytest.raises(UserError, match=r"(?s)Another machine has published or removed .*run the same command again"):
         mine.publish(mine.published().parts[:-2])
     now = activations.tokens_artefact(Store.create(url), recipe)
     assert len(now.published().parts) == len(mine.parts()) - 1
@@ -370,6 +375,155 @@ def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(
     job: Any = SimpleNamespace(folder=lambda restart: folder)
     Reading._begun(reading, job, MagicMock(done=True), 0)
     assert [(folder / name).read_text() for name in (CHECKPOINT, STATE)] == ["new", "new"]
+
+
+class Machines:
+    """Machines that share a bucket in memory, each with a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bucket = Objects("memory:///", folder / "nobody").store
+
+    def store(self, name: str) -> Store:
+        """As a process of that machine sees it that has just begun."""
+        objects = Objects("memory:///", self.folder / name)
+        objects.store = self.bucket
+        objects.pull()
+        return Store(objects.root, objects)
+
+    def content(self, key: str) -> bytes:
+        return bytes(obstore.get(self.bucket, key).bytes())
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Machines:
+    return Machines(tmp_path)
+
+
+def an_sae(target: Artefact, weights: str) -> None:
+    with target.whole({}, [], {}) as folder:
+        (folder / "weights").write_text(weights)
+
+
+def test_who_takes_a_lease_sees_what_another_machine_has_published_since_it_began(machines: Machines) -> None:
+    one, two = (machines.store(name).artefact("saes", "x", "00000000") for name in ("one", "two"))
+    assert not two.complete()
+    with one.writing():
+        an_sae(one, "first")
+    with two.writing():
+        assert two.complete()
+        assert (two.fetched() / "weights").read_text() == "first"
+
+
+def test_a_generation_published_since_a_process_began_is_the_one_that_it_goes_on_from(machines: Machines) -> None:
+    one, two = (machines.store(name).artefact("tokens", "x", "00000000") for name in ("one", "two"))
+    for index, target in enumerate((one, two)):
+        with target.writing():
+            target.begin({})
+            with target.new_part(index, {"n": 1}) as folder:
+                (folder / "data").write_text("x")
+            target.publish(target.parts().values())
+    assert [part.index for part in two.published().parts] == [0, 1]
+
+
+def test_an_sae_of_another_machine_is_never_overwritten(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (machines.store(name).artefact("saes", "x", "00000000") for name in ("one", "two"))
+
+    def late() -> None:
+        with two.writing():
+            an_sae(one, "first")  # by a process that holds no lease any more
+            an_sae(two, "second")
+
+    with pytest.raises(UserError, match="has published saes/x-00000000 since"):
+        late()
+    assert machines.content("saes/x-00000000/weights") == b"first"
+    assert (two.fetched() / "weights").read_text() == "first"
+    sent = Objects.send
+
+    def first_now(self: Objects, *args: Any) -> None:
+        """Another machine's record comes between the look and ours."""
+        sent(self, *args)
+        record = three.path / "artefact.json"
+        obstore.put(machines.bucket, three.objects.key(record), b"theirs") if three.objects else None
+
+    three = machines.store("three").artefact("saes", "y", "00000000")
+    monkeypatch.setattr(Objects, "send", first_now)
+    with pytest.raises(UserError, match="has published saes/y-00000000 since"), three.writing():
+        an_sae(three, "third")
+    assert machines.content("saes/y-00000000/artefact.json") == b"theirs"
+
+
+def test_a_look_at_the_store_leaves_alone_what_a_run_of_this_machine_has_not_sent_yet(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.begin({})
+    for again in ("once", "again"):
+        (target.path / "similar.parquet").write_text(again)
+        (target.path / ".manifest.json.new").write_text("being written")
+        machines.store("here")
+        assert (target.path / "similar.parquet").read_text() == again
+        assert (target.path / ".manifest.json.new").read_text() == "being written"
+        target.send(target.path / "similar.parquet")
+
+
+def test_what_was_sent_is_kept_while_the_store_has_it_and_dropped_once_it_has_not(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.begin({})
+    table = target.path / "similar.parquet"
+    table.write_text("once")
+    target.send(table)
+    machines.store("here")
+    assert table.read_text() == "once"
+    other = machines.store("there").artefact("features", "x", "00000000")
+    other.own_file("similar.parquet").write_text("again")
+    other.send(other.path / "similar.parquet")
+    machines.store("here")
+    assert not table.exists()
+    assert target.own_file("similar.parquet").read_text() == "again"
+    other.remove(other.path)
+    machines.store("here")
+    assert not target.exists()
+    assert not table.exists()
+
+
+def test_a_file_that_a_power_cut_has_shortened_is_brought_again(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    with target.new_part(0, {"n": 1}) as folder:
+        (folder / "values.parquet").write_text("whole")
+    path = target.part_file(target.made[0], "values.parquet")
+    path.write_text("")
+    assert target.part_file(target.made[0], "values.parquet").read_text() == "whole"
+
+
+def test_what_was_sent_a_moment_ago_is_that_old(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.look_again()
+    assert target.part_folders() == set()
+    with target.new_part(0, {"n": 1}) as folder:
+        (folder / "values.parquet").write_text("whole")
+    assert time.time() - target.footprint(target.part_path(target.made[0]))[1] < 60
+
+
+def test_a_record_that_another_machine_has_removed_is_refused_in_words(machines: Machines) -> None:
+    here = machines.store("here").objects
+    assert here is not None
+    record = here.root / "tokens" / "x-00000000" / "manifest.json"
+    here.switch(record, b"1")
+    here.switch(record, b"2")
+    obstore.delete(machines.bucket, here.key(record))
+    with pytest.raises(UserError, match="Another machine has published or removed x-00000000"):
+        here.switch(record, b"3")
+
+
+def test_what_a_killed_run_left_unsent_goes_when_the_next_one_takes_the_lease(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.begin({})
+    (target.path / "quality.json").write_text("never sent")
+    with machines.store("here").artefact("features", "x", "00000000").writing():
+        assert not (target.path / "quality.json").exists()
+    (target.path / "quality.json").write_text("never sent")
+    os.utime(target.path / "quality.json", (0, 0))
+    machines.store("here")
+    assert not (target.path / "quality.json").exists()
 
 
 def test_an_open_object_may_be_shared_by_threads(server: Server, url: str, tmp_path: Path) -> None:

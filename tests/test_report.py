@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow import bring, features, report, train
+from saeflow import bring, evaluate, features, report, train
 from saeflow.config import parse_recipe
 from saeflow.report import active_sets, feature_table
+from saeflow.sections import UserError
 from saeflow.store import Store
-from tests.small_pipeline import brought_data, quiet, value_file
+from tests.small_pipeline import brought_data, quiet, take_over, value_file
 
 PNG = b"\x89PNG\r\n"
 PHRASES = "phrase,a,b,c\n" + "".join(
@@ -64,6 +67,28 @@ def test_the_same_run_gives_the_same_picture_byte_for_byte(small):
     before = path.read_bytes()
     path.unlink()
     assert report.run(store, recipe, quiet()).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "made", "name"),
+    [(report.run, "report._heat_map", "features.png"), (evaluate.run, "evaluate._liveness", "quality.json")],
+)
+def test_who_has_lost_the_lease_writes_no_figures_and_no_picture(small, tmp_path, monkeypatch, stage, made, name):
+    shutil.copytree(small[0].root, tmp_path / "store")
+    store, recipe = Store(tmp_path / "store"), small[1]
+    target = features.artefact(store, recipe)
+    (target.path / name).unlink(missing_ok=True)
+    module, function = {"report": report, "evaluate": evaluate}[made.split(".")[0]], made.split(".")[1]
+    make = getattr(module, function)
+
+    def slow(*arguments):
+        take_over(target.slot)
+        return make(*arguments)
+
+    monkeypatch.setattr(module, function, slow)
+    with pytest.raises(UserError, match="has taken over"):
+        stage(store, recipe, quiet())
+    assert not (target.path / name).exists()
 
 
 def test_a_run_on_a_corpus_is_drawn_as_a_histogram_of_densities(finished):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from saeflow import artefact as artefact_module
 from saeflow.artefact import Artefact
 from saeflow.disk import read_json, write_json
 from saeflow.fingerprints import FORMAT_VERSION
@@ -92,6 +94,38 @@ def test_a_part_whose_work_fails_never_appears_and_the_next_writer_clears_it_awa
     assert artefact.work.exists()
     with artefact.writing():
         assert not artefact.work.exists()
+
+
+def lose_the_folder(folder: Path, known: dict[str, str]) -> None:
+    (folder / "zarr.json").write_text("x")
+    shutil.rmtree(folder)
+    folder.mkdir()  # as a writer of shards does
+    (folder / "shard").write_text("y")
+
+
+def lose_a_file(folder: Path, known: dict[str, str]) -> None:
+    (folder / "other").write_text("x")
+    known["shard"] = "0" * 32
+
+
+@pytest.mark.parametrize("lose", [lose_the_folder, lose_a_file])
+def test_a_part_whose_work_folder_was_removed_or_emptied_meanwhile_is_refused(artefact, lose):
+    known: dict[str, str] = {}
+    with pytest.raises(UserError, match=r"work folder .* was removed"), artefact.new_part(0, {}, None, known) as folder:
+        lose(folder, known)
+    assert artefact.parts() == {}
+
+
+def test_a_publication_reads_as_few_lists_as_it_needs(artefact, monkeypatch):
+    parts = []
+    for index in range(3):
+        parts.append(write_part(artefact, index, bytes([index])))
+        artefact.publish(parts)
+    artefact.publish(parts[:2])
+    read, listed_folders = [], artefact_module.listed_folders
+    monkeypatch.setattr(artefact_module, "listed_folders", lambda path: read.append(path.stem) or listed_folders(path))
+    assert artefact.unlisted_folders() == []
+    assert read == ["000004", "000003"]  # that lists the last part that is there
 
 
 def test_a_folder_without_a_record_is_not_a_part(artefact):

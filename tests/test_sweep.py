@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from saeflow import activations, bring, config, evaluate, interchange, pipeline, sweep, tokens, train, transfer
 from saeflow.config import Recipe, parse_recipe
 from saeflow.feed import Feed
+from saeflow.lease import FileSlot
 from saeflow.progress import Progress
 from saeflow.reading import Reading
 from saeflow.records import Hidden, read_checked
 from saeflow.sections import SAEConfig, UserError
 from saeflow.store import Store
 from saeflow.training import Batch, Training, sample
-from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
+from tests.small_pipeline import a_table, brought_data, quiet, recipe_data, take_over, tree, write_table
 
 SWEEP: dict[str, Any] = {
     "grid": {"sae.k": [3, 6]},
@@ -363,6 +364,22 @@ def test_a_sweep_is_judged_again_once_a_document_is_hidden(store, table):
     one = Hidden(document_id=0, key_hash="00", reason="forgotten")
     source.publish(source.published().parts, hidden={source.published().parts[0].index: (one,)})
     assert sweep.run(store, recipe, quiet())["tokens"] != first["tokens"]
+
+
+def test_who_has_lost_the_lease_writes_no_table(store, table, monkeypatch):
+    recipe = recipe_of(table, sweep={"grid": {"sae.k": [3, 6]}}, train={"n_tokens": 500})
+    train.run(store, recipe, quiet())
+    draw = sweep.draw
+
+    def slow(*arguments):
+        [lease] = (store.root / "tmp" / "locks").glob("sweeps-*.lease")
+        take_over(FileSlot(lease))
+        return draw(*arguments)
+
+    monkeypatch.setattr(sweep, "draw", slow)
+    with pytest.raises(UserError, match="has taken over"):
+        sweep.run(store, recipe, quiet())
+    assert not list(store.root.glob("sweeps/*/*"))
 
 
 def table_of(store: Store) -> Path:

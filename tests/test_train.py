@@ -179,6 +179,33 @@ def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_
     assert done == ["state.safetensors", "state.json"]
 
 
+def test_a_checkpoint_of_weights_and_a_count_of_other_steps_is_refused(stored, table, tmp_path):
+    recipe = recipe_of(table)
+    begun = train.Training.begin(train.open_feed(stored, recipe), recipe)
+    for step in (60, 200):
+        begun.step = step
+        begun.save(tmp_path / str(step))
+    (tmp_path / "60" / "state.json").replace(tmp_path / "200" / "state.json")
+    with pytest.raises(UserError, match=r"state\.safetensors is of step 200, state\.json of step 60"):
+        begun.restore(tmp_path / "200")
+
+
+def test_a_training_whose_lease_is_lost_leaves_the_checkpoint_of_the_next_owner_as_it_is(stored, table, tmp_path):
+    recipe = recipe_of(table)
+    begun = train.Training.begin(train.open_feed(stored, recipe), recipe)
+    begun.step = 200
+    begun.save(tmp_path / "checkpoint")
+    before, begun.step = tree(tmp_path / "checkpoint"), 60
+
+    def lost():
+        raise UserError("silent")
+
+    with pytest.raises(UserError, match="silent"):
+        begun.save(tmp_path / "checkpoint", tmp_path / "own", lost)
+    assert tree(tmp_path / "checkpoint") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "own"}
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 def test_a_checkpoint_that_cannot_be_read_is_named_with_the_way_out(stored, table, tmp_path, name):
     recipe = recipe_of(table)

@@ -75,9 +75,9 @@ def _parts(stage: str, kind: str) -> list[Point]:
 POINTS = [
     *_parts("tokens", "tokens"),
     *_parts("collect", "activations"),
-    Point("train", "before the first step", "os.mkdir", r"\.checkpoint/restart-0\.new$"),
+    Point("train", "before the first step", "os.mkdir", r"tmp/saes-[^/]+/[^/]+/restart-0\.fresh$"),
     Point("train", "in the middle of a step", STEP, "", 20),
-    Point("train", "in the middle of a checkpoint", "open", r"\.checkpoint/restart-0\.new/\.state\.json\.new$", 3),
+    Point("train", "in the middle of a checkpoint", "open", r"/restart-0\.fresh/\.state\.json\.new$", 3),
     Point("train", "before a checkpoint is renamed", "os.rename", r"\.checkpoint/restart-0\.new$", 3),
     Point("train", "before publication", "os.mkdir", r"tmp/saes-[^/]+/[^/]+/whole$"),
     Point("train", "before the record", "open", r"whole/\.artefact\.json\.new$"),

@@ -71,7 +71,7 @@ def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, li
     elif chosen.matrix:
         yield from matrix_results(chosen, folder)
     elif chosen.overlaps:
-        yield from (case for case in overlaps(folder) if chosen.only in case[0])
+        yield from overlaps(folder, chosen.only)
     elif chosen.power_cuts:
         runner = small_runner(folder)
         for cut in power_cuts(runner, chosen.power_cuts):

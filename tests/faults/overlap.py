@@ -27,7 +27,10 @@ def waiting_runner(folder: Path) -> Runner:
 
 
 def halted(runner: Runner, point: Point) -> list[str]:
-    """A run that stops dead at the point, another that waits and finishes the work, then the first continued."""
+    """A run that stops dead at the point, another that waits and finishes the work, then the first continued.
+
+    The first then says that it has lost the lease, and changes nothing that readers see.
+    """
     store = runner.folder / f"halted-{POINTS.index(point)}"
     first = runner.start(store, partial(_watched, Case(point, "SIGSTOP"), store))
     try:
@@ -36,21 +39,35 @@ def halted(runner: Runner, point: Point) -> list[str]:
         if _publishing(point):  # nobody may pass: it holds the lock
             time.sleep(3 * float(LEASE_SECONDS))
             os.kill(first.pid or 0, signal.SIGCONT)
-        codes = [runner.finish(store, second)]
+        codes, published = [runner.finish(store, second)], _published(store)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(first.pid or 0, signal.SIGCONT)
     codes.append(runner.finish(store, first))
-    return [*_wrong(runner, store, codes, (0, 2)), *differences(runner.undisturbed, store)]
+    wrong = [*_wrong(runner, store, codes, (0, 2)), *differences(runner.undisturbed, store)]
+    return wrong if _publishing(point) else wrong + _late(runner, store, point, published)
 
 
 def _publishing(point: Point) -> bool:
-    return (
-        "manifest" in point.when
-        or "before publication" in point.when
-        or "record" in point.when
-        or "artefact" in point.when
-    )
+    """Does the process hold the lock at this point?"""
+    made_at_once = any(word in point.when for word in ("manifest", "figures", "picture", "artefact"))
+    return made_at_once or ("before publication" in point.when and point.stage != "train")
+
+
+def _published(store: Path) -> dict[str, tuple[int, int]]:
+    """Files that readers see: which they are, and when they were written."""
+    seen = [path for path in store.rglob("*") if path.is_file() and not path.is_relative_to(store / "tmp")]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in seen}
+
+
+def _late(runner: Runner, store: Path, point: Point, before: dict[str, tuple[int, int]]) -> list[str]:
+    """What a run did that woke up after another had finished its work."""
+    changed = sorted(name for name, about in (_published(store).items() ^ before.items()))
+    found = [f"written by the run that woke up: {name}" for name in dict.fromkeys(changed)]
+    said, done = runner.said(store), point.when == "after publication"  # there it had nothing left to publish
+    if not done and not any(words in said for words in ("taken over", "has published")):
+        found.append(f"the run that woke up does not say that another has taken over:\n{said}")
+    return found
 
 
 def side_by_side(runner: Runner, n: int = 2) -> list[str]:
@@ -61,12 +78,17 @@ def side_by_side(runner: Runner, n: int = 2) -> list[str]:
     return [*_wrong(runner, store, codes, (0,)), *differences(runner.undisturbed, store)]
 
 
-def overlaps(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def overlaps(folder: Path, only: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Every case whose name has the words of `only`, and what was wrong."""
     runner = waiting_runner(folder)
-    yield "two runs side by side", side_by_side(runner)
-    yield "four runs side by side", side_by_side(runner, 4)
-    for point in POINTS:
-        yield f"halted: {point.stage}, {point.when}", halted(runner, point)
+    cases: dict[str, Callable[[], list[str]]] = {
+        "two runs side by side": partial(side_by_side, runner),
+        "four runs side by side": partial(side_by_side, runner, 4),
+    }
+    cases |= {f"halted: {point.stage}, {point.when}": partial(halted, runner, point) for point in POINTS}
+    for name, case in cases.items():
+        if only in name:
+            yield name, case()
 
 
 def _short_lease() -> None:
