@@ -293,6 +293,7 @@ class Artefact:
                 yield folder
                 files = file_records(folder, checksums or {})
                 if not stayed() or not {file.name for file in files}.issuperset(checksums or ()):
+                    self.require_lease()  # the next owner clears away what it finds
                     raise UserError(
                         f"{self.id}: the work folder {folder} was removed while part {index} was written into it.\n"
                         "Nothing of that part is published. Run the same command again, and leave tmp/ alone while it works."

@@ -147,16 +147,23 @@ class Objects:
         path = self.root / key
         if key.endswith(".json"):
             return self._fetch(key, path)
-        if not path.is_file() or _same(path, meta):
-            return self._fetch(key, path) if "/generations/" in key and not path.is_file() else None
-        if self._noted(path) == [checksum(path), str(meta["e_tag"])]:  # sent from here
-            written = meta["last_modified"].timestamp()
-            return os.utime(path, (written, written))
-        if "/generations/" in key:
-            return self._fetch(key, path)
-        if not (keep_unsent and self._noted(path) and self._is_unsent(path)):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process of this machine may look at the same time
+            unsent = keep_unsent and self._noted(path) and self._is_unsent(path)
+            if path.is_file() and not unsent and not self._is_current(path, meta):
+                path.unlink()
+            if "/generations/" in key and not path.is_file():
+                self._fetch(key, path)
         return None
+
+    def _is_current(self, path: Path, meta: Any) -> bool:
+        """Is a file the one of the listing? One that was sent from here then gets its time, to be known by from now on."""
+        if _same(path, meta):
+            return True
+        if self._noted(path) != [checksum(path), str(meta["e_tag"])]:
+            return False
+        written = meta["last_modified"].timestamp()
+        os.utime(path, (written, written))
+        return True
 
     def _is_unsent(self, path: Path) -> bool:
         """Has a file never been in the store as it is here? One that is a day old is a killed run's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -495,6 +496,18 @@ def test_who_has_lost_the_lease_names_no_further_files_in_the_record(tmp_path: P
     with pytest.raises(UserError, match="has taken over"):
         attach()
     assert target.record.files == []
+
+
+def test_a_work_folder_that_the_next_owner_has_cleared_away_is_explained_by_the_loss(tmp_path: Path) -> None:
+    target = Store.create(tmp_path).artefact("tokens", "x", "00000000")
+
+    def write() -> None:
+        with target.writing(), target.new_part(0, {}):
+            take_over(target.slot)
+            shutil.rmtree(target.work)
+
+    with pytest.raises(UserError, match="has taken over"):
+        write()
 
 
 def test_an_error_after_the_loss_of_a_lease_is_explained_by_it(tmp_path: Path) -> None:
