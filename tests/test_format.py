@@ -14,7 +14,8 @@ from saeflow.config import Recipe
 from saeflow.disk import read_json
 from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.forget import forget
-from saeflow.integrity import garbage, remove, upgrade, verify
+from saeflow.garbage import collect
+from saeflow.integrity import upgrade, verify
 from saeflow.recipe_file import load_recipe
 from saeflow.store import Store
 from tests.small_pipeline import quiet, tree
@@ -77,8 +78,7 @@ def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store) -> None
     before = rows(old, FIGURES)
     assert len(upgrade(old)) == len(old.artefacts())
     assert list(verify(old, full=True)) == []
-    for garbage_found in list(garbage(old, grace_seconds=0)):  # the generation before
-        remove(garbage_found)
+    assert collect(old, grace_seconds=0, remove=True).garbage  # the generation before
     versions = {read_json(path).get("format_version") for path in old.root.rglob("*.json") if path.name != "zarr.json"}
     assert versions <= {FORMAT_VERSION, None}
     assert rows(old, FIGURES) == before

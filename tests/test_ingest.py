@@ -305,7 +305,7 @@ def test_a_disk_without_room_for_the_new_values_is_said_before_they_are_encoded(
 class _Here:
     """What a cluster is to those who give it parts; the parts are made at once, in this process."""
 
-    n_threads = 2
+    n_threads = n_calls = 2
 
     def __init__(self, store: Store) -> None:
         self.store, self.made = store, list[str]()

@@ -151,7 +151,7 @@ def test_a_part_of_a_worker_that_is_retired_is_made_by_another(dask: InThreads) 
 def test_a_worker_that_waits_for_another_run_is_free_once_its_own_is_stopped(
     dask: InThreads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SAEFLOW_LEASE_SECONDS", "0.6")
+    monkeypatch.setenv("SAEFLOW_LEASE_SECONDS", "1")
     target, free, stopped = Artefact(tmp_path, "saes", "run", "00000000"), Event(), quiet()
 
     def wait(_: Bar) -> None:
