@@ -26,7 +26,7 @@ data/models/smollm2:
 test: $(READY)  ## the tests, on at most four cores
 	$(RUN) -m pytest -m "not long" $(TESTS_AT_ONCE)
 
-test-long: $(READY)  ## the tests with servers, clusters and killed workers: real Prefect, Dask and PostgreSQL processes
+test-long: $(READY)  ## the tests that take longest: real Prefect, Dask and PostgreSQL processes, killed workers, large files
 	$(RUN) -m pytest -m long $(TESTS_AT_ONCE)
 
 check: $(READY)  ## style and types

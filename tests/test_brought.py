@@ -225,6 +225,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["t.npy", "t.npz", "t.safetensors", "t.zarr"])
 def test_a_file_of_400_mb_is_brought_in_less_than_150_mib_of_memory(tmp_path, name):
     path = tmp_path / name

@@ -118,6 +118,7 @@ def test_the_forecast_of_a_small_run_is_near_what_it_takes(recipe: Recipe, tmp_p
     assert forecast.known_forecast(store, other) is None
 
 
+@pytest.mark.long
 def test_what_a_stage_refuses_in_the_trial_is_said_in_its_own_words(recipe: Recipe, tmp_path: Path) -> None:
     wrong = recipe.model_copy(update={"activations": recipe.activations.model_copy(update={"sites": ["no.such.site"]})})
     with pytest.raises(UserError) as direct:

@@ -265,6 +265,7 @@ def test_a_member_of_a_sweep_may_be_imported(store: Store, folder: Path, ingredi
     assert ("imported" in taken.record.facts, "imported" in trained.record.facts) == (True, False)
 
 
+@pytest.mark.long
 def test_a_plan_forecasts_an_import(store: Store, folder: Path, ingredients: Ingredients) -> None:
     found = forecast.plan(store, recipe_of(ingredients, folder), quiet())
     assert [stage.name for stage in found.stages][2] == "train"

@@ -72,6 +72,7 @@ def test_a_killed_sweep_leaves_the_undisturbed_store_for_every_architecture(nth:
     assert differences(sweeping.undisturbed, store) == []
 
 
+@pytest.mark.long
 def test_who_asks_while_encoding_and_compaction_are_killed_sees_the_old_answer_or_the_new_one(tmp_path: Path) -> None:
     assert [problems for _, problems in Reading(tmp_path).kills(2, seed=1)] == [[]]
 

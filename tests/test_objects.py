@@ -129,6 +129,7 @@ def test_a_store_by_url_holds_the_bytes_of_a_local_one(server: Server, remote: s
     assert there(server, remote) == here(local)
 
 
+@pytest.mark.long
 def test_connections_dropped_at_random_change_nothing(server: Server, url: str, recipe: Recipe, local: Store) -> None:
     server.drop(0.1, seed=1)
     before = server.n_dropped

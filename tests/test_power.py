@@ -18,6 +18,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return small_runner(tmp_path_factory.mktemp("power"))
 
 
+@pytest.mark.long
 def test_after_a_power_cut_nothing_published_is_lost_and_the_same_command_finishes(runner: Runner) -> None:
     cuts = power_cuts(runner, 3)
     assert len(cuts) == 3

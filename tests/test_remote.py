@@ -185,6 +185,7 @@ def test_a_url_that_holds_a_secret_is_refused_without_it(url: str) -> None:
     assert "s3cr3t" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_without_a_way_to_the_hub_a_model_that_was_downloaded_goes_on(ingredients: Ingredients, tmp_path: Path) -> None:
     with hub_server() as hub:
         files = {path.name: path.read_bytes() for path in ingredients.model.iterdir()}

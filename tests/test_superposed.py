@@ -251,6 +251,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.long
 def test_600_mb_of_rows_are_made_in_less_than_200_mib_of_memory(tmp_path):
     command = [sys.executable, "-c", BIG, tmp_path / "store"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
