@@ -79,7 +79,7 @@ def encoding(store: Store, recipe: Recipe) -> Artefact:
 def is_begun(artefact: Callable[[Store, Recipe], Artefact], store: Store, recipe: Recipe) -> bool:
     """Is the stage in the midst of its first part, or has the training made a step?"""
     kind = {collecting: "activations", training: "saes", encoding: "features"}[artefact]
-    pattern = f"tmp/{kind}-*.checkpoint/*/state.json" if kind == "saes" else f"tmp/{kind}-*/00000*"
+    pattern = f"tmp/{kind}-*.checkpoint/*/state.json" if kind == "saes" else f"tmp/{kind}-*/*/00000*"
     return any(store.root.glob(pattern))
 
 

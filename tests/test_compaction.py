@@ -258,7 +258,6 @@ def test_the_disk_must_hold_all_that_is_merged_and_what_of_the_corpus_is_not_enc
     features.run(copied.store, copied.recipe, quiet())
     l0 = train.last_row(train.artefact(copied.store, copied.recipe))["l0"]
     assert asked == [pytest.approx(8 * l0 * parts[-1].counts["n_tokens"], abs=1)]
-    monkeypatch.setattr(compaction, "MOST_VALUES", 1)
     compacted(copied)
     assert asked[1:] == [sum(part.n_bytes for part in parts)]
 
