@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import time
@@ -29,6 +30,7 @@ from saeflow.relations import relations
 from saeflow.sections import FeedConfig
 from saeflow.store import Store
 from saeflow.used import Used
+from tests.benchmarks import scale
 from tests.many_parts import N_SEQUENCES, N_TRAIN, ROOT, SITE, WIDTH, Many
 
 N_PARTS, N_ENCODED = 2_000, 300
@@ -216,6 +218,11 @@ def test_the_figures_of_the_page_on_scale_follow_from_its_formulas(name):
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} "))
     cells = [cell.strip() for cell in row.strip("|").split("|")][1:4]
     assert cells == [example.figures(1e10)[name] for example in EXAMPLES]
+
+
+def test_the_page_on_scale_shows_what_the_benchmark_measured():
+    measured = json.loads((ROOT / "docs" / "benchmarks" / "scale.json").read_text("utf-8"))
+    assert scale.table(measured["figures"]) in PAGE
 
 
 def test_the_sql_of_many_files_takes_time_in_proportion_to_them():

@@ -236,6 +236,17 @@ def bars(found: dict[str, dict[str, Any]]) -> list[Bar]:
     return made
 
 
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """The figures as docs/scale.md shows them."""
+    lines = ["| step | seconds | of a processor | memory, GB |", "| --- | ---: | ---: | ---: |"]
+    for name, each in found.items():
+        taken = (
+            [f"{each[clock]:.1f}" for clock in ("seconds", "processor_seconds")] if "seconds" in each else ["-", "-"]
+        )
+        lines.append(f"| {name} | {taken[0]} | {taken[1]} | {each.get('peak_bytes', 0) / 1e9:.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="5,000 parts, a few minutes")
