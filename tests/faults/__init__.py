@@ -178,6 +178,7 @@ def run_command(arguments: list[str], log: Path, prepare: Callable[[], None] | N
         os.dup2(file.fileno(), 2)
     from saeflow import cli
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
     if prepare is not None:
         prepare()
     sys.argv = ["saeflow", *arguments]
