@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import xxhash
 
-from saeflow.disk import checksum, flush_tree, look, make_folder, rename, replacing
+from saeflow.disk import checksum, flush_tree, look, make_folder, remove, rename, replacing
 from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.lease import FileSlot, Lease, ObjectSlot, held, watch
 from saeflow.objects import Objects
@@ -146,7 +146,7 @@ class Artefact:
                 self._read_anew(lease.waited)
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.recover()
-                self.holds[-1].number = self._number()
+                self.holds[-1].number = self.current_number()
                 yield
             finally:
                 shutil.rmtree(self.own_work, ignore_errors=True)
@@ -172,18 +172,18 @@ class Artefact:
         """Around what readers see at once: nobody else publishes inside. Raises UserError where somebody has since this
         run began."""
         with self.holds[-1].lease.fence() if self.holds else self.slot.guard():
-            if any(hold.number != self._number() for hold in self.holds[-1:]):
+            if any(hold.number != self.current_number() for hold in self.holds[-1:]):
                 raise self._overtaken()
             yield
             for hold in self.holds[-1:]:
-                hold.number = self._number()
+                hold.number = self.current_number()
 
     def _overtaken(self) -> UserError:
         return UserError(
             f"Another run has published {self.id} since this one began.\nNothing is lost; run the same command again."
         )
 
-    def _number(self) -> int:
+    def current_number(self) -> int:
         """Of the generation that is published; 0 while none is."""
         path = self.path / "manifest.json"
         return int(read_checked(path)["generation"]) if path.is_file() else 0
@@ -233,10 +233,8 @@ class Artefact:
             )
         if self.objects is not None:
             self.objects.remove(path)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            remove(path)
 
     def fitting(self, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
         """Finished parts that were made from these inputs, by index."""

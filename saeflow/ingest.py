@@ -119,7 +119,7 @@ def _folders(store: Store, held: list[Artefact]) -> dict[str, set[str]]:
     found = {}
     for each in (*held, *features.runs_over(store, held[1])):
         with contextlib.suppress(Damaged, OSError):  # not yet there, or about to be mended
-            found[each.id] = set(listed_folders(each.list_path(each._number())))
+            found[each.id] = set(listed_folders(each.list_path(each.current_number())))
     return found
 
 

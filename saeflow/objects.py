@@ -28,7 +28,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, Prec
 from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from saeflow.disk import checksum
+from saeflow.disk import checksum, remove
 from saeflow.sections import UserError
 
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
@@ -382,7 +382,7 @@ class Objects:
         with contextlib.suppress(FileNotFoundError):
             self._ask(lambda: obstore.delete(self.store, keys))
         for here in (path, self._note_of(path)):
-            shutil.rmtree(here, ignore_errors=True) if here.is_dir() else here.unlink(missing_ok=True)
+            remove(here)
         self._listed.clear()
         self._tags.pop(self.key(path), None)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from saeflow.artefact import Artefact
 from saeflow.config import Recipe
-from saeflow.disk import human_bytes, make_folder
+from saeflow.disk import human_bytes, make_folder, remove
 from saeflow.fingerprints import FORMAT_VERSION
 from saeflow.harmless import brief
 from saeflow.lease import FileSlot, Lease, ObjectSlot, held
@@ -103,10 +103,8 @@ class Store:
         """A file or folder of work in progress, here and in the object store."""
         if self.objects is not None:
             self.objects.remove(path)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            remove(path)
 
     def artefact(self, kind: Kind, name: str, fp: str) -> Artefact:
         return Artefact(self.root, kind, name, fp, self.objects, self.overlap)

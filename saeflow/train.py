@@ -43,11 +43,6 @@ def artefact(store: Store, recipe: Recipe) -> Artefact:
     return _job(store, recipe, fresh=False).target
 
 
-def fresh_artefact(store: Store, recipe: Recipe) -> Artefact:
-    """The SAE to train: of a training that was killed, or of what the store holds now."""
-    return _job(store, recipe, fresh=True).target
-
-
 def _job(store: Store, recipe: Recipe, fresh: bool) -> Job:
     """An SAE with the facts that it is trained by: what it sees is chosen here, whatever is appended meanwhile."""
     if recipe.sae.source is None and not fresh and (known := seen.newest(store, recipe)) is not None:

@@ -146,7 +146,7 @@ class Many:
 
     def _make_features(self) -> None:
         facts = features.facts(self.store, self.recipe) | {"context_length": LENGTH, "architecture": "batchtopk"}
-        trained = train.fresh_artefact(self.store, self.recipe)
+        trained = train.artefact(self.store, self.recipe)
         inputs = [self.tokens.id, self.activations.id]
         with trained.writing(), trained.whole(seen.facts(self.store, self.recipe), inputs, {}) as folder:
             (folder / "cfg.json").write_text("{}")

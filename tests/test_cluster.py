@@ -421,24 +421,6 @@ def test_a_flow_run_has_a_thousand_tasks_at_most_whatever_the_parts(n: int) -> N
     assert n > MOST_TASKS or all(len(run) == 1 for run in runs)
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"address": "host:8786"}, "cluster.address is 'host:8786'"),
-        ({"address": "tcp://a:1", "kind": "local"}, "cluster.address and cluster.kind name a cluster each"),
-        ({"kind": "slurm"}, "cluster.kind is 'slurm', which needs cluster.n_workers"),
-        ({"kind": "yarn"}, "cluster.kind is 'yarn'"),
-        ({"adress": "tcp://a:1"}, "Did you mean address?"),
-    ],
-)
-def test_a_cluster_that_cannot_be_is_refused_when_the_recipe_is_read(
-    recipe: Recipe, settings: dict[str, Any], says: str
-) -> None:
-    with pytest.raises(UserError) as caught:
-        parse_recipe(plain(recipe) | {"cluster": settings})
-    assert says in str(caught.value)
-
-
 def test_a_cluster_may_be_named_by_its_address_alone_and_an_empty_section_is_none(recipe: Recipe) -> None:
     short, none = (parse_recipe(plain(recipe) | {"cluster": each}) for each in ("tls://host:8786", {}))
     assert (short.cluster and short.cluster.address, none.cluster) == ("tls://host:8786", None)

@@ -174,21 +174,27 @@ def test_what_one_machine_began_another_finishes(
     assert there(server, url) == here(local)
 
 
-def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
-    server: Server, url: str, ingredients: Ingredients, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
-    advance = train.Training.advance
+def lost_at_step(monkeypatch: pytest.MonkeyPatch, url: str, recipe: Recipe, step: int, name: str = "") -> Store:
+    """The store of a pipeline whose machine is gone at a step of a training, of that name if there is one."""
+    advance, store = train.Training.advance, Store.create(url)
 
     def lost(self: train.Training, batch: Batch) -> StepInfo:
-        if self.step == 20:
+        if self.step == step and name in ("", self.name):
             raise ConnectionError("the machine is gone")
         return advance(self, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Training, "advance", lost)
         with pytest.raises(ConnectionError):
-            pipeline.run(Store.create(url), often, quiet())
+            pipeline.run(store, recipe, quiet())
+    return store
+
+
+def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
+    server: Server, url: str, ingredients: Ingredients, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
+    lost_at_step(monkeypatch, url, often, 20)
     console = Console(record=True, file=io.StringIO(), width=200)
     with another_machine(tmp_path):
         pipeline.run(Store.create(url), often, Progress(console))
@@ -200,17 +206,7 @@ def test_a_training_goes_on_on_another_machine_although_documents_were_appended_
     server: Server, url: str, ingredients: Ingredients, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
-    advance, store = train.Training.advance, Store.create(url)
-
-    def lost(self: train.Training, batch: Batch) -> StepInfo:
-        if self.step == 20:
-            raise ConnectionError("the machine is gone")
-        return advance(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "advance", lost)
-        with pytest.raises(ConnectionError):
-            pipeline.run(store, often, quiet())
+    store = lost_at_step(monkeypatch, url, often, 20)
     stored = activations.artefact(store, often)
     stored.publish(stored.published().parts[:-1])  # any other list of parts
     with another_machine(tmp_path):
@@ -224,17 +220,7 @@ def test_a_sweep_goes_on_and_is_read_on_another_machine(
 ) -> None:
     sweep = {"grid": {"sae.k": [2, 4]}}
     often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001, "n_tokens": 3000}, sweep=sweep))
-    advance = train.Training.advance
-
-    def lost(self: train.Training, batch: Batch) -> StepInfo:
-        if (self.step, self.name) == (6, "small_k4"):
-            raise ConnectionError("the machine is gone")
-        return advance(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "advance", lost)
-        with pytest.raises(ConnectionError):
-            pipeline.run(Store.create(url), often, quiet())
+    lost_at_step(monkeypatch, url, often, 6, "small_k4")
     console = Console(record=True, file=io.StringIO(), width=200)
     with another_machine(tmp_path):
         pipeline.run(Store.create(url), often, Progress(console))

@@ -416,13 +416,18 @@ def test_advice_is_for_the_kind_of_cluster_that_it_is(dask: InThreads) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"address": "host:8786"}, "cluster.address is 'host:8786'"),
+        ({"address": "tcp://a:1", "kind": "local"}, "cluster.address and cluster.kind name a cluster each"),
+        ({"kind": "slurm"}, "cluster.kind is 'slurm', which needs cluster.n_workers"),
+        ({"kind": "yarn"}, "cluster.kind is 'yarn'"),
+        ({"adress": "tcp://a:1"}, "Did you mean address?"),
         ({"address": "tcp://a:1", "n_workers": 2}, "cluster.n_workers is for a cluster that saeflow starts"),
         ({"scheduler_file": "s.json", "threads_per_worker": 2}, "of cluster.scheduler_file are started by others"),
         ({"address": "tcp://a:1", "options": {"cores": 2}}, "cluster.options is for a cluster"),
         ({"kind": "kubernetes", "n_workers": 2, "threads_per_worker": 2}, "cluster.threads_per_worker is 2"),
     ],
 )
-def test_a_setting_that_would_do_nothing_is_refused(
+def test_a_cluster_that_cannot_be_and_a_setting_that_would_do_nothing_are_refused_when_the_recipe_is_read(
     ingredients: Ingredients, settings: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(UserError) as caught:
