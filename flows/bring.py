@@ -5,8 +5,8 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
-from saeflow import bring
-from saeflow.config import Recipe
+from saeflow.pipeline import import_table
+from saeflow.recipe.recipe import Recipe
 
 
 @flow(name="saeflow-bring", flow_run_name="bring {recipe.name}")
@@ -17,7 +17,7 @@ def bring_flow(recipe: Recipe, store: str | None = None) -> str:
 
         @part_task("bring")
         def bring_table() -> str:
-            return bring.run(opened, recipe, progress)[1].id
+            return import_table.run(opened, recipe, progress)[1].id
 
         made = str(bring_table())
     show_table("bring", {"n_rows": opened.by_id(made).published().total("n_tokens")})

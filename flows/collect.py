@@ -6,8 +6,8 @@ from prefect import flow
 
 from flows.common import make_parts, open_store, reporting, show_table
 from flows.gpu import gpu_slot
-from saeflow import activations
-from saeflow.config import Recipe
+from saeflow.pipeline import collect
+from saeflow.recipe.recipe import Recipe
 
 
 @flow(name="saeflow-collect", flow_run_name="collect {recipe.name}")
@@ -18,10 +18,10 @@ def collect_flow(recipe: Recipe, store: str | None = None) -> str:
     with (
         reporting("collect") as progress,
         gpu_slot(recipe, place),
-        activations.collecting(opened, recipe, progress) as job,
+        collect.collecting(opened, recipe, progress) as job,
     ):
         make_parts("collect", job, progress, n_here=1)  # one forward pass at a time
-    target = activations.artefact(opened, recipe)
+    target = collect.artefact(opened, recipe)
     n_bytes = sum(part.n_bytes for part in target.published().parts)
     show_table("collect", {"n_tokens": target.published().total("n_tokens"), "bytes": n_bytes})
     return target.id

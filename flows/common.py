@@ -26,12 +26,12 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
 from flows import page
-from saeflow.artefact import Job
-from saeflow.config import Recipe
-from saeflow.harmless import harmless_lines
-from saeflow.progress import Bar, Progress
-from saeflow.sections import Overlap, UserError
-from saeflow.store import Store, store_path
+from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.settings import Overlap, UserError
+from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.text import harmless_lines
+from saeflow.store.artefact import Job
+from saeflow.store.store import Store, store_path
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import open_store, reporting, show_table
-from saeflow import catalog, features
-from saeflow.config import Recipe
+from saeflow.pipeline import encode
+from saeflow.query import catalog
+from saeflow.recipe.recipe import Recipe
 
 
 @flow(name="saeflow-compact", flow_run_name="compact {recipe.name}")
@@ -14,8 +15,8 @@ def compact_flow(recipe: Recipe, store: str | None = None) -> int:
     """Merge what can be merged; returns the number of parts that are left."""
     opened = open_store(recipe, store)
     with reporting("compact") as progress:
-        features.compact(opened, recipe, progress)
-    n_parts = len(features.artefact(opened, recipe).published().parts)
+        encode.compact(opened, recipe, progress)
+    n_parts = len(encode.artefact(opened, recipe).published().parts)
     catalog.write(opened)
     show_table("compact", {"n_parts": n_parts})
     return n_parts

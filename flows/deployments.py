@@ -18,9 +18,9 @@ from flows.ingest import GROWN, ingest_flow, resource
 from flows.retrain import retrain_flow
 from flows.tidy import tidy_flow
 from flows.verify import verify_flow
-from saeflow.config import Recipe
-from saeflow.sections import UserError
-from saeflow.timetable import ANCHOR, NEVER, ScheduleConfig, interval_of, once_a_store
+from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.schedule import ANCHOR, NEVER, ScheduleConfig, interval_of, once_a_store
+from saeflow.recipe.settings import UserError
 
 TAG = "saeflow"
 _STAGES: dict[str, Flow[..., Any]] = {

@@ -6,21 +6,23 @@ from prefect import flow
 
 from flows.common import make_parts, open_store, reporting, show_table
 from flows.gpu import places
-from saeflow import catalog, cluster, features
-from saeflow.config import Recipe
+from saeflow.pipeline import encode
+from saeflow.pipeline.dask import workers
+from saeflow.query import catalog
+from saeflow.recipe.recipe import Recipe
 
 
 @flow(name="saeflow-encode", flow_run_name="encode {recipe.name}")
 def encode_flow(recipe: Recipe, store: str | None = None) -> list[str]:
     """Encode every activation part that is not encoded yet, then publish; the SAEs of a sweep together."""
     opened = open_store(recipe, store)
-    with reporting("encode") as progress, places(recipe)("encode"), cluster.kept_open():
-        for group in features.by_site(opened, recipe):
-            with features.encoding_together(opened, group, progress) as job:
-                n_here = job.n_calls or features.n_at_once(recipe.features, recipe.threads)
+    with reporting("encode") as progress, places(recipe)("encode"), workers.kept_open():
+        for group in encode.by_site(opened, recipe):
+            with encode.encoding_together(opened, group, progress) as job:
+                n_here = job.n_calls or encode.n_at_once(recipe.features, recipe.threads)
                 make_parts("encode", job, progress, n_here)
     catalog.write(opened)
-    made = [features.artefact(opened, member) for member in recipe.members()]
+    made = [encode.artefact(opened, member) for member in recipe.members()]
     totals = [target.published() for target in made]
     show_table("encode", {count: sum(each.total(count) for each in totals) for count in ("n_tokens", "n_values")})
     return [target.id for target in made]

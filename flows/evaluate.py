@@ -6,8 +6,9 @@ from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
 from flows.gpu import places
-from saeflow import catalog, evaluate, report
-from saeflow.config import Recipe, require_one
+from saeflow.pipeline import evaluate, report
+from saeflow.query import catalog
+from saeflow.recipe.recipe import Recipe, require_one
 
 
 @flow(name="saeflow-evaluate", flow_run_name="evaluate {recipe.name}")

@@ -8,9 +8,10 @@ from prefect import flow
 from pydantic import Field
 
 from flows.common import open_store, part_task, reporting, show_table
-from saeflow import catalog, garbage
-from saeflow.config import Recipe
-from saeflow.disk import human_bytes
+from saeflow.query import catalog
+from saeflow.recipe.recipe import Recipe
+from saeflow.store import garbage
+from saeflow.store.files import human_bytes
 
 Hours = Annotated[float, Field(ge=0)]
 

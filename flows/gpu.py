@@ -11,8 +11,8 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 
-from saeflow import pipeline
-from saeflow.config import Recipe
+from saeflow.pipeline import run
+from saeflow.recipe.recipe import Recipe
 
 LIMIT = "saeflow-gpu"
 
@@ -34,10 +34,10 @@ def gpu_slot(recipe: Recipe, *devices: str) -> Iterator[None]:
         yield
 
 
-def places(recipe: Recipe) -> pipeline.Place:
+def places(recipe: Recipe) -> run.Place:
     """Has each stage of a recipe wait until a GPU is free, if it uses one of this machine, and hold it while it works."""
     alone = recipe.model_copy(update={"cluster": None})
-    return lambda stage: gpu_slot(alone, *pipeline.devices_of(recipe, stage))
+    return lambda stage: gpu_slot(alone, *run.devices_of(recipe, stage))
 
 
 def uses_gpu(device: str) -> bool:

@@ -10,9 +10,9 @@ from prefect.events import emit_event
 
 from flows.common import open_store, part_task, reporting, show_table
 from flows.gpu import places
-from saeflow import ingest
-from saeflow.config import Recipe
-from saeflow.fingerprints import fingerprint
+from saeflow.pipeline import ingest
+from saeflow.recipe.fingerprint import fingerprint
+from saeflow.recipe.recipe import Recipe
 
 GROWN = "saeflow.store.grown"
 """The event after each ingest by which the store has grown by `schedule.train_growth` or more since the newest SAE, until

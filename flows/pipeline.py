@@ -28,11 +28,15 @@ from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
 from flows.tokens import tokens_flow
 from flows.train import train_flow
-from saeflow import answers, cluster, features, pipeline, report, sweep, train
-from saeflow.config import Recipe
-from saeflow.progress import Progress
-from saeflow.sections import UserError
-from saeflow.store import Store
+from saeflow.pipeline import encode as features
+from saeflow.pipeline import report, sweep, train
+from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.dask import workers
+from saeflow.query import first_answers
+from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.settings import UserError
+from saeflow.runtime.progress import Progress
+from saeflow.store.store import Store
 
 FIGURES = (
     "variance_unexplained", "l0", "shrinkage", "dead_share", "loss_recovered_zero", "loss_recovered_mean",
@@ -52,7 +56,7 @@ def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     about = counted(len(recipe.members()), "SAE") if recipe.is_sweep else ", ".join(stages)
     name_run("pipeline", about)
     seconds = {}
-    with cluster.kept_open():
+    with workers.kept_open():
         for stage, stage_flow in stages.items():
             began = time.monotonic()
             stage_flow(recipe, store)
@@ -75,7 +79,7 @@ def result_page(store: Store, recipe: Recipe, summary: dict[str, Any]) -> str:
         path = report.run(store, recipe, Progress(verbosity=-1))
         took = {f"{stage} took": f"{seconds:.1f} s" for stage, seconds in summary["seconds"].items()}
         numbers = summary | {name: summary["quality"][name] for name in FIGURES if name in summary["quality"]} | took
-        lines = answers.next_commands(store, features.artefact(store, recipe).id, where)
+        lines = first_answers.next_commands(store, features.artefact(store, recipe).id, where)
     numbers = {name: value for name, value in numbers.items() if not isinstance(value, dict | list)}
     picture, next_lines = page.picture(recipe.name, path), page.commands(lines)
     parts = [f"# {page.plain(recipe.name)}", picture, "Next:", next_lines, page.table(numbers)]
@@ -103,6 +107,6 @@ def _drop_events() -> None:
 
 
 if __name__ == "__main__":
-    from saeflow.commands_run import run_flow
+    from saeflow.cli.run import run_flow
 
     run_flow(told)

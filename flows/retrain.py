@@ -8,8 +8,8 @@ from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
 from flows.gpu import places
-from saeflow import retrain
-from saeflow.config import Recipe
+from saeflow.pipeline import retrain
+from saeflow.recipe.recipe import Recipe
 
 
 @flow(name="saeflow-retrain", flow_run_name="retrain-{recipe.name}")

@@ -6,8 +6,8 @@ from prefect import flow
 
 from flows.common import open_store, part_task, reporting, show_table
 from flows.gpu import places
-from saeflow import activations, features, pipeline
-from saeflow.config import Recipe
+from saeflow.pipeline import collect, encode, run
+from saeflow.recipe.recipe import Recipe
 
 
 @flow(name="saeflow-tidy", flow_run_name="tidy-{recipe.name}")
@@ -19,10 +19,10 @@ def tidy_flow(recipe: Recipe, store: str | None = None) -> dict[str, int]:
 
         @part_task("tidy")
         def tidy() -> None:
-            pipeline.compact(opened, recipe, progress, recipe.features.compact_parts, places(recipe))
+            run.compact(opened, recipe, progress, recipe.features.compact_parts, places(recipe))
 
         tidy()
-    stored = activations.artefact(opened, recipe)
-    left = {each.id: len(each.published().parts) for each in features.runs_over(opened, stored)}
+    stored = collect.artefact(opened, recipe)
+    left = {each.id: len(each.published().parts) for each in encode.runs_over(opened, stored)}
     show_table("tidy", {f"parts of {name}": n for name, n in left.items()})
     return left

@@ -5,8 +5,8 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.common import counted, name_run, open_store, part_task, reporting, show_table
-from saeflow import tokens
-from saeflow.config import Recipe
+from saeflow.corpus import token_parts
+from saeflow.recipe.recipe import Recipe
 
 
 @flow(name="saeflow-tokens", flow_run_name="tokens {recipe.name}")
@@ -17,7 +17,7 @@ def tokens_flow(recipe: Recipe, store: str | None = None) -> str:
 
         @part_task("tokenise")
         def tokenise() -> str:
-            return tokens.run(opened, recipe, progress).id
+            return token_parts.run(opened, recipe, progress).id
 
         made = str(tokenise())
     generation = opened.by_id(made).published()

@@ -6,10 +6,10 @@ from prefect import flow
 
 from flows.common import counted, name_run, open_store, part_task, reporting, show_picture, show_rows, show_table
 from flows.gpu import gpu_slot
-from saeflow import sweep, train
-from saeflow.config import Recipe
-from saeflow.progress import Progress
-from saeflow.store import Store
+from saeflow.pipeline import sweep, train
+from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.progress import Progress
+from saeflow.store.store import Store
 
 
 @flow(name="saeflow-train", flow_run_name="train {recipe.name}")

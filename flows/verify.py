@@ -6,9 +6,9 @@ from prefect import flow
 from pydantic import PositiveInt
 
 from flows.common import open_store, part_task, reporting, show_table
-from saeflow import integrity
-from saeflow.config import Recipe
-from saeflow.sections import UserError
+from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.settings import UserError
+from saeflow.store import verify as integrity
 
 
 @flow(name="saeflow-verify", flow_run_name="verify-{recipe.name}")

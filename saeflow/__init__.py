@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saeflow.api import open_run as open  # noqa: A004
-    from saeflow.sections import UserError
+    from saeflow.query.api import open_run as open  # noqa: A004
+    from saeflow.recipe.settings import UserError
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "open"]
@@ -21,11 +21,11 @@ __all__ = ["UserError", "__version__", "open"]
 def __getattr__(name: str) -> Any:
     """`saeflow.open` and `saeflow.UserError` load what they need when they are first used."""
     if name == "open":
-        from saeflow.api import open_run
+        from saeflow.query.api import open_run
 
         return open_run
     if name == "UserError":
-        from saeflow.sections import UserError
+        from saeflow.recipe.settings import UserError
 
         return UserError
     raise AttributeError(f"module 'saeflow' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Fixtures that all tests share; what they are made of is in tests/small_pipeline.py.
+"""Fixtures that all tests share; what they are made of is in tests/support/small_pipeline.py.
 
 `ingredients`  a small real model and corpus on disk: read-only, made once.
 `finished`     a store in which every stage of the small recipe has run: read-only, made once.
@@ -25,11 +25,11 @@ from typing import Any
 
 import pytest
 
-from saeflow import pipeline
-from saeflow.config import Recipe, parse_recipe
-from saeflow.progress import Progress
-from saeflow.store import Store
-from tests.small_pipeline import Ingredients, quiet, recipe_data
+from saeflow.pipeline import run as pipeline
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.runtime.progress import Progress
+from saeflow.store.store import Store
+from tests.support.small_pipeline import Ingredients, quiet, recipe_data
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def finished(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory)
 
 LONG = {
     f"test_{name}"
-    for name in ["serve", "newcomer", "flows", "power", "remote", "forecast", "imported", "wheel", "kill", "objects"]
+    for name in ["serve", "newcomer", "flows", "power", "remote", "forecast", "import_sae", "wheel", "kill", "storage"]
 }
 """Files that take longest: they come first, so that no worker is left with one of them at the end."""
 

@@ -26,12 +26,12 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import common, page
 from flows.pipeline import pipeline_flow
-from saeflow import activations
-from saeflow.config import Recipe, parse_recipe
-from saeflow.sections import UserError
-from saeflow.store import Store
-from tests.prefect_server import ROOT, prefect_server
-from tests.small_pipeline import Ingredients, documents, recipe_data, write_corpus
+from saeflow.pipeline import collect
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.settings import UserError
+from saeflow.store.store import Store
+from tests.support.prefect_server import ROOT, prefect_server
+from tests.support.small_pipeline import Ingredients, documents, recipe_data, write_corpus
 
 CHROMIUM = "/usr/bin/chromium"
 WINDOW = {"width": 1280, "height": 860}
@@ -151,7 +151,7 @@ def look(pages: Pages, refused: str) -> None:
 def n_tokens(run: FlowRun) -> int:
     """What the store of a finished run holds."""
     recipe, store = Recipe.model_validate(run.parameters["recipe"]), Store.open(run.parameters["store"])
-    return activations.tokens_artefact(store, recipe).published().total("n_tokens")
+    return collect.tokens_artefact(store, recipe).published().total("n_tokens")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2LMHeadModel
 
-from saeflow.document import is_held_out
+from saeflow.corpus.document import is_held_out
 
 HERE = Path(__file__).parent
 WORK = Path.home() / ".cache/saeflow/demo"

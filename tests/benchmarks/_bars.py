@@ -8,7 +8,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from saeflow.doctor import processor
+from saeflow.cli.doctor import processor
 
 
 @dataclass

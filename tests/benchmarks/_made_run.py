@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from saeflow.artefact import Artefact
-from saeflow.encoding import SparseValues
-from saeflow.parallel import use_one_thread
-from saeflow.part_writer import PartWriter
-from saeflow.records import PartRecord
-from saeflow.store import Store
-from saeflow.token_facts import facts_of
-from saeflow.tokens import Packed, write_part
-from saeflow.used import Used
-from saeflow.vocab import write_vocab
+from saeflow.corpus.selection import Used
+from saeflow.corpus.token_parts import Packed, write_part
+from saeflow.corpus.vocabulary import write_vocab
+from saeflow.features.part_writer import PartWriter
+from saeflow.features.token_columns import facts_of
+from saeflow.runtime.threads import use_one_thread
+from saeflow.sae.encoder import SparseValues
+from saeflow.store.artefact import Artefact
+from saeflow.store.records import PartRecord
+from saeflow.store.store import Store
 
 LENGTH = 128
 N_FEATURES = 16_384

@@ -14,9 +14,9 @@ import psutil
 from prefect import flow
 
 from flows.common import make_parts
-from saeflow.artefact import Job
-from saeflow.progress import Progress
-from saeflow.records import PartRecord
+from saeflow.runtime.progress import Progress
+from saeflow.store.artefact import Job
+from saeflow.store.records import PartRecord
 
 
 def cpu_of(processes: list[psutil.Process]) -> float:

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import pipeline_flow
-from saeflow import activations, bring, catalog, evaluate, features, pipeline, report, sweep, tokens, train
-from saeflow.artefact import Job
-from saeflow.recipe_file import load_recipe
+from saeflow.corpus import token_parts
+from saeflow.pipeline import collect, encode, evaluate, import_table, report, run, sweep, train
+from saeflow.query import catalog
+from saeflow.recipe.load import load_recipe
+from saeflow.store.artefact import Job
 
 FUNCTIONS = (
-    (tokens, "run"), (bring, "run"), (train, "run_all"), (features, "compact"), (evaluate, "run"), (report, "run"),
-    (sweep, "run"), (catalog, "write"), (pipeline, "summary"),
+    (token_parts, "run"), (import_table, "run"), (train, "run_all"), (encode, "compact"), (evaluate, "run"), (report, "run"),
+    (sweep, "run"), (catalog, "write"), (run, "summary"),
 )  # fmt: skip
 """What flows call whole."""
 
@@ -80,8 +82,8 @@ def main(recipe: Path, store: Path) -> None:
     watch = Stopwatch()
     for module, name in FUNCTIONS:
         setattr(module, name, watch.function(getattr(module, name)))
-    activations.collecting = watch.parts(activations.collecting)
-    features.encoding_together = watch.parts(features.encoding_together)
+    collect.collecting = watch.parts(collect.collecting)
+    encode.encoding_together = watch.parts(encode.encoding_together)
     settings = load_recipe(recipe)
     began = time.monotonic()
     pipeline_flow(settings, str(store))

@@ -20,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saeflow import activations, tokens
-from saeflow.config import Recipe
-from saeflow.model import SiteReader
-from saeflow.parallel import in_order
-from saeflow.progress import Progress
-from saeflow.recipe_file import load_recipe
-from saeflow.store import Store
+from saeflow.corpus import token_parts
+from saeflow.model.sites import SiteReader
+from saeflow.pipeline import collect
+from saeflow.recipe.load import load_recipe
+from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.progress import Progress
+from saeflow.runtime.threads import in_order
+from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,19 +53,19 @@ def some_tokens(name: str, share: float, folder: Path) -> tuple[Store, Recipe]:
     """A store with the tokens of a share of the recipe's documents."""
     recipe = load_recipe(RECIPES / f"{name}.toml", **{"corpus.share": share})
     store = Store.create(folder / "store")
-    tokens.run(store, recipe, QUIET)
+    token_parts.run(store, recipe, QUIET)
     return store, recipe
 
 
 def dropped(store: Store, recipe: Recipe) -> float:
     """Tokens/s of the forward pass alone, stopped at the same module."""
-    source = activations.tokens_artefact(store, recipe)
+    source = collect.tokens_artefact(store, recipe)
     parts = source.published().parts
-    collector = activations.open_collector(store, recipe, parts)
+    collector = collect.open_collector(store, recipe, parts)
     reader = SiteReader(collector.model, collector.sites)
     began = time.perf_counter()
     for part in parts:
-        vocab_ids, mask = tokens.read_part(source, part)
+        vocab_ids, mask = token_parts.read_part(source, part)
 
         def forward(start: int, vocab_ids: torch.Tensor, mask: torch.Tensor) -> None:
             rows = slice(start, start + recipe.activations.forward_batch)
@@ -81,9 +82,9 @@ def dropped(store: Store, recipe: Recipe) -> float:
 
 def collected(store: Store, recipe: Recipe) -> float:
     """Tokens/s of the whole stage, the loading of the model aside."""
-    source, target = (each(store, recipe) for each in (activations.tokens_artefact, activations.artefact))
+    source, target = (each(store, recipe) for each in (collect.tokens_artefact, collect.artefact))
     shutil.rmtree(target.path, ignore_errors=True)
-    with activations.collecting(store, recipe, QUIET) as job:
+    with collect.collecting(store, recipe, QUIET) as job:
         began = time.perf_counter()
         for _ in job.make(job.missing):
             pass
@@ -92,8 +93,8 @@ def collected(store: Store, recipe: Recipe) -> float:
 
 def peer(store: Store, recipe: Recipe, folder: Path) -> float:
     """Tokens/s of SAELens' runner on the same sequences, tokenised beforehand, without its shuffling."""
-    source, target = (each(store, recipe) for each in (activations.tokens_artefact, activations.artefact))
-    ids = [row for part in source.published().parts for row in tokens.read_part(source, part)[0].tolist()]
+    source, target = (each(store, recipe) for each in (collect.tokens_artefact, collect.artefact))
+    ids = [row for part in source.published().parts for row in token_parts.read_part(source, part)[0].tolist()]
     pq.write_table(pa.table({"input_ids": ids}), folder / "peer.parquet")
     shutil.rmtree(folder / "peer", ignore_errors=True)
     assert recipe.model is not None
@@ -101,7 +102,7 @@ def peer(store: Store, recipe: Recipe, folder: Path) -> float:
     about = {
         "texts": str(folder / "peer.parquet"), "dataset_path": "none", "model_name": recipe.model.path,
         "model_class_name": "AutoModelForCausalLM", "hook_name": recipe.activations.sites[0],
-        "d_in": activations.stored_sites(target)[0].width, "model_batch_size": batch, "context_size": length,
+        "d_in": collect.stored_sites(target)[0].width, "model_batch_size": batch, "context_size": length,
         "training_tokens": len(ids) // batch * batch * length, "new_cached_activations_path": str(folder / "peer"),
         "shuffle": False, "streaming": False, "dtype": "float16", "prepend_bos": False, "device": "cpu",
     }  # fmt: skip

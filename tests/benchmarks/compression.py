@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saeflow import activations, tokens
-from saeflow.arrays import Stored, plan_layout
-from saeflow.model import SiteReader, load_model, resolve_sites
-from saeflow.packed import open_writer
-from saeflow.progress import Progress
-from saeflow.recipe_file import load_recipe
-from saeflow.sections import ActivationsConfig
-from saeflow.store import Store
+from saeflow.activations.packed import open_writer
+from saeflow.activations.shards import Stored, plan_layout
+from saeflow.corpus import token_parts
+from saeflow.model.sites import SiteReader, load_model, resolve_sites
+from saeflow.pipeline import collect
+from saeflow.recipe.load import load_recipe
+from saeflow.recipe.settings import ActivationsConfig
+from saeflow.runtime.progress import Progress
+from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +39,9 @@ def real_activations(name: str, folder: Path) -> Iterator[tuple[str, torch.Tenso
     recipe = load_recipe(ROOT / "flows" / "recipes" / f"{name}.toml", **{"corpus.share": SHARE[name]})
     assert recipe.model is not None
     store = Store.create(folder / name)
-    tokens.run(store, recipe, Progress(verbosity=-1))
-    source = activations.tokens_artefact(store, recipe)
-    ids = np.concatenate([tokens.read_part(source, part)[0] for part in source.published().parts])[: N_SEQUENCES[name]]
+    token_parts.run(store, recipe, Progress(verbosity=-1))
+    source = collect.tokens_artefact(store, recipe)
+    ids = np.concatenate([token_parts.read_part(source, part)[0] for part in source.published().parts])[: N_SEQUENCES[name]]
     model = load_model(recipe.model)
     sites = resolve_sites(model, SITES[name])
     reader = SiteReader(model, sites)

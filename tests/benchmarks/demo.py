@@ -12,10 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from saeflow import features
-from saeflow.disk import read_json
-from saeflow.recipe_file import load_recipe
-from saeflow.store import Store
+from saeflow.pipeline import encode
+from saeflow.recipe.load import load_recipe
+from saeflow.store.files import read_json
+from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def seconds_of_a_run(store: Path) -> float:
 
 def quality_bars(store: Path) -> list[Bar]:
     recipe = load_recipe(RECIPE)
-    path = features.artefact(Store.open(store), recipe).path / "quality.json"
+    path = encode.artefact(Store.open(store), recipe).path / "quality.json"
     if not path.is_file():
         return [Bar("quality", 0, ">=", None, reason=f"no finished demo in {store}; run `make demo` first")]
     quality = read_json(path)

@@ -32,16 +32,19 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-from saeflow import activations, arrays, bring, checks, features, interchange, train
-from saeflow.config import Recipe, parse_recipe
-from saeflow.encoding import Encoder, fast_dtype
-from saeflow.kernels import in_parallel, ranges
-from saeflow.machine import measured
-from saeflow.progress import Progress
-from saeflow.sae import SparseAutoencoder
-from saeflow.sections import SAEConfig
-from saeflow.store import Store
-from saeflow.superposed import World
+from saeflow.activations import shards
+from saeflow.activations.synthetic.superposition import World
+from saeflow.pipeline import collect, encode, import_table, train
+from saeflow.query import checks
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.settings import SAEConfig
+from saeflow.runtime.memory import measured
+from saeflow.runtime.progress import Progress
+from saeflow.sae import interchange
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.encoder import Encoder, fast_dtype
+from saeflow.sae.kernels import in_parallel, ranges
+from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,36 +96,36 @@ def prepared(folder: Path, size: Size) -> tuple[Store, Recipe]:
             sae.b_dec.copy_(torch.from_numpy(world.offset))
         interchange.save(sae, folder / "sae", {})
     store = Store.create(folder / "store")
-    bring.run(store, recipe, QUIET)
+    import_table.run(store, recipe, QUIET)
     train.run(store, recipe, QUIET)
     return store, recipe
 
 
 def stage(store: Store, recipe: Recipe) -> float:
     """Tokens/s."""
-    shutil.rmtree(features.artefact(store, recipe).path, ignore_errors=True)
+    shutil.rmtree(encode.artefact(store, recipe).path, ignore_errors=True)
     began = time.perf_counter()
-    features.run(store, recipe, QUIET)
+    encode.run(store, recipe, QUIET)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
 def compact(store: Store, recipe: Recipe) -> float:
     """Tokens/s of compacting the run that `stage` left."""
     began = time.perf_counter()
-    features.compact(store, recipe, QUIET, 2)
+    encode.compact(store, recipe, QUIET, 2)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
 def check(store: Store, recipe: Recipe) -> float:
     """Tokens/s of the checks that an encoding ends with, over all that `stage` left."""
-    target = features.artefact(store, recipe)
+    target = encode.artefact(store, recipe)
     parts, began = target.published().parts, time.perf_counter()
     checks.require(store, target, parts, sum(part.counts["n_values"] for part in parts), QUIET)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
 def n_tokens(store: Store, recipe: Recipe) -> int:
-    return activations.artefact(store, recipe).published().total("n_tokens")
+    return collect.artefact(store, recipe).published().total("n_tokens")
 
 
 def product(size: Size) -> float:
@@ -140,11 +143,11 @@ def product(size: Size) -> float:
 
 def batches(store: Store, recipe: Recipe) -> Iterator[tuple[int, torch.Tensor]]:
     """First token and rows (B, D) in float32."""
-    stored = activations.artefact(store, recipe)
-    site = activations.choose_site(stored, None)
+    stored = collect.artefact(store, recipe)
+    site = collect.choose_site(stored, None)
     first = 0
     for part in stored.published().parts:
-        array = arrays.open_site(stored, part, site)
+        array = shards.open_site(stored, part, site)
         for start in range(0, part.counts["n_tokens"], array.chunk):
             for rows in array.read(slice(start, start + array.chunk)).reshape(-1, site.width).split(BATCH):
                 yield first, rows.float()
@@ -177,7 +180,7 @@ def plain(store: Store, recipe: Recipe, folder: Path) -> float:
 
 def differing(store: Store, recipe: Recipe) -> int:
     """Values of the first and last tokens that are not those of float64 arithmetic, rounded to 11 significand bits."""
-    target, sae = features.artefact(store, recipe), interchange.load(train.artefact(store, recipe).path)
+    target, sae = encode.artefact(store, recipe), interchange.load(train.artefact(store, recipe).path)
     w, b, off = (weight.detach().double().numpy() for weight in (sae.W_enc, sae.b_enc, sae.b_dec))
     n, wrong = n_tokens(store, recipe), 0
     sample = {*range(min(SAMPLE // 2, n)), *range(max(n - SAMPLE // 2, 0), n)}
@@ -230,7 +233,7 @@ def speed(size: Size, figures: dict[str, Any]) -> list[Bar]:
             for name, run in runs.items():
                 found[name].append(run())
                 print(f"  {size.name}: {name} {found[name][-1]:,.0f} tokens/s", flush=True)
-        run_of = features.artefact(store, recipe).published()
+        run_of = encode.artefact(store, recipe).published()
         n_bytes = sum(part.n_bytes for part in run_of.parts)
         wrong = differing(store, recipe)
         figures[size.name] = {

@@ -16,14 +16,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from saeflow import bring, features, train
-from saeflow.arrays import Stored
-from saeflow.config import Recipe, parse_recipe
-from saeflow.progress import Progress
-from saeflow.store import Store
+from saeflow.activations.shards import Stored
+from saeflow.pipeline import encode, import_table, train
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.runtime.progress import Progress
+from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 from tests.benchmarks._pipe import Pipe
-from tests.small_pipeline import tree
+from tests.support.small_pipeline import tree
 
 QUIET = Progress(verbosity=-1)
 KS = (16, 32, 64)
@@ -50,7 +50,7 @@ def measured(store: Store, groups: Sequence[Sequence[Recipe]], pipe: Pipe) -> tu
     shutil.rmtree(store.root / "features", ignore_errors=True)
     pipe.n_bytes, began = 0, time.monotonic()
     for group in groups:
-        features.run_together(store, group, QUIET)
+        encode.run_together(store, group, QUIET)
     return time.monotonic() - began, pipe.n_bytes
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="saeflow-together-") as temporary:
         together, apart = (Store.create(Path(temporary) / name) for name in ("together", "apart"))
         for store in (together, apart):
-            bring.run(store, three[0], QUIET)
+            import_table.run(store, three[0], QUIET)
             for recipe in three:
                 train.run(store, recipe, QUIET)
         with pipe.installed(Stored, "read", n_bytes):

@@ -22,15 +22,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from saeflow import activations, arrays, tokens
-from saeflow.artefact import Artefact
-from saeflow.feed import Feed
-from saeflow.model import Site
-from saeflow.plan import plan_epoch
-from saeflow.sections import FeedConfig
-from saeflow.store import Store
-from saeflow.used import Used
-from saeflow.writer import Writer
+from saeflow.activations import shards as arrays
+from saeflow.activations.epoch import plan_epoch
+from saeflow.activations.feed import Feed
+from saeflow.activations.writer import Writer
+from saeflow.corpus import token_parts
+from saeflow.corpus.selection import Used
+from saeflow.model.sites import Site
+from saeflow.pipeline import collect
+from saeflow.recipe.settings import FeedConfig
+from saeflow.store.artefact import Artefact
+from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 
 LENGTH, WIDTH, PART_SEQUENCES = 256, 512, 512
@@ -52,9 +54,9 @@ def make_store(folder: Path, n_bytes: int) -> None:
         counts = {"first_sequence": index * n, "n_sequences": n, "n_train_sequences": n, "n_tokens": n * LENGTH,
                   "n_train_tokens": n * LENGTH}  # fmt: skip
         owners = np.repeat(np.arange(n) // 8, LENGTH).reshape(n, LENGTH) + index * n
-        packed = tokens.Packed(np.zeros((n, LENGTH), np.int32), owners)
-        tokens.write_part(source, index, counts, packed, pa.table({"document_id": np.unique(owners)}))
-        config = activations.ActivationsConfig(sites=[SITE.name])
+        packed = token_parts.Packed(np.zeros((n, LENGTH), np.int32), owners)
+        token_parts.write_part(source, index, counts, packed, pa.table({"document_id": np.unique(owners)}))
+        config = collect.ActivationsConfig(sites=[SITE.name])
         with target.new_part(index, counts) as place:
             writer = Writer(place / SITE.file, arrays.plan_layout(n, LENGTH, WIDTH, config), "float16")
             writer.append(np.roll(noise, index, axis=0))

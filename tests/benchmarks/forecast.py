@@ -12,11 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from saeflow import forecast, pipeline
-from saeflow.config import Recipe
-from saeflow.progress import Progress
-from saeflow.recipe_file import load_recipe
-from saeflow.store import Store
+from saeflow.pipeline import forecast
+from saeflow.pipeline import run as pipeline
+from saeflow.recipe.load import load_recipe
+from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.progress import Progress
+from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 
 ROOT = Path(__file__).parents[2]

@@ -30,8 +30,8 @@ from distributed import Client, LocalCluster
 
 from tests.benchmarks._bars import Bar, arguments, report
 from tests.benchmarks._no_work import cpu_of
-from tests.prefect_server import ROOT, Server, prefect_server
-from tests.small_pipeline import Ingredients, recipe_data, write_recipe
+from tests.support.prefect_server import ROOT, Server, prefect_server
+from tests.support.small_pipeline import Ingredients, recipe_data, write_recipe
 
 DEMO = ROOT / "flows" / "recipes" / "demo.toml"
 WORKERS = {"one at a time": 1, "one a core": os.cpu_count() or 1}

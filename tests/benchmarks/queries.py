@@ -25,12 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from saeflow import compaction, queries
-from saeflow.artefact import Artefact
-from saeflow.feature_files import files_of
-from saeflow.progress import Progress
-from saeflow.store import Store
-from saeflow.used import Used
+from saeflow.corpus.selection import Used
+from saeflow.features import compaction
+from saeflow.features.files import files_of
+from saeflow.query import ask as queries
+from saeflow.runtime.progress import Progress
+from saeflow.store.artefact import Artefact
+from saeflow.store.store import Store
 from tests.benchmarks import _made_run
 from tests.benchmarks._bars import Bar, arguments, report
 

@@ -5,7 +5,7 @@ python -m tests.benchmarks.scale --quick    5,000
 python -m tests.benchmarks.scale --keep FOLDER    leaves the store there, and begins with it where it is already
 
 Records, lists, folders, names and sizes of files and the documents' names are real; the values are not
-(`tests/many_parts.py` says which is which). A part has 262,144 tokens of 512 neurons in 8 shards, as by default: 2.6e10
+(`tests/support/many_parts.py` says which is which). A part has 262,144 tokens of 512 neurons in 8 shards, as by default: 2.6e10
 tokens and 10 million documents. Each line is a process of its own. Seconds are those after Python's imports, of the clock
 and of the processor (on a busy machine the clock says how busy it is); memory is the peak of the whole process. How much
 of the folders the system has in its cache is left to it. Nothing is asked of the values: `tests.benchmarks.queries` does that.
@@ -25,19 +25,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saeflow import activations, catalog, features, garbage, integrity, queries, runs
-from saeflow.artefact import Artefact
-from saeflow.feed import Feed
-from saeflow.ledger import Ledger
-from saeflow.machine import peak_bytes
-from saeflow.model import Site
-from saeflow.progress import Progress
-from saeflow.sections import FeedConfig
-from saeflow.store import Store
-from saeflow.used import Used
+from saeflow.activations.feed import Feed
+from saeflow.corpus.ledger import Ledger
+from saeflow.corpus.selection import Used
+from saeflow.model.sites import Site
+from saeflow.pipeline import collect as activations
+from saeflow.pipeline import encode
+from saeflow.query import ask as queries
+from saeflow.query import catalog, runs
+from saeflow.recipe.settings import FeedConfig
+from saeflow.runtime.memory import peak_bytes
+from saeflow.runtime.progress import Progress
+from saeflow.store import garbage, verify
+from saeflow.store.artefact import Artefact
+from saeflow.store.store import Store
 from tests.benchmarks import _made_run
 from tests.benchmarks._bars import Bar, report
-from tests.many_parts import N_SEQUENCES, SITE, WIDTH, Many
+from tests.support.many_parts import N_SEQUENCES, SITE, WIDTH, Many
 
 QUIET = Progress(verbosity=-1)
 KINDS = ("tokens", "activations", "features")
@@ -99,7 +103,7 @@ def published(many: Many, taken: Taken, kind: str) -> None:
 
 def verified(many: Many, taken: Taken, kind: str) -> None:
     with taken.timed():
-        assert not list(integrity.damage(target_of(many, kind), full=False))
+        assert not list(verify.damage(target_of(many, kind), full=False))
 
 
 def collected(many: Many, taken: Taken) -> None:
@@ -110,7 +114,7 @@ def collected(many: Many, taken: Taken) -> None:
 
 def encoded(many: Many, taken: Taken) -> None:
     """`saeflow encode` where nothing is missing."""
-    with taken.timed(), features.encoding_together(many.store, [many.recipe], QUIET) as job:
+    with taken.timed(), encode.encoding_together(many.store, [many.recipe], QUIET) as job:
         assert not job.missing
 
 

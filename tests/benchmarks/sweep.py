@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from saeflow import bring, train
-from saeflow.config import Recipe, parse_recipe
-from saeflow.feed import Feed
-from saeflow.progress import Progress
-from saeflow.store import Store
+from saeflow.activations.feed import Feed
+from saeflow.pipeline import import_table, train
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.runtime.progress import Progress
+from saeflow.store.store import Store
 from tests.benchmarks import _superposed
 from tests.benchmarks._bars import Bar, arguments, report
 from tests.benchmarks._pipe import Pipe
-from tests.small_pipeline import tree
+from tests.support.small_pipeline import tree
 
 QUIET = Progress(verbosity=-1)
 WIDTH, N_SAES = 256, 8
@@ -69,7 +69,7 @@ def main() -> None:
         members = recipe.members()
         together, apart = (Store.create(Path(temporary) / name) for name in ("together", "apart"))
         for store in (together, apart):
-            bring.run(store, recipe, QUIET)
+            import_table.run(store, recipe, QUIET)
         one_seconds, one_bytes = measured(apart, members[:1], pipe)
         one_rate = one_bytes / one_seconds
         ratios: dict[str, list[float]] = {}

@@ -29,17 +29,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from saeflow import ground_truth, interchange, superposed
-from saeflow.commands_synth import Synth, judge, print_scores
-from saeflow.config import Recipe
-from saeflow.ground_truth import Scores
-from saeflow.known import Truth
-from saeflow.progress import Progress
-from saeflow.recipe_file import load_recipe
-from saeflow.sae import SparseAutoencoder
-from saeflow.sections import Architecture, SAEConfig, UserError
-from saeflow.store import Store
-from saeflow.training import mean_and_scale
+from saeflow.activations.synthetic import superposition
+from saeflow.activations.synthetic.truth import Truth
+from saeflow.cli.synth import Synth, judge, print_scores
+from saeflow.recipe.load import load_recipe
+from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.settings import Architecture, SAEConfig, UserError
+from saeflow.runtime.progress import Progress
+from saeflow.sae import interchange, recovery
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.recovery import Scores
+from saeflow.store.store import Store
+from saeflow.train.training import mean_and_scale
 from tests.benchmarks import _peers
 from tests.benchmarks._bars import Bar, report
 
@@ -87,9 +88,9 @@ def peer_scores(recipe: Recipe, peer: str, architecture: str, folder: Path) -> S
         decay_steps=round(recipe.train.decay_share * n_steps), threads=torch.get_num_threads(), save=saved,
     )  # fmt: skip
     sae = (interchange.load if peer == "saelens" else load_sparsify)(saved).eval()
-    return ground_truth.score_directions(
+    return recovery.score_directions(
         sae.W_dec.detach(), lambda x: sae.encode_sparse(x * scale), lambda sparse: sae.decode(sparse) / scale,
-        ground_truth.truth_of(made), recipe.train.n_tokens,
+        recovery.truth_of(made), recipe.train.n_tokens,
     )  # fmt: skip
 
 
@@ -97,16 +98,16 @@ def write_rows(recipe: Recipe, path: Path) -> float:
     """The recipe's rows, scaled to a mean squared distance of D from their mean, once; returns the scale."""
     made = recipe.activations.synthetic
     assert made is not None
-    blocks = [values for values, _ in itertools.islice(superposed.rows_of(made).blocks(0), 16)]
+    blocks = [values for values, _ in itertools.islice(superposition.rows_of(made).blocks(0), 16)]
     _, scale = mean_and_scale(torch.from_numpy(np.concatenate(blocks)), normalise=True)
     if not path.exists():
         rows = np.lib.format.open_memmap(path, "w+", np.float32, (made.n_samples, made.n_neurons))
         start = 0
-        for values, _ in superposed.rows_of(made).blocks(0):
+        for values, _ in superposition.rows_of(made).blocks(0):
             rows[start : start + len(values)] = values[: len(rows) - start] * np.float32(scale)
             start += len(values)
         rows.flush()
-        fresh, _ = next(ground_truth.truth_of(made).fresh())
+        fresh, _ = next(recovery.truth_of(made).fresh())
         np.save(path.with_name("rows-held-out.npy"), fresh * np.float32(scale))
     return scale
 
@@ -191,7 +192,7 @@ def main() -> None:
         ],
         tokens=n_tokens,
         best=best.recipe.sae.architecture if best else None,
-        linear_detector_f1=round(linear_f1(ground_truth.truth_of(made)), 4),
+        linear_detector_f1=round(linear_f1(recovery.truth_of(made)), 4),
         seconds={each.recipe.sae.architecture: round(seconds, 1) for each, seconds in found},
         scores={each.recipe.sae.architecture: dataclasses.asdict(each.scores) for each, _ in found},
         peers={name: dataclasses.asdict(each) for name, each in peers.items()},

@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from saeflow import bring, brought
-from saeflow.config import Recipe
-from saeflow.progress import Progress
-from saeflow.recipe_file import load_recipe
-from saeflow.report import active_sets
-from saeflow.sae import SparseAutoencoder
-from saeflow.store import Store
-from saeflow.train import Training, fit, open_feed
+from saeflow.activations.tables import table as brought
+from saeflow.pipeline import import_table
+from saeflow.pipeline.report import active_sets
+from saeflow.pipeline.train import Training, fit, open_feed
+from saeflow.recipe.load import load_recipe
+from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.progress import Progress
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 
 RECIPES = Path(__file__).resolve().parents[2] / "flows" / "recipes"
@@ -50,7 +51,7 @@ def stored(recipe: Recipe) -> Iterator[Callable[[Recipe], Training]]:
     """A store with the recipe's activations, as a function that trains another SAE on them."""
     with tempfile.TemporaryDirectory(prefix="saeflow-toys-") as folder:
         store = Store.create(folder)
-        bring.run(store, recipe, QUIET)
+        import_table.run(store, recipe, QUIET)
 
         def train(changed: Recipe) -> Training:
             with tempfile.TemporaryDirectory(dir=folder) as checkpoints:

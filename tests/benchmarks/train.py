@@ -26,16 +26,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from saeflow import bring, sae, sparse_step
-from saeflow.config import Recipe, parse_recipe
-from saeflow.encoding import Encoder, fast_dtype
-from saeflow.kernels import in_parallel, ranges
-from saeflow.parallel import keep_freed_memory
-from saeflow.progress import Progress
-from saeflow.sections import SAEConfig, TrainConfig
-from saeflow.store import Store
-from saeflow.train import open_feed
-from saeflow.training import Batch, Training
+from saeflow.pipeline import import_table
+from saeflow.pipeline.train import open_feed
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.settings import SAEConfig, TrainConfig
+from saeflow.runtime.progress import Progress
+from saeflow.runtime.threads import keep_freed_memory
+from saeflow.sae import autoencoder, sparse_step
+from saeflow.sae.encoder import Encoder, fast_dtype
+from saeflow.sae.kernels import in_parallel, ranges
+from saeflow.store.store import Store
+from saeflow.train.training import Batch, Training
 from tests.benchmarks import _peers, _superposed
 from tests.benchmarks._bars import Bar, report
 
@@ -97,7 +98,7 @@ class Rows:
 def a_training(name: str, size: Size, rows: Rows, n_steps: int, **train: Any) -> Training:
     architecture = name.partition("-")[0]
     config = SAEConfig(architecture=architecture, n_features=size.n_features, k=size.k, **OURS[name])
-    made = sae.SparseAutoencoder(config, size.width)
+    made = autoencoder.SparseAutoencoder(config, size.width)
     made.product_dtype = fast_dtype()
     first = next(rows.batches())
     made.initialise(first.mean(0))
@@ -270,7 +271,7 @@ def from_store(size: Size, rows: Rows, folder: Path, n_steps: int, times: int) -
     """Speed of TopK from a store over that from a tensor in memory, batches made in the time of both."""
     recipe = recipe_of(rows, size)
     store = Store.create(folder / "store")
-    bring.run(store, recipe, Progress(verbosity=-1))
+    import_table.run(store, recipe, Progress(verbosity=-1))
     feed = open_feed(store, recipe)
     in_memory = torch.from_numpy(np.load(rows.data)).half()
 

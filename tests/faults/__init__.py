@@ -24,7 +24,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
-from tests.small_pipeline import NOT_COMPARED
+from tests.support.small_pipeline import NOT_COMPARED
 
 Fault = Literal[
     "SIGKILL", "SIGTERM", "SIGINT", "disk full", "SIGSTOP", "read-only", "clock back", "server lost"
@@ -33,10 +33,10 @@ FAULTS: tuple[Fault, ...] = ("SIGKILL", "SIGTERM", "SIGINT", "disk full")
 EXIT_CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 130, "SIGINT": 130, "disk full": 2}
 
 _HEAVY = [
-    "saeflow.cli",
-    "saeflow.pipeline",
-    "saeflow.answers",
-    "saeflow.terminal",
+    "saeflow.cli.app",
+    "saeflow.pipeline.run",
+    "saeflow.query.first_answers",
+    "saeflow.cli.render",
     "matplotlib.backends.backend_agg",
     "transformers.models.gpt2.modeling_gpt2",
     "tests.faults",
@@ -158,17 +158,17 @@ class Strike:
 
 def watch(case: Case, root: Path) -> None:
     """Let the fault happen in this process once its point is reached."""
-    from saeflow import sae
+    from saeflow.sae import autoencoder
 
     strike = Strike(case, root)
     sys.addaudithook(strike)
-    after = sae.SparseAutoencoder.after_step
+    after = autoencoder.SparseAutoencoder.after_step
 
-    def after_step(self: sae.SparseAutoencoder) -> None:
+    def after_step(self: autoencoder.SparseAutoencoder) -> None:
         after(self)
         strike(STEP, ())
 
-    sae.SparseAutoencoder.after_step = after_step  # type: ignore[method-assign]
+    autoencoder.SparseAutoencoder.after_step = after_step  # type: ignore[method-assign]
 
 
 def run_command(arguments: list[str], log: Path, prepare: Callable[[], None] | None) -> None:
@@ -176,13 +176,13 @@ def run_command(arguments: list[str], log: Path, prepare: Callable[[], None] | N
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from saeflow import cli
+    from saeflow.cli import app
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
     if prepare is not None:
         prepare()
     sys.argv = ["saeflow", *arguments]
-    cli.main()
+    app.main()
 
 
 class Runner:

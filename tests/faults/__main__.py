@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from saeflow.sections import Architecture
+from saeflow.recipe.settings import Architecture
 from tests.faults import CASES, Runner, matrix, power, tenth
 from tests.faults.kills import TRAINING, collecting_runner, random_kills, training_runner
 from tests.faults.overlap import overlaps
 from tests.faults.power import VIEWS, power_cuts
 from tests.faults.readers import Reading
-from tests.small_pipeline import Ingredients, recipe_data, write_recipe
+from tests.support.small_pipeline import Ingredients, recipe_data, write_recipe
 
 _SHOWN = 6
 """Problems printed of one case."""

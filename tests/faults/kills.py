@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import Runner, differences
-from tests.small_pipeline import Ingredients, documents, recipe_data, write_corpus, write_recipe
+from tests.support.small_pipeline import Ingredients, documents, recipe_data, write_corpus, write_recipe
 
 
 def collecting_runner(folder: Path, n_documents: int) -> Runner:

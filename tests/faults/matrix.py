@@ -21,8 +21,8 @@ from pathlib import Path
 import psutil
 
 from tests.faults import POINTS, ROOT, Case, Fault, Point, Runner, differences, watch
-from tests.prefect_server import prefect_server
-from tests.small_pipeline import Ingredients, recipe_data, write_recipe
+from tests.support.prefect_server import prefect_server
+from tests.support.small_pipeline import Ingredients, recipe_data, write_recipe
 
 STAGES = ("tokens", "collect", "train", "encode", "compact")
 MIDDLE = {
@@ -257,19 +257,19 @@ def main() -> None:
     point = at(stage, {stage: when[0]} if when else MIDDLE, "")
     if fault == "server lost":
         from flows.pipeline import told
-        from saeflow.commands_run import run_flow
+        from saeflow.cli.run import run_flow
 
         watch(Case(point, "server lost"), Path(store))
         sys.argv = ["flows.pipeline", recipe, "--store", store]
         run_flow(told)
-    from saeflow import cli
+    from saeflow.cli import app
 
     if fault == "worker lost":
         threading.Thread(target=kill_a_worker, args=(stage, Path(store)), daemon=True).start()
     else:
         watch(Case(point, "clock back"), Path(store))
     sys.argv = ["saeflow", "run", recipe, "--store", store]
-    cli.main()
+    app.main()
 
 
 HEAD = """\

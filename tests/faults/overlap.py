@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from tests.faults import POINTS, Case, Point, Runner, differences, watch
-from tests.small_pipeline import Ingredients, recipe_data, write_recipe
+from tests.support.small_pipeline import Ingredients, recipe_data, write_recipe
 
 LEASE_SECONDS = "2"
 

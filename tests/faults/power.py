@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saeflow.artefact import Artefact
-from saeflow.integrity import damage
-from saeflow.store import Store
+from saeflow.store.artefact import Artefact
+from saeflow.store.store import Store
+from saeflow.store.verify import damage
 from tests.faults import Runner, differences
 
 VIEWS = ("strict", "eager")

@@ -13,7 +13,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from tests.faults import Runner, differences
-from tests.small_pipeline import Ingredients, documents, recipe_data, write_corpus, write_recipe
+from tests.support.small_pipeline import Ingredients, documents, recipe_data, write_corpus, write_recipe
 
 N_OLD, N_NEW = 40, 240
 """Documents that are encoded at first, and at the end."""
@@ -24,11 +24,11 @@ Answer = tuple[int, ...]
 
 def answer(store: Path) -> Answer:
     """What a reader sees."""
-    from saeflow import queries
-    from saeflow.store import Store
+    from saeflow.query import ask
+    from saeflow.store.store import Store
 
     hashed = "select count(*), sum(hash(token_id, feature_id, value)::hugeint)::varchar::hugeint from "
-    with contextlib.closing(queries.connect(Store.open(store), threads=1)) as connection:
+    with contextlib.closing(ask.connect(Store.open(store), threads=1)) as connection:
         rows = [connection.execute(hashed + order).fetchall()[0] for order in ("stg_token_major", "stg_feature_major")]
         counted = connection.execute("select sum(n_tokens)::bigint from stg_feature_stats").fetchall()[0]
     return tuple(int(number) for row in (*rows, counted) for number in row)

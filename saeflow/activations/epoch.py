@@ -1,0 +1,134 @@
+"""Which rows a training meets, and in which order: pure functions of counts, a seed and an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from saeflow.recipe.settings import FeedConfig, UserError
+from saeflow.store.files import human_bytes
+from saeflow.store.records import PartRecord
+
+
+def pool_blocks(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:
+    """Sequences in a block, and blocks in the half of the memory that is mixed.
+
+    `sequence_bytes`: stored activations of one sequence, all sites together. Raises UserError where not even one
+    block read and one mixed have room.
+    """
+    sequences = max(1, config.block_bytes // sequence_bytes)
+    blocks = config.pool_bytes // 2 // (sequences * sequence_bytes)
+    if blocks < 1:
+        need = 2 * sequences * sequence_bytes
+        raise UserError(
+            f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block read and one mixed take {human_bytes(need)}.\n"
+            f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most {human_bytes(config.pool_bytes // 2)}."
+        )
+    return sequences, blocks
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Blocks that are in memory together, and the batches of global row numbers drawn from them."""
+
+    blocks: np.ndarray
+    batches: list[np.ndarray]
+
+
+def plan_pools(n_blocks: int, pool_blocks: int, seed: int, epoch: int = 0) -> list[np.ndarray]:
+    """All blocks in random order, at most `pool_blocks` together; ascending inside a pool."""
+    order = np.random.default_rng([seed, epoch]).permutation(n_blocks)
+    whole = n_blocks // pool_blocks * pool_blocks
+    full = np.sort(order[:whole].reshape(-1, pool_blocks), axis=1)
+    return [*full, np.sort(order[whole:])] if whole < n_blocks else [*full]
+
+
+def plan_epoch(
+    rows_of: Sequence[np.ndarray] | Callable[[int], np.ndarray],
+    n_blocks: int,
+    pool_blocks: int,
+    batch_rows: int,
+    seed: int,
+    epoch: int = 0,
+    first_pool: int = 0,
+) -> Iterator[Pool]:
+    """Every row once, in pools of at most `pool_blocks` randomly chosen blocks, mixed inside each pool.
+
+    `rows_of` gives a block's row numbers. Batches of one pool differ in size by at most one row. Pure:
+    the same arguments give the same plan on any machine. Pools before `first_pool` cost nothing.
+    """
+    look = rows_of if callable(rows_of) else rows_of.__getitem__
+    for number, blocks in enumerate(plan_pools(n_blocks, pool_blocks, seed, epoch)):
+        if number < first_pool:
+            continue
+        rows = np.concatenate([look(int(block)) for block in blocks])
+        rows = np.random.default_rng([seed, epoch, number]).permutation(rows)
+        batches = np.array_split(rows, -(-len(rows) // batch_rows)) if len(rows) else []
+        yield Pool(blocks, list(batches))
+
+
+def batches_of_pools(pools: Sequence[np.ndarray], counts: np.ndarray, batch_rows: int) -> np.ndarray:
+    """How many batches each pool gives, from the used rows of every block."""
+    return np.array([-(-int(counts[blocks].sum()) // batch_rows) for blocks in pools], np.int64)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of sequences inside one part."""
+
+    part: PartRecord
+    start: int
+    stop: int
+
+
+class Blocks:
+    """Training sequences of the parts, cut into blocks; held-out ones, which end each part, stay out.
+
+    What is kept is a number for each part: there may be millions of blocks.
+    """
+
+    def __init__(self, parts: Sequence[PartRecord], block_sequences: int) -> None:
+        self.parts = [part for part in parts if part.counts["n_train_sequences"]]
+        self.block_sequences = block_sequences
+        n_blocks = [-(-part.counts["n_train_sequences"] // block_sequences) for part in self.parts]
+        self._ends = np.cumsum(n_blocks, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, number: int) -> Block:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        part = self.parts[place]
+        start = (number - int(self._ends[place - 1] if place else 0)) * self.block_sequences
+        return Block(part, start, min(start + self.block_sequences, part.counts["n_train_sequences"]))
+
+    def sums(self, of_sequences: Callable[[int], np.ndarray]) -> np.ndarray:
+        """int64: of every block the sum of what is given for the sequences of a part (S,), by the part's index."""
+        found = [self._sums(part, of_sequences(part.index)) for part in self.parts]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def _sums(self, part: PartRecord, each: np.ndarray) -> np.ndarray:
+        n_train = part.counts["n_train_sequences"]
+        return np.add.reduceat(each[:n_train], np.arange(0, n_train, self.block_sequences), dtype=np.int64)
+
+
+def expected_partners(sizes: np.ndarray, batch_rows: int) -> float:
+    """Tokens of its own document that a token meets in a batch drawn at random from rows of documents of these sizes.
+
+    Of M rows, c of them of its document, a batch of B holds on average (c - 1) (B - 1) / (M - 1) of the others
+    (hypergeometric mean).
+    """
+    n_rows = int(sizes.sum())
+    if n_rows < 2:
+        return 0.0
+    others = float((sizes * (sizes - 1)).sum()) / n_rows
+    return others * (min(batch_rows, n_rows) - 1) / (n_rows - 1)
+
+
+def met_partners(batches: Sequence[np.ndarray]) -> float:
+    """The same, counted: each batch is the documents of its rows."""
+    sizes = [np.unique(batch, return_counts=True)[1] for batch in batches]
+    met = sum(int((each * (each - 1)).sum()) for each in sizes)
+    return met / max(sum(int(each.sum()) for each in sizes), 1)

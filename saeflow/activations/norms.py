@@ -1,0 +1,99 @@
+"""How long activation vectors are, by position: massive activations are found while collecting, not after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from saeflow.model.sites import Site
+from saeflow.recipe.settings import ActivationsConfig
+from saeflow.runtime.devices import to_processor
+from saeflow.runtime.progress import Progress
+from saeflow.store.artefact import Artefact
+
+FILE = "norms.parquet"
+_FACTOR = 10
+"""Mean norm of a massive position over that of the median position. Sun et al. 2024 (arXiv 2402.17762) call a single value
+massive from 1,000 times the median magnitude on. In a Gaussian vector of width D that is 670 / √D times its norm: 10 at
+D = 4,096, more in narrower ones."""
+_SAMPLED_PARTS = 200
+"""Parts read for the warning, evenly spread."""
+
+
+class Norms:
+    """Gathers, for one part, by site and position: tokens, the sum of their norms, the largest norm.
+
+    Batches must come in order: sums are float64, added batch by batch, so that equal batches give equal bytes.
+    """
+
+    def __init__(self, sites: Sequence[Site], length: int) -> None:
+        self.sites = sites
+        shape = len(sites), length
+        self.n_tokens, self.sums, self.largest = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
+
+    def add(self, norms: Sequence[np.ndarray], mask: np.ndarray) -> None:
+        """Norms (s, T) of the sites, and which tokens are real."""
+        for i, each in enumerate(norms):
+            real = np.where(mask, each.astype(np.float64), 0)
+            self.n_tokens[i] += mask.sum(0)
+            self.sums[i] += real.sum(0)
+            np.maximum(self.largest[i], real.max(0, initial=0), out=self.largest[i])
+
+    def write(self, path: Path) -> None:
+        n_sites, length = self.n_tokens.shape
+        table = pa.table(
+            {
+                "site": np.repeat([site.name for site in self.sites], length),
+                "position": np.tile(np.arange(length, dtype=np.int32), n_sites),
+                "n_tokens": self.n_tokens.reshape(-1),
+                "sum_norm": self.sums.reshape(-1),
+                "max_norm": self.largest.reshape(-1),
+            }
+        )
+        pq.write_table(table, path, compression="zstd")
+
+
+def norms_of(values: Tensor) -> np.ndarray:
+    """Lengths float32 (s, T) of the vectors (s, T, D)."""
+    return to_processor(torch.linalg.vector_norm(values, dim=2, dtype=torch.float32)).numpy()
+
+
+def mean_norms(target: Artefact) -> dict[str, np.ndarray]:
+    """Mean norm (T,) by site, NaN where no token was; from parts that kept norms (earlier ones did not), or a sample."""
+    parts = [part for part in target.published().parts if any(file.name == FILE for file in part.files)]
+    chosen = parts[:: -(-len(parts) // _SAMPLED_PARTS) or 1]
+    found: dict[str, np.ndarray] = {}
+    for table in (pq.read_table(target.part_file(part, FILE)) for part in chosen):
+        names = table.column("site").to_numpy()
+        sums = np.stack([table.column(name).to_numpy() for name in ("n_tokens", "sum_norm")])
+        for name in dict.fromkeys(names):
+            found[name] = found.get(name, 0) + sums[:, names == name]
+    with np.errstate(invalid="ignore"):
+        return {name: sums / n for name, (n, sums) in found.items()}
+
+
+def massive_positions(means: np.ndarray) -> list[int]:
+    """Positions whose mean norm is more than ten times that of the median position."""
+    median = np.nanmedian(means) if np.isfinite(means).any() else np.nan
+    return np.flatnonzero(means > _FACTOR * median).tolist()
+
+
+def warn(target: Artefact, config: ActivationsConfig, progress: Progress) -> None:
+    """Say which positions hold massive activations that no setting leaves out yet, and the way out."""
+    for site, means in mean_norms(target).items():
+        found = massive_positions(means)
+        fresh = [position for position in found if position not in config.skip_positions]
+        if fresh:
+            top = max(fresh, key=lambda position: float(means[position]))
+            every = sorted({*fresh, *config.skip_positions})
+            progress.say(
+                f"activations: at {site}, vectors at position {', '.join(map(str, fresh))} are massive: mean norm "
+                f"{means[top]:,.4g} at position {top} against {np.nanmedian(means):,.4g} at the median position.\n"
+                f"An SAE would spend its loss there. Set activations.skip_positions = {every}; nothing is collected again."
+            )

@@ -1,0 +1,104 @@
+"""The toys of the founding articles: a few neurons, a few known features, all rows in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as tf
+from torch import Tensor
+
+from saeflow.activations.synthetic.truth import Codes, Truth, random_numbers
+from saeflow.recipe.settings import SyntheticConfig
+
+_TOY_STEPS = 3000
+_FRESH, _FRESH_ROWS = 1, 4096
+"""Stream of random numbers from which fresh rows come, and rows in a block of them."""
+_REPRESENTED = 0.5
+"""Shortest direction in the hidden layer of a feature that counts as represented by the toy model of superposition."""
+
+_Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+"""Rows (B, D), at most so many as asked for, and the strengths (B, n) of the known features in them, 0 where absent."""
+
+
+def table(config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Rows float32 (N, D) and the known directions (n, D)."""
+    generator = torch.Generator().manual_seed(config.seed)
+    directions, draw = _world(config, generator)
+    return draw(config.n_samples, generator)[0].numpy(), directions.numpy()
+
+
+def truth(config: SyntheticConfig) -> Truth:
+    """What is known of the same rows. Features that the toy model of superposition does not represent are left out."""
+    directions, draw = _world(config, torch.Generator().manual_seed(config.seed))
+    lengths = torch.linalg.vector_norm(directions, dim=1)
+    known = lengths > _REPRESENTED
+
+    def fresh() -> Iterator[tuple[np.ndarray, Codes]]:
+        for number in itertools.count():
+            seed = int(random_numbers(config.seed, _FRESH, number).integers(2**32))
+            rows, strengths = draw(_FRESH_ROWS, torch.Generator().manual_seed(seed))
+            yield rows.numpy(), Codes.of_dense((strengths * lengths)[:, known].numpy())
+
+    units = tf.normalize(directions[known], dim=1).numpy()
+    return Truth(units, np.full(len(units), _rate(config)), 0.0, fresh)
+
+
+def _rate(config: SyntheticConfig) -> float:
+    """Share of rows in which a feature fires; all are alike."""
+    if config.kind == "sparse":
+        return (1 + config.n_active) / 2 / config.n_true
+    return float(config.density / (1 - (1 - config.density) ** config.n_true))  # rows without any are left out
+
+
+def _world(config: SyntheticConfig, generator: torch.Generator) -> tuple[Tensor, _Draw]:
+    """Directions (n, D), and what draws rows; both by the same generator, directions first."""
+    return _sparse_mixture(config, generator) if config.kind == "sparse" else _superposition(config, generator)
+
+
+def _sparse_mixture(config: SyntheticConfig, generator: torch.Generator) -> tuple[Tensor, _Draw]:
+    """Rows are sums of one to `n_active` of `n_true` random unit directions, strengths uniform in [0, 1]."""
+    directions = tf.normalize(torch.randn(config.n_true, config.n_neurons, generator=generator), dim=1)
+
+    def draw(n_rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        order = torch.rand(n_rows, config.n_true, generator=generator).argsort(1)[:, : config.n_active]
+        strengths = torch.rand(n_rows, config.n_active, generator=generator)
+        n_present = torch.randint(1, config.n_active + 1, (n_rows, 1), generator=generator)
+        strengths *= torch.arange(config.n_active) < n_present
+        rows = (directions[order] * strengths[:, :, None]).sum(1)
+        return rows, torch.zeros(n_rows, config.n_true).scatter_(1, order, strengths)
+
+    return directions, draw
+
+
+def _superposition(config: SyntheticConfig, generator: torch.Generator) -> tuple[Tensor, _Draw]:
+    """The hidden layer of a toy model of superposition, `relu(W'Wx + b)` trained to copy sparse x; x = 0 is left out.
+
+    Elhage et al. 2022 (transformer-circuits.pub/2022/toy_model). Directions are the columns of W (m, n).
+    """
+    n, m = config.n_true, config.n_neurons
+    weight = torch.nn.Parameter(torch.randn(m, n, generator=generator) * 0.5)
+    bias = torch.nn.Parameter(torch.zeros(n))
+    adam = torch.optim.Adam([weight, bias], lr=1e-2)
+    for step in range(_TOY_STEPS):
+        adam.param_groups[0]["lr"] = 1e-2 * min(1.0, 2 - 2 * step / _TOY_STEPS)
+        x = _sparse_inputs(512, n, config.density, generator)
+        loss = (torch.relu(x @ weight.T @ weight + bias) - x).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    directions = weight.detach().T
+
+    def draw(n_rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = _sparse_inputs(n_rows, n, config.density, generator)
+        x = x[x.sum(1) > 0]
+        return x @ directions, x
+
+    return directions, draw
+
+
+def _sparse_inputs(n_rows: int, n: int, density: float, generator: torch.Generator) -> Tensor:
+    present = torch.rand(n_rows, n, generator=generator) < density
+    return torch.rand(n_rows, n, generator=generator) * present

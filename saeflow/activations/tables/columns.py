@@ -1,0 +1,216 @@
+"""Tables of activations in files of columns (CSV, Parquet, Arrow), read a few megabytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from saeflow.activations.tables.arrays import Block, Rows, block_rows, choose, unreadable
+from saeflow.recipe.settings import UserError
+from saeflow.store.files import read_json
+
+_TOKEN_IDS = "token_ids"
+"""SAELens' column of what the model read."""
+
+
+def csv_rows(file: Path) -> Rows:
+    """Streamed through DuckDB in the order of the file."""
+    try:
+        with duckdb.connect() as connection:
+            relation = _csv(connection, file)
+            numbers, label = _numbers_and_label(file, relation.limit(0).to_arrow_table().schema)
+            n_rows = relation.count("*").fetchall()[0][0]
+    except duckdb.Error as error:
+        raise unreadable(file.name, error) from error
+
+    def blocks(start: int) -> Iterator[Block]:
+        with duckdb.connect() as connection:
+            wanted = ", ".join('"' + name.replace('"', '""') + '"' for name in [*numbers, *label])
+            found = _csv(connection, file).project(wanted)
+            try:
+                batches = found.to_arrow_reader(min(block_rows(len(numbers)), 100_000))
+                yield from _skipped((_block(batch, numbers, label) for batch in batches), start)
+            except duckdb.Error as error:
+                raise ValueError(str(error)) from error
+
+    return Rows(file.name, n_rows, len(numbers), blocks)
+
+
+def _csv(connection: duckdb.DuckDBPyConnection, file: Path) -> duckdb.DuckDBPyRelation:
+    """A folder `a=1` above the file is no column of it."""
+    return connection.read_csv(str(file), hive_partitioning=False)
+
+
+def parquet_rows(file: Path, wanted: str | None) -> Rows:
+    """Numeric columns are neurons; where there are none, one column holds a list of numbers a row."""
+    try:
+        about = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(file.name, error) from error
+    schema, n_rows = about.schema_arrow, about.metadata.num_rows
+    ends = np.cumsum([about.metadata.row_group(i).num_rows for i in range(about.num_row_groups)])
+    vectors = _vector_columns(schema)
+    nested = vectors and (wanted is not None or not _numeric(schema))
+    numbers, label = (
+        ([choose(vectors, wanted, file.name)], _texts(schema)) if nested else _numbers_and_label(file, schema)
+    )
+
+    def blocks(start: int, n: int = 0) -> Iterator[Block]:
+        group = int(np.searchsorted(ends, start, side="right"))
+        skip = start - (int(ends[group - 1]) if group else 0)
+        with pq.ParquetFile(file) as opened:
+            batches = opened.iter_batches(
+                n or block_rows(width), row_groups=range(group, len(ends)), columns=[*numbers, *label]
+            )
+            each = (
+                _list_block(batch, numbers[0], label) if nested else _block(batch, numbers, label) for batch in batches
+            )
+            yield from _skipped(each, skip)
+
+    width = len(numbers)
+    if nested and n_rows:
+        width = next(blocks(0, 1))[0].shape[1]
+    return Rows(file.name, n_rows, width, blocks)
+
+
+def arrow_rows(folder: Path, wanted: str | None) -> Rows:
+    """What `datasets` saves, and with it SAELens' activation cache: lists [context, D], or [D], of one column.
+
+    Rows are the contexts' positions in order, labelled by their token numbers where SAELens kept them. Files are mapped, not
+    read: SAELens' batches are as large as its buffer.
+    """
+    files = arrow_files(folder)
+    try:
+        schema = _opened(files[0]).schema if files else pa.schema([])
+        name = choose(_vector_columns(schema), wanted, folder.name)
+        label = [_TOKEN_IDS] if _TOKEN_IDS in schema.names else []
+        first = next(batch.slice(0, 1) for file in files for batch in _opened(file) if batch.num_rows)
+        per, width = _matrix(first.column(name)).shape
+        n_rows = sum(batch.num_rows for file in files for batch in _opened(file)) * per
+    except StopIteration:
+        raise UserError(f"activations.source: {folder.name} holds no rows.") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise unreadable(folder.name, error) from error
+    step = max(block_rows(width) // per, 1)
+
+    def blocks(start: int) -> Iterator[Block]:
+        for batch in (batch for file in files for batch in _opened(file)):
+            n_rows = batch.num_rows * per
+            if start < n_rows:
+                pieces = (batch.slice(n, step) for n in range(start // per, batch.num_rows, step))
+                yield from _skipped((_list_block(piece, name, label) for piece in pieces), start % per)
+            start = max(start - n_rows, 0)
+
+    return Rows(folder.name, n_rows, width, blocks)
+
+
+def arrow_files(folder: Path) -> list[Path]:
+    """The files that the folder's state.json lists; others may be caches of shuffles."""
+    try:
+        listed = [folder / str(each["filename"]) for each in read_json(folder / "state.json")["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(f"{folder.name}/state.json", error) from error
+    for file in listed:
+        if not file.is_file():
+            raise UserError(f"activations.source: {folder.name} lacks {file.name}, which its state.json lists.")
+    return listed
+
+
+def _opened(file: Path) -> Any:
+    """Record batches of a mapped file; `datasets` writes the stream format, others may write the file format."""
+    mapped = pa.memory_map(str(file))
+    try:
+        return pa.ipc.open_stream(mapped)
+    except pa.ArrowInvalid:
+        mapped.seek(0)
+        whole = pa.ipc.open_file(mapped)
+        return pa.RecordBatchReader.from_batches(
+            whole.schema, (whole.get_batch(i) for i in range(whole.num_record_batches))
+        )
+
+
+def _numeric(schema: pa.Schema) -> list[str]:
+    kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal)
+    return [field.name for field in schema if any(is_kind(field.type) for is_kind in kinds)]
+
+
+def _texts(schema: pa.Schema) -> list[str]:
+    """The first column of texts, if there is one."""
+    kinds = (pa.types.is_string, pa.types.is_large_string)
+    plain = {f.name: f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in schema}
+    return [name for name, kind in plain.items() if any(is_kind(kind) for is_kind in kinds)][:1]
+
+
+def _numbers_and_label(file: Path, schema: pa.Schema) -> tuple[list[str], list[str]]:
+    numbers = _numeric(schema)
+    if not numbers:
+        raise UserError(f"activations.source: {file.name} has no numeric column; it has {', '.join(schema.names)}.")
+    return numbers, _texts(schema)
+
+
+def _vector_columns(schema: pa.Schema) -> list[str]:
+    """Columns of lists of floats, however deep."""
+    return [field.name for field in schema if _is_list(field.type) and pa.types.is_floating(_leaf(field.type))]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    plain = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    return bool(pa.types.is_list(plain) or pa.types.is_large_list(plain) or pa.types.is_fixed_size_list(plain))
+
+
+def _leaf(kind: pa.DataType) -> pa.DataType:
+    plain = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    return _leaf(plain.value_type) if _is_list(plain) else plain
+
+
+def _matrix(column: Any) -> np.ndarray:
+    """Rows (n, D) of nested lists, whatever their depth. Raises ValueError where their lengths differ."""
+    values = column.storage if isinstance(column, pa.ExtensionArray) else column
+    width = 0
+    while _is_list(values.type):
+        if values.null_count:
+            raise ValueError("a list is missing (null)")
+        lengths = pc.unique(pc.list_value_length(values)).to_pylist()
+        if len(lengths) != 1:
+            raise ValueError(f"lists have different lengths: {sorted(lengths)[0]} and {sorted(lengths)[-1]}")
+        width, values = lengths[0], values.flatten()
+    return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(-1, width)
+
+
+def _block(batch: pa.RecordBatch, numbers: list[str], label: list[str]) -> Block:
+    columns = [batch.column(name).cast(pa.float64()).to_numpy(zero_copy_only=False) for name in numbers]
+    return np.column_stack(columns), _labels(batch, label, batch.num_rows)
+
+
+def _list_block(batch: pa.RecordBatch, name: str, label: list[str]) -> Block:
+    if not batch.num_rows:
+        return np.empty((0, 1)), [] if label else None
+    values = _matrix(batch.column(name))
+    return values, _labels(batch, label, len(values))
+
+
+def _labels(batch: pa.RecordBatch, label: list[str], n_rows: int) -> list[str] | None:
+    """Texts, or `token <number>`."""
+    if not label:
+        return None
+    column = batch.column(label[0])
+    token_numbers = _is_list(column.type)
+    found = column.flatten().to_pylist() if token_numbers else column.to_pylist()
+    if len(found) != n_rows:
+        raise ValueError(f"{label[0]} has {len(found)} entries for {n_rows} rows")
+    return [f"token {number}" for number in found] if token_numbers else [str(text) for text in found]
+
+
+def _skipped(blocks: Iterator[Block], n_rows: int) -> Iterator[Block]:
+    """Without the first rows."""
+    for values, labels in blocks:
+        if n_rows < len(values):
+            yield values[n_rows:], labels[n_rows:] if labels else None
+        n_rows = max(n_rows - len(values), 0)

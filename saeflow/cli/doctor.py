@@ -1,0 +1,71 @@
+"""What this machine has: versions, processor, speeds, free space, and what to mend."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from saeflow import __version__
+from saeflow.store.files import human_bytes
+from saeflow.store.storage import cache_folder, is_url
+
+PACKAGES = ["torch", "transformers", "zarr", "dask", "pyarrow", "duckdb", "numba", "prefect", "fastapi"]
+
+
+def facts(store: str) -> Iterator[tuple[str, str]]:
+    """Lines of the report: what, and how it is."""
+    yield "saeflow", __version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in PACKAGES:
+        yield package, installed(package)
+    yield "processor", f"{processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    yield "memory", f"{human_bytes(psutil.virtual_memory().available)} free"
+    yield "gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    for name in ("float32", "bfloat16"):
+        yield f"{name} product", f"{product_rate(getattr(torch, name)):,.0f} GFLOP/s"
+    folder = (cache_folder(store) if is_url(store) else Path(store)).absolute()
+    here = next(each for each in (folder, *folder.parents) if each.exists())
+    yield "disk", f"{human_bytes(shutil.disk_usage(here).free)} free for {folder}"
+
+
+def problems() -> Iterator[str]:
+    """What would make a run fail, and the way out."""
+    fastapi = installed("fastapi").split(".")
+    if len(fastapi) > 1 and (int(fastapi[0]), int(fastapi[1])) >= (0, 151):
+        yield 'Prefect 3.8 runs no flow with this fastapi: pip install "fastapi<0.151"'
+    if installed("prefect") == "missing":
+        yield "Flows need Prefect: pip install 'prefect>=3.8.8,<3.10'. The saeflow command works without."
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def processor() -> str:
+    """The processor's own name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def product_rate(dtype: torch.dtype, n: int = 1024) -> float:
+    """Rate of an n × n matrix product in GFLOP/s, the best of five."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best / 1e9

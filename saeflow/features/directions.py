@@ -1,0 +1,118 @@
+"""What follows from an autoencoder's directions alone, and from the model: features alike, and the words they push."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from saeflow.features.schema import RUN_TABLES, TOP, TOP_LOGITS
+from saeflow.model.direct_path import direct_path
+from saeflow.sae.encoder import linear
+from saeflow.sae.kernels import in_parallel, ranges
+
+_ROWS, _COLUMNS = 256, 16384
+"""Products held by a worker at once: 16 MiB."""
+
+Directions = Tensor | np.ndarray
+
+
+def similar(directions: Directions, top: int = TOP) -> pa.Table:
+    """For each feature the `top` others whose directions (F, D) have the largest cosine with its own.
+
+    Ordered by feature, then cosine, largest first, then the other feature. Directions without length have no rows.
+    Memory is a copy of the directions and a few blocks.
+    """
+    rows, ids = _with_length(directions)
+    unit = rows / torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64, keepdim=True).float()
+    ((cosines, others),) = _largest_products(unit, unit, min(top, max(len(unit) - 1, 0)), among_themselves=True)
+    return _table("similar", ids, ids[others.numpy()], cosines)
+
+
+@torch.no_grad()
+def logits(directions: Directions, model: nn.Module, site: str, top: int = TOP_LOGITS) -> pa.Table | None:
+    """For each feature the vocabulary entries that its direction at `site` pushes up most, `top` of them, and down most.
+
+    None where the model has no logits, or no direct path leads there from the site. Logits are those of a direction as
+    it is, less their mean over the vocabulary; ordered by feature, then logit, largest first, then entry. Left out are
+    later layers, biases, a cap on logits, and what the norms divide by at a token: true logits are these times a
+    positive number, which differs from token to token but not among the entries. Directions without length have no rows.
+    Memory is a copy of the directions (two, where a module lies between site and stream) and a few blocks.
+    """
+    path = direct_path(model, site)
+    if path is None:
+        return None
+    rows, ids = _with_length(directions)
+    parts = in_parallel(lambda part: path.apply(rows[slice(*part)]), _blocks(rows))
+    stream = torch.cat([torch.zeros(0, path.unembedding.shape[1]), *parts])
+    n = min(top, len(path.unembedding) // 2)
+    mean = stream @ path.unembedding.mean(0, dtype=torch.float32).cpu()
+    (up, up_ids), (down, down_ids) = _largest_products(stream, path.unembedding, n, signs=(1, -1))
+    values, entries = _in_order(torch.cat([up, -down], 1) - mean[:, None], torch.cat([up_ids, down_ids], 1))
+    return _table("logits", ids, entries.numpy(), values)
+
+
+def _with_length(directions: Directions) -> tuple[Tensor, np.ndarray]:
+    """Those that have a length, in float32, and their ids."""
+    if isinstance(directions, np.ndarray):
+        directions = torch.from_numpy(np.require(directions, requirements="W"))  # torch warns of those it may not write
+    rows = directions.detach().float().cpu()
+    lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    alive = lengths.isfinite() & (lengths > 0)
+    ids = alive.nonzero().flatten().int().numpy()
+    return rows if alive.all() else rows[alive], ids
+
+
+def _blocks(rows: Tensor) -> list[tuple[int, int]]:
+    return ranges(len(rows), _ROWS)
+
+
+def _table(name: str, ids: np.ndarray, others: np.ndarray, values: Tensor) -> pa.Table:
+    owners = np.repeat(ids, others.shape[1])
+    return pa.table([owners, others.ravel().astype(np.int32), values.numpy().ravel()], schema=RUN_TABLES[name])
+
+
+def _largest_products(
+    rows: Tensor, others: Tensor, k: int, signs: Sequence[int] = (1,), among_themselves: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """For each sign the k largest of sign × rows (n, d) @ others (m, d).T in each row, largest first, and their columns
+    (n, k); among equals, the lower column. Of rows `among_themselves` none is compared with itself, and products are
+    cosines."""
+    best = [(torch.full((len(rows), k), -torch.inf), torch.zeros(len(rows), k, dtype=torch.int64)) for _ in signs]
+    for start, stop in ranges(len(others), _COLUMNS):
+        columns = others[start:stop].float().cpu()
+
+        def work(part: tuple[int, int], columns: Tensor = columns, start: int = start) -> None:
+            block = slice(*part)
+            products = linear(rows[block], columns)
+            if among_themselves:
+                products.clamp_(-1, 1).diagonal(part[0] - start).fill_(-torch.inf)
+            for sign, (values, ids) in zip(signs, best, strict=True):
+                found, places = _largest(products if sign > 0 else products.neg_(), k)
+                both = torch.cat([values[block], found], 1), torch.cat([ids[block], places + start], 1)
+                order = both[0].sort(dim=1, descending=True, stable=True).indices[:, :k]
+                values[block], ids[block] = (each.gather(1, order) for each in both)
+
+        in_parallel(work, _blocks(rows))
+    return best
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each row's k largest, or all of fewer, largest first, and their columns; among equals, the lower column."""
+    k = min(k, values.shape[1])
+    found, ids = values.topk(min(k + 1, values.shape[1]), dim=1)
+    if k < found.shape[1]:
+        tied = (found[:, k - 1] == found[:, k]).nonzero().flatten() if k else ids.new_empty(0)
+        found, ids = found[:, :k].contiguous(), ids[:, :k].contiguous()
+        ids[tied] = values[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return _in_order(values.gather(1, ids), ids)
+
+
+def _in_order(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's values, largest first, with their ids; equal ones by id."""
+    ids, order = ids.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)

@@ -1,0 +1,140 @@
+"""The files of a part of a run: how values lie in them, and how they are read again."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saeflow.features.schema import VALUES
+from saeflow.sae.encoder import FeatureMajor, SparseValues
+from saeflow.store.artefact import Artefact
+from saeflow.store.records import PartRecord
+
+ROW_GROUP = 122_880
+
+
+def write_token_major(folder: Path, token_ids: np.ndarray, sparse: SparseValues) -> None:
+    """Values of these tokens (ascending), sorted by token, then feature."""
+    ends = (int(token_ids[0]), int(token_ids[-1])) if len(token_ids) else (0, 0)
+    write_values(folder, "token_major", ends, _by_token(token_ids, sparse))
+
+
+def _by_token(token_ids: np.ndarray, sparse: SparseValues) -> dict[str, np.ndarray]:
+    owners = np.repeat(token_ids, np.diff(sparse.row_starts))
+    return {"token_id": owners, "feature_id": sparse.feature_ids, "value": sparse.values}
+
+
+def write_feature_major(folder: Path, token_ids: np.ndarray, entries: FeatureMajor) -> None:
+    """Values of all features, sorted by feature, then token; rows count in `token_ids`."""
+    n_features = len(entries.feature_starts) - 1
+    ids = np.repeat(np.arange(n_features, dtype=np.int32), np.diff(entries.feature_starts))
+    columns = {"feature_id": ids, "token_id": token_ids[entries.rows], "value": entries.values}
+    write_values(folder, "feature_major", (0, n_features - 1), columns)
+
+
+def write_values(folder: Path, order: str, ends: tuple[int, int], columns: Mapping[str, np.ndarray]) -> None:
+    """One more file of an order; `ends` are the first and last feature, or token, that it may hold."""
+    write_table(_next_file(folder, order, ends), pa.table(dict(columns), VALUES[order]))
+
+
+def _next_file(folder: Path, order: str, ends: tuple[int, int]) -> Path:
+    place = folder / order / f"low={ends[0]}" / f"high={ends[1]}"
+    return place / f"{len(list(place.glob('*.parquet'))):03d}.parquet"
+
+
+class TokenMajorWriter:
+    """Values in the order of tokens, piece by piece, into files of at least `file_values` each."""
+
+    def __init__(self, folder: Path, file_values: int) -> None:
+        self.folder, self.file_values = folder, file_values
+        self._open: pq.ParquetWriter | None = None
+        self._n_values, self._ends = 0, (0, 0)
+
+    def append(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
+        if not len(token_ids):
+            return
+        if self._open is None:
+            schema = VALUES["token_major"]
+            self._open = pq.ParquetWriter(self.folder / _UNNAMED, schema, **encodings(schema))
+            self._n_values, self._ends = 0, (int(token_ids[0]), 0)
+        table = pa.table(_by_token(token_ids, sparse), VALUES["token_major"])
+        self._open.write_table(table, row_group_size=ROW_GROUP)
+        self._n_values += len(table)
+        self._ends = self._ends[0], int(token_ids[-1])
+        if self._n_values >= self.file_values:
+            self.close()
+
+    def close(self) -> None:
+        """Give the file its name, which says what it holds."""
+        if self._open is None:
+            return
+        self._open.close()
+        self._open = None
+        path = _next_file(self.folder, "token_major", self._ends)
+        path.parent.mkdir(parents=True)
+        (self.folder / _UNNAMED).rename(path)
+
+
+_UNNAMED = "token_major.unnamed"
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=ROW_GROUP, **encodings(table.schema))
+
+
+def encodings(schema: pa.Schema) -> dict[str, object]:
+    """How columns are packed: measured in README, section on bytes."""
+    split = dict.fromkeys(("value", "cosine", "logit"), "BYTE_STREAM_SPLIT")
+    plain = {"token_id": "DELTA_BINARY_PACKED"} | split
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": [name for name in schema.names if name not in plain],
+        "column_encoding": {name: encoding for name, encoding in plain.items() if name in schema.names},
+    }
+
+
+def files_of(part: PartRecord, order: str, first: int = 0, last: int = sys.maxsize) -> list[str]:
+    """Names of a part's files of one order that may hold something of features, or tokens, first..last; sorted by these."""
+    found = [
+        file.name for file in part.files if re.match(rf"{order}[./]", file.name) and file.name.endswith(".parquet")
+    ]
+    ends = {name: _ends(name) for name in found}
+    return sorted(
+        (name for name in found if ends[name][0] <= last and ends[name][1] >= first),
+        key=lambda name: (ends[name], name),
+    )
+
+
+def _ends(name: str) -> tuple[int, int]:
+    """What a file may hold; one of an earlier saeflow does not say."""
+    found = re.search(r"/low=(\d+)/high=(\d+)/", name)
+    return (int(found[1]), int(found[2])) if found else (0, sys.maxsize)
+
+
+def read_tokens(target: Artefact, part: PartRecord, first: int, last: int) -> tuple[np.ndarray, SparseValues]:
+    """The values of tokens first..last of a part: token_ids (n,) of those that have any, and their values."""
+    wanted = [("token_id", ">=", first), ("token_id", "<=", last)]
+    tables = [
+        pq.read_table(target.part_file(part, name), filters=wanted, partitioning=None)
+        for name in files_of(part, "token_major", first, last)
+    ]
+    table = pa.concat_tables(tables) if tables else VALUES["token_major"].empty_table()
+    owners = table.column("token_id").to_numpy()
+    begins = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]]) if len(owners) else np.empty(0, np.int64)
+    starts = np.r_[begins, len(owners)].astype(np.int64)
+    ids, values = (table.column(name).to_numpy() for name in ("feature_id", "value"))
+    return owners[begins], SparseValues(starts, ids, values)
+
+
+def pieces(first: int, last: int, n_tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most `n_tokens`, both ends included."""
+    for start in range(first, last + 1, n_tokens):
+        yield start, min(start + n_tokens - 1, last)

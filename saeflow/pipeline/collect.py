@@ -1,0 +1,309 @@
+"""Sequences through the model to Zarr: one array [sequence, position, width] per site and part."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from saeflow.activations.epoch import pool_blocks
+from saeflow.activations.norms import FILE as NORMS_FILE
+from saeflow.activations.norms import Norms, norms_of, warn
+from saeflow.activations.packed import open_writer
+from saeflow.activations.shards import ITEM_BYTES, plan_layout
+from saeflow.activations.tables.table import content
+from saeflow.activations.writer import stored
+from saeflow.corpus import token_parts
+from saeflow.model.sites import (
+    Site,
+    SiteReader,
+    device_of,
+    load_model,
+    model_fingerprint,
+    require_length,
+    require_running_order,
+    resolve_sites,
+)
+from saeflow.pipeline.dask import work
+from saeflow.pipeline.dask.workers import Workers, workers_of
+from saeflow.recipe.fingerprint import facts_of, fingerprint
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.settings import ActivationsConfig, SAEConfig, UserError
+from saeflow.runtime.devices import n_workers, own_stream
+from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.threads import in_order, keep_freed_memory
+from saeflow.store.artefact import Artefact, Job
+from saeflow.store.records import PartRecord
+from saeflow.store.store import Store
+
+_QUEUE = 4
+"""Forward batches waiting for the disk before the model has to wait."""
+
+
+def artefact(store: Store, recipe: Recipe) -> Artefact:
+    return store.artefact("activations", recipe.data_name, fingerprint(facts(store, recipe)))
+
+
+def tokens_artefact(store: Store, recipe: Recipe) -> Artefact:
+    """The tokens these activations belong to; for brought activations, one a row."""
+    if recipe.model is not None:
+        return token_parts.artefact(store, recipe)
+    return store.artefact("tokens", recipe.data_name, fingerprint(brought_facts(recipe)))
+
+
+def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
+    """What makes two activation artefacts comparable."""
+    about = recipe.activations
+    source = brought_facts(recipe) if recipe.model is None else {"model": model_fingerprint(recipe.model)}
+    return {
+        "tokens": tokens_artefact(store, recipe).fp,
+        **source,
+        "sites": about.sites,
+        "dtype": about.dtype,
+        "forward_batch": about.forward_batch,
+        "layout": [about.chunk_bytes, about.shard_bytes],
+        **({"compression": about.compression} if about.compression != "none" else {}),
+    }
+
+
+def brought_facts(recipe: Recipe) -> dict[str, Any]:
+    about = recipe.activations
+    made = facts_of(about.synthetic) if about.synthetic else None
+    if made and about.synthetic and about.synthetic.grows:
+        del made["n_samples"]
+    share = recipe.corpus.held_out if recipe.corpus else 0.0
+    return {
+        "source": about.source,
+        "content": content(about.source) if about.source else None,
+        "synthetic": made,
+        "part_rows": about.part_rows,
+        "held_out": share,
+        **({"source_array": about.source_array} if about.source_array else {}),
+    }
+
+
+@dataclass
+class Collector:
+    """Everything a part needs: made once, used for every part."""
+
+    source: Artefact
+    target: Artefact
+    config: ActivationsConfig
+    model: nn.Module
+    sites: list[Site]
+    workers: int
+
+    def collect(self, part: PartRecord, bar: Bar) -> PartRecord:
+        """Run the model over one token part and keep the activations as a part."""
+        vocab_ids, mask = token_parts.read_part(self.source, part)
+        n, length = vocab_ids.shape
+        batches = [
+            slice(start, min(start + self.config.forward_batch, n)) for start in range(0, n, self.config.forward_batch)
+        ]
+        reader = SiteReader(self.model, self.sites)
+
+        norms = Norms(self.sites, length)
+
+        def forward(rows: slice) -> list[tuple[np.ndarray, np.ndarray]]:
+            """Of every site what is stored, and its norms."""
+            padding = None if mask[rows].all() else torch.from_numpy(mask[rows])
+            found = []
+            with own_stream(device_of(self.model)):
+                read = reader.read(torch.from_numpy(vocab_ids[rows]), padding)
+                for values in (read[site.name] for site in self.sites):
+                    lengths = norms_of(values)
+                    found.append((stored(values, self.config, part, rows.start, float(lengths.max())), lengths))
+            return found
+
+        known: dict[str, str] = {}
+        with (
+            self.target.new_part(part.index, dict(part.counts), {"tokens": part.folder}, known) as folder,
+            contextlib.closing(reader),
+        ):
+            writers = [
+                open_writer(folder / site.file, plan_layout(n, length, site.width, self.config), self.config)
+                for site in self.sites
+            ]
+            with ThreadPoolExecutor(1, "saeflow-disk") as disk:
+                pending: deque[Future[None]] = deque()
+                for rows, found in zip(batches, in_order(forward, batches, self.workers), strict=True):
+                    pending += [disk.submit(w.append, block) for w, (block, _) in zip(writers, found, strict=True)]
+                    norms.add([each for _, each in found], mask[rows])
+                    while len(pending) > _QUEUE * len(writers):
+                        pending.popleft().result()
+                    bar.advance(int(mask[rows].sum()))
+                for future in pending:
+                    future.result()
+            norms.write(folder / NORMS_FILE)
+            for writer in writers:
+                writer.close()
+                known |= {f"{writer.path.name}/{name}": each for name, each in writer.checksums.items()}
+        return self.target.made[part.index]
+
+
+def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
+    """Collect every missing part and publish."""
+    with collecting(store, recipe, progress) as job:
+        list(job.make(job.missing))
+    return artefact(store, recipe)
+
+
+@contextlib.contextmanager
+def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job]:
+    """The parts that are missing and how to make one; publishes when the block ends well."""
+    target = artefact(store, recipe)
+    tokens_artefact(store, recipe).published()  # before anybody is waited for
+    with target.writing():
+        wanted = tokens_artefact(store, recipe).published().parts
+        inputs = {part.index: {"tokens": part.folder} for part in wanted}
+        done = target.fitting(inputs)
+        plan = {part.index: part for part in wanted if part.index not in done}
+        if plan or not target.complete():
+            collector = open_collector(store, recipe, plan.values())
+            if len(collector.sites) > 1 and not all(member.sae.site for member in recipe.members()):
+                progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
+            n_tokens = {index: part.counts["n_tokens"] for index, part in plan.items()}
+            with (
+                progress.bar("activations", sum(n_tokens.values()), "tokens") as bar,
+                workers_of(store, recipe, progress) as workers,
+            ):
+                if workers is None:
+                    yield Job(list(plan), lambda indices: (collector.collect(plan[index], bar) for index in indices))
+                else:
+                    del collector  # the model is wanted on the workers
+                    yield _on_workers(store, recipe, workers, target, n_tokens, bar)
+                    target.look_again()
+        else:
+            skipped(target, progress)
+            yield Job([], lambda _: iter(()))
+        done = target.fitting(inputs)
+        target.publish([done[part.index] for part in wanted])
+        if plan:
+            warn(target, recipe.activations, progress)
+
+
+def _on_workers(
+    store: Store, recipe: Recipe, workers: Workers, target: Artefact, n_tokens: dict[int, int], bar: Bar
+) -> Job:
+    """The same job, done by a cluster."""
+    place = {"cluster": None, "sweep": None, "threads": workers.threads(recipe.threads)}
+    settings = {
+        "recipe": recipe.model_copy(update=place).model_dump(mode="json"),
+        "target": target.id,
+        "generation": tokens_artefact(store, recipe).published().number,
+    }
+
+    def make(indices: Sequence[int]) -> Iterator[PartRecord]:
+        with contextlib.closing(workers.each("pipeline.collect.collect_at", settings, indices, bar, n_tokens)) as found:
+            for index, record in found:
+                target.made[index] = PartRecord.model_validate(record)
+                yield target.made[index]
+
+    return Job(list(n_tokens), make, workers.n_calls)
+
+
+def collect_at(store: str, settings: str, index: int, progress: Progress) -> dict[str, Any]:
+    """On a worker: collect one part; the record of it."""
+    collector, parts = work.held(_collector_at, store, settings)
+    with work.one_at_a_time, progress.bar("activations", None, "tokens") as bar:
+        return collector.collect(parts[index], bar).model_dump(mode="json")
+
+
+def _collector_at(name: str, settings: str) -> tuple[Collector, dict[int, PartRecord]]:
+    """What a worker needs for every part, and the token parts: made once, from what the client has begun."""
+    about = work.settings_of(settings)
+    store, recipe = work.store_at(name), parse_recipe(about["recipe"])
+    assert recipe.model is not None
+    target = work.shared(store, about["target"])
+    source = store.by_id(target.record.inputs[0])
+    if model_fingerprint(recipe.model) != target.record.facts["model"]:
+        raise UserError(
+            f"model.path is {recipe.model.path!r}, but its files are others than where the run was started."
+        )
+    model = load_model(recipe.model)
+    workers = n_workers(device_of(model), recipe.threads)
+    keep_freed_memory()
+    generation = source.generation(about["generation"])
+    assert generation is not None
+    parts = {part.index: part for part in generation.parts}
+    return Collector(source, target, recipe.activations, model, stored_sites(target), workers), parts
+
+
+def skipped(target: Artefact, progress: Progress) -> None:
+    parts = target.parts().values()
+    n_tokens, n_bytes = sum(p.counts["n_tokens"] for p in parts), sum(p.n_bytes for p in parts)
+    progress.skip("activations", f"{n_tokens:,} tokens, {n_bytes / 1e9:.2f} GB")
+
+
+def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> Collector:
+    """Load the model, name the sites, check the disk and what training will ask for, and create the artefact."""
+    assert recipe.model is not None
+    source, target = tokens_artefact(store, recipe), artefact(store, recipe)
+    place = {"device": "cpu"} if recipe.cluster else {}  # the workers' devices are theirs
+    model = load_model(recipe.model.model_copy(update=place))
+    sites = resolve_sites(model, recipe.activations.sites)
+    length = recipe.tokens.context_length
+    require_length(model, length, sites)
+    for site in sites:
+        pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
+    for member in recipe.members():
+        if member.sae.site or member.sae.target_site:
+            read, target_site = _pair(sites, member.sae)
+            if read != target_site:
+                require_running_order(model, read.name, target_site.name)
+            wanted = sum(site.width for site in {read, target_site})
+            pool_blocks(recipe.feed, length * wanted * ITEM_BYTES[recipe.activations.dtype])
+    row_bytes = length * sum(site.width for site in sites) * ITEM_BYTES[recipe.activations.dtype]
+    n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
+    store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
+    about = facts(store, recipe) | {"stored": [[site.name, site.width] for site in sites]}
+    target.begin(about, [source.id])
+    workers = n_workers(device_of(model), recipe.threads)
+    keep_freed_memory()
+    return Collector(source, target, recipe.activations, model, sites, workers)
+
+
+def stored_sites(target: Artefact) -> list[Site]:
+    return [Site(name, width) for name, width in target.record.facts["stored"]]
+
+
+def choose_site(target: Artefact, wanted: str | None) -> Site:
+    """The site an SAE reads; it must be named where several are stored."""
+    return _chosen(stored_sites(target), wanted)
+
+
+def sites_of(target: Artefact, config: SAEConfig) -> tuple[Site, Site]:
+    """The site that is read and the one that is reconstructed: another one only where a transcoder is asked for."""
+    return _pair(stored_sites(target), config)
+
+
+def _pair(sites: list[Site], config: SAEConfig) -> tuple[Site, Site]:
+    read = _chosen(sites, config.site)
+    if not config.target_site:
+        return read, read
+    target = _chosen(sites, config.target_site, "sae.target_site")
+    if target == read:
+        raise UserError(
+            f"sae.target_site is {target.name}, the site that is read: that is no transcoder.\nLeave sae.target_site out."
+        )
+    return read, target
+
+
+def _chosen(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:
+    found = [site for site in sites if site.name == wanted] if wanted else sites
+    if len(found) != 1:
+        names = [site.name for site in sites]
+        near = difflib.get_close_matches(wanted or "", names, n=1, cutoff=0.3)
+        hint = f" Nearest: {near[0]}." if near else ""
+        raise UserError(
+            f"{setting} is {wanted!r}; the sites are: {', '.join(names)}.{hint} Set {setting} to one of them."
+        )
+    return found[0]

@@ -1,0 +1,94 @@
+"""Documents that are gone from the corpus: forgotten where the recipe says so, and never too many at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from saeflow.corpus import sources
+from saeflow.corpus.document import Document
+from saeflow.corpus.ledger import Ledger, rows_of
+from saeflow.pipeline import collect
+from saeflow.pipeline.forget import withdraw
+from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.settings import CorpusConfig
+from saeflow.runtime.progress import Progress
+from saeflow.store.records import note_provenance, noted
+from saeflow.store.store import Store
+
+_NOTE = "corpus_without_removed"
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a look for removed documents found."""
+
+    n: int = 0
+    """Documents that are forgotten now."""
+    seen: str | None = None
+    """The signature of the corpus that was looked at, if all that it no longer holds is forgotten."""
+    refusal: str = ""
+    """Why nothing was forgotten, where more than `schedule.most_removed` are gone."""
+
+
+def forget_removed(store: Store, recipe: Recipe, progress: Progress) -> Removed:
+    """Forget what the corpus no longer holds, if `schedule.removed` says so.
+
+    Reads the corpus once more whenever it has changed. Raises UserError where it cannot be read.
+    """
+    if recipe.schedule.removed == "keep" or recipe.corpus is None or recipe.model is None:
+        return Removed()
+    about = sources.pinned(recipe.corpus)
+    source, seen = collect.tokens_artefact(store, recipe), sources.signature(about)
+    generation = source.generation()
+    if generation is None or (seen is not None and seen == noted(source.path, _NOTE)):
+        return Removed(seen=seen)
+    ledger = Ledger.read(source, generation)
+    whole = about.model_copy(update={"dedup": False, "share": 1.0})
+    look_through(ledger, sources.open_corpus(whole).documents, about)
+    gone, n_seen = ledger.not_met(), len(ledger.keys)
+    if len(gone) > recipe.schedule.most_removed * n_seen:
+        return Removed(refusal=_refusal(len(gone), n_seen, recipe.schedule.most_removed))
+    if len(gone):
+        progress.say(f"removed: {len(gone):,} of {n_seen:,} documents are gone from the corpus and are forgotten")
+        withdraw(store, source, rows_of(source, generation, gone), progress)
+    return Removed(len(gone), seen)
+
+
+def note_seen(store: Store, recipe: Recipe, removed: Removed) -> None:
+    """Remember that the corpus, as it was when it was looked at, holds every document that is stored.
+
+    Nothing is noted where the stored tokens are of a corpus that had changed by then: the next look reads it again.
+    """
+    if removed.seen is None:
+        return
+    source = collect.tokens_artefact(store, recipe)
+    if removed.seen == noted(source.path, "corpus") != noted(source.path, _NOTE):
+        note_provenance(source.path, {_NOTE: removed.seen})
+        source.send(source.path / "provenance.json")
+
+
+def _refusal(n_gone: int, n_seen: int, most: float) -> str:
+    return (
+        f"{n_gone:,} of {n_seen:,} documents are gone from the corpus, {n_gone / n_seen:.0%}; "
+        f"schedule.most_removed is {most:g}. None of them was forgotten; what is new was taken in.\n"
+        'Is its disk mounted? If they were meant to go, raise schedule.most_removed, or set schedule.removed to "keep".'
+    )
+
+
+def look_through(ledger: Ledger, documents: Iterator[Document], about: CorpusConfig) -> None:
+    """Let the ledger meet the documents of the whole corpus, repeated texts among them."""
+    read = _without_repeats(documents, ledger) if about.dedup else documents
+    deque(ledger.fresh(read, about), maxlen=0)
+
+
+def _without_repeats(documents: Iterator[Document], ledger: Ledger) -> Iterator[Document]:
+    """As `corpus.dedup` reads them. One that is left out now but was stored before, when it came first, is there, too."""
+    seen: set[str] = set()
+    for document in documents:
+        if document.content_hash in seen:
+            ledger.meet_again(document)
+        else:
+            seen.add(document.content_hash)
+            yield document

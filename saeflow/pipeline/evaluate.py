@@ -1,0 +1,291 @@
+"""How good is a trained SAE? Judged on held-out documents, and on the whole encoded corpus for dead features."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as tf
+from torch import Tensor, nn
+
+from saeflow.activations.feed import Feed, aligned_held_out_rows
+from saeflow.corpus import token_parts
+from saeflow.corpus.selection import Used
+from saeflow.features.coverage import holding
+from saeflow.model.sites import device_of, load_model, predicts_next_token, require_running_order, spliced
+from saeflow.pipeline import collect, encode, train
+from saeflow.recipe.fingerprint import FORMAT_VERSION
+from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.devices import memory_of, n_workers
+from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.threads import in_order
+from saeflow.sae import interchange
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
+from saeflow.store.artefact import Artefact
+from saeflow.store.records import read_known, write_checked
+from saeflow.store.store import Store
+
+_SEQUENCES = 4
+"""Sequences in one forward pass up to the logits: few, so that the logits stay in the processor's cache."""
+_LOGIT_BYTES = 8 + 3 * 4
+"""Memory of one logit: the unchanged model's as a probability in float64; the other pass's as the model gives it, and
+twice more what heads hold on the way, a cast and a soft cap."""
+
+Change = Callable[[Tensor, Tensor], Tensor]
+"""What takes the place of activations (s, T, D): from those of the site that is read and those that were there."""
+
+
+@dataclass
+class Judged:
+    """What an SAE makes of the tokens it is judged on."""
+
+    reconstruction: Reconstruction
+    firing: Firing
+    held_out: bool = True
+
+    def add(self, x: Tensor, wanted: Tensor, sae: SparseAutoencoder) -> None:
+        """Count tokens x (n, D), to be reconstructed as `wanted`."""
+        sparse = sae.encode_sparse(x)
+        self.firing.add(sparse)
+        self.reconstruction.add(wanted, sae.decode(sparse))
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        sums, firing = self.reconstruction, self.firing
+        return {
+            "n_tokens": sums.n_tokens,
+            "variance_unexplained": sums.variance_unexplained,
+            "mean_squared_error": sums.mean_squared_error,
+            "shrinkage": sums.shrinkage,
+            "l0": firing.l0,
+            "silent": firing.silent,
+            "density_histogram": density_histogram(firing.n_firing, firing.n_tokens),
+            "judged_on": "held-out documents" if self.held_out else "training data",
+        }
+
+
+def judge(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> dict[str, Any]:
+    """Figures of any SAE or transcoder on the held-out tokens of the recipe's activations; nothing needs to be encoded.
+
+    Without held-out documents it is judged on the training tokens, all of them, and `judged_on` says so.
+    """
+    return _judged(store, recipe, sae, progress).figures
+
+
+def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Judge the recipe's SAE and keep the figures beside its features."""
+    run_artefact = encode.artefact(store, recipe)
+    with run_artefact.writing():
+        return _run(store, recipe, run_artefact, progress)
+
+
+def _run(store: Store, recipe: Recipe, run_artefact: Artefact, progress: Progress) -> dict[str, Any]:
+    path = run_artefact.path / "quality.json"
+    known = read_known(path)
+    judged = {"max_tokens": recipe.evaluate.max_tokens, "parts": holding(run_artefact.published().parts)}
+    if _matches(known, judged, run_artefact):
+        progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
+        return dict(known)
+    train.set_threads(recipe)
+    sae = interchange.load(train.artefact(store, recipe).fetched())
+    judgement = _judged(store, recipe, sae, progress)
+    quality = judgement.figures | _liveness(run_artefact)
+    if recipe.model is not None and judgement.held_out:
+        quality |= _language_model(store, recipe, sae, judgement.reconstruction.mean.float(), progress)
+    with run_artefact.publishing():
+        write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
+        run_artefact.send(path)
+    return quality
+
+
+def _matches(known: dict[str, Any], judged: dict[str, Any], run_artefact: Artefact) -> bool:
+    """Are the known figures those of what would be judged? Format 1 did not say which parts; it counted values."""
+    if "parts" in known:
+        return "shrinkage" in known and {name: known.get(name) for name in judged} == judged
+    counted = (known.get("max_tokens"), known.get("n_values"))
+    return counted == (judged["max_tokens"], run_artefact.published().total("n_values"))
+
+
+def _judged(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> Judged:
+    return judge_together(store, recipe, [sae], progress)[0]
+
+
+def judge_together(store: Store, recipe: Recipe, saes: Sequence[SparseAutoencoder], progress: Progress) -> list[Judged]:
+    """Several SAEs of the recipe's sites, judged in one reading."""
+    source, stored = collect.tokens_artefact(store, recipe), collect.artefact(store, recipe)
+    used = Used.of(source, recipe.activations)
+    read, target = collect.sites_of(stored, recipe.sae)
+    sites = [read] if read == target else [read, target]
+    found = [Judged(Reconstruction(target.width), Firing(sae.config.n_features)) for sae in saes]
+
+    def add(x: Tensor, wanted: Tensor) -> None:
+        for judged, sae in zip(found, saes, strict=True):
+            judged.add(x, wanted, sae)
+
+    with progress.bar("evaluate", None, "tokens") as bar:
+        for rows in aligned_held_out_rows(used, stored, sites, recipe.evaluate.max_tokens):
+            for batch in zip(*(torch.split(each, recipe.features.batch_rows) for each in rows), strict=True):
+                add(batch[0], batch[-1])
+                bar.advance(len(batch[0]))
+        if not found[0].firing.n_tokens:  # nothing was held out: judge on what was trained on, and say so
+            feed = Feed(used, stored, sites, recipe.feed)
+            with contextlib.closing(feed.aligned()) as batches:
+                for batch in itertools.islice(batches, feed.batches_per_epoch):
+                    add(batch[0], batch[-1])
+            for judged in found:
+                judged.held_out = False
+    return found
+
+
+def _liveness(run_artefact: Artefact) -> dict[str, Any]:
+    """Dead features never fire in the whole encoded corpus; dense ones fire at more than a tenth of its tokens."""
+    generation = run_artefact.published()
+    paths = [run_artefact.part_file(part, "feature_stats.parquet") for part in generation.parts]
+    n_firing = np.asarray(sum(pq.read_table(path, columns=["n_tokens"]).column(0).to_numpy() for path in paths))
+    n_tokens = generation.total("n_tokens")
+    density = n_firing / max(n_tokens, 1)
+    return {
+        "n_values": generation.total("n_values"),
+        "density_histogram": density_histogram(n_firing, n_tokens),
+        "n_dead": int((density == 0).sum()),
+        "dead_share": float((density == 0).mean()),
+        "dense_share": float((density > 0.1).mean()),
+    }
+
+
+def _language_model(
+    store: Store, recipe: Recipe, sae: SparseAutoencoder, mean: Tensor, progress: Progress
+) -> dict[str, Any]:
+    """Next-token loss as it is, with the reconstruction spliced in, and with mean and zero instead; how far each change
+    takes predictions from the model's own (KL, nats a token); the shares of both that the reconstruction recovers."""
+    assert recipe.model is not None
+    model = load_model(recipe.model)
+    if not predicts_next_token(model):
+        progress.say("evaluate: the model does not predict the next token, so there is no loss to recover")
+        return {}
+    sites = collect.sites_of(collect.artefact(store, recipe), recipe.sae)
+    read, target = (site.name for site in sites)
+    require_running_order(model, read, target)
+    workers, n_together = _room(model, recipe)
+    batches = list(_held_out_sequences(store, recipe, n_together))
+    n_predicted = sum(int(_predicting(batch).sum()) for batch in batches)
+    if not n_predicted:
+        progress.say("evaluate: no held-out token follows another in its sequence, so there is no loss to recover")
+        return {}
+    splice, changes = _Splice(), _changes(sae, mean)
+    n_passes = 1 + len(changes)
+    with spliced(model, read, target, splice), progress.bar("loss", n_passes * n_predicted, "tokens") as bar:
+        each = in_order(partial(_compared, model, splice, changes), batches, workers)
+        sums = list(_counted(each, batches, n_passes, bar))
+    means = {name: ratio(math.fsum(batch[name] for batch in sums), n_predicted) for name in sums[0]}
+    return means | _shares(means) | {"n_predicted": n_predicted}
+
+
+def _changes(sae: SparseAutoencoder, mean: Tensor) -> dict[str, Change]:
+    return {
+        "sae": lambda x, there: sae.reconstruct(x.float().cpu().flatten(0, -2)).view(there.shape).to(there),
+        "mean_ablated": lambda x, there: mean.to(there).expand_as(there),
+        "zero_ablated": lambda x, there: torch.zeros_like(there),
+    }
+
+
+def _shares(means: dict[str, float]) -> dict[str, float]:
+    """Of what each ablation costs, in loss and in KL divergence (none without a change), what the SAE recovers."""
+    without = {"loss": means["loss"], "kl": 0.0}
+    return {
+        f"{figure}_recovered_{kind}": recovered(least, means[f"{figure}_sae"], means[f"{figure}_{kind}_ablated"])
+        for figure, least in without.items()
+        for kind in ("mean", "zero")
+    }
+
+
+def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
+    """Threads at once, and sequences in each, so that the logits take a quarter of the memory at most."""
+    room = memory_of(device_of(model)) // 4
+    one = recipe.tokens.context_length * model.get_output_embeddings().weight.shape[0] * _LOGIT_BYTES
+    workers = min(n_workers(device_of(model), recipe.threads), max(1, room // one))
+    return workers, min(_SEQUENCES, max(1, room // one // workers))
+
+
+def _counted(
+    sums: Iterable[dict[str, float]], batches: list[_Batch], n_passes: int, bar: Bar
+) -> Iterator[dict[str, float]]:
+    for found, batch in zip(sums, batches, strict=True):
+        bar.advance(n_passes * int(_predicting(batch).sum()))
+        yield found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Held-out sequences, (s, T) each: vocab_ids, what is text, what readers see of it, what the SAE is used on."""
+
+    vocab_ids: Tensor
+    real: Tensor
+    seen: Tensor
+    used: Tensor
+
+
+class _Splice:
+    """What is at the target in the pass that this thread runs: the change at used tokens, what was there elsewhere."""
+
+    def __init__(self) -> None:
+        self.here = threading.local()
+
+    def set(self, change: Change | None, used: Tensor) -> None:
+        self.here.change, self.here.used = change, used
+
+    def __call__(self, x: Tensor, there: Tensor) -> Tensor:
+        if self.here.change is None:
+            return there
+        used, changed = self.here.used.to(there.device), self.here.change(x, there)
+        return changed if used.all() else torch.where(used[:, :, None], changed, there)
+
+
+def _held_out_sequences(store: Store, recipe: Recipe, n_together: int) -> Iterator[_Batch]:
+    """Held-out sequences, at most `evaluate.max_tokens` tokens."""
+    source = collect.tokens_artefact(store, recipe)
+    visible, used = Used(source), Used.of(source, recipe.activations)
+    left = math.ceil(recipe.evaluate.max_tokens / recipe.tokens.context_length)
+    for part in source.published().parts:
+        rows = slice(part.counts["n_train_sequences"], part.counts["n_train_sequences"] + max(left, 0))
+        if rows.start == min(rows.stop, part.counts["n_sequences"]):
+            continue
+        vocab_ids, real = (each[rows] for each in token_parts.read_part(source, part))
+        arrays = (vocab_ids, real, visible.mask(part.index, rows), used.mask(part.index, rows))
+        pieces = (torch.split(torch.from_numpy(np.ascontiguousarray(each)), n_together) for each in arrays)
+        yield from (_Batch(*batch) for batch in zip(*pieces, strict=True))
+        left -= len(vocab_ids)
+
+
+def _predicting(batch: _Batch) -> Tensor:
+    """Where the next token of the sequence is predicted from one before it, bool (s, T); both are seen."""
+    return tf.pad(batch.seen[:, 1:] & batch.seen[:, :-1], (0, 1))
+
+
+@torch.no_grad()
+def _compared(model: nn.Module, splice: _Splice, changes: dict[str, Change], batch: _Batch) -> dict[str, float]:
+    """Sums over the predicted tokens of a batch: loss of the model as it is, loss and KL divergence with each change."""
+    place = device_of(model)
+    vocab_ids, real = batch.vocab_ids.to(place), batch.real.to(place)
+    rows = _predicting(batch).to(place).flatten().nonzero().flatten()
+
+    def logits(change: Change | None) -> Tensor:
+        splice.set(change, batch.used)
+        found: Tensor = model(vocab_ids, attention_mask=None if real.all() else real).logits
+        return found.flatten(0, 1)
+
+    unchanged = Predictions(logits(None), rows, vocab_ids.flatten()[rows + 1])
+    sums = {"loss": unchanged.loss}
+    for name, change in changes.items():
+        sums[f"loss_{name}"], sums[f"kl_{name}"] = unchanged.beside(logits(change))
+    return sums

@@ -1,0 +1,144 @@
+"""Bring your own: a table of activations, or a made one, stored as activations of one-token documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from saeflow.activations.epoch import pool_blocks
+from saeflow.activations.packed import open_writer
+from saeflow.activations.shards import ITEM_BYTES, plan_layout
+from saeflow.activations.tables import row_labels
+from saeflow.activations.tables import table as brought
+from saeflow.activations.tables.arrays import Reader, Rows
+from saeflow.activations.writer import stored
+from saeflow.corpus import token_parts
+from saeflow.corpus.vocabulary import write_vocab
+from saeflow.model.sites import Site
+from saeflow.pipeline.collect import artefact, brought_facts, facts, skipped, tokens_artefact
+from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.settings import ActivationsConfig
+from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.threads import n_threads
+from saeflow.store.artefact import Artefact
+from saeflow.store.records import PartRecord
+from saeflow.store.store import Store
+
+
+def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Artefact]:
+    """Store a user's table, or a made one, as activations of one-token documents. Parts that are there are kept."""
+    source, target = tokens_artefact(store, recipe), artefact(store, recipe)
+    with source.writing(), target.writing():
+        about = recipe.activations
+        if source.generation() and target.generation() and not _missing(source, target, about):
+            skipped(target, progress)
+            return source, target
+        torch.set_num_threads(n_threads(recipe.threads))
+        rows = _open(source, target, about)
+        site = Site("table", rows.width)
+        row_bytes = site.width * ITEM_BYTES[about.dtype]
+        pool_blocks(recipe.feed, row_bytes)
+        starts = range(0, rows.n_rows, about.part_rows)
+        sizes = {index: min(about.part_rows, rows.n_rows - start) for index, start in enumerate(starts)}
+        done = _done(source, sizes).keys() & _done(target, sizes).keys()
+        n_left = sum(size for index, size in sizes.items() if index not in done)
+        store.require_free(int(n_left * row_bytes * 1.05), "Storing the table")
+        seen = brought.look(rows, progress)
+        source.begin(brought_facts(recipe) | {"context_length": 1})
+        target.begin(facts(store, recipe) | {"stored": [[site.name, site.width]]}, [source.id])
+        table = _Table(rows, Reader(rows), seen.pieces)
+        table.write_vocab(source)
+        source.send(source.path / "vocab.parquet")
+        with progress.bar("activations", rows.n_rows, "rows") as bar:
+            bar.resume_at(rows.n_rows - n_left)
+            for index, start in enumerate(starts):
+                if index not in done:
+                    _bring_part(source, target, recipe, site, table, bar, index, start)
+        for item in (source, target):
+            item.publish(_done(item, sizes).values())
+    return source, target
+
+
+def _open(source: Artefact, target: Artefact, about: ActivationsConfig) -> Rows:
+    """The rows to store. What is stored of made ones is kept where the recipe now asks for fewer."""
+    if about.synthetic is None:
+        return brought.open_rows(str(about.source), about.source_array)
+    if not about.synthetic.grows:
+        return brought.made_rows(about.synthetic)
+    n_samples = max(about.synthetic.n_samples, _n_rows(source), _n_rows(target))
+    return brought.made_rows(about.synthetic.model_copy(update={"n_samples": n_samples}))
+
+
+def _n_rows(item: Artefact) -> int:
+    generation = item.generation()
+    return generation.total("n_documents") if generation else 0
+
+
+def _done(item: Artefact, sizes: dict[int, int]) -> dict[int, PartRecord]:
+    """Finished parts of the right size, by index: where rows were appended, the last one was too small."""
+    return item.parts(lambda part: part.counts["n_documents"] == sizes.get(part.index))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rows, what reads them, and their distinct labels in text order, if they have any."""
+
+    rows: Rows
+    reader: Reader
+    pieces: list[str] | None
+
+    def write_vocab(self, source: Artefact) -> None:
+        names = partial(row_labels.names_in_order, self.rows.n_rows) if self.pieces is None else partial(iter, self.pieces)
+        write_vocab(source.path / "vocab.parquet", names(), (name.encode() for name in names()))
+
+    @cached_property
+    def place(self) -> dict[str, int]:
+        return {piece: i for i, piece in enumerate(self.pieces or ())}
+
+    def vocab_ids(self, names: list[str], start: int) -> np.ndarray:
+        """int32 (n, 1)"""
+        if self.pieces is None:
+            places = row_labels.places_of(np.arange(start, start + len(names)), self.rows.n_rows)
+        else:
+            places = np.array([self.place[name] for name in names])
+        return places.astype(np.int32)[:, None]
+
+
+def _missing(source: Artefact, target: Artefact, about: ActivationsConfig) -> bool:
+    """Is a published part gone, or more asked for than is published?"""
+    if about.synthetic and about.synthetic.grows and about.synthetic.n_samples > min(_n_rows(source), _n_rows(target)):
+        return True
+    return any(part.index not in item.parts() for item in (source, target) for part in item.published().parts)
+
+
+def _bring_part(
+    source: Artefact, target: Artefact, recipe: Recipe, site: Site, table: _Table, bar: Bar, index: int, start: int
+) -> None:
+    about = recipe.activations
+    n = min(about.part_rows, table.rows.n_rows - start)
+    counts = {
+        "first_sequence": start, "n_sequences": n, "n_train_sequences": n, "first_document": start,
+        "n_documents": n, "n_tokens": n, "n_train_tokens": n,
+    }  # fmt: skip
+    names: list[str] = []
+    where = PartRecord(index=index, counts=counts, files=[])
+    with target.new_part(index, counts) as folder:
+        writer = open_writer(folder / site.file, plan_layout(n, 1, site.width, about), about)
+        for values, found in table.reader.read(start, start + n):
+            writer.append(stored(torch.from_numpy(values)[:, None], about, where, len(names)))
+            names += found or [row_labels.name_of(start + len(names) + i) for i in range(len(values))]
+            bar.advance(len(values))
+        writer.close()
+    numbers = np.arange(start, start + n)
+    documents = pa.table(
+        {
+            "document_id": numbers, "key": [f"{name} #{i}" for i, name in zip(numbers, names, strict=True)],
+            "source": ["table"] * n, "content_hash": [""] * n, "held_out": [False] * n,
+            "n_tokens": np.ones(n, np.int64), "first_token_id": numbers,
+        }
+    )  # fmt: skip
+    token_parts.write_part(source, index, counts, token_parts.Packed(table.vocab_ids(names, start), numbers[:, None]), documents)

@@ -1,0 +1,184 @@
+"""What came of a sweep: every SAE judged on the same held-out tokens, a table, and a picture with the Pareto front."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saeflow.pipeline import collect, evaluate, import_sae, train
+from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
+from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.settings import SAEConfig, UserError
+from saeflow.runtime.progress import Progress
+from saeflow.sae import interchange
+from saeflow.store.artefact import Artefact
+from saeflow.store.files import replacing
+from saeflow.store.lease import Lease
+from saeflow.store.records import read_known, write_checked
+from saeflow.store.store import Store
+
+TABLE, PICTURE = "table.json", "pareto.png"
+FIGURES = ("n_tokens", "l0", "variance_unexplained", "mean_squared_error", "shrinkage", "silent", "judged_on")
+"""Of `evaluate.judge`, what the table keeps."""
+_LABELLED = 24
+"""Of more SAEs, only those on the front get a label."""
+_LEAST_L0 = 0.01
+"""Where an SAE that never fires is drawn on the logarithmic axis."""
+
+
+def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Judge the SAEs of a sweep in one reading of the held-out tokens; returns the table, which lies beside its picture."""
+    members = recipe.members()
+    trained = [train.artefact(store, member) for member in members]
+    missing = [target.name for target in trained if not target.complete()]
+    if missing:
+        raise UserError(f"Not trained yet: {', '.join(missing)}. Run `saeflow train RECIPE` first.")
+    path = folder_of(store, recipe.name, trained)
+    with store.writing(f"sweeps-{path.name}", f"the table of {recipe.name}") as lease:
+        if store.objects is not None:  # another machine may have judged since this process began
+            store.objects.pull_one(path)
+        return _run(store, recipe, trained, path, progress, lease)
+
+
+def _run(
+    store: Store, recipe: Recipe, trained: Sequence[Artefact], path: Path, progress: Progress, lease: Lease
+) -> dict[str, Any]:
+    members = recipe.members()
+    judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(store, recipe)}
+    known = read_known(path / TABLE)
+    if known and store.objects is not None:
+        with contextlib.suppress(FileNotFoundError):
+            store.objects.fetch(path / PICTURE)
+    if {name: known.get(name) for name in judged} == judged and (path / PICTURE).is_file():
+        progress.skip("evaluate", f"{len(members)} SAEs in {path}")
+        return known
+    train.set_threads(recipe)
+    rows = _rows(members, trained, _judged(store, members, trained, progress))
+    table = {"format_version": FORMAT_VERSION} | judged | {"saes": rows}
+    picture = draw(recipe.name, rows)
+    with lease.fence():
+        write_checked(path / TABLE, table)
+        with replacing(path / PICTURE) as temporary:
+            picture.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+        for name in (TABLE, PICTURE):
+            store.send(path / name)
+    progress.say(f"evaluate: table and picture in {path}")
+    return table
+
+
+def folder_of(store: Store, name: str, trained: Sequence[Artefact]) -> Path:
+    return store.root / "sweeps" / f"{name}-{fingerprint([target.fp for target in trained])}"
+
+
+def picture_of(store: Store, recipe: Recipe) -> Path:
+    """Where the picture of a judged sweep lies."""
+    return folder_of(store, recipe.name, [train.artefact(store, member) for member in recipe.members()]) / PICTURE
+
+
+def _judged_tokens(store: Store, recipe: Recipe) -> str:
+    """Stands for the activations that are judged on: their parts, and the documents that are hidden in them."""
+    parts = collect.artefact(store, recipe).published().parts
+    hidden = collect.tokens_artefact(store, recipe).published().hidden_ids
+    return fingerprint([part.folder for part in parts], hidden)
+
+
+def _judged(
+    store: Store, members: Sequence[Recipe], trained: Sequence[Artefact], progress: Progress
+) -> list[dict[str, Any]]:
+    """Figures of every SAE; those of the same sites in one reading."""
+    sites = [collect.sites_of(collect.artefact(store, member), member.sae) for member in members]
+    figures: dict[int, dict[str, Any]] = {}
+    for chosen in dict.fromkeys(sites):
+        together = [number for number, each in enumerate(sites) if each == chosen]
+        saes = [interchange.load(trained[number].fetched()) for number in together]
+        found = evaluate.judge_together(store, members[together[0]], saes, progress)
+        figures |= {number: judged.figures for number, judged in zip(together, found, strict=True)}
+    return [figures[number] for number in range(len(members))]
+
+
+def _rows(
+    members: Sequence[Recipe], trained: Sequence[Artefact], figures: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    front = pareto([(each["l0"], each["variance_unexplained"]) for each in figures])
+    return [
+        {
+            "member": member.name,
+            "sae": target.id,
+            "architecture": import_sae.sae_config(member).architecture,
+            "sparsity": sparsity(member.sae),
+            "n_features": import_sae.sae_config(member).n_features,
+            "on_front": number in front,
+            **{name: figures[number][name] for name in FIGURES},
+        }
+        for number, (member, target) in enumerate(zip(members, trained, strict=True))
+    ]
+
+
+def sparsity(config: SAEConfig) -> str:
+    """What decides how many features are active, and its value."""
+    if config.source is not None:
+        return "imported"
+    if config.counts_k or (config.architecture == "jumprelu" and config.penalty == "l0"):
+        return f"k {config.k}"
+    return f"penalty {config.penalty_weight if config.architecture == 'jumprelu' else config.l1_weight:g}"
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> set[int]:
+    """Numbers of the points that no other one equals or betters in both coordinates, smaller being better; of equal
+    points all."""
+    return {
+        number
+        for number, (x, y) in enumerate(points)
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
+    }
+
+
+def recommended(rows: Sequence[dict[str, Any]]) -> str:
+    """The member in the middle of the front, to try first."""
+    front = sorted((row for row in rows if row["on_front"]), key=lambda row: float(row["l0"]))
+    return str(front[len(front) // 2]["member"])
+
+
+def draw(name: str, rows: Sequence[dict[str, Any]]) -> Any:
+    """L0 against variance unexplained, a colour and marker an architecture, the Pareto front as a line."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    front = sorted((_place(row) for row in rows if row["on_front"]), key=lambda place: place[0])
+    axes.plot(
+        *zip(*front, strict=True), color="0.75", linewidth=6, solid_capstyle="round", zorder=1, label="Pareto front"
+    )
+    for number, architecture in enumerate(dict.fromkeys(row["architecture"] for row in rows)):
+        places = [_place(row) for row in rows if row["architecture"] == architecture]
+        axes.scatter(
+            *zip(*places, strict=True), marker="osD^vP"[number % 6], color=f"C{number}", label=architecture, zorder=2
+        )
+    for row in rows:
+        if row["on_front"] or len(rows) <= _LABELLED:
+            below = not row["on_front"]
+            axes.annotate(
+                _label(name, row), _place(row), (4, 4) if below else (-4, -4), textcoords="offset points", fontsize=7,
+                ha="left" if below else "right", va="bottom" if below else "top",
+            )  # fmt: skip
+    axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(StrMethodFormatter("{x:g}"))
+    axes.margins(0.12)
+    axes.set_xlabel("active features per token (L0)")
+    axes.set_ylabel("variance unexplained")
+    axes.set_title(f"{name}: {len(rows)} SAEs on {rows[0]['judged_on']}")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _place(row: dict[str, Any]) -> tuple[float, float]:
+    return max(float(row["l0"]), _LEAST_L0), float(row["variance_unexplained"])
+
+
+def _label(name: str, row: dict[str, Any]) -> str:
+    """A member without what the picture says already: the sweep's name and the architecture's."""
+    return str(row["member"]).removeprefix(f"{name}_").removeprefix(row["architecture"]).strip("_")

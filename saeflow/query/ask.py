@@ -1,0 +1,200 @@
+"""Questions to a run: named ones from `sql/marts`, and statements that only read.
+
+Values travel as prepared parameters; names are looked up among the files of `sql/`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import duckdb
+import pyarrow as pa
+
+from saeflow.query.checks import check
+from saeflow.query.questions import GROUPS, Arguments, Parameter, Question, Value, find, named, questions
+from saeflow.query.runs import Run, connect, nearest, runs, script
+from saeflow.recipe.settings import UserError
+from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
+from saeflow.runtime.text import brief, sanitise
+
+__all__ = [
+    "GROUPS", "Parameter", "Question", "Run", "ask", "check", "connect", "find", "named", "query", "questions", "resolved",
+    "runs", "script", "spelled",
+]  # fmt: skip
+
+LONGEST_SQL = 100_000
+"""Characters of a statement: DuckDB takes minutes over some longer ones before it has read them."""
+
+DEEPEST_SQL = 200
+"""Brackets in brackets; the parser's time grows with more than the square of their number."""
+
+_WRITES = re.compile(r"COPY|INSERT|UPDATE|DELETE|MERGE|CREATE|ATTACH|EXPORT|LOAD|SET\b|RESET|TRANSACTION")
+_BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
+_OF_SOURCES = {"compare_sources", "source_contrast"}
+_OF_RUNS = {"compare_runs"}
+_SAID = 20
+"""Sources that are listed where one is not there."""
+
+
+def ask(
+    connection: duckdb.DuckDBPyConnection, question: str, arguments: Arguments = (), limit: int | None = None
+) -> pa.Table:
+    """Answer a named question; arguments by position or by name, as values or as words to be parsed."""
+    chosen = find(question)
+    values: list[object] = list(named(chosen, arguments).values())
+    call = f"({', '.join('?' * len(values))})" if chosen.is_macro else ""
+    sql = f"select * from {chosen.name}{call}"
+    if limit is not None:
+        sql, values = f"{sql} limit ?", [*values, limit]
+    return _fetch(connection, sql, values, chosen.name, short=chosen.is_macro)
+
+
+def resolved(
+    connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value]
+) -> dict[str, Value]:
+    """The values with runs by the names of their schemas.
+
+    Raises UserError for a feature, source or run that is not there: a slip of the finger, not an empty answer.
+    """
+    _refuse_unknown_features(connection, [*_listed(values.get("feature")), *_listed(values.get("features"))])
+    texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
+    if question.name in _OF_SOURCES:
+        _refuse_unknown_sources(connection, [str(value) for name, value in values.items() if name in texts])
+    if question.name in _OF_RUNS:
+        return {name: _schema(connection, str(v)) if name in texts else v for name, v in values.items()}
+    return dict(values)
+
+
+def spelled(
+    connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value], limit: int | None = None
+) -> str:
+    """The question as SQL with its values in it, which the run's schema need not be in use for. Bound, but not run."""
+    schema = _fetch(connection, "select current_schema()", (), "The run").column(0)[0].as_py()
+    sql = question.spelled(values, schema) + (f" limit {limit}" if limit is not None else "")
+    _refuse_writes(connection, sql, ())
+    return f"{sql};"
+
+
+def query(
+    connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object] = (), limit: int | None = None
+) -> pa.Table:
+    """Run one statement that only reads; anything else is refused before it runs."""
+    _refuse_nonsense(sql)
+    _refuse_writes(connection, sql, parameters)
+    return _fetch(connection, sql, parameters, "The query", limit)
+
+
+def _listed(value: Value) -> list[object]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _refuse_unknown_features(connection: duckdb.DuckDBPyConnection, features: Sequence[object]) -> None:
+    if not features:
+        return
+    sql = "select coalesce((select n_features - 1 from src_shape), (select max(feature_id) from stg_feature_stats))"
+    last = _fetch(connection, sql, (), "The number of features").column(0)[0].as_py()
+    for feature in features:
+        if last is not None and not (isinstance(feature, int) and 0 <= feature <= last):
+            raise UserError(f"There is no feature {feature}; features go from 0 to {last}.")
+
+
+def _refuse_unknown_sources(connection: duckdb.DuckDBPyConnection, sources: Sequence[str]) -> None:
+    sql = "select distinct source from stg_documents where source is not null order by source"
+    known: list[str] = _fetch(connection, sql, (), "The list of sources").column(0).to_pylist()
+    for wrong in (source for source in sources if source not in known):
+        hint = nearest(wrong, known)
+        if hint.startswith("There are") and len(known) > _SAID:
+            hint = f"There are: {', '.join(known[:_SAID])} … (saeflow sql '{sql}')"
+        raise UserError(f"There is no source {brief(wrong)!r}. {sanitise(hint)}")
+
+
+def _schema(connection: duckdb.DuckDBPyConnection, run: str) -> str:
+    """The schema of a run that is called by any of its names."""
+    sql = "select schema_name, name, fp from stg_runs where problem is null"
+    known = _fetch(connection, sql, (), "The list of runs").to_pylist()
+    for row in sorted(known, key=lambda row: bool(row["schema_name"] != run)):
+        full = f"{row['name']}-{row['fp']}"
+        if run in (row["schema_name"], full, f"{row['name']}_{row['fp']}", f"features/{full}"):
+            return str(row["schema_name"])
+    raise UserError(f"There is no run {brief(run)!r}. {nearest(run, [row['schema_name'] for row in known])}")
+
+
+def _refuse_nonsense(sql: str) -> None:
+    if len(sql) > LONGEST_SQL:
+        raise UserError(f"The query has {len(sql):,} characters; at most {LONGEST_SQL:,} are read.")
+    try:
+        sql.encode()
+    except UnicodeEncodeError:
+        raise UserError("The query is not text in UTF-8.") from None
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(sql):
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(found[0], 0)
+        deepest = max(deepest, depth)
+    if deepest > DEEPEST_SQL:
+        raise UserError("The query cannot be run: it is nested too deeply.")
+
+
+def _refuse_writes(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object]) -> None:
+    """Type and plan must both be those of a read: `WITH x AS (COPY …) SELECT 1` is typed SELECT and writes."""
+    refused = UserError("Only one statement that reads is run here: select, with, from, values, describe or explain.")
+    try:
+        statements = duckdb.extract_statements(sql)
+        kinds = [statement.type for statement in statements]
+        if kinds == [duckdb.StatementType.EXPLAIN]:
+            explained = re.sub(r"^\s*explain\s+(analyze\s+)?", "", sql, flags=re.IGNORECASE)
+            if explained == sql:
+                raise refused
+            return _refuse_writes(connection, explained, parameters)
+        if kinds != [duckdb.StatementType.SELECT]:
+            raise refused
+        plan = connection.execute(f"explain (format json) {sql}", parameters or None).fetchall()
+        names = [name for row in plan for name in _operators(row[-1])]
+    except duckdb.Error as error:
+        raise UserError(f"The query cannot be run.\n{message(error)}") from error
+    except RecursionError:
+        raise UserError("The query cannot be run: it is nested too deeply.") from None
+    if any(map(_WRITES.match, names)):
+        raise refused
+    return None
+
+
+def _operators(plan: object) -> Iterator[str]:
+    for node in json.loads(plan) if isinstance(plan, str) else plan if isinstance(plan, list) else ():
+        yield node.get("name", "")
+        yield from _operators(node.get("children", []))
+
+
+def _fetch(
+    connection: duckdb.DuckDBPyConnection,
+    sql: str,
+    parameters: Sequence[object],
+    what: str,
+    limit: int | None = None,
+    short: bool = False,
+) -> pa.Table:
+    """`short`: the rows are copied once inside DuckDB, which takes less than planning the statement twice."""
+    try:
+        if short:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                return connection.execute(sql, parameters or None).to_arrow_table()
+        reader = connection.sql(sql, params=parameters or None).to_arrow_reader()
+        return _head(reader, limit)
+    except QUERY_ERRORS as error:
+        if is_of_system(error):
+            raise
+        raise UserError(f"{what} failed.\n{message(error)}") from error
+
+
+def _head(reader: pa.RecordBatchReader, limit: int | None) -> pa.Table:
+    """The first rows of a stream, or all of it; the buffers are DuckDB's own."""
+    if limit is None:
+        return reader.read_all()
+    batches, n_rows = [], 0
+    while n_rows < limit and (batch := next(reader, None)) is not None:
+        batches.append(batch)
+        n_rows += batch.num_rows
+    return pa.Table.from_batches(batches, reader.schema).slice(0, limit)

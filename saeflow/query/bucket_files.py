@@ -1,0 +1,104 @@
+"""An object store's files as DuckDB reads them: an fsspec filesystem whose open files several threads may share."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from collections import OrderedDict
+from datetime import UTC, datetime
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from saeflow.store.storage import Objects
+
+_BLOCK_BYTES, _N_BLOCKS = 256 << 10, 256
+"""Small readings go through blocks that are kept, 64 MiB of them: the ends of Parquet files are asked for again and again."""
+
+
+class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
+    """Read only. Paths are the store's own URLs; objects of a published generation never change."""
+
+    cachable = False
+
+    def __init__(self, objects: Objects) -> None:
+        super().__init__()
+        self.protocol, _, self._prefix = objects.url.partition("://")
+        self.objects = objects
+        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def key(self, path: str) -> str:
+        return _unglobbed(path.partition("://")[2] or path).removeprefix(f"{self._prefix}/")
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> _Reader:
+        if mode != "rb":
+            raise PermissionError(f"{path} is read only")
+        return _Reader(self, self.key(path))
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {"name": path, "size": self.size_of(self.key(path)), "type": "file"}
+
+    def glob(self, path: str, **options: Any) -> list[str]:
+        return [_unglobbed(path)]
+
+    def modified(self, path: str) -> datetime:
+        return datetime.fromtimestamp(0, UTC)
+
+    def size_of(self, key: str) -> int:
+        return self.objects.open(self.objects.root / key).n_bytes
+
+    def read(self, key: str, start: int, n_bytes: int) -> bytes:
+        stop = min(start + n_bytes, self.size_of(key))
+        if stop - start > _BLOCK_BYTES:
+            return self.objects.open(self.objects.root / key).read(start, stop - start)
+        numbers = range(start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES))
+        joined = b"".join(self._block(key, number) for number in numbers)
+        return joined[start - numbers.start * _BLOCK_BYTES :][: max(stop - start, 0)]
+
+    def _block(self, key: str, number: int) -> bytes:
+        with self._lock:
+            if (key, number) in self._blocks:
+                self._blocks.move_to_end((key, number))
+                return self._blocks[key, number]
+        found = self.objects.open(self.objects.root / key).read(number * _BLOCK_BYTES, _BLOCK_BYTES)
+        with self._lock:
+            self._blocks[key, number] = found
+            while len(self._blocks) > _N_BLOCKS:
+                self._blocks.popitem(last=False)
+        return found
+
+
+class _Reader(io.RawIOBase):
+    """An open object. DuckDB's threads share it and call seek, then read: each has a place of its own in it."""
+
+    def __init__(self, files: ObjectFiles, key: str) -> None:
+        self.files, self.key, self._here = files, key, threading.local()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(getattr(self._here, "at", 0))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.files.size_of(self.key)}[whence]
+        at = base + offset
+        self._here.at = at
+        return at
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        if n_bytes < 0:
+            n_bytes = self.files.size_of(self.key) - self.tell()
+        found = self.files.read(self.key, self.tell(), n_bytes)
+        self._here.at = self.tell() + len(found)
+        return found
+
+
+def _unglobbed(path: str) -> str:
+    """The one path that a glob of bracketed letters stands for."""
+    return re.sub(r"\[([*?\[])\]", r"\1", path)

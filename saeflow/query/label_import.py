@@ -1,0 +1,116 @@
+"""Labels of features that come from elsewhere: CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saeflow.query.labels import COLUMNS, Label, Sheet, cleaned, column_names
+from saeflow.recipe.settings import UserError
+from saeflow.runtime.text import brief
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where it stands, and its cells by the name of the column."""
+
+
+def read(path: Path, n_features: int | None) -> dict[int, Label | None]:
+    """One label for each feature of a file, None where it is empty.
+
+    Of several for one feature the one with the best score is taken, among equals the first. Raises UserError, which
+    names file and line; nothing is taken from a file in which something is wrong.
+    """
+    found: dict[int, Label | None] = {}
+    for where, row in _rows(path):
+        feature = _number(row.get("feature_id"), where)
+        require_feature(feature, n_features, f"{where}: ")
+        label = cleaned(row.get("label"), row.get("score"), where)
+        before = found.get(feature)
+        if before is None or (label is not None and (label.score or 0) > (before.score or 0)):
+            found[feature] = label
+    if not found:
+        raise UserError(f"{path} holds no labels.")
+    return found
+
+
+def require_feature(feature: int, n_features: int | None, where: str) -> None:
+    if feature < 0 or (n_features is not None and feature >= n_features):
+        last = f"features go from 0 to {n_features - 1}" if n_features else "features are numbered from 0"
+        raise UserError(f"{where}There is no feature {feature}; {last}.")
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    kind = path.suffix.lower()
+    try:
+        if kind == ".parquet":
+            yield from _parquet(path)
+        elif kind in (".jsonl", ".ndjson", ".json"):
+            yield from _json(path)
+        else:
+            yield from _csv(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.") from None
+    except (ValueError, RecursionError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {brief(str(error), 200)}.") from None
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    sheet = Sheet.of(path.read_bytes())
+    for line, row in zip(sheet.lines, sheet.rows, strict=True):
+        if any(map(str.strip, row)):
+            yield f"{path.name}, line {line}", {name: sheet.cell(row, name) for name in COLUMNS}
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """Objects one a line, or in one array."""
+    text = path.read_bytes().decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        found = [(f"entry {number}", each) for number, each in enumerate(json.loads(text), 1)]
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        found = [(f"line {number}", _object(line, number)) for number, line in lines if line.strip()]
+    for place, each in found:
+        if not isinstance(each, dict):
+            raise ValueError(f"{place}: it is not an object with feature_id and label")
+        yield f"{path.name}, {place}", _meant(each)
+
+
+def _object(line: str, number: int) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    with pq.ParquetFile(path) as file:
+        names = column_names(file.schema_arrow.names)
+        wanted = [name for name, meant in zip(file.schema_arrow.names, names, strict=True) if meant in COLUMNS]
+        number = 0
+        for batch in file.iter_batches(columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path.name}, row {number}", _meant(row)
+
+
+def _meant(row: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(zip(column_names(list(row)), row.values(), strict=True))
+    for name in COLUMNS[:2]:
+        if name not in found:
+            raise ValueError(f"there is no column {name}; it has {brief(', '.join(row), 150)}")
+    return found
+
+
+def _number(value: object, where: str) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    try:
+        if isinstance(value, int | str) and not isinstance(value, bool):
+            return int(value)
+    except ValueError:
+        pass
+    raise UserError(f"{where}: {brief(str(value))!r} is not the number of a feature.")

@@ -1,0 +1,522 @@
+"""Sparse kernels for the processor: choose, rescore, decode, differentiate and sort the few active entries.
+
+Only K of F features are active at a token, so after the encoder product nothing of shape (B, F) is needed. The
+kernels are single-threaded, release the interpreter lock, and work on ranges of rows or features;
+`in_parallel` spreads the ranges over `torch.get_num_threads()` workers. Each output is computed whole by one worker in
+a fixed order, so results depend neither on timing nor on the number of threads.
+
+Sparse entries are in compressed rows: entries `row_starts[r]` to `row_starts[r + 1]` belong to row r, in ascending
+order of feature. *Bits* are floating-point numbers seen as integers of the same width: positive ones are ordered alike.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from saeflow.runtime.threads import use_one_thread
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Bits = NDArray[np.signedinteger[Any]]
+Ids = NDArray[np.int32]
+Matrix = NDArray[Any]
+Offsets = NDArray[np.int64]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+BLOCK = 32
+"""Pre-activations compared at once."""
+
+ROUNDING = np.int64(1) << 41
+"""Half a unit in the last of 11 significand bits, in the bits of a float64."""
+
+
+def compiled(kernel: Kernel) -> Kernel:
+    """Reassociating sums lets them use vector registers; the order stays the same from run to run."""
+    return cast(
+        Kernel, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})(kernel)
+    )
+
+
+@torch.no_grad()
+def in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Apply `function` to all items, in order, on as many workers as torch has threads.
+
+    A worker runs torch on one thread, so that nothing competes for cores. `function` must not call `in_parallel`.
+    """
+    n_threads = torch.get_num_threads()
+    if n_threads == 1:
+        return [function(item) for item in items]
+    return list(_workers(n_threads, os.getpid()).map(function, items))
+
+
+@cache
+def _workers(n_threads: int, process: int) -> ThreadPoolExecutor:
+    barrier = threading.Barrier(n_threads + 1)
+
+    def prepare() -> None:
+        use_one_thread()
+        torch.set_grad_enabled(False)  # this too is a setting of the thread
+        barrier.wait()
+
+    workers = ThreadPoolExecutor(n_threads, "saeflow", initializer=prepare)
+    for _ in range(n_threads):
+        workers.submit(int)
+    barrier.wait()
+    torch.set_num_threads(n_threads)  # threads started later take this as their default
+    return workers
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)` for at least one dimension, by the workers: torch's own threads would spin beside them."""
+    if tensor.dtype == dtype or tensor.device.type != "cpu":
+        return tensor.to(dtype)
+    out = torch.empty_like(tensor, dtype=dtype)
+    in_parallel(lambda rows: out[slice(*rows)].copy_(tensor[slice(*rows)]), ranges(len(tensor), 512))
+    return out
+
+
+def ranges(n: int, size: int) -> list[tuple[int, int]]:
+    """Cut 0..n into consecutive ranges of at most `size`."""
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def bits_of(tensor: torch.Tensor) -> Bits:
+    """The numbers of a bfloat16 or float32 tensor as integers, without a copy."""
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy()
+
+
+def floats_of(bits: Bits) -> Floats:
+    """Back from the bits of bfloat16 or float32 numbers to float32."""
+    wide = bits.astype(np.int32)
+    return (wide << 16 if bits.itemsize == 2 else wide).view(np.float32)
+
+
+def cut_bits(cut: Doubles, dtype: torch.dtype) -> Bits:
+    """Of each cut the `c` with `ordered(bits) > c` for all numbers of `dtype` above it, and hardly any other.
+
+    `ordered` flips all but the sign of negative numbers, which then are ordered like all others.
+    """
+    bits = np.nextafter(cut.astype(np.float32), np.float32(-np.inf)).view(np.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if dtype.itemsize == 4:
+        return ordered
+    return np.where(ordered < 0, ((ordered + 1) >> 16) - 1, ordered >> 16).astype(np.int16)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _mask_above(typing: Any, numbers: Any, start: Any, limit: Any) -> Any:
+    """One bit for each of BLOCK numbers from `start` on, set where the number is above the limit.
+
+    Written as vector instructions: the compiler does not find them, and this is what a whole matrix goes through.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        element = context.get_data_type(numbers.dtype)
+        vector = ir.VectorType(element, BLOCK)
+        array = context.make_array(numbers)(context, builder, arguments[0])
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
+        loaded = builder.load(place, align=element.width // 8)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), None)
+        limits = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+        return builder.bitcast(builder.icmp_signed(">", loaded, limits), ir.IntType(BLOCK))
+
+    return numba.uint32(numbers, numba.intp, numbers.dtype), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _lowest_bit(typing: Any, mask: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.zext(builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
+
+    return numba.intp(numba.uint32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float(typing: Any, number: Any) -> Any:
+    """A float32 from the bits of a bfloat16 in an int16; a float32 stays what it is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if number != numba.int16:
+            return arguments[0]
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return numba.float32(number), generate
+
+
+@compiled
+def _above(row: Bits, cut: int, ids: Ids, out: Bits, n: int) -> int:
+    """Append the places and bits of all numbers above the cut to `ids` and `out`, from entry n on."""
+    limit = row.dtype.type(cut)
+    if cut < 0:
+        flip = (1 << (8 * row.itemsize - 1)) - 1
+        for j in range(len(row)):
+            ids[n] = j
+            out[n] = row[j]
+            n += row[j] >= 0 or (row[j] ^ flip) > cut
+        return n
+    n_blocks = len(row) // BLOCK
+    for block in range(n_blocks):
+        mask = _mask_above(row, block * BLOCK, limit)
+        while mask != 0:
+            j = block * BLOCK + _lowest_bit(mask)
+            ids[n] = j
+            out[n] = row[j]
+            n += 1
+            mask = np.uint32(mask & np.uint32(mask - np.uint32(1)))
+    for j in range(n_blocks * BLOCK, len(row)):
+        if row[j] > limit:
+            ids[n] = j
+            out[n] = row[j]
+            n += 1
+    return n
+
+
+@compiled
+def _kth_largest(numbers: Bits, k: int) -> int:
+    """A t with exactly k numbers >= t, by bisection. Is there none, the k-th largest; 0 if fewer are positive."""
+    low, high = 0, 1
+    for i in range(len(numbers)):
+        high = max(high, numbers[i] + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        limit = numbers.dtype.type(middle)
+        count = np.int32(0)
+        for i in range(len(numbers)):
+            count = np.int32(count + np.int32(numbers[i] >= limit))
+        if count == k:
+            return middle
+        if count > k:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def select_above(bits: Bits, cuts: Bits, row_starts: Offsets, ids: Ids, out: Bits) -> None:
+    """All entries of each row above the row's cut. `ids` and `out` have room for every entry."""
+    n = 0
+    row_starts[0] = 0
+    for r in range(len(bits)):
+        n = _above(bits[r], cuts[r], ids, out, n)
+        row_starts[r + 1] = n
+
+
+@compiled
+def select_top(bits: Bits, k: int, row_starts: Offsets, ids: Ids, out: Bits) -> None:
+    """The k largest positive entries of each row; among equals, the lower features.
+
+    The k-th largest of the maxima of many columns of a row is a first cut: k entries at least reach it, and few more.
+    """
+    width = bits.shape[1]
+    n_lanes = 128
+    while n_lanes < 4 * k:
+        n_lanes *= 2
+    n_lanes = min(n_lanes, width)
+    lanes = np.empty(n_lanes, bits.dtype)
+    near = np.empty(width + BLOCK, np.int32)
+    near_bits = np.empty(width + BLOCK, bits.dtype)
+    n = 0
+    row_starts[0] = 0
+    for r in range(len(bits)):
+        row = bits[r]
+        lanes[:] = 0
+        for start in range(0, width, n_lanes):
+            part = row[start : start + n_lanes]
+            for lane in range(len(part)):
+                number = part[lane]
+                lanes[lane] = number if number > lanes[lane] else lanes[lane]
+        first_cut = max(_kth_largest(lanes, k) - 1, 0)
+        n_near = _above(row, first_cut, near, near_bits, 0)
+        kth = _kth_largest(near_bits[:n_near], k)
+        ties = k
+        for i in range(n_near):
+            ties -= near_bits[i] > kth
+        for i in range(n_near):
+            if near_bits[i] > kth or (near_bits[i] == kth and ties > 0):
+                ties -= near_bits[i] == kth
+                ids[n] = near[i]
+                out[n] = near_bits[i]
+                n += 1
+        row_starts[r + 1] = n
+
+
+@compiled
+def _dot(doubles: Doubles, floats: Floats) -> float:
+    total = 0.0
+    for c in range(len(doubles)):
+        total += doubles[c] * np.float64(floats[c])
+    return total
+
+
+@compiled
+def rescore(
+    x: Floats,
+    b_dec: Doubles,
+    w_enc: Floats,
+    b_enc: Doubles,
+    bounds: Doubles,
+    row_bounds: Doubles,
+    relative: float,
+    firsts: Doubles,
+    thresholds: Doubles,
+    stretch: Doubles,
+    shift: Doubles,
+    k: int,
+    row_starts: Offsets,
+    ids: Ids,
+    approximate: Floats,
+    kept_starts: Offsets,
+    values: Floats,
+) -> None:
+    """Recompute candidates in float64, keep those above their thresholds, of these the k largest, and round.
+
+    `approximate` is that of the pre-activation less the feature's threshold. A candidate is left out unread when it and
+    the bound on its error, `row_bounds[r] @ bounds[:, j] + relative * abs(approximate)`, stay below what is needed.
+    Candidates of at least `firsts[r]` come first: where there are k, the least of them raises what is needed of the
+    others. The value of what is kept is stretch[j] * pre + shift[j], where positive. Kept entries are written over `ids`.
+    """
+    longest = 0
+    for r in range(len(x)):
+        longest = max(longest, row_starts[r + 1] - row_starts[r])
+    exact = np.empty(longest)
+    exact_bits = exact.view(np.int64)
+    centred = np.empty(x.shape[1])
+    n = 0
+    kept_starts[0] = 0
+    for r in range(len(x)):
+        for c in range(len(centred)):
+            centred[c] = np.float64(x[r, c]) - b_dec[c]
+        row_ids = ids[row_starts[r] : row_starts[r + 1]]
+        guesses = approximate[row_starts[r] : row_starts[r + 1]]
+        needed = 0.0
+        for first in (True, False):
+            n_exact = 0
+            least = np.inf
+            for i in range(len(row_ids)):
+                j = row_ids[i]
+                guess = np.float64(guesses[i])
+                if first:
+                    exact[i] = 0
+                if (guess >= firsts[r]) != first:
+                    continue
+                error = row_bounds[r, 0] * bounds[0, j] + row_bounds[r, 1] * bounds[1, j] + bounds[2, j]
+                if guess + error + relative * abs(guess) < needed:
+                    continue
+                pre = _dot(centred, w_enc[j]) + b_enc[j]
+                if pre > thresholds[j]:
+                    exact[i] = max(stretch[j] * pre + shift[j], 0.0)
+                least = min(least, pre - thresholds[j])
+                n_exact += 1
+            if n_exact >= k:
+                needed = max(needed, least)
+        n = _round_largest(exact[: len(row_ids)], exact_bits[: len(row_ids)], k, row_ids, ids, values, n)
+        kept_starts[r + 1] = n
+
+
+@compiled
+def _round_largest(exact: Doubles, exact_bits: Bits, k: int, row_ids: Ids, ids: Ids, values: Floats, n: int) -> int:
+    """Append the k largest positive numbers, among equals the first ones, rounded to 11 bits."""
+    n_above = 0
+    for i in range(len(exact)):
+        n_above += exact[i] > 0
+    kth = np.int64(0)
+    ties = np.int64(k)
+    if n_above > k:
+        kth = _kth_largest(exact_bits, k)
+        for i in range(len(exact)):
+            ties -= exact_bits[i] > kth
+    for i in range(len(exact)):
+        number = exact_bits[i]
+        if exact[i] > 0 and (number > kth or (number == kth and ties > 0)):
+            ties -= number == kth
+            number += ROUNDING - 1 + ((number >> 42) & 1)
+            exact_bits[i] = (number >> 42) << 42
+            ids[n] = row_ids[i]
+            values[n] = exact[i]
+            n += values[n] > 0
+    return n
+
+
+@compiled
+def reconstruct(
+    start: int,
+    stop: int,
+    row_starts: Offsets,
+    ids: Ids,
+    values: Floats,
+    w_dec: Floats,
+    target: Floats,
+    ends: Ids,
+    residual: Floats,
+    d_values: Floats,
+    losses: Floats,
+) -> None:
+    """For rows start..stop: residuals values @ w_dec - target, their squared norms, and d_values = residual @ w_dec.T.
+
+    Features up to `ends[g]` make dictionary g, each inside the next. `losses` (G, B) are those of each dictionary;
+    `residual` (G, B, D) is for g the sum of the residuals of g and all larger ones, which is what features that belong
+    to g first have to answer for. One pass while a row's K directions are in cache; d_values only where values are.
+    """
+    n_nested = len(ends)
+    d = target.shape[1]
+    for r in range(start, stop):
+        e = row_starts[r]
+        end = row_starts[r + 1]
+        for g in range(n_nested):
+            row = residual[g, r]
+            if g == 0:
+                for c in range(d):
+                    row[c] = -target[r, c]
+            else:
+                before = residual[g - 1, r]
+                for c in range(d):
+                    row[c] = before[c]
+            last = e
+            while last < end and ids[last] < ends[g]:
+                last += 1
+            while e + 4 <= last:
+                i0, i1, i2, i3 = ids[e], ids[e + 1], ids[e + 2], ids[e + 3]
+                v0, v1, v2, v3 = values[e], values[e + 1], values[e + 2], values[e + 3]
+                for c in range(d):
+                    row[c] += v0 * w_dec[i0, c] + v1 * w_dec[i1, c] + v2 * w_dec[i2, c] + v3 * w_dec[i3, c]
+                e += 4
+            while e < last:
+                i0, v0 = ids[e], values[e]
+                for c in range(d):
+                    row[c] += v0 * w_dec[i0, c]
+                e += 1
+            loss = np.float32(0)
+            for c in range(d):
+                loss += row[c] * row[c]
+            losses[g, r] = loss
+        for g in range(n_nested - 2, -1, -1):
+            row = residual[g, r]
+            after = residual[g + 1, r]
+            for c in range(d):
+                row[c] += after[c]
+        g = 0
+        for e in range(row_starts[r], end):
+            i0 = ids[e]
+            while i0 >= ends[g]:
+                g += 1
+            row = residual[g, r]
+            dot = np.float32(0)
+            for c in range(d):
+                dot += row[c] * w_dec[i0, c]
+            d_values[e] = dot
+
+
+@compiled
+def transpose(
+    start: int,
+    stop: int,
+    row_starts: Offsets,
+    ids: Ids,
+    values: Floats,
+    positions: Offsets,
+    rows: Ids,
+    sorted_values: Floats,
+) -> None:
+    """Put the entries of rows start..stop where `positions` (next free place of each feature) says.
+
+    Both `values` and `sorted_values` are (n, nnz): one or more numbers go with each entry.
+    """
+    for r in range(start, stop):
+        for e in range(row_starts[r], row_starts[r + 1]):
+            place = positions[ids[e]]
+            positions[ids[e]] = place + 1
+            rows[place] = r
+            for i in range(len(values)):
+                sorted_values[i, place] = values[i, e]
+
+
+@compiled
+def _add_two(out: Floats, a: float, first: Matrix, b: float, second: Matrix) -> None:
+    for c in range(len(out)):
+        out[c] += a * _float(first[c]) + b * _float(second[c])
+
+
+@compiled
+def accumulate(
+    start: int,
+    stop: int,
+    feature_starts: Offsets,
+    rows: Ids,
+    values: Floats,
+    d_pre: Floats,
+    ends: Ids,
+    residual: Matrix,
+    centred: Matrix,
+    w_dec: Floats,
+    on_sphere: bool,
+    fresh: bool,
+    d_w_enc: Floats,
+    d_w_dec: Floats,
+) -> None:
+    """Gradients of features start..stop, added to what is there, unless it is `fresh` memory.
+
+    `residual` (G, B, D) and `centred` (B, D) are float32, or bfloat16 as bits: reading them is what takes the time.
+    With `on_sphere` the part of `d_w_dec` along a row of `w_dec` is taken out: the gradient of the loss of unit rows.
+    """
+    g = 0
+    for f in range(start, stop):
+        while f >= ends[g]:
+            g += 1
+        of_nested = residual[g]
+        d_enc, d_dec = d_w_enc[f], d_w_dec[f]
+        if fresh:
+            d_enc[:] = 0
+            d_dec[:] = 0
+        for e in range(feature_starts[f], feature_starts[f + 1], 2):
+            more = e + 1 < feature_starts[f + 1]
+            last = e + 1 if more else e
+            r0, r1 = rows[e], rows[last]
+            v1 = values[last] if more else np.float32(0)
+            g1 = d_pre[last] if more else np.float32(0)
+            _add_two(d_dec, values[e], of_nested[r0], v1, of_nested[r1])
+            _add_two(d_enc, d_pre[e], centred[r0], g1, centred[r1])
+        if on_sphere:
+            _project_out(d_dec, w_dec[f])
+
+
+@compiled
+def _project_out(vector: Floats, direction: Floats) -> None:
+    along = np.float32(0)
+    length = np.float32(0)
+    for c in range(len(vector)):
+        along += vector[c] * direction[c]
+        length += direction[c] * direction[c]
+    along /= length
+    for c in range(len(vector)):
+        vector[c] -= along * direction[c]
+
+
+@compiled
+def statistics(
+    ids: Ids, values: Floats, n_tokens: Offsets, total: Doubles, total_squares: Doubles, largest: Floats
+) -> None:
+    """Add entries to each feature's count, sum, sum of squares and maximum."""
+    for e in range(len(ids)):
+        j = ids[e]
+        value = np.float64(values[e])
+        n_tokens[j] += 1
+        total[j] += value
+        total_squares[j] += value * value
+        largest[j] = max(largest[j], values[e])

@@ -1,0 +1,189 @@
+"""What nobody reads any more: replaced generations, parts that none lists, and what killed runs left in `tmp/`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from saeflow.recipe.settings import UserError
+from saeflow.store.artefact import Artefact
+from saeflow.store.lease import held
+from saeflow.store.records import KINDS, Generation, listed_folders
+from saeflow.store.storage import Found
+from saeflow.store.store import Store
+from saeflow.store.verify import below_of
+
+ABANDONED_SECONDS = 30 * 86_400.0
+"""A checkpoint of an SAE that is not published stays for so long after it was last written: somebody may be on holiday. After
+an append it is of another SAE than the next training makes, and it takes twelve bytes a weight."""
+
+_PASSING_SECONDS = 3_600.0
+"""Files by which runs try the store live for a moment; no run that is still looking at one has it for an hour."""
+
+_WORK = re.compile(rf"({'|'.join(KINDS)})-(.+-[0-9a-f]{{8}})(\.checkpoint)?")
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A file or folder that no reader can reach any more, and for how many seconds it has been so."""
+
+    path: Path
+    why: str
+    n_bytes: int
+    seconds: float = math.inf
+
+
+@dataclass
+class Collected:
+    """What was found, or removed; bytes that must wait for the grace period; and what was left alone, and why."""
+
+    garbage: list[Garbage] = field(default_factory=list)
+    n_bytes_kept: int = 0
+    left_alone: list[str] = field(default_factory=list)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(each.n_bytes for each in self.garbage)
+
+
+def collect(store: Store, grace_seconds: float, remove: bool) -> Collected:
+    """Find, and `remove`, what nobody has been able to reach for the grace period.
+
+    Where it is removed, an artefact's lease is held from the look at its manifest to the end; one that is being written is left
+    alone. Nothing is written, and nobody waited for, where it is only listed.
+    """
+    if store.objects is not None:
+        store.objects.list_again()
+    done, left = Collected(), _left(store)
+    for artefact in _artefacts(store, left):
+        try:
+            with held(artefact.slot, artefact.id, "refuse") if remove else _unheld(artefact):
+                _take(done, _replaced(artefact, grace_seconds), grace_seconds, artefact.remove if remove else None)
+                _take(done, _left_work(store, artefact, left), grace_seconds, store.remove if remove else None)
+        except UserError as error:
+            done.left_alone.append(str(error).splitlines()[0])
+    _take(done, _passing(store, left), grace_seconds, store.remove if remove else None)
+    return done
+
+
+def _artefacts(store: Store, left: Mapping[str, dict[str, Found]]) -> list[Artefact]:
+    """Those that exist, and those of which there is work alone."""
+    works = [store.by_id(f"{found[1]}/{found[2]}") for name in sorted(left) if (found := _WORK.fullmatch(name))]
+    return list(dict.fromkeys([*store.artefacts(), *works]))
+
+
+def _take(
+    done: Collected, found: Iterator[Garbage], grace_seconds: float, remove: Callable[[Path], object] | None
+) -> None:
+    for each in list(found):  # removing changes what the rest is found by
+        if each.seconds < grace_seconds:
+            done.n_bytes_kept += each.n_bytes
+            continue
+        if remove is not None:
+            remove(each.path)
+        done.garbage.append(each)
+
+
+@contextlib.contextmanager
+def _unheld(artefact: Artefact) -> Iterator[None]:
+    """Raises UserError where somebody may be writing the artefact; takes no lease, and watches nobody."""
+    owner = artefact.slot.read()[0]
+    if owner is not None and not owner.is_gone():
+        raise UserError(f"Another run may be writing {artefact.id}: {owner.about}.")
+    yield
+
+
+def _replaced(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
+    """Lists older than the one that readers see, and parts that it does not name.
+
+    A part that no list names is garbage only where it is older than that list: an append that was killed goes on with its own.
+    """
+    current = _now(artefact)
+    if current is None:
+        return
+    weigh, now = _scales(artefact), time.time()
+    numbers = [number for number in artefact.numbers() if number <= current.number]
+    shown, replaced = weigh(artefact.list_path(current.number))[1], math.inf
+    ages: dict[str, float] = {}
+    for number in reversed(numbers):
+        path, age = artefact.list_path(number), max(now - replaced, 0.0)
+        n_bytes, written = weigh(path)
+        replaced = min(replaced, written)
+        if number == current.number:
+            continue
+        if age < grace_seconds:  # somebody may still be reading it
+            ages |= {folder: age for folder in listed_folders(path) if folder not in ages}
+        yield Garbage(path, f"list of generation {number}; readers see {current.number}", n_bytes, age)
+    for folder in sorted(artefact.part_folders() - {part.folder for part in current.parts}):
+        path = artefact.path / "parts" / folder
+        n_bytes, written = weigh(path)
+        if folder in ages or written < shown:
+            yield Garbage(path, "part that no generation lists", n_bytes, ages.get(folder, max(now - written, 0.0)))
+
+
+def _now(artefact: Artefact) -> Generation | None:
+    """What readers see at this moment: in an object store another machine may have published since the records came."""
+    if artefact.objects is not None:
+        try:
+            artefact.objects.fetch(artefact.path / "manifest.json", fresh=True)
+        except FileNotFoundError:
+            return None
+    return artefact.generation()
+
+
+def _scales(artefact: Artefact) -> Callable[[Path], tuple[int, float]]:
+    """Bytes of a list or part, and when it was written last, in seconds since 1970."""
+    below = below_of(artefact)
+    return artefact.footprint if below is None else lambda path: _weight(below(path))
+
+
+def _weight(found: Mapping[str, Found]) -> tuple[int, float]:
+    return sum(each.n_bytes for each in found.values()), max((each.written for each in found.values()), default=0.0)
+
+
+def _left(store: Store) -> dict[str, dict[str, Found]]:
+    """What lies in tmp/, by name; with what of it is in the object store."""
+    folder = store.root / "tmp"
+    found: dict[str, dict[str, Found]] = {path.name: {} for path in folder.glob("*")}
+    for key, about in store.objects.listing(folder).items() if store.objects is not None else ():
+        found.setdefault(key.split("/")[1], {})[key] = about
+    return found
+
+
+def _left_work(store: Store, artefact: Artefact, left: Mapping[str, dict[str, Found]]) -> Iterator[Garbage]:
+    """Work of runs that were killed; a checkpoint only where the SAE is published, or nobody has gone on with it."""
+    if artefact.work.name in left:
+        yield Garbage(artefact.work, "left by a run that was killed", _weigh_left(artefact.work, {})[0])
+    checkpoints = artefact.work.with_name(f"{artefact.work.name}.checkpoint")
+    if checkpoints.name in left:
+        n_bytes, written = _weigh_left(checkpoints, left[checkpoints.name])
+        age = time.time() - written
+        if artefact.complete():
+            yield Garbage(checkpoints, "checkpoint of an SAE that is published", n_bytes)
+        elif age >= ABANDONED_SECONDS:
+            yield Garbage(
+                checkpoints, f"checkpoint with which nobody has gone on for {age / 86_400:.0f} days", n_bytes, age
+            )
+
+
+def _passing(store: Store, left: Mapping[str, dict[str, Found]]) -> Iterator[Garbage]:
+    """Files by which a run asked whether the store can be written, or whether workers see it, before it was killed."""
+    for name in sorted(name for name in left if name.startswith(("cluster-", ".writable-"))):
+        n_bytes, written = _weigh_left(store.root / "tmp" / name, left[name])
+        if time.time() - written >= _PASSING_SECONDS:
+            yield Garbage(store.root / "tmp" / name, "left by a run that was killed", n_bytes)
+
+
+def _weigh_left(path: Path, sent: Mapping[str, Found]) -> tuple[int, float]:
+    """Bytes here and in the object store, and when the newest of them was written."""
+    n_bytes, written = _weight(sent)
+    for each in (path, *path.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            about = each.stat()
+            n_bytes, written = n_bytes + (0 if each.is_dir() else about.st_size), max(written, about.st_mtime)
+    return n_bytes, written

@@ -1,0 +1,40 @@
+"""The rows of a training's log for TensorBoard, where that package is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saeflow.recipe.settings import UserError
+
+
+class Board:
+    """Event files in a folder of their own. What an earlier run wrote of steps from `first_step` on does not count."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """A scalar for each column but `step`."""
+        for name, value in row.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, int(row["step"]))
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def require_tensorboard(folder: str | None) -> None:
+    """Refuse before any work a folder for event files that nothing here can write."""
+    if folder is not None and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            f"train.tensorboard is {folder!r}, but the package tensorboard is not installed.\n"
+            "Install it with `pip install tensorboard`, or take the setting out."
+        )

@@ -1,0 +1,288 @@
+"""One training: its state, the step that changes it, and the checkpoint that holds all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saeflow.activations.feed import Feed
+from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.settings import TrainConfig, UserError
+from saeflow.runtime.devices import device, to_device
+from saeflow.sae.autoencoder import SparseAutoencoder, StepInfo
+from saeflow.sae.encoder import fast_dtype
+from saeflow.store.files import flush, make_folder, read_json, rename, write_json
+from saeflow.train import schedules
+from saeflow.train.resample import resample
+
+CHECKPOINT, STATE = "state.json", "state.safetensors"
+"""The files of a checkpoint; the first is written last."""
+_SAMPLE_ROWS = 65_536
+"""Tokens from which the mean and the scale of the data set are taken."""
+
+
+def sample(feed: Feed) -> tuple[Tensor, ...]:
+    """Shuffled rows (n, D) float32 from the first pool of the first epoch, a tensor a site."""
+    batches: list[tuple[Tensor, ...]] = []
+    for values in feed.aligned():
+        batches.append(tuple(each.float() for each in values))
+        if sum(len(each[0]) for each in batches) >= min(_SAMPLE_ROWS, feed.n_rows):
+            break
+    return tuple(map(torch.cat, zip(*batches, strict=True)))
+
+
+@dataclass
+class Batch:
+    """What the feed gives for step `number`: rows (B, D) of each site, in the same order."""
+
+    number: int
+    values: tuple[Tensor, ...]
+    feed: Feed
+    _scaled: dict[tuple[int, float, torch.device], Tensor] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.values[0])
+
+    def scaled(self, site: int, scale: float, place: torch.device) -> Tensor:
+        """Rows of a site in float32, times `scale`: made once, however many trainings ask. Not to be changed."""
+        key = site, scale, place
+        if key not in self._scaled:
+            self._scaled[key] = to_device(self.values[site], place).float() * scale
+        return self._scaled[key]
+
+    def suspect(self) -> tuple[str, bool]:
+        """The row to look at where a loss is no number, in words, and is it finite?
+
+        It is the first row that is not finite; among finite ones the longest.
+        """
+        norms = torch.stack([torch.linalg.vector_norm(each.double(), dim=1) for each in self.values]).amax(0)
+        bad = (~torch.isfinite(norms)).nonzero().flatten()
+        row = int(bad[0]) if len(bad) else int(norms.argmax())
+        place = self.feed.whereabouts(self.number, row)
+        return (f"{place} is not finite", False) if len(bad) else (f"{place}, of length {norms[row]:.4g}", True)
+
+
+@dataclass
+class Training:
+    """State of one training: everything that a checkpoint holds, and the step that changes it."""
+
+    sae: SparseAutoencoder
+    adam: torch.optim.Adam
+    config: TrainConfig
+    scales: tuple[float, ...]
+    """Of the site read and, for a transcoder, of the one to reconstruct."""
+    n_steps: int
+    name: str = ""
+    step: int = 0
+    log: list[dict[str, float]] = field(default_factory=list)
+    info: StepInfo | None = None
+    """What the last step saw."""
+
+    @classmethod
+    def begin(cls, feed: Feed, recipe: Recipe, restart: int = 0, rows: tuple[Tensor, ...] | None = None) -> Training:
+        """Fresh weights, the data set's mean and scale from a sample of shuffled rows."""
+        rows = rows or sample(feed)
+        means, scales = zip(*(mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
+        seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
+        sae = SparseAutoencoder(seeded, feed.sites[0].width, feed.sites[-1].width)
+        sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
+        sae.start_sparse(rows[0] * scales[0])
+        config, place = recipe.train, device("train.device", recipe.train.device)
+        sae.product_dtype = fast_dtype(place)
+        sae.to(place)
+        adam = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        n_steps = max(1, round(config.n_tokens * feed.batches_per_epoch / feed.n_rows))
+        return cls(sae, adam, config, scales, n_steps, recipe.name)
+
+    @property
+    def scale(self) -> float:
+        return self.scales[0]
+
+    @property
+    def place(self) -> torch.device:
+        """Where it runs."""
+        return self.sae.W_enc.device
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.n_steps
+
+    def advance(self, batch: Batch) -> StepInfo:
+        """One optimiser step."""
+        for group in self.adam.param_groups:
+            group["lr"] = schedules.learning_rate(self.step, self.n_steps, self.config)
+        x, *others = (batch.scaled(site, scale, self.place) for site, scale in enumerate(self.scales))
+        target, dead_after = others[0] if others else None, self.config.dead_after_tokens
+        loss, info = self.sae.training_loss(
+            x, self.config.aux_weight, dead_after, target=target, k=self._k, sparsity=self._sparsity,
+            by_token=schedules.chooses_by_token(self.step, self.n_steps, self.config),
+        )  # fmt: skip
+        if not math.isfinite(loss.item()):
+            raise UserError(self._no_number(loss.item(), batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        clipped = self._clip()
+        self.adam.step()
+        self.sae.after_step()
+        self.adam.zero_grad(set_to_none=True)  # of many trainings, only one has gradients at a time
+        if self.step in self._resample_steps:
+            resample(self.sae, self.adam, x, dead_after, self.step, target)
+        if self.step % self.config.log_every == 0 or self.step == self.n_steps - 1:
+            self.log.append(self._row(loss.item(), info, len(batch)) | clipped)
+        self.step, self.info = self.step + 1, info
+        return info
+
+    @property
+    def _k(self) -> int:
+        return schedules.n_active(self.step, self.n_steps, self.sae.config, self.config)
+
+    @property
+    def _sparsity(self) -> float:
+        return schedules.sparsity(self.step, self.n_steps, self.config)
+
+    def _clip(self) -> dict[str, float]:
+        """Shorten the gradient where that is asked for; its length before, for the log."""
+        if self.config.clip_norm is None:
+            return {}
+        return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip_norm).item()}
+
+    def _no_number(self, loss: float, batch: Batch) -> str:
+        row, finite = batch.suspect()
+        begins = f"{self.name}: The loss is {loss} at step {self.step}."
+        if not finite:
+            return f"{begins} The activation at {row}. Check what is stored with `saeflow verify --full`."
+        return (
+            f"{begins} Lower train.lr (it is {self.config.lr:g}), or set train.clip_norm.\n"
+            f"All activations of the batch are finite; the longest is that at {row}."
+        )
+
+    def _row(self, loss: float, info: StepInfo, n_rows: int) -> dict[str, float]:
+        return {
+            "step": self.step, "batch_rows": n_rows, "lr": self.adam.param_groups[0]["lr"], "loss": loss,
+            "variance_unexplained": info.unexplained, "l0": info.n_active, "dead": info.n_dead,
+            "auxiliary_loss": info.auxiliary, "sparsity_loss": info.sparsity,
+            **({"k": self._k} if self.config.k_start and self.sae.config.counts_k else {}),
+            **({"sparsity_factor": self._sparsity} if self.config.sparsity_warmup_share else {}),
+        }  # fmt: skip
+
+    @cached_property
+    def _resample_steps(self) -> set[int]:
+        return {round(share * self.n_steps) for share in self.config.resample_at}
+
+    def error(self, rows: Sequence[Tensor]) -> float:
+        """Mean squared error of reconstructing rows (n, D) in raw units, as the published SAE will; a tensor a site."""
+        self.sae.eval()
+        scaled = [each.to(self.place) * scale for each, scale in zip(rows, self.scales, strict=True)]
+        return float((self.sae.reconstruct(scaled[0]) - scaled[-1]).square().mean())
+
+    def folded(self) -> SparseAutoencoder:
+        """The SAE for activations as they are, on the processor."""
+        return self.sae.folded(*self.scales).cpu()
+
+    @property
+    def product(self) -> str:
+        """Precision of the encoder product, chosen once by measurement and then kept."""
+        return str(self.sae.product_dtype).removeprefix("torch.")
+
+    def save(self, folder: Path, work: Path | None = None, require: Callable[[], None] = lambda: None) -> None:
+        """Write a checkpoint under `work`, then let it take the place of the last one, if `require` does not object."""
+        whole = folder.with_name(folder.name + ".new")
+        fresh = (work or folder.parent) / f"{folder.name}.fresh"
+        shutil.rmtree(fresh, ignore_errors=True)
+        make_folder(fresh)
+        moments = {
+            f"adam.{number}.{name}": value
+            for number, state in self.adam.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        save_file({**weights, **moments}, fresh / STATE, {"step": str(self.step)})
+        flush(fresh / STATE)  # before the file that says that the checkpoint is whole
+        about = {"step": self.step, "scales": self.scales, "product": self.product, "log": self.log}
+        write_json(fresh / CHECKPOINT, about)
+        require()
+        shutil.rmtree(whole, ignore_errors=True)
+        rename(fresh, whole)
+        shutil.rmtree(folder, ignore_errors=True)
+        rename(whole, folder)
+
+    def restore(self, folder: Path) -> bool:
+        """Continue from the newest whole checkpoint, if there is one; it then lies in `folder`.
+
+        Raises UserError where there is one that cannot be read.
+        """
+        fresh = folder.with_name(folder.name + ".new")
+        if not is_whole(folder):
+            if not is_whole(fresh):
+                return False
+            shutil.rmtree(folder, ignore_errors=True)
+            rename(fresh, folder)  # the next `save` begins with taking `.new` away
+        try:
+            self._load(folder)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.name}: The checkpoint {folder} cannot be read ({type(error).__name__}: {error}).\n"
+                "Delete that folder, and the training begins anew."
+            ) from error
+        return True
+
+    def _load(self, folder: Path) -> None:
+        tensors, about = load_file(folder / STATE), read_json(folder / CHECKPOINT)
+        with safe_open(folder / STATE, "pt") as file:
+            step = (file.metadata() or {}).get("step", str(about["step"]))  # an earlier saeflow did not say it
+        if step != str(about["step"]):
+            raise ValueError(f"{STATE} is of step {step}, {CHECKPOINT} of step {about['step']}")
+        self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, number, slot = name.split(".", 2)
+                state.setdefault(int(number), {})[slot] = value
+        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+        self.sae.product_dtype = getattr(torch, about["product"])
+        scales = about["scales"] if "scales" in about else [about["scale"]]  # before there were transcoders
+        self.step, self.scales, self.log = int(about["step"]), tuple(map(float, scales)), list(about["log"])
+
+
+def is_whole(folder: Path) -> bool:
+    """Does the folder hold all of a checkpoint?"""
+    return all((folder / name).is_file() for name in (CHECKPOINT, STATE))
+
+
+def mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:
+    """Mean (D), and the factor that brings the rows' mean squared distance from it to D."""
+    mean = rows.mean(0)
+    spread = (rows - mean).square().sum(1).mean().item()
+    if not spread > 0:
+        raise UserError("All activations are equal; there is nothing to learn. Check the site and the corpus.")
+    return mean, math.sqrt(rows.shape[1] / spread) if normalise else 1.0
+
+
+@contextlib.contextmanager
+def whole_step() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block has ended: a step half made must not be saved."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+        yield
+        return
+    asked: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if asked:
+        signal.raise_signal(asked[0])

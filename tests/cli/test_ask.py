@@ -1,0 +1,389 @@
+"""Parameters of questions, what `saeflow ask` says of them, the Python API, and input that means harm."""
+
+# ruff: noqa: F811 (the fixture `saeflow` is imported)
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import saeflow as package
+from saeflow.cli import render
+from saeflow.query import ask as queries
+from saeflow.query import questions
+from saeflow.query.ask import connect, query, resolved
+from saeflow.query.questions import MOST, Parameter, Question, named
+from saeflow.recipe.settings import UserError
+from saeflow.store.store import Store
+from tests.cli.test_app import SAEFLOW, Command, saeflow  # noqa: F401  (a fixture)
+from tests.support.small_store import Document, Given
+
+HOSTILE = "a'; drop view tokens; --\x1b[31m\x1b]0;title\x07\u202e\u2066\"\\"
+
+
+@pytest.fixture(autouse=True)
+def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    root = tmp_path_factory.mktemp("ask") / "store"
+    Given(name="old", fp="f0000009").write(root)
+    return Given().write(root)
+
+
+@pytest.fixture(scope="module")
+def run(store: Store) -> Iterator[package.api.OpenRun]:
+    with package.open(store.root, threads=1) as opened:
+        yield opened
+
+
+def a_question(header: str, name: str = "q") -> Question:
+    sql = f"-- What is asked.\n--\n-- Grain: one row.\n{header}\ncreate or replace macro {name}() as table select 1;"
+    return questions._question(name, sql)
+
+
+def test_a_header_s_parameters_may_be_lists_have_defaults_with_commas_and_go_on_on_the_next_line() -> None:
+    asked = a_question(
+        "-- Parameters: features bigint[], thresholds double[] = [0, 0.5], text text = 'a, [b', n bigint = 5,\n"
+        "--          window bigint = 8, sources text[] = [], other bigint = null\n"
+        "-- Ask it:  which?  from q([3, 7], n := 2)"
+    )
+    assert [(p.name, p.type, p.default) for p in asked.parameters] == [
+        ("features", "bigint[]", None),
+        ("thresholds", "double[]", "[0, 0.5]"),
+        ("text", "text", "'a, [b'"),
+        ("n", "bigint", "5"),
+        ("window", "bigint", "8"),
+        ("sources", "text[]", "[]"),
+        ("other", "bigint", "null"),
+    ]
+    assert named(asked, ["1"]) == {
+        "features": [1], "thresholds": [0.0, 0.5], "text": "a, [b", "n": 5, "window": 8, "sources": [], "other": None,
+    }  # fmt: skip
+    assert asked.command == "saeflow ask q 3,7 2"
+
+
+def test_a_header_that_says_parameters_otherwise_is_our_mistake() -> None:
+    for wrong in ("features bigint [ ]", "n int", "n"):
+        with pytest.raises(AssertionError, match=r"q\.sql"):
+            a_question(f"-- Parameters: {wrong}\n-- Ask it: which?")
+
+
+@pytest.mark.parametrize(
+    "given", ["3,7,12", " 3, 7 ,12", "[3, 7, 12]", [3, 7, 12], ("3", 7, 12), np.array([3, 7, 12]), pa.array([3, 7, 12])]
+)
+def test_a_list_is_written_with_commas_as_json_or_given_as_a_list(given: object) -> None:
+    assert Parameter("features", "bigint[]").parse(given) == [3, 7, 12]
+
+
+def test_one_value_is_a_list_of_one() -> None:
+    assert Parameter("features", "bigint[]").parse("3") == Parameter("features", "bigint[]").parse(3) == [3]
+    assert Parameter("thresholds", "double[]").parse("-inf,1e3") == [-math.inf, 1000.0]
+
+
+@pytest.mark.parametrize(
+    ("type", "given", "message"),
+    [
+        ("bigint[]", "", "features is an empty list"),
+        ("bigint[]", "[]", "features is an empty list"),
+        ("bigint[]", [], "features is an empty list"),
+        ("bigint[]", "3,,7", "whole numbers such as 3,7,12"),
+        ("bigint[]", "3,x", r"features is '3,x'"),
+        ("bigint[]", "[3, [7]]", "whole numbers"),
+        ("bigint[]", "[" * 90_000, "whole numbers"),
+        ("bigint[]", [2**63], "whole numbers"),
+        ("bigint[]", {"a": 1}, "whole numbers"),
+        ("bigint[]", b"37", "whole numbers"),
+        ("double[]", "0.5,nan", "must be numbers"),
+        ("double[]", "[NaN]", "must be numbers"),
+        ("bigint[]", [0] * (MOST + 1), "has 1,001 values; at most 1,000"),
+        ("bigint", "9" * 5_000, "whole number"),
+        ("bigint", True, "whole number"),
+        ("text", "\udcff", "must be text"),
+        ("text", "x" * 10_000_000, "has 10,000,000 characters; at most 100,000 are read"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_one_short_message(type: str, given: object, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        Parameter("text" if type == "text" else "features", type).parse(given)
+    assert len(str(refused.value)) < 250
+
+
+def test_a_feature_a_source_or_a_run_that_is_not_there_is_named_with_the_nearest(store: Store) -> None:
+    many = a_question("-- Parameters: features bigint[]\n-- Ask it: which?")
+    runs = a_question("-- Parameters: a text, b text, n bigint = 5\n-- Ask it: which?", "compare_runs")
+    contrast = a_question("-- Parameters: a text, b text\n-- Ask it: which?", "source_contrast")
+    with connect(store) as connection:
+        for features in ([0, 4], [-1], [2**62]):
+            with pytest.raises(UserError, match=r"There is no feature -?\d+; features go from 0 to 3\."):
+                resolved(connection, many, named(many, [features]))
+        with pytest.raises(UserError, match=r"no source 'novel'\. Did you mean novels\?"):
+            resolved(connection, contrast, named(contrast, ["bible", "novel"]))
+        with pytest.raises(UserError, match=r"no run 'dmo'\. Did you mean demo\?"):
+            resolved(connection, runs, named(runs, ["old", "dmo"]))
+        for called in ("old", "old-f0000009", "old_f0000009", "features/old-f0000009"):
+            assert resolved(connection, runs, named(runs, ["demo", called])) == {"a": "demo", "b": "old", "n": 5}
+
+
+def test_the_list_of_questions_is_grouped_and_fits_80_columns(saeflow: Command) -> None:
+    said = saeflow("ask")
+    assert said.code == 0
+    assert max(map(len, said.out.splitlines())) <= 80
+    for question in queries.questions():
+        assert f"\n  {question.brief}\n" in said.out
+        assert question.group in said.out.splitlines()
+
+
+def test_a_question_without_its_arguments_is_explained(saeflow: Command, store: Store) -> None:
+    said = saeflow("ask", "tokens_where", "--store", store.root)
+    assert (said.code, said.out) == (2, "")
+    for phrase in (
+        "tokens_where needs feature bigint",
+        "stronger than a threshold",
+        "threshold  double, 0 where not given",
+        "Example: saeflow ask tokens_where 12 0.5",
+    ):
+        assert phrase in said.err
+
+
+@pytest.mark.parametrize("question", queries.questions(), ids=lambda question: question.name)
+def test_the_example_of_a_question_is_one(question: Question) -> None:
+    assert list(named(question, question.command.split()[3:])) == [each.name for each in question.parameters]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["tokens_where", "0", "1"], 'select * from "demo".tokens_where(0, 1.0::double);'),
+        (["tokens_where", "0", "inf", "--run", "old"], "select * from \"old\".tokens_where(0, 'inf'::double);"),
+        (["runs", "-n", "2"], 'select * from "demo".runs limit 2;'),
+        (["search_token", "it's"], "select * from \"demo\".search_token('it''s');"),
+        (["search_token", "\x1b[2J\u202e\n"], r"""select * from "demo".search_token(E'\x1b[2J\xe2\x80\xae\x0a');"""),
+    ],
+)
+def test_the_sql_of_a_question_answers_it_in_a_shell(
+    words: list[str], wanted: str, saeflow: Command, store: Store
+) -> None:
+    said = saeflow("ask", *words, "--sql", "--store", store.root)
+    assert said.out == wanted + "\n"
+    answered = json.loads(saeflow("ask", *words, "-f", "json", "--store", store.root).out)
+    with connect(store) as connection:
+        assert json.loads(render.to_json(query(connection, said.out))) == answered
+
+
+def completed(words: str, store: Store) -> str:
+    environment = os.environ | {
+        "_SAEFLOW_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+        "SAEFLOW_STORE": str(store.root),
+    }
+    done = subprocess.run(SAEFLOW, capture_output=True, text=True, env=environment)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_a_shell_completes_questions_and_runs(store: Store, tmp_path: Path) -> None:
+    found = completed("saeflow ask to", store).split()
+    assert found == [question.name for question in queries.questions() if question.name.startswith("to")]
+    assert completed("saeflow sql --run o", store).split() == ["old"]
+    assert completed("saeflow sql --run o", Store(tmp_path / "nowhere")).split() == []
+
+
+def test_the_api_answers_as_arrow(run: package.api.OpenRun, store: Store) -> None:
+    assert run.ask("top_tokens", feature=0, n=2).column("token_id").to_pylist() == [5, 1]
+    assert run.ask("tokens_where", 0, threshold=1.0, limit=1).column("token_id").to_pylist() == [1]
+    assert run.sql("select ? + 1 as x", [41]).to_pylist() == [{"x": 42}]
+    assert {question.name for question in run.questions()} >= {"top_tokens", "runs"}
+    assert repr(run) == f"<saeflow run 'demo' of '{store.root}': 4 features, 8 tokens>"
+    with package.open(str(store.root), run="old") as old:
+        assert old.name == "old"
+    with pytest.raises(duckdb.Error):
+        old._connection.execute("select 1")
+
+
+def test_the_api_takes_its_store_from_the_environment(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAEFLOW_STORE", str(store.root))
+    with package.open() as opened:
+        assert opened.n_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((9,), {}, "There is no feature 9"),
+        ((1, 2, 3), {}, "takes 2 arguments, not 3"),
+        ((1,), {"feature": 1}, "is given feature twice"),
+        ((), {"n": 3}, "tokens_where has no parameter 'n'"),
+        ((), {}, "tokens_where needs feature"),
+        ((1, math.nan), {}, "must be a number"),
+    ],
+)
+def test_what_the_api_cannot_answer_is_a_user_s_error(
+    run: package.api.OpenRun, arguments: tuple[object, ...], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(package.UserError, match=message):
+        run.ask("tokens_where", *arguments, **options)
+
+
+def test_an_answer_is_duckdb_s_own_memory_and_no_python_rows(run: package.api.OpenRun) -> None:
+    """8 MB of numbers: neither Arrow nor Python takes memory for them, so nothing was copied."""
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    table = run.sql("select i::bigint as i from range(1_000_000) t(i)")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table.nbytes >= 8_000_000
+    assert pa.total_allocated_bytes() - before < 100_000
+    assert peak < 1_000_000
+    numbers = [chunk.to_numpy(zero_copy_only=True) for chunk in table.column("i").chunks]
+    assert sum(map(len, numbers)) == 1_000_000
+
+
+def test_importing_the_package_loads_next_to_nothing() -> None:
+    code = "import sys, saeflow; print(sorted({m.split('.')[0] for m in sys.modules} & {'duckdb', 'pyarrow', 'numpy', 'pydantic', 'typer'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "x" * 10_000_000,
+        "select '" + "x" * 10_000_000 + "'",
+        "x" * 90_000,
+        "select " + "(" * 90_000 + "1",
+        "select " + "(" * 40_000 + "1" + ")" * 40_000,
+        "select * from (" * 5_000 + "select 1" + ")" * 5_000,
+        "select '\udcff'",
+        "select 1" + " union all select" * 20,
+    ],
+    ids=["nonsense", "text", "short nonsense", "open", "nested", "subqueries", "surrogate", "unions"],
+)
+def test_a_long_or_broken_statement_is_refused_in_seconds_without_an_echo(
+    run: package.api.OpenRun, statement: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError) as refused:
+        run.sql(statement)
+    assert time.monotonic() - started < 10
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_long_text_is_refused_on_standard_input(
+    saeflow: Command, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("select '" + "x" * 10_000_000 + "'"))
+    said = saeflow("sql", "--store", store.root)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.splitlines()[1:] == ["The query has 100,001 characters; at most 100,000 are read."]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"select '\xff'"), "utf-8"))
+    assert "not text in UTF-8" in saeflow("sql", "--store", store.root).err
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Every text that a corpus brings says something to a terminal."""
+    root = tmp_path_factory.mktemp("hostile") / "it's \u202e; -- \x1b[2J"
+    pieces = [HOSTILE.encode(), b"=cmd|' /C calc'!A0", b"\x1b]0;x\x07"]
+    columns = {"title": pa.array([HOSTILE])}
+    return Given(
+        documents=[Document(HOSTILE, HOSTILE, pieces)], values=[(0, 0, 1.0), (1, 0, 2.0)], metadata=columns
+    ).write(root)
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json", "jsonl"])
+@pytest.mark.parametrize(
+    "words", [["ask", "tokens"], ["ask", "top_tokens", "0"], ["ask", "documents"], ["ask", "search_token", "cmd"],
+              ["ask", "compare_sources", HOSTILE, HOSTILE], ["ask", "runs"], ["ask", "search_token", "cmd", "--sql"]],
+    ids=lambda words: words[1],
+)  # fmt: skip
+def test_nothing_of_a_corpus_is_obeyed_by_a_terminal(
+    words: list[str], form: str, saeflow: Command, hostile: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    said = saeflow(*words, "-f", form, "--store", hostile.root)
+    assert said.code == 0, said.err
+    assert not {"\x1b", "\x07", "\u202e", "\u2066"} & set(said.out + said.err)
+
+
+@pytest.mark.parametrize(
+    "words", [["ls"], ["show", "evil"], ["verify"], ["gc", "--grace", "0"]], ids=lambda words: words[0]
+)
+def test_nothing_of_a_foreign_store_is_obeyed_by_a_terminal(words: list[str], saeflow: Command, tmp_path: Path) -> None:
+    root = tmp_path / "it's \u202e; -- \x1b[2J"
+    store = Given(name="evil", fp="f\x1b]0;x\x07\u202e").write(root)
+    store.artefact("features", "[bold]e\x1b[31m", "f0000001").begin(
+        {"a\x1b[2J": "\x1b[2J"}, ["tokens/\x1b[2J-f0000001"]
+    )
+    next(root.glob("tokens/*/parts/*/tokens.parquet")).unlink()
+    said = saeflow(*words, "--store", root)
+    assert said.out
+    assert not {"\x1b", "\x07", "\u202e"} & set(said.out + said.err)
+
+
+def test_minus_infinity_is_asked_for_behind_two_dashes(saeflow: Command, store: Store) -> None:
+    said = saeflow("ask", "tokens_where", 0, "-inf", "--store", store.root)
+    assert (said.code, "Write -- before it" in said.err) == (2, True)
+    said = saeflow("ask", "tokens_where", "--store", store.root, "-f", "jsonl", "--", 0, "-inf")
+    assert (said.code, len(said.out.splitlines())) == (0, 4)
+    assert saeflow("ask", "tokens_where", 0, -1.5, "--store", store.root).code == 0
+
+
+@pytest.mark.parametrize("threshold", [0.0999755859, 0.0999755860])
+def test_a_threshold_means_the_same_in_sql_and_as_an_argument(tmp_path: Path, threshold: float) -> None:
+    value = 0.0999755859375
+    with connect(Given(values=[(0, 0, value)]).write(tmp_path), threads=1) as connection:
+        asked = queries.ask(connection, "tokens_where", [0, threshold]).num_rows
+        assert query(connection, f"from tokens_where(0, {threshold:.10f})").num_rows == asked == (value > threshold)
+
+
+def test_a_file_holds_the_text_as_it_is(saeflow: Command, hostile: Store, tmp_path: Path) -> None:
+    assert saeflow("ask", "documents", "--store", hostile.root, "-o", tmp_path / "a.csv").code == 0
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_bytes().decode(), newline=""))
+    assert row["key"] == HOSTILE
+    piped = saeflow("ask", "documents", "--store", hostile.root, "-f", "csv").out
+    assert HOSTILE.replace('"', '""') in piped
+    assert saeflow("ask", "tokens", "--store", hostile.root, "-o", tmp_path / "b.csv").code == 0
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "b.csv").read_bytes().decode(), newline="")))
+    assert rows[1]["piece"] == "'=cmd|' /C calc'!A0"
+    assert rows[1]["token_id"] == "1"
+
+
+@pytest.mark.parametrize("name", ["it's; drop schema demo; --", 'quo"te', "a\x1b[2Jb", "a\nb", "\u202egnp", "memory"])
+def test_a_run_of_a_hostile_name_is_asked_or_left_out_and_says_nothing(name: str, tmp_path: Path) -> None:
+    store = Given(name=name).write(tmp_path)
+    Given(name="good", fp="f0000007").write(tmp_path)
+    with connect(store) as connection:
+        assert queries.ask(connection, "tokens_where", [0]).num_rows == 4
+        problems = {row["name"]: row["problem"] for row in queries.ask(connection, "runs").to_pylist()}
+    assert (problems[name] is None) == name.isprintable()
+    if name.isprintable():
+        with connect(store, name) as connection:
+            assert queries.ask(connection, "tokens_where", [0]).num_rows == 4
+            asked = queries.find("tokens_where")
+            text = queries.spelled(connection, asked, named(asked, [0]))
+            assert query(connection, text).num_rows == 4
+
+
+def test_a_store_whose_path_reads_like_sql_is_read(tmp_path: Path) -> None:
+    for folder in ("from tokens where", "context(1)", "x\ny", "join stg_tokens"):
+        with connect(Given().write(tmp_path / folder)) as connection:
+            assert queries.ask(connection, "top_tokens", [0]).num_rows == 4

@@ -1,0 +1,367 @@
+"""Flows on a real Prefect server: the same artefacts as the command, a task a part, retries, what a page shows."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun, TaskRun
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import common, page
+from flows.collect import collect_flow
+from flows.encode import encode_flow
+from flows.evaluate import evaluate_flow
+from flows.pipeline import pipeline_flow
+from flows.tokens import tokens_flow
+from saeflow.pipeline import collect as activations
+from saeflow.pipeline import encode as features
+from saeflow.pipeline import run as pipeline
+from saeflow.pipeline import sweep, train
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.settings import UserError
+from saeflow.store.records import PartRecord
+from saeflow.store.store import Store
+from tests.conftest import Finished
+from tests.support.small_pipeline import (
+    Ingredients,
+    a_table,
+    brought_data,
+    quiet,
+    recipe_data,
+    tree,
+    write_recipe,
+    write_table,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.filterwarnings("default")  # Prefect's own
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="module")
+def flowed(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store in which the pipeline flow has run the small recipe."""
+    store = Store(tmp_path_factory.mktemp("flowed") / "store")
+    pipeline_flow(parse_recipe(recipe_data(ingredients)), str(store.root))
+    return store
+
+
+@pytest.fixture
+def upstream(finished: Finished, tmp_path: Path) -> Store:
+    """The finished store without its activations and what came of them."""
+    store = Store.create(tmp_path / "upstream")
+    shutil.copytree(finished.store.root / "tokens", store.root / "tokens")
+    return store
+
+
+def task_runs(flow_name: str, store: Store) -> list[TaskRun]:
+    """Task runs of a flow's runs on this store, as the server knows them."""
+    with get_client(sync_client=True) as client:
+        return client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [r.id for r in runs(flow_name, store)]}))
+
+
+def runs(flow_name: str, store: Store) -> list[FlowRun]:
+    with get_client(sync_client=True) as client:
+        flow = client.read_flow_by_name(flow_name)
+        found = client.read_flow_runs()
+    return [run for run in found if run.flow_id == flow.id and run.parameters["store"] == str(store.root)]
+
+
+def published(store: Store) -> list[str]:
+    return sorted({path.parent.parent.name for path in store.root.glob("*/*/manifest.json")})
+
+
+def test_the_flow_makes_the_artefacts_that_the_command_makes(flowed: Store, finished: Finished) -> None:
+    assert tree(flowed.root) == tree(finished.store.root)
+
+
+def test_there_is_one_task_run_a_part(flowed: Store, finished: Finished) -> None:
+    for flow_name, kind in (("saeflow-collect", "activations"), ("saeflow-encode", "features")):
+        parts = next(iter(finished.store.artefacts(kind))).published().parts  # type: ignore[arg-type]
+        assert len(parts) > 2
+        stage = flow_name.removeprefix("saeflow-")
+        names = sorted(run.name for run in task_runs(flow_name, flowed))
+        assert names == [f"{stage}-{part.index}" for part in parts]
+        assert all(run.state is not None and run.state.is_completed() for run in task_runs(flow_name, flowed))
+
+
+def test_progress_and_numbers_are_artifacts(flowed: Store) -> None:
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts()
+    kinds = {(artifact.key, artifact.type) for artifact in found}
+    for stage in ("tokens", "collect", "train", "encode", "evaluate"):
+        assert {(f"saeflow-{stage}", "progress"), (f"saeflow-{stage}-numbers", "table")} <= kinds
+        assert {a.data for a in found if a.key == f"saeflow-{stage}"} == {100.0}
+    assert ("saeflow-pipeline-numbers", "table") in kinds
+
+
+def test_runs_are_named_and_tagged_by_what_they_do(flowed: Store, finished: Finished) -> None:
+    n_parts = len(finished.store.artefacts("activations")[0].published().parts)
+    wanted = {
+        "pipeline": "pipeline small: tokens, collect, train, encode, compact, evaluate",
+        "tokens": f"tokens small: {finished.summary['n_tokens']:,} tokens",
+        "collect": f"collect small: {n_parts} parts",
+        "train": "train small: batchtopk, 64 features",
+        "encode": f"encode small: {n_parts} parts",
+        "evaluate": "evaluate small",
+    }
+    for stage, name in wanted.items():
+        [run] = runs(f"saeflow-{stage}", flowed)
+        assert run.name == name
+        assert set(run.tags) == {stage, "small", "batchtopk"}
+
+
+def test_the_pipeline_ends_with_a_page_of_picture_numbers_and_next_commands(flowed: Store, finished: Finished) -> None:
+    with get_client(sync_client=True) as client:
+        [found] = [each for each in client.read_artifacts() if each.key == "saeflow-result"]
+    text = str(found.data)
+    [picture] = flowed.root.glob("features/*/density.png")
+    assert base64.b64encode(picture.read_bytes()).decode() in text
+    assert f"saeflow ask search_token the --store {flowed.name}" in text
+    assert f"| {page.plain('n tokens')} | {finished.summary['n_tokens']:,} |" in text
+
+
+def test_what_saeflow_says_and_warns_of_is_in_the_log_of_the_run(
+    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "PROGRESS_SECONDS", 0.2)
+    monkeypatch.setattr(common, "LOG_SECONDS", 0.2)
+    collect = activations.Collector.collect
+
+    def slow(self: activations.Collector, part: PartRecord, bar: Any) -> PartRecord:
+        logging.getLogger("saeflow.activations.tables.arrays").warning("part %d is \x1b[31modd", part.index)
+        time.sleep(0.3)
+        return collect(self, part, bar)
+
+    monkeypatch.setattr(activations.Collector, "collect", slow)
+    collect_flow(finished.recipe, str(upstream.root))
+    said = wait_for_logs(runs("saeflow-collect", upstream)[0].id, "activations: 4,273 tokens in")
+    assert any(
+        re.search(r"activations: [\d,]+ of [\d,]+ \(\d+%\) tokens, [\d,]+/s, [\d:]+ left", line) for line in said
+    )
+    assert "part 1 is ␛[31modd" in said
+
+
+def wait_for_logs(run_id: UUID, last: str) -> list[str]:
+    """Lines of a flow run's log on the server, once one of them begins with `last`; they are sent from time to time."""
+    for _ in range(100):
+        with get_client(sync_client=True) as client:
+            found = client._client.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [str(run_id)]}}}).json()
+        said = [each["message"] for each in found]
+        if any(line.startswith(last) for line in said):
+            return said
+        time.sleep(0.2)
+    raise AssertionError(f"no such line: {last}")
+
+
+def test_a_second_run_does_nothing_twice_and_says_so(
+    flowed: Store, finished: Finished, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in flowed.root.rglob("*") if path.suffix in (".json", ".parquet")}
+    summary = pipeline_flow(finished.recipe, str(flowed.root))
+    after = {path: path.stat().st_mtime_ns for path in flowed.root.rglob("*") if path.suffix in (".json", ".parquet")}
+    assert after == before
+    said = capfd.readouterr().err
+    for stage in ("tokens", "activations", "train", "features", "evaluate"):
+        assert f"{stage}: already done" in said
+    assert summary["n_tokens"] == finished.summary["n_tokens"]
+    collected = task_runs("saeflow-collect", flowed)
+    assert len(collected) == len({run.name for run in collected}), "a finished part was given to a task again"
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> list[int]:
+    """Let the collection of part 1 fail so many times; returns the indices tried."""
+    collect, tried = activations.Collector.collect, []
+
+    def sometimes(self: activations.Collector, part: PartRecord, bar: Any) -> PartRecord:
+        tried.append(part.index)
+        if part.index == 1 and tried.count(1) <= times:
+            raise error
+        return collect(self, part, bar)
+
+    monkeypatch.setattr(activations.Collector, "collect", sometimes)
+    return tried
+
+
+def test_a_part_that_fails_once_is_tried_again_and_the_flow_completes(
+    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = failing(monkeypatch, RuntimeError("a cosmic ray"), times=1)
+    collect_flow(finished.recipe, str(upstream.root))
+    assert tried.count(1) == 2
+    assert all(tried.count(index) == 1 for index in set(tried) - {1})
+    assert tree(upstream.root / "activations") == tree(finished.store.root / "activations")
+
+
+def test_a_part_that_always_fails_fails_the_flow_and_publishes_nothing(
+    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, RuntimeError("a broken disk"), times=100)
+    with pytest.raises(RuntimeError, match="a broken disk"):
+        collect_flow(finished.recipe, str(upstream.root))
+    assert published(upstream) == ["tokens"]
+    assert [run.state_name for run in runs("saeflow-collect", upstream)] == ["Failed"]
+    monkeypatch.undo()
+    tried = failing(monkeypatch, RuntimeError(), times=0)
+    collect_flow(finished.recipe, str(upstream.root))
+    assert 1 in tried
+    assert len(tried) < len(finished.store.artefacts("activations")[0].published().parts), "finished parts came again"
+    assert tree(upstream.root / "activations") == tree(finished.store.root / "activations")
+
+
+def test_after_a_failure_no_task_works_on_without_the_lock(
+    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_at_once = finished.recipe.model_copy(update={"threads": 2})
+    for stage in (activations.run, train.run):
+        stage(upstream, two_at_once, quiet())
+    encode, begun, ended, another = features.encode_together, [], [], threading.Event()
+
+    def slow(encoders: Any, part: PartRecord, bar: Any) -> Any:
+        if part.index == 0:
+            assert another.wait(60), "no other part began"
+            raise UserError("Mend the disk.")
+        begun.append(part.index)
+        another.set()
+        time.sleep(0.5)
+        made = encode(encoders, part, bar)
+        ended.append(part.index)
+        return made
+
+    monkeypatch.setattr(features, "encode_together", slow)
+    with pytest.raises(UserError, match="Mend the disk"):
+        encode_flow(two_at_once, str(upstream.root))
+    assert sorted(ended) == sorted(begun) != []
+
+
+def test_an_error_of_the_user_is_not_tried_again(
+    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = failing(monkeypatch, UserError("Mend the table."), times=100)
+    with pytest.raises(UserError, match="Mend the table"):
+        collect_flow(finished.recipe, str(upstream.root))
+    assert tried.count(1) == 1
+    [run] = runs("saeflow-collect", upstream)
+    assert run.state is not None
+    assert str(run.state.message).endswith("UserError: Mend the table.")
+    with get_client(sync_client=True) as client:
+        assert any("stopped" in str(each.description) for each in client.read_artifacts() if each.flow_run_id == run.id)
+
+
+def test_a_flow_on_missing_input_says_what_to_run_first(upstream: Store, finished: Finished) -> None:
+    with pytest.raises(UserError, match="is not finished"):
+        encode_flow(finished.recipe, str(upstream.root))
+
+
+def test_a_flow_takes_the_recipe_as_plain_json(finished: Finished, upstream: Store) -> None:
+    plain = finished.recipe.model_dump(mode="json")
+    assert tokens_flow.validate_parameters({"recipe": plain, "store": None})["recipe"] == finished.recipe
+    form = pipeline_flow.parameters.model_dump()["properties"]["recipe"]
+    assert form["title"] == "recipe"
+    assert isinstance(finished.recipe, Recipe)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Prefect home; its database is made by the first process that uses it."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+def processes_with(home: Path) -> list[psutil.Process]:
+    """Processes that were given this PREFECT_HOME."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("PREFECT_HOME") == str(home):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def as_a_process(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python -m flows.pipeline`, with a Prefect home and so a temporary server of its own."""
+    given = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, "-m", "flows.pipeline", *map(str, arguments)]
+    environment = given | {"PREFECT_HOME": str(home)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_the_module_runs_a_recipe_and_leaves_no_server_behind(home: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done = as_a_process(home, "flows/recipes/toy.toml", "--store", store, "--set", "train.n_tokens=800")
+    assert done.returncode == 0, done.stderr
+    assert processes_with(home) == []
+    assert "activations: 8 rows in" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("$ saeflow ask") == 3
+    assert published(Store(store)) == ["activations", "features", "tokens"]
+
+
+def test_the_module_ends_with_2_and_one_message_where_the_user_can_mend_it(home: Path, tmp_path: Path) -> None:
+    table = a_table(40)
+    table[7, 0] = float("nan")
+    recipe = write_recipe(tmp_path / "r.toml", brought_data(write_table(tmp_path / "t.npy", table)))
+    done = as_a_process(home, recipe, "--store", tmp_path / "store")
+    assert done.returncode == 2, done.stderr
+    assert "row 7" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert processes_with(home) == []
+
+
+def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
+    finished: Finished, upstream: Store, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.store.root / "activations", upstream.root / "activations")
+    shutil.copytree(upstream.root, tmp_path / "alone")
+    data = finished.recipe.model_dump(mode="json") | {"sweep": {"grid": {"sae.k": [2, 4], "train.n_tokens": [3000]}}}
+    recipe = parse_recipe(data)
+    summary = pipeline_flow(recipe, str(upstream.root))
+    pipeline.run(Store.create(tmp_path / "alone"), recipe, quiet())
+    assert tree(upstream.root / "saes") == tree(tmp_path / "alone" / "saes")
+    assert tree(upstream.root / "sweeps") == tree(tmp_path / "alone" / "sweeps")
+    assert sorted(run.name for run in task_runs("saeflow-train", upstream)) == ["judge", "train"]
+    assert not (upstream.root / "features").exists()
+    encoded = encode_flow(recipe, str(upstream.root))
+    features.run_all(Store.create(tmp_path / "alone"), recipe, quiet())
+    assert tree(upstream.root / "features") == tree(tmp_path / "alone" / "features")
+    assert len(encoded) == len(upstream.artefacts("features")) == 2
+    with get_client(sync_client=True) as client:
+        found = {artifact.key: artifact.data for artifact in client.read_latest_artifacts()}
+    rows = json.loads(found["saeflow-sweep"])
+    members = ["small_k2_n_tokens3000", "small_k4_n_tokens3000"]
+    assert [row["member"] for row in rows] == [page.plain(member) for member in members]
+    assert [float(row["l0"]) for row in rows] == [row["l0"] for row in summary["sweep"]["saes"]]
+    picture = sweep.picture_of(upstream, recipe)
+    assert base64.b64encode(picture.read_bytes()).decode() in found["saeflow-sweep-picture"]
+    assert page.plain(str(picture)) in found["saeflow-sweep-picture"]
+    assert "saeflow run RECIPE --member small_k" in found["saeflow-result"]
+
+
+def test_a_flow_about_one_sae_refuses_a_sweep(finished: Finished, tmp_path: Path) -> None:
+    swept = Recipe.model_validate(finished.recipe.model_dump() | {"sweep": {"grid": {"sae.k": [2, 4]}}})
+    with pytest.raises(UserError, match=r"is a sweep of 2 SAEs"):
+        evaluate_flow.fn(swept, str(tmp_path / "store"))

@@ -1,0 +1,266 @@
+"""An autoencoder of another program in a store: imported, encoded, judged and asked like one trained here."""
+
+# ruff: noqa: F811 (the fixture `saeflow` is imported)
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saeflow.activations import shards
+from saeflow.corpus import token_parts
+from saeflow.pipeline import collect, evaluate, forecast, forget, import_sae, train
+from saeflow.pipeline import encode as features
+from saeflow.pipeline import run as pipeline
+from saeflow.query import ask as queries
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.settings import UserError
+from saeflow.sae import interchange
+from saeflow.store.files import read_json
+from saeflow.store.store import Store
+from tests.cli.test_app import Command, saeflow  # noqa: F401  (a fixture)
+from tests.conftest import Finished
+from tests.sae.test_interchange import write_saelens
+from tests.support.small_pipeline import SITE, WIDTH, Ingredients, quiet, recipe_data, tree, write_recipe
+
+F = 48
+
+
+def foreign_tensors(n: int = F, out: int = WIDTH) -> dict[str, torch.Tensor]:
+    dice = torch.Generator().manual_seed(1)
+    return {
+        "W_enc": torch.randn(WIDTH, n, generator=dice),
+        "b_enc": torch.randn(n, generator=dice) / 4,
+        "W_dec": torch.randn(n, out, generator=dice) / 8,
+        "b_dec": torch.randn(out, generator=dice) / 4,
+        "threshold": torch.linspace(0.2, 1.5, n),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An SAE that SAELens wrote, for the site of the small recipe."""
+    about = {"metadata": {"model_name": "gpt2", "hook_name": "blocks.0"}, "apply_b_dec_to_input": False}
+    return write_saelens(tmp_path / "theirs", "jumprelu", foreign_tensors(), **about)
+
+
+@pytest.fixture
+def store(finished: Finished, tmp_path: Path) -> Store:
+    shutil.copytree(finished.store.root, tmp_path / "store")
+    return Store.open(str(tmp_path / "store"))
+
+
+def recipe_of(ingredients: Ingredients, folder: Path, **sae: Any) -> Recipe:
+    """The small recipe's activations, through another SAE."""
+    about = {"source": str(folder), "n_features": F} | sae
+    return parse_recipe(recipe_data(ingredients, name="foreign", data="small", sae=about))
+
+
+def wanted_values(store: Store, recipe: Recipe) -> dict[tuple[int, int], float]:
+    """The formula in float64 on every stored activation, by (token_id, feature_id)."""
+    p = {name: tensor.double() for name, tensor in foreign_tensors().items()}
+    stored, source = collect.artefact(store, recipe), token_parts.artefact(store, recipe)
+    site, found = collect.choose_site(stored, SITE), {}
+    for token_part, part in zip(source.published().parts, stored.published().parts, strict=True):
+        mask = token_parts.read_part(source, token_part)[1]
+        x = shards.open_site(stored, part, site).read(slice(None)).double()
+        pre = x @ p["W_enc"] + p["b_enc"]
+        values = torch.where((pre > p["threshold"]) & torch.from_numpy(mask)[:, :, None], pre, 0)
+        first = part.counts["first_sequence"]
+        for sequence, position, feature in values.nonzero().tolist():
+            token = (first + sequence) * mask.shape[1] + position
+            found[token, feature] = values[sequence, position, feature].item()
+    return found
+
+
+def test_an_imported_autoencoder_is_encoded_judged_and_asked(
+    store: Store, folder: Path, ingredients: Ingredients, tmp_path: Path, saeflow: Command
+) -> None:
+    path = write_recipe(
+        tmp_path / "my.toml", recipe_data(ingredients, name="foreign", data="small", sae={"n_features": F})
+    )
+    said = saeflow("import", str(folder), str(path), "--store", str(store.root))
+    assert said.code == 0, said.err
+    assert f"SAELens: jumprelu, {WIDTH} neurons, {F} features, thresholds 0.2 to 1.5" in said.out
+    assert f'source = "{folder}"' in said.out
+    assert f"Next: saeflow encode {path} --store {store.root}" in said.out
+    assert "L0" in said.out
+
+    recipe = recipe_of(ingredients, folder)
+    for stage in pipeline.stages(recipe).values():
+        stage(store, recipe, quiet())
+    wanted = wanted_values(store, recipe)
+    with queries.connect(store, features.artefact(store, recipe).id) as connection:
+        rows = connection.execute("select token_id, feature_id, value from stg_feature_major").fetchall()
+        assert {(token, feature) for token, feature, _ in rows} == wanted.keys()
+        got = np.array([value for *_, value in rows])
+        np.testing.assert_allclose(got, [wanted[token, feature] for token, feature, _ in rows], rtol=2.0**-11 + 1e-5)
+        feature = rows[0][1]
+        asked = queries.ask(connection, "tokens_where", [str(feature), "1.0"])
+        assert asked.num_rows == sum(value > 1.0 for _, each, value in rows if each == feature) > 0
+        assert [name for name, found in queries.check(connection) if len(found)] == []
+        about = connection.execute("select architecture, n_features, k from runs where is_current").fetchone()
+    assert about == ("jumprelu", F, None)
+    made = train.artefact(store, recipe)
+    l0 = train.last_row(made)["l0"]
+    assert l0 == pytest.approx(len(wanted) / len({token for token, _ in wanted}), rel=0.2)
+    quality = read_json(features.artefact(store, recipe).path / "quality.json")
+    assert 0 < quality["variance_unexplained"] == pytest.approx(train.last_row(made)["variance_unexplained"], rel=0.2)
+
+
+def test_an_import_is_published_as_our_own_and_says_where_it_is_from(
+    store: Store, folder: Path, ingredients: Ingredients
+) -> None:
+    recipe = recipe_of(ingredients, folder, site=SITE)
+    made = train.run(store, recipe, quiet())
+    loaded, theirs = interchange.load(made.path), interchange.load(folder)
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in theirs.state_dict().items())
+    assert (loaded.config.site, loaded.config.source, loaded.config.n_features) == (SITE, None, F)
+    cfg = read_json(made.path / "cfg.json")
+    assert cfg["metadata"]["model_name"] == "gpt2"
+    assert cfg["metadata"]["site"] == SITE
+    assert read_json(made.path / "provenance.json")["source"] == str(folder)
+    assert pq.read_table(made.path / "log.parquet").num_rows == 1
+    before = tree(made.path)
+    assert train.run(store, recipe, quiet(), fresh=True) == made
+    (made.path / "log.parquet").unlink()
+    train.run(store, recipe, quiet())
+    assert tree(made.path) == before, "the same import twice gives the same bytes"
+
+
+def test_an_import_is_named_by_what_the_folder_holds(store: Store, folder: Path, ingredients: Ingredients) -> None:
+    recipe = recipe_of(ingredients, folder)
+    fp = train.artefact(store, recipe).fp
+    moved = folder.rename(folder.with_name("moved"))
+    recipe = recipe_of(ingredients, moved)
+    assert train.artefact(store, recipe).fp == fp
+    slower = recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": 1.0})})
+    assert train.artefact(store, slower).fp == fp, "it is not trained"
+    tensors = load_file(moved / "sae_weights.safetensors")
+    save_file(tensors | {"b_enc": tensors["b_enc"] + 1}, moved / "sae_weights.safetensors")
+    assert train.artefact(store, recipe).fp != fp
+
+
+def test_one_of_our_own_is_imported_into_another_name_with_the_same_values(
+    finished: Finished, store: Store, ingredients: Ingredients
+) -> None:
+    own = train.artefact(finished.store, finished.recipe).path
+    recipe = parse_recipe(recipe_data(ingredients, name="again", data="small", sae={"source": str(own)}))
+    for stage in (train.run, features.run, evaluate.run):
+        stage(store, recipe, quiet())
+    first, again = (features.artefact(s, r).path for s, r in ((finished.store, finished.recipe), (store, recipe)))
+
+    def tables(path: Path) -> list[bytes]:
+        return [file.read_bytes() for file in sorted(path.glob("parts/*/*_major/*/*/*.parquet"))]
+
+    assert tables(first) == tables(again) != []
+    assert interchange.load(train.artefact(store, recipe).path).config == interchange.load(own).config
+
+
+@pytest.mark.parametrize(
+    ("sae", "reason"),
+    [
+        (
+            {"n_features": 64},
+            rf"sae\.n_features is 64, but the SAE in .* has {F}\.\nSet sae\.n_features to {F}, or leave",
+        ),
+        ({"target_site": SITE}, r"is no transcoder, but sae\.target_site is .*\nLeave it out"),
+        ({"source": "/nowhere"}, r"sae\.source is /nowhere, but there is no such folder\.\nName the folder"),
+    ],
+)
+def test_a_recipe_that_contradicts_the_folder_is_refused_before_work(
+    store: Store, folder: Path, ingredients: Ingredients, sae: dict[str, Any], reason: str
+) -> None:
+    recipe, before = recipe_of(ingredients, folder, **sae), tree(store.root)
+    with pytest.raises(UserError, match=reason):
+        train.run(store, recipe, quiet())
+    assert tree(store.root) == before
+
+
+def test_a_k_that_is_not_the_folders_is_refused(store: Store, tmp_path: Path, ingredients: Ingredients) -> None:
+    tensors = {name: tensor for name, tensor in foreign_tensors().items() if name != "threshold"}
+    folder = write_saelens(tmp_path / "topk", "topk", tensors, k=7)
+    with pytest.raises(UserError, match=r"sae\.k is 4, but the SAE in .* has 7"):
+        train.run(store, recipe_of(ingredients, folder), quiet())
+    made = train.run(store, recipe_of(ingredients, folder, k=7), quiet())
+    assert train.last_row(made)["l0"] == 7
+
+
+def test_vectors_of_another_width_are_refused_with_the_sites_that_fit(
+    store: Store, tmp_path: Path, ingredients: Ingredients
+) -> None:
+    tensors = foreign_tensors()
+    tensors |= {"W_enc": tensors["W_enc"][:20], "W_dec": tensors["W_dec"][:, :20], "b_dec": tensors["b_dec"][:20]}
+    folder = write_saelens(tmp_path / "narrow", "jumprelu", {n: t.contiguous() for n, t in tensors.items()})
+    before = tree(store.root)
+    with pytest.raises(
+        UserError, match=rf"has vectors of 20, but those of site {SITE} are of {WIDTH}\.\nStore the site"
+    ):
+        train.run(store, recipe_of(ingredients, folder), quiet())
+    assert tree(store.root) == before
+
+
+def test_activations_come_before_an_import(tmp_path: Path, folder: Path, ingredients: Ingredients) -> None:
+    with pytest.raises(UserError, match=r"activations/small-\w+ is not finished"):
+        train.run(Store.create(str(tmp_path / "empty")), recipe_of(ingredients, folder), quiet())
+
+
+def test_a_transcoder_is_imported_onto_two_sites(tmp_path: Path, ingredients: Ingredients) -> None:
+    wide, target = "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp"
+    about = {"apply_b_dec_to_input": False, "d_out": 16}
+    folder = write_saelens(tmp_path / "theirs", "jumprelu_transcoder", foreign_tensors(out=16), **about)
+    sae = {"source": str(folder), "n_features": F, "site": SITE}
+    data = recipe_data(ingredients, name="foreign", sae=sae, activations={"sites": [SITE, wide, target]})
+    recipe, store = parse_recipe(data), Store.create(str(tmp_path / "store"))
+    for stage in (token_parts.run, collect.run):
+        stage(store, recipe, quiet())
+    with pytest.raises(UserError, match=r"is a transcoder, but sae\.target_site is None\.\nSet it to the site"):
+        train.run(store, recipe, quiet())
+    to_wide = parse_recipe(data | {"sae": data["sae"] | {"target_site": wide}})
+    with pytest.raises(UserError, match=rf"has vectors of 16, but .* of {WIDTH}\.\nSet sae\.target_site to {target}"):
+        train.run(store, to_wide, quiet())
+    recipe = parse_recipe(data | {"sae": data["sae"] | {"target_site": target}})
+    for stage in (train.run, features.run, evaluate.run):
+        stage(store, recipe, quiet())
+    wanted, made = wanted_values(store, recipe), features.artefact(store, recipe)
+    assert made.published().total("n_values") == len(wanted)
+    assert interchange.load(train.artefact(store, recipe).path).config.target_site == target
+
+
+def test_an_imported_autoencoder_has_seen_none_of_the_documents(
+    store: Store, folder: Path, ingredients: Ingredients
+) -> None:
+    made = train.run(store, recipe_of(ingredients, folder), quiet())
+    done = forget.forget(store, ["tales/000"], quiet())
+    assert made.id not in [*done.saes, *done.held_out_only]
+    assert any(sae.startswith("saes/small") for sae in [*done.saes, *done.held_out_only])
+
+
+def test_another_architecture_than_the_folders_is_refused(folder: Path, ingredients: Ingredients) -> None:
+    asked = {"source": str(folder), "n_features": F, "architecture": "gated"}
+    with pytest.raises(
+        UserError, match=r"sae.architecture is gated, but the SAE in .* has jumprelu\.\nSet .* leave it out"
+    ):
+        import_sae.sae_config(parse_recipe(recipe_data(ingredients, sae=asked)))
+
+
+def test_a_member_of_a_sweep_may_be_imported(store: Store, folder: Path, ingredients: Ingredients) -> None:
+    each = [{"sae": {"source": str(folder), "n_features": F}}, {"sae": {"k": 3}}]
+    recipe = parse_recipe(recipe_data(ingredients) | {"sweep": {"each": each}})
+    taken, trained = train.run_all(store, recipe, quiet())
+    assert ("imported" in taken.record.facts, "imported" in trained.record.facts) == (True, False)
+
+
+@pytest.mark.long
+def test_a_plan_forecasts_an_import(store: Store, folder: Path, ingredients: Ingredients) -> None:
+    found = forecast.plan(store, recipe_of(ingredients, folder), quiet())
+    assert [stage.name for stage in found.stages][2] == "train"
+    (encode,) = (stage.n_bytes for stage in found.stages if stage.name == "encode")
+    assert encode > 0

@@ -1,0 +1,368 @@
+"""Every question that counts or chooses, against an answer found by looking at each token in turn."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+
+from saeflow.query.ask import ask, check, connect
+from tests.support.part_tables import Token, band, bin_of
+from tests.support.small_store import CONTEXT_LENGTH, Document, Given
+
+N_FEATURES = 5
+Rows = list[dict[str, object]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_flush() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
+@st.composite
+def a_document(draw: st.DrawFn, key: str) -> Document:
+    """A text in pieces that may end in the midst of a letter."""
+    raw = draw(st.text("aAb «€🐘\n", max_size=8)).encode()
+    cuts = sorted(draw(st.sets(st.integers(1, max(1, len(raw) - 1)), max_size=12)))
+    pieces = [raw[i:j] for i, j in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    return Document(key, draw(st.sampled_from(["s", "t", None])), [piece for piece in pieces if piece])
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> Given:
+    documents = [draw(a_document(f"d{i}")) for i in range(draw(st.integers(1, 5)))]
+    hidden = draw(st.sets(st.integers(0, len(documents) - 1), max_size=1))
+    skipped = draw(st.sampled_from([(), (0,), (1, 3)]))
+    given = Given(
+        documents=documents,
+        n_parts=draw(st.integers(1, 3)),
+        n_token_parts=draw(st.integers(1, 2)),
+        n_buckets=draw(st.integers(0, 3)),
+        skipped=skipped,
+        hidden=sorted(hidden),
+    )
+    usable = [
+        t.token_id for t in given.every_token() if t.document_id not in {None, *hidden} and t.position not in skipped
+    ]
+    cells = [(token, feature) for token in usable for feature in range(N_FEATURES - 1)]
+    chosen = draw(st.lists(st.sampled_from(cells), unique=True, max_size=40)) if cells else []
+    given.values = [(*cell, draw(st.integers(1, 12)) / 8) for cell in sorted(chosen)]
+    return given
+
+
+@dataclass
+class Slow:
+    """The same questions, asked of the rows one by one."""
+
+    given: Given
+
+    @cached_property
+    def tokens(self) -> list[Token]:
+        """Real tokens of visible documents."""
+        return [t for t in self.given.every_token() if t.document_id not in {None, *self.given.hidden}]
+
+    @cached_property
+    def by_id(self) -> dict[int, Token]:
+        return {token.token_id: token for token in self.tokens}
+
+    @cached_property
+    def value(self) -> dict[tuple[int, int], float]:
+        return {(token, feature): value for token, feature, value in self.given.values}
+
+    @cached_property
+    def encoded(self) -> list[Token]:
+        return [token for token in self.tokens if token.position not in self.given.skipped]
+
+    def firing(self, feature: int) -> dict[int, float]:
+        return {token: value for (token, f), value in sorted(self.value.items()) if f == feature}
+
+    def bytes_of(self, token: Token) -> bytes:
+        return self.given.vocab[token.vocab_id]
+
+    def piece(self, token_id: int) -> str:
+        return self.bytes_of(self.by_id[token_id]).decode("utf-8", "replace")
+
+    def key(self, token_id: int) -> str:
+        return self.given.documents[self.owner(token_id)].key
+
+    def owner(self, token_id: int) -> int:
+        owner = self.by_id[token_id].document_id
+        assert owner is not None
+        return owner
+
+    def text(self, document: int) -> str:
+        return b"".join(self.given.documents[document].pieces).decode()
+
+    def strongest(self, feature: int, n: int) -> list[int]:
+        firing = self.firing(feature)
+        return sorted(firing, key=lambda token: (-firing[token], token))[:n]
+
+
+Ask = Callable[..., Rows]
+
+
+def tokens_where(slow: Slow, ask: Ask) -> None:
+    for feature in (0, 1, N_FEATURES - 1):
+        for threshold in (0.0, 0.5, math.inf):
+            expected = [
+                (t, v, slow.piece(t), slow.key(t), slow.by_id[t].source, t % CONTEXT_LENGTH)
+                for t, v in slow.firing(feature).items()
+                if v > threshold
+            ]
+            assert [tuple(row.values()) for row in ask("tokens_where", feature, threshold)] == expected
+
+
+def tokens_where_all(slow: Slow, ask: Ask) -> None:
+    for features, thresholds in (([0, 1], [0.0, 0.0]), ([2, 0, 2], [0.25, 0.5, 0.75]), ([0, 99], [0, 0])):
+        wanted = list(zip(features, thresholds, strict=True))
+        expected = [
+            (t.token_id, [slow.value[t.token_id, f] for f in features])
+            for t in slow.tokens
+            if all(slow.value.get((t.token_id, f), -1) > threshold for f, threshold in wanted)
+        ]
+        rows = ask("tokens_where_all", features, thresholds)
+        assert [(row["token_id"], row["feature_values"]) for row in rows] == expected
+
+
+def tokens_where_within(slow: Slow, ask: Ask) -> None:
+    for features, window in (([0, 1], 0), ([0, 1], 2), ([1, 2, 0], 3), ([0, 0], 1)):
+        expected = []
+        for end in slow.tokens:
+            near = [
+                max(
+                    (
+                        t.token_id
+                        for t in slow.tokens
+                        if t.document_id == end.document_id
+                        and 0 <= end.token_id - t.token_id <= window
+                        and slow.value.get((t.token_id, f), 0) > 0.25
+                    ),
+                    default=None,
+                )
+                for f in features
+            ]
+            if None not in near and end.token_id in near:
+                expected.append((end.token_id, near, slow.key(end.token_id)))
+        rows = ask("tokens_where_within", features, [0.25] * len(features), window)
+        assert [(row["token_id"], row["token_ids"], row["key"]) for row in rows] == expected
+
+
+def top_tokens_and_contexts(slow: Slow, ask: Ask) -> None:
+    for n in (0, 3, 100):
+        best = slow.strongest(0, n)
+        rows = ask("top_tokens", 0, n)
+        assert [row["token_id"] for row in rows] == best
+        shown = ask("contexts", 0, n, 100, 100)
+        assert [row["token_id"] for row in shown] == best
+        for row, token in zip(shown, best, strict=True):
+            mine = [t.token_id for t in slow.tokens if t.document_id == slow.owner(token)]
+            assert "".join(row["pieces"]) == slow.text(slow.owner(token))
+            assert row["feature_values"] == [slow.value.get((t, 0), 0) for t in mine]
+            assert mine[row["place"] - 1] == token
+        for row in ask("contexts", 0, n, 1, 2):
+            assert row["place"] <= 2
+            assert len(row["pieces"]) <= 4
+            assert row["feature_values"][row["place"] - 1] == row["value"]
+
+
+def context(slow: Slow, ask: Ask) -> None:
+    for token in slow.given.every_token():
+        rows = ask("context", token.token_id, 100, 100)
+        assert len(rows) == (token.token_id in slow.by_id)
+        for row in rows:
+            whole = str(row["text_before"]) + str(row["token_text"]) + str(row["text_after"])
+            assert whole == slow.text(slow.owner(token.token_id))
+
+
+def top_documents(slow: Slow, ask: Ask) -> None:
+    found = defaultdict(list)
+    for token, value in slow.firing(0).items():
+        found[slow.owner(token)].append(value)
+    expected = sorted(((-math.fsum(vs), i, len(vs), max(vs)) for i, vs in found.items()))
+    rows = ask("top_documents", 0, 3)
+    assert [(-row["sum_value"], row["document_id"], row["n_tokens"], row["max_value"]) for row in rows] == expected[:3]
+    for row in rows:
+        n_tokens = len(slow.given.documents[row["document_id"]].pieces)
+        assert row["rate"] == row["n_tokens"] / n_tokens
+        best = next(t for t in slow.strongest(0, 99) if slow.owner(t) == row["document_id"])
+        assert row["top_token_id"] == best
+
+
+def feature_histogram(slow: Slow, ask: Ask) -> None:
+    values = list(slow.firing(0).values())
+    rows = ask("feature_histogram", 0)
+    assert sum(row["n_tokens"] for row in rows) == len(values)
+    assert len(rows) == len({bin_of(value) for value in values})
+    for row in rows:
+        assert row["n_tokens"] == sum(row["from_value"] <= value < row["to_value"] for value in values) > 0
+        assert row["share"] == row["n_tokens"] / len(values)
+
+
+def feature_quantile_examples(slow: Slow, ask: Ask) -> None:
+    ordered = slow.strongest(0, 999)
+    for bands, n in ((3, 2), (1, 99), (99, 1)):
+        rows = ask("feature_quantile_examples", 0, bands, n)
+        size = min(bands, len(ordered))
+        of_band = [[t for i, t in enumerate(ordered) if i * size // len(ordered) == b] for b in range(size)]
+        assert [row["token_id"] for row in rows] == sorted((r["token_id"] for r in rows), key=ordered.index)
+        for number, mine in enumerate(of_band, 1):
+            shown = [row for row in rows if row["band"] == number]
+            assert len(shown) == min(n, len(mine))
+            assert {row["token_id"] for row in shown} <= set(mine)
+            values = [slow.value[t, 0] for t in mine]
+            assert {(r["n_tokens"], r["low_value"], r["high_value"]) for r in shown} == {
+                (len(mine), min(values), max(values))
+            }
+
+
+def near_misses(slow: Slow, ask: Ask) -> None:
+    firing = slow.firing(0)
+    counts: dict[int, int] = defaultdict(int)
+    for token in firing:
+        counts[slow.by_id[token].vocab_id] += 1
+    entry = min(counts, key=lambda vocab_id: (-counts[vocab_id], vocab_id), default=None)
+    same = [t.token_id for t in slow.encoded if t.vocab_id == entry]
+    silent = [t for t in same if t not in firing]
+    rows = ask("near_misses", 0, 2)
+    assert len(rows) == min(2, len(silent))
+    for row in rows:
+        assert row["token_id"] in silent
+        assert (row["n_silent"], row["n_fired"]) == (len(silent), len(same) - len(silent))
+    assert [row["token_id"] for row in ask("near_misses", 0, 99)] == silent
+
+
+def coactivation(slow: Slow, ask: Ask) -> None:
+    for shift in (0, 1, -1, 2, 2**62, -(2**63)):
+        mine, expected = slow.firing(0), {}
+        for other in range(N_FEATURES):
+            theirs = slow.firing(other)
+            both = [
+                t
+                for t in mine
+                if t + shift in theirs
+                and slow.owner(t + shift) == slow.owner(t)
+                and (t + shift) // CONTEXT_LENGTH == t // CONTEXT_LENGTH
+            ]
+            if both and (shift or other):
+                union = len(mine) + len(theirs) - len(both)
+                pmi = math.log2(len(both) * len(slow.encoded) / len(mine) / len(theirs))
+                expected[other] = (len(both), len(mine), len(theirs), len(both) / union, pytest.approx(pmi))
+        rows = ask("coactivation", 0, shift)
+        assert {row["other_id"]: tuple(row.values())[1:] for row in rows} == expected
+        assert [row["jaccard"] for row in rows] == sorted((row["jaccard"] for row in rows), reverse=True)
+        if shift == 0:
+            stored = {row["other_id"]: row for row in ask("coactive_features", 0)}
+            assert stored.keys() == expected.keys()
+            for other, row in stored.items():
+                assert (row["n_both"], row["n_other"], row["jaccard"]) == (
+                    expected[other][0], expected[other][2], expected[other][3],
+                )  # fmt: skip
+
+
+def spelt(slow: Slow, text: str) -> set[int]:
+    """Tokens of runs of at most 8 that are the text, whatever its case."""
+    found: set[int] = set()
+    goal = text.strip(" \t\n\r").lower()
+    for first in range(len(slow.tokens)):
+        for n in range(1, 9):
+            run = slow.tokens[first : first + n]
+            ends = [slow.bytes_of(run[0]).strip(b" \t\n\r"), slow.bytes_of(run[-1]).strip(b" \t\n\r")]
+            if len(run) < n or len({t.document_id for t in run}) > 1 or not all(ends):
+                continue
+            try:
+                spelling = b"".join(map(slow.bytes_of, run)).decode()
+            except UnicodeDecodeError:
+                continue
+            if goal and spelling.strip(" \t\n\r").lower() == goal:
+                found |= {t.token_id for t in run}
+    return found
+
+
+def features_on(slow: Slow, ask: Ask) -> None:
+    for text in ("a", "AB", "a b", "€", "🐘a", "«", " ", "", "zz"):
+        tokens, expected = spelt(slow, text) & {token.token_id for token in slow.encoded}, {}
+        for feature in range(N_FEATURES):
+            n = len(tokens & set(slow.firing(feature)))
+            if n:
+                share, density = n / len(tokens), len(slow.firing(feature)) / len(slow.encoded)
+                expected[feature] = (n, pytest.approx(share), pytest.approx(density), pytest.approx(share / density))
+        rows = ask("features_on", text, 99)
+        assert {r["feature_id"]: (r["n_tokens"], r["share"], r["density"], r["lift"]) for r in rows} == expected
+
+
+def source_contrast(slow: Slow, ask: Ask) -> None:
+    rows = {row["feature_id"]: row for row in ask("source_contrast", "s", "t")}
+    assert sorted(rows) == list(range(slow.given.n_features))
+    totals = {source: sum(t.source == source for t in slow.encoded) for source in ("s", "t")}
+    for feature, row in rows.items():
+        rates = {}
+        for source, side in (("s", "a"), ("t", "b")):
+            values = [v for t, v in slow.firing(feature).items() if slow.by_id[t].source == source]
+            rates[side] = len(values) / totals[source] if totals[source] else None
+            assert (row[f"n_tokens_{side}"], row[f"rate_{side}"]) == (len(values), rates[side])
+            assert row[f"mean_value_{side}"] == (pytest.approx(sum(values) / len(values)) if values else None)
+        if None in rates.values():
+            assert row["cohens_h"] is None
+        else:
+            angles = [2 * math.asin(math.sqrt(rates[side])) for side in "ab"]
+            assert row["cohens_h"] == pytest.approx(angles[0] - angles[1])
+
+
+def position_profile(slow: Slow, ask: Ask) -> None:
+    rows = ask("position_profile", 0)
+    assert [row["first_position"] for row in rows] == sorted(
+        {0 if t.position == 0 else 1 << (band(t.position) - 1) for t in slow.encoded}
+    )
+    for row in rows:
+        inside = [t for t in slow.encoded if row["first_position"] <= t.position <= row["last_position"]]
+        values = [slow.value[t.token_id, 0] for t in inside if (t.token_id, 0) in slow.value]
+        assert (row["n_encoded"], row["n_tokens"], row["rate"]) == (len(inside), len(values), len(values) / len(inside))
+        assert row["mean_value"] == (pytest.approx(sum(values) / len(values)) if values else None)
+
+
+def summaries(slow: Slow, ask: Ask) -> None:
+    rows = ask("feature_summary")
+    assert [row["feature_id"] for row in rows] == list(range(slow.given.n_features))
+    for row in rows:
+        values = list(slow.firing(row["feature_id"]).values())
+        assert row["n_tokens"] == len(values)
+        assert row["density"] == (len(values) / len(slow.encoded) if slow.encoded else None)
+        assert row["max_value"] == max(values, default=None)
+    for row in ask("feature_kind"):
+        assert (row["kind"] == "dead") == (row["n_tokens"] == 0)
+
+
+def compare_runs(slow: Slow, ask: Ask) -> None:
+    for row in ask("compare_runs", "demo", "demo"):
+        fires = bool(slow.firing(row["feature_id"]))
+        assert row["jaccard"] == (1.0 if fires else None)
+        assert row["rate_difference"] == (0.0 if fires else None)
+        assert not fires or slow.firing(row["match_id"]).keys() == slow.firing(row["feature_id"]).keys()
+
+
+QUESTIONS = [
+    tokens_where, tokens_where_all, tokens_where_within, top_tokens_and_contexts, context, top_documents,
+    feature_histogram, feature_quantile_examples, near_misses, coactivation, features_on, source_contrast,
+    position_profile, summaries, compare_runs,
+]  # fmt: skip
+
+
+@settings(max_examples=8, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(worlds())
+def test_every_question_answers_what_looking_at_each_token_answers(world):
+    with tempfile.TemporaryDirectory() as folder, connect(world.write(Path(folder)), threads=1) as connection:
+        slow = Slow(world)
+        for question in QUESTIONS:
+            note(question.__name__)
+            question(slow, lambda name, *arguments: ask(connection, name, arguments).to_pylist())
+        assert [name for name, rows in check(connection) if rows.num_rows] == []

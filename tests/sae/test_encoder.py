@@ -1,0 +1,211 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saeflow.recipe.settings import SAEConfig
+from saeflow.sae import encoder as encoding
+from saeflow.sae import sparse_inputs
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.encoder import SparseValues, feature_major, feature_statistics
+
+ARCHITECTURES = ["relu", "topk", "batchtopk"]
+STORED = [torch.float16, torch.bfloat16, torch.float32]
+D, F, K = 40, 200, 6
+
+
+def an_autoencoder(architecture, product=torch.bfloat16, n_features=F, width=D):
+    """Uneven weights, so that bounds differ from feature to feature."""
+    config = SAEConfig(architecture=architecture, n_features=n_features, k=K, seed=3, encoder_scale=1.0)
+    sae = SparseAutoencoder(config, width).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        sae.W_enc.mul_(torch.rand(n_features, 1, generator=generator) * 3 + 0.1)
+        sae.b_enc.normal_(0, 0.2, generator=generator)
+        sae.b_dec.normal_(0, 1, generator=generator)
+        sae.threshold.fill_(4.0)
+    sae.product_dtype = product
+    return sae
+
+
+def some_activations(n_rows, dtype=torch.float16, width=D, seed=0):
+    return (2 * torch.randn(n_rows, width, generator=torch.Generator().manual_seed(seed)) + 1).to(dtype)
+
+
+def slow_and_obvious(sae, x):
+    """Dense float64 values, and how near each is to a decision (relative distance)."""
+    w, b_enc, b_dec = (p.detach().double().numpy() for p in (sae.W_enc, sae.b_enc, sae.b_dec))
+    pre = (x.double().numpy() - b_dec) @ w.T + b_enc
+    cut = np.full((len(pre), 1), {"batchtopk": float(sae.threshold)}.get(sae.config.architecture, 0.0))
+    keep = pre > cut
+    if sae.config.architecture == "topk":
+        order = np.sort(pre, axis=1)[:, ::-1]
+        keep &= pre >= order[:, [K - 1]]
+        cut = (order[:, [K - 1]] + order[:, [K]]) / 2
+    return np.where(keep, pre, 0), np.abs(pre - cut) < 1e-9 * np.abs(pre).max()
+
+
+def to_11_bits(values):
+    significand, exponent = np.frexp(values)
+    return np.ldexp(np.rint(significand * 2048) / 2048, exponent).astype(np.float32)
+
+
+def dense(sparse, n_features=F):
+    out = np.zeros((len(sparse.row_starts) - 1, n_features), np.float32)
+    out[np.repeat(np.arange(len(out)), np.diff(sparse.row_starts)), sparse.feature_ids] = sparse.values
+    return out
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gated", "jumprelu"])
+@pytest.mark.parametrize("product", [torch.bfloat16, torch.float32])
+def test_what_an_accelerator_screens_is_what_a_dense_product_in_float64_gives(architecture, product):
+    sae = an_autoencoder(architecture, product)
+    x = some_activations(700)
+    x[13:20] = x[12]
+    readout = sae._readout()
+    cut = torch.from_numpy(readout.thresholds)
+    encoder = encoding.Encoder(sae.W_enc, sae.b_enc, sae.b_in, product, cut if readout.thresholds.any() else None)
+    screened = encoding.encode_by_screen(x, encoder, readout)
+    whole = encoding.encode_anywhere(x, sae.W_enc, sae.b_enc, sae.b_in, readout)
+    assert len(screened.values) > 500
+    for one, other in zip(screened, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_of_equal_pre_activations_an_accelerator_keeps_the_lower_features():
+    sae = an_autoencoder("topk")
+    with torch.no_grad():
+        sae.W_enc.copy_(sae.W_enc[:20].repeat(10, 1))
+        sae.b_enc.copy_(sae.b_enc[:20].repeat(10))
+    x = some_activations(50)
+    encoder = encoding.Encoder(sae.W_enc, sae.b_enc, sae.b_in, torch.bfloat16)
+    screened = encoding.encode_by_screen(x, encoder, sae._readout())
+    np.testing.assert_array_equal(screened.feature_ids, sae.encode_sparse(x).feature_ids)
+    assert len(encoding.encode_by_screen(x[:0], encoder, sae._readout()).values) == 0
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("product", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_encoding_equals_float64_over_all_features_rounded_to_11_bits(architecture, product, dtype):
+    sae, x = an_autoencoder(architecture, product), some_activations(300, dtype)
+    values, near_cut = slow_and_obvious(sae, x)
+    wanted = to_11_bits(values)
+    near_tie = to_11_bits(values * (1 + 1e-9)) != to_11_bits(values * (1 - 1e-9))
+    got = dense(sae.encode_sparse(x))
+    clear = ~(near_cut | near_tie)
+    assert clear.mean() > 0.999
+    np.testing.assert_array_equal(got[clear], wanted[clear])
+    assert (got > 0).sum() > 300
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(0, 150), max_size=5), threads=st.integers(1, 3))
+def test_a_token_is_encoded_alike_in_any_batch_and_on_any_number_of_threads(architecture, cuts, threads):
+    sae, x = an_autoencoder(architecture), some_activations(150)
+    whole = sae.encode_sparse(x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = [sae.encode_sparse(part) for part in x.tensor_split(sorted(cuts))]
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(np.concatenate([p.feature_ids for p in parts]), whole.feature_ids)
+    np.testing.assert_array_equal(np.concatenate([p.values for p in parts]), whole.values)
+    np.testing.assert_array_equal(np.concatenate([np.diff(p.row_starts) for p in parts]), np.diff(whole.row_starts))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_without_kernels_the_result_is_the_same(architecture):
+    sae, x = an_autoencoder(architecture), some_activations(100)
+    quick = sae.encode_sparse(x)
+    sae.use_kernels = False
+    for a, b in zip(quick, sae.encode_sparse(x), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("share_of_zeros", [0.0, 0.9])
+@pytest.mark.parametrize("width", [3, 64, 500])
+def test_the_screen_never_errs_by_more_than_its_bound(width, share_of_zeros):
+    sae, x = an_autoencoder("relu", width=width, n_features=320), some_activations(64, torch.float32, width)
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < share_of_zeros] = 0
+    encoder = sae._current_encoder().suited_to(x)
+    assert isinstance(encoder, encoding.SparseInputEncoder) == (share_of_zeros > 0)
+    rows, row_bounds = encoder.bounded(x)
+    screen = encoder.pre_activations(rows).double().numpy()
+    exact = (x.double() - sae.b_dec.double()) @ sae.W_enc.double().t() + sae.b_enc.double()
+    error = np.abs(screen - exact.detach().numpy())
+    bound = row_bounds @ encoder.bounds[:2] + encoder.bounds[2]
+    assert (error <= bound + encoder.relative_error * np.abs(screen)).all()
+
+
+@pytest.mark.parametrize("n_features", [32, 320, 544])
+def test_the_product_of_mostly_zero_rows_is_that_of_the_weights_in_bfloat16(n_features):
+    x = torch.relu(some_activations(7, torch.float32) - 4)
+    x[3] = 0
+    w, base = torch.randn(n_features, D, generator=torch.Generator().manual_seed(2)), torch.arange(n_features).float()
+    out = np.full((7, n_features), np.nan, np.float32)
+    sparse_inputs.product(x.numpy(), sparse_inputs.packed(w), base.numpy(), out.reshape(-1))
+    wanted = x.double() @ w.bfloat16().double().t() + base
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mostly_zero_rows_are_encoded_as_exactly_as_others(architecture, dtype):
+    sae, x = an_autoencoder(architecture, n_features=288), torch.relu(some_activations(300, dtype) - 3)
+    assert isinstance(sae._current_encoder().suited_to(x), encoding.SparseInputEncoder)
+    quick = sae.encode_sparse(x)
+    assert len(quick.values) > 300
+    sae.use_kernels = False
+    for a, b in zip(quick, sae.encode_sparse(x), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_equal_values_go_to_the_lower_features():
+    sae = an_autoencoder("topk")
+    with torch.no_grad():
+        sae.W_enc.copy_(sae.W_enc[:1].expand(F, D))
+        sae.b_enc.fill_(100.0)
+    ids = sae.encode_sparse(some_activations(20)).feature_ids.reshape(20, K)
+    np.testing.assert_array_equal(ids, np.tile(np.arange(K), (20, 1)))
+
+
+def test_rounding_goes_to_even_and_keeps_tiny_and_huge_values():
+    ulp = 2.0**-10
+    given = torch.tensor([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, 1e-30, 60000.0 * 1000], dtype=torch.float64)
+    wanted = [1.0, 1 + 2 * ulp, 1 + ulp, to_11_bits(np.float64(1e-30)), to_11_bits(np.float64(6e7))]
+    np.testing.assert_array_equal(encoding.rounded(given), np.float32(wanted))
+    assert (encoding.rounded(given).numpy() > 0).all()
+
+
+def test_nothing_in_nothing_out():
+    for architecture in ARCHITECTURES:
+        sae = an_autoencoder(architecture)
+        empty = sae.encode_sparse(some_activations(0))
+        assert [len(part) for part in empty] == [1, 0, 0]
+        assert feature_statistics(empty, F).n_tokens.sum() == 0
+        assert feature_major(empty, F).feature_starts.tolist() == [0] * (F + 1)
+        assert sae.decode(empty).shape == (0, D)
+
+
+def test_statistics_and_the_feature_major_order_are_those_of_the_dense_matrix():
+    sparse = an_autoencoder("batchtopk").encode_sparse(some_activations(500))
+    matrix = dense(sparse).astype(np.float64)
+    statistics = feature_statistics(sparse, F)
+    np.testing.assert_array_equal(statistics.n_tokens, (matrix > 0).sum(0))
+    np.testing.assert_allclose(statistics.sum, matrix.sum(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics.sum_squares, (matrix**2).sum(0), rtol=1e-12)
+    np.testing.assert_array_equal(statistics.max, matrix.max(0))
+    features, rows = matrix.T.nonzero()
+    by_feature = feature_major(sparse, F)
+    np.testing.assert_array_equal(by_feature.rows, rows)
+    np.testing.assert_array_equal(by_feature.values, matrix.T[features, rows])
+    np.testing.assert_array_equal(np.diff(by_feature.feature_starts), (matrix > 0).sum(0))
+
+
+def test_feature_major_may_have_features_that_never_fire():
+    sparse = SparseValues(np.array([0, 1, 2]), np.array([4, 4], np.int32), np.array([1, 2], np.float32))
+    assert feature_major(sparse, 6).feature_starts.tolist() == [0, 0, 0, 0, 0, 2, 2]

@@ -1,0 +1,107 @@
+"""Stores of every format are read and continued, those of earlier ones upgraded: one of each lies in tests/stores/."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from saeflow.pipeline import encode
+from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.forget import forget
+from saeflow.query import ask as queries
+from saeflow.recipe.fingerprint import FORMAT_VERSION
+from saeflow.recipe.load import load_recipe
+from saeflow.recipe.recipe import Recipe
+from saeflow.store.files import read_json
+from saeflow.store.garbage import collect
+from saeflow.store.store import Store
+from saeflow.store.verify import upgrade, verify
+from tests.support.small_pipeline import quiet, tree
+
+OLD = sorted((Path(__file__).resolve().parents[1] / "stores").glob("format_*"))
+
+
+@pytest.fixture(params=OLD, ids=lambda folder: folder.name)
+def old(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A copy of the store, with its model, corpus and recipe in the working directory."""
+    shutil.copytree(request.param, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    return Store.open("store")
+
+
+@pytest.fixture
+def recipe(old: Store) -> Recipe:
+    return load_recipe(Path("small.toml"))
+
+
+def test_there_is_a_store_of_every_format() -> None:
+    assert [folder.name for folder in OLD] == [f"format_{n}" for n in range(1, FORMAT_VERSION + 1)]
+
+
+def rows(store: Store, sql: str) -> list[tuple[object, ...]]:
+    with queries.connect(store) as connection:
+        found: list[tuple[object, ...]] = connection.execute(sql).fetchall()
+        return found
+
+
+FIGURES = "select count(*), sum(value), min(token_id), max(feature_id) from stg_feature_major"
+
+
+def test_an_old_store_answers_and_passes_its_checks(old: Store) -> None:
+    assert list(verify(old, full=True)) == []
+    with queries.connect(old) as connection:
+        assert [name for name, found in queries.check(connection) if len(found)] == []
+        assert queries.ask(connection, "tokens_where", [3, 0.0]).num_rows
+
+
+def test_running_the_recipe_again_on_an_old_store_works_on_nothing_finished(old: Store, recipe: Recipe) -> None:
+    before = tree(old.root)
+    pipeline.run(Store.create(old.root), recipe, quiet())
+    after = tree(old.root)
+    added = {"vocab.parquet", "density.png"}  # a column of the vocabulary, a picture the old store was made without
+    assert {Path(name).name for name in after if after[name] != before.get(name)} <= added
+    assert after.keys() >= before.keys()
+
+
+def test_an_old_store_that_was_merged_is_not_encoded_again(old: Store, recipe: Recipe) -> None:
+    store = Store.create(old.root)
+    encode.compact(store, recipe, quiet(), enough=2)
+    before = encode.artefact(store, recipe).published()
+    encode.run(store, recipe, quiet())
+    assert encode.artefact(store, recipe).published() == before
+    assert len(before.parts) == 1
+
+
+@pytest.mark.parametrize("old", OLD[:-1], ids=lambda folder: folder.name, indirect=True)
+def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store) -> None:
+    before = rows(old, FIGURES)
+    assert len(upgrade(old)) == len(old.artefacts())
+    assert list(verify(old, full=True)) == []
+    assert collect(old, grace_seconds=0, remove=True).garbage  # the generation before
+    versions = {read_json(path).get("format_version") for path in old.root.rglob("*.json") if path.name != "zarr.json"}
+    assert versions <= {FORMAT_VERSION, None}
+    assert rows(old, FIGURES) == before
+    assert "already" in upgrade(old)[0]
+
+
+@pytest.mark.parametrize("upgraded", [False, True], ids=["as it was", "upgraded"])
+def test_an_old_store_grows_and_forgets(old: Store, recipe: Recipe, upgraded: bool) -> None:
+    if upgraded:
+        upgrade(old)
+    key = rows(old, "select key from documents order by key")[0][0]
+    n_before = rows(old, "select count(*) from documents")[0][0]
+    old_parts = {path.name for path in old.root.glob("activations/*/parts/*")}
+    corpus = pq.read_table("corpus.parquet")
+    added = corpus.slice(0, 5).set_column(0, "key", pa.array([f"new/{n}" for n in range(5)]))
+    pq.write_table(pa.concat_tables([corpus, added]), "corpus.parquet")
+    pipeline.run(Store.create(old.root), recipe, quiet())
+    assert rows(old, "select count(*) from documents") == [(n_before + 5,)]
+    assert {path.name for path in old.root.glob("activations/*/parts/*")} > old_parts
+    forget(old, [str(key)], quiet())
+    assert rows(old, "select count(*) from documents where key = '" + str(key) + "'") == [(0,)]
+    with queries.connect(old) as connection:
+        assert [name for name, found in queries.check(connection) if len(found)] == []

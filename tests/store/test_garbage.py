@@ -1,0 +1,241 @@
+"""gc removes what nobody can reach any more: nothing that somebody reads, writes, or may still go on with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from saeflow.recipe.settings import UserError
+from saeflow.store import garbage
+from saeflow.store import verify as integrity
+from saeflow.store.artefact import Artefact
+from saeflow.store.garbage import ABANDONED_SECONDS, collect
+from saeflow.store.lease import held
+from saeflow.store.records import Hidden, PartRecord
+from saeflow.store.storage import Objects
+from saeflow.store.store import Store
+
+DAY = 86_400.0
+
+
+@pytest.fixture(autouse=True)
+def _no_flush(monkeypatch):
+    """Nothing here cuts the power."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store.create(tmp_path / "store")
+
+
+@pytest.fixture
+def artefact(store) -> Artefact:
+    made = store.artefact("tokens", "small", "0123abcd")
+    made.begin({})
+    return made
+
+
+def part(artefact: Artefact, index: int, content: str = "a") -> PartRecord:
+    alone = contextlib.nullcontext() if artefact.holds else artefact.writing()
+    with alone, artefact.new_part(index, {"n": 1}) as folder:
+        (folder / "data").write_text(content)
+    return artefact.made[index]
+
+
+def age(path: Path, seconds: float) -> None:
+    """Written so long ago."""
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def published(artefact: Artefact, n_generations: int, seconds: float = 0) -> list[PartRecord]:
+    """Generations of one part each, the first list written so many seconds ago, the others now."""
+    parts = []
+    for number in range(n_generations):
+        parts.append(part(artefact, 0, f"version {number}"))
+        artefact.publish(parts[-1:])
+        age(artefact.part_path(parts[-1]), seconds + 1)
+    age(artefact.list_path(1), seconds)
+    return parts
+
+
+def names(done: garbage.Collected) -> set[str]:
+    return {each.path.name for each in done.garbage}
+
+
+def test_a_list_published_while_gc_looks_is_never_taken_for_an_old_one(store, artefact, monkeypatch):
+    published(artefact, 1, 2 * DAY)
+    taken = held
+    fresh = Hidden(document_id=0, key_hash="aa", reason="forgotten")
+
+    def late(*about):
+        """Another run publishes, and ends, just before gc has the lease."""
+        monkeypatch.setattr(garbage, "held", taken)
+        other = Store.open(store.root).by_id(artefact.id)
+        with other.writing():
+            other.publish(other.published().parts, hidden={0: (fresh,)})
+        return taken(*about)
+
+    monkeypatch.setattr(garbage, "held", late)
+    assert collect(store, DAY, remove=True).garbage == []
+    assert store.by_id(artefact.id).published().hidden == {0: (fresh,)}
+
+
+def test_a_list_newer_than_the_one_that_readers_see_is_left_alone(store, artefact):
+    published(artefact, 2)
+    age(artefact.list_path(1), DAY)
+    artefact._show(1)
+    assert names(collect(store, 0, remove=True)) == set()
+    assert artefact.numbers() == [1, 2]
+
+
+def test_no_run_writes_an_artefact_while_gc_removes_from_it(store, artefact, monkeypatch):
+    published(artefact, 2, DAY)
+    refused = []
+
+    def remove(self, path):
+        with pytest.raises(UserError, match="Another run is writing"), self.writing():
+            pass
+        refused.append(path.name)
+
+    monkeypatch.setattr(Artefact, "remove", remove)
+    assert names(collect(store, 0, remove=True)) == set(refused) != set()
+
+
+def test_work_that_began_after_a_killed_run_is_not_taken_for_its_leftovers(store, artefact):
+    (artefact.work / "dead").mkdir(parents=True)
+    assert names(collect(store, 0, remove=False)) == {artefact.work.name}
+    with artefact.writing(), artefact.new_part(0, {}) as folder:
+        (folder / "first").write_text("a")
+        done = collect(store, 0, remove=True)
+        assert (done.garbage, len(done.left_alone)) == ([], 1)
+        (folder / "second").write_text("b")
+    assert [file.name for file in artefact.parts()[0].files] == ["first", "second"]
+
+
+def test_finished_parts_of_an_append_that_was_killed_are_kept_for_the_next_run(store, artefact):
+    published(artefact, 1, 9 * DAY)
+    unlisted = part(artefact, 1)
+    age(artefact.part_path(unlisted), 8 * DAY)
+    assert collect(store, DAY, remove=True).garbage == []
+    assert set(artefact.parts()) == {0, 1}
+    age(artefact.part_path(unlisted), 10 * DAY)  # nobody went on with it before the list was written
+    assert names(collect(store, DAY, remove=True)) == {unlisted.folder}
+
+
+def test_the_grace_of_a_part_begins_when_the_last_list_that_names_it_is_replaced(store, artefact):
+    old, new = published(artefact, 2, 3 * DAY)
+    done = collect(store, DAY, remove=True)
+    assert done.garbage == []
+    assert done.n_bytes_kept == sum(
+        artefact.footprint(path)[0] for path in (artefact.part_path(old), artefact.list_path(1))
+    )
+    age(artefact.list_path(2), 2 * DAY)
+    assert names(collect(store, DAY, remove=True)) == {"000001.parquet", old.folder}
+    assert artefact.parts() == {0: new}
+
+
+def test_each_list_is_looked_at_once_however_many_there_are(store, artefact, monkeypatch):
+    published(artefact, 6)
+    looked = []
+    look = Artefact.footprint
+    monkeypatch.setattr(Artefact, "footprint", lambda self, path: looked.append(path.name) or look(self, path))
+    collect(store, 0, remove=False)
+    assert sorted(name for name in looked if name.endswith(".parquet")) == [
+        *(f"{number:06d}.parquet" for number in range(1, 6)), *["000006.parquet"] * 2
+    ]  # fmt: skip
+
+
+def test_listing_writes_nothing(store, artefact):
+    published(artefact, 2, DAY)
+    before = sorted(path for path in store.root.rglob("*"))
+    assert collect(store, 0, remove=False).garbage
+    assert sorted(path for path in store.root.rglob("*")) == before
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_collected(store, artefact):
+    published(artefact, 2, DAY)
+    other = store.artefact("tokens", "other", "0123abcd")
+    other.begin({})
+    published(other, 2, DAY)
+    artefact.list_path(2).write_bytes(b"x")
+    done = collect(store, 0, remove=True)
+    assert {each.path.is_relative_to(other.path) for each in done.garbage} == {True}
+    assert [f"{artefact.list_path(2)} is missing or damaged" in why for why in done.left_alone] == [True]
+
+
+@pytest.mark.parametrize(("days", "goes"), [(1, False), (ABANDONED_SECONDS / DAY + 1, True)])
+def test_a_checkpoint_goes_once_nobody_has_gone_on_with_it_for_a_month(store, days, goes):
+    folder = store.root / "tmp" / "saes-small-0123abcd.checkpoint" / "restart-0"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    for path in (folder / "state.json", folder, folder.parent):
+        age(path, days * DAY)
+    assert names(collect(store, 0, remove=True)) == ({folder.parent.name} if goes else set())
+    assert folder.exists() is not goes
+
+
+def test_files_by_which_killed_runs_tried_the_store_are_swept(store):
+    for name in ("cluster-0a1b", ".writable-7", "cluster-live"):
+        (store.root / "tmp" / name).write_text(name)
+        age(store.root / "tmp" / name, 10 if name == "cluster-live" else 2 * 3_600)
+    assert names(collect(store, 0, remove=True)) == {"cluster-0a1b", ".writable-7"}
+    assert [path.name for path in (store.root / "tmp").glob("cluster-*")] == ["cluster-live"]
+
+
+def test_a_link_in_a_store_leads_gc_to_nothing_outside_of_it(store, artefact, tmp_path):
+    published(artefact, 1)
+    victim = tmp_path / "victim"
+    (artefact.path / "parts").rename(victim)
+    (victim / "precious").mkdir()
+    age(victim / "precious", 9 * DAY)
+    (artefact.path / "parts").symlink_to(victim)
+    done = collect(store, 0, remove=True)
+    assert (victim / "precious").exists()
+    assert len(done.left_alone) == 1
+
+
+def in_memory(tmp_path: Path) -> Store:
+    objects = Objects("memory:///", Path(tempfile.mkdtemp(dir=tmp_path)))
+    return Store(objects.root, objects)
+
+
+def test_an_object_store_is_collected_by_what_it_holds_now(tmp_path):
+    here = in_memory(tmp_path)
+    there = in_memory(tmp_path)
+    there.objects.store = here.objects.store
+    artefact = here.artefact("tokens", "small", "0123abcd")
+    with artefact.writing():
+        artefact.begin({})
+        old = part(artefact, 0, "old")
+        artefact.publish([old])
+    there.objects.pull()
+    late = part(artefact, 1)
+    with artefact.writing():
+        artefact.publish([part(artefact, 0, "new")])
+    unlisted = part(artefact, 2)
+    gone = names(collect(there, 0, remove=True))
+    assert gone == {"000001.parquet", old.folder, late.folder}
+    here.objects.list_again()
+    assert unlisted.folder in artefact.part_folders()
+    assert list(integrity.verify(here, full=True)) == []
+
+
+def test_what_was_left_in_the_tmp_of_an_object_store_is_swept(tmp_path, monkeypatch):
+    store = in_memory(tmp_path)
+    for name in ("cluster-0a1b", "saes-small-0123abcd.checkpoint/restart-0/000000001/state.json"):
+        path = store.root / "tmp" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        store.send(path)
+        path.unlink()
+    monkeypatch.setattr(garbage.time, "time", lambda now=time.time(): now + 40 * DAY)
+    assert names(collect(store, 0, remove=True)) == {"cluster-0a1b", "saes-small-0123abcd.checkpoint"}
+    store.objects.list_again()
+    assert not [key for key in store.objects.listing(store.root / "tmp") if "locks" not in key]

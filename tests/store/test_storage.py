@@ -1,0 +1,552 @@
+"""Stores by URL, against a real server that speaks S3: the same bytes, the same answers, nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import obstore
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from tenacity import Retrying, stop_after_attempt
+
+from saeflow.activations.shards import open_site
+from saeflow.pipeline import collect as activations
+from saeflow.pipeline import encode, forget, train
+from saeflow.pipeline import run as pipeline
+from saeflow.query import ask as queries
+from saeflow.query import catalog, labels, runs
+from saeflow.query.bucket_files import ObjectFiles
+from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.settings import UserError
+from saeflow.runtime.progress import Progress
+from saeflow.sae.autoencoder import StepInfo
+from saeflow.store import garbage
+from saeflow.store import storage as objects
+from saeflow.store import verify as integrity
+from saeflow.store.artefact import Artefact
+from saeflow.store.records import Damaged
+from saeflow.store.storage import Objects
+from saeflow.store.store import Store
+from saeflow.train.group import Reading
+from saeflow.train.training import CHECKPOINT, STATE, Batch, is_whole
+from tests.support.s3_server import SECRET, Server, s3_server
+from tests.support.small_pipeline import NOT_COMPARED, Ingredients, documents, quiet, recipe_data, tree, write_corpus
+
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with s3_server() as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("SAEFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        started.bucket("bucket")
+        yield started
+
+
+@pytest.fixture
+def url(server: Server) -> Iterator[str]:
+    """A store of its own."""
+    server.drop(0)
+    yield f"s3://bucket/deep/store-{next(numbers)}"
+    server.drop(0)
+
+
+@pytest.fixture(scope="module")
+def recipe(ingredients: Ingredients) -> Recipe:
+    return parse_recipe(recipe_data(ingredients))
+
+
+@pytest.fixture(scope="module")
+def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store.create(tmp_path_factory.mktemp("local"))
+    pipeline.run(store, recipe, quiet())
+    return store
+
+
+@pytest.fixture(scope="module")
+def remote(recipe: Recipe, server: Server) -> str:
+    """A finished store that tests only read."""
+    server.drop(0)
+    pipeline.run(Store.create("s3://bucket/finished"), recipe, quiet())
+    return "s3://bucket/finished"
+
+
+@contextlib.contextmanager
+def another_machine(tmp_path: Path) -> Iterator[Path]:
+    """One that has seen nothing of the store yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAEFLOW_CACHE", str(tmp_path / f"machine-{next(numbers)}"))
+        yield Path(os.environ["SAEFLOW_CACHE"])
+
+
+def there(server: Server, url: str) -> dict[str, bytes]:
+    """The objects of a store by their path in it, as `tree` gives a folder's files; leases, which all are nobody's, aside."""
+    found = server.files("bucket", url.removeprefix("s3://bucket/"))
+    leases = {key for key in found if key.startswith("tmp/locks/")}
+    assert {found[key] for key in leases} <= {b"{}\n"}
+    return {key: content for key, content in found.items() if not key.endswith(NOT_COMPARED) and key not in leases}
+
+
+def here(store: Store) -> dict[str, bytes]:
+    return {name: content for name, content in tree(store.root).items() if not name.startswith("tmp/")}
+
+
+def answers(store: Store) -> dict[str, Any]:
+    """What each named question answers to its first arguments."""
+    words = {"feature": 3, "threshold": 0.1, "n": 5, "token": 20, "text": "the", "a": "tales", "b": "letters"}
+    words |= {"features": [3, 4], "thresholds": [0.0, 0.0], "window": 5}
+    with contextlib.closing(queries.connect(store)) as connection:
+        found = {}
+        for question in (each for each in queries.questions() if each.name != "runs"):
+            known = words | ({"a": "small", "b": "small"} if question.name == "compare_runs" else {})
+            given = {p.name: known[p.name] for p in question.parameters if p.name in known}
+            rows = queries.ask(connection, question.name, given).to_pylist()
+            found[question.name] = sorted(map(repr, rows))  # a view has no order
+        return found
+
+
+def test_a_store_by_url_holds_the_bytes_of_a_local_one(server: Server, remote: str, local: Store) -> None:
+    assert there(server, remote) == here(local)
+
+
+@pytest.mark.long
+def test_connections_dropped_at_random_change_nothing(server: Server, url: str, recipe: Recipe, local: Store) -> None:
+    server.drop(0.1, seed=1)
+    before = server.n_dropped
+    store = Store.create(url)
+    pipeline.run(store, recipe, quiet())
+    assert answers(store) == answers(local)
+    assert server.n_dropped - before > 10
+    server.drop(0)
+    assert there(server, url) == here(local)
+
+
+def test_another_machine_answers_the_same_and_fetches_no_arrays_and_no_values(
+    remote: str, local: Store, tmp_path: Path
+) -> None:
+    with another_machine(tmp_path) as cache:
+        store = Store.open(remote)
+        assert answers(store) == answers(local)
+        kept = [path for path in cache.rglob("*.parquet") if "generations" not in path.parts]
+        assert kept == []
+        assert not list(cache.rglob("c"))
+
+
+def test_what_one_machine_began_another_finishes(
+    server: Server, url: str, recipe: Recipe, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, sent = Objects.send, itertools.count()
+
+    def breaking(self: Objects, *args: Any, **options: Any) -> None:
+        if next(sent) == 24:  # the files of a part of activations, its record still missing
+            raise ConnectionError("the machine is gone")
+        send(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "send", breaking)
+        with pytest.raises(ConnectionError):
+            pipeline.run(Store.create(url), recipe, quiet())
+    begun = set(there(server, url))
+    assert any(name.startswith("activations/") for name in begun)
+    assert not any(name.startswith("saes/") for name in begun)
+    with another_machine(tmp_path):
+        pipeline.run(Store.create(url), recipe, quiet())
+    assert there(server, url) == here(local)
+
+
+def lost_at_step(monkeypatch: pytest.MonkeyPatch, url: str, recipe: Recipe, step: int, name: str = "") -> Store:
+    """The store of a pipeline whose machine is gone at a step of a training, of that name if there is one."""
+    advance, store = train.Training.advance, Store.create(url)
+
+    def lost(self: train.Training, batch: Batch) -> StepInfo:
+        if self.step == step and name in ("", self.name):
+            raise ConnectionError("the machine is gone")
+        return advance(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "advance", lost)
+        with pytest.raises(ConnectionError):
+            pipeline.run(store, recipe, quiet())
+    return store
+
+
+def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
+    server: Server, url: str, ingredients: Ingredients, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
+    lost_at_step(monkeypatch, url, often, 20)
+    console = Console(record=True, file=io.StringIO(), width=200)
+    with another_machine(tmp_path):
+        pipeline.run(Store.create(url), often, Progress(console))
+    assert "continuing at step 20 of" in console.export_text()
+    assert there(server, url) == here(local)
+
+
+def test_a_training_goes_on_on_another_machine_although_documents_were_appended_since(
+    server: Server, url: str, ingredients: Ingredients, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
+    store = lost_at_step(monkeypatch, url, often, 20)
+    stored = activations.artefact(store, often)
+    stored.publish(stored.published().parts[:-1])  # any other list of parts
+    with another_machine(tmp_path):
+        assert train.run(Store.create(url), often, quiet(), fresh=True).record.facts["generation"] == 1
+    saes = {name: content for name, content in there(server, url).items() if name.startswith("saes/")}
+    assert saes == {name: content for name, content in here(local).items() if name.startswith("saes/")}
+
+
+def test_a_sweep_goes_on_and_is_read_on_another_machine(
+    server: Server, url: str, ingredients: Ingredients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = {"grid": {"sae.k": [2, 4]}}
+    often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001, "n_tokens": 3000}, sweep=sweep))
+    lost_at_step(monkeypatch, url, often, 6, "small_k4")
+    console = Console(record=True, file=io.StringIO(), width=200)
+    with another_machine(tmp_path):
+        pipeline.run(Store.create(url), often, Progress(console))
+    assert "small_k2 continuing at step 6 of" in console.export_text(clear=False)
+    assert "small_k4 continuing at step 6 of" in console.export_text()
+    with another_machine(tmp_path / "third"):
+        pipeline.run(Store.create(url), often, Progress(console))
+    assert "evaluate: already done, 2 SAEs" in console.export_text()
+    alone = Store.create(tmp_path / "alone")
+    pipeline.run(alone, often, quiet())
+    assert there(server, url) == here(alone)
+
+
+def test_a_second_run_sends_nothing(url: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.run(Store.create(url), recipe, quiet())
+    sent: list[Path] = []
+    monkeypatch.setattr(Objects, "_send", lambda self, pair: sent.append(pair[1]))
+    pipeline.run(Store.create(url), recipe, quiet())
+    assert sent == []
+
+
+def shard_key(server: Server, url: str) -> str:
+    prefix = url.removeprefix("s3://bucket/")
+    return next(f"{prefix}/{name}" for name in sorted(there(server, url)) if "/c/" in name)
+
+
+@pytest.mark.parametrize("harm", ["deleted", "flipped"])
+def test_a_shard_that_is_gone_or_changed_is_named_never_read_and_made_again(
+    harm: str, server: Server, url: str, recipe: Recipe, local: Store
+) -> None:
+    pipeline.run(Store.create(url), recipe, quiet())
+    key, client = shard_key(server, url), server.client()
+    if harm == "deleted":
+        client.delete_object(Bucket="bucket", Key=key)
+    else:
+        content = bytearray(client.get_object(Bucket="bucket", Key=key)["Body"].read())
+        content[100] ^= 1
+        client.put_object(Bucket="bucket", Key=key, Body=bytes(content))
+    store = Store.open(url)
+    stored = activations.artefact(store, recipe)
+    part = stored.published().parts[0]
+    with pytest.raises(Damaged, match="rows 0 to"):
+        open_site(stored, part, activations.stored_sites(stored)[0]).read(slice(None))
+    found = list(integrity.verify(store, full=True))
+    assert [each.part.index for each in found if each.part] == [part.index]
+    for each in found:
+        integrity.repair(each)
+    pipeline.run(Store.create(url), recipe, quiet())
+    assert list(integrity.verify(Store.open(url), full=True)) == []
+    assert there(server, url) == here(local)
+
+
+def test_two_machines_never_undo_each_other(url: str, recipe: Recipe, tmp_path: Path) -> None:
+    pipeline.stages(recipe)["tokens"](Store.create(url), recipe, quiet())
+    mine = activations.tokens_artefact(Store.create(url), recipe)
+    with another_machine(tmp_path):
+        others = activations.tokens_artefact(Store.create(url), recipe)
+        others.publish(others.published().parts[:-1])
+    with pytest.raises(UserError, match=r"(?s)Another machine has published or removed .*run the same command again"):
+        mine.publish(mine.published().parts[:-2])
+    now = activations.tokens_artefact(Store.create(url), recipe)
+    assert len(now.published().parts) == len(mine.parts()) - 1
+
+
+def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
+    server: Server, url: str, ingredients: Ingredients, tmp_path: Path
+) -> None:
+    rows = documents(40)
+    secret = "Quetzalcoatl sings in the garden."
+    rows.append({"key": "secret", "text": secret, "source": "letters", "title": "S"})
+    corpus = write_corpus(tmp_path / "corpus.parquet", rows)
+    recipe = parse_recipe(recipe_data(ingredients, corpus={"files": [str(corpus)], "held_out": 0.2}))
+    pipeline.run(Store.create(url), recipe, quiet())
+    n_before = len(activations.artefact(Store.open(url), recipe).published().parts)
+    write_corpus(tmp_path / "corpus.parquet", [*rows, *documents(60)[46:]])
+    pipeline.run(Store.create(url), recipe, quiet())
+    assert len(activations.artefact(Store.open(url), recipe).published().parts) > n_before
+    forget.forget(Store.create(url), ["secret"], quiet())
+    with contextlib.closing(queries.connect(Store.open(url))) as connection:
+        assert queries.query(connection, "select key from documents where key = 'secret'").num_rows == 0
+    store = Store.create(url)
+    pipeline.compact(store, recipe, quiet())
+    garbage.collect(Store.open(url), grace_seconds=0, remove=True)
+    for name, content in there(server, url).items():
+        if name.endswith("documents.parquet"):
+            (tmp_path / "documents.parquet").write_bytes(content)
+            assert "secret" not in pq.read_table(tmp_path / "documents.parquet").column("key").to_pylist()
+    assert list(integrity.verify(Store.open(url), full=True)) == []
+
+
+def test_a_bucket_that_is_not_there_is_named_and_no_secret_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "tries", lambda *_: Retrying(stop=stop_after_attempt(1), reraise=True))
+    with pytest.raises(UserError) as missing:
+        Store.open("s3://no-such-bucket/store")
+    assert "s3://no-such-bucket/store" in str(missing.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL") as silent:
+        Store.open("s3://bucket/store")
+    assert SECRET not in str(missing.value) + str(silent.value)
+
+
+def test_a_url_that_is_no_object_store_is_refused() -> None:
+    with pytest.raises(UserError, match="gopher://somewhere cannot be opened"):
+        Store.open("gopher://somewhere")
+
+
+def test_a_store_that_cannot_compare_before_it_replaces_is_refused(tmp_path: Path) -> None:
+    plain = Objects(tmp_path.as_uri(), tmp_path / "cache")
+    record = tmp_path / "cache" / "manifest.json"
+    plain.switch(record, b"1")
+    with pytest.raises(UserError, match="conditional put"):
+        plain.switch(record, b"2")
+
+
+def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, there = tmp_path / "cache" / "tmp" / "one", tmp_path / "there"
+    there.mkdir()
+    objects = Objects(there.as_uri(), tmp_path / "cache")
+    folder.mkdir(parents=True)
+    for name in (CHECKPOINT, STATE):
+        (folder / name).write_text("new")
+    objects.keep(folder, 1, CHECKPOINT)
+    (folder / STATE).write_text("of an older checkpoint")
+    (folder / CHECKPOINT).unlink()
+    fetch = Objects._fetch
+
+    def dying(self: Objects, key: str, path: Path) -> None:
+        fetch(self, key, path)
+        raise ConnectionError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "_fetch", dying)
+        with pytest.raises(ConnectionError):
+            objects.bring_back(folder, CHECKPOINT)
+    assert not is_whole(folder)
+    reading: Any = SimpleNamespace(objects=objects, jobs=[])
+    job: Any = SimpleNamespace(folder=lambda restart: folder)
+    Reading._begun(reading, job, MagicMock(done=True), 0)
+    assert [(folder / name).read_text() for name in (CHECKPOINT, STATE)] == ["new", "new"]
+
+
+class Machines:
+    """Machines that share a bucket in memory, each with a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bucket = Objects("memory:///", folder / "nobody").store
+
+    def store(self, name: str) -> Store:
+        """As a process of that machine sees it that has just begun."""
+        objects = Objects("memory:///", self.folder / name)
+        objects.store = self.bucket
+        objects.pull()
+        return Store(objects.root, objects)
+
+    def content(self, key: str) -> bytes:
+        return bytes(obstore.get(self.bucket, key).bytes())
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Machines:
+    return Machines(tmp_path)
+
+
+def an_sae(target: Artefact, weights: str) -> None:
+    with target.whole({}, [], {}) as folder:
+        (folder / "weights").write_text(weights)
+
+
+def test_who_takes_a_lease_sees_what_another_machine_has_published_since_it_began(machines: Machines) -> None:
+    one, two = (machines.store(name).artefact("saes", "x", "00000000") for name in ("one", "two"))
+    assert not two.complete()
+    with one.writing():
+        an_sae(one, "first")
+    with two.writing():
+        assert two.complete()
+        assert (two.fetched() / "weights").read_text() == "first"
+
+
+def test_a_generation_published_since_a_process_began_is_the_one_that_it_goes_on_from(machines: Machines) -> None:
+    one, two = (machines.store(name).artefact("tokens", "x", "00000000") for name in ("one", "two"))
+    for index, target in enumerate((one, two)):
+        with target.writing():
+            target.begin({})
+            with target.new_part(index, {"n": 1}) as folder:
+                (folder / "data").write_text("x")
+            target.publish(target.parts().values())
+    assert [part.index for part in two.published().parts] == [0, 1]
+
+
+def test_an_sae_of_another_machine_is_never_overwritten(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (machines.store(name).artefact("saes", "x", "00000000") for name in ("one", "two"))
+
+    def late() -> None:
+        with two.writing():
+            an_sae(one, "first")  # by a process that holds no lease any more
+            an_sae(two, "second")
+
+    with pytest.raises(UserError, match="has published saes/x-00000000 since"):
+        late()
+    assert machines.content("saes/x-00000000/weights") == b"first"
+    assert (two.fetched() / "weights").read_text() == "first"
+    sent = Objects.send
+
+    def first_now(self: Objects, *args: Any) -> None:
+        """Another machine's record comes between the look and ours."""
+        sent(self, *args)
+        record = three.path / "artefact.json"
+        obstore.put(machines.bucket, three.objects.key(record), b"theirs") if three.objects else None
+
+    three = machines.store("three").artefact("saes", "y", "00000000")
+    monkeypatch.setattr(Objects, "send", first_now)
+    with pytest.raises(UserError, match="has published saes/y-00000000 since"), three.writing():
+        an_sae(three, "third")
+    assert machines.content("saes/y-00000000/artefact.json") == b"theirs"
+
+
+def test_a_look_at_the_store_leaves_alone_what_a_run_of_this_machine_has_not_sent_yet(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.begin({})
+    for again in ("once", "again"):
+        (target.path / "similar.parquet").write_text(again)
+        (target.path / ".manifest.json.new").write_text("being written")
+        machines.store("here")
+        assert (target.path / "similar.parquet").read_text() == again
+        assert (target.path / ".manifest.json.new").read_text() == "being written"
+        target.send(target.path / "similar.parquet")
+
+
+def test_what_was_sent_is_kept_while_the_store_has_it_and_dropped_once_it_has_not(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.begin({})
+    table = target.path / "similar.parquet"
+    table.write_text("once")
+    target.send(table)
+    machines.store("here")
+    assert table.read_text() == "once"
+    other = machines.store("there").artefact("features", "x", "00000000")
+    other.own_file("similar.parquet").write_text("again")
+    other.send(other.path / "similar.parquet")
+    machines.store("here")
+    assert not table.exists()
+    assert target.own_file("similar.parquet").read_text() == "again"
+    other.remove(other.path)
+    machines.store("here")
+    assert not target.exists()
+    assert not table.exists()
+
+
+def test_a_file_that_a_power_cut_has_shortened_is_brought_again(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    with target.new_part(0, {"n": 1}) as folder:
+        (folder / "values.parquet").write_text("whole")
+    path = target.part_file(target.made[0], "values.parquet")
+    path.write_text("")
+    assert target.part_file(target.made[0], "values.parquet").read_text() == "whole"
+
+
+def test_what_was_sent_a_moment_ago_is_that_old(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.look_again()
+    assert target.part_folders() == set()
+    with target.new_part(0, {"n": 1}) as folder:
+        (folder / "values.parquet").write_text("whole")
+    assert time.time() - target.footprint(target.part_path(target.made[0]))[1] < 60
+
+
+def test_a_record_that_another_machine_has_removed_is_refused_in_words(machines: Machines) -> None:
+    here = machines.store("here").objects
+    assert here is not None
+    record = here.root / "tokens" / "x-00000000" / "manifest.json"
+    here.switch(record, b"1")
+    here.switch(record, b"2")
+    obstore.delete(machines.bucket, here.key(record))
+    with pytest.raises(UserError, match="Another machine has published or removed x-00000000"):
+        here.switch(record, b"3")
+
+
+def test_what_a_killed_run_left_unsent_goes_when_the_next_one_takes_the_lease(machines: Machines) -> None:
+    target = machines.store("here").artefact("features", "x", "00000000")
+    target.begin({})
+    (target.path / "quality.json").write_text("never sent")
+    with machines.store("here").artefact("features", "x", "00000000").writing():
+        assert not (target.path / "quality.json").exists()
+    (target.path / "quality.json").write_text("never sent")
+    os.utime(target.path / "quality.json", (0, 0))
+    machines.store("here")
+    assert not (target.path / "quality.json").exists()
+
+
+def test_an_open_object_may_be_shared_by_threads(server: Server, url: str, tmp_path: Path) -> None:
+    content = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8).tobytes()
+    server.client().put_object(Bucket="bucket", Key=f"{url.removeprefix('s3://bucket/')}/file", Body=content)
+    files = ObjectFiles(Objects(url, tmp_path))
+    dice = np.random.default_rng(1)
+    wanted = [(int(start), int(size)) for start, size in dice.integers(0, [2_900_000, 600_000], (200, 2))]
+    with files.open(f"{url}/file") as shared, ThreadPoolExecutor(8) as pool:
+
+        def read(place: tuple[int, int]) -> bytes:
+            shared.seek(place[0])
+            return bytes(shared.read(place[1]))
+
+        assert list(pool.map(read, wanted)) == [content[start : start + size] for start, size in wanted]
+
+
+def test_values_are_encoded_from_an_object_store_as_from_a_disk(remote: str, recipe: Recipe, local: Store) -> None:
+    ours, theirs = (encode.artefact(store, recipe).published() for store in (local, Store.open(remote)))
+    assert ours.parts == theirs.parts
+
+
+def test_labels_and_the_catalog_lie_in_the_bucket_too(server: Server, url: str, recipe: Recipe, tmp_path: Path) -> None:
+    store = Store.create(url)
+    pipeline.run(store, recipe, quiet())
+    sae = runs.sae_of(runs.chosen(store).artefact)
+    assert sae is not None
+    assert labels.put(store, sae, "own", {1: labels.Label("one", 0.5)}) == 1
+    catalog.write(store)
+    with another_machine(tmp_path):
+        there_too = Store.open(url)
+        assert catalog.write(there_too) is None
+        labels.put(there_too, sae, "own", {2: labels.Label("two")})
+        labels.put(there_too, sae, "gpt", {1: labels.Label("uno")})
+        assert catalog.write(there_too)
+    sql = "select feature_id, label, source, score from src_labels order by all"
+    again = Store.open(url)
+    with contextlib.closing(queries.connect(again)) as connection:
+        found = [tuple(row.values()) for row in queries.query(connection, sql).to_pylist()]
+    assert found == [(1, "one", "own", 0.5), (1, "uno", "gpt", None), (2, "two", "own", None)]
+    text = server.files("bucket", url.removeprefix("s3://bucket/"))["catalog.sql"].decode()
+    assert f"{url}/labels/" in text
+    assert "httpfs" in text
+    labels.put(again, sae, "gpt", {1: None})
+    assert not [key for key in there(server, url) if key.endswith("gpt.csv")]
