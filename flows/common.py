@@ -27,7 +27,8 @@ from rich.console import Console
 
 from flows import page
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import Overlap, UserError
+from saeflow.recipe.settings import Overlap
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.text import harmless_lines
 from saeflow.store.artefact import Job

@@ -20,7 +20,7 @@ from flows.tidy import tidy_flow
 from flows.verify import verify_flow
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.schedule import ANCHOR, NEVER, ScheduleConfig, interval_of, once_a_store
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 
 TAG = "saeflow"
 _STAGES: dict[str, Flow[..., Any]] = {

@@ -34,7 +34,7 @@ from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.dask import workers
 from saeflow.query import first_answers
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 

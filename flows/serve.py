@@ -26,7 +26,7 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 
 from flows import gpu
 from flows.deployments import TAG, keep_what_was_set
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 
 HEARTBEAT_SECONDS = 30
 """Between two signs of life of a flow run; Prefect's own default is three minutes."""

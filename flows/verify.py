@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 
 from flows.common import open_store, part_task, reporting, show_table
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store import verify as integrity
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saeflow.query.api import open_run as open  # noqa: A004
-    from saeflow.recipe.settings import UserError
+    from saeflow.runtime.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "open"]
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return open_run
     if name == "UserError":
-        from saeflow.recipe.settings import UserError
+        from saeflow.runtime.errors import UserError
 
         return UserError
     raise AttributeError(f"module 'saeflow' has no attribute {name!r}")

@@ -28,7 +28,7 @@ from flows import common, page
 from flows.pipeline import pipeline_flow
 from saeflow.pipeline import collect
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.support.prefect_server import ROOT, prefect_server
 from tests.support.small_pipeline import Ingredients, documents, recipe_data, write_corpus

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saeflow.recipe.settings import FeedConfig, UserError
+from saeflow.recipe.settings import FeedConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store.files import human_bytes
 from saeflow.store.records import PartRecord
 

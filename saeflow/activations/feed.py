@@ -27,7 +27,8 @@ from saeflow.activations.epoch import (
 from saeflow.activations.shards import Stored, open_site
 from saeflow.corpus.selection import Used
 from saeflow.model.sites import Site
-from saeflow.recipe.settings import FeedConfig, UserError
+from saeflow.recipe.settings import FeedConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
 from saeflow.activations.shards import EMPTY, Layout
-from saeflow.recipe.settings import ActivationsConfig, UserError
+from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.devices import to_processor
+from saeflow.runtime.errors import UserError
 from saeflow.store.records import PartRecord
 
 

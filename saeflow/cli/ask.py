@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from saeflow.cli.common import RunOption, StoreOption, a_table, connection_to, err, open_store, out, require_place
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import harmless_lines
 from saeflow.store.store import store_path
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from saeflow import __version__
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import harmless_lines, sanitise
 from saeflow.store.store import Store, store_path

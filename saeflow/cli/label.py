@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from saeflow.cli.common import RunOption, StoreOption, a_table, err, open_store, out
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import sanitise
 from saeflow.store.store import Store
 

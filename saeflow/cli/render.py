@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import HOSTILE, sanitise
 
 Format = Literal["table", "csv", "json", "jsonl", "parquet"]

@@ -32,7 +32,7 @@ from saeflow.cli.common import (
     where,
 )
 from saeflow.recipe.recipe import Recipe, require_one
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.files import human_bytes
 from saeflow.store.store import Store

@@ -25,7 +25,7 @@ from saeflow.cli.common import (
     read_recipe,
     where,
 )
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import sanitise
 from saeflow.store.artefact import Artefact

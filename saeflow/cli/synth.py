@@ -25,7 +25,7 @@ from saeflow.cli.common import (
     read_recipe,
 )
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 

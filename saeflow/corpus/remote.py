@@ -17,7 +17,7 @@ import fsspec
 from obstore.exceptions import BaseError, GenericError
 from obstore.fsspec import register
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.storage import RETRIES, allow_http, is_url, tries
 
 _OBJECT_STORES = ("s3", "gs", "az", "abfs")

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from saeflow.corpus.vocabulary import special_ids
-from saeflow.recipe.settings import ActivationsConfig, UserError
+from saeflow.recipe.settings import ActivationsConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, PartRecord
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from saeflow.corpus import remote, tabular
 from saeflow.corpus.document import Corpus, Document, is_shared
-from saeflow.recipe.settings import CorpusConfig, UserError
+from saeflow.recipe.settings import CorpusConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store.storage import is_url
 
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}

@@ -25,7 +25,8 @@ from duckdb import ColumnExpression, DuckDBPyConnection, DuckDBPyRelation, Expre
 
 from saeflow.corpus import remote
 from saeflow.corpus.document import Corpus, Document, is_shared
-from saeflow.recipe.settings import CorpusConfig, UserError
+from saeflow.recipe.settings import CorpusConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system
 from saeflow.store.storage import is_url

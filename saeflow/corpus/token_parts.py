@@ -19,7 +19,8 @@ from saeflow.features.schema import BLOCK_TOKENS, VOCAB_BLOCKS
 from saeflow.model.sites import load_tokenizer, model_fingerprint
 from saeflow.recipe.fingerprint import facts_of, fingerprint
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import CorpusConfig, ModelConfig, TokensConfig, UserError
+from saeflow.recipe.settings import CorpusConfig, ModelConfig, TokensConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import make_folder

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from saeflow.corpus.remote import hub_errors
 from saeflow.recipe.fingerprint import fingerprint
-from saeflow.recipe.settings import ModelConfig, UserError
+from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.devices import device, to_device
+from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum
 
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")

@@ -1,0 +1,20 @@
+"""The stages of a pipeline, one file each, and the ways to run them. Read `run` first.
+
+lineage       which SAE a recipe means
+collect       tokens to activations
+import_table  a table to activations
+train         activations to SAEs
+import_sae    an SAE trained elsewhere
+encode        activations to feature values
+evaluate      the figures of an SAE
+report        the picture of an SAE with few features
+sweep         the table and picture of a sweep
+forget        documents leave the store
+deletions     documents that are gone from the corpus
+ingest        new documents through every stage
+retrain       a new SAE once the store has grown
+forecast      what a recipe will take
+trial_run     the stages of a recipe on a sample
+run           all stages in order
+dask          parts made by a Dask cluster
+"""

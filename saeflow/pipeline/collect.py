@@ -36,8 +36,9 @@ from saeflow.pipeline.dask import work
 from saeflow.pipeline.dask.workers import Workers, workers_of
 from saeflow.recipe.fingerprint import facts_of, fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ActivationsConfig, SAEConfig, UserError
+from saeflow.recipe.settings import ActivationsConfig, SAEConfig
 from saeflow.runtime.devices import n_workers, own_stream
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.threads import in_order, keep_freed_memory
 from saeflow.store.artefact import Artefact, Job

@@ -27,8 +27,9 @@ from saeflow.pipeline.dask.workers import Workers, kept_open, workers_of
 from saeflow.query import checks
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import FeaturesConfig, UserError
+from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.devices import device, n_workers, own_stream
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.threads import n_threads, use_one_thread
 from saeflow.sae import interchange

@@ -25,7 +25,8 @@ from saeflow.model.sites import load_tokenizer
 from saeflow.pipeline.trial_run import REFUSED
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import CorpusConfig, UserError
+from saeflow.recipe.settings import CorpusConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads
 from saeflow.store.files import human_bytes
@@ -173,7 +174,13 @@ def _tried(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], progress: Pr
         small = trial_recipe(recipe, pieces, folder)
         (folder / "recipe.json").write_text(small.model_dump_json(), "utf-8")
         progress.say(f"plan: trying every stage on {sum(map(len, pieces)):,} characters")
-        command = [sys.executable, "-m", "saeflow.pipeline.trial_run", str(folder / "recipe.json"), str(folder / "store")]
+        command = [
+            sys.executable,
+            "-m",
+            "saeflow.pipeline.trial_run",
+            str(folder / "recipe.json"),
+            str(folder / "store"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     if done.returncode == REFUSED:
         raise UserError(json.loads(done.stdout.splitlines()[-1])["refused"])

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from saeflow.corpus.ledger import by_part, key_hash, merged
 from saeflow.corpus.token_parts import write_tables
 from saeflow.pipeline import encode
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, Hidden, PartRecord

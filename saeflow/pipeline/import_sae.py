@@ -17,7 +17,8 @@ from saeflow.model.sites import Site
 from saeflow.pipeline import collect
 from saeflow.recipe.fingerprint import facts_of
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import SAEConfig, UserError
+from saeflow.recipe.settings import SAEConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae import formats, interchange
 from saeflow.sae.autoencoder import SparseAutoencoder

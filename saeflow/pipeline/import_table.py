@@ -92,7 +92,9 @@ class _Table:
     pieces: list[str] | None
 
     def write_vocab(self, source: Artefact) -> None:
-        names = partial(row_labels.names_in_order, self.rows.n_rows) if self.pieces is None else partial(iter, self.pieces)
+        names = (
+            partial(row_labels.names_in_order, self.rows.n_rows) if self.pieces is None else partial(iter, self.pieces)
+        )
         write_vocab(source.path / "vocab.parquet", names(), (name.encode() for name in names()))
 
     @cached_property
@@ -141,4 +143,6 @@ def _bring_part(
             "n_tokens": np.ones(n, np.int64), "first_token_id": numbers,
         }
     )  # fmt: skip
-    token_parts.write_part(source, index, counts, token_parts.Packed(table.vocab_ids(names, start), numbers[:, None]), documents)
+    token_parts.write_part(
+        source, index, counts, token_parts.Packed(table.vocab_ids(names, start), numbers[:, None]), documents
+    )

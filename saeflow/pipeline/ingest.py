@@ -14,7 +14,7 @@ from saeflow.pipeline.dask import workers
 from saeflow.pipeline.deletions import forget_removed, note_seen
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store import verify
 from saeflow.store.artefact import Artefact

@@ -10,7 +10,8 @@ from typing import Any
 from saeflow.pipeline import collect, evaluate, import_sae, train
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import SAEConfig, UserError
+from saeflow.recipe.settings import SAEConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae import interchange
 from saeflow.store.artefact import Artefact

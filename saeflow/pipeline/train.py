@@ -24,8 +24,8 @@ from saeflow.pipeline.dask import work
 from saeflow.pipeline.dask.workers import workers_of
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import UserError
 from saeflow.runtime.devices import device, memory_of
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import keep_freed_memory, n_threads
 from saeflow.sae import interchange

@@ -14,7 +14,7 @@ from pathlib import Path
 from saeflow.pipeline import collect, encode
 from saeflow.pipeline import run as pipeline
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import measured
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.store import Store

@@ -13,7 +13,7 @@ from saeflow.query import ask as queries
 from saeflow.query.questions import Question
 from saeflow.query.runs import Run
 from saeflow.query.runs import open_run as opened_run
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store, store_path
 
 

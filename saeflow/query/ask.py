@@ -16,7 +16,7 @@ import pyarrow as pa
 from saeflow.query.checks import check
 from saeflow.query.questions import GROUPS, Arguments, Parameter, Question, Value, find, named, questions
 from saeflow.query.runs import Run, connect, nearest, runs, script
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.runtime.text import brief, sanitise
 

@@ -9,7 +9,8 @@ import duckdb
 import pyarrow as pa
 
 from saeflow.query.runs import connect_parts, sql_folder
-from saeflow.recipe.settings import FeaturesConfig, UserError
+from saeflow.recipe.settings import FeaturesConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.store.artefact import Artefact

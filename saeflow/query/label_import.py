@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.query.labels import COLUMNS, Label, Sheet, cleaned, column_names
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief
 
 Row = tuple[str, Mapping[str, Any]]

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from saeflow.query.relations import literal, unglobbed
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.files import replacing
 from saeflow.store.lease import FileSlot

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from saeflow.query.relations import identifier, literal
 from saeflow.query.runs import nearest, sql_folder
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief
 
 Scalar = int | float | str

@@ -38,7 +38,8 @@ from saeflow.query.relations import (
     side_by_side,
     unglobbed,
 )
-from saeflow.recipe.settings import TOP_FAMILY, UserError
+from saeflow.recipe.settings import TOP_FAMILY
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import HOSTILE, brief, sanitise
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, PartRecord, read_checked

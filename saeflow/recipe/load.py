@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.recipe.recipe import Recipe, parse_recipe, put
-from saeflow.recipe.settings import UserError
 from saeflow.recipe.sweep import by_dotted_name
+from saeflow.runtime.errors import UserError
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:

@@ -24,10 +24,10 @@ from saeflow.recipe.settings import (
     Section,
     TokensConfig,
     TrainConfig,
-    UserError,
     by_address,
 )
 from saeflow.recipe.sweep import SweepConfig, in_a_name
+from saeflow.runtime.errors import UserError
 
 
 class Recipe(Section):

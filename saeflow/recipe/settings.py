@@ -22,10 +22,6 @@ Overlap = Literal["refuse", "wait"]
 """What is done while somebody else writes the same artefact: end at once, or wait."""
 
 
-class UserError(Exception):
-    """Something the user can mend: the setting, what it is, what it may be, what to do. Exit code 2."""
-
-
 class Section(BaseModel, frozen=True, extra="forbid"):
     """A part of a recipe. Unknown keys are refused, values never change after reading."""
 

@@ -12,7 +12,7 @@ import threading
 import torch
 from torch import Tensor
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
 from saeflow.runtime.threads import n_threads
 

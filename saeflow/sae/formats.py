@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from saeflow.recipe.settings import TOP_FAMILY, Architecture, SAEConfig, UserError
+from saeflow.recipe.settings import TOP_FAMILY, Architecture, SAEConfig
+from saeflow.runtime.errors import UserError
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 THEIR_CFG, THEIR_WEIGHTS = "config.json", "ae.pt"

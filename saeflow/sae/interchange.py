@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats import AGAIN, CFG, SAVED_AS, WEIGHTS, Described, describe, saelens_name
 

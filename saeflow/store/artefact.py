@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
-from saeflow.recipe.settings import Overlap, UserError
+from saeflow.recipe.settings import Overlap
+from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, flush_tree, look, make_folder, remove, rename, replacing
 from saeflow.store.lease import FileSlot, Lease, ObjectSlot, held, watch
 from saeflow.store.records import (

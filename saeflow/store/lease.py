@@ -26,7 +26,8 @@ from typing import Any, Protocol
 import psutil
 from filelock import FileLock, Timeout
 
-from saeflow.recipe.settings import Overlap, UserError
+from saeflow.recipe.settings import Overlap
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.files import json_text
 from saeflow.store.storage import Objects

@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, json_text, read_json, replacing, write_json
 
 Kind = Literal["tokens", "activations", "saes", "features"]

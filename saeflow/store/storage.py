@@ -28,7 +28,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, Prec
 from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, remove
 
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}

@@ -13,7 +13,8 @@ from typing import Any
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import Overlap, UserError
+from saeflow.recipe.settings import Overlap
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import human_bytes, make_folder, remove

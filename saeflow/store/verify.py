@@ -15,7 +15,7 @@ from typing import TypeAlias
 import xxhash
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import flush_tree, look, rename
 from saeflow.store.lease import is_free

@@ -1,0 +1,8 @@
+"""Training: many SAEs on one feed, with checkpoints. Read `training` first.
+
+training     one training: state, step, checkpoint
+group        several trainings on one feed
+schedules    what changes in the course of a training
+resample     dead features start again
+tensorboard  the log for TensorBoard
+"""

@@ -13,7 +13,7 @@ from typing import Any
 
 from saeflow.activations.feed import Feed
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.storage import Objects

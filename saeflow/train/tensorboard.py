@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 
 
 class Board:

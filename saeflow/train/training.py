@@ -19,8 +19,9 @@ from torch import Tensor
 
 from saeflow.activations.feed import Feed
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import TrainConfig, UserError
+from saeflow.recipe.settings import TrainConfig
 from saeflow.runtime.devices import device, to_device
+from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder, StepInfo
 from saeflow.sae.encoder import fast_dtype
 from saeflow.store.files import flush, make_folder, read_json, rename, write_json

@@ -18,7 +18,8 @@ from saeflow.corpus.selection import Used
 from saeflow.pipeline import collect, import_table
 from saeflow.pipeline.train import open_feed
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import FeedConfig, UserError
+from saeflow.recipe.settings import FeedConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 from tests.support.small_pipeline import (

@@ -12,7 +12,8 @@ from saeflow.activations.writer import Writer
 from saeflow.corpus import token_parts
 from saeflow.pipeline import collect, import_table
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import ActivationsConfig, UserError
+from saeflow.recipe.settings import ActivationsConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from saeflow.store.verify import verify
 from tests.support.small_pipeline import a_table, brought_data, recipe_data, tree, write_table

@@ -25,7 +25,8 @@ from saeflow.pipeline.collect import artefact, brought_facts
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import SyntheticConfig, UserError
+from saeflow.recipe.settings import SyntheticConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.support.small_pipeline import tree
 
@@ -156,7 +157,9 @@ def test_rows_are_the_same_wherever_reading_begins(start, n):
 def test_a_row_is_labelled_by_its_strongest_feature():
     world = superposition.World.of(settings(l0=0.5))
     codes = world.block(superposition.TRAINING, 0)[1]
-    expected = [superposition.label_of(int(row.argmax())) if row.any() else superposition.NOTHING for row in dense(codes, 40)]
+    expected = [
+        superposition.label_of(int(row.argmax())) if row.any() else superposition.NOTHING for row in dense(codes, 40)
+    ]
     rows = superposition.rows_of(settings(l0=0.5))
     labels = next(rows.blocks(0))[1]
     assert labels == expected

@@ -41,7 +41,9 @@ def real_activations(name: str, folder: Path) -> Iterator[tuple[str, torch.Tenso
     store = Store.create(folder / name)
     token_parts.run(store, recipe, Progress(verbosity=-1))
     source = collect.tokens_artefact(store, recipe)
-    ids = np.concatenate([token_parts.read_part(source, part)[0] for part in source.published().parts])[: N_SEQUENCES[name]]
+    ids = np.concatenate([token_parts.read_part(source, part)[0] for part in source.published().parts])[
+        : N_SEQUENCES[name]
+    ]
     model = load_model(recipe.model)
     sites = resolve_sites(model, SITES[name])
     reader = SiteReader(model, sites)

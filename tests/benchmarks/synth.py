@@ -34,7 +34,8 @@ from saeflow.activations.synthetic.truth import Truth
 from saeflow.cli.synth import Synth, judge, print_scores
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import Architecture, SAEConfig, UserError
+from saeflow.recipe.settings import Architecture, SAEConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae import interchange, recovery
 from saeflow.sae.autoencoder import SparseAutoencoder

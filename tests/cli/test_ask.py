@@ -27,7 +27,7 @@ from saeflow.query import ask as queries
 from saeflow.query import questions
 from saeflow.query.ask import connect, query, resolved
 from saeflow.query.questions import MOST, Parameter, Question, named
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.cli.test_app import SAEFLOW, Command, saeflow  # noqa: F401  (a fixture)
 from tests.support.small_store import Document, Given

@@ -14,7 +14,7 @@ from saeflow.cli.app import app
 from saeflow.cli.synth import judge, print_scores
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.sae.recovery import Scores
 from saeflow.store.store import Store
 from tests.activations.test_superposition import RECIPES

@@ -18,7 +18,8 @@ from huggingface_hub import HfFileSystem
 from saeflow.corpus import sources, token_parts
 from saeflow.model.sites import load_tokenizer, model_fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import CorpusConfig, ModelConfig, UserError
+from saeflow.recipe.settings import CorpusConfig, ModelConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.files import read_json
 from saeflow.store.store import Store

@@ -23,7 +23,8 @@ from saeflow.corpus import tabular
 from saeflow.corpus.document import Document, is_held_out
 from saeflow.corpus.sources import open_corpus, signature
 from saeflow.recipe.fingerprint import facts_of
-from saeflow.recipe.settings import CorpusConfig, UserError
+from saeflow.recipe.settings import CorpusConfig
+from saeflow.runtime.errors import UserError
 from tests.support.small_pipeline import SCRIPTS
 
 TEXTS = {key: text for key, text in SCRIPTS.items() if text}

@@ -12,7 +12,8 @@ import pytest
 from saeflow.corpus import token_parts
 from saeflow.model.sites import load_tokenizer
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import ModelConfig, UserError
+from saeflow.recipe.settings import ModelConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store

@@ -17,7 +17,8 @@ from saeflow.corpus import token_parts as tokens
 from saeflow.corpus.document import is_held_out
 from saeflow.model.sites import load_tokenizer
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import TokensConfig, UserError
+from saeflow.recipe.settings import TokensConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
 from tests.support.small_pipeline import CONTEXT_LENGTH, SCRIPTS, documents, recipe_data, tree, write_corpus

@@ -29,7 +29,7 @@ from saeflow.pipeline import encode, train
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forget import forget
 from saeflow.query import ask
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store

@@ -35,7 +35,7 @@ from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline import sweep, train
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 from tests.conftest import Finished

@@ -13,7 +13,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import serve
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("default")  # Prefect's own
 

@@ -46,7 +46,8 @@ from saeflow.pipeline import collect as activations
 from saeflow.pipeline import ingest
 from saeflow.pipeline.forget import forget
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ClusterConfig, UserError
+from saeflow.recipe.settings import ClusterConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store import garbage
 from saeflow.store.records import KINDS
 from saeflow.store.store import Store

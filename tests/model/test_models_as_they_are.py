@@ -31,7 +31,8 @@ from saeflow.model.sites import (
 from saeflow.pipeline import collect
 from saeflow.pipeline.run import run
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ModelConfig, UserError
+from saeflow.recipe.settings import ModelConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 from tests.support.small_pipeline import SCRIPTS, Ingredients, documents, recipe_data

@@ -21,7 +21,8 @@ from saeflow.model.sites import (
     resolve_sites,
     spliced,
 )
-from saeflow.recipe.settings import ModelConfig, UserError
+from saeflow.recipe.settings import ModelConfig
+from saeflow.runtime.errors import UserError
 from tests.support.small_pipeline import SITE, WIDTH
 
 IDS = torch.tensor([[5, 9, 300, 2], [7, 7, 1, 0]])

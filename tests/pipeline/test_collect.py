@@ -23,7 +23,8 @@ from saeflow.corpus import token_parts
 from saeflow.model.sites import Site, load_model
 from saeflow.pipeline import collect, import_table
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import ActivationsConfig, UserError
+from saeflow.recipe.settings import ActivationsConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store import store
 from saeflow.store.files import checksum
 from saeflow.store.store import Store

@@ -23,7 +23,8 @@ from saeflow.pipeline import encode as features
 from saeflow.query import ask as queries
 from saeflow.query import checks
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import FeaturesConfig, UserError
+from saeflow.recipe.settings import FeaturesConfig
+from saeflow.runtime.errors import UserError
 from saeflow.sae import interchange
 from saeflow.store import verify
 from saeflow.store.artefact import Artefact

@@ -18,8 +18,9 @@ from saeflow.corpus import token_parts
 from saeflow.model.sites import load_model
 from saeflow.pipeline import collect, encode, evaluate, import_table, train
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import FeaturesConfig, SAEConfig, UserError
+from saeflow.recipe.settings import FeaturesConfig, SAEConfig
 from saeflow.runtime import devices
+from saeflow.runtime.errors import UserError
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.encoder import SparseValues

@@ -17,7 +17,7 @@ from saeflow.pipeline import forecast, trial_run
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forecast import Survey
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import measured
 from saeflow.store.store import Store
 from tests.conftest import Finished
@@ -126,7 +126,13 @@ def test_what_a_stage_refuses_in_the_trial_is_said_in_its_own_words(recipe: Reci
     with pytest.raises(UserError) as direct:
         pipeline.run(Store.create(tmp_path / "direct"), wrong, quiet())
     (tmp_path / "recipe.json").write_text(wrong.model_dump_json())
-    command = [sys.executable, "-m", "saeflow.pipeline.trial_run", str(tmp_path / "recipe.json"), str(tmp_path / "store")]
+    command = [
+        sys.executable,
+        "-m",
+        "saeflow.pipeline.trial_run",
+        str(tmp_path / "recipe.json"),
+        str(tmp_path / "store"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == trial_run.REFUSED
     assert json.loads(done.stdout.splitlines()[-1]) == {"refused": str(direct.value)}

@@ -21,7 +21,7 @@ from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
 from saeflow.query import ask as queries
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.sae import interchange
 from saeflow.store.files import read_json
 from saeflow.store.store import Store

@@ -21,7 +21,8 @@ from safetensors.torch import save_file as save_tensors
 from saeflow.activations.tables.arrays import Reader
 from saeflow.activations.tables.row_labels import name_of, names_in_order, places_of
 from saeflow.activations.tables.table import content, make_table, open_rows, read_table
-from saeflow.recipe.settings import SyntheticConfig, UserError
+from saeflow.recipe.settings import SyntheticConfig
+from saeflow.runtime.errors import UserError
 
 LABELS = ["猫", "happy cat", 'a "quoted", word']
 VALUES = np.array([[0.5, -1.25], [3, 0], [1e-3, 1e4]], np.float32)

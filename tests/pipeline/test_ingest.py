@@ -32,7 +32,8 @@ from saeflow.pipeline.dask import workers as cluster
 from saeflow.query import ask
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.schedule import ScheduleConfig, next_time
-from saeflow.recipe.settings import CorpusConfig, UserError
+from saeflow.recipe.settings import CorpusConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store import artefact, garbage
 from saeflow.store import verify as integrity
 from saeflow.store.files import read_json, write_json

@@ -12,7 +12,7 @@ import pytest
 from saeflow.pipeline import encode, evaluate, import_table, report, train
 from saeflow.pipeline.report import active_sets, feature_table
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.support.small_pipeline import brought_data, quiet, take_over, value_file
 

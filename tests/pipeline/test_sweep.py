@@ -18,8 +18,9 @@ from saeflow.pipeline import collect, evaluate, import_table, sweep, train
 from saeflow.pipeline import run as pipeline
 from saeflow.recipe import recipe as config
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import SAEConfig, UserError
+from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime import devices
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae import interchange
 from saeflow.store.lease import FileSlot

@@ -18,7 +18,7 @@ from saeflow.model.sites import load_model
 from saeflow.pipeline import collect, import_table, lineage, train
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder

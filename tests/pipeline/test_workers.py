@@ -32,9 +32,10 @@ from saeflow.pipeline.dask import workers as cluster
 from saeflow.pipeline.dask.work import Session, software
 from saeflow.pipeline.dask.workers import Workers
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import ClusterConfig, UserError
+from saeflow.recipe.settings import ClusterConfig
 from saeflow.runtime import threads as parallel
 from saeflow.runtime.devices import GPU_WORKERS
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress, Stopped
 from saeflow.store.artefact import Artefact, Job
 from saeflow.store.lease import acquire, held

@@ -17,7 +17,7 @@ from rich.console import Console
 from saeflow.cli.render import render_table, to_csv, to_json, to_json_lines, write
 from saeflow.query.ask import ask, check, connect, query, questions, runs
 from saeflow.query.runs import sql_folder
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import sanitise
 from saeflow.store.store import Store
 from tests.support.small_store import Document, Given

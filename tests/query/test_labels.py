@@ -22,7 +22,7 @@ from saeflow.query import catalog
 from saeflow.query.ask import ask, connect, query
 from saeflow.query.label_import import read
 from saeflow.query.labels import Label, Sheet, put
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store import lease
 from saeflow.store.store import Store
 from tests.cli.test_app import Command, saeflow  # noqa: F401  (a fixture)

@@ -10,8 +10,9 @@ import pytest
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.load import _anchored, load_recipe
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import SAEConfig, UserError
+from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.template import template
+from saeflow.runtime.errors import UserError
 from tests.support.small_pipeline import Ingredients, brought_data, recipe_data, write_recipe
 
 

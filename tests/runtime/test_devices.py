@@ -12,8 +12,8 @@ from saeflow.corpus import token_parts
 from saeflow.pipeline import collect
 from saeflow.pipeline.run import run
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import UserError
 from saeflow.runtime.devices import GPU_WORKERS, device, own_stream, to_device, to_processor
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_order
 from saeflow.store.store import Store

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
 from tests.sae.test_architectures import D_OUT, EVERY, B, D, F, K, an_autoencoder, dense, obvious_values, rows

@@ -16,7 +16,7 @@ from saeflow.features.schema import LABELS
 from saeflow.query import ask as queries
 from saeflow.query import runs
 from saeflow.query.ask import ask, check, connect
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.records import Hidden
 from tests.support import part_tables
 from tests.support.small_store import DOCUMENTS, N_FEATURES, VALUES, Document, Given, count_stats, token_rows

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store import garbage
 from saeflow.store import verify as integrity
 from saeflow.store.artefact import Artefact

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store import artefact, lease
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.lease import FileSlot, ObjectSlot, Owner, acquire, held, is_free

@@ -29,7 +29,7 @@ from saeflow.query import ask as queries
 from saeflow.query import catalog, labels, runs
 from saeflow.query.bucket_files import ObjectFiles
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae.autoencoder import StepInfo
 from saeflow.store import garbage

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store import artefact as artefact_module
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json, write_json

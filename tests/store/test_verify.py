@@ -17,7 +17,7 @@ from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline import train
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store import garbage
 from saeflow.store import verify as integrity
 from saeflow.store.store import Store

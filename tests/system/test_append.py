@@ -24,7 +24,8 @@ from saeflow.pipeline import train
 from saeflow.pipeline.forget import forget
 from saeflow.query import ask
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import CorpusConfig, UserError
+from saeflow.recipe.settings import CorpusConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.garbage import collect

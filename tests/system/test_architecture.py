@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import re
+import subprocess
+import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,119 +20,22 @@ from tests.support.small_store import Given
 
 ROOT = Path(__file__).resolve().parents[2]
 
-ORDER = [
-    "sections",
-    "swept",
-    "timetable",
-    "config",
-    "recipe_file",
-    "fingerprints",
-    "harmless",
-    "query_errors",
-    "feature_tables",
-    "relations",
-    "parallel",
-    "machine",
-    "transfer",
-    "disk",
-    "objects",
-    "object_files",
-    "records",
-    "coverage",
-    "lease",
-    "artefact",
-    "store",
-    "integrity",
-    "garbage",
-    "progress",
-    "cluster_work",
-    "cluster_start",
-    "cluster",
-    "remote",
-    "document",
-    "tables",
-    "corpus",
-    "model",
-    "vocab",
-    "ledger",
-    "used",
-    "tokens",
-    "known",
-    "rows",
-    "columns",
-    "labels",
-    "toys",
-    "superposed",
-    "brought",
-    "arrays",
-    "writer",
-    "packed",
-    "norms",
-    "plan",
-    "activations",
-    "bring",
-    "feed",
-    "kernels",
-    "sparse_product",
-    "encoding",
-    "direct_path",
-    "directions",
-    "rules",
-    "sparse_step",
-    "dense_step",
-    "feature_kernels",
-    "token_facts",
-    "marginals",
-    "feature_files",
-    "part_writer",
-    "compaction",
-    "sae",
-    "run_tables",
-    "sae_folders",
-    "interchange",
-    "resample",
-    "schedule",
-    "training",
-    "board",
-    "reading",
-    "metrics",
-    "imported",
-    "seen",
-    "train",
-    "feature_labels",
-    "runs",
-    "checks",
-    "features",
-    "forget",
-    "removed",
-    "evaluate",
-    "ground_truth",
-    "report",
-    "sweep",
-    "label_import",
-    "questions",
-    "queries",
-    "api",
-    "catalog",
-    "answers",
-    "pipeline",
-    "retrain",
-    "ingest",
-    "trial",
-    "forecast",
-    "recipe_text",
-    "doctor",
-    "terminal",
-    "command_line",
-    "commands_run",
-    "commands_synth",
-    "commands_store",
-    "commands_ask",
-    "commands_label",
-    "commands_serve",
-    "cli",
-]
-"""Each module imports only modules before it."""
+PACKAGES = [
+    "runtime", "recipe", "store", "corpus", "model", "activations", "sae", "train", "features", "query", "pipeline", "cli",
+]  # fmt: skip
+"""Each package imports only packages before it; `train` and `features` do not know one another."""
+
+APART = {"train", "features"}
+
+NOT_YET = {
+    ("recipe.template", "store.files"),
+    ("corpus.token_parts", "features.schema"),
+    ("corpus.token_parts", "model.sites"),
+    ("model.direct_path", "sae.encoder"),
+}
+"""Imports that still go upwards."""
+
+MOST_FILES = 14
 
 TOP = {
     "README.md", "pyproject.toml", "Makefile", "requirements.lock", "CHANGELOG.md", "LICENSE", "docs", ".ci",
@@ -147,24 +55,80 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def modules() -> dict[str, Path]:
-    return {path.stem: path for path in (ROOT / "saeflow").glob("*.py") if path.stem != "__init__"}
+    """Files of saeflow by dotted name below it; a package by the name of its folder."""
+    found = {}
+    for path in sorted((ROOT / "saeflow").rglob("*.py")):
+        parts = path.relative_to(ROOT / "saeflow").with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def test_every_module_has_its_place_in_the_order():
-    assert sorted(modules()) == sorted(ORDER)
+def inner(path: Path) -> set[str]:
+    """Modules of saeflow that a file imports, by dotted name below it."""
+    names = {name.removeprefix("saeflow.") for name in imported(path) if name.startswith("saeflow.")}
+    return names & modules().keys()
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_those_before_it(module):
-    names = {name.split(".")[1] for name in imported(modules()[module]) if name.startswith("saeflow.")}
-    later = {name for name in names & set(ORDER) if ORDER.index(name) >= ORDER.index(module)}
-    assert not later
+def test_the_packages_are_the_ones_in_the_plan():
+    folders = {path.name for path in (ROOT / "saeflow").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(PACKAGES)
 
 
-@pytest.mark.parametrize("module", [*ORDER, "__init__"])
+def test_a_package_imports_only_lower_ones():
+    upward = set()
+    for name, path in modules().items():
+        here = name.split(".")[0]
+        for other in inner(path) if here in PACKAGES else ():
+            there = other.split(".")[0]
+            if there not in PACKAGES:
+                continue
+            if PACKAGES.index(there) > PACKAGES.index(here) or {here, there} == APART:
+                upward.add((name, other))
+    assert {pair for pair in upward if pair[1] not in PACKAGES} == NOT_YET
+
+
+def test_no_module_imports_itself_through_others():
+    imports = {name: inner(path) - {name} for name, path in modules().items()}
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+def test_across_packages_only_public_names_are_imported():
+    private = []
+    for name, path in modules().items():
+        for other in imported(path):
+            if other.startswith("saeflow.") and other.split(".")[-1].startswith("_") and "__" not in other:
+                private.append(f"{name} imports {other}")
+    assert not private
+
+
+@pytest.mark.parametrize("package", [name for name, path in modules().items() if path.stem == "__init__" and name])
+def test_a_package_names_every_file_of_its_folder_once(package):
+    path = modules()[package]
+    named = re.findall(r"^(\w+)  +\S", ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "", re.M)
+    files = [each.stem for each in path.parent.glob("*.py") if each.stem != "__init__"]
+    folders = [each.parent.name for each in path.parent.glob("*/__init__.py")]
+    assert sorted(named) == sorted(files + folders)
+
+
+def test_a_folder_holds_no_more_than_can_be_seen_at_once():
+    folders = Counter(path.parent for path in modules().values() if path.stem != "__init__")
+    assert {path.name: n for path, n in folders.items() if n > MOST_FILES} == {"pipeline": 16}
+
+
+def test_the_help_of_the_command_loads_no_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", "import saeflow.cli.app, sys; print([m for m in HEAVY if m in sys.modules])".replace(
+            "HEAVY", repr(["torch", "numba", "duckdb", "pyarrow", "zarr", "prefect", "distributed"])
+        )],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert "torch" not in done.stdout
+
+
+@pytest.mark.parametrize("module", modules())
 def test_saeflow_knows_neither_prefect_nor_the_flows(module):
-    roots = {name.split(".")[0] for name in imported(ROOT / "saeflow" / f"{module}.py")}
-    allowed = {"flows"} if module == "commands_serve" else set()  # which imports them when it is typed
+    roots = {name.split(".")[0] for name in imported(modules()[module])}
+    allowed = {"flows"} if module == "cli.serve" else set()  # which imports them when it is typed
     assert not roots & {"prefect", "flows", "tests"} - allowed
 
 

@@ -26,7 +26,7 @@ from saeflow.pipeline import collect, train
 from saeflow.pipeline import encode as features
 from saeflow.pipeline.dask import workers as cluster
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store

@@ -63,7 +63,9 @@ def many(tmp_path_factory) -> Iterator[Many]:
 def calls(monkeypatch) -> Counter[str]:
     """How often each of COUNTED is called from now on."""
     counts: Counter[str] = Counter()
-    monkeypatch.setattr(saeflow.store.artefact, "_READ", weakref.WeakValueDictionary())  # as in a process that has read none
+    monkeypatch.setattr(
+        saeflow.store.artefact, "_READ", weakref.WeakValueDictionary()
+    )  # as in a process that has read none
 
     def counting(name: str, call: Callable[..., object]) -> Callable[..., object]:
         def counted(*arguments: object, **named: object) -> object:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import SAEConfig, TrainConfig, UserError
+from saeflow.recipe.settings import SAEConfig, TrainConfig
+from saeflow.runtime.errors import UserError
 from saeflow.train import schedules
 from tests.support.small_pipeline import brought_data
 

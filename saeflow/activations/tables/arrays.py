@@ -15,7 +15,7 @@ import torch
 import zarr
 from safetensors import SafetensorError, safe_open
 
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 
 Block = tuple[np.ndarray, list[str] | None]
 """Numbers (n, D) of any numeric type, and a label a row where there are labels."""

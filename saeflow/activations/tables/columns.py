@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow.activations.tables.arrays import Block, Rows, block_rows, choose, unreadable
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.store.files import read_json
 
 _TOKEN_IDS = "token_ids"

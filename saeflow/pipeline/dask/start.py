@@ -13,7 +13,8 @@ from typing import Any
 
 from distributed import Client
 
-from saeflow.recipe.settings import ClusterConfig, UserError
+from saeflow.recipe.settings import ClusterConfig
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.threads import n_threads
 
 _CLOSE_SECONDS = 10.0

@@ -29,7 +29,7 @@ from distributed import Reschedule, get_worker
 from distributed.core import Status
 
 from saeflow import __version__
-from saeflow.recipe.settings import UserError
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.lease import acquire
