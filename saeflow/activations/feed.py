@@ -25,7 +25,7 @@ from saeflow.activations.epoch import (
     pool_blocks,
 )
 from saeflow.activations.shards import Stored, open_site
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.recipe.settings import FeedConfig
 from saeflow.runtime.errors import UserError
@@ -77,7 +77,7 @@ class Feed:
 
     def __init__(
         self,
-        used: Used,
+        used: TokenSelection,
         target: Artefact,
         sites: Site | Sequence[Site],
         config: FeedConfig,
@@ -95,7 +95,7 @@ class Feed:
         self.blocks = Blocks(parts, block_sequences)
         self.stride = block_sequences * used.length
         self.counts = self.blocks.sums(used.counts)
-        """Used tokens of every block."""
+        """Selected tokens of every block."""
         self.n_bytes_read = 0
         """Stored bytes of the blocks read so far."""
         self._kept: tuple[tuple[Block, ...], list[Tensor], np.ndarray] | None = None
@@ -108,7 +108,7 @@ class Feed:
 
     @property
     def n_rows(self) -> int:
-        """Used training tokens in one epoch."""
+        """Selected training tokens in one epoch."""
         return int(self.counts.sum())
 
     @cached_property
@@ -272,13 +272,13 @@ def _taken(values: Tensor, places: np.ndarray) -> Tensor:
     return torch.from_numpy(np.take(bits, places, axis=0)).view(values.dtype)
 
 
-def held_out_rows(used: Used, target: Artefact, site: Site, max_tokens: int) -> Iterator[Tensor]:
-    """Used held-out activations (n, D) float32, some at a time, at most `max_tokens` in all."""
+def held_out_rows(used: TokenSelection, target: Artefact, site: Site, max_tokens: int) -> Iterator[Tensor]:
+    """Selected held-out activations (n, D) float32, some at a time, at most `max_tokens` in all."""
     return (rows for (rows,) in aligned_held_out_rows(used, target, [site], max_tokens))
 
 
 def aligned_held_out_rows(
-    used: Used, target: Artefact, sites: Sequence[Site], max_tokens: int
+    used: TokenSelection, target: Artefact, sites: Sequence[Site], max_tokens: int
 ) -> Iterator[tuple[Tensor, ...]]:
     """The same for several sites: one tensor (n, D) a site, the same tokens in the same rows.
 

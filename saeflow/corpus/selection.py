@@ -22,8 +22,8 @@ from saeflow.store.records import Generation, PartRecord
 
 
 @dataclass(frozen=True)
-class Used:
-    """The used tokens of one token artefact, as of one generation of it."""
+class TokenSelection:
+    """The tokens of one artefact that count, as of one generation of it."""
 
     source: Artefact
     skip_positions: tuple[int, ...] = ()
@@ -39,7 +39,7 @@ class Used:
             )
 
     @classmethod
-    def of(cls, source: Artefact, config: ActivationsConfig) -> Used:
+    def of(cls, source: Artefact, config: ActivationsConfig) -> TokenSelection:
         return cls(source, tuple(sorted(set(config.skip_positions))), config.skip_special)
 
     @cached_property
@@ -64,7 +64,7 @@ class Used:
         return {name: value for name, value in settings.items() if value}
 
     @classmethod
-    def from_facts(cls, source: Artefact, facts: Mapping[str, Any]) -> Used:
+    def from_facts(cls, source: Artefact, facts: Mapping[str, Any]) -> TokenSelection:
         return cls(source, tuple(facts.get("skip_positions", ())), bool(facts.get("skip_special", False)))
 
     def mask(self, index: int, rows: slice = slice(None)) -> np.ndarray:

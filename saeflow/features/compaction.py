@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.features.counting import (
     Grouped,
     Pairs,
@@ -88,7 +88,7 @@ ByWorkers = Callable[[list[list[PartRecord]], Bar], Iterator[PartRecord]]
 
 def run(
     target: Artefact,
-    used: Used,
+    used: TokenSelection,
     progress: Progress,
     enough: int,
     mend: bool = False,
@@ -100,7 +100,7 @@ def run(
             progress.skip("compact", f"{len(target.published().parts)} parts")
 
 
-def settled(target: Artefact, used: Used, inputs: Mapping[int, dict[str, str]]) -> list[PartRecord]:
+def settled(target: Artefact, used: TokenSelection, inputs: Mapping[int, dict[str, str]]) -> list[PartRecord]:
     """The parts to show; a compacted one whose values are not all wanted any more is written again without the others."""
     owned: dict[str, list[int]] = {}
     records: dict[str, PartRecord] = {}
@@ -123,7 +123,7 @@ class _Source(NamedTuple):
 
 
 def compact(
-    target: Artefact, used: Used, progress: Progress, enough: int = 2, mend: bool = True,
+    target: Artefact, used: TokenSelection, progress: Progress, enough: int = 2, mend: bool = True,
     by_workers: ByWorkers | None = None,
 ) -> list[PartRecord]:  # fmt: skip
     """Merge neighbouring parts into compacted ones, where at least `enough` of them can be; the new parts.
@@ -148,7 +148,7 @@ def compact(
     return made
 
 
-def merge_whole(target: Artefact, used: Used, parts: Sequence[PartRecord], bar: Bar) -> PartRecord:
+def merge_whole(target: Artefact, used: TokenSelection, parts: Sequence[PartRecord], bar: Bar) -> PartRecord:
     """Write all values of these parts as one."""
     return merge(target, used, [_Source(part, sorted(covered(part))) for part in parts], bar)
 
@@ -192,7 +192,7 @@ def _in_order(parts: Sequence[PartRecord]) -> list[PartRecord]:
     return sorted(parts, key=lambda part: min(covered(part)))
 
 
-def merge(target: Artefact, used: Used, sources: Sequence[_Source], bar: Bar | None = None) -> PartRecord:
+def merge(target: Artefact, used: TokenSelection, sources: Sequence[_Source], bar: Bar | None = None) -> PartRecord:
     """Write the values of these parts as one."""
     taken = dict(sorted((index, source.part) for source in sources for index in source.indices))
     inputs = {f"{index:06d}": covered(part)[index] for index, part in taken.items()}
@@ -215,7 +215,7 @@ class _Merger:
     """
 
     target: Artefact
-    used: Used
+    used: TokenSelection
     taken: Mapping[int, PartRecord]
     folder: Path
     bar: Bar | None

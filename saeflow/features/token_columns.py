@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.features.schema import MOST_SOURCES
 
 Source = tuple[str | None, bool]
@@ -35,7 +35,7 @@ class TokenFacts:
         return TokenFacts(self.first_token, *each, self.sources)
 
 
-def facts_of(used: Used, index: int) -> TokenFacts:
+def facts_of(used: TokenSelection, index: int) -> TokenFacts:
     """The tokens of one part; sources beyond the MOST_SOURCES with most used tokens are one."""
     part = used.parts[index]
     tokens = pq.read_table(used.source.part_file(part, "tokens.parquet"), columns=["vocab_id", "document_id"])
@@ -51,7 +51,7 @@ def bands_of(positions: np.ndarray) -> np.ndarray:
     return np.frexp(positions.astype(np.float64))[1].astype(np.int32)
 
 
-def _sources(used: Used, index: int, owners: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[Source]]:
+def _sources(used: TokenSelection, index: int, owners: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[Source]]:
     """Codes int32 (n,) of every token, and what they stand for: by number of used tokens, then by name."""
     table = pq.read_table(
         used.source.part_file(used.parts[index], "documents.parquet"), columns=["document_id", "source"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saeflow.activations import shards
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction, run_tables
 from saeflow.features.coverage import covered, stands_for
 from saeflow.features.part_writer import PartWriter
@@ -61,7 +61,7 @@ def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
 class Encoder:
     """Everything a part needs: made once, used for every part."""
 
-    used: Used
+    used: TokenSelection
     stored: Artefact
     target: Artefact
     site: Site
@@ -73,7 +73,7 @@ class Encoder:
         return encode_together([self], part, bar)[0]
 
     def rows(self, part: PartRecord, mask: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Used tokens in order, at most `batch_rows` at once: token_ids (n,), activations (n, D)."""
+        """Selected tokens in order, at most `batch_rows` at once: token_ids (n,), activations (n, D)."""
         array = shards.open_site(self.stored, part, self.site)
         length = mask.shape[1]
         block = array.chunk
@@ -110,14 +110,14 @@ def encode_together(encoders: Sequence[Encoder], part: PartRecord, bar: Bar) -> 
     return [encoder.target.made[part.index] for encoder in encoders]
 
 
-def part_inputs(used: Used, part: PartRecord) -> dict[str, str]:
+def part_inputs(used: TokenSelection, part: PartRecord) -> dict[str, str]:
     """What the values of an activation part follow from."""
     hidden = used.generation.hidden_digest(part.index)
     inputs = {"tokens": used.parts[part.index].folder, "activations": part.folder}
     return inputs | ({"hidden": hidden} if hidden else {})
 
 
-def open_encoder(store: Store, recipe: Recipe, used: Used, progress: Progress) -> Encoder:
+def open_encoder(store: Store, recipe: Recipe, used: TokenSelection, progress: Progress) -> Encoder:
     """Make the tables beside the parts, create the artefact, and load the SAE."""
     source, stored = collect.tokens_artefact(store, recipe), collect.artefact(store, recipe)
     trained, target = _trained(store, recipe), artefact(store, recipe)
@@ -137,7 +137,7 @@ def _config_here(recipe: Recipe) -> FeaturesConfig:
     return recipe.features.model_copy(update={"device": "cpu"}) if recipe.cluster else recipe.features
 
 
-def encoder_of(store: Store, target: Artefact, used: Used, config: FeaturesConfig) -> Encoder:
+def encoder_of(store: Store, target: Artefact, used: TokenSelection, config: FeaturesConfig) -> Encoder:
     """The encoder of a run that exists, from what its record says."""
     _, stored, trained = (store.by_id(name) for name in target.record.inputs)
     site = collect.choose_site(stored, target.record.facts["site"])
@@ -203,7 +203,7 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
     targets = {artefact(store, recipe): recipe for recipe in recipes}
     with writing_all(targets):
         wanted = collect.artefact(store, first).published().parts
-        used = Used.of(collect.tokens_artefact(store, first), first.activations)
+        used = TokenSelection.of(collect.tokens_artefact(store, first), first.activations)
         inputs = {part.index: part_inputs(used, part) for part in wanted}
         lacking = {target: inputs.keys() - compaction.owners(target, inputs) for target in targets}
         missing = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
@@ -364,13 +364,13 @@ def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progres
             target.attach(run_tables.write(target, recipe, sae, target.record.facts["site"], progress))
 
 
-def used_of(store: Store, target: Artefact) -> Used:
+def used_of(store: Store, target: Artefact) -> TokenSelection:
     """The tokens that a run encodes, as they are now."""
-    return Used.from_facts(store.by_id(target.record.inputs[0]), target.record.facts)
+    return TokenSelection.from_facts(store.by_id(target.record.inputs[0]), target.record.facts)
 
 
 def publish(
-    store: Store, target: Artefact, used: Used, inputs: Mapping[int, dict[str, str]], progress: Progress,
+    store: Store, target: Artefact, used: TokenSelection, inputs: Mapping[int, dict[str, str]], progress: Progress,
     check_values: int = checks.MOST_VALUES,
 ) -> None:  # fmt: skip
     """Show the parts that follow from these inputs; a compacted one that holds more is written again without it.
@@ -421,7 +421,12 @@ def refresh(
 
 
 def _encode(
-    store: Store, target: Artefact, used: Used, parts: Sequence[PartRecord], progress: Progress, recipe: Recipe | None
+    store: Store,
+    target: Artefact,
+    used: TokenSelection,
+    parts: Sequence[PartRecord],
+    progress: Progress,
+    recipe: Recipe | None,
 ) -> None:
     n_tokens = {part.index: part.counts["n_tokens"] for part in parts}
     if recipe:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saeflow.activations.feed import Feed, aligned_held_out_rows
 from saeflow.corpus import token_parts
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coverage import holding
 from saeflow.model.sites import device_of, load_model, predicts_next_token, require_running_order, spliced
 from saeflow.pipeline import collect, encode, train
@@ -123,7 +123,7 @@ def _judged(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Prog
 def judge_together(store: Store, recipe: Recipe, saes: Sequence[SparseAutoencoder], progress: Progress) -> list[Judged]:
     """Several SAEs of the recipe's sites, judged in one reading."""
     source, stored = collect.tokens_artefact(store, recipe), collect.artefact(store, recipe)
-    used = Used.of(source, recipe.activations)
+    used = TokenSelection.of(source, recipe.activations)
     read, target = collect.sites_of(stored, recipe.sae)
     sites = [read] if read == target else [read, target]
     found = [Judged(Reconstruction(target.width), Firing(sae.config.n_features)) for sae in saes]
@@ -254,7 +254,7 @@ class _Splice:
 def _held_out_sequences(store: Store, recipe: Recipe, n_together: int) -> Iterator[_Batch]:
     """Held-out sequences, at most `evaluate.max_tokens` tokens."""
     source = collect.tokens_artefact(store, recipe)
-    visible, used = Used(source), Used.of(source, recipe.activations)
+    visible, used = TokenSelection(source), TokenSelection.of(source, recipe.activations)
     left = math.ceil(recipe.evaluate.max_tokens / recipe.tokens.context_length)
     for part in source.published().parts:
         rows = slice(part.counts["n_train_sequences"], part.counts["n_train_sequences"] + max(left, 0))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from saeflow.activations import shards
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect
 from saeflow.recipe.fingerprint import facts_of
@@ -124,7 +124,7 @@ def publish(target: Artefact, store: Store, recipe: Recipe, progress: Progress) 
     source, stored = collect.tokens_artefact(store, recipe), collect.artefact(store, recipe)
     sites = list(dict.fromkeys(collect.sites_of(stored, recipe.sae)))
     progress.say(f"train: importing {found.weights.parent} instead")
-    row = _tried(sae, _first_rows(Used.of(source, recipe.activations), stored, sites))
+    row = _tried(sae, _first_rows(TokenSelection.of(source, recipe.activations), stored, sites))
     named = dict(zip(("site", "target_site"), (site.name for site in sites), strict=False))
     about = facts(store, recipe)
     theirs = {name: value for name, value in found.metadata.items() if name not in ("saeflow", *named)}
@@ -154,7 +154,7 @@ def in_words(recipe: Recipe, made: Artefact) -> str:
     )
 
 
-def _first_rows(used: Used, stored: Artefact, sites: list[Site]) -> list[Tensor]:
+def _first_rows(used: TokenSelection, stored: Artefact, sites: list[Site]) -> list[Tensor]:
     """The first used tokens (n, D) of the store, at most `_SAMPLE_ROWS`; a tensor a site."""
     part = stored.published().parts[0]
     sequences = slice(0, max(1, _SAMPLE_ROWS // used.length))

@@ -6,7 +6,7 @@ import contextlib
 import re
 from typing import Any
 
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.pipeline import collect, import_sae
 from saeflow.recipe.fingerprint import facts_of, fingerprint
 from saeflow.recipe.recipe import Recipe
@@ -103,7 +103,7 @@ def _settings(store: Store, recipe: Recipe) -> dict[str, Any]:
         "train": {name: value for name, value in facts_of(recipe.train).items() if name not in no_settings},
         "feed": facts_of(recipe.feed),
         "threads": recipe.threads,
-    } | Used.of(collect.tokens_artefact(store, recipe), recipe.activations).facts
+    } | TokenSelection.of(collect.tokens_artefact(store, recipe), recipe.activations).facts
 
 
 def _without_seen(facts: dict[str, Any]) -> dict[str, Any]:

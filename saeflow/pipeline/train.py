@@ -17,7 +17,7 @@ import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from saeflow.activations.feed import Feed
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect, import_sae, lineage
 from saeflow.pipeline.dask import work
@@ -248,7 +248,7 @@ def sites_of(store: Store, recipe: Recipe) -> list[Site]:
 def open_feed(store: Store, recipe: Recipe, generation: int | None = None) -> Feed:
     """The training tokens of a generation of the activations, by default of the published one."""
     stored = collect.artefact(store, recipe)
-    used = Used.of(collect.tokens_artefact(store, recipe), recipe.activations)
+    used = TokenSelection.of(collect.tokens_artefact(store, recipe), recipe.activations)
     return Feed(used, stored, sites_of(store, recipe), recipe.feed, generation)
 
 

@@ -14,7 +14,7 @@ from saeflow.activations import shards
 from saeflow.activations.epoch import Blocks, plan_epoch
 from saeflow.activations.feed import Feed, aligned_held_out_rows, held_out_rows
 from saeflow.corpus import token_parts
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.pipeline import collect, import_table
 from saeflow.pipeline.train import open_feed
 from saeflow.recipe.recipe import parse_recipe
@@ -236,7 +236,7 @@ def test_held_out_and_masked_rows_never_appear_and_all_others_do(tmp_path, ingre
     assert multiset(epoch.float()) == multiset(values[train])
     site, source, target = reader.site, token_parts.artefact(store, recipe), collect.artefact(store, recipe)
     for limit in (10**9, 300, 1):
-        rows = torch.cat(list(held_out_rows(Used(source), target, site, limit)))
+        rows = torch.cat(list(held_out_rows(TokenSelection(source), target, site, limit)))
         torch.testing.assert_close(rows, values[held][:limit], rtol=0, atol=0)
     assert values.shape[0] % CONTEXT_LENGTH == 0
 
@@ -250,7 +250,7 @@ def test_held_out_rows_of_several_sites_are_the_same_tokens(tmp_path, ingredient
     store = Store.create(tmp_path / "store")
     token_parts.run(store, recipe, progress)
     target = collect.run(store, recipe, progress)
-    used = Used.of(token_parts.artefact(store, recipe), recipe.activations)
+    used = TokenSelection.of(token_parts.artefact(store, recipe), recipe.activations)
     chosen = [collect.choose_site(target, name) for name in sites]
     found = list(aligned_held_out_rows(used, target, chosen, limit))
     for site, rows in zip(chosen, zip(*found, strict=True), strict=True):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import Packed, write_part
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.features.part_writer import PartWriter
@@ -35,7 +35,7 @@ def make(store: Store, n_values: int, part_tokens: int = 262_144, n_threads: int
     target = store.artefact("features", "made", f"{n_values:08x}"[:8])
     facts = {"n_features": N_FEATURES, "context_length": LENGTH, "site": "made"}
     target.begin(facts, [source.id, f"activations/made-{source.fp}", f"saes/made-{source.fp}"])
-    used = Used(source)
+    used = TokenSelection(source)
 
     def work(part: PartRecord) -> PartRecord:
         use_one_thread()
@@ -84,7 +84,7 @@ def _documents(owners: np.ndarray, base: int) -> pa.Table:
     )
 
 
-def _values(target: Artefact, used: Used, part: PartRecord) -> PartRecord:
+def _values(target: Artefact, used: TokenSelection, part: PartRecord) -> PartRecord:
     about = facts_of(used, part.index)
     counts: dict[str, int] = {}
     with target.new_part(part.index, counts, {"tokens": part.folder, "activations": part.folder}) as folder:

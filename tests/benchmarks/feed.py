@@ -27,7 +27,7 @@ from saeflow.activations.epoch import plan_epoch
 from saeflow.activations.feed import Feed
 from saeflow.activations.writer import Writer
 from saeflow.corpus import token_parts
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect
 from saeflow.recipe.settings import FeedConfig
@@ -71,7 +71,7 @@ def artefacts(store: Store) -> tuple[Artefact, Artefact]:
 
 def open_feed(folder: Path, pool_bytes: int) -> Feed:
     source, target = artefacts(Store.open(folder))
-    return Feed(Used(source), target, SITE, FeedConfig(pool_bytes=pool_bytes))
+    return Feed(TokenSelection(source), target, SITE, FeedConfig(pool_bytes=pool_bytes))
 
 
 def mapped_chunks(feed: Feed) -> Callable[[int], list[np.ndarray]]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
 from saeflow.features.files import files_of
 from saeflow.query import ask as queries
@@ -189,7 +189,7 @@ def made(folder: Path, n_values: int) -> tuple[Made, float]:
     run = _made_run.make(store, n_values)
     source = store.by_id(run.record.inputs[0])
     began = time.perf_counter()
-    compaction.run(run, Used(source), QUIET, enough=2)
+    compaction.run(run, TokenSelection(source), QUIET, enough=2)
     seconds = time.perf_counter() - began
     connection = queries.connect(store)
     counts = counts_of(connection)

@@ -27,7 +27,7 @@ from typing import Any
 
 from saeflow.activations.feed import Feed
 from saeflow.corpus.ledger import Ledger
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode
@@ -85,7 +85,9 @@ def opened(many: Many, taken: Taken, kind: str) -> None:
 def planned(many: Many, taken: Taken) -> None:
     """What training does before its first batch, but for looking at the mixing and reading."""
     with taken.timed():
-        feed = Feed(Used(target_of(many, "tokens")), target_of(many, "activations"), Site(SITE, WIDTH), FeedConfig())
+        feed = Feed(
+            TokenSelection(target_of(many, "tokens")), target_of(many, "activations"), Site(SITE, WIDTH), FeedConfig()
+        )
         n_batches = feed.batches_per_epoch
         pool = next(feed.pools(0))
     taken.facts = {"rows": feed.n_rows, "blocks": len(feed.blocks), "batches": n_batches, "first": len(pool.batches)}

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from saeflow.activations import shards
 from saeflow.corpus import token_parts
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.features import part_writer
 from saeflow.features.part_writer import PartWriter
 from saeflow.model.sites import Site
@@ -204,7 +204,7 @@ def encoder_of(brought, stored: Artefact, name: str) -> features.Encoder:
     target = store.artefact("features", name, "00000000")
     target.begin({"context_length": 1, "n_features": recipe.sae.n_features}, [source.id, stored.id, "saes/x-0"])
     sae = interchange.load(train.artefact(store, recipe).path)
-    return features.Encoder(Used(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows)
+    return features.Encoder(TokenSelection(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows)
 
 
 def encode_all(encoder: features.Encoder) -> Artefact:

@@ -12,7 +12,7 @@ import pytest
 
 from saeflow.activations.feed import held_out_rows
 from saeflow.corpus import token_parts
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
@@ -145,7 +145,7 @@ def read_by_feed(copied: Finished) -> object:
 
 def read_held_out(copied: Finished) -> object:
     source, stored = (each.artefact(copied.store, copied.recipe) for each in (token_parts, activations))
-    return list(held_out_rows(Used(source), stored, activations.choose_site(stored, SITE), 10**9))
+    return list(held_out_rows(TokenSelection(source), stored, activations.choose_site(stored, SITE), 10**9))
 
 
 def read_by_encoder(copied: Finished) -> object:

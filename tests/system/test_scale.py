@@ -20,7 +20,7 @@ import saeflow.store.artefact
 from saeflow.activations import feed
 from saeflow.activations.epoch import pool_blocks
 from saeflow.activations.feed import Feed
-from saeflow.corpus.selection import Used
+from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
 from saeflow.features.compaction import BUCKET_VALUES, MOST_VALUES, PIECE_VALUES
 from saeflow.model.sites import Site
@@ -158,7 +158,9 @@ def test_what_is_missing_is_decided_by_looking_at_each_file_a_few_times(many, ca
 
 def test_planning_an_epoch_opens_a_bounded_number_of_arrays_and_no_tokens(many, calls, monkeypatch):
     monkeypatch.setattr(feed, "_MOST_OPEN", 10)
-    made = Feed(Used(reopened(many, "tokens")), reopened(many, "activations"), Site(SITE, WIDTH), FeedConfig(seed=3))
+    made = Feed(
+        TokenSelection(reopened(many, "tokens")), reopened(many, "activations"), Site(SITE, WIDTH), FeedConfig(seed=3)
+    )
     assert calls["open_array"] == 10
     assert calls["read_listed"] == 2
     assert made.n_rows == N_PARTS * N_TRAIN * 256
