@@ -1,4 +1,5 @@
-"""What every flow shares: the store, tasks, what is seen of a run while it works, and ending well when it is cancelled."""
+"""What every flow shares: the store, tasks, what is seen of a run while it works, and ending well when it is
+cancelled."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def worth_retrying(task: Any, run: Any, state: Any) -> bool:
 
 
 def part_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """Decorates the work on one part. It gets an index and returns a small record: nothing large goes through Prefect."""
+    """Decorates the work on one part. It gets an index and returns a small record: nothing large goes through
+    Prefect."""
     return task(
         name="saeflow-part",
         task_run_name=name,
@@ -172,8 +174,8 @@ def reporting(stage: str) -> Iterator[Progress]:
 
 
 class _Watched:
-    """The progress artifact of a stage and the lines in its log, written by a thread of their own, so that a server that is
-    slow or lost holds nobody up."""
+    """The progress artifact of a stage and the lines in its log, written by a thread of their own, so that a server
+    that is slow or lost holds nobody up."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage

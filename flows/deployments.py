@@ -29,7 +29,8 @@ _STAGES: dict[str, Flow[..., Any]] = {
 
 
 def deployments(recipes: Sequence[Recipe], stores: Sequence[str]) -> list[RunnerDeployment]:
-    """What every recipe is deployed as, each for its store. Of recipes that share one, one has the times of `verify` and `gc`.
+    """What every recipe is deployed as, each for its store. Of recipes that share one, one has the times of `verify`
+    and `gc`.
 
     Raises UserError where two recipes have one name.
     """
@@ -46,7 +47,8 @@ def deployments(recipes: Sequence[Recipe], stores: Sequence[str]) -> list[Runner
 
 
 def _deployment(stage: str, recipe: Recipe, store: str, about: ScheduleConfig) -> RunnerDeployment:
-    """A second run of a stage is cancelled at once: the one at work does all there is, or each ingest asks again (train)."""
+    """A second run of a stage is cancelled at once: the one at work does all there is, or each ingest asks again
+    (train)."""
     parameters: dict[str, Any] = {"recipe": recipe.model_dump(mode="json", exclude_none=True), "store": store}
     made = _STAGES[stage].to_deployment(
         recipe.name,
@@ -95,8 +97,8 @@ def _triggers(stage: str, recipe: Recipe, store: str) -> list[DeploymentTriggerT
 
 
 def keep_what_was_set(deployment: RunnerDeployment) -> None:
-    """Let what an operator paused stay paused when it is applied again, and take schedules off the server that the recipe
-    no longer gives."""
+    """Let what an operator paused stay paused when it is applied again, and take schedules off the server that the
+    recipe no longer gives."""
     with get_client(sync_client=True) as client:
         try:
             known = client.read_deployment_by_name(deployment.full_name)

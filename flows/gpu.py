@@ -18,15 +18,16 @@ LIMIT = "saeflow-gpu"
 
 
 def set_limit(n_gpus: int) -> None:
-    """Let so many flow runs use a GPU at once, on all machines of this server together, unless a number is set already."""
+    """Let so many flow runs use a GPU at once, on all machines of this server together, unless a number is set
+    already."""
     with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=n_gpus))
 
 
 @contextlib.contextmanager
 def gpu_slot(recipe: Recipe, *devices: str) -> Iterator[None]:
-    """Wait until a GPU is free, if one of these settings of `device` means one of this machine, and hold it. Without a limit
-    there is no wait; what a cluster's workers do is theirs."""
+    """Wait until a GPU is free, if one of these settings of `device` means one of this machine, and hold it. Without a
+    limit there is no wait; what a cluster's workers do is theirs."""
     if recipe.cluster is None and any(map(uses_gpu, devices)):
         with concurrency(LIMIT, occupy=1, raise_on_lease_renewal_failure=False):
             yield
@@ -35,7 +36,8 @@ def gpu_slot(recipe: Recipe, *devices: str) -> Iterator[None]:
 
 
 def places(recipe: Recipe) -> run.Place:
-    """Has each stage of a recipe wait until a GPU is free, if it uses one of this machine, and hold it while it works."""
+    """Has each stage of a recipe wait until a GPU is free, if it uses one of this machine, and hold it while it
+    works."""
     alone = recipe.model_copy(update={"cluster": None})
     return lambda stage: gpu_slot(alone, *run.devices_of(recipe, stage))
 

@@ -1,4 +1,5 @@
-"""Flow: what is new in the corpus through every stage, until it can be asked about. An event says when the store has grown."""
+"""Flow: what is new in the corpus through every stage, until it can be asked about. An event says when the store has
+grown."""
 
 from __future__ import annotations
 
@@ -15,12 +16,14 @@ from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe
 
 GROWN = "saeflow.store.grown"
-"""The event after each ingest by which the store has grown by `schedule.train_growth` or more since the newest SAE, until
-one is trained: whichever attempt has published what is new, and whatever became of the training that the last one began."""
+"""The event after each ingest by which the store has grown by `schedule.train_growth` or more since the newest SAE,
+until one is trained: whichever attempt has published what is new, and whatever became of the training that the last one
+began."""
 
 
 def has_grown(recipe: Recipe, found: dict[str, Any]) -> bool:
-    """Has an ingest found enough for a new SAE? The first one is no event's: it is made by the ingest or at work already."""
+    """Has an ingest found enough for a new SAE? The first one is no event's: it is made by the ingest or at work
+    already."""
     return bool(0 < recipe.schedule.train_growth <= found["grown"] < math.inf)
 
 
@@ -31,7 +34,8 @@ def resource(recipe: Recipe, store: str) -> dict[str, str]:
 
 @flow(name="saeflow-ingest", flow_run_name="ingest-{recipe.name}")
 def ingest_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
-    """Read new and changed documents, encode them by every published run, and forget removed ones if the recipe says so."""
+    """Read new and changed documents, encode them by every published run, and forget removed ones if the recipe says
+    so."""
     opened = open_store(recipe, store, overlap="wait")
     with reporting("ingest") as progress:
 

@@ -1,4 +1,5 @@
-"""Text and pictures as markdown for Prefect's pages. What others wrote, in a corpus or in the name of a file, stays text."""
+"""Text and pictures as markdown for Prefect's pages. What others wrote, in a corpus or in the name of a file, stays
+text."""
 
 from __future__ import annotations
 

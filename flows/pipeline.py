@@ -94,7 +94,8 @@ def told(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
         _drop_events()
         raise UserError(
             f"Prefect's server does not answer any more ({error}). What is finished is kept in the store.\n"
-            "Start the server again (prefect server start), then the same command; or go on without it: saeflow run RECIPE"
+            "Start the server again (prefect server start), then the same command; or go on without it: saeflow run "
+            "RECIPE"
         ) from error
 
 

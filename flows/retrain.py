@@ -1,4 +1,5 @@
-"""Flow: a new SAE on what the store holds now, encoded and judged. It ends at once where the store has not grown enough."""
+"""Flow: a new SAE on what the store holds now, encoded and judged. It ends at once where the store has not grown
+enough."""
 
 from __future__ import annotations
 

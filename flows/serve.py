@@ -39,8 +39,8 @@ ZOMBIES = f"{TAG}: a run without a sign of life has crashed"
 
 @contextlib.contextmanager
 def found() -> Iterator[str]:
-    """The server's API, which is Prefect's inside the block: PREFECT_API_URL, else the place where `prefect server start`
-    puts one. Raises UserError where none answers: a temporary server would keep no schedule."""
+    """The server's API, which is Prefect's inside the block: PREFECT_API_URL, else the place where `prefect server
+    start` puts one. Raises UserError where none answers: a temporary server would keep no schedule."""
     settings = get_current_settings()
     url = settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
     if (why := _silence(url)) is not None:
@@ -109,7 +109,8 @@ def prepare_server() -> None:
 
 
 def others(wanted: Sequence[RunnerDeployment]) -> list[str]:
-    """Full names of other deployments of saeflow on the server that have times, in order: who serves them is not known."""
+    """Full names of other deployments of saeflow on the server that have times, in order: who serves them is not
+    known."""
     named = {deployment.full_name for deployment in wanted}
     with get_client(sync_client=True) as client:
         tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
@@ -122,7 +123,8 @@ def others(wanted: Sequence[RunnerDeployment]) -> list[str]:
 
 
 def hand_to_workers(wanted: Sequence[RunnerDeployment], pool: str) -> None:
-    """Create or refresh the deployments for the workers of a pool. Raises UserError where there is none of that name."""
+    """Create or refresh the deployments for the workers of a pool. Raises UserError where there is none of that
+    name."""
     _require_pool(pool)
     for deployment in wanted:
         keep_what_was_set(deployment)
@@ -143,11 +145,11 @@ def _require_pool(name: str) -> None:
 def work(
     wanted: Sequence[RunnerDeployment], at_once: Iterable[str], limit: int | None, say: Callable[[str], None]
 ) -> None:
-    """Start the runs of these deployments as they fall due, each in a process of its own, until SIGTERM or Ctrl-C, which
-    ends the runs, too. A server that is away ends the runs at work and is waited for: then what is due goes on.
+    """Start the runs of these deployments as they fall due, each in a process of its own, until SIGTERM or Ctrl-C,
+    which ends the runs, too. A server that is away ends the runs at work and is waited for: then what is due goes on.
 
-    Those whose full name is in `at_once` also run now, unless they are paused. What is paused or scheduled stays so for the
-    next time.
+    Those whose full name is in `at_once` also run now, unless they are paused. What is paused or scheduled stays so for
+    the next time.
     """
     due = set(at_once)
     with contextlib.suppress(KeyboardInterrupt, TerminationSignal):

@@ -1,4 +1,5 @@
-"""Flow: the nightly compaction of a store. Forgotten documents leave the disk, and the parts of every run over it become few."""
+"""Flow: the nightly compaction of a store. Forgotten documents leave the disk, and the parts of every run over it
+become few."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from saeflow.recipe.recipe import Recipe
 
 @flow(name="saeflow-tidy", flow_run_name="tidy-{recipe.name}")
 def tidy_flow(recipe: Recipe, store: str | None = None) -> dict[str, int]:
-    """Write parts anew that still hold hidden documents, and merge the parts of runs that have `features.compact_parts` of
-    them; returns how many each run has left."""
+    """Write parts anew that still hold hidden documents, and merge the parts of runs that have `features.compact_parts`
+    of them; returns how many each run has left."""
     opened = open_store(recipe, store, overlap="wait")
     with reporting("tidy") as progress:
 

@@ -3,8 +3,8 @@
 python -m tests.pages                      about a minute and a half
 python -m tests.pages --into /tmp/pages    pictures elsewhere
 
-Needs Debian's chromium and the package playwright: `apt-get install chromium`, `pip install playwright`. Nothing but this
-machine is asked: the browser's requests to other hosts are refused.
+Needs Debian's chromium and the package playwright: `apt-get install chromium`, `pip install playwright`. Nothing but
+this machine is asked: the browser's requests to other hosts are refused.
 """
 
 from __future__ import annotations

@@ -24,8 +24,10 @@ def pool_blocks(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:
     if blocks < 1:
         need = 2 * sequences * sequence_bytes
         raise UserError(
-            f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block read and one mixed take {human_bytes(need)}.\n"
-            f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most {human_bytes(config.pool_bytes // 2)}."
+            f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block read and one mixed take "
+            f"{human_bytes(need)}.\n"
+            f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most "
+            f"{human_bytes(config.pool_bytes // 2)}."
         )
     return sequences, blocks
 

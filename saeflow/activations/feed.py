@@ -58,7 +58,8 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an activation is stored: the part, the sequence (counted through the whole store), and the position in it."""
+    """Where an activation is stored: the part, the sequence (counted through the whole store), and the position in
+    it."""
 
     part: int
     sequence: int
@@ -129,7 +130,8 @@ class Feed:
         )
 
     def batches(self, skip: int = 0) -> Generator[Tensor, None, None]:
-        """Batches (B, D) of the first site, in the precision of the disk, without end, beginning after `skip` batches."""
+        """Batches (B, D) of the first site, in the precision of the disk, without end, beginning after `skip`
+        batches."""
         aligned = self.aligned(skip)
         try:
             for values in aligned:
@@ -151,7 +153,8 @@ class Feed:
                     yield tuple(_taken(each, places) for each in values)
 
     def whereabouts(self, batch: int, row: int) -> Place:
-        """Where row `row` of batch number `batch` is stored: from the plan, the masks of one block, and no activations."""
+        """Where row `row` of batch number `batch` is stored: from the plan, the masks of one block, and no
+        activations."""
         number, nth = divmod(int(next(self._planned(batch)).batches[0][row]), self.stride)
         block = self.blocks[number]
         used = self.used.mask(block.part.index, slice(block.start, block.stop)).reshape(-1).nonzero()[0]

@@ -19,9 +19,9 @@ from saeflow.store.artefact import Artefact
 
 FILE = "norms.parquet"
 _FACTOR = 10
-"""Mean norm of a massive position over that of the median position. Sun et al. 2024 (arXiv 2402.17762) call a single value
-massive from 1,000 times the median magnitude on. In a Gaussian vector of width D that is 670 / √D times its norm: 10 at
-D = 4,096, more in narrower ones."""
+"""Mean norm of a massive position over that of the median position. Sun et al. 2024 (arXiv 2402.17762) call a single
+value massive from 1,000 times the median magnitude on. In a Gaussian vector of width D that is 670 / √D times its norm:
+10 at D = 4,096, more in narrower ones."""
 _SAMPLED_PARTS = 200
 """Parts read for the warning, evenly spread."""
 
@@ -65,7 +65,8 @@ def norms_of(values: Tensor) -> np.ndarray:
 
 
 def mean_norms(target: Artefact) -> dict[str, np.ndarray]:
-    """Mean norm (T,) by site, NaN where no token was; from parts that kept norms (earlier ones did not), or a sample."""
+    """Mean norm (T,) by site, NaN where no token was; from parts that kept norms (earlier ones did not), or a
+    sample."""
     parts = [part for part in target.published().parts if any(file.name == FILE for file in part.files)]
     chosen = parts[:: -(-len(parts) // _SAMPLED_PARTS) or 1]
     found: dict[str, np.ndarray] = {}
@@ -95,5 +96,6 @@ def warn(target: Artefact, config: ActivationsConfig, progress: Progress) -> Non
             progress.say(
                 f"activations: at {site}, vectors at position {', '.join(map(str, fresh))} are massive: mean norm "
                 f"{means[top]:,.4g} at position {top} against {np.nanmedian(means):,.4g} at the median position.\n"
-                f"An SAE would spend its loss there. Set activations.skip_positions = {every}; nothing is collected again."
+                f"An SAE would spend its loss there. Set activations.skip_positions = {every}; nothing is collected "
+                "again."
             )

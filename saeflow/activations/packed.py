@@ -13,8 +13,8 @@ from saeflow.activations.writer import Writer
 from saeflow.recipe.settings import ActivationsConfig
 
 _LEVEL = 1
-"""Of zstd, alone. On real activations level 3 saved nothing more, and Blosc's byte shuffle less: behind a ReLU 3.8 times
-instead of 4.8."""
+"""Of zstd, alone. On real activations level 3 saved nothing more, and Blosc's byte shuffle less: behind a ReLU 3.8
+times instead of 4.8."""
 
 
 def open_writer(path: Path, layout: Layout, config: ActivationsConfig) -> Writer | PackedWriter:
@@ -34,7 +34,8 @@ class PackedWriter:
         self.array = zarr.create_array(
             path, shape=layout.shape, dtype=stored,
             chunks=(layout.chunk, *layout.shape[1:]), shards=(layout.shard, *layout.shape[1:]),
-            compressors=[ZstdCodec(level=_LEVEL), Crc32cCodec()], filters=None, fill_value=0, config={"write_empty_chunks": True},
+            compressors=[ZstdCodec(level=_LEVEL), Crc32cCodec()], filters=None, fill_value=0,
+            config={"write_empty_chunks": True},
             attributes={"dtype": dtype}, dimension_names=("sequence", "position", "width"),
         )  # fmt: skip
         self.path, self.layout, self.n_rows = path, layout, 0

@@ -151,7 +151,8 @@ class Stored:
 
 
 EMPTY = 2**64 - 1
-"""In a shard's index: a chunk of zeros that was not written, or beyond the end of the array (zarr-specs, sharding-indexed)."""
+"""In a shard's index: a chunk of zeros that was not written, or beyond the end of the array (zarr-specs,
+sharding-indexed)."""
 _PIECE_BYTES = 512 << 10
 """Read and checked at once, so that the check finds the bytes still in the processor's cache."""
 

@@ -93,7 +93,8 @@ class Writer:
 
 
 class _Shard:
-    """One file of chunks, each with its checksum behind it, and their index at the end (zarr-specs, sharding-indexed)."""
+    """One file of chunks, each with its checksum behind it, and their index at the end (zarr-specs,
+    sharding-indexed)."""
 
     def __init__(self, path: Path, n_chunks: int, buffer: mmap.mmap) -> None:
         path.parent.mkdir(parents=True)
@@ -171,7 +172,8 @@ def stored(
 ) -> np.ndarray:
     """Values (S, T, D) in the precision of the disk. Raises UserError for what it cannot hold.
 
-    `longest`: the largest norm among the vectors, where it is known. No value is larger, so that none need be looked at.
+    `longest`: the largest norm among the vectors, where it is known. No value is larger, so that none need be looked
+    at.
     """
     dtype = getattr(torch, config.dtype)
     low = high = 0.0

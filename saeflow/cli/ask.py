@@ -34,8 +34,9 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         "-f",
-        help="How to answer; default: as the file's name ends, else a table. In CSV a text that begins with = + - @, a tab "
-        "or a line break gets a ' in front, so that no spreadsheet runs it that is told that the separator is the comma; numbers stay as they are.",
+        help="How to answer; default: as the file's name ends, else a table. In CSV a text that begins with = + - @, "
+        "a tab or a line break gets a ' in front, so that no spreadsheet runs it that is told that the separator is "
+        "the comma; numbers stay as they are.",
     ),
 ]
 Limit = Annotated[

@@ -1,4 +1,5 @@
-"""What the commands of `saeflow` share: options, tables, opening a store, and ending with a message a user can act on."""
+"""What the commands of `saeflow` share: options, tables, opening a store, and ending with a message a user can act
+on."""
 
 from __future__ import annotations
 

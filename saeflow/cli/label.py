@@ -29,7 +29,8 @@ def label(
     store: StoreOption = None,
     run: RunOption = None,
 ) -> None:
-    """Name a feature. Examples: `saeflow label 123 "commas before speech" --score 0.8`, `saeflow label --import names.csv --source gpt`"""
+    """Name a feature. Examples: `saeflow label 123 "commas before speech" --score 0.8`,
+    `saeflow label --import names.csv --source gpt`"""
     from saeflow.query import catalog, label_import, labels, runs
 
     opened = open_store(store)
@@ -62,7 +63,10 @@ def _show(store: Store, run: str, feature: int) -> None:
     from saeflow.query import ask
 
     with ask.connect(store, run) as connection:
-        sql = "select label, source, score from src_labels where feature_id = ? order by source, score desc nulls last, label"
+        sql = (
+            "select label, source, score from src_labels where feature_id = ? "
+            "order by source, score desc nulls last, label"
+        )
         rows = ask.query(connection, sql, [feature]).to_pylist()
     table = a_table("label", "source", "score")
     for row in rows:
@@ -72,7 +76,8 @@ def _show(store: Store, run: str, feature: int) -> None:
 
 @commands.command("catalog")
 def write_catalog(store: StoreOption = None) -> None:
-    """Write the store's catalog.sql anew, e.g. after moving the store. Example: `saeflow catalog`, then `duckdb -init data/store/catalog.sql`"""
+    """Write the store's catalog.sql anew, e.g. after moving the store. Example: `saeflow catalog`, then
+    `duckdb -init data/store/catalog.sql`"""
     from saeflow.query import catalog
 
     opened = open_store(store)

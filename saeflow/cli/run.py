@@ -115,7 +115,8 @@ def plan(
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
 ) -> None:
-    """Forecast tokens, bytes, memory and hours before any work, from a trial on a sample. Example: `saeflow plan my.toml`"""
+    """Forecast tokens, bytes, memory and hours before any work, from a trial on a sample.
+    Example: `saeflow plan my.toml`"""
     import dataclasses
     import json
 
@@ -197,7 +198,8 @@ def train_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train the sparse autoencoder, or all of a sweep; continues where a killed training stood. Example: `saeflow train my.toml`"""
+    """Train the sparse autoencoder, or all of a sweep; continues where a killed training stood.
+    Example: `saeflow train my.toml`"""
     settings = read_recipe(recipe, set_, member)
     from saeflow.pipeline import sweep, train
 

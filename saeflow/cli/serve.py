@@ -1,4 +1,5 @@
-"""The command that keeps pipelines going: `saeflow serve`. The only one that needs Prefect, which it loads when it is typed."""
+"""The command that keeps pipelines going: `saeflow serve`. The only one that needs Prefect, which it loads when it is
+typed."""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ def _cell(text: object) -> str:
 
 
 def _state(artefact: Artefact) -> tuple[str, str, str, str]:
-    """Generation, parts, tokens, and the size of what readers see, as its records say: a store has millions of files."""
+    """Generation, parts, tokens, and the size of what readers see, as its records say: a store has millions of
+    files."""
     if artefact.kind == "saes":
         return ("whole" if artefact.complete() else "damaged"), "-", "-", _size(artefact, ())
     generation = artefact.generation()

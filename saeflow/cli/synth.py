@@ -72,7 +72,8 @@ def synth(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make activations with known features, train on them, and score what was found. Example: `saeflow synth flows/recipes/synth.toml --set train.n_tokens=1_000_000`"""
+    """Make activations with known features, train on them, and score what was found.
+    Example: `saeflow synth flows/recipes/synth.toml --set train.n_tokens=1_000_000`"""
     settings = read_recipe(recipe, set_, member)
     require_known(settings)
     opened = create_store(store, settings, quiet)

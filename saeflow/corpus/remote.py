@@ -24,7 +24,8 @@ _OBJECT_STORES = ("s3", "gs", "az", "abfs")
 
 
 def matches(pattern: str) -> dict[str, str | None]:
-    """The URLs that a URL with globs stands for, in order, each with what changes when the object does, if that is listed."""
+    """The URLs that a URL with globs stands for, in order, each with what changes when the object does, if that is
+    listed."""
     _require_no_secret(pattern)
     with _said(pattern):
         filesystem, path = fsspec.core.url_to_fs(pattern, **_options(pattern))
@@ -50,8 +51,9 @@ def _require_no_secret(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme in ("http", "https", "ftp", "sftp") and (parts.query or parts.password):
         raise UserError(
-            f"corpus.files: {parts.scheme}://{parts.hostname}{parts.path} comes with a query or a password, which would "
-            "be written into the store.\nDownload the file first, or name it in an object store (s3://, gs://, az://)."
+            f"corpus.files: {parts.scheme}://{parts.hostname}{parts.path} comes with a query or a password, which "
+            "would be written into the store.\n"
+            "Download the file first, or name it in an object store (s3://, gs://, az://)."
         )
 
 

@@ -35,7 +35,8 @@ class TokenSelection:
         length = self.length
         if any(not 0 <= position < length for position in self.skip_positions):
             raise UserError(
-                f"activations.skip_positions is {list(self.skip_positions)}; sequences have the positions 0 to {length - 1}."
+                f"activations.skip_positions is {list(self.skip_positions)}; sequences have the positions 0 to "
+                f"{length - 1}."
             )
 
     @classmethod

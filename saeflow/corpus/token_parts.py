@@ -175,7 +175,8 @@ def _kept(
 
 
 def _restored(maker: _Maker, lost: list[PartRecord], generation: Generation, bar: Bar) -> dict[int, PartRecord]:
-    """Published parts made again from the documents that no other part holds. Raises UserError if those have changed."""
+    """Published parts made again from the documents that no other part holds. Raises UserError if those have
+    changed."""
     if not lost:
         return {}
     made = {}

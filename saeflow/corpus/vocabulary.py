@@ -69,7 +69,8 @@ _BYTE_OF_LETTER = _byte_letters()
 
 
 def write_vocab(path: Path, pieces: Iterable[str], raw: Iterable[bytes], special: Iterable[int] = ()) -> None:
-    """`special`: vocab_ids of entries that are no text, such as the end of a document. Holds one row group at a time."""
+    """`special`: vocab_ids of entries that are no text, such as the end of a document. Holds one row group at a
+    time."""
     marked = np.array(sorted(special), np.int64)
     pairs, n = zip(pieces, raw, strict=True), 0
     with replacing(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as file:

@@ -46,7 +46,8 @@ MOST_VALUES = 2_000_000_000
 """Values in one compacted part: what has to be written again when one document of it is forgotten."""
 
 MOST_TOKENS = 1 << 30
-"""Places of tokens in one compacted part: their rows are numbered in 32 bits, and their vocabulary ids held in memory."""
+"""Places of tokens in one compacted part: their rows are numbered in 32 bits, and their vocabulary ids held in
+memory."""
 
 BUCKET_VALUES = 8_000_000
 """Values in one file of the order by feature, about."""
@@ -101,7 +102,8 @@ def run(
 
 
 def settled(target: Artefact, used: TokenSelection, inputs: Mapping[int, dict[str, str]]) -> list[PartRecord]:
-    """The parts to show; a compacted one whose values are not all wanted any more is written again without the others."""
+    """The parts to show; a compacted one whose values are not all wanted any more is written again without the
+    others."""
     owned: dict[str, list[int]] = {}
     records: dict[str, PartRecord] = {}
     for index, part in owners(target, inputs).items():
@@ -130,8 +132,8 @@ def compact(
 
     `mend`: also those that an earlier saeflow made, which lack some statistics.
 
-    Each group is shown as soon as it is written; workers may have finished a later one by then, which no list names yet.
-    The caller holds the artefact's lock.
+    Each group is shown as soon as it is written; workers may have finished a later one by then, which no list names
+    yet. The caller holds the artefact's lock.
     """
     made: list[PartRecord] = []
     groups = plan(target.published().parts, used.spans, enough, mend)
@@ -276,7 +278,8 @@ class _Merger:
         return (sparse for _, _, sparse in in_order(self._read, self._pieces(), 1))
 
     def _pieces(self) -> Iterator[tuple[int, PartRecord, int, int]]:
-        """What is read at once: an activation part, the part that holds it, first and last token. In the order of tokens."""
+        """What is read at once: an activation part, the part that holds it, first and last token. In the order of
+        tokens."""
         for index, part in self.taken.items():
             first, last = self.used.spans[index]
             per_token = part.counts["n_values"] / max(1, part.counts["n_tokens"])

@@ -101,7 +101,8 @@ def _sum_keys(
 
 
 def most_frequent_keys(entries: FeatureMajor, keys: Ids, n_keys: int, most: int) -> Grouped:
-    """The same of each feature's `most` most frequent keys alone; among equals the lower ones. Sums of squares are 0."""
+    """The same of each feature's `most` most frequent keys alone; among equals the lower ones. Sums of squares are
+    0."""
     n_features = len(entries.feature_starts) - 1
     found = np.zeros(n_features, np.int64)
     kept, n, total = (np.zeros((n_features, most), kind) for kind in (np.int32, np.int64, np.float64))
@@ -113,8 +114,8 @@ def most_frequent_keys(entries: FeatureMajor, keys: Ids, n_keys: int, most: int)
 
 @compiled
 def _most_frequent(
-    feature_starts: Offsets, rows: Ids, values: Floats, keys: Ids, n_keys: int, found: Counts, kept: Ids, n_kept: Counts,
-    total: Doubles,
+    feature_starts: Offsets, rows: Ids, values: Floats, keys: Ids, n_keys: int, found: Counts,
+    kept: Ids, n_kept: Counts, total: Doubles,
 ) -> None:  # fmt: skip
     counts, place, met = np.zeros(n_keys, np.int32), np.full(n_keys, -1, np.int32), np.empty(n_keys, np.int32)
     most = kept.shape[1]
@@ -284,8 +285,8 @@ def best_of_counted(
 
 @compiled
 def best_together(
-    start: int, stop: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Matrix, n_tokens: Counts, top: int,
-    found: Counts, others: Ids, n_both: Counts,
+    start: int, stop: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Matrix,
+    n_tokens: Counts, top: int, found: Counts, others: Ids, n_both: Counts,
 ) -> None:  # fmt: skip
     """The same from the entries, one feature at a time."""
     best, together = np.empty(top), np.empty(len(feature_starts) - 1, np.uint32)

@@ -34,13 +34,14 @@ def similar(directions: Directions, top: int = TOP) -> pa.Table:
 
 @torch.no_grad()
 def logits(directions: Directions, model: nn.Module, site: str, top: int = TOP_LOGITS) -> pa.Table | None:
-    """For each feature the vocabulary entries that its direction at `site` pushes up most, `top` of them, and down most.
+    """For each feature the vocabulary entries that its direction at `site` pushes up most, `top` of them, and down
+    most.
 
     None where the model has no logits, or no direct path leads there from the site. Logits are those of a direction as
     it is, less their mean over the vocabulary; ordered by feature, then logit, largest first, then entry. Left out are
     later layers, biases, a cap on logits, and what the norms divide by at a token: true logits are these times a
-    positive number, which differs from token to token but not among the entries. Directions without length have no rows.
-    Memory is a copy of the directions (two, where a module lies between site and stream) and a few blocks.
+    positive number, which differs from token to token but not among the entries. Directions without length have no
+    rows. Memory is a copy of the directions (two, where a module lies between site and stream) and a few blocks.
     """
     path = direct_path(model, site)
     if path is None:

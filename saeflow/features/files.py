@@ -102,7 +102,8 @@ def encodings(schema: pa.Schema) -> dict[str, object]:
 
 
 def files_of(part: PartRecord, order: str, first: int = 0, last: int = sys.maxsize) -> list[str]:
-    """Names of a part's files of one order that may hold something of features, or tokens, first..last; sorted by these."""
+    """Names of a part's files of one order that may hold something of features, or tokens, first..last; sorted by
+    these."""
     found = [
         file.name for file in part.files if re.match(rf"{order}[./]", file.name) and file.name.endswith(".parquet")
     ]

@@ -19,8 +19,8 @@ from saeflow.store.files import make_folder, replacing
 
 
 def lacking(target: Artefact) -> list[str]:
-    """Tables that the record names and the disk has not, or not in their size; all of them where there is no record, or an
-    earlier one."""
+    """Tables that the record names and the disk has not, or not in their size; all of them where there is no record, or
+    an earlier one."""
     names = [f"{table}.parquet" for table in RUN_TABLES]
     if not target.exists():
         return names

@@ -1,6 +1,7 @@
 """Statistics of a part's values: per feature, and per feature and source, position, strength, word, other feature.
 
-Counts, maxima and histograms are exact however a part is cut; sums are in float64, in the order in which values are added.
+Counts, maxima and histograms are exact however a part is cut; sums are in float64, in the order in which values are
+added.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class Totals:
         return np.array([self._codes.setdefault(pair, len(self._codes)) for pair in pairs], np.int32)
 
     def words(self, first: int, found: Grouped) -> None:
-        """Most frequent words of the features from `first` on, in the place of those known so far: counted over the whole
-        part by the caller."""
+        """Most frequent words of the features from `first` on, in the place of those known so far: counted over the
+        whole part by the caller."""
         if first == 0:
             self._grouped["vocab"] = []
         self._group("vocab", found._replace(feature_ids=found.feature_ids + np.int32(first)))

@@ -18,7 +18,8 @@ REST: Source = (None, True)
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """Of the tokens of one part, from `first_token` on: mask, vocab_id, number of the source, position band (n,) each."""
+    """Of the tokens of one part, from `first_token` on: mask, vocab_id, number of the source, position band (n,)
+    each."""
 
     first_token: int
     mask: np.ndarray

@@ -1,9 +1,9 @@
 """The direct path: what reaches the logits through the residual stream and no later layer.
 
 That is the direction, the final norm's scale, and the unembedding ("interpreting GPT: the logit lens", nostalgebraist
-2020; direct logit attribution, Elhage et al. 2021, "A mathematical framework for transformer circuits"). It is found in a
-small pass through the model, whatever the architecture: sums are followed back in the graph of that pass, modules by the
-tensors they take.
+2020; direct logit attribution, Elhage et al. 2021, "A mathematical framework for transformer circuits"). It is found in
+a small pass through the model, whatever the architecture: sums are followed back in the graph of that pass, modules by
+the tensors they take.
 """
 
 from __future__ import annotations

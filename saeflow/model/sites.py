@@ -236,7 +236,8 @@ def require_length(model: nn.Module, length: int, sites: list[Site]) -> None:
 
 @torch.no_grad()
 def predicts_next_token(model: nn.Module) -> bool:
-    """Has the model logits over its vocabulary that later tokens do not change? Encoders and headless models have not."""
+    """Has the model logits over its vocabulary that later tokens do not change? Encoders and headless models have
+    not."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return False

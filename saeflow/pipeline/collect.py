@@ -293,7 +293,8 @@ def _pair(sites: list[Site], config: SAEConfig) -> tuple[Site, Site]:
     target = _chosen(sites, config.target_site, "sae.target_site")
     if target == read:
         raise UserError(
-            f"sae.target_site is {target.name}, the site that is read: that is no transcoder.\nLeave sae.target_site out."
+            f"sae.target_site is {target.name}, the site that is read: that is no transcoder.\n"
+            "Leave sae.target_site out."
         )
     return read, target
 

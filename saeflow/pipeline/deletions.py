@@ -84,7 +84,8 @@ def look_through(ledger: Ledger, documents: Iterator[Document], about: CorpusCon
 
 
 def _without_repeats(documents: Iterator[Document], ledger: Ledger) -> Iterator[Document]:
-    """As `corpus.dedup` reads them. One that is left out now but was stored before, when it came first, is there, too."""
+    """As `corpus.dedup` reads them. One that is left out now but was stored before, when it came first, is there,
+    too."""
     seen: set[str] = set()
     for document in documents:
         if document.content_hash in seen:

@@ -301,7 +301,8 @@ def _encoders_at(name: str, settings: str) -> tuple[dict[str, Encoder], dict[int
 
 
 def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None = None) -> None:
-    """Merge the parts of every run of the recipe, where at least `enough` can be (default: `features.compact_parts`)."""
+    """Merge the parts of every run of the recipe, where at least `enough` can be (default:
+    `features.compact_parts`)."""
     with kept_open():
         for member in recipe.members():
             target = artefact(store, member)
@@ -313,7 +314,8 @@ def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None
 def merge_parts(
     store: Store, target: Artefact, recipe: Recipe, progress: Progress, enough: int, mend: bool = False
 ) -> None:
-    """Compact one run. Raises UserError where the disk has no room for the parts that would be made beside the old ones."""
+    """Compact one run. Raises UserError where the disk has no room for the parts that would be made beside the old
+    ones."""
     used = used_of(store, target)
     groups = compaction.plan(target.published().parts, used.spans, enough, mend)
     n_bytes = sum(part.n_bytes for group in groups for part in group)

@@ -274,7 +274,8 @@ def _predicting(batch: _Batch) -> Tensor:
 
 @torch.no_grad()
 def _compared(model: nn.Module, splice: _Splice, changes: dict[str, Change], batch: _Batch) -> dict[str, float]:
-    """Sums over the predicted tokens of a batch: loss of the model as it is, loss and KL divergence with each change."""
+    """Sums over the predicted tokens of a batch: loss of the model as it is, loss and KL divergence with each
+    change."""
     place = device_of(model)
     vocab_ids, real = batch.vocab_ids.to(place), batch.real.to(place)
     rows = _predicting(batch).to(place).flatten().nonzero().flatten()

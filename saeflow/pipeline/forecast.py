@@ -67,7 +67,8 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a whole recipe, from nothing. `break_even` is the number of SAEs from which storing is faster than streaming."""
+    """Of a whole recipe, from nothing. `break_even` is the number of SAEs from which storing is faster than
+    streaming."""
 
     n_documents: int
     n_tokens: int
@@ -187,7 +188,8 @@ def _tried(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], progress: Pr
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
-            f"The trial of the recipe failed: {last}\nSee all of it on a few documents, in a store that you can delete: "
+            f"The trial of the recipe failed: {last}\n"
+            "See all of it on a few documents, in a store that you can delete: "
             "saeflow run RECIPE --set corpus.share=0.01 --store /tmp/trial"
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -239,13 +241,15 @@ def count_tokens(recipe: Recipe, surveyed: Survey) -> int:
 
 
 def part_size(recipe: Recipe, characters_per_token: float) -> float:
-    """Tokens of a part: a group of documents of up to `part_tokens` characters may overfill it; half of one, on average."""
+    """Tokens of a part: a group of documents of up to `part_tokens` characters may overfill it; half of one, on
+    average."""
     wanted: int = recipe.tokens.part_tokens
     return wanted + min(1 << 20, wanted) / characters_per_token / 2
 
 
 def activation_bytes(recipe: Recipe, tried: dict[str, Any], n_tokens: int, n_parts: int) -> int:
-    """Whole chunks of whole sequences; as much padding where documents are isolated, and compressed, as the sample was."""
+    """Whole chunks of whole sequences; as much padding where documents are isolated, and compressed, as the sample
+    was."""
     length, about = recipe.tokens.context_length, recipe.activations
     padded = tried["n_sequences"] * length / tried["n_tokens"] if recipe.tokens.packing == "isolated" else 1.0
     total = 0.0
@@ -298,7 +302,8 @@ def break_even(n_tokens: int, train_tokens: int) -> int:
 
 
 def plan(store: Store, recipe: Recipe, progress: Progress) -> Forecast:
-    """Survey, trial and forecast; kept in the store for later comparison. Raises UserError where the disk is too small."""
+    """Survey, trial and forecast; kept in the store for later comparison. Raises UserError where the disk is too
+    small."""
     surveyed = survey(recipe, progress)
     forecast = extrapolate(recipe, surveyed, try_out(recipe, surveyed, progress), count_tokens(recipe, surveyed))
     store.require_free(forecast.n_bytes, f"The recipe {recipe.name}")

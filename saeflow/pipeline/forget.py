@@ -133,8 +133,8 @@ def _list_saes(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgo
 
 
 def _n_seen(stored: Artefact, sae: Artefact) -> int:
-    """Documents that existed when the SAE was trained: their numbers are below this. One that was imported saw none; where its
-    activations are gone nobody knows, and it may have seen all."""
+    """Documents that existed when the SAE was trained: their numbers are below this. One that was imported saw none;
+    where its activations are gone nobody knows, and it may have seen all."""
     if "imported" in sae.record.facts:
         return 0
     number = int(sae.record.facts["generation"])
@@ -143,7 +143,8 @@ def _n_seen(stored: Artefact, sae: Artefact) -> int:
 
 
 def seen(source: Artefact) -> dict[str, int]:
-    """Documents and tokens that readers see: all but the hidden ones, which a compacted part still counts as documents."""
+    """Documents and tokens that readers see: all but the hidden ones, which a compacted part still counts as
+    documents."""
     generation = source.published()
     n_tokens = generation.total("n_tokens")
     for part in generation.parts:

@@ -117,7 +117,8 @@ def require_fits(store: Store, recipe: Recipe) -> None:
 
 
 def publish(target: Artefact, store: Store, recipe: Recipe, progress: Progress) -> None:
-    """Read the folder, try it on the first tokens, and publish it as if it had been trained here, with one row of log."""
+    """Read the folder, try it on the first tokens, and publish it as if it had been trained here, with one row of
+    log."""
     began, found = time.monotonic(), described(recipe)
     sae = interchange.load(found.weights.parent)
     sae.config = sae_config(recipe)

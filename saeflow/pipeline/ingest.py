@@ -28,10 +28,10 @@ def run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place 
     """Bring new and changed documents through every stage, and forget removed ones if the recipe says so.
 
     Every published run over these activations encodes what is new, of the recipe's own the newest `schedule.keep_runs`;
-    one that another run is writing does at the next ingest. Where the recipe's newest SAE has no run yet, it is trained,
-    encoded and judged after that. Where nothing has changed, only records are read. The summary counts what is new:
-    documents and tokens, and the indices of parts by artefact. Raises UserError where a run could not follow, or not be
-    made, after the others have, and where too many documents are gone to be forgotten.
+    one that another run is writing does at the next ingest. Where the recipe's newest SAE has no run yet, it is
+    trained, encoded and judged after that. Where nothing has changed, only records are read. The summary counts what is
+    new: documents and tokens, and the indices of parts by artefact. Raises UserError where a run could not follow, or
+    not be made, after the others have, and where too many documents are gone to be forgotten.
     """
     held = [activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)]
     before, trained = _folders(store, held), False
@@ -111,8 +111,8 @@ def _encode_new(store: Store, recipe: Recipe, progress: Progress, place: pipelin
 
 
 def following(store: Store, recipe: Recipe) -> list[Artefact]:
-    """The published runs that new documents reach: all over the recipe's activations but, of each name of its own, the newest
-    `schedule.keep_runs` and the recipe's own."""
+    """The published runs that new documents reach: all over the recipe's activations but, of each name of its own, the
+    newest `schedule.keep_runs` and the recipe's own."""
     every = encode.runs_over(store, activations.artefact(store, recipe))
     own = [encode.artefact(store, member) for member in recipe.members()] if recipe.schedule.keep_runs else []
     of_name = {each.name: [run for run in every if run.name == each.name] for each in own}

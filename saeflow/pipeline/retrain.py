@@ -18,7 +18,8 @@ _LATER = ("encode", "compact", "evaluate", "report")
 
 
 def grown(store: Store, recipe: Recipe) -> float:
-    """By what share the tokens for training have grown since the recipe's newest SAE was trained; of a sweep the largest.
+    """By what share the tokens for training have grown since the recipe's newest SAE was trained; of a sweep the
+    largest.
 
     Infinite where none is trained, 0 for an SAE from elsewhere. For one of an earlier saeflow whose generation is
     collected already, growth counts from the oldest that is kept.
@@ -49,7 +50,8 @@ def run(
     store: Store, recipe: Recipe, progress: Progress, share: float | None = None,
     place: pipeline.Place = pipeline.anywhere,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train on what the store holds now, encode and judge; with a share only if the store has grown by it. Says which."""
+    """Train on what the store holds now, encode and judge; with a share only if the store has grown by it. Says
+    which."""
     growth = grown(store, recipe)
     if recipe.sae.source is not None or (share is not None and growth < share):
         asked = "the SAE is from elsewhere" if share is None else f"asked for {share:.1%}"

@@ -92,8 +92,8 @@ def run(store: Store, recipe: Recipe, progress: Progress, place: Place = anywher
 
 
 def compact(store: Store, recipe: Recipe, progress: Progress, enough: int = 2, place: Place = anywhere) -> None:
-    """Remove hidden documents from the newest generation of tokens and activations, and merge the parts of every published
-    run over them, where at least `enough` can be."""
+    """Remove hidden documents from the newest generation of tokens and activations, and merge the parts of every
+    published run over them, where at least `enough` can be."""
     verify.upgrade(store)
     train.set_threads(recipe)
     try:

@@ -30,7 +30,8 @@ _LEAST_L0 = 0.01
 
 
 def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Judge the SAEs of a sweep in one reading of the held-out tokens; returns the table, which lies beside its picture."""
+    """Judge the SAEs of a sweep in one reading of the held-out tokens; returns the table, which lies beside its
+    picture."""
     members = recipe.members()
     trained = [train.artefact(store, member) for member in members]
     missing = [target.name for target in trained if not target.complete()]

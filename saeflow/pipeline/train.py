@@ -61,8 +61,8 @@ def run(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -
     """Train the recipe's SAE, or continue a killed training where its checkpoint stands, or import the one that
     `sae.source` names; of a sweep all, and the first is returned.
 
-    An SAE trained before documents were appended or forgotten stays the recipe's own unless `fresh` is asked for. A killed
-    training ends with what it has seen; the next `fresh` one sees what was appended since.
+    An SAE trained before documents were appended or forgotten stays the recipe's own unless `fresh` is asked for. A
+    killed training ends with what it has seen; the next `fresh` one sees what was appended since.
     """
     return run_all(store, recipe, progress, fresh)[0]
 
@@ -70,9 +70,9 @@ def run(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -
 def run_all(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -> list[Artefact]:
     """The same; returns the SAE of each member, in their order.
 
-    All that read the same sites are trained on each batch of one feed. Each is the artefact, byte for byte, that a run of
-    the member's recipe would make, with a lock and a checkpoint of its own, and is published as soon as it is finished.
-    On a cluster each worker trains its share of them, locks and publishes them; what is imported stays here.
+    All that read the same sites are trained on each batch of one feed. Each is the artefact, byte for byte, that a run
+    of the member's recipe would make, with a lock and a checkpoint of its own, and is published as soon as it is
+    finished. On a cluster each worker trains its share of them, locks and publishes them; what is imported stays here.
     """
     jobs = [_job(store, member, fresh) for member in recipe.members()]
     away = [job for job in jobs if recipe.cluster and job.recipe.sae.source is None and not job.target.complete()]
@@ -188,7 +188,8 @@ def _train(store: Store, jobs: list[Job], progress: Progress) -> None:
         now = feed.target.published().number
         if now != together[0].facts["generation"]:
             progress.say(
-                f"train: on generation {together[0].facts['generation']} of {feed.target.id}, as begun; {now} is there by now"
+                f"train: on generation {together[0].facts['generation']} of {feed.target.id}, as begun; {now} is "
+                "there by now"
             )
         progress.say(f"train: {feed.mixing()}")
 
@@ -205,8 +206,8 @@ def _feed_of(store: Store, job: Job) -> Feed:
     feed = open_feed(store, job.recipe, number) if listed else None
     if feed is None or lineage.hidden_in(feed.used.generation).get("hidden") != job.facts.get("hidden"):
         raise UserError(
-            "The store has changed since this run was begun: documents were forgotten or replaced, or it waited until its "
-            f"generation {number} was collected.\nNothing is lost; run the same command again."
+            "The store has changed since this run was begun: documents were forgotten or replaced, or it waited "
+            f"until its generation {number} was collected.\nNothing is lost; run the same command again."
         )
     return feed
 
@@ -230,7 +231,8 @@ def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]]) -> None:
             where = "this machine has" if place.type == "cpu" else f"on {place} are free"
             raise UserError(
                 f"{len(sizes)} SAEs in training take {human_bytes(need)} (weights, gradients, moments), but {where} "
-                f"{human_bytes(total)} of memory.\nTrain fewer at once: shorten [sweep], lower train.restarts, or choose a "
+                f"{human_bytes(total)} of memory.\n"
+                "Train fewer at once: shorten [sweep], lower train.restarts, or choose a "
                 "smaller sae.n_features."
             )
 

@@ -1,4 +1,5 @@
-"""A recipe's own stages on a small sample, each measured: `python -m saeflow.pipeline.trial_run RECIPE.json STORE`, answers in JSON.
+"""A recipe's own stages on a small sample, each measured: `python -m saeflow.pipeline.trial_run RECIPE.json STORE`,
+answers in JSON.
 
 A process of its own, so that start-up and memory are those of a run.
 """

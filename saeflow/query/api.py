@@ -20,8 +20,9 @@ from saeflow.store.store import Store, store_path
 class OpenRun:
     """A run of a store, to be asked. Close it, or use it in a `with` block.
 
-    Answers are `pyarrow.Table`s, with no Python object for a row. Those of `sql` are in DuckDB's own memory; those of named
-    questions it copies once inside itself, as planning a short statement twice takes longer. `.to_pandas()` and `polars.from_arrow(table)` go on from there. Use it from one thread at a time.
+    Answers are `pyarrow.Table`s, with no Python object for a row. Those of `sql` are in DuckDB's own memory; those of
+    named questions it copies once inside itself, as planning a short statement twice takes longer. `.to_pandas()` and
+    `polars.from_arrow(table)` go on from there. Use it from one thread at a time.
     """
 
     def __init__(self, store: Store, run: Run, connection: duckdb.DuckDBPyConnection) -> None:
@@ -83,7 +84,8 @@ def open_run(
     memory_limit: str | None = None,
     threads: int | None = None,
 ) -> OpenRun:
-    """The run of this name in a store (folder or URL), by default the newest; without a store SAEFLOW_STORE, else data/store.
+    """The run of this name in a store (folder or URL), by default the newest; without a store SAEFLOW_STORE, else
+    data/store.
 
     `memory_limit` ("2GB") and `threads` are DuckDB's. Raises UserError where there is no such store or run.
     """

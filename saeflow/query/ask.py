@@ -21,8 +21,8 @@ from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.runtime.text import brief, sanitise
 
 __all__ = [
-    "GROUPS", "Parameter", "Question", "Run", "ask", "check", "connect", "find", "named", "query", "questions", "resolved",
-    "runs", "script", "spelled",
+    "GROUPS", "Parameter", "Question", "Run", "ask", "check", "connect", "find", "named", "query", "questions",
+    "resolved", "runs", "script", "spelled",
 ]  # fmt: skip
 
 LONGEST_SQL = 100_000

@@ -14,7 +14,8 @@ from fsspec import AbstractFileSystem
 from saeflow.store.storage import Objects
 
 _BLOCK_BYTES, _N_BLOCKS = 256 << 10, 256
-"""Small readings go through blocks that are kept, 64 MiB of them: the ends of Parquet files are asked for again and again."""
+"""Small readings go through blocks that are kept, 64 MiB of them: the ends of Parquet files are asked for again and
+again."""
 
 
 class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]

@@ -29,7 +29,8 @@ _HEADER = re.compile(r"^--.*\n", re.MULTILINE)
 def text(store: Store) -> str:
     """The views and macros of every readable run, the newest in use. Reads records, not values.
 
-    Names and paths are literals or quoted identifiers; in a comment they are on one line, so that none of them can end it.
+    Names and paths are literals or quoted identifiers; in a comment they are on one line, so that none of them can end
+    it.
     """
     every = [_worth_reading(run) for run in runs(store)]
     readable = [run for run in every if run.problem is None]
@@ -68,7 +69,8 @@ def _about(store: Store, readable: Sequence[Run]) -> Iterator[str]:
     ]
     if store.objects is not None:
         lines += [
-            "The files lie in an object store: copy this file here, and give the shell the extension httpfs (INSTALL httpfs;",
+            "The files lie in an object store: copy this file here, and give the shell the extension httpfs (INSTALL "
+            "httpfs;",
             "LOAD httpfs;) and your credentials (CREATE SECRET) before it is read.",
         ]
     yield from (f"-- {sanitise(line)}" for line in lines)

@@ -37,7 +37,8 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str, name: str, limit: int
 
 
 def chosen(parts: Sequence[PartRecord], most_values: int) -> list[PartRecord]:
-    """Of new parts those to check: from the last one backwards, at least one, and no more values than this; none if 0."""
+    """Of new parts those to check: from the last one backwards, at least one, and no more values than this; none if
+    0."""
     found: list[PartRecord] = []
     for part in reversed(parts):
         n_values = sum(each.counts["n_values"] for each in [*found, part])
@@ -68,6 +69,6 @@ def require(store: Store, target: Artefact, parts: Sequence[PartRecord], most_va
         target.remove(target.part_path(part))
     raise UserError(
         f"What was just encoded for {target.id} breaks {len(broken)} checks: {', '.join(broken)}.\n"
-        "Nothing of it was published, and it was removed. Look for a failing disk or memory (saeflow verify --full), then "
-        "run the same command again."
+        "Nothing of it was published, and it was removed. Look for a failing disk or memory (saeflow verify --full), "
+        "then run the same command again."
     )

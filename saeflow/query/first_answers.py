@@ -71,7 +71,8 @@ def first_answers(connection: duckdb.DuckDBPyConnection, n_rows: int = 6) -> Ite
 
 
 def _telling(comparison: pa.Table) -> list[int]:
-    """The feature that speaks most for source a, and the one for b: both often and much more often than in the other."""
+    """The feature that speaks most for source a, and the one for b: both often and much more often than in the
+    other."""
     rows = [row for row in comparison.to_pylist() if row["log2_ratio"] is not None]
     found = []
     for side, sign in (("n_tokens_a", 1), ("n_tokens_b", -1)):

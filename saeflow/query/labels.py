@@ -134,7 +134,8 @@ class Sheet:
 
 
 def column_names(header: list[str]) -> list[str]:
-    """What the columns of a table of labels mean; the first that means something does, the plain names before others."""
+    """What the columns of a table of labels mean; the first that means something does, the plain names before
+    others."""
     plain = [name.strip().lower() for name in header]
     named = [_ALIASES.get(name, name) for name in plain]
     taken = {name: plain.index(name) if name in plain else named.index(name) for name in COLUMNS if name in named}
@@ -193,8 +194,8 @@ def _trimmed(column: str) -> str:
 def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None]) -> int:
     """Set the labels of features in the file of a source, None to remove; returns how many it then holds.
 
-    Raises UserError where the file is there and cannot be read: what a person wrote is not overwritten; or where another command
-    has been changing labels of this SAE for a minute.
+    Raises UserError where the file is there and cannot be read: what a person wrote is not overwritten; or where
+    another command has been changing labels of this SAE for a minute.
     """
     path = _folder(store, sae) / f"{_known_source(source)}.csv"
     with FileSlot(store.root / "tmp" / "locks" / f"labels-{path.parent.name}.lease").guard():

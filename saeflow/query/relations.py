@@ -51,8 +51,8 @@ def _read(paths: Sequence[str], options: str = "") -> str:
 def _values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
     """With the columns low, high and filename; files of an earlier saeflow do not say, and may hold anything.
 
-    A folder `value=9` above the store would give its value to a column in the place of the file's own, so that there low
-    and high are taken from the names: it opens as few files, but looks at each name a little longer.
+    A folder `value=9` above the store would give its value to a column in the place of the file's own, so that there
+    low and high are taken from the names: it opens as few files, but looks at each name a little longer.
     """
     said = [path for path in paths if _says_what_it_holds(path)]
     others = [path for path in paths if not _says_what_it_holds(path)]
@@ -78,7 +78,8 @@ def _says_what_it_holds(path: str) -> bool:
 
 
 def outline(files: Files) -> dict[str, Sequence[str]]:
-    """A few files of each table that give the same columns and types as all of them, but for further ones of documents."""
+    """A few files of each table that give the same columns and types as all of them, but for further ones of
+    documents."""
     found: dict[str, Sequence[str]] = {table: _one_of_each(paths) for table, paths in files.items()}
     lacking = _without_blocks(files.get("vocab_blocks", ()), files["tokens"])
     return found | {"tokens": [*files["tokens"][:1], *(path for path in lacking[:1] if path != files["tokens"][0])]}
@@ -101,8 +102,9 @@ def _vocab_blocks(paths: Sequence[str], tokens: Sequence[str]) -> str:
     parts = [f"select * from {_read(paths)}"] if paths else []
     if lacking:
         parts.append(
-            f"select token_id // {BLOCK_TOKENS} as block_id, min(token_id) as first_token_id, count(*)::integer as n_tokens, "
-            f"unhex(string_agg(printf('%08x', vocab_id), '' order by token_id)) as vocab_ids from {_read(lacking)} group by block_id"
+            f"select token_id // {BLOCK_TOKENS} as block_id, min(token_id) as first_token_id, "
+            "count(*)::integer as n_tokens, unhex(string_agg(printf('%08x', vocab_id), '' order by token_id)) "
+            f"as vocab_ids from {_read(lacking)} group by block_id"
         )
     return f"({' union all '.join(parts)})"
 
@@ -120,8 +122,8 @@ def unglobbed(path: str) -> str:
 def condition_of_encoded(
     ranges: Ranges | None, length: int, positions: Sequence[int] = (), entries: Sequence[int] = ()
 ) -> str:
-    """Was a token encoded, as SQL on its number `token` and its vocabulary id `entry`? Without ranges all were, but for these
-    positions and entries."""
+    """Was a token encoded, as SQL on its number `token` and its vocabulary id `entry`? Without ranges all were, but for
+    these positions and entries."""
     said = []
     if ranges is not None:
         inside = " or ".join(f"token between {first} and {last}" for first, last in ranges)

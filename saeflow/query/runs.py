@@ -197,7 +197,8 @@ def connect_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord])
 
 
 def _keep_small_tables(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
-    """Hold in memory what nearly every question joins with: reading it anew takes longer than the rest of a short one."""
+    """Hold in memory what nearly every question joins with: reading it anew takes longer than the rest of a short
+    one."""
     schema = identifier(run.schema)
     for view, most_rows in KEPT.items():
         if connection.execute(f"select count(*) from {schema}.{view}").fetchall()[0][0] <= most_rows:

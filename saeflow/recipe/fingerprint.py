@@ -39,7 +39,8 @@ _SINCE_2 = {
 
 
 def facts_of(section: Section) -> dict[str, Any]:
-    """The section's settings for a fingerprint; how much of a corpus is read does not count, nor where an SAE came from."""
+    """The section's settings for a fingerprint; how much of a corpus is read does not count, nor where an SAE came
+    from."""
     not_settings = {"share", "folder", "tensorboard"} | ({"source"} if isinstance(section, SAEConfig) else set())
     data = section.model_dump(mode="json", exclude=not_settings)
     defaults = {

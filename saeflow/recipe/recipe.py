@@ -101,8 +101,9 @@ class Recipe(Section):
                 keys = sorted(dict(_settings(other)).items() ^ dict(_settings(member)).items())
                 ignored = " and ".join(dict.fromkeys(key for key, _ in keys))
                 raise ValueError(
-                    f"{other.name} and {member.name} of the sweep would be the same SAE: {member.sae.architecture} does not "
-                    f"read {ignored}.\nTake one of them out: give that architecture an entry of its own in sweep.each."
+                    f"{other.name} and {member.name} of the sweep would be the same SAE: {member.sae.architecture} "
+                    f"does not read {ignored}.\n"
+                    "Take one of them out: give that architecture an entry of its own in sweep.each."
                 )
         return self
 

@@ -31,8 +31,8 @@ def _readable(value: str, info: ValidationInfo) -> str:
     except CronSimError as error:
         raise ValueError(
             f"schedule.{info.field_name} is {value!r}, which cannot be read ({str(error).lower()}).\n"
-            'Write an interval ("15m", "6h", "1d"), five fields of cron ("0 3 * * *": at 3:00; minute, hour, day of month, '
-            f'month, day of week), or "{NEVER}".'
+            'Write an interval ("15m", "6h", "1d"), five fields of cron ("0 3 * * *": at 3:00; minute, hour, '
+            f'day of month, month, day of week), or "{NEVER}".'
         ) from None
     return value
 
@@ -87,7 +87,8 @@ class ScheduleConfig(Section):
 
 
 def once_a_store(schedules: Sequence[ScheduleConfig], stores: Sequence[str]) -> list[ScheduleConfig]:
-    """The same, where `verify` and `gc`, which are of a whole store, are left to the first of a store that gives them a time."""
+    """The same, where `verify` and `gc`, which are of a whole store, are left to the first of a store that gives them a
+    time."""
     found, taken = [], set()
     for about, store in zip(schedules, stores, strict=True):
         timed = {stage for stage in ("verify", "gc") if getattr(about, stage) != NEVER}

@@ -97,7 +97,8 @@ class SyntheticConfig(Section):
     """
 
     kind: Literal["sparse", "superposition", "superposed"] = Field(
-        description="Sparse mixtures, a trained toy model, or superposed features of many frequencies and any number of rows."
+        description="Sparse mixtures, a trained toy model, or superposed features of many frequencies and any number "
+        "of rows."
     )
     n_samples: PositiveInt = Field(5000, description="Rows made; kind `superposed` appends when it is raised later.")
     n_neurons: PositiveInt = Field(5, description="Width of the hidden layer (D).")
@@ -131,15 +132,17 @@ class SyntheticConfig(Section):
     def _rates_fit(self) -> SyntheticConfig:
         if self.kind == "sparse" and self.n_active > self.n_true:
             raise ValueError(
-                f"activations.synthetic.n_active is {self.n_active}, but there are {self.n_true} known features (n_true).\n"
+                f"activations.synthetic.n_active is {self.n_active}, but there are {self.n_true} known features "
+                "(n_true).\n"
                 f"Set n_active to at most {self.n_true}, or raise n_true."
             )
         if self.kind != "superposed":
             return self
         if self.l0 > self.n_true * self.max_rate:
             raise ValueError(
-                f"activations.synthetic.l0 is {self.l0:g}, but {self.n_true} features at a rate of at most {self.max_rate:g} "
-                f"give {self.n_true * self.max_rate:g}.\nLower activations.synthetic.l0, or raise n_true or max_rate."
+                f"activations.synthetic.l0 is {self.l0:g}, but {self.n_true} features at a rate of at most "
+                f"{self.max_rate:g} give {self.n_true * self.max_rate:g}.\n"
+                "Lower activations.synthetic.l0, or raise n_true or max_rate."
             )
         if self.group_share and self.max_rate >= self.group_chance:
             raise ValueError(
@@ -255,8 +258,8 @@ class SAEConfig(Section):
     encoder_scale: PositiveFloat | None = Field(
         None,
         examples=[1.0],
-        description="Factor on the encoder's first rows; default: 0.5 in the top-k family, whose encoder then follows its "
-        "gradients sooner, else 1.",
+        description="Factor on the encoder's first rows; default: 0.5 in the top-k family, whose encoder then "
+        "follows its gradients sooner, else 1.",
     )
     decoder_scale: PositiveFloat = Field(1.0, description="Factor on the decoder's first rows (without unit_norm).")
     decoder_bias: Literal["mean", "zero", "fixed"] = Field(
@@ -275,7 +278,8 @@ class SAEConfig(Section):
 
     @property
     def nested(self) -> list[int]:
-        """Sizes of the nested dictionaries in ascending order, the last of them F (Bussmann et al. 2025, arXiv 2503.17547)."""
+        """Sizes of the nested dictionaries in ascending order, the last of them F (Bussmann et al. 2025, arXiv
+        2503.17547)."""
         if self.architecture != "matryoshka":
             return [self.n_features]
         shares = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
@@ -334,7 +338,8 @@ class TrainConfig(Section):
     )
     device: str = Field(
         "cpu",
-        description="Where it runs: `cpu`, `cuda`, or `auto`, which is a GPU where there is one. Not a setting of the SAE.",
+        description="Where it runs: `cpu`, `cuda`, or `auto`, which is a GPU where there is one. Not a setting of "
+        "the SAE.",
     )
     restarts: PositiveInt = Field(1, description="Trainings from other seeds; the best reconstruction is kept.")
     checkpoint_seconds: PositiveFloat = Field(60, description="Work at most lost when a run is killed.")
@@ -355,8 +360,8 @@ class FeaturesConfig(Section):
     )
     check_values: NonNegativeInt = Field(
         20_000_000,
-        description="Values of new parts that are counted again before they are published, about a second for two million; "
-        "0: none. `saeflow verify --full` checks all.",
+        description="Values of new parts that are counted again before they are published, about a second for two "
+        "million; 0: none. `saeflow verify --full` checks all.",
     )
     compact_parts: PositiveInt = Field(
         16, ge=2, description="A run merges its parts by itself from so many on; `saeflow compact` does it at any time."
@@ -421,8 +426,8 @@ class ClusterConfig(Section):
             )
         if self.starts == "kubernetes" and "threads_per_worker" in given:
             raise ValueError(
-                f"cluster.threads_per_worker is {self.threads_per_worker}, but of kubernetes the image and cluster.options "
-                "say how many threads a worker has. Leave it out."
+                f"cluster.threads_per_worker is {self.threads_per_worker}, but of kubernetes the image and "
+                "cluster.options say how many threads a worker has. Leave it out."
             )
         return self
 

@@ -1,4 +1,5 @@
-"""Between the processor and a GPU: a stream for each thread, pinned memory, copies that only their own thread waits for.
+"""Between the processor and a GPU: a stream for each thread, pinned memory, copies that only their own thread waits
+for.
 
 While one thread waits for its copy the GPU computes what another has asked for (CUDA C++ Programming Guide,
 "Asynchronous Concurrent Execution"). On the processor all of this is nothing.

@@ -21,7 +21,8 @@ class Taken:
 
 @contextlib.contextmanager
 def measured() -> Iterator[Taken]:
-    """Filled in when the block ends. Where the system cannot start the peak anew, it is that since the process began."""
+    """Filled in when the block ends. Where the system cannot start the peak anew, it is that since the process
+    began."""
     with contextlib.suppress(OSError):  # "5" resets the peak: man 5 proc, clear_refs
         Path("/proc/self/clear_refs").write_text("5")
     taken, began = Taken(), time.monotonic()

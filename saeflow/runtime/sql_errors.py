@@ -11,7 +11,8 @@ QUERY_ERRORS = (duckdb.Error, pa.ArrowException, OSError)
 
 
 def is_of_system(error: Exception) -> bool:
-    """Is it the system's (a full disk), and not an error of DuckDB that Arrow hands on as an OSError without a number?"""
+    """Is it the system's (a full disk), and not an error of DuckDB that Arrow hands on as an OSError without a
+    number?"""
     return isinstance(error, OSError) and error.errno is not None
 
 

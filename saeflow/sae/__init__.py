@@ -1,4 +1,5 @@
-"""Sparse autoencoders: architectures, the encoder product, the training step, formats, metrics. Read `autoencoder` first.
+"""Sparse autoencoders: architectures, the encoder product, the training step, formats, metrics. Read `autoencoder`
+first.
 
 autoencoder    parameters, loss and exact encoding
 architectures  what each architecture does to a pre-activation

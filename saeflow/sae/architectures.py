@@ -125,8 +125,9 @@ class JumpReLU(Top):
     """pre where it is above the feature's threshold, else 0 (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
     The thresholds' gradients are straight-through estimates with a box kernel of width `bandwidth`. The penalty is
-    `weight` times (L0 / k - 1)², the quadratic aim at k features a token of that paper's appendix; or, with `tanh_scale`,
-    `weight` / D times the sum of tanh(tanh_scale * value * length) over features (Conerly et al. 2025, "January update").
+    `weight` times (L0 / k - 1)², the quadratic aim at k features a token of that paper's appendix; or, with
+    `tanh_scale`, `weight` / D times the sum of tanh(tanh_scale * value * length) over features (Conerly et al. 2025,
+    "January update").
     """
 
     threshold: Tensor

@@ -32,8 +32,8 @@ class StepInfo:
 
     `unexplained` is the share of the batch's variance that the reconstruction misses; `auxiliary` the share of the rest
     that dead features miss, and `sparsity` the penalty, both before their weights: mean(abs(values)) (relu, gated), or
-    (L0 / k - 1)² or the mean sum of tanh (jumprelu); `n_active` the mean number of active features of a token; `fired` the
-    number of tokens of each feature (F).
+    (L0 / k - 1)² or the mean sum of tanh (jumprelu); `n_active` the mean number of active features of a token; `fired`
+    the number of tokens of each feature (F).
     """
 
     unexplained: float
@@ -56,7 +56,8 @@ class SparseAutoencoder(nn.Module):
     of the activations. What sparsify is says `saeflow.sae.architectures` for each architecture, with its source.
 
     An autoencoder reconstructs what it reads, and b_in is b_dec. A *transcoder* (`target_site`) reconstructs another
-    site's activations (Dunefsky et al. 2024, arXiv 2406.11944); its b_in is the mean of what it reads and is not trained.
+    site's activations (Dunefsky et al. 2024, arXiv 2406.11944); its b_in is the mean of what it reads and is not
+    trained.
 
     In training, `batchtopk` and `matryoshka` take their threshold from the batch at hand. `encode_sparse` applies the
     running threshold instead, so a token's features do not depend on its batch mates. To add an architecture, name
@@ -85,7 +86,8 @@ class SparseAutoencoder(nn.Module):
         if config.target_site is not None:
             self.register_buffer("centre", torch.zeros(width))
         self.product_dtype: torch.dtype | None = None
-        """Precision of the encoder product; None takes the quicker of bfloat16 and float32. Values on disk are exact."""
+        """Precision of the encoder product; None takes the quicker of bfloat16 and float32. Values on disk are
+        exact."""
         self.use_kernels = True
         self._kept: tuple[object, Encoder] | None = None
         self._guess = 0.0
@@ -137,14 +139,14 @@ class SparseAutoencoder(nn.Module):
     ) -> tuple[Tensor, StepInfo]:
         """Loss of a batch (B, D) of float32, to be differentiated for the parameters, not for `x`.
 
-        topk, batchtopk, matryoshka: share of variance unexplained, sum((x - reconstruction)²) / sum((x - mean(x))²) over
-        the batch, for matryoshka the mean of that share over its nested dictionaries. relu, gated, jumprelu: mean((x -
-        reconstruction)²), gated also that of its gate's own reconstruction, plus `sparsity` times the penalty.
-        topk family and jumprelu: plus `aux_weight` times the share of the remaining error that features silent for
-        `dead_after_tokens` miss. `target` (B, D_out) takes the place of x in all of that, for a transcoder; `k` that of
-        the configured one; `by_token` lets batchtopk and matryoshka choose as topk does. With `unit_norm` the loss is that
-        of directions of unit length, so its gradient keeps the length.
-        In training mode the step also updates the running threshold and the silence counters.
+        topk, batchtopk, matryoshka: share of variance unexplained, sum((x - reconstruction)²) / sum((x - mean(x))²)
+        over the batch, for matryoshka the mean of that share over its nested dictionaries. relu, gated, jumprelu:
+        mean((x - reconstruction)²), gated also that of its gate's own reconstruction, plus `sparsity` times the
+        penalty. topk family and jumprelu: plus `aux_weight` times the share of the remaining error that features silent
+        for `dead_after_tokens` miss. `target` (B, D_out) takes the place of x in all of that, for a transcoder; `k`
+        that of the configured one; `by_token` lets batchtopk and matryoshka choose as topk does. With `unit_norm` the
+        loss is that of directions of unit length, so its gradient keeps the length. In training mode the step also
+        updates the running threshold and the silence counters.
         """
         if target is None and self.config.target_site is not None:
             target = x

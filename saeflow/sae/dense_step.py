@@ -1,7 +1,7 @@
 """The training step for batches in which so many entries matter that products of whole matrices are quicker.
 
-So it is at the start of architectures that pay for their values: half of all pre-activations are positive then. A piece of
-rows goes through everything that is needed of them while it is in the cache.
+So it is at the start of architectures that pay for their values: half of all pre-activations are positive then. A piece
+of rows goes through everything that is needed of them while it is in the cache.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def _fast_here() -> torch.dtype:
 def linear(rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows (n, D) @ weights (F, D).T + bias (F): (n, F).
 
-    On the processor in float32 by oneDNN, where torch has it: it would ask MKL, which is 1.2 to 1.5 times slower on AMD's
-    processors.
+    On the processor in float32 by oneDNN, where torch has it: it would ask MKL, which is 1.2 to 1.5 times slower on
+    AMD's processors.
     """
     if rows.device.type == "cpu" and rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         pair = rows.contiguous(), weights.contiguous()  # for other layouts it has kernels a thousand times slower

@@ -1,6 +1,7 @@
 """What the folder of an autoencoder says of it: ours, one of SAELens, or one of dictionary_learning.
 
-A setting that would make it another autoencoder than `saeflow.sae.autoencoder` knows is refused, naming the file and the setting.
+A setting that would make it another autoencoder than `saeflow.sae.autoencoder` knows is refused, naming the file and
+the setting.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ def _own(settings: Path, own: dict[str, Any], name: str, n_features: int, cfg: d
     for key, value in {"architecture": saelens_name(config), "d_sae": config.n_features, "k": config.k}.items():
         if said[key] != value:
             raise UserError(
-                f"{settings}: {key} is {said[key]!r}, but {value!r} follows from metadata.saeflow. Take metadata.saeflow "
-                "out, and the folder is read as SAELens reads it."
+                f"{settings}: {key} is {said[key]!r}, but {value!r} follows from metadata.saeflow. Take "
+                "metadata.saeflow out, and the folder is read as SAELens reads it."
             )
     return config
 
@@ -213,9 +214,11 @@ def _one_of(settings: Path, cfg: Mapping[str, Any], name: str, known: tuple[T, .
 
 
 _WAYS_OUT = {
-    "normalize_activations": "If it is a constant factor, fold it in with SAELens (fold_activation_norm_scaling_factor) "
+    "normalize_activations": "If it is a constant factor, fold it in with SAELens "
+    "(fold_activation_norm_scaling_factor) "
     "and save again.",
-    "rescale_acts_by_decoder_norm": "Fold the lengths of the decoder's rows in with SAELens (fold_W_dec_norm) and save again.",
+    "rescale_acts_by_decoder_norm": "Fold the lengths of the decoder's rows in with SAELens (fold_W_dec_norm) and "
+    "save again.",
     "finetuning_scaling_factor": "Fold the tensor scaling_factor into the decoder, and save again.",
 }
 

@@ -1,6 +1,7 @@
 """Autoencoders as folders: `save` writes what SAELens 6 reads, `load` reads what any of the known programs wrote.
 
-Whatever a foreign autoencoder does otherwise than `saeflow.sae.autoencoder` is folded into weights and biases, in float64.
+Whatever a foreign autoencoder does otherwise than `saeflow.sae.autoencoder` is folded into weights and biases, in
+float64.
 """
 
 from __future__ import annotations
@@ -142,8 +143,8 @@ def _read_torch(found: Described) -> dict[str, Tensor]:
     except Exception as error:  # what torch raises for a damaged file, or for one with code, is not documented
         reason = str(error).strip().splitlines()
         raise UserError(
-            f"{found.weights} cannot be read as tensors alone ({reason[0] if reason else type(error).__name__}); whatever "
-            f"else it holds is never run. {AGAIN}"
+            f"{found.weights} cannot be read as tensors alone ({reason[0] if reason else type(error).__name__}); "
+            f"whatever else it holds is never run. {AGAIN}"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{found.weights} is no table of tensors (a state_dict). {AGAIN}")
@@ -170,8 +171,8 @@ def _checked(found: Described, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         )
     if unknown := sorted(tensors.keys() - wanted.keys()):
         raise UserError(
-            f"{found.weights} holds {', '.join(unknown)}, which {config.architecture} has not. Without them it would be "
-            f"another autoencoder. Check what {found.settings.name} says of its architecture."
+            f"{found.weights} holds {', '.join(unknown)}, which {config.architecture} has not. Without them it would "
+            f"be another autoencoder. Check what {found.settings.name} says of its architecture."
         )
     out = {}
     for name, shape in wanted.items():
@@ -180,7 +181,8 @@ def _checked(found: Described, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor.flatten().expand(n)
         if tuple(tensor.shape) != shape:
             raise UserError(
-                f"{found.weights}: {name} is {_sizes(tensor.shape)}, but {found.settings.name} says {_sizes(shape)}. {AGAIN}"
+                f"{found.weights}: {name} is {_sizes(tensor.shape)}, but {found.settings.name} says {_sizes(shape)}. "
+                f"{AGAIN}"
             )
         out[name] = tensor.float()
         if not tensor.is_floating_point() or not out[name].isfinite().all():

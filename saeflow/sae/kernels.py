@@ -290,7 +290,8 @@ def rescore(
     `approximate` is that of the pre-activation less the feature's threshold. A candidate is left out unread when it and
     the bound on its error, `row_bounds[r] @ bounds[:, j] + relative * abs(approximate)`, stay below what is needed.
     Candidates of at least `firsts[r]` come first: where there are k, the least of them raises what is needed of the
-    others. The value of what is kept is stretch[j] * pre + shift[j], where positive. Kept entries are written over `ids`.
+    others. The value of what is kept is stretch[j] * pre + shift[j], where positive. Kept entries are written over
+    `ids`.
     """
     longest = 0
     for r in range(len(x)):

@@ -37,7 +37,8 @@ Decode = Callable[[SparseValues], Tensor]
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one autoencoder against n_true known features, n_frequent of which fire at least `min_fires` times in training."""
+    """Of one autoencoder against n_true known features, n_frequent of which fire at least `min_fires` times in
+    training."""
 
     n_true: int
     n_frequent: int
@@ -116,7 +117,8 @@ def score_directions(
 
 
 def best_cosines(true: Tensor, found: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Largest cosine of each true direction (n) and of each found one (F) with any of the others; 0 where there is none."""
+    """Largest cosine of each true direction (n) and of each found one (F) with any of the others; 0 where there is
+    none."""
     of_true, of_found = np.zeros(len(true), np.float32), np.full(len(found), -1 if len(true) else 0, np.float32)
     units = tf.normalize(found, dim=1)
     for start in range(0, len(true) if len(found) else 0, _BLOCK):

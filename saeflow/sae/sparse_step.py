@@ -103,7 +103,8 @@ def pieces(tensor: Tensor, size: int, use_kernels: bool = True) -> list[tuple[in
 
 
 def prepare(x: Tensor, b_in: Tensor, target: Tensor | None, b_dec: Tensor, dtype: torch.dtype) -> Batch:
-    """The variance is the sum over the batch of squared distances from its mean. Without a target it is x, and b_dec b_in.
+    """The variance is the sum over the batch of squared distances from its mean. Without a target it is x, and b_dec
+    b_in.
 
     Rows that are all equal, or a single one, have none: then distances from the decoder bias stand in.
     """
@@ -135,7 +136,8 @@ def _centred(x: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def select_top(
     rows: Tensor, encoder: Encoder, k: int, by_row: bool, guess: float, use_kernels: bool
 ) -> tuple[Entries, float]:
-    """The k largest positive pre-activations per row, or k times B of the whole batch. See `select_batch` for `guess`."""
+    """The k largest positive pre-activations per row, or k times B of the whole batch. See `select_batch` for
+    `guess`."""
     if not on_processor(rows, use_kernels):
         pre = encoder.pre_activations(rows)
         return (_dense_top(pre, k) if by_row else _dense_batch(pre, k * len(rows))), 0.0
@@ -304,14 +306,16 @@ def decode(entries: Entries, w_dec: Tensor) -> Tensor:
 
 
 def summed_in_order(ids: Tensor, numbers: Tensor, n: int) -> Tensor:
-    """Sums (n) of numbers (nnz) by id. In the order of entries, so the same every time: on a GPU `index_add_` is not."""
+    """Sums (n) of numbers (nnz) by id. In the order of entries, so the same every time: on a GPU `index_add_` is
+    not."""
     starts = tf.pad(torch.bincount(ids, minlength=n).cumsum(0), (1, 0))
     column = numbers[:, None].float()
     return tf.embedding_bag(ids.argsort(stable=True), column, starts, mode="sum", include_last_offset=True)[:, 0]
 
 
 class ByFeature:
-    """Sums numbers of entries by their feature: (nnz) to (F). NumPy's sums are in order, and wait for no other thread."""
+    """Sums numbers of entries by their feature: (nnz) to (F). NumPy's sums are in order, and wait for no other
+    thread."""
 
     def __init__(self, feature_ids: Tensor, n_features: int) -> None:
         self.ids, self.n_features = feature_ids, n_features
@@ -333,8 +337,8 @@ def add_gradients(
     explained: Explained, pair: Tensor, low: Tensor, w_dec: Tensor, task: Task, d_w_enc: Tensor, d_w_dec: Tensor,
     fresh: bool,
 ) -> ByFeature:  # fmt: skip
-    """Add the entries' gradients to encoder and decoder rows, or write them there (`fresh`). `pair` (2, nnz): values and
-    derivatives by pre-activations, with the loss's scale in them."""
+    """Add the entries' gradients to encoder and decoder rows, or write them there (`fresh`). `pair` (2, nnz): values
+    and derivatives by pre-activations, with the loss's scale in them."""
     add = _add_here if on_processor(low, task.use_kernels) else _add_anywhere
     add(explained.entries, pair, explained.residual, low, w_dec, task, d_w_enc, d_w_dec, fresh)
     return ByFeature(explained.entries.feature_ids, len(w_dec))

@@ -125,7 +125,8 @@ class Artefact:
 
     @property
     def own_work(self) -> Path:
-        """What this writer alone fills, or its workers: one that was thought dead may wake up and write on in its own."""
+        """What this writer alone fills, or its workers: one that was thought dead may wake up and write on in its
+        own."""
         if self.holds:
             return self.work / self.holds[-1].lease.owner.token
         owner = self.slot.read()[0] if self.shared else None
@@ -205,8 +206,8 @@ class Artefact:
             self.send(self.path / "artefact.json")
 
     def attach(self, names: Iterable[str]) -> None:
-        """Name further files of the artefact's own, which lie in its folder, in its record; not in one of an earlier format,
-        which `upgrade` writes anew."""
+        """Name further files of the artefact's own, which lie in its folder, in its record; not in one of an earlier
+        format, which `upgrade` writes anew."""
         if self.record.format_version < FORMAT_VERSION:
             return
         files = {file.name: file for file in self.record.files}
@@ -226,7 +227,8 @@ class Artefact:
             self.objects.send(paths)
 
     def remove(self, path: Path) -> None:
-        """A file or folder of the artefact, wherever it is. Raises UserError where a record or a link leads out of its folder."""
+        """A file or folder of the artefact, wherever it is. Raises UserError where a record or a link leads out of its
+        folder."""
         inside = path.parent.resolve().is_relative_to(self.path.resolve()) and path.name != ".."
         if path != self.path and not inside:
             raise UserError(
@@ -295,7 +297,8 @@ class Artefact:
                     self.require_lease()  # the next owner clears away what it finds
                     raise UserError(
                         f"{self.id}: the work folder {folder} was removed while part {index} was written into it.\n"
-                        "Nothing of that part is published. Run the same command again, and leave tmp/ alone while it works."
+                        "Nothing of that part is published. Run the same command again, and leave tmp/ alone while "
+                        "it works."
                     )
         except BaseException:
             if self.shared:  # nobody else knows this folder
@@ -419,9 +422,9 @@ class Artefact:
     ) -> Generation:
         """Show readers these parts from now on; publishing the same list again changes nothing.
 
-        `hidden` (default: what is hidden now) goes with it, in the same instant. `clear` removes folders that no list names:
-        not while others of this run make parts that are shown later. Raises UserError where the folder of a part that was
-        not shown before is not there.
+        `hidden` (default: what is hidden now) goes with it, in the same instant. `clear` removes folders that no list
+        names: not while others of this run make parts that are shown later. Raises UserError where the folder of a part
+        that was not shown before is not there.
         """
         ordered = tuple(sorted(parts, key=lambda part: part.index))
         with self.publishing():
@@ -445,7 +448,8 @@ class Artefact:
         shown = {part.folder for part in current.parts} if current else set()
         if lost := {part.folder for part in parts} - shown - self.part_folders():
             raise UserError(
-                f"Part {min(lost)} of {self.id} is gone since it was made. Nothing was published; run the same command again."
+                f"Part {min(lost)} of {self.id} is gone since it was made. Nothing was published; run the same "
+                "command again."
             )
 
     def _write_list(self, generation: Generation) -> Generation:

@@ -19,8 +19,8 @@ from saeflow.store.store import Store
 from saeflow.store.verify import below_of
 
 ABANDONED_SECONDS = 30 * 86_400.0
-"""A checkpoint of an SAE that is not published stays for so long after it was last written: somebody may be on holiday. After
-an append it is of another SAE than the next training makes, and it takes twelve bytes a weight."""
+"""A checkpoint of an SAE that is not published stays for so long after it was last written: somebody may be on holiday.
+After an append it is of another SAE than the next training makes, and it takes twelve bytes a weight."""
 
 _PASSING_SECONDS = 3_600.0
 """Files by which runs try the store live for a moment; no run that is still looking at one has it for an hour."""
@@ -54,8 +54,8 @@ class Collected:
 def collect(store: Store, grace_seconds: float, remove: bool) -> Collected:
     """Find, and `remove`, what nobody has been able to reach for the grace period.
 
-    Where it is removed, an artefact's lease is held from the look at its manifest to the end; one that is being written is left
-    alone. Nothing is written, and nobody waited for, where it is only listed.
+    Where it is removed, an artefact's lease is held from the look at its manifest to the end; one that is being written
+    is left alone. Nothing is written, and nobody waited for, where it is only listed.
     """
     if store.objects is not None:
         store.objects.list_again()
@@ -101,7 +101,8 @@ def _unheld(artefact: Artefact) -> Iterator[None]:
 def _replaced(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
     """Lists older than the one that readers see, and parts that it does not name.
 
-    A part that no list names is garbage only where it is older than that list: an append that was killed goes on with its own.
+    A part that no list names is garbage only where it is older than that list: an append that was killed goes on with
+    its own.
     """
     current = _now(artefact)
     if current is None:

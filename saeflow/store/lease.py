@@ -1,9 +1,10 @@
 """Who is writing an artefact: a lease that its owner renews, and that others may take once it is silent.
 
-An owner of this machine whose process is gone is known at once, and one that runs is left alone. Any other one is watched:
-where nothing changes for as long as the lease lasts, by the watcher's own monotonic clock, it is taken over. So nobody's clock has to be right, and
-nothing is waited for after an ordinary crash. The lease is a courtesy that saves work. What keeps a store right is that
-a generation is only switched by who holds the lease and finds the generation that it began with (`artefact`).
+An owner of this machine whose process is gone is known at once, and one that runs is left alone. Any other one is
+watched: where nothing changes for as long as the lease lasts, by the watcher's own monotonic clock, it is taken over.
+So nobody's clock has to be right, and nothing is waited for after an ordinary crash. The lease is a courtesy that saves
+work. What keeps a store right is that a generation is only switched by who holds the lease and finds the generation
+that it began with (`artefact`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _ENDED = -1.0
 
 @dataclass(frozen=True)
 class Owner:
-    """What a lease says. `beat` grows with every sign of life; `machine` and `born` tell processes of one number apart."""
+    """What a lease says. `beat` grows with every sign of life; `machine` and `born` tell processes of one number
+    apart."""
 
     token: str
     machine: str
@@ -105,8 +107,8 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> float | None:
-    """When a process began, in the kernel's own count where there is one, which no clock moves; `_ENDED` if it has ended,
-    None where that cannot be known: of another user's process a system may hide all but its number."""
+    """When a process began, in the kernel's own count where there is one, which no clock moves; `_ENDED` if it has
+    ended, None where that cannot be known: of another user's process a system may hide all but its number."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return _ENDED if fields[0] in (b"Z", b"X") else float(fields[19])
@@ -305,8 +307,8 @@ class Lease:
             return done
 
     def _lost(self, found: Owner | None) -> str:
-        """What has become of the lease, in words; nothing while it is this run's. One that is gone after a silence is not
-        taken back: somebody may have had it, published and ended."""
+        """What has become of the lease, in words; nothing while it is this run's. One that is gone after a silence is
+        not taken back: somebody may have had it, published and ended."""
         if found is None and time.monotonic() - self.beaten > self.owner.seconds:
             return "another run may have taken over and ended"
         return f"{found.about} has taken over" if found and found.token != self.owner.token else ""
@@ -317,7 +319,8 @@ class Lease:
             self._over.set()
             raise UserError(
                 f"{self.what}: this run was silent for more than {self.owner.seconds:.0f} s, and {lost}.\n"
-                "Nothing is lost, and nothing of this run was published since. Run the same command again to see it finished."
+                "Nothing is lost, and nothing of this run was published since. Run the same command again to see it "
+                "finished."
             )
 
     @contextlib.contextmanager
@@ -349,8 +352,8 @@ _WATCHED: dict[Path, tuple[Any, float]] = {}
 
 
 def watch(slot: Slot) -> tuple[Owner | None, Any, float]:
-    """The owner, the tag, and since when it is known to be unchanged. Of many leases to be taken each is watched first, so
-    that those of a dead machine lapse at the same time and not one after the other."""
+    """The owner, the tag, and since when it is known to be unchanged. Of many leases to be taken each is watched first,
+    so that those of a dead machine lapse at the same time and not one after the other."""
     owner, tag = slot.read()
     if slot.path not in _WATCHED or _WATCHED[slot.path][0] != tag:
         _WATCHED[slot.path] = tag, time.monotonic()
@@ -407,7 +410,8 @@ def _take(slot: Slot, tag: Any, what: str, waited: bool) -> Lease | None:
 
 
 def is_free(slot: Slot) -> bool:
-    """Is nobody at work? Somebody of whom nothing is known is watched for as long as the lease lasts. Nothing is taken."""
+    """Is nobody at work? Somebody of whom nothing is known is watched for as long as the lease lasts. Nothing is
+    taken."""
     try:
         _once_free(slot, slot.path.stem.replace("-", "/", 1), "refuse", time.sleep)
     except UserError:

@@ -1,8 +1,8 @@
 """An object store (s3://, gs://, az://) behind a folder of this machine.
 
-The folder holds the records, as they are now, and the tables that were asked for. What a stage has finished is sent, its
-record last; shards of arrays are read in ranges and not kept. Credentials come from the usual environment variables,
-which obstore reads; they are not logged.
+The folder holds the records, as they are now, and the tables that were asked for. What a stage has finished is sent,
+its record last; shards of arrays are read in ranges and not kept. Credentials come from the usual environment
+variables, which obstore reads; they are not logged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def is_url(path: str | Path) -> bool:
 
 
 def cache_folder(url: str) -> Path:
-    """The folder of this machine that stands for a store: SAEFLOW_CACHE, else the user's cache, and a name of its own."""
+    """The folder of this machine that stands for a store: SAEFLOW_CACHE, else the user's cache, and a name of its
+    own."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     base = Path(os.environ.get("SAEFLOW_CACHE") or Path(home) / "saeflow").absolute()
     name = "".join(c if c.isalnum() else "-" for c in url.partition("://")[2])[-40:].strip("-")
@@ -82,8 +83,8 @@ class Objects:
         return path.relative_to(self.root).as_posix()
 
     def _ask(self, ask: Callable[[], T]) -> T:
-        """The answer to something that can be asked twice. obstore tries again what fails at once; an answer that breaks
-        off in the middle is left to us. Raises UserError where the store refuses, or is silent for minutes.
+        """The answer to something that can be asked twice. obstore tries again what fails at once; an answer that
+        breaks off in the middle is left to us. Raises UserError where the store refuses, or is silent for minutes.
         """
         try:
             return tries(GenericError)(ask)
@@ -111,7 +112,8 @@ class Objects:
         self._bring(found, self._own_local(self.root), keep_unsent=True)
 
     def pull_one(self, folder: Path) -> None:
-        """The same for one artefact by who holds its lease: what is here and was never sent is a killed run's, and goes."""
+        """The same for one artefact by who holds its lease: what is here and was never sent is a killed run's, and
+        goes."""
         key = self.key(folder)
         self._listed.pop(key, None)
         for known in [known for known in self._tags if known.startswith(f"{key}/")]:
@@ -156,7 +158,8 @@ class Objects:
         return None
 
     def _is_current(self, path: Path, meta: Any) -> bool:
-        """Is a file the one of the listing? One that was sent from here then gets its time, to be known by from now on."""
+        """Is a file the one of the listing? One that was sent from here then gets its time, to be known by from now
+        on."""
         if _same(path, meta):
             return True
         if self._noted(path) != [checksum(path), str(meta["e_tag"])]:
@@ -320,7 +323,8 @@ class Objects:
         return None
 
     def put_tagged(self, path: Path, content: bytes, tag: str | None) -> str | None:
-        """Write an object that still has this tag, or (None) is not there; its new tag, or None where that is not so."""
+        """Write an object that still has this tag, or (None) is not there; its new tag, or None where that is not
+        so."""
         mode: Any = {"e_tag": tag} if tag is not None else "create"
         try:
             put = self._ask(lambda: obstore.put(self.store, self.key(path), content, mode=mode, use_multipart=False))
@@ -351,7 +355,8 @@ class Objects:
         return self._ask(lambda: [meta for each in obstore.list(self.store, prefix, chunk_size=1000) for meta in each])
 
     def keep(self, folder: Path, number: int, last: str) -> None:
-        """Send a folder of work in progress as its version `number`, the file `last` after the others; drop older ones."""
+        """Send a folder of work in progress as its version `number`, the file `last` after the others; drop older
+        ones."""
         older = [meta["path"] for meta in self._below(self.key(folder))]
         target = folder / f"{number:09d}"
         paths = [path for path in folder.iterdir() if path.name != last]

@@ -116,7 +116,8 @@ class Store:
         name, _, fp = folder.rpartition("-")
         if kind not in KINDS or not name or "/" in folder:
             raise UserError(
-                f"{brief(id)!r} in a record of {self.name} names no artefact: that is called <kind>/<name>-<fingerprint>.\n"
+                f"{brief(id)!r} in a record of {self.name} names no artefact: that is called "
+                "<kind>/<name>-<fingerprint>.\n"
                 "The record was not written by saeflow; do not use this store."
             )
         return Artefact(self.root, kind, name, fp, self.objects, self.overlap)  # type: ignore[arg-type]

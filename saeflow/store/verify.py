@@ -51,7 +51,8 @@ class Damage:
 def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> Iterator[Damage]:
     """Everything that is wrong in a store.
 
-    `share`, as (i, n), reads every byte of the i-th of n shares, which together are the whole, and the sizes of the rest.
+    `share`, as (i, n), reads every byte of the i-th of n shares, which together are the whole, and the sizes of the
+    rest.
     """
     for kind in KINDS:
         for folder in sorted(path for path in (store.root / kind).glob("?*-*") if path.is_dir()):
@@ -161,8 +162,8 @@ def _strangers(artefact: Artefact, part: PartRecord, below: Below | None = None)
 
 
 def below_of(artefact: Artefact) -> Below | None:
-    """What an object store lists at or below a path of the artefact, by key, found without a walk through all of its listing;
-    None for a store on disk."""
+    """What an object store lists at or below a path of the artefact, by key, found without a walk through all of its
+    listing; None for a store on disk."""
     if artefact.objects is None:
         return None
     objects, listed = artefact.objects, artefact.objects.listing(artefact.path)
@@ -177,8 +178,8 @@ def below_of(artefact: Artefact) -> Below | None:
 
 
 def mend(found: Iterable[Damage]) -> Iterator[str]:
-    """Mend what can be mended at once, or remove it so that the next run makes it again; each place once. Says what was done,
-    and ends with a UserError where something is left to do."""
+    """Mend what can be mended at once, or remove it so that the next run makes it again; each place once. Says what was
+    done, and ends with a UserError where something is left to do."""
     left = []
     for each in {(each.artefact, each.part and each.part.folder): each for each in found}.values():
         try:

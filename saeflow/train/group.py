@@ -105,7 +105,8 @@ class Reading:
                     job.boards.append(Board(folder, job.trainings[-1].step))
 
     def _begun(self, job: Job, training: Training, restart: int) -> Training:
-        """The training as its checkpoint has it, if there is one; on the object store it may be from another machine."""
+        """The training as its checkpoint has it, if there is one; on the object store it may be from another
+        machine."""
         folder = job.folder(restart)
         if self.objects is not None and not is_whole(folder):  # a fetch may have been killed between two files
             self.objects.bring_back(folder, CHECKPOINT)

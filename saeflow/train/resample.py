@@ -25,8 +25,8 @@ def resample(
     """Give each dead feature the direction of a badly explained row of x (B, D); returns how many there were.
 
     Rows are drawn with probability proportional to their squared error. A transcoder's feature reads the row itself and
-    writes what is missing of its target (B, D_out). Biases and thresholds start as at first, those of a sparse start on this
-    batch, other thresholds at the mean of live ones. The feature's Adam state is cleared.
+    writes what is missing of its target (B, D_out). Biases and thresholds start as at first, those of a sparse start on
+    this batch, other thresholds at the mean of live ones. The feature's Adam state is cleared.
     """
     dead = (sae.tokens_since_fired >= dead_after_tokens).nonzero().flatten()
     if not len(dead) or len(dead) == len(sae.tokens_since_fired):

@@ -27,7 +27,8 @@ def sparsity(step: int, n_steps: int, config: TrainConfig) -> float:
 
 
 def n_active(step: int, n_steps: int, sae: SAEConfig, config: TrainConfig) -> int:
-    """k of this step: from `k_start` in a straight line, rounded, down to `sae.k` over the first `k_anneal_share` of steps."""
+    """k of this step: from `k_start` in a straight line, rounded, down to `sae.k` over the first `k_anneal_share` of
+    steps."""
     if config.k_start is None or not sae.counts_k:
         return sae.k
     fallen = min(1.0, step / max(1, math.ceil(config.k_anneal_share * n_steps)))
@@ -35,7 +36,8 @@ def n_active(step: int, n_steps: int, sae: SAEConfig, config: TrainConfig) -> in
 
 
 def chooses_by_token(step: int, n_steps: int, config: TrainConfig) -> bool:
-    """Does each token keep its own k largest in this step? For the first `token_topk_share` of steps, never in the last.
+    """Does each token keep its own k largest in this step? For the first `token_topk_share` of steps, never in the
+    last.
 
     A threshold for all tokens of a batch, as batchtopk and matryoshka have it, hardly ever selects a rare feature that
     is not learned yet: its values stay below those of the features that are. Within a token it competes with few.

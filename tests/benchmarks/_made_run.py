@@ -1,6 +1,7 @@
 """A run of any size, its values made up but realistic, written by the writers that encoding uses.
 
-Rates of features fall as a power of their rank, and documents have subjects: a document's features fire in bursts inside it.
+Rates of features fall as a power of their rank, and documents have subjects: a document's features fire in bursts
+inside it.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def _tokens(store: Store, n_tokens: int, part_tokens: int) -> Artefact:
             n_rows = min(part_tokens, n_tokens - start) // LENGTH
             owners = n_documents + np.arange(n_rows * LENGTH) // 700
             counts = {
-                "first_sequence": first, "n_sequences": n_rows, "n_train_sequences": n_rows, "first_document": n_documents,
-                "n_documents": int(owners[-1]) + 1 - n_documents, "n_tokens": owners.size, "n_train_tokens": owners.size,
+                "first_sequence": first, "n_sequences": n_rows, "n_train_sequences": n_rows,
+                "first_document": n_documents, "n_documents": int(owners[-1]) + 1 - n_documents,
+                "n_tokens": owners.size, "n_train_tokens": owners.size,
             }  # fmt: skip
             vocab_ids = (dice.zipf(1.2, owners.size) % N_VOCAB).astype(np.int32)
             packed = Packed(vocab_ids.reshape(n_rows, LENGTH), owners.reshape(n_rows, LENGTH))

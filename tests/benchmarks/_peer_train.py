@@ -70,7 +70,8 @@ class Fitted(NamedTuple):
 class Feed(Iterator[torch.Tensor]):
     """Batches of shuffled rows, and the seconds its reader spends on each.
 
-    A step lasts from a batch's handing over to the next one's being asked for, so the making of batches is nobody's time.
+    A step lasts from a batch's handing over to the next one's being asked for, so the making of batches is nobody's
+    time.
     """
 
     def __init__(self, rows: np.ndarray, batch: int, seed: int) -> None:
@@ -108,8 +109,9 @@ def saelens(about: Training, width: int, feed: Feed) -> Fitted:
     build, config = get_sae_training_class(names.get(about.architecture, about.architecture))
     trained = build(config(d_in=width, d_sae=about.n_features, **saelens_options(about)))
     trainer_config = SAETrainerConfig(
-        total_training_samples=about.n_steps * about.batch, train_batch_size_samples=about.batch, lr=about.lr, lr_end=0.0,
-        lr_warm_up_steps=about.lr_warmup_steps, lr_decay_steps=about.decay_steps, autocast=about.autocast,
+        total_training_samples=about.n_steps * about.batch, train_batch_size_samples=about.batch,
+        lr=about.lr, lr_end=0.0, lr_warm_up_steps=about.lr_warmup_steps,
+        lr_decay_steps=about.decay_steps, autocast=about.autocast,
     )  # fmt: skip
     SAETrainer(trainer_config, trained, feed).fit()
     feed.close_step()

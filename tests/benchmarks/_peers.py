@@ -28,7 +28,8 @@ def train(**about: Any) -> dict[str, Any]:
 
 
 def values_of(folder: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What SAELens makes of rows (n, D) with the autoencoder saved in a folder: values (n, F), reconstruction (n, D)."""
+    """What SAELens makes of rows (n, D) with the autoencoder saved in a folder: values (n, F), reconstruction (n,
+    D)."""
     with tempfile.TemporaryDirectory(prefix="saeflow-peers-") as temporary:
         read, written = Path(temporary) / "rows.npy", Path(temporary) / "values.npz"
         np.save(read, rows)

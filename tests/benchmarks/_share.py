@@ -1,7 +1,7 @@
 """The pipeline flow with a stopwatch on what saeflow itself does: `python -m tests.benchmarks._share RECIPE STORE`.
 
-Its last line is JSON: seconds of the flow, and of the time in which at least one of saeflow's functions was at work. The rest is
-Prefect's: its server, its runs and tasks, what is sent to its pages.
+Its last line is JSON: seconds of the flow, and of the time in which at least one of saeflow's functions was at work.
+The rest is Prefect's: its server, its runs and tasks, what is sent to its pages.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from saeflow.recipe.load import load_recipe
 from saeflow.store.artefact import Job
 
 FUNCTIONS = (
-    (token_parts, "run"), (import_table, "run"), (train, "run_all"), (encode, "compact"), (evaluate, "run"), (report, "run"),
-    (sweep, "run"), (catalog, "write"), (run, "summary"),
+    (token_parts, "run"), (import_table, "run"), (train, "run_all"), (encode, "compact"),
+    (evaluate, "run"), (report, "run"), (sweep, "run"), (catalog, "write"), (run, "summary"),
 )  # fmt: skip
 """What flows call whole."""
 

@@ -4,7 +4,8 @@ python -m tests.benchmarks.compression            256 MiB a row, three alternati
 python -m tests.benchmarks.compression --quick    64 MiB a row, one
 
 Real activations: the demo model after its ReLU, and SmolLM2's residual stream and MLP (`make smollm2`). They are
-repeated up to the size for the speeds; the ratio is that of the activations themselves, unrepeated. Reading finds the files in the system's cache.
+repeated up to the size for the speeds; the ratio is that of the activations themselves, unrepeated. Reading finds the
+files in the system's cache.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ python -m tests.benchmarks.encode --quick    the first size with few rows, memor
 
 D = 512, K = 32, F = 4,096 and 16,384: a TopK autoencoder whose directions are those that the rows are made of (kind
 `superposed`, float16, in a real store). *Stage* is `features.run` from the store to published parts, both orders and
-all statistics, files flushed; compaction and the checks are timed apart. *Product* is the encoder product alone over as many rows, in the quickest precision, on
-all threads. *Plain way* is what delphi's cache of latents does: float32 pre-activations and topk of torch, scattered into a
-dense matrix, whose non-zeros are looked for and appended to lists, put together at the end, one safetensors file a range of features (`locations` int64 (n, 3), `activations`);
-it reads the same store. Each in turn, the median of three. Memory is the peak of a fresh process each.
+all statistics, files flushed; compaction and the checks are timed apart. *Product* is the encoder product alone over as
+many rows, in the quickest precision, on all threads. *Plain way* is what delphi's cache of latents does: float32
+pre-activations and topk of torch, scattered into a dense matrix, whose non-zeros are looked for and appended to lists,
+put together at the end, one safetensors file a range of features (`locations` int64 (n, 3), `activations`); it reads
+the same store. Each in turn, the median of three. Memory is the peak of a fresh process each.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 python -m tests.benchmarks.encode_together            262,144 rows of 512, SAEs of 4,096 features, three alternations
 python -m tests.benchmarks.encode_together --quick    32,768 rows, SAEs of 1,024 features, one
 
-*Bytes* are those of activations that are read, *time* is that of whole stages. *Throttled*: activations arrive at the rate at which
-one SAE takes them when reading costs nothing, and again at a quarter of it. Every run must be, byte for byte, that of its own.
+*Bytes* are those of activations that are read, *time* is that of whole stages. *Throttled*: activations arrive at the
+rate at which one SAE takes them when reading costs nothing, and again at a quarter of it. Every run must be, byte for
+byte, that of its own.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """Seconds and CPU that Prefect and Dask add to parts of no work, and the share of Prefect in the demo.
 
-python -m tests.benchmarks.orchestration            1, 100 and 1,000 parts, the small recipe and the demo, three alternations (half an hour)
+python -m tests.benchmarks.orchestration            1, 100, 1,000 parts, a small recipe, the demo, thrice (half an hour)
 python -m tests.benchmarks.orchestration --quick    1 and 100 parts, the small recipe once
 
-Parts are mapped as the flows map them: one at a time, as in collection, and one a core, as in encoding; on a server that runs
-already, and on the temporary one that a command starts for itself. *CPU* is that of the client, and of the server until it is at
-rest again: it writes down what happened after the flow has ended. What is added is less a plain loop over the same parts.
+Parts are mapped as the flows map them: one at a time, as in collection, and one a core, as in encoding; on a server
+that runs already, and on the temporary one that a command starts for itself. *CPU* is that of the client, and of the
+server until it is at rest again: it writes down what happened after the flow has ended. What is added is less a plain
+loop over the same parts.
 
-The share in a recipe is, with work, the time of its flow in which none of saeflow's own functions is at work; with everything
-finished, the seconds of `python -m flows.pipeline RECIPE` over those of `saeflow run RECIPE`, starts and answers included.
+The share in a recipe is, with work, the time of its flow in which none of saeflow's own functions is at work; with
+everything finished, the seconds of `python -m flows.pipeline RECIPE` over those of `saeflow run RECIPE`, starts and
+answers included.
 """
 
 from __future__ import annotations
@@ -108,7 +110,8 @@ def taken_by(env: Mapping[str, str], *command: object) -> tuple[float, float]:
 
 
 def shares(recipe: Path, folder: Path, times: int, work_times: int) -> dict[str, list[float]]:
-    """Seconds that Prefect's coat adds to a recipe in fresh stores, and to one that is finished, there with the CPU's."""
+    """Seconds that Prefect's coat adds to a recipe in fresh stores, and to one that is finished, there with the
+    CPU's."""
     env = dict(os.environ) | {"PREFECT_HOME": str(folder / "prefect")}
     found: dict[str, list[float]] = {"with work": [], "finished": [], "finished, CPU": []}
     store = folder / f"{recipe.stem}-store"

@@ -3,9 +3,9 @@
 python -m tests.benchmarks.queries            10M and 100M values: 2 GB of disk and of memory, about ten minutes
 python -m tests.benchmarks.queries --quick    1M and 10M
 
-*Warm*: asked before on the same connection, of other features. *Cold*: a new connection, and the files dropped from the system's
-cache. Besides: one file a part with its values unsorted; and files of a fifth of the features each, which have to be loaded for
-one feature (as delphi keeps its latents: safetensors, int64 places and float32 values).
+*Warm*: asked before on the same connection, of other features. *Cold*: a new connection, and the files dropped from the
+system's cache. Besides: one file a part with its values unsorted; and files of a fifth of the features each, which have
+to be loaded for one feature (as delphi keeps its latents: safetensors, int64 places and float32 values).
 """
 
 from __future__ import annotations

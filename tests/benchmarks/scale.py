@@ -1,14 +1,15 @@
 """A store of 100,000 parts: what every command does before and after its own work, in seconds and bytes of memory.
 
-python -m tests.benchmarks.scale            100,000 parts: 3.5 million files, about 20 GB of disk for a while, half an hour
+python -m tests.benchmarks.scale            100,000 parts: 3.5 million files, for half an hour about 20 GB of disk
 python -m tests.benchmarks.scale --quick    5,000
 python -m tests.benchmarks.scale --keep FOLDER    leaves the store there, and begins with it where it is already
 
 Records, lists, folders, names and sizes of files and the documents' names are real; the values are not
-(`tests/support/many_parts.py` says which is which). A part has 262,144 tokens of 512 neurons in 8 shards, as by default: 2.6e10
-tokens and 10 million documents. Each line is a process of its own. Seconds are those after Python's imports, of the clock
-and of the processor (on a busy machine the clock says how busy it is); memory is the peak of the whole process. How much
-of the folders the system has in its cache is left to it. Nothing is asked of the values: `tests.benchmarks.queries` does that.
+(`tests/support/many_parts.py` says which is which). A part has 262,144 tokens of 512 neurons in 8 shards, as by
+default: 2.6e10 tokens and 10 million documents. Each line is a process of its own. Seconds are those after Python's
+imports, of the clock and of the processor (on a busy machine the clock says how busy it is); memory is the peak of the
+whole process. How much of the folders the system has in its cache is left to it. Nothing is asked of the values:
+`tests.benchmarks.queries` does that.
 """
 
 from __future__ import annotations

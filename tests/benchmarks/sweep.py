@@ -1,12 +1,12 @@
 """Eight SAEs on one reading of the store, beside eight runs of one.
 
-python -m tests.benchmarks.sweep            262,144 rows of 256, SAEs of 4,096 features, three alternations (half an hour)
-python -m tests.benchmarks.sweep --quick    32,768 rows, SAEs of 1,024 features, one
+python -m tests.benchmarks.sweep            262,144 rows of 256, SAEs of 4,096 features, thrice (half an hour)
+python -m tests.benchmarks.sweep --quick    32,768 rows, SAEs of 1,024 features, once
 
-The sweep is over k and the learning rate. *Bytes* are those that the feeds read, *time* is that of whole trainings, from the
-first read to publication. *Throttled*: blocks arrive at the rate at which one SAE takes them when reading costs nothing, and
-again at a quarter of it: at the first rate the processor is the limit of eight SAEs, at the second the store is that of one.
-Every SAE of the sweep must be, byte for byte, that of its separate run.
+The sweep is over k and the learning rate. *Bytes* are those that the feeds read, *time* is that of whole trainings,
+from the first read to publication. *Throttled*: blocks arrive at the rate at which one SAE takes them when reading
+costs nothing, and again at a quarter of it: at the first rate the processor is the limit of eight SAEs, at the second
+the store is that of one. Every SAE of the sweep must be, byte for byte, that of its separate run.
 """
 
 from __future__ import annotations

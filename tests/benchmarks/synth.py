@@ -1,14 +1,14 @@
 """How many known features does each architecture find? All are trained on the same stored rows.
 
 python -m tests.benchmarks.synth                                 every architecture, 4M tokens each
-python -m tests.benchmarks.synth --tokens 20_000_000 --architectures batchtopk --peers ""   the best one for as long as asked
+python -m tests.benchmarks.synth --tokens 20_000_000             for longer
 python -m tests.benchmarks.synth --architectures topk,batchtopk  some of them
 python -m tests.benchmarks.synth --peers ""                      ours alone
 python -m tests.benchmarks.synth --quick                         a quarter of the width, 100,000 tokens: is it alive?
 
-The world is that of flows/recipes/synth.toml; its two million rows are read again by who asks for more tokens. With --store a
-stopped run goes on where it was. Beside the scores stands what a linear detector reaches that knows the true features.
-The peers train on the same rows from a file, brought to the same scale, with the same batch, width, k (theirs
+The world is that of flows/recipes/synth.toml; its two million rows are read again by who asks for more tokens. With
+--store a stopped run goes on where it was. Beside the scores stands what a linear detector reaches that knows the true
+features. The peers train on the same rows from a file, brought to the same scale, with the same batch, width, k (theirs
 does not fall) and schedule of the rate; they come with `make peers`.
 """
 

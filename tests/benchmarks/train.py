@@ -4,12 +4,12 @@ python -m tests.benchmarks.train            both sizes, every architecture, qual
 python -m tests.benchmarks.train --steps 20 --only speed    shorter; without quality and without the store
 python -m tests.benchmarks.train --quick    the first size with few steps, TopK alone, no quality
 
-D = 256, F = 4,096, K = 16 and D = 512, F = 16,384, K = 32, batches of 4,096 float32 rows with mean squared norm D, Adam at
-1e-3. *Speed* is that of steps after a warm-up, each peer in turn, the median of three; batches are made in nobody's time.
-SAELens trains in its own trainer, in float32 or in its autocast, whichever a short trial finds quicker; sparsify's step is
-measured as shipped and with bfloat16 autocast around it. *Floor* is the encoder product alone in the quickest precision.
-relu, gated and jumprelu start sparse here (`sae.first_share`), relu also as in the article, with half of its values positive.
-The peers come with `make peers`; without them their lines say so.
+D = 256, F = 4,096, K = 16 and D = 512, F = 16,384, K = 32, batches of 4,096 float32 rows with mean squared norm D, Adam
+at 1e-3. *Speed* is that of steps after a warm-up, each peer in turn, the median of three; batches are made in nobody's
+time. SAELens trains in its own trainer, in float32 or in its autocast, whichever a short trial finds quicker;
+sparsify's step is measured as shipped and with bfloat16 autocast around it. *Floor* is the encoder product alone in the
+quickest precision. relu, gated and jumprelu start sparse here (`sae.first_share`), relu also as in the article, with
+half of its values positive. The peers come with `make peers`; without them their lines say so.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def their_speed(size: Size, rows: Rows, **about: Any) -> float:
     """Tokens/s."""
     n_steps = size.peer_warmup + size.peer_timed
     found = _peers.train(
-        data=rows.data, held_out=rows.held_out, batch=BATCH, n_features=size.n_features, k=size.k, lr=LR, n_steps=n_steps,
-        warmup_steps=size.peer_warmup, threads=torch.get_num_threads(), **about,
+        data=rows.data, held_out=rows.held_out, batch=BATCH, n_features=size.n_features, k=size.k,
+        lr=LR, n_steps=n_steps, warmup_steps=size.peer_warmup, threads=torch.get_num_threads(), **about,
     )  # fmt: skip
     return float(found["tokens_per_s"])
 
@@ -240,7 +240,8 @@ def where_it_goes(size: Size, rows: Rows) -> dict[str, float]:
 
 
 def quality(size: Size, rows: Rows, n_steps: int) -> tuple[list[Bar], dict[str, Any]]:
-    """Variance unexplained and L0 on held-out rows after the same tokens, the rate falling over the last three tenths."""
+    """Variance unexplained and L0 on held-out rows after the same tokens, the rate falling over the last three
+    tenths."""
     decay, bars, found = round(0.3 * n_steps), [], {}
     x = torch.from_numpy(np.load(rows.held_out))
     for name in ("topk", "batchtopk"):

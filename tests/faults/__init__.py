@@ -243,7 +243,8 @@ class Runner:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What `diff -r -x provenance.json -x catalog.sql -x '*.lock' a b` would say: files on one side only, or of other bytes.
+    """What `diff -r -x provenance.json -x catalog.sql -x '*.lock' a b` would say: files on one side only, or of other
+    bytes.
 
     Locks are empty files, which a power cut may take.
     """

@@ -50,8 +50,8 @@ TRAINING = Work(
 def random_kills(runner: Runner, n_kills: int, seed: int, work: Work = COLLECTION) -> Iterator[tuple[float, list[str]]]:
     """Kill `saeflow run` by SIGKILL so many times while it is at this work, running it again each time.
 
-    Yields, for each kill, its instant (seconds after the work began, or after the start of a run that goes on with it) and
-    what was wrong afterwards: a traceback, or a store that differs from the undisturbed one once it is finished.
+    Yields, for each kill, its instant (seconds after the work began, or after the start of a run that goes on with it)
+    and what was wrong afterwards: a traceback, or a store that differs from the undisturbed one once it is finished.
     """
     chance = random.Random(seed)
     store, n_done, longest = runner.folder / "killed", 0, _seconds_of(work, runner)

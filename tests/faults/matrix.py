@@ -113,7 +113,9 @@ class Matrix:
             problems += differences(runner.undisturbed, store)
             kept = {name for name, node in before.items() if _parts(store).get(name) == node}
             return replace(
-                row, code=code, message=_message(said.replace(str(store), "STORE").replace(str(runner.folder), "FOLDER")), kept=f"{len(kept)}", lost=f"{len(before) - len(kept)}",
+                row, code=code,
+                message=_message(said.replace(str(store), "STORE").replace(str(runner.folder), "FOLDER")),
+                kept=f"{len(kept)}", lost=f"{len(before) - len(kept)}",
                 again="finished, equal" if not problems else "DIFFERS", problems=tuple(problems),
             )  # fmt: skip
         finally:
@@ -276,9 +278,10 @@ HEAD = """\
 # What faults do
 
 Each stage of a small recipe, disturbed in its middle by each fault; then the same command again. Made by
-`python -m tests.faults --matrix --table docs/faults.md` (with `--only WORDS` just those lines are made anew). *Kept* and *lost* count
-finished parts and autoencoders that were there after the fault: those that the second run left as they were, and those that it made
-again. *Equal*: the store is that of an undisturbed run, byte for byte (provenance and catalog aside).
+`python -m tests.faults --matrix --table docs/faults.md` (with `--only WORDS` just those lines are made anew). *Kept*
+and *lost* count finished parts and autoencoders that were there after the fault: those that the second run left as they
+were, and those that it made again. *Equal*: the store is that of an undisturbed run, byte for byte (provenance and
+catalog aside).
 
 | fault | stage | exit code | what is said | kept | lost | the same command again |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -1,4 +1,5 @@
-"""Encoding and compaction killed at random instants while another process asks on and on: no answer is ever half of one."""
+"""Encoding and compaction killed at random instants while another process asks on and on: no answer is ever half of
+one."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ class Reading:
         return time.monotonic() - began
 
     def kills(self, n_kills: int, seed: int) -> Iterator[tuple[str, list[str]]]:
-        """Two kills at a time: one of `saeflow run`, which encodes, one of `saeflow compact`. Yields when, and what was wrong."""
+        """Two kills at a time: one of `saeflow run`, which encodes, one of `saeflow compact`. Yields when, and what was
+        wrong."""
         chance = random.Random(seed)
         for number in range(-(-n_kills // 2)):
             store = self.runner.folder / f"read-{number}"

@@ -92,7 +92,10 @@ def run(
 
 def about_tokens(finished: Finished) -> dict[int, dict[str, Any]]:
     with contextlib.closing(ask.connect(finished.store)) as connection:
-        sql = "select token_id, vocab_id, position, source from stg_tokens join stg_documents using (document_id) where mask"
+        sql = (
+            "select token_id, vocab_id, position, source from stg_tokens join stg_documents using (document_id) "
+            "where mask"
+        )
         return {row["token_id"]: row for row in ask.query(connection, sql).to_pylist()}
 
 

@@ -1,4 +1,5 @@
-"""Features alike, and the vocabulary entries that a direction pushes: against slow obvious arithmetic and real models."""
+"""Features alike, and the vocabulary entries that a direction pushes: against slow obvious arithmetic and real
+models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Pipelines on a real Prefect server: files dropped into a folder are asked about with no command typed; what is deployed;
-what an operator set stays; forms that refuse; events; PostgreSQL; nothing left behind."""
+"""Pipelines on a real Prefect server: files dropped into a folder are asked about with no command typed; what is
+deployed; what an operator set stays; forms that refuse; events; PostgreSQL; nothing left behind."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def using(server: Server) -> AbstractContextManager[object]:
-    """Flows and clients of this process use the server; their log stays here, as the server may end before it is sent."""
+    """Flows and clients of this process use the server; their log stays here, as the server may end before it is
+    sent."""
     return temporary_settings(
         {PREFECT_API_URL: server.api, PREFECT_HOME: server.home, PREFECT_LOGGING_TO_API_ENABLED: False}
     )
@@ -125,7 +126,8 @@ class Night:
 
 @pytest.fixture(scope="module")
 def night(server: Server, ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Night:
-    """`saeflow serve` as a process that looks every three seconds; three files come once the first texts can be asked about."""
+    """`saeflow serve` as a process that looks every three seconds; three files come once the first texts can be asked
+    about."""
     folder = tmp_path_factory.mktemp("night")
     corpus = {"files": [str(folder / "texts" / "*.txt")]}
     times = {"ingest": "3s", "train_growth": 0.0}

@@ -48,7 +48,8 @@ def a_model(about: transformers.PretrainedConfig, kind: type[Any]) -> Any:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """BPE over words that begin with a mark, bytes for what it does not know, BOS before each text: as Llama 2 has it."""
+    """BPE over words that begin with a mark, bytes for what it does not know, BOS before each text: as Llama 2 has
+    it."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

@@ -158,7 +158,8 @@ def test_figures_do_not_depend_on_the_batch(finished, batch_rows):
 
 
 FLOAT32 = 1e-5
-"""Relative error that float32 logits may leave in a loss when the passes that gave them had other shapes; sums add none."""
+"""Relative error that float32 logits may leave in a loss when the passes that gave them had other shapes; sums add
+none."""
 
 
 @pytest.mark.parametrize("n_together", [1, 3, 50])

@@ -1,4 +1,5 @@
-"""A corpus that changes: exactly what is new is read, stored, encoded and answered about; a new SAE once enough has come."""
+"""A corpus that changes: exactly what is new is read, stored, encoded and answered about; a new SAE once enough has
+come."""
 
 from __future__ import annotations
 
@@ -726,8 +727,11 @@ def flip(path: Path) -> None:
 
 
 def test_on_so_many_days_in_a_row_every_byte_is_read_and_on_one_day_a_share(night: Watched) -> None:
-    parts = {part.folder: artefact.part_path(part) for artefact in night.store.artefacts("tokens", "activations", "features")
-             for part in artefact.published().parts}  # fmt: skip
+    parts = {
+        part.folder: artefact.part_path(part)
+        for artefact in night.store.artefacts("tokens", "activations", "features")
+        for part in artefact.published().parts
+    }
     for folder in parts.values():
         flip(
             max(

@@ -267,7 +267,8 @@ def test_a_loss_that_is_no_number_ends_the_training_with_the_longest_row_and_a_w
     with pytest.raises(UserError) as caught:
         train.run(store, recipe, quiet())
     said = re.fullmatch(
-        r"brought: The loss is (?:nan|inf) at step (\d+)\. Lower train\.lr \(it is 1e\+30\), or set train\.clip_norm\.\n"
+        r"brought: The loss is (?:nan|inf) at step (\d+)\. Lower train\.lr \(it is 1e\+30\), or set "
+        r"train\.clip_norm\.\n"
         r"All activations of the batch are finite; the longest is that at part (\d+), sequence (\d+), position 0, "
         r"of length ([\d.]+)\.",
         str(caught.value),
@@ -292,8 +293,8 @@ def test_a_row_that_is_not_finite_is_named_with_its_part_sequence_and_position(s
     with pytest.raises(UserError) as caught:
         training.advance(Batch(4, (values,), feed))
     assert str(caught.value) == (
-        f"brought: The loss is nan at step 4. The activation at part {place.part}, sequence {place.sequence}, position 0 "
-        "is not finite. Check what is stored with `saeflow verify --full`."
+        f"brought: The loss is nan at step 4. The activation at part {place.part}, sequence {place.sequence}, "
+        "position 0 is not finite. Check what is stored with `saeflow verify --full`."
     )
 
 

@@ -51,8 +51,8 @@ def test_a_store_may_lie_anywhere(tmp_path, folder):
 
 
 NAMED_LIKE_COLUMNS = [
-    "source=web", "value=9", "low=3", "low=3/high=2", "feature_id=1", "token_id=5", "vocab_id=1", "n_tokens=5", "label=x",
-    "year=2024",
+    "source=web", "value=9", "low=3", "low=3/high=2", "feature_id=1", "token_id=5", "vocab_id=1",
+    "n_tokens=5", "label=x", "year=2024",
 ]  # fmt: skip
 
 

@@ -125,18 +125,27 @@ def test_a_label_comes_back_as_it_was_and_is_no_formula_in_a_spreadsheet(text: s
 @pytest.mark.parametrize(
     ("content", "found", "warned"),
     [
-        (b"feature_id,label,score\n1,a,\nseven,b,\n2,c,0.5\n", [(1, "a", None), (2, "c", 0.5)], "own.csv, line 3: left out, as 'seven'"),
+        (
+            b"feature_id,label,score\n1,a,\nseven,b,\n2,c,0.5\n",
+            [(1, "a", None), (2, "c", 0.5)], "own.csv, line 3: left out, as 'seven'",
+        ),
         (b"feature_id,label,score\n1,a,high\n", [(1, "a", None)], "line 2: its score is left out, as 'high'"),
         (b"feature_id,label,score\n1,a,nan\n2,b,inf\n", [(1, "a", None), (2, "b", None)], "as 'inf' is not a number"),
         (b"feature_id;label;score\n1;a, b;0,8\n", [(1, "a, b", None)], "as '0,8' is not a number"),
         (b"Feature_ID\tLabel\n1\ta\n", [(1, "a", None)], ""),
-        (b"feature_id,label,score\n1\t,\ta\t,\t0.5\n\xc2\xa02,\xc2\xa0b\xc2\xa0,\n", [(1, "a", 0.5), (2, "b", None)], ""),
+        (
+            b"feature_id,label,score\n1\t,\ta\t,\t0.5\n\xc2\xa02,\xc2\xa0b\xc2\xa0,\n",
+            [(1, "a", 0.5), (2, "b", None)], "",
+        ),
         (b"feature_id,label,score\n1,a,0_5\n", [(1, "a", None)], "as '0_5' is not a number"),
         (b"feature_id,label\n00000000001,a\n2,b\n", [(2, "b", None)], "as '00000000001' is not the number"),
         (b"label,feature_id\r\na,1\r\n\r\nb,2\r\n", [(1, "a", None), (2, "b", None)], ""),
         (b"feature_id,label,score\n1\n2,b\n3,c,0.5,more\n", [(2, "b", None), (3, "c", 0.5)], ""),
         (b"feature_id,label,score\n1,\"two\nlines\",\n", [(1, "two\nlines", None)], ""),
-        (b"feature_id,label,score\n-1,a,\n1.0,b,\n99999999999,c,\n1e3,d,\n2,e,\n", [(2, "e", None)], "1 more lines like these"),
+        (
+            b"feature_id,label,score\n-1,a,\n1.0,b,\n99999999999,c,\n1e3,d,\n2,e,\n",
+            [(2, "e", None)], "1 more lines like these",
+        ),
         (b"feature_id,label,score\n1,\"open,\n2,b,\n", [], "own.csv is left out: line 3: unexpected end"),
         (b"feature_id,label\n1,Gr\xfc\xdfe\n", [], "left out: line 2: it is not UTF-8"),
         ("feature_id,label\n1,a\n".encode("utf-16"), [], "not UTF-8"),
@@ -147,8 +156,9 @@ def test_a_label_comes_back_as_it_was_and_is_no_formula_in_a_spreadsheet(text: s
         (b"feature_id,label\n1," + b"x" * 200_000 + b"\n", [], "line 2: field larger"),
         (b"feature_id,label\n1,\x1b[2Ja\n\x1b[2J,b\n", [(1, "\x1b[2Ja", None)], r"as '\x1b[2J' is not"),
     ],
-    ids=["word", "score", "nan", "semicolons", "tabs", "blanks", "underscore", "many zeros", "other order", "ragged", "two lines", "numbers", "open quote",
-         "latin-1", "utf-16", "no header", "twice", "empty", "zero byte", "long", "escape codes"],
+    ids=["word", "score", "nan", "semicolons", "tabs", "blanks", "underscore", "many zeros", "other order", "ragged",
+         "two lines", "numbers", "open quote", "latin-1", "utf-16", "no header", "twice", "empty", "zero byte", "long",
+         "escape codes"],
 )  # fmt: skip
 def test_what_people_and_spreadsheets_do_to_a_file_breaks_no_question(
     content: bytes, found: list[tuple[Any, ...]], warned: str, store: Store, caplog: pytest.LogCaptureFixture

@@ -1,4 +1,5 @@
-"""The times of a recipe: Prefect starts what is due when `saeflow serve` says, and what it would not understand is refused."""
+"""The times of a recipe: Prefect starts what is due when `saeflow serve` says, and what it would not understand is
+refused."""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ SAELENS_HAS_NO = {"topk-transcoder": "topk_transcoder", "gated-transcoder": "gat
 
 @pytest.fixture(scope="module")
 def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder an SAE, ours and theirs, with what SAELens makes of the rows; all in one run of it, as it starts slowly."""
+    """A folder an SAE, ours and theirs, with what SAELens makes of the rows; all in one run of it, as it starts
+    slowly."""
     folder = tmp_path_factory.mktemp("exchanged")
     folders: dict[str, Any] = {}
     for name, sae in OURS.items():

@@ -94,7 +94,8 @@ def another_machine(tmp_path: Path) -> Iterator[Path]:
 
 
 def there(server: Server, url: str) -> dict[str, bytes]:
-    """The objects of a store by their path in it, as `tree` gives a folder's files; leases, which all are nobody's, aside."""
+    """The objects of a store by their path in it, as `tree` gives a folder's files; leases, which all are nobody's,
+    aside."""
     found = server.files("bucket", url.removeprefix("s3://bucket/"))
     leases = {key for key in found if key.startswith("tmp/locks/")}
     assert {found[key] for key in leases} <= {b"{}\n"}

@@ -32,7 +32,8 @@ def of_random_weights(kind: dict[str, Any]) -> Any:
 
 
 def saved(folder: Path, kind: dict[str, Any]) -> Any:
-    """One of training is saved as it is, and in the folder `inference` as SAELens would publish it; returns the latter."""
+    """One of training is saved as it is, and in the folder `inference` as SAELens would publish it; returns the
+    latter."""
     sae = of_random_weights(kind)
     sae.save_model(folder)
     if "Training" not in kind["class"]:

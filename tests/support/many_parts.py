@@ -1,8 +1,9 @@
 """A store of very many parts whose records and lists are real and whose contents are not.
 
-Real: `artefact.json`, `part.json` of every part, generations, manifest, and one file for each that a record names, of the
-size that it states. Not real: what is in them. Shards are holes, other files hard links to a few small ones, checksums
-are digits by chance; nothing is flushed to the disk while the parts are made. `documents.parquet` is real where asked for.
+Real: `artefact.json`, `part.json` of every part, generations, manifest, and one file for each that a record names, of
+the size that it states. Not real: what is in them. Shards are holes, other files hard links to a few small ones,
+checksums are digits by chance; nothing is flushed to the disk while the parts are made. `documents.parquet` is real
+where asked for.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LENGTH, WIDTH, N_FEATURES = 256, 512, 16_384
 SITE = "transformer.h.0.mlp.act"
 N_SEQUENCES, N_TRAIN = 1024, 973
-"""Of a part, if nothing else is said: 262,144 tokens, as `tokens.part_tokens` is by default; and how many of them train."""
+"""Of a part, if nothing else is said: 262,144 tokens, as `tokens.part_tokens` is by default; and how many of them
+train."""
 N_DOCUMENTS = 100
 VALUES_PER_TOKEN = 32
 _MOST_LINKS = 50_000
@@ -220,7 +222,8 @@ class Many:
     def _linked(self, name: str, index: int) -> str:
         """A copy of the small file for every 50,000 parts: a file has at most 65,000 names on ext4."""
         source = self.source(name)
-        copy = f"{self.store.root}/tmp/{hashlib.blake2b(source.encode(), digest_size=6).hexdigest()}-{name.partition('/')[0]}-{index // _MOST_LINKS}"
+        digest = hashlib.blake2b(source.encode(), digest_size=6).hexdigest()
+        copy = f"{self.store.root}/tmp/{digest}-{name.partition('/')[0]}-{index // _MOST_LINKS}"
         if not os.path.exists(copy):
             shutil.copy(source, copy)
         return copy

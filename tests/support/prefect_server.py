@@ -144,7 +144,8 @@ def running(command: list[str], log: Path, environment: Mapping[str, str]) -> It
 
 @contextlib.contextmanager
 def prefect_server(home: Path, pages: bool = False, **more: str) -> Iterator[Server]:
-    """`prefect server start` with its database in `home`, ready when the block begins; `pages`: those for a browser, too."""
+    """`prefect server start` with its database in `home`, ready when the block begins; `pages`: those for a browser,
+    too."""
     port = free_port()
     environment = environment_of(
         home, port, PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false", DO_NOT_TRACK="1", **more

@@ -60,7 +60,8 @@ def documents(n: int = 60, seed: int = 0) -> list[dict[str, str]]:
     rows = [{"key": key, "text": text, "source": "scripts", "title": key.title()} for key, text in SCRIPTS.items()]
     for i in range(n):
         sentences = [
-            f"{dice.choice(_SUBJECTS).capitalize()} {dice.choice(_VERBS)} {dice.choice(_SUBJECTS)} {dice.choice(_PLACES)}."
+            f"{dice.choice(_SUBJECTS).capitalize()} {dice.choice(_VERBS)} {dice.choice(_SUBJECTS)} "
+            f"{dice.choice(_PLACES)}."
             for _ in range(dice.randint(1, 12))
         ]
         source = ("tales", "letters")[i % 2]
@@ -89,8 +90,8 @@ def write_model(folder: Path, n_layers: int = 2, activation: str = "gelu_new", n
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
     wrapped.save_pretrained(folder)
     config = GPT2Config(
-        vocab_size=tokenizer.get_vocab_size(), n_positions=n_positions, n_embd=16, n_layer=n_layers, n_head=2, n_inner=WIDTH,
-        activation_function=activation, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0,
+        vocab_size=tokenizer.get_vocab_size(), n_positions=n_positions, n_embd=16, n_layer=n_layers, n_head=2,
+        n_inner=WIDTH, activation_function=activation, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, initializer_range=0.3,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -188,7 +189,8 @@ NOT_COMPARED = ("provenance.json", "catalog.sql")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but provenance.json, catalog.sql (it names absolute paths) and locks: equal trees hold equal bytes."""
+    """Every file below a folder but provenance.json, catalog.sql (it names absolute paths) and locks: equal trees hold
+    equal bytes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -21,7 +21,8 @@ from tests.support.small_store import Given
 ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = [
-    "runtime", "recipe", "store", "corpus", "model", "activations", "sae", "train", "features", "query", "pipeline", "cli",
+    "runtime", "recipe", "store", "corpus", "model", "activations",
+    "sae", "train", "features", "query", "pipeline", "cli",
 ]  # fmt: skip
 """Each package imports only packages before it; `train` and `features` do not know one another."""
 

@@ -94,8 +94,14 @@ def test_a_corpus_that_cannot_be_read(
 @pytest.mark.parametrize(
     ("changes", "phrases"),
     [
-        ({"activations": {"sites": ["transformer.h.0.mlp.akt"]}}, ["no site 'transformer.h.0.mlp.akt'", "transformer.h.0.mlp.act"]),
-        ({"model": {"path": "no/such-model"}}, ["model.path is 'no/such-model'", "neither a local folder nor a model on the hub"]),
+        (
+            {"activations": {"sites": ["transformer.h.0.mlp.akt"]}},
+            ["no site 'transformer.h.0.mlp.akt'", "transformer.h.0.mlp.act"],
+        ),
+        (
+            {"model": {"path": "no/such-model"}},
+            ["model.path is 'no/such-model'", "neither a local folder nor a model on the hub"],
+        ),
         ({"sae": {"site": "lm_head"}}, ["sae.site is 'lm_head'", "transformer.h.0.mlp.act"]),
         ({"sae": {"k": 65}}, ["sae.k is 65, but sae.n_features is 64", "at most 64"]),
         ({"feed": {"pool_bytes": "1KiB"}}, ["feed.pool_bytes is 1.0 KiB", "feed.pool_bytes to at least"]),
@@ -106,7 +112,8 @@ def test_a_corpus_that_cannot_be_read(
         ({"model": {"device": "cuda:7"}}, ["model.device is 'cuda:7'"]),
         ({"train": {"device": "cuda:99"}}, ["train.device is 'cuda:99'", '"auto" or "cpu"']),
     ],
-    ids=["site", "model", "site of the SAE", "k", "memory", "context", "key", "section", "number", "device", "device of training"],
+    ids=["site", "model", "site of the SAE", "k", "memory", "context", "key", "section", "number",
+         "device", "device of training"],
 )  # fmt: skip
 def test_a_recipe_that_cannot_work(
     changes: dict[str, Any],

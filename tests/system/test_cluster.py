@@ -1,4 +1,5 @@
-"""A Dask scheduler and workers as processes of their own: the artefacts of one process, whoever is killed on the way."""
+"""A Dask scheduler and workers as processes of their own: the artefacts of one process, whoever is killed on the
+way."""
 
 from __future__ import annotations
 

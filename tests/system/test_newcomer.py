@@ -1,4 +1,5 @@
-"""From nothing to a nightly pipeline over one's own texts and model: the commands of README.md, typed as they stand there."""
+"""From nothing to a nightly pipeline over one's own texts and model: the commands of README.md, typed as they stand
+there."""
 
 from __future__ import annotations
 

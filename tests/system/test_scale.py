@@ -191,7 +191,7 @@ def test_a_recipe_of_the_page_on_scale_is_one(fragment):
 
 @dataclass(frozen=True)
 class Example:
-    """A model of the page: width, features, active ones a token, and parameters up to the site (None: measured instead)."""
+    """A model of the page: width, features, active ones a token, and parameters up to the site (None: measured)."""
 
     width: int
     n_features: int
@@ -201,6 +201,7 @@ class Example:
     def figures(self, n_tokens: float) -> dict[str, str]:
         """What the formulas of the page give."""
         values, product = self.l0 * n_tokens, 2 * self.width * self.n_features
+        files_per_value = 1 / BUCKET_VALUES + 1 / (2 * PIECE_VALUES) + 7 / MOST_VALUES
         forward = n_tokens / 222_648 if self.n_parameters is None else 2 * self.n_parameters * n_tokens / GPU
         return {
             "activations, TB": f"{2 * self.width * n_tokens / 1e12:,.1f}",
@@ -208,7 +209,7 @@ class Example:
             "features, TB": f"{7.2 * values / 1e12:,.1f}",
             "shards of 32 MiB": f"{2 * self.width * n_tokens / (32 << 20):,.0f}",
             "shards of 1 GiB": f"{2 * self.width * n_tokens / (1 << 30):,.0f}",
-            "files of a compacted run": f"{values * (1 / BUCKET_VALUES + 1 / (2 * PIECE_VALUES) + 7 / MOST_VALUES):,.0f}",
+            "files of a compacted run": f"{values * files_per_value:,.0f}",
             "collection, hours": f"{forward / 3600:,.1f}",
             "encoding, core hours": f"{n_tokens / (14_282 / 2) * product / (2 * 512 * 16_384) / 3600:,.0f}",
             "compaction, hours": f"{values / 2_843_891 / 3600:,.0f}",

@@ -4,8 +4,8 @@
 
 Feature i is the i-th most frequent. Its rate follows Zipf's law, `c / (i + 1) ** zipf_exponent`, cut off at `max_rate`;
 c is such that the rates sum to `l0`. A share of the features, four neighbours in frequency each time, form groups. A
-group has events, at the rate of its most frequent member over `group_chance`; nobody fires without one. At an event each
-member fires by itself, the most frequent with `group_chance`, another with its own rate over the group's: so every
+group has events, at the rate of its most frequent member over `group_chance`; nobody fires without one. At an event
+each member fires by itself, the most frequent with `group_chance`, another with its own rate over the group's: so every
 member keeps its rate, and two of them fire together `1 / group rate` times as often as if they were independent.
 
 Rows come in blocks of 4,096, each from a generator of its own: block n is the same whatever lies before it, so a store

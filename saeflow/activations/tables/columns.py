@@ -83,8 +83,8 @@ def parquet_rows(file: Path, wanted: str | None) -> Rows:
 def arrow_rows(folder: Path, wanted: str | None) -> Rows:
     """What `datasets` saves, and with it SAELens' activation cache: lists [context, D], or [D], of one column.
 
-    Rows are the contexts' positions in order, labelled by their token numbers where SAELens kept them. Files are mapped, not
-    read: SAELens' batches are as large as its buffer.
+    Rows are the contexts' positions in order, labelled by their token numbers where SAELens kept them. Files are
+    mapped, not read: SAELens' batches are as large as its buffer.
     """
     files = arrow_files(folder)
     try:

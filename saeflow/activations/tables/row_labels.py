@@ -14,8 +14,8 @@ def name_of(row: int) -> str:
 def places_of(numbers: np.ndarray, n_rows: int) -> np.ndarray:
     """int64: place of `row <number>` among `row 0` … `row <n_rows - 1>` in text order, where 10 comes before 2.
 
-    Counts, for each length of numbers, those that come before: they are from 10, 100, … up to the number cut or filled to
-    that length.
+    Counts, for each length of numbers, those that come before: they are from 10, 100, … up to the number cut or filled
+    to that length.
     """
     numbers = np.asarray(numbers, np.int64)
     n_digits = np.array([len(str(number)) for number in numbers.tolist()], np.int64)

@@ -32,7 +32,8 @@ _CLASSES = {
 
 
 def say_less() -> None:
-    """Of Dask's own lines in this process only warnings; a lost scheduler, and a worker that is ended, are ours to tell."""
+    """Of Dask's own lines in this process only warnings; a lost scheduler, and a worker that is ended, are ours to
+    tell."""
     levels = {
         "": logging.WARNING,
         ".client": logging.CRITICAL,
@@ -113,8 +114,8 @@ def _connected(config: ClusterConfig, cluster: Any) -> Client:
 
 
 def _address_in(config: ClusterConfig) -> str:
-    """The address that a scheduler has written; waits for the file. Raises OSError where it is not there in time, ValueError
-    where it says no address."""
+    """The address that a scheduler has written; waits for the file. Raises OSError where it is not there in time,
+    ValueError where it says no address."""
     assert config.scheduler_file is not None
     until = time.monotonic() + config.wait_seconds
     while True:

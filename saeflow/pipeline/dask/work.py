@@ -46,7 +46,8 @@ _TELL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Session:
-    """What a worker has to agree with before it may work: the store as the client calls it, and the client's saeflow."""
+    """What a worker has to agree with before it may work: the store as the client calls it, and the client's
+    saeflow."""
 
     store: str
     token: str
@@ -215,8 +216,8 @@ def _require_seen(store: str, path: Path) -> None:
 def _not_seen(store: str, why: str | None = None) -> str:
     return (
         f"The worker on {platform.node()} does not see the store {store}{f' ({why})' if why else ''}.\n"
-        "The store is all that workers share: put it where every machine sees it under this path (a network file system), "
-        "or in an object store (--store s3://…)."
+        "The store is all that workers share: put it where every machine sees it under this path (a network file "
+        "system), or in an object store (--store s3://…)."
     )
 
 

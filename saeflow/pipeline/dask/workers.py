@@ -41,7 +41,8 @@ _LOOK_SECONDS = 5.0
 
 
 class _Tally:
-    """Units done, by item: one that is made a second time on another worker counts once, one that was not begun here never."""
+    """Units done, by item: one that is made a second time on another worker counts once, one that was not begun here
+    never."""
 
     def __init__(self, bar: Bar) -> None:
         self.bar, self.done, self.lock = bar, dict[str, int](), threading.Lock()
@@ -87,14 +88,15 @@ class Workers:
         return max(_CALLS, self.n_threads, self.n_expected * self.config.threads_per_worker)
 
     def threads(self, asked: int) -> int:
-        """Threads for a part that has a worker to itself: as many as asked for, or what the workers have; 0: they see."""
+        """Threads for a part that has a worker to itself: as many as asked for, or what the workers have; 0: they
+        see."""
         return asked or threads_of_worker(self.config, self.n_expected)
 
     def able(self) -> dict[str, int]:
         """Addresses of the workers that may run a model, and how many parts each works on at once.
 
-        Where any worker was started with GPUs (`--resources GPU=1`), only such from then on, a part a GPU. Known for some
-        seconds.
+        Where any worker was started with GPUs (`--resources GPU=1`), only such from then on, a part a GPU. Known for
+        some seconds.
         """
         with self._lock:
             if time.monotonic() - self._able[0] > _LOOK_SECONDS or not self._able[1]:
@@ -115,8 +117,8 @@ class Workers:
     ) -> Generator[tuple[Any, Any], None, None]:
         """Each item with what `function` found for it, as they are finished.
 
-        `function` is named `module.function`, takes (store, settings as JSON, item, progress) and gives what JSON can say.
-        `sizes`: units of each item for the bar, by the item or, if it is a list, by its JSON.
+        `function` is named `module.function`, takes (store, settings as JSON, item, progress) and gives what JSON can
+        say. `sizes`: units of each item for the bar, by the item or, if it is a list, by its JSON.
         """
         finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         running: dict[str, tuple[Future[Any], Any]] = {}
@@ -150,7 +152,8 @@ class Workers:
         return found
 
     def _next(self, finished: queue.SimpleQueue[Future[Any]], bar: Bar) -> Future[Any]:
-        """The next future that is done. Raises UserError where none can be any more, Stopped once the work is to stop."""
+        """The next future that is done. Raises UserError where none can be any more, Stopped once the work is to
+        stop."""
         alone_since = None
         while True:
             with contextlib.suppress(queue.Empty):
@@ -171,7 +174,8 @@ class Workers:
         if isinstance(error, KilledWorker):
             raise UserError(
                 f"Part {item} was given to {error.allowed_failures + 1} workers, and each died over it; the last was "
-                f"{error.last_worker.address}.\nLook at that worker's log: most often its memory was full. Finished parts are "
+                f"{error.last_worker.address}.\n"
+                "Look at that worker's log: most often its memory was full. Finished parts are "
                 "safe; then run the same command again."
             ) from error
         if isinstance(error, OSError):  # of that machine, where this one's advice would mislead
@@ -196,7 +200,8 @@ class Workers:
     def alone(self, word: str) -> UserError:
         start = f"Start some: dask worker {self.address} --nthreads 1."
         if self.config.starts:
-            start = f"See why the workers of cluster.kind = {self.config.starts!r} do not run, or raise cluster.wait_seconds."
+            kind = self.config.starts
+            start = f"See why the workers of cluster.kind = {kind!r} do not run, or raise cluster.wait_seconds."
         return UserError(
             f"The Dask scheduler at {self.address} has {word} since {self.config.wait_seconds:g} s "
             f"(cluster.wait_seconds).\n{start} Then run the same command again."
