@@ -120,7 +120,7 @@ def shares(recipe: Path, folder: Path, times: int, work_times: int) -> dict[str,
         taken = last_line(env, "tests.benchmarks._share", recipe, store)
         found["with work"].append(taken["seconds"] - taken["work"])
         print(f"  {recipe.stem} with work: {taken['seconds']:.1f} s, {taken['work']:.1f} s of them work", flush=True)
-    plain, coated = ("-c", "from saeflow.cli import main; main()", "run"), ("-m", "flows.pipeline")
+    plain, coated = ("-c", "from saeflow.cli.app import main; main()", "run"), ("-m", "flows.pipeline")
     for _ in range(times):
         with_prefect = taken_by(env, sys.executable, *coated, recipe, "--store", store)
         without = taken_by(env, sys.executable, *plain, recipe, "--store", store)

@@ -50,7 +50,7 @@ from tests.support.small_store import Document, Given
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7][0-9;]*m")
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
-SAEFLOW = [sys.executable, "-c", "from saeflow.cli import main; main()"]
+SAEFLOW = [sys.executable, "-c", "from saeflow.cli.app import main; main()"]
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_a_data_set_that_is_not_there_is_said_with_the_way_out(hub: Hub) -> None
 
 def saeflow(hub: Hub, home: Path, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | hub.environment | {"HF_HOME": str(home)} | ({"HF_TOKEN": token} if token else {})
-    command = [sys.executable, "-c", "from saeflow.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from saeflow.cli.app import main; main()", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -25,7 +25,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-SAEFLOW = [sys.executable, "-c", "from saeflow.cli import main; main()"]
+SAEFLOW = [sys.executable, "-c", "from saeflow.cli.app import main; main()"]
 """The `saeflow` command of this tree."""
 
 

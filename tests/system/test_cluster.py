@@ -275,7 +275,7 @@ def test_a_run_that_is_terminated_ends_at_once_and_its_workers_drop_what_they_we
     command = [
         sys.executable,
         "-c",
-        "from saeflow.cli import main; main()",
+        "from saeflow.cli.app import main; main()",
         "collect",
         str(write_recipe(tmp_path / "small.toml", data)),
         "--store",

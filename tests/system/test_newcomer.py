@@ -88,6 +88,6 @@ def shims(place: Path) -> Path:
     folder = place / "bin"
     folder.mkdir()
     script = folder / "saeflow"
-    script.write_text('#!/bin/sh\nexec python -c "from saeflow.cli import main; main()" "$@"\n')
+    script.write_text('#!/bin/sh\nexec python -c "from saeflow.cli.app import main; main()" "$@"\n')
     script.chmod(0o755)
     return folder
