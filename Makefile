@@ -4,13 +4,15 @@ PYTHON ?= python3
 LOCK := $(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 READY := .venv/ready-$(LOCK)
 RUN := .venv/bin/python
+DOCS := .venv/docs-$(shell cat docs/requirements.txt | cksum | cut -d' ' -f1)
 
 TESTS_AT_ONCE = --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export HF_HUB_OFFLINE = 1
+export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo ready smollm2 test check bench peers clean
+.PHONY: demo ready smollm2 test test-long check docs site bench peers clean
 
 demo: $(READY)  ## the main job on the shipped model and corpus, then three SQL answers
 	$(RUN) -m flows.pipeline flows/recipes/demo.toml
@@ -34,6 +36,12 @@ check: $(READY)  ## style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+docs: $(DOCS)  ## the documentation on http://127.0.0.1:8000, made anew while you write
+	$(RUN) -m mkdocs serve --config-file .mkdocs.yml
+
+site: $(DOCS)  ## the documentation in .site, warnings as errors
+	$(RUN) -m mkdocs build --quiet --strict --config-file .mkdocs.yml
+
 bench: $(READY)  ## the benchmarks, each ending in one line of JSON
 	for file in tests/benchmarks/[a-z]*.py; do $(RUN) -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
 
@@ -45,10 +53,14 @@ peers: .bench/saelens/bin/sparsify  ## what the benchmarks compare with, in an e
 	.bench/saelens/bin/pip uninstall --quiet --yes torchvision torchaudio
 
 clean:  ## remove the environment and the caches, not the store
-	rm -rf .venv .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	rm -rf .venv .bench .site .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(DOCS): $(READY) docs/requirements.txt
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r docs/requirements.txt
 	touch $@

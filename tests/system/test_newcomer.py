@@ -15,13 +15,13 @@ from tests.support.small_pipeline import documents, write_model
 
 pytestmark = pytest.mark.long
 
-README = (ROOT / "README.md").read_text("utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "schedules.md").read_text("utf-8")
 
 
 def block() -> list[str]:
     """The commands below the mark <!-- newcomer -->, one a line, without their comments."""
-    found = re.search(r"<!-- newcomer -->\n```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert found, "README.md has lost its newcomer's path"
+    found = re.search(r"<!-- newcomer -->\n```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, "the page has lost its newcomer's path"
     return [line.partition("  #")[0].strip() for line in found[1].splitlines() if line.strip()]
 
 

@@ -1,0 +1,84 @@
+"""Tables of the figures that the benchmarks have written to `docs/benchmarks/`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from _generate import ROOT, table
+
+_SENSES = {">=": "≥", "<=": "≤"}
+
+
+def figures(name: str) -> Any:
+    return json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text("utf-8"))
+
+
+def bars(*names: str) -> str:
+    """What was asked of benchmarks and what was measured, in the order of their files."""
+    rows = [_bar(bar) for name in names for bar in figures(name)["bars"] if bar["measured"] is not None]
+    files = ", ".join(f"`docs/benchmarks/{name}.json`" for name in names)
+    return table(["figure", "asked", "measured", "spread"], rows, right=(1, 2, 3)) + f"\n\nFrom {files}."
+
+
+def _bar(bar: dict[str, Any]) -> tuple[str, str, str, str]:
+    asked = f"{_SENSES[bar['sense']]} {number(bar['asked'])}"
+    measured = number(bar["measured"]) + ("" if bar["holds"] else " (misses)")
+    return bar["name"], asked, measured, "" if bar["spread"] is None else number(bar["spread"])
+
+
+def number(value: float) -> str:
+    """Three significant digits, and whole numbers as they are."""
+    if value == int(value):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if 0.9 < abs(value) < 1 else f"{value:.3g}"
+
+
+def queries() -> str:
+    """Milliseconds of each question on the larger of two stores."""
+    found = figures("queries")
+    rows = []
+    for name, about in found["warm"][-1].items():
+        asked = "" if about["asked_ms"] is None else f"≤ {about['asked_ms']}"
+        misses = " (misses)" if asked and about["median_ms"] > about["asked_ms"] else ""
+        times = [f"{about[key]:.1f}" for key in ("median_ms", "p95_ms", "cold_ms")]
+        rows.append((name, asked, times[0] + misses, *times[1:]))
+    return table(["question", "asked, ms", "warm median", "95%", "cold"], rows, right=(1, 2, 3, 4))
+
+
+def synth() -> str:
+    """Scores of every architecture and peer on the same made rows."""
+    found = figures("synth")
+    keys = ["l0", "variance_unexplained", "found_share", "precision", "mcc", "f1"]
+    by_f1 = sorted(found["scores"].items(), key=lambda item: -item[1]["f1"])
+    rows = [(name, *_scores(scores, keys)) for name, scores in [*by_f1, *found["peers"].items()]]
+    header = ["", "L0", "variance unexplained", "found", "precision", "MCC", "F1"]
+    return table(header, rows, right=range(1, 7))
+
+
+def _scores(scores: dict[str, float], keys: list[str]) -> list[str]:
+    return [f"{scores[key]:.1f}" if key == "l0" else f"{scores[key]:.3f}" for key in keys]
+
+
+def toys() -> str:
+    """The founding article's toys, trained, untrained and on shuffled columns."""
+    found = figures("toys")
+    phrases = {f"eight phrases, {n} features: share of seeds": about for n, about in found["eight_phrases"].items()}
+    others = {name: about for name, about in found.items() if "," in name and isinstance(about, dict)}
+    keys = ["trained", "untrained", "trained on shuffled columns"]
+    rows = []
+    for name, about in (phrases | others).items():
+        about = about | {keys[2]: about.get(keys[2], about.get("trained on a shuffled table"))}
+        rows.append((name, *("" if about.get(key) is None else f"{about[key]:.4g}" for key in keys)))
+    return table(["toy", *keys], rows, right=(1, 2, 3))
+
+
+def compression() -> str:
+    """Ratio and speed of zstd by site and precision."""
+    rows = [
+        (name, f"{about['ratio']:.2f}", *(f"{about[key]:,.0f}" for key in
+         ("write_none", "write_zstd", "read_none", "read_zstd")))
+        for name, about in figures("compression")["megabytes_per_second_and_ratio"].items()
+    ]  # fmt: skip
+    header = ["activations", "size over size with zstd", "write, MB/s", "write zstd", "read", "read zstd"]
+    return table(header, rows, right=range(1, 6))
