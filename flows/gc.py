@@ -10,8 +10,8 @@ from pydantic import Field
 from flows.common import open_store, part_task, reporting, show_table
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.text import human_bytes
 from saeflow.store import garbage
-from saeflow.store.files import human_bytes
 
 Hours = Annotated[float, Field(ge=0)]
 

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from saeflow.runtime.text import sanitise
-from saeflow.store.files import human_bytes
+from saeflow.runtime.text import human_bytes, sanitise
 
 PICTURE_BYTES = 200_000
 """A picture up to this size is shown on the page itself."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from saeflow.recipe.settings import FeedConfig
 from saeflow.runtime.errors import UserError
-from saeflow.store.files import human_bytes
+from saeflow.runtime.text import human_bytes
 from saeflow.store.records import PartRecord
 
 

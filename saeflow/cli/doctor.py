@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from saeflow import __version__
-from saeflow.store.files import human_bytes
+from saeflow.runtime.text import human_bytes
 from saeflow.store.storage import cache_folder, is_url
 
 PACKAGES = ["torch", "transformers", "zarr", "dask", "pyarrow", "duckdb", "numba", "prefect", "fastapi"]

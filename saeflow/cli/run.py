@@ -34,7 +34,7 @@ from saeflow.cli.common import (
 from saeflow.recipe.recipe import Recipe, require_one
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.store.files import human_bytes
+from saeflow.runtime.text import human_bytes
 from saeflow.store.store import Store
 
 commands = typer.Typer()

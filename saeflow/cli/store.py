@@ -27,9 +27,8 @@ from saeflow.cli.common import (
 )
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.text import sanitise
+from saeflow.runtime.text import human_bytes, sanitise
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import human_bytes
 from saeflow.store.records import KINDS, PartRecord, read_checked
 from saeflow.store.store import Store, store_path
 

@@ -17,7 +17,7 @@ from saeflow.corpus.ledger import Entry, Ledger, merged
 from saeflow.corpus.vocabulary import tokenizer_vocab, write_vocab
 from saeflow.features.schema import BLOCK_TOKENS, VOCAB_BLOCKS
 from saeflow.model.sites import load_tokenizer, model_fingerprint
-from saeflow.recipe.fingerprint import facts_of, fingerprint
+from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import CorpusConfig, ModelConfig, TokensConfig
 from saeflow.runtime.errors import UserError
@@ -71,9 +71,9 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     assert recipe.model is not None
     assert recipe.corpus is not None
     return {
-        "corpus": facts_of(recipe.corpus),
+        "corpus": settings_that_count(recipe.corpus),
         "tokenizer": model_fingerprint(ModelConfig(path=recipe.model.path, revision=recipe.model.revision)),
-        **facts_of(recipe.tokens),
+        **settings_that_count(recipe.tokens),
     }
 
 

@@ -34,7 +34,7 @@ from saeflow.model.sites import (
 )
 from saeflow.pipeline.dask import work
 from saeflow.pipeline.dask.workers import Workers, workers_of
-from saeflow.recipe.fingerprint import facts_of, fingerprint
+from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import ActivationsConfig, SAEConfig
 from saeflow.runtime.devices import n_workers, own_stream
@@ -77,7 +77,7 @@ def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
 
 def brought_facts(recipe: Recipe) -> dict[str, Any]:
     about = recipe.activations
-    made = facts_of(about.synthetic) if about.synthetic else None
+    made = settings_that_count(about.synthetic) if about.synthetic else None
     if made and about.synthetic and about.synthetic.grows:
         del made["n_samples"]
     share = recipe.corpus.held_out if recipe.corpus else 0.0

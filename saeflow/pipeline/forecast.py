@@ -28,8 +28,8 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.text import human_bytes
 from saeflow.runtime.threads import n_threads
-from saeflow.store.files import human_bytes
 from saeflow.store.records import read_checked, write_checked
 from saeflow.store.store import Store
 

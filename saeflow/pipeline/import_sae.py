@@ -15,7 +15,7 @@ from saeflow.activations import shards
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect
-from saeflow.recipe.fingerprint import facts_of
+from saeflow.recipe.fingerprint import settings_that_count
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
@@ -85,7 +85,7 @@ def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
     files = {"settings": found.settings, "weights": found.weights}
     return {
         "activations": collect.artefact(store, recipe).fp,
-        "sae": facts_of(sae_config(recipe)),
+        "sae": settings_that_count(sae_config(recipe)),
         "imported": {name: _digest(path) for name, path in files.items()},
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from saeflow.corpus.selection import TokenSelection
 from saeflow.pipeline import collect, import_sae
-from saeflow.recipe.fingerprint import facts_of, fingerprint
+from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
@@ -99,9 +99,9 @@ def _settings(store: Store, recipe: Recipe) -> dict[str, Any]:
     no_settings = {"checkpoint_seconds", "device"}
     return {
         "activations": collect.artefact(store, recipe).fp,
-        "sae": facts_of(recipe.sae),
-        "train": {name: value for name, value in facts_of(recipe.train).items() if name not in no_settings},
-        "feed": facts_of(recipe.feed),
+        "sae": settings_that_count(recipe.sae),
+        "train": {name: value for name, value in settings_that_count(recipe.train).items() if name not in no_settings},
+        "feed": settings_that_count(recipe.feed),
         "threads": recipe.threads,
     } | TokenSelection.of(collect.tokens_artefact(store, recipe), recipe.activations).facts
 

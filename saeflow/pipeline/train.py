@@ -27,10 +27,11 @@ from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.devices import device, memory_of
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.text import human_bytes
 from saeflow.runtime.threads import keep_freed_memory, n_threads
 from saeflow.sae import interchange
 from saeflow.store.artefact import Artefact, writing_all
-from saeflow.store.files import human_bytes, replacing
+from saeflow.store.files import replacing
 from saeflow.store.store import Store
 from saeflow.train.group import Job, Reading, checkpoints_of
 from saeflow.train.tensorboard import require_tensorboard

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from typing import Annotated, Any, get_args
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
 
+from saeflow.recipe.cluster import ClusterConfig, by_address
 from saeflow.recipe.schedule import ScheduleConfig
+from saeflow.recipe.section import RECIPE_NAME, RecipePath, Section
 from saeflow.recipe.settings import (
-    NAME,
     ActivationsConfig,
-    Architecture,
-    ClusterConfig,
     CorpusConfig,
     EvaluateConfig,
     FeaturesConfig,
@@ -21,32 +19,35 @@ from saeflow.recipe.settings import (
     ModelConfig,
     Overlap,
     SAEConfig,
-    Section,
     TokensConfig,
     TrainConfig,
-    by_address,
 )
-from saeflow.recipe.sweep import SweepConfig, in_a_name
+from saeflow.recipe.sweep import SweepConfig, member_name_of, settings_by_name, settings_with_effect
+from saeflow.recipe.validation_errors import message_of
 from saeflow.runtime.errors import UserError
 
 
 class Recipe(Section):
-    """One pipeline, from corpus to queries."""
+    """One pipeline, from corpus to answers."""
 
-    name: str = Field(pattern=NAME, description="Names the artefacts and the run.")
+    name: str = Field(pattern=RECIPE_NAME, description="Name of the artefacts and of the run.")
     data: str | None = Field(
         None,
         examples=["other_recipe"],
-        pattern=NAME,
-        description="Name of the recipe whose stored tokens and activations are used; default: this one.",
+        pattern=RECIPE_NAME,
+        description="Recipe whose stored tokens and activations this one uses. Default: its own.",
     )
-    store: str | None = Field(
-        None, examples=["data/store"], description="Store folder; `--store` and SAEFLOW_STORE come first."
+    store: RecipePath | None = Field(
+        None,
+        examples=["data/store"],
+        description="Folder of the store. `--store` and SAEFLOW_STORE take precedence.",
     )
-    threads: NonNegativeInt = Field(0, description="Processor threads; 0 takes all. Fix it for byte-equal results.")
+    threads: NonNegativeInt = Field(
+        0, description="Processor threads. 0: all. Set a number if results must be equal byte for byte."
+    )
     overlap: Overlap = Field(
         "refuse",
-        description="While another run writes the same: `refuse` ends at once and names it, `wait` waits for it.",
+        description="If another run writes the same artefact: `refuse` stops and names that run, `wait` waits for it.",
     )
     corpus: CorpusConfig | None = None
     model: ModelConfig | None = None
@@ -63,11 +64,11 @@ class Recipe(Section):
 
     @property
     def data_name(self) -> str:
-        """What the tokens and activations are called."""
+        """The name of the tokens and activations."""
         return self.data or self.name
 
     def members(self) -> list[Recipe]:
-        """The recipes of a sweep's SAEs, which read this recipe's activations; without a sweep, the recipe itself."""
+        """Return one recipe per SAE of the sweep, which all read the same activations; without a sweep, this one."""
         settings = self.sweep.combinations() if self.sweep else [{}]
         if settings == [{}]:
             return [self]
@@ -75,9 +76,9 @@ class Recipe(Section):
 
     def _member(self, settings: dict[str, Any]) -> Recipe:
         data = self.model_dump(exclude={"sweep"}, exclude_unset=True)
-        name = "_".join([self.name, *(in_a_name(key, value) for key, value in settings.items())])
-        for key, value in settings.items():
-            put(data, key.split("."), value)
+        name = member_name_of(self.name, settings)
+        for dotted, value in settings.items():
+            set_setting(data, dotted, value)
         return parse_recipe(data | {"name": name, "data": self.data_name}, name)
 
     @property
@@ -85,40 +86,34 @@ class Recipe(Section):
         return self.sweep is not None and self.sweep.combinations() != [{}]
 
     @model_validator(mode="after")
-    def _members_are_recipes(self) -> Recipe:
+    def _members_are_different_recipes(self) -> Recipe:
         try:
             members = self.members() if self.is_sweep else []
         except UserError as error:
-            raise ValueError(f"a member of the sweep cannot be:\n{error}") from None
+            raise ValueError(f"an SAE of the sweep has settings that do not work:\n{error}") from None
         names = [member.name for member in members]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise ValueError(f"two SAEs of the sweep would be called {twice[0]}. Let their settings differ.")
-        seen: dict[str, Recipe] = {}
+            raise ValueError(f"two SAEs of the sweep would be called {twice[0]}. Give them different settings.")
+        by_effect: dict[str, Recipe] = {}
         for member in members:
-            other = seen.setdefault(_all_that_is_read(member), member)
+            other = by_effect.setdefault(settings_with_effect(member.sae, member.train), member)
             if other is not member:
-                keys = sorted(dict(_settings(other)).items() ^ dict(_settings(member)).items())
-                ignored = " and ".join(dict.fromkeys(key for key, _ in keys))
-                raise ValueError(
-                    f"{other.name} and {member.name} of the sweep would be the same SAE: {member.sae.architecture} "
-                    f"does not read {ignored}.\n"
-                    "Take one of them out: give that architecture an entry of its own in sweep.each."
-                )
+                raise ValueError(_same_sae(other, member))
         return self
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Recipe:
-        brought = [self.activations.source, self.activations.synthetic]
-        n_sources = sum(source is not None for source in [self.model, *brought])
+        sources = [self.model, self.activations.source, self.activations.synthetic]
+        n_sources = sum(source is not None for source in sources)
         if n_sources != 1:
             raise ValueError(
-                f"the recipe names {n_sources} sources of activations; exactly one is needed:\n"
+                f"the recipe names {n_sources} sources of activations, but it needs exactly one:\n"
                 "a [model] section, activations.source (a table), or [activations.synthetic]."
             )
         if self.model is not None and self.corpus is None:
             raise ValueError(
-                'a [corpus] section is missing: say which texts the model reads, e.g. files = ["my.parquet"].'
+                'a [corpus] section is missing. Name the texts that the model reads, e.g. files = ["my.parquet"].'
             )
         if self.model is not None and not self.activations.sites:
             raise ValueError(
@@ -131,97 +126,48 @@ class Recipe(Section):
         start = self.train.k_start
         if start is not None and self.sae.counts_k and not self.sae.k <= start <= self.sae.n_features:
             raise ValueError(
-                f"train.k_start is {start}, but k falls from it to sae.k ({self.sae.k}) and counts features of "
+                f"train.k_start is {start}, but it must lie between sae.k ({self.sae.k}), to which it falls, and "
                 f"sae.n_features ({self.sae.n_features}).\n"
-                f"Set train.k_start to {self.sae.k} at least and {self.sae.n_features} at most."
+                f"Set train.k_start to at least {self.sae.k} and at most {self.sae.n_features}."
             )
         return self
 
 
-_PENALTY = {"sae.penalty", "sae.penalty_weight", "sae.tanh_scale", "sae.bandwidth", "sae.first_threshold"}
-_L1 = {"sae.l1_weight", "sae.l1_norm_weighted"}
-_FALLING_K = {"train.k_start", "train.k_anneal_share", "train.token_topk_share"}
-_TOP = {*_PENALTY, *_L1, "sae.first_share", "train.sparsity_warmup_share"}
-_IGNORED: dict[Architecture, set[str]] = {
-    "relu": {*_PENALTY, *_FALLING_K, "sae.k", "sae.prefixes", "train.aux_weight"},
-    "gated": {*_PENALTY, *_FALLING_K, "sae.prefixes", "train.aux_weight"},  # k decides where its gate starts
-    "jumprelu": {*_FALLING_K, "sae.l1_weight", "sae.prefixes"},
-    "topk": {*_TOP, "sae.prefixes", "train.token_topk_share"},
-    "batchtopk": {*_TOP, "sae.prefixes"},
-    "matryoshka": _TOP,
-}
-"""Settings that an architecture does not read."""
-
-
-def _settings(recipe: Recipe) -> list[tuple[str, str]]:
-    """What a sweep may change, as JSON by dotted name."""
-    sections: dict[str, Section] = {"sae": recipe.sae, "train": recipe.train}
-    return [
-        (f"{section}.{key}", json.dumps(value))
-        for section, model in sections.items()
-        for key, value in model.model_dump(mode="json").items()
-    ]
-
-
-def _all_that_is_read(recipe: Recipe) -> str:
-    ignored = _IGNORED[recipe.sae.architecture] if recipe.sae.source is None else set()
-    return json.dumps([setting for setting in _settings(recipe) if setting[0] not in ignored])
+def _same_sae(one: Recipe, other: Recipe) -> str:
+    mine, theirs = settings_by_name(one.sae, one.train), settings_by_name(other.sae, other.train)
+    ignored = sorted(key for key, value in mine.items() if value != theirs[key])
+    return (
+        f"{one.name} and {other.name} of the sweep would be the same SAE: {other.sae.architecture} does not read "
+        f"{' and '.join(ignored)}.\n"
+        "Leave one of them out: give this architecture an entry of its own in sweep.each."
+    )
 
 
 def require_one(recipe: Recipe, command: str) -> None:
-    """Refuse a whole sweep where a command is about one SAE."""
+    """Raise UserError if the recipe is a whole sweep; `command` works on one SAE."""
     if recipe.is_sweep:
         names = [member.name for member in recipe.members()]
         raise UserError(
-            f"{recipe.name} is a sweep of {len(names)} SAEs. Name the one: saeflow {command} RECIPE --member NAME\n"
+            f"{recipe.name} is a sweep of {len(names)} SAEs. Name one of them: saeflow {command} RECIPE --member NAME\n"
             f"They are: {', '.join(names)}."
         )
 
 
-def parse_recipe(data: dict[str, Any], origin: str = "recipe") -> Recipe:
+def parse_recipe(data: dict[str, Any], origin: str = "recipe", folder: Path | None = None) -> Recipe:
+    """Validate settings. `origin` names them in messages; relative paths count from `folder`, if it is given.
+
+    Raises UserError that names everything that is wrong.
+    """
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(data, context={"folder": folder})
     except ValidationError as error:
-        raise UserError("\n".join(_explain(item, origin) for item in error.errors())) from error
+        messages = [message_of(item, Recipe) for item in error.errors()]
+        raise UserError("\n".join(f"{origin}: {message}" for message in messages)) from error
 
 
-def put(data: dict[str, Any], keys: list[str], value: object) -> None:
-    for key in keys[:-1]:
-        data = data.setdefault(key, {})
-    data[keys[-1]] = value
-
-
-def _explain(error: Any, origin: str) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
-        return f"{origin}: unknown key {name}. {hint}"
-    if error["type"] == "missing":
-        return f"{origin}: {name} is missing. {_describe(error['loc'])}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{origin}: {message}"
-    return f"{origin}: {name} is {error['input']!r}, but: {message[:1].lower()}{message[1:]}. {_describe(error['loc'])}"
-
-
-def _section(location: tuple[Any, ...]) -> type[BaseModel]:
-    model: type[BaseModel] = Recipe
-    for part in location:
-        field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        choices = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not choices:
-            break
-        model = choices[0]
-    return model
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    return list(_section(location).model_fields)
-
-
-def _describe(location: tuple[Any, ...]) -> str:
-    field = _section(location[:-1]).model_fields.get(str(location[-1]))
-    return (field.description or "") if field else ""
+def set_setting(data: dict[str, Any], dotted: str, value: object) -> None:
+    """Set one setting by its dotted name in the nested settings of a recipe."""
+    *sections, key = dotted.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+    data[key] = value

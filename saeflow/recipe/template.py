@@ -1,4 +1,7 @@
-"""A commented recipe to start from, written from the settings' own descriptions."""
+"""The commented recipe that `saeflow init` writes, made from the settings' own descriptions.
+
+A TOML library such as tomli-w writes no comments, and here the comments are most of the text.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ from typing import Any
 from pydantic import BaseModel, ByteSize
 
 from saeflow.recipe.recipe import Recipe
-from saeflow.store.files import human_bytes
+from saeflow.recipe.validation_errors import section_of
+from saeflow.runtime.text import human_bytes
 
 _HEAD = """\
-# A saeflow recipe. Lines that begin with # show settings at their defaults, or, where there is none, an example.
+# A saeflow recipe. Lines that begin with # show a setting's default, or an example if it has none.
 # Relative paths count from the folder of this file.
 #
-#   saeflow run {file}          everything, from text to SQL answers
-#   saeflow ask                 the questions you can ask afterwards
+#   saeflow run {file}          do everything, from text to SQL answers
+#   saeflow ask                 list the questions you can ask afterwards
 
 name = "{name}"
 {top}"""
-_TOP = {"data": '"{name}"', "store": '"data/store"', "threads": "0", "overlap": '"refuse"'}
+_TOP_LEVEL = {"data": '"{name}"', "store": '"data/store"', "threads": "0", "overlap": '"refuse"'}
 DEFAULT_MODEL = "openai-community/gpt2"
 _START: dict[str, dict[str, str]] = {
     "corpus": {"files": '["texts/*.txt"]'},
@@ -30,9 +34,9 @@ _START: dict[str, dict[str, str]] = {
 
 
 def template(name: str, file: str, start: dict[str, dict[str, str]] | None = None, sites_of: str | None = None) -> str:
-    """The whole recipe as TOML text; `start` gives TOML values for settings without a default.
+    """Return the whole recipe as TOML text. `start` gives TOML values by section and setting.
 
-    With another model than `DEFAULT_MODEL`, `sites_of`, the sites are left open: only `saeflow sites` knows them.
+    `sites_of` names a model other than `DEFAULT_MODEL`. Its sites are left open, since only `saeflow sites` knows them.
     """
     chosen = {section: _START.get(section, {}) | (start or {}).get(section, {}) for section in Recipe.model_fields}
     hint = ""
@@ -40,19 +44,18 @@ def template(name: str, file: str, start: dict[str, dict[str, str]] | None = Non
         del chosen["activations"]["sites"]
         hint = f" List them: saeflow sites {shlex.quote(sites_of)}"
     sections = [
-        _section(section, field.annotation, chosen[section], {"sites": hint} if section == "activations" else {})
+        _section_text(section, field.annotation, chosen[section], {"sites": hint} if section == "activations" else {})
         for section, field in Recipe.model_fields.items()
     ]
     top = [
         f"# {key} = {value.format(name=name)}  # {Recipe.model_fields[key].description}\n"
-        for key, value in _TOP.items()
+        for key, value in _TOP_LEVEL.items()
     ]
     return _HEAD.format(name=name, file=file, top="".join(top)) + "".join(sections)
 
 
-def _section(name: str, annotation: Any, start: dict[str, str], hints: dict[str, str]) -> str:
-    choices = [annotation, *getattr(annotation, "__args__", ())]
-    model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+def _section_text(name: str, annotation: Any, start: dict[str, str], hints: dict[str, str]) -> str:
+    model = section_of(annotation)
     if model is None:
         return ""
     purpose = (model.__doc__ or "").strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""Text that a terminal does not obey, whoever wrote it."""
+"""Text for people: safe to print in a terminal, short, and sizes in words."""
 
 from __future__ import annotations
 
@@ -30,3 +30,12 @@ def harmless_lines(text: str) -> str:
 def brief(text: str, longest: int = 80) -> str:
     """The beginning of a text that may be of any length."""
     return text if len(text) <= longest else text[:longest] + "…"
+
+
+def human_bytes(n_bytes: float) -> str:
+    """Return a size in words, e.g. `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"

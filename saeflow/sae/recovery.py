@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saeflow.activations.synthetic import superposition, toys
 from saeflow.activations.synthetic.truth import Codes, Truth
-from saeflow.recipe.settings import SyntheticConfig
+from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.encoder import SparseValues
 

@@ -19,14 +19,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def human_bytes(n_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n_bytes) < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"
-
-
 class Bytes(Protocol):
     """A file or object that is read from anywhere in it, by several threads at once."""
 

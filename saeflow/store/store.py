@@ -15,9 +15,9 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import brief
+from saeflow.runtime.text import brief, human_bytes
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import human_bytes, make_folder, remove
+from saeflow.store.files import make_folder, remove
 from saeflow.store.lease import FileSlot, Lease, ObjectSlot, held
 from saeflow.store.records import KINDS, Kind, damaged, read_checked, write_checked
 from saeflow.store.storage import Objects, cache_folder, is_url

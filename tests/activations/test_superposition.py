@@ -25,7 +25,7 @@ from saeflow.pipeline.collect import artefact, brought_facts
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import SyntheticConfig
+from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.support.small_pipeline import tree
@@ -242,15 +242,15 @@ def test_more_samples_are_appended_and_fewer_take_nothing_away(tmp_path, progres
 
 BIG = """
 import resource, sys
-from saeflow import bring
-from saeflow.config import parse_recipe
-from saeflow.progress import Progress
-from saeflow.store import Store
+from saeflow.pipeline import import_table
+from saeflow.recipe.recipe import parse_recipe
+from saeflow.runtime.progress import Progress
+from saeflow.store.store import Store
 made = {"kind": "superposed", "n_samples": 300_000, "n_neurons": 512, "n_true": 1000, "l0": 4}
 recipe = parse_recipe({"name": "big", "activations": {"synthetic": made, "part_rows": 300_000}, "threads": 1})
 store = Store.create(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-bring.run(store, recipe, Progress(verbosity=-1))
+import_table.run(store, recipe, Progress(verbosity=-1))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 

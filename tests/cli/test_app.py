@@ -31,8 +31,8 @@ from saeflow.cli import store as commands_store
 from saeflow.query import ask as queries
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.text import human_bytes
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import human_bytes
 from saeflow.store.store import Store
 from tests.conftest import Finished
 from tests.support.small_pipeline import (
@@ -113,8 +113,8 @@ def test_a_command_that_is_not_there_ends_with_2(saeflow: Command) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["ask"], ["sql", "select 1"]])
 def test_light_commands_do_not_wait_for_torch(arguments: list[str], finished: Finished) -> None:
     code = (
-        "import sys; from saeflow import cli\n"
-        "try: cli.main()\n"
+        "import sys; from saeflow.cli import app\n"
+        "try: app.main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "print([m for m in ('torch', 'transformers', 'prefect', 'zarr', 'numba') if m in sys.modules])"
     )
@@ -734,7 +734,7 @@ def test_an_sae_that_a_sweep_has_not_is_refused_with_the_nearest(
     assert (said.code, "the recipe has no [sweep]" in said.err) == (2, True)
     said = saeflow("report", recipe, "--store", store)
     assert said.code == 2
-    assert "small is a sweep of 4 SAEs. Name the one: saeflow report RECIPE --member NAME" in said.err
+    assert "small is a sweep of 4 SAEs. Name one of them: saeflow report RECIPE --member NAME" in said.err
     assert "small_batchtopk_k4" in said.err
 
 

@@ -22,7 +22,7 @@ from saeflow.corpus import sources as corpus
 from saeflow.corpus import tabular
 from saeflow.corpus.document import Document, is_held_out
 from saeflow.corpus.sources import open_corpus, signature
-from saeflow.recipe.fingerprint import facts_of
+from saeflow.recipe.fingerprint import settings_that_count
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from tests.support.small_pipeline import SCRIPTS
@@ -242,7 +242,7 @@ def test_raising_the_share_reads_the_corpus_again_and_keeps_its_name(tmp_path):
     path.write_text("text")
     few, more = (CorpusConfig(files=[str(path)], share=share) for share in (0.1, 0.5))
     assert signature(few) != signature(more)
-    assert facts_of(few) == facts_of(more)
+    assert settings_that_count(few) == settings_that_count(more)
 
 
 def test_the_held_out_share_is_about_right_and_grows_with_the_share():
@@ -364,7 +364,9 @@ def test_a_column_called_filename_is_refused_with_the_way_out(tmp_path):
 def test_paths_of_a_select_count_from_the_recipes_folder(tmp_path):
     write_table(tmp_path / "texts.parquet")
     assert len(read(sql="select key, text from 'texts.parquet'", folder=str(tmp_path))) == len(TEXTS)
-    assert facts_of(CorpusConfig(sql="select 1", folder="/a")) == facts_of(CorpusConfig(sql="select 1", folder="/b"))
+    assert settings_that_count(CorpusConfig(sql="select 1", folder="/a")) == settings_that_count(
+        CorpusConfig(sql="select 1", folder="/b")
+    )
 
 
 def test_a_share_that_chooses_no_document_is_refused(tmp_path):

@@ -45,8 +45,8 @@ from saeflow.cli import app as cli
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import ingest
 from saeflow.pipeline.forget import forget
+from saeflow.recipe.cluster import ClusterConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ClusterConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store import garbage
 from saeflow.store.records import KINDS

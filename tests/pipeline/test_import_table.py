@@ -21,7 +21,7 @@ from safetensors.torch import save_file as save_tensors
 from saeflow.activations.tables.arrays import Reader
 from saeflow.activations.tables.row_labels import name_of, names_in_order, places_of
 from saeflow.activations.tables.table import content, make_table, open_rows, read_table
-from saeflow.recipe.settings import SyntheticConfig
+from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.runtime.errors import UserError
 
 LABELS = ["猫", "happy cat", 'a "quoted", word']
@@ -215,13 +215,13 @@ def test_names_of_rows_are_placed_in_text_order(n_rows):
 BIG = """
 import resource, sys
 from pathlib import Path
-from saeflow import bring
-from saeflow.config import parse_recipe
-from saeflow.progress import Progress
-from saeflow.store import Store
+from saeflow.pipeline import import_table
+from saeflow.recipe.recipe import parse_recipe
+from saeflow.runtime.progress import Progress
+from saeflow.store.store import Store
 data = {"name": "big", "activations": {"source": sys.argv[1], "part_rows": 400_000}, "threads": 1}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-bring.run(Store.create(sys.argv[2]), parse_recipe(data), Progress(verbosity=-1))
+import_table.run(Store.create(sys.argv[2]), parse_recipe(data), Progress(verbosity=-1))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 

@@ -16,9 +16,9 @@ from saeflow.activations.feed import Feed
 from saeflow.corpus import token_parts
 from saeflow.pipeline import collect, evaluate, import_table, sweep, train
 from saeflow.pipeline import run as pipeline
-from saeflow.recipe import recipe as config
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.sweep import IGNORED_SETTINGS
 from saeflow.runtime import devices
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
@@ -137,10 +137,10 @@ def test_a_member_is_named_by_its_settings(table, settings, name):
     ("sweep", "says"),
     [
         ({"grid": {"sae.n_feature": [1]}}, ["sae.n_feature,", "Nearest: sae.n_features", "[sae] and [train]"]),
-        ({"grid": {"feed.seed": [1]}}, ["feed.seed", "Nearest: sae.seed", "the same for all"]),
+        ({"grid": {"feed.seed": [1]}}, ["feed.seed", "Nearest: sae.seed", "all its SAEs share the rest"]),
         ({"each": [{"tokens.packing": "isolated"}]}, ["tokens.packing"]),
-        ({"grid": {"sae.k": []}}, ["sweep.grid has no values of sae.k"]),
-        ({"grid": {"sae.k": [2]}, "each": [{"sae.k": 3}]}, ["sae.k is in sweep.grid and in sweep.each"]),
+        ({"grid": {"sae.k": []}}, ["sweep.grid has no values for sae.k"]),
+        ({"grid": {"sae.k": [2]}, "each": [{"sae.k": 3}]}, ["sae.k is in both sweep.grid and sweep.each"]),
         ({"grid": {"sae.k": [2, 2]}}, ["two SAEs", "brought_k2"]),
         ({"grid": {"sae.k": [2, 65]}}, ["brought_k65: sae.k is 65", "at most 64"]),
         ({"grid": {"train.lr": [-1.0]}}, ["train.lr is -1.0", "greater than 0"]),
@@ -177,7 +177,7 @@ def test_settings_said_to_be_ignored_change_no_weight(stored, table, architectur
         },
         "train": {"k_start": 12, "k_anneal_share": 0.9, "aux_weight": 0.5, "sparsity_warmup_share": 0.5},
     }  # fmt: skip
-    ignored = config._IGNORED[architecture]
+    ignored = IGNORED_SETTINGS[architecture]
     mine = {
         name: {key: value for key, value in values.items() if f"{name}.{key}" in ignored}
         for name, values in other.items()

@@ -31,8 +31,8 @@ from saeflow.pipeline.dask import work as cluster_work
 from saeflow.pipeline.dask import workers as cluster
 from saeflow.pipeline.dask.work import Session, software
 from saeflow.pipeline.dask.workers import Workers
+from saeflow.recipe.cluster import ClusterConfig
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import ClusterConfig
 from saeflow.runtime import threads as parallel
 from saeflow.runtime.devices import GPU_WORKERS
 from saeflow.runtime.errors import UserError
@@ -424,12 +424,12 @@ def test_advice_is_for_the_kind_of_cluster_that_it_is(dask: InThreads) -> None:
     ("settings", "says"),
     [
         ({"address": "host:8786"}, "cluster.address is 'host:8786'"),
-        ({"address": "tcp://a:1", "kind": "local"}, "cluster.address and cluster.kind name a cluster each"),
+        ({"address": "tcp://a:1", "kind": "local"}, "cluster.address and cluster.kind each name a cluster"),
         ({"kind": "slurm"}, "cluster.kind is 'slurm', which needs cluster.n_workers"),
         ({"kind": "yarn"}, "cluster.kind is 'yarn'"),
         ({"adress": "tcp://a:1"}, "Did you mean address?"),
         ({"address": "tcp://a:1", "n_workers": 2}, "cluster.n_workers is for a cluster that saeflow starts"),
-        ({"scheduler_file": "s.json", "threads_per_worker": 2}, "of cluster.scheduler_file are started by others"),
+        ({"scheduler_file": "s.json", "threads_per_worker": 2}, "cluster.scheduler_file is already running"),
         ({"address": "tcp://a:1", "options": {"cores": 2}}, "cluster.options is for a cluster"),
         ({"kind": "kubernetes", "n_workers": 2, "threads_per_worker": 2}, "cluster.threads_per_worker is 2"),
     ],

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from saeflow.recipe.fingerprint import fingerprint
-from saeflow.recipe.load import _anchored, load_recipe
+from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.template import template
@@ -55,8 +55,7 @@ def test_relative_paths_count_from_the_recipes_folder_and_hub_names_and_urls_sta
     ],
 )
 def test_relative_paths_in_a_sweep_count_from_the_recipes_folder(tmp_path, nowhere, sweep):
-    data = _anchored(recipe_data(nowhere) | {"sweep": sweep}, tmp_path)
-    members = parse_recipe(data).members()
+    members = parse_recipe(recipe_data(nowhere) | {"sweep": sweep}, folder=tmp_path).members()
     assert [member.sae.source for member in members] == [str(tmp_path / "a"), str(tmp_path / "b")]
     assert {member.train.tensorboard for member in members} == {str(tmp_path / "logs")}
 

@@ -62,8 +62,8 @@ def test_an_interval_is_due_when_prefect_starts_it_in_summer_and_winter(when: st
     ("when", "says"),
     [
         ("0 3 4 * * *", "it has 6 fields, not five"),
-        ("0 0 * * 5L", "l and w"),
-        ("0 0 LW * *", "l and w"),
+        ("0 0 * * 5L", "w, and l"),
+        ("0 0 LW * *", "w, and l"),
         ("0 3 */2 * mon", "both days"),
         ("0 3 1-7 * mon#1", "both days"),
     ],

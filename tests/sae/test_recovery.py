@@ -16,7 +16,8 @@ from torch import Tensor
 from saeflow.activations.synthetic import toys
 from saeflow.activations.synthetic.truth import Codes, Truth
 from saeflow.recipe.load import load_recipe
-from saeflow.recipe.settings import SAEConfig, SyntheticConfig
+from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.sae import recovery
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.encoder import SparseValues

@@ -29,7 +29,6 @@ PACKAGES = [
 APART = {"train", "features"}
 
 NOT_YET = {
-    ("recipe.template", "store.files"),
     ("corpus.token_parts", "features.schema"),
     ("corpus.token_parts", "model.sites"),
     ("model.direct_path", "sae.encoder"),

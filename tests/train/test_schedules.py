@@ -98,8 +98,8 @@ def test_a_start_of_k_below_its_end_or_beyond_the_dictionary_is_refused(tmp_path
     with pytest.raises(UserError) as caught:
         parse_recipe(brought_data(tmp_path / "t.npy", train={"k_start": k_start}))
     assert str(caught.value) == (
-        f"recipe: train.k_start is {k_start}, but k falls from it to sae.k (4) and counts features of sae.n_features "
-        "(64).\n"
-        "Set train.k_start to 4 at least and 64 at most."
+        f"recipe: train.k_start is {k_start}, but it must lie between sae.k (4), to which it falls, and "
+        "sae.n_features (64).\n"
+        "Set train.k_start to at least 4 and at most 64."
     )
     parse_recipe(brought_data(tmp_path / "t.npy", train={"k_start": k_start}, sae={"architecture": "relu"}))

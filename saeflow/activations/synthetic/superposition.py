@@ -25,7 +25,7 @@ import torch.nn.functional as tf
 
 from saeflow.activations.synthetic.truth import Codes, Truth, random_numbers, starts_of
 from saeflow.activations.tables.arrays import Block, Rows
-from saeflow.recipe.settings import SyntheticConfig
+from saeflow.recipe.synthetic import SyntheticConfig
 
 BLOCK_ROWS = 4096
 """Rows of one generator. Other blocks would hold other rows."""

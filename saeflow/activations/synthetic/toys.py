@@ -11,7 +11,7 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow.activations.synthetic.truth import Codes, Truth, random_numbers
-from saeflow.recipe.settings import SyntheticConfig
+from saeflow.recipe.synthetic import SyntheticConfig
 
 _TOY_STEPS = 3000
 _FRESH, _FRESH_ROWS = 1, 4096

@@ -13,7 +13,7 @@ from saeflow.activations.synthetic import superposition, toys
 from saeflow.activations.tables.arrays import Reader, Rows, no_table, npy_rows, npz_rows, safetensors_rows, zarr_rows
 from saeflow.activations.tables.columns import arrow_files, arrow_rows, csv_rows, parquet_rows
 from saeflow.activations.tables.row_labels import name_of
-from saeflow.recipe.settings import SyntheticConfig
+from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.files import checksum

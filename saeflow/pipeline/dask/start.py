@@ -13,7 +13,7 @@ from typing import Any
 
 from distributed import Client
 
-from saeflow.recipe.settings import ClusterConfig
+from saeflow.recipe.cluster import ClusterConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.threads import n_threads
 

@@ -23,8 +23,8 @@ from distributed import Client, Future, KilledWorker
 
 from saeflow.pipeline.dask.start import client_of, say_less, started, threads_of_worker
 from saeflow.pipeline.dask.work import TOPIC, Session, let_go, look, software, work
+from saeflow.recipe.cluster import ClusterConfig
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import ClusterConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress, Stopped
 from saeflow.store.files import make_folder

@@ -1,0 +1,82 @@
+"""The section [cluster]: Dask workers that share the work."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from saeflow.recipe.section import RecipePath, Section
+
+
+class ClusterConfig(Section):
+    """Dask workers that collect, encode, compact and train. They share only the store with this machine."""
+
+    address: str | None = Field(
+        None,
+        pattern=r"^(tcp|tls)://\S+:\d+$",
+        examples=["tcp://127.0.0.1:8786"],
+        description="Scheduler of a running cluster. For tls://, set the certificates in Dask's own configuration.",
+    )
+    scheduler_file: RecipePath | None = Field(
+        None,
+        examples=["scheduler.json"],
+        description="File written by `dask scheduler --scheduler-file`, instead of an address.",
+    )
+    kind: Literal["local", "local-cuda", "slurm", "pbs", "sge", "lsf", "kubernetes"] | None = Field(
+        None,
+        examples=["local"],
+        description="Kind of cluster that saeflow starts and stops itself. Default: `local`, if the two above are not "
+        "set.",
+    )
+    n_workers: PositiveInt | None = Field(
+        None,
+        examples=[2],
+        description="Workers to start. Default: one per core (`local`) or per GPU (`local-cuda`).",
+    )
+    threads_per_worker: PositiveInt = Field(
+        1,
+        description="Parts a worker encodes at the same time. (It collects, trains and merges one at a time.) On "
+        "Kubernetes, set the cores in `options` instead.",
+    )
+    options: dict[str, Any] = Field(
+        {},
+        description="More arguments for the cluster class of dask, dask_cuda, dask_jobqueue or dask_kubernetes.",
+    )
+    wait_seconds: PositiveFloat = Field(60, description="Seconds to wait for the scheduler and the first worker.")
+
+    @property
+    def starts(self) -> str | None:
+        """The kind of cluster to start; None if the recipe names a running one."""
+        return None if self.address or self.scheduler_file else self.kind or "local"
+
+    @model_validator(mode="after")
+    def _is_one_cluster(self) -> ClusterConfig:
+        named = {"address": self.address, "scheduler_file": self.scheduler_file, "kind": self.kind}
+        if len(given := [f"cluster.{name}" for name, value in named.items() if value is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)} each name a cluster. Keep one of them.")
+        if self.starts not in (None, "local", "local-cuda") and self.n_workers is None:
+            raise ValueError(f"cluster.kind is {self.kind!r}, which needs cluster.n_workers: how many to start.")
+        return self
+
+    @model_validator(mode="after")
+    def _only_settings_of_this_cluster(self) -> ClusterConfig:
+        fields = type(self).model_fields
+        of_starting = ("n_workers", "threads_per_worker", "options")
+        given = [name for name in of_starting if getattr(self, name) != fields[name].default]
+        if self.starts is None and given:
+            raise ValueError(
+                f"cluster.{given[0]} is for clusters that saeflow starts (cluster.kind), but the cluster of "
+                f"cluster.{'address' if self.address else 'scheduler_file'} is already running. Leave it out."
+            )
+        if self.starts == "kubernetes" and "threads_per_worker" in given:
+            raise ValueError(
+                f"cluster.threads_per_worker is {self.threads_per_worker}, but on Kubernetes the image and "
+                "cluster.options set the threads per worker. Leave it out."
+            )
+        return self
+
+
+def by_address(value: object) -> object:
+    """Return `cluster = "tcp://host:8786"` as its section, and an empty section as None."""
+    return {"address": value} if isinstance(value, str) else value or None
