@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.common import open_store, reporting, show_table
+from flows.support.reporting import reporting, show_table
+from flows.support.tasks import open_store
 from saeflow.pipeline import encode
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe

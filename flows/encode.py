@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.common import make_parts, open_store, reporting, show_table
-from flows.gpu import places
+from flows.support.gpu import places
+from flows.support.reporting import reporting, show_table
+from flows.support.tasks import make_parts, open_store
 from saeflow.pipeline import encode
 from saeflow.pipeline.dask import workers
 from saeflow.query import catalog

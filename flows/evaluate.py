@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.common import open_store, part_task, reporting, show_table
-from flows.gpu import places
+from flows.support.gpu import places
+from flows.support.reporting import reporting, show_table
+from flows.support.tasks import open_store, part_task
 from saeflow.pipeline import evaluate, report
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe, require_one

@@ -7,7 +7,8 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
-from flows.common import open_store, part_task, reporting, show_table
+from flows.support.reporting import reporting, show_table
+from flows.support.tasks import open_store, part_task
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.text import human_bytes

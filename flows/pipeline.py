@@ -19,13 +19,14 @@ import httpx
 from prefect import flow
 from prefect.events.worker import EventsWorker
 
-from flows import page
-from flows.bring import bring_flow
 from flows.collect import collect_flow
-from flows.common import counted, name_run, open_store, show_markdown, show_table
 from flows.compact import compact_flow
 from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
+from flows.import_table import import_table_flow
+from flows.support import page
+from flows.support.reporting import counted, name_run, show_markdown, show_table
+from flows.support.tasks import open_store
 from flows.tokens import tokens_flow
 from flows.train import train_flow
 from saeflow.pipeline import encode as features
@@ -49,7 +50,9 @@ FIGURES = (
 def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     """Run what is missing of every stage, in order, and return the summary."""
     train.require_devices(recipe)
-    first: dict[str, Any] = {"tokens": tokens_flow, "collect": collect_flow} if recipe.model else {"bring": bring_flow}
+    first: dict[str, Any] = {"tokens": tokens_flow, "collect": collect_flow}
+    if recipe.model is None:
+        first = {"bring": import_table_flow}
     stages = first | {"train": train_flow}
     if not recipe.is_sweep:  # its SAEs are judged where they are trained, and encoded when one is asked for
         stages |= {"encode": encode_flow, "compact": compact_flow, "evaluate": evaluate_flow}

@@ -7,8 +7,9 @@ from typing import Any
 
 from prefect import flow
 
-from flows.common import open_store, part_task, reporting, show_table
-from flows.gpu import places
+from flows.support.gpu import places
+from flows.support.reporting import reporting, show_table
+from flows.support.tasks import open_store, part_task
 from saeflow.pipeline import retrain
 from saeflow.recipe.recipe import Recipe
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.common import counted, name_run, open_store, part_task, reporting, show_table
+from flows.support.reporting import counted, name_run, reporting, show_table
+from flows.support.tasks import open_store, part_task
 from saeflow.corpus import token_parts
 from saeflow.recipe.recipe import Recipe
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.common import counted, name_run, open_store, part_task, reporting, show_picture, show_rows, show_table
-from flows.gpu import gpu_slot
+from flows.support.gpu import gpu_slot
+from flows.support.reporting import counted, name_run, reporting, show_picture, show_rows, show_table
+from flows.support.tasks import open_store, part_task
 from saeflow.pipeline import sweep, train
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.progress import Progress

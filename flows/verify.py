@@ -5,7 +5,8 @@ from __future__ import annotations
 from prefect import flow
 from pydantic import PositiveInt
 
-from flows.common import open_store, part_task, reporting, show_table
+from flows.support.reporting import reporting, show_table
+from flows.support.tasks import open_store, part_task
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.store import verify as integrity

@@ -24,8 +24,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import common, page
 from flows.pipeline import pipeline_flow
+from flows.support import page, reporting
 from saeflow.pipeline import collect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
@@ -94,8 +94,8 @@ def recipes(folder: Path) -> tuple[Recipe, Recipe]:
 
 @flow(name="hostile")
 def hostile_flow() -> None:
-    common.show_table("hostile", {"file": HOSTILE})
-    common.show_markdown("hostile", page.plain(HOSTILE), "What others wrote")
+    reporting.show_table("hostile", {"file": HOSTILE})
+    reporting.show_markdown("hostile", page.plain(HOSTILE), "What others wrote")
 
 
 def run_all(folder: Path) -> str:
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=ROOT / "docs" / "pages", help="folder of the pictures")
     into = parser.parse_args().into
     into.mkdir(parents=True, exist_ok=True)
-    common.PROGRESS_SECONDS, common.LOG_SECONDS = 0.5, 1.0  # the run is short
+    reporting.PROGRESS_SECONDS, reporting.LOG_SECONDS = 0.5, 1.0  # the run is short
     with tempfile.TemporaryDirectory(prefix="saeflow-pages-") as temporary:
         folder = Path(temporary)
         with (

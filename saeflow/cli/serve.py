@@ -4,21 +4,63 @@ typed."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import typer
 
 from saeflow.cli.common import Set, StoreOption, a_table, err, out, read_recipe
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.schedule import interval_of, next_time, once_a_store
+from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store, store_path
 
 commands = typer.Typer()
 
 _STAGES = ("ingest", "train", "compact", "verify", "gc")
+_ENTRY_POINTS = "saeflow.orchestrators"
+
+
+class Orchestrator(Protocol):
+    """Starts flows when they are due. An installed package offers one as an entry point of saeflow.orchestrators."""
+
+    def found(self) -> AbstractContextManager[str]:
+        """Use the server inside the block. The block gets the URL of its API. Raises UserError if none answers."""
+
+    def deployments(self, recipes: Sequence[Recipe], stores: Sequence[str]) -> Sequence[Any]:
+        """The deployments of these recipes, each for its store."""
+
+    def prepare_server(self) -> None:
+        """Set on the server what all deployments share."""
+
+    def others(self, wanted: Sequence[Any]) -> list[str]:
+        """Names of other deployments of saeflow that are on the server."""
+
+    def hand_to_workers(self, wanted: Sequence[Any], pool: str) -> None:
+        """Create or refresh the deployments for the workers of a pool."""
+
+    def page_url(self, url: str) -> str:
+        """Where people see the server with this API."""
+
+    def work(
+        self, wanted: Sequence[Any], at_once: Iterable[str], limit: int | None, say: Callable[[str], None]
+    ) -> None:
+        """Start the runs that are due until SIGTERM or Ctrl-C; deployments named in `at_once` also run now."""
+
+
+def orchestrator(installed: Callable[..., Iterable[Any]] = entry_points) -> Orchestrator:
+    """The orchestrator that is installed with saeflow. Raises UserError if there is none."""
+    for entry in installed(group=_ENTRY_POINTS):
+        found: Orchestrator = entry.load()
+        return found
+    raise UserError(
+        f"saeflow serve needs the flows of saeflow, but this installation names none (entry point {_ENTRY_POINTS}).\n"
+        "Install saeflow again: `pip install --no-deps --editable .` in a clone, or `make ready`."
+    )
 
 
 @commands.command()
@@ -35,11 +77,9 @@ def serve(
     """Run recipes on their [schedule] through Prefect until Ctrl-C. Example: `saeflow serve nightly.toml`"""
     settings = [read_recipe(path, set_) for path in recipes]
     stores = [Store.create(store_path(store, each)).name for each in settings]
-    from flows import serve as server
-    from flows.deployments import deployments
-
+    server = orchestrator()
     with server.found() as url:
-        wanted = deployments(settings, stores)
+        wanted = server.deployments(settings, stores)
         server.prepare_server()
         _tell_others(server.others(wanted))
         if work_pool is not None:

@@ -13,7 +13,7 @@ from functools import partial
 import psutil
 from prefect import flow
 
-from flows.common import make_parts
+from flows.support.tasks import make_parts
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Job
 from saeflow.store.records import PartRecord

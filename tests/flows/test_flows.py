@@ -24,11 +24,11 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import common, page
 from flows.collect import collect_flow
 from flows.encode import encode_flow
 from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
+from flows.support import page, reporting
 from flows.tokens import tokens_flow
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode as features
@@ -147,8 +147,8 @@ def test_the_pipeline_ends_with_a_page_of_picture_numbers_and_next_commands(flow
 def test_what_saeflow_says_and_warns_of_is_in_the_log_of_the_run(
     upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "PROGRESS_SECONDS", 0.2)
-    monkeypatch.setattr(common, "LOG_SECONDS", 0.2)
+    monkeypatch.setattr(reporting, "PROGRESS_SECONDS", 0.2)
+    monkeypatch.setattr(reporting, "LOG_SECONDS", 0.2)
     collect = activations.Collector.collect
 
     def slow(self: activations.Collector, part: PartRecord, bar: Any) -> PartRecord:

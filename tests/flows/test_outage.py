@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import serve
+from flows.support import serve
 from saeflow.runtime.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("default")  # Prefect's own

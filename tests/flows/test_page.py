@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from flows import page
+from flows.support import page
 
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")
 

@@ -33,12 +33,12 @@ from prefect.settings import (
 )
 from typer.testing import CliRunner
 
-from flows import gpu
-from flows.deployments import TAG, deployments, keep_what_was_set
 from flows.gc import gc_flow
 from flows.ingest import ingest_flow
 from flows.retrain import retrain_flow
-from flows.serve import ZOMBIES, others, set_zombie_automation
+from flows.support import gpu
+from flows.support.deployments import TAG, deployments, keep_what_was_set
+from flows.support.serve import ZOMBIES, others, set_zombie_automation
 from flows.tidy import tidy_flow
 from flows.verify import verify_flow
 from saeflow.cli import app as cli

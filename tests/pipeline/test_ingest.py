@@ -383,7 +383,7 @@ def test_a_stage_holds_a_place_while_it_works_and_an_ingest_of_nothing_new_waits
 
 
 def test_a_place_is_that_of_a_gpu_that_the_stage_would_use(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows import gpu
+    from flows.support import gpu
 
     taken: list[str] = []
 

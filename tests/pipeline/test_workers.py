@@ -22,7 +22,8 @@ import torch
 from distributed import Client, LocalCluster, Worker
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import common, encode
+from flows import encode
+from flows.support import tasks
 from saeflow.features import compaction
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import train
@@ -352,13 +353,13 @@ def test_a_task_that_is_tried_again_makes_only_what_is_not_finished(monkeypatch:
             yield PartRecord(index=index, counts={}, files=[])
 
     tries: list[Callable[..., list[str]]] = []
-    monkeypatch.setattr(common, "MOST_TASKS", 1)
-    monkeypatch.setattr(common, "name_run", lambda *_: None)
-    monkeypatch.setattr(common, "part_task", lambda _: lambda work: tries.append(work) or work)
+    monkeypatch.setattr(tasks, "MOST_TASKS", 1)
+    monkeypatch.setattr(tasks, "name_run", lambda *_: None)
+    monkeypatch.setattr(tasks, "part_task", lambda _: lambda work: tries.append(work) or work)
     monkeypatch.setattr(ThreadPoolTaskRunner, "map", lambda *_: SimpleNamespace(result=lambda: None))
     monkeypatch.setattr(ThreadPoolTaskRunner, "__enter__", lambda self: self)
     monkeypatch.setattr(ThreadPoolTaskRunner, "__exit__", lambda *_: None)
-    common.make_parts("part", Job(list(range(10)), make), quiet(), 1)
+    tasks.make_parts("part", Job(list(range(10)), make), quiet(), 1)
     with pytest.raises(OSError, match="network"):
         tries[0]("parts", list(range(10)))
     assert len(tries[0]("parts", list(range(10)))) == 10

@@ -128,8 +128,7 @@ def test_the_help_of_the_command_loads_no_torch():
 @pytest.mark.parametrize("module", modules())
 def test_saeflow_knows_neither_prefect_nor_the_flows(module):
     roots = {name.split(".")[0] for name in imported(modules()[module])}
-    allowed = {"flows"} if module == "cli.serve" else set()  # which imports them when it is typed
-    assert not roots & {"prefect", "flows", "tests"} - allowed
+    assert not roots & {"prefect", "flows", "tests"}
 
 
 def test_nothing_unpickles_or_runs_code_of_an_artefact():

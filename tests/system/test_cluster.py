@@ -21,7 +21,7 @@ import psutil
 import pytest
 from distributed import Client
 
-from flows.common import MOST_TASKS, runs_of
+from flows.support.tasks import MOST_TASKS, runs_of
 from saeflow.corpus import token_parts
 from saeflow.pipeline import collect, train
 from saeflow.pipeline import encode as features

@@ -78,6 +78,8 @@ def test_the_command_works_outside_the_clone(
     assert SITE in installed.run("saeflow", "sites", ingredients.model)
     answer = installed.run("saeflow", "ask", "runs", "-f", "csv", "--store", finished.store.root)
     assert "small" in answer
+    where = "from saeflow.cli.serve import orchestrator; print(orchestrator().__file__)"
+    assert installed.run("python", "-c", where).startswith(str(installed.environment)), "serve finds no flows"
 
 
 @pytest.mark.long

@@ -1,4 +1,8 @@
-"""`saeflow serve`: the deployments of recipes, brought to a Prefect server and worked on in this process."""
+"""What `saeflow serve` asks of Prefect: deployments of recipes on a server, worked on in this process.
+
+pyproject.toml names this module as the entry point `prefect` of saeflow.orchestrators: it is an `Orchestrator`, as
+saeflow/cli/serve.py describes one.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +28,8 @@ from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from flows import gpu
-from flows.deployments import TAG, keep_what_was_set
+from flows.support import gpu
+from flows.support.deployments import TAG, deployments, keep_what_was_set
 from saeflow.runtime.errors import UserError
 
 HEARTBEAT_SECONDS = 30
@@ -33,6 +37,8 @@ HEARTBEAT_SECONDS = 30
 
 SECONDS_BETWEEN_LOOKS = 5.0
 """For a server that is away."""
+
+__all__ = ["deployments", "found", "hand_to_workers", "others", "page_url", "prepare_server", "work"]
 
 ZOMBIES = f"{TAG}: a run without a sign of life has crashed"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.common import open_store, part_task, reporting, show_table
+from flows.support.reporting import reporting, show_table
+from flows.support.tasks import open_store, part_task
 from saeflow.pipeline import import_table
 from saeflow.recipe.recipe import Recipe
 
 
 @flow(name="saeflow-bring", flow_run_name="bring {recipe.name}")
-def bring_flow(recipe: Recipe, store: str | None = None) -> str:
+def import_table_flow(recipe: Recipe, store: str | None = None) -> str:
     """Store the recipe's table, or its made activations."""
     opened = open_store(recipe, store)
     with reporting("bring") as progress:
