@@ -11,9 +11,9 @@ from pydantic.fields import FieldInfo
 
 from _generate import code, table
 from saeflow.recipe.recipe import Recipe
-from saeflow.store.files import human_bytes
+from saeflow.runtime.text import human_bytes
 
-_LIMITS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
+_SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _KINDS = {
     "integer": "whole number", "number": "number", "string": "text", "boolean": "`true` or `false`", "object": "table",
 }  # fmt: skip
@@ -83,7 +83,7 @@ def _words(about: dict[str, Any]) -> str:
     if about.get("type") == "array":
         return f"list: {_words(about.get('items', {}))}".removesuffix(": ")
     words = _KINDS.get(about.get("type", ""), "")
-    limits = [text.format(about[key]) for key, text in _LIMITS.items() if key in about]
+    limits = [f"{sign}&nbsp;{about[key]}" for key, sign in _SIGNS.items() if key in about]
     if "pattern" in about:
         limits.append(code(about["pattern"]))
     return ", ".join([words, *limits] if words else limits)

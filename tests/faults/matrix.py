@@ -277,11 +277,27 @@ def main() -> None:
 HEAD = """\
 # What faults do
 
-Each stage of a small recipe, disturbed in its middle by each fault; then the same command again. Made by
-`python -m tests.faults --matrix --table docs/faults.md` (with `--only WORDS` just those lines are made anew). *Kept*
-and *lost* count finished parts and autoencoders that were there after the fault: those that the second run left as they
-were, and those that it made again. *Equal*: the store is that of an undisturbed run, byte for byte (provenance and
-catalog aside).
+Each row disturbs one stage of a small recipe, in its middle, by one fault. Then the same command runs again.
+
+- *What is said*: the message of the disturbed run.
+- *Kept*: finished parts and autoencoders that the second run left as they were.
+- *Lost*: finished parts and autoencoders that the second run made again.
+- *Equal*: the store ends like that of an undisturbed run, byte for byte (provenance and catalog aside).
+
+`python -m tests.faults --matrix --table docs/faults.md` makes this table; `--only WORDS` makes only those rows anew.
+
+Other ways to disturb a run, each ending with a store equal to the undisturbed one:
+
+| command | does |
+| --- | --- |
+| `python -m tests.faults` | kills every stage at every named point |
+| `python -m tests.faults --random-kills 20` | kills a collection at random instants |
+| `python -m tests.faults --training-kills 20` | kills a sweep in training at random instants |
+| `python -m tests.faults --reading-kills 20` | kills encoding and compaction while another process asks |
+| `python -m tests.faults --power-cuts 20` | cuts the power at random instants: what was not flushed is gone |
+| `python -m tests.faults --overlaps` | lets runs meet: two at once, or one that is suspended, followed and woken |
+
+## The table
 
 | fault | stage | exit code | what is said | kept | lost | the same command again |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -181,7 +181,7 @@ def run(arguments: list[str]) -> int:
 def test_the_commands_of_a_page_run_in_its_order(page: Page, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for fence in page.fences("toml"):
         if 'name = "table"' in fence:
-            (folder / "table.toml").write_text(fence)
+            (folder / "table.toml").write_text(f"{fence}\n[train]\nn_tokens = 2_000\n")  # by default two million
     for words in page.typed("saeflow"):
         if " ".join(words) in NOT_RUN:
             continue
