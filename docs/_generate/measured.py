@@ -23,7 +23,7 @@ def bars(*names: str) -> str:
 
 def _bar(bar: dict[str, Any]) -> tuple[str, str, str, str]:
     asked = f"{_SENSES[bar['sense']]} {number(bar['asked'])}"
-    measured = number(bar["measured"]) + ("" if bar["holds"] else " (misses)")
+    measured = number(bar["measured"]) + ("" if bar["holds"] else "&nbsp;(misses)")
     return bar["name"], asked, measured, "" if bar["spread"] is None else number(bar["spread"])
 
 
@@ -40,7 +40,7 @@ def queries() -> str:
     rows = []
     for name, about in found["warm"][-1].items():
         asked = "" if about["asked_ms"] is None else f"≤ {about['asked_ms']}"
-        misses = " (misses)" if asked and about["median_ms"] > about["asked_ms"] else ""
+        misses = "&nbsp;(misses)" if asked and about["median_ms"] > about["asked_ms"] else ""
         times = [f"{about[key]:.1f}" for key in ("median_ms", "p95_ms", "cold_ms")]
         rows.append((name, asked, times[0] + misses, *times[1:]))
     return table(["question", "asked, ms", "warm median", "95%", "cold"], rows, right=(1, 2, 3, 4))

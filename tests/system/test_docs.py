@@ -188,7 +188,8 @@ def test_the_commands_of_a_page_run_in_its_order(page: Page, folder: Path, capfd
         kept = (folder / "my.toml").read_bytes()
         if words[1] == "init":
             (folder / "my.toml").unlink()
-        assert run(words[1:]) == 0, f"{' '.join(words)}: {capfd.readouterr().err}"
+        explains = words == ["saeflow", "ask", "tokens_where"]  # which then says what is missing
+        assert run(words[1:]) == (2 if explains else 0), f"{' '.join(words)}: {capfd.readouterr().err}"
         (folder / "my.toml").write_bytes(kept)
 
 
