@@ -1,4 +1,4 @@
-"""A document of a corpus: its text or vocabulary ids, its name, and the choices that follow from the name alone."""
+"""A document of a corpus: its text or vocabulary ids, its key, and the choices that follow from the key alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class Document:
-    """One text, or its vocabulary ids, with its name; `metadata` holds the corpus's other columns."""
+    """One text, or its vocabulary ids, with its key. `metadata` holds the corpus's other columns."""
 
     key: str
     content: str | tuple[int, ...]
@@ -45,15 +45,15 @@ class Corpus:
 
 
 def is_held_out(key: str, seed: int, share: float) -> bool:
-    """Is this document kept for evaluation? Depends on its key alone, so it never changes on append."""
-    return _hashed(f"{seed}:{key}") < share
+    """True if the document is held out. Depends only on its key, so appending never changes it."""
+    return _unit_hash(f"{seed}:{key}") < share
 
 
-def is_shared(key: str, share: float) -> bool:
-    """Is this document among the share of the corpus that is read? A larger share holds every smaller one."""
-    return share >= 1 or _hashed(f"share:{key}") < share
+def is_in_share(key: str, share: float) -> bool:
+    """True if the document is in the share of the corpus to read. A larger share contains every smaller one."""
+    return share >= 1 or _unit_hash(f"share:{key}") < share
 
 
-def _hashed(text: str) -> float:
-    """A number in [0, 1) that is the same for the same text, evenly spread over texts."""
+def _unit_hash(text: str) -> float:
+    """Return a number in [0, 1) that depends only on the text and is evenly spread over texts."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64

@@ -1,4 +1,4 @@
-"""Which documents a token artefact holds: what of a corpus is new, changed, the same, or to be left out."""
+"""Which documents a token artefact holds, and so which of a corpus are new, changed, the same or forgotten."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, Hidden, PartRecord
 
 Verdict = Literal["new", "changed", "same", "forgotten"]
-_PARTS_AT_ONCE = 1000
-_COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("content_hash", pa.string())])
-_ROWS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("held_out", pa.bool_())])
+_FILES_AT_ONCE = 1000
+_HASH_COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("content_hash", pa.string())])
+_SPLIT_COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("held_out", pa.bool_())])
 HiddenByPart = Mapping[int, tuple[Hidden, ...]]
 
 
 def key_hash(key: str) -> str:
-    """16 hex digits that stand for a document's key and do not tell it."""
+    """Return 16 hex digits that stand for a document's key without revealing it."""
     return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A document as it is stored: under a key that no other has, and on its side of the split."""
+    """A document as it is stored: under a key that no other document has, and on its side of the split."""
 
     document: Document
     key: str
@@ -41,32 +41,32 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Hashes of keys and contents of the documents that readers see: sorted by key, 25 bytes a document."""
+    """Hashes of the keys and contents of the documents that readers see, sorted by key: 25 bytes per document."""
 
     keys: np.ndarray
     contents: np.ndarray
     document_ids: np.ndarray
     forgotten: frozenset[str] = frozenset()
     changed: list[Hidden] = field(default_factory=list)
-    found: Counter[Verdict] = field(default_factory=Counter)
+    n_by_verdict: Counter[Verdict] = field(default_factory=Counter)
     n_repeated: int = 0
 
     def __post_init__(self) -> None:
-        self.met = np.zeros(len(self.keys), bool)
+        self.is_met = np.zeros(len(self.keys), bool)
         self._replaced_contents: set[int] = set()
         self._left_out: set[int] = set()
 
     @classmethod
     def read(cls, target: Artefact, generation: Generation) -> Ledger:
-        """From the documents of the generation's parts."""
+        """Read the documents of the generation's parts."""
         hidden = np.array(generation.hidden_ids, np.int64)
         keys, contents, ids = [], [], []
-        for start in range(0, len(generation.parts), _PARTS_AT_ONCE):
-            table = _documents(target, generation.parts[start : start + _PARTS_AT_ONCE])
+        for start in range(0, len(generation.parts), _FILES_AT_ONCE):
+            table = _document_hashes(target, generation.parts[start : start + _FILES_AT_ONCE])
             table = table.filter(~np.isin(table.column("document_id").to_numpy(), hidden))
             ids.append(table.column("document_id").to_numpy())
-            keys.append(_numbers(map(key_hash, table.column("key").to_pylist())))
-            contents.append(_numbers(text[:16] for text in table.column("content_hash").to_pylist()))
+            keys.append(_hash_numbers(map(key_hash, table.column("key").to_pylist())))
+            contents.append(_hash_numbers(text[:16] for text in table.column("content_hash").to_pylist()))
         every = [np.concatenate(each) if each else np.empty(0, np.uint64) for each in (keys, contents, ids)]
         every_hidden = (document for documents in generation.hidden.values() for document in documents)
         forgotten = frozenset(each.key_hash for each in every_hidden if each.reason == "forgotten")
@@ -74,8 +74,11 @@ class Ledger:
 
     @classmethod
     def of(cls, held: Sequence[tuple[str, str]]) -> Ledger:
-        """Of documents by key and content hash, numbered as they come."""
-        keys, contents = _numbers(key_hash(key) for key, _ in held), _numbers(content[:16] for _, content in held)
+        """Make a ledger of documents given by key and content hash, numbered in this order."""
+        keys, contents = (
+            _hash_numbers(key_hash(key) for key, _ in held),
+            _hash_numbers(content[:16] for _, content in held),
+        )
         return cls._sorted(keys, contents, np.arange(len(held)), frozenset())
 
     @classmethod
@@ -84,99 +87,105 @@ class Ledger:
         return cls(keys[order], contents[order], ids[order], forgotten)
 
     def look_up(self, key: str, content_hash: str) -> Verdict:
-        """What the artefact knows of this document; a changed one is noted to be replaced."""
+        """Compare a document with the stored one of its key. A changed document is noted as one to replace."""
         hashed = key_hash(key)
         if hashed in self.forgotten:
             return "forgotten"
-        place = _place(self.keys, hashed)
+        place = _index_of(self.keys, hashed)
         if place is None:
             return "new"
-        self.met[place] = True
-        if int(self.contents[place]) == _number(content_hash):
+        self.is_met[place] = True
+        if int(self.contents[place]) == _content_number(content_hash):
             return "same"
         self._replaced_contents.add(int(self.contents[place]))
         self.changed.append(Hidden(document_id=int(self.document_ids[place]), key_hash=hashed, reason="replaced"))
         return "changed"
 
-    def fresh(self, documents: Iterable[Document], about: CorpusConfig) -> Iterator[Entry]:
-        """The documents that are new or changed, each under a key of its own."""
+    def entries_to_store(self, documents: Iterable[Document], about: CorpusConfig) -> Iterator[Entry]:
+        """Yield the documents that are new or changed, each under a key of its own."""
         times: Counter[str] = Counter()
         for document in documents:
             if not about.sql and document.key not in times:
-                times.clear()  # files give equal keys one after the other
+                times.clear()  # equal keys of files follow one another
             key = self._own_key(document, times)
             self.n_repeated += key != document.key
             verdict = self.look_up(key, document.content_hash)
-            if verdict == "new" and about.dedup and self._has_content(document.content_hash):
+            if verdict == "new" and about.dedup and self._holds_content(document.content_hash):
                 verdict = "same"
-                self._left_out.add(_number(document.content_hash))
-            self.found[verdict] += 1
+                self._left_out.add(_content_number(document.content_hash))
+            self.n_by_verdict[verdict] += 1
             if verdict in ("new", "changed"):
                 yield Entry(document, key, is_held_out(document.key, about.seed, about.held_out))
 
     @property
-    def settled(self) -> bool:
-        """False if a text was left out because a document held it that has another text now: the corpus has to be read
-        again, once the new version is published."""
+    def is_complete(self) -> bool:
+        """False if the corpus must be read again once this version is published.
+
+        That is so if a text was left out as a repetition of a document which has another text now.
+        """
         return self._left_out.isdisjoint(self._replaced_contents)
 
     def _own_key(self, document: Document, times: Counter[str]) -> str:
-        """The document's key; where that has come before, followed by its content, which no order of files changes."""
+        """Return the document's key. If it came before, eight digits of the content are added.
+
+        The order of files does not matter: a stored document keeps its key.
+        """
         key, by_content = document.key, f"{document.key}#{document.content_hash[:8]}"
         free, n = not times[key], times[by_content] + 1
         nth = by_content if n == 1 else f"{by_content} ({n})"
         mine = free and self._holds_as(key, document.content_hash)
-        if not mine and (self._knows(nth) or (not free and key_hash(key) not in self.forgotten)):
+        if not mine and (self._is_known(nth) or (not free and key_hash(key) not in self.forgotten)):
             times[by_content], times[key] = n, times[key]
             return nth
         times[key] += 1
         return key
 
-    def meet_again(self, document: Document) -> None:
-        """Count a document as met that is stored with just this content, under its own key or by content."""
+    def mark_met(self, document: Document) -> None:
+        """Mark a document as met if it is stored with this content, under its own key or with digits added to it."""
         for key in (document.key, f"{document.key}#{document.content_hash[:8]}"):
             if self._holds_as(key, document.content_hash):
                 self.look_up(key, document.content_hash)
 
-    def not_met(self) -> np.ndarray:
-        """The numbers of the documents, int64 in order, that no document looked up stands for."""
-        return np.sort(self.document_ids[~self.met])
+    def ids_not_met(self) -> np.ndarray:
+        """Return the ids of stored documents that were not looked up, int64 in ascending order."""
+        return np.sort(self.document_ids[~self.is_met])
 
     def _holds_as(self, key: str, content_hash: str) -> bool:
-        """Is a document of this key and content stored?"""
-        place = _place(self.keys, key_hash(key))
-        return place is not None and int(self.contents[place]) == _number(content_hash)
+        """True if a document with this key and content is stored."""
+        place = _index_of(self.keys, key_hash(key))
+        return place is not None and int(self.contents[place]) == _content_number(content_hash)
 
-    def _knows(self, key: str) -> bool:
+    def _is_known(self, key: str) -> bool:
         hashed = key_hash(key)
-        return hashed in self.forgotten or _place(self.keys, hashed) is not None
+        return hashed in self.forgotten or _index_of(self.keys, hashed) is not None
 
-    def _has_content(self, content_hash: str) -> bool:
-        return _place(self._sorted_contents, content_hash[:16]) is not None
+    def _holds_content(self, content_hash: str) -> bool:
+        return _index_of(self._sorted_contents, content_hash[:16]) is not None
 
     @cached_property
     def _sorted_contents(self) -> np.ndarray:
         return np.sort(self.contents)
 
     def replaced(self, parts: Sequence[PartRecord]) -> dict[int, tuple[Hidden, ...]]:
-        """The old versions of changed documents, by index of the part that holds them."""
-        return by_part(self.changed, parts)
+        """Return the old versions of changed documents by the index of the part that holds them."""
+        return group_by_part(self.changed, parts)
 
 
-def rows_of(target: Artefact, generation: Generation, ids: np.ndarray) -> list[dict[str, Any]]:
-    """`document_id`, `key` and `held_out` of the documents with these numbers, from the parts that hold them."""
+def document_rows(target: Artefact, generation: Generation, ids: np.ndarray) -> list[dict[str, Any]]:
+    """Return `document_id`, `key` and `held_out` of the documents with these ids, from the parts that hold them."""
     first = [part.counts["first_document"] for part in generation.parts]
     holding = [generation.parts[i] for i in np.unique(np.searchsorted(first, ids, side="right") - 1)]
     files = [str(target.part_file(part, "documents.parquet")) for part in holding]
     wanted = dataset.field("document_id").isin(pa.array(ids))
     found: list[dict[str, Any]] = []
-    for start in range(0, len(files), _PARTS_AT_ONCE):
-        read = dataset.dataset(files[start : start + _PARTS_AT_ONCE], schema=_ROWS, format="parquet")
+    for start in range(0, len(files), _FILES_AT_ONCE):
+        read = dataset.dataset(files[start : start + _FILES_AT_ONCE], schema=_SPLIT_COLUMNS, format="parquet")
         found += read.to_table(filter=wanted).to_pylist()
     return found
 
 
-def by_part(documents: Iterable[Hidden], parts: Sequence[PartRecord]) -> dict[int, tuple[Hidden, ...]]:
+def group_by_part(documents: Iterable[Hidden], parts: Sequence[PartRecord]) -> dict[int, tuple[Hidden, ...]]:
+    """Group documents by the index of the part that holds them, in ascending order."""
     first = [part.counts["first_document"] for part in parts]
     found: dict[int, tuple[Hidden, ...]] = {}
     for document in sorted(documents, key=lambda each: each.document_id):
@@ -185,31 +194,31 @@ def by_part(documents: Iterable[Hidden], parts: Sequence[PartRecord]) -> dict[in
     return found
 
 
-def merged(old: HiddenByPart, new: HiddenByPart) -> dict[int, tuple[Hidden, ...]]:
-    """Both, each document once, in order; what is new about it counts."""
+def merge_hidden(old: HiddenByPart, new: HiddenByPart) -> dict[int, tuple[Hidden, ...]]:
+    """Merge both, each document once and in order. The new entry replaces the old one."""
     every = {index: {d.document_id: d for d in (*old.get(index, ()), *new.get(index, ()))} for index in {*old, *new}}
     return {index: tuple(each[i] for i in sorted(each)) for index, each in sorted(every.items()) if each}
 
 
-def _place(ascending: np.ndarray, digits: str) -> int | None:
-    """Where the number of these hex digits is, if it is there."""
+def _index_of(ascending: np.ndarray, digits: str) -> int | None:
+    """Return the index of the number that these hex digits write; None if it is missing."""
     wanted = np.uint64(int(digits, 16))
     place = int(ascending.searchsorted(wanted))
     return place if place < len(ascending) and ascending[place] == wanted else None
 
 
-def _number(content_hash: str) -> int:
+def _content_number(content_hash: str) -> int:
     """The first 64 bits of a content hash."""
     return int(content_hash[:16], 16)
 
 
-def _numbers(digits: Iterable[str]) -> np.ndarray:
-    """uint64 of at most 16 hex digits each."""
+def _hash_numbers(digits: Iterable[str]) -> np.ndarray:
+    """Return uint64 numbers written as at most 16 hex digits each."""
     content = bytes.fromhex("".join(each.zfill(16) for each in digits))
     return np.frombuffer(content, ">u8").astype(np.uint64)
 
 
-def _documents(target: Artefact, parts: Sequence[PartRecord]) -> pa.Table:
-    """What is asked of the documents of these parts; many files are read quicker together than one by one."""
+def _document_hashes(target: Artefact, parts: Sequence[PartRecord]) -> pa.Table:
+    """Return ids, keys and content hashes of the documents of these parts. Many files read faster together."""
     files = [str(target.part_file(part, "documents.parquet")) for part in parts]
-    return dataset.dataset(files, schema=_COLUMNS, format="parquet").to_table()
+    return dataset.dataset(files, schema=_HASH_COLUMNS, format="parquet").to_table()

@@ -1,4 +1,4 @@
-"""Documents out of files or a SQL select: streamed, in a fixed order, in bounded memory."""
+"""Documents of files or of a SQL select, streamed in a fixed order and in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,61 +6,63 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
 from saeflow.corpus import remote, tabular
-from saeflow.corpus.document import Corpus, Document, is_shared
+from saeflow.corpus.document import Corpus, Document, is_in_share
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.storage import is_url
 
-_READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 _COMMIT = re.compile("(?<=[^/])@[0-9a-f]{40}(?=/|$)")
-"""In the URL of a hub data set; no part of a document's name."""
-_COMPRESSION = {".gz", ".zst"} | tabular.OTHER_COMPRESSION
+"""The commit in the URL of a hub data set. It is no part of a document's key."""
+_COMPRESSED = {".gz", ".zst"} | tabular.OTHER_COMPRESSION
 
 
-def open_corpus(config: CorpusConfig) -> Corpus:
-    """Open the documents in key order (a query's own order is kept).
+def open_corpus(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
+    """Open the documents in the order of their keys, or in a query's own order.
 
-    Raises UserError for missing files, a missing text column and unreadable text, naming each.
+    Tables are sorted in `memory_bytes`; the default is a quarter of the machine's memory. Raises UserError that names
+    a missing file, a missing text column or an unreadable text.
     """
     if bool(config.files) == bool(config.sql):
         raise UserError('[corpus] needs either files = [...] or sql = "select ...", and not both.')
-    corpus = tabular.from_query(config) if config.sql else _from_files(config)
-    return Corpus(_checked(corpus.documents, config), corpus.metadata)
+    corpus = tabular.from_query(config, memory_bytes) if config.sql else _open_files(config, memory_bytes)
+    return Corpus(_chosen_documents(corpus.documents, config), corpus.metadata)
 
 
-def pinned(config: CorpusConfig) -> CorpusConfig:
-    """The same corpus with every hub data set at the commit it is at now."""
-    return config.model_copy(update={"files": [remote.pinned(pattern) for pattern in config.files]})
+def pin_to_commits(config: CorpusConfig) -> CorpusConfig:
+    """Return the settings with every hub data set at its present commit."""
+    return config.model_copy(update={"files": [remote.at_commit(pattern) for pattern in config.files]})
 
 
-def signature(config: CorpusConfig) -> str | None:
-    """Changes when a file of the corpus does: by name, size and time. None for a query, which has to be run."""
+def corpus_signature(config: CorpusConfig) -> str | None:
+    """Return a hash of the files' names, sizes and times; None for a query, which must be run to see a change."""
     if config.sql:
         return None
-    found = [(path, at or _state(path)) for pattern in config.files for path, at in _matches(pattern).items()]
-    seen = repr(sorted(found)) + (f" {config.share}" if config.share < 1 else "")
-    return hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()
+    listed = (found for pattern in config.files for found in _matching_files(pattern).items())
+    states = sorted((path, state or _file_state(path)) for path, state in listed)
+    share = f" {config.share}" if config.share < 1 else ""
+    return hashlib.blake2b(f"{states!r}{share}".encode(), digest_size=8).hexdigest()
 
 
-def _state(path: str) -> str:
+def _file_state(path: str) -> str:
     if is_url(path):
-        return remote.state(path)
+        return remote.object_state(path)
     about = Path(path).stat()
     return f"{about.st_size} {about.st_mtime_ns}"
 
 
-def _checked(documents: Iterator[Document], config: CorpusConfig) -> Iterator[Document]:
-    """Leave out what `share` does, and repeated texts where asked; refuse an empty corpus."""
+def _chosen_documents(documents: Iterator[Document], config: CorpusConfig) -> Iterator[Document]:
+    """Yield the documents in `share`, without repeated texts if `dedup` is set. Raises UserError if there are none."""
     seen: set[str] = set()
     n_documents = 0
     for document in documents:
-        if not is_shared(document.key, config.share):
+        if not is_in_share(document.key, config.share):
             continue
         n_documents += 1
         if config.dedup:
@@ -73,29 +75,27 @@ def _checked(documents: Iterator[Document], config: CorpusConfig) -> Iterator[Do
         raise UserError(f"The corpus is empty: {config.sql or ', '.join(config.files)} gives no documents{share}.")
 
 
-def _from_files(config: CorpusConfig) -> Corpus:
-    paths = [path for pattern in config.files for path in _matches(pattern)]
-    readers = {_reader(path) for path in paths}
+def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
+    paths = [path for pattern in config.files for path in _matching_files(pattern)]
+    readers = {_format_of(path) for path in paths}
     if len(readers) > 1:
-        raise UserError(f"corpus.files mixes formats ({', '.join(sorted(readers))}). Name files of one format.")
+        raise UserError(f"corpus.files mixes formats ({', '.join(sorted(readers))}). Name files of one format only.")
     if readers == {"text"} and config.token_ids:
-        raise UserError(
-            "corpus.token_ids names a column, but corpus.files are plain texts. Name Parquet or JSON files."
-        )
+        raise UserError("corpus.token_ids names a column, but corpus.files are plain texts. Use Parquet or JSON files.")
     if readers == {"text"}:
-        return Corpus(_text_files(config), pa.schema([]))
-    return tabular.from_files(paths, readers.pop(), config)
+        return Corpus(_text_documents(config), pa.schema([]))
+    return tabular.from_files(paths, readers.pop(), config, memory_bytes)
 
 
-def _matches(pattern: str) -> dict[str, str | None]:
-    """The files in order, each with what changes when it does, where the listing has said that."""
-    listed = remote.matches(pattern) if is_url(pattern) else dict.fromkeys(_local_matches(pattern))
+def _matching_files(pattern: str) -> dict[str, str | None]:
+    """Return the files in order, each with a text that changes with it, or None if the listing does not tell."""
+    listed = remote.list_urls(pattern) if is_url(pattern) else dict.fromkeys(_matching_local_files(pattern))
     if not listed:
-        raise UserError(f"corpus.files: nothing matches {pattern}. Check the path; globs such as texts/**/*.txt work.")
+        raise UserError(f"corpus.files: nothing matches {pattern}. Check the path. Globs such as texts/**/*.txt work.")
     return listed
 
 
-def _local_matches(pattern: str) -> list[str]:
+def _matching_local_files(pattern: str) -> list[str]:
     if Path(pattern).is_file():
         return [pattern]
     if Path(pattern).is_dir():
@@ -103,35 +103,35 @@ def _local_matches(pattern: str) -> list[str]:
     return sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
 
 
-def _reader(path: str) -> str:
+def _format_of(path: str) -> str:
     suffixes = Path(path).suffixes
-    if suffixes and suffixes[-1] in _COMPRESSION:
+    if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes = suffixes[:-1]
-    return _READERS.get(suffixes[-1].lower() if suffixes else "", "text")
+    return _FORMATS.get(suffixes[-1].lower() if suffixes else "", "text")
 
 
-def _text_files(config: CorpusConfig) -> Iterator[Document]:
-    """One document a file; its key is the path below the fixed beginning of the pattern."""
-    named = _named(config.files)
-    for key in (key for key in sorted(named) if is_shared(key, config.share)):
-        content = remote.content(named[key])
+def _text_documents(config: CorpusConfig) -> Iterator[Document]:
+    """Yield one document per file. Its key is the path below the part of the pattern without globs."""
+    named = _files_by_key(config.files)
+    for key in (key for key in sorted(named) if is_in_share(key, config.share)):
+        content = remote.read_file(named[key])
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{named[key]} is not UTF-8: byte {error.start} is {content[error.start]:#04x}.\n"
-                f"Convert it, for instance with `iconv -f latin1 -t utf-8 {Path(key).name}`, or leave it out."
+                f"Convert it, e.g. with `iconv -f latin1 -t utf-8 {Path(key).name}`, or leave it out."
             ) from error
         yield Document(key, text, key.split("/")[0] if "/" in key else "files")
 
 
-def _named(patterns: list[str]) -> dict[str, str]:
-    """The files by key. Where two patterns give the same key, the later file has its folder in front of it."""
+def _files_by_key(patterns: list[str], matching: Callable[[str], Iterable[str]] = _matching_files) -> dict[str, str]:
+    """Return the files by key. If two patterns give the same key, the later file's key begins with its folder."""
     named: dict[str, str] = {}
     seen: set[str] = set()
     for pattern in patterns:
-        base = _fixed_folder(pattern)
-        for path in (path for path in _matches(pattern) if path not in seen):
+        base = _folder_before_globs(pattern)
+        for path in (path for path in matching(pattern) if path not in seen):
             seen.add(path)
             key = path.removeprefix(base).lstrip("/")
             choices = (key, f"{os.path.basename(_COMMIT.sub('', base))}/{key}", _COMMIT.sub("", path))
@@ -139,7 +139,7 @@ def _named(patterns: list[str]) -> dict[str, str]:
     return named
 
 
-def _fixed_folder(pattern: str) -> str:
+def _folder_before_globs(pattern: str) -> str:
     if not is_url(pattern) and Path(pattern).is_dir():
         return pattern
     fixed = pattern.split("*")[0].split("?")[0].split("[")[0]

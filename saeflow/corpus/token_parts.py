@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.corpus import sources
-from saeflow.corpus.ledger import Entry, Ledger, merged
+from saeflow.corpus.ledger import Entry, Ledger, merge_hidden
 from saeflow.corpus.vocabulary import tokenizer_vocab, write_vocab
 from saeflow.features.schema import BLOCK_TOKENS, VOCAB_BLOCKS
 from saeflow.model.sites import load_tokenizer, model_fingerprint
@@ -87,8 +87,8 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
         lost = [part for part in generation.parts if done.get(part.index) != part]
         whole = bool(generation.number) and not lost and target.complete()
         try:
-            about = sources.pinned(recipe.corpus)
-            seen = sources.signature(about)
+            about = sources.pin_to_commits(recipe.corpus)
+            seen = sources.corpus_signature(about)
         except UserError as error:
             if not whole:
                 raise
@@ -104,17 +104,17 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
         with progress.bar("tokens", None, "tokens") as bar:
             kept = {part.index: part for part in generation.parts} | _restored(maker, lost, generation, bar)
             parts, ledger = _append(maker, generation, done, bar)
-        hidden = merged(generation.hidden, ledger.replaced(generation.parts))
+        hidden = merge_hidden(generation.hidden, ledger.replaced(generation.parts))
         target.publish([*kept.values(), *parts], {"seconds": time.monotonic() - began}, hidden)
-        if seen is not None and ledger.settled:
+        if seen is not None and ledger.is_complete:
             note_provenance(target.path, {"corpus": seen, "corpus_files": about.files})
             target.send(target.path / "provenance.json")
         progress.say(_summary(ledger, generation))
-    return target if ledger.settled else run(store, recipe, progress)
+    return target if ledger.is_complete else run(store, recipe, progress)
 
 
 def _summary(ledger: Ledger, before: Generation) -> str:
-    found = ledger.found
+    found = ledger.n_by_verdict
     said = f"tokens: {found['new']:,} documents are new"
     if before.number:
         said += f", {found['changed']:,} changed, {found['same']:,} as before, {found['forgotten']:,} forgotten"
@@ -215,7 +215,7 @@ class _Maker:
         """The documents of the corpus that the ledger does not have."""
         opened = sources.open_corpus(self.about)
         self.metadata = opened.metadata
-        return ledger.fresh(opened.documents, self.about)
+        return ledger.entries_to_store(opened.documents, self.about)
 
     def advance(self, record: PartRecord) -> None:
         self.n_sequences += record.counts["n_sequences"]

@@ -17,16 +17,16 @@ from saeflow.store.files import replacing
 
 
 def tokenizer_vocab(tokenizer: Any) -> tuple[list[str], list[bytes]]:
-    """The printable text and the raw bytes of every vocabulary entry, by vocab_id.
+    """Return the printable text and the raw bytes of every vocabulary entry, by vocab_id.
 
-    The bytes are what the entry adds to a text that has begun: ` the` where a word begins, `ing` where it goes on,
-    a single byte for an entry of byte fallback (Kudo & Richardson 2018), a special entry's own name.
+    The bytes are what the entry adds to a text that has begun: ` the` at the start of a word, `ing` inside one, a
+    single byte for an entry of byte fallback (Kudo & Richardson 2018), and a special entry's own name.
     """
     names = tokenizer.convert_ids_to_tokens(list(range(max(tokenizer.get_vocab().values()) + 1)))
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    read = _letters if _is_byte_level(tokenizer) else _single_byte
+    read = _bytes_of_letters if _is_byte_level(tokenizer) else _byte_of_fallback
     known = [added[i].encode() if i in added else read(name or "") for i, name in enumerate(names)]
-    others = iter(_additions(tokenizer, [i for i, entry in enumerate(known) if entry is None]))
+    others = iter(_decoded_additions(tokenizer, [i for i, entry in enumerate(known) if entry is None]))
     raw = [next(others) if entry is None else entry for entry in known]
     return [entry.decode("utf-8", "replace") for entry in raw], raw
 
@@ -36,20 +36,20 @@ def _is_byte_level(tokenizer: Any) -> bool:
     return "ByteLevel" in json.dumps([backend.get("decoder"), backend.get("pre_tokenizer")])
 
 
-def _letters(name: str) -> bytes | None:
-    """Bytes of an entry of byte-level BPE; None if it is none."""
-    if all(letter in _BYTE_OF_LETTER for letter in name):
-        return bytes(_BYTE_OF_LETTER[letter] for letter in name)
+def _bytes_of_letters(name: str) -> bytes | None:
+    """Return the bytes of an entry of byte-level BPE; None if it is not one."""
+    if all(letter in _BYTES_BY_LETTER for letter in name):
+        return bytes(_BYTES_BY_LETTER[letter] for letter in name)
     return None
 
 
-def _single_byte(name: str) -> bytes | None:
+def _byte_of_fallback(name: str) -> bytes | None:
     found = re.fullmatch("<0x([0-9A-F]{2})>", name)
     return bytes.fromhex(found[1]) if found else None
 
 
-def _additions(tokenizer: Any, vocab_ids: list[int]) -> list[bytes]:
-    """What each entry adds to a text before it, as the tokenizer's own decoder joins them."""
+def _decoded_additions(tokenizer: Any, vocab_ids: list[int]) -> list[bytes]:
+    """Return what each entry adds to the text before it when the tokenizer decodes both."""
     begun = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
     before = tokenizer.decode(begun)
     whole = tokenizer.batch_decode([[*begun, i] for i in vocab_ids])
@@ -58,23 +58,25 @@ def _additions(tokenizer: Any, vocab_ids: list[int]) -> list[bytes]:
     return [(text[len(before) :] if text.startswith(before) else entry).encode() for text, entry in pairs]
 
 
-def _byte_letters() -> dict[str, int]:
-    """The printable stand-in of each byte in byte-level BPE (GPT-2's table, Radford et al. 2019)."""
+def _letters_of_bytes() -> dict[str, int]:
+    """Return the byte of each printable letter in byte-level BPE (GPT-2's table, Radford et al. 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-_BYTE_OF_LETTER = _byte_letters()
+_BYTES_BY_LETTER = _letters_of_bytes()
 
 
 def write_vocab(path: Path, pieces: Iterable[str], raw: Iterable[bytes], special: Iterable[int] = ()) -> None:
-    """`special`: vocab_ids of entries that are no text, such as the end of a document. Holds one row group at a
-    time."""
+    """Write the vocabulary as Parquet, holding one row group in memory.
+
+    `special` are the vocab_ids of entries that are not text, such as the end of a document.
+    """
     marked = np.array(sorted(special), np.int64)
     pairs, n = zip(pieces, raw, strict=True), 0
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as file:
-        while (batch := list(itertools.islice(pairs, _ROW_GROUP))) or not n:
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, _VOCABULARY_SCHEMA, compression="zstd") as file:
+        while (batch := list(itertools.islice(pairs, _VOCABULARY_ROW_GROUP))) or not n:
             numbers = np.arange(n, n + len(batch))
             columns = [
                 pa.array(numbers, pa.int32()),
@@ -82,18 +84,20 @@ def write_vocab(path: Path, pieces: Iterable[str], raw: Iterable[bytes], special
                 pa.array([content for _, content in batch], pa.binary()),
                 pa.array(np.isin(numbers, marked)),
             ]
-            file.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), _ROW_GROUP)
+            file.write_table(pa.Table.from_arrays(columns, schema=_VOCABULARY_SCHEMA), _VOCABULARY_ROW_GROUP)
             n += len(batch)
             if not batch:
                 break
 
 
-_ROW_GROUP = 1 << 17
-_SCHEMA = pa.schema([("vocab_id", pa.int32()), ("piece", pa.string()), ("bytes", pa.binary()), ("special", pa.bool_())])
+_VOCABULARY_ROW_GROUP = 1 << 17
+_VOCABULARY_SCHEMA = pa.schema(
+    [("vocab_id", pa.int32()), ("piece", pa.string()), ("bytes", pa.binary()), ("special", pa.bool_())]
+)
 
 
 def special_ids(path: Path) -> np.ndarray:
-    """vocab_ids int32 of the special entries; none in format 1, which did not mark them."""
+    """Return the vocab_ids (int32) of special entries. Format 1 did not mark any."""
     if "special" not in pq.read_schema(path).names:
         return np.empty(0, np.int32)
     table = pq.read_table(path, columns=["vocab_id", "special"])

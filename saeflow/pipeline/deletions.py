@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from saeflow.corpus import sources
 from saeflow.corpus.document import Document
-from saeflow.corpus.ledger import Ledger, rows_of
+from saeflow.corpus.ledger import Ledger, document_rows
 from saeflow.pipeline import collect
 from saeflow.pipeline.forget import withdraw
 from saeflow.recipe.recipe import Recipe
@@ -39,20 +39,20 @@ def forget_removed(store: Store, recipe: Recipe, progress: Progress) -> Removed:
     """
     if recipe.schedule.removed == "keep" or recipe.corpus is None or recipe.model is None:
         return Removed()
-    about = sources.pinned(recipe.corpus)
-    source, seen = collect.tokens_artefact(store, recipe), sources.signature(about)
+    about = sources.pin_to_commits(recipe.corpus)
+    source, seen = collect.tokens_artefact(store, recipe), sources.corpus_signature(about)
     generation = source.generation()
     if generation is None or (seen is not None and seen == noted(source.path, _NOTE)):
         return Removed(seen=seen)
     ledger = Ledger.read(source, generation)
     whole = about.model_copy(update={"dedup": False, "share": 1.0})
     look_through(ledger, sources.open_corpus(whole).documents, about)
-    gone, n_seen = ledger.not_met(), len(ledger.keys)
+    gone, n_seen = ledger.ids_not_met(), len(ledger.keys)
     if len(gone) > recipe.schedule.most_removed * n_seen:
         return Removed(refusal=_refusal(len(gone), n_seen, recipe.schedule.most_removed))
     if len(gone):
         progress.say(f"removed: {len(gone):,} of {n_seen:,} documents are gone from the corpus and are forgotten")
-        withdraw(store, source, rows_of(source, generation, gone), progress)
+        withdraw(store, source, document_rows(source, generation, gone), progress)
     return Removed(len(gone), seen)
 
 
@@ -80,7 +80,7 @@ def _refusal(n_gone: int, n_seen: int, most: float) -> str:
 def look_through(ledger: Ledger, documents: Iterator[Document], about: CorpusConfig) -> None:
     """Let the ledger meet the documents of the whole corpus, repeated texts among them."""
     read = _without_repeats(documents, ledger) if about.dedup else documents
-    deque(ledger.fresh(read, about), maxlen=0)
+    deque(ledger.entries_to_store(read, about), maxlen=0)
 
 
 def _without_repeats(documents: Iterator[Document], ledger: Ledger) -> Iterator[Document]:
@@ -89,7 +89,7 @@ def _without_repeats(documents: Iterator[Document], ledger: Ledger) -> Iterator[
     seen: set[str] = set()
     for document in documents:
         if document.content_hash in seen:
-            ledger.meet_again(document)
+            ledger.mark_met(document)
         else:
             seen.add(document.content_hash)
             yield document

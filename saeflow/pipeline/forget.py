@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saeflow.corpus.ledger import by_part, key_hash, merged
+from saeflow.corpus.ledger import group_by_part, key_hash, merge_hidden
 from saeflow.corpus.token_parts import write_tables
 from saeflow.pipeline import encode
 from saeflow.runtime.errors import UserError
@@ -117,7 +117,7 @@ def _hide(
     with source.writing():
         generation, rows = source.published(), find()
         new = [Hidden(document_id=r["document_id"], key_hash=key_hash(r["key"]), reason=reason) for r in rows]
-        source.publish(generation.parts, hidden=merged(generation.hidden, by_part(new, generation.parts)))
+        source.publish(generation.parts, hidden=merge_hidden(generation.hidden, group_by_part(new, generation.parts)))
     return rows
 
 

@@ -148,21 +148,21 @@ def test_tables_and_texts_in_a_bucket_are_read_even_where_connections_break(s3: 
 def test_a_changed_object_changes_the_signature_and_nothing_else_does(s3: Server) -> None:
     config = CorpusConfig(files=["s3://texts/changing.parquet"])
     s3.client().put_object(Bucket="texts", Key="changing.parquet", Body=table(ROWS[:3]))
-    before = sources.signature(config)
-    assert sources.signature(config) == before
+    before = sources.corpus_signature(config)
+    assert sources.corpus_signature(config) == before
     s3.client().put_object(Bucket="texts", Key="changing.parquet", Body=table(ROWS[:4]))
-    assert sources.signature(config) != before
+    assert sources.corpus_signature(config) != before
 
 
 def test_the_signature_of_many_objects_takes_no_request_for_each(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CorpusConfig(files=["s3://texts/many/*.txt"])
     for number in range(3):
         s3.client().put_object(Bucket="texts", Key=f"many/{number}.txt", Body=b"text")
-    monkeypatch.delattr("saeflow.corpus.remote.state")
-    before = sources.signature(config)
-    assert sources.signature(config) == before
+    monkeypatch.delattr("saeflow.corpus.remote.object_state")
+    before = sources.corpus_signature(config)
+    assert sources.corpus_signature(config) == before
     s3.client().put_object(Bucket="texts", Key="many/1.txt", Body=b"tale")
-    assert sources.signature(config) != before
+    assert sources.corpus_signature(config) != before
 
 
 def test_a_bucket_that_does_not_answer_is_said_without_the_secret(s3: Server) -> None:

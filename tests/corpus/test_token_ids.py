@@ -94,9 +94,9 @@ def test_more_rows_of_ids_are_appended_and_changed_ones_replaced(
         ([[5, 400_000]], None, r"has the id 400000, but the model's tokenizer has 0 to 399"),
         ([[5, -1]], None, r"has the id -1,"),
         ([[5, None]], pa.list_(pa.int32()), r"has the id -1,"),
-        ([[5.0]], None, r"a column of type DOUBLE\[\]; a list of integers"),
-        ([5], None, r"a column of type BIGINT; a list of integers"),
-        (["5 6"], None, r"a column of type VARCHAR; a list of integers"),
+        ([[5.0]], None, r"a column of type DOUBLE\[\], but it must be a list of integers"),
+        ([5], None, r"a column of type BIGINT, but it must be a list of integers"),
+        (["5 6"], None, r"a column of type VARCHAR, but it must be a list of integers"),
     ],
 )
 def test_a_column_that_holds_no_ids_of_this_model_is_refused(

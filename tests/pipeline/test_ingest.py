@@ -588,7 +588,7 @@ def looked_through(
     """Places of what is gone from the corpus."""
     ledger = Ledger.of([(entry.key, entry.document.content_hash) for entry, _ in stored])
     deletions.look_through(ledger, (Document(key, text, "files") for key, text in now), about)
-    return set(ledger.not_met().tolist())
+    return set(ledger.ids_not_met().tolist())
 
 
 def taken_in(
@@ -598,12 +598,12 @@ def taken_in(
     ledger = Ledger.of([(entry.key, entry.document.content_hash) for entry, _ in stored])
     texts = [text for _, text in now]
     read = [each for place, each in enumerate(now) if not (about.dedup and each[1] in texts[:place])]
-    new = list(ledger.fresh((Document(key, text, "files") for key, text in read), about))
+    new = list(ledger.entries_to_store((Document(key, text, "files") for key, text in read), about))
     replaced = {each.document_id for each in ledger.changed}
     held = [each for place, each in enumerate(stored) if place not in replaced] + [
         (entry, (entry.document.key, entry.document.text)) for entry in new
     ]
-    return held if ledger.settled else taken_in(held, now, about)
+    return held if ledger.is_complete else taken_in(held, now, about)
 
 
 @given(nights=st.lists(_DOCUMENTS, min_size=1, max_size=3), dedup=st.booleans())

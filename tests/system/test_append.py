@@ -536,12 +536,12 @@ def test_documents_of_one_key_are_the_same_ones_in_any_order(first):
     """Held as `first` gives them; every order of them, and of them without one, adds nothing and changes nothing."""
     about = CorpusConfig(files=["x"])
     rows = [Document("a", text, "") for text in first]
-    held = list(Ledger.of([]).fresh(rows, about))
+    held = list(Ledger.of([]).entries_to_store(rows, about))
     assert len({entry.key for entry in held}) == len(first)
     for left in range(1, len(first) + 1):
         for again in itertools.permutations(rows, left):
             ledger = Ledger.of([(entry.key, entry.document.content_hash) for entry in held])
-            assert list(ledger.fresh(again, about)) == [], again
+            assert list(ledger.entries_to_store(again, about)) == [], again
 
 
 def test_a_forgotten_text_stays_away_whatever_comes_under_its_key():
@@ -549,5 +549,5 @@ def test_a_forgotten_text_stays_away_whatever_comes_under_its_key():
     for others in (["a new text"], ["a new text", "another"]):
         for order in itertools.permutations(["the secret", *others]):
             ledger = replace(Ledger.of([]), forgotten=frozenset({key_hash("a")}))
-            stored = ledger.fresh([Document("a", text, "") for text in order], about)
+            stored = ledger.entries_to_store([Document("a", text, "") for text in order], about)
             assert "the secret" not in [entry.document.content for entry in stored]
