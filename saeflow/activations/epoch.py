@@ -1,4 +1,4 @@
-"""Which rows a training meets, and in which order: pure functions of counts, a seed and an epoch."""
+"""The plan of an epoch: which rows a training meets, and in which order. Pure functions of counts, seed and epoch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from saeflow.runtime.text import human_bytes
 from saeflow.store.records import PartRecord
 
 
-def pool_blocks(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:
-    """Sequences in a block, and blocks in the half of the memory that is mixed.
+def fit_pool(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:
+    """Return the sequences in a block, and the blocks in a pool: half of the memory, which is mixed.
 
-    `sequence_bytes`: stored activations of one sequence, all sites together. Raises UserError where not even one
-    block read and one mixed have room.
+    `sequence_bytes` are the stored activations of one sequence at all sites. Raises UserError if there is no room for
+    one block that is read and one that is mixed.
     """
     sequences = max(1, config.block_bytes // sequence_bytes)
     blocks = config.pool_bytes // 2 // (sequences * sequence_bytes)
     if blocks < 1:
         need = 2 * sequences * sequence_bytes
         raise UserError(
-            f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block read and one mixed take "
+            f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block being mixed and one being read take "
             f"{human_bytes(need)}.\n"
             f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most "
             f"{human_bytes(config.pool_bytes // 2)}."
@@ -41,7 +41,7 @@ class Pool:
 
 
 def plan_pools(n_blocks: int, pool_blocks: int, seed: int, epoch: int = 0) -> list[np.ndarray]:
-    """All blocks in random order, at most `pool_blocks` together; ascending inside a pool."""
+    """Return all blocks in random order, in pools of at most `pool_blocks`. Inside a pool they ascend."""
     order = np.random.default_rng([seed, epoch]).permutation(n_blocks)
     whole = n_blocks // pool_blocks * pool_blocks
     full = np.sort(order[:whole].reshape(-1, pool_blocks), axis=1)
@@ -57,10 +57,10 @@ def plan_epoch(
     epoch: int = 0,
     first_pool: int = 0,
 ) -> Iterator[Pool]:
-    """Every row once, in pools of at most `pool_blocks` randomly chosen blocks, mixed inside each pool.
+    """Yield every row once, in pools of at most `pool_blocks` randomly chosen blocks, mixed inside each pool.
 
-    `rows_of` gives a block's row numbers. Batches of one pool differ in size by at most one row. Pure:
-    the same arguments give the same plan on any machine. Pools before `first_pool` cost nothing.
+    `rows_of` gives a block's row numbers. Batches of one pool differ in size by at most one row. The same arguments
+    give the same plan on any machine. Pools before `first_pool` cost nothing.
     """
     look = rows_of if callable(rows_of) else rows_of.__getitem__
     for number, blocks in enumerate(plan_pools(n_blocks, pool_blocks, seed, epoch)):
@@ -73,7 +73,7 @@ def plan_epoch(
 
 
 def batches_of_pools(pools: Sequence[np.ndarray], counts: np.ndarray, batch_rows: int) -> np.ndarray:
-    """How many batches each pool gives, from the used rows of every block."""
+    """Return the number of batches of each pool, from the selected rows of every block."""
     return np.array([-(-int(counts[blocks].sum()) // batch_rows) for blocks in pools], np.int64)
 
 
@@ -86,10 +86,10 @@ class Block:
     stop: int
 
 
-class Blocks:
-    """Training sequences of the parts, cut into blocks; held-out ones, which end each part, stay out.
+class TrainingBlocks:
+    """The training sequences of all parts, cut into blocks. Held-out sequences, at the end of each part, stay out.
 
-    What is kept is a number for each part: there may be millions of blocks.
+    Only one number per part is kept, since there may be millions of blocks.
     """
 
     def __init__(self, parts: Sequence[PartRecord], block_sequences: int) -> None:
@@ -108,30 +108,10 @@ class Blocks:
         return Block(part, start, min(start + self.block_sequences, part.counts["n_train_sequences"]))
 
     def sums(self, of_sequences: Callable[[int], np.ndarray]) -> np.ndarray:
-        """int64: of every block the sum of what is given for the sequences of a part (S,), by the part's index."""
+        """Sum over each block, int64. `of_sequences` gives the numbers (S,) of a part's sequences by its index."""
         found = [self._sums(part, of_sequences(part.index)) for part in self.parts]
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def _sums(self, part: PartRecord, each: np.ndarray) -> np.ndarray:
         n_train = part.counts["n_train_sequences"]
         return np.add.reduceat(each[:n_train], np.arange(0, n_train, self.block_sequences), dtype=np.int64)
-
-
-def expected_partners(sizes: np.ndarray, batch_rows: int) -> float:
-    """Tokens of its own document that a token meets in a batch drawn at random from rows of documents of these sizes.
-
-    Of M rows, c of them of its document, a batch of B holds on average (c - 1) (B - 1) / (M - 1) of the others
-    (hypergeometric mean).
-    """
-    n_rows = int(sizes.sum())
-    if n_rows < 2:
-        return 0.0
-    others = float((sizes * (sizes - 1)).sum()) / n_rows
-    return others * (min(batch_rows, n_rows) - 1) / (n_rows - 1)
-
-
-def met_partners(batches: Sequence[np.ndarray]) -> float:
-    """The same, counted: each batch is the documents of its rows."""
-    sizes = [np.unique(batch, return_counts=True)[1] for batch in batches]
-    met = sum(int((each * (each - 1)).sum()) for each in sizes)
-    return met / max(sum(int(each.sum()) for each in sizes), 1)

@@ -1,4 +1,4 @@
-"""How long activation vectors are, by position: massive activations are found while collecting, not after training."""
+"""How long activation vectors are, by position. Massive activations show while collecting, not after training."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from saeflow.runtime.devices import to_processor
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 
-FILE = "norms.parquet"
-_FACTOR = 10
-"""Mean norm of a massive position over that of the median position. Sun et al. 2024 (arXiv 2402.17762) call a single
-value massive from 1,000 times the median magnitude on. In a Gaussian vector of width D that is 670 / √D times its norm:
-10 at D = 4,096, more in narrower ones."""
-_SAMPLED_PARTS = 200
-"""Parts read for the warning, evenly spread."""
+NORMS_FILE = "norms.parquet"
+_MASSIVE_FACTOR = 10
+"""A position is massive if its mean norm is this many times that of the median position.
+
+Sun et al. 2024 (arXiv 2402.17762) call a value massive from 1,000 times the median magnitude on. In a Gaussian vector
+of width D that is 670 / √D times its norm: 10 at D = 4,096, and more in narrower ones.
+"""
+_PARTS_READ = 200
+"""Parts to read for the warning, evenly spread."""
 
 
 class Norms:
-    """Gathers, for one part, by site and position: tokens, the sum of their norms, the largest norm.
+    """Count tokens, sum their norms and keep the largest norm of one part, by site and position.
 
-    Batches must come in order: sums are float64, added batch by batch, so that equal batches give equal bytes.
+    Sums are float64 and are added batch by batch. So batches must come in order to give equal bytes.
     """
 
     def __init__(self, sites: Sequence[Site], length: int) -> None:
@@ -38,7 +40,7 @@ class Norms:
         self.n_tokens, self.sums, self.largest = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
 
     def add(self, norms: Sequence[np.ndarray], mask: np.ndarray) -> None:
-        """Norms (s, T) of the sites, and which tokens are real."""
+        """Add the norms (s, T) of the sites. `mask` marks real tokens."""
         for i, each in enumerate(norms):
             real = np.where(mask, each.astype(np.float64), 0)
             self.n_tokens[i] += mask.sum(0)
@@ -60,17 +62,19 @@ class Norms:
 
 
 def norms_of(values: Tensor) -> np.ndarray:
-    """Lengths float32 (s, T) of the vectors (s, T, D)."""
+    """Return the lengths float32 (s, T) of vectors (s, T, D)."""
     return to_processor(torch.linalg.vector_norm(values, dim=2, dtype=torch.float32)).numpy()
 
 
 def mean_norms(target: Artefact) -> dict[str, np.ndarray]:
-    """Mean norm (T,) by site, NaN where no token was; from parts that kept norms (earlier ones did not), or a
-    sample."""
-    parts = [part for part in target.published().parts if any(file.name == FILE for file in part.files)]
-    chosen = parts[:: -(-len(parts) // _SAMPLED_PARTS) or 1]
+    """Return the mean norm (T,) by site, NaN where there was no token.
+
+    Parts of earlier versions have no norms. Of many parts, a sample is read.
+    """
+    parts = [part for part in target.published().parts if any(file.name == NORMS_FILE for file in part.files)]
+    chosen = parts[:: -(-len(parts) // _PARTS_READ) or 1]
     found: dict[str, np.ndarray] = {}
-    for table in (pq.read_table(target.part_file(part, FILE)) for part in chosen):
+    for table in (pq.read_table(target.part_file(part, NORMS_FILE)) for part in chosen):
         names = table.column("site").to_numpy()
         sums = np.stack([table.column(name).to_numpy() for name in ("n_tokens", "sum_norm")])
         for name in dict.fromkeys(names):
@@ -80,13 +84,13 @@ def mean_norms(target: Artefact) -> dict[str, np.ndarray]:
 
 
 def massive_positions(means: np.ndarray) -> list[int]:
-    """Positions whose mean norm is more than ten times that of the median position."""
+    """Return the positions whose mean norm is more than ten times that of the median position."""
     median = np.nanmedian(means) if np.isfinite(means).any() else np.nan
-    return np.flatnonzero(means > _FACTOR * median).tolist()
+    return np.flatnonzero(means > _MASSIVE_FACTOR * median).tolist()
 
 
-def warn(target: Artefact, config: ActivationsConfig, progress: Progress) -> None:
-    """Say which positions hold massive activations that no setting leaves out yet, and the way out."""
+def warn_of_massive_positions(target: Artefact, config: ActivationsConfig, progress: Progress) -> None:
+    """Name the positions with massive activations that no setting skips yet, and how to skip them."""
     for site, means in mean_norms(target).items():
         found = massive_positions(means)
         fresh = [position for position in found if position not in config.skip_positions]

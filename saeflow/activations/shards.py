@@ -1,4 +1,4 @@
-"""Arrays [sequence, position, width] on disk: how they are cut, and read with every byte checked."""
+"""Arrays [sequence, position, width] on disk: how they are cut into shards, and how they are read and checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Layout:
-    """How one array of `shape` (S, T, D) is cut: sequences in a chunk and in a shard."""
+    """How an array of `shape` (S, T, D) is cut: the sequences in a chunk and in a shard."""
 
     shape: tuple[int, int, int]
     chunk: int
@@ -35,74 +35,74 @@ class Layout:
 
 
 def plan_layout(n_sequences: int, length: int, width: int, config: ActivationsConfig) -> Layout:
-    """Chunks and shards of about the asked size; a shard is a whole number of chunks and of forward batches."""
+    """Choose chunks and shards of about the configured sizes. A shard is a whole number of chunks."""
     row_bytes = length * width * ITEM_BYTES[config.dtype]
     chunk = max(1, min(n_sequences, config.chunk_bytes // row_bytes))
     shard = max(1, min(-(-n_sequences // chunk), config.shard_bytes // (chunk * row_bytes))) * chunk
     return Layout((n_sequences, length, width), chunk, shard)
 
 
-class Stored:
-    """One stored array (S, T, D), for reading. Every byte is checked against its checksum whenever it is read.
+class StoredArray:
+    """A stored array (S, T, D), for reading. Every byte that is read is checked against its checksum.
 
-    What the Writer wrote without compression is read straight into place. Anything else goes through zarr's own
-    codecs; zarrs 0.2.3 is quicker, but leaves checksums unread where a shard is read in part.
+    Uncompressed arrays are read straight into place. Others go through zarr's own codecs: zarrs 0.2.3 is faster, but
+    skips checksums if a shard is read in part.
     """
 
     def __init__(self, path: Path, objects: Objects | None = None) -> None:
         self.path, self.objects = path, objects
         try:
-            self.array = zarr.open_array(self._described(), mode="r")
+            self.array = zarr.open_array(self._with_record(), mode="r")
             self.dtype: torch.dtype = getattr(torch, str(self.array.attrs["dtype"]))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise _unreadable(path, "it", error) from error
+            raise _damaged_array(path, "it", error) from error
         self.shape: tuple[int, ...] = self.array.shape
         self.chunk, self.shard = self.array.chunks[0], (self.array.shards or self.array.chunks)[0]
         self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        self._plain = _is_plain(self.array)
+        self._is_uncompressed = _is_uncompressed(self.array)
         self._index: dict[int, np.ndarray] = {}
 
     def read(self, rows: slice) -> Tensor:
-        """Sequences as a tensor (s, T, D) in the stored precision. Raises Damaged where bytes are gone or changed."""
+        """Return sequences (s, T, D) in the stored precision. Raises Damaged if bytes are missing or changed."""
         start, stop, _ = rows.indices(self.shape[0])
         out = torch.empty(max(stop - start, 0), *self.shape[1:], dtype=self.dtype)
         self.read_into(slice(start, stop), out)
         return out
 
     def read_into(self, rows: slice, out: Tensor) -> None:
-        """The same into contiguous memory of just that size, any shape."""
+        """Read sequences into contiguous memory of exactly their size, in any shape. Raises Damaged like `read`."""
         raw = out.view(torch.uint8).numpy().reshape(-1)
         try:
-            if self._plain:
-                self._read_plain(rows.start, rows.stop, raw)
+            if self._is_uncompressed:
+                self._read_uncompressed(rows.start, rows.stop, raw)
             else:
-                values = self._by_zarr(rows)
+                values = self._read_by_zarr(rows)
                 raw[:] = values.view(np.uint8).reshape(-1)
         except (OSError, RuntimeError, ValueError) as error:
-            raise _unreadable(self.path, f"rows {rows.start} to {rows.stop}", error) from error
+            raise _damaged_array(self.path, f"rows {rows.start} to {rows.stop}", error) from error
 
-    def _described(self) -> Path:
-        """The folder with the array's own record in it; an object store's shards stay there."""
+    def _with_record(self) -> Path:
+        """Return the folder with the array's `zarr.json`, fetched from an object store; shards stay there."""
         if self.objects is not None:
             self.objects.fetch(self.path / "zarr.json")
         return self.path
 
-    def _by_zarr(self, rows: slice) -> np.ndarray:
+    def _read_by_zarr(self, rows: slice) -> np.ndarray:
         for shard in range(rows.start // self.shard, -(-rows.stop // self.shard)):
-            with self._open(shard):  # zarr would give zeros where it is missing
+            with self._open_shard(shard):  # zarr would return zeros for a missing one
                 pass
         array = zarr.open_array(self.objects.zarr(self.path), mode="r") if self.objects else self.array
         return np.ascontiguousarray(array[rows])
 
-    def _open(self, shard: int) -> Bytes:
+    def _open_shard(self, shard: int) -> Bytes:
         """Raises FileNotFoundError."""
         path = self.path / "c" / str(shard) / "0" / "0"
         return self.objects.open(path) if self.objects else FileBytes(path)
 
-    def _read_plain(self, start: int, stop: int, raw: np.ndarray) -> None:
+    def _read_uncompressed(self, start: int, stop: int, raw: np.ndarray) -> None:
         for shard in range(start // self.shard, -(-stop // self.shard)):
             first, last = max(start, shard * self.shard), min(stop, (shard + 1) * self.shard)
-            with self._open(shard) as opened:
+            with self._open_shard(shard) as opened:
                 numbers = range(first // self.chunk, -(-last // self.chunk))
                 file = opened.ahead(*self._span(opened, shard, numbers))
                 for number in numbers:
@@ -111,10 +111,10 @@ class Stored:
                     self._read_chunk(file, shard, number, a - number * self.chunk, piece)
 
     def _read_chunk(self, file: Bytes, shard: int, number: int, skip: int, out: np.ndarray) -> None:
-        """Rows of one chunk from `skip` on; the whole chunk is checked."""
+        """Read rows of one chunk from `skip` on. The whole chunk is checked."""
         size = self.chunk * self._row_bytes
-        offset, n_bytes = self._places(file, shard)[number % (self.shard // self.chunk)]
-        if offset == n_bytes == EMPTY:
+        offset, n_bytes = self._chunk_places(file, shard)[number % (self.shard // self.chunk)]
+        if offset == n_bytes == EMPTY_CHUNK:
             out[:] = 0
             return
         if n_bytes != size + 4:
@@ -122,7 +122,7 @@ class Stored:
         before = skip * self._row_bytes
         pieces = [np.empty(before, np.uint8), out, np.empty(size - before - len(out), np.uint8)]
         found, at = 0, int(offset)
-        for piece in (part for whole in pieces for part in _cut(whole)):
+        for piece in (part for whole in pieces for part in _pieces(whole)):
             if file.read_into(piece, at) != len(piece):
                 raise ValueError(f"chunk {number} ends too early")
             found, at = google_crc32c.extend(found, piece), at + len(piece)
@@ -130,17 +130,17 @@ class Stored:
             raise ValueError(f"the checksum of chunk {number} is wrong")
 
     def _span(self, file: Bytes, shard: int, numbers: range) -> tuple[int, int]:
-        """Start and length of what the chunks of a shard fill."""
+        """Return the start and length of the bytes that these chunks of a shard take."""
         per_shard = self.shard // self.chunk
-        places = self._places(file, shard)[[number % per_shard for number in numbers]]
-        written = places[places[:, 0] != EMPTY]
+        places = self._chunk_places(file, shard)[[number % per_shard for number in numbers]]
+        written = places[places[:, 0] != EMPTY_CHUNK]
         if not len(written):
             return 0, 0
         start = int(written[:, 0].min())
         return start, int(written.sum(1).max()) + 4 - start
 
-    def _places(self, file: Bytes, shard: int) -> np.ndarray:
-        """Offset and size of every chunk of a shard, from the index at its end."""
+    def _chunk_places(self, file: Bytes, shard: int) -> np.ndarray:
+        """Return the offset and size of every chunk of a shard, from the index at its end."""
         if shard not in self._index:
             n_bytes = self.shard // self.chunk * 16
             content = file.read(file.n_bytes - n_bytes - 4, n_bytes + 4)
@@ -150,19 +150,19 @@ class Stored:
         return self._index[shard]
 
 
-EMPTY = 2**64 - 1
-"""In a shard's index: a chunk of zeros that was not written, or beyond the end of the array (zarr-specs,
-sharding-indexed)."""
-_PIECE_BYTES = 512 << 10
-"""Read and checked at once, so that the check finds the bytes still in the processor's cache."""
+EMPTY_CHUNK = 2**64 - 1
+"""Marks a chunk in a shard's index that was not written: it is all zeros or beyond the end of the array
+(zarr-specs, sharding-indexed)."""
+_CHECKED_AT_ONCE = 512 << 10
+"""Bytes to read and check at once, while they are in the processor's cache."""
 
 
-def _cut(memory: np.ndarray) -> list[np.ndarray]:
-    return [memory[start : start + _PIECE_BYTES] for start in range(0, len(memory), _PIECE_BYTES)]
+def _pieces(memory: np.ndarray) -> list[np.ndarray]:
+    return [memory[start : start + _CHECKED_AT_ONCE] for start in range(0, len(memory), _CHECKED_AT_ONCE)]
 
 
-def _is_plain(array: zarr.Array[Any]) -> bool:
-    """Was the array written as the Writer writes without compression?"""
+def _is_uncompressed(array: zarr.Array[Any]) -> bool:
+    """True if the array has the layout that ArrayWriter writes."""
     codecs: Any = array.metadata.to_dict()["codecs"]
     if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed" or sys.byteorder != "little":
         return False
@@ -171,13 +171,13 @@ def _is_plain(array: zarr.Array[Any]) -> bool:
     return inner == index == ["bytes", "crc32c"] and about.get("index_location", "end") == "end"
 
 
-def _unreadable(path: Path, what: str, error: Exception) -> Damaged:
+def _damaged_array(path: Path, what: str, error: Exception) -> Damaged:
     return Damaged(
         f"{path}: {what} cannot be read: {error}.\n"
-        "Remove what is damaged with `saeflow verify --full --repair`, then run the recipe again: the rest is kept."
+        "Remove the damaged parts with `saeflow verify --full --repair`, then run the recipe again. The rest is kept."
     )
 
 
-def open_site(target: Artefact, part: PartRecord, site: Site) -> Stored:
-    """The stored array (S, T, D) of one part."""
-    return Stored(target.part_path(part) / site.file, target.objects)
+def open_site(target: Artefact, part: PartRecord, site: Site) -> StoredArray:
+    """Open the array (S, T, D) of one site in one part."""
+    return StoredArray(target.part_path(part) / site.file, target.objects)

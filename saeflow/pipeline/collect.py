@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from saeflow.activations.epoch import pool_blocks
-from saeflow.activations.norms import FILE as NORMS_FILE
-from saeflow.activations.norms import Norms, norms_of, warn
-from saeflow.activations.packed import open_writer
+from saeflow.activations.epoch import fit_pool
+from saeflow.activations.norms import NORMS_FILE, Norms, norms_of, warn_of_massive_positions
 from saeflow.activations.shards import ITEM_BYTES, plan_layout
-from saeflow.activations.tables.table import content
-from saeflow.activations.writer import stored
+from saeflow.activations.tables.source import source_checksum
+from saeflow.activations.writer import open_writer, to_disk_precision
 from saeflow.corpus import token_parts
 from saeflow.model.sites import (
     Site,
@@ -83,7 +81,7 @@ def brought_facts(recipe: Recipe) -> dict[str, Any]:
     share = recipe.corpus.held_out if recipe.corpus else 0.0
     return {
         "source": about.source,
-        "content": content(about.source) if about.source else None,
+        "content": source_checksum(about.source) if about.source else None,
         "synthetic": made,
         "part_rows": about.part_rows,
         "held_out": share,
@@ -121,7 +119,8 @@ class Collector:
                 read = reader.read(torch.from_numpy(vocab_ids[rows]), padding)
                 for values in (read[site.name] for site in self.sites):
                     lengths = norms_of(values)
-                    found.append((stored(values, self.config, part, rows.start, float(lengths.max())), lengths))
+                    stored = to_disk_precision(values, self.config, part, rows.start, float(lengths.max()))
+                    found.append((stored, lengths))
             return found
 
         known: dict[str, str] = {}
@@ -188,7 +187,7 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
         done = target.fitting(inputs)
         target.publish([done[part.index] for part in wanted])
         if plan:
-            warn(target, recipe.activations, progress)
+            warn_of_massive_positions(target, recipe.activations, progress)
 
 
 def _on_workers(
@@ -254,14 +253,14 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     length = recipe.tokens.context_length
     require_length(model, length, sites)
     for site in sites:
-        pool_blocks(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
+        fit_pool(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
     for member in recipe.members():
         if member.sae.site or member.sae.target_site:
             read, target_site = _pair(sites, member.sae)
             if read != target_site:
                 require_running_order(model, read.name, target_site.name)
             wanted = sum(site.width for site in {read, target_site})
-            pool_blocks(recipe.feed, length * wanted * ITEM_BYTES[recipe.activations.dtype])
+            fit_pool(recipe.feed, length * wanted * ITEM_BYTES[recipe.activations.dtype])
     row_bytes = length * sum(site.width for site in sites) * ITEM_BYTES[recipe.activations.dtype]
     n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
     store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")

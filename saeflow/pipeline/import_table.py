@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from saeflow.activations.epoch import pool_blocks
-from saeflow.activations.packed import open_writer
+from saeflow.activations.epoch import fit_pool
 from saeflow.activations.shards import ITEM_BYTES, plan_layout
+from saeflow.activations.synthetic.generate import made_rows
 from saeflow.activations.tables import row_labels
-from saeflow.activations.tables import table as brought
-from saeflow.activations.tables.arrays import Reader, Rows
-from saeflow.activations.writer import stored
+from saeflow.activations.tables.source import check_rows, open_table
+from saeflow.activations.tables.stream import TableReader, TableRows
+from saeflow.activations.writer import open_writer, to_disk_precision
 from saeflow.corpus import token_parts
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.model.sites import Site
@@ -41,16 +41,16 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Art
         rows = _open(source, target, about)
         site = Site("table", rows.width)
         row_bytes = site.width * ITEM_BYTES[about.dtype]
-        pool_blocks(recipe.feed, row_bytes)
+        fit_pool(recipe.feed, row_bytes)
         starts = range(0, rows.n_rows, about.part_rows)
         sizes = {index: min(about.part_rows, rows.n_rows - start) for index, start in enumerate(starts)}
         done = _done(source, sizes).keys() & _done(target, sizes).keys()
         n_left = sum(size for index, size in sizes.items() if index not in done)
         store.require_free(int(n_left * row_bytes * 1.05), "Storing the table")
-        seen = brought.look(rows, progress)
+        pieces = check_rows(rows, progress)
         source.begin(brought_facts(recipe) | {"context_length": 1})
         target.begin(facts(store, recipe) | {"stored": [[site.name, site.width]]}, [source.id])
-        table = _Table(rows, Reader(rows), seen.pieces)
+        table = _Table(rows, TableReader(rows), pieces)
         table.write_vocab(source)
         source.send(source.path / "vocab.parquet")
         with progress.bar("activations", rows.n_rows, "rows") as bar:
@@ -63,14 +63,14 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Art
     return source, target
 
 
-def _open(source: Artefact, target: Artefact, about: ActivationsConfig) -> Rows:
+def _open(source: Artefact, target: Artefact, about: ActivationsConfig) -> TableRows:
     """The rows to store. What is stored of made ones is kept where the recipe now asks for fewer."""
     if about.synthetic is None:
-        return brought.open_rows(str(about.source), about.source_array)
+        return open_table(str(about.source), about.source_array)
     if not about.synthetic.grows:
-        return brought.made_rows(about.synthetic)
+        return made_rows(about.synthetic)
     n_samples = max(about.synthetic.n_samples, _n_rows(source), _n_rows(target))
-    return brought.made_rows(about.synthetic.model_copy(update={"n_samples": n_samples}))
+    return made_rows(about.synthetic.model_copy(update={"n_samples": n_samples}))
 
 
 def _n_rows(item: Artefact) -> int:
@@ -87,13 +87,15 @@ def _done(item: Artefact, sizes: dict[int, int]) -> dict[int, PartRecord]:
 class _Table:
     """The rows, what reads them, and their distinct labels in text order, if they have any."""
 
-    rows: Rows
-    reader: Reader
+    rows: TableRows
+    reader: TableReader
     pieces: list[str] | None
 
     def write_vocab(self, source: Artefact) -> None:
         names = (
-            partial(row_labels.names_in_order, self.rows.n_rows) if self.pieces is None else partial(iter, self.pieces)
+            partial(row_labels.row_names_in_text_order, self.rows.n_rows)
+            if self.pieces is None
+            else partial(iter, self.pieces)
         )
         write_vocab(source.path / "vocab.parquet", names(), (name.encode() for name in names()))
 
@@ -104,7 +106,7 @@ class _Table:
     def vocab_ids(self, names: list[str], start: int) -> np.ndarray:
         """int32 (n, 1)"""
         if self.pieces is None:
-            places = row_labels.places_of(np.arange(start, start + len(names)), self.rows.n_rows)
+            places = row_labels.places_in_text_order(np.arange(start, start + len(names)), self.rows.n_rows)
         else:
             places = np.array([self.place[name] for name in names])
         return places.astype(np.int32)[:, None]
@@ -131,8 +133,8 @@ def _bring_part(
     with target.new_part(index, counts) as folder:
         writer = open_writer(folder / site.file, plan_layout(n, 1, site.width, about), about)
         for values, found in table.reader.read(start, start + n):
-            writer.append(stored(torch.from_numpy(values)[:, None], about, where, len(names)))
-            names += found or [row_labels.name_of(start + len(names) + i) for i in range(len(values))]
+            writer.append(to_disk_precision(torch.from_numpy(values)[:, None], about, where, len(names)))
+            names += found or [row_labels.row_name(start + len(names) + i) for i in range(len(values))]
             bar.advance(len(values))
         writer.close()
     numbers = np.arange(start, start + n)

@@ -17,6 +17,7 @@ import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from saeflow.activations.feed import Feed
+from saeflow.activations.mixing import measure_mixing
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect, import_sae, lineage
@@ -192,7 +193,7 @@ def _train(store: Store, jobs: list[Job], progress: Progress) -> None:
                 f"train: on generation {together[0].facts['generation']} of {feed.target.id}, as begun; {now} is "
                 "there by now"
             )
-        progress.say(f"train: {feed.mixing()}")
+        progress.say(f"train: {measure_mixing(feed)}")
 
         def publish_job(job: Job, training: Training, seconds: float, feed: Feed = feed) -> None:
             publish(job, training, feed, store, seconds)
@@ -205,7 +206,7 @@ def _feed_of(store: Store, job: Job) -> Feed:
     number = int(job.facts["generation"])
     listed = number in collect.artefact(store, job.recipe).numbers()
     feed = open_feed(store, job.recipe, number) if listed else None
-    if feed is None or lineage.hidden_in(feed.used.generation).get("hidden") != job.facts.get("hidden"):
+    if feed is None or lineage.hidden_in(feed.selection.generation).get("hidden") != job.facts.get("hidden"):
         raise UserError(
             "The store has changed since this run was begun: documents were forgotten or replaced, or it waited "
             f"until its generation {number} was collected.\nNothing is lost; run the same command again."

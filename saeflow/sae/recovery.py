@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from saeflow.activations.synthetic import superposition, toys
-from saeflow.activations.synthetic.truth import Codes, Truth
+from saeflow.activations.synthetic import superposition, toy_models
+from saeflow.activations.synthetic.ground_truth import Codes, GroundTruth
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.encoder import SparseValues
@@ -71,13 +71,13 @@ class Scores:
     true_l0: float
 
 
-def truth_of(config: SyntheticConfig) -> Truth:
+def truth_of(config: SyntheticConfig) -> GroundTruth:
     """What is known of made activations of any kind."""
-    return superposition.truth(config) if config.kind == "superposed" else toys.truth(config)
+    return superposition.superposed_truth(config) if config.kind == "superposed" else toy_models.toy_truth(config)
 
 
 def score(
-    sae: SparseAutoencoder, truth: Truth, n_tokens: int, min_fires: int = MIN_FIRES, n_rows: int = FRESH_ROWS
+    sae: SparseAutoencoder, truth: GroundTruth, n_tokens: int, min_fires: int = MIN_FIRES, n_rows: int = FRESH_ROWS
 ) -> Scores:
     """Judge an autoencoder that was trained on `n_tokens` rows, on at least `n_rows` fresh ones."""
     w_dec = sae.eval().W_dec.detach()
@@ -85,7 +85,7 @@ def score(
 
 
 def score_directions(
-    w_dec: Tensor, encode: Encode, decode: Decode, truth: Truth, n_tokens: int, min_fires: int = MIN_FIRES,
+    w_dec: Tensor, encode: Encode, decode: Decode, truth: GroundTruth, n_tokens: int, min_fires: int = MIN_FIRES,
     n_rows: int = FRESH_ROWS,
 ) -> Scores:  # fmt: skip
     """Judge whatever has directions (F, D) and codes rows with them.
@@ -168,7 +168,7 @@ class _Seen:
     variance: float
 
     @classmethod
-    def of(cls, truth: Truth, encode: Encode, decode: Decode, n_features: int, n_rows: int) -> _Seen:
+    def of(cls, truth: GroundTruth, encode: Encode, decode: Decode, n_features: int, n_rows: int) -> _Seen:
         n, width = truth.directions.shape
         seen = cls(np.zeros(n, np.int64), np.zeros(n_features, np.int64), 0, 0.0, 0.0)
         total, squares = torch.zeros(width, dtype=torch.float64), 0.0
@@ -184,7 +184,7 @@ class _Seen:
         return seen
 
 
-def _coded(truth: Truth, encode: Encode, n_rows: int) -> Iterator[tuple[Tensor, Codes, SparseValues]]:
+def _coded(truth: GroundTruth, encode: Encode, n_rows: int) -> Iterator[tuple[Tensor, Codes, SparseValues]]:
     """At least so many fresh rows, the same each time, with what fires in them in truth and as found."""
     for values, codes in truth.fresh():
         x = torch.from_numpy(values)
@@ -194,7 +194,9 @@ def _coded(truth: Truth, encode: Encode, n_rows: int) -> Iterator[tuple[Tensor, 
             return
 
 
-def _firing_together(truth: Truth, encode: Encode, partners: np.ndarray, n_features: int, n_rows: int) -> np.ndarray:
+def _firing_together(
+    truth: GroundTruth, encode: Encode, partners: np.ndarray, n_features: int, n_rows: int
+) -> np.ndarray:
     """int64 (n,): fresh rows in which a true feature and its partner both fire."""
     n = len(partners)
     owner, n_both = np.full(n_features, -1), np.zeros(n, np.int64)

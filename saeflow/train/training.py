@@ -71,7 +71,7 @@ class Batch:
         norms = torch.stack([torch.linalg.vector_norm(each.double(), dim=1) for each in self.values]).amax(0)
         bad = (~torch.isfinite(norms)).nonzero().flatten()
         row = int(bad[0]) if len(bad) else int(norms.argmax())
-        place = self.feed.whereabouts(self.number, row)
+        place = self.feed.locate(self.number, row)
         return (f"{place} is not finite", False) if len(bad) else (f"{place}, of length {norms[row]:.4g}", True)
 
 

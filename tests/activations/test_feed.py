@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeflow.activations import shards
-from saeflow.activations.epoch import Blocks, plan_epoch
+from saeflow.activations.epoch import TrainingBlocks, plan_epoch
 from saeflow.activations.feed import Feed, aligned_held_out_rows, held_out_rows
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
@@ -82,9 +82,9 @@ def test_blocks_cover_the_training_sequences_and_nothing_else(sequences, block):
         PartRecord(index=i, counts={"n_train_sequences": train, "n_sequences": train + held}, files=[])
         for i, (train, held) in enumerate(sequences)
     ]
-    covered = [(b.part.index, row) for b in Blocks(parts, block) for row in range(b.start, b.stop)]
+    covered = [(b.part.index, row) for b in TrainingBlocks(parts, block) for row in range(b.start, b.stop)]
     assert covered == [(i, row) for i, (train, _) in enumerate(sequences) for row in range(train)]
-    assert all(0 < b.stop - b.start <= block for b in Blocks(parts, block))
+    assert all(0 < b.stop - b.start <= block for b in TrainingBlocks(parts, block))
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +140,9 @@ def test_the_activations_at_a_rows_whereabouts_are_those_of_the_row(numbered, ba
     feed = feed_of(numbered, **about)
     [rows] = take(feed, 1, batch)
     row = int(share * len(rows))
-    place = feed.whereabouts(batch, row)
+    place = feed.locate(batch, row)
     assert (place.sequence, place.position) == (rows[row], 0)
-    assert feed_of(numbered, **about).whereabouts(batch, row) == place, "the plan alone says so"
+    assert feed_of(numbered, **about).locate(batch, row) == place, "the plan alone says so"
 
 
 @pytest.mark.parametrize("settings", [{}, {"pool_bytes": 1 << 20}, {"batch_rows": 1000}, {"block_bytes": 80}])
@@ -163,7 +163,7 @@ def test_a_budget_below_one_block_read_and_one_mixed_is_refused_with_both_number
     with pytest.raises(UserError) as caught:
         feed_of(numbered, pool_bytes=799)
     assert str(caught.value) == (
-        "feed.pool_bytes is 799 B, but one block read and one mixed take 800 B.\n"
+        "feed.pool_bytes is 799 B, but one block being mixed and one being read take 800 B.\n"
         "Set feed.pool_bytes to at least 800 B, or feed.block_bytes to at most 399 B."
     )
     assert feed_of(numbered, pool_bytes=800).pool_blocks == 1
@@ -199,7 +199,7 @@ def test_whereabouts_pass_over_padding_held_out_and_skipped_tokens(tmp_path, ing
         values = next(batches)
         batches.close()
         for row in range(0, len(values), 7):
-            place = feed.whereabouts(batch, row)
+            place = feed.locate(batch, row)
             array = shards.open_site(target, parts[place.part], feed.site)
             at = place.sequence - parts[place.part].counts["first_sequence"]
             torch.testing.assert_close(array.read(slice(at, at + 1))[0, place.position], values[row], rtol=0, atol=0)

@@ -57,7 +57,7 @@ def test_the_norms_kept_are_those_of_the_stored_vectors(finished):
     for part, read in zip(artefact.published().parts, source.published().parts, strict=True):
         length = shards.open_site(artefact, part, site).read(slice(None)).double().norm(dim=2).numpy()
         mask = token_parts.read_part(source, read)[1]
-        table = pq.read_table(artefact.part_path(part) / norms.FILE)
+        table = pq.read_table(artefact.part_path(part) / norms.NORMS_FILE)
         assert table.column_names == ["site", "position", "n_tokens", "sum_norm", "max_norm"]
         assert set(table.column("site").to_pylist()) == {SITE}
         assert table.column("position").to_pylist() == list(range(CONTEXT_LENGTH))

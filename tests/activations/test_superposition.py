@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from saeflow.activations.shards import open_site
 from saeflow.activations.synthetic import superposition
-from saeflow.activations.synthetic.truth import Codes
-from saeflow.activations.tables.arrays import Reader
-from saeflow.activations.tables.table import make_table
+from saeflow.activations.synthetic.generate import make_table
+from saeflow.activations.synthetic.ground_truth import Codes
+from saeflow.activations.tables.stream import TableReader
 from saeflow.model.sites import Site
 from saeflow.pipeline import import_table
 from saeflow.pipeline.collect import artefact, brought_facts
@@ -27,6 +27,7 @@ from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.store import Store
 from tests.support.small_pipeline import tree
 
@@ -50,8 +51,8 @@ def dense(codes: Codes, n: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def strengths() -> np.ndarray:
     """Of the 40 features in 122,880 rows."""
-    world = superposition.World.of(settings())
-    return np.concatenate([dense(world.block(superposition.TRAINING, n)[1], 40) for n in range(30)])
+    world = superposition.SuperposedFeatures.of(settings())
+    return np.concatenate([dense(world.block(superposition.STORED_STREAM, n)[1], 40) for n in range(30)])
 
 
 @given(
@@ -68,7 +69,7 @@ def test_rates_fall_by_zipfs_law_below_the_largest_and_sum_to_l0(n, exponent, la
 
 
 def test_features_fire_at_their_rates(strengths):
-    rates = superposition.World.of(settings()).rates
+    rates = superposition.SuperposedFeatures.of(settings()).rates
     found = (strengths > 0).mean(0)
     np.testing.assert_array_less(np.abs(found - rates), 5 * np.sqrt(rates * (1 - rates) / N_ROWS))
     assert rates.sum() == pytest.approx(3)
@@ -77,7 +78,7 @@ def test_features_fire_at_their_rates(strengths):
 
 
 def test_the_stated_share_of_features_is_in_groups_that_fire_together_and_no_others_do(strengths):
-    world = superposition.World.of(settings())
+    world = superposition.SuperposedFeatures.of(settings())
     assert world.groups.shape == (2, 4)
     assert (world.groups % 4 == np.arange(4)).all()
     fires = (strengths > 0).astype(np.float64)
@@ -90,12 +91,12 @@ def test_the_stated_share_of_features_is_in_groups_that_fire_together_and_no_oth
         expected = independent / world.group_rates[group_of[i]] if linked else independent
         assert abs(together[i, j] - expected) < 5.5 * np.sqrt(expected / N_ROWS) + 1e-5, (i, j)
         assert not linked or expected > 2 * independent
-    rarest = superposition.World.of(settings(n_true=2048, l0=16.0, n_neurons=2))
+    rarest = superposition.SuperposedFeatures.of(settings(n_true=2048, l0=16.0, n_neurons=2))
     assert (1 / rarest.group_rates[-1]) > 300  # times as often as by chance
 
 
 def test_nobody_in_a_group_fires_without_its_event(strengths):
-    world = superposition.World.of(settings())
+    world = superposition.SuperposedFeatures.of(settings())
     for members, rate in zip(world.groups, world.group_rates, strict=True):
         chances = world.rates[members] / rate
         assert chances[0] == pytest.approx(0.5)
@@ -114,10 +115,10 @@ def test_strengths_are_half_normal_above_a_floor(strengths):
 
 def test_a_row_is_its_offset_its_features_and_noise_of_the_stated_size():
     config = settings(noise=0.3, offset=5.0)
-    world = superposition.World.of(config)
+    world = superposition.SuperposedFeatures.of(config)
     np.testing.assert_allclose(np.linalg.norm(world.directions, axis=1), 1, rtol=1e-5)
     assert np.linalg.norm(world.offset) == pytest.approx(5)
-    rows, codes = world.block(superposition.TRAINING, 3)
+    rows, codes = world.block(superposition.STORED_STREAM, 3)
     rest = rows - world.offset - dense(codes, 40) @ world.directions
     assert rest.std() == pytest.approx(0.3, rel=0.02)
     np.testing.assert_allclose(rest.mean(0), 0, atol=5 * 0.3 / np.sqrt(len(rows)))
@@ -126,15 +127,15 @@ def test_a_row_is_its_offset_its_features_and_noise_of_the_stated_size():
 
 
 def test_rows_without_noise_are_exactly_their_features():
-    world = superposition.World.of(settings(noise=0.0, offset=0.0, group_share=0.0))
-    rows, codes = world.block(superposition.TRAINING, 0)
+    world = superposition.SuperposedFeatures.of(settings(noise=0.0, offset=0.0, group_share=0.0))
+    rows, codes = world.block(superposition.STORED_STREAM, 0)
     np.testing.assert_allclose(rows, dense(codes, 40) @ world.directions, atol=1e-5)
     assert world.groups.shape == (0, 4)
 
 
 def test_every_block_stream_and_seed_is_another_but_always_the_same():
     def block(seed: int, stream: int, number: int) -> np.ndarray:
-        return superposition.World.of(settings(seed=seed)).block(stream, number)[0]
+        return superposition.SuperposedFeatures.of(settings(seed=seed)).block(stream, number)[0]
 
     places = [(0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 1, 0), (-1, 1, 0)]
     found = [block(*place) for place in places]
@@ -147,23 +148,24 @@ def test_every_block_stream_and_seed_is_another_but_always_the_same():
 @given(start=st.integers(0, 9_999), n=st.integers(1, 6000))
 def test_rows_are_the_same_wherever_reading_begins(start, n):
     stop = min(start + n, 10_000)
-    rows = superposition.rows_of(settings(n_neurons=3))
-    found = list(Reader(rows).read(start, stop))
+    rows = superposition.superposed_rows(settings(n_neurons=3))
+    found = list(TableReader(rows).read(start, stop))
     whole = make_table(settings(n_neurons=3))
     np.testing.assert_array_equal(np.concatenate([values for values, _ in found]), whole.values[start:stop])
     assert [label for _, labels in found for label in labels] == whole.labels[start:stop]
 
 
 def test_a_row_is_labelled_by_its_strongest_feature():
-    world = superposition.World.of(settings(l0=0.5))
-    codes = world.block(superposition.TRAINING, 0)[1]
+    world = superposition.SuperposedFeatures.of(settings(l0=0.5))
+    codes = world.block(superposition.STORED_STREAM, 0)[1]
     expected = [
-        superposition.label_of(int(row.argmax())) if row.any() else superposition.NOTHING for row in dense(codes, 40)
+        superposition.feature_label(int(row.argmax())) if row.any() else superposition.NO_FEATURE_LABEL
+        for row in dense(codes, 40)
     ]
-    rows = superposition.rows_of(settings(l0=0.5))
+    rows = superposition.superposed_rows(settings(l0=0.5))
     labels = next(rows.blocks(0))[1]
     assert labels == expected
-    assert superposition.NOTHING in labels
+    assert superposition.NO_FEATURE_LABEL in labels
     assert rows.pieces == sorted(rows.pieces)
     assert set(labels) <= set(rows.pieces)
 
@@ -188,16 +190,14 @@ def test_stored_rows_do_not_depend_on_the_size_of_parts(tmp_path, progress, part
     np.testing.assert_array_equal(stored(store, made), make_table(made.activations.synthetic).values)
 
 
-def kill_at(monkeypatch, start: int) -> None:
-    """Stop in the middle of the part that begins at this row."""
-    real = superposition.World.block
+def killed_at(start: int) -> Progress:
+    """Stops in the middle of the part that begins at this row."""
 
-    def block(self, stream, number):
-        if number * superposition.BLOCK_ROWS >= start + 1:
+    def stop(bar: Bar) -> None:
+        if bar.done > start:
             raise KeyboardInterrupt
-        return real(self, stream, number)
 
-    monkeypatch.setattr(superposition.World, "block", block)
+    return Progress(verbosity=-1, listener=stop)
 
 
 def test_a_killed_making_is_finished_to_the_same_bytes_without_making_again_what_is_there(
@@ -206,12 +206,11 @@ def test_a_killed_making_is_finished_to_the_same_bytes_without_making_again_what
     made = recipe()
     whole, cut = Store.create(tmp_path / "whole"), Store.create(tmp_path / "cut")
     import_table.run(whole, made, progress)
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        kill_at(patch, 7000)
-        import_table.run(cut, made, progress)
+    with contextlib.suppress(KeyboardInterrupt):
+        import_table.run(cut, made, killed_at(7000))
     numbers = []
-    real = superposition.World.block
-    monkeypatch.setattr(superposition.World, "block", lambda *a: numbers.append(a[2]) or real(*a))
+    real = superposition.SuperposedFeatures.block
+    monkeypatch.setattr(superposition.SuperposedFeatures, "block", lambda *a: numbers.append(a[2]) or real(*a))
     import_table.run(cut, made, progress)
     assert min(numbers) > 0
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
@@ -220,15 +219,14 @@ def test_a_killed_making_is_finished_to_the_same_bytes_without_making_again_what
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_more_samples_are_appended_and_fewer_take_nothing_away(tmp_path, progress, monkeypatch, killed):
+def test_more_samples_are_appended_and_fewer_take_nothing_away(tmp_path, progress, killed):
     store, few, many = Store.create(tmp_path / "store"), recipe(n_samples=7000), recipe(n_samples=16_000)
     import_table.run(store, few, progress)
     assert artefact(store, few) == artefact(store, many)
     kept = [part.folder for part in artefact(store, few).published().parts[:2]]
     if killed:
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            kill_at(patch, 12_000)
-            import_table.run(store, many, progress)
+        with contextlib.suppress(KeyboardInterrupt):
+            import_table.run(store, many, killed_at(12_000))
         assert artefact(store, few).published().total("n_documents") == 7000
     import_table.run(store, many, progress)
     parts = artefact(store, many).published().parts
@@ -266,8 +264,8 @@ def test_600_mb_of_rows_are_made_in_less_than_200_mib_of_memory(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"l0": 17.0}, r"synthetic\.l0 is 17, but 40 features at a rate of at most 0\.4\s+give 16.*\nLower"),
-        ({"max_rate": 0.5}, r"max_rate is 0\.5, but members of a group .*\n.*Set max_rate below group_chance"),
+        ({"l0": 17.0}, r"synthetic\.l0 is 17, but 40 features \(n_true\) at a rate of at most 0\.4 \(max_rate\) reach only 16.*\nLower"),
+        ({"max_rate": 0.5}, r"max_rate is 0\.5, but a feature in a group .*\nSet max_rate below group_chance"),
         ({"max_rate": 1.0}, r"max_rate is 1\.0, but"),
         ({"noise": -1.0}, r"noise is -1\.0"),
     ],

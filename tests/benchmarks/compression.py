@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saeflow.activations.packed import open_writer
-from saeflow.activations.shards import Stored, plan_layout
+from saeflow.activations.shards import StoredArray, plan_layout
+from saeflow.activations.writer import open_writer
 from saeflow.corpus import token_parts
 from saeflow.model.sites import SiteReader, load_model, resolve_sites
 from saeflow.pipeline import collect
@@ -62,7 +62,7 @@ def measured(values: np.ndarray, config: ActivationsConfig, folder: Path) -> tup
         writer.append(values[start : start + 16])
     writer.close()
     wrote = time.perf_counter() - began
-    array = Stored(path)
+    array = StoredArray(path)
     began = time.perf_counter()
     for start in range(0, len(values), 64):
         array.read(slice(start, start + 64))

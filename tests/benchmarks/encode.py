@@ -34,7 +34,7 @@ import torch
 from safetensors.torch import save_file
 
 from saeflow.activations import shards
-from saeflow.activations.synthetic.superposition import World
+from saeflow.activations.synthetic.superposition import SuperposedFeatures
 from saeflow.pipeline import collect, encode, import_table, train
 from saeflow.query import checks
 from saeflow.recipe.recipe import Recipe, parse_recipe
@@ -89,7 +89,7 @@ def prepared(folder: Path, size: Size) -> tuple[Store, Recipe]:
     synthetic = recipe.activations.synthetic
     assert synthetic is not None
     if not (folder / "sae").exists():
-        world = World.of(synthetic)
+        world = SuperposedFeatures.of(synthetic)
         sae = SparseAutoencoder(SAEConfig(architecture="topk", n_features=size.n_features, k=size.k), size.width)
         with torch.no_grad():
             for weight in (sae.W_enc, sae.W_dec):

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from saeflow.activations.shards import Stored
+from saeflow.activations.shards import StoredArray
 from saeflow.pipeline import encode, import_table, train
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.progress import Progress
@@ -60,7 +60,7 @@ def main() -> None:
     n_rows, n_features, times = (1 << 15, 1024, 1) if quick else (1 << 18, 4096, 3)
     three, pipe = recipes(n_rows, n_features), Pipe()
 
-    def n_bytes(array: Stored, rows: slice) -> int:
+    def n_bytes(array: StoredArray, rows: slice) -> int:
         start, stop, _ = rows.indices(array.shape[0])
         return (stop - start) * array.shape[1] * array.shape[2] * array.dtype.itemsize
 
@@ -70,7 +70,7 @@ def main() -> None:
             import_table.run(store, three[0], QUIET)
             for recipe in three:
                 train.run(store, recipe, QUIET)
-        with pipe.installed(Stored, "read", n_bytes):
+        with pipe.installed(StoredArray, "read", n_bytes):
             measured(apart, [three[:1]], pipe)  # compiles
             one_seconds, one_bytes = measured(apart, [three[:1]], pipe)
             ratios: dict[str, list[float]] = {}

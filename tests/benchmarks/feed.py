@@ -25,7 +25,7 @@ import pyarrow as pa
 from saeflow.activations import shards as arrays
 from saeflow.activations.epoch import plan_epoch
 from saeflow.activations.feed import Feed
-from saeflow.activations.writer import Writer
+from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
@@ -58,7 +58,7 @@ def make_store(folder: Path, n_bytes: int) -> None:
         token_parts.write_part(source, index, counts, packed, pa.table({"document_id": np.unique(owners)}))
         config = collect.ActivationsConfig(sites=[SITE.name])
         with target.new_part(index, counts) as place:
-            writer = Writer(place / SITE.file, arrays.plan_layout(n, LENGTH, WIDTH, config), "float16")
+            writer = ArrayWriter(place / SITE.file, arrays.plan_layout(n, LENGTH, WIDTH, config), "float16")
             writer.append(np.roll(noise, index, axis=0))
             writer.close()
     for item in (source, target):

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from saeflow.activations.synthetic import superposition
-from saeflow.activations.synthetic.truth import Truth
+from saeflow.activations.synthetic.ground_truth import GroundTruth
 from saeflow.cli.synth import Synth, judge, print_scores
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
@@ -99,12 +99,12 @@ def write_rows(recipe: Recipe, path: Path) -> float:
     """The recipe's rows, scaled to a mean squared distance of D from their mean, once; returns the scale."""
     made = recipe.activations.synthetic
     assert made is not None
-    blocks = [values for values, _ in itertools.islice(superposition.rows_of(made).blocks(0), 16)]
+    blocks = [values for values, _ in itertools.islice(superposition.superposed_rows(made).blocks(0), 16)]
     _, scale = mean_and_scale(torch.from_numpy(np.concatenate(blocks)), normalise=True)
     if not path.exists():
         rows = np.lib.format.open_memmap(path, "w+", np.float32, (made.n_samples, made.n_neurons))
         start = 0
-        for values, _ in superposition.rows_of(made).blocks(0):
+        for values, _ in superposition.superposed_rows(made).blocks(0):
             rows[start : start + len(values)] = values[: len(rows) - start] * np.float32(scale)
             start += len(values)
         rows.flush()
@@ -124,7 +124,7 @@ def load_sparsify(folder: Path) -> SparseAutoencoder:
     return sae
 
 
-def linear_f1(truth: Truth, n_blocks: int = 16, n_features: int = 256) -> float:
+def linear_f1(truth: GroundTruth, n_blocks: int = 16, n_features: int = 256) -> float:
     """Mean F1 of firing of the best linear detector of each feature (Fisher's discriminant: the inverse covariance of
     rows times the direction), each at its best threshold; of a sample of features."""
     blocks = list(itertools.islice(truth.fresh(), n_blocks))

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from saeflow.activations.tables import table as brought
+from saeflow.activations.synthetic.generate import make_table
+from saeflow.activations.tables.source import load_table
+from saeflow.activations.tables.stream import InMemoryTable
 from saeflow.pipeline import import_table
 from saeflow.pipeline.report import active_sets
 from saeflow.pipeline.train import Training, fit, open_feed
@@ -71,7 +73,7 @@ def dense(sae: SparseAutoencoder, x: torch.Tensor) -> np.ndarray:
     return values
 
 
-def found_phrases(table: brought.Table, sae: SparseAutoencoder, need_error: bool = True) -> bool:
+def found_phrases(table: InMemoryTable, sae: SparseAutoencoder, need_error: bool = True) -> bool:
     x = torch.from_numpy(table.values)
     good = not need_error or float((sae.eval().reconstruct(x) - x).square().mean()) <= LARGEST_ERROR
     return good and has_all_three(table.labels, dense(sae, x))
@@ -98,7 +100,7 @@ def trained_on(values: np.ndarray, recipe: Recipe, folder: Path) -> SparseAutoen
 
 def phrases(n_seeds: int, n_chance: int) -> Iterator[tuple[int, dict[str, float]]]:
     recipe = load_recipe(RECIPES / "toy.toml")
-    table = brought.read_table(str(recipe.activations.source))
+    table = load_table(str(recipe.activations.source))
     with stored(recipe) as train, tempfile.TemporaryDirectory() as folder:
         for n_features in (8, 16, 64):
             sized = partial(reseeded, recipe, n_features=n_features, l1_weight=0.005 * n_features)
@@ -110,7 +112,7 @@ def phrases(n_seeds: int, n_chance: int) -> Iterator[tuple[int, dict[str, float]
                 "untrained on a shuffled table": np.mean(
                     [
                         found_phrases(
-                            brought.Table(table.labels, shuffled(table.values, s)),
+                            InMemoryTable(table.labels, shuffled(table.values, s)),
                             SparseAutoencoder(sized(s).sae, 4),
                             False,
                         )
@@ -121,7 +123,7 @@ def phrases(n_seeds: int, n_chance: int) -> Iterator[tuple[int, dict[str, float]
             if n_features == 16:
                 hits = [
                     found_phrases(
-                        brought.Table(table.labels, shuffled(table.values, s)),
+                        InMemoryTable(table.labels, shuffled(table.values, s)),
                         trained_on(shuffled(table.values, s), sized(s), Path(folder)),
                     )
                     for s in range(max(n_chance // 10, 5))
@@ -139,10 +141,10 @@ def matched(found: torch.Tensor, directions: np.ndarray) -> np.ndarray:
     return np.asarray(cosines[rows, columns])
 
 
-def made(name: str, seed: int) -> tuple[Recipe, brought.Table]:
+def made(name: str, seed: int) -> tuple[Recipe, InMemoryTable]:
     recipe = load_recipe(RECIPES / f"{name}.toml", **{"activations.synthetic.seed": seed})
     assert recipe.activations.synthetic is not None
-    return reseeded(recipe, seed), brought.make_table(recipe.activations.synthetic)
+    return reseeded(recipe, seed), make_table(recipe.activations.synthetic)
 
 
 def directions(name: str, n_seeds: int, n_chance: int) -> dict[str, list[np.ndarray]]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 
 from saeflow.activations import shards as arrays
-from saeflow.activations.writer import Writer
+from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus import token_parts
 from saeflow.model.sites import Site, load_model
 from saeflow.pipeline import collect, import_table
@@ -176,7 +176,7 @@ def test_a_flipped_byte_is_noticed_where_a_shard_is_read_in_part(tmp_path):
     config = ActivationsConfig(sites=[SITE], chunk_bytes=2 * 8 * 4 * 2, shard_bytes=8 * 8 * 4 * 2)
     layout = arrays.plan_layout(8, 8, 4, config)
     assert (layout.chunk, layout.shard) == (2, 8)
-    writer = Writer(tmp_path / f"{SITE}.zarr", layout, "float16")
+    writer = ArrayWriter(tmp_path / f"{SITE}.zarr", layout, "float16")
     writer.append(np.ones((8, 8, 4), np.float16))
     writer.close()
     shard = tmp_path / f"{SITE}.zarr" / "c" / "0" / "0" / "0"
@@ -195,7 +195,7 @@ def test_shards_hold_the_bytes_that_zarr_would_write(tmp_path, n, chunk, per_sha
     mine, theirs = tmp_path / "mine.zarr", tmp_path / "theirs.zarr"
     for path in (mine, theirs):
         shutil.rmtree(path, ignore_errors=True)
-    writer = Writer(mine, arrays.Layout(values.shape, chunk, chunk * per_shard), "float16")
+    writer = ArrayWriter(mine, arrays.Layout(values.shape, chunk, chunk * per_shard), "float16")
     for start in range(0, n, batch):
         writer.append(values[start : start + batch])
     writer.close()
@@ -220,7 +220,7 @@ def test_a_disk_that_cannot_be_written_past_its_cache_is_written_through_it(tmp_
 
     monkeypatch.setattr("os.open", refusing)
     values = np.ones((4, 2, 3), np.float16)
-    writer = Writer(tmp_path / "a.zarr", arrays.Layout(values.shape, 2, 4), "float16")
+    writer = ArrayWriter(tmp_path / "a.zarr", arrays.Layout(values.shape, 2, 4), "float16")
     writer.append(values)
     writer.close()
     assert (zarr.open_array(tmp_path / "a.zarr")[:] == values).all()

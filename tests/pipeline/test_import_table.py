@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
-from saeflow.activations.tables.arrays import Reader
-from saeflow.activations.tables.row_labels import name_of, names_in_order, places_of
-from saeflow.activations.tables.table import content, make_table, open_rows, read_table
+from saeflow.activations.synthetic.generate import make_table
+from saeflow.activations.tables.row_labels import places_in_text_order, row_name, row_names_in_text_order
+from saeflow.activations.tables.source import load_table, open_table, source_checksum
+from saeflow.activations.tables.stream import TableReader
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.runtime.errors import UserError
 
@@ -38,7 +39,7 @@ def test_a_table_with_labels_is_read_from_every_format(tmp_path, name):
         quoted = ['"' + label.replace('"', '""') + '"' for label in LABELS]
         lines = [mark.join([label, *map(str, row)]) for label, row in zip(quoted, VALUES.tolist(), strict=True)]
         path.write_text("\n".join([mark.join(["phrase", "n1", "n2"]), *lines]) + "\n", "utf-8")
-    table = read_table(str(path))
+    table = load_table(str(path))
     assert table.labels == LABELS
     np.testing.assert_array_equal(table.values, VALUES)
     assert table.values.dtype == np.float32
@@ -47,14 +48,14 @@ def test_a_table_with_labels_is_read_from_every_format(tmp_path, name):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32])
 def test_an_array_is_read_in_float32_and_its_rows_are_numbered(tmp_path, dtype):
     np.save(tmp_path / "t.npy", VALUES.astype(dtype))
-    table = read_table(str(tmp_path / "t.npy"))
+    table = load_table(str(tmp_path / "t.npy"))
     np.testing.assert_array_equal(table.values, VALUES.astype(dtype).astype(np.float32))
     assert table.labels == ["row 0", "row 1", "row 2"]
 
 
 def test_a_table_without_a_text_column_has_numbered_rows(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2.5\n3,4\n")
-    table = read_table(str(tmp_path / "t.csv"))
+    table = load_table(str(tmp_path / "t.csv"))
     assert (table.labels, table.values.tolist()) == (["row 0", "row 1"], [[1, 2.5], [3, 4]])
 
 
@@ -62,7 +63,7 @@ def test_a_folder_named_like_a_column_is_none_of_the_table(tmp_path):
     folder = tmp_path / "a=9" / "year=2024"
     folder.mkdir(parents=True)
     (folder / "t.csv").write_text("a,b\n1,2.5\n3,4\n")
-    assert read_table(str(folder / "t.csv")).values.tolist() == [[1, 2.5], [3, 4]]
+    assert load_table(str(folder / "t.csv")).values.tolist() == [[1, 2.5], [3, 4]]
 
 
 BITS = VALUES.astype(np.float16).astype(np.float32)
@@ -89,7 +90,7 @@ CONTAINERS = ["t.npz", "t.safetensors", "v2.zarr", "v3.zarr"]
 @pytest.mark.parametrize("values", [VALUES, BITS.astype(np.float16), LONG], ids=["float32", "float16", "sequences"])
 def test_the_only_array_of_a_file_is_read_row_by_row(tmp_path, name, values):
     write_arrays(tmp_path / name, acts=values)
-    table = read_table(str(tmp_path / name))
+    table = load_table(str(tmp_path / name))
     np.testing.assert_array_equal(table.values, values.reshape(-1, values.shape[-1]).astype(np.float32))
     assert table.labels == [f"row {i}" for i in range(len(table.values))]
 
@@ -98,16 +99,16 @@ def test_the_only_array_of_a_file_is_read_row_by_row(tmp_path, name, values):
 def test_of_several_arrays_one_must_be_named(tmp_path, name):
     write_arrays(tmp_path / name, acts=VALUES, other=VALUES[:, :1])
     with pytest.raises(UserError, match=r"holds 2 arrays: acts, other\.\nSet activations\.source_array"):
-        read_table(str(tmp_path / name))
-    np.testing.assert_array_equal(read_table(str(tmp_path / name), "other").values, VALUES[:, :1])
+        load_table(str(tmp_path / name))
+    np.testing.assert_array_equal(load_table(str(tmp_path / name), "other").values, VALUES[:, :1])
     with pytest.raises(UserError, match=r"activations\.source_array is 'none', but .* holds: acts, other\."):
-        read_table(str(tmp_path / name), "none")
+        load_table(str(tmp_path / name), "none")
 
 
 @pytest.mark.parametrize("format", [2, 3])
 def test_a_zarr_array_without_a_group_is_read(tmp_path, format):
     zarr.create_array(tmp_path / "t", data=LONG, chunks=(2, 3, 5), zarr_format=format)
-    np.testing.assert_array_equal(read_table(str(tmp_path / "t")).values, LONG.reshape(-1, 5))
+    np.testing.assert_array_equal(load_table(str(tmp_path / "t")).values, LONG.reshape(-1, 5))
 
 
 def test_bfloat16_is_read_from_safetensors_and_from_saeflows_own_arrays(tmp_path):
@@ -118,7 +119,7 @@ def test_bfloat16_is_read_from_safetensors_and_from_saeflows_own_arrays(tmp_path
     )
     assert bits.dtype == np.uint16
     for name in ("t.safetensors", "t.zarr"):
-        np.testing.assert_array_equal(read_table(str(tmp_path / name)).values, values.float().numpy())
+        np.testing.assert_array_equal(load_table(str(tmp_path / name)).values, values.float().numpy())
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -128,12 +129,12 @@ def test_archives_may_be_packed_and_arrays_laid_out_by_columns(tmp_path, save, o
     save(tmp_path / "t.npz", values)
     np.save(tmp_path / "t.npy", values)
     for name in ("t.npz", "t.npy"):
-        np.testing.assert_array_equal(read_table(str(tmp_path / name)).values, VALUES)
+        np.testing.assert_array_equal(load_table(str(tmp_path / name)).values, VALUES)
 
 
 def test_a_column_of_lists_holds_a_row_each(tmp_path):
     pq.write_table(pa.table({"phrase": LABELS, "vector": VALUES.tolist()}), tmp_path / "t.parquet")
-    table = read_table(str(tmp_path / "t.parquet"))
+    table = load_table(str(tmp_path / "t.parquet"))
     np.testing.assert_array_equal(table.values, VALUES)
     assert table.labels == LABELS
 
@@ -168,7 +169,7 @@ def write_cache(
 @pytest.mark.parametrize("kind", [pa.float16(), pa.float32()])
 def test_the_cache_of_saelens_is_read_position_by_position_with_its_token_numbers(tmp_path, kind):
     write_cache(tmp_path / "cache", kind=kind)
-    table = read_table(str(tmp_path / "cache"))
+    table = load_table(str(tmp_path / "cache"))
     np.testing.assert_array_equal(table.values, LONG.reshape(-1, 5))
     assert table.labels == [f"token {10 * s + t}" for s in range(3) for t in range(4)]
 
@@ -176,8 +177,8 @@ def test_the_cache_of_saelens_is_read_position_by_position_with_its_token_number
 def test_an_older_cache_without_token_numbers_has_numbered_rows_and_one_of_several_hooks_is_named(tmp_path):
     write_cache(tmp_path / "cache", token_ids=False, hooks=("a", "b"))
     with pytest.raises(UserError, match="holds 2 arrays: a, b"):
-        read_table(str(tmp_path / "cache"))
-    assert read_table(str(tmp_path / "cache"), "b").labels[:2] == ["row 0", "row 1"]
+        load_table(str(tmp_path / "cache"))
+    assert load_table(str(tmp_path / "cache"), "b").labels[:2] == ["row 0", "row 1"]
 
 
 def every_format(folder):
@@ -194,12 +195,11 @@ def every_format(folder):
     return ["t.npy", *CONTAINERS, "t.parquet", "t.csv", "cache"]
 
 
-def test_every_format_gives_the_same_rows_wherever_reading_begins_and_however_small_the_blocks(tmp_path, monkeypatch):
+def test_every_format_gives_the_same_rows_wherever_reading_begins_and_however_small_the_blocks(tmp_path):
     values = LONG.reshape(-1, 5)
     for block_bytes in (1, 60, 1 << 20):
-        monkeypatch.setattr("saeflow.activations.tables.arrays._BLOCK_BYTES", block_bytes)
         for name in every_format(tmp_path) if block_bytes == 1 else [p.name for p in tmp_path.iterdir()]:
-            reader = Reader(open_rows(str(tmp_path / name)))
+            reader = TableReader(open_table(str(tmp_path / name), block_bytes=block_bytes))
             for start, stop in [(0, 12), (5, 7), (7, 12), (3, 4), (11, 12)]:
                 found = np.concatenate([each for each, _ in reader.read(start, stop)])
                 np.testing.assert_array_equal(found, values[start:stop], err_msg=f"{name}, {block_bytes}")
@@ -207,9 +207,9 @@ def test_every_format_gives_the_same_rows_wherever_reading_begins_and_however_sm
 
 @given(n_rows=st.integers(1, 1300))
 def test_names_of_rows_are_placed_in_text_order(n_rows):
-    names = [name_of(i) for i in range(n_rows)]
-    assert list(names_in_order(n_rows, batch=100)) == sorted(names)
-    assert [sorted(names)[place] for place in places_of(np.arange(n_rows), n_rows)] == names
+    names = [row_name(i) for i in range(n_rows)]
+    assert list(row_names_in_text_order(n_rows, batch=100)) == sorted(names)
+    assert [sorted(names)[place] for place in places_in_text_order(np.arange(n_rows), n_rows)] == names
 
 
 BIG = """
@@ -256,16 +256,16 @@ def write(path, content) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("t.npy", np.zeros(3), r"t\.npy has shape \(3,\); a table of rows × neurons is needed"),
+        ("t.npy", np.zeros(3), r"t\.npy has shape \(3,\), but it must be a table of rows × neurons"),
         ("t.npy", np.zeros((0, 3)), r"has shape \(0, 3\)"),
-        ("t.npy", np.array([["a", "b"]]), r"activations\.source: t\.npy is no array of numbers"),
-        ("t.npy", np.array([[None, {}]]), r"activations\.source: t\.npy is no array of numbers"),
-        ("t.npy", b"not an array", r"activations\.source: t\.npy is no array of numbers"),
+        ("t.npy", np.array([["a", "b"]]), r"activations\.source: t\.npy is not an array of numbers"),
+        ("t.npy", np.array([[None, {}]]), r"activations\.source: t\.npy is not an array of numbers"),
+        ("t.npy", b"not an array", r"activations\.source: t\.npy is not an array of numbers"),
         ("t.csv", b"name,kind\na,b\nc,d\n", r"t\.csv has no numeric column; it has name, kind"),
         ("t.parquet", b"not a parquet file", r"activations\.source: t\.parquet cannot be read: "),
         ("t.xlsx", b"", r"t\.xlsx, but \.xlsx is none of \.csv \.tsv \.parquet \.npy \.npz"),
-        ("t.npz", b"not an archive", r"t\.npz is no array of numbers in npz format"),
-        ("t.safetensors", b"nothing", r"t\.safetensors is no array of numbers in safetensors format"),
+        ("t.npz", b"not an archive", r"t\.npz is not an array of numbers in npz format"),
+        ("t.safetensors", b"nothing", r"t\.safetensors is not an array of numbers in safetensors format"),
         ("folder", {"a.txt": b""}, r"the folder folder is neither Zarr .* nor what SAELens"),
         ("cache", {".tmp_shards": None}, r"cache is an activation cache that SAELens did not finish"),
         ("cache", {"state.json": b"{"}, r"cache/state\.json cannot be read"),
@@ -277,32 +277,32 @@ def write(path, content) -> None:
 def test_a_table_that_is_none_is_said_in_one_message(tmp_path, name, content, says):
     write(tmp_path / name, content)
     with pytest.raises(UserError, match=says):
-        read_table(str(tmp_path / name))
+        load_table(str(tmp_path / name))
 
 
 def test_a_missing_table_is_named(tmp_path):
     with pytest.raises(UserError, match=r"activations\.source: no file at .*none\.csv"):
-        read_table(str(tmp_path / "none.csv"))
+        load_table(str(tmp_path / "none.csv"))
 
 
 def test_rows_that_are_cut_off_or_ragged_are_said_so(tmp_path):
     write_cache(tmp_path / "cache")
     (tmp_path / "cache" / "data-00001-of-00002.arrow").write_bytes(b"")
     with pytest.raises(UserError, match=r"activations\.source: cache cannot be read"):
-        read_table(str(tmp_path / "cache"))
+        load_table(str(tmp_path / "cache"))
     pq.write_table(pa.table({"v": [[1.0, 2.0], [3.0]]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=r"t\.parquet cannot be read: lists have different lengths: 1 and 2"):
-        read_table(str(tmp_path / "t.parquet"))
+        load_table(str(tmp_path / "t.parquet"))
 
 
 def test_the_content_of_a_folder_changes_with_any_file_of_it_but_caches_of_shuffles(tmp_path):
     write_cache(tmp_path / "cache")
-    before = content(str(tmp_path / "cache"))
+    before = source_checksum(str(tmp_path / "cache"))
     (tmp_path / "cache" / "cache-1.arrow").write_bytes(b"another")
-    assert content(str(tmp_path / "cache")) == before
+    assert source_checksum(str(tmp_path / "cache")) == before
     write_cache(tmp_path / "other", values=LONG + 1)
-    assert content(str(tmp_path / "other")) != before
-    assert content(str(tmp_path / "none")) is None
+    assert source_checksum(str(tmp_path / "other")) != before
+    assert source_checksum(str(tmp_path / "none")) is None
 
 
 def sparse(**settings) -> SyntheticConfig:

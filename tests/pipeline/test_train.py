@@ -288,7 +288,7 @@ def test_a_row_that_is_not_finite_is_named_with_its_part_sequence_and_position(s
     training = train.Training.begin(feed, recipe)
     training.step = 4
     values = next(feed.batches(skip=4)).clone()
-    place = feed.whereabouts(4, 17)
+    place = feed.locate(4, 17)
     values[17, 3] = float("nan")
     with pytest.raises(UserError) as caught:
         training.advance(Batch(4, (values,), feed))

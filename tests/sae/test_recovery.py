@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saeflow.activations.synthetic import toys
-from saeflow.activations.synthetic.truth import Codes, Truth
+from saeflow.activations.synthetic import toy_models
+from saeflow.activations.synthetic.ground_truth import Codes, GroundTruth
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.synthetic import SyntheticConfig
@@ -30,7 +30,7 @@ def orthogonal(n: int = N, width: int = WIDTH, seed: int = 0) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0][:n].astype(np.float32)
 
 
-def made_truth(rates: np.ndarray, noise: float = 0.0, n_rows: int = 400) -> Truth:
+def made_truth(rates: np.ndarray, noise: float = 0.0, n_rows: int = 400) -> GroundTruth:
     """Orthogonal directions, each firing by itself, of strength 1 to 2."""
     directions = orthogonal(len(rates))
 
@@ -41,7 +41,7 @@ def made_truth(rates: np.ndarray, noise: float = 0.0, n_rows: int = 400) -> Trut
             rows = strengths @ directions + noise * dice.normal(size=(n_rows, WIDTH))
             yield rows.astype(np.float32), Codes.of_dense(strengths.astype(np.float32))
 
-    return Truth(directions, rates, noise, fresh)
+    return GroundTruth(directions, rates, noise, fresh)
 
 
 RATES = np.array([0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.05, 0.05])
@@ -53,7 +53,9 @@ def sparse_of(values: Tensor) -> SparseValues:
     return SparseValues(codes.row_starts, codes.feature_ids.astype(np.int32), codes.values)
 
 
-def judged(w_dec: Tensor, threshold: float = 0.5, truth: Truth = TRUTH, n_tokens: int = 10**6, **changes) -> Scores:
+def judged(
+    w_dec: Tensor, threshold: float = 0.5, truth: GroundTruth = TRUTH, n_tokens: int = 10**6, **changes
+) -> Scores:
     """Of the dictionary that codes with its own directions, scaled to unit length; what is below a threshold is cut."""
     units = torch.nn.functional.normalize(w_dec, dim=1)
 
@@ -250,14 +252,14 @@ def test_every_kind_knows_its_directions_and_gives_rows_that_are_not_stored(conf
 
 
 def stored_rows(config: SyntheticConfig) -> np.ndarray:
-    from saeflow.activations.tables.table import make_table
+    from saeflow.activations.synthetic.generate import make_table
 
     return make_table(config).values
 
 
 def test_features_that_the_toy_model_does_not_represent_are_not_asked_for():
     config = kind("superposition", n_neurons=2, n_true=12, density=0.3)
-    lengths = np.linalg.norm(toys.table(config)[1], axis=1)
+    lengths = np.linalg.norm(toy_models.toy_rows(config)[1], axis=1)
     assert len(truth_of(config).directions) == (lengths > 0.5).sum() < 12
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.activations.shards import plan_layout
-from saeflow.activations.writer import Writer
+from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus import token_parts as tokens
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.features.compaction import BUCKET_VALUES, MOST_VALUES, PIECE_VALUES
@@ -161,7 +161,7 @@ class Many:
         """A real `zarr.json`: the feed opens arrays for it."""
         scratch = self.store.root / "tmp" / "described.zarr"
         if not scratch.exists():
-            Writer(scratch, plan_layout(self.n_sequences, LENGTH, WIDTH, self.recipe.activations), "float16")
+            ArrayWriter(scratch, plan_layout(self.n_sequences, LENGTH, WIDTH, self.recipe.activations), "float16")
         return scratch / "zarr.json"
 
     def _publish(self, target: Artefact, parts: Iterator[PartRecord]) -> None:

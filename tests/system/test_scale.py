@@ -18,7 +18,7 @@ import zarr
 
 import saeflow.store.artefact
 from saeflow.activations import feed
-from saeflow.activations.epoch import pool_blocks
+from saeflow.activations.epoch import fit_pool
 from saeflow.activations.feed import Feed
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
@@ -186,7 +186,7 @@ def test_a_recipe_of_the_page_on_scale_is_one(fragment):
     recipe = parse_recipe(tomllib.loads(fragment))
     assert recipe.tokens.part_tokens == 1 << 22
     sequence_bytes = recipe.tokens.context_length * 4096 * 2
-    assert pool_blocks(recipe.feed, sequence_bytes)[1] >= 100, "a pool of fewer blocks does not mix"
+    assert fit_pool(recipe.feed, sequence_bytes)[1] >= 100, "a pool of fewer blocks does not mix"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Activations that a user brings as a table. Read `table` first.
+"""Activations that a user brings as a table. Read `source` first.
 
-table       a table from a file or folder, a few megabytes at a time
+source      a user's table: opened, checked, and told apart by a checksum
+stream      a table as a stream of blocks of rows
 arrays      npy, npz, safetensors and Zarr
 columns     CSV, Parquet and Arrow
-row_labels  the names of the rows
+row_labels  names of rows without labels
 """

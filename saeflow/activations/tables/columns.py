@@ -1,4 +1,4 @@
-"""Tables of activations in files of columns (CSV, Parquet, Arrow), read a few megabytes at a time."""
+"""Tables of activations in files of columns: CSV, Parquet and Arrow."""
 
 from __future__ import annotations
 
@@ -12,119 +12,123 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saeflow.activations.tables.arrays import Block, Rows, block_rows, choose, unreadable
+from saeflow.activations.tables.arrays import choose_array
+from saeflow.activations.tables.stream import BLOCK_BYTES, RowBlock, TableRows, rows_at_once, unreadable_table
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import read_json
 
-_TOKEN_IDS = "token_ids"
-"""SAELens' column of what the model read."""
+_SAELENS_TOKEN_IDS = "token_ids"
+"""SAELens' column of the tokens that the model read."""
 
 
-def csv_rows(file: Path) -> Rows:
-    """Streamed through DuckDB in the order of the file."""
+def csv_rows(file: Path, block_bytes: int = BLOCK_BYTES) -> TableRows:
+    """Stream a CSV file through DuckDB in its own order."""
     try:
         with duckdb.connect() as connection:
-            relation = _csv(connection, file)
-            numbers, label = _numbers_and_label(file, relation.limit(0).to_arrow_table().schema)
+            relation = _open_csv(connection, file)
+            numbers, label = _number_and_label_columns(file, relation.limit(0).to_arrow_table().schema)
             n_rows = relation.count("*").fetchall()[0][0]
     except duckdb.Error as error:
-        raise unreadable(file.name, error) from error
+        raise unreadable_table(file.name, error) from error
 
-    def blocks(start: int) -> Iterator[Block]:
+    def blocks(start: int) -> Iterator[RowBlock]:
         with duckdb.connect() as connection:
             wanted = ", ".join('"' + name.replace('"', '""') + '"' for name in [*numbers, *label])
-            found = _csv(connection, file).project(wanted)
+            found = _open_csv(connection, file).project(wanted)
             try:
-                batches = found.to_arrow_reader(min(block_rows(len(numbers)), 100_000))
-                yield from _skipped((_block(batch, numbers, label) for batch in batches), start)
+                batches = found.to_arrow_reader(min(rows_at_once(len(numbers), block_bytes), 100_000))
+                yield from _without_first_rows((_column_block(batch, numbers, label) for batch in batches), start)
             except duckdb.Error as error:
                 raise ValueError(str(error)) from error
 
-    return Rows(file.name, n_rows, len(numbers), blocks)
+    return TableRows(file.name, n_rows, len(numbers), blocks)
 
 
-def _csv(connection: duckdb.DuckDBPyConnection, file: Path) -> duckdb.DuckDBPyRelation:
-    """A folder `a=1` above the file is no column of it."""
+def _open_csv(connection: duckdb.DuckDBPyConnection, file: Path) -> duckdb.DuckDBPyRelation:
+    """Open a CSV file. A folder named `a=1` above it does not become a column."""
     return connection.read_csv(str(file), hive_partitioning=False)
 
 
-def parquet_rows(file: Path, wanted: str | None) -> Rows:
-    """Numeric columns are neurons; where there are none, one column holds a list of numbers a row."""
+def parquet_rows(file: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES) -> TableRows:
+    """Read a Parquet file. Numeric columns are neurons; without any, one column must hold a list per row."""
     try:
         about = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise unreadable(file.name, error) from error
+        raise unreadable_table(file.name, error) from error
     schema, n_rows = about.schema_arrow, about.metadata.num_rows
     ends = np.cumsum([about.metadata.row_group(i).num_rows for i in range(about.num_row_groups)])
     vectors = _vector_columns(schema)
-    nested = vectors and (wanted is not None or not _numeric(schema))
+    nested = vectors and (wanted is not None or not _numeric_columns(schema))
     numbers, label = (
-        ([choose(vectors, wanted, file.name)], _texts(schema)) if nested else _numbers_and_label(file, schema)
+        ([choose_array(vectors, wanted, file.name)], _label_columns(schema))
+        if nested
+        else _number_and_label_columns(file, schema)
     )
 
-    def blocks(start: int, n: int = 0) -> Iterator[Block]:
+    def blocks(start: int, n: int = 0) -> Iterator[RowBlock]:
         group = int(np.searchsorted(ends, start, side="right"))
         skip = start - (int(ends[group - 1]) if group else 0)
         with pq.ParquetFile(file) as opened:
             batches = opened.iter_batches(
-                n or block_rows(width), row_groups=range(group, len(ends)), columns=[*numbers, *label]
+                n or rows_at_once(width, block_bytes), row_groups=range(group, len(ends)), columns=[*numbers, *label]
             )
             each = (
-                _list_block(batch, numbers[0], label) if nested else _block(batch, numbers, label) for batch in batches
+                _list_block(batch, numbers[0], label) if nested else _column_block(batch, numbers, label)
+                for batch in batches
             )
-            yield from _skipped(each, skip)
+            yield from _without_first_rows(each, skip)
 
     width = len(numbers)
     if nested and n_rows:
         width = next(blocks(0, 1))[0].shape[1]
-    return Rows(file.name, n_rows, width, blocks)
+    return TableRows(file.name, n_rows, width, blocks)
 
 
-def arrow_rows(folder: Path, wanted: str | None) -> Rows:
-    """What `datasets` saves, and with it SAELens' activation cache: lists [context, D], or [D], of one column.
+def arrow_rows(folder: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES) -> TableRows:
+    """Read what `datasets` saves, such as SAELens' activation cache: a column of lists [context, D] or [D].
 
-    Rows are the contexts' positions in order, labelled by their token numbers where SAELens kept them. Files are
-    mapped, not read: SAELens' batches are as large as its buffer.
+    Rows are the positions of the contexts in order, labelled by their token numbers if SAELens kept them. Files are
+    mapped into memory, since SAELens' batches are as large as its buffer.
     """
     files = arrow_files(folder)
     try:
-        schema = _opened(files[0]).schema if files else pa.schema([])
-        name = choose(_vector_columns(schema), wanted, folder.name)
-        label = [_TOKEN_IDS] if _TOKEN_IDS in schema.names else []
-        first = next(batch.slice(0, 1) for file in files for batch in _opened(file) if batch.num_rows)
+        schema = _record_batches(files[0]).schema if files else pa.schema([])
+        name = choose_array(_vector_columns(schema), wanted, folder.name)
+        label = [_SAELENS_TOKEN_IDS] if _SAELENS_TOKEN_IDS in schema.names else []
+        first = next(batch.slice(0, 1) for file in files for batch in _record_batches(file) if batch.num_rows)
         per, width = _matrix(first.column(name)).shape
-        n_rows = sum(batch.num_rows for file in files for batch in _opened(file)) * per
+        n_rows = sum(batch.num_rows for file in files for batch in _record_batches(file)) * per
     except StopIteration:
         raise UserError(f"activations.source: {folder.name} holds no rows.") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise unreadable(folder.name, error) from error
-    step = max(block_rows(width) // per, 1)
+        raise unreadable_table(folder.name, error) from error
+    step = max(rows_at_once(width, block_bytes) // per, 1)
 
-    def blocks(start: int) -> Iterator[Block]:
-        for batch in (batch for file in files for batch in _opened(file)):
+    def blocks(start: int) -> Iterator[RowBlock]:
+        for batch in (batch for file in files for batch in _record_batches(file)):
             n_rows = batch.num_rows * per
             if start < n_rows:
                 pieces = (batch.slice(n, step) for n in range(start // per, batch.num_rows, step))
-                yield from _skipped((_list_block(piece, name, label) for piece in pieces), start % per)
+                yield from _without_first_rows((_list_block(piece, name, label) for piece in pieces), start % per)
             start = max(start - n_rows, 0)
 
-    return Rows(folder.name, n_rows, width, blocks)
+    return TableRows(folder.name, n_rows, width, blocks)
 
 
 def arrow_files(folder: Path) -> list[Path]:
-    """The files that the folder's state.json lists; others may be caches of shuffles."""
+    """Return the files that the folder's state.json lists. Others may be caches of shuffles."""
     try:
         listed = [folder / str(each["filename"]) for each in read_json(folder / "state.json")["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(f"{folder.name}/state.json", error) from error
+        raise unreadable_table(f"{folder.name}/state.json", error) from error
     for file in listed:
         if not file.is_file():
             raise UserError(f"activations.source: {folder.name} lacks {file.name}, which its state.json lists.")
     return listed
 
 
-def _opened(file: Path) -> Any:
-    """Record batches of a mapped file; `datasets` writes the stream format, others may write the file format."""
+def _record_batches(file: Path) -> Any:
+    """Map a file of record batches. `datasets` writes the stream format; others may write the file format."""
     mapped = pa.memory_map(str(file))
     try:
         return pa.ipc.open_stream(mapped)
@@ -136,27 +140,27 @@ def _opened(file: Path) -> Any:
         )
 
 
-def _numeric(schema: pa.Schema) -> list[str]:
+def _numeric_columns(schema: pa.Schema) -> list[str]:
     kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal)
     return [field.name for field in schema if any(is_kind(field.type) for is_kind in kinds)]
 
 
-def _texts(schema: pa.Schema) -> list[str]:
-    """The first column of texts, if there is one."""
+def _label_columns(schema: pa.Schema) -> list[str]:
+    """Return the first column of texts, if there is one."""
     kinds = (pa.types.is_string, pa.types.is_large_string)
     plain = {f.name: f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in schema}
     return [name for name, kind in plain.items() if any(is_kind(kind) for is_kind in kinds)][:1]
 
 
-def _numbers_and_label(file: Path, schema: pa.Schema) -> tuple[list[str], list[str]]:
-    numbers = _numeric(schema)
+def _number_and_label_columns(file: Path, schema: pa.Schema) -> tuple[list[str], list[str]]:
+    numbers = _numeric_columns(schema)
     if not numbers:
         raise UserError(f"activations.source: {file.name} has no numeric column; it has {', '.join(schema.names)}.")
-    return numbers, _texts(schema)
+    return numbers, _label_columns(schema)
 
 
 def _vector_columns(schema: pa.Schema) -> list[str]:
-    """Columns of lists of floats, however deep."""
+    """Return the columns of (nested) lists of floats."""
     return [field.name for field in schema if _is_list(field.type) and pa.types.is_floating(_leaf(field.type))]
 
 
@@ -171,7 +175,7 @@ def _leaf(kind: pa.DataType) -> pa.DataType:
 
 
 def _matrix(column: Any) -> np.ndarray:
-    """Rows (n, D) of nested lists, whatever their depth. Raises ValueError where their lengths differ."""
+    """Return nested lists of any depth as rows (n, D). Raises ValueError if their lengths differ."""
     values = column.storage if isinstance(column, pa.ExtensionArray) else column
     width = 0
     while _is_list(values.type):
@@ -184,12 +188,12 @@ def _matrix(column: Any) -> np.ndarray:
     return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(-1, width)
 
 
-def _block(batch: pa.RecordBatch, numbers: list[str], label: list[str]) -> Block:
+def _column_block(batch: pa.RecordBatch, numbers: list[str], label: list[str]) -> RowBlock:
     columns = [batch.column(name).cast(pa.float64()).to_numpy(zero_copy_only=False) for name in numbers]
     return np.column_stack(columns), _labels(batch, label, batch.num_rows)
 
 
-def _list_block(batch: pa.RecordBatch, name: str, label: list[str]) -> Block:
+def _list_block(batch: pa.RecordBatch, name: str, label: list[str]) -> RowBlock:
     if not batch.num_rows:
         return np.empty((0, 1)), [] if label else None
     values = _matrix(batch.column(name))
@@ -197,7 +201,7 @@ def _list_block(batch: pa.RecordBatch, name: str, label: list[str]) -> Block:
 
 
 def _labels(batch: pa.RecordBatch, label: list[str], n_rows: int) -> list[str] | None:
-    """Texts, or `token <number>`."""
+    """Return the labels: texts, or `token <number>`."""
     if not label:
         return None
     column = batch.column(label[0])
@@ -208,8 +212,8 @@ def _labels(batch: pa.RecordBatch, label: list[str], n_rows: int) -> list[str] |
     return [f"token {number}" for number in found] if token_numbers else [str(text) for text in found]
 
 
-def _skipped(blocks: Iterator[Block], n_rows: int) -> Iterator[Block]:
-    """Without the first rows."""
+def _without_first_rows(blocks: Iterator[RowBlock], n_rows: int) -> Iterator[RowBlock]:
+    """Leave out the first rows of a stream."""
     for values, labels in blocks:
         if n_rows < len(values):
             yield values[n_rows:], labels[n_rows:] if labels else None

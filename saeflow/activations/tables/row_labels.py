@@ -1,4 +1,4 @@
-"""Rows without labels are called by their number; their vocabulary is in text order, as any other."""
+"""Names of rows without labels. They go by their number, and their vocabulary is in text order like any other."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 
 
-def name_of(row: int) -> str:
+def row_name(row: int) -> str:
     return f"row {row}"
 
 
-def places_of(numbers: np.ndarray, n_rows: int) -> np.ndarray:
-    """int64: place of `row <number>` among `row 0` … `row <n_rows - 1>` in text order, where 10 comes before 2.
+def places_in_text_order(numbers: np.ndarray, n_rows: int) -> np.ndarray:
+    """Return the place (int64) of each `row <number>` among `row 0` … `row <n_rows - 1>` in text order.
 
-    Counts, for each length of numbers, those that come before: they are from 10, 100, … up to the number cut or filled
-    to that length.
+    In text order 10 comes before 2. For each length of numbers, those that come before are counted: they go from 10,
+    100, … up to the number cut or filled to that length.
     """
     numbers = np.asarray(numbers, np.int64)
     n_digits = np.array([len(str(number)) for number in numbers.tolist()], np.int64)
@@ -29,11 +29,11 @@ def places_of(numbers: np.ndarray, n_rows: int) -> np.ndarray:
     return np.where(numbers == 0, 0, places)
 
 
-def names_in_order(n_rows: int, batch: int = 1 << 17) -> Iterator[str]:
-    """All names in text order; holds four bytes a row, eight beyond two thousand million."""
+def row_names_in_text_order(n_rows: int, batch: int = 1 << 17) -> Iterator[str]:
+    """Yield all names in text order. Holds four bytes per row, or eight for more than two thousand million rows."""
     order = np.empty(n_rows, np.int32 if n_rows < 2**31 else np.int64)
     for start in range(0, n_rows, batch):
         numbers = np.arange(start, min(start + batch, n_rows))
-        order[places_of(numbers, n_rows)] = numbers
+        order[places_in_text_order(numbers, n_rows)] = numbers
     for start in range(0, n_rows, batch):
-        yield from map(name_of, order[start : start + batch].tolist())
+        yield from map(row_name, order[start : start + batch].tolist())

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from saeflow.activations.packed import PackedWriter, open_writer
-from saeflow.activations.shards import Layout, Stored
-from saeflow.activations.writer import Writer
+from saeflow.activations.shards import Layout, StoredArray
+from saeflow.activations.writer import ArrayWriter, CompressedArrayWriter, open_writer
 from saeflow.corpus import token_parts
 from saeflow.pipeline import collect, import_table
 from saeflow.recipe.recipe import parse_recipe
@@ -19,13 +18,13 @@ from saeflow.store.verify import verify
 from tests.support.small_pipeline import a_table, brought_data, recipe_data, tree, write_table
 
 
-def packed(path, values: np.ndarray, batch: int = 3) -> Stored:
+def packed(path, values: np.ndarray, batch: int = 3) -> StoredArray:
     """Two sequences a chunk, four a shard."""
-    writer = PackedWriter(path, Layout(values.shape, 2, 4), str(values.dtype))
+    writer = CompressedArrayWriter(path, Layout(values.shape, 2, 4), str(values.dtype))
     for start in range(0, len(values), batch):
         writer.append(values[start : start + batch])
     writer.close()
-    return Stored(path)
+    return StoredArray(path)
 
 
 VALUES = np.random.default_rng(0).normal(size=(11, 3, 40)).astype(np.float16)
@@ -36,7 +35,7 @@ def test_what_is_read_is_what_was_written_however_it_came(tmp_path, batch):
     values = VALUES.copy()
     values[4:8] = 0
     found = packed(tmp_path / "a.zarr", values, batch)
-    assert not found._plain
+    assert not found._is_uncompressed
     for rows in (slice(0, 11), slice(3, 9), slice(10, 11), slice(5, 5)):
         np.testing.assert_array_equal(found.read(rows).numpy(), values[rows])
 
@@ -51,7 +50,7 @@ def test_a_pipeline_reads_the_same_values_compressed_or_not(tmp_path, progress, 
         _, artefact = import_table.run(where, parse_recipe(data), progress)
         site = collect.choose_site(artefact, None)
         parts = artefact.published().parts
-        found.append(torch.cat([Stored(artefact.part_path(p) / site.file).read(slice(None)) for p in parts]))
+        found.append(torch.cat([StoredArray(artefact.part_path(p) / site.file).read(slice(None)) for p in parts]))
         assert list(verify(where, full=True)) == []
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
@@ -94,4 +93,4 @@ def test_without_compression_nothing_changes_its_name_or_its_writer(tmp_path, in
     assert names[0] == names[1] != names[2]
     assert "compression" not in collect.facts(store, usual)
     writer = open_writer(tmp_path / "a.zarr", Layout((1, 1, 1), 1, 1), ActivationsConfig())
-    assert isinstance(writer, Writer)
+    assert isinstance(writer, ArrayWriter)

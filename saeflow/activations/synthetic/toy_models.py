@@ -1,4 +1,4 @@
-"""The toys of the founding articles: a few neurons, a few known features, all rows in memory."""
+"""The toys of the founding articles: a few neurons and a few known features, with all rows in memory."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from saeflow.activations.synthetic.truth import Codes, Truth, random_numbers
+from saeflow.activations.synthetic.ground_truth import Codes, GroundTruth, random_numbers
 from saeflow.recipe.synthetic import SyntheticConfig
 
 _TOY_STEPS = 3000
-_FRESH, _FRESH_ROWS = 1, 4096
-"""Stream of random numbers from which fresh rows come, and rows in a block of them."""
+_FRESH_STREAM, _FRESH_ROWS = 1, 4096
+"""The stream of random numbers that makes fresh rows, and the rows in one block of them."""
 _REPRESENTED = 0.5
-"""Shortest direction in the hidden layer of a feature that counts as represented by the toy model of superposition."""
+"""The toy model of superposition represents a feature if its direction in the hidden layer is at least this long."""
 
-_Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
-"""Rows (B, D), at most so many as asked for, and the strengths (B, n) of the known features in them, 0 where absent."""
+_Sampler = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+"""Draws at most the given number of rows (B, D), and the strengths (B, n) of the known features, 0 if absent."""
 
 
-def table(config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows float32 (N, D) and the known directions (n, D)."""
+def toy_rows(config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows float32 (N, D) and the known directions (n, D)."""
     generator = torch.Generator().manual_seed(config.seed)
-    directions, draw = _world(config, generator)
+    directions, draw = _directions_and_sampler(config, generator)
     return draw(config.n_samples, generator)[0].numpy(), directions.numpy()
 
 
-def truth(config: SyntheticConfig) -> Truth:
-    """What is known of the same rows. Features that the toy model of superposition does not represent are left out."""
-    directions, draw = _world(config, torch.Generator().manual_seed(config.seed))
+def toy_truth(config: SyntheticConfig) -> GroundTruth:
+    """Return what is known about `toy_rows`, without features that the toy model does not represent."""
+    directions, draw = _directions_and_sampler(config, torch.Generator().manual_seed(config.seed))
     lengths = torch.linalg.vector_norm(directions, dim=1)
     known = lengths > _REPRESENTED
 
     def fresh() -> Iterator[tuple[np.ndarray, Codes]]:
         for number in itertools.count():
-            seed = int(random_numbers(config.seed, _FRESH, number).integers(2**32))
+            seed = int(random_numbers(config.seed, _FRESH_STREAM, number).integers(2**32))
             rows, strengths = draw(_FRESH_ROWS, torch.Generator().manual_seed(seed))
             yield rows.numpy(), Codes.of_dense((strengths * lengths)[:, known].numpy())
 
     units = tf.normalize(directions[known], dim=1).numpy()
-    return Truth(units, np.full(len(units), _rate(config)), 0.0, fresh)
+    return GroundTruth(units, np.full(len(units), _rate(config)), 0.0, fresh)
 
 
 def _rate(config: SyntheticConfig) -> float:
-    """Share of rows in which a feature fires; all are alike."""
+    """Return the share of rows in which a feature fires. It is the same for all features."""
     if config.kind == "sparse":
         return (1 + config.n_active) / 2 / config.n_true
-    return float(config.density / (1 - (1 - config.density) ** config.n_true))  # rows without any are left out
+    return float(config.density / (1 - (1 - config.density) ** config.n_true))  # rows without any feature are left out
 
 
-def _world(config: SyntheticConfig, generator: torch.Generator) -> tuple[Tensor, _Draw]:
-    """Directions (n, D), and what draws rows; both by the same generator, directions first."""
-    return _sparse_mixture(config, generator) if config.kind == "sparse" else _superposition(config, generator)
+def _directions_and_sampler(config: SyntheticConfig, generator: torch.Generator) -> tuple[Tensor, _Sampler]:
+    """Return the directions (n, D) and a sampler of rows. The generator makes the directions first."""
+    return _sparse_mixture(config, generator) if config.kind == "sparse" else _toy_superposition(config, generator)
 
 
-def _sparse_mixture(config: SyntheticConfig, generator: torch.Generator) -> tuple[Tensor, _Draw]:
-    """Rows are sums of one to `n_active` of `n_true` random unit directions, strengths uniform in [0, 1]."""
+def _sparse_mixture(config: SyntheticConfig, generator: torch.Generator) -> tuple[Tensor, _Sampler]:
+    """Rows are sums of one to `n_active` of `n_true` random unit directions, with strengths uniform in [0, 1]."""
     directions = tf.normalize(torch.randn(config.n_true, config.n_neurons, generator=generator), dim=1)
 
     def draw(n_rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -73,8 +73,8 @@ def _sparse_mixture(config: SyntheticConfig, generator: torch.Generator) -> tupl
     return directions, draw
 
 
-def _superposition(config: SyntheticConfig, generator: torch.Generator) -> tuple[Tensor, _Draw]:
-    """The hidden layer of a toy model of superposition, `relu(W'Wx + b)` trained to copy sparse x; x = 0 is left out.
+def _toy_superposition(config: SyntheticConfig, generator: torch.Generator) -> tuple[Tensor, _Sampler]:
+    """Rows are the hidden layer of `relu(W'Wx + b)`, trained to copy sparse x. Rows of x = 0 are left out.
 
     Elhage et al. 2022 (transformer-circuits.pub/2022/toy_model). Directions are the columns of W (m, n).
     """
