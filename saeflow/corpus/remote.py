@@ -141,10 +141,10 @@ def _url_errors(path: str) -> Iterator[None]:
     except failures as error:
         if not is_url(path):
             raise
-        raise UserError(f"corpus.files: {path} cannot be read ({_first_line(error)}).\n{_remedy(path)}") from error
+        raise UserError(f"corpus.files: {path} cannot be read ({_reason(error)}).\n{_remedy(path)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

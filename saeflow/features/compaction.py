@@ -36,7 +36,7 @@ from saeflow.features.schema import PART_TABLES, TOP, TOP_VOCAB
 from saeflow.features.statistics import Totals
 from saeflow.features.token_columns import TokenFacts, facts_of
 from saeflow.runtime.progress import Bar, Progress
-from saeflow.runtime.threads import in_order
+from saeflow.runtime.threads import map_in_order
 from saeflow.sae import kernels
 from saeflow.sae.encoder import FeatureMajor, SparseValues, feature_major
 from saeflow.store.artefact import Artefact
@@ -249,7 +249,7 @@ class _Merger:
             self.totals.absorb({name: self._table(part, name) for name in PART_TABLES})
         writer = TokenMajorWriter(self.folder, 2 * PIECE_VALUES)
         about: dict[int, TokenFacts] = {}
-        for index, token_ids, sparse in in_order(self._read, self._pieces(), 1):
+        for index, token_ids, sparse in map_in_order(self._read, self._pieces(), 1):
             if index not in about:
                 about = {index: self._see(index, counted)}
             if not counted or not pairs.exact:
@@ -275,7 +275,7 @@ class _Merger:
         return pq.read_table(self.target.part_file(part, f"{name}.parquet"))
 
     def _values(self) -> Iterator[SparseValues]:
-        return (sparse for _, _, sparse in in_order(self._read, self._pieces(), 1))
+        return (sparse for _, _, sparse in map_in_order(self._read, self._pieces(), 1))
 
     def _pieces(self) -> Iterator[tuple[int, PartRecord, int, int]]:
         """What is read at once: an activation part, the part that holds it, first and last token. In the order of
@@ -295,7 +295,7 @@ class _Merger:
         found = buckets(self.totals.n_tokens, BUCKET_VALUES)
         n_values = [int(self.totals.n_tokens[a : b + 1].sum()) for a, b in found]
         groups = [[found[number] for number in group] for group in together_within(n_values, PIECE_VALUES)]
-        for group, words in zip(groups, in_order(self._write_group, groups, torch.get_num_threads()), strict=True):
+        for group, words in zip(groups, map_in_order(self._write_group, groups, torch.get_num_threads()), strict=True):
             self.totals.words(group[0][0], words)
 
     def _write_group(self, group: list[tuple[int, int]]) -> Grouped:

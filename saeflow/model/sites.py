@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from saeflow.corpus.remote import hub_errors
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.settings import ModelConfig
-from saeflow.runtime.devices import device, to_device
+from saeflow.runtime.devices import choose_device, to_device
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum
 
@@ -58,7 +58,7 @@ def load_model(config: ModelConfig) -> nn.Module:
     loader = getattr(transformers, named[0], None) if named else None
     fallback = transformers.AutoModelForCausalLM if is_gguf(config.path) else transformers.AutoModel
     model = _load((loader or fallback).from_pretrained, config, dtype=getattr(torch, config.dtype))
-    ready: nn.Module = model.eval().requires_grad_(False).to(device("model.device", config.device))
+    ready: nn.Module = model.eval().requires_grad_(False).to(choose_device("model.device", config.device))
     return ready
 
 

@@ -35,10 +35,10 @@ from saeflow.pipeline.dask.workers import Workers, workers_of
 from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import ActivationsConfig, SAEConfig
-from saeflow.runtime.devices import n_workers, own_stream
+from saeflow.runtime.devices import model_threads, own_stream
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
-from saeflow.runtime.threads import in_order, keep_freed_memory
+from saeflow.runtime.threads import keep_freed_memory, map_in_order
 from saeflow.store.artefact import Artefact, Job
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
@@ -134,7 +134,7 @@ class Collector:
             ]
             with ThreadPoolExecutor(1, "saeflow-disk") as disk:
                 pending: deque[Future[None]] = deque()
-                for rows, found in zip(batches, in_order(forward, batches, self.workers), strict=True):
+                for rows, found in zip(batches, map_in_order(forward, batches, self.workers), strict=True):
                     pending += [disk.submit(w.append, block) for w, (block, _) in zip(writers, found, strict=True)]
                     norms.add([each for _, each in found], mask[rows])
                     while len(pending) > _QUEUE * len(writers):
@@ -229,7 +229,7 @@ def _collector_at(name: str, settings: str) -> tuple[Collector, dict[int, PartRe
             f"model.path is {recipe.model.path!r}, but its files are others than where the run was started."
         )
     model = load_model(recipe.model)
-    workers = n_workers(device_of(model), recipe.threads)
+    workers = model_threads(device_of(model), recipe.threads)
     keep_freed_memory()
     generation = source.generation(about["generation"])
     assert generation is not None
@@ -266,7 +266,7 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
     about = facts(store, recipe) | {"stored": [[site.name, site.width] for site in sites]}
     target.begin(about, [source.id])
-    workers = n_workers(device_of(model), recipe.threads)
+    workers = model_threads(device_of(model), recipe.threads)
     keep_freed_memory()
     return Collector(source, target, recipe.activations, model, sites, workers)
 

@@ -28,7 +28,7 @@ from saeflow.query import checks
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import FeaturesConfig
-from saeflow.runtime.devices import device, n_workers, own_stream
+from saeflow.runtime.devices import choose_device, model_threads, own_stream
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.threads import n_threads, use_one_thread
@@ -141,7 +141,7 @@ def encoder_of(store: Store, target: Artefact, used: TokenSelection, config: Fea
     """The encoder of a run that exists, from what its record says."""
     _, stored, trained = (store.by_id(name) for name in target.record.inputs)
     site = collect.choose_site(stored, target.record.facts["site"])
-    sae = interchange.load(trained.fetched()).to(device("features.device", config.device))
+    sae = interchange.load(trained.fetched()).to(choose_device("features.device", config.device))
     sae.prepare()
     return Encoder(used, stored, target, site, sae, config.batch_rows)
 
@@ -184,7 +184,7 @@ def _workers(config: FeaturesConfig, threads: int) -> ThreadPoolExecutor:
 
 def n_at_once(config: FeaturesConfig, threads: int) -> int:
     """Parts that this process encodes at once: one a core, or enough to keep a GPU busy."""
-    return n_workers(device("features.device", config.device), threads)
+    return model_threads(choose_device("features.device", config.device), threads)
 
 
 def _all_done(pool: ThreadPoolExecutor, futures: Sequence[Future[Any]]) -> None:

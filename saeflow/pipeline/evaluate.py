@@ -25,9 +25,9 @@ from saeflow.model.sites import device_of, load_model, predicts_next_token, requ
 from saeflow.pipeline import collect, encode, train
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
-from saeflow.runtime.devices import memory_of, n_workers
+from saeflow.runtime.devices import device_memory, model_threads
 from saeflow.runtime.progress import Bar, Progress
-from saeflow.runtime.threads import in_order
+from saeflow.runtime.threads import map_in_order
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
@@ -185,7 +185,7 @@ def _language_model(
     splice, changes = _Splice(), _changes(sae, mean)
     n_passes = 1 + len(changes)
     with spliced(model, read, target, splice), progress.bar("loss", n_passes * n_predicted, "tokens") as bar:
-        each = in_order(partial(_compared, model, splice, changes), batches, workers)
+        each = map_in_order(partial(_compared, model, splice, changes), batches, workers)
         sums = list(_counted(each, batches, n_passes, bar))
     means = {name: ratio(math.fsum(batch[name] for batch in sums), n_predicted) for name in sums[0]}
     return means | _shares(means) | {"n_predicted": n_predicted}
@@ -211,9 +211,9 @@ def _shares(means: dict[str, float]) -> dict[str, float]:
 
 def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
     """Threads at once, and sequences in each, so that the logits take a quarter of the memory at most."""
-    room = memory_of(device_of(model)) // 4
+    room = device_memory(device_of(model)) // 4
     one = recipe.tokens.context_length * model.get_output_embeddings().weight.shape[0] * _LOGIT_BYTES
-    workers = min(n_workers(device_of(model), recipe.threads), max(1, room // one))
+    workers = min(model_threads(device_of(model), recipe.threads), max(1, room // one))
     return workers, min(_SEQUENCES, max(1, room // one // workers))
 
 

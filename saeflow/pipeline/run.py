@@ -12,7 +12,7 @@ from saeflow.pipeline import encode, evaluate, forget, import_table, report, swe
 from saeflow.pipeline.dask import workers
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe
-from saeflow.runtime.memory import measured
+from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Progress
 from saeflow.store import verify
 from saeflow.store.records import read_checked
@@ -83,7 +83,7 @@ def run(store: Store, recipe: Recipe, progress: Progress, place: Place = anywher
     taken = {}
     with workers.kept_open():
         for name, stage in stages(recipe).items():
-            with place(name), measured() as taken[name]:
+            with place(name), measure_usage() as taken[name]:
                 stage(store, recipe, progress)
     return summary(store, recipe) | {
         "seconds": {name: each.seconds for name, each in taken.items()},

@@ -25,7 +25,7 @@ from saeflow.pipeline.dask import work
 from saeflow.pipeline.dask.workers import workers_of
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.runtime.devices import device, memory_of
+from saeflow.runtime.devices import choose_device, device_memory
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import human_bytes
@@ -217,7 +217,7 @@ def _feed_of(store: Store, job: Job) -> Feed:
 def require_devices(recipe: Recipe) -> None:
     """Refuse a device that is not there before hours of collecting, where this machine is to train as well."""
     for member in recipe.members() if recipe.cluster is None else ():
-        device("train.device", member.train.device)
+        choose_device("train.device", member.train.device)
 
 
 def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]]) -> None:
@@ -225,10 +225,10 @@ def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]]) -> None:
     needs: dict[torch.device, list[int]] = {}
     for recipe, sites in wanted:
         size = recipe.sae.n_features * (sites[0].width + sites[-1].width + 2)
-        here = needs.setdefault(device("train.device", recipe.train.device), [])
+        here = needs.setdefault(choose_device("train.device", recipe.train.device), [])
         here += [size] * recipe.train.restarts
     for place, sizes in needs.items():
-        need, total = 4 * (3 * sum(sizes) + max(sizes)), memory_of(place)
+        need, total = 4 * (3 * sum(sizes) + max(sizes)), device_memory(place)
         if need > total:
             where = "this machine has" if place.type == "cpu" else f"on {place} are free"
             raise UserError(

@@ -16,7 +16,7 @@ from saeflow.pipeline import collect, encode
 from saeflow.pipeline import run as pipeline
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.memory import measured
+from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.store import Store
 
@@ -54,7 +54,7 @@ def run(recipe: Recipe, store: Store) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, stage in pipeline.stages(recipe).items():
         bars = Bars()
-        with measured() as taken:
+        with measure_usage() as taken:
             stage(store, recipe, Progress(verbosity=-1, listener=bars.hear))
         found[name] = asdict(taken) | {"rates": bars.rates(), "counts": bars.counts(), "working": bars.seconds()}
     source, encoded = collect.tokens_artefact(store, recipe), encode.artefact(store, recipe)

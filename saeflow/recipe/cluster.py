@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from saeflow.recipe.section import RecipePath, Section
+from saeflow.recipe.section import PathFromRecipe, Section
 
 
 class ClusterConfig(Section):
@@ -18,7 +18,7 @@ class ClusterConfig(Section):
         examples=["tcp://127.0.0.1:8786"],
         description="Scheduler of a running cluster. For tls://, set the certificates in Dask's own configuration.",
     )
-    scheduler_file: RecipePath | None = Field(
+    scheduler_file: PathFromRecipe | None = Field(
         None,
         examples=["scheduler.json"],
         description="File written by `dask scheduler --scheduler-file`, instead of an address.",

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError, mo
 
 from saeflow.recipe.cluster import ClusterConfig, by_address
 from saeflow.recipe.schedule import ScheduleConfig
-from saeflow.recipe.section import RECIPE_NAME, RecipePath, Section
+from saeflow.recipe.section import RECIPE_NAME, PathFromRecipe, Section
 from saeflow.recipe.settings import (
     ActivationsConfig,
     CorpusConfig,
@@ -37,7 +37,7 @@ class Recipe(Section):
         pattern=RECIPE_NAME,
         description="Recipe whose stored tokens and activations this one uses. Default: its own.",
     )
-    store: RecipePath | None = Field(
+    store: PathFromRecipe | None = Field(
         None,
         examples=["data/store"],
         description="Folder of the store. `--store` and SAEFLOW_STORE take precedence.",

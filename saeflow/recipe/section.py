@@ -42,9 +42,9 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-RecipePath = Annotated[str, AfterValidator(_from_recipe)]
+PathFromRecipe = Annotated[str, AfterValidator(_from_recipe)]
 """A path that counts from the recipe's folder."""
-RecipePathOrName = Annotated[str, AfterValidator(_from_recipe_if_there)]
+PathOrHubName = Annotated[str, AfterValidator(_from_recipe_if_there)]
 """A path that counts from the recipe's folder if it leads to something; otherwise a name on a hub."""
-RecipePaths = Annotated[list[RecipePath], BeforeValidator(_one_or_many)]
+PathsFromRecipe = Annotated[list[PathFromRecipe], BeforeValidator(_one_or_many)]
 Names = Annotated[list[str], BeforeValidator(_one_or_many)]

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from saeflow.recipe.section import Names, RecipePath, RecipePathOrName, RecipePaths, Section, Share, recipe_folder
+from saeflow.recipe.section import Names, PathFromRecipe, PathOrHubName, PathsFromRecipe, Section, Share, recipe_folder
 from saeflow.recipe.synthetic import SyntheticConfig
 
 Overlap = Literal["refuse", "wait"]
@@ -30,13 +30,15 @@ TOP_FAMILY: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka")
 class CorpusConfig(Section):
     """Where the documents come from, and which of them are held out."""
 
-    files: RecipePaths = Field([], description="Parquet, CSV, JSON lines or text files. Globs and URLs are allowed.")
+    files: PathsFromRecipe = Field(
+        [], description="Parquet, CSV, JSON lines or text files. Globs and URLs are allowed."
+    )
     sql: str | None = Field(
         None,
         examples=["select text, source from 'texts.parquet'"],
         description="A select statement instead of files. It gives `text` and any metadata columns.",
     )
-    folder: RecipePath | None = Field(
+    folder: PathFromRecipe | None = Field(
         None,
         examples=["texts"],
         description="Folder that relative paths in `sql` count from. Default: the recipe's folder.",
@@ -74,7 +76,7 @@ class CorpusConfig(Section):
 class ModelConfig(Section):
     """The language model whose activations are collected."""
 
-    path: RecipePathOrName = Field(description="Local folder, or name on the Hugging Face hub.")
+    path: PathOrHubName = Field(description="Local folder, or name on the Hugging Face hub.")
     revision: str | None = Field(None, examples=["main"], description="Commit or tag on the hub.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the forward pass.")
     device: str = Field("auto", description="Device of the forward pass: `auto`, `cpu` or `cuda`.")
@@ -104,7 +106,7 @@ class ActivationsConfig(Section):
     """Which activations are stored, and how."""
 
     sites: Names = Field([], description="Modules to read, by name or glob. Add `:input` to read a module's input.")
-    source: RecipePath | None = Field(
+    source: PathFromRecipe | None = Field(
         None,
         examples=["activations.parquet"],
         description="Bring your own activations instead of a model's: CSV, Parquet, npy, npz, safetensors, Zarr or "
@@ -159,7 +161,7 @@ class SAEConfig(Section):
         examples=["transformer.h.6.mlp"],
         description="Stored site to reconstruct, which makes a transcoder. Default: the site that is read.",
     )
-    source: RecipePath | None = Field(
+    source: PathFromRecipe | None = Field(
         None,
         examples=["sae"],
         description="Folder of a trained SAE (SAELens, dictionary_learning) to use instead of training one.",
@@ -300,7 +302,7 @@ class TrainConfig(Section):
         60, description="Seconds between checkpoints: the most work a kill can lose."
     )
     log_every: PositiveInt = Field(10, description="Steps between rows of log.parquet.")
-    tensorboard: RecipePath | None = Field(
+    tensorboard: PathFromRecipe | None = Field(
         None,
         examples=["tensorboard"],
         description="Folder for TensorBoard's event files. Needs the package tensorboard.",

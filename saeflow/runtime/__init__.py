@@ -1,10 +1,10 @@
 """What every part of saeflow needs and what knows nothing of SAEs. Read `errors` first.
 
-errors      the error that a user can mend
-text        text that is safe to print in a terminal
+errors      the error that a user can fix
+text        text for people: safe to print, short, sizes in words
 progress    progress bars and messages
 threads     how many threads, and work spread over them
 devices     processor or GPU: streams, pinned memory, copies
-memory      how much memory a process takes and the machine has
+memory      how much memory and time work takes, and how much memory the machine has
 sql_errors  the part of a DuckDB error that a user can act on
 """

@@ -1,7 +1,7 @@
-"""The error that a user can mend, and which every command turns into a message and exit code 2."""
+"""The error that a user can fix. Every command shows its message and ends with exit code 2."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend: the setting, what it is, what it may be, what to do. Exit code 2."""
+    """Something the user can fix. The message names the setting, its value, the allowed values and what to do."""

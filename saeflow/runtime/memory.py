@@ -1,4 +1,4 @@
-"""What a piece of work took: seconds, and the most memory this process held meanwhile."""
+"""How much memory and time a piece of work takes, and how much memory the machine has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 @dataclass
-class Taken:
+class Usage:
     """Wall-clock seconds, and peak resident memory in bytes."""
 
     seconds: float = 0.0
@@ -20,18 +20,20 @@ class Taken:
 
 
 @contextlib.contextmanager
-def measured() -> Iterator[Taken]:
-    """Filled in when the block ends. Where the system cannot start the peak anew, it is that since the process
-    began."""
+def measure_usage() -> Iterator[Usage]:
+    """Measure the block. The result is filled in when it ends.
+
+    If the system cannot reset the peak, it counts from the start of the process.
+    """
     with contextlib.suppress(OSError):  # "5" resets the peak: man 5 proc, clear_refs
         Path("/proc/self/clear_refs").write_text("5")
-    taken, began = Taken(), time.monotonic()
+    taken, began = Usage(), time.monotonic()
     yield taken
     taken.seconds, taken.peak_bytes = time.monotonic() - began, peak_bytes()
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held."""
+    """Return the most memory that this process has held."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -40,7 +42,7 @@ def peak_bytes() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory that this machine has, or that its control group may use."""
+    """Return the bytes of memory of this machine, or the limit of its control group."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a person sees while a stage works: bars on a terminal, plain lines elsewhere, nothing with -q."""
+"""What a person sees while a stage works: bars on a terminal, plain lines elsewhere, and nothing with -q."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rich.table import Column
 from saeflow.runtime.text import harmless_lines
 
 _PLAIN_SECONDS = 5.0
-"""Between two plain lines of one stage."""
+"""Seconds between two plain lines of one stage."""
 
 _BESIDE_LINE = 27
-"""Columns of a terminal for the bar (10 at least), the share (4), the time left (9), and the gaps between them."""
+"""Terminal columns for the bar (at least 10), the share (4), the time left (9) and the gaps between them."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The work was asked to stop while a thread did it that no signal reaches."""
+    """Stops work in a thread that no signal reaches."""
 
 
 @dataclass
 class Bar:
-    """Counts one stage's units."""
+    """Counts the units of one stage."""
 
     stage: str
     total: int | None
@@ -43,7 +43,7 @@ class Bar:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def advance(self, n: int, note: str = "") -> None:
-        """Count `n` units more. Raises Stopped once the work is to stop."""
+        """Count `n` more units. Raises Stopped if the work should stop."""
         if self.stopping.is_set():
             raise Stopped
         with self.lock:
@@ -52,7 +52,7 @@ class Bar:
             self.show(self)
 
     def resume_at(self, done: int) -> None:
-        """Units that an earlier run has done."""
+        """Start from the units that an earlier run has done."""
         self.done = self.before = done
 
     @property
@@ -72,27 +72,27 @@ class Bar:
         return f", {timedelta(seconds=round((self.total - self.done) / self.rate))} left"
 
     def short_line(self, width: int) -> str:
-        """As much beside a bar as fits; the rate goes first, then the count, which the bar shows too."""
+        """Return the text beside a bar that fits: without the rate if space is short, then without the count."""
         count, rate = f"{self.done:,} {self.unit}", f"{self.rate:,.0f}/s"
         lines = (f"{count} {rate} {self.note}".rstrip(), f"{count} {self.note}".rstrip(), self.note, count)
         return next((line for line in lines if line and len(line) <= width), "")
 
 
 Listener = Callable[[Bar], None]
-"""Called with the bar that has advanced, often: it must be quick."""
+"""Called with the bar whenever it advances, so it must be quick."""
 
 
 @dataclass
 class Progress:
-    """Where stages report to. `verbosity` -1 is silent but for errors, 0 normal, 1 adds detail."""
+    """Where stages report to. With `verbosity` -1 only errors show; 0 is normal; 1 adds detail."""
 
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
     verbosity: int = 0
     listener: Listener | None = None
     log: Callable[[str], None] | None = None
-    """Called with what is said, besides, but for the lines of a bar."""
+    """Also called with every message, but not with the lines of a bar."""
     stopping: threading.Event = field(default_factory=threading.Event)
-    """Once set, the next `advance` of any bar raises Stopped, in whatever thread."""
+    """Once set, the next `advance` of any bar raises Stopped, in any thread."""
 
     def say(self, text: str, verbosity: int = 0) -> None:
         if self.verbosity >= verbosity:
@@ -104,12 +104,12 @@ class Progress:
         self.console.print(harmless_lines(text), markup=False, soft_wrap=True)
 
     def skip(self, stage: str, what: str) -> None:
-        """Say that a stage has nothing to do."""
+        """Report that a stage has nothing to do."""
         self.say(f"{stage}: already done, {what}; nothing to do")
 
     @contextlib.contextmanager
     def bar(self, stage: str, total: int | None, unit: str) -> Iterator[Bar]:
-        """A bar over `total` units; ends with one line that says how much in how long."""
+        """Show a bar over `total` units. It ends with one line: how many units in how many seconds."""
         with self._display(stage, total) as show:
             bar = Bar(stage, total, unit, show, stopping=self.stopping)
             yield bar

@@ -9,11 +9,11 @@ _LINE_BREAK = re.compile(r"\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]")
 
 
 def sanitise(text: str) -> str:
-    """`text` on one line with nothing a terminal would obey: line breaks as ↵, tabs as ⇥, the rest as symbols."""
-    return HOSTILE.sub(_harmless, _LINE_BREAK.sub("↵", text))
+    """Return the text on one line without anything a terminal obeys: line breaks as ↵, tabs as ⇥, others as symbols."""
+    return HOSTILE.sub(_visible, _LINE_BREAK.sub("↵", text))
 
 
-def _harmless(found: re.Match[str]) -> str:
+def _visible(found: re.Match[str]) -> str:
     code = ord(found[0])
     if code == 9:
         return "⇥"
@@ -23,12 +23,12 @@ def _harmless(found: re.Match[str]) -> str:
 
 
 def harmless_lines(text: str) -> str:
-    """A message of one line or more, each line sanitised."""
+    """Sanitise each line of a message."""
     return "\n".join(map(sanitise, text.split("\n")))
 
 
 def brief(text: str, longest: int = 80) -> str:
-    """The beginning of a text that may be of any length."""
+    """Return the beginning of a text of any length."""
     return text if len(text) <= longest else text[:longest] + "…"
 
 

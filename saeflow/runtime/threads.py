@@ -1,4 +1,4 @@
-"""Threads that each use one core: quicker here than torch's own threads, which wait for one another at every step."""
+"""Threads that use one core each. They are faster than torch's own, which wait for one another at every operation."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import TypeVar
 import torch
 from dask.system import cpu_count
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+WorkItem = TypeVar("WorkItem")
+WorkResult = TypeVar("WorkResult")
 
 
 def n_threads(asked: int) -> int:
-    """Threads to use: as many as asked for, or one for each core that this process may use (affinity, cgroup)."""
+    """Return the threads to use: `asked`, or for 0 one per core that this process may use (affinity, cgroup)."""
     return asked or cpu_count()
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep blocks of up to 32 MiB for the next use instead of giving them back to the system.
+    """Make the C library keep freed blocks of up to 32 MiB instead of returning them to the system.
 
-    A training step frees and takes the same megabytes again; getting them from the system took a fifth of its time.
-    Numbers are those of glibc's malloc.h; other libraries have no `mallopt` and go on as they are.
+    Each training step frees the same megabytes and takes them again. Getting them from the system took a fifth of its
+    time. The numbers come from glibc's malloc.h. Libraries without `mallopt` stay as they are.
     """
     trim_threshold, mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):
@@ -35,15 +35,17 @@ def keep_freed_memory() -> None:
 
 
 def use_one_thread() -> None:
-    """Let torch use one thread for what the calling thread asks of it."""
+    """Let torch use one thread for the calls of this thread."""
     torch.get_num_threads()  # the first call in a thread would otherwise undo the next
     torch.set_num_threads(1)
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Results of `work` in the order of `items`, computed by several threads, at most twice as many ahead."""
+def map_in_order(
+    work: Callable[[WorkItem], WorkResult], items: Iterable[WorkItem], workers: int
+) -> Iterator[WorkResult]:
+    """Yield the results of `work` in the order of `items`. Threads run ahead by at most twice their number."""
     with ThreadPoolExecutor(workers, "saeflow-work", initializer=use_one_thread) as pool:
-        pending: deque[Future[Result]] = deque()
+        pending: deque[Future[WorkResult]] = deque()
         try:
             for item in items:
                 pending.append(pool.submit(work, item))

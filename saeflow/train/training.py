@@ -20,7 +20,7 @@ from torch import Tensor
 from saeflow.activations.feed import Feed
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import TrainConfig
-from saeflow.runtime.devices import device, to_device
+from saeflow.runtime.devices import choose_device, to_device
 from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder, StepInfo
 from saeflow.sae.encoder import fast_dtype
@@ -100,7 +100,7 @@ class Training:
         sae = SparseAutoencoder(seeded, feed.sites[0].width, feed.sites[-1].width)
         sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
         sae.start_sparse(rows[0] * scales[0])
-        config, place = recipe.train, device("train.device", recipe.train.device)
+        config, place = recipe.train, choose_device("train.device", recipe.train.device)
         sae.product_dtype = fast_dtype(place)
         sae.to(place)
         adam = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)

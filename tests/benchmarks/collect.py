@@ -26,7 +26,7 @@ from saeflow.pipeline import collect
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.threads import in_order
+from saeflow.runtime.threads import map_in_order
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 
@@ -73,7 +73,7 @@ def dropped(store: Store, recipe: Recipe) -> float:
 
         ids, real = torch.from_numpy(vocab_ids), torch.from_numpy(mask)
         starts = range(0, len(ids), recipe.activations.forward_batch)
-        for _ in in_order(lambda start, ids=ids, real=real: forward(start, ids, real), starts, collector.workers):
+        for _ in map_in_order(lambda start, ids=ids, real=real: forward(start, ids, real), starts, collector.workers):
             pass
     seconds = time.perf_counter() - began
     reader.close()

@@ -39,7 +39,7 @@ from saeflow.pipeline import collect, encode, import_table, train
 from saeflow.query import checks
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
-from saeflow.runtime.memory import measured
+from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Progress
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
@@ -262,7 +262,7 @@ print(peak_of(Path(about.pop("folder")), Size(**about)))
 def peak_of(folder: Path, size: Size) -> int:
     """Bytes this process held at most while it encoded what `prepared` left."""
     store, recipe = Store.create(folder / "store"), size.recipe(folder)
-    with measured() as taken:
+    with measure_usage() as taken:
         stage(store, recipe)
     return taken.peak_bytes
 

@@ -18,7 +18,7 @@ from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forecast import Survey
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.memory import measured
+from saeflow.runtime.memory import measure_usage
 from saeflow.store.store import Store
 from tests.conftest import Finished
 from tests.support.small_pipeline import Ingredients, brought_data, documents, quiet, recipe_data
@@ -157,12 +157,12 @@ def test_a_table_needs_no_forecast_and_is_told_so(tmp_path: Path) -> None:
 
 
 def test_the_peak_of_a_piece_of_work_is_its_own() -> None:
-    with measured() as before:
+    with measure_usage() as before:
         pass
-    with measured() as taken:
+    with measure_usage() as taken:
         held = bytearray(200 << 20)
     del held
-    with measured() as after:
+    with measure_usage() as after:
         pass
     assert taken.peak_bytes - before.peak_bytes > 190 << 20
     assert after.peak_bytes < taken.peak_bytes

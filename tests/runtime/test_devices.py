@@ -12,10 +12,10 @@ from saeflow.corpus import token_parts
 from saeflow.pipeline import collect
 from saeflow.pipeline.run import run
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.runtime.devices import GPU_WORKERS, device, own_stream, to_device, to_processor
+from saeflow.runtime.devices import GPU_WORKERS, choose_device, own_stream, to_device, to_processor
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.threads import in_order
+from saeflow.runtime.threads import map_in_order
 from saeflow.store.store import Store
 from tests.support.small_pipeline import Ingredients, recipe_data
 
@@ -29,7 +29,7 @@ def test_what_comes_back_is_what_was_sent_from_every_thread(place: str) -> None:
         with own_stream(torch.device(place)):
             return to_processor(to_device(values, torch.device(place)) * 2)
 
-    for seed, found in enumerate(in_order(there_and_back, range(24), GPU_WORKERS)):
+    for seed, found in enumerate(map_in_order(there_and_back, range(24), GPU_WORKERS)):
         assert found.device.type == "cpu"
         assert torch.equal(found, (torch.arange(1 << 18).view(4, -1) + seed) * 2)
 
@@ -37,9 +37,9 @@ def test_what_comes_back_is_what_was_sent_from_every_thread(place: str) -> None:
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:99", "mps", ""])
 def test_a_device_that_is_not_there_is_refused_with_the_ones_that_may_be_named(name: str) -> None:
     with pytest.raises(UserError, match=rf"train\.device is '{name}', but .*\"auto\".*\"cpu\""):
-        device("train.device", name)
-    assert device("train.device", "cpu").type == "cpu"
-    assert device("train.device", "auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+        choose_device("train.device", name)
+    assert choose_device("train.device", "cpu").type == "cpu"
+    assert choose_device("train.device", "auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @on_gpu
