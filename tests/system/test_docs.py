@@ -287,3 +287,10 @@ def test_every_setting_and_command_is_in_the_reference() -> None:
         text = recipe.partition(f"## `[{path}]`")[2].partition("\n## ")[0]
         for key in model.model_fields:
             assert f"| `{key}` |" in text or f"{path}.{key}" in sections, f"{path}.{key}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_that_a_page_names_are_there(page: Page) -> None:
+    """Paths from the root in code: whoever moves a file finds the pages that name it."""
+    named = re.findall(r"`((?:saeflow|flows|sql|tests|data|docs)/[\w./-]+)`", page.text)
+    assert [path for path in named if not (ROOT / path).exists() and not path.startswith("data/store")] == []
