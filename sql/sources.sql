@@ -1,14 +1,14 @@
--- Where one run's files lie: the only file of this folder that names paths.
+-- The files of one run as views. This is the only file of the folder that names paths.
 --
 -- Grain:   as stored; one view for each table of the disk contract (data/README.md).
 -- Reads:   the explicit Parquet files of one published generation, never a glob.
--- Units:   as stored. low and high say which features, or tokens, a file may hold: a question about one of them
---          that also asks for `between low and high` opens no other file.
+-- Units:   as stored. low and high say which features, or tokens, a file may hold. A question about one feature that
+--          also asks for `feature between low and high` opens no other file.
 -- Ask it:  nothing; everything else reads these views.
 --
--- Each `$$name` below is filled in with a read_parquet of those files, or with an empty table where an earlier saeflow
--- wrote none. To work by hand in the duckdb shell, let `saeflow sql --script` print this file filled in, followed by
--- the rest of the folder.
+-- saeflow replaces each `$$name` below by a read_parquet of those files, or by an empty table if an earlier saeflow
+-- wrote none. `saeflow sql --script` prints this file filled in, followed by the rest of the folder, to be used in the
+-- duckdb shell by hand.
 create or replace view src_tokens as
 select * from $tokens;
 

@@ -3,6 +3,7 @@
 `ingredients`  a small real model and corpus on disk: read-only, made once.
 `finished`     a store in which every stage of the small recipe has run: read-only, made once.
 `progress`     a Progress that says nothing.
+`saeflow`      the command, run in this process.
 
 Everything works offline and on one processor thread.
 """
@@ -29,6 +30,7 @@ from saeflow.pipeline import run as pipeline
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
+from tests.support.command import saeflow  # noqa: F401  (a fixture)
 from tests.support.small_pipeline import Ingredients, quiet, recipe_data
 
 

@@ -1,4 +1,8 @@
-"""The `saeflow` command. Needs no Prefect; heavy modules are loaded by the commands that use them."""
+"""The `saeflow` command and its families of commands.
+
+`saeflow --help` must stay quick, so the files of this package import only typer and rich. Everything else is imported
+by the command that uses it. Nothing here needs Prefect.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,13 @@ from typing import Annotated
 import typer
 
 from saeflow import __version__
-from saeflow.cli import ask, common, label, run, serve, store, synth
-from saeflow.cli.common import out
+from saeflow.cli.ask import ask_commands
+from saeflow.cli.common import out, run_command_line
+from saeflow.cli.label import label_commands
+from saeflow.cli.run import run_commands
+from saeflow.cli.serve import serve_commands
+from saeflow.cli.store import store_commands
+from saeflow.cli.synth import synth_commands
 
 app = typer.Typer(
     name="saeflow",
@@ -18,8 +27,8 @@ app = typer.Typer(
     help="Store activations once, train many sparse autoencoders, ask anything in SQL.\n\n"
     "Start with `saeflow init my.toml`, then `saeflow run my.toml`, then `saeflow ask`.",
 )
-for each in (run, synth, store, ask, label, serve):
-    app.add_typer(each.commands)
+for family in (run_commands, synth_commands, store_commands, ask_commands, label_commands, serve_commands):
+    app.add_typer(family)
 
 
 def _print_version(wanted: bool) -> None:
@@ -29,7 +38,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _about(
+def _global_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -40,4 +49,4 @@ def _about(
 
 def main() -> None:
     """The `saeflow` command."""
-    common.main(app, "saeflow")
+    run_command_line(app, "saeflow")

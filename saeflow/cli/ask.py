@@ -2,53 +2,61 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from saeflow.cli.common import RunOption, StoreOption, a_table, connection_to, err, open_store, out, require_place
+from saeflow.cli.common import (
+    Format,
+    RunOption,
+    StoreOption,
+    connection_to,
+    err,
+    new_table,
+    open_store,
+    out,
+    print_line,
+    print_note,
+    require_place,
+)
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import harmless_lines
-from saeflow.store.store import store_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from saeflow.query import ask as queries
+    from saeflow.query.questions import Question
 
-commands = typer.Typer()
+ask_commands = typer.Typer()
 
-Format = Literal["table", "csv", "json", "jsonl", "parquet"]
 FormatOption = Annotated[
     Format | None,
     typer.Option(
         "--format",
         "-f",
-        help="How to answer; default: as the file's name ends, else a table. In CSV a text that begins with = + - @, "
-        "a tab or a line break gets a ' in front, so that no spreadsheet runs it that is told that the separator is "
-        "the comma; numbers stay as they are.",
+        help="Format of the answer. Default: by the ending of the output file, else a table. "
+        "In CSV, a text that begins with = + - @, a tab or a line break gets a ' in front, so that no spreadsheet "
+        "takes it for a formula; set the spreadsheet's separator to the comma. Numbers stay as they are.",
     ),
 ]
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", "-n", min=1, help="Rows at most; default: all, but only the first in a terminal."),
+    typer.Option("--limit", "-n", min=1, help="Most rows. Default: all, but on a terminal only the first."),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of the terminal.")]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """How an answer is given: in which format, where, and how much of it."""
+    """How an answer is given: in which format, where, and at most how many rows."""
 
     format: Format | None
     output: Path | None
@@ -60,27 +68,27 @@ class Reply:
         elif self.format == "parquet" and sys.stdout.isatty():
             raise UserError("Parquet is not for a terminal. Write it to a file: -o answer.parquet")
 
-    def give(self, find: Callable[[int | None], pa.Table], unasked: int | None) -> None:
-        """Find so many rows and write them. Only a table on the screen is cut `unasked`, and says so."""
+    def write(self, find: Callable[[int | None], pa.Table], default_limit: int | None) -> None:
+        """Find the rows and write them. Only a table on the screen has the default limit; a note then says so."""
         from saeflow.cli import render
 
         form = self.format or render.format_of(self.output)
         on_screen = form == "table" and self.output is None
-        most = self.limit or (unasked if on_screen else None)
+        most = self.limit or (default_limit if on_screen else None)
         table = find(most and most + 1)
-        render.write(table.slice(0, most), form, self.output, out)
+        render.write_answer(table.slice(0, most), form, self.output, out)
         if on_screen and most and len(table) > most:
-            err.print(f"The first {most:,} rows. More: -n {10 * most}; all: -o FILE.csv", markup=False, soft_wrap=True)
+            print_note(f"The first {most:,} rows. More: -n {10 * most}; all: -o FILE.csv")
 
 
-def _question_names(incomplete: str) -> list[tuple[str, str]]:
-    from saeflow.query import ask as queries
+def _complete_question(incomplete: str) -> list[tuple[str, str]]:
+    from saeflow.query.questions import questions
 
-    return [(each.name, each.answers) for each in queries.questions() if each.name.startswith(incomplete)]
+    return [(each.name, each.answers) for each in questions() if each.name.startswith(incomplete)]
 
 
-class _Ask(TyperCommand):
-    """Numbers below zero are values, and no options; `-inf` would be read as `-i -n f`."""
+class _AskCommand(TyperCommand):
+    """Takes numbers below zero as values, not options. `-inf` would be read as `-i -n f`, so it is refused."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for word in itertools.takewhile(lambda word: word != "--", args):
@@ -91,14 +99,15 @@ class _Ask(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-@commands.command(cls=_Ask, context_settings={"ignore_unknown_options": True})
-def ask(
+@ask_commands.command("ask", cls=_AskCommand, context_settings={"ignore_unknown_options": True})
+def ask_command(
     question: Annotated[
-        str | None, typer.Argument(help="Name of a question; none lists them.", autocompletion=_question_names)
+        str | None,
+        typer.Argument(help="Name of a question; without one, all are listed.", autocompletion=_complete_question),
     ] = None,
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(help="Its parameters, in order; without them they are explained. 3,7,12 is a list."),
+        typer.Argument(help="The question's parameters, in order; without them they are explained. 3,7,12 is a list."),
     ] = None,
     store: StoreOption = None,
     run: RunOption = None,
@@ -109,38 +118,42 @@ def ask(
     limit: Limit = None,
     output: Output = None,
 ) -> None:
-    """Ask a named question. Examples: `saeflow ask top_tokens 123 10`, `saeflow ask tokens_where 123 0.5 -f csv`"""
-    from saeflow.query import ask as queries
+    """Ask a named question.
+
+    Examples: `saeflow ask top_tokens 123 10`, `saeflow ask tokens_where 123 0.5 -f csv`
+    """
+    from saeflow.query.ask import as_statement, ask, resolve_names
+    from saeflow.query.questions import find_question
 
     if question is None:
         return _list_questions()
     given = arguments or []
-    chosen = queries.find(question)
-    values = _values(chosen, given)
-    counted = "n" in list(values)[: len(given)]
+    chosen = find_question(question)
+    values = _parse_or_explain(chosen, given)
+    says_how_many = "n" in list(values)[: len(given)]
     reply = Reply(format, output, limit)
     with connection_to(store, run) as connection:
-        values = queries.resolved(connection, chosen, values)
+        values = resolve_names(connection, chosen, values)
         if show_sql:
-            text = queries.spelled(connection, chosen, values, limit)
-            return typer.echo(text) if output is None else _keep(output, text)
-        reply.give(lambda most: queries.ask(connection, question, values, most), None if counted else 20)
+            return _write_text(as_statement(connection, chosen, values, limit), output)
+        reply.write(lambda most: ask(connection, question, values, most), None if says_how_many else 20)
     return None
 
 
-def _values(question: queries.Question, given: list[str]) -> dict[str, Any]:
-    from saeflow.query import ask as queries
+def _parse_or_explain(question: Question, given: list[str]) -> dict[str, Any]:
+    """Return the values of the parameters. Explains the question if one that is needed was left out."""
+    from saeflow.query.questions import parse_arguments
 
     try:
-        return dict(queries.named(question, given))
+        return dict(parse_arguments(question, given))
     except UserError as error:
         if all(parameter.default is not None for parameter in question.parameters[len(given) :]):
             raise
-        raise UserError(f"{error}\n\n{_explained(question)}") from None
+        raise UserError(f"{error}\n\n{_explain_question(question)}") from None
 
 
-def _explained(question: queries.Question) -> str:
-    """A question, its parameters and an example, in 80 columns."""
+def _explain_question(question: Question) -> str:
+    """Return a question, its parameters and an example, in 80 columns."""
     width = max(len(str(parameter.name)) for parameter in question.parameters)
     rows = [
         f"  {each.name:{width}}  {each.type}{' (a list: 3,7,12)' * each.type.endswith('[]')}, "
@@ -148,32 +161,32 @@ def _explained(question: queries.Question) -> str:
         for each in question.parameters
     ]
     about = (f"Gives: {question.grain}", f"Units: {question.units}", f"Example: {question.command}")
-    return "\n".join([_filled(question.answers), *rows, *map(_filled, about)])
+    return "\n".join([_wrap(question.answers), *rows, *map(_wrap, about)])
 
 
-def _filled(text: str) -> str:
+def _wrap(text: str) -> str:
     return textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False)
 
 
 def _list_questions() -> None:
-    from saeflow.query import ask as queries
+    from saeflow.query.questions import GROUPS, questions
 
-    known = queries.questions()
-    for title in queries.GROUPS:
+    known = questions()
+    for title in GROUPS:
         mine = [question for question in known if question.group == title]
         for number, question in enumerate(mine):
             if number == 0:
                 out.print(title, style="bold", markup=False)
-            out.print(f"  {question.brief}", markup=False, soft_wrap=True)
+            print_line(f"  {question.brief}")
             out.print(
                 textwrap.fill(question.answers, 74, initial_indent=" " * 6, subsequent_indent=" " * 6), markup=False
             )
     out.print("\nsaeflow ask NAME explains one of them and its parameters.", markup=False)
 
 
-@commands.command()
-def sql(
-    query: Annotated[str | None, typer.Argument(help="A select; none opens a prompt.")] = None,
+@ask_commands.command("sql")
+def sql_command(
+    query: Annotated[str | None, typer.Argument(help="A select; without one, a prompt opens.")] = None,
     store: StoreOption = None,
     run: RunOption = None,
     script: Annotated[bool, typer.Option("--script", help="Print the run's SQL for the duckdb shell.")] = False,
@@ -181,36 +194,50 @@ def sql(
     limit: Limit = None,
     output: Output = None,
 ) -> None:
-    """Run your own read-only SQL. Example: `saeflow sql 'select count(*) from tokens'`"""
-    from saeflow.query import ask as queries
+    """Run your own read-only SQL.
+
+    Example: `saeflow sql 'select count(*) from tokens'`
+    """
+    from saeflow.query.ask import query as answer_of
 
     reply = Reply(format, output, limit)
     if script:
-        text = queries.script(open_store(store), run)
-        return typer.echo(text) if output is None else _keep(output, text)
+        from saeflow.query.definitions import script as script_of
+
+        return _write_text(script_of(open_store(store), run), output)
     with connection_to(store, run) as connection:
 
-        def answer(typed: str) -> None:
-            reply.give(lambda most: queries.query(connection, typed, limit=most), 1000)
+        def answer(statement: str) -> None:
+            reply.write(lambda most: answer_of(connection, statement, limit=most), 1000)
 
         if query is not None or not sys.stdin.isatty():
-            return answer(query if query is not None else _piped())
+            return answer(query if query is not None else _standard_input())
         if output is not None:
             raise UserError(f"Which answer belongs in {output}? Give the query too: saeflow sql 'select …' -o {output}")
-        for typed in _prompt():
-            try:
-                answer(_IN_THE_PROMPT.get(typed, typed))
-            except UserError as error:
-                err.print(harmless_lines(str(error)), markup=False, style="red")
+        _answer_prompt(answer)
     return None
 
 
-def _keep(path: Path, text: str) -> None:
-    path.write_text(text + "\n", "utf-8")
+def _answer_prompt(answer: Callable[[str], None]) -> None:
+    """Answer statements as they are typed. An error ends only the statement."""
+    from saeflow.cli.prompt import typed_statements
+
+    for statement in typed_statements():
+        try:
+            answer(statement)
+        except UserError as error:
+            err.print(harmless_lines(str(error)), markup=False, style="red")
 
 
-def _piped() -> str:
-    """Standard input, as far as a statement may be long."""
+def _write_text(text: str, path: Path | None) -> None:
+    if path is None:
+        typer.echo(text)
+    else:
+        path.write_text(text + "\n", "utf-8")
+
+
+def _standard_input() -> str:
+    """Return standard input, up to the greatest length of a statement."""
     from saeflow.query.ask import LONGEST_SQL
 
     try:
@@ -219,57 +246,18 @@ def _piped() -> str:
         raise UserError("Standard input is not text in UTF-8.") from None
 
 
-_IN_THE_PROMPT = {
-    ".tables": "select distinct table_name from duckdb_columns() where schema_name = current_schema() order by all",
-    ".questions": "select distinct function_name as question, parameters from duckdb_functions() "
-    "where schema_name = current_schema() and function_type = 'table_macro' order by all",
-}
-"""What may be typed in the place of a statement."""
+@ask_commands.command("doctor")
+def doctor_command(store: StoreOption = None) -> None:
+    """Report versions, processor, speeds and free disk.
 
+    Example: `saeflow doctor`
+    """
+    from saeflow.cli import doctor
+    from saeflow.store.store import store_path
 
-def _prompt() -> Iterator[str]:
-    """Statements typed by a person, each ended by a semicolon, or one of the words above."""
-    err.print("Type a select and end it with ; — .tables and .questions list what there is, Ctrl-D leaves.")
-    with _history():
-        typed = ""
-        while True:
-            try:
-                typed += input("saeflow> " if not typed else "      -> ") + "\n"
-            except EOFError:
-                return
-            if typed.rstrip().endswith(";") or typed.strip() in _IN_THE_PROMPT:
-                yield typed.strip()
-                typed = ""
-
-
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Arrow keys, and what was typed the last times, where this Python can."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "saeflow" / "history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(1000)
-            readline.write_history_file(path)
-
-
-@commands.command()
-def doctor(store: StoreOption = None) -> None:
-    """Report versions, processor, speeds and free disk. Example: `saeflow doctor`"""
-    from saeflow.cli import doctor as examination
-
-    table = a_table("what", "here")
-    for name, value in examination.facts(store_path(store)):
+    table = new_table("what", "here")
+    for name, value in doctor.machine_report(store_path(store)):
         table.add_row(name, value)
     out.print(table)
-    for problem in examination.problems():
+    for problem in doctor.problems():
         out.print(problem, markup=False, style="yellow")

@@ -1,10 +1,8 @@
-"""What the commands of `saeflow` share: options, tables, opening a store, and ending with a message a user can act
-on."""
+"""Options, tables and errors that the commands share."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import os
 import re
@@ -13,32 +11,45 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from saeflow import __version__
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import harmless_lines, sanitise
-from saeflow.store.store import Store, store_path
 
 if TYPE_CHECKING:
     import duckdb
+    from rich.table import Table
+
+    from saeflow.recipe.recipe import Recipe
+    from saeflow.runtime.progress import Progress
+    from saeflow.store.store import Store
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+
+def print_line(text: str, style: str | None = None) -> None:
+    """Print text to standard output as it is: no markup, and long lines are not wrapped."""
+    out.print(text, markup=False, soft_wrap=True, style=style)
+
+
+def print_note(text: str, style: str | None = None) -> None:
+    """Print text to standard error as it is: no markup, and long lines are not wrapped."""
+    err.print(text, markup=False, soft_wrap=True, style=style)
+
+
+Format = Literal["table", "csv", "json", "jsonl", "parquet"]
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (TOML).")]
 StoreOption = Annotated[
-    str | None, typer.Option("--store", help="Store folder; else SAEFLOW_STORE, the recipe, data/store.")
+    str | None,
+    typer.Option("--store", help="Store folder. Default: SAEFLOW_STORE, else the recipe's, else data/store."),
 ]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say every setting too.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print every setting too.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. --set sae.k=16.")
 ]
@@ -47,22 +58,26 @@ MemberOption = Annotated[
 ]
 
 
-def _run_names(context: typer.Context, incomplete: str) -> list[str]:
-    """Runs of the store that is named before, for a shell that completes words: nothing is said where there is none."""
-    from saeflow.query import ask
+def _complete_run(context: typer.Context, incomplete: str) -> list[str]:
+    """Return runs of the store named earlier on the line, for a shell that completes words. Prints nothing."""
+    from saeflow.query.runs import runs
+    from saeflow.store.store import Store, store_path
 
     with contextlib.suppress(UserError, OSError):
         store = Store.open(store_path(context.params.get("store")))
-        return [run.schema for run in ask.runs(store) if run.schema.startswith(incomplete)]
+        return [run.schema for run in runs(store) if run.schema.startswith(incomplete)]
     return []
 
 
 RunOption = Annotated[
-    str | None, typer.Option("--run", help="Which run; default: the newest.", autocompletion=_run_names)
+    str | None, typer.Option("--run", help="Which run. Default: the newest.", autocompletion=_complete_run)
 ]
 
 
-def a_table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
+    """Return an empty table with these columns. Only the first column never wraps."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=number == 0)
@@ -70,8 +85,10 @@ def a_table(*columns: str) -> Table:
 
 
 def read_recipe(path: Path, changes: list[str] | None, member: str | None = None) -> Recipe:
-    """The recipe, or one of its sweep."""
+    """Read a recipe with settings changed as KEY=VALUE, or one SAE of its sweep."""
     import tomllib
+
+    from saeflow.recipe.load import load_recipe
 
     overrides = {}
     for change in changes or []:
@@ -83,19 +100,21 @@ def read_recipe(path: Path, changes: list[str] | None, member: str | None = None
         except tomllib.TOMLDecodeError:
             overrides[key] = value
     recipe = load_recipe(path, **overrides)
-    return recipe if member is None else _member(recipe, member)
+    return recipe if member is None else _sweep_member(recipe, member)
 
 
-def _member(recipe: Recipe, name: str) -> Recipe:
+def _sweep_member(recipe: Recipe, name: str) -> Recipe:
+    from saeflow.runtime.suggest import nearest
+
     members = {member.name: member for member in recipe.members()} if recipe.is_sweep else {}
     if name not in members:
-        near = difflib.get_close_matches(name, members, n=3, cutoff=0) or ["none: the recipe has no [sweep]"]
+        near = nearest(name, members) or list(members)[:3] or ["none: the recipe has no [sweep]"]
         raise UserError(f"{recipe.name} has no SAE {name!r} in its sweep. Nearest: {', '.join(near)}.")
     return members[name]
 
 
 def require_place(path: Path) -> None:
-    """Refuse a file to write whose folder is not there, before any work."""
+    """Refuse an output file whose folder does not exist, before any work."""
     if not path.parent.is_dir():
         raise UserError(f"There is no folder {path.parent} for {path.name}. Make it, or choose another.")
     if path.is_dir():
@@ -103,71 +122,81 @@ def require_place(path: Path) -> None:
 
 
 def create_store(option: str | None, recipe: Recipe, quiet: bool) -> Store:
+    """Open the store of the option or the recipe, and make it if there is none."""
+    from saeflow.store.store import Store, store_path
+
     store = Store.create(store_path(option, recipe), recipe.overlap)
     if not quiet:
-        err.print(f"store: {sanitise(store.name)}", markup=False, soft_wrap=True)
+        print_note(f"store: {sanitise(store.name)}")
     return store
 
 
 def open_store(option: str | None) -> Store:
+    """Open a store that exists, and print which one."""
+    from saeflow.store.store import Store, store_path
+
     store = Store.open(store_path(option))
-    err.print(f"store: {sanitise(store.name)}", markup=False, soft_wrap=True)
+    print_note(f"store: {sanitise(store.name)}")
     return store
 
 
-def where(store: Store) -> str:
-    """What a printed command needs to mean this store."""
+def store_argument(store: Store) -> str:
+    """Return what a printed command needs to mean this store: ` --store …`, or nothing if SAEFLOW_STORE is set."""
     return sanitise(f" --store {shlex.quote(store.name)}") if "SAEFLOW_STORE" not in os.environ else ""
 
 
 @contextlib.contextmanager
 def connection_to(option: str | None, run: str | None) -> Iterator[duckdb.DuckDBPyConnection]:
-    from saeflow.query import ask
+    from saeflow.query.connection import connect
 
-    with contextlib.closing(ask.connect(open_store(option), run)) as connection:
+    with contextlib.closing(connect(open_store(option), run)) as connection:
         yield connection
 
 
 def progress_of(quiet: bool, verbose: bool, recipe: Recipe) -> Progress:
+    from saeflow import __version__
+    from saeflow.runtime.progress import Progress
+
     progress = Progress(err, -1 if quiet else int(verbose))
     progress.say(f"saeflow {__version__}, with every setting: {recipe.model_dump_json(exclude_none=True)}", 1)
     return progress
 
 
-def main(commands: typer.Typer, name: str) -> None:
-    """Entry point: errors a user can mend end with one message and exit code 2."""
+def run_command_line(commands: typer.Typer, name: str) -> None:
+    """Run the command that `sys.argv` names, and exit. An error that a user can fix is one message and exit code 2."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGTERM, interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(guarded(commands, name, arguments, debug))
+    sys.exit(exit_code_of(commands, name, arguments, debug))
 
 
 _INTERRUPTED = 130
-"""What a command returns after Ctrl-C or SIGTERM."""
+"""Exit code after Ctrl-C or SIGTERM."""
 
 
-def terminated(number: int, frame: object) -> None:
+def interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def guarded(commands: typer.Typer, name: str, arguments: list[str], debug: bool) -> int:
+def exit_code_of(commands: typer.Typer, name: str, arguments: list[str], debug: bool) -> int:
+    """Run a command and return its exit code. Prints the message of an error that a user can fix."""
     command = typer.main.get_command(commands)
     try:
         code = int(command.main(arguments, name, standalone_mode=False) or 0)
         if code == _INTERRUPTED:
             again = shlex.join([*name.split(), *arguments])
-            err.print(f"\nStopped. Nothing finished is lost; continue with: {again}", markup=False, soft_wrap=True)
+            print_note(f"\nStopped. Nothing finished is lost; continue with: {again}")
         return code
     except UserError as error:
         if debug:
             raise
-        err.print(harmless_lines(str(error)), markup=False, soft_wrap=True, style="red")
+        print_note(harmless_lines(str(error)), style="red")
         return 2
     except Exception as error:
         if not debug and (message := _system_message(error)):
-            err.print(harmless_lines(message), markup=False, soft_wrap=True, style="red")
+            print_note(harmless_lines(message), style="red")
             return 2
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # the command line itself was wrong
             error.show()
@@ -182,7 +211,7 @@ _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _system_error(error: Exception) -> int | None:
-    """The system's number of an error; libraries written in Rust give it in their text."""
+    """Return the operating system's error number. Libraries written in Rust give it in their text."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -190,7 +219,7 @@ def _system_error(error: Exception) -> int | None:
 
 
 def _system_message(error: Exception) -> str | None:
-    """What the system refused, where it is about the disk or names a file."""
+    """Return a message for an error that is about the disk or names a file."""
     number = _system_error(error)
     file = error.filename if isinstance(error, OSError) else None
     what = os.strerror(number or 0) + (f" at {file}" if file else "")

@@ -1,4 +1,4 @@
-"""What this machine has: versions, processor, speeds, free space, and what to mend."""
+"""Report what this machine has: versions, processor, speeds, free space, and what to fix."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from saeflow.store.storage import cache_folder, is_url
 PACKAGES = ["torch", "transformers", "zarr", "dask", "pyarrow", "duckdb", "numba", "prefect", "fastapi"]
 
 
-def facts(store: str) -> Iterator[tuple[str, str]]:
-    """Lines of the report: what, and how it is."""
+def machine_report(store: str) -> Iterator[tuple[str, str]]:
+    """Yield the lines of the report: a name and a value."""
     yield "saeflow", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for package in PACKAGES:
@@ -37,7 +37,7 @@ def facts(store: str) -> Iterator[tuple[str, str]]:
 
 
 def problems() -> Iterator[str]:
-    """What would make a run fail, and the way out."""
+    """Yield what would make a run fail, and the way out."""
     fastapi = installed("fastapi").split(".")
     if len(fastapi) > 1 and (int(fastapi[0]), int(fastapi[1])) >= (0, 151):
         yield 'Prefect 3.8 runs no flow with this fastapi: pip install "fastapi<0.151"'
@@ -53,7 +53,7 @@ def installed(package: str) -> str:
 
 
 def processor() -> str:
-    """The processor's own name."""
+    """Return the processor's name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -61,7 +61,7 @@ def processor() -> str:
 
 
 def product_rate(dtype: torch.dtype, n: int = 1024) -> float:
-    """Rate of an n × n matrix product in GFLOP/s, the best of five."""
+    """Return the rate of an n × n matrix product in GFLOP/s, the best of five."""
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     best = float("inf")
     for _ in range(5):

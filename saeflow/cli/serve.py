@@ -1,5 +1,4 @@
-"""The command that keeps pipelines going: `saeflow serve`. The only one that needs Prefect, which it loads when it is
-typed."""
+"""`saeflow serve`: keep pipelines going on a schedule. The only command that needs Prefect."""
 
 from __future__ import annotations
 
@@ -7,21 +6,20 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from saeflow.cli.common import Set, StoreOption, a_table, err, out, read_recipe
-from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.schedule import interval_of, next_time, once_a_store
+from saeflow.cli.common import Set, StoreOption, err, new_table, out, print_line, print_note, read_recipe
 from saeflow.runtime.errors import UserError
-from saeflow.store.store import Store, store_path
 
-commands = typer.Typer()
+if TYPE_CHECKING:
+    from saeflow.recipe.recipe import Recipe
 
-_STAGES = ("ingest", "train", "compact", "verify", "gc")
+serve_commands = typer.Typer()
+
+_SCHEDULED = ("ingest", "train", "compact", "verify", "gc")
 _ENTRY_POINTS = "saeflow.orchestrators"
 
 
@@ -52,9 +50,11 @@ class Orchestrator(Protocol):
         """Start the runs that are due until SIGTERM or Ctrl-C; deployments named in `at_once` also run now."""
 
 
-def orchestrator(installed: Callable[..., Iterable[Any]] = entry_points) -> Orchestrator:
-    """The orchestrator that is installed with saeflow. Raises UserError if there is none."""
-    for entry in installed(group=_ENTRY_POINTS):
+def orchestrator(installed: Callable[..., Iterable[Any]] | None = None) -> Orchestrator:
+    """Return the orchestrator that is installed with saeflow. Raises UserError if there is none."""
+    from importlib.metadata import entry_points
+
+    for entry in (installed or entry_points)(group=_ENTRY_POINTS):
         found: Orchestrator = entry.load()
         return found
     raise UserError(
@@ -63,53 +63,61 @@ def orchestrator(installed: Callable[..., Iterable[Any]] = entry_points) -> Orch
     )
 
 
-@commands.command()
-def serve(
+@serve_commands.command("serve")
+def serve_command(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files (TOML).")],
     store: StoreOption = None,
     set_: Set = None,
-    limit: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Most runs at once.")] = 4,
     work_pool: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Only create or refresh the deployments for this pool's workers, and end."),
+        typer.Option(metavar="NAME", help="Only create or refresh the deployments for this pool's workers, then end."),
     ] = None,
 ) -> None:
-    """Run recipes on their [schedule] through Prefect until Ctrl-C. Example: `saeflow serve nightly.toml`"""
+    """Run recipes on their [schedule] through Prefect until Ctrl-C.
+
+    Example: `saeflow serve nightly.toml`
+    """
+    from saeflow.recipe.schedule import interval_of
+    from saeflow.store.store import Store, store_path
+
     settings = [read_recipe(path, set_) for path in recipes]
     stores = [Store.create(store_path(store, each)).name for each in settings]
     server = orchestrator()
     with server.found() as url:
         wanted = server.deployments(settings, stores)
         server.prepare_server()
-        _tell_others(server.others(wanted))
+        _name_strangers(server.others(wanted))
         if work_pool is not None:
             server.hand_to_workers(wanted, work_pool)
             out.print(
                 f"{len(wanted)} deployments; their runs wait for a worker: prefect worker start --pool {work_pool}"
             )
             return
-        _tell(recipes, settings, stores, server.page_url(url))
+        _print_schedule(recipes, settings, stores, server.page_url(url))
         at_once = {f"saeflow-ingest/{each.name}" for each in settings if interval_of(each.schedule.ingest)}
         server.work(wanted, at_once, limit, err.print)
-    err.print("Stopped, and its runs with it. What is scheduled goes on when it is started again.")
+    err.print("Stopped, and its runs with it. Start it again to go on with the schedule.")
 
 
-def _tell_others(names: Sequence[str]) -> None:
-    """A recipe that is no longer named leaves its deployments on the server."""
+def _name_strangers(names: Sequence[str]) -> None:
+    """Print deployments on the server that nobody serves here, such as those of recipes no longer named."""
     if names:
         err.print(
             "Also on the server, and not served here. Their runs pile up if nobody else serves them; to delete them:"
         )
     for name in names:
-        err.print(f"  prefect deployment delete {shlex.quote(name)}", markup=False, soft_wrap=True)
+        print_note(f"  prefect deployment delete {shlex.quote(name)}")
 
 
-def _tell(paths: Sequence[Path], recipes: Sequence[Recipe], stores: Sequence[str], page: str) -> None:
-    """What happens when, and where it can be seen."""
-    table = a_table("recipe", "what", "when", "next")
+def _print_schedule(paths: Sequence[Path], recipes: Sequence[Recipe], stores: Sequence[str], page: str) -> None:
+    """Print what happens when, and where to watch it."""
+    from saeflow.recipe.schedule import interval_of, next_time, once_a_store
+
+    table = new_table("recipe", "what", "when", "next")
     now = datetime.now(UTC)
     for recipe, about in zip(recipes, once_a_store([each.schedule for each in recipes], stores), strict=True):
-        for stage in _STAGES:
+        for stage in _SCHEDULED:
             when = getattr(about, stage)
             following = next_time(when, about.timezone, now)
             if stage == "ingest" and interval_of(when):
@@ -121,6 +129,6 @@ def _tell(paths: Sequence[Path], recipes: Sequence[Recipe], stores: Sequence[str
             table.add_row(recipe.name, stage, f"{when}{once}{more}", shown)
     out.print(table)
     for path, place in zip(paths, stores, strict=True):
-        out.print(f"{path}: store {place}", markup=False, soft_wrap=True)
+        print_line(f"{path}: store {place}")
     ask = f"saeflow ask --store {shlex.quote(stores[0])}"
-    out.print(f"Seen at {page}, asked with `{ask}`. Ctrl-C ends it.", markup=False, soft_wrap=True)
+    print_line(f"Watch it at {page}. Ask it with `{ask}`. Ctrl-C ends it.")

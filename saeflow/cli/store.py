@@ -8,7 +8,6 @@ from datetime import date
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from saeflow.cli.common import (
     Quiet,
@@ -16,48 +15,56 @@ from saeflow.cli.common import (
     Set,
     StoreOption,
     Verbose,
-    a_table,
     create_store,
     err,
+    new_table,
     open_store,
     out,
+    print_line,
+    print_note,
     progress_of,
     read_recipe,
-    where,
+    store_argument,
 )
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import human_bytes, sanitise
-from saeflow.store.artefact import Artefact
-from saeflow.store.records import KINDS, PartRecord, read_checked
-from saeflow.store.store import Store, store_path
 
 if TYPE_CHECKING:
     from saeflow.pipeline.forget import Forgotten
+    from saeflow.store.artefact import Artefact
+    from saeflow.store.records import PartRecord
+    from saeflow.store.store import Store
 
-commands = typer.Typer()
+store_commands = typer.Typer()
 
 GRACE_HOURS = 24
-"""For so long a replaced generation is kept for its readers."""
+"""Hours to keep a replaced generation for readers that still use it."""
 
 
-@commands.command()
-def ls(store: StoreOption = None) -> None:
-    """List what the store holds. Example: `saeflow ls --store data/store`"""
+@store_commands.command("ls")
+def ls_command(store: StoreOption = None) -> None:
+    """List what the store holds.
+
+    Example: `saeflow ls --store data/store`
+    """
     opened = open_store(store)
-    table = a_table("artefact", "generation", "parts", "tokens", "size", "inputs")
+    table = new_table("artefact", "generation", "parts", "tokens", "size", "inputs")
     for artefact in opened.artefacts():
-        table.add_row(_cell(artefact.id), *_state(artefact), _cell(", ".join(artefact.record.inputs)))
+        table.add_row(_safe(artefact.id), *state_of(artefact), _safe(", ".join(artefact.record.inputs)))
     out.print(table)
 
 
-def _cell(text: object) -> str:
+def _safe(text: object) -> str:
+    from rich.markup import escape
+
     return escape(sanitise(str(text)))
 
 
-def _state(artefact: Artefact) -> tuple[str, str, str, str]:
-    """Generation, parts, tokens, and the size of what readers see, as its records say: a store has millions of
-    files."""
+def state_of(artefact: Artefact) -> tuple[str, str, str, str]:
+    """Return generation, parts, tokens, and the size of what readers see.
+
+    Only records are read, because a store may hold millions of files.
+    """
     if artefact.kind == "saes":
         return ("whole" if artefact.complete() else "damaged"), "-", "-", _size(artefact, ())
     generation = artefact.generation()
@@ -69,44 +76,51 @@ def _state(artefact: Artefact) -> tuple[str, str, str, str]:
 
 
 def _size(artefact: Artefact, parts: Iterable[PartRecord]) -> str:
+
     n_bytes = sum(part.n_bytes for part in parts) + sum(file.n_bytes for file in artefact.record.files)
     return human_bytes(n_bytes)
 
 
-@commands.command()
-def show(
-    name: Annotated[str, typer.Argument(help="An artefact as `saeflow ls` names it, or the name of a run.")],
+@store_commands.command("show")
+def show_command(
+    name: Annotated[str, typer.Argument(help="An artefact, named as in `saeflow ls`, or the name of a run.")],
     store: StoreOption = None,
 ) -> None:
-    """Show an artefact: its settings, inputs, parts and quality. Example: `saeflow show demo`"""
-    artefact = _find(open_store(store), name)
+    """Show an artefact: its settings, inputs, parts and quality.
+
+    Example: `saeflow show demo`
+    """
+    from saeflow.store.records import read_checked
+
+    artefact = _find_artefact(open_store(store), name)
     out.print(f"{sanitise(artefact.id)}\n{sanitise(str(artefact.path))}", markup=False)
-    table = a_table("setting", "value")
+    table = new_table("setting", "value")
     for key, value in sorted(artefact.record.facts.items()):
-        table.add_row(_cell(key), _cell(value))
+        table.add_row(_safe(key), _safe(value))
     for name in artefact.record.inputs:
-        table.add_row("reads", _cell(name))
+        table.add_row("reads", _safe(name))
     quality = artefact.path / "quality.json"
     for key, value in (read_checked(quality) if quality.is_file() else {}).items():
-        table.add_row(_cell(key), f"{value:.4f}" if isinstance(value, float) else _cell(value))
+        table.add_row(_safe(key), f"{value:.4f}" if isinstance(value, float) else _safe(value))
     out.print(table)
 
 
-def _find(store: Store, name: str) -> Artefact:
-    import difflib
+def _find_artefact(store: Store, name: str) -> Artefact:
+    from saeflow.runtime.suggest import nearest
+    from saeflow.store.records import KINDS
 
     artefacts = store.artefacts(*KINDS)[::-1]  # runs before what they read, the newest first
     for artefact in artefacts:
         full_names = (f"{artefact.name}{sign}{artefact.fp}" for sign in "-_")
         if name in (artefact.id, artefact.name, *full_names):
             return artefact
-    known = [artefact.id for artefact in artefacts]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.2)
+    ids = {artefact.id: artefact for artefact in artefacts}
+    near = nearest(name, ids) or [full for full, each in ids.items() if nearest(name, [each.name])][:3]
     raise UserError(f"{store.name} has no artefact {name!r}. Nearest: {', '.join(near) or 'none'}. See `saeflow ls`.")
 
 
-@commands.command()
-def verify(
+@store_commands.command("verify")
+def verify_command(
     store: StoreOption = None,
     full: Annotated[bool, typer.Option("--full", help="Read every byte, and run the SQL checks.")] = False,
     repair: Annotated[
@@ -114,56 +128,65 @@ def verify(
     ] = False,
     share: Annotated[
         str | None,
-        typer.Option(metavar="1/N", help="Read every byte of today's share; on N days in a row, of the whole store."),
+        typer.Option(metavar="1/N", help="Read every byte of a share that changes daily: the whole store in N days."),
     ] = None,
 ) -> None:
-    """Check that nothing published is missing or changed. Example: `saeflow verify --full`"""
+    """Check that nothing published is missing or changed.
+
+    Example: `saeflow verify --full`
+    """
     today = _share_of_today(share)
     from saeflow.store import verify as integrity
+    from saeflow.store.store import Store, store_path
 
     opened = Store.find(store_path(store)) if repair else open_store(store)
-    if repair and (said := integrity.mend_marker(opened)):
-        out.print(sanitise(said), markup=False, soft_wrap=True)
+    if repair and (line := integrity.mend_marker(opened)):
+        print_line(sanitise(line))
     found = list(integrity.verify(opened, full, today))
     for each in found:
-        out.print(sanitise(f"damaged: {each}"), markup=False, soft_wrap=True)
-    for said in integrity.mend(found) if repair else []:
-        err.print(sanitise(said), markup=False, soft_wrap=True)
+        print_line(sanitise(f"damaged: {each}"))
+    for line in integrity.mend(found) if repair else []:
+        print_note(sanitise(line))
     broken = _run_checks(opened) if full and not found else []
     for name, n_rows in broken:
         out.print(sanitise(f"check {name}: {n_rows} offending rows"), markup=False)
     if repair and found:
-        out.print("What had to be removed is made again by the next run: saeflow run RECIPE")
+        out.print("The next run makes the removed parts again: saeflow run RECIPE")
     elif found:
-        raise UserError("Mend it with `saeflow verify --full --repair`, then run the recipe again: the rest is kept.")
+        raise UserError("Repair it with `saeflow verify --full --repair`, then run the recipe again: the rest is kept.")
     elif broken:
         raise UserError("The feature files do not agree. Remove the run's folder and run the recipe again.")
     else:
-        said = f"{len(opened.artefacts())} artefacts in {opened.name}: nothing missing, nothing changed"
-        out.print(sanitise(said), markup=False, soft_wrap=True)
+        line = f"{len(opened.artefacts())} artefacts in {opened.name}: nothing missing, nothing changed"
+        print_line(sanitise(line))
 
 
-@commands.command()
-def forget(
+@store_commands.command("forget")
+def forget_command(
     keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys of documents; see the view `documents`.")],
     store: StoreOption = None,
     quiet: Quiet = False,
 ) -> None:
-    """Hide documents at once, in every view and feed. Example: `saeflow forget letters/017 letters/018`"""
-    from saeflow.pipeline.forget import forget as hide
+    """Hide documents at once, in every view and in training.
+
+    Example: `saeflow forget letters/017 letters/018`
+    """
+    from saeflow.pipeline.forget import forget
     from saeflow.query import catalog
+    from saeflow.runtime.progress import Progress
+    from saeflow.store.store import Store, store_path
 
     opened = Store.open(store_path(store))
-    done = hide(opened, keys, Progress(err, -1 if quiet else 0))
+    done = forget(opened, keys, Progress(err, -1 if quiet else 0))
     catalog.write(opened)
-    for line in [] if quiet else _told(done):
-        out.print(sanitise(line), markup=False, soft_wrap=True)
+    for line in [] if quiet else _describe_forgotten(done):
+        print_line(sanitise(line))
     for name, why in done.waiting.items():
-        said = f"{name}: parts with them are left out of every answer until encoded again: {why}"
-        err.print(sanitise(said), markup=False, soft_wrap=True)
+        line = f"{name}: parts with them are left out of every answer until encoded again: {why}"
+        print_note(sanitise(line))
 
 
-def _told(done: Forgotten) -> Iterator[str]:
+def _describe_forgotten(done: Forgotten) -> Iterator[str]:
     yield from (f"{key!r} is forgotten already" for key in done.already)
     yield from (f"{name}: {n} documents hidden" for name, n in done.documents.items())
     yield from (f"{name}: their values removed" for name in done.runs)
@@ -174,61 +197,69 @@ def _told(done: Forgotten) -> Iterator[str]:
         yield "Remove them from the disk: saeflow compact RECIPE, then saeflow gc --grace 0 --yes"
 
 
-@commands.command()
-def compact(
+@store_commands.command("compact")
+def compact_command(
     recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
 ) -> None:
-    """Rewrite the parts that still hold forgotten or replaced documents. Example: `saeflow compact my.toml`"""
+    """Rewrite the parts that still hold forgotten or replaced documents.
+
+    Example: `saeflow compact my.toml`
+    """
     settings = read_recipe(recipe, set_)
     opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
     from saeflow.pipeline import run as pipeline
 
     pipeline.compact(opened, settings, progress)
     if not quiet:
-        said = (
+        line = (
             f"The old files go after {GRACE_HOURS} hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes"
         )
-        err.print(sanitise(said), markup=False, soft_wrap=True)
+        print_note(sanitise(line))
 
 
-@commands.command()
-def upgrade(store: StoreOption = None) -> None:
-    """Bring a store of an earlier format up to date; nothing is computed again. Example: `saeflow upgrade`"""
+@store_commands.command("upgrade")
+def upgrade_command(store: StoreOption = None) -> None:
+    """Bring a store of an earlier format up to date. Nothing is computed again.
+
+    Example: `saeflow upgrade`
+    """
     from saeflow.store import verify as integrity
+    from saeflow.store.store import Store, store_path
 
     opened = Store.open(store_path(store))
     for line in integrity.upgrade(opened):
-        out.print(sanitise(line), markup=False, soft_wrap=True)
+        print_line(sanitise(line))
 
 
-@commands.command()
-def gc(
+@store_commands.command("gc")
+def gc_command(
     store: StoreOption = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
     grace: Annotated[
-        float, typer.Option(min=0, help="Hours for which a replaced generation is kept for its readers.")
+        float, typer.Option(min=0, help="Hours to keep a replaced generation for readers that still use it.")
     ] = GRACE_HOURS,
 ) -> None:
-    """List what nobody can read any more; remove it with --yes. Example: `saeflow gc --yes`"""
+    """List files that nobody can read any more; with --yes, remove them.
+
+    Example: `saeflow gc --yes`
+    """
     from saeflow.query import catalog
     from saeflow.store import garbage
 
     opened = open_store(store)
     done = garbage.collect(opened, grace * 3600, remove=yes)
     for each in done.garbage:
-        out.print(sanitise(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}"), markup=False, soft_wrap=True)
+        print_line(sanitise(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}"))
     if yes and done.garbage:
         catalog.write(opened)
-    again = f"saeflow gc{'' if grace == GRACE_HOURS else f' --grace {grace:g}'} --yes{where(opened)}"
-    said = "removed" if yes else "to remove" if not done.garbage else f"to remove with `{again}`"
-    out.print(
-        f"{len(done.garbage)} files and folders, {human_bytes(done.n_bytes)} {said}", markup=False, soft_wrap=True
-    )
+    again = f"saeflow gc{'' if grace == GRACE_HOURS else f' --grace {grace:g}'} --yes{store_argument(opened)}"
+    fate = "removed" if yes else "to remove" if not done.garbage else f"to remove with `{again}`"
+    print_line(f"{len(done.garbage)} files and folders, {human_bytes(done.n_bytes)} {fate}")
     if done.n_bytes_kept:
         later = f"{human_bytes(done.n_bytes_kept)} more after {grace:g} hours; now with --grace 0"
-        out.print(later, markup=False, soft_wrap=True)
+        print_line(later)
     for why in done.left_alone:
-        err.print(sanitise(f"left alone: {why}"), markup=False, soft_wrap=True)
+        print_note(sanitise(f"left alone: {why}"))
 
 
 def _share_of_today(text: str | None) -> tuple[int, int] | None:
@@ -245,10 +276,12 @@ def _share_of_today(text: str | None) -> tuple[int, int] | None:
 
 
 def _run_checks(store: Store) -> list[tuple[str, int]]:
-    from saeflow.query import ask
+    from saeflow.query.checks import check
+    from saeflow.query.connection import connect
+    from saeflow.query.runs import runs
 
     broken = []
-    for each in (run for run in ask.runs(store) if run.problem is None):
-        with contextlib.closing(ask.connect(store, each.artefact.id)) as connection:
-            broken += [(f"{each.schema}.{name}", len(rows)) for name, rows in ask.check(connection) if len(rows)]
+    for each in (run for run in runs(store) if run.problem is None):
+        with contextlib.closing(connect(store, each.artefact.id)) as connection:
+            broken += [(f"{each.schema}.{name}", len(rows)) for name, rows in check(connection) if len(rows)]
     return broken

@@ -1,4 +1,4 @@
-"""The command that trains on made activations and says how much of what is known was found."""
+"""`saeflow synth`: train on made activations, and score how many of their known features were found."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from saeflow.cli.common import (
     Set,
     StoreOption,
     Verbose,
-    a_table,
     create_store,
+    new_table,
     out,
     progress_of,
     read_recipe,
 )
-from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.progress import Progress
-from saeflow.store.store import Store
 
 if TYPE_CHECKING:
-    from saeflow.sae.recovery import Scores
+    from rich.console import Console
 
-commands = typer.Typer()
+    from saeflow.recipe.recipe import Recipe
+    from saeflow.runtime.progress import Progress
+    from saeflow.sae.recovery import Scores
+    from saeflow.store.store import Store
+
+synth_commands = typer.Typer()
 
 _SCORES = {
     "live": ("n_live", "{:,}", "features that fire at all on fresh rows"),
@@ -50,20 +52,20 @@ _SCORES = {
     "F1": ("f1", "{:.3f}", "does the matched feature fire when the true one does? mean over frequent ones"),
     "F1 w.": ("f1_weighted", "{:.3f}", "the same mean, weighted by how often they fire"),
 }
-"""What a score is called, its field and how it is written, and what it means."""
+"""Name of a score: its field, its format, and what it means."""
 
 
 @dataclass(frozen=True)
 class Synth:
-    """One trained autoencoder with its scores: its settings, and the artefact that holds it."""
+    """One trained autoencoder: its recipe, the artefact that holds it, and its scores."""
 
     recipe: Recipe
     sae: str
     scores: Scores
 
 
-@commands.command()
-def synth(
+@synth_commands.command("synth")
+def synth_command(
     recipe: RecipePath,
     store: StoreOption = None,
     set_: Set = None,
@@ -72,30 +74,33 @@ def synth(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make activations with known features, train on them, and score what was found.
-    Example: `saeflow synth flows/recipes/synth.toml --set train.n_tokens=1_000_000`"""
+    """Make activations with known features, train on them, and score which features were found.
+
+    Example: `saeflow synth flows/recipes/synth.toml --set train.n_tokens=1_000_000`
+    """
     settings = read_recipe(recipe, set_, member)
     require_known(settings)
     opened = create_store(store, settings, quiet)
-    found = judge(opened, [settings], progress_of(quiet, verbose, settings))
+    found = train_and_score(opened, [settings], progress_of(quiet, verbose, settings))
     if as_json:
-        typer.echo(json.dumps([_plain(each) for each in found]))
+        typer.echo(json.dumps([_scores_as_json(each) for each in found]))
     else:
         print_scores(found)
 
 
 def require_known(recipe: Recipe) -> None:
+    """Refuse a recipe whose activations are not made, so that nobody knows their true features."""
     if recipe.activations.synthetic is None:
         raise UserError(
             f"The recipe {recipe.name} has no [activations.synthetic], so nobody knows its true features.\n"
-            "Judge it on held-out documents with `saeflow run RECIPE`, or start from flows/recipes/synth.toml."
+            "Measure it on held-out documents with `saeflow run RECIPE`, or start from flows/recipes/synth.toml."
         )
 
 
-def judge(store: Store, recipes: Sequence[Recipe], progress: Progress) -> list[Synth]:
-    """Store each recipe's activations, train and score its autoencoder, or all of its sweep, trained in one reading.
+def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress) -> list[Synth]:
+    """Store each recipe's activations, then train and score its autoencoder, or all of its sweep in one reading.
 
-    What is there already is kept, scores are not.
+    Activations and autoencoders that exist are kept; scores are computed again.
     """
     from saeflow.pipeline import import_table, train
     from saeflow.sae import interchange, recovery
@@ -114,34 +119,34 @@ def judge(store: Store, recipes: Sequence[Recipe], progress: Progress) -> list[S
     return judged
 
 
-def _plain(each: Synth) -> dict[str, object]:
+def _scores_as_json(each: Synth) -> dict[str, object]:
     from saeflow.pipeline import import_sae
 
     about = {"name": each.recipe.name, "sae": each.sae, "architecture": import_sae.sae_config(each.recipe).architecture}
     return about | dataclasses.asdict(each.scores)
 
 
-def print_scores(judged: Sequence[Synth]) -> None:
-    """One autoencoder: its scores and what they mean. Several: a row each, and what the columns mean."""
+def print_scores(judged: Sequence[Synth], console: Console = out) -> None:
+    """Print the scores of one autoencoder with their meanings, or of several as a table with the columns' meanings."""
     first = dataclasses.asdict(judged[0].scores)
-    meanings = a_table("", "", "") if len(judged) == 1 else a_table("", "")
+    meanings = new_table("", "", "") if len(judged) == 1 else new_table("", "")
     meanings.show_header = False
     for name, (field, written, meaning) in _SCORES.items():
         value = [written.format(first[field])] if len(judged) == 1 else []
         meanings.add_row(name, *value, meaning.format_map(first))
     if len(judged) > 1:
-        table = a_table("SAE", *_SCORES)
+        table = new_table("SAE", *_SCORES)
         table.padding = (0, 1, 0, 0)  # so that it fits 80 columns
-        for name, each in zip(_names([each.recipe for each in judged]), judged, strict=True):
+        for name, each in zip(short_names([each.recipe for each in judged]), judged, strict=True):
             found = dataclasses.asdict(each.scores)
             table.add_row(name, *(written.format(found[field]) for field, written, _ in _SCORES.values()))
-        out.print(table)
-        out.print()
-    out.print(meanings)
+        console.print(table)
+        console.print()
+    console.print(meanings)
 
 
-def _names(recipes: Sequence[Recipe]) -> list[str]:
-    """What tells them apart: their names without what all begin with, else what they are."""
+def short_names(recipes: Sequence[Recipe]) -> list[str]:
+    """Return names that tell recipes apart: their own without a common beginning, else architecture and size."""
     from saeflow.pipeline import import_sae
 
     names = [recipe.name for recipe in recipes]

@@ -17,7 +17,7 @@ import fsspec
 from obstore.exceptions import BaseError, GenericError
 from obstore.fsspec import register
 
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.storage import RETRIES, allow_http, is_url, tries
 
 _OBJECT_STORES = ("s3", "gs", "az", "abfs")
@@ -141,11 +141,7 @@ def _url_errors(path: str) -> Iterator[None]:
     except failures as error:
         if not is_url(path):
             raise
-        raise UserError(f"corpus.files: {path} cannot be read ({_reason(error)}).\n{_remedy(path)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"corpus.files: {path} cannot be read ({first_line(error)}).\n{_remedy(path)}") from error
 
 
 def _remedy(path: str) -> str:

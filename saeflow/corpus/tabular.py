@@ -26,7 +26,7 @@ from duckdb import ColumnExpression, DuckDBPyConnection, DuckDBPyRelation, Expre
 from saeflow.corpus import remote
 from saeflow.corpus.document import Corpus, Document, is_in_share
 from saeflow.recipe.settings import CorpusConfig
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.memory import total_memory
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system
 from saeflow.store.storage import is_url
@@ -299,7 +299,7 @@ def _query_failures(what: str, hint: str = "") -> Iterator[None]:
     except (*QUERY_ERRORS, OverflowError, ValueError) as error:
         if is_of_system(error):
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         if "Out of Memory" in first:
             hint = 'Leave out long columns that you do not need, e.g. sql = "select key, text from ..." under [corpus].'
         raise UserError(f"{what}: {first}" + (f"\n{hint}" if hint else "")) from error

@@ -20,7 +20,7 @@ from saeflow.model.sites import load_tokenizer, model_fingerprint
 from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import CorpusConfig, ModelConfig, TokensConfig
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import make_folder
@@ -92,7 +92,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
         except UserError as error:
             if not whole:
                 raise
-            progress.say(f"tokens: the corpus is gone, going on with what is stored ({str(error).splitlines()[0]})")
+            progress.say(f"tokens: the corpus is gone, going on with what is stored ({first_line(error)})")
             return target
         if whole and seen is not None and seen == noted(target.path, "corpus"):
             progress.skip("tokens", f"{generation.total('n_tokens'):,} tokens in {len(generation.parts)} parts")

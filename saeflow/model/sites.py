@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fnmatch
 import importlib
 import threading
@@ -21,7 +20,8 @@ from saeflow.corpus.remote import hub_errors
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.devices import choose_device, to_device
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.suggest import nearest
 from saeflow.store.files import checksum
 
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
@@ -103,7 +103,7 @@ def _why_not(path: str, local: bool, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     said = f"model.path is {path!r}"
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    reason = first_line(error)
     causes = [error, error.__cause__, error.__context__]
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (
@@ -231,7 +231,7 @@ def require_length(model: nn.Module, length: int, sites: list[Site]) -> None:
     except (IndexError, RuntimeError) as error:  # some keep a few positions for themselves
         if "allocate" in str(error) or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise UserError(f"{said} fewer ({str(error).splitlines()[0]}). Set less, such as {limit - 2}.") from error
+        raise UserError(f"{said} fewer ({first_line(error)}). Set less, such as {limit - 2}.") from error
 
 
 @torch.no_grad()
@@ -261,7 +261,7 @@ def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
         wants_input = pattern.endswith(":input")
         matches = [name for name in fnmatch.filter(names, pattern) if name.endswith(":input") == wants_input]
         if not matches:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            near = nearest(pattern, names)
             raise UserError(
                 f"activations.sites: the model has no site {pattern!r}. Nearest: {', '.join(near) or 'none'}.\n"
                 "List them all with `saeflow sites MODEL`."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +37,7 @@ from saeflow.recipe.settings import ActivationsConfig, SAEConfig
 from saeflow.runtime.devices import model_threads, own_stream
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.suggest import nearest
 from saeflow.runtime.threads import keep_freed_memory, map_in_order
 from saeflow.store.artefact import Artefact, Job
 from saeflow.store.records import PartRecord
@@ -302,7 +302,7 @@ def _chosen(sites: list[Site], wanted: str | None, setting: str = "sae.site") ->
     found = [site for site in sites if site.name == wanted] if wanted else sites
     if len(found) != 1:
         names = [site.name for site in sites]
-        near = difflib.get_close_matches(wanted or "", names, n=1, cutoff=0.3)
+        near = nearest(wanted or "", names, n=1)
         hint = f" Nearest: {near[0]}." if near else ""
         raise UserError(
             f"{setting} is {wanted!r}; the sites are: {', '.join(names)}.{hint} Set {setting} to one of them."

@@ -373,7 +373,7 @@ def used_of(store: Store, target: Artefact) -> TokenSelection:
 
 def publish(
     store: Store, target: Artefact, used: TokenSelection, inputs: Mapping[int, dict[str, str]], progress: Progress,
-    check_values: int = checks.MOST_VALUES,
+    check_values: int = checks.CHECK_VALUES,
 ) -> None:  # fmt: skip
     """Show the parts that follow from these inputs; a compacted one that holds more is written again without it.
 

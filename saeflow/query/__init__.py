@@ -1,14 +1,16 @@
 """Questions in SQL: DuckDB with the files of `sql/`. Read `ask` first.
 
-relations      lists of files as DuckDB relations
-labels         names given to features
-label_import   labels from Neuronpedia, delphi and other tools
-bucket_files   files of a bucket, fetched as DuckDB asks for them
-runs           a connection with the runs of a store
-checks         SQL that returns rows only where something is wrong
-questions      the named questions and their arguments
 ask            ask a question or run SQL
-api            the Python API
+questions      the named questions and their arguments
+runs           the runs of a store, and the files each is made of
+definitions    the SQL that makes the runs askable
+connection     DuckDB with that SQL loaded, and nothing else to read
+relations      lists of files as SQL
+bucket_files   files of a bucket, fetched as DuckDB asks for them
+labels         labels of features
+label_import   labels from Neuronpedia, delphi and other tools
+checks         SQL that returns rows only if something is wrong
 catalog        `catalog.sql`: the runs for DuckDB alone
 first_answers  three questions to ask first
+api            the Python API
 """

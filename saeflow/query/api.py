@@ -9,20 +9,20 @@ from types import TracebackType
 import duckdb
 import pyarrow as pa
 
-from saeflow.query import ask as queries
-from saeflow.query.questions import Question
+from saeflow.query.ask import ask, query, resolve_names
+from saeflow.query.connection import connect_to_run
+from saeflow.query.questions import Question, find_question, parse_arguments, questions
 from saeflow.query.runs import Run
-from saeflow.query.runs import open_run as opened_run
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store, store_path
 
 
 class OpenRun:
-    """A run of a store, to be asked. Close it, or use it in a `with` block.
+    """A run of a store that can be asked. Close it, or use it in a `with` block. Use it from one thread at a time.
 
-    Answers are `pyarrow.Table`s, with no Python object for a row. Those of `sql` are in DuckDB's own memory; those of
-    named questions it copies once inside itself, as planning a short statement twice takes longer. `.to_pandas()` and
-    `polars.from_arrow(table)` go on from there. Use it from one thread at a time.
+    Answers are `pyarrow.Table`s, with no Python object for a row; `.to_pandas()` and `polars.from_arrow(table)` convert
+    them. An answer of `sql` lies in DuckDB's own memory. An answer of `ask` is copied once inside DuckDB, which is
+    quicker than planning a short statement twice.
     """
 
     def __init__(self, store: Store, run: Run, connection: duckdb.DuckDBPyConnection) -> None:
@@ -30,7 +30,7 @@ class OpenRun:
 
     @property
     def name(self) -> str:
-        """What the run is called in SQL: its schema."""
+        """The run's name in SQL: its schema."""
         return self._run.schema
 
     @property
@@ -42,24 +42,24 @@ class OpenRun:
         return self._run.n_tokens
 
     def ask(self, question: str, *arguments: object, limit: int | None = None, **named: object) -> pa.Table:
-        """Answer a named question; its parameters by position, by name, or both. Lists are Python lists.
+        """Answer a named question. Give its parameters by position, by name, or both; lists are Python lists.
 
             run.ask("top_tokens", feature=12, n=5)
             run.ask("tokens_where", 12, 0.5)
 
-        Raises UserError for a question, parameter, feature, source or run that is not there.
+        Raises UserError for a question, parameter, feature, source or run that does not exist.
         """
-        asked = queries.find(question)
-        values = queries.named(asked, _joined(asked, arguments, named))
-        return queries.ask(self._connection, question, queries.resolved(self._connection, asked, values), limit)
+        chosen = find_question(question)
+        values = parse_arguments(chosen, _by_name(chosen, arguments, named))
+        return ask(self._connection, question, resolve_names(self._connection, chosen, values), limit)
 
     def sql(self, statement: str, parameters: Sequence[object] = (), limit: int | None = None) -> pa.Table:
-        """Run one statement that only reads; each `?` in it is one of the parameters. Raises UserError."""
-        return queries.query(self._connection, statement, parameters, limit)
+        """Run one statement that only reads. Each `?` in it stands for one of the parameters. Raises UserError."""
+        return query(self._connection, statement, parameters, limit)
 
     def questions(self) -> list[Question]:
-        """What can be asked: names, parameters, and what each answers."""
-        return queries.questions()
+        """Return the questions that can be asked: their names, parameters, and what each answers."""
+        return questions()
 
     def close(self) -> None:
         self._connection.close()
@@ -84,16 +84,16 @@ def open_run(
     memory_limit: str | None = None,
     threads: int | None = None,
 ) -> OpenRun:
-    """The run of this name in a store (folder or URL), by default the newest; without a store SAEFLOW_STORE, else
-    data/store.
+    """Return the run of this name, or the newest, of a store (folder or URL).
 
-    `memory_limit` ("2GB") and `threads` are DuckDB's. Raises UserError where there is no such store or run.
+    The default store is SAEFLOW_STORE if that is set, else data/store. `memory_limit` ("2GB") and `threads` are
+    settings of DuckDB. Raises UserError if there is no such store or run.
     """
     opened = Store.open(store_path(None if store is None else os.fspath(store)))
-    return OpenRun(opened, *opened_run(opened, run, memory_limit, threads))
+    return OpenRun(opened, *connect_to_run(opened, run, memory_limit, threads))
 
 
-def _joined(question: Question, arguments: Sequence[object], named: dict[str, object]) -> dict[str, object]:
+def _by_name(question: Question, arguments: Sequence[object], named: dict[str, object]) -> dict[str, object]:
     names = [parameter.name for parameter in question.parameters]
     if len(arguments) > len(names):
         raise UserError(f"{question.name} takes {len(names)} arguments, not {len(arguments)}: {question.usage}")

@@ -1,6 +1,6 @@
-"""Questions to a run: named ones from `sql/marts`, and statements that only read.
+"""Ask a run: named questions from `sql/marts`, and statements that only read.
 
-Values travel as prepared parameters; names are looked up among the files of `sql/`.
+Values travel as prepared parameters. Names are looked up among the files of `sql/`.
 """
 
 from __future__ import annotations
@@ -13,38 +13,32 @@ from collections.abc import Iterator, Mapping, Sequence
 import duckdb
 import pyarrow as pa
 
-from saeflow.query.checks import check
-from saeflow.query.questions import GROUPS, Arguments, Parameter, Question, Value, find, named, questions
-from saeflow.query.runs import Run, connect, nearest, runs, script
+from saeflow.query.questions import Arguments, Question, Value, find_question, parse_arguments
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
+from saeflow.runtime.suggest import did_you_mean
 from saeflow.runtime.text import brief, sanitise
 
-__all__ = [
-    "GROUPS", "Parameter", "Question", "Run", "ask", "check", "connect", "find", "named", "query", "questions",
-    "resolved", "runs", "script", "spelled",
-]  # fmt: skip
-
 LONGEST_SQL = 100_000
-"""Characters of a statement: DuckDB takes minutes over some longer ones before it has read them."""
+"""Most characters of a statement. DuckDB takes minutes over some longer ones before it has read them."""
 
 DEEPEST_SQL = 200
-"""Brackets in brackets; the parser's time grows with more than the square of their number."""
+"""Most brackets inside brackets. The parser's time grows faster than the square of their number."""
 
 _WRITES = re.compile(r"COPY|INSERT|UPDATE|DELETE|MERGE|CREATE|ATTACH|EXPORT|LOAD|SET\b|RESET|TRANSACTION")
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
-_OF_SOURCES = {"compare_sources", "source_contrast"}
-_OF_RUNS = {"compare_runs"}
-_SAID = 20
-"""Sources that are listed where one is not there."""
+_ABOUT_SOURCES = {"compare_sources", "source_contrast"}
+_ABOUT_RUNS = {"compare_runs"}
+_SOURCES_SHOWN = 20
+"""Sources listed in an error; the error then says how to list them all."""
 
 
 def ask(
     connection: duckdb.DuckDBPyConnection, question: str, arguments: Arguments = (), limit: int | None = None
 ) -> pa.Table:
-    """Answer a named question; arguments by position or by name, as values or as words to be parsed."""
-    chosen = find(question)
-    values: list[object] = list(named(chosen, arguments).values())
+    """Answer a named question. Arguments come by position or by name, as values or as words to be parsed."""
+    chosen = find_question(question)
+    values: list[object] = list(parse_arguments(chosen, arguments).values())
     call = f"({', '.join('?' * len(values))})" if chosen.is_macro else ""
     sql = f"select * from {chosen.name}{call}"
     if limit is not None:
@@ -52,42 +46,42 @@ def ask(
     return _fetch(connection, sql, values, chosen.name, short=chosen.is_macro)
 
 
-def resolved(
-    connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value]
-) -> dict[str, Value]:
-    """The values with runs by the names of their schemas.
-
-    Raises UserError for a feature, source or run that is not there: a slip of the finger, not an empty answer.
-    """
-    _refuse_unknown_features(connection, [*_listed(values.get("feature")), *_listed(values.get("features"))])
-    texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
-    if question.name in _OF_SOURCES:
-        _refuse_unknown_sources(connection, [str(value) for name, value in values.items() if name in texts])
-    if question.name in _OF_RUNS:
-        return {name: _schema(connection, str(v)) if name in texts else v for name, v in values.items()}
-    return dict(values)
-
-
-def spelled(
-    connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value], limit: int | None = None
-) -> str:
-    """The question as SQL with its values in it, which the run's schema need not be in use for. Bound, but not run."""
-    schema = _fetch(connection, "select current_schema()", (), "The run").column(0)[0].as_py()
-    sql = question.spelled(values, schema) + (f" limit {limit}" if limit is not None else "")
-    _refuse_writes(connection, sql, ())
-    return f"{sql};"
-
-
 def query(
     connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object] = (), limit: int | None = None
 ) -> pa.Table:
-    """Run one statement that only reads; anything else is refused before it runs."""
+    """Run one statement that only reads. Anything else is refused before it runs."""
     _refuse_nonsense(sql)
     _refuse_writes(connection, sql, parameters)
     return _fetch(connection, sql, parameters, "The query", limit)
 
 
-def _listed(value: Value) -> list[object]:
+def resolve_names(
+    connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value]
+) -> dict[str, Value]:
+    """Return the values, with runs replaced by the names of their schemas.
+
+    Raises UserError for a feature, source or run that does not exist: that is a typing mistake, not an empty answer.
+    """
+    _refuse_unknown_features(connection, [*_as_list(values.get("feature")), *_as_list(values.get("features"))])
+    texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
+    if question.name in _ABOUT_SOURCES:
+        _refuse_unknown_sources(connection, [str(value) for name, value in values.items() if name in texts])
+    if question.name in _ABOUT_RUNS:
+        return {name: _schema_of_run(connection, str(v)) if name in texts else v for name, v in values.items()}
+    return dict(values)
+
+
+def as_statement(
+    connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value], limit: int | None = None
+) -> str:
+    """Return the question as SQL with its values filled in, for any shell. The statement is planned, not run."""
+    schema = _fetch(connection, "select current_schema()", (), "The run").column(0)[0].as_py()
+    sql = question.as_sql(values, schema) + (f" limit {limit}" if limit is not None else "")
+    _refuse_writes(connection, sql, ())
+    return f"{sql};"
+
+
+def _as_list(value: Value) -> list[object]:
     return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
@@ -105,21 +99,21 @@ def _refuse_unknown_sources(connection: duckdb.DuckDBPyConnection, sources: Sequ
     sql = "select distinct source from stg_documents where source is not null order by source"
     known: list[str] = _fetch(connection, sql, (), "The list of sources").column(0).to_pylist()
     for wrong in (source for source in sources if source not in known):
-        hint = nearest(wrong, known)
-        if hint.startswith("There are") and len(known) > _SAID:
-            hint = f"There are: {', '.join(known[:_SAID])} … (saeflow sql '{sql}')"
+        hint = did_you_mean(wrong, known)
+        if hint.startswith("There are") and len(known) > _SOURCES_SHOWN:
+            hint = f"There are: {', '.join(known[:_SOURCES_SHOWN])} … (saeflow sql '{sql}')"
         raise UserError(f"There is no source {brief(wrong)!r}. {sanitise(hint)}")
 
 
-def _schema(connection: duckdb.DuckDBPyConnection, run: str) -> str:
-    """The schema of a run that is called by any of its names."""
+def _schema_of_run(connection: duckdb.DuckDBPyConnection, run: str) -> str:
+    """Return the schema of the run that has this name, in any spelling."""
     sql = "select schema_name, name, fp from stg_runs where problem is null"
     known = _fetch(connection, sql, (), "The list of runs").to_pylist()
     for row in sorted(known, key=lambda row: bool(row["schema_name"] != run)):
         full = f"{row['name']}-{row['fp']}"
         if run in (row["schema_name"], full, f"{row['name']}_{row['fp']}", f"features/{full}"):
             return str(row["schema_name"])
-    raise UserError(f"There is no run {brief(run)!r}. {nearest(run, [row['schema_name'] for row in known])}")
+    raise UserError(f"There is no run {brief(run)!r}. {did_you_mean(run, [row['schema_name'] for row in known])}")
 
 
 def _refuse_nonsense(sql: str) -> None:
@@ -138,7 +132,7 @@ def _refuse_nonsense(sql: str) -> None:
 
 
 def _refuse_writes(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object]) -> None:
-    """Type and plan must both be those of a read: `WITH x AS (COPY …) SELECT 1` is typed SELECT and writes."""
+    """Check both the statement's type and its plan: `WITH x AS (COPY …) SELECT 1` has the type SELECT, and writes."""
     refused = UserError("Only one statement that reads is run here: select, with, from, values, describe or explain.")
     try:
         statements = duckdb.extract_statements(sql)
@@ -175,22 +169,22 @@ def _fetch(
     limit: int | None = None,
     short: bool = False,
 ) -> pa.Table:
-    """`short`: the rows are copied once inside DuckDB, which takes less than planning the statement twice."""
+    """Run a statement. If it is `short`, DuckDB copies its rows once, which is quicker than planning it twice."""
     try:
         if short:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 return connection.execute(sql, parameters or None).to_arrow_table()
         reader = connection.sql(sql, params=parameters or None).to_arrow_reader()
-        return _head(reader, limit)
+        return _first_rows(reader, limit)
     except QUERY_ERRORS as error:
         if is_of_system(error):
             raise
         raise UserError(f"{what} failed.\n{message(error)}") from error
 
 
-def _head(reader: pa.RecordBatchReader, limit: int | None) -> pa.Table:
-    """The first rows of a stream, or all of it; the buffers are DuckDB's own."""
+def _first_rows(reader: pa.RecordBatchReader, limit: int | None) -> pa.Table:
+    """Return the first rows of a stream, or all. The buffers stay DuckDB's own."""
     if limit is None:
         return reader.read_all()
     batches, n_rows = [], 0

@@ -1,4 +1,4 @@
-"""An object store's files as DuckDB reads them: an fsspec filesystem whose open files several threads may share."""
+"""Files of a bucket, fetched as DuckDB reads them: an fsspec filesystem whose open files threads may share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from fsspec import AbstractFileSystem
 
 from saeflow.store.storage import Objects
 
-_BLOCK_BYTES, _N_BLOCKS = 256 << 10, 256
-"""Small readings go through blocks that are kept, 64 MiB of them: the ends of Parquet files are asked for again and
-again."""
+_CACHED_BYTES, _N_CACHED = 256 << 10, 256
+"""Small reads go through a cache of 64 MiB, because DuckDB asks for the ends of Parquet files again and again."""
 
 
 class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
-    """Read only. Paths are the store's own URLs; objects of a published generation never change."""
+    """A read-only filesystem. Paths are the store's own URLs, and objects of a published generation never change."""
 
     cachable = False
 
@@ -31,7 +30,7 @@ class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
         self._lock = threading.Lock()
 
     def key(self, path: str) -> str:
-        return _unglobbed(path.partition("://")[2] or path).removeprefix(f"{self._prefix}/")
+        return _path_of_glob(path.partition("://")[2] or path).removeprefix(f"{self._prefix}/")
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> _Reader:
         if mode != "rb":
@@ -42,7 +41,7 @@ class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
         return {"name": path, "size": self.size_of(self.key(path)), "type": "file"}
 
     def glob(self, path: str, **options: Any) -> list[str]:
-        return [_unglobbed(path)]
+        return [_path_of_glob(path)]
 
     def modified(self, path: str) -> datetime:
         return datetime.fromtimestamp(0, UTC)
@@ -52,27 +51,27 @@ class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
 
     def read(self, key: str, start: int, n_bytes: int) -> bytes:
         stop = min(start + n_bytes, self.size_of(key))
-        if stop - start > _BLOCK_BYTES:
+        if stop - start > _CACHED_BYTES:
             return self.objects.open(self.objects.root / key).read(start, stop - start)
-        numbers = range(start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES))
+        numbers = range(start // _CACHED_BYTES, -(-stop // _CACHED_BYTES))
         joined = b"".join(self._block(key, number) for number in numbers)
-        return joined[start - numbers.start * _BLOCK_BYTES :][: max(stop - start, 0)]
+        return joined[start - numbers.start * _CACHED_BYTES :][: max(stop - start, 0)]
 
     def _block(self, key: str, number: int) -> bytes:
         with self._lock:
             if (key, number) in self._blocks:
                 self._blocks.move_to_end((key, number))
                 return self._blocks[key, number]
-        found = self.objects.open(self.objects.root / key).read(number * _BLOCK_BYTES, _BLOCK_BYTES)
+        found = self.objects.open(self.objects.root / key).read(number * _CACHED_BYTES, _CACHED_BYTES)
         with self._lock:
             self._blocks[key, number] = found
-            while len(self._blocks) > _N_BLOCKS:
+            while len(self._blocks) > _N_CACHED:
                 self._blocks.popitem(last=False)
         return found
 
 
 class _Reader(io.RawIOBase):
-    """An open object. DuckDB's threads share it and call seek, then read: each has a place of its own in it."""
+    """An open object. DuckDB's threads share it and call seek, then read, so each thread has its own position."""
 
     def __init__(self, files: ObjectFiles, key: str) -> None:
         self.files, self.key, self._here = files, key, threading.local()
@@ -100,6 +99,6 @@ class _Reader(io.RawIOBase):
         return found
 
 
-def _unglobbed(path: str) -> str:
-    """The one path that a glob of bracketed letters stands for."""
+def _path_of_glob(path: str) -> str:
+    """Return the one path that matches a glob of bracketed letters."""
     return re.sub(r"\[([*?\[])\]", r"\1", path)

@@ -1,4 +1,4 @@
-"""`catalog.sql`: a store's runs for DuckDB alone, with no saeflow installed. `duckdb -init store/catalog.sql`"""
+"""`catalog.sql`: a store's runs for DuckDB alone, without saeflow. Use it as `duckdb -init store/catalog.sql`."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ from pathlib import Path
 import duckdb
 
 from saeflow import __version__
-from saeflow.query.runs import Run, definitions, runs
+from saeflow.query.definitions import definitions
+from saeflow.query.runs import Run, runs
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.files import replacing
 from saeflow.store.lease import FileSlot
 from saeflow.store.store import Store
 
-NAME = "catalog.sql"
+CATALOG = "catalog.sql"
 OLDEST_DUCKDB = "2.0"
-"""With older ones it has not been tried."""
+"""The oldest DuckDB that was tried."""
 
 MOST_FILES = 100_000
-"""Files of a run that are still worth reading at every start of a shell."""
+"""A run with more files is left out: a shell would read them all at every start."""
 
 _HEADER = re.compile(r"^--.*\n", re.MULTILINE)
 
 
-def text(store: Store) -> str:
-    """The views and macros of every readable run, the newest in use. Reads records, not values.
+def catalog_text(store: Store, most_files: int = MOST_FILES) -> str:
+    """Return the views and macros of every readable run, with the newest in use. Reads records, no values.
 
-    Names and paths are literals or quoted identifiers; in a comment they are on one line, so that none of them can end
-    it.
+    Names and paths are literals or quoted identifiers. In a comment they are on one line, so that none can end it.
     """
-    every = [_worth_reading(run) for run in runs(store)]
+    every = [_without_many_files(run, most_files) for run in runs(store)]
     readable = [run for run in every if run.problem is None]
     statements = definitions(every, readable[0]) if readable else iter(())
-    return "\n".join([*_about(store, readable), *_left_out(every), "", *map(_ended, statements), ""])
+    comment = [*_top_comment(store, readable), *_unreadable_runs(every)]
+    return "\n".join([*comment, "", *map(_one_statement, statements), ""])
 
 
 def write(store: Store) -> Path | None:
-    """Bring the store's `catalog.sql` up to date; returns it where it had to be changed.
+    """Bring the store's `catalog.sql` up to date. Returns its path if it had to be changed.
 
-    Anybody who switches a generation, or adds or removes a run or a file of labels, calls this afterwards. Of two that
-    write at once the last one wins, and both are right about what they saw.
+    Call this after switching a generation, and after adding or removing a run or a file of labels. If two processes
+    write at once, the last one wins.
     """
-    path = store.root / NAME
+    path = store.root / CATALOG
     with FileSlot(store.root / "tmp" / "locks" / "catalog.lease").guard():
-        content = text(store).encode()
-        if _present(store, path) == content:
+        content = catalog_text(store).encode()
+        if _current_bytes(store, path) == content:
             return None
         with replacing(path) as temporary:
             temporary.write_bytes(content)
@@ -55,10 +56,10 @@ def write(store: Store) -> Path | None:
     return path
 
 
-def _about(store: Store, readable: Sequence[Run]) -> Iterator[str]:
-    """The comment at the top, each line by itself sanitised."""
-    where = f"{store.name}/{NAME}" if store.objects is not None else str(store.root / NAME)
-    local = "catalog.sql" if store.objects is not None else shlex.quote(where)
+def _top_comment(store: Store, readable: Sequence[Run]) -> Iterator[str]:
+    """Yield the comment at the top. Each line is sanitised by itself."""
+    where = f"{store.name}/{CATALOG}" if store.objects is not None else str(store.root / CATALOG)
+    local = CATALOG if store.objects is not None else shlex.quote(where)
     lines = [
         "The runs of a saeflow store as views and macros of DuckDB, for a shell without saeflow:",
         f"    duckdb -init {local}",
@@ -76,25 +77,25 @@ def _about(store: Store, readable: Sequence[Run]) -> Iterator[str]:
     yield from (f"-- {sanitise(line)}" for line in lines)
 
 
-def _left_out(every: Sequence[Run]) -> Iterator[str]:
+def _unreadable_runs(every: Sequence[Run]) -> Iterator[str]:
     for run in every:
         if run.problem is not None:
             yield f"-- Left out: {sanitise(run.artefact.id)}: {sanitise(brief(run.problem, 300))}"
 
 
-def _worth_reading(run: Run) -> Run:
+def _without_many_files(run: Run, most_files: int) -> Run:
     n_files = sum(map(len, run.files.values()))
-    if run.problem is not None or n_files <= MOST_FILES:
+    if run.problem is not None or n_files <= most_files:
         return run
     problem = f"it has {n_files:,} files, more than a shell should read at its start; saeflow compact makes them few"
     return Run(run.artefact, run.schema, {}, problem=problem)
 
 
-def _ended(statement: str) -> str:
+def _one_statement(statement: str) -> str:
     return _HEADER.sub("", statement).strip().removesuffix(";") + ";"
 
 
-def _present(store: Store, path: Path) -> bytes | None:
+def _current_bytes(store: Store, path: Path) -> bytes | None:
     try:
         return (store.objects.fetch(path) if store.objects is not None else path).read_bytes()
     except FileNotFoundError:

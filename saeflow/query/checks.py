@@ -1,4 +1,4 @@
-"""The invariants of `sql/checks`: over a whole run, and over parts before they are published."""
+"""Run the checks of `sql/checks`: on a whole run, and on parts before they are published."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import duckdb
 import pyarrow as pa
 
-from saeflow.query.runs import connect_parts, sql_folder
+from saeflow.query.connection import connect_parts
+from saeflow.query.definitions import sql_folder
 from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
@@ -17,17 +18,17 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 
-MOST_VALUES = FeaturesConfig().check_values
-"""Where no recipe says how many."""
+CHECK_VALUES = FeaturesConfig().check_values
+"""Most values to check, if no recipe says how many."""
 
 
 def check(connection: duckdb.DuckDBPyConnection, limit: int = 1000) -> list[tuple[str, pa.Table]]:
-    """Each invariant of `sql/checks` with the rows that break it, at most `limit` of them; none is good."""
+    """Return each check with the rows that break it, at most `limit` of them. No rows is good."""
     paths = sorted((sql_folder() / "checks").glob("*.sql"))
-    return [(path.stem, _rows(connection, path.read_text("utf-8"), path.stem, limit)) for path in paths]
+    return [(path.stem, _offending_rows(connection, path.read_text("utf-8"), path.stem, limit)) for path in paths]
 
 
-def _rows(connection: duckdb.DuckDBPyConnection, sql: str, name: str, limit: int) -> pa.Table:
+def _offending_rows(connection: duckdb.DuckDBPyConnection, sql: str, name: str, limit: int) -> pa.Table:
     try:
         return connection.sql(sql).limit(limit).to_arrow_table()
     except QUERY_ERRORS as error:
@@ -36,9 +37,8 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str, name: str, limit: int
         raise UserError(f"{name} failed.\n{message(error)}") from error
 
 
-def chosen(parts: Sequence[PartRecord], most_values: int) -> list[PartRecord]:
-    """Of new parts those to check: from the last one backwards, at least one, and no more values than this; none if
-    0."""
+def parts_to_check(parts: Sequence[PartRecord], most_values: int) -> list[PartRecord]:
+    """Return the last of these parts, with at most `most_values` values together, but at least one part; none if 0."""
     found: list[PartRecord] = []
     for part in reversed(parts):
         n_values = sum(each.counts["n_values"] for each in [*found, part])
@@ -49,11 +49,11 @@ def chosen(parts: Sequence[PartRecord], most_values: int) -> list[PartRecord]:
 
 
 def require(store: Store, target: Artefact, parts: Sequence[PartRecord], most_values: int, progress: Progress) -> None:
-    """Check finished parts of a run that are not published yet.
+    """Check finished parts of a run before they are published.
 
-    Raises UserError where they break an invariant, after removing them, so that the next run makes them again.
+    If they break a check, removes them, so that the next run makes them again, and raises UserError.
     """
-    taken = chosen(parts, most_values)
+    taken = parts_to_check(parts, most_values)
     if not taken:
         return
     n_values = sum(part.counts["n_values"] for part in taken)
@@ -68,7 +68,7 @@ def require(store: Store, target: Artefact, parts: Sequence[PartRecord], most_va
     for part in parts:
         target.remove(target.part_path(part))
     raise UserError(
-        f"What was just encoded for {target.id} breaks {len(broken)} checks: {', '.join(broken)}.\n"
-        "Nothing of it was published, and it was removed. Look for a failing disk or memory (saeflow verify --full), "
-        "then run the same command again."
+        f"The parts just encoded for {target.id} break {len(broken)} checks: {', '.join(broken)}.\n"
+        "They were removed, and none was published. Look for a failing disk or memory (saeflow verify --full), then "
+        "run the same command again."
     )

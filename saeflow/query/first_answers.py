@@ -1,4 +1,4 @@
-"""Three questions worth asking first about any run, answered by SQL."""
+"""Three questions to ask first about any run, with their answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import duckdb
 import pyarrow as pa
 
-from saeflow.query import ask as queries
+from saeflow.query.ask import ask
+from saeflow.query.runs import runs
 from saeflow.store.store import Store
 
 _LARGEST_SOURCES = """
@@ -23,29 +24,28 @@ order by density between 0.0005 and 0.01 desc, max_value desc, feature_id limit 
 """
 
 _FEWEST_TOKENS = 200
-"""A feature must fire so often in a source to speak for it."""
-
+"""A feature can stand for a source only if it fires this often in it."""
 
 NEXT = ("ask feature_summary", "ask search_token the", "sql 'select * from runs'")
-"""What to ask a run next."""
+"""Commands to try next."""
 
 
 def next_commands(store: Store, run: str, where: str) -> list[str]:
-    """Commands to type after a run, of which `where` names the store."""
+    """Return commands to type after a run. `where` is the option that names the store."""
     which = which_run(store, run)
     return [f"saeflow {line}{where}" for line in ("ask", *(f"{asked}{which}" for asked in NEXT), "ls")]
 
 
 def which_run(store: Store, run: str) -> str:
-    """What a command needs to ask this run, where another is asked by default."""
-    readable = [each for each in queries.runs(store) if each.problem is None]
+    """Return the option that names this run, or nothing if commands ask it by default."""
+    readable = [each for each in runs(store) if each.problem is None]
     mine = next((each for each in readable if each.artefact.id == run), readable[0])
     return f" --run {shlex.quote(mine.schema)}" if mine is not readable[0] else ""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with its arguments, and those columns and rows of the answer that fit on a page."""
+    """A question with its arguments, and the columns and rows of its answer that fit on a page."""
 
     question: str
     arguments: list[str]
@@ -53,26 +53,25 @@ class Answer:
 
 
 def first_answers(connection: duckdb.DuckDBPyConnection, n_rows: int = 6) -> Iterator[Answer]:
-    """Which features tell the two largest sources apart, and where the most telling of each fires."""
+    """Yield which features tell the two largest sources apart, and where the most telling feature of each fires."""
     sources = [row[0] for row in connection.execute(_LARGEST_SOURCES).fetchall()]
     if len(sources) == 2:
-        table = queries.ask(connection, "compare_sources", sources)
+        table = ask(connection, "compare_sources", sources)
         shown = table.select(["feature_id", "rate_a", "rate_b", "log2_ratio"]).slice(0, n_rows)
         yield Answer("compare_sources", sources, shown)
-        features = _telling(table)
+        features = _most_telling(table)
     else:
         columns = ["feature_id", "n_tokens", "density", "mean_value", "max_value"]
-        yield Answer("feature_summary", [], queries.ask(connection, "feature_summary", [], n_rows).select(columns))
+        yield Answer("feature_summary", [], ask(connection, "feature_summary", [], n_rows).select(columns))
         features = [row[0] for row in connection.execute(_STRIKING).fetchall()]
     for feature in features:
         arguments = [str(feature), str(n_rows)]
-        table = queries.ask(connection, "top_tokens", arguments).select(["value", "source", "context"])
+        table = ask(connection, "top_tokens", arguments).select(["value", "source", "context"])
         yield Answer("top_tokens", arguments, table)
 
 
-def _telling(comparison: pa.Table) -> list[int]:
-    """The feature that speaks most for source a, and the one for b: both often and much more often than in the
-    other."""
+def _most_telling(comparison: pa.Table) -> list[int]:
+    """Return one feature for each source: it fires there often, and much more often than in the other source."""
     rows = [row for row in comparison.to_pylist() if row["log2_ratio"] is not None]
     found = []
     for side, sign in (("n_tokens_a", 1), ("n_tokens_b", -1)):

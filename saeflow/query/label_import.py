@@ -1,4 +1,4 @@
-"""Labels of features that come from elsewhere: CSV, JSON lines or Parquet."""
+"""Read labels of features from files of other tools: CSV, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow.query.labels import COLUMNS, Label, Sheet, cleaned, column_names
+from saeflow.query.labels import LABEL_COLUMNS, Label, Sheet, clean_label, column_names
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief
 
 Row = tuple[str, Mapping[str, Any]]
-"""Where it stands, and its cells by the name of the column."""
+"""The row's place in the file, and its cells by column name."""
 
 
 def read(path: Path, n_features: int | None) -> dict[int, Label | None]:
-    """One label for each feature of a file, None where it is empty.
+    """Return one label for each feature in a file; None if the label is empty.
 
-    Of several for one feature the one with the best score is taken, among equals the first. Raises UserError, which
-    names file and line; nothing is taken from a file in which something is wrong.
+    If a feature has several labels, the one with the best score counts; among equals, the first. Raises UserError,
+    which names file and line, if anything in the file is wrong.
     """
     found: dict[int, Label | None] = {}
-    for where, row in _rows(path):
-        feature = _number(row.get("feature_id"), where)
+    for where, row in _label_rows(path):
+        feature = _feature_number(row.get("feature_id"), where)
         require_feature(feature, n_features, f"{where}: ")
-        label = cleaned(row.get("label"), row.get("score"), where)
+        label = clean_label(row.get("label"), row.get("score"), where)
         before = found.get(feature)
         if before is None or (label is not None and (label.score or 0) > (before.score or 0)):
             found[feature] = label
@@ -43,69 +43,69 @@ def require_feature(feature: int, n_features: int | None, where: str) -> None:
         raise UserError(f"{where}There is no feature {feature}; {last}.")
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _label_rows(path: Path) -> Iterator[Row]:
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            yield from _parquet(path)
+            yield from _parquet_rows(path)
         elif kind in (".jsonl", ".ndjson", ".json"):
-            yield from _json(path)
+            yield from _json_lines(path)
         else:
-            yield from _csv(path)
+            yield from _csv_lines(path)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
     except (ValueError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {brief(str(error), 200)}.") from None
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv_lines(path: Path) -> Iterator[Row]:
     sheet = Sheet.of(path.read_bytes())
     for line, row in zip(sheet.lines, sheet.rows, strict=True):
         if any(map(str.strip, row)):
-            yield f"{path.name}, line {line}", {name: sheet.cell(row, name) for name in COLUMNS}
+            yield f"{path.name}, line {line}", {name: sheet.cell(row, name) for name in LABEL_COLUMNS}
 
 
-def _json(path: Path) -> Iterator[Row]:
-    """Objects one a line, or in one array."""
+def _json_lines(path: Path) -> Iterator[Row]:
+    """Yield objects that stand one on a line, or in one array."""
     text = path.read_bytes().decode("utf-8-sig")
     if text.lstrip().startswith("["):
         found = [(f"entry {number}", each) for number, each in enumerate(json.loads(text), 1)]
     else:
         lines = enumerate(text.split("\n"), 1)
-        found = [(f"line {number}", _object(line, number)) for number, line in lines if line.strip()]
+        found = [(f"line {number}", _parse_object(line, number)) for number, line in lines if line.strip()]
     for place, each in found:
         if not isinstance(each, dict):
             raise ValueError(f"{place}: it is not an object with feature_id and label")
-        yield f"{path.name}, {place}", _meant(each)
+        yield f"{path.name}, {place}", _by_column(each)
 
 
-def _object(line: str, number: int) -> object:
+def _parse_object(line: str, number: int) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number}: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
     with pq.ParquetFile(path) as file:
         names = column_names(file.schema_arrow.names)
-        wanted = [name for name, meant in zip(file.schema_arrow.names, names, strict=True) if meant in COLUMNS]
+        wanted = [name for name, meant in zip(file.schema_arrow.names, names, strict=True) if meant in LABEL_COLUMNS]
         number = 0
         for batch in file.iter_batches(columns=wanted):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path.name}, row {number}", _meant(row)
+                yield f"{path.name}, row {number}", _by_column(row)
 
 
-def _meant(row: Mapping[str, Any]) -> dict[str, Any]:
+def _by_column(row: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(zip(column_names(list(row)), row.values(), strict=True))
-    for name in COLUMNS[:2]:
+    for name in LABEL_COLUMNS[:2]:
         if name not in found:
             raise ValueError(f"there is no column {name}; it has {brief(', '.join(row), 150)}")
     return found
 
 
-def _number(value: object, where: str) -> int:
+def _feature_number(value: object, where: str) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     try:

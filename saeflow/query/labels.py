@@ -1,7 +1,7 @@
-"""Names that people and models give to features: CSV files in the store's `labels/`, which anybody may edit.
+"""Labels of features: CSV files in the store's `labels/`, which people and programs may edit.
 
-What a person or a spreadsheet did to a file never stops a question: what cannot be read is left out, with a warning
-that names file and line. The bytes are specified in data/README.md.
+A damaged file never stops a question. Lines that cannot be read are left out, with a warning that names file and
+line. data/README.md specifies the bytes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from saeflow.store.store import Store
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("feature_id", "label", "score")
+LABEL_COLUMNS = ("feature_id", "label", "score")
 _ALIASES = {"feature": "feature_id", "index": "feature_id", "description": "label", "explanation": "label"}
-_LONGEST = 10_000
-_SAID = 3
-"""Lines of a file that are named before the rest are only counted."""
+_LONGEST_LABEL = 10_000
+_LINES_SHOWN = 3
+"""Lines of a file that warnings name; further ones are only counted."""
 
-_FORMULA = re.compile(r"'*[=+\-@]")
+_LIKE_FORMULA = re.compile(r"'*[=+\-@]")
 _BLANK = " \t\n\r\v\f\xa0"
-"""What is cut off both ends of a cell, here and in SQL."""
+"""Characters cut off both ends of a cell, here and in SQL."""
 
 _UNQUOTED = r"regexp_replace({}, '^''(''*[=+\-@])', '\1')"
 
@@ -43,12 +43,12 @@ _UNQUOTED = r"regexp_replace({}, '^''(''*[=+\-@])', '\1')"
 class Label:
     text: str
     score: float | None = None
-    """How well it fits, 0 to 1."""
+    """How well the label fits, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A file of labels that can be read, and how."""
+    """A readable file of labels, and how to read it."""
 
     location: str
     source: str
@@ -58,20 +58,20 @@ class LabelFile:
 
 @dataclass
 class Sheet:
-    """A CSV file as a person left it."""
+    """A CSV file of labels as a person left it."""
 
-    header: list[str] = field(default_factory=lambda: list(COLUMNS))
+    header: list[str] = field(default_factory=lambda: list(LABEL_COLUMNS))
     rows: list[list[str]] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
-    """Where each row ends."""
+    """The line on which each row ends."""
     delimiter: str = ","
     mark: str = ""
-    """The byte order mark that some spreadsheets need to find UTF-8."""
+    """The byte order mark, by which some spreadsheets recognise UTF-8."""
 
     @classmethod
     def of(cls, content: bytes) -> Sheet:
-        """Raises ValueError, which says the line, where the content is not a table of labels."""
-        text = _decoded(content)
+        """Parse a file's bytes. Raises ValueError, which names the line, if they are not a table of labels."""
+        text = _decode_utf8(content)
         first = text.lstrip("\ufeff\r\n").partition("\n")[0]
         delimiter = max(",;\t", key=first.count)
         sheet = cls([], delimiter=delimiter, mark="\ufeff" if text.startswith("\ufeff") else "")
@@ -85,16 +85,16 @@ class Sheet:
                     sheet.header = row
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from None
-        for name in COLUMNS[:2]:
+        for name in LABEL_COLUMNS[:2]:
             if sheet.columns.count(name) != 1:
-                raise ValueError(f"line 1: the first line must name the columns {', '.join(COLUMNS)}")
+                raise ValueError(f"line 1: the first line must name the columns {', '.join(LABEL_COLUMNS)}")
         return sheet
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Names by which the columns are read; those that mean nothing here are numbered."""
+        """Names under which SQL reads the columns; columns without a meaning here are numbered."""
         names = column_names(self.header)
-        return tuple(name if name in COLUMNS else f"column{i}" for i, name in enumerate(names))
+        return tuple(name if name in LABEL_COLUMNS else f"column{i}" for i, name in enumerate(names))
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -105,10 +105,10 @@ class Sheet:
         return row[place].strip(_BLANK) if place < len(row) else ""
 
     def feature(self, row: list[str]) -> int | None:
-        return _feature(self.cell(row, "feature_id"))
+        return _parse_feature(self.cell(row, "feature_id"))
 
     def with_labels(self, labels: Mapping[int, Label | None]) -> Sheet:
-        """One label for each of these features, where it has been, or at the end; None takes it away."""
+        """Return a sheet with these labels, in the features' rows or at the end. None removes a feature's rows."""
         given = {feature: label for feature, label in sorted(labels.items()) if label is not None}
         needs_score = "score" not in self.columns and any(label.score is not None for label in given.values())
         changed = replace(self, header=[*self.header, "score"] if needs_score else self.header, rows=[])
@@ -117,13 +117,13 @@ class Sheet:
             if feature is None or feature not in labels:
                 changed.rows.append(row)
             elif label := given.pop(feature, None):
-                changed.rows.append(changed._filled(row, feature, label))
-        changed.rows += [changed._filled([], feature, label) for feature, label in given.items()]
+                changed.rows.append(changed._row(row, feature, label))
+        changed.rows += [changed._row([], feature, label) for feature, label in given.items()]
         return changed
 
-    def _filled(self, row: list[str], feature: int, label: Label) -> list[str]:
-        """The other columns keep what they hold."""
-        cells = {"feature_id": str(feature), "label": _guarded(label.text), "score": _digits(label.score)}
+    def _row(self, row: list[str], feature: int, label: Label) -> list[str]:
+        """Return the row with this label; its other columns stay as they are."""
+        cells = {"feature_id": str(feature), "label": _guard_formula(label.text), "score": _score_text(label.score)}
         wide = row + [""] * (len(self.header) - len(row))
         return [cells.get(name, held) for name, held in zip(self.columns, wide, strict=False)]
 
@@ -134,20 +134,19 @@ class Sheet:
 
 
 def column_names(header: list[str]) -> list[str]:
-    """What the columns of a table of labels mean; the first that means something does, the plain names before
-    others."""
+    """Return what each column of a table of labels means. Plain names count before aliases, earlier columns first."""
     plain = [name.strip().lower() for name in header]
     named = [_ALIASES.get(name, name) for name in plain]
-    taken = {name: plain.index(name) if name in plain else named.index(name) for name in COLUMNS if name in named}
+    taken = {name: plain.index(name) if name in plain else named.index(name) for name in LABEL_COLUMNS if name in named}
     return [name if taken.get(name, i) == i else f"other {name}" for i, name in enumerate(named)]
 
 
 def label_files(store: Store, sae: str) -> list[LabelFile]:
-    """The files of an SAE's labels that can be read; warns of the others, and of lines that cannot."""
+    """Return the readable label files of an SAE. Warns of files and lines that cannot be read."""
     found = []
-    for path in _paths(store, sae):
+    for path in _csv_paths(store, sae):
         try:
-            sheet = Sheet.of(_bytes(store, path))
+            sheet = Sheet.of(_file_bytes(store, path))
             literal(path.name).encode()
         except (ValueError, OSError) as error:
             log.warning(
@@ -161,11 +160,11 @@ def label_files(store: Store, sae: str) -> list[LabelFile]:
 
 
 def labels_relation(files: Sequence[LabelFile]) -> str:
-    """The files as something to select from. What DuckDB cannot read in them is left out, whatever happened to them."""
-    return f"({' union all '.join(map(_one_file, files))})"
+    """Return SQL that selects from the files. It leaves out rows that DuckDB cannot read."""
+    return f"({' union all '.join(map(_select_labels, files))})"
 
 
-def _one_file(file: LabelFile) -> str:
+def _select_labels(file: LabelFile) -> str:
     columns = literal(dict.fromkeys(file.columns, "varchar"))
     options = (
         f"columns = {columns}, delim = {literal(file.delimiter)}, quote = '\"', escape = '\"', header = true, "
@@ -191,21 +190,20 @@ def _trimmed(column: str) -> str:
     return f"trim({column}, {literal(_BLANK)})"
 
 
-def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None]) -> int:
-    """Set the labels of features in the file of a source, None to remove; returns how many it then holds.
+def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None], wait_seconds: float = 60) -> int:
+    """Set labels of features in the file of a source; None removes one. Returns how many rows the file then has.
 
-    Raises UserError where the file is there and cannot be read: what a person wrote is not overwritten; or where
-    another command has been changing labels of this SAE for a minute.
+    Raises UserError if the file exists and cannot be read, so that a person's work is never overwritten, or if another
+    command has been changing labels of this SAE all the time.
     """
-    path = _folder(store, sae) / f"{_known_source(source)}.csv"
-    with FileSlot(store.root / "tmp" / "locks" / f"labels-{path.parent.name}.lease").guard():
-        sheet = _present(store, path)
-        sheet = sheet.with_labels(labels)
-        _replace(store, path, sheet)
+    path = _folder_of_sae(store, sae) / f"{_valid_source(source)}.csv"
+    with FileSlot(store.root / "tmp" / "locks" / f"labels-{path.parent.name}.lease").guard(wait_seconds):
+        sheet = _current_sheet(store, path).with_labels(labels)
+        _replace_file(store, path, sheet)
     return len(sheet.rows)
 
 
-def _replace(store: Store, path: Path, sheet: Sheet) -> None:
+def _replace_file(store: Store, path: Path, sheet: Sheet) -> None:
     if not sheet.rows:
         if store.objects is not None:
             store.objects.remove(path)
@@ -218,11 +216,11 @@ def _replace(store: Store, path: Path, sheet: Sheet) -> None:
     return None
 
 
-def cleaned(text: object, score: object, where: str) -> Label | None:
-    """A label from outside on one line; None where the text is empty. Raises UserError."""
+def clean_label(text: object, score: object, where: str) -> Label | None:
+    """Return a label from outside, put on one line; None if the text is empty. Raises UserError."""
     line = " ".join(str("" if text is None else text).replace("\0", " ").split())
-    if len(line) > _LONGEST:
-        raise UserError(f"{where}: the label has {len(line):,} characters; at most {_LONGEST:,} are kept.")
+    if len(line) > _LONGEST_LABEL:
+        raise UserError(f"{where}: the label has {len(line):,} characters; at most {_LONGEST_LABEL:,} are kept.")
     try:
         line.encode()
         number = None if score is None or score == "" else float(str(score))
@@ -237,15 +235,15 @@ def cleaned(text: object, score: object, where: str) -> Label | None:
     return Label(line, number) if line else None
 
 
-def _folder(store: Store, sae: str) -> Path:
+def _folder_of_sae(store: Store, sae: str) -> Path:
     name = sae.removeprefix("saes/")
     if Path(name).name != name or name in ("", ".", ".."):
         raise UserError(f"{brief(sae)!r} is not the name of an SAE.")
     return store.root / "labels" / name
 
 
-def _paths(store: Store, sae: str) -> Iterator[Path]:
-    folder = _folder(store, sae)
+def _csv_paths(store: Store, sae: str) -> Iterator[Path]:
+    folder = _folder_of_sae(store, sae)
     if store.objects is None:
         found = [path for path in folder.glob("*.csv") if path.is_file()]
     else:
@@ -254,11 +252,11 @@ def _paths(store: Store, sae: str) -> Iterator[Path]:
     return iter(sorted(path for path in found if path.parent == folder and not path.name.startswith(".")))
 
 
-def _bytes(store: Store, path: Path) -> bytes:
+def _file_bytes(store: Store, path: Path) -> bytes:
     return (store.objects.fetch(path) if store.objects else path).read_bytes()
 
 
-def _present(store: Store, path: Path) -> Sheet:
+def _current_sheet(store: Store, path: Path) -> Sheet:
     try:
         if store.objects is not None:
             store.objects.fetch(path, fresh=True)
@@ -266,44 +264,44 @@ def _present(store: Store, path: Path) -> Sheet:
     except FileNotFoundError:
         return Sheet()
     except ValueError as error:
-        raise UserError(f"{path} cannot be read: {brief(str(error), 200)}.\nMend it or move it away first.") from None
+        raise UserError(f"{path} cannot be read: {brief(str(error), 200)}.\nRepair it or move it away first.") from None
 
 
-def _known_source(name: str) -> str:
+def _valid_source(name: str) -> str:
     if not re.fullmatch(r"\w(?:[\w .+-]{0,62}\w)?", name):
         raise UserError(f"The source is {brief(name)!r}; name it with letters, digits, spaces and . + - _, at most 64.")
     return name
 
 
-def _decoded(content: bytes) -> str:
+def _decode_utf8(content: bytes) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line}: it is not UTF-8; save it as CSV in UTF-8") from None
     if "\0" in text:
-        raise ValueError("it holds zero bytes, as no text does")
+        raise ValueError("it holds zero bytes, so it is not text")
     return text
 
 
-def _feature(cell: str) -> int | None:
+def _parse_feature(cell: str) -> int | None:
     found = re.fullmatch(r"[0-9]{1,10}", cell)
     return int(found[0]) if found and int(found[0]) < 1 << 31 else None
 
 
 def _warn_of_lines(name: str, sheet: Sheet) -> None:
-    wrong = [(line, said) for line, row in zip(sheet.lines, sheet.rows, strict=True) if (said := _wrong(sheet, row))]
-    for line, said in wrong[:_SAID]:
-        log.warning("labels: %s, line %d: %s", sanitise(name), line, said)
-    if len(wrong) > _SAID:
-        log.warning("labels: %s: %d more lines like these", sanitise(name), len(wrong) - _SAID)
+    wrong = [(line, why) for line, row in zip(sheet.lines, sheet.rows, strict=True) if (why := _problem(sheet, row))]
+    for line, why in wrong[:_LINES_SHOWN]:
+        log.warning("labels: %s, line %d: %s", sanitise(name), line, why)
+    if len(wrong) > _LINES_SHOWN:
+        log.warning("labels: %s: %d more lines like these", sanitise(name), len(wrong) - _LINES_SHOWN)
 
 
-def _wrong(sheet: Sheet, row: list[str]) -> str | None:
+def _problem(sheet: Sheet, row: list[str]) -> str | None:
     feature, score = sheet.cell(row, "feature_id"), sheet.cell(row, "score")
     if not any(map(str.strip, row)):
         return None
-    if _feature(feature) is None:
+    if _parse_feature(feature) is None:
         return f"left out, as {brief(feature)!r} is not the number of a feature"
     with suppress(ValueError):
         if not score or ("_" not in score and math.isfinite(float(score))):
@@ -311,11 +309,11 @@ def _wrong(sheet: Sheet, row: list[str]) -> str | None:
     return f"its score is left out, as {brief(score)!r} is not a number"
 
 
-def _guarded(text: str) -> str:
-    """No spreadsheet takes it for a formula: a leading ' is taken off when it is read."""
-    return f"'{text}" if _FORMULA.match(text) else text
+def _guard_formula(text: str) -> str:
+    """Put a ' in front of text that a spreadsheet would take for a formula. Reading takes it off again."""
+    return f"'{text}" if _LIKE_FORMULA.match(text) else text
 
 
-def _digits(score: float | None) -> str:
-    """All of them, so that it comes back as it was."""
+def _score_text(score: float | None) -> str:
+    """Return the score with all its digits, so that reading it gives the same number."""
     return "" if score is None else repr(score).removesuffix(".0")

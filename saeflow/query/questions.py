@@ -1,4 +1,4 @@
-"""The named questions as the headers of `sql/marts` describe them, and words of a command line as their values."""
+"""The named questions, which the headers of `sql/marts` describe, and the arguments a command line gives them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from saeflow.query.definitions import sql_folder
 from saeflow.query.relations import identifier, literal
-from saeflow.query.runs import nearest, sql_folder
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.suggest import did_you_mean
 from saeflow.runtime.text import brief
 
 Scalar = int | float | str
 Value = Scalar | Sequence[Scalar] | None
 Arguments = Mapping[str, object] | Sequence[object]
 
-LONGEST = 100_000
-"""Characters of one value."""
+LONGEST_VALUE = 100_000
+"""Most characters of one value."""
 
-MOST = 1_000
-"""Values of a list."""
+MOST_LISTED = 1_000
+"""Most values of a list."""
 
 _INT64 = 1 << 63
-_KINDS = {
+_IN_WORDS = {
     "bigint": "a whole number",
     "double": "a number",
     "text": "text",
@@ -43,12 +44,12 @@ GROUPS: dict[str, set[str | None]] = {
     "Views, to select from": {None},
     "The run": set(),
 }
-"""What questions are asked about, by the name of their first parameter; the last holds the rest."""
+"""Groups of questions by the name of their first parameter; the last group holds the rest."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a question asks for; `default`, as SQL, is None where a value must be given."""
+    """A parameter of a question. `default` is SQL; None means that a value must be given."""
 
     name: str
     type: str
@@ -62,24 +63,26 @@ class Parameter:
         return self.name.upper() if self.default is None else f"[{self.name.upper()} = {self.default}]"
 
     @property
-    def unasked(self) -> Value:
-        """The value where none is given."""
+    def default_value(self) -> Value:
+        """The value if none is given."""
         word = self.default
         return None if word in (None, "null") else self.parse(_unquoted(word))
 
     def parse(self, value: object) -> Value:
-        """`value`, mostly a word from the command line, as a value of this type. Raises UserError."""
-        if isinstance(value, str) and len(value) > LONGEST:
-            raise UserError(f"{self.name} has {len(value):,} characters; at most {LONGEST:,} are read.")
+        """Return a value of this type, mostly from a word of the command line. Raises UserError."""
+        if isinstance(value, str) and len(value) > LONGEST_VALUE:
+            raise UserError(f"{self.name} has {len(value):,} characters; at most {LONGEST_VALUE:,} are read.")
         try:
             one = self.type.removesuffix("[]")
-            return _scalar(one, value) if one == self.type else [_scalar(one, each) for each in self._items(value)]
+            if one == self.type:
+                return _parse_scalar(one, value)
+            return [_parse_scalar(one, item) for item in self._list_items(value)]
         except (ValueError, RecursionError):
-            kind = _KINDS[self.type]
+            kind = _IN_WORDS[self.type]
             raise UserError(f"{self.name} is {brief(str(value))!r}, but it must be {kind} ({self.type}).") from None
 
-    def _items(self, value: object) -> list[object]:
-        """A list may be written 3,7,12 or as JSON. An empty one asks for nothing, and is taken for a slip."""
+    def _list_items(self, value: object) -> list[object]:
+        """A list may be written 3,7,12 or as JSON. An empty list is refused, because it asks for nothing."""
         if isinstance(value, str):
             word = value.strip()
             found = json.loads(word) if word.startswith("[") else [each.strip() for each in word.split(",") if word]
@@ -88,13 +91,13 @@ class Parameter:
         else:
             found = list(value)
         if not found and self.default != "[]":
-            raise UserError(f"{self.name} is an empty list; it must be {_KINDS[self.type]} ({self.type}).")
-        if len(found) > MOST:
-            raise UserError(f"{self.name} has {len(found):,} values; at most {MOST:,} are read.")
+            raise UserError(f"{self.name} is an empty list; it must be {_IN_WORDS[self.type]} ({self.type}).")
+        if len(found) > MOST_LISTED:
+            raise UserError(f"{self.name} has {len(found):,} values; at most {MOST_LISTED:,} are read.")
         return list(found)
 
-    def spelled(self, value: Value) -> str:
-        """The value as SQL."""
+    def as_sql(self, value: Value) -> str:
+        """Return the value as SQL."""
         typed = self.type in ("bigint", "text") or value is None
         return literal(value) if typed else f"{literal(value)}::{self.type}"
 
@@ -121,7 +124,7 @@ class Question:
 
     @property
     def group(self) -> str:
-        """What it is asked about."""
+        """The group it is listed under."""
         first = self.parameters[0].name if self.parameters else None
         return next((title for title, names in GROUPS.items() if first in names), list(GROUPS)[-1])
 
@@ -131,37 +134,40 @@ class Question:
 
     @property
     def command(self) -> str:
-        """The example of the header as it is typed in a shell."""
+        """The example of the header, as typed in a shell."""
         found = re.search(rf"\bfrom {self.name}\((.*)\)", self.example)
-        words = [re.sub(r"^\w+ := ", "", word) for word in _split(found[1])] if found else []
+        words = [re.sub(r"^\w+ := ", "", word) for word in _split_list(found[1])] if found else []
         return shlex.join(["saeflow", "ask", self.name, *map(_as_word, words)])
 
-    def spelled(self, values: Mapping[str, Value], schema: str) -> str:
-        """The question as SQL with its values in it, for the run of a schema."""
-        given = ", ".join(parameter.spelled(values[parameter.name]) for parameter in self.parameters)
+    def as_sql(self, values: Mapping[str, Value], schema: str) -> str:
+        """Return the question as SQL with its values filled in, asked of the run in this schema."""
+        given = ", ".join(parameter.as_sql(values[parameter.name]) for parameter in self.parameters)
         return f"select * from {identifier(schema)}.{self.name}" + (f"({given})" if self.is_macro else "")
 
 
 def questions() -> list[Question]:
-    """The named questions: every view and table macro of `sql/marts`, by name."""
+    """Return the named questions: every view and table macro of `sql/marts`, by name."""
     return list(_questions_in(sql_folder() / "marts"))
 
 
 @cache
 def _questions_in(folder: Path) -> tuple[Question, ...]:
-    return tuple(_question(path.stem, path.read_text("utf-8")) for path in sorted(folder.glob("*.sql")))
+    return tuple(read_question(path.stem, path.read_text("utf-8")) for path in sorted(folder.glob("*.sql")))
 
 
-def find(question: str) -> Question:
-    """The question of this name. Raises UserError."""
+def find_question(name: str) -> Question:
+    """Return the question of this name. Raises UserError."""
     known = {each.name: each for each in questions()}
-    if question not in known:
-        raise UserError(f"There is no question {brief(question)!r}. {nearest(question, known)}")
-    return known[question]
+    if name not in known:
+        raise UserError(f"There is no question {brief(name)!r}. {did_you_mean(name, known)}")
+    return known[name]
 
 
-def named(question: Question, arguments: Arguments) -> dict[str, Value]:
-    """Every parameter with its value, in order. Raises UserError for what is too many, missing or of another type."""
+def parse_arguments(question: Question, arguments: Arguments) -> dict[str, Value]:
+    """Return every parameter with its value, in order.
+
+    Raises UserError if there are too many arguments, or if one is missing or of another type.
+    """
     names = [parameter.name for parameter in question.parameters]
     if not isinstance(arguments, Mapping):
         if len(arguments) > len(names):
@@ -175,11 +181,11 @@ def named(question: Question, arguments: Arguments) -> dict[str, Value]:
         value = arguments.get(parameter.name)
         if value is None and parameter.default is None:
             raise UserError(f"{question.name} needs {parameter}. Ask it as: {question.usage}")
-        values[parameter.name] = parameter.unasked if value is None else parameter.parse(value)
+        values[parameter.name] = parameter.default_value if value is None else parameter.parse(value)
     return values
 
 
-def _scalar(type: str, value: object) -> Scalar:
+def _parse_scalar(type: str, value: object) -> Scalar:
     match type:
         case "bigint":
             number = int(str(value))
@@ -196,45 +202,46 @@ def _scalar(type: str, value: object) -> Scalar:
     return text
 
 
-def _question(name: str, sql: str) -> Question:
-    said = _header(sql)
+def read_question(name: str, sql: str) -> Question:
+    """Return the question that a file of `sql/marts` defines."""
+    header = _labelled_lines(sql)
     parameters = [
-        re.fullmatch(r"(\w+) (\w+(?:\[\])?)(?: = (.+))?", item) for item in _split(said.get("Parameters", ""))
+        re.fullmatch(r"(\w+) (\w+(?:\[\])?)(?: = (.+))?", item) for item in _split_list(header.get("Parameters", ""))
     ]
-    assert all(match and match[2] in _KINDS for match in parameters), f"the parameters of {name}.sql"
+    assert all(match and match[2] in _IN_WORDS for match in parameters), f"the parameters of {name}.sql"
     return Question(
         name,
-        said[""],
-        said["Ask it"],
+        header[""],
+        header["Ask it"],
         tuple(Parameter(*match.groups()) for match in parameters if match),
         sql,
-        said.get("Grain", ""),
-        said.get("Units", ""),
+        header.get("Grain", ""),
+        header.get("Units", ""),
     )
 
 
 _LABEL = re.compile(r"(Grain|Reads|Units|Parameters|Ask it):\s*(.*)")
 
 
-def _header(sql: str) -> dict[str, str]:
-    """What the header says after each label, its lines joined; the sentence before the first empty line has none."""
-    said: dict[str, str] = {}
+def _labelled_lines(sql: str) -> dict[str, str]:
+    """Return the header's text by label, lines joined. The sentence before the first empty line has the label ""."""
+    found: dict[str, str] = {}
     label: str | None = ""
     for line in sql.splitlines():
         if not line.startswith("--"):
             break
         text = line[2:].strip()
-        if found := _LABEL.match(text):
-            label, text = found.groups()
+        if labelled := _LABEL.match(text):
+            label, text = labelled.groups()
         elif not text:
             label = None
         if label is not None:
-            said[label] = f"{said.get(label, '')} {text}".strip()
-    return said
+            found[label] = f"{found.get(label, '')} {text}".strip()
+    return found
 
 
-def _split(text: str) -> list[str]:
-    """What stands between the commas that are in no brackets and no quotes."""
+def _split_list(text: str) -> list[str]:
+    """Split at the commas that are inside no brackets and no quotes."""
     pieces = re.findall(r"(?:\[[^\]]*\]|'(?:[^']|'')*'|[^,\[\]'])+", text)
     return [piece.strip() for piece in pieces if piece.strip()]
 

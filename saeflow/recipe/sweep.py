@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import re
@@ -12,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from saeflow.recipe.section import Section, from_folder, recipe_folder
 from saeflow.recipe.settings import Architecture, SAEConfig, TrainConfig
+from saeflow.runtime.suggest import nearest
 
 _SECTIONS: dict[str, type[Section]] = {"sae": SAEConfig, "train": TrainConfig}
 _SETTINGS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
@@ -59,7 +59,7 @@ class SweepConfig(Section):
     def _names_settings(self) -> SweepConfig:
         for key in dict.fromkeys([*self.grid, *(key for chosen in self.each for key in chosen)]):
             if key not in _SETTINGS:
-                near = difflib.get_close_matches(key, _SETTINGS, n=3) or ["sae.k", "sae.n_features", "train.lr"]
+                near = nearest(key, _SETTINGS) or ["sae.k", "sae.n_features", "train.lr"]
                 raise ValueError(
                     f"sweep names {key}, which it cannot change. Nearest: {', '.join(near)}.\n"
                     "A sweep changes settings of [sae] and [train]; all its SAEs share the rest."

@@ -1,6 +1,7 @@
 """What every part of saeflow needs and what knows nothing of SAEs. Read `errors` first.
 
 errors      the error that a user can fix
+suggest     names like one that is not there
 text        text for people: safe to print, short, sizes in words
 progress    progress bars and messages
 threads     how many threads, and work spread over them

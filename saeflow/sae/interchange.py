@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats import AGAIN, CFG, SAVED_AS, WEIGHTS, Described, describe, saelens_name
 
@@ -141,10 +141,9 @@ def _read_torch(found: Described) -> dict[str, Tensor]:
     try:
         state = torch.load(found.weights, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises for a damaged file, or for one with code, is not documented
-        reason = str(error).strip().splitlines()
         raise UserError(
-            f"{found.weights} cannot be read as tensors alone ({reason[0] if reason else type(error).__name__}); "
-            f"whatever else it holds is never run. {AGAIN}"
+            f"{found.weights} cannot be read as tensors alone ({first_line(error)}); whatever "
+            f"else it holds is never run. {AGAIN}"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{found.weights} is no table of tensors (a state_dict). {AGAIN}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.artefact import Artefact
 from saeflow.store.lease import held
 from saeflow.store.records import KINDS, Generation, listed_folders
@@ -66,7 +66,7 @@ def collect(store: Store, grace_seconds: float, remove: bool) -> Collected:
                 _take(done, _replaced(artefact, grace_seconds), grace_seconds, artefact.remove if remove else None)
                 _take(done, _left_work(store, artefact, left), grace_seconds, store.remove if remove else None)
         except UserError as error:
-            done.left_alone.append(str(error).splitlines()[0])
+            done.left_alone.append(first_line(error))
     _take(done, _passing(store, left), grace_seconds, store.remove if remove else None)
     return done
 

@@ -28,7 +28,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, Prec
 from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.files import checksum, remove
 
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
@@ -77,7 +77,7 @@ class Objects:
         try:
             self.store: Any = from_url(self.url, **options)
         except (BaseError, ValueError, TypeError) as error:
-            raise UserError(f"The store {self.url} cannot be opened: {_first_line(error)}. {_HELP}") from error
+            raise UserError(f"The store {self.url} cannot be opened: {first_line(error)}. {_HELP}") from error
 
     def key(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -92,7 +92,7 @@ class Objects:
             raise
         except (BaseError, PermissionError) as error:
             raise UserError(
-                f"The store {self.url} does not answer: {_first_line(error)}.\n{_HELP}\n"
+                f"The store {self.url} does not answer: {first_line(error)}.\n{_HELP}\n"
                 "Finished parts are safe; then run the same command again."
             ) from error
 
@@ -451,10 +451,6 @@ _HELP = (
     "Check the bucket's name, and the credentials in the environment "
     "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; or those of Google or Azure)."
 )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _is_own(key: str) -> bool:

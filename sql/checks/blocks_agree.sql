@@ -1,8 +1,9 @@
--- The blocks of vocabulary ids hold what the tokens table holds.
+-- The blocks of vocabulary ids hold the same ids as the tokens table.
 --
--- Grain:   one row per token that differs, or is in one of the two alone; per block of a wrong length, its first token.
+-- Grain:   one row per token that differs, or is missing in one of the two. A block of the wrong length gives its first
+--          token.
 -- Reads:   src_tokens, stg_vocab_blocks, block_vocab_id
--- Units:   vocab_id of the tokens table, and in_block of the block (null where missing).
+-- Units:   vocab_id comes from the tokens table, in_block from the block (null if missing).
 -- Ask it:  do contexts show what the model was fed?
 with told as (
     select

@@ -1,10 +1,10 @@
--- In each part one file holds a feature: no two files may, and none may lack where the feature fires.
+-- In each part, exactly one file may hold a feature that fires, and no feature lies in two files.
 --
 -- Grain:   one row per (part, feature) with a wrong number of files.
 -- Reads:   src_feature_major, src_feature_stats, src_shape
--- Units:   n_files counts the files whose folders say that they may hold the feature. Files without a value, and those
---          of an earlier saeflow, which do not say, are left out.
--- Ask it:  are the buckets of a part apart, and complete?
+-- Units:   n_files counts the files whose folder names say that they may hold the feature. Files without a value are
+--          left out; so are files of an earlier saeflow, whose names say nothing.
+-- Ask it:  do the buckets of a part overlap, or leave a feature out?
 with files as (
     select distinct filename, low, high from src_feature_major
 ),

@@ -1,10 +1,11 @@
--- Tokens at which two features fire together are counted right. Of a large run only some features are counted again,
--- so many that they have about 250,000 values.
+-- The stored counts of tokens at which two features fire together are right. A large run is checked by a sample of
+-- features with about 250,000 values.
 --
 -- Grain:   one row per stored pair with a wrong count.
 -- Reads:   stg_coactivation, stg_feature_major, stg_token_major, stg_feature_stats, src_feature_stats
--- Units:   n_… count tokens; the stored count may be lower where a run has several parts, and must be equal in one.
--- Ask it:  do the features named really fire together?
+-- Units:   n_… count tokens. The stored count may be lower if the run has several parts, and must be equal if it has
+--          one.
+-- Ask it:  do the stored pairs really fire together?
 with step as (
     select 1 + sum(n_tokens)::bigint // 250000 as features from stg_feature_stats
 ),

@@ -1,4 +1,4 @@
--- Every document has as many tokens as it says, and begins where it says.
+-- Every document has as many tokens as its record says, and begins where its record says.
 --
 -- Grain:   one row per document with a wrong count or start.
 -- Reads:   stg_documents, stg_tokens

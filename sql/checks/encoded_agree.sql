@@ -1,11 +1,12 @@
--- No more tokens were encoded than there are, and where a feature fires the token was. Silent where an earlier saeflow
--- stored no counts.
+-- At least as many tokens were encoded as fire, and no more than there are. Finds nothing if an earlier saeflow stored
+-- no counts.
 --
--- Grain:   one row per (source, band) with a wrong count; is_all marks a band of which all sources together are wrong.
+-- Grain:   one row per (source, band) with a wrong count; is_all marks a band whose sources together have a wrong
+--          count.
 -- Reads:   stg_encoded_tokens, stg_token_major, stg_tokens, stg_documents, stg_shape,
 --          position_band
--- Units:   n_real counts the real tokens there, n_fired those at which a feature fires: n_encoded lies between. A
---          source by itself may have less where a part counts sources together.
+-- Units:   n_real counts the real tokens there, n_fired those at which a feature fires; n_encoded must lie between
+--          them. A single source may have fewer if a part counts sources together.
 -- Ask it:  are rates shares of the right number?
 with encoded as materialized (
     select source, band, false as is_all, n_tokens as n_encoded from stg_encoded_tokens where not is_rest

@@ -1,8 +1,8 @@
--- Every feature has its row of statistics once in each part, and no other feature has one.
+-- Every feature has exactly one row of statistics in each part, and no other feature has one.
 --
 -- Grain:   one row per (file, feature) with a wrong number of rows.
 -- Reads:   src_feature_stats, stg_runs
--- Units:   n_rows should be 1, and 0 for a feature outside the dictionary.
+-- Units:   n_rows should be 1 for a feature of the dictionary, and 0 for any other.
 -- Ask it:  is a feature missing or counted twice?
 with files as (
     select distinct filename from src_feature_stats

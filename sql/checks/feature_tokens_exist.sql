@@ -1,8 +1,8 @@
--- Every token at which a feature fires exists and is a real one.
+-- Every token at which a feature fires exists and is real.
 --
 -- Grain:   one row per token that is missing or masked.
 -- Reads:   stg_token_major, stg_tokens
--- Units:   n_features counts the features said to fire there.
+-- Units:   n_features counts the features that fire there.
 -- Ask it:  do the features belong to these tokens?
 with homeless as materialized (
     select token_id from stg_token_major

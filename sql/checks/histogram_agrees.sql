@@ -1,4 +1,4 @@
--- The histogram equals a recount of the values. Silent where an earlier saeflow stored none.
+-- The histogram equals a recount of the values. Finds nothing if an earlier saeflow stored none.
 --
 -- Grain:   one row per (feature, bin) with a wrong count.
 -- Reads:   stg_feature_histogram, stg_feature_major, value_bin, stg_shape

@@ -1,8 +1,8 @@
--- The counts by position equal a recount of the values. Silent where an earlier saeflow stored none.
+-- The counts by position equal a recount of the values. Finds nothing if an earlier saeflow stored none.
 --
 -- Grain:   one row per (feature, band) with a wrong count or sum.
 -- Reads:   stg_feature_positions, stg_feature_major, stg_shape, position_band
--- Units:   n_… count tokens; sums are compared to a relative 1e-12.
+-- Units:   n_… count tokens; sums must agree to a relative 1e-12.
 -- Ask it:  which counts by position are stale?
 with recount as (
     select

@@ -1,10 +1,10 @@
--- The counts by source equal a recount of the values. Silent where an earlier saeflow stored none.
+-- The counts by source equal a recount of the values. Finds nothing if an earlier saeflow stored none.
 --
--- Grain:   one row per (feature, source) with a wrong count or sum; is_all marks a feature of which all sources
---          together are wrong.
+-- Grain:   one row per (feature, source) with a wrong count or sum; is_all marks a feature whose sources together are
+--          wrong.
 -- Reads:   stg_feature_sources, stg_feature_major, stg_tokens, stg_documents, stg_shape
--- Units:   n_… count tokens; sums are compared to a relative 1e-12. Where a part counts sources together (is_rest), a
---          source by itself may have less than the recount.
+-- Units:   n_… count tokens; sums must agree to a relative 1e-12. If a part counts sources together (is_rest), a single
+--          source may have less than the recount.
 -- Ask it:  which counts by source are stale?
 with owners as (
     select stg_tokens.token_id, stg_documents.source from stg_tokens join stg_documents using (document_id)

@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per feature whose statistics are wrong.
 -- Reads:   stg_feature_stats, stg_feature_major
--- Units:   sums are compared to a relative 1e-12, counts and maxima exactly.
+-- Units:   sums must agree to a relative 1e-12, counts and maxima exactly.
 -- Ask it:  which statistics are stale?
 with recount as (
     select

@@ -1,4 +1,4 @@
--- Every real token is there once, with its document and its vocabulary entry.
+-- Every real token has exactly one row, a document and a vocabulary entry.
 --
 -- Grain:   one row per token with a fault.
 -- Reads:   stg_tokens, stg_documents, stg_vocab

@@ -1,6 +1,6 @@
 -- Every value is positive and finite.
 --
--- Grain:   one row per (feature, token) with a value that is not.
+-- Grain:   one row per (feature, token) whose value is not.
 -- Reads:   stg_feature_major
 -- Units:   value is in the units of the activations.
 -- Ask it:  did anything overflow, or is a zero stored?

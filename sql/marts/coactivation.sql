@@ -1,11 +1,11 @@
--- Which features fire with a feature, or a few tokens before or after it: counted from the values.
+-- Features that fire together with a feature, or a few tokens before or after it, counted from the values.
 --
--- Grain:   one row per other feature that fires at least once there, the largest Jaccard first. With a shift the
+-- Grain:   one row per other feature that fires there at least once, the largest Jaccard index first. With a shift, the
 --          feature itself may be among them.
 -- Reads:   stg_feature_major, stg_token_major, stg_feature_stats, stg_size, stg_shape, token_owners,
 --          jaccard_index, mutual_information
--- Units:   n_both counts the tokens t at which the feature fires and the other one at t + shift, in the same sequence
---          and document. n_feature and n_other count all tokens at which each fires, N the encoded tokens.
+-- Units:   n_both counts the tokens t at which the feature fires and the other fires at t + shift, in the same sequence
+--          and document. n_feature and n_other count all tokens at which each fires; N counts the encoded tokens.
 --          jaccard = n_both / (n_feature + n_other - n_both); pmi = log2(n_both * N / (n_feature * n_other)), in bits.
 -- Parameters: feature bigint, shift bigint = 0
 -- Ask it:  what fires just before feature 12?  from coactivation(12, -1)

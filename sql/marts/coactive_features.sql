@@ -1,11 +1,12 @@
--- Which features fire with a feature: the stored ones, at once.
+-- Features that fire together with a feature, from stored counts: quick, but at most 50 from each part.
 --
--- Grain:   one row per other feature, at most 50 from each part, the largest Jaccard first.
+-- Grain:   one row per other feature, at most 50 from each part, the largest Jaccard index first.
 -- Reads:   stg_coactivation, stg_feature_stats, stg_size, feature_names, jaccard_index,
 --          mutual_information
--- Units:   n_both counts tokens: exact in a compacted run, else a lower bound, as a part keeps the 50 nearest of each
---          feature. n_other counts all tokens at which the other fires; jaccard and pmi (bits) as in coactivation,
---          which counts them again from the values. label is the other feature's.
+-- Units:   n_both counts tokens. It is exact in a compacted run; otherwise it is a lower bound, because a part keeps
+--          only the 50 nearest features of each. n_other counts all tokens at which the other feature fires. jaccard
+--          and pmi (bits) are defined as in coactivation, which counts from the values. label is the other feature's
+--          label.
 -- Parameters: feature bigint
 -- Ask it:  what fires together with feature 12?  from coactive_features(12)
 create or replace macro coactive_features(feature) as table

@@ -1,11 +1,11 @@
--- Which feature of one run does the work of which in another.
+-- For each feature of one run, the feature of another run that fires on most of the same tokens.
 --
 -- Grain:   one row per feature of run a, dead ones too.
 -- Reads:   stg_feature_stats and stg_token_major of all runs side by side, stg_runs, jaccard_index
--- Units:   a and b are schema names of the view runs, of the same tokens. match_id is the feature of b that fires on
---          most of the same tokens: jaccard = tokens at which both fire / tokens at which either fires (null if none
---          fires with it), on every s-th token, s odd, about 16,000 in all that both runs encoded. Of equals the
---          lower number. Rates are exact, shares of each run's tokens.
+-- Units:   a and b are schema names from the view runs; both runs must be of the same tokens. match_id is the feature
+--          of b with the largest Jaccard index (the lower number among equals), null if none fires with it: jaccard =
+--          tokens at which both fire / tokens at which either fires. It is counted on about 16,000 evenly spaced tokens
+--          that both runs encoded. Rates are exact shares of each run's tokens.
 -- Parameters: a text, b text
 -- Ask it:  which features did the larger SAE keep?  from compare_runs('small', 'large')
 create or replace macro compare_runs(a, b) as table

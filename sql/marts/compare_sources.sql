@@ -1,11 +1,10 @@
--- How often and how strongly each feature fires in one source of documents against another.
+-- How often and how strongly each feature fires in one source of documents against another, counted from the values.
 --
--- Grain:   one row per feature, dead ones too; the largest difference of rates first.
+-- Grain:   one row per feature, dead ones too, the largest difference of rates first.
 -- Reads:   stg_token_major, stg_tokens, stg_documents, stg_feature_stats, is_encoded, log2_rate_ratio
--- Units:   rate is a share of the source's own encoded tokens (null if it has none); mean_value is over the
---          tokens at which the feature fires there; differences are a minus b; log2_ratio compares the
---          rates with half a token added to each count, so that it is always finite (null if the feature
---          fires in neither).
+-- Units:   rate is a share of the source's own encoded tokens (null if it has none); mean_value is the mean over the
+--          tokens at which the feature fires there; differences are a minus b. log2_ratio compares the rates with half
+--          a token added to each count, so that it is always finite (null if the feature fires in neither source).
 -- Parameters: a text, b text
 -- Ask it:  which features tell novels from scripture?  from compare_sources('austen', 'bible')
 create or replace macro compare_sources(a, b) as table

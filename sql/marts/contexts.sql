@@ -1,11 +1,11 @@
--- A feature's strongest tokens with its value at every token around them.
+-- A feature's strongest tokens, with its value at every token around them.
 --
--- Grain:   one row per token, strongest first; ties in corpus order.
+-- Grain:   one row per token, the strongest first; ties in corpus order.
 -- Reads:   stg_feature_major (only the row groups of this feature), token_spans, letter_rest, open_letter, lossy_text
--- Units:   pieces and feature_values have one entry for each token of the span, `before` tokens in front and `after`
---          behind, inside the document; place is the token's own, from 1. A letter whose bytes are spread over several
---          tokens belongs to the one that begins it; half letters at the far edges are dropped. A value is 0 where the
---          feature is silent, in the units of the activations.
+-- Units:   pieces and feature_values have one entry for each token of the span: `before` tokens in front and `after`
+--          tokens behind, inside the document. place is the strongest token's place in the span, from 1. If the bytes
+--          of a letter are spread over several tokens, the letter belongs to the token that begins it; half letters at
+--          the far edges are dropped. A value is 0 where the feature is silent, in the units of the activations.
 -- Parameters: feature bigint, n bigint = 20, before bigint = 12, after bigint = 12
 -- Ask it:  how does feature 12 rise and fall around its peaks?  from contexts(12)
 create or replace macro contexts(feature, n := 20, before := 12, after := 12) as table

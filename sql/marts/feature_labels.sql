@@ -1,9 +1,10 @@
--- The names that features were given.
+-- The labels that features were given.
 --
--- Grain:   one row per label: a feature may have several, our own first, then the best score.
+-- Grain:   one row per label. A feature may have several: its own ones first, then by score.
 -- Reads:   stg_labels
--- Units:   source is own, or where the label was imported from; score is 0 to 1, null where nobody judged it.
--- Ask it:  which features have a name?
+-- Units:   source is own, or names the tool that the label was imported from; score is 0 to 1, null if nobody scored
+--          the label.
+-- Ask it:  which features have a label?
 create or replace view feature_labels as
 select feature_id, label, source, score
 from stg_labels

@@ -1,11 +1,12 @@
--- Tokens of a feature from its strongest to its weakest, so that it is not judged by its peaks alone.
+-- Examples of a feature from its strongest to its weakest tokens, so that its peaks alone do not mislead.
 --
--- Grain:   one row per example, at most n in each band; the strongest band first, and strongest first in it.
+-- Grain:   one row per example, at most n in each band; the strongest band first, and the strongest example first
+--          inside it.
 -- Reads:   stg_feature_major (only the row groups of this feature), token_texts
--- Units:   bands are quantiles, as Paulo et al. 2024 (arXiv 2410.13928) sample them: the feature's tokens ordered by
---          value and cut into equal counts (to within one; equal values in corpus order), band 1 the strongest. The
---          examples lie evenly in a band's order. n_tokens, low_value and high_value are the whole band's. Values are
---          in the units of the activations; context shows 12 tokens on either side.
+-- Units:   bands are quantiles, sampled as by Paulo et al. 2024 (arXiv 2410.13928): the feature's tokens are ordered by
+--          value and cut into bands of equal counts (to within one; equal values in corpus order); band 1 is the
+--          strongest. Examples are spread evenly over a band. n_tokens, low_value and high_value describe the whole
+--          band. Values are in the units of the activations; context shows 12 tokens on either side.
 -- Parameters: feature bigint, bands bigint = 10, n bigint = 5
 -- Ask it:  what does feature 12 stand for when it is weak?  from feature_quantile_examples(12)
 create or replace macro feature_quantile_examples(feature, bands := 10, n := 5) as table

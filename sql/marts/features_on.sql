@@ -1,10 +1,10 @@
--- Which features fire on a text.
+-- Which features fire on a text, wherever the corpus has it.
 --
--- Grain:   one row per feature that fires on a token of the text, at most n: those that tell most first.
+-- Grain:   one row per feature that fires on a token of the text, at most n, the most telling first.
 -- Reads:   tokens_of_text, is_encoded, stg_token_major, stg_feature_stats, stg_size, feature_names
--- Units:   tokens of the text are those of tokens_of_text, whatever its case, that were encoded; n_tokens counts those
---          at which the feature fires, share is their share. lift = share / the feature's density over all encoded
---          tokens. The order is by share * log2(lift).
+-- Units:   the text's tokens are those that tokens_of_text finds, whatever the case, if they were encoded. n_tokens
+--          counts those at which the feature fires; share is their share of the text's tokens. density is the feature's
+--          share of all encoded tokens, and lift = share / density. Rows are ordered by share * log2(lift).
 -- Parameters: text text, n bigint = 20
 -- Ask it:  which features mean Jerusalem?  from features_on('Jerusalem')
 create or replace macro features_on(text, n := 20) as table

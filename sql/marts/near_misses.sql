@@ -1,11 +1,9 @@
--- Where a feature is silent although its commonest vocabulary entry is there.
+-- Tokens of the vocabulary entry on which a feature fires most often, at which the feature is silent.
 --
--- Grain:   one row per token with the entry at which the feature does not fire: n of them, spread evenly over the
---          corpus, in corpus order.
+-- Grain:   one row per silent token: n of them, spread evenly over the corpus, in corpus order.
 -- Reads:   stg_feature_vocab, stg_feature_major, stg_tokens, is_encoded, token_texts
--- Units:   the entry is the one on which the feature fires most often. Only encoded tokens: at a position that a
---          setting leaves out, no token is a miss. n_silent counts all such tokens, n_fired those with the entry at
---          which it fires; context shows 12 tokens on either side.
+-- Units:   only encoded tokens count, because a token that a setting skips is no miss. n_silent counts all silent
+--          tokens of the entry, n_fired those at which the feature fires; context shows 12 tokens on either side.
 -- Parameters: feature bigint, n bigint = 20
 -- Ask it:  what must be around the word for feature 12 to fire?  from near_misses(12)
 create or replace macro near_misses(feature, n := 20) as table

@@ -1,10 +1,10 @@
--- Where in the sequence a feature fires.
+-- How often and how strongly a feature fires at each position of the sequence.
 --
--- Grain:   one row per band of positions that was encoded, the first first.
+-- Grain:   one row per band of encoded positions, in order.
 -- Reads:   stg_feature_positions, stg_encoded_tokens, stg_shape, every_part_counts
--- Units:   positions from first_position to last_position, which double from band to band; rate is a share of the
---          band's encoded tokens; mean_value is over the tokens at which the feature fires there, in the units of the
---          activations (null where it never does).
+-- Units:   a band goes from first_position to last_position; its width doubles from band to band. rate is a share of
+--          the band's encoded tokens. mean_value is the mean over the tokens at which the feature fires there, in the
+--          units of the activations (null if it never fires).
 -- Parameters: feature bigint
 -- Ask it:  does feature 12 only fire at the start?  from position_profile(12)
 create or replace macro position_profile(feature) as table

@@ -1,10 +1,10 @@
--- What the store holds and how good it is.
+-- The runs of the store, and how good each is.
 --
 -- Grain:   one row per run of the store, damaged ones too.
 -- Reads:   stg_runs
--- Units:   l0 is features per token, k what was asked for (null where nothing was); variance_unexplained, dead_share
---          and loss_recovered_… are shares; quality holds every measure as JSON. Null until the run is
---          evaluated.
+-- Units:   l0 is the number of features per token; k is the number that was asked for (null if none was).
+--          variance_unexplained, dead_share and loss_recovered_… are shares. quality holds every measure as JSON. They
+--          are null until the run is evaluated.
 -- Ask it:  which run recovers most of the loss at which l0?
 create or replace view runs as
 select

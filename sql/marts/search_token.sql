@@ -1,8 +1,8 @@
--- Vocabulary entries that contain a text, and where the corpus has them.
+-- Vocabulary entries that contain a text, and how often the corpus has them.
 --
--- Grain:   one row per vocabulary entry whose piece contains the text, whatever its case; the shortest first.
+-- Grain:   one row per vocabulary entry whose piece contains the text, whatever the case, the shortest first.
 -- Reads:   stg_vocab, stg_tokens
--- Units:   n_tokens counts real tokens of the corpus; first_token_id is the first of them (null if none).
+-- Units:   n_tokens counts real tokens of the corpus; first_token_id is the first of them (null if there is none).
 -- Parameters: text text
 -- Ask it:  which tokens spell love?  from search_token('love')
 create or replace macro search_token(text) as table

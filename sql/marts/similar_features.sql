@@ -1,8 +1,9 @@
--- The features whose directions are most similar.
+-- The features whose directions are most similar to a feature's.
 --
 -- Grain:   one row per other feature, at most 50, the most similar first.
 -- Reads:   stg_similar, stg_feature_stats, feature_names
--- Units:   cosine of the two decoder rows; n_tokens counts the tokens at which the other fires, label is its name.
+-- Units:   cosine is that of the two decoder rows; n_tokens counts the tokens at which the other feature fires; label
+--          is its label.
 -- Parameters: feature bigint
 -- Ask it:  is there a second feature 12?  from similar_features(12)
 create or replace macro similar_features(feature) as table

@@ -1,12 +1,13 @@
--- How differently each feature fires in two sources of documents: from stored counts, at once.
+-- How differently each feature fires in two sources of documents, from stored counts: quick.
 --
--- Grain:   one row per feature, dead ones too; the largest effect first.
+-- Grain:   one row per feature, dead ones too, the largest effect first.
 -- Reads:   stg_feature_sources, stg_encoded_tokens, stg_feature_stats, every_part_counts,
 --          log2_rate_ratio
--- Units:   rate is a share of the source's encoded tokens (null if it has none); cohens_h = 2 asin(sqrt(rate_a)) -
---          2 asin(sqrt(rate_b)) (Cohen 1988: 0.2 small, 0.5 medium, 0.8 large); log2_ratio compares the rates with half
---          a token added to each count (null if the feature fires in neither). mean_value is over the tokens at which
---          it fires there. A part counts its 64 most frequent sources apart: a source that no part does is an error.
+-- Units:   rate is a share of the source's encoded tokens (null if it has none). cohens_h = 2 asin(sqrt(rate_a)) - 2
+--          asin(sqrt(rate_b)) (Cohen 1988: 0.2 is small, 0.5 medium, 0.8 large). log2_ratio compares the rates with
+--          half a token added to each count (null if the feature fires in neither). mean_value is the mean over the
+--          tokens at which it fires there. A part counts its 64 most frequent sources separately; a source that no part
+--          counts is an error.
 -- Parameters: a text, b text
 -- Ask it:  what tells novels from scripture?  from source_contrast('austen', 'bible')
 create or replace macro source_contrast(a, b) as table

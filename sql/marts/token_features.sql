@@ -1,6 +1,6 @@
 -- The features that fire at one token.
 --
--- Grain:   one row per feature with a value at the token, strongest first.
+-- Grain:   one row per feature with a value at the token, the strongest first.
 -- Reads:   stg_token_major (only the row groups of this token)
 -- Units:   value is in the units of the activations.
 -- Parameters: token bigint

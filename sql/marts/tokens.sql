@@ -1,4 +1,4 @@
--- The corpus, token by token, readable.
+-- The corpus as readable tokens.
 --
 -- Grain:   one row per real token; padding is left out.
 -- Reads:   stg_tokens, stg_vocab, stg_documents

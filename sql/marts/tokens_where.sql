@@ -1,4 +1,4 @@
--- Tokens where a feature is stronger than a threshold: all of them.
+-- All tokens at which a feature is stronger than a threshold.
 --
 -- Grain:   one row per token at which value > threshold, in corpus order.
 -- Reads:   stg_feature_major (only the row groups of this feature), stg_vocab_blocks, stg_vocab, stg_document_places,

@@ -1,9 +1,9 @@
--- Tokens at which several features are stronger than a threshold each: all of them.
+-- All tokens at which several features are each stronger than a threshold.
 --
 -- Grain:   one row per token, in corpus order.
 -- Reads:   threshold_hits, token_places
--- Units:   features and thresholds are lists of one length, not empty; feature_values are in their order, in the units
---          of the activations; position counts from 0 inside the sequence.
+-- Units:   features and thresholds are lists of one length, not empty. feature_values are in the order of features, in
+--          the units of the activations; position counts from 0 inside the sequence.
 -- Parameters: features bigint[], thresholds double[]
 -- Ask it:  where do 12 and 34 both fire?  from tokens_where_all([12, 34], [0, 0.5])
 create or replace macro tokens_where_all(features, thresholds) as table

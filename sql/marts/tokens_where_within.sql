@@ -1,11 +1,11 @@
--- Where several features fire within a few tokens of one another, in one document.
+-- Places at which several features fire within a few tokens of one another, in one document.
 --
--- Grain:   one row per token that ends such a group: one of the features fires there, and every other one there or at
---          most `window` tokens before, each above its threshold. In corpus order.
+-- Grain:   one row per token that ends such a group, in corpus order: one of the features fires there, and each of the
+--          others fires there or at most `window` tokens before. All are above their thresholds.
 -- Reads:   threshold_hits, token_owners, token_pieces
--- Units:   features and thresholds are lists of one length, not empty; token_ids and feature_values are in their order:
---          of each feature the last hit up to token_id, and its value in the units of the activations. piece and
---          position are those of token_id; span is token_id minus the least of token_ids.
+-- Units:   features and thresholds are lists of one length, not empty. token_ids and feature_values are in the order of
+--          features: each feature's last hit up to token_id, and its value in the units of the activations. piece and
+--          position belong to token_id; span is token_id minus the smallest of token_ids.
 -- Parameters: features bigint[], thresholds double[], window bigint
 -- Ask it:  where do 12 and 34 fire at most 5 tokens apart?  from tokens_where_within([12, 34], [0, 0], 5)
 create or replace macro tokens_where_within(features, thresholds, "window") as table

@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per document in which it fires, the largest sum of values first; ties in corpus order.
 -- Reads:   stg_feature_major (only the row groups of this feature), stg_document_places
--- Units:   n_tokens counts the document's tokens at which the feature fires, rate is their share of its tokens; values
+-- Units:   n_tokens counts the document's tokens at which the feature fires; rate is their share of its tokens. Values
 --          are in the units of the activations; top_token_id is the first of the strongest tokens.
 -- Parameters: feature bigint, n bigint = 20
 -- Ask it:  which documents is feature 12 about?  from top_documents(12)

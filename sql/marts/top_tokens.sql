@@ -1,9 +1,9 @@
 -- The tokens at which a feature is strongest, in their context.
 --
--- Grain:   one row per token, strongest first; ties in corpus order.
+-- Grain:   one row per token, the strongest first; ties in corpus order.
 -- Reads:   stg_feature_major (only the row groups of this feature), token_texts
--- Units:   value is in the units of the activations. context shows up to 12 tokens on either side, inside
---          the document, and the token between « and »; such marks in the text itself become ‹ and ›.
+-- Units:   value is in the units of the activations. context shows up to 12 tokens on either side, inside the document,
+--          with the token between « and »; the same marks in the text itself become ‹ and ›.
 -- Parameters: feature bigint, n bigint = 20
 -- Ask it:  what does feature 12 stand for?  from top_tokens(12)
 create or replace macro top_tokens(feature, n := 20) as table

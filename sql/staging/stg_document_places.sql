@@ -1,9 +1,9 @@
--- Where each document lies among the tokens, hidden ones too: the last one that begins at or before a token owns it,
--- if the token is not beyond its end.
+-- The tokens that belong to each document, hidden documents too.
 --
 -- Grain:   one row per document with tokens.
 -- Reads:   src_documents, src_hidden
--- Units:   a document has the tokens from first_token_id to end_token_id - 1.
+-- Units:   a document has the tokens from first_token_id to end_token_id - 1. A token belongs to the last document that
+--          begins at or before it, if the token is not beyond that document's end.
 -- Ask it:  which document owns token 4711? (asof join on first_token_id, then ask for token_id < end_token_id)
 create or replace view stg_document_places as
 select

@@ -1,4 +1,4 @@
--- How strongly each feature fires, counted in bins of a quarter octave, summed over the run's parts.
+-- How strongly each feature fires: token counts in bins of a quarter octave, summed over the run's parts.
 --
 -- Grain:   one row per (feature, bin) with tokens.
 -- Reads:   src_feature_histogram

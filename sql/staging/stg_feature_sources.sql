@@ -1,9 +1,10 @@
 -- How often and how strongly each feature fires in each source of documents, summed over the run's parts.
 --
--- Grain:   one row per (feature, source) with tokens, and one per feature for the sources counted together (is_rest).
+-- Grain:   one row per (feature, source) with tokens, and one per feature for the sources that are counted together
+--          (is_rest).
 -- Reads:   src_feature_sources
--- Units:   sums are in the units of the activations (squared). A part counts its 64 most frequent sources apart: with
---          more, what a source has in other parts' rest is missing here.
+-- Units:   sums are in the units of the activations (squared). A part counts its 64 most frequent sources separately.
+--          If there are more, tokens of a source that another part counts in its rest are missing here.
 -- Ask it:  how often does each feature fire in the novels?
 create or replace view stg_feature_sources as
 select

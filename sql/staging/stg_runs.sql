@@ -1,9 +1,9 @@
--- The store's runs, their records taken apart.
+-- The store's runs, with the fields of their records.
 --
 -- Grain:   one row per run of the store, damaged ones too.
 -- Reads:   src_runs
--- Units:   facts and quality are JSON; tokens_artefact names the one whose tokens were encoded; problem says why a run
---          cannot be asked, else null.
+-- Units:   facts and quality are JSON. tokens_artefact names the tokens that were encoded. problem says why a run
+--          cannot be read, and is null if it can.
 -- Ask it:  which runs cannot be read, and why?
 create or replace view stg_runs as
 select

@@ -1,6 +1,6 @@
 -- The features with the most similar directions.
 --
--- Grain:   one row per (feature, other feature), 50 for each.
+-- Grain:   one row per (feature, other feature), 50 for each feature.
 -- Reads:   src_similar
 -- Units:   cosine of their decoder rows, -1 to 1.
 -- Ask it:  which features are nearly the same?

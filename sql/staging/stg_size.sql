@@ -1,9 +1,10 @@
--- How large the corpus is: what rates are shares of.
+-- The size of the corpus, by which counts become rates.
 --
 -- Grain:   one row.
 -- Reads:   stg_documents, stg_encoded_tokens, stg_shape
--- Units:   n_real_tokens counts real tokens of visible documents; n_encoded_tokens those that could fire, real ones
---          that no setting leaves out (n_real_tokens where an earlier saeflow did not count them in every part).
+-- Units:   n_real_tokens counts real tokens of visible documents. n_encoded_tokens counts those that could fire: real
+--          tokens that no setting skips. It equals n_real_tokens if an earlier saeflow did not count them in every
+--          part.
 -- Ask it:  how many tokens are there?
 create or replace view stg_size as
 select

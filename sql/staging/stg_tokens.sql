@@ -1,4 +1,4 @@
--- The corpus as the model was fed it, padding included.
+-- The corpus as it was fed to the model, with padding.
 --
 -- Grain:   one row per (sequence, position).
 -- Reads:   src_tokens, src_hidden (tokens of forgotten and replaced documents are left out)

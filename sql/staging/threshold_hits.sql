@@ -1,4 +1,4 @@
--- Where several features are stronger than a threshold each.
+-- Tokens at which several features are each stronger than a threshold.
 --
 -- Grain:   one row per (place in the lists, token) at which the feature at that place is above its threshold.
 -- Reads:   stg_feature_major (only files from the first to the last of these features, and of them the row groups of

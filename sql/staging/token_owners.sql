@@ -1,6 +1,6 @@
--- The documents of some tokens, given as a list of their numbers.
+-- The documents that some tokens belong to, for a list of token ids.
 --
--- Grain:   one row per token of the list that is a real one of a visible document; no number may come twice.
+-- Grain:   one row per token of the list that is real and in a visible document. No token may be listed twice.
 -- Reads:   stg_document_places, stg_shape
 -- Units:   position counts from 0 inside the sequence; the document has the tokens first_token_id to end_token_id - 1.
 -- Ask it:  from token_owners([0, 4711])

@@ -1,4 +1,4 @@
--- The vocabulary entries of some tokens, given as a list of their numbers.
+-- The vocabulary entries of some tokens, for a list of token ids.
 --
 -- Grain:   one row per different token of the list that is in the corpus, padding too.
 -- Reads:   stg_vocab_blocks, stg_vocab, block_vocab_id

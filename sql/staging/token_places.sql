@@ -1,6 +1,6 @@
--- What is written at some tokens, given as a list of their numbers, and where.
+-- The vocabulary entry, document and position of some tokens, for a list of token ids.
 --
--- Grain:   one row per token of the list that is a real one of a visible document; no number may come twice.
+-- Grain:   one row per token of the list that is real and in a visible document. No token may be listed twice.
 -- Reads:   token_owners, token_pieces
 -- Units:   position counts from 0 inside the sequence.
 -- Ask it:  from token_places([0, 4711])

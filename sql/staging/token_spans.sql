@@ -1,8 +1,8 @@
--- The tokens around some tokens, given as a list of their numbers.
+-- The tokens around some tokens, for a list of token ids.
 --
--- Grain:   one row per (centre, token of its span): centres are the real tokens of the list.
+-- Grain:   one row per (centre, token of its span). The centres are the real tokens of the list.
 -- Reads:   token_owners, stg_vocab_blocks, src_vocab, block_vocab_id
--- Units:   before and after count tokens; a span never leaves its document. key, source and position are the centre's;
+-- Units:   before and after count tokens; a span never leaves its document. key, source and position are the centre's.
 --          byte_digits are the bytes of the vocabulary entry as hexadecimal digits, two a byte.
 -- Ask it:  from token_spans([4711], 2, 2)
 create or replace macro token_spans(ids, before, after) as table

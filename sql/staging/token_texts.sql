@@ -1,10 +1,10 @@
--- Some tokens, given as a list of their numbers, in the text around them.
+-- The text around some tokens, for a list of token ids.
 --
--- Grain:   one row per token of the list that is a real one of a visible document; no number may come twice.
+-- Grain:   one row per token of the list that is real and in a visible document. No token may be listed twice.
 -- Reads:   token_spans, open_letter, letter_rest, lossy_text
--- Units:   before and after count tokens; the text never leaves the document. A letter whose bytes are spread over
---          several tokens belongs to token_text; half letters at the far edges are dropped. In context such marks as «
---          in the text itself become ‹ and ›.
+-- Units:   before and after count tokens; the text never leaves the document. If the bytes of a letter are spread over
+--          several tokens, the whole letter is part of token_text; half letters at the far edges are dropped. In
+--          context, the marks « and » of the text itself become ‹ and ›.
 -- Ask it:  from token_texts([0, 4711], 12, 12)
 create or replace macro token_texts(ids, before, after) as table
 with digits as (

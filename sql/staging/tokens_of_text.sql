@@ -1,8 +1,8 @@
--- The tokens that spell a text, whatever its case.
+-- The tokens that spell a text, whatever the case.
 --
--- Grain:   one row per (run of tokens that spells it, token of the run). A run has at most 8 consecutive tokens of one
---          document; their bytes together are the text, but for white space (blanks, tabs, ends of lines) in front and
---          behind, of which alone no token of a run may consist at its ends.
+-- Grain:   one row per (run of tokens that spells the text, token of the run). A run has at most 8 consecutive tokens
+--          of one document. Their bytes together are the text, apart from white space (blanks, tabs, line ends) in
+--          front and behind; no token at either end consists of white space alone.
 -- Reads:   stg_vocab, stg_tokens, token_owners, stg_vocab_blocks, block_vocab_id, begun_text, open_letter
 -- Units:   run_id is the run's first token; vocab_id is the token's own.
 -- Ask it:  from tokens_of_text('Jerusalem')

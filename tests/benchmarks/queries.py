@@ -28,7 +28,8 @@ from safetensors.numpy import load_file, save_file
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
 from saeflow.features.files import files_of
-from saeflow.query import ask as queries
+from saeflow.query.ask import ask, query
+from saeflow.query.connection import connect
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
@@ -84,7 +85,7 @@ def nearest(counts: np.ndarray, wanted: int, n: int = 16) -> list[int]:
 
 def milliseconds(connection: duckdb.DuckDBPyConnection, each: Asked, arguments: Sequence[object]) -> float:
     began = time.perf_counter()
-    queries.ask(connection, each.question, list(arguments), each.limit)
+    ask(connection, each.question, list(arguments), each.limit)
     return 1e3 * (time.perf_counter() - began)
 
 
@@ -127,7 +128,7 @@ def cold(made: Made, each: Asked, arguments: Sequence[object]) -> float:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    with contextlib.closing(queries.connect(made.store)) as connection:
+    with contextlib.closing(connect(made.store)) as connection:
         return milliseconds(connection, each, arguments)
 
 
@@ -191,14 +192,14 @@ def made(folder: Path, n_values: int) -> tuple[Made, float]:
     began = time.perf_counter()
     compaction.run(run, TokenSelection(source), QUIET, enough=2)
     seconds = time.perf_counter() - began
-    connection = queries.connect(store)
+    connection = connect(store)
     counts = counts_of(connection)
     every = asked(counts, source.published().total("n_tokens"))
     return Made(store, run, connection, every), int(counts.sum()) / seconds
 
 
 def counts_of(connection: duckdb.DuckDBPyConnection) -> np.ndarray:
-    found = queries.query(connection, "select n_tokens from stg_feature_stats order by feature_id")
+    found = query(connection, "select n_tokens from stg_feature_stats order by feature_id")
     return np.asarray(found.column(0).to_numpy())
 
 

@@ -32,8 +32,9 @@ from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode
-from saeflow.query import ask as queries
 from saeflow.query import catalog, runs
+from saeflow.query.ask import ask
+from saeflow.query.connection import connect
 from saeflow.recipe.settings import FeedConfig
 from saeflow.runtime.memory import peak_bytes
 from saeflow.runtime.progress import Progress
@@ -137,15 +138,15 @@ def swept(many: Many, taken: Taken) -> None:
 
 def asked(many: Many, taken: Taken) -> None:
     """A connection, a question about a feature, and `catalog.sql`."""
-    with taken.timed(), contextlib.closing(queries.connect(many.store)) as connection:
+    with taken.timed(), contextlib.closing(connect(many.store)) as connection:
         taken.facts["connected"] = round(time.perf_counter() - taken.began, 1)
         for name, arguments in (("tokens_where", [7, 0.5]), ("context", [4711])):
             began = time.perf_counter()
-            queries.ask(connection, name, arguments, None)
+            ask(connection, name, arguments, None)
             taken.facts[name] = round(time.perf_counter() - began, 3)
     (run,) = runs.runs(many.store)
     taken.facts["files"] = sum(map(len, run.files.values()))
-    taken.facts["catalog_bytes"] = len(catalog.text(many.store))
+    taken.facts["catalog_bytes"] = len(catalog.catalog_text(many.store))
 
 
 def make(many: Many, taken: Taken) -> None:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 from saeflow.activations.synthetic import superposition
 from saeflow.activations.synthetic.ground_truth import GroundTruth
-from saeflow.cli.synth import Synth, judge, print_scores
+from saeflow.cli.synth import Synth, print_scores, train_and_score
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import Architecture, SAEConfig
@@ -148,7 +148,7 @@ def trained(store: Store, recipes: Sequence[Recipe], skipped: dict[str, str]) ->
     for recipe in recipes:
         began = time.monotonic()
         try:
-            [found] = judge(store, [recipe], Progress())
+            [found] = train_and_score(store, [recipe], Progress())
         except (UserError, NotImplementedError, KeyError) as error:
             reason = skipped[recipe.sae.architecture] = f"{type(error).__name__}: {error}"
             print(f"{recipe.sae.architecture} is skipped: {reason}")

@@ -15,8 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -27,14 +25,15 @@ import typer
 
 from saeflow import __version__
 from saeflow.cli import app as cli
-from saeflow.cli import store as commands_store
-from saeflow.query import ask as queries
+from saeflow.cli.store import state_of
+from saeflow.query.questions import Question, questions
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.text import human_bytes
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
 from tests.conftest import Finished
+from tests.support.command import SAEFLOW, Command, Said
 from tests.support.small_pipeline import (
     SITE,
     WIDTH,
@@ -50,34 +49,6 @@ from tests.support.small_store import Document, Given
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7][0-9;]*m")
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
-SAEFLOW = [sys.executable, "-c", "from saeflow.cli.app import main; main()"]
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture
-def saeflow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Runs the command in a folder of its own, as `main` does."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-    def run(*arguments: object) -> Said:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["saeflow", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return Said(int(ended.value.code or 0), said.out, said.err)
-
-    return run
 
 
 @pytest.fixture
@@ -390,7 +361,7 @@ def test_the_sizes_of_a_store_are_read_from_its_records(copied: Store, monkeypat
         shown = {"parts", *(file.name for file in artefact.record.files)}
         inside = [path for path in artefact.path.rglob("*") if path.relative_to(artefact.path).parts[0] in shown]
         n_bytes = sum(path.stat().st_size for path in inside if path.is_file() and path.name != "part.json")
-        assert commands_store._state(artefact)[-1] == human_bytes(n_bytes)
+        assert state_of(artefact)[-1] == human_bytes(n_bytes)
 
 
 def test_gc_says_what_it_leaves_to_a_run_at_work(saeflow: Command, copied: Store) -> None:
@@ -433,8 +404,8 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("question", queries.questions(), ids=lambda question: question.name)
-def test_every_question_can_be_asked(question: queries.Question, saeflow: Command, finished: Finished) -> None:
+@pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
+def test_every_question_can_be_asked(question: Question, saeflow: Command, finished: Finished) -> None:
     words = NAMES.get(question.name) or [WORDS[each.type] for each in question.parameters if each.default is None]
     said = saeflow("ask", question.name, *words, "-f", "json", "-n", 5, "--store", finished.store.root)
     assert said.code == 0, said.err
@@ -444,7 +415,7 @@ def test_every_question_can_be_asked(question: queries.Question, saeflow: Comman
 
 def test_ask_without_a_question_lists_them(saeflow: Command) -> None:
     listed = saeflow("ask").out
-    assert all(question.name in listed for question in queries.questions())
+    assert all(question.name in listed for question in questions())
 
 
 def test_all_formats_give_the_same_rows(saeflow: Command, finished: Finished, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Parameters of questions, what `saeflow ask` says of them, the Python API, and input that means harm."""
 
-# ruff: noqa: F811 (the fixture `saeflow` is imported)
-
 from __future__ import annotations
 
 import csv
@@ -22,14 +20,21 @@ import pyarrow as pa
 import pytest
 
 import saeflow as package
-from saeflow.cli import render
-from saeflow.query import ask as queries
-from saeflow.query import questions
-from saeflow.query.ask import connect, query, resolved
-from saeflow.query.questions import MOST, Parameter, Question, named
+from saeflow.cli.text_formats import json_text
+from saeflow.query.ask import as_statement, ask, query, resolve_names
+from saeflow.query.connection import connect
+from saeflow.query.questions import (
+    MOST_LISTED,
+    Parameter,
+    Question,
+    find_question,
+    parse_arguments,
+    questions,
+    read_question,
+)
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
-from tests.cli.test_app import SAEFLOW, Command, saeflow  # noqa: F401  (a fixture)
+from tests.support.command import SAEFLOW, Command
 from tests.support.small_store import Document, Given
 
 HOSTILE = "a'; drop view tokens; --\x1b[31m\x1b]0;title\x07\u202e\u2066\"\\"
@@ -55,7 +60,7 @@ def run(store: Store) -> Iterator[package.api.OpenRun]:
 
 def a_question(header: str, name: str = "q") -> Question:
     sql = f"-- What is asked.\n--\n-- Grain: one row.\n{header}\ncreate or replace macro {name}() as table select 1;"
-    return questions._question(name, sql)
+    return read_question(name, sql)
 
 
 def test_a_header_s_parameters_may_be_lists_have_defaults_with_commas_and_go_on_on_the_next_line() -> None:
@@ -73,7 +78,7 @@ def test_a_header_s_parameters_may_be_lists_have_defaults_with_commas_and_go_on_
         ("sources", "text[]", "[]"),
         ("other", "bigint", "null"),
     ]
-    assert named(asked, ["1"]) == {
+    assert parse_arguments(asked, ["1"]) == {
         "features": [1], "thresholds": [0.0, 0.5], "text": "a, [b", "n": 5, "window": 8, "sources": [], "other": None,
     }  # fmt: skip
     assert asked.command == "saeflow ask q 3,7 2"
@@ -112,7 +117,7 @@ def test_one_value_is_a_list_of_one() -> None:
         ("bigint[]", b"37", "whole numbers"),
         ("double[]", "0.5,nan", "must be numbers"),
         ("double[]", "[NaN]", "must be numbers"),
-        ("bigint[]", [0] * (MOST + 1), "has 1,001 values; at most 1,000"),
+        ("bigint[]", [0] * (MOST_LISTED + 1), "has 1,001 values; at most 1,000"),
         ("bigint", "9" * 5_000, "whole number"),
         ("bigint", True, "whole number"),
         ("text", "\udcff", "must be text"),
@@ -132,20 +137,24 @@ def test_a_feature_a_source_or_a_run_that_is_not_there_is_named_with_the_nearest
     with connect(store) as connection:
         for features in ([0, 4], [-1], [2**62]):
             with pytest.raises(UserError, match=r"There is no feature -?\d+; features go from 0 to 3\."):
-                resolved(connection, many, named(many, [features]))
+                resolve_names(connection, many, parse_arguments(many, [features]))
         with pytest.raises(UserError, match=r"no source 'novel'\. Did you mean novels\?"):
-            resolved(connection, contrast, named(contrast, ["bible", "novel"]))
+            resolve_names(connection, contrast, parse_arguments(contrast, ["bible", "novel"]))
         with pytest.raises(UserError, match=r"no run 'dmo'\. Did you mean demo\?"):
-            resolved(connection, runs, named(runs, ["old", "dmo"]))
+            resolve_names(connection, runs, parse_arguments(runs, ["old", "dmo"]))
         for called in ("old", "old-f0000009", "old_f0000009", "features/old-f0000009"):
-            assert resolved(connection, runs, named(runs, ["demo", called])) == {"a": "demo", "b": "old", "n": 5}
+            assert resolve_names(connection, runs, parse_arguments(runs, ["demo", called])) == {
+                "a": "demo",
+                "b": "old",
+                "n": 5,
+            }
 
 
 def test_the_list_of_questions_is_grouped_and_fits_80_columns(saeflow: Command) -> None:
     said = saeflow("ask")
     assert said.code == 0
     assert max(map(len, said.out.splitlines())) <= 80
-    for question in queries.questions():
+    for question in questions():
         assert f"\n  {question.brief}\n" in said.out
         assert question.group in said.out.splitlines()
 
@@ -162,9 +171,9 @@ def test_a_question_without_its_arguments_is_explained(saeflow: Command, store: 
         assert phrase in said.err
 
 
-@pytest.mark.parametrize("question", queries.questions(), ids=lambda question: question.name)
+@pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
 def test_the_example_of_a_question_is_one(question: Question) -> None:
-    assert list(named(question, question.command.split()[3:])) == [each.name for each in question.parameters]
+    assert list(parse_arguments(question, question.command.split()[3:])) == [each.name for each in question.parameters]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +193,7 @@ def test_the_sql_of_a_question_answers_it_in_a_shell(
     assert said.out == wanted + "\n"
     answered = json.loads(saeflow("ask", *words, "-f", "json", "--store", store.root).out)
     with connect(store) as connection:
-        assert json.loads(render.to_json(query(connection, said.out))) == answered
+        assert json.loads("".join(json_text(query(connection, said.out)))) == answered
 
 
 def completed(words: str, store: Store) -> str:
@@ -201,7 +210,7 @@ def completed(words: str, store: Store) -> str:
 
 def test_a_shell_completes_questions_and_runs(store: Store, tmp_path: Path) -> None:
     found = completed("saeflow ask to", store).split()
-    assert found == [question.name for question in queries.questions() if question.name.startswith("to")]
+    assert found == [question.name for question in questions() if question.name.startswith("to")]
     assert completed("saeflow sql --run o", store).split() == ["old"]
     assert completed("saeflow sql --run o", Store(tmp_path / "nowhere")).split() == []
 
@@ -352,7 +361,7 @@ def test_minus_infinity_is_asked_for_behind_two_dashes(saeflow: Command, store: 
 def test_a_threshold_means_the_same_in_sql_and_as_an_argument(tmp_path: Path, threshold: float) -> None:
     value = 0.0999755859375
     with connect(Given(values=[(0, 0, value)]).write(tmp_path), threads=1) as connection:
-        asked = queries.ask(connection, "tokens_where", [0, threshold]).num_rows
+        asked = ask(connection, "tokens_where", [0, threshold]).num_rows
         assert query(connection, f"from tokens_where(0, {threshold:.10f})").num_rows == asked == (value > threshold)
 
 
@@ -373,18 +382,18 @@ def test_a_run_of_a_hostile_name_is_asked_or_left_out_and_says_nothing(name: str
     store = Given(name=name).write(tmp_path)
     Given(name="good", fp="f0000007").write(tmp_path)
     with connect(store) as connection:
-        assert queries.ask(connection, "tokens_where", [0]).num_rows == 4
-        problems = {row["name"]: row["problem"] for row in queries.ask(connection, "runs").to_pylist()}
+        assert ask(connection, "tokens_where", [0]).num_rows == 4
+        problems = {row["name"]: row["problem"] for row in ask(connection, "runs").to_pylist()}
     assert (problems[name] is None) == name.isprintable()
     if name.isprintable():
         with connect(store, name) as connection:
-            assert queries.ask(connection, "tokens_where", [0]).num_rows == 4
-            asked = queries.find("tokens_where")
-            text = queries.spelled(connection, asked, named(asked, [0]))
+            assert ask(connection, "tokens_where", [0]).num_rows == 4
+            asked = find_question("tokens_where")
+            text = as_statement(connection, asked, parse_arguments(asked, [0]))
             assert query(connection, text).num_rows == 4
 
 
 def test_a_store_whose_path_reads_like_sql_is_read(tmp_path: Path) -> None:
     for folder in ("from tokens where", "context(1)", "x\ny", "join stg_tokens"):
         with connect(Given().write(tmp_path / folder)) as connection:
-            assert queries.ask(connection, "top_tokens", [0]).num_rows == 4
+            assert ask(connection, "top_tokens", [0]).num_rows == 4

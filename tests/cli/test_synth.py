@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,14 +12,15 @@ from typer.testing import CliRunner
 
 from saeflow.cli import synth
 from saeflow.cli.app import app
-from saeflow.cli.synth import judge, print_scores
+from saeflow.cli.synth import print_scores, train_and_score
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.sae.recovery import Scores
 from saeflow.store.store import Store
-from tests.activations.test_superposition import RECIPES
 from tests.support.small_pipeline import brought_data, write_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "flows" / "recipes"
 
 DATA = {
     "name": "made",
@@ -32,14 +34,6 @@ DATA = {
 
 def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(autouse=True)
-def _few_fresh_rows(monkeypatch):
-    from saeflow.sae import recovery
-
-    real = recovery.score
-    monkeypatch.setattr(recovery, "score", lambda *arguments: real(*arguments, n_rows=5000))
 
 
 def test_one_command_makes_trains_scores_and_says_what_the_numbers_mean(tmp_path):
@@ -75,16 +69,15 @@ def test_a_recipe_without_known_features_is_refused_with_the_way_out(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_several_recipes_give_a_row_each_on_the_same_activations(tmp_path, progress, monkeypatch):
+def test_several_recipes_give_a_row_each_on_the_same_activations(tmp_path, progress):
     recipes = [parse_recipe(DATA), parse_recipe(DATA | {"sae": DATA["sae"] | {"architecture": "batchtopk"}})]
     store = Store.create(tmp_path / "store")
-    found = judge(store, recipes, progress)
+    found = train_and_score(store, recipes, progress)
     assert len(store.artefacts("activations")) == 1
     assert len({each.sae for each in found}) == 2
     narrow = Console(width=80, highlight=False)
-    monkeypatch.setattr(synth, "out", narrow)
     with narrow.capture() as printed:
-        print_scores(found)
+        print_scores(found, narrow)
     lines = printed.get().splitlines()
     assert lines[0].split()[:4] == ["SAE", "live", "missed", "L0"]
     assert [line.split()[0] for line in lines[1:3]] == ["topk", "batchtopk"]
@@ -99,7 +92,7 @@ def test_all_of_a_sweep_are_scored_under_their_own_names_and_one_can_be_named(tm
     assert scores[0]["l0"] < scores[1]["l0"]
     one = run("synth", path, "--store", tmp_path / "store", "--json", "-q", "--member", "made_k2")
     assert json.loads(one.stdout) == scores[1:]
-    names = synth._names(load_recipe(path).members())
+    names = synth.short_names(load_recipe(path).members())
     assert names == ["k1", "k2"]
 
 
@@ -114,7 +107,7 @@ def test_every_score_is_shown():
 def test_the_toys_are_scored_too(tmp_path, progress, kind):
     made = {"kind": kind, "n_samples": 500, "n_neurons": 3, "n_true": 6}
     recipe = parse_recipe(DATA | {"activations": {"synthetic": made}})
-    [found] = judge(Store.create(tmp_path / "store"), [recipe], progress)
+    [found] = train_and_score(Store.create(tmp_path / "store"), [recipe], progress)
     assert found.scores.n_true <= 6
     assert found.scores.noise_floor == 0
     assert found.scores.mean_max_cosine > 0.5

@@ -25,11 +25,11 @@ Answer = tuple[int, ...]
 
 def answer(store: Path) -> Answer:
     """What a reader sees."""
-    from saeflow.query import ask
+    from saeflow.query.connection import connect
     from saeflow.store.store import Store
 
     hashed = "select count(*), sum(hash(token_id, feature_id, value)::hugeint)::varchar::hugeint from "
-    with contextlib.closing(ask.connect(Store.open(store), threads=1)) as connection:
+    with contextlib.closing(connect(Store.open(store), threads=1)) as connection:
         rows = [connection.execute(hashed + order).fetchall()[0] for order in ("stg_token_major", "stg_feature_major")]
         counted = connection.execute("select sum(n_tokens)::bigint from stg_feature_stats").fetchall()[0]
     return tuple(int(number) for row in (*rows, counted) for number in row)

@@ -28,7 +28,9 @@ from saeflow.features.token_columns import bands_of
 from saeflow.pipeline import encode, train
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forget import forget
-from saeflow.query import ask
+from saeflow.query.ask import query
+from saeflow.query.checks import check
+from saeflow.query.connection import connect
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
@@ -91,12 +93,12 @@ def run(
 
 
 def about_tokens(finished: Finished) -> dict[int, dict[str, Any]]:
-    with contextlib.closing(ask.connect(finished.store)) as connection:
+    with contextlib.closing(connect(finished.store)) as connection:
         sql = (
             "select token_id, vocab_id, position, source from stg_tokens join stg_documents using (document_id) "
             "where mask"
         )
-        return {row["token_id"]: row for row in ask.query(connection, sql).to_pylist()}
+        return {row["token_id"]: row for row in query(connection, sql).to_pylist()}
 
 
 def test_counts_by_source_position_and_strength_are_those_of_the_values(run):
@@ -178,8 +180,8 @@ def test_a_compacted_run_holds_the_same_rows_in_files_by_feature_range(copied, m
         assert row["n_tokens"] == other["n_tokens"]
         assert row["sum_value"] == pytest.approx(other["sum_value"], rel=1e-12)
     assert len(files_of(part, "token_major")) > 1
-    with contextlib.closing(ask.connect(copied.store)) as connection:
-        assert [name for name, found in ask.check(connection) if len(found)] == []
+    with contextlib.closing(connect(copied.store)) as connection:
+        assert [name for name, found in check(connection) if len(found)] == []
 
 
 def test_features_that_fire_together_are_the_same_however_much_memory_counting_has(copied, monkeypatch):
@@ -214,8 +216,8 @@ def test_a_document_forgotten_leaves_a_compacted_run_as_it_leaves_one_in_parts(c
     n_parts = len(run_of(copied).published().parts)
     assert n_parts == 2  # the compacted one without that part, and that part
     assert compacted(copied).published().total("n_values") == run_of(other).published().total("n_values")
-    with contextlib.closing(ask.connect(copied.store)) as connection:
-        assert [name for name, found in ask.check(connection) if len(found)] == []
+    with contextlib.closing(connect(copied.store)) as connection:
+        assert [name for name, found in check(connection) if len(found)] == []
 
 
 def key_of(finished: Finished, index: int) -> str:
@@ -242,8 +244,8 @@ def test_parts_encoded_anew_between_others_of_a_compacted_one_are_merged_in_orde
             rows = list(zip(*(pa.concat_tables(found).column(name).to_pylist() for name in columns), strict=True))
             assert rows == sorted(rows)
         assert rows_of(run_of(copied)) == rows_of(run_of(copied), "feature_major") == rows_of(run_of(other))
-        with contextlib.closing(ask.connect(copied.store)) as connection:
-            assert [name for name, found in ask.check(connection) if len(found)] == []
+        with contextlib.closing(connect(copied.store)) as connection:
+            assert [name for name, found in check(connection) if len(found)] == []
 
 
 def test_statistics_that_do_not_fit_the_values_end_a_compaction_and_nothing_is_written_out_of_bounds(copied):
@@ -282,14 +284,14 @@ def test_forgetting_leaves_torch_its_threads(copied):
 def test_what_a_compacted_run_still_holds_of_a_forgotten_document_is_not_shown(copied, monkeypatch):
     compacted(copied)
     monkeypatch.setattr(encode, "refresh", lambda *_: [])
-    with contextlib.closing(ask.connect(copied.store)) as connection:
+    with contextlib.closing(connect(copied.store)) as connection:
         sql = "select distinct token_id from stg_token_major join tokens using (token_id) where key = 'letters/003'"
-        secret = ask.query(connection, sql).column(0).to_pylist()
-        every = len(ask.query(connection, "from stg_token_major"))
+        secret = query(connection, sql).column(0).to_pylist()
+        every = len(query(connection, "from stg_token_major"))
     forget(copied.store, ["letters/003"], quiet())
-    with contextlib.closing(ask.connect(copied.store)) as connection:
-        shown = set(ask.query(connection, "select distinct token_id from stg_token_major").column(0).to_pylist())
-        kept = len(ask.query(connection, "from stg_token_major"))
+    with contextlib.closing(connect(copied.store)) as connection:
+        shown = set(query(connection, "select distinct token_id from stg_token_major").column(0).to_pylist())
+        kept = len(query(connection, "from stg_token_major"))
     assert secret
     assert not shown & set(secret)
     assert every / 2 < kept < every

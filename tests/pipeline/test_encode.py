@@ -20,8 +20,10 @@ from saeflow.features.part_writer import PartWriter
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect, import_table, train
 from saeflow.pipeline import encode as features
-from saeflow.query import ask as queries
 from saeflow.query import checks
+from saeflow.query.ask import ask
+from saeflow.query.checks import check
+from saeflow.query.connection import connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.errors import UserError
@@ -122,9 +124,9 @@ def test_tokens_where_equals_brute_force_for_every_feature(trained, architecture
     place = {token_id: row for row, token_id in enumerate(force.token_ids.tolist())}
     assert force.unclear.mean() < 1e-4
     n_values = 0
-    with queries.connect(store, architecture, threads=1) as connection:
+    with connect(store, architecture, threads=1) as connection:
         for feature in range(recipe.sae.n_features):
-            answer = queries.ask(connection, "tokens_where", [feature])
+            answer = ask(connection, "tokens_where", [feature])
             got = np.zeros(len(force.token_ids))
             got[[place[token_id] for token_id in answer.column("token_id").to_pylist()]] = answer.column("value")
             clear = ~force.unclear[:, feature]
@@ -137,11 +139,11 @@ def test_tokens_where_equals_brute_force_for_every_feature(trained, architecture
 def test_tokens_where_with_a_threshold_keeps_exactly_the_larger_values(trained, architecture):
     store, recipe = trained[0], trained[1][architecture]
     rows = values_of(features.artefact(store, recipe))
-    with queries.connect(store, architecture, threads=1) as connection:
+    with connect(store, architecture, threads=1) as connection:
         for feature in range(0, recipe.sae.n_features, 7):
             mine = [(token_id, value) for token_id, f, value in rows if f == feature]
             cut = float(np.median([value for _, value in mine] or [1.0]))
-            answer = queries.ask(connection, "tokens_where", [feature, cut])
+            answer = ask(connection, "tokens_where", [feature, cut])
             got = list(zip(answer.column("token_id").to_pylist(), answer.column("value").to_pylist(), strict=True))
             assert got == [(token_id, value) for token_id, value in mine if value > cut]
 
@@ -181,8 +183,8 @@ def test_statistics_are_what_counting_the_values_gives(trained, architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_checks_of_a_real_run_find_nothing(trained, architecture):
-    with queries.connect(trained[0], architecture, threads=1) as connection:
-        assert {name: rows.num_rows for name, rows in queries.check(connection) if rows.num_rows} == {}
+    with connect(trained[0], architecture, threads=1) as connection:
+        assert {name: rows.num_rows for name, rows in check(connection) if rows.num_rows} == {}
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +259,8 @@ def test_a_part_with_more_values_than_memory_holds_gets_more_files_with_the_same
         assert a["n_tokens"] == b["n_tokens"]
         assert a["max_value"] == b["max_value"]
         np.testing.assert_allclose(a["sum_value"], b["sum_value"], rtol=1e-12)
-    with queries.connect(store, cut.name, threads=1) as connection:
-        answer = queries.ask(connection, "tokens_where", [3])
+    with connect(store, cut.name, threads=1) as connection:
+        answer = ask(connection, "tokens_where", [3])
     assert answer.num_rows == sum(row[1] == 3 for row in values_of(usual))
 
 
@@ -321,10 +323,10 @@ def test_checks_after_an_encoding_look_at_the_values_asked_for(trained, tmp_path
     recipe = trained[1]["topk"]
     parts = features.artefact(trained[0], recipe).published().parts
     n_values = [part.counts["n_values"] for part in parts]
-    assert checks.chosen(parts, 0) == []
-    assert checks.chosen(parts, 1) == [parts[-1]]
-    assert checks.chosen(parts, n_values[-1] + n_values[-2]) == list(parts[-2:])
-    assert checks.chosen(parts, sum(n_values)) == list(parts)
+    assert checks.parts_to_check(parts, 0) == []
+    assert checks.parts_to_check(parts, 1) == [parts[-1]]
+    assert checks.parts_to_check(parts, n_values[-1] + n_values[-2]) == list(parts[-2:])
+    assert checks.parts_to_check(parts, sum(n_values)) == list(parts)
     store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
     shutil.rmtree(features.artefact(store, recipe).path)
     miscounting(monkeypatch)

@@ -1,7 +1,5 @@
 """An autoencoder of another program in a store: imported, encoded, judged and asked like one trained here."""
 
-# ruff: noqa: F811 (the fixture `saeflow` is imported)
-
 from __future__ import annotations
 
 import shutil
@@ -19,15 +17,17 @@ from saeflow.corpus import token_parts
 from saeflow.pipeline import collect, evaluate, forecast, forget, import_sae, train
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
-from saeflow.query import ask as queries
+from saeflow.query.ask import ask
+from saeflow.query.checks import check
+from saeflow.query.connection import connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.sae import interchange
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
-from tests.cli.test_app import Command, saeflow  # noqa: F401  (a fixture)
 from tests.conftest import Finished
 from tests.sae.test_interchange import write_saelens
+from tests.support.command import Command
 from tests.support.small_pipeline import SITE, WIDTH, Ingredients, quiet, recipe_data, tree, write_recipe
 
 F = 48
@@ -97,15 +97,15 @@ def test_an_imported_autoencoder_is_encoded_judged_and_asked(
     for stage in pipeline.stages(recipe).values():
         stage(store, recipe, quiet())
     wanted = wanted_values(store, recipe)
-    with queries.connect(store, features.artefact(store, recipe).id) as connection:
+    with connect(store, features.artefact(store, recipe).id) as connection:
         rows = connection.execute("select token_id, feature_id, value from stg_feature_major").fetchall()
         assert {(token, feature) for token, feature, _ in rows} == wanted.keys()
         got = np.array([value for *_, value in rows])
         np.testing.assert_allclose(got, [wanted[token, feature] for token, feature, _ in rows], rtol=2.0**-11 + 1e-5)
         feature = rows[0][1]
-        asked = queries.ask(connection, "tokens_where", [str(feature), "1.0"])
+        asked = ask(connection, "tokens_where", [str(feature), "1.0"])
         assert asked.num_rows == sum(value > 1.0 for _, each, value in rows if each == feature) > 0
-        assert [name for name, found in queries.check(connection) if len(found)] == []
+        assert [name for name, found in check(connection) if len(found)] == []
         about = connection.execute("select architecture, n_features, k from runs where is_current").fetchone()
     assert about == ("jumprelu", F, None)
     made = train.artefact(store, recipe)

@@ -30,7 +30,9 @@ from saeflow.pipeline import deletions, ingest, retrain, train
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.dask import workers as cluster
-from saeflow.query import ask
+from saeflow.query.ask import query
+from saeflow.query.checks import check
+from saeflow.query.connection import connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.schedule import ScheduleConfig, next_time
 from saeflow.recipe.settings import CorpusConfig
@@ -73,20 +75,20 @@ class Watched:
         return Watched(self.store, self.recipe.model_copy(update={"schedule": schedule}), self.texts)
 
     def sql(self, text: str) -> list[dict[str, Any]]:
-        with contextlib.closing(ask.connect(self.store)) as connection:
-            return list(ask.query(connection, text).to_pylist())
+        with contextlib.closing(connect(self.store)) as connection:
+            return list(query(connection, text).to_pylist())
 
     def held(self) -> list[str]:
         return sorted(row["key"] for row in self.sql("select key from documents"))
 
     def says(self, word: str, run: str | None = None) -> bool:
         """Does a run (default: the newest) know features that fire on this word?"""
-        with contextlib.closing(ask.connect(self.store, run)) as connection:
-            return len(ask.query(connection, f"from features_on('{word}', 5)")) > 0
+        with contextlib.closing(connect(self.store, run)) as connection:
+            return len(query(connection, f"from features_on('{word}', 5)")) > 0
 
     def broken_checks(self) -> list[str]:
-        with contextlib.closing(ask.connect(self.store)) as connection:
-            return [name for name, rows in ask.check(connection) if len(rows)]
+        with contextlib.closing(connect(self.store)) as connection:
+            return [name for name, rows in check(connection) if len(rows)]
 
     def written(self) -> dict[str, int]:
         """When each file of the artefacts was written."""

@@ -14,9 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from saeflow.cli.render import render_table, to_csv, to_json, to_json_lines, write
-from saeflow.query.ask import ask, check, connect, query, questions, runs
-from saeflow.query.runs import sql_folder
+from saeflow.cli.render import write_answer
+from saeflow.cli.screen import render_table
+from saeflow.cli.text_formats import csv_text, json_lines_text, json_text
+from saeflow.query.ask import ask, query
+from saeflow.query.checks import check
+from saeflow.query.connection import connect
+from saeflow.query.definitions import sql_folder
+from saeflow.query.questions import questions
+from saeflow.query.runs import runs
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import sanitise
 from saeflow.store.store import Store
@@ -26,6 +32,10 @@ from tests.support.small_store import Document, Given
 @pytest.fixture(autouse=True)
 def _no_flush(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def written(text, table: pa.Table) -> str:
+    return "".join(text(table))
 
 
 @pytest.fixture(scope="module")
@@ -428,18 +438,21 @@ def test_rows_left_out_are_said():
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n"])
 def test_no_text_cell_of_a_csv_starts_a_formula(start):
     table = pa.table({f"{start}name": [f"{start}cmd|' /C calc'!A0"], "n": [-1], "x": [-0.5], "plain": ["a=b"]})
-    header, row = csv.reader(io.StringIO(to_csv(table), newline=""))
+    header, row = csv.reader(io.StringIO(written(csv_text, table), newline=""))
     assert header[0] == f"'{start}name"
     assert row == [f"'{start}cmd|' /C calc'!A0", "-1", "-0.5", "a=b"]
 
 
 def test_json_is_valid_whatever_is_in_it():
     table = pa.table({"text": [HOSTILE, None], "x": [math.nan, -math.inf], "raw": [b"\xff", b""], "many": [[1], []]})
-    for rows in (json.loads(to_json(table)), [json.loads(line) for line in to_json_lines(table).splitlines()]):
+    for rows in (
+        json.loads(written(json_text, table)),
+        list(map(json.loads, written(json_lines_text, table).splitlines())),
+    ):
         assert rows[0] == {"text": HOSTILE, "x": None, "raw": "ff", "many": [1]}
         assert rows[1]["x"] is None
-    assert not set(to_json(table)) & set("\x1b\x9b\u202e\x7f")
-    assert json.loads(to_json(table.slice(0, 0))) == []
+    assert not set(written(json_text, table)) & set("\x1b\x9b\u202e\x7f")
+    assert json.loads(written(json_text, table.slice(0, 0))) == []
 
 
 NOT_FOR_PYTHON = {
@@ -457,7 +470,7 @@ NOT_FOR_PYTHON = {
 @pytest.mark.parametrize("format", ["table", "csv", "json", "jsonl", "parquet"])
 @pytest.mark.parametrize("value", NOT_FOR_PYTHON)
 def test_values_that_python_or_parquet_cannot_hold_are_shown_as_text(connection, tmp_path, value, format):
-    write(query(connection, f"select {value} as x, 7 as n"), format, tmp_path / "answer")
+    write_answer(query(connection, f"select {value} as x, 7 as n"), format, tmp_path / "answer")
     if format == "parquet":
         with duckdb.connect() as reader:
             (found,) = reader.read_parquet(str(tmp_path / "answer")).project("x::varchar").fetchall()[0]
@@ -468,25 +481,24 @@ def test_values_that_python_or_parquet_cannot_hold_are_shown_as_text(connection,
 
 def test_honest_dates_stay_as_they_are(connection):
     table = query(connection, "select date '2020-02-03' as d, [timestamp '2020-02-03 04:05:06'] as t")
-    assert json.loads(to_json(table)) == [{"d": "2020-02-03", "t": ["2020-02-03T04:05:06"]}]
+    assert json.loads(written(json_text, table)) == [{"d": "2020-02-03", "t": ["2020-02-03T04:05:06"]}]
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 4])
-def test_an_answer_written_some_rows_at_a_time_is_the_whole_answer(tmp_path, monkeypatch, n_rows):
-    monkeypatch.setattr("saeflow.cli.render._ROWS_AT_ONCE", 2)
+def test_an_answer_written_some_rows_at_a_time_is_the_whole_answer(tmp_path, n_rows):
     table = pa.table({"x": pa.array(range(n_rows), pa.int64())})
-    for form, text in (("csv", to_csv(table)), ("json", to_json(table)), ("jsonl", to_json_lines(table))):
-        write(table, form, tmp_path / form)
-        assert (tmp_path / form).read_text() == text
-    assert json.loads(to_json(table)) == table.to_pylist()
+    for form, text in (("csv", csv_text), ("json", json_text), ("jsonl", json_lines_text)):
+        write_answer(table, form, tmp_path / form)
+        assert (tmp_path / form).read_text() == written(text, table) == "".join(text(table, rows_at_once=2))
+    assert json.loads(written(json_text, table)) == table.to_pylist()
 
 
 @pytest.mark.parametrize("format", ["table", "csv", "json", "jsonl", "parquet"])
 def test_every_format_goes_to_a_file_or_to_standard_output(connection, tmp_path, capfdbinary, format):
     table = ask(connection, "top_tokens", [0])
-    write(table, format, tmp_path / "answer")
+    write_answer(table, format, tmp_path / "answer")
     console = Console(width=160, highlight=False) if format == "table" else None
-    write(table, format, console=console)
+    write_answer(table, format, console=console)
     assert (tmp_path / "answer").read_bytes() == capfdbinary.readouterr().out
     if format == "parquet":
         assert pq.read_table(tmp_path / "answer").equals(table)

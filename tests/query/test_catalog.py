@@ -1,7 +1,5 @@
 """`catalog.sql`: the same answers from DuckDB alone."""
 
-# ruff: noqa: F811 (the fixture `saeflow` is imported)
-
 from __future__ import annotations
 
 import json
@@ -14,11 +12,12 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from saeflow.query import ask, catalog
-from saeflow.query.ask import connect
+from saeflow.query import catalog
+from saeflow.query.connection import connect, connect_to_run
+from saeflow.query.questions import questions
 from saeflow.query.runs import runs
 from saeflow.store.store import Store
-from tests.cli.test_app import Command, saeflow  # noqa: F401  (a fixture)
+from tests.support.command import Command
 from tests.support.small_store import Given
 
 ALONE = """
@@ -64,7 +63,7 @@ def two_runs(root: Path) -> Store:
 
 def alone(store: Store, *sql: str) -> list[str]:
     path = str(Path(duckdb.__file__).parent.parent)
-    command = [sys.executable, "-I", "-S", "-c", ALONE, path, str(store.root / catalog.NAME), *sql]
+    command = [sys.executable, "-I", "-S", "-c", ALONE, path, str(store.root / catalog.CATALOG), *sql]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     found: list[str] = json.loads(done.stdout)
@@ -83,7 +82,7 @@ def test_duckdb_alone_answers_as_saeflow_does_wherever_the_store_lies(folder: st
 
 def test_every_line_of_the_file_is_harmless_to_a_terminal_and_to_the_shell_that_reads_it(tmp_path: Path) -> None:
     store = two_runs(tmp_path / "it's; drop\u202e --\n.shell rm \x1b[2J")
-    text = catalog.text(store)
+    text = catalog.catalog_text(store)
     assert not {"\u202e", "\x1b", "\r"} & set(text)
     assert not [line for line in text.splitlines() if line.startswith((".", "#"))]
     kinds = {statement.type for statement in duckdb.extract_statements(text)}
@@ -92,7 +91,7 @@ def test_every_line_of_the_file_is_harmless_to_a_terminal_and_to_the_shell_that_
 
 def test_the_header_says_how_it_is_used_by_what_it_was_made_and_what_it_needs(tmp_path: Path) -> None:
     store = two_runs(tmp_path)
-    text = catalog.text(store)
+    text = catalog.catalog_text(store)
     for phrase in (f"duckdb -init {store.root}/catalog.sql", f"with DuckDB {duckdb.__version__}", "Runs: demo, old"):
         assert phrase in text
     assert "needs DuckDB 2.0 or newer" in text
@@ -103,7 +102,8 @@ def test_it_is_written_only_where_something_changed(tmp_path: Path) -> None:
     assert catalog.write(store)
     before = (store.root / "catalog.sql").stat()
     assert catalog.write(store) is None
-    assert (store.root / "catalog.sql").stat() == before
+    after = (store.root / "catalog.sql").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     Given(name="third", fp="f0000003").write(tmp_path)
     assert catalog.write(store)
     assert alone(store, "select current_schema()") == ["[('third',)]"]
@@ -115,7 +115,7 @@ def test_a_run_that_cannot_be_read_is_a_comment_and_harms_no_other(tmp_path: Pat
     next(tmp_path.glob("features/old-*/manifest.json")).unlink()
     Given(name="bad\n.shell rm", fp="f0000005").write(tmp_path)
     catalog.write(store)
-    left_out = [line for line in catalog.text(store).splitlines() if line.startswith("-- Left out: ")]
+    left_out = [line for line in catalog.catalog_text(store).splitlines() if line.startswith("-- Left out: ")]
     assert len(left_out) == 2
     assert any("features/old-f0000009" in line for line in left_out)
     assert any("bad↵.shell rm" in line for line in left_out)
@@ -124,14 +124,13 @@ def test_a_run_that_cannot_be_read_is_a_comment_and_harms_no_other(tmp_path: Pat
 
 def test_a_store_without_a_run_has_a_catalog_that_says_so(tmp_path: Path) -> None:
     store = Store.create(tmp_path)
-    assert "Runs: none yet" in catalog.text(store)
+    assert "Runs: none yet" in catalog.catalog_text(store)
     catalog.write(store)
     assert alone(store, "select 1") == ["[(1,)]"]
 
 
-def test_a_run_of_too_many_files_is_left_out_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "MOST_FILES", 3)
-    text = catalog.text(two_runs(tmp_path))
+def test_a_run_of_too_many_files_is_left_out_with_what_to_do(tmp_path: Path) -> None:
+    text = catalog.catalog_text(two_runs(tmp_path), most_files=3)
     assert text.count("saeflow compact makes them few") == 2
     assert "create" not in text
 
@@ -140,7 +139,7 @@ def test_it_may_be_read_twice_and_into_a_file(tmp_path: Path) -> None:
     store = two_runs(tmp_path / "store")
     with duckdb.connect(tmp_path / "mine.duckdb") as connection:
         for _ in range(2):
-            connection.execute(catalog.text(store))
+            connection.execute(catalog.catalog_text(store))
         assert connection.execute("select count(*) from top_tokens(0)").fetchone() == (4,)
 
 
@@ -161,7 +160,7 @@ def test_it_loads_what_connect_loads(tmp_path: Path) -> None:
     with connect(store) as connection:
         assert alone(store, every) == [repr(connection.execute(every).fetchall())]
     assert [run.schema for run in runs(store)] == ["demo", "old"]
-    assert ask.questions()
+    assert questions()
 
 
 class WithLaterColumns(Given):
@@ -173,7 +172,7 @@ class WithLaterColumns(Given):
 
 
 @pytest.mark.parametrize("name", ["store", "a[b]* from tokens"])
-def test_a_run_of_many_files_answers_as_one_of_few_does(tmp_path, monkeypatch, name):
+def test_a_run_of_many_files_answers_as_one_of_few_does(tmp_path, name):
     years = {"year": pa.array([1815, 1611, 1612])}
     store = WithLaterColumns(n_parts=2, n_token_parts=3, n_buckets=2, metadata=years).write(tmp_path / name)
     views = ["documents", "tokens", "feature_summary", "stg_vocab_blocks", "stg_feature_major", "stg_token_major"]
@@ -181,6 +180,5 @@ def test_a_run_of_many_files_answers_as_one_of_few_does(tmp_path, monkeypatch, n
     with connect(store) as connection:
         expected = [connection.execute(sql).fetchall() for sql in asked]
     assert [row[-1] for row in expected[0]] == [None, 1611, 1612]
-    monkeypatch.setattr("saeflow.query.runs.MANY_FILES", 1)
-    with connect(store) as connection:
+    with connect_to_run(store, many_files=1)[1] as connection:
         assert [connection.execute(sql).fetchall() for sql in asked] == expected

@@ -1,7 +1,5 @@
 """Labels of features: written by a command, by hand or by a spreadsheet, brought from elsewhere, read in SQL."""
 
-# ruff: noqa: F811 (the fixture `saeflow` is imported)
-
 from __future__ import annotations
 
 import csv
@@ -19,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from saeflow.query import catalog
-from saeflow.query.ask import ask, connect, query
+from saeflow.query.ask import ask, query
+from saeflow.query.connection import connect
 from saeflow.query.label_import import read
 from saeflow.query.labels import Label, Sheet, put
 from saeflow.runtime.errors import UserError
-from saeflow.store import lease
 from saeflow.store.store import Store
-from tests.cli.test_app import Command, saeflow  # noqa: F401  (a fixture)
+from tests.support.command import Command
 from tests.support.small_store import Given
 
 SAE = "saes/demo-f0000001"
@@ -173,13 +171,10 @@ def test_what_people_and_spreadsheets_do_to_a_file_breaks_no_question(
     assert "\x1b" not in caplog.text
 
 
-def test_a_command_that_was_halted_while_it_wrote_labels_does_not_hold_up_the_next_for_ever(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lease, "FileLock", lambda path, timeout: FileLock(path, timeout=min(timeout, 0.05)))
+def test_a_command_that_was_halted_while_it_wrote_labels_does_not_hold_up_the_next_for_ever(store: Store) -> None:
     halted = FileLock(store.root / "tmp" / "locks" / "labels-demo-f0000001.lock")
     with halted, pytest.raises(UserError, match="some process was halted"):
-        put(store, SAE, "own", {0: Label("love")})
+        put(store, SAE, "own", {0: Label("love")}, wait_seconds=0.05)
     assert put(store, SAE, "own", {0: Label("love")}) == 1
 
 
@@ -215,9 +210,9 @@ line = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.dictionaries(st.integers(0, 3), line, min_size=1))
 def test_any_text_comes_back_on_one_line(texts: dict[int, str], store: Store) -> None:
-    from saeflow.query.labels import cleaned
+    from saeflow.query.labels import clean_label
 
-    wanted = {feature: cleaned(text, None, "here") for feature, text in texts.items()}
+    wanted = {feature: clean_label(text, None, "here") for feature, text in texts.items()}
     put(store, SAE, "own", dict.fromkeys(range(4)) | wanted)
     assert labels(store) == [(f, label.text, "own", None) for f, label in sorted(wanted.items()) if label]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from saeflow.features.schema import LABELS
-from saeflow.query import ask as queries
-from saeflow.query import runs
-from saeflow.query.ask import ask, check, connect
+from saeflow.query.ask import ask, query
+from saeflow.query.checks import check
+from saeflow.query.connection import connect
+from saeflow.query.definitions import script
+from saeflow.query.questions import questions
 from saeflow.runtime.errors import UserError
 from saeflow.store.records import Hidden
 from tests.support import part_tables
@@ -84,16 +84,16 @@ def test_windows_as_wide_as_numbers_go_show_the_whole_document(demo):
 def test_a_threshold_that_is_no_number_or_null_has_no_tokens(tmp_path):
     with connect(Given().write(tmp_path)) as connection:
         for call in ("tokens_where(0, 'nan')", "tokens_where(0, null)", "tokens_where(null)"):
-            assert queries.query(connection, f"from {call}").num_rows == 0
+            assert query(connection, f"from {call}").num_rows == 0
         for call in ("tokens_where_all([0], ['nan'::double])", "tokens_where_all([0, null], [0, 0])"):
-            assert queries.query(connection, f"from {call}").num_rows == 0
+            assert query(connection, f"from {call}").num_rows == 0
 
 
 @pytest.mark.parametrize("lists", ["[0], [0, 1]", "[0, 1], [0]", "null, [0]", "[0], null", "[], []"])
 @pytest.mark.parametrize("question", ["tokens_where_all({})", "tokens_where_within({}, 3)"])
 def test_lists_that_do_not_fit_are_refused(tmp_path, question, lists):
     with connect(Given().write(tmp_path)) as connection, pytest.raises(UserError, match="lists of one length"):
-        queries.query(connection, f"from {question.format(lists)}")
+        query(connection, f"from {question.format(lists)}")
 
 
 def test_tokens_where_all_gives_the_tokens_at_which_every_feature_is_above_its_threshold(demo):
@@ -246,14 +246,11 @@ def test_similar_features_and_logits_come_strongest_first(tmp_path):
         assert [(row["piece"].encode(), row["logit"]) for row in rows] == [(vocab[3], 2.0), (vocab[0], -1.0)]
 
 
-def test_labels_name_a_feature_our_own_first(tmp_path, monkeypatch):
-    labels = [(0, "guess", "auto", 0.9), (0, "love", "own", None), (2, "b", "auto", 0.5), (2, "a", "auto", 0.1)]
-    rows = [dict(zip(LABELS.names, row, strict=True)) for row in labels]
-    pq.write_table(pa.Table.from_pylist(rows, LABELS), tmp_path / "labels.parquet")
-    read = runs.relations
-    path = str(tmp_path / "labels.parquet")
-    monkeypatch.setattr(runs, "relations", lambda files, *_: read({**files, "labels": [path]}))
-    monkeypatch.setattr(runs, "_harden", lambda *_: None)
+def test_labels_name_a_feature_our_own_first(tmp_path):
+    folder = tmp_path / "store" / "labels" / "demo-f0000001"
+    folder.mkdir(parents=True)
+    (folder / "auto.csv").write_text("feature_id,label,score\n0,guess,0.9\n2,b,0.5\n2,a,0.1\n")
+    (folder / "own.csv").write_text("feature_id,label\n0,love\n")
     with connect(Given().write(tmp_path / "store")) as connection:
         assert ask(connection, "feature_labels").column("label").to_pylist() == ["love", "guess", "b", "a"]
         assert ask(connection, "feature_summary").column("label").to_pylist() == ["love", None, "b", None]
@@ -398,7 +395,7 @@ def test_a_source_that_was_not_counted_apart_is_an_error_that_names_the_question
 def test_a_question_about_one_feature_opens_only_the_file_that_may_hold_it(tmp_path, question):
     with connect(Given(n_buckets=4).write(tmp_path)) as connection:
         assert ask(connection, "tokens_where", [0]).column("token_id").to_pylist() == [0, 1, 5, 7]
-        plan = queries.query(connection, f"explain analyze from {question}").column(1)[0].as_py()
+        plan = query(connection, f"explain analyze from {question}").column(1)[0].as_py()
         assert not any(rows.num_rows for _, rows in check(connection))
     assert "Scanning Files: 1/4" in plan
 
@@ -423,15 +420,11 @@ def test_contexts_are_right_where_blocks_and_parts_end(tmp_path):
             assert row["token_text"].encode() == given.vocab[token.vocab_id]
 
 
-def test_tokens_where_reads_only_the_row_groups_of_its_feature(tmp_path, monkeypatch):
-    from tests.support import small_store
-
-    write = small_store.pq.write_table
-    monkeypatch.setattr(small_store.pq, "write_table", lambda t, p: write(t, p, row_group_size=100))
+def test_tokens_where_reads_only_the_row_groups_of_its_feature(tmp_path):
     values = [(token, feature, 1.0) for feature in range(4) for token in range(500)]
     documents = [Document("long", "a", [b"x"] * 500)]
-    with connect(Given(documents=documents, values=values).write(tmp_path)) as connection:
-        plan = queries.query(connection, "explain analyze from tokens_where(2)").column(1)[0].as_py()
+    with connect(Given(documents=documents, values=values, row_group_size=100).write(tmp_path)) as connection:
+        plan = query(connection, "explain analyze from tokens_where(2)").column(1)[0].as_py()
     scans = [tuple(map(int, found)) for found in re.findall(r"Row Groups Scanned: (\d+) / (\d+)", plan)]
     assert (5, 20) in scans
 
@@ -783,7 +776,7 @@ def test_every_file_says_its_grain_and_holds_what_it_is_named_after(path):
     for label in ("Grain:", "Reads:", "Units:", "Ask it:"):
         assert f"-- {label}" in text
     assert max(map(len, text.splitlines())) <= 120
-    if path.parent.name in ("staging", "marts"):
+    if path.parent.name in ("functions", "staging", "marts"):
         assert len(re.findall(r"^create or replace (?:view|macro) (\w+)", text, re.MULTILINE)) == 1
         assert re.search(rf"^create or replace (?:view|macro) {path.stem}\b", text, re.MULTILINE)
 
@@ -791,10 +784,10 @@ def test_every_file_says_its_grain_and_holds_what_it_is_named_after(path):
 def test_every_example_in_a_header_runs(tmp_path):
     Given(name="small", fp="f0000000", corpus=("large", "f0000001")).write(tmp_path)
     with connect(Given(name="large").write(tmp_path)) as connection:
-        for question in queries.questions():
+        for question in questions():
             found = re.search(r"\?  (from .*)$", question.example)
             assert bool(found) == question.is_macro, question.name
-            queries.query(connection, found[1] if found else f"from {question.name}")
+            query(connection, found[1] if found else f"from {question.name}")
 
 
 def test_only_sources_names_files_and_each_layer_reads_the_one_before():
@@ -808,6 +801,6 @@ def test_only_sources_names_files_and_each_layer_reads_the_one_before():
 def test_the_script_runs_by_hand_in_plain_duckdb(tmp_path):
     store = Given().write(tmp_path / "it's a $store")
     with duckdb.connect() as connection:
-        connection.execute(queries.script(store))
+        connection.execute(script(store))
         assert connection.execute("select count(*) from tokens_where(0, 0)").fetchone() == (4,)
         assert connection.execute("select context from top_tokens(0, 1)").fetchone() == ("«Love» thy love",)

@@ -12,7 +12,9 @@ import pytest
 from saeflow.pipeline import encode
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forget import forget
-from saeflow.query import ask as queries
+from saeflow.query.ask import ask
+from saeflow.query.checks import check
+from saeflow.query.connection import connect
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
@@ -43,7 +45,7 @@ def test_there_is_a_store_of_every_format() -> None:
 
 
 def rows(store: Store, sql: str) -> list[tuple[object, ...]]:
-    with queries.connect(store) as connection:
+    with connect(store) as connection:
         found: list[tuple[object, ...]] = connection.execute(sql).fetchall()
         return found
 
@@ -53,9 +55,9 @@ FIGURES = "select count(*), sum(value), min(token_id), max(feature_id) from stg_
 
 def test_an_old_store_answers_and_passes_its_checks(old: Store) -> None:
     assert list(verify(old, full=True)) == []
-    with queries.connect(old) as connection:
-        assert [name for name, found in queries.check(connection) if len(found)] == []
-        assert queries.ask(connection, "tokens_where", [3, 0.0]).num_rows
+    with connect(old) as connection:
+        assert [name for name, found in check(connection) if len(found)] == []
+        assert ask(connection, "tokens_where", [3, 0.0]).num_rows
 
 
 def test_running_the_recipe_again_on_an_old_store_works_on_nothing_finished(old: Store, recipe: Recipe) -> None:
@@ -103,5 +105,5 @@ def test_an_old_store_grows_and_forgets(old: Store, recipe: Recipe, upgraded: bo
     assert {path.name for path in old.root.glob("activations/*/parts/*")} > old_parts
     forget(old, [str(key)], quiet())
     assert rows(old, "select count(*) from documents where key = '" + str(key) + "'") == [(0,)]
-    with queries.connect(old) as connection:
-        assert [name for name, found in queries.check(connection) if len(found)] == []
+    with connect(old) as connection:
+        assert [name for name, found in check(connection) if len(found)] == []

@@ -25,9 +25,11 @@ from saeflow.activations.shards import open_site
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode, forget, train
 from saeflow.pipeline import run as pipeline
-from saeflow.query import ask as queries
 from saeflow.query import catalog, labels, runs
+from saeflow.query.ask import ask, query
 from saeflow.query.bucket_files import ObjectFiles
+from saeflow.query.connection import connect
+from saeflow.query.questions import questions
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
@@ -110,12 +112,12 @@ def answers(store: Store) -> dict[str, Any]:
     """What each named question answers to its first arguments."""
     words = {"feature": 3, "threshold": 0.1, "n": 5, "token": 20, "text": "the", "a": "tales", "b": "letters"}
     words |= {"features": [3, 4], "thresholds": [0.0, 0.0], "window": 5}
-    with contextlib.closing(queries.connect(store)) as connection:
+    with contextlib.closing(connect(store)) as connection:
         found = {}
-        for question in (each for each in queries.questions() if each.name != "runs"):
+        for question in (each for each in questions() if each.name != "runs"):
             known = words | ({"a": "small", "b": "small"} if question.name == "compare_runs" else {})
             given = {p.name: known[p.name] for p in question.parameters if p.name in known}
-            rows = queries.ask(connection, question.name, given).to_pylist()
+            rows = ask(connection, question.name, given).to_pylist()
             found[question.name] = sorted(map(repr, rows))  # a view has no order
         return found
 
@@ -294,8 +296,8 @@ def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
     pipeline.run(Store.create(url), recipe, quiet())
     assert len(activations.artefact(Store.open(url), recipe).published().parts) > n_before
     forget.forget(Store.create(url), ["secret"], quiet())
-    with contextlib.closing(queries.connect(Store.open(url))) as connection:
-        assert queries.query(connection, "select key from documents where key = 'secret'").num_rows == 0
+    with contextlib.closing(connect(Store.open(url))) as connection:
+        assert query(connection, "select key from documents where key = 'secret'").num_rows == 0
     store = Store.create(url)
     pipeline.compact(store, recipe, quiet())
     garbage.collect(Store.open(url), grace_seconds=0, remove=True)
@@ -543,8 +545,8 @@ def test_labels_and_the_catalog_lie_in_the_bucket_too(server: Server, url: str, 
         assert catalog.write(there_too)
     sql = "select feature_id, label, source, score from src_labels order by all"
     again = Store.open(url)
-    with contextlib.closing(queries.connect(again)) as connection:
-        found = [tuple(row.values()) for row in queries.query(connection, sql).to_pylist()]
+    with contextlib.closing(connect(again)) as connection:
+        found = [tuple(row.values()) for row in query(connection, sql).to_pylist()]
     assert found == [(1, "one", "own", 0.5), (1, "uno", "gpt", None), (2, "two", "own", None)]
     text = server.files("bucket", url.removeprefix("s3://bucket/"))["catalog.sql"].decode()
     assert f"{url}/labels/" in text

@@ -77,6 +77,8 @@ class Given:
     """Name and fingerprint of the tokens; by default those of the run."""
     hidden: Sequence[int] = ()
     """Documents forgotten after everything was written."""
+    row_group_size: int | None = None
+    """Values in a row group of a file."""
 
     def write(self, root: Path) -> Store:
         store = Store.create(root)
@@ -203,17 +205,17 @@ class Given:
         if self.n_buckets:
             tokens = [token_id for token_id, _, _ in mine] or [0]
             span = self.names.get(("token_major", 0), (min(tokens), max(tokens)))
-            write_values(mine, said(folder, "token_major", *span), "token_major")
+            write_values(mine, said(folder, "token_major", *span), "token_major", self.row_group_size)
             edges = [self.n_features * i // self.n_buckets for i in range(self.n_buckets + 1)]
             for i, (low, end) in enumerate(itertools.pairwise(edges)):
                 rows = [row for row in by_feature if low <= row[1] < end]
                 if end > low:
                     span = self.names.get(("feature_major", i), (low, end - 1))
-                    write_values(rows, said(folder, "feature_major", *span), "feature_major")
+                    write_values(rows, said(folder, "feature_major", *span), "feature_major", self.row_group_size)
             return
         for order, rows in (("token_major", mine), ("feature_major", by_feature)):
             for i, path in enumerate(self._files(folder, order)):
-                write_values(rows[i::2] if self.in_folders else rows, path, order)
+                write_values(rows[i::2] if self.in_folders else rows, path, order, self.row_group_size)
 
     def _write_tables(self, folder: Path, mine: list[Value], index: int) -> None:
         tokens = self.every_token()
@@ -268,11 +270,11 @@ def said(folder: Path, order: str, low: int, high: int) -> Path:
     return path / "000.parquet"
 
 
-def write_values(values: list[Value], path: Path, order: str) -> None:
+def write_values(values: list[Value], path: Path, order: str, row_group_size: int | None = None) -> None:
     schema = VALUE_SCHEMAS[order]
     rows = [dict(zip(("token_id", "feature_id", "value"), row, strict=True)) for row in values]
     rows.sort(key=lambda row: tuple(row[name] for name in schema.names[:2]))
-    pq.write_table(pa.Table.from_pylist(rows, schema), path)
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=row_group_size)
 
 
 def count_stats(values: list[Value]) -> list[dict[str, float]]:

@@ -22,7 +22,9 @@ from saeflow.pipeline import forget as forgetting
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline import train
 from saeflow.pipeline.forget import forget
-from saeflow.query import ask
+from saeflow.query.ask import query
+from saeflow.query.checks import check
+from saeflow.query.connection import connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
@@ -52,14 +54,14 @@ class Grown:
         return [each.artefact(self.store, self.recipe) for each in (token_parts, activations, features)]  # type: ignore[attr-defined]
 
     def sql(self, text: str) -> list[dict[str, object]]:
-        with contextlib.closing(ask.connect(self.store)) as connection:
-            rows: list[dict[str, object]] = ask.query(connection, text).to_pylist()
+        with contextlib.closing(connect(self.store)) as connection:
+            rows: list[dict[str, object]] = query(connection, text).to_pylist()
             return rows
 
     def checked(self) -> list[str]:
         """Names of the checks of sql/checks that find something."""
-        with contextlib.closing(ask.connect(self.store)) as connection:
-            return [name for name, rows in ask.check(connection) if len(rows)]
+        with contextlib.closing(connect(self.store)) as connection:
+            return [name for name, rows in check(connection) if len(rows)]
 
 
 FIRST = documents(40)
@@ -445,11 +447,11 @@ def test_special_tokens_may_be_left_out(grown):
         recipe_of(grown, tokens={"prepend_bos": True}, activations={"skip_special": True}) | {"name": "special"}
     )
     pipeline.run(grown.store, changed, Progress(verbosity=-1))
-    with contextlib.closing(ask.connect(grown.store, "special")) as connection:
-        rows = ask.query(
+    with contextlib.closing(connect(grown.store, "special")) as connection:
+        rows = query(
             connection, "select distinct piece from tokens semi join stg_token_major using (token_id)"
         ).to_pylist()
-        every = ask.query(connection, "select distinct piece from tokens").to_pylist()
+        every = query(connection, "select distinct piece from tokens").to_pylist()
     assert "<|endoftext|>" in {row["piece"] for row in every}
     assert "<|endoftext|>" not in {row["piece"] for row in rows}
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.query import ask
+from saeflow.query.checks import check
+from saeflow.query.connection import connect
 from tests.support.small_store import Given
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,10 +170,16 @@ def test_the_wheel_carries_the_sql_files_where_the_package_looks_for_them():
 
 def test_every_sql_file_is_read(tmp_path):
     files = {path.relative_to(ROOT / "sql") for path in (ROOT / "sql").rglob("*") if path.is_file()}
-    assert {path.parent.name for path in files if path.name != "sources.sql"} == {"staging", "marts", "checks"}
-    with ask.connect(Given().write(tmp_path)) as connection:
+    assert {path.parent.name for path in files if path.name != "sources.sql"} == {
+        "functions",
+        "staging",
+        "marts",
+        "checks",
+    }
+    with connect(Given().write(tmp_path)) as connection:
         views = {row[0] for row in connection.execute("select table_name from information_schema.tables").fetchall()}
         macros = {row[0] for row in connection.execute("select function_name from duckdb_functions()").fetchall()}
-        checks = {name for name, _ in ask.check(connection)}
-    known = {"staging": views | macros, "marts": views | macros, "checks": checks}
+        checks = {name for name, _ in check(connection)}
+    made = views | macros
+    known = {"functions": macros, "staging": made, "marts": made, "checks": checks}
     assert not {path for path in files if path.name != "sources.sql" and path.stem not in known[path.parent.name]}

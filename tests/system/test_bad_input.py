@@ -1,7 +1,5 @@
 """Bad input ends with one clear message and exit code 2, before or instead of work; nothing is lost."""
 
-# ruff: noqa: F811 (the fixture `saeflow` is imported)
-
 from __future__ import annotations
 
 import json
@@ -21,8 +19,8 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.progress import Bar
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
-from tests.cli.test_app import Command, Said, saeflow  # noqa: F401  (a fixture)
 from tests.conftest import Finished
+from tests.support.command import Command, Said
 from tests.support.small_pipeline import (
     Ingredients,
     a_table,

@@ -20,7 +20,7 @@ import yaml
 
 from saeflow.cli import app as cli
 from saeflow.cli import common
-from saeflow.query import ask
+from saeflow.query.questions import questions
 from saeflow.recipe.recipe import parse_recipe
 from tests.support.small_pipeline import Ingredients, a_table, documents, recipe_data, write_corpus, write_recipe
 
@@ -113,7 +113,7 @@ def test_a_documented_command_parses(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", [w for w in typed("saeflow") if w[1] == "ask" and len(w) > 2], ids=" ".join)
 def test_a_documented_question_is_one(words: list[str]) -> None:
-    known = {question.name: question for question in ask.questions()}
+    known = {question.name: question for question in questions()}
     question, arguments = known[words[2]], list(itertools.takewhile(lambda word: not word.startswith("-"), words[3:]))
     for parameter, word in zip(question.parameters, arguments, strict=False):
         parameter.parse(word)
@@ -170,7 +170,7 @@ def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def run(arguments: list[str]) -> int:
-    return common.guarded(cli.app, "saeflow", arguments, debug=False)
+    return common.exit_code_of(cli.app, "saeflow", arguments, debug=False)
 
 
 @pytest.mark.timeout(600)
@@ -211,7 +211,7 @@ def test_the_table_of_questions_is_complete() -> None:
     text = generator().made(Page(DOCS / "reference" / "questions.md").text)
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| [`")]
     written = {found for row in rows for found in re.findall(r"`(\w+)(?:\(([\w, ]*)\))?`", row)}
-    known = {(q.name, ", ".join(p.name for p in q.parameters)) for q in ask.questions()}
+    known = {(q.name, ", ".join(p.name for p in q.parameters)) for q in questions()}
     assert known == written
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from safetensors import SafetensorError
 
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 
 RowBlock = tuple[np.ndarray, list[str] | None]
 """Numbers (n, D) of any numeric type, and one label per row if the table has labels."""
@@ -55,8 +55,7 @@ def rows_at_once(width: int, block_bytes: int) -> int:
 
 
 def unreadable_table(name: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"activations.source: {name} cannot be read: {reason}")
+    return UserError(f"activations.source: {name} cannot be read: {first_line(error)}")
 
 
 def not_a_table(name: str, shape: Iterable[int]) -> UserError:

@@ -14,7 +14,7 @@ from typing import Any
 from distributed import Client
 
 from saeflow.recipe.cluster import ClusterConfig
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.threads import n_threads
 
 _CLOSE_SECONDS = 10.0
@@ -109,7 +109,7 @@ def _connected(config: ClusterConfig, cluster: Any) -> Client:
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:
         raise UserError(
             f"No Dask scheduler answers at {address} within {config.wait_seconds:g} s (cluster.wait_seconds): "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}.\n{way_out}"
+            f"{first_line(error)}.\n{way_out}"
         ) from error
 
 

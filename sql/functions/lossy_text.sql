@@ -1,4 +1,4 @@
--- Bytes as text; what is not UTF-8 becomes the replacement character instead of an error.
+-- Bytes as text. Bytes that are not UTF-8 become the replacement character instead of an error.
 --
 -- Grain:   scalar.
 -- Reads:   nothing

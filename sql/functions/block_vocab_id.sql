@@ -1,4 +1,4 @@
--- The vocabulary id at a place of a block of stg_vocab_blocks.
+-- The vocabulary id at one place of a block of stg_vocab_blocks.
 --
 -- Grain:   scalar.
 -- Reads:   nothing

@@ -1,4 +1,4 @@
--- True; an error where a list of features has not as many thresholds, or none.
+-- True; an error if a list of features is empty or has another number of thresholds.
 --
 -- Grain:   scalar.
 -- Reads:   nothing

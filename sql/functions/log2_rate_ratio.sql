@@ -2,8 +2,8 @@
 --
 -- Grain:   scalar.
 -- Reads:   nothing
--- Units:   n_a of tokens_a against n_b of tokens_b, with half a token added to each count, so that it is always finite;
---          null where it happens in neither, or where a group has no tokens.
+-- Units:   n_a of tokens_a against n_b of tokens_b, with half a token added to each count, so that the result is always
+--          finite; null if it happens in neither, or if a group has no tokens.
 -- Ask it:  select log2_rate_ratio(3, 6, 0, 6)  -- 2.807354922057604
 create or replace macro log2_rate_ratio(n_a, tokens_a, n_b, tokens_b) as
 case

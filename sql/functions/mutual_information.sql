@@ -1,4 +1,4 @@
--- How much oftener two features fire together than chance would have it: pointwise mutual information.
+-- Pointwise mutual information: how much more often two features fire together than chance would have it.
 --
 -- Grain:   scalar.
 -- Reads:   nothing

@@ -1,4 +1,4 @@
--- True; an error where a part of the run was encoded by an earlier saeflow, which did not count by source and position.
+-- True; an error if an earlier saeflow encoded a part of the run, because it did not count by source and position.
 --
 -- Grain:   scalar.
 -- Reads:   src_shape

@@ -1,0 +1,86 @@
+"""What a run prints at its end: its numbers, its sweep as a table, three answers, and the next commands."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from saeflow.cli.common import new_table, out, print_line, store_argument
+from saeflow.cli.screen import render_table
+from saeflow.pipeline import encode, forecast, sweep
+from saeflow.query.connection import connect
+from saeflow.query.first_answers import first_answers, next_commands, which_run
+from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.text import human_bytes
+from saeflow.store.store import Store
+
+_SWEEP_WIDTH = 160
+"""Columns of the terminal that the table of a sweep may use."""
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print what a run made, how good it is, and how long each stage took."""
+    quality = summary["quality"]
+    table = new_table("", "")
+    table.show_header = False
+    for name in ("n_documents", "n_tokens", "n_values"):
+        table.add_row(name.removeprefix("n_"), f"{summary[name]:,}")
+    for name in ("activation_bytes", "feature_bytes"):
+        table.add_row(name.replace("_", " "), human_bytes(summary[name]))
+    shares = "loss_recovered_zero", "loss_recovered_mean", "kl_recovered_mean"
+    for name in ("variance_unexplained", "l0", "shrinkage", "dead_share", *shares):
+        if name in quality:
+            table.add_row(name.replace("_", " "), f"{quality[name]:.4f}")
+    table.add_row("judged on", quality["judged_on"])
+    for name, seconds in summary.get("seconds", {}).items():
+        table.add_row(f"{name} took", f"{seconds:.1f} s")
+    out.print(table)
+
+
+def compare_with_forecast(store: Store, recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Print forecast against actual, if this recipe was planned and this run did the work."""
+    known = forecast.known_forecast(store, recipe)
+    if known is None or summary["seconds"].get("collect", 0) < known.seconds / 20:
+        return
+    n_bytes = summary["activation_bytes"] + summary["feature_bytes"]
+    foreseen = sum(stage.n_bytes for stage in known.stages if stage.name in ("collect", "encode"))
+    seconds, peak = sum(summary["seconds"].values()), max(summary["peak_bytes"].values())
+    table = new_table("", "forecast", "actual")
+    table.add_row("activations and features", human_bytes(foreseen), human_bytes(n_bytes))
+    table.add_row("peak memory", human_bytes(known.peak_bytes), human_bytes(peak))
+    table.add_row("time", forecast.duration(known.seconds), forecast.duration(seconds))
+    out.print(table)
+
+
+def print_answers(store: Store, recipe: Recipe) -> None:
+    """Print three SQL answers, each under the command that gives it, and commands to try next."""
+    run = encode.artefact(store, recipe).id
+    which = which_run(store, run)
+    with contextlib.closing(connect(store, run)) as connection:
+        for answer in first_answers(connection):
+            asked = shlex.join(["saeflow", "ask", answer.question, *answer.arguments])
+            print_line(f"\n$ {asked}{which}{store_argument(store)}", style="bold")
+            render_table(answer.table, out)
+    out.print("\nTry next:", style="bold")
+    for line in next_commands(store, run, store_argument(store)):
+        print_line(f"  {line}")
+
+
+def print_sweep(table: dict[str, Any], recipe: Path, store: Store) -> None:
+    """Print the SAEs of a sweep, each on one line, and the next command."""
+    shown = new_table("SAE", "architecture", "sparsity", "features", "L0", "unexplained", "silent", "on the front")
+    for row in table["saes"]:
+        share = row["silent"] / row["n_features"]
+        shown.add_row(
+            row["member"], row["architecture"], row["sparsity"], f"{row['n_features']:,}", f"{row['l0']:.1f}",
+            f"{row['variance_unexplained']:.4f}", f"{share:.1%}", "yes" if row["on_front"] else "",
+        )  # fmt: skip
+    Console(file=out.file, width=max(out.width, _SWEEP_WIDTH), highlight=False).print(shown)
+    out.print(f"judged on {table['saes'][0]['n_tokens']:,} tokens of {table['saes'][0]['judged_on']}", markup=False)
+    name = sweep.recommended(table["saes"])
+    again = f"saeflow run {shlex.quote(str(recipe))} --member {name}{store_argument(store)}"
+    print_line(f"Encode the corpus with one of them: {again}")

@@ -1,0 +1,115 @@
+"""A DuckDB connection with the runs of a store. It reads their published files and nothing else on the machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import duckdb
+
+from saeflow.query.bucket_files import ObjectFiles
+from saeflow.query.definitions import DUCKDB_SETTINGS, MANY_FILES, definitions, source_views, staging
+from saeflow.query.relations import identifier, literal, unglobbed
+from saeflow.query.runs import Run, pick_run, run_of_parts, runs
+from saeflow.runtime.text import brief, sanitise
+from saeflow.store.artefact import Artefact
+from saeflow.store.records import PartRecord
+from saeflow.store.store import Store
+
+log = logging.getLogger(__name__)
+
+KEPT = {
+    "src_vocab": 200_000,
+    "src_vocab_blocks": 32_768,
+    "stg_document_places": 200_000,
+    "stg_feature_stats": 200_000,
+}
+"""Views held in memory if they have at most so many rows: up to 64 MB of blocks, for 17 million tokens."""
+
+
+def connect(
+    store: Store, run: str | None = None, memory_limit: str | None = None, threads: int | None = None
+) -> duckdb.DuckDBPyConnection:
+    """Return an in-memory connection with one schema per run. `run` (default: the newest) is in the search path.
+
+    Runs that cannot be read are left out; the log and the view `runs` say why. The connection reads the runs' published
+    files and nothing else, and its settings can no longer be changed.
+    """
+    return connect_to_run(store, run, memory_limit, threads)[1]
+
+
+def connect_to_run(
+    store: Store,
+    run: str | None = None,
+    memory_limit: str | None = None,
+    threads: int | None = None,
+    many_files: int = MANY_FILES,
+) -> tuple[Run, duckdb.DuckDBPyConnection]:
+    """Return the run, and its connection as `connect` gives it."""
+    every = runs(store)
+    for skipped in (other for other in every if other.problem):
+        log.warning("%s is left out: %s", sanitise(skipped.artefact.id), sanitise(brief(str(skipped.problem), 300)))
+    current = pick_run(store, every, run)
+    connection = open_duckdb(store, memory_limit, threads)
+    for statement in definitions(every, current, many_files):
+        connection.execute(statement)
+    _keep_small_views(connection, current)
+    _harden(connection, every)
+    return current, connection
+
+
+def connect_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord]) -> duckdb.DuckDBPyConnection:
+    """Return a connection that sees only these parts of a run, published or not, and their tokens: for the checks."""
+    run = run_of_parts(store, artefact, parts)
+    connection = open_duckdb(store)
+    for statement in (source_views(run, [run]), *staging(), *DUCKDB_SETTINGS):
+        connection.execute(statement)
+    _harden(connection, [run])
+    return connection
+
+
+def open_duckdb(store: Store, memory_limit: str | None = None, threads: int | None = None) -> duckdb.DuckDBPyConnection:
+    """Return an empty connection that can read the store's files, wherever they lie."""
+    connection = duckdb.connect(config=_duckdb_config(memory_limit, threads))
+    if store.objects is not None:
+        connection.register_filesystem(ObjectFiles(store.objects))
+    return connection
+
+
+def _duckdb_config(memory_limit: str | None, threads: int | None) -> dict[str, Any]:
+    """The spill folder is private, because DuckDB lets every query write into its own."""
+    config: dict[str, Any] = {
+        "temp_directory": os.path.join(tempfile.gettempdir(), f"saeflow-{uuid.uuid4().hex}"),
+        "python_enable_replacements": False,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    if memory_limit is not None:
+        config["memory_limit"] = memory_limit
+    if threads is not None:
+        config["threads"] = threads
+    return config
+
+
+def _keep_small_views(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
+    """Hold in memory what nearly every question joins with; reading it anew would be most of a question's time."""
+    schema = identifier(run.schema)
+    for view, most_rows in KEPT.items():
+        if connection.execute(f"select count(*) from {schema}.{view}").fetchall()[0][0] <= most_rows:
+            connection.execute(f"create table {schema}.kept_{view} as from {schema}.{view}")
+            connection.execute(f"drop view {schema}.{view}")
+            connection.execute(f"alter table {schema}.kept_{view} rename to {view}")
+
+
+def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None:
+    """Allow access to the published files alone, each in both spellings, because globs are checked too."""
+    paths = {path for run in every for files in run.files.values() for path in files}
+    paths |= {file.location for run in every for file in run.labels}
+    allowed = sorted(paths | {unglobbed(path) for path in paths})
+    connection.execute(f"set allowed_paths = {literal(allowed)}")
+    connection.execute("set enable_external_access = false")
+    connection.execute("set lock_configuration = true")

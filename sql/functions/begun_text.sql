@@ -1,0 +1,9 @@
+-- The whole letters at the start of some bytes, in lower case and without leading white space; null if they are no
+-- text.
+--
+-- Grain:   scalar.
+-- Reads:   open_letter
+-- Units:   UTF-8 bytes as hexadecimal digits, two a byte. A letter that is not finished at the end is left out.
+-- Ask it:  select begun_text('2041E2')  -- a
+create or replace macro begun_text(digits) as
+lower(ltrim(try(decode(unhex(left(digits, length(digits) - length(open_letter(digits)))))), E' \t\n\r'));

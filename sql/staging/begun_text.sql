@@ -1,9 +1,0 @@
--- The whole letters that bytes begin with, lower case and without white space in front; null if they are no text.
---
--- Grain:   scalar.
--- Reads:   open_letter
--- Units:   UTF-8 bytes as hexadecimal digits, two a byte; a letter that is begun but not finished at the end is left
---          out.
--- Ask it:  select begun_text('2041E2')  -- a
-create or replace macro begun_text(digits) as
-lower(ltrim(try(decode(unhex(left(digits, length(digits) - length(open_letter(digits)))))), E' \t\n\r'));
