@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from _generate import ROOT, code, table
-from saeflow.query.ask import questions
-from saeflow.query.questions import GROUPS, Question
+from saeflow.query.questions import GROUPS, Question, questions
 
 
 def page() -> str:

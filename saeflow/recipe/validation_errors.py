@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, get_args
 
 from pydantic import BaseModel
+
+from saeflow.runtime.suggest import nearest
 
 Location = tuple[int | str, ...]
 
@@ -26,7 +27,7 @@ def message_of(error: Any, recipe: type[BaseModel]) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
+    near = nearest(key, known, n=1)
     return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
 
 
