@@ -39,8 +39,8 @@ check: $(READY)  ## style and types
 docs: $(DOCS)  ## the documentation on http://127.0.0.1:8000, made anew while you write
 	$(RUN) -m mkdocs serve --config-file .mkdocs.yml
 
-site: $(DOCS)  ## the documentation in .site, warnings as errors
-	$(RUN) -m mkdocs build --quiet --strict --config-file .mkdocs.yml
+site: $(DOCS)  ## the documentation in .site, warnings as errors (which --quiet would not count)
+	$(RUN) -m mkdocs build --strict --config-file .mkdocs.yml
 
 bench: $(READY)  ## the benchmarks, each ending in one line of JSON
 	for file in tests/benchmarks/[a-z]*.py; do $(RUN) -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
