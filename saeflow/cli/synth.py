@@ -103,6 +103,7 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
     Activations and autoencoders that exist are kept; scores are computed again.
     """
     from saeflow.pipeline import import_table, train
+    from saeflow.runtime.threads import n_threads
     from saeflow.sae import interchange, recovery
 
     judged = []
@@ -114,7 +115,7 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
         train.set_threads(recipe)
         truth = recovery.truth_of(recipe.activations.synthetic)
         for member, target in zip(recipe.members(), trained, strict=True):
-            sae = interchange.load(target.fetched())
+            sae = interchange.load(target.fetched(), n_threads(recipe.threads))
             judged.append(Synth(member, target.id, recovery.score(sae, truth, member.train.n_tokens)))
     return judged
 

@@ -1,8 +1,9 @@
-"""What follows from an autoencoder's directions alone, and from the model: features alike, and the words they push."""
+"""Features that are alike, and the words they promote: both follow from directions, without any values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,31 +12,41 @@ from torch import Tensor, nn
 
 from saeflow.features.schema import RUN_TABLES, TOP, TOP_LOGITS
 from saeflow.model.direct_path import direct_path
-from saeflow.sae.encoder import linear
-from saeflow.sae.kernels import in_parallel, ranges
-
-_ROWS, _COLUMNS = 256, 16384
-"""Products held by a worker at once: 16 MiB."""
+from saeflow.runtime.linear import linear
+from saeflow.runtime.threads import in_parallel, ranges
 
 Directions = Tensor | np.ndarray
 
 
-def similar(directions: Directions, top: int = TOP) -> pa.Table:
-    """For each feature the `top` others whose directions (F, D) have the largest cosine with its own.
+class ProductBlocks(NamedTuple):
+    """Workers, and the rows and columns of a block of products that one of them holds at once: 16 MiB."""
+
+    threads: int = 1
+    rows: int = 256
+    columns: int = 16384
+
+
+ONE_WORKER = ProductBlocks()
+
+
+def similar(directions: Directions, top: int = TOP, blocks: ProductBlocks = ONE_WORKER) -> pa.Table:
+    """Return for each feature the `top` others whose directions (F, D) have the largest cosine with its own.
 
     Ordered by feature, then cosine, largest first, then the other feature. Directions without length have no rows.
     Memory is a copy of the directions and a few blocks.
     """
     rows, ids = _with_length(directions)
     unit = rows / torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64, keepdim=True).float()
-    ((cosines, others),) = _largest_products(unit, unit, min(top, max(len(unit) - 1, 0)), among_themselves=True)
-    return _table("similar", ids, ids[others.numpy()], cosines)
+    k = min(top, max(len(unit) - 1, 0))
+    ((cosines, others),) = _largest_products(unit, unit, k, blocks, among_themselves=True)
+    return _direction_table("similar", ids, ids[others.numpy()], cosines)
 
 
 @torch.no_grad()
-def logits(directions: Directions, model: nn.Module, site: str, top: int = TOP_LOGITS) -> pa.Table | None:
-    """For each feature the vocabulary entries that its direction at `site` pushes up most, `top` of them, and down
-    most.
+def logits(
+    directions: Directions, model: nn.Module, site: str, top: int = TOP_LOGITS, blocks: ProductBlocks = ONE_WORKER
+) -> pa.Table | None:
+    """Return for each feature the `top` vocabulary entries that its direction at `site` raises most, and lowers most.
 
     None where the model has no logits, or no direct path leads there from the site. Logits are those of a direction as
     it is, less their mean over the vocabulary; ordered by feature, then logit, largest first, then entry. Left out are
@@ -47,17 +58,17 @@ def logits(directions: Directions, model: nn.Module, site: str, top: int = TOP_L
     if path is None:
         return None
     rows, ids = _with_length(directions)
-    parts = in_parallel(lambda part: path.apply(rows[slice(*part)]), _blocks(rows))
+    parts = in_parallel(lambda part: path.apply(rows[slice(*part)]), ranges(len(rows), blocks.rows), blocks.threads)
     stream = torch.cat([torch.zeros(0, path.unembedding.shape[1]), *parts])
     n = min(top, len(path.unembedding) // 2)
     mean = stream @ path.unembedding.mean(0, dtype=torch.float32).cpu()
-    (up, up_ids), (down, down_ids) = _largest_products(stream, path.unembedding, n, signs=(1, -1))
-    values, entries = _in_order(torch.cat([up, -down], 1) - mean[:, None], torch.cat([up_ids, down_ids], 1))
-    return _table("logits", ids, entries.numpy(), values)
+    (up, up_ids), (down, down_ids) = _largest_products(stream, path.unembedding, n, blocks, signs=(1, -1))
+    values, entries = _largest_first(torch.cat([up, -down], 1) - mean[:, None], torch.cat([up_ids, down_ids], 1))
+    return _direction_table("logits", ids, entries.numpy(), values)
 
 
 def _with_length(directions: Directions) -> tuple[Tensor, np.ndarray]:
-    """Those that have a length, in float32, and their ids."""
+    """Return the directions that have a length, in float32, and their ids."""
     if isinstance(directions, np.ndarray):
         directions = torch.from_numpy(np.require(directions, requirements="W"))  # torch warns of those it may not write
     rows = directions.detach().float().cpu()
@@ -67,26 +78,29 @@ def _with_length(directions: Directions) -> tuple[Tensor, np.ndarray]:
     return rows if alive.all() else rows[alive], ids
 
 
-def _blocks(rows: Tensor) -> list[tuple[int, int]]:
-    return ranges(len(rows), _ROWS)
-
-
-def _table(name: str, ids: np.ndarray, others: np.ndarray, values: Tensor) -> pa.Table:
+def _direction_table(name: str, ids: np.ndarray, others: np.ndarray, values: Tensor) -> pa.Table:
     owners = np.repeat(ids, others.shape[1])
     return pa.table([owners, others.ravel().astype(np.int32), values.numpy().ravel()], schema=RUN_TABLES[name])
 
 
 def _largest_products(
-    rows: Tensor, others: Tensor, k: int, signs: Sequence[int] = (1,), among_themselves: bool = False
+    rows: Tensor,
+    others: Tensor,
+    k: int,
+    blocks: ProductBlocks,
+    signs: Sequence[int] = (1,),
+    among_themselves: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each sign the k largest of sign × rows (n, d) @ others (m, d).T in each row, largest first, and their columns
-    (n, k); among equals, the lower column. Of rows `among_themselves` none is compared with itself, and products are
-    cosines."""
+    """Return for each sign the k largest of sign × rows (n, d) @ others (m, d).T in each row, and their columns (n, k).
+
+    Largest first; among equals, the lower column. With `among_themselves` no row is compared with itself, and products
+    are cosines.
+    """
     best = [(torch.full((len(rows), k), -torch.inf), torch.zeros(len(rows), k, dtype=torch.int64)) for _ in signs]
-    for start, stop in ranges(len(others), _COLUMNS):
+    for start, stop in ranges(len(others), blocks.columns):
         columns = others[start:stop].float().cpu()
 
-        def work(part: tuple[int, int], columns: Tensor = columns, start: int = start) -> None:
+        def compare(part: tuple[int, int], columns: Tensor = columns, start: int = start) -> None:
             block = slice(*part)
             products = linear(rows[block], columns)
             if among_themselves:
@@ -97,23 +111,23 @@ def _largest_products(
                 order = both[0].sort(dim=1, descending=True, stable=True).indices[:, :k]
                 values[block], ids[block] = (each.gather(1, order) for each in both)
 
-        in_parallel(work, _blocks(rows))
+        in_parallel(compare, ranges(len(rows), blocks.rows), blocks.threads)
     return best
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Each row's k largest, or all of fewer, largest first, and their columns; among equals, the lower column."""
+    """Return each row's k largest values, or all, largest first, and their columns; among equals, the lower column."""
     k = min(k, values.shape[1])
     found, ids = values.topk(min(k + 1, values.shape[1]), dim=1)
     if k < found.shape[1]:
         tied = (found[:, k - 1] == found[:, k]).nonzero().flatten() if k else ids.new_empty(0)
         found, ids = found[:, :k].contiguous(), ids[:, :k].contiguous()
         ids[tied] = values[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return _in_order(values.gather(1, ids), ids)
+    return _largest_first(values.gather(1, ids), ids)
 
 
-def _in_order(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's values, largest first, with their ids; equal ones by id."""
+def _largest_first(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's values, largest first, with their ids; equal ones by id."""
     ids, order = ids.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values, ids.gather(1, order)

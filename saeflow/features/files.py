@@ -1,18 +1,19 @@
-"""The files of a part of a run: how values lie in them, and how they are read again."""
+"""The files of a part of a run: how values are written to them and read again."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saeflow.activations.sparse_values import SparseValues
 from saeflow.features.schema import VALUES
-from saeflow.sae.encoder import FeatureMajor, SparseValues
+from saeflow.sae.encoding.feature_major import FeatureMajor
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 
@@ -20,7 +21,7 @@ ROW_GROUP = 122_880
 
 
 def write_token_major(folder: Path, token_ids: np.ndarray, sparse: SparseValues) -> None:
-    """Values of these tokens (ascending), sorted by token, then feature."""
+    """Write the values of these tokens (ascending), sorted by token, then feature."""
     ends = (int(token_ids[0]), int(token_ids[-1])) if len(token_ids) else (0, 0)
     write_values(folder, "token_major", ends, _by_token(token_ids, sparse))
 
@@ -31,7 +32,7 @@ def _by_token(token_ids: np.ndarray, sparse: SparseValues) -> dict[str, np.ndarr
 
 
 def write_feature_major(folder: Path, token_ids: np.ndarray, entries: FeatureMajor) -> None:
-    """Values of all features, sorted by feature, then token; rows count in `token_ids`."""
+    """Write the values of all features, sorted by feature, then token; row i is that of token_ids[i]."""
     n_features = len(entries.feature_starts) - 1
     ids = np.repeat(np.arange(n_features, dtype=np.int32), np.diff(entries.feature_starts))
     columns = {"feature_id": ids, "token_id": token_ids[entries.rows], "value": entries.values}
@@ -39,7 +40,7 @@ def write_feature_major(folder: Path, token_ids: np.ndarray, entries: FeatureMaj
 
 
 def write_values(folder: Path, order: str, ends: tuple[int, int], columns: Mapping[str, np.ndarray]) -> None:
-    """One more file of an order; `ends` are the first and last feature, or token, that it may hold."""
+    """Write one more file of an order; `ends` are the first and last feature, or token, that it may hold."""
     write_table(_next_file(folder, order, ends), pa.table(dict(columns), VALUES[order]))
 
 
@@ -49,33 +50,33 @@ def _next_file(folder: Path, order: str, ends: tuple[int, int]) -> Path:
 
 
 class TokenMajorWriter:
-    """Values in the order of tokens, piece by piece, into files of at least `file_values` each."""
+    """Writes values in the order of tokens, piece by piece, into files of at least `file_values` each."""
 
     def __init__(self, folder: Path, file_values: int) -> None:
         self.folder, self.file_values = folder, file_values
-        self._open: pq.ParquetWriter | None = None
+        self._writer: pq.ParquetWriter | None = None
         self._n_values, self._ends = 0, (0, 0)
 
     def append(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
         if not len(token_ids):
             return
-        if self._open is None:
+        if self._writer is None:
             schema = VALUES["token_major"]
-            self._open = pq.ParquetWriter(self.folder / _UNNAMED, schema, **encodings(schema))
+            self._writer = pq.ParquetWriter(self.folder / _UNNAMED, schema, **column_encodings(schema))
             self._n_values, self._ends = 0, (int(token_ids[0]), 0)
         table = pa.table(_by_token(token_ids, sparse), VALUES["token_major"])
-        self._open.write_table(table, row_group_size=ROW_GROUP)
+        self._writer.write_table(table, row_group_size=ROW_GROUP)
         self._n_values += len(table)
         self._ends = self._ends[0], int(token_ids[-1])
         if self._n_values >= self.file_values:
             self.close()
 
     def close(self) -> None:
-        """Give the file its name, which says what it holds."""
-        if self._open is None:
+        """Close the file and give it its name, which says what it holds."""
+        if self._writer is None:
             return
-        self._open.close()
-        self._open = None
+        self._writer.close()
+        self._writer = None
         path = _next_file(self.folder, "token_major", self._ends)
         path.parent.mkdir(parents=True)
         (self.folder / _UNNAMED).rename(path)
@@ -86,11 +87,11 @@ _UNNAMED = "token_major.unnamed"
 
 def write_table(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, row_group_size=ROW_GROUP, **encodings(table.schema))
+    pq.write_table(table, path, row_group_size=ROW_GROUP, **column_encodings(table.schema))
 
 
-def encodings(schema: pa.Schema) -> dict[str, object]:
-    """How columns are packed: measured in README, section on bytes."""
+def column_encodings(schema: pa.Schema) -> dict[str, object]:
+    """Return how columns are packed: see the figures in the README, section on bytes."""
     split = dict.fromkeys(("value", "cosine", "logit"), "BYTE_STREAM_SPLIT")
     plain = {"token_id": "DELTA_BINARY_PACKED"} | split
     return {
@@ -102,26 +103,25 @@ def encodings(schema: pa.Schema) -> dict[str, object]:
 
 
 def files_of(part: PartRecord, order: str, first: int = 0, last: int = sys.maxsize) -> list[str]:
-    """Names of a part's files of one order that may hold something of features, or tokens, first..last; sorted by
-    these."""
+    """Return a part's files of one order that may hold values of features, or tokens, first..last; sorted by these."""
     found = [
         file.name for file in part.files if re.match(rf"{order}[./]", file.name) and file.name.endswith(".parquet")
     ]
-    ends = {name: _ends(name) for name in found}
+    ends = {name: _ends_of_file(name) for name in found}
     return sorted(
         (name for name in found if ends[name][0] <= last and ends[name][1] >= first),
         key=lambda name: (ends[name], name),
     )
 
 
-def _ends(name: str) -> tuple[int, int]:
-    """What a file may hold; one of an earlier saeflow does not say."""
+def _ends_of_file(name: str) -> tuple[int, int]:
+    """Return the first and last feature, or token, that a file may hold. The name of an older file does not say."""
     found = re.search(r"/low=(\d+)/high=(\d+)/", name)
     return (int(found[1]), int(found[2])) if found else (0, sys.maxsize)
 
 
 def read_tokens(target: Artefact, part: PartRecord, first: int, last: int) -> tuple[np.ndarray, SparseValues]:
-    """The values of tokens first..last of a part: token_ids (n,) of those that have any, and their values."""
+    """Return the token_ids (n,) of tokens first..last of a part that have values, and their values."""
     wanted = [("token_id", ">=", first), ("token_id", "<=", last)]
     tables = [
         pq.read_table(target.part_file(part, name), filters=wanted, partitioning=None)
@@ -133,9 +133,3 @@ def read_tokens(target: Artefact, part: PartRecord, first: int, last: int) -> tu
     starts = np.r_[begins, len(owners)].astype(np.int64)
     ids, values = (table.column(name).to_numpy() for name in ("feature_id", "value"))
     return owners[begins], SparseValues(starts, ids, values)
-
-
-def pieces(first: int, last: int, n_tokens: int) -> Iterator[tuple[int, int]]:
-    """Ranges of at most `n_tokens`, both ends included."""
-    for start in range(first, last + 1, n_tokens):
-        yield start, min(start + n_tokens - 1, last)

@@ -1,4 +1,4 @@
-"""Tables beside the parts of a run: which features are alike, and which words they push (`directions`)."""
+"""Tables beside the parts of a run: which features are alike, and which words they promote (`directions`)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from saeflow.features.schema import RUN_TABLES
 from saeflow.model.sites import load_model
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.threads import n_threads
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.encoder import rounded
+from saeflow.sae.encoding.exact import rounded
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import make_folder, replacing
 
 
-def lacking(target: Artefact) -> list[str]:
-    """Tables that the record names and the disk has not, or not in their size; all of them where there is no record, or
-    an earlier one."""
+def missing_tables(target: Artefact) -> list[str]:
+    """Return the names of recorded tables that are missing or truncated; all names if the record predates them."""
     names = [f"{table}.parquet" for table in RUN_TABLES]
     if not target.exists():
         return names
@@ -29,29 +29,38 @@ def lacking(target: Artefact) -> list[str]:
     return [name for name in wanted if name not in known or list(target.missing_files(target.path, [known[name]]))]
 
 
-def write(target: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, progress: Progress) -> list[str]:
-    """Make what is lacking; the names of what was made. The logits need the model, if the recipe has one."""
-    names, made = lacking(target), []
+def write_run_tables(
+    target: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, progress: Progress
+) -> list[str]:
+    """Write the missing tables and return their names. The logits need the model, if the recipe has one."""
+    names, made, blocks = missing_tables(target), [], directions.ProductBlocks(n_threads(recipe.threads))
     make_folder(target.path)
     if names:
         progress.say("features: which features are alike, and which words they push")
     for name in names:
-        table = directions.similar(sae.W_dec) if name == "similar.parquet" else _logits(recipe, sae, site)
+        table = (
+            directions.similar(sae.W_dec, blocks=blocks)
+            if name == "similar.parquet"
+            else _logits_table(recipe, sae, site, blocks)
+        )
         if table is not None:
             with replacing(target.path / name) as temporary:
-                write_table(temporary, _rounded(table))
+                write_table(temporary, _rounded_table(table))
             made.append(name)
     return made
 
 
-def _rounded(table: pa.Table) -> pa.Table:
-    """Its last column, which is all numbers, with 11 significand bits, as values have: half the bytes."""
+def _rounded_table(table: pa.Table) -> pa.Table:
+    """Round the numbers, which are in the last column, to 11 significand bits, as values are: half the bytes."""
     number = len(table.schema) - 1
     numbers = torch.from_numpy(table.column(number).to_numpy().astype(np.float64))
     return table.set_column(number, table.schema.field(number), pa.array(rounded(numbers).numpy()))
 
 
-def _logits(recipe: Recipe, sae: SparseAutoencoder, site: str) -> pa.Table | None:
+def _logits_table(
+    recipe: Recipe, sae: SparseAutoencoder, site: str, blocks: directions.ProductBlocks
+) -> pa.Table | None:
     if recipe.model is None:
         return None
-    return directions.logits(sae.W_dec, load_model(recipe.model), recipe.sae.target_site or site)
+    model = load_model(recipe.model)
+    return directions.logits(sae.W_dec, model, recipe.sae.target_site or site, blocks=blocks)

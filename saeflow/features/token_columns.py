@@ -1,4 +1,4 @@
-"""What is said of tokens beside their activations: vocabulary entry, source of the document, position."""
+"""Vocabulary entry, source of the document and position of each token of a part."""
 
 from __future__ import annotations
 
@@ -10,52 +10,55 @@ import pyarrow.parquet as pq
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.schema import MOST_SOURCES
 
-Source = tuple[str | None, bool]
-"""Its name, and whether it stands for all sources that have no row of their own."""
+TokenSource = tuple[str | None, bool]
+"""Name of a source, and True if it stands for all sources that have no row of their own."""
 
-REST: Source = (None, True)
+REST_OF_SOURCES: TokenSource = (None, True)
 
 
 @dataclass(frozen=True)
-class TokenFacts:
-    """Of the tokens of one part, from `first_token` on: mask, vocab_id, number of the source, position band (n,)
-    each."""
+class TokenColumns:
+    """Columns (n,) of the tokens of one part, from `first_token` on."""
 
     first_token: int
     mask: np.ndarray
+    """True for tokens that are encoded."""
     vocab_ids: np.ndarray
     source_codes: np.ndarray
+    """int32: places in `sources`."""
     bands: np.ndarray
-    sources: list[Source]
-    """By code."""
+    """int32: `bands_of` the positions."""
+    sources: list[TokenSource]
 
-    def of(self, token_ids: np.ndarray) -> TokenFacts:
-        """Those of some tokens."""
+    def of(self, token_ids: np.ndarray) -> TokenColumns:
+        """Return the columns of some tokens."""
         at = token_ids - self.first_token
-        each = (self.mask[at], self.vocab_ids[at], self.source_codes[at], self.bands[at])
-        return TokenFacts(self.first_token, *each, self.sources)
+        columns = (self.mask[at], self.vocab_ids[at], self.source_codes[at], self.bands[at])
+        return TokenColumns(self.first_token, *columns, self.sources)
 
 
-def facts_of(used: TokenSelection, index: int) -> TokenFacts:
-    """The tokens of one part; sources beyond the MOST_SOURCES with most used tokens are one."""
-    part = used.parts[index]
-    tokens = pq.read_table(used.source.part_file(part, "tokens.parquet"), columns=["vocab_id", "document_id"])
-    mask = used.mask(index).reshape(-1)
-    codes, sources = _sources(used, index, tokens.column("document_id").fill_null(-1).to_numpy(), mask)
-    bands = np.tile(bands_of(np.arange(used.length)), part.counts["n_sequences"])
-    first = part.counts["first_sequence"] * used.length
-    return TokenFacts(first, mask, tokens.column("vocab_id").to_numpy(), codes, bands, sources)
+def read_token_columns(selection: TokenSelection, index: int) -> TokenColumns:
+    """Read the tokens of one part; sources beyond the MOST_SOURCES with most encoded tokens count as one."""
+    part = selection.parts[index]
+    tokens = pq.read_table(selection.source.part_file(part, "tokens.parquet"), columns=["vocab_id", "document_id"])
+    mask = selection.mask(index).reshape(-1)
+    codes, sources = _source_codes(selection, index, tokens.column("document_id").fill_null(-1).to_numpy(), mask)
+    bands = np.tile(bands_of(np.arange(selection.length)), part.counts["n_sequences"])
+    first = part.counts["first_sequence"] * selection.length
+    return TokenColumns(first, mask, tokens.column("vocab_id").to_numpy(), codes, bands, sources)
 
 
 def bands_of(positions: np.ndarray) -> np.ndarray:
-    """int32: 0 of position 0, and b of the positions from 2^(b - 1) to 2^b - 1."""
+    """Return int32 bands: 0 for position 0, and b for the positions from 2^(b - 1) to 2^b - 1."""
     return np.frexp(positions.astype(np.float64))[1].astype(np.int32)
 
 
-def _sources(used: TokenSelection, index: int, owners: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[Source]]:
-    """Codes int32 (n,) of every token, and what they stand for: by number of used tokens, then by name."""
+def _source_codes(
+    selection: TokenSelection, index: int, owners: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, list[TokenSource]]:
+    """Return codes int32 (n,) of all tokens, and the sources they stand for, by encoded tokens, then by name."""
     table = pq.read_table(
-        used.source.part_file(used.parts[index], "documents.parquet"), columns=["document_id", "source"]
+        selection.source.part_file(selection.parts[index], "documents.parquet"), columns=["document_id", "source"]
     )
     names = table.column("source").to_pylist()
     every = sorted(set(names), key=lambda name: (name is None, name or ""))
@@ -71,5 +74,5 @@ def _sources(used: TokenSelection, index: int, owners: np.ndarray, mask: np.ndar
     code[kept] = np.arange(len(kept))
     codes = np.zeros(len(owners), np.int32)
     codes[mask] = code[found]
-    sources: list[Source] = [(every[i], False) for i in kept]
-    return codes, [*sources, REST]
+    sources: list[TokenSource] = [(every[i], False) for i in kept]
+    return codes, [*sources, REST_OF_SOURCES]

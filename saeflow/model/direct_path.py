@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.model.sites import device_of
-from saeflow.sae.encoder import linear
+from saeflow.runtime.linear import linear
 
 Map = Callable[[Tensor], Tensor]
 """Of directions (n, width) in float32 to others (n, another width); linear."""

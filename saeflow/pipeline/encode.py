@@ -18,8 +18,9 @@ from saeflow.activations import shards
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction, run_tables
 from saeflow.features.coverage import covered, stands_for
+from saeflow.features.part_merger import MergeSettings
 from saeflow.features.part_writer import PartWriter
-from saeflow.features.token_columns import facts_of
+from saeflow.features.token_columns import read_token_columns
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect, import_sae, train
 from saeflow.pipeline.dask import work
@@ -91,7 +92,7 @@ def encode_together(encoders: Sequence[Encoder], part: PartRecord, bar: Bar) -> 
     """Encode one activation part for several SAEs of its site in one reading, on one thread."""
     use_one_thread()
     first = encoders[0]
-    about = facts_of(first.used, part.index)
+    about = read_token_columns(first.used, part.index)
     mask = about.mask.reshape(-1, first.used.length)
     inputs = part_inputs(first.used, part)
     with contextlib.ExitStack() as stack:
@@ -126,7 +127,7 @@ def open_encoder(store: Store, recipe: Recipe, used: TokenSelection, progress: P
         "architecture": import_sae.sae_config(recipe).architecture,
     }
     sae = interchange.load(trained.fetched())
-    made = run_tables.write(target, recipe, sae, about["site"], progress)
+    made = run_tables.write_run_tables(target, recipe, sae, about["site"], progress)
     target.begin(about | used.facts, [source.id, stored.id, trained.id], made)
     target.attach(made)
     return encoder_of(store, target, used, _config_here(recipe))
@@ -205,7 +206,7 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
         wanted = collect.artefact(store, first).published().parts
         used = TokenSelection.of(collect.tokens_artefact(store, first), first.activations)
         inputs = {part.index: part_inputs(used, part) for part in wanted}
-        lacking = {target: inputs.keys() - compaction.owners(target, inputs) for target in targets}
+        lacking = {target: inputs.keys() - compaction.part_of_each(target, inputs) for target in targets}
         missing = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
         _require_room(store, [(_trained(store, r), n) for r, n in zip(recipes, missing, strict=True) if n])
         encoders = {
@@ -317,15 +318,15 @@ def merge_parts(
     """Compact one run. Raises UserError where the disk has no room for the parts that would be made beside the old
     ones."""
     used = used_of(store, target)
-    groups = compaction.plan(target.published().parts, used.spans, enough, mend)
+    groups = compaction.plan_merges(target.published().parts, used.spans, enough, mend)
     n_bytes = sum(part.n_bytes for group in groups for part in group)
     store.require_free(n_bytes, f"Merging the parts of {target.id}")
     if not groups or recipe.cluster is None:
-        return compaction.run(target, used, progress, enough, mend)
+        return compaction.compact_run(target, used, progress, enough, mend, settings=MergeSettings(recipe.threads))
     with workers_of(store, recipe, progress) as workers:
         assert workers is not None
         by_workers = partial(_merged_by_workers, workers, target, recipe.threads)
-        return compaction.run(target, used, progress, enough, mend, by_workers)
+        return compaction.compact_run(target, used, progress, enough, mend, by_workers)
 
 
 def _merged_by_workers(
@@ -353,17 +354,19 @@ def merge_at(store: str, settings: str, ends: tuple[str, str], progress: Progres
     torch.set_num_threads(n_threads(about["threads"]))
     generation = target.generation(about["generation"])
     assert generation is not None
-    parts = compaction.neighbours(generation.parts, *ends)
+    parts = compaction.group_between(generation.parts, *ends)
     with work.one_at_a_time, progress.bar("compact", None, "values") as bar:
-        return compaction.merge_whole(target, used_of(opened, target), parts, bar).model_dump(mode="json")
+        sizes = MergeSettings(about["threads"])
+        made = compaction.merge_whole_parts(target, used_of(opened, target), parts, bar, sizes)
+        return made.model_dump(mode="json")
 
 
 def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progress) -> None:
     """Tables beside the parts that a run of an earlier saeflow lacks; the recipe names the model."""
     with target.writing():
-        if run_tables.lacking(target):
+        if run_tables.missing_tables(target):
             sae = interchange.load(store.by_id(target.record.inputs[2]).fetched())
-            target.attach(run_tables.write(target, recipe, sae, target.record.facts["site"], progress))
+            target.attach(run_tables.write_run_tables(target, recipe, sae, target.record.facts["site"], progress))
 
 
 def used_of(store: Store, target: Artefact) -> TokenSelection:
@@ -379,7 +382,7 @@ def publish(
 
     New ones are checked first, at most so many values of them. Raises UserError where a check finds something.
     """
-    generation, parts = target.generation(), compaction.settled(target, used, inputs)
+    generation, parts = target.generation(), compaction.parts_to_show(target, used, inputs)
     if lost := inputs.keys() - {index for part in parts for index in covered(part)}:
         raise UserError(f"Part {min(lost)} of {target.id} is gone since it was encoded. Run the same command again.")
     known = {part.folder for part in generation.parts} if generation else set()
@@ -415,7 +418,7 @@ def refresh(
         stored = store.by_id(target.record.inputs[1]).published().parts
         wanted = {part.index: part for part in stored if grow or part.index in known}
         inputs = {index: part_inputs(used, part) for index, part in wanted.items()}
-        stale = sorted(inputs.keys() - compaction.owners(target, inputs))
+        stale = sorted(inputs.keys() - compaction.part_of_each(target, inputs))
         if stale:
             _encode(store, target, used, [wanted[index] for index in stale], progress, recipe)
         publish(store, target, used, inputs, progress, config.check_values)

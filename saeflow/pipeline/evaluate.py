@@ -27,7 +27,7 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.devices import device_memory, model_threads
 from saeflow.runtime.progress import Bar, Progress
-from saeflow.runtime.threads import map_in_order
+from saeflow.runtime.threads import map_in_order, n_threads
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
@@ -97,7 +97,7 @@ def _run(store: Store, recipe: Recipe, run_artefact: Artefact, progress: Progres
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
         return dict(known)
     train.set_threads(recipe)
-    sae = interchange.load(train.artefact(store, recipe).fetched())
+    sae = interchange.load(train.artefact(store, recipe).fetched(), n_threads(recipe.threads))
     judgement = _judged(store, recipe, sae, progress)
     quality = judgement.figures | _liveness(run_artefact)
     if recipe.model is not None and judgement.held_out:

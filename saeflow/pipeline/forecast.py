@@ -279,7 +279,7 @@ def growth(
 
 
 _SEGMENT = 24_000_000
-"""Values of a part that are held at once (part_writer.SEGMENT_NONZEROS)."""
+"""Values of a part that are held at once (part_writer.SEGMENT_VALUES)."""
 
 
 def pool_memory(recipe: Recipe, stored: int) -> int:

@@ -13,6 +13,7 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.threads import n_threads
 from saeflow.sae import interchange
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
@@ -94,7 +95,7 @@ def _judged(
     figures: dict[int, dict[str, Any]] = {}
     for chosen in dict.fromkeys(sites):
         together = [number for number, each in enumerate(sites) if each == chosen]
-        saes = [interchange.load(trained[number].fetched()) for number in together]
+        saes = [interchange.load(trained[n].fetched(), n_threads(members[n].threads)) for n in together]
         found = evaluate.judge_together(store, members[together[0]], saes, progress)
         figures |= {number: judged.figures for number, judged in zip(together, found, strict=True)}
     return [figures[number] for number in range(len(members))]

@@ -5,6 +5,7 @@ suggest     names like one that is not there
 text        text for people: safe to print, short, sizes in words
 progress    progress bars and messages
 threads     how many threads, and work spread over them
+linear      the product rows @ weights.T, and the precision it is quickest in
 devices     processor or GPU: streams, pinned memory, copies
 memory      how much memory and time work takes, and how much memory the machine has
 sql_errors  the part of a DuckDB error that a user can act on

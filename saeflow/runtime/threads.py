@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -38,6 +41,58 @@ def use_one_thread() -> None:
     """Let torch use one thread for the calls of this thread."""
     torch.get_num_threads()  # the first call in a thread would otherwise undo the next
     torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch use one thread for what the calling thread asks of it inside the block."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def ranges(n: int, size: int) -> list[tuple[int, int]]:
+    """Cut 0..n into consecutive ranges of at most `size`; the end of a range is not part of it."""
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+@torch.no_grad()
+def in_parallel(
+    function: Callable[[WorkItem], WorkResult], items: Sequence[WorkItem], threads: int
+) -> list[WorkResult]:
+    """Return the results of `function` in the order of `items`, computed by `threads` workers.
+
+    One thread means the calling thread. Torch uses one thread wherever `function` runs, so nothing competes for cores
+    and no result depends on `threads`. `function` must not call `in_parallel`.
+    """
+    if threads == 1:
+        with one_torch_thread():
+            return [function(item) for item in items]
+    return list(_executor(threads, os.getpid()).map(function, items))
+
+
+@cache
+def _executor(threads: int, process: int) -> ThreadPoolExecutor:
+    """Start the workers of a process once for each count: to start them takes longer than most of their work."""
+    before, barrier = torch.get_num_threads(), threading.Barrier(threads + 1)
+
+    def prepare() -> None:
+        use_one_thread()
+        torch.set_grad_enabled(False)  # this too is a setting of the thread
+        barrier.wait()
+
+    workers = ThreadPoolExecutor(threads, "saeflow", initializer=prepare)
+    for _ in range(threads):
+        workers.submit(int)
+    barrier.wait()
+    torch.set_num_threads(before)  # threads started later take this as their default
+    return workers
 
 
 def map_in_order(

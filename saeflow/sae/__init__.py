@@ -1,14 +1,13 @@
-"""Sparse autoencoders: architectures, the encoder product, the training step, formats, metrics. Read `autoencoder`
-first.
+"""Sparse autoencoders: architectures, exact encoding, the training step, formats, metrics. Read `autoencoder` first.
 
-autoencoder    parameters, loss and exact encoding
-architectures  what each architecture does to a pre-activation
-encoder        from activations to the few values that are not zero
+autoencoder    the autoencoder: training loss, exact encoding, reconstruction
+parameters     weights, biases, thresholds, and how they start
+architectures  value, penalty and derivatives of each architecture
+loss           the training loss of a batch, with all gradients
+encoding       from activations to the few values that are not zero
+step           one training step, sparse or dense
 kernels        Numba kernels for the few active entries
-sparse_inputs  the encoder product of activations that are mostly zero
-sparse_step    a training step that touches only active entries
-dense_step     a training step for dense batches
-formats        what the folder of an SAE says about it
+formats        settings in the folder of an SAE, of any program
 interchange    SAEs read from and written to folders of other libraries
 metrics        L0, variance unexplained and other figures
 recovery       how many known features an SAE found

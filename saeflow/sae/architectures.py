@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-At = Tensor | slice
-Sums = dict[str, Tensor]
+FeatureIndex = Tensor | slice
+FeatureSums = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,28 @@ class Top:
         """Only entries above it, of the feature, matter; None where entries are chosen otherwise."""
         return None
 
-    def values(self, pre: Tensor, at: At) -> Tensor:
+    def values(self, pre: Tensor, at: FeatureIndex) -> Tensor:
         return pre
 
-    def second(self, pre: Tensor) -> Tensor | None:
+    def second_values(self, pre: Tensor) -> Tensor | None:
         return None
 
-    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: At) -> tuple[Tensor, Sums]:
+    def backward(
+        self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex
+    ) -> tuple[Tensor, FeatureSums]:
         return g, {}
 
-    def penalty(self, pre: Tensor, values: Tensor, at: At) -> Tensor:
+    def penalty(self, pre: Tensor, values: Tensor, at: FeatureIndex) -> Tensor:
         return values.new_zeros(())
 
     def penalty_loss(self, total: Tensor, n_active: float) -> tuple[float, float]:
         """What the penalty adds to the loss, and the penalty before its weight."""
         return 0.0, 0.0
 
-    def bias_gradient(self, d_pre: Tensor, sums: Sums) -> Tensor:
+    def bias_gradient(self, d_pre: Tensor, sums: FeatureSums) -> Tensor:
         return d_pre
 
-    def own_gradients(self, sums: Sums, n_active: float) -> tuple[Tensor, ...]:
+    def own_gradients(self, sums: FeatureSums, n_active: float) -> tuple[Tensor, ...]:
         return ()
 
 
@@ -64,24 +66,26 @@ class Relu(Top):
     def cut(self) -> float:
         return 0.0
 
-    def values(self, pre: Tensor, at: At) -> Tensor:
+    def values(self, pre: Tensor, at: FeatureIndex) -> Tensor:
         return pre.clamp(min=0)
 
-    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: At) -> tuple[Tensor, Sums]:
+    def backward(
+        self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex
+    ) -> tuple[Tensor, FeatureSums]:
         return (g + self._price(at)) * (pre > 0), self._of_lengths(values)
 
-    def penalty(self, pre: Tensor, values: Tensor, at: At) -> Tensor:
+    def penalty(self, pre: Tensor, values: Tensor, at: FeatureIndex) -> Tensor:
         return (values if self.lengths is None else values * self.lengths[at]).sum()
 
     def penalty_loss(self, total: Tensor, n_active: float) -> tuple[float, float]:
         mean = total.item() / self.n_entries
         return self.weight * mean, mean
 
-    def _price(self, at: At) -> Tensor | float:
+    def _price(self, at: FeatureIndex) -> Tensor | float:
         price = self.weight / self.n_entries
         return price if self.lengths is None else price * self.lengths[at]
 
-    def _of_lengths(self, values: Tensor) -> Sums:
+    def _of_lengths(self, values: Tensor) -> FeatureSums:
         return {} if self.lengths is None else {"length": values * (self.weight / self.n_entries)}
 
 
@@ -94,14 +98,16 @@ class Gated(Relu):
     b_mag: Tensor
     b_enc: Tensor
 
-    def values(self, pre: Tensor, at: At) -> Tensor:
+    def values(self, pre: Tensor, at: FeatureIndex) -> Tensor:
         inner = self.r_mag[at].exp() * (pre - self.b_enc[at]) + self.b_mag[at]
         return inner.clamp_(min=0) * (pre > 0)
 
-    def second(self, pre: Tensor) -> Tensor | None:
+    def second_values(self, pre: Tensor) -> Tensor | None:
         return pre.clamp(min=0)
 
-    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: At) -> tuple[Tensor, Sums]:
+    def backward(
+        self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex
+    ) -> tuple[Tensor, FeatureSums]:
         assert g_second is not None
         stretch, of_magnitude = self.r_mag[at].exp(), g * (values > 0)
         through = stretch * of_magnitude
@@ -109,14 +115,14 @@ class Gated(Relu):
         sums = {"b_mag": of_magnitude, "r_mag": through * (pre - self.b_enc[at])}
         return d_pre, sums | self._of_lengths(pre.clamp(min=0))
 
-    def penalty(self, pre: Tensor, values: Tensor, at: At) -> Tensor:
+    def penalty(self, pre: Tensor, values: Tensor, at: FeatureIndex) -> Tensor:
         return super().penalty(pre, pre.clamp(min=0), at)
 
-    def bias_gradient(self, d_pre: Tensor, sums: Sums) -> Tensor:
+    def bias_gradient(self, d_pre: Tensor, sums: FeatureSums) -> Tensor:
         """The magnitude path does not see the gate's bias."""
         return d_pre - self.r_mag.exp() * sums["b_mag"]
 
-    def own_gradients(self, sums: Sums, n_active: float) -> tuple[Tensor, ...]:
+    def own_gradients(self, sums: FeatureSums, n_active: float) -> tuple[Tensor, ...]:
         return sums["r_mag"], sums["b_mag"]
 
 
@@ -143,10 +149,12 @@ class JumpReLU(Top):
     def cut(self) -> Tensor:
         return self.threshold - self.bandwidth / 2
 
-    def values(self, pre: Tensor, at: At) -> Tensor:
+    def values(self, pre: Tensor, at: FeatureIndex) -> Tensor:
         return pre * (pre > self.threshold[at])
 
-    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: At) -> tuple[Tensor, Sums]:
+    def backward(
+        self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex
+    ) -> tuple[Tensor, FeatureSums]:
         threshold, sums = self.threshold[at], {}
         if self.tanh_scale is not None:
             lengths = 1.0 if self.lengths is None else self.lengths[at]
@@ -158,7 +166,7 @@ class JumpReLU(Top):
         sums |= {"threshold": -threshold * near * g, "near": near}
         return g * (pre > threshold), sums
 
-    def penalty(self, pre: Tensor, values: Tensor, at: At) -> Tensor:
+    def penalty(self, pre: Tensor, values: Tensor, at: FeatureIndex) -> Tensor:
         if self.tanh_scale is None:
             return values.new_zeros(())
         lengths = 1.0 if self.lengths is None else self.lengths[at]
@@ -174,7 +182,7 @@ class JumpReLU(Top):
     def _price(self) -> float:
         return self.weight / (self.n_rows * self.width)
 
-    def own_gradients(self, sums: Sums, n_active: float) -> tuple[Tensor, ...]:
+    def own_gradients(self, sums: FeatureSums, n_active: float) -> tuple[Tensor, ...]:
         """Of the logarithm of the thresholds."""
         gradient = sums["threshold"]
         if self.tanh_scale is None:
@@ -182,4 +190,4 @@ class JumpReLU(Top):
         return (gradient * self.threshold,)
 
 
-Rule = Top | Relu | Gated | JumpReLU
+TrainingRule = Top | Relu | Gated | JumpReLU

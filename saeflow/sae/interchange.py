@@ -39,7 +39,7 @@ def save(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None
     (folder / CFG).write_text(json.dumps(cfg, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 
-def load(folder: Path) -> SparseAutoencoder:
+def load(folder: Path, threads: int = 1) -> SparseAutoencoder:
     """Read what `save` wrote, exactly, or any folder that `describe` understands; ready to encode.
 
     Of a transcoder the centre is 0: it is in the biases.
@@ -48,7 +48,7 @@ def load(folder: Path) -> SparseAutoencoder:
     read = _read_torch if found.writer == "dictionary_learning" else _read_safetensors
     tensors = _checked(found, read(found))
     values = _folded(found, tensors)
-    sae = SparseAutoencoder(found.config, found.width, found.out_width)
+    sae = SparseAutoencoder(found.config, found.width, found.out_width, threads)
     with torch.no_grad():
         for name, value in values.items():
             getattr(sae, name).copy_(value)

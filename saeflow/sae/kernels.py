@@ -1,21 +1,18 @@
 """Sparse kernels for the processor: choose, rescore, decode, differentiate and sort the few active entries.
 
-Only K of F features are active at a token, so after the encoder product nothing of shape (B, F) is needed. The
-kernels are single-threaded, release the interpreter lock, and work on ranges of rows or features;
-`in_parallel` spreads the ranges over `torch.get_num_threads()` workers. Each output is computed whole by one worker in
-a fixed order, so results depend neither on timing nor on the number of threads.
+Only K of F features are active at a token, so after the encoder product nothing of shape (B, F) is needed. A kernel
+runs on one thread, releases the interpreter lock, and works on a range of rows or features; `threads.in_parallel`
+spreads the ranges over workers. One worker computes an output whole, in a fixed order, so results depend neither on
+timing nor on the number of threads.
 
 Sparse entries are in compressed rows: entries `row_starts[r]` to `row_starts[r + 1]` belong to row r, in ascending
-order of feature. *Bits* are floating-point numbers seen as integers of the same width: positive ones are ordered alike.
+order of feature. *Bits* are floating-point numbers seen as integers of the same width. Positive numbers and their bits
+have the same order.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
@@ -25,16 +22,12 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from saeflow.runtime.threads import use_one_thread
-
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Bits = NDArray[np.signedinteger[Any]]
 Ids = NDArray[np.int32]
 Matrix = NDArray[Any]
 Offsets = NDArray[np.int64]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 BLOCK = 32
@@ -45,70 +38,28 @@ ROUNDING = np.int64(1) << 41
 
 
 def compiled(kernel: Kernel) -> Kernel:
-    """Reassociating sums lets them use vector registers; the order stays the same from run to run."""
+    """Compile a kernel. It may reassociate sums, to use vector registers; their order is the same in every run."""
     return cast(
         Kernel, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})(kernel)
     )
 
 
-@torch.no_grad()
-def in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Apply `function` to all items, in order, on as many workers as torch has threads.
-
-    A worker runs torch on one thread, so that nothing competes for cores. `function` must not call `in_parallel`.
-    """
-    n_threads = torch.get_num_threads()
-    if n_threads == 1:
-        return [function(item) for item in items]
-    return list(_workers(n_threads, os.getpid()).map(function, items))
-
-
-@cache
-def _workers(n_threads: int, process: int) -> ThreadPoolExecutor:
-    barrier = threading.Barrier(n_threads + 1)
-
-    def prepare() -> None:
-        use_one_thread()
-        torch.set_grad_enabled(False)  # this too is a setting of the thread
-        barrier.wait()
-
-    workers = ThreadPoolExecutor(n_threads, "saeflow", initializer=prepare)
-    for _ in range(n_threads):
-        workers.submit(int)
-    barrier.wait()
-    torch.set_num_threads(n_threads)  # threads started later take this as their default
-    return workers
-
-
-def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)` for at least one dimension, by the workers: torch's own threads would spin beside them."""
-    if tensor.dtype == dtype or tensor.device.type != "cpu":
-        return tensor.to(dtype)
-    out = torch.empty_like(tensor, dtype=dtype)
-    in_parallel(lambda rows: out[slice(*rows)].copy_(tensor[slice(*rows)]), ranges(len(tensor), 512))
-    return out
-
-
-def ranges(n: int, size: int) -> list[tuple[int, int]]:
-    """Cut 0..n into consecutive ranges of at most `size`."""
-    return [(start, min(start + size, n)) for start in range(0, n, size)]
-
-
 def bits_of(tensor: torch.Tensor) -> Bits:
-    """The numbers of a bfloat16 or float32 tensor as integers, without a copy."""
+    """Return the numbers of a bfloat16 or float32 tensor as integers, without a copy."""
     return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy()
 
 
 def floats_of(bits: Bits) -> Floats:
-    """Back from the bits of bfloat16 or float32 numbers to float32."""
+    """Return as float32 the numbers that are bfloat16 or float32 with these bits."""
     wide = bits.astype(np.int32)
     return (wide << 16 if bits.itemsize == 2 else wide).view(np.float32)
 
 
 def cut_bits(cut: Doubles, dtype: torch.dtype) -> Bits:
-    """Of each cut the `c` with `ordered(bits) > c` for all numbers of `dtype` above it, and hardly any other.
+    """Return for each cut a number c: `ordered(bits) > c` holds for all numbers of `dtype` above it, and hardly any
+    other.
 
-    `ordered` flips all but the sign of negative numbers, which then are ordered like all others.
+    `ordered` flips all bits but the sign of negative numbers, so that the order of bits is the order of all numbers.
     """
     bits = np.nextafter(cut.astype(np.float32), np.float32(-np.inf)).view(np.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -119,9 +70,9 @@ def cut_bits(cut: Doubles, dtype: torch.dtype) -> Bits:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _mask_above(typing: Any, numbers: Any, start: Any, limit: Any) -> Any:
-    """One bit for each of BLOCK numbers from `start` on, set where the number is above the limit.
+    """Return one bit for each of BLOCK numbers from `start` on, set where the number is above the limit.
 
-    Written as vector instructions: the compiler does not find them, and this is what a whole matrix goes through.
+    Written as vector instructions, because the compiler does not find them and a whole matrix goes through here.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -148,7 +99,7 @@ def _lowest_bit(typing: Any, mask: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _float(typing: Any, number: Any) -> Any:
-    """A float32 from the bits of a bfloat16 in an int16; a float32 stays what it is."""
+    """Return as float32 the bfloat16 whose bits an int16 holds; return a float32 as it is."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if number != numba.int16:
@@ -189,7 +140,10 @@ def _above(row: Bits, cut: int, ids: Ids, out: Bits, n: int) -> int:
 
 @compiled
 def _kth_largest(numbers: Bits, k: int) -> int:
-    """A t with exactly k numbers >= t, by bisection. Is there none, the k-th largest; 0 if fewer are positive."""
+    """Return a t with exactly k numbers >= t, by bisection; if there is none, the k-th largest number.
+
+    0 if fewer than k numbers are positive.
+    """
     low, high = 0, 1
     for i in range(len(numbers)):
         high = max(high, numbers[i] + 1)
@@ -210,7 +164,7 @@ def _kth_largest(numbers: Bits, k: int) -> int:
 
 @compiled
 def select_above(bits: Bits, cuts: Bits, row_starts: Offsets, ids: Ids, out: Bits) -> None:
-    """All entries of each row above the row's cut. `ids` and `out` have room for every entry."""
+    """Write all entries of each row above the row's cut. `ids` and `out` have room for every entry."""
     n = 0
     row_starts[0] = 0
     for r in range(len(bits)):
@@ -220,9 +174,10 @@ def select_above(bits: Bits, cuts: Bits, row_starts: Offsets, ids: Ids, out: Bit
 
 @compiled
 def select_top(bits: Bits, k: int, row_starts: Offsets, ids: Ids, out: Bits) -> None:
-    """The k largest positive entries of each row; among equals, the lower features.
+    """Write the k largest positive entries of each row; among equals, the lower features.
 
-    The k-th largest of the maxima of many columns of a row is a first cut: k entries at least reach it, and few more.
+    A row's columns are dealt out to lanes. The k-th largest maximum of a lane is a first cut: at least k entries reach
+    it, and few more.
     """
     width = bits.shape[1]
     n_lanes = 128
@@ -285,13 +240,12 @@ def rescore(
     kept_starts: Offsets,
     values: Floats,
 ) -> None:
-    """Recompute candidates in float64, keep those above their thresholds, of these the k largest, and round.
+    """Recompute candidates in float64, keep the k largest of those above their thresholds, and round.
 
-    `approximate` is that of the pre-activation less the feature's threshold. A candidate is left out unread when it and
-    the bound on its error, `row_bounds[r] @ bounds[:, j] + relative * abs(approximate)`, stay below what is needed.
-    Candidates of at least `firsts[r]` come first: where there are k, the least of them raises what is needed of the
-    others. The value of what is kept is stretch[j] * pre + shift[j], where positive. Kept entries are written over
-    `ids`.
+    `approximate` is the approximate pre-activation less the feature's threshold. A candidate is not recomputed if even
+    with the bound on its error, `row_bounds[r] @ bounds[:, j] + relative * abs(approximate)`, it stays below the number
+    needed. Candidates of at least `firsts[r]` come first: if there are k, the least of them raises the number that the
+    others need. A kept entry has the value stretch[j] * pre + shift[j], where positive, and is written over `ids`.
     """
     longest = 0
     for r in range(len(x)):
@@ -369,11 +323,12 @@ def reconstruct(
     d_values: Floats,
     losses: Floats,
 ) -> None:
-    """For rows start..stop: residuals values @ w_dec - target, their squared norms, and d_values = residual @ w_dec.T.
+    """Write for rows start..stop the residuals, their squared norms, and their products with the active directions.
 
-    Features up to `ends[g]` make dictionary g, each inside the next. `losses` (G, B) are those of each dictionary;
-    `residual` (G, B, D) is for g the sum of the residuals of g and all larger ones, which is what features that belong
-    to g first have to answer for. One pass while a row's K directions are in cache; d_values only where values are.
+    The residual is values @ w_dec - target; `d_values` is residual @ w_dec.T where there are values. Features up to
+    `ends[g]` make dictionary g, each inside the next. `losses` (G, B) has the squared norm for each dictionary.
+    `residual[g]` (B, D) is the sum of the residuals of dictionary g and all larger ones: every feature that is in g,
+    but in no smaller one, is part of these dictionaries. One pass does it all, while a row's K directions are in cache.
     """
     n_nested = len(ends)
     d = target.shape[1]
@@ -435,7 +390,7 @@ def transpose(
     rows: Ids,
     sorted_values: Floats,
 ) -> None:
-    """Put the entries of rows start..stop where `positions` (next free place of each feature) says.
+    """Put each entry of rows start..stop at its feature's next free place, which `positions` holds.
 
     Both `values` and `sorted_values` are (n, nnz): one or more numbers go with each entry.
     """
@@ -471,10 +426,10 @@ def accumulate(
     d_w_enc: Floats,
     d_w_dec: Floats,
 ) -> None:
-    """Gradients of features start..stop, added to what is there, unless it is `fresh` memory.
+    """Add the gradients of features start..stop to `d_w_enc` and `d_w_dec`, or write them to `fresh` memory.
 
-    `residual` (G, B, D) and `centred` (B, D) are float32, or bfloat16 as bits: reading them is what takes the time.
-    With `on_sphere` the part of `d_w_dec` along a row of `w_dec` is taken out: the gradient of the loss of unit rows.
+    `residual` (G, B, D) and `centred` (B, D) are float32, or bfloat16 as bits: to read them takes most of the time.
+    With `on_sphere` the part of `d_w_dec` along a row of `w_dec` is taken out: it is the gradient for unit rows.
     """
     g = 0
     for f in range(start, stop):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.sae.encoder import SparseValues
+from saeflow.activations.sparse_values import SparseValues
 
 _SLICE, _GPU_SLICE = 1 << 18, 1 << 22
 """Logits widened to float64 at a time: few enough for a processor's cache, enough to keep a GPU busy."""

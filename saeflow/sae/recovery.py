@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
+from saeflow.activations.sparse_values import SparseValues
 from saeflow.activations.synthetic import superposition, toy_models
-from saeflow.activations.synthetic.ground_truth import Codes, GroundTruth
+from saeflow.activations.synthetic.ground_truth import GroundTruth
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.encoder import SparseValues
 
 FOUND = 0.9
 """Cosine above which a direction is that of a true feature."""
@@ -184,7 +184,7 @@ class _Seen:
         return seen
 
 
-def _coded(truth: GroundTruth, encode: Encode, n_rows: int) -> Iterator[tuple[Tensor, Codes, SparseValues]]:
+def _coded(truth: GroundTruth, encode: Encode, n_rows: int) -> Iterator[tuple[Tensor, SparseValues, SparseValues]]:
     """At least so many fresh rows, the same each time, with what fires in them in truth and as found."""
     for values, codes in truth.fresh():
         x = torch.from_numpy(values)
@@ -201,10 +201,9 @@ def _firing_together(
     n = len(partners)
     owner, n_both = np.full(n_features, -1), np.zeros(n, np.int64)
     owner[partners[partners >= 0]] = np.flatnonzero(partners >= 0)
-    for x, codes, sparse in _coded(truth, encode, n_rows):
-        rows = np.repeat(np.arange(len(x)), np.diff(sparse.row_starts))
+    for _, codes, sparse in _coded(truth, encode, n_rows):
         claimed = owner[sparse.feature_ids]
-        claims = (rows * n + claimed)[claimed >= 0]
+        claims = (sparse.rows * n + claimed)[claimed >= 0]
         right = np.intersect1d(codes.rows * n + codes.feature_ids, claims, assume_unique=True)
         n_both += np.bincount(right % n, minlength=n)
     return n_both

@@ -22,8 +22,10 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import TrainConfig
 from saeflow.runtime.devices import choose_device, to_device
 from saeflow.runtime.errors import UserError
-from saeflow.sae.autoencoder import SparseAutoencoder, StepInfo
-from saeflow.sae.encoder import fast_dtype
+from saeflow.runtime.linear import fast_dtype
+from saeflow.runtime.threads import n_threads
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.loss import StepInfo
 from saeflow.store.files import flush, make_folder, read_json, rename, write_json
 from saeflow.train import schedules
 from saeflow.train.resample import resample
@@ -97,7 +99,8 @@ class Training:
         rows = rows or sample(feed)
         means, scales = zip(*(mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
         seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
-        sae = SparseAutoencoder(seeded, feed.sites[0].width, feed.sites[-1].width)
+        widths = feed.sites[0].width, feed.sites[-1].width
+        sae = SparseAutoencoder(seeded, *widths, n_threads(recipe.threads))
         sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
         sae.start_sparse(rows[0] * scales[0])
         config, place = recipe.train, choose_device("train.device", recipe.train.device)

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.activations.shards import open_site
+from saeflow.activations.sparse_values import SparseValues
 from saeflow.activations.synthetic import superposition
 from saeflow.activations.synthetic.generate import make_table
-from saeflow.activations.synthetic.ground_truth import Codes
 from saeflow.activations.tables.stream import TableReader
 from saeflow.model.sites import Site
 from saeflow.pipeline import import_table
@@ -41,7 +41,7 @@ def settings(**changes) -> SyntheticConfig:
     return SyntheticConfig.model_validate(about | changes)
 
 
-def dense(codes: Codes, n: int) -> np.ndarray:
+def dense(codes: SparseValues, n: int) -> np.ndarray:
     """Strengths (B, n)."""
     values = np.zeros((len(codes.row_starts) - 1, n), np.float32)
     values[codes.rows, codes.feature_ids] = codes.values

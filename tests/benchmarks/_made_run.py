@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
+from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import Packed, write_part
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.features.part_writer import PartWriter
-from saeflow.features.token_columns import facts_of
+from saeflow.features.token_columns import read_token_columns
 from saeflow.runtime.threads import use_one_thread
-from saeflow.sae.encoder import SparseValues
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
@@ -87,7 +87,7 @@ def _documents(owners: np.ndarray, base: int) -> pa.Table:
 
 
 def _values(target: Artefact, used: TokenSelection, part: PartRecord) -> PartRecord:
-    about = facts_of(used, part.index)
+    about = read_token_columns(used, part.index)
     counts: dict[str, int] = {}
     with target.new_part(part.index, counts, {"tokens": part.folder, "activations": part.folder}) as folder:
         writer = PartWriter(folder, counts, about, N_FEATURES)

@@ -39,12 +39,13 @@ from saeflow.pipeline import collect, encode, import_table, train
 from saeflow.query import checks
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
+from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.encoder import Encoder, fast_dtype
-from saeflow.sae.kernels import in_parallel, ranges
+from saeflow.sae.encoding.encoder import Encoder
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, report
 
@@ -133,12 +134,13 @@ def product(size: Size) -> float:
     """Tokens/s, on as many workers as torch has threads."""
     dtype = fast_dtype()
     x, w = torch.randn(BATCH, size.width).to(dtype), torch.randn(size.n_features, size.width)
-    encoder = Encoder(w, torch.zeros(size.n_features), torch.zeros(size.width), dtype)
+    threads = torch.get_num_threads()
+    encoder = Encoder(w, torch.zeros(size.n_features), torch.zeros(size.width), dtype, threads=threads)
     encoder.prepare()
     parts, n_batches = ranges(BATCH, encoder.chunk_rows), -(-size.n_rows // BATCH)
     began = time.perf_counter()
     for _ in range(n_batches):
-        in_parallel(lambda part: encoder.pre_activations(x[slice(*part)]), parts)
+        in_parallel(lambda part: encoder.pre_activations(x[slice(*part)]), parts, threads)
     return n_batches * BATCH / (time.perf_counter() - began)
 
 

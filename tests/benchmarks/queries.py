@@ -190,7 +190,7 @@ def made(folder: Path, n_values: int) -> tuple[Made, float]:
     run = _made_run.make(store, n_values)
     source = store.by_id(run.record.inputs[0])
     began = time.perf_counter()
-    compaction.run(run, TokenSelection(source), QUIET, enough=2)
+    compaction.compact_run(run, TokenSelection(source), QUIET, enough=2)
     seconds = time.perf_counter() - began
     connection = connect(store)
     counts = counts_of(connection)

@@ -30,11 +30,12 @@ from saeflow.pipeline import import_table
 from saeflow.pipeline.train import open_feed
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig, TrainConfig
+from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.threads import keep_freed_memory
-from saeflow.sae import autoencoder, sparse_step
-from saeflow.sae.encoder import Encoder, fast_dtype
-from saeflow.sae.kernels import in_parallel, ranges
+from saeflow.runtime.threads import in_parallel, keep_freed_memory, ranges
+from saeflow.sae import loss
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.encoding.encoder import Encoder
 from saeflow.store.store import Store
 from saeflow.train.training import Batch, Training
 from tests.benchmarks import _peers, _superposed
@@ -98,7 +99,7 @@ class Rows:
 def a_training(name: str, size: Size, rows: Rows, n_steps: int, **train: Any) -> Training:
     architecture = name.partition("-")[0]
     config = SAEConfig(architecture=architecture, n_features=size.n_features, k=size.k, **OURS[name])
-    made = autoencoder.SparseAutoencoder(config, size.width)
+    made = SparseAutoencoder(config, size.width, threads=torch.get_num_threads())
     made.product_dtype = fast_dtype()
     first = next(rows.batches())
     made.initialise(first.mean(0))
@@ -139,11 +140,12 @@ def floor_speed(size: Size) -> float:
     """Tokens/s of the encoder product alone, on as many workers as a step has."""
     dtype, seconds = fast_dtype(), []
     x, w = torch.randn(BATCH, size.width).to(dtype), torch.randn(size.n_features, size.width)
-    encoder = Encoder(w, torch.zeros(size.n_features), torch.zeros(size.width), dtype)
+    encoder = Encoder(w, torch.zeros(size.n_features), torch.zeros(size.width), dtype, threads=torch.get_num_threads())
     encoder.prepare()
     for _ in range(8):
         began = time.perf_counter()
-        in_parallel(lambda part: encoder.pre_activations(x[slice(*part)]), ranges(BATCH, encoder.chunk_rows))
+        parts = ranges(BATCH, encoder.chunk_rows)
+        in_parallel(lambda part: encoder.pre_activations(x[slice(*part)]), parts, encoder.threads)
         seconds.append(time.perf_counter() - began)
     return BATCH / statistics.median(seconds)
 
@@ -224,8 +226,8 @@ def where_it_goes(size: Size, rows: Rows) -> dict[str, float]:
 
     training, batches, n = a_training("topk", size, rows, 10**6), rows.batches(), 10
     places = [
-        (sparse_step, "prepare", "centre the batch"), (sparse_step, "select_top", "encoder product and top-k"),
-        (sparse_step, "run", "reconstruct and gradients"), (training.adam, "step", "Adam"),
+        (loss, "centred_batch", "centre the batch"), (loss, "largest_entries", "encoder product and top-k"),
+        (loss, "sparse_step", "reconstruct and gradients"), (training.adam, "step", "Adam"),
         (training.sae, "after_step", "unit rows"), (training, "advance", "whole step"),
     ]  # fmt: skip
     kept = [(place, name, getattr(place, name)) for place, name, _ in places]

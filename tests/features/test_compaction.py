@@ -18,11 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.corpus import token_parts as tokens
-from saeflow.features import compaction
-from saeflow.features.compaction import buckets, plan
-from saeflow.features.counting import PairTable
+from saeflow.features.compaction import compact_run, plan_merges
 from saeflow.features.coverage import covered
 from saeflow.features.files import files_of
+from saeflow.features.part_merger import USUAL_MERGE, MergeSettings, feature_buckets
 from saeflow.features.schema import PART_TABLES, TOP, TOP_VOCAB
 from saeflow.features.token_columns import bands_of
 from saeflow.pipeline import encode, train
@@ -52,9 +51,13 @@ def run_of(finished: Finished) -> Artefact:
     return encode.artefact(finished.store, finished.recipe)
 
 
-def compacted(finished: Finished) -> Artefact:
-    encode.compact(finished.store, finished.recipe, quiet(), enough=2)
-    return run_of(finished)
+def compacted(finished: Finished, settings: MergeSettings = USUAL_MERGE) -> Artefact:
+    run = run_of(finished)
+    if settings is USUAL_MERGE:
+        encode.compact(finished.store, finished.recipe, quiet(), enough=2)
+    else:
+        compact_run(run, encode.used_of(finished.store, run), quiet(), enough=2, settings=settings)
+    return run
 
 
 def rows_of(run: Artefact, order: str = "token_major") -> list[Row]:
@@ -162,12 +165,10 @@ def _read(path: Path) -> list[Row]:
     return list(zip(*(table.column(c).to_pylist() for c in ("token_id", "feature_id", "value")), strict=True))
 
 
-def test_a_compacted_run_holds_the_same_rows_in_files_by_feature_range(copied, monkeypatch):
-    monkeypatch.setattr(compaction, "BUCKET_VALUES", 500)
-    monkeypatch.setattr(compaction, "PIECE_VALUES", 300)
+def test_a_compacted_run_holds_the_same_rows_in_files_by_feature_range(copied):
     before = rows_of(run_of(copied))
     stats = totals(run_of(copied), "feature_stats")
-    artefact = compacted(copied)
+    artefact = compacted(copied, MergeSettings(bucket_values=500, piece_values=300))
     [part] = artefact.published().parts
     assert rows_of(artefact) == rows_of(artefact, "feature_major") == before
     ends = [
@@ -184,14 +185,11 @@ def test_a_compacted_run_holds_the_same_rows_in_files_by_feature_range(copied, m
         assert [name for name, found in check(connection) if len(found)] == []
 
 
-def test_features_that_fire_together_are_the_same_however_much_memory_counting_has(copied, monkeypatch):
+def test_features_that_fire_together_are_the_same_however_much_memory_counting_has(copied):
     target = run_of(copied)
     shutil.copytree(copied.store.root, copied.store.root.with_name("other"))
-    monkeypatch.setattr(compaction, "_PAIR_BYTES", 4 * 64 * 10)
-    monkeypatch.setattr(PairTable, "MOST_FEATURES", 0)
     other = Finished(Store(copied.store.root.with_name("other")), copied.recipe, copied.summary)
-    compacted(other)
-    monkeypatch.undo()
+    compacted(other, MergeSettings(table_features=0, pair_bytes=4 * 64 * 10))
     compacted(copied)
     assert tree(run_of(other).path / "parts") == tree(target.path / "parts")
 
@@ -333,7 +331,8 @@ def test_groups_are_neighbours_within_the_limits_and_take_every_part_that_has_a_
 ):
     parts = [a_part(i, n) for i, n in enumerate(sizes)]
     spans = {i: (places * i, places * (i + 1) - 1) for i in range(len(sizes))}
-    groups = plan(parts, spans, most_values=most, most_tokens=most_places)
+    settings = MergeSettings(most_values=most, most_tokens=most_places)
+    groups = plan_merges(parts, spans, settings=settings)
     grouped = [part.index for group in groups for part in group]
     assert grouped == sorted(set(grouped))
     for group in groups:
@@ -349,7 +348,7 @@ def test_groups_are_neighbours_within_the_limits_and_take_every_part_that_has_a_
 
 @given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=60), wanted=st.integers(1, 100))
 def test_buckets_take_every_feature_once_in_order_and_none_is_much_fuller_than_wanted(counts, wanted):
-    found = buckets(np.array(counts), wanted)
+    found = feature_buckets(np.array(counts), wanted)
     assert [f for a, b in found for f in range(a, b + 1)] == list(range(len(counts)))
     share = sum(counts) / max(1, round(sum(counts) / wanted))
     assert all(sum(counts[a : b + 1]) <= share + max(counts) for a, b in found)

@@ -14,8 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from saeflow.features import directions
-from saeflow.features.directions import logits, similar
+from saeflow.features.directions import ONE_WORKER, ProductBlocks, logits, similar
 from saeflow.features.schema import RUN_TABLES, TOP, TOP_LOGITS
 from saeflow.model.direct_path import direct_path
 from saeflow.model.sites import list_sites, load_model, spliced
@@ -31,10 +30,7 @@ def some_directions(n: int, width: int, seed: int = 0) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directions, "_ROWS", 7)
-    monkeypatch.setattr(directions, "_COLUMNS", 11)
+SMALL_BLOCKS = ProductBlocks(rows=7, columns=11)
 
 
 def slow_similar(rows: np.ndarray, top: int) -> list[tuple[int, int, float]]:
@@ -58,18 +54,16 @@ def assert_same(table: pa.Table, expected: list[tuple[int, int, float]], within:
 
 
 @pytest.mark.parametrize("top", [1, 5, 40])
-@pytest.mark.usefixtures("small_blocks")
 def test_each_feature_has_the_others_of_largest_cosine_whatever_the_blocks(top: int) -> None:
     rows = some_directions(40, 6).numpy()
-    table = similar(rows, top)
+    table = similar(rows, top, SMALL_BLOCKS)
     assert table.schema == RUN_TABLES["similar"]
     assert_same(table, slow_similar(rows, top))
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_among_equal_cosines_the_lower_features_come_first() -> None:
     rows = np.eye(4, dtype=np.float32)[np.arange(30) % 4]
-    assert_same(similar(rows, 10), slow_similar(rows, 10))
+    assert_same(similar(rows, 10, SMALL_BLOCKS), slow_similar(rows, 10))
 
 
 def test_lengths_of_directions_do_not_matter() -> None:
@@ -109,16 +103,12 @@ def test_as_many_are_kept_as_the_contract_says() -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    rows, n_threads = some_directions(600, 512), torch.get_num_threads()
-    model = load_model(ModelConfig(path=str(DEMO)))
-    found = []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            found.append((similar(rows), logits(rows, model, "transformer.h.0.mlp.act")))
-        assert found[0] == found[1]
-    finally:
-        torch.set_num_threads(n_threads)
+    rows, model = some_directions(600, 512), load_model(ModelConfig(path=str(DEMO)))
+    site = "transformer.h.0.mlp.act"
+    one, two = (
+        (similar(rows, blocks=ProductBlocks(n)), logits(rows, model, site, blocks=ProductBlocks(n))) for n in (1, 2)
+    )
+    assert one == two
 
 
 def made(kind: Any, about: transformers.PretrainedConfig) -> Any:
@@ -190,9 +180,9 @@ def pushed(model: Any, site: str, direction: Tensor) -> Tensor:
     return unit(there[0] - there[1])
 
 
-def all_logits(model: Any, site: str, rows: Tensor) -> Tensor:
+def all_logits(model: Any, site: str, rows: Tensor, blocks: ProductBlocks = ONE_WORKER) -> Tensor:
     """Our numbers as a matrix (n, V)."""
-    table = logits(rows, model, site, top=VOCAB)
+    table = logits(rows, model, site, VOCAB, blocks)
     assert table is not None
     out = torch.full((len(rows), VOCAB), torch.nan)
     feature_id, vocab_id, values = (torch.tensor(column.to_pylist()) for column in table.columns)
@@ -291,13 +281,12 @@ def test_logits_of_the_demo_model_are_those_of_its_weights() -> None:
     assert_same(table, expected, within=1e-3)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_logits_are_the_same_in_whatever_blocks() -> None:
     model, site, rows = gpt2(), "transformer.h.1", some_directions(30, 24)
     stream = (rows - rows.mean(1, keepdim=True)) * model.transformer.ln_f.weight
     exact = stream @ model.lm_head.weight.t()
     exact -= exact.mean(1, keepdim=True)
-    torch.testing.assert_close(all_logits(model, site, rows), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(all_logits(model, site, rows, SMALL_BLOCKS), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_what_goes_into_a_norm_of_a_block_is_the_stream_itself() -> None:

@@ -242,7 +242,7 @@ def test_the_files_do_not_depend_on_the_size_of_batches(brought, batch_rows):
 def test_a_part_with_more_values_than_memory_holds_gets_more_files_with_the_same_rows(brought, monkeypatch, limit):
     store, recipe, _ = brought
     usual = encoded(store, recipe)
-    monkeypatch.setattr(part_writer, "SEGMENT_NONZEROS", limit)
+    monkeypatch.setattr(part_writer, "SEGMENT_VALUES", limit)
     encoder = encoder_of(brought, collect.artefact(store, recipe), f"segments{limit}")
     encoder.batch_rows = 50
     cut = encode_all(encoder)
@@ -298,7 +298,7 @@ def miscounting(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on one feature of each new part is said to fire once more often than it does."""
 
     def wrong(self: PartWriter) -> None:
-        self.totals.n_tokens[0] += 1
+        self.statistics.n_tokens[0] += 1
         close(self)
 
     close = PartWriter.close

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as tf
 
 from saeflow.activations import shards
+from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus import token_parts
 from saeflow.model.sites import load_model
 from saeflow.pipeline import collect, encode, evaluate, import_table, train
@@ -23,7 +24,6 @@ from saeflow.runtime import devices
 from saeflow.runtime.errors import UserError
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.encoder import SparseValues
 from saeflow.store.records import read_checked, write_checked
 from saeflow.store.store import Store
 from tests.support.small_pipeline import (

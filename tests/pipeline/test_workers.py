@@ -25,6 +25,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import encode
 from flows.support import tasks
 from saeflow.features import compaction
+from saeflow.features.part_merger import MergeSettings
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import train
 from saeflow.pipeline.dask import start as cluster_start
@@ -102,23 +103,23 @@ def copied(finished: Finished, tmp_path: Path) -> Finished:
 
 
 def test_a_group_that_workers_merged_before_an_earlier_one_is_there_when_it_is_shown(
-    copied: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Finished, tmp_path: Path
 ) -> None:
     run = features.artefact(copied.store, copied.recipe)
     used = features.used_of(copied.store, run)
     n_values = [part.counts["n_values"] for part in run.published().parts]
-    monkeypatch.setattr(compaction, "plan", partial(compaction.plan, most_values=sum(n_values) * 2 // 3))
+    settings = MergeSettings(most_values=sum(n_values) * 2 // 3)
     alone = tmp_path / "alone"
     shutil.copytree(copied.store.root, alone)
 
     def last_first(groups: list[list[PartRecord]], bar: Bar) -> Iterator[PartRecord]:
         assert len(groups) > 1
         worker = replace(run, shared=True, made={})
-        made = [compaction.merge_whole(worker, used, group, bar) for group in reversed(groups)]
+        made = [compaction.merge_whole_parts(worker, used, group, bar) for group in reversed(groups)]
         yield from reversed(made)
 
-    compaction.run(run, used, quiet(), 2, by_workers=last_first)
-    compaction.run(replace(run, root=alone), used, quiet(), 2)
+    compaction.compact_run(run, used, quiet(), 2, merge_groups=last_first, settings=settings)
+    compaction.compact_run(replace(run, root=alone), used, quiet(), 2, settings=settings)
     assert not [run.part_path(part) for part in run.published().parts if not run.part_path(part).is_dir()]
     assert tree(copied.store.root) == tree(alone)
 
@@ -446,8 +447,8 @@ def test_a_cluster_that_cannot_be_and_a_setting_that_would_do_nothing_are_refuse
 def test_a_group_of_parts_is_found_by_its_ends(finished: Finished) -> None:
     run = features.artefact(finished.store, finished.recipe)
     parts = run.published().parts
-    for group in compaction.plan(parts, features.used_of(finished.store, run).spans):
-        assert compaction.neighbours(parts[::-1], group[0].folder, group[-1].folder) == group
+    for group in compaction.plan_merges(parts, features.used_of(finished.store, run).spans):
+        assert compaction.group_between(parts[::-1], group[0].folder, group[-1].folder) == group
 
 
 def test_a_sweep_is_split_for_the_workers_that_the_recipe_starts_though_one_is_there_yet(

@@ -11,7 +11,6 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow.recipe.settings import Architecture, SAEConfig
-from saeflow.sae import dense_step
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.train.resample import resample
 
@@ -120,9 +119,9 @@ def assert_near(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: fl
 @pytest.mark.parametrize("settings", [{}, {"unit_norm": False, "l1_norm_weighted": True}, {"target_site": "other"}])
 @pytest.mark.parametrize("way", ["sparse", "dense", "without kernels"])
 @pytest.mark.parametrize("name", EVERY)
-def test_loss_and_gradients_are_those_of_the_paper(name, way, settings, monkeypatch):
-    monkeypatch.setattr(dense_step, "DENSEST", {"dense": 0.0}.get(way, 1.0))
+def test_loss_and_gradients_are_those_of_the_paper(name, way, settings):
     sae = an_autoencoder(name, way != "without kernels", **settings)
+    sae.dense_share = 0.0 if way == "dense" else 1.0
     x, target = rows(), rows(D_OUT, 1) if "target_site" in settings else None
     loss, info = sae.training_loss(x, target=target, sparsity=0.7)
     wanted = obvious_loss(sae, x, target, sparsity=0.7)
@@ -132,11 +131,11 @@ def test_loss_and_gradients_are_those_of_the_paper(name, way, settings, monkeypa
 
 
 @pytest.mark.parametrize("name", PENALISED)
-def test_dense_and_sparse_steps_see_the_same(name, monkeypatch):
+def test_dense_and_sparse_steps_see_the_same(name):
     seen = []
-    for densest in (0.0, 1.0):
-        monkeypatch.setattr(dense_step, "DENSEST", densest)
+    for dense_share in (0.0, 1.0):
         sae = an_autoencoder(name)
+        sae.dense_share = dense_share
         loss, info = sae.training_loss(rows())
         seen.append((loss.item(), info))
     (loss, one), (other_loss, other) = seen
@@ -288,6 +287,7 @@ def test_the_same_training_twice_and_on_any_number_of_threads_gives_the_same_wei
         torch.set_num_threads(n_threads)
         try:
             sae = an_autoencoder(name)
+            sae.threads = n_threads
             loss, info = sae.training_loss(rows(n=3000), 1.0, 500)
             seen.append(gradients(loss, sae) | {"fired": info.fired})
         finally:

@@ -8,7 +8,7 @@ import torch.nn.functional as tf
 
 from saeflow.recipe.settings import TOP_FAMILY, Architecture, SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.sparse_step import summed_in_order
+from saeflow.sae.step.gradients import summed_in_order
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
 B, D, F, K = 300, 24, 160, 5
@@ -217,6 +217,7 @@ def test_several_threads_compute_what_one_does(architecture):
         torch.set_num_threads(n_threads)
         try:
             sae = an_autoencoder(architecture, torch.bfloat16)
+            sae.threads = n_threads
             sae.tokens_since_fired[:40] = 10**6
             loss, _ = sae.training_loss(x, 1.0)
             seen.append([loss.detach(), *gradients(loss, sae)])

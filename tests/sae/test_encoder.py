@@ -4,11 +4,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saeflow.activations.sparse_values import SparseValues
 from saeflow.recipe.settings import SAEConfig
-from saeflow.sae import encoder as encoding
-from saeflow.sae import sparse_inputs
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.encoder import SparseValues, feature_major, feature_statistics
+from saeflow.sae.encoding import sparse_inputs
+from saeflow.sae.encoding.encoder import Encoder, SparseInputEncoder
+from saeflow.sae.encoding.exact import encode_densely, encode_on_accelerator, rounded
+from saeflow.sae.encoding.feature_major import feature_major, feature_statistics
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
 STORED = [torch.float16, torch.bfloat16, torch.float32]
@@ -63,11 +65,11 @@ def test_what_an_accelerator_screens_is_what_a_dense_product_in_float64_gives(ar
     sae = an_autoencoder(architecture, product)
     x = some_activations(700)
     x[13:20] = x[12]
-    readout = sae._readout()
-    cut = torch.from_numpy(readout.thresholds)
-    encoder = encoding.Encoder(sae.W_enc, sae.b_enc, sae.b_in, product, cut if readout.thresholds.any() else None)
-    screened = encoding.encode_by_screen(x, encoder, readout)
-    whole = encoding.encode_anywhere(x, sae.W_enc, sae.b_enc, sae.b_in, readout)
+    function = sae.activation_function()
+    cut = torch.from_numpy(function.thresholds)
+    encoder = Encoder(sae.W_enc, sae.b_enc, sae.b_in, product, cut if function.thresholds.any() else None)
+    screened = encode_on_accelerator(x, encoder, function)
+    whole = encode_densely(x, sae.W_enc, sae.b_enc, sae.b_in, function)
     assert len(screened.values) > 500
     for one, other in zip(screened, whole, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -79,10 +81,10 @@ def test_of_equal_pre_activations_an_accelerator_keeps_the_lower_features():
         sae.W_enc.copy_(sae.W_enc[:20].repeat(10, 1))
         sae.b_enc.copy_(sae.b_enc[:20].repeat(10))
     x = some_activations(50)
-    encoder = encoding.Encoder(sae.W_enc, sae.b_enc, sae.b_in, torch.bfloat16)
-    screened = encoding.encode_by_screen(x, encoder, sae._readout())
+    encoder = Encoder(sae.W_enc, sae.b_enc, sae.b_in, torch.bfloat16)
+    screened = encode_on_accelerator(x, encoder, sae.activation_function())
     np.testing.assert_array_equal(screened.feature_ids, sae.encode_sparse(x).feature_ids)
-    assert len(encoding.encode_by_screen(x[:0], encoder, sae._readout()).values) == 0
+    assert len(encode_on_accelerator(x[:0], encoder, sae.activation_function()).values) == 0
 
 
 @pytest.mark.parametrize("dtype", STORED)
@@ -106,12 +108,8 @@ def test_encoding_equals_float64_over_all_features_rounded_to_11_bits(architectu
 def test_a_token_is_encoded_alike_in_any_batch_and_on_any_number_of_threads(architecture, cuts, threads):
     sae, x = an_autoencoder(architecture), some_activations(150)
     whole = sae.encode_sparse(x)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        parts = [sae.encode_sparse(part) for part in x.tensor_split(sorted(cuts))]
-    finally:
-        torch.set_num_threads(before)
+    sae.threads = threads
+    parts = [sae.encode_sparse(part) for part in x.tensor_split(sorted(cuts))]
     np.testing.assert_array_equal(np.concatenate([p.feature_ids for p in parts]), whole.feature_ids)
     np.testing.assert_array_equal(np.concatenate([p.values for p in parts]), whole.values)
     np.testing.assert_array_equal(np.concatenate([np.diff(p.row_starts) for p in parts]), np.diff(whole.row_starts))
@@ -131,8 +129,8 @@ def test_without_kernels_the_result_is_the_same(architecture):
 def test_the_screen_never_errs_by_more_than_its_bound(width, share_of_zeros):
     sae, x = an_autoencoder("relu", width=width, n_features=320), some_activations(64, torch.float32, width)
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < share_of_zeros] = 0
-    encoder = sae._current_encoder().suited_to(x)
-    assert isinstance(encoder, encoding.SparseInputEncoder) == (share_of_zeros > 0)
+    encoder = sae.current_encoder().suited_to(x)
+    assert isinstance(encoder, SparseInputEncoder) == (share_of_zeros > 0)
     rows, row_bounds = encoder.bounded(x)
     screen = encoder.pre_activations(rows).double().numpy()
     exact = (x.double() - sae.b_dec.double()) @ sae.W_enc.double().t() + sae.b_enc.double()
@@ -147,7 +145,7 @@ def test_the_product_of_mostly_zero_rows_is_that_of_the_weights_in_bfloat16(n_fe
     x[3] = 0
     w, base = torch.randn(n_features, D, generator=torch.Generator().manual_seed(2)), torch.arange(n_features).float()
     out = np.full((7, n_features), np.nan, np.float32)
-    sparse_inputs.product(x.numpy(), sparse_inputs.packed(w), base.numpy(), out.reshape(-1))
+    sparse_inputs.product(x.numpy(), sparse_inputs.packed(w, 1), base.numpy(), out.reshape(-1))
     wanted = x.double() @ w.bfloat16().double().t() + base
     np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
 
@@ -156,7 +154,7 @@ def test_the_product_of_mostly_zero_rows_is_that_of_the_weights_in_bfloat16(n_fe
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mostly_zero_rows_are_encoded_as_exactly_as_others(architecture, dtype):
     sae, x = an_autoencoder(architecture, n_features=288), torch.relu(some_activations(300, dtype) - 3)
-    assert isinstance(sae._current_encoder().suited_to(x), encoding.SparseInputEncoder)
+    assert isinstance(sae.current_encoder().suited_to(x), SparseInputEncoder)
     quick = sae.encode_sparse(x)
     assert len(quick.values) > 300
     sae.use_kernels = False
@@ -177,8 +175,8 @@ def test_rounding_goes_to_even_and_keeps_tiny_and_huge_values():
     ulp = 2.0**-10
     given = torch.tensor([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, 1e-30, 60000.0 * 1000], dtype=torch.float64)
     wanted = [1.0, 1 + 2 * ulp, 1 + ulp, to_11_bits(np.float64(1e-30)), to_11_bits(np.float64(6e7))]
-    np.testing.assert_array_equal(encoding.rounded(given), np.float32(wanted))
-    assert (encoding.rounded(given).numpy() > 0).all()
+    np.testing.assert_array_equal(rounded(given), np.float32(wanted))
+    assert (rounded(given).numpy() > 0).all()
 
 
 def test_nothing_in_nothing_out():

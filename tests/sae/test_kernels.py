@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import kernels
-from saeflow.sae.encoder import choose
+from saeflow.sae.encoding.active_entries import chosen_entries
 
 DTYPES = [torch.bfloat16, torch.float32]
 numbers = st.sampled_from([-3.0, -1.0, -0.5, -0.0, 0.0, 0.25, 0.5, 1.0, 1.0078125, 2.0, 40.0])
@@ -21,7 +22,7 @@ def rows_of(data, n_rows, width):
 @given(data=st.data(), n_rows=st.integers(1, 3), width=st.integers(1, 70), k=st.integers(1, 12))
 def test_the_top_entries_are_those_of_a_stable_sort(dtype, data, n_rows, width, k):
     rows = rows_of(data, n_rows, width)
-    starts, ids, bits = choose(kernels.bits_of(rows.to(dtype)), kernels.select_top, k)
+    starts, ids, bits = chosen_entries(kernels.bits_of(rows.to(dtype)), kernels.select_top, k)
     for r, row in enumerate(rows):
         wanted = row.sort(descending=True, stable=True).indices[:k]
         wanted = wanted[row[wanted] > 0].sort().values
@@ -36,7 +37,7 @@ def test_the_top_entries_are_those_of_a_stable_sort(dtype, data, n_rows, width, 
 def test_no_entry_above_a_cut_is_missed_and_none_well_below_is_taken(dtype, data, n_rows, width, cut):
     rows = rows_of(data, n_rows, width)
     cuts = kernels.cut_bits(np.full(n_rows, cut), dtype)
-    starts, ids, bits = choose(kernels.bits_of(rows.to(dtype)), kernels.select_above, cuts)
+    starts, ids, bits = chosen_entries(kernels.bits_of(rows.to(dtype)), kernels.select_above, cuts)
     taken = np.zeros(rows.shape, bool)
     taken[np.repeat(np.arange(n_rows), np.diff(starts)), ids] = True
     assert taken[rows.numpy() > cut].all()
@@ -49,16 +50,17 @@ def test_many_columns_are_searched_whatever_their_number():
     for width in (127, 128, 129, 1000, 4096):
         rows = torch.rand(5, width, generator=generator)
         for k in (1, 32, 100):
-            _, ids, _ = choose(kernels.bits_of(rows), kernels.select_top, k)
+            _, ids, _ = chosen_entries(kernels.bits_of(rows), kernels.select_top, k)
             np.testing.assert_array_equal(ids.reshape(5, -1), rows.topk(k).indices.sort().values)
 
 
 def test_work_is_spread_in_order_and_leaves_the_callers_threads_alone():
     before = torch.get_num_threads()
-    assert kernels.in_parallel(lambda i: i * i, range(50)) == [i * i for i in range(50)]
+    for threads in (1, 2, 3):
+        assert in_parallel(lambda i: i * i, range(50), threads) == [i * i for i in range(50)]
     assert torch.get_num_threads() == before
 
 
 def test_ranges_cover_everything_once():
-    assert kernels.ranges(0, 4) == []
-    assert kernels.ranges(9, 4) == [(0, 4), (4, 8), (8, 9)]
+    assert ranges(0, 4) == []
+    assert ranges(9, 4) == [(0, 4), (4, 8), (8, 9)]

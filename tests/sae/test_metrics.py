@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saeflow.activations.sparse_values import SparseValues
 from saeflow.sae import metrics
-from saeflow.sae.encoder import SparseValues
 from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
 
 WIDTH, N_ENTRIES = 12, 50

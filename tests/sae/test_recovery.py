@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saeflow.activations.synthetic import toy_models
-from saeflow.activations.synthetic.ground_truth import Codes, GroundTruth
+from saeflow.activations.sparse_values import SparseValues, values_above_zero
+from saeflow.activations.synthetic import superposition, toy_models
+from saeflow.activations.synthetic.ground_truth import GroundTruth
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.sae import recovery
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.encoder import SparseValues
 from saeflow.sae.recovery import Scores, best_cosines, match, score, score_directions, truth_of
 
 N, WIDTH = 8, 12
@@ -34,12 +34,12 @@ def made_truth(rates: np.ndarray, noise: float = 0.0, n_rows: int = 400) -> Grou
     """Orthogonal directions, each firing by itself, of strength 1 to 2."""
     directions = orthogonal(len(rates))
 
-    def fresh() -> Iterator[tuple[np.ndarray, Codes]]:
+    def fresh() -> Iterator[tuple[np.ndarray, SparseValues]]:
         for number in itertools.count():
             dice = np.random.default_rng(number)
             strengths = (dice.random((n_rows, len(rates))) < rates) * dice.uniform(1, 2, (n_rows, len(rates)))
             rows = strengths @ directions + noise * dice.normal(size=(n_rows, WIDTH))
-            yield rows.astype(np.float32), Codes.of_dense(strengths.astype(np.float32))
+            yield rows.astype(np.float32), values_above_zero(strengths.astype(np.float32))
 
     return GroundTruth(directions, rates, noise, fresh)
 
@@ -49,7 +49,7 @@ TRUTH = made_truth(RATES)
 
 
 def sparse_of(values: Tensor) -> SparseValues:
-    codes = Codes.of_dense(values.numpy())
+    codes = values_above_zero(values.numpy())
     return SparseValues(codes.row_starts, codes.feature_ids.astype(np.int32), codes.values)
 
 
@@ -161,7 +161,7 @@ def test_firing_is_judged_by_hits_false_alarms_and_misses():
     assert 0.3 < found.f1 < 0.9
 
 
-def dense(codes: Codes) -> np.ndarray:
+def dense(codes: SparseValues) -> np.ndarray:
     values = np.zeros((len(codes.row_starts) - 1, N), np.float32)
     values[codes.rows, codes.feature_ids] = codes.values
     return values
@@ -201,7 +201,7 @@ def test_the_noise_floor_is_what_the_true_features_leave_unexplained():
     found = score_directions(
         DIRECTIONS,
         lambda x: sparse_of(torch.from_numpy(strengths[x.numpy().tobytes()])),
-        lambda sparse: torch.from_numpy(dense(Codes(*sparse))) @ DIRECTIONS,
+        lambda sparse: torch.from_numpy(dense(sparse)) @ DIRECTIONS,
         truth, 10**6, n_rows=4000,
     )  # fmt: skip
     assert found.variance_unexplained == pytest.approx(found.noise_floor, rel=0.03)
@@ -235,7 +235,7 @@ def test_every_kind_knows_its_directions_and_gives_rows_that_are_not_stored(conf
     blocks = list(itertools.islice(truth.fresh(), 2))
     offset = 0.0
     if config.kind == "superposed":
-        offset = recovery.superposed.World.of(config).offset
+        offset = superposition.SuperposedFeatures.of(config).offset
     counts = np.zeros(len(truth.directions))
     for rows, codes in blocks:
         values = np.zeros((len(rows), len(truth.directions)), np.float32)

@@ -33,7 +33,7 @@ from saeflow.query.questions import questions
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.sae.autoencoder import StepInfo
+from saeflow.sae.loss import StepInfo
 from saeflow.store import garbage
 from saeflow.store import storage as objects
 from saeflow.store import verify as integrity

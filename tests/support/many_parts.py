@@ -25,8 +25,8 @@ from saeflow.activations.shards import plan_layout
 from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus import token_parts as tokens
 from saeflow.corpus.vocabulary import write_vocab
-from saeflow.features.compaction import BUCKET_VALUES, MOST_VALUES, PIECE_VALUES
 from saeflow.features.coverage import FIRST_INDEX, stands_for
+from saeflow.features.part_merger import USUAL_MERGE
 from saeflow.features.schema import PART_TABLES
 from saeflow.pipeline import collect, lineage, train
 from saeflow.pipeline import encode as features
@@ -122,13 +122,13 @@ class Many:
         """What `saeflow compact` makes of all parts: files of about as many values as it writes."""
         every = list(replace(self, with_files=False).feature_parts(0, self.n_parts))
         per_part = every[0].counts["n_values"]
-        for start in range(0, len(every), MOST_VALUES // per_part):
-            group = every[start : start + MOST_VALUES // per_part]
+        for start in range(0, len(every), USUAL_MERGE.most_values // per_part):
+            group = every[start : start + USUAL_MERGE.most_values // per_part]
             n_values = per_part * len(group)
-            ids = np.linspace(0, N_FEATURES, max(1, n_values // BUCKET_VALUES) + 1, dtype=int)
+            ids = np.linspace(0, N_FEATURES, max(1, n_values // USUAL_MERGE.bucket_values) + 1, dtype=int)
             first = group[0].index * self.n_sequences * LENGTH
             last = first + len(group) * self.n_sequences * LENGTH
-            tokens = np.linspace(first, last, max(1, n_values // (2 * PIECE_VALUES)) + 1, dtype=int)
+            tokens = np.linspace(first, last, max(1, n_values // (2 * USUAL_MERGE.piece_values)) + 1, dtype=int)
             files = [f"{table}.parquet" for table in PART_TABLES]
             files += [f"feature_major/low={a}/high={b - 1}/000.parquet" for a, b in itertools.pairwise(ids)]
             files += [f"token_major/low={a}/high={b - 1}/000.parquet" for a, b in itertools.pairwise(tokens)]

@@ -32,7 +32,6 @@ APART = {"train", "features"}
 NOT_YET = {
     ("corpus.token_parts", "features.schema"),
     ("corpus.token_parts", "model.sites"),
-    ("model.direct_path", "sae.encoder"),
 }
 """Imports that still go upwards."""
 

@@ -22,7 +22,7 @@ from saeflow.activations.epoch import fit_pool
 from saeflow.activations.feed import Feed
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
-from saeflow.features.compaction import BUCKET_VALUES, MOST_VALUES, PIECE_VALUES
+from saeflow.features.part_merger import USUAL_MERGE
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect
 from saeflow.query.relations import relations
@@ -151,7 +151,7 @@ def test_what_is_missing_is_decided_by_looking_at_each_file_a_few_times(many, ca
     assert calls["read_listed"] <= 4
     inputs = {part.index: part.inputs for part in many.features.published().parts}
     calls.clear()
-    assert len(compaction.owners(reopened(many, "features"), inputs)) == N_ENCODED
+    assert len(compaction.part_of_each(reopened(many, "features"), inputs)) == N_ENCODED
     assert calls["stat"] <= n_files(many.features) + FEW
     assert calls["open"] < FEW
 
@@ -201,7 +201,8 @@ class Example:
     def figures(self, n_tokens: float) -> dict[str, str]:
         """What the formulas of the page give."""
         values, product = self.l0 * n_tokens, 2 * self.width * self.n_features
-        files_per_value = 1 / BUCKET_VALUES + 1 / (2 * PIECE_VALUES) + 7 / MOST_VALUES
+        sizes = USUAL_MERGE
+        files_per_value = 1 / sizes.bucket_values + 1 / (2 * sizes.piece_values) + 7 / sizes.most_values
         forward = n_tokens / 222_648 if self.n_parameters is None else 2 * self.n_parameters * n_tokens / GPU
         return {
             "activations, TB": f"{2 * self.width * n_tokens / 1e12:,.1f}",

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as tf
 
-from saeflow.activations.synthetic.ground_truth import Codes, GroundTruth, random_numbers, row_starts_of
+from saeflow.activations.sparse_values import SparseValues, row_starts_of
+from saeflow.activations.synthetic.ground_truth import GroundTruth, random_numbers
 from saeflow.activations.tables.stream import RowBlock, TableRows
 from saeflow.recipe.synthetic import SyntheticConfig
 
@@ -94,7 +95,7 @@ class SuperposedFeatures:
     def _weights(self) -> torch.Tensor:
         return torch.from_numpy(self.directions)
 
-    def block(self, stream: int, number: int) -> tuple[np.ndarray, Codes]:
+    def block(self, stream: int, number: int) -> tuple[np.ndarray, SparseValues]:
         """Return the rows float32 (4096, D) of one block, and their codes."""
         dice = random_numbers(self.config.seed, stream, number)
         codes = self._codes(dice)
@@ -106,7 +107,7 @@ class SuperposedFeatures:
         values += torch.from_numpy(self.offset)
         return values.numpy(), codes
 
-    def _codes(self, dice: np.random.Generator) -> Codes:
+    def _codes(self, dice: np.random.Generator) -> SparseValues:
         n, n_units, n_alone = len(self.rates), len(self._intensities), len(self._alone)
         units = np.repeat(np.arange(n_units), dice.poisson(BLOCK_ROWS * self._intensities))
         drawn = np.sort(dice.integers(0, BLOCK_ROWS, len(units)) * n_units + units)
@@ -120,14 +121,16 @@ class SuperposedFeatures:
         places = np.sort(np.concatenate([rows[single] * n + self._alone[units[single]], together]))
         rows, features = np.divmod(places, n)
         magnitudes = np.abs(dice.standard_normal(len(places), np.float32)) * np.float32(self.config.magnitude_scale)
-        return Codes(row_starts_of(rows, BLOCK_ROWS), features, magnitudes + np.float32(self.config.magnitude_floor))
+        return SparseValues(
+            row_starts_of(rows, BLOCK_ROWS), features, magnitudes + np.float32(self.config.magnitude_floor)
+        )
 
 
 def feature_label(feature: int) -> str:
     return f"true {feature}"
 
 
-def strongest_features(codes: Codes) -> np.ndarray:
+def strongest_features(codes: SparseValues) -> np.ndarray:
     """Return the strongest feature of each row, int64 (B,): the last of equal ones, -1 if none fires."""
     n_active = np.diff(codes.row_starts)
     some = n_active > 0

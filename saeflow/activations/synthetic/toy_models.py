@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from saeflow.activations.synthetic.ground_truth import Codes, GroundTruth, random_numbers
+from saeflow.activations.sparse_values import SparseValues, values_above_zero
+from saeflow.activations.synthetic.ground_truth import GroundTruth, random_numbers
 from saeflow.recipe.synthetic import SyntheticConfig
 
 _TOY_STEPS = 3000
@@ -36,11 +37,11 @@ def toy_truth(config: SyntheticConfig) -> GroundTruth:
     lengths = torch.linalg.vector_norm(directions, dim=1)
     known = lengths > _REPRESENTED
 
-    def fresh() -> Iterator[tuple[np.ndarray, Codes]]:
+    def fresh() -> Iterator[tuple[np.ndarray, SparseValues]]:
         for number in itertools.count():
             seed = int(random_numbers(config.seed, _FRESH_STREAM, number).integers(2**32))
             rows, strengths = draw(_FRESH_ROWS, torch.Generator().manual_seed(seed))
-            yield rows.numpy(), Codes.of_dense((strengths * lengths)[:, known].numpy())
+            yield rows.numpy(), values_above_zero((strengths * lengths)[:, known].numpy())
 
     units = tf.normalize(directions[known], dim=1).numpy()
     return GroundTruth(units, np.full(len(units), _rate(config)), 0.0, fresh)

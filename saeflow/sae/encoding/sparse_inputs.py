@@ -1,7 +1,7 @@
-"""The encoder product of activations that are mostly zero, as after a ReLU: only what is not zero is multiplied.
+"""The encoder product of activations that are mostly zero, as after a ReLU: only other numbers are multiplied.
 
-Weights are read in bfloat16, in pairs: 32-bit word i of a group of 32 columns holds column i in its low and column
-i + 16 in its high half, so that a shift or a mask makes 16 float32 numbers of a vector. Sums are in float32.
+Weights are read in bfloat16, in pairs. In a group of 32 columns, 32-bit word i holds column i in its low half and
+column i + 16 in its high half: a shift or a mask turns a vector of words into 16 float32 numbers. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -15,37 +15,39 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from torch import Tensor
 
+from saeflow.runtime.linear import converted
+from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import kernels
 from saeflow.sae.kernels import Floats, Ids, Offsets, compiled
 
-COLUMNS = 32
+GROUP_COLUMNS = 32
 """Columns in a group; the number of features must be a multiple."""
 
-DENSEST = 0.25
-"""Share of numbers other than zero up to which this product is the quicker one, here with a margin."""
+_MOST_NONZERO = 0.25
+"""Share of numbers other than zero up to which this product is the quicker one, with a margin."""
 
-_TILE = 8 * COLUMNS
+_TILE_COLUMNS = 8 * GROUP_COLUMNS
 """Columns summed up at once: 16 vectors of 16 numbers."""
 
 
 def mostly_zero(x: Tensor) -> bool:
-    """Are so few numbers of x (B, D) not zero that the sparse product is quicker?"""
-    return x.device.type == "cpu" and x.numel() > 0 and int(torch.count_nonzero(x)) <= DENSEST * x.numel()
+    """True if x (B, D) has so many zeros that the sparse product is quicker."""
+    return x.device.type == "cpu" and x.numel() > 0 and int(torch.count_nonzero(x)) <= _MOST_NONZERO * x.numel()
 
 
-def packed(w: Tensor) -> Ids:
-    """Weights (F, D) as words (D, F / 2)."""
+def packed(w: Tensor, threads: int) -> Ids:
+    """Return weights (F, D) as words (D, F / 2)."""
     words = np.empty((w.shape[1], len(w) // 2), np.int32)
-    halves = kernels.bits_of(kernels.converted(w, torch.bfloat16))
-    kernels.in_parallel(lambda rows: _pack(*rows, halves, words), kernels.ranges(len(w), 16 * COLUMNS))
+    halves = kernels.bits_of(converted(w, torch.bfloat16, threads))
+    in_parallel(lambda rows: _pack(*rows, halves, words), ranges(len(w), 16 * GROUP_COLUMNS), threads)
     return words
 
 
 @compiled
 def _pack(start: int, stop: int, halves: kernels.Bits, words: Ids) -> None:
-    """For the columns start..stop of the product, which are rows of `halves`."""
-    half = COLUMNS // 2
-    for group in range(start, stop, COLUMNS):
+    """Pack columns start..stop of the product, which are rows of `halves`."""
+    half = GROUP_COLUMNS // 2
+    for group in range(start, stop, GROUP_COLUMNS):
         for d in range(halves.shape[1]):
             for i in range(half):
                 low, high = halves[group + i, d], halves[group + half + i, d]
@@ -56,22 +58,22 @@ def _summing(
     typing: Any, n_groups: Any, ids: Any, values: Any, n: Any, words: Any, width: Any, column: Any, base: Any,
     out: Any, place: Any,
 ) -> Any:  # fmt: skip
-    """out[place:] = base[column:] + sum(values[:n] * rows `ids[:n]` of words), for n_groups groups of columns.
+    """Set out[place:] = base[column:] + sum(values[:n] * rows `ids[:n]` of words), for n_groups groups of columns.
 
-    Sums stay in vector registers, where the compiler does not leave them by itself.
+    Written as vector instructions, because the compiler by itself does not keep the sums in vector registers.
     """
     vectors = 2 * n_groups.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        int32, index, vector = ir.IntType(32), ir.IntType(64), ir.VectorType(ir.FloatType(), COLUMNS // 2)
-        integers = ir.VectorType(int32, COLUMNS // 2)
+        int32, index, vector = ir.IntType(32), ir.IntType(64), ir.VectorType(ir.FloatType(), GROUP_COLUMNS // 2)
+        integers = ir.VectorType(int32, GROUP_COLUMNS // 2)
         _, ids_, values_, n_, words_, width_, column_, base_, out_, place_ = (
             context.make_array(kind)(context, builder, value).data if isinstance(kind, numba.types.Array) else value
             for kind, value in zip(signature.args, arguments, strict=True)
         )
 
         def place_of(pointer: Any, at: Any, i: int, kind: Any) -> Any:
-            at = builder.add(at, index(i * (COLUMNS // 2)))
+            at = builder.add(at, index(i * (GROUP_COLUMNS // 2)))
             return builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer())
 
         first = [builder.load(place_of(base_, column_, i, vector), align=4) for i in range(vectors)]
@@ -88,8 +90,8 @@ def _summing(
         added = []
         for i in range(0, vectors, 2):
             word = builder.load(place_of(words_, start, i // 2, integers), align=4)
-            low = builder.shl(word, ir.Constant(integers, [16] * (COLUMNS // 2)))
-            high = builder.and_(word, ir.Constant(integers, [0xFFFF0000] * (COLUMNS // 2)))
+            low = builder.shl(word, ir.Constant(integers, [16] * (GROUP_COLUMNS // 2)))
+            high = builder.and_(word, ir.Constant(integers, [0xFFFF0000] * (GROUP_COLUMNS // 2)))
             for half, total in zip((low, high), sums[i : i + 2], strict=True):
                 product = builder.fmul(value, builder.bitcast(half, vector), flags=("contract",))
                 added.append(builder.fadd(product, total, flags=("contract",)))
@@ -131,14 +133,14 @@ def _compress(x: Floats, starts: Offsets, ids: Ids, values: Floats) -> None:
 
 @compiled
 def _multiply(starts: Offsets, ids: Ids, values: Floats, words: Ids, width: int, base: Floats, out: Floats) -> None:
-    """A tile of columns at a time: its weights stay in the cache for all rows."""
+    """Multiply one tile of columns at a time: its weights stay in the cache for all rows."""
     n_columns = 2 * width
-    n_tiled = n_columns - n_columns % _TILE
-    for column in range(0, n_tiled, _TILE):
+    n_tiled = n_columns - n_columns % _TILE_COLUMNS
+    for column in range(0, n_tiled, _TILE_COLUMNS):
         for r in range(len(starts) - 1):
             a, n = starts[r], starts[r + 1] - starts[r]
             _sum_columns(8, ids[a:], values[a:], n, words, width, column, base, out, r * n_columns + column)
-    for column in range(n_tiled, n_columns, COLUMNS):
+    for column in range(n_tiled, n_columns, GROUP_COLUMNS):
         for r in range(len(starts) - 1):
             a, n = starts[r], starts[r + 1] - starts[r]
             _sum_columns(1, ids[a:], values[a:], n, words, width, column, base, out, r * n_columns + column)

@@ -1,0 +1,164 @@
+"""Exact encoding: values that depend neither on the batch, nor on the device, nor on the precision of the product.
+
+The quick product only screens: a bound on its error says which features might be chosen, and their pre-activations
+are computed again in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeflow.activations.sparse_values import SparseRows, SparseValues, concatenated
+from saeflow.runtime.threads import in_parallel, ranges
+from saeflow.sae import kernels
+from saeflow.sae.encoding.active_entries import chosen_entries
+from saeflow.sae.encoding.encoder import PRODUCT_ENTRIES, Encoder
+from saeflow.sae.kernels import Doubles
+
+
+@dataclass(frozen=True)
+class ActivationFunction:
+    """How an exact pre-activation becomes a value: stretch * pre + shift where that is positive, else 0.
+
+    Only pre-activations above their feature's threshold count; if `k` is given, only the k largest of a token. All
+    arrays (F) in float64.
+    """
+
+    thresholds: Doubles
+    stretch: Doubles
+    shift: Doubles
+    k: int | None
+
+    @classmethod
+    def identity(cls, thresholds: Tensor, k: int | None = None) -> ActivationFunction:
+        """Return the function whose value is the pre-activation itself."""
+        wide = thresholds.detach().double().cpu().numpy()
+        return cls(wide, np.ones_like(wide), np.zeros_like(wide), k)
+
+    def on(self, place: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return thresholds, stretch and shift on a device."""
+        thresholds, stretch, shift = map(torch.from_numpy, (self.thresholds, self.stretch, self.shift))
+        return thresholds.to(place), stretch.to(place), shift.to(place)
+
+
+def encode_on_processor(x: Tensor, encoder: Encoder, function: ActivationFunction) -> SparseValues:
+    """Return the values of rows x (B, D), computed on the encoder's threads.
+
+    The encoder's cut must be the function's thresholds.
+    """
+    encoder = encoder.suited_to(x)
+    encoder.prepare()
+
+    def encode_chunk(part: tuple[int, int]) -> SparseValues:
+        return _encode_rows(x[slice(*part)].detach().float(), encoder, function)
+
+    return concatenated(in_parallel(encode_chunk, ranges(len(x), encoder.chunk_rows), encoder.threads))
+
+
+def _encode_rows(x: Tensor, encoder: Encoder, function: ActivationFunction) -> SparseValues:
+    rows, row_bounds = encoder.bounded(x)
+    relative = encoder.relative_error
+    widest = row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()
+    bits = kernels.bits_of(encoder.pre_activations(rows))
+    firsts = np.full(len(x), -np.inf)
+    lower = -widest
+    if function.k is not None:
+        firsts = _kth_values(chosen_entries(bits, kernels.select_top, function.k), function.k)
+        lower = np.maximum(firsts * (1 - relative) - widest, 0) - widest
+    cuts = kernels.cut_bits(np.where(lower > 0, lower / (1 + relative), lower / (1 - relative)), encoder.dtype)
+    starts, ids, near = chosen_entries(bits, kernels.select_above, cuts)
+    kept, values = np.empty_like(starts), np.empty(len(ids), np.float32)
+    kernels.rescore(
+        x.numpy(), encoder.b_in.double().numpy(), encoder.w_enc.numpy(), encoder.b_enc.double().numpy(),
+        encoder.bounds, row_bounds, relative, firsts, function.thresholds, function.stretch, function.shift,
+        function.k or len(encoder.w_enc) + 1, starts, ids, kernels.floats_of(near), kept, values,
+    )  # fmt: skip
+    return SparseRows(kept, ids[: kept[-1]], values[: kept[-1]])
+
+
+def _kth_values(top: SparseValues, k: int) -> Doubles:
+    """Return each row's k-th largest value; 0 where fewer are positive."""
+    starts, _, bits = top
+    full = np.diff(starts) == k
+    kth = np.zeros(len(full))
+    kth[full] = np.minimum.reduceat(kernels.floats_of(bits), starts[:-1][full]) if full.any() else 0
+    return kth
+
+
+def encode_on_accelerator(x: Tensor, encoder: Encoder, function: ActivationFunction) -> SparseValues:
+    """Return the values of rows x (B, D), computed and sorted on their device, `device_rows` rows at a time."""
+    parts = ranges(len(x), encoder.device_rows)
+    return concatenated([_encode_on_device(x[start:stop], encoder, function) for start, stop in parts])
+
+
+def _encode_on_device(x: Tensor, encoder: Encoder, function: ActivationFunction) -> SparseValues:
+    place = encoder.w_enc.device
+    thresholds, stretch, shift = function.on(place)
+    low, row_bounds = encoder.bounded(x.float())
+    pre = encoder.pre_activations(low).float()
+    widest = torch.from_numpy(row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()).to(place)
+    least = -widest
+    if function.k is not None:
+        kth = pre.topk(min(function.k, pre.shape[1]), dim=1).values[:, -1].double()
+        least = (kth * (1 - encoder.relative_error) - widest).clamp(min=0) - widest
+    cut = least - encoder.relative_error * least.abs() - 1e-30
+    rows, ids = (pre.double() > cut[:, None]).nonzero(as_tuple=True)
+    exact = _exact_pre_activations(x, encoder, rows, ids)
+    keep = exact > thresholds[ids]
+    if function.k is not None:
+        keep &= _places_in_rows(rows, torch.where(keep, exact, -torch.inf), len(x)) < function.k
+    values = rounded((stretch[ids] * exact + shift[ids]).clamp(min=0))
+    keep &= values > 0
+    return _from_device(rows[keep], ids[keep], values[keep], len(x))
+
+
+def _exact_pre_activations(x: Tensor, encoder: Encoder, rows: Tensor, ids: Tensor) -> Tensor:
+    """Return float64 pre-activations of these entries; their memory at any time is that of the product."""
+    centred, n = x.double() - encoder.b_in.double(), max(PRODUCT_ENTRIES // x.shape[1], 1)
+    chunks = zip(rows.split(n), ids.split(n), strict=True)
+    dots = [(centred[r] * encoder.w_enc[f].double()).sum(1) for r, f in chunks]
+    none = torch.empty(0, dtype=torch.float64, device=rows.device)
+    return (torch.cat(dots) if dots else none) + encoder.b_enc.double()[ids]
+
+
+def _places_in_rows(rows: Tensor, values: Tensor, n_rows: int) -> Tensor:
+    """Return the place of each entry in its row by value, largest first, equals in the order given; rows are sorted."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    counts = torch.bincount(rows, minlength=n_rows)
+    first = counts.cumsum(0) - counts
+    places = torch.empty_like(rows)
+    places[order] = torch.arange(len(rows), device=rows.device) - first[rows]
+    return places
+
+
+def encode_densely(x: Tensor, w_enc: Tensor, b_enc: Tensor, b_in: Tensor, function: ActivationFunction) -> SparseValues:
+    """Return the values of rows x (B, D) by a dense float64 product, on any device: slow, for comparison."""
+    thresholds, stretch, shift = function.on(w_enc.device)
+    parts = []
+    for start, stop in ranges(len(x), 1024):
+        pre = (x[start:stop].double() - b_in.double()) @ w_enc.double().t() + b_enc.double()
+        keep = pre > thresholds
+        if function.k is not None:
+            places = pre.sort(dim=1, descending=True, stable=True).indices[:, : function.k]
+            keep &= torch.zeros_like(keep).scatter_(1, places, True)
+        values = rounded(torch.where(keep, (stretch * pre + shift).clamp(min=0), 0.0))
+        rows, ids = values.nonzero(as_tuple=True)
+        parts.append(_from_device(rows, ids, values[rows, ids], stop - start))
+    return concatenated(parts)
+
+
+def _from_device(rows: Tensor, ids: Tensor, values: Tensor, n_rows: int) -> SparseValues:
+    starts = torch.bincount(rows, minlength=n_rows).cumsum(0).cpu().numpy()
+    return SparseRows(np.concatenate([[0], starts]), ids.int().cpu().numpy(), values.cpu().numpy())
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Return float64 values as float32 numbers of 11 significand bits, halves to even; the exponent is kept."""
+    bits = values.view(torch.int64)
+    bits = bits + (1 << 41) - 1 + ((bits >> 42) & 1)
+    return ((bits >> 42) << 42).view(torch.float64).float()

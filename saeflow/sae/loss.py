@@ -1,0 +1,164 @@
+"""The training loss of a batch, with the gradients of all parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from saeflow.activations.sparse_values import SparseTensors
+from saeflow.sae.architectures import Gated, JumpReLU, Relu, Top, TrainingRule
+from saeflow.sae.encoding.active_entries import share_positive
+from saeflow.sae.encoding.encoder import Encoder
+from saeflow.sae.parameters import SAEParameters
+from saeflow.sae.step.auxiliary import AuxiliaryLoss
+from saeflow.sae.step.batch import CentredBatch, StepResult, StepSettings, Weights, centred_batch
+from saeflow.sae.step.dense_step import dense_step
+from saeflow.sae.step.sparse_step import entries_above_cut, largest_entries, sparse_step
+
+THRESHOLD_MEMORY = 0.9
+"""Share of the running threshold that a batch leaves in place."""
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Figures of a training step."""
+
+    unexplained: float
+    """Share of the batch's variance that the reconstruction misses."""
+    auxiliary: float
+    """Share of that rest that dead features miss, before its weight."""
+    sparsity: float
+    """The penalty before its weight.
+
+    It is mean(abs(values)) (relu, gated), or (L0 / k - 1)² or the mean sum of tanh (jumprelu).
+    """
+    n_active: float
+    """Mean number of active features of a token."""
+    n_dead: int
+    fired: Tensor
+    """Number of tokens of each feature (F)."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What a step changes in the loss: see `SparseAutoencoder.training_loss`."""
+
+    aux_weight: float
+    dead_after_tokens: int
+    k: int
+    sparsity: float
+    by_token: bool
+
+
+def loss_of_batch(
+    sae: SAEParameters, x: Tensor, target: Tensor | None, options: LossOptions
+) -> tuple[Tensor, StepInfo]:
+    """Return the loss of a batch (B, D), which can be differentiated for the parameters, and its figures."""
+    with torch.no_grad():
+        loss, info, gradients = _loss_and_gradients(sae, x, target, options)
+    parameters = sae.trained_parameters
+    return cast(Tensor, _ComputedLoss.apply(loss, gradients, *parameters)), info  # type: ignore[no-untyped-call]
+
+
+class _ComputedLoss(torch.autograd.Function):
+    """Puts a loss that is already computed into the graph, with its gradients for the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None  # nobody else holds them, so they need no copy
+        return None, None, *(gradients if d_loss.item() == 1 else (each * d_loss for each in gradients))
+
+
+def _loss_and_gradients(
+    sae: SAEParameters, x: Tensor, target: Tensor | None, options: LossOptions
+) -> tuple[Tensor, StepInfo, tuple[Tensor, ...]]:
+    config, encoder = sae.config, sae.current_encoder()
+    batch = centred_batch(x, sae.b_in, target, sae.b_dec, encoder.dtype, sae.threads)
+    rule = _training_rule(sae, batch, options.sparsity)
+    weights = Weights(*(p.detach() for p in sae.trained_parameters[:4]))
+    ends = torch.tensor(config.nested, dtype=torch.int32)
+    scale = batch.scale(config.counts_k)
+    settings = StepSettings(rule, ends, scale, config.unit_norm, sae.use_kernels, sae.threads)
+    result, chosen = _step_result(sae, x, batch, encoder, weights, settings, options)
+    dead = (sae.tokens_since_fired >= options.dead_after_tokens).nonzero().flatten()
+    weight = options.aux_weight if config.counts_k or config.architecture == "jumprelu" else 0.0
+    auxiliary = AuxiliaryLoss.plan(dead, len(x), batch.target.shape[1], options.k, weight)
+    aux_loss = auxiliary.add_to(result, batch, weights, encoder, settings)
+    n_active = result.n_active / len(x)
+    penalty, sparsity_loss = rule.penalty_loss(result.penalty, n_active)
+    loss = result.mean_error * scale + penalty + options.aux_weight * aux_loss
+    if sae.training and math.isfinite(loss):  # a batch with NaN or infinity must leave nothing behind
+        _remember(sae, len(x), result.fired, None if options.by_token else chosen)
+    unexplained = result.error / batch.variance
+    info = StepInfo(unexplained, aux_loss, sparsity_loss, n_active, len(dead), result.fired)
+    return torch.tensor(loss, device=x.device), info, _gradients(sae, result, rule, weights, n_active)
+
+
+def _step_result(
+    sae: SAEParameters, x: Tensor, batch: CentredBatch, encoder: Encoder, weights: Weights, settings: StepSettings,
+    options: LossOptions,
+) -> tuple[StepResult, SparseTensors | None]:  # fmt: skip
+    """Return the result of a sparse or a dense step, and the entries it chose, if it did."""
+    suited = encoder.suited_to(x) if sae.use_kernels else encoder
+    rows = batch.low if suited is encoder else x
+    if sae.config.counts_k:
+        guess, by_token = sae.cut_guess, options.by_token
+        chosen, sae.cut_guess = largest_entries(rows, suited, options.k, by_token, guess, sae.use_kernels)
+    else:
+        cut = cast(Tensor | float, settings.rule.cut)
+        if isinstance(cut, Tensor):
+            suited = suited.with_cut(cut)
+        if share_positive(rows, suited) > sae.dense_share:
+            return dense_step(batch, encoder, weights, settings), None
+        chosen = entries_above_cut(rows, suited, sae.use_kernels)
+    return sparse_step(batch, chosen, weights, settings), chosen
+
+
+def _training_rule(sae: SAEParameters, batch: CentredBatch, sparsity: float) -> TrainingRule:
+    config, n_rows = sae.config, len(batch.low)
+    weighted = config.l1_norm_weighted or (config.architecture == "jumprelu" and not config.unit_norm)
+    lengths = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1) if weighted else None
+    paid = config.l1_weight * sparsity, n_rows * config.n_features, lengths
+    match config.architecture:
+        case "relu":
+            return Relu(*paid)
+        case "gated":
+            return Gated(*paid, sae.r_mag.detach(), sae.b_mag.detach(), sae.b_enc.detach())
+        case "jumprelu":
+            scale = config.tanh_scale if config.penalty == "tanh" else None
+            weight, width = config.penalty_weight * sparsity, batch.target.shape[1]
+            return JumpReLU(sae.threshold, config.bandwidth, weight, config.k, n_rows, width, scale, lengths)
+        case _:
+            return Top()
+
+
+def _gradients(
+    sae: SAEParameters, result: StepResult, rule: TrainingRule, weights: Weights, n_active: float
+) -> tuple[Tensor, ...]:
+    """Return the gradients of `trained_parameters`, in their order."""
+    d_w_dec, d_b_dec = result.d_w_dec, result.d_b_dec
+    if "length" in result.sums:
+        per_length = result.sums["length"] / torch.linalg.vector_norm(weights.w_dec, dim=1)
+        along = per_length[:, None] * weights.w_dec
+        d_w_dec = d_w_dec if sae.config.unit_norm else d_w_dec + along
+    if sae.config.target_site is None:
+        d_b_dec = d_b_dec - result.d_pre @ weights.w_enc
+    d_b_enc = rule.bias_gradient(result.d_pre, result.sums)
+    return result.d_w_enc, d_b_enc, d_w_dec, d_b_dec, *rule.own_gradients(result.sums, n_active)
+
+
+def _remember(sae: SAEParameters, n_rows: int, fired: Tensor, chosen: SparseTensors | None) -> None:
+    """Count the tokens since each feature fired; let the running threshold follow a batch's least chosen value."""
+    sae.tokens_since_fired.add_(n_rows).masked_fill_(fired > 0, 0)
+    if sae.config.counts_k and chosen is not None and len(chosen.values):
+        memory = torch.where(sae.threshold > 0, THRESHOLD_MEMORY, 0.0)
+        sae.threshold.mul_(memory).add_((1 - memory) * chosen.values.min())

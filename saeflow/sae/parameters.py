@@ -1,0 +1,155 @@
+"""The parameters of a sparse autoencoder: how they start, and what keeps them in shape."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import torch
+import torch.nn.functional as tf
+from torch import Tensor, nn
+
+from saeflow.recipe.settings import SAEConfig
+from saeflow.runtime.linear import fast_dtype
+from saeflow.runtime.threads import in_parallel
+from saeflow.sae.encoding.encoder import Encoder
+from saeflow.sae.step.batch import worker_ranges
+from saeflow.sae.step.dense_step import DENSE_SHARE
+
+_START_ROWS = 4096
+"""Rows from which biases and thresholds of a sparse start are taken."""
+
+
+class SAEParameters(nn.Module):
+    """Weights, biases, thresholds and counters, by their names in a checkpoint and in a folder of SAELens."""
+
+    threshold: Tensor
+    tokens_since_fired: Tensor
+    centre: Tensor
+
+    def __init__(self, config: SAEConfig, width: int, out_width: int | None = None, threads: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        w_enc, b_enc, w_dec = _initial_weights(config, width, out_width or width)
+        self.W_enc, self.b_enc, self.W_dec = (nn.Parameter(weight) for weight in (w_enc, b_enc, w_dec))
+        self.b_dec = nn.Parameter(torch.zeros(w_dec.shape[1]), requires_grad=config.decoder_bias != "fixed")
+        threshold = torch.zeros(())
+        match config.architecture:
+            case "gated":
+                self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(config.n_features)) for _ in range(2))
+            case "jumprelu":
+                threshold = torch.full((config.n_features,), config.first_threshold)
+                self.log_threshold = nn.Parameter(threshold.log())
+        self.register_buffer("threshold", threshold)
+        self.register_buffer("tokens_since_fired", torch.zeros(config.n_features, dtype=torch.int64))
+        if config.target_site is not None:
+            self.register_buffer("centre", torch.zeros(width))
+        self.threads = threads
+        """Threads of the processor that training and encoding use."""
+        self.product_dtype: torch.dtype | None = None
+        """Precision of the encoder product; None takes the quicker of bfloat16 and float32. No value depends on it."""
+        self.use_kernels = True
+        self.dense_share = DENSE_SHARE
+        """Share of active entries above which a training step is dense."""
+        self.cut_guess = 0.0
+        """A number that the entries which the next batch chooses will exceed: see `top_entries_of_batch`."""
+        self._kept_encoder: tuple[object, Encoder] | None = None
+
+    @property
+    def b_in(self) -> Tensor:
+        """(D): subtracted from the input."""
+        return self.b_dec if self.config.target_site is None else self.centre
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What a training step gives gradients for, in their order."""
+        own = {"gated": ("r_mag", "b_mag"), "jumprelu": ("log_threshold",)}.get(self.config.architecture, ())
+        return [self.W_enc, self.b_enc, self.W_dec, self.b_dec, *(getattr(self, name) for name in own)]
+
+    def initialise(self, mean: Tensor, target_mean: Tensor | None = None) -> None:
+        """Let the decoder bias start at the mean of the target; `mean` (D) is the mean of the input."""
+        with torch.no_grad():
+            if self.config.target_site is not None:
+                self.centre.copy_(mean)
+            if self.config.decoder_bias == "mean":
+                self.b_dec.copy_(mean if target_mean is None else target_mean)
+
+    @torch.no_grad()
+    def start_sparse(self, rows: Tensor, features: Tensor | None = None) -> None:
+        """Let each feature, or some (int64 ids), fire on `first_share` of the first rows (n, D).
+
+        This sets its bias, or its threshold (jumprelu).
+        """
+        share = self.config.first_share
+        if share is None and self.config.architecture != "relu":
+            share = min(2 * self.config.k / self.config.n_features, 0.05)
+        if not share or self.config.counts_k:
+            return
+        chosen = torch.arange(len(self.b_enc)) if features is None else features
+        centred = rows[:_START_ROWS] - self.b_in
+        rank = max(round((1 - share) * len(centred)), 1)
+        for some in chosen.split(1024):
+            pre = torch.addmm(self.b_enc[some], centred, self.W_enc[some].t())
+            cuts = pre.kthvalue(rank, dim=0).values
+            if self.config.architecture == "jumprelu":
+                self.log_threshold[some] = cuts.clamp(min=self.config.first_threshold).log()
+                self.threshold[some] = self.log_threshold[some].exp()
+            else:
+                self.b_enc[some] -= cuts
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Bring decoder rows back to unit length and thresholds up to date; call it after every optimiser step."""
+
+        def normalise(features: tuple[int, int]) -> None:
+            rows = self.W_dec[slice(*features)]
+            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+        if self.config.unit_norm:
+            in_parallel(normalise, worker_ranges(self.W_dec, 512), self.threads)
+        if self.config.architecture == "jumprelu":
+            torch.exp(self.log_threshold, out=self.threshold)
+
+    def current_encoder(self, cut: Tensor | None = None) -> Encoder:
+        """Return the encoder in the precision of the product.
+
+        In eval mode it is kept until a parameter changes. In training it is made anew every time: fused optimisers
+        change parameters without telling.
+        """
+        dtype = self.product_dtype or fast_dtype(self.W_enc.device)
+        weights = self.W_enc, self.b_enc, self.b_in
+        if self.training:
+            return Encoder(*weights, dtype, cut, self.threads)
+        state = dtype, self.threads, *((p.data_ptr(), p._version) for p in (*weights, self.threshold))
+        if self._kept_encoder is None or self._kept_encoder[0] != state:
+            self._kept_encoder = state, Encoder(*weights, dtype, cut, self.threads)
+        return self._kept_encoder[1]
+
+    def train(self, mode: bool = True) -> Self:
+        self._kept_encoder = None
+        return super().train(mode)
+
+
+def _initial_weights(config: SAEConfig, width: int, out_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return W_enc (F, D), b_enc (F), W_dec (F, D_out).
+
+    `linear` draws uniformly within one over the root of the fan-in. A transcoder's matrices have nothing in common, so
+    `tied` draws both.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    n = config.n_features
+    if config.init == "tied":
+        directions = tf.normalize(torch.randn(n, width, generator=generator), dim=1)
+        outward = directions
+        if config.target_site is not None:
+            outward = tf.normalize(torch.randn(n, out_width, generator=generator), dim=1)
+        decoder_scale = 1.0 if config.unit_norm else config.decoder_scale
+        return directions * config.first_encoder_scale, torch.zeros(n), outward * decoder_scale
+
+    def uniform(fan_in: int, *size: int) -> Tensor:
+        return torch.rand(size, generator=generator).mul_(2).sub_(1).div_(math.sqrt(fan_in))
+
+    decoder = uniform(n, n, out_width) * config.decoder_scale
+    if config.unit_norm:
+        decoder = tf.normalize(decoder, dim=1)
+    return uniform(width, n, width) * config.first_encoder_scale, uniform(width, n), decoder

@@ -1,0 +1,110 @@
+"""From values and derivatives of entries to gradients of the weights, each in an order that is always the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as tf
+from torch import Tensor
+
+from saeflow.runtime.linear import converted
+from saeflow.runtime.threads import in_parallel, ranges
+from saeflow.sae import kernels
+from saeflow.sae.encoding.feature_major import sorted_by_feature
+from saeflow.sae.step.batch import WORKER_FEATURES, WORKER_ROWS, StepSettings, on_processor, worker_ranges
+from saeflow.sae.step.reconstruction import SparseReconstruction
+
+
+@dataclass(frozen=True)
+class WeightGradients:
+    """Gradients of encoder and decoder rows; `fresh` memory holds nothing yet."""
+
+    d_w_enc: Tensor
+    d_w_dec: Tensor
+    fresh: bool
+
+    def add(
+        self, found: SparseReconstruction, pair: Tensor, low: Tensor, w_dec: Tensor, settings: StepSettings
+    ) -> SumByFeature:
+        """Add the gradients of entries, and return what sums other numbers of these entries by feature.
+
+        `pair` (2, nnz) holds values, and derivatives by pre-activations, both times the scale of the loss.
+        """
+        add = self._add_by_kernels if on_processor(low, settings.use_kernels) else self._add_anywhere
+        add(found, pair, low, w_dec, settings)
+        return SumByFeature(found.entries.feature_ids, len(w_dec))
+
+    def _add_by_kernels(
+        self, found: SparseReconstruction, pair: Tensor, low: Tensor, w_dec: Tensor, settings: StepSettings
+    ) -> None:
+        threads, residual = settings.threads, found.residual
+        starts, ids, _ = (t.numpy() for t in found.entries)
+        feature_starts, rows, (values, d_pre) = sorted_by_feature(starts, ids, pair.numpy(), len(w_dec), threads)
+        low_residual = converted(residual.flatten(0, 1), low.dtype, threads).view(residual.shape)
+        matrices = [kernels.bits_of(t) if t.dtype == torch.bfloat16 else t.numpy() for t in (low_residual, low)]
+        arrays: list[Any] = [
+            feature_starts, rows, values, d_pre, settings.ends.numpy(), *matrices, w_dec.numpy(), settings.on_sphere,
+            self.fresh, self.d_w_enc.numpy(), self.d_w_dec.numpy(),
+        ]  # fmt: skip
+        features = ranges(len(w_dec), WORKER_FEATURES)
+        in_parallel(lambda part: kernels.accumulate(*part, *arrays), features, threads)
+
+    def _add_anywhere(
+        self, found: SparseReconstruction, pair: Tensor, low: Tensor, w_dec: Tensor, settings: StepSettings
+    ) -> None:
+        ids, rows = found.entries.feature_ids.long(), found.entries.rows
+        order = ids.argsort(stable=True)
+        starts = tf.pad(torch.bincount(ids, minlength=len(w_dec)).cumsum(0), (1, 0))
+        owner = torch.searchsorted(settings.ends.to(ids.device), ids, right=True)
+
+        def product(numbers: Tensor, places: Tensor, matrix: Tensor) -> Tensor:
+            bags = places[order], matrix.to(low.dtype).float(), starts
+            return tf.embedding_bag(*bags, mode="sum", per_sample_weights=numbers[order], include_last_offset=True)
+
+        if self.fresh:
+            self.d_w_enc.zero_()
+            self.d_w_dec.zero_()
+        self.d_w_enc.add_(product(pair[1], rows, low))
+        added = product(pair[0], owner * len(low) + rows, found.residual.flatten(0, 1))
+        self.d_w_dec.add_(without_radial(added, w_dec) if settings.on_sphere else added)
+
+
+class SumByFeature:
+    """Sums numbers of entries by their feature: (nnz) to (F). NumPy adds in order, and waits for no other thread."""
+
+    def __init__(self, feature_ids: Tensor, n_features: int) -> None:
+        self.ids, self.n_features = feature_ids, n_features
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        if self.ids.device.type == "cpu":
+            summed = np.bincount(self.ids.numpy(), numbers.numpy(), self.n_features)
+            return torch.from_numpy(summed).float()
+        return summed_in_order(self.ids, numbers, self.n_features)
+
+    def count(self, ids: Tensor) -> Tensor:
+        """Return how often each feature is among `ids` (n) int64."""
+        if ids.device.type == "cpu":
+            return torch.from_numpy(np.bincount(ids.numpy(), minlength=self.n_features))
+        return torch.bincount(ids, minlength=self.n_features)
+
+
+def summed_in_order(ids: Tensor, numbers: Tensor, n: int) -> Tensor:
+    """Return sums (n) of numbers (nnz) by id, added in the order of entries. `index_add_` has none on a GPU."""
+    starts = tf.pad(torch.bincount(ids, minlength=n).cumsum(0), (1, 0))
+    column = numbers[:, None].float()
+    return tf.embedding_bag(ids.argsort(stable=True), column, starts, mode="sum", include_last_offset=True)[:, 0]
+
+
+def summed_over_rows(matrix: Tensor, threads: int) -> Tensor:
+    """Return the sum over rows, by the workers: torch's own threads would wait for one another."""
+    parts = worker_ranges(matrix, WORKER_ROWS)
+    return torch.stack(in_parallel(lambda rows: matrix[slice(*rows)].sum(0), parts, threads)).sum(0)
+
+
+def without_radial(gradient: Tensor, w_dec: Tensor) -> Tensor:
+    """Return the gradient less its part along each row of w_dec: the gradient of the loss of unit rows."""
+    along = (gradient * w_dec).sum(1) / w_dec.square().sum(1)
+    return gradient - along[:, None] * w_dec
