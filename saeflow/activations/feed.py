@@ -30,8 +30,6 @@ from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 
-_FOLDER_READERS, _OBJECT_READERS = 2, 8
-"""Dask threads that read blocks, from a folder or from an object store."""
 _MOST_OPEN = 128
 """Arrays of all sites that are kept open. Opening one takes two milliseconds."""
 
@@ -186,7 +184,7 @@ class Feed:
         get(
             {name: (read, place) for place, name in enumerate(names)},
             names,
-            num_workers=_OBJECT_READERS if self.target.objects else _FOLDER_READERS,
+            num_workers=self.target.storage.n_readers,
         )
         n_sequences = sum(block.stop - block.start for block in blocks)
         self.n_bytes_read += n_sequences * self.selection.length * self._row_bytes

@@ -6,6 +6,7 @@ import math
 import struct
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import Tensor
 from saeflow.model.sites import Site
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import Bytes, FileBytes
+from saeflow.store.files import Bytes
 from saeflow.store.records import Damaged, PartRecord
-from saeflow.store.storage import Objects
+from saeflow.store.storage.interface import Storage
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -49,10 +50,11 @@ class StoredArray:
     skips checksums if a shard is read in part.
     """
 
-    def __init__(self, path: Path, objects: Objects | None = None) -> None:
-        self.path, self.objects = path, objects
+    def __init__(self, path: Path, storage: Storage) -> None:
+        self.path, self.storage = path, storage
         try:
-            self.array = zarr.open_array(self._with_record(), mode="r")
+            storage.fetch(path / "zarr.json")  # of an array in a bucket this is all that is kept here
+            self.array = zarr.open_array(path, mode="r")
             self.dtype: torch.dtype = getattr(torch, str(self.array.attrs["dtype"]))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise _damaged_array(path, "it", error) from error
@@ -81,23 +83,20 @@ class StoredArray:
         except (OSError, RuntimeError, ValueError) as error:
             raise _damaged_array(self.path, f"rows {rows.start} to {rows.stop}", error) from error
 
-    def _with_record(self) -> Path:
-        """Return the folder with the array's `zarr.json`, fetched from an object store; shards stay there."""
-        if self.objects is not None:
-            self.objects.fetch(self.path / "zarr.json")
-        return self.path
-
     def _read_by_zarr(self, rows: slice) -> np.ndarray:
         for shard in range(rows.start // self.shard, -(-rows.stop // self.shard)):
             with self._open_shard(shard):  # zarr would return zeros for a missing one
                 pass
-        array = zarr.open_array(self.objects.zarr(self.path), mode="r") if self.objects else self.array
-        return np.ascontiguousarray(array[rows])
+        return np.ascontiguousarray(self._stored[rows])
+
+    @cached_property
+    def _stored(self) -> Any:
+        """The array, with its shards wherever they are stored."""
+        return zarr.open_array(self.storage.zarr(self.path), mode="r")
 
     def _open_shard(self, shard: int) -> Bytes:
         """Raises FileNotFoundError."""
-        path = self.path / "c" / str(shard) / "0" / "0"
-        return self.objects.open(path) if self.objects else FileBytes(path)
+        return self.storage.open(self.path / "c" / str(shard) / "0" / "0")
 
     def _read_uncompressed(self, start: int, stop: int, raw: np.ndarray) -> None:
         for shard in range(start // self.shard, -(-stop // self.shard)):
@@ -180,4 +179,4 @@ def _damaged_array(path: Path, what: str, error: Exception) -> Damaged:
 
 def open_site(target: Artefact, part: PartRecord, site: Site) -> StoredArray:
     """Open the array (S, T, D) of one site in one part."""
-    return StoredArray(target.part_path(part) / site.file, target.objects)
+    return StoredArray(target.part_path(part) / site.file, target.storage)

@@ -15,7 +15,7 @@ import torch
 
 from saeflow import __version__
 from saeflow.runtime.text import human_bytes
-from saeflow.store.storage import cache_folder, is_url
+from saeflow.store.store import local_folder
 
 PACKAGES = ["torch", "transformers", "zarr", "dask", "pyarrow", "duckdb", "numba", "prefect", "fastapi"]
 
@@ -31,7 +31,7 @@ def machine_report(store: str) -> Iterator[tuple[str, str]]:
     yield "gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     for name in ("float32", "bfloat16"):
         yield f"{name} product", f"{product_rate(getattr(torch, name)):,.0f} GFLOP/s"
-    folder = (cache_folder(store) if is_url(store) else Path(store)).absolute()
+    folder = local_folder(store)
     here = next(each for each in (folder, *folder.parents) if each.exists())
     yield "disk", f"{human_bytes(shutil.disk_usage(here).free)} free for {folder}"
 

@@ -223,11 +223,11 @@ def upgrade_command(store: StoreOption = None) -> None:
 
     Example: `saeflow upgrade`
     """
-    from saeflow.store import verify as integrity
     from saeflow.store.store import Store, store_path
+    from saeflow.store.upgrade import upgrade
 
     opened = Store.open(store_path(store))
-    for line in integrity.upgrade(opened):
+    for line in upgrade(opened):
         print_line(sanitise(line))
 
 

@@ -18,9 +18,14 @@ from obstore.exceptions import BaseError, GenericError
 from obstore.fsspec import register
 
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.store.storage import RETRIES, allow_http, is_url, tries
+from saeflow.store.storage.objects import RETRIES, allow_http, tries
 
 _OBJECT_STORES = ("s3", "gs", "az", "abfs")
+
+
+def is_remote(path: str) -> bool:
+    """True if a file of a corpus is named by a URL."""
+    return "://" in path
 
 
 def list_urls(pattern: str) -> dict[str, str | None]:
@@ -62,7 +67,7 @@ def _require_no_secret(url: str) -> None:
 def read_file(path: str) -> bytes:
     """Return the bytes of a file or URL, decompressed as its ending says."""
     with _url_errors(path):
-        return tries(GenericError)(_read_file, path) if is_url(path) else _read_file(path)
+        return tries(GenericError)(_read_file, path) if is_remote(path) else _read_file(path)
 
 
 def _read_file(path: str) -> bytes:
@@ -73,7 +78,7 @@ def _read_file(path: str) -> bytes:
 def download(path: str, target: Path, *, unpack: bool) -> None:
     """Copy a file or object to a local file, as it is or unpacked. A download that breaks off is tried again."""
     with _url_errors(path):
-        if is_url(path):
+        if is_remote(path):
             tries(GenericError, ConnectionError, TimeoutError)(_download, path, target, unpack)
         else:
             _download(path, target, unpack)
@@ -113,7 +118,7 @@ def at_commit(pattern: str) -> str:
 
 def _filesystem_options(path: str) -> dict[str, Any]:
     """Return the options of fsspec's filesystem for this URL."""
-    if not is_url(path) or path.partition("://")[0] not in _OBJECT_STORES:
+    if not is_remote(path) or path.partition("://")[0] not in _OBJECT_STORES:
         return {}
     _register_object_stores()
     return {"retry_config": RETRIES, "client_options": {"allow_http": allow_http()}}
@@ -139,7 +144,7 @@ def _url_errors(path: str) -> Iterator[None]:
     try:
         yield
     except failures as error:
-        if not is_url(path):
+        if not is_remote(path):
             raise
         raise UserError(f"corpus.files: {path} cannot be read ({first_line(error)}).\n{_remedy(path)}") from error
 

@@ -15,7 +15,6 @@ from saeflow.corpus import remote, tabular
 from saeflow.corpus.document import Corpus, Document, is_in_share
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
-from saeflow.store.storage import is_url
 
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 _COMMIT = re.compile("(?<=[^/])@[0-9a-f]{40}(?=/|$)")
@@ -51,7 +50,7 @@ def corpus_signature(config: CorpusConfig) -> str | None:
 
 
 def _file_state(path: str) -> str:
-    if is_url(path):
+    if remote.is_remote(path):
         return remote.object_state(path)
     about = Path(path).stat()
     return f"{about.st_size} {about.st_mtime_ns}"
@@ -89,7 +88,7 @@ def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
 
 def _matching_files(pattern: str) -> dict[str, str | None]:
     """Return the files in order, each with a text that changes with it, or None if the listing does not tell."""
-    listed = remote.list_urls(pattern) if is_url(pattern) else dict.fromkeys(_matching_local_files(pattern))
+    listed = remote.list_urls(pattern) if remote.is_remote(pattern) else dict.fromkeys(_matching_local_files(pattern))
     if not listed:
         raise UserError(f"corpus.files: nothing matches {pattern}. Check the path. Globs such as texts/**/*.txt work.")
     return listed
@@ -140,7 +139,7 @@ def _files_by_key(patterns: list[str], matching: Callable[[str], Iterable[str]] 
 
 
 def _folder_before_globs(pattern: str) -> str:
-    if not is_url(pattern) and Path(pattern).is_dir():
+    if not remote.is_remote(pattern) and Path(pattern).is_dir():
         return pattern
     fixed = pattern.split("*")[0].split("?")[0].split("[")[0]
     return fixed.rpartition("/")[0]

@@ -29,7 +29,6 @@ from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.memory import total_memory
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system
-from saeflow.store.storage import is_url
 
 BATCH_DOCUMENTS = 512
 OTHER_COMPRESSION = {".bz2", ".xz", ".lzma"}
@@ -109,7 +108,7 @@ def _is_ordered(connection: DuckDBPyConnection, sql: str) -> bool:
 def _local_copy(path: str, folder: Path) -> str:
     """Return a file that DuckDB can read: this one, or a local copy of a URL or of another compression."""
     unreadable = Path(path).suffix in OTHER_COMPRESSION
-    if not is_url(path) and not unreadable:
+    if not remote.is_remote(path) and not unreadable:
         return path
     name = Path(path).stem if unreadable else Path(path).name
     target = folder / f"{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}-{name}"

@@ -98,7 +98,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
             progress.skip("tokens", f"{generation.total('n_tokens'):,} tokens in {len(generation.parts)} parts")
             return target
         began = time.monotonic()
-        if different := store.told_apart(target, facts(recipe)):
+        if different := store.why_new(target, facts(recipe)):
             progress.say(f"{different} A glob such as texts/*.txt takes new files as new documents.")
         maker = _open_maker(target, recipe, about)
         with progress.bar("tokens", None, "tokens") as bar:
@@ -108,7 +108,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
         target.publish([*kept.values(), *parts], {"seconds": time.monotonic() - began}, hidden)
         if seen is not None and ledger.is_complete:
             note_provenance(target.path, {"corpus": seen, "corpus_files": about.files})
-            target.send(target.path / "provenance.json")
+            target.storage.send(target.path / "provenance.json")
         progress.say(_summary(ledger, generation))
     return target if ledger.is_complete else run(store, recipe, progress)
 
@@ -127,9 +127,9 @@ def _open_maker(target: Artefact, recipe: Recipe, about: CorpusConfig) -> _Maker
     if not _has_vocab(target):
         make_folder(target.path)
         write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), tokenizer.all_special_ids)
-        target.begin(facts(recipe), files=["vocab.parquet"])
-        target.attach(["vocab.parquet"])  # the same table has other bytes under another pyarrow
-        target.send(target.path / "vocab.parquet")
+        target.create(facts(recipe), files=["vocab.parquet"])
+        target.add_files(["vocab.parquet"])  # the same table has other bytes under another pyarrow
+        target.storage.send(target.path / "vocab.parquet")
     return _Maker(target, tokenizer, about, recipe.tokens)
 
 

@@ -164,7 +164,7 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
     with target.writing():
         wanted = tokens_artefact(store, recipe).published().parts
         inputs = {part.index: {"tokens": part.folder} for part in wanted}
-        done = target.fitting(inputs)
+        done = target.parts_from(inputs)
         plan = {part.index: part for part in wanted if part.index not in done}
         if plan or not target.complete():
             collector = open_collector(store, recipe, plan.values())
@@ -184,7 +184,7 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
         else:
             skipped(target, progress)
             yield Job([], lambda _: iter(()))
-        done = target.fitting(inputs)
+        done = target.parts_from(inputs)
         target.publish([done[part.index] for part in wanted])
         if plan:
             warn_of_massive_positions(target, recipe.activations, progress)
@@ -265,7 +265,7 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
     n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
     store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
     about = facts(store, recipe) | {"stored": [[site.name, site.width] for site in sites]}
-    target.begin(about, [source.id])
+    target.create(about, [source.id])
     workers = model_threads(device_of(model), recipe.threads)
     keep_freed_memory()
     return Collector(source, target, recipe.activations, model, sites, workers)

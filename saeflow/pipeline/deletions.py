@@ -66,7 +66,7 @@ def note_seen(store: Store, recipe: Recipe, removed: Removed) -> None:
     source = collect.tokens_artefact(store, recipe)
     if removed.seen == noted(source.path, "corpus") != noted(source.path, _NOTE):
         note_provenance(source.path, {_NOTE: removed.seen})
-        source.send(source.path / "provenance.json")
+        source.storage.send(source.path / "provenance.json")
 
 
 def _refusal(n_gone: int, n_seen: int, most: float) -> str:

@@ -128,8 +128,8 @@ def open_encoder(store: Store, recipe: Recipe, used: TokenSelection, progress: P
     }
     sae = interchange.load(trained.fetched())
     made = run_tables.write_run_tables(target, recipe, sae, about["site"], progress)
-    target.begin(about | used.facts, [source.id, stored.id, trained.id], made)
-    target.attach(made)
+    target.create(about | used.facts, [source.id, stored.id, trained.id], made)
+    target.add_files(made)
     return encoder_of(store, target, used, _config_here(recipe))
 
 
@@ -366,7 +366,7 @@ def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progres
     with target.writing():
         if run_tables.missing_tables(target):
             sae = interchange.load(store.by_id(target.record.inputs[2]).fetched())
-            target.attach(run_tables.write_run_tables(target, recipe, sae, target.record.facts["site"], progress))
+            target.add_files(run_tables.write_run_tables(target, recipe, sae, target.record.facts["site"], progress))
 
 
 def used_of(store: Store, target: Artefact) -> TokenSelection:

@@ -104,7 +104,7 @@ def _run(store: Store, recipe: Recipe, run_artefact: Artefact, progress: Progres
         quality |= _language_model(store, recipe, sae, judgement.reconstruction.mean.float(), progress)
     with run_artefact.publishing():
         write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
-        run_artefact.send(path)
+        run_artefact.storage.send(path)
     return quality
 
 

@@ -130,7 +130,7 @@ def publish(target: Artefact, store: Store, recipe: Recipe, progress: Progress) 
     about = facts(store, recipe)
     theirs = {name: value for name, value in found.metadata.items() if name not in ("saeflow", *named)}
     provenance = {"seconds": time.monotonic() - began, "source": recipe.sae.source}
-    with target.whole(about, [source.id, stored.id], provenance) as folder:
+    with target.publish_folder(about, [source.id, stored.id], provenance) as folder:
         interchange.save(sae, folder, theirs | named)
         with replacing(folder / "log.parquet") as temporary:
             pq.write_table(pa.Table.from_pylist([row]), temporary, compression="zstd")

@@ -48,11 +48,11 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Art
         n_left = sum(size for index, size in sizes.items() if index not in done)
         store.require_free(int(n_left * row_bytes * 1.05), "Storing the table")
         pieces = check_rows(rows, progress)
-        source.begin(brought_facts(recipe) | {"context_length": 1})
-        target.begin(facts(store, recipe) | {"stored": [[site.name, site.width]]}, [source.id])
+        source.create(brought_facts(recipe) | {"context_length": 1})
+        target.create(facts(store, recipe) | {"stored": [[site.name, site.width]]}, [source.id])
         table = _Table(rows, TableReader(rows), pieces)
         table.write_vocab(source)
-        source.send(source.path / "vocab.parquet")
+        source.storage.send(source.path / "vocab.parquet")
         with progress.bar("activations", rows.n_rows, "rows") as bar:
             bar.resume_at(rows.n_rows - n_left)
             for index, start in enumerate(starts):

@@ -16,8 +16,8 @@ from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.store import verify
 from saeflow.store.artefact import Artefact
+from saeflow.store.lease import is_free
 from saeflow.store.records import Damaged, listed_folders
 from saeflow.store.store import Store
 
@@ -82,7 +82,7 @@ def _make_run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.
     """Train, encode and judge what is missing, unless another run is at that already."""
     for member in recipe.members():
         for each in (train.artefact(store, member), encode.artefact(store, member)):
-            if verify.at_work(each):
+            if not is_free(each.slot):
                 progress.say(f"ingest: another run is making {each.id}")
                 return False
     pipeline.run(store, recipe, progress, place)
@@ -96,7 +96,7 @@ def _encode_new(store: Store, recipe: Recipe, progress: Progress, place: pipelin
     """Let every published run over the recipe's activations hold all of them; those that cannot, and why."""
     waiting = {}
     for each in following(store, recipe):
-        if verify.at_work(each):
+        if not is_free(each.slot):
             progress.say(f"ingest: another run is writing {each.id}, which follows at the next ingest")
             continue
         try:

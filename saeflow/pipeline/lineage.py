@@ -67,10 +67,7 @@ def _begun(store: Store, recipe: Recipe, settings: dict[str, Any], hidden: dict[
 
 def _half_trained(store: Store, name: str) -> set[str]:
     """Fingerprints of the SAEs of this name that have a checkpoint."""
-    tmp = store.root / "tmp"
-    found = {path.parts[-3] for path in tmp.glob(f"saes-*.checkpoint/*/{CHECKPOINT}")}
-    if store.objects is not None:
-        found |= {key.split("/")[1] for key in store.objects.listing(tmp) if key.endswith(f"/{CHECKPOINT}")}
+    found = store.storage.work_with(CHECKPOINT)
     matches = (re.fullmatch(rf"saes-{re.escape(name)}-([0-9a-f]{{8}})\.checkpoint", each) for each in found)
     return {match[1] for match in matches if match}
 

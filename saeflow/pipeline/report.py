@@ -46,7 +46,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Path:
         with target.publishing(), replacing(path) as temporary, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
             figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None, _DRAWN: drawn})
-        target.send(path)
+        target.storage.send(path)
     progress.say(f"report: picture in {path}")
     return path
 

@@ -14,9 +14,9 @@ from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Progress
-from saeflow.store import verify
 from saeflow.store.records import read_checked
 from saeflow.store.store import Store
+from saeflow.store.upgrade import upgrade
 
 Stage = Callable[[Store, Recipe, Progress], Any]
 
@@ -94,7 +94,7 @@ def run(store: Store, recipe: Recipe, progress: Progress, place: Place = anywher
 def compact(store: Store, recipe: Recipe, progress: Progress, enough: int = 2, place: Place = anywhere) -> None:
     """Remove hidden documents from the newest generation of tokens and activations, and merge the parts of every
     published run over them, where at least `enough` can be."""
-    verify.upgrade(store)
+    upgrade(store)
     train.set_threads(recipe)
     try:
         with workers.kept_open():

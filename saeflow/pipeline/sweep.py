@@ -40,8 +40,7 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
         raise UserError(f"Not trained yet: {', '.join(missing)}. Run `saeflow train RECIPE` first.")
     path = folder_of(store, recipe.name, trained)
     with store.writing(f"sweeps-{path.name}", f"the table of {recipe.name}") as lease:
-        if store.objects is not None:  # another machine may have judged since this process began
-            store.objects.pull_one(path)
+        store.storage.pull_one(path)  # another machine may have judged since this process began
         return _run(store, recipe, trained, path, progress, lease)
 
 
@@ -51,9 +50,9 @@ def _run(
     members = recipe.members()
     judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(store, recipe)}
     known = read_known(path / TABLE)
-    if known and store.objects is not None:
+    if known:
         with contextlib.suppress(FileNotFoundError):
-            store.objects.fetch(path / PICTURE)
+            store.storage.fetch(path / PICTURE)
     if {name: known.get(name) for name in judged} == judged and (path / PICTURE).is_file():
         progress.skip("evaluate", f"{len(members)} SAEs in {path}")
         return known
@@ -65,8 +64,7 @@ def _run(
         write_checked(path / TABLE, table)
         with replacing(path / PICTURE) as temporary:
             picture.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-        for name in (TABLE, PICTURE):
-            store.send(path / name)
+        store.storage.send(path / TABLE, path / PICTURE)
     progress.say(f"evaluate: table and picture in {path}")
     return table
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +124,7 @@ def _train_on_workers(store: Store, recipe: Recipe, away: list[Job], progress: P
                 progress.say(f"train: {', '.join(names)} finished on a worker")
     for job in away:
         job.target.look_again()
-    if store.objects is not None:
-        store.objects.pull()
+    store.storage.pull()
 
 
 def _require_free(targets: Iterable[Artefact]) -> None:
@@ -157,7 +155,7 @@ def train_at(name: str, settings: str, names: list[str], progress: Progress) -> 
     """On a worker: train these members of a sweep in one reading, each from its checkpoint; the artefacts."""
     work.let_go()
     about, opened = work.settings_of(settings), work.store_at(name)
-    store = replace(opened, overlap="wait")  # a worker that is thought lost may still be at it
+    store = Store(opened.storage, "wait")  # a worker that is thought lost may still be at it
     recipe = parse_recipe(about["recipe"])
     facts = {name: about["facts"][name] for name in names}
     members = [member for member in recipe.members() if member.name in facts]
@@ -198,7 +196,7 @@ def _train(store: Store, jobs: list[Job], progress: Progress) -> None:
         def publish_job(job: Job, training: Training, seconds: float, feed: Feed = feed) -> None:
             publish(job, training, feed, store, seconds)
 
-        Reading(feed, together, progress, publish_job, store.objects).run()
+        Reading(feed, together, progress, publish_job).run()
 
 
 def _feed_of(store: Store, job: Job) -> Feed:
@@ -258,7 +256,7 @@ def open_feed(store: Store, recipe: Recipe, generation: int | None = None) -> Fe
 
 def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
     """Train on a feed as often as `train.restarts` says, without publishing; return the best."""
-    job = Job(recipe, Artefact(checkpoints, "saes", recipe.name, "00000000"))
+    job = Job(recipe, Store(checkpoints).artefact("saes", recipe.name, "00000000"))
     trained: list[Training] = []
     Reading(feed, [job], progress, lambda _, training, __: trained.append(training)).run()
     return trained[0]
@@ -276,7 +274,9 @@ def publish(job: Job, training: Training, feed: Feed, store: Store, seconds: flo
     named = dict(zip(("site", "target_site"), (site.name for site in feed.sites), strict=False))
     about = job.facts
     n_seen = sum(part.counts["n_train_tokens"] for part in feed.blocks.parts)
-    with job.target.whole(about, [source.id, stored.id], {"seconds": seconds, "n_train_tokens": n_seen}) as folder:
+    with job.target.publish_folder(
+        about, [source.id, stored.id], {"seconds": seconds, "n_train_tokens": n_seen}
+    ) as folder:
         interchange.save(training.folded(), folder, named | {"saeflow": json.dumps(about, sort_keys=True)})
         with replacing(folder / "log.parquet") as temporary:
             table = pa.Table.from_pylist(training.log)

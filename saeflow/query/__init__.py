@@ -6,7 +6,6 @@ runs           the runs of a store, and the files each is made of
 definitions    the SQL that makes the runs askable
 connection     DuckDB with that SQL loaded, and nothing else to read
 relations      lists of files as SQL
-bucket_files   files of a bucket, fetched as DuckDB asks for them
 labels         labels of features
 label_import   labels from Neuronpedia, delphi and other tools
 checks         SQL that returns rows only if something is wrong

@@ -14,7 +14,6 @@ from saeflow.query.definitions import definitions
 from saeflow.query.runs import Run, runs
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.files import replacing
-from saeflow.store.lease import FileSlot
 from saeflow.store.store import Store
 
 CATALOG = "catalog.sql"
@@ -46,35 +45,27 @@ def write(store: Store) -> Path | None:
     write at once, the last one wins.
     """
     path = store.root / CATALOG
-    with FileSlot(store.root / "tmp" / "locks" / "catalog.lease").guard():
+    with store.storage.locked("catalog"):
         content = catalog_text(store).encode()
         if _current_bytes(store, path) == content:
             return None
         with replacing(path) as temporary:
             temporary.write_bytes(content)
-        store.send(path)
+        store.storage.send(path)
     return path
 
 
 def _top_comment(store: Store, readable: Sequence[Run]) -> Iterator[str]:
     """Yield the comment at the top. Each line is sanitised by itself."""
-    where = f"{store.name}/{CATALOG}" if store.objects is not None else str(store.root / CATALOG)
-    local = CATALOG if store.objects is not None else shlex.quote(where)
     lines = [
         "The runs of a saeflow store as views and macros of DuckDB, for a shell without saeflow:",
-        f"    duckdb -init {local}",
+        f"    duckdb -init {shlex.quote(store.storage.shell_name(store.root / CATALOG))}",
         "Each run is a schema; the newest is in use. Then, for example: from runs;  from top_tokens(12);",
         f"Written by saeflow {__version__} with DuckDB {duckdb.__version__}; needs DuckDB {OLDEST_DUCKDB} or newer.",
         "It names the files of one generation by their full paths. saeflow writes it anew whenever it publishes; after",
         "moving the store type: saeflow catalog. Runs: " + (", ".join(run.schema for run in readable) or "none yet"),
     ]
-    if store.objects is not None:
-        lines += [
-            "The files lie in an object store: copy this file here, and give the shell the extension httpfs (INSTALL "
-            "httpfs;",
-            "LOAD httpfs;) and your credentials (CREATE SECRET) before it is read.",
-        ]
-    yield from (f"-- {sanitise(line)}" for line in lines)
+    yield from (f"-- {sanitise(line)}" for line in (*lines, *store.storage.duckdb_needs))
 
 
 def _unreadable_runs(every: Sequence[Run]) -> Iterator[str]:
@@ -97,6 +88,6 @@ def _one_statement(statement: str) -> str:
 
 def _current_bytes(store: Store, path: Path) -> bytes | None:
     try:
-        return (store.objects.fetch(path) if store.objects is not None else path).read_bytes()
+        return store.storage.fetch(path).read_bytes()
     except FileNotFoundError:
         return None

@@ -11,7 +11,6 @@ from typing import Any
 
 import duckdb
 
-from saeflow.query.bucket_files import ObjectFiles
 from saeflow.query.definitions import DUCKDB_SETTINGS, MANY_FILES, definitions, source_views, staging
 from saeflow.query.relations import identifier, literal, unglobbed
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
@@ -75,8 +74,7 @@ def connect_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord])
 def open_duckdb(store: Store, memory_limit: str | None = None, threads: int | None = None) -> duckdb.DuckDBPyConnection:
     """Return an empty connection that can read the store's files, wherever they lie."""
     connection = duckdb.connect(config=_duckdb_config(memory_limit, threads))
-    if store.objects is not None:
-        connection.register_filesystem(ObjectFiles(store.objects))
+    store.storage.register(connection)
     return connection
 
 

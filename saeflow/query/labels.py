@@ -20,8 +20,6 @@ from pathlib import Path
 from saeflow.query.relations import literal, unglobbed
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
-from saeflow.store.files import replacing
-from saeflow.store.lease import FileSlot
 from saeflow.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -146,7 +144,7 @@ def label_files(store: Store, sae: str) -> list[LabelFile]:
     found = []
     for path in _csv_paths(store, sae):
         try:
-            sheet = Sheet.of(_file_bytes(store, path))
+            sheet = Sheet.of(store.storage.fetch(path).read_bytes())
             literal(path.name).encode()
         except (ValueError, OSError) as error:
             log.warning(
@@ -154,8 +152,7 @@ def label_files(store: Store, sae: str) -> list[LabelFile]:
             )
             continue
         _warn_of_lines(path.name, sheet)
-        location = f"{store.objects.url}/{store.objects.key(path)}" if store.objects else str(path)
-        found.append(LabelFile(location, path.stem, sheet.delimiter, sheet.columns))
+        found.append(LabelFile(store.storage.location(path), path.stem, sheet.delimiter, sheet.columns))
     return found
 
 
@@ -197,23 +194,17 @@ def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None],
     command has been changing labels of this SAE all the time.
     """
     path = _folder_of_sae(store, sae) / f"{_valid_source(source)}.csv"
-    with FileSlot(store.root / "tmp" / "locks" / f"labels-{path.parent.name}.lease").guard(wait_seconds):
+    with store.storage.locked(f"labels-{path.parent.name}", wait_seconds):
         sheet = _current_sheet(store, path).with_labels(labels)
         _replace_file(store, path, sheet)
     return len(sheet.rows)
 
 
 def _replace_file(store: Store, path: Path, sheet: Sheet) -> None:
-    if not sheet.rows:
-        if store.objects is not None:
-            store.objects.remove(path)
-        return path.unlink(missing_ok=True)
-    content = sheet.content()
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-    if store.objects is not None:
-        store.objects.switch(path, content)
-    return None
+    if sheet.rows:
+        store.storage.put_if_unchanged(path, sheet.content())
+    else:
+        store.storage.remove(path)
 
 
 def clean_label(text: object, score: object, where: str) -> Label | None:
@@ -244,23 +235,13 @@ def _folder_of_sae(store: Store, sae: str) -> Path:
 
 def _csv_paths(store: Store, sae: str) -> Iterator[Path]:
     folder = _folder_of_sae(store, sae)
-    if store.objects is None:
-        found = [path for path in folder.glob("*.csv") if path.is_file()]
-    else:
-        keys = store.objects.listing(store.root / "labels")
-        found = [store.root / key for key in keys if key.endswith(".csv")]
-    return iter(sorted(path for path in found if path.parent == folder and not path.name.startswith(".")))
-
-
-def _file_bytes(store: Store, path: Path) -> bytes:
-    return (store.objects.fetch(path) if store.objects else path).read_bytes()
+    names = sorted(name for name in store.storage.names_below(folder) if name.endswith(".csv"))
+    return (folder / name for name in names if "/" not in name and not name.startswith("."))
 
 
 def _current_sheet(store: Store, path: Path) -> Sheet:
     try:
-        if store.objects is not None:
-            store.objects.fetch(path, fresh=True)
-        return Sheet.of(path.read_bytes())
+        return Sheet.of(store.storage.fetch(path, fresh=True).read_bytes())
     except FileNotFoundError:
         return Sheet()
     except ValueError as error:

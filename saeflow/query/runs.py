@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -182,9 +181,11 @@ def _refuse_damage(store: Store, artefact: Artefact, tokens: Artefact, files: Ma
     for item in (artefact, tokens):
         for found in damage(item, full=False):
             raise UserError(found.problem)
-    for table in (*ORDERS, "feature_stats", "tokens", "documents", "vocab"):
-        if not files[table] or not (store.objects or Path(files[table][0]).is_file()):
+    for table in (*ORDERS, "feature_stats", "tokens", "documents"):
+        if not files[table]:
             raise UserError(f"{artefact.id} has no {table} files")
+    if store.storage.size(f"{tokens.path}/vocab.parquet") is None:  # early records do not name it
+        raise UserError(f"{artefact.id} has no vocab.parquet")
 
 
 def _files_by_table(
@@ -196,8 +197,8 @@ def _files_by_table(
     return {
         **_files_of_parts(artefact, shown, [*ORDERS, *PART_TABLES]),
         **_files_of_parts(tokens, token_parts, ["tokens", "documents", "vocab_blocks"]),
-        "vocab": [tokens.location(tokens.path / "vocab.parquet")],
-        **{table: [artefact.location(artefact.path / f"{table}.parquet")] for table in beside},
+        "vocab": [tokens.storage.location(tokens.path / "vocab.parquet")],
+        **{table: [artefact.storage.location(artefact.path / f"{table}.parquet")] for table in beside},
     }
 
 
@@ -208,7 +209,7 @@ def _files_of_parts(artefact: Artefact, parts: Iterable[PartRecord], tables: Ite
         for file in part.files:
             table = file.name.partition("/")[0].removesuffix(".parquet")
             if table in found and file.name.endswith(".parquet"):
-                found[table].append(artefact.location(artefact.part_path(part) / file.name))
+                found[table].append(artefact.storage.location(artefact.part_path(part) / file.name))
     return dict(found)
 
 

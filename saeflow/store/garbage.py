@@ -1,4 +1,4 @@
-"""What nobody reads any more: replaced generations, parts that none lists, and what killed runs left in `tmp/`."""
+"""Remove what nobody reads any more: replaced generations, parts that none lists, leftovers of killed runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +14,11 @@ from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.artefact import Artefact
 from saeflow.store.lease import held
 from saeflow.store.records import KINDS, Generation, listed_folders
-from saeflow.store.storage import Found
 from saeflow.store.store import Store
-from saeflow.store.verify import below_of
 
 ABANDONED_SECONDS = 30 * 86_400.0
-"""A checkpoint of an SAE that is not published stays for so long after it was last written: somebody may be on holiday.
-After an append it is of another SAE than the next training makes, and it takes twelve bytes a weight."""
+"""A checkpoint of an SAE that is not published stays for so long after it was last written: somebody may be on
+holiday. After an append it is of another SAE than the next training makes, and it takes twelve bytes a weight."""
 
 _PASSING_SECONDS = 3_600.0
 """Files by which runs try the store live for a moment; no run that is still looking at one has it for an hour."""
@@ -54,25 +52,25 @@ class Collected:
 def collect(store: Store, grace_seconds: float, remove: bool) -> Collected:
     """Find, and `remove`, what nobody has been able to reach for the grace period.
 
-    Where it is removed, an artefact's lease is held from the look at its manifest to the end; one that is being written
-    is left alone. Nothing is written, and nobody waited for, where it is only listed.
+    To remove, the artefact's lease is held from the look at its manifest to the end, and an artefact that is being
+    written is left alone. To list, nothing is written and nobody waited for.
     """
-    if store.objects is not None:
-        store.objects.list_again()
-    done, left = Collected(), _left(store)
+    store.storage.list_again()
+    done, left = Collected(), store.storage.work_names()
+    remove_work = store.storage.remove if remove else None
     for artefact in _artefacts(store, left):
         try:
-            with held(artefact.slot, artefact.id, "refuse") if remove else _unheld(artefact):
+            with held(artefact.slot, artefact.id, "refuse") if remove else _require_free(artefact):
                 _take(done, _replaced(artefact, grace_seconds), grace_seconds, artefact.remove if remove else None)
-                _take(done, _left_work(store, artefact, left), grace_seconds, store.remove if remove else None)
+                _take(done, _left_work(artefact, left), grace_seconds, remove_work)
         except UserError as error:
             done.left_alone.append(first_line(error))
-    _take(done, _passing(store, left), grace_seconds, store.remove if remove else None)
+    _take(done, _left_tests(store, left), grace_seconds, remove_work)
     return done
 
 
-def _artefacts(store: Store, left: Mapping[str, dict[str, Found]]) -> list[Artefact]:
-    """Those that exist, and those of which there is work alone."""
+def _artefacts(store: Store, left: set[str]) -> list[Artefact]:
+    """Return the artefacts that exist, and those of which there is work alone."""
     works = [store.by_id(f"{found[1]}/{found[2]}") for name in sorted(left) if (found := _WORK.fullmatch(name))]
     return list(dict.fromkeys([*store.artefacts(), *works]))
 
@@ -90,8 +88,8 @@ def _take(
 
 
 @contextlib.contextmanager
-def _unheld(artefact: Artefact) -> Iterator[None]:
-    """Raises UserError where somebody may be writing the artefact; takes no lease, and watches nobody."""
+def _require_free(artefact: Artefact) -> Iterator[None]:
+    """Raises UserError if somebody may be writing the artefact. Takes no lease, and watches nobody."""
     owner = artefact.slot.read()[0]
     if owner is not None and not owner.is_gone():
         raise UserError(f"Another run may be writing {artefact.id}: {owner.about}.")
@@ -99,15 +97,15 @@ def _unheld(artefact: Artefact) -> Iterator[None]:
 
 
 def _replaced(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
-    """Lists older than the one that readers see, and parts that it does not name.
+    """Yield lists older than the one that readers see, and parts that it does not name.
 
-    A part that no list names is garbage only where it is older than that list: an append that was killed goes on with
-    its own.
+    A part that no list names is garbage only if it is older than that list: an append that was killed goes on with its
+    own.
     """
-    current = _now(artefact)
+    current = _read_again(artefact)
     if current is None:
         return
-    weigh, now = _scales(artefact), time.time()
+    weigh, now = artefact.storage.footprint, time.time()
     numbers = [number for number in artefact.numbers() if number <= current.number]
     shown, replaced = weigh(artefact.list_path(current.number))[1], math.inf
     ages: dict[str, float] = {}
@@ -127,42 +125,22 @@ def _replaced(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
             yield Garbage(path, "part that no generation lists", n_bytes, ages.get(folder, max(now - written, 0.0)))
 
 
-def _now(artefact: Artefact) -> Generation | None:
-    """What readers see at this moment: in an object store another machine may have published since the records came."""
-    if artefact.objects is not None:
-        try:
-            artefact.objects.fetch(artefact.path / "manifest.json", fresh=True)
-        except FileNotFoundError:
-            return None
+def _read_again(artefact: Artefact) -> Generation | None:
+    """Return what readers see at this moment: another machine may have published since the records were read."""
+    try:
+        artefact.storage.fetch(artefact.path / "manifest.json", fresh=True)
+    except FileNotFoundError:
+        return None
     return artefact.generation()
 
 
-def _scales(artefact: Artefact) -> Callable[[Path], tuple[int, float]]:
-    """Bytes of a list or part, and when it was written last, in seconds since 1970."""
-    below = below_of(artefact)
-    return artefact.footprint if below is None else lambda path: _weight(below(path))
-
-
-def _weight(found: Mapping[str, Found]) -> tuple[int, float]:
-    return sum(each.n_bytes for each in found.values()), max((each.written for each in found.values()), default=0.0)
-
-
-def _left(store: Store) -> dict[str, dict[str, Found]]:
-    """What lies in tmp/, by name; with what of it is in the object store."""
-    folder = store.root / "tmp"
-    found: dict[str, dict[str, Found]] = {path.name: {} for path in folder.glob("*")}
-    for key, about in store.objects.listing(folder).items() if store.objects is not None else ():
-        found.setdefault(key.split("/")[1], {})[key] = about
-    return found
-
-
-def _left_work(store: Store, artefact: Artefact, left: Mapping[str, dict[str, Found]]) -> Iterator[Garbage]:
-    """Work of runs that were killed; a checkpoint only where the SAE is published, or nobody has gone on with it."""
+def _left_work(artefact: Artefact, left: set[str]) -> Iterator[Garbage]:
+    """Yield work of runs that were killed; a checkpoint only if its SAE is published, or nobody has gone on with it."""
     if artefact.work.name in left:
-        yield Garbage(artefact.work, "left by a run that was killed", _weigh_left(artefact.work, {})[0])
+        yield Garbage(artefact.work, "left by a run that was killed", artefact.storage.work_footprint(artefact.work)[0])
     checkpoints = artefact.work.with_name(f"{artefact.work.name}.checkpoint")
     if checkpoints.name in left:
-        n_bytes, written = _weigh_left(checkpoints, left[checkpoints.name])
+        n_bytes, written = artefact.storage.work_footprint(checkpoints)
         age = time.time() - written
         if artefact.complete():
             yield Garbage(checkpoints, "checkpoint of an SAE that is published", n_bytes)
@@ -172,19 +150,9 @@ def _left_work(store: Store, artefact: Artefact, left: Mapping[str, dict[str, Fo
             )
 
 
-def _passing(store: Store, left: Mapping[str, dict[str, Found]]) -> Iterator[Garbage]:
-    """Files by which a run asked whether the store can be written, or whether workers see it, before it was killed."""
+def _left_tests(store: Store, left: set[str]) -> Iterator[Garbage]:
+    """Yield files by which a killed run asked whether the store can be written, or whether workers see it."""
     for name in sorted(name for name in left if name.startswith(("cluster-", ".writable-"))):
-        n_bytes, written = _weigh_left(store.root / "tmp" / name, left[name])
+        n_bytes, written = store.storage.work_footprint(store.root / "tmp" / name)
         if time.time() - written >= _PASSING_SECONDS:
             yield Garbage(store.root / "tmp" / name, "left by a run that was killed", n_bytes)
-
-
-def _weigh_left(path: Path, sent: Mapping[str, Found]) -> tuple[int, float]:
-    """Bytes here and in the object store, and when the newest of them was written."""
-    n_bytes, written = _weight(sent)
-    for each in (path, *path.rglob("*")):
-        with contextlib.suppress(FileNotFoundError):
-            about = each.stat()
-            n_bytes, written = n_bytes + (0 if each.is_dir() else about.st_size), max(written, about.st_mtime)
-    return n_bytes, written

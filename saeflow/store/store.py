@@ -1,12 +1,11 @@
-"""A store: a folder of artefacts, or the object store that a folder stands for."""
+"""A store: the artefacts of a folder or a bucket, by kind and name."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,40 +16,48 @@ from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, human_bytes
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import make_folder, remove
-from saeflow.store.lease import FileSlot, Lease, ObjectSlot, held
+from saeflow.store.files import make_folder
+from saeflow.store.lease import Lease, held
 from saeflow.store.records import KINDS, Kind, damaged, read_checked, write_checked
-from saeflow.store.storage import Objects, cache_folder, is_url
+from saeflow.store.storage.bucket import Bucket, cache_folder
+from saeflow.store.storage.folder import Folder
+from saeflow.store.storage.interface import Storage
+from saeflow.store.storage.objects import Objects
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Store:
-    """A folder of artefacts, or one that stands for an object store."""
+    """The artefacts of a folder, or of a bucket."""
 
-    root: Path
-    objects: Objects | None = field(default=None, compare=False)
-    overlap: Overlap = field(default="refuse", compare=False)
+    storage: Storage
+    overlap: Overlap = field(compare=False)
+    """What writers do if another run holds the lease."""
+
+    def __init__(self, root: str | Path | Storage, overlap: Overlap = "refuse") -> None:
+        """Take a folder, URL or opened storage, with the records as this process saw them last."""
+        object.__setattr__(self, "storage", root if isinstance(root, Storage) else storage_of(root))
+        object.__setattr__(self, "overlap", overlap)
 
     @classmethod
-    def at(cls, root: str | Path, overlap: Overlap = "refuse") -> Store:
-        """The store of a folder or URL, with the records as they are now."""
-        if not is_url(root):
-            return cls(Path(root).absolute(), overlap=overlap)
-        objects = Objects(str(root).rstrip("/"), cache_folder(str(root).rstrip("/")))
-        objects.pull()
-        return cls(objects.root, objects, overlap)
+    def at(cls, root: str | Path | Storage, overlap: Overlap = "refuse") -> Store:
+        """Return a store with the records as they are now."""
+        store = cls(root, overlap)
+        store.storage.pull()
+        return store
+
+    @property
+    def root(self) -> Path:
+        """The folder of this machine that holds the store, or stands for it."""
+        return self.storage.root
 
     @property
     def name(self) -> str:
-        """What `--store` calls it."""
-        return self.objects.url if self.objects else str(self.root)
+        """What `--store` calls the store."""
+        return self.storage.name
 
     @classmethod
-    def create(cls, root: str | Path, overlap: Overlap = "refuse") -> Store:
-        """Open for writing, making the folder if needed. Raises UserError where that cannot be.
-
-        `overlap`: what is done where another run is writing.
-        """
+    def create(cls, root: str | Path | Storage, overlap: Overlap = "refuse") -> Store:
+        """Open for writing, and make the folder if needed. Raises UserError if that cannot be done."""
         store = cls.at(root, overlap)
         try:
             make_folder(store.root / "tmp")
@@ -62,15 +69,15 @@ class Store:
             ) from error
         marker = store.root / "store.json"
         if not marker.exists():
-            with FileSlot(store.root / "tmp" / "locks" / "store.lease").guard():  # two may begin a store at once
+            with store.storage.locked("store"):  # two may begin a store at once
                 write_checked(marker, {"format_version": FORMAT_VERSION})
-            store.send(marker)
+            store.storage.send(marker)
         read_checked(marker)
         return store
 
     @classmethod
-    def open(cls, root: str | Path) -> Store:
-        """Open for reading. Raises UserError where there is no store, or one that cannot be read."""
+    def open(cls, root: str | Path | Storage) -> Store:
+        """Open for reading. Raises UserError if there is no store, or one that cannot be read."""
         store = cls.find(root)
         try:
             read_checked(store.root / "store.json")
@@ -79,8 +86,8 @@ class Store:
         return store
 
     @classmethod
-    def find(cls, root: str | Path) -> Store:
-        """A store whose marker may be damaged. Raises UserError where there is none."""
+    def find(cls, root: str | Path | Storage) -> Store:
+        """Return a store whose marker may be damaged. Raises UserError if there is none."""
         store = cls.at(root)
         if not (store.root / "store.json").is_file() and not any((store.root / kind).is_dir() for kind in KINDS):
             raise UserError(
@@ -90,28 +97,15 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, name: str, what: str) -> Iterator[Lease]:
-        """Hold a lease of this name: for what is no artefact. Raises UserError as `Artefact.writing` does."""
-        path = self.root / "tmp" / "locks" / f"{name}.lease"
-        slot = FileSlot(path) if self.objects is None else ObjectSlot(self.objects, path)
-        with held(slot, what, self.overlap) as lease:
+        """Hold a lease of this name, for what is no artefact. Raises UserError as `Artefact.writing` does."""
+        with held(self.storage.slot(name), what, self.overlap) as lease:
             yield lease
 
-    def send(self, path: Path) -> None:
-        if self.objects is not None:
-            self.objects.send([path])
-
-    def remove(self, path: Path) -> None:
-        """A file or folder of work in progress, here and in the object store."""
-        if self.objects is not None:
-            self.objects.remove(path)
-        else:
-            remove(path)
-
     def artefact(self, kind: Kind, name: str, fp: str) -> Artefact:
-        return Artefact(self.root, kind, name, fp, self.objects, self.overlap)
+        return Artefact(self.storage, kind, name, fp, overlap=self.overlap)
 
     def by_id(self, id: str) -> Artefact:
-        """The artefact of a name such as `tokens/demo-0123abcd`. Raises UserError where it would lie somewhere else."""
+        """Return the artefact of a name such as `tokens/demo-0123abcd`. Raises UserError if it would lie elsewhere."""
         kind, _, folder = id.partition("/")
         name, _, fp = folder.rpartition("-")
         if kind not in KINDS or not name or "/" in folder:
@@ -120,18 +114,18 @@ class Store:
                 "<kind>/<name>-<fingerprint>.\n"
                 "The record was not written by saeflow; do not use this store."
             )
-        return Artefact(self.root, kind, name, fp, self.objects, self.overlap)  # type: ignore[arg-type]
+        return self.artefact(kind, name, fp)  # type: ignore[arg-type]
 
     def artefacts(self, *kinds: Kind) -> list[Artefact]:
-        """Existing artefacts, by kind and name, the newest last among equal names."""
+        """Return the existing artefacts by kind, the newest last."""
         found = []
         for kind in kinds or KINDS:
             paths = sorted((self.root / kind).glob("?*-*/artefact.json"), key=lambda p: (p.stat().st_mtime_ns, p))
             found += [self.by_id(f"{kind}/{path.parent.name}") for path in paths]
         return found
 
-    def told_apart(self, target: Artefact, facts: dict[str, Any]) -> str:
-        """Why an artefact that is begun is another than the newest of its name; empty where there is none."""
+    def why_new(self, target: Artefact, facts: dict[str, Any]) -> str:
+        """Say which settings set a new artefact apart from the newest of its name; empty if nothing is new."""
         others = [other for other in self.artefacts(target.kind) if other.name == target.name and other != target]
         if target.exists() or not others:
             return ""
@@ -143,19 +137,36 @@ class Store:
         )
 
     def require_free(self, n_bytes: int, purpose: str) -> None:
-        """Refuse to start work that the disk cannot hold. An object store tells nobody how much it holds."""
-        if self.objects is not None:
-            return
-        free = shutil.disk_usage(self.root).free
-        if n_bytes > free:
+        """Refuse to start work that the disk cannot hold. A bucket tells nobody how much it holds."""
+        free = self.storage.free_bytes()
+        if free is not None and n_bytes > free:
             raise UserError(
                 f"{purpose} needs about {human_bytes(n_bytes)}, but {self.root} has {human_bytes(free)} free.\n"
                 "Free some space, choose another disk with --store, or read fewer documents or sites."
             )
 
 
+def storage_of(name: str | Path, cache: Callable[[str], Path] = cache_folder) -> Storage:
+    """Return the storage of a folder or URL. `cache` names the folder of this machine that stands for a bucket."""
+    root = local_folder(name, cache)
+    return Bucket(Objects(_url(name)), root) if _is_url(name) else Folder(root)
+
+
+def local_folder(name: str | Path, cache: Callable[[str], Path] = cache_folder) -> Path:
+    """Return the folder of this machine that holds a store, or stands for it."""
+    return cache(_url(name)) if _is_url(name) else Path(name).absolute()
+
+
+def _is_url(name: str | Path) -> bool:
+    return "://" in str(name)
+
+
+def _url(name: str | Path) -> str:
+    return str(name).rstrip("/")
+
+
 def _flat(facts: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings by dotted name."""
+    """Return settings by dotted name."""
     found: dict[str, Any] = {}
     for name, value in facts.items():
         found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
@@ -163,6 +174,6 @@ def _flat(facts: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def store_path(option: str | None, recipe: Recipe | None = None) -> str:
-    """Folder or URL: `--store`, then SAEFLOW_STORE, then the recipe, then data/store."""
+    """Return the folder or URL: `--store`, then SAEFLOW_STORE, then the recipe, then data/store."""
     found = option or os.environ.get("SAEFLOW_STORE") or (recipe.store if recipe else None) or "data/store"
     return found.removeprefix("file://")

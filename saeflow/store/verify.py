@@ -1,24 +1,19 @@
-"""Is everything published there, byte for byte? What to remove so that it is made again."""
+"""Find what is missing or changed in a store, byte for byte, and remove it so that the next run makes it again."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TypeAlias
 
 import xxhash
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import flush_tree, look, rename
-from saeflow.store.lease import is_free
+from saeflow.store.files import look
 from saeflow.store.records import (
     KINDS,
     Damaged,
@@ -29,15 +24,12 @@ from saeflow.store.records import (
     write_checked,
     write_record,
 )
-from saeflow.store.storage import Found
 from saeflow.store.store import Store
-
-Below: TypeAlias = Callable[[Path], Mapping[str, Found]]
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Something wrong: the artefact, the part (None: the artefact's own files), the file, and what is wrong with it."""
+    """Something wrong with a file of an artefact: of one part, or (None) of the artefact's own."""
 
     artefact: Artefact
     part: PartRecord | None
@@ -49,7 +41,7 @@ class Damage:
 
 
 def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> Iterator[Damage]:
-    """Everything that is wrong in a store.
+    """Yield everything that is wrong in a store.
 
     `share`, as (i, n), reads every byte of the i-th of n shares, which together are the whole, and the sizes of the
     rest.
@@ -61,15 +53,14 @@ def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> It
 
 
 def share_of_day(n: int, day: date) -> tuple[int, int]:
-    """The share of a store that is read on a day: on n days in a row all of it."""
+    """Return the share of a store that is read on a day: n days in a row read all of it."""
     return day.toordinal() % n, n
 
 
 def next_share(store: Store, n: int) -> tuple[int, int]:
-    """The share of n that was not read for longest: the one after that which `note_share` was last told of."""
-    if store.objects is not None:
-        with contextlib.suppress(FileNotFoundError):
-            store.objects.fetch(_shares(store), fresh=True)
+    """Return the share of n that was not read for longest: the one after that which `note_share` was last told of."""
+    with contextlib.suppress(FileNotFoundError):
+        store.storage.fetch(_shares(store), fresh=True)
     return int(read_known(_shares(store)).get(str(n), 0)) % n, n
 
 
@@ -77,7 +68,7 @@ def note_share(store: Store, share: tuple[int, int]) -> None:
     """Remember that a share has been read, so that the next is read whenever that is: on another day or not."""
     read = read_known(_shares(store)) | {"format_version": FORMAT_VERSION, str(share[1]): share[0] + 1}
     write_checked(_shares(store), read)
-    store.send(_shares(store))
+    store.storage.send(_shares(store))
 
 
 def _shares(store: Store) -> Path:
@@ -89,31 +80,32 @@ def _falls_into(share: tuple[int, int] | None, name: str) -> bool:
 
 
 def mend_marker(store: Store) -> str | None:
-    """Write store.json again where it cannot be read: it says nothing but the format. What was wrong, if anything."""
+    """Write store.json again if it cannot be read: it says nothing but the format.
+
+    Return what was wrong, if anything.
+    """
     try:
         read_checked(store.root / "store.json")
     except (Damaged, OSError) as error:
         write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
-        store.send(store.root / "store.json")
+        store.storage.send(store.root / "store.json")
         return str(error).partition(" is missing")[0] + " was missing or damaged and is written again"
     return None
 
 
 def damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = None) -> Iterator[Damage]:
-    """What is missing or of another size; `full` reads every byte, a share those of parts that fall into it."""
+    """Yield what is missing or of another size. `full` reads every byte, a share those of parts that fall into it."""
     own = full or _falls_into(share, artefact.id)
     yield from (Damage(artefact, None, problem) for problem in _own_problems(artefact, own))
     with contextlib.suppress(Damaged):  # said above
         generation = artefact.generation()
         parts = generation.parts if generation else ()
         reads = full or share is not None
-        one_by_one = reads or artefact.objects is not None
-        below = below_of(artefact) if reads else None
 
         def problems(part: PartRecord) -> tuple[PartRecord, list[str]]:
-            return part, list(_part_problems(artefact, part, full or _falls_into(share, part.folder), below))
+            return part, list(_part_problems(artefact, part, full or _falls_into(share, part.folder)))
 
-        for part, found in (map if one_by_one else look)(problems, parts):
+        for part, found in (map if reads else look)(problems, parts):
             yield from (Damage(artefact, part, problem) for problem in found)
 
 
@@ -130,56 +122,36 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
         yield str(error).partition(" is missing or damaged")[0] + " is missing or damaged"
 
 
-def _part_problems(artefact: Artefact, part: PartRecord, full: bool, below: Below | None) -> Iterator[str]:
+def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator[str]:
     folder = artefact.part_path(part)
     yield from artefact.missing_files(folder, part.files, full)
     if full:
-        yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part, below))
+        yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part))
+    elif artefact.storage.asks_a_server:  # one request a part would take long
+        return
     try:
-        if artefact.objects is not None:
-            if not full:  # one request a part would take long
-                return
-            artefact.objects.fetch(folder / "part.json", fresh=True)
-        if not _holds(folder / "part.json", part):
+        if not _holds(artefact.storage.fetch(folder / "part.json", fresh=True), part):
             yield f"{folder / 'part.json'} is not the record that was published"
     except (Damaged, OSError):
         yield f"{folder / 'part.json'} is missing or damaged"
 
 
 def _holds(path: Path, part: PartRecord) -> bool:
-    """Is this the record in part.json? Nearly always its bytes are, and need not be read as JSON."""
+    """True if part.json holds this record. Nearly always its bytes are equal, and need not be read as JSON."""
     return path.read_bytes() == part.text.encode() or read_record(path, PartRecord) == part
 
 
-def _strangers(artefact: Artefact, part: PartRecord, below: Below | None = None) -> list[str]:
-    """Files in the folder of a part that are none of its own."""
+def _strangers(artefact: Artefact, part: PartRecord) -> list[str]:
+    """Return the files in the folder of a part that are none of its own."""
     known = {file.name for file in part.files} | {"part.json"}
-    folder = artefact.part_path(part)
-    if below is None:
-        return sorted(artefact.files_of(folder) - known)
-    inside = f"{folder.relative_to(artefact.root).as_posix()}/"
-    return sorted({key.removeprefix(inside) for key in below(folder)} - known)
-
-
-def below_of(artefact: Artefact) -> Below | None:
-    """What an object store lists at or below a path of the artefact, by key, found without a walk through all of its
-    listing; None for a store on disk."""
-    if artefact.objects is None:
-        return None
-    objects, listed = artefact.objects, artefact.objects.listing(artefact.path)
-    keys = sorted(listed)
-
-    def below(path: Path) -> dict[str, Found]:
-        key = objects.key(path)
-        inside = keys[bisect_left(keys, f"{key}/") : bisect_left(keys, f"{key}0")]  # 0 comes after /
-        return {name: listed[name] for name in [key, *inside] if name in listed}
-
-    return below
+    return sorted(artefact.storage.names_below(artefact.part_path(part)) - known)
 
 
 def mend(found: Iterable[Damage]) -> Iterator[str]:
-    """Mend what can be mended at once, or remove it so that the next run makes it again; each place once. Says what was
-    done, and ends with a UserError where something is left to do."""
+    """Mend each place once, or remove what is wrong so that the next run makes it again. Yield what was done.
+
+    Raises UserError at the end if something is left to do.
+    """
     left = []
     for each in {(each.artefact, each.part and each.part.folder): each for each in found}.values():
         try:
@@ -191,7 +163,7 @@ def mend(found: Iterable[Damage]) -> Iterator[str]:
 
 
 def repair(found: Damage) -> str:
-    """Mend one place. Raises UserError where that cannot be done, with what can be done instead."""
+    """Mend one place and say how. Raises UserError, with what can be done instead, if nothing allows it."""
     artefact, part = found.artefact, found.part
     try:
         with artefact.writing():
@@ -219,22 +191,22 @@ def _repair_part(artefact: Artefact, part: PartRecord) -> str:
     for path in strangers:
         artefact.remove(path)
     write_record(folder / "part.json", part)
-    artefact.send(folder / "part.json")
+    artefact.storage.send(folder / "part.json")
     return f"removed {', '.join(map(str, strangers))}" if strangers else f"wrote {folder / 'part.json'} again"
 
 
 def _beyond_repair(artefact: Artefact, error: Damaged) -> UserError:
-    """What is damaged follows from nothing that is left; that the run then makes all again has a price in tokens."""
+    """Return the error for what follows from nothing that is left, with the price of making all of it again."""
     what = str(error).partition(" is missing or damaged")[0]
     again = "; documents that were forgotten come back with it: forget them again" if artefact.kind == "tokens" else ""
     return UserError(
         f"{what} is damaged, and nothing that is left says what was in it.\nBring it back from a backup. Or remove "
-        f"{artefact.location(artefact.path)}: the next run makes all of it again from what it reads{again}."
+        f"{artefact.storage.location(artefact.path)}: the next run makes all of it again from what it reads{again}."
     )
 
 
 def _bad_files(artefact: Artefact) -> Iterator[Path]:
-    """The artefact's own files that have to be made again."""
+    """Yield the artefact's own files that have to be made again."""
     for name in ("artefact.json", "quality.json"):
         with contextlib.suppress(FileNotFoundError):
             try:
@@ -245,50 +217,3 @@ def _bad_files(artefact: Artefact) -> Iterator[Path]:
         for file in artefact.record.files:
             if list(artefact.missing_files(artefact.path, [file], full=True)):
                 yield artefact.path / file.name
-
-
-def at_work(artefact: Artefact) -> bool:
-    """Is a run writing it?"""
-    return not is_free(artefact.slot)
-
-
-def upgrade(store: Store) -> list[str]:
-    """Bring the records of a store to the format of this saeflow; says what was done, nothing where all is new."""
-    done = []
-    for artefact in store.artefacts():
-        if artefact.record.format_version < FORMAT_VERSION:
-            with artefact.writing():
-                _upgrade(store, artefact)
-            done.append(f"{artefact.id}: format {artefact.record.format_version} to {FORMAT_VERSION}")
-    if read_checked(store.root / "store.json")["format_version"] < FORMAT_VERSION:
-        write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
-        store.send(store.root / "store.json")
-    return done or [f"{store.name} has format {FORMAT_VERSION} already"]
-
-
-def _upgrade(store: Store, artefact: Artefact) -> None:
-    """Parts learn what they were made from; format 1 had one generation, so the parts of now are the right ones."""
-    generation = artefact.generation()
-    if generation is not None:
-        inputs = [store.by_id(name) for name in artefact.record.inputs if not name.startswith("saes/")]
-        artefact.publish([_upgraded(artefact, part, inputs) for part in generation.parts])
-    write_record(artefact.path / "artefact.json", artefact.record.model_copy(update={"format_version": FORMAT_VERSION}))
-
-
-def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> PartRecord:
-    """The part under its new name, its files linked, not copied."""
-    if part.format_version == FORMAT_VERSION:
-        return part
-    made_from = {each.kind: p.folder for each in inputs for p in each.published().parts if p.index == part.index}
-    fresh = PartRecord(index=part.index, counts=part.counts, files=part.files, inputs=made_from)
-    if fresh.folder == part.folder:
-        write_record(artefact.part_path(part) / "part.json", fresh)
-        return fresh
-    folder = artefact.own_work / fresh.folder
-    shutil.copytree(artefact.part_path(part), folder, copy_function=os.link)
-    (folder / "part.json").unlink()
-    write_record(folder / "part.json", fresh)
-    flush_tree(folder)
-    shutil.rmtree(artefact.part_path(fresh), ignore_errors=True)
-    rename(folder, artefact.part_path(fresh))
-    return fresh

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.artefact import Artefact
-from saeflow.store.storage import Objects
 from saeflow.train.tensorboard import Board
 from saeflow.train.training import CHECKPOINT, Batch, Training, is_whole, sample, whole_step
 
@@ -67,10 +65,8 @@ class Reading:
     the earliest catch up with the others, each on just the batches that it has not seen.
     """
 
-    def __init__(
-        self, feed: Feed, jobs: list[Job], progress: Progress, publish: Publish, objects: Objects | None = None
-    ) -> None:
-        self.feed, self.jobs, self.progress, self.publish, self.objects = feed, jobs, progress, publish, objects
+    def __init__(self, feed: Feed, jobs: list[Job], progress: Progress, publish: Publish) -> None:
+        self.feed, self.jobs, self.progress, self.publish = feed, jobs, progress, publish
         self.began = self.saved = time.monotonic()
         self.seconds = min(job.recipe.train.checkpoint_seconds for job in jobs)
 
@@ -105,11 +101,10 @@ class Reading:
                     job.boards.append(Board(folder, job.trainings[-1].step))
 
     def _begun(self, job: Job, training: Training, restart: int) -> Training:
-        """The training as its checkpoint has it, if there is one; on the object store it may be from another
-        machine."""
+        """Return the training as its checkpoint has it, if there is one; in a bucket it may be from another machine."""
         folder = job.folder(restart)
-        if self.objects is not None and not is_whole(folder):  # a fetch may have been killed between two files
-            self.objects.bring_back(folder, CHECKPOINT)
+        if not is_whole(folder):  # a fetch may have been killed between two files
+            job.target.storage.bring_back(folder, CHECKPOINT)
         if training.restore(folder) and not training.done:
             which = f"{training.name} " if len(self.jobs) > 1 else ""
             self.progress.say(f"train: {which}continuing at step {training.step} of {training.n_steps}")
@@ -151,14 +146,13 @@ class Reading:
         return f"{len(seen)} SAEs, unexplained {min(shares):.3f} to {max(shares):.3f}"
 
     def _keep(self) -> None:
-        """Checkpoints, in the object store, too, so that another machine can go on where this one was lost."""
+        """Write checkpoints, to the bucket, too, so that another machine can go on where this one was lost."""
         for job in (job for job in self.jobs if not job.published):
             for board in job.boards:
                 board.flush()
             for restart, training in enumerate(job.trainings):
                 training.save(job.folder(restart), job.target.own_work, job.target.require_lease)
-                if self.objects is not None:
-                    self.objects.keep(job.folder(restart), training.step, CHECKPOINT)
+                job.target.storage.keep(job.folder(restart), training.step, CHECKPOINT)
         self.saved = time.monotonic()
 
     def _finish(self, job: Job) -> None:
@@ -167,6 +161,4 @@ class Reading:
             return
         self.publish(job, job.best(self.feed), time.monotonic() - self.began)
         job.published = True
-        if self.objects is not None:
-            self.objects.remove(job.checkpoints)
-        shutil.rmtree(job.checkpoints, ignore_errors=True)
+        job.target.storage.remove(job.checkpoints)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from saeflow.activations.shards import Layout, StoredArray
+from saeflow.activations.shards import Layout, StoredArray, open_site
 from saeflow.activations.writer import ArrayWriter, CompressedArrayWriter, open_writer
 from saeflow.corpus import token_parts
 from saeflow.pipeline import collect, import_table
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
+from saeflow.store.storage.folder import Folder
 from saeflow.store.store import Store
 from saeflow.store.verify import verify
 from tests.support.small_pipeline import a_table, brought_data, recipe_data, tree, write_table
@@ -24,7 +25,7 @@ def packed(path, values: np.ndarray, batch: int = 3) -> StoredArray:
     for start in range(0, len(values), batch):
         writer.append(values[start : start + batch])
     writer.close()
-    return StoredArray(path)
+    return StoredArray(path, Folder(path.parent))
 
 
 VALUES = np.random.default_rng(0).normal(size=(11, 3, 40)).astype(np.float16)
@@ -50,7 +51,7 @@ def test_a_pipeline_reads_the_same_values_compressed_or_not(tmp_path, progress, 
         _, artefact = import_table.run(where, parse_recipe(data), progress)
         site = collect.choose_site(artefact, None)
         parts = artefact.published().parts
-        found.append(torch.cat([StoredArray(artefact.part_path(p) / site.file).read(slice(None)) for p in parts]))
+        found.append(torch.cat([open_site(artefact, p, site).read(slice(None)) for p in parts]))
         assert list(verify(where, full=True)) == []
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 

@@ -35,7 +35,7 @@ def make(store: Store, n_values: int, part_tokens: int = 262_144, n_threads: int
     source = _tokens(store, n_values // PER_TOKEN, part_tokens)
     target = store.artefact("features", "made", f"{n_values:08x}"[:8])
     facts = {"n_features": N_FEATURES, "context_length": LENGTH, "site": "made"}
-    target.begin(facts, [source.id, f"activations/made-{source.fp}", f"saes/made-{source.fp}"])
+    target.create(facts, [source.id, f"activations/made-{source.fp}", f"saes/made-{source.fp}"])
     used = TokenSelection(source)
 
     def work(part: PartRecord) -> PartRecord:
@@ -49,7 +49,7 @@ def make(store: Store, n_values: int, part_tokens: int = 262_144, n_threads: int
 
 def _tokens(store: Store, n_tokens: int, part_tokens: int) -> Artefact:
     source = store.artefact("tokens", "made", f"{n_tokens:08x}"[:8])
-    source.begin({"context_length": LENGTH, "packing": "concatenated"})
+    source.create({"context_length": LENGTH, "packing": "concatenated"})
     pieces = [f" w{i}" for i in range(N_VOCAB)]
     write_vocab(source.path / "vocab.parquet", pieces, [piece.encode() for piece in pieces])
     first, n_documents, made = 0, 0, []

@@ -26,6 +26,7 @@ from saeflow.pipeline import collect
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.progress import Progress
+from saeflow.store.storage.folder import Folder
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
 
@@ -62,7 +63,7 @@ def measured(values: np.ndarray, config: ActivationsConfig, folder: Path) -> tup
         writer.append(values[start : start + 16])
     writer.close()
     wrote = time.perf_counter() - began
-    array = StoredArray(path)
+    array = StoredArray(path, Folder(path.parent))
     began = time.perf_counter()
     for start in range(0, len(values), 64):
         array.read(slice(start, start + 64))

@@ -46,8 +46,8 @@ def make_store(folder: Path, n_bytes: int) -> None:
     """Parts of 128 MiB of float16 noise; 8 sequences a document."""
     store = Store.create(folder)
     source, target = artefacts(store)
-    source.begin({"context_length": LENGTH, "packing": "concatenated"})
-    target.begin({"stored": [[SITE.name, WIDTH]]}, [source.id])
+    source.create({"context_length": LENGTH, "packing": "concatenated"})
+    target.create({"stored": [[SITE.name, WIDTH]]}, [source.id])
     noise = np.random.default_rng(0).standard_normal((PART_SEQUENCES, LENGTH, WIDTH), np.float32).astype(np.float16)
     for index in range(n_bytes // (PART_SEQUENCES * SEQUENCE_BYTES)):
         n = PART_SEQUENCES

@@ -35,7 +35,7 @@ def compare(recipe: Recipe, figures: dict[str, Any]) -> list[Bar]:
         store = Store.create(temporary)
         foreseen = forecast.plan(store, recipe, quiet)
         summary = pipeline.run(store, recipe, quiet)
-        n_bytes = sum(artefact.footprint(artefact.path)[0] for artefact in store.artefacts())
+        n_bytes = sum(artefact.storage.footprint(artefact.path)[0] for artefact in store.artefacts())
     actual = {
         "bytes": n_bytes,
         "peak_bytes": max(summary["peak_bytes"].values()),

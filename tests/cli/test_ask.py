@@ -340,7 +340,7 @@ def test_nothing_of_a_corpus_is_obeyed_by_a_terminal(
 def test_nothing_of_a_foreign_store_is_obeyed_by_a_terminal(words: list[str], saeflow: Command, tmp_path: Path) -> None:
     root = tmp_path / "it's \u202e; -- \x1b[2J"
     store = Given(name="evil", fp="f\x1b]0;x\x07\u202e").write(root)
-    store.artefact("features", "[bold]e\x1b[31m", "f0000001").begin(
+    store.artefact("features", "[bold]e\x1b[31m", "f0000001").create(
         {"a\x1b[2J": "\x1b[2J"}, ["tokens/\x1b[2J-f0000001"]
     )
     next(root.glob("tokens/*/parts/*/tokens.parquet")).unlink()

@@ -204,7 +204,7 @@ def encoder_of(brought, stored: Artefact, name: str) -> features.Encoder:
     store, recipe, _ = brought
     source = store.by_id(stored.record.inputs[0])
     target = store.artefact("features", name, "00000000")
-    target.begin({"context_length": 1, "n_features": recipe.sae.n_features}, [source.id, stored.id, "saes/x-0"])
+    target.create({"context_length": 1, "n_features": recipe.sae.n_features}, [source.id, stored.id, "saes/x-0"])
     sae = interchange.load(train.artefact(store, recipe).path)
     return features.Encoder(TokenSelection(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows)
 

@@ -15,6 +15,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 from hypothesis import given, settings
@@ -37,10 +38,10 @@ from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.schedule import ScheduleConfig, next_time
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
-from saeflow.store import artefact, garbage
+from saeflow.store import garbage
 from saeflow.store import verify as integrity
 from saeflow.store.files import read_json, write_json
-from saeflow.store.records import KINDS
+from saeflow.store.records import KINDS, Generation
 from saeflow.store.store import Store
 from tests.support.small_pipeline import Ingredients, a_table, brought_data, documents, quiet, recipe_data, write_table
 
@@ -247,7 +248,7 @@ def begin_another(night: Watched) -> str:
     """A run whose first encoding was killed."""
     own = features.artefact(night.store, night.recipe)
     begun = night.store.artefact("features", "a", "00000000")
-    begun.begin(own.record.facts, own.record.inputs)
+    begun.create(own.record.facts, own.record.inputs)
     return begun.id
 
 
@@ -438,25 +439,25 @@ def test_a_training_is_asked_for_by_the_next_ingest_where_the_one_that_read_the_
 
 
 def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_stages(
-    night: Watched, monkeypatch: pytest.MonkeyPatch
+    night: Watched,
 ) -> None:
     data = night.recipe.model_dump(mode="json")
     pipeline.run(
         night.store, parse_recipe(data | {"name": "other", "corpus": {**data["corpus"], "share": 0.5}}), quiet()
     )
     night.ingest()
-    read, real = list[str](), artefact.read_listed
+    times = Counter[str]()
 
-    def counted(path: Path, number: int) -> Any:
-        read.append(str(path.relative_to(night.store.root)))
-        return real(path, number)
+    class Counted(WeakValueDictionary[tuple[str, int, str], Generation]):
+        def __setitem__(self, key: tuple[str, int, str], generation: Generation) -> None:
+            times[key[0]] += 1
+            super().__setitem__(key, generation)
 
-    monkeypatch.setattr(artefact, "read_listed", counted)
+    night.store.storage.lists = Counted()
     night.ingest()
-    times = Counter(read)
     for each in (token_parts, activations):
         stored = each.artefact(night.store, night.recipe)  # type: ignore[attr-defined]
-        assert times[str(stored.list_path(1).relative_to(night.store.root))] == 1
+        assert times[stored.id] == 1
     assert max(times.values()) <= 2, "of a run once more, for catalog.sql"
 
 

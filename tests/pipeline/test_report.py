@@ -117,7 +117,7 @@ def test_a_feature_is_active_above_a_tenth_of_its_own_maximum():
 @pytest.mark.parametrize("n_tokens", [[1], [1000], [1000, 1000, 20], [1000, 1], [999, 100, 10, 0]])
 def test_every_live_feature_is_in_the_histogram(tmp_path, n_tokens):
     target = Store.create(tmp_path).artefact("features", "live", "00000000")
-    target.begin({})
+    target.create({})
     with target.new_part(0, {"n_tokens": 1000}) as folder:
         pq.write_table(pa.table({"n_tokens": np.array(n_tokens, np.int64)}), folder / "feature_stats.parquet")
     target.publish(target.parts().values())
@@ -128,7 +128,7 @@ def test_every_live_feature_is_in_the_histogram(tmp_path, n_tokens):
 @pytest.mark.parametrize("n_features", [1, 8])
 def test_a_run_in_which_nothing_fires_is_drawn_too(tmp_path, n_features):
     target = Store.create(tmp_path).artefact("features", "dead", "00000000")
-    target.begin({})
+    target.create({})
     with target.new_part(0, {"n_tokens": 9}) as folder:
         pq.write_table(pa.table({"n_tokens": np.zeros(n_features, np.int64)}), folder / "feature_stats.parquet")
     target.publish(target.parts().values())

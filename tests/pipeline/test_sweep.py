@@ -23,7 +23,7 @@ from saeflow.runtime import devices
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae import interchange
-from saeflow.store.lease import FileSlot
+from saeflow.store.lease_slot import FileSlot
 from saeflow.store.records import Hidden, read_checked
 from saeflow.store.store import Store
 from saeflow.train.group import Reading

@@ -126,7 +126,7 @@ def test_a_group_that_workers_merged_before_an_earlier_one_is_there_when_it_is_s
 
 def test_a_part_whose_folder_is_gone_is_not_published(tmp_path: Path) -> None:
     target = Artefact(tmp_path, "features", "run", "00000000")
-    target.begin({})
+    target.create({})
     for index in range(2):
         with target.new_part(index, {"n": 1}) as folder:
             (folder / "file").write_text("values")

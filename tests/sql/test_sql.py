@@ -622,7 +622,7 @@ def test_runs_show_their_size_and_quality_as_far_as_known(tmp_path):
 @pytest.mark.parametrize(("architecture", "k"), [("topk", 7), ("relu", None)])
 def test_runs_show_what_their_sae_is(tmp_path, architecture, k):
     store = Given().write(tmp_path)
-    store.artefact("saes", "demo", "f0000001").begin({"sae": {"architecture": architecture, "k": 7}})
+    store.artefact("saes", "demo", "f0000001").create({"sae": {"architecture": architecture, "k": 7}})
     with connect(store) as connection:
         (row,) = ask(connection, "runs").to_pylist()
     assert (row["architecture"], row["k"]) == (architecture, k)

@@ -21,7 +21,8 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.store.files import read_json
 from saeflow.store.garbage import collect
 from saeflow.store.store import Store
-from saeflow.store.verify import upgrade, verify
+from saeflow.store.upgrade import upgrade
+from saeflow.store.verify import verify
 from tests.support.small_pipeline import quiet, tree
 
 OLD = sorted((Path(__file__).resolve().parents[1] / "stores").glob("format_*"))

@@ -15,9 +15,11 @@ from saeflow.store import garbage
 from saeflow.store import verify as integrity
 from saeflow.store.artefact import Artefact
 from saeflow.store.garbage import ABANDONED_SECONDS, collect
-from saeflow.store.lease import held
+from saeflow.store.lease_slot import FileSlot
 from saeflow.store.records import Hidden, PartRecord
-from saeflow.store.storage import Objects
+from saeflow.store.storage.bucket import Bucket
+from saeflow.store.storage.folder import Folder
+from saeflow.store.storage.objects import Objects
 from saeflow.store.store import Store
 
 DAY = 86_400.0
@@ -37,7 +39,7 @@ def store(tmp_path) -> Store:
 @pytest.fixture
 def artefact(store) -> Artefact:
     made = store.artefact("tokens", "small", "0123abcd")
-    made.begin({})
+    made.create({})
     return made
 
 
@@ -69,43 +71,47 @@ def names(done: garbage.Collected) -> set[str]:
     return {each.path.name for each in done.garbage}
 
 
-def test_a_list_published_while_gc_looks_is_never_taken_for_an_old_one(store, artefact, monkeypatch):
+def test_a_list_published_while_gc_looks_is_never_taken_for_an_old_one(store, artefact):
     published(artefact, 1, 2 * DAY)
-    taken = held
     fresh = Hidden(document_id=0, key_hash="aa", reason="forgotten")
+    waiting = [Store.open(store.root).by_id(artefact.id)]
 
-    def late(*about):
-        """Another run publishes, and ends, just before gc has the lease."""
-        monkeypatch.setattr(garbage, "held", taken)
-        other = Store.open(store.root).by_id(artefact.id)
-        with other.writing():
-            other.publish(other.published().parts, hidden={0: (fresh,)})
-        return taken(*about)
+    class Late(FileSlot):
+        def watch(self):
+            """Another run publishes, and ends, just before gc has the lease."""
+            for other in [waiting.pop()] if waiting else []:
+                with other.writing():
+                    other.publish(other.published().parts, hidden={0: (fresh,)})
+            return super().watch()
 
-    monkeypatch.setattr(garbage, "held", late)
-    assert collect(store, DAY, remove=True).garbage == []
+    class Overtaken(Folder):
+        def new_slot(self, path):
+            return Late(path)
+
+    assert collect(Store(Overtaken(store.root)), DAY, remove=True).garbage == []
+    assert not waiting
     assert store.by_id(artefact.id).published().hidden == {0: (fresh,)}
 
 
 def test_a_list_newer_than_the_one_that_readers_see_is_left_alone(store, artefact):
     published(artefact, 2)
     age(artefact.list_path(1), DAY)
-    artefact._show(1)
+    artefact.show(1)
     assert names(collect(store, 0, remove=True)) == set()
     assert artefact.numbers() == [1, 2]
 
 
-def test_no_run_writes_an_artefact_while_gc_removes_from_it(store, artefact, monkeypatch):
+def test_no_run_writes_an_artefact_while_gc_removes_from_it(store, artefact):
     published(artefact, 2, DAY)
     refused = []
 
-    def remove(self, path):
-        with pytest.raises(UserError, match="Another run is writing"), self.writing():
-            pass
-        refused.append(path.name)
+    class Watched(Folder):
+        def remove(self, path):
+            with pytest.raises(UserError, match="Another run is writing"), store.by_id(artefact.id).writing():
+                pass
+            refused.append(path.name)
 
-    monkeypatch.setattr(Artefact, "remove", remove)
-    assert names(collect(store, 0, remove=True)) == set(refused) != set()
+    assert names(collect(Store(Watched(store.root)), 0, remove=True)) == set(refused) != set()
 
 
 def test_work_that_began_after_a_killed_run_is_not_taken_for_its_leftovers(store, artefact):
@@ -134,19 +140,23 @@ def test_the_grace_of_a_part_begins_when_the_last_list_that_names_it_is_replaced
     done = collect(store, DAY, remove=True)
     assert done.garbage == []
     assert done.n_bytes_kept == sum(
-        artefact.footprint(path)[0] for path in (artefact.part_path(old), artefact.list_path(1))
+        artefact.storage.footprint(path)[0] for path in (artefact.part_path(old), artefact.list_path(1))
     )
     age(artefact.list_path(2), 2 * DAY)
     assert names(collect(store, DAY, remove=True)) == {"000001.parquet", old.folder}
     assert artefact.parts() == {0: new}
 
 
-def test_each_list_is_looked_at_once_however_many_there_are(store, artefact, monkeypatch):
+def test_each_list_is_looked_at_once_however_many_there_are(store, artefact):
     published(artefact, 6)
     looked = []
-    look = Artefact.footprint
-    monkeypatch.setattr(Artefact, "footprint", lambda self, path: looked.append(path.name) or look(self, path))
-    collect(store, 0, remove=False)
+
+    class Watched(Folder):
+        def footprint(self, path):
+            looked.append(path.name)
+            return super().footprint(path)
+
+    collect(Store(Watched(store.root)), 0, remove=False)
     assert sorted(name for name in looked if name.endswith(".parquet")) == [
         *(f"{number:06d}.parquet" for number in range(1, 6)), *["000006.parquet"] * 2
     ]  # fmt: skip
@@ -162,7 +172,7 @@ def test_listing_writes_nothing(store, artefact):
 def test_what_cannot_be_read_is_named_and_the_rest_is_collected(store, artefact):
     published(artefact, 2, DAY)
     other = store.artefact("tokens", "other", "0123abcd")
-    other.begin({})
+    other.create({})
     published(other, 2, DAY)
     artefact.list_path(2).write_bytes(b"x")
     done = collect(store, 0, remove=True)
@@ -201,41 +211,40 @@ def test_a_link_in_a_store_leads_gc_to_nothing_outside_of_it(store, artefact, tm
     assert len(done.left_alone) == 1
 
 
-def in_memory(tmp_path: Path) -> Store:
-    objects = Objects("memory:///", Path(tempfile.mkdtemp(dir=tmp_path)))
-    return Store(objects.root, objects)
+def in_memory(tmp_path: Path, objects: Objects) -> Store:
+    """As another machine sees it, each time."""
+    return Store(Bucket(objects, Path(tempfile.mkdtemp(dir=tmp_path))))
 
 
 def test_an_object_store_is_collected_by_what_it_holds_now(tmp_path):
-    here = in_memory(tmp_path)
-    there = in_memory(tmp_path)
-    there.objects.store = here.objects.store
+    objects = Objects("memory:///")
+    here, there = in_memory(tmp_path, objects), in_memory(tmp_path, objects)
     artefact = here.artefact("tokens", "small", "0123abcd")
     with artefact.writing():
-        artefact.begin({})
+        artefact.create({})
         old = part(artefact, 0, "old")
         artefact.publish([old])
-    there.objects.pull()
+    there.storage.pull()
     late = part(artefact, 1)
     with artefact.writing():
         artefact.publish([part(artefact, 0, "new")])
     unlisted = part(artefact, 2)
     gone = names(collect(there, 0, remove=True))
     assert gone == {"000001.parquet", old.folder, late.folder}
-    here.objects.list_again()
+    here.storage.list_again()
     assert unlisted.folder in artefact.part_folders()
     assert list(integrity.verify(here, full=True)) == []
 
 
 def test_what_was_left_in_the_tmp_of_an_object_store_is_swept(tmp_path, monkeypatch):
-    store = in_memory(tmp_path)
+    objects = Objects("memory:///")
+    store = in_memory(tmp_path, objects)
     for name in ("cluster-0a1b", "saes-small-0123abcd.checkpoint/restart-0/000000001/state.json"):
         path = store.root / "tmp" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-        store.send(path)
+        store.storage.send(path)
         path.unlink()
-    monkeypatch.setattr(garbage.time, "time", lambda now=time.time(): now + 40 * DAY)
+    monkeypatch.setattr("time.time", lambda now=time.time(): now + 40 * DAY)
     assert names(collect(store, 0, remove=True)) == {"cluster-0a1b", "saes-small-0123abcd.checkpoint"}
-    store.objects.list_again()
-    assert not [key for key in store.objects.listing(store.root / "tmp") if "locks" not in key]
+    assert not [meta["path"] for meta in objects.list("tmp") if "locks" not in meta["path"]]

@@ -19,10 +19,13 @@ import psutil
 import pytest
 
 from saeflow.runtime.errors import UserError
-from saeflow.store import artefact, lease
 from saeflow.store.artefact import Artefact, writing_all
-from saeflow.store.lease import FileSlot, ObjectSlot, Owner, acquire, held, is_free
-from saeflow.store.storage import Objects
+from saeflow.store.lease import acquire, held, is_free
+from saeflow.store.lease_slot import FileSlot, Slot
+from saeflow.store.owner import Owner, machine_name, start_time
+from saeflow.store.records import Kind
+from saeflow.store.storage.bucket import BucketSlot
+from saeflow.store.storage.objects import Objects
 from saeflow.store.store import Store
 from tests.faults import POINTS, Runner
 from tests.faults.overlap import halted, side_by_side, waiting_runner
@@ -35,20 +38,18 @@ def slot(tmp_path: Path) -> FileSlot:
 
 
 @pytest.fixture
-def machines(tmp_path: Path) -> Callable[[], ObjectSlot]:
+def bucket() -> Objects:
+    return Objects("memory:///")
+
+
+@pytest.fixture
+def machines(bucket: Objects, tmp_path: Path) -> Callable[[], BucketSlot]:
     """Each call is another machine that sees the same bucket."""
-    bucket = Objects("memory:///", tmp_path).store
-
-    def machine() -> ObjectSlot:
-        objects = Objects("memory:///", tmp_path)
-        objects.store = bucket
-        return ObjectSlot(objects, tmp_path / "tmp" / "locks" / "x.lease")
-
-    return machine
+    return lambda: BucketSlot(bucket, "tmp/locks/x.lease", tmp_path / "tmp" / "locks" / "x.lease")
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def any_slot(request: pytest.FixtureRequest) -> FileSlot | ObjectSlot:
+def any_slot(request: pytest.FixtureRequest) -> Slot:
     if request.param == "folder":
         return request.getfixturevalue("slot")
     return request.getfixturevalue("machines")()
@@ -102,7 +103,7 @@ def test_a_lease_held_for_longer_than_it_lasts_stays_its_owners(slot: FileSlot) 
 
 def test_a_dead_process_of_this_machine_is_followed_at_once(slot: FileSlot) -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
-    owner = replace(Owner.here(), pid=child.pid, born=lease._born(child.pid) or 1.0, seconds=3600.0)
+    owner = replace(Owner.here(), pid=child.pid, born=start_time(child.pid) or 1.0, seconds=3600.0)
     child.wait()
     with slot.guard():
         slot.put(owner)
@@ -160,11 +161,9 @@ def test_an_owner_elsewhere_that_gives_signs_of_life_is_never_followed(slot: Fil
 
 
 def test_a_lease_is_renewed_so_that_other_machines_leave_it_alone(
-    any_slot: FileSlot | ObjectSlot, monkeypatch: pytest.MonkeyPatch
+    any_slot: Slot,
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(lease, "_machine", lambda: "elsewhere")
-        mine = acquire(any_slot, "x", "refuse")
+    mine = acquire(any_slot, "x", "refuse", owner=replace(Owner.here(), machine="elsewhere"))
     with pytest.raises(UserError, match="Another run is writing x"):
         acquire(any_slot, "x", "refuse")
     mine.require()
@@ -173,11 +172,9 @@ def test_a_lease_is_renewed_so_that_other_machines_leave_it_alone(
 
 
 def test_a_lease_that_is_renewed_no_more_is_taken_by_other_machines(
-    any_slot: FileSlot | ObjectSlot, monkeypatch: pytest.MonkeyPatch
+    any_slot: Slot,
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(lease, "_machine", lambda: "elsewhere")
-        lost = acquire(any_slot, "x", "refuse")
+    lost = acquire(any_slot, "x", "refuse", owner=replace(Owner.here(), machine="elsewhere"))
     lost._over.set()
     with held(any_slot, "x", "refuse"):
         with pytest.raises(UserError, match="has taken over"):
@@ -188,29 +185,32 @@ def test_a_lease_that_is_renewed_no_more_is_taken_by_other_machines(
 
 
 def test_in_a_bucket_a_release_never_takes_the_lease_from_the_next_owner(
-    machines: Callable[[], ObjectSlot], monkeypatch: pytest.MonkeyPatch
+    machines: Callable[[], BucketSlot], bucket: Objects
 ) -> None:
-    mine, put, next_owners = acquire(machines(), "x", "wait"), Objects.put_tagged, []
+    next_owners = []
 
-    def putting(self: Objects, path: Path, content: bytes, tag: str | None) -> str | None:
-        """The next one sees what the release has written before the release has ended."""
-        found = put(self, path, content, tag)
-        if content == b"{}\n" and not next_owners:
-            next_owners.append(acquire(machines(), "x", "wait"))
-        return found
+    class Slow(Objects):
+        def put(self, key: str, content: bytes, tag: str | None) -> str | None:
+            """The next one sees what the release has written before the release has ended."""
+            found = super().put(key, content, tag)
+            if content == b"{}\n" and not next_owners:
+                next_owners.append(acquire(machines(), "x", "wait"))
+            return found
 
-    monkeypatch.setattr(Objects, "put_tagged", putting)
-    mine.release()
+    slow = Slow("memory:///")
+    slow.store = bucket.store
+    slot = machines()
+    acquire(BucketSlot(slow, slot.key, slot.path), "x", "wait").release()
     with pytest.raises(UserError, match="Another run is writing"):
         acquire(machines(), "x", "refuse")
     next_owners[0].require()
     next_owners[0].release()
 
 
-def test_in_a_bucket_two_that_wait_have_the_lease_one_after_the_other(machines: Callable[[], ObjectSlot]) -> None:
+def test_in_a_bucket_two_that_wait_have_the_lease_one_after_the_other(machines: Callable[[], BucketSlot]) -> None:
     inside, most = [0], [0]
 
-    def work(slot: ObjectSlot) -> None:
+    def work(slot: BucketSlot) -> None:
         with held(slot, "x", "wait"):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
@@ -255,21 +255,22 @@ def test_whether_a_lease_is_free_is_found_out_without_taking_it_and_names_the_ar
     assert "this" not in caplog.text.split()
 
 
-def test_a_store_that_does_not_answer_holds_up_no_release_and_hides_no_error(
-    machines: Callable[[], ObjectSlot], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    over = threading.Event()
+def test_a_store_that_does_not_answer_holds_up_no_release_and_hides_no_error(tmp_path: Path) -> None:
+    over, silent = threading.Event(), threading.Event()
 
-    def silent(self: Objects, path: Path, content: bytes, tag: str | None) -> str | None:
-        over.wait(20)
-        raise UserError("The store does not answer")
+    class Silent(Objects):
+        def put(self, key: str, content: bytes, tag: str | None) -> str | None:
+            if silent.is_set():
+                over.wait(20)
+                raise UserError("The store does not answer")
+            return super().put(key, content, tag)
 
     def interrupted() -> None:
-        with held(machines(), "x", "refuse"):
-            monkeypatch.setattr(Objects, "put_tagged", silent)
+        with held(BucketSlot(Silent("memory:///"), "x.lease", tmp_path / "x.lease"), "x", "refuse") as mine:
+            mine.patience = 0.2
+            silent.set()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(lease, "_PATIENCE", 0.2)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         interrupted()
@@ -278,14 +279,16 @@ def test_a_store_that_does_not_answer_holds_up_no_release_and_hides_no_error(
 
 
 def test_a_release_that_fails_does_not_hide_why_the_work_ended(
-    slot: FileSlot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    slot: FileSlot, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def read_only(self: FileSlot, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
-        raise OSError("read-only")
+    class ReadOnly(FileSlot):
+        def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
+            if owner is None:
+                raise OSError("read-only")
+            return super().swap(owner, tag)
 
     def ends() -> None:
-        with held(slot, "x", "refuse"):
-            monkeypatch.setattr(FileSlot, "swap", read_only)
+        with held(ReadOnly(slot.path), "x", "refuse"):
             raise UserError("why the work ended")
 
     with pytest.raises(UserError, match="why the work ended"):
@@ -361,7 +364,7 @@ def test_a_process_of_which_the_system_shows_only_its_number_is_watched_not_take
 def test_what_another_process_calls_itself_is_shown_harmless(slot: FileSlot) -> None:
     owner = foreign(slot)
     with slot.guard():
-        slot.put(replace(owner, machine=lease._machine(), about="\x1b[2J\u202eevil"))
+        slot.put(replace(owner, machine=machine_name(), about="\x1b[2J\u202eevil"))
     with pytest.raises(UserError) as refused:
         acquire(slot, "x", "refuse")
     assert "\x1b" not in str(refused.value)
@@ -388,6 +391,11 @@ def test_of_many_that_want_a_lease_one_has_it_at_a_time(slot: FileSlot) -> None:
     assert len(done) == 4
 
 
+def two_processes(folder: Path, kind: Kind) -> list[Artefact]:
+    """One artefact as two processes see it, each of which has opened the store."""
+    return [Store.create(folder).artefact(kind, "x", "00000000") for _ in range(2)]
+
+
 def a_part(target: Artefact, text: str) -> None:
     with target.new_part(0, {"n": 1}) as folder:
         (folder / "data").write_text(text)
@@ -398,7 +406,7 @@ def test_who_has_lost_the_lease_publishes_nothing(tmp_path: Path) -> None:
 
     def publish() -> None:
         with target.writing():
-            target.begin({})
+            target.create({})
             a_part(target, "mine")
             take_over(target.slot)
             target.publish(target.made.values())
@@ -409,19 +417,16 @@ def test_who_has_lost_the_lease_publishes_nothing(tmp_path: Path) -> None:
 
 
 def test_who_finds_another_generation_than_it_began_with_publishes_nothing_lease_or_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    store = Store.create(tmp_path)
-    target, other = (store.artefact("tokens", "x", "00000000") for _ in range(2))
+    target, other = two_processes(tmp_path, "tokens")
 
     def publish() -> None:
         with target.writing():
-            target.begin({})
+            target.create({})
             a_part(target, "mine")
-            with monkeypatch.context() as patch:  # as in another process
-                patch.setattr(artefact, "_HOLDS", {})
-                a_part(other, "theirs")
-                other.publish(other.made.values())
+            a_part(other, "theirs")
+            other.publish(other.made.values())
             target.publish(target.made.values())
 
     with pytest.raises(UserError, match="has published tokens/x-00000000 since"):
@@ -430,24 +435,21 @@ def test_who_finds_another_generation_than_it_began_with_publishes_nothing_lease
 
 
 def an_sae(target: Artefact, weights: str) -> None:
-    with target.whole({}, [], {}) as folder:
+    with target.publish_folder({}, [], {}) as folder:
         (folder / "weights").write_text(weights)
 
 
 def test_a_run_that_wakes_up_after_another_has_published_and_ended_neither_takes_its_lease_back_nor_publishes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    store = Store.create(tmp_path)
-    target, other = (store.artefact("saes", "x", "00000000") for _ in range(2))
+    target, other = two_processes(tmp_path, "saes")
 
     def woken() -> None:
         with target.writing():
             [hold] = target.holds
             hold.lease._over.set()  # halted: it beats no more
             take_over(target.slot)
-            with monkeypatch.context() as patch:  # as in another process
-                patch.setattr(artefact, "_HOLDS", {})
-                an_sae(other, "theirs")
+            an_sae(other, "theirs")
             target.slot.path.unlink()
             hold.lease.beaten -= 2
             hold.lease._over.clear()
@@ -460,15 +462,12 @@ def test_a_run_that_wakes_up_after_another_has_published_and_ended_neither_takes
     assert (target.path / "weights").read_text() == "theirs"
 
 
-def test_a_finished_sae_is_never_replaced_by_another_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store.create(tmp_path)
-    target, other = (store.artefact("saes", "x", "00000000") for _ in range(2))
+def test_a_finished_sae_is_never_replaced_by_another_runs(tmp_path: Path) -> None:
+    target, other = two_processes(tmp_path, "saes")
 
     def late() -> None:
         with target.writing():
-            with monkeypatch.context() as patch:
-                patch.setattr(artefact, "_HOLDS", {})
-                an_sae(other, "theirs")
+            an_sae(other, "theirs")
             an_sae(target, "mine")
 
     with pytest.raises(UserError, match="has published saes/x-00000000 since"):
@@ -488,10 +487,10 @@ def test_who_has_lost_the_lease_names_no_further_files_in_the_record(tmp_path: P
 
     def attach() -> None:
         with target.writing():
-            target.begin({})
+            target.create({})
             (target.path / "similar.parquet").write_text("mine")
             take_over(target.slot)
-            target.attach(["similar.parquet"])
+            target.add_files(["similar.parquet"])
 
     with pytest.raises(UserError, match="has taken over"):
         attach()

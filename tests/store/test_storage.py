@@ -7,7 +7,7 @@ import io
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,6 @@ import obstore
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from tenacity import Retrying, stop_after_attempt
 
 from saeflow.activations.shards import open_site
 from saeflow.pipeline import collect as activations
@@ -27,7 +26,6 @@ from saeflow.pipeline import encode, forget, train
 from saeflow.pipeline import run as pipeline
 from saeflow.query import catalog, labels, runs
 from saeflow.query.ask import ask, query
-from saeflow.query.bucket_files import ObjectFiles
 from saeflow.query.connection import connect
 from saeflow.query.questions import questions
 from saeflow.recipe.recipe import Recipe, parse_recipe
@@ -35,11 +33,13 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae.loss import StepInfo
 from saeflow.store import garbage
-from saeflow.store import storage as objects
 from saeflow.store import verify as integrity
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Damaged
-from saeflow.store.storage import Objects
+from saeflow.store.storage.bucket import Bucket, cache_folder
+from saeflow.store.storage.duckdb_files import BucketFiles
+from saeflow.store.storage.listing import Listing
+from saeflow.store.storage.objects import Found, Objects
 from saeflow.store.store import Store
 from saeflow.train.group import Reading
 from saeflow.train.training import CHECKPOINT, STATE, Batch, is_whole
@@ -150,19 +150,17 @@ def test_another_machine_answers_the_same_and_fetches_no_arrays_and_no_values(
 
 
 def test_what_one_machine_began_another_finishes(
-    server: Server, url: str, recipe: Recipe, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, url: str, recipe: Recipe, local: Store, tmp_path: Path
 ) -> None:
-    send, sent = Objects.send, itertools.count()
+    class Breaking(Bucket):
+        def send_as(self, pairs: Iterable[tuple[Path, Path]]) -> None:
+            pairs = [*pairs]
+            if any("activations/" in self.key(target) and target.name == "part.json" for _, target in pairs):
+                raise ConnectionError("the machine is gone")  # its record still missing
+            super().send_as(pairs)
 
-    def breaking(self: Objects, *args: Any, **options: Any) -> None:
-        if next(sent) == 24:  # the files of a part of activations, its record still missing
-            raise ConnectionError("the machine is gone")
-        send(self, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Objects, "send", breaking)
-        with pytest.raises(ConnectionError):
-            pipeline.run(Store.create(url), recipe, quiet())
+    with pytest.raises(ConnectionError):
+        pipeline.run(Store.create(Breaking(Objects(url), cache_folder(url))), recipe, quiet())
     begun = set(there(server, url))
     assert any(name.startswith("activations/") for name in begun)
     assert not any(name.startswith("saes/") for name in begun)
@@ -231,11 +229,16 @@ def test_a_sweep_goes_on_and_is_read_on_another_machine(
     assert there(server, url) == here(alone)
 
 
-def test_a_second_run_sends_nothing(url: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_sends_nothing(url: str, recipe: Recipe) -> None:
     pipeline.run(Store.create(url), recipe, quiet())
-    sent: list[Path] = []
-    monkeypatch.setattr(Objects, "_send", lambda self, pair: sent.append(pair[1]))
-    pipeline.run(Store.create(url), recipe, quiet())
+    sent: list[str] = []
+
+    class Watched(Objects):
+        def upload(self, path: Path, key: str) -> str:
+            sent.append(key)
+            return super().upload(path, key)
+
+    pipeline.run(Store.create(Bucket(Watched(url), cache_folder(url))), recipe, quiet())
     assert sent == []
 
 
@@ -309,13 +312,15 @@ def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
 
 
 def test_a_bucket_that_is_not_there_is_named_and_no_secret_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "tries", lambda *_: Retrying(stop=stop_after_attempt(1), reraise=True))
+    def opened(url: str) -> Store:
+        return Store.open(Bucket(Objects(url, n_tries=1), cache_folder(url)))
+
     with pytest.raises(UserError) as missing:
-        Store.open("s3://no-such-bucket/store")
+        opened("s3://no-such-bucket/store")
     assert "s3://no-such-bucket/store" in str(missing.value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="AWS_ENDPOINT_URL") as silent:
-        Store.open("s3://bucket/store")
+        opened("s3://bucket/store")
     assert SECRET not in str(missing.value) + str(silent.value)
 
 
@@ -325,40 +330,51 @@ def test_a_url_that_is_no_object_store_is_refused() -> None:
 
 
 def test_a_store_that_cannot_compare_before_it_replaces_is_refused(tmp_path: Path) -> None:
-    plain = Objects(tmp_path.as_uri(), tmp_path / "cache")
+    plain = Bucket(Objects(tmp_path.as_uri()), tmp_path / "cache")
     record = tmp_path / "cache" / "manifest.json"
-    plain.switch(record, b"1")
+    plain.put_if_unchanged(record, b"1")
     with pytest.raises(UserError, match="conditional put"):
-        plain.switch(record, b"2")
+        plain.put_if_unchanged(record, b"2")
 
 
-def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Dying(Objects):
+    """Gives one object and no more."""
+
+    def download(self, key: str, path: Path) -> str:
+        if self._n_given:
+            raise ConnectionError("killed")
+        self._n_given = 1
+        return super().download(key, path)
+
+    _n_given = 0
+
+
+def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(tmp_path: Path) -> None:
     folder, there = tmp_path / "cache" / "tmp" / "one", tmp_path / "there"
     there.mkdir()
-    objects = Objects(there.as_uri(), tmp_path / "cache")
+    bucket = Bucket(Objects(there.as_uri()), tmp_path / "cache")
     folder.mkdir(parents=True)
     for name in (CHECKPOINT, STATE):
         (folder / name).write_text("new")
-    objects.keep(folder, 1, CHECKPOINT)
+    bucket.keep(folder, 1, CHECKPOINT)
     (folder / STATE).write_text("of an older checkpoint")
     (folder / CHECKPOINT).unlink()
-    fetch = Objects._fetch
-
-    def dying(self: Objects, key: str, path: Path) -> None:
-        fetch(self, key, path)
-        raise ConnectionError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Objects, "_fetch", dying)
-        with pytest.raises(ConnectionError):
-            objects.bring_back(folder, CHECKPOINT)
+    with pytest.raises(ConnectionError):
+        Bucket(Dying(there.as_uri()), tmp_path / "cache").bring_back(folder, CHECKPOINT)
     assert not is_whole(folder)
-    reading: Any = SimpleNamespace(objects=objects, jobs=[])
-    job: Any = SimpleNamespace(folder=lambda restart: folder)
+    reading: Any = SimpleNamespace(jobs=[])
+    job: Any = SimpleNamespace(folder=lambda restart: folder, target=SimpleNamespace(storage=bucket))
     Reading._begun(reading, job, MagicMock(done=True), 0)
     assert [(folder / name).read_text() for name in (CHECKPOINT, STATE)] == ["new", "new"]
+
+
+def test_what_lies_below_a_key_is_found_without_a_walk_through_the_listing() -> None:
+    """A walk for each part would take a hundred times as long."""
+    listing = Listing({f"tokens/x-0/parts/{n:06d}/{name}": Found(1, 0.0) for n in range(50_000) for name in "ab"})
+    began = time.process_time()
+    found = [listing.below(f"tokens/x-0/parts/{n:06d}") for n in range(0, 50_000, 10)]
+    assert time.process_time() - began < 2
+    assert found[7] == ["tokens/x-0/parts/000070/a", "tokens/x-0/parts/000070/b"]
 
 
 class Machines:
@@ -366,17 +382,14 @@ class Machines:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.bucket = Objects("memory:///", folder / "nobody").store
+        self.objects = Objects("memory:///")
 
-    def store(self, name: str) -> Store:
+    def store(self, name: str, kind: type[Bucket] = Bucket) -> Store:
         """As a process of that machine sees it that has just begun."""
-        objects = Objects("memory:///", self.folder / name)
-        objects.store = self.bucket
-        objects.pull()
-        return Store(objects.root, objects)
+        return Store.at(kind(self.objects, self.folder / name))
 
     def content(self, key: str) -> bytes:
-        return bytes(obstore.get(self.bucket, key).bytes())
+        return bytes(obstore.get(self.objects.store, key).bytes())
 
 
 @pytest.fixture
@@ -385,7 +398,7 @@ def machines(tmp_path: Path) -> Machines:
 
 
 def an_sae(target: Artefact, weights: str) -> None:
-    with target.whole({}, [], {}) as folder:
+    with target.publish_folder({}, [], {}) as folder:
         (folder / "weights").write_text(weights)
 
 
@@ -403,14 +416,14 @@ def test_a_generation_published_since_a_process_began_is_the_one_that_it_goes_on
     one, two = (machines.store(name).artefact("tokens", "x", "00000000") for name in ("one", "two"))
     for index, target in enumerate((one, two)):
         with target.writing():
-            target.begin({})
+            target.create({})
             with target.new_part(index, {"n": 1}) as folder:
                 (folder / "data").write_text("x")
             target.publish(target.parts().values())
     assert [part.index for part in two.published().parts] == [0, 1]
 
 
-def test_an_sae_of_another_machine_is_never_overwritten(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sae_of_another_machine_is_never_overwritten(machines: Machines) -> None:
     one, two = (machines.store(name).artefact("saes", "x", "00000000") for name in ("one", "two"))
 
     def late() -> None:
@@ -422,16 +435,14 @@ def test_an_sae_of_another_machine_is_never_overwritten(machines: Machines, monk
         late()
     assert machines.content("saes/x-00000000/weights") == b"first"
     assert (two.fetched() / "weights").read_text() == "first"
-    sent = Objects.send
 
-    def first_now(self: Objects, *args: Any) -> None:
-        """Another machine's record comes between the look and ours."""
-        sent(self, *args)
-        record = three.path / "artefact.json"
-        obstore.put(machines.bucket, three.objects.key(record), b"theirs") if three.objects else None
+    class Overtaken(Bucket):
+        def send_as(self, pairs: Iterable[tuple[Path, Path]]) -> None:
+            """Another machine's record comes between the look and ours."""
+            super().send_as(pairs)
+            obstore.put(machines.objects.store, "saes/y-00000000/artefact.json", b"theirs")
 
-    three = machines.store("three").artefact("saes", "y", "00000000")
-    monkeypatch.setattr(Objects, "send", first_now)
+    three = machines.store("three", Overtaken).artefact("saes", "y", "00000000")
     with pytest.raises(UserError, match="has published saes/y-00000000 since"), three.writing():
         an_sae(three, "third")
     assert machines.content("saes/y-00000000/artefact.json") == b"theirs"
@@ -439,27 +450,27 @@ def test_an_sae_of_another_machine_is_never_overwritten(machines: Machines, monk
 
 def test_a_look_at_the_store_leaves_alone_what_a_run_of_this_machine_has_not_sent_yet(machines: Machines) -> None:
     target = machines.store("here").artefact("features", "x", "00000000")
-    target.begin({})
+    target.create({})
     for again in ("once", "again"):
         (target.path / "similar.parquet").write_text(again)
         (target.path / ".manifest.json.new").write_text("being written")
         machines.store("here")
         assert (target.path / "similar.parquet").read_text() == again
         assert (target.path / ".manifest.json.new").read_text() == "being written"
-        target.send(target.path / "similar.parquet")
+        target.storage.send(target.path / "similar.parquet")
 
 
 def test_what_was_sent_is_kept_while_the_store_has_it_and_dropped_once_it_has_not(machines: Machines) -> None:
     target = machines.store("here").artefact("features", "x", "00000000")
-    target.begin({})
+    target.create({})
     table = target.path / "similar.parquet"
     table.write_text("once")
-    target.send(table)
+    target.storage.send(table)
     machines.store("here")
     assert table.read_text() == "once"
     other = machines.store("there").artefact("features", "x", "00000000")
     other.own_file("similar.parquet").write_text("again")
-    other.send(other.path / "similar.parquet")
+    other.storage.send(other.path / "similar.parquet")
     machines.store("here")
     assert not table.exists()
     assert target.own_file("similar.parquet").read_text() == "again"
@@ -484,23 +495,22 @@ def test_what_was_sent_a_moment_ago_is_that_old(machines: Machines) -> None:
     assert target.part_folders() == set()
     with target.new_part(0, {"n": 1}) as folder:
         (folder / "values.parquet").write_text("whole")
-    assert time.time() - target.footprint(target.part_path(target.made[0]))[1] < 60
+    assert time.time() - target.storage.footprint(target.part_path(target.made[0]))[1] < 60
 
 
 def test_a_record_that_another_machine_has_removed_is_refused_in_words(machines: Machines) -> None:
-    here = machines.store("here").objects
-    assert here is not None
+    here = machines.store("here").storage
     record = here.root / "tokens" / "x-00000000" / "manifest.json"
-    here.switch(record, b"1")
-    here.switch(record, b"2")
-    obstore.delete(machines.bucket, here.key(record))
+    here.put_if_unchanged(record, b"1")
+    here.put_if_unchanged(record, b"2")
+    obstore.delete(machines.objects.store, "tokens/x-00000000/manifest.json")
     with pytest.raises(UserError, match="Another machine has published or removed x-00000000"):
-        here.switch(record, b"3")
+        here.put_if_unchanged(record, b"3")
 
 
 def test_what_a_killed_run_left_unsent_goes_when_the_next_one_takes_the_lease(machines: Machines) -> None:
     target = machines.store("here").artefact("features", "x", "00000000")
-    target.begin({})
+    target.create({})
     (target.path / "quality.json").write_text("never sent")
     with machines.store("here").artefact("features", "x", "00000000").writing():
         assert not (target.path / "quality.json").exists()
@@ -513,7 +523,7 @@ def test_what_a_killed_run_left_unsent_goes_when_the_next_one_takes_the_lease(ma
 def test_an_open_object_may_be_shared_by_threads(server: Server, url: str, tmp_path: Path) -> None:
     content = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8).tobytes()
     server.client().put_object(Bucket="bucket", Key=f"{url.removeprefix('s3://bucket/')}/file", Body=content)
-    files = ObjectFiles(Objects(url, tmp_path))
+    files = BucketFiles(Bucket(Objects(url), tmp_path))
     dice = np.random.default_rng(1)
     wanted = [(int(start), int(size)) for start, size in dice.integers(0, [2_900_000, 600_000], (200, 2))]
     with files.open(f"{url}/file") as shared, ThreadPoolExecutor(8) as pool:
@@ -533,7 +543,7 @@ def test_values_are_encoded_from_an_object_store_as_from_a_disk(remote: str, rec
 def test_labels_and_the_catalog_lie_in_the_bucket_too(server: Server, url: str, recipe: Recipe, tmp_path: Path) -> None:
     store = Store.create(url)
     pipeline.run(store, recipe, quiet())
-    sae = runs.sae_of(runs.chosen(store).artefact)
+    sae = runs.sae_of(runs.pick_run(store, runs.runs(store), None).artefact)
     assert sae is not None
     assert labels.put(store, sae, "own", {1: labels.Label("one", 0.5)}) == 1
     catalog.write(store)

@@ -15,7 +15,6 @@ import pytest
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
-from saeflow.store import artefact as artefact_module
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json, write_json
 from saeflow.store.records import (
@@ -32,7 +31,9 @@ from saeflow.store.records import (
     read_record,
     write_record,
 )
-from saeflow.store.storage import Objects
+from saeflow.store.storage.bucket import Bucket
+from saeflow.store.storage.folder import Folder
+from saeflow.store.storage.objects import Objects
 from saeflow.store.store import Store
 from saeflow.store.verify import damage, mend, next_share, note_share, verify
 
@@ -51,7 +52,7 @@ def store(tmp_path) -> Store:
 @pytest.fixture
 def artefact(store) -> Artefact:
     made = store.artefact("tokens", "small", "0123abcd")
-    made.begin({"context_length": 4})
+    made.create({"context_length": 4})
     return made
 
 
@@ -73,7 +74,7 @@ def use(root: Path, id: str) -> None:
     artefact = Store.open(root).by_id(id)
     artefact.parts()
     artefact.published()
-    artefact.begin({})
+    artefact.create({})
 
 
 def raise_newer(path: Path) -> None:
@@ -116,16 +117,18 @@ def test_a_part_whose_work_folder_was_removed_or_emptied_meanwhile_is_refused(ar
     assert artefact.parts() == {}
 
 
-def test_a_publication_reads_as_few_lists_as_it_needs(artefact, monkeypatch):
+def test_a_publication_reads_as_few_lists_as_it_needs(artefact):
     parts = []
     for index in range(3):
         parts.append(write_part(artefact, index, bytes([index])))
         artefact.publish(parts)
     artefact.publish(parts[:2])
-    read, listed_folders = [], artefact_module.listed_folders
-    monkeypatch.setattr(artefact_module, "listed_folders", lambda path: read.append(path.stem) or listed_folders(path))
+    for number in (1, 2):
+        artefact.list_path(number).write_bytes(b"?")
     assert artefact.unlisted_folders() == []
-    assert read == ["000004", "000003"]  # that lists the last part that is there
+    artefact.list_path(3).write_bytes(b"?")  # that lists the last part that is there
+    with pytest.raises(Damaged, match="000003"):
+        artefact.unlisted_folders()
 
 
 def test_a_folder_without_a_record_is_not_a_part(artefact):
@@ -217,7 +220,7 @@ def test_two_stores_made_alike_are_equal_byte_for_byte(tmp_path):
     trees = []
     for name in "ab":
         artefact = Store.create(tmp_path / name).artefact("tokens", "small", "0123abcd")
-        artefact.begin({"x": 1})
+        artefact.create({"x": 1})
         artefact.publish([write_part(artefact)])
         files = [path for path in artefact.path.rglob("*") if path.is_file() and path.name != "provenance.json"]
         trees.append({path.relative_to(artefact.path): path.read_bytes() for path in files})
@@ -238,11 +241,11 @@ def test_an_interrupted_replacement_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_folder_without_parts_appears_whole_or_not_at_all(store):
     sae = store.artefact("saes", "small", "0123abcd")
-    with pytest.raises(RuntimeError), sae.whole({}, [], {}) as folder:
+    with pytest.raises(RuntimeError), sae.publish_folder({}, [], {}) as folder:
         fail_half_way(folder)
     assert not sae.complete()
     assert not sae.path.exists()
-    with sae.writing(), sae.whole({"k": 3}, ["tokens/a-1"], {}) as folder:
+    with sae.writing(), sae.publish_folder({"k": 3}, ["tokens/a-1"], {}) as folder:
         (folder / "weights").write_bytes(b"x")
     assert sae.complete()
     assert (sae.record.facts, sae.record.inputs) == ({"k": 3}, ["tokens/a-1"])
@@ -321,7 +324,7 @@ def test_an_id_leads_back_to_its_artefact(store, kind):
 def test_artefacts_are_listed_by_kind_the_newest_last_and_unfinished_folders_left_out(store):
     for i, (kind, fp) in enumerate([("features", "bbbbbbbb"), ("tokens", "cccccccc"), ("features", "aaaaaaaa")]):
         artefact = store.artefact(kind, "small", fp)
-        artefact.begin({})
+        artefact.create({})
         os.utime(artefact.path / "artefact.json", ns=(i * 10**9, i * 10**9))
     (store.root / "tokens" / "small-dddddddd").mkdir()
     assert [a.fp for a in store.artefacts()] == ["cccccccc", "bbbbbbbb", "aaaaaaaa"]
@@ -394,12 +397,17 @@ def test_a_folder_that_no_part_is_called_is_no_list(artefact, folder):
             read(artefact.list_path(1))
 
 
-def test_repairing_a_strangers_store_touches_nothing_outside_of_it(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(Artefact, "_require_there", lambda *_: None)  # as a stranger may
+class Unchecked(Folder):
+    """A folder in which anything may be published, as a stranger may."""
+
+    has_locks = False
+
+
+def test_repairing_a_strangers_store_touches_nothing_outside_of_it(store, tmp_path):
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "precious").write_text("!")
-    stranger = store.artefact("tokens", "x", "00000000")
+    stranger = Store(Unchecked(store.root)).artefact("tokens", "x", "00000000")
     record = ArtefactRecord(
         kind="tokens", name="x", fp="00000000", facts={}, files=[FileRecord(str(victim / "precious"), 5, "0" * 32)]
     )
@@ -435,7 +443,7 @@ def test_repair_goes_on_where_one_artefact_is_past_mending_and_says_what_is_left
     artefact.publish([part], hidden={0: (Hidden(document_id=0, key_hash="aa", reason="forgotten"),)})
     artefact.list_path(2).write_bytes(b"x")
     other = store.artefact("tokens", "x", "00000000")
-    other.begin({})
+    other.create({})
     broken = damaged_store(other)
     (other.part_path(broken) / "data.bin").unlink()
     said = mend(list(verify(store, full=True)))
@@ -489,19 +497,16 @@ def test_the_shares_of_a_store_follow_one_another_whenever_they_are_read(store):
     assert next_share(store, 3) == (0, 3)
 
 
-def test_a_stray_object_is_found_in_one_pass_over_the_listing(tmp_path, monkeypatch):
-    objects = Objects("memory:///", tmp_path / "cache")
-    artefact = Store(objects.root, objects).artefact("tokens", "small", "0123abcd")
+def test_a_stray_object_is_found_and_removed(tmp_path):
+    artefact = Store(Bucket(Objects("memory:///"), tmp_path / "cache")).artefact("tokens", "small", "0123abcd")
     with artefact.writing():
-        artefact.begin({})
+        artefact.create({})
         parts = [write_part(artefact, index) for index in range(3)]
         artefact.publish(parts)
     stray = artefact.part_path(parts[1]) / "deeper" / "stray"
     stray.write_bytes(b"x")
-    artefact.send(stray)
-    with monkeypatch.context() as patch:
-        patch.setattr(Artefact, "files_of", None)  # looks through everything for each part
-        found = list(damage(artefact, full=True))
+    artefact.storage.send(stray)
+    found = list(damage(artefact, full=True))
     assert [(each.part, each.problem) for each in found] == [(parts[1], f"{stray} does not belong there")]
     assert list(mend(found)) == [f"removed {stray}"]
     assert list(damage(artefact, full=True)) == []

@@ -140,21 +140,21 @@ class Many:
         os.makedirs(self.tokens.path, exist_ok=True)
         pieces = [f" w{i}" for i in range(4096)]
         write_vocab(self.tokens.path / "vocab.parquet", pieces, [piece.encode() for piece in pieces])
-        self.tokens.begin(tokens.facts(self.recipe), files=["vocab.parquet"])
+        self.tokens.create(tokens.facts(self.recipe), files=["vocab.parquet"])
         self._publish(self.tokens, self.token_parts(0, self.n_parts))
 
     def _make_activations(self) -> None:
         facts = collect.facts(self.store, self.recipe) | {"stored": [[SITE, WIDTH]]}
-        self.activations.begin(facts, [self.tokens.id])
+        self.activations.create(facts, [self.tokens.id])
         self._publish(self.activations, self.activation_parts(0, self.n_parts))
 
     def _make_features(self) -> None:
         facts = features.facts(self.store, self.recipe) | {"context_length": LENGTH, "architecture": "batchtopk"}
         trained = train.artefact(self.store, self.recipe)
         inputs = [self.tokens.id, self.activations.id]
-        with trained.writing(), trained.whole(lineage.facts(self.store, self.recipe), inputs, {}) as folder:
+        with trained.writing(), trained.publish_folder(lineage.facts(self.store, self.recipe), inputs, {}) as folder:
             (folder / "cfg.json").write_text("{}")
-        self.features.begin(facts, [*inputs, trained.id])
+        self.features.create(facts, [*inputs, trained.id])
         self._publish(self.features, self.feature_parts(0, self.n_parts))
 
     def _described(self) -> Path:
@@ -165,7 +165,7 @@ class Many:
         return scratch / "zarr.json"
 
     def _publish(self, target: Artefact, parts: Iterator[PartRecord]) -> None:
-        target._show(target._write_list(Generation(1, tuple(parts))).number)
+        target.show(target._write_list(Generation(1, tuple(parts))).number)
 
     def _part(
         self,

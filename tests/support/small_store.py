@@ -131,7 +131,7 @@ class Given:
         artefact = store.artefact("tokens", *(self.corpus or (self.name, self.fp)))
         if artefact.exists():
             return artefact
-        artefact.begin({"context_length": CONTEXT_LENGTH})
+        artefact.create({"context_length": CONTEXT_LENGTH})
         vocab = self.vocab
         entries = {
             "vocab_id": pa.array(range(len(vocab)), pa.int32()),
@@ -187,7 +187,7 @@ class Given:
         own = [name for name in RUN_TABLES if name in self.tables]
         for name in own:
             pq.write_table(pa.Table.from_pylist(self.tables[name], RUN_TABLES[name]), artefact.path / f"{name}.parquet")
-        artefact.begin(facts, [tokens.id, f"saes/{self.name}-{self.fp}"], [f"{name}.parquet" for name in own])
+        artefact.create(facts, [tokens.id, f"saes/{self.name}-{self.fp}"], [f"{name}.parquet" for name in own])
         hidden = tokens.published()
         for index in range(self.n_parts):
             mine = self.values_of(index)

@@ -8,7 +8,6 @@ import os
 import re
 import time
 import tomllib
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from dataclasses import dataclass, replace
 import pytest
 import zarr
 
-import saeflow.store.artefact
+import saeflow.store.parts
 from saeflow.activations import feed
 from saeflow.activations.epoch import fit_pool
 from saeflow.activations.feed import Feed
@@ -43,8 +42,8 @@ COUNTED = (
     (os, "stat"),
     (os, "scandir"),
     (io, "open"),
-    (saeflow.store.artefact, "read_listed"),
-    (saeflow.store.artefact, "listed_folders"),
+    (saeflow.store.parts, "read_listed"),
+    (saeflow.store.parts, "listed_folders"),
     (zarr, "open_array"),
 )
 
@@ -63,9 +62,6 @@ def many(tmp_path_factory) -> Iterator[Many]:
 def calls(monkeypatch) -> Counter[str]:
     """How often each of COUNTED is called from now on."""
     counts: Counter[str] = Counter()
-    monkeypatch.setattr(
-        saeflow.store.artefact, "_READ", weakref.WeakValueDictionary()
-    )  # as in a process that has read none
 
     def counting(name: str, call: Callable[..., object]) -> Callable[..., object]:
         def counted(*arguments: object, **named: object) -> object:
@@ -80,7 +76,8 @@ def calls(monkeypatch) -> Counter[str]:
 
 
 def reopened(many: Many, kind: str) -> Artefact:
-    return many.store.by_id(getattr(many, kind).id)
+    """As in a process that has read no list."""
+    return Store(many.store.root).by_id(getattr(many, kind).id)
 
 
 def n_files(target: Artefact) -> int:
@@ -144,7 +141,7 @@ def test_a_part_whose_record_has_changed_is_found_among_all(many):
 
 
 def test_what_is_missing_is_decided_by_looking_at_each_file_a_few_times(many, calls):
-    with collect.collecting(many.store, many.recipe, Progress(verbosity=-1)) as job:
+    with collect.collecting(Store(many.store.root), many.recipe, Progress(verbosity=-1)) as job:
         assert not job.missing
     assert calls["stat"] <= 3 * n_files(many.activations) + 2 * FEW
     assert calls["open"] < FEW

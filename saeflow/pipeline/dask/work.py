@@ -34,8 +34,8 @@ from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.lease import acquire
 from saeflow.store.records import read_checked
-from saeflow.store.storage import Objects, cache_folder, is_url
-from saeflow.store.store import Store
+from saeflow.store.storage.bucket import cache_folder
+from saeflow.store.store import Store, storage_of
 
 T = TypeVar("T")
 
@@ -142,13 +142,10 @@ def let_go(token: str | None = None) -> None:
 
 
 def store_at(name: str) -> Store:
-    """The store as this machine sees it, with its records as they are now."""
-    if not is_url(name):
-        _require_seen(name, Path(name) / "store.json")
-        return Store.open(name)
-    objects = Objects(name, _own_cache(name))
-    objects.pull()
-    return Store(objects.root, objects)
+    """Return the store as this machine sees it, with its records as they are now."""
+    store = Store.at(storage_of(name, _own_cache))
+    _require_seen(name, store.root / "store.json")
+    return store
 
 
 def shared(store: Store, id: str) -> Artefact:
@@ -188,12 +185,9 @@ def look(session: Session, marker: str, dask_worker: Any = None) -> dict[str, An
     if found["software"]["saeflow"] != session.saeflow:
         return found | {"problem": _other_saeflow(session, found["software"]["saeflow"])}
     try:
-        if not is_url(session.store):
-            _require_seen(session.store, Path(session.store) / "store.json")
-            _require_seen(session.store, Path(session.store, marker))
-        else:
-            objects = Objects(session.store, _own_cache(session.store))
-            objects.fetch(objects.root / marker, fresh=True)
+        storage = storage_of(session.store, _own_cache)
+        for file in ("store.json", marker):
+            _require_seen(session.store, storage.fetch(storage.root / file, fresh=True))
     except FileNotFoundError:
         found["problem"] = _not_seen(session.store)
     except UserError as error:

@@ -16,7 +16,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from distributed import Client, Future, KilledWorker
@@ -292,11 +291,11 @@ def _look_at(workers: Workers, store: Store, progress: Progress) -> None:
     marker = store.root / "tmp" / f"cluster-{workers.session.token}"
     make_folder(marker.parent)
     marker.write_text(workers.session.token)
-    store.send(marker)
+    store.storage.send(marker)
     try:
         seen = workers.client.run(look, workers.session, marker.relative_to(store.root).as_posix(), on_error="return")
     finally:
-        (store.objects.remove if store.objects else Path.unlink)(marker)
+        store.storage.remove(marker)
     for address, found in seen.items():
         if isinstance(found, ImportError | AttributeError):
             raise _cannot_load(f"worker at {address}", workers, found)

@@ -11,21 +11,21 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from saeflow.store.storage import Objects
+from saeflow.store.storage.interface import Storage
 
 _CACHED_BYTES, _N_CACHED = 256 << 10, 256
 """Small reads go through a cache of 64 MiB, because DuckDB asks for the ends of Parquet files again and again."""
 
 
-class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
+class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
     """A read-only filesystem. Paths are the store's own URLs, and objects of a published generation never change."""
 
     cachable = False
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, bucket: Storage) -> None:
         super().__init__()
-        self.protocol, _, self._prefix = objects.url.partition("://")
-        self.objects = objects
+        self.protocol, _, self._prefix = bucket.name.partition("://")
+        self.bucket = bucket
         self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -47,12 +47,12 @@ class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
         return datetime.fromtimestamp(0, UTC)
 
     def size_of(self, key: str) -> int:
-        return self.objects.open(self.objects.root / key).n_bytes
+        return self.bucket.open(self.bucket.root / key).n_bytes
 
     def read(self, key: str, start: int, n_bytes: int) -> bytes:
         stop = min(start + n_bytes, self.size_of(key))
         if stop - start > _CACHED_BYTES:
-            return self.objects.open(self.objects.root / key).read(start, stop - start)
+            return self.bucket.open(self.bucket.root / key).read(start, stop - start)
         numbers = range(start // _CACHED_BYTES, -(-stop // _CACHED_BYTES))
         joined = b"".join(self._block(key, number) for number in numbers)
         return joined[start - numbers.start * _CACHED_BYTES :][: max(stop - start, 0)]
@@ -62,7 +62,7 @@ class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
             if (key, number) in self._blocks:
                 self._blocks.move_to_end((key, number))
                 return self._blocks[key, number]
-        found = self.objects.open(self.objects.root / key).read(number * _CACHED_BYTES, _CACHED_BYTES)
+        found = self.bucket.open(self.bucket.root / key).read(number * _CACHED_BYTES, _CACHED_BYTES)
         with self._lock:
             self._blocks[key, number] = found
             while len(self._blocks) > _N_CACHED:
@@ -73,7 +73,7 @@ class ObjectFiles(AbstractFileSystem):  # type: ignore[misc]
 class _Reader(io.RawIOBase):
     """An open object. DuckDB's threads share it and call seek, then read, so each thread has its own position."""
 
-    def __init__(self, files: ObjectFiles, key: str) -> None:
+    def __init__(self, files: BucketFiles, key: str) -> None:
         self.files, self.key, self._here = files, key, threading.local()
 
     def readable(self) -> bool:

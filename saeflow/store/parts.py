@@ -1,0 +1,207 @@
+"""The parts of an artefact: which are finished, and how a new one is made.
+
+A part is written under tmp/, checksummed, flushed, and renamed into place (in a bucket: sent with its record last). So
+a part that is there is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from saeflow.runtime.errors import UserError
+from saeflow.store.files import checksum, look
+from saeflow.store.identity import Identity
+from saeflow.store.records import (
+    Damaged,
+    Generation,
+    PartRecord,
+    damaged,
+    file_records,
+    listed_folders,
+    read_checked,
+    read_listed,
+    read_record,
+    write_record,
+)
+
+
+@dataclass(frozen=True)
+class Parts(Identity):
+    """An artefact's parts: published or not, finished or being made."""
+
+    shared: bool = field(default=False, compare=False)
+    """True if another process may make the same part at the same time: each attempt then has a folder of its own."""
+    made: dict[int, PartRecord] = field(default_factory=dict, compare=False, repr=False)
+    """Parts that this object has finished, by index."""
+    _lists: dict[tuple[int, str], Generation] = field(default_factory=dict, compare=False, repr=False)
+    """The list of parts that was read last, by its number and checksum."""
+
+    def generation(self, number: int | None = None) -> Generation | None:
+        """Return the published list of parts, or an earlier one by its number; None if nothing is published."""
+        path = self.path / "manifest.json"
+        if number is not None:
+            return read_listed(self.list_path(number), number)
+        if not path.is_file():
+            return None
+        manifest = read_checked(path)
+        file, wanted = self.list_path(int(manifest["generation"])), str(manifest["checksum"])
+        if not _is_file_of(file, wanted):
+            with contextlib.suppress(FileNotFoundError):
+                self.storage.fetch(file, fresh=True)
+            if not _is_file_of(file, wanted):
+                raise damaged(file)
+        return self._read_list_once(int(manifest["generation"]), wanted)
+
+    def _read_list_once(self, number: int, digest: str) -> Generation:
+        if (number, digest) not in self._lists:
+            self._lists.clear()
+            lists, key = self.storage.lists, (self.id, number, digest)
+            known = lists.get(key)
+            if known is None:
+                known = lists[key] = read_listed(self.list_path(number), number)
+            self._lists[number, digest] = known
+        return self._lists[number, digest]
+
+    def published(self) -> Generation:
+        """Return the published list of parts. Raises UserError if nothing is published."""
+        generation = self.generation()
+        if generation is None:
+            raise UserError(f"{self.id} is not finished. Run the stage that makes it: `saeflow run RECIPE`.")
+        return generation
+
+    def list_path(self, number: int) -> Path:
+        return self.path / "generations" / f"{number:06d}.parquet"
+
+    def numbers(self) -> list[int]:
+        """Return the generations whose lists are still on disk."""
+        return sorted(int(path.stem) for path in (self.path / "generations").glob("[0-9]*.parquet"))
+
+    def current_number(self) -> int:
+        """Return the number of the published generation; 0 if nothing is published."""
+        path = self.path / "manifest.json"
+        return int(read_checked(path)["generation"]) if path.is_file() else 0
+
+    def parts(self, fits: Callable[[PartRecord], bool] = lambda record: True) -> dict[int, PartRecord]:
+        """Return the finished parts that fit and whose files are there in their full size; published ones first."""
+        generation = self.generation()
+        found: dict[int, PartRecord] = {}
+        every = itertools.chain(generation.parts if generation else (), self.unlisted_parts(generation))
+        for record, whole in look(lambda part: (part, self._is_whole(part)), filter(fits, every)):
+            if whole:
+                found.setdefault(record.index, record)
+        return found
+
+    def parts_from(self, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
+        """Return the finished parts that were made from these inputs, by index."""
+        return self.parts(lambda part: part.index in inputs and part.made_from(inputs[part.index]))
+
+    def _is_whole(self, part: PartRecord) -> bool:
+        folder = self.part_path(part)
+        has_record = self.storage.size(f"{folder}/part.json") is not None
+        return has_record and not any(self.missing_files(folder, part.files))
+
+    def unlisted_parts(self, generation: Generation | None) -> Iterator[PartRecord]:
+        """Yield finished parts that a generation does not list: work of a run that was killed."""
+        listed = {part.folder for part in generation.parts} if generation else set()
+        for folder in sorted(self.part_folders() - listed):
+            path = self.path / "parts" / folder / "part.json"
+            with contextlib.suppress(Damaged, ValueError, OSError):  # such a part is made again
+                record = read_record(self.storage.fetch_recorded(path, tuple), PartRecord)
+                if record.folder == folder:
+                    yield record
+
+    def part_folders(self) -> set[str]:
+        """Return the names of the folders in parts/, finished or not, listed or not."""
+        return self.storage.names_in(self.path / "parts")
+
+    def unlisted_folders(self) -> list[Path]:
+        """Return the folders in parts/ that no generation on disk lists."""
+        left = self.part_folders()
+        for number in reversed(self.numbers()):  # the newest names nearly all: the others are mostly not read
+            if left:
+                left -= set(listed_folders(self.list_path(number)))
+        return sorted(self.path / "parts" / name for name in left)
+
+    def look_again(self) -> None:
+        """See from now on what other machines have finished."""
+        self.storage.list_again()
+        with contextlib.suppress(FileNotFoundError):
+            os.scandir(self.path.parent).close()  # a network file system asks its server when a folder is opened
+
+    @property
+    def own_work(self) -> Path:
+        """Work folder of this writer, or of its workers, alone: one that was thought dead may write on in its own."""
+        if self.holds:
+            return self.work / self.holds[-1].lease.owner.token
+        owner = self.slot.read()[0] if self.shared else None
+        return self.work / (owner.token if owner else "free")
+
+    def require_lease(self) -> None:
+        """Raises UserError if this run held the lease and was silent for so long that another run has it now."""
+        for hold in self.holds[-1:]:
+            hold.lease.require()
+
+    @contextlib.contextmanager
+    def new_part(
+        self, index: int, counts: dict[str, int], inputs: dict[str, str] | None = None,
+        checksums: Mapping[str, str] | None = None,
+    ) -> Iterator[Path]:  # fmt: skip
+        """Give a folder to fill; on a clean exit it becomes the part, checksummed and flushed to disk.
+
+        `counts` may be changed inside the block. `checksums` may be filled there: those of files, by name, that need
+        not be read again. Raises UserError if one of those files, or the folder, is gone.
+        """
+        self.require_lease()
+        folder = self.own_work / (f"{index:06d}-{uuid.uuid4().hex[:8]}" if self.shared else f"{index:06d}")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            with _watching(folder) as stayed:
+                yield folder
+                files = file_records(folder, checksums or {})
+                if not stayed() or not {file.name for file in files}.issuperset(checksums or ()):
+                    self.require_lease()  # the next owner clears away what it finds
+                    raise UserError(
+                        f"{self.id}: the work folder {folder} was removed while part {index} was written into it.\n"
+                        "Nothing of that part is published. "
+                        "Run the same command again, and leave tmp/ alone while it works."
+                    )
+        except BaseException:
+            if self.shared:  # nobody else knows this folder
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
+        write_record(folder / "part.json", record)
+        self._put_in_place(folder, record)
+        self.made[index] = record
+
+    def _put_in_place(self, folder: Path, record: PartRecord) -> None:
+        target = self.part_path(record)
+        self.require_lease()
+        self.storage.put_part(
+            folder, target,
+            names=[file.name for file in record.files],
+            is_whole=lambda: not list(self.missing_files(target, record.files, full=True)),
+            keep=self.kind == "tokens",  # small, and read by every later stage
+        )  # fmt: skip
+
+
+def _is_file_of(path: Path, digest: str) -> bool:
+    return path.is_file() and checksum(path) == digest
+
+
+@contextlib.contextmanager
+def _watching(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether a folder is the same still. One that was removed and made again is another."""
+    handle = os.open(folder, os.O_RDONLY)  # as long as it is open, no other one gets its number
+    try:
+        yield lambda: folder.is_dir() and os.path.samestat(os.fstat(handle), folder.stat())
+    finally:
+        os.close(handle)

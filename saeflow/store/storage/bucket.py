@@ -1,0 +1,271 @@
+"""A store in a bucket (s3://, gs://, az://), with a folder of this machine that stands for it.
+
+The folder holds the records, as they are now, and the tables that were asked for. What a stage has finished is sent,
+its record last; shards of arrays are read in ranges and not kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from saeflow.runtime.errors import UserError
+from saeflow.store.files import checksum, rename, replacing
+from saeflow.store.lease_slot import Slot
+from saeflow.store.owner import Owner
+from saeflow.store.records import FileRecord, damaged
+from saeflow.store.storage.interface import Storage
+from saeflow.store.storage.listing import Listings
+from saeflow.store.storage.local_copy import LocalCopy, is_own
+from saeflow.store.storage.objects import ObjectBytes, Objects
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+_SENDERS = 4
+"""Files of a part on their way at once."""
+
+
+def cache_folder(url: str) -> Path:
+    """Return the folder of this machine that stands for a bucket: below SAEFLOW_CACHE, else the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(os.environ.get("SAEFLOW_CACHE") or Path(home) / "saeflow").absolute()
+    name = "".join(c if c.isalnum() else "-" for c in url.partition("://")[2])[-40:].strip("-")
+    return base / f"{name}-{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}"
+
+
+class Bucket(Storage):
+    """The objects below a URL, by the paths that stand for them below `root`. Safe to use from several threads."""
+
+    n_readers = 8
+    has_locks = False
+    asks_a_server = True
+    duckdb_needs = (
+        "The files lie in an object store: copy this file here, and give the shell the extension httpfs "
+        "(INSTALL httpfs;",
+        "LOAD httpfs;) and your credentials (CREATE SECRET) before it is read.",
+    )
+
+    def __init__(self, objects: Objects, root: Path) -> None:
+        super().__init__(root)
+        self.objects, self.local, self.listings = objects, LocalCopy(objects, root), Listings(objects)
+        self.key = self.local.key
+        self._n_bytes: dict[str, int] = {}
+
+    @property
+    def name(self) -> str:
+        return self.objects.url
+
+    def location(self, path: Path) -> str:
+        return f"{self.objects.url}/{self.key(path)}"
+
+    def shell_name(self, path: Path) -> str:
+        return path.name
+
+    def pull(self) -> None:
+        self.listings.forget()
+        self.local.pull()
+
+    def pull_one(self, folder: Path) -> None:
+        self.listings.forget(self.key(folder))
+        self.local.pull_one(folder)
+
+    def list_again(self) -> None:
+        self.listings.forget()
+
+    def size(self, path: str) -> int | None:
+        key = self.key(Path(path))
+        found = self.listings.of(key).found.get(key)
+        return found.n_bytes if found else None
+
+    def checksum(self, path: Path) -> str:
+        return self.objects.checksum(self.key(path))
+
+    def footprint(self, path: Path) -> tuple[int, float]:
+        key = self.key(path)
+        listing = self.listings.of(key)
+        found = [listing.found[each] for each in (key, *listing.below(key)) if each in listing.found]
+        return sum(each.n_bytes for each in found), max((each.written for each in found), default=0.0)
+
+    def names_below(self, folder: Path) -> set[str]:
+        key = self.key(folder)
+        return {each.removeprefix(f"{key}/") for each in self.listings.of(key).below(key)}
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def fetch(self, path: Path, fresh: bool = False) -> Path:
+        if fresh or not path.is_file():
+            self.local.download(path)
+        return path
+
+    def fetch_recorded(self, path: Path, files: Callable[[], Iterable[FileRecord]]) -> Path:
+        """A power cut may have left the copy on this machine shorter than its record says: then it is brought again."""
+        known = [file for file in files() if path.as_posix().endswith(f"/{file.name}")]
+        if path.is_file() and (not known or path.stat().st_size in [file.n_bytes for file in known]):
+            return path
+        with contextlib.suppress(FileNotFoundError):
+            self.fetch(path, fresh=True)
+            if known and checksum(path) not in [file.checksum for file in known]:
+                path.unlink()
+                raise damaged(path)
+        return path
+
+    def open(self, path: Path) -> ObjectBytes:
+        key = self.key(path)
+        if key not in self._n_bytes:
+            self._n_bytes[key] = self.objects.size(key)
+        return ObjectBytes(self.objects, key, self._n_bytes[key])
+
+    def zarr(self, path: Path) -> Any:
+        return self.objects.zarr(self.key(path))
+
+    def register(self, connection: DuckDBPyConnection) -> None:
+        from saeflow.store.storage.duckdb_files import BucketFiles
+
+        connection.register_filesystem(BucketFiles(self))
+
+    def send(self, *paths: Path) -> None:
+        self.send_as((path, path) for path in paths)
+
+    def send_as(self, pairs: Iterable[tuple[Path, Path]]) -> None:
+        """Store files under the names of others, several at once."""
+        with ThreadPoolExecutor(_SENDERS, "saeflow-send") as pool:
+            for _ in pool.map(self._send_one, pairs):
+                pass
+
+    def _send_one(self, pair: tuple[Path, Path]) -> None:
+        path, target = pair
+        tag = self.objects.upload(path, self.key(target))
+        if is_own(self.key(target)):
+            self.local.note(target, checksum(path), tag)
+        self.listings.add(self.key(target), path.stat().st_size)
+
+    def _send_folder(self, folder: Path, target: Path, names: Iterable[str]) -> None:
+        self.send_as((folder / name, target / name) for name in names)
+
+    def put_part(
+        self, folder: Path, target: Path, names: Iterable[str], is_whole: Callable[[], bool], keep: bool
+    ) -> None:
+        self._send_folder(folder, target, names)
+        self._send_folder(folder, target, ["part.json"])
+        shutil.rmtree(target, ignore_errors=True)
+        if keep:
+            rename(folder, target)
+        else:
+            shutil.rmtree(folder)
+
+    def put_whole(self, folder: Path, target: Path, names: Iterable[str], last: str) -> bool:
+        self._send_folder(folder, target, names)
+        if not self._create(target / last, (folder / last).read_bytes()):
+            return False
+        shutil.rmtree(target, ignore_errors=True)
+        rename(folder, target)
+        return True
+
+    def put_new(self, path: Path) -> bool:
+        return self._create(path, path.read_bytes())
+
+    def _create(self, path: Path, content: bytes) -> bool:
+        """Store a file; False if another one has its name, which is here then."""
+        tag = self.objects.put(self.key(path), content, None)
+        if tag is None:
+            self.fetch(path, fresh=True)
+            return False
+        self._written(path, content, tag)
+        return True
+
+    def put_if_unchanged(self, path: Path, content: bytes) -> None:
+        """Raises UserError if the store cannot compare, too."""
+        key = self.key(path)
+        tag = self.objects.put(key, content, self.local.tags.get(key))
+        if tag is None:
+            self.local.tags.pop(key, None)
+            with contextlib.suppress(FileNotFoundError):  # it was removed
+                self.fetch(path, fresh=True)
+            raise UserError(
+                f"Another machine has published or removed {path.parent.name} in {self.name} since this run began.\n"
+                "Nothing is lost; run the same command again."
+            )
+        self.local.tags[key] = tag
+        self._written(path, content, tag)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+
+    def _written(self, path: Path, content: bytes, tag: str) -> None:
+        self.local.note(path, xxhash.xxh3_128_hexdigest(content), tag)
+        self.listings.add(self.key(path), len(content))
+
+    def remove(self, path: Path) -> None:
+        key = self.key(path)
+        self.objects.delete([meta["path"] for meta in self.objects.list(key)] or [key])
+        self.local.remove(path)
+        self.list_again()
+        self.local.tags.pop(key, None)
+
+    def keep(self, folder: Path, number: int, last: str) -> None:
+        """Older versions go once the new one is whole."""
+        older = [meta["path"] for meta in self.objects.list(self.key(folder))]
+        target = folder / f"{number:09d}"
+        self._send_folder(folder, target, [path.name for path in folder.iterdir() if path.name != last])
+        self._send_folder(folder, target, [last])
+        if old := [key for key in older if not key.startswith(f"{self.key(target)}/")]:
+            self.objects.delete(old)
+
+    def bring_back(self, folder: Path, last: str) -> None:
+        """The file `last` comes after the others: a folder without it was not brought whole."""
+        found = (meta["path"] for meta in self.objects.list(self.key(folder)))
+        keys = sorted(found, key=lambda key: (key.endswith(f"/{last}"), key))
+        whole = [key.rpartition("/")[0] for key in keys if key.endswith(f"/{last}")]
+        if not whole:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        for key in keys:
+            if key.startswith(f"{whole[-1]}/"):
+                self.local.download(folder / key.rpartition("/")[2], key)
+
+    def work_with(self, last: str) -> set[str]:
+        kept = {key.split("/")[1] for key in self.listings.of("tmp").found if key.endswith(f"/{last}")}
+        return super().work_with(last) | kept
+
+    def work_names(self) -> set[str]:
+        return super().work_names() | {key.split("/")[1] for key in self.listings.of("tmp").found}
+
+    def work_footprint(self, path: Path) -> tuple[int, float]:
+        both = super().work_footprint(path), self.footprint(path)
+        return sum(n_bytes for n_bytes, _ in both), max(written for _, written in both)
+
+    def new_slot(self, path: Path) -> Slot:
+        return BucketSlot(self.objects, self.key(path), path)
+
+
+class BucketSlot(Slot):
+    """An object, written with the condition that it is still the one that was read."""
+
+    def __init__(self, objects: Objects, key: str, path: Path) -> None:
+        super().__init__(path)
+        self.objects, self.key = objects, key
+
+    def guard(self) -> contextlib.AbstractContextManager[None]:
+        """No lock: what is written inside is compared as it is written."""
+        return contextlib.nullcontext()
+
+    def read(self) -> tuple[Owner | None, Any]:
+        found = self.objects.read(self.key)
+        return (Owner.parse(found[0].decode("utf-8", "replace")), found[1]) if found else (None, None)
+
+    def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
+        content = (owner.text if owner else "{}\n").encode()  # not deleted: that asks no condition
+        fresh = self.objects.put(self.key, content, tag)
+        return fresh is not None, fresh
+
+    def beat(self, owner: Owner, tag: Any) -> tuple[bool, Any]:
+        return self.swap(owner, tag)

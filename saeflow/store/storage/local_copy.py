@@ -1,0 +1,168 @@
+"""The folder of this machine that stands for a bucket, and which of its files are the bucket's.
+
+A note in tmp/ says, for each file of an artefact's own, with which checksum and tag it was last sent or fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from saeflow.store.files import checksum, remove
+from saeflow.store.storage.objects import Objects
+
+_AT_ONCE = 4
+"""Artefacts looked at at once."""
+
+_UNSENT_SECONDS = 86_400
+"""Age from which a file that was never sent is not about to be."""
+
+
+class LocalCopy:
+    """The records of a bucket, and the other files that were asked for."""
+
+    def __init__(self, objects: Objects, root: Path) -> None:
+        self.objects, self.root = objects, root
+        self.tags: dict[str, str] = {}
+        """Tags of the objects as they were last read or written here, by key."""
+
+    def key(self, path: Path) -> str:
+        """Return the key of the object that a path stands for."""
+        return path.relative_to(self.root).as_posix()
+
+    def pull(self) -> None:
+        """Bring the records of every artefact here, and drop what is no longer there.
+
+        Two listings an artefact, whatever it holds; parts are not looked at. What was never in the bucket as it is here
+        stays: a run of this machine is about to send it.
+        """
+        self.tags.clear()
+        top = self.objects.list_level("")
+        kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
+        artefacts = [artefact for kind in kinds for artefact in self.objects.list_level(kind)["common_prefixes"]]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = [*top["objects"], *itertools.chain.from_iterable(pool.map(self._own_objects, artefacts))]
+        self._bring(found, self.root, keep_unsent=True)
+
+    def pull_one(self, folder: Path) -> None:
+        """Bring the records of one artefact here; what was never sent is a killed run's, and goes."""
+        key = self.key(folder)
+        for known in [known for known in self.tags if known.startswith(f"{key}/")]:
+            del self.tags[known]
+        self._bring(self._own_objects(key), folder, keep_unsent=False)
+
+    def _own_objects(self, artefact: str) -> list[Any]:
+        """Return the objects of an artefact that belong to no part."""
+        levels = (artefact, f"{artefact}/generations")
+        return [meta for level in levels for meta in self.objects.list_level(level)["objects"]]
+
+    def _own_files(self, folder: Path) -> Iterator[Path]:
+        """Yield the files of an artefact that belong to no part; of every artefact if the folder is the root.
+
+        Files with a dot before their names are being written, and are left out.
+        """
+        patterns = ("*", "*/*/*", "*/*/generations/*") if folder == self.root else ("*", "generations/*")
+        for path in itertools.chain.from_iterable(map(folder.glob, patterns)):
+            if path.is_file() and path.name[0] != "." and not path.is_relative_to(self.root / "tmp"):
+                yield path
+
+    def _bring(self, found: list[Any], folder: Path, keep_unsent: bool) -> None:
+        known = {str(meta["path"]): meta for meta in found}
+        for path in self._own_files(folder):
+            if self.key(path) not in known and not (keep_unsent and self._is_unsent(path)):
+                path.unlink(missing_ok=True)
+        for key, meta in known.items():
+            self._refresh(self.root / key, meta, keep_unsent)
+
+    def _refresh(self, path: Path, meta: Any, keep_unsent: bool) -> None:
+        """Read a small record anew; drop another file that is not the bucket's any more."""
+        if path.suffix == ".json":
+            self.download(path)
+            return
+        with contextlib.suppress(FileNotFoundError):  # another process of this machine may look at the same time
+            unsent = keep_unsent and self._noted(path) and self._is_unsent(path)
+            if path.is_file() and not unsent and not self._is_current(path, meta):
+                path.unlink()
+            if path.parent.name == "generations" and not path.is_file():
+                self.download(path)
+
+    def download(self, path: Path, key: str | None = None) -> None:
+        """Bring a file here, from an object of its own key or of another. Raises FileNotFoundError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key, temporary = key or self.key(path), _temporary(path)
+        try:
+            tag = self.objects.download(key, temporary)
+            if is_own(key):
+                self.note(path, checksum(temporary), tag)
+            os.replace(temporary, path)
+            self.tags[key] = tag
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _is_current(self, path: Path, meta: Any) -> bool:
+        """True if a file is the object of the listing. A file that was sent from here then gets the object's time."""
+        if _looks_equal(path, meta):
+            return True
+        if self._noted(path) != [checksum(path), str(meta["e_tag"])]:
+            return False
+        written = meta["last_modified"].timestamp()
+        os.utime(path, (written, written))
+        return True
+
+    def _is_unsent(self, path: Path) -> bool:
+        """True if the bucket never had a file as it is here.
+
+        A day later the file is a killed run's, and counts no more.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            return self._noted(path)[:1] != [checksum(path)] and time.time() - path.stat().st_mtime < _UNSENT_SECONDS
+        return False
+
+    def _noted(self, path: Path) -> list[str]:
+        """Return the checksum and tag with which a file was last sent or fetched; nothing if it never was."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._note_of(path).read_text("utf-8").split(" ", 1)
+        return []
+
+    def note(self, path: Path, digest: str, tag: str) -> None:
+        """Remember that a file of an artefact's own is in the bucket now."""
+        if self._noted(path) == [digest, tag]:
+            return
+        note = self._note_of(path)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(note)
+        temporary.write_text(f"{digest} {tag}", "utf-8")
+        os.replace(temporary, note)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder, and what is noted of it."""
+        for here in (path, self._note_of(path)):
+            remove(here)
+
+    def _note_of(self, path: Path) -> Path:
+        return self.root / "tmp" / "known" / self.key(path)
+
+
+def is_own(key: str) -> bool:
+    """True if a file belongs to an artefact or the store itself, not to a part or to work in progress."""
+    return not key.startswith("tmp/") and "/parts/" not in key
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name beside a file, of this thread alone, for what takes the file's place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+
+
+def _looks_equal(path: Path, meta: Any) -> bool:
+    """True if a file has the size and time of the object in the listing, as rsync compares."""
+    with contextlib.suppress(FileNotFoundError):
+        about = path.stat()
+        return bool(about.st_size == meta["size"] and abs(about.st_mtime - meta["last_modified"].timestamp()) < 1e-3)
+    return False

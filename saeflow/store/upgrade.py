@@ -1,0 +1,54 @@
+"""Bring the records of an earlier format up to date."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from saeflow.recipe.fingerprint import FORMAT_VERSION
+from saeflow.store.artefact import Artefact
+from saeflow.store.files import flush_tree, rename
+from saeflow.store.records import PartRecord, read_checked, write_checked, write_record
+from saeflow.store.store import Store
+
+
+def upgrade(store: Store) -> list[str]:
+    """Bring the records of a store to the format of this saeflow. Return lines that say what was done."""
+    done = []
+    for artefact in store.artefacts():
+        if artefact.record.format_version < FORMAT_VERSION:
+            with artefact.writing():
+                _upgrade(store, artefact)
+            done.append(f"{artefact.id}: format {artefact.record.format_version} to {FORMAT_VERSION}")
+    if read_checked(store.root / "store.json")["format_version"] < FORMAT_VERSION:
+        write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
+        store.storage.send(store.root / "store.json")
+    return done or [f"{store.name} has format {FORMAT_VERSION} already"]
+
+
+def _upgrade(store: Store, artefact: Artefact) -> None:
+    """Write into the parts what they were made from: format 1 had one generation, so that is the parts of now."""
+    generation = artefact.generation()
+    if generation is not None:
+        inputs = [store.by_id(name) for name in artefact.record.inputs if not name.startswith("saes/")]
+        artefact.publish([_upgraded(artefact, part, inputs) for part in generation.parts])
+    write_record(artefact.path / "artefact.json", artefact.record.model_copy(update={"format_version": FORMAT_VERSION}))
+
+
+def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> PartRecord:
+    """Return the part under its new name, its files linked, not copied."""
+    if part.format_version == FORMAT_VERSION:
+        return part
+    made_from = {each.kind: p.folder for each in inputs for p in each.published().parts if p.index == part.index}
+    fresh = PartRecord(index=part.index, counts=part.counts, files=part.files, inputs=made_from)
+    if fresh.folder == part.folder:
+        write_record(artefact.part_path(part) / "part.json", fresh)
+        return fresh
+    folder = artefact.own_work / fresh.folder
+    shutil.copytree(artefact.part_path(part), folder, copy_function=os.link)
+    (folder / "part.json").unlink()
+    write_record(folder / "part.json", fresh)
+    flush_tree(folder)
+    shutil.rmtree(artefact.part_path(fresh), ignore_errors=True)
+    rename(folder, artefact.part_path(fresh))
+    return fresh
