@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.support.reporting import counted, name_run, reporting, show_table
 from flows.support.tasks import open_store, part_task
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.recipe.recipe import Recipe
 
 

@@ -7,5 +7,4 @@ sources      the documents of a corpus, streamed in a fixed order
 ledger       which documents a store already holds
 selection    which tokens count
 vocabulary   the tokenizer's vocabulary as a table
-token_parts  documents packed into sequences, in parts
 """

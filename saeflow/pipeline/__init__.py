@@ -1,6 +1,7 @@
 """The stages of a pipeline, one file each, and the ways to run them. Read `run` first.
 
 lineage       which SAE a recipe means
+tokens        documents to tokens
 collect       tokens to activations
 import_table  a table to activations
 train         activations to SAEs

@@ -18,7 +18,7 @@ from saeflow.activations.norms import NORMS_FILE, Norms, norms_of, warn_of_massi
 from saeflow.activations.shards import ITEM_BYTES, plan_layout
 from saeflow.activations.tables.source import source_checksum
 from saeflow.activations.writer import open_writer, to_disk_precision
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import (
     Site,
     SiteReader,

@@ -18,7 +18,7 @@ import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from saeflow.activations.feed import Feed, aligned_held_out_rows
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coverage import holding
 from saeflow.model.sites import device_of, load_model, predicts_next_token, require_running_order, spliced

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow.corpus.ledger import group_by_part, key_hash, merge_hidden
-from saeflow.corpus.token_parts import write_tables
+from saeflow.pipeline.tokens import write_tables
 from saeflow.pipeline import encode
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress

@@ -16,7 +16,7 @@ from saeflow.activations.tables import row_labels
 from saeflow.activations.tables.source import check_rows, open_table
 from saeflow.activations.tables.stream import TableReader, TableRows
 from saeflow.activations.writer import open_writer, to_disk_precision
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.model.sites import Site
 from saeflow.pipeline.collect import artefact, brought_facts, facts, skipped, tokens_artefact

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from typing import Any
 
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode, import_table, retrain, train
 from saeflow.pipeline import run as pipeline

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from saeflow.activations import shards
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.features.coverage import holding
 from saeflow.pipeline import collect, train
 from saeflow.pipeline import encode as features

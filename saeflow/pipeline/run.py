@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode, evaluate, forget, import_table, report, sweep, train
 from saeflow.pipeline.dask import workers

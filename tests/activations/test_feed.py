@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from saeflow.activations import shards
 from saeflow.activations.epoch import TrainingBlocks, plan_epoch
 from saeflow.activations.feed import Feed, aligned_held_out_rows, held_out_rows
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.pipeline import collect, import_table
 from saeflow.pipeline.train import open_feed

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from saeflow.activations import norms, shards
 from saeflow.activations.norms import massive_positions, mean_norms
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.pipeline import collect
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.progress import Progress

@@ -8,7 +8,7 @@ import torch
 
 from saeflow.activations.shards import Layout, StoredArray, open_site
 from saeflow.activations.writer import ArrayWriter, CompressedArrayWriter, open_writer
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.pipeline import collect, import_table
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ActivationsConfig

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus.selection import TokenSelection
-from saeflow.corpus.token_parts import Packed, write_part
+from saeflow.pipeline.tokens import Packed, write_part
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.features.part_writer import PartWriter
 from saeflow.features.token_columns import read_token_columns

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import pipeline_flow
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.pipeline import collect, encode, evaluate, import_table, report, run, sweep, train
 from saeflow.query import catalog
 from saeflow.recipe.load import load_recipe

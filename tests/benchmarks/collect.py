@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import SiteReader
 from saeflow.pipeline import collect
 from saeflow.recipe.load import load_recipe

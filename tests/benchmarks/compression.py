@@ -20,7 +20,7 @@ import torch
 
 from saeflow.activations.shards import StoredArray, plan_layout
 from saeflow.activations.writer import open_writer
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import SiteReader, load_model, resolve_sites
 from saeflow.pipeline import collect
 from saeflow.recipe.load import load_recipe

@@ -26,7 +26,7 @@ from saeflow.activations import shards as arrays
 from saeflow.activations.epoch import plan_epoch
 from saeflow.activations.feed import Feed
 from saeflow.activations.writer import ArrayWriter
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfFileSystem
 
-from saeflow.corpus import sources, token_parts
+from saeflow.corpus import sources
+from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import load_tokenizer, model_fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import CorpusConfig, ModelConfig

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import load_tokenizer
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ModelConfig

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow.corpus import token_parts as tokens
+from saeflow.pipeline import tokens
 from saeflow.corpus.document import is_held_out
 from saeflow.model.sites import load_tokenizer
 from saeflow.recipe.recipe import parse_recipe

@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow.corpus import token_parts as tokens
 from saeflow.features.compaction import compact_run, plan_merges
+from saeflow.pipeline import tokens
 from saeflow.features.coverage import covered
 from saeflow.features.files import files_of
 from saeflow.features.part_merger import USUAL_MERGE, MergeSettings, feature_buckets

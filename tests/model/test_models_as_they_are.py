@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from saeflow.activations import shards
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.corpus.vocabulary import tokenizer_vocab
 from saeflow.model.sites import (
     SiteReader,

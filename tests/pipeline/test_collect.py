@@ -19,7 +19,7 @@ from zarr.codecs import Crc32cCodec
 
 from saeflow.activations import shards as arrays
 from saeflow.activations.writer import ArrayWriter
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import Site, load_model
 from saeflow.pipeline import collect, import_table
 from saeflow.recipe.recipe import parse_recipe

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from saeflow.activations import shards
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import part_writer
 from saeflow.features.part_writer import PartWriter

@@ -15,7 +15,7 @@ import torch.nn.functional as tf
 
 from saeflow.activations import shards
 from saeflow.activations.sparse_values import SparseValues
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import load_model
 from saeflow.pipeline import collect, encode, evaluate, import_table, train
 from saeflow.recipe.recipe import parse_recipe

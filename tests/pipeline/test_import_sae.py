@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saeflow.activations import shards
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.pipeline import collect, evaluate, forecast, forget, import_sae, train
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline

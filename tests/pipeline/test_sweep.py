@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.activations.feed import Feed
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.pipeline import collect, evaluate, import_table, sweep, train
 from saeflow.pipeline import run as pipeline
 from saeflow.recipe.recipe import Recipe, parse_recipe

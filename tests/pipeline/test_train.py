@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import load_model
 from saeflow.pipeline import collect, import_table, lineage, train
 from saeflow.recipe.fingerprint import fingerprint

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saeflow.activations import shards
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.pipeline import collect
 from saeflow.pipeline.run import run
 from saeflow.recipe.recipe import parse_recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from saeflow.activations.feed import held_out_rows
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode as features

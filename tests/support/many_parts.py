@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from saeflow.activations.shards import plan_layout
 from saeflow.activations.writer import ArrayWriter
-from saeflow.corpus import token_parts as tokens
+from saeflow.pipeline import tokens
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.features.coverage import FIRST_INDEX, stands_for
 from saeflow.features.part_merger import USUAL_MERGE

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Ledger, key_hash
 from saeflow.pipeline import collect as activations

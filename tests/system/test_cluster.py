@@ -22,7 +22,7 @@ import pytest
 from distributed import Client
 
 from flows.support.tasks import MOST_TASKS, runs_of
-from saeflow.corpus import token_parts
+from saeflow.pipeline import tokens as token_parts
 from saeflow.pipeline import collect, train
 from saeflow.pipeline import encode as features
 from saeflow.pipeline.dask import workers as cluster
