@@ -7,6 +7,7 @@ from prefect import flow
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import open_store
 from saeflow.pipeline import encode
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe
 
@@ -14,10 +15,10 @@ from saeflow.recipe.recipe import Recipe
 @flow(name="saeflow-compact", flow_run_name="compact {recipe.name}")
 def compact_flow(recipe: Recipe, store: str | None = None) -> int:
     """Merge what can be merged; returns the number of parts that are left."""
-    opened = open_store(recipe, store)
+    lineage = Lineage(open_store(recipe, store), recipe)
     with reporting("compact") as progress:
-        encode.compact(opened, recipe, progress)
-    n_parts = len(encode.artefact(opened, recipe).published().parts)
-    catalog.write(opened)
+        encode.compact(lineage, progress)
+    n_parts = len(lineage.features.published().parts)
+    catalog.write(lineage.store)
     show_table("compact", {"n_parts": n_parts})
     return n_parts

@@ -7,6 +7,7 @@ from prefect import flow
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import open_store, part_task
 from saeflow.pipeline import import_table
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe
 
 
@@ -18,7 +19,7 @@ def import_table_flow(recipe: Recipe, store: str | None = None) -> str:
 
         @part_task("bring")
         def bring_table() -> str:
-            return import_table.run(opened, recipe, progress)[1].id
+            return import_table.run(Lineage(opened, recipe), progress)[1].id
 
         made = str(bring_table())
     show_table("bring", {"n_rows": opened.by_id(made).published().total("n_tokens")})

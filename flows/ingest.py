@@ -13,6 +13,7 @@ from flows.support.gpu import places
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import open_store, part_task
 from saeflow.pipeline import ingest
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe
 
@@ -42,7 +43,7 @@ def ingest_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
 
         @part_task("ingest")
         def take_in() -> dict[str, Any]:
-            return ingest.run(opened, recipe, progress, places(recipe))
+            return ingest.run(Lineage(opened, recipe), progress, places(recipe))
 
         found = dict(take_in())
     numbers = {name: found[name] for name in ("n_documents", "n_tokens", "n_removed")}

@@ -29,15 +29,14 @@ from flows.support.reporting import counted, name_run, show_markdown, show_table
 from flows.support.tasks import open_store
 from flows.tokens import tokens_flow
 from flows.train import train_flow
-from saeflow.pipeline import encode as features
 from saeflow.pipeline import report, sweep, train
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.dask import workers
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query import first_answers
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.store.store import Store
 
 FIGURES = (
     "variance_unexplained", "l0", "shrinkage", "dead_share", "loss_recovered_zero", "loss_recovered_mean",
@@ -64,25 +63,26 @@ def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
             began = time.monotonic()
             stage_flow(recipe, store)
             seconds[stage] = time.monotonic() - began
-    opened = open_store(recipe, store)
-    summary = pipeline.summary(opened, recipe) | {"seconds": seconds}
+    lineage = Lineage(open_store(recipe, store), recipe)
+    summary = pipeline.summary(lineage) | {"seconds": seconds}
     show_table("pipeline", summary)
-    show_markdown("result", result_page(opened, recipe, summary), f"What came of {recipe.name}, and what to type next")
+    show_markdown("result", result_page(lineage, summary), f"What came of {recipe.name}, and what to type next")
     return summary
 
 
-def result_page(store: Store, recipe: Recipe, summary: dict[str, Any]) -> str:
+def result_page(lineage: Lineage, summary: dict[str, Any]) -> str:
     """Markdown: the picture, the numbers, the next commands."""
+    store, recipe = lineage.store, lineage.recipe
     where = f" --store {shlex.quote(store.name)}"
     if recipe.is_sweep:
-        path, rows = sweep.picture_of(store, recipe), summary["sweep"]["saes"]
+        path, rows = sweep.picture_of(lineage), summary["sweep"]["saes"]
         numbers = {row["member"]: f"{row['variance_unexplained']:.4f} unexplained, L0 {row['l0']:.1f}" for row in rows}
         lines = [f"saeflow run RECIPE --member {sweep.recommended(rows)}{where}"]
     else:
-        path = report.run(store, recipe, Progress(verbosity=-1))
+        path = report.run(lineage, Progress(verbosity=-1))
         took = {f"{stage} took": f"{seconds:.1f} s" for stage, seconds in summary["seconds"].items()}
         numbers = summary | {name: summary["quality"][name] for name in FIGURES if name in summary["quality"]} | took
-        lines = first_answers.next_commands(store, features.artefact(store, recipe).id, where)
+        lines = first_answers.next_commands(store, lineage.features.id, where)
     numbers = {name: value for name, value in numbers.items() if not isinstance(value, dict | list)}
     picture, next_lines = page.picture(recipe.name, path), page.commands(lines)
     parts = [f"# {page.plain(recipe.name)}", picture, "Next:", next_lines, page.table(numbers)]

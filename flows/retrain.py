@@ -11,6 +11,7 @@ from flows.support.gpu import places
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import open_store, part_task
 from saeflow.pipeline import retrain
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe
 
 
@@ -26,7 +27,7 @@ def retrain_flow(recipe: Recipe, store: str | None = None, share: float | None =
 
         @part_task("retrain")
         def train_anew() -> dict[str, Any]:
-            return retrain.run(opened, recipe, progress, share, places(recipe))
+            return retrain.run(Lineage(opened, recipe), progress, share, places(recipe))
 
         made = dict(train_anew())
     show_table("retrain", {"grown": f"{made['grown']:.1%}", "trained": ", ".join(made["trained"]) or "nothing"})

@@ -6,7 +6,8 @@ from prefect import flow
 
 from flows.support.reporting import counted, name_run, reporting, show_table
 from flows.support.tasks import open_store, part_task
-from saeflow.pipeline import tokens as token_parts
+from saeflow.pipeline import tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe
 
 
@@ -18,7 +19,7 @@ def tokens_flow(recipe: Recipe, store: str | None = None) -> str:
 
         @part_task("tokenise")
         def tokenise() -> str:
-            return token_parts.run(opened, recipe, progress).id
+            return tokens.run(Lineage(opened, recipe), progress).id
 
         made = str(tokenise())
     generation = opened.by_id(made).published()

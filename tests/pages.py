@@ -26,7 +26,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.pipeline import pipeline_flow
 from flows.support import page, reporting
-from saeflow.pipeline import collect
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
@@ -151,7 +151,7 @@ def look(pages: Pages, refused: str) -> None:
 def n_tokens(run: FlowRun) -> int:
     """What the store of a finished run holds."""
     recipe, store = Recipe.model_validate(run.parameters["recipe"]), Store.open(run.parameters["store"])
-    return collect.tokens_artefact(store, recipe).published().total("n_tokens")
+    return Lineage(store, recipe).tokens.published().total("n_tokens")
 
 
 def main() -> None:

@@ -43,6 +43,11 @@ def plan_layout(n_sequences: int, length: int, width: int, config: ActivationsCo
     return Layout((n_sequences, length, width), chunk, shard)
 
 
+def stored_sites(artefact: Artefact) -> list[Site]:
+    """The sites whose activations an artefact holds."""
+    return [Site(name, width) for name, width in artefact.record.facts["stored"]]
+
+
 class StoredArray:
     """A stored array (S, T, D), for reading. Every byte that is read is checked against its checksum.
 

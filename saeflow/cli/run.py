@@ -84,14 +84,16 @@ def run_command(
     opened = create_store(store, settings, quiet)
     from saeflow.cli import summary as printed  # seconds: only after what can be refused at once
     from saeflow.pipeline import run as pipeline
+    from saeflow.pipeline.lineage import Lineage
 
-    summary = pipeline.run(opened, settings, progress_of(quiet, verbose, settings))
+    lineage = Lineage(opened, settings)
+    summary = pipeline.run(lineage, progress_of(quiet, verbose, settings))
     if not quiet and settings.is_sweep:
         printed.print_sweep(summary["sweep"], recipe, opened)
     elif not quiet:
         printed.print_summary(summary)
         printed.compare_with_forecast(opened, settings, summary)
-        printed.print_answers(opened, settings)
+        printed.print_answers(opened, lineage.features.id)
 
 
 @run_commands.command("plan")
@@ -169,11 +171,13 @@ def _register_stage(name: str, does: str, command: Callable[..., None]) -> None:
 
 def _run_stage(name: str, settings: Recipe, store: str | None, quiet: bool, verbose: bool) -> Any:
     from saeflow.pipeline import run as pipeline
+    from saeflow.pipeline.lineage import Lineage
 
     stages = pipeline.stages(settings) | ({"encode": pipeline.encode_all} if settings.is_sweep else {})
     if name not in stages:
         raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
-    return stages[name](create_store(store, settings, quiet), settings, progress_of(quiet, verbose, settings))
+    lineage = Lineage(create_store(store, settings, quiet), settings)
+    return stages[name](lineage, progress_of(quiet, verbose, settings))
 
 
 _add_stage("tokens", "Turn documents into fixed-length sequences of tokens.")
@@ -205,11 +209,13 @@ def train_command(
     settings = read_recipe(recipe, set_, member)
     from saeflow.cli.summary import print_sweep
     from saeflow.pipeline import sweep, train
+    from saeflow.pipeline.lineage import Lineage
 
     opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
-    train.run(opened, settings, progress, fresh)
+    lineage = Lineage(opened, settings, fresh)
+    train.run(lineage, progress)
     if settings.is_sweep:
-        table = sweep.run(opened, settings, progress)
+        table = sweep.run(lineage, progress)
         if not quiet:
             print_sweep(table, recipe, opened)
 
@@ -236,11 +242,12 @@ def import_command(
     settings = read_recipe(recipe, [*(set_ or []), f"sae.source={folder.resolve()}"], member)
     require_one(settings, "import")
     from saeflow.pipeline import import_sae, train
+    from saeflow.pipeline.lineage import Lineage
 
     opened = create_store(store, settings, quiet)
-    made = train.run(opened, settings, progress_of(quiet, verbose, settings))
+    made = train.run(Lineage(opened, settings), progress_of(quiet, verbose, settings))
     if not quiet:
-        print_line(import_sae.in_words(settings, made))
+        print_line(import_sae.in_words(settings.sae, made))
         lines = f"In {recipe}, section [sae], write:\n\n  source = {_toml_string(str(folder.resolve()), '')}\n"
         print_line(f"{lines}\nNext: saeflow encode {shlex.quote(str(recipe))}{store_argument(opened)}")
 
@@ -284,6 +291,7 @@ def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:
 
     def command(recipe: RecipePath, store: StoreOption = None, set_: Set = None, member: MemberOption = None) -> None:
         from saeflow.cli.summary import print_answers, print_summary, print_sweep
+        from saeflow.pipeline.lineage import Lineage
 
         settings = read_recipe(recipe, set_, member)
         opened = create_store(store, settings, quiet=False)
@@ -292,7 +300,7 @@ def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:
             print_sweep(summary["sweep"], recipe, opened)
         else:
             print_summary(summary)
-            print_answers(opened, settings)
+            print_answers(opened, Lineage(opened, settings).features.id)
 
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(help="Run what is missing of every stage through Prefect.")(command)

@@ -208,8 +208,9 @@ def compact_command(
     settings = read_recipe(recipe, set_)
     opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
     from saeflow.pipeline import run as pipeline
+    from saeflow.pipeline.lineage import Lineage
 
-    pipeline.compact(opened, settings, progress)
+    pipeline.compact(Lineage(opened, settings), progress)
     if not quiet:
         line = (
             f"The old files go after {GRACE_HOURS} hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes"

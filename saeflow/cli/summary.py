@@ -11,7 +11,7 @@ from rich.console import Console
 
 from saeflow.cli.common import new_table, out, print_line, store_argument
 from saeflow.cli.screen import render_table
-from saeflow.pipeline import encode, forecast, sweep
+from saeflow.pipeline import forecast, sweep
 from saeflow.query.connection import connect
 from saeflow.query.first_answers import first_answers, next_commands, which_run
 from saeflow.recipe.recipe import Recipe
@@ -56,9 +56,8 @@ def compare_with_forecast(store: Store, recipe: Recipe, summary: dict[str, Any])
     out.print(table)
 
 
-def print_answers(store: Store, recipe: Recipe) -> None:
+def print_answers(store: Store, run: str) -> None:
     """Print three SQL answers, each under the command that gives it, and commands to try next."""
-    run = encode.artefact(store, recipe).id
     which = which_run(store, run)
     with contextlib.closing(connect(store, run)) as connection:
         for answer in first_answers(connection):

@@ -103,6 +103,7 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
     Activations and autoencoders that exist are kept; scores are computed again.
     """
     from saeflow.pipeline import import_table, train
+    from saeflow.pipeline.lineage import Lineage
     from saeflow.runtime.threads import n_threads
     from saeflow.sae import interchange, recovery
 
@@ -110,8 +111,9 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
     for recipe in recipes:
         require_known(recipe)
         assert recipe.activations.synthetic is not None
-        import_table.run(store, recipe, progress)
-        trained = train.run_all(store, recipe, progress)
+        lineage = Lineage(store, recipe)
+        import_table.run(lineage, progress)
+        trained = train.run_all(lineage, progress)
         train.set_threads(recipe)
         truth = recovery.truth_of(recipe.activations.synthetic)
         for member, target in zip(recipe.members(), trained, strict=True):
@@ -121,9 +123,13 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
 
 
 def _scores_as_json(each: Synth) -> dict[str, object]:
-    from saeflow.pipeline import import_sae
+    from saeflow.sae import formats
 
-    about = {"name": each.recipe.name, "sae": each.sae, "architecture": import_sae.sae_config(each.recipe).architecture}
+    about = {
+        "name": each.recipe.name,
+        "sae": each.sae,
+        "architecture": formats.effective_config(each.recipe.sae).architecture,
+    }
     return about | dataclasses.asdict(each.scores)
 
 
@@ -148,12 +154,12 @@ def print_scores(judged: Sequence[Synth], console: Console = out) -> None:
 
 def short_names(recipes: Sequence[Recipe]) -> list[str]:
     """Return names that tell recipes apart: their own without a common beginning, else architecture and size."""
-    from saeflow.pipeline import import_sae
+    from saeflow.sae import formats
 
     names = [recipe.name for recipe in recipes]
     if len(set(names)) == len(names):
         alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
         shared = "".join(letters[0] for letters in alike).rpartition("_")[0]
         return [name.removeprefix(f"{shared}_") for name in names]
-    configs = [import_sae.sae_config(recipe) for recipe in recipes]
+    configs = [formats.effective_config(recipe.sae) for recipe in recipes]
     return [f"{config.architecture} {config.n_features:,}" for config in configs]

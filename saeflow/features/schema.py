@@ -22,9 +22,6 @@ TOP_LOGITS = 20
 MOST_SOURCES = 64
 """Sources with rows of their own in a part; what is beyond the most frequent ones is counted together."""
 
-BLOCK_TOKENS = 512
-"""Tokens whose vocabulary ids lie in one row of vocab_blocks: one value is found without reading a column."""
-
 PART_TABLES: dict[str, pa.Schema] = {
     "feature_stats": pa.schema(
         {
@@ -71,7 +68,3 @@ VALUES: dict[str, pa.Schema] = {
     "feature_major": pa.schema({"feature_id": pa.int32(), "token_id": pa.int64(), "value": pa.float32()}),
     "token_major": pa.schema({"token_id": pa.int64(), "feature_id": pa.int32(), "value": pa.float32()}),
 }
-
-VOCAB_BLOCKS = pa.schema(
-    {"block_id": pa.int64(), "first_token_id": pa.int64(), "n_tokens": pa.int32(), "vocab_ids": pa.binary()}
-)

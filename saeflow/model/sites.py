@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from saeflow.corpus.remote import hub_errors
 from saeflow.recipe.fingerprint import fingerprint
-from saeflow.recipe.settings import ModelConfig
+from saeflow.recipe.settings import ModelConfig, SAEConfig
 from saeflow.runtime.devices import choose_device, to_device
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.suggest import nearest
@@ -268,6 +268,33 @@ def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
             )
         chosen.update(matches)
     return [site for site in known if site.name in chosen]
+
+
+def choose_site(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:
+    """The site of this name. Raises UserError where there is none, and where none is named and there are several."""
+    found = [site for site in sites if site.name == wanted] if wanted else sites
+    if len(found) != 1:
+        names = [site.name for site in sites]
+        near = nearest(wanted or "", names, n=1)
+        hint = f" Nearest: {near[0]}." if near else ""
+        raise UserError(
+            f"{setting} is {wanted!r}; the sites are: {', '.join(names)}.{hint} Set {setting} to one of them."
+        )
+    return found[0]
+
+
+def site_pair(sites: list[Site], config: SAEConfig) -> tuple[Site, Site]:
+    """The site that an SAE reads and the one that it reconstructs: another one only for a transcoder."""
+    read = choose_site(sites, config.site)
+    if not config.target_site:
+        return read, read
+    target = choose_site(sites, config.target_site, "sae.target_site")
+    if target == read:
+        raise UserError(
+            f"sae.target_site is {target.name}, the site that is read: that is no transcoder.\n"
+            "Leave sae.target_site out."
+        )
+    return read, target
 
 
 class _Reached(Exception):

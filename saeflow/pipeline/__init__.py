@@ -1,6 +1,7 @@
 """The stages of a pipeline, one file each, and the ways to run them. Read `run` first.
 
-lineage       which SAE a recipe means
+lineage       the artefacts a recipe means in a store, looked up once
+identity      the facts behind each fingerprint
 tokens        documents to tokens
 collect       tokens to activations
 import_table  a table to activations

@@ -15,10 +15,9 @@ from torch import nn
 
 from saeflow.activations.epoch import fit_pool
 from saeflow.activations.norms import NORMS_FILE, Norms, norms_of, warn_of_massive_positions
-from saeflow.activations.shards import ITEM_BYTES, plan_layout
-from saeflow.activations.tables.source import source_checksum
+from saeflow.activations.shards import ITEM_BYTES, plan_layout, stored_sites
 from saeflow.activations.writer import open_writer, to_disk_precision
-from saeflow.pipeline import tokens as token_parts
+from saeflow.corpus import token_parts
 from saeflow.model.sites import (
     Site,
     SiteReader,
@@ -28,65 +27,22 @@ from saeflow.model.sites import (
     require_length,
     require_running_order,
     resolve_sites,
+    site_pair,
 )
 from saeflow.pipeline.dask import work
 from saeflow.pipeline.dask.workers import Workers, workers_of
-from saeflow.recipe.fingerprint import fingerprint, settings_that_count
-from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ActivationsConfig, SAEConfig
+from saeflow.pipeline.lineage import Ancestors, Lineage
+from saeflow.recipe.recipe import parse_recipe
+from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.devices import model_threads, own_stream
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
-from saeflow.runtime.suggest import nearest
 from saeflow.runtime.threads import keep_freed_memory, map_in_order
 from saeflow.store.artefact import Artefact, Job
 from saeflow.store.records import PartRecord
-from saeflow.store.store import Store
 
 _QUEUE = 4
 """Forward batches waiting for the disk before the model has to wait."""
-
-
-def artefact(store: Store, recipe: Recipe) -> Artefact:
-    return store.artefact("activations", recipe.data_name, fingerprint(facts(store, recipe)))
-
-
-def tokens_artefact(store: Store, recipe: Recipe) -> Artefact:
-    """The tokens these activations belong to; for brought activations, one a row."""
-    if recipe.model is not None:
-        return token_parts.artefact(store, recipe)
-    return store.artefact("tokens", recipe.data_name, fingerprint(brought_facts(recipe)))
-
-
-def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
-    """What makes two activation artefacts comparable."""
-    about = recipe.activations
-    source = brought_facts(recipe) if recipe.model is None else {"model": model_fingerprint(recipe.model)}
-    return {
-        "tokens": tokens_artefact(store, recipe).fp,
-        **source,
-        "sites": about.sites,
-        "dtype": about.dtype,
-        "forward_batch": about.forward_batch,
-        "layout": [about.chunk_bytes, about.shard_bytes],
-        **({"compression": about.compression} if about.compression != "none" else {}),
-    }
-
-
-def brought_facts(recipe: Recipe) -> dict[str, Any]:
-    about = recipe.activations
-    made = settings_that_count(about.synthetic) if about.synthetic else None
-    if made and about.synthetic and about.synthetic.grows:
-        del made["n_samples"]
-    share = recipe.corpus.held_out if recipe.corpus else 0.0
-    return {
-        "source": about.source,
-        "content": source_checksum(about.source) if about.source else None,
-        "synthetic": made,
-        "part_rows": about.part_rows,
-        "held_out": share,
-        **({"source_array": about.source_array} if about.source_array else {}),
-    }
 
 
 @dataclass
@@ -149,37 +105,37 @@ class Collector:
         return self.target.made[part.index]
 
 
-def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
+def run(lineage: Lineage, progress: Progress) -> Artefact:
     """Collect every missing part and publish."""
-    with collecting(store, recipe, progress) as job:
+    with collecting(lineage, progress) as job:
         list(job.make(job.missing))
-    return artefact(store, recipe)
+    return lineage.activations
 
 
 @contextlib.contextmanager
-def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job]:
+def collecting(lineage: Lineage, progress: Progress) -> Iterator[Job]:
     """The parts that are missing and how to make one; publishes when the block ends well."""
-    target = artefact(store, recipe)
-    tokens_artefact(store, recipe).published()  # before anybody is waited for
+    recipe, target = lineage.recipe, lineage.activations
+    lineage.tokens.published()  # before anybody is waited for
     with target.writing():
-        wanted = tokens_artefact(store, recipe).published().parts
+        wanted = lineage.tokens.published().parts
         inputs = {part.index: {"tokens": part.folder} for part in wanted}
         done = target.parts_from(inputs)
         plan = {part.index: part for part in wanted if part.index not in done}
         if plan or not target.complete():
-            collector = open_collector(store, recipe, plan.values())
+            collector = open_collector(lineage, plan.values())
             if len(collector.sites) > 1 and not all(member.sae.site for member in recipe.members()):
                 progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
             n_tokens = {index: part.counts["n_tokens"] for index, part in plan.items()}
             with (
                 progress.bar("activations", sum(n_tokens.values()), "tokens") as bar,
-                workers_of(store, recipe, progress) as workers,
+                workers_of(lineage.store, recipe, progress) as workers,
             ):
                 if workers is None:
                     yield Job(list(plan), lambda indices: (collector.collect(plan[index], bar) for index in indices))
                 else:
                     del collector  # the model is wanted on the workers
-                    yield _on_workers(store, recipe, workers, target, n_tokens, bar)
+                    yield _on_workers(lineage, workers, n_tokens, bar)
                     target.look_again()
         else:
             skipped(target, progress)
@@ -190,15 +146,14 @@ def collecting(store: Store, recipe: Recipe, progress: Progress) -> Iterator[Job
             warn_of_massive_positions(target, recipe.activations, progress)
 
 
-def _on_workers(
-    store: Store, recipe: Recipe, workers: Workers, target: Artefact, n_tokens: dict[int, int], bar: Bar
-) -> Job:
+def _on_workers(lineage: Lineage, workers: Workers, n_tokens: dict[int, int], bar: Bar) -> Job:
     """The same job, done by a cluster."""
+    recipe, target = lineage.recipe, lineage.activations
     place = {"cluster": None, "sweep": None, "threads": workers.threads(recipe.threads)}
     settings = {
         "recipe": recipe.model_copy(update=place).model_dump(mode="json"),
         "target": target.id,
-        "generation": tokens_artefact(store, recipe).published().number,
+        "generation": lineage.tokens.published().number,
     }
 
     def make(indices: Sequence[int]) -> Iterator[PartRecord]:
@@ -223,7 +178,7 @@ def _collector_at(name: str, settings: str) -> tuple[Collector, dict[int, PartRe
     store, recipe = work.store_at(name), parse_recipe(about["recipe"])
     assert recipe.model is not None
     target = work.shared(store, about["target"])
-    source = store.by_id(target.record.inputs[0])
+    source = Ancestors(store, target).tokens
     if model_fingerprint(recipe.model) != target.record.facts["model"]:
         raise UserError(
             f"model.path is {recipe.model.path!r}, but its files are others than where the run was started."
@@ -243,10 +198,10 @@ def skipped(target: Artefact, progress: Progress) -> None:
     progress.skip("activations", f"{n_tokens:,} tokens, {n_bytes / 1e9:.2f} GB")
 
 
-def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> Collector:
+def open_collector(lineage: Lineage, plan: Iterable[PartRecord]) -> Collector:
     """Load the model, name the sites, check the disk and what training will ask for, and create the artefact."""
+    recipe = lineage.recipe
     assert recipe.model is not None
-    source, target = tokens_artefact(store, recipe), artefact(store, recipe)
     place = {"device": "cpu"} if recipe.cluster else {}  # the workers' devices are theirs
     model = load_model(recipe.model.model_copy(update=place))
     sites = resolve_sites(model, recipe.activations.sites)
@@ -256,55 +211,16 @@ def open_collector(store: Store, recipe: Recipe, plan: Iterable[PartRecord]) -> 
         fit_pool(recipe.feed, length * site.width * ITEM_BYTES[recipe.activations.dtype])
     for member in recipe.members():
         if member.sae.site or member.sae.target_site:
-            read, target_site = _pair(sites, member.sae)
+            read, target_site = site_pair(sites, member.sae)
             if read != target_site:
                 require_running_order(model, read.name, target_site.name)
             wanted = sum(site.width for site in {read, target_site})
             fit_pool(recipe.feed, length * wanted * ITEM_BYTES[recipe.activations.dtype])
     row_bytes = length * sum(site.width for site in sites) * ITEM_BYTES[recipe.activations.dtype]
     n_bytes = row_bytes * sum(part.counts["n_sequences"] for part in plan)
-    store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
-    about = facts(store, recipe) | {"stored": [[site.name, site.width] for site in sites]}
-    target.create(about, [source.id])
+    lineage.store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
+    about = lineage.activation_facts | {"stored": [[site.name, site.width] for site in sites]}
+    lineage.activations.create(about, [lineage.tokens.id])
     workers = model_threads(device_of(model), recipe.threads)
     keep_freed_memory()
-    return Collector(source, target, recipe.activations, model, sites, workers)
-
-
-def stored_sites(target: Artefact) -> list[Site]:
-    return [Site(name, width) for name, width in target.record.facts["stored"]]
-
-
-def choose_site(target: Artefact, wanted: str | None) -> Site:
-    """The site an SAE reads; it must be named where several are stored."""
-    return _chosen(stored_sites(target), wanted)
-
-
-def sites_of(target: Artefact, config: SAEConfig) -> tuple[Site, Site]:
-    """The site that is read and the one that is reconstructed: another one only where a transcoder is asked for."""
-    return _pair(stored_sites(target), config)
-
-
-def _pair(sites: list[Site], config: SAEConfig) -> tuple[Site, Site]:
-    read = _chosen(sites, config.site)
-    if not config.target_site:
-        return read, read
-    target = _chosen(sites, config.target_site, "sae.target_site")
-    if target == read:
-        raise UserError(
-            f"sae.target_site is {target.name}, the site that is read: that is no transcoder.\n"
-            "Leave sae.target_site out."
-        )
-    return read, target
-
-
-def _chosen(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:
-    found = [site for site in sites if site.name == wanted] if wanted else sites
-    if len(found) != 1:
-        names = [site.name for site in sites]
-        near = nearest(wanted or "", names, n=1)
-        hint = f" Nearest: {near[0]}." if near else ""
-        raise UserError(
-            f"{setting} is {wanted!r}; the sites are: {', '.join(names)}.{hint} Set {setting} to one of them."
-        )
-    return found[0]
+    return Collector(lineage.tokens, lineage.activations, recipe.activations, model, sites, workers)

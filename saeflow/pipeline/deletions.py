@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from saeflow.corpus import sources
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Ledger, document_rows
-from saeflow.pipeline import collect
 from saeflow.pipeline.forget import withdraw
-from saeflow.recipe.recipe import Recipe
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.progress import Progress
+from saeflow.store.artefact import Artefact
 from saeflow.store.records import note_provenance, noted
-from saeflow.store.store import Store
 
 _NOTE = "corpus_without_removed"
 
@@ -32,15 +31,16 @@ class Removed:
     """Why nothing was forgotten, where more than `schedule.most_removed` are gone."""
 
 
-def forget_removed(store: Store, recipe: Recipe, progress: Progress) -> Removed:
+def forget_removed(lineage: Lineage, progress: Progress) -> Removed:
     """Forget what the corpus no longer holds, if `schedule.removed` says so.
 
     Reads the corpus once more whenever it has changed. Raises UserError where it cannot be read.
     """
+    recipe, source = lineage.recipe, lineage.tokens
     if recipe.schedule.removed == "keep" or recipe.corpus is None or recipe.model is None:
         return Removed()
     about = sources.pin_to_commits(recipe.corpus)
-    source, seen = collect.tokens_artefact(store, recipe), sources.corpus_signature(about)
+    seen = sources.corpus_signature(about)
     generation = source.generation()
     if generation is None or (seen is not None and seen == noted(source.path, _NOTE)):
         return Removed(seen=seen)
@@ -52,18 +52,17 @@ def forget_removed(store: Store, recipe: Recipe, progress: Progress) -> Removed:
         return Removed(refusal=_refusal(len(gone), n_seen, recipe.schedule.most_removed))
     if len(gone):
         progress.say(f"removed: {len(gone):,} of {n_seen:,} documents are gone from the corpus and are forgotten")
-        withdraw(store, source, document_rows(source, generation, gone), progress)
+        withdraw(lineage.store, source, document_rows(source, generation, gone), progress)
     return Removed(len(gone), seen)
 
 
-def note_seen(store: Store, recipe: Recipe, removed: Removed) -> None:
+def note_seen(source: Artefact, removed: Removed) -> None:
     """Remember that the corpus, as it was when it was looked at, holds every document that is stored.
 
     Nothing is noted where the stored tokens are of a corpus that had changed by then: the next look reads it again.
     """
     if removed.seen is None:
         return
-    source = collect.tokens_artefact(store, recipe)
     if removed.seen == noted(source.path, "corpus") != noted(source.path, _NOTE):
         note_provenance(source.path, {_NOTE: removed.seen})
         source.storage.send(source.path / "provenance.json")

@@ -22,11 +22,11 @@ from saeflow.features.part_merger import MergeSettings
 from saeflow.features.part_writer import PartWriter
 from saeflow.features.token_columns import read_token_columns
 from saeflow.model.sites import Site
-from saeflow.pipeline import collect, import_sae, train
+from saeflow.pipeline import train
 from saeflow.pipeline.dask import work
 from saeflow.pipeline.dask.workers import Workers, kept_open, workers_of
+from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.query import checks
-from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.devices import choose_device, model_threads, own_stream
@@ -41,21 +41,6 @@ from saeflow.store.store import Store
 
 _BYTES_PER_NONZERO = 8
 """Both orders together, compressed: for the forecast of disk space."""
-
-
-def artefact(store: Store, recipe: Recipe) -> Artefact:
-    return store.artefact("features", recipe.name, fingerprint(facts(store, recipe)))
-
-
-def facts(store: Store, recipe: Recipe) -> dict[str, Any]:
-    """What makes a run: the SAE, and the activations it reads."""
-    stored = collect.artefact(store, recipe)
-    return {
-        "sae": train.artefact(store, recipe).fp,
-        "activations": stored.fp,
-        "site": collect.choose_site(stored, recipe.sae.site).name,
-        "n_features": import_sae.sae_config(recipe).n_features,
-    }
 
 
 @dataclass
@@ -118,19 +103,18 @@ def part_inputs(used: TokenSelection, part: PartRecord) -> dict[str, str]:
     return inputs | ({"hidden": hidden} if hidden else {})
 
 
-def open_encoder(store: Store, recipe: Recipe, used: TokenSelection, progress: Progress) -> Encoder:
+def open_encoder(lineage: Lineage, used: TokenSelection, progress: Progress) -> Encoder:
     """Make the tables beside the parts, create the artefact, and load the SAE."""
-    source, stored = collect.tokens_artefact(store, recipe), collect.artefact(store, recipe)
-    trained, target = _trained(store, recipe), artefact(store, recipe)
-    about = facts(store, recipe) | {
+    trained, target = _trained(lineage), lineage.features
+    about = lineage.feature_facts | {
         "context_length": used.length,
-        "architecture": import_sae.sae_config(recipe).architecture,
+        "architecture": lineage.sae_config.architecture,
     }
     sae = interchange.load(trained.fetched())
-    made = run_tables.write_run_tables(target, recipe, sae, about["site"], progress)
-    target.create(about | used.facts, [source.id, stored.id, trained.id], made)
+    made = run_tables.write_run_tables(target, lineage.recipe, sae, about["site"], progress)
+    target.create(about | used.facts, [lineage.tokens.id, lineage.activations.id, trained.id], made)
     target.add_files(made)
-    return encoder_of(store, target, used, _config_here(recipe))
+    return encoder_of(Ancestors(lineage.store, target), used, _config_here(lineage.recipe))
 
 
 def _config_here(recipe: Recipe) -> FeaturesConfig:
@@ -138,43 +122,42 @@ def _config_here(recipe: Recipe) -> FeaturesConfig:
     return recipe.features.model_copy(update={"device": "cpu"}) if recipe.cluster else recipe.features
 
 
-def encoder_of(store: Store, target: Artefact, used: TokenSelection, config: FeaturesConfig) -> Encoder:
+def encoder_of(run: Ancestors, used: TokenSelection, config: FeaturesConfig) -> Encoder:
     """The encoder of a run that exists, from what its record says."""
-    _, stored, trained = (store.by_id(name) for name in target.record.inputs)
-    site = collect.choose_site(stored, target.record.facts["site"])
-    sae = interchange.load(trained.fetched()).to(choose_device("features.device", config.device))
+    sae = interchange.load(run.sae.fetched()).to(choose_device("features.device", config.device))
     sae.prepare()
-    return Encoder(used, stored, target, site, sae, config.batch_rows)
+    return Encoder(used, run.activations, run.artefact, run.site, sae, config.batch_rows)
 
 
-def run(store: Store, recipe: Recipe, progress: Progress) -> Artefact:
+def run(lineage: Lineage, progress: Progress) -> Artefact:
     """Encode every missing part, several at once, and publish."""
-    run_together(store, [recipe], progress)
-    return artefact(store, recipe)
+    run_together([lineage], progress)
+    return lineage.features
 
 
-def run_all(store: Store, recipe: Recipe, progress: Progress) -> None:
+def run_all(lineage: Lineage, progress: Progress) -> None:
     """Encode every SAE of a sweep; those of one site in one reading."""
     with kept_open():
-        for group in by_site(store, recipe):
-            run_together(store, group, progress)
+        for group in by_site(lineage):
+            run_together(group, progress)
 
 
-def by_site(store: Store, recipe: Recipe) -> list[list[Recipe]]:
+def by_site(lineage: Lineage) -> list[list[Lineage]]:
     """The SAEs of a recipe, those together that read one site."""
-    groups: dict[str, list[Recipe]] = {}
-    for member in recipe.members():
-        groups.setdefault(facts(store, member)["site"], []).append(member)
+    groups: dict[str, list[Lineage]] = {}
+    for member in lineage.members:
+        groups.setdefault(member.feature_facts["site"], []).append(member)
     return list(groups.values())
 
 
-def run_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> None:
-    """Encode the SAEs of recipes that read one site, in one reading."""
-    with encoding_together(store, recipes, progress) as job:
+def run_together(lineages: Sequence[Lineage], progress: Progress) -> None:
+    """Encode SAEs that read one site, in one reading."""
+    recipe = lineages[0].recipe
+    with encoding_together(lineages, progress) as job:
         if job.n_calls:
             list(job.make(job.missing))
             return
-        with _workers(recipes[0].features, recipes[0].threads) as pool:
+        with _workers(recipe.features, recipe.threads) as pool:
             _all_done(pool, [pool.submit(list, job.make([index])) for index in job.missing])
 
 
@@ -198,20 +181,20 @@ def _all_done(pool: ThreadPoolExecutor, futures: Sequence[Future[Any]]) -> None:
 
 
 @contextlib.contextmanager
-def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progress) -> Iterator[Job]:
+def encoding_together(lineages: Sequence[Lineage], progress: Progress) -> Iterator[Job]:
     """The parts that an SAE lacks and how to make one for each of them; publishes when the block ends well."""
-    first = recipes[0]
-    targets = {artefact(store, recipe): recipe for recipe in recipes}
+    first, store = lineages[0], lineages[0].store
+    targets = {lineage.features: lineage for lineage in lineages}
     with writing_all(targets):
-        wanted = collect.artefact(store, first).published().parts
-        used = TokenSelection.of(collect.tokens_artefact(store, first), first.activations)
+        wanted = first.activations.published().parts
+        used = first.selection()
         inputs = {part.index: part_inputs(used, part) for part in wanted}
         lacking = {target: inputs.keys() - compaction.part_of_each(target, inputs) for target in targets}
         missing = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
-        _require_room(store, [(_trained(store, r), n) for r, n in zip(recipes, missing, strict=True) if n])
+        _require_room(store, [(_trained(lineage), n) for lineage, n in zip(lineages, missing, strict=True) if n])
         encoders = {
-            target: open_encoder(store, recipe, used, progress)
-            for target, recipe in targets.items()
+            target: open_encoder(lineage, used, progress)
+            for target, lineage in targets.items()
             if lacking[target] or not target.complete()
         }
         plan = {part.index: part for part in wanted if any(part.index in lacking[target] for target in encoders)}
@@ -219,7 +202,7 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
             n_tokens = {index: part.counts["n_tokens"] for index, part in plan.items()}
             with (
                 progress.bar("features", sum(n_tokens.values()), "tokens") as bar,
-                workers_of(store, first, progress) as workers,
+                workers_of(store, first.recipe, progress) as workers,
             ):
 
                 def make(indices: Sequence[int]) -> Iterator[PartRecord]:
@@ -231,22 +214,21 @@ def encoding_together(store: Store, recipes: Sequence[Recipe], progress: Progres
                     yield Job(list(plan), make)
                 else:
                     wanted_of = {target: set(lacking[target]) for target in encoders}
-                    yield _on_workers(next(iter(encoders.values())), first, workers, wanted_of, n_tokens, bar)
+                    yield _on_workers(next(iter(encoders.values())), first.recipe, workers, wanted_of, n_tokens, bar)
                     for target in targets:
                         target.look_again()
         else:
             n_values = sum(each.total("n_values") for target in targets if (each := target.generation()))
             progress.skip("features", f"{n_values:,} values")
             yield Job([], lambda _: iter(()))
-        for target, recipe in targets.items():
-            publish(store, target, used, inputs, progress, recipe.features.check_values)
+        for target, lineage in targets.items():
+            publish(store, target, used, inputs, progress, lineage.recipe.features.check_values)
 
 
-def _trained(store: Store, recipe: Recipe) -> Artefact:
-    trained = train.artefact(store, recipe)
-    if not trained.complete():
-        raise UserError(f"{trained.id} is not trained. Run `saeflow train RECIPE` first.")
-    return trained
+def _trained(lineage: Lineage) -> Artefact:
+    if not lineage.sae.complete():
+        raise UserError(f"{lineage.sae.id} is not trained. Run `saeflow train RECIPE` first.")
+    return lineage.sae
 
 
 def _require_room(store: Store, wanted: Iterable[tuple[Artefact, int]]) -> None:
@@ -292,8 +274,8 @@ def _encoders_at(name: str, settings: str) -> tuple[dict[str, Encoder], dict[int
     """What a worker needs for every part, and the activation parts: made once, from what the client has begun."""
     about, store = work.settings_of(settings), work.store_at(name)
     config = FeaturesConfig.model_validate(about["features"])
-    targets = {run: work.shared(store, run) for run in about["runs"]}
-    encoders = {run: encoder_of(store, each, used_of(store, each), config) for run, each in targets.items()}
+    runs = {run: Ancestors(store, work.shared(store, run)) for run in about["runs"]}
+    encoders = {name: encoder_of(run, run.selection(), config) for name, run in runs.items()}
     first = next(iter(encoders.values()))
     generation = first.stored.published()
     if [first.used.generation.number, generation.number] != about["generations"]:
@@ -301,23 +283,21 @@ def _encoders_at(name: str, settings: str) -> tuple[dict[str, Encoder], dict[int
     return encoders, {part.index: part for part in generation.parts}
 
 
-def compact(store: Store, recipe: Recipe, progress: Progress, enough: int | None = None) -> None:
-    """Merge the parts of every run of the recipe, where at least `enough` can be (default:
-    `features.compact_parts`)."""
+def compact(lineage: Lineage, progress: Progress, enough: int | None = None) -> None:
+    """Merge the parts of the recipe's runs, where at least `enough` can be (default: `features.compact_parts`)."""
     with kept_open():
-        for member in recipe.members():
-            target = artefact(store, member)
-            if target.generation() is not None:
-                train.set_threads(member)
-                merge_parts(store, target, member, progress, enough or member.features.compact_parts)
+        for member in lineage.members:
+            recipe = member.recipe
+            if member.features.generation() is not None:
+                train.set_threads(recipe)
+                merge_parts(member.store, member.features, recipe, progress, enough or recipe.features.compact_parts)
 
 
 def merge_parts(
     store: Store, target: Artefact, recipe: Recipe, progress: Progress, enough: int, mend: bool = False
 ) -> None:
-    """Compact one run. Raises UserError where the disk has no room for the parts that would be made beside the old
-    ones."""
-    used = used_of(store, target)
+    """Merge the parts of one run. Raises UserError where the disk has no room for old and new parts together."""
+    used = Ancestors(store, target).selection()
     groups = compaction.plan_merges(target.published().parts, used.spans, enough, mend)
     n_bytes = sum(part.n_bytes for group in groups for part in group)
     store.require_free(n_bytes, f"Merging the parts of {target.id}")
@@ -357,7 +337,7 @@ def merge_at(store: str, settings: str, ends: tuple[str, str], progress: Progres
     parts = compaction.group_between(generation.parts, *ends)
     with work.one_at_a_time, progress.bar("compact", None, "values") as bar:
         sizes = MergeSettings(about["threads"])
-        made = compaction.merge_whole_parts(target, used_of(opened, target), parts, bar, sizes)
+        made = compaction.merge_whole_parts(target, Ancestors(opened, target).selection(), parts, bar, sizes)
         return made.model_dump(mode="json")
 
 
@@ -365,13 +345,8 @@ def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progres
     """Tables beside the parts that a run of an earlier saeflow lacks; the recipe names the model."""
     with target.writing():
         if run_tables.missing_tables(target):
-            sae = interchange.load(store.by_id(target.record.inputs[2]).fetched())
+            sae = interchange.load(Ancestors(store, target).sae.fetched())
             target.add_files(run_tables.write_run_tables(target, recipe, sae, target.record.facts["site"], progress))
-
-
-def used_of(store: Store, target: Artefact) -> TokenSelection:
-    """The tokens that a run encodes, as they are now."""
-    return TokenSelection.from_facts(store.by_id(target.record.inputs[0]), target.record.facts)
 
 
 def publish(
@@ -398,9 +373,12 @@ def runs_over(store: Store, stored: Artefact) -> list[Artefact]:
 
 def holds_all(store: Store, target: Artefact) -> bool:
     """Do the published parts of a run follow from all activations as they are now? Read from records alone."""
-    used, stored = used_of(store, target), store.by_id(target.record.inputs[1])
+    run = Ancestors(store, target)
+    used = run.selection()
     known = dict(item for part in target.published().parts for item in covered(part).items())
-    return all(known.get(each.index) == stands_for(part_inputs(used, each)) for each in stored.published().parts)
+    return all(
+        known.get(each.index) == stands_for(part_inputs(used, each)) for each in run.activations.published().parts
+    )
 
 
 def refresh(
@@ -412,32 +390,33 @@ def refresh(
     `[features]`, `threads` and `[cluster]` of a recipe say. Raises UserError where the disk has no room for a recipe's.
     """
     config = recipe.features if recipe else FeaturesConfig()
+    run = Ancestors(store, target)
     with target.writing():
-        used = used_of(store, target)
+        used = run.selection()
         known = {index for part in target.published().parts for index in covered(part)}
-        stored = store.by_id(target.record.inputs[1]).published().parts
+        stored = run.activations.published().parts
         wanted = {part.index: part for part in stored if grow or part.index in known}
         inputs = {index: part_inputs(used, part) for index, part in wanted.items()}
         stale = sorted(inputs.keys() - compaction.part_of_each(target, inputs))
         if stale:
-            _encode(store, target, used, [wanted[index] for index in stale], progress, recipe)
+            _encode(run, used, [wanted[index] for index in stale], progress, recipe)
         publish(store, target, used, inputs, progress, config.check_values)
     return stale
 
 
 def _encode(
-    store: Store,
-    target: Artefact,
+    run: Ancestors,
     used: TokenSelection,
     parts: Sequence[PartRecord],
     progress: Progress,
     recipe: Recipe | None,
 ) -> None:
+    store, target = run.store, run.artefact
     n_tokens = {part.index: part.counts["n_tokens"] for part in parts}
     if recipe:
-        _require_room(store, [(store.by_id(target.record.inputs[2]), sum(n_tokens.values()))])
+        _require_room(store, [(run.sae, sum(n_tokens.values()))])
     config, threads = (_config_here(recipe), recipe.threads) if recipe else (FeaturesConfig(), 0)
-    encoder = encoder_of(store, target, used, config)
+    encoder = encoder_of(run, used, config)
     joined = workers_of(store, recipe, progress) if recipe else contextlib.nullcontext()
     with progress.bar("features", sum(n_tokens.values()), "tokens") as bar, joined as workers:
         if recipe and workers:

@@ -18,11 +18,12 @@ import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from saeflow.activations.feed import Feed, aligned_held_out_rows
-from saeflow.pipeline import tokens as token_parts
+from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coverage import holding
 from saeflow.model.sites import device_of, load_model, predicts_next_token, require_running_order, spliced
-from saeflow.pipeline import collect, encode, train
+from saeflow.pipeline import train
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.devices import device_memory, model_threads
@@ -33,7 +34,6 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import read_known, write_checked
-from saeflow.store.store import Store
 
 _SEQUENCES = 4
 """Sequences in one forward pass up to the logits: few, so that the logits stay in the processor's cache."""
@@ -74,22 +74,22 @@ class Judged:
         }
 
 
-def judge(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> dict[str, Any]:
+def judge(lineage: Lineage, sae: SparseAutoencoder, progress: Progress) -> dict[str, Any]:
     """Figures of any SAE or transcoder on the held-out tokens of the recipe's activations; nothing needs to be encoded.
 
     Without held-out documents it is judged on the training tokens, all of them, and `judged_on` says so.
     """
-    return _judged(store, recipe, sae, progress).figures
+    return judge_together(lineage, [sae], progress)[0].figures
 
 
-def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+def run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     """Judge the recipe's SAE and keep the figures beside its features."""
-    run_artefact = encode.artefact(store, recipe)
-    with run_artefact.writing():
-        return _run(store, recipe, run_artefact, progress)
+    with lineage.features.writing():
+        return _run(lineage, progress)
 
 
-def _run(store: Store, recipe: Recipe, run_artefact: Artefact, progress: Progress) -> dict[str, Any]:
+def _run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
+    recipe, run_artefact = lineage.recipe, lineage.features
     path = run_artefact.path / "quality.json"
     known = read_known(path)
     judged = {"max_tokens": recipe.evaluate.max_tokens, "parts": holding(run_artefact.published().parts)}
@@ -97,11 +97,11 @@ def _run(store: Store, recipe: Recipe, run_artefact: Artefact, progress: Progres
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
         return dict(known)
     train.set_threads(recipe)
-    sae = interchange.load(train.artefact(store, recipe).fetched(), n_threads(recipe.threads))
-    judgement = _judged(store, recipe, sae, progress)
+    sae = interchange.load(lineage.sae.fetched(), n_threads(recipe.threads))
+    judgement = judge_together(lineage, [sae], progress)[0]
     quality = judgement.figures | _liveness(run_artefact)
     if recipe.model is not None and judgement.held_out:
-        quality |= _language_model(store, recipe, sae, judgement.reconstruction.mean.float(), progress)
+        quality |= _language_model(lineage, sae, judgement.reconstruction.mean.float(), progress)
     with run_artefact.publishing():
         write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
         run_artefact.storage.send(path)
@@ -116,17 +116,10 @@ def _matches(known: dict[str, Any], judged: dict[str, Any], run_artefact: Artefa
     return counted == (judged["max_tokens"], run_artefact.published().total("n_values"))
 
 
-def _judged(store: Store, recipe: Recipe, sae: SparseAutoencoder, progress: Progress) -> Judged:
-    return judge_together(store, recipe, [sae], progress)[0]
-
-
-def judge_together(store: Store, recipe: Recipe, saes: Sequence[SparseAutoencoder], progress: Progress) -> list[Judged]:
+def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress: Progress) -> list[Judged]:
     """Several SAEs of the recipe's sites, judged in one reading."""
-    source, stored = collect.tokens_artefact(store, recipe), collect.artefact(store, recipe)
-    used = TokenSelection.of(source, recipe.activations)
-    read, target = collect.sites_of(stored, recipe.sae)
-    sites = [read] if read == target else [read, target]
-    found = [Judged(Reconstruction(target.width), Firing(sae.config.n_features)) for sae in saes]
+    recipe, stored, used, sites = lineage.recipe, lineage.activations, lineage.selection(), lineage.distinct_sites
+    found = [Judged(Reconstruction(sites[-1].width), Firing(sae.config.n_features)) for sae in saes]
 
     def add(x: Tensor, wanted: Tensor) -> None:
         for judged, sae in zip(found, saes, strict=True):
@@ -163,21 +156,19 @@ def _liveness(run_artefact: Artefact) -> dict[str, Any]:
     }
 
 
-def _language_model(
-    store: Store, recipe: Recipe, sae: SparseAutoencoder, mean: Tensor, progress: Progress
-) -> dict[str, Any]:
+def _language_model(lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, progress: Progress) -> dict[str, Any]:
     """Next-token loss as it is, with the reconstruction spliced in, and with mean and zero instead; how far each change
     takes predictions from the model's own (KL, nats a token); the shares of both that the reconstruction recovers."""
+    recipe = lineage.recipe
     assert recipe.model is not None
     model = load_model(recipe.model)
     if not predicts_next_token(model):
         progress.say("evaluate: the model does not predict the next token, so there is no loss to recover")
         return {}
-    sites = collect.sites_of(collect.artefact(store, recipe), recipe.sae)
-    read, target = (site.name for site in sites)
+    read, target = (site.name for site in lineage.sites)
     require_running_order(model, read, target)
     workers, n_together = _room(model, recipe)
-    batches = list(_held_out_sequences(store, recipe, n_together))
+    batches = list(_held_out_sequences(lineage, n_together))
     n_predicted = sum(int(_predicting(batch).sum()) for batch in batches)
     if not n_predicted:
         progress.say("evaluate: no held-out token follows another in its sequence, so there is no loss to recover")
@@ -251,10 +242,10 @@ class _Splice:
         return changed if used.all() else torch.where(used[:, :, None], changed, there)
 
 
-def _held_out_sequences(store: Store, recipe: Recipe, n_together: int) -> Iterator[_Batch]:
+def _held_out_sequences(lineage: Lineage, n_together: int) -> Iterator[_Batch]:
     """Held-out sequences, at most `evaluate.max_tokens` tokens."""
-    source = collect.tokens_artefact(store, recipe)
-    visible, used = TokenSelection(source), TokenSelection.of(source, recipe.activations)
+    recipe, source = lineage.recipe, lineage.tokens
+    visible, used = TokenSelection(source), lineage.selection()
     left = math.ceil(recipe.evaluate.max_tokens / recipe.tokens.context_length)
     for part in source.published().parts:
         rows = slice(part.counts["n_train_sequences"], part.counts["n_train_sequences"] + max(left, 0))

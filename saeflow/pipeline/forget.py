@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow.corpus.ledger import group_by_part, key_hash, merge_hidden
-from saeflow.pipeline.tokens import write_tables
+from saeflow.corpus.token_parts import write_tables
 from saeflow.pipeline import encode
+from saeflow.pipeline.lineage import Ancestors
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
@@ -124,8 +125,9 @@ def _hide(
 def _list_saes(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotten) -> None:
     """SAEs that were trained on a generation which held one of the documents."""
     for sae in (sae for sae in store.artefacts("saes") if sae.record.inputs):
-        source, stored = store.by_id(sae.record.inputs[0]), store.by_id(sae.record.inputs[1])
-        rows = [row for row in found.get(source.id, []) if row["document_id"] < _n_seen(stored, sae)]
+        seen = Ancestors(store, sae)
+        new = found.get(seen.tokens.id, [])
+        rows = [row for row in new if row["document_id"] < _n_seen(seen.activations, sae)]
         if any(not row["held_out"] for row in rows):
             done.saes.append(sae.id)
         elif rows:

@@ -16,22 +16,23 @@ from saeflow.activations.tables import row_labels
 from saeflow.activations.tables.source import check_rows, open_table
 from saeflow.activations.tables.stream import TableReader, TableRows
 from saeflow.activations.writer import open_writer, to_disk_precision
-from saeflow.pipeline import tokens as token_parts
+from saeflow.corpus import token_parts
+from saeflow.corpus.packing import Packed
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.model.sites import Site
-from saeflow.pipeline.collect import artefact, brought_facts, facts, skipped, tokens_artefact
+from saeflow.pipeline.collect import skipped
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.threads import n_threads
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
-from saeflow.store.store import Store
 
 
-def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Artefact]:
+def run(lineage: Lineage, progress: Progress) -> tuple[Artefact, Artefact]:
     """Store a user's table, or a made one, as activations of one-token documents. Parts that are there are kept."""
-    source, target = tokens_artefact(store, recipe), artefact(store, recipe)
+    recipe, source, target = lineage.recipe, lineage.tokens, lineage.activations
     with source.writing(), target.writing():
         about = recipe.activations
         if source.generation() and target.generation() and not _missing(source, target, about):
@@ -46,10 +47,10 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> tuple[Artefact, Art
         sizes = {index: min(about.part_rows, rows.n_rows - start) for index, start in enumerate(starts)}
         done = _done(source, sizes).keys() & _done(target, sizes).keys()
         n_left = sum(size for index, size in sizes.items() if index not in done)
-        store.require_free(int(n_left * row_bytes * 1.05), "Storing the table")
+        lineage.store.require_free(int(n_left * row_bytes * 1.05), "Storing the table")
         pieces = check_rows(rows, progress)
-        source.create(brought_facts(recipe) | {"context_length": 1})
-        target.create(facts(store, recipe) | {"stored": [[site.name, site.width]]}, [source.id])
+        source.create(lineage.token_facts | {"context_length": 1})
+        target.create(lineage.activation_facts | {"stored": [[site.name, site.width]]}, [source.id])
         table = _Table(rows, TableReader(rows), pieces)
         table.write_vocab(source)
         source.storage.send(source.path / "vocab.parquet")
@@ -145,6 +146,4 @@ def _bring_part(
             "n_tokens": np.ones(n, np.int64), "first_token_id": numbers,
         }
     )  # fmt: skip
-    token_parts.write_part(
-        source, index, counts, token_parts.Packed(table.vocab_ids(names, start), numbers[:, None]), documents
-    )
+    token_parts.write_part(source, index, counts, Packed(table.vocab_ids(names, start), numbers[:, None]), documents)

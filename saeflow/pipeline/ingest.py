@@ -6,14 +6,12 @@ import contextlib
 import logging
 from typing import Any
 
-from saeflow.pipeline import tokens as token_parts
-from saeflow.pipeline import collect as activations
-from saeflow.pipeline import encode, import_table, retrain, train
+from saeflow.pipeline import encode, import_table, retrain, tokens
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.dask import workers
 from saeflow.pipeline.deletions import forget_removed, note_seen
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog
-from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
@@ -24,7 +22,7 @@ from saeflow.store.store import Store
 _log = logging.getLogger(__name__)
 
 
-def run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place = pipeline.anywhere) -> dict[str, Any]:
+def run(lineage: Lineage, progress: Progress, place: pipeline.Place = pipeline.anywhere) -> dict[str, Any]:
     """Bring new and changed documents through every stage, and forget removed ones if the recipe says so.
 
     Every published run over these activations encodes what is new, of the recipe's own the newest `schedule.keep_runs`;
@@ -33,35 +31,35 @@ def run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place 
     new: documents and tokens, and the indices of parts by artefact. Raises UserError where a run could not follow, or
     not be made, after the others have, and where too many documents are gone to be forgotten.
     """
-    held = [activations.tokens_artefact(store, recipe), activations.artefact(store, recipe)]
+    store, recipe, held = lineage.store, lineage.recipe, [lineage.tokens, lineage.activations]
     before, trained = _folders(store, held), False
     _keep_lists(held)
     with workers.kept_open():
-        removed = forget_removed(store, recipe, progress)
-        _take_in(store, recipe, progress, place)
-        note_seen(store, recipe, removed)
+        removed = forget_removed(lineage, progress)
+        _take_in(lineage, progress, place)
+        note_seen(lineage.tokens, removed)
         _keep_lists(held)
-        waiting = _encode_new(store, recipe, progress, place)
+        waiting = _encode_new(lineage, progress, place)
         catalog.write(store)
         try:
-            trained = not _has_run(store, recipe) and _make_run(store, recipe, progress, place)
+            trained = not _has_run(lineage) and _make_run(lineage, progress, place)
         except UserError as error:
             waiting[recipe.name] = str(error)
     failed = [f"{name} does not hold the new documents yet: {why}" for name, why in waiting.items()]
     if removed.refusal or failed:
         raise UserError("\n".join(filter(None, [removed.refusal, *failed])))
-    return _summary(store, recipe, held, before) | {
-        "n_removed": removed.n, "trained": trained, "grown": retrain.grown(store, recipe),
+    return _summary(lineage, held, before) | {
+        "n_removed": removed.n, "trained": trained, "grown": retrain.grown(lineage.anew()),
     }  # fmt: skip
 
 
-def _take_in(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place) -> None:
+def _take_in(lineage: Lineage, progress: Progress, place: pipeline.Place) -> None:
     """The stages that every run of a store shares."""
-    if recipe.model is None:
-        import_table.run(store, recipe, progress)
+    if lineage.recipe.model is None:
+        import_table.run(lineage, progress)
         return
-    token_parts.run(store, recipe, progress)
-    pipeline.collect(store, recipe, progress, place)
+    tokens.run(lineage, progress)
+    pipeline.collect_new(lineage, progress, place)
 
 
 def _keep_lists(held: list[Artefact]) -> None:
@@ -71,37 +69,38 @@ def _keep_lists(held: list[Artefact]) -> None:
             each.generation()
 
 
-def _has_run(store: Store, recipe: Recipe) -> bool:
+def _has_run(lineage: Lineage) -> bool:
     """Is every SAE of the recipe trained, encoded and judged?"""
-    made = encode.runs_over(store, activations.artefact(store, recipe))
-    runs = [encode.artefact(store, member) for member in recipe.members()]
-    return all(each in made for each in runs) and (recipe.is_sweep or (runs[0].path / "quality.json").is_file())
+    made = encode.runs_over(lineage.store, lineage.activations)
+    runs = [member.features for member in lineage.members]
+    return all(each in made for each in runs) and (lineage.recipe.is_sweep or (runs[0].path / "quality.json").is_file())
 
 
-def _make_run(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place) -> bool:
+def _make_run(lineage: Lineage, progress: Progress, place: pipeline.Place) -> bool:
     """Train, encode and judge what is missing, unless another run is at that already."""
-    for member in recipe.members():
-        for each in (train.artefact(store, member), encode.artefact(store, member)):
+    for member in lineage.members:
+        for each in (member.sae, member.features):
             if not is_free(each.slot):
                 progress.say(f"ingest: another run is making {each.id}")
                 return False
-    pipeline.run(store, recipe, progress, place)
-    if recipe.is_sweep:
+    now = lineage.anew()  # the corpus may have changed again
+    pipeline.run(now, progress, place)
+    if now.recipe.is_sweep:
         with place("encode"):
-            pipeline.encode_all(store, recipe, progress)
+            pipeline.encode_all(now, progress)
     return True
 
 
-def _encode_new(store: Store, recipe: Recipe, progress: Progress, place: pipeline.Place) -> dict[str, str]:
+def _encode_new(lineage: Lineage, progress: Progress, place: pipeline.Place) -> dict[str, str]:
     """Let every published run over the recipe's activations hold all of them; those that cannot, and why."""
-    waiting = {}
-    for each in following(store, recipe):
+    store, waiting = lineage.store, {}
+    for each in following(lineage):
         if not is_free(each.slot):
             progress.say(f"ingest: another run is writing {each.id}, which follows at the next ingest")
             continue
         try:
             with contextlib.nullcontext() if encode.holds_all(store, each) else place("encode"):
-                encode.refresh(store, each, progress, grow=True, recipe=recipe)
+                encode.refresh(store, each, progress, grow=True, recipe=lineage.recipe)
         except (UserError, OSError) as error:
             waiting[each.id] = str(error)
         except Exception as error:  # whatever it is, the other runs follow
@@ -110,13 +109,14 @@ def _encode_new(store: Store, recipe: Recipe, progress: Progress, place: pipelin
     return waiting
 
 
-def following(store: Store, recipe: Recipe) -> list[Artefact]:
+def following(lineage: Lineage) -> list[Artefact]:
     """The published runs that new documents reach: all over the recipe's activations but, of each name of its own, the
     newest `schedule.keep_runs` and the recipe's own."""
-    every = encode.runs_over(store, activations.artefact(store, recipe))
-    own = [encode.artefact(store, member) for member in recipe.members()] if recipe.schedule.keep_runs else []
+    keep_runs = lineage.recipe.schedule.keep_runs
+    every = encode.runs_over(lineage.store, lineage.activations)
+    own = [member.features for member in lineage.members] if keep_runs else []
     of_name = {each.name: [run for run in every if run.name == each.name] for each in own}
-    old = [run for runs in of_name.values() for run in runs[: -recipe.schedule.keep_runs]]
+    old = [run for runs in of_name.values() for run in runs[:-keep_runs]]
     return [run for run in every if run in own or run not in old]
 
 
@@ -129,12 +129,13 @@ def _folders(store: Store, held: list[Artefact]) -> dict[str, set[str]]:
     return found
 
 
-def _summary(store: Store, recipe: Recipe, held: list[Artefact], before: dict[str, set[str]]) -> dict[str, Any]:
-    fresh = {name: folders - before.get(name, set()) for name, folders in _folders(store, held).items()}
+def _summary(lineage: Lineage, held: list[Artefact], before: dict[str, set[str]]) -> dict[str, Any]:
+    now = _folders(lineage.store, held)
+    fresh = {name: folders - before.get(name, set()) for name, folders in now.items()}
     new = [part for part in held[0].published().parts if part.folder in fresh[held[0].id]]
     return {
-        "run": recipe.name,
-        "store": store.name,
+        "run": lineage.recipe.name,
+        "store": lineage.store.name,
         **{count: sum(part.counts[count] for part in new) for count in ("n_documents", "n_tokens")},
         "parts": {name: sorted(int(each.partition("-")[0]) for each in folders) for name, folders in fresh.items()},
     }

@@ -11,16 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from saeflow.activations import shards
-from saeflow.pipeline import tokens as token_parts
+from saeflow.corpus import token_parts
 from saeflow.features.coverage import holding
-from saeflow.pipeline import collect, train
-from saeflow.pipeline import encode as features
-from saeflow.recipe.recipe import Recipe
+from saeflow.pipeline.lineage import Lineage
 from saeflow.runtime.progress import Progress
 from saeflow.sae import interchange
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
-from saeflow.store.store import Store
 
 MAX_ROWS = 64
 """A table of at most so many rows is drawn whole."""
@@ -32,17 +29,17 @@ ACTIVE = 0.1
 """A feature is drawn as active above this share of its own maximum."""
 
 
-def run(store: Store, recipe: Recipe, progress: Progress) -> Path:
+def run(lineage: Lineage, progress: Progress) -> Path:
     """Draw the run's picture beside its features, again where the features are others than those that were drawn."""
-    target = features.artefact(store, recipe)
+    target = lineage.features
     generation = target.published()
-    small = recipe.model is None and generation.total("n_tokens") <= MAX_ROWS
+    small = lineage.recipe.model is None and generation.total("n_tokens") <= MAX_ROWS
     path = target.own_file("features.png" if small else "density.png")
     if path.is_file() and f"{_DRAWN}\0{holding(generation.parts)}".encode() in path.read_bytes():
         return path
     with target.writing():
         drawn = holding(target.published().parts)
-        figure = _heat_map(store, recipe) if small else _densities(target)
+        figure = _heat_map(lineage) if small else _densities(target)
         with target.publishing(), replacing(path) as temporary, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
             figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None, _DRAWN: drawn})
@@ -51,12 +48,10 @@ def run(store: Store, recipe: Recipe, progress: Progress) -> Path:
     return path
 
 
-def feature_table(store: Store, recipe: Recipe) -> tuple[list[str], np.ndarray]:
+def feature_table(lineage: Lineage) -> tuple[list[str], np.ndarray]:
     """Row labels and the value of every feature on every row (N, F), for tables that fit in memory."""
-    source = collect.tokens_artefact(store, recipe)
-    stored = collect.artefact(store, recipe)
-    sae = interchange.load(train.artefact(store, recipe).fetched())
-    site = collect.choose_site(stored, recipe.sae.site)
+    source, stored, site = lineage.tokens, lineage.activations, lineage.site
+    sae = interchange.load(lineage.sae.fetched())
     vocab = pq.read_table(source.own_file("vocab.parquet")).column("piece").to_pylist()
     labels: list[str] = []
     values = []
@@ -79,11 +74,11 @@ def active_sets(labels: list[str], values: np.ndarray) -> dict[int, frozenset[st
     return sets
 
 
-def _heat_map(store: Store, recipe: Recipe) -> Any:
+def _heat_map(lineage: Lineage) -> Any:
     """Live features × rows, each feature scaled to its own maximum."""
     from matplotlib.figure import Figure
 
-    labels, values = feature_table(store, recipe)
+    labels, values = feature_table(lineage)
     live = np.flatnonzero(values.max(0) > 0)
     scaled = (values[:, live] / values[:, live].max(0)).T
     figure = Figure(figsize=(2 + 0.7 * len(labels), 1.6 + 0.32 * len(live)), layout="constrained")
@@ -92,7 +87,7 @@ def _heat_map(store: Store, recipe: Recipe) -> Any:
     axes.set_xticks(range(len(labels)), [_plain(label) for label in labels], rotation=40, ha="right")
     axes.set_yticks(range(len(live)), [str(feature) for feature in live])
     axes.set_ylabel("feature")
-    axes.set_title(f"{_plain(recipe.name)}: values over each feature's maximum")
+    axes.set_title(f"{_plain(lineage.recipe.name)}: values over each feature's maximum")
     figure.colorbar(image, ax=axes)
     return figure
 

@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saeflow.pipeline import collect, evaluate, import_sae, train
+from saeflow.pipeline import evaluate, train
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
-from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads
 from saeflow.sae import interchange
-from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
 from saeflow.store.lease import Lease
 from saeflow.store.records import read_known, write_checked
-from saeflow.store.store import Store
 
 TABLE, PICTURE = "table.json", "pareto.png"
 FIGURES = ("n_tokens", "l0", "variance_unexplained", "mean_squared_error", "shrinkage", "silent", "judged_on")
@@ -30,25 +28,21 @@ _LEAST_L0 = 0.01
 """Where an SAE that never fires is drawn on the logarithmic axis."""
 
 
-def run(store: Store, recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Judge the SAEs of a sweep in one reading of the held-out tokens; returns the table, which lies beside its
-    picture."""
-    members = recipe.members()
-    trained = [train.artefact(store, member) for member in members]
-    missing = [target.name for target in trained if not target.complete()]
+def run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
+    """Judge the SAEs of a sweep in one reading of the held-out tokens, draw the picture, and return the table."""
+    store = lineage.store
+    missing = [member.sae.name for member in lineage.members if not member.sae.complete()]
     if missing:
         raise UserError(f"Not trained yet: {', '.join(missing)}. Run `saeflow train RECIPE` first.")
-    path = folder_of(store, recipe.name, trained)
-    with store.writing(f"sweeps-{path.name}", f"the table of {recipe.name}") as lease:
+    path = folder_of(lineage)
+    with store.writing(f"sweeps-{path.name}", f"the table of {lineage.recipe.name}") as lease:
         store.storage.pull_one(path)  # another machine may have judged since this process began
-        return _run(store, recipe, trained, path, progress, lease)
+        return _run(lineage, path, progress, lease)
 
 
-def _run(
-    store: Store, recipe: Recipe, trained: Sequence[Artefact], path: Path, progress: Progress, lease: Lease
-) -> dict[str, Any]:
-    members = recipe.members()
-    judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(store, recipe)}
+def _run(lineage: Lineage, path: Path, progress: Progress, lease: Lease) -> dict[str, Any]:
+    store, recipe, members = lineage.store, lineage.recipe, lineage.members
+    judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(lineage)}
     known = read_known(path / TABLE)
     if known:
         with contextlib.suppress(FileNotFoundError):
@@ -57,7 +51,7 @@ def _run(
         progress.skip("evaluate", f"{len(members)} SAEs in {path}")
         return known
     train.set_threads(recipe)
-    rows = _rows(members, trained, _judged(store, members, trained, progress))
+    rows = _rows(members, _judged(members, progress))
     table = {"format_version": FORMAT_VERSION} | judged | {"saes": rows}
     picture = draw(recipe.name, rows)
     with lease.fence():
@@ -69,51 +63,51 @@ def _run(
     return table
 
 
-def folder_of(store: Store, name: str, trained: Sequence[Artefact]) -> Path:
-    return store.root / "sweeps" / f"{name}-{fingerprint([target.fp for target in trained])}"
+def folder_of(lineage: Lineage) -> Path:
+    fps = [member.sae.fp for member in lineage.members]
+    return lineage.store.root / "sweeps" / f"{lineage.recipe.name}-{fingerprint(fps)}"
 
 
-def picture_of(store: Store, recipe: Recipe) -> Path:
+def picture_of(lineage: Lineage) -> Path:
     """Where the picture of a judged sweep lies."""
-    return folder_of(store, recipe.name, [train.artefact(store, member) for member in recipe.members()]) / PICTURE
+    return folder_of(lineage) / PICTURE
 
 
-def _judged_tokens(store: Store, recipe: Recipe) -> str:
+def _judged_tokens(lineage: Lineage) -> str:
     """Stands for the activations that are judged on: their parts, and the documents that are hidden in them."""
-    parts = collect.artefact(store, recipe).published().parts
-    hidden = collect.tokens_artefact(store, recipe).published().hidden_ids
+    parts = lineage.activations.published().parts
+    hidden = lineage.tokens.published().hidden_ids
     return fingerprint([part.folder for part in parts], hidden)
 
 
-def _judged(
-    store: Store, members: Sequence[Recipe], trained: Sequence[Artefact], progress: Progress
-) -> list[dict[str, Any]]:
+def _judged(members: Sequence[Lineage], progress: Progress) -> list[dict[str, Any]]:
     """Figures of every SAE; those of the same sites in one reading."""
-    sites = [collect.sites_of(collect.artefact(store, member), member.sae) for member in members]
+    sites = [member.sites for member in members]
     figures: dict[int, dict[str, Any]] = {}
     for chosen in dict.fromkeys(sites):
         together = [number for number, each in enumerate(sites) if each == chosen]
-        saes = [interchange.load(trained[n].fetched(), n_threads(members[n].threads)) for n in together]
-        found = evaluate.judge_together(store, members[together[0]], saes, progress)
+        saes = [
+            interchange.load(members[number].sae.fetched(), n_threads(members[number].recipe.threads))
+            for number in together
+        ]
+        found = evaluate.judge_together(members[together[0]], saes, progress)
         figures |= {number: judged.figures for number, judged in zip(together, found, strict=True)}
     return [figures[number] for number in range(len(members))]
 
 
-def _rows(
-    members: Sequence[Recipe], trained: Sequence[Artefact], figures: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _rows(members: Sequence[Lineage], figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     front = pareto([(each["l0"], each["variance_unexplained"]) for each in figures])
     return [
         {
-            "member": member.name,
-            "sae": target.id,
-            "architecture": import_sae.sae_config(member).architecture,
-            "sparsity": sparsity(member.sae),
-            "n_features": import_sae.sae_config(member).n_features,
+            "member": member.recipe.name,
+            "sae": member.sae.id,
+            "architecture": member.sae_config.architecture,
+            "sparsity": sparsity(member.recipe.sae),
+            "n_features": member.sae_config.n_features,
             "on_front": number in front,
             **{name: figures[number][name] for name in FIGURES},
         }
-        for number, (member, target) in enumerate(zip(members, trained, strict=True))
+        for number, member in enumerate(members)
     ]
 
 

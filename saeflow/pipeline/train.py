@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +16,12 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from saeflow.activations.feed import Feed
 from saeflow.activations.mixing import measure_mixing
-from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
-from saeflow.pipeline import collect, import_sae, lineage
+from saeflow.pipeline import import_sae
 from saeflow.pipeline.dask import work
 from saeflow.pipeline.dask.workers import workers_of
-from saeflow.recipe.fingerprint import fingerprint
+from saeflow.pipeline.identity import hidden_fact
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.devices import choose_device, device_memory
 from saeflow.runtime.errors import UserError
@@ -41,75 +40,63 @@ _NOTICING_SECONDS = 10.0
 """That a worker may take to notice that its run was killed: some batches."""
 
 
-def artefact(store: Store, recipe: Recipe) -> Artefact:
-    """The recipe's SAE: the one that was trained last, however much was appended since; else the one to train."""
-    return _job(store, recipe, fresh=False).target
-
-
-def _job(store: Store, recipe: Recipe, fresh: bool) -> Job:
-    """An SAE with the facts that it is trained by: what it sees is chosen here, whatever is appended meanwhile."""
-    if recipe.sae.source is None and not fresh and (known := lineage.newest(store, recipe)) is not None:
-        return Job(recipe, known, known.record.facts)
-    about = lineage.facts(store, recipe)
-    return Job(recipe, _named(store, recipe, about), about)
-
-
-def _named(store: Store, recipe: Recipe, about: dict[str, Any]) -> Artefact:
-    return store.artefact("saes", recipe.name, fingerprint(about))
-
-
-def run(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -> Artefact:
+def run(lineage: Lineage, progress: Progress) -> Artefact:
     """Train the recipe's SAE, or continue a killed training where its checkpoint stands, or import the one that
     `sae.source` names; of a sweep all, and the first is returned.
 
-    An SAE trained before documents were appended or forgotten stays the recipe's own unless `fresh` is asked for. A
-    killed training ends with what it has seen; the next `fresh` one sees what was appended since.
+    An SAE trained before documents were appended or forgotten stays the recipe's own unless the lineage is `fresh`. A
+    killed training ends with what it has seen; the next fresh one sees what was appended since.
     """
-    return run_all(store, recipe, progress, fresh)[0]
+    return run_all(lineage, progress)[0]
 
 
-def run_all(store: Store, recipe: Recipe, progress: Progress, fresh: bool = False) -> list[Artefact]:
+def run_all(lineage: Lineage, progress: Progress) -> list[Artefact]:
     """The same; returns the SAE of each member, in their order.
 
     All that read the same sites are trained on each batch of one feed. Each is the artefact, byte for byte, that a run
     of the member's recipe would make, with a lock and a checkpoint of its own, and is published as soon as it is
     finished. On a cluster each worker trains its share of them, locks and publishes them; what is imported stays here.
     """
-    jobs = [_job(store, member, fresh) for member in recipe.members()]
-    away = [job for job in jobs if recipe.cluster and job.recipe.sae.source is None and not job.target.complete()]
+    members = lineage.members
+    away = [each for each in members if lineage.recipe.cluster and not _is_import(each) and not each.sae.complete()]
     if away:
-        _train_on_workers(store, recipe, away, progress)
-    if here := [job for job in jobs if job not in away]:
-        _train_here(store, recipe, here, progress)
-    return [job.target for job in jobs]
+        _train_on_workers(lineage, away, progress)
+    if here := [each for each in members if each not in away]:
+        _train_here(lineage.recipe, here, progress)
+    return [each.sae for each in members]
 
 
-def _train_here(store: Store, recipe: Recipe, chosen: list[Job], progress: Progress) -> None:
+def _is_import(lineage: Lineage) -> bool:
+    return lineage.recipe.sae.source is not None
+
+
+def _train_here(recipe: Recipe, chosen: list[Lineage], progress: Progress) -> None:
     """Train or import these members of a recipe in this process."""
-    targets = [job.target for job in chosen]
+    targets = [each.sae for each in chosen]
     with writing_all(targets):
-        jobs = [job for job in chosen if not job.target.complete()]
+        left = [each for each in chosen if not each.sae.complete()]
         for target in (target for target in targets if target.complete()):
             shutil.rmtree(checkpoints_of(target), ignore_errors=True)  # a run killed just after publication leaves it
-        _say_what_is_done(progress, recipe, targets, len(jobs))
-        ready = [job for job in jobs if job.recipe.sae.source is not None]
-        for job in ready:
-            import_sae.require_fits(store, job.recipe)
-        for job in ready:
-            import_sae.publish(job.target, store, job.recipe, progress)
-        if jobs := [job for job in jobs if job.recipe.sae.source is None]:
-            _train(store, jobs, progress)
+        _say_what_is_done(progress, recipe, chosen, len(left))
+        ready = [each for each in left if _is_import(each)]
+        for each in ready:
+            import_sae.require_fits(each)
+        for each in ready:
+            import_sae.publish(each, progress)
+        if left := [each for each in left if not _is_import(each)]:
+            _train(left, progress)
 
 
-def _train_on_workers(store: Store, recipe: Recipe, away: list[Job], progress: Progress) -> None:
+def _train_on_workers(lineage: Lineage, away: list[Lineage], progress: Progress) -> None:
     """Train these members on a cluster: as many groups as it has workers, those of one group in one reading."""
+    recipe = lineage.recipe
     settings = {
         "recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"),
-        "facts": {job.recipe.name: job.facts for job in away},
+        "facts": {each.recipe.name: each.sae_facts for each in away},
     }
-    sites = [tuple(sites_of(store, job.recipe)) for job in away]
-    _require_free([job.target for job in away])
-    with workers_of(store, recipe, progress) as workers:
+    sites = [tuple(each.distinct_sites) for each in away]
+    _require_free([each.sae for each in away])
+    with workers_of(lineage.store, recipe, progress) as workers:
         assert workers is not None
         groups = [[away[number].recipe for number in group] for group in shares(sites, workers.n_expected)]
         items = [[member.name for member in group] for group in groups]
@@ -122,9 +109,9 @@ def _train_on_workers(store: Store, recipe: Recipe, away: list[Job], progress: P
         ):
             for names, _ in finished:
                 progress.say(f"train: {', '.join(names)} finished on a worker")
-    for job in away:
-        job.target.look_again()
-    store.storage.pull()
+    for each in away:
+        each.sae.look_again()
+    lineage.store.storage.pull()
 
 
 def _require_free(targets: Iterable[Artefact]) -> None:
@@ -157,54 +144,51 @@ def train_at(name: str, settings: str, names: list[str], progress: Progress) -> 
     about, opened = work.settings_of(settings), work.store_at(name)
     store = Store(opened.storage, "wait")  # a worker that is thought lost may still be at it
     recipe = parse_recipe(about["recipe"])
+    whole = Lineage(store, recipe)
     facts = {name: about["facts"][name] for name in names}
-    members = [member for member in recipe.members() if member.name in facts]
-    jobs = [Job(each, _named(store, each, facts[each.name]), facts[each.name]) for each in members]
-    work.wait_for_turn([job.target for job in jobs], progress)
+    members = [whole.member(each, facts[each.name]) for each in recipe.members() if each.name in facts]
+    work.wait_for_turn([each.sae for each in members], progress)
     with work.one_at_a_time:
-        _train_here(store, recipe, jobs, progress)
-    return [job.target.id for job in jobs]
+        _train_here(recipe, members, progress)
+    return [each.sae.id for each in members]
 
 
-def _say_what_is_done(progress: Progress, recipe: Recipe, targets: list[Artefact], n_jobs: int) -> None:
-    if n_jobs == 0:
-        one = f"{import_sae.sae_config(recipe).n_features:,} features in {targets[0].path}"
-        progress.skip("train", f"{len(targets)} SAEs of {recipe.name}" if recipe.is_sweep else one)
-    elif n_jobs < len(targets):
-        progress.say(f"train: {len(targets) - n_jobs} of {len(targets)} SAEs are trained already")
+def _say_what_is_done(progress: Progress, recipe: Recipe, chosen: list[Lineage], n_left: int) -> None:
+    if n_left == 0:
+        one = f"{chosen[0].sae_config.n_features:,} features in {chosen[0].sae.path}"
+        progress.skip("train", f"{len(chosen)} SAEs of {recipe.name}" if recipe.is_sweep else one)
+    elif n_left < len(chosen):
+        progress.say(f"train: {len(chosen) - n_left} of {len(chosen)} SAEs are trained already")
 
 
-def _train(store: Store, jobs: list[Job], progress: Progress) -> None:
+def _train(chosen: list[Lineage], progress: Progress) -> None:
     """Refuse what cannot be, then train: those that read the same sites together."""
-    sites = [sites_of(store, job.recipe) for job in jobs]
-    require_memory([(job.recipe, each) for job, each in zip(jobs, sites, strict=True)])
-    for job in jobs:
-        require_tensorboard(job.recipe.train.tensorboard)
-    set_threads(jobs[0].recipe)
-    reads = [(job.facts["generation"], *each) for job, each in zip(jobs, sites, strict=True)]
-    for chosen in dict.fromkeys(reads):
-        together = [job for job, each in zip(jobs, reads, strict=True) if each == chosen]
-        feed = _feed_of(store, together[0])
-        now = feed.target.published().number
-        if now != together[0].facts["generation"]:
-            progress.say(
-                f"train: on generation {together[0].facts['generation']} of {feed.target.id}, as begun; {now} is "
-                "there by now"
-            )
+    require_memory([(each.recipe, each.distinct_sites) for each in chosen])
+    for each in chosen:
+        require_tensorboard(each.recipe.train.tensorboard)
+    set_threads(chosen[0].recipe)
+    reads = [(each.sae_facts["generation"], *each.distinct_sites) for each in chosen]
+    for wanted in dict.fromkeys(reads):
+        together = [each for each, read in zip(chosen, reads, strict=True) if read == wanted]
+        feed = _feed_of(together[0])
+        now, number = feed.target.published().number, together[0].sae_facts["generation"]
+        if now != number:
+            progress.say(f"train: on generation {number} of {feed.target.id}, as begun; {now} is there by now")
         progress.say(f"train: {measure_mixing(feed)}")
 
         def publish_job(job: Job, training: Training, seconds: float, feed: Feed = feed) -> None:
-            publish(job, training, feed, store, seconds)
+            publish(job, training, feed, seconds)
 
-        Reading(feed, together, progress, publish_job).run()
+        jobs = [Job(each.recipe, each.sae, each.sae_facts) for each in together]
+        Reading(feed, jobs, progress, publish_job).run()
 
 
-def _feed_of(store: Store, job: Job) -> Feed:
-    """The feed of what the job was chosen to see. Raises UserError where that is there no more."""
-    number = int(job.facts["generation"])
-    listed = number in collect.artefact(store, job.recipe).numbers()
-    feed = open_feed(store, job.recipe, number) if listed else None
-    if feed is None or lineage.hidden_in(feed.selection.generation).get("hidden") != job.facts.get("hidden"):
+def _feed_of(lineage: Lineage) -> Feed:
+    """The feed of what the SAE was chosen to see. Raises UserError where that is there no more."""
+    number = int(lineage.sae_facts["generation"])
+    feed = open_feed(lineage, number) if number in lineage.activations.numbers() else None
+    hidden = hidden_fact(feed.selection.generation).get("hidden") if feed else None
+    if feed is None or hidden != lineage.sae_facts.get("hidden"):
         raise UserError(
             "The store has changed since this run was begun: documents were forgotten or replaced, or it waited "
             f"until its generation {number} was collected.\nNothing is lost; run the same command again."
@@ -242,16 +226,9 @@ def set_threads(recipe: Recipe) -> None:
     keep_freed_memory()
 
 
-def sites_of(store: Store, recipe: Recipe) -> list[Site]:
-    """The site read and, for a transcoder, the one to reconstruct."""
-    return list(dict.fromkeys(collect.sites_of(collect.artefact(store, recipe), recipe.sae)))
-
-
-def open_feed(store: Store, recipe: Recipe, generation: int | None = None) -> Feed:
+def open_feed(lineage: Lineage, generation: int | None = None) -> Feed:
     """The training tokens of a generation of the activations, by default of the published one."""
-    stored = collect.artefact(store, recipe)
-    used = TokenSelection.of(collect.tokens_artefact(store, recipe), recipe.activations)
-    return Feed(used, stored, sites_of(store, recipe), recipe.feed, generation)
+    return Feed(lineage.selection(), lineage.activations, lineage.distinct_sites, lineage.recipe.feed, generation)
 
 
 def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
@@ -268,15 +245,13 @@ def last_row(target: Artefact) -> dict[str, float]:
     return dict(log.slice(log.num_rows - 1).to_pylist()[0])
 
 
-def publish(job: Job, training: Training, feed: Feed, store: Store, seconds: float) -> None:
+def publish(job: Job, training: Training, feed: Feed, seconds: float) -> None:
     """Fold the scale into the weights and publish weights, settings and log."""
-    source, stored = collect.tokens_artefact(store, job.recipe), collect.artefact(store, job.recipe)
     named = dict(zip(("site", "target_site"), (site.name for site in feed.sites), strict=False))
     about = job.facts
     n_seen = sum(part.counts["n_train_tokens"] for part in feed.blocks.parts)
-    with job.target.publish_folder(
-        about, [source.id, stored.id], {"seconds": seconds, "n_train_tokens": n_seen}
-    ) as folder:
+    inputs = [feed.selection.source.id, feed.target.id]
+    with job.target.publish_folder(about, inputs, {"seconds": seconds, "n_train_tokens": n_seen}) as folder:
         interchange.save(training.folded(), folder, named | {"saeflow": json.dumps(about, sort_keys=True)})
         with replacing(folder / "log.parquet") as temporary:
             table = pa.Table.from_pylist(training.log)

@@ -12,8 +12,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from saeflow.pipeline import collect, encode
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import measure_usage
@@ -52,13 +52,13 @@ def _steady(points: list[tuple[float, int]]) -> float:
 def run(recipe: Recipe, store: Store) -> dict[str, object]:
     """Seconds, peak memory and the bars of every stage, and what the store holds then."""
     found: dict[str, object] = {}
+    lineage = Lineage(store, recipe)
     for name, stage in pipeline.stages(recipe).items():
         bars = Bars()
         with measure_usage() as taken:
-            stage(store, recipe, Progress(verbosity=-1, listener=bars.hear))
+            stage(lineage, Progress(verbosity=-1, listener=bars.hear))
         found[name] = asdict(taken) | {"rates": bars.rates(), "counts": bars.counts(), "working": bars.seconds()}
-    source, encoded = collect.tokens_artefact(store, recipe), encode.artefact(store, recipe)
-    stored = collect.artefact(store, recipe)
+    source, stored, encoded = lineage.tokens, lineage.activations, lineage.features
     return {
         "stages": found,
         "n_tokens": source.published().total("n_tokens"),
@@ -70,7 +70,7 @@ def run(recipe: Recipe, store: Store) -> dict[str, object]:
         "sae_bytes": sum(
             s.record.files[i].n_bytes for s in store.artefacts("saes") for i in range(len(s.record.files))
         ),
-        "widths": [site.width for site in collect.stored_sites(stored)],
+        "widths": [site.width for site in lineage.stored_sites],
     }
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from saeflow.features.schema import BLOCK_TOKENS, LABELS, ORDERS, PART_TABLES, RUN_TABLES, VALUES
+from saeflow.corpus.token_parts import BLOCK_TOKENS
+from saeflow.features.schema import LABELS, ORDERS, PART_TABLES, RUN_TABLES, VALUES
 from saeflow.runtime.text import HOSTILE
 
 Files = Mapping[str, Sequence[str]]

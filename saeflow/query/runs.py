@@ -136,7 +136,7 @@ def pick_run(store: Store, every: Sequence[Run], name: str | None) -> Run:
 
 def run_of_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord]) -> Run:
     """Return a run made of these parts alone, published or not, and of their tokens."""
-    tokens = store.by_id(next(name for name in artefact.record.inputs if name.startswith("tokens/")))
+    tokens = store.input_of(artefact, "tokens")
     generation = tokens.published()
     known = {index for part in parts for index in covered(part)}
     return Run(
@@ -223,12 +223,12 @@ def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) ->
 
 def tokens_of(artefact: Artefact) -> str | None:
     """Return the tokens that a run was encoded from, as `tokens/<name>-<fp>`."""
-    return next((name for name in artefact.record.inputs if name.startswith("tokens/")), None)
+    return artefact.record.input("tokens")
 
 
 def sae_of(artefact: Artefact) -> str | None:
     """Return the SAE that a run's features belong to, as `saes/<name>-<fp>`."""
-    return next((name for name in artefact.record.inputs if name.startswith("saes/")), None)
+    return artefact.record.input("saes")
 
 
 def _facts_of_sae(store: Store, artefact: Artefact) -> dict[str, Any]:

@@ -76,6 +76,53 @@ def describe(folder: Path) -> Described:
     )
 
 
+def describe_source(config: SAEConfig) -> Described:
+    """What the folder says that `sae.source` names."""
+    assert config.source is not None
+    folder = Path(config.source)
+    if not folder.is_dir():
+        raise UserError(
+            f"sae.source is {config.source}, but there is no such folder.\nName the folder of a trained SAE, with "
+            f"{CFG} and {WEIGHTS}, or with {THEIR_CFG} and {THEIR_WEIGHTS}."
+        )
+    return describe(folder)
+
+
+def effective_config(config: SAEConfig) -> SAEConfig:
+    """What the recipe's SAE is: its own settings, or those of the folder in `sae.source`, on the recipe's sites.
+
+    A setting that the recipe gives, and the folder contradicts, is refused.
+    """
+    if config.source is None:
+        return config
+    found = describe_source(config)
+    _require_agreement(config, found)
+    sites = {"site": config.site, "target_site": config.target_site}
+    return found.config.model_copy(update=sites | {"source": None})
+
+
+def _require_agreement(asked: SAEConfig, found: Described) -> None:
+    names = ["architecture", "n_features", *(["k"] if found.config.architecture == "topk" else [])]
+    for name in names:
+        value, there = getattr(asked, name), getattr(found.config, name)
+        if value not in (there, SAEConfig.model_fields[name].default):
+            raise UserError(
+                f"sae.{name} is {value}, but the SAE in {found.weights.parent} has {there}.\n"
+                f"Set sae.{name} to {there}, or leave it out: it comes from sae.source."
+            )
+    if (asked.target_site is None) != (found.config.target_site is None):
+        is_one = found.config.target_site is not None
+        raise UserError(
+            f"The SAE in {found.weights.parent} is {'a' if is_one else 'no'} transcoder, but sae.target_site is "
+            f"{asked.target_site}.\n"
+            + (
+                "Set it to the site that it reconstructs."
+                if is_one
+                else "Leave it out: the SAE reconstructs what it reads."
+            )
+        )
+
+
 def saelens_name(config: SAEConfig) -> str:
     name = SAVED_AS[config.architecture]
     if config.target_site is None:

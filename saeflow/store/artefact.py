@@ -100,6 +100,7 @@ class Artefact(Publication):
             names = [*(file.name for file in files), "provenance.json"]
             if not self.storage.put_whole(folder, self.path, names, "artefact.json"):
                 raise self.overtaken()
+            self.__dict__.pop("record", None)
 
 
 @contextlib.contextmanager

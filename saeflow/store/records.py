@@ -106,6 +106,10 @@ class ArtefactRecord(BaseModel, frozen=True):
     inputs: list[str] = []
     files: list[FileRecord] = []
 
+    def input(self, kind: Kind) -> str | None:
+        """The artefact of this kind that was read, as `<kind>/<name>-<fp>`."""
+        return next((name for name in self.inputs if name.startswith(f"{kind}/")), None)
+
 
 class Hidden(BaseModel, frozen=True):
     """A document that readers no longer see: forgotten, or replaced by a newer one of the same key."""

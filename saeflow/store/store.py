@@ -116,6 +116,13 @@ class Store:
             )
         return self.artefact(kind, name, fp)  # type: ignore[arg-type]
 
+    def input_of(self, artefact: Artefact, kind: Kind) -> Artefact:
+        """The artefact of this kind that another was made from. Raises UserError where its record names none."""
+        name = artefact.record.input(kind)
+        if name is None:
+            raise UserError(f"The record of {artefact.id} does not say which {kind} it was made from.")
+        return self.by_id(name)
+
     def artefacts(self, *kinds: Kind) -> list[Artefact]:
         """Return the existing artefacts by kind, the newest last."""
         found = []

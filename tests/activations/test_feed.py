@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from saeflow.activations import shards
 from saeflow.activations.epoch import TrainingBlocks, plan_epoch
 from saeflow.activations.feed import Feed, aligned_held_out_rows, held_out_rows
-from saeflow.pipeline import tokens as token_parts
+from saeflow.activations.shards import stored_sites
+from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
-from saeflow.pipeline import collect, import_table
+from saeflow.model.sites import choose_site
+from saeflow.pipeline import collect, import_table, tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.train import open_feed
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import FeedConfig
@@ -94,14 +97,14 @@ def numbered(tmp_path_factory):
     values = np.stack([np.arange(700), np.ones(700)], 1).astype(np.float32)
     data = brought_data(write_table(folder / "t.npy", values), activations={"dtype": "float32"})
     store, recipe = Store.create(folder / "store"), parse_recipe(data)
-    import_table.run(store, recipe, quiet())
+    import_table.run(Lineage(store, recipe), quiet())
     return store, recipe
 
 
 def feed_of(numbered, **settings) -> Feed:
     store, recipe = numbered
     config = FeedConfig(**{"batch_rows": 64, "block_bytes": 400, "pool_bytes": 3200} | settings)
-    return open_feed(store, recipe.model_copy(update={"feed": config}))
+    return open_feed(Lineage(store, recipe.model_copy(update={"feed": config})))
 
 
 def take(feed: Feed, n: int, skip: int = 0) -> list[list[int]]:
@@ -171,8 +174,8 @@ def test_a_budget_below_one_block_read_and_one_mixed_is_refused_with_both_number
 
 def rows_by_place(store, recipe):
     """Stored vectors, and which are training tokens and which held-out ones."""
-    source, target = token_parts.artefact(store, recipe), collect.artefact(store, recipe)
-    site = collect.choose_site(target, SITE)
+    source, target = Lineage(store, recipe).tokens, Lineage(store, recipe).activations
+    site = choose_site(stored_sites(target), SITE)
     values, train, held = [], [], []
     for token_part, part in zip(source.published().parts, target.published().parts, strict=True):
         mask = token_parts.read_part(source, token_part)[1]
@@ -190,9 +193,9 @@ def test_whereabouts_pass_over_padding_held_out_and_skipped_tokens(tmp_path, ing
         feed={"batch_rows": 100, "block_bytes": 4096, "pool_bytes": 20_000},
     )  # fmt: skip
     recipe = parse_recipe(data)
-    token_parts.run(store, recipe, progress)
-    collect.run(store, recipe, progress)
-    feed, target = open_feed(store, recipe), collect.artefact(store, recipe)
+    tokens.run(Lineage(store, recipe), progress)
+    collect.run(Lineage(store, recipe), progress)
+    feed, target = open_feed(Lineage(store, recipe)), Lineage(store, recipe).activations
     parts = {part.index: part for part in target.published().parts}
     for batch in (0, 1, feed.batches_per_epoch + 2):
         batches = feed.batches(batch)
@@ -223,18 +226,18 @@ def multiset(values: torch.Tensor) -> list[bytes]:
 def test_held_out_and_masked_rows_never_appear_and_all_others_do(tmp_path, ingredients, progress, packing, feed):
     store = Store.create(tmp_path / "store")
     recipe = parse_recipe(recipe_data(ingredients, tokens={"packing": packing}, feed=feed))
-    token_parts.run(store, recipe, progress)
-    collect.run(store, recipe, progress)
+    tokens.run(Lineage(store, recipe), progress)
+    collect.run(Lineage(store, recipe), progress)
     values, train, held = rows_by_place(store, recipe)
     assert held.sum() > 500
     assert (~train & ~held).sum() > 10
-    reader = open_feed(store, recipe)
+    reader = open_feed(Lineage(store, recipe))
     batches = reader.batches()
     epoch = torch.cat(list(itertools.islice(batches, reader.batches_per_epoch)))
     batches.close()
     assert reader.n_rows == train.sum()
     assert multiset(epoch.float()) == multiset(values[train])
-    site, source, target = reader.site, token_parts.artefact(store, recipe), collect.artefact(store, recipe)
+    site, source, target = reader.site, Lineage(store, recipe).tokens, Lineage(store, recipe).activations
     for limit in (10**9, 300, 1):
         rows = torch.cat(list(held_out_rows(TokenSelection(source), target, site, limit)))
         torch.testing.assert_close(rows, values[held][:limit], rtol=0, atol=0)
@@ -248,10 +251,10 @@ def test_held_out_rows_of_several_sites_are_the_same_tokens(tmp_path, ingredient
     about = {"sites": sites, "chunk_bytes": 2048, "shard_bytes": 4096, "skip_positions": skip}
     recipe = parse_recipe(recipe_data(ingredients, activations=about, sae={"site": SITE}))
     store = Store.create(tmp_path / "store")
-    token_parts.run(store, recipe, progress)
-    target = collect.run(store, recipe, progress)
-    used = TokenSelection.of(token_parts.artefact(store, recipe), recipe.activations)
-    chosen = [collect.choose_site(target, name) for name in sites]
+    tokens.run(Lineage(store, recipe), progress)
+    target = collect.run(Lineage(store, recipe), progress)
+    used = TokenSelection.of(Lineage(store, recipe).tokens, recipe.activations)
+    chosen = [choose_site(stored_sites(target), name) for name in sites]
     found = list(aligned_held_out_rows(used, target, chosen, limit))
     for site, rows in zip(chosen, zip(*found, strict=True), strict=True):
         wanted = []
@@ -269,18 +272,18 @@ def test_held_out_rows_of_several_sites_are_the_same_tokens(tmp_path, ingredient
 def test_a_store_without_training_tokens_is_refused_instead_of_waited_for(tmp_path, ingredients, progress):
     store = Store.create(tmp_path / "store")
     recipe = parse_recipe(recipe_data(ingredients, corpus={"held_out": 0.9999}))
-    token_parts.run(store, recipe, progress)
-    collect.run(store, recipe, progress)
+    tokens.run(Lineage(store, recipe), progress)
+    collect.run(Lineage(store, recipe), progress)
     with pytest.raises(UserError, match=r"no training tokens.*corpus\.held_out"):
-        open_feed(store, recipe)
+        open_feed(Lineage(store, recipe))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_batches_have_the_precision_of_the_disk(tmp_path, progress, dtype):
     data = brought_data(write_table(tmp_path / "t.npy", a_table()), activations={"dtype": dtype})
     store, recipe = Store.create(tmp_path / "store"), parse_recipe(data)
-    import_table.run(store, recipe, progress)
-    feed = open_feed(store, recipe)
+    import_table.run(Lineage(store, recipe), progress)
+    feed = open_feed(Lineage(store, recipe))
     batches = feed.batches()
     epoch = torch.cat(list(itertools.islice(batches, feed.batches_per_epoch)))
     batches.close()

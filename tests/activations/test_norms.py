@@ -12,8 +12,10 @@ from rich.console import Console
 
 from saeflow.activations import norms, shards
 from saeflow.activations.norms import massive_positions, mean_norms
-from saeflow.pipeline import tokens as token_parts
-from saeflow.pipeline import collect
+from saeflow.activations.shards import stored_sites
+from saeflow.corpus import token_parts
+from saeflow.pipeline import collect, tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
@@ -46,14 +48,14 @@ def huge_first(monkeypatch) -> None:
 def collected(folder, ingredients, progress, **changes):
     recipe = parse_recipe(recipe_data(ingredients, **changes))
     where = Store.create(folder)
-    token_parts.run(where, recipe, progress)
-    return where, recipe, collect.run(where, recipe, progress)
+    tokens.run(Lineage(where, recipe), progress)
+    return where, recipe, collect.run(Lineage(where, recipe), progress)
 
 
 def test_the_norms_kept_are_those_of_the_stored_vectors(finished):
-    artefact = collect.artefact(finished.store, finished.recipe)
-    source = token_parts.artefact(finished.store, finished.recipe)
-    (site,) = collect.stored_sites(artefact)
+    artefact = Lineage(finished.store, finished.recipe).activations
+    source = Lineage(finished.store, finished.recipe).tokens
+    (site,) = stored_sites(artefact)
     for part, read in zip(artefact.published().parts, source.published().parts, strict=True):
         length = shards.open_site(artefact, part, site).read(slice(None)).double().norm(dim=2).numpy()
         mask = token_parts.read_part(source, read)[1]
@@ -92,7 +94,7 @@ def test_parts_without_norms_are_valid_and_say_nothing(tmp_path, ingredients, sa
     assert mean_norms(artefact) == {}
     assert list(verify(where, full=True)) == []
     shutil.rmtree(artefact.part_path(artefact.published().parts[0]))
-    collect.run(where, recipe, said)
+    collect.run(Lineage(where, recipe), said)
     assert mean_norms(artefact)[SITE].shape == (CONTEXT_LENGTH,)
 
 

@@ -21,7 +21,8 @@ from saeflow.activations.synthetic.generate import make_table
 from saeflow.activations.tables.stream import TableReader
 from saeflow.model.sites import Site
 from saeflow.pipeline import import_table
-from saeflow.pipeline.collect import artefact, brought_facts
+from saeflow.pipeline.identity import table_facts
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe, parse_recipe
@@ -177,7 +178,7 @@ def recipe(n_samples: int = 10_000, part_rows: int = 3000, **changes) -> Recipe:
 
 
 def stored(store: Store, made: Recipe) -> np.ndarray:
-    target = artefact(store, made)
+    target = Lineage(store, made).activations
     parts = [open_site(target, part, Site("table", 16)).read(slice(None)) for part in target.published().parts]
     return torch.cat(parts)[:, 0].numpy()
 
@@ -185,7 +186,7 @@ def stored(store: Store, made: Recipe) -> np.ndarray:
 @pytest.mark.parametrize("part_rows", [1000, 4096, 20_000])
 def test_stored_rows_do_not_depend_on_the_size_of_parts(tmp_path, progress, part_rows):
     store, made = Store.create(tmp_path / "store"), recipe(part_rows=part_rows)
-    import_table.run(store, made, progress)
+    import_table.run(Lineage(store, made), progress)
     assert made.activations.synthetic is not None
     np.testing.assert_array_equal(stored(store, made), make_table(made.activations.synthetic).values)
 
@@ -205,42 +206,43 @@ def test_a_killed_making_is_finished_to_the_same_bytes_without_making_again_what
 ):
     made = recipe()
     whole, cut = Store.create(tmp_path / "whole"), Store.create(tmp_path / "cut")
-    import_table.run(whole, made, progress)
+    import_table.run(Lineage(whole, made), progress)
     with contextlib.suppress(KeyboardInterrupt):
-        import_table.run(cut, made, killed_at(7000))
+        import_table.run(Lineage(cut, made), killed_at(7000))
     numbers = []
     real = superposition.SuperposedFeatures.block
     monkeypatch.setattr(superposition.SuperposedFeatures, "block", lambda *a: numbers.append(a[2]) or real(*a))
-    import_table.run(cut, made, progress)
+    import_table.run(Lineage(cut, made), progress)
     assert min(numbers) > 0
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
-    import_table.run(cut, made, progress)
+    import_table.run(Lineage(cut, made), progress)
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_more_samples_are_appended_and_fewer_take_nothing_away(tmp_path, progress, killed):
     store, few, many = Store.create(tmp_path / "store"), recipe(n_samples=7000), recipe(n_samples=16_000)
-    import_table.run(store, few, progress)
-    assert artefact(store, few) == artefact(store, many)
-    kept = [part.folder for part in artefact(store, few).published().parts[:2]]
+    import_table.run(Lineage(store, few), progress)
+    assert Lineage(store, few).activations == Lineage(store, many).activations
+    kept = [part.folder for part in Lineage(store, few).activations.published().parts[:2]]
     if killed:
         with contextlib.suppress(KeyboardInterrupt):
-            import_table.run(store, many, killed_at(12_000))
-        assert artefact(store, few).published().total("n_documents") == 7000
-    import_table.run(store, many, progress)
-    parts = artefact(store, many).published().parts
+            import_table.run(Lineage(store, many), killed_at(12_000))
+        assert Lineage(store, few).activations.published().total("n_documents") == 7000
+    import_table.run(Lineage(store, many), progress)
+    parts = Lineage(store, many).activations.published().parts
     assert [part.counts["n_documents"] for part in parts] == [3000] * 5 + [1000]
     assert [part.folder for part in parts[:2]] == kept
     np.testing.assert_array_equal(stored(store, many), make_table(settings(n_samples=16_000)).values)
     before = tree(tmp_path / "store")
-    import_table.run(store, few, progress)
+    import_table.run(Lineage(store, few), progress)
     assert tree(tmp_path / "store") == before
 
 
 BIG = """
 import resource, sys
 from saeflow.pipeline import import_table
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
@@ -248,7 +250,7 @@ made = {"kind": "superposed", "n_samples": 300_000, "n_neurons": 512, "n_true": 
 recipe = parse_recipe({"name": "big", "activations": {"synthetic": made, "part_rows": 300_000}, "threads": 1})
 store = Store.create(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-import_table.run(store, recipe, Progress(verbosity=-1))
+import_table.run(Lineage(store, recipe), Progress(verbosity=-1))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
@@ -281,12 +283,12 @@ def test_rates_that_cannot_be_are_refused_with_the_way_out(changes, says):
 
 @pytest.mark.parametrize(("name", "found"), [("five_neurons", "e1d3b6fb"), ("superposition", "5b1dffd7")])
 def test_fingerprints_of_older_recipes_are_what_they_were(name, found):
-    assert fingerprint(brought_facts(load_recipe(RECIPES / f"{name}.toml"))) == found
+    assert fingerprint(table_facts(load_recipe(RECIPES / f"{name}.toml"))) == found
 
 
 def test_every_setting_but_the_number_of_rows_makes_other_activations():
     def facts(**changes):
-        return brought_facts(recipe(**changes))
+        return table_facts(recipe(**changes))
 
     assert facts() == facts(n_samples=20_000)
     others = {"l0": 2.0, "zipf_exponent": 2.0, "max_rate": 0.3, "magnitude_floor": 0.0, "magnitude_scale": 2.0,

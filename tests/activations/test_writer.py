@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from saeflow.activations.shards import Layout, StoredArray, open_site
+from saeflow.activations.shards import Layout, StoredArray, open_site, stored_sites
 from saeflow.activations.writer import ArrayWriter, CompressedArrayWriter, open_writer
-from saeflow.pipeline import tokens as token_parts
-from saeflow.pipeline import collect, import_table
+from saeflow.model.sites import choose_site
+from saeflow.pipeline import collect, import_table, tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
@@ -48,8 +49,8 @@ def test_a_pipeline_reads_the_same_values_compressed_or_not(tmp_path, progress, 
     for compression in ("none", "zstd"):
         data = brought_data(table, activations={"dtype": dtype, "compression": compression, "shard_bytes": 4000})
         where = Store.create(tmp_path / compression)
-        _, artefact = import_table.run(where, parse_recipe(data), progress)
-        site = collect.choose_site(artefact, None)
+        _, artefact = import_table.run(Lineage(where, parse_recipe(data)), progress)
+        site = choose_site(stored_sites(artefact), None)
         parts = artefact.published().parts
         found.append(torch.cat([open_site(artefact, p, site).read(slice(None)) for p in parts]))
         assert list(verify(where, full=True)) == []
@@ -60,8 +61,8 @@ def test_two_collections_are_equal_byte_for_byte(tmp_path, ingredients, progress
     recipe = parse_recipe(recipe_data(ingredients, activations={"compression": "zstd"}))
     for name in ("one", "two"):
         where = Store.create(tmp_path / name)
-        token_parts.run(where, recipe, progress)
-        collect.run(where, recipe, progress)
+        tokens.run(Lineage(where, recipe), progress)
+        collect.run(Lineage(where, recipe), progress)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
@@ -90,8 +91,8 @@ def test_without_compression_nothing_changes_its_name_or_its_writer(tmp_path, in
     said = parse_recipe(recipe_data(ingredients, activations={"compression": "none"}))
     other = parse_recipe(recipe_data(ingredients, activations={"compression": "zstd"}))
     store = Store.create(tmp_path / "store")
-    names = [collect.artefact(store, recipe).fp for recipe in (usual, said, other)]
+    names = [Lineage(store, recipe).activations.fp for recipe in (usual, said, other)]
     assert names[0] == names[1] != names[2]
-    assert "compression" not in collect.facts(store, usual)
+    assert "compression" not in Lineage(store, usual).activation_facts
     writer = open_writer(tmp_path / "a.zarr", Layout((1, 1, 1), 1, 1), ActivationsConfig())
     assert isinstance(writer, ArrayWriter)

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from saeflow.activations.sparse_values import SparseValues
+from saeflow.corpus.packing import Packed
 from saeflow.corpus.selection import TokenSelection
-from saeflow.pipeline.tokens import Packed, write_part
+from saeflow.corpus.token_parts import write_part
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.features.part_writer import PartWriter
 from saeflow.features.token_columns import read_token_columns

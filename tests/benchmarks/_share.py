@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import pipeline_flow
-from saeflow.pipeline import tokens as token_parts
-from saeflow.pipeline import collect, encode, evaluate, import_table, report, run, sweep, train
+from saeflow.pipeline import collect, encode, evaluate, import_table, report, run, sweep, tokens, train
 from saeflow.query import catalog
 from saeflow.recipe.load import load_recipe
 from saeflow.store.artefact import Job
 
 FUNCTIONS = (
-    (token_parts, "run"), (import_table, "run"), (train, "run_all"), (encode, "compact"),
-    (evaluate, "run"), (report, "run"), (sweep, "run"), (catalog, "write"), (run, "summary"),
+    (tokens, "run"), (import_table, "run"), (train, "run_all"), (encode, "compact"), (evaluate, "run"), (report, "run"),
+    (sweep, "run"), (catalog, "write"), (run, "summary"),
 )  # fmt: skip
 """What flows call whole."""
 

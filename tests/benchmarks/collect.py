@@ -20,9 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saeflow.pipeline import tokens as token_parts
+from saeflow.activations.shards import stored_sites
+from saeflow.corpus import token_parts
 from saeflow.model.sites import SiteReader
-from saeflow.pipeline import collect
+from saeflow.pipeline import collect, tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.progress import Progress
@@ -53,15 +55,15 @@ def some_tokens(name: str, share: float, folder: Path) -> tuple[Store, Recipe]:
     """A store with the tokens of a share of the recipe's documents."""
     recipe = load_recipe(RECIPES / f"{name}.toml", **{"corpus.share": share})
     store = Store.create(folder / "store")
-    token_parts.run(store, recipe, QUIET)
+    tokens.run(Lineage(store, recipe), QUIET)
     return store, recipe
 
 
 def dropped(store: Store, recipe: Recipe) -> float:
     """Tokens/s of the forward pass alone, stopped at the same module."""
-    source = collect.tokens_artefact(store, recipe)
+    source = Lineage(store, recipe).tokens
     parts = source.published().parts
-    collector = collect.open_collector(store, recipe, parts)
+    collector = collect.open_collector(Lineage(store, recipe), parts)
     reader = SiteReader(collector.model, collector.sites)
     began = time.perf_counter()
     for part in parts:
@@ -82,9 +84,10 @@ def dropped(store: Store, recipe: Recipe) -> float:
 
 def collected(store: Store, recipe: Recipe) -> float:
     """Tokens/s of the whole stage, the loading of the model aside."""
-    source, target = (each(store, recipe) for each in (collect.tokens_artefact, collect.artefact))
+    lineage = Lineage(store, recipe)
+    source, target = lineage.tokens, lineage.activations
     shutil.rmtree(target.path, ignore_errors=True)
-    with collect.collecting(store, recipe, QUIET) as job:
+    with collect.collecting(lineage, QUIET) as job:
         began = time.perf_counter()
         for _ in job.make(job.missing):
             pass
@@ -93,7 +96,8 @@ def collected(store: Store, recipe: Recipe) -> float:
 
 def peer(store: Store, recipe: Recipe, folder: Path) -> float:
     """Tokens/s of SAELens' runner on the same sequences, tokenised beforehand, without its shuffling."""
-    source, target = (each(store, recipe) for each in (collect.tokens_artefact, collect.artefact))
+    lineage = Lineage(store, recipe)
+    source, target = lineage.tokens, lineage.activations
     ids = [row for part in source.published().parts for row in token_parts.read_part(source, part)[0].tolist()]
     pq.write_table(pa.table({"input_ids": ids}), folder / "peer.parquet")
     shutil.rmtree(folder / "peer", ignore_errors=True)
@@ -102,7 +106,7 @@ def peer(store: Store, recipe: Recipe, folder: Path) -> float:
     about = {
         "texts": str(folder / "peer.parquet"), "dataset_path": "none", "model_name": recipe.model.path,
         "model_class_name": "AutoModelForCausalLM", "hook_name": recipe.activations.sites[0],
-        "d_in": collect.stored_sites(target)[0].width, "model_batch_size": batch, "context_size": length,
+        "d_in": stored_sites(target)[0].width, "model_batch_size": batch, "context_size": length,
         "training_tokens": len(ids) // batch * batch * length, "new_cached_activations_path": str(folder / "peer"),
         "shuffle": False, "streaming": False, "dtype": "float16", "prepend_bos": False, "device": "cpu",
     }  # fmt: skip

@@ -20,9 +20,10 @@ import torch
 
 from saeflow.activations.shards import StoredArray, plan_layout
 from saeflow.activations.writer import open_writer
-from saeflow.pipeline import tokens as token_parts
+from saeflow.corpus import token_parts
 from saeflow.model.sites import SiteReader, load_model, resolve_sites
-from saeflow.pipeline import collect
+from saeflow.pipeline import tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.progress import Progress
@@ -41,8 +42,8 @@ def real_activations(name: str, folder: Path) -> Iterator[tuple[str, torch.Tenso
     recipe = load_recipe(ROOT / "flows" / "recipes" / f"{name}.toml", **{"corpus.share": SHARE[name]})
     assert recipe.model is not None
     store = Store.create(folder / name)
-    token_parts.run(store, recipe, Progress(verbosity=-1))
-    source = collect.tokens_artefact(store, recipe)
+    tokens.run(Lineage(store, recipe), Progress(verbosity=-1))
+    source = Lineage(store, recipe).tokens
     ids = np.concatenate([token_parts.read_part(source, part)[0] for part in source.published().parts])[
         : N_SEQUENCES[name]
     ]

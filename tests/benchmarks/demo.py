@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from saeflow.pipeline import encode
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.load import load_recipe
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
@@ -30,7 +30,7 @@ def seconds_of_a_run(store: Path) -> float:
 
 def quality_bars(store: Path) -> list[Bar]:
     recipe = load_recipe(RECIPE)
-    path = encode.artefact(Store.open(store), recipe).path / "quality.json"
+    path = Lineage(Store.open(store), recipe).features.path / "quality.json"
     if not path.is_file():
         return [Bar("quality", 0, ">=", None, reason=f"no finished demo in {store}; run `make demo` first")]
     quality = read_json(path)

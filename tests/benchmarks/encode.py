@@ -34,8 +34,11 @@ import torch
 from safetensors.torch import save_file
 
 from saeflow.activations import shards
+from saeflow.activations.shards import stored_sites
 from saeflow.activations.synthetic.superposition import SuperposedFeatures
-from saeflow.pipeline import collect, encode, import_table, train
+from saeflow.model.sites import choose_site
+from saeflow.pipeline import encode, import_table, train
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query import checks
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
@@ -98,36 +101,36 @@ def prepared(folder: Path, size: Size) -> tuple[Store, Recipe]:
             sae.b_dec.copy_(torch.from_numpy(world.offset))
         interchange.save(sae, folder / "sae", {})
     store = Store.create(folder / "store")
-    import_table.run(store, recipe, QUIET)
-    train.run(store, recipe, QUIET)
+    import_table.run(Lineage(store, recipe), QUIET)
+    train.run(Lineage(store, recipe), QUIET)
     return store, recipe
 
 
 def stage(store: Store, recipe: Recipe) -> float:
     """Tokens/s."""
-    shutil.rmtree(encode.artefact(store, recipe).path, ignore_errors=True)
+    shutil.rmtree(Lineage(store, recipe).features.path, ignore_errors=True)
     began = time.perf_counter()
-    encode.run(store, recipe, QUIET)
+    encode.run(Lineage(store, recipe), QUIET)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
 def compact(store: Store, recipe: Recipe) -> float:
     """Tokens/s of compacting the run that `stage` left."""
     began = time.perf_counter()
-    encode.compact(store, recipe, QUIET, 2)
+    encode.compact(Lineage(store, recipe), QUIET, 2)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
 def check(store: Store, recipe: Recipe) -> float:
     """Tokens/s of the checks that an encoding ends with, over all that `stage` left."""
-    target = encode.artefact(store, recipe)
+    target = Lineage(store, recipe).features
     parts, began = target.published().parts, time.perf_counter()
     checks.require(store, target, parts, sum(part.counts["n_values"] for part in parts), QUIET)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
 def n_tokens(store: Store, recipe: Recipe) -> int:
-    return collect.artefact(store, recipe).published().total("n_tokens")
+    return Lineage(store, recipe).activations.published().total("n_tokens")
 
 
 def product(size: Size) -> float:
@@ -146,8 +149,8 @@ def product(size: Size) -> float:
 
 def batches(store: Store, recipe: Recipe) -> Iterator[tuple[int, torch.Tensor]]:
     """First token and rows (B, D) in float32."""
-    stored = collect.artefact(store, recipe)
-    site = collect.choose_site(stored, None)
+    stored = Lineage(store, recipe).activations
+    site = choose_site(stored_sites(stored), None)
     first = 0
     for part in stored.published().parts:
         array = shards.open_site(stored, part, site)
@@ -162,7 +165,7 @@ def plain(store: Store, recipe: Recipe, folder: Path) -> float:
     """Tokens/s."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    sae = interchange.load(train.artefact(store, recipe).path)
+    sae = interchange.load(Lineage(store, recipe).sae.path)
     n_features, k = sae.config.n_features, sae.config.k
     began = time.perf_counter()
     locations, values = [], []
@@ -183,7 +186,7 @@ def plain(store: Store, recipe: Recipe, folder: Path) -> float:
 
 def differing(store: Store, recipe: Recipe) -> int:
     """Values of the first and last tokens that are not those of float64 arithmetic, rounded to 11 significand bits."""
-    target, sae = encode.artefact(store, recipe), interchange.load(train.artefact(store, recipe).path)
+    target, sae = Lineage(store, recipe).features, interchange.load(Lineage(store, recipe).sae.path)
     w, b, off = (weight.detach().double().numpy() for weight in (sae.W_enc, sae.b_enc, sae.b_dec))
     n, wrong = n_tokens(store, recipe), 0
     sample = {*range(min(SAMPLE // 2, n)), *range(max(n - SAMPLE // 2, 0), n)}
@@ -236,7 +239,7 @@ def speed(size: Size, figures: dict[str, Any]) -> list[Bar]:
             for name, run in runs.items():
                 found[name].append(run())
                 print(f"  {size.name}: {name} {found[name][-1]:,.0f} tokens/s", flush=True)
-        run_of = encode.artefact(store, recipe).published()
+        run_of = Lineage(store, recipe).features.published()
         n_bytes = sum(part.n_bytes for part in run_of.parts)
         wrong = differing(store, recipe)
         figures[size.name] = {

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from saeflow.activations.shards import StoredArray
 from saeflow.pipeline import encode, import_table, train
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
@@ -51,7 +52,7 @@ def measured(store: Store, groups: Sequence[Sequence[Recipe]], pipe: Pipe) -> tu
     shutil.rmtree(store.root / "features", ignore_errors=True)
     pipe.n_bytes, began = 0, time.monotonic()
     for group in groups:
-        encode.run_together(store, group, QUIET)
+        encode.run_together([Lineage(store, recipe) for recipe in group], QUIET)
     return time.monotonic() - began, pipe.n_bytes
 
 
@@ -67,9 +68,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="saeflow-together-") as temporary:
         together, apart = (Store.create(Path(temporary) / name) for name in ("together", "apart"))
         for store in (together, apart):
-            import_table.run(store, three[0], QUIET)
+            import_table.run(Lineage(store, three[0]), QUIET)
             for recipe in three:
-                train.run(store, recipe, QUIET)
+                train.run(Lineage(store, recipe), QUIET)
         with pipe.installed(StoredArray, "read", n_bytes):
             measured(apart, [three[:1]], pipe)  # compiles
             one_seconds, one_bytes = measured(apart, [three[:1]], pipe)

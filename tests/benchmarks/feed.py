@@ -26,7 +26,8 @@ from saeflow.activations import shards as arrays
 from saeflow.activations.epoch import plan_epoch
 from saeflow.activations.feed import Feed
 from saeflow.activations.writer import ArrayWriter
-from saeflow.pipeline import tokens as token_parts
+from saeflow.corpus import token_parts
+from saeflow.corpus.packing import Packed
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect
@@ -54,7 +55,7 @@ def make_store(folder: Path, n_bytes: int) -> None:
         counts = {"first_sequence": index * n, "n_sequences": n, "n_train_sequences": n, "n_tokens": n * LENGTH,
                   "n_train_tokens": n * LENGTH}  # fmt: skip
         owners = np.repeat(np.arange(n) // 8, LENGTH).reshape(n, LENGTH) + index * n
-        packed = token_parts.Packed(np.zeros((n, LENGTH), np.int32), owners)
+        packed = Packed(np.zeros((n, LENGTH), np.int32), owners)
         token_parts.write_part(source, index, counts, packed, pa.table({"document_id": np.unique(owners)}))
         config = collect.ActivationsConfig(sites=[SITE.name])
         with target.new_part(index, counts) as place:

@@ -14,6 +14,7 @@ from typing import Any
 
 from saeflow.pipeline import forecast
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.progress import Progress
@@ -34,7 +35,7 @@ def compare(recipe: Recipe, figures: dict[str, Any]) -> list[Bar]:
     with tempfile.TemporaryDirectory(prefix="saeflow-forecast-", dir=ROOT / "data") as temporary:
         store = Store.create(temporary)
         foreseen = forecast.plan(store, recipe, quiet)
-        summary = pipeline.run(store, recipe, quiet)
+        summary = pipeline.run(Lineage(store, recipe), quiet)
         n_bytes = sum(artefact.storage.footprint(artefact.path)[0] for artefact in store.artefacts())
     actual = {
         "bytes": n_bytes,

@@ -32,6 +32,7 @@ from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog, runs
 from saeflow.query.ask import ask
 from saeflow.query.connection import connect
@@ -112,13 +113,13 @@ def verified(many: Many, taken: Taken, kind: str) -> None:
 
 def collected(many: Many, taken: Taken) -> None:
     """`saeflow collect` where nothing is missing."""
-    with taken.timed(), activations.collecting(many.store, many.recipe, QUIET) as job:
+    with taken.timed(), activations.collecting(Lineage(many.store, many.recipe), QUIET) as job:
         assert not job.missing
 
 
 def encoded(many: Many, taken: Taken) -> None:
     """`saeflow encode` where nothing is missing."""
-    with taken.timed(), encode.encoding_together(many.store, [many.recipe], QUIET) as job:
+    with taken.timed(), encode.encoding_together([Lineage(many.store, many.recipe)], QUIET) as job:
         assert not job.missing
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from saeflow.activations.feed import Feed
 from saeflow.pipeline import import_table, train
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
@@ -53,7 +54,7 @@ def measured(store: Store, recipes: list[Recipe], pipe: Pipe) -> tuple[float, in
     shutil.rmtree(Path(store.name) / "saes", ignore_errors=True)
     pipe.n_bytes, began = 0, time.monotonic()
     for recipe in recipes:
-        train.run(store, recipe, QUIET)
+        train.run(Lineage(store, recipe), QUIET)
     return time.monotonic() - began, pipe.n_bytes
 
 
@@ -69,7 +70,7 @@ def main() -> None:
         members = recipe.members()
         together, apart = (Store.create(Path(temporary) / name) for name in ("together", "apart"))
         for store in (together, apart):
-            import_table.run(store, recipe, QUIET)
+            import_table.run(Lineage(store, recipe), QUIET)
         one_seconds, one_bytes = measured(apart, members[:1], pipe)
         one_rate = one_bytes / one_seconds
         ratios: dict[str, list[float]] = {}

@@ -25,6 +25,7 @@ from saeflow.activations.synthetic.generate import make_table
 from saeflow.activations.tables.source import load_table
 from saeflow.activations.tables.stream import InMemoryTable
 from saeflow.pipeline import import_table
+from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.report import active_sets
 from saeflow.pipeline.train import Training, fit, open_feed
 from saeflow.recipe.load import load_recipe
@@ -53,11 +54,11 @@ def stored(recipe: Recipe) -> Iterator[Callable[[Recipe], Training]]:
     """A store with the recipe's activations, as a function that trains another SAE on them."""
     with tempfile.TemporaryDirectory(prefix="saeflow-toys-") as folder:
         store = Store.create(folder)
-        import_table.run(store, recipe, QUIET)
+        import_table.run(Lineage(store, recipe), QUIET)
 
         def train(changed: Recipe) -> Training:
             with tempfile.TemporaryDirectory(dir=folder) as checkpoints:
-                return fit(open_feed(store, changed), changed, Path(checkpoints), QUIET)
+                return fit(open_feed(Lineage(store, changed)), changed, Path(checkpoints), QUIET)
 
         yield train
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from saeflow.pipeline import import_table
+from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.train import open_feed
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig, TrainConfig
@@ -274,8 +275,8 @@ def from_store(size: Size, rows: Rows, folder: Path, n_steps: int, times: int) -
     """Speed of TopK from a store over that from a tensor in memory, batches made in the time of both."""
     recipe = recipe_of(rows, size)
     store = Store.create(folder / "store")
-    import_table.run(store, recipe, Progress(verbosity=-1))
-    feed = open_feed(store, recipe)
+    import_table.run(Lineage(store, recipe), Progress(verbosity=-1))
+    feed = open_feed(Lineage(store, recipe))
     in_memory = torch.from_numpy(np.load(rows.data)).half()
 
     def shuffled() -> Iterator[torch.Tensor]:

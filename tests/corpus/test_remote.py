@@ -16,8 +16,9 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 from saeflow.corpus import sources
-from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import load_tokenizer, model_fingerprint
+from saeflow.pipeline import tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import CorpusConfig, ModelConfig
 from saeflow.runtime.errors import UserError
@@ -75,8 +76,8 @@ def test_a_data_set_of_the_hub_gives_the_tokens_of_a_local_copy_and_its_commit_i
 ) -> None:
     hub.datasets["someone/texts"] = [{"data/a.parquet": table(ROWS[:40]), "data/b.parquet": table(ROWS[40:])}]
     store = Store.create(tmp_path / "store")
-    made = token_parts.run(store, on_the_hub(ingredients), progress)
-    local = token_parts.run(store, parse_recipe(recipe_data(ingredients)), progress)
+    made = tokens.run(Lineage(store, on_the_hub(ingredients)), progress)
+    local = tokens.run(Lineage(store, parse_recipe(recipe_data(ingredients))), progress)
     assert [part.counts for part in made.published().parts] == [part.counts for part in local.published().parts]
     for one, other in zip(made.published().parts, local.published().parts, strict=True):
         assert pq.read_table(made.part_file(one, "tokens.parquet")).equals(
@@ -91,12 +92,12 @@ def test_a_new_commit_of_a_data_set_adds_only_its_new_documents(
 ) -> None:
     hub.datasets["someone/texts"] = [{"data/a.parquet": table(ROWS[:40])}]
     store, recipe = Store.create(tmp_path / "store"), on_the_hub(ingredients)
-    before = token_parts.run(store, recipe, progress).published()
+    before = tokens.run(Lineage(store, recipe), progress).published()
     hub.asked.clear()
-    assert token_parts.run(store, recipe, progress).published() == before
+    assert tokens.run(Lineage(store, recipe), progress).published() == before
     assert not [path for _, path, _ in hub.asked if "resolve" in path]
     hub.datasets["someone/texts"].append({"data/a.parquet": table(ROWS[:40]), "data/b.parquet": table(ROWS[40:])})
-    after = token_parts.run(store, recipe, progress).published()
+    after = tokens.run(Lineage(store, recipe), progress).published()
     assert after.parts[: len(before.parts)] == before.parts
     assert after.total("n_documents") == len(ROWS)
 

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import load_tokenizer
+from saeflow.pipeline import tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.errors import UserError
@@ -40,7 +41,7 @@ def write(path: Path, ids: list[Any], kind: pa.DataType | None = None) -> Path:
 def tokenise(store: Path, ingredients: Ingredients, corpus: Path, progress: Progress, **settings: Any) -> Artefact:
     about = {"files": [str(corpus)], **({"token_ids": "input_ids"} if corpus.stem == "ids" else {})}
     data = recipe_data(ingredients, corpus=about, tokens=settings)
-    return token_parts.run(Store.create(store), parse_recipe(data), progress)
+    return tokens.run(Lineage(Store.create(store), parse_recipe(data)), progress)
 
 
 def tables(artefact: Artefact) -> list[pa.Table]:
@@ -112,11 +113,11 @@ def test_an_unknown_column_of_ids_names_those_there_are(
 ) -> None:
     data = recipe_data(ingredients, corpus={"token_ids": "input_ids"})
     with pytest.raises(UserError, match=r"no column 'input_ids'; it has: key, text, source, title"):
-        token_parts.run(Store.create(tmp_path / "store"), parse_recipe(data), progress)
+        tokens.run(Lineage(Store.create(tmp_path / "store"), parse_recipe(data)), progress)
 
 
 def test_plain_texts_have_no_column_of_ids(tmp_path: Path, ingredients: Ingredients, progress: Progress) -> None:
     (tmp_path / "a.txt").write_text("text")
     data = recipe_data(ingredients, corpus={"files": [str(tmp_path / "a.txt")], "token_ids": "ids"})
     with pytest.raises(UserError, match=r"token_ids names a column, but .* plain texts"):
-        token_parts.run(Store.create(tmp_path / "store"), parse_recipe(data), progress)
+        tokens.run(Lineage(Store.create(tmp_path / "store"), parse_recipe(data)), progress)

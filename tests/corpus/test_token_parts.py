@@ -13,9 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow.pipeline import tokens
 from saeflow.corpus.document import is_held_out
+from saeflow.corpus.packing import pack
+from saeflow.corpus.tokenizer import bos_ids
 from saeflow.model.sites import load_tokenizer
+from saeflow.pipeline import tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import TokensConfig
 from saeflow.runtime.errors import UserError
@@ -54,12 +57,12 @@ class Tokenised:
 
 def tokenise(tmp_path, ingredients, progress, **changes) -> Tokenised:
     recipe = parse_recipe(recipe_data(ingredients, **changes))
-    return Tokenised.read(tokens.run(Store.create(tmp_path / "store"), recipe, progress))
+    return Tokenised.read(tokens.run(Lineage(Store.create(tmp_path / "store"), recipe), progress))
 
 
 @pytest.fixture(scope="module")
 def tokenised(finished) -> Tokenised:
-    return Tokenised.read(tokens.artefact(finished.store, finished.recipe))
+    return Tokenised.read(Lineage(finished.store, finished.recipe).tokens)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def _no_flush(monkeypatch):
 @given(contents=DOCUMENTS, length=st.integers(1, 10), packing=st.sampled_from(["concatenated", "isolated"]))
 def test_packing_keeps_every_token_of_every_document_once_and_in_order(contents, length, packing):
     given_documents = [(100 + i, np.array(ids, np.int32)) for i, ids in enumerate(contents)]
-    packed = tokens.pack(given_documents, length, packing, PAD)
+    packed = pack(given_documents, length, packing, PAD)
     assert packed.vocab_ids.shape == packed.documents.shape
     assert packed.vocab_ids.shape[1] == length
     for owner, ids in given_documents:
@@ -96,7 +99,7 @@ def test_packing_keeps_every_token_of_every_document_once_and_in_order(contents,
 @pytest.mark.parametrize("packing", ["concatenated", "isolated"])
 def test_nothing_and_only_empty_documents_pack_to_no_rows(packing):
     for nothing in ([], [(0, np.array([], np.int32))]):
-        assert tokens.pack(nothing, 4, packing, PAD).vocab_ids.shape == (0, 4)
+        assert pack(nothing, 4, packing, PAD).vocab_ids.shape == (0, 4)
 
 
 def test_token_ids_are_dense_and_sorted_and_positions_count_inside_the_sequence(tokenised):
@@ -199,7 +202,7 @@ def test_bytes_of_the_vocabulary_put_together_give_the_text_back(tokenised, fini
 
 @pytest.fixture(scope="module")
 def undisturbed(finished) -> dict[str, bytes]:
-    return tree(tokens.artefact(finished.store, finished.recipe).path)
+    return tree(Lineage(finished.store, finished.recipe).tokens.path)
 
 
 @pytest.mark.parametrize("n_kept", range(5))
@@ -209,12 +212,12 @@ def test_tokenising_goes_on_after_any_number_of_finished_parts_to_the_same_bytes
     store = Store(tmp_path / "store")
     shutil.copytree(finished.store.root / "tokens", store.root / "tokens")
     Store.create(store.root)
-    cut = tokens.artefact(store, finished.recipe)
+    cut = Lineage(store, finished.recipe).tokens
     for part in cut.published().parts[n_kept:]:
         shutil.rmtree(cut.part_path(part))
     shutil.rmtree(cut.path / "generations")
     (cut.path / "manifest.json").unlink()
-    tokens.run(store, finished.recipe, progress)
+    tokens.run(Lineage(store, finished.recipe), progress)
     assert tree(cut.path) == undisturbed
 
 
@@ -223,9 +226,9 @@ def test_one_damaged_part_is_made_again_to_the_same_bytes(tmp_path, finished, un
     store = Store(tmp_path / "store")
     shutil.copytree(finished.store.root / "tokens", store.root / "tokens")
     Store.create(store.root)
-    cut = tokens.artefact(store, finished.recipe)
+    cut = Lineage(store, finished.recipe).tokens
     (cut.part_path(cut.published().parts[index]) / "tokens.parquet").write_bytes(b"PAR1")
-    tokens.run(store, finished.recipe, progress)
+    tokens.run(Lineage(store, finished.recipe), progress)
     assert tree(cut.path) == undisturbed
 
 
@@ -233,10 +236,10 @@ def test_a_second_run_does_nothing_and_does_not_even_open_the_corpus(tmp_path, i
     corpus = write_corpus(tmp_path / "corpus.parquet")
     recipe = parse_recipe(recipe_data(ingredients, corpus={"files": [str(corpus)]}))
     store = Store.create(tmp_path / "store")
-    path = tokens.run(store, recipe, progress).path
+    path = tokens.run(Lineage(store, recipe), progress).path
     before = tree(path)
     corpus.unlink()
-    tokens.run(store, recipe, progress)
+    tokens.run(Lineage(store, recipe), progress)
     assert tree(path) == before
 
 
@@ -244,12 +247,12 @@ def test_parts_of_a_killed_run_are_made_again_where_the_corpus_has_changed_since
     corpus = write_corpus(tmp_path / "corpus.parquet")
     recipe = parse_recipe(recipe_data(ingredients, corpus={"files": [str(corpus)]}))
     store = Store.create(tmp_path / "store")
-    made = tokens.run(store, recipe, progress)
+    made = tokens.run(Lineage(store, recipe), progress)
     os.unlink(made.path / "manifest.json")
     shutil.rmtree(made.path / "generations")
     write_corpus(corpus, documents()[:10])
-    tokens.run(store, recipe, progress)
-    tokens.run(Store.create(tmp_path / "fresh"), recipe, progress)
+    tokens.run(Lineage(store, recipe), progress)
+    tokens.run(Lineage(Store.create(tmp_path / "fresh"), recipe), progress)
     assert tree(store.root / "tokens") == tree(tmp_path / "fresh" / "tokens")
 
 
@@ -272,7 +275,7 @@ def test_a_corpus_of_empty_documents_gives_no_sequences(tmp_path, ingredients, p
 
 def test_other_settings_make_another_artefact_and_an_equal_recipe_the_same(finished, ingredients):
     def fp(**changes) -> str:
-        return tokens.artefact(finished.store, parse_recipe(recipe_data(ingredients, **changes))).fp
+        return Lineage(finished.store, parse_recipe(recipe_data(ingredients, **changes))).tokens.fp
 
     same = fp()
     assert same == fp(sae={"k": 2}, activations={"dtype": "float32"})
@@ -291,7 +294,7 @@ def test_bos_that_the_tokenizer_does_not_have_is_refused(tokenizer):
             return dict(tokenizer(text))
 
     with pytest.raises(UserError, match=r"tokens\.prepend_bos is true, but .* no BOS token\. Set it to false"):
-        tokens.bos_ids(WithoutBos(), TokensConfig(prepend_bos=True))
+        bos_ids(WithoutBos(), TokensConfig(prepend_bos=True))
 
 
 @pytest.mark.parametrize("parse", [False, True])

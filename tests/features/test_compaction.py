@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.features.compaction import compact_run, plan_merges
-from saeflow.pipeline import tokens
 from saeflow.features.coverage import covered
 from saeflow.features.files import files_of
 from saeflow.features.part_merger import USUAL_MERGE, MergeSettings, feature_buckets
@@ -27,6 +26,7 @@ from saeflow.features.token_columns import bands_of
 from saeflow.pipeline import encode, train
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forget import forget
+from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.query.ask import query
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
@@ -48,15 +48,15 @@ def copied(finished: Finished, tmp_path: Path) -> Finished:
 
 
 def run_of(finished: Finished) -> Artefact:
-    return encode.artefact(finished.store, finished.recipe)
+    return Lineage(finished.store, finished.recipe).features
 
 
 def compacted(finished: Finished, settings: MergeSettings = USUAL_MERGE) -> Artefact:
     run = run_of(finished)
     if settings is USUAL_MERGE:
-        encode.compact(finished.store, finished.recipe, quiet(), enough=2)
+        encode.compact(Lineage(finished.store, finished.recipe), quiet(), enough=2)
     else:
-        compact_run(run, encode.used_of(finished.store, run), quiet(), enough=2, settings=settings)
+        compact_run(run, Ancestors(finished.store, run).selection(), quiet(), enough=2, settings=settings)
     return run
 
 
@@ -197,7 +197,7 @@ def test_features_that_fire_together_are_the_same_however_much_memory_counting_h
 def test_a_compacted_run_is_not_encoded_again_and_compacting_twice_changes_nothing(copied):
     artefact = compacted(copied)
     before = tree(artefact.path)
-    summary = pipeline.run(copied.store, copied.recipe, quiet())
+    summary = pipeline.run(Lineage(copied.store, copied.recipe), quiet())
     compacted(copied)
     assert tree(artefact.path) == before
     assert summary["n_values"] == copied.summary["n_values"]
@@ -220,7 +220,7 @@ def test_a_document_forgotten_leaves_a_compacted_run_as_it_leaves_one_in_parts(c
 
 def key_of(finished: Finished, index: int) -> str:
     """A document of a token part."""
-    source = tokens.artefact(finished.store, finished.recipe)
+    source = Lineage(finished.store, finished.recipe).tokens
     table = pq.read_table(source.part_file(source.published().parts[index], "documents.parquet"))
     return str(table.column("key")[1].as_py())
 
@@ -262,8 +262,8 @@ def test_the_disk_must_hold_all_that_is_merged_and_what_of_the_corpus_is_not_enc
     run = run_of(copied)
     parts = run.published().parts
     shutil.rmtree(run.part_path(parts[-1]))
-    encode.run(copied.store, copied.recipe, quiet())
-    l0 = train.last_row(train.artefact(copied.store, copied.recipe))["l0"]
+    encode.run(Lineage(copied.store, copied.recipe), quiet())
+    l0 = train.last_row(Lineage(copied.store, copied.recipe).sae)["l0"]
     assert asked == [pytest.approx(8 * l0 * parts[-1].counts["n_tokens"], abs=1)]
     compacted(copied)
     assert asked[1:] == [sum(part.n_bytes for part in parts)]
@@ -302,11 +302,11 @@ def test_several_saes_encoded_in_one_reading_are_those_of_their_own_runs(finishe
     for store in stores:
         shutil.copytree(finished.store.root, store.root)
         for recipe in recipes:
-            pipeline.stages(recipe)["train"](store, recipe, quiet())
-    encode.run_together(stores[0], recipes, quiet())
+            pipeline.stages(recipe)["train"](Lineage(store, recipe), quiet())
+    encode.run_together([Lineage(stores[0], recipe) for recipe in recipes], quiet())
     for recipe in recipes:
-        encode.run(stores[1], recipe, quiet())
-        one, other = (encode.artefact(store, recipe).path for store in stores)
+        encode.run(Lineage(stores[1], recipe), quiet())
+        one, other = (Lineage(store, recipe).features.path for store in stores)
         assert tree(one) == tree(other)
         assert any(one.glob("parts/*"))
 

@@ -14,8 +14,8 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
-from saeflow.pipeline import collect, encode, train
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
@@ -66,15 +66,15 @@ def state_of(client: SyncPrefectClient, run: UUID) -> str | None:
 
 
 def collecting(store: Store, recipe: Recipe) -> Artefact:
-    return collect.artefact(store, recipe)
+    return Lineage(store, recipe).activations
 
 
 def training(store: Store, recipe: Recipe) -> Artefact:
-    return train.artefact(store, recipe)
+    return Lineage(store, recipe).sae
 
 
 def encoding(store: Store, recipe: Recipe) -> Artefact:
-    return encode.artefact(store, recipe)
+    return Lineage(store, recipe).features
 
 
 def is_begun(artefact: Callable[[Store, Recipe], Artefact], store: Store, recipe: Recipe) -> bool:
@@ -108,7 +108,7 @@ def test_a_run_cancelled_on_the_page_ends_in_seconds_and_the_next_one_finishes_i
     with target.writing():
         pass  # nobody holds its lock
 
-    pipeline.run(store, recipe, quiet())
+    pipeline.run(Lineage(store, recipe), quiet())
     assert tree(store.root) == tree(finished.store.root)
 
 

@@ -34,6 +34,7 @@ from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline import sweep, train
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.store.records import PartRecord
@@ -237,7 +238,7 @@ def test_after_a_failure_no_task_works_on_without_the_lock(
 ) -> None:
     two_at_once = finished.recipe.model_copy(update={"threads": 2})
     for stage in (activations.run, train.run):
-        stage(upstream, two_at_once, quiet())
+        stage(Lineage(upstream, two_at_once), quiet())
     encode, begun, ended, another = features.encode_together, [], [], threading.Event()
 
     def slow(encoders: Any, part: PartRecord, bar: Any) -> Any:
@@ -340,13 +341,13 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     data = finished.recipe.model_dump(mode="json") | {"sweep": {"grid": {"sae.k": [2, 4], "train.n_tokens": [3000]}}}
     recipe = parse_recipe(data)
     summary = pipeline_flow(recipe, str(upstream.root))
-    pipeline.run(Store.create(tmp_path / "alone"), recipe, quiet())
+    pipeline.run(Lineage(Store.create(tmp_path / "alone"), recipe), quiet())
     assert tree(upstream.root / "saes") == tree(tmp_path / "alone" / "saes")
     assert tree(upstream.root / "sweeps") == tree(tmp_path / "alone" / "sweeps")
     assert sorted(run.name for run in task_runs("saeflow-train", upstream)) == ["judge", "train"]
     assert not (upstream.root / "features").exists()
     encoded = encode_flow(recipe, str(upstream.root))
-    features.run_all(Store.create(tmp_path / "alone"), recipe, quiet())
+    features.run_all(Lineage(Store.create(tmp_path / "alone"), recipe), quiet())
     assert tree(upstream.root / "features") == tree(tmp_path / "alone" / "features")
     assert len(encoded) == len(upstream.artefacts("features")) == 2
     with get_client(sync_client=True) as client:
@@ -355,7 +356,7 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     members = ["small_k2_n_tokens3000", "small_k4_n_tokens3000"]
     assert [row["member"] for row in rows] == [page.plain(member) for member in members]
     assert [float(row["l0"]) for row in rows] == [row["l0"] for row in summary["sweep"]["saes"]]
-    picture = sweep.picture_of(upstream, recipe)
+    picture = sweep.picture_of(Lineage(upstream, recipe))
     assert base64.b64encode(picture.read_bytes()).decode() in found["saeflow-sweep-picture"]
     assert page.plain(str(picture)) in found["saeflow-sweep-picture"]
     assert "saeflow run RECIPE --member small_k" in found["saeflow-result"]

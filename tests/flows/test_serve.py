@@ -42,9 +42,9 @@ from flows.support.serve import ZOMBIES, others, set_zombie_automation
 from flows.tidy import tidy_flow
 from flows.verify import verify_flow
 from saeflow.cli import app as cli
-from saeflow.pipeline import collect as activations
 from saeflow.pipeline import ingest
 from saeflow.pipeline.forget import forget
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.cluster import ClusterConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
@@ -173,7 +173,7 @@ def test_a_word_that_only_the_dropped_files_hold_is_answered_about_with_no_comma
 
 
 def test_documents_tokens_and_parts_touched_are_exactly_the_new_ones(night: Night, server: Server) -> None:
-    generation = activations.tokens_artefact(night.store, night.recipe).published()
+    generation = Lineage(night.store, night.recipe).tokens.published()
     fresh = [part for part in generation.parts if part.index not in night.parts["tokens"]]
     assert sum(part.counts["n_documents"] for part in fresh) == len(NEW)
     where = f"key in ({', '.join(repr(name) for name in NEW)})"
@@ -413,7 +413,7 @@ def test_the_nightly_compaction_merges_the_parts_of_every_run_and_takes_forgotte
     forget(again.store, ["03.txt"], quiet())
     left = tidy_flow(recipe, str(again.store.root))
     assert set(left.values()) == {1}
-    source = activations.tokens_artefact(again.store, recipe)
+    source = Lineage(again.store, recipe).tokens
     kept = [pq.read_table(source.part_file(part, "documents.parquet")) for part in source.published().parts]
     assert "03.txt" not in {key for table in kept for key in table.column("key").to_pylist()}
     before = again.written()
@@ -426,7 +426,7 @@ def test_a_scheduled_compaction_waits_for_who_is_writing_instead_of_failing(agai
     recipe, begun, ended = parse_recipe(again.data), threading.Event(), list[str]()
 
     def write() -> None:
-        with activations.artefact(again.store, recipe).writing():
+        with Lineage(again.store, recipe).activations.writing():
             begun.set()
             time.sleep(2)
             ended.append("written")
@@ -513,4 +513,4 @@ def test_an_ingest_runs_on_a_server_with_postgresql(ingredients: Ingredients, tm
         assert ingest_flow(recipe, store)["trained"]
         assert [run.state_name for run in _runs_of("saeflow-ingest", store)] == ["Completed"]
     assert not (tmp_path / "home" / "prefect.db").exists(), "it was SQLite after all"
-    assert ingest.run(Store.open(tmp_path / "store"), recipe, quiet())["n_documents"] == 0
+    assert ingest.run(Lineage(Store.open(tmp_path / "store"), recipe), quiet())["n_documents"] == 0

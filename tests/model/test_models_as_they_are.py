@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from saeflow.activations import shards
-from saeflow.pipeline import tokens as token_parts
+from saeflow.activations.shards import stored_sites
+from saeflow.corpus import token_parts
 from saeflow.corpus.vocabulary import tokenizer_vocab
 from saeflow.model.sites import (
     SiteReader,
@@ -28,7 +29,8 @@ from saeflow.model.sites import (
     resolve_sites,
     spliced,
 )
-from saeflow.pipeline import collect
+from saeflow.pipeline import collect, tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.run import run
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import ModelConfig
@@ -128,8 +130,8 @@ def recipe_of(folder: Path, corpus: Path, site: str, **changes: Any) -> Recipe:
 
 def stored_rows(store: Store, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(vocab_ids, mask, activations) of every sequence in the store."""
-    source, stored = token_parts.artefact(store, recipe), collect.artefact(store, recipe)
-    site = collect.stored_sites(stored)[0]
+    source, stored = Lineage(store, recipe).tokens, Lineage(store, recipe).activations
+    site = stored_sites(stored)[0]
     for one, other in zip(source.published().parts, stored.published().parts, strict=True):
         vocab_ids, mask = (torch.from_numpy(each) for each in token_parts.read_part(source, one))
         yield from zip(vocab_ids, mask, shards.open_site(stored, other, site).read(slice(None)), strict=True)
@@ -159,7 +161,7 @@ def test_the_residual_stream_of_a_llama_is_read_and_replaced_by_its_block(llama:
 def test_a_llama_goes_from_text_to_loss_recovered(llama: Path, ingredients: Ingredients, tmp_path: Path) -> None:
     recipe = recipe_of(llama, ingredients.corpus, "model.layers.0.mlp.down_proj:input")
     store = Store.create(tmp_path / "store")
-    quality = run(store, recipe, Progress(verbosity=-1))["quality"]
+    quality = run(Lineage(store, recipe), Progress(verbosity=-1))["quality"]
     assert quality["n_predicted"] > 0
     assert quality["loss_zero_ablated"] != quality["loss"]
     vocab_ids, mask, _ = next(stored_rows(store, recipe))
@@ -170,8 +172,8 @@ def test_a_llama_goes_from_text_to_loss_recovered(llama: Path, ingredients: Ingr
 def test_padding_changes_nothing_that_an_encoder_stores(bert: Path, ingredients: Ingredients, tmp_path: Path) -> None:
     recipe = recipe_of(bert, ingredients.corpus, "bert.encoder.layer.1", tokens={"packing": "isolated"})
     store = Store.create(tmp_path / "store")
-    token_parts.run(store, recipe, Progress(verbosity=-1))
-    collect.run(store, recipe, Progress(verbosity=-1))
+    tokens.run(Lineage(store, recipe), Progress(verbosity=-1))
+    collect.run(Lineage(store, recipe), Progress(verbosity=-1))
     model = load_model(ModelConfig(path=str(bert)))
     n_padded = 0
     for vocab_ids, mask, x in stored_rows(store, recipe):
@@ -185,7 +187,7 @@ def test_an_encoder_goes_from_text_to_features_and_its_loss_is_not_asked_for(
     bert: Path, ingredients: Ingredients, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_of(bert, ingredients.corpus, "bert.encoder.layer.0", tokens={"packing": "isolated"})
-    quality = run(Store.create(tmp_path / "store"), recipe, Progress())["quality"]
+    quality = run(Lineage(Store.create(tmp_path / "store"), recipe), Progress())["quality"]
     assert 0 < quality["variance_unexplained"] < 1
     assert not [name for name in quality if name.startswith("loss")]
     assert "does not predict the next token" in capsys.readouterr().err

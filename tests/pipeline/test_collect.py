@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 
 from saeflow.activations import shards as arrays
+from saeflow.activations.shards import stored_sites
 from saeflow.activations.writer import ArrayWriter
-from saeflow.pipeline import tokens as token_parts
-from saeflow.model.sites import Site, load_model
-from saeflow.pipeline import collect, import_table
+from saeflow.corpus import token_parts
+from saeflow.model.sites import Site, choose_site, load_model
+from saeflow.pipeline import collect, import_table, tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
@@ -59,13 +61,13 @@ def with_tokens(tmp_path, finished) -> Store:
 def collected(where: Store, ingredients, progress, **changes):
     """Recipe and artefact after the stage."""
     recipe = parse_recipe(recipe_data(ingredients, **changes))
-    token_parts.run(where, recipe, progress)
-    return recipe, collect.run(where, recipe, progress)
+    tokens.run(Lineage(where, recipe), progress)
+    return recipe, collect.run(Lineage(where, recipe), progress)
 
 
 def stored(artefact, name: str = SITE) -> torch.Tensor:
     """All sequences of a site (S, T, D)."""
-    site = collect.choose_site(artefact, name)
+    site = choose_site(stored_sites(artefact), name)
     parts = artefact.published().parts
     return torch.cat([arrays.open_site(artefact, p, site).read(slice(None)) for p in parts])
 
@@ -74,7 +76,7 @@ def outputs(recipe, where: Store, name: str = SITE) -> tuple[torch.Tensor, torch
     """What the module gives (S, T, D) when the whole model runs, sequence after sequence, and the mask."""
     model, seen = load_model(recipe.model), []
     model.get_submodule(name).register_forward_hook(lambda _, inputs, output: seen.append(output))
-    source = token_parts.artefact(where, recipe)
+    source = Lineage(where, recipe).tokens
     masks = []
     for part in source.published().parts:
         vocab_ids, mask = token_parts.read_part(source, part)
@@ -104,25 +106,25 @@ def test_stored_rows_are_the_models_own_output_in_the_precision_of_the_disk(
 def test_several_sites_are_stored_in_one_pass_each_as_if_alone(with_tokens, ingredients, progress, finished):
     both = {"activations": {"sites": ["transformer.h.*.mlp.act", "transformer.h.0.ln_2:input"]}}
     _, artefact = collected(with_tokens, ingredients, progress, **both)
-    assert collect.stored_sites(artefact) == [
+    assert stored_sites(artefact) == [
         Site("transformer.h.0.ln_2:input", 16), Site(SITE, WIDTH), Site("transformer.h.1.mlp.act", WIDTH)
     ]  # fmt: skip
-    alone = collect.artefact(finished.store, finished.recipe)
+    alone = Lineage(finished.store, finished.recipe).activations
     torch.testing.assert_close(stored(artefact), stored(alone), rtol=0, atol=0)
 
 
 def test_a_site_must_be_named_where_several_are_stored(with_tokens, ingredients, progress):
     _, artefact = collected(with_tokens, ingredients, progress, activations={"sites": ["transformer.h.*.mlp.act"]})
-    assert collect.choose_site(artefact, SITE).width == WIDTH
+    assert choose_site(stored_sites(artefact), SITE).width == WIDTH
     for wrong in (None, "transformer.h.2.mlp.act"):
         with pytest.raises(UserError, match=r"sae\.site is .*; the sites are: transformer\.h\.0\.mlp\.act, "):
-            collect.choose_site(artefact, wrong)
+            choose_site(stored_sites(artefact), wrong)
 
 
 @pytest.mark.parametrize("layout", [{"chunk_bytes": 1, "shard_bytes": 1}, {"chunk_bytes": 3000, "shard_bytes": 7000}])
 def test_the_sizes_of_chunks_and_shards_change_no_value(with_tokens, ingredients, progress, finished, layout):
     _, artefact = collected(with_tokens, ingredients, progress, activations=layout)
-    usual = collect.artefact(finished.store, finished.recipe)
+    usual = Lineage(finished.store, finished.recipe).activations
     assert artefact.fp != usual.fp
     torch.testing.assert_close(stored(artefact), stored(usual), rtol=0, atol=0)
 
@@ -132,13 +134,13 @@ def test_how_sequences_are_batched_and_threaded_changes_values_by_rounding_at_mo
     with_tokens, ingredients, progress, finished, change
 ):
     _, artefact = collected(with_tokens, ingredients, progress, **change)
-    usual = collect.artefact(finished.store, finished.recipe)
+    usual = Lineage(finished.store, finished.recipe).activations
     torch.testing.assert_close(stored(artefact), stored(usual), rtol=1e-3, atol=2e-6)
 
 
 def test_parts_mirror_those_of_the_tokens(finished):
-    source = token_parts.artefact(finished.store, finished.recipe).published().parts
-    parts = collect.artefact(finished.store, finished.recipe).published().parts
+    source = Lineage(finished.store, finished.recipe).tokens.published().parts
+    parts = Lineage(finished.store, finished.recipe).activations.published().parts
     assert [part.counts for part in parts] == [part.counts for part in source]
 
 
@@ -146,19 +148,19 @@ def test_parts_mirror_those_of_the_tokens(finished):
 def test_collecting_goes_on_after_any_number_of_finished_parts_to_the_same_bytes(
     with_tokens, finished, progress, n_kept
 ):
-    usual = collect.artefact(finished.store, finished.recipe)
-    cut = collect.artefact(with_tokens, finished.recipe)
+    usual = Lineage(finished.store, finished.recipe).activations
+    cut = Lineage(with_tokens, finished.recipe).activations
     shutil.copytree(usual.path, cut.path)
     for part in cut.published().parts[n_kept:]:
         shutil.rmtree(cut.part_path(part))
     shutil.rmtree(cut.path / "generations")
     (cut.path / "manifest.json").unlink()
-    collect.run(with_tokens, finished.recipe, progress)
+    collect.run(Lineage(with_tokens, finished.recipe), progress)
     assert tree(cut.path) == tree(usual.path)
 
 
 def test_a_flipped_byte_is_noticed_when_it_is_read(tmp_path, finished):
-    usual = collect.artefact(finished.store, finished.recipe)
+    usual = Lineage(finished.store, finished.recipe).activations
     shutil.copytree(usual.path, tmp_path / "activations" / usual.path.name)
     copy = dataclasses.replace(usual, root=tmp_path)
     shards = copy.part_path(copy.published().parts[0]) / f"{SITE}.zarr" / "c"
@@ -295,7 +297,7 @@ def test_a_context_longer_than_the_model_reads_is_refused(with_tokens, ingredien
 def test_collecting_before_tokens_says_what_to_run(tmp_path, ingredients, progress):
     recipe = parse_recipe(recipe_data(ingredients))
     with pytest.raises(UserError, match=r"tokens/small-.* is not finished\. .*saeflow run"):
-        collect.run(Store.create(tmp_path / "store"), recipe, progress)
+        collect.run(Lineage(Store.create(tmp_path / "store"), recipe), progress)
 
 
 SIZES = st.integers(1, 5000)
@@ -321,11 +323,11 @@ def test_a_brought_table_is_stored_row_for_row_whatever_the_part_size(tmp_path, 
         write_table(tmp_path / "t.npy", values), activations={"part_rows": part_rows, "dtype": "float32"}
     )
     recipe = parse_recipe(data)
-    source, artefact = import_table.run(Store.create(tmp_path / "store"), recipe, progress)
+    source, artefact = import_table.run(Lineage(Store.create(tmp_path / "store"), recipe), progress)
     np.testing.assert_array_equal(stored(artefact, "table")[:, 0].numpy(), values)
     assert len(artefact.published().parts) == len(source.published().parts) == -(-len(values) // part_rows)
     before = tree(tmp_path / "store")
-    import_table.run(Store(tmp_path / "store"), recipe, progress)
+    import_table.run(Lineage(Store(tmp_path / "store"), recipe), progress)
     assert tree(tmp_path / "store") == before
 
 
@@ -335,7 +337,7 @@ def test_a_brought_row_that_is_not_finite_is_refused_before_anything_is_stored(t
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", values)))
     where = Store.create(tmp_path / "store")
     with pytest.raises(UserError, match=r"activations\.source: t\.npy has nan in row 432, neuron 7"):
-        import_table.run(where, recipe, progress)
+        import_table.run(Lineage(where, recipe), progress)
     assert where.artefacts() == []
 
 
@@ -343,7 +345,7 @@ def test_a_table_that_changed_is_another_table(tmp_path, progress):
     where = Store.create(tmp_path / "store")
     for values in (a_table(50), a_table(40, seed=1)):
         recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", values), activations={"dtype": "float32"}))
-        _, artefact = import_table.run(where, recipe, progress)
+        _, artefact = import_table.run(Lineage(where, recipe), progress)
         np.testing.assert_array_equal(stored(artefact, "table")[:, 0].numpy(), values)
 
 
@@ -351,7 +353,7 @@ def test_interrupted_bringing_is_finished_to_the_same_bytes(tmp_path, progress, 
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table())))
     for name in ("whole", "cut"):
         Store.create(tmp_path / name)
-    import_table.run(Store(tmp_path / "whole"), recipe, progress)
+    import_table.run(Lineage(Store(tmp_path / "whole"), recipe), progress)
     real = import_table._bring_part
 
     def fail(*arguments):
@@ -361,6 +363,6 @@ def test_interrupted_bringing_is_finished_to_the_same_bytes(tmp_path, progress, 
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(import_table, "_bring_part", fail)
-        import_table.run(Store(tmp_path / "cut"), recipe, progress)
-    import_table.run(Store(tmp_path / "cut"), recipe, progress)
+        import_table.run(Lineage(Store(tmp_path / "cut"), recipe), progress)
+    import_table.run(Lineage(Store(tmp_path / "cut"), recipe), progress)
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")

@@ -13,13 +13,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from saeflow.activations import shards
-from saeflow.pipeline import tokens as token_parts
+from saeflow.activations.shards import stored_sites
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import part_writer
 from saeflow.features.part_writer import PartWriter
 from saeflow.model.sites import Site
-from saeflow.pipeline import collect, import_table, train
+from saeflow.pipeline import collect, import_table, tokens, train
 from saeflow.pipeline import encode as features
+from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.query import checks
 from saeflow.query.ask import ask
 from saeflow.query.checks import check
@@ -55,8 +56,8 @@ def to_11_bits(values: np.ndarray) -> np.ndarray:
 
 def stored_rows(store: Store, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """token_id and activation vector (float64) of every real token, straight from the tables and arrays."""
-    source, target = collect.tokens_artefact(store, recipe), collect.artefact(store, recipe)
-    (site,) = (s for s in collect.stored_sites(target) if recipe.sae.site in (None, s.name))
+    source, target = Lineage(store, recipe).tokens, Lineage(store, recipe).activations
+    (site,) = (s for s in stored_sites(target) if recipe.sae.site in (None, s.name))
     token_ids, values = [], []
     for token_part, part in zip(source.published().parts, target.published().parts, strict=True):
         table = pq.read_table(source.part_path(token_part) / "tokens.parquet")
@@ -68,7 +69,7 @@ def stored_rows(store: Store, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
 
 
 def brute_force(store: Store, recipe: Recipe) -> BruteForce:
-    folder = train.artefact(store, recipe).path
+    folder = Lineage(store, recipe).sae.path
     weights = {name: array.astype(np.float64) for name, array in load_file(folder / "sae_weights.safetensors").items()}
     token_ids, x = stored_rows(store, recipe)
     pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
@@ -100,7 +101,7 @@ def values_of(artefact: Artefact, name: str = "token_major") -> list[tuple[int, 
 
 
 def encoded(where: Store, recipe: Recipe) -> Artefact:
-    return features.run(where, recipe, quiet())
+    return features.run(Lineage(where, recipe), quiet())
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,8 @@ def trained(ingredients, tmp_path_factory):
         sae = {"architecture": architecture, "l1_weight": 0.3}
         data: dict[str, Any] = recipe_data(ingredients, name=architecture, sae=sae, tokens={"packing": "isolated"})
         recipe = recipes[architecture] = parse_recipe(data)
-        for stage in (token_parts.run, collect.run, train.run, features.run):
-            stage(store, recipe, quiet())
+        for stage in (tokens.run, collect.run, train.run, features.run):
+            stage(Lineage(store, recipe), quiet())
     return store, recipes
 
 
@@ -132,13 +133,13 @@ def test_tokens_where_equals_brute_force_for_every_feature(trained, architecture
             clear = ~force.unclear[:, feature]
             np.testing.assert_array_equal(got[clear], force.wanted[clear, feature])
             n_values += answer.num_rows
-    assert n_values == features.artefact(store, recipe).published().total("n_values") > 5000
+    assert n_values == Lineage(store, recipe).features.published().total("n_values") > 5000
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_where_with_a_threshold_keeps_exactly_the_larger_values(trained, architecture):
     store, recipe = trained[0], trained[1][architecture]
-    rows = values_of(features.artefact(store, recipe))
+    rows = values_of(Lineage(store, recipe).features)
     with connect(store, architecture, threads=1) as connection:
         for feature in range(0, recipe.sae.n_features, 7):
             mine = [(token_id, value) for token_id, f, value in rows if f == feature]
@@ -150,7 +151,7 @@ def test_tokens_where_with_a_threshold_keeps_exactly_the_larger_values(trained, 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_both_orders_hold_the_same_values_each_sorted(trained, architecture):
-    artefact = features.artefact(trained[0], trained[1][architecture])
+    artefact = Lineage(trained[0], trained[1][architecture]).features
     by_token, by_feature = table_of(artefact, "token_major"), table_of(artefact, "feature_major")
     assert [f"{f.name} {f.type}" for f in by_token.schema] == ["token_id int64", "feature_id int32", "value float"]
     assert [f"{f.name} {f.type}" for f in by_feature.schema] == ["feature_id int32", "token_id int64", "value float"]
@@ -167,7 +168,7 @@ def test_both_orders_hold_the_same_values_each_sorted(trained, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_statistics_are_what_counting_the_values_gives(trained, architecture):
     recipe = trained[1][architecture]
-    artefact = features.artefact(trained[0], recipe)
+    artefact = Lineage(trained[0], recipe).features
     for part in artefact.published().parts:
         rows = pq.read_table(value_file(artefact.part_path(part)))
         ids, values = (rows.column(name).to_numpy() for name in ("feature_id", "value"))
@@ -195,17 +196,17 @@ def brought(tmp_path_factory):
     store = Store.create(folder / "store")
     recipe = parse_recipe(brought_data(source, sae={"k": 5}))
     for stage in (import_table.run, train.run):
-        stage(store, recipe, quiet())
+        stage(Lineage(store, recipe), quiet())
     return store, recipe, source
 
 
 def encoder_of(brought, stored: Artefact, name: str) -> features.Encoder:
     """The one trained SAE before other activations and a new artefact."""
     store, recipe, _ = brought
-    source = store.by_id(stored.record.inputs[0])
+    source = store.input_of(stored, "tokens")
     target = store.artefact("features", name, "00000000")
     target.create({"context_length": 1, "n_features": recipe.sae.n_features}, [source.id, stored.id, "saes/x-0"])
-    sae = interchange.load(train.artefact(store, recipe).path)
+    sae = interchange.load(Lineage(store, recipe).sae.path)
     return features.Encoder(TokenSelection(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows)
 
 
@@ -222,7 +223,7 @@ def test_values_do_not_depend_on_the_size_of_parts(brought, part_rows):
     n_rows = 40 if part_rows == 1 else 700
     table = write_table(source.with_name(f"{part_rows}.npy"), a_table()[:n_rows])
     cut = parse_recipe(brought_data(table, activations={"part_rows": part_rows}))
-    _, stored = import_table.run(store, cut, quiet())
+    _, stored = import_table.run(Lineage(store, cut), quiet())
     assert len(stored.published().parts) == -(-n_rows // part_rows)
     assert values_of(encode_all(encoder_of(brought, stored, f"parts{part_rows}"))) == [
         row for row in usual if row[0] < n_rows
@@ -233,7 +234,7 @@ def test_values_do_not_depend_on_the_size_of_parts(brought, part_rows):
 def test_the_files_do_not_depend_on_the_size_of_batches(brought, batch_rows):
     store, recipe, _ = brought
     usual = tree(encoded(store, recipe).path / "parts")
-    encoder = encoder_of(brought, collect.artefact(store, recipe), f"batches{batch_rows}")
+    encoder = encoder_of(brought, Lineage(store, recipe).activations, f"batches{batch_rows}")
     encoder.batch_rows = batch_rows
     assert tree(encode_all(encoder).path / "parts") == usual
 
@@ -243,7 +244,7 @@ def test_a_part_with_more_values_than_memory_holds_gets_more_files_with_the_same
     store, recipe, _ = brought
     usual = encoded(store, recipe)
     monkeypatch.setattr(part_writer, "SEGMENT_VALUES", limit)
-    encoder = encoder_of(brought, collect.artefact(store, recipe), f"segments{limit}")
+    encoder = encoder_of(brought, Lineage(store, recipe).activations, f"segments{limit}")
     encoder.batch_rows = 50
     cut = encode_all(encoder)
     n_files = [len([f for f in part.files if f.name.startswith("token_major/")]) for part in cut.published().parts]
@@ -269,7 +270,7 @@ def test_a_lost_part_is_encoded_again_to_the_same_bytes(tmp_path, trained, damag
     store, recipes = trained
     shutil.copytree(store.root, tmp_path / "store")
     copy = Store(tmp_path / "store")
-    artefact = features.artefact(copy, recipes["topk"])
+    artefact = Lineage(copy, recipes["topk"]).features
     before = tree(artefact.path)
     damage(value_file(artefact.part_path(artefact.published().parts[1])))
     encoded(copy, recipes["topk"])
@@ -279,19 +280,19 @@ def test_a_lost_part_is_encoded_again_to_the_same_bytes(tmp_path, trained, damag
 def test_encoding_before_training_says_what_to_run(tmp_path, progress):
     store = Store.create(tmp_path / "store")
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table(50))))
-    import_table.run(store, recipe, progress)
+    import_table.run(Lineage(store, recipe), progress)
     with pytest.raises(UserError, match=r"saes/brought-.* is not trained\. Run `saeflow train"):
-        features.run(store, recipe, progress)
+        features.run(Lineage(store, recipe), progress)
 
 
 def test_a_run_names_what_it_was_made_from(trained):
     store, recipes = trained
-    record = features.artefact(store, recipes["relu"]).record
+    record = Lineage(store, recipes["relu"]).features.record
     kinds = [name.split("/")[0] for name in record.inputs]
     assert kinds == ["tokens", "activations", "saes"]
     assert all(store.by_id(name).exists() for name in record.inputs)
     assert record.facts["n_features"] == 64
-    assert read_json(train.artefact(store, recipes["relu"]).path / "cfg.json")["d_sae"] == 64
+    assert read_json(Lineage(store, recipes["relu"]).sae.path / "cfg.json")["d_sae"] == 64
 
 
 def miscounting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,27 +309,27 @@ def miscounting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_that_break_a_check_are_never_published_and_are_made_again(trained, tmp_path, monkeypatch):
     recipe = trained[1]["topk"]
     store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
-    whole = tree(features.artefact(store, recipe).path)
-    shutil.rmtree(features.artefact(store, recipe).path)
+    whole = tree(Lineage(store, recipe).features.path)
+    shutil.rmtree(Lineage(store, recipe).features.path)
     with monkeypatch.context() as patch:
         miscounting(patch)
         with pytest.raises(UserError, match=r"breaks \d+ checks: .*stats_agree \(1 rows\)"):
             encoded(store, recipe)
-    assert features.artefact(store, recipe).generation() is None
-    assert features.artefact(store, recipe).part_folders() == set()
+    assert Lineage(store, recipe).features.generation() is None
+    assert Lineage(store, recipe).features.part_folders() == set()
     assert tree(encoded(store, recipe).path) == whole
 
 
 def test_checks_after_an_encoding_look_at_the_values_asked_for(trained, tmp_path, monkeypatch):
     recipe = trained[1]["topk"]
-    parts = features.artefact(trained[0], recipe).published().parts
+    parts = Lineage(trained[0], recipe).features.published().parts
     n_values = [part.counts["n_values"] for part in parts]
     assert checks.parts_to_check(parts, 0) == []
     assert checks.parts_to_check(parts, 1) == [parts[-1]]
     assert checks.parts_to_check(parts, n_values[-1] + n_values[-2]) == list(parts[-2:])
     assert checks.parts_to_check(parts, sum(n_values)) == list(parts)
     store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
-    shutil.rmtree(features.artefact(store, recipe).path)
+    shutil.rmtree(Lineage(store, recipe).features.path)
     miscounting(monkeypatch)
     unchecked = recipe.model_copy(update={"features": FeaturesConfig(check_values=0)})
     assert encoded(store, unchecked).published().total("n_values") == sum(n_values)
@@ -338,7 +339,7 @@ def test_checks_after_an_encoding_look_at_the_values_asked_for(trained, tmp_path
 def test_a_table_beside_the_parts_that_is_damaged_is_made_again(trained, tmp_path, how):
     recipe = trained[1]["topk"]
     store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
-    run = features.artefact(store, recipe)
+    run = Lineage(store, recipe).features
     whole = tree(run.path)
     path = run.path / "similar.parquet"
     path.write_bytes(path.read_bytes()[:-10]) if how == "cut" else path.unlink()
@@ -348,7 +349,7 @@ def test_a_table_beside_the_parts_that_is_damaged_is_made_again(trained, tmp_pat
 def test_a_table_whose_bytes_have_changed_keeps_its_record_and_is_found(trained, tmp_path):
     recipe = trained[1]["topk"]
     store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
-    run = features.artefact(store, recipe)
+    run = Lineage(store, recipe).features
     content = bytearray((run.path / "similar.parquet").read_bytes())
     content[40] ^= 1
     (run.path / "similar.parquet").write_bytes(content)
@@ -360,8 +361,8 @@ def test_a_table_whose_bytes_have_changed_keeps_its_record_and_is_found(trained,
 def test_a_run_killed_before_its_first_publication_is_finished_by_the_next(trained, tmp_path, monkeypatch):
     recipe = trained[1]["topk"]
     store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
-    whole = tree(features.artefact(store, recipe).path)
-    shutil.rmtree(features.artefact(store, recipe).path)
+    whole = tree(Lineage(store, recipe).features.path)
+    shutil.rmtree(Lineage(store, recipe).features.path)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -376,11 +377,11 @@ def test_a_run_killed_before_its_first_publication_is_finished_by_the_next(train
 def test_a_part_that_vanished_since_it_was_encoded_is_not_left_out_silently(trained, tmp_path):
     recipe = trained[1]["topk"]
     store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
-    run = features.artefact(store, recipe)
+    run = Lineage(store, recipe).features
     before = run.published()
-    used = features.used_of(store, run)
+    used = Ancestors(store, run).selection()
     inputs = {
-        part.index: features.part_inputs(used, part) for part in collect.artefact(store, recipe).published().parts
+        part.index: features.part_inputs(used, part) for part in Lineage(store, recipe).activations.published().parts
     }
     shutil.rmtree(run.part_path(before.parts[1]))
     with pytest.raises(UserError, match=r"Part 1 of .* is gone"):

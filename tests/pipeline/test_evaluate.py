@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as tf
 
 from saeflow.activations import shards
+from saeflow.activations.shards import stored_sites
 from saeflow.activations.sparse_values import SparseValues
-from saeflow.pipeline import tokens as token_parts
+from saeflow.corpus import token_parts
 from saeflow.model.sites import load_model
-from saeflow.pipeline import collect, encode, evaluate, import_table, train
+from saeflow.pipeline import collect, encode, evaluate, import_table, tokens, train
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import FeaturesConfig, SAEConfig
 from saeflow.runtime import devices
@@ -91,7 +93,7 @@ def test_the_perfect_autoencoder_of_these_tests_is_perfect():
 @pytest.fixture(scope="module")
 def rows(finished):
     """The held-out vectors of the finished store."""
-    site = collect.stored_sites(collect.artefact(finished.store, finished.recipe))[0]
+    site = stored_sites(Lineage(finished.store, finished.recipe).activations)[0]
     return torch.cat(list(held_out(finished.store, finished.recipe, site)))
 
 
@@ -100,13 +102,13 @@ def language_model(finished, rows):
     """Figures of the language model with any autoencoder in the place of the trained one."""
 
     def figures(sae):
-        return evaluate._language_model(finished.store, finished.recipe, sae, rows.mean(0), quiet())
+        return evaluate._language_model(Lineage(finished.store, finished.recipe), sae, rows.mean(0), quiet())
 
     return figures
 
 
 def held_out(store, recipe, site):
-    source, stored = token_parts.artefact(store, recipe), collect.artefact(store, recipe)
+    source, stored = Lineage(store, recipe).tokens, Lineage(store, recipe).activations
     for token_part, part in zip(source.published().parts, stored.published().parts, strict=True):
         mask = token_parts.read_part(source, token_part)[1][part.counts["n_train_sequences"] :]
         rows = shards.open_site(stored, part, site).read(slice(part.counts["n_train_sequences"], None))
@@ -114,7 +116,7 @@ def held_out(store, recipe, site):
 
 
 def judged(finished, sae, **changes):
-    return evaluate.judge(finished.store, finished.recipe.model_copy(update=changes), sae, quiet())
+    return evaluate.judge(Lineage(finished.store, finished.recipe.model_copy(update=changes)), sae, quiet())
 
 
 def test_judging_needs_no_trained_autoencoder_and_no_features(finished, rows):
@@ -152,7 +154,7 @@ def assert_equal_figures(found, wanted, rel):
 
 @pytest.mark.parametrize("batch_rows", [1, 7, 100_000])
 def test_figures_do_not_depend_on_the_batch(finished, batch_rows):
-    sae = interchange.load(train.artefact(finished.store, finished.recipe).path)
+    sae = interchange.load(Lineage(finished.store, finished.recipe).sae.path)
     found = judged(finished, sae, features=FeaturesConfig(batch_rows=batch_rows))
     assert_equal_figures(found, judged(finished, sae), rel=1e-9)
 
@@ -174,16 +176,16 @@ def test_figures_of_the_language_model_do_not_depend_on_how_many_sequences_run_t
 
 def test_how_the_corpus_is_cut_into_parts_does_not_matter(tmp_path, ingredients, finished, progress):
     """One document a sequence and one sequence a pass: parts then hold the very same activations."""
-    sae = interchange.load(train.artefact(finished.store, finished.recipe).path)
+    sae = interchange.load(Lineage(finished.store, finished.recipe).sae.path)
     found = []
     for part_tokens in (200, 800, 10**6):
         about = {"packing": "isolated", "part_tokens": part_tokens}
         data = recipe_data(ingredients, tokens=about, activations={"forward_batch": 1})
         store, recipe = Store.create(tmp_path / str(part_tokens)), parse_recipe(data)
-        token_parts.run(store, recipe, progress)
-        n_parts = len(collect.run(store, recipe, progress).published().parts)
-        model = evaluate._language_model(store, recipe, sae, torch.ones(WIDTH), progress)
-        found.append((n_parts, evaluate.judge(store, recipe, sae, progress), model))
+        tokens.run(Lineage(store, recipe), progress)
+        n_parts = len(collect.run(Lineage(store, recipe), progress).published().parts)
+        model = evaluate._language_model(Lineage(store, recipe), sae, torch.ones(WIDTH), progress)
+        found.append((n_parts, evaluate.judge(Lineage(store, recipe), sae, progress), model))
     assert found[0][0] > found[1][0] > found[2][0] == 1
     for _, figures, model in found[1:]:
         assert_equal_figures(figures, found[0][1], rel=1e-9)
@@ -195,8 +197,8 @@ def test_how_a_table_is_cut_into_parts_does_not_matter(tmp_path, progress):
     for part_rows in (100, 300, 1000):
         recipe = parse_recipe(brought_data(path, activations={"part_rows": part_rows}))
         store = Store.create(tmp_path / str(part_rows))
-        import_table.run(store, recipe, progress)
-        found.append(evaluate.judge(store, recipe, Fake(lambda x: x.relu(), 12), progress))
+        import_table.run(Lineage(store, recipe), progress)
+        found.append(evaluate.judge(Lineage(store, recipe), Fake(lambda x: x.relu(), 12), progress))
     assert_equal_figures(found[0], found[1], rel=1e-9)
     assert_equal_figures(found[0], found[2], rel=1e-9)
 
@@ -232,7 +234,7 @@ def test_the_divergence_of_ablation_is_that_of_float64_arithmetic_on_the_models_
     quality, model = language_model(identity()), load_model(finished.recipe.model)
     mlp = model.get_submodule(SITE)
     sums = {"zero": 0.0, "mean": 0.0}
-    for batch in evaluate._held_out_sequences(finished.store, finished.recipe, evaluate._SEQUENCES):
+    for batch in evaluate._held_out_sequences(Lineage(finished.store, finished.recipe), evaluate._SEQUENCES):
         for kind, value in (("zero", torch.zeros(WIDTH)), ("mean", rows.mean(0))):
             runs = []
             for instead in (None, value):
@@ -270,32 +272,32 @@ def two_sites(ingredients, tmp_path_factory):
     about = {"sites": [READ, TARGET], "dtype": "float32", "forward_batch": 8}
     data = recipe_data(ingredients, activations=about, sae={"site": READ, "target_site": TARGET})
     recipe = parse_recipe(data)
-    token_parts.run(store, recipe, quiet())
-    collect.run(store, recipe, quiet())
+    tokens.run(Lineage(store, recipe), quiet())
+    collect.run(Lineage(store, recipe), quiet())
     return store, recipe, load_model(recipe.model).get_submodule(TARGET)
 
 
 def target_rows(store, recipe):
-    site = next(s for s in collect.stored_sites(collect.artefact(store, recipe)) if s.name == TARGET)
+    site = next(s for s in stored_sites(Lineage(store, recipe).activations) if s.name == TARGET)
     return torch.cat(list(held_out(store, recipe, site)))
 
 
 def test_a_transcoder_is_judged_on_what_it_should_reconstruct(two_sites, progress):
     store, recipe, mlp = two_sites
-    exact = evaluate.judge(store, recipe, Fake(mlp, 16), progress)
+    exact = evaluate.judge(Lineage(store, recipe), Fake(mlp, 16), progress)
     assert exact["variance_unexplained"] == pytest.approx(0, abs=1e-10)
     assert exact["shrinkage"] == pytest.approx(1, abs=1e-5)
     y = target_rows(store, recipe).double()
     assert exact["n_tokens"] == len(y)
-    mean = evaluate.judge(store, recipe, Fake(lambda x: y.mean(0).expand(len(x), -1), 16), progress)
+    mean = evaluate.judge(Lineage(store, recipe), Fake(lambda x: y.mean(0).expand(len(x), -1), 16), progress)
     assert mean["variance_unexplained"] == pytest.approx(1, abs=1e-9)
-    assert evaluate.judge(store, recipe, identity(), progress)["variance_unexplained"] > 0.5
+    assert evaluate.judge(Lineage(store, recipe), identity(), progress)["variance_unexplained"] > 0.5
 
 
 def test_a_transcoder_that_is_the_mlp_recovers_everything(two_sites, progress):
     store, recipe, mlp = two_sites
     mean = target_rows(store, recipe).mean(0)
-    quality = evaluate._language_model(store, recipe, Fake(mlp, 16), mean, progress)
+    quality = evaluate._language_model(Lineage(store, recipe), Fake(mlp, 16), mean, progress)
     assert quality["loss_sae"] == pytest.approx(quality["loss"], rel=1e-6)
     assert 0 <= quality["kl_sae"] < 1e-10
     for figure in ("loss", "kl"):
@@ -306,10 +308,10 @@ def test_a_transcoder_that_is_the_mlp_recovers_everything(two_sites, progress):
 
 def test_the_mean_that_is_put_in_place_is_the_targets(two_sites, progress):
     store, recipe, _ = two_sites
-    mean = evaluate._judged(store, recipe, Fake(lambda x: x, 16), progress).reconstruction.mean
+    mean = evaluate.judge_together(Lineage(store, recipe), [Fake(lambda x: x, 16)], progress)[0].reconstruction.mean
     torch.testing.assert_close(mean, target_rows(store, recipe).double().mean(0))
     ablates = Fake(lambda x: mean.float().expand(len(x), -1), 16)
-    quality = evaluate._language_model(store, recipe, ablates, mean.float(), progress)
+    quality = evaluate._language_model(Lineage(store, recipe), ablates, mean.float(), progress)
     assert (quality["loss_sae"], quality["kl_recovered_mean"]) == (quality["loss_mean_ablated"], 0)
 
 
@@ -318,20 +320,20 @@ def test_a_transcoder_against_the_run_of_the_model_is_refused(two_sites, ingredi
     about = recipe.sae.model_copy(update={"site": TARGET, "target_site": READ})
     backwards = recipe.model_copy(update={"sae": about})
     with pytest.raises(UserError, match=rf"sae\.target_site is '{READ}'.*before sae\.site, '{TARGET}'"):
-        evaluate._language_model(store, backwards, identity(), torch.zeros(16), progress)
+        evaluate._language_model(Lineage(store, backwards), identity(), torch.zeros(16), progress)
 
 
 def test_a_target_that_is_not_stored_is_named(two_sites, progress):
     store, recipe, mlp = two_sites
     about = recipe.sae.model_copy(update={"target_site": "transformer.h.7"})
     with pytest.raises(UserError, match=r"sae\.target_site is 'transformer\.h\.7'; the sites are: .*h\.0\.mlp"):
-        evaluate.judge(store, recipe.model_copy(update={"sae": about}), Fake(mlp, 16), progress)
+        evaluate.judge(Lineage(store, recipe.model_copy(update={"sae": about})), Fake(mlp, 16), progress)
 
 
 def test_the_loss_is_that_of_predicting_each_held_out_token_from_those_before_it(finished):
     quality = finished.summary["quality"]
     model = load_model(finished.recipe.model)
-    source = token_parts.artefact(finished.store, finished.recipe)
+    source = Lineage(finished.store, finished.recipe).tokens
     total, n = 0.0, 0
     for part in source.published().parts:
         vocab_ids, mask = token_parts.read_part(source, part)
@@ -347,15 +349,15 @@ def test_the_loss_is_that_of_predicting_each_held_out_token_from_those_before_it
 
 def test_the_figures_of_a_run_are_those_of_its_held_out_tokens_and_its_whole_corpus(finished):
     store, recipe, quality = finished.store, finished.recipe, finished.summary["quality"]
-    site = collect.stored_sites(collect.artefact(store, recipe))[0]
+    site = stored_sites(Lineage(store, recipe).activations)[0]
     x = torch.cat(list(held_out(store, recipe, site))).double()
-    sae = interchange.load(train.artefact(store, recipe).path)
+    sae = interchange.load(Lineage(store, recipe).sae.path)
     error = (x - sae.reconstruct(x.float()).double()).square().sum()
     assert quality["judged_on"] == "held-out documents"
     assert quality["n_tokens"] == len(x)
     assert quality["variance_unexplained"] == pytest.approx((error / (x - x.mean(0)).square().sum()).item(), rel=1e-9)
     assert quality["l0"] == pytest.approx(len(sae.encode_sparse(x.float()).values) / len(x))
-    artefact = encode.artefact(store, recipe)
+    artefact = Lineage(store, recipe).features
     rows = [pq.read_table(value_file(artefact.part_path(p))) for p in artefact.published().parts]
     fired = np.bincount(np.concatenate([table.column("feature_id") for table in rows]), minlength=64)
     assert quality["n_values"] == fired.sum()
@@ -369,7 +371,7 @@ def test_the_figures_of_a_run_are_those_of_its_held_out_tokens_and_its_whole_cor
 
 
 def test_all_figures_are_numbers_and_are_kept_beside_the_features(finished):
-    kept = read_checked(encode.artefact(finished.store, finished.recipe).path / "quality.json")
+    kept = read_checked(Lineage(finished.store, finished.recipe).features.path / "quality.json")
     assert kept == finished.summary["quality"]
     assert all(math.isfinite(value) for value in kept.values() if isinstance(value, int | float))
     assert {name for name, value in kept.items() if not isinstance(value, int | float)} == {
@@ -386,17 +388,17 @@ def test_the_disk_contract_explains_every_figure(finished):
 
 def test_judging_again_does_nothing(finished, progress):
     before = tree(finished.store.root)
-    assert evaluate.run(finished.store, finished.recipe, progress) == finished.summary["quality"]
+    assert evaluate.run(Lineage(finished.store, finished.recipe), progress) == finished.summary["quality"]
     assert tree(finished.store.root) == before
 
 
 def test_figures_of_an_earlier_version_are_completed(finished, progress, tmp_path):
     shutil.copytree(finished.store.root, tmp_path / "store")
     store = Store(tmp_path / "store")
-    path = encode.artefact(store, finished.recipe).path / "quality.json"
+    path = Lineage(store, finished.recipe).features.path / "quality.json"
     kept = read_checked(path)
     write_checked(path, {name: value for name, value in kept.items() if name != "shrinkage" and "kl_" not in name})
-    evaluate.run(store, finished.recipe, progress)
+    evaluate.run(Lineage(store, finished.recipe), progress)
     assert read_checked(path) == kept
 
 
@@ -404,11 +406,11 @@ def test_without_held_out_documents_the_training_data_are_judged_and_that_is_sai
     store = Store.create(tmp_path / "store")
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table())))
     for stage in (import_table.run, train.run, encode.run):
-        stage(store, recipe, progress)
-    quality = evaluate.run(store, recipe, progress)
+        stage(Lineage(store, recipe), progress)
+    quality = evaluate.run(Lineage(store, recipe), progress)
     assert quality["judged_on"] == "training data"
     assert quality["n_tokens"] == 700
-    sae = interchange.load(train.artefact(store, recipe).path)
+    sae = interchange.load(Lineage(store, recipe).sae.path)
     x = torch.from_numpy(a_table()).half().float()
     wanted = (x - sae.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert quality["variance_unexplained"] == pytest.approx(wanted.item(), rel=1e-5)
@@ -418,7 +420,7 @@ def test_without_held_out_documents_the_training_data_are_judged_and_that_is_sai
 def test_at_most_max_tokens_are_used(finished, progress, ingredients, tmp_path):
     shutil.copytree(finished.store.root, tmp_path / "store")
     store, recipe = Store(tmp_path / "store"), parse_recipe(recipe_data(ingredients, evaluate={"max_tokens": 100}))
-    (encode.artefact(store, recipe).path / "quality.json").unlink()
-    quality = evaluate.run(store, recipe, progress)
+    (Lineage(store, recipe).features.path / "quality.json").unlink()
+    quality = evaluate.run(Lineage(store, recipe), progress)
     assert quality["n_tokens"] == 100
     assert 50 < quality["n_predicted"] <= 112  # whole sequences

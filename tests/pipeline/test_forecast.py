@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from saeflow.pipeline import collect as activations
 from saeflow.pipeline import forecast, trial_run
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forecast import Survey
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import measure_usage
@@ -89,7 +89,7 @@ def test_tokens_are_counted_over_all_the_pieces_with_a_bos_a_document(
 ) -> None:
     changed = recipe.model_copy(update={"tokens": recipe.tokens.model_copy(update={"prepend_bos": bos})})
     surveyed = forecast.survey(recipe, quiet())
-    exact = activations.tokens_artefact(finished.store, finished.recipe).published().total("n_tokens")
+    exact = Lineage(finished.store, finished.recipe).tokens.published().total("n_tokens")
     assert forecast.count_tokens(changed, surveyed) == exact + bos * surveyed.n_documents
     halved = Survey(66, 2 * surveyed.n_characters, 0, surveyed.pieces)
     assert forecast.count_tokens(recipe, halved) == 2 * exact
@@ -108,9 +108,9 @@ def test_the_forecast_of_a_small_run_is_near_what_it_takes(recipe: Recipe, tmp_p
     store = Store.create(tmp_path / "store")
     found = forecast.plan(store, recipe, quiet())
     assert not store.artefacts()
-    summary = pipeline.run(store, recipe, quiet())
+    summary = pipeline.run(Lineage(store, recipe), quiet())
     assert found.n_tokens == pytest.approx(summary["n_tokens"], rel=0.15)
-    stored = activations.artefact(store, recipe).published()
+    stored = Lineage(store, recipe).activations.published()
     collect = found.stage("collect")
     assert collect is not None
     assert collect.n_bytes == pytest.approx(sum(part.n_bytes for part in stored.parts), rel=0.35)  # tiny files
@@ -124,7 +124,7 @@ def test_the_forecast_of_a_small_run_is_near_what_it_takes(recipe: Recipe, tmp_p
 def test_what_a_stage_refuses_in_the_trial_is_said_in_its_own_words(recipe: Recipe, tmp_path: Path) -> None:
     wrong = recipe.model_copy(update={"activations": recipe.activations.model_copy(update={"sites": ["no.such.site"]})})
     with pytest.raises(UserError) as direct:
-        pipeline.run(Store.create(tmp_path / "direct"), wrong, quiet())
+        pipeline.run(Lineage(Store.create(tmp_path / "direct"), wrong), quiet())
     (tmp_path / "recipe.json").write_text(wrong.model_dump_json())
     command = [
         sys.executable,

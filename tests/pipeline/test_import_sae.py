@@ -13,16 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saeflow.activations import shards
-from saeflow.pipeline import tokens as token_parts
-from saeflow.pipeline import collect, evaluate, forecast, forget, import_sae, train
+from saeflow.activations.shards import stored_sites
+from saeflow.corpus import token_parts
+from saeflow.model.sites import choose_site
+from saeflow.pipeline import collect, evaluate, forecast, forget, tokens, train
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
-from saeflow.sae import interchange
+from saeflow.sae import formats, interchange
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
 from tests.conftest import Finished
@@ -66,8 +69,8 @@ def recipe_of(ingredients: Ingredients, folder: Path, **sae: Any) -> Recipe:
 def wanted_values(store: Store, recipe: Recipe) -> dict[tuple[int, int], float]:
     """The formula in float64 on every stored activation, by (token_id, feature_id)."""
     p = {name: tensor.double() for name, tensor in foreign_tensors().items()}
-    stored, source = collect.artefact(store, recipe), token_parts.artefact(store, recipe)
-    site, found = collect.choose_site(stored, SITE), {}
+    stored, source = Lineage(store, recipe).activations, Lineage(store, recipe).tokens
+    site, found = choose_site(stored_sites(stored), SITE), {}
     for token_part, part in zip(source.published().parts, stored.published().parts, strict=True):
         mask = token_parts.read_part(source, token_part)[1]
         x = shards.open_site(stored, part, site).read(slice(None)).double()
@@ -95,9 +98,9 @@ def test_an_imported_autoencoder_is_encoded_judged_and_asked(
 
     recipe = recipe_of(ingredients, folder)
     for stage in pipeline.stages(recipe).values():
-        stage(store, recipe, quiet())
+        stage(Lineage(store, recipe), quiet())
     wanted = wanted_values(store, recipe)
-    with connect(store, features.artefact(store, recipe).id) as connection:
+    with connect(store, Lineage(store, recipe).features.id) as connection:
         rows = connection.execute("select token_id, feature_id, value from stg_feature_major").fetchall()
         assert {(token, feature) for token, feature, _ in rows} == wanted.keys()
         got = np.array([value for *_, value in rows])
@@ -108,10 +111,10 @@ def test_an_imported_autoencoder_is_encoded_judged_and_asked(
         assert [name for name, found in check(connection) if len(found)] == []
         about = connection.execute("select architecture, n_features, k from runs where is_current").fetchone()
     assert about == ("jumprelu", F, None)
-    made = train.artefact(store, recipe)
+    made = Lineage(store, recipe).sae
     l0 = train.last_row(made)["l0"]
     assert l0 == pytest.approx(len(wanted) / len({token for token, _ in wanted}), rel=0.2)
-    quality = read_json(features.artefact(store, recipe).path / "quality.json")
+    quality = read_json(Lineage(store, recipe).features.path / "quality.json")
     assert 0 < quality["variance_unexplained"] == pytest.approx(train.last_row(made)["variance_unexplained"], rel=0.2)
 
 
@@ -119,7 +122,7 @@ def test_an_import_is_published_as_our_own_and_says_where_it_is_from(
     store: Store, folder: Path, ingredients: Ingredients
 ) -> None:
     recipe = recipe_of(ingredients, folder, site=SITE)
-    made = train.run(store, recipe, quiet())
+    made = train.run(Lineage(store, recipe), quiet())
     loaded, theirs = interchange.load(made.path), interchange.load(folder)
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in theirs.state_dict().items())
     assert (loaded.config.site, loaded.config.source, loaded.config.n_features) == (SITE, None, F)
@@ -129,39 +132,39 @@ def test_an_import_is_published_as_our_own_and_says_where_it_is_from(
     assert read_json(made.path / "provenance.json")["source"] == str(folder)
     assert pq.read_table(made.path / "log.parquet").num_rows == 1
     before = tree(made.path)
-    assert train.run(store, recipe, quiet(), fresh=True) == made
+    assert train.run(Lineage(store, recipe, fresh=True), quiet()) == made
     (made.path / "log.parquet").unlink()
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     assert tree(made.path) == before, "the same import twice gives the same bytes"
 
 
 def test_an_import_is_named_by_what_the_folder_holds(store: Store, folder: Path, ingredients: Ingredients) -> None:
     recipe = recipe_of(ingredients, folder)
-    fp = train.artefact(store, recipe).fp
+    fp = Lineage(store, recipe).sae.fp
     moved = folder.rename(folder.with_name("moved"))
     recipe = recipe_of(ingredients, moved)
-    assert train.artefact(store, recipe).fp == fp
+    assert Lineage(store, recipe).sae.fp == fp
     slower = recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": 1.0})})
-    assert train.artefact(store, slower).fp == fp, "it is not trained"
+    assert Lineage(store, slower).sae.fp == fp, "it is not trained"
     tensors = load_file(moved / "sae_weights.safetensors")
     save_file(tensors | {"b_enc": tensors["b_enc"] + 1}, moved / "sae_weights.safetensors")
-    assert train.artefact(store, recipe).fp != fp
+    assert Lineage(store, recipe).sae.fp != fp
 
 
 def test_one_of_our_own_is_imported_into_another_name_with_the_same_values(
     finished: Finished, store: Store, ingredients: Ingredients
 ) -> None:
-    own = train.artefact(finished.store, finished.recipe).path
+    own = Lineage(finished.store, finished.recipe).sae.path
     recipe = parse_recipe(recipe_data(ingredients, name="again", data="small", sae={"source": str(own)}))
     for stage in (train.run, features.run, evaluate.run):
-        stage(store, recipe, quiet())
-    first, again = (features.artefact(s, r).path for s, r in ((finished.store, finished.recipe), (store, recipe)))
+        stage(Lineage(store, recipe), quiet())
+    first, again = (Lineage(s, r).features.path for s, r in ((finished.store, finished.recipe), (store, recipe)))
 
     def tables(path: Path) -> list[bytes]:
         return [file.read_bytes() for file in sorted(path.glob("parts/*/*_major/*/*/*.parquet"))]
 
     assert tables(first) == tables(again) != []
-    assert interchange.load(train.artefact(store, recipe).path).config == interchange.load(own).config
+    assert interchange.load(Lineage(store, recipe).sae.path).config == interchange.load(own).config
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_a_recipe_that_contradicts_the_folder_is_refused_before_work(
 ) -> None:
     recipe, before = recipe_of(ingredients, folder, **sae), tree(store.root)
     with pytest.raises(UserError, match=reason):
-        train.run(store, recipe, quiet())
+        train.run(Lineage(store, recipe), quiet())
     assert tree(store.root) == before
 
 
@@ -188,8 +191,8 @@ def test_a_k_that_is_not_the_folders_is_refused(store: Store, tmp_path: Path, in
     tensors = {name: tensor for name, tensor in foreign_tensors().items() if name != "threshold"}
     folder = write_saelens(tmp_path / "topk", "topk", tensors, k=7)
     with pytest.raises(UserError, match=r"sae\.k is 4, but the SAE in .* has 7"):
-        train.run(store, recipe_of(ingredients, folder), quiet())
-    made = train.run(store, recipe_of(ingredients, folder, k=7), quiet())
+        train.run(Lineage(store, recipe_of(ingredients, folder)), quiet())
+    made = train.run(Lineage(store, recipe_of(ingredients, folder, k=7)), quiet())
     assert train.last_row(made)["l0"] == 7
 
 
@@ -203,13 +206,13 @@ def test_vectors_of_another_width_are_refused_with_the_sites_that_fit(
     with pytest.raises(
         UserError, match=rf"has vectors of 20, but those of site {SITE} are of {WIDTH}\.\nStore the site"
     ):
-        train.run(store, recipe_of(ingredients, folder), quiet())
+        train.run(Lineage(store, recipe_of(ingredients, folder)), quiet())
     assert tree(store.root) == before
 
 
 def test_activations_come_before_an_import(tmp_path: Path, folder: Path, ingredients: Ingredients) -> None:
     with pytest.raises(UserError, match=r"activations/small-\w+ is not finished"):
-        train.run(Store.create(str(tmp_path / "empty")), recipe_of(ingredients, folder), quiet())
+        train.run(Lineage(Store.create(str(tmp_path / "empty")), recipe_of(ingredients, folder)), quiet())
 
 
 def test_a_transcoder_is_imported_onto_two_sites(tmp_path: Path, ingredients: Ingredients) -> None:
@@ -219,25 +222,25 @@ def test_a_transcoder_is_imported_onto_two_sites(tmp_path: Path, ingredients: In
     sae = {"source": str(folder), "n_features": F, "site": SITE}
     data = recipe_data(ingredients, name="foreign", sae=sae, activations={"sites": [SITE, wide, target]})
     recipe, store = parse_recipe(data), Store.create(str(tmp_path / "store"))
-    for stage in (token_parts.run, collect.run):
-        stage(store, recipe, quiet())
+    for stage in (tokens.run, collect.run):
+        stage(Lineage(store, recipe), quiet())
     with pytest.raises(UserError, match=r"is a transcoder, but sae\.target_site is None\.\nSet it to the site"):
-        train.run(store, recipe, quiet())
+        train.run(Lineage(store, recipe), quiet())
     to_wide = parse_recipe(data | {"sae": data["sae"] | {"target_site": wide}})
     with pytest.raises(UserError, match=rf"has vectors of 16, but .* of {WIDTH}\.\nSet sae\.target_site to {target}"):
-        train.run(store, to_wide, quiet())
+        train.run(Lineage(store, to_wide), quiet())
     recipe = parse_recipe(data | {"sae": data["sae"] | {"target_site": target}})
     for stage in (train.run, features.run, evaluate.run):
-        stage(store, recipe, quiet())
-    wanted, made = wanted_values(store, recipe), features.artefact(store, recipe)
+        stage(Lineage(store, recipe), quiet())
+    wanted, made = wanted_values(store, recipe), Lineage(store, recipe).features
     assert made.published().total("n_values") == len(wanted)
-    assert interchange.load(train.artefact(store, recipe).path).config.target_site == target
+    assert interchange.load(Lineage(store, recipe).sae.path).config.target_site == target
 
 
 def test_an_imported_autoencoder_has_seen_none_of_the_documents(
     store: Store, folder: Path, ingredients: Ingredients
 ) -> None:
-    made = train.run(store, recipe_of(ingredients, folder), quiet())
+    made = train.run(Lineage(store, recipe_of(ingredients, folder)), quiet())
     done = forget.forget(store, ["tales/000"], quiet())
     assert made.id not in [*done.saes, *done.held_out_only]
     assert any(sae.startswith("saes/small") for sae in [*done.saes, *done.held_out_only])
@@ -248,13 +251,13 @@ def test_another_architecture_than_the_folders_is_refused(folder: Path, ingredie
     with pytest.raises(
         UserError, match=r"sae.architecture is gated, but the SAE in .* has jumprelu\.\nSet .* leave it out"
     ):
-        import_sae.sae_config(parse_recipe(recipe_data(ingredients, sae=asked)))
+        formats.effective_config(parse_recipe(recipe_data(ingredients, sae=asked)).sae)
 
 
 def test_a_member_of_a_sweep_may_be_imported(store: Store, folder: Path, ingredients: Ingredients) -> None:
     each = [{"sae": {"source": str(folder), "n_features": F}}, {"sae": {"k": 3}}]
     recipe = parse_recipe(recipe_data(ingredients) | {"sweep": {"each": each}})
-    taken, trained = train.run_all(store, recipe, quiet())
+    taken, trained = train.run_all(Lineage(store, recipe), quiet())
     assert ("imported" in taken.record.facts, "imported" in trained.record.facts) == (True, False)
 
 

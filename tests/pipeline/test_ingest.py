@@ -23,14 +23,21 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from saeflow.cli import app as cli
-from saeflow.pipeline import tokens as token_parts  # fmt: skip
+from saeflow.corpus import token_parts
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Entry, Ledger
 from saeflow.pipeline import collect as activations
-from saeflow.pipeline import deletions, ingest, retrain, train
+from saeflow.pipeline import (
+    deletions,
+    ingest,
+    retrain,
+    tokens,  # fmt: skip
+    train,
+)
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.dask import workers as cluster
+from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.query.ask import query
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
@@ -61,7 +68,7 @@ class Watched:
     texts: Path
 
     def ingest(self) -> dict[str, Any]:
-        return ingest.run(self.store, self.recipe, quiet())
+        return ingest.run(Lineage(self.store, self.recipe), quiet())
 
     def drop(self, texts: dict[str, str]) -> None:
         for name, text in texts.items():
@@ -184,14 +191,14 @@ def test_a_changed_document_takes_the_place_of_the_old_one(night: Watched) -> No
 def test_every_published_run_over_the_activations_follows(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
-    pipeline.run(night.store, other, quiet())
+    pipeline.run(Lineage(night.store, other), quiet())
     night.drop(NEW)
     summary = night.ingest()
     grown = {name: parts for name, parts in summary["parts"].items() if name.startswith("features/")}
     assert sorted(name.partition("-")[0] for name in grown) == ["features/other", "features/small"]
     for name in grown:
         assert len(night.store.by_id(name).published().parts) == len(
-            activations.artefact(night.store, night.recipe).published().parts
+            Lineage(night.store, night.recipe).activations.published().parts
         )
 
 
@@ -200,19 +207,19 @@ def test_a_run_that_is_being_written_follows_later_and_one_that_cannot_is_named_
 ) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
-    pipeline.run(night.store, other, quiet())
+    pipeline.run(Lineage(night.store, other), quiet())
     night.drop(NEW)
-    name = features.artefact(night.store, other).id
-    with features.artefact(night.store, other).writing():
+    name = Lineage(night.store, other).features.id
+    with Lineage(night.store, other).features.writing():
         assert night.ingest()["parts"][name] == []
-    assert night.says(WORD, features.artefact(night.store, night.recipe).id)
+    assert night.says(WORD, Lineage(night.store, night.recipe).features.id)
     assert night.ingest()["parts"][name] != []
     night.drop({"another.txt": FIRST["00.txt"]})
-    shutil.rmtree(train.artefact(night.store, other).path)
+    shutil.rmtree(Lineage(night.store, other).sae.path)
     with pytest.raises(UserError, match=rf"{name} does not hold the new documents yet"):
         night.ingest()
-    own = features.artefact(night.store, night.recipe).published()
-    assert len(own.parts) == len(activations.artefact(night.store, night.recipe).published().parts)
+    own = Lineage(night.store, night.recipe).features.published()
+    assert len(own.parts) == len(Lineage(night.store, night.recipe).activations.published().parts)
 
 
 def test_published_runs_follow_though_the_recipes_own_cannot_be_made_and_it_is_named(night: Watched) -> None:
@@ -220,22 +227,22 @@ def test_published_runs_follow_though_the_recipes_own_cannot_be_made_and_it_is_n
     own = parse_recipe(data | {"sae": data["sae"] | {"k": 3, "n_features": 10**9}})
     night.drop(NEW)
     with pytest.raises(UserError, match=r"^small does not hold the new documents yet: .*of memory"):
-        ingest.run(night.store, own, quiet())
-    assert night.says(WORD, features.artefact(night.store, night.recipe).id)
+        ingest.run(Lineage(night.store, own), quiet())
+    assert night.says(WORD, Lineage(night.store, night.recipe).features.id)
 
 
 def test_whatever_ends_one_run_the_others_follow(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "a", "data": "small", "sae": data["sae"] | {"k": 2}})
-    pipeline.run(night.store, other, quiet())
-    first, own = (features.artefact(night.store, each) for each in (other, night.recipe))
+    pipeline.run(Lineage(night.store, other), quiet())
+    first, own = (Lineage(night.store, each).features for each in (other, night.recipe))
     night.drop(NEW)
     encode = features._encode
 
-    def broken(store: Store, target: Any, *arguments: Any) -> None:
-        if target == first:
+    def broken(run: Ancestors, *arguments: Any) -> None:
+        if run.artefact == first:
             raise RuntimeError("CUDA error: out of memory")
-        encode(store, target, *arguments)
+        encode(run, *arguments)
 
     monkeypatch.setattr(features, "_encode", broken)
     with pytest.raises(UserError, match=f"^{first.id} does not hold .*: RuntimeError: CUDA error: out of memory$"):
@@ -246,7 +253,7 @@ def test_whatever_ends_one_run_the_others_follow(night: Watched, monkeypatch: py
 
 def begin_another(night: Watched) -> str:
     """A run whose first encoding was killed."""
-    own = features.artefact(night.store, night.recipe)
+    own = Lineage(night.store, night.recipe).features
     begun = night.store.artefact("features", "a", "00000000")
     begun.create(own.record.facts, own.record.inputs)
     return begun.id
@@ -257,8 +264,8 @@ def test_a_run_that_was_never_finished_keeps_no_other_from_following_or_being_co
     night.drop(NEW)
     night.ingest()
     assert night.says(WORD)
-    pipeline.compact(night.store, night.recipe, quiet())
-    assert len(features.artefact(night.store, night.recipe).published().parts) == 1
+    pipeline.compact(Lineage(night.store, night.recipe), quiet())
+    assert len(Lineage(night.store, night.recipe).features.published().parts) == 1
 
 
 def test_the_catalog_is_written_though_a_run_cannot_be_compacted(
@@ -270,7 +277,7 @@ def test_the_catalog_is_written_though_a_run_cannot_be_compacted(
     (night.store.root / "catalog.sql").unlink()
     monkeypatch.setattr(features, "add_tables", broken)
     with pytest.raises(UserError, match="no room"):
-        pipeline.compact(night.store, night.recipe, quiet())
+        pipeline.compact(Lineage(night.store, night.recipe), quiet())
     assert (night.store.root / "catalog.sql").is_file()
 
 
@@ -279,11 +286,11 @@ def test_new_parts_are_encoded_and_checked_as_the_recipe_says(night: Watched, mo
     about = {"device": "cpu", "batch_rows": 7, "check_values": 3}
     recipe, seen = parse_recipe(data | {"features": about}), {}
     encoder_of, workers, require = features.encoder_of, features._workers, features.checks.require
-    monkeypatch.setattr(features, "encoder_of", lambda *a: encoder_of(*a[:3], seen.setdefault("config", a[3])))
+    monkeypatch.setattr(features, "encoder_of", lambda *a: encoder_of(*a[:2], seen.setdefault("config", a[2])))
     monkeypatch.setattr(features, "_workers", lambda config, n: workers(config, seen.setdefault("threads", n)))
     monkeypatch.setattr(features.checks, "require", lambda *a: require(*a[:3], seen.setdefault("checked", a[3]), a[4]))
     night.drop(NEW)
-    ingest.run(night.store, recipe, quiet())
+    ingest.run(Lineage(night.store, recipe), quiet())
     assert (seen["config"], seen["threads"], seen["checked"]) == (recipe.features, recipe.threads, 3)
 
 
@@ -339,10 +346,10 @@ def test_workers_encode_what_an_ingest_found_where_the_recipe_has_a_cluster(
     night: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night.drop(NEW)
-    token_parts.run(night.store, night.recipe, quiet())
-    activations.run(night.store, night.recipe, quiet())
+    tokens.run(Lineage(night.store, night.recipe), quiet())
+    activations.run(Lineage(night.store, night.recipe), quiet())
     recipe, workers, _ = on_a_cluster(night, monkeypatch)
-    ingest.run(night.store, recipe, quiet())
+    ingest.run(Lineage(night.store, recipe), quiet())
     assert workers.made == ["pipeline.encode.encode_at"]
     assert night.says(WORD)
     assert not night.broken_checks()
@@ -374,14 +381,14 @@ def test_a_stage_holds_a_place_while_it_works_and_an_ingest_of_nothing_new_waits
         held.clear()
         return found
 
-    ingest.run(night.store, night.recipe, quiet(), place)
+    ingest.run(Lineage(night.store, night.recipe), quiet(), place)
     assert asked() == []
     night.drop(NEW)
-    ingest.run(night.store, night.recipe, quiet(), place)
+    ingest.run(Lineage(night.store, night.recipe), quiet(), place)
     assert asked() == ["collect", "encode"]
-    retrain.run(night.store, night.recipe, quiet(), place=place)
+    retrain.run(Lineage(night.store, night.recipe), quiet(), place=place)
     assert asked() == ["train", "encode", "compact", "evaluate", "report"]
-    pipeline.compact(night.store, night.recipe, quiet(), place=place)
+    pipeline.compact(Lineage(night.store, night.recipe), quiet(), place=place)
     assert asked() == []
 
 
@@ -432,7 +439,7 @@ def test_a_training_is_asked_for_by_the_next_ingest_where_the_one_that_read_the_
     assert found["n_documents"] == 0
     assert has_grown(night.recipe, found)
     assert has_grown(night.recipe, night.ingest()), "asked again until an SAE is trained"
-    retrain.run(night.store, night.recipe, quiet())
+    retrain.run(Lineage(night.store, night.recipe), quiet())
     assert not has_grown(night.recipe, night.ingest())
     assert not has_grown(night.with_schedule(train_growth=0.0).recipe, found)
     assert not has_grown(night.recipe, {"grown": math.inf}), "the first SAE is at work elsewhere"
@@ -443,7 +450,8 @@ def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_sta
 ) -> None:
     data = night.recipe.model_dump(mode="json")
     pipeline.run(
-        night.store, parse_recipe(data | {"name": "other", "corpus": {**data["corpus"], "share": 0.5}}), quiet()
+        Lineage(night.store, parse_recipe(data | {"name": "other", "corpus": {**data["corpus"], "share": 0.5}})),
+        quiet(),
     )
     night.ingest()
     times = Counter[str]()
@@ -455,27 +463,26 @@ def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_sta
 
     night.store.storage.lists = Counted()
     night.ingest()
-    for each in (token_parts, activations):
-        stored = each.artefact(night.store, night.recipe)  # type: ignore[attr-defined]
-        assert times[stored.id] == 1
+    lineage = Lineage(night.store, night.recipe)
+    assert times[lineage.tokens.id] == times[lineage.activations.id] == 1
     assert max(times.values()) <= 2, "of a run once more, for catalog.sql"
 
 
 def test_of_the_recipes_own_runs_only_the_newest_follow_where_it_keeps_so_many(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
-    pipeline.run(night.store, other, quiet())
-    own = [features.artefact(night.store, night.recipe)]
+    pipeline.run(Lineage(night.store, other), quiet())
+    own = [Lineage(night.store, night.recipe).features]
     for number in range(2):
         night.drop({f"{number}.txt": FIRST["00.txt"]})
         night.ingest()
-        retrain.run(night.store, night.recipe, quiet())
-        own.append(features.artefact(night.store, night.recipe))
+        retrain.run(Lineage(night.store, night.recipe), quiet())
+        own.append(Lineage(night.store, night.recipe).features)
     night = night.with_schedule(keep_runs=2)
     night.drop(NEW)
     parts = night.ingest()["parts"]
     assert [bool(parts[each.id]) for each in own] == [False, True, True]
-    assert parts[features.artefact(night.store, other).id]
+    assert parts[Lineage(night.store, other).features.id]
     assert not night.says(WORD, own[0].id)
     assert night.with_schedule(keep_runs=0).ingest()["parts"][own[0].id]
 
@@ -533,7 +540,7 @@ def test_an_ingest_killed_between_forgetting_and_reading_forgets_no_more_and_no_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(token_parts, "run", killed)
+        patched.setattr(tokens, "run", killed)
         with pytest.raises(KeyboardInterrupt):
             night.ingest()
     summary = night.ingest()
@@ -571,10 +578,10 @@ def test_of_documents_of_one_key_the_one_that_is_gone_goes(ingredients: Ingredie
     data = recipe_data(ingredients, corpus=corpus, schedule={"removed": "forget"})
     recipe = parse_recipe(data)
     store = Store.create(tmp_path / "store")
-    token_parts.run(store, recipe, quiet())
+    tokens.run(Lineage(store, recipe), quiet())
     write(WORD)
-    found = deletions.forget_removed(store, recipe, quiet())
-    source = token_parts.run(store, recipe, quiet())
+    found = deletions.forget_removed(Lineage(store, recipe), quiet())
+    source = tokens.run(Lineage(store, recipe), quiet())
     [hidden] = source.published().hidden_ids
     assert (found.n, hidden) == (1, 0)
 
@@ -646,33 +653,33 @@ def test_of_equal_texts_one_is_kept_while_one_of_them_is_there(ingredients: Ingr
 
 def test_growth_counts_from_the_newest_sae_and_a_new_one_is_trained_once_it_is_enough(night: Watched) -> None:
     store, recipe = night.store, night.recipe
-    assert retrain.grown(store, recipe) == 0
+    assert retrain.grown(Lineage(store, recipe)) == 0
     night.drop(NEW)
     growth = night.ingest()["grown"]
-    stored = activations.artefact(store, recipe)
+    stored = Lineage(store, recipe).activations
     now, then = (stored.generation(n).total("n_train_tokens") for n in (2, 1))  # type: ignore[union-attr]
     assert growth == pytest.approx(now / then - 1)
     assert growth > 0
-    assert retrain.run(store, recipe, quiet(), share=growth * 1.01)["trained"] == []
-    before = features.artefact(store, recipe).id
-    made = retrain.run(store, recipe, quiet(), share=growth)
-    assert made["trained"] == [train.artefact(store, recipe).id]
-    assert made["runs"] == [features.artefact(store, recipe).id] != [before]
-    assert retrain.grown(store, recipe) == 0
-    assert retrain.run(store, recipe, quiet(), share=growth)["trained"] == []
+    assert retrain.run(Lineage(store, recipe), quiet(), share=growth * 1.01)["trained"] == []
+    before = Lineage(store, recipe).features.id
+    made = retrain.run(Lineage(store, recipe), quiet(), share=growth)
+    assert made["trained"] == [Lineage(store, recipe).sae.id]
+    assert made["runs"] == [Lineage(store, recipe).features.id] != [before]
+    assert retrain.grown(Lineage(store, recipe)) == 0
+    assert retrain.run(Lineage(store, recipe), quiet(), share=growth)["trained"] == []
     assert {row["key"] for row in night.sql("select key from documents")} == {*FIRST, *NEW}
-    assert ingest.run(store, recipe, quiet())["trained"] is False
+    assert ingest.run(Lineage(store, recipe), quiet())["trained"] is False
 
 
 def test_growth_is_known_after_old_generations_were_collected(night: Watched) -> None:
     night.drop(NEW)
     growth = night.ingest()["grown"]
     garbage.collect(night.store, 0, remove=True)
-    assert activations.artefact(night.store, night.recipe).numbers() == [2]
-    assert retrain.grown(night.store, night.recipe) == growth
-    path = train.artefact(night.store, night.recipe).path / "provenance.json"
+    assert Lineage(night.store, night.recipe).activations.numbers() == [2]
+    assert retrain.grown(Lineage(night.store, night.recipe)) == growth
+    path = Lineage(night.store, night.recipe).sae.path / "provenance.json"
     write_json(path, {name: value for name, value in read_json(path).items() if name != "n_train_tokens"})
-    assert retrain.grown(night.store, night.recipe) == 0  # of an earlier saeflow: nothing that is kept tells
+    assert retrain.grown(Lineage(night.store, night.recipe)) == 0  # of an earlier saeflow: nothing that is kept tells
 
 
 def test_a_training_that_was_killed_before_its_values_were_encoded_is_finished_by_the_next_ingest(
@@ -680,36 +687,36 @@ def test_a_training_that_was_killed_before_its_values_were_encoded_is_finished_b
 ) -> None:
     night.drop(NEW)
     night.ingest()
-    train.run(night.store, night.recipe, quiet(), fresh=True)
+    train.run(Lineage(night.store, night.recipe, fresh=True), quiet())
     assert night.ingest()["trained"]
-    assert (features.artefact(night.store, night.recipe).path / "quality.json").is_file()
+    assert (Lineage(night.store, night.recipe).features.path / "quality.json").is_file()
 
 
 def test_an_ingest_leaves_a_new_run_to_the_training_that_is_making_it(night: Watched) -> None:
     night.drop(NEW)
     night.ingest()
-    train.run(night.store, night.recipe, quiet(), fresh=True)
+    train.run(Lineage(night.store, night.recipe, fresh=True), quiet())
     night.drop({"another.txt": FIRST["00.txt"]})
-    with features.artefact(night.store, night.recipe).writing():
+    with Lineage(night.store, night.recipe).features.writing():
         summary = night.ingest()
     assert (summary["n_documents"], summary["trained"]) == (1, False)
     assert "another.txt" in night.held()
 
 
 def test_an_sae_from_elsewhere_is_never_trained_anew(night: Watched) -> None:
-    folder = str(train.artefact(night.store, night.recipe).path)
+    folder = str(Lineage(night.store, night.recipe).sae.path)
     data = night.recipe.model_dump(mode="json")
     recipe = parse_recipe(data | {"name": "theirs", "data": "small", "sae": data["sae"] | {"source": folder}})
-    pipeline.run(night.store, recipe, quiet())
-    assert retrain.run(night.store, recipe, quiet()) == {"run": "theirs", "trained": [], "grown": 0}
+    pipeline.run(Lineage(night.store, recipe), quiet())
+    assert retrain.run(Lineage(night.store, recipe), quiet()) == {"run": "theirs", "trained": [], "grown": 0}
 
 
 def test_a_sweep_is_followed_by_each_of_its_saes(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json") | {"sweep": {"grid": {"sae.k": [2, 3], "train.n_tokens": [800]}}}
     recipe = parse_recipe(data)
-    assert ingest.run(night.store, recipe, quiet())["trained"]
+    assert ingest.run(Lineage(night.store, recipe), quiet())["trained"]
     night.drop(NEW)
-    summary = ingest.run(night.store, recipe, quiet())
+    summary = ingest.run(Lineage(night.store, recipe), quiet())
     assert not summary["trained"]
     assert [len(parts) for name, parts in summary["parts"].items() if name.startswith("features/")] == [1, 1, 1]
 
@@ -718,8 +725,8 @@ def test_a_brought_table_is_taken_in_too(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.npy", a_table(300))
     recipe = parse_recipe(brought_data(table, train={"n_tokens": 800}, schedule={"removed": "forget"}))
     store = Store.create(tmp_path / "store")
-    assert ingest.run(store, recipe, quiet())["n_tokens"] == 300
-    assert ingest.run(store, recipe, quiet())["n_tokens"] == 0
+    assert ingest.run(Lineage(store, recipe), quiet())["n_tokens"] == 300
+    assert ingest.run(Lineage(store, recipe), quiet())["n_tokens"] == 0
 
 
 def flip(path: Path) -> None:
@@ -808,7 +815,8 @@ def test_a_time_that_cannot_be_is_refused_by_the_settings_name(settings: dict[st
 
 def test_the_schedule_is_no_part_of_what_an_artefact_is(night: Watched) -> None:
     other = night.with_schedule(ingest="5s", removed="forget", timezone="Europe/Berlin")
-    for each in (token_parts, activations, train, features):
-        assert each.artefact(night.store, night.recipe) == each.artefact(night.store, other.recipe)  # type: ignore[attr-defined]
+    one, two = (Lineage(night.store, recipe) for recipe in (night.recipe, other.recipe))
+    for kind in ("tokens", "activations", "sae", "features"):
+        assert getattr(one, kind) == getattr(two, kind)
     assert ScheduleConfig().train == "never"
-    assert math.isfinite(retrain.grown(night.store, night.recipe))
+    assert math.isfinite(retrain.grown(Lineage(night.store, night.recipe)))

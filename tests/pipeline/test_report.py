@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saeflow.pipeline import encode, evaluate, import_table, report, train
+from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.report import active_sets, feature_table
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.errors import UserError
@@ -30,17 +31,17 @@ def small(tmp_path_factory):
     store = Store.create(folder / "store")
     recipe = parse_recipe(brought_data(folder / "t.csv", sae={"n_features": 8, "k": 2}, activations={"part_rows": 4}))
     for stage in (import_table.run, train.run, encode.run):
-        stage(store, recipe, quiet())
+        stage(Lineage(store, recipe), quiet())
     return store, recipe
 
 
 def test_a_small_table_is_drawn_whole_and_only_once(small):
     store, recipe = small
-    path = report.run(store, recipe, quiet())
+    path = report.run(Lineage(store, recipe), quiet())
     assert path.name == "features.png"
     assert path.read_bytes().startswith(PNG)
     before = path.stat().st_mtime_ns
-    assert report.run(store, recipe, quiet()) == path
+    assert report.run(Lineage(store, recipe), quiet()) == path
     assert path.stat().st_mtime_ns == before
 
 
@@ -49,24 +50,24 @@ def test_the_picture_is_drawn_again_once_the_features_are_others(tmp_path):
     store = Store.create(tmp_path / "store")
     recipe = parse_recipe(brought_data(tmp_path / "t.csv", sae={"n_features": 8}, activations={"part_rows": 4}))
     for stage in (import_table.run, train.run, encode.run):
-        stage(store, recipe, quiet())
-    target = encode.artefact(store, recipe)
+        stage(Lineage(store, recipe), quiet())
+    target = Lineage(store, recipe).features
     every = target.published().parts
     target.publish(every[:-1])
-    before = report.run(store, recipe, quiet()).read_bytes()
+    before = report.run(Lineage(store, recipe), quiet()).read_bytes()
     target.publish(every)
-    after = report.run(store, recipe, quiet()).read_bytes()
+    after = report.run(Lineage(store, recipe), quiet()).read_bytes()
     assert before != after
-    report.run(store, recipe, quiet()).unlink()
-    assert report.run(store, recipe, quiet()).read_bytes() == after
+    report.run(Lineage(store, recipe), quiet()).unlink()
+    assert report.run(Lineage(store, recipe), quiet()).read_bytes() == after
 
 
 def test_the_same_run_gives_the_same_picture_byte_for_byte(small):
     store, recipe = small
-    path = report.run(store, recipe, quiet())
+    path = report.run(Lineage(store, recipe), quiet())
     before = path.read_bytes()
     path.unlink()
-    assert report.run(store, recipe, quiet()).read_bytes() == before
+    assert report.run(Lineage(store, recipe), quiet()).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_the_same_run_gives_the_same_picture_byte_for_byte(small):
 def test_who_has_lost_the_lease_writes_no_figures_and_no_picture(small, tmp_path, monkeypatch, stage, made, name):
     shutil.copytree(small[0].root, tmp_path / "store")
     store, recipe = Store(tmp_path / "store"), small[1]
-    target = encode.artefact(store, recipe)
+    target = Lineage(store, recipe).features
     (target.path / name).unlink(missing_ok=True)
     module, function = {"report": report, "evaluate": evaluate}[made.split(".")[0]], made.split(".")[1]
     make = getattr(module, function)
@@ -87,20 +88,20 @@ def test_who_has_lost_the_lease_writes_no_figures_and_no_picture(small, tmp_path
 
     monkeypatch.setattr(module, function, slow)
     with pytest.raises(UserError, match="has taken over"):
-        stage(store, recipe, quiet())
+        stage(Lineage(store, recipe), quiet())
     assert not (target.path / name).exists()
 
 
 def test_a_run_on_a_corpus_is_drawn_as_a_histogram_of_densities(finished):
-    path = encode.artefact(finished.store, finished.recipe).path / "density.png"
+    path = Lineage(finished.store, finished.recipe).features.path / "density.png"
     assert path.read_bytes().startswith(PNG)
 
 
 def test_the_table_of_features_holds_the_stored_values_under_the_rows_own_labels(small):
     store, recipe = small
-    labels, values = feature_table(store, recipe)
+    labels, values = feature_table(Lineage(store, recipe))
     assert labels == [line.split(",")[0] for line in PHRASES.splitlines()[1:]]
-    artefact = encode.artefact(store, recipe)
+    artefact = Lineage(store, recipe).features
     wanted = np.zeros((9, 8), np.float32)
     for part in artefact.published().parts:
         rows = pq.read_table(value_file(artefact.part_path(part))).to_pydict()

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.activations.feed import Feed
-from saeflow.pipeline import tokens as token_parts
-from saeflow.pipeline import collect, evaluate, import_table, sweep, train
+from saeflow.pipeline import collect, evaluate, import_table, sweep, tokens, train
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.sweep import IGNORED_SETTINGS
@@ -63,7 +63,7 @@ def table(tmp_path_factory) -> Path:
 def stored(table, tmp_path_factory) -> Store:
     """A store that holds only the table, in float32."""
     store = Store.create(tmp_path_factory.mktemp("stored") / "store")
-    import_table.run(store, recipe_of(table), quiet())
+    import_table.run(Lineage(store, recipe_of(table)), quiet())
     return store
 
 
@@ -80,7 +80,7 @@ def separate(stored, table, tmp_path_factory) -> Store:
     root = tmp_path_factory.mktemp("separate") / "store"
     shutil.copytree(stored.root, root)
     for member in recipe_of(table, sweep=SWEEP).members():
-        train.run(Store(root), member, quiet())
+        train.run(Lineage(Store(root), member), quiet())
     return Store(root)
 
 
@@ -190,7 +190,7 @@ def test_settings_said_to_be_ignored_change_no_weight(stored, table, architectur
     ]
     weights = []
     for recipe in recipes:
-        feed = train.open_feed(stored, recipe)
+        feed = train.open_feed(Lineage(stored, recipe))
         training = Training.begin(feed, recipe)
         for number, values in zip(range(4), feed.aligned(), strict=False):
             training.advance(Batch(number, values, feed))
@@ -201,13 +201,13 @@ def test_settings_said_to_be_ignored_change_no_weight(stored, table, architectur
 
 def test_each_sae_of_a_sweep_is_byte_for_byte_that_of_a_run_of_its_own(store, table, separate):
     recipe = recipe_of(table, sweep=SWEEP)
-    trained = train.run_all(store, recipe, quiet())
+    trained = train.run_all(Lineage(store, recipe), quiet())
     assert [target.name for target in trained] == NAMES
     assert tree(store.root) == tree(separate.root)
     before = tree(store.root)
     progress = quiet()
     lines = said(progress)
-    train.run(store, recipe, progress)
+    train.run(Lineage(store, recipe), progress)
     assert tree(store.root) == before
     assert lines == ["train: already done, 6 SAEs of brought; nothing to do"]
 
@@ -222,8 +222,8 @@ def test_a_sweep_reads_the_store_as_often_as_its_longest_training(store, table, 
 
     monkeypatch.setattr(Reading, "run", noting)
     recipe = recipe_of(table, sweep=SWEEP)
-    train.run(store, recipe.members()[0], quiet())
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe.members()[0]), quiet())
+    train.run(Lineage(store, recipe), quiet())
     one, many = feeds
     assert many.n_bytes_read <= 1.05 * one.n_bytes_read
 
@@ -242,10 +242,10 @@ def test_a_sweep_killed_between_two_checkpoints_goes_on_to_the_same_bytes(store,
     with monkeypatch.context() as patch:
         patch.setattr(Training, "save", dying)
         with pytest.raises(Killed):
-            train.run(store, recipe, quiet())
+            train.run(Lineage(store, recipe), quiet())
     progress = quiet()
     lines = said(progress)
-    train.run(store, recipe, progress)
+    train.run(Lineage(store, recipe), progress)
     assert [line for line in lines if re.search(r"brought_\w+ continuing at step \d+ of \d+", line)]
     assert tree(store.root) == tree(separate.root)
 
@@ -264,31 +264,31 @@ def test_a_sweep_interrupted_in_the_middle_of_a_batch_loses_no_step(store, table
     with monkeypatch.context() as patch:
         patch.setattr(Training, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.run(store, recipe, quiet())
+            train.run(Lineage(store, recipe), quiet())
 
     def counting(self, batch):
         taken.append(self.name)
         return advance(self, batch)
 
     monkeypatch.setattr(Training, "advance", counting)
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     assert tree(store.root) == tree(separate.root)
     steps = [taken.count(member.name) for member in recipe.members()]
     assert steps == [training_steps(store, member) for member in recipe.members()], "no step was made twice"
 
 
 def training_steps(store: Store, recipe: Recipe) -> int:
-    return int(train.last_row(train.artefact(store, recipe))["step"]) + 1
+    return int(train.last_row(Lineage(store, recipe).sae)["step"]) + 1
 
 
 def test_a_member_that_diverges_leaves_the_others_their_work(store, table, separate):
     bad = {"sae.architecture": "jumprelu", "sae.unit_norm": False, "train.lr": 1e30}
     recipe = recipe_of(table, sweep={"each": [*SWEEP["each"], bad], "grid": SWEEP["grid"]})
     with pytest.raises(UserError, match=r"brought_jumprelu_k3_no_unit_norm_lr1e30: The loss is .* Lower train\.lr"):
-        train.run(store, recipe, quiet())
+        train.run(Lineage(store, recipe), quiet())
     progress = quiet()
     lines = said(progress)
-    train.run(store, recipe_of(table, sweep=SWEEP), progress)
+    train.run(Lineage(store, recipe_of(table, sweep=SWEEP)), progress)
     assert sum("continuing at step" in line for line in lines) == 6
     shutil.rmtree(store.root / "tmp")
     assert tree(store.root) == {name: text for name, text in tree(separate.root).items() if not name.startswith("tmp")}
@@ -296,7 +296,7 @@ def test_a_member_that_diverges_leaves_the_others_their_work(store, table, separ
 
 def test_restarts_read_the_store_once_and_the_best_is_kept(store, stored, table, tmp_path):
     recipe = recipe_of(table, train={"restarts": 3})
-    feed = train.open_feed(store, recipe)
+    feed = train.open_feed(Lineage(store, recipe))
     found = train.fit(feed, recipe, tmp_path / "checkpoints", quiet())
     alone = []
     for seed in range(3):
@@ -306,7 +306,7 @@ def test_restarts_read_the_store_once_and_the_best_is_kept(store, stored, table,
                 "train": recipe.train.model_copy(update={"restarts": 1}),
             }
         )
-        one = train.open_feed(store, seeded)
+        one = train.open_feed(Lineage(store, seeded))
         alone.append(train.fit(one, seeded, tmp_path / f"alone-{seed}", quiet()))
         assert feed.n_bytes_read <= 1.2 * one.n_bytes_read, "the sample is read again, to choose"
     rows = sample(feed)
@@ -318,10 +318,10 @@ def test_a_sweep_that_memory_cannot_hold_is_refused_with_both_numbers(store, tab
     monkeypatch.setattr(devices, "total_memory", lambda: 60_000)
     recipe = recipe_of(table, sweep=SWEEP)
     with pytest.raises(UserError) as caught:
-        train.run(store, recipe, quiet())
+        train.run(Lineage(store, recipe), quiet())
     assert "6 SAEs in training take 123.5 KiB" in str(caught.value)  # (6 × 3 + 1) × 64 × 26 × 4 bytes
     assert "this machine has 58.6 KiB of memory.\nTrain fewer at once: shorten [sweep]" in str(caught.value)
-    train.run(store, recipe.members()[0], quiet())
+    train.run(Lineage(store, recipe.members()[0]), quiet())
 
 
 def test_members_may_read_different_sites_each_is_read_once(tmp_path, ingredients):
@@ -330,12 +330,12 @@ def test_members_may_read_different_sites_each_is_read_once(tmp_path, ingredient
     feed = {"batch_rows": 100, "block_bytes": 4096, "pool_bytes": 20_000}
     data = recipe_data(ingredients, activations={"sites": sites}, sweep=sweep, train={"n_tokens": 3000}, feed=feed)
     recipe, store = parse_recipe(data), Store.create(tmp_path / "store")
-    token_parts.run(store, recipe, quiet())
-    collect.run(store, recipe, quiet())
+    tokens.run(Lineage(store, recipe), quiet())
+    collect.run(Lineage(store, recipe), quiet())
     shutil.copytree(store.root, tmp_path / "separate")
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     for member in recipe.members():
-        train.run(Store(tmp_path / "separate"), member, quiet())
+        train.run(Lineage(Store(tmp_path / "separate"), member), quiet())
     assert tree(store.root) == tree(tmp_path / "separate")
 
 
@@ -345,7 +345,7 @@ def judged(tmp_path_factory, ingredients) -> tuple[Store, Recipe, dict[str, Any]
     store = Store.create(tmp_path_factory.mktemp("judged") / "store")
     sweep = {"grid": {"sae.k": [2, 4, 8], "sae.architecture": ["topk", "batchtopk"]}}
     recipe = parse_recipe(recipe_data(ingredients, sweep=sweep, train={"n_tokens": 6000}))
-    return store, recipe, pipeline.run(store, recipe, quiet())
+    return store, recipe, pipeline.run(Lineage(store, recipe), quiet())
 
 
 def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
@@ -353,8 +353,8 @@ def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
     rows = summary["sweep"]["saes"]
     assert [row["member"] for row in rows] == [member.name for member in recipe.members()]
     for row, member in zip(rows, recipe.members(), strict=True):
-        target = train.artefact(store, member)
-        alone = evaluate.judge(store, member, interchange.load(target.path), quiet())
+        target = Lineage(store, member).sae
+        alone = evaluate.judge(Lineage(store, member), interchange.load(target.path), quiet())
         assert {name: row[name] for name in sweep.FIGURES} == {name: alone[name] for name in sweep.FIGURES}
         assert (row["sae"], row["architecture"]) == (target.id, member.sae.architecture)
         assert (row["sparsity"], row["n_features"]) == (f"k {member.sae.k}", 64)
@@ -363,18 +363,18 @@ def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
 
 def test_a_sweep_is_judged_again_once_a_document_is_hidden(store, table):
     recipe = recipe_of(table, sweep={"grid": {"sae.k": [3, 6]}}, train={"n_tokens": 500})
-    train.run(store, recipe, quiet())
-    first = sweep.run(store, recipe, quiet())
-    assert sweep.run(store, recipe, quiet()) == first
-    source = collect.tokens_artefact(store, recipe)
+    train.run(Lineage(store, recipe), quiet())
+    first = sweep.run(Lineage(store, recipe), quiet())
+    assert sweep.run(Lineage(store, recipe), quiet()) == first
+    source = Lineage(store, recipe).tokens
     one = Hidden(document_id=0, key_hash="00", reason="forgotten")
     source.publish(source.published().parts, hidden={source.published().parts[0].index: (one,)})
-    assert sweep.run(store, recipe, quiet())["tokens"] != first["tokens"]
+    assert sweep.run(Lineage(store, recipe), quiet())["tokens"] != first["tokens"]
 
 
 def test_who_has_lost_the_lease_writes_no_table(store, table, monkeypatch):
     recipe = recipe_of(table, sweep={"grid": {"sae.k": [3, 6]}}, train={"n_tokens": 500})
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     draw = sweep.draw
 
     def slow(*arguments):
@@ -384,7 +384,7 @@ def test_who_has_lost_the_lease_writes_no_table(store, table, monkeypatch):
 
     monkeypatch.setattr(sweep, "draw", slow)
     with pytest.raises(UserError, match="has taken over"):
-        sweep.run(store, recipe, quiet())
+        sweep.run(Lineage(store, recipe), quiet())
     assert not list(store.root.glob("sweeps/*/*"))
 
 
@@ -395,7 +395,7 @@ def table_of(store: Store) -> Path:
 
 def test_the_picture_lies_beside_the_table_and_shows_every_sae(judged):
     store, recipe, summary = judged
-    picture = sweep.picture_of(store, recipe)
+    picture = sweep.picture_of(Lineage(store, recipe))
     assert picture.parent == table_of(store).parent
     assert picture.read_bytes()[:4] == b"\x89PNG"
     figure = sweep.draw(recipe.name, summary["sweep"]["saes"])
@@ -409,7 +409,7 @@ def test_the_picture_lies_beside_the_table_and_shows_every_sae(judged):
 def test_a_judged_sweep_is_not_judged_again_and_nothing_is_encoded(judged):
     store, recipe, summary = judged
     before = tree(store.root)
-    again = pipeline.run(store, recipe, quiet())
+    again = pipeline.run(Lineage(store, recipe), quiet())
     assert (tree(store.root), again["sweep"]) == (before, summary["sweep"])
     assert not (store.root / "features").exists()
 
@@ -418,7 +418,7 @@ def test_a_member_goes_on_to_its_features_without_training(judged, tmp_path):
     shutil.copytree(judged[0].root, tmp_path / "store")
     store, member = Store(tmp_path / "store"), judged[1].members()[3]
     trained = tree(store.root / "saes")
-    summary = pipeline.run(store, member, quiet())
+    summary = pipeline.run(Lineage(store, member), quiet())
     assert tree(store.root / "saes") == trained
     assert len(list((store.root / "activations").iterdir())) == 1
     [run] = store.artefacts("features")
@@ -427,9 +427,9 @@ def test_a_member_goes_on_to_its_features_without_training(judged, tmp_path):
 
 def test_a_sweep_that_is_not_trained_is_not_judged(store, table):
     recipe = recipe_of(table, sweep=SWEEP)
-    train.run(store, recipe.members()[0], quiet())
+    train.run(Lineage(store, recipe.members()[0]), quiet())
     with pytest.raises(UserError, match=r"Not trained yet: brought_topk_k6, .*saeflow train RECIPE"):
-        sweep.run(store, recipe, quiet())
+        sweep.run(Lineage(store, recipe), quiet())
 
 
 @given(points=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=20))

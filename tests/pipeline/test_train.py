@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeflow.pipeline import tokens as token_parts
 from saeflow.model.sites import load_model
-from saeflow.pipeline import collect, import_table, lineage, train
+from saeflow.pipeline import collect, import_table, tokens, train
+from saeflow.pipeline.lineage import Lineage, n_tokens_seen
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
@@ -51,7 +51,7 @@ def table(tmp_path_factory) -> Path:
 def stored(table, tmp_path_factory) -> Store:
     """A store that holds only the table, in float32."""
     store = Store.create(tmp_path_factory.mktemp("stored") / "store")
-    import_table.run(store, recipe_of(table), quiet())
+    import_table.run(Lineage(store, recipe_of(table)), quiet())
     return store
 
 
@@ -79,14 +79,14 @@ def stopping_after(n_rows: int, error: type[BaseException]) -> Progress:
 
 
 def log_of(store: Store, recipe: Recipe) -> dict[str, list[float]]:
-    return pq.read_table(train.artefact(store, recipe).path / "log.parquet").to_pydict()
+    return pq.read_table(Lineage(store, recipe).sae.path / "log.parquet").to_pydict()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_explains_the_activations_and_says_so_step_by_step(store, table, architecture):
     sae = {"architecture": architecture, "k": 6, "l1_weight": 0.05}
     recipe = recipe_of(table, sae=sae, train={"n_tokens": 100_000, "lr": 5e-3, "log_every": 50})
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     log = log_of(store, recipe)
     assert log["variance_unexplained"][-1] < 0.25 * log["variance_unexplained"][0]
     assert architecture in ("relu", "gated") or log["l0"][-1] == pytest.approx(6, abs=0.5)
@@ -94,12 +94,12 @@ def test_training_explains_the_activations_and_says_so_step_by_step(store, table
 
 def test_the_log_is_keyed_by_step_and_holds_the_schedule(store, table):
     recipe = recipe_of(table)
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     log = log_of(store, recipe)
     assert log["step"] == [0, 3, 6, 9, 12, 15, 18, 19]
     assert log["lr"] == [schedules.learning_rate(int(step), 20, recipe.train) for step in log["step"]]
     assert set(log["batch_rows"]) <= {233, 234}
-    assert log["step"][-1] == train.last_row(train.artefact(store, recipe))["step"]
+    assert log["step"][-1] == train.last_row(Lineage(store, recipe).sae)["step"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -110,14 +110,14 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(
     recipe = recipe_of(table, sae={"architecture": architecture}, train={"checkpoint_seconds": 1e-9})
     shutil.copytree(stored.root, tmp_path / "undisturbed")
     undisturbed = Store(tmp_path / "undisturbed")
-    train.run(undisturbed, recipe, quiet())
+    train.run(Lineage(undisturbed, recipe), quiet())
     with pytest.raises(Killed):
-        train.run(store, recipe, stopping_after(n_rows, Killed))
-    assert not train.artefact(store, recipe).exists()
+        train.run(Lineage(store, recipe), stopping_after(n_rows, Killed))
+    assert not Lineage(store, recipe).sae.exists()
     said = []
     loud = Progress(verbosity=-1)
     loud.say = lambda text, verbosity=0: said.append(text)
-    train.run(store, recipe, loud)
+    train.run(Lineage(store, recipe), loud)
     assert any("continuing at step" in line for line in said)
     assert tree(store.root) == tree(undisturbed.root)
 
@@ -125,12 +125,12 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(
 def test_an_interrupted_training_keeps_what_it_has_done(store, stored, table, tmp_path):
     recipe = recipe_of(table)
     shutil.copytree(stored.root, tmp_path / "undisturbed")
-    train.run(Store(tmp_path / "undisturbed"), recipe, quiet())
+    train.run(Lineage(Store(tmp_path / "undisturbed"), recipe), quiet())
     with pytest.raises(KeyboardInterrupt):
-        train.run(store, recipe, stopping_after(2000, KeyboardInterrupt))
+        train.run(Lineage(store, recipe), stopping_after(2000, KeyboardInterrupt))
     states = [read_json(path) for path in (store.root / "tmp").rglob("state.json")]
     assert [state["step"] for state in states] == [9]
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     assert tree(store.root) == tree(tmp_path / "undisturbed")
 
 
@@ -140,7 +140,7 @@ def test_an_interrupt_in_the_middle_of_a_step_does_not_spoil_the_result(
 ):
     recipe = recipe_of(table)
     shutil.copytree(stored.root, tmp_path / "undisturbed")
-    train.run(Store(tmp_path / "undisturbed"), recipe, quiet())
+    train.run(Lineage(Store(tmp_path / "undisturbed"), recipe), quiet())
     calls, real = [], getattr(torch.optim.Adam, moment)
 
     def interrupted(self, *arguments, **options):
@@ -152,14 +152,14 @@ def test_an_interrupt_in_the_middle_of_a_step_does_not_spoil_the_result(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, moment, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.run(store, recipe, quiet())
-    train.run(store, recipe, quiet())
+            train.run(Lineage(store, recipe), quiet())
+    train.run(Lineage(store, recipe), quiet())
     assert tree(store.root) == tree(tmp_path / "undisturbed")
 
 
 def test_a_checkpoint_cut_down_while_it_was_replaced_gives_way_to_the_new_one(stored, table, tmp_path):
     recipe = recipe_of(table)
-    feed = train.open_feed(stored, recipe)
+    feed = train.open_feed(Lineage(stored, recipe))
     training = train.Training.begin(feed, recipe)
     training.save(tmp_path / "checkpoint")
     shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint.new")
@@ -173,7 +173,7 @@ def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_
     stored, table, tmp_path, monkeypatch
 ):
     recipe = recipe_of(table)
-    begun = train.Training.begin(train.open_feed(stored, recipe), recipe)
+    begun = train.Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     done: list[str] = []
     write = training.write_json
     monkeypatch.setattr(training, "flush", lambda path: done.append(path.name))
@@ -184,7 +184,7 @@ def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_
 
 def test_a_checkpoint_of_weights_and_a_count_of_other_steps_is_refused(stored, table, tmp_path):
     recipe = recipe_of(table)
-    begun = train.Training.begin(train.open_feed(stored, recipe), recipe)
+    begun = train.Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     for step in (60, 200):
         begun.step = step
         begun.save(tmp_path / str(step))
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_weights_and_a_count_of_other_steps_is_refused(stored, t
 
 def test_a_training_whose_lease_is_lost_leaves_the_checkpoint_of_the_next_owner_as_it_is(stored, table, tmp_path):
     recipe = recipe_of(table)
-    begun = train.Training.begin(train.open_feed(stored, recipe), recipe)
+    begun = train.Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     begun.step = 200
     begun.save(tmp_path / "checkpoint")
     before, begun.step = tree(tmp_path / "checkpoint"), 60
@@ -212,7 +212,7 @@ def test_a_training_whose_lease_is_lost_leaves_the_checkpoint_of_the_next_owner_
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 def test_a_checkpoint_that_cannot_be_read_is_named_with_the_way_out(stored, table, tmp_path, name):
     recipe = recipe_of(table)
-    begun = train.Training.begin(train.open_feed(stored, recipe), recipe)
+    begun = train.Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     begun.save(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / name).write_bytes(b"{")
     with pytest.raises(UserError, match=rf"checkpoint {tmp_path}/checkpoint cannot be read .*\nDelete that folder"):
@@ -221,8 +221,8 @@ def test_a_checkpoint_that_cannot_be_read_is_named_with_the_way_out(stored, tabl
 
 def test_a_second_run_trains_nothing(store, table):
     recipe = recipe_of(table)
-    before = tree(train.run(store, recipe, quiet()).path)
-    assert tree(train.run(store, recipe, stopping_after(-1, Killed)).path) == before
+    before = tree(train.run(Lineage(store, recipe), quiet()).path)
+    assert tree(train.run(Lineage(store, recipe), stopping_after(-1, Killed)).path) == before
 
 
 def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path):
@@ -231,8 +231,8 @@ def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path)
     for factor in (1, 64):
         store = Store.create(tmp_path / str(factor))
         recipe = recipe_of(write_table(tmp_path / f"{factor}.npy", factor * a_table()))
-        import_table.run(store, recipe, quiet())
-        found.append(train.run(store, recipe, quiet()).path)
+        import_table.run(Lineage(store, recipe), quiet())
+        found.append(train.run(Lineage(store, recipe), quiet()).path)
     small, large = (load_file(path / "sae_weights.safetensors") for path in found)
     for name, factor in {"W_enc": 1, "W_dec": 1, "b_enc": 64, "b_dec": 64, "threshold": 64}.items():
         torch.testing.assert_close(large[name], factor * small[name], rtol=0, atol=0)
@@ -243,11 +243,11 @@ def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path)
 
 def test_without_normalise_nothing_is_scaled(store, table):
     recipe = recipe_of(table, sae={"normalise": False})
-    assert train.Training.begin(train.open_feed(store, recipe), recipe).scale == 1.0
+    assert train.Training.begin(train.open_feed(Lineage(store, recipe)), recipe).scale == 1.0
 
 
 def test_the_decoder_bias_starts_at_the_mean(stored, table):
-    training = train.Training.begin(train.open_feed(stored, recipe_of(table)), recipe_of(table))
+    training = train.Training.begin(train.open_feed(Lineage(stored, recipe_of(table))), recipe_of(table))
     wanted = torch.from_numpy(a_table().mean(0)) * training.scale
     torch.testing.assert_close(training.sae.b_dec.detach(), wanted, rtol=1e-5, atol=1e-6)
     spread = torch.from_numpy(a_table() - a_table().mean(0)).mul(training.scale).square().sum(1).mean()
@@ -257,15 +257,15 @@ def test_the_decoder_bias_starts_at_the_mean(stored, table):
 def test_activations_that_are_all_equal_are_refused(tmp_path):
     store = Store.create(tmp_path / "store")
     recipe = recipe_of(write_table(tmp_path / "t.npy", np.ones((50, 3), np.float32)))
-    import_table.run(store, recipe, quiet())
+    import_table.run(Lineage(store, recipe), quiet())
     with pytest.raises(UserError, match=r"All activations are equal.*Check the site and the corpus"):
-        train.run(store, recipe, quiet())
+        train.run(Lineage(store, recipe), quiet())
 
 
 def test_a_loss_that_is_no_number_ends_the_training_with_the_longest_row_and_a_way_out(store, table):
     recipe = recipe_of(table, sae={"architecture": "relu", "unit_norm": False}, train={"lr": 1e30})
     with pytest.raises(UserError) as caught:
-        train.run(store, recipe, quiet())
+        train.run(Lineage(store, recipe), quiet())
     said = re.fullmatch(
         r"brought: The loss is (?:nan|inf) at step (\d+)\. Lower train\.lr \(it is 1e\+30\), or set "
         r"train\.clip_norm\.\n"
@@ -275,16 +275,16 @@ def test_a_loss_that_is_no_number_ends_the_training_with_the_longest_row_and_a_w
     )
     step, part, row = map(int, said.groups()[:3])
     assert row // 300 == part
-    batch = next(train.open_feed(store, recipe).batches(skip=step))
+    batch = next(train.open_feed(Lineage(store, recipe)).batches(skip=step))
     norms = batch.double().norm(dim=1)
     assert float(said[4]) == pytest.approx(norms.max().item(), rel=1e-3)
     np.testing.assert_array_equal(a_table()[row], batch[norms.argmax()])
-    assert not train.artefact(store, recipe).exists()
+    assert not Lineage(store, recipe).sae.exists()
 
 
 def test_a_row_that_is_not_finite_is_named_with_its_part_sequence_and_position(stored, table, monkeypatch):
     recipe = recipe_of(table)
-    feed = train.open_feed(stored, recipe)
+    feed = train.open_feed(Lineage(stored, recipe))
     training = train.Training.begin(feed, recipe)
     training.step = 4
     values = next(feed.batches(skip=4)).clone()
@@ -312,7 +312,7 @@ def test_a_clipped_gradient_is_no_longer_than_asked_and_the_log_says_how_long_it
 
     monkeypatch.setattr(torch.optim.Adam, "step", measuring)
     recipe = recipe_of(table, sae={"architecture": architecture}, train={"clip_norm": 0.05, "log_every": 1})
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     clipped = lengths.copy()
     logged = log_of(store, recipe)["grad_norm"]
     assert len(logged) == len(clipped) == 20
@@ -322,7 +322,7 @@ def test_a_clipped_gradient_is_no_longer_than_asked_and_the_log_says_how_long_it
 
 def test_the_log_has_columns_of_schedules_only_where_they_are_on(store, table, monkeypatch):
     plain = recipe_of(table)
-    train.run(store, plain, quiet())
+    train.run(Lineage(store, plain), quiet())
     columns = {
         "step", "batch_rows", "lr", "loss", "variance_unexplained", "l0", "dead", "auxiliary_loss", "sparsity_loss"
     }  # fmt: skip
@@ -346,7 +346,7 @@ class Recorder:
 def test_k_falls_during_a_training(store, table, monkeypatch):
     recorder = Recorder(monkeypatch)
     recipe = recipe_of(table, train={"k_start": 14, "k_anneal_share": 0.5, "log_every": 1})
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     wanted = [schedules.n_active(step, 20, recipe.sae, recipe.train) for step in range(20)]
     assert wanted[:11] == [14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4]
     assert [asked.get("k", 4) for asked in recorder.asked] == wanted == log_of(store, recipe)["k"]
@@ -354,7 +354,7 @@ def test_k_falls_during_a_training(store, table, monkeypatch):
 
 def test_tokens_choose_by_themselves_at_the_start_of_a_training(store, table, monkeypatch):
     recorder = Recorder(monkeypatch)
-    train.run(store, recipe_of(table, train={"token_topk_share": 0.6}), quiet())
+    train.run(Lineage(store, recipe_of(table, train={"token_topk_share": 0.6})), quiet())
     assert [asked["by_token"] for asked in recorder.asked] == [True] * 12 + [False] * 8
 
 
@@ -363,7 +363,7 @@ def test_the_penalty_rises_during_a_training(store, table, monkeypatch):
     recipe = recipe_of(
         table, sae={"architecture": "relu"}, train={"sparsity_warmup_share": 0.25, "log_every": 1, "decay": "cosine"}
     )
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     asked = [asked.get("sparsity", 1.0) for asked in recorder.asked]
     assert asked == pytest.approx([0.2, 0.4, 0.6, 0.8] + 16 * [1.0])
     log = log_of(store, recipe)
@@ -373,13 +373,13 @@ def test_the_penalty_rises_during_a_training(store, table, monkeypatch):
 
 def test_a_training_shorter_than_a_batch_is_one_step(store, table):
     recipe = recipe_of(table, train={"n_tokens": 1})
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     assert log_of(store, recipe)["step"] == [0]
 
 
 def test_every_setting_that_changes_the_weights_makes_another_autoencoder(stored, table):
     def fp(**changes) -> str:
-        return train.artefact(stored, recipe_of(table, **changes)).fp
+        return Lineage(stored, recipe_of(table, **changes)).sae.fp
 
     same = fp()
     assert same == fp(train={"checkpoint_seconds": 5.0}, evaluate={"max_tokens": 7}, features={"batch_rows": 9})
@@ -389,15 +389,15 @@ def test_every_setting_that_changes_the_weights_makes_another_autoencoder(stored
 
 def test_another_generation_of_activations_makes_another_autoencoder(store, table):
     recipe = recipe_of(table)
-    before = train.artefact(store, recipe).fp
-    artefact = collect.artefact(store, recipe)
+    before = Lineage(store, recipe).sae.fp
+    artefact = Lineage(store, recipe).activations
     artefact.publish(artefact.published().parts[:-1])
-    assert train.artefact(store, recipe).fp != before
+    assert Lineage(store, recipe).sae.fp != before
 
 
 def append(store: Store, recipe: Recipe) -> None:
     """Show the activations as a further generation, which holds others than the last one."""
-    artefact = collect.artefact(store, recipe)
+    artefact = Lineage(store, recipe).activations
     n_parts = len(artefact.published().parts)
     artefact.publish(list(artefact.parts().values())[: n_parts - 1 if n_parts > 1 else None])
 
@@ -405,83 +405,83 @@ def append(store: Store, recipe: Recipe) -> None:
 def test_a_killed_training_goes_on_with_what_it_has_seen_although_more_was_appended(store, stored, table, tmp_path):
     recipe = recipe_of(table, train={"checkpoint_seconds": 1e-9})
     shutil.copytree(stored.root, tmp_path / "undisturbed")
-    undisturbed = train.run(Store(tmp_path / "undisturbed"), recipe, quiet())
+    undisturbed = train.run(Lineage(Store(tmp_path / "undisturbed"), recipe), quiet())
     with pytest.raises(Killed):
-        train.run(store, recipe, stopping_after(2000, Killed))
+        train.run(Lineage(store, recipe), stopping_after(2000, Killed))
     append(store, recipe)
     said, loud = [], Progress(verbosity=-1)
     loud.say = lambda text, verbosity=0: said.append(text)
-    made = train.run(store, recipe, loud, fresh=True)
+    made = train.run(Lineage(store, recipe, fresh=True), loud)
     assert any(line.startswith("train: on generation 1 of ") and "2 is there by now" in line for line in said)
     assert any("continuing at step" in line for line in said)
     assert tree(made.path) == tree(undisturbed.path)
     assert made.record.facts["generation"] == 1
     assert not list(store.root.glob("tmp/*.checkpoint"))
-    assert train.run(store, recipe, quiet(), fresh=True).record.facts["generation"] == 2
+    assert train.run(Lineage(store, recipe, fresh=True), quiet()).record.facts["generation"] == 2
 
 
 def test_a_killed_training_begins_anew_where_what_it_has_seen_is_there_no_more(store, table):
     recipe = recipe_of(table, train={"checkpoint_seconds": 1e-9})
     with pytest.raises(Killed):
-        train.run(store, recipe, stopping_after(2000, Killed))
+        train.run(Lineage(store, recipe), stopping_after(2000, Killed))
     append(store, recipe)
-    collect.artefact(store, recipe).list_path(1).unlink()
-    assert train.run(store, recipe, quiet()).record.facts["generation"] == 2
+    Lineage(store, recipe).activations.list_path(1).unlink()
+    assert train.run(Lineage(store, recipe), quiet()).record.facts["generation"] == 2
 
 
 def test_an_autoencoder_says_what_it_was_trained_on_whatever_was_appended_meanwhile(store, stored, table, tmp_path):
     recipe = recipe_of(table)
     shutil.copytree(stored.root, tmp_path / "undisturbed")
-    undisturbed = train.run(Store(tmp_path / "undisturbed"), recipe, quiet())
-    held = collect.artefact(store, recipe).published().total("n_train_tokens")
+    undisturbed = train.run(Lineage(Store(tmp_path / "undisturbed"), recipe), quiet())
+    held = Lineage(store, recipe).activations.published().total("n_train_tokens")
 
     def listen(bar: Bar) -> None:
-        if bar.stage == "train" and collect.artefact(store, recipe).published().number == 1:
+        if bar.stage == "train" and Lineage(store, recipe).activations.published().number == 1:
             append(store, recipe)
 
-    made = train.run(store, recipe, Progress(verbosity=-1, listener=listen))
-    assert collect.artefact(store, recipe).published().number == 2
+    made = train.run(Lineage(store, recipe), Progress(verbosity=-1, listener=listen))
+    assert Lineage(store, recipe).activations.published().number == 2
     assert tree(made.path) == tree(undisturbed.path)
     assert made.fp == fingerprint(made.record.facts)
-    assert lineage.n_seen(made) == held
+    assert n_tokens_seen(made) == held
 
 
 def test_activations_that_were_removed_and_made_again_are_trained_on_though_their_generations_begin_anew(store, table):
     recipe = recipe_of(table)
-    stored = collect.artefact(store, recipe)
+    stored = Lineage(store, recipe).activations
     append(store, recipe)
-    first = train.run(store, recipe, quiet())
+    first = train.run(Lineage(store, recipe), quiet())
     parts = list(stored.parts().values())
     shutil.rmtree(stored.path / "generations")
     (stored.path / "manifest.json").unlink()
     for shown in (parts, parts[:1]):
         stored.publish(shown)
-    second = train.run(store, recipe, quiet(), fresh=True)
+    second = train.run(Lineage(store, recipe, fresh=True), quiet())
     assert first.record.facts["generation"] == second.record.facts["generation"] == 2
     assert second.fp == fingerprint(second.record.facts) != first.fp
-    assert lineage.n_seen(second) == stored.published().total("n_train_tokens")
-    assert train.artefact(store, recipe) == second == train.run(store, recipe, quiet(), fresh=True)
+    assert n_tokens_seen(second) == stored.published().total("n_train_tokens")
+    assert Lineage(store, recipe).sae == second == train.run(Lineage(store, recipe, fresh=True), quiet())
 
 
 def test_the_autoencoder_trained_last_is_the_recipes_own_though_its_generation_has_a_smaller_number(store, table):
     recipe = recipe_of(table)
     append(store, recipe)
-    train.run(store, recipe, quiet())
-    stored = collect.artefact(store, recipe)
+    train.run(Lineage(store, recipe), quiet())
+    stored = Lineage(store, recipe).activations
     shutil.rmtree(stored.path / "generations")
     (stored.path / "manifest.json").unlink()
     stored.publish(stored.parts().values())
-    made = train.run(store, recipe, quiet(), fresh=True)
+    made = train.run(Lineage(store, recipe, fresh=True), quiet())
     assert made.record.facts["generation"] == 1
-    assert train.artefact(store, recipe) == made
+    assert Lineage(store, recipe).sae == made
 
 
 def test_an_autoencoder_with_a_lost_file_is_trained_again_to_the_same_bytes(store, table):
     recipe = recipe_of(table)
-    path = train.run(store, recipe, quiet()).path
+    path = train.run(Lineage(store, recipe), quiet()).path
     before = tree(path)
     (path / "sae_weights.safetensors").unlink()
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     assert tree(path) == before
 
 
@@ -496,12 +496,12 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_gets_every_row_of_the_log_once_also_after_a_kill(store, table, tmp_path):
     folder = tmp_path / "board"
     recipe = recipe_of(table, train={"tensorboard": str(folder), "checkpoint_seconds": 1e-9, "clip_norm": 1.0})
-    assert train.artefact(store, recipe) == train.artefact(store, recipe_of(table, train={"clip_norm": 1.0}))
+    assert Lineage(store, recipe).sae == Lineage(store, recipe_of(table, train={"clip_norm": 1.0})).sae
     with pytest.raises(KeyboardInterrupt):
-        train.run(store, recipe, stopping_after(1500, KeyboardInterrupt))
+        train.run(Lineage(store, recipe), stopping_after(1500, KeyboardInterrupt))
     with pytest.raises(Killed):
-        train.run(store, recipe, stopping_after(3000, Killed))
-    target = train.run(store, recipe, quiet())
+        train.run(Lineage(store, recipe), stopping_after(3000, Killed))
+    target = train.run(Lineage(store, recipe), quiet())
     log = log_of(store, recipe)
     shown = scalars(folder / target.id)
     assert shown.keys() == log.keys() - {"step"}
@@ -513,24 +513,24 @@ def test_tensorboard_gets_every_row_of_the_log_once_also_after_a_kill(store, tab
 def test_steps_that_were_lost_with_a_kill_are_shown_once(store, table, tmp_path):
     """A checkpoint is older than what TensorBoard has heard of."""
     recipe = recipe_of(table, train={"tensorboard": str(tmp_path), "log_every": 1})
-    train.open_feed(store, recipe)
+    train.open_feed(Lineage(store, recipe))
     with pytest.raises(KeyboardInterrupt):
-        train.run(store, recipe, stopping_after(1500, KeyboardInterrupt))
+        train.run(Lineage(store, recipe), stopping_after(1500, KeyboardInterrupt))
     with pytest.raises(Killed):
-        train.run(store, recipe, stopping_after(3000, Killed))
-    target = train.run(store, recipe, quiet())
+        train.run(Lineage(store, recipe), stopping_after(3000, Killed))
+    target = train.run(Lineage(store, recipe), quiet())
     assert [step for step, _ in scalars(tmp_path / target.id)["loss"]] == list(range(20))
 
 
 def test_restarts_have_event_files_of_their_own(store, table, tmp_path):
-    target = train.run(store, recipe_of(table, train={"tensorboard": str(tmp_path), "restarts": 2}), quiet())
+    target = train.run(Lineage(store, recipe_of(table, train={"tensorboard": str(tmp_path), "restarts": 2})), quiet())
     assert sorted(path.name for path in (tmp_path / target.id).iterdir()) == ["restart-0", "restart-1"]
 
 
 def test_event_files_without_tensorboard_are_refused_before_work(store, table, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        train.run(store, recipe_of(table, train={"tensorboard": "runs"}), stopping_after(-1, Killed))
+        train.run(Lineage(store, recipe_of(table, train={"tensorboard": "runs"})), stopping_after(-1, Killed))
     assert str(caught.value) == (
         "train.tensorboard is 'runs', but the package tensorboard is not installed.\n"
         "Install it with `pip install tensorboard`, or take the setting out."
@@ -563,7 +563,7 @@ EVERYTHING = {
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_with_every_schedule_goes_on_exactly(stored, table, tmp_path, architecture):
     recipe = recipe_of(table, sae={"architecture": architecture}, train=EVERYTHING)
-    assert_killed_and_resumed_alike(train.open_feed(stored, recipe), recipe, tmp_path, 2000)
+    assert_killed_and_resumed_alike(train.open_feed(Lineage(stored, recipe)), recipe, tmp_path, 2000)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -573,7 +573,7 @@ def test_a_gpu_learns_what_the_processor_learns_and_goes_on_exactly(stored, tabl
         recipe_of(table, sae={"architecture": architecture}, train=EVERYTHING | {"device": place})
         for place in ("cpu", "cuda")
     ]
-    feed = train.open_feed(stored, recipes[0])
+    feed = train.open_feed(Lineage(stored, recipes[0]))
     here, there = (
         train.fit(feed, recipe, tmp_path / recipe.train.device, quiet()).log[-1]["variance_unexplained"]
         for recipe in recipes
@@ -584,13 +584,13 @@ def test_a_gpu_learns_what_the_processor_learns_and_goes_on_exactly(stored, tabl
 
 def test_where_it_is_trained_is_no_setting_of_an_sae(stored, table):
     here, anywhere = (recipe_of(table, train={"device": place}) for place in ("cpu", "auto"))
-    assert train.artefact(stored, here).id == train.artefact(stored, anywhere).id
+    assert Lineage(stored, here).sae.id == Lineage(stored, anywhere).sae.id
 
 
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(store, table, monkeypatch):
     monkeypatch.setattr(train, "open_feed", None)
     with pytest.raises(UserError, match=r"train\.device is 'cuda:99'"):
-        train.run(store, recipe_of(table, train={"device": "cuda:99"}), quiet())
+        train.run(Lineage(store, recipe_of(table, train={"device": "cuda:99"})), quiet())
 
 
 READ, TARGET = "transformer.h.0.mlp:input", "transformer.h.0.mlp"
@@ -607,8 +607,8 @@ def two_sites(ingredients, tmp_path_factory):
         ingredients, activations=about, sae={"site": READ, "target_site": TARGET}, feed=small, train=more
     )
     recipe = parse_recipe(data)
-    token_parts.run(store, recipe, quiet())
-    collect.run(store, recipe, quiet())
+    tokens.run(Lineage(store, recipe), quiet())
+    collect.run(Lineage(store, recipe), quiet())
     return store, recipe, load_model(recipe.model).get_submodule(TARGET)
 
 
@@ -628,7 +628,7 @@ def test_a_transcoder_is_given_what_the_other_site_holds_at_the_same_tokens(two_
         return real(sae, x, *others, target=target, **options)
 
     monkeypatch.setattr(SparseAutoencoder, "training_loss", recording)
-    feed = train.open_feed(store, recipe)
+    feed = train.open_feed(Lineage(store, recipe))
     assert [site.name for site in feed.sites] == [READ, TARGET]
     training = train.Training.begin(feed, recipe)
     rows = sample(feed)
@@ -652,7 +652,7 @@ def test_a_transcoder_is_given_what_the_other_site_holds_at_the_same_tokens(two_
 def test_a_transcoder_learns_and_goes_on_exactly(two_sites, tmp_path, architecture):
     store, recipe, _ = two_sites
     recipe = changed(recipe, sae={"architecture": architecture, "k": 8, "l1_weight": 0.01}, train=EVERYTHING)
-    feed = train.open_feed(store, recipe)
+    feed = train.open_feed(Lineage(store, recipe))
     assert_killed_and_resumed_alike(feed, recipe, tmp_path, 2000)
     again = train.fit(feed, changed(recipe, train={"resample_at": []}), tmp_path / "again", quiet())
     shares = [row["variance_unexplained"] for row in again.log]
@@ -661,7 +661,7 @@ def test_a_transcoder_learns_and_goes_on_exactly(two_sites, tmp_path, architectu
 
 def test_the_error_by_which_restarts_are_compared_is_that_of_a_transcoders_target(two_sites, tmp_path):
     store, recipe, _ = two_sites
-    feed = train.open_feed(store, recipe)
+    feed = train.open_feed(Lineage(store, recipe))
     training = train.fit(feed, recipe, tmp_path, quiet())
     rows = sample(feed)
     x, target = (each * scale for each, scale in zip(rows, training.scales, strict=True))
@@ -671,7 +671,7 @@ def test_the_error_by_which_restarts_are_compared_is_that_of_a_transcoders_targe
 
 def test_the_folded_transcoder_is_made_for_activations_as_they_are(two_sites, tmp_path):
     store, recipe, _ = two_sites
-    feed = train.open_feed(store, recipe)
+    feed = train.open_feed(Lineage(store, recipe))
     training = train.fit(feed, recipe, tmp_path, quiet())
     rows = sample(feed)[0][:200]
     read, target = training.scales
@@ -682,7 +682,7 @@ def test_the_folded_transcoder_is_made_for_activations_as_they_are(two_sites, tm
 def test_a_target_site_that_is_not_stored_is_refused_with_the_nearest(two_sites):
     store, recipe, _ = two_sites
     with pytest.raises(UserError) as caught:
-        train.run(store, changed(recipe, sae={"target_site": "transformer.h.0.mpl"}), quiet())
+        train.run(Lineage(store, changed(recipe, sae={"target_site": "transformer.h.0.mpl"})), quiet())
     assert str(caught.value) == (
         f"sae.target_site is 'transformer.h.0.mpl'; the sites are: {READ}, {TARGET}. Nearest: {TARGET}. "
         "Set sae.target_site to one of them."
@@ -692,19 +692,19 @@ def test_a_target_site_that_is_not_stored_is_refused_with_the_nearest(two_sites)
 def test_a_target_site_that_is_the_one_read_is_refused(two_sites):
     store, recipe, _ = two_sites
     with pytest.raises(UserError, match=f"sae.target_site is {READ}, .*\nLeave sae.target_site out"):
-        train.run(store, changed(recipe, sae={"target_site": READ}), quiet())
+        train.run(Lineage(store, changed(recipe, sae={"target_site": READ})), quiet())
 
 
 def test_a_target_that_runs_before_what_is_read_is_refused_before_activations_are_stored(two_sites):
     store, recipe, _ = two_sites
     back = changed(recipe, sae={"site": TARGET, "target_site": READ}, activations={"sites": [TARGET, READ]})
     with pytest.raises(UserError, match=r"which the model runs before sae\.site"):
-        collect.open_collector(store, back, [])
+        collect.open_collector(Lineage(store, back), [])
 
 
 def test_another_target_site_makes_another_autoencoder(two_sites):
     store, recipe, _ = two_sites
-    assert train.artefact(store, recipe) != train.artefact(store, changed(recipe, sae={"target_site": None}))
+    assert Lineage(store, recipe).sae != Lineage(store, changed(recipe, sae={"target_site": None})).sae
 
 
 def test_the_disk_contract_explains_every_column_of_the_log(store, table):
@@ -712,5 +712,5 @@ def test_the_disk_contract_explains_every_column_of_the_log(store, table):
     section = page.split("`log.parquet` has a row")[1].partition("| --- |")[2].partition("\n\n")[0]
     named = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
     recipe = recipe_of(table, train={"clip_norm": 1.0, "k_start": 8, "sparsity_warmup_share": 0.1})
-    train.run(store, recipe, quiet())
+    train.run(Lineage(store, recipe), quiet())
     assert named == set(log_of(store, recipe))

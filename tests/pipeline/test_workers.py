@@ -33,6 +33,7 @@ from saeflow.pipeline.dask import work as cluster_work
 from saeflow.pipeline.dask import workers as cluster
 from saeflow.pipeline.dask.work import Session, software
 from saeflow.pipeline.dask.workers import Workers
+from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.recipe.cluster import ClusterConfig
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime import threads as parallel
@@ -105,8 +106,8 @@ def copied(finished: Finished, tmp_path: Path) -> Finished:
 def test_a_group_that_workers_merged_before_an_earlier_one_is_there_when_it_is_shown(
     copied: Finished, tmp_path: Path
 ) -> None:
-    run = features.artefact(copied.store, copied.recipe)
-    used = features.used_of(copied.store, run)
+    run = Lineage(copied.store, copied.recipe).features
+    used = Ancestors(copied.store, run).selection()
     n_values = [part.counts["n_values"] for part in run.published().parts]
     settings = MergeSettings(most_values=sum(n_values) * 2 // 3)
     alone = tmp_path / "alone"
@@ -371,19 +372,19 @@ def test_a_training_that_another_run_is_at_is_refused_before_a_worker_has_it(
     copied: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = copied.recipe.model_copy(update={"cluster": ClusterConfig(kind="local")})
-    target = train.artefact(copied.store, recipe)
+    target = Lineage(copied.store, recipe).sae
     shutil.rmtree(target.path)
     monkeypatch.setattr(train, "workers_of", lambda *_: pytest.fail("a cluster was asked for"))
     monkeypatch.setattr(train, "_NOTICING_SECONDS", 0.3)
     with held(target.slot, target.id, "refuse"), pytest.raises(UserError, match=f"Another run is writing {target.id}"):
-        train.run(copied.store, recipe, quiet())
+        train.run(Lineage(copied.store, recipe), quiet())
 
 
 def test_a_worker_of_a_killed_run_has_some_seconds_to_notice_it(
     copied: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = copied.recipe.model_copy(update={"cluster": ClusterConfig(kind="local")})
-    target = train.artefact(copied.store, recipe)
+    target = Lineage(copied.store, recipe).sae
     shutil.rmtree(target.path)
     left, asked = acquire(target.slot, target.id, "refuse"), Event()
 
@@ -395,7 +396,7 @@ def test_a_worker_of_a_killed_run_has_some_seconds_to_notice_it(
     monkeypatch.setattr(train, "workers_of", lambda *_: contextlib.nullcontext(queue))
     noticing = Timer(0.3, left.release)
     noticing.start()
-    train.run(copied.store, recipe, quiet())
+    train.run(Lineage(copied.store, recipe), quiet())
     noticing.join()
     assert asked.is_set()
 
@@ -445,9 +446,9 @@ def test_a_cluster_that_cannot_be_and_a_setting_that_would_do_nothing_are_refuse
 
 
 def test_a_group_of_parts_is_found_by_its_ends(finished: Finished) -> None:
-    run = features.artefact(finished.store, finished.recipe)
+    run = Lineage(finished.store, finished.recipe).features
     parts = run.published().parts
-    for group in compaction.plan_merges(parts, features.used_of(finished.store, run).spans):
+    for group in compaction.plan_merges(parts, Ancestors(finished.store, run).selection().spans):
         assert compaction.group_between(parts[::-1], group[0].folder, group[-1].folder) == group
 
 
@@ -466,7 +467,7 @@ def test_a_sweep_is_split_for_the_workers_that_the_recipe_starts_though_one_is_t
     queue._able = time.monotonic(), {"tcp://the-first": 1}
     monkeypatch.setattr(queue, "each", each)
     monkeypatch.setattr(train, "workers_of", lambda *_: contextlib.nullcontext(queue))
-    train.run_all(copied.store, recipe, quiet())
+    train.run_all(Lineage(copied.store, recipe), quiet())
     assert sorted(map(len, given)) == [1, 1, 2]
 
 

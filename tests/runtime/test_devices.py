@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from saeflow.activations import shards
-from saeflow.pipeline import tokens as token_parts
-from saeflow.pipeline import collect
+from saeflow.activations.shards import stored_sites
+from saeflow.pipeline import collect, tokens
+from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.run import run
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.devices import GPU_WORKERS, choose_device, own_stream, to_device, to_processor
@@ -54,9 +55,9 @@ def test_a_gpu_stores_what_the_processor_stores(
             recipe_data(ingredients, model={"path": str(ingredients.model), "device": place}, **changes)
         )
         store = Store.create(tmp_path / place)
-        token_parts.run(store, recipe, progress)
-        stored = collect.run(store, recipe, progress)
-        site = collect.stored_sites(stored)[0]
+        tokens.run(Lineage(store, recipe), progress)
+        stored = collect.run(Lineage(store, recipe), progress)
+        site = stored_sites(stored)[0]
         parts = stored.published().parts
         found[place] = torch.cat([shards.open_site(stored, part, site).read(slice(None)).flatten(1) for part in parts])
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-3, atol=1e-4)
@@ -68,5 +69,7 @@ def test_a_run_with_the_model_on_a_gpu_ends_with_its_quality(
     ingredients: Ingredients, tmp_path: Path, dtype: str
 ) -> None:
     about = {"path": str(ingredients.model), "device": "cuda", "dtype": dtype}
-    quality = run(Store.create(tmp_path / "store"), parse_recipe(recipe_data(ingredients, model=about)), Progress())
+    quality = run(
+        Lineage(Store.create(tmp_path / "store"), parse_recipe(recipe_data(ingredients, model=about))), Progress()
+    )
     assert quality["quality"]["n_predicted"] > 0

@@ -12,6 +12,7 @@ import pytest
 from saeflow.pipeline import encode
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forget import forget
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
@@ -63,7 +64,7 @@ def test_an_old_store_answers_and_passes_its_checks(old: Store) -> None:
 
 def test_running_the_recipe_again_on_an_old_store_works_on_nothing_finished(old: Store, recipe: Recipe) -> None:
     before = tree(old.root)
-    pipeline.run(Store.create(old.root), recipe, quiet())
+    pipeline.run(Lineage(Store.create(old.root), recipe), quiet())
     after = tree(old.root)
     added = {"vocab.parquet", "density.png"}  # a column of the vocabulary, a picture the old store was made without
     assert {Path(name).name for name in after if after[name] != before.get(name)} <= added
@@ -72,10 +73,10 @@ def test_running_the_recipe_again_on_an_old_store_works_on_nothing_finished(old:
 
 def test_an_old_store_that_was_merged_is_not_encoded_again(old: Store, recipe: Recipe) -> None:
     store = Store.create(old.root)
-    encode.compact(store, recipe, quiet(), enough=2)
-    before = encode.artefact(store, recipe).published()
-    encode.run(store, recipe, quiet())
-    assert encode.artefact(store, recipe).published() == before
+    encode.compact(Lineage(store, recipe), quiet(), enough=2)
+    before = Lineage(store, recipe).features.published()
+    encode.run(Lineage(store, recipe), quiet())
+    assert Lineage(store, recipe).features.published() == before
     assert len(before.parts) == 1
 
 
@@ -101,7 +102,7 @@ def test_an_old_store_grows_and_forgets(old: Store, recipe: Recipe, upgraded: bo
     corpus = pq.read_table("corpus.parquet")
     added = corpus.slice(0, 5).set_column(0, "key", pa.array([f"new/{n}" for n in range(5)]))
     pq.write_table(pa.concat_tables([corpus, added]), "corpus.parquet")
-    pipeline.run(Store.create(old.root), recipe, quiet())
+    pipeline.run(Lineage(Store.create(old.root), recipe), quiet())
     assert rows(old, "select count(*) from documents") == [(n_before + 5,)]
     assert {path.name for path in old.root.glob("activations/*/parts/*")} > old_parts
     forget(old, [str(key)], quiet())

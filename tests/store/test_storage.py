@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from saeflow.activations.shards import open_site
-from saeflow.pipeline import collect as activations
-from saeflow.pipeline import encode, forget, train
+from saeflow.activations.shards import open_site, stored_sites
+from saeflow.pipeline import forget, train
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog, labels, runs
 from saeflow.query.ask import ask, query
 from saeflow.query.connection import connect
@@ -75,7 +75,7 @@ def recipe(ingredients: Ingredients) -> Recipe:
 @pytest.fixture(scope="module")
 def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store.create(tmp_path_factory.mktemp("local"))
-    pipeline.run(store, recipe, quiet())
+    pipeline.run(Lineage(store, recipe), quiet())
     return store
 
 
@@ -83,7 +83,7 @@ def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
 def remote(recipe: Recipe, server: Server) -> str:
     """A finished store that tests only read."""
     server.drop(0)
-    pipeline.run(Store.create("s3://bucket/finished"), recipe, quiet())
+    pipeline.run(Lineage(Store.create("s3://bucket/finished"), recipe), quiet())
     return "s3://bucket/finished"
 
 
@@ -131,7 +131,7 @@ def test_connections_dropped_at_random_change_nothing(server: Server, url: str, 
     server.drop(0.1, seed=1)
     before = server.n_dropped
     store = Store.create(url)
-    pipeline.run(store, recipe, quiet())
+    pipeline.run(Lineage(store, recipe), quiet())
     assert answers(store) == answers(local)
     assert server.n_dropped - before > 10
     server.drop(0)
@@ -160,12 +160,12 @@ def test_what_one_machine_began_another_finishes(
             super().send_as(pairs)
 
     with pytest.raises(ConnectionError):
-        pipeline.run(Store.create(Breaking(Objects(url), cache_folder(url))), recipe, quiet())
+        pipeline.run(Lineage(Store.create(Breaking(Objects(url), cache_folder(url))), recipe), quiet())
     begun = set(there(server, url))
     assert any(name.startswith("activations/") for name in begun)
     assert not any(name.startswith("saes/") for name in begun)
     with another_machine(tmp_path):
-        pipeline.run(Store.create(url), recipe, quiet())
+        pipeline.run(Lineage(Store.create(url), recipe), quiet())
     assert there(server, url) == here(local)
 
 
@@ -181,7 +181,7 @@ def lost_at_step(monkeypatch: pytest.MonkeyPatch, url: str, recipe: Recipe, step
     with monkeypatch.context() as patch:
         patch.setattr(train.Training, "advance", lost)
         with pytest.raises(ConnectionError):
-            pipeline.run(store, recipe, quiet())
+            pipeline.run(Lineage(store, recipe), quiet())
     return store
 
 
@@ -192,7 +192,7 @@ def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
     lost_at_step(monkeypatch, url, often, 20)
     console = Console(record=True, file=io.StringIO(), width=200)
     with another_machine(tmp_path):
-        pipeline.run(Store.create(url), often, Progress(console))
+        pipeline.run(Lineage(Store.create(url), often), Progress(console))
     assert "continuing at step 20 of" in console.export_text()
     assert there(server, url) == here(local)
 
@@ -202,10 +202,10 @@ def test_a_training_goes_on_on_another_machine_although_documents_were_appended_
 ) -> None:
     often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
     store = lost_at_step(monkeypatch, url, often, 20)
-    stored = activations.artefact(store, often)
+    stored = Lineage(store, often).activations
     stored.publish(stored.published().parts[:-1])  # any other list of parts
     with another_machine(tmp_path):
-        assert train.run(Store.create(url), often, quiet(), fresh=True).record.facts["generation"] == 1
+        assert train.run(Lineage(Store.create(url), often, fresh=True), quiet()).record.facts["generation"] == 1
     saes = {name: content for name, content in there(server, url).items() if name.startswith("saes/")}
     assert saes == {name: content for name, content in here(local).items() if name.startswith("saes/")}
 
@@ -218,19 +218,19 @@ def test_a_sweep_goes_on_and_is_read_on_another_machine(
     lost_at_step(monkeypatch, url, often, 6, "small_k4")
     console = Console(record=True, file=io.StringIO(), width=200)
     with another_machine(tmp_path):
-        pipeline.run(Store.create(url), often, Progress(console))
+        pipeline.run(Lineage(Store.create(url), often), Progress(console))
     assert "small_k2 continuing at step 6 of" in console.export_text(clear=False)
     assert "small_k4 continuing at step 6 of" in console.export_text()
     with another_machine(tmp_path / "third"):
-        pipeline.run(Store.create(url), often, Progress(console))
+        pipeline.run(Lineage(Store.create(url), often), Progress(console))
     assert "evaluate: already done, 2 SAEs" in console.export_text()
     alone = Store.create(tmp_path / "alone")
-    pipeline.run(alone, often, quiet())
+    pipeline.run(Lineage(alone, often), quiet())
     assert there(server, url) == here(alone)
 
 
 def test_a_second_run_sends_nothing(url: str, recipe: Recipe) -> None:
-    pipeline.run(Store.create(url), recipe, quiet())
+    pipeline.run(Lineage(Store.create(url), recipe), quiet())
     sent: list[str] = []
 
     class Watched(Objects):
@@ -238,7 +238,7 @@ def test_a_second_run_sends_nothing(url: str, recipe: Recipe) -> None:
             sent.append(key)
             return super().upload(path, key)
 
-    pipeline.run(Store.create(Bucket(Watched(url), cache_folder(url))), recipe, quiet())
+    pipeline.run(Lineage(Store.create(Bucket(Watched(url), cache_folder(url))), recipe), quiet())
     assert sent == []
 
 
@@ -251,7 +251,7 @@ def shard_key(server: Server, url: str) -> str:
 def test_a_shard_that_is_gone_or_changed_is_named_never_read_and_made_again(
     harm: str, server: Server, url: str, recipe: Recipe, local: Store
 ) -> None:
-    pipeline.run(Store.create(url), recipe, quiet())
+    pipeline.run(Lineage(Store.create(url), recipe), quiet())
     key, client = shard_key(server, url), server.client()
     if harm == "deleted":
         client.delete_object(Bucket="bucket", Key=key)
@@ -260,28 +260,28 @@ def test_a_shard_that_is_gone_or_changed_is_named_never_read_and_made_again(
         content[100] ^= 1
         client.put_object(Bucket="bucket", Key=key, Body=bytes(content))
     store = Store.open(url)
-    stored = activations.artefact(store, recipe)
+    stored = Lineage(store, recipe).activations
     part = stored.published().parts[0]
     with pytest.raises(Damaged, match="rows 0 to"):
-        open_site(stored, part, activations.stored_sites(stored)[0]).read(slice(None))
+        open_site(stored, part, stored_sites(stored)[0]).read(slice(None))
     found = list(integrity.verify(store, full=True))
     assert [each.part.index for each in found if each.part] == [part.index]
     for each in found:
         integrity.repair(each)
-    pipeline.run(Store.create(url), recipe, quiet())
+    pipeline.run(Lineage(Store.create(url), recipe), quiet())
     assert list(integrity.verify(Store.open(url), full=True)) == []
     assert there(server, url) == here(local)
 
 
 def test_two_machines_never_undo_each_other(url: str, recipe: Recipe, tmp_path: Path) -> None:
-    pipeline.stages(recipe)["tokens"](Store.create(url), recipe, quiet())
-    mine = activations.tokens_artefact(Store.create(url), recipe)
+    pipeline.stages(recipe)["tokens"](Lineage(Store.create(url), recipe), quiet())
+    mine = Lineage(Store.create(url), recipe).tokens
     with another_machine(tmp_path):
-        others = activations.tokens_artefact(Store.create(url), recipe)
+        others = Lineage(Store.create(url), recipe).tokens
         others.publish(others.published().parts[:-1])
     with pytest.raises(UserError, match=r"(?s)Another machine has published or removed .*run the same command again"):
         mine.publish(mine.published().parts[:-2])
-    now = activations.tokens_artefact(Store.create(url), recipe)
+    now = Lineage(Store.create(url), recipe).tokens
     assert len(now.published().parts) == len(mine.parts()) - 1
 
 
@@ -293,16 +293,16 @@ def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
     rows.append({"key": "secret", "text": secret, "source": "letters", "title": "S"})
     corpus = write_corpus(tmp_path / "corpus.parquet", rows)
     recipe = parse_recipe(recipe_data(ingredients, corpus={"files": [str(corpus)], "held_out": 0.2}))
-    pipeline.run(Store.create(url), recipe, quiet())
-    n_before = len(activations.artefact(Store.open(url), recipe).published().parts)
+    pipeline.run(Lineage(Store.create(url), recipe), quiet())
+    n_before = len(Lineage(Store.open(url), recipe).activations.published().parts)
     write_corpus(tmp_path / "corpus.parquet", [*rows, *documents(60)[46:]])
-    pipeline.run(Store.create(url), recipe, quiet())
-    assert len(activations.artefact(Store.open(url), recipe).published().parts) > n_before
+    pipeline.run(Lineage(Store.create(url), recipe), quiet())
+    assert len(Lineage(Store.open(url), recipe).activations.published().parts) > n_before
     forget.forget(Store.create(url), ["secret"], quiet())
     with contextlib.closing(connect(Store.open(url))) as connection:
         assert query(connection, "select key from documents where key = 'secret'").num_rows == 0
     store = Store.create(url)
-    pipeline.compact(store, recipe, quiet())
+    pipeline.compact(Lineage(store, recipe), quiet())
     garbage.collect(Store.open(url), grace_seconds=0, remove=True)
     for name, content in there(server, url).items():
         if name.endswith("documents.parquet"):
@@ -536,13 +536,13 @@ def test_an_open_object_may_be_shared_by_threads(server: Server, url: str, tmp_p
 
 
 def test_values_are_encoded_from_an_object_store_as_from_a_disk(remote: str, recipe: Recipe, local: Store) -> None:
-    ours, theirs = (encode.artefact(store, recipe).published() for store in (local, Store.open(remote)))
+    ours, theirs = (Lineage(store, recipe).features.published() for store in (local, Store.open(remote)))
     assert ours.parts == theirs.parts
 
 
 def test_labels_and_the_catalog_lie_in_the_bucket_too(server: Server, url: str, recipe: Recipe, tmp_path: Path) -> None:
     store = Store.create(url)
-    pipeline.run(store, recipe, quiet())
+    pipeline.run(Lineage(store, recipe), quiet())
     sae = runs.sae_of(runs.pick_run(store, runs.runs(store), None).artefact)
     assert sae is not None
     assert labels.put(store, sae, "own", {1: labels.Label("one", 0.5)}) == 1

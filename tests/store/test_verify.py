@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from saeflow.activations.feed import held_out_rows
-from saeflow.pipeline import tokens as token_parts
+from saeflow.activations.shards import stored_sites
 from saeflow.corpus.selection import TokenSelection
+from saeflow.model.sites import choose_site
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline import train
+from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.runtime.errors import UserError
 from saeflow.store import garbage
 from saeflow.store import verify as integrity
@@ -77,7 +79,7 @@ def place_in(path: Path, which: str) -> int:
 def mended(copied: Finished) -> dict[str, bytes]:
     for found in list(integrity.verify(copied.store, full=True)):
         integrity.repair(found)
-    pipeline.run(copied.store, copied.recipe, quiet())
+    pipeline.run(Lineage(copied.store, copied.recipe), quiet())
     assert [str(found) for found in integrity.verify(copied.store, full=True)] == []
     return tree(copied.store.root)
 
@@ -122,35 +124,36 @@ def test_a_missing_file_is_named_even_by_the_quick_check(name: str, copied: Fini
 def test_a_run_mends_what_is_missing_without_being_told(name: str, copied: Finished, finished: Finished) -> None:
     (path,) = copied.store.root.glob(CLASSES[name])
     path.unlink()
-    pipeline.run(copied.store, copied.recipe, quiet())
+    pipeline.run(Lineage(copied.store, copied.recipe), quiet())
     assert tree(copied.store.root) == tree(finished.store.root)
 
 
 def test_collect_makes_exactly_the_damaged_parts_again(copied: Finished) -> None:
-    target = activations.artefact(copied.store, copied.recipe)
+    target = Lineage(copied.store, copied.recipe).activations
     parts = target.published().parts
     flip(target.part_path(parts[1]) / f"{SITE}.zarr" / "c" / "0" / "0" / "0", 99)
     before = {part.index: (target.part_path(part) / "part.json").stat().st_mtime_ns for part in parts}
     for found in list(integrity.verify(copied.store, full=True)):
         integrity.repair(found)
-    activations.run(copied.store, copied.recipe, quiet())
+    activations.run(Lineage(copied.store, copied.recipe), quiet())
     after = {part.index: (target.part_path(part) / "part.json").stat().st_mtime_ns for part in parts}
     assert [index for index in before if before[index] != after[index]] == [1]
 
 
 def read_by_feed(copied: Finished) -> object:
-    feed = train.open_feed(copied.store, copied.recipe)
+    feed = train.open_feed(Lineage(copied.store, copied.recipe))
     return [batch for batch, _ in zip(feed.batches(), range(feed.batches_per_epoch), strict=False)]
 
 
 def read_held_out(copied: Finished) -> object:
-    source, stored = (each.artefact(copied.store, copied.recipe) for each in (token_parts, activations))
-    return list(held_out_rows(TokenSelection(source), stored, activations.choose_site(stored, SITE), 10**9))
+    lineage = Lineage(copied.store, copied.recipe)
+    stored = lineage.activations
+    return list(held_out_rows(TokenSelection(lineage.tokens), stored, choose_site(stored_sites(stored), SITE), 10**9))
 
 
 def read_by_encoder(copied: Finished) -> object:
-    run = features.artefact(copied.store, copied.recipe)
-    encoder = features.encoder_of(copied.store, run, features.used_of(copied.store, run), copied.recipe.features)
+    run = Ancestors(copied.store, Lineage(copied.store, copied.recipe).features)
+    encoder = features.encoder_of(run, run.selection(), copied.recipe.features)
     with quiet().bar("features", None, "tokens") as bar:
         return [encoder.encode(part, bar) for part in encoder.stored.published().parts]
 
@@ -177,7 +180,7 @@ def listed(store: Store, grace_seconds: float) -> set[Path]:
 
 
 def test_gc_lists_what_no_generation_lists_and_keeps_what_readers_may_have_open(copied: Finished) -> None:
-    target = activations.artefact(copied.store, copied.recipe)
+    target = Lineage(copied.store, copied.recipe).activations
     first = target.published()
     shutil.copytree(target.part_path(first.parts[0]), target.path / "parts" / "000009-00000000")
     (copied.store.root / "tmp" / "saes-gone-00000000").mkdir()
@@ -196,7 +199,7 @@ def test_gc_lists_what_no_generation_lists_and_keeps_what_readers_may_have_open(
 
 
 def test_gc_leaves_alone_what_is_being_written(copied: Finished) -> None:
-    target = activations.artefact(copied.store, copied.recipe)
+    target = Lineage(copied.store, copied.recipe).activations
     with target.writing():
         target.work.mkdir(parents=True)
         (target.path / "parts" / "000009-00000000").mkdir()

@@ -23,13 +23,11 @@ import pyarrow.parquet as pq
 
 from saeflow.activations.shards import plan_layout
 from saeflow.activations.writer import ArrayWriter
-from saeflow.pipeline import tokens
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.features.coverage import FIRST_INDEX, stands_for
 from saeflow.features.part_merger import USUAL_MERGE
 from saeflow.features.schema import PART_TABLES
-from saeflow.pipeline import collect, lineage, train
-from saeflow.pipeline import encode as features
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import FileRecord, Generation, PartRecord
@@ -74,16 +72,20 @@ class Many:
         )
 
     @cached_property
+    def lineage(self) -> Lineage:
+        return Lineage(self.store, self.recipe)
+
+    @property
     def tokens(self) -> Artefact:
-        return tokens.artefact(self.store, self.recipe)
+        return self.lineage.tokens
 
-    @cached_property
+    @property
     def activations(self) -> Artefact:
-        return collect.artefact(self.store, self.recipe)
+        return self.lineage.activations
 
-    @cached_property
+    @property
     def features(self) -> Artefact:
-        return features.artefact(self.store, self.recipe)
+        return self.lineage.features
 
     def make(self, *kinds: str) -> None:
         """Publish all parts of these kinds, in the order of the stages."""
@@ -140,19 +142,19 @@ class Many:
         os.makedirs(self.tokens.path, exist_ok=True)
         pieces = [f" w{i}" for i in range(4096)]
         write_vocab(self.tokens.path / "vocab.parquet", pieces, [piece.encode() for piece in pieces])
-        self.tokens.create(tokens.facts(self.recipe), files=["vocab.parquet"])
+        self.tokens.create(self.lineage.token_facts, files=["vocab.parquet"])
         self._publish(self.tokens, self.token_parts(0, self.n_parts))
 
     def _make_activations(self) -> None:
-        facts = collect.facts(self.store, self.recipe) | {"stored": [[SITE, WIDTH]]}
+        facts = self.lineage.activation_facts | {"stored": [[SITE, WIDTH]]}
         self.activations.create(facts, [self.tokens.id])
         self._publish(self.activations, self.activation_parts(0, self.n_parts))
 
     def _make_features(self) -> None:
-        facts = features.facts(self.store, self.recipe) | {"context_length": LENGTH, "architecture": "batchtopk"}
-        trained = train.artefact(self.store, self.recipe)
+        facts = self.lineage.feature_facts | {"context_length": LENGTH, "architecture": "batchtopk"}
+        trained = self.lineage.sae
         inputs = [self.tokens.id, self.activations.id]
-        with trained.writing(), trained.publish_folder(lineage.facts(self.store, self.recipe), inputs, {}) as folder:
+        with trained.writing(), trained.publish_folder(self.lineage.sae_facts, inputs, {}) as folder:
             (folder / "cfg.json").write_text("{}")
         self.features.create(facts, [*inputs, trained.id])
         self._publish(self.features, self.feature_parts(0, self.n_parts))

@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from saeflow.features.schema import BLOCK_TOKENS, MOST_SOURCES, TOP, TOP_VOCAB
+from saeflow.corpus.token_parts import BLOCK_TOKENS
+from saeflow.features.schema import MOST_SOURCES, TOP, TOP_VOCAB
 
 Value = tuple[int, int, float]
 """token_id, feature_id, value"""

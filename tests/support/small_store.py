@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow.features.schema import PART_TABLES, RUN_TABLES, VOCAB_BLOCKS
+from saeflow.corpus.token_parts import VOCAB_BLOCKS
+from saeflow.features.schema import PART_TABLES, RUN_TABLES
 from saeflow.features.schema import VALUES as VALUE_SCHEMAS
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import write_json

@@ -13,15 +13,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.pipeline import tokens as token_parts
+from saeflow.corpus import token_parts
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Ledger, key_hash
-from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import forget as forgetting
 from saeflow.pipeline import run as pipeline
-from saeflow.pipeline import train
+from saeflow.pipeline import tokens, train
 from saeflow.pipeline.forget import forget
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
@@ -48,10 +48,11 @@ class Grown:
 
     def run(self, rows: list[dict[str, str]]) -> None:
         write_corpus(self.corpus, rows)
-        pipeline.run(self.store, self.recipe, quiet())
+        pipeline.run(Lineage(self.store, self.recipe), quiet())
 
     def artefacts(self) -> list[Artefact]:
-        return [each.artefact(self.store, self.recipe) for each in (token_parts, activations, features)]  # type: ignore[attr-defined]
+        lineage = Lineage(self.store, self.recipe)
+        return [lineage.tokens, lineage.activations, lineage.features]
 
     def sql(self, text: str) -> list[dict[str, object]]:
         with contextlib.closing(connect(self.store)) as connection:
@@ -120,10 +121,10 @@ def test_appending_collects_and_encodes_only_the_new_parts(grown):
 
 
 def test_the_sae_trained_before_encodes_the_appended_documents_too(grown):
-    sae = train.artefact(grown.store, grown.recipe)
+    sae = Lineage(grown.store, grown.recipe).sae
     before = {path.name for path in (grown.store.root / "saes").iterdir()}
     grown.run(FIRST + NEW)
-    assert train.artefact(grown.store, grown.recipe) == sae
+    assert Lineage(grown.store, grown.recipe).sae == sae
     assert {path.name for path in (grown.store.root / "saes").iterdir()} == before
     covered = grown.sql(
         "select count(distinct key) as n from stg_token_major join tokens using (token_id) where key like 'new/%'"
@@ -132,13 +133,13 @@ def test_the_sae_trained_before_encodes_the_appended_documents_too(grown):
 
 
 def test_the_feed_covers_old_and_new_documents_and_a_fresh_training_sees_both(grown):
-    old = train.open_feed(grown.store, grown.recipe).n_rows
+    old = train.open_feed(Lineage(grown.store, grown.recipe)).n_rows
     grown.run(FIRST + NEW)
     source = grown.artefacts()[0].published()
-    assert train.open_feed(grown.store, grown.recipe).n_rows == source.total("n_train_tokens") > old
-    fresh = train.run(grown.store, grown.recipe, quiet(), fresh=True)
+    assert train.open_feed(Lineage(grown.store, grown.recipe)).n_rows == source.total("n_train_tokens") > old
+    fresh = train.run(Lineage(grown.store, grown.recipe, fresh=True), quiet())
     assert fresh.record.facts["generation"] == 2
-    assert train.artefact(grown.store, grown.recipe) == fresh
+    assert Lineage(grown.store, grown.recipe).sae == fresh
 
 
 def test_a_changed_document_replaces_the_old_version_everywhere(grown):
@@ -204,9 +205,9 @@ def test_a_forgotten_document_is_gone_from_the_feed(grown):
     grown.run(with_secret())
     key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 20"))
     n_tokens = len(token_ids_of(grown, key))
-    before = train.open_feed(grown.store, grown.recipe).n_rows
+    before = train.open_feed(Lineage(grown.store, grown.recipe)).n_rows
     forget(grown.store, [key], quiet())
-    feed = train.open_feed(grown.store, grown.recipe)
+    feed = train.open_feed(Lineage(grown.store, grown.recipe))
     assert feed.n_rows == before - n_tokens
     assert (
         sum(len(batch) for batch, _ in zip(feed.batches(), range(feed.batches_per_epoch), strict=False)) == feed.n_rows
@@ -242,7 +243,7 @@ def test_a_forgotten_document_does_not_come_back_with_the_same_corpus(grown):
 
 
 def test_forgetting_lists_the_saes_that_saw_the_document_and_those_that_did_not(grown):
-    sae = train.artefact(grown.store, grown.recipe)
+    sae = Lineage(grown.store, grown.recipe).sae
     rows = grown.sql("from documents where n_tokens > 0 order by key")
     seen = next(str(row["key"]) for row in rows if not row["held_out"])
     held = next(str(row["key"]) for row in rows if row["held_out"])
@@ -259,17 +260,18 @@ def test_a_version_that_comes_in_while_documents_are_being_forgotten_is_forgotte
     def late(*about):
         """An ingest of a changed text ends between the look at the keys and the lease."""
         write_corpus(grown.corpus, [*FIRST[:-1], {**FIRST[-1], "text": SECRET}])
-        token_parts.run(grown.store, grown.recipe, quiet())
+        tokens.run(Lineage(grown.store, grown.recipe), quiet())
         return hide(*about)
 
     monkeypatch.setattr(forgetting, "_hide", late)
-    assert forget(grown.store, [key], quiet()).documents == {token_parts.artefact(grown.store, grown.recipe).id: 2}
+    assert forget(grown.store, [key], quiet()).documents == {Lineage(grown.store, grown.recipe).tokens.id: 2}
     assert list(grown.sql(f"from documents where key = '{key}'")) == []
 
 
 def test_forgetting_goes_on_where_the_activations_are_gone_and_names_the_saes_that_may_have_seen_them(grown):
-    sae, run = (each.artefact(grown.store, grown.recipe).id for each in (train, features))
-    shutil.rmtree(activations.artefact(grown.store, grown.recipe).path)
+    lineage = Lineage(grown.store, grown.recipe)
+    sae, run = lineage.sae.id, lineage.features.id
+    shutil.rmtree(Lineage(grown.store, grown.recipe).activations.path)
     key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 0 order by key"))
     done = forget(grown.store, [key], quiet())
     assert (done.saes, list(done.waiting)) == ([sae], [run])
@@ -278,22 +280,22 @@ def test_forgetting_goes_on_where_the_activations_are_gone_and_names_the_saes_th
 
 def test_another_version_of_pyarrow_changes_nothing_of_a_vocabulary_that_is_there(grown, monkeypatch):
     """It writes its name into each file."""
-    write = token_parts.write_vocab
+    write = tokens.write_vocab
 
     def newer(path, *table):
         write(path, *table)
         path.write_bytes(path.read_bytes().replace(b"parquet-cpp-arrow version", b"parquet-cpp-arrow Version"))
 
-    monkeypatch.setattr(token_parts, "write_vocab", newer)
-    source = token_parts.artefact(grown.store, grown.recipe)
+    monkeypatch.setattr(tokens, "write_vocab", newer)
+    source = Lineage(grown.store, grown.recipe).tokens
     before = (source.path / "vocab.parquet").read_bytes()
     write_corpus(grown.corpus, [*FIRST, *NEW])
-    token_parts.run(grown.store, grown.recipe, quiet())
+    tokens.run(Lineage(grown.store, grown.recipe), quiet())
     assert (source.path / "vocab.parquet").read_bytes() == before
     (source.path / "vocab.parquet").unlink()
-    source = token_parts.run(grown.store, grown.recipe, quiet())
+    source = tokens.run(Lineage(grown.store, grown.recipe), quiet())
     assert (source.path / "vocab.parquet").read_bytes() != before
-    assert list(damage(token_parts.artefact(grown.store, grown.recipe), full=True)) == []
+    assert list(damage(Lineage(grown.store, grown.recipe).tokens, full=True)) == []
 
 
 def test_a_key_that_nobody_has_hides_nothing_and_says_how_to_list_keys(grown):
@@ -306,13 +308,13 @@ def test_a_key_that_nobody_has_hides_nothing_and_says_how_to_list_keys(grown):
 def test_the_summary_counts_what_the_view_documents_shows(grown):
     def agree() -> bool:
         (shown,) = grown.sql("select count(*) as n_documents, sum(n_tokens)::bigint as n_tokens from documents")
-        return shown.items() <= pipeline.summary(grown.store, grown.recipe).items()
+        return shown.items() <= pipeline.summary(Lineage(grown.store, grown.recipe)).items()
 
     grown.run([{**FIRST[0], "text": "replaced by this"}, *FIRST[1:], *NEW])
     assert agree()
     forget(grown.store, [str(FIRST[1]["key"]), str(NEW[0]["key"])], quiet())
     assert agree()
-    pipeline.compact(grown.store, grown.recipe, quiet())
+    pipeline.compact(Lineage(grown.store, grown.recipe), quiet())
     assert agree()
 
 
@@ -320,7 +322,7 @@ def test_compaction_and_gc_leave_no_trace_of_a_forgotten_document(grown):
     grown.run(with_secret())
     forget(grown.store, ["secret/one"], quiet())
     assert b"secret/one" in documents_of(grown)
-    pipeline.compact(grown.store, grown.recipe, quiet())
+    pipeline.compact(Lineage(grown.store, grown.recipe), quiet())
     assert list(grown.sql("from documents where key = 'secret/one'")) == []
     collect(grown.store, grace_seconds=0, remove=True)
     assert b"secret/one" not in documents_of(grown)
@@ -347,7 +349,7 @@ def test_compaction_moves_no_other_token_and_changes_no_other_value_outside_the_
     touched = set(source.published().hidden)
     before = {row["token_id"]: row for row in grown.sql("from tokens")}
     values = grown.sql("select token_id, feature_id, value from stg_token_major")
-    pipeline.compact(grown.store, grown.recipe, quiet())
+    pipeline.compact(Lineage(grown.store, grown.recipe), quiet())
     assert {row["token_id"]: row for row in grown.sql("from tokens")} == before
     length = grown.recipe.tokens.context_length
     parts = [part for part in source.published().parts if part.index not in touched]
@@ -366,9 +368,9 @@ def test_a_compacted_store_trains_and_runs_on(grown):
     grown.run(with_secret())
     key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 20"))
     forget(grown.store, [key], quiet())
-    n_rows = train.open_feed(grown.store, grown.recipe).n_rows
-    pipeline.compact(grown.store, grown.recipe, quiet())
-    assert train.open_feed(grown.store, grown.recipe).n_rows == n_rows
+    n_rows = train.open_feed(Lineage(grown.store, grown.recipe)).n_rows
+    pipeline.compact(Lineage(grown.store, grown.recipe), quiet())
+    assert train.open_feed(Lineage(grown.store, grown.recipe)).n_rows == n_rows
     grown.run(with_secret() + NEW)
     assert grown.checked() == []
     assert token_ids_of(grown, key) == set()
@@ -418,10 +420,10 @@ def test_positions_that_are_skipped_are_stored_but_never_used(grown):
     changed = parse_recipe(
         grown.recipe.model_dump() | {"activations": grown.recipe.activations.model_dump() | {"skip_positions": [0, 3]}}
     )
-    assert activations.artefact(grown.store, changed) == activations.artefact(grown.store, grown.recipe)
-    pipeline.run(grown.store, changed, quiet())
-    assert train.artefact(grown.store, changed) != train.artefact(grown.store, grown.recipe)
-    run = features.artefact(grown.store, changed)
+    assert Lineage(grown.store, changed).activations == Lineage(grown.store, grown.recipe).activations
+    pipeline.run(Lineage(grown.store, changed), quiet())
+    assert Lineage(grown.store, changed).sae != Lineage(grown.store, grown.recipe).sae
+    run = Lineage(grown.store, changed).features
     ids = np.concatenate(
         [pq.read_table(value_file(run.part_path(p))).column("token_id").to_numpy() for p in run.published().parts]
     )
@@ -439,14 +441,14 @@ def test_a_position_outside_of_the_sequence_is_refused(grown):
         grown.recipe.model_dump() | {"activations": grown.recipe.activations.model_dump() | {"skip_positions": [16]}}
     )
     with pytest.raises(UserError, match=r"skip_positions is \[16\]; sequences have the positions 0 to 15"):
-        train.run(grown.store, changed, quiet())
+        train.run(Lineage(grown.store, changed), quiet())
 
 
 def test_special_tokens_may_be_left_out(grown):
     changed = parse_recipe(
         recipe_of(grown, tokens={"prepend_bos": True}, activations={"skip_special": True}) | {"name": "special"}
     )
-    pipeline.run(grown.store, changed, Progress(verbosity=-1))
+    pipeline.run(Lineage(grown.store, changed), Progress(verbosity=-1))
     with contextlib.closing(connect(grown.store, "special")) as connection:
         rows = query(
             connection, "select distinct piece from tokens semi join stg_token_major using (token_id)"
@@ -468,7 +470,7 @@ def repeated(ingredients: Ingredients, rows: list[tuple[str, str]], tmp_path: Pa
 
 
 def stored_keys(store: Store, recipe: Recipe) -> list[str]:
-    source = token_parts.artefact(store, recipe)
+    source = Lineage(store, recipe).tokens
     generation = source.published()
     tables = [pq.read_table(source.part_file(part, "documents.parquet")) for part in generation.parts]
     return [
@@ -479,14 +481,14 @@ def stored_keys(store: Store, recipe: Recipe) -> list[str]:
 def test_repeated_keys_are_told_apart_by_content_so_that_what_was_forgotten_stays_so(ingredients, tmp_path, progress):
     store = Store.create(tmp_path / "store")
     recipe = repeated(ingredients, [("a", "the first text"), ("a", "the secret text"), ("b", "other")], tmp_path)
-    token_parts.run(store, recipe, progress)
+    tokens.run(Lineage(store, recipe), progress)
     (secret,) = [key for key in stored_keys(store, recipe) if key.startswith("a#")]
     forget(store, [secret], progress)
     by_content = {
         f"a#{Document('a', text, '').content_hash[:8]}": text for text in ("the first text", "the secret text")
     }
     left = repeated(ingredients, [("a", by_content[secret]), ("b", "other")], tmp_path)
-    made = token_parts.run(store, left, progress).published()
+    made = tokens.run(Lineage(store, left), progress).published()
     assert made.total("n_documents") == 3, "the forgotten text did not come back under another key"
     assert secret not in stored_keys(store, recipe)
 
@@ -495,38 +497,38 @@ def test_a_key_that_looks_like_a_repeated_one_is_no_other_document(ingredients, 
     store = Store.create(tmp_path / "store")
     rows = [("a", "one"), ("a", "two"), ("a (2)", "three"), ("a", "one")]
     recipe = repeated(ingredients, rows, tmp_path)
-    first = token_parts.run(store, recipe, progress).published()
+    first = tokens.run(Lineage(store, recipe), progress).published()
     assert len(set(stored_keys(store, recipe))) == 4
     os.utime(tmp_path / "repeated.parquet")
-    assert token_parts.run(store, recipe, progress).published() == first
+    assert tokens.run(Lineage(store, recipe), progress).published() == first
 
 
 def test_dedup_knows_the_texts_that_are_stored(ingredients, tmp_path, progress):
     store = Store.create(tmp_path / "store")
-    token_parts.run(store, repeated(ingredients, [("b", "same"), ("c", "other")], tmp_path, dedup=True), progress)
+    tokens.run(Lineage(store, repeated(ingredients, [("b", "same"), ("c", "other")], tmp_path, dedup=True)), progress)
     recipe = repeated(ingredients, [("a", "same"), ("b", "same"), ("c", "other")], tmp_path, dedup=True)
-    token_parts.run(store, recipe, progress)
+    tokens.run(Lineage(store, recipe), progress)
     assert sorted(stored_keys(store, recipe)) == ["b", "c"]
 
 
 @pytest.mark.parametrize("new", ["a", "z"])
 def test_dedup_keeps_a_text_that_moves_from_one_document_to_another(ingredients, tmp_path, progress, new):
     store = Store.create(tmp_path / "store")
-    token_parts.run(store, repeated(ingredients, [("m", "moves"), ("n", "stays")], tmp_path, dedup=True), progress)
+    tokens.run(Lineage(store, repeated(ingredients, [("m", "moves"), ("n", "stays")], tmp_path, dedup=True)), progress)
     rows = sorted([("m", "another"), ("n", "stays"), (new, "moves")])
-    token_parts.run(store, recipe := repeated(ingredients, rows, tmp_path, dedup=True), progress)
+    tokens.run(Lineage(store, recipe := repeated(ingredients, rows, tmp_path, dedup=True)), progress)
     assert sorted(stored_keys(store, recipe)) == sorted([new, "m", "n"])
 
 
 def test_a_recipe_that_begins_anew_says_which_setting_made_it(ingredients, tmp_path, capsys):
     store = Store.create(tmp_path / "store")
-    first = token_parts.run(store, repeated(ingredients, [("a", "one")], tmp_path), Progress())
+    first = tokens.run(Lineage(store, repeated(ingredients, [("a", "one")], tmp_path)), Progress())
     assert "a new artefact" not in capsys.readouterr().err
     changed = repeated(ingredients, [("a", "one")], tmp_path, held_out=0.5)
-    token_parts.run(store, changed, Progress())
+    tokens.run(Lineage(store, changed), Progress())
     said = " ".join(capsys.readouterr().err.split())
     assert f"tokens: a new artefact beside {first.id}, because of corpus.held_out. To go on with that one" in said
-    token_parts.run(store, changed, Progress())
+    tokens.run(Lineage(store, changed), Progress())
     assert "a new artefact" not in capsys.readouterr().err
 
 

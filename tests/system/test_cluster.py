@@ -22,10 +22,10 @@ import pytest
 from distributed import Client
 
 from flows.support.tasks import MOST_TASKS, runs_of
-from saeflow.pipeline import tokens as token_parts
-from saeflow.pipeline import collect, train
+from saeflow.pipeline import collect, tokens, train
 from saeflow.pipeline import encode as features
 from saeflow.pipeline.dask import workers as cluster
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
@@ -141,22 +141,22 @@ def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def run_alone(root: Path, recipe: Recipe) -> None:
     store = Store.create(root / "tokens")
-    token_parts.run(store, recipe, quiet())
+    tokens.run(Lineage(store, recipe), quiet())
     for before, after, stage in [("tokens", "collect", collect.run), ("collect", "train", train.run_all)]:
         shutil.copytree(root / before, root / after)
-        stage(Store(root / after), recipe, quiet())
+        stage(Lineage(Store(root / after), recipe), quiet())
     for after, stage in [("encode", encode), ("compact", compact)]:
         shutil.copytree(root / {"encode": "train", "compact": "encode"}[after], root / after)
-        stage(Store(root / after), recipe, quiet())
+        stage(Lineage(Store(root / after), recipe), quiet())
 
 
-def encode(store: Store, recipe: Recipe, progress: Progress) -> None:
-    for group in features.by_site(store, recipe):
-        features.run_together(store, group[:2], progress)
+def encode(lineage: Lineage, progress: Progress) -> None:
+    for group in features.by_site(lineage):
+        features.run_together(group[:2], progress)
 
 
-def compact(store: Store, recipe: Recipe, progress: Progress) -> None:
-    features.compact(store, recipe.members()[0], progress)
+def compact(lineage: Lineage, progress: Progress) -> None:
+    features.compact(lineage.members[0], progress)
 
 
 STAGES: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -197,7 +197,7 @@ class Running(Thread):
 
     def run(self) -> None:
         try:
-            STAGES[self.stage][1](self.store, self.recipe, quiet())
+            STAGES[self.stage][1](Lineage(self.store, self.recipe), quiet())
         except BaseException as error:
             self.error = error
 
@@ -262,7 +262,7 @@ def test_the_scheduler_killed_ends_the_run_with_what_to_do_and_the_same_command_
         process.wait(60)
     assert not list(store.root.glob("activations/*/manifest.json"))
     dask.restore(1)
-    collect.run(store, on(dask, recipe), quiet())
+    collect.run(Lineage(store, on(dask, recipe)), quiet())
     assert tree(store.root) == tree(alone.root / "collect")
 
 
@@ -335,7 +335,7 @@ def test_a_worker_that_does_not_see_the_store_is_named_before_any_work(
     monkeypatch.chdir(tmp_path)
     store = Store(Path("/proc/self/cwd/store"))  # a path that leads each process to a folder of its own
     with pytest.raises(UserError, match=r"does not see the store /proc/self/cwd/store [\s\S]*network file system"):
-        collect.run(store, on(dask, recipe), quiet())
+        collect.run(Lineage(store, on(dask, recipe)), quiet())
     assert not list(store.root.glob("tmp/cluster-*"))
 
 
@@ -360,7 +360,7 @@ def test_what_a_worker_refuses_reaches_the_user_with_the_workers_name(
     other = on(dask, recipe).model_copy(update={"sweep": None, "name": "small_cuda", "data": "small"})
     other = other.model_copy(update={"train": recipe.train.model_copy(update={"device": "cuda:7"})})
     with pytest.raises(UserError, match=r"On the worker .*: train\.device is 'cuda:7'"):
-        train.run(store, other, quiet())
+        train.run(Lineage(store, other), quiet())
 
 
 def test_with_a_cluster_of_its_own_kind_a_run_starts_it_and_ends_it(
@@ -370,7 +370,7 @@ def test_with_a_cluster_of_its_own_kind_a_run_starts_it_and_ends_it(
     before = set(psutil.Process().children(recursive=True))
     own = parse_recipe(plain(recipe) | {"cluster": {"kind": "local", "n_workers": 1}})
     with cluster.kept_open():
-        collect.run(store, own, quiet())
+        collect.run(Lineage(store, own), quiet())
         started = {each.pid for each in psutil.Process().children(recursive=True) if each not in before}
         heard = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.pid in started]
         heard += [each for each in psutil.Process().net_connections("tcp") if each.status == "LISTEN"]
@@ -467,10 +467,10 @@ def test_options_that_the_class_does_not_know_are_refused_by_its_name(recipe: Re
 
 def test_a_cluster_changes_no_fingerprint(recipe: Recipe, alone: Store) -> None:
     store, on_it = Store(alone.root / "train"), parse_recipe(plain(recipe) | {"cluster": "tcp://a:1"})
-    assert collect.artefact(store, on_it) == collect.artefact(store, recipe)
+    assert Lineage(store, on_it).activations == Lineage(store, recipe).activations
     for mine, plain_one in zip(on_it.members(), recipe.members(), strict=True):
-        assert train.artefact(store, mine) == train.artefact(store, plain_one)
-        assert features.artefact(store, mine) == features.artefact(store, plain_one)
+        assert Lineage(store, mine).sae == Lineage(store, plain_one).sae
+        assert Lineage(store, mine).features == Lineage(store, plain_one).features
 
 
 def test_workers_of_a_store_in_a_bucket_make_the_objects_that_one_process_makes(
@@ -490,7 +490,7 @@ def test_workers_of_a_store_in_a_bucket_make_the_objects_that_one_process_makes(
                 server.client().put_object(Bucket="store", Key=key, Body=path.read_bytes())
         one = on(here, recipe).members()[0]
         for stage in (collect.run, train.run, features.run):
-            stage(Store.create(url), one, quiet())
+            stage(Lineage(Store.create(url), one), quiet())
         caches = [path.name for path in (tmp_path / "cache").iterdir()]
         assert len([name for name in caches if "-worker-" in name]) == 1, "it works in a folder of its own"
         made = server.files("store", "here")

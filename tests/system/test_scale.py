@@ -24,6 +24,7 @@ from saeflow.features import compaction
 from saeflow.features.part_merger import USUAL_MERGE
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query.relations import relations
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import FeedConfig
@@ -141,7 +142,7 @@ def test_a_part_whose_record_has_changed_is_found_among_all(many):
 
 
 def test_what_is_missing_is_decided_by_looking_at_each_file_a_few_times(many, calls):
-    with collect.collecting(Store(many.store.root), many.recipe, Progress(verbosity=-1)) as job:
+    with collect.collecting(Lineage(Store(many.store.root), many.recipe), Progress(verbosity=-1)) as job:
         assert not job.missing
     assert calls["stat"] <= 3 * n_files(many.activations) + 2 * FEW
     assert calls["open"] < FEW
