@@ -29,7 +29,7 @@ _BATCH_CHARACTERS = 1 << 20
 """Text handed to the tokenizer at once."""
 
 
-class PartMaker:
+class TokenPartWriter:
     """Makes the parts of one artefact; knows the numbers the next part begins with."""
 
     def __init__(self, target: Artefact, tokenizer: Any, about: CorpusConfig, config: TokensConfig) -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from saeflow.corpus import sources
 from saeflow.corpus.ledger import Entry, Ledger, merge_hidden
-from saeflow.corpus.token_parts import PartMaker
+from saeflow.corpus.token_parts import TokenPartWriter
 from saeflow.corpus.vocabulary import tokenizer_vocab, write_vocab
 from saeflow.model.sites import load_tokenizer
 from saeflow.pipeline.lineage import Lineage
@@ -66,7 +66,7 @@ def _summary(ledger: Ledger, before: Generation) -> str:
     return said + (f"; {ledger.n_repeated:,} keys came again and got their content added" if ledger.n_repeated else "")
 
 
-def _open_maker(lineage: Lineage, about: CorpusConfig) -> PartMaker:
+def _open_maker(lineage: Lineage, about: CorpusConfig) -> TokenPartWriter:
     recipe, target = lineage.recipe, lineage.tokens
     assert recipe.model is not None
     tokenizer = load_tokenizer(recipe.model)
@@ -76,7 +76,7 @@ def _open_maker(lineage: Lineage, about: CorpusConfig) -> PartMaker:
         target.create(lineage.token_facts, files=["vocab.parquet"])
         target.add_files(["vocab.parquet"])  # the same table has other bytes under another pyarrow
         target.storage.send(target.path / "vocab.parquet")
-    return PartMaker(target, tokenizer, about, recipe.tokens)
+    return TokenPartWriter(target, tokenizer, about, recipe.tokens)
 
 
 def _has_vocab(target: Artefact) -> bool:
@@ -86,7 +86,7 @@ def _has_vocab(target: Artefact) -> bool:
 
 
 def _append(
-    maker: PartMaker, generation: Generation, done: dict[int, PartRecord], bar: Bar
+    maker: TokenPartWriter, generation: Generation, done: dict[int, PartRecord], bar: Bar
 ) -> tuple[list[PartRecord], Ledger]:
     """Parts of the documents that no published part holds; those that a killed run has finished are kept."""
     ledger = Ledger.read(maker.target, generation)
@@ -108,7 +108,7 @@ def _append(
 
 
 def _kept(
-    maker: PartMaker, record: PartRecord | None, stream: Iterator[Entry]
+    maker: TokenPartWriter, record: PartRecord | None, stream: Iterator[Entry]
 ) -> tuple[PartRecord | None, Iterator[Entry]]:
     """The record if it holds just the documents that come next, which are then taken from the stream."""
     if record is None or record.counts["first_sequence"] != maker.n_sequences:
@@ -120,7 +120,7 @@ def _kept(
     return None, itertools.chain(taken, stream)
 
 
-def _restored(maker: PartMaker, lost: list[PartRecord], generation: Generation, bar: Bar) -> dict[int, PartRecord]:
+def _restored(maker: TokenPartWriter, lost: list[PartRecord], generation: Generation, bar: Bar) -> dict[int, PartRecord]:
     """Published parts, rebuilt from the documents that no other part holds. Raises UserError if those have changed."""
     if not lost:
         return {}

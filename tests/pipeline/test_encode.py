@@ -313,7 +313,7 @@ def test_parts_that_break_a_check_are_never_published_and_are_made_again(trained
     shutil.rmtree(Lineage(store, recipe).features.path)
     with monkeypatch.context() as patch:
         miscounting(patch)
-        with pytest.raises(UserError, match=r"breaks \d+ checks: .*stats_agree \(1 rows\)"):
+        with pytest.raises(UserError, match=r"break \d+ checks: .*stats_agree \(1 rows\)"):
             encoded(store, recipe)
     assert Lineage(store, recipe).features.generation() is None
     assert Lineage(store, recipe).features.part_folders() == set()

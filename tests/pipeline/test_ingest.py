@@ -323,7 +323,7 @@ class _Here:
             self.made.append(function)
             yield (
                 item,
-                getattr(features, function.partition(".")[2])(self.store.name, json.dumps(settings), item, quiet()),
+                getattr(features, function.rpartition(".")[2])(self.store.name, json.dumps(settings), item, quiet()),
             )
 
 
