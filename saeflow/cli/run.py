@@ -270,7 +270,8 @@ def sites_command(
     Example: `saeflow sites gpt2 '*.mlp.act'`
     """
 
-    from saeflow.model.sites import list_sites, load_model
+    from saeflow.model.load import load_model
+    from saeflow.model.sites import list_sites
     from saeflow.recipe.settings import ModelConfig
     from saeflow.runtime.suggest import nearest
 

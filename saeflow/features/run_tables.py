@@ -9,7 +9,7 @@ import torch
 from saeflow.features import directions
 from saeflow.features.files import write_table
 from saeflow.features.schema import RUN_TABLES
-from saeflow.model.sites import load_model
+from saeflow.model.load import load_model
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads

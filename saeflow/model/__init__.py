@@ -1,5 +1,6 @@
 """A language model: loading it, naming its sites, reading what passes through them. Read `sites` first.
 
-sites        load a model, name its modules, read their activations
+load         load a model or tokenizer, and fingerprint its files
+sites        name the modules of a model, read and replace their activations
 direct_path  what reaches the logits without passing a later layer
 """

@@ -18,12 +18,11 @@ from saeflow.activations.norms import NORMS_FILE, Norms, norms_of, warn_of_massi
 from saeflow.activations.shards import ITEM_BYTES, plan_layout, stored_sites
 from saeflow.activations.writer import open_writer, to_disk_precision
 from saeflow.corpus import token_parts
+from saeflow.model.load import load_model, model_fingerprint
 from saeflow.model.sites import (
     Site,
     SiteReader,
     device_of,
-    load_model,
-    model_fingerprint,
     require_length,
     require_running_order,
     resolve_sites,

@@ -21,7 +21,8 @@ from saeflow.activations.feed import Feed, aligned_held_out_rows
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coverage import holding
-from saeflow.model.sites import device_of, load_model, predicts_next_token, require_running_order, spliced
+from saeflow.model.load import load_model
+from saeflow.model.sites import device_of, predicts_next_token, require_running_order, spliced
 from saeflow.pipeline import train
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import FORMAT_VERSION

@@ -21,7 +21,7 @@ from saeflow.activations.shards import ITEM_BYTES
 from saeflow.corpus import sources
 from saeflow.corpus.document import is_held_out
 from saeflow.corpus.tokenizer import bos_ids, ids_of
-from saeflow.model.sites import load_tokenizer
+from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.trial_run import REFUSED
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
 from saeflow.recipe.recipe import Recipe

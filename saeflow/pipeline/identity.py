@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.activations.tables.source import source_checksum
-from saeflow.model.sites import model_fingerprint
+from saeflow.model.load import model_fingerprint
 from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import ModelConfig

@@ -12,7 +12,7 @@ from saeflow.corpus import sources
 from saeflow.corpus.ledger import Entry, Ledger, merge_hidden
 from saeflow.corpus.token_parts import TokenPartWriter
 from saeflow.corpus.vocabulary import tokenizer_vocab, write_vocab
-from saeflow.model.sites import load_tokenizer
+from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
@@ -120,7 +120,9 @@ def _kept(
     return None, itertools.chain(taken, stream)
 
 
-def _restored(maker: TokenPartWriter, lost: list[PartRecord], generation: Generation, bar: Bar) -> dict[int, PartRecord]:
+def _restored(
+    maker: TokenPartWriter, lost: list[PartRecord], generation: Generation, bar: Bar
+) -> dict[int, PartRecord]:
     """Published parts, rebuilt from the documents that no other part holds. Raises UserError if those have changed."""
     if not lost:
         return {}

@@ -21,7 +21,8 @@ import torch
 from saeflow.activations.shards import StoredArray, plan_layout
 from saeflow.activations.writer import open_writer
 from saeflow.corpus import token_parts
-from saeflow.model.sites import SiteReader, load_model, resolve_sites
+from saeflow.model.load import load_model
+from saeflow.model.sites import SiteReader, resolve_sites
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.load import load_recipe

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 from saeflow.corpus import sources
-from saeflow.model.sites import load_tokenizer, model_fingerprint
+from saeflow.model.load import load_tokenizer, model_fingerprint
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.model.sites import load_tokenizer
+from saeflow.model.load import load_tokenizer
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from saeflow.corpus.document import is_held_out
 from saeflow.corpus.packing import pack
 from saeflow.corpus.tokenizer import bos_ids
-from saeflow.model.sites import load_tokenizer
+from saeflow.model.load import load_tokenizer
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe

@@ -17,7 +17,8 @@ from torch import Tensor
 from saeflow.features.directions import ONE_WORKER, ProductBlocks, logits, similar
 from saeflow.features.schema import RUN_TABLES, TOP, TOP_LOGITS
 from saeflow.model.direct_path import direct_path
-from saeflow.model.sites import list_sites, load_model, spliced
+from saeflow.model.load import load_model
+from saeflow.model.sites import list_sites, spliced
 from saeflow.recipe.settings import ModelConfig
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "demo" / "model"

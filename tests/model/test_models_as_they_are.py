@@ -20,15 +20,8 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.corpus import token_parts
 from saeflow.corpus.vocabulary import tokenizer_vocab
-from saeflow.model.sites import (
-    SiteReader,
-    load_model,
-    load_tokenizer,
-    predicts_next_token,
-    require_length,
-    resolve_sites,
-    spliced,
-)
+from saeflow.model.load import load_model, load_tokenizer
+from saeflow.model.sites import SiteReader, predicts_next_token, require_length, resolve_sites, spliced
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.run import run

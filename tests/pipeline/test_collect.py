@@ -21,7 +21,8 @@ from saeflow.activations import shards as arrays
 from saeflow.activations.shards import stored_sites
 from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus import token_parts
-from saeflow.model.sites import Site, choose_site, load_model
+from saeflow.model.load import load_model
+from saeflow.model.sites import Site, choose_site
 from saeflow.pipeline import collect, import_table, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe

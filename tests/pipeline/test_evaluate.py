@@ -17,7 +17,7 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus import token_parts
-from saeflow.model.sites import load_model
+from saeflow.model.load import load_model
 from saeflow.pipeline import collect, encode, evaluate, import_table, tokens, train
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe

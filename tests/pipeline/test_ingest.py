@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from saeflow.cli import app as cli
-from saeflow.corpus import token_parts
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Entry, Ledger
 from saeflow.pipeline import collect as activations

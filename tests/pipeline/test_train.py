@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeflow.model.sites import load_model
+from saeflow.model.load import load_model
 from saeflow.pipeline import collect, import_table, tokens, train
 from saeflow.pipeline.lineage import Lineage, n_tokens_seen
 from saeflow.recipe.fingerprint import fingerprint

@@ -1,0 +1,172 @@
+"""Load a language model or its tokenizer, from a folder, a GGUF file or the hub; and say which it is."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from saeflow.corpus.remote import hub_errors
+from saeflow.recipe.fingerprint import fingerprint
+from saeflow.recipe.settings import ModelConfig
+from saeflow.runtime.devices import choose_device
+from saeflow.runtime.errors import UserError, first_line
+from saeflow.store.files import checksum
+
+_IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
+_HUB_SECONDS = 10.0
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's own tokenizer. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer.from_pretrained, config)
+
+
+def load_model(config: ModelConfig) -> nn.Module:
+    """The model with the head it was trained with, in eval mode on its device.
+
+    Raises UserError for a path that holds no model.
+    """
+    import transformers
+
+    about = _load(transformers.AutoConfig.from_pretrained, config)
+    named = getattr(about, "architectures", None) or []
+    loader = getattr(transformers, named[0], None) if named else None
+    fallback = transformers.AutoModelForCausalLM if is_gguf(config.path) else transformers.AutoModel
+    model = _load((loader or fallback).from_pretrained, config, dtype=getattr(torch, config.dtype))
+    ready: nn.Module = model.eval().requires_grad_(False).to(choose_device("model.device", config.device))
+    return ready
+
+
+def is_gguf(path: str) -> bool:
+    """A single file of quantised weights with its tokenizer, as llama.cpp keeps them."""
+    return path.endswith(".gguf")
+
+
+def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path, local = Path(config.path), Path(config.path).exists()
+    revision, online = (config.revision, False) if local else _commit(config.path, config.revision)
+    options |= {"revision": revision, "trust_remote_code": False, "local_files_only": not online}
+    if is_gguf(config.path):
+        options["gguf_file"] = path.name
+    known = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
+    failures: tuple[type[Exception], ...] = (*hub_errors(), *known)
+    try:
+        with warnings.catch_warnings(), _silent_gguf() if is_gguf(config.path) else contextlib.nullcontext():
+            warnings.simplefilter("ignore")
+            return loader(str(path.parent) if is_gguf(config.path) else config.path, **options)
+    except failures as error:
+        raise UserError(_why_not(config.path, local, error)) from error
+
+
+@contextlib.contextmanager
+def _silent_gguf() -> Iterator[None]:
+    """transformers shows a bar for GGUF files that its own switch does not turn off."""
+    reading: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    shown = reading.tqdm
+    reading.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        reading.tqdm = shown
+
+
+def _why_not(path: str, local: bool, error: Exception) -> str:
+    """Why a model was not loaded, and the way out."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    said = f"model.path is {path!r}"
+    reason = first_line(error)
+    causes = [error, error.__cause__, error.__context__]
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"{said}: its owner lets in only those who accepted the licence.\n"
+            f"Accept it at https://huggingface.co/{path} and set HF_TOKEN to a token of that account."
+        )
+    if isinstance(error, ImportError) and is_gguf(path):
+        return f"{said}: GGUF files need two more packages. Install them: pip install 'saeflow[gguf]'"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        reason = "the hub has no such model, or a private one that HF_TOKEN does not open"
+    what = "a folder without a Hugging Face model" if local else "neither a local folder nor a model on the hub"
+    return (
+        f"{said}: {what} ({reason}).\nName a folder with config.json, model.safetensors and tokenizer.json, "
+        "a .gguf file, or a hub name such as openai/gpt2."
+    )
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    """Stands for the files of a local model, or for the commit of one on the hub."""
+    folder = Path(config.path)
+    if folder.is_file():
+        return fingerprint(folder.name, _known_checksum(folder, folder.stat().st_mtime_ns), config.dtype)
+    if folder.is_dir():
+        files = sorted({path for pattern in _IDENTITY_FILES for path in folder.glob(pattern)})
+        return fingerprint(
+            [(path.name, _known_checksum(path, path.stat().st_mtime_ns)) for path in files], config.dtype
+        )
+    return fingerprint(config.path, _commit(config.path, config.revision)[0], config.dtype)
+
+
+@cache
+def _commit(path: str, revision: str | None) -> tuple[str, bool]:
+    """The commit of a model on the hub, and whether the hub answered; if not, the commit that was downloaded before.
+
+    Asked once a process: what is loaded later must be what the fingerprint stands for.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failures: tuple[type[Exception], ...] = (*hub_errors(), OSError, ValueError, RuntimeError)
+    try:
+        commit = str(HfApi().model_info(path, revision=revision, timeout=_HUB_SECONDS).sha)
+    except failures as error:
+        cached = _downloaded(path, revision)
+        if cached is None or isinstance(error, HfHubHTTPError):
+            raise UserError(_why_not(path, False, error)) from error
+        return cached, False
+    _note_commit(path, revision, commit)
+    return commit, True
+
+
+def _cache_folder(path: str) -> Path:
+    from huggingface_hub import constants, file_download
+
+    return Path(constants.HF_HUB_CACHE, file_download.repo_folder_name(repo_id=path, repo_type="model"))
+
+
+def _note_commit(path: str, revision: str | None, commit: str) -> None:
+    """Where the hub's cache keeps which commit a branch or tag is; it does so itself only for what is asked by name."""
+    if revision != commit:
+        note = _cache_folder(path) / "refs" / (revision or "main")
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(commit)
+
+
+def _downloaded(path: str, revision: str | None) -> str | None:
+    """The commit in the hub's cache that a branch, tag or commit stands for."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):  # no name of a model
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
+
+
+@lru_cache(maxsize=256)
+def _known_checksum(path: Path, changed_ns: int) -> str:
+    """Checksum of a file, computed once as long as it does not change: weights are large and asked for often."""
+    return checksum(path)
