@@ -126,7 +126,7 @@ class StoredArray:
         before = skip * self._row_bytes
         pieces = [np.empty(before, np.uint8), out, np.empty(size - before - len(out), np.uint8)]
         found, at = 0, int(offset)
-        for piece in (part for whole in pieces for part in _pieces(whole)):
+        for piece in (part for whole in pieces for part in _cut_for_checking(whole)):
             if file.read_into(piece, at) != len(piece):
                 raise ValueError(f"chunk {number} ends too early")
             found, at = google_crc32c.extend(found, piece), at + len(piece)
@@ -161,7 +161,7 @@ _CHECKED_AT_ONCE = 512 << 10
 """Bytes to read and check at once, while they are in the processor's cache."""
 
 
-def _pieces(memory: np.ndarray) -> list[np.ndarray]:
+def _cut_for_checking(memory: np.ndarray) -> list[np.ndarray]:
     return [memory[start : start + _CHECKED_AT_ONCE] for start in range(0, len(memory), _CHECKED_AT_ONCE)]
 
 
