@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per other feature that fires there at least once, the largest Jaccard index first. With a shift, the
 --          feature itself may be among them.
--- Reads:   stg_feature_major, stg_token_major, stg_feature_stats, stg_size, stg_shape, token_owners,
+-- Reads:   tokens_of_feature, stg_token_major, stg_feature_stats, stg_size, stg_shape, token_owners,
 --          jaccard_index, mutual_information
 -- Units:   n_both counts the tokens t at which the feature fires and the other fires at t + shift, in the same sequence
 --          and document. n_feature and n_other count all tokens at which each fires; N counts the encoded tokens.
@@ -11,7 +11,7 @@
 -- Ask it:  what fires just before feature 12?  from coactivation(12, -1)
 create or replace macro coactivation(feature, shift := 0) as table
 with firing as materialized (
-    select token_id from stg_feature_major where feature_id = feature and feature between low and high
+    select token_id from tokens_of_feature(feature)
 ),
 shifted as materialized (
     select (token_id + shift::hugeint)::bigint as token_id

@@ -1,7 +1,7 @@
 -- A feature's strongest tokens, with its value at every token around them.
 --
 -- Grain:   one row per token, the strongest first; ties in corpus order.
--- Reads:   stg_feature_major (only the row groups of this feature), token_spans, letter_rest, open_letter, lossy_text
+-- Reads:   tokens_of_feature, token_spans, letter_rest, open_letter, lossy_text
 -- Units:   pieces and feature_values have one entry for each token of the span: `before` tokens in front and `after`
 --          tokens behind, inside the document. place is the strongest token's place in the span, from 1. If the bytes
 --          of a letter are spread over several tokens, the letter belongs to the token that begins it; half letters at
@@ -10,7 +10,7 @@
 -- Ask it:  how does feature 12 rise and fall around its peaks?  from contexts(12)
 create or replace macro contexts(feature, n := 20, before := 12, after := 12) as table
 with firing as materialized (
-    select token_id, value from stg_feature_major where feature_id = feature and feature between low and high
+    from tokens_of_feature(feature)
 ),
 best as materialized (
     select token_id as centre, value from firing order by value desc, token_id limit n

@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per example, at most n in each band; the strongest band first, and the strongest example first
 --          inside it.
--- Reads:   stg_feature_major (only the row groups of this feature), token_texts
+-- Reads:   tokens_of_feature, token_texts
 -- Units:   bands are quantiles, sampled as by Paulo et al. 2024 (arXiv 2410.13928): the feature's tokens are ordered by
 --          value and cut into bands of equal counts (to within one; equal values in corpus order); band 1 is the
 --          strongest. Examples are spread evenly over a band. n_tokens, low_value and high_value describe the whole
@@ -16,8 +16,7 @@ with ranked as (
         value,
         row_number() over (order by value desc, token_id) - 1 as rank,
         count(*) over ()                                      as n_rows
-    from stg_feature_major
-    where feature_id = feature and feature between low and high
+    from tokens_of_feature(feature)
 ),
 banded as (
     select

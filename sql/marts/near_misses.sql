@@ -1,7 +1,7 @@
 -- Tokens of the vocabulary entry on which a feature fires most often, at which the feature is silent.
 --
 -- Grain:   one row per silent token: n of them, spread evenly over the corpus, in corpus order.
--- Reads:   stg_feature_vocab, stg_feature_major, stg_tokens, is_encoded, token_texts
+-- Reads:   stg_feature_vocab, tokens_of_feature, stg_tokens, is_encoded, token_texts
 -- Units:   only encoded tokens count, because a token that a setting skips is no miss. n_silent counts all silent
 --          tokens of the entry, n_fired those at which the feature fires; context shows 12 tokens on either side.
 -- Parameters: feature bigint, n bigint = 20
@@ -11,7 +11,7 @@ with entry as materialized (
     select vocab_id from stg_feature_vocab where feature_id = feature order by n_tokens desc, vocab_id limit 1
 ),
 firing as materialized (
-    select token_id from stg_feature_major where feature_id = feature and feature between low and high
+    select token_id from tokens_of_feature(feature)
 ),
 met as materialized (
     select token_id, token_id in (from firing) as has_fired

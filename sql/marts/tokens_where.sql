@@ -1,7 +1,7 @@
 -- All tokens at which a feature is stronger than a threshold.
 --
 -- Grain:   one row per token at which value > threshold, in corpus order.
--- Reads:   stg_feature_major (only the row groups of this feature), stg_vocab_blocks, stg_vocab, stg_document_places,
+-- Reads:   tokens_of_feature, stg_vocab_blocks, stg_vocab, stg_document_places,
 --          stg_shape, block_vocab_id
 -- Units:   value is in the units of the activations; position counts from 0 inside the sequence.
 -- Parameters: feature bigint, threshold double = 0
@@ -9,8 +9,8 @@
 create or replace macro tokens_where(feature, threshold := 0) as table
 with firing as materialized (
     select token_id, value, token_id // 512 as block_id
-    from stg_feature_major
-    where feature_id = feature and feature between low and high and value > threshold::double
+    from tokens_of_feature(feature)
+    where value > threshold::double
 ),
 hits as materialized (
     select token_id, value, block_vocab_id(vocab_ids, token_id - first_token_id) as vocab_id

@@ -1,7 +1,7 @@
 -- The documents in which a feature fires most.
 --
 -- Grain:   one row per document in which it fires, the largest sum of values first; ties in corpus order.
--- Reads:   stg_feature_major (only the row groups of this feature), stg_document_places
+-- Reads:   tokens_of_feature, stg_document_places
 -- Units:   n_tokens counts the document's tokens at which the feature fires; rate is their share of its tokens. Values
 --          are in the units of the activations; top_token_id is the first of the strongest tokens.
 -- Parameters: feature bigint, n bigint = 20
@@ -9,8 +9,7 @@
 create or replace macro top_documents(feature, n := 20) as table
 with firing as materialized (
     select token_id, value::double as value
-    from stg_feature_major
-    where feature_id = feature and feature between low and high
+    from tokens_of_feature(feature)
 )
 select
     document_id,

@@ -1,7 +1,7 @@
 -- The tokens at which a feature is strongest, in their context.
 --
 -- Grain:   one row per token, the strongest first; ties in corpus order.
--- Reads:   stg_feature_major (only the row groups of this feature), token_texts
+-- Reads:   tokens_of_feature, token_texts
 -- Units:   value is in the units of the activations. context shows up to 12 tokens on either side, inside the document,
 --          with the token between « and »; the same marks in the text itself become ‹ and ›.
 -- Parameters: feature bigint, n bigint = 20
@@ -9,8 +9,7 @@
 create or replace macro top_tokens(feature, n := 20) as table
 with best as materialized (
     select token_id, value
-    from stg_feature_major
-    where feature_id = feature and feature between low and high
+    from tokens_of_feature(feature)
     order by value desc, token_id
     limit n
 )
