@@ -19,6 +19,6 @@ def compact_flow(recipe: Recipe, store: str | None = None) -> int:
     with reporting("compact") as progress:
         encode.compact(lineage, progress)
     n_parts = len(lineage.features.published().parts)
-    catalog.write(lineage.store)
+    catalog.write_catalog(lineage.store)
     show_table("compact", {"n_parts": n_parts})
     return n_parts

@@ -23,7 +23,7 @@ def encode_flow(recipe: Recipe, store: str | None = None) -> list[str]:
             with encode.encoding_together(group, progress) as job:
                 n_here = job.n_calls or encode.n_at_once(recipe.features, recipe.threads)
                 make_parts("encode", job, progress, n_here)
-    catalog.write(lineage.store)
+    catalog.write_catalog(lineage.store)
     made = [member.features for member in lineage.members]
     totals = [target.published() for target in made]
     show_table("encode", {count: sum(each.total(count) for each in totals) for count in ("n_tokens", "n_values")})

@@ -27,6 +27,6 @@ def evaluate_flow(recipe: Recipe, store: str | None = None) -> dict[str, float]:
             return quality
 
         quality = dict(judge())
-    catalog.write(lineage.store)
+    catalog.write_catalog(lineage.store)
     show_table("evaluate", quality)
     return quality

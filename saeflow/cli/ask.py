@@ -20,8 +20,8 @@ from saeflow.cli.common import (
     StoreOption,
     connection_to,
     err,
+    existing_store,
     new_table,
-    open_store,
     out,
     print_line,
     print_note,
@@ -198,17 +198,17 @@ def sql_command(
 
     Example: `saeflow sql 'select count(*) from tokens'`
     """
-    from saeflow.query.ask import query as answer_of
+    from saeflow.query.ask import query as run_query
 
     reply = Reply(format, output, limit)
     if script:
-        from saeflow.query.definitions import script as script_of
+        from saeflow.query.definitions import script_of_run
 
-        return _write_text(script_of(open_store(store), run), output)
+        return _write_text(script_of_run(existing_store(store), run), output)
     with connection_to(store, run) as connection:
 
         def answer(statement: str) -> None:
-            reply.write(lambda most: answer_of(connection, statement, limit=most), 1000)
+            reply.write(lambda most: run_query(connection, statement, limit=most), 1000)
 
         if query is not None or not sys.stdin.isatty():
             return answer(query if query is not None else _standard_input())

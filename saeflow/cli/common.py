@@ -131,7 +131,7 @@ def create_store(option: str | None, recipe: Recipe, quiet: bool) -> Store:
     return store
 
 
-def open_store(option: str | None) -> Store:
+def existing_store(option: str | None) -> Store:
     """Open a store that exists, and print which one."""
     from saeflow.store.store import Store, store_path
 
@@ -149,7 +149,7 @@ def store_argument(store: Store) -> str:
 def connection_to(option: str | None, run: str | None) -> Iterator[duckdb.DuckDBPyConnection]:
     from saeflow.query.connection import connect
 
-    with contextlib.closing(connect(open_store(option), run)) as connection:
+    with contextlib.closing(connect(existing_store(option), run)) as connection:
         yield connection
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeflow.cli.common import RunOption, StoreOption, new_table, open_store, out, print_line, print_note
+from saeflow.cli.common import RunOption, StoreOption, existing_store, new_table, out, print_line, print_note
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import sanitise
 
@@ -40,7 +40,7 @@ def label_command(
     """
     from saeflow.query import catalog, label_import, labels, runs
 
-    opened = open_store(store)
+    opened = existing_store(store)
     chosen = runs.run_named(opened, run)
     sae, n_features = runs.sae_of(chosen.artefact), chosen.shape.get("n_features")
     if sae is None:
@@ -57,7 +57,7 @@ def label_command(
             return _show_labels(opened, chosen.schema, feature)
         found = {feature: labels.clean_label(text, score, f"feature {feature}")}
     n_labels = labels.put(opened, sae, source, found)
-    catalog.write(opened)
+    catalog.write_catalog(opened)
     print_note(sanitise(f"labels/{sae.removeprefix('saes/')}/{source}.csv: {n_labels:,} label{'s' * (n_labels != 1)}"))
     return None
 
@@ -86,7 +86,7 @@ def catalog_command(store: StoreOption = None) -> None:
     """
     from saeflow.query import catalog
 
-    opened = open_store(store)
-    changed = catalog.write(opened)
+    opened = existing_store(store)
+    changed = catalog.write_catalog(opened)
     state = "written" if changed else "up to date"
     print_line(f"{sanitise(opened.name)}/{catalog.CATALOG}: {state}")

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from saeflow.cli.common import Format
 from saeflow.cli.screen import render_table
-from saeflow.cli.text_formats import ROWS_AT_ONCE, csv_text, harmless_for_terminal, json_lines_text, json_text
+from saeflow.cli.text_formats import ROWS_AT_ONCE, as_csv, as_json, as_json_lines, harmless_for_terminal
 from saeflow.runtime.errors import UserError
 
-TEXT_FORMATS = {"csv": csv_text, "json": json_text, "jsonl": json_lines_text}
+TEXT_FORMATS = {"csv": as_csv, "json": as_json, "jsonl": as_json_lines}
 FORMAT_OF_ENDING: dict[str, Format] = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 

@@ -17,8 +17,8 @@ from saeflow.cli.common import (
     Verbose,
     create_store,
     err,
+    existing_store,
     new_table,
-    open_store,
     out,
     print_line,
     print_note,
@@ -47,7 +47,7 @@ def ls_command(store: StoreOption = None) -> None:
 
     Example: `saeflow ls --store data/store`
     """
-    opened = open_store(store)
+    opened = existing_store(store)
     table = new_table("artefact", "generation", "parts", "tokens", "size", "inputs")
     for artefact in opened.artefacts():
         table.add_row(_safe(artefact.id), *state_of(artefact), _safe(", ".join(artefact.record.inputs)))
@@ -92,7 +92,7 @@ def show_command(
     """
     from saeflow.store.records import read_checked
 
-    artefact = _find_artefact(open_store(store), name)
+    artefact = _find_artefact(existing_store(store), name)
     out.print(f"{sanitise(artefact.id)}\n{sanitise(str(artefact.path))}", markup=False)
     table = new_table("setting", "value")
     for key, value in sorted(artefact.record.facts.items()):
@@ -139,7 +139,7 @@ def verify_command(
     from saeflow.store import verify as integrity
     from saeflow.store.store import Store, store_path
 
-    opened = Store.find(store_path(store)) if repair else open_store(store)
+    opened = Store.find(store_path(store)) if repair else existing_store(store)
     if repair and (line := integrity.mend_marker(opened)):
         print_line(sanitise(line))
     found = list(integrity.verify(opened, full, today))
@@ -178,7 +178,7 @@ def forget_command(
 
     opened = Store.open(store_path(store))
     done = forget(opened, keys, Progress(err, -1 if quiet else 0))
-    catalog.write(opened)
+    catalog.write_catalog(opened)
     for line in [] if quiet else _describe_forgotten(done):
         print_line(sanitise(line))
     for name, why in done.waiting.items():
@@ -247,12 +247,12 @@ def gc_command(
     from saeflow.query import catalog
     from saeflow.store import garbage
 
-    opened = open_store(store)
+    opened = existing_store(store)
     done = garbage.collect(opened, grace * 3600, remove=yes)
     for each in done.garbage:
         print_line(sanitise(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}"))
     if yes and done.garbage:
-        catalog.write(opened)
+        catalog.write_catalog(opened)
     again = f"saeflow gc{'' if grace == GRACE_HOURS else f' --grace {grace:g}'} --yes{store_argument(opened)}"
     fate = "removed" if yes else "to remove" if not done.garbage else f"to remove with `{again}`"
     print_line(f"{len(done.garbage)} files and folders, {human_bytes(done.n_bytes)} {fate}")

@@ -29,15 +29,15 @@ def is_number(type: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type) or pa.types.is_floating(type) or pa.types.is_decimal(type))
 
 
-def csv_text(table: pa.Table, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[str]:
+def as_csv(table: pa.Table, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[str]:
     """Yield the table as CSV. A text cell that begins with = + - @, a tab or a line break gets a ' in front."""
     yield _csv_line([_no_formula(name) for name in table.column_names])
-    for piece in _pieces(table, rows_at_once):
+    for piece in _row_slices(table, rows_at_once):
         rows = zip(*(column.to_pylist() for column in piece.columns), strict=True)
         yield "".join(_csv_line([_csv_cell(value) for value in row]) for row in rows)
 
 
-def json_text(table: pa.Table, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[str]:
+def as_json(table: pa.Table, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[str]:
     """Yield the table as an array of objects, one row a line."""
     before = "[\n"
     for row in _json_rows(table, rows_at_once):
@@ -46,7 +46,7 @@ def json_text(table: pa.Table, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[str
     yield "[]\n" if before == "[\n" else "\n]\n"
 
 
-def json_lines_text(table: pa.Table, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[str]:
+def as_json_lines(table: pa.Table, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[str]:
     """Yield the table as objects, one row a line."""
     for row in _json_rows(table, rows_at_once):
         yield row + "\n"
@@ -78,12 +78,12 @@ def as_json_value(value: object) -> object:
     return str(value)
 
 
-def _pieces(table: pa.Table, n_rows: int) -> Iterable[pa.Table]:
+def _row_slices(table: pa.Table, n_rows: int) -> Iterable[pa.Table]:
     return (table.slice(start, n_rows) for start in range(0, len(table), n_rows))
 
 
 def _json_rows(table: pa.Table, rows_at_once: int) -> Iterator[str]:
-    for piece in _pieces(table, rows_at_once):
+    for piece in _row_slices(table, rows_at_once):
         for row in piece.to_pylist():
             text = json.dumps(as_json_value(row), ensure_ascii=False, allow_nan=False)
             yield HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -40,7 +40,7 @@ def run(lineage: Lineage, progress: Progress, place: pipeline.Place = pipeline.a
         note_seen(lineage.tokens, removed)
         _keep_lists(held)
         waiting = _encode_new(lineage, progress, place)
-        catalog.write(store)
+        catalog.write_catalog(store)
         try:
             trained = not _has_run(lineage) and _make_run(lineage, progress, place)
         except UserError as error:

@@ -70,7 +70,7 @@ def _with_catalog(stage: Stage) -> Stage:
 
     def run_stage(lineage: Lineage, progress: Progress) -> Any:
         found = stage(lineage, progress)
-        catalog.write(lineage.store)
+        catalog.write_catalog(lineage.store)
         return found
 
     return run_stage
@@ -105,7 +105,7 @@ def compact(lineage: Lineage, progress: Progress, enough: int = 2, place: Place 
                 encode.add_tables(store, run, recipe, progress)
                 encode.merge_parts(store, run, recipe, progress, enough, mend=True)
     finally:
-        catalog.write(store)
+        catalog.write_catalog(store)
 
 
 def _without_hidden(lineage: Lineage, progress: Progress, place: Place) -> None:

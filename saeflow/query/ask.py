@@ -176,14 +176,14 @@ def _fetch(
                 warnings.simplefilter("ignore", UserWarning)
                 return connection.execute(sql, parameters or None).to_arrow_table()
         reader = connection.sql(sql, params=parameters or None).to_arrow_reader()
-        return _first_rows(reader, limit)
+        return _read_rows(reader, limit)
     except QUERY_ERRORS as error:
         if is_of_system(error):
             raise
         raise UserError(f"{what} failed.\n{message(error)}") from error
 
 
-def _first_rows(reader: pa.RecordBatchReader, limit: int | None) -> pa.Table:
+def _read_rows(reader: pa.RecordBatchReader, limit: int | None) -> pa.Table:
     """Return the first rows of a stream, or all. The buffers stay DuckDB's own."""
     if limit is None:
         return reader.read_all()

@@ -38,7 +38,7 @@ def catalog_text(store: Store, most_files: int = MOST_FILES) -> str:
     return "\n".join([*comment, "", *map(_one_statement, statements), ""])
 
 
-def write(store: Store) -> Path | None:
+def write_catalog(store: Store) -> Path | None:
     """Bring the store's `catalog.sql` up to date. Returns its path if it had to be changed.
 
     Call this after switching a generation, and after adding or removing a run or a file of labels. If two processes

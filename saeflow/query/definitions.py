@@ -60,7 +60,7 @@ def definitions(every: Sequence[Run], current: Run, many_files: int = MANY_FILES
     yield from DUCKDB_SETTINGS
 
 
-def script(store: Store, run: str | None = None) -> str:
+def script_of_run(store: Store, run: str | None = None) -> str:
     """Return one run's `sql/` as text that the duckdb shell runs by hand."""
     every = runs(store)
     current = pick_run(store, every, run)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 
 import saeflow as package
-from saeflow.cli.text_formats import json_text
+from saeflow.cli.text_formats import as_json
 from saeflow.query.ask import as_statement, ask, query, resolve_names
 from saeflow.query.connection import connect
 from saeflow.query.questions import (
@@ -193,7 +193,7 @@ def test_the_sql_of_a_question_answers_it_in_a_shell(
     assert said.out == wanted + "\n"
     answered = json.loads(saeflow("ask", *words, "-f", "json", "--store", store.root).out)
     with connect(store) as connection:
-        assert json.loads("".join(json_text(query(connection, said.out)))) == answered
+        assert json.loads("".join(as_json(query(connection, said.out)))) == answered
 
 
 def completed(words: str, store: Store) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from saeflow.cli.render import write_answer
 from saeflow.cli.screen import render_table
-from saeflow.cli.text_formats import csv_text, json_lines_text, json_text
+from saeflow.cli.text_formats import as_csv, as_json, as_json_lines
 from saeflow.query.ask import ask, query
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
@@ -438,7 +438,7 @@ def test_rows_left_out_are_said():
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n"])
 def test_no_text_cell_of_a_csv_starts_a_formula(start):
     table = pa.table({f"{start}name": [f"{start}cmd|' /C calc'!A0"], "n": [-1], "x": [-0.5], "plain": ["a=b"]})
-    header, row = csv.reader(io.StringIO(written(csv_text, table), newline=""))
+    header, row = csv.reader(io.StringIO(written(as_csv, table), newline=""))
     assert header[0] == f"'{start}name"
     assert row == [f"'{start}cmd|' /C calc'!A0", "-1", "-0.5", "a=b"]
 
@@ -446,13 +446,13 @@ def test_no_text_cell_of_a_csv_starts_a_formula(start):
 def test_json_is_valid_whatever_is_in_it():
     table = pa.table({"text": [HOSTILE, None], "x": [math.nan, -math.inf], "raw": [b"\xff", b""], "many": [[1], []]})
     for rows in (
-        json.loads(written(json_text, table)),
-        list(map(json.loads, written(json_lines_text, table).splitlines())),
+        json.loads(written(as_json, table)),
+        list(map(json.loads, written(as_json_lines, table).splitlines())),
     ):
         assert rows[0] == {"text": HOSTILE, "x": None, "raw": "ff", "many": [1]}
         assert rows[1]["x"] is None
-    assert not set(written(json_text, table)) & set("\x1b\x9b\u202e\x7f")
-    assert json.loads(written(json_text, table.slice(0, 0))) == []
+    assert not set(written(as_json, table)) & set("\x1b\x9b\u202e\x7f")
+    assert json.loads(written(as_json, table.slice(0, 0))) == []
 
 
 NOT_FOR_PYTHON = {
@@ -481,16 +481,16 @@ def test_values_that_python_or_parquet_cannot_hold_are_shown_as_text(connection,
 
 def test_honest_dates_stay_as_they_are(connection):
     table = query(connection, "select date '2020-02-03' as d, [timestamp '2020-02-03 04:05:06'] as t")
-    assert json.loads(written(json_text, table)) == [{"d": "2020-02-03", "t": ["2020-02-03T04:05:06"]}]
+    assert json.loads(written(as_json, table)) == [{"d": "2020-02-03", "t": ["2020-02-03T04:05:06"]}]
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 4])
 def test_an_answer_written_some_rows_at_a_time_is_the_whole_answer(tmp_path, n_rows):
     table = pa.table({"x": pa.array(range(n_rows), pa.int64())})
-    for form, text in (("csv", csv_text), ("json", json_text), ("jsonl", json_lines_text)):
+    for form, text in (("csv", as_csv), ("json", as_json), ("jsonl", as_json_lines)):
         write_answer(table, form, tmp_path / form)
         assert (tmp_path / form).read_text() == written(text, table) == "".join(text(table, rows_at_once=2))
-    assert json.loads(written(json_text, table)) == table.to_pylist()
+    assert json.loads(written(as_json, table)) == table.to_pylist()
 
 
 @pytest.mark.parametrize("format", ["table", "csv", "json", "jsonl", "parquet"])

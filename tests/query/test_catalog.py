@@ -75,7 +75,7 @@ def alone(store: Store, *sql: str) -> list[str]:
 )
 def test_duckdb_alone_answers_as_saeflow_does_wherever_the_store_lies(folder: str, tmp_path: Path) -> None:
     store = two_runs(tmp_path / folder)
-    assert catalog.write(store) == store.root / "catalog.sql"
+    assert catalog.write_catalog(store) == store.root / "catalog.sql"
     with connect(store) as connection:
         assert alone(store, *QUESTIONS) == [repr(connection.execute(sql).fetchall()) for sql in QUESTIONS]
 
@@ -99,13 +99,13 @@ def test_the_header_says_how_it_is_used_by_what_it_was_made_and_what_it_needs(tm
 
 def test_it_is_written_only_where_something_changed(tmp_path: Path) -> None:
     store = two_runs(tmp_path)
-    assert catalog.write(store)
+    assert catalog.write_catalog(store)
     before = (store.root / "catalog.sql").stat()
-    assert catalog.write(store) is None
+    assert catalog.write_catalog(store) is None
     after = (store.root / "catalog.sql").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     Given(name="third", fp="f0000003").write(tmp_path)
-    assert catalog.write(store)
+    assert catalog.write_catalog(store)
     assert alone(store, "select current_schema()") == ["[('third',)]"]
     assert sorted(path.name for path in store.root.iterdir() if path.is_file()) == ["catalog.sql", "store.json"]
 
@@ -114,7 +114,7 @@ def test_a_run_that_cannot_be_read_is_a_comment_and_harms_no_other(tmp_path: Pat
     store = two_runs(tmp_path)
     next(tmp_path.glob("features/old-*/manifest.json")).unlink()
     Given(name="bad\n.shell rm", fp="f0000005").write(tmp_path)
-    catalog.write(store)
+    catalog.write_catalog(store)
     left_out = [line for line in catalog.catalog_text(store).splitlines() if line.startswith("-- Left out: ")]
     assert len(left_out) == 2
     assert any("features/old-f0000009" in line for line in left_out)
@@ -125,7 +125,7 @@ def test_a_run_that_cannot_be_read_is_a_comment_and_harms_no_other(tmp_path: Pat
 def test_a_store_without_a_run_has_a_catalog_that_says_so(tmp_path: Path) -> None:
     store = Store.create(tmp_path)
     assert "Runs: none yet" in catalog.catalog_text(store)
-    catalog.write(store)
+    catalog.write_catalog(store)
     assert alone(store, "select 1") == ["[(1,)]"]
 
 
@@ -145,7 +145,7 @@ def test_it_may_be_read_twice_and_into_a_file(tmp_path: Path) -> None:
 
 def test_after_a_store_was_moved_the_command_mends_it(saeflow: Command, tmp_path: Path) -> None:
     store = two_runs(tmp_path / "store")
-    catalog.write(store)
+    catalog.write_catalog(store)
     shutil.move(store.root, tmp_path / "moved")
     said = saeflow("catalog", "--store", tmp_path / "moved")
     assert (said.code, said.out) == (0, f"{tmp_path}/moved/catalog.sql: written\n")
@@ -155,7 +155,7 @@ def test_after_a_store_was_moved_the_command_mends_it(saeflow: Command, tmp_path
 
 def test_it_loads_what_connect_loads(tmp_path: Path) -> None:
     store = two_runs(tmp_path)
-    catalog.write(store)
+    catalog.write_catalog(store)
     every = "select table_schema, table_name from information_schema.tables order by all"
     with connect(store) as connection:
         assert alone(store, every) == [repr(connection.execute(every).fetchall())]

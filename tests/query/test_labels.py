@@ -82,7 +82,7 @@ def test_a_feature_that_is_not_there_has_no_label_to_show(saeflow: Command, stor
 def test_a_new_file_of_labels_is_in_the_catalog_at_once(saeflow: Command, store: Store) -> None:
     assert saeflow("label", 2, "x", "--store", store.root).code == 0
     assert "labels/demo-f0000001/own.csv" in (store.root / "catalog.sql").read_text()
-    assert catalog.write(store) is None
+    assert catalog.write_catalog(store) is None
 
 
 def test_labels_belong_to_the_sae_and_not_to_another_run(saeflow: Command, store: Store) -> None:

@@ -14,7 +14,7 @@ import pytest
 from saeflow.query.ask import ask, query
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
-from saeflow.query.definitions import script
+from saeflow.query.definitions import script_of_run
 from saeflow.query.questions import questions
 from saeflow.runtime.errors import UserError
 from saeflow.store.records import Hidden
@@ -801,6 +801,6 @@ def test_only_sources_names_files_and_each_layer_reads_the_one_before():
 def test_the_script_runs_by_hand_in_plain_duckdb(tmp_path):
     store = Given().write(tmp_path / "it's a $store")
     with duckdb.connect() as connection:
-        connection.execute(script(store))
+        connection.execute(script_of_run(store))
         assert connection.execute("select count(*) from tokens_where(0, 0)").fetchone() == (4,)
         assert connection.execute("select context from top_tokens(0, 1)").fetchone() == ("«Love» thy love",)

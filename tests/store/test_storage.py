@@ -546,13 +546,13 @@ def test_labels_and_the_catalog_lie_in_the_bucket_too(server: Server, url: str, 
     sae = runs.sae_of(runs.pick_run(store, runs.runs(store), None).artefact)
     assert sae is not None
     assert labels.put(store, sae, "own", {1: labels.Label("one", 0.5)}) == 1
-    catalog.write(store)
+    catalog.write_catalog(store)
     with another_machine(tmp_path):
         there_too = Store.open(url)
-        assert catalog.write(there_too) is None
+        assert catalog.write_catalog(there_too) is None
         labels.put(there_too, sae, "own", {2: labels.Label("two")})
         labels.put(there_too, sae, "gpt", {1: labels.Label("uno")})
-        assert catalog.write(there_too)
+        assert catalog.write_catalog(there_too)
     sql = "select feature_id, label, source, score from src_labels order by all"
     again = Store.open(url)
     with contextlib.closing(connect(again)) as connection:
