@@ -75,7 +75,7 @@ CASES = {
         SMALL | SMALLER | {"sweep.each": SIX_SAES},
         ("run RECIPE", "encode RECIPE", f"run RECIPE --member {ONE_SAE}"),
     ),
-    "smollm2": Case("smollm2", SMALL | SMALLER | {"corpus.share": 0.003}),
+    "smollm2": Case("smollm2", SMALL | SMALLER | {"corpus.share": 0.006}),
     "bucket": Case("demo", SMALL, GROW, is_bucket=True),
     "dask": Case("demo", SMALL | {"cluster.kind": "local", "cluster.n_workers": 2}),
     "prefect": Case("demo", SMALL, ("flows.pipeline RECIPE",)),
