@@ -30,7 +30,7 @@ from saeflow.query.questions import Question, questions
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.text import human_bytes
-from saeflow.store.artefact import Artefact
+from saeflow.store.storage.folder import Folder
 from saeflow.store.store import Store
 from tests.conftest import Finished
 from tests.support.command import SAEFLOW, Command, Said
@@ -356,7 +356,7 @@ def an_unlisted_part(store: Store) -> Path:
 
 def test_the_sizes_of_a_store_are_read_from_its_records(copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store has millions of files."""
-    monkeypatch.delattr(Artefact, "footprint")
+    monkeypatch.delattr(Folder, "footprint")
     for artefact in copied.artefacts():
         shown = {"parts", *(file.name for file in artefact.record.files)}
         inside = [path for path in artefact.path.rglob("*") if path.relative_to(artefact.path).parts[0] in shown]
