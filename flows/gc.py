@@ -31,7 +31,7 @@ def gc_flow(recipe: Recipe, store: str | None = None, grace_hours: Hours = 24) -
 
         @part_task("gc")
         def collect_garbage() -> tuple[int, int, list[str]]:
-            done = garbage.collect(opened, grace_hours * 3600, remove=True)
+            done = garbage.collect_garbage(opened, grace_hours * 3600, remove=True)
             if done.garbage:
                 catalog.write_catalog(opened)
             return len(done.garbage), done.n_bytes, done.left_alone

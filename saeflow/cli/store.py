@@ -140,12 +140,12 @@ def verify_command(
     from saeflow.store.store import Store, store_path
 
     opened = Store.find(store_path(store)) if repair else existing_store(store)
-    if repair and (line := integrity.mend_marker(opened)):
+    if repair and (line := integrity.repair_marker(opened)):
         print_line(sanitise(line))
     found = list(integrity.verify(opened, full, today))
     for each in found:
         print_line(sanitise(f"damaged: {each}"))
-    for line in integrity.mend(found) if repair else []:
+    for line in integrity.repair_all(found) if repair else []:
         print_note(sanitise(line))
     broken = _run_checks(opened) if full and not found else []
     for name, n_rows in broken:
@@ -248,7 +248,7 @@ def gc_command(
     from saeflow.store import garbage
 
     opened = existing_store(store)
-    done = garbage.collect(opened, grace * 3600, remove=yes)
+    done = garbage.collect_garbage(opened, grace * 3600, remove=yes)
     for each in done.garbage:
         print_line(sanitise(f"{each.path}  {human_bytes(each.n_bytes)}  {each.why}"))
     if yes and done.garbage:

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.devices import choose_device
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.store.files import checksum
+from saeflow.store.files import checksum_once
 
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
 _HUB_SECONDS = 10.0
@@ -110,12 +110,10 @@ def model_fingerprint(config: ModelConfig) -> str:
     """Stands for the files of a local model, or for the commit of one on the hub."""
     folder = Path(config.path)
     if folder.is_file():
-        return fingerprint(folder.name, _known_checksum(folder, folder.stat().st_mtime_ns), config.dtype)
+        return fingerprint(folder.name, checksum_once(folder), config.dtype)
     if folder.is_dir():
         files = sorted({path for pattern in _IDENTITY_FILES for path in folder.glob(pattern)})
-        return fingerprint(
-            [(path.name, _known_checksum(path, path.stat().st_mtime_ns)) for path in files], config.dtype
-        )
+        return fingerprint([(path.name, checksum_once(path)) for path in files], config.dtype)
     return fingerprint(config.path, _commit(config.path, config.revision)[0], config.dtype)
 
 
@@ -164,9 +162,3 @@ def _downloaded(path: str, revision: str | None) -> str | None:
         if isinstance(found, str):
             return Path(found).parent.name
     return None
-
-
-@lru_cache(maxsize=256)
-def _known_checksum(path: Path, changed_ns: int) -> str:
-    """Checksum of a file, computed once as long as it does not change: weights are large and asked for often."""
-    return checksum(path)

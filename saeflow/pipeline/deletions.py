@@ -14,7 +14,7 @@ from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
-from saeflow.store.records import note_provenance, noted
+from saeflow.store.records import add_provenance, provenance_value
 
 _NOTE = "corpus_without_removed"
 
@@ -42,7 +42,7 @@ def forget_removed(lineage: Lineage, progress: Progress) -> Removed:
     about = sources.pin_to_commits(recipe.corpus)
     seen = sources.corpus_signature(about)
     generation = source.generation()
-    if generation is None or (seen is not None and seen == noted(source.path, _NOTE)):
+    if generation is None or (seen is not None and seen == provenance_value(source.path, _NOTE)):
         return Removed(seen=seen)
     ledger = Ledger.read(source, generation)
     whole = about.model_copy(update={"dedup": False, "share": 1.0})
@@ -63,8 +63,8 @@ def note_seen(source: Artefact, removed: Removed) -> None:
     """
     if removed.seen is None:
         return
-    if removed.seen == noted(source.path, "corpus") != noted(source.path, _NOTE):
-        note_provenance(source.path, {_NOTE: removed.seen})
+    if removed.seen == provenance_value(source.path, "corpus") != provenance_value(source.path, _NOTE):
+        add_provenance(source.path, {_NOTE: removed.seen})
         source.storage.send(source.path / "provenance.json")
 
 

@@ -34,7 +34,7 @@ from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
 from saeflow.store.artefact import Artefact
-from saeflow.store.records import read_known, write_checked
+from saeflow.store.records import read_or_empty, write_checked
 
 _SEQUENCES = 4
 """Sequences in one forward pass up to the logits: few, so that the logits stay in the processor's cache."""
@@ -92,7 +92,7 @@ def run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
 def _run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     recipe, run_artefact = lineage.recipe, lineage.features
     path = run_artefact.path / "quality.json"
-    known = read_known(path)
+    known = read_or_empty(path)
     judged = {"max_tokens": recipe.evaluate.max_tokens, "parts": holding(run_artefact.published().parts)}
     if _matches(known, judged, run_artefact):
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from saeflow.activations.tables.source import source_checksum
@@ -12,7 +10,7 @@ from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import ModelConfig
 from saeflow.sae import formats
-from saeflow.store.files import checksum
+from saeflow.store.files import checksum_once
 from saeflow.store.records import Generation
 
 _NO_SETTINGS = {"checkpoint_seconds", "device"}
@@ -94,15 +92,5 @@ def import_facts(recipe: Recipe, activations_fp: str) -> dict[str, Any]:
     return {
         "activations": activations_fp,
         "sae": settings_that_count(formats.effective_config(recipe.sae)),
-        "imported": {name: _digest(path) for name, path in files.items()},
+        "imported": {name: checksum_once(path) for name, path in files.items()},
     }
-
-
-def _digest(path: Path) -> str:
-    about = path.stat()
-    return _digest_of(path, about.st_size, about.st_mtime_ns)
-
-
-@lru_cache(maxsize=8)
-def _digest_of(path: Path, n_bytes: int, changed: int) -> str:
-    return checksum(path)

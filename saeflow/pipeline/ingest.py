@@ -16,7 +16,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.lease import is_free
-from saeflow.store.records import Damaged, listed_folders
+from saeflow.store.records import Damaged, read_part_folders
 from saeflow.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _folders(store: Store, held: list[Artefact]) -> dict[str, set[str]]:
     found = {}
     for each in (*held, *encode.runs_over(store, held[1])):
         with contextlib.suppress(Damaged, OSError):  # not yet there, or about to be mended
-            found[each.id] = set(listed_folders(each.list_path(each.current_number())))
+            found[each.id] = set(read_part_folders(each.list_path(each.current_number())))
     return found
 
 

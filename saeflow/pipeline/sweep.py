@@ -17,7 +17,7 @@ from saeflow.runtime.threads import n_threads
 from saeflow.sae import interchange
 from saeflow.store.files import replacing
 from saeflow.store.lease import Lease
-from saeflow.store.records import read_known, write_checked
+from saeflow.store.records import read_or_empty, write_checked
 
 TABLE, PICTURE = "table.json", "pareto.png"
 FIGURES = ("n_tokens", "l0", "variance_unexplained", "mean_squared_error", "shrinkage", "silent", "judged_on")
@@ -43,7 +43,7 @@ def run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
 def _run(lineage: Lineage, path: Path, progress: Progress, lease: Lease) -> dict[str, Any]:
     store, recipe, members = lineage.store, lineage.recipe, lineage.members
     judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(lineage)}
-    known = read_known(path / TABLE)
+    known = read_or_empty(path / TABLE)
     if known:
         with contextlib.suppress(FileNotFoundError):
             store.storage.fetch(path / PICTURE)

@@ -19,7 +19,7 @@ from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import make_folder
-from saeflow.store.records import Generation, PartRecord, note_provenance, noted
+from saeflow.store.records import Generation, PartRecord, add_provenance, provenance_value
 
 
 def run(lineage: Lineage, progress: Progress) -> Artefact:
@@ -39,7 +39,7 @@ def run(lineage: Lineage, progress: Progress) -> Artefact:
                 raise
             progress.say(f"tokens: the corpus is gone, going on with what is stored ({first_line(error)})")
             return target
-        if whole and seen is not None and seen == noted(target.path, "corpus"):
+        if whole and seen is not None and seen == provenance_value(target.path, "corpus"):
             progress.skip("tokens", f"{generation.total('n_tokens'):,} tokens in {len(generation.parts)} parts")
             return target
         began = time.monotonic()
@@ -52,7 +52,7 @@ def run(lineage: Lineage, progress: Progress) -> Artefact:
         hidden = merge_hidden(generation.hidden, ledger.replaced(generation.parts))
         target.publish([*kept.values(), *parts], {"seconds": time.monotonic() - began}, hidden)
         if seen is not None and ledger.is_complete:
-            note_provenance(target.path, {"corpus": seen, "corpus_files": about.files})
+            add_provenance(target.path, {"corpus": seen, "corpus_files": about.files})
             target.storage.send(target.path / "provenance.json")
         progress.say(_summary(ledger, generation))
     return target if ledger.is_complete else run(lineage, progress)

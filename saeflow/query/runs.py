@@ -26,7 +26,7 @@ from saeflow.runtime.text import HOSTILE, brief
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, PartRecord, read_checked
 from saeflow.store.store import Store
-from saeflow.store.verify import damage
+from saeflow.store.verify import find_damage
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
 
 def _refuse_damage(store: Store, artefact: Artefact, tokens: Artefact, files: Mapping[str, Sequence[str]]) -> None:
     for item in (artefact, tokens):
-        for found in damage(item, full=False):
+        for found in find_damage(item, full=False):
             raise UserError(found.problem)
     for table in (*ORDERS, "feature_stats", "tokens", "documents"):
         if not files[table]:

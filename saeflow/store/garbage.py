@@ -12,8 +12,8 @@ from pathlib import Path
 
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.artefact import Artefact
-from saeflow.store.lease import held
-from saeflow.store.records import KINDS, Generation, listed_folders
+from saeflow.store.lease import hold_lease
+from saeflow.store.records import KINDS, Generation, read_part_folders
 from saeflow.store.store import Store
 
 ABANDONED_SECONDS = 30 * 86_400.0
@@ -49,7 +49,7 @@ class Collected:
         return sum(each.n_bytes for each in self.garbage)
 
 
-def collect(store: Store, grace_seconds: float, remove: bool) -> Collected:
+def collect_garbage(store: Store, grace_seconds: float, remove: bool) -> Collected:
     """Find, and `remove`, what nobody has been able to reach for the grace period.
 
     To remove, the artefact's lease is held from the look at its manifest to the end, and an artefact that is being
@@ -60,12 +60,14 @@ def collect(store: Store, grace_seconds: float, remove: bool) -> Collected:
     remove_work = store.storage.remove if remove else None
     for artefact in _artefacts(store, left):
         try:
-            with held(artefact.slot, artefact.id, "refuse") if remove else _require_free(artefact):
-                _take(done, _replaced(artefact, grace_seconds), grace_seconds, artefact.remove if remove else None)
-                _take(done, _left_work(artefact, left), grace_seconds, remove_work)
+            with hold_lease(artefact.slot, artefact.id, "refuse") if remove else _require_no_writer(artefact):
+                _collect_aged(
+                    done, _replaced_files(artefact, grace_seconds), grace_seconds, artefact.remove if remove else None
+                )
+                _collect_aged(done, _left_work(artefact, left), grace_seconds, remove_work)
         except UserError as error:
             done.left_alone.append(first_line(error))
-    _take(done, _left_tests(store, left), grace_seconds, remove_work)
+    _collect_aged(done, _left_tests(store, left), grace_seconds, remove_work)
     return done
 
 
@@ -75,7 +77,7 @@ def _artefacts(store: Store, left: set[str]) -> list[Artefact]:
     return list(dict.fromkeys([*store.artefacts(), *works]))
 
 
-def _take(
+def _collect_aged(
     done: Collected, found: Iterator[Garbage], grace_seconds: float, remove: Callable[[Path], object] | None
 ) -> None:
     for each in list(found):  # removing changes what the rest is found by
@@ -88,7 +90,7 @@ def _take(
 
 
 @contextlib.contextmanager
-def _require_free(artefact: Artefact) -> Iterator[None]:
+def _require_no_writer(artefact: Artefact) -> Iterator[None]:
     """Raises UserError if somebody may be writing the artefact. Takes no lease, and watches nobody."""
     owner = artefact.slot.read()[0]
     if owner is not None and not owner.is_gone():
@@ -96,7 +98,7 @@ def _require_free(artefact: Artefact) -> Iterator[None]:
     yield
 
 
-def _replaced(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
+def _replaced_files(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
     """Yield lists older than the one that readers see, and parts that it does not name.
 
     A part that no list names is garbage only if it is older than that list: an append that was killed goes on with its
@@ -116,7 +118,7 @@ def _replaced(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:
         if number == current.number:
             continue
         if age < grace_seconds:  # somebody may still be reading it
-            ages |= {folder: age for folder in listed_folders(path) if folder not in ages}
+            ages |= {folder: age for folder in read_part_folders(path) if folder not in ages}
         yield Garbage(path, f"list of generation {number}; readers see {current.number}", n_bytes, age)
     for folder in sorted(artefact.part_folders() - {part.folder for part in current.parts}):
         path = artefact.path / "parts" / folder

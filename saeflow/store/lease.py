@@ -134,7 +134,7 @@ def acquire(
     while True:
         tag, busy = _wait_until_free(slot, what, overlap, sleep)
         waited = waited or busy
-        if lease := _take(slot, owner or Owner.here(), tag, what, waited):
+        if lease := _take_lease(slot, owner or Owner.here(), tag, what, waited):
             return lease
 
 
@@ -164,7 +164,7 @@ def _wait_until_free(slot: Slot, what: str, overlap: Overlap, sleep: Callable[[f
         sleep(min(1.0, owner.seconds / BEATS))
 
 
-def _take(slot: Slot, owner: Owner, tag: Any, what: str, waited: bool) -> Lease | None:
+def _take_lease(slot: Slot, owner: Owner, tag: Any, what: str, waited: bool) -> Lease | None:
     """Take the lease that had this tag; None if somebody else was quicker."""
     done, fresh = slot.swap(owner, tag)
     if not done:
@@ -187,7 +187,7 @@ def is_free(slot: Slot) -> bool:
 
 
 @contextlib.contextmanager
-def held(slot: Slot, what: str, overlap: Overlap) -> Iterator[Lease]:
+def hold_lease(slot: Slot, what: str, overlap: Overlap) -> Iterator[Lease]:
     """Hold the lease for the block. An error inside is explained by the loss of the lease, if it was lost."""
     lease = acquire(slot, what, overlap)
     try:

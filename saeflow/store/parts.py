@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from saeflow.runtime.errors import UserError
-from saeflow.store.files import checksum, look
+from saeflow.store.files import checksum, map_lookups
 from saeflow.store.identity import Identity
 from saeflow.store.records import (
     Damaged,
@@ -24,9 +24,9 @@ from saeflow.store.records import (
     PartRecord,
     damaged,
     file_records,
-    listed_folders,
     read_checked,
-    read_listed,
+    read_generation,
+    read_part_folders,
     read_record,
     write_record,
 )
@@ -47,7 +47,7 @@ class Parts(Identity):
         """Return the published list of parts, or an earlier one by its number; None if nothing is published."""
         path = self.path / "manifest.json"
         if number is not None:
-            return read_listed(self.list_path(number), number)
+            return read_generation(self.list_path(number), number)
         if not path.is_file():
             return None
         manifest = read_checked(path)
@@ -65,7 +65,7 @@ class Parts(Identity):
             lists, key = self.storage.lists, (self.id, number, digest)
             known = lists.get(key)
             if known is None:
-                known = lists[key] = read_listed(self.list_path(number), number)
+                known = lists[key] = read_generation(self.list_path(number), number)
             self._lists[number, digest] = known
         return self._lists[number, digest]
 
@@ -93,7 +93,7 @@ class Parts(Identity):
         generation = self.generation()
         found: dict[int, PartRecord] = {}
         every = itertools.chain(generation.parts if generation else (), self.unlisted_parts(generation))
-        for record, whole in look(lambda part: (part, self._is_whole(part)), filter(fits, every)):
+        for record, whole in map_lookups(lambda part: (part, self._is_whole(part)), filter(fits, every)):
             if whole:
                 found.setdefault(record.index, record)
         return found
@@ -126,7 +126,7 @@ class Parts(Identity):
         left = self.part_folders()
         for number in reversed(self.numbers()):  # the newest names nearly all: the others are mostly not read
             if left:
-                left -= set(listed_folders(self.list_path(number)))
+                left -= set(read_part_folders(self.list_path(number)))
         return sorted(self.path / "parts" / name for name in left)
 
     def look_again(self) -> None:

@@ -1,26 +1,19 @@
-"""What readers see of an artefact, and the five guards that keep it right when several runs write at once.
+"""What readers see of an artefact, and the five guards of a publication. docs/built/publication.md draws them.
 
-lease              One writer at a time. Fault: two runs do the same work, or clear each other's work folder. A saving:
-what
-                   keeps the store right is below.
-hold               The lease of this process with the generation number that it began with. Every object of the
-artefact in
-                   this process shares it, so a part is made, and a list switched, only by who still has the lease.
-                   Fault: a run that was suspended past its lease wakes up and publishes over its successor.
-generation number  Compared inside the fence, under the lock of the lease. Fault: another run has published and ended in
-                   between, so the lease is free or taken back, and says nothing. In a bucket, which has no lock, the
-                   manifest is replaced only if it has the tag that was read, and a list never gets a number that was
-                   used. An SAE has no manifest: there the whole artefact plays this part, and is never replaced.
-own work folder    tmp/<artefact>/<token of the lease>/. Fault: a writer that was thought dead wakes up and writes into
-the
-                   files of its successor.
-watch on it        `new_part` compares the folder's number as it was made with what lies there at the end. Fault:
-somebody
-                   clears tmp/ while a part is written, so that the part would be published without its first files.
+lease            `lease`, held by `writing`. Without it two runs do the same work, and each clears the other's folder.
+hold             `Storage.holds`: the lease, and the generation that its owner began with. `require_lease` asks for it
+                 before a part is put in place, `publishing` before a switch. Without it a run that was halted past its
+                 lease goes on for hours, and overwrites its successor.
+generation       `publishing` compares the published number with the hold's, under the lock of the lease. Without it a
+number           run publishes over another that took the lease, published and ended meanwhile. In a bucket, which has
+                 no lock, the list gets a number that nobody used, and the manifest is put only if unchanged. An SAE
+                 has no manifest: `publish_folder` never replaces one that is whole.
+own work folder  `own_work`, named by the lease's token. Without it a halted run wakes up and writes into the part that
+                 its successor makes; the watch sees nothing, for the folder is the same.
+watch            `new_part` holds the folder open, and compares it and the names of its files at the end. Without it a
+                 part lacks the files written before somebody cleared tmp/.
 
-None can be left out. A lease alone is lost between the look and the switch; the number alone lets a run that has lost
-the lease finish parts for hours and then refuses it; the number does not see files that are written into another's
-part.
+None is redundant: take one out, and a test of tests/store/test_lease.py or test_store.py fails.
 """
 
 from __future__ import annotations
@@ -39,7 +32,7 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, replacing
-from saeflow.store.lease import Hold, held
+from saeflow.store.lease import Hold, hold_lease
 from saeflow.store.parts import Parts
 from saeflow.store.records import (
     Damaged,
@@ -48,9 +41,9 @@ from saeflow.store.records import (
     PartRecord,
     checked_text,
     damaged,
-    listed,
+    generation_table,
     read_checked,
-    read_listed,
+    read_generation,
     write_provenance,
 )
 
@@ -68,7 +61,7 @@ class Publication(Parts):
 
         Raises UserError if another run has the lease, unless the store waits for others.
         """
-        with held(self.slot, self.id, self.overlap) as lease:
+        with hold_lease(self.slot, self.id, self.overlap) as lease:
             self.holds.append(Hold(lease, 0))
             try:
                 self.read_again(lease.waited)
@@ -146,7 +139,7 @@ class Publication(Parts):
     def _write_list(self, generation: Generation) -> Generation:
         """Write a generation's list, under a number that nobody else has used."""
         with replacing(self.list_path(generation.number)) as temporary:
-            pq.write_table(listed(generation), temporary)
+            pq.write_table(generation_table(generation), temporary)
         if self.storage.put_new(self.list_path(generation.number)):
             return generation
         return self._write_list(replace(generation, number=generation.number + 1))
@@ -173,7 +166,7 @@ class Publication(Parts):
             manifest = read_checked(self.path / "manifest.json")
         except (Damaged, OSError):
             newest = self.numbers()[-1]
-            read_listed(self.list_path(newest), newest)  # an older one would show again what was forgotten since
+            read_generation(self.list_path(newest), newest)  # an older one would show again what was forgotten since
             self.show(newest)
         else:
             self._recover_list(int(manifest["generation"]), str(manifest["checksum"]))
@@ -183,7 +176,7 @@ class Publication(Parts):
         """Write a list from the records of the parts, if the bytes come out as the manifest says."""
         parts = {part.index: part for part in self.unlisted_parts(None)}
         content = io.BytesIO()
-        pq.write_table(listed(Generation(number, tuple(parts[i] for i in sorted(parts)))), content)
+        pq.write_table(generation_table(Generation(number, tuple(parts[i] for i in sorted(parts)))), content)
         if xxhash.xxh3_128_hexdigest(content.getvalue()) != wanted:
             raise damaged(self.list_path(number))
         with replacing(self.list_path(number)) as temporary:

@@ -141,7 +141,7 @@ class Generation:
         return sum(part.counts.get(count, 0) for part in self.parts)
 
 
-def listed(generation: Generation) -> pa.Table:
+def generation_table(generation: Generation) -> pa.Table:
     """The table of a generation: one row a part."""
     with _no_collection():
         return _listed(generation)
@@ -162,7 +162,7 @@ def _listed(generation: Generation) -> pa.Table:
     )
 
 
-def read_listed(path: Path, number: int) -> Generation:
+def read_generation(path: Path, number: int) -> Generation:
     """A generation from its table. Raises Damaged."""
     try:
         table = pq.read_table(path)
@@ -195,7 +195,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def listed_folders(path: Path) -> list[str]:
+def read_part_folders(path: Path) -> list[str]:
     """Folders of the parts in a list, without their records. Raises Damaged."""
     try:
         return list(_folders(pq.read_table(path, columns=["folder"])))
@@ -220,13 +220,13 @@ def file_record(folder: Path, path: Path, known: Mapping[str, str] = MappingProx
     return FileRecord(name=name, n_bytes=path.stat().st_size, checksum=known.get(name) or checksum(path))
 
 
-def note_provenance(folder: Path, facts: dict[str, Any]) -> None:
+def add_provenance(folder: Path, facts: dict[str, Any]) -> None:
     """Add to provenance.json, where that is there."""
     with contextlib.suppress(OSError, ValueError):
         write_json(folder / "provenance.json", read_json(folder / "provenance.json") | facts)
 
 
-def noted(folder: Path, name: str) -> str | None:
+def provenance_value(folder: Path, name: str) -> str | None:
     """What provenance.json says of this name, None where it says nothing."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return str(read_json(folder / "provenance.json")[name])
@@ -264,7 +264,7 @@ def read_checked(path: Path) -> Any:
     return data
 
 
-def read_known(path: Path) -> dict[str, Any]:
+def read_or_empty(path: Path) -> dict[str, Any]:
     """A record of figures of an earlier run; none where it is missing or cannot be read."""
     with contextlib.suppress(Damaged, OSError):
         return dict(read_checked(path))

@@ -17,7 +17,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, human_bytes
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import make_folder
-from saeflow.store.lease import Lease, held
+from saeflow.store.lease import Lease, hold_lease
 from saeflow.store.records import KINDS, Kind, damaged, read_checked, write_checked
 from saeflow.store.storage.bucket import Bucket, cache_folder
 from saeflow.store.storage.folder import Folder
@@ -98,7 +98,7 @@ class Store:
     @contextlib.contextmanager
     def writing(self, name: str, what: str) -> Iterator[Lease]:
         """Hold a lease of this name, for what is no artefact. Raises UserError as `Artefact.writing` does."""
-        with held(self.storage.slot(name), what, self.overlap) as lease:
+        with hold_lease(self.storage.slot(name), what, self.overlap) as lease:
             yield lease
 
     def artefact(self, kind: Kind, name: str, fp: str) -> Artefact:

@@ -13,13 +13,13 @@ import xxhash
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import look
+from saeflow.store.files import map_lookups
 from saeflow.store.records import (
     KINDS,
     Damaged,
     PartRecord,
     read_checked,
-    read_known,
+    read_or_empty,
     read_record,
     write_checked,
     write_record,
@@ -49,7 +49,7 @@ def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> It
     for kind in KINDS:
         for folder in sorted(path for path in (store.root / kind).glob("?*-*") if path.is_dir()):
             if any((folder / name).exists() for name in ("artefact.json", "manifest.json", "cfg.json")):
-                yield from damage(store.by_id(f"{kind}/{folder.name}"), full, share)
+                yield from find_damage(store.by_id(f"{kind}/{folder.name}"), full, share)
 
 
 def share_of_day(n: int, day: date) -> tuple[int, int]:
@@ -61,12 +61,12 @@ def next_share(store: Store, n: int) -> tuple[int, int]:
     """Return the share of n that was not read for longest: the one after that which `note_share` was last told of."""
     with contextlib.suppress(FileNotFoundError):
         store.storage.fetch(_shares(store), fresh=True)
-    return int(read_known(_shares(store)).get(str(n), 0)) % n, n
+    return int(read_or_empty(_shares(store)).get(str(n), 0)) % n, n
 
 
 def note_share(store: Store, share: tuple[int, int]) -> None:
     """Remember that a share has been read, so that the next is read whenever that is: on another day or not."""
-    read = read_known(_shares(store)) | {"format_version": FORMAT_VERSION, str(share[1]): share[0] + 1}
+    read = read_or_empty(_shares(store)) | {"format_version": FORMAT_VERSION, str(share[1]): share[0] + 1}
     write_checked(_shares(store), read)
     store.storage.send(_shares(store))
 
@@ -79,7 +79,7 @@ def _falls_into(share: tuple[int, int] | None, name: str) -> bool:
     return share is not None and xxhash.xxh3_64_intdigest(name.encode()) % share[1] == share[0]
 
 
-def mend_marker(store: Store) -> str | None:
+def repair_marker(store: Store) -> str | None:
     """Write store.json again if it cannot be read: it says nothing but the format.
 
     Return what was wrong, if anything.
@@ -93,7 +93,7 @@ def mend_marker(store: Store) -> str | None:
     return None
 
 
-def damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = None) -> Iterator[Damage]:
+def find_damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = None) -> Iterator[Damage]:
     """Yield what is missing or of another size. `full` reads every byte, a share those of parts that fall into it."""
     own = full or _falls_into(share, artefact.id)
     yield from (Damage(artefact, None, problem) for problem in _own_problems(artefact, own))
@@ -105,7 +105,7 @@ def damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = None)
         def problems(part: PartRecord) -> tuple[PartRecord, list[str]]:
             return part, list(_part_problems(artefact, part, full or _falls_into(share, part.folder)))
 
-        for part, found in (map if reads else look)(problems, parts):
+        for part, found in (map if reads else map_lookups)(problems, parts):
             yield from (Damage(artefact, part, problem) for problem in found)
 
 
@@ -147,7 +147,7 @@ def _strangers(artefact: Artefact, part: PartRecord) -> list[str]:
     return sorted(artefact.storage.names_below(artefact.part_path(part)) - known)
 
 
-def mend(found: Iterable[Damage]) -> Iterator[str]:
+def repair_all(found: Iterable[Damage]) -> Iterator[str]:
     """Mend each place once, or remove what is wrong so that the next run makes it again. Yield what was done.
 
     Raises UserError at the end if something is left to do.

@@ -108,7 +108,7 @@ def published(many: Many, taken: Taken, kind: str) -> None:
 
 def verified(many: Many, taken: Taken, kind: str) -> None:
     with taken.timed():
-        assert not list(verify.damage(target_of(many, kind), full=False))
+        assert not list(verify.find_damage(target_of(many, kind), full=False))
 
 
 def collected(many: Many, taken: Taken) -> None:
@@ -134,7 +134,7 @@ def appended(many: Many, taken: Taken) -> None:
 
 def swept(many: Many, taken: Taken) -> None:
     with taken.timed():
-        taken.facts = {"found": len(garbage.collect(many.store, 0.0, remove=False).garbage)}
+        taken.facts = {"found": len(garbage.collect_garbage(many.store, 0.0, remove=False).garbage)}
 
 
 def asked(many: Many, taken: Taken) -> None:

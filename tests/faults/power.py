@@ -21,7 +21,7 @@ from typing import Any
 
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
-from saeflow.store.verify import damage
+from saeflow.store.verify import find_damage
 from tests.faults import Runner, differences
 
 VIEWS = ("strict", "eager")
@@ -127,7 +127,7 @@ def problems(runner: Runner, cut: Path, view: str) -> list[str]:
         now = artefact.generation()
         if now is None or [part.folder for part in now.parts] != folders:
             found.append(f"{name}: a published generation is lost")
-        found += [str(each) for each in damage(artefact, full=True)]
+        found += [str(each) for each in find_damage(artefact, full=True)]
     if runner.run(store) != 0 or "Traceback" in runner.said(store):
         return [*found, f"the run afterwards:\n{runner.said(store)}"]
     return found + differences(runner.undisturbed, store)

@@ -381,7 +381,7 @@ def test_a_damaged_part_fails_the_verify_flow_by_name_and_gc_removes_what_nobody
     store = str(again.store.root)
     assert gc_flow(again.recipe, store, 24) == 0
     assert gc_flow(again.recipe, store, 0) > 0
-    assert not garbage.collect(again.store, 0, remove=False).garbage
+    assert not garbage.collect_garbage(again.store, 0, remove=False).garbage
     assert verify_flow(again.recipe, store, nights=1) == 0
     assert [verify_flow(again.recipe, store, nights=2) for _ in range(3)] == [0, 1, 0]
     [stored] = again.store.artefacts("activations")

@@ -355,7 +355,7 @@ def test_a_table_whose_bytes_have_changed_keeps_its_record_and_is_found(trained,
     (run.path / "similar.parquet").write_bytes(content)
     shutil.rmtree(run.part_path(run.published().parts[0]))
     encoded(store, recipe)
-    assert "similar.parquet has changed" in " ".join(map(str, verify.damage(run, full=True)))
+    assert "similar.parquet has changed" in " ".join(map(str, verify.find_damage(run, full=True)))
 
 
 def test_a_run_killed_before_its_first_publication_is_finished_by_the_next(trained, tmp_path, monkeypatch):

@@ -673,7 +673,7 @@ def test_growth_counts_from_the_newest_sae_and_a_new_one_is_trained_once_it_is_e
 def test_growth_is_known_after_old_generations_were_collected(night: Watched) -> None:
     night.drop(NEW)
     growth = night.ingest()["grown"]
-    garbage.collect(night.store, 0, remove=True)
+    garbage.collect_garbage(night.store, 0, remove=True)
     assert Lineage(night.store, night.recipe).activations.numbers() == [2]
     assert retrain.grown(Lineage(night.store, night.recipe)) == growth
     path = Lineage(night.store, night.recipe).sae.path / "provenance.json"

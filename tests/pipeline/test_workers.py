@@ -41,7 +41,7 @@ from saeflow.runtime.devices import GPU_WORKERS
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress, Stopped
 from saeflow.store.artefact import Artefact, Job
-from saeflow.store.lease import acquire, held
+from saeflow.store.lease import acquire, hold_lease
 from saeflow.store.records import PartRecord
 from tests.conftest import Finished
 from tests.support.small_pipeline import Ingredients, quiet, recipe_data, tree
@@ -172,7 +172,7 @@ def test_a_worker_that_waits_for_another_run_is_free_once_its_own_is_stopped(
             free.set()
 
     dask.behave[1] = wait
-    with held(target.slot, target.id, "refuse"):
+    with hold_lease(target.slot, target.id, "refuse"):
         with pytest.raises(Stopped):
             dask.make(dask.workers(), [1], stopped)
         assert free.wait(5)
@@ -376,7 +376,10 @@ def test_a_training_that_another_run_is_at_is_refused_before_a_worker_has_it(
     shutil.rmtree(target.path)
     monkeypatch.setattr(train, "workers_of", lambda *_: pytest.fail("a cluster was asked for"))
     monkeypatch.setattr(train, "_NOTICING_SECONDS", 0.3)
-    with held(target.slot, target.id, "refuse"), pytest.raises(UserError, match=f"Another run is writing {target.id}"):
+    with (
+        hold_lease(target.slot, target.id, "refuse"),
+        pytest.raises(UserError, match=f"Another run is writing {target.id}"),
+    ):
         train.run(Lineage(copied.store, recipe), quiet())
 
 

@@ -20,7 +20,7 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
 from saeflow.store.files import read_json
-from saeflow.store.garbage import collect
+from saeflow.store.garbage import collect_garbage
 from saeflow.store.store import Store
 from saeflow.store.upgrade import upgrade
 from saeflow.store.verify import verify
@@ -85,7 +85,7 @@ def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store) -> None
     before = rows(old, FIGURES)
     assert len(upgrade(old)) == len(old.artefacts())
     assert list(verify(old, full=True)) == []
-    assert collect(old, grace_seconds=0, remove=True).garbage  # the generation before
+    assert collect_garbage(old, grace_seconds=0, remove=True).garbage  # the generation before
     versions = {read_json(path).get("format_version") for path in old.root.rglob("*.json") if path.name != "zarr.json"}
     assert versions <= {FORMAT_VERSION, None}
     assert rows(old, FIGURES) == before

@@ -14,7 +14,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.store import garbage
 from saeflow.store import verify as integrity
 from saeflow.store.artefact import Artefact
-from saeflow.store.garbage import ABANDONED_SECONDS, collect
+from saeflow.store.garbage import ABANDONED_SECONDS, collect_garbage
 from saeflow.store.lease_slot import FileSlot
 from saeflow.store.records import Hidden, PartRecord
 from saeflow.store.storage.bucket import Bucket
@@ -88,7 +88,7 @@ def test_a_list_published_while_gc_looks_is_never_taken_for_an_old_one(store, ar
         def new_slot(self, path):
             return Late(path)
 
-    assert collect(Store(Overtaken(store.root)), DAY, remove=True).garbage == []
+    assert collect_garbage(Store(Overtaken(store.root)), DAY, remove=True).garbage == []
     assert not waiting
     assert store.by_id(artefact.id).published().hidden == {0: (fresh,)}
 
@@ -97,7 +97,7 @@ def test_a_list_newer_than_the_one_that_readers_see_is_left_alone(store, artefac
     published(artefact, 2)
     age(artefact.list_path(1), DAY)
     artefact.show(1)
-    assert names(collect(store, 0, remove=True)) == set()
+    assert names(collect_garbage(store, 0, remove=True)) == set()
     assert artefact.numbers() == [1, 2]
 
 
@@ -111,15 +111,15 @@ def test_no_run_writes_an_artefact_while_gc_removes_from_it(store, artefact):
                 pass
             refused.append(path.name)
 
-    assert names(collect(Store(Watched(store.root)), 0, remove=True)) == set(refused) != set()
+    assert names(collect_garbage(Store(Watched(store.root)), 0, remove=True)) == set(refused) != set()
 
 
 def test_work_that_began_after_a_killed_run_is_not_taken_for_its_leftovers(store, artefact):
     (artefact.work / "dead").mkdir(parents=True)
-    assert names(collect(store, 0, remove=False)) == {artefact.work.name}
+    assert names(collect_garbage(store, 0, remove=False)) == {artefact.work.name}
     with artefact.writing(), artefact.new_part(0, {}) as folder:
         (folder / "first").write_text("a")
-        done = collect(store, 0, remove=True)
+        done = collect_garbage(store, 0, remove=True)
         assert (done.garbage, len(done.left_alone)) == ([], 1)
         (folder / "second").write_text("b")
     assert [file.name for file in artefact.parts()[0].files] == ["first", "second"]
@@ -129,21 +129,21 @@ def test_finished_parts_of_an_append_that_was_killed_are_kept_for_the_next_run(s
     published(artefact, 1, 9 * DAY)
     unlisted = part(artefact, 1)
     age(artefact.part_path(unlisted), 8 * DAY)
-    assert collect(store, DAY, remove=True).garbage == []
+    assert collect_garbage(store, DAY, remove=True).garbage == []
     assert set(artefact.parts()) == {0, 1}
     age(artefact.part_path(unlisted), 10 * DAY)  # nobody went on with it before the list was written
-    assert names(collect(store, DAY, remove=True)) == {unlisted.folder}
+    assert names(collect_garbage(store, DAY, remove=True)) == {unlisted.folder}
 
 
 def test_the_grace_of_a_part_begins_when_the_last_list_that_names_it_is_replaced(store, artefact):
     old, new = published(artefact, 2, 3 * DAY)
-    done = collect(store, DAY, remove=True)
+    done = collect_garbage(store, DAY, remove=True)
     assert done.garbage == []
     assert done.n_bytes_kept == sum(
         artefact.storage.footprint(path)[0] for path in (artefact.part_path(old), artefact.list_path(1))
     )
     age(artefact.list_path(2), 2 * DAY)
-    assert names(collect(store, DAY, remove=True)) == {"000001.parquet", old.folder}
+    assert names(collect_garbage(store, DAY, remove=True)) == {"000001.parquet", old.folder}
     assert artefact.parts() == {0: new}
 
 
@@ -156,7 +156,7 @@ def test_each_list_is_looked_at_once_however_many_there_are(store, artefact):
             looked.append(path.name)
             return super().footprint(path)
 
-    collect(Store(Watched(store.root)), 0, remove=False)
+    collect_garbage(Store(Watched(store.root)), 0, remove=False)
     assert sorted(name for name in looked if name.endswith(".parquet")) == [
         *(f"{number:06d}.parquet" for number in range(1, 6)), *["000006.parquet"] * 2
     ]  # fmt: skip
@@ -165,7 +165,7 @@ def test_each_list_is_looked_at_once_however_many_there_are(store, artefact):
 def test_listing_writes_nothing(store, artefact):
     published(artefact, 2, DAY)
     before = sorted(path for path in store.root.rglob("*"))
-    assert collect(store, 0, remove=False).garbage
+    assert collect_garbage(store, 0, remove=False).garbage
     assert sorted(path for path in store.root.rglob("*")) == before
 
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_collected(store, artefact)
     other.create({})
     published(other, 2, DAY)
     artefact.list_path(2).write_bytes(b"x")
-    done = collect(store, 0, remove=True)
+    done = collect_garbage(store, 0, remove=True)
     assert {each.path.is_relative_to(other.path) for each in done.garbage} == {True}
     assert [f"{artefact.list_path(2)} is missing or damaged" in why for why in done.left_alone] == [True]
 
@@ -187,7 +187,7 @@ def test_a_checkpoint_goes_once_nobody_has_gone_on_with_it_for_a_month(store, da
     (folder / "state.json").write_text("{}")
     for path in (folder / "state.json", folder, folder.parent):
         age(path, days * DAY)
-    assert names(collect(store, 0, remove=True)) == ({folder.parent.name} if goes else set())
+    assert names(collect_garbage(store, 0, remove=True)) == ({folder.parent.name} if goes else set())
     assert folder.exists() is not goes
 
 
@@ -195,7 +195,7 @@ def test_files_by_which_killed_runs_tried_the_store_are_swept(store):
     for name in ("cluster-0a1b", ".writable-7", "cluster-live"):
         (store.root / "tmp" / name).write_text(name)
         age(store.root / "tmp" / name, 10 if name == "cluster-live" else 2 * 3_600)
-    assert names(collect(store, 0, remove=True)) == {"cluster-0a1b", ".writable-7"}
+    assert names(collect_garbage(store, 0, remove=True)) == {"cluster-0a1b", ".writable-7"}
     assert [path.name for path in (store.root / "tmp").glob("cluster-*")] == ["cluster-live"]
 
 
@@ -206,7 +206,7 @@ def test_a_link_in_a_store_leads_gc_to_nothing_outside_of_it(store, artefact, tm
     (victim / "precious").mkdir()
     age(victim / "precious", 9 * DAY)
     (artefact.path / "parts").symlink_to(victim)
-    done = collect(store, 0, remove=True)
+    done = collect_garbage(store, 0, remove=True)
     assert (victim / "precious").exists()
     assert len(done.left_alone) == 1
 
@@ -229,7 +229,7 @@ def test_an_object_store_is_collected_by_what_it_holds_now(tmp_path):
     with artefact.writing():
         artefact.publish([part(artefact, 0, "new")])
     unlisted = part(artefact, 2)
-    gone = names(collect(there, 0, remove=True))
+    gone = names(collect_garbage(there, 0, remove=True))
     assert gone == {"000001.parquet", old.folder, late.folder}
     here.storage.list_again()
     assert unlisted.folder in artefact.part_folders()
@@ -246,5 +246,5 @@ def test_what_was_left_in_the_tmp_of_an_object_store_is_swept(tmp_path, monkeypa
         store.storage.send(path)
         path.unlink()
     monkeypatch.setattr("time.time", lambda now=time.time(): now + 40 * DAY)
-    assert names(collect(store, 0, remove=True)) == {"cluster-0a1b", "saes-small-0123abcd.checkpoint"}
+    assert names(collect_garbage(store, 0, remove=True)) == {"cluster-0a1b", "saes-small-0123abcd.checkpoint"}
     assert not [meta["path"] for meta in objects.list("tmp") if "locks" not in meta["path"]]

@@ -20,7 +20,7 @@ import pytest
 
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact, writing_all
-from saeflow.store.lease import acquire, held, is_free
+from saeflow.store.lease import acquire, hold_lease, is_free
 from saeflow.store.lease_slot import FileSlot, Slot
 from saeflow.store.owner import Owner, machine_name, start_time
 from saeflow.store.records import Kind
@@ -69,7 +69,7 @@ def foreign(slot: FileSlot, **changes: Any) -> Owner:
 
 
 def test_a_second_writer_of_this_machine_is_refused_at_once_and_the_first_is_named(slot: FileSlot) -> None:
-    with held(slot, "tokens/x", "refuse"):
+    with hold_lease(slot, "tokens/x", "refuse"):
         began = time.monotonic()
         with pytest.raises(UserError, match=rf"writing tokens/x: process {os.getpid()} on .*\n.*overlap = \"wait\""):
             acquire(slot, "tokens/x", "refuse")
@@ -82,10 +82,10 @@ def test_a_second_writer_that_waits_begins_when_the_first_ends(slot: FileSlot) -
     order = []
 
     def second() -> None:
-        with held(slot, "x", "wait") as mine:
+        with hold_lease(slot, "x", "wait") as mine:
             order.append(("second", mine.waited))
 
-    with held(slot, "x", "refuse"):
+    with hold_lease(slot, "x", "refuse"):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.5)
@@ -95,7 +95,7 @@ def test_a_second_writer_that_waits_begins_when_the_first_ends(slot: FileSlot) -
 
 
 def test_a_lease_held_for_longer_than_it_lasts_stays_its_owners(slot: FileSlot) -> None:
-    with held(slot, "x", "refuse"):
+    with hold_lease(slot, "x", "refuse"):
         time.sleep(1.5)
         with pytest.raises(UserError, match="Another run is writing"):
             acquire(slot, "x", "refuse")
@@ -176,7 +176,7 @@ def test_a_lease_that_is_renewed_no_more_is_taken_by_other_machines(
 ) -> None:
     lost = acquire(any_slot, "x", "refuse", owner=replace(Owner.here(), machine="elsewhere"))
     lost._over.set()
-    with held(any_slot, "x", "refuse"):
+    with hold_lease(any_slot, "x", "refuse"):
         with pytest.raises(UserError, match="has taken over"):
             lost.require()
         lost.release()
@@ -211,7 +211,7 @@ def test_in_a_bucket_two_that_wait_have_the_lease_one_after_the_other(machines: 
     inside, most = [0], [0]
 
     def work(slot: BucketSlot) -> None:
-        with held(slot, "x", "wait"):
+        with hold_lease(slot, "x", "wait"):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             time.sleep(0.05)
@@ -266,7 +266,7 @@ def test_a_store_that_does_not_answer_holds_up_no_release_and_hides_no_error(tmp
             return super().put(key, content, tag)
 
     def interrupted() -> None:
-        with held(BucketSlot(Silent("memory:///"), "x.lease", tmp_path / "x.lease"), "x", "refuse") as mine:
+        with hold_lease(BucketSlot(Silent("memory:///"), "x.lease", tmp_path / "x.lease"), "x", "refuse") as mine:
             mine.patience = 0.2
             silent.set()
             raise KeyboardInterrupt
@@ -288,7 +288,7 @@ def test_a_release_that_fails_does_not_hide_why_the_work_ended(
             return super().swap(owner, tag)
 
     def ends() -> None:
-        with held(ReadOnly(slot.path), "x", "refuse"):
+        with hold_lease(ReadOnly(slot.path), "x", "refuse"):
             raise UserError("why the work ended")
 
     with pytest.raises(UserError, match="why the work ended"):
@@ -331,7 +331,7 @@ def test_a_length_of_leases_that_is_none_is_refused_with_what_it_may_be(
 
 def test_an_argument_that_is_no_text_keeps_nobody_from_work(slot: FileSlot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["saeflow", "run", os.fsdecode(b"rec\xe9.toml")])
-    with held(slot, "x", "refuse") as mine:
+    with hold_lease(slot, "x", "refuse") as mine:
         assert "saeflow run rec?.toml" in mine.owner.about
         assert slot.read()[0] == mine.owner
 
@@ -375,7 +375,7 @@ def test_of_many_that_want_a_lease_one_has_it_at_a_time(slot: FileSlot) -> None:
     inside, most, done = [0], [0], []
 
     def work() -> None:
-        with held(slot, "x", "wait"):
+        with hold_lease(slot, "x", "wait"):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             time.sleep(0.01)
@@ -476,7 +476,7 @@ def test_a_finished_sae_is_never_replaced_by_another_runs(tmp_path: Path) -> Non
 
 
 def test_a_lease_that_somebody_removed_is_taken_back_by_an_owner_that_was_never_silent(slot: FileSlot) -> None:
-    with held(slot, "x", "refuse") as mine:
+    with hold_lease(slot, "x", "refuse") as mine:
         slot.path.unlink()
         assert mine.renew()
         assert slot.read()[0] == mine.owner
@@ -495,6 +495,25 @@ def test_who_has_lost_the_lease_names_no_further_files_in_the_record(tmp_path: P
     with pytest.raises(UserError, match="has taken over"):
         attach()
     assert target.record.files == []
+
+
+def test_a_writer_that_wakes_up_late_writes_into_nobody_elses_part(tmp_path: Path) -> None:
+    target, other = two_processes(tmp_path, "tokens")
+
+    def woken() -> None:
+        with target.writing(), target.new_part(0, {}) as late:
+            target.holds[-1].lease._over.set()  # halted: it beats no more
+            take_over(target.slot)
+            with other.writing(), other.new_part(0, {}) as folder:
+                (folder / "data").write_text("theirs")
+                late.mkdir(parents=True, exist_ok=True)  # as a writer of shards does
+                for name in ("data", "shard"):
+                    (late / name).write_text("mine")
+
+    with pytest.raises(UserError, match="silent for more than 1 s"):
+        woken()
+    assert [file.name for file in other.made[0].files] == ["data"]
+    assert other.part_file(other.made[0], "data").read_text() == "theirs"
 
 
 def test_a_work_folder_that_the_next_owner_has_cleared_away_is_explained_by_the_loss(tmp_path: Path) -> None:

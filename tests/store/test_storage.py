@@ -303,7 +303,7 @@ def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
         assert query(connection, "select key from documents where key = 'secret'").num_rows == 0
     store = Store.create(url)
     pipeline.compact(Lineage(store, recipe), quiet())
-    garbage.collect(Store.open(url), grace_seconds=0, remove=True)
+    garbage.collect_garbage(Store.open(url), grace_seconds=0, remove=True)
     for name, content in there(server, url).items():
         if name.endswith("documents.parquet"):
             (tmp_path / "documents.parquet").write_bytes(content)

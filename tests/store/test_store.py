@@ -25,9 +25,9 @@ from saeflow.store.records import (
     Generation,
     Hidden,
     PartRecord,
-    listed,
-    listed_folders,
-    read_listed,
+    generation_table,
+    read_generation,
+    read_part_folders,
     read_record,
     write_record,
 )
@@ -35,7 +35,7 @@ from saeflow.store.storage.bucket import Bucket
 from saeflow.store.storage.folder import Folder
 from saeflow.store.storage.objects import Objects
 from saeflow.store.store import Store
-from saeflow.store.verify import damage, mend, next_share, note_share, verify
+from saeflow.store.verify import find_damage, next_share, note_share, repair_all, verify
 
 
 @pytest.fixture(autouse=True)
@@ -176,14 +176,14 @@ def test_equal_content_has_an_equal_name_and_other_content_another(artefact):
 def test_damage_finds_what_is_missing_and_with_full_every_flipped_byte(artefact):
     parts = [write_part(artefact, index) for index in range(3)]
     artefact.publish(parts)
-    assert list(damage(artefact, full=True)) == []
+    assert list(find_damage(artefact, full=True)) == []
     flipped = artefact.part_path(parts[1]) / "deeper" / "more.bin"
     content = bytearray(flipped.read_bytes())
     content[7] ^= 1
     flipped.write_bytes(content)
-    assert list(damage(artefact, full=False)) == []
+    assert list(find_damage(artefact, full=False)) == []
     (artefact.part_path(parts[2]) / "data.bin").unlink()
-    found = list(damage(artefact, full=True))
+    found = list(find_damage(artefact, full=True))
     assert [each.part for each in found] == parts[1:]
     assert "more.bin has changed" in str(found[0])
     assert "data.bin is missing" in str(found[1])
@@ -250,7 +250,7 @@ def test_a_folder_without_parts_appears_whole_or_not_at_all(store):
     assert sae.complete()
     assert (sae.record.facts, sae.record.inputs) == ({"k": 3}, ["tokens/a-1"])
     (sae.path / "weights").write_bytes(b"y")
-    assert [each.problem.split()[-5:] for each in damage(sae, full=True)] == [
+    assert [each.problem.split()[-5:] for each in find_damage(sae, full=True)] == [
         ["changed", "since", "it", "was", "written"]
     ]
     (sae.path / "weights").unlink()
@@ -349,7 +349,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(artefact, monkeypatch):
         patch.setattr(Path, "write_bytes", no_space)
         (folder / "data.bin").write_bytes(b"x")
     assert list(artefact.parts()) == [0]
-    assert list(damage(artefact, full=True)) == []
+    assert list(find_damage(artefact, full=True)) == []
 
 
 def test_records_are_plain_json_that_names_every_file(artefact):
@@ -368,8 +368,8 @@ def test_of_a_part_with_a_stray_file_only_the_stray_file_goes(artefact):
     part = damaged_store(artefact)
     stray = artefact.part_path(part) / "deeper" / ".DS_Store"
     stray.write_bytes(b"x")
-    assert list(mend(damage(artefact, full=True))) == [f"removed {stray}"]
-    assert list(damage(artefact, full=True)) == []
+    assert list(repair_all(find_damage(artefact, full=True))) == [f"removed {stray}"]
+    assert list(find_damage(artefact, full=True)) == []
     assert artefact.parts() == {0: part}
 
 
@@ -380,9 +380,9 @@ def test_a_file_name_that_leads_out_of_its_folder_is_no_record(artefact, name):
     write_record(artefact.part_path(part) / "part.json", changed)
     with pytest.raises(Damaged, match=r"part\.json is missing or damaged"):
         read_record(artefact.part_path(part) / "part.json", PartRecord)
-    pq.write_table(listed(Generation(1, (changed,))), artefact.list_path(1))
+    pq.write_table(generation_table(Generation(1, (changed,))), artefact.list_path(1))
     with pytest.raises(Damaged, match=r"000001\.parquet is missing or damaged"):
-        read_listed(artefact.list_path(1), 1)
+        read_generation(artefact.list_path(1), 1)
 
 
 @pytest.mark.parametrize(
@@ -390,9 +390,9 @@ def test_a_file_name_that_leads_out_of_its_folder_is_no_record(artefact, name):
 )
 def test_a_folder_that_no_part_is_called_is_no_list(artefact, folder):
     part = damaged_store(artefact)
-    table = listed(Generation(1, (part,)))
+    table = generation_table(Generation(1, (part,)))
     pq.write_table(table.set_column(1, "folder", pa.array([folder], pa.string())), artefact.list_path(1))
-    for read in (lambda path: read_listed(path, 1), listed_folders):
+    for read in (lambda path: read_generation(path, 1), read_part_folders):
         with pytest.raises(Damaged):
             read(artefact.list_path(1))
 
@@ -417,7 +417,7 @@ def test_repairing_a_strangers_store_touches_nothing_outside_of_it(store, tmp_pa
     with contextlib.suppress(Damaged):
         stranger.publish([part])
     with contextlib.suppress(UserError):
-        list(mend(verify(store, full=True)))
+        list(repair_all(verify(store, full=True)))
     assert [path.name for path in victim.rglob("*")] == ["precious"]
 
 
@@ -446,7 +446,7 @@ def test_repair_goes_on_where_one_artefact_is_past_mending_and_says_what_is_left
     other.create({})
     broken = damaged_store(other)
     (other.part_path(broken) / "data.bin").unlink()
-    said = mend(list(verify(store, full=True)))
+    said = repair_all(list(verify(store, full=True)))
     assert next(said) == f"removed {other.part_path(broken)}"
     with pytest.raises(UserError) as left:
         next(said)
@@ -459,9 +459,9 @@ def test_a_damaged_part_is_mended_once_however_much_is_wrong_with_it(artefact):
     part = damaged_store(artefact)
     for name in ("data.bin", "deeper/more.bin"):
         (artefact.part_path(part) / name).unlink()
-    found = list(damage(artefact, full=True))
+    found = list(find_damage(artefact, full=True))
     assert len(found) == 2
-    assert list(mend(found)) == [f"removed {artefact.part_path(part)}"]
+    assert list(repair_all(found)) == [f"removed {artefact.part_path(part)}"]
 
 
 def test_two_machines_whose_processes_have_one_number_may_open_a_store_at_once(store, monkeypatch):
@@ -506,7 +506,7 @@ def test_a_stray_object_is_found_and_removed(tmp_path):
     stray = artefact.part_path(parts[1]) / "deeper" / "stray"
     stray.write_bytes(b"x")
     artefact.storage.send(stray)
-    found = list(damage(artefact, full=True))
+    found = list(find_damage(artefact, full=True))
     assert [(each.part, each.problem) for each in found] == [(parts[1], f"{stray} does not belong there")]
-    assert list(mend(found)) == [f"removed {stray}"]
-    assert list(damage(artefact, full=True)) == []
+    assert list(repair_all(found)) == [f"removed {stray}"]
+    assert list(find_damage(artefact, full=True)) == []

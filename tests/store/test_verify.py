@@ -170,13 +170,13 @@ def test_the_marker_of_a_store_is_mended(copied: Finished, finished: Finished) -
     flip(copied.store.root / "store.json", 3)
     with pytest.raises(UserError, match=r"store\.json is missing or damaged"):
         Store.open(copied.store.root)
-    assert "written again" in str(integrity.mend_marker(copied.store))
-    assert integrity.mend_marker(copied.store) is None
+    assert "written again" in str(integrity.repair_marker(copied.store))
+    assert integrity.repair_marker(copied.store) is None
     assert tree(copied.store.root) == tree(finished.store.root)
 
 
 def listed(store: Store, grace_seconds: float) -> set[Path]:
-    return {each.path for each in garbage.collect(store, grace_seconds, remove=False).garbage}
+    return {each.path for each in garbage.collect_garbage(store, grace_seconds, remove=False).garbage}
 
 
 def test_gc_lists_what_no_generation_lists_and_keeps_what_readers_may_have_open(copied: Finished) -> None:
@@ -193,7 +193,7 @@ def test_gc_lists_what_no_generation_lists_and_keeps_what_readers_may_have_open(
     assert found == {
         old, parts / "000009-00000000", parts / first.parts[-1].folder, copied.store.root / "tmp" / "saes-gone-00000000"
     }  # fmt: skip
-    assert {each.path for each in garbage.collect(copied.store, 0, remove=True).garbage} == found
+    assert {each.path for each in garbage.collect_garbage(copied.store, 0, remove=True).garbage} == found
     assert listed(copied.store, 0) == set()
     assert target.published().parts == first.parts[:-1]
 
@@ -205,6 +205,6 @@ def test_gc_leaves_alone_what_is_being_written(copied: Finished) -> None:
         (target.path / "parts" / "000009-00000000").mkdir()
         os.utime(target.path / "parts" / "000009-00000000", (0, 0))
         for remove in (False, True):
-            done = garbage.collect(copied.store, 0, remove)
+            done = garbage.collect_garbage(copied.store, 0, remove)
             assert done.garbage == []
             assert [f"{target.id}: process {os.getpid()}" in why for why in done.left_alone] == [True]

@@ -30,9 +30,9 @@ from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
-from saeflow.store.garbage import collect
+from saeflow.store.garbage import collect_garbage
 from saeflow.store.store import Store
-from saeflow.store.verify import damage
+from saeflow.store.verify import find_damage
 from tests.support.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, value_file, write_corpus
 
 SECRET = "xylophone quixotry zugzwang"
@@ -295,7 +295,7 @@ def test_another_version_of_pyarrow_changes_nothing_of_a_vocabulary_that_is_ther
     (source.path / "vocab.parquet").unlink()
     source = tokens.run(Lineage(grown.store, grown.recipe), quiet())
     assert (source.path / "vocab.parquet").read_bytes() != before
-    assert list(damage(Lineage(grown.store, grown.recipe).tokens, full=True)) == []
+    assert list(find_damage(Lineage(grown.store, grown.recipe).tokens, full=True)) == []
 
 
 def test_a_key_that_nobody_has_hides_nothing_and_says_how_to_list_keys(grown):
@@ -324,12 +324,12 @@ def test_compaction_and_gc_leave_no_trace_of_a_forgotten_document(grown):
     assert b"secret/one" in documents_of(grown)
     pipeline.compact(Lineage(grown.store, grown.recipe), quiet())
     assert list(grown.sql("from documents where key = 'secret/one'")) == []
-    collect(grown.store, grace_seconds=0, remove=True)
+    collect_garbage(grown.store, grace_seconds=0, remove=True)
     assert b"secret/one" not in documents_of(grown)
     everything = text_of(grown.store.root)
     for trace in (b"secret/one", b"Zugzwang", SECRET.encode()):
         assert trace not in everything
-    assert [str(found) for artefact in grown.store.artefacts() for found in damage(artefact, full=True)] == []
+    assert [str(found) for artefact in grown.store.artefacts() for found in find_damage(artefact, full=True)] == []
     assert grown.checked() == []
 
 

@@ -43,8 +43,8 @@ COUNTED = (
     (os, "stat"),
     (os, "scandir"),
     (io, "open"),
-    (saeflow.store.parts, "read_listed"),
-    (saeflow.store.parts, "listed_folders"),
+    (saeflow.store.parts, "read_generation"),
+    (saeflow.store.parts, "read_part_folders"),
     (zarr, "open_array"),
 )
 
@@ -88,14 +88,14 @@ def n_files(target: Artefact) -> int:
 @pytest.mark.parametrize("kind", ["tokens", "activations"])
 def test_opening_a_generation_reads_one_list_and_looks_at_no_part(many, calls, kind):
     assert len(reopened(many, kind).published().parts) == N_PARTS
-    assert calls["read_listed"] == 1
+    assert calls["read_generation"] == 1
     assert calls.total() < FEW
 
 
 def test_a_list_is_read_once_however_often_it_is_asked_for(many, calls):
     target = reopened(many, "activations")
     assert target.published() is target.published()
-    assert calls["read_listed"] == 1
+    assert calls["read_generation"] == 1
 
 
 def test_another_list_is_seen_at_once_by_an_artefact_that_has_read_one(many):
@@ -115,8 +115,8 @@ def test_publishing_ten_more_parts_looks_at_no_other_part_and_reads_the_records_
     calls.clear()
     target = reopened(many, "tokens")
     target.publish([*target.published().parts, *fresh])
-    assert calls["read_listed"] == 1
-    assert calls["listed_folders"] == 1
+    assert calls["read_generation"] == 1
+    assert calls["read_part_folders"] == 1
     assert calls.total() < 2 * FEW
     assert len(reopened(many, "tokens").published().parts) == N_PARTS + 10
     target.publish(every)
@@ -126,10 +126,10 @@ def test_a_quick_verify_looks_at_each_file_once_and_opens_one_a_part(many, calls
     for kind in ("tokens", "activations", "features"):
         target = reopened(many, kind)
         calls.clear()
-        assert not list(verify.damage(target, full=False))
+        assert not list(verify.find_damage(target, full=False))
         assert calls["stat"] <= n_files(target) + FEW
         assert calls["open"] <= len(target.published().parts) + FEW
-        assert calls["read_listed"] == 1
+        assert calls["read_generation"] == 1
 
 
 def test_a_part_whose_record_has_changed_is_found_among_all(many):
@@ -137,7 +137,7 @@ def test_a_part_whose_record_has_changed_is_found_among_all(many):
     path = target.part_path(target.published().parts[1_234]) / "part.json"
     kept = path.read_bytes()
     path.write_bytes(kept.replace(b'"index": 1234', b'"index": 1235'))
-    assert [found.part.index for found in verify.damage(target, full=False) if found.part] == [1_234]
+    assert [found.part.index for found in verify.find_damage(target, full=False) if found.part] == [1_234]
     path.write_bytes(kept)
 
 
@@ -146,7 +146,7 @@ def test_what_is_missing_is_decided_by_looking_at_each_file_a_few_times(many, ca
         assert not job.missing
     assert calls["stat"] <= 3 * n_files(many.activations) + 2 * FEW
     assert calls["open"] < FEW
-    assert calls["read_listed"] <= 4
+    assert calls["read_generation"] <= 4
     inputs = {part.index: part.inputs for part in many.features.published().parts}
     calls.clear()
     assert len(compaction.part_of_each(reopened(many, "features"), inputs)) == N_ENCODED
@@ -160,7 +160,7 @@ def test_planning_an_epoch_opens_a_bounded_number_of_arrays_and_no_tokens(many, 
         TokenSelection(reopened(many, "tokens")), reopened(many, "activations"), Site(SITE, WIDTH), FeedConfig(seed=3)
     )
     assert calls["open_array"] == 10
-    assert calls["read_listed"] == 2
+    assert calls["read_generation"] == 2
     assert made.n_rows == N_PARTS * N_TRAIN * 256
     assert len(made.blocks) == N_PARTS * -(-N_TRAIN // 32)
     seen = {

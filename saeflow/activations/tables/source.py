@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from saeflow.activations.tables.row_labels import row_name
 from saeflow.activations.tables.stream import BLOCK_BYTES, InMemoryTable, TableReader, TableRows, not_a_table
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.store.files import checksum
+from saeflow.store.files import checksum_once
 
 _ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 
@@ -69,31 +68,17 @@ def _open_folder(path: Path, array: str | None, block_bytes: int) -> TableRows:
     )
 
 
-@lru_cache(maxsize=64)
-def _checksum_of_files(path: Path, signature: tuple[tuple[str, int, int], ...]) -> str:
-    """Return the xxh3_128 of a file, or of the names and checksums of a folder's files."""
-    if path.is_file():
-        return checksum(path)
-    each = [f"{name} {checksum(path / name)}\n" for name, _, _ in signature]
-    return xxhash.xxh3_128_hexdigest("".join(each).encode())
-
-
 def source_checksum(source: str) -> str | None:
-    """Return the checksum of the source; None if it is missing.
-
-    A process reads it again only if a size or time has changed.
-    """
+    """Return the xxh3_128 of the source, of a folder that of its files' names and checksums; None if it is missing."""
     path = Path(source)
     if not path.exists():
         return None
-    files = [path]
-    if path.is_dir():
-        listed = (path / "state.json").is_file()
-        files = arrow_files(path) if listed else sorted(file for file in path.rglob("*") if file.is_file())
-    about = [(file, file.stat()) for file in files]
-    return _checksum_of_files(
-        path, tuple((file.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns) for file, s in about)
-    )
+    if path.is_file():
+        return checksum_once(path)
+    has_state = (path / "state.json").is_file()
+    files = arrow_files(path) if has_state else sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path).as_posix()} {checksum_once(file)}\n" for file in files]
+    return xxhash.xxh3_128_hexdigest("".join(lines).encode())
 
 
 def check_rows(rows: TableRows, progress: Progress) -> list[str] | None:

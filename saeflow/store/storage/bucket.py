@@ -165,17 +165,15 @@ class Bucket(Storage):
 
     def put_whole(self, folder: Path, target: Path, names: Iterable[str], last: str) -> bool:
         self._send_folder(folder, target, names)
-        if not self._create(target / last, (folder / last).read_bytes()):
+        if not self.put_new(target / last, folder / last):
             return False
         shutil.rmtree(target, ignore_errors=True)
         rename(folder, target)
         return True
 
-    def put_new(self, path: Path) -> bool:
-        return self._create(path, path.read_bytes())
-
-    def _create(self, path: Path, content: bytes) -> bool:
-        """Store a file; False if another one has its name, which is here then."""
+    def put_new(self, path: Path, source: Path | None = None) -> bool:
+        """`source`: the file to store under that name. If another one has the name, that one is here then."""
+        content = (source or path).read_bytes()
         tag = self.objects.put(self.key(path), content, None)
         if tag is None:
             self.fetch(path, fresh=True)
@@ -217,8 +215,7 @@ class Bucket(Storage):
         target = folder / f"{number:09d}"
         self._send_folder(folder, target, [path.name for path in folder.iterdir() if path.name != last])
         self._send_folder(folder, target, [last])
-        if old := [key for key in older if not key.startswith(f"{self.key(target)}/")]:
-            self.objects.delete(old)
+        self.objects.delete([key for key in older if not key.startswith(f"{self.key(target)}/")])
 
     def bring_back(self, folder: Path, last: str) -> None:
         """The file `last` comes after the others: a folder without it was not brought whole."""

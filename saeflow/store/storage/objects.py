@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -138,10 +138,11 @@ class Objects:
                 "Use an object store that can (S3, Google, Azure, MinIO, R2), or a local folder."
             ) from error
 
-    def delete(self, keys: Iterable[str]) -> None:
+    def delete(self, keys: Sequence[str]) -> None:
         """Remove objects that may be gone already."""
         with contextlib.suppress(FileNotFoundError):
-            self._ask(lambda: obstore.delete(self.store, [*keys]))
+            if keys:
+                self._ask(lambda: obstore.delete(self.store, [*keys]))
 
     def zarr(self, key: str) -> Any:
         """Return an array as zarr opens it."""
