@@ -12,7 +12,7 @@ from prefect.events import emit_event
 from flows.support.gpu import places
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import open_store, part_task
-from saeflow.pipeline import ingest
+from saeflow.pipeline.lifecycle import ingest
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe

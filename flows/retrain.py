@@ -10,7 +10,7 @@ from prefect import flow
 from flows.support.gpu import places
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import open_store, part_task
-from saeflow.pipeline import retrain
+from saeflow.pipeline.lifecycle import retrain
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe
 

@@ -113,7 +113,7 @@ def plan_command(
 
     settings = read_recipe(recipe, set_)
     opened = create_store(store, settings, quiet)
-    from saeflow.pipeline import forecast
+    from saeflow.pipeline.forecast import estimate as forecast
     from saeflow.runtime.progress import Progress
 
     found = forecast.plan(opened, settings, Progress(err, -1 if quiet else 0))

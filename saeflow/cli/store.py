@@ -30,7 +30,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import human_bytes, sanitise
 
 if TYPE_CHECKING:
-    from saeflow.pipeline.forget import Forgotten
+    from saeflow.pipeline.lifecycle.forget import Forgotten
     from saeflow.store.artefact import Artefact
     from saeflow.store.records import PartRecord
     from saeflow.store.store import Store
@@ -171,7 +171,7 @@ def forget_command(
 
     Example: `saeflow forget letters/017 letters/018`
     """
-    from saeflow.pipeline.forget import forget
+    from saeflow.pipeline.lifecycle.forget import forget
     from saeflow.query import catalog
     from saeflow.runtime.progress import Progress
     from saeflow.store.store import Store, store_path

@@ -11,12 +11,8 @@ encode        activations to feature values
 evaluate      the figures of an SAE
 report        the picture of an SAE with few features
 sweep         the table and picture of a sweep
-forget        documents leave the store
-deletions     documents that are gone from the corpus
-ingest        new documents through every stage
-retrain       a new SAE once the store has grown
-forecast      what a recipe will take
-trial_run     the stages of a recipe on a sample
 run           all stages in order
+lifecycle     documents come and go, and SAEs follow
+forecast      what a recipe will take
 dask          parts made by a Dask cluster
 """

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from saeflow.pipeline import collect, encode, evaluate, forget, import_table, report, sweep, tokens, train
+from saeflow.pipeline import collect, encode, evaluate, import_table, report, sweep, tokens, train
 from saeflow.pipeline.dask import workers
+from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe

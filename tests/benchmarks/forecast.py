@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from saeflow.pipeline import forecast
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.forecast import estimate as forecast
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe

@@ -25,7 +25,7 @@ from saeflow.features.schema import PART_TABLES, TOP, TOP_VOCAB
 from saeflow.features.token_columns import bands_of
 from saeflow.pipeline import encode, train
 from saeflow.pipeline import run as pipeline
-from saeflow.pipeline.forget import forget
+from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.query.ask import query
 from saeflow.query.checks import check

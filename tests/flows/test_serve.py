@@ -42,8 +42,8 @@ from flows.support.serve import ZOMBIES, others, set_zombie_automation
 from flows.tidy import tidy_flow
 from flows.verify import verify_flow
 from saeflow.cli import app as cli
-from saeflow.pipeline import ingest
-from saeflow.pipeline.forget import forget
+from saeflow.pipeline.lifecycle import ingest
+from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.cluster import ClusterConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from saeflow.pipeline import forecast, trial_run
 from saeflow.pipeline import run as pipeline
-from saeflow.pipeline.forecast import Survey
+from saeflow.pipeline.forecast import estimate as forecast
+from saeflow.pipeline.forecast import trial_run
+from saeflow.pipeline.forecast.estimate import Survey
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
@@ -129,7 +130,7 @@ def test_what_a_stage_refuses_in_the_trial_is_said_in_its_own_words(recipe: Reci
     command = [
         sys.executable,
         "-m",
-        "saeflow.pipeline.trial_run",
+        "saeflow.pipeline.forecast.trial_run",
         str(tmp_path / "recipe.json"),
         str(tmp_path / "store"),
     ]

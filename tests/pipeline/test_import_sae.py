@@ -16,9 +16,11 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.corpus import token_parts
 from saeflow.model.sites import choose_site
-from saeflow.pipeline import collect, evaluate, forecast, forget, tokens, train
+from saeflow.pipeline import collect, evaluate, tokens, train
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline.forecast import estimate as forecast
+from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask
 from saeflow.query.checks import check

@@ -26,16 +26,11 @@ from saeflow.cli import app as cli
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Entry, Ledger
 from saeflow.pipeline import collect as activations
-from saeflow.pipeline import (
-    deletions,
-    ingest,
-    retrain,
-    tokens,  # fmt: skip
-    train,
-)
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline import tokens, train
 from saeflow.pipeline.dask import workers as cluster
+from saeflow.pipeline.lifecycle import deletions, ingest, retrain
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.query.ask import query
 from saeflow.query.checks import check

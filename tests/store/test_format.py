@@ -11,7 +11,7 @@ import pytest
 
 from saeflow.pipeline import encode
 from saeflow.pipeline import run as pipeline
-from saeflow.pipeline.forget import forget
+from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask
 from saeflow.query.checks import check

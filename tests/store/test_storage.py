@@ -21,8 +21,9 @@ import pytest
 from rich.console import Console
 
 from saeflow.activations.shards import open_site, stored_sites
-from saeflow.pipeline import forget, train
 from saeflow.pipeline import run as pipeline
+from saeflow.pipeline import train
+from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog, labels, runs
 from saeflow.query.ask import ask, query

@@ -17,10 +17,10 @@ from saeflow.corpus import token_parts
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Ledger, key_hash
 from saeflow.pipeline import encode as features
-from saeflow.pipeline import forget as forgetting
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline import tokens, train
-from saeflow.pipeline.forget import forget
+from saeflow.pipeline.lifecycle import forget as forgetting
+from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
 from saeflow.query.checks import check

@@ -106,7 +106,7 @@ def test_a_package_names_every_file_of_its_folder_once(package):
 
 def test_a_folder_holds_no_more_than_can_be_seen_at_once():
     folders = Counter(path.parent for path in modules().values() if path.stem != "__init__")
-    assert {path.name: n for path, n in folders.items() if n > MOST_FILES} == {"pipeline": 18}
+    assert not {path.name: n for path, n in folders.items() if n > MOST_FILES}
 
 
 HEAVY = [

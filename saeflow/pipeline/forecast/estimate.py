@@ -22,7 +22,7 @@ from saeflow.corpus import sources
 from saeflow.corpus.document import is_held_out
 from saeflow.corpus.tokenizer import bos_ids, ids_of
 from saeflow.model.load import load_tokenizer
-from saeflow.pipeline.trial_run import REFUSED
+from saeflow.pipeline.forecast.trial_run import REFUSED
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import CorpusConfig
@@ -178,7 +178,7 @@ def _tried(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], progress: Pr
         command = [
             sys.executable,
             "-m",
-            "saeflow.pipeline.trial_run",
+            "saeflow.pipeline.forecast.trial_run",
             str(folder / "recipe.json"),
             str(folder / "store"),
         ]

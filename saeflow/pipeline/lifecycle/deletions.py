@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from saeflow.corpus import sources
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Ledger, document_rows
-from saeflow.pipeline.forget import withdraw
+from saeflow.pipeline.lifecycle.forget import withdraw
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.progress import Progress

@@ -6,10 +6,11 @@ import contextlib
 import logging
 from typing import Any
 
-from saeflow.pipeline import encode, import_table, retrain, tokens
+from saeflow.pipeline import encode, import_table, tokens
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.dask import workers
-from saeflow.pipeline.deletions import forget_removed, note_seen
+from saeflow.pipeline.lifecycle import retrain
+from saeflow.pipeline.lifecycle.deletions import forget_removed, note_seen
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog
 from saeflow.runtime.errors import UserError

@@ -1,7 +1,7 @@
-"""A recipe's own stages on a small sample, each measured: `python -m saeflow.pipeline.trial_run RECIPE.json STORE`,
-answers in JSON.
+"""Run a recipe's stages on a small sample and measure each; the answer is JSON.
 
-A process of its own, so that start-up and memory are those of a run.
+Run as `python -m saeflow.pipeline.forecast.trial_run RECIPE.json STORE`: a process of its own, so that start-up and
+memory are those of a run.
 """
 
 from __future__ import annotations

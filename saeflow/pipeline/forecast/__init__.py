@@ -1,0 +1,5 @@
+"""What a recipe will take, from a survey of its corpus and a trial on a sample. Read `estimate` first.
+
+estimate   the forecast of a whole recipe
+trial_run  the stages of a recipe on a sample, in a process of its own
+"""
