@@ -1,6 +1,6 @@
-"""The tables of a run, column by column: one place for those who write them and those who read them.
+"""The tables of a run, column by column, for the code that writes them and the code that reads them.
 
-Their meaning is said in data/README.md. A part made by an earlier saeflow lacks some; they then read as empty.
+data/README.md says what they mean. A part that an earlier saeflow made lacks some tables, which read as empty.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 import pyarrow as pa
 
 ORDERS = ("feature_major", "token_major")
-"""Every non-zero value, twice. A file lies in folders `low=<first>/high=<last>/`, which say what it may hold."""
+"""Every non-zero value, twice. The folders `low=<first>/high=<last>/` of a file say which values it may hold."""
 
 TOP = 50
-"""Features kept for each feature that fire with it, or are similar to it."""
+"""Features kept for each feature: those that fire with it, or are similar to it."""
 
 TOP_VOCAB = 10
-"""Vocabulary entries kept for each feature on which it fires most often."""
+"""Vocabulary entries kept for each feature: those on which it fires most often."""
 
 TOP_LOGITS = 20
-"""Vocabulary entries kept for each feature that it pushes up most, and down most."""
+"""Vocabulary entries kept for each feature: those that it raises most, and as many that it lowers most."""
 
 MOST_SOURCES = 64
-"""Sources with rows of their own in a part; what is beyond the most frequent ones is counted together."""
+"""Sources with rows of their own in a part. All others are counted together."""
 
 PART_TABLES: dict[str, pa.Schema] = {
     "feature_stats": pa.schema(

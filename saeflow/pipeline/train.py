@@ -32,7 +32,7 @@ from saeflow.sae import interchange
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.files import replacing
 from saeflow.store.store import Store
-from saeflow.train.group import Job, Reading, checkpoints_of
+from saeflow.train.group import TrainingGroup, TrainingJob, checkpoints_of
 from saeflow.train.tensorboard import require_tensorboard
 from saeflow.train.training import Training
 
@@ -176,11 +176,11 @@ def _train(chosen: list[Lineage], progress: Progress) -> None:
             progress.say(f"train: on generation {number} of {feed.target.id}, as begun; {now} is there by now")
         progress.say(f"train: {measure_mixing(feed)}")
 
-        def publish_job(job: Job, training: Training, seconds: float, feed: Feed = feed) -> None:
+        def publish_job(job: TrainingJob, training: Training, seconds: float, feed: Feed = feed) -> None:
             publish(job, training, feed, seconds)
 
-        jobs = [Job(each.recipe, each.sae, each.sae_facts) for each in together]
-        Reading(feed, jobs, progress, publish_job).run()
+        jobs = [TrainingJob(each.recipe, each.sae, each.sae_facts) for each in together]
+        TrainingGroup(feed, jobs, progress, publish_job).run()
 
 
 def _feed_of(lineage: Lineage) -> Feed:
@@ -233,9 +233,9 @@ def open_feed(lineage: Lineage, generation: int | None = None) -> Feed:
 
 def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
     """Train on a feed as often as `train.restarts` says, without publishing; return the best."""
-    job = Job(recipe, Store(checkpoints).artefact("saes", recipe.name, "00000000"))
+    job = TrainingJob(recipe, Store(checkpoints).artefact("saes", recipe.name, "00000000"))
     trained: list[Training] = []
-    Reading(feed, [job], progress, lambda _, training, __: trained.append(training)).run()
+    TrainingGroup(feed, [job], progress, lambda _, training, __: trained.append(training)).run()
     return trained[0]
 
 
@@ -245,7 +245,7 @@ def last_row(target: Artefact) -> dict[str, float]:
     return dict(log.slice(log.num_rows - 1).to_pylist()[0])
 
 
-def publish(job: Job, training: Training, feed: Feed, seconds: float) -> None:
+def publish(job: TrainingJob, training: Training, feed: Feed, seconds: float) -> None:
     """Fold the scale into the weights and publish weights, settings and log."""
     named = dict(zip(("site", "target_site"), (site.name for site in feed.sites), strict=False))
     about = job.facts

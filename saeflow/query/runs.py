@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from saeflow.corpus.vocabulary import special_ids
-from saeflow.features.coverage import covered, has_every_table, hidden_in, token_ranges
+from saeflow.features.coverage import covered, has_every_table, hidden_digest_of, token_ranges
 from saeflow.features.schema import ORDERS, PART_TABLES, RUN_TABLES
 from saeflow.query.labels import LabelFile, label_files
 from saeflow.query.relations import condition_of_encoded
@@ -261,7 +261,7 @@ def _shown_parts(artefact: Artefact, tokens: Generation) -> list[PartRecord]:
 
 def _stale(part: PartRecord, tokens: Generation) -> list[int]:
     """Return the activation parts in which documents were hidden after this part's values were written."""
-    return [i for i, digest in covered(part).items() if hidden_in(digest) != tokens.hidden_digest(i)]
+    return [i for i, digest in covered(part).items() if hidden_digest_of(digest) != tokens.hidden_digest(i)]
 
 
 def _hidden_ranges(shown: Iterable[PartRecord], tokens: Artefact, generation: Generation) -> list[tuple[int, int]]:

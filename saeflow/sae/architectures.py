@@ -1,9 +1,9 @@
-"""What each architecture makes of a pre-activation: its value, its penalty, and the derivatives of both.
+"""From pre-activation to value and penalty, with the derivatives of both, for each architecture.
 
-A rule works number by number, on the few entries that matter or on a dense piece alike: `at` says which features the
-last dimension of its tensors are (their ids, or all in order). `g` is the derivative of the loss of reconstruction by
-the value. A rule gives the derivative by the pre-activation, and contributions to be summed by feature, from which
-come the gradients of the parameters that only its architecture has.
+A rule works number by number, on a few entries or on a dense piece: `at` says which features the last dimension of its
+tensors are, by their ids or all in order. `g` is the derivative of the reconstruction loss by the value. A rule returns
+the derivative by the pre-activation, and numbers to be summed by feature: they give the gradients of the parameters
+that only its architecture has.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ FeatureSums = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Top:
-    """Values are the pre-activations that were chosen: TopK (Gao et al. 2024, arXiv 2406.04093), BatchTopK (Bussmann et
-    al. 2024, arXiv 2412.06410) and, with nested dictionaries, Matryoshka BatchTopK (Bussmann et al. 2025, arXiv
-    2503.17547)."""
+    """The value is the pre-activation, if it was chosen.
+
+    For TopK (Gao et al. 2024, arXiv 2406.04093), BatchTopK (Bussmann et al. 2024, arXiv 2412.06410) and, with nested
+    dictionaries, Matryoshka BatchTopK (Bussmann et al. 2025, arXiv 2503.17547).
+    """
 
     @property
     def cut(self) -> Tensor | float | None:
-        """Only entries above it, of the feature, matter; None where entries are chosen otherwise."""
+        """Number, or number of each feature (F), above which an entry matters; None if entries are chosen otherwise."""
         return None
 
     def values(self, pre: Tensor, at: FeatureIndex) -> Tensor:
         return pre
 
     def second_values(self, pre: Tensor) -> Tensor | None:
+        """Return values that also have to reconstruct, by themselves; None if there are none."""
         return None
 
     def backward(
@@ -43,7 +46,7 @@ class Top:
         return values.new_zeros(())
 
     def penalty_loss(self, total: Tensor, n_active: float) -> tuple[float, float]:
-        """What the penalty adds to the loss, and the penalty before its weight."""
+        """Return what the penalty adds to the loss, and the penalty before its weight."""
         return 0.0, 0.0
 
     def bias_gradient(self, d_pre: Tensor, sums: FeatureSums) -> Tensor:
@@ -55,8 +58,8 @@ class Top:
 
 @dataclass(frozen=True)
 class Relu(Top):
-    """relu(pre), with `weight` times the sum of values, each times its direction's length where `lengths` (F) are given
-    (Bricken et al. 2023, "Towards Monosemanticity"; with lengths Conerly et al. 2024, "April update")."""
+    """relu(pre), with a penalty of `weight` times the sum of values, each times its direction's length if `lengths` (F)
+    are given (Bricken et al. 2023, "Towards Monosemanticity"; with lengths Conerly et al. 2024, "April update")."""
 
     weight: float
     n_entries: int
@@ -183,7 +186,7 @@ class JumpReLU(Top):
         return self.weight / (self.n_rows * self.width)
 
     def own_gradients(self, sums: FeatureSums, n_active: float) -> tuple[Tensor, ...]:
-        """Of the logarithm of the thresholds."""
+        """Return the gradient of the logarithm of the thresholds."""
         gradient = sums["threshold"]
         if self.tanh_scale is None:
             gradient = gradient - 2 * self.weight * (n_active / self.k - 1) / self.k / self.n_rows * sums["near"]

@@ -1,7 +1,6 @@
-"""What the folder of an autoencoder says of it: ours, one of SAELens, or one of dictionary_learning.
+"""Settings in the folder of an autoencoder: ours, one of SAELens, or one of dictionary_learning.
 
-A setting that would make it another autoencoder than `saeflow.sae.autoencoder` knows is refused, naming the file and
-the setting.
+A setting that `saeflow.sae.autoencoder` cannot follow is refused; the error names the file and the setting.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from saeflow.runtime.errors import UserError
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 THEIR_CFG, THEIR_WEIGHTS = "config.json", "ae.pt"
-"""The two files of a folder of SAELens, and of dictionary_learning."""
+"""The two files in a folder of SAELens, and of dictionary_learning."""
 
-Writer = Literal["saeflow", "SAELens", "dictionary_learning"]
-T = TypeVar("T")
+WritingProgram = Literal["saeflow", "SAELens", "dictionary_learning"]
+SettingValue = TypeVar("SettingValue")
 
 SAVED_AS: dict[Architecture, str] = {
     "relu": "standard", "topk": "topk", "gated": "gated",
@@ -31,39 +30,39 @@ SAVED_AS: dict[Architecture, str] = {
 }  # fmt: skip
 _SAELENS: dict[str, Architecture] = {
     "standard": "relu", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu",
-    "batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka",  # as SAELens saves them while they are in training
+    "batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka",  # SAELens saves these in the midst of training
     "transcoder": "relu", "jumprelu_transcoder": "jumprelu",
     "topk_transcoder": "topk", "gated_transcoder": "gated",  # ours: SAELens has none
 }  # fmt: skip
 _BY_NORM = [name for name, architecture in _SAELENS.items() if architecture in ("relu", *TOP_FAMILY)]
-"""Those whose values may be in units of contributions. A gate and thresholds of their own would have to follow."""
-_CLASSES: dict[str, Architecture] = {
+"""Names whose values may be in units of contributions. A gate, or thresholds, would have to be scaled as well."""
+_DICTIONARY_CLASSES: dict[str, Architecture] = {
     "AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk", "GatedAutoEncoder": "gated",
     "JumpReluAutoEncoder": "jumprelu", "BatchTopKSAE": "batchtopk", "MatryoshkaBatchTopKSAE": "matryoshka",
 }  # fmt: skip
 _OFF_CENTRE = ("AutoEncoderNew", "JumpReluAutoEncoder")
-"""Classes that encode what they read as it is, without taking the decoder bias off first."""
+"""Classes that encode their input without subtracting the decoder bias first."""
 
 
 @dataclass(frozen=True)
-class Described:
-    """What a folder says of its autoencoder."""
+class SAEFolder:
+    """A folder that holds an autoencoder: its settings, and where its weights are."""
 
-    writer: Writer
+    writer: WritingProgram
     config: SAEConfig
     width: int
     out_width: int
     settings: Path
     weights: Path
     takes_b_dec_off: bool = True
-    """Is the decoder bias taken off before encoding? Never in a transcoder."""
+    """True if the decoder bias is subtracted before encoding; never in a transcoder."""
     by_norm: bool = False
-    """Are values in units of contributions, each pre-activation times its decoder row's length?"""
+    """True if values are in units of contributions: pre-activations times the length of their decoder row."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def describe(folder: Path) -> Described:
-    """Read the settings, and refuse what cannot be read, naming the file and the setting."""
+def read_sae_folder(folder: Path) -> SAEFolder:
+    """Read the settings. Raises UserError, which names the file and the setting, for one that cannot be followed."""
     for settings, weights, read in ((CFG, WEIGHTS, _saelens), (THEIR_CFG, THEIR_WEIGHTS, _dictionary_learning)):
         if any((folder / name).is_file() for name in (settings, weights)):
             for name in (settings, weights):
@@ -76,7 +75,7 @@ def describe(folder: Path) -> Described:
     )
 
 
-def describe_source(config: SAEConfig) -> Described:
+def describe_source(config: SAEConfig) -> SAEFolder:
     """What the folder says that `sae.source` names."""
     assert config.source is not None
     folder = Path(config.source)
@@ -85,7 +84,7 @@ def describe_source(config: SAEConfig) -> Described:
             f"sae.source is {config.source}, but there is no such folder.\nName the folder of a trained SAE, with "
             f"{CFG} and {WEIGHTS}, or with {THEIR_CFG} and {THEIR_WEIGHTS}."
         )
-    return describe(folder)
+    return read_sae_folder(folder)
 
 
 def effective_config(config: SAEConfig) -> SAEConfig:
@@ -101,7 +100,7 @@ def effective_config(config: SAEConfig) -> SAEConfig:
     return found.config.model_copy(update=sites | {"source": None})
 
 
-def _require_agreement(asked: SAEConfig, found: Described) -> None:
+def _require_agreement(asked: SAEConfig, found: SAEFolder) -> None:
     names = ["architecture", "n_features", *(["k"] if found.config.architecture == "topk" else [])]
     for name in names:
         value, there = getattr(asked, name), getattr(found.config, name)
@@ -124,13 +123,14 @@ def _require_agreement(asked: SAEConfig, found: Described) -> None:
 
 
 def saelens_name(config: SAEConfig) -> str:
+    """Return the name that SAELens has for the architecture."""
     name = SAVED_AS[config.architecture]
     if config.target_site is None:
         return name
     return "transcoder" if name == "standard" else f"{name}_transcoder"
 
 
-def _saelens(settings: Path, weights: Path) -> Described:
+def _saelens(settings: Path, weights: Path) -> SAEFolder:
     cfg = _of_today(settings, _json_of(settings))
     name = _one_of(settings, cfg, "architecture", tuple(_SAELENS))
     transcodes = name.endswith("transcoder")
@@ -140,22 +140,22 @@ def _saelens(settings: Path, weights: Path) -> Described:
     _one_of(settings, cfg, "finetuning_scaling_factor", (False,))
     takes_off = _one_of(settings, cfg, "apply_b_dec_to_input", (False,) if transcodes else (True, False))
     by_norm = _one_of(settings, cfg, "rescale_acts_by_decoder_norm", (False, True) if name in _BY_NORM else (False,))
-    width, n_features = _count(settings, cfg, "d_in"), _count(settings, cfg, "d_sae")
-    out_width = _count(settings, cfg, "d_out") if transcodes else width
+    width, n_features = _positive_count(settings, cfg, "d_in"), _positive_count(settings, cfg, "d_sae")
+    out_width = _positive_count(settings, cfg, "d_out") if transcodes else width
     metadata = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {}
     if isinstance(metadata.get("saeflow"), dict):
         config = _own(settings, metadata["saeflow"], name, n_features, cfg)
     else:
         target = str(metadata.get("hook_name_out") or "another site") if transcodes else None
         config = _foreign(
-            settings, _SAELENS[name], n_features, cfg, _counts(settings, cfg, "matryoshka_widths"), target
+            settings, _SAELENS[name], n_features, cfg, _positive_counts(settings, cfg, "matryoshka_widths"), target
         )
-    writer: Writer = "saeflow" if "saeflow" in metadata else "SAELens"
-    return Described(writer, config, width, out_width, settings, weights, takes_off, by_norm, metadata)
+    writer: WritingProgram = "saeflow" if "saeflow" in metadata else "SAELens"
+    return SAEFolder(writer, config, width, out_width, settings, weights, takes_off, by_norm, metadata)
 
 
 def _of_today(settings: Path, cfg: dict[str, Any]) -> dict[str, Any]:
-    """Settings of SAELens before 6 under the names of today, and defaults for what may be left out."""
+    """Return the settings of SAELens before 6 under today's names, with defaults for those that may be left out."""
     function = cfg.get("activation_fn") or cfg.get("activation_fn_str") or "relu"
     normalised = cfg.get("normalize_activations")
     cfg = {
@@ -190,18 +190,17 @@ def _own(settings: Path, own: dict[str, Any], name: str, n_features: int, cfg: d
     return config
 
 
-def _dictionary_learning(settings: Path, weights: Path) -> Described:
+def _dictionary_learning(settings: Path, weights: Path) -> SAEFolder:
     trainer = _json_of(settings).get("trainer")
     if not isinstance(trainer, dict):
-        raise UserError(
-            f"{settings} has no table `trainer`. Those that dictionary_learning writes beside ae.pt have one."
-        )
-    name = _one_of(settings, trainer, "dict_class", tuple(_CLASSES))
-    width, n_features = _count(settings, trainer, "activation_dim"), _count(settings, trainer, "dict_size")
-    nested = list(itertools.accumulate(_counts(settings, trainer, "group_sizes")))
-    config = _foreign(settings, _CLASSES[name], n_features, trainer, nested, None)
+        raise UserError(f"{settings} has no table `trainer`. dictionary_learning writes one beside ae.pt.")
+    name = _one_of(settings, trainer, "dict_class", tuple(_DICTIONARY_CLASSES))
+    width = _positive_count(settings, trainer, "activation_dim")
+    n_features = _positive_count(settings, trainer, "dict_size")
+    nested = list(itertools.accumulate(_positive_counts(settings, trainer, "group_sizes")))
+    config = _foreign(settings, _DICTIONARY_CLASSES[name], n_features, trainer, nested, None)
     takes_off = name not in _OFF_CENTRE
-    return Described("dictionary_learning", config, width, width, settings, weights, takes_off, False, trainer)
+    return SAEFolder("dictionary_learning", config, width, width, settings, weights, takes_off, False, trainer)
 
 
 def _foreign(
@@ -214,11 +213,11 @@ def _foreign(
 ) -> SAEConfig:
     about: dict[str, Any] = {"architecture": architecture, "n_features": n_features, "unit_norm": False}
     if architecture == "topk":
-        about["k"] = _count(settings, cfg, "k")
+        about["k"] = _positive_count(settings, cfg, "k")
     elif architecture in TOP_FAMILY and isinstance(k := cfg.get("k"), int | float):
-        if not abs(k) < _MOST:  # NaN, too
+        if not abs(k) < _TOO_MANY:  # NaN, too
             raise UserError(f"{settings}: k is {_short(k)}; it has to be a number of features. {AGAIN}")
-        about["k"] = max(1, round(k))  # an average, and of no use to encoding
+        about["k"] = max(1, round(k))  # an average, which encoding does not use
     if about.get("k", 1) > n_features:
         raise UserError(f"{settings}: k is {about['k']}, more than its {n_features} features. {AGAIN}")
     if architecture in TOP_FAMILY:
@@ -228,15 +227,15 @@ def _foreign(
     return SAEConfig.model_validate(about | {"target_site": target})
 
 
-def _counts(settings: Path, cfg: Mapping[str, Any], name: str) -> list[int]:
+def _positive_counts(settings: Path, cfg: Mapping[str, Any], name: str) -> list[int]:
     found = cfg.get(name) or []
     if not isinstance(found, list):
         raise UserError(f"{settings}: {name} is {_short(found)}; it has to be a list of whole numbers. {AGAIN}")
-    return [_count(settings, {name: each}, name) for each in found]
+    return [_positive_count(settings, {name: each}, name) for each in found]
 
 
-_MOST = 2**31
-"""No count is so large."""
+_TOO_MANY = 2**31
+"""Larger than any count."""
 AGAIN = "Copy the folder again from where it comes from."
 
 
@@ -250,7 +249,7 @@ def _json_of(path: Path) -> dict[str, Any]:
     return found
 
 
-def _one_of(settings: Path, cfg: Mapping[str, Any], name: str, known: tuple[T, ...]) -> T:
+def _one_of(settings: Path, cfg: Mapping[str, Any], name: str, known: tuple[SettingValue, ...]) -> SettingValue:
     value = cfg.get(name)
     if value not in known or type(value) is not type(known[known.index(value)]):
         may = ", ".join(json.dumps(each) for each in known)
@@ -271,13 +270,13 @@ _WAYS_OUT = {
 
 
 def _short(value: object) -> str:
-    """As JSON, so that the message stays one."""
+    """Return a value as JSON, cut short so that the message stays readable."""
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _count(settings: Path, cfg: Mapping[str, Any], name: str) -> int:
+def _positive_count(settings: Path, cfg: Mapping[str, Any], name: str) -> int:
     value = cfg.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < _MOST or value % 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < _TOO_MANY or value % 1:
         raise UserError(f"{settings}: {name} is {_short(value)}; it has to be a whole number above 0. {AGAIN}")
     return int(value)

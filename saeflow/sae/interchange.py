@@ -1,7 +1,7 @@
 """Autoencoders as folders: `save` writes what SAELens 6 reads, `load` reads what any of the known programs wrote.
 
-Whatever a foreign autoencoder does otherwise than `saeflow.sae.autoencoder` is folded into weights and biases, in
-float64.
+Where another program's autoencoder differs from `saeflow.sae.autoencoder`, the difference is folded into weights and
+biases, in float64.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.formats import AGAIN, CFG, SAVED_AS, WEIGHTS, Described, describe, saelens_name
+from saeflow.sae.formats import AGAIN, CFG, SAVED_AS, WEIGHTS, SAEFolder, read_sae_folder, saelens_name
 
 _NAMES = {
     "encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc", "bias": "b_dec",
     "decoder_bias": "b_dec", "decoder.bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag",
 }  # fmt: skip
-"""Tensors of dictionary_learning by the names that SAELens has for them. `nn.Linear` keeps its matrices transposed."""
+"""Names of dictionary_learning's tensors, and SAELens' names for them. `nn.Linear` keeps its matrices transposed."""
 
 
 def save(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:
     """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them; equal contents give equal bytes.
 
-    A batchtopk or matryoshka autoencoder becomes a `jumprelu` one with the running threshold for every feature. What a
-    transcoder takes off its input is folded into its biases.
+    A batchtopk or matryoshka autoencoder becomes a `jumprelu` one with the running threshold for every feature. A
+    transcoder's input bias is folded into its encoder biases.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _saelens_tensors(sae).items()}
@@ -40,13 +40,13 @@ def save(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None
 
 
 def load(folder: Path, threads: int = 1) -> SparseAutoencoder:
-    """Read what `save` wrote, exactly, or any folder that `describe` understands; ready to encode.
+    """Return an autoencoder, ready to encode on `threads` threads, from a folder that `read_sae_folder` understands.
 
-    Of a transcoder the centre is 0: it is in the biases.
+    What `save` wrote comes back exactly, except that a transcoder's centre is 0: it is in the biases.
     """
-    found = describe(folder)
+    found = read_sae_folder(folder)
     read = _read_torch if found.writer == "dictionary_learning" else _read_safetensors
-    tensors = _checked(found, read(found))
+    tensors = _required_tensors(found, read(found))
     values = _folded(found, tensors)
     sae = SparseAutoencoder(found.config, found.width, found.out_width, threads)
     with torch.no_grad():
@@ -55,8 +55,8 @@ def load(folder: Path, threads: int = 1) -> SparseAutoencoder:
     return sae.eval()
 
 
-def _folded(found: Described, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters and buffers of `SparseAutoencoder` from tensors by their names in SAELens."""
+def _folded(found: SAEFolder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters and buffers of `SparseAutoencoder`, from tensors by their names in SAELens."""
     w_enc, w_dec, b_dec = tensors["W_enc"].t(), tensors["W_dec"], tensors["b_dec"]
     gated = found.config.architecture == "gated"
     b_enc = tensors["b_gate" if gated else "b_enc"].double()
@@ -72,7 +72,7 @@ def _folded(found: Described, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if gated:
             out["b_mag"] = out["b_mag"] + out["r_mag"].double().exp() * shift
     if "threshold" in tensors:
-        # Values are never negative, so a threshold below zero, as of one that was never set, is one of zero.
+        # Values are never negative, so a threshold below zero, such as one that was never set, means zero.
         threshold = tensors["threshold"].clamp(min=0)
         if found.config.architecture == "jumprelu":
             out |= {"threshold": threshold, "log_threshold": threshold.log()}
@@ -122,7 +122,7 @@ def _saelens_cfg(sae: SparseAutoencoder, metadata: dict[str, Any]) -> dict[str, 
     return cfg
 
 
-def _read_safetensors(found: Described) -> dict[str, Tensor]:
+def _read_safetensors(found: SAEFolder) -> dict[str, Tensor]:
     try:
         tensors = load_file(found.weights)
     except (SafetensorError, OSError) as error:
@@ -131,13 +131,16 @@ def _read_safetensors(found: Described) -> dict[str, Tensor]:
         tensors["threshold"] = tensors.pop("topk_threshold")
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
-    tensors.pop("scaling_factor", None)  # of use only with finetuning_scaling_factor, which is refused
+    tensors.pop("scaling_factor", None)  # used only with finetuning_scaling_factor, which is refused
     return tensors
 
 
-def _read_torch(found: Described) -> dict[str, Tensor]:
-    """A file of torch is a pickle, which may hold any code. With `weights_only` torch (2.6 and later) reads it by an
-    unpickler of its own, which makes tensors and plain containers, and runs nothing."""
+def _read_torch(found: SAEFolder) -> dict[str, Tensor]:
+    """Read tensors from a file of torch, which is a pickle and may hold any code.
+
+    With `weights_only`, torch (2.6 and later) reads it by its own unpickler, which makes tensors and plain containers
+    and runs nothing.
+    """
     try:
         state = torch.load(found.weights, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises for a damaged file, or for one with code, is not documented
@@ -156,8 +159,8 @@ def _read_torch(found: Described) -> dict[str, Tensor]:
     return tensors
 
 
-def _checked(found: Described, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Exactly the tensors of the architecture, of the right shapes, finite, in float32."""
+def _required_tensors(found: SAEFolder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return exactly the tensors of the architecture in float32. Raises UserError for a wrong shape or number."""
     n, config = found.config.n_features, found.config
     vectors = ["b_gate", "r_mag", "b_mag"] if config.architecture == "gated" else ["b_enc"]
     vectors += ["threshold"] if SAVED_AS[config.architecture] == "jumprelu" else []

@@ -1,4 +1,4 @@
-"""The figures of quality as sums over tokens in float64, so that they do not depend on how tokens come in batches."""
+"""Figures of quality, as sums over tokens in float64: they do not depend on how tokens come in batches."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseValues
 
-_SLICE, _GPU_SLICE = 1 << 18, 1 << 22
+CPU_LOGITS, GPU_LOGITS = 1 << 18, 1 << 22
 """Logits widened to float64 at a time: few enough for a processor's cache, enough to keep a GPU busy."""
 _LEAST = -3.5e38
-"""Below any float32: what minus infinity, a vocabulary entry that is ruled out, is counted as."""
+"""Below any float32. It replaces minus infinity, the logit of a vocabulary entry that is ruled out."""
 
 
 def ratio(part: float, whole: float) -> float:
-    """part / whole; infinite where there is no whole."""
+    """Return part / whole; infinite if the whole is 0."""
     return part / whole if whole else math.copysign(math.inf, part)
 
 
 def recovered(original: float, spliced: float, ablated: float) -> float:
-    """Share of what ablation costs and the reconstruction does not; 1 is perfect, 0 no better than ablation."""
+    """Return the share of the cost of ablation that a reconstruction saves; 1 is perfect, 0 as bad as ablation."""
     return ratio(ablated - spliced, ablated - original)
 
 
@@ -49,8 +49,8 @@ class Reconstruction:
     def add(self, x: Tensor, reconstruction: Tensor) -> None:
         """Count tokens (n, D).
 
-        Mean and spread are those of Chan, Golub and LeVeque (1983): no large sums are subtracted from one another,
-        so a mean far from zero costs no digits.
+        Mean and spread follow Chan, Golub and LeVeque (1983): no large sums are subtracted from one another, so a mean
+        far from zero costs no digits.
         """
         if not len(x):
             return
@@ -71,23 +71,23 @@ class Reconstruction:
 
     @property
     def mean_squared_error(self) -> float:
-        """Of a token and neuron."""
+        """Mean over tokens and neurons."""
         return self.error / self.n_tokens / self.width
 
     @property
     def shrinkage(self) -> float:
-        """The γ whose division of all reconstructions brings them closest: argmin over γ of sum |y / γ - x|².
+        """The γ that brings reconstructions closest when they are divided by it: argmin over γ of sum |y / γ - x|².
 
-        That is sum |y|² / sum x · y: 1 where nothing is shrunk, below 1 where reconstructions are too short
-        (Rajamanoharan et al. 2024, arXiv 2404.16014: relative reconstruction bias). As there, x and y are whole
-        vectors, neither centred nor without the decoder bias, of every token that is judged.
+        This is sum |y|² / sum x · y: 1 if nothing is shrunk, below 1 if reconstructions are too short (Rajamanoharan et
+        al. 2024, arXiv 2404.16014: relative reconstruction bias). As in that paper, x and y are whole vectors of all
+        evaluation tokens, not centred and with the decoder bias.
         """
         return ratio(self.length, self.agreement)
 
 
 @dataclass
 class Firing:
-    """On how many tokens each feature fires."""
+    """The number of tokens on which each feature fires."""
 
     n_features: int
     n_tokens: int = 0
@@ -106,15 +106,15 @@ class Firing:
 
     @property
     def silent(self) -> int:
-        """Features that fire on none of the tokens."""
+        """Number of features that fire on none of the tokens."""
         return int((self.n_firing == 0).sum())
 
 
 def density_histogram(n_firing: np.ndarray, n_tokens: int) -> dict[str, Any]:
-    """How many features fire on which share of `n_tokens`, from the number of tokens each fires on.
+    """Return a histogram of features by the share of `n_tokens` on which they fire.
 
     Bins are half a decade wide: bin i holds shares from 10^log10_from[i] to just below 10^(log10_from[i] + 0.5), the
-    last one also 1. The first is the lowest that holds a feature; what never fires is in no bin.
+    last one also 1. The first bin is the lowest that holds a feature. Features that never fire are in no bin.
     """
     shares = n_firing[n_firing > 0] / max(n_tokens, 1)
     halves = np.arange(-40, 1)  # 10^-20 is less than any share
@@ -129,15 +129,16 @@ def density_histogram(n_firing: np.ndarray, n_tokens: int) -> dict[str, Any]:
 
 
 class Predictions:
-    """What the unchanged model says of the tokens that follow, which changed ones are held against.
+    """Predictions of the unchanged model, to compare a changed one with.
 
-    `rows` (n) are those of the logits (N, V) that predict a token, `following` (n) is what does follow. Each logit of
-    these rows stays in memory as a probability in float64. Figures are in nats, summed over the rows.
+    `rows` (n) are the rows of the logits (N, V) that predict a token, `following` (n) the tokens that follow. The
+    logits of these rows stay in memory as probabilities in float64. Figures are in nats, summed over the rows.
     """
 
-    def __init__(self, logits: Tensor, rows: Tensor, following: Tensor) -> None:
+    def __init__(self, logits: Tensor, rows: Tensor, following: Tensor, most_logits: int | None = None) -> None:
         n, n_entries = len(rows), logits.shape[1]
-        at_once = max(1, (_SLICE if logits.device.type == "cpu" else _GPU_SLICE) // n_entries)
+        usual = CPU_LOGITS if logits.device.type == "cpu" else GPU_LOGITS
+        at_once = max(1, (most_logits or usual) // n_entries)
         self._slices = [slice(start, start + at_once) for start in range(0, n, at_once)]
         self._rows, self._following = rows, following
         self._shares = torch.empty(n, n_entries, dtype=torch.float64, device=logits.device)
@@ -153,9 +154,9 @@ class Predictions:
         return float(self._losses.sum())
 
     def beside(self, logits: Tensor) -> tuple[float, float]:
-        """Of a changed model with these logits: cross-entropy, and KL(unchanged ‖ changed).
+        """Return the cross-entropy of a changed model with these logits, and KL(unchanged ‖ changed).
 
-        KL is sum p (a - b) - log sum exp(a) + log sum exp(b), with logits a and b, and p the shares that follow from a.
+        KL is sum p (a - b) - log sum exp(a) + log sum exp(b), with logits a and b, and the probabilities p of a.
         """
         expected, normaliser, losses = self._shares.new_empty(3, len(self._rows))
         for here in self._slices:
@@ -165,7 +166,7 @@ class Predictions:
         return float(losses.sum()), float(divergence.sum())
 
     def _read(self, logits: Tensor, here: slice, normaliser: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Some rows of logits in float64, and their exponentials up to a factor; fills log sum exp and losses."""
+        """Return some rows of logits in float64, and their exponentials up to a factor; fill log sum exp and losses."""
         wide = logits[self._rows[here]].double().clamp_(min=_LEAST)
         largest = wide.amax(1, keepdim=True)
         exponentials = (wide - largest).exp_()

@@ -3,6 +3,6 @@
 training     one training: state, step, checkpoint
 group        several trainings on one feed
 schedules    what changes in the course of a training
-resample     dead features start again
+resample     dead features start again where much is unexplained
 tensorboard  the log for TensorBoard
 """

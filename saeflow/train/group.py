@@ -1,4 +1,4 @@
-"""Several SAEs in training on the batches of one feed, each with its checkpoints."""
+"""A group of trainings on the batches of one feed, each with its own checkpoints."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.artefact import Artefact
-from saeflow.train.tensorboard import Board
-from saeflow.train.training import CHECKPOINT, Batch, Training, is_whole, sample, whole_step
+from saeflow.train.tensorboard import TensorBoardLog
+from saeflow.train.training import CHECKPOINT, FeedBatch, Training, interrupts_wait, is_checkpoint, sample_rows
 
 
 @dataclass
-class Job:
-    """An SAE to train and to publish; several trainings where the recipe asks for restarts."""
+class TrainingJob:
+    """An SAE to train and publish, by several trainings if the recipe asks for restarts."""
 
     recipe: Recipe
     target: Artefact
     facts: dict[str, Any] = field(default_factory=dict)
-    """By which it is trained and published."""
+    """Facts of the SAE's record: what it is trained on, and how."""
     trainings: list[Training] = field(default_factory=list)
-    boards: list[Board] = field(default_factory=list)
+    boards: list[TensorBoardLog] = field(default_factory=list)
     published: bool = False
 
     @property
@@ -43,10 +43,10 @@ class Job:
         return self.checkpoints / f"restart-{restart}"
 
     def best(self, feed: Feed) -> Training:
-        """Of its trainings the one that reconstructs best."""
+        """Return the training that reconstructs best."""
         if len(self.trainings) == 1:
             return self.trainings[0]
-        rows = sample(feed)
+        rows = sample_rows(feed)
         return min(self.trainings, key=lambda training: training.error(rows))
 
 
@@ -54,18 +54,18 @@ def checkpoints_of(target: Artefact) -> Path:
     return target.work.with_name(target.work.name + ".checkpoint")
 
 
-Publish = Callable[[Job, Training, float], None]
-"""What is done with a finished job, its best training, and the seconds it took."""
+PublishJob = Callable[[TrainingJob, Training, float], None]
+"""Publishes a finished job; takes the job, its best training, and the seconds it took."""
 
 
-class Reading:
-    """Some SAEs in training on the batches of one feed, read once.
+class TrainingGroup:
+    """Trains SAEs on the batches of one feed, which is read once.
 
-    A batch is given to every training whose next step it is. After a kill the trainings may stand at different steps:
-    the earliest catch up with the others, each on just the batches that it has not seen.
+    Each batch goes to all trainings for which it is the next step. After a kill the trainings may be at different
+    steps: the earliest ones catch up, each on the batches that it has not had yet.
     """
 
-    def __init__(self, feed: Feed, jobs: list[Job], progress: Progress, publish: Publish) -> None:
+    def __init__(self, feed: Feed, jobs: list[TrainingJob], progress: Progress, publish: PublishJob) -> None:
         self.feed, self.jobs, self.progress, self.publish = feed, jobs, progress, publish
         self.began = self.saved = time.monotonic()
         self.seconds = min(job.recipe.train.checkpoint_seconds for job in jobs)
@@ -75,7 +75,7 @@ class Reading:
         return [training for job in self.jobs for training in job.trainings]
 
     def run(self) -> None:
-        """Train to the end and publish; when interrupted, or where one cannot go on, checkpoints hold what was done."""
+        """Train to the end and publish. If interrupted, or if a training cannot go on, write checkpoints first."""
         self._begin()
         try:
             if not all(training.done for training in self.trainings):
@@ -83,7 +83,7 @@ class Reading:
             for job in self.jobs:
                 self._finish(job)
         except BaseException as error:
-            if isinstance(error, UserError) or not isinstance(error, Exception):  # the latter: interrupted, however
+            if isinstance(error, UserError) or not isinstance(error, Exception):  # the latter is an interruption
                 self._keep()
             raise
         finally:
@@ -91,19 +91,19 @@ class Reading:
                 board.close()
 
     def _begin(self) -> None:
-        rows = sample(self.feed)
+        rows = sample_rows(self.feed)
         for job in self.jobs:
             for restart in range(job.recipe.train.restarts):
-                job.trainings.append(self._begun(job, Training.begin(self.feed, job.recipe, restart, rows), restart))
+                job.trainings.append(self._restored(job, Training.begin(self.feed, job.recipe, restart, rows), restart))
                 if job.recipe.train.tensorboard:
                     folder = Path(job.recipe.train.tensorboard) / job.target.id
                     folder = folder / f"restart-{restart}" if job.recipe.train.restarts > 1 else folder
-                    job.boards.append(Board(folder, job.trainings[-1].step))
+                    job.boards.append(TensorBoardLog(folder, job.trainings[-1].step))
 
-    def _begun(self, job: Job, training: Training, restart: int) -> Training:
+    def _restored(self, job: TrainingJob, training: Training, restart: int) -> Training:
         """Return the training as its checkpoint has it, if there is one; in a bucket it may be from another machine."""
         folder = job.folder(restart)
-        if not is_whole(folder):  # a fetch may have been killed between two files
+        if not is_checkpoint(folder):  # a fetch may have been killed between two files
             job.target.storage.bring_back(folder, CHECKPOINT)
         if training.restore(folder) and not training.done:
             which = f"{training.name} " if len(self.jobs) > 1 else ""
@@ -120,33 +120,33 @@ class Reading:
         ):
             bar.resume_at(first * rows // n_batches)
             for number in range(first, last):
-                self._step(Batch(number, next(batches), self.feed), bar)
+                self._step(FeedBatch(number, next(batches), self.feed), bar)
 
-    def _step(self, batch: Batch, bar: Bar) -> None:
+    def _step(self, batch: FeedBatch, bar: Bar) -> None:
         for job in self.jobs:
             for training, board in itertools.zip_longest(job.trainings, job.boards):
                 if training.step != batch.number or training.done:
                     continue
-                with whole_step():
+                with interrupts_wait():
                     training.advance(batch)
                     if board is not None and training.log[-1]["step"] == batch.number:
                         board.add(training.log[-1])
         bar.advance(len(batch), self._note())
         for job in self.jobs:
-            if len(job.trainings) == 1:  # which of several is best takes another look at the store: after this reading
+            if len(job.trainings) == 1:  # to choose the best of several reads the store again: not in between
                 self._finish(job)
         if time.monotonic() - self.saved > self.seconds:
             self._keep()
 
     def _note(self) -> str:
-        seen = [training.info for training in self.trainings if training.info is not None]
-        if len(seen) == 1:
-            return f"unexplained {seen[0].unexplained:.3f}, L0 {seen[0].n_active:.1f}, dead {seen[0].n_dead}"
-        shares = [info.unexplained for info in seen]
-        return f"{len(seen)} SAEs, unexplained {min(shares):.3f} to {max(shares):.3f}"
+        infos = [training.info for training in self.trainings if training.info is not None]
+        if len(infos) == 1:
+            return f"unexplained {infos[0].unexplained:.3f}, L0 {infos[0].n_active:.1f}, dead {infos[0].n_dead}"
+        shares = [info.unexplained for info in infos]
+        return f"{len(infos)} SAEs, unexplained {min(shares):.3f} to {max(shares):.3f}"
 
     def _keep(self) -> None:
-        """Write checkpoints, to the bucket, too, so that another machine can go on where this one was lost."""
+        """Write checkpoints, to the bucket, too, so that another machine can go on if this one is lost."""
         for job in (job for job in self.jobs if not job.published):
             for board in job.boards:
                 board.flush()
@@ -155,8 +155,8 @@ class Reading:
                 job.target.storage.keep(job.folder(restart), training.step, CHECKPOINT)
         self.saved = time.monotonic()
 
-    def _finish(self, job: Job) -> None:
-        """Publish what is trained to its end; its checkpoints are then no longer needed."""
+    def _finish(self, job: TrainingJob) -> None:
+        """Publish the job if it is trained to its end, and remove its checkpoints."""
         if job.published or not job.done:
             return
         self.publish(job, job.best(self.feed), time.monotonic() - self.began)

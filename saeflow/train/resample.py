@@ -1,4 +1,4 @@
-"""Dead features start anew at what the dictionary explains worst (Bricken et al. 2023, "Towards Monosemanticity")."""
+"""Dead features start again at rows that are explained worst (Bricken et al. 2023, "Towards Monosemanticity")."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from saeflow.sae.autoencoder import SparseAutoencoder
 
 _ENCODER_SHARE = {"relu": 0.5, "gated": 0.5}
-"""Length of a new encoder row over the mean length of live ones; where few values are chosen a shorter one than the
-others would never be among them."""
+"""Length of a new encoder row over the mean length of live ones; 1 for other architectures. These choose the largest
+values, and those of a shorter row would never be among them."""
 
 
 @torch.no_grad()
-def resample(
+def resample_dead(
     sae: SparseAutoencoder,
     adam: torch.optim.Adam,
     x: Tensor,
@@ -22,11 +22,11 @@ def resample(
     seed: int,
     target: Tensor | None = None,
 ) -> int:
-    """Give each dead feature the direction of a badly explained row of x (B, D); returns how many there were.
+    """Give each dead feature the direction of a badly explained row of x (B, D); return the number of dead features.
 
-    Rows are drawn with probability proportional to their squared error. A transcoder's feature reads the row itself and
-    writes what is missing of its target (B, D_out). Biases and thresholds start as at first, those of a sparse start on
-    this batch, other thresholds at the mean of live ones. The feature's Adam state is cleared.
+    A row is drawn with a probability proportional to its squared error. A transcoder's feature reads the row itself and
+    writes what is missing of the row's target (B, D_out). Biases start as at first. Thresholds start at the mean of
+    live ones. With a sparse start, this batch sets them again. The feature's Adam state is cleared.
     """
     dead = (sae.tokens_since_fired >= dead_after_tokens).nonzero().flatten()
     if not len(dead) or len(dead) == len(sae.tokens_since_fired):
@@ -57,7 +57,7 @@ def resample(
 
 
 def _reconstruct(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """As in training, but for a threshold of the batch, for which the running one stands in."""
+    """Reconstruct as in training, but with the running threshold instead of the batch's own."""
     training = sae.training
     reconstruction = sae.eval().reconstruct(x)
     sae.train(training)

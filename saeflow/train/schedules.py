@@ -1,4 +1,4 @@
-"""What changes in the course of a training: pure functions of the step, of how many there are, and of the recipe."""
+"""Learning rate, penalty and k in the course of a training: pure functions of the step and the recipe."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from saeflow.recipe.settings import SAEConfig, TrainConfig
 
 
 def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
-    """Linear warm-up to `lr`, flat, then a fall towards zero over the last `decay_share` of steps.
+    """Return the learning rate: it rises to `lr`, stays, then falls towards zero over the last `decay_share` of steps.
 
-    The fall is straight or, with `decay` `cosine`, (1 - cos πt) / 2 of the share t that is left of it
-    (Loshchilov & Hutter 2017, arXiv 1608.03983, without restarts).
+    The rise is linear. So is the fall or, with `decay` `cosine`, it is (1 - cos πt) / 2 of the share t of the fall that
+    is left (Loshchilov & Hutter 2017, arXiv 1608.03983, without restarts).
     """
     rise = _risen(step, n_steps, config.warmup_share)
     decay = max(1, math.ceil(config.decay_share * n_steps))
@@ -21,14 +21,13 @@ def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
     return config.lr * min(rise, fall)
 
 
-def sparsity(step: int, n_steps: int, config: TrainConfig) -> float:
-    """Factor on the penalty: a straight line up to 1 over the first `sparsity_warmup_share` of steps."""
+def sparsity_factor(step: int, n_steps: int, config: TrainConfig) -> float:
+    """Return the factor on the penalty: it rises linearly to 1 over the first `sparsity_warmup_share` of steps."""
     return _risen(step, n_steps, config.sparsity_warmup_share)
 
 
-def n_active(step: int, n_steps: int, sae: SAEConfig, config: TrainConfig) -> int:
-    """k of this step: from `k_start` in a straight line, rounded, down to `sae.k` over the first `k_anneal_share` of
-    steps."""
+def active_features(step: int, n_steps: int, sae: SAEConfig, config: TrainConfig) -> int:
+    """Return k: it falls linearly, rounded, from `k_start` to `sae.k` over the first `k_anneal_share` of steps."""
     if config.k_start is None or not sae.counts_k:
         return sae.k
     fallen = min(1.0, step / max(1, math.ceil(config.k_anneal_share * n_steps)))
@@ -36,11 +35,10 @@ def n_active(step: int, n_steps: int, sae: SAEConfig, config: TrainConfig) -> in
 
 
 def chooses_by_token(step: int, n_steps: int, config: TrainConfig) -> bool:
-    """Does each token keep its own k largest in this step? For the first `token_topk_share` of steps, never in the
-    last.
+    """True if each token keeps its own k largest: in the first `token_topk_share` of steps, never in the last.
 
-    A threshold for all tokens of a batch, as batchtopk and matryoshka have it, hardly ever selects a rare feature that
-    is not learned yet: its values stay below those of the features that are. Within a token it competes with few.
+    batchtopk and matryoshka have one threshold for all tokens of a batch. It hardly ever selects a rare feature that
+    is not learned yet, whose values stay below those of learned ones. Within a token, the feature competes with few.
     """
     return step < math.floor(config.token_topk_share * n_steps)
 

@@ -1,4 +1,4 @@
-"""The rows of a training's log for TensorBoard, where that package is installed."""
+"""The rows of a training's log as event files for TensorBoard, which is an optional package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from saeflow.runtime.errors import UserError
 
 
-class Board:
-    """Event files in a folder of their own. What an earlier run wrote of steps from `first_step` on does not count."""
+class TensorBoardLog:
+    """Event files in a folder. Rows that an earlier run wrote for `first_step` and later steps are dropped."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -19,7 +19,7 @@ class Board:
         self.writer: Any = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
 
     def add(self, row: Mapping[str, float]) -> None:
-        """A scalar for each column but `step`."""
+        """Write one scalar for each column but `step`."""
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(name, value, int(row["step"]))
@@ -32,7 +32,7 @@ class Board:
 
 
 def require_tensorboard(folder: str | None) -> None:
-    """Refuse before any work a folder for event files that nothing here can write."""
+    """Raise UserError, before any work, if event files are asked for and TensorBoard is not installed."""
     if folder is not None and importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             f"train.tensorboard is {folder!r}, but the package tensorboard is not installed.\n"

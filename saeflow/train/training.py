@@ -1,4 +1,4 @@
-"""One training: its state, the step that changes it, and the checkpoint that holds all of it."""
+"""One training: its state, the step that changes the state, and the checkpoint that holds all of it."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.loss import StepInfo
 from saeflow.store.files import flush, make_folder, read_json, rename, write_json
 from saeflow.train import schedules
-from saeflow.train.resample import resample
+from saeflow.train.resample import resample_dead
 
 CHECKPOINT, STATE = "state.json", "state.safetensors"
-"""The files of a checkpoint; the first is written last."""
-_SAMPLE_ROWS = 65_536
+"""The files of a checkpoint. The first is written last."""
+_SCALE_ROWS = 65_536
 """Tokens from which the mean and the scale of the data set are taken."""
 
 
-def sample(feed: Feed) -> tuple[Tensor, ...]:
-    """Shuffled rows (n, D) float32 from the first pool of the first epoch, a tensor a site."""
+def sample_rows(feed: Feed) -> tuple[Tensor, ...]:
+    """Return shuffled rows (n, D) float32 from the first pool of the first epoch, one tensor for each site."""
     batches: list[tuple[Tensor, ...]] = []
     for values in feed.aligned():
         batches.append(tuple(each.float() for each in values))
-        if sum(len(each[0]) for each in batches) >= min(_SAMPLE_ROWS, feed.n_rows):
+        if sum(len(each[0]) for each in batches) >= min(_SCALE_ROWS, feed.n_rows):
             break
     return tuple(map(torch.cat, zip(*batches, strict=True)))
 
 
 @dataclass
-class Batch:
-    """What the feed gives for step `number`: rows (B, D) of each site, in the same order."""
+class FeedBatch:
+    """The rows (B, D) of each site that the feed gives for step `number`, in the same order."""
 
     number: int
     values: tuple[Tensor, ...]
@@ -59,16 +59,16 @@ class Batch:
         return len(self.values[0])
 
     def scaled(self, site: int, scale: float, place: torch.device) -> Tensor:
-        """Rows of a site in float32, times `scale`: made once, however many trainings ask. Not to be changed."""
+        """Return the rows of a site in float32, times `scale`. Many trainings share them: do not change them."""
         key = site, scale, place
         if key not in self._scaled:
             self._scaled[key] = to_device(self.values[site], place).float() * scale
         return self._scaled[key]
 
     def suspect(self) -> tuple[str, bool]:
-        """The row to look at where a loss is no number, in words, and is it finite?
+        """Return in words the row to look at if a loss is NaN or infinite, and True if that row is finite.
 
-        It is the first row that is not finite; among finite ones the longest.
+        It is the first row that is not finite; if all are, the longest.
         """
         norms = torch.stack([torch.linalg.vector_norm(each.double(), dim=1) for each in self.values]).amax(0)
         bad = (~torch.isfinite(norms)).nonzero().flatten()
@@ -79,24 +79,24 @@ class Batch:
 
 @dataclass
 class Training:
-    """State of one training: everything that a checkpoint holds, and the step that changes it."""
+    """The state of one training, which a checkpoint holds, and the step that changes it."""
 
     sae: SparseAutoencoder
     adam: torch.optim.Adam
     config: TrainConfig
     scales: tuple[float, ...]
-    """Of the site read and, for a transcoder, of the one to reconstruct."""
+    """Factors on the activations of the site read and, for a transcoder, of the site to reconstruct."""
     n_steps: int
     name: str = ""
     step: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
     info: StepInfo | None = None
-    """What the last step saw."""
+    """Figures of the last step."""
 
     @classmethod
     def begin(cls, feed: Feed, recipe: Recipe, restart: int = 0, rows: tuple[Tensor, ...] | None = None) -> Training:
-        """Fresh weights, the data set's mean and scale from a sample of shuffled rows."""
-        rows = rows or sample(feed)
+        """Return a training with fresh weights; a sample of shuffled rows gives the data set's mean and scale."""
+        rows = rows or sample_rows(feed)
         means, scales = zip(*(mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
         seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
         widths = feed.sites[0].width, feed.sites[-1].width
@@ -116,15 +116,15 @@ class Training:
 
     @property
     def place(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self.sae.W_enc.device
 
     @property
     def done(self) -> bool:
         return self.step >= self.n_steps
 
-    def advance(self, batch: Batch) -> StepInfo:
-        """One optimiser step."""
+    def advance(self, batch: FeedBatch) -> StepInfo:
+        """Take one optimiser step and return its figures."""
         for group in self.adam.param_groups:
             group["lr"] = schedules.learning_rate(self.step, self.n_steps, self.config)
         x, *others = (batch.scaled(site, scale, self.place) for site, scale in enumerate(self.scales))
@@ -134,44 +134,44 @@ class Training:
             by_token=schedules.chooses_by_token(self.step, self.n_steps, self.config),
         )  # fmt: skip
         if not math.isfinite(loss.item()):
-            raise UserError(self._no_number(loss.item(), batch))
+            raise UserError(self._not_finite(loss.item(), batch))
         loss.backward()  # type: ignore[no-untyped-call]
         clipped = self._clip()
         self.adam.step()
         self.sae.after_step()
-        self.adam.zero_grad(set_to_none=True)  # of many trainings, only one has gradients at a time
+        self.adam.zero_grad(set_to_none=True)  # so that only one of many trainings has gradients at a time
         if self.step in self._resample_steps:
-            resample(self.sae, self.adam, x, dead_after, self.step, target)
+            resample_dead(self.sae, self.adam, x, dead_after, self.step, target)
         if self.step % self.config.log_every == 0 or self.step == self.n_steps - 1:
-            self.log.append(self._row(loss.item(), info, len(batch)) | clipped)
+            self.log.append(self._log_row(loss.item(), info, len(batch)) | clipped)
         self.step, self.info = self.step + 1, info
         return info
 
     @property
     def _k(self) -> int:
-        return schedules.n_active(self.step, self.n_steps, self.sae.config, self.config)
+        return schedules.active_features(self.step, self.n_steps, self.sae.config, self.config)
 
     @property
     def _sparsity(self) -> float:
-        return schedules.sparsity(self.step, self.n_steps, self.config)
+        return schedules.sparsity_factor(self.step, self.n_steps, self.config)
 
     def _clip(self) -> dict[str, float]:
-        """Shorten the gradient where that is asked for; its length before, for the log."""
+        """Shorten the gradient if `train.clip_norm` says so; return its length before, for the log."""
         if self.config.clip_norm is None:
             return {}
         return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip_norm).item()}
 
-    def _no_number(self, loss: float, batch: Batch) -> str:
+    def _not_finite(self, loss: float, batch: FeedBatch) -> str:
         row, finite = batch.suspect()
-        begins = f"{self.name}: The loss is {loss} at step {self.step}."
+        begin = f"{self.name}: The loss is {loss} at step {self.step}."
         if not finite:
-            return f"{begins} The activation at {row}. Check what is stored with `saeflow verify --full`."
+            return f"{begin} The activation at {row}. Check what is stored with `saeflow verify --full`."
         return (
-            f"{begins} Lower train.lr (it is {self.config.lr:g}), or set train.clip_norm.\n"
+            f"{begin} Lower train.lr (it is {self.config.lr:g}), or set train.clip_norm.\n"
             f"All activations of the batch are finite; the longest is that at {row}."
         )
 
-    def _row(self, loss: float, info: StepInfo, n_rows: int) -> dict[str, float]:
+    def _log_row(self, loss: float, info: StepInfo, n_rows: int) -> dict[str, float]:
         return {
             "step": self.step, "batch_rows": n_rows, "lr": self.adam.param_groups[0]["lr"], "loss": loss,
             "variance_unexplained": info.unexplained, "l0": info.n_active, "dead": info.n_dead,
@@ -185,22 +185,22 @@ class Training:
         return {round(share * self.n_steps) for share in self.config.resample_at}
 
     def error(self, rows: Sequence[Tensor]) -> float:
-        """Mean squared error of reconstructing rows (n, D) in raw units, as the published SAE will; a tensor a site."""
+        """Return the mean squared error of reconstructing raw rows (n, D), one tensor for each site, in eval mode."""
         self.sae.eval()
         scaled = [each.to(self.place) * scale for each, scale in zip(rows, self.scales, strict=True)]
         return float((self.sae.reconstruct(scaled[0]) - scaled[-1]).square().mean())
 
     def folded(self) -> SparseAutoencoder:
-        """The SAE for activations as they are, on the processor."""
+        """Return the SAE for raw activations, on the processor."""
         return self.sae.folded(*self.scales).cpu()
 
     @property
     def product(self) -> str:
-        """Precision of the encoder product, chosen once by measurement and then kept."""
+        """Precision of the encoder product: chosen once, by measurement."""
         return str(self.sae.product_dtype).removeprefix("torch.")
 
     def save(self, folder: Path, work: Path | None = None, require: Callable[[], None] = lambda: None) -> None:
-        """Write a checkpoint under `work`, then let it take the place of the last one, if `require` does not object."""
+        """Write a checkpoint under `work`, then put it in the place of the last one, unless `require` raises."""
         whole = folder.with_name(folder.name + ".new")
         fresh = (work or folder.parent) / f"{folder.name}.fresh"
         shutil.rmtree(fresh, ignore_errors=True)
@@ -212,7 +212,7 @@ class Training:
         }
         weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         save_file({**weights, **moments}, fresh / STATE, {"step": str(self.step)})
-        flush(fresh / STATE)  # before the file that says that the checkpoint is whole
+        flush(fresh / STATE)  # before the other file, which says that the checkpoint is complete
         about = {"step": self.step, "scales": self.scales, "product": self.product, "log": self.log}
         write_json(fresh / CHECKPOINT, about)
         require()
@@ -222,16 +222,16 @@ class Training:
         rename(whole, folder)
 
     def restore(self, folder: Path) -> bool:
-        """Continue from the newest whole checkpoint, if there is one; it then lies in `folder`.
+        """Continue from the newest complete checkpoint, which then lies in `folder`; return False if there is none.
 
-        Raises UserError where there is one that cannot be read.
+        Raises UserError if the checkpoint cannot be read.
         """
         fresh = folder.with_name(folder.name + ".new")
-        if not is_whole(folder):
-            if not is_whole(fresh):
+        if not is_checkpoint(folder):
+            if not is_checkpoint(fresh):
                 return False
             shutil.rmtree(folder, ignore_errors=True)
-            rename(fresh, folder)  # the next `save` begins with taking `.new` away
+            rename(fresh, folder)  # the next `save` begins by removing `.new`
         try:
             self._load(folder)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -244,7 +244,7 @@ class Training:
     def _load(self, folder: Path) -> None:
         tensors, about = load_file(folder / STATE), read_json(folder / CHECKPOINT)
         with safe_open(folder / STATE, "pt") as file:
-            step = (file.metadata() or {}).get("step", str(about["step"]))  # an earlier saeflow did not say it
+            step = (file.metadata() or {}).get("step", str(about["step"]))  # an earlier saeflow did not write it
         if step != str(about["step"]):
             raise ValueError(f"{STATE} is of step {step}, {CHECKPOINT} of step {about['step']}")
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
@@ -255,17 +255,17 @@ class Training:
                 state.setdefault(int(number), {})[slot] = value
         self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
         self.sae.product_dtype = getattr(torch, about["product"])
-        scales = about["scales"] if "scales" in about else [about["scale"]]  # before there were transcoders
+        scales = about["scales"] if "scales" in about else [about["scale"]]  # written before there were transcoders
         self.step, self.scales, self.log = int(about["step"]), tuple(map(float, scales)), list(about["log"])
 
 
-def is_whole(folder: Path) -> bool:
-    """Does the folder hold all of a checkpoint?"""
+def is_checkpoint(folder: Path) -> bool:
+    """True if the folder holds a complete checkpoint."""
     return all((folder / name).is_file() for name in (CHECKPOINT, STATE))
 
 
 def mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:
-    """Mean (D), and the factor that brings the rows' mean squared distance from it to D."""
+    """Return the mean (D), and the factor that brings the rows' mean squared distance from it to D."""
     mean = rows.mean(0)
     spread = (rows - mean).square().sum(1).mean().item()
     if not spread > 0:
@@ -274,8 +274,8 @@ def mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:
 
 
 @contextlib.contextmanager
-def whole_step() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until the block has ended: a step half made must not be saved."""
+def interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block has ended: half a step must not be saved."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
         yield
         return

@@ -38,7 +38,7 @@ from saeflow.sae import loss
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.encoding.encoder import Encoder
 from saeflow.store.store import Store
-from saeflow.train.training import Batch, Training
+from saeflow.train.training import FeedBatch, Training
 from tests.benchmarks import _peers, _superposed
 from tests.benchmarks._bars import Bar, report
 
@@ -114,7 +114,7 @@ def seconds_of_steps(training: Training, batches: Iterator[torch.Tensor], warmup
     """Seconds a step, batches not counted."""
     spent = []
     for number in range(warmup + timed):
-        batch = Batch(number, (next(batches),), None)  # type: ignore[arg-type]  # no feed to look into
+        batch = FeedBatch(number, (next(batches),), None)  # type: ignore[arg-type]  # no feed to look into
         began = time.perf_counter()
         training.advance(batch)
         spent.append(time.perf_counter() - began)
@@ -286,10 +286,10 @@ def from_store(size: Size, rows: Rows, folder: Path, n_steps: int, times: int) -
 
     def seconds(batches: Iterator[tuple[torch.Tensor, ...]]) -> float:
         training = a_training("topk", size, rows, 10**6)
-        training.advance(Batch(0, next(batches), feed))
+        training.advance(FeedBatch(0, next(batches), feed))
         began = time.perf_counter()
         for number in range(1, n_steps):
-            training.advance(Batch(number, next(batches), feed))
+            training.advance(FeedBatch(number, next(batches), feed))
         return time.perf_counter() - began
 
     ratios = []

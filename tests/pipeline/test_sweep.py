@@ -26,8 +26,8 @@ from saeflow.sae import interchange
 from saeflow.store.lease_slot import FileSlot
 from saeflow.store.records import Hidden, read_checked
 from saeflow.store.store import Store
-from saeflow.train.group import Reading
-from saeflow.train.training import Batch, Training, sample
+from saeflow.train.group import TrainingGroup
+from saeflow.train.training import FeedBatch, Training, sample_rows
 from tests.support.small_pipeline import a_table, brought_data, quiet, recipe_data, take_over, tree, write_table
 
 SWEEP: dict[str, Any] = {
@@ -193,7 +193,7 @@ def test_settings_said_to_be_ignored_change_no_weight(stored, table, architectur
         feed = train.open_feed(Lineage(stored, recipe))
         training = Training.begin(feed, recipe)
         for number, values in zip(range(4), feed.aligned(), strict=False):
-            training.advance(Batch(number, values, feed))
+            training.advance(FeedBatch(number, values, feed))
         weights.append(training.sae.state_dict())
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
@@ -214,13 +214,13 @@ def test_each_sae_of_a_sweep_is_byte_for_byte_that_of_a_run_of_its_own(store, ta
 
 def test_a_sweep_reads_the_store_as_often_as_its_longest_training(store, table, monkeypatch):
     feeds: list[Feed] = []
-    run = Reading.run
+    run = TrainingGroup.run
 
     def noting(self):
         feeds.append(self.feed)
         run(self)
 
-    monkeypatch.setattr(Reading, "run", noting)
+    monkeypatch.setattr(TrainingGroup, "run", noting)
     recipe = recipe_of(table, sweep=SWEEP)
     train.run(Lineage(store, recipe.members()[0]), quiet())
     train.run(Lineage(store, recipe), quiet())
@@ -309,7 +309,7 @@ def test_restarts_read_the_store_once_and_the_best_is_kept(store, stored, table,
         one = train.open_feed(Lineage(store, seeded))
         alone.append(train.fit(one, seeded, tmp_path / f"alone-{seed}", quiet()))
         assert feed.n_bytes_read <= 1.2 * one.n_bytes_read, "the sample is read again, to choose"
-    rows = sample(feed)
+    rows = sample_rows(feed)
     errors = [each.error(rows) for each in alone]
     assert found.error(rows) == min(errors) < max(errors)
 

@@ -25,7 +25,7 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
 from saeflow.train import schedules, training
-from saeflow.train.training import Batch, is_whole, sample
+from saeflow.train.training import FeedBatch, is_checkpoint, sample_rows
 from tests.support.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
 ARCHITECTURES = ["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
@@ -165,7 +165,7 @@ def test_a_checkpoint_cut_down_while_it_was_replaced_gives_way_to_the_new_one(st
     shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint.new")
     (tmp_path / "checkpoint" / "state.safetensors").unlink()
     assert training.restore(tmp_path / "checkpoint")
-    assert is_whole(tmp_path / "checkpoint"), "`save` begins with taking the new one away"
+    assert is_checkpoint(tmp_path / "checkpoint"), "`save` begins with taking the new one away"
     assert not (tmp_path / "checkpoint.new").exists()
 
 
@@ -291,7 +291,7 @@ def test_a_row_that_is_not_finite_is_named_with_its_part_sequence_and_position(s
     place = feed.locate(4, 17)
     values[17, 3] = float("nan")
     with pytest.raises(UserError) as caught:
-        training.advance(Batch(4, (values,), feed))
+        training.advance(FeedBatch(4, (values,), feed))
     assert str(caught.value) == (
         f"brought: The loss is nan at step 4. The activation at part {place.part}, sequence {place.sequence}, "
         "position 0 is not finite. Check what is stored with `saeflow verify --full`."
@@ -347,7 +347,7 @@ def test_k_falls_during_a_training(store, table, monkeypatch):
     recorder = Recorder(monkeypatch)
     recipe = recipe_of(table, train={"k_start": 14, "k_anneal_share": 0.5, "log_every": 1})
     train.run(Lineage(store, recipe), quiet())
-    wanted = [schedules.n_active(step, 20, recipe.sae, recipe.train) for step in range(20)]
+    wanted = [schedules.active_features(step, 20, recipe.sae, recipe.train) for step in range(20)]
     assert wanted[:11] == [14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4]
     assert [asked.get("k", 4) for asked in recorder.asked] == wanted == log_of(store, recipe)["k"]
 
@@ -631,7 +631,7 @@ def test_a_transcoder_is_given_what_the_other_site_holds_at_the_same_tokens(two_
     feed = train.open_feed(Lineage(store, recipe))
     assert [site.name for site in feed.sites] == [READ, TARGET]
     training = train.Training.begin(feed, recipe)
-    rows = sample(feed)
+    rows = sample_rows(feed)
     for each, scale in zip(rows, training.scales, strict=True):
         spread = (each - each.mean(0)).mul(scale).square().sum(1).mean()
         assert spread.item() == pytest.approx(16, rel=1e-4)
@@ -640,7 +640,7 @@ def test_a_transcoder_is_given_what_the_other_site_holds_at_the_same_tokens(two_
     torch.testing.assert_close(training.sae.b_dec.detach(), rows[1].mean(0) * training.scales[1])
     batches = feed.aligned()
     for number in range(3):
-        training.advance(Batch(number, next(batches), feed))
+        training.advance(FeedBatch(number, next(batches), feed))
     batches.close()
     for x, target in given:
         with torch.no_grad():
@@ -663,7 +663,7 @@ def test_the_error_by_which_restarts_are_compared_is_that_of_a_transcoders_targe
     store, recipe, _ = two_sites
     feed = train.open_feed(Lineage(store, recipe))
     training = train.fit(feed, recipe, tmp_path, quiet())
-    rows = sample(feed)
+    rows = sample_rows(feed)
     x, target = (each * scale for each, scale in zip(rows, training.scales, strict=True))
     wanted = (training.sae.eval().reconstruct(x) - target).square().mean().item()
     assert training.error(rows) == pytest.approx(wanted)
@@ -673,7 +673,7 @@ def test_the_folded_transcoder_is_made_for_activations_as_they_are(two_sites, tm
     store, recipe, _ = two_sites
     feed = train.open_feed(Lineage(store, recipe))
     training = train.fit(feed, recipe, tmp_path, quiet())
-    rows = sample(feed)[0][:200]
+    rows = sample_rows(feed)[0][:200]
     read, target = training.scales
     scaled = training.sae.eval().reconstruct(rows * read) / target
     torch.testing.assert_close(training.folded().eval().reconstruct(rows), scaled, rtol=1e-2, atol=1e-2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saeflow.recipe.settings import Architecture, SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.train.resample import resample
+from saeflow.train.resample import resample_dead
 
 B, D, D_OUT, F, K = 200, 24, 18, 160, 5
 PENALISED = ["relu", "gated", "jumprelu-l0", "jumprelu-tanh"]
@@ -347,7 +347,7 @@ def test_a_feature_started_anew_fires_on_its_share_of_rows():
     loss.backward()
     adam.step()
     sae.tokens_since_fired[:40] = 10**6
-    assert resample(sae, adam, x, 10**6, seed=0) == 40
+    assert resample_dead(sae, adam, x, 10**6, seed=0) == 40
     fired = (obvious_values(sae, x) > 0).double().mean(0)
     assert fired[:40].max() <= 0.11
     assert fired[:40].mean() > 0.09

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.activations.sparse_values import SparseValues
-from saeflow.sae import metrics
 from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
 
 WIDTH, N_ENTRIES = 12, 50
@@ -154,10 +153,9 @@ def obvious(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n_at_once", [1, 2 * N_ENTRIES, 1 << 18])
-def test_loss_and_divergence_are_those_of_float64_arithmetic(monkeypatch, dtype, n_at_once):
-    monkeypatch.setattr(metrics, "_SLICE", n_at_once)
+def test_loss_and_divergence_are_those_of_float64_arithmetic(dtype, n_at_once):
     a, b = logits(0, dtype=dtype), logits(1, dtype=dtype)
-    unchanged = Predictions(a, ROWS, FOLLOWING)
+    unchanged = Predictions(a, ROWS, FOLLOWING, n_at_once)
     assert unchanged.loss == pytest.approx(obvious(a, a)[0], rel=1e-12)
     assert unchanged.beside(b) == pytest.approx(obvious(a, b), rel=1e-12)
 

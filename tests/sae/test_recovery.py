@@ -19,9 +19,8 @@ from saeflow.activations.synthetic.ground_truth import GroundTruth
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.synthetic import SyntheticConfig
-from saeflow.sae import recovery
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.recovery import Scores, best_cosines, match, score, score_directions, truth_of
+from saeflow.sae.recovery import Scores, best_cosines, match_directions, score, score_directions, truth_of
 
 N, WIDTH = 8, 12
 
@@ -148,7 +147,7 @@ def test_firing_is_judged_by_hits_false_alarms_and_misses():
     truth = np.concatenate([dense(codes) for _, codes in blocks]) > 0
     x = torch.from_numpy(np.concatenate([rows for rows, _ in blocks]))
     fires = (x @ torch.nn.functional.normalize(dictionary, dim=1).T > 1.2).numpy()
-    pairs = match(DIRECTIONS, dictionary)
+    pairs = match_directions(DIRECTIONS, dictionary)
     each = []
     for feature, partner in enumerate(pairs):
         own = fires[:, partner] if partner >= 0 else np.zeros(len(x), bool)
@@ -173,7 +172,7 @@ def test_the_matching_is_the_best_of_all(n_found, seed):
     dice = np.random.default_rng(seed)
     true, found = (torch.from_numpy(dice.normal(size=(n, 3))) for n in (4, n_found))
     cosines = torch.nn.functional.cosine_similarity(true[:, None], found[None], dim=2).numpy()
-    pairs = match(true, found)
+    pairs = match_directions(true, found)
     some = pairs >= 0
     assert some.sum() == min(4, n_found)
     assert len(set(pairs[some])) == some.sum()
@@ -184,15 +183,14 @@ def test_the_matching_is_the_best_of_all(n_found, seed):
     assert cosines[np.flatnonzero(some), pairs[some]].sum() == pytest.approx(best)
 
 
-def test_cosines_are_the_same_in_blocks_of_any_size(monkeypatch):
+def test_cosines_are_the_same_in_blocks_of_any_size():
     true, found = torch.randn(7, 5), torch.randn(11, 5)
     all_at_once = torch.nn.functional.cosine_similarity(true[:, None], found[None], dim=2)
-    pairs = match(true, found)
-    monkeypatch.setattr(recovery, "_BLOCK", 3)
-    of_true, of_found = best_cosines(true, found)
+    pairs = match_directions(true, found)
+    of_true, of_found = best_cosines(true, found, block=3)
     np.testing.assert_allclose(of_true, all_at_once.max(1).values, rtol=1e-5)
     np.testing.assert_allclose(of_found, all_at_once.max(0).values, rtol=1e-5)
-    np.testing.assert_array_equal(match(true, found), pairs)
+    np.testing.assert_array_equal(match_directions(true, found, block=3), pairs)
 
 
 def test_the_noise_floor_is_what_the_true_features_leave_unexplained():

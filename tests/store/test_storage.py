@@ -42,8 +42,8 @@ from saeflow.store.storage.duckdb_files import BucketFiles
 from saeflow.store.storage.listing import Listing
 from saeflow.store.storage.objects import Found, Objects
 from saeflow.store.store import Store
-from saeflow.train.group import Reading
-from saeflow.train.training import CHECKPOINT, STATE, Batch, is_whole
+from saeflow.train.group import TrainingGroup
+from saeflow.train.training import CHECKPOINT, STATE, FeedBatch, is_checkpoint
 from tests.support.s3_server import SECRET, Server, s3_server
 from tests.support.small_pipeline import NOT_COMPARED, Ingredients, documents, quiet, recipe_data, tree, write_corpus
 
@@ -174,7 +174,7 @@ def lost_at_step(monkeypatch: pytest.MonkeyPatch, url: str, recipe: Recipe, step
     """The store of a pipeline whose machine is gone at a step of a training, of that name if there is one."""
     advance, store = train.Training.advance, Store.create(url)
 
-    def lost(self: train.Training, batch: Batch) -> StepInfo:
+    def lost(self: train.Training, batch: FeedBatch) -> StepInfo:
         if self.step == step and name in ("", self.name):
             raise ConnectionError("the machine is gone")
         return advance(self, batch)
@@ -362,10 +362,10 @@ def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(tmp_path: Path)
     (folder / CHECKPOINT).unlink()
     with pytest.raises(ConnectionError):
         Bucket(Dying(there.as_uri()), tmp_path / "cache").bring_back(folder, CHECKPOINT)
-    assert not is_whole(folder)
+    assert not is_checkpoint(folder)
     reading: Any = SimpleNamespace(jobs=[])
     job: Any = SimpleNamespace(folder=lambda restart: folder, target=SimpleNamespace(storage=bucket))
-    Reading._begun(reading, job, MagicMock(done=True), 0)
+    TrainingGroup._restored(reading, job, MagicMock(done=True), 0)
     assert [(folder / name).read_text() for name in (CHECKPOINT, STATE)] == ["new", "new"]
 
 

@@ -59,7 +59,7 @@ def test_the_learning_rate_at_named_steps():
 @given(n_steps=N_STEPS, share=SHARE)
 def test_the_penalty_rises_in_a_straight_line_to_all_of_it(n_steps, share):
     config = TrainConfig(sparsity_warmup_share=share)
-    factors = np.array([schedules.sparsity(step, n_steps, config) for step in range(n_steps)])
+    factors = np.array([schedules.sparsity_factor(step, n_steps, config) for step in range(n_steps)])
     n_up = max(1, int(np.ceil(share * n_steps)))
     np.testing.assert_allclose(factors[:n_up], np.arange(1, n_up + 1) / n_up, rtol=1e-12)
     assert (factors[n_up:] == 1).all()
@@ -68,7 +68,7 @@ def test_the_penalty_rises_in_a_straight_line_to_all_of_it(n_steps, share):
 @given(n_steps=N_STEPS, k=st.integers(1, 64), more=st.integers(0, 64), share=SHARE)
 def test_k_falls_step_by_step_from_its_start_to_what_the_sae_has(n_steps, k, more, share):
     sae, config = SAEConfig(k=k, n_features=128), TrainConfig(k_start=k + more, k_anneal_share=share)
-    found = np.array([schedules.n_active(step, n_steps, sae, config) for step in range(n_steps)])
+    found = np.array([schedules.active_features(step, n_steps, sae, config) for step in range(n_steps)])
     n_down = max(1, int(np.ceil(share * n_steps)))
     assert found[0] == k + more
     assert (found[n_down:] == k).all()
@@ -89,8 +89,8 @@ def test_tokens_choose_by_themselves_for_a_share_of_the_steps_but_never_in_the_l
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
 def test_k_stays_where_it_is_not_counted_or_no_start_is_given(architecture):
     sae, config = SAEConfig(architecture=architecture, k=5), TrainConfig(k_start=50)
-    assert {schedules.n_active(step, 20, sae, config) for step in range(20)} == {5}
-    assert {schedules.n_active(step, 20, SAEConfig(k=7), TrainConfig()) for step in range(20)} == {7}
+    assert {schedules.active_features(step, 20, sae, config) for step in range(20)} == {5}
+    assert {schedules.active_features(step, 20, SAEConfig(k=7), TrainConfig()) for step in range(20)} == {7}
 
 
 @pytest.mark.parametrize("k_start", [3, 65])
