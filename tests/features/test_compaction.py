@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from saeflow.features.compaction import compact_run, plan_merges
 from saeflow.features.coverage import covered
 from saeflow.features.files import files_of
-from saeflow.features.part_merger import USUAL_MERGE, MergeSettings, feature_buckets
+from saeflow.features.part_merger import USUAL_MERGE, MergeSettings
 from saeflow.features.schema import PART_TABLES, TOP, TOP_VOCAB
 from saeflow.features.token_columns import bands_of
 from saeflow.pipeline import encode, train
@@ -344,14 +344,6 @@ def test_groups_are_neighbours_within_the_limits_and_take_every_part_that_has_a_
     if groups == [] and len(parts) > 1:
         limits = [(a.counts["n_values"] + b.counts["n_values"], 2 * places) for a, b in itertools.pairwise(parts)]
         assert all(n > most or n_places > most_places for n, n_places in limits)
-
-
-@given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=60), wanted=st.integers(1, 100))
-def test_buckets_take_every_feature_once_in_order_and_none_is_much_fuller_than_wanted(counts, wanted):
-    found = feature_buckets(np.array(counts), wanted)
-    assert [f for a, b in found for f in range(a, b + 1)] == list(range(len(counts)))
-    share = sum(counts) / max(1, round(sum(counts) / wanted))
-    assert all(sum(counts[a : b + 1]) <= share + max(counts) for a, b in found)
 
 
 def test_parts_say_which_activation_parts_they_hold(copied):

@@ -31,8 +31,8 @@ from saeflow.sae import formats, interchange
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
 from tests.conftest import Finished
-from tests.sae.test_interchange import write_saelens
 from tests.support.command import Command
+from tests.support.sae_folders import write_saelens
 from tests.support.small_pipeline import SITE, WIDTH, Ingredients, quiet, recipe_data, tree, write_recipe
 
 F = 48

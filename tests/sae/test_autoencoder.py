@@ -8,7 +8,6 @@ import torch.nn.functional as tf
 
 from saeflow.recipe.settings import TOP_FAMILY, Architecture, SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.step.gradients import summed_in_order
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
 B, D, F, K = 300, 24, 160, 5
@@ -86,13 +85,6 @@ def test_choosing_by_token_is_what_topk_does_and_leaves_the_threshold_alone(arch
     sae.training_loss(x)
     assert info.n_active == K
     assert sae.threshold != torch.tensor(0.7)
-
-
-def test_sums_in_order_are_sums_by_feature():
-    generator = torch.Generator().manual_seed(2)
-    ids, numbers = torch.randint(0, 7, (50,), generator=generator), torch.randn(50, generator=generator)
-    wanted = torch.zeros(9, dtype=torch.float64).index_add_(0, ids, numbers.double())
-    torch.testing.assert_close(summed_in_order(ids, numbers, 9).double(), wanted)
 
 
 @pytest.mark.parametrize("n_dead", [2, 60])

@@ -15,25 +15,10 @@ from torch import Tensor
 from saeflow.runtime.errors import UserError
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
-from tests.sae.test_architectures import D_OUT, EVERY, B, D, F, K, an_autoencoder, dense, obvious_values, rows
+from tests.support.sae_folders import write_saelens
+from tests.support.small_saes import D_OUT, EVERY, B, D, F, K, obvious_values, rows, trained, values_of
 
 FILES = ("cfg.json", "sae_weights.safetensors")
-
-
-def trained(name: str, **settings: Any) -> SparseAutoencoder:
-    """With thresholds that keep a few features of a token, different ones where each feature has its own."""
-    sae = an_autoencoder(name, **settings).eval()
-    with torch.no_grad():
-        if sae.threshold.dim():
-            sae.threshold.copy_(torch.linspace(0.5, 4.0, F))
-            sae.log_threshold.copy_(sae.threshold.log())
-        elif not name.startswith(("relu", "gated", "topk")):
-            sae.threshold.fill_(2.5)
-    return sae
-
-
-def values_of(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    return dense(sae.encode_sparse(x), len(x))
 
 
 def assert_values(sae: SparseAutoencoder, x: Tensor, wanted: Tensor, scale: float = 1.0) -> None:
@@ -108,15 +93,6 @@ def random_tensors(*names: str, seed: int = 0, width: int = D, out: int = D) -> 
     if "threshold" in found:
         found["threshold"] = found["threshold"].abs() + 1
     return found
-
-
-def write_saelens(folder: Path, architecture: str, tensors: dict[str, Tensor], /, **cfg: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "sae_weights.safetensors")
-    width, n = tensors["W_enc"].shape
-    about = {"architecture": architecture, "d_in": width, "d_sae": n, "metadata": {"model_name": "gpt2"}}
-    (folder / "cfg.json").write_text(json.dumps(about | cfg))
-    return folder
 
 
 @pytest.mark.parametrize("takes_off", [True, False])

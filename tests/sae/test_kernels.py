@@ -4,7 +4,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import kernels
 from saeflow.sae.encoding.active_entries import chosen_entries
 
@@ -52,15 +51,3 @@ def test_many_columns_are_searched_whatever_their_number():
         for k in (1, 32, 100):
             _, ids, _ = chosen_entries(kernels.bits_of(rows), kernels.select_top, k)
             np.testing.assert_array_equal(ids.reshape(5, -1), rows.topk(k).indices.sort().values)
-
-
-def test_work_is_spread_in_order_and_leaves_the_callers_threads_alone():
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        assert in_parallel(lambda i: i * i, range(50), threads) == [i * i for i in range(50)]
-    assert torch.get_num_threads() == before
-
-
-def test_ranges_cover_everything_once():
-    assert ranges(0, 4) == []
-    assert ranges(9, 4) == [(0, 4), (4, 8), (8, 9)]

@@ -21,8 +21,7 @@ from torch import Tensor
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
 from tests.benchmarks._peers import OFFLINE, PEER
-from tests.sae.test_architectures import D_OUT, EVERY, D, F, K, obvious_values, rows
-from tests.sae.test_interchange import trained, values_of
+from tests.support.small_saes import D_OUT, EVERY, D, F, K, obvious_values, rows, trained, values_of
 
 pytestmark = pytest.mark.skipif(not PEER.exists(), reason="SAELens is not installed: make peers")
 

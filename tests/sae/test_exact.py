@@ -1,0 +1,123 @@
+"""Exact encoding: every value is that of float64 arithmetic, rounded to 11 bits, in any batch and on any device."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saeflow.sae.encoding.encoder import Encoder, SparseInputEncoder
+from saeflow.sae.encoding.exact import encode_densely, encode_on_accelerator, rounded
+from tests.support.uneven_saes import ARCHITECTURES, STORED, D, F, K, an_autoencoder, dense, some_activations
+
+
+def slow_and_obvious(sae, x):
+    """Dense float64 values, and how near each is to a decision (relative distance)."""
+    w, b_enc, b_dec = (p.detach().double().numpy() for p in (sae.W_enc, sae.b_enc, sae.b_dec))
+    pre = (x.double().numpy() - b_dec) @ w.T + b_enc
+    cut = np.full((len(pre), 1), {"batchtopk": float(sae.threshold)}.get(sae.config.architecture, 0.0))
+    keep = pre > cut
+    if sae.config.architecture == "topk":
+        order = np.sort(pre, axis=1)[:, ::-1]
+        keep &= pre >= order[:, [K - 1]]
+        cut = (order[:, [K - 1]] + order[:, [K]]) / 2
+    return np.where(keep, pre, 0), np.abs(pre - cut) < 1e-9 * np.abs(pre).max()
+
+
+def to_11_bits(values):
+    significand, exponent = np.frexp(values)
+    return np.ldexp(np.rint(significand * 2048) / 2048, exponent).astype(np.float32)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gated", "jumprelu"])
+@pytest.mark.parametrize("product", [torch.bfloat16, torch.float32])
+def test_what_an_accelerator_screens_is_what_a_dense_product_in_float64_gives(architecture, product):
+    sae = an_autoencoder(architecture, product)
+    x = some_activations(700)
+    x[13:20] = x[12]
+    function = sae.activation_function()
+    cut = torch.from_numpy(function.thresholds)
+    encoder = Encoder(sae.W_enc, sae.b_enc, sae.b_in, product, cut if function.thresholds.any() else None)
+    screened = encode_on_accelerator(x, encoder, function)
+    whole = encode_densely(x, sae.W_enc, sae.b_enc, sae.b_in, function)
+    assert len(screened.values) > 500
+    for one, other in zip(screened, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_of_equal_pre_activations_an_accelerator_keeps_the_lower_features():
+    sae = an_autoencoder("topk")
+    with torch.no_grad():
+        sae.W_enc.copy_(sae.W_enc[:20].repeat(10, 1))
+        sae.b_enc.copy_(sae.b_enc[:20].repeat(10))
+    x = some_activations(50)
+    encoder = Encoder(sae.W_enc, sae.b_enc, sae.b_in, torch.bfloat16)
+    screened = encode_on_accelerator(x, encoder, sae.activation_function())
+    np.testing.assert_array_equal(screened.feature_ids, sae.encode_sparse(x).feature_ids)
+    assert len(encode_on_accelerator(x[:0], encoder, sae.activation_function()).values) == 0
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("product", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_encoding_equals_float64_over_all_features_rounded_to_11_bits(architecture, product, dtype):
+    sae, x = an_autoencoder(architecture, product), some_activations(300, dtype)
+    values, near_cut = slow_and_obvious(sae, x)
+    wanted = to_11_bits(values)
+    near_tie = to_11_bits(values * (1 + 1e-9)) != to_11_bits(values * (1 - 1e-9))
+    got = dense(sae.encode_sparse(x))
+    clear = ~(near_cut | near_tie)
+    assert clear.mean() > 0.999
+    np.testing.assert_array_equal(got[clear], wanted[clear])
+    assert (got > 0).sum() > 300
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(0, 150), max_size=5), threads=st.integers(1, 3))
+def test_a_token_is_encoded_alike_in_any_batch_and_on_any_number_of_threads(architecture, cuts, threads):
+    sae, x = an_autoencoder(architecture), some_activations(150)
+    whole = sae.encode_sparse(x)
+    sae.threads = threads
+    parts = [sae.encode_sparse(part) for part in x.tensor_split(sorted(cuts))]
+    np.testing.assert_array_equal(np.concatenate([p.feature_ids for p in parts]), whole.feature_ids)
+    np.testing.assert_array_equal(np.concatenate([p.values for p in parts]), whole.values)
+    np.testing.assert_array_equal(np.concatenate([np.diff(p.row_starts) for p in parts]), np.diff(whole.row_starts))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_without_kernels_the_result_is_the_same(architecture):
+    sae, x = an_autoencoder(architecture), some_activations(100)
+    quick = sae.encode_sparse(x)
+    sae.use_kernels = False
+    for a, b in zip(quick, sae.encode_sparse(x), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mostly_zero_rows_are_encoded_as_exactly_as_others(architecture, dtype):
+    sae, x = an_autoencoder(architecture, n_features=288), torch.relu(some_activations(300, dtype) - 3)
+    assert isinstance(sae.current_encoder().suited_to(x), SparseInputEncoder)
+    quick = sae.encode_sparse(x)
+    assert len(quick.values) > 300
+    sae.use_kernels = False
+    for a, b in zip(quick, sae.encode_sparse(x), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_equal_values_go_to_the_lower_features():
+    sae = an_autoencoder("topk")
+    with torch.no_grad():
+        sae.W_enc.copy_(sae.W_enc[:1].expand(F, D))
+        sae.b_enc.fill_(100.0)
+    ids = sae.encode_sparse(some_activations(20)).feature_ids.reshape(20, K)
+    np.testing.assert_array_equal(ids, np.tile(np.arange(K), (20, 1)))
+
+
+def test_rounding_goes_to_even_and_keeps_tiny_and_huge_values():
+    ulp = 2.0**-10
+    given = torch.tensor([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, 1e-30, 60000.0 * 1000], dtype=torch.float64)
+    wanted = [1.0, 1 + 2 * ulp, 1 + ulp, to_11_bits(np.float64(1e-30)), to_11_bits(np.float64(6e7))]
+    np.testing.assert_array_equal(rounded(given), np.float32(wanted))
+    assert (rounded(given).numpy() > 0).all()
