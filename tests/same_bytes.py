@@ -57,7 +57,7 @@ class Case:
 GROW = ("run RECIPE", "run RECIPE --set corpus.share=0.02", "forget KEY", "compact RECIPE")
 ASK = ("ask feature_summary -f csv", "ask contexts 7 5 -f csv")
 SMALL = {
-    "corpus.share": 0.012, "tokens.part_tokens": 16_384, "sae.n_features": 512, "train.n_tokens": 60_000,
+    "corpus.share": 0.012, "tokens.part_tokens": 2_048, "sae.n_features": 512, "train.n_tokens": 60_000,
     "evaluate.max_tokens": 8_192,
 }  # fmt: skip
 SMALLER = {"sae.n_features": 128, "train.n_tokens": 24_576, "evaluate.max_tokens": 4_096}
