@@ -23,43 +23,33 @@ from tests.benchmarks._bars import Bar, report
 from tests.support.checkouts import entry, output
 
 ROOT = Path(__file__).resolve().parents[1]
+TRACED = ROOT / "tests" / "support" / "traced.py"
 SMALL_STORE = ROOT / "tests" / "stores" / "format_2"
 
-FAMILIES = {"artefact", "tokens_artefact", "facts", "newest", "Lineage", "Lineage.of"}
+FAMILIES = {"artefact", "tokens_artefact", "facts", "newest"}
 FLAT = {
     **dict.fromkeys(
         ("config", "fingerprints", "recipe_file", "recipe_text", "sections", "swept", "timetable"), "recipe"
     ),
     **dict.fromkeys(("cli", "command_line", "commands_run", "terminal"), "cli"),
     **dict.fromkeys(("corpus", "remote", "tables"), "corpus"),
+    **dict.fromkeys(("activations", "cluster", "features", "imported", "pipeline", "seen", "train"), "pipeline"),
 }
 """Layers of modules before there were packages, where they matter here; nothing lay in store/ then."""
 
-WALK = """
-import json, sys, threading
-root, module, name, *arguments = sys.argv[1:]
-files, lookups = set(), []
-
-def note(frame, event, argument):
-    code = frame.f_code
-    if event == "call" and code.co_flags & 1 and code.co_filename.startswith(root):
-        files.add(code.co_filename[len(root) + 1:])
-        given = [each for each in code.co_varnames[:code.co_argcount] if each not in ("self", "cls")]
-        if given == ["store", "recipe"]:
-            lookups.append(f"{code.co_filename[len(root) + 1:]} {code.co_name}")
-
-threading.setprofile(note)
-sys.setprofile(note)
-sys.argv = ["saeflow", *arguments]
-try:
-    getattr(__import__(module, fromlist=[name]), name)()
-except SystemExit as end:
-    sys.setprofile(None)
-    if end.code:
-        raise
-print(json.dumps([sorted(files), lookups]))
-"""
-"""Run a command and note the files whose functions run. Bodies of classes and modules lack flag 1 and do not count."""
+BUCKET = {
+    "objects",
+    "is_url",
+    "_is_url",
+    "is_remote",
+    "is_bucket",
+    "bucket",
+    "Bucket",
+    "Folder",
+    "Objects",
+    "ObjectSlot",
+}
+"""Names in a condition that ask whether a store is a bucket, or whether a document's address is a URL."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ class House:
 
     def layer(self, path: Path) -> str:
         """The package a module belongs to."""
-        if (self.root / "saeflow" / "store.py").exists() and path.parts[0] == "saeflow":
+        if (self.root / "saeflow" / "store.py").exists() and path.parts[:1] == ("saeflow",):
             return FLAT.get(path.stem, "")
         return path.parts[1] if len(path.parts) > 2 else ""
 
@@ -103,12 +93,13 @@ class House:
         return sum(map(self.n_lines, self.ours))
 
     def lookups(self) -> int:
-        """Calls `F(store, recipe)`, written so, where F is one of FAMILIES."""
+        """Places that make a Lineage, or call `F(store, recipe)`, written so, where F is one of FAMILIES."""
+        calls = [n for tree in self.ours.values() for n in ast.walk(tree) if isinstance(n, ast.Call)]
+        names = [ast.unparse(call.func).split(".")[-1] for call in calls]
+        given = [[ast.unparse(argument) for argument in call.args] for call in calls]
         return sum(
-            [ast.unparse(argument) for argument in call.args] == ["store", "recipe"] and _called(call) in FAMILIES
-            for tree in self.ours.values()
-            for call in ast.walk(tree)
-            if isinstance(call, ast.Call)
+            name == "Lineage" or (name in FAMILIES and words == ["store", "recipe"])
+            for name, words in zip(names, given, strict=True)
         )
 
     def branches(self, documents: bool = False) -> int:
@@ -134,23 +125,24 @@ class House:
         return {(module, name) for module, name in found if module in modules}
 
     @cache  # noqa: B019
-    def walk(self) -> tuple[list[str], list[str]]:
-        """Files whose functions run while `saeflow encode` encodes a small store, and its calls of F(store, recipe)."""
+    def traced(self) -> tuple[list[tuple[str, str]], list[str]]:
+        """Pairs of files of which the first calls the second while `saeflow encode` encodes a small store, and its
+        calls of F(store, recipe)."""
         with tempfile.TemporaryDirectory(prefix="saeflow-house-") as temporary:
             folder = Path(temporary) / "small"
             shutil.copytree(SMALL_STORE, folder)
             shutil.rmtree(folder / "store" / "features")
-            command = [sys.executable, "-P", "-c", WALK, str(self.root), *entry(self.root)]
+            command = [sys.executable, "-P", str(TRACED), str(self.root), *entry(self.root)]
             said = output(self.root, [*command, "encode", "small.toml", "--store", "store"], folder)
-        files, lookups = json.loads(said.splitlines()[-1])
-        inside = [file for file in files if self.layer(Path(file)) not in ("cli", "recipe") and "__init__" not in file]
-        return inside, lookups
+        calls, lookups = json.loads(said.splitlines()[-1])
+        return calls, lookups
 
-
-def _called(call: ast.Call) -> str:
-    """The last name of what is called; of a method that makes an object also the class."""
-    name = ast.unparse(call.func)
-    return ".".join(name.split(".")[-2:]) if name.endswith(".of") else name.split(".")[-1]
+    def walked(self, callers: str = "") -> list[str]:
+        """Files outside cli/ and recipe/ whose functions run then; `callers`: that this package calls itself."""
+        called = {Path(file) for by, file in self.traced()[0] if not callers or self.layer(Path(by)) == callers}
+        return sorted(
+            str(path) for path in called if self.layer(path) not in ("cli", "recipe") and path.stem != "__init__"
+        )
 
 
 def _conditions(tree: ast.Module) -> Iterator[ast.AST]:
@@ -166,11 +158,11 @@ def _conditions(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def _askings(tree: ast.Module) -> Iterator[tuple[int, int]]:
-    """Places of `.objects`, `is_url` and the classes of storage in conditions."""
+    """Places in conditions of the names in BUCKET."""
     for condition in _conditions(tree):
         for node in ast.walk(condition):
             name = getattr(node, "attr", None) or getattr(node, "id", None)
-            if name in ("objects", "is_url", "is_bucket", "bucket", "Bucket", "Folder", "Objects", "ObjectSlot"):
+            if name in BUCKET:
                 yield node.lineno, node.col_offset  # type: ignore[attr-defined]
 
 
@@ -208,11 +200,20 @@ FIGURES: list[tuple[str, Callable[[House], float], float | None]] = [
     ("modules in the fullest folder of saeflow/", lambda h: max(h.per_folder().values()), 14),
     ("longest module (lines; kernels aside)", House.longest_module, 400),
     ("longest class (lines)", House.longest_class, 200),
-    ("places that call artefact, tokens_artefact, facts, newest, Lineage (store, recipe)", House.lookups, None),
-    ("calls of functions of (store, recipe) while `saeflow encode` runs", lambda h: len(h.walk()[1]), 3),
+    (
+        "places that make a Lineage or call artefact, tokens_artefact, facts, newest (store, recipe)",
+        House.lookups,
+        None,
+    ),
+    (
+        "calls of functions of (store, recipe), and lineages made, while `saeflow encode` runs",
+        lambda h: len(h.traced()[1]),
+        3,
+    ),
     ("branches on bucket or folder outside store/", House.branches, 0),
     ("branches on a document's address being a URL, in corpus/", lambda h: h.branches(documents=True), None),
-    ("files outside cli/ and recipe/ whose functions `saeflow encode` runs", lambda h: len(h.walk()[0]), 25),
+    ("files outside cli/ and recipe/ whose functions `saeflow encode` runs", lambda h: len(h.walked()), 25),
+    ("of these, files that pipeline/ itself calls", lambda h: len(h.walked("pipeline")), None),
     ("names in modules of saeflow that tests replace by monkeypatch.setattr", lambda h: len(h.patched()), 15),
     ("names defined at the top of several modules", lambda h: len(h.repeated_names()), 10),
     ("lines of saeflow/ and flows/", House.lines, None),
@@ -224,8 +225,8 @@ def details(house: House) -> dict[str, list[str]]:
     return {
         "Modules of each folder": [f"{folder} {n}" for folder, n in house.per_folder().items()],
         "Modules above 400 lines": [str(path) for path in house.ours if house.n_lines(path) > 400],
-        "Files that encode walks": house.walk()[0],
-        "Its calls of functions of (store, recipe)": [f"{n} × {name}" for name, n in Counter(house.walk()[1]).items()],
+        "Files that encode walks": house.walked(),
+        "Its lookups from (store, recipe)": [f"{n} × {name}" for name, n in Counter(house.traced()[1]).items()],
         "Names defined several times": house.repeated_names(),
         "Replaced by tests": sorted(".".join(pair) for pair in house.patched()),
     }
@@ -237,7 +238,7 @@ def main() -> None:
     for name, figure, asked in FIGURES:
         values = [figure(house) for house in houses]
         wanted = "" if asked is None else f"  (asked <= {asked})"
-        print(f"{name:84} {' → '.join(f'{value:,}' for value in values)}{wanted}")
+        print(f"{name:92} {' → '.join(f'{value:,}' for value in values)}{wanted}")
         if asked is not None:
             bars.append(Bar(name, asked, "<=", values[-1]))
     if len(houses) > 1:
