@@ -15,7 +15,8 @@ import pytest
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forecast import estimate as forecast
 from saeflow.pipeline.forecast import trial_run
-from saeflow.pipeline.forecast.estimate import Survey
+from saeflow.pipeline.forecast.survey import Survey, survey
+from saeflow.pipeline.forecast.trial import trial_recipe
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
@@ -75,13 +76,13 @@ def test_the_pool_holds_the_store_or_two_halves(recipe: Recipe) -> None:
 
 
 def test_the_survey_counts_every_character_and_samples_pieces_of_it(recipe: Recipe) -> None:
-    surveyed = forecast.survey(recipe, quiet())
+    surveyed = survey(recipe, quiet())
     texts = [row["text"] for row in documents()]
     assert (surveyed.n_documents, surveyed.n_characters) == (len(texts), sum(map(len, texts)))
     assert 0 < surveyed.n_held_out < surveyed.n_characters
     assert 16 < len(surveyed.pieces) <= 256
     assert all(piece in text for piece in surveyed.pieces for text in texts if text.startswith(piece[:60]) and piece)
-    assert surveyed == forecast.survey(recipe, quiet())
+    assert surveyed == survey(recipe, quiet())
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -89,7 +90,7 @@ def test_tokens_are_counted_over_all_the_pieces_with_a_bos_a_document(
     recipe: Recipe, finished: Finished, bos: bool
 ) -> None:
     changed = recipe.model_copy(update={"tokens": recipe.tokens.model_copy(update={"prepend_bos": bos})})
-    surveyed = forecast.survey(recipe, quiet())
+    surveyed = survey(recipe, quiet())
     exact = Lineage(finished.store, finished.recipe).tokens.published().total("n_tokens")
     assert forecast.count_tokens(changed, surveyed) == exact + bos * surveyed.n_documents
     halved = Survey(66, 2 * surveyed.n_characters, 0, surveyed.pieces)
@@ -145,16 +146,15 @@ def test_what_a_stage_refuses_in_the_trial_is_said_in_its_own_words(recipe: Reci
 def test_a_disk_that_is_too_small_is_refused_before_any_work(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "try_out", lambda *_: tried())
-    monkeypatch.setattr(forecast, "count_tokens", lambda *_: 1000)
+    foreseen = forecast.extrapolate(recipe, Survey(7, 5000, 1000, ("x" * 500,)), tried(), 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"(?s)The recipe small needs about .* has 1000 B free"):
-        forecast.plan(Store.create(tmp_path / "store"), recipe, quiet())
+        forecast.keep(Store.create(tmp_path / "store"), recipe, foreseen)
 
 
 def test_a_table_needs_no_forecast_and_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its rows × its columns"):
-        forecast.survey(parse_recipe(brought_data(tmp_path / "table.npy")), quiet())
+        survey(parse_recipe(brought_data(tmp_path / "table.npy")), quiet())
 
 
 def test_the_peak_of_a_piece_of_work_is_its_own() -> None:
@@ -178,7 +178,7 @@ def test_a_forecast_is_plain_json(recipe: Recipe) -> None:
 
 def test_a_sweep_is_forecast_as_so_many_trainings_and_no_features(recipe: Recipe, tmp_path: Path) -> None:
     swept = Recipe.model_validate(recipe.model_dump() | {"sweep": {"grid": {"sae.k": [2, 4, 8]}}})
-    assert not forecast.trial_recipe(swept, ["a text"], tmp_path).is_sweep
+    assert not trial_recipe(swept, ["a text"], tmp_path).is_sweep
     found = tried()
     for name, bar in (("train", "train"), ("encode", "features"), ("evaluate", "evaluate"), ("report", "report")):
         found["stages"][name] = {"seconds": 2.0, "peak_bytes": 1, "rates": {bar: 100.0}, "counts": {bar: 100}}

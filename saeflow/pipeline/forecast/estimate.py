@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import random
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from saeflow.activations.shards import ITEM_BYTES
-from saeflow.corpus import sources
-from saeflow.corpus.document import is_held_out
 from saeflow.corpus.tokenizer import bos_ids, ids_of
 from saeflow.model.load import load_tokenizer
-from saeflow.pipeline.forecast.trial_run import REFUSED
+from saeflow.pipeline.forecast.survey import Survey, survey
+from saeflow.pipeline.forecast.trial import try_out
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import CorpusConfig
-from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import human_bytes
 from saeflow.runtime.threads import n_threads
 from saeflow.store.records import read_checked, write_checked
 from saeflow.store.store import Store
 
-_PIECES, _MORE_PIECES, _PIECE_CHARACTERS = 16, 256, 4000
-"""The sample: so many pieces of text, drawn as if the corpus were cut into pieces of this length."""
-_QUICK_SECONDS = 4.0
-"""A model that reads the pieces in less is tried again on more of them: short work tells little of long work."""
-_STEPS, _JUDGED = 60, 64
-"""Training steps, and tokens evaluated for each piece of the sample."""
 _BYTES_PER_VALUE = 6.7
 """On disk, both orders together: measured on the demo and on SmolLM2."""
 _MEMORY_PER_VALUE = 60
 """Held while a part's values are sorted and written, in bytes: measured on the demo."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """The corpus by its lengths: documents, characters (ids where it is tokenised), those held out, and the sample."""
-
-    n_documents: int
-    n_characters: int
-    n_held_out: int
-    pieces: tuple[str | tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -90,110 +61,6 @@ class Forecast:
 
     def stage(self, name: str) -> StageForecast | None:
         return next((stage for stage in self.stages if stage.name == name), None)
-
-
-def survey(recipe: Recipe, progress: Progress) -> Survey:
-    """Read the corpus once, for its lengths and a sample (reservoir: Vitter 1985, algorithm R)."""
-    if recipe.model is None or recipe.corpus is None:
-        raise UserError(
-            "saeflow plan forecasts recipes that run a model. A table of activations is stored as it is: "
-            "its rows × its columns × 2 bytes in float16. Run it: saeflow run RECIPE"
-        )
-    dice, about = random.Random(0), recipe.corpus
-    pieces: list[str | tuple[int, ...]] = []
-    n_documents = n_characters = n_held_out = n_pieces = 0
-    with progress.bar("survey", None, "characters") as bar:
-        for document in sources.open_corpus(about).documents:
-            n_documents += 1
-            n_characters += len(document.content)
-            n_held_out += len(document.content) * is_held_out(document.key, about.seed, about.held_out)
-            for piece in _cut(document.content):
-                n_pieces += 1
-                place = len(pieces) if len(pieces) < _MORE_PIECES else dice.randrange(n_pieces)
-                pieces[place : place + 1] = [piece] if place < _MORE_PIECES else pieces[place : place + 1]
-            bar.advance(len(document.content))
-    if not pieces:
-        raise UserError("All documents of the corpus are empty. Check corpus.text, the column that holds the text.")
-    dice.shuffle(pieces)  # a small corpus fills the reservoir in its own order
-    return Survey(n_documents, n_characters, n_held_out, tuple(pieces))
-
-
-def _cut(content: str | tuple[int, ...]) -> Iterator[str | tuple[int, ...]]:
-    length = _PIECE_CHARACTERS if isinstance(content, str) else _PIECE_CHARACTERS // 4
-    for start in range(0, len(content), length):
-        yield content[start : start + length]
-
-
-def trial_recipe(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], folder: Path) -> Recipe:
-    """The recipe on the sample alone: as many parts as threads, a short training, a short evaluation."""
-    assert recipe.corpus is not None
-    column = recipe.corpus.token_ids or recipe.corpus.text
-    keys = [f"piece/{i}" for i in range(len(pieces))]
-    pq.write_table(pa.table({"key": keys, column: list(pieces)}), folder / "sample.parquet")
-    share = 0.25 if recipe.corpus.held_out else 0.0
-    seed = next(
-        s
-        for s in range(1000)
-        if not share
-        or share / 1.5 < sum(is_held_out(key, s, share) for key in keys) / len(keys) < share * 1.5
-        or s == 999
-    )
-    n_tokens = max(1, sum(map(len, pieces)) // (4 * 2 * n_threads(recipe.threads)))
-    return recipe.model_copy(
-        update={
-            "corpus": CorpusConfig(
-                files=[str(folder / "sample.parquet")],
-                text=recipe.corpus.text,
-                token_ids=recipe.corpus.token_ids,
-                key="key",
-                held_out=share,
-                seed=seed,
-            ),
-            "cluster": None,  # a trial is of this machine
-            "tokens": recipe.tokens.model_copy(update={"part_tokens": n_tokens}),
-            "train": recipe.train.model_copy(
-                update={"n_tokens": _STEPS * recipe.feed.batch_rows, "restarts": 1, "tensorboard": None}
-            ),
-            "sweep": None,
-            "evaluate": recipe.evaluate.model_copy(update={"max_tokens": _JUDGED * len(pieces)}),
-        }
-    )
-
-
-def try_out(recipe: Recipe, surveyed: Survey, progress: Progress) -> dict[str, Any]:
-    """The stages on a few pieces, and where they take no time, on more."""
-    tried = _tried(recipe, surveyed.pieces[:_PIECES], progress)
-    if len(surveyed.pieces) > _PIECES and tried["stages"]["collect"]["working"] < _QUICK_SECONDS:
-        return _tried(recipe, surveyed.pieces, progress)
-    return tried
-
-
-def _tried(recipe: Recipe, pieces: Sequence[str | tuple[int, ...]], progress: Progress) -> dict[str, Any]:
-    """Run the stages on the sample in a process of its own and a store of its own, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="saeflow-plan-") as temporary:
-        folder = Path(temporary)
-        small = trial_recipe(recipe, pieces, folder)
-        (folder / "recipe.json").write_text(small.model_dump_json(), "utf-8")
-        progress.say(f"plan: trying every stage on {sum(map(len, pieces)):,} characters")
-        command = [
-            sys.executable,
-            "-m",
-            "saeflow.pipeline.forecast.trial_run",
-            str(folder / "recipe.json"),
-            str(folder / "store"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    if done.returncode == REFUSED:
-        raise UserError(json.loads(done.stdout.splitlines()[-1])["refused"])
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"The trial of the recipe failed: {last}\n"
-            "See all of it on a few documents, in a store that you can delete: "
-            "saeflow run RECIPE --set corpus.share=0.01 --store /tmp/trial"
-        )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found | {"n_characters": sum(map(len, pieces))}
 
 
 def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any], n_tokens: int) -> Forecast:
@@ -302,15 +169,20 @@ def break_even(n_tokens: int, train_tokens: int) -> int:
 
 
 def plan(store: Store, recipe: Recipe, progress: Progress) -> Forecast:
-    """Survey, trial and forecast; kept in the store for later comparison. Raises UserError where the disk is too
-    small."""
+    """Survey, try and forecast; the store keeps the result. Raises UserError if the disk is too small."""
     surveyed = survey(recipe, progress)
-    forecast = extrapolate(recipe, surveyed, try_out(recipe, surveyed, progress), count_tokens(recipe, surveyed))
+    tried = try_out(recipe, surveyed, progress)
+    forecast = extrapolate(recipe, surveyed, tried, count_tokens(recipe, surveyed))
+    keep(store, recipe, forecast)
+    return forecast
+
+
+def keep(store: Store, recipe: Recipe, forecast: Forecast) -> None:
+    """Write the forecast into the store. Raises UserError if the disk is too small for the recipe."""
     store.require_free(forecast.n_bytes, f"The recipe {recipe.name}")
     path = forecast_path(store, recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checked(path, {"format_version": FORMAT_VERSION} | asdict(forecast))
-    return forecast
 
 
 def forecast_path(store: Store, recipe: Recipe) -> Path:
