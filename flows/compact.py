@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import open_store
-from saeflow.pipeline import encode
+from saeflow.pipeline import compact
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe
@@ -17,7 +17,7 @@ def compact_flow(recipe: Recipe, store: str | None = None) -> int:
     """Merge what can be merged; returns the number of parts that are left."""
     lineage = Lineage(open_store(recipe, store), recipe)
     with reporting("compact") as progress:
-        encode.compact(lineage, progress)
+        compact.run(lineage, progress)
     n_parts = len(lineage.features.published().parts)
     catalog.write_catalog(lineage.store)
     show_table("compact", {"n_parts": n_parts})

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # the terminal shows saeflow's own lines; a served f
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
 
 import httpx
-from prefect import flow
+from prefect import Flow, flow
 from prefect.events.worker import EventsWorker
 
 from flows.collect import collect_flow
@@ -29,14 +29,20 @@ from flows.support.reporting import counted, name_run, show_markdown, show_table
 from flows.support.tasks import open_store
 from flows.tokens import tokens_flow
 from flows.train import train_flow
-from saeflow.pipeline import report, sweep, train
+from saeflow.pipeline import report, sweep
 from saeflow.pipeline import run as pipeline
-from saeflow.pipeline.dask import workers
+from saeflow.pipeline.dask.clusters import kept_open
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import first_answers
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
+
+FLOWS: dict[str, Flow[..., Any]] = {
+    "tokens": tokens_flow, "collect": collect_flow, "bring": import_table_flow, "train": train_flow,
+    "encode": encode_flow, "compact": compact_flow, "evaluate": evaluate_flow,
+}  # fmt: skip
+"""Of each stage that has a flow of its own."""
 
 FIGURES = (
     "variance_unexplained", "l0", "shrinkage", "dead_share", "loss_recovered_zero", "loss_recovered_mean",
@@ -48,20 +54,14 @@ FIGURES = (
 @flow(name="saeflow-pipeline", flow_run_name="pipeline {recipe.name}")
 def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     """Run what is missing of every stage, in order, and return the summary."""
-    train.require_devices(recipe)
-    first: dict[str, Any] = {"tokens": tokens_flow, "collect": collect_flow}
-    if recipe.model is None:
-        first = {"bring": import_table_flow}
-    stages = first | {"train": train_flow}
-    if not recipe.is_sweep:  # its SAEs are judged where they are trained, and encoded when one is asked for
-        stages |= {"encode": encode_flow, "compact": compact_flow, "evaluate": evaluate_flow}
+    stages = [name for name, stage in pipeline.stages_of_run(recipe).items() if stage.flow_of is None]
     about = counted(len(recipe.members()), "SAE") if recipe.is_sweep else ", ".join(stages)
     name_run("pipeline", about)
     seconds = {}
-    with workers.kept_open():
-        for stage, stage_flow in stages.items():
+    with kept_open():
+        for stage in stages:
             began = time.monotonic()
-            stage_flow(recipe, store)
+            FLOWS[stage](recipe, store)
             seconds[stage] = time.monotonic() - began
     lineage = Lineage(open_store(recipe, store), recipe)
     summary = pipeline.summary(lineage) | {"seconds": seconds}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.support.gpu import gpu_slot
+from flows.support.gpu import places
 from flows.support.reporting import counted, name_run, reporting, show_picture, show_rows, show_table
 from flows.support.tasks import open_store, part_task
 from saeflow.pipeline import sweep, train
@@ -25,7 +25,7 @@ def train_flow(recipe: Recipe, store: str | None = None) -> str:
         def train_saes() -> list[str]:
             return [target.id for target in train.run_all(lineage, progress)]
 
-        with gpu_slot(recipe, *(member.train.device for member in recipe.members())):
+        with places(recipe)("train"):
             made = [str(each) for each in train_saes()]
             if recipe.is_sweep:
                 _compare(lineage, progress)

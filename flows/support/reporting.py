@@ -77,14 +77,16 @@ def counted(n: int, what: str) -> str:
 
 
 @contextmanager
-def reporting(stage: str) -> Iterator[Progress]:
+def reporting(
+    stage: str, page_seconds: float = PROGRESS_SECONDS, log_seconds: float = LOG_SECONDS
+) -> Iterator[Progress]:
     """Progress on the terminal, in one progress artifact of the flow run, and in its log; its name and tags.
 
     A run that a server started has no terminal of its own: there Prefect's log is enough.
     """
     name_run(stage)
     served = "PREFECT__FLOW_RUN_ID" in os.environ
-    logger, watched = get_run_logger(), _Watched(stage)
+    logger, watched = get_run_logger(), _Watched(stage, page_seconds, log_seconds)
     console = Console(stderr=True, highlight=False, quiet=served)
     progress = Progress(console, listener=watched.hear, log=lambda text: logger.info("%s", text))
     with _warnings_of_saeflow(), watched.shown():
@@ -99,8 +101,8 @@ class _Watched:
     """The progress artifact of a stage and the lines in its log, written by a thread of their own, so that a server
     that is slow or lost holds nobody up."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, stage: str, page_seconds: float, log_seconds: float) -> None:
+        self.stage, self.page_seconds, self.log_seconds = stage, page_seconds, log_seconds
         self.bar: Bar | None = None
         self.ended = threading.Event()
         self.artifact: UUID | None = None
@@ -126,12 +128,12 @@ class _Watched:
 
     def _watch(self) -> None:
         rounds = 0
-        while not self.ended.wait(PROGRESS_SECONDS):
+        while not self.ended.wait(self.page_seconds):
             if self.bar is None:
                 continue
             rounds += 1
             self._update()
-            if rounds % round(LOG_SECONDS / PROGRESS_SECONDS) == 0:
+            if rounds % round(self.log_seconds / self.page_seconds) == 0:
                 get_run_logger().info("%s", self.bar.line)
 
     def _update(self, how: str = "") -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from threading import Event
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task, task
@@ -11,11 +13,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.support.reporting import counted, name_run
+from saeflow.pipeline.parts import Executor, Item, Made, PartWork, Records, Tally, key_of
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.progress import Progress
-from saeflow.store.artefact import Job
 from saeflow.store.store import Store, store_path
 
 P = ParamSpec("P")
@@ -56,36 +57,69 @@ def runs_of(indices: Sequence[int]) -> list[list[int]]:
     return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
 
 
-def make_parts(stage: str, job: Job, progress: Progress, n_here: int) -> None:
-    """Make what a job lacks, one task a run of parts: `n_here` tasks at once, or as many as keep a cluster busy.
+@dataclass(frozen=True)
+class Tasks:
+    """An executor that gives each part, or run of parts, to a Prefect task; another executor makes them."""
 
-    A task that is tried again makes those of its parts that are not finished.
-    """
-    name_run(stage, counted(len(job.missing), "part"))
+    stage: str
+    inner: Executor
 
-    done: dict[int, str] = {}
+    @property
+    def n_calls(self) -> int:
+        return self.inner.n_calls
 
-    @part_task("{name}")
-    def make(name: str, indices: list[int]) -> list[str]:
-        for part in job.make([index for index in indices if index not in done]):
-            done[part.index] = part.folder
-        return [done[index] for index in indices]
+    def each(self, work: PartWork, items: Sequence[Item], tally: Tally) -> Made:
+        """Make these parts, as many tasks at once as the inner executor can use; yield them once all are made."""
+        name_run(self.stage, counted(len(items), "part"))
+        attempts = Attempts(self.inner, work, items, tally)
 
-    runs = runs_of(job.missing)
-    names = [f"{stage}-{run[0]}" if len(run) == 1 else f"{stage}-{run[0]}-to-{run[-1]}" for run in runs]
-    wanted: ThreadPoolTaskRunner[list[str]] = ThreadPoolTaskRunner(job.n_calls or n_here)
-    with wanted as runner, stopping(progress, runner):
-        runner.map(make, {"name": names, "indices": runs}).result()
+        @part_task("{name}")
+        def make(name: str, numbers: list[int]) -> list[int]:
+            return attempts.make(numbers)
+
+        runs = runs_of(range(len(items)))
+        wanted: ThreadPoolTaskRunner[list[int]] = ThreadPoolTaskRunner(self.n_calls)
+        with wanted as runner, stopping(tally.bar.stopping, runner):
+            runner.map(make, {"name": [self._name(items, run) for run in runs], "numbers": runs}).result()
+        yield from ((items[number], records) for number, records in attempts.made.items())
+
+    def _name(self, items: Sequence[Item], run: list[int]) -> str:
+        first, last = (_index_of(items[number]) for number in (run[0], run[-1]))
+        return f"{self.stage}-{first}" if len(run) == 1 else f"{self.stage}-{first}-to-{last}"
+
+
+def _index_of(item: Item) -> int:
+    """The index of the part that an item means."""
+    return int(item if isinstance(item, int) else item[0])
+
+
+@dataclass
+class Attempts:
+    """Parts by their place in a list. A task that is tried again makes those of its parts that are not finished."""
+
+    executor: Executor
+    work: PartWork
+    items: Sequence[Item]
+    tally: Tally
+    made: dict[int, Records] = field(default_factory=dict)
+
+    def make(self, numbers: Sequence[int]) -> list[int]:
+        left = [number for number in numbers if number not in self.made]
+        number_of = {key_of(self.items[number]): number for number in left}
+        with closing(self.executor.each(self.work, [self.items[number] for number in left], self.tally)) as made:
+            for item, records in made:
+                self.made[number_of[key_of(item)]] = records
+        return list(numbers)
 
 
 @contextmanager
-def stopping(progress: Progress, runner: ThreadPoolTaskRunner[Any]) -> Iterator[None]:
+def stopping(event: Event, runner: ThreadPoolTaskRunner[Any]) -> Iterator[None]:
     """Around mapped tasks: when the run is cancelled or interrupted, which only the main thread hears of, tasks at work
     end at their next batch, the others are not begun, and then the exception goes on."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception):
-            progress.stopping.set()
+            event.set()
             runner.cancel_all()  # waits for those at work
         raise

@@ -173,7 +173,7 @@ def _run_stage(name: str, settings: Recipe, store: str | None, quiet: bool, verb
     from saeflow.pipeline import run as pipeline
     from saeflow.pipeline.lineage import Lineage
 
-    stages = pipeline.stages(settings) | ({"encode": pipeline.encode_all} if settings.is_sweep else {})
+    stages = pipeline.stages(settings)
     if name not in stages:
         raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
     lineage = Lineage(create_store(store, settings, quiet), settings)

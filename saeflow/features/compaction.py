@@ -6,18 +6,15 @@ beside the old parts and takes their place in one switch, so a reader sees eithe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coverage import FIRST_INDEX, covered, has_every_table, stands_for
 from saeflow.features.part_merger import USUAL_MERGE, MergeSettings, PartMerger
-from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.progress import Bar
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
-
-MergeGroups = Callable[[list[list[PartRecord]], Bar], Iterator[PartRecord]]
-"""Yields the merged part of each group, in their order."""
 
 
 def part_of_each(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
@@ -43,37 +40,14 @@ def part_of_each(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict
     return found
 
 
-def compact_run(
-    target: Artefact, selection: TokenSelection, progress: Progress, enough: int, mend: bool = False,
-    merge_groups: MergeGroups | None = None, settings: MergeSettings = USUAL_MERGE,
-) -> None:  # fmt: skip
-    """Merge the parts of a run, where at least `enough` neighbours can be, under the artefact's lock."""
-    with target.writing():
-        if not _compact_locked(target, selection, progress, enough, mend, merge_groups, settings):
-            progress.skip("compact", f"{len(target.published().parts)} parts")
+def replace_group(target: Artefact, group: Sequence[PartRecord], merged: PartRecord, clear: bool) -> None:
+    """Show a merged part in the place of the parts that it holds. The caller holds the artefact's lease.
 
-
-def _compact_locked(
-    target: Artefact, selection: TokenSelection, progress: Progress, enough: int, mend: bool,
-    merge_groups: MergeGroups | None, settings: MergeSettings,
-) -> list[PartRecord]:  # fmt: skip
-    """Merge group by group and return the new parts.
-
-    Each group is shown as soon as it is written. Workers may have finished a later one by then; no list names it yet.
+    `clear` removes folders that no list names: only once no later group is merged already.
     """
-    made: list[PartRecord] = []
-    groups = plan_merges(target.published().parts, selection.spans, enough, mend, settings)
-    if not groups:
-        return made
-    n_values = sum(part.counts["n_values"] for group in groups for part in group)
-    with progress.bar("compact", n_values, "values") as bar:
-        here = (merge_whole_parts(target, selection, group, bar, settings) for group in groups)
-        for group, part in zip(groups, merge_groups(groups, bar) if merge_groups else here, strict=True):
-            gone = {old.folder for old in group}
-            made.append(part)
-            kept = [p for p in target.published().parts if p.folder not in gone]
-            target.publish([*kept, part], clear=len(made) == len(groups))
-    return made
+    gone = {old.folder for old in group}
+    kept = [part for part in target.published().parts if part.folder not in gone]
+    target.publish([*kept, merged], clear=clear)
 
 
 def plan_merges(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,25 +28,26 @@ from saeflow.model.sites import (
     resolve_sites,
     site_pair,
 )
-from saeflow.pipeline.dask import work
-from saeflow.pipeline.dask.workers import Workers, workers_of
+from saeflow.pipeline.dask.clusters import make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage
+from saeflow.pipeline.parts import PartMaker, PartWork, Records, Through, directly, dumped, shared
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.devices import model_threads, own_stream
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.threads import keep_freed_memory, map_in_order
-from saeflow.store.artefact import Artefact, Job
+from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
+from saeflow.store.store import Store
 
 _QUEUE = 4
 """Forward batches waiting for the disk before the model has to wait."""
 
 
 @dataclass
-class Collector:
-    """Everything a part needs: made once, used for every part."""
+class Collector(PartMaker, name="activations-collect", stays=True):
+    """Runs the model over token parts: everything that is needed for each of them."""
 
     source: Artefact
     target: Artefact
@@ -54,6 +55,37 @@ class Collector:
     model: nn.Module
     sites: list[Site]
     workers: int
+    """Forward passes at the same time."""
+    parts: dict[int, PartRecord]
+    """Token parts by index."""
+
+    @classmethod
+    def open(cls, store: Store, settings: dict[str, Any]) -> Collector:
+        """Load the model, and read what the client has begun. Raises UserError if the model is another one."""
+        config, target = parse_recipe(settings["recipe"]), shared(store, settings["target"])
+        assert config.model is not None
+        if model_fingerprint(config.model) != target.record.facts["model"]:
+            raise UserError(
+                f"model.path is {config.model.path!r}, but its files are others than where the run was started."
+            )
+        source = Ancestors(store, target).tokens
+        generation = source.generation(settings["generation"])
+        assert generation is not None
+        parts, model = {part.index: part for part in generation.parts}, load_model(config.model)
+        return cls.of(model, source, target, config.activations, stored_sites(target), settings["threads"], parts)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, source: Artefact, target: Artefact, config: ActivationsConfig, sites: list[Site],
+        threads: int, parts: dict[int, PartRecord],
+    ) -> Collector:  # fmt: skip
+        """The collector of a model that is loaded, on so many threads."""
+        keep_freed_memory()
+        return cls(source, target, config, model, sites, model_threads(device_of(model), threads), parts)
+
+    def make(self, item: int, progress: Progress) -> Records:
+        with progress.bar("activations", None, "tokens") as bar:
+            return dumped({self.target: self.collect(self.parts[item], bar)})
 
     def collect(self, part: PartRecord, bar: Bar) -> PartRecord:
         """Run the model over one token part and keep the activations as a part."""
@@ -104,91 +136,50 @@ class Collector:
         return self.target.made[part.index]
 
 
-def run(lineage: Lineage, progress: Progress) -> Artefact:
+def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Artefact:
     """Collect every missing part and publish."""
-    with collecting(lineage, progress) as job:
-        list(job.make(job.missing))
-    return lineage.activations
-
-
-@contextlib.contextmanager
-def collecting(lineage: Lineage, progress: Progress) -> Iterator[Job]:
-    """The parts that are missing and how to make one; publishes when the block ends well."""
     recipe, target = lineage.recipe, lineage.activations
     lineage.tokens.published()  # before anybody is waited for
     with target.writing():
         wanted = lineage.tokens.published().parts
         inputs = {part.index: {"tokens": part.folder} for part in wanted}
         done = target.parts_from(inputs)
-        plan = {part.index: part for part in wanted if part.index not in done}
-        if plan or not target.complete():
-            collector = open_collector(lineage, plan.values())
-            if len(collector.sites) > 1 and not all(member.sae.site for member in recipe.members()):
-                progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
-            n_tokens = {index: part.counts["n_tokens"] for index, part in plan.items()}
-            with (
-                progress.bar("activations", sum(n_tokens.values()), "tokens") as bar,
-                workers_of(lineage.store, recipe, progress) as workers,
-            ):
-                if workers is None:
-                    yield Job(list(plan), lambda indices: (collector.collect(plan[index], bar) for index in indices))
-                else:
-                    del collector  # the model is wanted on the workers
-                    yield _on_workers(lineage, workers, n_tokens, bar)
-                    target.look_again()
-        else:
+        missing = [part for part in wanted if part.index not in done]
+
+        def publish() -> None:
+            made = target.parts_from(inputs)
+            target.publish([made[part.index] for part in wanted])
+
+        if not missing and target.complete():
             skipped(target, progress)
-            yield Job([], lambda _: iter(()))
-        done = target.parts_from(inputs)
-        target.publish([done[part.index] for part in wanted])
-        if plan:
+            publish()
+            return target
+        make_parts(_work(lineage, missing, publish, progress), lineage.store, recipe.cluster, progress, through)
+        if missing:
             warn_of_massive_positions(target, recipe.activations, progress)
+    return target
 
 
-def _on_workers(lineage: Lineage, workers: Workers, n_tokens: dict[int, int], bar: Bar) -> Job:
-    """The same job, done by a cluster."""
+def _work(lineage: Lineage, missing: list[PartRecord], publish: Callable[[], None], progress: Progress) -> PartWork:
+    """The parts that are missing, once they are known to fit."""
     recipe, target = lineage.recipe, lineage.activations
-    place = {"cluster": None, "sweep": None, "threads": workers.threads(recipe.threads)}
-    settings = {
-        "recipe": recipe.model_copy(update=place).model_dump(mode="json"),
-        "target": target.id,
-        "generation": lineage.tokens.published().number,
-    }
-
-    def make(indices: Sequence[int]) -> Iterator[PartRecord]:
-        with contextlib.closing(workers.each("pipeline.collect.collect_at", settings, indices, bar, n_tokens)) as found:
-            for index, record in found:
-                target.made[index] = PartRecord.model_validate(record)
-                yield target.made[index]
-
-    return Job(list(n_tokens), make, workers.n_calls)
-
-
-def collect_at(store: str, settings: str, index: int, progress: Progress) -> dict[str, Any]:
-    """On a worker: collect one part; the record of it."""
-    collector, parts = work.held(_collector_at, store, settings)
-    with work.one_at_a_time, progress.bar("activations", None, "tokens") as bar:
-        return collector.collect(parts[index], bar).model_dump(mode="json")
-
-
-def _collector_at(name: str, settings: str) -> tuple[Collector, dict[int, PartRecord]]:
-    """What a worker needs for every part, and the token parts: made once, from what the client has begun."""
-    about = work.settings_of(settings)
-    store, recipe = work.store_at(name), parse_recipe(about["recipe"])
-    assert recipe.model is not None
-    target = work.shared(store, about["target"])
-    source = Ancestors(store, target).tokens
-    if model_fingerprint(recipe.model) != target.record.facts["model"]:
-        raise UserError(
-            f"model.path is {recipe.model.path!r}, but its files are others than where the run was started."
-        )
-    model = load_model(recipe.model)
-    workers = model_threads(device_of(model), recipe.threads)
-    keep_freed_memory()
-    generation = source.generation(about["generation"])
-    assert generation is not None
-    parts = {part.index: part for part in generation.parts}
-    return Collector(source, target, recipe.activations, model, stored_sites(target), workers), parts
+    collector = open_collector(lineage, missing)
+    if len(collector.sites) > 1 and not all(member.sae.site for member in recipe.members()):
+        progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
+    return PartWork(
+        Collector,
+        {
+            "recipe": recipe.model_copy(update={"cluster": None, "sweep": None}).model_dump(mode="json"),
+            "target": target.id,
+            "generation": lineage.tokens.published().number,
+        },
+        [(part.index, part.counts["n_tokens"]) for part in missing],
+        [target],
+        ("activations", "tokens"),
+        here=None if recipe.cluster else collector,  # on a cluster the memory of its model is freed
+        threads=recipe.threads,
+        publish=publish,
+    )
 
 
 def skipped(target: Artefact, progress: Progress) -> None:
@@ -197,7 +188,7 @@ def skipped(target: Artefact, progress: Progress) -> None:
     progress.skip("activations", f"{n_tokens:,} tokens, {n_bytes / 1e9:.2f} GB")
 
 
-def open_collector(lineage: Lineage, plan: Iterable[PartRecord]) -> Collector:
+def open_collector(lineage: Lineage, plan: Sequence[PartRecord]) -> Collector:
     """Load the model, name the sites, check the disk and what training will ask for, and create the artefact."""
     recipe = lineage.recipe
     assert recipe.model is not None
@@ -220,6 +211,5 @@ def open_collector(lineage: Lineage, plan: Iterable[PartRecord]) -> Collector:
     lineage.store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
     about = lineage.activation_facts | {"stored": [[site.name, site.width] for site in sites]}
     lineage.activations.create(about, [lineage.tokens.id])
-    workers = model_threads(device_of(model), recipe.threads)
-    keep_freed_memory()
-    return Collector(lineage.tokens, lineage.activations, recipe.activations, model, sites, workers)
+    parts = {part.index: part for part in plan}
+    return Collector.of(model, lineage.tokens, lineage.activations, recipe.activations, sites, recipe.threads, parts)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from saeflow.pipeline import collect, encode, evaluate, import_table, report, sweep, tokens, train
-from saeflow.pipeline.dask import workers
+from saeflow.pipeline import compact as merging
+from saeflow.pipeline.dask.clusters import kept_open
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog
@@ -17,7 +19,25 @@ from saeflow.runtime.progress import Progress
 from saeflow.store.records import read_checked
 from saeflow.store.upgrade import upgrade
 
-Stage = Callable[[Lineage, Progress], Any]
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from texts to answers. Calling it does what is missing, on this machine or on the recipe's cluster."""
+
+    does: Callable[[Lineage, Progress], Any]
+    catalog: bool = False
+    """True if the stage changes what questions read: `catalog.sql` is then written anew."""
+    flow_of: str | None = None
+    """The stage whose flow does this one as well. None: it has a flow of its own."""
+    on_request: bool = False
+    """True if a run of the whole recipe leaves it out."""
+
+    def __call__(self, lineage: Lineage, progress: Progress) -> Any:
+        found = self.does(lineage, progress)
+        if self.catalog:
+            catalog.write_catalog(lineage.store)
+        return found
+
 
 Place = Callable[[str], AbstractContextManager[None]]
 """Holds, while the stage of that name works, what it must not use together with others: a GPU."""
@@ -44,44 +64,39 @@ def devices_of(recipe: Recipe, stage: str) -> list[str]:
 
 
 def stages(recipe: Recipe) -> dict[str, Stage]:
-    """The stages of this recipe by name, in order. Brought activations need no model; a sweep's SAEs are compared, and
-    each encoded only when it is asked for. Raises UserError where training could not run here."""
+    """The stages of this recipe by name, in order. Raises UserError if this machine is to train, but lacks the device.
+
+    Activations from a table need no model. A sweep's SAEs are compared, and encoded only on request.
+    """
     train.require_devices(recipe)
-    first: dict[str, Stage] = {"tokens": tokens.run, "collect": collect.run}
+    first = {"tokens": Stage(tokens.run), "collect": Stage(collect.run)}
     if recipe.model is None:
-        first = {"bring": import_table.run}
+        first = {"bring": Stage(import_table.run)}
     if recipe.is_sweep:
-        return first | {"train": train.run_all, "evaluate": sweep.run}
+        return first | {
+            "train": Stage(train.run_all),
+            "evaluate": Stage(sweep.run, flow_of="train"),
+            "encode": Stage(encode.run_all, catalog=True, on_request=True),
+        }
     return first | {
-        "train": train.run,
-        "encode": _with_catalog(encode.run),
-        "compact": _with_catalog(encode.compact),
-        "evaluate": _with_catalog(evaluate.run),
-        "report": report.run,
+        "train": Stage(train.run),
+        "encode": Stage(encode.run, catalog=True),
+        "compact": Stage(merging.run, catalog=True),
+        "evaluate": Stage(evaluate.run, catalog=True),
+        "report": Stage(report.run, flow_of="evaluate"),
     }
 
 
-def encode_all(lineage: Lineage, progress: Progress) -> None:
-    """Encode every SAE of a sweep."""
-    _with_catalog(encode.run_all)(lineage, progress)
-
-
-def _with_catalog(stage: Stage) -> Stage:
-    """A stage that changes what questions read: `catalog.sql` follows."""
-
-    def run_stage(lineage: Lineage, progress: Progress) -> Any:
-        found = stage(lineage, progress)
-        catalog.write_catalog(lineage.store)
-        return found
-
-    return run_stage
+def stages_of_run(recipe: Recipe) -> dict[str, Stage]:
+    """The stages that a run of the whole recipe goes through."""
+    return {name: stage for name, stage in stages(recipe).items() if not stage.on_request}
 
 
 def run(lineage: Lineage, progress: Progress, place: Place = anywhere) -> dict[str, Any]:
     """Run what is missing and return the summary."""
     taken = {}
-    with workers.kept_open():
-        for name, stage in stages(lineage.recipe).items():
+    with kept_open():
+        for name, stage in stages_of_run(lineage.recipe).items():
             with place(name), measure_usage() as taken[name]:
                 stage(lineage, progress)
     return summary(lineage) | {
@@ -97,14 +112,14 @@ def compact(lineage: Lineage, progress: Progress, enough: int = 2, place: Place 
     upgrade(store)
     train.set_threads(recipe)
     try:
-        with workers.kept_open():
+        with kept_open():
             if recipe.model is not None:
                 _without_hidden(lineage, progress, place)
             for run in encode.runs_over(store, lineage.activations):
                 with nullcontext() if encode.holds_all(store, run) else place("encode"):
                     encode.refresh(store, run, progress, recipe=recipe)
                 encode.add_tables(store, run, recipe, progress)
-                encode.merge_parts(store, run, recipe, progress, enough, mend=True)
+                merging.merge_parts(store, run, recipe, progress, enough, mend=True)
     finally:
         catalog.write_catalog(store)
 

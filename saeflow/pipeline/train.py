@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,10 @@ from saeflow.activations.feed import Feed
 from saeflow.activations.mixing import measure_mixing
 from saeflow.model.sites import Site
 from saeflow.pipeline import import_sae
-from saeflow.pipeline.dask import work
-from saeflow.pipeline.dask.workers import workers_of
+from saeflow.pipeline.dask.clusters import workers_of
 from saeflow.pipeline.identity import hidden_fact
 from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.parts import PartMaker, PartWork, Records
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.devices import choose_device, device_memory
 from saeflow.runtime.errors import UserError
@@ -37,7 +38,7 @@ from saeflow.train.tensorboard import require_tensorboard
 from saeflow.train.training import Training
 
 _NOTICING_SECONDS = 10.0
-"""That a worker may take to notice that its run was killed: some batches."""
+"""How long a worker may take to notice that its run was killed: some batches."""
 
 
 def run(lineage: Lineage, progress: Progress) -> Artefact:
@@ -50,7 +51,7 @@ def run(lineage: Lineage, progress: Progress) -> Artefact:
     return run_all(lineage, progress)[0]
 
 
-def run_all(lineage: Lineage, progress: Progress) -> list[Artefact]:
+def run_all(lineage: Lineage, progress: Progress, noticing_seconds: float = _NOTICING_SECONDS) -> list[Artefact]:
     """The same; returns the SAE of each member, in their order.
 
     All that read the same sites are trained on each batch of one feed. Each is the artefact, byte for byte, that a run
@@ -60,7 +61,7 @@ def run_all(lineage: Lineage, progress: Progress) -> list[Artefact]:
     members = lineage.members
     away = [each for each in members if lineage.recipe.cluster and not _is_import(each) and not each.sae.complete()]
     if away:
-        _train_on_workers(lineage, away, progress)
+        _train_on_workers(lineage, away, progress, noticing_seconds)
     if here := [each for each in members if each not in away]:
         _train_here(lineage.recipe, here, progress)
     return [each.sae for each in members]
@@ -87,39 +88,60 @@ def _train_here(recipe: Recipe, chosen: list[Lineage], progress: Progress) -> No
             _train(left, progress)
 
 
-def _train_on_workers(lineage: Lineage, away: list[Lineage], progress: Progress) -> None:
+def _train_on_workers(lineage: Lineage, away: list[Lineage], progress: Progress, noticing_seconds: float) -> None:
     """Train these members on a cluster: as many groups as it has workers, those of one group in one reading."""
-    recipe = lineage.recipe
-    settings = {
-        "recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"),
-        "facts": {each.recipe.name: each.sae_facts for each in away},
-    }
+    recipe, store = lineage.recipe, lineage.store
+    assert recipe.cluster is not None
     sites = [tuple(each.distinct_sites) for each in away]
-    _require_free([each.sae for each in away])
-    with workers_of(lineage.store, recipe, progress) as workers:
-        assert workers is not None
+    _require_free([each.sae for each in away], noticing_seconds)
+    with workers_of(store, recipe.cluster, progress) as workers:
         groups = [[away[number].recipe for number in group] for group in shares(sites, workers.n_expected)]
-        items = [[member.name for member in group] for group in groups]
-        n_tokens = {
-            json.dumps(item): max(m.train.n_tokens for m in group) for item, group in zip(items, groups, strict=True)
-        }
-        with (
-            progress.bar("train", sum(n_tokens.values()), "tokens") as bar,
-            contextlib.closing(workers.each("pipeline.train.train_at", settings, items, bar, n_tokens)) as finished,
-        ):
-            for names, _ in finished:
-                progress.say(f"train: {', '.join(names)} finished on a worker")
-    for each in away:
-        each.sae.look_again()
-    lineage.store.storage.pull()
+        work = PartWork(
+            Trainer,
+            {
+                "recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"),
+                "facts": {each.recipe.name: each.sae_facts for each in away},
+            },
+            [([member.name for member in group], max(m.train.n_tokens for m in group)) for group in groups],
+            [each.sae for each in away],
+            ("train", "tokens"),
+            made=lambda names, _: progress.say(f"train: {', '.join(names)} finished on a worker"),
+        )
+        work.run(workers, progress)
+    store.storage.pull()
 
 
-def _require_free(targets: Iterable[Artefact]) -> None:
+@dataclass
+class Trainer(PartMaker, name="train-train"):
+    """On a worker: trains members of a sweep in one reading, each from its checkpoint, and publishes them."""
+
+    whole: Lineage
+    facts: dict[str, dict[str, Any]]
+    """Of each member, what the client has chosen that its SAE sees."""
+
+    @classmethod
+    def open(cls, store: Store, settings: dict[str, Any]) -> Trainer:
+        waiting = Store(store.storage, "wait")  # a worker that is thought lost may still be at it
+        return cls(Lineage(waiting, parse_recipe(settings["recipe"])), settings["facts"])
+
+    def members(self, names: list[str]) -> list[Lineage]:
+        recipes = {recipe.name: recipe for recipe in self.whole.recipe.members()}
+        return [self.whole.member(recipes[name], self.facts[name]) for name in names]
+
+    def waits_for(self, item: list[str]) -> list[Artefact]:
+        return [each.sae for each in self.members(item)]
+
+    def make(self, item: list[str], progress: Progress) -> Records:
+        _train_here(self.whole.recipe, self.members(item), progress)
+        return {}
+
+
+def _require_free(targets: Iterable[Artefact], noticing_seconds: float) -> None:
     """Refuse or wait, as `overlap` says, while another run is at one of these: here, not where it would keep a worker.
 
     A worker of a run that was killed may take some seconds to notice that nobody waits for it.
     """
-    noticing = stop_after_delay(_NOTICING_SECONDS)
+    noticing = stop_after_delay(noticing_seconds)
     for target in targets:
         for attempt in Retrying(
             retry=retry_if_exception_type(UserError), stop=noticing, wait=wait_fixed(0.2), reraise=True
@@ -136,21 +158,6 @@ def shares(sites: Sequence[Hashable], n: int) -> list[list[int]]:
         n_groups = min(max(1, round(n * len(numbers) / len(sites))), len(numbers))
         groups += [list(map(int, group)) for group in np.array_split(numbers, n_groups)]
     return groups
-
-
-def train_at(name: str, settings: str, names: list[str], progress: Progress) -> list[str]:
-    """On a worker: train these members of a sweep in one reading, each from its checkpoint; the artefacts."""
-    work.let_go()
-    about, opened = work.settings_of(settings), work.store_at(name)
-    store = Store(opened.storage, "wait")  # a worker that is thought lost may still be at it
-    recipe = parse_recipe(about["recipe"])
-    whole = Lineage(store, recipe)
-    facts = {name: about["facts"][name] for name in names}
-    members = [whole.member(each, facts[each.name]) for each in recipe.members() if each.name in facts]
-    work.wait_for_turn([each.sae for each in members], progress)
-    with work.one_at_a_time:
-        _train_here(recipe, members, progress)
-    return [each.sae.id for each in members]
 
 
 def _say_what_is_done(progress: Progress, recipe: Recipe, chosen: list[Lineage], n_left: int) -> None:

@@ -7,7 +7,7 @@ place, so that a kill or a power cut leaves either nothing or a finished part.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,11 @@ from saeflow.store.publishing import Publication
 from saeflow.store.records import (
     ArtefactRecord,
     FileRecord,
-    PartRecord,
     file_record,
     file_records,
     write_provenance,
     write_record,
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """Work cut into parts: the indices still missing, and how to make them."""
-
-    missing: list[int]
-    make: Callable[[Sequence[int]], Iterator[PartRecord]]
-    """Makes parts as it is iterated: one after the other here, or several at once on a cluster."""
-    n_calls: int | None = None
-    """Calls of `make` at once that keep the cluster busy; None where there is none."""
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from functools import partial
+from typing import Any
 
 import psutil
 from prefect import flow
 
-from flows.support.tasks import make_parts
+from flows.support.tasks import Tasks
+from saeflow.pipeline.parts import Here, PartMaker, PartWork, Records
 from saeflow.runtime.progress import Progress
-from saeflow.store.artefact import Job
-from saeflow.store.records import PartRecord
+from saeflow.store.store import Store
 
 
 def cpu_of(processes: list[psutil.Process]) -> float:
@@ -31,22 +31,35 @@ def cpu_of(processes: list[psutil.Process]) -> float:
     return total
 
 
+class NoWork(PartMaker, name="no-work", alone=True):
+    """Parts of no work."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    @classmethod
+    def open(cls, store: Store, settings: dict[str, Any]) -> NoWork:
+        return cls()
+
+    def make(self, item: int, progress: Progress) -> Records:
+        self.made.append(item)
+        return {}
+
+
 def run(n_parts: int, workers: int) -> dict[str, float]:
     """Make so many parts as the flows do."""
-    made: list[int] = []
-
-    def work(index: int) -> PartRecord:
-        made.append(index)
-        return PartRecord(index=index, counts={}, files=[])
+    maker = NoWork()
+    sizes = [(index, 1) for index in range(n_parts)]
+    work = PartWork(NoWork, {}, sizes, [], ("part", "parts"), here=maker)
 
     @flow(name="no-work")
     def no_work() -> None:
-        make_parts("part", Job(list(range(n_parts)), partial(map, work)), Progress(verbosity=-1), n_here=workers)
+        work.run(Tasks("part", Here(workers)), Progress(verbosity=-1))
 
     me = psutil.Process()
     began, cpu = time.monotonic(), cpu_of([me])
     no_work()
-    assert len(made) == n_parts
+    assert len(maker.made) == n_parts
     seconds, client = time.monotonic() - began, cpu_of([me]) - cpu
     return {"seconds": seconds, "client_cpu": client, "server_cpu": cpu_of(me.children(recursive=True))}
 

@@ -10,20 +10,20 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flows.pipeline import pipeline_flow
-from saeflow.pipeline import collect, encode, evaluate, import_table, report, run, sweep, tokens, train
+from saeflow.pipeline import collect, compact, encode, evaluate, import_table, report, run, sweep, tokens, train
+from saeflow.pipeline.parts import Executor, Item, Made, PartWork, Tally, Through
 from saeflow.query import catalog
 from saeflow.recipe.load import load_recipe
-from saeflow.store.artefact import Job
 
 FUNCTIONS = (
-    (tokens, "run"), (import_table, "run"), (train, "run_all"), (encode, "compact"), (evaluate, "run"), (report, "run"),
-    (sweep, "run"), (catalog, "write"), (run, "summary"),
+    (tokens, "run"), (import_table, "run"), (train, "run_all"), (compact, "run"), (evaluate, "run"), (report, "run"),
+    (sweep, "run"), (catalog, "write_catalog"), (run, "summary"),
 )  # fmt: skip
 """What flows call whole."""
 
@@ -49,21 +49,19 @@ class Stopwatch:
 
         return timed
 
-    def parts(self, opened: Callable[..., Any]) -> Callable[..., Any]:
-        """A context that gives a Job: its beginning, its parts and its end are work, what is between is not."""
+    def stage(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A stage whose parts go to tasks: its beginning, its parts and its end are work, what is between is not."""
 
-        @contextlib.contextmanager
-        def timed(*args: Any, **kwargs: Any) -> Iterator[Job]:
-            context = opened(*args, **kwargs)
-            with self.running():
-                job = context.__enter__()
-            try:
-                yield replace(job, make=self.function(lambda indices: list(job.make(indices))))
-            except BaseException:
-                context.__exit__(*sys.exc_info())
-                raise
-            with self.running():
-                context.__exit__(None, None, None)
+        def timed(lineage: Any, progress: Any, through: Through) -> Any:
+            began, waited = time.monotonic(), list[float]()
+
+            def around(executor: Executor) -> Executor:
+                self.spans.append((began, time.monotonic()))
+                return _Tasks(through(_Parts(executor, self)), waited)
+
+            made = run(lineage, progress, around)
+            self.spans.append((waited[-1] if waited else began, time.monotonic()))
+            return made
 
         return timed
 
@@ -77,12 +75,45 @@ class Stopwatch:
         return total
 
 
+@dataclass
+class _Parts:
+    """An executor whose parts are work."""
+
+    inner: Executor
+    watch: Stopwatch
+
+    @property
+    def n_calls(self) -> int:
+        return self.inner.n_calls
+
+    def each(self, work: PartWork, items: Sequence[Item], tally: Tally) -> Made:
+        with self.watch.running():
+            made = list(self.inner.each(work, items, tally))
+        yield from made
+
+
+@dataclass
+class _Tasks:
+    """Notes when the last part came back through the tasks."""
+
+    inner: Executor
+    until: list[float]
+
+    @property
+    def n_calls(self) -> int:
+        return self.inner.n_calls
+
+    def each(self, work: PartWork, items: Sequence[Item], tally: Tally) -> Made:
+        yield from self.inner.each(work, items, tally)
+        self.until.append(time.monotonic())
+
+
 def main(recipe: Path, store: Path) -> None:
     watch = Stopwatch()
     for module, name in FUNCTIONS:
         setattr(module, name, watch.function(getattr(module, name)))
-    collect.collecting = watch.parts(collect.collecting)
-    encode.encoding_together = watch.parts(encode.encoding_together)
+    collect.run = watch.stage(collect.run)
+    encode.run_together = watch.stage(encode.run_together)
     settings = load_recipe(recipe)
     began = time.monotonic()
     pipeline_flow(settings, str(store))

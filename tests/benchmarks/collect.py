@@ -25,6 +25,7 @@ from saeflow.corpus import token_parts
 from saeflow.model.sites import SiteReader
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.parts import Executor
 from saeflow.recipe.load import load_recipe
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.progress import Progress
@@ -87,10 +88,14 @@ def collected(store: Store, recipe: Recipe) -> float:
     lineage = Lineage(store, recipe)
     source, target = lineage.tokens, lineage.activations
     shutil.rmtree(target.path, ignore_errors=True)
-    with collect.collecting(lineage, QUIET) as job:
+    began = 0.0
+
+    def started(executor: Executor) -> Executor:
+        nonlocal began
         began = time.perf_counter()
-        for _ in job.make(job.missing):
-            pass
+        return executor
+
+    collect.run(lineage, QUIET, started)
     return source.published().total("n_tokens") / (time.perf_counter() - began)
 
 

@@ -37,6 +37,7 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.activations.synthetic.superposition import SuperposedFeatures
 from saeflow.model.sites import choose_site
+from saeflow.pipeline import compact as merging
 from saeflow.pipeline import encode, import_table, train
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import checks
@@ -117,7 +118,7 @@ def stage(store: Store, recipe: Recipe) -> float:
 def compact(store: Store, recipe: Recipe) -> float:
     """Tokens/s of compacting the run that `stage` left."""
     began = time.perf_counter()
-    encode.compact(Lineage(store, recipe), QUIET, 2)
+    merging.run(Lineage(store, recipe), QUIET, 2)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 

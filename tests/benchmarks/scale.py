@@ -33,6 +33,7 @@ from saeflow.model.sites import Site
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode
 from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.parts import Executor
 from saeflow.query import catalog, runs
 from saeflow.query.ask import ask
 from saeflow.query.connection import connect
@@ -113,14 +114,18 @@ def verified(many: Many, taken: Taken, kind: str) -> None:
 
 def collected(many: Many, taken: Taken) -> None:
     """`saeflow collect` where nothing is missing."""
-    with taken.timed(), activations.collecting(Lineage(many.store, many.recipe), QUIET) as job:
-        assert not job.missing
+    with taken.timed():
+        activations.run(Lineage(many.store, many.recipe), QUIET, nothing)
 
 
 def encoded(many: Many, taken: Taken) -> None:
     """`saeflow encode` where nothing is missing."""
-    with taken.timed(), encode.encoding_together([Lineage(many.store, many.recipe)], QUIET) as job:
-        assert not job.missing
+    with taken.timed():
+        encode.run(Lineage(many.store, many.recipe), QUIET, nothing)
+
+
+def nothing(executor: Executor) -> Executor:
+    raise AssertionError("a part is missing")
 
 
 def appended(many: Many, taken: Taken) -> None:

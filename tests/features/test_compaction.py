@@ -17,16 +17,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow.features.compaction import compact_run, plan_merges
+from saeflow.features.compaction import plan_merges
 from saeflow.features.coverage import covered
 from saeflow.features.files import files_of
 from saeflow.features.part_merger import USUAL_MERGE, MergeSettings
 from saeflow.features.schema import PART_TABLES, TOP, TOP_VOCAB
 from saeflow.features.token_columns import bands_of
-from saeflow.pipeline import encode, train
+from saeflow.pipeline import compact, encode, train
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.lifecycle.forget import forget
-from saeflow.pipeline.lineage import Ancestors, Lineage
+from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
@@ -54,9 +54,9 @@ def run_of(finished: Finished) -> Artefact:
 def compacted(finished: Finished, settings: MergeSettings = USUAL_MERGE) -> Artefact:
     run = run_of(finished)
     if settings is USUAL_MERGE:
-        encode.compact(Lineage(finished.store, finished.recipe), quiet(), enough=2)
+        compact.run(Lineage(finished.store, finished.recipe), quiet(), enough=2)
     else:
-        compact_run(run, Ancestors(finished.store, run).selection(), quiet(), enough=2, settings=settings)
+        compact.merge_parts(finished.store, run, finished.recipe, quiet(), enough=2, sizes=settings)
     return run
 
 

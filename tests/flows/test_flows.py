@@ -13,33 +13,39 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import psutil
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.collect import collect_flow
-from flows.encode import encode_flow
+from flows.collect import collect_as_tasks
+from flows.encode import encode_as_tasks, encode_flow
 from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
-from flows.support import page, reporting
+from flows.support import page
+from flows.support.reporting import reporting
+from flows.support.tasks import Attempts, Tasks
 from flows.tokens import tokens_flow
 from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline import sweep, train
 from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.parts import Here, PartMaker, PartWork, Records, Tally
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
-from saeflow.store.records import PartRecord
+from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 from tests.conftest import Finished
+from tests.support.fake_cluster import Watched
 from tests.support.small_pipeline import (
     Ingredients,
     a_table,
@@ -145,20 +151,21 @@ def test_the_pipeline_ends_with_a_page_of_picture_numbers_and_next_commands(flow
     assert f"| {page.plain('n tokens')} | {finished.summary['n_tokens']:,} |" in text
 
 
-def test_what_saeflow_says_and_warns_of_is_in_the_log_of_the_run(
-    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reporting, "PROGRESS_SECONDS", 0.2)
-    monkeypatch.setattr(reporting, "LOG_SECONDS", 0.2)
-    collect = activations.Collector.collect
+@flow(name="saeflow-collect", flow_run_name="collect {recipe.name}")
+def collect_telling(recipe: Recipe, store: str) -> None:
+    """Collect slowly, with a warning at each part, and tell often how far it is."""
 
-    def slow(self: activations.Collector, part: PartRecord, bar: Any) -> PartRecord:
-        logging.getLogger("saeflow.activations.tables.arrays").warning("part %d is \x1b[31modd", part.index)
+    def warn(index: int) -> None:
+        logging.getLogger("saeflow.activations.tables.arrays").warning("part %d is \x1b[31modd", index)
         time.sleep(0.3)
-        return collect(self, part, bar)
 
-    monkeypatch.setattr(activations.Collector, "collect", slow)
-    collect_flow(finished.recipe, str(upstream.root))
+    with reporting("collect", page_seconds=0.2, log_seconds=0.2) as progress:
+        lineage = Lineage(Store.create(store), recipe)
+        activations.run(lineage, progress, lambda executor: Tasks("collect", Watched(executor, before=warn)))
+
+
+def test_what_saeflow_says_and_warns_of_is_in_the_log_of_the_run(upstream: Store, finished: Finished) -> None:
+    collect_telling(finished.recipe, str(upstream.root))
     said = wait_for_logs(runs("saeflow-collect", upstream)[0].id, "activations: 4,273 tokens in")
     assert any(
         re.search(r"activations: [\d,]+ of [\d,]+ \(\d+%\) tokens, [\d,]+/s, [\d:]+ left", line) for line in said
@@ -193,83 +200,98 @@ def test_a_second_run_does_nothing_twice_and_says_so(
     assert len(collected) == len({run.name for run in collected}), "a finished part was given to a task again"
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> list[int]:
-    """Let the collection of part 1 fail so many times; returns the indices tried."""
-    collect, tried = activations.Collector.collect, []
+def collect_failing(recipe: Recipe, store: Store, error: Exception, times: int, tried: list[int]) -> None:
+    """Run the collect flow. Part 1 fails so many times; `tried` gets the indices of the parts that were begun."""
 
-    def sometimes(self: activations.Collector, part: PartRecord, bar: Any) -> PartRecord:
-        tried.append(part.index)
-        if part.index == 1 and tried.count(1) <= times:
+    def fail(index: int) -> None:
+        tried.append(index)
+        if index == 1 and tried.count(1) <= times:
             raise error
-        return collect(self, part, bar)
 
-    monkeypatch.setattr(activations.Collector, "collect", sometimes)
-    return tried
+    @flow(name="saeflow-collect", flow_run_name="collect {recipe.name}")
+    def failing(recipe: Recipe, store: str) -> str:
+        return collect_as_tasks(recipe, store, lambda executor: Watched(executor, before=fail))
+
+    failing(recipe, str(store.root))
 
 
-def test_a_part_that_fails_once_is_tried_again_and_the_flow_completes(
-    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried = failing(monkeypatch, RuntimeError("a cosmic ray"), times=1)
-    collect_flow(finished.recipe, str(upstream.root))
+def test_a_part_that_fails_once_is_tried_again_and_the_flow_completes(upstream: Store, finished: Finished) -> None:
+    tried: list[int] = []
+    collect_failing(finished.recipe, upstream, RuntimeError("a cosmic ray"), 1, tried)
     assert tried.count(1) == 2
     assert all(tried.count(index) == 1 for index in set(tried) - {1})
     assert tree(upstream.root / "activations") == tree(finished.store.root / "activations")
 
 
-def test_a_part_that_always_fails_fails_the_flow_and_publishes_nothing(
-    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(monkeypatch, RuntimeError("a broken disk"), times=100)
+def test_a_part_that_always_fails_fails_the_flow_and_publishes_nothing(upstream: Store, finished: Finished) -> None:
     with pytest.raises(RuntimeError, match="a broken disk"):
-        collect_flow(finished.recipe, str(upstream.root))
+        collect_failing(finished.recipe, upstream, RuntimeError("a broken disk"), 100, [])
     assert published(upstream) == ["tokens"]
     assert [run.state_name for run in runs("saeflow-collect", upstream)] == ["Failed"]
-    monkeypatch.undo()
-    tried = failing(monkeypatch, RuntimeError(), times=0)
-    collect_flow(finished.recipe, str(upstream.root))
+    tried: list[int] = []
+    collect_failing(finished.recipe, upstream, RuntimeError(), 0, tried)
     assert 1 in tried
     assert len(tried) < len(finished.store.artefacts("activations")[0].published().parts), "finished parts came again"
     assert tree(upstream.root / "activations") == tree(finished.store.root / "activations")
 
 
-def test_after_a_failure_no_task_works_on_without_the_lock(
-    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_failure_no_task_works_on_without_the_lock(upstream: Store, finished: Finished) -> None:
     two_at_once = finished.recipe.model_copy(update={"threads": 2})
     for stage in (activations.run, train.run):
         stage(Lineage(upstream, two_at_once), quiet())
-    encode, begun, ended, another = features.encode_together, [], [], threading.Event()
+    begun, ended, another = list[int](), list[int](), threading.Event()
 
-    def slow(encoders: Any, part: PartRecord, bar: Any) -> Any:
-        if part.index == 0:
+    def begin(item: tuple[int, list[str]]) -> None:
+        if item[0] == 0:
             assert another.wait(60), "no other part began"
             raise UserError("Mend the disk.")
-        begun.append(part.index)
+        begun.append(item[0])
         another.set()
         time.sleep(0.5)
-        made = encode(encoders, part, bar)
-        ended.append(part.index)
-        return made
 
-    monkeypatch.setattr(features, "encode_together", slow)
+    @flow(name="saeflow-encode", flow_run_name="encode {recipe.name}")
+    def failing(recipe: Recipe, store: str) -> list[str]:
+        around = partial(Watched, before=begin, after=lambda item: ended.append(item[0]))
+        return encode_as_tasks(recipe, store, around)
+
     with pytest.raises(UserError, match="Mend the disk"):
-        encode_flow(two_at_once, str(upstream.root))
+        failing(two_at_once, str(upstream.root))
     assert sorted(ended) == sorted(begun) != []
 
 
-def test_an_error_of_the_user_is_not_tried_again(
-    upstream: Store, finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried = failing(monkeypatch, UserError("Mend the table."), times=100)
+def test_an_error_of_the_user_is_not_tried_again(upstream: Store, finished: Finished) -> None:
+    tried: list[int] = []
     with pytest.raises(UserError, match="Mend the table"):
-        collect_flow(finished.recipe, str(upstream.root))
+        collect_failing(finished.recipe, upstream, UserError("Mend the table."), 100, tried)
     assert tried.count(1) == 1
     [run] = runs("saeflow-collect", upstream)
     assert run.state is not None
     assert str(run.state.message).endswith("UserError: Mend the table.")
     with get_client(sync_client=True) as client:
         assert any("stopped" in str(each.description) for each in client.read_artifacts() if each.flow_run_id == run.id)
+
+
+def test_a_task_that_is_tried_again_makes_only_what_is_not_finished() -> None:
+    class Numbers(PartMaker, name="fake-numbers"):
+        made: ClassVar[list[int]] = []
+
+        @classmethod
+        def open(cls, store: Store, settings: dict[str, Any]) -> Numbers:
+            return cls()
+
+        def make(self, item: int, progress: Progress) -> Records:
+            self.made.append(item)
+            if self.made.count(7) == 1 and item == 7:
+                raise OSError("network")
+            return {}
+
+    work = PartWork(Numbers, {}, [(index, 1) for index in range(10)], [], ("fake", "parts"), here=Numbers())
+    with quiet().bar("fake", 10, "parts") as bar:
+        task = Attempts(Here(), work, work.items, Tally(bar, work.sizes))
+        with pytest.raises(OSError, match="network"):
+            task.make(range(10))
+        assert task.make(range(10)) == list(range(10))
+    assert Numbers.made == [*range(8), 7, 8, 9]
 
 
 def test_a_flow_on_missing_input_says_what_to_run_first(upstream: Store, finished: Finished) -> None:

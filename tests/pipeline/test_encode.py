@@ -212,7 +212,9 @@ def encoder_of(brought, stored: Artefact, name: str) -> features.Encoder:
 
 def encode_all(encoder: features.Encoder) -> Artefact:
     with quiet().bar("features", None, "tokens") as bar:
-        encoder.target.publish([encoder.encode(part, bar) for part in encoder.stored.published().parts])
+        encoder.target.publish(
+            [features.encode_together([encoder], part, bar)[0] for part in encoder.stored.published().parts]
+        )
     return encoder.target
 
 

@@ -9,11 +9,10 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -29,9 +28,10 @@ from saeflow.pipeline import collect as activations
 from saeflow.pipeline import encode as features
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline import tokens, train
-from saeflow.pipeline.dask import workers as cluster
+from saeflow.pipeline.dask.clusters import kept_open, workers_of
 from saeflow.pipeline.lifecycle import deletions, ingest, retrain
-from saeflow.pipeline.lineage import Ancestors, Lineage
+from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.parts import PartWork
 from saeflow.query.ask import query
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
@@ -39,11 +39,14 @@ from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.schedule import ScheduleConfig, next_time
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.progress import Progress
+from saeflow.runtime.threads import n_threads
 from saeflow.store import garbage
 from saeflow.store import verify as integrity
 from saeflow.store.files import read_json, write_json
 from saeflow.store.records import KINDS, Generation
 from saeflow.store.store import Store
+from tests.support.fake_cluster import FakeCluster
 from tests.support.small_pipeline import Ingredients, a_table, brought_data, documents, quiet, recipe_data, write_table
 
 WORD = "zebu"
@@ -225,22 +228,22 @@ def test_published_runs_follow_though_the_recipes_own_cannot_be_made_and_it_is_n
     assert night.says(WORD, Lineage(night.store, night.recipe).features.id)
 
 
-def test_whatever_ends_one_run_the_others_follow(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_ends_one_run_the_others_follow(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "a", "data": "small", "sae": data["sae"] | {"k": 2}})
     pipeline.run(Lineage(night.store, other), quiet())
     first, own = (Lineage(night.store, each).features for each in (other, night.recipe))
     night.drop(NEW)
-    encode = features._encode
 
-    def broken(run: Ancestors, *arguments: Any) -> None:
-        if run.artefact == first:
+    def break_down(work: PartWork, item: Any) -> None:
+        if first in work.targets:
             raise RuntimeError("CUDA error: out of memory")
-        encode(run, *arguments)
 
-    monkeypatch.setattr(features, "_encode", broken)
-    with pytest.raises(UserError, match=f"^{first.id} does not hold .*: RuntimeError: CUDA error: out of memory$"):
-        night.ingest()
+    with (
+        kept_open(FakeCluster(before=break_down).join),
+        pytest.raises(UserError, match=f"^{first.id} does not hold .*: RuntimeError: CUDA error: out of memory$"),
+    ):
+        ingest.run(Lineage(night.store, on_a_cluster(night)), quiet())
     assert night.says(WORD, own.id)
     assert own.published().parts[-1].folder in (night.store.root / "catalog.sql").read_text()
 
@@ -275,17 +278,19 @@ def test_the_catalog_is_written_though_a_run_cannot_be_compacted(
     assert (night.store.root / "catalog.sql").is_file()
 
 
-def test_new_parts_are_encoded_and_checked_as_the_recipe_says(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_parts_are_encoded_and_checked_as_the_recipe_says(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
-    about = {"device": "cpu", "batch_rows": 7, "check_values": 3}
-    recipe, seen = parse_recipe(data | {"features": about}), {}
-    encoder_of, workers, require = features.encoder_of, features._workers, features.checks.require
-    monkeypatch.setattr(features, "encoder_of", lambda *a: encoder_of(*a[:2], seen.setdefault("config", a[2])))
-    monkeypatch.setattr(features, "_workers", lambda config, n: workers(config, seen.setdefault("threads", n)))
-    monkeypatch.setattr(features.checks, "require", lambda *a: require(*a[:3], seen.setdefault("checked", a[3]), a[4]))
+    about = {"device": "cpu", "batch_rows": 7, "check_values": 0}
+    recipe, cluster, bars = parse_recipe(data | {"features": about}), FakeCluster(), set[str]()
+    on_it = recipe.model_copy(update={"cluster": on_a_cluster(night).cluster})
     night.drop(NEW)
-    ingest.run(Lineage(night.store, recipe), quiet())
-    assert (seen["config"], seen["threads"], seen["checked"]) == (recipe.features, recipe.threads, 3)
+    with kept_open(cluster.join):
+        ingest.run(Lineage(night.store, on_it), Progress(verbosity=-1, listener=lambda bar: bars.add(bar.stage)))
+    [work] = [each for each in cluster.works if each.maker.name == "features-encode"]
+    assert work.settings["features"] == recipe.features.model_dump(mode="json")
+    assert work.n_at_once == n_threads(recipe.threads)
+    assert "features" in bars
+    assert "checks" not in bars, "none was asked for"
 
 
 def test_a_disk_without_room_for_the_new_values_is_said_before_they_are_encoded(
@@ -302,62 +307,30 @@ def test_a_disk_without_room_for_the_new_values_is_said_before_they_are_encoded(
         night.ingest()
 
 
-class _Here:
-    """What a cluster is to those who give it parts; the parts are made at once, in this process."""
-
-    n_threads = n_calls = 2
-
-    def __init__(self, store: Store) -> None:
-        self.store, self.made = store, list[str]()
-
-    def each(
-        self, function: str, settings: dict[str, Any], items: Iterable[Any], bar: Any, sizes: Any
-    ) -> Iterator[tuple[Any, Any]]:
-        for item in items:
-            self.made.append(function)
-            yield (
-                item,
-                getattr(features, function.rpartition(".")[2])(self.store.name, json.dumps(settings), item, quiet()),
-            )
+def on_a_cluster(night: Watched) -> Recipe:
+    return parse_recipe(night.recipe.model_dump(mode="json") | {"cluster": {"kind": "local", "n_workers": 2}})
 
 
-def on_a_cluster(night: Watched, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, _Here, list[str]]:
-    """The recipe with a cluster, the cluster, and a word for each time that one is started."""
-    workers, opened = _Here(night.store), list[str]()
-
-    @contextlib.contextmanager
-    def starting(*_: Any) -> Iterator[_Here]:
-        opened.append("opened")
-        workers.client = SimpleNamespace(status="running")  # type: ignore[attr-defined]
-        yield workers
-
-    monkeypatch.setattr(cluster, "_opened", starting)
-    recipe = parse_recipe(night.recipe.model_dump(mode="json") | {"cluster": {"kind": "local", "n_workers": 2}})
-    return recipe, workers, opened
-
-
-def test_workers_encode_what_an_ingest_found_where_the_recipe_has_a_cluster(
-    night: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_encode_what_an_ingest_found_where_the_recipe_has_a_cluster(night: Watched) -> None:
     night.drop(NEW)
     tokens.run(Lineage(night.store, night.recipe), quiet())
     activations.run(Lineage(night.store, night.recipe), quiet())
-    recipe, workers, _ = on_a_cluster(night, monkeypatch)
-    ingest.run(Lineage(night.store, recipe), quiet())
-    assert workers.made == ["pipeline.encode.encode_at"]
+    cluster = FakeCluster()
+    with kept_open(cluster.join):
+        ingest.run(Lineage(night.store, on_a_cluster(night)), quiet())
+    assert [work.maker.name for work in cluster.works] == ["features-encode"]
     assert night.says(WORD)
     assert not night.broken_checks()
 
 
-def test_a_cluster_of_its_own_is_started_once_however_many_blocks_keep_it_open(
-    night: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, _, opened = on_a_cluster(night, monkeypatch)
-    with cluster.kept_open():
+def test_a_cluster_of_its_own_is_started_once_however_many_blocks_keep_it_open(night: Watched) -> None:
+    cluster, config = FakeCluster(), on_a_cluster(night).cluster
+    assert config is not None
+    with kept_open(cluster.join):
         for _ in range(2):
-            with cluster.kept_open(), cluster.workers_of(night.store, recipe, quiet()):
+            with kept_open(), workers_of(night.store, config, quiet()):
                 pass
-    assert opened == ["opened"]
+    assert cluster.n_joined == 1
 
 
 def test_a_stage_holds_a_place_while_it_works_and_an_ingest_of_nothing_new_waits_for_none(night: Watched) -> None:

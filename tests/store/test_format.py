@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.pipeline import encode
+from saeflow.pipeline import compact, encode
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
@@ -73,7 +73,7 @@ def test_running_the_recipe_again_on_an_old_store_works_on_nothing_finished(old:
 
 def test_an_old_store_that_was_merged_is_not_encoded_again(old: Store, recipe: Recipe) -> None:
     store = Store.create(old.root)
-    encode.compact(Lineage(store, recipe), quiet(), enough=2)
+    compact.run(Lineage(store, recipe), quiet(), enough=2)
     before = Lineage(store, recipe).features.published()
     encode.run(Lineage(store, recipe), quiet())
     assert Lineage(store, recipe).features.published() == before

@@ -155,7 +155,7 @@ def read_by_encoder(copied: Finished) -> object:
     run = Ancestors(copied.store, Lineage(copied.store, copied.recipe).features)
     encoder = features.encoder_of(run, run.selection(), copied.recipe.features)
     with quiet().bar("features", None, "tokens") as bar:
-        return [encoder.encode(part, bar) for part in encoder.stored.published().parts]
+        return [features.encode_together([encoder], part, bar)[0] for part in encoder.stored.published().parts]
 
 
 @pytest.mark.parametrize("read", [read_by_feed, read_held_out, read_by_encoder])

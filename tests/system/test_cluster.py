@@ -23,8 +23,10 @@ from distributed import Client
 
 from flows.support.tasks import MOST_TASKS, runs_of
 from saeflow.pipeline import collect, tokens, train
+from saeflow.pipeline import compact as merging
 from saeflow.pipeline import encode as features
-from saeflow.pipeline.dask import workers as cluster
+from saeflow.pipeline.dask import clusters
+from saeflow.pipeline.dask.workers import Workers
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
@@ -156,7 +158,7 @@ def encode(lineage: Lineage, progress: Progress) -> None:
 
 
 def compact(lineage: Lineage, progress: Progress) -> None:
-    features.compact(lineage.members[0], progress)
+    merging.run(lineage.members[0], progress)
 
 
 STAGES: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -172,6 +174,11 @@ def on(dask: Cluster, recipe: Recipe, **settings: Any) -> Recipe:
     return recipe.model_copy(
         update={"cluster": parse_recipe(plain(recipe) | {"cluster": address_of(dask) | settings}).cluster}
     )
+
+
+def workers_of(store: Store, recipe: Recipe) -> contextlib.AbstractContextManager[Workers]:
+    assert recipe.cluster is not None
+    return clusters.workers_of(store, recipe.cluster, quiet())
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -310,7 +317,7 @@ def test_no_worker_within_the_time_that_is_set_is_said(tmp_path: Path, recipe: R
             pytest.raises(
                 UserError, match=r"no worker since 2 s \(cluster\.wait_seconds\)[\s\S]*dask worker tcp://127"
             ),
-            cluster.workers_of(Store(alone.root / "collect"), on(here, recipe, wait_seconds=2), quiet()),
+            workers_of(Store(alone.root / "collect"), on(here, recipe, wait_seconds=2)),
         ):
             pass
         assert time.monotonic() - began < 30
@@ -322,7 +329,7 @@ def test_no_scheduler_within_the_time_that_is_set_is_said(alone: Store, recipe: 
     given = parse_recipe(plain(recipe) | {"cluster": {"address": "tcp://127.0.0.1:9", "wait_seconds": 1}})
     with (
         pytest.raises(UserError, match=r"No Dask scheduler answers at tcp://127\.0\.0\.1:9 within 1 s"),
-        cluster.workers_of(alone, given, quiet()),
+        workers_of(alone, given),
     ):
         pass
 
@@ -347,8 +354,7 @@ def test_workers_do_not_run_the_profiler_that_blocks_python_3_11(dask: Cluster, 
         return bool(dask_worker.periodic_callbacks["profile"].is_running())
 
     profiles.__module__ = "__main__"  # sent by value
-    with cluster.workers_of(Store(alone.root / "tokens"), on(dask, recipe), quiet()) as workers:
-        assert workers is not None
+    with workers_of(Store(alone.root / "tokens"), on(dask, recipe)) as workers:
         assert set(workers.client.run(profiles).values()) == {False}
 
 
@@ -369,7 +375,7 @@ def test_with_a_cluster_of_its_own_kind_a_run_starts_it_and_ends_it(
     store = begun(alone, "collect", tmp_path)
     before = set(psutil.Process().children(recursive=True))
     own = parse_recipe(plain(recipe) | {"cluster": {"kind": "local", "n_workers": 1}})
-    with cluster.kept_open():
+    with clusters.kept_open():
         collect.run(Lineage(store, own), quiet())
         started = {each.pid for each in psutil.Process().children(recursive=True) if each not in before}
         heard = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.pid in started]
@@ -451,7 +457,7 @@ def test_a_kind_whose_package_is_missing_says_what_to_install(
     given = parse_recipe(plain(recipe) | {"cluster": {"kind": kind, "n_workers": 2}})
     with (
         pytest.raises(UserError, match=f"which needs the package {package}. Install it: pip install {package}"),
-        cluster.workers_of(alone, given, quiet()),
+        workers_of(alone, given),
     ):
         pass
 
@@ -460,7 +466,7 @@ def test_options_that_the_class_does_not_know_are_refused_by_its_name(recipe: Re
     given = parse_recipe(plain(recipe) | {"cluster": {"kind": "local", "options": {"colour": "red"}}})
     with (
         pytest.raises(UserError, match=r"cluster\.kind is 'local', but LocalCluster refuses: [\s\S]*cluster\.options"),
-        cluster.workers_of(alone, given, quiet()),
+        workers_of(alone, given),
     ):
         pass
 

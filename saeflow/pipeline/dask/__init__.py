@@ -1,6 +1,8 @@
-"""Parts made by the workers of a Dask cluster. Read `workers` first.
+"""Parts made by the workers of a Dask cluster. Read `clusters` first.
 
-workers  join a cluster and give it parts
-start    start a cluster, or find one
-work     what runs on a worker
+clusters  join a cluster, once a command, and have it make parts
+start     start a cluster, or find one
+fit       whether scheduler and workers have this saeflow and see the store
+workers   give parts to the workers, and hear how far they are
+work      what runs on a worker
 """

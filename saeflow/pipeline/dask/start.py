@@ -15,7 +15,6 @@ from distributed import Client
 
 from saeflow.recipe.cluster import ClusterConfig
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.runtime.threads import n_threads
 
 _CLOSE_SECONDS = 10.0
 
@@ -78,11 +77,14 @@ def _arguments(config: ClusterConfig) -> dict[str, Any]:
     return given | config.options
 
 
-def threads_of_worker(config: ClusterConfig, n_workers: int) -> int:
-    """Threads for one part on one of so many workers that the run has started; 0: as many as the worker sees cores."""
+def threads_of_worker(config: ClusterConfig, n_workers: int, n_cores: int) -> int:
+    """Threads for one part on one of so many workers that the run has started; 0: as many as the worker sees cores.
+
+    Workers that are started on this machine share its cores.
+    """
     match config.starts:
         case "local" | "local-cuda":
-            return max(config.threads_per_worker, n_threads(0) // n_workers)
+            return max(config.threads_per_worker, n_cores // n_workers)
         case "slurm" | "pbs" | "sge" | "lsf":
             return int(config.options.get("cores", config.threads_per_worker))
     return 0

@@ -53,7 +53,7 @@ def run(recipe: Recipe, store: Store) -> dict[str, object]:
     """Seconds, peak memory and the bars of every stage, and what the store holds then."""
     found: dict[str, object] = {}
     lineage = Lineage(store, recipe)
-    for name, stage in pipeline.stages(recipe).items():
+    for name, stage in pipeline.stages_of_run(recipe).items():
         bars = Bars()
         with measure_usage() as taken:
             stage(lineage, Progress(verbosity=-1, listener=bars.hear))

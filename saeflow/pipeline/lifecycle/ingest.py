@@ -8,7 +8,7 @@ from typing import Any
 
 from saeflow.pipeline import encode, import_table, tokens
 from saeflow.pipeline import run as pipeline
-from saeflow.pipeline.dask import workers
+from saeflow.pipeline.dask.clusters import kept_open
 from saeflow.pipeline.lifecycle import retrain
 from saeflow.pipeline.lifecycle.deletions import forget_removed, note_seen
 from saeflow.pipeline.lineage import Lineage
@@ -35,7 +35,7 @@ def run(lineage: Lineage, progress: Progress, place: pipeline.Place = pipeline.a
     store, recipe, held = lineage.store, lineage.recipe, [lineage.tokens, lineage.activations]
     before, trained = _folders(store, held), False
     _keep_lists(held)
-    with workers.kept_open():
+    with kept_open():
         removed = forget_removed(lineage, progress)
         _take_in(lineage, progress, place)
         note_seen(lineage.tokens, removed)
@@ -88,7 +88,7 @@ def _make_run(lineage: Lineage, progress: Progress, place: pipeline.Place) -> bo
     pipeline.run(now, progress, place)
     if now.recipe.is_sweep:
         with place("encode"):
-            pipeline.encode_all(now, progress)
+            pipeline.stages(now.recipe)["encode"](now, progress)
     return True
 
 

@@ -7,12 +7,10 @@ from typing import Any
 
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline import train
-from saeflow.pipeline.dask import workers
+from saeflow.pipeline.dask.clusters import kept_open
 from saeflow.pipeline.lineage import Lineage, n_tokens_seen
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
-
-_LATER = ("encode", "compact", "evaluate", "report")
 
 
 def grown(lineage: Lineage) -> float:
@@ -54,15 +52,13 @@ def run(
         progress.say(f"retrain: the store has grown by {growth:.1%} since the newest SAE ({asked}); nothing to do")
         return {"run": recipe.name, "trained": [], "grown": growth}
     fresh = lineage.anew(fresh=True)
-    with workers.kept_open():
+    with kept_open():
         with place("train"):
             made = train.run_all(fresh, progress)
-        stages = pipeline.stages(recipe)
-        for name in (name for name in _LATER if name in stages):
+        stages = list(pipeline.stages(recipe).items())
+        last = [name for name, _ in stages].index("train")
+        for name, stage in stages[last + 1 :]:
             with place(name):
-                stages[name](fresh, progress)
-        if recipe.is_sweep:
-            with place("encode"):
-                pipeline.encode_all(fresh, progress)
+                stage(fresh, progress)
     runs = [member.features.id for member in fresh.members]
     return {"run": recipe.name, "trained": [each.id for each in made], "grown": growth, "runs": runs}
