@@ -7,6 +7,7 @@ counting       kernels that count values by feature and key
 coactivation   which features fire together
 statistics     the statistics of a part
 files          how values lie in files
+part_encoder   one activation part through one or more SAEs
 part_writer    write one part
 part_merger    write several parts as one
 compaction     merge many parts into few

@@ -154,13 +154,15 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
             skipped(target, progress)
             publish()
             return target
-        make_parts(_work(lineage, missing, publish, progress), lineage.store, recipe.cluster, progress, through)
+        make_parts(_collect_work(lineage, missing, publish, progress), lineage.store, recipe.cluster, progress, through)
         if missing:
             warn_of_massive_positions(target, recipe.activations, progress)
     return target
 
 
-def _work(lineage: Lineage, missing: list[PartRecord], publish: Callable[[], None], progress: Progress) -> PartWork:
+def _collect_work(
+    lineage: Lineage, missing: list[PartRecord], publish: Callable[[], None], progress: Progress
+) -> PartWork:
     """The parts that are missing, once they are known to fit."""
     recipe, target = lineage.recipe, lineage.activations
     collector = open_collector(lineage, missing)

@@ -78,10 +78,10 @@ def merge_parts(
             progress.skip("compact", f"{len(target.published().parts)} parts")
             return
         sizes = replace(sizes, threads=recipe.threads)
-        make_parts(_work(target, used, groups, sizes, recipe.cluster), store, recipe.cluster, progress)
+        make_parts(_merge_work(target, used, groups, sizes, recipe.cluster), store, recipe.cluster, progress)
 
 
-def _work(
+def _merge_work(
     target: Artefact, used: TokenSelection, groups: list[list[PartRecord]], sizes: MergeSettings,
     cluster: ClusterConfig | None,
 ) -> PartWork:  # fmt: skip

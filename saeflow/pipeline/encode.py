@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from saeflow.activations import shards
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction, run_tables
 from saeflow.features.coverage import covered, stands_for
+from saeflow.features.part_encoder import PartEncoder, encode_together, part_inputs
 from saeflow.features.part_merger import MergeSettings
-from saeflow.features.part_writer import PartWriter
-from saeflow.features.token_columns import read_token_columns
-from saeflow.model.sites import Site
 from saeflow.pipeline import train
 from saeflow.pipeline.dask.clusters import kept_open, make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage
@@ -26,12 +18,10 @@ from saeflow.pipeline.parts import PartMaker, PartWork, Records, Through, direct
 from saeflow.query import checks
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import FeaturesConfig
-from saeflow.runtime.devices import choose_device, model_threads, own_stream
+from saeflow.runtime.devices import choose_device, model_threads
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.progress import Bar, Progress
-from saeflow.runtime.threads import use_one_thread
+from saeflow.runtime.progress import Progress
 from saeflow.sae import interchange
-from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
@@ -41,36 +31,10 @@ _BYTES_PER_NONZERO = 8
 
 
 @dataclass
-class Encoder:
-    """Encodes activation parts by one SAE: everything that is needed for each of them."""
-
-    used: TokenSelection
-    stored: Artefact
-    target: Artefact
-    site: Site
-    sae: SparseAutoencoder
-    batch_rows: int
-
-    def rows(self, part: PartRecord, mask: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Selected tokens in order, at most `batch_rows` at once: token_ids (n,), activations (n, D)."""
-        array = shards.open_site(self.stored, part, self.site)
-        length = mask.shape[1]
-        block = array.chunk
-        for start in range(0, len(mask), block):
-            keep = np.flatnonzero(mask[start : start + block])
-            token_ids = (part.counts["first_sequence"] + start) * length + keep
-            values = array.read(slice(start, start + block)).reshape(-1, self.site.width)
-            for at in range(0, len(keep), self.batch_rows):
-                chosen = keep[at : at + self.batch_rows]
-                rows = values[at : at + len(chosen)] if len(keep) == len(values) else values[torch.from_numpy(chosen)]
-                yield token_ids[at : at + len(chosen)], rows
-
-
-@dataclass
 class Encoders(PartMaker, name="features-encode", alone=False, stays=True):
     """Encodes activation parts by several SAEs of one site."""
 
-    of_run: dict[str, Encoder]
+    of_run: dict[str, PartEncoder]
     """By the id of the run that gets the values."""
     parts: dict[int, PartRecord]
     """Activation parts by index."""
@@ -96,37 +60,7 @@ class Encoders(PartMaker, name="features-encode", alone=False, stays=True):
         return dumped({each.target: record for each, record in zip(encoders, records, strict=True)})
 
 
-def encode_together(encoders: Sequence[Encoder], part: PartRecord, bar: Bar) -> list[PartRecord]:
-    """Encode one activation part for several SAEs of its site in one reading, on one thread."""
-    use_one_thread()
-    first = encoders[0]
-    about = read_token_columns(first.used, part.index)
-    mask = about.mask.reshape(-1, first.used.length)
-    inputs = part_inputs(first.used, part)
-    with contextlib.ExitStack() as stack:
-        writers = []
-        for encoder in encoders:
-            counts: dict[str, int] = {}
-            folder = stack.enter_context(encoder.target.new_part(part.index, counts, inputs))
-            writers.append((encoder.sae, PartWriter(folder, counts, about, encoder.sae.config.n_features)))
-        with own_stream(first.sae.W_enc.device):
-            for token_ids, rows in first.rows(part, mask):
-                for sae, writer in writers:
-                    writer.take(token_ids, sae.encode_sparse(rows))
-                bar.advance(len(token_ids))
-        for _, writer in writers:
-            writer.close()
-    return [encoder.target.made[part.index] for encoder in encoders]
-
-
-def part_inputs(used: TokenSelection, part: PartRecord) -> dict[str, str]:
-    """What the values of an activation part follow from."""
-    hidden = used.generation.hidden_digest(part.index)
-    inputs = {"tokens": used.parts[part.index].folder, "activations": part.folder}
-    return inputs | ({"hidden": hidden} if hidden else {})
-
-
-def open_encoder(lineage: Lineage, used: TokenSelection, progress: Progress) -> Encoder:
+def open_encoder(lineage: Lineage, used: TokenSelection, progress: Progress) -> PartEncoder:
     """Make the tables beside the parts, create the artefact, and load the SAE."""
     trained, target = _trained(lineage), lineage.features
     about = lineage.feature_facts | {
@@ -151,11 +85,11 @@ def _config_here(recipe: Recipe | None) -> FeaturesConfig:
     return _config(recipe).model_copy(update=place)
 
 
-def encoder_of(run: Ancestors, used: TokenSelection, config: FeaturesConfig) -> Encoder:
+def encoder_of(run: Ancestors, used: TokenSelection, config: FeaturesConfig) -> PartEncoder:
     """The encoder of a run that exists, from what its record says."""
     sae = interchange.load(run.sae.fetched()).to(choose_device("features.device", config.device))
     sae.prepare()
-    return Encoder(used, run.activations, run.artefact, run.site, sae, config.batch_rows)
+    return PartEncoder(used, run.activations, run.artefact, run.site, sae, config.batch_rows)
 
 
 def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Artefact:
@@ -205,12 +139,12 @@ def run_together(lineages: Sequence[Lineage], progress: Progress, through: Throu
             progress.skip("features", f"{n_values:,} values")
             publish_all()
             return
-        work = _work(encoders, wanted, lacking, first.recipe, publish_all)
+        work = _encode_work(encoders, wanted, lacking, first.recipe, publish_all)
         make_parts(work, store, first.recipe.cluster, progress, through)
 
 
-def _work(
-    encoders: Sequence[Encoder], stored: Sequence[PartRecord], lacking: Mapping[Artefact, Collection[int]],
+def _encode_work(
+    encoders: Sequence[PartEncoder], stored: Sequence[PartRecord], lacking: Mapping[Artefact, Collection[int]],
     recipe: Recipe | None, publish: Callable[[], None],
 ) -> PartWork:  # fmt: skip
     """The activation parts that these runs lack."""
@@ -317,7 +251,7 @@ def refresh(
             _require_room(store, [(run.sae, sum(part.counts["n_tokens"] for part in wanted if part.index in stale))])
         encoder = encoder_of(run, used, _config_here(recipe))
         make_parts(
-            _work([encoder], wanted, {target: stale}, recipe, publish_run),
+            _encode_work([encoder], wanted, {target: stale}, recipe, publish_run),
             store, recipe.cluster if recipe else None, progress,
         )  # fmt: skip
     return sorted(stale)

@@ -86,10 +86,10 @@ def judge(lineage: Lineage, sae: SparseAutoencoder, progress: Progress) -> dict[
 def run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     """Judge the recipe's SAE and keep the figures beside its features."""
     with lineage.features.writing():
-        return _run(lineage, progress)
+        return _measure_run(lineage, progress)
 
 
-def _run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
+def _measure_run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     recipe, run_artefact = lineage.recipe, lineage.features
     path = run_artefact.path / "quality.json"
     known = read_or_empty(path)
@@ -180,7 +180,7 @@ def _language_model(lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, prog
         each = map_in_order(partial(_compared, model, splice, changes), batches, workers)
         sums = list(_counted(each, batches, n_passes, bar))
     means = {name: ratio(math.fsum(batch[name] for batch in sums), n_predicted) for name in sums[0]}
-    return means | _shares(means) | {"n_predicted": n_predicted}
+    return means | _loss_shares(means) | {"n_predicted": n_predicted}
 
 
 def _changes(sae: SparseAutoencoder, mean: Tensor) -> dict[str, Change]:
@@ -191,7 +191,7 @@ def _changes(sae: SparseAutoencoder, mean: Tensor) -> dict[str, Change]:
     }
 
 
-def _shares(means: dict[str, float]) -> dict[str, float]:
+def _loss_shares(means: dict[str, float]) -> dict[str, float]:
     """Of what each ablation costs, in loss and in KL divergence (none without a change), what the SAE recovers."""
     without = {"loss": means["loss"], "kl": 0.0}
     return {

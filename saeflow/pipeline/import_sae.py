@@ -47,7 +47,7 @@ def publish(lineage: Lineage, progress: Progress) -> None:
     sae = interchange.load(found.weights.parent)
     sae.config, sites = lineage.sae_config, lineage.distinct_sites
     progress.say(f"train: importing {found.weights.parent} instead")
-    row = _tried(sae, _first_rows(lineage.selection(), lineage.activations, sites))
+    row = _try_on_sample(sae, _first_rows(lineage.selection(), lineage.activations, sites))
     named = dict(zip(("site", "target_site"), (site.name for site in sites), strict=False))
     theirs = {name: value for name, value in found.metadata.items() if name not in ("saeflow", *named)}
     provenance = {"seconds": time.monotonic() - began, "source": lineage.recipe.sae.source}
@@ -85,7 +85,7 @@ def _first_rows(used: TokenSelection, stored: Artefact, sites: list[Site]) -> li
     return [shards.open_site(stored, part, site).read(sequences).flatten(0, 1)[keep].float() for site in sites]
 
 
-def _tried(sae: SparseAutoencoder, rows: list[Tensor]) -> dict[str, float]:
+def _try_on_sample(sae: SparseAutoencoder, rows: list[Tensor]) -> dict[str, float]:
     firing, sums = Firing(sae.config.n_features), Reconstruction(rows[-1].shape[1])
     sparse = sae.encode_sparse(rows[0])
     firing.add(sparse)

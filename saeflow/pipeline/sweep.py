@@ -37,10 +37,10 @@ def run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     path = folder_of(lineage)
     with store.writing(f"sweeps-{path.name}", f"the table of {lineage.recipe.name}") as lease:
         store.storage.pull_one(path)  # another machine may have judged since this process began
-        return _run(lineage, path, progress, lease)
+        return _judge_and_draw(lineage, path, progress, lease)
 
 
-def _run(lineage: Lineage, path: Path, progress: Progress, lease: Lease) -> dict[str, Any]:
+def _judge_and_draw(lineage: Lineage, path: Path, progress: Progress, lease: Lease) -> dict[str, Any]:
     store, recipe, members = lineage.store, lineage.recipe, lineage.members
     judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(lineage)}
     known = read_or_empty(path / TABLE)
@@ -51,7 +51,7 @@ def _run(lineage: Lineage, path: Path, progress: Progress, lease: Lease) -> dict
         progress.skip("evaluate", f"{len(members)} SAEs in {path}")
         return known
     train.set_threads(recipe)
-    rows = _rows(members, _judged(members, progress))
+    rows = _table_rows(members, _judged(members, progress))
     table = {"format_version": FORMAT_VERSION} | judged | {"saes": rows}
     picture = draw(recipe.name, rows)
     with lease.fence():
@@ -95,7 +95,7 @@ def _judged(members: Sequence[Lineage], progress: Progress) -> list[dict[str, An
     return [figures[number] for number in range(len(members))]
 
 
-def _rows(members: Sequence[Lineage], figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _table_rows(members: Sequence[Lineage], figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     front = pareto([(each["l0"], each["variance_unexplained"]) for each in figures])
     return [
         {

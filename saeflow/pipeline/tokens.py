@@ -54,11 +54,11 @@ def run(lineage: Lineage, progress: Progress) -> Artefact:
         if seen is not None and ledger.is_complete:
             add_provenance(target.path, {"corpus": seen, "corpus_files": about.files})
             target.storage.send(target.path / "provenance.json")
-        progress.say(_summary(ledger, generation))
+        progress.say(_token_summary(ledger, generation))
     return target if ledger.is_complete else run(lineage, progress)
 
 
-def _summary(ledger: Ledger, before: Generation) -> str:
+def _token_summary(ledger: Ledger, before: Generation) -> str:
     found = ledger.n_by_verdict
     said = f"tokens: {found['new']:,} documents are new"
     if before.number:

@@ -200,17 +200,19 @@ def brought(tmp_path_factory):
     return store, recipe, source
 
 
-def encoder_of(brought, stored: Artefact, name: str) -> features.Encoder:
+def encoder_of(brought, stored: Artefact, name: str) -> features.PartEncoder:
     """The one trained SAE before other activations and a new artefact."""
     store, recipe, _ = brought
     source = store.input_of(stored, "tokens")
     target = store.artefact("features", name, "00000000")
     target.create({"context_length": 1, "n_features": recipe.sae.n_features}, [source.id, stored.id, "saes/x-0"])
     sae = interchange.load(Lineage(store, recipe).sae.path)
-    return features.Encoder(TokenSelection(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows)
+    return features.PartEncoder(
+        TokenSelection(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows
+    )
 
 
-def encode_all(encoder: features.Encoder) -> Artefact:
+def encode_all(encoder: features.PartEncoder) -> Artefact:
     with quiet().bar("features", None, "tokens") as bar:
         encoder.target.publish(
             [features.encode_together([encoder], part, bar)[0] for part in encoder.stored.published().parts]

@@ -75,10 +75,10 @@ def look(session: Session, marker: str, dask_worker: Any = None) -> dict[str, An
     found: dict[str, Any] = {"host": platform.node(), "software": software(), "problem": None}
     if found["software"]["saeflow"] != session.saeflow:
         return found | {"problem": other_saeflow(session, found["software"]["saeflow"])}
-    return found | {"problem": _problem(session.store, marker)}
+    return found | {"problem": _why_unfit(session.store, marker)}
 
 
-def _problem(store: str, marker: str) -> str | None:
+def _why_unfit(store: str, marker: str) -> str | None:
     """Why this worker cannot work in the store."""
     try:
         storage = storage_of(store, own_cache)

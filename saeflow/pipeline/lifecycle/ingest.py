@@ -33,7 +33,7 @@ def run(lineage: Lineage, progress: Progress, place: pipeline.Place = pipeline.a
     not be made, after the others have, and where too many documents are gone to be forgotten.
     """
     store, recipe, held = lineage.store, lineage.recipe, [lineage.tokens, lineage.activations]
-    before, trained = _folders(store, held), False
+    before, trained = _published_folders(store, held), False
     _keep_lists(held)
     with kept_open():
         removed = forget_removed(lineage, progress)
@@ -49,7 +49,7 @@ def run(lineage: Lineage, progress: Progress, place: pipeline.Place = pipeline.a
     failed = [f"{name} does not hold the new documents yet: {why}" for name, why in waiting.items()]
     if removed.refusal or failed:
         raise UserError("\n".join(filter(None, [removed.refusal, *failed])))
-    return _summary(lineage, held, before) | {
+    return _ingest_summary(lineage, held, before) | {
         "n_removed": removed.n, "trained": trained, "grown": retrain.grown(lineage.anew()),
     }  # fmt: skip
 
@@ -121,7 +121,7 @@ def following(lineage: Lineage) -> list[Artefact]:
     return [run for run in every if run in own or run not in old]
 
 
-def _folders(store: Store, held: list[Artefact]) -> dict[str, set[str]]:
+def _published_folders(store: Store, held: list[Artefact]) -> dict[str, set[str]]:
     """The published parts of what an ingest adds parts to."""
     found = {}
     for each in (*held, *encode.runs_over(store, held[1])):
@@ -130,8 +130,8 @@ def _folders(store: Store, held: list[Artefact]) -> dict[str, set[str]]:
     return found
 
 
-def _summary(lineage: Lineage, held: list[Artefact], before: dict[str, set[str]]) -> dict[str, Any]:
-    now = _folders(lineage.store, held)
+def _ingest_summary(lineage: Lineage, held: list[Artefact], before: dict[str, set[str]]) -> dict[str, Any]:
+    now = _published_folders(lineage.store, held)
     fresh = {name: folders - before.get(name, set()) for name, folders in now.items()}
     new = [part for part in held[0].published().parts if part.folder in fresh[held[0].id]]
     return {

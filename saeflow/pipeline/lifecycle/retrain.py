@@ -28,11 +28,11 @@ def _grown(lineage: Lineage) -> float:
     stored, trained = lineage.activations, lineage.sae
     if not trained.complete():
         return math.inf
-    now, then = stored.published().total("n_train_tokens"), _n_seen(stored, trained)
+    now, then = stored.published().total("n_train_tokens"), _n_tokens_trained_on(stored, trained)
     return now / then - 1 if then else math.inf
 
 
-def _n_seen(stored: Artefact, trained: Artefact) -> int:
+def _n_tokens_trained_on(stored: Artefact, trained: Artefact) -> int:
     """Tokens for training that the store held when the SAE was trained."""
     if (known := n_tokens_seen(trained)) is not None:
         return known

@@ -1,0 +1,79 @@
+"""One activation part to feature parts: the values of one or more SAEs, written as they are computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeflow.activations import shards
+from saeflow.corpus.selection import TokenSelection
+from saeflow.features.part_writer import PartWriter
+from saeflow.features.token_columns import read_token_columns
+from saeflow.model.sites import Site
+from saeflow.runtime.devices import own_stream
+from saeflow.runtime.progress import Bar
+from saeflow.runtime.threads import use_one_thread
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.store.artefact import Artefact
+from saeflow.store.records import PartRecord
+
+
+@dataclass
+class PartEncoder:
+    """Encodes activation parts by one SAE: everything that is needed for each of them."""
+
+    used: TokenSelection
+    stored: Artefact
+    target: Artefact
+    site: Site
+    sae: SparseAutoencoder
+    batch_rows: int
+
+    def rows(self, part: PartRecord, mask: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Selected tokens in order, at most `batch_rows` at once: token_ids (n,), activations (n, D)."""
+        array = shards.open_site(self.stored, part, self.site)
+        length = mask.shape[1]
+        block = array.chunk
+        for start in range(0, len(mask), block):
+            keep = np.flatnonzero(mask[start : start + block])
+            token_ids = (part.counts["first_sequence"] + start) * length + keep
+            values = array.read(slice(start, start + block)).reshape(-1, self.site.width)
+            for at in range(0, len(keep), self.batch_rows):
+                chosen = keep[at : at + self.batch_rows]
+                rows = values[at : at + len(chosen)] if len(keep) == len(values) else values[torch.from_numpy(chosen)]
+                yield token_ids[at : at + len(chosen)], rows
+
+
+def encode_together(encoders: Sequence[PartEncoder], part: PartRecord, bar: Bar) -> list[PartRecord]:
+    """Encode one activation part for several SAEs of its site in one reading, on one thread."""
+    use_one_thread()
+    first = encoders[0]
+    about = read_token_columns(first.used, part.index)
+    mask = about.mask.reshape(-1, first.used.length)
+    inputs = part_inputs(first.used, part)
+    with contextlib.ExitStack() as stack:
+        writers = []
+        for encoder in encoders:
+            counts: dict[str, int] = {}
+            folder = stack.enter_context(encoder.target.new_part(part.index, counts, inputs))
+            writers.append((encoder.sae, PartWriter(folder, counts, about, encoder.sae.config.n_features)))
+        with own_stream(first.sae.W_enc.device):
+            for token_ids, rows in first.rows(part, mask):
+                for sae, writer in writers:
+                    writer.take(token_ids, sae.encode_sparse(rows))
+                bar.advance(len(token_ids))
+        for _, writer in writers:
+            writer.close()
+    return [encoder.target.made[part.index] for encoder in encoders]
+
+
+def part_inputs(used: TokenSelection, part: PartRecord) -> dict[str, str]:
+    """What the values of an activation part follow from."""
+    hidden = used.generation.hidden_digest(part.index)
+    inputs = {"tokens": used.parts[part.index].folder, "activations": part.folder}
+    return inputs | ({"hidden": hidden} if hidden else {})
