@@ -33,9 +33,9 @@ class Store:
     overlap: Overlap = field(compare=False)
     """What writers do if another run holds the lease."""
 
-    def __init__(self, root: str | Path | Storage, overlap: Overlap = "refuse") -> None:
+    def __init__(self, storage: str | Path | Storage, overlap: Overlap = "refuse") -> None:
         """Take a folder, URL or opened storage, with the records as this process saw them last."""
-        object.__setattr__(self, "storage", root if isinstance(root, Storage) else storage_of(root))
+        object.__setattr__(self, "storage", storage if isinstance(storage, Storage) else storage_of(storage))
         object.__setattr__(self, "overlap", overlap)
 
     @classmethod

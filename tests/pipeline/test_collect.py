@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
@@ -28,8 +27,8 @@ from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
-from saeflow.store import store
 from saeflow.store.files import checksum
+from saeflow.store.storage.folder import Folder
 from saeflow.store.store import Store
 from tests.support.small_pipeline import (
     CONTEXT_LENGTH,
@@ -163,7 +162,7 @@ def test_collecting_goes_on_after_any_number_of_finished_parts_to_the_same_bytes
 def test_a_flipped_byte_is_noticed_when_it_is_read(tmp_path, finished):
     usual = Lineage(finished.store, finished.recipe).activations
     shutil.copytree(usual.path, tmp_path / "activations" / usual.path.name)
-    copy = dataclasses.replace(usual, root=tmp_path)
+    copy = Store(tmp_path).by_id(usual.id)
     shards = copy.part_path(copy.published().parts[0]) / f"{SITE}.zarr" / "c"
     path = next(path for path in shards.rglob("*") if path.is_file())
     content = bytearray(path.read_bytes())
@@ -186,7 +185,7 @@ def test_a_flipped_byte_is_noticed_where_a_shard_is_read_in_part(tmp_path):
     content = bytearray(shard.read_bytes())
     content[10] ^= 4
     shard.write_bytes(content)
-    whole = SimpleNamespace(part_path=lambda part: tmp_path, objects=None)
+    whole = SimpleNamespace(part_path=lambda part: tmp_path, storage=Folder(tmp_path))
     with pytest.raises(UserError, match="checksum"):
         arrays.open_site(whole, None, Site(SITE, 4)).read(slice(0, 2))
 
@@ -283,10 +282,14 @@ def test_documents_that_are_all_empty_store_no_rows(tmp_path, ingredients, progr
     assert stored(artefact).shape == (0, CONTEXT_LENGTH, WIDTH)
 
 
-def test_too_little_disk_is_refused_before_work_with_both_numbers(with_tokens, ingredients, progress, monkeypatch):
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+class NearlyFull(Folder):
+    def free_bytes(self):
+        return 5000
+
+
+def test_too_little_disk_is_refused_before_work_with_both_numbers(with_tokens, ingredients, progress):
     with pytest.raises(UserError, match=r"activations of 1 site.* needs about 2\d\d\.\d KiB, but .* has 4\.9 KiB free"):
-        collected(with_tokens, ingredients, progress)
+        collected(Store(NearlyFull(with_tokens.root)), ingredients, progress)
     assert with_tokens.artefacts("activations") == []
 
 

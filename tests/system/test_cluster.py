@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -388,7 +388,7 @@ def test_with_a_cluster_of_its_own_kind_a_run_starts_it_and_ends_it(
 
 def test_two_attempts_at_a_part_in_folders_of_their_own_leave_one_part(tmp_path: Path) -> None:
     def attempt() -> Artefact:
-        return Artefact(tmp_path, "features", "run", "00000000", shared=True)
+        return replace(Store(tmp_path).artefact("features", "run", "00000000"), shared=True)
 
     one, other = attempt(), attempt()
     with contextlib.ExitStack() as stack:
@@ -403,7 +403,7 @@ def test_two_attempts_at_a_part_in_folders_of_their_own_leave_one_part(tmp_path:
 
 
 def test_a_damaged_part_is_replaced_by_an_attempt(tmp_path: Path) -> None:
-    target = Artefact(tmp_path, "features", "run", "00000000", shared=True)
+    target = replace(Store(tmp_path).artefact("features", "run", "00000000"), shared=True)
     for _ in range(2):
         with target.new_part(3, {"n": 1}) as folder:
             (folder / "file").write_text("whole")
