@@ -2,6 +2,7 @@
 
 python -m tests.benchmarks.before_after CHECKOUT            five alternations
 python -m tests.benchmarks.before_after CHECKOUT --quick    two, smaller sizes
+python -m tests.benchmarks.before_after CHECKOUT CHECKOUT   with itself: how far ratios are from 1 by chance
 
 Each alternation starts a process for either checkout. Every case runs once in both before it is timed in both, so
 that imports and compilation are left out and two timings that are compared lie seconds apart; who goes first changes.
@@ -102,13 +103,15 @@ Pair = tuple[dict[str, float], dict[str, float]]
 """What a case took before and after."""
 
 
-def alternation(checkouts: Sequence[Path], folder: Path, about: dict[str, Any], turned: bool) -> dict[str, Pair]:
-    """Run every case before and after, in new processes."""
+def alternation(
+    checkouts: Sequence[Path], cases: Sequence[str], folder: Path, about: dict[str, Any], turned: bool
+) -> dict[str, Pair]:
+    """Run the cases before and after, in new processes."""
     found: dict[str, Pair] = {}
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(Side(path, folder / str(i), about)) for i, path in enumerate(checkouts)]
         order = [1, 0] if turned else [0, 1]
-        for case in CASES:
+        for case in cases:
             for i in order:
                 sides[i](case)
             taken = {i: sides[i](case) for i in order}
@@ -131,6 +134,10 @@ def name(case: str) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("checkout", type=lambda text: Path(text).resolve(), nargs="?", help="the state before")
+    parser.add_argument(
+        "after", type=lambda text: Path(text).resolve(), nargs="?", default=ROOT, help="the state after; default: this"
+    )
+    parser.add_argument("--only", choices=CASES, action="append", help="one case; may be repeated")
     parser.add_argument("--quick", action="store_true", help="under a minute, smaller sizes")
     return parser.parse_args()
 
@@ -141,14 +148,15 @@ def main() -> None:
         reason = "no checkout to compare with was named"
         report("before_after", [Bar(name(case), ASKED, ">=", None, reason=reason) for case in CASES])
         return
-    size = QUICK if asked.quick else FULL
-    found: dict[str, list[Pair]] = {case: [] for case in CASES}
+    size, cases = QUICK if asked.quick else FULL, asked.only or CASES
+    found: dict[str, list[Pair]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory(prefix="saeflow-before-after-", dir=ROOT / "data") as temporary:
         folder = Path(temporary)
         about = asdict(size) | {"recipes": recipes(folder, size)}
         for number in range(size.alternations):
             print(f"alternation {number + 1} of {size.alternations}", flush=True)
-            for case, pair in alternation((asked.checkout, ROOT), folder, about, number % 2 == 1).items():
+            checkouts = asked.checkout, asked.after
+            for case, pair in alternation(checkouts, cases, folder, about, number % 2 == 1).items():
                 found[case].append(pair)
     bars = [Bar(name(case), ASKED, ">=", *ratio(pairs, "seconds")) for case, pairs in found.items()]
     cpu = {case: ratio(pairs, "cpu_seconds")[0] for case, pairs in found.items()}
