@@ -247,7 +247,7 @@ def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("value", "dtype", "says"),
     [
-        (float("nan"), "float16", r"part 0, row 11 \(position 4, neuron 5\) is nan; nothing of this part was stored"),
+        (float("nan"), "float16", r"part 0, row 11 \(position 4, neuron 5\) is nan\. Nothing of this part was stored"),
         (float("inf"), "float32", r"part 0, row 11 \(position 4, neuron 5\) is inf"),
         (
             -70000.0,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from saeflow.pipeline import import_table, sweep, train
+from saeflow.pipeline import encode, import_table, sweep, train
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
@@ -83,7 +83,7 @@ def test_a_sweep_lists_the_saes_of_the_store_once_for_all_of_them(grids: tuple[S
         lineage = Lineage(*grids)
         train.run_all(lineage, quiet())
         sweep.run(lineage, quiet())
-        pipeline.encode_all(lineage, quiet())
+        encode.run_all(lineage, quiet())
     assert folders.count(str(grids[0].root / "saes")) == 1
 
 
