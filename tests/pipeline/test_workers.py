@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -107,11 +108,13 @@ def dask(tmp_path: Path) -> Iterator[InThreads]:
     arguments = {"processes": False, "dashboard_address": "127.0.0.1:0", "protocol": "tcp", "host": "127.0.0.1"}
     for known in (FakeParts.begun, FakeParts.behave, FakeParts.waits):
         known.clear()
+    searched = sys.path.copy()
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, **arguments) as started,
         Client(started, set_as_default=False) as one,
     ):
         yield InThreads(started, one, Store.create(tmp_path / "fakes"))
+    sys.path[:] = searched  # workers have added their folders
 
 
 @pytest.fixture
