@@ -216,12 +216,13 @@ BIG = """
 import resource, sys
 from pathlib import Path
 from saeflow.pipeline import import_table
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 data = {"name": "big", "activations": {"source": sys.argv[1], "part_rows": 400_000}, "threads": 1}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-import_table.run(Store.create(sys.argv[2]), parse_recipe(data), Progress(verbosity=-1))
+import_table.run(Lineage(Store.create(sys.argv[2]), parse_recipe(data)), Progress(verbosity=-1))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
