@@ -15,7 +15,7 @@ from saeflow.runtime.errors import UserError, first_line
 RowBlock = tuple[np.ndarray, list[str] | None]
 """Numbers (n, D) of any numeric type, and one label per row if the table has labels."""
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 """Bytes to read at once, counted as float32."""
 
 READ_FAILURES = (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError, zlib.error,
