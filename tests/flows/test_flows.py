@@ -24,7 +24,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
-from prefect.testing.utilities import prefect_test_harness
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.collect import collect_as_tasks
 from flows.encode import encode_as_tasks, encode_flow
@@ -46,6 +46,7 @@ from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 from tests.conftest import Finished
 from tests.support.fake_cluster import Watched
+from tests.support.prefect_server import prefect_server
 from tests.support.small_pipeline import (
     Ingredients,
     a_table,
@@ -63,8 +64,9 @@ pytestmark = pytest.mark.filterwarnings("default")  # Prefect's own
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
+def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    home = tmp_path_factory.mktemp("server")
+    with prefect_server(home) as server, temporary_settings({PREFECT_API_URL: server.api, PREFECT_HOME: home}):
         yield
 
 
