@@ -16,13 +16,14 @@ from types import FrameType
 from typing import Any
 
 ROOT, MODULE, FUNCTION, *ARGUMENTS = sys.argv[1:]
+OURS = tuple(f"{ROOT}/{folder}/" for folder in ("saeflow", "flows"))
 calls: set[tuple[str, str]] = set()
 lookups: list[str] = []
 
 
 def file_of(frame: FrameType | None) -> str:
-    """The file, below the checkout, of a frame or of the nearest one that called it from there."""
-    while frame is not None and not frame.f_code.co_filename.startswith(ROOT):
+    """The file, below the checkout, of a frame of ours or of the nearest one that called it from there."""
+    while frame is not None and not frame.f_code.co_filename.startswith(OURS):
         frame = frame.f_back
     return frame.f_code.co_filename[len(ROOT) + 1 :] if frame else ""
 
@@ -32,7 +33,7 @@ def note(frame: FrameType, event: str, _: Any) -> None:
     if event != "call" or not code.co_flags & inspect.CO_OPTIMIZED:
         return
     is_lineage = code.co_name == "__init__" and type(frame.f_locals.get("self")).__name__ == "Lineage"
-    if code.co_filename.startswith(ROOT):
+    if code.co_filename.startswith(OURS):
         calls.add((file_of(frame.f_back), file_of(frame)))
         is_lookup = code.co_varnames[: code.co_argcount] == ("store", "recipe")
         if is_lookup or is_lineage:
