@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -78,6 +77,8 @@ def synth_command(
 
     Example: `saeflow synth flows/recipes/synth.toml --set train.n_tokens=1_000_000`
     """
+    import json
+
     settings = read_recipe(recipe, set_, member)
     require_known(settings)
     opened = create_store(store, settings, quiet)

@@ -72,7 +72,9 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
     text = Template((sql_folder() / "sources.sql").read_text("utf-8"))
     rows = literal([other.row(run) for other in every])
     shape = {name: literal(value) for name, value in run.shape.items()}
-    found = relations(run.files, run.left_out) | ({"labels": labels_relation(run.labels)} if run.labels else {})
+    found = relations(run.files, run.left_out, run.hidden)
+    if run.labels:
+        found["labels"] = labels_relation(run.labels)
     return text.substitute(found, runs=rows, hidden=literal(list(run.hidden)), encoded=run.encoded, **shape)
 
 

@@ -27,8 +27,11 @@ _TYPES = {
 _OPTIONAL = {**PART_TABLES, **RUN_TABLES, "labels": LABELS}
 
 
-def relations(files: Files, left_out: Ranges = ()) -> dict[str, str]:
-    """Return SQL for each table of a run, without values in the ranges of token_id `left_out`, both ends included."""
+def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -> dict[str, str]:
+    """Return SQL for each table of a run, without values in the ranges of token_id `left_out`, both ends included.
+
+    Statistics there still count the tokens of the `hidden` documents: entries and sources of these alone are left out.
+    """
     found = {
         "tokens": _read_files(files["tokens"]),
         "documents": _read_files(files["documents"], "union_by_name = true"),
@@ -39,7 +42,16 @@ def relations(files: Files, left_out: Ranges = ()) -> dict[str, str]:
     for table, schema in _OPTIONAL.items():
         options = "filename = true" if table == "feature_stats" else ""
         found[table] = _read_files(files[table], options) if files.get(table) else _no_rows(schema)
-    return found
+    return found | (_without_secrets(found, hidden) if left_out else {})
+
+
+def _without_secrets(found: Mapping[str, str], hidden: Sequence[int]) -> dict[str, str]:
+    """Return the statistics that name entries and sources, without those that only hidden documents have."""
+    shown = f"document_id not in (select unnest({literal(list(hidden))}::bigint[]))"
+    entries = f"vocab_id in (select vocab_id from {found['tokens']} where mask and {shown})"
+    sources = f"source is null or source in (select source from {found['documents']} where {shown})"
+    kept = {"feature_vocab": entries, "feature_sources": sources, "encoded_tokens": sources}
+    return {table: f"(select * from {found[table]} where {condition})" for table, condition in kept.items()}
 
 
 def _read_files(paths: Sequence[str], options: str = "") -> str:

@@ -83,10 +83,11 @@ class Artefact(Publication):
             self.read_again(waited=False)
             if self.complete():
                 raise self.overtaken()
-            if self.path.exists():  # damaged: the caller found files missing
+            if self.path.exists() or self.storage.names_below(self.path):  # damaged, or left by a killed run
+                self.require_lease()
                 self.remove(self.path)
             names = [*(file.name for file in files), "provenance.json"]
-            if not self.storage.put_whole(folder, self.path, names, "artefact.json"):
+            if not self.storage.put_whole(folder, self.path, names, "artefact.json", self.require_lease):
                 raise self.overtaken()
             self.__dict__.pop("record", None)
 

@@ -295,6 +295,29 @@ def test_what_a_compacted_run_still_holds_of_a_forgotten_document_is_not_shown(c
     assert every / 2 < kept < every
 
 
+def test_entries_and_sources_that_only_a_forgotten_document_has_are_not_shown(copied, monkeypatch):
+    compacted(copied)
+    monkeypatch.setattr(encode, "refresh", lambda *_: [])
+    found = (
+        "select any_value(key) as key, vocab_id, any_value(source) as source from tokens "
+        "join (select distinct vocab_id, source from stg_feature_vocab, stg_feature_sources) using (vocab_id, source) "
+        "group by vocab_id having count(distinct key) = 1 order by key"
+    )
+    with contextlib.closing(connect(copied.store)) as connection:
+        secret = query(connection, found).to_pylist()[0]
+        sql = "select key from documents where source = ?"
+        keys = query(connection, sql, [secret["source"]]).column(0).to_pylist()
+    forget(copied.store, keys, quiet())
+    with contextlib.closing(connect(copied.store)) as connection:
+        for view, column in {
+            "stg_feature_vocab": "vocab_id", "feature_kind": "vocab_id",
+            "stg_feature_sources": "source", "stg_encoded_tokens": "source",
+        }.items():  # fmt: skip
+            shown = query(connection, f"select distinct {column} from {view}").column(0).to_pylist()
+            assert shown
+            assert secret[column] not in shown
+
+
 def test_several_saes_encoded_in_one_reading_are_those_of_their_own_runs(finished, tmp_path):
     names = {"one": {}, "two": {"sae": {"k": 2}}, "three": {"sae": {"architecture": "topk"}}}
     stores = [Store(tmp_path / name) for name in ("together", "apart")]

@@ -438,15 +438,54 @@ def test_an_sae_of_another_machine_is_never_overwritten(machines: Machines) -> N
     assert (two.fetched() / "weights").read_text() == "first"
 
     class Overtaken(Bucket):
-        def send_as(self, pairs: Iterable[tuple[Path, Path]]) -> None:
+        def put_new(self, path: Path, source: Path | None = None) -> bool:
             """Another machine's record comes between the look and ours."""
-            super().send_as(pairs)
-            obstore.put(machines.objects.store, "saes/y-00000000/artefact.json", b"theirs")
+            if path.name == "artefact.json":
+                obstore.put(machines.objects.store, "saes/y-00000000/artefact.json", b"theirs")
+            return super().put_new(path, source)
 
     three = machines.store("three", Overtaken).artefact("saes", "y", "00000000")
     with pytest.raises(UserError, match="has published saes/y-00000000 since"), three.writing():
         an_sae(three, "third")
     assert machines.content("saes/y-00000000/artefact.json") == b"theirs"
+
+
+def test_of_two_machines_that_send_an_sae_at_once_the_later_one_overwrites_nothing(machines: Machines) -> None:
+    two = machines.store("two").artefact("saes", "x", "00000000")
+
+    class Halted(Objects):
+        """Another machine publishes the same SAE between this one's look and its first file."""
+
+        halted = False
+
+        def upload(self, path: Path, key: str) -> str:
+            self.meanwhile(key)
+            return super().upload(path, key)
+
+        def put(self, key: str, content: bytes, tag: str | None) -> str | None:
+            self.meanwhile(key)
+            return super().put(key, content, tag)
+
+        def meanwhile(self, key: str) -> None:
+            if key.startswith("saes/") and not self.halted:
+                self.halted = True
+                an_sae(two, "second")
+
+    objects = Halted("memory:///")
+    objects.store = machines.objects.store
+    one = Store.at(Bucket(objects, machines.folder / "one")).artefact("saes", "x", "00000000")
+    with pytest.raises(UserError, match="has published saes/x-00000000 since"), one.writing():
+        an_sae(one, "first")
+    assert machines.content("saes/x-00000000/weights") == b"second"
+    assert (machines.store("three").artefact("saes", "x", "00000000").fetched() / "weights").read_text() == "second"
+
+
+def test_files_that_a_killed_run_has_sent_of_an_sae_are_replaced(machines: Machines) -> None:
+    obstore.put(machines.objects.store, "saes/x-00000000/weights", b"half")
+    target = machines.store("here").artefact("saes", "x", "00000000")
+    with target.writing():
+        an_sae(target, "whole")
+    assert machines.content("saes/x-00000000/weights") == b"whole"
 
 
 def test_a_look_at_the_store_leaves_alone_what_a_run_of_this_machine_has_not_sent_yet(machines: Machines) -> None:

@@ -111,7 +111,7 @@ def test_a_folder_holds_no_more_than_can_be_seen_at_once():
 
 HEAVY = [
     "torch", "transformers", "numba", "numpy", "duckdb", "pyarrow", "zarr", "pydantic", "prefect", "dask",
-    "distributed", "obstore", "fsspec",
+    "distributed", "obstore", "fsspec", "json", "psutil", "xxhash",
 ]  # fmt: skip
 
 

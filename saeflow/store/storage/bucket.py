@@ -30,6 +30,9 @@ from saeflow.store.storage.objects import ObjectBytes, Objects
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+_ONE_REQUEST = 1 << 30
+"""Bytes of the largest file that is held in memory to be sent."""
+
 _SENDERS = 4
 """Files of a part on their way at once."""
 
@@ -163,8 +166,16 @@ class Bucket(Storage):
         else:
             shutil.rmtree(folder)
 
-    def put_whole(self, folder: Path, target: Path, names: Iterable[str], last: str) -> bool:
-        self._send_folder(folder, target, names)
+    def put_whole(
+        self, folder: Path, target: Path, names: Iterable[str], last: str, require_lease: Callable[[], None]
+    ) -> bool:
+        """A file too large for one request goes in pieces, which no store compares with what is there."""
+        for name in names:
+            if (folder / name).stat().st_size > _ONE_REQUEST:
+                self._send_folder(folder, target, [name])
+            elif not self.put_new(target / name, folder / name):
+                return False
+        require_lease()
         if not self.put_new(target / last, folder / last):
             return False
         shutil.rmtree(target, ignore_errors=True)

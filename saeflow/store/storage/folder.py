@@ -104,7 +104,9 @@ class Folder(Storage):
                 raise
             shutil.rmtree(folder)
 
-    def put_whole(self, folder: Path, target: Path, names: Iterable[str], last: str) -> bool:
+    def put_whole(
+        self, folder: Path, target: Path, names: Iterable[str], last: str, require_lease: Callable[[], None]
+    ) -> bool:
         rename(folder, target)
         return True
 

@@ -136,8 +136,13 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def put_whole(self, folder: Path, target: Path, names: Iterable[str], last: str) -> bool:
-        """Make a filled folder the artefact `target`, with the file `last` after the others; False if one is there."""
+    def put_whole(
+        self, folder: Path, target: Path, names: Iterable[str], last: str, require_lease: Callable[[], None]
+    ) -> bool:
+        """Make a filled folder the artefact `target`, the file `last` after the others. Files of others are kept.
+
+        Return False if another file has one of the names.
+        """
 
     @abstractmethod
     def put_new(self, path: Path) -> bool:
