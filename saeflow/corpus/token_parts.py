@@ -158,6 +158,7 @@ def write_tables(
             use_dictionary=["vocab_id"],
             column_encoding={"token_id": "DELTA_BINARY_PACKED", "document_id": "DELTA_BINARY_PACKED"},
         )
+        pa.default_memory_pool().release_unused()  # the next table would be written beside freed pages of this one
         pq.write_table(documents, folder / "documents.parquet", compression="zstd")
         pq.write_table(vocab_blocks(table), folder / "vocab_blocks.parquet", compression="none", row_group_size=128)
     return target.made[index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +68,26 @@ def _letters_of_bytes() -> dict[str, int]:
 _BYTES_BY_LETTER = _letters_of_bytes()
 
 
-def write_vocab(path: Path, pieces: Iterable[str], raw: Iterable[bytes], special: Iterable[int] = ()) -> None:
-    """Write the vocabulary as Parquet, holding one row group in memory.
+def write_vocab(
+    path: Path, pieces: Iterable[str], raw: Sequence[bytes] | None = None, special: Iterable[int] = ()
+) -> None:
+    """Write the vocabulary as Parquet, holding one row group in memory. By default `raw` is `pieces` in UTF-8.
 
     `special` are the vocab_ids of entries that are not text, such as the end of a document.
     """
-    marked = np.array(sorted(special), np.int64)
-    pairs, n = zip(pieces, raw, strict=True), 0
+    marked, left, n = np.array(sorted(special), np.int64), iter(pieces), 0
     with replacing(path) as temporary, pq.ParquetWriter(temporary, _VOCABULARY_SCHEMA, compression="zstd") as file:
-        while (batch := list(itertools.islice(pairs, _VOCABULARY_ROW_GROUP))) or not n:
+        while (batch := list(itertools.islice(left, _VOCABULARY_ROW_GROUP))) or not n:
             numbers = np.arange(n, n + len(batch))
-            columns = [
-                pa.array(numbers, pa.int32()),
-                pa.array([piece for piece, _ in batch], pa.string()),
-                pa.array([content for _, content in batch], pa.binary()),
-                pa.array(np.isin(numbers, marked)),
-            ]
+            text = pa.array(batch, pa.string())
+            content = text.cast(pa.binary()) if raw is None else pa.array(raw[n : n + len(batch)], pa.binary())
+            columns = [pa.array(numbers, pa.int32()), text, content, pa.array(np.isin(numbers, marked))]
             file.write_table(pa.Table.from_arrays(columns, schema=_VOCABULARY_SCHEMA), _VOCABULARY_ROW_GROUP)
             n += len(batch)
             if not batch:
                 break
+
+    pa.default_memory_pool().release_unused()
 
 
 _VOCABULARY_ROW_GROUP = 1 << 17

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from saeflow.activations.epoch import fit_pool
@@ -93,23 +93,15 @@ class _Table:
     pieces: list[str] | None
 
     def write_vocab(self, source: Artefact) -> None:
-        names = (
-            partial(row_labels.row_names_in_text_order, self.rows.n_rows)
-            if self.pieces is None
-            else partial(iter, self.pieces)
-        )
-        write_vocab(source.path / "vocab.parquet", names(), (name.encode() for name in names()))
+        names = row_labels.row_names_in_text_order(self.rows.n_rows) if self.pieces is None else self.pieces
+        write_vocab(source.path / "vocab.parquet", names)
 
-    @cached_property
-    def place(self) -> dict[str, int]:
-        return {piece: i for i, piece in enumerate(self.pieces or ())}
-
-    def vocab_ids(self, names: list[str], start: int) -> np.ndarray:
+    def vocab_ids(self, labels: list[str], numbers: np.ndarray) -> np.ndarray:
         """int32 (n, 1)"""
         if self.pieces is None:
-            places = row_labels.places_in_text_order(np.arange(start, start + len(names)), self.rows.n_rows)
+            places = row_labels.places_in_text_order(numbers, self.rows.n_rows)
         else:
-            places = np.array([self.place[name] for name in names])
+            places = pc.index_in(pa.array(labels), pa.array(self.pieces)).to_numpy()
         return places.astype(np.int32)[:, None]
 
 
@@ -129,16 +121,19 @@ def _bring_part(
         "first_sequence": start, "n_sequences": n, "n_train_sequences": n, "first_document": start,
         "n_documents": n, "n_tokens": n, "n_train_tokens": n,
     }  # fmt: skip
-    names: list[str] = []
+    labels: list[str] = []
+    n_read = 0
     where = PartRecord(index=index, counts=counts, files=[])
     with target.new_part(index, counts) as folder:
         writer = open_writer(folder / site.file, plan_layout(n, 1, site.width, about), about)
         for values, found in table.reader.read(start, start + n):
-            writer.append(to_disk_precision(torch.from_numpy(values)[:, None], about, where, len(names)))
-            names += found or [row_labels.row_name(start + len(names) + i) for i in range(len(values))]
+            writer.append(to_disk_precision(torch.from_numpy(values)[:, None], about, where, n_read))
+            labels += found or ()
+            n_read += len(values)
             bar.advance(len(values))
         writer.close()
     numbers = np.arange(start, start + n)
+    names = labels or map(row_labels.row_name, numbers.tolist())
     documents = pa.table(
         {
             "document_id": numbers, "key": [f"{name} #{i}" for i, name in zip(numbers, names, strict=True)],
@@ -146,4 +141,4 @@ def _bring_part(
             "n_tokens": np.ones(n, np.int64), "first_token_id": numbers,
         }
     )  # fmt: skip
-    token_parts.write_part(source, index, counts, Packed(table.vocab_ids(names, start), numbers[:, None]), documents)
+    token_parts.write_part(source, index, counts, Packed(table.vocab_ids(labels, numbers), numbers[:, None]), documents)

@@ -20,7 +20,6 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
 from saeflow.store.records import Generation
 from saeflow.store.store import Store
-from saeflow.train.training import CHECKPOINT
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +227,8 @@ def n_tokens_seen(trained: Artefact) -> int | None:
 
 def _half_trained(store: Store, name: str) -> set[str]:
     """Fingerprints of the SAEs of this name that have a checkpoint."""
+    from saeflow.train.training import CHECKPOINT  # loads Numba: half a second and 60 MiB
+
     found = store.storage.work_with(CHECKPOINT)
     matches = (re.fullmatch(rf"saes-{re.escape(name)}-([0-9a-f]{{8}})\.checkpoint", each) for each in found)
     return {match[1] for match in matches if match}

@@ -240,18 +240,19 @@ def test_more_samples_are_appended_and_fewer_take_nothing_away(tmp_path, progres
 
 
 BIG = """
-import resource, sys
+import sys
 from saeflow.pipeline import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
+from saeflow.runtime.memory import peak_bytes  # ru_maxrss would begin with that of the parent
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 made = {"kind": "superposed", "n_samples": 300_000, "n_neurons": 512, "n_true": 1000, "l0": 4}
 recipe = parse_recipe({"name": "big", "activations": {"synthetic": made, "part_rows": 300_000}, "threads": 1})
 store = Store.create(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 import_table.run(Lineage(store, recipe), Progress(verbosity=-1))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak_bytes() - before) / (1 << 20))
 """
 
 

@@ -52,7 +52,7 @@ def _tokens(store: Store, n_tokens: int, part_tokens: int) -> Artefact:
     source = store.artefact("tokens", "made", f"{n_tokens:08x}"[:8])
     source.create({"context_length": LENGTH, "packing": "concatenated"})
     pieces = [f" w{i}" for i in range(N_VOCAB)]
-    write_vocab(source.path / "vocab.parquet", pieces, [piece.encode() for piece in pieces])
+    write_vocab(source.path / "vocab.parquet", pieces)
     first, n_documents, made = 0, 0, []
     with source.writing():
         for index, start in enumerate(range(0, n_tokens, part_tokens)):

@@ -213,17 +213,18 @@ def test_names_of_rows_are_placed_in_text_order(n_rows):
 
 
 BIG = """
-import resource, sys
+import sys
 from pathlib import Path
 from saeflow.pipeline import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
+from saeflow.runtime.memory import peak_bytes  # ru_maxrss would begin with that of the parent
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 data = {"name": "big", "activations": {"source": sys.argv[1], "part_rows": 400_000}, "threads": 1}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 import_table.run(Lineage(Store.create(sys.argv[2]), parse_recipe(data)), Progress(verbosity=-1))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak_bytes() - before) / (1 << 20))
 """
 
 

@@ -141,7 +141,7 @@ class Many:
     def _make_tokens(self) -> None:
         os.makedirs(self.tokens.path, exist_ok=True)
         pieces = [f" w{i}" for i in range(4096)]
-        write_vocab(self.tokens.path / "vocab.parquet", pieces, [piece.encode() for piece in pieces])
+        write_vocab(self.tokens.path / "vocab.parquet", pieces)
         self.tokens.create(self.lineage.token_facts, files=["vocab.parquet"])
         self._publish(self.tokens, self.token_parts(0, self.n_parts))
 
