@@ -21,7 +21,7 @@ from saeflow.recipe.settings import ActivationsConfig
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import Bytes
 from saeflow.store.records import Damaged, PartRecord
-from saeflow.store.storage.interface import Storage
+from saeflow.store.storage.folder import Storage
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 

@@ -7,7 +7,6 @@ summary       what a run prints at its end
 synth         train on made activations, and score
 store         list, show, check, forget, clear
 ask           questions and SQL
-prompt        the prompt of `saeflow sql`
 label         labels and the catalog
 serve         keep pipelines going with Prefect
 doctor        what this machine has

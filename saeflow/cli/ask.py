@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from saeflow.query.questions import Question
+
 
 ask_commands = typer.Typer()
 
@@ -202,7 +205,7 @@ def sql_command(
 
     reply = Reply(format, output, limit)
     if script:
-        from saeflow.query.definitions import script_of_run
+        from saeflow.query.catalog import script_of_run
 
         return _write_text(script_of_run(existing_store(store), run), output)
     with connection_to(store, run) as connection:
@@ -220,8 +223,6 @@ def sql_command(
 
 def _answer_prompt(answer: Callable[[str], None]) -> None:
     """Answer statements as they are typed. An error ends only the statement."""
-    from saeflow.cli.prompt import typed_statements
-
     for statement in typed_statements():
         try:
             answer(statement)
@@ -261,3 +262,46 @@ def doctor_command(store: StoreOption = None) -> None:
     out.print(table)
     for problem in doctor.problems():
         out.print(problem, markup=False, style="yellow")
+
+
+SHORTHANDS = {
+    ".tables": "select distinct table_name from duckdb_columns() where schema_name = current_schema() order by all",
+    ".questions": "select distinct function_name as question, parameters from duckdb_functions() "
+    "where schema_name = current_schema() and function_type = 'table_macro' order by all",
+}
+"""Words that may be typed instead of a statement, and the statements they stand for."""
+
+
+def typed_statements() -> Iterator[str]:
+    """Yield the statements that a person types, each ended by a semicolon, until Ctrl-D."""
+    err.print("Type a select and end it with ; — .tables and .questions list what there is, Ctrl-D leaves.")
+    with _history():
+        typed = ""
+        while True:
+            try:
+                typed += input("saeflow> " if not typed else "      -> ") + "\n"
+            except EOFError:
+                return
+            if typed.rstrip().endswith(";") or typed.strip() in SHORTHANDS:
+                yield SHORTHANDS.get(typed.strip(), typed.strip())
+                typed = ""
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Enable arrow keys, and recall of what was typed in earlier sessions, if this Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "saeflow" / "history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(1000)
+            readline.write_history_file(path)

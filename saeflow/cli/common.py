@@ -88,7 +88,7 @@ def read_recipe(path: Path, changes: list[str] | None, member: str | None = None
     """Read a recipe with settings changed as KEY=VALUE, or one SAE of its sweep."""
     import tomllib
 
-    from saeflow.recipe.load import load_recipe
+    from saeflow.recipe.recipe import load_recipe
 
     overrides = {}
     for change in changes or []:

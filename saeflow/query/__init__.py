@@ -3,13 +3,12 @@
 ask            ask a question or run SQL
 questions      the named questions and their arguments
 runs           the runs of a store, and the files each is made of
-definitions    the SQL that makes the runs askable
 connection     DuckDB with that SQL loaded, and nothing else to read
 relations      lists of files as SQL
 labels         labels of features
 label_import   labels from Neuronpedia, delphi and other tools
 checks         SQL that returns rows only if something is wrong
-catalog        `catalog.sql`: the runs for DuckDB alone
+catalog        the SQL that makes the runs askable, here or as `catalog.sql`
 first_answers  three questions to ask first
 api            the Python API
 """

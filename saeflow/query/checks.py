@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import duckdb
 import pyarrow as pa
 
+from saeflow.query.catalog import sql_folder
 from saeflow.query.connection import connect_parts
-from saeflow.query.definitions import sql_folder
 from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress

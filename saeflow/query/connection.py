@@ -11,7 +11,7 @@ from typing import Any
 
 import duckdb
 
-from saeflow.query.definitions import DUCKDB_SETTINGS, MANY_FILES, definitions, source_views, staging
+from saeflow.query.catalog import DUCKDB_SETTINGS, MANY_FILES, definitions, source_views, staging
 from saeflow.query.relations import identifier, literal, unglobbed
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
 from saeflow.runtime.text import brief, sanitise

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from saeflow.query.definitions import sql_folder
+from saeflow.query.catalog import sql_folder
 from saeflow.query.relations import identifier, literal
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.suggest import did_you_mean

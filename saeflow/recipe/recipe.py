@@ -1,7 +1,8 @@
-"""The recipe: everything a run needs, as one validated model."""
+"""The recipe: everything a run needs, as one validated model, mostly read from a TOML file."""
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError, mo
 
 from saeflow.recipe.cluster import ClusterConfig, by_address
 from saeflow.recipe.schedule import ScheduleConfig
-from saeflow.recipe.section import RECIPE_NAME, PathFromRecipe, Section
+from saeflow.recipe.section import RECIPE_NAME, PathFromRecipe, Section, message_of
 from saeflow.recipe.settings import (
     ActivationsConfig,
     CorpusConfig,
@@ -23,7 +24,6 @@ from saeflow.recipe.settings import (
     TrainConfig,
 )
 from saeflow.recipe.sweep import SweepConfig, member_name_of, settings_by_name, settings_with_effect
-from saeflow.recipe.validation_errors import message_of
 from saeflow.runtime.errors import UserError
 
 
@@ -171,3 +171,20 @@ def set_setting(data: dict[str, Any], dotted: str, value: object) -> None:
     for section in sections:
         data = data.setdefault(section, {})
     data[key] = value
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Read a recipe. Relative paths in it count from its folder.
+
+    `overrides` replace values by dotted name, e.g. `{"sae.k": 16}`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No recipe at {path}. Write one with `saeflow init {path}`.")
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}.") from error
+    for dotted, value in overrides.items():
+        set_setting(data, dotted, value)
+    return parse_recipe(data, str(path), path.resolve().parent)

@@ -1,12 +1,14 @@
-"""What every section of a recipe is made of: its base class, and kinds of values that several sections have."""
+"""What every section of a recipe is made of: its base class, kinds of values, and what is wrong with one, in words."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
+
+from saeflow.runtime.suggest import nearest
 
 RECIPE_NAME = r"^[a-z0-9][a-z0-9_]*$"
 """What a recipe may be called."""
@@ -48,3 +50,49 @@ PathOrHubName = Annotated[str, AfterValidator(_from_recipe_if_there)]
 """A path that counts from the recipe's folder if it leads to something; otherwise a name on a hub."""
 PathsFromRecipe = Annotated[list[PathFromRecipe], BeforeValidator(_one_or_many)]
 Names = Annotated[list[str], BeforeValidator(_one_or_many)]
+
+
+Location = tuple[int | str, ...]
+
+
+def message_of(error: Any, recipe: type[BaseModel]) -> str:
+    """Return one of pydantic's error records as a message."""
+    location: Location = error["loc"]
+    name = ".".join(map(str, location))
+    if error["type"] == "extra_forbidden":
+        known = list(_section_at(location[:-1], recipe).model_fields)
+        return f"unknown key {name}. {_nearest(str(location[-1]), known)}"
+    if error["type"] == "missing":
+        return f"{name} is missing. {_description(location, recipe)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    return f"{name} is {error['input']!r}, but: {message[:1].lower()}{message[1:]}. {_description(location, recipe)}"
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = nearest(key, known, n=1)
+    return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, perhaps as `Section | None`; None if it holds something else."""
+    choices = (annotation, *get_args(annotation))
+    return next((each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)), None)
+
+
+def _section_at(location: Location, recipe: type[BaseModel]) -> type[BaseModel]:
+    """The innermost section that a location leads to."""
+    section = recipe
+    for part in location:
+        field = section.model_fields.get(str(part))
+        inner = section_of(field.annotation) if field else None
+        if inner is None:
+            break
+        section = inner
+    return section
+
+
+def _description(location: Location, recipe: type[BaseModel]) -> str:
+    field = _section_at(location[:-1], recipe).model_fields.get(str(location[-1]))
+    return (field.description or "") if field else ""

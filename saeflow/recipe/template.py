@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ByteSize
 
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.validation_errors import section_of
+from saeflow.recipe.section import section_of
 from saeflow.runtime.text import human_bytes
 
 _HEAD = """\

@@ -18,8 +18,7 @@ from typing import Any
 
 from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
-from saeflow.store.lease_slot import Slot
-from saeflow.store.owner import Owner
+from saeflow.store.lease_slot import Owner, Slot
 
 log = logging.getLogger(__name__)
 

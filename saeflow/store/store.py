@@ -20,8 +20,7 @@ from saeflow.store.files import make_folder
 from saeflow.store.lease import Lease, hold_lease
 from saeflow.store.records import KINDS, Kind, damaged, read_checked, write_checked
 from saeflow.store.storage.bucket import Bucket, cache_folder
-from saeflow.store.storage.folder import Folder
-from saeflow.store.storage.interface import Storage
+from saeflow.store.storage.folder import Folder, Storage
 from saeflow.store.storage.objects import Objects
 
 

@@ -24,8 +24,7 @@ from saeflow.pipeline import import_table
 from saeflow.pipeline.identity import table_facts
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import fingerprint
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.recipe import Recipe, load_recipe, parse_recipe
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress

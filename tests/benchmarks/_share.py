@@ -19,7 +19,7 @@ from flows.pipeline import pipeline_flow
 from saeflow.pipeline import collect, compact, encode, evaluate, import_table, report, run, sweep, tokens, train
 from saeflow.pipeline.parts import Executor, Item, Made, PartWork, Tally, Through
 from saeflow.query import catalog
-from saeflow.recipe.load import load_recipe
+from saeflow.recipe.recipe import load_recipe
 
 FUNCTIONS = (
     (tokens, "run"), (import_table, "run"), (train, "run_all"), (compact, "run"), (evaluate, "run"), (report, "run"),

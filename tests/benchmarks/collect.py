@@ -26,8 +26,7 @@ from saeflow.model.sites import SiteReader
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import Executor
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import map_in_order
 from saeflow.store.store import Store

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from saeflow.pipeline.lineage import Lineage
-from saeflow.recipe.load import load_recipe
+from saeflow.recipe.recipe import load_recipe
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report

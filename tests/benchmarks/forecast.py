@@ -15,8 +15,7 @@ from typing import Any
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.forecast import estimate as forecast
 from saeflow.pipeline.lineage import Lineage
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report

@@ -32,8 +32,7 @@ from safetensors.torch import load_file
 from saeflow.activations.synthetic import superposition
 from saeflow.activations.synthetic.ground_truth import GroundTruth
 from saeflow.cli.synth import Synth, print_scores, train_and_score
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.recipe.settings import Architecture, SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress

@@ -28,8 +28,7 @@ from saeflow.pipeline import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.report import active_sets
 from saeflow.pipeline.train import Training, fit, open_feed
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.store.store import Store

@@ -27,8 +27,7 @@ from saeflow import __version__
 from saeflow.cli import app as cli
 from saeflow.cli.store import state_of
 from saeflow.query.questions import Question, questions
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.runtime.text import human_bytes
 from saeflow.store.storage.folder import Folder
 from saeflow.store.store import Store

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from saeflow.cli import synth
 from saeflow.cli.app import app
 from saeflow.cli.synth import print_scores, train_and_score
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import parse_recipe
+from saeflow.recipe.recipe import load_recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.sae.recovery import Scores
 from saeflow.store.store import Store

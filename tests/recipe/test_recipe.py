@@ -8,8 +8,7 @@ import re
 import pytest
 
 from saeflow.recipe.fingerprint import fingerprint
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import parse_recipe
+from saeflow.recipe.recipe import load_recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.template import template
 from saeflow.runtime.errors import UserError

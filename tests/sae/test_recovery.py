@@ -16,7 +16,7 @@ from torch import Tensor
 from saeflow.activations.sparse_values import SparseValues, values_above_zero
 from saeflow.activations.synthetic import superposition, toy_models
 from saeflow.activations.synthetic.ground_truth import GroundTruth
-from saeflow.recipe.load import load_recipe
+from saeflow.recipe.recipe import load_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.sae.autoencoder import SparseAutoencoder

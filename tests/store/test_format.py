@@ -17,8 +17,7 @@ from saeflow.query.ask import ask
 from saeflow.query.checks import check
 from saeflow.query.connection import connect
 from saeflow.recipe.fingerprint import FORMAT_VERSION
-from saeflow.recipe.load import load_recipe
-from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.store.files import read_json
 from saeflow.store.garbage import collect_garbage
 from saeflow.store.store import Store

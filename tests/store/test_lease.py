@@ -21,8 +21,7 @@ import pytest
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.lease import acquire, hold_lease, is_free
-from saeflow.store.lease_slot import FileSlot, Slot
-from saeflow.store.owner import Owner, machine_name, start_time
+from saeflow.store.lease_slot import FileSlot, Owner, Slot, machine_name, start_time
 from saeflow.store.records import Kind
 from saeflow.store.storage.bucket import BucketSlot
 from saeflow.store.storage.objects import Objects

@@ -39,7 +39,7 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.records import Damaged
 from saeflow.store.storage.bucket import Bucket, cache_folder
 from saeflow.store.storage.duckdb_files import BucketFiles
-from saeflow.store.storage.listing import Listing
+from saeflow.store.storage.local_copy import Listing
 from saeflow.store.storage.objects import Found, Objects
 from saeflow.store.store import Store
 from saeflow.train.group import TrainingGroup

@@ -21,8 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.runtime.progress import Progress
-from saeflow.store.lease_slot import Slot
-from saeflow.store.owner import Owner
+from saeflow.store.lease_slot import Owner, Slot
 
 WIDTH = 32
 """Neurons of one MLP layer of the model: the width of the site that recipes read."""

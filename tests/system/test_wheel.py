@@ -64,7 +64,7 @@ def test_the_wheel_carries_code_flows_recipes_sql_and_the_licence(installed: Ins
 
 def test_the_wheel_is_what_runs(installed: Installed) -> None:
     where = (
-        "import saeflow, flows; from saeflow.query.definitions import sql_folder; "
+        "import saeflow, flows; from saeflow.query.catalog import sql_folder; "
         "print(saeflow.__file__, flows.__file__, sql_folder())"
     )
     for path in installed.run("python", "-c", where).split():

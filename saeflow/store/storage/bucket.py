@@ -19,12 +19,10 @@ import xxhash
 
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, rename, replacing
-from saeflow.store.lease_slot import Slot
-from saeflow.store.owner import Owner
+from saeflow.store.lease_slot import Owner, Slot
 from saeflow.store.records import FileRecord, damaged
-from saeflow.store.storage.interface import Storage
-from saeflow.store.storage.listing import Listings
-from saeflow.store.storage.local_copy import LocalCopy, is_own
+from saeflow.store.storage.folder import Storage
+from saeflow.store.storage.local_copy import Listings, LocalCopy, is_own
 from saeflow.store.storage.objects import ObjectBytes, Objects
 
 if TYPE_CHECKING:

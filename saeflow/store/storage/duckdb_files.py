@@ -11,7 +11,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from saeflow.store.storage.interface import Storage
+from saeflow.store.storage.folder import Storage
 
 _CACHED_BYTES, _N_CACHED = 256 << 10, 256
 """Small reads go through a cache of 64 MiB, because DuckDB asks for the ends of Parquet files again and again."""

@@ -1,4 +1,9 @@
-"""A store in a folder: a local disk, or a file system that several machines share."""
+"""What every storage of a store can do, and the folder. Nothing above `store/` knows which storage a store has.
+
+Files are named by their path below `root`, a folder of this machine. A `Folder` keeps them there: on a local disk, or a
+file system that several machines share. For a `Bucket` that folder stands for the objects: it holds the records, and
+the tables that were asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,188 @@ import contextlib
 import os
 import shutil
 import stat
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
 
-from saeflow.store.files import FileBytes, checksum, flush_tree, remove, rename, replacing
+from saeflow.store.files import Bytes, FileBytes, checksum, flush_tree, remove, rename, replacing
+from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import FileSlot, Slot
-from saeflow.store.records import FileRecord
-from saeflow.store.storage.interface import Storage
+from saeflow.store.records import FileRecord, Generation
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+
+
+class Storage(ABC):
+    """The files of one store, as one process has opened it."""
+
+    n_readers: ClassVar[int]
+    """Files to read at once so that the storage is kept busy."""
+    has_locks: ClassVar[bool]
+    """True if nobody else publishes inside a slot's `guard`. Otherwise records are compared as they are replaced."""
+    asks_a_server: ClassVar[bool]
+    """True if a look into a small file is a request over the network."""
+    duckdb_needs: ClassVar[tuple[str, ...]] = ()
+    """Lines that say what a DuckDB shell needs before it reads the store's files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.holds: defaultdict[str, list[Hold]] = defaultdict(list)
+        """Leases that this process holds, by artefact: every object of an artefact shares them."""
+        self.lists: WeakValueDictionary[tuple[str, int, str], Generation] = WeakValueDictionary()
+        """Lists of parts that are in use, by artefact, number and checksum: a long one takes seconds to read."""
+        self._slots: dict[Path, Slot] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Storage) and other.root == self.root
+
+    def __hash__(self) -> int:
+        return hash(self.root)
+
+    @property
+    def name(self) -> str:
+        """What `--store` calls the store: its path or URL."""
+        return str(self.root)
+
+    def location(self, path: Path) -> str:
+        """Return what anybody can call a file: its path or URL."""
+        return str(path)
+
+    def shell_name(self, path: Path) -> str:
+        """Return what a shell on this machine calls a file."""
+        return str(path)
+
+    def pull(self) -> None:  # noqa: B027
+        """Bring the records of every artefact here as they are now."""
+
+    def pull_one(self, folder: Path) -> None:  # noqa: B027
+        """Bring the records of one artefact, whose lease the caller holds, here; drop what a killed run never sent."""
+
+    def list_again(self) -> None:  # noqa: B027
+        """See from now on what other machines have written and removed."""
+
+    @abstractmethod
+    def size(self, path: str) -> int | None:
+        """Return the bytes of a file; None if it is missing. Cheap: a store has millions of files."""
+
+    @abstractmethod
+    def checksum(self, path: Path) -> str:
+        """Return the xxh3_128 of a file as it is stored now."""
+
+    @abstractmethod
+    def footprint(self, path: Path) -> tuple[int, float]:
+        """Return the bytes of a file, or of all below a folder, and when it was last written, in seconds since 1970."""
+
+    @abstractmethod
+    def names_below(self, folder: Path) -> set[str]:
+        """Return the names of all files below a folder, relative to it."""
+
+    def names_in(self, folder: Path) -> set[str]:
+        """Return the names of files and folders right below a folder."""
+        return {name.partition("/")[0] for name in self.names_below(folder)}
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Return the free space; None if the storage tells nobody."""
+
+    def fetch(self, path: Path, fresh: bool = False) -> Path:
+        """Return the path of a file, after bringing it here if it is not, or anew. May raise FileNotFoundError."""
+        return path
+
+    def fetch_recorded(self, path: Path, files: Callable[[], Iterable[FileRecord]]) -> Path:
+        """Return the path of a file that is here in the size that its record, among `files`, says.
+
+        Raises Damaged if the storage gives another file than was recorded. A missing file is left to its reader.
+        """
+        return path
+
+    @abstractmethod
+    def open(self, path: Path) -> Bytes:
+        """Open a file to read ranges of it. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def zarr(self, path: Path) -> Any:
+        """Return an array as zarr opens it."""
+
+    def register(self, connection: DuckDBPyConnection) -> None:  # noqa: B027
+        """Let a DuckDB connection read the store's files by their locations."""
+
+    def send(self, *paths: Path) -> None:  # noqa: B027
+        """Store files that were written below `root`."""
+
+    @abstractmethod
+    def put_part(
+        self, folder: Path, target: Path, names: Iterable[str], is_whole: Callable[[], bool], keep: bool
+    ) -> None:
+        """Make a filled work folder the part `target`, its record last. `is_whole`: asks whether an equal part is
+        there.
+
+        `keep`: the files are small and soon read again, so they stay on this machine.
+        """
+
+    @abstractmethod
+    def put_whole(
+        self, folder: Path, target: Path, names: Iterable[str], last: str, require_lease: Callable[[], None]
+    ) -> bool:
+        """Make a filled folder the artefact `target`, the file `last` after the others. Files of others are kept.
+
+        Return False if another file has one of the names.
+        """
+
+    def put_new(self, path: Path) -> bool:
+        """Store a file of this machine unless another one has its name; False if so."""
+        return True
+
+    @abstractmethod
+    def put_if_unchanged(self, path: Path, content: bytes) -> None:
+        """Replace a record if it is still the one that was last read here. Raises UserError if somebody was quicker."""
+
+    @abstractmethod
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder, wherever it is."""
+
+    def keep(self, folder: Path, number: int, last: str) -> None:  # noqa: B027
+        """Store a folder of work in progress as its version `number`, the file `last` after the others."""
+
+    def bring_back(self, folder: Path, last: str) -> None:  # noqa: B027
+        """Bring the newest whole version of a folder that was kept here, if there is one."""
+
+    def work_with(self, last: str) -> set[str]:
+        """Return the names of folders in tmp/ in which a whole version of some folder was kept."""
+        return {path.parts[-3] for path in (self.root / "tmp").glob(f"*/*/{last}")}
+
+    def work_names(self) -> set[str]:
+        """Return the names of files and folders in tmp/."""
+        return {path.name for path in (self.root / "tmp").glob("*")}
+
+    def work_footprint(self, path: Path) -> tuple[int, float]:
+        """Return the bytes of a file or folder in tmp/, and when the newest of it was written."""
+        n_bytes, written = 0, 0.0
+        for each in (path, *path.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                about = each.stat()
+                n_bytes, written = n_bytes + (0 if each.is_dir() else about.st_size), max(written, about.st_mtime)
+        return n_bytes, written
+
+    @abstractmethod
+    def new_slot(self, path: Path) -> Slot:
+        """Return a place for a lease."""
+
+    def slot(self, name: str) -> Slot:
+        """Return the place of the lease of this name: one object, which remembers since when the lease is unchanged."""
+        path = self._lease_path(name)
+        return self._slots.setdefault(path, self.new_slot(path))
+
+    def locked(self, name: str, seconds: float = 60) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes of this machine out of the block. Raises UserError if one stays in it."""
+        return FileSlot(self._lease_path(name)).guard(seconds)
+
+    def _lease_path(self, name: str) -> Path:
+        return self.root / "tmp" / "locks" / f"{name}.lease"
 
 
 class Folder(Storage):
@@ -25,25 +201,6 @@ class Folder(Storage):
     n_readers = 2
     has_locks = True
     asks_a_server = False
-
-    @property
-    def name(self) -> str:
-        return str(self.root)
-
-    def location(self, path: Path) -> str:
-        return str(path)
-
-    def shell_name(self, path: Path) -> str:
-        return str(path)
-
-    def pull(self) -> None:
-        pass
-
-    def pull_one(self, folder: Path) -> None:
-        pass
-
-    def list_again(self) -> None:
-        pass
 
     def size(self, path: str) -> int | None:
         try:
@@ -70,23 +227,11 @@ class Folder(Storage):
     def free_bytes(self) -> int | None:
         return shutil.disk_usage(self.root).free
 
-    def fetch(self, path: Path, fresh: bool = False) -> Path:
-        return path
-
-    def fetch_recorded(self, path: Path, files: Callable[[], Iterable[FileRecord]]) -> Path:
-        return path
-
     def open(self, path: Path) -> FileBytes:
         return FileBytes(path)
 
     def zarr(self, path: Path) -> Any:
         return path
-
-    def register(self, connection: DuckDBPyConnection) -> None:
-        pass
-
-    def send(self, *paths: Path) -> None:
-        pass
 
     def put_part(
         self, folder: Path, target: Path, names: Iterable[str], is_whole: Callable[[], bool], keep: bool
@@ -110,9 +255,6 @@ class Folder(Storage):
         rename(folder, target)
         return True
 
-    def put_new(self, path: Path) -> bool:
-        return True
-
     def put_if_unchanged(self, path: Path, content: bytes) -> None:
         """Replace a record. The caller's lock keeps others away."""
         with replacing(path) as temporary:
@@ -120,12 +262,6 @@ class Folder(Storage):
 
     def remove(self, path: Path) -> None:
         remove(path)
-
-    def keep(self, folder: Path, number: int, last: str) -> None:
-        pass
-
-    def bring_back(self, folder: Path, last: str) -> None:
-        pass
 
     def new_slot(self, path: Path) -> Slot:
         return FileSlot(path)
