@@ -277,8 +277,7 @@ def _share_of_today(text: str | None) -> tuple[int, int] | None:
 
 
 def _run_checks(store: Store) -> list[tuple[str, int]]:
-    from saeflow.query.checks import check
-    from saeflow.query.connection import connect
+    from saeflow.query.connection import check, connect
     from saeflow.query.runs import runs
 
     broken = []

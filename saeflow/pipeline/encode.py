@@ -15,7 +15,7 @@ from saeflow.pipeline import train
 from saeflow.pipeline.dask.clusters import kept_open, make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.pipeline.parts import PartMaker, PartWork, Records, Through, directly, dumped, shared
-from saeflow.query import checks
+from saeflow.query.connection import require_checks
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.devices import choose_device, model_threads
@@ -205,7 +205,7 @@ def publish(
         raise UserError(f"Part {min(lost)} of {target.id} is gone since it was encoded. Run the same command again.")
     known = {part.folder for part in generation.parts} if generation else set()
     fresh = [part for part in parts if part.folder not in known]
-    checks.require(store, target, fresh, _config(recipe).check_values, progress)
+    require_checks(store, target, fresh, _config(recipe).check_values, progress)
     target.publish(parts)
 
 

@@ -3,11 +3,10 @@
 ask            ask a question or run SQL
 questions      the named questions and their arguments
 runs           the runs of a store, and the files each is made of
-connection     DuckDB with that SQL loaded, and nothing else to read
+connection     DuckDB with that SQL loaded, nothing else to read, and the checks
 relations      lists of files as SQL
 labels         labels of features
 label_import   labels from Neuronpedia, delphi and other tools
-checks         SQL that returns rows only if something is wrong
 catalog        the SQL that makes the runs askable, here or as `catalog.sql`
 first_answers  three questions to ask first
 api            the Python API

@@ -1,7 +1,11 @@
-"""A DuckDB connection with the runs of a store. It reads their published files and nothing else on the machine."""
+"""A DuckDB connection with the runs of a store, and the checks of `sql/checks` over it.
+
+A connection reads published files and nothing else on the machine.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -10,10 +14,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
-from saeflow.query.catalog import DUCKDB_SETTINGS, MANY_FILES, definitions, source_views, staging
+from saeflow.query.catalog import DUCKDB_SETTINGS, MANY_FILES, definitions, source_views, sql_folder, staging
 from saeflow.query.relations import identifier, literal, unglobbed
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.progress import Progress
+from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
@@ -111,3 +119,57 @@ def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None
     connection.execute(f"set allowed_paths = {literal(allowed)}")
     connection.execute("set enable_external_access = false")
     connection.execute("set lock_configuration = true")
+
+
+def check(connection: duckdb.DuckDBPyConnection, limit: int = 1000) -> list[tuple[str, pa.Table]]:
+    """Return each check with the rows that break it, at most `limit` of them. No rows is good."""
+    paths = sorted((sql_folder() / "checks").glob("*.sql"))
+    return [(path.stem, _offending_rows(connection, path.read_text("utf-8"), path.stem, limit)) for path in paths]
+
+
+def _offending_rows(connection: duckdb.DuckDBPyConnection, sql: str, name: str, limit: int) -> pa.Table:
+    try:
+        return connection.sql(sql).limit(limit).to_arrow_table()
+    except QUERY_ERRORS as error:
+        if is_of_system(error):
+            raise
+        raise UserError(f"{name} failed.\n{message(error)}") from error
+
+
+def parts_to_check(parts: Sequence[PartRecord], most_values: int) -> list[PartRecord]:
+    """Return the last of these parts, with at most `most_values` values together, but at least one part; none if 0."""
+    found: list[PartRecord] = []
+    for part in reversed(parts):
+        n_values = sum(each.counts["n_values"] for each in [*found, part])
+        if most_values == 0 or (found and n_values > most_values):
+            break
+        found.append(part)
+    return found[::-1]
+
+
+def require_checks(
+    store: Store, target: Artefact, parts: Sequence[PartRecord], most_values: int, progress: Progress
+) -> None:
+    """Check finished parts of a run before they are published.
+
+    If they break a check, removes them, so that the next run makes them again, and raises UserError.
+    """
+    taken = parts_to_check(parts, most_values)
+    if not taken:
+        return
+    n_values = sum(part.counts["n_values"] for part in taken)
+    with (
+        progress.bar("checks", n_values, "values") as bar,
+        contextlib.closing(connect_parts(store, target, taken)) as db,
+    ):
+        broken = [f"{name} ({len(rows)} rows)" for name, rows in check(db) if len(rows)]
+        bar.advance(n_values)
+    if not broken:
+        return
+    for part in parts:
+        target.remove(target.part_path(part))
+    raise UserError(
+        f"The parts just encoded for {target.id} break {len(broken)} checks: {', '.join(broken)}.\n"
+        "They were removed, and none was published. Look for a failing disk or memory (saeflow verify --full), then "
+        "run the same command again."
+    )

@@ -148,20 +148,17 @@ class Slot(ABC):
     def read(self) -> tuple[Owner | None, Any]:
         """Return the owner, None if nobody holds the lease, and the tag."""
 
-    @abstractmethod
     def guard(self) -> contextlib.AbstractContextManager[None]:
         """Keep others from taking the lease inside the block, if the storage has locks."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
         """Write the owner if the content is still the tag's. Return whether that was so, and the new tag."""
 
-    @abstractmethod
     def beat(self, owner: Owner, tag: Any) -> tuple[bool, Any]:
-        """Write a sign of life of the owner if it still holds the lease.
-
-        Return whether that was so, and the new tag.
-        """
+        """Write a sign of life of the owner if it still holds the lease. Return as `swap` does."""
+        return self.swap(owner, tag)
 
     def watch(self) -> tuple[Owner | None, Any, float]:
         """Return the owner, the tag, and since when the content is known to be unchanged."""

@@ -142,24 +142,19 @@ class Generation:
 
 
 def generation_table(generation: Generation) -> pa.Table:
-    """The table of a generation: one row a part."""
-    with _no_collection():
-        return _listed(generation)
-
-
-def _listed(generation: Generation) -> pa.Table:
+    """Return the table of a generation: one row a part."""
     parts = generation.parts
-    hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
     document = pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())])
-    return pa.table(
-        {
+    with _no_collection():
+        hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
+        columns = {
             "part_index": [part.index for part in parts],
             "folder": [part.folder for part in parts],
             "n_bytes": pa.array([part.n_bytes for part in parts], pa.int64()),
             "record": [part.model_dump_json() for part in parts],
             "hidden": pa.array(hidden, pa.list_(document)),
         }
-    )
+        return pa.table(columns)
 
 
 def read_generation(path: Path, number: int) -> Generation:

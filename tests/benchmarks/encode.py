@@ -40,7 +40,7 @@ from saeflow.model.sites import choose_site
 from saeflow.pipeline import compact as merging
 from saeflow.pipeline import encode, import_table, train
 from saeflow.pipeline.lineage import Lineage
-from saeflow.query import checks
+from saeflow.query.connection import require_checks
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.linear import fast_dtype
@@ -126,7 +126,7 @@ def check(store: Store, recipe: Recipe) -> float:
     """Tokens/s of the checks that an encoding ends with, over all that `stage` left."""
     target = Lineage(store, recipe).features
     parts, began = target.published().parts, time.perf_counter()
-    checks.require(store, target, parts, sum(part.counts["n_values"] for part in parts), QUIET)
+    require_checks(store, target, parts, sum(part.counts["n_values"] for part in parts), QUIET)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 

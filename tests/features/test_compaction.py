@@ -28,8 +28,7 @@ from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord

@@ -21,10 +21,8 @@ from saeflow.model.sites import Site
 from saeflow.pipeline import collect, import_table, tokens, train
 from saeflow.pipeline import encode as features
 from saeflow.pipeline.lineage import Ancestors, Lineage
-from saeflow.query import checks
 from saeflow.query.ask import ask
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect, parts_to_check
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.errors import UserError
@@ -328,10 +326,10 @@ def test_checks_after_an_encoding_look_at_the_values_asked_for(trained, tmp_path
     recipe = trained[1]["topk"]
     parts = Lineage(trained[0], recipe).features.published().parts
     n_values = [part.counts["n_values"] for part in parts]
-    assert checks.parts_to_check(parts, 0) == []
-    assert checks.parts_to_check(parts, 1) == [parts[-1]]
-    assert checks.parts_to_check(parts, n_values[-1] + n_values[-2]) == list(parts[-2:])
-    assert checks.parts_to_check(parts, sum(n_values)) == list(parts)
+    assert parts_to_check(parts, 0) == []
+    assert parts_to_check(parts, 1) == [parts[-1]]
+    assert parts_to_check(parts, n_values[-1] + n_values[-2]) == list(parts[-2:])
+    assert parts_to_check(parts, sum(n_values)) == list(parts)
     store = Store.open(shutil.copytree(trained[0].root, tmp_path / "store"))
     shutil.rmtree(Lineage(store, recipe).features.path)
     miscounting(monkeypatch)

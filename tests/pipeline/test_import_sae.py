@@ -23,8 +23,7 @@ from saeflow.pipeline.forecast import estimate as forecast
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.sae import formats, interchange

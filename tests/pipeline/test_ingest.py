@@ -33,8 +33,7 @@ from saeflow.pipeline.lifecycle import deletions, ingest, retrain
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import PartWork
 from saeflow.query.ask import query
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.schedule import ScheduleConfig, next_time
 from saeflow.recipe.settings import CorpusConfig

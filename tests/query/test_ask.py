@@ -19,8 +19,7 @@ from saeflow.cli.screen import render_table
 from saeflow.cli.text_formats import as_csv, as_json, as_json_lines
 from saeflow.query.ask import ask, query
 from saeflow.query.catalog import sql_folder
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect
 from saeflow.query.questions import questions
 from saeflow.query.runs import runs
 from saeflow.runtime.errors import UserError

@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from saeflow.query.ask import ask
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect
 from tests.support.part_tables import Token, band, bin_of
 from tests.support.small_store import CONTEXT_LENGTH, Document, Given
 

@@ -13,8 +13,7 @@ import pytest
 
 from saeflow.query.ask import ask, query
 from saeflow.query.catalog import script_of_run
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect
 from saeflow.query.questions import questions
 from saeflow.runtime.errors import UserError
 from saeflow.store.records import Hidden

@@ -14,8 +14,7 @@ from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.store.files import read_json

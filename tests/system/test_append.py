@@ -23,8 +23,7 @@ from saeflow.pipeline.lifecycle import forget as forgetting
 from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.query.checks import check
-from saeflow.query.connection import connect
+from saeflow.query.connection import check, connect
 from tests.support.small_store import Given
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -254,15 +254,11 @@ class Bucket(Storage):
 
 
 class BucketSlot(Slot):
-    """An object, written with the condition that it is still the one that was read."""
+    """An object, written with the condition that it is still the one that was read: there is no lock to guard it."""
 
     def __init__(self, objects: Objects, key: str, path: Path) -> None:
         super().__init__(path)
         self.objects, self.key = objects, key
-
-    def guard(self) -> contextlib.AbstractContextManager[None]:
-        """No lock: what is written inside is compared as it is written."""
-        return contextlib.nullcontext()
 
     def read(self) -> tuple[Owner | None, Any]:
         found = self.objects.read(self.key)
@@ -272,6 +268,3 @@ class BucketSlot(Slot):
         content = (owner.text if owner else "{}\n").encode()  # not deleted: that asks no condition
         fresh = self.objects.put(self.key, content, tag)
         return fresh is not None, fresh
-
-    def beat(self, owner: Owner, tag: Any) -> tuple[bool, Any]:
-        return self.swap(owner, tag)
