@@ -4,8 +4,7 @@ shards         how arrays are cut into shards and chunks, and read again
 writer         write activations into shards as they come, compressed or not
 norms          lengths of activations by position, and the warning about huge ones
 epoch          the plan of an epoch: which blocks and rows, in which order
-feed           shuffled batches, read ahead
-mixing         how well batches are mixed
+feed           shuffled batches, read ahead, and how well they are mixed
 sparse_values  non-zero values by row
 tables         tables of activations that a user brings
 synthetic      made activations whose features are known

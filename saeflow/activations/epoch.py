@@ -49,24 +49,18 @@ def plan_pools(n_blocks: int, pool_blocks: int, seed: int, epoch: int = 0) -> li
 
 
 def plan_epoch(
-    rows_of: Sequence[np.ndarray] | Callable[[int], np.ndarray],
-    n_blocks: int,
-    pool_blocks: int,
-    batch_rows: int,
-    seed: int,
-    epoch: int = 0,
+    rows_of: Callable[[int], np.ndarray], n_blocks: int, pool_blocks: int, batch_rows: int, seed: int, epoch: int = 0,
     first_pool: int = 0,
-) -> Iterator[Pool]:
+) -> Iterator[Pool]:  # fmt: skip
     """Yield every row once, in pools of at most `pool_blocks` randomly chosen blocks, mixed inside each pool.
 
     `rows_of` gives a block's row numbers. Batches of one pool differ in size by at most one row. The same arguments
     give the same plan on any machine. Pools before `first_pool` cost nothing.
     """
-    look = rows_of if callable(rows_of) else rows_of.__getitem__
     for number, blocks in enumerate(plan_pools(n_blocks, pool_blocks, seed, epoch)):
         if number < first_pool:
             continue
-        rows = np.concatenate([look(int(block)) for block in blocks])
+        rows = np.concatenate([rows_of(int(block)) for block in blocks])
         rows = np.random.default_rng([seed, epoch, number]).permutation(rows)
         batches = np.array_split(rows, -(-len(rows) // batch_rows)) if len(rows) else []
         yield Pool(blocks, list(batches))

@@ -49,16 +49,13 @@ class Norms:
 
     def write(self, path: Path) -> None:
         n_sites, length = self.n_tokens.shape
-        table = pa.table(
-            {
-                "site": np.repeat([site.name for site in self.sites], length),
-                "position": np.tile(np.arange(length, dtype=np.int32), n_sites),
-                "n_tokens": self.n_tokens.reshape(-1),
-                "sum_norm": self.sums.reshape(-1),
-                "max_norm": self.largest.reshape(-1),
-            }
-        )
-        pq.write_table(table, path, compression="zstd")
+        columns = {
+            "site": np.repeat([site.name for site in self.sites], length),
+            "position": np.tile(np.arange(length, dtype=np.int32), n_sites),
+            "n_tokens": self.n_tokens.reshape(-1), "sum_norm": self.sums.reshape(-1),
+            "max_norm": self.largest.reshape(-1),
+        }  # fmt: skip
+        pq.write_table(pa.table(columns), path, compression="zstd")
 
 
 def norms_of(values: Tensor) -> np.ndarray:

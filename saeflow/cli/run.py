@@ -82,14 +82,18 @@ def run_command(
     """
     settings = read_recipe(recipe, set_, member)
     opened = create_store(store, settings, quiet)
-    from saeflow.cli.summary import print_result  # seconds: only after what can be refused at once
+    from saeflow.cli import summary as printed  # seconds: only after what can be refused at once
     from saeflow.pipeline import run as pipeline
     from saeflow.pipeline.lineage import Lineage
 
     lineage = Lineage(opened, settings)
     summary = pipeline.run(lineage, progress_of(quiet, verbose, settings))
-    if not quiet:
-        print_result(summary, recipe, lineage)
+    if not quiet and settings.is_sweep:
+        printed.print_sweep(summary["sweep"], recipe, opened)
+    elif not quiet:
+        printed.print_summary(summary)
+        printed.compare_with_forecast(opened, settings, summary)
+        printed.print_answers(opened, lineage.features.id)
 
 
 @run_commands.command("plan")
@@ -287,12 +291,17 @@ def run_flow(flow: Callable[[Recipe, str | None], dict[str, Any]]) -> None:
     """Run a flow from its own command line: `python -m flows.pipeline RECIPE [--store FOLDER] [--set KEY=VALUE]`."""
 
     def command(recipe: RecipePath, store: StoreOption = None, set_: Set = None, member: MemberOption = None) -> None:
-        from saeflow.cli.summary import print_result
+        from saeflow.cli.summary import print_answers, print_summary, print_sweep
         from saeflow.pipeline.lineage import Lineage
 
         settings = read_recipe(recipe, set_, member)
         opened = create_store(store, settings, quiet=False)
-        print_result(flow(settings, opened.name), recipe, Lineage(opened, settings))
+        summary = flow(settings, opened.name)
+        if settings.is_sweep:
+            print_sweep(summary["sweep"], recipe, opened)
+        else:
+            print_summary(summary)
+            print_answers(opened, Lineage(opened, settings).features.id)
 
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(help="Run what is missing of every stage through Prefect.")(command)

@@ -13,7 +13,6 @@ from saeflow.cli.common import new_table, out, print_line, store_argument
 from saeflow.cli.screen import render_table
 from saeflow.pipeline import sweep
 from saeflow.pipeline.forecast import estimate as forecast
-from saeflow.pipeline.lineage import Lineage
 from saeflow.query.connection import connect
 from saeflow.query.first_answers import first_answers, next_commands, which_run
 from saeflow.recipe.recipe import Recipe
@@ -24,17 +23,7 @@ _SWEEP_WIDTH = 160
 """Columns of the terminal that the table of a sweep may use."""
 
 
-def print_result(summary: dict[str, Any], recipe: Path, lineage: Lineage) -> None:
-    """Print a run's end: its sweep, or its numbers and the first answers."""
-    if lineage.recipe.is_sweep:
-        return print_sweep(summary["sweep"], recipe, lineage.store)
-    _print_numbers(summary)
-    if "peak_bytes" in summary:
-        _compare_with_forecast(lineage.store, lineage.recipe, summary)
-    return _print_answers(lineage.store, lineage.features.id)
-
-
-def _print_numbers(summary: dict[str, Any]) -> None:
+def print_summary(summary: dict[str, Any]) -> None:
     """Print what a run made, how good it is, and how long each stage took."""
     quality = summary["quality"]
     table = new_table("", "")
@@ -53,7 +42,7 @@ def _print_numbers(summary: dict[str, Any]) -> None:
     out.print(table)
 
 
-def _compare_with_forecast(store: Store, recipe: Recipe, summary: dict[str, Any]) -> None:
+def compare_with_forecast(store: Store, recipe: Recipe, summary: dict[str, Any]) -> None:
     """Print forecast against actual, if this recipe was planned and this run did the work."""
     known = forecast.known_forecast(store, recipe)
     if known is None or summary["seconds"].get("collect", 0) < known.seconds / 20:
@@ -68,7 +57,7 @@ def _compare_with_forecast(store: Store, recipe: Recipe, summary: dict[str, Any]
     out.print(table)
 
 
-def _print_answers(store: Store, run: str) -> None:
+def print_answers(store: Store, run: str) -> None:
     """Print three SQL answers, each under the command that gives it, and commands to try next."""
     which = which_run(store, run)
     with contextlib.closing(connect(store, run)) as connection:

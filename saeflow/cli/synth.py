@@ -103,6 +103,7 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
 
     Activations and autoencoders that exist are kept; scores are computed again.
     """
+    from saeflow.activations.synthetic import truth_of
     from saeflow.pipeline import import_table, train
     from saeflow.pipeline.lineage import Lineage
     from saeflow.runtime.threads import n_threads
@@ -116,7 +117,7 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
         import_table.run(lineage, progress)
         trained = train.run_all(lineage, progress)
         train.set_threads(recipe)
-        truth = recovery.truth_of(recipe.activations.synthetic)
+        truth = truth_of(recipe.activations.synthetic)
         for member, target in zip(recipe.members(), trained, strict=True):
             sae = interchange.load(target.fetched(), n_threads(recipe.threads))
             judged.append(Synth(member, target.id, recovery.score(sae, truth, member.train.n_tokens)))

@@ -7,7 +7,5 @@ sources      the documents of a corpus, streamed in a fixed order
 ledger       which documents a store already holds
 selection    which tokens count
 vocabulary   the tokenizer's vocabulary as a table
-tokenizer    what a tokenizer makes of texts
-packing      documents laid into sequences of one length
-token_parts  parts of tokens, written and read
+token_parts  texts become sequences of vocabulary ids, written and read
 """

@@ -75,10 +75,8 @@ class Ledger:
     @classmethod
     def of(cls, held: Sequence[tuple[str, str]]) -> Ledger:
         """Make a ledger of documents given by key and content hash, numbered in this order."""
-        keys, contents = (
-            _hash_numbers(key_hash(key) for key, _ in held),
-            _hash_numbers(content[:16] for _, content in held),
-        )
+        keys = _hash_numbers(key_hash(key) for key, _ in held)
+        contents = _hash_numbers(content[:16] for _, content in held)
         return cls._sorted(keys, contents, np.arange(len(held)), frozenset())
 
     @classmethod
@@ -119,17 +117,14 @@ class Ledger:
 
     @property
     def is_complete(self) -> bool:
-        """False if the corpus must be read again once this version is published.
+        """False if a text was left out as a repetition of a document that has another text now.
 
-        That is so if a text was left out as a repetition of a document which has another text now.
+        The corpus must then be read again once this version is published.
         """
         return self._left_out.isdisjoint(self._replaced_contents)
 
     def _own_key(self, document: Document, times: Counter[str]) -> str:
-        """Return the document's key. If it came before, eight digits of the content are added.
-
-        The order of files does not matter: a stored document keeps its key.
-        """
+        """Return the document's key, with eight digits of the content if it came before. A stored one keeps its key."""
         key, by_content = document.key, f"{document.key}#{document.content_hash[:8]}"
         free, n = not times[key], times[by_content] + 1
         nth = by_content if n == 1 else f"{by_content} ({n})"

@@ -69,7 +69,7 @@ class TokenSelection:
         return cls(source, tuple(facts.get("skip_positions", ())), bool(facts.get("skip_special", False)))
 
     def mask(self, index: int, rows: slice = slice(None)) -> np.ndarray:
-        """bool (s, T): True at the used tokens of these sequences of a part."""
+        """Return bool (s, T): True at the used tokens of these sequences of a part."""
         part = self.parts[index]
         table = self._read(part, ["document_id", "vocab_id"], rows)
         owners = table["document_id"]
@@ -83,24 +83,21 @@ class TokenSelection:
         return np.asarray(used)
 
     def owners(self, index: int, rows: slice) -> np.ndarray:
-        """document_id int64 (n,) of the used tokens of these sequences of a part."""
+        """Return the document_id (n,) int64 of the used tokens of these sequences of a part."""
         owners = self._read(self.parts[index], ["document_id"], rows)["document_id"]
         return np.asarray(owners[self.mask(index, rows)])
 
     def counts(self, index: int) -> np.ndarray:
-        """int64 (S,): used tokens of every sequence of a part. Reads no tokens where the record says enough."""
+        """Return int64 (S,): used tokens of every sequence of a part. Reads no tokens if the record says enough."""
         part = self.parts[index]
         whole = not self.generation.hidden.get(index) and not part.counts.get("n_removed_documents")
-        if self._packed_tight and whole and not len(self._special):
+        packed_tight = self.source.record.facts.get("packing") == "concatenated"
+        if packed_tight and whole and not len(self._special):
             return self._tight_counts(part)
         return np.asarray(self.mask(index).sum(1))
 
-    @cached_property
-    def _packed_tight(self) -> bool:
-        return self.source.record.facts.get("packing") == "concatenated"
-
     def _tight_counts(self, part: PartRecord) -> np.ndarray:
-        """Of sequences that are full, but for the last for training and the last held out."""
+        """Count tokens of sequences that are full, but for the last for training and the last held out."""
         n, n_train = part.counts["n_sequences"], part.counts["n_train_sequences"]
         real = np.full(n, self.length)
         if n_train:
@@ -114,7 +111,7 @@ class TokenSelection:
         return special_ids(self.source.own_file("vocab.parquet")) if self.skip_special else np.empty(0, np.int32)
 
     def _read(self, part: PartRecord, columns: list[str], rows: slice) -> dict[str, np.ndarray]:
-        """Columns (s, T) of these sequences; of a large part only the row groups that hold them are read."""
+        """Read columns (s, T) of these sequences: of a large part, only the row groups that hold them."""
         wanted = columns if len(self._special) else [name for name in columns if name != "vocab_id"]
         start, stop, _ = rows.indices(part.counts["n_sequences"])
         with pq.ParquetFile(self.source.part_file(part, "tokens.parquet")) as file:
@@ -127,7 +124,7 @@ class TokenSelection:
 
 
 def _holding(about: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
-    """Row groups that hold the rows from `start` to before `stop`, and how many rows lie before them."""
+    """Return the row groups that hold the rows from `start` to before `stop`, and the number of rows before them."""
     ends = np.cumsum([0, *(about.row_group(number).num_rows for number in range(about.num_row_groups))])
     groups = [n for n, (a, b) in enumerate(itertools.pairwise(ends.tolist())) if a < stop and b > start]
     return groups, int(ends[groups[0]]) if groups else start

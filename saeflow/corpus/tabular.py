@@ -223,8 +223,7 @@ def _set_contents_aside(
     batch: pa.RecordBatch, names: dict[str, str], share: float, contents: IO[bytes]
 ) -> dict[str, pa.Array]:
     """Write the contents to the file. Return the other columns, with each content's sha256, offset and size."""
-    written, kept = [], []
-    base = contents.tell()
+    written, kept, base = [], [], contents.tell()
     for row, content in enumerate(_contents(batch.column(_CONTENT))):
         digest = hashlib.sha256(content).hexdigest()
         if share >= 1 or is_in_share(_document_key(batch, row, names, content), share):
@@ -246,13 +245,11 @@ def _contents(column: pa.Array) -> Iterator[bytes]:
     """Yield each content as bytes: UTF-8, or vocabulary ids as little-endian int64, where -1 is a missing id."""
     if pa.types.is_large_binary(column.type):
         yield from column.to_pylist()
-        return
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        for text in column:
-            yield (text.as_py() or "").encode()
-        return
-    for ids in column:
-        yield (ids.values.fill_null(-1).to_numpy().astype("<i8").tobytes()) if ids.is_valid else b""
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        yield from ((text.as_py() or "").encode() for text in column)
+    else:
+        for ids in column:
+            yield ids.values.fill_null(-1).to_numpy().astype("<i8").tobytes() if ids.is_valid else b""
 
 
 def _read_contents(batch: pa.RecordBatch, file: int) -> pa.Array:
@@ -262,9 +259,9 @@ def _read_contents(batch: pa.RecordBatch, file: int) -> pa.Array:
 
 def _document_key(batch: pa.RecordBatch, row: int, names: dict[str, str], content: bytes) -> str:
     key = batch.column(_KEY)[row].as_py() if _KEY in batch.schema.names else None
-    return (
-        str(key) if key is not None else f"{_file_name(batch, row, names)}#{hashlib.sha256(content).hexdigest()[:32]}"
-    )
+    if key is not None:
+        return str(key)
+    return f"{_file_name(batch, row, names)}#{hashlib.sha256(content).hexdigest()[:32]}"
 
 
 def _file_name(batch: pa.RecordBatch, row: int, names: dict[str, str]) -> str:

@@ -58,14 +58,10 @@ def _decoded_additions(tokenizer: Any, vocab_ids: list[int]) -> list[bytes]:
     return [(text[len(before) :] if text.startswith(before) else entry).encode() for text, entry in pairs]
 
 
-def _letters_of_bytes() -> dict[str, int]:
-    """Return the byte of each printable letter in byte-level BPE (GPT-2's table, Radford et al. 2019)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-_BYTES_BY_LETTER = _letters_of_bytes()
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = sorted({*range(256)} - {*_PRINTABLE})
+_BYTES_BY_LETTER = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
+"""The byte of each printable letter in byte-level BPE (GPT-2's table, Radford et al. 2019)."""
 
 
 def write_vocab(

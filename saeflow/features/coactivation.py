@@ -10,7 +10,7 @@ import numpy as np
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.features.counting import Counts
 from saeflow.runtime.threads import in_parallel, ranges
-from saeflow.sae.encoding.feature_major import FeatureMajor, feature_major
+from saeflow.sae.feature_major import FeatureMajor, feature_major
 from saeflow.sae.kernels import Doubles, Ids, Matrix, Offsets, compiled
 
 TABLE_FEATURES = 8192
@@ -45,15 +45,9 @@ def _pairs_of_feature(
 
 @compiled
 def count_pairs(
-    start: int,
-    stop: int,
-    feature_starts: Offsets,
-    rows: Ids,
-    row_starts: Offsets,
-    ids: Matrix,
-    first: int,
+    start: int, stop: int, feature_starts: Offsets, rows: Ids, row_starts: Offsets, ids: Matrix, first: int,
     together: Matrix,
-) -> None:
+) -> None:  # fmt: skip
     """Add to `together` (n, F) the number of rows on which each feature start..stop fires with each other.
 
     Row 0 of `together` is feature `first`. `ids` and `together` are unsigned, because an index that may be negative is
@@ -92,10 +86,7 @@ def _mirror_counts(together: Matrix) -> None:
 
 
 class PairTable:
-    """The number of rows on which each two features fire, in one table (F, F).
-
-    Rows are counted in small numbers first: these stay in the cache.
-    """
+    """The number of rows on which each two features fire (F, F). Small numbers, which fit a cache, count first."""
 
     def __init__(self, n_features: int) -> None:
         self._counts = np.zeros((n_features, n_features), np.uint16)
@@ -147,16 +138,9 @@ def _best_together(
 
 @compiled
 def best_of_counted(
-    start: int,
-    stop: int,
-    first: int,
-    together: Matrix,
-    n_tokens: Counts,
-    top: int,
-    found: Counts,
-    others: Ids,
+    start: int, stop: int, first: int, together: Matrix, n_tokens: Counts, top: int, found: Counts, others: Ids,
     n_both: Counts,
-) -> None:
+) -> None:  # fmt: skip
     """Write the `found` (F,) best `others` of features start..stop and their `n_both` (F, top), from counted pairs."""
     best = np.empty(top)
     for f in range(start, stop):
@@ -203,8 +187,7 @@ def as_pairs(found: Counts, others: Ids, n_both: Counts) -> CoactivePairs:
 class PairCounter:
     """Counts the pairs of a whole part exactly: in one table, or with more features in several readings of the values.
 
-    `exact` is False if there are so many features that it would take too many readings. The pairs of the part's pieces,
-    added up, must then do.
+    `exact` is False if there are so many features that it would take too many readings.
     """
 
     def __init__(
@@ -247,5 +230,4 @@ class PairCounter:
         self._by_features(count, first, first + len(together))
 
     def _by_features(self, work: Callable[[int, int], None], first: int, last: int) -> None:
-        parts = [(first + a, first + b) for a, b in ranges(last - first, 64)]
-        in_parallel(lambda features: work(*features), parts, self.threads)
+        in_parallel(lambda part: work(first + part[0], first + part[1]), ranges(last - first, 64), self.threads)

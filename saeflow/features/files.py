@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.features.schema import VALUES
-from saeflow.sae.encoding.feature_major import FeatureMajor
+from saeflow.sae.feature_major import FeatureMajor
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 
@@ -104,14 +104,9 @@ def column_encodings(schema: pa.Schema) -> dict[str, object]:
 
 def files_of(part: PartRecord, order: str, first: int = 0, last: int = sys.maxsize) -> list[str]:
     """Return a part's files of one order that may hold values of features, or tokens, first..last; sorted by these."""
-    found = [
-        file.name for file in part.files if re.match(rf"{order}[./]", file.name) and file.name.endswith(".parquet")
-    ]
-    ends = {name: _ends_of_file(name) for name in found}
-    return sorted(
-        (name for name in found if ends[name][0] <= last and ends[name][1] >= first),
-        key=lambda name: (ends[name], name),
-    )
+    names = (file.name for file in part.files)
+    found = [(_ends_of_file(n), n) for n in names if re.match(rf"{order}[./]", n) and n.endswith(".parquet")]
+    return [name for (low, high), name in sorted(found) if low <= last and high >= first]
 
 
 def _ends_of_file(name: str) -> tuple[int, int]:

@@ -1,11 +1,16 @@
-"""The tables of a run, column by column, for the code that writes them and the code that reads them.
+"""The tables of a run, column by column, and which activation parts the record of a feature part says it holds.
 
-data/README.md says what they mean. A part that an earlier saeflow made lacks some tables, which read as empty.
+data/README.md says what the columns mean. A part that an earlier saeflow made lacks some tables, which read as empty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import pyarrow as pa
+
+from saeflow.recipe.fingerprint import fingerprint
+from saeflow.store.records import PartRecord
 
 ORDERS = ("feature_major", "token_major")
 """Every non-zero value, twice. The folders `low=<first>/high=<last>/` of a file say which values it may hold."""
@@ -22,49 +27,83 @@ TOP_LOGITS = 20
 MOST_SOURCES = 64
 """Sources with rows of their own in a part. All others are counted together."""
 
+_ID, _N, _SUM = pa.int32(), pa.int64(), pa.float64()
+
 PART_TABLES: dict[str, pa.Schema] = {
     "feature_stats": pa.schema(
-        {
-            "feature_id": pa.int32(),
-            "n_tokens": pa.int64(),
-            "sum_value": pa.float64(),
-            "sum_squares": pa.float64(),
-            "max_value": pa.float64(),
-        }
+        {"feature_id": _ID, "n_tokens": _N, "sum_value": _SUM, "sum_squares": _SUM, "max_value": _SUM}
     ),
-    "feature_histogram": pa.schema({"feature_id": pa.int32(), "bin": pa.int16(), "n_tokens": pa.int64()}),
+    "feature_histogram": pa.schema({"feature_id": _ID, "bin": pa.int16(), "n_tokens": _N}),
     "feature_sources": pa.schema(
         {
-            "feature_id": pa.int32(),
-            "source": pa.string(),
-            "is_rest": pa.bool_(),
-            "n_tokens": pa.int64(),
-            "sum_value": pa.float64(),
-            "sum_squares": pa.float64(),
+            "feature_id": _ID, "source": pa.string(), "is_rest": pa.bool_(), "n_tokens": _N, "sum_value": _SUM,
+            "sum_squares": _SUM,
         }
     ),
-    "feature_positions": pa.schema(
-        {"feature_id": pa.int32(), "band": pa.int16(), "n_tokens": pa.int64(), "sum_value": pa.float64()}
-    ),
-    "feature_vocab": pa.schema(
-        {"feature_id": pa.int32(), "vocab_id": pa.int32(), "n_tokens": pa.int64(), "sum_value": pa.float64()}
-    ),
-    "coactivation": pa.schema({"feature_id": pa.int32(), "other_id": pa.int32(), "n_both": pa.int64()}),
-    "encoded_tokens": pa.schema(
-        {"source": pa.string(), "is_rest": pa.bool_(), "band": pa.int16(), "n_tokens": pa.int64()}
-    ),
-}
+    "feature_positions": pa.schema({"feature_id": _ID, "band": pa.int16(), "n_tokens": _N, "sum_value": _SUM}),
+    "feature_vocab": pa.schema({"feature_id": _ID, "vocab_id": _ID, "n_tokens": _N, "sum_value": _SUM}),
+    "coactivation": pa.schema({"feature_id": _ID, "other_id": _ID, "n_both": _N}),
+    "encoded_tokens": pa.schema({"source": pa.string(), "is_rest": pa.bool_(), "band": pa.int16(), "n_tokens": _N}),
+}  # fmt: skip
 """One file each in a part, beside the two orders."""
 
 RUN_TABLES: dict[str, pa.Schema] = {
-    "similar": pa.schema({"feature_id": pa.int32(), "other_id": pa.int32(), "cosine": pa.float32()}),
-    "logits": pa.schema({"feature_id": pa.int32(), "vocab_id": pa.int32(), "logit": pa.float32()}),
+    "similar": pa.schema({"feature_id": _ID, "other_id": _ID, "cosine": pa.float32()}),
+    "logits": pa.schema({"feature_id": _ID, "vocab_id": _ID, "logit": pa.float32()}),
 }
 """One file each beside the parts: they follow from the autoencoder and the model alone."""
 
-LABELS = pa.schema({"feature_id": pa.int32(), "label": pa.string(), "source": pa.string(), "score": pa.float64()})
+LABELS = pa.schema({"feature_id": _ID, "label": pa.string(), "source": pa.string(), "score": pa.float64()})
 
 VALUES: dict[str, pa.Schema] = {
-    "feature_major": pa.schema({"feature_id": pa.int32(), "token_id": pa.int64(), "value": pa.float32()}),
-    "token_major": pa.schema({"token_id": pa.int64(), "feature_id": pa.int32(), "value": pa.float32()}),
+    "feature_major": pa.schema({"feature_id": _ID, "token_id": _N, "value": pa.float32()}),
+    "token_major": pa.schema({"token_id": _N, "feature_id": _ID, "value": pa.float32()}),
 }
+
+
+FIRST_INDEX = 10_000_000
+"""The index of a compacted part is that of its first activation part plus this number."""
+
+
+def covered(part: PartRecord) -> dict[int, str]:
+    """Return the index of each activation part whose values a part holds, with a digest of its inputs."""
+    if part.index < FIRST_INDEX:
+        return {part.index: stands_for(part.inputs)}
+    return {int(index): digest for index, digest in part.inputs.items()}
+
+
+def stands_for(inputs: Mapping[str, str]) -> str:
+    """Return a digest of the inputs of values, then the digest of the hidden documents that were left out."""
+    hidden = inputs.get("hidden", "")
+    return f"{fingerprint(dict(inputs))} {hidden}".strip()
+
+
+def hidden_digest_of(digest: str) -> str:
+    """Return the digest of hidden documents from that of all inputs; empty if there were none."""
+    return digest.partition(" ")[2]
+
+
+def token_ranges(indices: Iterable[int], tokens: Iterable[PartRecord], length: int) -> list[tuple[int, int]] | None:
+    """Return first and last tokens of the parts with these indices, neighbours as one; None if a record lacks them."""
+    counts = {part.index: part.counts for part in tokens}
+    ranges: list[tuple[int, int]] = []
+    for index in sorted(indices):
+        if not {"first_sequence", "n_sequences"} <= counts.get(index, {}).keys():
+            return None
+        first = counts[index]["first_sequence"] * length
+        end = first + counts[index]["n_sequences"] * length
+        if ranges and ranges[-1][1] == first - 1:
+            first = ranges.pop()[0]
+        if end > first:
+            ranges.append((first, end - 1))
+    return ranges
+
+
+def holding(parts: Iterable[PartRecord]) -> str:
+    """Return a digest of the values in these parts: it does not depend on how they are cut or merged."""
+    return fingerprint(sorted(item for part in parts for item in covered(part).items()))
+
+
+def has_every_table(part: PartRecord) -> bool:
+    """True if no table is missing, as it is in a part that an earlier saeflow made."""
+    return {f"{table}.parquet" for table in PART_TABLES} <= {file.name for file in part.files}

@@ -8,17 +8,87 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from saeflow.activations.sparse_values import SparseValues
+from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coactivation import CoactivePairs, coactive_pairs
-from saeflow.features.counting import FIRST_BIN, KeyTotals, bins_of, most_frequent_keys, totals_by_key
+from saeflow.features.counting import FIRST_BIN, Counts, KeyTotals, bins_of, most_frequent_keys, totals_by_key
 from saeflow.features.schema import MOST_SOURCES, PART_TABLES, TOP, TOP_VOCAB
-from saeflow.features.token_columns import REST_OF_SOURCES, TokenColumns, TokenSource
-from saeflow.sae.encoding.feature_major import FeatureMajor, FeatureStatistics, feature_statistics
-from saeflow.sae.kernels import Ids
+from saeflow.sae.feature_major import FeatureMajor, feature_statistics
+from saeflow.sae.kernels import Doubles, Ids
+
+TokenSource = tuple[str | None, bool]
+"""Name of a source, and True if it stands for all sources that have no row of their own."""
+
+REST_OF_SOURCES: TokenSource = (None, True)
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """Columns (n,) of the tokens of one part, from `first_token` on."""
+
+    first_token: int
+    mask: np.ndarray
+    """True for tokens that are encoded."""
+    vocab_ids: np.ndarray
+    source_codes: np.ndarray
+    """int32: places in `sources`."""
+    bands: np.ndarray
+    """int32: `bands_of` the positions."""
+    sources: list[TokenSource]
+
+    def of(self, token_ids: np.ndarray) -> TokenColumns:
+        """Return the columns of some tokens."""
+        at = token_ids - self.first_token
+        columns = (self.mask[at], self.vocab_ids[at], self.source_codes[at], self.bands[at])
+        return TokenColumns(self.first_token, *columns, self.sources)
+
+
+def read_token_columns(selection: TokenSelection, index: int) -> TokenColumns:
+    """Read the tokens of one part; sources beyond the MOST_SOURCES with most encoded tokens count as one."""
+    part = selection.parts[index]
+    tokens = pq.read_table(selection.source.part_file(part, "tokens.parquet"), columns=["vocab_id", "document_id"])
+    mask = selection.mask(index).reshape(-1)
+    codes, sources = _source_codes(selection, index, tokens.column("document_id").fill_null(-1).to_numpy(), mask)
+    bands = np.tile(bands_of(np.arange(selection.length)), part.counts["n_sequences"])
+    first = part.counts["first_sequence"] * selection.length
+    return TokenColumns(first, mask, tokens.column("vocab_id").to_numpy(), codes, bands, sources)
+
+
+def bands_of(positions: np.ndarray) -> np.ndarray:
+    """Return int32 bands: 0 for position 0, and b for the positions from 2^(b - 1) to 2^b - 1."""
+    return np.frexp(positions.astype(np.float64))[1].astype(np.int32)
+
+
+def _source_codes(
+    selection: TokenSelection, index: int, owners: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, list[TokenSource]]:
+    """Return codes int32 (n,) of all tokens, and the sources they stand for, by encoded tokens, then by name."""
+    table = pq.read_table(
+        selection.source.part_file(selection.parts[index], "documents.parquet"), columns=["document_id", "source"]
+    )
+    names = table.column("source").to_pylist()
+    every = sorted(set(names), key=lambda name: (name is None, name or ""))
+    number = {name: i for i, name in enumerate(every)}
+    ids = table.column("document_id").to_numpy()
+    of_document = np.array([number[name] for name in names], np.int64)
+    order = np.argsort(ids)
+    place = np.searchsorted(ids[order], owners[mask]) if len(ids) else np.empty(0, np.int64)
+    found = of_document[order][place]
+    counts = np.bincount(found, minlength=len(every))
+    kept = np.argsort(-counts, kind="stable")[:MOST_SOURCES]
+    code = np.full(len(every), len(kept), np.int32)
+    code[kept] = np.arange(len(kept))
+    codes = np.zeros(len(owners), np.int32)
+    codes[mask] = code[found]
+    sources: list[TokenSource] = [(every[i], False) for i in kept]
+    return codes, [*sources, REST_OF_SOURCES]
+
 
 _PIECE_VOCAB = 64
 """Vocabulary entries of a feature that are remembered from one piece of a part to the next."""
@@ -60,15 +130,18 @@ class PartStatistics:
         """Add values of some tokens, in both orders: their `totals`, and the `pairs` of features that fire together."""
         found = feature_statistics(sparse, self.n_features)
         if totals:
-            self._add_statistics(found, tokens, entries)
+            self._add_features(*found)
+            self._add_groups(tokens, entries)
         if pairs:
             self._add_pairs(coactive_pairs(sparse, entries, found.n_tokens, TOP))
 
-    def _add_statistics(self, found: FeatureStatistics, tokens: TokenColumns, entries: FeatureMajor) -> None:
-        self.n_tokens += found.n_tokens
-        self.sum_value += found.sum
-        self.sum_squares += found.sum_squares
-        self.max_value = np.maximum(self.max_value, found.max)
+    def _add_features(self, n_tokens: Counts, total: Doubles, squares: Doubles, largest: np.ndarray) -> None:
+        self.n_tokens += n_tokens
+        self.sum_value += total
+        self.sum_squares += squares
+        self.max_value = np.maximum(self.max_value, largest.astype(np.float32))
+
+    def _add_groups(self, tokens: TokenColumns, entries: FeatureMajor) -> None:
         by_entry = FeatureMajor(entries.feature_starts, np.arange(len(entries.values), dtype=np.int32), entries.values)
         self._group("histogram", totals_by_key(by_entry, bins_of(entries.values) - np.int32(FIRST_BIN), _N_BINS))
         self._group("sources", totals_by_key(entries, self._own_codes(tokens), len(self._codes)))
@@ -79,15 +152,10 @@ class PartStatistics:
     def add_tables(self, tables: Mapping[str, pa.Table]) -> None:
         """Add another part by its tables, without words and pairs: a part keeps only the most frequent of these."""
         columns = {name: [column.to_numpy() for column in table.columns] for name, table in tables.items()}
-        _, n_tokens, sum_value, sum_squares, max_value = columns["feature_stats"]
-        self.n_tokens += n_tokens
-        self.sum_value += sum_value
-        self.sum_squares += sum_squares
-        self.max_value = np.maximum(self.max_value, max_value.astype(np.float32))
+        self._add_features(*columns["feature_stats"][1:])
         ids, bins, n = columns["feature_histogram"]
-        self._group(
-            "histogram", KeyTotals(ids, bins.astype(np.int32) - FIRST_BIN, n, np.zeros(len(n)), np.zeros(len(n)))
-        )
+        none = np.zeros(len(n))
+        self._group("histogram", KeyTotals(ids, bins.astype(np.int32) - FIRST_BIN, n, none, none))
         ids, bands, n, total = columns["feature_positions"]
         self._group("positions", KeyTotals(ids, bands.astype(np.int32), n, total, np.zeros(len(n))))
         ids, n, total, squares = (columns["feature_sources"][i] for i in (0, 3, 4, 5))
@@ -113,17 +181,16 @@ class PartStatistics:
 
     def tables(self) -> dict[str, pa.Table]:
         """Return the part's tables by name, each sorted by its first columns."""
+        ids = np.arange(self.n_features)
         columns: dict[str, Sequence[np.ndarray]] = {
-            "feature_stats": [
-                np.arange(self.n_features), self.n_tokens, self.sum_value, self.sum_squares, self.max_value,
-            ],
+            "feature_stats": [ids, self.n_tokens, self.sum_value, self.sum_squares, self.max_value],
             "feature_histogram": self._histogram(),
             "feature_sources": self._sources(),
             "feature_positions": list(self._of("positions")[:4]),
             "feature_vocab": list(most_frequent(self._of("vocab"), TOP_VOCAB)[:4]),
             "coactivation": list(self._together.T),
             "encoded_tokens": self._token_counts(),
-        }  # fmt: skip
+        }
         return {name: _statistics_table(PART_TABLES[name], found) for name, found in columns.items()}
 
     def _own_codes(self, tokens: TokenColumns) -> Ids:

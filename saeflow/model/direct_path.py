@@ -1,9 +1,8 @@
 """The direct path: how a direction reaches the logits through the residual stream and no later layer.
 
-It is scaled by the final norm and multiplied by the unembedding ("interpreting GPT: the logit lens", nostalgebraist
-2020; direct logit attribution, Elhage et al. 2021, "A mathematical framework for transformer circuits"). A small pass
-through the model finds the path, whatever the architecture: sums are followed back in the graph of that pass, modules
-by the tensors that they take.
+See "interpreting GPT: the logit lens" (nostalgebraist 2020), and direct logit attribution in Elhage et al. 2021, "A
+mathematical framework for transformer circuits". A small pass through the model finds the path, whatever the
+architecture: sums are followed back in the graph of that pass, modules by the tensors that they take.
 """
 
 from __future__ import annotations
@@ -112,11 +111,9 @@ class _RecordedPass:
 
     @staticmethod
     def _note(
-        found: _PassTensor | None,
-        module: nn.Module,
-        first: dict[nn.Module, _PassTensor],
+        found: _PassTensor | None, module: nn.Module, first: dict[nn.Module, _PassTensor],
         by_tensor: dict[object, list[nn.Module]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         if found is not None and module not in first:
             first[module] = found
             by_tensor[found.key].append(module)

@@ -25,17 +25,14 @@ _HUB_SECONDS = 10.0
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's own tokenizer. Raises UserError where there is none."""
+    """Load the model's own tokenizer. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer.from_pretrained, config)
 
 
 def load_model(config: ModelConfig) -> nn.Module:
-    """The model with the head it was trained with, in eval mode on its device.
-
-    Raises UserError for a path that holds no model.
-    """
+    """Load the model with the head it was trained with, in eval mode on its device. Raises UserError without one."""
     import transformers
 
     about = _load(transformers.AutoConfig.from_pretrained, config)
@@ -48,7 +45,7 @@ def load_model(config: ModelConfig) -> nn.Module:
 
 
 def is_gguf(path: str) -> bool:
-    """A single file of quantised weights with its tokenizer, as llama.cpp keeps them."""
+    """True for a single file of quantised weights with its tokenizer, as llama.cpp keeps them."""
     return path.endswith(".gguf")
 
 
@@ -61,19 +58,21 @@ def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> An
     options |= {"revision": revision, "trust_remote_code": False, "local_files_only": not online}
     if is_gguf(config.path):
         options["gguf_file"] = path.name
-    known = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
-    failures: tuple[type[Exception], ...] = (*hub_errors(), *known)
     try:
         with warnings.catch_warnings(), _silent_gguf() if is_gguf(config.path) else contextlib.nullcontext():
             warnings.simplefilter("ignore")
             return loader(str(path.parent) if is_gguf(config.path) else config.path, **options)
-    except failures as error:
+    except _failures(KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(_why_not(config.path, local, error)) from error
+
+
+def _failures(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    return (*hub_errors(), OSError, ValueError, RuntimeError, *others)
 
 
 @contextlib.contextmanager
 def _silent_gguf() -> Iterator[None]:
-    """transformers shows a bar for GGUF files that its own switch does not turn off."""
+    """Hide the bar that transformers shows for GGUF files. Its own switch does not turn that off."""
     reading: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     shown = reading.tqdm
     reading.tqdm = partial(shown, disable=True)
@@ -84,7 +83,7 @@ def _silent_gguf() -> Iterator[None]:
 
 
 def _why_not(path: str, local: bool, error: Exception) -> str:
-    """Why a model was not loaded, and the way out."""
+    """Say why a model was not loaded, and the way out."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     said = f"model.path is {path!r}"
@@ -107,7 +106,7 @@ def _why_not(path: str, local: bool, error: Exception) -> str:
 
 
 def model_fingerprint(config: ModelConfig) -> str:
-    """Stands for the files of a local model, or for the commit of one on the hub."""
+    """Return a hash of the files of a local model, or of the commit of one on the hub."""
     folder = Path(config.path)
     if folder.is_file():
         return fingerprint(folder.name, checksum_once(folder), config.dtype)
@@ -119,17 +118,16 @@ def model_fingerprint(config: ModelConfig) -> str:
 
 @cache
 def _commit(path: str, revision: str | None) -> tuple[str, bool]:
-    """The commit of a model on the hub, and whether the hub answered; if not, the commit that was downloaded before.
+    """Return the commit of a model on the hub, or the one downloaded before, and True if the hub answered.
 
-    Asked once a process: what is loaded later must be what the fingerprint stands for.
+    The hub is asked once a process: what is loaded later must be what the fingerprint stands for.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    failures: tuple[type[Exception], ...] = (*hub_errors(), OSError, ValueError, RuntimeError)
     try:
         commit = str(HfApi().model_info(path, revision=revision, timeout=_HUB_SECONDS).sha)
-    except failures as error:
+    except _failures() as error:
         cached = _downloaded(path, revision)
         if cached is None or isinstance(error, HfHubHTTPError):
             raise UserError(_why_not(path, False, error)) from error
@@ -138,23 +136,20 @@ def _commit(path: str, revision: str | None) -> tuple[str, bool]:
     return commit, True
 
 
-def _cache_folder(path: str) -> Path:
+def _note_commit(path: str, revision: str | None, commit: str) -> None:
+    """Note in the hub's cache which commit a branch or tag is. The hub does so only for what is asked by name."""
     from huggingface_hub import constants, file_download
 
-    return Path(constants.HF_HUB_CACHE, file_download.repo_folder_name(repo_id=path, repo_type="model"))
-
-
-def _note_commit(path: str, revision: str | None, commit: str) -> None:
-    """Where the hub's cache keeps which commit a branch or tag is; it does so itself only for what is asked by name."""
     if revision != commit:
-        note = _cache_folder(path) / "refs" / (revision or "main")
+        folder = Path(constants.HF_HUB_CACHE, file_download.repo_folder_name(repo_id=path, repo_type="model"))
+        note = folder / "refs" / (revision or "main")
         with contextlib.suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(commit)
 
 
 def _downloaded(path: str, revision: str | None) -> str | None:
-    """The commit in the hub's cache that a branch, tag or commit stands for."""
+    """Return the commit in the hub's cache that a branch, tag or commit stands for."""
     from huggingface_hub import try_to_load_from_cache
 
     with contextlib.suppress(ValueError):  # no name of a model

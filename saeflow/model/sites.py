@@ -31,7 +31,7 @@ class Site:
 
 
 def list_sites(model: nn.Module) -> list[Site]:
-    """Every module that gives one vector a token, in the order they run; widths by a small trial."""
+    """Find every module that gives one vector a token, in the order they run, by a small trial."""
     found: dict[str, int] = {}
     batch, length = 2, 3
 
@@ -60,7 +60,7 @@ def list_sites(model: nn.Module) -> list[Site]:
 
 @torch.no_grad()
 def require_length(model: nn.Module, length: int, sites: list[Site]) -> None:
-    """Raises UserError where the model cannot read sequences of `length` tokens: by its settings, or by trial."""
+    """Raise UserError if the model cannot read sequences of `length` tokens, by its settings or by trial."""
     limit = getattr(model.config, "max_position_embeddings", None) or length
     said = f"tokens.context_length is {length}, but the model reads"
     if length > limit:
@@ -76,8 +76,7 @@ def require_length(model: nn.Module, length: int, sites: list[Site]) -> None:
 
 @torch.no_grad()
 def predicts_next_token(model: nn.Module) -> bool:
-    """Has the model logits over its vocabulary that later tokens do not change? Encoders and headless models have
-    not."""
+    """True if the model has logits that later tokens do not change. Encoders and headless models have none."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return False
@@ -90,10 +89,7 @@ def predicts_next_token(model: nn.Module) -> bool:
 
 
 def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
-    """The sites that dotted names or globs stand for, in running order.
-
-    Raises UserError with the nearest names for a pattern that matches nothing.
-    """
+    """Return the sites of dotted names or globs, in running order. Raises UserError for one that matches nothing."""
     known = list_sites(model)
     names = [site.name for site in known]
     chosen: set[str] = set()
@@ -111,7 +107,7 @@ def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
 
 
 def choose_site(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:
-    """The site of this name. Raises UserError where there is none, and where none is named and there are several."""
+    """Return the site of this name, or the only one. Raises UserError if there is none, or several."""
     found = [site for site in sites if site.name == wanted] if wanted else sites
     if len(found) != 1:
         names = [site.name for site in sites]
@@ -124,7 +120,7 @@ def choose_site(sites: list[Site], wanted: str | None, setting: str = "sae.site"
 
 
 def site_pair(sites: list[Site], config: SAEConfig) -> tuple[Site, Site]:
-    """The site that an SAE reads and the one that it reconstructs: another one only for a transcoder."""
+    """Return the site that an SAE reads and the one that it reconstructs: another one only for a transcoder."""
     read = choose_site(sites, config.site)
     if not config.target_site:
         return read, read
@@ -142,7 +138,7 @@ class _Reached(Exception):
 
 
 class SiteReader:
-    """Runs a model up to the deepest of `sites` and returns what each gave. Several threads may share one."""
+    """Run a model up to the deepest of `sites` and return what each gave. Several threads may share one."""
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
         self.model, self.sites = model, sites
@@ -162,9 +158,9 @@ class SiteReader:
 
     @torch.no_grad()
     def read(self, vocab_ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """Activations (B, T, D) by site, in the model's precision, on its device.
+        """Return activations (B, T, D) by site, in the model's precision, on its device.
 
-        vocab_ids (B, T) int64; mask (B, T) bool, True at real tokens, or None where all are.
+        `vocab_ids` (B, T) are int64. `mask` (B, T) is True at real tokens, or None if all are real.
         """
         self._here.read = {}
         place = device_of(self.model)
@@ -175,10 +171,9 @@ class SiteReader:
 
 @contextlib.contextmanager
 def spliced(model: nn.Module, read: str, target: str, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """While open, what the module gives (or gets) at `target` is `change(what is at read in the same pass, it)`.
+    """While open, replace the value at `target` by `change(value at read in the same pass, value at target)`.
 
-    `read` and `target` may be one site; else the model must run `read` first (`require_running_order`). Several
-    threads may run the model.
+    The model must run `read` first, unless both are one site. Several threads may run the model.
     """
     here = threading.local()
 
@@ -186,7 +181,9 @@ def spliced(model: nn.Module, read: str, target: str, change: Callable[[Tensor, 
         here.read = _tensor(value)
 
     def put(name: str, value: Any) -> Any:
-        return _with_tensor(value, lambda x: change(here.read, x))
+        if isinstance(value, tuple):
+            return (change(here.read, value[0]), *value[1:])
+        return change(here.read, value)
 
     handles = [_hook(model, read, note), _hook(model, target, put)]
     try:
@@ -198,7 +195,7 @@ def spliced(model: nn.Module, read: str, target: str, change: Callable[[Tensor, 
 
 @torch.no_grad()
 def require_running_order(model: nn.Module, read: str, target: str) -> None:
-    """Raises UserError where a transcoder's target runs before what it reads, by a small trial."""
+    """Raise UserError if a transcoder's target runs before what it reads, by a small trial."""
     reached: list[str] = []
     with contextlib.ExitStack() as stack:
         for site in (read, target):
@@ -222,12 +219,6 @@ def _hook(model: nn.Module, site: str, act: Callable[[str, Any], Any]) -> Any:
 def _tensor(value: Any) -> Tensor | None:
     first = value[0] if isinstance(value, tuple) and value else value
     return first if isinstance(first, Tensor) else None
-
-
-def _with_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, tuple):
-        return (change(value[0]), *value[1:])
-    return change(value)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
-from saeflow.features.part_merger import USUAL_MERGE, MergeSettings
+from saeflow.features.compaction import USUAL_MERGE, MergeSettings
 from saeflow.pipeline import train
 from saeflow.pipeline.dask.clusters import kept_open, make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage

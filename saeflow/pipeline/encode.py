@@ -8,9 +8,9 @@ from typing import Any
 
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction, run_tables
-from saeflow.features.coverage import covered, stands_for
+from saeflow.features.compaction import MergeSettings
 from saeflow.features.part_encoder import PartEncoder, encode_together, part_inputs
-from saeflow.features.part_merger import MergeSettings
+from saeflow.features.schema import covered, stands_for
 from saeflow.pipeline import train
 from saeflow.pipeline.dask.clusters import kept_open, make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from saeflow.activations.feed import Feed, aligned_held_out_rows
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
-from saeflow.features.coverage import holding
+from saeflow.features.schema import holding
 from saeflow.model.load import load_model
 from saeflow.model.sites import device_of, predicts_next_token, require_running_order, spliced
 from saeflow.pipeline import train

@@ -11,13 +11,18 @@ import torch
 
 from saeflow.activations.epoch import fit_pool
 from saeflow.activations.shards import ITEM_BYTES, plan_layout
-from saeflow.activations.synthetic.generate import made_rows
-from saeflow.activations.tables import row_labels
+from saeflow.activations.synthetic import made_rows
 from saeflow.activations.tables.source import check_rows, open_table
-from saeflow.activations.tables.stream import TableReader, TableRows
+from saeflow.activations.tables.stream import (
+    TableReader,
+    TableRows,
+    places_in_text_order,
+    row_name,
+    row_names_in_text_order,
+)
 from saeflow.activations.writer import open_writer, to_disk_precision
 from saeflow.corpus import token_parts
-from saeflow.corpus.packing import Packed
+from saeflow.corpus.token_parts import Packed
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.model.sites import Site
 from saeflow.pipeline.collect import skipped
@@ -93,13 +98,13 @@ class _Table:
     pieces: list[str] | None
 
     def write_vocab(self, source: Artefact) -> None:
-        names = row_labels.row_names_in_text_order(self.rows.n_rows) if self.pieces is None else self.pieces
+        names = row_names_in_text_order(self.rows.n_rows) if self.pieces is None else self.pieces
         write_vocab(source.path / "vocab.parquet", names)
 
     def vocab_ids(self, labels: list[str], numbers: np.ndarray) -> np.ndarray:
         """int32 (n, 1)"""
         if self.pieces is None:
-            places = row_labels.places_in_text_order(numbers, self.rows.n_rows)
+            places = places_in_text_order(numbers, self.rows.n_rows)
         else:
             places = pc.index_in(pa.array(labels), pa.array(self.pieces)).to_numpy()
         return places.astype(np.int32)[:, None]
@@ -133,7 +138,7 @@ def _bring_part(
             bar.advance(len(values))
         writer.close()
     numbers = np.arange(start, start + n)
-    names = labels or map(row_labels.row_name, numbers.tolist())
+    names = labels or map(row_name, numbers.tolist())
     documents = pa.table(
         {
             "document_id": numbers, "key": [f"{name} #{i}" for i, name in zip(numbers, names, strict=True)],

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from saeflow.activations import shards
 from saeflow.corpus import token_parts
-from saeflow.features.coverage import holding
+from saeflow.features.schema import holding
 from saeflow.pipeline.lineage import Lineage
 from saeflow.runtime.progress import Progress
 from saeflow.sae import interchange

@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from saeflow.activations.feed import Feed
-from saeflow.activations.mixing import measure_mixing
+from saeflow.activations.feed import Feed, measure_mixing
 from saeflow.model.sites import Site
 from saeflow.pipeline import import_sae
 from saeflow.pipeline.dask.clusters import workers_of

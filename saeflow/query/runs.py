@@ -15,8 +15,15 @@ from typing import Any
 import pyarrow as pa
 
 from saeflow.corpus.vocabulary import special_ids
-from saeflow.features.coverage import covered, has_every_table, hidden_digest_of, token_ranges
-from saeflow.features.schema import ORDERS, PART_TABLES, RUN_TABLES
+from saeflow.features.schema import (
+    ORDERS,
+    PART_TABLES,
+    RUN_TABLES,
+    covered,
+    has_every_table,
+    hidden_digest_of,
+    token_ranges,
+)
 from saeflow.query.labels import LabelFile, label_files
 from saeflow.query.relations import condition_of_encoded
 from saeflow.recipe.settings import TOP_FAMILY

@@ -12,7 +12,7 @@ from saeflow.recipe.section import Section
 class SyntheticConfig(Section):
     """Make activations with known features: the toys of the founding articles, and a benchmark.
 
-    `saeflow.activations.synthetic.superposition` explains the kind `superposed`.
+    `saeflow.activations.synthetic` explains the kind `superposed`.
     """
 
     kind: Literal["sparse", "superposition", "superposed"] = Field(

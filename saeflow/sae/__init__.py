@@ -2,9 +2,11 @@
 
 autoencoder    the autoencoder: training loss, exact encoding, reconstruction
 parameters     weights, biases, thresholds, and how they start
-architectures  value, penalty and derivatives of each architecture
+architectures  traits, value, penalty and derivatives of each architecture
 loss           the training loss of a batch, with all gradients
-encoding       from activations to the few values that are not zero
+encoder        the encoder product, and a bound on its error
+exact          every value, exactly as it is stored, and the entries of a training step
+feature_major  the same values by feature, and their statistics
 step           one training step, sparse or dense
 kernels        Numba kernels for the few active entries
 formats        settings in the folder of an SAE, of any program

@@ -1,9 +1,7 @@
-"""From pre-activation to value and penalty, with the derivatives of both, for each architecture.
+"""What distinguishes the architectures: traits, and a rule from pre-activation to value and penalty with derivatives.
 
 A rule works number by number, on a few entries or on a dense piece: `at` says which features the last dimension of its
-tensors are, by their ids or all in order. `g` is the derivative of the reconstruction loss by the value. A rule returns
-the derivative by the pre-activation, and numbers to be summed by feature: they give the gradients of the parameters
-that only its architecture has.
+tensors are, by their ids or all in order. `g` is the derivative of the reconstruction loss by the value.
 """
 
 from __future__ import annotations
@@ -13,16 +11,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saeflow.recipe.settings import Architecture
+
 FeatureIndex = Tensor | slice
 FeatureSums = dict[str, Tensor]
+Backward = tuple[Tensor, FeatureSums]
+"""The derivative by the pre-activation, and numbers to be summed by feature for the gradients of own parameters."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the loss and the parameters need to know of an architecture, apart from its rule."""
+
+    own_parameters: tuple[str, ...] = ()
+    chooses_by_token: bool = False
+    """True if training keeps the k largest values of each token rather than of the batch."""
+    revives_dead: bool = False
+    """True if the auxiliary loss applies."""
+
+
+TRAITS: dict[Architecture, Traits] = {
+    "relu": Traits(),
+    "gated": Traits(("r_mag", "b_mag")),
+    "topk": Traits(chooses_by_token=True, revives_dead=True),
+    "batchtopk": Traits(revives_dead=True),
+    "matryoshka": Traits(revives_dead=True),
+    "jumprelu": Traits(("log_threshold",), revives_dead=True),
+}
 
 
 @dataclass(frozen=True)
 class Top:
-    """The value is the pre-activation, if it was chosen.
-
-    For TopK (Gao et al. 2024, arXiv 2406.04093), BatchTopK (Bussmann et al. 2024, arXiv 2412.06410) and, with nested
-    dictionaries, Matryoshka BatchTopK (Bussmann et al. 2025, arXiv 2503.17547).
+    """The value is the pre-activation, if it was chosen: TopK (Gao et al. 2024, arXiv 2406.04093), BatchTopK (Bussmann
+    et al. 2024, arXiv 2412.06410) and, with nested dictionaries, Matryoshka (Bussmann et al. 2025, arXiv 2503.17547).
     """
 
     @property
@@ -37,9 +58,7 @@ class Top:
         """Return values that also have to reconstruct, by themselves; None if there are none."""
         return None
 
-    def backward(
-        self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex
-    ) -> tuple[Tensor, FeatureSums]:
+    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex) -> Backward:
         return g, {}
 
     def penalty(self, pre: Tensor, values: Tensor, at: FeatureIndex) -> Tensor:
@@ -72,9 +91,7 @@ class Relu(Top):
     def values(self, pre: Tensor, at: FeatureIndex) -> Tensor:
         return pre.clamp(min=0)
 
-    def backward(
-        self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex
-    ) -> tuple[Tensor, FeatureSums]:
+    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex) -> Backward:
         return (g + self._price(at)) * (pre > 0), self._of_lengths(values)
 
     def penalty(self, pre: Tensor, values: Tensor, at: FeatureIndex) -> Tensor:
@@ -108,9 +125,7 @@ class Gated(Relu):
     def second_values(self, pre: Tensor) -> Tensor | None:
         return pre.clamp(min=0)
 
-    def backward(
-        self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex
-    ) -> tuple[Tensor, FeatureSums]:
+    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex) -> Backward:
         assert g_second is not None
         stretch, of_magnitude = self.r_mag[at].exp(), g * (values > 0)
         through = stretch * of_magnitude
@@ -155,9 +170,7 @@ class JumpReLU(Top):
     def values(self, pre: Tensor, at: FeatureIndex) -> Tensor:
         return pre * (pre > self.threshold[at])
 
-    def backward(
-        self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex
-    ) -> tuple[Tensor, FeatureSums]:
+    def backward(self, pre: Tensor, values: Tensor, g: Tensor, g_second: Tensor | None, at: FeatureIndex) -> Backward:
         threshold, sums = self.threshold[at], {}
         if self.tanh_scale is not None:
             lengths = 1.0 if self.lengths is None else self.lengths[at]

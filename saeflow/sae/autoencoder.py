@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseRows, SparseValues
 from saeflow.runtime.devices import to_device
-from saeflow.sae.encoding.exact import ActivationFunction, encode_densely, encode_on_accelerator, encode_on_processor
+from saeflow.sae.exact import ActivationFunction, encode_densely, encode_on_accelerator, encode_on_processor
 from saeflow.sae.loss import LossOptions, StepInfo, loss_of_batch
 from saeflow.sae.parameters import SAEParameters
-from saeflow.sae.step.reconstruction import decode
+from saeflow.sae.step.gradients import decode
 
 
 class SparseAutoencoder(SAEParameters):
@@ -34,21 +35,13 @@ class SparseAutoencoder(SAEParameters):
     In training, `batchtopk` and `matryoshka` take their threshold from the batch at hand. `encode_sparse` applies the
     running threshold instead, so a token's features do not depend on its batch mates.
 
-    To add an architecture, name it in `recipe.settings.Architecture`, write its rule in `architectures`, and choose the
-    rule in `loss._training_rule` and its activation function in `activation_function`.
+    docs/built/add-an-architecture.md says how to add one.
     """
 
     def training_loss(
-        self,
-        x: Tensor,
-        aux_weight: float = 0.0,
-        dead_after_tokens: int = 200_000,
-        *,
-        target: Tensor | None = None,
-        k: int | None = None,
-        sparsity: float = 1.0,
-        by_token: bool = False,
-    ) -> tuple[Tensor, StepInfo]:
+        self, x: Tensor, aux_weight: float = 0.0, dead_after_tokens: int = 200_000, *, target: Tensor | None = None,
+        k: int | None = None, sparsity: float = 1.0, by_token: bool = False,
+    ) -> tuple[Tensor, StepInfo]:  # fmt: skip
         """Return the loss of a batch (B, D) of float32, to be differentiated for the parameters, not for `x`.
 
         - topk, batchtopk, matryoshka: share of variance unexplained, sum((x - reconstruction)²) / sum((x - mean(x))²)
@@ -65,7 +58,7 @@ class SparseAutoencoder(SAEParameters):
         """
         if target is None and self.config.target_site is not None:
             target = x
-        by_token = by_token or self.config.architecture == "topk"
+        by_token = by_token or self.traits.chooses_by_token
         options = LossOptions(aux_weight, dead_after_tokens, k or self.config.k, sparsity, by_token)
         return loss_of_batch(self, x, target, options)
 
@@ -81,18 +74,17 @@ class SparseAutoencoder(SAEParameters):
                 stretch = self.r_mag.detach().double().exp()
                 shift = self.b_mag.detach().double() - stretch * self.b_enc.detach().double()
                 return ActivationFunction(np.zeros(len(stretch)), stretch.cpu().numpy(), shift.cpu().numpy(), None)
-            case _:
+            case "batchtopk" | "matryoshka" | "jumprelu":
                 return ActivationFunction.identity(thresholds)
+            case unknown:
+                assert_never(unknown)
 
     def _cut(self, function: ActivationFunction) -> Tensor | None:
         return torch.from_numpy(function.thresholds).to(self.W_enc.device) if function.thresholds.any() else None
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Bring the weights on a GPU into the form of the product, before several threads ask for them.
-
-        One thread's stream does not wait for what another thread asked of the GPU.
-        """
+        """Bring weights on a GPU into the form of the product: one thread's stream does not wait for another's work."""
         if self.use_kernels and self.W_enc.device.type == "cuda":
             encoder = self.current_encoder(self._cut(self.activation_function()))
             encoder.prepare()

@@ -76,7 +76,7 @@ def read_sae_folder(folder: Path) -> SAEFolder:
 
 
 def describe_source(config: SAEConfig) -> SAEFolder:
-    """What the folder says that `sae.source` names."""
+    """Read the folder that `sae.source` names."""
     assert config.source is not None
     folder = Path(config.source)
     if not folder.is_dir():
@@ -88,9 +88,9 @@ def describe_source(config: SAEConfig) -> SAEFolder:
 
 
 def effective_config(config: SAEConfig) -> SAEConfig:
-    """What the recipe's SAE is: its own settings, or those of the folder in `sae.source`, on the recipe's sites.
+    """Return the settings of the recipe's SAE, or of the folder in `sae.source` on the recipe's sites.
 
-    A setting that the recipe gives, and the folder contradicts, is refused.
+    Raises UserError for a setting that the recipe gives and the folder contradicts.
     """
     if config.source is None:
         return config
@@ -110,15 +110,12 @@ def _require_agreement(asked: SAEConfig, found: SAEFolder) -> None:
                 f"Set sae.{name} to {there}, or leave it out: it comes from sae.source."
             )
     if (asked.target_site is None) != (found.config.target_site is None):
-        is_one = found.config.target_site is not None
+        what, remedy = "a", "Set it to the site that it reconstructs."
+        if found.config.target_site is None:
+            what, remedy = "no", "Leave it out: the SAE reconstructs what it reads."
         raise UserError(
-            f"The SAE in {found.weights.parent} is {'a' if is_one else 'no'} transcoder, but sae.target_site is "
-            f"{asked.target_site}.\n"
-            + (
-                "Set it to the site that it reconstructs."
-                if is_one
-                else "Leave it out: the SAE reconstructs what it reads."
-            )
+            f"The SAE in {found.weights.parent} is {what} transcoder, but sae.target_site is {asked.target_site}.\n"
+            f"{remedy}"
         )
 
 
@@ -147,9 +144,8 @@ def _saelens(settings: Path, weights: Path) -> SAEFolder:
         config = _own(settings, metadata["saeflow"], name, n_features, cfg)
     else:
         target = str(metadata.get("hook_name_out") or "another site") if transcodes else None
-        config = _foreign(
-            settings, _SAELENS[name], n_features, cfg, _positive_counts(settings, cfg, "matryoshka_widths"), target
-        )
+        nested = _positive_counts(settings, cfg, "matryoshka_widths")
+        config = _foreign(settings, _SAELENS[name], n_features, cfg, nested, target)
     writer: WritingProgram = "saeflow" if "saeflow" in metadata else "SAELens"
     return SAEFolder(writer, config, width, out_width, settings, weights, takes_off, by_norm, metadata)
 
@@ -204,13 +200,9 @@ def _dictionary_learning(settings: Path, weights: Path) -> SAEFolder:
 
 
 def _foreign(
-    settings: Path,
-    architecture: Architecture,
-    n_features: int,
-    cfg: dict[str, Any],
-    nested: list[int],
+    settings: Path, architecture: Architecture, n_features: int, cfg: dict[str, Any], nested: list[int],
     target: str | None,
-) -> SAEConfig:
+) -> SAEConfig:  # fmt: skip
     about: dict[str, Any] = {"architecture": architecture, "n_features": n_features, "unit_norm": False}
     if architecture == "topk":
         about["k"] = _positive_count(settings, cfg, "k")
@@ -260,11 +252,12 @@ def _one_of(settings: Path, cfg: Mapping[str, Any], name: str, known: tuple[Sett
 
 
 _WAYS_OUT = {
-    "normalize_activations": "If it is a constant factor, fold it in with SAELens "
-    "(fold_activation_norm_scaling_factor) "
-    "and save again.",
-    "rescale_acts_by_decoder_norm": "Fold the lengths of the decoder's rows in with SAELens (fold_W_dec_norm) and "
-    "save again.",
+    "normalize_activations": (
+        "If it is a constant factor, fold it in with SAELens (fold_activation_norm_scaling_factor) and save again."
+    ),
+    "rescale_acts_by_decoder_norm": (
+        "Fold the lengths of the decoder's rows in with SAELens (fold_W_dec_norm) and save again."
+    ),
     "finetuning_scaling_factor": "Fold the tensor scaling_factor into the decoder, and save again.",
 }
 

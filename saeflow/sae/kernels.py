@@ -222,24 +222,10 @@ def _dot(doubles: Doubles, floats: Floats) -> float:
 
 @compiled
 def rescore(
-    x: Floats,
-    b_dec: Doubles,
-    w_enc: Floats,
-    b_enc: Doubles,
-    bounds: Doubles,
-    row_bounds: Doubles,
-    relative: float,
-    firsts: Doubles,
-    thresholds: Doubles,
-    stretch: Doubles,
-    shift: Doubles,
-    k: int,
-    row_starts: Offsets,
-    ids: Ids,
-    approximate: Floats,
-    kept_starts: Offsets,
-    values: Floats,
-) -> None:
+    x: Floats, b_dec: Doubles, w_enc: Floats, b_enc: Doubles, bounds: Doubles, row_bounds: Doubles, relative: float,
+    firsts: Doubles, thresholds: Doubles, stretch: Doubles, shift: Doubles, k: int, row_starts: Offsets, ids: Ids,
+    approximate: Floats, kept_starts: Offsets, values: Floats,
+) -> None:  # fmt: skip
     """Recompute candidates in float64, keep the k largest of those above their thresholds, and round.
 
     `approximate` is the approximate pre-activation less the feature's threshold. A candidate is not recomputed if even
@@ -311,18 +297,9 @@ def _round_largest(exact: Doubles, exact_bits: Bits, k: int, row_ids: Ids, ids: 
 
 @compiled
 def reconstruct(
-    start: int,
-    stop: int,
-    row_starts: Offsets,
-    ids: Ids,
-    values: Floats,
-    w_dec: Floats,
-    target: Floats,
-    ends: Ids,
-    residual: Floats,
-    d_values: Floats,
-    losses: Floats,
-) -> None:
+    start: int, stop: int, row_starts: Offsets, ids: Ids, values: Floats, w_dec: Floats, target: Floats, ends: Ids,
+    residual: Floats, d_values: Floats, losses: Floats,
+) -> None:  # fmt: skip
     """Write for rows start..stop the residuals, their squared norms, and their products with the active directions.
 
     The residual is values @ w_dec - target; `d_values` is residual @ w_dec.T where there are values. Features up to
@@ -381,15 +358,9 @@ def reconstruct(
 
 @compiled
 def transpose(
-    start: int,
-    stop: int,
-    row_starts: Offsets,
-    ids: Ids,
-    values: Floats,
-    positions: Offsets,
-    rows: Ids,
+    start: int, stop: int, row_starts: Offsets, ids: Ids, values: Floats, positions: Offsets, rows: Ids,
     sorted_values: Floats,
-) -> None:
+) -> None:  # fmt: skip
     """Put each entry of rows start..stop at its feature's next free place, which `positions` holds.
 
     Both `values` and `sorted_values` are (n, nnz): one or more numbers go with each entry.
@@ -411,21 +382,9 @@ def _add_two(out: Floats, a: float, first: Matrix, b: float, second: Matrix) -> 
 
 @compiled
 def accumulate(
-    start: int,
-    stop: int,
-    feature_starts: Offsets,
-    rows: Ids,
-    values: Floats,
-    d_pre: Floats,
-    ends: Ids,
-    residual: Matrix,
-    centred: Matrix,
-    w_dec: Floats,
-    on_sphere: bool,
-    fresh: bool,
-    d_w_enc: Floats,
-    d_w_dec: Floats,
-) -> None:
+    start: int, stop: int, feature_starts: Offsets, rows: Ids, values: Floats, d_pre: Floats, ends: Ids,
+    residual: Matrix, centred: Matrix, w_dec: Floats, on_sphere: bool, fresh: bool, d_w_enc: Floats, d_w_dec: Floats,
+) -> None:  # fmt: skip
     """Add the gradients of features start..stop to `d_w_enc` and `d_w_dec`, or write them to `fresh` memory.
 
     `residual` (G, B, D) and `centred` (B, D) are float32, or bfloat16 as bits: to read them takes most of the time.

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, assert_never, cast
 
 import torch
 from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseTensors
+from saeflow.runtime.threads import in_parallel
 from saeflow.sae.architectures import Gated, JumpReLU, Relu, Top, TrainingRule
-from saeflow.sae.encoding.active_entries import share_positive
-from saeflow.sae.encoding.encoder import Encoder
+from saeflow.sae.encoder import Encoder
+from saeflow.sae.exact import share_positive
 from saeflow.sae.parameters import SAEParameters
-from saeflow.sae.step.auxiliary import AuxiliaryLoss
-from saeflow.sae.step.batch import CentredBatch, StepResult, StepSettings, Weights, centred_batch
+from saeflow.sae.step.batch import (
+    DEGENERATE,
+    WORKER_ROWS,
+    CentredBatch,
+    StepResult,
+    StepSettings,
+    Weights,
+    centred_batch,
+    worker_ranges,
+)
 from saeflow.sae.step.dense_step import dense_step
+from saeflow.sae.step.gradients import SparseReconstruction, WeightGradients
 from saeflow.sae.step.sparse_step import entries_above_cut, largest_entries, sparse_step
 
 THRESHOLD_MEMORY = 0.9
@@ -32,10 +42,7 @@ class StepInfo:
     auxiliary: float
     """Share of that rest that dead features miss, before its weight."""
     sparsity: float
-    """The penalty before its weight.
-
-    It is mean(abs(values)) (relu, gated), or (L0 / k - 1)² or the mean sum of tanh (jumprelu).
-    """
+    """Penalty before its weight: mean(abs(values)) (relu, gated), (L0 / k - 1)² or mean sum of tanh (jumprelu)."""
     n_active: float
     """Mean number of active features of a token."""
     n_dead: int
@@ -84,15 +91,14 @@ def _loss_and_gradients(
     config, encoder = sae.config, sae.current_encoder()
     batch = centred_batch(x, sae.b_in, target, sae.b_dec, encoder.dtype, sae.threads)
     rule = _training_rule(sae, batch, options.sparsity)
-    weights = Weights(*(p.detach() for p in sae.trained_parameters[:4]))
+    weights = Weights(sae.W_enc.detach(), sae.W_dec.detach())
     ends = torch.tensor(config.nested, dtype=torch.int32)
     scale = batch.scale(config.counts_k)
     settings = StepSettings(rule, ends, scale, config.unit_norm, sae.use_kernels, sae.threads)
     result, chosen = _step_result(sae, x, batch, encoder, weights, settings, options)
     dead = (sae.tokens_since_fired >= options.dead_after_tokens).nonzero().flatten()
-    weight = options.aux_weight if config.counts_k or config.architecture == "jumprelu" else 0.0
-    auxiliary = AuxiliaryLoss.plan(dead, len(x), batch.target.shape[1], options.k, weight)
-    aux_loss = auxiliary.add_to(result, batch, weights, encoder, settings)
+    weight = options.aux_weight if sae.traits.revives_dead else 0.0
+    aux_loss = _add_auxiliary(result, batch, weights, encoder, settings, dead, options.k, weight)
     n_active = result.n_active / len(x)
     penalty, sparsity_loss = rule.penalty_loss(result.penalty, n_active)
     loss = result.mean_error * scale + penalty + options.aux_weight * aux_loss
@@ -133,12 +139,14 @@ def _training_rule(sae: SAEParameters, batch: CentredBatch, sparsity: float) -> 
             return Relu(*paid)
         case "gated":
             return Gated(*paid, sae.r_mag.detach(), sae.b_mag.detach(), sae.b_enc.detach())
+        case "topk" | "batchtopk" | "matryoshka":
+            return Top()
         case "jumprelu":
             scale = config.tanh_scale if config.penalty == "tanh" else None
             weight, width = config.penalty_weight * sparsity, batch.target.shape[1]
             return JumpReLU(sae.threshold, config.bandwidth, weight, config.k, n_rows, width, scale, lengths)
-        case _:
-            return Top()
+        case unknown:
+            assert_never(unknown)
 
 
 def _gradients(
@@ -162,3 +170,35 @@ def _remember(sae: SAEParameters, n_rows: int, fired: Tensor, chosen: SparseTens
     if sae.config.counts_k and chosen is not None and len(chosen.values):
         memory = torch.where(sae.threshold > 0, THRESHOLD_MEMORY, 0.0)
         sae.threshold.mul_(memory).add_((1 - memory) * chosen.values.min())
+
+
+def _add_auxiliary(
+    result: StepResult, batch: CentredBatch, weights: Weights, encoder: Encoder, settings: StepSettings, dead: Tensor,
+    k: int, weight: float,
+) -> float:  # fmt: skip
+    """Let dead features explain what living ones miss (Gao et al. 2024, arXiv 2406.04093).
+
+    The largest pre-activations of dead features (int64 ids) reconstruct the residual. Adds the gradients to the
+    result's and returns the share of the residual that dead features miss, unweighted. A quarter as many entries as the
+    step has are active at most: so few rows take part, but all of them while few features are dead.
+    """
+    if not len(dead) or not weight > 0:
+        return 0.0
+    k_dead = min(max(batch.target.shape[1] // 2, 1), len(dead))
+    rows = slice(min(len(batch.low), max(len(batch.low) * k // (4 * k_dead), 1)))
+    rest, low = -result.residual[rows], batch.low[rows]
+    target_squares = batch.target[rows].double().square().sum().item()
+    total = max(rest.double().square().sum().item(), DEGENERATE * target_squares, 1e-30)
+    whole = replace(settings, rule=Top(), ends=settings.ends[-1:], scale=weight / total)
+    small = Encoder(encoder.w_enc[dead], encoder.b_enc[dead], encoder.b_in, encoder.dtype, threads=encoder.threads)
+    chosen, _ = largest_entries(low, small, k_dead, True, 0.0, settings.use_kernels)
+    chosen = chosen._replace(feature_ids=dead[chosen.feature_ids.long()].int())
+    found = SparseReconstruction.room_for(chosen, rest, whole)
+    found.entries.values.copy_(chosen.values)
+    parts = worker_ranges(rest, WORKER_ROWS, settings.use_kernels)
+    in_parallel(lambda part: found.reconstruct(part, weights.w_dec, rest, whole), parts, settings.threads)
+    pair = torch.stack([chosen.values, found.g]) * (2 * whole.scale)
+    gradients = WeightGradients(result.d_w_enc, result.d_w_dec, fresh=False)
+    by_feature = gradients.add(found, pair, low, weights.w_dec, whole)
+    result.d_pre = result.d_pre + by_feature(pair[1])
+    return found.losses.double().sum().item() / total

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.threads import in_parallel
-from saeflow.sae.encoding.encoder import Encoder
+from saeflow.sae.architectures import TRAITS, Traits
+from saeflow.sae.encoder import Encoder
 from saeflow.sae.step.batch import worker_ranges
 from saeflow.sae.step.dense_step import DENSE_SHARE
 
@@ -56,6 +57,10 @@ class SAEParameters(nn.Module):
         self._kept_encoder: tuple[object, Encoder] | None = None
 
     @property
+    def traits(self) -> Traits:
+        return TRAITS[self.config.architecture]
+
+    @property
     def b_in(self) -> Tensor:
         """(D): subtracted from the input."""
         return self.b_dec if self.config.target_site is None else self.centre
@@ -63,8 +68,8 @@ class SAEParameters(nn.Module):
     @property
     def trained_parameters(self) -> list[nn.Parameter]:
         """What a training step gives gradients for, in their order."""
-        own = {"gated": ("r_mag", "b_mag"), "jumprelu": ("log_threshold",)}.get(self.config.architecture, ())
-        return [self.W_enc, self.b_enc, self.W_dec, self.b_dec, *(getattr(self, name) for name in own)]
+        own = (getattr(self, name) for name in self.traits.own_parameters)
+        return [self.W_enc, self.b_enc, self.W_dec, self.b_dec, *own]
 
     def initialise(self, mean: Tensor, target_mean: Tensor | None = None) -> None:
         """Let the decoder bias start at the mean of the target; `mean` (D) is the mean of the input."""

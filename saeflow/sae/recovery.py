@@ -15,9 +15,7 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseValues
-from saeflow.activations.synthetic import superposition, toy_models
-from saeflow.activations.synthetic.ground_truth import GroundTruth
-from saeflow.recipe.synthetic import SyntheticConfig
+from saeflow.activations.synthetic import GroundTruth
 from saeflow.runtime.threads import ranges
 from saeflow.sae.autoencoder import SparseAutoencoder
 
@@ -75,11 +73,6 @@ class Scores:
     l0: float
     """Mean number of features that fire in a row."""
     true_l0: float
-
-
-def truth_of(config: SyntheticConfig) -> GroundTruth:
-    """Return the true features of made activations of any kind."""
-    return superposition.superposed_truth(config) if config.kind == "superposed" else toy_models.toy_truth(config)
 
 
 def score(

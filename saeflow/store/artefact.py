@@ -190,7 +190,10 @@ class Artefact(Publication):
         make_folder(self.path / "parts")
         paths = [self.path / name for name in files]
         record = self._described(facts, inputs, [file_record(self.path, path) for path in paths])
-        self._put_record(record, paths)
+        with self.publishing():
+            write_record(self.path / "artefact.json", record)
+            self.storage.send(*paths)
+            self.storage.send(self.path / "artefact.json")
 
     def _described(self, facts: dict[str, Any], inputs: Iterable[str], files: list[FileRecord]) -> ArtefactRecord:
         return ArtefactRecord(kind=self.kind, name=self.name, fp=self.fp, facts=facts, inputs=list(inputs), files=files)
@@ -208,14 +211,11 @@ class Artefact(Publication):
         record = self.record.model_copy(update={"files": list(files.values())})
         if record == self.record:
             return
-        self._put_record(record, paths)
-        self.__dict__["record"] = record
-
-    def _put_record(self, record: ArtefactRecord, paths: Iterable[Path]) -> None:
         with self.publishing():
             self.storage.send(*paths)
             write_record(self.path / "artefact.json", record)
             self.storage.send(self.path / "artefact.json")
+            self.__dict__["record"] = record
 
     @contextlib.contextmanager
     def publish_folder(

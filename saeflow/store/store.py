@@ -54,15 +54,6 @@ class Store:
         """What `--store` calls the store."""
         return self.storage.name
 
-    @property
-    def marker(self) -> Path:
-        return self.root / "store.json"
-
-    def write_marker(self) -> None:
-        """Write the file that makes a folder a store: it says nothing but the format."""
-        write_checked(self.marker, {"format_version": FORMAT_VERSION})
-        self.storage.send(self.marker)
-
     @classmethod
     def create(cls, root: str | Path | Storage, overlap: Overlap = "refuse") -> Store:
         """Open for writing, and make the folder if needed. Raises UserError if that cannot be done."""
@@ -75,10 +66,12 @@ class Store:
                 f"The store {store.root} cannot be written: {error.strerror}.\n"
                 "Choose another folder with --store or SAEFLOW_STORE, or change its permissions."
             ) from error
-        if not store.marker.exists():
+        marker = store.root / "store.json"
+        if not marker.exists():
             with store.storage.locked("store"):  # two may begin a store at once
-                store.write_marker()
-        read_checked(store.marker)
+                write_checked(marker, {"format_version": FORMAT_VERSION})
+            store.storage.send(marker)
+        read_checked(marker)
         return store
 
     @classmethod
@@ -86,16 +79,16 @@ class Store:
         """Open for reading. Raises UserError if there is no store, or one that cannot be read."""
         store = cls.find(root)
         try:
-            read_checked(store.marker)
+            read_checked(store.root / "store.json")
         except FileNotFoundError:
-            raise damaged(store.marker) from None
+            raise damaged(store.root / "store.json") from None
         return store
 
     @classmethod
     def find(cls, root: str | Path | Storage) -> Store:
         """Return a store whose marker may be damaged. Raises UserError if there is none."""
         store = cls.at(root)
-        if not store.marker.is_file() and not any((store.root / kind).is_dir() for kind in KINDS):
+        if not (store.root / "store.json").is_file() and not any((store.root / kind).is_dir() for kind in KINDS):
             raise UserError(
                 f"No store at {store.name}. Name one with --store or SAEFLOW_STORE, or make one: `saeflow run RECIPE`."
             )

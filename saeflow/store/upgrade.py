@@ -8,7 +8,7 @@ import shutil
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import flush_tree, rename
-from saeflow.store.records import PartRecord, read_checked, write_record
+from saeflow.store.records import PartRecord, read_checked, write_checked, write_record
 from saeflow.store.store import Store
 
 
@@ -20,8 +20,9 @@ def upgrade(store: Store) -> list[str]:
             with artefact.writing():
                 _upgrade(store, artefact)
             done.append(f"{artefact.id}: format {artefact.record.format_version} to {FORMAT_VERSION}")
-    if read_checked(store.marker)["format_version"] < FORMAT_VERSION:
-        store.write_marker()
+    if read_checked(store.root / "store.json")["format_version"] < FORMAT_VERSION:
+        write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
+        store.storage.send(store.root / "store.json")
     return done or [f"{store.name} has format {FORMAT_VERSION} already"]
 
 

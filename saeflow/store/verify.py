@@ -80,11 +80,15 @@ def _falls_into(share: tuple[int, int] | None, name: str) -> bool:
 
 
 def repair_marker(store: Store) -> str | None:
-    """Write store.json again if it cannot be read. Return what was wrong, if anything."""
+    """Write store.json again if it cannot be read: it says nothing but the format.
+
+    Return what was wrong, if anything.
+    """
     try:
-        read_checked(store.marker)
+        read_checked(store.root / "store.json")
     except (Damaged, OSError) as error:
-        store.write_marker()
+        write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
+        store.storage.send(store.root / "store.json")
         return str(error).partition(" is missing")[0] + " was missing or damaged and is written again"
     return None
 

@@ -46,7 +46,7 @@ def test_an_epoch_takes_every_row_once_and_stays_inside_its_pool(
 ):
     blocks = np.split(np.arange(n_rows), range(block_rows, n_rows, block_rows))
     taken, visited = [], []
-    for pool in plan_epoch(blocks, len(blocks), pool_blocks, batch_rows, seed, epoch):
+    for pool in plan_epoch(blocks.__getitem__, len(blocks), pool_blocks, batch_rows, seed, epoch):
         assert 1 <= len(pool.blocks) <= pool_blocks
         visited.extend(pool.blocks)
         sizes = [len(rows) for rows in pool.batches]
@@ -72,7 +72,12 @@ def test_the_plan_follows_from_seed_and_epoch_alone():
     blocks = np.arange(400).reshape(20, 20)
 
     def order(seed, epoch):
-        return [r for p in plan_epoch(blocks, 20, 4, 16, seed, epoch) for rows in p.batches for r in rows.tolist()]
+        return [
+            r
+            for p in plan_epoch(blocks.__getitem__, 20, 4, 16, seed, epoch)
+            for rows in p.batches
+            for r in rows.tolist()
+        ]
 
     assert order(3, 0) == order(3, 0)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9

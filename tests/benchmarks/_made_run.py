@@ -12,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from saeflow.activations.sparse_values import SparseValues
-from saeflow.corpus.packing import Packed
 from saeflow.corpus.selection import TokenSelection
-from saeflow.corpus.token_parts import write_part
+from saeflow.corpus.token_parts import Packed, write_part
 from saeflow.corpus.vocabulary import write_vocab
-from saeflow.features.part_writer import PartWriter
-from saeflow.features.token_columns import read_token_columns
+from saeflow.features.part_encoder import PartWriter
+from saeflow.features.statistics import read_token_columns
 from saeflow.runtime.threads import use_one_thread
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord

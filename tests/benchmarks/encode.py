@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 
 from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
-from saeflow.activations.synthetic.superposition import SuperposedFeatures
+from saeflow.activations.synthetic import SuperposedFeatures
 from saeflow.model.sites import choose_site
 from saeflow.pipeline import compact as merging
 from saeflow.pipeline import encode, import_table, train
@@ -49,7 +49,7 @@ from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.encoding.encoder import Encoder
+from saeflow.sae.encoder import Encoder
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, report
 

@@ -27,8 +27,8 @@ from saeflow.activations.epoch import plan_epoch
 from saeflow.activations.feed import Feed
 from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus import token_parts
-from saeflow.corpus.packing import Packed
 from saeflow.corpus.selection import TokenSelection
+from saeflow.corpus.token_parts import Packed
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect
 from saeflow.recipe.settings import FeedConfig
@@ -154,7 +154,7 @@ def partners(n_documents: int, document_rows: int, block_rows: int, pool_blocks:
     n_rows = n_documents * document_rows
     blocks = np.split(np.arange(n_rows), range(block_rows, n_rows, block_rows))
     met, n_met = 0, 0
-    for pool in plan_epoch(blocks, len(blocks), pool_blocks, batch_rows, seed=0):
+    for pool in plan_epoch(blocks.__getitem__, len(blocks), pool_blocks, batch_rows, seed=0):
         for rows in pool.batches:
             sizes = np.unique(rows // document_rows, return_counts=True)[1]
             met, n_met = met + int((sizes * (sizes - 1)).sum()), n_met + len(rows)

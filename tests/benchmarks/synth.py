@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from saeflow.activations.synthetic import superposition
-from saeflow.activations.synthetic.ground_truth import GroundTruth
+from saeflow.activations import synthetic
+from saeflow.activations.synthetic import GroundTruth
 from saeflow.cli.synth import Synth, print_scores, train_and_score
 from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.recipe.settings import Architecture, SAEConfig
@@ -90,7 +90,7 @@ def peer_scores(recipe: Recipe, peer: str, architecture: str, folder: Path) -> S
     sae = (interchange.load if peer == "saelens" else load_sparsify)(saved).eval()
     return recovery.score_directions(
         sae.W_dec.detach(), lambda x: sae.encode_sparse(x * scale), lambda sparse: sae.decode(sparse) / scale,
-        recovery.truth_of(made), recipe.train.n_tokens,
+        synthetic.truth_of(made), recipe.train.n_tokens,
     )  # fmt: skip
 
 
@@ -98,16 +98,16 @@ def write_rows(recipe: Recipe, path: Path) -> float:
     """The recipe's rows, scaled to a mean squared distance of D from their mean, once; returns the scale."""
     made = recipe.activations.synthetic
     assert made is not None
-    blocks = [values for values, _ in itertools.islice(superposition.superposed_rows(made).blocks(0), 16)]
+    blocks = [values for values, _ in itertools.islice(synthetic.superposed_rows(made).blocks(0), 16)]
     _, scale = mean_and_scale(torch.from_numpy(np.concatenate(blocks)), normalise=True)
     if not path.exists():
         rows = np.lib.format.open_memmap(path, "w+", np.float32, (made.n_samples, made.n_neurons))
         start = 0
-        for values, _ in superposition.superposed_rows(made).blocks(0):
+        for values, _ in synthetic.superposed_rows(made).blocks(0):
             rows[start : start + len(values)] = values[: len(rows) - start] * np.float32(scale)
             start += len(values)
         rows.flush()
-        fresh, _ = next(recovery.truth_of(made).fresh())
+        fresh, _ = next(synthetic.truth_of(made).fresh())
         np.save(path.with_name("rows-held-out.npy"), fresh * np.float32(scale))
     return scale
 
@@ -192,7 +192,7 @@ def main() -> None:
         ],
         tokens=n_tokens,
         best=best.recipe.sae.architecture if best else None,
-        linear_detector_f1=round(linear_f1(recovery.truth_of(made)), 4),
+        linear_detector_f1=round(linear_f1(synthetic.truth_of(made)), 4),
         seconds={each.recipe.sae.architecture: round(seconds, 1) for each, seconds in found},
         scores={each.recipe.sae.architecture: dataclasses.asdict(each.scores) for each, _ in found},
         peers={name: dataclasses.asdict(each) for name, each in peers.items()},

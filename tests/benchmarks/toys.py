@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from saeflow.activations.synthetic.generate import make_table
+from saeflow.activations.synthetic import make_table
 from saeflow.activations.tables.source import load_table
 from saeflow.activations.tables.stream import InMemoryTable
 from saeflow.pipeline import import_table

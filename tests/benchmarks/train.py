@@ -36,7 +36,7 @@ from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, keep_freed_memory, ranges
 from saeflow.sae import loss
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.encoding.encoder import Encoder
+from saeflow.sae.encoder import Encoder
 from saeflow.store.store import Store
 from saeflow.train.training import FeedBatch, Training
 from tests.benchmarks import _peers, _superposed

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeflow.corpus.document import is_held_out
-from saeflow.corpus.packing import pack
-from saeflow.corpus.tokenizer import bos_ids
+from saeflow.corpus.token_parts import bos_ids, pack
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage

@@ -17,12 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow.features.compaction import plan_merges
-from saeflow.features.coverage import covered
+from saeflow.features.compaction import USUAL_MERGE, MergeSettings, feature_buckets, plan_merges
 from saeflow.features.files import files_of
-from saeflow.features.part_merger import USUAL_MERGE, MergeSettings
-from saeflow.features.schema import PART_TABLES, TOP, TOP_VOCAB
-from saeflow.features.token_columns import bands_of
+from saeflow.features.schema import PART_TABLES, TOP, TOP_VOCAB, covered
+from saeflow.features.statistics import bands_of
 from saeflow.pipeline import compact, encode, train
 from saeflow.pipeline import run as pipeline
 from saeflow.pipeline.lifecycle.forget import forget
@@ -372,3 +370,11 @@ def test_parts_say_which_activation_parts_they_hold(copied):
     before = [covered(part) for part in run_of(copied).published().parts]
     [part] = compacted(copied).published().parts
     assert covered(part) == {index: digest for each in before for index, digest in each.items()}
+
+
+@given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=60), wanted=st.integers(1, 100))
+def test_buckets_take_every_feature_once_in_order_and_none_is_much_fuller_than_wanted(counts, wanted):
+    found = feature_buckets(np.array(counts), wanted)
+    assert [f for a, b in found for f in range(a, b + 1)] == list(range(len(counts)))
+    share = sum(counts) / max(1, round(sum(counts) / wanted))
+    assert all(sum(counts[a : b + 1]) <= share + max(counts) for a, b in found)

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.corpus.selection import TokenSelection
-from saeflow.features import part_writer
-from saeflow.features.part_writer import PartWriter
+from saeflow.features import part_encoder
+from saeflow.features.part_encoder import PartWriter
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect, import_table, tokens, train
 from saeflow.pipeline import encode as features
@@ -245,7 +245,7 @@ def test_the_files_do_not_depend_on_the_size_of_batches(brought, batch_rows):
 def test_a_part_with_more_values_than_memory_holds_gets_more_files_with_the_same_rows(brought, monkeypatch, limit):
     store, recipe, _ = brought
     usual = encoded(store, recipe)
-    monkeypatch.setattr(part_writer, "SEGMENT_VALUES", limit)
+    monkeypatch.setattr(part_encoder, "SEGMENT_VALUES", limit)
     encoder = encoder_of(brought, Lineage(store, recipe).activations, f"segments{limit}")
     encoder.batch_rows = 50
     cut = encode_all(encoder)

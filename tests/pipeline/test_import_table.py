@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
-from saeflow.activations.synthetic.generate import make_table
-from saeflow.activations.tables.row_labels import places_in_text_order, row_name, row_names_in_text_order
+from saeflow.activations.synthetic import make_table
 from saeflow.activations.tables.source import load_table, open_table, source_checksum
-from saeflow.activations.tables.stream import TableReader
+from saeflow.activations.tables.stream import TableReader, places_in_text_order, row_name, row_names_in_text_order
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.runtime.errors import UserError
 

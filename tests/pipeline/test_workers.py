@@ -21,7 +21,7 @@ import pytest
 from distributed import Client, LocalCluster, Worker, get_worker
 
 from saeflow.features import compaction
-from saeflow.features.part_merger import MergeSettings
+from saeflow.features.compaction import MergeSettings
 from saeflow.pipeline import compact, train
 from saeflow.pipeline.dask import clusters, fit, start
 from saeflow.pipeline.dask.fit import Session, software

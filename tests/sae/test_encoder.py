@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from saeflow.sae.encoding.encoder import SparseInputEncoder
-from tests.support.uneven_saes import an_autoencoder, some_activations
+from saeflow.sae.encoder import SparseInputEncoder, multiply_nonzero, packed
+from tests.support.uneven_saes import D, an_autoencoder, some_activations
 
 
 @pytest.mark.parametrize("share_of_zeros", [0.0, 0.9])
@@ -21,3 +21,14 @@ def test_the_screen_never_errs_by_more_than_its_bound(width, share_of_zeros):
     error = np.abs(screen - exact.detach().numpy())
     bound = row_bounds @ encoder.bounds[:2] + encoder.bounds[2]
     assert (error <= bound + encoder.relative_error * np.abs(screen)).all()
+
+
+@pytest.mark.parametrize("n_features", [32, 320, 544])
+def test_the_product_of_mostly_zero_rows_is_that_of_the_weights_in_bfloat16(n_features):
+    x = torch.relu(some_activations(7, torch.float32) - 4)
+    x[3] = 0
+    w, base = torch.randn(n_features, D, generator=torch.Generator().manual_seed(2)), torch.arange(n_features).float()
+    out = np.full((7, n_features), np.nan, np.float32)
+    multiply_nonzero(x.numpy(), packed(w, 1), base.numpy(), out.reshape(-1))
+    wanted = x.double() @ w.bfloat16().double().t() + base
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)

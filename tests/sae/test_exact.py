@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow.sae.encoding.encoder import Encoder, SparseInputEncoder
-from saeflow.sae.encoding.exact import encode_densely, encode_on_accelerator, rounded
+from saeflow.sae.encoder import Encoder, SparseInputEncoder
+from saeflow.sae.exact import encode_densely, encode_on_accelerator, rounded
 from tests.support.uneven_saes import ARCHITECTURES, STORED, D, F, K, an_autoencoder, dense, some_activations
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from saeflow.activations.sparse_values import SparseValues
-from saeflow.sae.encoding.feature_major import feature_major, feature_statistics
+from saeflow.sae.feature_major import feature_major, feature_statistics
 from tests.support.uneven_saes import ARCHITECTURES, D, F, an_autoencoder, dense, some_activations
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeflow.sae import kernels
-from saeflow.sae.encoding.active_entries import chosen_entries
+from saeflow.sae.exact import chosen_entries
 
 DTYPES = [torch.bfloat16, torch.float32]
 numbers = st.sampled_from([-3.0, -1.0, -0.5, -0.0, 0.0, 0.25, 0.5, 1.0, 1.0078125, 2.0, 40.0])

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saeflow.activations import synthetic
 from saeflow.activations.sparse_values import SparseValues, values_above_zero
-from saeflow.activations.synthetic import superposition, toy_models
-from saeflow.activations.synthetic.ground_truth import GroundTruth
+from saeflow.activations.synthetic import GroundTruth, truth_of
 from saeflow.recipe.recipe import load_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.recovery import Scores, best_cosines, match_directions, score, score_directions, truth_of
+from saeflow.sae.recovery import Scores, best_cosines, match_directions, score, score_directions
 
 N, WIDTH = 8, 12
 
@@ -233,7 +233,7 @@ def test_every_kind_knows_its_directions_and_gives_rows_that_are_not_stored(conf
     blocks = list(itertools.islice(truth.fresh(), 2))
     offset = 0.0
     if config.kind == "superposed":
-        offset = superposition.SuperposedFeatures.of(config).offset
+        offset = synthetic.SuperposedFeatures.of(config).offset
     counts = np.zeros(len(truth.directions))
     for rows, codes in blocks:
         values = np.zeros((len(rows), len(truth.directions)), np.float32)
@@ -250,14 +250,14 @@ def test_every_kind_knows_its_directions_and_gives_rows_that_are_not_stored(conf
 
 
 def stored_rows(config: SyntheticConfig) -> np.ndarray:
-    from saeflow.activations.synthetic.generate import make_table
+    from saeflow.activations.synthetic import make_table
 
     return make_table(config).values
 
 
 def test_features_that_the_toy_model_does_not_represent_are_not_asked_for():
     config = kind("superposition", n_neurons=2, n_true=12, density=0.3)
-    lengths = np.linalg.norm(toy_models.toy_rows(config)[1], axis=1)
+    lengths = np.linalg.norm(synthetic.toy_rows(config)[1], axis=1)
     assert len(truth_of(config).directions) == (lengths > 0.5).sum() < 12
 
 

@@ -24,9 +24,8 @@ import pyarrow.parquet as pq
 from saeflow.activations.shards import plan_layout
 from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus.vocabulary import write_vocab
-from saeflow.features.coverage import FIRST_INDEX, stands_for
-from saeflow.features.part_merger import USUAL_MERGE
-from saeflow.features.schema import PART_TABLES
+from saeflow.features.compaction import USUAL_MERGE
+from saeflow.features.schema import FIRST_INDEX, PART_TABLES, stands_for
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.store.artefact import Artefact

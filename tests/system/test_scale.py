@@ -21,7 +21,7 @@ from saeflow.activations.epoch import fit_pool
 from saeflow.activations.feed import Feed
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
-from saeflow.features.part_merger import USUAL_MERGE
+from saeflow.features.compaction import USUAL_MERGE
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect
 from saeflow.pipeline.lineage import Lineage

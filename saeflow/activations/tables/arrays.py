@@ -13,15 +13,8 @@ import torch
 import zarr
 from safetensors import safe_open
 
-from saeflow.activations.tables.stream import (
-    BLOCK_BYTES,
-    READ_FAILURES,
-    RowBlock,
-    TableRows,
-    not_a_table,
-    rows_at_once,
-    unreadable_table,
-)
+from saeflow.activations.tables import stream
+from saeflow.activations.tables.stream import BLOCK_BYTES, READ_FAILURES, RowBlock, TableRows, rows_at_once
 from saeflow.runtime.errors import UserError
 
 _TENSOR_TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
@@ -137,7 +130,7 @@ def zarr_rows(folder: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES) 
         else:
             array = found
     except READ_FAILURES as error:
-        raise unreadable_table(folder.name, error) from error
+        raise stream.unreadable_table(folder.name, error) from error
     _require_table(folder.name, array.shape, array.dtype, "Zarr")
     as_bits = array.attrs.get("dtype") == "bfloat16" and array.dtype == np.uint16
 
@@ -169,4 +162,4 @@ def _require_table(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], form
     if dtype.kind not in "fiub":
         raise _not_numeric(name, format)
     if len(shape) not in (2, 3) or 0 in shape:
-        raise not_a_table(name, shape)
+        raise stream.not_a_table(name, shape)

@@ -59,24 +59,22 @@ def parquet_rows(file: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES)
     ends = np.cumsum([about.metadata.row_group(i).num_rows for i in range(about.num_row_groups)])
     vectors = _vector_columns(schema)
     nested = vectors and (wanted is not None or not _numeric_columns(schema))
-    numbers, label = (
-        ([choose_array(vectors, wanted, file.name)], _label_columns(schema))
-        if nested
-        else _number_and_label_columns(file, schema)
-    )
+    if nested:
+        numbers, label = [choose_array(vectors, wanted, file.name)], _label_columns(schema)
+    else:
+        numbers, label = _number_and_label_columns(file, schema)
 
     def blocks(start: int, n: int = 0) -> Iterator[RowBlock]:
         group = int(np.searchsorted(ends, start, side="right"))
         skip = start - (int(ends[group - 1]) if group else 0)
         with pq.ParquetFile(file) as opened:
-            batches = opened.iter_batches(
-                n or rows_at_once(width, block_bytes), row_groups=range(group, len(ends)), columns=[*numbers, *label]
-            )
-            each = (
-                _list_block(batch, numbers[0], label) if nested else _column_block(batch, numbers, label)
-                for batch in batches
-            )
-            yield from _without_first_rows(each, skip)
+            size, groups = n or rows_at_once(width, block_bytes), range(group, len(ends))
+            batches = opened.iter_batches(size, row_groups=groups, columns=[*numbers, *label])
+            if nested:
+                found = (_list_block(batch, numbers[0], label) for batch in batches)
+            else:
+                found = (_column_block(batch, numbers, label) for batch in batches)
+            yield from _without_first_rows(found, skip)
 
     width = len(numbers)
     if nested and n_rows:
@@ -176,8 +174,7 @@ def _leaf(kind: pa.DataType) -> pa.DataType:
 
 def _matrix(column: Any) -> np.ndarray:
     """Return nested lists of any depth as rows (n, D). Raises ValueError if their lengths differ."""
-    values = column.storage if isinstance(column, pa.ExtensionArray) else column
-    width = 0
+    values, width = column.storage if isinstance(column, pa.ExtensionArray) else column, 0
     while _is_list(values.type):
         if values.null_count:
             raise ValueError("a list is missing (null)")

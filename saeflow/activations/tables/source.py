@@ -9,7 +9,6 @@ import xxhash
 
 from saeflow.activations.tables.arrays import npy_rows, npz_rows, safetensors_rows, zarr_rows
 from saeflow.activations.tables.columns import arrow_files, arrow_rows, csv_rows, parquet_rows
-from saeflow.activations.tables.row_labels import row_name
 from saeflow.activations.tables.stream import BLOCK_BYTES, InMemoryTable, TableReader, TableRows, not_a_table
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
@@ -57,15 +56,10 @@ def _open_folder(path: Path, array: str | None, block_bytes: int) -> TableRows:
         return arrow_rows(path, array, block_bytes)
     if any((path / name).is_file() for name in _ZARR_FILES):
         return zarr_rows(path, array, block_bytes)
-    unfinished = (path / ".tmp_shards").is_dir()
-    raise UserError(
-        f"activations.source: the folder {path.name} "
-        + (
-            "is an activation cache that SAELens did not finish. Make the cache again with SAELens."
-            if unfinished
-            else "is neither Zarr (zarr.json, .zarray or .zgroup) nor what SAELens or `datasets` saved (state.json)."
-        )
-    )
+    what = "is neither Zarr (zarr.json, .zarray or .zgroup) nor what SAELens or `datasets` saved (state.json)."
+    if (path / ".tmp_shards").is_dir():
+        what = "is an activation cache that SAELens did not finish. Make the cache again with SAELens."
+    raise UserError(f"activations.source: the folder {path.name} {what}")
 
 
 def source_checksum(source: str) -> str | None:
@@ -108,9 +102,4 @@ def check_rows(rows: TableRows, progress: Progress) -> list[str] | None:
 
 def load_table(path: str, array: str | None = None) -> InMemoryTable:
     """Read a whole small table into memory."""
-    rows = open_table(path, array)
-    found = list(TableReader(rows).read(0, rows.n_rows))
-    labels = [label for _, labels in found for label in labels or ()]
-    return InMemoryTable(
-        labels or [row_name(row) for row in range(rows.n_rows)], np.concatenate([values for values, _ in found])
-    )
+    return InMemoryTable.of(open_table(path, array))

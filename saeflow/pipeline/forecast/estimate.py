@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.activations.shards import ITEM_BYTES
-from saeflow.corpus.tokenizer import bos_ids, ids_of
+from saeflow.corpus.token_parts import bos_ids, ids_of
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.forecast.survey import Survey, survey
 from saeflow.pipeline.forecast.trial import try_out
@@ -146,7 +146,7 @@ def growth(
 
 
 _SEGMENT = 24_000_000
-"""Values of a part that are held at once (part_writer.SEGMENT_VALUES)."""
+"""Values of a part that are held at once (part_encoder.SEGMENT_VALUES)."""
 
 
 def pool_memory(recipe: Recipe, stored: int) -> int:

@@ -19,22 +19,18 @@ WORKER_ROWS, WORKER_FEATURES = 512, 128
 
 
 class Weights(NamedTuple):
-    """W_enc (F, D), b_enc (F), W_dec (F, D_out), b_dec (D_out)."""
+    """W_enc (F, D), W_dec (F, D_out)."""
 
     w_enc: Tensor
-    b_enc: Tensor
     w_dec: Tensor
-    b_dec: Tensor
 
 
 @dataclass(frozen=True)
 class CentredBatch:
     """A batch with the biases taken off."""
 
-    centred: Tensor
-    """Input less the input bias (B, D), float32."""
     low: Tensor
-    """The same numbers in the precision of the encoder product."""
+    """Input less the input bias (B, D), in the precision of the encoder product."""
     target: Tensor
     """What is to be reconstructed, less the decoder bias (B, D_out), float32."""
     variance: float
@@ -107,7 +103,7 @@ def centred_batch(
     variance = (squares - sums.square().sum() / len(x)).item()
     if variance < DEGENERATE * squares.item():
         variance = squares.item()
-    return CentredBatch(centred, low, wanted, max(variance, 1e-30))
+    return CentredBatch(low, wanted, max(variance, 1e-30))
 
 
 def _centred(x: Tensor, bias: Tensor, dtype: torch.dtype, threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

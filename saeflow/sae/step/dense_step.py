@@ -14,7 +14,7 @@ from torch import Tensor
 from saeflow.runtime.linear import converted, linear
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae.architectures import FeatureSums
-from saeflow.sae.encoding.encoder import Encoder
+from saeflow.sae.encoder import Encoder
 from saeflow.sae.step.batch import CentredBatch, StepResult, StepSettings, Weights, worker_ranges
 from saeflow.sae.step.gradients import without_radial
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from saeflow.activations.sparse_values import SparseRows, SparseTensors, SparseValues
 from saeflow.runtime.threads import in_parallel
 from saeflow.sae.architectures import FeatureSums
-from saeflow.sae.encoding.active_entries import positive_entries, top_entries, top_entries_of_batch
-from saeflow.sae.encoding.encoder import Encoder
+from saeflow.sae.encoder import Encoder
+from saeflow.sae.exact import positive_entries, top_entries, top_entries_of_batch
 from saeflow.sae.step.batch import (
     WORKER_ROWS,
     CentredBatch,
@@ -26,8 +26,7 @@ from saeflow.sae.step.batch import (
     on_processor,
     worker_ranges,
 )
-from saeflow.sae.step.gradients import WeightGradients, summed_over_rows
-from saeflow.sae.step.reconstruction import SparseReconstruction
+from saeflow.sae.step.gradients import SparseReconstruction, WeightGradients, summed_over_rows
 
 
 def largest_entries(
@@ -39,7 +38,7 @@ def largest_entries(
     """
     if not on_processor(rows, use_kernels):
         pre = encoder.pre_activations(rows)
-        return (_dense_top(pre, k) if by_row else _dense_top_of_batch(pre, k * len(rows))), 0.0
+        return _dense_entries(pre, _largest(pre, k) if by_row else _largest(pre.reshape(1, -1), k * len(rows))), 0.0
     if by_row:
         return _as_tensors(top_entries(rows, encoder, k)), 0.0
     found, guess = top_entries_of_batch(rows, encoder, k * len(rows), guess)
@@ -60,22 +59,13 @@ def _as_tensors(sparse: SparseValues) -> SparseTensors:
     return SparseRows(*(torch.from_numpy(array) for array in sparse))
 
 
-def _dense_top(pre: Tensor, k: int) -> SparseTensors:
-    """On the processor, for comparison, equals go to the lower features; elsewhere to whichever is quickest."""
+def _largest(pre: Tensor, k: int) -> Tensor:
+    """True at each row's k largest: on the processor, of equals the lower ones; elsewhere whichever are quickest."""
     if pre.device.type == "cpu":
         places = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
     else:
         places = pre.topk(k, dim=1, sorted=False).indices
-    return _dense_entries(pre, torch.zeros_like(pre, dtype=torch.bool).scatter_(1, places, True))
-
-
-def _dense_top_of_batch(pre: Tensor, n: int) -> SparseTensors:
-    flat = pre.flatten()
-    if pre.device.type == "cpu":
-        places = flat.sort(descending=True, stable=True).indices[:n]
-    else:
-        places = flat.topk(n, sorted=False).indices
-    return _dense_entries(pre, torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device).scatter_(0, places, True))
+    return torch.zeros_like(pre, dtype=torch.bool).scatter_(1, places, True)
 
 
 def _dense_entries(pre: Tensor, keep: Tensor) -> SparseTensors:

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saeflow.activations import synthetic
 from saeflow.activations.shards import open_site
 from saeflow.activations.sparse_values import SparseValues
-from saeflow.activations.synthetic import superposition
-from saeflow.activations.synthetic.generate import make_table
+from saeflow.activations.synthetic import make_table
 from saeflow.activations.tables.stream import TableReader
 from saeflow.model.sites import Site
 from saeflow.pipeline import import_table
@@ -32,7 +32,7 @@ from saeflow.store.store import Store
 from tests.support.small_pipeline import tree
 
 RECIPES = Path(__file__).resolve().parents[2] / "flows" / "recipes"
-N_ROWS = 30 * superposition.BLOCK_ROWS
+N_ROWS = 30 * synthetic.BLOCK_ROWS
 
 
 def settings(**changes) -> SyntheticConfig:
@@ -51,15 +51,15 @@ def dense(codes: SparseValues, n: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def strengths() -> np.ndarray:
     """Of the 40 features in 122,880 rows."""
-    world = superposition.SuperposedFeatures.of(settings())
-    return np.concatenate([dense(world.block(superposition.STORED_STREAM, n)[1], 40) for n in range(30)])
+    world = synthetic.SuperposedFeatures.of(settings())
+    return np.concatenate([dense(world.block(synthetic.STORED_STREAM, n)[1], 40) for n in range(30)])
 
 
 @given(
     n=st.integers(1, 300), exponent=st.floats(0, 3), largest=st.floats(0.01, 0.99), share=st.floats(0.001, 1.0)
 )  # fmt: skip
 def test_rates_fall_by_zipfs_law_below_the_largest_and_sum_to_l0(n, exponent, largest, share):
-    rates = superposition.zipf_rates(n, share * n * largest, exponent, largest)
+    rates = synthetic.zipf_rates(n, share * n * largest, exponent, largest)
     assert rates.sum() == pytest.approx(share * n * largest)
     assert 0 < rates.min() <= rates.max() <= largest * (1 + 1e-9)
     assert (np.diff(rates) <= 1e-12).all()
@@ -69,7 +69,7 @@ def test_rates_fall_by_zipfs_law_below_the_largest_and_sum_to_l0(n, exponent, la
 
 
 def test_features_fire_at_their_rates(strengths):
-    rates = superposition.SuperposedFeatures.of(settings()).rates
+    rates = synthetic.SuperposedFeatures.of(settings()).rates
     found = (strengths > 0).mean(0)
     np.testing.assert_array_less(np.abs(found - rates), 5 * np.sqrt(rates * (1 - rates) / N_ROWS))
     assert rates.sum() == pytest.approx(3)
@@ -78,7 +78,7 @@ def test_features_fire_at_their_rates(strengths):
 
 
 def test_the_stated_share_of_features_is_in_groups_that_fire_together_and_no_others_do(strengths):
-    world = superposition.SuperposedFeatures.of(settings())
+    world = synthetic.SuperposedFeatures.of(settings())
     assert world.groups.shape == (2, 4)
     assert (world.groups % 4 == np.arange(4)).all()
     fires = (strengths > 0).astype(np.float64)
@@ -91,12 +91,12 @@ def test_the_stated_share_of_features_is_in_groups_that_fire_together_and_no_oth
         expected = independent / world.group_rates[group_of[i]] if linked else independent
         assert abs(together[i, j] - expected) < 5.5 * np.sqrt(expected / N_ROWS) + 1e-5, (i, j)
         assert not linked or expected > 2 * independent
-    rarest = superposition.SuperposedFeatures.of(settings(n_true=2048, l0=16.0, n_neurons=2))
+    rarest = synthetic.SuperposedFeatures.of(settings(n_true=2048, l0=16.0, n_neurons=2))
     assert (1 / rarest.group_rates[-1]) > 300  # times as often as by chance
 
 
 def test_nobody_in_a_group_fires_without_its_event(strengths):
-    world = superposition.SuperposedFeatures.of(settings())
+    world = synthetic.SuperposedFeatures.of(settings())
     for members, rate in zip(world.groups, world.group_rates, strict=True):
         chances = world.rates[members] / rate
         assert chances[0] == pytest.approx(0.5)
@@ -115,10 +115,10 @@ def test_strengths_are_half_normal_above_a_floor(strengths):
 
 def test_a_row_is_its_offset_its_features_and_noise_of_the_stated_size():
     config = settings(noise=0.3, offset=5.0)
-    world = superposition.SuperposedFeatures.of(config)
+    world = synthetic.SuperposedFeatures.of(config)
     np.testing.assert_allclose(np.linalg.norm(world.directions, axis=1), 1, rtol=1e-5)
     assert np.linalg.norm(world.offset) == pytest.approx(5)
-    rows, codes = world.block(superposition.STORED_STREAM, 3)
+    rows, codes = world.block(synthetic.STORED_STREAM, 3)
     rest = rows - world.offset - dense(codes, 40) @ world.directions
     assert rest.std() == pytest.approx(0.3, rel=0.02)
     np.testing.assert_allclose(rest.mean(0), 0, atol=5 * 0.3 / np.sqrt(len(rows)))
@@ -127,15 +127,15 @@ def test_a_row_is_its_offset_its_features_and_noise_of_the_stated_size():
 
 
 def test_rows_without_noise_are_exactly_their_features():
-    world = superposition.SuperposedFeatures.of(settings(noise=0.0, offset=0.0, group_share=0.0))
-    rows, codes = world.block(superposition.STORED_STREAM, 0)
+    world = synthetic.SuperposedFeatures.of(settings(noise=0.0, offset=0.0, group_share=0.0))
+    rows, codes = world.block(synthetic.STORED_STREAM, 0)
     np.testing.assert_allclose(rows, dense(codes, 40) @ world.directions, atol=1e-5)
     assert world.groups.shape == (0, 4)
 
 
 def test_every_block_stream_and_seed_is_another_but_always_the_same():
     def block(seed: int, stream: int, number: int) -> np.ndarray:
-        return superposition.SuperposedFeatures.of(settings(seed=seed)).block(stream, number)[0]
+        return synthetic.SuperposedFeatures.of(settings(seed=seed)).block(stream, number)[0]
 
     places = [(0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 1, 0), (-1, 1, 0)]
     found = [block(*place) for place in places]
@@ -148,7 +148,7 @@ def test_every_block_stream_and_seed_is_another_but_always_the_same():
 @given(start=st.integers(0, 9_999), n=st.integers(1, 6000))
 def test_rows_are_the_same_wherever_reading_begins(start, n):
     stop = min(start + n, 10_000)
-    rows = superposition.superposed_rows(settings(n_neurons=3))
+    rows = synthetic.superposed_rows(settings(n_neurons=3))
     found = list(TableReader(rows).read(start, stop))
     whole = make_table(settings(n_neurons=3))
     np.testing.assert_array_equal(np.concatenate([values for values, _ in found]), whole.values[start:stop])
@@ -156,16 +156,16 @@ def test_rows_are_the_same_wherever_reading_begins(start, n):
 
 
 def test_a_row_is_labelled_by_its_strongest_feature():
-    world = superposition.SuperposedFeatures.of(settings(l0=0.5))
-    codes = world.block(superposition.STORED_STREAM, 0)[1]
+    world = synthetic.SuperposedFeatures.of(settings(l0=0.5))
+    codes = world.block(synthetic.STORED_STREAM, 0)[1]
     expected = [
-        superposition.feature_label(int(row.argmax())) if row.any() else superposition.NO_FEATURE_LABEL
+        synthetic.feature_label(int(row.argmax())) if row.any() else synthetic.NO_FEATURE_LABEL
         for row in dense(codes, 40)
     ]
-    rows = superposition.superposed_rows(settings(l0=0.5))
+    rows = synthetic.superposed_rows(settings(l0=0.5))
     labels = next(rows.blocks(0))[1]
     assert labels == expected
-    assert superposition.NO_FEATURE_LABEL in labels
+    assert synthetic.NO_FEATURE_LABEL in labels
     assert rows.pieces == sorted(rows.pieces)
     assert set(labels) <= set(rows.pieces)
 
@@ -209,8 +209,8 @@ def test_a_killed_making_is_finished_to_the_same_bytes_without_making_again_what
     with contextlib.suppress(KeyboardInterrupt):
         import_table.run(Lineage(cut, made), killed_at(7000))
     numbers = []
-    real = superposition.SuperposedFeatures.block
-    monkeypatch.setattr(superposition.SuperposedFeatures, "block", lambda *a: numbers.append(a[2]) or real(*a))
+    real = synthetic.SuperposedFeatures.block
+    monkeypatch.setattr(synthetic.SuperposedFeatures, "block", lambda *a: numbers.append(a[2]) or real(*a))
     import_table.run(Lineage(cut, made), progress)
     assert min(numbers) > 0
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from saeflow.features.directions import ONE_WORKER, ProductBlocks, logits, similar
+from saeflow.features.run_tables import ONE_WORKER, ProductBlocks, logits, similar
 from saeflow.features.schema import RUN_TABLES, TOP, TOP_LOGITS
 from saeflow.model.direct_path import direct_path
 from saeflow.model.load import load_model
