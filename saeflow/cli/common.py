@@ -210,18 +210,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def _system_error(error: Exception) -> int | None:
-    """Return the operating system's error number. Libraries written in Rust give it in their text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
-
-
 def _system_message(error: Exception) -> str | None:
     """Return a message for an error that is about the disk or names a file."""
-    number = _system_error(error)
-    file = error.filename if isinstance(error, OSError) else None
+    if isinstance(error, OSError):
+        number, file = error.errno, error.filename
+    else:  # libraries written in Rust give the number in their text
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number, file = int(found[1]) if found else None, None
     what = os.strerror(number or 0) + (f" at {file}" if file else "")
     mend = "Free some space" if number in _FULL else "Make it writable" if number in _CLOSED else "Look at the disk"
     if number in (*_FULL, *_CLOSED, errno.EIO):

@@ -41,8 +41,8 @@ def label_command(
     from saeflow.query import catalog, label_import, labels, runs
 
     opened = existing_store(store)
-    chosen = runs.run_named(opened, run)
-    sae, n_features = runs.sae_of(chosen.artefact), chosen.shape.get("n_features")
+    chosen = runs.pick_run(opened, runs.runs(opened), run)
+    sae, n_features = chosen.artefact.record.input("saes"), chosen.shape.get("n_features")
     if sae is None:
         raise UserError(f"{chosen.artefact.id} does not say which SAE its features belong to.")
     if file is not None:

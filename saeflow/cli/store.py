@@ -76,7 +76,6 @@ def state_of(artefact: Artefact) -> tuple[str, str, str, str]:
 
 
 def _size(artefact: Artefact, parts: Iterable[PartRecord]) -> str:
-
     n_bytes = sum(part.n_bytes for part in parts) + sum(file.n_bytes for file in artefact.record.files)
     return human_bytes(n_bytes)
 
@@ -157,8 +156,7 @@ def verify_command(
     elif broken:
         raise UserError("The feature files do not agree. Remove the run's folder and run the recipe again.")
     else:
-        line = f"{len(opened.artefacts())} artefacts in {opened.name}: nothing missing, nothing changed"
-        print_line(sanitise(line))
+        print_line(sanitise(f"{len(opened.artefacts())} artefacts in {opened.name}: nothing missing, nothing changed"))
 
 
 @store_commands.command("forget")
@@ -212,10 +210,8 @@ def compact_command(
 
     pipeline.compact(Lineage(opened, settings), progress)
     if not quiet:
-        line = (
-            f"The old files go after {GRACE_HOURS} hours with: saeflow gc --yes; now with: saeflow gc --grace 0 --yes"
-        )
-        print_note(sanitise(line))
+        later, now = "saeflow gc --yes", "saeflow gc --grace 0 --yes"
+        print_note(f"The old files go after {GRACE_HOURS} hours with: {later}; now with: {now}")
 
 
 @store_commands.command("upgrade")
@@ -227,8 +223,7 @@ def upgrade_command(store: StoreOption = None) -> None:
     from saeflow.store.store import Store, store_path
     from saeflow.store.upgrade import upgrade
 
-    opened = Store.open(store_path(store))
-    for line in upgrade(opened):
+    for line in upgrade(Store.open(store_path(store))):
         print_line(sanitise(line))
 
 
@@ -257,8 +252,7 @@ def gc_command(
     fate = "removed" if yes else "to remove" if not done.garbage else f"to remove with `{again}`"
     print_line(f"{len(done.garbage)} files and folders, {human_bytes(done.n_bytes)} {fate}")
     if done.n_bytes_kept:
-        later = f"{human_bytes(done.n_bytes_kept)} more after {grace:g} hours; now with --grace 0"
-        print_line(later)
+        print_line(f"{human_bytes(done.n_bytes_kept)} more after {grace:g} hours; now with --grace 0")
     for why in done.left_alone:
         print_note(sanitise(f"left alone: {why}"))
 

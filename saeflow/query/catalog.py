@@ -6,6 +6,7 @@ No text of a user becomes SQL: names are quoted identifiers, values are literals
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,9 @@ from saeflow.store.store import Store
 
 DUCKDB_SETTINGS = ("set parquet_metadata_cache = true", "set asof_loop_join_threshold = 0")
 """Published files never change. And DuckDB's estimate would make it compare every document with every token."""
+
+STAGING = ("functions", "staging")
+"""Folders of `sql/` that come before `marts`."""
 
 MANY_FILES = 1_000
 """A run with more files has its views made in outline first."""
@@ -54,10 +58,10 @@ def definitions(every: Sequence[Run], current: Run, many_files: int = MANY_FILES
         yield f"create schema if not exists {identifier(run.schema)}"
         yield f"set search_path = {literal(identifier(run.schema))}"
         yield source_views(_in_outline(run, many_files), every)
-        yield from _in_schema(run, staging())
+        yield from _in_schema(run, sql_texts(*STAGING))
     yield from _views_of_every_run([run.schema for run in readable])
     for run in readable:
-        yield from _in_schema(run, marts())
+        yield from _in_schema(run, sql_texts("marts"))
     for run in readable:
         if _in_outline(run, many_files) is not run:
             yield f"set search_path = {literal(identifier(run.schema))}"
@@ -71,7 +75,8 @@ def script_of_run(store: Store, run: str | None = None) -> str:
     """Return one run's `sql/` as text that the duckdb shell runs by hand."""
     every = runs(store)
     current = pick_run(store, every, run)
-    return "\n".join([source_views(current, every), *staging(), *_views_of_every_run(["main"]), *marts()])
+    views = [*sql_texts(*STAGING), *_views_of_every_run(["main"]), *sql_texts("marts")]
+    return "\n".join([source_views(current, every), *views])
 
 
 def source_views(run: Run, every: Sequence[Run]) -> str:
@@ -85,17 +90,8 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
     return text.substitute(found, runs=rows, hidden=literal(list(run.hidden)), encoded=run.encoded, **shape)
 
 
-def staging() -> Iterator[str]:
-    """Yield `sql/functions` and `sql/staging` by file name, so that what a macro reads exists before it."""
-    yield from _sql_texts("functions", "staging")
-
-
-def marts() -> Iterator[str]:
-    """Yield `sql/marts` in the order of the file names."""
-    yield from _sql_texts("marts")
-
-
-def _sql_texts(*folders: str) -> Iterator[str]:
+def sql_texts(*folders: str) -> Iterator[str]:
+    """Yield the files of folders of `sql/` by file name, so that what a macro reads exists before it."""
     paths = [path for folder in folders for path in (sql_folder() / folder).glob("*.sql")]
     for path in sorted(paths, key=lambda path: path.name):
         yield path.read_text("utf-8")
@@ -113,20 +109,17 @@ def _in_outline(run: Run, many_files: int) -> Run:
 
 
 def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts with the schema in front of every name of `sql/`."""
     schema = identifier(run.schema)
     yield f"set search_path = {literal(schema)}"
-    yield from (_qualified(text, schema) for text in texts)
+    for text in texts:
+        yield _names_of_sql(sql_folder()).sub(lambda name: f"{schema}.{name[0]}", text)
 
 
 def _views_of_every_run(schemas: Sequence[str]) -> Iterator[str]:
     yield f"create schema if not exists {EVERY_RUN};"
     for view in ("stg_feature_stats", "stg_token_major"):
         yield f"create or replace view {EVERY_RUN}.{view} as {side_by_side(schemas, view)};"
-
-
-def _qualified(sql: str, schema: str) -> str:
-    """Put the schema in front of every name of `sql/` in a statement."""
-    return _names_of_sql(sql_folder()).sub(lambda name: f"{schema}.{name[0]}", sql)
 
 
 @cache
@@ -155,8 +148,10 @@ def catalog_text(store: Store, most_files: int = MOST_FILES) -> str:
     every = [_without_many_files(run, most_files) for run in runs(store)]
     readable = [run for run in every if run.problem is None]
     statements = definitions(every, readable[0]) if readable else iter(())
-    comment = [*_top_comment(store, readable), *_unreadable_runs(every)]
-    return "\n".join([*comment, "", *map(_one_statement, statements), ""])
+    problems = [(run.artefact.id, run.problem) for run in every if run.problem is not None]
+    left_out = (f"-- Left out: {sanitise(name)}: {sanitise(brief(why, 300))}" for name, why in problems)
+    texts = (_HEADER.sub("", each).strip().removesuffix(";") + ";" for each in statements)
+    return "\n".join([*_top_comment(store, readable), *left_out, "", *texts, ""])
 
 
 def write_catalog(store: Store) -> Path | None:
@@ -168,8 +163,9 @@ def write_catalog(store: Store) -> Path | None:
     path = store.root / CATALOG
     with store.storage.locked("catalog"):
         content = catalog_text(store).encode()
-        if _current_bytes(store, path) == content:
-            return None
+        with contextlib.suppress(FileNotFoundError):
+            if store.storage.fetch(path).read_bytes() == content:
+                return None
         with replacing(path) as temporary:
             temporary.write_bytes(content)
         store.storage.send(path)
@@ -189,26 +185,9 @@ def _top_comment(store: Store, readable: Sequence[Run]) -> Iterator[str]:
     yield from (f"-- {sanitise(line)}" for line in (*lines, *store.storage.duckdb_needs))
 
 
-def _unreadable_runs(every: Sequence[Run]) -> Iterator[str]:
-    for run in every:
-        if run.problem is not None:
-            yield f"-- Left out: {sanitise(run.artefact.id)}: {sanitise(brief(run.problem, 300))}"
-
-
 def _without_many_files(run: Run, most_files: int) -> Run:
     n_files = sum(map(len, run.files.values()))
     if run.problem is not None or n_files <= most_files:
         return run
     problem = f"it has {n_files:,} files, more than a shell should read at its start; saeflow compact makes them few"
     return Run(run.artefact, run.schema, {}, problem=problem)
-
-
-def _one_statement(statement: str) -> str:
-    return _HEADER.sub("", statement).strip().removesuffix(";") + ";"
-
-
-def _current_bytes(store: Store, path: Path) -> bytes | None:
-    try:
-        return store.storage.fetch(path).read_bytes()
-    except FileNotFoundError:
-        return None

@@ -16,7 +16,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from saeflow.query.catalog import DUCKDB_SETTINGS, MANY_FILES, definitions, source_views, sql_folder, staging
+from saeflow.query.catalog import DUCKDB_SETTINGS, MANY_FILES, STAGING, definitions, source_views, sql_folder, sql_texts
 from saeflow.query.relations import identifier, literal, unglobbed
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
 from saeflow.runtime.errors import UserError
@@ -73,7 +73,7 @@ def connect_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord])
     """Return a connection that sees only these parts of a run, published or not, and their tokens: for the checks."""
     run = run_of_parts(store, artefact, parts)
     connection = open_duckdb(store)
-    for statement in (source_views(run, [run]), *staging(), *DUCKDB_SETTINGS):
+    for statement in (source_views(run, [run]), *sql_texts(*STAGING), *DUCKDB_SETTINGS):
         connection.execute(statement)
     _harden(connection, [run])
     return connection

@@ -31,6 +31,8 @@ _LINES_SHOWN = 3
 """Lines of a file that warnings name; further ones are only counted."""
 
 _LIKE_FORMULA = re.compile(r"'*[=+\-@]")
+"""Text that a spreadsheet would take for a formula gets a ' in front. Reading takes it off again."""
+
 _BLANK = " \t\n\r\v\f\xa0"
 """Characters cut off both ends of a cell, here and in SQL."""
 
@@ -121,7 +123,9 @@ class Sheet:
 
     def _row(self, row: list[str], feature: int, label: Label) -> list[str]:
         """Return the row with this label; its other columns stay as they are."""
-        cells = {"feature_id": str(feature), "label": _guard_formula(label.text), "score": _score_text(label.score)}
+        text = f"'{label.text}" if _LIKE_FORMULA.match(label.text) else label.text
+        score = "" if label.score is None else repr(label.score).removesuffix(".0")  # all digits
+        cells = {"feature_id": str(feature), "label": text, "score": score}
         wide = row + [""] * (len(self.header) - len(row))
         return [cells.get(name, held) for name, held in zip(self.columns, wide, strict=False)]
 
@@ -196,15 +200,11 @@ def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None],
     path = _folder_of_sae(store, sae) / f"{_valid_source(source)}.csv"
     with store.storage.locked(f"labels-{path.parent.name}", wait_seconds):
         sheet = _current_sheet(store, path).with_labels(labels)
-        _replace_file(store, path, sheet)
+        if sheet.rows:
+            store.storage.put_if_unchanged(path, sheet.content())
+        else:
+            store.storage.remove(path)
     return len(sheet.rows)
-
-
-def _replace_file(store: Store, path: Path, sheet: Sheet) -> None:
-    if sheet.rows:
-        store.storage.put_if_unchanged(path, sheet.content())
-    else:
-        store.storage.remove(path)
 
 
 def clean_label(text: object, score: object, where: str) -> Label | None:
@@ -288,13 +288,3 @@ def _problem(sheet: Sheet, row: list[str]) -> str | None:
         if not score or ("_" not in score and math.isfinite(float(score))):
             return None
     return f"its score is left out, as {brief(score)!r} is not a number"
-
-
-def _guard_formula(text: str) -> str:
-    """Put a ' in front of text that a spreadsheet would take for a formula. Reading takes it off again."""
-    return f"'{text}" if _LIKE_FORMULA.match(text) else text
-
-
-def _score_text(score: float | None) -> str:
-    """Return the score with all its digits, so that reading it gives the same number."""
-    return "" if score is None else repr(score).removesuffix(".0")

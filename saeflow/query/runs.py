@@ -66,14 +66,10 @@ class Run:
     labels: Sequence[LabelFile] = ()
     problem: str | None = None
 
-    @property
-    def full_name(self) -> str:
-        """Name and fingerprint, as in a folder name."""
-        return f"{self.artefact.name}-{self.artefact.fp}"
-
     def is_called(self, name: str) -> bool:
         """True if the name means this run alone; the short name may mean several."""
-        return name in (self.schema, self.artefact.id, self.full_name, f"{self.artefact.name}_{self.artefact.fp}")
+        full_names = (f"{self.artefact.name}{sign}{self.artefact.fp}" for sign in "-_")
+        return name in (self.schema, self.artefact.id, *full_names)
 
     def row(self, current: Run) -> dict[str, object]:
         """Return the run's row in the view `runs`."""
@@ -83,7 +79,7 @@ class Run:
             "schema_name": self.schema,
             "is_current": self is current,
             "n_tokens": self.n_tokens,
-            "tokens_artefact": tokens_of(self.artefact) if self.problem is None else None,
+            "tokens_artefact": self.artefact.record.input("tokens") if self.problem is None else None,
             "facts": self.facts,
             "quality": self.quality,
             "problem": self.problem,
@@ -111,11 +107,6 @@ def runs(store: Store) -> list[Run]:
 
 def _first_free(names: Iterable[str], taken: set[str]) -> str:
     return next(name for name in names if name.casefold() not in taken)
-
-
-def run_named(store: Store, name: str | None = None) -> Run:
-    """Return the run of this name, or the newest. Raises UserError if it cannot be read."""
-    return pick_run(store, runs(store), name)
 
 
 def pick_run(store: Store, every: Sequence[Run], name: str | None) -> Run:
@@ -159,7 +150,7 @@ def run_of_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord]) 
 def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
     if HOSTILE.search(artefact.id) or not artefact.id.isprintable():
         raise UserError("its name holds characters that a terminal obeys")
-    source = tokens_of(artefact)
+    source, sae = artefact.record.input("tokens"), artefact.record.input("saes")
     if source is None:
         raise UserError(f"{artefact.id} does not say which tokens it belongs to")
     tokens = store.by_id(source)
@@ -180,7 +171,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         left_out=_hidden_ranges(shown, tokens, generation),
         shape=_shape(artefact, tokens, shown),
         encoded=_encoded_condition(artefact, shown, tokens, generation),
-        labels=label_files(store, sae) if (sae := sae_of(artefact)) else (),
+        labels=label_files(store, sae) if sae else (),
     )
 
 
@@ -226,16 +217,6 @@ def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) ->
         "n_features": artefact.record.facts.get("n_features"),
         "has_marginals": all(map(has_every_table, shown)),
     }
-
-
-def tokens_of(artefact: Artefact) -> str | None:
-    """Return the tokens that a run was encoded from, as `tokens/<name>-<fp>`."""
-    return artefact.record.input("tokens")
-
-
-def sae_of(artefact: Artefact) -> str | None:
-    """Return the SAE that a run's features belong to, as `saes/<name>-<fp>`."""
-    return artefact.record.input("saes")
 
 
 def _facts_of_sae(store: Store, artefact: Artefact) -> dict[str, Any]:

@@ -61,18 +61,15 @@ def message_of(error: Any, recipe: type[BaseModel]) -> str:
     name = ".".join(map(str, location))
     if error["type"] == "extra_forbidden":
         known = list(_section_at(location[:-1], recipe).model_fields)
-        return f"unknown key {name}. {_nearest(str(location[-1]), known)}"
+        near = nearest(str(location[-1]), known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
+        return f"unknown key {name}. {hint}"
     if error["type"] == "missing":
         return f"{name} is missing. {_description(location, recipe)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
     return f"{name} is {error['input']!r}, but: {message[:1].lower()}{message[1:]}. {_description(location, recipe)}"
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    near = nearest(key, known, n=1)
-    return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -130,15 +130,12 @@ def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator
     elif artefact.storage.asks_a_server:  # one request a part would take long
         return
     try:
-        if not _holds(artefact.storage.fetch(folder / "part.json", fresh=True), part):
+        path = artefact.storage.fetch(folder / "part.json", fresh=True)
+        # nearly always its bytes are equal, and need not be read as JSON
+        if path.read_bytes() != part.text.encode() and read_record(path, PartRecord) != part:
             yield f"{folder / 'part.json'} is not the record that was published"
     except (Damaged, OSError):
         yield f"{folder / 'part.json'} is missing or damaged"
-
-
-def _holds(path: Path, part: PartRecord) -> bool:
-    """True if part.json holds this record. Nearly always its bytes are equal, and need not be read as JSON."""
-    return path.read_bytes() == part.text.encode() or read_record(path, PartRecord) == part
 
 
 def _strangers(artefact: Artefact, part: PartRecord) -> list[str]:

@@ -583,7 +583,7 @@ def test_values_are_encoded_from_an_object_store_as_from_a_disk(remote: str, rec
 def test_labels_and_the_catalog_lie_in_the_bucket_too(server: Server, url: str, recipe: Recipe, tmp_path: Path) -> None:
     store = Store.create(url)
     pipeline.run(Lineage(store, recipe), quiet())
-    sae = runs.sae_of(runs.pick_run(store, runs.runs(store), None).artefact)
+    sae = runs.pick_run(store, runs.runs(store), None).artefact.record.input("saes")
     assert sae is not None
     assert labels.put(store, sae, "own", {1: labels.Label("one", 0.5)}) == 1
     catalog.write_catalog(store)
