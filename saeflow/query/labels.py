@@ -96,12 +96,8 @@ class Sheet:
         names = column_names(self.header)
         return tuple(name if name in LABEL_COLUMNS else f"column{i}" for i, name in enumerate(names))
 
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.columns)}
-
     def cell(self, row: list[str], name: str) -> str:
-        place = self._places.get(name, len(row))
+        place = self.columns.index(name) if name in self.columns else len(row)
         return row[place].strip(_BLANK) if place < len(row) else ""
 
     def feature(self, row: list[str]) -> int | None:

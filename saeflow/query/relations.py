@@ -166,12 +166,11 @@ def literal(value: object) -> str:
         case list():
             return "[" + ", ".join(map(literal, value)) + "]"
     text = str(value).encode("utf-8", "replace").decode().replace("'", "''")
-    return f"E'{_hex_escapes(text)}'" if HOSTILE.search(text) else f"'{text}'"
-
-
-def _hex_escapes(text: str) -> str:
+    if not HOSTILE.search(text):
+        return f"'{text}'"
     doubled = text.replace("\\", "\\\\")
-    return HOSTILE.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode()), doubled)
+    escaped = HOSTILE.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode()), doubled)
+    return f"E'{escaped}'"
 
 
 def side_by_side(schemas: Sequence[str], view: str) -> str:

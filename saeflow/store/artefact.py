@@ -119,7 +119,8 @@ class Publication(Parts):
             fresh = self._write_list(fresh)
             self.show(fresh.number)
             if clear and self.storage.has_locks:  # else another machine may be about to publish them; `gc` waits for it
-                self._clear_unlisted()
+                for folder in self.unlisted_folders():  # left by killed runs: no reader can have them open
+                    shutil.rmtree(folder, ignore_errors=True)
             return fresh
 
     def _require_folders(self, parts: Sequence[PartRecord], current: Generation | None) -> None:
@@ -142,11 +143,6 @@ class Publication(Parts):
         """Switch readers to a generation."""
         about = {"format_version": FORMAT_VERSION, "generation": number, "checksum": checksum(self.list_path(number))}
         self.storage.put_if_unchanged(self.path / "manifest.json", checked_text(about).encode())
-
-    def _clear_unlisted(self) -> None:
-        """Remove parts that no generation lists: leftovers of killed runs, which no reader can have open."""
-        for folder in self.unlisted_folders():
-            shutil.rmtree(folder, ignore_errors=True)
 
     def recover(self) -> bool:
         """Make a lost or damaged list or manifest again, if what is left allows it.

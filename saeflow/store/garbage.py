@@ -58,7 +58,8 @@ def collect_garbage(store: Store, grace_seconds: float, remove: bool) -> Collect
     store.storage.list_again()
     done, left = Collected(), store.storage.work_names()
     remove_work = store.storage.remove if remove else None
-    for artefact in _artefacts(store, left):
+    works = [store.by_id(f"{found[1]}/{found[2]}") for name in sorted(left) if (found := _WORK.fullmatch(name))]
+    for artefact in dict.fromkeys([*store.artefacts(), *works]):
         try:
             with hold_lease(artefact.slot, artefact.id, "refuse") if remove else _require_no_writer(artefact):
                 _collect_aged(
@@ -69,12 +70,6 @@ def collect_garbage(store: Store, grace_seconds: float, remove: bool) -> Collect
             done.left_alone.append(first_line(error))
     _collect_aged(done, _left_tests(store, left), grace_seconds, remove_work)
     return done
-
-
-def _artefacts(store: Store, left: set[str]) -> list[Artefact]:
-    """Return the artefacts that exist, and those of which there is work alone."""
-    works = [store.by_id(f"{found[1]}/{found[2]}") for name in sorted(left) if (found := _WORK.fullmatch(name))]
-    return list(dict.fromkeys([*store.artefacts(), *works]))
 
 
 def _collect_aged(

@@ -164,11 +164,11 @@ class LocalCopy:
 
     def _is_current(self, path: Path, meta: Any) -> bool:
         """True if a file is the object of the listing. A file that was sent from here then gets the object's time."""
-        if _looks_equal(path, meta):
+        about, written = path.stat(), meta["last_modified"].timestamp()
+        if about.st_size == meta["size"] and abs(about.st_mtime - written) < 1e-3:  # as rsync compares
             return True
         if self._noted(path) != [checksum(path), str(meta["e_tag"])]:
             return False
-        written = meta["last_modified"].timestamp()
         os.utime(path, (written, written))
         return True
 
@@ -214,11 +214,3 @@ def is_own(key: str) -> bool:
 def _temporary(path: Path) -> Path:
     """Return a name beside a file, of this thread alone, for what takes the file's place."""
     return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-
-
-def _looks_equal(path: Path, meta: Any) -> bool:
-    """True if a file has the size and time of the object in the listing, as rsync compares."""
-    with contextlib.suppress(FileNotFoundError):
-        about = path.stat()
-        return bool(about.st_size == meta["size"] and abs(about.st_mtime - meta["last_modified"].timestamp()) < 1e-3)
-    return False
