@@ -10,7 +10,7 @@ import numpy as np
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.features.counting import Counts
 from saeflow.runtime.threads import in_parallel, ranges
-from saeflow.sae.feature_major import FeatureMajor, feature_major
+from saeflow.sae.exact import FeatureMajor, feature_major
 from saeflow.sae.kernels import Doubles, Ids, Matrix, Offsets, compiled
 
 TABLE_FEATURES = 8192

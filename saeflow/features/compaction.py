@@ -24,7 +24,7 @@ from saeflow.features.schema import FIRST_INDEX, PART_TABLES, TOP, TOP_VOCAB, co
 from saeflow.features.statistics import PartStatistics, TokenColumns, read_token_columns
 from saeflow.runtime.progress import Bar
 from saeflow.runtime.threads import map_in_order, n_threads, ranges
-from saeflow.sae.feature_major import FeatureMajor, feature_major
+from saeflow.sae.exact import FeatureMajor, feature_major
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord, damaged
 

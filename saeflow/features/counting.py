@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.sae.feature_major import FeatureMajor
+from saeflow.sae.exact import FeatureMajor
 from saeflow.sae.kernels import Doubles, Floats, Ids, Offsets, compiled
 
 Counts = NDArray[np.int64]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.features.schema import VALUES
-from saeflow.sae.feature_major import FeatureMajor
+from saeflow.sae.exact import FeatureMajor
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 

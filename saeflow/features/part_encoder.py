@@ -21,7 +21,7 @@ from saeflow.runtime.devices import own_stream
 from saeflow.runtime.progress import Bar
 from saeflow.runtime.threads import use_one_thread
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.feature_major import feature_major
+from saeflow.sae.exact import feature_major
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 

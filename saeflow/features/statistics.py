@@ -19,7 +19,7 @@ from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coactivation import CoactivePairs, coactive_pairs
 from saeflow.features.counting import FIRST_BIN, Counts, KeyTotals, bins_of, most_frequent_keys, totals_by_key
 from saeflow.features.schema import MOST_SOURCES, PART_TABLES, TOP, TOP_VOCAB
-from saeflow.sae.feature_major import FeatureMajor, feature_statistics
+from saeflow.sae.exact import FeatureMajor, feature_statistics
 from saeflow.sae.kernels import Doubles, Ids
 
 TokenSource = tuple[str | None, bool]

@@ -5,9 +5,10 @@ parameters     weights, biases, thresholds, and how they start
 architectures  traits, value, penalty and derivatives of each architecture
 loss           the training loss of a batch, with all gradients
 encoder        the encoder product, and a bound on its error
-exact          every value, exactly as it is stored, and the entries of a training step
-feature_major  the same values by feature, and their statistics
+exact          every value, exactly as it is stored, by token or by feature; the entries of a training step
+batch          a batch, how it is to be explained, and the result of a step
 step           one training step, sparse or dense
+gradients      from active entries to reconstructions, their errors, and gradients of the weights
 kernels        Numba kernels for the few active entries
 formats        settings in the folder of an SAE, of any program
 interchange    SAEs read from and written to folders of other libraries

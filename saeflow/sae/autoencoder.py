@@ -12,10 +12,10 @@ from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseRows, SparseValues
 from saeflow.runtime.devices import to_device
-from saeflow.sae.exact import ActivationFunction, encode_densely, encode_on_accelerator, encode_on_processor
+from saeflow.sae.exact import ActivationFunction, encode_on_accelerator, encode_on_processor
+from saeflow.sae.gradients import decode
 from saeflow.sae.loss import LossOptions, StepInfo, loss_of_batch
 from saeflow.sae.parameters import SAEParameters
-from saeflow.sae.step.gradients import decode
 
 
 class SparseAutoencoder(SAEParameters):
@@ -104,10 +104,7 @@ class SparseAutoencoder(SAEParameters):
         cut = self._cut(function)
         if self.use_kernels and x.device.type == "cpu" and self.W_enc.device.type == "cpu":
             return encode_on_processor(x, self.current_encoder(cut), function)
-        x = to_device(x, self.W_enc.device)
-        if self.use_kernels and self.W_enc.device.type != "cpu":
-            return encode_on_accelerator(x, self.current_encoder(cut), function)
-        return encode_densely(x, self.W_enc, self.b_enc, self.b_in, function)
+        return encode_on_accelerator(to_device(x, self.W_enc.device), self.current_encoder(cut), function)
 
     @torch.no_grad()
     def decode(self, sparse: SparseValues) -> Tensor:

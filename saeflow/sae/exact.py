@@ -1,24 +1,82 @@
 """Exact encoding: values that depend neither on the batch, nor on the device, nor on the precision of the product.
 
 The quick product only screens: a bound on its error says which features might be chosen, and their pre-activations
-are computed again in float64. A training step takes its entries as the product gives them.
+are computed again in float64. A training step takes its entries as the product gives them. Values can be sorted by
+feature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseRows, SparseValues, concatenated
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import kernels
 from saeflow.sae.encoder import PRODUCT_ENTRIES, Encoder, thread_buffers
-from saeflow.sae.kernels import Bits, Doubles
+from saeflow.sae.kernels import Bits, Doubles, Floats, Ids, Offsets
+
+
+class FeatureMajor(NamedTuple):
+    """Entries by feature; inside a feature in ascending order of row."""
+
+    feature_starts: Offsets
+    """(F + 1): feature f owns entries feature_starts[f] to feature_starts[f + 1]."""
+    rows: Ids
+    values: Floats
+
+
+class FeatureStatistics(NamedTuple):
+    """Number, sum, sum of squares and maximum of each feature's non-zero values, (F) each."""
+
+    n_tokens: NDArray[np.int64]
+    sum: Doubles
+    sum_squares: Doubles
+    max: Floats
+
+
+def feature_major(sparse: SparseValues, n_features: int, threads: int = 1) -> FeatureMajor:
+    """Return the entries sorted by feature, then row."""
+    starts, rows, values = sorted_by_feature(
+        sparse.row_starts, sparse.feature_ids, sparse.values[None], n_features, threads
+    )
+    return FeatureMajor(starts, rows, values[0])
+
+
+def sorted_by_feature(
+    row_starts: Offsets, ids: Ids, values: Floats, n_features: int, threads: int
+) -> tuple[Offsets, Ids, Floats]:
+    """Return feature starts (F + 1), rows (nnz) and values (n, nnz) in the order of features, by a stable sort."""
+    parts = ranges(len(row_starts) - 1, max(-(-len(row_starts) // threads), 1))
+    counts = np.array(
+        [np.bincount(ids[row_starts[a] : row_starts[b]], minlength=n_features) for a, b in parts]
+        or [np.zeros(n_features, np.int64)]
+    )
+    feature_starts = np.concatenate([[0], counts.sum(0).cumsum()]).astype(np.int64)
+    positions = feature_starts[:-1] + np.concatenate([np.zeros((1, n_features), np.int64), counts[:-1].cumsum(0)])
+    rows, out = np.empty(len(ids), np.int32), np.empty_like(values)
+
+    def place_part(part: int) -> None:
+        kernels.transpose(*parts[part], row_starts, ids, values, positions[part], rows, out)
+
+    in_parallel(place_part, range(len(parts)), threads)
+    return feature_starts, rows, out
+
+
+def feature_statistics(sparse: SparseValues, n_features: int) -> FeatureStatistics:
+    """Return each feature's statistics; its values are added in the order of rows."""
+    out = FeatureStatistics(
+        np.zeros(n_features, np.int64), np.zeros(n_features), np.zeros(n_features), np.zeros(n_features, np.float32)
+    )
+    kernels.statistics(sparse.feature_ids, sparse.values, *out)
+    return out
+
 
 _GUESS_ROWS = 64
 """Rows of a batch that stand for all of them where a guess will do."""
@@ -221,22 +279,6 @@ def _places_in_rows(rows: Tensor, values: Tensor, n_rows: int) -> Tensor:
     places = torch.empty_like(rows)
     places[order] = torch.arange(len(rows), device=rows.device) - first[rows]
     return places
-
-
-def encode_densely(x: Tensor, w_enc: Tensor, b_enc: Tensor, b_in: Tensor, function: ActivationFunction) -> SparseValues:
-    """Return the values of rows x (B, D) by a dense float64 product, on any device: slow, for comparison."""
-    thresholds, stretch, shift = function.on(w_enc.device)
-    parts = []
-    for start, stop in ranges(len(x), 1024):
-        pre = (x[start:stop].double() - b_in.double()) @ w_enc.double().t() + b_enc.double()
-        keep = pre > thresholds
-        if function.k is not None:
-            places = pre.sort(dim=1, descending=True, stable=True).indices[:, : function.k]
-            keep &= torch.zeros_like(keep).scatter_(1, places, True)
-        values = rounded(torch.where(keep, (stretch * pre + shift).clamp(min=0), 0.0))
-        rows, ids = values.nonzero(as_tuple=True)
-        parts.append(_from_device(rows, ids, values[rows, ids], stop - start))
-    return concatenated(parts)
 
 
 def _from_device(rows: Tensor, ids: Tensor, values: Tensor, n_rows: int) -> SparseValues:

@@ -12,10 +12,7 @@ from torch import Tensor
 from saeflow.activations.sparse_values import SparseTensors
 from saeflow.runtime.threads import in_parallel
 from saeflow.sae.architectures import Gated, JumpReLU, Relu, Top, TrainingRule
-from saeflow.sae.encoder import Encoder
-from saeflow.sae.exact import share_positive
-from saeflow.sae.parameters import SAEParameters
-from saeflow.sae.step.batch import (
+from saeflow.sae.batch import (
     DEGENERATE,
     WORKER_ROWS,
     CentredBatch,
@@ -25,9 +22,11 @@ from saeflow.sae.step.batch import (
     centred_batch,
     worker_ranges,
 )
-from saeflow.sae.step.dense_step import dense_step
-from saeflow.sae.step.gradients import SparseReconstruction, WeightGradients
-from saeflow.sae.step.sparse_step import entries_above_cut, largest_entries, sparse_step
+from saeflow.sae.encoder import Encoder
+from saeflow.sae.exact import share_positive
+from saeflow.sae.gradients import SparseReconstruction, WeightGradients
+from saeflow.sae.parameters import SAEParameters
+from saeflow.sae.step import dense_step, entries_above_cut, largest_entries, sparse_step
 
 THRESHOLD_MEMORY = 0.9
 """Share of the running threshold that a batch leaves in place."""

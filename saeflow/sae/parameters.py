@@ -13,9 +13,9 @@ from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.threads import in_parallel
 from saeflow.sae.architectures import TRAITS, Traits
+from saeflow.sae.batch import worker_ranges
 from saeflow.sae.encoder import Encoder
-from saeflow.sae.step.batch import worker_ranges
-from saeflow.sae.step.dense_step import DENSE_SHARE
+from saeflow.sae.step import DENSE_SHARE
 
 _START_ROWS = 4096
 """Rows from which biases and thresholds of a sparse start are taken."""

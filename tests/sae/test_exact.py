@@ -6,9 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saeflow.activations.sparse_values import SparseValues
 from saeflow.sae.encoder import Encoder, SparseInputEncoder
-from saeflow.sae.exact import encode_densely, encode_on_accelerator, rounded
-from tests.support.uneven_saes import ARCHITECTURES, STORED, D, F, K, an_autoencoder, dense, some_activations
+from saeflow.sae.exact import encode_on_accelerator, feature_major, feature_statistics, rounded
+from tests.support.uneven_saes import (
+    ARCHITECTURES,
+    STORED,
+    D,
+    F,
+    K,
+    an_autoencoder,
+    dense,
+    encode_densely,
+    some_activations,
+)
 
 
 def slow_and_obvious(sae, x):
@@ -39,7 +50,7 @@ def test_what_an_accelerator_screens_is_what_a_dense_product_in_float64_gives(ar
     cut = torch.from_numpy(function.thresholds)
     encoder = Encoder(sae.W_enc, sae.b_enc, sae.b_in, product, cut if function.thresholds.any() else None)
     screened = encode_on_accelerator(x, encoder, function)
-    whole = encode_densely(x, sae.W_enc, sae.b_enc, sae.b_in, function)
+    whole = encode_densely(sae, x)
     assert len(screened.values) > 500
     for one, other in zip(screened, whole, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -90,8 +101,9 @@ def test_without_kernels_the_result_is_the_same(architecture):
     sae, x = an_autoencoder(architecture), some_activations(100)
     quick = sae.encode_sparse(x)
     sae.use_kernels = False
-    for a, b in zip(quick, sae.encode_sparse(x), strict=True):
+    for a, b, c in zip(quick, sae.encode_sparse(x), encode_densely(sae, x), strict=True):
         np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
 
 
 @pytest.mark.parametrize("dtype", STORED)
@@ -101,8 +113,7 @@ def test_mostly_zero_rows_are_encoded_as_exactly_as_others(architecture, dtype):
     assert isinstance(sae.current_encoder().suited_to(x), SparseInputEncoder)
     quick = sae.encode_sparse(x)
     assert len(quick.values) > 300
-    sae.use_kernels = False
-    for a, b in zip(quick, sae.encode_sparse(x), strict=True):
+    for a, b in zip(quick, encode_densely(sae, x), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -121,3 +132,33 @@ def test_rounding_goes_to_even_and_keeps_tiny_and_huge_values():
     wanted = [1.0, 1 + 2 * ulp, 1 + ulp, to_11_bits(np.float64(1e-30)), to_11_bits(np.float64(6e7))]
     np.testing.assert_array_equal(rounded(given), np.float32(wanted))
     assert (rounded(given).numpy() > 0).all()
+
+
+def test_nothing_in_nothing_out():
+    for architecture in ARCHITECTURES:
+        sae = an_autoencoder(architecture)
+        empty = sae.encode_sparse(some_activations(0))
+        assert [len(part) for part in empty] == [1, 0, 0]
+        assert feature_statistics(empty, F).n_tokens.sum() == 0
+        assert feature_major(empty, F).feature_starts.tolist() == [0] * (F + 1)
+        assert sae.decode(empty).shape == (0, D)
+
+
+def test_statistics_and_the_feature_major_order_are_those_of_the_dense_matrix():
+    sparse = an_autoencoder("batchtopk").encode_sparse(some_activations(500))
+    matrix = dense(sparse).astype(np.float64)
+    statistics = feature_statistics(sparse, F)
+    np.testing.assert_array_equal(statistics.n_tokens, (matrix > 0).sum(0))
+    np.testing.assert_allclose(statistics.sum, matrix.sum(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics.sum_squares, (matrix**2).sum(0), rtol=1e-12)
+    np.testing.assert_array_equal(statistics.max, matrix.max(0))
+    features, rows = matrix.T.nonzero()
+    by_feature = feature_major(sparse, F)
+    np.testing.assert_array_equal(by_feature.rows, rows)
+    np.testing.assert_array_equal(by_feature.values, matrix.T[features, rows])
+    np.testing.assert_array_equal(np.diff(by_feature.feature_starts), (matrix > 0).sum(0))
+
+
+def test_feature_major_may_have_features_that_never_fire():
+    sparse = SparseValues(np.array([0, 1, 2]), np.array([4, 4], np.int32), np.array([1, 2], np.float32))
+    assert feature_major(sparse, 6).feature_starts.tolist() == [0, 0, 0, 0, 0, 2, 2]

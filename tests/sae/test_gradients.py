@@ -2,7 +2,7 @@
 
 import torch
 
-from saeflow.sae.step.gradients import summed_in_order
+from saeflow.sae.gradients import summed_in_order
 
 
 def test_sums_in_order_are_sums_by_feature():

@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
+from saeflow.activations.sparse_values import SparseRows, row_starts_of
 from saeflow.recipe.settings import SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.exact import rounded
 
 ARCHITECTURES = ["relu", "topk", "batchtopk"]
 STORED = [torch.float16, torch.bfloat16, torch.float32]
@@ -33,3 +35,18 @@ def dense(sparse, n_features=F):
     out = np.zeros((len(sparse.row_starts) - 1, n_features), np.float32)
     out[np.repeat(np.arange(len(out)), np.diff(sparse.row_starts)), sparse.feature_ids] = sparse.values
     return out
+
+
+@torch.no_grad()
+def encode_densely(sae, x):
+    """The values of rows x (B, D), by a dense product in float64."""
+    function = sae.activation_function()
+    thresholds, stretch, shift = function.on(x.device)
+    pre = (x.double() - sae.b_in.double()) @ sae.W_enc.double().t() + sae.b_enc.double()
+    keep = pre > thresholds
+    if function.k is not None:
+        places = pre.sort(dim=1, descending=True, stable=True).indices[:, : function.k]
+        keep &= torch.zeros_like(keep).scatter_(1, places, True)
+    values = rounded(torch.where(keep, (stretch * pre + shift).clamp(min=0), 0.0))
+    rows, ids = values.nonzero(as_tuple=True)
+    return SparseRows(row_starts_of(rows.numpy(), len(x)), ids.int().numpy(), values[rows, ids].numpy())

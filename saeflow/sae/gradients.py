@@ -17,8 +17,8 @@ from saeflow.activations.sparse_values import SparseTensors
 from saeflow.runtime.linear import converted
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import kernels
-from saeflow.sae.feature_major import sorted_by_feature
-from saeflow.sae.step.batch import WORKER_FEATURES, WORKER_ROWS, StepSettings, on_processor, worker_ranges
+from saeflow.sae.batch import WORKER_FEATURES, WORKER_ROWS, StepSettings, on_processor, worker_ranges
+from saeflow.sae.exact import sorted_by_feature
 
 
 @dataclass(frozen=True)
