@@ -29,22 +29,16 @@ def is_remote(path: str) -> bool:
 
 
 def list_urls(pattern: str) -> dict[str, str | None]:
-    """Return the URLs that match a URL with globs, in order.
-
-    Each comes with a text that changes with its content, or None if the listing does not tell.
-    """
+    """Return the URLs that match, in order, each with a text that changes with its content, or None if unlisted."""
     _require_no_secret(pattern)
     with _url_errors(pattern):
         filesystem, path = fsspec.core.url_to_fs(pattern, **_filesystem_options(pattern))
         found = tries(GenericError)(filesystem.glob, path, detail=True)
-        if len(found) == 1 and _is_directory(next(iter(found.values()))):
+        if [about.get("type") for about in found.values()] == ["directory"]:
             found = tries(GenericError)(filesystem.find, path, detail=True)
-        files = {filesystem.unstrip_protocol(name): about for name, about in found.items() if not _is_directory(about)}
-        return {url: _content_tag(files[url]) for url in sorted(files)}
-
-
-def _is_directory(about: dict[str, Any]) -> bool:
-    return about.get("type") == "directory"
+        files = {name: about for name, about in found.items() if about.get("type") != "directory"}
+        urls = {filesystem.unstrip_protocol(name): _content_tag(about) for name, about in files.items()}
+        return dict(sorted(urls.items()))
 
 
 def _content_tag(about: dict[str, Any]) -> str | None:
@@ -67,7 +61,7 @@ def _require_no_secret(url: str) -> None:
 def read_file(path: str) -> bytes:
     """Return the bytes of a file or URL, decompressed as its ending says."""
     with _url_errors(path):
-        return tries(GenericError)(_read_file, path) if is_remote(path) else _read_file(path)
+        return tries(GenericError)(_read_file, path)
 
 
 def _read_file(path: str) -> bytes:
@@ -78,10 +72,7 @@ def _read_file(path: str) -> bytes:
 def download(path: str, target: Path, *, unpack: bool) -> None:
     """Copy a file or object to a local file, as it is or unpacked. A download that breaks off is tried again."""
     with _url_errors(path):
-        if is_remote(path):
-            tries(GenericError, ConnectionError, TimeoutError)(_download, path, target, unpack)
-        else:
-            _download(path, target, unpack)
+        tries(GenericError, ConnectionError, TimeoutError)(_download, path, target, unpack)
 
 
 def _download(path: str, target: Path, unpack: bool) -> None:

@@ -19,7 +19,7 @@ from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coactivation import PAIR_BYTES, TABLE_FEATURES, PairCounter
 from saeflow.features.counting import KeyTotals, most_frequent_keys, place_sorted
-from saeflow.features.files import TokenMajorWriter, files_of, read_tokens, write_table, write_values
+from saeflow.features.files import TokenMajorWriter, files_of, read_tokens, write_values
 from saeflow.features.schema import FIRST_INDEX, PART_TABLES, TOP, TOP_VOCAB, covered, has_every_table, stands_for
 from saeflow.features.statistics import PartStatistics, TokenColumns, read_token_columns
 from saeflow.runtime.progress import Bar
@@ -85,8 +85,7 @@ class PartMerger:
         self._write_by_feature()
         if pairs.exact:
             self.statistics.set_pairs(pairs.best(self.statistics.n_tokens, TOP, self._values))
-        for name, table in self.statistics.tables().items():
-            write_table(self.folder / f"{name}.parquet", table)
+        self.statistics.write(self.folder)
 
     def _write_by_token(self, pairs: PairCounter) -> None:
         """Write the order by token; the statistics of whole parts are added up, others are counted."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from saeflow.activations import shards
 from saeflow.activations.sparse_values import SparseValues, concatenated, no_values
 from saeflow.corpus.selection import TokenSelection
-from saeflow.features.files import write_feature_major, write_table, write_token_major
+from saeflow.features.files import write_feature_major, write_token_major
 from saeflow.features.statistics import PartStatistics, TokenColumns, read_token_columns
 from saeflow.model.sites import Site
 from saeflow.runtime.devices import own_stream
@@ -49,8 +49,7 @@ class PartWriter:
     def close(self) -> None:
         if self._held or not self.counts["n_values"]:
             self._write()
-        for name, table in self.statistics.tables().items():
-            write_table(self.folder / f"{name}.parquet", table)
+        self.statistics.write(self.folder)
 
     def _write(self) -> None:
         ids, values = zip(*(self._held or [(np.empty(0, np.int64), no_values())]), strict=True)

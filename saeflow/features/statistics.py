@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coactivation import CoactivePairs, coactive_pairs
 from saeflow.features.counting import FIRST_BIN, Counts, KeyTotals, bins_of, most_frequent_keys, totals_by_key
+from saeflow.features.files import write_table
 from saeflow.features.schema import MOST_SOURCES, PART_TABLES, TOP, TOP_VOCAB
 from saeflow.sae.exact import FeatureMajor, feature_statistics
 from saeflow.sae.kernels import Doubles, Ids
@@ -192,6 +194,10 @@ class PartStatistics:
             "encoded_tokens": self._token_counts(),
         }
         return {name: _statistics_table(PART_TABLES[name], found) for name, found in columns.items()}
+
+    def write(self, folder: Path) -> None:
+        for name, table in self.tables().items():
+            write_table(folder / f"{name}.parquet", table)
 
     def _own_codes(self, tokens: TokenColumns) -> Ids:
         """Return this object's numbers for the sources of a part."""
