@@ -8,6 +8,7 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow.recipe.settings import Architecture
+from saeflow.sae.architectures import TRAITS
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.train.resample import resample_dead
 from tests.support.small_saes import (
@@ -257,7 +258,16 @@ def test_the_same_training_twice_and_on_any_number_of_threads_gives_the_same_wei
 
 
 def test_every_architecture_is_tested():
-    assert {name.partition("-")[0] for name in EVERY} == set(Architecture.__args__)
+    assert {name.partition("-")[0] for name in EVERY} == set(Architecture.__args__) == TRAITS.keys()
+
+
+def test_an_architecture_that_nobody_lists_is_an_error():
+    sae = an_autoencoder("batchtopk")
+    sae.config = sae.config.model_copy(update={"architecture": "new"})
+    with pytest.raises(AssertionError, match="new"):
+        sae.activation_function()
+    with pytest.raises(KeyError, match="new"):
+        sae.training_loss(rows())
 
 
 @pytest.mark.parametrize("name", PENALISED)
