@@ -16,21 +16,14 @@ if __name__ == "__main__":  # the terminal shows saeflow's own lines; a served f
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
 
 import httpx
-from prefect import Flow, flow
+from prefect import flow
 from prefect.events.worker import EventsWorker
 
-from flows.collect import collect_flow
-from flows.compact import compact_flow
-from flows.encode import encode_flow
-from flows.evaluate import evaluate_flow
-from flows.import_table import import_table_flow
+from flows.stages import FLOWS
 from flows.support import page
 from flows.support.reporting import counted, name_run, show_markdown, show_table
-from flows.support.tasks import open_store
-from flows.tokens import tokens_flow
-from flows.train import train_flow
-from saeflow.pipeline import report, sweep
-from saeflow.pipeline import run as pipeline
+from flows.support.tasks import open_lineage
+from saeflow.pipeline import report, stages, sweep
 from saeflow.pipeline.dask.clusters import kept_open
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import first_answers
@@ -38,40 +31,34 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 
-FLOWS: dict[str, Flow[..., Any]] = {
-    "tokens": tokens_flow, "collect": collect_flow, "bring": import_table_flow, "train": train_flow,
-    "encode": encode_flow, "compact": compact_flow, "evaluate": evaluate_flow,
-}  # fmt: skip
-"""Of each stage that has a flow of its own."""
-
 FIGURES = (
     "variance_unexplained", "l0", "shrinkage", "dead_share", "loss_recovered_zero", "loss_recovered_mean",
     "kl_recovered_mean", "judged_on",
 )  # fmt: skip
-"""Of the quality of an SAE, what the page of its pipeline shows."""
+"""Figures of quality on the page of a pipeline."""
 
 
 @flow(name="saeflow-pipeline", flow_run_name="pipeline {recipe.name}")
 def pipeline_flow(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
     """Run what is missing of every stage, in order, and return the summary."""
-    stages = [name for name, stage in pipeline.stages_of_run(recipe).items() if stage.flow_of is None]
-    about = counted(len(recipe.members()), "SAE") if recipe.is_sweep else ", ".join(stages)
+    own = [name for name, stage in stages.stages_of_run(recipe).items() if stage.flow_of is None]
+    about = counted(len(recipe.members()), "SAE") if recipe.is_sweep else ", ".join(own)
     name_run("pipeline", about)
     seconds = {}
     with kept_open():
-        for stage in stages:
+        for stage in own:
             began = time.monotonic()
             FLOWS[stage](recipe, store)
             seconds[stage] = time.monotonic() - began
-    lineage = Lineage(open_store(recipe, store), recipe)
-    summary = pipeline.summary(lineage) | {"seconds": seconds}
+    lineage = open_lineage(recipe, store)
+    summary = stages.summary(lineage) | {"seconds": seconds}
     show_table("pipeline", summary)
     show_markdown("result", result_page(lineage, summary), f"What came of {recipe.name}, and what to type next")
     return summary
 
 
 def result_page(lineage: Lineage, summary: dict[str, Any]) -> str:
-    """Markdown: the picture, the numbers, the next commands."""
+    """Return markdown with the picture, the numbers and the next commands."""
     store, recipe = lineage.store, lineage.recipe
     where = f" --store {shlex.quote(store.name)}"
     if recipe.is_sweep:
@@ -90,7 +77,7 @@ def result_page(lineage: Lineage, summary: dict[str, Any]) -> str:
 
 
 def told(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
-    """The flow; a server that is lost on the way ends it with what to do."""
+    """Run the flow. Raises UserError if the server is lost."""
     try:
         return pipeline_flow(recipe, store)
     except httpx.TransportError as error:
@@ -103,7 +90,7 @@ def told(recipe: Recipe, store: str | None = None) -> dict[str, Any]:
 
 
 def _drop_events() -> None:
-    """Events that wait for the server: Prefect would try each for seven seconds before the process may end."""
+    """Drop events that wait for the server: Prefect would try each for seven seconds before the process ends."""
     waiting = EventsWorker.instance()._queue
     with contextlib.suppress(queue.Empty):
         while True:

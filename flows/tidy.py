@@ -1,15 +1,12 @@
-"""Flow: the nightly compaction of a store. Forgotten documents leave the disk, and the parts of every run over it
-become few."""
+"""Flow: the nightly compaction of a store. Forgotten documents leave the disk, and parts of runs are merged."""
 
 from __future__ import annotations
 
 from prefect import flow
 
-from flows.support.gpu import places
 from flows.support.reporting import reporting, show_table
-from flows.support.tasks import open_store, part_task
-from saeflow.pipeline import encode, run
-from saeflow.pipeline.lineage import Lineage
+from flows.support.tasks import in_task, open_lineage, places
+from saeflow.pipeline import encode, stages
 from saeflow.recipe.recipe import Recipe
 
 
@@ -19,14 +16,10 @@ def tidy_flow(recipe: Recipe, store: str | None = None) -> dict[str, int]:
 
     Returns how many parts each run has left.
     """
-    lineage = Lineage(open_store(recipe, store, overlap="wait"), recipe)
+    lineage = open_lineage(recipe, store, overlap="wait")
     with reporting("tidy") as progress:
-
-        @part_task("tidy")
-        def tidy() -> None:
-            run.compact(lineage, progress, recipe.features.compact_parts, places(recipe))
-
-        tidy()
+        enough = recipe.features.compact_parts
+        in_task("tidy", lambda: stages.compact_store(lineage, progress, enough, places(recipe)))
     runs = encode.runs_over(lineage.store, lineage.activations)
     left = {each.id: len(each.published().parts) for each in runs}
     show_table("tidy", {f"parts of {name}": n for name, n in left.items()})

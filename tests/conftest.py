@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from saeflow.pipeline import run as pipeline
+from saeflow.pipeline import stages
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.progress import Progress
@@ -55,7 +55,7 @@ def finished(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory)
     """The small recipe run through all stages; do not write there (copy the store to change it)."""
     store = Store.create(tmp_path_factory.mktemp("finished") / "store")
     recipe = parse_recipe(recipe_data(ingredients))
-    return Finished(store, recipe, pipeline.run(Lineage(store, recipe), quiet()))
+    return Finished(store, recipe, stages.run(Lineage(store, recipe), quiet()))
 
 
 LONG = {

@@ -29,10 +29,8 @@ _STAGES: dict[str, Flow[..., Any]] = {
 
 
 def deployments(recipes: Sequence[Recipe], stores: Sequence[str]) -> list[RunnerDeployment]:
-    """What every recipe is deployed as, each for its store. Of recipes that share one, one has the times of `verify`
-    and `gc`.
-
-    Raises UserError where two recipes have one name.
+    """Return the deployments of every recipe for its store. If recipes share a store, one has the times of `verify`
+    and `gc`. Raises UserError if two recipes have one name.
     """
     names = [recipe.name for recipe in recipes]
     for name in names:
@@ -47,12 +45,16 @@ def deployments(recipes: Sequence[Recipe], stores: Sequence[str]) -> list[Runner
 
 
 def _deployment(stage: str, recipe: Recipe, store: str, about: ScheduleConfig) -> RunnerDeployment:
-    """A second run of a stage is cancelled at once: the one at work does all there is, or each ingest asks again
-    (train)."""
+    """Return a deployment that cancels a second run of a stage: the first does all the work, or the next ingest asks
+    again (train)."""
+    own: dict[str, dict[str, Any]] = {
+        "verify": {"nights": about.verify_nights},
+        "gc": {"grace_hours": about.gc_grace_hours},
+    }
     parameters: dict[str, Any] = {"recipe": recipe.model_dump(mode="json", exclude_none=True), "store": store}
     made = _STAGES[stage].to_deployment(
         recipe.name,
-        parameters=parameters | _own_parameters(stage, about),
+        parameters=parameters | own.get(stage, {}),
         schedules=_schedules(stage, about),
         triggers=_triggers(stage, recipe, store),
         tags=[TAG, recipe.name, stage],
@@ -63,17 +65,8 @@ def _deployment(stage: str, recipe: Recipe, store: str, about: ScheduleConfig) -
     return made
 
 
-def _own_parameters(stage: str, about: ScheduleConfig) -> dict[str, Any]:
-    match stage:
-        case "verify":
-            return {"nights": about.verify_nights}
-        case "gc":
-            return {"grace_hours": about.gc_grace_hours}
-    return {}
-
-
 def slug(stage: str) -> str:
-    """What the schedule that a recipe gives is called on the server; any other is an operator's."""
+    """Return the server's name of a schedule that a recipe gives. Schedules of other names are an operator's."""
     return f"{TAG}-{stage}"
 
 
@@ -87,7 +80,7 @@ def _schedules(stage: str, about: ScheduleConfig) -> list[Schedule]:
 
 
 def _triggers(stage: str, recipe: Recipe, store: str) -> list[DeploymentTriggerTypes | TriggerTypes]:
-    """Training follows an ingest that made the store grow enough; it looks for itself whether that is so."""
+    """Let training follow an ingest that made the store grow enough, which the training checks itself."""
     share = recipe.schedule.train_growth
     if stage != "train" or not share:
         return []
@@ -97,8 +90,7 @@ def _triggers(stage: str, recipe: Recipe, store: str) -> list[DeploymentTriggerT
 
 
 def keep_what_was_set(deployment: RunnerDeployment) -> None:
-    """Let what an operator paused stay paused when it is applied again, and take schedules off the server that the
-    recipe no longer gives."""
+    """Keep what an operator has paused, and remove schedules that the recipe no longer gives."""
     with get_client(sync_client=True) as client:
         try:
             known = client.read_deployment_by_name(deployment.full_name)

@@ -1,5 +1,4 @@
-"""Text and pictures as markdown for Prefect's pages. What others wrote, in a corpus or in the name of a file, stays
-text."""
+"""Text and pictures as markdown for Prefect's pages. Markup in texts of a corpus or names of files has no effect."""
 
 from __future__ import annotations
 
@@ -12,19 +11,19 @@ from typing import Any
 from saeflow.runtime.text import human_bytes, sanitise
 
 PICTURE_BYTES = 200_000
-"""A picture up to this size is shown on the page itself."""
+"""Largest picture that is shown on the page itself."""
 
 _MARKUP = re.compile(r"[!-+\--/:-@\[-`{-~]")
-"""ASCII punctuation but the comma. Prefect's pages know backslashes; entities they show as they are written."""
+"""ASCII punctuation but the comma. Prefect's pages obey backslashes, but not entities."""
 
 
 def plain(text: str) -> str:
-    """Text that markdown shows as it is: no link, picture, tag, table or emphasis comes of it."""
+    """Return text that markdown shows as it is, without links, pictures, tags, tables or emphasis."""
     return _MARKUP.sub(r"\\\g<0>", sanitise(text).strip())
 
 
 def shown(name: str, value: Any) -> str:
-    """A number as a person reads it; `…bytes` with their unit."""
+    """Return a number as a person reads it; `…bytes` with a unit."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return sanitise(str(value))
     if name.endswith("bytes"):
@@ -33,23 +32,23 @@ def shown(name: str, value: Any) -> str:
 
 
 def cell(name: str, value: Any) -> str:
-    """The same as markdown, which Prefect takes the cells of a table for, too."""
+    """Return what `shown` returns as markdown, which Prefect expects in the cells of a table."""
     return shown(name, value) if isinstance(value, int | float) else plain(str(value))
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """A markdown table of names and numbers."""
+    """Return a markdown table of names and numbers."""
     rows = [f"| {plain(name.replace('_', ' '))} | {cell(name, value)} |" for name, value in facts.items()]
     return "\n".join(["| what | value |", "| --- | ---: |", *rows])
 
 
 def commands(lines: Iterable[str]) -> str:
-    """Commands to copy, one a line."""
+    """Return a markdown block of commands to copy."""
     return "\n".join(["```sh", *map(sanitise, lines), "```"])
 
 
 def picture(name: str, path: Path) -> str:
-    """The picture itself with its path or, where it is large, the path alone."""
+    """Return the picture with its path; of a large one, only the path."""
     content = path.read_bytes()
     if len(content) > PICTURE_BYTES:
         return plain(str(path))

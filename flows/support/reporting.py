@@ -1,4 +1,4 @@
-"""What is seen of a flow run while it works: its name and tags, progress, log lines, tables and pictures."""
+"""Show a flow run on Prefect's pages: its name and tags, progress, log lines, tables and pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from saeflow.runtime.text import harmless_lines
 
 
 class _MessageAlone(logging.Filter):
-    """Of an error that the user has to mend the message alone is logged; a traceback would hide what to do."""
+    """Logs only the message of an error that the user has to mend: a traceback would hide what to do."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and isinstance(error := record.exc_info[1], UserError):
@@ -42,16 +42,13 @@ class _MessageAlone(logging.Filter):
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(_MessageAlone())
 
-PROGRESS_SECONDS = 5.0
-"""Between two updates of a progress artifact."""
-
-LOG_SECONDS = 30.0
-"""Between two lines in the log of a run that say how far it is."""
+PROGRESS_SECONDS, LOG_SECONDS = 5.0, 30.0
+"""Between two updates of a progress artifact, and between two lines of progress in the log of a run."""
 
 
 @contextmanager
 def decoration() -> Iterator[None]:
-    """What only makes a page nicer must not fail a run: an error of the server is logged."""
+    """Log an error of the server: a page that is not up to date must not fail a run."""
     try:
         yield
     except Exception as error:
@@ -59,7 +56,7 @@ def decoration() -> Iterator[None]:
 
 
 def name_run(stage: str, about: str = "") -> None:
-    """Name the flow run by what it does, as far as that is known, and tag it with stage, recipe and architecture."""
+    """Name the flow run by its work, as far as known, and tag it with stage, recipe and architecture."""
     context = FlowRunContext.get()
     assert context is not None
     assert context.flow_run is not None
@@ -80,9 +77,9 @@ def counted(n: int, what: str) -> str:
 def reporting(
     stage: str, page_seconds: float = PROGRESS_SECONDS, log_seconds: float = LOG_SECONDS
 ) -> Iterator[Progress]:
-    """Progress on the terminal, in one progress artifact of the flow run, and in its log; its name and tags.
+    """Name the flow run, and report its progress on the terminal, in one progress artifact and in its log.
 
-    A run that a server started has no terminal of its own: there Prefect's log is enough.
+    A run that a server started has no terminal of its own.
     """
     name_run(stage)
     served = "PREFECT__FLOW_RUN_ID" in os.environ
@@ -98,8 +95,7 @@ def reporting(
 
 
 class _Watched:
-    """The progress artifact of a stage and the lines in its log, written by a thread of their own, so that a server
-    that is slow or lost holds nobody up."""
+    """Writes the progress artifact and log of a stage from its own thread, so that no work waits for a slow server."""
 
     def __init__(self, stage: str, page_seconds: float, log_seconds: float) -> None:
         self.stage, self.page_seconds, self.log_seconds = stage, page_seconds, log_seconds
@@ -147,7 +143,7 @@ class _Watched:
 
 @contextmanager
 def _warnings_of_saeflow() -> Iterator[None]:
-    """What saeflow warns of is in the log of this flow run, too, whichever thread it comes from."""
+    """Log saeflow's warnings in this flow run, whichever thread they come from."""
     context = FlowRunContext.get()
     run_id = str(context.flow_run.id) if context and context.flow_run else None
     handler = APILogHandler(logging.WARNING)
@@ -165,7 +161,7 @@ def _warnings_of_saeflow() -> Iterator[None]:
 
 
 def show_table(stage: str, facts: Mapping[str, Any]) -> None:
-    """A table artifact with the numbers of a finished stage, and one log line."""
+    """Show the numbers of a finished stage as a table artifact and one log line."""
     numbers = {name: value for name, value in facts.items() if not isinstance(value, dict | list)}
     rows = [{"what": name, "value": page.cell(name, value)} for name, value in numbers.items()]
     with decoration():
@@ -175,19 +171,19 @@ def show_table(stage: str, facts: Mapping[str, Any]) -> None:
 
 
 def show_rows(stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table artifact with a line for each of several things."""
-    lines = [{name: _exact(value) for name, value in row.items()} for row in rows]
+    """Show rows as a table artifact."""
+
+    def exact(value: Any) -> str:
+        return str(value) if isinstance(value, int | float) else page.plain(str(value))
+
+    lines = [{name: exact(value) for name, value in row.items()} for row in rows]
     with decoration():
         create_table_artifact(table=lines, key=f"saeflow-{stage}", description=f"What the {stage} made")
     get_run_logger().info("%s: %d lines", stage, len(rows))
 
 
-def _exact(value: Any) -> str:
-    return str(value) if isinstance(value, int | float) else page.plain(str(value))
-
-
 def show_picture(stage: str, path: Path) -> None:
-    """A markdown artifact with the picture in it or, where it is large, with its path."""
+    """Show a picture as a markdown artifact; of a large one, only the path."""
     show_markdown(f"{stage}-picture", page.picture(stage, path), f"Picture of the {stage}")
 
 

@@ -28,15 +28,15 @@ from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from flows.support import gpu
+from flows.support import tasks
 from flows.support.deployments import TAG, deployments, keep_what_was_set
 from saeflow.runtime.errors import UserError
 
 HEARTBEAT_SECONDS = 30
-"""Between two signs of life of a flow run; Prefect's own default is three minutes."""
+"""Seconds between two signs of life of a flow run. Prefect's own default is three minutes."""
 
 SECONDS_BETWEEN_LOOKS = 5.0
-"""For a server that is away."""
+"""Seconds between two looks for a server that is away."""
 
 __all__ = ["deployments", "found", "hand_to_workers", "others", "page_url", "prepare_server", "work"]
 
@@ -45,8 +45,10 @@ ZOMBIES = f"{TAG}: a run without a sign of life has crashed"
 
 @contextlib.contextmanager
 def found() -> Iterator[str]:
-    """The server's API, which is Prefect's inside the block: PREFECT_API_URL, else the place where `prefect server
-    start` puts one. Raises UserError where none answers: a temporary server would keep no schedule."""
+    """Let Prefect use a server inside the block: PREFECT_API_URL, else the address of `prefect server start`.
+
+    Yields the URL of its API. Raises UserError if no server answers: a temporary server would keep no schedule.
+    """
     settings = get_current_settings()
     url = settings.api.url or f"http://{settings.server.api.host}:{settings.server.api.port}/api"
     if (why := _silence(url)) is not None:
@@ -60,7 +62,7 @@ def found() -> Iterator[str]:
 
 
 def _silence(url: str) -> str | None:
-    """Why no server answers at this API, None where one does."""
+    """Return why no server answers at this API; None if one does."""
     try:
         httpx.get(f"{url}/health", timeout=10).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -73,10 +75,7 @@ def page_url(url: str) -> str:
 
 
 def set_zombie_automation(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> UUID:
-    """Crash runs of saeflow that have given no sign of life for four heartbeats, so that their place is free again.
-
-    There is one such automation, however often this is called.
-    """
+    """Set one automation that crashes runs of saeflow after four heartbeats without a sign of life."""
     ends = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended", "AwaitingRetry")
     beat = "prefect.flow-run.heartbeat"
     wanted = AutomationCore(
@@ -108,15 +107,14 @@ def set_zombie_automation(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> UUID:
 
 
 def prepare_server() -> None:
-    """What all deployments share: the automation, and the limit of GPUs where this machine has some and none is set."""
+    """Set what all deployments share: the automation and, if this machine has GPUs and none is set, their limit."""
     set_zombie_automation()
     if torch.cuda.is_available():
-        gpu.set_limit(torch.cuda.device_count())
+        tasks.set_limit(torch.cuda.device_count())
 
 
 def others(wanted: Sequence[RunnerDeployment]) -> list[str]:
-    """Full names of other deployments of saeflow on the server that have times, in order: who serves them is not
-    known."""
+    """Return full names of saeflow's other deployments on the server that have times, sorted."""
     named = {deployment.full_name for deployment in wanted}
     with get_client(sync_client=True) as client:
         tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
@@ -129,8 +127,7 @@ def others(wanted: Sequence[RunnerDeployment]) -> list[str]:
 
 
 def hand_to_workers(wanted: Sequence[RunnerDeployment], pool: str) -> None:
-    """Create or refresh the deployments for the workers of a pool. Raises UserError where there is none of that
-    name."""
+    """Create or refresh the deployments for the workers of a pool. Raises UserError if there is no such pool."""
     _require_pool(pool)
     for deployment in wanted:
         keep_what_was_set(deployment)
@@ -151,11 +148,10 @@ def _require_pool(name: str) -> None:
 def work(
     wanted: Sequence[RunnerDeployment], at_once: Iterable[str], limit: int | None, say: Callable[[str], None]
 ) -> None:
-    """Start the runs of these deployments as they fall due, each in a process of its own, until SIGTERM or Ctrl-C,
-    which ends the runs, too. A server that is away ends the runs at work and is waited for: then what is due goes on.
+    """Start runs of these deployments as they fall due, each in its own process. SIGTERM and Ctrl-C end all.
 
-    Those whose full name is in `at_once` also run now, unless they are paused. What is paused or scheduled stays so for
-    the next time.
+    Deployments whose full name is in `at_once` also run now, unless they are paused. If the server is lost, the runs
+    end; once the server answers again, due runs start.
     """
     due = set(at_once)
     with contextlib.suppress(KeyboardInterrupt, TerminationSignal):
@@ -168,7 +164,7 @@ def work(
 
 
 def _worked(wanted: Sequence[RunnerDeployment], due: set[str], limit: int | None) -> bool:
-    """Work until somebody ends it; False where the server was lost."""
+    """Work until the user ends it; return False if the server was lost."""
     runner = Runner(name=TAG, limit=limit, pause_on_shutdown=False, heartbeat_seconds=HEARTBEAT_SECONDS)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -198,7 +194,7 @@ def _add(runner: Runner, deployment: RunnerDeployment, due: set[str]) -> None:
 
 
 def _is_outage(error: BaseException | None) -> bool:
-    """Does the server's absence, or trouble of its own, explain why a runner ended?"""
+    """True if a runner ended because the server is away or has failed."""
     match error:
         case BaseExceptionGroup():
             return all(map(_is_outage, error.exceptions))

@@ -104,7 +104,7 @@ def read_recipe(path: Path, changes: list[str] | None, member: str | None = None
 
 
 def _sweep_member(recipe: Recipe, name: str) -> Recipe:
-    from saeflow.runtime.suggest import nearest
+    from saeflow.runtime.text import nearest
 
     members = {member.name: member for member in recipe.members()} if recipe.is_sweep else {}
     if name not in members:

@@ -83,11 +83,11 @@ def run_command(
     settings = read_recipe(recipe, set_, member)
     opened = create_store(store, settings, quiet)
     from saeflow.cli import summary as printed  # seconds: only after what can be refused at once
-    from saeflow.pipeline import run as pipeline
+    from saeflow.pipeline import stages
     from saeflow.pipeline.lineage import Lineage
 
     lineage = Lineage(opened, settings)
-    summary = pipeline.run(lineage, progress_of(quiet, verbose, settings))
+    summary = stages.run(lineage, progress_of(quiet, verbose, settings))
     if not quiet and settings.is_sweep:
         printed.print_sweep(summary["sweep"], recipe, opened)
     elif not quiet:
@@ -113,7 +113,7 @@ def plan_command(
 
     settings = read_recipe(recipe, set_)
     opened = create_store(store, settings, quiet)
-    from saeflow.pipeline.forecast import estimate as forecast
+    from saeflow.pipeline import forecast
     from saeflow.runtime.progress import Progress
 
     found = forecast.plan(opened, settings, Progress(err, -1 if quiet else 0))
@@ -170,10 +170,10 @@ def _register_stage(name: str, does: str, command: Callable[..., None]) -> None:
 
 
 def _run_stage(name: str, settings: Recipe, store: str | None, quiet: bool, verbose: bool) -> Any:
-    from saeflow.pipeline import run as pipeline
     from saeflow.pipeline.lineage import Lineage
+    from saeflow.pipeline.stages import stages_of
 
-    stages = pipeline.stages(settings)
+    stages = stages_of(settings)
     if name not in stages:
         raise UserError(f"This recipe has no stage {name}; it has: {', '.join(stages)}.")
     lineage = Lineage(create_store(store, settings, quiet), settings)
@@ -241,13 +241,13 @@ def import_command(
 
     settings = read_recipe(recipe, [*(set_ or []), f"sae.source={folder.resolve()}"], member)
     require_one(settings, "import")
-    from saeflow.pipeline import import_sae, train
+    from saeflow.pipeline import train
     from saeflow.pipeline.lineage import Lineage
 
     opened = create_store(store, settings, quiet)
     made = train.run(Lineage(opened, settings), progress_of(quiet, verbose, settings))
     if not quiet:
-        print_line(import_sae.in_words(settings.sae, made))
+        print_line(train.import_in_words(settings.sae, made))
         lines = f"In {recipe}, section [sae], write:\n\n  source = {_toml_string(str(folder.resolve()), '')}\n"
         print_line(f"{lines}\nNext: saeflow encode {shlex.quote(str(recipe))}{store_argument(opened)}")
 
@@ -273,7 +273,7 @@ def sites_command(
     from saeflow.model.load import load_model
     from saeflow.model.sites import list_sites
     from saeflow.recipe.settings import ModelConfig
-    from saeflow.runtime.suggest import nearest
+    from saeflow.runtime.text import nearest
 
     every = list_sites(load_model(ModelConfig(path=model)))
     found = [site for site in every if fnmatch.fnmatch(site.name, pattern)]

@@ -105,7 +105,7 @@ def show_command(
 
 
 def _find_artefact(store: Store, name: str) -> Artefact:
-    from saeflow.runtime.suggest import nearest
+    from saeflow.runtime.text import nearest
     from saeflow.store.records import KINDS
 
     artefacts = store.artefacts(*KINDS)[::-1]  # runs before what they read, the newest first
@@ -205,10 +205,10 @@ def compact_command(
     """
     settings = read_recipe(recipe, set_)
     opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
-    from saeflow.pipeline import run as pipeline
+    from saeflow.pipeline import stages
     from saeflow.pipeline.lineage import Lineage
 
-    pipeline.compact(Lineage(opened, settings), progress)
+    stages.compact_store(Lineage(opened, settings), progress)
     if not quiet:
         later, now = "saeflow gc --yes", "saeflow gc --grace 0 --yes"
         print_note(f"The old files go after {GRACE_HOURS} hours with: {later}; now with: {now}")

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from saeflow.cli.common import new_table, out, print_line, store_argument
 from saeflow.cli.screen import render_table
-from saeflow.pipeline import sweep
-from saeflow.pipeline.forecast import estimate as forecast
+from saeflow.pipeline import forecast, sweep
 from saeflow.query.connection import connect
 from saeflow.query.first_answers import first_answers, next_commands, which_run
 from saeflow.recipe.recipe import Recipe

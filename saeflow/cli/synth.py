@@ -106,7 +106,7 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
     from saeflow.activations.synthetic import truth_of
     from saeflow.pipeline import import_table, train
     from saeflow.pipeline.lineage import Lineage
-    from saeflow.runtime.threads import n_threads
+    from saeflow.runtime.threads import n_threads, use_threads
     from saeflow.sae import interchange, recovery
 
     judged = []
@@ -116,7 +116,7 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
         lineage = Lineage(store, recipe)
         import_table.run(lineage, progress)
         trained = train.run_all(lineage, progress)
-        train.set_threads(recipe)
+        use_threads(recipe.threads)
         truth = truth_of(recipe.activations.synthetic)
         for member, target in zip(recipe.members(), trained, strict=True):
             sae = interchange.load(target.fetched(), n_threads(recipe.threads))

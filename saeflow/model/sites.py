@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.devices import to_device
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.runtime.suggest import nearest
+from saeflow.runtime.text import nearest
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Parts of a run merged into few, so that questions open few files."""
+"""Have parts of a run merged, here or on a cluster, so that questions open few files. `features.compaction` plans and
+shows merged parts; `features.part_merger` writes one."""
 
 from __future__ import annotations
 
@@ -11,31 +12,28 @@ import torch
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
 from saeflow.features.compaction import USUAL_MERGE, MergeSettings
-from saeflow.pipeline import train
-from saeflow.pipeline.dask.clusters import kept_open, make_parts
+from saeflow.pipeline.dask.clusters import kept_open, workers_of
 from saeflow.pipeline.lineage import Ancestors, Lineage
-from saeflow.pipeline.parts import Item, PartMaker, PartWork, Records, dumped, shared
-from saeflow.recipe.cluster import ClusterConfig
+from saeflow.pipeline.parts import Here, Item, PartMaker, PartWork, Records, dumped, shared
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.threads import n_threads
+from saeflow.runtime.threads import n_threads, use_threads
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 
 
 @dataclass
-class Merger(PartMaker, name="features-merge"):
-    """Merges neighbouring parts of one run into one part."""
+class MergeParts(PartMaker, name="features-merge"):
+    """Merges neighbouring parts of one run into one part. An item is the folders of the first and the last."""
 
     target: Artefact
     used: TokenSelection
-    parts: Sequence[PartRecord]
-    """The published parts."""
+    published: Sequence[PartRecord]
     sizes: MergeSettings
 
     @classmethod
-    def open(cls, store: Store, settings: dict[str, Any]) -> Merger:
+    def open(cls, store: Store, settings: dict[str, Any]) -> MergeParts:
         target = shared(store, settings["run"])
         generation = target.generation(settings["generation"])
         assert generation is not None
@@ -44,20 +42,19 @@ class Merger(PartMaker, name="features-merge"):
         return cls(target, Ancestors(store, target).selection(), generation.parts, sizes)
 
     def make(self, item: list[str], progress: Progress) -> Records:
-        """Merge the parts from one folder to another."""
-        group = compaction.group_between(self.parts, *item)
+        group = compaction.group_between(self.published, *item)
         with progress.bar("compact", None, "values") as bar:
             merged = compaction.merge_whole_parts(self.target, self.used, group, bar, self.sizes)
             return dumped({self.target: merged})
 
 
 def run(lineage: Lineage, progress: Progress, enough: int | None = None) -> None:
-    """Merge the parts of the recipe's runs, where at least `enough` can be (default: `features.compact_parts`)."""
+    """Merge parts of the recipe's runs, where at least `enough` can be (default: `features.compact_parts`)."""
     with kept_open():
         for member in lineage.members:
             recipe = member.recipe
             if member.features.generation() is not None:
-                train.set_threads(recipe)
+                use_threads(recipe.threads)
                 merge_parts(member.store, member.features, recipe, progress, enough or recipe.features.compact_parts)
 
 
@@ -65,7 +62,7 @@ def merge_parts(
     store: Store, target: Artefact, recipe: Recipe, progress: Progress, enough: int, mend: bool = False,
     sizes: MergeSettings = USUAL_MERGE,
 ) -> None:  # fmt: skip
-    """Merge the parts of one run. Raises UserError if the disk has no room for old and new parts together.
+    """Merge parts of one run. Raises UserError if the disk has no room for old and new parts together.
 
     `mend`: also merge parts that an earlier saeflow made, which lack some statistics.
     """
@@ -77,33 +74,32 @@ def merge_parts(
         if not groups:
             progress.skip("compact", f"{len(target.published().parts)} parts")
             return
-        sizes = replace(sizes, threads=recipe.threads)
-        make_parts(_merge_work(target, used, groups, sizes, recipe.cluster), store, recipe.cluster, progress)
+        here = MergeParts(target, used, target.published().parts, replace(sizes, threads=recipe.threads))
+        if recipe.cluster is None:
+            _merge_work(here, groups, here).run(Here(), progress)
+        else:
+            with workers_of(store, recipe.cluster, progress) as workers:
+                _merge_work(here, groups, None).run(workers, progress)
 
 
-def _merge_work(
-    target: Artefact, used: TokenSelection, groups: list[list[PartRecord]], sizes: MergeSettings,
-    cluster: ClusterConfig | None,
-) -> PartWork:  # fmt: skip
-    """The merged parts, one for each group.
+def _merge_work(maker: MergeParts, groups: list[list[PartRecord]], here: MergeParts | None) -> PartWork:
+    """Return the work of merging these groups, each into one part.
 
-    A group is shown as soon as it and all earlier ones are merged, so that generations follow one another whoever
-    merges; workers may have finished a later one by then, which no list names yet.
+    A merged part is shown as soon as all earlier groups are merged, so that generations always follow one another in
+    the same order. Workers may have finished a later group by then, which no list names yet.
     """
-    published, merged = target.published(), dict[str, PartRecord]()
-    waiting = list(groups)
+    target, merged, waiting = maker.target, dict[str, PartRecord](), list(groups)
 
     def show(item: Item, records: Records) -> None:
         merged[item[0]] = PartRecord.model_validate(records[target.id])
         while waiting and waiting[0][0].folder in merged:
             group = waiting.pop(0)
-            if cluster:
+            if here is None:
                 target.look_again()
             compaction.replace_group(target, group, merged.pop(group[0].folder), clear=not waiting)
 
+    settings = {"run": target.id, "generation": target.published().number, "sizes": asdict(maker.sizes)}
+    sizes = [([group[0].folder, group[-1].folder], sum(part.counts["n_values"] for part in group)) for group in groups]
     return PartWork(
-        Merger, {"run": target.id, "generation": published.number, "sizes": asdict(sizes)},
-        [([group[0].folder, group[-1].folder], sum(part.counts["n_values"] for part in group)) for group in groups],
-        [target], ("compact", "values"), threads=sizes.threads, made=show,
-        here=None if cluster else Merger(target, used, published.parts, sizes),
+        MergeParts, settings, sizes, [target], ("compact", "values"), here, maker.sizes.threads, made=show,
     )  # fmt: skip

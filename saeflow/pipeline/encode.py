@@ -11,9 +11,8 @@ from saeflow.features import compaction, run_tables
 from saeflow.features.compaction import MergeSettings
 from saeflow.features.part_encoder import PartEncoder, encode_together, part_inputs
 from saeflow.features.schema import covered, stands_for
-from saeflow.pipeline import train
 from saeflow.pipeline.dask.clusters import kept_open, make_parts
-from saeflow.pipeline.lineage import Ancestors, Lineage
+from saeflow.pipeline.lineage import Ancestors, Lineage, grouped, last_log_row
 from saeflow.pipeline.parts import PartMaker, PartWork, Records, Through, directly, dumped, shared
 from saeflow.query.connection import require_checks
 from saeflow.recipe.recipe import Recipe
@@ -27,17 +26,15 @@ from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 
 _BYTES_PER_NONZERO = 8
-"""Both orders together, compressed: for the forecast of disk space."""
+"""Room on disk for a value in both orders, compressed."""
 
 
 @dataclass
 class Encoders(PartMaker, name="features-encode", alone=False, stays=True):
-    """Encodes activation parts by several SAEs of one site."""
+    """Encodes activation parts by several SAEs of one site. An item is a part's index and the runs that lack it."""
 
     of_run: dict[str, PartEncoder]
-    """By the id of the run that gets the values."""
     parts: dict[int, PartRecord]
-    """Activation parts by index."""
 
     @classmethod
     def open(cls, store: Store, settings: dict[str, Any]) -> Encoders:
@@ -52,7 +49,6 @@ class Encoders(PartMaker, name="features-encode", alone=False, stays=True):
         return cls(encoders, {part.index: part for part in generation.parts})
 
     def make(self, item: tuple[int, list[str]], progress: Progress) -> Records:
-        """Encode a part for these runs."""
         index, runs = item
         encoders = [self.of_run[name] for name in runs]
         with progress.bar("features", None, "tokens") as bar:
@@ -63,10 +59,7 @@ class Encoders(PartMaker, name="features-encode", alone=False, stays=True):
 def open_encoder(lineage: Lineage, used: TokenSelection, progress: Progress) -> PartEncoder:
     """Make the tables beside the parts, create the artefact, and load the SAE."""
     trained, target = _trained(lineage), lineage.features
-    about = lineage.feature_facts | {
-        "context_length": used.length,
-        "architecture": lineage.sae_config.architecture,
-    }
+    about = lineage.feature_facts | {"context_length": used.length, "architecture": lineage.sae_config.architecture}
     sae = interchange.load(trained.fetched())
     made = run_tables.write_run_tables(target, lineage.recipe, sae, about["site"], progress)
     target.create(about | used.facts, [lineage.tokens.id, lineage.activations.id, trained.id], made)
@@ -75,42 +68,29 @@ def open_encoder(lineage: Lineage, used: TokenSelection, progress: Progress) -> 
 
 
 def _config(recipe: Recipe | None) -> FeaturesConfig:
-    """How values are made: as the recipe says, or as a recipe without `[features]` would."""
+    """The recipe's `[features]`, or the defaults."""
     return recipe.features if recipe else FeaturesConfig()
 
 
 def _config_here(recipe: Recipe | None) -> FeaturesConfig:
-    """The settings for this machine; the devices of a cluster's workers are theirs."""
+    """The settings for this machine. Workers of a cluster choose their own devices."""
     place = {"device": "cpu"} if recipe and recipe.cluster else {}
     return _config(recipe).model_copy(update=place)
 
 
 def encoder_of(run: Ancestors, used: TokenSelection, config: FeaturesConfig) -> PartEncoder:
-    """The encoder of a run that exists, from what its record says."""
+    """Return the encoder of a run that exists, as the run's record says."""
     sae = interchange.load(run.sae.fetched()).to(choose_device("features.device", config.device))
     sae.prepare()
     return PartEncoder(used, run.activations, run.artefact, run.site, sae, config.batch_rows)
 
 
 def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Artefact:
-    """Encode every missing part, several at once, and publish."""
-    run_together([lineage], progress, through)
-    return lineage.features
-
-
-def run_all(lineage: Lineage, progress: Progress, through: Through = directly) -> None:
-    """Encode every SAE of a sweep; those of one site in one reading."""
+    """Encode every SAE of the recipe, those of one site in one reading, and publish; return the first run."""
     with kept_open():
-        for group in by_site(lineage):
+        for group in grouped(lineage.members, lambda member: member.feature_facts["site"]):
             run_together(group, progress, through)
-
-
-def by_site(lineage: Lineage) -> list[list[Lineage]]:
-    """The SAEs of a recipe, those together that read one site."""
-    groups: dict[str, list[Lineage]] = {}
-    for member in lineage.members:
-        groups.setdefault(member.feature_facts["site"], []).append(member)
-    return list(groups.values())
+    return lineage.members[0].features
 
 
 def run_together(lineages: Sequence[Lineage], progress: Progress, through: Through = directly) -> None:
@@ -139,35 +119,37 @@ def run_together(lineages: Sequence[Lineage], progress: Progress, through: Throu
             progress.skip("features", f"{n_values:,} values")
             publish_all()
             return
-        work = _encode_work(encoders, wanted, lacking, first.recipe, publish_all)
-        make_parts(work, store, first.recipe.cluster, progress, through)
+        _encode(encoders, wanted, lacking, store, first.recipe, publish_all, progress, through)
 
 
-def _encode_work(
+def _encode(
     encoders: Sequence[PartEncoder], stored: Sequence[PartRecord], lacking: Mapping[Artefact, Collection[int]],
-    recipe: Recipe | None, publish: Callable[[], None],
-) -> PartWork:  # fmt: skip
-    """The activation parts that these runs lack."""
-    first = encoders[0]
-    sizes: list[tuple[Any, int]] = []
-    for part in stored:
-        if runs := [each.target.id for each in encoders if part.index in lacking[each.target]]:
-            sizes.append(((part.index, runs), part.counts["n_tokens"]))
+    store: Store, recipe: Recipe | None, publish: Callable[[], None], progress: Progress, through: Through = directly,
+) -> None:  # fmt: skip
+    """Encode the activation parts that these runs lack, then publish."""
+    first, targets = encoders[0], [each.target for each in encoders]
+    sizes = [
+        ((part.index, runs), part.counts["n_tokens"])
+        for part in stored
+        if (runs := [target.id for target in targets if part.index in lacking[target]])
+    ]
     here = Encoders({each.target.id: each for each in encoders}, {part.index: part for part in stored})
     settings = {
         "features": _config(recipe).model_dump(mode="json"),
         "generations": [first.used.generation.number, first.stored.published().number],
-        "runs": [each.target.id for each in encoders],
+        "runs": [target.id for target in targets],
     }
-    return PartWork(
-        Encoders, settings, sizes, [each.target for each in encoders], ("features", "tokens"),
-        here=None if recipe and recipe.cluster else here,
-        n_at_once=n_at_once(_config_here(recipe), recipe.threads if recipe else 0), publish=publish,
+    cluster = recipe.cluster if recipe else None
+    n_here = n_at_once(_config_here(recipe), recipe.threads if recipe else 0)
+    work = PartWork(
+        Encoders, settings, sizes, targets, ("features", "tokens"), None if cluster else here, n_at_once=n_here,
+        publish=publish,
     )  # fmt: skip
+    make_parts(work, store, cluster, progress, through)
 
 
 def n_at_once(config: FeaturesConfig, threads: int) -> int:
-    """Parts that this process encodes at once: one a core, or enough to keep a GPU busy."""
+    """Return how many parts this process encodes at once: one a core, or enough to keep a GPU busy."""
     return model_threads(choose_device("features.device", config.device), threads)
 
 
@@ -178,13 +160,13 @@ def _trained(lineage: Lineage) -> Artefact:
 
 
 def _require_room(store: Store, wanted: Iterable[tuple[Artefact, int]]) -> None:
-    """Refuse what the disk cannot hold: of each SAE its values at so many tokens."""
-    n_values = sum(n * train.last_row(trained).get("l0", 0) for trained, n in wanted)
+    """Raise UserError if the disk cannot hold the values of each SAE at its number of tokens."""
+    n_values = sum(n * last_log_row(trained).get("l0", 0) for trained, n in wanted)
     store.require_free(int(n_values * _BYTES_PER_NONZERO), "Storing every feature activation")
 
 
 def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progress) -> None:
-    """Tables beside the parts that a run of an earlier saeflow lacks; the recipe names the model."""
+    """Add tables that a run of an earlier saeflow lacks. The recipe names the model."""
     with target.writing():
         if run_tables.missing_tables(target):
             sae = interchange.load(Ancestors(store, target).sae.fetched())
@@ -195,9 +177,9 @@ def publish(
     store: Store, target: Artefact, used: TokenSelection, inputs: Mapping[int, dict[str, str]], progress: Progress,
     recipe: Recipe | None = None,
 ) -> None:  # fmt: skip
-    """Show the parts that follow from these inputs; a compacted one that holds more is written again without it.
+    """Publish the parts that follow from these inputs. A compacted part that holds more is written again without it.
 
-    New parts are checked first, as `features.check_values` says. Raises UserError where a check finds something.
+    New parts are checked first, as `features.check_values` says. Raises UserError if a check fails.
     """
     sizes = MergeSettings(recipe.threads if recipe else 0)
     generation, parts = target.generation(), compaction.parts_to_show(target, used, inputs, sizes)
@@ -210,13 +192,13 @@ def publish(
 
 
 def runs_over(store: Store, stored: Artefact) -> list[Artefact]:
-    """The published runs that read these activations, whosever they are."""
+    """Return the published runs over these activations, of whatever recipe."""
     runs = [each for each in store.artefacts("features") if stored.id in each.record.inputs]
     return [each for each in runs if (each.path / "manifest.json").is_file()]
 
 
 def holds_all(store: Store, target: Artefact) -> bool:
-    """Do the published parts of a run follow from all activations as they are now? Read from records alone."""
+    """True if a run's published parts follow from all activations as they are now. Reads only records."""
     run = Ancestors(store, target)
     used = run.selection()
     known = dict(item for part in target.published().parts for item in covered(part).items())
@@ -228,10 +210,10 @@ def holds_all(store: Store, target: Artefact) -> bool:
 def refresh(
     store: Store, target: Artefact, progress: Progress, grow: bool = False, recipe: Recipe | None = None
 ) -> list[int]:
-    """Encode again the parts of a run that no longer follow from what they were made of; their indices.
+    """Encode again the parts of a run whose activations or hidden documents have changed; return their indices.
 
-    `grow`: also those of activations that came since, so that the run holds the whole store again. How it is done the
-    `[features]`, `threads` and `[cluster]` of a recipe say. Raises UserError where the disk has no room for a recipe's.
+    `grow`: also encode activations that came since, so that the run holds the whole store again. The recipe says how
+    (`[features]`, `threads`, `[cluster]`), and if it is given, the disk must have room: else raises UserError.
     """
     run = Ancestors(store, target)
     with target.writing():
@@ -250,8 +232,5 @@ def refresh(
         if recipe:
             _require_room(store, [(run.sae, sum(part.counts["n_tokens"] for part in wanted if part.index in stale))])
         encoder = encoder_of(run, used, _config_here(recipe))
-        make_parts(
-            _encode_work([encoder], wanted, {target: stale}, recipe, publish_run),
-            store, recipe.cluster if recipe else None, progress,
-        )  # fmt: skip
+        _encode([encoder], wanted, {target: stale}, store, recipe, publish_run, progress)
     return sorted(stale)

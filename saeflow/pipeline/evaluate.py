@@ -1,4 +1,4 @@
-"""How good is a trained SAE? Judged on held-out documents, and on the whole encoded corpus for dead features."""
+"""Figures of a trained SAE, on held-out documents; those of dead features, on the whole encoded corpus."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,13 +23,12 @@ from saeflow.corpus.selection import TokenSelection
 from saeflow.features.schema import holding
 from saeflow.model.load import load_model
 from saeflow.model.sites import device_of, predicts_next_token, require_running_order, spliced
-from saeflow.pipeline import train
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.devices import device_memory, model_threads
-from saeflow.runtime.progress import Bar, Progress
-from saeflow.runtime.threads import map_in_order, n_threads
+from saeflow.runtime.progress import Progress
+from saeflow.runtime.threads import map_in_order, n_threads, use_threads
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
@@ -39,16 +38,16 @@ from saeflow.store.records import read_or_empty, write_checked
 _SEQUENCES = 4
 """Sequences in one forward pass up to the logits: few, so that the logits stay in the processor's cache."""
 _LOGIT_BYTES = 8 + 3 * 4
-"""Memory of one logit: the unchanged model's as a probability in float64; the other pass's as the model gives it, and
-twice more what heads hold on the way, a cast and a soft cap."""
+"""Memory of one logit: the unchanged model's as a probability in float64, and three in float32 for the other pass (the
+model's own, a cast and a soft cap)."""
 
 Change = Callable[[Tensor, Tensor], Tensor]
-"""What takes the place of activations (s, T, D): from those of the site that is read and those that were there."""
+"""Gives new activations (s, T, D) from those of the site that is read and those at the target."""
 
 
 @dataclass
 class Judged:
-    """What an SAE makes of the tokens it is judged on."""
+    """Reconstruction metrics of one SAE on its evaluation tokens."""
 
     reconstruction: Reconstruction
     firing: Firing
@@ -75,14 +74,6 @@ class Judged:
         }
 
 
-def judge(lineage: Lineage, sae: SparseAutoencoder, progress: Progress) -> dict[str, Any]:
-    """Figures of any SAE or transcoder on the held-out tokens of the recipe's activations; nothing needs to be encoded.
-
-    Without held-out documents it is judged on the training tokens, all of them, and `judged_on` says so.
-    """
-    return judge_together(lineage, [sae], progress)[0].figures
-
-
 def run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     """Judge the recipe's SAE and keep the figures beside its features."""
     with lineage.features.writing():
@@ -94,10 +85,15 @@ def _measure_run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     path = run_artefact.path / "quality.json"
     known = read_or_empty(path)
     judged = {"max_tokens": recipe.evaluate.max_tokens, "parts": holding(run_artefact.published().parts)}
-    if _matches(known, judged, run_artefact):
+    if "parts" in known:
+        matches = "shrinkage" in known and {name: known.get(name) for name in judged} == judged
+    else:  # format 1 counted values instead of naming parts
+        counted = recipe.evaluate.max_tokens, run_artefact.published().total("n_values")
+        matches = (known.get("max_tokens"), known.get("n_values")) == counted
+    if matches:
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
         return dict(known)
-    train.set_threads(recipe)
+    use_threads(recipe.threads)
     sae = interchange.load(lineage.sae.fetched(), n_threads(recipe.threads))
     judgement = judge_together(lineage, [sae], progress)[0]
     quality = judgement.figures | _liveness(run_artefact)
@@ -109,16 +105,11 @@ def _measure_run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     return quality
 
 
-def _matches(known: dict[str, Any], judged: dict[str, Any], run_artefact: Artefact) -> bool:
-    """Are the known figures those of what would be judged? Format 1 did not say which parts; it counted values."""
-    if "parts" in known:
-        return "shrinkage" in known and {name: known.get(name) for name in judged} == judged
-    counted = (known.get("max_tokens"), known.get("n_values"))
-    return counted == (judged["max_tokens"], run_artefact.published().total("n_values"))
-
-
 def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress: Progress) -> list[Judged]:
-    """Several SAEs of the recipe's sites, judged in one reading."""
+    """Judge SAEs or transcoders of the recipe's sites on held-out tokens, in one reading. Needs no encoded run.
+
+    Without held-out documents, all training tokens are taken, and `judged_on` says so.
+    """
     recipe, stored, used, sites = lineage.recipe, lineage.activations, lineage.selection(), lineage.distinct_sites
     found = [Judged(Reconstruction(sites[-1].width), Firing(sae.config.n_features)) for sae in saes]
 
@@ -131,7 +122,7 @@ def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress
             for batch in zip(*(torch.split(each, recipe.features.batch_rows) for each in rows), strict=True):
                 add(batch[0], batch[-1])
                 bar.advance(len(batch[0]))
-        if not found[0].firing.n_tokens:  # nothing was held out: judge on what was trained on, and say so
+        if not found[0].firing.n_tokens:  # nothing was held out
             feed = Feed(used, stored, sites, recipe.feed)
             with contextlib.closing(feed.aligned()) as batches:
                 for batch in itertools.islice(batches, feed.batches_per_epoch):
@@ -141,15 +132,20 @@ def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress
     return found
 
 
-def _liveness(run_artefact: Artefact) -> dict[str, Any]:
-    """Dead features never fire in the whole encoded corpus; dense ones fire at more than a tenth of its tokens."""
+def firing_counts(run_artefact: Artefact) -> tuple[np.ndarray, int]:
+    """Return on how many tokens each feature fires (F,), and the number of encoded tokens."""
     generation = run_artefact.published()
     paths = [run_artefact.part_file(part, "feature_stats.parquet") for part in generation.parts]
-    n_firing = np.asarray(sum(pq.read_table(path, columns=["n_tokens"]).column(0).to_numpy() for path in paths))
-    n_tokens = generation.total("n_tokens")
+    counts = [pq.read_table(path, columns=["n_tokens"]).column(0).to_numpy() for path in paths]
+    return np.sum(counts, axis=0), generation.total("n_tokens")
+
+
+def _liveness(run_artefact: Artefact) -> dict[str, Any]:
+    """Return shares of dead features, which never fire, and of dense ones, which fire at over a tenth of all tokens."""
+    n_firing, n_tokens = firing_counts(run_artefact)
     density = n_firing / max(n_tokens, 1)
     return {
-        "n_values": generation.total("n_values"),
+        "n_values": run_artefact.published().total("n_values"),
         "density_histogram": density_histogram(n_firing, n_tokens),
         "n_dead": int((density == 0).sum()),
         "dead_share": float((density == 0).mean()),
@@ -158,8 +154,11 @@ def _liveness(run_artefact: Artefact) -> dict[str, Any]:
 
 
 def _language_model(lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, progress: Progress) -> dict[str, Any]:
-    """Next-token loss as it is, with the reconstruction spliced in, and with mean and zero instead; how far each change
-    takes predictions from the model's own (KL, nats a token); the shares of both that the reconstruction recovers."""
+    """Return the next-token loss of the model, and its loss and KL divergence (nats a token) with three changes.
+
+    The changes at the site: the SAE's reconstruction, the mean, zero. Also returns the shares of loss and KL divergence
+    that the reconstruction recovers.
+    """
     recipe = lineage.recipe
     assert recipe.model is not None
     model = load_model(recipe.model)
@@ -177,10 +176,18 @@ def _language_model(lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, prog
     splice, changes = _Splice(), _changes(sae, mean)
     n_passes = 1 + len(changes)
     with spliced(model, read, target, splice), progress.bar("loss", n_passes * n_predicted, "tokens") as bar:
-        each = map_in_order(partial(_compared, model, splice, changes), batches, workers)
-        sums = list(_counted(each, batches, n_passes, bar))
+        sums = []
+        compared = map_in_order(partial(_compared, model, splice, changes), batches, workers)
+        for found, batch in zip(compared, batches, strict=True):
+            bar.advance(n_passes * int(_predicting(batch).sum()))
+            sums.append(found)
     means = {name: ratio(math.fsum(batch[name] for batch in sums), n_predicted) for name in sums[0]}
-    return means | _loss_shares(means) | {"n_predicted": n_predicted}
+    shares = {
+        f"{figure}_recovered_{kind}": recovered(least, means[f"{figure}_sae"], means[f"{figure}_{kind}_ablated"])
+        for figure, least in (("loss", means["loss"]), ("kl", 0.0))
+        for kind in ("mean", "zero")
+    }
+    return means | shares | {"n_predicted": n_predicted}
 
 
 def _changes(sae: SparseAutoencoder, mean: Tensor) -> dict[str, Change]:
@@ -191,35 +198,17 @@ def _changes(sae: SparseAutoencoder, mean: Tensor) -> dict[str, Change]:
     }
 
 
-def _loss_shares(means: dict[str, float]) -> dict[str, float]:
-    """Of what each ablation costs, in loss and in KL divergence (none without a change), what the SAE recovers."""
-    without = {"loss": means["loss"], "kl": 0.0}
-    return {
-        f"{figure}_recovered_{kind}": recovered(least, means[f"{figure}_sae"], means[f"{figure}_{kind}_ablated"])
-        for figure, least in without.items()
-        for kind in ("mean", "zero")
-    }
-
-
 def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
-    """Threads at once, and sequences in each, so that the logits take a quarter of the memory at most."""
+    """Return threads, and sequences at once in each, so that logits take at most a quarter of the memory."""
     room = device_memory(device_of(model)) // 4
     one = recipe.tokens.context_length * model.get_output_embeddings().weight.shape[0] * _LOGIT_BYTES
     workers = min(model_threads(device_of(model), recipe.threads), max(1, room // one))
     return workers, min(_SEQUENCES, max(1, room // one // workers))
 
 
-def _counted(
-    sums: Iterable[dict[str, float]], batches: list[_Batch], n_passes: int, bar: Bar
-) -> Iterator[dict[str, float]]:
-    for found, batch in zip(sums, batches, strict=True):
-        bar.advance(n_passes * int(_predicting(batch).sum()))
-        yield found
-
-
 @dataclass(frozen=True)
 class _Batch:
-    """Held-out sequences, (s, T) each: vocab_ids, what is text, what readers see of it, what the SAE is used on."""
+    """Held-out sequences, (s, T) each: vocab_ids, and masks of text, of visible tokens, of tokens that count."""
 
     vocab_ids: Tensor
     real: Tensor
@@ -228,7 +217,7 @@ class _Batch:
 
 
 class _Splice:
-    """What is at the target in the pass that this thread runs: the change at used tokens, what was there elsewhere."""
+    """Applies a change at the target, in the pass that this thread runs, to the tokens that count."""
 
     def __init__(self) -> None:
         self.here = threading.local()
@@ -244,7 +233,7 @@ class _Splice:
 
 
 def _held_out_sequences(lineage: Lineage, n_together: int) -> Iterator[_Batch]:
-    """Held-out sequences, at most `evaluate.max_tokens` tokens."""
+    """Yield held-out sequences, at most `evaluate.max_tokens` tokens."""
     recipe, source = lineage.recipe, lineage.tokens
     visible, used = TokenSelection(source), lineage.selection()
     left = math.ceil(recipe.evaluate.max_tokens / recipe.tokens.context_length)
@@ -260,14 +249,13 @@ def _held_out_sequences(lineage: Lineage, n_together: int) -> Iterator[_Batch]:
 
 
 def _predicting(batch: _Batch) -> Tensor:
-    """Where the next token of the sequence is predicted from one before it, bool (s, T); both are seen."""
+    """Return a mask (s, T) of visible tokens whose next token is visible, too."""
     return tf.pad(batch.seen[:, 1:] & batch.seen[:, :-1], (0, 1))
 
 
 @torch.no_grad()
 def _compared(model: nn.Module, splice: _Splice, changes: dict[str, Change], batch: _Batch) -> dict[str, float]:
-    """Sums over the predicted tokens of a batch: loss of the model as it is, loss and KL divergence with each
-    change."""
+    """Return sums over predicted tokens: the model's loss, and loss and KL divergence with each change."""
     place = device_of(model)
     vocab_ids, real = batch.vocab_ids.to(place), batch.real.to(place)
     rows = _predicting(batch).to(place).flatten().nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Bring your own: a table of activations, or a made one, stored as activations of one-token documents."""
+"""Store a user's table of activations, or a synthetic one, as activations of one-token documents."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from saeflow.store.records import PartRecord
 
 
 def run(lineage: Lineage, progress: Progress) -> tuple[Artefact, Artefact]:
-    """Store a user's table, or a made one, as activations of one-token documents. Parts that are there are kept."""
+    """Store the recipe's table, or a synthetic one. Finished parts are kept."""
     recipe, source, target = lineage.recipe, lineage.tokens, lineage.activations
     with source.writing(), target.writing():
         about = recipe.activations
@@ -70,7 +70,7 @@ def run(lineage: Lineage, progress: Progress) -> tuple[Artefact, Artefact]:
 
 
 def _open(source: Artefact, target: Artefact, about: ActivationsConfig) -> TableRows:
-    """The rows to store. What is stored of made ones is kept where the recipe now asks for fewer."""
+    """Open the rows to store. Synthetic rows that are stored stay, even if the recipe now asks for fewer."""
     if about.synthetic is None:
         return open_table(str(about.source), about.source_array)
     if not about.synthetic.grows:
@@ -85,13 +85,13 @@ def _n_rows(item: Artefact) -> int:
 
 
 def _done(item: Artefact, sizes: dict[int, int]) -> dict[int, PartRecord]:
-    """Finished parts of the right size, by index: where rows were appended, the last one was too small."""
+    """Return finished parts of the right size. After rows were appended, the last part is too small."""
     return item.parts(lambda part: part.counts["n_documents"] == sizes.get(part.index))
 
 
 @dataclass(frozen=True)
 class _Table:
-    """The rows, what reads them, and their distinct labels in text order, if they have any."""
+    """Rows, their reader, and their distinct labels in text order (None without labels)."""
 
     rows: TableRows
     reader: TableReader
@@ -111,7 +111,7 @@ class _Table:
 
 
 def _missing(source: Artefact, target: Artefact, about: ActivationsConfig) -> bool:
-    """Is a published part gone, or more asked for than is published?"""
+    """True if a published part is missing or the recipe asks for more rows than are published."""
     if about.synthetic and about.synthetic.grows and about.synthetic.n_samples > min(_n_rows(source), _n_rows(target)):
         return True
     return any(part.index not in item.parts() for item in (source, target) for part in item.published().parts)

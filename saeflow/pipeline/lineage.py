@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from saeflow.activations.shards import stored_sites
+from saeflow.activations.tables.source import source_checksum
 from saeflow.corpus.selection import TokenSelection
+from saeflow.model.load import model_fingerprint
 from saeflow.model.sites import Site, choose_site, site_pair
-from saeflow.pipeline import identity
-from saeflow.recipe.fingerprint import fingerprint
+from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import ModelConfig, SAEConfig
 from saeflow.sae import formats
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import read_json
+from saeflow.store.files import checksum_once, read_json
 from saeflow.store.records import Generation
 from saeflow.store.store import Store
+
+_NO_SETTINGS = {"checkpoint_seconds", "device"}
+"""Settings of `[train]` that change nothing in the SAE."""
+
+_DATA_SEEN = ("generation", "hidden", "n_train_tokens")
+"""Facts of a trained SAE that say which data it has seen. The others are settings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,21 +37,21 @@ class Lineage:
     """The artefacts of a recipe in a store. Made once a command and handed down; read-only.
 
     `tokens` and `activations` follow from settings alone. `sae` and `features` also depend on what the store holds when
-    they are first asked for, so ask after the activations are published. The answer then stays the same, whatever else
-    is published; `anew` looks again.
+    they are first asked for, so ask after the activations are published. From then on the answer stays the same,
+    whatever is published; `anew` looks again.
     """
 
     store: Store
     recipe: Recipe
     fresh: bool = False
-    """Mean an SAE trained on what the store holds now, even if an older one is there?"""
+    """True to mean an SAE trained on the present activations, even if an older SAE exists."""
     sweep: Lineage | None = field(default=None, repr=False)
-    """The lineage of the whole sweep, whose tokens and activations this member has."""
+    """The lineage of the whole sweep that this is a member of."""
     given_facts: dict[str, Any] | None = field(default=None, repr=False)
-    """Mean the SAE of these facts, whatever the store holds: on a worker, where the client has chosen."""
+    """Facts of the SAE, if they are chosen already: on a worker, the client has chosen them."""
 
     def anew(self, fresh: bool = False) -> Lineage:
-        """The same recipe, looked up again: for after the store has changed, or for a `fresh` training."""
+        """Look the recipe up again, after the store has changed or for a `fresh` training."""
         return Lineage(self.store, self.recipe, fresh)
 
     @cached_property
@@ -50,12 +60,12 @@ class Lineage:
         return [self.member(recipe) for recipe in self.recipe.members()] if self.recipe.is_sweep else [self]
 
     def member(self, recipe: Recipe, facts: dict[str, Any] | None = None) -> Lineage:
-        """The lineage of one SAE of the sweep. `facts`: those of its SAE, if they are chosen already."""
+        """Return the lineage of one SAE of the sweep. `facts`: facts of the SAE, if they are chosen already."""
         return Lineage(self.store, recipe, self.fresh, self, facts)
 
     @cached_property
     def tokens(self) -> Artefact:
-        """The tokens that the activations belong to; for a table, one a row."""
+        """The tokens that the activations belong to. A table has one token a row."""
         if self.sweep:
             return self.sweep.tokens
         return self.store.artefact("tokens", self.recipe.data_name, fingerprint(self.token_facts))
@@ -68,7 +78,7 @@ class Lineage:
 
     @property
     def sae(self) -> Artefact:
-        """The recipe's SAE: the one that was trained last, however much was appended since; else the one to train."""
+        """The SAE that was trained last with these settings, however much was appended since; else the one to train."""
         return self._sae[0]
 
     @cached_property
@@ -77,20 +87,39 @@ class Lineage:
 
     @cached_property
     def token_facts(self) -> dict[str, Any]:
-        return identity.token_facts(self.recipe)
+        """Corpus settings, tokenizer and packing. The size of the corpus does not count."""
+        recipe = self.recipe
+        if recipe.model is None:
+            return table_facts(recipe)
+        assert recipe.corpus is not None
+        return {
+            "corpus": settings_that_count(recipe.corpus),
+            "tokenizer": model_fingerprint(ModelConfig(path=recipe.model.path, revision=recipe.model.revision)),
+            **settings_that_count(recipe.tokens),
+        }
 
     @cached_property
     def activation_facts(self) -> dict[str, Any]:
-        return identity.activation_facts(self.recipe, self.tokens.fp)
+        """The tokens, the model or table, the sites, and how activations are stored."""
+        recipe, about = self.recipe, self.recipe.activations
+        source = table_facts(recipe) if recipe.model is None else {"model": model_fingerprint(recipe.model)}
+        return {
+            "tokens": self.tokens.fp,
+            **source,
+            "sites": about.sites,
+            "dtype": about.dtype,
+            "forward_batch": about.forward_batch,
+            "layout": [about.chunk_bytes, about.shard_bytes],
+            **({"compression": about.compression} if about.compression != "none" else {}),
+        }
 
     @property
     def sae_facts(self) -> dict[str, Any]:
-        """What makes the SAE the same: every setting of its training and the data it has seen; or what was imported."""
+        """Every setting of the SAE's training and the data that it has seen; or the files that were imported."""
         return self._sae[1]
 
     @cached_property
     def feature_facts(self) -> dict[str, Any]:
-        """What makes a run the same: the SAE, and the activations it reads."""
         return {
             "sae": self.sae.fp,
             "activations": self.activations.fp,
@@ -114,21 +143,21 @@ class Lineage:
 
     @property
     def sites(self) -> tuple[Site, Site]:
-        """The site that is read and the one that is reconstructed: another one only for a transcoder."""
+        """The site that is read, and the site to reconstruct: another one only for a transcoder."""
         return site_pair(self.stored_sites, self.recipe.sae)
 
     @property
     def distinct_sites(self) -> list[Site]:
-        """The site that is read and, for a transcoder, the one to reconstruct."""
+        """`sites`, each once."""
         return list(dict.fromkeys(self.sites))
 
     def selection(self) -> TokenSelection:
-        """The tokens that count, as the tokens are published now."""
+        """The tokens that count, as they are published now."""
         return TokenSelection.of(self.tokens, self.recipe.activations)
 
     @cached_property
     def _sae(self) -> tuple[Artefact, dict[str, Any]]:
-        """The SAE and its facts, resolved together: what it sees is chosen here, whatever is published meanwhile."""
+        """The SAE and its facts. The data that the SAE sees is chosen here, whatever is published meanwhile."""
         if self.given_facts is None and self.recipe.sae.source is None and not self.fresh and self._newest:
             return self._newest, self._newest.record.facts
         facts = self.given_facts or self._facts_now()
@@ -139,60 +168,70 @@ class Lineage:
 
     @cached_property
     def _every_sae(self) -> list[Artefact]:
-        """All SAEs of the store: listed once, for all members of a sweep."""
+        """All SAEs of the store, listed once for all members of a sweep."""
         return self.sweep._every_sae if self.sweep else self.store.artefacts("saes")
 
     @cached_property
     def _newest(self) -> Artefact | None:
-        """Of the SAEs with the recipe's settings the one that was trained last."""
+        """The SAE with the recipe's settings that was trained last."""
         settings = self._training_facts
         trained = [sae for sae in self._every_sae if sae.name == self.recipe.name and sae.complete()]
-        mine = [sae for sae in trained if identity.without_data_seen(sae.record.facts) == settings]
+        mine = [
+            sae
+            for sae in trained
+            if {name: fact for name, fact in sae.record.facts.items() if name not in _DATA_SEEN} == settings
+        ]
         return sorted(mine, key=lambda sae: float(_provenance(sae).get("written", 0)))[-1] if mine else None
 
     @cached_property
     def _training_facts(self) -> dict[str, Any]:
-        return identity.training_facts(self.recipe, self.activations.fp) | self.selection().facts
+        """Facts of a trained SAE but for the data that it has seen."""
+        train = settings_that_count(self.recipe.train)
+        return {
+            "activations": self.activations.fp,
+            "sae": settings_that_count(self.recipe.sae),
+            "train": {name: value for name, value in train.items() if name not in _NO_SETTINGS},
+            "feed": settings_that_count(self.recipe.feed),
+            "threads": self.recipe.threads,
+        } | self.selection().facts
 
     def _facts_now(self) -> dict[str, Any]:
-        """Facts of the SAE to train or import. A training that was killed goes on with the data it has seen."""
+        """Facts of the SAE to train or import. A killed training goes on with the data that it has seen."""
         if self.recipe.sae.source is not None:
-            return identity.import_facts(self.recipe, self.activations.fp)
-        now, hidden = self.activations.published(), identity.hidden_fact(self.tokens.published())
+            about = {"activations": self.activations.fp, "sae": settings_that_count(self.sae_config)}
+            found = formats.describe_source(self.recipe.sae)
+            files = {"settings": found.settings, "weights": found.weights}
+            return about | {"imported": {name: checksum_once(path) for name, path in files.items()}}
+        now, hidden = self.activations.published(), hidden_fact(self.tokens.published())
         if (number := self._begun(hidden, now.number)) is not None:
             return self._training_facts | {"generation": number} | hidden
         about = self._training_facts | {"generation": now.number} | hidden
         seen, held = n_tokens_seen(self._sae_of(about)), now.total("n_train_tokens")
         if seen is None or seen == held:
             return about
-        return about | {"n_train_tokens": held}  # the activations were removed and made again: their generations, too
+        return about | {"n_train_tokens": held}  # activations were made anew, so generation numbers restarted at 1
 
     def _begun(self, hidden: dict[str, str], now: int) -> int | None:
-        """The generation that a killed training of these settings has seen; None where there is none to go on with.
+        """Return the generation that a killed training of these settings has seen; None if none can go on.
 
-        It must be newer than the newest SAE's, its list still there, and its tokens as they were.
+        It must be newer than the newest SAE's generation, its list still there, and its tokens unchanged.
         """
         left = _half_trained(self.store, self.recipe.name)
         if not left:
             return None
         first = int(self._newest.record.facts["generation"]) + 1 if self._newest else 1
+        counts_now = {part.index: part.counts for part in self.tokens.published().parts}
         for number in (each for each in reversed(self.activations.numbers()) if first <= each < now):
             known = fingerprint(self._training_facts | {"generation": number} | hidden) in left
-            if known and self._tokens_are_as_in(self.activations.generation(number)):
+            generation = self.activations.generation(number) if known else None
+            if generation and all(counts_now.get(part.index) == part.counts for part in generation.parts):
                 return number
         return None
-
-    def _tokens_are_as_in(self, generation: Generation | None) -> bool:
-        """A part that was compacted or made larger since has other tokens than its activations had."""
-        parts = {part.index: part for part in self.tokens.published().parts}
-        return generation is not None and all(
-            part.index in parts and parts[part.index].counts == part.counts for part in generation.parts
-        )
 
 
 @dataclass(frozen=True, eq=False)
 class Ancestors:
-    """What an artefact of a store was made from, by its own record: for runs and SAEs of whatever recipe."""
+    """The artefacts that a run or SAE was made from, by its own record, whatever its recipe."""
 
     store: Store
     artefact: Artefact
@@ -215,18 +254,18 @@ class Ancestors:
         return choose_site(stored_sites(self.activations), self.artefact.record.facts["site"])
 
     def selection(self) -> TokenSelection:
-        """The tokens that a run encodes, as the tokens are published now."""
+        """The tokens that a run encodes, as they are published now."""
         return TokenSelection.from_facts(self.tokens, self.artefact.record.facts)
 
 
 def n_tokens_seen(trained: Artefact) -> int | None:
-    """Tokens for training that the store held when the SAE was trained; None where it is not, or does not say."""
+    """Return the training tokens that the store held when the SAE was trained; None if unknown or not trained."""
     found = _provenance(trained).get("n_train_tokens") if trained.complete() else None
     return None if found is None else int(found)
 
 
 def _half_trained(store: Store, name: str) -> set[str]:
-    """Fingerprints of the SAEs of this name that have a checkpoint."""
+    """Return fingerprints of the SAEs of this name that have a checkpoint."""
     from saeflow.train.training import CHECKPOINT  # loads Numba: half a second and 60 MiB
 
     found = store.storage.work_with(CHECKPOINT)
@@ -238,3 +277,38 @@ def _provenance(trained: Artefact) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return dict(read_json(trained.own_file("provenance.json")))
     return {}
+
+
+def grouped(lineages: Iterable[Lineage], key: Callable[[Lineage], Hashable]) -> list[list[Lineage]]:
+    """Group lineages by a key, in the order in which keys first occur."""
+    groups: dict[Hashable, list[Lineage]] = {}
+    for each in lineages:
+        groups.setdefault(key(each), []).append(each)
+    return list(groups.values())
+
+
+def last_log_row(trained: Artefact) -> dict[str, float]:
+    """Return the last row of a training's log."""
+    log = pq.read_table(trained.own_file("log.parquet"))
+    return dict(log.slice(log.num_rows - 1).to_pylist()[0])
+
+
+def table_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return facts of activations that no model makes: the bytes of the table, or the settings that make it."""
+    about = recipe.activations
+    made = settings_that_count(about.synthetic) if about.synthetic else None
+    if made and about.synthetic and about.synthetic.grows:
+        del made["n_samples"]
+    return {
+        "source": about.source,
+        "content": source_checksum(about.source) if about.source else None,
+        "synthetic": made,
+        "part_rows": about.part_rows,
+        "held_out": recipe.corpus.held_out if recipe.corpus else 0.0,
+        **({"source_array": about.source_array} if about.source_array else {}),
+    }
+
+
+def hidden_fact(generation: Generation) -> dict[str, str]:
+    """Return a digest of the documents that are hidden in a generation of the tokens; nothing if none is."""
+    return {"hidden": fingerprint(generation.hidden_ids)} if generation.hidden_ids else {}

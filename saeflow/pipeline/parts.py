@@ -1,8 +1,7 @@
-"""Parts of a stage: what they are and how one is made, said once, whoever makes them.
+"""A stage's parts: what they are, and how one is made, on whatever machine.
 
-A stage has a `PartMaker`, which makes one part on any machine, and describes the missing parts as a `PartWork`.
-An `Executor` makes them: `Here` in this process, `dask.workers.Workers` on a cluster. Flows put a Prefect task around
-each part.
+Each stage has a `PartMaker`, which makes one part, and describes its missing parts as a `PartWork`. An `Executor` makes
+them: `Here` in this process, `dask.workers.Workers` on a cluster. Flows put a Prefect task around each part.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 
 Item = Any
-"""Which part: an index, or a list of names and numbers. JSON can say it."""
+"""Names one part in JSON: an index, or a list of names and numbers."""
 
 Records = dict[str, dict[str, Any]]
-"""The record of the part in each artefact that has got it, by the artefact's id, as JSON."""
+"""A part's record in each artefact that holds the part, as JSON, by the artefact's id."""
 
 Made = Generator[tuple[Item, Records], None, None]
 """Parts with their records, as they are finished."""
@@ -36,10 +35,10 @@ _MAKERS: dict[str, type[PartMaker]] = {}
 
 
 class PartMaker(ABC):
-    """Makes parts of one stage. A subclass is registered by its name; workers run registered ones only."""
+    """Makes parts of one stage. Workers run only makers that a stage has registered, by subclassing."""
 
     name: ClassVar[str]
-    """Stage and verb, as tasks are called on Dask's page."""
+    """Stage and verb, as Dask's page shows the task."""
     alone: ClassVar[bool]
     """True if a process makes one part at a time, because each uses the whole model or all threads."""
     stays: ClassVar[bool]
@@ -65,7 +64,7 @@ class PartMaker(ABC):
 
 
 def registered(name: str) -> type[PartMaker]:
-    """The maker of this name. Raises UserError if no stage has registered it."""
+    """Return the maker of this name. Raises UserError if no stage has registered it."""
     if name not in _MAKERS:
         raise UserError(f"{name!r} is no work of a stage. Workers make: {', '.join(sorted(_MAKERS))}.")
     return _MAKERS[name]
@@ -77,9 +76,9 @@ class PartWork:
 
     maker: type[PartMaker]
     settings: dict[str, Any]
-    """What a worker opens the maker with, as JSON."""
+    """Settings in JSON with which a worker opens the maker."""
     sizes: Sequence[tuple[Item, int]]
-    """Each part with its units, in the order in which they are begun."""
+    """Each part with its units, in the order in which parts are begun."""
     targets: Sequence[Artefact]
     """The artefacts that get the parts."""
     bar: tuple[str, str]
@@ -91,7 +90,7 @@ class PartWork:
     n_at_once: int = 1
     """Parts that this process makes at the same time."""
     made: Callable[[Item, Records], None] = lambda item, records: None
-    """Called with each part once it is made, in whatever order they are finished."""
+    """Called with each part once it is made, in the order in which parts are finished."""
     publish: Callable[[], object] = lambda: None
     """Called once all parts are made."""
 
@@ -101,22 +100,22 @@ class PartWork:
 
     def run(self, executor: Executor, progress: Progress) -> None:
         """Make every part on one bar, then publish."""
-        if self.sizes:
-            stage, unit = self.bar
-            with (
-                progress.bar(stage, sum(n for _, n in self.sizes), unit) as bar,
-                contextlib.closing(executor.each(self, self.items, Tally(bar, self.sizes))) as made,
-            ):
-                for item, records in made:
-                    self.made(item, records)
-            if self.here is None:
-                self.look_again()
+        with self.open_bar(progress) as bar:
+            self.make(executor, bar)
         self.publish()
 
-    def look_again(self) -> None:
-        """See what other machines have finished."""
-        for target in self.targets:
-            target.look_again()
+    def open_bar(self, progress: Progress) -> contextlib.AbstractContextManager[Bar]:
+        stage, unit = self.bar
+        return progress.bar(stage, sum(size for _, size in self.sizes), unit)
+
+    def make(self, executor: Executor, bar: Bar) -> None:
+        """Make every part, but publish none."""
+        with contextlib.closing(executor.each(self, self.items, Tally(bar, self.sizes))) as made:
+            for item, records in made:
+                self.made(item, records)
+        if self.here is None:  # see what other machines have finished
+            for target in self.targets:
+                target.look_again()
 
     def note(self, records: Records) -> None:
         """Count parts that another process has made as made by this run."""
@@ -138,7 +137,7 @@ class Tally:
         self._done, self._lock = dict[str, int](), threading.Lock()
 
     def begin(self, item: Item) -> None:
-        """From now on what is told of this part counts."""
+        """Count this part's units from now on."""
         with self._lock:
             self._done.setdefault(key_of(item), 0)
 
@@ -151,11 +150,11 @@ class Tally:
                 self.bar.advance(new)
 
     def finish(self, item: Item) -> None:
-        """Count what nobody has told of a finished part."""
+        """Count the units of a finished part that nobody has told of."""
         self.tell(key_of(item), self._sizes[key_of(item)])
 
     def progress(self, item: Item) -> Progress:
-        """Where a part of this process reports to."""
+        """Return the progress that a part of this process reports to."""
         self.begin(item)
         key = key_of(item)
         return Progress(verbosity=-1, listener=lambda bar: self.tell(key, bar.done), stopping=self.bar.stopping)
@@ -182,7 +181,7 @@ def directly(executor: Executor) -> Executor:
 
 @dataclass(frozen=True)
 class Here:
-    """Makes parts in this process: in the calling thread, or several at once where the maker allows that."""
+    """Makes parts in this process: in the calling thread, or several at once if the maker allows that."""
 
     n_calls: int = 1
 
@@ -206,7 +205,7 @@ class Here:
 
 
 def shared(store: Store, id: str) -> Artefact:
-    """An artefact that the client has begun, for parts that another worker may make at the same time."""
+    """Return an artefact that the client has begun, for parts that another worker may make at the same time."""
     target = replace(store.by_id(id), shared=True)
     if not target.exists():
         raise UserError(not_seen(store.name, f"{id} is not there"))
@@ -214,12 +213,11 @@ def shared(store: Store, id: str) -> Artefact:
 
 
 def dumped(records: Mapping[Artefact, PartRecord]) -> Records:
-    """Records of a part as they travel."""
     return {target.id: record.model_dump(mode="json") for target, record in records.items()}
 
 
 def not_seen(store: str, why: str | None = None) -> str:
-    """What to say where a worker does not find the store."""
+    """Return the message for a worker that does not find the store."""
     return (
         f"The worker on {platform.node()} does not see the store {store}{f' ({why})' if why else ''}.\n"
         "The store is all that workers share: put it where every machine sees it under this path (a network file "

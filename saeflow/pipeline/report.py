@@ -13,24 +13,23 @@ import pyarrow.parquet as pq
 from saeflow.activations import shards
 from saeflow.corpus import token_parts
 from saeflow.features.schema import holding
+from saeflow.pipeline.evaluate import firing_counts
 from saeflow.pipeline.lineage import Lineage
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.threads import n_threads
 from saeflow.sae import interchange
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
 
 MAX_ROWS = 64
-"""A table of at most so many rows is drawn whole."""
+"""Rows of the largest table that is drawn whole."""
 
 _DRAWN = "saeflow parts"
-"""Says in the picture's file what it shows: a PNG keeps such a text as it is."""
-
-ACTIVE = 0.1
-"""A feature is drawn as active above this share of its own maximum."""
+"""Name of a text in the PNG file that says which parts are drawn."""
 
 
 def run(lineage: Lineage, progress: Progress) -> Path:
-    """Draw the run's picture beside its features, again where the features are others than those that were drawn."""
+    """Draw the run's picture beside its features, unless it shows the present features already."""
     target = lineage.features
     generation = target.published()
     small = lineage.recipe.model is None and generation.total("n_tokens") <= MAX_ROWS
@@ -49,9 +48,9 @@ def run(lineage: Lineage, progress: Progress) -> Path:
 
 
 def feature_table(lineage: Lineage) -> tuple[list[str], np.ndarray]:
-    """Row labels and the value of every feature on every row (N, F), for tables that fit in memory."""
+    """Return row labels and all values (N, F) of a table that fits in memory."""
     source, stored, site = lineage.tokens, lineage.activations, lineage.site
-    sae = interchange.load(lineage.sae.fetched())
+    sae = interchange.load(lineage.sae.fetched(), n_threads(lineage.recipe.threads))
     vocab = pq.read_table(source.own_file("vocab.parquet")).column("piece").to_pylist()
     labels: list[str] = []
     values = []
@@ -65,17 +64,8 @@ def feature_table(lineage: Lineage) -> tuple[list[str], np.ndarray]:
     return labels, np.concatenate(values)
 
 
-def active_sets(labels: list[str], values: np.ndarray) -> dict[int, frozenset[str]]:
-    """For each live feature, the rows on which it is above `ACTIVE` of its own maximum."""
-    sets = {}
-    for feature, column in enumerate(values.T):
-        if column.max() > 0:
-            sets[feature] = frozenset(np.array(labels)[column > ACTIVE * column.max()].tolist())
-    return sets
-
-
 def _heat_map(lineage: Lineage) -> Any:
-    """Live features × rows, each feature scaled to its own maximum."""
+    """Draw live features × rows, each feature scaled to its own maximum."""
     from matplotlib.figure import Figure
 
     labels, values = feature_table(lineage)
@@ -93,18 +83,15 @@ def _heat_map(lineage: Lineage) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Text without matplotlib's own markup."""
     return text.replace("$", r"\$")
 
 
 def _densities(target: Artefact) -> Any:
-    """Histogram of log10 density over live features."""
+    """Draw a histogram of log10 density over live features."""
     from matplotlib.figure import Figure
 
-    parts = target.published().parts
-    tables = [pq.read_table(target.part_file(part, "feature_stats.parquet"), columns=["n_tokens"]) for part in parts]
-    n_firing = np.sum([table.column(0).to_numpy() for table in tables], axis=0)
-    density = n_firing / max(target.published().total("n_tokens"), 1)
+    n_firing, n_tokens = firing_counts(target)
+    density = n_firing / max(n_tokens, 1)
     live = density[density > 0]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What came of a sweep: every SAE judged on the same held-out tokens, a table, and a picture with the Pareto front."""
+"""The table and picture of a sweep: every SAE judged on the same held-out tokens, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saeflow.pipeline import evaluate, train
-from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline import evaluate
+from saeflow.pipeline.lineage import Lineage, grouped
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.threads import n_threads
+from saeflow.runtime.threads import n_threads, use_threads
 from saeflow.sae import interchange
 from saeflow.store.files import replacing
 from saeflow.store.lease import Lease
@@ -21,9 +21,9 @@ from saeflow.store.records import read_or_empty, write_checked
 
 TABLE, PICTURE = "table.json", "pareto.png"
 FIGURES = ("n_tokens", "l0", "variance_unexplained", "mean_squared_error", "shrinkage", "silent", "judged_on")
-"""Of `evaluate.judge`, what the table keeps."""
+"""The figures of `evaluate.Judged` that the table keeps."""
 _LABELLED = 24
-"""Of more SAEs, only those on the front get a label."""
+"""If there are more SAEs, only those on the front get a label."""
 _LEAST_L0 = 0.01
 """Where an SAE that never fires is drawn on the logarithmic axis."""
 
@@ -42,7 +42,9 @@ def run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
 
 def _judge_and_draw(lineage: Lineage, path: Path, progress: Progress, lease: Lease) -> dict[str, Any]:
     store, recipe, members = lineage.store, lineage.recipe, lineage.members
-    judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": _judged_tokens(lineage)}
+    folders = [part.folder for part in lineage.activations.published().parts]
+    digest = fingerprint(folders, lineage.tokens.published().hidden_ids)  # of the tokens to judge on
+    judged = {"name": recipe.name, "max_tokens": recipe.evaluate.max_tokens, "tokens": digest}
     known = read_or_empty(path / TABLE)
     if known:
         with contextlib.suppress(FileNotFoundError):
@@ -50,7 +52,7 @@ def _judge_and_draw(lineage: Lineage, path: Path, progress: Progress, lease: Lea
     if {name: known.get(name) for name in judged} == judged and (path / PICTURE).is_file():
         progress.skip("evaluate", f"{len(members)} SAEs in {path}")
         return known
-    train.set_threads(recipe)
+    use_threads(recipe.threads)
     rows = _table_rows(members, _judged(members, progress))
     table = {"format_version": FORMAT_VERSION} | judged | {"saes": rows}
     picture = draw(recipe.name, rows)
@@ -69,30 +71,17 @@ def folder_of(lineage: Lineage) -> Path:
 
 
 def picture_of(lineage: Lineage) -> Path:
-    """Where the picture of a judged sweep lies."""
     return folder_of(lineage) / PICTURE
 
 
-def _judged_tokens(lineage: Lineage) -> str:
-    """Stands for the activations that are judged on: their parts, and the documents that are hidden in them."""
-    parts = lineage.activations.published().parts
-    hidden = lineage.tokens.published().hidden_ids
-    return fingerprint([part.folder for part in parts], hidden)
-
-
 def _judged(members: Sequence[Lineage], progress: Progress) -> list[dict[str, Any]]:
-    """Figures of every SAE; those of the same sites in one reading."""
-    sites = [member.sites for member in members]
-    figures: dict[int, dict[str, Any]] = {}
-    for chosen in dict.fromkeys(sites):
-        together = [number for number, each in enumerate(sites) if each == chosen]
-        saes = [
-            interchange.load(members[number].sae.fetched(), n_threads(members[number].recipe.threads))
-            for number in together
-        ]
-        found = evaluate.judge_together(members[together[0]], saes, progress)
-        figures |= {number: judged.figures for number, judged in zip(together, found, strict=True)}
-    return [figures[number] for number in range(len(members))]
+    """Return the figures of every SAE. SAEs of the same sites are judged in one reading."""
+    figures: dict[str, dict[str, Any]] = {}
+    for together in grouped(members, lambda member: member.sites):
+        saes = [interchange.load(member.sae.fetched(), n_threads(member.recipe.threads)) for member in together]
+        found = evaluate.judge_together(together[0], saes, progress)
+        figures |= {member.recipe.name: judged.figures for member, judged in zip(together, found, strict=True)}
+    return [figures[member.recipe.name] for member in members]
 
 
 def _table_rows(members: Sequence[Lineage], figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,7 +101,7 @@ def _table_rows(members: Sequence[Lineage], figures: Sequence[dict[str, Any]]) -
 
 
 def sparsity(config: SAEConfig) -> str:
-    """What decides how many features are active, and its value."""
+    """Return the setting that decides how many features are active, and its value."""
     if config.source is not None:
         return "imported"
     if config.counts_k or (config.architecture == "jumprelu" and config.penalty == "l0"):
@@ -121,8 +110,7 @@ def sparsity(config: SAEConfig) -> str:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Numbers of the points that no other one equals or betters in both coordinates, smaller being better; of equal
-    points all."""
+    """Return indices of the points that no other point betters; smaller is better. Equal points are all returned."""
     return {
         number
         for number, (x, y) in enumerate(points)
@@ -131,13 +119,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> set[int]:
 
 
 def recommended(rows: Sequence[dict[str, Any]]) -> str:
-    """The member in the middle of the front, to try first."""
+    """Return the member in the middle of the front, to try first."""
     front = sorted((row for row in rows if row["on_front"]), key=lambda row: float(row["l0"]))
     return str(front[len(front) // 2]["member"])
 
 
 def draw(name: str, rows: Sequence[dict[str, Any]]) -> Any:
-    """L0 against variance unexplained, a colour and marker an architecture, the Pareto front as a line."""
+    """Plot L0 against variance unexplained: a colour and marker for each architecture, the Pareto front as a line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
@@ -175,5 +163,5 @@ def _place(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _label(name: str, row: dict[str, Any]) -> str:
-    """A member without what the picture says already: the sweep's name and the architecture's."""
+    """Return a member's name without the sweep's name and the architecture, which the picture shows."""
     return str(row["member"]).removeprefix(f"{name}_").removeprefix(row["architecture"]).strip("_")

@@ -23,7 +23,7 @@ from saeflow.store.records import Generation, PartRecord, add_provenance, proven
 
 
 def run(lineage: Lineage, progress: Progress) -> Artefact:
-    """Tokenise what the corpus has and the store has not: all of it, new documents, changed ones, lost parts."""
+    """Tokenise documents that are new or changed, and rebuild lost parts."""
     recipe, target = lineage.recipe, lineage.tokens
     assert recipe.corpus is not None
     with target.writing():
@@ -70,7 +70,8 @@ def _open_maker(lineage: Lineage, about: CorpusConfig) -> TokenPartWriter:
     recipe, target = lineage.recipe, lineage.tokens
     assert recipe.model is not None
     tokenizer = load_tokenizer(recipe.model)
-    if not _has_vocab(target):
+    files = [file for file in target.record.files if file.name == "vocab.parquet"] if target.exists() else []
+    if not files or list(target.missing_files(target.path, files, full=True)):
         make_folder(target.path)
         write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), tokenizer.all_special_ids)
         target.create(lineage.token_facts, files=["vocab.parquet"])
@@ -79,22 +80,17 @@ def _open_maker(lineage: Lineage, about: CorpusConfig) -> TokenPartWriter:
     return TokenPartWriter(target, tokenizer, about, recipe.tokens)
 
 
-def _has_vocab(target: Artefact) -> bool:
-    """Is the vocabulary there as it was recorded?"""
-    files = [file for file in target.record.files if file.name == "vocab.parquet"] if target.exists() else []
-    return bool(files) and not list(target.missing_files(target.path, files, full=True))
-
-
 def _append(
     maker: TokenPartWriter, generation: Generation, done: dict[int, PartRecord], bar: Bar
 ) -> tuple[list[PartRecord], Ledger]:
-    """Parts of the documents that no published part holds; those that a killed run has finished are kept."""
+    """Make parts of the documents that no published part holds. Parts that a killed run has finished are kept."""
     ledger = Ledger.read(maker.target, generation)
     for part in generation.parts:
         maker.advance(part)
     stream = maker.open_corpus(ledger)
     parts: list[PartRecord] = []
-    for index in itertools.count(len(generation.parts)):
+    while True:
+        index = len(generation.parts) + len(parts)
         record, stream = _kept(maker, done.get(index), stream)
         if record is None:
             tokenised = list(maker.take(stream))
@@ -104,13 +100,12 @@ def _append(
         maker.advance(record)
         bar.advance(record.counts["n_tokens"])
         parts.append(record)
-    raise AssertionError  # the loop above has no end
 
 
 def _kept(
     maker: TokenPartWriter, record: PartRecord | None, stream: Iterator[Entry]
 ) -> tuple[PartRecord | None, Iterator[Entry]]:
-    """The record if it holds just the documents that come next, which are then taken from the stream."""
+    """Return the record if it holds just the documents that come next; they are then taken from the stream."""
     if record is None or record.counts["first_sequence"] != maker.n_sequences:
         return None, stream
     taken = list(itertools.islice(stream, record.counts["n_documents"]))
@@ -123,7 +118,7 @@ def _kept(
 def _restored(
     maker: TokenPartWriter, lost: list[PartRecord], generation: Generation, bar: Bar
 ) -> dict[int, PartRecord]:
-    """Published parts, rebuilt from the documents that no other part holds. Raises UserError if those have changed."""
+    """Rebuild lost parts from the documents that no other part holds. Raises UserError if those have changed."""
     if not lost:
         return {}
     made = {}

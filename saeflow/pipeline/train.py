@@ -1,61 +1,66 @@
-"""Train the SAEs of a recipe on one feed: what makes them the same, continuing after a kill, publication."""
+"""Train or import the SAEs of a recipe, here or on a cluster."""
 
 from __future__ import annotations
 
-import json
 import shutil
+import time
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from torch import Tensor
 
+from saeflow.activations import shards
 from saeflow.activations.feed import Feed, measure_mixing
+from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
-from saeflow.pipeline import import_sae
 from saeflow.pipeline.dask.clusters import workers_of
-from saeflow.pipeline.identity import hidden_fact
-from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.evaluate import Judged
+from saeflow.pipeline.lineage import Lineage, grouped, hidden_fact
 from saeflow.pipeline.parts import PartMaker, PartWork, Records
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.runtime.devices import choose_device, device_memory
+from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.text import human_bytes
-from saeflow.runtime.threads import keep_freed_memory, n_threads
-from saeflow.sae import interchange
+from saeflow.runtime.threads import n_threads, use_threads
+from saeflow.sae import formats, interchange
+from saeflow.sae.metrics import Firing, Reconstruction
 from saeflow.store.artefact import Artefact, writing_all
-from saeflow.store.files import replacing
 from saeflow.store.store import Store
-from saeflow.train.group import TrainingGroup, TrainingJob, checkpoints_of
-from saeflow.train.tensorboard import require_tensorboard
-from saeflow.train.training import Training
+from saeflow.train.group import (
+    TrainingGroup,
+    TrainingJob,
+    checkpoints_of,
+    require_memory,
+    require_tensorboard,
+    write_sae,
+)
 
 _NOTICING_SECONDS = 10.0
-"""How long a worker may take to notice that its run was killed: some batches."""
+"""Time that a worker may take to notice that its run was killed."""
+_SAMPLE_ROWS = 4096
+"""Tokens on which an imported SAE is tried."""
 
 
 def run(lineage: Lineage, progress: Progress) -> Artefact:
-    """Train the recipe's SAE, or continue a killed training where its checkpoint stands, or import the one that
-    `sae.source` names; of a sweep all, and the first is returned.
+    """Train the recipe's SAE, continue a killed training from its checkpoint, or import the SAE in `sae.source`.
 
-    An SAE trained before documents were appended or forgotten stays the recipe's own unless the lineage is `fresh`. A
-    killed training ends with what it has seen; the next fresh one sees what was appended since.
+    A sweep trains all its SAEs; the first is returned. An SAE trained before documents were appended or forgotten stays
+    the recipe's own unless the lineage is `fresh`. A killed training ends with the data that it has seen; the next
+    fresh one also sees what was appended since.
     """
     return run_all(lineage, progress)[0]
 
 
 def run_all(lineage: Lineage, progress: Progress, noticing_seconds: float = _NOTICING_SECONDS) -> list[Artefact]:
-    """The same; returns the SAE of each member, in their order.
+    """Do what `run` does; return the SAE of each member, in order.
 
-    All that read the same sites are trained on each batch of one feed. Each is the artefact, byte for byte, that a run
-    of the member's recipe would make, with a lock and a checkpoint of its own, and is published as soon as it is
-    finished. On a cluster each worker trains its share of them, locks and publishes them; what is imported stays here.
+    SAEs that read the same sites share one feed. Each SAE has a lease and a checkpoint of its own, is published as soon
+    as it is finished, and equals, byte for byte, the one that its own recipe would give. On a cluster each worker
+    trains, locks and publishes its share. Imports stay in this process.
     """
     members = lineage.members
     away = [each for each in members if lineage.recipe.cluster and not _is_import(each) and not each.sae.complete()]
@@ -80,47 +85,45 @@ def _train_here(recipe: Recipe, chosen: list[Lineage], progress: Progress) -> No
         _say_what_is_done(progress, recipe, chosen, len(left))
         ready = [each for each in left if _is_import(each)]
         for each in ready:
-            import_sae.require_fits(each)
+            _require_fits(each)
         for each in ready:
-            import_sae.publish(each, progress)
+            _import(each, progress)
         if left := [each for each in left if not _is_import(each)]:
             _train(left, progress)
 
 
 def _train_on_workers(lineage: Lineage, away: list[Lineage], progress: Progress, noticing_seconds: float) -> None:
-    """Train these members on a cluster: as many groups as it has workers, those of one group in one reading."""
+    """Train these members on a cluster: one group of them a worker, each group in one reading."""
     recipe, store = lineage.recipe, lineage.store
     assert recipe.cluster is not None
     sites = [tuple(each.distinct_sites) for each in away]
     _require_free([each.sae for each in away], noticing_seconds)
     with workers_of(store, recipe.cluster, progress) as workers:
         groups = [[away[number].recipe for number in group] for group in shares(sites, workers.n_expected)]
+        settings = {
+            "recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"),
+            "facts": {each.recipe.name: each.sae_facts for each in away},
+        }
+        sizes = [([member.name for member in group], max(m.train.n_tokens for m in group)) for group in groups]
         work = PartWork(
-            Trainer,
-            {
-                "recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"),
-                "facts": {each.recipe.name: each.sae_facts for each in away},
-            },
-            [([member.name for member in group], max(m.train.n_tokens for m in group)) for group in groups],
-            [each.sae for each in away],
-            ("train", "tokens"),
+            Trainer, settings, sizes, [each.sae for each in away], ("train", "tokens"),
             made=lambda names, _: progress.say(f"train: {', '.join(names)} finished on a worker"),
-        )
+        )  # fmt: skip
         work.run(workers, progress)
     store.storage.pull()
 
 
 @dataclass
 class Trainer(PartMaker, name="train-train"):
-    """On a worker: trains members of a sweep in one reading, each from its checkpoint, and publishes them."""
+    """On a worker: trains members of a sweep in one reading, and publishes them. An item is the members' names."""
 
     whole: Lineage
     facts: dict[str, dict[str, Any]]
-    """Of each member, what the client has chosen that its SAE sees."""
+    """Facts of each member's SAE, which the client has chosen."""
 
     @classmethod
     def open(cls, store: Store, settings: dict[str, Any]) -> Trainer:
-        waiting = Store(store.storage, "wait")  # a worker that is thought lost may still be at it
+        waiting = Store(store.storage, "wait")  # a worker that is thought lost may still train
         return cls(Lineage(waiting, parse_recipe(settings["recipe"])), settings["facts"])
 
     def members(self, names: list[str]) -> list[Lineage]:
@@ -136,9 +139,9 @@ class Trainer(PartMaker, name="train-train"):
 
 
 def _require_free(targets: Iterable[Artefact], noticing_seconds: float) -> None:
-    """Refuse or wait, as `overlap` says, while another run is at one of these: here, not where it would keep a worker.
+    """Refuse or wait, as `overlap` says, while another run writes one of these; a worker would wait in vain.
 
-    A worker of a run that was killed may take some seconds to notice that nobody waits for it.
+    A worker of a killed run may take some seconds to notice that nobody waits for it.
     """
     noticing = stop_after_delay(noticing_seconds)
     for target in targets:
@@ -150,7 +153,7 @@ def _require_free(targets: Iterable[Artefact], noticing_seconds: float) -> None:
 
 
 def shares(sites: Sequence[Hashable], n: int) -> list[list[int]]:
-    """Numbers of things in about `n` groups of about equal size, only those of equal `sites` together."""
+    """Return indices of `sites` in about `n` groups of about equal size. A group has equal sites only."""
     groups: list[list[int]] = []
     for chosen in dict.fromkeys(sites):
         numbers = [number for number, each in enumerate(sites) if each == chosen]
@@ -168,29 +171,23 @@ def _say_what_is_done(progress: Progress, recipe: Recipe, chosen: list[Lineage],
 
 
 def _train(chosen: list[Lineage], progress: Progress) -> None:
-    """Refuse what cannot be, then train: those that read the same sites together."""
+    """Check memory and packages, then train SAEs that read the same sites together."""
     require_memory([(each.recipe, each.distinct_sites) for each in chosen])
     for each in chosen:
         require_tensorboard(each.recipe.train.tensorboard)
-    set_threads(chosen[0].recipe)
-    reads = [(each.sae_facts["generation"], *each.distinct_sites) for each in chosen]
-    for wanted in dict.fromkeys(reads):
-        together = [each for each, read in zip(chosen, reads, strict=True) if read == wanted]
+    use_threads(chosen[0].recipe.threads)
+    for together in grouped(chosen, lambda each: (each.sae_facts["generation"], *each.distinct_sites)):
         feed = _feed_of(together[0])
         now, number = feed.target.published().number, together[0].sae_facts["generation"]
         if now != number:
             progress.say(f"train: on generation {number} of {feed.target.id}, as begun; {now} is there by now")
         progress.say(f"train: {measure_mixing(feed)}")
-
-        def publish_job(job: TrainingJob, training: Training, seconds: float, feed: Feed = feed) -> None:
-            publish(job, training, feed, seconds)
-
         jobs = [TrainingJob(each.recipe, each.sae, each.sae_facts) for each in together]
-        TrainingGroup(feed, jobs, progress, publish_job).run()
+        TrainingGroup(feed, jobs, progress).run()
 
 
 def _feed_of(lineage: Lineage) -> Feed:
-    """The feed of what the SAE was chosen to see. Raises UserError where that is there no more."""
+    """Return the feed of the data chosen for the SAE. Raises UserError if the store no longer has that data."""
     number = int(lineage.sae_facts["generation"])
     feed = open_feed(lineage, number) if number in lineage.activations.numbers() else None
     hidden = hidden_fact(feed.selection.generation).get("hidden") if feed else None
@@ -202,64 +199,70 @@ def _feed_of(lineage: Lineage) -> Feed:
     return feed
 
 
-def require_devices(recipe: Recipe) -> None:
-    """Refuse a device that is not there before hours of collecting, where this machine is to train as well."""
-    for member in recipe.members() if recipe.cluster is None else ():
-        choose_device("train.device", member.train.device)
-
-
-def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]]) -> None:
-    """Weights and Adam's two moments of every training, and the gradients of the one that steps, float32."""
-    needs: dict[torch.device, list[int]] = {}
-    for recipe, sites in wanted:
-        size = recipe.sae.n_features * (sites[0].width + sites[-1].width + 2)
-        here = needs.setdefault(choose_device("train.device", recipe.train.device), [])
-        here += [size] * recipe.train.restarts
-    for place, sizes in needs.items():
-        need, total = 4 * (3 * sum(sizes) + max(sizes)), device_memory(place)
-        if need > total:
-            where = "this machine has" if place.type == "cpu" else f"on {place} are free"
-            raise UserError(
-                f"{len(sizes)} SAEs in training take {human_bytes(need)} (weights, gradients, moments), but {where} "
-                f"{human_bytes(total)} of memory.\n"
-                "Train fewer at once: shorten [sweep], lower train.restarts, or choose a "
-                "smaller sae.n_features."
-            )
-
-
-def set_threads(recipe: Recipe) -> None:
-    torch.set_num_threads(n_threads(recipe.threads))
-    keep_freed_memory()
-
-
 def open_feed(lineage: Lineage, generation: int | None = None) -> Feed:
-    """The training tokens of a generation of the activations, by default of the published one."""
+    """Return the feed of training tokens, by default of the published generation."""
     return Feed(lineage.selection(), lineage.activations, lineage.distinct_sites, lineage.recipe.feed, generation)
 
 
-def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
-    """Train on a feed as often as `train.restarts` says, without publishing; return the best."""
-    job = TrainingJob(recipe, Store(checkpoints).artefact("saes", recipe.name, "00000000"))
-    trained: list[Training] = []
-    TrainingGroup(feed, [job], progress, lambda _, training, __: trained.append(training)).run()
-    return trained[0]
+def _require_fits(lineage: Lineage) -> None:
+    """Raise UserError if an SAE's vectors are not as wide as the activations, or if there are no activations."""
+    recipe, found = lineage.recipe, formats.describe_source(lineage.recipe.sae)
+    lineage.activations.published()
+    read, target = lineage.sites
+    named = [("site", read, found.width), ("target_site", target, found.out_width)]
+    for setting, site, width in named if recipe.sae.target_site else named[:1]:
+        if site.width != width:
+            fitting = [each.name for each in lineage.stored_sites if each.width == width]
+            raise UserError(
+                f"The SAE in {found.weights.parent} has vectors of {width}, but those of site {site.name} are of "
+                f"{site.width}.\n"
+                + (f"Set sae.{setting} to {' or '.join(fitting)}." if fitting else "Store the site it was trained on.")
+            )
 
 
-def last_row(target: Artefact) -> dict[str, float]:
-    """The last row of a training's log."""
-    log = pq.read_table(target.own_file("log.parquet"))
-    return dict(log.slice(log.num_rows - 1).to_pylist()[0])
+def _import(lineage: Lineage, progress: Progress) -> None:
+    """Try the SAE in `sae.source` on the first tokens, and publish it like one trained here. Its log has one row."""
+    began, found = time.monotonic(), formats.describe_source(lineage.recipe.sae)
+    sae = interchange.load(found.weights.parent, n_threads(lineage.recipe.threads))
+    sae.config, sites = lineage.sae_config, lineage.distinct_sites
+    progress.say(f"train: importing {found.weights.parent} instead")
+    x, *others = _first_rows(lineage.selection(), lineage.activations, sites)
+    wanted = others[0] if others else x
+    judged = Judged(Reconstruction(wanted.shape[1]), Firing(sae.config.n_features))
+    judged.add(x, wanted, sae)
+    row = {
+        "step": 0, "batch_rows": len(x), "l0": judged.firing.l0 if len(x) else 0.0,
+        "variance_unexplained": judged.reconstruction.variance_unexplained,
+    }  # fmt: skip
+    theirs = {name: value for name, value in found.metadata.items() if name != "saeflow"}
+    provenance = {"seconds": time.monotonic() - began, "source": lineage.recipe.sae.source}
+    inputs = [lineage.tokens.id, lineage.activations.id]
+    with lineage.sae.publish_folder(lineage.sae_facts, inputs, provenance) as folder:
+        write_sae(folder, sae, sites, theirs, [row])
 
 
-def publish(job: TrainingJob, training: Training, feed: Feed, seconds: float) -> None:
-    """Fold the scale into the weights and publish weights, settings and log."""
-    named = dict(zip(("site", "target_site"), (site.name for site in feed.sites), strict=False))
-    about = job.facts
-    n_seen = sum(part.counts["n_train_tokens"] for part in feed.blocks.parts)
-    inputs = [feed.selection.source.id, feed.target.id]
-    with job.target.publish_folder(about, inputs, {"seconds": seconds, "n_train_tokens": n_seen}) as folder:
-        interchange.save(training.folded(), folder, named | {"saeflow": json.dumps(about, sort_keys=True)})
-        with replacing(folder / "log.parquet") as temporary:
-            table = pa.Table.from_pylist(training.log)
-            names = ["step", *sorted(set(table.column_names) - {"step"})]  # a checkpoint does not keep their order
-            pq.write_table(table.select(names), temporary, compression="zstd")
+def import_in_words(source: SAEConfig, made: Artefact) -> str:
+    """Describe an imported SAE: `SAELens: jumprelu, 24 neurons, 160 features, thresholds 0.1 to 2.5; L0 …`."""
+    found, log = formats.describe_source(source), pq.read_table(made.own_file("log.parquet")).to_pylist()[0]
+    config = found.config
+    width = f"{found.width:,} neurons" + (f" to {found.out_width:,}" if config.target_site else "")
+    words = [f"{found.writer}: {config.architecture}", width, f"{config.n_features:,} features"]
+    if config.architecture == "topk":
+        words.append(f"k {config.k}")
+    elif config.architecture not in ("relu", "gated"):
+        threshold = interchange.load(made.fetched()).threshold
+        least, most = threshold.min().item(), threshold.max().item()
+        words.append(f"threshold {least:.4g}" if least == most else f"thresholds {least:.4g} to {most:.4g}")
+    return (
+        f"{', '.join(words)}\n"
+        f"On the first {log['batch_rows']:,} tokens: L0 {log['l0']:.1f}, variance unexplained "
+        f"{log['variance_unexplained']:.3f}"
+    )
+
+
+def _first_rows(used: TokenSelection, stored: Artefact, sites: list[Site]) -> list[Tensor]:
+    """Return the first used tokens (n, D) of the store, at most `_SAMPLE_ROWS`, one tensor for each site."""
+    part = stored.published().parts[0]
+    sequences = slice(0, max(1, _SAMPLE_ROWS // used.length))
+    keep = used.mask(part.index, sequences).reshape(-1).nonzero()[0]
+    return [shards.open_site(stored, part, site).read(sequences).flatten(0, 1)[keep].float() for site in sites]

@@ -16,8 +16,7 @@ import pyarrow as pa
 from saeflow.query.questions import Arguments, Question, Value, find_question, parse_arguments
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
-from saeflow.runtime.suggest import did_you_mean
-from saeflow.runtime.text import brief, sanitise
+from saeflow.runtime.text import brief, did_you_mean, sanitise
 
 LONGEST_SQL = 100_000
 """Most characters of a statement. DuckDB takes minutes over some longer ones before it has read them."""

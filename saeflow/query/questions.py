@@ -14,8 +14,7 @@ from pathlib import Path
 from saeflow.query.catalog import sql_folder
 from saeflow.query.relations import identifier, literal
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.suggest import did_you_mean
-from saeflow.runtime.text import brief
+from saeflow.runtime.text import brief, did_you_mean
 
 Scalar = int | float | str
 Value = Scalar | Sequence[Scalar] | None

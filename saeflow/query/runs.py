@@ -28,8 +28,7 @@ from saeflow.query.labels import LabelFile, label_files
 from saeflow.query.relations import condition_of_encoded
 from saeflow.recipe.settings import TOP_FAMILY
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.suggest import did_you_mean
-from saeflow.runtime.text import HOSTILE, brief
+from saeflow.runtime.text import HOSTILE, brief, did_you_mean
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, PartRecord, read_checked
 from saeflow.store.store import Store

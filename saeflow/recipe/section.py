@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
 
-from saeflow.runtime.suggest import nearest
+from saeflow.runtime.text import nearest
 
 RECIPE_NAME = r"^[a-z0-9][a-z0-9_]*$"
 """What a recipe may be called."""

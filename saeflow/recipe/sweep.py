@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from saeflow.recipe.section import Section, from_folder, recipe_folder
 from saeflow.recipe.settings import Architecture, SAEConfig, TrainConfig
-from saeflow.runtime.suggest import nearest
+from saeflow.runtime.text import nearest
 
 _SECTIONS: dict[str, type[Section]] = {"sae": SAEConfig, "train": TrainConfig}
 _SETTINGS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]

@@ -1,8 +1,7 @@
 """What every part of saeflow needs and what knows nothing of SAEs. Read `errors` first.
 
 errors      the error that a user can fix
-suggest     names like one that is not there
-text        text for people: safe to print, short, sizes in words
+text        text for people: safe to print, short, sizes in words, names like a mistyped one
 progress    progress bars and messages
 threads     how many threads, and work spread over them
 linear      the product rows @ weights.T, and the precision it is quickest in

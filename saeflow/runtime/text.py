@@ -1,9 +1,13 @@
-"""Text for people: safe to print in a terminal, short, and sizes in words."""
+"""Text for people: safe to print in a terminal, short, sizes in words, and names like a mistyped one."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
+LEAST_ALIKE = 0.4
+"""Names less alike than this (difflib's ratio, 0 to 1) are not suggested."""
 HOSTILE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb]")
 _LINE_BREAK = re.compile(r"\r\n|[\n\r\x0b\x0c\x85\u2028\u2029]")
 
@@ -39,3 +43,15 @@ def human_bytes(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.1f} TiB"
+
+
+def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
+    """Return at most `n` names that look like this one, the most alike first."""
+    return difflib.get_close_matches(brief(name), list(names), n=n, cutoff=LEAST_ALIKE)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a hint as a sentence: the nearest names, or all names if none is near."""
+    names = list(names)
+    near = nearest(name, names)
+    return f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names) or 'none'}."

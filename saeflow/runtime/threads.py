@@ -37,6 +37,12 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def use_threads(asked: int) -> None:
+    """Let torch use as many threads as a recipe asks for, and keep the memory that it frees."""
+    torch.set_num_threads(n_threads(asked))
+    keep_freed_memory()
+
+
 def use_one_thread() -> None:
     """Let torch use one thread for the calls of this thread."""
     torch.get_num_threads()  # the first call in a thread would otherwise undo the next

@@ -1,8 +1,7 @@
 """Training: many SAEs on one feed, with checkpoints. Read `training` first.
 
-training     one training: state, step, checkpoint
-group        several trainings on one feed
-schedules    what changes in the course of a training
-resample     dead features start again where much is unexplained
-tensorboard  the log for TensorBoard
+training   one training: state, step, checkpoint
+group      several trainings on one feed, their TensorBoard logs, publication
+schedules  what changes in the course of a training
+resample   dead features start again where much is unexplained
 """

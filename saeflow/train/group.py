@@ -1,22 +1,55 @@
-"""A group of trainings on the batches of one feed, each with its own checkpoints."""
+"""Several trainings on the batches of one feed, each with its own checkpoints, TensorBoard log and publication."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
 from saeflow.activations.feed import Feed
+from saeflow.model.sites import Site
 from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.devices import choose_device, device_memory
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.text import human_bytes
+from saeflow.sae import interchange
+from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.store.artefact import Artefact
-from saeflow.train.tensorboard import TensorBoardLog
+from saeflow.store.files import replacing
+from saeflow.store.store import Store
 from saeflow.train.training import CHECKPOINT, FeedBatch, Training, interrupts_wait, is_checkpoint, sample_rows
+
+
+class TensorBoardLog:
+    """Event files in a folder. Rows that an earlier run wrote for `first_step` and later steps are dropped."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Write one scalar for each column but `step`."""
+        for name, value in row.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, int(row["step"]))
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 @dataclass
@@ -35,12 +68,8 @@ class TrainingJob:
     def done(self) -> bool:
         return all(training.done for training in self.trainings)
 
-    @property
-    def checkpoints(self) -> Path:
-        return checkpoints_of(self.target)
-
     def folder(self, restart: int) -> Path:
-        return self.checkpoints / f"restart-{restart}"
+        return checkpoints_of(self.target) / f"restart-{restart}"
 
     def best(self, feed: Feed) -> Training:
         """Return the training that reconstructs best."""
@@ -54,8 +83,29 @@ def checkpoints_of(target: Artefact) -> Path:
     return target.work.with_name(target.work.name + ".checkpoint")
 
 
-PublishJob = Callable[[TrainingJob, Training, float], None]
-"""Publishes a finished job; takes the job, its best training, and the seconds it took."""
+PublishJob = Callable[[TrainingJob, Training, Feed, float], None]
+"""Publishes a finished job; takes the job, its best training, the feed, and the seconds it took."""
+
+
+def publish_sae(job: TrainingJob, training: Training, feed: Feed, seconds: float) -> None:
+    """Fold the scale into the weights and publish weights, settings and log."""
+    n_seen = sum(part.counts["n_train_tokens"] for part in feed.blocks.parts)
+    inputs, provenance = [feed.selection.source.id, feed.target.id], {"seconds": seconds, "n_train_tokens": n_seen}
+    with job.target.publish_folder(job.facts, inputs, provenance) as folder:
+        about = {"saeflow": json.dumps(job.facts, sort_keys=True)}
+        write_sae(folder, training.folded(), feed.sites, about, training.log)
+
+
+def write_sae(
+    folder: Path, sae: SparseAutoencoder, sites: Sequence[Site], metadata: Mapping[str, Any], log: list[dict[str, Any]]
+) -> None:
+    """Write weights, settings with metadata and the sites' names, and the log."""
+    named = dict(zip(("site", "target_site"), (site.name for site in sites), strict=False))
+    interchange.save(sae, folder, {**metadata, **named})
+    with replacing(folder / "log.parquet") as temporary:
+        table = pa.Table.from_pylist(log)
+        names = ["step", *sorted(set(table.column_names) - {"step"})]  # a checkpoint does not keep their order
+        pq.write_table(table.select(names), temporary, compression="zstd")
 
 
 class TrainingGroup:
@@ -65,7 +115,9 @@ class TrainingGroup:
     steps: the earliest ones catch up, each on the batches that it has not had yet.
     """
 
-    def __init__(self, feed: Feed, jobs: list[TrainingJob], progress: Progress, publish: PublishJob) -> None:
+    def __init__(
+        self, feed: Feed, jobs: list[TrainingJob], progress: Progress, publish: PublishJob = publish_sae
+    ) -> None:
         self.feed, self.jobs, self.progress, self.publish = feed, jobs, progress, publish
         self.began = self.saved = time.monotonic()
         self.seconds = min(job.recipe.train.checkpoint_seconds for job in jobs)
@@ -87,8 +139,9 @@ class TrainingGroup:
                 self._keep()
             raise
         finally:
-            for board in (board for job in self.jobs for board in job.boards):
-                board.close()
+            for job in self.jobs:
+                for board in job.boards:
+                    board.close()
 
     def _begin(self) -> None:
         rows = sample_rows(self.feed)
@@ -159,6 +212,43 @@ class TrainingGroup:
         """Publish the job if it is trained to its end, and remove its checkpoints."""
         if job.published or not job.done:
             return
-        self.publish(job, job.best(self.feed), time.monotonic() - self.began)
+        self.publish(job, job.best(self.feed), self.feed, time.monotonic() - self.began)
         job.published = True
-        job.target.storage.remove(job.checkpoints)
+        job.target.storage.remove(checkpoints_of(job.target))
+
+
+def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
+    """Train on a feed as often as `train.restarts` says; return the best training, without publishing."""
+    job = TrainingJob(recipe, Store(checkpoints).artefact("saes", recipe.name, "00000000"))
+    trained: list[Training] = []
+    TrainingGroup(feed, [job], progress, lambda _, training, *__: trained.append(training)).run()
+    return trained[0]
+
+
+def require_tensorboard(folder: str | None) -> None:
+    """Raise UserError, before any work, if event files are asked for and TensorBoard is not installed."""
+    if folder is not None and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            f"train.tensorboard is {folder!r}, but the package tensorboard is not installed.\n"
+            "Install it with `pip install tensorboard`, or take the setting out."
+        )
+
+
+def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]]) -> None:
+    """Raise UserError if memory cannot hold, in float32, weights and Adam's two moments of every training, and the
+    gradients of the one that steps."""
+    needs: dict[torch.device, list[int]] = {}
+    for recipe, sites in wanted:
+        size = recipe.sae.n_features * (sites[0].width + sites[-1].width + 2)
+        here = needs.setdefault(choose_device("train.device", recipe.train.device), [])
+        here += [size] * recipe.train.restarts
+    for place, sizes in needs.items():
+        need, total = 4 * (3 * sum(sizes) + max(sizes)), device_memory(place)
+        if need > total:
+            where = "this machine has" if place.type == "cpu" else f"on {place} are free"
+            raise UserError(
+                f"{len(sizes)} SAEs in training take {human_bytes(need)} (weights, gradients, moments), but {where} "
+                f"{human_bytes(total)} of memory.\n"
+                "Train fewer at once: shorten [sweep], lower train.restarts, or choose a "
+                "smaller sae.n_features."
+            )

@@ -111,12 +111,7 @@ class Training:
         return cls(sae, adam, config, scales, n_steps, recipe.name)
 
     @property
-    def scale(self) -> float:
-        return self.scales[0]
-
-    @property
     def place(self) -> torch.device:
-        """The device it runs on."""
         return self.sae.W_enc.device
 
     @property
@@ -194,11 +189,6 @@ class Training:
         """Return the SAE for raw activations, on the processor."""
         return self.sae.folded(*self.scales).cpu()
 
-    @property
-    def product(self) -> str:
-        """Precision of the encoder product: chosen once, by measurement."""
-        return str(self.sae.product_dtype).removeprefix("torch.")
-
     def save(self, folder: Path, work: Path | None = None, require: Callable[[], None] = lambda: None) -> None:
         """Write a checkpoint under `work`, then put it in the place of the last one, unless `require` raises."""
         whole = folder.with_name(folder.name + ".new")
@@ -213,7 +203,8 @@ class Training:
         weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         save_file({**weights, **moments}, fresh / STATE, {"step": str(self.step)})
         flush(fresh / STATE)  # before the other file, which says that the checkpoint is complete
-        about = {"step": self.step, "scales": self.scales, "product": self.product, "log": self.log}
+        product = str(self.sae.product_dtype).removeprefix("torch.")  # chosen once, by measurement
+        about = {"step": self.step, "scales": self.scales, "product": product, "log": self.log}
         write_json(fresh / CHECKPOINT, about)
         require()
         shutil.rmtree(whole, ignore_errors=True)

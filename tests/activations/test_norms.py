@@ -14,6 +14,7 @@ from saeflow.activations import norms, shards
 from saeflow.activations.norms import massive_positions, mean_norms
 from saeflow.activations.shards import stored_sites
 from saeflow.corpus import token_parts
+from saeflow.model.sites import SiteReader
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
@@ -35,14 +36,14 @@ def text(progress: Progress) -> str:
 @pytest.fixture
 def huge_first(monkeypatch) -> None:
     """Position 0 of every sequence is a thousand times as long as the model makes it."""
-    real = collect.SiteReader.read
+    real = SiteReader.read
 
     def read(self, vocab_ids, mask):
         found = real(self, vocab_ids, mask)
         found[SITE][:, 0] *= 1000
         return found
 
-    monkeypatch.setattr(collect.SiteReader, "read", read)
+    monkeypatch.setattr(SiteReader, "read", read)
 
 
 def collected(folder, ingredients, progress, **changes):

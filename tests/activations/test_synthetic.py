@@ -21,8 +21,7 @@ from saeflow.activations.synthetic import make_table
 from saeflow.activations.tables.stream import TableReader
 from saeflow.model.sites import Site
 from saeflow.pipeline import import_table
-from saeflow.pipeline.identity import table_facts
-from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.lineage import Lineage, table_facts
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, load_recipe, parse_recipe
 from saeflow.recipe.synthetic import SyntheticConfig

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import pipeline_flow
-from saeflow.pipeline import collect, compact, encode, evaluate, import_table, report, run, sweep, tokens, train
+from saeflow.pipeline import collect, compact, encode, evaluate, import_table, report, stages, sweep, tokens, train
 from saeflow.pipeline.parts import Executor, Item, Made, PartWork, Tally, Through
 from saeflow.query import catalog
 from saeflow.recipe.recipe import load_recipe
 
 FUNCTIONS = (
     (tokens, "run"), (import_table, "run"), (train, "run_all"), (compact, "run"), (evaluate, "run"), (report, "run"),
-    (sweep, "run"), (catalog, "write_catalog"), (run, "summary"),
+    (sweep, "run"), (catalog, "write_catalog"), (stages, "summary"),
 )  # fmt: skip
 """What flows call whole."""
 

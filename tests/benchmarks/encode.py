@@ -37,8 +37,7 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.activations.synthetic import SuperposedFeatures
 from saeflow.model.sites import choose_site
-from saeflow.pipeline import compact as merging
-from saeflow.pipeline import encode, import_table, train
+from saeflow.pipeline import compact, encode, import_table, train
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.connection import require_checks
 from saeflow.recipe.recipe import Recipe, parse_recipe
@@ -115,10 +114,10 @@ def stage(store: Store, recipe: Recipe) -> float:
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
-def compact(store: Store, recipe: Recipe) -> float:
+def compaction(store: Store, recipe: Recipe) -> float:
     """Tokens/s of compacting the run that `stage` left."""
     began = time.perf_counter()
-    merging.run(Lineage(store, recipe), QUIET, 2)
+    compact.run(Lineage(store, recipe), QUIET, 2)
     return n_tokens(store, recipe) / (time.perf_counter() - began)
 
 
@@ -247,7 +246,7 @@ def speed(size: Size, figures: dict[str, Any]) -> list[Bar]:
             "tokens_per_s": found, "n_rows": size.n_rows, "bytes_per_value": n_bytes / run_of.total("n_values"),
             "plain_bytes_per_value": sum(path.stat().st_size for path in (folder / "plain").iterdir())
             / run_of.total("n_values"),
-            "checks_tokens_per_s": check(store, recipe), "compaction_tokens_per_s": compact(store, recipe),
+            "checks_tokens_per_s": check(store, recipe), "compaction_tokens_per_s": compaction(store, recipe),
         }  # fmt: skip
     return [
         ratio_bar(f"{size.name}: encode stage over the product alone", size.asked, found["stage"], found["product"]),

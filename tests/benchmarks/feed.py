@@ -30,8 +30,7 @@ from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import Packed
 from saeflow.model.sites import Site
-from saeflow.pipeline import collect
-from saeflow.recipe.settings import FeedConfig
+from saeflow.recipe.settings import ActivationsConfig, FeedConfig
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report
@@ -57,7 +56,7 @@ def make_store(folder: Path, n_bytes: int) -> None:
         owners = np.repeat(np.arange(n) // 8, LENGTH).reshape(n, LENGTH) + index * n
         packed = Packed(np.zeros((n, LENGTH), np.int32), owners)
         token_parts.write_part(source, index, counts, packed, pa.table({"document_id": np.unique(owners)}))
-        config = collect.ActivationsConfig(sites=[SITE.name])
+        config = ActivationsConfig(sites=[SITE.name])
         with target.new_part(index, counts) as place:
             writer = ArrayWriter(place / SITE.file, arrays.plan_layout(n, LENGTH, WIDTH, config), "float16")
             writer.append(np.roll(noise, index, axis=0))

@@ -12,8 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from saeflow.pipeline import run as pipeline
-from saeflow.pipeline.forecast import estimate as forecast
+from saeflow.pipeline import forecast, stages
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.runtime.progress import Progress
@@ -34,7 +33,7 @@ def compare(recipe: Recipe, figures: dict[str, Any]) -> list[Bar]:
     with tempfile.TemporaryDirectory(prefix="saeflow-forecast-", dir=ROOT / "data") as temporary:
         store = Store.create(temporary)
         foreseen = forecast.plan(store, recipe, quiet)
-        summary = pipeline.run(Lineage(store, recipe), quiet)
+        summary = stages.run(Lineage(store, recipe), quiet)
         n_bytes = sum(artefact.storage.footprint(artefact.path)[0] for artefact in store.artefacts())
     actual = {
         "bytes": n_bytes,
@@ -42,9 +41,9 @@ def compare(recipe: Recipe, figures: dict[str, Any]) -> list[Bar]:
         "seconds": sum(summary["seconds"].values()),
     }
     said = {"bytes": foreseen.n_bytes, "peak_bytes": foreseen.peak_bytes, "seconds": foreseen.seconds}
-    stages = {stage.name: [stage.peak_bytes, stage.seconds] for stage in foreseen.stages}
+    parts = {stage.name: [stage.peak_bytes, stage.seconds] for stage in foreseen.stages}
     real = {name: [summary["peak_bytes"][name], summary["seconds"][name]] for name in summary["seconds"]}
-    figures[recipe.name] = {"forecast": said, "actual": actual, "stages": {"forecast": stages, "actual": real}}
+    figures[recipe.name] = {"forecast": said, "actual": actual, "stages": {"forecast": parts, "actual": real}}
     return [
         Bar(f"{recipe.name}: {what}", asked, "<=", apart(said[name], actual[name]))
         for what, name, asked in (

@@ -30,8 +30,7 @@ from saeflow.activations.feed import Feed
 from saeflow.corpus.ledger import Ledger
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
-from saeflow.pipeline import collect as activations
-from saeflow.pipeline import encode
+from saeflow.pipeline import collect, encode
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import Executor
 from saeflow.query import catalog, runs
@@ -115,7 +114,7 @@ def verified(many: Many, taken: Taken, kind: str) -> None:
 def collected(many: Many, taken: Taken) -> None:
     """`saeflow collect` where nothing is missing."""
     with taken.timed():
-        activations.run(Lineage(many.store, many.recipe), QUIET, nothing)
+        collect.run(Lineage(many.store, many.recipe), QUIET, nothing)
 
 
 def encoded(many: Many, taken: Taken) -> None:

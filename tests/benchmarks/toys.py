@@ -26,12 +26,13 @@ from saeflow.activations.tables.source import load_table
 from saeflow.activations.tables.stream import InMemoryTable
 from saeflow.pipeline import import_table
 from saeflow.pipeline.lineage import Lineage
-from saeflow.pipeline.report import active_sets
-from saeflow.pipeline.train import Training, fit, open_feed
+from saeflow.pipeline.train import open_feed
 from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.store.store import Store
+from saeflow.train.group import fit
+from saeflow.train.training import Training
 from tests.benchmarks._bars import Bar, arguments, report
 
 RECIPES = Path(__file__).resolve().parents[2] / "flows" / "recipes"
@@ -41,6 +42,19 @@ ANIMALS = frozenset({"cat", "happy cat", "dog", "loyal dog"})
 MACHINES = frozenset({"robot", "AI assistant"})
 NOT_ANIMALS = MACHINES | {"not cat", "not dog"}
 LARGEST_ERROR = 0.001
+
+
+ACTIVE = 0.1
+"""A feature is drawn as active above this share of its own maximum."""
+
+
+def active_sets(labels: list[str], values: np.ndarray) -> dict[int, frozenset[str]]:
+    """Map each live feature to the rows on which it is above `ACTIVE` of its own maximum."""
+    sets = {}
+    for feature, column in enumerate(values.T):
+        if column.max() > 0:
+            sets[feature] = frozenset(np.array(labels)[column > ACTIVE * column.max()].tolist())
+    return sets
 
 
 def has_all_three(labels: list[str], values: np.ndarray) -> bool:

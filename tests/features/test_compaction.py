@@ -21,10 +21,9 @@ from saeflow.features.compaction import USUAL_MERGE, MergeSettings, feature_buck
 from saeflow.features.files import files_of
 from saeflow.features.schema import PART_TABLES, TOP, TOP_VOCAB, covered
 from saeflow.features.statistics import bands_of
-from saeflow.pipeline import compact, encode, train
-from saeflow.pipeline import run as pipeline
+from saeflow.pipeline import compact, encode, stages
 from saeflow.pipeline.lifecycle.forget import forget
-from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.lineage import Lineage, last_log_row
 from saeflow.query.ask import query
 from saeflow.query.connection import check, connect
 from saeflow.runtime.errors import UserError
@@ -194,7 +193,7 @@ def test_features_that_fire_together_are_the_same_however_much_memory_counting_h
 def test_a_compacted_run_is_not_encoded_again_and_compacting_twice_changes_nothing(copied):
     artefact = compacted(copied)
     before = tree(artefact.path)
-    summary = pipeline.run(Lineage(copied.store, copied.recipe), quiet())
+    summary = stages.run(Lineage(copied.store, copied.recipe), quiet())
     compacted(copied)
     assert tree(artefact.path) == before
     assert summary["n_values"] == copied.summary["n_values"]
@@ -260,7 +259,7 @@ def test_the_disk_must_hold_all_that_is_merged_and_what_of_the_corpus_is_not_enc
     parts = run.published().parts
     shutil.rmtree(run.part_path(parts[-1]))
     encode.run(Lineage(copied.store, copied.recipe), quiet())
-    l0 = train.last_row(Lineage(copied.store, copied.recipe).sae)["l0"]
+    l0 = last_log_row(Lineage(copied.store, copied.recipe).sae)["l0"]
     assert asked == [pytest.approx(8 * l0 * parts[-1].counts["n_tokens"], abs=1)]
     compacted(copied)
     assert asked[1:] == [sum(part.n_bytes for part in parts)]
@@ -322,7 +321,7 @@ def test_several_saes_encoded_in_one_reading_are_those_of_their_own_runs(finishe
     for store in stores:
         shutil.copytree(finished.store.root, store.root)
         for recipe in recipes:
-            pipeline.stages(recipe)["train"](Lineage(store, recipe), quiet())
+            stages.stages_of(recipe)["train"](Lineage(store, recipe), quiet())
     encode.run_together([Lineage(stores[0], recipe) for recipe in recipes], quiet())
     for recipe in recipes:
         encode.run(Lineage(stores[1], recipe), quiet())

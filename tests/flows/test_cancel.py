@@ -14,7 +14,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
-from saeflow.pipeline import run as pipeline
+from saeflow.pipeline import stages
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe
 from saeflow.store.artefact import Artefact
@@ -108,7 +108,7 @@ def test_a_run_cancelled_on_the_page_ends_in_seconds_and_the_next_one_finishes_i
     with target.writing():
         pass  # nobody holds its lock
 
-    pipeline.run(Lineage(store, recipe), quiet())
+    stages.run(Lineage(store, recipe), quiet())
     assert tree(store.root) == tree(finished.store.root)
 
 

@@ -26,18 +26,12 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows.collect import collect_as_tasks
-from flows.encode import encode_as_tasks, encode_flow
-from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
+from flows.stages import collect_as_tasks, encode_as_tasks, encode_flow, evaluate_flow, tokens_flow
 from flows.support import page
 from flows.support.reporting import reporting
 from flows.support.tasks import Attempts, Tasks
-from flows.tokens import tokens_flow
-from saeflow.pipeline import collect as activations
-from saeflow.pipeline import encode as features
-from saeflow.pipeline import run as pipeline
-from saeflow.pipeline import sweep, train
+from saeflow.pipeline import collect, encode, stages, sweep, train
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import Here, PartMaker, PartWork, Records, Tally
 from saeflow.recipe.recipe import Recipe, parse_recipe
@@ -163,7 +157,7 @@ def collect_telling(recipe: Recipe, store: str) -> None:
 
     with reporting("collect", page_seconds=0.2, log_seconds=0.2) as progress:
         lineage = Lineage(Store.create(store), recipe)
-        activations.run(lineage, progress, lambda executor: Tasks("collect", Watched(executor, before=warn)))
+        collect.run(lineage, progress, lambda executor: Tasks("collect", Watched(executor, before=warn)))
 
 
 def test_what_saeflow_says_and_warns_of_is_in_the_log_of_the_run(upstream: Store, finished: Finished) -> None:
@@ -200,6 +194,8 @@ def test_a_second_run_does_nothing_twice_and_says_so(
     assert summary["n_tokens"] == finished.summary["n_tokens"]
     collected = task_runs("saeflow-collect", flowed)
     assert len(collected) == len({run.name for run in collected}), "a finished part was given to a task again"
+    for stage in ("collect", "encode"):
+        assert f"{stage} small: 0 parts" in {run.name for run in runs(f"saeflow-{stage}", flowed)}
 
 
 def collect_failing(recipe: Recipe, store: Store, error: Exception, times: int, tried: list[int]) -> None:
@@ -239,7 +235,7 @@ def test_a_part_that_always_fails_fails_the_flow_and_publishes_nothing(upstream:
 
 def test_after_a_failure_no_task_works_on_without_the_lock(upstream: Store, finished: Finished) -> None:
     two_at_once = finished.recipe.model_copy(update={"threads": 2})
-    for stage in (activations.run, train.run):
+    for stage in (collect.run, train.run):
         stage(Lineage(upstream, two_at_once), quiet())
     begun, ended, another = list[int](), list[int](), threading.Event()
 
@@ -365,13 +361,13 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     data = finished.recipe.model_dump(mode="json") | {"sweep": {"grid": {"sae.k": [2, 4], "train.n_tokens": [3000]}}}
     recipe = parse_recipe(data)
     summary = pipeline_flow(recipe, str(upstream.root))
-    pipeline.run(Lineage(Store.create(tmp_path / "alone"), recipe), quiet())
+    stages.run(Lineage(Store.create(tmp_path / "alone"), recipe), quiet())
     assert tree(upstream.root / "saes") == tree(tmp_path / "alone" / "saes")
     assert tree(upstream.root / "sweeps") == tree(tmp_path / "alone" / "sweeps")
     assert sorted(run.name for run in task_runs("saeflow-train", upstream)) == ["judge", "train"]
     assert not (upstream.root / "features").exists()
     encoded = encode_flow(recipe, str(upstream.root))
-    features.run_all(Lineage(Store.create(tmp_path / "alone"), recipe), quiet())
+    encode.run(Lineage(Store.create(tmp_path / "alone"), recipe), quiet())
     assert tree(upstream.root / "features") == tree(tmp_path / "alone" / "features")
     assert len(encoded) == len(upstream.artefacts("features")) == 2
     with get_client(sync_client=True) as client:

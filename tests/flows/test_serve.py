@@ -36,7 +36,7 @@ from typer.testing import CliRunner
 from flows.gc import gc_flow
 from flows.ingest import ingest_flow
 from flows.retrain import retrain_flow
-from flows.support import gpu
+from flows.support import tasks
 from flows.support.deployments import TAG, deployments, keep_what_was_set
 from flows.support.serve import ZOMBIES, others, set_zombie_automation
 from flows.tidy import tidy_flow
@@ -324,20 +324,20 @@ def test_there_is_one_zombie_automation_however_often_it_is_set(server: Server) 
 
 @pytest.mark.usefixtures("_here")
 def test_a_flow_that_uses_a_gpu_holds_one_of_its_slots(server: Server, night: Night) -> None:
-    gpu.set_limit(2)
-    gpu.set_limit(1)
-    limit = server.get(f"v2/concurrency_limits/{gpu.LIMIT}")["limit"]
+    tasks.set_limit(2)
+    tasks.set_limit(1)
+    limit = server.get(f"v2/concurrency_limits/{tasks.LIMIT}")["limit"]
     assert limit == 2, "what is set on the server was overwritten by the number of this machine"
 
     def taken() -> Any:
-        return server.get(f"v2/concurrency_limits/{gpu.LIMIT}")["active_slots"]
+        return server.get(f"v2/concurrency_limits/{tasks.LIMIT}")["active_slots"]
 
-    with gpu.gpu_slot(night.recipe, "cpu", "cpu"):
+    with tasks.gpu_slot(night.recipe, "cpu", "cpu"):
         assert taken() == 0
-    with gpu.gpu_slot(night.recipe, "cpu", "cuda"):
+    with tasks.gpu_slot(night.recipe, "cpu", "cuda"):
         assert taken() == 1
     on_workers = night.recipe.model_copy(update={"cluster": ClusterConfig(address="tcp://127.0.0.1:8786")})
-    with gpu.gpu_slot(on_workers, "cuda"):
+    with tasks.gpu_slot(on_workers, "cuda"):
         assert taken() == 0
     assert taken() == 0
 

@@ -24,7 +24,7 @@ from saeflow.model.load import load_model, load_tokenizer
 from saeflow.model.sites import SiteReader, predicts_next_token, require_length, resolve_sites, spliced
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
-from saeflow.pipeline.run import run
+from saeflow.pipeline.stages import run
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.errors import UserError

@@ -21,7 +21,7 @@ from saeflow.activations.shards import stored_sites
 from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus import token_parts
 from saeflow.model.load import load_model
-from saeflow.model.sites import Site, choose_site
+from saeflow.model.sites import Site, SiteReader, choose_site
 from saeflow.pipeline import collect, import_table, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
@@ -230,7 +230,7 @@ def test_a_disk_that_cannot_be_written_past_its_cache_is_written_through_it(tmp_
 
 def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:
     """Let the second batch of the model's output hold `value`."""
-    real, calls = collect.SiteReader.read, []
+    real, calls = SiteReader.read, []
 
     def read(self, vocab_ids, mask):
         found = real(self, vocab_ids, mask)
@@ -241,7 +241,7 @@ def spoil(monkeypatch, value: float, at: tuple[int, int, int]) -> None:
             found[SITE][at] = value
         return found
 
-    monkeypatch.setattr(collect.SiteReader, "read", read)
+    monkeypatch.setattr(SiteReader, "read", read)
 
 
 @pytest.mark.parametrize(

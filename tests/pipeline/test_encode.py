@@ -16,10 +16,9 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import part_encoder
-from saeflow.features.part_encoder import PartWriter
+from saeflow.features.part_encoder import PartEncoder, PartWriter, encode_together, part_inputs
 from saeflow.model.sites import Site
-from saeflow.pipeline import collect, import_table, tokens, train
-from saeflow.pipeline import encode as features
+from saeflow.pipeline import collect, encode, import_table, tokens, train
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.query.ask import ask
 from saeflow.query.connection import check, connect, parts_to_check
@@ -99,7 +98,7 @@ def values_of(artefact: Artefact, name: str = "token_major") -> list[tuple[int, 
 
 
 def encoded(where: Store, recipe: Recipe) -> Artefact:
-    return features.run(Lineage(where, recipe), quiet())
+    return encode.run(Lineage(where, recipe), quiet())
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def trained(ingredients, tmp_path_factory):
         sae = {"architecture": architecture, "l1_weight": 0.3}
         data: dict[str, Any] = recipe_data(ingredients, name=architecture, sae=sae, tokens={"packing": "isolated"})
         recipe = recipes[architecture] = parse_recipe(data)
-        for stage in (tokens.run, collect.run, train.run, features.run):
+        for stage in (tokens.run, collect.run, train.run, encode.run):
             stage(Lineage(store, recipe), quiet())
     return store, recipes
 
@@ -198,23 +197,19 @@ def brought(tmp_path_factory):
     return store, recipe, source
 
 
-def encoder_of(brought, stored: Artefact, name: str) -> features.PartEncoder:
+def encoder_of(brought, stored: Artefact, name: str) -> PartEncoder:
     """The one trained SAE before other activations and a new artefact."""
     store, recipe, _ = brought
     source = store.input_of(stored, "tokens")
     target = store.artefact("features", name, "00000000")
     target.create({"context_length": 1, "n_features": recipe.sae.n_features}, [source.id, stored.id, "saes/x-0"])
     sae = interchange.load(Lineage(store, recipe).sae.path)
-    return features.PartEncoder(
-        TokenSelection(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows
-    )
+    return PartEncoder(TokenSelection(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows)
 
 
-def encode_all(encoder: features.PartEncoder) -> Artefact:
+def encode_all(encoder: PartEncoder) -> Artefact:
     with quiet().bar("features", None, "tokens") as bar:
-        encoder.target.publish(
-            [features.encode_together([encoder], part, bar)[0] for part in encoder.stored.published().parts]
-        )
+        encoder.target.publish([encode_together([encoder], part, bar)[0] for part in encoder.stored.published().parts])
     return encoder.target
 
 
@@ -284,7 +279,7 @@ def test_encoding_before_training_says_what_to_run(tmp_path, progress):
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table(50))))
     import_table.run(Lineage(store, recipe), progress)
     with pytest.raises(UserError, match=r"saes/brought-.* is not trained\. Run `saeflow train"):
-        features.run(Lineage(store, recipe), progress)
+        encode.run(Lineage(store, recipe), progress)
 
 
 def test_a_run_names_what_it_was_made_from(trained):
@@ -382,10 +377,8 @@ def test_a_part_that_vanished_since_it_was_encoded_is_not_left_out_silently(trai
     run = Lineage(store, recipe).features
     before = run.published()
     used = Ancestors(store, run).selection()
-    inputs = {
-        part.index: features.part_inputs(used, part) for part in Lineage(store, recipe).activations.published().parts
-    }
+    inputs = {part.index: part_inputs(used, part) for part in Lineage(store, recipe).activations.published().parts}
     shutil.rmtree(run.part_path(before.parts[1]))
     with pytest.raises(UserError, match=r"Part 1 of .* is gone"):
-        features.publish(store, run, used, inputs, quiet())
+        encode.publish(store, run, used, inputs, quiet())
     assert run.published() == before

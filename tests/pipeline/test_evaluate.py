@@ -116,7 +116,11 @@ def held_out(store, recipe, site):
 
 
 def judged(finished, sae, **changes):
-    return evaluate.judge(Lineage(finished.store, finished.recipe.model_copy(update=changes)), sae, quiet())
+    return judge(Lineage(finished.store, finished.recipe.model_copy(update=changes)), sae, quiet())
+
+
+def judge(lineage, sae, progress):
+    return evaluate.judge_together(lineage, [sae], progress)[0].figures
 
 
 def test_judging_needs_no_trained_autoencoder_and_no_features(finished, rows):
@@ -185,7 +189,7 @@ def test_how_the_corpus_is_cut_into_parts_does_not_matter(tmp_path, ingredients,
         tokens.run(Lineage(store, recipe), progress)
         n_parts = len(collect.run(Lineage(store, recipe), progress).published().parts)
         model = evaluate._language_model(Lineage(store, recipe), sae, torch.ones(WIDTH), progress)
-        found.append((n_parts, evaluate.judge(Lineage(store, recipe), sae, progress), model))
+        found.append((n_parts, judge(Lineage(store, recipe), sae, progress), model))
     assert found[0][0] > found[1][0] > found[2][0] == 1
     for _, figures, model in found[1:]:
         assert_equal_figures(figures, found[0][1], rel=1e-9)
@@ -198,7 +202,7 @@ def test_how_a_table_is_cut_into_parts_does_not_matter(tmp_path, progress):
         recipe = parse_recipe(brought_data(path, activations={"part_rows": part_rows}))
         store = Store.create(tmp_path / str(part_rows))
         import_table.run(Lineage(store, recipe), progress)
-        found.append(evaluate.judge(Lineage(store, recipe), Fake(lambda x: x.relu(), 12), progress))
+        found.append(judge(Lineage(store, recipe), Fake(lambda x: x.relu(), 12), progress))
     assert_equal_figures(found[0], found[1], rel=1e-9)
     assert_equal_figures(found[0], found[2], rel=1e-9)
 
@@ -284,14 +288,14 @@ def target_rows(store, recipe):
 
 def test_a_transcoder_is_judged_on_what_it_should_reconstruct(two_sites, progress):
     store, recipe, mlp = two_sites
-    exact = evaluate.judge(Lineage(store, recipe), Fake(mlp, 16), progress)
+    exact = judge(Lineage(store, recipe), Fake(mlp, 16), progress)
     assert exact["variance_unexplained"] == pytest.approx(0, abs=1e-10)
     assert exact["shrinkage"] == pytest.approx(1, abs=1e-5)
     y = target_rows(store, recipe).double()
     assert exact["n_tokens"] == len(y)
-    mean = evaluate.judge(Lineage(store, recipe), Fake(lambda x: y.mean(0).expand(len(x), -1), 16), progress)
+    mean = judge(Lineage(store, recipe), Fake(lambda x: y.mean(0).expand(len(x), -1), 16), progress)
     assert mean["variance_unexplained"] == pytest.approx(1, abs=1e-9)
-    assert evaluate.judge(Lineage(store, recipe), identity(), progress)["variance_unexplained"] > 0.5
+    assert judge(Lineage(store, recipe), identity(), progress)["variance_unexplained"] > 0.5
 
 
 def test_a_transcoder_that_is_the_mlp_recovers_everything(two_sites, progress):
@@ -327,7 +331,7 @@ def test_a_target_that_is_not_stored_is_named(two_sites, progress):
     store, recipe, mlp = two_sites
     about = recipe.sae.model_copy(update={"target_site": "transformer.h.7"})
     with pytest.raises(UserError, match=r"sae\.target_site is 'transformer\.h\.7'; the sites are: .*h\.0\.mlp"):
-        evaluate.judge(Lineage(store, recipe.model_copy(update={"sae": about})), Fake(mlp, 16), progress)
+        judge(Lineage(store, recipe.model_copy(update={"sae": about})), Fake(mlp, 16), progress)
 
 
 def test_the_loss_is_that_of_predicting_each_held_out_token_from_those_before_it(finished):

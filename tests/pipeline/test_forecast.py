@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 
-from saeflow.pipeline import run as pipeline
-from saeflow.pipeline.forecast import estimate as forecast
-from saeflow.pipeline.forecast import trial_run
-from saeflow.pipeline.forecast.survey import Survey, survey
-from saeflow.pipeline.forecast.trial import trial_recipe
+from saeflow.pipeline import forecast, stages, trial
+from saeflow.pipeline.forecast import Survey, survey_corpus
 from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.trial import trial_recipe
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import measure_usage
@@ -76,13 +74,13 @@ def test_the_pool_holds_the_store_or_two_halves(recipe: Recipe) -> None:
 
 
 def test_the_survey_counts_every_character_and_samples_pieces_of_it(recipe: Recipe) -> None:
-    surveyed = survey(recipe, quiet())
+    surveyed = survey_corpus(recipe, quiet())
     texts = [row["text"] for row in documents()]
     assert (surveyed.n_documents, surveyed.n_characters) == (len(texts), sum(map(len, texts)))
     assert 0 < surveyed.n_held_out < surveyed.n_characters
     assert 16 < len(surveyed.pieces) <= 256
     assert all(piece in text for piece in surveyed.pieces for text in texts if text.startswith(piece[:60]) and piece)
-    assert surveyed == survey(recipe, quiet())
+    assert surveyed == survey_corpus(recipe, quiet())
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -90,7 +88,7 @@ def test_tokens_are_counted_over_all_the_pieces_with_a_bos_a_document(
     recipe: Recipe, finished: Finished, bos: bool
 ) -> None:
     changed = recipe.model_copy(update={"tokens": recipe.tokens.model_copy(update={"prepend_bos": bos})})
-    surveyed = survey(recipe, quiet())
+    surveyed = survey_corpus(recipe, quiet())
     exact = Lineage(finished.store, finished.recipe).tokens.published().total("n_tokens")
     assert forecast.count_tokens(changed, surveyed) == exact + bos * surveyed.n_documents
     halved = Survey(66, 2 * surveyed.n_characters, 0, surveyed.pieces)
@@ -110,11 +108,10 @@ def test_the_forecast_of_a_small_run_is_near_what_it_takes(recipe: Recipe, tmp_p
     store = Store.create(tmp_path / "store")
     found = forecast.plan(store, recipe, quiet())
     assert not store.artefacts()
-    summary = pipeline.run(Lineage(store, recipe), quiet())
+    summary = stages.run(Lineage(store, recipe), quiet())
     assert found.n_tokens == pytest.approx(summary["n_tokens"], rel=0.15)
     stored = Lineage(store, recipe).activations.published()
-    collect = found.stage("collect")
-    assert collect is not None
+    [collect] = [stage for stage in found.stages if stage.name == "collect"]
     assert collect.n_bytes == pytest.approx(sum(part.n_bytes for part in stored.parts), rel=0.35)  # tiny files
     assert found.peak_bytes > 100 << 20
     assert forecast.known_forecast(store, recipe) == found
@@ -126,17 +123,17 @@ def test_the_forecast_of_a_small_run_is_near_what_it_takes(recipe: Recipe, tmp_p
 def test_what_a_stage_refuses_in_the_trial_is_said_in_its_own_words(recipe: Recipe, tmp_path: Path) -> None:
     wrong = recipe.model_copy(update={"activations": recipe.activations.model_copy(update={"sites": ["no.such.site"]})})
     with pytest.raises(UserError) as direct:
-        pipeline.run(Lineage(Store.create(tmp_path / "direct"), wrong), quiet())
+        stages.run(Lineage(Store.create(tmp_path / "direct"), wrong), quiet())
     (tmp_path / "recipe.json").write_text(wrong.model_dump_json())
     command = [
         sys.executable,
         "-m",
-        "saeflow.pipeline.forecast.trial_run",
+        "saeflow.pipeline.trial",
         str(tmp_path / "recipe.json"),
         str(tmp_path / "store"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == trial_run.REFUSED
+    assert done.returncode == trial.REFUSED
     assert json.loads(done.stdout.splitlines()[-1]) == {"refused": str(direct.value)}
     with pytest.raises(UserError) as planned:
         forecast.plan(Store.create(tmp_path / "planned"), wrong, quiet())
@@ -154,7 +151,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
 
 def test_a_table_needs_no_forecast_and_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its rows × its columns"):
-        survey(parse_recipe(brought_data(tmp_path / "table.npy")), quiet())
+        survey_corpus(parse_recipe(brought_data(tmp_path / "table.npy")), quiet())
 
 
 def test_the_peak_of_a_piece_of_work_is_its_own() -> None:
@@ -187,6 +184,6 @@ def test_a_sweep_is_forecast_as_so_many_trainings_and_no_features(recipe: Recipe
     )
     assert [stage.name for stage in one.stages] == ["tokens", "collect", "train", "encode", "evaluate", "report"]
     assert [stage.name for stage in three.stages] == ["tokens", "collect", "train", "evaluate"]
-    trains = [each.stage("train") for each in (one, three)]
+    trains = [stage for each in (one, three) for stage in each.stages if stage.name == "train"]
     assert [stage and stage.n_bytes for stage in trains] == [77, 3 * 77]
     assert [stage and round(stage.seconds) for stage in trains] == [1 + 100, 1 + 300]  # 10,000 tokens at 100/s

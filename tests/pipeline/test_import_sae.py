@@ -16,12 +16,9 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.corpus import token_parts
 from saeflow.model.sites import choose_site
-from saeflow.pipeline import collect, evaluate, tokens, train
-from saeflow.pipeline import encode as features
-from saeflow.pipeline import run as pipeline
-from saeflow.pipeline.forecast import estimate as forecast
+from saeflow.pipeline import collect, encode, evaluate, forecast, stages, tokens, train
 from saeflow.pipeline.lifecycle import forget
-from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.lineage import Lineage, last_log_row
 from saeflow.query.ask import ask
 from saeflow.query.connection import check, connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
@@ -98,7 +95,7 @@ def test_an_imported_autoencoder_is_encoded_judged_and_asked(
     assert "L0" in said.out
 
     recipe = recipe_of(ingredients, folder)
-    for stage in pipeline.stages(recipe).values():
+    for stage in stages.stages_of(recipe).values():
         stage(Lineage(store, recipe), quiet())
     wanted = wanted_values(store, recipe)
     with connect(store, Lineage(store, recipe).features.id) as connection:
@@ -113,10 +110,10 @@ def test_an_imported_autoencoder_is_encoded_judged_and_asked(
         about = connection.execute("select architecture, n_features, k from runs where is_current").fetchone()
     assert about == ("jumprelu", F, None)
     made = Lineage(store, recipe).sae
-    l0 = train.last_row(made)["l0"]
+    l0 = last_log_row(made)["l0"]
     assert l0 == pytest.approx(len(wanted) / len({token for token, _ in wanted}), rel=0.2)
     quality = read_json(Lineage(store, recipe).features.path / "quality.json")
-    assert 0 < quality["variance_unexplained"] == pytest.approx(train.last_row(made)["variance_unexplained"], rel=0.2)
+    assert 0 < quality["variance_unexplained"] == pytest.approx(last_log_row(made)["variance_unexplained"], rel=0.2)
 
 
 def test_an_import_is_published_as_our_own_and_says_where_it_is_from(
@@ -157,7 +154,7 @@ def test_one_of_our_own_is_imported_into_another_name_with_the_same_values(
 ) -> None:
     own = Lineage(finished.store, finished.recipe).sae.path
     recipe = parse_recipe(recipe_data(ingredients, name="again", data="small", sae={"source": str(own)}))
-    for stage in (train.run, features.run, evaluate.run):
+    for stage in (train.run, encode.run, evaluate.run):
         stage(Lineage(store, recipe), quiet())
     first, again = (Lineage(s, r).features.path for s, r in ((finished.store, finished.recipe), (store, recipe)))
 
@@ -194,7 +191,7 @@ def test_a_k_that_is_not_the_folders_is_refused(store: Store, tmp_path: Path, in
     with pytest.raises(UserError, match=r"sae\.k is 4, but the SAE in .* has 7"):
         train.run(Lineage(store, recipe_of(ingredients, folder)), quiet())
     made = train.run(Lineage(store, recipe_of(ingredients, folder, k=7)), quiet())
-    assert train.last_row(made)["l0"] == 7
+    assert last_log_row(made)["l0"] == 7
 
 
 def test_vectors_of_another_width_are_refused_with_the_sites_that_fit(
@@ -231,7 +228,7 @@ def test_a_transcoder_is_imported_onto_two_sites(tmp_path: Path, ingredients: In
     with pytest.raises(UserError, match=rf"has vectors of 16, but .* of {WIDTH}\.\nSet sae\.target_site to {target}"):
         train.run(Lineage(store, to_wide), quiet())
     recipe = parse_recipe(data | {"sae": data["sae"] | {"target_site": target}})
-    for stage in (train.run, features.run, evaluate.run):
+    for stage in (train.run, encode.run, evaluate.run):
         stage(Lineage(store, recipe), quiet())
     wanted, made = wanted_values(store, recipe), Lineage(store, recipe).features
     assert made.published().total("n_values") == len(wanted)

@@ -24,12 +24,9 @@ from typer.testing import CliRunner
 from saeflow.cli import app as cli
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Entry, Ledger
-from saeflow.pipeline import collect as activations
-from saeflow.pipeline import encode as features
-from saeflow.pipeline import run as pipeline
-from saeflow.pipeline import tokens, train
+from saeflow.pipeline import collect, encode, stages, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open, workers_of
-from saeflow.pipeline.lifecycle import deletions, ingest, retrain
+from saeflow.pipeline.lifecycle import forget, ingest
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import PartWork
 from saeflow.query.ask import query
@@ -187,7 +184,7 @@ def test_a_changed_document_takes_the_place_of_the_old_one(night: Watched) -> No
 def test_every_published_run_over_the_activations_follows(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
-    pipeline.run(Lineage(night.store, other), quiet())
+    stages.run(Lineage(night.store, other), quiet())
     night.drop(NEW)
     summary = night.ingest()
     grown = {name: parts for name, parts in summary["parts"].items() if name.startswith("features/")}
@@ -203,7 +200,7 @@ def test_a_run_that_is_being_written_follows_later_and_one_that_cannot_is_named_
 ) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
-    pipeline.run(Lineage(night.store, other), quiet())
+    stages.run(Lineage(night.store, other), quiet())
     night.drop(NEW)
     name = Lineage(night.store, other).features.id
     with Lineage(night.store, other).features.writing():
@@ -230,7 +227,7 @@ def test_published_runs_follow_though_the_recipes_own_cannot_be_made_and_it_is_n
 def test_whatever_ends_one_run_the_others_follow(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "a", "data": "small", "sae": data["sae"] | {"k": 2}})
-    pipeline.run(Lineage(night.store, other), quiet())
+    stages.run(Lineage(night.store, other), quiet())
     first, own = (Lineage(night.store, each).features for each in (other, night.recipe))
     night.drop(NEW)
 
@@ -260,7 +257,7 @@ def test_a_run_that_was_never_finished_keeps_no_other_from_following_or_being_co
     night.drop(NEW)
     night.ingest()
     assert night.says(WORD)
-    pipeline.compact(Lineage(night.store, night.recipe), quiet())
+    stages.compact_store(Lineage(night.store, night.recipe), quiet())
     assert len(Lineage(night.store, night.recipe).features.published().parts) == 1
 
 
@@ -271,25 +268,30 @@ def test_the_catalog_is_written_though_a_run_cannot_be_compacted(
         raise UserError("no room")
 
     (night.store.root / "catalog.sql").unlink()
-    monkeypatch.setattr(features, "add_tables", broken)
+    monkeypatch.setattr(encode, "add_tables", broken)
     with pytest.raises(UserError, match="no room"):
-        pipeline.compact(Lineage(night.store, night.recipe), quiet())
+        stages.compact_store(Lineage(night.store, night.recipe), quiet())
     assert (night.store.root / "catalog.sql").is_file()
 
 
 def test_new_parts_are_encoded_and_checked_as_the_recipe_says(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
-    about = {"device": "cpu", "batch_rows": 7, "check_values": 0}
-    recipe, cluster, bars = parse_recipe(data | {"features": about}), FakeCluster(), set[str]()
+    about = {"device": "cpu", "batch_rows": 7, "check_values": 3}
+    recipe, cluster, totals = parse_recipe(data | {"features": about}), FakeCluster(), dict[str, int | None]()
     on_it = recipe.model_copy(update={"cluster": on_a_cluster(night).cluster})
-    night.drop(NEW)
+    run = Lineage(night.store, night.recipe).features
+    before = {part.folder for part in run.published().parts}
+    night.drop({f"many{number}.txt": row["text"] for number, row in enumerate(documents(40, seed=5)[6:])})
     with kept_open(cluster.join):
-        ingest.run(Lineage(night.store, on_it), Progress(verbosity=-1, listener=lambda bar: bars.add(bar.stage)))
+        hear = Progress(verbosity=-1, listener=lambda bar: totals.update({bar.stage: bar.total}))
+        ingest.run(Lineage(night.store, on_it), hear)
     [work] = [each for each in cluster.works if each.maker.name == "features-encode"]
     assert work.settings["features"] == recipe.features.model_dump(mode="json")
     assert work.n_at_once == n_threads(recipe.threads)
-    assert "features" in bars
-    assert "checks" not in bars, "none was asked for"
+    assert "features" in totals
+    fresh = [part for part in run.published().parts if part.folder not in before]
+    assert len(fresh) > 1
+    assert totals["checks"] == fresh[-1].counts["n_values"], "one part has more than 3 values: it alone is checked"
 
 
 def test_a_disk_without_room_for_the_new_values_is_said_before_they_are_encoded(
@@ -313,7 +315,7 @@ def on_a_cluster(night: Watched) -> Recipe:
 def test_workers_encode_what_an_ingest_found_where_the_recipe_has_a_cluster(night: Watched) -> None:
     night.drop(NEW)
     tokens.run(Lineage(night.store, night.recipe), quiet())
-    activations.run(Lineage(night.store, night.recipe), quiet())
+    collect.run(Lineage(night.store, night.recipe), quiet())
     cluster = FakeCluster()
     with kept_open(cluster.join):
         ingest.run(Lineage(night.store, on_a_cluster(night)), quiet())
@@ -352,14 +354,14 @@ def test_a_stage_holds_a_place_while_it_works_and_an_ingest_of_nothing_new_waits
     night.drop(NEW)
     ingest.run(Lineage(night.store, night.recipe), quiet(), place)
     assert asked() == ["collect", "encode"]
-    retrain.run(Lineage(night.store, night.recipe), quiet(), place=place)
+    ingest.retrain(Lineage(night.store, night.recipe), quiet(), place=place)
     assert asked() == ["train", "encode", "compact", "evaluate", "report"]
-    pipeline.compact(Lineage(night.store, night.recipe), quiet(), place=place)
+    stages.compact_store(Lineage(night.store, night.recipe), quiet(), place=place)
     assert asked() == []
 
 
 def test_a_place_is_that_of_a_gpu_that_the_stage_would_use(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.support import gpu
+    from flows.support import tasks
 
     taken: list[str] = []
 
@@ -368,14 +370,14 @@ def test_a_place_is_that_of_a_gpu_that_the_stage_would_use(night: Watched, monke
         taken.append("a place")
         yield
 
-    monkeypatch.setattr(gpu, "concurrency", counted)
+    monkeypatch.setattr(tasks, "concurrency", counted)
     data = night.recipe.model_dump(mode="json")
 
     def stages_on_gpu(**changes: Any) -> set[str]:
         recipe, found = parse_recipe(data | changes), set[str]()
         for stage in ("tokens", "collect", "train", "encode", "compact", "evaluate", "report"):
             taken.clear()
-            with gpu.places(recipe)(stage):
+            with tasks.places(recipe)(stage):
                 found |= {stage} if taken else set()
         return found
 
@@ -398,14 +400,14 @@ def test_a_training_is_asked_for_by_the_next_ingest_where_the_one_that_read_the_
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(activations, "run", killed)
+        patched.setattr(collect, "run", killed)
         with pytest.raises(OSError, match="the disk is gone"):
             night.ingest()
     found = night.ingest()
     assert found["n_documents"] == 0
     assert has_grown(night.recipe, found)
     assert has_grown(night.recipe, night.ingest()), "asked again until an SAE is trained"
-    retrain.run(Lineage(night.store, night.recipe), quiet())
+    ingest.retrain(Lineage(night.store, night.recipe), quiet())
     assert not has_grown(night.recipe, night.ingest())
     assert not has_grown(night.with_schedule(train_growth=0.0).recipe, found)
     assert not has_grown(night.recipe, {"grown": math.inf}), "the first SAE is at work elsewhere"
@@ -415,7 +417,7 @@ def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_sta
     night: Watched,
 ) -> None:
     data = night.recipe.model_dump(mode="json")
-    pipeline.run(
+    stages.run(
         Lineage(night.store, parse_recipe(data | {"name": "other", "corpus": {**data["corpus"], "share": 0.5}})),
         quiet(),
     )
@@ -437,12 +439,12 @@ def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_sta
 def test_of_the_recipes_own_runs_only_the_newest_follow_where_it_keeps_so_many(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
-    pipeline.run(Lineage(night.store, other), quiet())
+    stages.run(Lineage(night.store, other), quiet())
     own = [Lineage(night.store, night.recipe).features]
     for number in range(2):
         night.drop({f"{number}.txt": FIRST["00.txt"]})
         night.ingest()
-        retrain.run(Lineage(night.store, night.recipe), quiet())
+        ingest.retrain(Lineage(night.store, night.recipe), quiet())
         own.append(Lineage(night.store, night.recipe).features)
     night = night.with_schedule(keep_runs=2)
     night.drop(NEW)
@@ -521,7 +523,7 @@ def test_a_document_deleted_while_the_corpus_is_looked_through_is_forgotten_by_t
     night.lose("05.txt")
 
     def deleted_meanwhile(*arguments: Any) -> Any:
-        found = deletions.forget_removed(*arguments)
+        found = forget.forget_removed(*arguments)
         night.lose("06.txt")
         return found
 
@@ -546,7 +548,7 @@ def test_of_documents_of_one_key_the_one_that_is_gone_goes(ingredients: Ingredie
     store = Store.create(tmp_path / "store")
     tokens.run(Lineage(store, recipe), quiet())
     write(WORD)
-    found = deletions.forget_removed(Lineage(store, recipe), quiet())
+    found = forget.forget_removed(Lineage(store, recipe), quiet())
     source = tokens.run(Lineage(store, recipe), quiet())
     [hidden] = source.published().hidden_ids
     assert (found.n, hidden) == (1, 0)
@@ -563,7 +565,7 @@ def looked_through(
 ) -> set[int]:
     """Places of what is gone from the corpus."""
     ledger = Ledger.of([(entry.key, entry.document.content_hash) for entry, _ in stored])
-    deletions.look_through(ledger, (Document(key, text, "files") for key, text in now), about)
+    forget.look_through(ledger, (Document(key, text, "files") for key, text in now), about)
     return set(ledger.ids_not_met().tolist())
 
 
@@ -619,20 +621,20 @@ def test_of_equal_texts_one_is_kept_while_one_of_them_is_there(ingredients: Ingr
 
 def test_growth_counts_from_the_newest_sae_and_a_new_one_is_trained_once_it_is_enough(night: Watched) -> None:
     store, recipe = night.store, night.recipe
-    assert retrain.grown(Lineage(store, recipe)) == 0
+    assert ingest.grown(Lineage(store, recipe)) == 0
     night.drop(NEW)
     growth = night.ingest()["grown"]
     stored = Lineage(store, recipe).activations
     now, then = (stored.generation(n).total("n_train_tokens") for n in (2, 1))  # type: ignore[union-attr]
     assert growth == pytest.approx(now / then - 1)
     assert growth > 0
-    assert retrain.run(Lineage(store, recipe), quiet(), share=growth * 1.01)["trained"] == []
+    assert ingest.retrain(Lineage(store, recipe), quiet(), share=growth * 1.01)["trained"] == []
     before = Lineage(store, recipe).features.id
-    made = retrain.run(Lineage(store, recipe), quiet(), share=growth)
+    made = ingest.retrain(Lineage(store, recipe), quiet(), share=growth)
     assert made["trained"] == [Lineage(store, recipe).sae.id]
     assert made["runs"] == [Lineage(store, recipe).features.id] != [before]
-    assert retrain.grown(Lineage(store, recipe)) == 0
-    assert retrain.run(Lineage(store, recipe), quiet(), share=growth)["trained"] == []
+    assert ingest.grown(Lineage(store, recipe)) == 0
+    assert ingest.retrain(Lineage(store, recipe), quiet(), share=growth)["trained"] == []
     assert {row["key"] for row in night.sql("select key from documents")} == {*FIRST, *NEW}
     assert ingest.run(Lineage(store, recipe), quiet())["trained"] is False
 
@@ -642,10 +644,10 @@ def test_growth_is_known_after_old_generations_were_collected(night: Watched) ->
     growth = night.ingest()["grown"]
     garbage.collect_garbage(night.store, 0, remove=True)
     assert Lineage(night.store, night.recipe).activations.numbers() == [2]
-    assert retrain.grown(Lineage(night.store, night.recipe)) == growth
+    assert ingest.grown(Lineage(night.store, night.recipe)) == growth
     path = Lineage(night.store, night.recipe).sae.path / "provenance.json"
     write_json(path, {name: value for name, value in read_json(path).items() if name != "n_train_tokens"})
-    assert retrain.grown(Lineage(night.store, night.recipe)) == 0  # of an earlier saeflow: nothing that is kept tells
+    assert ingest.grown(Lineage(night.store, night.recipe)) == 0  # of an earlier saeflow: nothing that is kept tells
 
 
 def test_a_training_that_was_killed_before_its_values_were_encoded_is_finished_by_the_next_ingest(
@@ -673,8 +675,8 @@ def test_an_sae_from_elsewhere_is_never_trained_anew(night: Watched) -> None:
     folder = str(Lineage(night.store, night.recipe).sae.path)
     data = night.recipe.model_dump(mode="json")
     recipe = parse_recipe(data | {"name": "theirs", "data": "small", "sae": data["sae"] | {"source": folder}})
-    pipeline.run(Lineage(night.store, recipe), quiet())
-    assert retrain.run(Lineage(night.store, recipe), quiet()) == {"run": "theirs", "trained": [], "grown": 0}
+    stages.run(Lineage(night.store, recipe), quiet())
+    assert ingest.retrain(Lineage(night.store, recipe), quiet()) == {"run": "theirs", "trained": [], "grown": 0}
 
 
 def test_a_sweep_is_followed_by_each_of_its_saes(night: Watched) -> None:
@@ -785,4 +787,4 @@ def test_the_schedule_is_no_part_of_what_an_artefact_is(night: Watched) -> None:
     for kind in ("tokens", "activations", "sae", "features"):
         assert getattr(one, kind) == getattr(two, kind)
     assert ScheduleConfig().train == "never"
-    assert math.isfinite(retrain.grown(Lineage(night.store, night.recipe)))
+    assert math.isfinite(ingest.grown(Lineage(night.store, night.recipe)))

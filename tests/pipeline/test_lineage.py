@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from saeflow.pipeline import encode, import_table, sweep, train
-from saeflow.pipeline import run as pipeline
+from saeflow.pipeline import encode, import_table, stages, sweep, train
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
@@ -67,13 +66,13 @@ def test_a_command_lists_the_saes_of_the_store_once(copied: Finished, stage: str
     if stage == "encode":
         shutil.rmtree(Lineage(copied.store, copied.recipe).features.path)
     with listed() as folders:
-        pipeline.stages(copied.recipe)[stage](Lineage(copied.store, copied.recipe), quiet())
+        stages.stages_of(copied.recipe)[stage](Lineage(copied.store, copied.recipe), quiet())
     assert folders.count(saes) == 1
 
 
 def test_a_whole_run_lists_the_saes_of_the_store_once(copied: Finished) -> None:
     with listed() as folders:
-        pipeline.run(Lineage(copied.store, copied.recipe), quiet())
+        stages.run(Lineage(copied.store, copied.recipe), quiet())
     assert folders.count(str(copied.store.root / "saes")) == 1
 
 
@@ -83,7 +82,7 @@ def test_a_sweep_lists_the_saes_of_the_store_once_for_all_of_them(grids: tuple[S
         lineage = Lineage(*grids)
         train.run_all(lineage, quiet())
         sweep.run(lineage, quiet())
-        encode.run_all(lineage, quiet())
+        encode.run(lineage, quiet())
     assert folders.count(str(grids[0].root / "saes")) == 1
 
 

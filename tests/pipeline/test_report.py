@@ -11,10 +11,11 @@ import pytest
 
 from saeflow.pipeline import encode, evaluate, import_table, report, train
 from saeflow.pipeline.lineage import Lineage
-from saeflow.pipeline.report import active_sets, feature_table
+from saeflow.pipeline.report import feature_table
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
+from tests.benchmarks.toys import active_sets
 from tests.support.small_pipeline import brought_data, quiet, take_over, value_file
 
 PNG = b"\x89PNG\r\n"

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.activations.feed import Feed
-from saeflow.pipeline import collect, evaluate, import_table, sweep, tokens, train
-from saeflow.pipeline import run as pipeline
-from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline import collect, evaluate, import_table, stages, sweep, tokens, train
+from saeflow.pipeline.lineage import Lineage, last_log_row
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.sweep import IGNORED_SETTINGS
@@ -26,7 +25,7 @@ from saeflow.sae import interchange
 from saeflow.store.lease_slot import FileSlot
 from saeflow.store.records import Hidden, read_checked
 from saeflow.store.store import Store
-from saeflow.train.group import TrainingGroup
+from saeflow.train.group import TrainingGroup, fit
 from saeflow.train.training import FeedBatch, Training, sample_rows
 from tests.support.small_pipeline import a_table, brought_data, quiet, recipe_data, take_over, tree, write_table
 
@@ -278,7 +277,7 @@ def test_a_sweep_interrupted_in_the_middle_of_a_batch_loses_no_step(store, table
 
 
 def training_steps(store: Store, recipe: Recipe) -> int:
-    return int(train.last_row(Lineage(store, recipe).sae)["step"]) + 1
+    return int(last_log_row(Lineage(store, recipe).sae)["step"]) + 1
 
 
 def test_a_member_that_diverges_leaves_the_others_their_work(store, table, separate):
@@ -297,7 +296,7 @@ def test_a_member_that_diverges_leaves_the_others_their_work(store, table, separ
 def test_restarts_read_the_store_once_and_the_best_is_kept(store, stored, table, tmp_path):
     recipe = recipe_of(table, train={"restarts": 3})
     feed = train.open_feed(Lineage(store, recipe))
-    found = train.fit(feed, recipe, tmp_path / "checkpoints", quiet())
+    found = fit(feed, recipe, tmp_path / "checkpoints", quiet())
     alone = []
     for seed in range(3):
         seeded = recipe.model_copy(
@@ -307,7 +306,7 @@ def test_restarts_read_the_store_once_and_the_best_is_kept(store, stored, table,
             }
         )
         one = train.open_feed(Lineage(store, seeded))
-        alone.append(train.fit(one, seeded, tmp_path / f"alone-{seed}", quiet()))
+        alone.append(fit(one, seeded, tmp_path / f"alone-{seed}", quiet()))
         assert feed.n_bytes_read <= 1.2 * one.n_bytes_read, "the sample is read again, to choose"
     rows = sample_rows(feed)
     errors = [each.error(rows) for each in alone]
@@ -345,7 +344,7 @@ def judged(tmp_path_factory, ingredients) -> tuple[Store, Recipe, dict[str, Any]
     store = Store.create(tmp_path_factory.mktemp("judged") / "store")
     sweep = {"grid": {"sae.k": [2, 4, 8], "sae.architecture": ["topk", "batchtopk"]}}
     recipe = parse_recipe(recipe_data(ingredients, sweep=sweep, train={"n_tokens": 6000}))
-    return store, recipe, pipeline.run(Lineage(store, recipe), quiet())
+    return store, recipe, stages.run(Lineage(store, recipe), quiet())
 
 
 def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
@@ -354,7 +353,7 @@ def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
     assert [row["member"] for row in rows] == [member.name for member in recipe.members()]
     for row, member in zip(rows, recipe.members(), strict=True):
         target = Lineage(store, member).sae
-        alone = evaluate.judge(Lineage(store, member), interchange.load(target.path), quiet())
+        alone = evaluate.judge_together(Lineage(store, member), [interchange.load(target.path)], quiet())[0].figures
         assert {name: row[name] for name in sweep.FIGURES} == {name: alone[name] for name in sweep.FIGURES}
         assert (row["sae"], row["architecture"]) == (target.id, member.sae.architecture)
         assert (row["sparsity"], row["n_features"]) == (f"k {member.sae.k}", 64)
@@ -409,7 +408,7 @@ def test_the_picture_lies_beside_the_table_and_shows_every_sae(judged):
 def test_a_judged_sweep_is_not_judged_again_and_nothing_is_encoded(judged):
     store, recipe, summary = judged
     before = tree(store.root)
-    again = pipeline.run(Lineage(store, recipe), quiet())
+    again = stages.run(Lineage(store, recipe), quiet())
     assert (tree(store.root), again["sweep"]) == (before, summary["sweep"])
     assert not (store.root / "features").exists()
 
@@ -418,7 +417,7 @@ def test_a_member_goes_on_to_its_features_without_training(judged, tmp_path):
     shutil.copytree(judged[0].root, tmp_path / "store")
     store, member = Store(tmp_path / "store"), judged[1].members()[3]
     trained = tree(store.root / "saes")
-    summary = pipeline.run(Lineage(store, member), quiet())
+    summary = stages.run(Lineage(store, member), quiet())
     assert tree(store.root / "saes") == trained
     assert len(list((store.root / "activations").iterdir())) == 1
     [run] = store.artefacts("features")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from saeflow.model.load import load_model
 from saeflow.pipeline import collect, import_table, tokens, train
-from saeflow.pipeline.lineage import Lineage, n_tokens_seen
+from saeflow.pipeline.lineage import Lineage, last_log_row, n_tokens_seen
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
@@ -25,7 +25,8 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
 from saeflow.train import schedules, training
-from saeflow.train.training import FeedBatch, is_checkpoint, sample_rows
+from saeflow.train.group import fit
+from saeflow.train.training import FeedBatch, Training, is_checkpoint, sample_rows
 from tests.support.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
 ARCHITECTURES = ["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
@@ -99,7 +100,7 @@ def test_the_log_is_keyed_by_step_and_holds_the_schedule(store, table):
     assert log["step"] == [0, 3, 6, 9, 12, 15, 18, 19]
     assert log["lr"] == [schedules.learning_rate(int(step), 20, recipe.train) for step in log["step"]]
     assert set(log["batch_rows"]) <= {233, 234}
-    assert log["step"][-1] == train.last_row(Lineage(store, recipe).sae)["step"]
+    assert log["step"][-1] == last_log_row(Lineage(store, recipe).sae)["step"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -160,7 +161,7 @@ def test_an_interrupt_in_the_middle_of_a_step_does_not_spoil_the_result(
 def test_a_checkpoint_cut_down_while_it_was_replaced_gives_way_to_the_new_one(stored, table, tmp_path):
     recipe = recipe_of(table)
     feed = train.open_feed(Lineage(stored, recipe))
-    training = train.Training.begin(feed, recipe)
+    training = Training.begin(feed, recipe)
     training.save(tmp_path / "checkpoint")
     shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint.new")
     (tmp_path / "checkpoint" / "state.safetensors").unlink()
@@ -173,7 +174,7 @@ def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_
     stored, table, tmp_path, monkeypatch
 ):
     recipe = recipe_of(table)
-    begun = train.Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
+    begun = Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     done: list[str] = []
     write = training.write_json
     monkeypatch.setattr(training, "flush", lambda path: done.append(path.name))
@@ -184,7 +185,7 @@ def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_
 
 def test_a_checkpoint_of_weights_and_a_count_of_other_steps_is_refused(stored, table, tmp_path):
     recipe = recipe_of(table)
-    begun = train.Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
+    begun = Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     for step in (60, 200):
         begun.step = step
         begun.save(tmp_path / str(step))
@@ -195,7 +196,7 @@ def test_a_checkpoint_of_weights_and_a_count_of_other_steps_is_refused(stored, t
 
 def test_a_training_whose_lease_is_lost_leaves_the_checkpoint_of_the_next_owner_as_it_is(stored, table, tmp_path):
     recipe = recipe_of(table)
-    begun = train.Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
+    begun = Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     begun.step = 200
     begun.save(tmp_path / "checkpoint")
     before, begun.step = tree(tmp_path / "checkpoint"), 60
@@ -212,7 +213,7 @@ def test_a_training_whose_lease_is_lost_leaves_the_checkpoint_of_the_next_owner_
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 def test_a_checkpoint_that_cannot_be_read_is_named_with_the_way_out(stored, table, tmp_path, name):
     recipe = recipe_of(table)
-    begun = train.Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
+    begun = Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     begun.save(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / name).write_bytes(b"{")
     with pytest.raises(UserError, match=rf"checkpoint {tmp_path}/checkpoint cannot be read .*\nDelete that folder"):
@@ -243,14 +244,14 @@ def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path)
 
 def test_without_normalise_nothing_is_scaled(store, table):
     recipe = recipe_of(table, sae={"normalise": False})
-    assert train.Training.begin(train.open_feed(Lineage(store, recipe)), recipe).scale == 1.0
+    assert Training.begin(train.open_feed(Lineage(store, recipe)), recipe).scale == 1.0
 
 
 def test_the_decoder_bias_starts_at_the_mean(stored, table):
-    training = train.Training.begin(train.open_feed(Lineage(stored, recipe_of(table))), recipe_of(table))
-    wanted = torch.from_numpy(a_table().mean(0)) * training.scale
+    training = Training.begin(train.open_feed(Lineage(stored, recipe_of(table))), recipe_of(table))
+    wanted = torch.from_numpy(a_table().mean(0)) * training.scales[0]
     torch.testing.assert_close(training.sae.b_dec.detach(), wanted, rtol=1e-5, atol=1e-6)
-    spread = torch.from_numpy(a_table() - a_table().mean(0)).mul(training.scale).square().sum(1).mean()
+    spread = torch.from_numpy(a_table() - a_table().mean(0)).mul(training.scales[0]).square().sum(1).mean()
     assert spread.item() == pytest.approx(12, rel=1e-4)  # the width
 
 
@@ -285,7 +286,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_the_longest_row_and_a_w
 def test_a_row_that_is_not_finite_is_named_with_its_part_sequence_and_position(stored, table, monkeypatch):
     recipe = recipe_of(table)
     feed = train.open_feed(Lineage(stored, recipe))
-    training = train.Training.begin(feed, recipe)
+    training = Training.begin(feed, recipe)
     training.step = 4
     values = next(feed.batches(skip=4)).clone()
     place = feed.locate(4, 17)
@@ -537,16 +538,16 @@ def test_event_files_without_tensorboard_are_refused_before_work(store, table, t
     )
 
 
-def state_of(training: train.Training) -> dict[str, torch.Tensor]:
+def state_of(training: Training) -> dict[str, torch.Tensor]:
     moments = {f"{n}.{k}": v for n, state in training.adam.state_dict()["state"].items() for k, v in state.items()}
     return {**training.sae.state_dict(), **moments}
 
 
 def assert_killed_and_resumed_alike(feed, recipe, folder, n_rows):
-    undisturbed = train.fit(feed, recipe, folder / "undisturbed", quiet())
+    undisturbed = fit(feed, recipe, folder / "undisturbed", quiet())
     with pytest.raises(Killed):
-        train.fit(feed, recipe, folder / "killed", stopping_after(n_rows, Killed))
-    resumed = train.fit(feed, recipe, folder / "killed", quiet())
+        fit(feed, recipe, folder / "killed", stopping_after(n_rows, Killed))
+    resumed = fit(feed, recipe, folder / "killed", quiet())
     assert resumed.log == undisturbed.log
     found, wanted = state_of(resumed), state_of(undisturbed)
     assert found.keys() == wanted.keys()
@@ -575,8 +576,7 @@ def test_a_gpu_learns_what_the_processor_learns_and_goes_on_exactly(stored, tabl
     ]
     feed = train.open_feed(Lineage(stored, recipes[0]))
     here, there = (
-        train.fit(feed, recipe, tmp_path / recipe.train.device, quiet()).log[-1]["variance_unexplained"]
-        for recipe in recipes
+        fit(feed, recipe, tmp_path / recipe.train.device, quiet()).log[-1]["variance_unexplained"] for recipe in recipes
     )
     assert there == pytest.approx(here, rel=0.1)
     assert_killed_and_resumed_alike(feed, recipes[1], tmp_path, 2000)
@@ -630,7 +630,7 @@ def test_a_transcoder_is_given_what_the_other_site_holds_at_the_same_tokens(two_
     monkeypatch.setattr(SparseAutoencoder, "training_loss", recording)
     feed = train.open_feed(Lineage(store, recipe))
     assert [site.name for site in feed.sites] == [READ, TARGET]
-    training = train.Training.begin(feed, recipe)
+    training = Training.begin(feed, recipe)
     rows = sample_rows(feed)
     for each, scale in zip(rows, training.scales, strict=True):
         spread = (each - each.mean(0)).mul(scale).square().sum(1).mean()
@@ -654,7 +654,7 @@ def test_a_transcoder_learns_and_goes_on_exactly(two_sites, tmp_path, architectu
     recipe = changed(recipe, sae={"architecture": architecture, "k": 8, "l1_weight": 0.01}, train=EVERYTHING)
     feed = train.open_feed(Lineage(store, recipe))
     assert_killed_and_resumed_alike(feed, recipe, tmp_path, 2000)
-    again = train.fit(feed, changed(recipe, train={"resample_at": []}), tmp_path / "again", quiet())
+    again = fit(feed, changed(recipe, train={"resample_at": []}), tmp_path / "again", quiet())
     shares = [row["variance_unexplained"] for row in again.log]
     assert np.mean(shares[-3:]) < 0.8 * np.mean(shares[:3])
 
@@ -662,7 +662,7 @@ def test_a_transcoder_learns_and_goes_on_exactly(two_sites, tmp_path, architectu
 def test_the_error_by_which_restarts_are_compared_is_that_of_a_transcoders_target(two_sites, tmp_path):
     store, recipe, _ = two_sites
     feed = train.open_feed(Lineage(store, recipe))
-    training = train.fit(feed, recipe, tmp_path, quiet())
+    training = fit(feed, recipe, tmp_path, quiet())
     rows = sample_rows(feed)
     x, target = (each * scale for each, scale in zip(rows, training.scales, strict=True))
     wanted = (training.sae.eval().reconstruct(x) - target).square().mean().item()
@@ -672,7 +672,7 @@ def test_the_error_by_which_restarts_are_compared_is_that_of_a_transcoders_targe
 def test_the_folded_transcoder_is_made_for_activations_as_they_are(two_sites, tmp_path):
     store, recipe, _ = two_sites
     feed = train.open_feed(Lineage(store, recipe))
-    training = train.fit(feed, recipe, tmp_path, quiet())
+    training = fit(feed, recipe, tmp_path, quiet())
     rows = sample_rows(feed)[0][:200]
     read, target = training.scales
     scaled = training.sae.eval().reconstruct(rows * read) / target

@@ -23,11 +23,9 @@ from distributed import Client, LocalCluster, Worker, get_worker
 from saeflow.features import compaction
 from saeflow.features.compaction import MergeSettings
 from saeflow.pipeline import compact, train
-from saeflow.pipeline.dask import clusters, fit, start
-from saeflow.pipeline.dask.fit import Session, software
-from saeflow.pipeline.dask.work import Bench
-from saeflow.pipeline.dask.work import work as work_on
-from saeflow.pipeline.dask.workers import Workers
+from saeflow.pipeline.dask import clusters, work
+from saeflow.pipeline.dask.work import Bench, Session, make_part, software
+from saeflow.pipeline.dask.workers import Workers, threads_of_worker
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.pipeline.parts import Item, Made, PartMaker, PartWork, Records, Tally, registered
 from saeflow.recipe.cluster import ClusterConfig
@@ -101,6 +99,24 @@ class InThreads:
 
 def fake_work(items: list[int], size: int = 1, **more: Any) -> PartWork:
     return PartWork(FakeParts, {}, [(item, size) for item in items], [], ("fake", "units"), **more)
+
+
+def test_the_bar_of_a_stage_begins_before_its_cluster_is_joined(tmp_path: Path) -> None:
+    happened = list[str]()
+
+    class Noting(Progress):
+        def bar(self, *about: Any) -> contextlib.AbstractContextManager[Bar]:
+            happened.append("bar")
+            return super().bar(*about)
+
+    @contextlib.contextmanager
+    def join(store: Store, config: ClusterConfig, progress: Progress) -> Iterator[Any]:
+        happened.append("joined")
+        yield IdleCluster()
+
+    with clusters.kept_open(join):
+        clusters.make_parts(fake_work([1]), Store(tmp_path), ClusterConfig(kind="local"), Noting(verbosity=-1))
+    assert happened == ["bar", "joined"]
 
 
 @pytest.fixture
@@ -282,7 +298,7 @@ def test_a_worker_keeps_its_maker_until_it_needs_another_or_the_run_ends(tmp_pat
 def test_a_worker_runs_registered_work_alone(dask: InThreads) -> None:
     with pytest.raises(UserError, match=r"'os.system' is no work of a stage. Workers make: .*fake-parts"):
         registered("os.system")
-    answer = dask.client.submit(work_on, dask.workers().session, "shutil.rmtree", "{}", "/")
+    answer = dask.client.submit(make_part, dask.workers().session, "shutil.rmtree", "{}", "/")
     assert "is no work of a stage" in answer.result()["refused"]
 
 
@@ -308,12 +324,12 @@ def test_a_scheduler_without_saeflow_is_named_before_any_work(dask: InThreads) -
 
     session = dask.workers().session
     with pytest.raises(UserError, match=r"The Dask scheduler at tcp://\S+ cannot load saeflow[\s\S]*Install saeflow"):
-        fit.require_fit(dask.client, session, dask.store, quiet(), ask=missing)
+        clusters.require_fit(dask.client, session, dask.store, quiet(), ask=missing)
 
 
 def test_a_worker_whose_disk_refuses_is_named_before_any_work(dask: InThreads) -> None:
     (dask.store.root / "marker").mkdir()  # cannot be read as a file
-    found = fit.look(dask.workers().session, "marker", next(iter(dask.dask.workers.values())))
+    found = work.look(dask.workers().session, "marker", next(iter(dask.dask.workers.values())))
     assert f"The worker on {platform.node()} does not see the store" in found["problem"]
     assert "Is a directory" in found["problem"]
 
@@ -328,7 +344,7 @@ def test_a_folder_of_another_host_in_a_shared_cache_is_left_alone(
     gone = tmp_path / f"{home}-worker-{platform.node()}-{2**22 + 1}"  # more than Linux counts
     for folder in [*others, gone]:
         folder.mkdir()
-    fit.own_cache(url)
+    work.own_cache(url)
     assert [folder.exists() for folder in [*others, gone]] == [True, True, False]
 
 
@@ -352,7 +368,7 @@ def test_workers_that_come_later_are_counted_where_the_recipe_starts_them(dask: 
     ],
 )
 def test_workers_of_one_machine_share_its_cores(settings: dict[str, Any], n_workers: int, threads: int) -> None:
-    assert start.threads_of_worker(ClusterConfig(**settings), n_workers, n_cores=8) == threads
+    assert threads_of_worker(ClusterConfig(**settings), n_workers, n_cores=8) == threads
 
 
 def test_without_threads_a_process_takes_the_cores_that_it_may_use() -> None:
@@ -396,7 +412,7 @@ def test_a_file_that_no_scheduler_wrote_is_said(tmp_path: Path, content: str) ->
     config = ClusterConfig(scheduler_file=str(path), wait_seconds=0.01)
     with (
         pytest.raises(UserError, match=r"No Dask scheduler answers at .*scheduler\.json within 0\.01 s"),
-        start.client_of(config, None),
+        clusters.client_of(config, None),
     ):
         pass
 
@@ -473,6 +489,6 @@ def test_a_cluster_of_the_runs_own_that_does_not_answer_is_called_by_its_kind() 
         pytest.raises(
             UserError, match=r"No Dask scheduler answers at the address of cluster\.kind = 'local' within 1 s"
         ),
-        start.client_of(ClusterConfig(kind="local", wait_seconds=1), "tcp://127.0.0.1:9"),
+        clusters.client_of(ClusterConfig(kind="local", wait_seconds=1), "tcp://127.0.0.1:9"),
     ):
         pass

@@ -11,7 +11,7 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
-from saeflow.pipeline.run import run
+from saeflow.pipeline.stages import run
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.devices import GPU_WORKERS, choose_device, own_stream, to_device, to_processor
 from saeflow.runtime.errors import UserError

@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.pipeline import compact, encode
-from saeflow.pipeline import run as pipeline
+from saeflow.pipeline import compact, encode, stages
 from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask
@@ -62,7 +61,7 @@ def test_an_old_store_answers_and_passes_its_checks(old: Store) -> None:
 
 def test_running_the_recipe_again_on_an_old_store_works_on_nothing_finished(old: Store, recipe: Recipe) -> None:
     before = tree(old.root)
-    pipeline.run(Lineage(Store.create(old.root), recipe), quiet())
+    stages.run(Lineage(Store.create(old.root), recipe), quiet())
     after = tree(old.root)
     added = {"vocab.parquet", "density.png"}  # a column of the vocabulary, a picture the old store was made without
     assert {Path(name).name for name in after if after[name] != before.get(name)} <= added
@@ -100,7 +99,7 @@ def test_an_old_store_grows_and_forgets(old: Store, recipe: Recipe, upgraded: bo
     corpus = pq.read_table("corpus.parquet")
     added = corpus.slice(0, 5).set_column(0, "key", pa.array([f"new/{n}" for n in range(5)]))
     pq.write_table(pa.concat_tables([corpus, added]), "corpus.parquet")
-    pipeline.run(Lineage(Store.create(old.root), recipe), quiet())
+    stages.run(Lineage(Store.create(old.root), recipe), quiet())
     assert rows(old, "select count(*) from documents") == [(n_before + 5,)]
     assert {path.name for path in old.root.glob("activations/*/parts/*")} > old_parts
     forget(old, [str(key)], quiet())

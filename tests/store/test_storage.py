@@ -21,8 +21,7 @@ import pytest
 from rich.console import Console
 
 from saeflow.activations.shards import open_site, stored_sites
-from saeflow.pipeline import run as pipeline
-from saeflow.pipeline import train
+from saeflow.pipeline import stages, train
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog, labels, runs
@@ -43,7 +42,7 @@ from saeflow.store.storage.local_copy import Listing
 from saeflow.store.storage.objects import Found, Objects
 from saeflow.store.store import Store
 from saeflow.train.group import TrainingGroup
-from saeflow.train.training import CHECKPOINT, STATE, FeedBatch, is_checkpoint
+from saeflow.train.training import CHECKPOINT, STATE, FeedBatch, Training, is_checkpoint
 from tests.support.s3_server import SECRET, Server, s3_server
 from tests.support.small_pipeline import NOT_COMPARED, Ingredients, documents, quiet, recipe_data, tree, write_corpus
 
@@ -76,7 +75,7 @@ def recipe(ingredients: Ingredients) -> Recipe:
 @pytest.fixture(scope="module")
 def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store.create(tmp_path_factory.mktemp("local"))
-    pipeline.run(Lineage(store, recipe), quiet())
+    stages.run(Lineage(store, recipe), quiet())
     return store
 
 
@@ -84,7 +83,7 @@ def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
 def remote(recipe: Recipe, server: Server) -> str:
     """A finished store that tests only read."""
     server.drop(0)
-    pipeline.run(Lineage(Store.create("s3://bucket/finished"), recipe), quiet())
+    stages.run(Lineage(Store.create("s3://bucket/finished"), recipe), quiet())
     return "s3://bucket/finished"
 
 
@@ -132,7 +131,7 @@ def test_connections_dropped_at_random_change_nothing(server: Server, url: str, 
     server.drop(0.1, seed=1)
     before = server.n_dropped
     store = Store.create(url)
-    pipeline.run(Lineage(store, recipe), quiet())
+    stages.run(Lineage(store, recipe), quiet())
     assert answers(store) == answers(local)
     assert server.n_dropped - before > 10
     server.drop(0)
@@ -161,28 +160,28 @@ def test_what_one_machine_began_another_finishes(
             super().send_as(pairs)
 
     with pytest.raises(ConnectionError):
-        pipeline.run(Lineage(Store.create(Breaking(Objects(url), cache_folder(url))), recipe), quiet())
+        stages.run(Lineage(Store.create(Breaking(Objects(url), cache_folder(url))), recipe), quiet())
     begun = set(there(server, url))
     assert any(name.startswith("activations/") for name in begun)
     assert not any(name.startswith("saes/") for name in begun)
     with another_machine(tmp_path):
-        pipeline.run(Lineage(Store.create(url), recipe), quiet())
+        stages.run(Lineage(Store.create(url), recipe), quiet())
     assert there(server, url) == here(local)
 
 
 def lost_at_step(monkeypatch: pytest.MonkeyPatch, url: str, recipe: Recipe, step: int, name: str = "") -> Store:
     """The store of a pipeline whose machine is gone at a step of a training, of that name if there is one."""
-    advance, store = train.Training.advance, Store.create(url)
+    advance, store = Training.advance, Store.create(url)
 
-    def lost(self: train.Training, batch: FeedBatch) -> StepInfo:
+    def lost(self: Training, batch: FeedBatch) -> StepInfo:
         if self.step == step and name in ("", self.name):
             raise ConnectionError("the machine is gone")
         return advance(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "advance", lost)
+        patch.setattr(Training, "advance", lost)
         with pytest.raises(ConnectionError):
-            pipeline.run(Lineage(store, recipe), quiet())
+            stages.run(Lineage(store, recipe), quiet())
     return store
 
 
@@ -193,7 +192,7 @@ def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
     lost_at_step(monkeypatch, url, often, 20)
     console = Console(record=True, file=io.StringIO(), width=200)
     with another_machine(tmp_path):
-        pipeline.run(Lineage(Store.create(url), often), Progress(console))
+        stages.run(Lineage(Store.create(url), often), Progress(console))
     assert "continuing at step 20 of" in console.export_text()
     assert there(server, url) == here(local)
 
@@ -219,19 +218,19 @@ def test_a_sweep_goes_on_and_is_read_on_another_machine(
     lost_at_step(monkeypatch, url, often, 6, "small_k4")
     console = Console(record=True, file=io.StringIO(), width=200)
     with another_machine(tmp_path):
-        pipeline.run(Lineage(Store.create(url), often), Progress(console))
+        stages.run(Lineage(Store.create(url), often), Progress(console))
     assert "small_k2 continuing at step 6 of" in console.export_text(clear=False)
     assert "small_k4 continuing at step 6 of" in console.export_text()
     with another_machine(tmp_path / "third"):
-        pipeline.run(Lineage(Store.create(url), often), Progress(console))
+        stages.run(Lineage(Store.create(url), often), Progress(console))
     assert "evaluate: already done, 2 SAEs" in console.export_text()
     alone = Store.create(tmp_path / "alone")
-    pipeline.run(Lineage(alone, often), quiet())
+    stages.run(Lineage(alone, often), quiet())
     assert there(server, url) == here(alone)
 
 
 def test_a_second_run_sends_nothing(url: str, recipe: Recipe) -> None:
-    pipeline.run(Lineage(Store.create(url), recipe), quiet())
+    stages.run(Lineage(Store.create(url), recipe), quiet())
     sent: list[str] = []
 
     class Watched(Objects):
@@ -239,7 +238,7 @@ def test_a_second_run_sends_nothing(url: str, recipe: Recipe) -> None:
             sent.append(key)
             return super().upload(path, key)
 
-    pipeline.run(Lineage(Store.create(Bucket(Watched(url), cache_folder(url))), recipe), quiet())
+    stages.run(Lineage(Store.create(Bucket(Watched(url), cache_folder(url))), recipe), quiet())
     assert sent == []
 
 
@@ -252,7 +251,7 @@ def shard_key(server: Server, url: str) -> str:
 def test_a_shard_that_is_gone_or_changed_is_named_never_read_and_made_again(
     harm: str, server: Server, url: str, recipe: Recipe, local: Store
 ) -> None:
-    pipeline.run(Lineage(Store.create(url), recipe), quiet())
+    stages.run(Lineage(Store.create(url), recipe), quiet())
     key, client = shard_key(server, url), server.client()
     if harm == "deleted":
         client.delete_object(Bucket="bucket", Key=key)
@@ -269,13 +268,13 @@ def test_a_shard_that_is_gone_or_changed_is_named_never_read_and_made_again(
     assert [each.part.index for each in found if each.part] == [part.index]
     for each in found:
         integrity.repair(each)
-    pipeline.run(Lineage(Store.create(url), recipe), quiet())
+    stages.run(Lineage(Store.create(url), recipe), quiet())
     assert list(integrity.verify(Store.open(url), full=True)) == []
     assert there(server, url) == here(local)
 
 
 def test_two_machines_never_undo_each_other(url: str, recipe: Recipe, tmp_path: Path) -> None:
-    pipeline.stages(recipe)["tokens"](Lineage(Store.create(url), recipe), quiet())
+    stages.stages_of(recipe)["tokens"](Lineage(Store.create(url), recipe), quiet())
     mine = Lineage(Store.create(url), recipe).tokens
     with another_machine(tmp_path):
         others = Lineage(Store.create(url), recipe).tokens
@@ -294,16 +293,16 @@ def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
     rows.append({"key": "secret", "text": secret, "source": "letters", "title": "S"})
     corpus = write_corpus(tmp_path / "corpus.parquet", rows)
     recipe = parse_recipe(recipe_data(ingredients, corpus={"files": [str(corpus)], "held_out": 0.2}))
-    pipeline.run(Lineage(Store.create(url), recipe), quiet())
+    stages.run(Lineage(Store.create(url), recipe), quiet())
     n_before = len(Lineage(Store.open(url), recipe).activations.published().parts)
     write_corpus(tmp_path / "corpus.parquet", [*rows, *documents(60)[46:]])
-    pipeline.run(Lineage(Store.create(url), recipe), quiet())
+    stages.run(Lineage(Store.create(url), recipe), quiet())
     assert len(Lineage(Store.open(url), recipe).activations.published().parts) > n_before
     forget.forget(Store.create(url), ["secret"], quiet())
     with contextlib.closing(connect(Store.open(url))) as connection:
         assert query(connection, "select key from documents where key = 'secret'").num_rows == 0
     store = Store.create(url)
-    pipeline.compact(Lineage(store, recipe), quiet())
+    stages.compact_store(Lineage(store, recipe), quiet())
     garbage.collect_garbage(Store.open(url), grace_seconds=0, remove=True)
     for name, content in there(server, url).items():
         if name.endswith("documents.parquet"):
@@ -582,7 +581,7 @@ def test_values_are_encoded_from_an_object_store_as_from_a_disk(remote: str, rec
 
 def test_labels_and_the_catalog_lie_in_the_bucket_too(server: Server, url: str, recipe: Recipe, tmp_path: Path) -> None:
     store = Store.create(url)
-    pipeline.run(Lineage(store, recipe), quiet())
+    stages.run(Lineage(store, recipe), quiet())
     sae = runs.pick_run(store, runs.runs(store), None).artefact.record.input("saes")
     assert sae is not None
     assert labels.put(store, sae, "own", {1: labels.Label("one", 0.5)}) == 1

@@ -13,11 +13,9 @@ import pytest
 from saeflow.activations.feed import held_out_rows
 from saeflow.activations.shards import stored_sites
 from saeflow.corpus.selection import TokenSelection
+from saeflow.features.part_encoder import encode_together
 from saeflow.model.sites import choose_site
-from saeflow.pipeline import collect as activations
-from saeflow.pipeline import encode as features
-from saeflow.pipeline import run as pipeline
-from saeflow.pipeline import train
+from saeflow.pipeline import collect, encode, stages, train
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.runtime.errors import UserError
 from saeflow.store import garbage
@@ -79,7 +77,7 @@ def place_in(path: Path, which: str) -> int:
 def mended(copied: Finished) -> dict[str, bytes]:
     for found in list(integrity.verify(copied.store, full=True)):
         integrity.repair(found)
-    pipeline.run(Lineage(copied.store, copied.recipe), quiet())
+    stages.run(Lineage(copied.store, copied.recipe), quiet())
     assert [str(found) for found in integrity.verify(copied.store, full=True)] == []
     return tree(copied.store.root)
 
@@ -124,7 +122,7 @@ def test_a_missing_file_is_named_even_by_the_quick_check(name: str, copied: Fini
 def test_a_run_mends_what_is_missing_without_being_told(name: str, copied: Finished, finished: Finished) -> None:
     (path,) = copied.store.root.glob(CLASSES[name])
     path.unlink()
-    pipeline.run(Lineage(copied.store, copied.recipe), quiet())
+    stages.run(Lineage(copied.store, copied.recipe), quiet())
     assert tree(copied.store.root) == tree(finished.store.root)
 
 
@@ -135,7 +133,7 @@ def test_collect_makes_exactly_the_damaged_parts_again(copied: Finished) -> None
     before = {part.index: (target.part_path(part) / "part.json").stat().st_mtime_ns for part in parts}
     for found in list(integrity.verify(copied.store, full=True)):
         integrity.repair(found)
-    activations.run(Lineage(copied.store, copied.recipe), quiet())
+    collect.run(Lineage(copied.store, copied.recipe), quiet())
     after = {part.index: (target.part_path(part) / "part.json").stat().st_mtime_ns for part in parts}
     assert [index for index in before if before[index] != after[index]] == [1]
 
@@ -153,9 +151,9 @@ def read_held_out(copied: Finished) -> object:
 
 def read_by_encoder(copied: Finished) -> object:
     run = Ancestors(copied.store, Lineage(copied.store, copied.recipe).features)
-    encoder = features.encoder_of(run, run.selection(), copied.recipe.features)
+    encoder = encode.encoder_of(run, run.selection(), copied.recipe.features)
     with quiet().bar("features", None, "tokens") as bar:
-        return [features.encode_together([encoder], part, bar)[0] for part in encoder.stored.published().parts]
+        return [encode_together([encoder], part, bar)[0] for part in encoder.stored.published().parts]
 
 
 @pytest.mark.parametrize("read", [read_by_feed, read_held_out, read_by_encoder])

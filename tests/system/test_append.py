@@ -16,11 +16,8 @@ import pytest
 from saeflow.corpus import token_parts
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Ledger, key_hash
-from saeflow.pipeline import encode as features
-from saeflow.pipeline import run as pipeline
-from saeflow.pipeline import tokens, train
-from saeflow.pipeline.lifecycle import forget as forgetting
-from saeflow.pipeline.lifecycle.forget import forget
+from saeflow.pipeline import encode, stages, tokens, train
+from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
 from saeflow.query.connection import check, connect
@@ -47,7 +44,7 @@ class Grown:
 
     def run(self, rows: list[dict[str, str]]) -> None:
         write_corpus(self.corpus, rows)
-        pipeline.run(Lineage(self.store, self.recipe), quiet())
+        stages.run(Lineage(self.store, self.recipe), quiet())
 
     def artefacts(self) -> list[Artefact]:
         lineage = Lineage(self.store, self.recipe)
@@ -188,7 +185,7 @@ def test_a_forgotten_document_is_gone_from_every_view_at_once(grown):
     owned = token_ids_of(grown, "secret/one")
     n_values = grown.sql("select sum(n_tokens) as n from stg_feature_stats")[0]["n"]
     fired = grown.sql("select token_id, feature_id, value from stg_token_major")
-    done = forget(grown.store, ["secret/one"], quiet())
+    done = forget.forget(grown.store, ["secret/one"], quiet())
     assert list(done.documents.values()) == [1]
     assert done.runs == [grown.artefacts()[2].id]
     assert token_ids_of(grown, "secret/one") == set()
@@ -205,7 +202,7 @@ def test_a_forgotten_document_is_gone_from_the_feed(grown):
     key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 20"))
     n_tokens = len(token_ids_of(grown, key))
     before = train.open_feed(Lineage(grown.store, grown.recipe)).n_rows
-    forget(grown.store, [key], quiet())
+    forget.forget(grown.store, [key], quiet())
     feed = train.open_feed(Lineage(grown.store, grown.recipe))
     assert feed.n_rows == before - n_tokens
     assert (
@@ -221,12 +218,13 @@ def test_views_leave_a_part_out_while_it_still_holds_values_of_a_forgotten_docum
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(features, "refresh", killed)
+        patch.setattr(encode, "refresh", killed)
         with pytest.raises(KeyboardInterrupt):
-            forget(grown.store, ["secret/one"], quiet())
+            forget.forget(grown.store, ["secret/one"], quiet())
     assert not owned & {row["token_id"] for row in grown.sql("select token_id, feature_id, value from stg_token_major")}
     assert "parts are left out" in caplog.text
-    assert forget(grown.store, ["secret/one"], quiet()).runs == [grown.artefacts()[2].id]  # the same command finishes
+    again = forget.forget(grown.store, ["secret/one"], quiet())
+    assert again.runs == [grown.artefacts()[2].id]  # the same command finishes
     caplog.clear()
     assert grown.sql("select token_id, feature_id, value from stg_token_major")
     assert caplog.text == ""
@@ -234,7 +232,7 @@ def test_views_leave_a_part_out_while_it_still_holds_values_of_a_forgotten_docum
 
 def test_a_forgotten_document_does_not_come_back_with_the_same_corpus(grown):
     grown.run(with_secret())
-    forget(grown.store, ["secret/one"], quiet())
+    forget.forget(grown.store, ["secret/one"], quiet())
     before = tree(grown.store.root)
     grown.run(with_secret())
     assert tree(grown.store.root).keys() == before.keys()
@@ -246,15 +244,15 @@ def test_forgetting_lists_the_saes_that_saw_the_document_and_those_that_did_not(
     rows = grown.sql("from documents where n_tokens > 0 order by key")
     seen = next(str(row["key"]) for row in rows if not row["held_out"])
     held = next(str(row["key"]) for row in rows if row["held_out"])
-    assert forget(grown.store, [seen], quiet()).saes == [sae.id]
-    assert forget(grown.store, [held], quiet()).held_out_only == [sae.id]
+    assert forget.forget(grown.store, [seen], quiet()).saes == [sae.id]
+    assert forget.forget(grown.store, [held], quiet()).held_out_only == [sae.id]
     grown.run(with_secret())
-    assert forget(grown.store, ["secret/one"], quiet()).saes == []  # appended after its training
+    assert forget.forget(grown.store, ["secret/one"], quiet()).saes == []  # appended after its training
 
 
 def test_a_version_that_comes_in_while_documents_are_being_forgotten_is_forgotten_too(grown, monkeypatch):
     key = str(FIRST[-1]["key"])
-    hide = forgetting._hide
+    hide = forget._hide
 
     def late(*about):
         """An ingest of a changed text ends between the look at the keys and the lease."""
@@ -262,8 +260,8 @@ def test_a_version_that_comes_in_while_documents_are_being_forgotten_is_forgotte
         tokens.run(Lineage(grown.store, grown.recipe), quiet())
         return hide(*about)
 
-    monkeypatch.setattr(forgetting, "_hide", late)
-    assert forget(grown.store, [key], quiet()).documents == {Lineage(grown.store, grown.recipe).tokens.id: 2}
+    monkeypatch.setattr(forget, "_hide", late)
+    assert forget.forget(grown.store, [key], quiet()).documents == {Lineage(grown.store, grown.recipe).tokens.id: 2}
     assert list(grown.sql(f"from documents where key = '{key}'")) == []
 
 
@@ -272,7 +270,7 @@ def test_forgetting_goes_on_where_the_activations_are_gone_and_names_the_saes_th
     sae, run = lineage.sae.id, lineage.features.id
     shutil.rmtree(Lineage(grown.store, grown.recipe).activations.path)
     key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 0 order by key"))
-    done = forget(grown.store, [key], quiet())
+    done = forget.forget(grown.store, [key], quiet())
     assert (done.saes, list(done.waiting)) == ([sae], [run])
     assert list(grown.sql(f"from documents where key = '{key}'")) == []
 
@@ -300,28 +298,28 @@ def test_another_version_of_pyarrow_changes_nothing_of_a_vocabulary_that_is_ther
 def test_a_key_that_nobody_has_hides_nothing_and_says_how_to_list_keys(grown):
     before = tree(grown.store.root)
     with pytest.raises(UserError, match=r"No document is called 'nobody'.*\n.*select key"):
-        forget(grown.store, [str(FIRST[-1]["key"]), "nobody"], quiet())
+        forget.forget(grown.store, [str(FIRST[-1]["key"]), "nobody"], quiet())
     assert tree(grown.store.root) == before
 
 
 def test_the_summary_counts_what_the_view_documents_shows(grown):
     def agree() -> bool:
         (shown,) = grown.sql("select count(*) as n_documents, sum(n_tokens)::bigint as n_tokens from documents")
-        return shown.items() <= pipeline.summary(Lineage(grown.store, grown.recipe)).items()
+        return shown.items() <= stages.summary(Lineage(grown.store, grown.recipe)).items()
 
     grown.run([{**FIRST[0], "text": "replaced by this"}, *FIRST[1:], *NEW])
     assert agree()
-    forget(grown.store, [str(FIRST[1]["key"]), str(NEW[0]["key"])], quiet())
+    forget.forget(grown.store, [str(FIRST[1]["key"]), str(NEW[0]["key"])], quiet())
     assert agree()
-    pipeline.compact(Lineage(grown.store, grown.recipe), quiet())
+    stages.compact_store(Lineage(grown.store, grown.recipe), quiet())
     assert agree()
 
 
 def test_compaction_and_gc_leave_no_trace_of_a_forgotten_document(grown):
     grown.run(with_secret())
-    forget(grown.store, ["secret/one"], quiet())
+    forget.forget(grown.store, ["secret/one"], quiet())
     assert b"secret/one" in documents_of(grown)
-    pipeline.compact(Lineage(grown.store, grown.recipe), quiet())
+    stages.compact_store(Lineage(grown.store, grown.recipe), quiet())
     assert list(grown.sql("from documents where key = 'secret/one'")) == []
     collect_garbage(grown.store, grace_seconds=0, remove=True)
     assert b"secret/one" not in documents_of(grown)
@@ -343,12 +341,12 @@ def documents_of(grown: Grown) -> bytes:
 
 def test_compaction_moves_no_other_token_and_changes_no_other_value_outside_the_rewritten_part(grown):
     grown.run(with_secret())
-    forget(grown.store, ["secret/one"], quiet())
+    forget.forget(grown.store, ["secret/one"], quiet())
     source = grown.artefacts()[0]
     touched = set(source.published().hidden)
     before = {row["token_id"]: row for row in grown.sql("from tokens")}
     values = grown.sql("select token_id, feature_id, value from stg_token_major")
-    pipeline.compact(Lineage(grown.store, grown.recipe), quiet())
+    stages.compact_store(Lineage(grown.store, grown.recipe), quiet())
     assert {row["token_id"]: row for row in grown.sql("from tokens")} == before
     length = grown.recipe.tokens.context_length
     parts = [part for part in source.published().parts if part.index not in touched]
@@ -366,9 +364,9 @@ def test_compaction_moves_no_other_token_and_changes_no_other_value_outside_the_
 def test_a_compacted_store_trains_and_runs_on(grown):
     grown.run(with_secret())
     key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 20"))
-    forget(grown.store, [key], quiet())
+    forget.forget(grown.store, [key], quiet())
     n_rows = train.open_feed(Lineage(grown.store, grown.recipe)).n_rows
-    pipeline.compact(Lineage(grown.store, grown.recipe), quiet())
+    stages.compact_store(Lineage(grown.store, grown.recipe), quiet())
     assert train.open_feed(Lineage(grown.store, grown.recipe)).n_rows == n_rows
     grown.run(with_secret() + NEW)
     assert grown.checked() == []
@@ -420,7 +418,7 @@ def test_positions_that_are_skipped_are_stored_but_never_used(grown):
         grown.recipe.model_dump() | {"activations": grown.recipe.activations.model_dump() | {"skip_positions": [0, 3]}}
     )
     assert Lineage(grown.store, changed).activations == Lineage(grown.store, grown.recipe).activations
-    pipeline.run(Lineage(grown.store, changed), quiet())
+    stages.run(Lineage(grown.store, changed), quiet())
     assert Lineage(grown.store, changed).sae != Lineage(grown.store, grown.recipe).sae
     run = Lineage(grown.store, changed).features
     ids = np.concatenate(
@@ -447,7 +445,7 @@ def test_special_tokens_may_be_left_out(grown):
     changed = parse_recipe(
         recipe_of(grown, tokens={"prepend_bos": True}, activations={"skip_special": True}) | {"name": "special"}
     )
-    pipeline.run(Lineage(grown.store, changed), Progress(verbosity=-1))
+    stages.run(Lineage(grown.store, changed), Progress(verbosity=-1))
     with contextlib.closing(connect(grown.store, "special")) as connection:
         rows = query(
             connection, "select distinct piece from tokens semi join stg_token_major using (token_id)"
@@ -482,7 +480,7 @@ def test_repeated_keys_are_told_apart_by_content_so_that_what_was_forgotten_stay
     recipe = repeated(ingredients, [("a", "the first text"), ("a", "the secret text"), ("b", "other")], tmp_path)
     tokens.run(Lineage(store, recipe), progress)
     (secret,) = [key for key in stored_keys(store, recipe) if key.startswith("a#")]
-    forget(store, [secret], progress)
+    forget.forget(store, [secret], progress)
     by_content = {
         f"a#{Document('a', text, '').content_hash[:8]}": text for text in ("the first text", "the secret text")
     }

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from saeflow.pipeline import collect as activations
+from saeflow.activations.collector import Collector
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.progress import Bar
 from saeflow.store.records import PartRecord
@@ -295,11 +295,11 @@ def test_a_disk_that_fills_up_loses_nothing(
 
 def fill_after_first_part(monkeypatch: pytest.MonkeyPatch, disk: Disk) -> None:
     """Somebody else takes the disk while activations are collected: the check before the work saw room enough."""
-    collect = activations.Collector.collect
+    one_part = Collector.collect
 
-    def filling(self: activations.Collector, part: PartRecord, bar: Bar) -> PartRecord:
+    def filling(self: Collector, part: PartRecord, bar: Bar) -> PartRecord:
         if self.target.part_folders():
             disk.leave(16 << 10)
-        return collect(self, part, bar)
+        return one_part(self, part, bar)
 
-    monkeypatch.setattr(activations.Collector, "collect", filling)
+    monkeypatch.setattr(Collector, "collect", filling)

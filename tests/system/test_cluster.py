@@ -22,12 +22,10 @@ import pytest
 from distributed import Client
 
 from flows.support.tasks import MOST_TASKS, runs_of
-from saeflow.pipeline import collect, tokens, train
-from saeflow.pipeline import compact as merging
-from saeflow.pipeline import encode as features
+from saeflow.pipeline import collect, compact, encode, tokens, train
 from saeflow.pipeline.dask import clusters
 from saeflow.pipeline.dask.workers import Workers
-from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.lineage import Lineage, grouped
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
@@ -147,25 +145,25 @@ def run_alone(root: Path, recipe: Recipe) -> None:
     for before, after, stage in [("tokens", "collect", collect.run), ("collect", "train", train.run_all)]:
         shutil.copytree(root / before, root / after)
         stage(Lineage(Store(root / after), recipe), quiet())
-    for after, stage in [("encode", encode), ("compact", compact)]:
+    for after, stage in [("encode", encode_pairs), ("compact", compact_first)]:
         shutil.copytree(root / {"encode": "train", "compact": "encode"}[after], root / after)
         stage(Lineage(Store(root / after), recipe), quiet())
 
 
-def encode(lineage: Lineage, progress: Progress) -> None:
-    for group in features.by_site(lineage):
-        features.run_together(group[:2], progress)
+def encode_pairs(lineage: Lineage, progress: Progress) -> None:
+    for group in grouped(lineage.members, lambda member: member.feature_facts["site"]):
+        encode.run_together(group[:2], progress)
 
 
-def compact(lineage: Lineage, progress: Progress) -> None:
-    merging.run(lineage.members[0], progress)
+def compact_first(lineage: Lineage, progress: Progress) -> None:
+    compact.run(lineage.members[0], progress)
 
 
 STAGES: dict[str, tuple[str, Callable[..., Any]]] = {
     "collect": ("tokens", collect.run),
     "train": ("collect", train.run_all),
-    "encode": ("train", encode),
-    "compact": ("encode", compact),
+    "encode": ("train", encode_pairs),
+    "compact": ("encode", compact_first),
 }
 """Of each stage what it begins from, and what runs it."""
 
@@ -495,7 +493,7 @@ def test_workers_of_a_store_in_a_bucket_make_the_objects_that_one_process_makes(
                 key = f"here/{path.relative_to(alone.root / 'tokens').as_posix()}"
                 server.client().put_object(Bucket="store", Key=key, Body=path.read_bytes())
         one = on(here, recipe).members()[0]
-        for stage in (collect.run, train.run, features.run):
+        for stage in (collect.run, train.run, encode.run):
             stage(Lineage(Store.create(url), one), quiet())
         caches = [path.name for path in (tmp_path / "cache").iterdir()]
         assert len([name for name in caches if "-worker-" in name]) == 1, "it works in a folder of its own"

@@ -1,42 +1,144 @@
-"""What runs on a worker of a cluster: one part of a stage, by the name that its maker is registered under.
+"""All that runs on a worker: a look whether it can work, then parts of stages, whose makers are registered by name.
 
-A scheduler and a worker import this module when they get a task; it loads nothing large by itself. Results are small
-records; errors that the user can mend travel as text.
+A scheduler and a worker import this module when they get a task, so it loads nothing large by itself. Results are small
+records. Errors that the user can mend travel as text.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import hashlib
 import json
+import os
 import platform
+import shutil
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import psutil
 from distributed import Reschedule, Worker, get_worker
 from distributed.core import Status
 
-from saeflow.pipeline.dask.fit import Session, other_saeflow, software, stop_profiler, store_at
-from saeflow.pipeline.parts import Item, PartMaker, registered
+from saeflow import __version__
+from saeflow.pipeline.parts import Item, PartMaker, not_seen, registered
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.lease import acquire
+from saeflow.store.records import read_checked
+from saeflow.store.storage.bucket import cache_folder
+from saeflow.store.store import Store, storage_of
 
 TOPIC = "saeflow"
-"""Where workers tell how far they are."""
+"""Dask's topic on which workers report how far they are."""
 _TELL_SECONDS = 1.0
-_STAGES = "saeflow.pipeline.run"
-"""The module that loads every stage, and so registers every maker. No name that a client sends is imported."""
+_STAGES = "saeflow.pipeline.stages"
+"""The module that loads every stage and so registers every maker. Workers import no name that a client sends."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """The store as the client calls it, and the client's saeflow: a worker must have both."""
+
+    store: str
+    token: str
+    saeflow: str
+
+
+def store_at(name: str) -> Store:
+    """Return the store as this machine sees it, with its records as they are now."""
+    store = Store.at(storage_of(name, own_cache))
+    _require_seen(name, store.root / "store.json")
+    return store
+
+
+@cache
+def own_cache(url: str) -> Path:
+    """Return a cache folder of this process alone, so that no other process changes records in it."""
+    home = cache_folder(url)
+    begin = f"{home.name}-worker-{platform.node()}-"
+    for left in home.parent.glob(f"{begin}*"):
+        pid = left.name.removeprefix(begin)  # no number if the machine `a` sees a folder of the machine `a-1`
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = home.with_name(f"{begin}{os.getpid()}")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def stop_profiler(worker: Any) -> None:
+    """Stop Dask's profiler of tasks. In Python 3.11 it can block the process for ever when a thread begins or ends
+    (github.com/dask/distributed/issues/8616)."""
+    profiler = worker.periodic_callbacks.get("profile")
+    if sys.version_info < (3, 12) and profiler is not None and profiler.is_running():
+        worker.loop.add_callback(profiler.stop)
+
+
+def look(session: Session, marker: str, dask_worker: Any = None) -> dict[str, Any]:
+    """Describe this worker: its host, its software, and what keeps it from working, if anything."""
+    stop_profiler(dask_worker)
+    found: dict[str, Any] = {"host": platform.node(), "software": software(), "problem": None}
+    if found["software"]["saeflow"] != session.saeflow:
+        return found | {"problem": other_saeflow(session, found["software"]["saeflow"])}
+    return found | {"problem": _why_unfit(session.store, marker)}
+
+
+def _why_unfit(store: str, marker: str) -> str | None:
+    try:
+        storage = storage_of(store, own_cache)
+        for file in ("store.json", marker):
+            _require_seen(store, storage.fetch(storage.root / file, fresh=True))
+    except FileNotFoundError:
+        return not_seen(store)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"The worker on {platform.node()} cannot work there: {error}"
+    return None
+
+
+def _require_seen(store: str, path: Path) -> None:
+    try:
+        read_checked(path) if path.name == "store.json" else path.read_bytes()
+    except OSError as error:
+        raise UserError(not_seen(store, error.strerror)) from error
+
+
+def other_saeflow(session: Session, mine: str) -> str:
+    return (
+        f"The worker on {platform.node()} has saeflow {mine}, this machine {session.saeflow}.\n"
+        "Install the same version on both and start the workers again."
+    )
+
+
+@cache
+def software() -> dict[str, str]:
+    """Return versions that results depend on; for saeflow also a digest of its modules."""
+    digest = hashlib.blake2b(digest_size=4)
+    for path in sorted(Path(__file__).parents[2].rglob("*.py")):
+        digest.update(path.read_bytes())
+    found = {"saeflow": f"{__version__} ({digest.hexdigest()})", "python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
 
 
 class Abandoned(UserError):
-    """The client is gone, or does not want this part any more, or this worker is to end."""
+    """The client is gone or no longer wants this part, or this worker should end."""
 
 
 class Bench:
-    """What a worker keeps from part to part: the maker that was used last, and whose turn it is."""
+    """Kept by a worker from part to part: the maker that was used last, and a lock for work that needs all of it."""
 
     def __init__(self) -> None:
         self.turn = threading.Lock()
@@ -45,12 +147,11 @@ class Bench:
 
     @classmethod
     def of(cls, worker: Worker) -> Bench:
-        """The worker's own."""
         bench: Bench = vars(worker).setdefault("saeflow_bench", cls())
         return bench
 
     def maker(self, session: Session, name: str, settings: str) -> PartMaker:
-        """A maker with these settings, which is opened once if it stays. What another one holds is freed first."""
+        """Return the maker with these settings, opened once if it stays. Another maker is freed first."""
         kind, key = registered(name), (session.token, session.store, name, settings)
         if not kind.stays:
             self.let_go()
@@ -62,23 +163,17 @@ class Bench:
             return self._kept[1]
 
     def let_go(self, token: str | None = None) -> None:
-        """Free the maker, or only one of this run, unless one is being opened."""
+        """Free the maker, if it belongs to this run (None: to any), unless one is being opened."""
         if self._opening.acquire(blocking=False):
             if self._kept is not None and token in (None, self._kept[0][0]):
                 self._kept = None
             self._opening.release()
 
-    @contextlib.contextmanager
-    def turn_of(self, maker: PartMaker) -> Iterator[None]:
-        """Hold the turn of this worker, if the maker uses all of it."""
-        with self.turn if maker.alone else contextlib.nullcontext():
-            yield
 
+def make_part(session: Session, name: str, settings: str, item: Item) -> dict[str, Any]:
+    """Make a part. Return its records as `{"made": …}`, or an error of the user as `{"refused": …}`.
 
-def work(session: Session, name: str, settings: str, item: Item) -> dict[str, Any]:
-    """Make a part: its records as `{"made": …}`, or why it was refused as `{"refused": …}`.
-
-    If this worker is to end (its lifetime, a queue, fewer workers), Dask gives the part to another one.
+    If this worker should end (its lifetime, a queue, fewer workers), Dask gives the part to another one.
     """
     worker = get_worker()
     stop_profiler(worker)  # this worker may have come after the look at all of them
@@ -90,7 +185,7 @@ def work(session: Session, name: str, settings: str, item: Item) -> dict[str, An
         maker = bench.maker(session, name, settings)
         for target in maker.waits_for(item):
             acquire(target.slot, target.id, "wait", telling.sleep).release()
-        with bench.turn_of(maker):
+        with bench.turn if maker.alone else contextlib.nullcontext():
             return {"made": maker.make(item, Progress(verbosity=-1, listener=telling))}
     except Abandoned:
         raise Reschedule from None
@@ -103,12 +198,12 @@ def work(session: Session, name: str, settings: str, item: Item) -> dict[str, An
 
 
 def let_go(token: str, dask_worker: Any = None) -> None:
-    """Free what this worker holds of a run that has ended."""
+    """Free the maker of a run that has ended."""
     Bench.of(dask_worker).let_go(token)
 
 
 class _Telling:
-    """Tells the client, once a second, how much of an item is done; ends work that nobody waits for."""
+    """Tells the client, once a second, how much of an item is done. Ends work that nobody waits for."""
 
     def __init__(self, worker: Worker, token: str, item: Item) -> None:
         self.worker, self.key = worker, worker.get_current_task()
@@ -121,12 +216,11 @@ class _Telling:
             self.worker.log_event(TOPIC, self.about | {"done": bar.done})
 
     def require_wanted(self) -> None:
-        """Dask frees the key of a task that was cancelled or whose client or scheduler is gone; its thread goes on."""
+        """Raise Abandoned if Dask has given up the task: its thread would go on."""
         task = self.worker.state.tasks.get(self.key)
         if self.worker.status not in (Status.running, Status.paused) or task is None or task.state == "cancelled":
             raise Abandoned
 
     def sleep(self, seconds: float) -> None:
-        """Wait for others, unless nobody waits for this part."""
         self.require_wanted()
         time.sleep(seconds)

@@ -1,7 +1,7 @@
 """The workers of one Dask cluster as an executor of parts.
 
-The store is all that client and workers share: what goes to a worker is a name and a few numbers, what comes back a
-record. Whether a part is done is read from the store, never from Dask.
+Client and workers share nothing but the store. A worker gets a name and a few numbers, and returns a record. Whether a
+part is done is read from the store, never from Dask.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
-from saeflow.pipeline.dask.fit import Session
-from saeflow.pipeline.dask.start import threads_of_worker
-from saeflow.pipeline.dask.work import work as work_on
+from saeflow.pipeline.dask.work import Session, make_part
 from saeflow.pipeline.parts import Item, Made, PartWork, Records, Tally
 from saeflow.recipe.cluster import ClusterConfig
 from saeflow.runtime.errors import UserError
@@ -29,11 +27,11 @@ from saeflow.runtime.progress import Bar, Stopped
 from saeflow.runtime.threads import n_threads
 
 _RETRIES = 2
-"""Of a part that fails on a worker otherwise than by the worker's death, which Dask counts by itself."""
+"""Retries of a part that fails on a worker. Dask counts deaths of workers by itself."""
 _AHEAD = 3
-"""Parts given to the scheduler for each thread of the workers: 100,000 at once would be a burden to it."""
+"""Parts given to the scheduler for each thread of the workers: 100,000 at once would be too many."""
 _CALLS = 64
-"""Calls of `each` at once that leave something for workers that come later: what is too much waits in the scheduler."""
+"""Least calls of `each` at once, so that workers that come later find parts waiting in the scheduler."""
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Workers:
     config: ClusterConfig
     session: Session
     look_seconds: float = 5.0
-    """Between two looks at who is there, while nothing arrives."""
+    """Seconds between two looks at the list of workers."""
     closed: threading.Event = field(default_factory=threading.Event)
     _tallies: list[Tally] = field(default_factory=list, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -53,46 +51,38 @@ class Workers:
 
     @property
     def n_threads(self) -> int:
-        """Parts that are worked on at once."""
+        """Parts that workers make at once."""
         return max(1, sum(self.able().values()))
 
     @property
     def n_expected(self) -> int:
-        """Workers that are there or, if more, that the recipe starts: those of a queue come one by one."""
+        """Workers that have come or, if more, that the recipe starts: a queue sends them one by one."""
         return max(len(self.able()), self.config.n_workers or 0)
 
     @property
     def n_calls(self) -> int:
-        """Calls of `each` that keep all of them busy, with one part each."""
         return max(_CALLS, self.n_threads, self.n_expected * self.config.threads_per_worker)
 
-    def _threads(self, asked: int) -> int:
-        """Threads for a part that has a worker to itself: as asked, or all of the worker. 0: each worker decides."""
-        return asked or threads_of_worker(self.config, self.n_expected, n_threads(0))
-
     def able(self) -> dict[str, int]:
-        """Addresses of the workers that may run a model, and how many parts each works on at once.
+        """Return the addresses of workers that may run a model, with the number of parts that each makes at once.
 
-        Where any worker was started with GPUs (`--resources GPU=1`), only such from then on, a part a GPU. Known for
-        some seconds.
+        Once a worker was started with GPUs (`--resources GPU=1`), only such workers count, with one part a GPU. The
+        answer is kept for `look_seconds`.
         """
         with self._lock:
             if time.monotonic() - self._able[0] > self.look_seconds or not self._able[1]:
                 found = self.client.scheduler_info(n_workers=-1)["workers"]
-                gpus = {name: int(each["resources"]["GPU"]) for name, each in found.items() if _has_gpu(each)}
+                n_gpus = {name: int(each.get("resources", {}).get("GPU", 0)) for name, each in found.items()}
+                gpus = {name: n for name, n in n_gpus.items() if n}
                 self._gpu = self._gpu or bool(gpus)
                 every = {name: each["nthreads"] for name, each in found.items()}
                 self._able = time.monotonic(), gpus if self._gpu else every
             return self._able[1]
 
-    @property
-    def _resources(self) -> dict[str, float] | None:
-        self.able()
-        return {"GPU": 1} if self._gpu else None
-
     def each(self, work: PartWork, items: Sequence[Item], tally: Tally) -> Made:
-        """Have these parts made, `_AHEAD` for each thread given out at a time; yield each once it is made."""
-        settings = json.dumps(work.settings | {"threads": self._threads(work.threads)})
+        """Have these parts made, at most `_AHEAD` for each thread given out at once; yield each once it is made."""
+        name, threads = work.maker.name, work.threads or threads_of_worker(self.config, self.n_expected, n_threads(0))
+        settings = json.dumps(work.settings | {"threads": threads})
         finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         running: dict[str, tuple[Future[Any], Item]] = {}
         waiting = iter(items)
@@ -101,7 +91,10 @@ class Workers:
             while True:
                 for item in islice(waiting, max(0, _AHEAD * self.n_threads - len(running))):
                     tally.begin(item)
-                    future = self._start(work.maker.name, settings, item)
+                    future: Future[Any] = self.client.submit(
+                        make_part, self.session, name, settings, item, key=f"{name}-{uuid.uuid4().hex}", pure=False,
+                        retries=_RETRIES, resources={"GPU": 1} if self._gpu else None,
+                    )  # fmt: skip
                     running[str(future.key)] = future, item
                     future.add_done_callback(finished.put)
                 if not running:
@@ -117,16 +110,8 @@ class Workers:
                 with contextlib.suppress(Exception):  # it may be lost at this very moment
                     self.client.cancel([future for future, _ in running.values()])
 
-    def _start(self, name: str, settings: str, item: Item) -> Future[Any]:
-        found: Future[Any] = self.client.submit(
-            work_on, self.session, name, settings, item,
-            key=f"{name}-{uuid.uuid4().hex}", pure=False, retries=_RETRIES, resources=self._resources,
-        )  # fmt: skip
-        return found
-
     def _next(self, finished: queue.SimpleQueue[Future[Any]], bar: Bar) -> Future[Any]:
-        """The next future that is done. Raises UserError where none can be any more, Stopped once the work is to
-        stop."""
+        """Wait for the next future. Raises UserError if the cluster is lost, Stopped if the work should stop."""
         alone_since = None
         while True:
             with contextlib.suppress(queue.Empty):
@@ -151,7 +136,7 @@ class Workers:
                 "Look at that worker's log: most often its memory was full. Finished parts are "
                 "safe; then run the same command again."
             ) from error
-        if isinstance(error, OSError):  # of that machine, where this one's advice would mislead
+        if isinstance(error, OSError):  # on that machine: advice for this machine would mislead
             said = "\n".join([str(error), *getattr(error, "__notes__", [])])
             raise UserError(
                 f"{said}\nFinished parts are safe; mend it there, then run the same command again."
@@ -186,13 +171,19 @@ class Workers:
         return str(self.client.scheduler.address) if self.client.scheduler else self.config.address or "its address"
 
     def told(self, event: tuple[float, Any]) -> None:
-        """A worker says how far it is."""
+        """Count the units of a part that a worker reports."""
         about = event[1]
         if about.get("token") == self.session.token:
             for tally in list(self._tallies):
-                with contextlib.suppress(Stopped):  # who waits for the parts hears of it
+                with contextlib.suppress(Stopped):  # raised again where the parts are waited for
                     tally.tell(about["item"], about["done"])
 
 
-def _has_gpu(worker: dict[str, Any]) -> bool:
-    return float(worker.get("resources", {}).get("GPU", 0)) >= 1
+def threads_of_worker(config: ClusterConfig, n_workers: int, n_cores: int) -> int:
+    """Return the threads for one part on a worker. Local workers share this machine's cores. 0: the worker's cores."""
+    match config.starts:
+        case "local" | "local-cuda":
+            return max(config.threads_per_worker, n_cores // n_workers)
+        case "slurm" | "pbs" | "sge" | "lsf":
+            return int(config.options.get("cores", config.threads_per_worker))
+    return 0

@@ -1,9 +1,13 @@
-"""Documents leave the store: hidden at once in every view and feed, then removed from the disk."""
+"""Documents leave the store, because a user or the corpus no longer wants them.
+
+`forget` and `withdraw` hide them at once in every view and feed. `erase_hidden` removes them from the disk.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,56 +16,63 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saeflow.corpus.ledger import group_by_part, key_hash, merge_hidden
+from saeflow.corpus import sources
+from saeflow.corpus.document import Document
+from saeflow.corpus.ledger import Ledger, document_rows, group_by_part, key_hash, merge_hidden
 from saeflow.corpus.token_parts import write_tables
 from saeflow.pipeline import encode
-from saeflow.pipeline.lineage import Ancestors
+from saeflow.pipeline.lineage import Ancestors, Lineage
+from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
-from saeflow.store.records import Generation, Hidden, PartRecord
+from saeflow.store.records import Hidden, PartRecord, add_provenance, provenance_value
 from saeflow.store.store import Store
+
+_NOTE = "corpus_without_removed"
 
 
 @dataclass
 class Forgotten:
-    """What a call hid: documents by token artefact, runs whose values were removed, SAEs that were trained on them."""
+    """What a call hid, by id of token artefact, run and SAE."""
 
     documents: dict[str, int] = field(default_factory=dict)
     already: list[str] = field(default_factory=list)
     """Keys that were forgotten before."""
     runs: list[str] = field(default_factory=list)
+    """Runs whose values were removed."""
     waiting: dict[str, str] = field(default_factory=dict)
-    """Runs whose parts are left out of every answer until they can be encoded again, and why they cannot be now."""
+    """Runs that cannot be encoded again now, and why. Answers leave out their parts until then."""
     saes: list[str] = field(default_factory=list)
+    """SAEs that were trained on these documents."""
     held_out_only: list[str] = field(default_factory=list)
-    """SAEs of a store that held these documents, but only outside of training."""
+    """SAEs from whose training these documents were held out."""
 
 
 def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
-    """Hide every document of these keys, and every earlier version of them. Raises UserError for keys nobody has."""
-    sources = {source.id: _Search(source, keys) for source in store.artefacts("tokens") if source.generation()}
-    found = {name: source.rows() for name, source in sources.items()}
+    """Hide every document of these keys, and every earlier version of them. Raises UserError for unknown keys."""
+    searches = {source.id: _Search(source, keys) for source in store.artefacts("tokens") if source.generation()}
+    found = {name: search.rows() for name, search in searches.items()}
     known = {row["key"] for rows in found.values() for row in rows}
-    unknown = [key for key in keys if key not in known and not _forgotten((s.artefact for s in sources.values()), key)]
+    forgotten = {each.key_hash for search in searches.values() for each in search.forgotten()}
+    unknown = [key for key in keys if key not in known and key_hash(key) not in forgotten]
     if unknown:
         raise UserError(
             f"No document is called {', '.join(map(repr, unknown))}. Nothing was hidden.\n"
             "List the keys with `saeflow sql 'select key, source, n_tokens from documents'`."
         )
     done = Forgotten(already=[key for key in keys if key not in known])
-    for name, rows in found.items():
-        if rows:
-            found[name] = _hide(sources[name].artefact, sources[name].rows, "forgotten")
-            done.documents[name] = len(found[name])
+    for name in [name for name, rows in found.items() if rows]:
+        found[name] = _hide(searches[name].artefact, searches[name].rows, "forgotten")
+        done.documents[name] = len(found[name])
     _follow(store, found, done, progress)
     return done
 
 
 def withdraw(store: Store, source: Artefact, rows: list[dict[str, Any]], progress: Progress) -> Forgotten:
-    """Hide documents of one token artefact, given as rows of documents.parquet: its corpus no longer holds them.
+    """Hide documents that the corpus no longer holds, given as rows of documents.parquet.
 
-    One that comes back is a new document, while a forgotten one stays away.
+    A withdrawn document may come back as a new one. A forgotten one stays away.
     """
     done = Forgotten({source.id: len(rows)})
     _hide(source, lambda: rows, "replaced")
@@ -70,8 +81,8 @@ def withdraw(store: Store, source: Artefact, rows: list[dict[str, Any]], progres
 
 
 def _follow(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotten, progress: Progress) -> None:
-    """Remove the values of what was hidden, and list the SAEs that were trained on it."""
-    for run in store.artefacts("features"):  # also those that a killed call has left
+    """Remove the values of hidden documents, and list the SAEs that were trained on them."""
+    for run in store.artefacts("features"):  # also runs that a killed call left as they were
         try:
             if run.generation() and encode.refresh(store, run, progress):
                 done.runs.append(run.id)
@@ -82,18 +93,21 @@ def _follow(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotte
 
 @dataclass
 class _Search:
-    """Looks for documents by their keys; in each part once, however often it is asked."""
+    """Looks for documents by their keys. Reads each part once, however often it is asked."""
 
     artefact: Artefact
     keys: Sequence[str]
     _seen: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Rows of documents.parquet as it is now, replaced versions included, forgotten ones not."""
-        generation = self.artefact.published()
-        gone = {d.document_id for each in generation.hidden.values() for d in each if d.reason == "forgotten"}
-        found = (row for part in generation.parts for row in self._rows_of(part))
+        """Return present rows of documents.parquet, with replaced versions, but without forgotten documents."""
+        gone = {each.document_id for each in self.forgotten()}
+        found = (row for part in self.artefact.published().parts for row in self._rows_of(part))
         return [row for row in found if row["document_id"] not in gone]
+
+    def forgotten(self) -> Iterator[Hidden]:
+        hidden = self.artefact.published().hidden.values()
+        return (each for documents in hidden for each in documents if each.reason == "forgotten")
 
     def _rows_of(self, part: PartRecord) -> list[dict[str, Any]]:
         if part.folder not in self._seen:
@@ -104,17 +118,10 @@ class _Search:
         return self._seen[part.folder]
 
 
-def _forgotten(sources: Iterable[Artefact], key: str) -> bool:
-    """Was this key forgotten before?"""
-    hashed = key_hash(key)
-    every = (d for source in sources for each in source.published().hidden.values() for d in each)
-    return any(d.key_hash == hashed and d.reason == "forgotten" for d in every)
-
-
 def _hide(
     source: Artefact, find: Callable[[], list[dict[str, Any]]], reason: Literal["forgotten", "replaced"]
 ) -> list[dict[str, Any]]:
-    """What is hidden is found once the lease is held: a newer version may have come in since somebody looked."""
+    """Hide documents that are looked up under the lease: a newer version may have come in before."""
     with source.writing():
         generation, rows = source.published(), find()
         new = [Hidden(document_id=r["document_id"], key_hash=key_hash(r["key"]), reason=reason) for r in rows]
@@ -123,7 +130,7 @@ def _hide(
 
 
 def _list_saes(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotten) -> None:
-    """SAEs that were trained on a generation which held one of the documents."""
+    """List SAEs that were trained on a generation which held one of the documents."""
     for sae in (sae for sae in store.artefacts("saes") if sae.record.inputs):
         seen = Ancestors(store, sae)
         new = found.get(seen.tokens.id, [])
@@ -135,8 +142,10 @@ def _list_saes(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgo
 
 
 def _n_seen(stored: Artefact, sae: Artefact) -> int:
-    """Documents that existed when the SAE was trained: their numbers are below this. One that was imported saw none;
-    where its activations are gone nobody knows, and it may have seen all."""
+    """Return how many documents existed when the SAE was trained: their numbers are below this.
+
+    An imported SAE saw none. If its activations are gone, an SAE may have seen all.
+    """
     if "imported" in sae.record.facts:
         return 0
     number = int(sae.record.facts["generation"])
@@ -144,9 +153,8 @@ def _n_seen(stored: Artefact, sae: Artefact) -> int:
     return generation.total("n_documents") if generation else sys.maxsize
 
 
-def seen(source: Artefact) -> dict[str, int]:
-    """Documents and tokens that readers see: all but the hidden ones, which a compacted part still counts as
-    documents."""
+def count_visible(source: Artefact) -> dict[str, int]:
+    """Return the number of documents and tokens that are not hidden."""
     generation = source.published()
     n_tokens = generation.total("n_tokens")
     for part in generation.parts:
@@ -158,11 +166,11 @@ def seen(source: Artefact) -> dict[str, int]:
     return {"n_documents": generation.total("n_documents") - len(generation.hidden_ids), "n_tokens": n_tokens}
 
 
-def compact(store: Store, source: Artefact, progress: Progress) -> list[int]:
-    """Rewrite the token parts that still hold hidden documents; indices of these parts.
+def erase_hidden(source: Artefact, progress: Progress) -> None:
+    """Rewrite the token parts that still hold hidden documents.
 
-    Their tokens become padding, so that no number changes; activations and features follow when they are next
-    collected and encoded, and `gc` removes the old files.
+    Their tokens become padding, so no number changes. Activations and features follow when they are next collected and
+    encoded, and `gc` removes the old files.
     """
     with source.writing():
         generation = source.published()
@@ -171,16 +179,12 @@ def compact(store: Store, source: Artefact, progress: Progress) -> list[int]:
             if fresh[index].counts.get("n_removed_documents", 0) < len(hidden):
                 fresh[index] = _without(source, fresh[index], hidden)
         source.publish(fresh.values())
-        progress.say(f"compact: {len(_changed(generation, fresh))} parts of {source.id} written again")
-        return _changed(generation, fresh)
-
-
-def _changed(generation: Generation, fresh: dict[int, PartRecord]) -> list[int]:
-    return [part.index for part in generation.parts if fresh[part.index] != part]
+        n_changed = sum(fresh[part.index] != part for part in generation.parts)
+        progress.say(f"compact: {n_changed} parts of {source.id} written again")
 
 
 def _without(source: Artefact, part: PartRecord, hidden: Sequence[Hidden]) -> PartRecord:
-    """The part with padding in place of the hidden documents, and their names left out."""
+    """Write the part with padding in place of the hidden documents, and without their names."""
     ids = pa.array([document.document_id for document in hidden], pa.int64())
     tokens, documents = (pq.read_table(source.part_file(part, f"{name}.parquet")) for name in ("tokens", "documents"))
     gone = pc.is_in(tokens.column("document_id"), ids)
@@ -202,3 +206,77 @@ def _without(source: Artefact, part: PartRecord, hidden: Sequence[Hidden]) -> Pa
 
 def _replaced(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
     return table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Documents that are gone from the corpus."""
+
+    n: int = 0
+    """How many are forgotten now."""
+    seen: str | None = None
+    """Signature of the corpus that was read, if all documents that it no longer holds are forgotten."""
+    refusal: str = ""
+    """Why nothing was forgotten, if more than `schedule.most_removed` are gone."""
+
+
+def forget_removed(lineage: Lineage, progress: Progress) -> Removed:
+    """Forget documents that the corpus no longer holds, if `schedule.removed` says so, and never too many at once.
+
+    Reads the corpus once more whenever it has changed. Raises UserError if it cannot be read.
+    """
+    recipe, source = lineage.recipe, lineage.tokens
+    if recipe.schedule.removed == "keep" or recipe.corpus is None or recipe.model is None:
+        return Removed()
+    about = sources.pin_to_commits(recipe.corpus)
+    seen = sources.corpus_signature(about)
+    generation = source.generation()
+    if generation is None or (seen is not None and seen == provenance_value(source.path, _NOTE)):
+        return Removed(seen=seen)
+    ledger = Ledger.read(source, generation)
+    whole = about.model_copy(update={"dedup": False, "share": 1.0})
+    look_through(ledger, sources.open_corpus(whole).documents, about)
+    gone, n_seen = ledger.ids_not_met(), len(ledger.keys)
+    if len(gone) > recipe.schedule.most_removed * n_seen:
+        return Removed(refusal=_refusal(len(gone), n_seen, recipe.schedule.most_removed))
+    if len(gone):
+        progress.say(f"removed: {len(gone):,} of {n_seen:,} documents are gone from the corpus and are forgotten")
+        withdraw(lineage.store, source, document_rows(source, generation, gone), progress)
+    return Removed(len(gone), seen)
+
+
+def note_seen(source: Artefact, removed: Removed) -> None:
+    """Remember that the corpus, as it was read, holds every stored document.
+
+    If the corpus had changed again before it was tokenised, nothing is noted, and the next look reads it again.
+    """
+    if removed.seen is None:
+        return
+    if removed.seen == provenance_value(source.path, "corpus") != provenance_value(source.path, _NOTE):
+        add_provenance(source.path, {_NOTE: removed.seen})
+        source.storage.send(source.path / "provenance.json")
+
+
+def _refusal(n_gone: int, n_seen: int, most: float) -> str:
+    return (
+        f"{n_gone:,} of {n_seen:,} documents are gone from the corpus, {n_gone / n_seen:.0%}; "
+        f"schedule.most_removed is {most:g}. None of them was forgotten; what is new was taken in.\n"
+        'Is its disk mounted? If they were meant to go, raise schedule.most_removed, or set schedule.removed to "keep".'
+    )
+
+
+def look_through(ledger: Ledger, documents: Iterator[Document], about: CorpusConfig) -> None:
+    """Let the ledger meet all documents of the corpus, also those with repeated texts."""
+    read = _without_repeats(documents, ledger) if about.dedup else documents
+    deque(ledger.entries_to_store(read, about), maxlen=0)
+
+
+def _without_repeats(documents: Iterator[Document], ledger: Ledger) -> Iterator[Document]:
+    """Yield documents as `corpus.dedup` does. The ledger also meets the repeated ones, which may be stored."""
+    seen: set[str] = set()
+    for document in documents:
+        if document.content_hash in seen:
+            ledger.mark_met(document)
+        else:
+            seen.add(document.content_hash)
+            yield document

@@ -1,17 +1,17 @@
-"""A corpus that changes, brought through every stage: what is new is read, stored, encoded and can be asked about."""
+"""Bring new documents of a corpus through every stage, and train a new SAE once the store has grown enough."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 from typing import Any
 
-from saeflow.pipeline import encode, import_table, tokens
-from saeflow.pipeline import run as pipeline
+from saeflow.pipeline import encode, import_table, stages, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open
-from saeflow.pipeline.lifecycle import retrain
-from saeflow.pipeline.lifecycle.deletions import forget_removed, note_seen
-from saeflow.pipeline.lineage import Lineage
+from saeflow.pipeline.lifecycle.forget import forget_removed, note_seen
+from saeflow.pipeline.lineage import Lineage, n_tokens_seen
 from saeflow.query import catalog
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
@@ -23,77 +23,72 @@ from saeflow.store.store import Store
 _log = logging.getLogger(__name__)
 
 
-def run(lineage: Lineage, progress: Progress, place: pipeline.Place = pipeline.anywhere) -> dict[str, Any]:
+def run(lineage: Lineage, progress: Progress, place: stages.Place = stages.anywhere) -> dict[str, Any]:
     """Bring new and changed documents through every stage, and forget removed ones if the recipe says so.
 
-    Every published run over these activations encodes what is new, of the recipe's own the newest `schedule.keep_runs`;
-    one that another run is writing does at the next ingest. Where the recipe's newest SAE has no run yet, it is
-    trained, encoded and judged after that. Where nothing has changed, only records are read. The summary counts what is
-    new: documents and tokens, and the indices of parts by artefact. Raises UserError where a run could not follow, or
-    not be made, after the others have, and where too many documents are gone to be forgotten.
+    Every published run over these activations encodes the new documents; of the recipe's own runs, only the newest
+    `schedule.keep_runs`. A run that another process is writing follows at the next ingest. Then, if the recipe's newest
+    SAE has no run yet, it is trained, encoded and judged. If nothing has changed, only records are read. The summary
+    counts new documents and tokens, and lists new parts by artefact.
+
+    Raises UserError, once all other runs have followed, if a run could not follow or be made, or if too many documents
+    are gone to be forgotten.
     """
     store, recipe, held = lineage.store, lineage.recipe, [lineage.tokens, lineage.activations]
     before, trained = _published_folders(store, held), False
     _keep_lists(held)
     with kept_open():
         removed = forget_removed(lineage, progress)
-        _take_in(lineage, progress, place)
+        if recipe.model is None:
+            import_table.run(lineage, progress)
+        else:
+            tokens.run(lineage, progress)
+            stages.collect_new(lineage, progress, place)
         note_seen(lineage.tokens, removed)
         _keep_lists(held)
         waiting = _encode_new(lineage, progress, place)
         catalog.write_catalog(store)
         try:
-            trained = not _has_run(lineage) and _make_run(lineage, progress, place)
+            trained = _make_run(lineage, progress, place)
         except UserError as error:
             waiting[recipe.name] = str(error)
     failed = [f"{name} does not hold the new documents yet: {why}" for name, why in waiting.items()]
     if removed.refusal or failed:
         raise UserError("\n".join(filter(None, [removed.refusal, *failed])))
     return _ingest_summary(lineage, held, before) | {
-        "n_removed": removed.n, "trained": trained, "grown": retrain.grown(lineage.anew()),
+        "n_removed": removed.n, "trained": trained, "grown": grown(lineage.anew()),
     }  # fmt: skip
 
 
-def _take_in(lineage: Lineage, progress: Progress, place: pipeline.Place) -> None:
-    """The stages that every run of a store shares."""
-    if lineage.recipe.model is None:
-        import_table.run(lineage, progress)
-        return
-    tokens.run(lineage, progress)
-    pipeline.collect_new(lineage, progress, place)
-
-
 def _keep_lists(held: list[Artefact]) -> None:
-    """Read the lists of parts: as long as they are held here, no stage reads them again."""
+    """Read the lists of parts. While they are held here, no stage reads them again."""
     for each in held:
         with contextlib.suppress(Damaged):  # its stage mends it
             each.generation()
 
 
-def _has_run(lineage: Lineage) -> bool:
-    """Is every SAE of the recipe trained, encoded and judged?"""
+def _make_run(lineage: Lineage, progress: Progress, place: stages.Place) -> bool:
+    """Train, encode and judge missing SAEs of the recipe, unless another run does so. True if this run did."""
     made = encode.runs_over(lineage.store, lineage.activations)
     runs = [member.features for member in lineage.members]
-    return all(each in made for each in runs) and (lineage.recipe.is_sweep or (runs[0].path / "quality.json").is_file())
-
-
-def _make_run(lineage: Lineage, progress: Progress, place: pipeline.Place) -> bool:
-    """Train, encode and judge what is missing, unless another run is at that already."""
+    judged = lineage.recipe.is_sweep or (runs[0].path / "quality.json").is_file()
+    if judged and all(each in made for each in runs):
+        return False
     for member in lineage.members:
         for each in (member.sae, member.features):
             if not is_free(each.slot):
                 progress.say(f"ingest: another run is making {each.id}")
                 return False
     now = lineage.anew()  # the corpus may have changed again
-    pipeline.run(now, progress, place)
+    stages.run(now, progress, place)
     if now.recipe.is_sweep:
         with place("encode"):
-            pipeline.stages(now.recipe)["encode"](now, progress)
+            stages.stages_of(now.recipe)["encode"](now, progress)
     return True
 
 
-def _encode_new(lineage: Lineage, progress: Progress, place: pipeline.Place) -> dict[str, str]:
-    """Let every published run over the recipe's activations hold all of them; those that cannot, and why."""
+def _encode_new(lineage: Lineage, progress: Progress, place: stages.Place) -> dict[str, str]:
+    """Let published runs over the recipe's activations encode all of them. Return runs that could not, and why."""
     store, waiting = lineage.store, {}
     for each in following(lineage):
         if not is_free(each.slot):
@@ -111,18 +106,19 @@ def _encode_new(lineage: Lineage, progress: Progress, place: pipeline.Place) -> 
 
 
 def following(lineage: Lineage) -> list[Artefact]:
-    """The published runs that new documents reach: all over the recipe's activations but, of each name of its own, the
-    newest `schedule.keep_runs` and the recipe's own."""
+    """Return the published runs over the recipe's activations that new documents reach.
+
+    Of runs with a name of the recipe's own, these are the newest `schedule.keep_runs` and the recipe's present run.
+    """
     keep_runs = lineage.recipe.schedule.keep_runs
     every = encode.runs_over(lineage.store, lineage.activations)
     own = [member.features for member in lineage.members] if keep_runs else []
-    of_name = {each.name: [run for run in every if run.name == each.name] for each in own}
-    old = [run for runs in of_name.values() for run in runs[:-keep_runs]]
+    old = [run for name in {each.name for each in own} for run in [r for r in every if r.name == name][:-keep_runs]]
     return [run for run in every if run in own or run not in old]
 
 
 def _published_folders(store: Store, held: list[Artefact]) -> dict[str, set[str]]:
-    """The published parts of what an ingest adds parts to."""
+    """Return the folders of published parts, by artefact that an ingest adds parts to."""
     found = {}
     for each in (*held, *encode.runs_over(store, held[1])):
         with contextlib.suppress(Damaged, OSError):  # not yet there, or about to be mended
@@ -140,3 +136,51 @@ def _ingest_summary(lineage: Lineage, held: list[Artefact], before: dict[str, se
         **{count: sum(part.counts[count] for part in new) for count in ("n_documents", "n_tokens")},
         "parts": {name: sorted(int(each.partition("-")[0]) for each in folders) for name, folders in fresh.items()},
     }
+
+
+def grown(lineage: Lineage) -> float:
+    """Return the share by which training tokens have grown since the recipe's newest SAE; the largest of a sweep.
+
+    Infinite if no SAE is trained, 0 for an imported SAE. If an earlier saeflow trained the SAE and its generation is
+    gone, growth counts from the oldest generation that is kept.
+    """
+    return max(map(_grown, lineage.members))
+
+
+def _grown(lineage: Lineage) -> float:
+    if lineage.recipe.sae.source is not None:
+        return 0.0
+    stored, trained = lineage.activations, lineage.sae
+    if not trained.complete():
+        return math.inf
+    now, then = stored.published().total("n_train_tokens"), _n_tokens_trained_on(stored, trained)
+    return now / then - 1 if then else math.inf
+
+
+def _n_tokens_trained_on(stored: Artefact, trained: Artefact) -> int:
+    if (known := n_tokens_seen(trained)) is not None:
+        return known
+    number = int(trained.record.facts["generation"])
+    generation = stored.generation(min(each for each in stored.numbers() if each >= number))
+    return generation.total("n_train_tokens") if generation else 0
+
+
+def retrain(
+    lineage: Lineage, progress: Progress, share: float | None = None, place: stages.Place = stages.anywhere
+) -> dict[str, Any]:
+    """Train on the present store, encode and judge; with a `share` only if the store has grown by it."""
+    recipe, growth = lineage.recipe, grown(lineage)
+    if recipe.sae.source is not None or (share is not None and growth < share):
+        asked = "the SAE is from elsewhere" if share is None else f"asked for {share:.1%}"
+        progress.say(f"retrain: the store has grown by {growth:.1%} since the newest SAE ({asked}); nothing to do")
+        return {"run": recipe.name, "trained": [], "grown": growth}
+    fresh = lineage.anew(fresh=True)
+    with kept_open():
+        with place("train"):
+            made = train.run_all(fresh, progress)
+        every = stages.stages_of(recipe)
+        for name, stage in itertools.islice(every.items(), list(every).index("train") + 1, None):
+            with place(name):
+                stage(fresh, progress)
+    runs = [member.features.id for member in fresh.members]
+    return {"run": recipe.name, "trained": [each.id for each in made], "grown": growth, "runs": runs}

@@ -1,19 +1,26 @@
-"""What a recipe will take: tokens, parts, bytes, memory and hours, from a trial of its own stages on a sample."""
+"""Forecast what a recipe will take: tokens, parts, bytes, memory and hours.
+
+A survey reads the corpus once, for its lengths and a sample. A trial then runs the recipe's own stages on the sample.
+"""
 
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from saeflow.activations.shards import ITEM_BYTES
+from saeflow.corpus import sources
+from saeflow.corpus.document import is_held_out
 from saeflow.corpus.token_parts import bos_ids, ids_of
 from saeflow.model.load import load_tokenizer
-from saeflow.pipeline.forecast.survey import Survey, survey
-from saeflow.pipeline.forecast.trial import try_out
+from saeflow.pipeline.trial import try_out
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
 from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import human_bytes
 from saeflow.runtime.threads import n_threads
@@ -23,7 +30,53 @@ from saeflow.store.store import Store
 _BYTES_PER_VALUE = 6.7
 """On disk, both orders together: measured on the demo and on SmolLM2."""
 _MEMORY_PER_VALUE = 60
-"""Held while a part's values are sorted and written, in bytes: measured on the demo."""
+"""Bytes held while a part's values are sorted and written: measured on the demo."""
+_SEGMENT = 24_000_000
+"""Values of a part that are held at once (part_encoder.SEGMENT_VALUES)."""
+_MORE_PIECES, _PIECE_CHARACTERS = 256, 4000
+"""Pieces of text in the sample, drawn as if the corpus were cut into pieces of this length."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Lengths of a corpus in characters, or in ids if it is tokenised, and a sample of its pieces."""
+
+    n_documents: int
+    n_characters: int
+    n_held_out: int
+    pieces: tuple[str | tuple[int, ...], ...]
+
+
+def survey_corpus(recipe: Recipe, progress: Progress) -> Survey:
+    """Read the corpus once, for its lengths and a sample (reservoir: Vitter 1985, algorithm R)."""
+    if recipe.model is None or recipe.corpus is None:
+        raise UserError(
+            "saeflow plan forecasts recipes that run a model. A table of activations is stored as it is: "
+            "its rows × its columns × 2 bytes in float16. Run it: saeflow run RECIPE"
+        )
+    dice, about = random.Random(0), recipe.corpus
+    pieces: list[str | tuple[int, ...]] = []
+    n_documents = n_characters = n_held_out = n_pieces = 0
+    with progress.bar("survey", None, "characters") as bar:
+        for document in sources.open_corpus(about).documents:
+            n_documents += 1
+            n_characters += len(document.content)
+            n_held_out += len(document.content) * is_held_out(document.key, about.seed, about.held_out)
+            for piece in _cut(document.content):
+                n_pieces += 1
+                place = len(pieces) if len(pieces) < _MORE_PIECES else dice.randrange(n_pieces)
+                pieces[place : place + 1] = [piece] if place < _MORE_PIECES else pieces[place : place + 1]
+            bar.advance(len(document.content))
+    if not pieces:
+        raise UserError("All documents of the corpus are empty. Check corpus.text, the column that holds the text.")
+    dice.shuffle(pieces)  # a small corpus fills the reservoir in its own order
+    return Survey(n_documents, n_characters, n_held_out, tuple(pieces))
+
+
+def _cut(content: str | tuple[int, ...]) -> Iterator[str | tuple[int, ...]]:
+    length = _PIECE_CHARACTERS if isinstance(content, str) else _PIECE_CHARACTERS // 4
+    for start in range(0, len(content), length):
+        yield content[start : start + length]
 
 
 @dataclass(frozen=True)
@@ -38,14 +91,14 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a whole recipe, from nothing. `break_even` is the number of SAEs from which storing is faster than
-    streaming."""
+    """What a whole recipe takes, from nothing."""
 
     n_documents: int
     n_tokens: int
     n_parts: int
     stages: tuple[StageForecast, ...]
     break_even: int
+    """Number of SAEs from which storing is faster than streaming."""
 
     @property
     def n_bytes(self) -> int:
@@ -59,14 +112,11 @@ class Forecast:
     def seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages)
 
-    def stage(self, name: str) -> StageForecast | None:
-        return next((stage for stage in self.stages if stage.name == name), None)
-
 
 def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any], n_tokens: int) -> Forecast:
-    """From the sample to a corpus of `n_tokens`: activations from their layout, seconds from steady rates.
+    """Extrapolate from the sample to `n_tokens`: activations from their layout, seconds from steady rates.
 
-    The SAEs of a sweep are taken to train as fast as the recipe's own settings do; a sweep encodes nothing.
+    SAEs of a sweep are assumed to train as fast as the recipe's own settings do. A sweep encodes nothing.
     """
     members = recipe.members()
     sample = tried["n_characters"]
@@ -96,7 +146,7 @@ def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any], n_token
 
 
 def count_tokens(recipe: Recipe, surveyed: Survey) -> int:
-    """Of the whole corpus, from those of all the pieces, which are many more than are tried, and a BOS a document."""
+    """Estimate the tokens of the corpus from those of all pieces of the sample, and a BOS for each document."""
     assert recipe.model is not None
     assert recipe.corpus is not None
     if recipe.corpus.token_ids:
@@ -108,23 +158,19 @@ def count_tokens(recipe: Recipe, surveyed: Survey) -> int:
 
 
 def part_size(recipe: Recipe, characters_per_token: float) -> float:
-    """Tokens of a part: a group of documents of up to `part_tokens` characters may overfill it; half of one, on
-    average."""
+    """Return the mean number of tokens in a part, which the last group of documents overfills by half its size."""
     wanted: int = recipe.tokens.part_tokens
     return wanted + min(1 << 20, wanted) / characters_per_token / 2
 
 
 def activation_bytes(recipe: Recipe, tried: dict[str, Any], n_tokens: int, n_parts: int) -> int:
-    """Whole chunks of whole sequences; as much padding where documents are isolated, and compressed, as the sample
-    was."""
+    """Return the bytes of whole chunks of whole sequences, padded and compressed as much as the sample's."""
     length, about = recipe.tokens.context_length, recipe.activations
     padded = tried["n_sequences"] * length / tried["n_tokens"] if recipe.tokens.packing == "isolated" else 1.0
     total = 0.0
     for width in tried["widths"]:
         row_bytes = length * width * ITEM_BYTES[about.dtype]
-        rows = (
-            round(n_tokens * padded / n_parts / length) + 1
-        )  # the last sequence of training and of held out are half full
+        rows = round(n_tokens * padded / n_parts / length) + 1  # the last two sequences of a part are half full
         chunk = max(1, min(rows, about.chunk_bytes // row_bytes))
         total += n_parts * math.ceil(rows / chunk) * chunk * row_bytes
     raw = sum(tried["widths"]) * ITEM_BYTES[about.dtype] * tried["n_tokens"]
@@ -134,28 +180,22 @@ def activation_bytes(recipe: Recipe, tried: dict[str, Any], n_tokens: int, n_par
 def growth(
     name: str, recipe: Recipe, tried: dict[str, Any], n_tokens: int, n_parts: int, stored: int, l0: float
 ) -> int:
-    """Memory beyond that of the trial, in bytes; freed memory is kept by the process, so later stages have it, too."""
-    match name:
-        case "train":
-            return max(0, pool_memory(recipe, stored) - pool_memory(recipe, tried["activation_bytes"]))
-        case "encode":
-            workers = min(n_threads(recipe.threads), n_parts)
-            here = min(n_tokens / n_parts * l0, _SEGMENT)
-            return int(max(0, workers * here - tried["n_values"]) * _MEMORY_PER_VALUE)
-    return 0
-
-
-_SEGMENT = 24_000_000
-"""Values of a part that are held at once (part_encoder.SEGMENT_VALUES)."""
+    """Return bytes of memory beyond the trial's. The process keeps freed memory, so later stages have it, too."""
+    if name == "train":
+        return max(0, pool_memory(recipe, stored) - pool_memory(recipe, tried["activation_bytes"]))
+    if name != "encode":
+        return 0
+    n_values = min(n_threads(recipe.threads), n_parts) * min(n_tokens / n_parts * l0, _SEGMENT)
+    return int(max(0, n_values - tried["n_values"]) * _MEMORY_PER_VALUE)
 
 
 def pool_memory(recipe: Recipe, stored: int) -> int:
-    """What the feed holds: the store, where half a pool holds it, else both halves."""
+    """Return the bytes that the feed holds: all activations if they fit in half a pool, else both halves."""
     return stored if stored <= recipe.feed.pool_bytes // 2 else int(recipe.feed.pool_bytes)
 
 
 def stage_seconds(found: dict[str, Any], units: dict[str, float]) -> float:
-    """Start-up as in the trial, then the units of each bar at its steady rate."""
+    """Return the trial's start-up time, plus the units of each bar at its steady rate."""
     known = {bar: rate for bar, rate in found["rates"].items() if rate > 0}
     working = sum(found["counts"][bar] / rate for bar, rate in known.items())
     fixed = max(0.0, found["seconds"] - working)
@@ -163,15 +203,18 @@ def stage_seconds(found: dict[str, Any], units: dict[str, float]) -> float:
 
 
 def break_even(n_tokens: int, train_tokens: int) -> int:
-    """SAEs from which storing is faster. Streaming runs the model over the tokens of every training, N × train.n_tokens
-    in all; storing over the corpus, once. Both feed the trainer faster than it trains."""
+    """Return the number of SAEs from which storing is faster than streaming.
+
+    Streaming runs the model over `train.n_tokens` for each SAE, storing over the corpus, once. Both feed the trainer
+    faster than it trains.
+    """
     return math.ceil(n_tokens / train_tokens)
 
 
 def plan(store: Store, recipe: Recipe, progress: Progress) -> Forecast:
     """Survey, try and forecast; the store keeps the result. Raises UserError if the disk is too small."""
-    surveyed = survey(recipe, progress)
-    tried = try_out(recipe, surveyed, progress)
+    surveyed = survey_corpus(recipe, progress)
+    tried = try_out(recipe, surveyed.pieces, progress)
     forecast = extrapolate(recipe, surveyed, tried, count_tokens(recipe, surveyed))
     keep(store, recipe, forecast)
     return forecast
@@ -186,16 +229,12 @@ def keep(store: Store, recipe: Recipe, forecast: Forecast) -> None:
 
 
 def forecast_path(store: Store, recipe: Recipe) -> Path:
-    return (
-        store.root
-        / "tmp"
-        / "forecasts"
-        / f"{recipe.name}-{fingerprint(recipe.model_dump(mode='json', exclude={'schedule'}))}.json"
-    )
+    digest = fingerprint(recipe.model_dump(mode="json", exclude={"schedule"}))
+    return store.root / "tmp" / "forecasts" / f"{recipe.name}-{digest}.json"
 
 
 def known_forecast(store: Store, recipe: Recipe) -> Forecast | None:
-    """What `saeflow plan` said of this very recipe."""
+    """Return what `saeflow plan` said of this very recipe; None if it was not asked."""
     path = forecast_path(store, recipe)
     if not path.is_file():
         return None
@@ -206,7 +245,7 @@ def known_forecast(store: Store, recipe: Recipe) -> Forecast | None:
 
 
 def rows(forecast: Forecast) -> list[tuple[str, str, str, str]]:
-    """A line a stage, and the whole: name, bytes, peak memory, time."""
+    """Return name, bytes, peak memory and time of each stage, then of all."""
     lines = [(s.name, human_bytes(s.n_bytes), human_bytes(s.peak_bytes), duration(s.seconds)) for s in forecast.stages]
     whole = human_bytes(forecast.n_bytes), human_bytes(forecast.peak_bytes), duration(forecast.seconds)
     return [*lines, ("all", *whole)]
