@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 _ONE_REQUEST = 1 << 30
 """Bytes of the largest file that is held in memory to be sent."""
 
+_DUCKDB_NEEDS = (
+    "The files lie in an object store: copy this file here, and give the shell the extension httpfs (INSTALL httpfs;",
+    "LOAD httpfs;) and your credentials (CREATE SECRET) before it is read.",
+)
+
 _SENDERS = 4
 """Files of a part on their way at once."""
 
@@ -49,11 +54,7 @@ class Bucket(Storage):
     n_readers = 8
     has_locks = False
     asks_a_server = True
-    duckdb_needs = (
-        "The files lie in an object store: copy this file here, and give the shell the extension httpfs "
-        "(INSTALL httpfs;",
-        "LOAD httpfs;) and your credentials (CREATE SECRET) before it is read.",
-    )
+    duckdb_needs = _DUCKDB_NEEDS
 
     def __init__(self, objects: Objects, root: Path) -> None:
         super().__init__(root)
@@ -100,9 +101,6 @@ class Bucket(Storage):
         key = self.key(folder)
         return {each.removeprefix(f"{key}/") for each in self.listings.of(key).below(key)}
 
-    def free_bytes(self) -> int | None:
-        return None
-
     def fetch(self, path: Path, fresh: bool = False) -> Path:
         if fresh or not path.is_file():
             self.local.download(path)
@@ -139,16 +137,16 @@ class Bucket(Storage):
 
     def send_as(self, pairs: Iterable[tuple[Path, Path]]) -> None:
         """Store files under the names of others, several at once."""
-        with ThreadPoolExecutor(_SENDERS, "saeflow-send") as pool:
-            for _ in pool.map(self._send_one, pairs):
-                pass
 
-    def _send_one(self, pair: tuple[Path, Path]) -> None:
-        path, target = pair
-        tag = self.objects.upload(path, self.key(target))
-        if is_own(self.key(target)):
-            self.local.note(target, checksum(path), tag)
-        self.listings.add(self.key(target), path.stat().st_size)
+        def send_one(pair: tuple[Path, Path]) -> None:
+            path, key = pair[0], self.key(pair[1])
+            tag = self.objects.upload(path, key)
+            if is_own(key):
+                self.local.note(pair[1], checksum(path), tag)
+            self.listings.add(key, path.stat().st_size)
+
+        with ThreadPoolExecutor(_SENDERS, "saeflow-send") as pool:
+            list(pool.map(send_one, pairs))
 
     def _send_folder(self, folder: Path, target: Path, names: Iterable[str]) -> None:
         self.send_as((folder / name, target / name) for name in names)
@@ -191,7 +189,6 @@ class Bucket(Storage):
         return True
 
     def put_if_unchanged(self, path: Path, content: bytes) -> None:
-        """Raises UserError if the store cannot compare, too."""
         key = self.key(path)
         tag = self.objects.put(key, content, self.local.tags.get(key))
         if tag is None:
@@ -216,7 +213,6 @@ class Bucket(Storage):
         self.objects.delete([meta["path"] for meta in self.objects.list(key)] or [key])
         self.local.remove(path)
         self.list_again()
-        self.local.tags.pop(key, None)
 
     def keep(self, folder: Path, number: int, last: str) -> None:
         """Older versions go once the new one is whole."""

@@ -95,9 +95,9 @@ class Storage(ABC):
         """Return the names of files and folders right below a folder."""
         return {name.partition("/")[0] for name in self.names_below(folder)}
 
-    @abstractmethod
     def free_bytes(self) -> int | None:
         """Return the free space; None if the storage tells nobody."""
+        return None
 
     def fetch(self, path: Path, fresh: bool = False) -> Path:
         """Return the path of a file, after bringing it here if it is not, or anew. May raise FileNotFoundError."""
@@ -149,7 +149,10 @@ class Storage(ABC):
 
     @abstractmethod
     def put_if_unchanged(self, path: Path, content: bytes) -> None:
-        """Replace a record if it is still the one that was last read here. Raises UserError if somebody was quicker."""
+        """Replace a record if it is still the one that was last read here.
+
+        Raises UserError if somebody was quicker, or if the storage cannot compare.
+        """
 
     @abstractmethod
     def remove(self, path: Path) -> None:

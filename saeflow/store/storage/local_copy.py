@@ -199,6 +199,7 @@ class LocalCopy:
 
     def remove(self, path: Path) -> None:
         """Remove a file or folder, and what is noted of it."""
+        self.tags.pop(self.key(path), None)
         for here in (path, self._note_of(path)):
             remove(here)
 
