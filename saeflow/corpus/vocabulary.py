@@ -60,7 +60,8 @@ def _decoded_additions(tokenizer: Any, vocab_ids: list[int]) -> list[bytes]:
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = sorted({*range(256)} - {*_PRINTABLE})
-_BYTES_BY_LETTER = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
+_LETTERS = map(chr, [*_PRINTABLE, *range(256, 256 + len(_OTHERS))])
+_BYTES_BY_LETTER = dict(zip(_LETTERS, [*_PRINTABLE, *_OTHERS], strict=True))
 """The byte of each printable letter in byte-level BPE (GPT-2's table, Radford et al. 2019)."""
 
 

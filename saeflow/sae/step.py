@@ -43,7 +43,8 @@ def largest_entries(
     """
     if not on_processor(rows, use_kernels):
         pre = encoder.pre_activations(rows)
-        return _dense_entries(pre, _largest(pre, k) if by_row else _largest(pre.reshape(1, -1), k * len(rows))), 0.0
+        flat, n = (pre, k) if by_row else (pre.reshape(1, -1), k * len(rows))
+        return _dense_entries(pre, _marked_largest(flat, n)), 0.0
     if by_row:
         return _as_tensors(top_entries(rows, encoder, k)), 0.0
     found, guess = top_entries_of_batch(rows, encoder, k * len(rows), guess)
@@ -64,8 +65,8 @@ def _as_tensors(sparse: SparseValues) -> SparseTensors:
     return SparseRows(*(torch.from_numpy(array) for array in sparse))
 
 
-def _largest(pre: Tensor, k: int) -> Tensor:
-    """True at each row's k largest: on the processor, of equals the lower ones; elsewhere whichever are quickest."""
+def _marked_largest(pre: Tensor, k: int) -> Tensor:
+    """Return True at each row's k largest: of equals the lower ones on the processor, else whichever are quickest."""
     if pre.device.type == "cpu":
         places = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
     else:
