@@ -244,7 +244,7 @@ def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path)
 
 def test_without_normalise_nothing_is_scaled(store, table):
     recipe = recipe_of(table, sae={"normalise": False})
-    assert Training.begin(train.open_feed(Lineage(store, recipe)), recipe).scale == 1.0
+    assert Training.begin(train.open_feed(Lineage(store, recipe)), recipe).scales == (1.0,)
 
 
 def test_the_decoder_bias_starts_at_the_mean(stored, table):
