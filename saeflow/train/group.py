@@ -31,25 +31,11 @@ from saeflow.store.store import Store
 from saeflow.train.training import CHECKPOINT, FeedBatch, Training, interrupts_wait, is_checkpoint, sample_rows
 
 
-class TensorBoardLog:
-    """Event files in a folder. Rows that an earlier run wrote for `first_step` and later steps are dropped."""
+def open_board(folder: Path, first_step: int) -> Any:
+    """Open TensorBoard event files. Rows that an earlier run wrote for `first_step` and later steps are dropped."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer: Any = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
-
-    def add(self, row: Mapping[str, float]) -> None:
-        """Write one scalar for each column but `step`."""
-        for name, value in row.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, int(row["step"]))
-
-    def flush(self) -> None:
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
+    return SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -61,7 +47,7 @@ class TrainingJob:
     facts: dict[str, Any] = field(default_factory=dict)
     """Facts of the SAE's record: what it is trained on, and how."""
     trainings: list[Training] = field(default_factory=list)
-    boards: list[TensorBoardLog] = field(default_factory=list)
+    boards: list[Any] = field(default_factory=list)
     published: bool = False
 
     @property
@@ -151,7 +137,7 @@ class TrainingGroup:
                 if job.recipe.train.tensorboard:
                     folder = Path(job.recipe.train.tensorboard) / job.target.id
                     folder = folder / f"restart-{restart}" if job.recipe.train.restarts > 1 else folder
-                    job.boards.append(TensorBoardLog(folder, job.trainings[-1].step))
+                    job.boards.append(open_board(folder, job.trainings[-1].step))
 
     def _restored(self, job: TrainingJob, training: Training, restart: int) -> Training:
         """Return the training as its checkpoint has it, if there is one; in a bucket it may be from another machine."""
@@ -182,8 +168,9 @@ class TrainingGroup:
                     continue
                 with interrupts_wait():
                     training.advance(batch)
-                    if board is not None and training.log[-1]["step"] == batch.number:
-                        board.add(training.log[-1])
+                    if board is not None and (row := training.log[-1])["step"] == batch.number:
+                        for name in (name for name in row if name != "step"):
+                            board.add_scalar(name, row[name], batch.number)
         bar.advance(len(batch), self._note())
         for job in self.jobs:
             if len(job.trainings) == 1:  # to choose the best of several reads the store again: not in between
