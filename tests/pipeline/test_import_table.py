@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
@@ -204,6 +204,7 @@ def test_every_format_gives_the_same_rows_wherever_reading_begins_and_however_sm
                 np.testing.assert_array_equal(found, values[start:stop], err_msg=f"{name}, {block_bytes}")
 
 
+@settings(deadline=None)
 @given(n_rows=st.integers(1, 1300))
 def test_names_of_rows_are_placed_in_text_order(n_rows):
     names = [row_name(i) for i in range(n_rows)]
