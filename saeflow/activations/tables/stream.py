@@ -123,12 +123,15 @@ class TableReader:
         if start != self._at:
             self._stream, self._left, self._at = self.rows.blocks(start), None, start
         while self._at < stop:
-            values, labels = self._left or self._next()
-            n = min(len(values), stop - self._at)
-            self._left = (values[n:], labels[n:] if labels else None) if n < len(values) else None
-            self._at += n
-            with np.errstate(over="ignore"):  # numbers too large for float32 become inf, which is refused
-                yield values[:n].astype(np.float32), labels[:n] if labels else None
+            yield self._take(min(stop - self._at, rows_at_once(self.rows.width, BLOCK_BYTES)))
+
+    def _take(self, most: int) -> RowBlock:
+        values, labels = self._left or self._next()
+        n = min(len(values), most)
+        self._left = (values[n:], labels[n:] if labels else None) if n < len(values) else None
+        self._at += n
+        with np.errstate(over="ignore"):  # numbers too large for float32 become inf, which is refused
+            return values[:n].astype(np.float32), labels[:n] if labels else None
 
     def _next(self) -> RowBlock:
         try:
