@@ -2,7 +2,11 @@
 
 document     one document: text, key, and what follows from the key
 remote       files on hubs and in buckets
-tabular      documents in tables: CSV, JSON, Parquet, SQL
+files        which files a pattern means, their format, and their unpacked text
+text_tables  rows of CSV and JSON files, each cell as it is written
+metadata     types of the other columns of CSV and JSON files
+sorting      rows sorted by their keys in bounded memory
+tabular      documents in tables: Parquet and SQL by DuckDB, CSV and JSON row by row
 sources      the documents of a corpus, streamed in a fixed order
 ledger       which documents a store already holds
 selection    which tokens count

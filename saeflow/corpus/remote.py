@@ -6,11 +6,12 @@ Credentials come from the usual environment variables (AWS_…, GOOGLE_…, AZUR
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import fsspec
@@ -58,29 +59,27 @@ def _require_no_secret(url: str) -> None:
         )
 
 
-def read_file(path: str) -> bytes:
-    """Return the bytes of a file or URL, decompressed as its ending says."""
+def open_file(path: str) -> BinaryIO:
+    """Open a file, or the whole content of a URL in memory, to be read as it is. Raises UserError for a bad URL."""
+    if not is_remote(path):
+        return Path(path).open("rb")
     with _url_errors(path):
-        return tries(GenericError)(_read_file, path)
+        return io.BytesIO(tries(GenericError)(_read_file, path))
 
 
 def _read_file(path: str) -> bytes:
-    with fsspec.open(path, "rb", compression="infer", **_filesystem_options(path)) as file:
+    with fsspec.open(path, "rb", **_filesystem_options(path)) as file:
         return bytes(file.read())
 
 
-def download(path: str, target: Path, *, unpack: bool) -> None:
-    """Copy a file or object to a local file, as it is or unpacked. A download that breaks off is tried again."""
+def download(path: str, target: Path) -> None:
+    """Copy an object to a local file, as it is. A download that breaks off is tried again."""
     with _url_errors(path):
-        tries(GenericError, ConnectionError, TimeoutError)(_download, path, target, unpack)
+        tries(GenericError, ConnectionError, TimeoutError)(_download, path, target)
 
 
-def _download(path: str, target: Path, unpack: bool) -> None:
-    compression = "infer" if unpack else None
-    with (
-        fsspec.open(path, "rb", compression=compression, **_filesystem_options(path)) as source,
-        target.open("wb") as copied,
-    ):
+def _download(path: str, target: Path) -> None:
+    with fsspec.open(path, "rb", **_filesystem_options(path)) as source, target.open("wb") as copied:
         shutil.copyfileobj(source, copied, 4 << 20)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import re
@@ -13,13 +12,12 @@ import pyarrow as pa
 
 from saeflow.corpus import remote, tabular
 from saeflow.corpus.document import Corpus, Document, is_in_share
+from saeflow.corpus.files import folder_before_globs, format_of, matching_files, read_text, shown
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 _COMMIT = re.compile("(?<=[^/])@[0-9a-f]{40}(?=/|$)")
 """The commit in the URL of a hub data set. It is no part of a document's key."""
-_COMPRESSED = {".gz", ".zst"} | tabular.OTHER_COMPRESSION
 
 
 def open_corpus(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
@@ -43,7 +41,7 @@ def corpus_signature(config: CorpusConfig) -> str | None:
     """Return a hash of the files' names, sizes and times; None for a query, which must be run to see a change."""
     if config.sql:
         return None
-    listed = (found for pattern in config.files for found in _matching_files(pattern).items())
+    listed = (found for pattern in config.files for found in matching_files(pattern).items())
     states = sorted((path, state or _file_state(path)) for path, state in listed)
     share = f" {config.share}" if config.share < 1 else ""
     return hashlib.blake2b(f"{states!r}{share}".encode(), digest_size=8).hexdigest()
@@ -75,8 +73,8 @@ def _chosen_documents(documents: Iterator[Document], config: CorpusConfig) -> It
 
 
 def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
-    paths = [path for pattern in config.files for path in _matching_files(pattern)]
-    readers = {_format_of(path) for path in paths}
+    paths = [path for pattern in config.files for path in matching_files(pattern)]
+    readers = {format_of(path) for path in paths}
     if len(readers) > 1:
         raise UserError(f"corpus.files mixes formats ({', '.join(sorted(readers))}). Name files of one format only.")
     if readers == {"text"} and config.token_ids:
@@ -86,60 +84,23 @@ def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
     return tabular.from_files(paths, readers.pop(), config, memory_bytes)
 
 
-def _matching_files(pattern: str) -> dict[str, str | None]:
-    """Return the files in order, each with a text that changes with it, or None if the listing does not tell."""
-    listed = remote.list_urls(pattern) if remote.is_remote(pattern) else dict.fromkeys(_matching_local_files(pattern))
-    if not listed:
-        raise UserError(f"corpus.files: nothing matches {pattern}. Check the path. Globs such as texts/**/*.txt work.")
-    return listed
-
-
-def _matching_local_files(pattern: str) -> list[str]:
-    if Path(pattern).is_file():
-        return [pattern]
-    if Path(pattern).is_dir():
-        return sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file())
-    return sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
-
-
-def _format_of(path: str) -> str:
-    suffixes = Path(path).suffixes
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes = suffixes[:-1]
-    return _FORMATS.get(suffixes[-1].lower() if suffixes else "", "text")
-
-
 def _text_documents(config: CorpusConfig) -> Iterator[Document]:
     """Yield one document per file. Its key is the path below the part of the pattern without globs."""
     named = _files_by_key(config.files)
     for key in (key for key in sorted(named) if is_in_share(key, config.share)):
-        content = remote.read_file(named[key])
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{named[key]} is not UTF-8: byte {error.start} is {content[error.start]:#04x}.\n"
-                f"Convert it, e.g. with `iconv -f latin1 -t utf-8 {Path(key).name}`, or leave it out."
-            ) from error
+        text = read_text(named[key])
         yield Document(key, text, key.split("/")[0] if "/" in key else "files")
 
 
-def _files_by_key(patterns: list[str], matching: Callable[[str], Iterable[str]] = _matching_files) -> dict[str, str]:
+def _files_by_key(patterns: list[str], matching: Callable[[str], Iterable[str]] = matching_files) -> dict[str, str]:
     """Return the files by key. If two patterns give the same key, the later file's key begins with its folder."""
     named: dict[str, str] = {}
     seen: set[str] = set()
     for pattern in patterns:
-        base = _folder_before_globs(pattern)
+        base = folder_before_globs(pattern)
         for path in (path for path in matching(pattern) if path not in seen):
             seen.add(path)
             key = path.removeprefix(base).lstrip("/")
             choices = (key, f"{os.path.basename(_COMMIT.sub('', base))}/{key}", _COMMIT.sub("", path))
-            named[next(choice for choice in choices if choice not in named)] = path
+            named[next(choice for choice in map(shown, choices) if choice not in named)] = path
     return named
-
-
-def _folder_before_globs(pattern: str) -> str:
-    if not remote.is_remote(pattern) and Path(pattern).is_dir():
-        return pattern
-    fixed = pattern.split("*")[0].split("?")[0].split("[")[0]
-    return fixed.rpartition("/")[0]

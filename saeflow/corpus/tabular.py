@@ -1,43 +1,46 @@
-"""Documents of tables, read by DuckDB in the order of their keys and in bounded memory.
-
-DuckDB needs more memory to sort rows with long texts than the texts take (measured: 1.6 GB of texts of 100 kB fail at a
-limit of 4 GB). So the contents wait in a scratch file while DuckDB sorts the other columns.
-"""
+"""Documents of tables, sorted in bounded memory: Parquet files and a select by DuckDB, CSV and JSON row by row."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import re
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from duckdb import ColumnExpression, DuckDBPyConnection, DuckDBPyRelation, Expression, FunctionExpression
 
 from saeflow.corpus import remote
-from saeflow.corpus.document import Corpus, Document, is_in_share
+from saeflow.corpus.document import Corpus, Document
+from saeflow.corpus.files import is_packed, open_unpacked, require_format, shown
+from saeflow.corpus.sorting import (
+    BATCH_DOCUMENTS,
+    CONTENT,
+    FILE,
+    KEY,
+    SOURCE,
+    Scratch,
+    SortedRows,
+    contents_of,
+    document_key,
+    file_name,
+)
+from saeflow.corpus.text_tables import RESERVED, TextTables
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.runtime.memory import total_memory
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system
 
-BATCH_DOCUMENTS = 512
-OTHER_COMPRESSION = {".bz2", ".xz", ".lzma"}
-"""Endings of compressed files that DuckDB cannot read."""
-LEAST_MEMORY = 1 << 30
-"""Least memory that DuckDB gets; on a large machine it gets a quarter. The rest goes to the scratch folder."""
-RESERVED = {"document_id", "key", "source", "content_hash", "held_out", "n_tokens", "first_token_id"}
-_KEY, _FILE, _CONTENT, _SOURCE = "_saeflow_key", "_saeflow_file", "_saeflow_content", "_saeflow_source"
-_CONTENT_PLACE = ("_saeflow_hash", "_saeflow_offset", "_saeflow_bytes")
 _STORED_AS_TEXT = re.compile(r"\b(U?HUGEINT|BIGNUM|INTERVAL|UNION|TIMESTAMP_NS|BIT|TIME)\b(?! ZONE)")
 """Types that Python or Parquet cannot hold. Metadata of these types is stored as text."""
 
@@ -51,28 +54,61 @@ class _Columns(NamedTuple):
 def from_files(paths: list[str], reader: str, config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
     """Read one document per row of Parquet, CSV or JSON files. Raises UserError if they cannot be read."""
     with ExitStack() as stack:
-        scratch = _Scratch.opened(stack, memory_bytes)
-        local = {_local_copy(path, scratch.folder): path for path in paths}
+        scratch = Scratch.opened(stack, memory_bytes)
+        local = {_local_copy(path, scratch.folder, reader): shown(path) for path in paths}
         if all(Path(path).stat().st_size == 0 for path in local):
             raise UserError(f"The corpus is empty: {', '.join(paths[:3])} gives no documents.")
-        connection = stack.enter_context(scratch.connect("read"))
-        hint = "corpus.sql can rename, cast or leave out columns."
-        with _query_failures(f"corpus.files cannot be read as {reader}", hint):
-            read = connection.from_parquet if reader == "parquet" else getattr(connection, f"read_{reader}")
-            relation = read(list(local), filename=True, union_by_name=True)
         names = {local_path: Path(path).name for local_path, path in local.items()}
-        return _stream(relation, config, names, False, scratch, stack)
+        if reader == "parquet":
+            return _from_parquet(list(local), names, config, scratch, stack)
+        tables = TextTables(local, reader, config)
+        rows = SortedRows(scratch, names, config.share, stack)
+        rows.take(tables.batches())
+        metadata = tables.metadata()
+        batches = map(tables.with_metadata, rows.batches())
+        return Corpus(_as_documents(batches, names, metadata.names, bool(config.token_ids), stack.pop_all()), metadata)
+
+
+def _from_parquet(
+    paths: list[str], names: dict[str, str], config: CorpusConfig, scratch: Scratch, stack: ExitStack
+) -> Corpus:
+    content = config.token_ids or config.text
+    for path in paths:
+        _require_column(path, names[path], content)
+    connection = stack.enter_context(_reading(scratch))
+    with _query_failures("corpus.files cannot be read as parquet", "corpus.sql can rename, cast or leave out columns."):
+        relation = connection.from_parquet([glob.escape(path) for path in paths], filename=True, union_by_name=True)
+    return _stream(relation, config, names, False, scratch, stack)
+
+
+def _require_column(path: str, name: str, column: str) -> None:
+    """Raises UserError if a Parquet file lacks the column: where files are joined, its rows would be empty texts."""
+    with open(path, "rb") as file:
+        require_format(name, file.read(512), b"PAR1")
+    try:
+        found = pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"corpus.files: {name} cannot be read as parquet: {first_line(error).rstrip('.')}.") from error
+    if column not in found:
+        raise _no_column(f"{name} has", column, found)
+
+
+def _no_column(which: str, column: str, found: list[str]) -> UserError:
+    return UserError(
+        f"{which} no column {column!r}; it has: {', '.join(found)}.\n"
+        'Name the column with the text, e.g. text = "content" under [corpus], or token_ids = "input_ids".'
+    )
 
 
 def from_query(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
     """Read one document per row of a select, in its own order if it has one. Raises UserError if it fails."""
     with ExitStack() as stack:
-        scratch, sql = _Scratch.opened(stack, memory_bytes), config.sql or ""
+        scratch, sql = Scratch.opened(stack, memory_bytes), config.sql or ""
         if "," in (config.folder or ""):
             raise UserError(
                 f"corpus.folder is {config.folder!r}, but DuckDB cannot search a folder with a comma. Rename it."
             )
-        connection = stack.enter_context(scratch.connect("read", file_search_path=config.folder or ""))
+        connection = stack.enter_context(_reading(scratch, file_search_path=config.folder or ""))
         with _query_failures("corpus.sql cannot be run"):
             statements = connection.extract_statements(sql)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
@@ -81,21 +117,9 @@ def from_query(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
             return _stream(relation, config, {}, _is_ordered(connection, sql), scratch, stack)
 
 
-class _Scratch(NamedTuple):
-    """A temporary folder, and the memory that DuckDB may use before it writes there."""
-
-    folder: Path
-    memory_bytes: int
-
-    @classmethod
-    def opened(cls, stack: ExitStack, memory_bytes: int | None) -> _Scratch:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="saeflow-corpus-"))
-        return cls(Path(folder), memory_bytes or max(LEAST_MEMORY, total_memory() // 4))
-
-    def connect(self, name: str, **settings: str) -> DuckDBPyConnection:
-        """Connect with one thread: the rows keep their order, and long texts take half the memory."""
-        about: dict[str, Any] = {"memory_limit": f"{self.memory_bytes}B", "threads": "1"}
-        return duckdb.connect(config=about | {"temp_directory": str(self.folder / name)} | settings)
+def _reading(scratch: Scratch, **settings: str) -> DuckDBPyConnection:
+    """Connect to read documents that may together be longer than 2 GiB."""
+    return scratch.connect("read", arrow_large_buffer_size="true", **settings)
 
 
 def _is_ordered(connection: DuckDBPyConnection, sql: str) -> bool:
@@ -105,19 +129,25 @@ def _is_ordered(connection: DuckDBPyConnection, sql: str) -> bool:
     return any(each["type"] == "ORDER_MODIFIER" for each in node.get("modifiers", []))
 
 
-def _local_copy(path: str, folder: Path) -> str:
-    """Return a file that DuckDB can read: this one, or a local copy of a URL or of another compression."""
-    unreadable = Path(path).suffix in OTHER_COMPRESSION
-    if not remote.is_remote(path) and not unreadable:
+def _local_copy(path: str, folder: Path, reader: str) -> str:
+    """Return a local path that every reader takes: a copy of a URL or of packed Parquet, or a link to an odd name."""
+    unpacks = reader == "parquet" and is_packed(path)
+    if not remote.is_remote(path) and shown(path) == path and not unpacks:
         return path
-    name = Path(path).stem if unreadable else Path(path).name
-    target = folder / f"{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}-{name}"
-    remote.download(path, target, unpack=unreadable)
+    digest = hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()
+    target = folder / f"{digest}{''.join(Path(path).suffixes[-2:])}"
+    if unpacks:
+        with open_unpacked(path) as packed, target.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked, 4 << 20)
+    elif remote.is_remote(path):
+        remote.download(path, target)
+    else:
+        target.symlink_to(os.path.abspath(path))
     return str(target)
 
 
 def _stream(
-    relation: DuckDBPyRelation, config: CorpusConfig, names: dict[str, str], ordered: bool, scratch: _Scratch,
+    relation: DuckDBPyRelation, config: CorpusConfig, names: dict[str, str], ordered: bool, scratch: Scratch,
     stack: ExitStack,
 ) -> Corpus:  # fmt: skip
     columns = _choose_columns(relation, config, bool(names))
@@ -125,10 +155,31 @@ def _stream(
         reader = _select(relation, columns, names).to_arrow_reader(BATCH_DOCUMENTS)
     batches: Iterator[pa.RecordBatch] = iter(reader)
     if not ordered:
-        batches = _sorted_batches(batches, names, config.share, scratch)
-    metadata = pa.schema([reader.schema.field(name) for name in columns.extra])
+        batches = _sorted(batches, SortedRows(scratch, names, config.share, stack))
+    fields = [(name, _with_small_offsets(reader.schema.field(name).type)) for name in columns.extra]
     keep = stack.pop_all()  # the scratch folder and the connection live as long as the documents are read
-    return Corpus(_as_documents(batches, names, columns.extra, bool(config.token_ids), keep), metadata)
+    documents = _as_documents(batches, names, columns.extra, bool(config.token_ids), keep)
+    return Corpus(documents, pa.schema(fields))
+
+
+def _sorted(batches: Iterator[pa.RecordBatch], rows: SortedRows) -> Iterator[pa.RecordBatch]:
+    rows.take(batches)
+    yield from rows.batches()
+
+
+def _with_small_offsets(kind: pa.DataType) -> pa.DataType:
+    """Return the type with 32-bit offsets, as metadata is stored."""
+    if pa.types.is_large_string(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind):
+        return pa.binary()
+    if pa.types.is_map(kind):
+        return pa.map_(_with_small_offsets(kind.key_type), _with_small_offsets(kind.item_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_with_small_offsets(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_with_small_offsets(kind.value_type)))
+    return kind
 
 
 def _choose_columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files: bool) -> _Columns:
@@ -142,10 +193,7 @@ def _choose_columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files:
         )
     content = config.token_ids or config.text
     if content not in kinds:
-        raise UserError(
-            f"The corpus has no column {content!r}; it has: {', '.join(kinds)}.\n"
-            'Name the column with the text, e.g. text = "content" under [corpus], or token_ids = "input_ids".'
-        )
+        raise _no_column("The corpus has", content, list(kinds))
     key = config.key or ("key" if "key" in kinds else None)
     if key is not None and key not in kinds:
         raise UserError(f"corpus.key is {key!r}, but the corpus has only: {', '.join(kinds)}.")
@@ -170,13 +218,13 @@ def _require_type(name: str, kind: str, config: CorpusConfig) -> None:
 
 def _select(relation: DuckDBPyRelation, columns: _Columns, names: dict[str, str]) -> DuckDBPyRelation:
     kinds = dict(zip(relation.columns, map(str, relation.types), strict=True))
-    chosen = [_content_expression(columns.content, kinds).alias(_CONTENT)]
+    chosen = [_content_expression(columns.content, kinds).alias(CONTENT)]
     if columns.key is not None:
-        chosen.append(ColumnExpression(columns.key).alias(_KEY))
+        chosen.append(ColumnExpression(columns.key).alias(KEY))
     if names:
-        chosen.append(ColumnExpression("filename").alias(_FILE))
+        chosen.append(ColumnExpression("filename").alias(FILE))
     if "source" in kinds:
-        chosen.append(ColumnExpression("source").cast("VARCHAR").alias(_SOURCE))
+        chosen.append(ColumnExpression("source").cast("VARCHAR").alias(SOURCE))
     chosen += [_metadata_expression(name, kinds[name]).alias(name) for name in columns.extra]
     return relation.select(*chosen)
 
@@ -193,96 +241,18 @@ def _metadata_expression(name: str, kind: str) -> Expression:
     return column.cast("VARCHAR") if _STORED_AS_TEXT.search(kind) else column
 
 
-def _sorted_batches(
-    batches: Iterator[pa.RecordBatch], names: dict[str, str], share: float, scratch: _Scratch
-) -> Iterator[pa.RecordBatch]:
-    """Yield the rows by key, or by file and content if there is no key. Rows outside `share` are dropped first."""
-    with (
-        (scratch.folder / "contents").open("wb+") as contents,
-        scratch.connect("sort") as sorter,
-        _query_failures("The corpus cannot be read"),
-    ):
-        narrow: DuckDBPyRelation | None = None
-        for batch in batches:
-            table = sorter.from_arrow(pa.table(_set_contents_aside(batch, names, share, contents)))
-            if narrow is None:
-                table.create("narrow")
-                narrow = sorter.table("narrow")
-            else:
-                table.insert_into("narrow")
-        if narrow is None:
-            return
-        by = [_KEY, _CONTENT_PLACE[0], _FILE] if _KEY in narrow.columns else [_FILE, _CONTENT_PLACE[0]]
-        by = [name for name in by if name in narrow.columns]
-        contents.flush()
-        for batch in narrow.sort(*map(ColumnExpression, by)).to_arrow_reader(BATCH_DOCUMENTS):
-            yield batch.append_column(_CONTENT, _read_contents(batch, contents.fileno()))
-
-
-def _set_contents_aside(
-    batch: pa.RecordBatch, names: dict[str, str], share: float, contents: IO[bytes]
-) -> dict[str, pa.Array]:
-    """Write the contents to the file. Return the other columns, with each content's sha256, offset and size."""
-    written, kept, base = [], [], contents.tell()
-    for row, content in enumerate(_contents(batch.column(_CONTENT))):
-        digest = hashlib.sha256(content).hexdigest()
-        if share >= 1 or is_in_share(_document_key(batch, row, names, content), share):
-            kept.append(row)
-            written.append((digest, base, len(content)))
-            contents.write(content)
-            base += len(content)
-    rest = batch.drop_columns([_CONTENT]).take(pa.array(kept, pa.int64()))
-    kinds = (pa.string(), pa.int64(), pa.int64())
-    columns = list(zip(*written, strict=True)) or [(), (), ()]
-    if _KEY not in rest.schema.names and _FILE in rest.schema.names:  # then files of equal name are neighbours
-        shown = pa.array([names[each] for each in rest.column(_FILE).to_pylist()], pa.string())
-        rest = rest.set_column(rest.schema.get_field_index(_FILE), _FILE, shown)
-    named = dict(zip(rest.schema.names, rest.columns, strict=True))
-    return named | {name: pa.array(c, kind) for name, c, kind in zip(_CONTENT_PLACE, columns, kinds, strict=True)}
-
-
-def _contents(column: pa.Array) -> Iterator[bytes]:
-    """Yield each content as bytes: UTF-8, or vocabulary ids as little-endian int64, where -1 is a missing id."""
-    if pa.types.is_large_binary(column.type):
-        yield from column.to_pylist()
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        yield from ((text.as_py() or "").encode() for text in column)
-    else:
-        for ids in column:
-            yield ids.values.fill_null(-1).to_numpy().astype("<i8").tobytes() if ids.is_valid else b""
-
-
-def _read_contents(batch: pa.RecordBatch, file: int) -> pa.Array:
-    places = zip(*(batch.column(name).to_pylist() for name in _CONTENT_PLACE[1:]), strict=True)
-    return pa.array([os.pread(file, n_bytes, offset) for offset, n_bytes in places], pa.large_binary())
-
-
-def _document_key(batch: pa.RecordBatch, row: int, names: dict[str, str], content: bytes) -> str:
-    key = batch.column(_KEY)[row].as_py() if _KEY in batch.schema.names else None
-    if key is not None:
-        return str(key)
-    return f"{_file_name(batch, row, names)}#{hashlib.sha256(content).hexdigest()[:32]}"
-
-
-def _file_name(batch: pa.RecordBatch, row: int, names: dict[str, str]) -> str:
-    if _FILE not in batch.schema.names:
-        return "query"
-    found = str(batch.column(_FILE)[row].as_py())
-    return names.get(found, found)
-
-
 def _as_documents(
     batches: Iterator[pa.RecordBatch], names: dict[str, str], extra: list[str], is_ids: bool, keep: ExitStack
 ) -> Iterator[Document]:
     with keep, _query_failures("The corpus cannot be read"):
         for batch in batches:
             metadata = batch.select(extra).to_pylist() if extra else [{} for _ in range(len(batch))]
-            for row, content in enumerate(_contents(batch.column(_CONTENT))):
-                source = batch.column(_SOURCE)[row].as_py() if _SOURCE in batch.schema.names else None
+            for row, content in enumerate(contents_of(batch.column(CONTENT))):
+                source = batch.column(SOURCE)[row].as_py() if SOURCE in batch.schema.names else None
                 yield Document(
-                    key=_document_key(batch, row, names, content),
+                    key=document_key(batch, row, names, content),
                     content=tuple(np.frombuffer(content, "<i8").tolist()) if is_ids else content.decode(),
-                    source=source or _file_name(batch, row, names),
+                    source=source or file_name(batch, row, names),
                     metadata=metadata[row],
                 )
 

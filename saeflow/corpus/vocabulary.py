@@ -25,6 +25,7 @@ def tokenizer_vocab(tokenizer: Any) -> tuple[list[str], list[bytes]]:
     names = tokenizer.convert_ids_to_tokens(list(range(max(tokenizer.get_vocab().values()) + 1)))
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     read = _bytes_of_letters if _is_byte_level(tokenizer) else _byte_of_fallback
+    read = _byte_of_letter if _has_byte_letters(tokenizer) else read
     known = [added[i].encode() if i in added else read(name or "") for i, name in enumerate(names)]
     others = iter(_decoded_additions(tokenizer, [i for i, entry in enumerate(known) if entry is None]))
     raw = [next(others) if entry is None else entry for entry in known]
@@ -34,6 +35,16 @@ def tokenizer_vocab(tokenizer: Any) -> tuple[list[str], list[bytes]]:
 def _is_byte_level(tokenizer: Any) -> bool:
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     return "ByteLevel" in json.dumps([backend.get("decoder"), backend.get("pre_tokenizer")])
+
+
+def _has_byte_letters(tokenizer: Any) -> bool:
+    """True if each byte is one entry, named by the letter of its number (ByT5, Xue et al. 2022)."""
+    names = tokenizer.get_vocab()
+    return not tokenizer.is_fast and all(chr(byte) in names for byte in range(256))
+
+
+def _byte_of_letter(name: str) -> bytes | None:
+    return name.encode("latin-1") if len(name) == 1 and ord(name) < 256 else None
 
 
 def _bytes_of_letters(name: str) -> bytes | None:

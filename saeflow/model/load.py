@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
+from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 
+from saeflow.corpus.files import is_lfs_pointer
 from saeflow.corpus.remote import hub_errors
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.settings import ModelConfig
@@ -22,13 +25,21 @@ from saeflow.store.files import checksum_once
 
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
 _HUB_SECONDS = 10.0
+_DAMAGED = (SafetensorError, UnpicklingError, EOFError)
+"""What the readers of weights raise where a file is cut or changed."""
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """Load the model's own tokenizer. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer.from_pretrained, config)
+    tokenizer = _load(AutoTokenizer.from_pretrained, config)
+    if not tokenizer("a text 1", add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"model.path is {config.path!r}: its tokenizer is empty, as its files are missing.\n"
+            "Put tokenizer.json, or vocab.json and merges.txt, or tokenizer.model beside config.json."
+        )
+    return tokenizer
 
 
 def load_model(config: ModelConfig) -> nn.Module:
@@ -39,9 +50,31 @@ def load_model(config: ModelConfig) -> nn.Module:
     named = getattr(about, "architectures", None) or []
     loader = getattr(transformers, named[0], None) if named else None
     fallback = transformers.AutoModelForCausalLM if is_gguf(config.path) else transformers.AutoModel
-    model = _load((loader or fallback).from_pretrained, config, dtype=getattr(torch, config.dtype))
+    options = {"dtype": getattr(torch, config.dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = _load((loader or fallback).from_pretrained, config, **options)
+    _require_whole(config.path, model, report)
     ready: nn.Module = model.eval().requires_grad_(False).to(choose_device("model.device", config.device))
     return ready
+
+
+def _require_whole(path: str, model: nn.Module, report: dict[str, Any]) -> None:
+    """Raises UserError if weights of the model were not among those of the files: they would be random numbers.
+
+    A pooler may be missing: it is trained only with some heads, and no other module reads from it.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    missing = sorted(name for name in set(report["missing_keys"]) - tied if "pooler" not in name.split("."))
+    unlike = sorted(name if isinstance(name, str) else name[0] for name in report.get("mismatched_keys", ()))
+    if not missing and not unlike:
+        return
+    n_weights = len(model.state_dict())
+    what = f"{len(missing or unlike)} of {n_weights} weights are " + ("missing" if missing else "of another shape")
+    others = ", ".join(sorted(report["unexpected_keys"])[:3])
+    raise UserError(
+        f"model.path is {path!r}: {what} in its files, e.g. {', '.join((missing or unlike)[:3])}"
+        f"{f'; not understood: {others}' if others else ''}.\n"
+        "Save the model itself with save_pretrained, not one that is compiled, wrapped or cut, and fetch every file."
+    )
 
 
 def is_gguf(path: str) -> bool:
@@ -62,7 +95,7 @@ def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> An
         with warnings.catch_warnings(), _silent_gguf() if is_gguf(config.path) else contextlib.nullcontext():
             warnings.simplefilter("ignore")
             return loader(str(path.parent) if is_gguf(config.path) else config.path, **options)
-    except _failures(KeyError, TypeError, AttributeError, ImportError) as error:
+    except _failures(*_DAMAGED, KeyError, IndexError, TypeError, AttributeError, ImportError) as error:
         raise UserError(_why_not(config.path, local, error)) from error
 
 
@@ -98,11 +131,21 @@ def _why_not(path: str, local: bool, error: Exception) -> str:
         return f"{said}: GGUF files need two more packages. Install them: pip install 'saeflow[gguf]'"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         reason = "the hub has no such model, or a private one that HF_TOKEN does not open"
+    if pointer := _lfs_pointer(Path(path)):
+        return f"{said}: {pointer} in it is a pointer of git-lfs, not the file itself. Fetch it with `git lfs pull`."
+    if isinstance(error, _DAMAGED):
+        return f"{said}: its weights are damaged or cut ({reason}).\nFetch every file again."
     what = "a folder without a Hugging Face model" if local else "neither a local folder nor a model on the hub"
     return (
         f"{said}: {what} ({reason}).\nName a folder with config.json, model.safetensors and tokenizer.json, "
         "a .gguf file, or a hub name such as openai/gpt2."
     )
+
+
+def _lfs_pointer(folder: Path) -> str | None:
+    """Return the name of a file of the model that is only a pointer to its content."""
+    files = (path for pattern in _IDENTITY_FILES for path in sorted(folder.glob(pattern)))
+    return next((path.name for path in files if is_lfs_pointer(path)), None)
 
 
 def model_fingerprint(config: ModelConfig) -> str:

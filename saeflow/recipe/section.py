@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -44,11 +45,22 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _pattern_from_recipe(value: str, info: ValidationInfo) -> str:
+    """Only the value is a pattern: signs such as [ in the folder's own name mean themselves."""
+    folder = recipe_folder(info)
+    if folder and glob.has_magic(value) and not (folder / value).exists():
+        return from_folder(Path(glob.escape(str(folder))), value)
+    return _from_recipe(value, info)
+
+
 PathFromRecipe = Annotated[str, AfterValidator(_from_recipe)]
 """A path that counts from the recipe's folder."""
 PathOrHubName = Annotated[str, AfterValidator(_from_recipe_if_there)]
 """A path that counts from the recipe's folder if it leads to something; otherwise a name on a hub."""
-PathsFromRecipe = Annotated[list[PathFromRecipe], BeforeValidator(_one_or_many)]
+PatternsFromRecipe = Annotated[
+    list[Annotated[str, AfterValidator(_pattern_from_recipe)]], BeforeValidator(_one_or_many)
+]
+"""Paths with globs that count from the recipe's folder."""
 Names = Annotated[list[str], BeforeValidator(_one_or_many)]
 
 

@@ -14,7 +14,15 @@ from pydantic import (
     model_validator,
 )
 
-from saeflow.recipe.section import Names, PathFromRecipe, PathOrHubName, PathsFromRecipe, Section, Share, recipe_folder
+from saeflow.recipe.section import (
+    Names,
+    PathFromRecipe,
+    PathOrHubName,
+    PatternsFromRecipe,
+    Section,
+    Share,
+    recipe_folder,
+)
 from saeflow.recipe.synthetic import SyntheticConfig
 
 Overlap = Literal["refuse", "wait"]
@@ -30,7 +38,7 @@ TOP_FAMILY: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka")
 class CorpusConfig(Section):
     """Where the documents come from, and which of them are held out."""
 
-    files: PathsFromRecipe = Field(
+    files: PatternsFromRecipe = Field(
         [], description="Parquet, CSV, JSON lines or text files. Globs and URLs are allowed."
     )
     sql: str | None = Field(

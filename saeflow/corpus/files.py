@@ -1,0 +1,200 @@
+"""Files of a corpus: which ones a pattern means, in which format they are, and their unpacked bytes and text."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import glob
+import gzip
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+import pyarrow as pa
+from fsspec.utils import glob_translate
+
+from saeflow.corpus import remote
+from saeflow.runtime.errors import UserError, first_line
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
+"""The reader of a file by its ending. Files with other endings are texts."""
+_PASSED_OVER = re.compile(r"(\..*|_SUCCESS|_(common_)?metadata|_(committed|started)_.*|Thumbs\.db|desktop\.ini)\Z")
+"""Names that other programs leave in a folder of data. A file that is named itself is read whatever its name."""
+_ARCHIVES = {".zip": "zip", ".tar": "tar", ".tgz": "tar", ".7z": "7-Zip", ".rar": "RAR"}
+_LFS = b"version https://git-lfs.github.com/spec/"
+_MARKS = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "packed by gzip", b"BZh": "packed by bzip2",
+          b"\xfd7zXZ": "packed by xz", b"\x28\xb5\x2f\xfd": "packed by Zstandard", b"PAR1": "a Parquet file",
+          b"%PDF": "a PDF", b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive", b"SQLite format 3": "an SQLite database",
+          b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture"}  # fmt: skip
+"""First bytes of files that are no text, and what such a file is."""
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+
+
+def _zstandard(file: BinaryIO) -> BinaryIO:
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file), "zstd"))
+
+
+_UNPACKERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),  # type: ignore[dict-item,return-value]
+    ".bz2": bz2.BZ2File,  # type: ignore[dict-item]
+    ".xz": lzma.LZMAFile,  # type: ignore[dict-item]
+    ".lzma": lzma.LZMAFile,  # type: ignore[dict-item]
+    ".zst": _zstandard,
+}
+
+
+def matching_files(pattern: str) -> dict[str, str | None]:
+    """Return the files in order, each with a text that changes with it, or None if the listing does not tell."""
+    listed = remote.list_urls(pattern) if remote.is_remote(pattern) else dict.fromkeys(_matching_local_files(pattern))
+    if not listed:
+        raise UserError(f"corpus.files: nothing matches {pattern}. Check the path. Globs such as texts/**/*.txt work.")
+    return listed
+
+
+def _matching_local_files(pattern: str) -> list[str]:
+    if Path(pattern).is_file():
+        return [pattern]
+    if Path(pattern).is_dir():
+        return list(_files_below(pattern))
+    if "**" not in pattern:
+        return sorted(path for path in glob.glob(pattern) if Path(path).is_file() and not _is_passed_over(path))
+    fits = re.compile(glob_translate(pattern))
+    return [path for path in _files_below(folder_before_globs(pattern)) if fits.match(path)]
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Yield the files in order of their paths. Links to folders are followed once, so that a loop of them ends."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_passed_over(name))
+        found += [os.path.join(path, name) for name in files if not _is_passed_over(name)]
+    yield from sorted(path for path in found if Path(path).is_file())
+
+
+def _is_passed_over(path: str) -> bool:
+    return bool(_PASSED_OVER.match(os.path.basename(path)))
+
+
+def folder_before_globs(pattern: str) -> str:
+    """Return the folder that a pattern names before its first `*`, `?` or `[`; escaped signs are no globs."""
+    if not remote.is_remote(pattern) and Path(pattern).exists():
+        return pattern if Path(pattern).is_dir() else os.path.dirname(pattern)
+    plain = re.sub(r"\[([*?[])\]", lambda found: chr(0xE000 + ord(found[1])), pattern)
+    fixed = re.split(r"[*?[]", plain)[0].rpartition("/")[0]
+    return re.sub("[\ue000-\ue0ff]", lambda found: chr(ord(found[0]) - 0xE000), fixed)
+
+
+def shown(path: str) -> str:
+    """Return a path as UTF-8; bytes of a file's name that are no UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def format_of(path: str) -> str:
+    """Return the reader of a file: parquet, csv, json or text. Raises UserError for an archive of several files."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    archive = next((_ARCHIVES[suffix] for suffix in suffixes[-2:] if suffix in _ARCHIVES), None)
+    if archive and (suffixes[-1] in _ARCHIVES or suffixes[-1] in _UNPACKERS):
+        raise UserError(f"corpus.files: {shown(path)} is a {archive} archive. Unpack it, and name the files in it.")
+    if suffixes and suffixes[-1] in _UNPACKERS:
+        suffixes.pop()
+    return FORMATS.get(suffixes[-1] if suffixes else "", "text")
+
+
+def is_packed(path: str) -> bool:
+    return Path(path).suffix.lower() in _UNPACKERS
+
+
+@contextlib.contextmanager
+def open_unpacked(path: str) -> Iterator[BinaryIO]:
+    """Open a file to be read as unpacked bytes. Raises UserError that names the file, also while it is being read."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(remote.open_file(path))
+        try:
+            unpack = _UNPACKERS.get(Path(path).suffix.lower())
+            yield stack.enter_context(unpack(file)) if unpack else file
+        except _UNREADABLE as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise UserError(
+                f"corpus.files: {shown(path)} cannot be unpacked: {first_line(error)}.\nIs it whole? Fetch it again."
+            ) from error
+
+
+@contextlib.contextmanager
+def open_text(path: str) -> Iterator[TextIO]:
+    """Open a file to be read as text with the line ends it has. Raises UserError that names the first bad line."""
+    try:
+        with open_unpacked(path) as file:
+            buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]
+            first = buffered.peek(512)[:512]
+            require_format(path, first)
+            yield io.TextIOWrapper(buffered, _encoding(first), newline="")
+    except UnicodeDecodeError as error:
+        raise _not_decoded(path, f"line {_undecodable_line(path)}", error) from error
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file as it is written. Raises UserError if it is no text."""
+    with open_unpacked(path) as file:
+        content = file.read()
+    require_format(path, content)
+    try:
+        return content.decode(_encoding(content))
+    except UnicodeDecodeError as error:
+        raise _not_decoded(path, f"byte {error.start} is {content[error.start]:#04x}", error) from error
+
+
+def _encoding(first: bytes) -> str:
+    """Return the encoding that a byte order mark tells, without the mark; UTF-8 if there is none."""
+    return "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def _undecodable_line(path: str) -> int:
+    with open_unpacked(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _not_decoded(path: str, place: str, error: UnicodeDecodeError) -> UserError:
+    name = "UTF-16" if error.encoding.startswith("utf-16") else "UTF-8"
+    return UserError(
+        f"{shown(path)} is not {name}: {place}.\n"
+        f"Convert it, e.g. with `iconv -f latin1 -t utf-8 {shown(Path(path).name)}`, or leave it out."
+    )
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """True if git put a pointer where the file should be, as it does without git-lfs."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
+def require_format(path: str, first: bytes, expected: bytes = b"") -> None:
+    """Raises UserError if the first bytes of a file show another format than that of these `expected`, or of text."""
+    if first.startswith(_LFS):
+        raise UserError(
+            f"corpus.files: {shown(path)} is a pointer of git-lfs, not the file itself. Fetch it with `git lfs pull`."
+        )
+    kind = "a tar archive" if first[257:262] == b"ustar" else None
+    kind = next((kind for mark, kind in _MARKS.items() if first.startswith(mark) and mark != expected), kind)
+    if kind:
+        raise UserError(
+            f"corpus.files: {shown(path)} is {kind}, and its name does not say so. Unpack or convert it, or leave it "
+            "out."
+        )

@@ -1,0 +1,115 @@
+"""Types of metadata columns of CSV and JSON files: found from all of their values, never from a sample."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})")
+_DECIMAL = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+(e[-+][0-9]+)?|-?[1-9]e[-+][0-9]+")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "date": pa.date32(), "text": pa.string()}
+"""Types of single values, in the order in which they are preferred."""
+_LARGEST_EXACT = 1 << 53
+"""Every integer up to this one is a float64."""
+_MOST_FIELDS = 100
+"""Objects with more keys than this in all rows together are stored as JSON text, not as one struct."""
+
+
+class ColumnType:
+    """The narrowest type that holds every value of a column exactly; text holds any."""
+
+    def __init__(self, is_csv: bool) -> None:
+        self.is_csv = is_csv
+        self.possible = {*_TYPES, "nested"}
+        self.nested: pa.DataType = pa.null()
+        self.is_empty = True
+
+    def see(self, value: Any) -> None:
+        """Take note of a value: None, a bool, a number, a text, or what JSON makes of a list or an object."""
+        if value is None:
+            return
+        self.is_empty = False
+        if len(self.possible) > 1:
+            self.possible &= self._kinds_of(value)
+        if "nested" in self.possible:
+            self._see_nested(value)
+
+    def _kinds_of(self, value: Any) -> set[str]:
+        if isinstance(value, str):
+            return self._kinds_of_text(value)
+        if isinstance(value, list | dict):
+            return {"nested", "text"}
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"text"} | _kinds_of_integer(value)
+        return {"bool" if isinstance(value, bool) else "float", "text"}
+
+    def _kinds_of_text(self, value: str) -> set[str]:
+        if _DATE.fullmatch(value) and _is_date(value):
+            return {"date", "text"}
+        if self.is_csv and value in ("true", "false", "True", "False"):
+            return {"bool", "text"}
+        if self.is_csv and _INTEGER.fullmatch(value):
+            return {"text"} | _kinds_of_integer(int(value))
+        if self.is_csv and _DECIMAL.fullmatch(value) and is_exact(value):
+            return {"float", "text"}
+        return {"text"}
+
+    def _see_nested(self, value: Any) -> None:
+        try:
+            types = [pa.schema([("x", each)]) for each in (self.nested, pa.infer_type([value]))]
+            self.nested = pa.unify_schemas(types, promote_options="permissive").field("x").type
+        except (pa.ArrowException, OverflowError):
+            self.possible = {"text"}
+
+    @property
+    def type(self) -> pa.DataType:
+        if self.is_empty:
+            return pa.string()
+        if "nested" in self.possible:
+            return self.nested if _is_storable(self.nested) else pa.string()
+        return next(_TYPES[kind] for kind in _TYPES if kind in self.possible)
+
+    def read(self, value: Any) -> Any:
+        """Return a value that was seen, as a Python value of the column's type."""
+        if value is None or pa.types.is_nested(self.type):
+            return value
+        if pa.types.is_string(self.type):
+            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if pa.types.is_boolean(self.type):
+            return value if isinstance(value, bool) else value.lower() == "true"
+        if pa.types.is_date(self.type):
+            return datetime.date.fromisoformat(value)
+        return int(value) if pa.types.is_integer(self.type) else float(value)
+
+
+def is_exact(text: str) -> bool:
+    """True if a float64 has the same value as the number that is written."""
+    return Decimal(text) == Decimal(repr(float(text)))
+
+
+def _kinds_of_integer(value: int) -> set[str]:
+    kinds = {"int"} if -(1 << 63) <= value < 1 << 63 else set()
+    return kinds | ({"float"} if abs(value) <= _LARGEST_EXACT else set())
+
+
+def _is_date(value: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(value))
+    except ValueError:
+        return False
+
+
+def _is_storable(kind: pa.DataType) -> bool:
+    """True if Parquet and DuckDB hold this type: no struct of nothing, or of very many things."""
+    if pa.types.is_null(kind):
+        return False
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    if pa.types.is_struct(kind) and not 0 < len(inner) <= _MOST_FIELDS:
+        return False
+    return all(map(_is_storable, inner))

@@ -1,0 +1,208 @@
+"""Files of a corpus: which are read, and which are refused by name."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from saeflow.corpus.document import Document
+from saeflow.corpus.files import folder_before_globs, matching_files
+from saeflow.corpus.sources import open_corpus
+from saeflow.recipe.recipe import parse_recipe
+from saeflow.recipe.settings import CorpusConfig
+from saeflow.runtime.errors import UserError
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+def read(*patterns: str | Path) -> list[Document]:
+    return list(open_corpus(CorpusConfig(files=[str(each) for each in patterns])).documents)
+
+
+def texts(documents: list[Document]) -> dict[str, str]:
+    return {each.key: each.text for each in documents}
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as out:
+        out.write(content)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".lzma": lzma.compress,
+    ".zst": zstd,
+}
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize("upper", [False, True])
+def test_packed_files_are_read_whole(tmp_path: Path, ending: str, upper: bool) -> None:
+    rows = {
+        "a.txt": b"words\r\n",
+        "b.jsonl": b'{"key": "k", "text": "words\\r\\n"}',
+        "c.csv": b'key,text\nk,"words\r\n"\n',
+    }
+    for name, content in rows.items():
+        path = tmp_path / (f"{name}{ending}".upper() if upper else f"{name}{ending}")
+        path.write_bytes(PACKED[ending](content))
+        (document,) = read(path)
+        assert document.text == "words\r\n"
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_a_packed_file_that_was_cut_is_refused_by_name(tmp_path: Path, ending: str, name: str) -> None:
+    rows = os.urandom(200_000).hex()
+    content = f"text\n{rows}\n" if name == "a.csv" else f'{{"text": "{rows}"}}\n'
+    packed = PACKED[ending](content.encode() * 2 if name != "a.csv" else content.encode())
+    path = tmp_path / f"{name}{ending}"
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=rf"{name}{ending} cannot be unpacked: .*\nIs it whole"):
+        read(path)
+
+
+def test_two_members_of_one_packed_file_are_both_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n') + gzip.compress(b'{"text": "b"}\n'))
+    assert len(read(tmp_path / "a.jsonl.gz")) == 2
+
+
+def test_archives_of_several_files_are_refused_by_name(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("one.txt", "one")
+        archive.writestr("two.txt", "two")
+    for name, mode in (("b.tar", "w"), ("c.tar.gz", "w:gz"), ("d.tgz", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as packed:  # type: ignore[call-overload]
+            packed.addfile(tarfile.TarInfo("one.txt"), io.BytesIO())
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(UserError, match=rf"{path.name} is a (zip|tar) archive\. Unpack it"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", POINTER, r"a\.txt is a pointer of git-lfs.*git lfs pull"),
+        ("a.csv", POINTER, r"a\.csv is a pointer of git-lfs"),
+        ("a.jsonl", POINTER, r"a\.jsonl is a pointer of git-lfs"),
+        ("a.parquet", POINTER, r"a\.parquet is a pointer of git-lfs"),
+        ("a.txt", gzip.compress(b"text"), r"a\.txt is packed by gzip, and its name does not say so"),
+        ("a.csv", zstd(b"text\na\n"), r"a\.csv is packed by Zstandard"),
+        ("a.txt", b"%PDF-1.7 ...", r"a\.txt is a PDF"),
+        ("a.jsonl", b"PAR1....PAR1", r"a\.jsonl is a Parquet file"),
+        ("a.txt", b"0" * 257 + b"ustar", r"a\.txt is a tar archive"),
+        ("a.parquet", b"PK\x03\x04", r"a\.parquet is a zip archive"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_says_is_refused(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*", "/**/*", "/**/*.txt"])
+def test_what_other_programs_leave_in_a_folder_is_passed_over(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in (".DS_Store", "._a.txt", "_SUCCESS", "Thumbs.db", ".ipynb_checkpoints/a-checkpoint.txt"):
+        (tmp_path / name).write_bytes(b"\0\1\xff")
+    assert texts(read(f"{tmp_path}{pattern}")) == {"a.txt": "words"}
+
+
+def test_a_hidden_file_that_is_named_is_read(tmp_path: Path) -> None:
+    (tmp_path / ".hidden.txt").write_text("words")
+    assert texts(read(tmp_path / ".hidden.txt")) == {".hidden.txt": "words"}
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "[ab]"])
+@pytest.mark.parametrize("ending", [".txt", ".csv", ".jsonl", ".parquet"])
+def test_signs_of_patterns_in_names_mean_themselves(tmp_path: Path, name: str, ending: str) -> None:
+    for stem in (name, "a1", "ab", "a"):
+        path = tmp_path / f"{stem}{ending}"
+        content = {".txt": stem, ".csv": f"text\n{stem}\n", ".jsonl": f'{{"text": "{stem}"}}'}.get(ending)
+        if content is None:
+            pq.write_table(pa.table({"text": [stem]}), path)
+        else:
+            path.write_text(content)
+    assert [each.text for each in read(tmp_path / f"{name}{ending}")] == [name]
+    assert sorted(each.text for each in read(f"{tmp_path}/*{ending}")) == sorted([name, "a1", "ab", "a"])
+
+
+@pytest.mark.parametrize("folder", ["project [v2]", "a*b", "what?"])
+@pytest.mark.parametrize("pattern", ["d*.txt", "**/*.txt", "d0.txt", "texts"])
+def test_the_recipes_own_folder_is_no_pattern(tmp_path: Path, folder: str, pattern: str) -> None:
+    (tmp_path / folder / "texts").mkdir(parents=True)
+    for place in ("", "texts"):
+        (tmp_path / folder / place / "d0.txt").write_text(f"of {place}")
+    data = {"name": "r", "corpus": {"files": pattern}, "model": {"path": "m"}, "activations": {"sites": ["x"]}}
+    recipe = parse_recipe(data, folder=tmp_path / folder)
+    assert recipe.corpus is not None
+    found = texts(list(open_corpus(recipe.corpus).documents))
+    assert "d0.txt" in found
+    assert not any(folder in key for key in found)
+
+
+def test_a_loop_of_links_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("words")
+    for name in ("loop", "again"):
+        (tmp_path / "texts" / name).symlink_to(tmp_path / "texts")
+    for pattern in (tmp_path / "texts", f"{tmp_path}/texts/**/*.txt", f"{tmp_path}/**"):
+        assert [Path(path).name for path in matching_files(str(pattern))] == ["a.txt"]
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("words")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")
+    assert texts(read(f"{tmp_path}/texts/**/*.txt")) == {"link/a.txt": "words"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "folder"),
+    [("/a/b*/c", "/a"), ("/a/b/*.txt", "/a/b"), ("/a [[]1]/x?", "/a [1]"), ("/a/**/b", "/a"), ("b.txt", "")],
+)
+def test_the_folder_before_the_first_glob(pattern: str, folder: str) -> None:
+    assert folder_before_globs(pattern) == folder
+
+
+@pytest.mark.parametrize("ending", [".txt", ".csv", ".jsonl", ".parquet"])
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path: Path, ending: str) -> None:
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9" + ending.encode())
+    if ending == ".parquet":
+        pq.write_table(pa.table({"text": ["words"]}), tmp_path / "plain")
+        os.rename(tmp_path / "plain", path)
+    else:
+        content = {".txt": "words", ".csv": "text\nwords\n", ".jsonl": '{"text": "words"}'}[ending]
+        with open(path, "w") as file:
+            file.write(content)
+    (document,) = read(f"{tmp_path}/*{ending}")
+    assert document.text == "words"
+    assert document.key.startswith(rf"caf\xe9{ending}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_tells_the_encoding_and_is_no_text(tmp_path: Path, encoding: str) -> None:
+    contents = {"a.txt": "ein Satz\r\n", "a.csv": 'text\n"ein Satz\r\n"\n', "a.jsonl": '{"text": "ein Satz\\r\\n"}'}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        (document,) = read(tmp_path / name)
+        assert document.text == "ein Satz\r\n"
