@@ -85,7 +85,7 @@ class TextTables:
     def _rows(self, path: str) -> Iterator[Row]:
         """Yield the rows of a file. Raises UserError if one lacks the text, or the key that the recipe names."""
         name = self.names[path]
-        with open_text(path) as file:
+        with open_text(path) as file, _cells_of_any_length():
             for row in _csv_rows(file, name, self.column) if self.reader == "csv" else _json_rows(file, name):
                 if self.column not in row.cells:
                     raise _no_column(name, row, self.column)
@@ -183,8 +183,17 @@ def _no_column(name: str, row: Row, column: str) -> UserError:
     )
 
 
+@contextlib.contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """Let Python's reader of CSV take cells above 128 KiB. The limit is one for the whole process."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _csv_rows(file: TextIO, name: str, column: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
     first = file.readline()
     separator = _separator(first, name, column)
     lines = csv.reader(_with_first(first, file), delimiter=separator, strict=True)

@@ -331,6 +331,7 @@ def as_a_process(home: Path, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.long
 def test_the_module_runs_a_recipe_and_leaves_no_server_behind(home: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     done = as_a_process(home, "flows/recipes/toy.toml", "--store", store, "--set", "train.n_tokens=800")
@@ -342,6 +343,7 @@ def test_the_module_runs_a_recipe_and_leaves_no_server_behind(home: Path, tmp_pa
     assert published(Store(store)) == ["activations", "features", "tokens"]
 
 
+@pytest.mark.long
 def test_the_module_ends_with_2_and_one_message_where_the_user_can_mend_it(home: Path, tmp_path: Path) -> None:
     table = a_table(40)
     table[7, 0] = float("nan")

@@ -104,6 +104,7 @@ def test_isolated_documents_are_stored_with_their_padding(recipe: Recipe) -> Non
     )
 
 
+@pytest.mark.long
 def test_the_forecast_of_a_small_run_is_near_what_it_takes(recipe: Recipe, tmp_path: Path) -> None:
     store = Store.create(tmp_path / "store")
     found = forecast.plan(store, recipe, quiet())

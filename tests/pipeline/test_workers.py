@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from dask import config as dask_config
 from distributed import Client, LocalCluster, Worker, get_worker
 
 from saeflow.features import compaction
@@ -126,6 +127,7 @@ def dask(tmp_path: Path) -> Iterator[InThreads]:
         known.clear()
     searched = sys.path.copy()
     with (
+        dask_config.set({"distributed.comm.timeouts.connect": "3s"}),  # a client of a lost scheduler closes sooner
         LocalCluster(n_workers=2, threads_per_worker=1, **arguments) as started,
         Client(started, set_as_default=False) as one,
     ):

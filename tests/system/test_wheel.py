@@ -71,6 +71,7 @@ def test_the_wheel_is_what_runs(installed: Installed) -> None:
         assert path.startswith(str(installed.environment)), path
 
 
+@pytest.mark.long
 def test_the_command_works_outside_the_clone(
     installed: Installed, ingredients: Ingredients, finished: Finished
 ) -> None:
