@@ -1,13 +1,19 @@
 """Prefect flows: the only place that knows Prefect. Read `pipeline` first.
 
-pipeline  everything, from text to SQL answers
-stages    a flow for each stage, from texts or a table to figures
-ingest    new documents through every stage
-retrain   a new SAE once the store has grown
-tidy      the nightly compaction of a store
-verify    a share of the store read back
-gc        what no reader can reach is removed
-support   what the flows share, and what brings them to a server
+pipeline      everything, from text to SQL answers
+tokens        documents to tokens
+import_table  a table to activations
+collect       tokens to activations
+train         activations to SAEs
+encode        activations to feature values
+compact       the parts of a run merged
+evaluate      the figures and the picture of a run
+ingest        new documents through every stage
+retrain       a new SAE once the store has grown
+tidy          the nightly compaction of a store
+verify        a share of the store read back
+gc            what no reader can reach is removed
+support       what the flows share, and what brings them to a server
 """
 
 import os

@@ -16,13 +16,19 @@ if __name__ == "__main__":  # the terminal shows saeflow's own lines; a served f
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
 
 import httpx
-from prefect import flow
+from prefect import Flow, flow
 from prefect.events.worker import EventsWorker
 
-from flows.stages import FLOWS
+from flows.collect import collect_flow
+from flows.compact import compact_flow
+from flows.encode import encode_flow
+from flows.evaluate import evaluate_flow
+from flows.import_table import import_table_flow
 from flows.support import page
 from flows.support.reporting import counted, name_run, show_markdown, show_table
 from flows.support.tasks import open_lineage
+from flows.tokens import tokens_flow
+from flows.train import train_flow
 from saeflow.pipeline import report, stages, sweep
 from saeflow.pipeline.dask.clusters import kept_open
 from saeflow.pipeline.lineage import Lineage
@@ -30,6 +36,12 @@ from saeflow.query import first_answers
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
+
+FLOWS: dict[str, Flow[..., Any]] = {
+    "tokens": tokens_flow, "collect": collect_flow, "bring": import_table_flow, "train": train_flow,
+    "encode": encode_flow, "compact": compact_flow, "evaluate": evaluate_flow,
+}  # fmt: skip
+"""The flow of each stage that has its own."""
 
 FIGURES = (
     "variance_unexplained", "l0", "shrinkage", "dead_share", "loss_recovered_zero", "loss_recovered_mean",

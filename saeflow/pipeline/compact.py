@@ -1,5 +1,4 @@
-"""Have parts of a run merged, here or on a cluster, so that questions open few files. `features.compaction` plans and
-shows merged parts; `features.part_merger` writes one."""
+"""Have parts of a run merged, here or on a cluster, so that questions open few files. `features.compaction` does it."""
 
 from __future__ import annotations
 

@@ -26,11 +26,14 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from flows.collect import collect_as_tasks
+from flows.encode import encode_as_tasks, encode_flow
+from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
-from flows.stages import collect_as_tasks, encode_as_tasks, encode_flow, evaluate_flow, tokens_flow
 from flows.support import page
 from flows.support.reporting import reporting
 from flows.support.tasks import Attempts, Tasks
+from flows.tokens import tokens_flow
 from saeflow.pipeline import collect, encode, stages, sweep, train
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import Here, PartMaker, PartWork, Records, Tally
