@@ -24,6 +24,8 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.collect import collect_as_tasks
@@ -63,8 +65,13 @@ pytestmark = pytest.mark.filterwarnings("default")  # Prefect's own
 @pytest.fixture(scope="module", autouse=True)
 def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     home = tmp_path_factory.mktemp("server")
-    with prefect_server(home) as server, temporary_settings({PREFECT_API_URL: server.api, PREFECT_HOME: home}):
+    with (
+        prefect_server(home) as server,
+        temporary_settings({PREFECT_API_URL: server.api, PREFECT_HOME: home}),
+    ):
         yield
+        for worker in (APILogWorker, EventsWorker):  # what they hold could not be sent later
+            worker.drain_all()
 
 
 @pytest.fixture(scope="module")

@@ -285,6 +285,7 @@ def test_two_machines_never_undo_each_other(url: str, recipe: Recipe, tmp_path: 
     assert len(now.published().parts) == len(mine.parts()) - 1
 
 
+@pytest.mark.long
 def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
     server: Server, url: str, ingredients: Ingredients, tmp_path: Path
 ) -> None:
