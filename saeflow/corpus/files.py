@@ -22,7 +22,7 @@ from fsspec.utils import glob_translate
 from saeflow.corpus import remote
 from saeflow.runtime.errors import UserError, first_line
 
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 """The reader of a file by its ending. Files with other endings are texts."""
 _PASSED_OVER = re.compile(r"(\..*|_SUCCESS|_(common_)?metadata|_(committed|started)_.*|Thumbs\.db|desktop\.ini)\Z")
 """Names that other programs leave in a folder of data. A file that is named itself is read whatever its name."""
@@ -61,15 +61,15 @@ def _matching_local_files(pattern: str) -> list[str]:
     if Path(pattern).is_file():
         return [pattern]
     if Path(pattern).is_dir():
-        return list(_files_below(pattern))
+        return _files_below(pattern)
     if "**" not in pattern:
         return sorted(path for path in glob.glob(pattern) if Path(path).is_file() and not _is_passed_over(path))
     fits = re.compile(glob_translate(pattern))
     return [path for path in _files_below(folder_before_globs(pattern)) if fits.match(path)]
 
 
-def _files_below(folder: str) -> Iterator[str]:
-    """Yield the files in order of their paths. Links to folders are followed once, so that a loop of them ends."""
+def _files_below(folder: str) -> list[str]:
+    """Return the files in order of their paths. Links to folders are followed once, so that a loop of them ends."""
     found: list[str] = []
     seen: set[str] = set()
     for path, folders, files in os.walk(folder, followlinks=True):
@@ -80,7 +80,7 @@ def _files_below(folder: str) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _is_passed_over(name))
         found += [os.path.join(path, name) for name in files if not _is_passed_over(name)]
-    yield from sorted(path for path in found if Path(path).is_file())
+    return sorted(path for path in found if Path(path).is_file())
 
 
 def _is_passed_over(path: str) -> bool:
@@ -109,7 +109,7 @@ def format_of(path: str) -> str:
         raise UserError(f"corpus.files: {shown(path)} is a {archive} archive. Unpack it, and name the files in it.")
     if suffixes and suffixes[-1] in _UNPACKERS:
         suffixes.pop()
-    return FORMATS.get(suffixes[-1] if suffixes else "", "text")
+    return _FORMATS.get(suffixes[-1] if suffixes else "", "text")
 
 
 def is_packed(path: str) -> bool:

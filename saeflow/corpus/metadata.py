@@ -75,17 +75,18 @@ class ColumnType:
             return self.nested if _is_storable(self.nested) else pa.string()
         return next(_TYPES[kind] for kind in _TYPES if kind in self.possible)
 
-    def read(self, value: Any) -> Any:
-        """Return a value that was seen, as a Python value of the column's type."""
-        if value is None or pa.types.is_nested(self.type):
-            return value
-        if pa.types.is_string(self.type):
-            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        if pa.types.is_boolean(self.type):
-            return value if isinstance(value, bool) else value.lower() == "true"
-        if pa.types.is_date(self.type):
-            return datetime.date.fromisoformat(value)
-        return int(value) if pa.types.is_integer(self.type) else float(value)
+
+def read_as(kind: pa.DataType, value: Any) -> Any:
+    """Return a value that a column has seen, as a Python value of the column's type."""
+    if value is None or pa.types.is_nested(kind):
+        return value
+    if pa.types.is_string(kind):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if pa.types.is_boolean(kind):
+        return value if isinstance(value, bool) else value.lower() == "true"
+    if pa.types.is_date(kind):
+        return datetime.date.fromisoformat(value)
+    return int(value) if pa.types.is_integer(kind) else float(value)
 
 
 def is_exact(text: str) -> bool:

@@ -79,8 +79,7 @@ class SortedRows:
 
     def _set_contents_aside(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
         """Write the contents to the file. Return the other columns, with each content's sha256, offset and size."""
-        written, kept = [], []
-        base = self.contents.tell()
+        written, kept, base = [], [], self.contents.tell()
         for row, content in enumerate(contents_of(batch.column(CONTENT))):
             digest = hashlib.sha256(content).hexdigest()
             if self.share >= 1 or is_in_share(document_key(batch, row, self.names, content), self.share):
@@ -106,13 +105,11 @@ def contents_of(column: pa.Array) -> Iterator[bytes]:
     """Yield each content as bytes: UTF-8, or vocabulary ids as little-endian int64, where -1 is a missing id."""
     if pa.types.is_large_binary(column.type):
         yield from column.to_pylist()
-        return
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        for text in column:
-            yield (text.as_py() or "").encode()
-        return
-    for ids in column:
-        yield (ids.values.fill_null(-1).to_numpy().astype("<i8").tobytes()) if ids.is_valid else b""
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        yield from ((text.as_py() or "").encode() for text in column)
+    else:
+        for ids in column:
+            yield ids.values.fill_null(-1).to_numpy().astype("<i8").tobytes() if ids.is_valid else b""
 
 
 def document_key(batch: pa.RecordBatch, row: int, names: dict[str, str], content: bytes) -> str:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +35,7 @@ from saeflow.corpus.sorting import (
     document_key,
     file_name,
 )
-from saeflow.corpus.text_tables import RESERVED, TextTables
+from saeflow.corpus.text_tables import RESERVED, TextTables, no_column, require_unlike_names
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system
@@ -90,14 +89,7 @@ def _require_column(path: str, name: str, column: str) -> None:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"corpus.files: {name} cannot be read as parquet: {first_line(error).rstrip('.')}.") from error
     if column not in found:
-        raise _no_column(f"{name} has", column, found)
-
-
-def _no_column(which: str, column: str, found: list[str]) -> UserError:
-    return UserError(
-        f"{which} no column {column!r}; it has: {', '.join(found)}.\n"
-        'Name the column with the text, e.g. text = "content" under [corpus], or token_ids = "input_ids".'
-    )
+        raise no_column(f"{name} has", column, found)
 
 
 def from_query(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
@@ -186,14 +178,10 @@ def _choose_columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files:
     kinds = {name: str(kind) for name, kind in zip(relation.columns, relation.types, strict=True)}
     if has_files:
         kinds.pop("filename")
-    twice = [name for name, n in Counter(map(str.casefold, relation.columns)).items() if n > 1]
-    if twice:
-        raise UserError(
-            f"The corpus has several columns called {twice[0]!r} but for case. Leave out or rename all but one."
-        )
+    require_unlike_names(relation.columns)
     content = config.token_ids or config.text
     if content not in kinds:
-        raise _no_column("The corpus has", content, list(kinds))
+        raise no_column("The corpus has", content, list(kinds))
     key = config.key or ("key" if "key" in kinds else None)
     if key is not None and key not in kinds:
         raise UserError(f"corpus.key is {key!r}, but the corpus has only: {', '.join(kinds)}.")

@@ -12,14 +12,15 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import pyarrow as pa
 
 from saeflow.corpus.files import open_text
-from saeflow.corpus.metadata import ColumnType, is_exact
+from saeflow.corpus.metadata import ColumnType, is_exact, read_as
 from saeflow.corpus.sorting import BATCH_DOCUMENTS, CONTENT, FILE, KEY, SOURCE
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
@@ -85,25 +86,24 @@ class TextTables:
     def _rows(self, path: str) -> Iterator[Row]:
         """Yield the rows of a file. Raises UserError if one lacks the text, or the key that the recipe names."""
         name = self.names[path]
+        folders = _hive_columns(name)
         with open_text(path) as file, _cells_of_any_length():
-            for row in _csv_rows(file, name, self.column) if self.reader == "csv" else _json_rows(file, name):
-                if self.column not in row.cells:
-                    raise _no_column(name, row, self.column)
-                if self.config.key and self.config.key not in row.cells:
+            for line, cells in _csv_rows(file, name, self.column) if self.reader == "csv" else _json_rows(file, name):
+                if self.column not in cells:
+                    raise _no_text(name, line, self.column, cells)
+                if self.config.key and self.config.key not in cells:
                     raise UserError(
-                        f"corpus.key is {self.config.key!r}, but {name}, line {row.line}, has only: "
-                        f"{', '.join(row.cells)}."
+                        f"corpus.key is {self.config.key!r}, but {name}, line {line}, has only: {', '.join(cells)}."
                     )
-                yield row
+                yield Row(line, folders | cells)
 
     def _prepared(self, path: str, row: Row) -> dict[str, Any]:
         where = f"corpus.files: {self.names[path]}, line {row.line}"
-        cells = _hive_columns(path) | row.cells
-        key, source = (_as_written(cells.get(name)) for name in (self.config.key or "key", "source"))
+        key, source = (_as_written(row.cells.get(name)) for name in (self.config.key or "key", "source"))
         try:
             f"{key}{source}".encode()
-            metadata = json.dumps(self._metadata_of(cells), ensure_ascii=False).encode()
-            content = self._content(cells[self.column], where)
+            metadata = json.dumps(self._metadata_of(row.cells), ensure_ascii=False).encode()
+            content = self._content(row.cells[self.column], where)
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{where}: a text has half of a character (a lone surrogate) in it, which UTF-8 cannot hold."
@@ -144,18 +144,14 @@ class TextTables:
     def metadata(self) -> pa.Schema:
         """Return the columns of the rows that were read. A nameless CSV column without any value is none."""
         named = [name for name, each in self.types.items() if not (each.is_empty and _NAMELESS.fullmatch(name))]
-        twice = [name for name, n in Counter(map(str.casefold, named)).items() if n > 1]
-        if twice:
-            raise UserError(
-                f"The corpus has several columns called {twice[0]!r} but for case. Leave out or rename all but one."
-            )
+        require_unlike_names(named)
         return pa.schema([(name, self.types[name].type) for name in named])
 
     def with_metadata(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return the batch with the metadata in columns of their own."""
         rows = [json.loads(each) for each in batch.column(_METADATA).to_pylist()]
         for field in self.metadata():
-            values = [self.types[field.name].read(row.get(field.name)) for row in rows]
+            values = [read_as(field.type, row.get(field.name)) for row in rows]
             batch = batch.append_column(field, pa.array(values, field.type))
         return batch
 
@@ -176,11 +172,25 @@ def _is_id(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _no_column(name: str, row: Row, column: str) -> UserError:
+def _no_text(name: str, line: int, column: str, found: Iterable[str]) -> UserError:
+    return no_column(f"corpus.files: {name}, line {line}, has", column, found)
+
+
+def no_column(which: str, column: str, found: Iterable[str]) -> UserError:
+    """Return the error for a table, or a row of one, without the column of the texts or ids."""
     return UserError(
-        f"corpus.files: {name}, line {row.line}, has no column {column!r}; it has: {', '.join(row.cells)}.\n"
+        f"{which} no column {column!r}; it has: {', '.join(found)}.\n"
         'Name the column with the text, e.g. text = "content" under [corpus], or token_ids = "input_ids".'
     )
+
+
+def require_unlike_names(names: Sequence[str], which: str = "The corpus") -> None:
+    """Raises UserError if two columns have one name, as DuckDB reads names: without regard to capitals."""
+    twice = [name for name, n in Counter(map(str.casefold, names)).items() if n > 1]
+    if twice:
+        raise UserError(
+            f"{which} has several columns called {twice[0]!r} but for case. Leave out or rename all but one."
+        )
 
 
 @contextlib.contextmanager
@@ -196,10 +206,10 @@ def _cells_of_any_length() -> Iterator[None]:
 def _csv_rows(file: TextIO, name: str, column: str) -> Iterator[Row]:
     first = file.readline()
     separator = _separator(first, name, column)
-    lines = csv.reader(_with_first(first, file), delimiter=separator, strict=True)
+    lines = csv.reader(chain([first], file), delimiter=separator, strict=True)
     header = _header(next(lines, []), name)
     if column not in header:
-        raise _no_column(name, Row(1, dict.fromkeys(header)), column)
+        raise _no_text(name, 1, column, header)
     while True:
         begins = lines.line_num + 1
         with _bad_csv(name, begins):
@@ -227,20 +237,10 @@ def _separator(first: str, name: str, column: str) -> str:
     return next(fits, ",")
 
 
-def _with_first(first: str, rest: TextIO) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
 def _header(cells: list[str], name: str) -> list[str]:
     """Return the names of the columns. One without a name is called by its place: column0 is the first."""
     named = [cell or f"column{place}" for place, cell in enumerate(cells)]
-    twice = [each for each, n in Counter(map(str.casefold, named)).items() if n > 1]
-    if twice:
-        raise UserError(
-            f"corpus.files: {name} has several columns called {twice[0]!r} but for case. Leave out or rename all but "
-            "one."
-        )
+    require_unlike_names(named, f"corpus.files: {name}")
     return named
 
 

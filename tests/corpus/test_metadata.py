@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow.corpus.metadata import ColumnType
+from saeflow.corpus.metadata import ColumnType, read_as
 
 A_AND_B = pa.struct({"a": pa.int64(), "b": pa.string()})
 DATE = datetime.date(2024, 2, 29)
@@ -21,7 +21,7 @@ def column(values: list[Any], is_csv: bool) -> tuple[pa.DataType, list[Any]]:
     found = ColumnType(is_csv)
     for value in values:
         found.see(value)
-    return found.type, pa.array([found.read(value) for value in values], found.type).to_pylist()
+    return found.type, pa.array([read_as(found.type, value) for value in values], found.type).to_pylist()
 
 
 @pytest.mark.parametrize(
