@@ -74,16 +74,14 @@ def counted(n: int, what: str) -> str:
 
 
 @contextmanager
-def reporting(
-    stage: str, page_seconds: float = PROGRESS_SECONDS, log_seconds: float = LOG_SECONDS
-) -> Iterator[Progress]:
+def reporting(stage: str, page_seconds: float | None = None, log_seconds: float | None = None) -> Iterator[Progress]:
     """Name the flow run, and report its progress on the terminal, in one progress artifact and in its log.
 
     A run that a server started has no terminal of its own.
     """
     name_run(stage)
     served = "PREFECT__FLOW_RUN_ID" in os.environ
-    logger, watched = get_run_logger(), _Watched(stage, page_seconds, log_seconds)
+    logger, watched = get_run_logger(), _Watched(stage, page_seconds or PROGRESS_SECONDS, log_seconds or LOG_SECONDS)
     console = Console(stderr=True, highlight=False, quiet=served)
     progress = Progress(console, listener=watched.hear, log=lambda text: logger.info("%s", text))
     with _warnings_of_saeflow(), watched.shown():
