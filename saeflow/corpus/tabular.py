@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +38,7 @@ from saeflow.corpus.text_tables import RESERVED, TextTables, no_column, require_
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system
+from saeflow.runtime.sql_judge import only_reads
 
 _STORED_AS_TEXT = re.compile(r"\b(U?HUGEINT|BIGNUM|INTERVAL|UNION|TIMESTAMP_NS|BIT|TIME)\b(?! ZONE)")
 """Types that Python or Parquet cannot hold. Metadata of these types is stored as text."""
@@ -102,16 +102,18 @@ def from_query(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
             )
         connection = stack.enter_context(_reading(scratch, file_search_path=config.folder or ""))
         with _query_failures("corpus.sql cannot be run"):
-            statements = connection.extract_statements(sql)
-            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-                raise UserError("corpus.sql must be one select statement that returns a `text` column.")
+            if not only_reads(connection, sql):
+                raise UserError(
+                    "corpus.sql must be one select statement that returns a `text` column, and only reads: no COPY, no "
+                    "INSERT, no setting, and of DuckDB's functions only those that read files."
+                )
             relation = connection.sql(sql)
             return _stream(relation, config, {}, _is_ordered(connection, sql), scratch, stack)
 
 
 def _reading(scratch: Scratch, **settings: str) -> DuckDBPyConnection:
     """Connect to read documents that may together be longer than 2 GiB."""
-    return scratch.connect("read", arrow_large_buffer_size="true", **settings)
+    return scratch.connect("read", arrow_large_buffer_size="true", python_enable_replacements="false", **settings)
 
 
 def _is_ordered(connection: DuckDBPyConnection, sql: str) -> bool:

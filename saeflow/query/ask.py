@@ -5,17 +5,18 @@ Values travel as prepared parameters. Names are looked up among the files of `sq
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import duckdb
 import pyarrow as pa
 
+from saeflow.query.catalog import names_of_sql
 from saeflow.query.questions import Arguments, Question, Value, find_question, parse_arguments
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
+from saeflow.runtime.sql_judge import only_reads
 from saeflow.runtime.text import brief, did_you_mean, sanitise
 
 LONGEST_SQL = 100_000
@@ -24,7 +25,6 @@ LONGEST_SQL = 100_000
 DEEPEST_SQL = 200
 """Most brackets inside brackets. The parser's time grows faster than the square of their number."""
 
-_WRITES = re.compile(r"COPY|INSERT|UPDATE|DELETE|MERGE|CREATE|ATTACH|EXPORT|LOAD|SET\b|RESET|TRANSACTION")
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
 _ABOUT_SOURCES = {"compare_sources", "source_contrast"}
 _ABOUT_RUNS = {"compare_runs"}
@@ -131,33 +131,14 @@ def _refuse_nonsense(sql: str) -> None:
 
 
 def _refuse_writes(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object]) -> None:
-    """Check both the statement's type and its plan: `WITH x AS (COPY …) SELECT 1` has the type SELECT, and writes."""
-    refused = UserError("Only one statement that reads is run here: select, with, from, values, describe or explain.")
     try:
-        statements = duckdb.extract_statements(sql)
-        kinds = [statement.type for statement in statements]
-        if kinds == [duckdb.StatementType.EXPLAIN]:
-            explained = re.sub(r"^\s*explain\s+(analyze\s+)?", "", sql, flags=re.IGNORECASE)
-            if explained == sql:
-                raise refused
-            return _refuse_writes(connection, explained, parameters)
-        if kinds != [duckdb.StatementType.SELECT]:
-            raise refused
-        plan = connection.execute(f"explain (format json) {sql}", parameters or None).fetchall()
-        names = [name for row in plan for name in _operators(row[-1])]
+        reads = only_reads(connection, sql, parameters, names_of_sql())
     except duckdb.Error as error:
         raise UserError(f"The query cannot be run.\n{message(error)}") from error
     except RecursionError:
         raise UserError("The query cannot be run: it is nested too deeply.") from None
-    if any(map(_WRITES.match, names)):
-        raise refused
-    return None
-
-
-def _operators(plan: object) -> Iterator[str]:
-    for node in json.loads(plan) if isinstance(plan, str) else plan if isinstance(plan, list) else ():
-        yield node.get("name", "")
-        yield from _operators(node.get("children", []))
+    if not reads:
+        raise UserError("Only one statement that reads is run here: select, with, from, values, describe or explain.")
 
 
 def _fetch(

@@ -113,7 +113,7 @@ def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:
     schema = identifier(run.schema)
     yield f"set search_path = {literal(schema)}"
     for text in texts:
-        yield _names_of_sql(sql_folder()).sub(lambda name: f"{schema}.{name[0]}", text)
+        yield _pattern_of_names().sub(lambda name: f"{schema}.{name[0]}", text)
 
 
 def _views_of_every_run(schemas: Sequence[str]) -> Iterator[str]:
@@ -123,10 +123,17 @@ def _views_of_every_run(schemas: Sequence[str]) -> Iterator[str]:
 
 
 @cache
-def _names_of_sql(folder: Path) -> re.Pattern[str]:
+def names_of_sql() -> frozenset[str]:
+    """Return the names of the views and macros that the files of `sql/` make."""
+    folder = sql_folder()
     stems = [path.stem for path in folder.glob("*/*.sql") if path.parent.name != "checks"]
-    stems += re.findall(r"create or replace (?:view|macro) (\w+)", (folder / "sources.sql").read_text("utf-8"))
-    either = "|".join(sorted(stems, key=len, reverse=True))
+    text = (folder / "sources.sql").read_text("utf-8")
+    return frozenset([*stems, *re.findall(r"create or replace (?:view|macro) (\w+)", text)])
+
+
+@cache
+def _pattern_of_names() -> re.Pattern[str]:
+    either = "|".join(sorted(names_of_sql(), key=lambda name: (-len(name), name)))
     return re.compile(rf"(?<=\bfrom )(?:{either})\b|(?<=\bjoin )(?:{either})\b|(?<![\w.\"'])(?:{either})(?=\()")
 
 

@@ -8,4 +8,5 @@ linear      the product rows @ weights.T, and the precision it is quickest in
 devices     processor or GPU: streams, pinned memory, copies
 memory      how much memory and time work takes, and how much memory the machine has
 sql_errors  the part of a DuckDB error that a user can act on
+sql_judge   whether a statement only reads, as DuckDB parses and plans it
 """
