@@ -18,9 +18,10 @@ from torch import Tensor
 
 from saeflow.model.sites import Site
 from saeflow.recipe.settings import ActivationsConfig
+from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import Bytes
-from saeflow.store.records import Damaged, PartRecord
+from saeflow.store.records import Damaged, PartRecord, is_refusal, unreadable
 from saeflow.store.storage.folder import Storage
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -175,7 +176,9 @@ def _is_uncompressed(array: zarr.Array[Any]) -> bool:
     return inner == index == ["bytes", "crc32c"] and about.get("index_location", "end") == "end"
 
 
-def _damaged_array(path: Path, what: str, error: Exception) -> Damaged:
+def _damaged_array(path: Path, what: str, error: Exception) -> UserError:
+    if isinstance(error, OSError) and is_refusal(error):
+        return unreadable(path, error)
     return Damaged(
         f"{path}: {what} cannot be read: {error}.\n"
         "Remove the damaged parts with `saeflow verify --full --repair`, then run the recipe again. The rest is kept."

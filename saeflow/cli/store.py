@@ -123,7 +123,7 @@ def verify_command(
     store: StoreOption = None,
     full: Annotated[bool, typer.Option("--full", help="Read every byte, and run the SQL checks.")] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove damaged parts, so that the next run makes them again.")
+        bool, typer.Option("--repair", help="Move damaged parts aside, so that the next run makes them again.")
     ] = False,
     share: Annotated[
         str | None,
@@ -143,14 +143,16 @@ def verify_command(
         print_line(sanitise(line))
     found = list(integrity.verify(opened, full, today))
     for each in found:
-        print_line(sanitise(f"damaged: {each}"))
+        print_line(sanitise(f"{'not read' if each.refused else 'damaged'}: {each}"))
     for line in integrity.repair_all(found) if repair else []:
         print_note(sanitise(line))
     broken = _run_checks(opened) if full and not found else []
     for name, n_rows in broken:
         out.print(sanitise(f"check {name}: {n_rows} offending rows"), markup=False)
     if repair and found:
-        out.print("The next run makes the removed parts again: saeflow run RECIPE")
+        out.print("The next run makes again what was moved into damaged/: saeflow run RECIPE", markup=False)
+    elif found and all(each.refused for each in found):
+        raise UserError("Not everything could be read, so nobody knows whether it is whole. Nothing was changed.")
     elif found:
         raise UserError("Repair it with `saeflow verify --full --repair`, then run the recipe again: the rest is kept.")
     elif broken:
@@ -253,6 +255,8 @@ def gc_command(
     print_line(f"{len(done.garbage)} files and folders, {human_bytes(done.n_bytes)} {fate}")
     if done.n_bytes_kept:
         print_line(f"{human_bytes(done.n_bytes_kept)} more after {grace:g} hours; now with --grace 0")
+    if done.n_bytes_aside:
+        print_line(f"{human_bytes(done.n_bytes_aside)} that repair moved aside stay in damaged/ until you remove them")
     for why in done.left_alone:
         print_note(sanitise(f"left alone: {why}"))
 

@@ -234,7 +234,7 @@ AGAIN = "Copy the folder again from where it comes from."
 def _json_of(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError, FileNotFoundError) as error:
         raise UserError(f"{path} is damaged, it is no JSON ({error}). {AGAIN}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged, it holds no settings. {AGAIN}")

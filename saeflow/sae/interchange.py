@@ -34,9 +34,23 @@ def save(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _saelens_tensors(sae).items()}
-    save_file(tensors, folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, tensors)
     cfg = _saelens_cfg(sae, metadata)
     (folder / CFG).write_text(json.dumps(cfg, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whose mode follows the umask: the library's own can be read by their owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file. Raises SafetensorError if it is damaged, OSError if it is refused."""
+    path.open("rb").close()  # the library itself calls every refusal of the system a missing file
+    return load_file(path)
 
 
 def load(folder: Path, threads: int = 1) -> SparseAutoencoder:
@@ -124,8 +138,8 @@ def _saelens_cfg(sae: SparseAutoencoder, metadata: dict[str, Any]) -> dict[str, 
 
 def _read_safetensors(found: SAEFolder) -> dict[str, Tensor]:
     try:
-        tensors = load_file(found.weights)
-    except (SafetensorError, OSError) as error:
+        tensors = read_tensors(found.weights)
+    except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{found.weights} is damaged ({error}). {AGAIN}") from None
     if "topk_threshold" in tensors:
         tensors["threshold"] = tensors.pop("topk_threshold")

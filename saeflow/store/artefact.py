@@ -154,7 +154,7 @@ class Publication(Parts):
                 return False
         try:
             manifest = read_checked(self.path / "manifest.json")
-        except (Damaged, OSError):
+        except (Damaged, FileNotFoundError):
             newest = self.numbers()[-1]
             read_generation(self.list_path(newest), newest)  # an older one would show again what was forgotten since
             self.show(newest)
@@ -234,7 +234,7 @@ class Artefact(Publication):
                 raise self.overtaken()
             if self.path.exists() or self.storage.names_below(self.path):  # damaged, or left by a killed run
                 self.require_lease()
-                self.remove(self.path)
+                (self.set_aside if self.exists() else self.remove)(self.path)
             names = [*(file.name for file in files), "provenance.json"]
             if not self.storage.put_whole(folder, self.path, names, "artefact.json", self.require_lease):
                 raise self.overtaken()

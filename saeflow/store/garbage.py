@@ -14,6 +14,7 @@ from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.artefact import Artefact
 from saeflow.store.lease import hold_lease
 from saeflow.store.records import KINDS, Generation, read_part_folders
+from saeflow.store.storage.folder import DAMAGED
 from saeflow.store.store import Store
 
 ABANDONED_SECONDS = 30 * 86_400.0
@@ -43,6 +44,8 @@ class Collected:
     garbage: list[Garbage] = field(default_factory=list)
     n_bytes_kept: int = 0
     left_alone: list[str] = field(default_factory=list)
+    n_bytes_aside: int = 0
+    """What repair moved into `damaged/`; only a person removes it."""
 
     @property
     def n_bytes(self) -> int:
@@ -66,9 +69,10 @@ def collect_garbage(store: Store, grace_seconds: float, remove: bool) -> Collect
                     done, _replaced_files(artefact, grace_seconds), grace_seconds, artefact.remove if remove else None
                 )
                 _collect_aged(done, _left_work(artefact, left), grace_seconds, remove_work)
-        except UserError as error:
+        except (UserError, OSError) as error:
             done.left_alone.append(first_line(error))
     _collect_aged(done, _left_tests(store, left), grace_seconds, remove_work)
+    done.n_bytes_aside = store.storage.work_footprint(store.root / DAMAGED)[0]
     return done
 
 

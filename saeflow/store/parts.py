@@ -113,14 +113,25 @@ class Identity:
             elif full and self.storage.checksum(Path(path)) != file.checksum:
                 yield f"{path} has changed since it was written"
 
+    def set_aside(self, path: Path) -> Path | None:
+        """Move a file or folder of the artefact into the store's `damaged/`. Return its new place, None if it is gone.
+
+        Raises UserError as `remove` does.
+        """
+        self._require_inside(path)
+        return self.storage.set_aside(path)
+
     def remove(self, path: Path) -> None:
         """Remove a file or folder of the artefact. Raises UserError if a record or a link leads out of its folder."""
+        self._require_inside(path)
+        self.storage.remove(path)
+
+    def _require_inside(self, path: Path) -> None:
         inside = path.parent.resolve().is_relative_to(self.path.resolve()) and path.name != ".."
         if path != self.path and not inside:
             raise UserError(
                 f"{path} lies outside of {self.path}: it is left alone.\nA record or link was not written by saeflow."
             )
-        self.storage.remove(path)
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,8 @@ class Parts(Identity):
 
     def numbers(self) -> list[int]:
         """Return the generations whose lists are still on disk."""
-        return sorted(int(path.stem) for path in (self.path / "generations").glob("[0-9]*.parquet"))
+        names = self.storage.names_here(self.path / "generations")
+        return sorted(int(name[:-8]) for name in names if name.endswith(".parquet") and name[:-8].isdecimal())
 
     def current_number(self) -> int:
         """Return the number of the published generation; 0 if nothing is published."""
@@ -203,7 +215,7 @@ class Parts(Identity):
         listed = {part.folder for part in generation.parts} if generation else set()
         for folder in sorted(self.part_folders() - listed):
             path = self.path / "parts" / folder / "part.json"
-            with contextlib.suppress(Damaged, ValueError, OSError):  # such a part is made again
+            with contextlib.suppress(Damaged, ValueError, FileNotFoundError):  # such a part is made again
                 record = read_record(self.storage.fetch_recorded(path, tuple), PartRecord)
                 if record.folder == folder:
                     yield record

@@ -6,8 +6,10 @@ The bytes are specified in data/README.md.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,7 +168,7 @@ def read_generation(path: Path, number: int) -> Generation:
         for part, folder in zip(parts, _folders(table), strict=True):
             part.__dict__["folder"] = folder  # known: it need not be computed
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
-        raise damaged(path) from error
+        raise damaged(path, error) from error
     return Generation(number, parts, dict(_hidden(table, parts)))
 
 
@@ -195,7 +197,7 @@ def read_part_folders(path: Path) -> list[str]:
     try:
         return list(_folders(pq.read_table(path, columns=["folder"])))
     except (OSError, ValueError, KeyError) as error:
-        raise damaged(path) from error
+        raise damaged(path, error) from error
 
 
 def _folders(table: pa.Table) -> np.ndarray:
@@ -260,8 +262,8 @@ def read_checked(path: Path) -> Any:
 
 
 def read_or_empty(path: Path) -> dict[str, Any]:
-    """A record of figures of an earlier run; none where it is missing or cannot be read."""
-    with contextlib.suppress(Damaged, OSError):
+    """A record of figures of an earlier run; none where it is missing or damaged."""
+    with contextlib.suppress(Damaged, FileNotFoundError):
         return dict(read_checked(path))
     return {}
 
@@ -292,10 +294,36 @@ def write_record(path: Path, record: BaseModel) -> None:
 
 
 class Damaged(UserError):
-    """Something of the store that cannot be read."""
+    """Something of the store that is missing, or whose bytes were read and are not what was written."""
 
 
-def damaged(what: Path) -> Damaged:
+class Unreadable(UserError):
+    """Something of the store that the system refused to read: nothing is known of its bytes."""
+
+
+_SAYS_SOMETHING = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+"""Errors that are about the file: it is missing, of another kind, or (None) makes no sense to the library."""
+
+_WAYS_OUT = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Run this as its owner, or get the right to read it."),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit of open files (ulimit -n), then try again."),
+}
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True if the system refused to read, e.g. for a permission or a lost server: the file may well be whole."""
+    return isinstance(error, Unreadable) or (isinstance(error, OSError) and error.errno not in _SAYS_SOMETHING)
+
+
+def unreadable(what: object, error: OSError) -> Unreadable:
+    way_out = _WAYS_OUT.get(error.errno or 0, "Look at the disk or the network, then try again.")
+    return Unreadable(f"{what} cannot be read: {os.strerror(error.errno or 0)}. It may be whole. {way_out}")
+
+
+def damaged(what: Path, error: BaseException | None = None) -> UserError:
+    """Return the error for a file that gave this error: Damaged, unless the system refused to read it."""
+    if isinstance(error, OSError) and is_refusal(error):
+        return unreadable(error.filename or what, error)
     return Damaged(
         f"{what} is missing or damaged. Mend it with `saeflow verify --full --repair`, then run the recipe again: "
         "finished parts are kept."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from saeflow.runtime.text import brief, human_bytes
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import make_folder
 from saeflow.store.lease import Lease, hold_lease
-from saeflow.store.records import KINDS, Kind, damaged, read_checked, write_checked
+from saeflow.store.records import KINDS, Kind, damaged, is_refusal, read_checked, write_checked
 from saeflow.store.storage.bucket import Bucket, cache_folder
 from saeflow.store.storage.folder import Folder, Storage
 from saeflow.store.storage.objects import Objects
@@ -126,8 +127,10 @@ class Store:
         """Return the existing artefacts by kind, the newest last."""
         found = []
         for kind in kinds or KINDS:
-            paths = sorted((self.root / kind).glob("?*-*/artefact.json"), key=lambda p: (p.stat().st_mtime_ns, p))
-            found += [self.by_id(f"{kind}/{path.parent.name}") for path in paths]
+            names = fnmatch.filter(self.storage.names_here(self.root / kind), "?*-*")
+            times = {name: _time_of(self.root / kind / name / "artefact.json") for name in names}
+            ordered = sorted((time, name) for name, time in times.items() if time is not None)
+            found += [self.by_id(f"{kind}/{name}") for _, name in ordered]
         return found
 
     def why_new(self, target: Artefact, facts: dict[str, Any]) -> str:
@@ -150,6 +153,14 @@ class Store:
                 f"{purpose} needs about {human_bytes(n_bytes)}, but {self.root} has {human_bytes(free)} free.\n"
                 "Free some space, choose another disk with --store, or read fewer documents or sites."
             )
+
+
+def _time_of(record: Path) -> int | None:
+    """Return when a record was written; 0 if this process may not know, None if there is no record."""
+    try:
+        return record.stat().st_mtime_ns
+    except OSError as error:
+        return 0 if is_refusal(error) else None
 
 
 def storage_of(name: str | Path, cache: Callable[[str], Path] = cache_folder) -> Storage:

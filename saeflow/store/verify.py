@@ -1,8 +1,16 @@
-"""Find what is missing or changed in a store, byte for byte, and remove it so that the next run makes it again."""
+"""Find what is missing or changed in a store, byte for byte, and move it aside so that the next run makes it again.
+
+Only bytes that were read and found different, or that are gone, are damage. What the system refuses to read (a
+permission, too many open files, a lost server) is said and left alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import itertools
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -18,9 +26,12 @@ from saeflow.store.records import (
     KINDS,
     Damaged,
     PartRecord,
+    Unreadable,
+    is_refusal,
     read_checked,
     read_or_empty,
     read_record,
+    unreadable,
     write_checked,
     write_record,
 )
@@ -34,6 +45,8 @@ class Damage:
     artefact: Artefact
     part: PartRecord | None
     problem: str
+    refused: bool = False
+    """True if the system refused to read: nobody knows whether something is wrong."""
 
     def __str__(self) -> str:
         where = f"{self.artefact.id}, part {self.part.index}" if self.part else self.artefact.id
@@ -47,9 +60,16 @@ def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> It
     rest.
     """
     for kind in KINDS:
-        for folder in sorted(path for path in (store.root / kind).glob("?*-*") if path.is_dir()):
-            if any((folder / name).exists() for name in ("artefact.json", "manifest.json", "cfg.json")):
-                yield from find_damage(store.by_id(f"{kind}/{folder.name}"), full, share)
+        for name in sorted(fnmatch.filter(store.storage.names_here(store.root / kind), "?*-*")):
+            artefact = store.by_id(f"{kind}/{name}")
+            if _has_records(artefact):
+                yield from find_damage(artefact, full, share)
+
+
+def _has_records(artefact: Artefact) -> bool:
+    with contextlib.suppress(OSError):  # `find_damage` says why
+        return bool(artefact.storage.names_here(artefact.path) & {"artefact.json", "manifest.json", "cfg.json"})
+    return True
 
 
 def share_of_day(n: int, day: date) -> tuple[int, int]:
@@ -86,7 +106,7 @@ def repair_marker(store: Store) -> str | None:
     """
     try:
         read_checked(store.root / "store.json")
-    except (Damaged, OSError) as error:
+    except (Damaged, FileNotFoundError) as error:
         write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
         store.storage.send(store.root / "store.json")
         return str(error).partition(" is missing")[0] + " was missing or damaged and is written again"
@@ -96,17 +116,27 @@ def repair_marker(store: Store) -> str | None:
 def find_damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = None) -> Iterator[Damage]:
     """Yield what is missing or of another size. `full` reads every byte, a share those of parts that fall into it."""
     own = full or _falls_into(share, artefact.id)
-    yield from (Damage(artefact, None, problem) for problem in _own_problems(artefact, own))
-    with contextlib.suppress(Damaged):  # said above
+    yield from _noted(artefact, None, _own_problems(artefact, own))
+    with contextlib.suppress(Damaged, Unreadable, OSError):  # said above
         generation = artefact.generation()
         parts = generation.parts if generation else ()
         reads = full or share is not None
 
-        def problems(part: PartRecord) -> tuple[PartRecord, list[str]]:
-            return part, list(_part_problems(artefact, part, full or _falls_into(share, part.folder)))
+        def problems(part: PartRecord) -> list[Damage]:
+            found = _part_problems(artefact, part, full or _falls_into(share, part.folder))
+            return list(_noted(artefact, part, found))
 
-        for part, found in (map if reads else map_lookups)(problems, parts):
-            yield from (Damage(artefact, part, problem) for problem in found)
+        yield from itertools.chain.from_iterable((map if reads else map_lookups)(problems, parts))
+
+
+def _noted(artefact: Artefact, part: PartRecord | None, problems: Iterator[str]) -> Iterator[Damage]:
+    """Yield these problems, and what ended the look at them if the system did not let it end well."""
+    try:
+        yield from (Damage(artefact, part, problem) for problem in problems)
+    except (Unreadable, OSError) as error:
+        said = unreadable(error.filename or artefact.path, error) if isinstance(error, OSError) else error
+        gone = f"{getattr(error, 'filename', artefact.path)} is missing"
+        yield Damage(artefact, part, str(said) if is_refusal(error) else gone, is_refusal(error))
 
 
 def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
@@ -118,7 +148,7 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
             yield f"{artefact.path / 'manifest.json'} is missing"
         if (artefact.path / "quality.json").is_file():
             read_checked(artefact.path / "quality.json")
-    except (Damaged, OSError) as error:
+    except (Damaged, FileNotFoundError) as error:
         yield str(error).partition(" is missing or damaged")[0] + " is missing or damaged"
 
 
@@ -134,7 +164,7 @@ def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator
         # nearly always its bytes are equal, and need not be read as JSON
         if path.read_bytes() != part.text.encode() and read_record(path, PartRecord) != part:
             yield f"{folder / 'part.json'} is not the record that was published"
-    except (Damaged, OSError):
+    except (Damaged, FileNotFoundError):
         yield f"{folder / 'part.json'} is missing or damaged"
 
 
@@ -145,60 +175,81 @@ def _strangers(artefact: Artefact, part: PartRecord) -> list[str]:
 
 
 def repair_all(found: Iterable[Damage]) -> Iterator[str]:
-    """Mend each place once, or remove what is wrong so that the next run makes it again. Yield what was done.
+    """Mend each place once, or move aside what is wrong so that the next run makes it again. Yield what was done.
 
-    Raises UserError at the end if something is left to do.
+    A mended list shows parts that nobody could look at before: they are read and mended, too. Raises UserError at the
+    end if something is left to do.
     """
-    left = []
-    for each in {(each.artefact, each.part and each.part.folder): each for each in found}.values():
+    left, places = [], deque(_one_a_place(found))
+    while places:
+        each = places.popleft()
         try:
             yield repair(each)
         except UserError as error:
             left.append(str(error))
+        else:
+            if each.part is None:
+                places += [more for more in _one_a_place(find_damage(each.artefact, full=True)) if more.part]
     if left:
         raise UserError("\n".join(["Not everything could be mended; the rest is.", *dict.fromkeys(left)]))
 
 
+def _one_a_place(found: Iterable[Damage]) -> list[Damage]:
+    """Return one damage of each place; one that the system refused to read stands for its place."""
+    ordered = sorted(found, key=lambda each: each.refused)
+    return list({(each.artefact, each.part and each.part.folder): each for each in ordered}.values())
+
+
 def repair(found: Damage) -> str:
-    """Mend one place and say how. Raises UserError, with what can be done instead, if nothing allows it."""
+    """Look at one place again, mend it and say how. Raises UserError, with what can be done instead, if it cannot.
+
+    What cannot be read is left as it is.
+    """
     artefact, part = found.artefact, found.part
+    if found.refused:
+        raise UserError(f"{artefact.id} is left as it is. {found.problem}")
     try:
         with artefact.writing():
             return _repair_part(artefact, part) if part is not None else _repair_own(artefact)
     except Damaged as error:
         raise _beyond_repair(artefact, error) from error
+    except OSError as error:
+        what = f"{os.strerror(error.errno or 0)} at {error.filename or artefact.path}"
+        raise UserError(f"{artefact.id} is left as it is: {what}. Run this as one who may write there.") from error
 
 
 def _repair_own(artefact: Artefact) -> str:
-    if artefact.kind == "saes":
-        artefact.remove(artefact.path)
-        return f"removed {artefact.path}"
-    for path in _bad_files(artefact):
-        artefact.remove(path)
-    artefact.recover()
-    return f"mended {artefact.path}, or removed what has to be made again"
+    if not list(_own_problems(artefact, full=True)):
+        return f"{artefact.path} is whole by now"
+    bad = [artefact.path] if artefact.kind == "saes" else list(_bad_files(artefact))
+    moved = [_moved_aside(artefact, path) for path in bad]
+    mended = artefact.kind != "saes" and artefact.recover()
+    return "; ".join([*moved, *([f"mended {artefact.path}"] if mended or not moved else [])])
+
+
+def _moved_aside(artefact: Artefact, path: Path) -> str:
+    target = artefact.set_aside(path)
+    return f"moved {path} to {artefact.storage.location(target)}" if target else f"{path} is gone"
 
 
 def _repair_part(artefact: Artefact, part: PartRecord) -> str:
     folder = artefact.part_path(part)
     if list(artefact.missing_files(folder, part.files, full=True)):
-        artefact.remove(folder)
-        return f"removed {folder}"
-    strangers = [folder / name for name in _strangers(artefact, part)]
-    for path in strangers:
-        artefact.remove(path)
+        return _moved_aside(artefact, folder)
+    if not list(_part_problems(artefact, part, full=True)):
+        return f"{folder} is whole by now"
+    strangers = [_moved_aside(artefact, folder / name) for name in _strangers(artefact, part)]
     write_record(folder / "part.json", part)
     artefact.storage.send(folder / "part.json")
-    return f"removed {', '.join(map(str, strangers))}" if strangers else f"wrote {folder / 'part.json'} again"
+    return "; ".join(strangers) or f"wrote {folder / 'part.json'} again"
 
 
 def _beyond_repair(artefact: Artefact, error: Damaged) -> UserError:
     """Return the error for what follows from nothing that is left, with the price of making all of it again."""
     what = str(error).partition(" is missing or damaged")[0]
-    again = "; documents that were forgotten come back with it: forget them again" if artefact.kind == "tokens" else ""
     return UserError(
         f"{what} is damaged, and nothing that is left says what was in it.\nBring it back from a backup. Or remove "
-        f"{artefact.storage.location(artefact.path)}: the next run makes all of it again from what it reads{again}."
+        f"{artefact.storage.location(artefact.path)}: the next run makes all of it again from what it reads."
     )
 
 
@@ -210,7 +261,7 @@ def _bad_files(artefact: Artefact) -> Iterator[Path]:
                 read_checked(artefact.path / name)
             except Damaged:
                 yield artefact.path / name
-    with contextlib.suppress(Damaged, OSError):
+    with contextlib.suppress(Damaged, FileNotFoundError):
         for file in artefact.record.files:
             if list(artefact.missing_files(artefact.path, [file], full=True)):
                 yield artefact.path / file.name

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from saeflow.activations.feed import Feed
@@ -25,6 +25,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.threads import n_threads
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.interchange import write_tensors
 from saeflow.sae.loss import StepInfo
 from saeflow.store.files import flush, make_folder, read_json, rename, write_json
 from saeflow.train import schedules
@@ -201,7 +202,7 @@ class Training:
             for name, value in state.items()
         }
         weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        save_file({**weights, **moments}, fresh / STATE, {"step": str(self.step)})
+        write_tensors(fresh / STATE, {**weights, **moments}, {"step": str(self.step)})
         flush(fresh / STATE)  # before the other file, which says that the checkpoint is complete
         product = str(self.sae.product_dtype).removeprefix("torch.")  # chosen once, by measurement
         about = {"step": self.step, "scales": self.scales, "product": product, "log": self.log}

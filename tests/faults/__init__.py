@@ -249,7 +249,11 @@ def differences(a: Path, b: Path) -> list[str]:
     Locks are empty files, which a power cut may take.
     """
     files_a, files_b = (
-        {str(p.relative_to(root)) for p in root.rglob("*") if p.name not in NOT_COMPARED and p.suffix != ".lock"}
+        {
+            str(p.relative_to(root))
+            for p in root.rglob("*")
+            if p.name not in NOT_COMPARED and p.suffix != ".lock" and p.relative_to(root).parts[0] != "damaged"
+        }
         for root in (a, b)
     )
     both = sorted(name for name in files_a & files_b if (a / name).is_file())

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -364,11 +365,21 @@ def damaged_store(artefact: Artefact) -> PartRecord:
     return part
 
 
+def only_moved(said: Iterator[str]) -> Path:
+    """What repair has moved, if it has done nothing else; it is still there, elsewhere."""
+    [line] = said
+    path, target = line.removeprefix("moved ").split(" to ")
+    assert not Path(path).exists()
+    assert "/damaged/" in target
+    assert "://" in target or Path(target).exists()
+    return Path(path)
+
+
 def test_of_a_part_with_a_stray_file_only_the_stray_file_goes(artefact):
     part = damaged_store(artefact)
     stray = artefact.part_path(part) / "deeper" / ".DS_Store"
     stray.write_bytes(b"x")
-    assert list(repair_all(find_damage(artefact, full=True))) == [f"removed {stray}"]
+    assert only_moved(repair_all(find_damage(artefact, full=True))) == stray
     assert list(find_damage(artefact, full=True)) == []
     assert artefact.parts() == {0: part}
 
@@ -447,7 +458,7 @@ def test_repair_goes_on_where_one_artefact_is_past_mending_and_says_what_is_left
     broken = damaged_store(other)
     (other.part_path(broken) / "data.bin").unlink()
     said = repair_all(list(verify(store, full=True)))
-    assert next(said) == f"removed {other.part_path(broken)}"
+    assert next(said).startswith(f"moved {other.part_path(broken)} to {store.root}/damaged/")
     with pytest.raises(UserError) as left:
         next(said)
     assert f"{artefact.list_path(2)} is damaged" in str(left.value)
@@ -461,7 +472,7 @@ def test_a_damaged_part_is_mended_once_however_much_is_wrong_with_it(artefact):
         (artefact.part_path(part) / name).unlink()
     found = list(find_damage(artefact, full=True))
     assert len(found) == 2
-    assert list(repair_all(found)) == [f"removed {artefact.part_path(part)}"]
+    assert only_moved(repair_all(found)) == artefact.part_path(part)
 
 
 def test_two_machines_whose_processes_have_one_number_may_open_a_store_at_once(store, monkeypatch):
@@ -508,5 +519,5 @@ def test_a_stray_object_is_found_and_removed(tmp_path):
     artefact.storage.send(stray)
     found = list(find_damage(artefact, full=True))
     assert [(each.part, each.problem) for each in found] == [(parts[1], f"{stray} does not belong there")]
-    assert list(repair_all(found)) == [f"removed {stray}"]
+    assert only_moved(repair_all(found)) == stray
     assert list(find_damage(artefact, full=True)) == []

@@ -189,12 +189,14 @@ NOT_COMPARED = ("provenance.json", "catalog.sql")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but provenance.json, catalog.sql (it names absolute paths) and locks: equal trees hold
-    equal bytes."""
+    """Every file below a folder but provenance.json, catalog.sql (it names absolute paths), locks and what repair has
+    moved aside: equal trees hold equal bytes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in NOT_COMPARED and "locks" not in path.parts
+        if path.is_file()
+        and path.name not in NOT_COMPARED
+        and not {"locks", "damaged"} & set(path.relative_to(folder).parts)
     }
 
 

@@ -86,7 +86,7 @@ def _follow(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotte
         try:
             if run.generation() and encode.refresh(store, run, progress):
                 done.runs.append(run.id)
-        except UserError as error:  # its views leave these parts out
+        except (UserError, OSError) as error:  # its views leave these parts out
             done.waiting[run.id] = str(error)
     _list_saes(store, found, done)
 

@@ -208,6 +208,14 @@ class Bucket(Storage):
         self.local.note(path, xxhash.xxh3_128_hexdigest(content), tag)
         self.listings.add(self.key(path), len(content))
 
+    def set_aside(self, path: Path) -> Path | None:
+        key, target = self.key(path), self.aside(path)
+        found = [meta["path"] for meta in self.objects.list(key)] or [key] * (self.objects.read(key) is not None)
+        for each in found:
+            self.objects.copy(each, self.key(target) + each.removeprefix(key))
+        self.remove(path)
+        return target if found else None
+
     def remove(self, path: Path) -> None:
         key = self.key(path)
         self.objects.delete([meta["path"] for meta in self.objects.list(key)] or [key])

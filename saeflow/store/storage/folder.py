@@ -14,6 +14,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
@@ -25,6 +26,10 @@ from saeflow.store.records import FileRecord, Generation
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+
+
+DAMAGED = "damaged"
+"""Folder of a store for what repair has taken out. Nothing reads or removes it; a person may."""
 
 
 class Storage(ABC):
@@ -95,6 +100,13 @@ class Storage(ABC):
         """Return the names of files and folders right below a folder."""
         return {name.partition("/")[0] for name in self.names_below(folder)}
 
+    def names_here(self, folder: Path) -> set[str]:
+        """Return the names right below a folder of this machine; none if it is missing. Raises OSError if refused."""
+        try:
+            return {entry.name for entry in os.scandir(folder)}
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
     def free_bytes(self) -> int | None:
         """Return the free space; None if the storage tells nobody."""
         return None
@@ -153,6 +165,15 @@ class Storage(ABC):
 
         Raises UserError if somebody was quicker, or if the storage cannot compare.
         """
+
+    @abstractmethod
+    def set_aside(self, path: Path) -> Path | None:
+        """Move a file or folder into `damaged/`, where nothing removes it. Return its new place, None if it is gone."""
+
+    def aside(self, path: Path) -> Path:
+        """Return a place in `damaged/` that no other file has had."""
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        return self.root / DAMAGED / now / path.relative_to(self.root)
 
     @abstractmethod
     def remove(self, path: Path) -> None:
@@ -223,9 +244,7 @@ class Folder(Storage):
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
     def names_in(self, folder: Path) -> set[str]:
-        with contextlib.suppress(FileNotFoundError):
-            return {entry.name for entry in os.scandir(folder)}
-        return set()
+        return self.names_here(folder)
 
     def free_bytes(self) -> int | None:
         return shutil.disk_usage(self.root).free
@@ -262,6 +281,13 @@ class Folder(Storage):
         """Replace a record. The caller's lock keeps others away."""
         with replacing(path) as temporary:
             temporary.write_bytes(content)
+
+    def set_aside(self, path: Path) -> Path | None:
+        if not os.path.lexists(path):
+            return None
+        target = self.aside(path)
+        rename(path, target)
+        return target
 
     def remove(self, path: Path) -> None:
         remove(path)

@@ -138,6 +138,10 @@ class Objects:
                 "Use an object store that can (S3, Google, Azure, MinIO, R2), or a local folder."
             ) from error
 
+    def copy(self, key: str, target: str) -> None:
+        """Store an object under another key as well. Raises FileNotFoundError."""
+        self._ask(lambda: obstore.copy(self.store, key, target))
+
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects that may be gone already."""
         with contextlib.suppress(FileNotFoundError):
