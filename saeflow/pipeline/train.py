@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from saeflow.runtime.threads import n_threads, use_threads
 from saeflow.sae import formats, interchange
 from saeflow.sae.metrics import Firing, Reconstruction
 from saeflow.store.artefact import Artefact, writing_all
+from saeflow.store.links import remove
 from saeflow.store.store import Store
 from saeflow.train.group import (
     TrainingGroup,
@@ -81,7 +81,7 @@ def _train_here(recipe: Recipe, chosen: list[Lineage], progress: Progress) -> No
     with writing_all(targets):
         left = [each for each in chosen if not each.sae.complete()]
         for target in (target for target in targets if target.complete()):
-            shutil.rmtree(checkpoints_of(target), ignore_errors=True)  # a run killed just after publication leaves it
+            remove(checkpoints_of(target))  # a run killed just after publication leaves it
         _say_what_is_done(progress, recipe, chosen, len(left))
         ready = [each for each in left if _is_import(each)]
         for each in ready:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, flush_tree, make_folder, replacing
 from saeflow.store.lease import Hold, hold_lease
+from saeflow.store.links import remove
 from saeflow.store.parts import Parts
 from saeflow.store.records import (
     ArtefactRecord,
@@ -59,12 +59,12 @@ class Publication(Parts):
             self.holds.append(Hold(lease, 0))
             try:
                 self.read_again(lease.waited)
-                shutil.rmtree(self.work, ignore_errors=True)
+                remove(self.work)
                 self.recover()
                 self.holds[-1].number = self.current_number()
                 yield
             finally:
-                shutil.rmtree(self.own_work, ignore_errors=True)
+                remove(self.own_work)
                 with contextlib.suppress(OSError):
                     self.work.rmdir()  # unless another's work is in it
                 self.holds.pop()
@@ -120,7 +120,7 @@ class Publication(Parts):
             self.show(fresh.number)
             if clear and self.storage.has_locks:  # else another machine may be about to publish them; `gc` waits for it
                 for folder in self.unlisted_folders():  # left by killed runs: no reader can have them open
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove(folder)
             return fresh
 
     def _require_folders(self, parts: Sequence[PartRecord], current: Generation | None) -> None:

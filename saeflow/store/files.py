@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -15,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import xxhash
+
+from saeflow.store.links import move, open_file, read_bytes, remove, unlinked
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,7 +40,7 @@ class FileBytes:
     """A file of this machine. Raises FileNotFoundError."""
 
     def __init__(self, path: Path) -> None:
-        self.handle = os.open(path, os.O_RDONLY)
+        self.handle = os.open(unlinked(path), os.O_RDONLY)
         self.n_bytes = os.fstat(self.handle).st_size
 
     def read_into(self, out: np.ndarray, start: int) -> int:
@@ -79,7 +80,7 @@ _LOOKERS, _LOOKS = 8, 200
 def checksum(path: Path) -> str:
     """Return the xxh3_128 of a file."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
@@ -101,6 +102,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, flushed, when the block ends well."""
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.new")
+    remove(temporary)  # a link there would be written through
     yield temporary
     flush(temporary)
     os.replace(temporary, path)
@@ -118,7 +120,7 @@ def json_text(value: object) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
+    return json.loads(read_bytes(path).decode("utf-8"))
 
 
 def flush(path: Path) -> None:
@@ -131,18 +133,10 @@ def flush(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """The folder, and what is missing above it; a power cut does not take them away again."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    missing = [folder for folder in (unlinked(path), *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         flush(folder.parent)
-
-
-def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def flush_tree(folder: Path) -> None:
@@ -152,6 +146,6 @@ def flush_tree(folder: Path) -> None:
 
 def rename(source: Path, target: Path) -> None:
     make_folder(target.parent)
-    os.rename(source, target)
+    move(source, target)
     flush(target.parent)
     flush(source.parent)

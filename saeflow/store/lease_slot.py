@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
-from saeflow.store.files import json_text
+from saeflow.store.files import json_text, make_folder
+from saeflow.store.links import read_bytes, remove, require_owner, unlinked
 
 SECONDS = 60.0
 """Seconds without a sign of life after which an owner counts as gone. SAEFLOW_LEASE_SECONDS sets another number."""
@@ -174,8 +175,9 @@ class FileSlot(Slot):
     @contextlib.contextmanager
     def guard(self, seconds: float = 60) -> Iterator[None]:
         """Keep everybody else out of the block. Raises UserError if somebody stays inside for so long."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        path = self.path.with_suffix(".lock")
+        make_folder(self.path.parent)
+        require_owner(self.path)
+        path = unlinked(self.path.with_suffix(".lock"))
         try:
             with FileLock(path, timeout=seconds):
                 yield
@@ -187,13 +189,13 @@ class FileSlot(Slot):
 
     def read(self) -> tuple[Owner | None, Any]:
         try:
-            content = self.path.read_bytes().decode("utf-8", "replace")
+            content = read_bytes(self.path).decode("utf-8", "replace")
         except FileNotFoundError:
             return None, None
         owner = Owner.parse(content)
         beat = ""
         with contextlib.suppress(OSError):
-            beat = self._beats(owner.token).read_bytes().decode("utf-8", "replace") if owner else ""
+            beat = read_bytes(self._beats(owner.token)).decode("utf-8", "replace") if owner else ""
         return owner, (content, beat)
 
     def swap(self, owner: Owner | None, tag: Any) -> tuple[bool, Any]:
@@ -213,6 +215,7 @@ class FileSlot(Slot):
             self.path.unlink(missing_ok=True)
             return None
         fresh = self.path.with_suffix(".new")
+        remove(fresh)
         fresh.write_text(owner.text, "utf-8")
         os.replace(fresh, self.path)
         return owner.text, None
@@ -222,7 +225,7 @@ class FileSlot(Slot):
         found = self.read()[0]
         if found is None or found.token != owner.token:
             return False, None
-        self._beats(owner.token).write_text(str(owner.beat), "utf-8")
+        unlinked(self._beats(owner.token)).write_text(str(owner.beat), "utf-8")
         return True, tag
 
     def _beats(self, token: str) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, map_lookups
 from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import Slot
+from saeflow.store.links import is_file, remove
 from saeflow.store.records import (
     ArtefactRecord,
     Damaged,
@@ -75,7 +75,7 @@ class Identity:
         return read_record(self.path / "artefact.json", ArtefactRecord)
 
     def exists(self) -> bool:
-        return (self.path / "artefact.json").is_file()
+        return is_file(self.path / "artefact.json")
 
     def complete(self) -> bool:
         """True if the artefact is there with all the files of its own."""
@@ -189,7 +189,7 @@ class Parts(Identity):
     def current_number(self) -> int:
         """Return the number of the published generation; 0 if nothing is published."""
         path = self.path / "manifest.json"
-        return int(read_checked(path)["generation"]) if path.is_file() else 0
+        return int(read_checked(path)["generation"]) if is_file(path) else 0
 
     def parts(self, fits: Callable[[PartRecord], bool] = lambda record: True) -> dict[int, PartRecord]:
         """Return the finished parts that fit and whose files are there in their full size; published ones first."""
@@ -263,7 +263,7 @@ class Parts(Identity):
         """
         self.require_lease()
         folder = self.own_work / (f"{index:06d}-{uuid.uuid4().hex[:8]}" if self.shared else f"{index:06d}")
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.mkdir(parents=True)
         try:
             with _watching(folder) as stayed:
@@ -278,7 +278,7 @@ class Parts(Identity):
                     )
         except BaseException:
             if self.shared:  # nobody else knows this folder
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
             raise
         record = PartRecord(index=index, counts=dict(sorted(counts.items())), files=files, inputs=inputs or {})
         write_record(folder / "part.json", record)
@@ -297,7 +297,7 @@ class Parts(Identity):
 
 
 def _is_file_of(path: Path, digest: str) -> bool:
-    return path.is_file() and checksum(path) == digest
+    return is_file(path) and checksum(path) == digest
 
 
 @contextlib.contextmanager

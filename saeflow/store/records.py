@@ -31,6 +31,7 @@ from pydantic_core import to_json
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, json_text, read_json, replacing, write_json
+from saeflow.store.links import Linked, open_file, read_bytes
 
 Kind = Literal["tokens", "activations", "saes", "features"]
 KINDS: tuple[Kind, ...] = ("tokens", "activations", "saes", "features")
@@ -162,7 +163,8 @@ def generation_table(generation: Generation) -> pa.Table:
 def read_generation(path: Path, number: int) -> Generation:
     """A generation from its table. Raises Damaged."""
     try:
-        table = pq.read_table(path)
+        with open_file(path) as file:
+            table = pq.read_table(file)
         with _no_collection():
             parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_numpy()))
         for part, folder in zip(parts, _folders(table), strict=True):
@@ -195,7 +197,8 @@ def _no_collection() -> Iterator[None]:
 def read_part_folders(path: Path) -> list[str]:
     """Folders of the parts in a list, without their records. Raises Damaged."""
     try:
-        return list(_folders(pq.read_table(path, columns=["folder"])))
+        with open_file(path) as file:
+            return list(_folders(pq.read_table(file, columns=["folder"])))
     except (OSError, ValueError, KeyError) as error:
         raise damaged(path, error) from error
 
@@ -246,10 +249,10 @@ def _version(package: str) -> str | None:
 def read_checked(path: Path) -> Any:
     """A JSON record; refused where its checksum is wrong or a newer saeflow wrote it."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_bytes(path).decode("utf-8")
         data = json.loads(text)
         version_found = data.get("format_version", 1)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise damaged(path) from error
     if isinstance(version_found, int) and version_found > FORMAT_VERSION:
         raise UserError(
@@ -322,6 +325,8 @@ def unreadable(what: object, error: OSError) -> Unreadable:
 
 def damaged(what: Path, error: BaseException | None = None) -> UserError:
     """Return the error for a file that gave this error: Damaged, unless the system refused to read it."""
+    if isinstance(error, Linked):
+        return error
     if isinstance(error, OSError) and is_refusal(error):
         return unreadable(error.filename or what, error)
     return Damaged(

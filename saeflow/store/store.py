@@ -19,6 +19,7 @@ from saeflow.runtime.text import brief, human_bytes
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import make_folder
 from saeflow.store.lease import Lease, hold_lease
+from saeflow.store.links import unlinked
 from saeflow.store.records import KINDS, Kind, damaged, is_refusal, read_checked, write_checked
 from saeflow.store.storage.bucket import Bucket, cache_folder
 from saeflow.store.storage.folder import Folder, Storage
@@ -42,6 +43,8 @@ class Store:
     def at(cls, root: str | Path | Storage, overlap: Overlap = "refuse") -> Store:
         """Return a store with the records as they are now."""
         store = cls(root, overlap)
+        for name in (*KINDS, "tmp", "labels", "damaged", "store.json"):
+            unlinked(store.root / name)
         store.storage.pull()
         return store
 

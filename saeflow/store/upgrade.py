@@ -8,6 +8,7 @@ import shutil
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import flush_tree, rename
+from saeflow.store.links import remove, unlinked
 from saeflow.store.records import PartRecord, read_checked, write_checked, write_record
 from saeflow.store.store import Store
 
@@ -45,10 +46,10 @@ def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> P
         write_record(artefact.part_path(part) / "part.json", fresh)
         return fresh
     folder = artefact.own_work / fresh.folder
-    shutil.copytree(artefact.part_path(part), folder, copy_function=os.link)
+    shutil.copytree(unlinked(artefact.part_path(part)), folder, symlinks=True, copy_function=os.link)
     (folder / "part.json").unlink()
     write_record(folder / "part.json", fresh)
     flush_tree(folder)
-    shutil.rmtree(artefact.part_path(fresh), ignore_errors=True)
+    remove(artefact.part_path(fresh))
     rename(folder, artefact.part_path(fresh))
     return fresh

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.interchange import write_tensors
 from saeflow.sae.loss import StepInfo
 from saeflow.store.files import flush, make_folder, read_json, rename, write_json
+from saeflow.store.links import is_file, remove, unlinked
 from saeflow.train import schedules
 from saeflow.train.resample import resample_dead
 
@@ -194,7 +194,7 @@ class Training:
         """Write a checkpoint under `work`, then put it in the place of the last one, unless `require` raises."""
         whole = folder.with_name(folder.name + ".new")
         fresh = (work or folder.parent) / f"{folder.name}.fresh"
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove(fresh)
         make_folder(fresh)
         moments = {
             f"adam.{number}.{name}": value
@@ -208,9 +208,9 @@ class Training:
         about = {"step": self.step, "scales": self.scales, "product": product, "log": self.log}
         write_json(fresh / CHECKPOINT, about)
         require()
-        shutil.rmtree(whole, ignore_errors=True)
+        remove(whole)
         rename(fresh, whole)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         rename(whole, folder)
 
     def restore(self, folder: Path) -> bool:
@@ -222,7 +222,7 @@ class Training:
         if not is_checkpoint(folder):
             if not is_checkpoint(fresh):
                 return False
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             rename(fresh, folder)  # the next `save` begins by removing `.new`
         try:
             self._load(folder)
@@ -234,7 +234,7 @@ class Training:
         return True
 
     def _load(self, folder: Path) -> None:
-        tensors, about = load_file(folder / STATE), read_json(folder / CHECKPOINT)
+        tensors, about = load_file(unlinked(folder / STATE)), read_json(folder / CHECKPOINT)
         with safe_open(folder / STATE, "pt") as file:
             step = (file.metadata() or {}).get("step", str(about["step"]))  # an earlier saeflow did not write it
         if step != str(about["step"]):
@@ -253,7 +253,7 @@ class Training:
 
 def is_checkpoint(folder: Path) -> bool:
     """True if the folder holds a complete checkpoint."""
-    return all((folder / name).is_file() for name in (CHECKPOINT, STATE))
+    return all(is_file(folder / name) for name in (CHECKPOINT, STATE))
 
 
 def mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ import xxhash
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, rename, replacing
 from saeflow.store.lease_slot import Owner, Slot
+from saeflow.store.links import remove
 from saeflow.store.records import FileRecord, damaged
 from saeflow.store.storage.folder import Storage
 from saeflow.store.storage.local_copy import Listings, LocalCopy, is_own
@@ -156,11 +156,11 @@ class Bucket(Storage):
     ) -> None:
         self._send_folder(folder, target, names)
         self._send_folder(folder, target, ["part.json"])
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         if keep:
             rename(folder, target)
         else:
-            shutil.rmtree(folder)
+            remove(folder)
 
     def put_whole(
         self, folder: Path, target: Path, names: Iterable[str], last: str, require_lease: Callable[[], None]
@@ -174,7 +174,7 @@ class Bucket(Storage):
         require_lease()
         if not self.put_new(target / last, folder / last):
             return False
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         rename(folder, target)
         return True
 
@@ -237,7 +237,7 @@ class Bucket(Storage):
         whole = [key.rpartition("/")[0] for key in keys if key.endswith(f"/{last}")]
         if not whole:
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         for key in keys:
             if key.startswith(f"{whole[-1]}/"):
                 self.local.download(folder / key.rpartition("/")[2], key)

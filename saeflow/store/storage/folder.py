@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
-from saeflow.store.files import Bytes, FileBytes, checksum, flush_tree, remove, rename, replacing
+from saeflow.store.files import Bytes, FileBytes, checksum, flush_tree, rename, replacing
 from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import FileSlot, Slot
+from saeflow.store.links import Linked, is_file, keep_inside, remove, unlinked
 from saeflow.store.records import FileRecord, Generation
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Storage(ABC):
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        keep_inside(root)
         self.holds: defaultdict[str, list[Hold]] = defaultdict(list)
         """Leases that this process holds, by artefact: every object of an artefact shares them."""
         self.lists: WeakValueDictionary[tuple[str, int, str], Generation] = WeakValueDictionary()
@@ -103,7 +105,7 @@ class Storage(ABC):
     def names_here(self, folder: Path) -> set[str]:
         """Return the names right below a folder of this machine; none if it is missing. Raises OSError if refused."""
         try:
-            return {entry.name for entry in os.scandir(folder)}
+            return {entry.name for entry in os.scandir(unlinked(folder))}
         except (FileNotFoundError, NotADirectoryError):
             return set()
 
@@ -113,14 +115,14 @@ class Storage(ABC):
 
     def fetch(self, path: Path, fresh: bool = False) -> Path:
         """Return the path of a file, after bringing it here if it is not, or anew. May raise FileNotFoundError."""
-        return path
+        return unlinked(path)
 
     def fetch_recorded(self, path: Path, files: Callable[[], Iterable[FileRecord]]) -> Path:
         """Return the path of a file that is here in the size that its record, among `files`, says.
 
         Raises Damaged if the storage gives another file than was recorded. A missing file is left to its reader.
         """
-        return path
+        return unlinked(path)
 
     @abstractmethod
     def open(self, path: Path) -> Bytes:
@@ -187,19 +189,20 @@ class Storage(ABC):
 
     def work_with(self, last: str) -> set[str]:
         """Return the names of folders in tmp/ in which a whole version of some folder was kept."""
-        return {path.parts[-3] for path in (self.root / "tmp").glob(f"*/*/{last}")}
+        return {path.parts[-3] for path in unlinked(self.root / "tmp").glob(f"*/*/{last}")}
 
     def work_names(self) -> set[str]:
         """Return the names of files and folders in tmp/."""
-        return {path.name for path in (self.root / "tmp").glob("*")}
+        return {path.name for path in unlinked(self.root / "tmp").glob("*")}
 
     def work_footprint(self, path: Path) -> tuple[int, float]:
         """Return the bytes of a file or folder in tmp/, and when the newest of it was written."""
         n_bytes, written = 0, 0.0
         for each in (path, *path.rglob("*")):
             with contextlib.suppress(FileNotFoundError):
-                about = each.stat()
-                n_bytes, written = n_bytes + (0 if each.is_dir() else about.st_size), max(written, about.st_mtime)
+                about = each.lstat()
+                is_folder = stat.S_ISDIR(about.st_mode)
+                n_bytes, written = n_bytes + (0 if is_folder else about.st_size), max(written, about.st_mtime)
         return n_bytes, written
 
     @abstractmethod
@@ -227,21 +230,18 @@ class Folder(Storage):
     asks_a_server = False
 
     def size(self, path: str) -> int | None:
-        try:
-            about = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return about.st_size if stat.S_ISREG(about.st_mode) else None
+        """A link is missing."""
+        return os.lstat(path).st_size if is_file(path) else None
 
     def checksum(self, path: Path) -> str:
         return checksum(path)
 
     def footprint(self, path: Path) -> tuple[int, float]:
-        inside = [path, *path.rglob("*")]
-        return sum(each.stat().st_size for each in inside if each.is_file()), path.stat().st_mtime
+        inside = [unlinked(path), *path.rglob("*")]
+        return sum(each.lstat().st_size for each in inside if is_file(each)), path.stat().st_mtime
 
     def names_below(self, folder: Path) -> set[str]:
-        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        return {path.relative_to(folder).as_posix() for path in unlinked(folder).rglob("*") if is_file(path)}
 
     def names_in(self, folder: Path) -> set[str]:
         return self.names_here(folder)
@@ -253,6 +253,8 @@ class Folder(Storage):
         return FileBytes(path)
 
     def zarr(self, path: Path) -> Any:
+        if any(each.is_symlink() for each in unlinked(path).rglob("*")):
+            raise Linked(f"{path} holds a link. saeflow makes none: verify the store, or do not use it.")
         return path
 
     def put_part(
@@ -261,15 +263,15 @@ class Folder(Storage):
         """What is there under the name that the content gives is equal, or damaged."""
         flush_tree(folder)
         if target.exists() and is_whole():
-            shutil.rmtree(folder)
+            remove(folder)
             return
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         try:
             rename(folder, target)
         except OSError:  # another attempt at the same part was quicker
             if not is_whole():
                 raise
-            shutil.rmtree(folder)
+            remove(folder)
 
     def put_whole(
         self, folder: Path, target: Path, names: Iterable[str], last: str, require_lease: Callable[[], None]

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from saeflow.store.files import checksum, remove
+from saeflow.store.files import checksum
+from saeflow.store.links import remove
 from saeflow.store.records import KINDS
 from saeflow.store.storage.objects import Found, Objects
 
