@@ -319,14 +319,14 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def unreadable(what: object, error: OSError) -> Unreadable:
+    if isinstance(error, Linked):
+        return Unreadable(str(error))
     way_out = _WAYS_OUT.get(error.errno or 0, "Look at the disk or the network, then try again.")
     return Unreadable(f"{what} cannot be read: {os.strerror(error.errno or 0)}. It may be whole. {way_out}")
 
 
 def damaged(what: Path, error: BaseException | None = None) -> UserError:
     """Return the error for a file that gave this error: Damaged, unless the system refused to read it."""
-    if isinstance(error, Linked):
-        return error
     if isinstance(error, OSError) and is_refusal(error):
         return unreadable(error.filename or what, error)
     return Damaged(
