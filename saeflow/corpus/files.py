@@ -31,7 +31,8 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _MARKS = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "packed by gzip", b"BZh": "packed by bzip2",
           b"\xfd7zXZ": "packed by xz", b"\x28\xb5\x2f\xfd": "packed by Zstandard", b"PAR1": "a Parquet file",
           b"%PDF": "a PDF", b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive", b"SQLite format 3": "an SQLite database",
-          b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture"}  # fmt: skip
+          b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"ARROW1": "an Arrow file",
+          b"\x89HDF": "an HDF5 file", b"Obj\x01": "an Avro file", b"ORC": "an ORC file"}  # fmt: skip
 """First bytes of files that are no text, and what such a file is."""
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
@@ -142,7 +143,7 @@ def open_text(path: str) -> Iterator[TextIO]:
             require_format(path, first)
             yield io.TextIOWrapper(buffered, _encoding(first), newline="")
     except UnicodeDecodeError as error:
-        raise _not_decoded(path, f"line {_undecodable_line(path)}", error) from error
+        raise _not_decoded(path, f"line {_undecodable_line(path, error.encoding)}", error) from error
 
 
 def read_text(path: str) -> str:
@@ -161,14 +162,12 @@ def _encoding(first: bytes) -> str:
     return "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
-def _undecodable_line(path: str) -> int:
+def _undecodable_line(path: str, encoding: str) -> int:
+    """Return the first line with bytes that are no text. Its end may be such a byte, so that lines are found by LF."""
     with open_unpacked(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return 1
+        before = io.TextIOWrapper(file, encoding, errors="surrogateescape" if encoding == "utf-8" else "replace")
+        odd = re.compile("[\udc80-\udcff]" if encoding == "utf-8" else "\ufffd")
+        return next((number for number, line in enumerate(before, 1) if odd.search(line)), 1)
 
 
 def _not_decoded(path: str, place: str, error: UnicodeDecodeError) -> UserError:
@@ -193,6 +192,11 @@ def require_format(path: str, first: bytes, expected: bytes = b"") -> None:
         )
     kind = "a tar archive" if first[257:262] == b"ustar" else None
     kind = next((kind for mark, kind in _MARKS.items() if first.startswith(mark) and mark != expected), kind)
+    if not (kind or expected) and b"\0" in first[:512] and _encoding(first) == "utf-8-sig":
+        raise UserError(
+            f"corpus.files: {shown(path)} is no text: byte {first.index(0)} is 0. Leave it out. Or convert "
+            f"it, if it is UTF-16, e.g. with `iconv -f utf-16le -t utf-8 {shown(Path(path).name)}`."
+        )
     if kind:
         raise UserError(
             f"corpus.files: {shown(path)} is {kind}, and its name does not say so. Unpack or convert it, or leave it "

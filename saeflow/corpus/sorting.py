@@ -104,7 +104,7 @@ class SortedRows:
 def contents_of(column: pa.Array) -> Iterator[bytes]:
     """Yield each content as bytes: UTF-8, or vocabulary ids as little-endian int64, where -1 is a missing id."""
     if pa.types.is_large_binary(column.type):
-        yield from column.to_pylist()
+        yield from (content or b"" for content in column.to_pylist())
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         yield from ((text.as_py() or "").encode() for text in column)
     else:

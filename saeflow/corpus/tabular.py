@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +43,19 @@ from saeflow.runtime.sql_judge import only_reads
 _STORED_AS_TEXT = re.compile(r"\b(U?HUGEINT|BIGNUM|INTERVAL|UNION|TIMESTAMP_NS|BIT|TIME)\b(?! ZONE)")
 """Types that Python or Parquet cannot hold. Metadata of these types is stored as text."""
 
+_KINDS = {
+    "nothing": pa.types.is_null,
+    "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
+    "whole": pa.types.is_integer,
+    "fraction": pa.types.is_floating,
+    "time": lambda kind: pa.types.is_date(kind) or pa.types.is_timestamp(kind),
+    "nested": pa.types.is_nested,
+    "bytes": lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
+}
+"""Types within which Parquet files may differ."""
+_EXACT = 1 << 53
+"""A float64 holds every whole number up to this one."""
+
 
 class _Columns(NamedTuple):
     content: str
@@ -72,24 +85,65 @@ def _from_parquet(
     paths: list[str], names: dict[str, str], config: CorpusConfig, scratch: Scratch, stack: ExitStack
 ) -> Corpus:
     content = config.token_ids or config.text
-    for path in paths:
-        _require_column(path, names[path], content)
+    schemas = {path: _columns_of(path, names[path], content) for path in paths}
+    _require_like_columns(schemas, {content, config.key or "key", "source"})
     connection = stack.enter_context(_reading(scratch))
     with _query_failures("corpus.files cannot be read as parquet", "corpus.sql can rename, cast or leave out columns."):
         relation = connection.from_parquet([glob.escape(path) for path in paths], filename=True, union_by_name=True)
     return _stream(relation, config, names, False, scratch, stack)
 
 
-def _require_column(path: str, name: str, column: str) -> None:
-    """Raises UserError if a Parquet file lacks the column: where files are joined, its rows would be empty texts."""
+def _columns_of(path: str, name: str, column: str) -> pa.Schema:
+    """Return the columns of a Parquet file. Raises UserError if one lacks: joined, its rows would be empty texts."""
     with open(path, "rb") as file:
         require_format(name, file.read(512), b"PAR1")
     try:
-        found = pq.read_schema(path).names
+        found = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"corpus.files: {name} cannot be read as parquet: {first_line(error).rstrip('.')}.") from error
-    if column not in found:
-        raise no_column(f"{name} has", column, found)
+    if column not in found.names:
+        raise no_column(f"{name} has", column, found.names)
+    return found.remove_metadata()
+
+
+def _require_like_columns(schemas: dict[str, pa.Schema], as_text: set[str | None]) -> None:
+    """Raises UserError if files have a column in types that only fit together once values are changed, e.g. rounded.
+
+    Whole numbers beside fractions fit if a float64 holds each of them, and if the column is not read as text.
+    """
+    met: dict[str, dict[str, str]] = {}
+    for path, schema in schemas.items():
+        for field in schema:
+            met.setdefault(field.name, {}).setdefault(_kind_of(field.type), path)
+    for name, paths in met.items():
+        unlike = paths.keys() - {"nothing"}
+        if len(unlike) < 2 or "text" in unlike:
+            continue
+        numbers = [path for path in schemas if name in schemas[path].names]
+        if unlike == {"whole", "fraction"} and name not in as_text and all(_is_exact(path, name) for path in numbers):
+            continue
+        one, other = sorted(paths[kind] for kind in sorted(unlike)[:2])
+        kinds = [schemas[path].field(name).type for path in (one, other)]
+        raise UserError(
+            f"corpus.files: column {name!r} is {kinds[0]} in {shown(one)}, and {kinds[1]} in {shown(other)}; joined, "
+            "its values would change.\nWrite it with one type, or cast it with corpus.sql."
+        )
+
+
+def _kind_of(kind: pa.DataType) -> str:
+    if pa.types.is_dictionary(kind):
+        return _kind_of(kind.value_type)
+    return next((name for name, fits in _KINDS.items() if fits(kind)), str(kind))
+
+
+def _is_exact(path: str, column: str) -> bool:
+    """True if the statistics of a Parquet file say that a float64 holds every whole number of a column."""
+    about = pq.read_metadata(path)
+    place = about.schema.names.index(column)
+    chunks = [about.row_group(group).column(place).statistics for group in range(about.num_row_groups)]
+    return all(
+        each is not None and (not each.has_min_max or max(abs(each.min), abs(each.max)) <= _EXACT) for each in chunks
+    )
 
 
 def from_query(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
@@ -145,7 +199,7 @@ def _stream(
     stack: ExitStack,
 ) -> Corpus:  # fmt: skip
     columns = _choose_columns(relation, config, bool(names))
-    with _query_failures("The corpus cannot be read"):
+    with _query_failures("The corpus cannot be read", files=names):
         reader = _select(relation, columns, names).to_arrow_reader(BATCH_DOCUMENTS)
     batches: Iterator[pa.RecordBatch] = iter(reader)
     if not ordered:
@@ -210,7 +264,8 @@ def _select(relation: DuckDBPyRelation, columns: _Columns, names: dict[str, str]
     kinds = dict(zip(relation.columns, map(str, relation.types), strict=True))
     chosen = [_content_expression(columns.content, kinds).alias(CONTENT)]
     if columns.key is not None:
-        chosen.append(ColumnExpression(columns.key).alias(KEY))
+        key = ColumnExpression(columns.key)
+        chosen.append((FunctionExpression("decode", key) if kinds[columns.key] == "BLOB" else key).alias(KEY))
     if names:
         chosen.append(ColumnExpression("filename").alias(FILE))
     if "source" in kinds:
@@ -223,7 +278,7 @@ def _content_expression(name: str, kinds: dict[str, str]) -> Expression:
     column = ColumnExpression(name)
     if kinds[name].endswith("]"):
         return column.cast("BIGINT[]")
-    return FunctionExpression("decode", column) if kinds[name] == "BLOB" else column.cast("VARCHAR")
+    return column if kinds[name] == "BLOB" else column.cast("VARCHAR")
 
 
 def _metadata_expression(name: str, kind: str) -> Expression:
@@ -234,22 +289,34 @@ def _metadata_expression(name: str, kind: str) -> Expression:
 def _as_documents(
     batches: Iterator[pa.RecordBatch], names: dict[str, str], extra: list[str], is_ids: bool, keep: ExitStack
 ) -> Iterator[Document]:
-    with keep, _query_failures("The corpus cannot be read"):
+    with keep, _query_failures("The corpus cannot be read", files=names):
         for batch in batches:
             metadata = batch.select(extra).to_pylist() if extra else [{} for _ in range(len(batch))]
             for row, content in enumerate(contents_of(batch.column(CONTENT))):
                 source = batch.column(SOURCE)[row].as_py() if SOURCE in batch.schema.names else None
+                key = document_key(batch, row, names, content)
                 yield Document(
-                    key=document_key(batch, row, names, content),
-                    content=tuple(np.frombuffer(content, "<i8").tolist()) if is_ids else content.decode(),
+                    key=key,
+                    content=tuple(np.frombuffer(content, "<i8").tolist()) if is_ids else _decoded(content, key),
                     source=source or file_name(batch, row, names),
                     metadata=metadata[row],
                 )
 
 
+def _decoded(content: bytes, key: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start} is {content[error.start]:#04x}"
+        raise UserError(f"The text of document {key} is not UTF-8: {place}. Convert it with corpus.sql.") from error
+
+
 @contextlib.contextmanager
-def _query_failures(what: str, hint: str = "") -> Iterator[None]:
-    """Turn errors of DuckDB, and values that Python cannot hold, into a UserError of one message."""
+def _query_failures(what: str, hint: str = "", files: Iterable[str] = ()) -> Iterator[None]:
+    """Turn errors of DuckDB, and values that Python cannot hold, into a UserError of one message.
+
+    It names the first of the Parquet files that cannot be read.
+    """
     try:
         yield
     except (*QUERY_ERRORS, OverflowError, ValueError) as error:
@@ -258,4 +325,14 @@ def _query_failures(what: str, hint: str = "") -> Iterator[None]:
         first = first_line(error)
         if "Out of Memory" in first:
             hint = 'Leave out long columns that you do not need, e.g. sql = "select key, text from ..." under [corpus].'
+        elif damaged := next(filter(_is_damaged, files), None):
+            what, hint = f"corpus.files: {shown(damaged)} cannot be read", "Is it whole? Fetch it again."
         raise UserError(f"{what}: {first}" + (f"\n{hint}" if hint else "")) from error
+
+
+def _is_damaged(path: str) -> bool:
+    try:
+        with pq.ParquetFile(path) as file:
+            return not all(batch.validate(full=True) is None for batch in file.iter_batches(BATCH_DOCUMENTS))
+    except (pa.ArrowException, OSError):
+        return Path(path).suffix.lower() == ".parquet"

@@ -207,7 +207,8 @@ def _csv_rows(file: TextIO, name: str, column: str) -> Iterator[Row]:
     first = file.readline()
     separator = _separator(first, name, column)
     lines = csv.reader(chain([first], file), delimiter=separator, strict=True)
-    header = _header(next(lines, []), name)
+    with _bad_csv(name, 1):
+        header = _header(next(lines, []), name)
     if column not in header:
         raise _no_text(name, 1, column, header)
     while True:
@@ -230,11 +231,12 @@ def _bad_csv(name: str, line: int) -> Iterator[None]:
 
 
 def _separator(first: str, name: str, column: str) -> str:
-    """Return the sign that parts the cells: the first that makes a column of that name in the header."""
+    """Return the sign that parts the cells: the first that makes a column of that name, or the one of most columns."""
     if ".tsv" in map(str.lower, Path(name).suffixes[-2:]):
         return "\t"
-    fits = (each for each in _SEPARATORS if column in next(csv.reader([first], delimiter=each), []))
-    return next(fits, ",")
+    headers = {each: next(csv.reader([first], delimiter=each), []) for each in _SEPARATORS}
+    fits = (each for each, header in headers.items() if column in header)
+    return next(fits, max(headers, key=lambda each: len(headers[each])))
 
 
 def _header(cells: list[str], name: str) -> list[str]:
@@ -263,12 +265,23 @@ def _json_rows(file: TextIO, name: str) -> Iterator[Row]:
         yield Row(line, value)
 
 
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises ValueError if it gives a name two values: one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has two values called {name!r}")
+    return found
+
+
 class _JsonValues:
     """Values of a file that follow one another, or stand in one array, decoded as they are read."""
 
     def __init__(self, file: TextIO, name: str) -> None:
         self.file, self.name = file, name
-        self.decoder = json.JSONDecoder(parse_float=WrittenFloat.of, parse_constant=WrittenFloat.of)
+        self.decoder = json.JSONDecoder(
+            parse_float=WrittenFloat.of, parse_constant=WrittenFloat.of, object_pairs_hook=_once_each
+        )
         self.buffer, self.position, self.line = "", 0, 1
         self.between = " \t\r\n"
 
