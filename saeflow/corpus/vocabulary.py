@@ -109,4 +109,4 @@ def special_ids(path: Path) -> np.ndarray:
     if "special" not in pq.read_schema(path).names:
         return np.empty(0, np.int32)
     table = pq.read_table(path, columns=["vocab_id", "special"])
-    return np.asarray(table.filter(table.column("special")).column("vocab_id").to_numpy())
+    return np.asarray(table.filter(table.column("special")).column("vocab_id").cast(pa.int32()).to_numpy())

@@ -87,7 +87,7 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
     found = relations(run.files, run.left_out, run.hidden)
     if run.labels:
         found["labels"] = labels_relation(run.labels)
-    return text.substitute(found, runs=rows, hidden=literal(list(run.hidden)), encoded=run.encoded, **shape)
+    return text.substitute(found, runs=rows, hidden=literal([*map(int, run.hidden)]), encoded=run.encoded, **shape)
 
 
 def sql_texts(*folders: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ Names of files and columns, and numbers, become literals; no text of a user is u
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 
@@ -47,7 +48,7 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
 
 def _without_secrets(found: Mapping[str, str], hidden: Sequence[int]) -> dict[str, str]:
     """Return the statistics that name entries and sources, without those that only hidden documents have."""
-    shown = f"document_id not in (select unnest({literal(list(hidden))}::bigint[]))"
+    shown = f"document_id not in (select unnest({literal([*map(int, hidden)])}::bigint[]))"
     entries = f"vocab_id in (select vocab_id from {found['tokens']} where mask and {shown})"
     sources = f"source is null or source in (select source from {found['documents']} where {shown})"
     kept = {"feature_vocab": entries, "feature_sources": sources, "encoded_tokens": sources}
@@ -74,7 +75,7 @@ def _select_values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
     parts += [f"select {columns}, {everywhere}, filename from {_read_files(others)}"] if others else []
     parts = parts or [f"select *, {everywhere}, null::varchar as filename from {_no_rows(VALUES[order])}"]
     rows = " union all ".join(parts)
-    unseen = " and ".join(f"token_id not between {first} and {last}" for first, last in left_out)
+    unseen = " and ".join(f"token_id not between {whole(first)} and {whole(last)}" for first, last in left_out)
     return f"(select * from ({rows}) where {unseen})" if unseen else f"({rows})"
 
 
@@ -139,13 +140,18 @@ def condition_of_encoded(
     """
     conditions = []
     if ranges is not None:
-        inside = " or ".join(f"token between {first} and {last}" for first, last in ranges)
+        inside = " or ".join(f"token between {whole(first)} and {whole(last)}" for first, last in ranges)
         conditions.append(f"({inside or 'false'})")
     if positions:
-        conditions.append(f"token % {length} not in ({', '.join(map(str, positions))})")
+        conditions.append(f"token % {whole(length)} not in ({', '.join(map(whole, positions))})")
     if entries:
-        conditions.append(f"entry not in ({', '.join(map(str, entries))})")
+        conditions.append(f"entry not in ({', '.join(map(whole, entries))})")
     return " and ".join(conditions) or "true"
+
+
+def whole(value: int) -> str:
+    """Return a whole number as SQL. Raises ValueError or TypeError for what is none: a record may hold anything."""
+    return literal(operator.index(value))
 
 
 def identifier(name: str) -> str:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import to_json
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
@@ -98,6 +98,24 @@ class PartRecord(BaseModel, frozen=True):
         return sum(file.n_bytes for file in self.files)
 
 
+_Whole = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
+_Text = Annotated[str, Field(strict=True)]
+
+
+class _Facts(BaseModel):
+    """Facts that stages compute with, or that questions put into SQL. Other facts are only compared and shown."""
+
+    context_length: _Whole = 1
+    n_features: _Whole = 0
+    skip_positions: list[_Whole] = []
+    skip_special: Annotated[bool, Field(strict=True)] = False
+    packing: _Text | None = None
+    generation: _Whole = 0
+    site: _Text = ""
+    stored: list[tuple[_Text, _Whole]] = []
+    sae: dict[str, Any] | str = {}
+
+
 class ArtefactRecord(BaseModel, frozen=True):
     """What artefact.json says: identity, the facts behind the fingerprint, and the artefacts read."""
 
@@ -108,6 +126,12 @@ class ArtefactRecord(BaseModel, frozen=True):
     facts: dict[str, Any]
     inputs: list[str] = []
     files: list[FileRecord] = []
+
+    @field_validator("facts")
+    @classmethod
+    def _have_their_types(cls, facts: dict[str, Any]) -> dict[str, Any]:
+        _Facts.model_validate(facts)
+        return facts
 
     def input(self, kind: Kind) -> str | None:
         """The artefact of this kind that was read, as `<kind>/<name>-<fp>`."""
