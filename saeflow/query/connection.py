@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import duckdb
@@ -62,9 +62,10 @@ def connect_to_run(
         log.warning("%s is left out: %s", sanitise(skipped.artefact.id), sanitise(brief(str(skipped.problem), 300)))
     current = pick_run(store, every, run)
     connection = open_duckdb(store, memory_limit, threads)
-    for statement in definitions(every, current, many_files):
-        connection.execute(statement)
-    _keep_small_views(connection, current)
+    with _tables_as_written(store):
+        for statement in definitions(every, current, many_files):
+            connection.execute(statement)
+        _keep_small_views(connection, current)
     _harden(connection, every)
     return current, connection
 
@@ -73,10 +74,22 @@ def connect_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord])
     """Return a connection that sees only these parts of a run, published or not, and their tokens: for the checks."""
     run = run_of_parts(store, artefact, parts)
     connection = open_duckdb(store)
-    for statement in (source_views(run, [run]), *sql_texts(*STAGING), *DUCKDB_SETTINGS):
-        connection.execute(statement)
+    with _tables_as_written(store):
+        for statement in (source_views(run, [run]), *sql_texts(*STAGING), *DUCKDB_SETTINGS):
+            connection.execute(statement)
     _harden(connection, [run])
     return connection
+
+
+@contextlib.contextmanager
+def _tables_as_written(store: Store) -> Iterator[None]:
+    """Raises UserError if views cannot be made upon the tables: a column lacks, or is of another type."""
+    try:
+        yield
+    except QUERY_ERRORS as error:
+        if is_of_system(error):
+            raise
+        raise UserError(f"The tables of {store.name} are not as saeflow writes them.\n{message(error)}") from error
 
 
 def open_duckdb(store: Store, memory_limit: str | None = None, threads: int | None = None) -> duckdb.DuckDBPyConnection:
