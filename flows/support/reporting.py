@@ -21,12 +21,12 @@ from prefect.artifacts import (
 )
 from prefect.context import FlowRunContext
 from prefect.logging.handlers import APILogHandler
-from rich.console import Console
 
 from flows.support import page
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.terminal import Terminal
 from saeflow.runtime.text import harmless_lines
 
 
@@ -82,7 +82,7 @@ def reporting(stage: str, page_seconds: float | None = None, log_seconds: float 
     name_run(stage)
     served = "PREFECT__FLOW_RUN_ID" in os.environ
     logger, watched = get_run_logger(), _Watched(stage, page_seconds or PROGRESS_SECONDS, log_seconds or LOG_SECONDS)
-    console = Console(stderr=True, highlight=False, quiet=served)
+    console = Terminal(stderr=True, quiet=served)
     progress = Progress(console, listener=watched.hear, log=lambda text: logger.info("%s", text))
     with _warnings_of_saeflow(), watched.shown():
         try:

@@ -30,7 +30,7 @@ from saeflow.cli.common import (
     require_place,
 )
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import harmless_lines
+from saeflow.runtime.terminal import write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -179,12 +179,10 @@ def _list_questions() -> None:
         mine = [question for question in known if question.group == title]
         for number, question in enumerate(mine):
             if number == 0:
-                out.print(title, style="bold", markup=False)
+                out.print(title, style="bold")
             print_line(f"  {question.brief}")
-            out.print(
-                textwrap.fill(question.answers, 74, initial_indent=" " * 6, subsequent_indent=" " * 6), markup=False
-            )
-    out.print("\nsaeflow ask NAME explains one of them and its parameters.", markup=False)
+            out.print(textwrap.fill(question.answers, 74, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    out.print("\nsaeflow ask NAME explains one of them and its parameters.")
 
 
 @ask_commands.command("sql")
@@ -227,12 +225,12 @@ def _answer_prompt(answer: Callable[[str], None]) -> None:
         try:
             answer(statement)
         except UserError as error:
-            err.print(harmless_lines(str(error)), markup=False, style="red")
+            print_note(str(error), style="red")
 
 
 def _write_text(text: str, path: Path | None) -> None:
     if path is None:
-        typer.echo(text)
+        write_text(text, out)
     else:
         path.write_text(text + "\n", "utf-8")
 
@@ -261,7 +259,7 @@ def doctor_command(store: StoreOption = None) -> None:
         table.add_row(name, value)
     out.print(table)
     for problem in doctor.problems():
-        out.print(problem, markup=False, style="yellow")
+        out.print(problem, style="yellow")
 
 
 SHORTHANDS = {

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import harmless_lines, sanitise
+from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.temporary import NO_SPACE
+from saeflow.runtime.terminal import Terminal, prepare_streams, printing_logs
+from saeflow.runtime.text import sanitise
 
 if TYPE_CHECKING:
     import duckdb
@@ -27,18 +30,18 @@ if TYPE_CHECKING:
     from saeflow.runtime.progress import Progress
     from saeflow.store.store import Store
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Terminal()
+err = Terminal(stderr=True)
 
 
 def print_line(text: str, style: str | None = None) -> None:
-    """Print text to standard output as it is: no markup, and long lines are not wrapped."""
-    out.print(text, markup=False, soft_wrap=True, style=style)
+    """Print text to standard output. Long lines are not wrapped."""
+    out.print(text, soft_wrap=True, style=style)
 
 
 def print_note(text: str, style: str | None = None) -> None:
-    """Print text to standard error as it is: no markup, and long lines are not wrapped."""
-    err.print(text, markup=False, soft_wrap=True, style=style)
+    """Print text to standard error. Long lines are not wrapped."""
+    err.print(text, soft_wrap=True, style=style)
 
 
 Format = Literal["table", "csv", "json", "jsonl", "parquet"]
@@ -97,7 +100,7 @@ def read_recipe(path: Path, changes: list[str] | None, member: str | None = None
             raise UserError(f"--set {change}: write it as KEY=VALUE, e.g. --set sae.k=16.")
         try:
             overrides[key] = tomllib.loads(f"v = {value}")["v"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             overrides[key] = value
     recipe = load_recipe(path, **overrides)
     return recipe if member is None else _sweep_member(recipe, member)
@@ -164,12 +167,15 @@ def progress_of(quiet: bool, verbose: bool, recipe: Recipe) -> Progress:
 
 def run_command_line(commands: typer.Typer, name: str) -> None:
     """Run the command that `sys.argv` names, and exit. An error that a user can fix is one message and exit code 2."""
+    prepare_streams()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     signal.signal(signal.SIGTERM, interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(exit_code_of(commands, name, arguments, debug))
+    with printing_logs(err):
+        code = exit_code_of(commands, name, arguments, debug)
+    sys.exit(code)
 
 
 _INTERRUPTED = 130
@@ -192,33 +198,49 @@ def exit_code_of(commands: typer.Typer, name: str, arguments: list[str], debug: 
     except UserError as error:
         if debug:
             raise
-        print_note(harmless_lines(str(error)), style="red")
+        print_note(str(error), style="red")
         return 2
     except Exception as error:
         if not debug and (message := _system_message(error)):
-            print_note(harmless_lines(message), style="red")
+            print_note(message, style="red")
             return 2
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # the command line itself was wrong
-            error.show()
+            shown = io.StringIO()
+            error.show(shown)
+            print_note(shown.getvalue().rstrip())
             return int(error.exit_code)
         if type(error).__name__ == "Abort":
             return _INTERRUPTED
-        raise
+        if debug:
+            raise
+        print_note(_fault_message(error), style="red")
+        return 1
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+def _fault_message(error: Exception) -> str:
+    """Return a message for an error that nobody foresaw, with the innermost place of saeflow that it came from."""
+    places = [f"{Path(each.filename).name}, line {each.lineno}" for each in traceback.extract_tb(error.__traceback__)]
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return f"saeflow failed, and it is not your fault: {what} ({places[-1]}).\n--debug shows more. Please report it."
+
+
 def _system_message(error: Exception) -> str | None:
-    """Return a message for an error that is about the disk or names a file."""
+    """Return a message for an error that is about the disk or memory, or names a file."""
+    if isinstance(error, RecursionError):
+        return "A file or value is nested too deeply to be read."
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        what = f"Memory does not suffice: {first_line(error)}."
+        return f"{what}\nLower the sizes in the recipe, or take a larger machine."
     if isinstance(error, OSError):
         number, file = error.errno, error.filename
     else:  # libraries written in Rust give the number in their text
         found = re.search(r"\(os error (\d+)\)", str(error))
         number, file = int(found[1]) if found else None, None
     what = os.strerror(number or 0) + (f" at {file}" if file else "")
-    mend = "Free some space" if number in _FULL else "Make it writable" if number in _CLOSED else "Look at the disk"
-    if number in (*_FULL, *_CLOSED, errno.EIO):
+    mend = "Free some space" if number in NO_SPACE else "Make it writable" if number in _CLOSED else "Look at the disk"
+    if number in (*NO_SPACE, *_CLOSED, errno.EIO):
         return f"{what}. Finished parts are safe. {mend} or choose another --store, then run the same command again."
     return f"{what}. --debug shows where it was needed." if number and file else None

@@ -74,7 +74,7 @@ def _show_labels(store: Store, run: str, feature: int) -> None:
         rows = query(connection, sql, [feature]).to_pylist()
     table = new_table("label", "source", "score")
     for row in rows:
-        table.add_row(*(sanitise("" if value is None else str(value)).replace("[", r"\[") for value in row.values()))
+        table.add_row(*(sanitise("" if value is None else str(value)) for value in row.values()))
     out.print(table if rows else f"Feature {feature} has no label.")
 
 

@@ -6,17 +6,16 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 
 from saeflow.cli.common import Format
 from saeflow.cli.screen import render_table
 from saeflow.cli.text_formats import ROWS_AT_ONCE, as_csv, as_json, as_json_lines, harmless_for_terminal
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.terminal import Terminal, write_exactly
 
 TEXT_FORMATS = {"csv": as_csv, "json": as_json, "jsonl": as_json_lines}
 FORMAT_OF_ENDING: dict[str, Format] = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -27,7 +26,7 @@ def format_of(target: Path | None) -> Format:
     return "table" if target is None else FORMAT_OF_ENDING.get(target.suffix.lower(), "table")
 
 
-def write_answer(table: pa.Table, format: Format, target: Path | None = None, console: Console | None = None) -> None:
+def write_answer(table: pa.Table, format: Format, target: Path | None = None, console: Terminal | None = None) -> None:
     """Write an answer in a format, to a file or to standard output. A terminal obeys no text of it.
 
     Values that Python or Parquet cannot hold, such as the year 99999 or an interval, become DuckDB's text of them.
@@ -37,29 +36,26 @@ def write_answer(table: pa.Table, format: Format, target: Path | None = None, co
         _write_table(table, target, console)
     elif target is not None:
         with target.open("wb") as file:
-            _write_bytes(table, format, file)
+            file.writelines(_pieces(table, format))
     else:
-        sys.stdout.flush()
-        if format == "csv" and sys.stdout.isatty():
-            table = harmless_for_terminal(table)
-        _write_bytes(table, format, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+        write_exactly(
+            _pieces(harmless_for_terminal(table) if format == "csv" and sys.stdout.isatty() else table, format)
+        )
 
 
-def _write_table(table: pa.Table, target: Path | None, console: Console | None) -> None:
+def _write_table(table: pa.Table, target: Path | None, console: Terminal | None) -> None:
     if target is None:
         return render_table(table, console)
     with target.open("w", encoding="utf-8") as file:
-        return render_table(table, Console(file=file, width=160, highlight=False))
+        return render_table(table, Terminal(file=file, width=160))
 
 
-def _write_bytes(table: pa.Table, format: Format, out: BinaryIO) -> None:
+def _pieces(table: pa.Table, format: Format) -> Iterator[bytes]:
     if format in TEXT_FORMATS:
-        out.writelines(text.encode() for text in TEXT_FORMATS[format](table))
-    else:
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        out.write(buffer.getvalue())
+        return (text.encode() for text in TEXT_FORMATS[format](table))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return iter([buffer.getvalue()])
 
 
 def _replace_misfits(table: pa.Table, fits: Callable[[pa.ChunkedArray], bool]) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from saeflow.cli.common import (
     store_argument,
 )
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import HOSTILE, is_utf8, sanitise
 
 if TYPE_CHECKING:
     from saeflow.recipe.recipe import Recipe
@@ -48,22 +50,37 @@ def init_command(
 
     Example: `saeflow init my.toml --files 'texts/*.txt'`
     """
-    from saeflow.recipe.template import DEFAULT_MODEL, template
+    from saeflow.recipe.template import DEFAULT_MODEL, recipe_name_of, template
 
     require_place(path)
     if path.exists():
         raise UserError(f"{path} exists already. Choose another name, or delete it first.")
-    given = {"model": {"path": model}, "corpus": {"files": files}, "activations": {"sites": sites}}
+    given = {
+        "model": {"path": model and (_from_here(model, path) if os.path.exists(model) else model)},
+        "corpus": {"files": files and _from_here(files, path)},
+        "activations": {"sites": sites},
+    }
     start = {s: {k: _toml_string(v, s) for k, v in keys.items() if v} for s, keys in given.items()}
-    name = "".join(c if c.isalnum() else "_" for c in path.stem.lower()).strip("_") or "recipe"
+    name = recipe_name_of(path.stem)
     other = model if model != DEFAULT_MODEL and not sites else None
-    path.write_text(template(name, path.name, start, other), "utf-8")
+    path.write_text(template(name, sanitise(path.name), start, other), "utf-8", "replace")
     sites = f"Choose activations.sites (saeflow sites {shlex.quote(other)}), set" if other else "Set"
     print_line(f"Wrote {path}. {sites} the lines without #, then: saeflow run {path}")
 
 
+def _from_here(value: str, recipe: Path) -> str:
+    """Return a path or pattern that counts from this folder as one that counts from the recipe's."""
+    folder = recipe.resolve().parent
+    if "://" in value or value.startswith("~") or os.path.isabs(value) or folder == Path.cwd():
+        return value
+    return os.path.relpath(value, folder)
+
+
 def _toml_string(value: str, section: str) -> str:
-    quoted = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if not is_utf8(value):
+        raise UserError(f"{value!r} is not UTF-8, which a recipe must be. Rename it first.")
+    plain = value.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = '"' + HOSTILE.sub(lambda found: f"\\u{ord(found[0]):04x}", plain) + '"'
     return f"[{quoted}]" if section in ("corpus", "activations") else quoted
 
 
@@ -118,7 +135,7 @@ def plan_command(
 
     found = forecast.plan(opened, settings, Progress(err, -1 if quiet else 0))
     if as_json:
-        return typer.echo(json.dumps(dataclasses.asdict(found)))
+        return print_line(json.dumps(dataclasses.asdict(found)))
     out.print(f"{found.n_documents:,} documents, {found.n_tokens:,} tokens in {found.n_parts:,} parts")
     table = new_table("stage", "bytes", "peak memory", "time")
     for row in forecast.rows(found):

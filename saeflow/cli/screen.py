@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 from rich import box
 from rich.cells import cell_len, chop_cells
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from saeflow.cli.text_formats import as_json_value, is_number
+from saeflow.runtime.terminal import Terminal
 from saeflow.runtime.text import sanitise
 
 _MARKED = re.compile("«([^«»]*)»")
@@ -27,12 +27,12 @@ _NARROWEST_TEXT = 12
 _WIDEST_BESIDE_CONTEXT = 32
 
 
-def render_table(table: pa.Table, console: Console | None = None, max_rows: int | None = None) -> None:
+def render_table(table: pa.Table, console: Terminal | None = None, max_rows: int | None = None) -> None:
     """Print a table that fits the console, or one record under the other if no table would fit.
 
     The token marked in a `context` column stays in sight, highlighted.
     """
-    console = console or Console(highlight=False)
+    console = console or Terminal()
     shown = table if max_rows is None else table.slice(0, max_rows)
     columns = [
         _Column(name, is_number(field.type), [_cell_text(name, value) for value in column.to_pylist()])

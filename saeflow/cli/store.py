@@ -50,14 +50,8 @@ def ls_command(store: StoreOption = None) -> None:
     opened = existing_store(store)
     table = new_table("artefact", "generation", "parts", "tokens", "size", "inputs")
     for artefact in opened.artefacts():
-        table.add_row(_safe(artefact.id), *state_of(artefact), _safe(", ".join(artefact.record.inputs)))
+        table.add_row(sanitise(artefact.id), *state_of(artefact), sanitise(", ".join(artefact.record.inputs)))
     out.print(table)
-
-
-def _safe(text: object) -> str:
-    from rich.markup import escape
-
-    return escape(sanitise(str(text)))
 
 
 def state_of(artefact: Artefact) -> tuple[str, str, str, str]:
@@ -92,15 +86,15 @@ def show_command(
     from saeflow.store.records import read_checked
 
     artefact = _find_artefact(existing_store(store), name)
-    out.print(f"{sanitise(artefact.id)}\n{sanitise(str(artefact.path))}", markup=False)
+    out.print(f"{sanitise(artefact.id)}\n{sanitise(str(artefact.path))}")
     table = new_table("setting", "value")
     for key, value in sorted(artefact.record.facts.items()):
-        table.add_row(_safe(key), _safe(value))
+        table.add_row(sanitise(key), sanitise(str(value)))
     for name in artefact.record.inputs:
-        table.add_row("reads", _safe(name))
+        table.add_row("reads", sanitise(name))
     quality = artefact.path / "quality.json"
     for key, value in (read_checked(quality) if quality.is_file() else {}).items():
-        table.add_row(_safe(key), f"{value:.4f}" if isinstance(value, float) else _safe(value))
+        table.add_row(sanitise(key), f"{value:.4f}" if isinstance(value, float) else sanitise(str(value)))
     out.print(table)
 
 
@@ -148,7 +142,7 @@ def verify_command(
         print_note(sanitise(line))
     broken = _run_checks(opened) if full and not found else []
     for name, n_rows in broken:
-        out.print(sanitise(f"check {name}: {n_rows} offending rows"), markup=False)
+        out.print(sanitise(f"check {name}: {n_rows} offending rows"))
     if repair and found:
         out.print("The next run makes again what was moved into damaged/: saeflow run RECIPE", markup=False)
     elif found and all(each.refused for each in found):

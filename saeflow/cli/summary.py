@@ -7,14 +7,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from saeflow.cli.common import new_table, out, print_line, store_argument
 from saeflow.cli.screen import render_table
 from saeflow.pipeline import forecast, sweep
 from saeflow.query.connection import connect
 from saeflow.query.first_answers import first_answers, next_commands, which_run
 from saeflow.recipe.recipe import Recipe
+from saeflow.runtime.terminal import Terminal
 from saeflow.runtime.text import human_bytes
 from saeflow.store.store import Store
 
@@ -78,8 +77,8 @@ def print_sweep(table: dict[str, Any], recipe: Path, store: Store) -> None:
             row["member"], row["architecture"], row["sparsity"], f"{row['n_features']:,}", f"{row['l0']:.1f}",
             f"{row['variance_unexplained']:.4f}", f"{share:.1%}", "yes" if row["on_front"] else "",
         )  # fmt: skip
-    Console(file=out.file, width=max(out.width, _SWEEP_WIDTH), highlight=False).print(shown)
-    out.print(f"judged on {table['saes'][0]['n_tokens']:,} tokens of {table['saes'][0]['judged_on']}", markup=False)
+    Terminal(file=out.file, width=max(out.width, _SWEEP_WIDTH)).print(shown)
+    out.print(f"judged on {table['saes'][0]['n_tokens']:,} tokens of {table['saes'][0]['judged_on']}")
     name = sweep.recommended(table["saes"])
     again = f"saeflow run {shlex.quote(str(recipe))} --member {name}{store_argument(store)}"
     print_line(f"Encode the corpus with one of them: {again}")

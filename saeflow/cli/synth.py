@@ -20,16 +20,16 @@ from saeflow.cli.common import (
     create_store,
     new_table,
     out,
+    print_line,
     progress_of,
     read_recipe,
 )
 from saeflow.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from saeflow.recipe.recipe import Recipe
     from saeflow.runtime.progress import Progress
+    from saeflow.runtime.terminal import Terminal
     from saeflow.sae.recovery import Scores
     from saeflow.store.store import Store
 
@@ -84,7 +84,7 @@ def synth_command(
     opened = create_store(store, settings, quiet)
     found = train_and_score(opened, [settings], progress_of(quiet, verbose, settings))
     if as_json:
-        typer.echo(json.dumps([_scores_as_json(each) for each in found]))
+        print_line(json.dumps([_scores_as_json(each) for each in found]))
     else:
         print_scores(found)
 
@@ -135,7 +135,7 @@ def _scores_as_json(each: Synth) -> dict[str, object]:
     return about | dataclasses.asdict(each.scores)
 
 
-def print_scores(judged: Sequence[Synth], console: Console = out) -> None:
+def print_scores(judged: Sequence[Synth], console: Terminal = out) -> None:
     """Print the scores of one autoencoder with their meanings, or of several as a table with the columns' meanings."""
     first = dataclasses.asdict(judged[0].scores)
     meanings = new_table("", "", "") if len(judged) == 1 else new_table("", "")

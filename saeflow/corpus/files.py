@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import codecs
 import contextlib
 import glob
 import gzip
@@ -21,6 +20,7 @@ from fsspec.utils import glob_translate
 
 from saeflow.corpus import remote
 from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.text import decoded, encoding_of
 
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 """The reader of a file by its ending. Files with other endings are texts."""
@@ -141,7 +141,7 @@ def open_text(path: str) -> Iterator[TextIO]:
             buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]
             first = buffered.peek(512)[:512]
             require_format(path, first)
-            yield io.TextIOWrapper(buffered, _encoding(first), newline="")
+            yield io.TextIOWrapper(buffered, encoding_of(first), newline="")
     except UnicodeDecodeError as error:
         raise _not_decoded(path, f"line {_undecodable_line(path, error.encoding)}", error) from error
 
@@ -152,14 +152,9 @@ def read_text(path: str) -> str:
         content = file.read()
     require_format(path, content)
     try:
-        return content.decode(_encoding(content))
+        return decoded(content)
     except UnicodeDecodeError as error:
         raise _not_decoded(path, f"byte {error.start} is {content[error.start]:#04x}", error) from error
-
-
-def _encoding(first: bytes) -> str:
-    """Return the encoding that a byte order mark tells, without the mark; UTF-8 if there is none."""
-    return "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def _undecodable_line(path: str, encoding: str) -> int:
@@ -192,7 +187,7 @@ def require_format(path: str, first: bytes, expected: bytes = b"") -> None:
         )
     kind = "a tar archive" if first[257:262] == b"ustar" else None
     kind = next((kind for mark, kind in _MARKS.items() if first.startswith(mark) and mark != expected), kind)
-    if not (kind or expected) and b"\0" in first[:512] and _encoding(first) == "utf-8-sig":
+    if not (kind or expected) and b"\0" in first[:512] and encoding_of(first) == "utf-8-sig":
         raise UserError(
             f"corpus.files: {shown(path)} is no text: byte {first.index(0)} is 0. Leave it out. Or convert "
             f"it, if it is UTF-16, e.g. with `iconv -f utf-16le -t utf-8 {shown(Path(path).name)}`."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ from duckdb import ColumnExpression, DuckDBPyConnection, DuckDBPyRelation
 
 from saeflow.corpus.document import is_in_share
 from saeflow.runtime.memory import total_memory
+from saeflow.runtime.temporary import temporary_folder
 
 KEY, FILE, CONTENT, SOURCE = "_saeflow_key", "_saeflow_file", "_saeflow_content", "_saeflow_source"
 """Columns that every reader gives: KEY and SOURCE only if the corpus has them, FILE only if it is made of files."""
@@ -38,8 +38,8 @@ class Scratch(NamedTuple):
 
     @classmethod
     def opened(cls, stack: ExitStack, memory_bytes: int | None) -> Scratch:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="saeflow-corpus-"))
-        return cls(Path(folder), memory_bytes or max(LEAST_MEMORY, total_memory() // 4))
+        folder = stack.enter_context(temporary_folder("saeflow-corpus-"))
+        return cls(folder, memory_bytes or max(LEAST_MEMORY, total_memory() // 4))
 
     def connect(self, name: str, **settings: str) -> DuckDBPyConnection:
         """Connect with one thread: the rows keep their order, and long texts take half the memory."""

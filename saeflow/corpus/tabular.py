@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +37,9 @@ from saeflow.corpus.sorting import (
 from saeflow.corpus.text_tables import RESERVED, TextTables, no_column, require_unlike_names
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system
+from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.runtime.sql_judge import only_reads
+from saeflow.runtime.temporary import blaming_temporary_folder
 
 _STORED_AS_TEXT = re.compile(r"\b(U?HUGEINT|BIGNUM|INTERVAL|UNION|TIMESTAMP_NS|BIT|TIME)\b(?! ZONE)")
 """Types that Python or Parquet cannot hold. Metadata of these types is stored as text."""
@@ -88,7 +89,7 @@ def _from_parquet(
     schemas = {path: _columns_of(path, names[path], content) for path in paths}
     _require_like_columns(schemas, {content, config.key or "key", "source"})
     connection = stack.enter_context(_reading(scratch))
-    with _query_failures("corpus.files cannot be read as parquet", "corpus.sql can rename, cast or leave out columns."):
+    with _query_failures("corpus.files cannot be read as parquet"):
         relation = connection.from_parquet([glob.escape(path) for path in paths], filename=True, union_by_name=True)
     return _stream(relation, config, names, False, scratch, stack)
 
@@ -167,7 +168,10 @@ def from_query(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
 
 def _reading(scratch: Scratch, **settings: str) -> DuckDBPyConnection:
     """Connect to read documents that may together be longer than 2 GiB."""
-    return scratch.connect("read", arrow_large_buffer_size="true", python_enable_replacements="false", **settings)
+    settings |= {"arrow_large_buffer_size": "true", "python_enable_replacements": "false"}
+    connection = scratch.connect("read", **settings)
+    connection.execute("set TimeZone = 'UTC'")  # the same bytes on every machine
+    return connection
 
 
 def _is_ordered(connection: DuckDBPyConnection, sql: str) -> bool:
@@ -235,6 +239,8 @@ def _choose_columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files:
     if has_files:
         kinds.pop("filename")
     require_unlike_names(relation.columns)
+    if "*" in kinds:
+        raise UserError("A column of the corpus is called *, which stands for all columns. Rename it.")
     content = config.token_ids or config.text
     if content not in kinds:
         raise no_column("The corpus has", content, list(kinds))
@@ -291,7 +297,7 @@ def _as_documents(
 ) -> Iterator[Document]:
     with keep, _query_failures("The corpus cannot be read", files=names):
         for batch in batches:
-            metadata = batch.select(extra).to_pylist() if extra else [{} for _ in range(len(batch))]
+            metadata = _metadata_rows(batch.select(extra)) if extra else [{} for _ in range(len(batch))]
             for row, content in enumerate(contents_of(batch.column(CONTENT))):
                 source = batch.column(SOURCE)[row].as_py() if SOURCE in batch.schema.names else None
                 key = document_key(batch, row, names, content)
@@ -311,23 +317,35 @@ def _decoded(content: bytes, key: str) -> str:
         raise UserError(f"The text of document {key} is not UTF-8: {place}. Convert it with corpus.sql.") from error
 
 
+def _metadata_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return the rows with dates and times as whole numbers, for Python's own end with the year 9999."""
+    for place, field in enumerate(batch.schema):
+        if pa.types.is_date32(field.type) or pa.types.is_timestamp(field.type):
+            whole = pa.int32() if pa.types.is_date32(field.type) else pa.int64()
+            batch = batch.set_column(place, field.name, batch.column(place).view(whole))
+    return batch.to_pylist()
+
+
 @contextlib.contextmanager
-def _query_failures(what: str, hint: str = "", files: Iterable[str] = ()) -> Iterator[None]:
+def _query_failures(what: str, files: Iterable[str] = ()) -> Iterator[None]:
     """Turn errors of DuckDB, and values that Python cannot hold, into a UserError of one message.
 
     It names the first of the Parquet files that cannot be read.
     """
     try:
-        yield
+        with blaming_temporary_folder():
+            yield
     except (*QUERY_ERRORS, OverflowError, ValueError) as error:
         if is_of_system(error):
             raise
-        first = first_line(error)
-        if "Out of Memory" in first:
+        text, hint = message(error), ""
+        if "Out of Memory" in text:
             hint = 'Leave out long columns that you do not need, e.g. sql = "select key, text from ..." under [corpus].'
         elif damaged := next(filter(_is_damaged, files), None):
             what, hint = f"corpus.files: {shown(damaged)} cannot be read", "Is it whole? Fetch it again."
-        raise UserError(f"{what}: {first}" + (f"\n{hint}" if hint else "")) from error
+        elif not isinstance(error, QUERY_ERRORS):
+            hint = "Cast the odd column x to text, e.g. sql = \"select * replace (x::varchar as x) from 'f.parquet'\"."
+        raise UserError(f"{what}: {text}" + (f"\n{hint}" if hint else "")) from error
 
 
 def _is_damaged(path: str) -> bool:

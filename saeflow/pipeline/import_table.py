@@ -45,6 +45,8 @@ def run(lineage: Lineage, progress: Progress) -> tuple[Artefact, Artefact]:
             return source, target
         torch.set_num_threads(n_threads(recipe.threads))
         rows = _open(source, target, about)
+        if rows.index:
+            progress.say(f"activations: {rows.name}: {', '.join(rows.index)} numbers the rows and is no neuron")
         site = Site("table", rows.width)
         row_bytes = site.width * ITEM_BYTES[about.dtype]
         fit_pool(recipe.feed, row_bytes)

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,6 +28,8 @@ from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.temporary import temporary_folder
+from saeflow.runtime.terminal import write_exactly
 from saeflow.runtime.threads import n_threads
 from saeflow.store.store import Store
 
@@ -87,8 +88,7 @@ def try_out(recipe: Recipe, pieces: Pieces, progress: Progress) -> dict[str, Any
 
 def _tried(recipe: Recipe, pieces: Pieces, progress: Progress) -> dict[str, Any]:
     """Run the stages on the sample, in a store that is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="saeflow-plan-") as temporary:
-        folder = Path(temporary)
+    with temporary_folder("saeflow-plan-") as folder:
         small = trial_recipe(recipe, pieces, folder)
         (folder / "recipe.json").write_text(small.model_dump_json(), "utf-8")
         progress.say(f"plan: trying every stage on {sum(map(len, pieces)):,} characters")
@@ -153,9 +153,9 @@ def main(recipe_file: Path, folder: Path) -> int:
     try:
         found = measure(Recipe.model_validate_json(recipe_file.read_text("utf-8")), Store.create(folder))
     except UserError as error:
-        print(json.dumps({"refused": str(error)}))
+        write_exactly([json.dumps({"refused": str(error)}).encode()])
         return REFUSED
-    print(json.dumps(found))
+    write_exactly([json.dumps(found).encode()])
     return 0
 
 

@@ -17,6 +17,7 @@ from saeflow.query.questions import Arguments, Question, Value, find_question, p
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.runtime.sql_judge import only_reads
+from saeflow.runtime.temporary import blaming_temporary_folder
 from saeflow.runtime.text import brief, did_you_mean, sanitise
 
 LONGEST_SQL = 100_000
@@ -151,16 +152,22 @@ def _fetch(
 ) -> pa.Table:
     """Run a statement. If it is `short`, DuckDB copies its rows once, which is quicker than planning it twice."""
     try:
-        if short:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                return connection.execute(sql, parameters or None).to_arrow_table()
-        reader = connection.sql(sql, params=parameters or None).to_arrow_reader()
-        return _read_rows(reader, limit)
+        with blaming_temporary_folder():
+            return _fetch_rows(connection, sql, parameters, limit, short)
     except QUERY_ERRORS as error:
         if is_of_system(error):
             raise
         raise UserError(f"{what} failed.\n{message(error)}") from error
+
+
+def _fetch_rows(
+    connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object], limit: int | None, short: bool
+) -> pa.Table:
+    if short:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return connection.execute(sql, parameters or None).to_arrow_table()
+    return _read_rows(connection.sql(sql, params=parameters or None).to_arrow_reader(), limit)
 
 
 def _read_rows(reader: pa.RecordBatchReader, limit: int | None) -> pa.Table:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
-from collections.abc import Iterator, Mapping
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.query.labels import LABEL_COLUMNS, Label, Sheet, clean_label, column_names
-from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import brief
+from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.text import brief, decoded, encoding_of
+
+_UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ": lzma.decompress,
+    b"\x28\xb5\x2f\xfd": lambda content: pa.CompressedInputStream(pa.BufferReader(content), "zstd").read(),
+}
+_PACKED = {".gz", ".bz2", ".xz", ".zst"}
+_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 Row = tuple[str, Mapping[str, Any]]
 """The row's place in the file, and its cells by column name."""
@@ -43,8 +56,17 @@ def require_feature(feature: int, n_features: int | None, where: str) -> None:
         raise UserError(f"{where}There is no feature {feature}; {last}.")
 
 
+def _unpacked(path: Path) -> bytes:
+    """Return the bytes of a file, unpacked if they are packed, and a text in UTF-16 as UTF-8."""
+    content = path.read_bytes()
+    unpack = next((each for mark, each in _UNPACKERS.items() if content.startswith(mark)), None)
+    content = unpack(content) if unpack else content
+    return decoded(content).encode() if encoding_of(content) == "utf-16" else content
+
+
 def _label_rows(path: Path) -> Iterator[Row]:
-    kind = path.suffix.lower()
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = next((suffix for suffix in reversed(suffixes) if suffix not in _PACKED), "")
     try:
         if kind == ".parquet":
             yield from _parquet_rows(path)
@@ -54,12 +76,16 @@ def _label_rows(path: Path) -> Iterator[Row]:
             yield from _csv_lines(path)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
-    except (ValueError, RecursionError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read: {brief(str(error), 200)}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder. Name a file in it.") from None
+    except (ValueError, RecursionError, pa.ArrowException, *_DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} cannot be read: {brief(first_line(error), 200).rstrip('.')}.") from None
 
 
 def _csv_lines(path: Path) -> Iterator[Row]:
-    sheet = Sheet.of(path.read_bytes())
+    sheet = Sheet.of(_unpacked(path))
     for line, row in zip(sheet.lines, sheet.rows, strict=True):
         if any(map(str.strip, row)):
             yield f"{path.name}, line {line}", {name: sheet.cell(row, name) for name in LABEL_COLUMNS}
@@ -67,7 +93,7 @@ def _csv_lines(path: Path) -> Iterator[Row]:
 
 def _json_lines(path: Path) -> Iterator[Row]:
     """Yield objects that stand one on a line, or in one array."""
-    text = path.read_bytes().decode("utf-8-sig")
+    text = _unpacked(path).decode("utf-8-sig")
     if text.lstrip().startswith("["):
         found = [(f"entry {number}", each) for number, each in enumerate(json.loads(text), 1)]
     else:

@@ -24,7 +24,8 @@ from saeflow.recipe.settings import (
     TrainConfig,
 )
 from saeflow.recipe.sweep import SweepConfig, member_name_of, settings_by_name, settings_with_effect
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.text import brief, decoded
 
 
 class Recipe(Section):
@@ -168,8 +169,11 @@ def parse_recipe(data: dict[str, Any], origin: str = "recipe", folder: Path | No
 def set_setting(data: dict[str, Any], dotted: str, value: object) -> None:
     """Set one setting by its dotted name in the nested settings of a recipe."""
     *sections, key = dotted.split(".")
-    for section in sections:
+    for n, section in enumerate(sections, 1):
         data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            name = brief(".".join(sections[:n]))
+            raise UserError(f"There is no setting {brief(dotted)}: {name} holds a value, no further settings.")
     data[key] = value
 
 
@@ -182,9 +186,9 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     if not path.is_file():
         raise UserError(f"No recipe at {path}. Write one with `saeflow init {path}`.")
     try:
-        data = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}.") from error
+        data = tomllib.loads(decoded(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {first_line(error)}.") from error
     for dotted, value in overrides.items():
         set_setting(data, dotted, value)
     return parse_recipe(data, str(path), path.resolve().parent)

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
-from saeflow.runtime.text import nearest
+from saeflow.runtime.text import brief, nearest
 
 RECIPE_NAME = r"^[a-z0-9][a-z0-9_]*$"
 """What a recipe may be called."""
@@ -17,8 +18,19 @@ RECIPE_NAME = r"^[a-z0-9][a-z0-9_]*$"
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel, frozen=True, extra="forbid"):
+class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A section of a recipe. It refuses unknown keys, and its values never change after reading."""
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_used(cls, value: Any) -> Any:
+        """Refuse what neither files nor numbers of 64 bits can hold."""
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and "\0" in each:
+                raise PydanticCustomError("text", "It must not hold a zero byte")
+            if isinstance(each, int) and not -(1 << 63) <= each < 1 << 63:
+                raise PydanticCustomError("number", "It must be a number of 64 bits: at most 9223372036854775807")
+        return value
 
 
 def recipe_folder(info: ValidationInfo) -> Path | None:
@@ -28,6 +40,7 @@ def recipe_folder(info: ValidationInfo) -> Path | None:
 
 def from_folder(folder: Path, value: str) -> str:
     """Return a path as an absolute one, where relative ones count from `folder`; URLs stay as they are."""
+    value = os.path.expanduser(value) if value.startswith("~/") else value
     return value if "://" in value or Path(value).is_absolute() else os.path.normpath(folder / value)
 
 
@@ -38,7 +51,7 @@ def _from_recipe(value: str, info: ValidationInfo) -> str:
 
 def _from_recipe_if_there(value: str, info: ValidationInfo) -> str:
     folder = recipe_folder(info)
-    return from_folder(folder, value) if folder and (folder / value).exists() else value
+    return from_folder(folder, value) if folder and Path(from_folder(folder, value)).exists() else value
 
 
 def _one_or_many(value: object) -> object:
@@ -81,7 +94,8 @@ def message_of(error: Any, recipe: type[BaseModel]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
-    return f"{name} is {error['input']!r}, but: {message[:1].lower()}{message[1:]}. {_description(location, recipe)}"
+    given, why = brief(repr(error["input"])), f"{message[:1].lower()}{message[1:]}"
+    return f"{name} is {given}, but: {why}. {_description(location, recipe)}"
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

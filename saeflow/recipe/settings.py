@@ -153,7 +153,7 @@ class FeedConfig(Section):
     pool_bytes: ByteSize = Field(
         ByteSize(1 << 30), description="Memory for activations: half is being mixed while half is read ahead."
     )
-    seed: int = Field(0, description="Seed of the order. The same seed gives the same order on any machine.")
+    seed: NonNegativeInt = Field(0, description="Seed of the order. The same seed gives the same order on any machine.")
 
 
 class SAEConfig(Section):

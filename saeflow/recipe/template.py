@@ -5,7 +5,9 @@ A TOML library such as tomli-w writes no comments, and here the comments are mos
 
 from __future__ import annotations
 
+import re
 import shlex
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ from pydantic import BaseModel, ByteSize
 
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.section import section_of
-from saeflow.runtime.text import human_bytes
+from saeflow.runtime.text import human_bytes, sanitise
 
 _HEAD = """\
 # A saeflow recipe. Lines that begin with # show a setting's default, or an example if it has none.
@@ -33,6 +35,12 @@ _START: dict[str, dict[str, str]] = {
 }
 
 
+def recipe_name_of(stem: str) -> str:
+    """Return a name that a recipe may have and that is like the name of its file."""
+    plain = unicodedata.normalize("NFKD", stem.lower()).encode("ascii", "ignore").decode()
+    return re.sub("[^a-z0-9]+", "_", plain).strip("_") or "recipe"
+
+
 def template(name: str, file: str, start: dict[str, dict[str, str]] | None = None, sites_of: str | None = None) -> str:
     """Return the whole recipe as TOML text. `start` gives TOML values by section and setting.
 
@@ -42,7 +50,7 @@ def template(name: str, file: str, start: dict[str, dict[str, str]] | None = Non
     hint = ""
     if sites_of is not None:
         del chosen["activations"]["sites"]
-        hint = f" List them: saeflow sites {shlex.quote(sites_of)}"
+        hint = f" List them: saeflow sites {sanitise(shlex.quote(sites_of))}"
     sections = [
         _section_text(section, field.annotation, chosen[section], {"sites": hint} if section == "activations" else {})
         for section, field in Recipe.model_fields.items()

@@ -2,11 +2,13 @@
 
 errors      the error that a user can fix
 text        text for people: safe to print, short, sizes in words, names like a mistyped one
+terminal    the one place that prints
 progress    progress bars and messages
 threads     how many threads, and work spread over them
 linear      the product rows @ weights.T, and the precision it is quickest in
 devices     processor or GPU: streams, pinned memory, copies
 memory      how much memory and time work takes, and how much memory the machine has
+temporary   temporary folders, and what is said if they are full
 sql_errors  the part of a DuckDB error that a user can act on
 sql_judge   whether a statement only reads, as DuckDB parses and plans it
 """

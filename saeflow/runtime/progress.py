@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from saeflow.runtime.terminal import Terminal
 from saeflow.runtime.text import harmless_lines
 
 _PLAIN_SECONDS = 5.0
@@ -86,7 +86,7 @@ Listener = Callable[[Bar], None]
 class Progress:
     """Where stages report to. With `verbosity` -1 only errors show; 0 is normal; 1 adds detail."""
 
-    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    console: Terminal = field(default_factory=lambda: Terminal(stderr=True))
     verbosity: int = 0
     listener: Listener | None = None
     log: Callable[[str], None] | None = None
@@ -101,7 +101,7 @@ class Progress:
                 self.log(harmless_lines(text))
 
     def _print(self, text: str) -> None:
-        self.console.print(harmless_lines(text), markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def skip(self, stage: str, what: str) -> None:
         """Report that a stage has nothing to do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 from collections.abc import Iterable
@@ -29,6 +30,21 @@ def _visible(found: re.Match[str]) -> str:
 def harmless_lines(text: str) -> str:
     """Sanitise each line of a message."""
     return "\n".join(map(sanitise, text.split("\n")))
+
+
+def is_utf8(text: str) -> bool:
+    """True if the text can be written: names of files that are not UTF-8 hold halves of characters."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
+def encoding_of(first: bytes) -> str:
+    """Return the encoding that a byte order mark tells, without the mark; UTF-8 if there is none."""
+    return "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def decoded(content: bytes) -> str:
+    """Return a text in UTF-8 or, by its mark, in UTF-16. Raises UnicodeDecodeError."""
+    return content.decode(encoding_of(content))
 
 
 def brief(text: str, longest: int = 80) -> str:

@@ -12,6 +12,7 @@ have the same order.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -38,10 +39,14 @@ ROUNDING = np.int64(1) << 41
 
 
 def compiled(kernel: Kernel) -> Kernel:
-    """Compile a kernel. It may reassociate sums, to use vector registers; their order is the same in every run."""
-    return cast(
-        Kernel, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})(kernel)
-    )
+    """Compile a kernel. It may reassociate sums, to use vector registers; their order is the same in every run.
+
+    A user who may write no folder of a cache compiles at every start. NUMBA_CACHE_DIR can name one.
+    """
+    made = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})(kernel)
+    with contextlib.suppress(RuntimeError):
+        made.enable_caching()
+    return cast(Kernel, made)
 
 
 def bits_of(tensor: torch.Tensor) -> Bits:

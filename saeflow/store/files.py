@@ -120,7 +120,11 @@ def json_text(value: object) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(read_bytes(path).decode("utf-8"))
+    """Raises ValueError where the file is no JSON, however deeply it is nested."""
+    try:
+        return json.loads(read_bytes(path).decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
 
 
 def flush(path: Path) -> None:

@@ -15,7 +15,7 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import brief, human_bytes
+from saeflow.runtime.text import brief, human_bytes, is_utf8
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import make_folder
 from saeflow.store.lease import Lease, hold_lease
@@ -174,7 +174,10 @@ def storage_of(name: str | Path, cache: Callable[[str], Path] = cache_folder) ->
 
 def local_folder(name: str | Path, cache: Callable[[str], Path] = cache_folder) -> Path:
     """Return the folder of this machine that holds a store, or stands for it."""
-    return cache(_url(name)) if _is_url(name) else Path(name).absolute()
+    folder = cache(_url(name)) if _is_url(name) else Path(name).absolute()
+    if not is_utf8(str(folder)):
+        raise UserError(f"The path of the store {str(folder)!a} is not UTF-8. Rename its folder, or choose another.")
+    return folder
 
 
 def _is_url(name: str | Path) -> bool:

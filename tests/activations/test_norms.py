@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from saeflow.activations import norms, shards
 from saeflow.activations.norms import massive_positions, mean_norms
@@ -19,6 +18,7 @@ from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.terminal import Terminal
 from saeflow.store.store import Store
 from saeflow.store.verify import verify
 from tests.support.small_pipeline import CONTEXT_LENGTH, SITE, recipe_data
@@ -26,7 +26,7 @@ from tests.support.small_pipeline import CONTEXT_LENGTH, SITE, recipe_data
 
 @pytest.fixture
 def said() -> Progress:
-    return Progress(Console(file=io.StringIO(), width=200))
+    return Progress(Terminal(file=io.StringIO(), width=200))
 
 
 def text(progress: Progress) -> str:

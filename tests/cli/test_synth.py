@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from saeflow.cli import synth
@@ -15,6 +14,7 @@ from saeflow.cli.app import app
 from saeflow.cli.synth import print_scores, train_and_score
 from saeflow.recipe.recipe import load_recipe, parse_recipe
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.terminal import Terminal
 from saeflow.sae.recovery import Scores
 from saeflow.store.store import Store
 from tests.support.small_pipeline import brought_data, write_recipe
@@ -74,7 +74,7 @@ def test_several_recipes_give_a_row_each_on_the_same_activations(tmp_path, progr
     found = train_and_score(store, recipes, progress)
     assert len(store.artefacts("activations")) == 1
     assert len({each.sae for each in found}) == 2
-    narrow = Console(width=80, highlight=False)
+    narrow = Terminal(width=80)
     with narrow.capture() as printed:
         print_scores(found, narrow)
     lines = printed.get().splitlines()

@@ -12,7 +12,6 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from saeflow.cli.render import write_answer
 from saeflow.cli.screen import render_table
@@ -23,6 +22,7 @@ from saeflow.query.connection import check, connect
 from saeflow.query.questions import questions
 from saeflow.query.runs import runs
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.terminal import Terminal
 from saeflow.runtime.text import sanitise
 from saeflow.store.store import Store
 from tests.support.small_store import Document, Given
@@ -369,7 +369,7 @@ HOSTILE = "a\x1b[31mred\x1b]0;title\x07\x9b2J\u202egnp\u2066\u200f\r\nnext\tcell
 
 def rendered(table: pa.Table, width: int = 100, **kwargs: int) -> str:
     out = io.StringIO()
-    render_table(table, Console(file=out, width=width, force_terminal=False), **kwargs)
+    render_table(table, Terminal(file=out, width=width, force_terminal=False), **kwargs)
     return out.getvalue()
 
 
@@ -406,7 +406,7 @@ def test_the_token_stays_in_sight_and_the_table_in_its_width(width):
 def test_the_token_is_highlighted_in_its_context():
     out = io.StringIO()
     table = pa.table({"context": ["a «b» c"]})
-    render_table(table, Console(file=out, width=80, force_terminal=True, color_system="standard", no_color=False))
+    render_table(table, Terminal(file=out, width=80, force_terminal=True, color_system="standard", no_color=False))
     assert "\x1b[1;33m«b»\x1b[0m" in out.getvalue()
 
 
@@ -496,7 +496,7 @@ def test_an_answer_written_some_rows_at_a_time_is_the_whole_answer(tmp_path, n_r
 def test_every_format_goes_to_a_file_or_to_standard_output(connection, tmp_path, capfdbinary, format):
     table = ask(connection, "top_tokens", [0])
     write_answer(table, format, tmp_path / "answer")
-    console = Console(width=160, highlight=False) if format == "table" else None
+    console = Terminal(width=160) if format == "table" else None
     write_answer(table, format, console=console)
     assert (tmp_path / "answer").read_bytes() == capfdbinary.readouterr().out
     if format == "parquet":

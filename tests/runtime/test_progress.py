@@ -7,15 +7,15 @@ import re
 import time
 
 import pytest
-from rich.console import Console
 
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.terminal import Terminal
 
 
 def last_line(width: int, stage: str, note: str) -> str:
     """Of a bar at half its way, without colours."""
     file = io.StringIO()
-    progress = Progress(Console(file=file, width=width, force_terminal=True, color_system=None))
+    progress = Progress(Terminal(file=file, width=width, force_terminal=True, color_system=None))
     with progress.bar(stage, 50_000_000, "tokens") as bar:
         for _ in range(3):
             bar.advance(8_000_000, note)

@@ -18,7 +18,6 @@ import numpy as np
 import obstore
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from saeflow.activations.shards import open_site, stored_sites
 from saeflow.pipeline import stages, train
@@ -31,6 +30,7 @@ from saeflow.query.questions import questions
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.terminal import Terminal
 from saeflow.sae.loss import StepInfo
 from saeflow.store import garbage
 from saeflow.store import verify as integrity
@@ -191,7 +191,7 @@ def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
 ) -> None:
     often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001}))
     lost_at_step(monkeypatch, url, often, 20)
-    console = Console(record=True, file=io.StringIO(), width=200)
+    console = Terminal(record=True, file=io.StringIO(), width=200)
     with another_machine(tmp_path):
         stages.run(Lineage(Store.create(url), often), Progress(console))
     assert "continuing at step 20 of" in console.export_text()
@@ -217,7 +217,7 @@ def test_a_sweep_goes_on_and_is_read_on_another_machine(
     sweep = {"grid": {"sae.k": [2, 4]}}
     often = parse_recipe(recipe_data(ingredients, train={"checkpoint_seconds": 0.001, "n_tokens": 3000}, sweep=sweep))
     lost_at_step(monkeypatch, url, often, 6, "small_k4")
-    console = Console(record=True, file=io.StringIO(), width=200)
+    console = Terminal(record=True, file=io.StringIO(), width=200)
     with another_machine(tmp_path):
         stages.run(Lineage(Store.create(url), often), Progress(console))
     assert "small_k2 continuing at step 6 of" in console.export_text(clear=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from saeflow.store.files import read_json
 
 _SAELENS_TOKEN_IDS = "token_ids"
 """SAELens' column of the tokens that the model read."""
+_INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: ?\d+|index|level_\d+|row_(nr|index|number)", re.IGNORECASE)
+_NAMELESS = re.compile(r"column0+|C0|Unnamed.*|")
 
 
 def csv_rows(file: Path, block_bytes: int = BLOCK_BYTES) -> TableRows:
@@ -26,7 +29,9 @@ def csv_rows(file: Path, block_bytes: int = BLOCK_BYTES) -> TableRows:
     try:
         with duckdb.connect() as connection:
             relation = _open_csv(connection, file)
-            numbers, label = _number_and_label_columns(file, relation.limit(0).to_arrow_table().schema)
+            schema = relation.limit(0).to_arrow_table().schema
+            index = _index_columns(schema) + _nameless_first_column(file, schema)
+            numbers, label = _number_and_label_columns(file, schema, index)
             n_rows = relation.count("*").fetchall()[0][0]
     except duckdb.Error as error:
         raise unreadable_table(file.name, error) from error
@@ -41,7 +46,7 @@ def csv_rows(file: Path, block_bytes: int = BLOCK_BYTES) -> TableRows:
             except duckdb.Error as error:
                 raise ValueError(str(error)) from error
 
-    return TableRows(file.name, n_rows, len(numbers), blocks)
+    return TableRows(file.name, n_rows, len(numbers), blocks, index)
 
 
 def _open_csv(connection: duckdb.DuckDBPyConnection, file: Path) -> duckdb.DuckDBPyRelation:
@@ -58,11 +63,12 @@ def parquet_rows(file: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES)
     schema, n_rows = about.schema_arrow, about.metadata.num_rows
     ends = np.cumsum([about.metadata.row_group(i).num_rows for i in range(about.num_row_groups)])
     vectors = _vector_columns(schema)
-    nested = vectors and (wanted is not None or not _numeric_columns(schema))
+    index = _index_columns(schema)
+    nested = vectors and (wanted is not None or not set(_numeric_columns(schema)) - set(index))
     if nested:
-        numbers, label = [choose_array(vectors, wanted, file.name)], _label_columns(schema)
+        numbers, label, index = [choose_array(vectors, wanted, file.name)], _label_columns(schema), ()
     else:
-        numbers, label = _number_and_label_columns(file, schema)
+        numbers, label = _number_and_label_columns(file, schema, index)
 
     def blocks(start: int, n: int = 0) -> Iterator[RowBlock]:
         group = int(np.searchsorted(ends, start, side="right"))
@@ -79,7 +85,7 @@ def parquet_rows(file: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES)
     width = len(numbers)
     if nested and n_rows:
         width = next(blocks(0, 1))[0].shape[1]
-    return TableRows(file.name, n_rows, width, blocks)
+    return TableRows(file.name, n_rows, width, blocks, index)
 
 
 def arrow_rows(folder: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES) -> TableRows:
@@ -143,6 +149,30 @@ def _numeric_columns(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if any(is_kind(field.type) for is_kind in kinds)]
 
 
+def _index_columns(schema: pa.Schema) -> tuple[str, ...]:
+    """Return the columns of whole numbers in which pandas or polars stored the number of each row."""
+    try:
+        marked = {name for name in (schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)}
+    except (ValueError, AttributeError, TypeError):
+        marked = set()
+    return tuple(
+        field.name
+        for field in schema
+        if pa.types.is_integer(field.type) and (field.name in marked or _INDEX_NAMES.fullmatch(field.name))
+    )
+
+
+def _nameless_first_column(file: Path, schema: pa.Schema) -> tuple[str, ...]:
+    """Return the first column of a CSV file if it alone has no name, as pandas and R write numbers of rows."""
+    with file.open("rb") as opened:
+        begins = opened.readline(3).removeprefix(b"\xef\xbb\xbf").startswith((b",", b";", b"\t", b'""'))
+    return tuple(
+        field.name
+        for field in list(schema)[:1]
+        if begins and _NAMELESS.fullmatch(field.name) and pa.types.is_integer(field.type)
+    )
+
+
 def _label_columns(schema: pa.Schema) -> list[str]:
     """Return the first column of texts, if there is one."""
     kinds = (pa.types.is_string, pa.types.is_large_string)
@@ -150,8 +180,8 @@ def _label_columns(schema: pa.Schema) -> list[str]:
     return [name for name, kind in plain.items() if any(is_kind(kind) for is_kind in kinds)][:1]
 
 
-def _number_and_label_columns(file: Path, schema: pa.Schema) -> tuple[list[str], list[str]]:
-    numbers = _numeric_columns(schema)
+def _number_and_label_columns(file: Path, schema: pa.Schema, index: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    numbers = [name for name in _numeric_columns(schema) if name not in index]
     if not numbers:
         raise UserError(f"activations.source: {file.name} has no numeric column; it has {', '.join(schema.names)}.")
     return numbers, _label_columns(schema)
