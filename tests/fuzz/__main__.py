@@ -57,7 +57,7 @@ class Worker:
         assert process.stdout
         process.stdin.write(f"{kind} {seed}\n")
         process.stdin.flush()
-        watch = threading.Timer(4 * LIMIT_SECONDS, process.kill)
+        watch = threading.Timer(20 * LIMIT_SECONDS, process.kill)
         watch.start()
         answer = process.stdout.readline()
         watch.cancel()

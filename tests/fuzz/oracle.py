@@ -20,7 +20,7 @@ from tests.support.hostile_text import ACTS
 from tests.support.small_pipeline import Ingredients, a_table, recipe_data, write_recipe, write_table
 
 LIMIT_SECONDS = 60
-"""A command on a few kilobytes that takes longer hangs."""
+"""A command on a few kilobytes that takes more time of the processor hangs."""
 _LONGEST_MESSAGE = 4000
 
 
@@ -100,13 +100,13 @@ def _limit(seconds: float) -> Iterator[None]:
     def ring(*_: object) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _place(error: BaseException) -> str:
