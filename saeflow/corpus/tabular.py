@@ -341,6 +341,8 @@ def _query_failures(what: str, files: Iterable[str] = ()) -> Iterator[None]:
         text, hint = message(error), ""
         if "Out of Memory" in text:
             hint = 'Leave out long columns that you do not need, e.g. sql = "select key, text from ..." under [corpus].'
+        elif "Binder Error" in text and what.startswith("corpus.files"):
+            hint = "corpus.sql can rename, cast or leave out columns."
         elif damaged := next(filter(_is_damaged, files), None):
             what, hint = f"corpus.files: {shown(damaged)} cannot be read", "Is it whole? Fetch it again."
         elif not isinstance(error, QUERY_ERRORS):
