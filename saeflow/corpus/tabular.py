@@ -340,6 +340,7 @@ def _query_failures(what: str, files: Iterable[str] = ()) -> Iterator[None]:
             raise
         text, hint = message(error), ""
         if "Out of Memory" in text:
+            text = first_line(error)  # the other lines name settings of DuckDB
             hint = 'Leave out long columns that you do not need, e.g. sql = "select key, text from ..." under [corpus].'
         elif "Binder Error" in text and what.startswith("corpus.files"):
             hint = "corpus.sql can rename, cast or leave out columns."
