@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from saeflow.recipe.section import PathFromRecipe, Section
+
+OPTIONS = frozenset(
+    {
+        *("account", "cores", "cuda_visible_devices", "dashboard_address", "death_timeout", "device_memory_limit"),
+        *("host", "image", "interface", "job_cpu", "job_mem", "lifetime", "lifetime_restart", "lifetime_stagger"),
+        *("local_directory", "log_directory", "memory", "memory_limit", "n_workers", "name", "namespace", "nanny"),
+        *("port", "processes", "project", "protocol", "queue", "resource_spec", "resources", "rmm_pool_size"),
+        *("scheduler_port", "silence_logs", "threads_per_worker", "walltime"),
+    }
+)
+"""What a recipe may say of a cluster. Options that name code or a line of a shell are not among these."""
+
+_PLAIN = re.compile(r"[\w .:,/@%+=-]*")
+"""Text that ends no line of a job's script, and that no shell expands."""
+
+
+def _texts(value: Any) -> list[str]:
+    """Return all texts in a value, keys too."""
+    if isinstance(value, dict | list | tuple):
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        return [text for each in inside for text in _texts(each)]
+    return [value] if isinstance(value, str) else []
 
 
 class ClusterConfig(Section):
@@ -41,7 +64,8 @@ class ClusterConfig(Section):
     )
     options: dict[str, Any] = Field(
         {},
-        description="More arguments for the cluster class of dask, dask_cuda, dask_jobqueue or dask_kubernetes.",
+        description="More arguments for the cluster class of dask, dask_cuda, dask_jobqueue or dask_kubernetes: sizes, "
+        "times, queues, names. What runs code, such as `preload`, stands in Dask's own configuration.",
     )
     wait_seconds: PositiveFloat = Field(60, description="Seconds to wait for the scheduler and the first worker.")
 
@@ -49,6 +73,22 @@ class ClusterConfig(Section):
     def starts(self) -> str | None:
         """The kind of cluster to start; None if the recipe names a running one."""
         return None if self.address or self.scheduler_file else self.kind or "local"
+
+    @field_validator("options")
+    @classmethod
+    def _name_no_code(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """A recipe may come from somebody else, or from Prefect's API."""
+        for name, value in options.items():
+            if name.lower() not in OPTIONS:
+                raise ValueError(
+                    f"{name[:80]!r} is no option that a recipe may set: it could name code. It may set "
+                    f"{', '.join(sorted(OPTIONS))}. Set others in Dask's own configuration (~/.config/dask)."
+                )
+            if wrong := [text for text in _texts(value) if not _PLAIN.fullmatch(text)]:
+                raise ValueError(
+                    f"{name} is {wrong[0][:80]!r}, but it may hold only letters, digits, spaces and . : , / @ % + = - _"
+                )
+        return options
 
     @model_validator(mode="after")
     def _is_one_cluster(self) -> ClusterConfig:

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from saeflow.recipe.cluster import ClusterConfig
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import load_recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
@@ -170,3 +171,30 @@ def test_fingerprints_do_not_depend_on_order_or_machine_and_tell_facts_apart():
     assert fingerprint({"a": 1, "b": "猫"}) == fingerprint({"b": "猫", "a": 1}) == "3ff501ca"
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     assert fingerprint(SAEConfig()) == fingerprint(SAEConfig().model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preload": "import os; os.system('touch ran')"},
+        {"preload_nanny": ["code.py"]},
+        {"worker_class": "evil.Worker"},
+        {"env": {"DASK_DISTRIBUTED__WORKER__PRELOAD": "code.py"}},
+        {"job_script_prologue": ["touch ran"]},
+        {"worker_extra_args": ["--preload", "code.py"]},
+        {"python": "/tmp/evil"},
+        {"plugins": ["evil"]},
+        {"queue": "short\ntouch ran"},
+        {"walltime": "$(touch ran)"},
+        {"resources": {"a; touch ran": 1}},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_of_a_cluster_name_no_code(options):
+    with pytest.raises(ValueError, match=r"could name code|may hold only letters"):
+        ClusterConfig(kind="slurm", n_workers=1, options=options)
+
+
+def test_options_of_a_cluster_say_sizes_times_and_queues():
+    options = {"memory": "16GB", "walltime": "04:00:00", "queue": "gpu-long", "resources": {"GPU": 1}, "cores": 4}
+    assert ClusterConfig(kind="slurm", n_workers=1, options=options).options == options

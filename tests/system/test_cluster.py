@@ -461,7 +461,7 @@ def test_a_kind_whose_package_is_missing_says_what_to_install(
 
 
 def test_options_that_the_class_does_not_know_are_refused_by_its_name(recipe: Recipe, alone: Store) -> None:
-    given = parse_recipe(plain(recipe) | {"cluster": {"kind": "local", "options": {"colour": "red"}}})
+    given = parse_recipe(plain(recipe) | {"cluster": {"kind": "local", "options": {"queue": "red"}}})
     with (
         pytest.raises(UserError, match=r"cluster\.kind is 'local', but LocalCluster refuses: [\s\S]*cluster\.options"),
         workers_of(alone, given),
