@@ -91,7 +91,8 @@ class TokenSelection:
         """Return int64 (S,): used tokens of every sequence of a part. Reads no tokens if the record says enough."""
         part = self.parts[index]
         whole = not self.generation.hidden.get(index) and not part.counts.get("n_removed_documents")
-        packed_tight = self.source.record.facts.get("packing") == "concatenated"
+        facts = self.source.record.facts
+        packed_tight = facts.get("packing") == "concatenated" and "special_tokens" not in facts
         if packed_tight and whole and not len(self._special):
             return self._tight_counts(part)
         return np.asarray(self.mask(index).sum(1))

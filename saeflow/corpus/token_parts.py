@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +24,58 @@ def ids_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[list[
     return list(tokenizer(texts, add_special_tokens=False, verbose=False, **literal)["input_ids"])
 
 
-def bos_ids(tokenizer: Any, config: TokensConfig) -> list[int]:
-    """Return the ids put before each document."""
-    habit = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    wanted = habit if config.prepend_bos is None else config.prepend_bos
-    if wanted and tokenizer.bos_token_id is None:
+@dataclass(frozen=True)
+class Frame:
+    """Vocabulary ids of the special tokens before and after a text."""
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    in_each_sequence: bool = False
+    """True if they stand around each stretch of a document in a sequence, False if only around the document."""
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.after)
+
+    def around(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        return np.concatenate([np.asarray(each, np.int32) for each in (self.before, ids, self.after)])
+
+
+def frame_of(tokenizer: Any, about: CorpusConfig, config: TokensConfig) -> Frame:
+    """Return the special tokens that the tokenizer's own call adds; BOS or none if the recipe says so.
+
+    An encoder's tokenizer (it has a mask token) and rows of one document have them in each sequence, as the tokenizer
+    itself cuts long texts. BOS alone stands only where a document begins.
+    """
+    if config.prepend_bos is None and about.token_ids:
+        return Frame()
+    if config.prepend_bos is None:
+        own, n_special = _own_frame(tokenizer), sum(map(len, special_tokens(tokenizer)))
+        if config.context_length <= n_special:
+            raise UserError(
+                f"tokens.context_length is {config.context_length}, but the tokenizer adds {n_special} special tokens."
+                f"\nSet at least {n_special + 1}, or tokens.prepend_bos = false to leave them out."
+            )
+        joined = config.packing == "concatenated" and tokenizer.mask_token_id is None
+        return replace(own, in_each_sequence=bool(n_special) and not joined)
+    if config.prepend_bos and tokenizer.bos_token_id is None:
         raise UserError("tokens.prepend_bos is true, but the tokenizer has no BOS token. Set it to false.")
-    return [tokenizer.bos_token_id] if wanted else []
+    return Frame((tokenizer.bos_token_id,) if config.prepend_bos else ())
+
+
+def _own_frame(tokenizer: Any) -> Frame:
+    """Return what the tokenizer's own call puts before and after the ids of a text."""
+    plain, whole = (tuple(tokenizer("a text 1", add_special_tokens=added)["input_ids"]) for added in (False, True))
+    starts = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
+    start = next(starts, None)
+    return Frame() if start is None else Frame(whole[:start], whole[start + len(plain) :])
+
+
+def special_tokens(tokenizer: Any) -> list[list[str]]:
+    """Return the names of the tokens that the tokenizer puts before and after a text; empty if BOS at most."""
+    own = _own_frame(tokenizer)
+    if own in (Frame(), Frame((tokenizer.bos_token_id,))):
+        return []
+    return [tokenizer.convert_ids_to_tokens(list(ids)) for ids in (own.before, own.after)]
 
 
 class Packed(NamedTuple):
@@ -39,16 +85,40 @@ class Packed(NamedTuple):
     documents: np.ndarray
 
 
-def pack(documents: Sequence[tuple[int, np.ndarray]], length: int, packing: str, pad: int) -> Packed:
-    """Lay documents, as (document_id, vocab ids), into rows of `length`; nothing is cut, the end is padded."""
+Stretch = tuple[int, np.ndarray]
+"""A document_id, or -1 for padding, and vocab ids."""
+
+
+def pack(documents: Sequence[Stretch], length: int, packing: str, pad: int, frame: Frame = Frame()) -> Packed:
+    """Lay documents into rows of `length`. Nothing is cut off, the end is padded.
+
+    If the frame is in each sequence, documents are given without it, and a row with too little room is padded.
+    """
     runs = [list(documents)] if packing == "concatenated" else [[document] for document in documents]
+    if frame.in_each_sequence:
+        runs = [list(_framed(run, length, pad, frame)) for run in runs]
     rows = [_rows(run, length, pad) for run in runs if sum(len(ids) for _, ids in run)]
     if not rows:
         return Packed(np.empty((0, length), np.int32), np.empty((0, length), np.int64))
     return Packed(np.concatenate([ids for ids, _ in rows]), np.concatenate([owners for _, owners in rows]))
 
 
-def _rows(run: Sequence[tuple[int, np.ndarray]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+def _framed(run: Sequence[Stretch], length: int, pad: int, frame: Frame) -> Iterator[Stretch]:
+    """Cut documents where sequences end, and put the special tokens around each stretch."""
+    left = length
+    for owner, ids in run:
+        start = 0
+        while start < len(ids) or not start:  # an empty document has special tokens, too
+            if left < len(frame) + min(len(ids), 1):
+                yield -1, np.full(left, pad, np.int32)
+                left = length
+            stretch = frame.around(ids[start : start + left - len(frame)])
+            yield owner, stretch
+            start += max(len(stretch) - len(frame), 1)
+            left = left - len(stretch) or length
+
+
+def _rows(run: Sequence[Stretch], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     n_tokens = sum(len(ids) for _, ids in run)
     shape = (-(-n_tokens // length), length)
     vocab_ids = np.full(shape, pad, np.int32)
@@ -84,8 +154,7 @@ class TokenPartWriter:
         self.metadata = pa.schema([])
         self.n_sequences = self.n_documents = 0
         self.n_vocab = 1 + max(tokenizer.get_vocab().values())
-        as_it_is = about.token_ids is not None and config.prepend_bos is None
-        self.bos = [] if as_it_is else bos_ids(tokenizer, config)
+        self.frame = frame_of(tokenizer, about, config)
         self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
     def open_corpus(self, ledger: Ledger) -> Iterator[Entry]:
@@ -110,7 +179,7 @@ class TokenPartWriter:
 
     def tokenised(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
         for entry, ids in zip(entries, self._ids(entries), strict=True):
-            yield entry, np.concatenate([np.array(self.bos, np.int32), np.asarray(ids, np.int32)])
+            yield entry, np.asarray(ids, np.int32) if self.frame.in_each_sequence else self.frame.around(ids)
 
     def _ids(self, entries: Sequence[Entry]) -> Sequence[Sequence[int]]:
         if not entries:
@@ -132,7 +201,8 @@ class TokenPartWriter:
     def write(self, index: int, tokenised: Sequence[tuple[Entry, np.ndarray]]) -> PartRecord:
         numbered = [(self.n_documents + i, entry, ids) for i, (entry, ids) in enumerate(tokenised)]
         sides = [[(n, ids) for n, entry, ids in numbered if entry.held_out == wanted] for wanted in (False, True)]
-        train, held_out = (pack(s, self.config.context_length, self.config.packing, self.pad) for s in sides)
+        about = self.config.context_length, self.config.packing, self.pad, self.frame
+        train, held_out = (pack(side, *about) for side in sides)
         both = Packed(*map(np.concatenate, zip(train, held_out, strict=True)))
         counts = {
             "first_sequence": self.n_sequences,
@@ -147,17 +217,17 @@ class TokenPartWriter:
 
     def _documents(self, numbered: list[tuple[int, Entry, np.ndarray]], packed: Packed) -> pa.Table:
         owners = packed.documents.reshape(-1)
-        names, first = np.unique(owners, return_index=True)
-        first_token = dict(zip(names.tolist(), first.tolist(), strict=True))
+        names, *found = (each.tolist() for each in np.unique(owners, return_index=True, return_counts=True))
+        places = dict(zip(names, zip(*found, strict=True), strict=True))
         base = self.n_sequences * self.config.context_length
-        begins = [base + first_token[n] if n in first_token else None for n, _, _ in numbered]
         rows = [
             {
                 **e.document.metadata, "document_id": n, "key": e.key, "source": e.document.source,
-                "content_hash": e.document.content_hash, "held_out": e.held_out, "n_tokens": len(ids),
-                "first_token_id": begin,
+                "content_hash": e.document.content_hash, "held_out": e.held_out,
+                "n_tokens": places[n][1] if n in places else 0,
+                "first_token_id": base + places[n][0] if n in places else None,
             }
-            for (n, e, ids), begin in zip(numbered, begins, strict=True)
+            for n, e, _ in numbered
         ]  # fmt: skip
         metadata = [pa.field(field.name, field.type) for field in self.metadata]
         return pa.Table.from_pylist(rows, pa.schema([*_DOCUMENTS, *metadata]))

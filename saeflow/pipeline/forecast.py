@@ -15,7 +15,7 @@ from typing import Any
 from saeflow.activations.shards import ITEM_BYTES
 from saeflow.corpus import sources
 from saeflow.corpus.document import is_held_out
-from saeflow.corpus.token_parts import bos_ids, ids_of
+from saeflow.corpus.token_parts import frame_of, ids_of
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.trial import try_out
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
@@ -146,7 +146,7 @@ def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any], n_token
 
 
 def count_tokens(recipe: Recipe, surveyed: Survey) -> int:
-    """Estimate the tokens of the corpus from those of all pieces of the sample, and a BOS for each document."""
+    """Estimate the tokens of the corpus from those of all pieces of the sample, and special tokens of each document."""
     assert recipe.model is not None
     assert recipe.corpus is not None
     if recipe.corpus.token_ids:
@@ -154,7 +154,17 @@ def count_tokens(recipe: Recipe, surveyed: Survey) -> int:
     tokenizer = load_tokenizer(recipe.model)
     counted = ids_of(tokenizer, [piece for piece in surveyed.pieces if isinstance(piece, str)], recipe.tokens)
     share = surveyed.n_characters / max(1, sum(map(len, surveyed.pieces)))
-    return round(sum(map(len, counted)) * share) + surveyed.n_documents * len(bos_ids(tokenizer, recipe.tokens))
+    frame, n_text = frame_of(tokenizer, recipe.corpus, recipe.tokens), sum(map(len, counted)) * share
+    n_frames: float = surveyed.n_documents
+    if frame.in_each_sequence:
+        room = recipe.tokens.context_length - len(frame)
+        own_rows = recipe.tokens.packing == "isolated"
+        n_frames = (
+            max(n_frames, sum(-(-len(ids) // room) for ids in counted) * share)
+            if own_rows
+            else n_frames + n_text / room
+        )
+    return round(n_text + n_frames * len(frame))
 
 
 def part_size(recipe: Recipe, characters_per_token: float) -> float:

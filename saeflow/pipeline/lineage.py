@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,15 +15,17 @@ import pyarrow.parquet as pq
 from saeflow.activations.shards import stored_sites
 from saeflow.activations.tables.source import source_checksum
 from saeflow.corpus.selection import TokenSelection
-from saeflow.model.load import model_fingerprint
+from saeflow.corpus.token_parts import special_tokens
+from saeflow.model.load import load_tokenizer, model_fingerprint
 from saeflow.model.sites import Site, choose_site, site_pair
-from saeflow.recipe.fingerprint import fingerprint, settings_that_count
+from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import ModelConfig, SAEConfig
 from saeflow.sae import formats
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import checksum_once, read_json
-from saeflow.store.records import Generation
+from saeflow.store.records import Generation, read_or_empty, write_checked
+from saeflow.store.storage.bucket import cache_folder
 from saeflow.store.store import Store
 
 _NO_SETTINGS = {"checkpoint_seconds", "device"}
@@ -92,10 +95,13 @@ class Lineage:
         if recipe.model is None:
             return table_facts(recipe)
         assert recipe.corpus is not None
+        tokenizer = ModelConfig(path=recipe.model.path, revision=recipe.model.revision)
+        own = recipe.tokens.prepend_bos is None and not recipe.corpus.token_ids
         return {
             "corpus": settings_that_count(recipe.corpus),
-            "tokenizer": model_fingerprint(ModelConfig(path=recipe.model.path, revision=recipe.model.revision)),
+            "tokenizer": model_fingerprint(tokenizer),
             **settings_that_count(recipe.tokens),
+            **(_special_tokens_fact(tokenizer) if own else {}),
         }
 
     @cached_property
@@ -307,6 +313,23 @@ def table_facts(recipe: Recipe) -> dict[str, Any]:
         "held_out": recipe.corpus.held_out if recipe.corpus else 0.0,
         **({"source_array": about.source_array} if about.source_array else {}),
     }
+
+
+def _special_tokens_fact(model: ModelConfig) -> dict[str, Any]:
+    """Return the special tokens that its tokenizer puts around texts; nothing if BOS at most, as in earlier versions.
+
+    The user's cache keeps the answer, as some tokenizers take ten seconds to load.
+    """
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, RuntimeError):  # there may be no cache
+        about = fingerprint(model_fingerprint(model), version("transformers"))
+        path = cache_folder(f"tokenizer://{about}") / "special_tokens.json"
+        known = read_or_empty(path)
+        if "names" not in known:
+            known = {"format_version": FORMAT_VERSION, "names": special_tokens(load_tokenizer(model))}
+            write_checked(path, known)
+    names = known["names"] if "names" in known else special_tokens(load_tokenizer(model))
+    return {"special_tokens": names} if names else {}
 
 
 def hidden_fact(generation: Generation) -> dict[str, str]:

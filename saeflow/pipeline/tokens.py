@@ -70,6 +70,7 @@ def _open_maker(lineage: Lineage, about: CorpusConfig) -> TokenPartWriter:
     recipe, target = lineage.recipe, lineage.tokens
     assert recipe.model is not None
     tokenizer = load_tokenizer(recipe.model)
+    maker = TokenPartWriter(target, tokenizer, about, recipe.tokens)
     files = [file for file in target.record.files if file.name == "vocab.parquet"] if target.exists() else []
     if not files or list(target.missing_files(target.path, files, full=True)):
         make_folder(target.path)
@@ -77,7 +78,7 @@ def _open_maker(lineage: Lineage, about: CorpusConfig) -> TokenPartWriter:
         target.create(lineage.token_facts, files=["vocab.parquet"])
         target.add_files(["vocab.parquet"])  # the same table has other bytes under another pyarrow
         target.storage.send(target.path / "vocab.parquet")
-    return TokenPartWriter(target, tokenizer, about, recipe.tokens)
+    return maker
 
 
 def _append(

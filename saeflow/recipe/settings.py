@@ -101,7 +101,8 @@ class TokensConfig(Section):
     prepend_bos: bool | None = Field(
         None,
         examples=[True],
-        description="Start each document with the BOS token. Default: whatever the tokenizer does.",
+        description="true: BOS alone before each document. false: no special tokens. Default: those that the "
+        "tokenizer itself adds, such as BOS, or [CLS] and [SEP].",
     )
     parse_special: bool = Field(
         False,

@@ -143,10 +143,9 @@ class Store:
             return ""
         mine, theirs = _flat(facts), _flat(others[-1].record.facts)
         names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
-        return (
-            f"{target.kind}: a new artefact beside {others[-1].id}, because of {', '.join(names)}. "
-            "To go on with that one, set them as they were."
-        )
+        because = ", ".join(_NO_SETTINGS.get(name, name) for name in names)
+        way_back = "" if set(names) <= set(_NO_SETTINGS) else " To go on with that one, set them as they were."
+        return f"{target.kind}: a new artefact beside {others[-1].id}, because of {because}.{way_back}"
 
     def require_free(self, n_bytes: int, purpose: str) -> None:
         """Refuse to start work that the disk cannot hold. A bucket tells nobody how much it holds."""
@@ -164,6 +163,12 @@ def _time_of(record: Path) -> int | None:
         return record.stat().st_mtime_ns
     except OSError as error:
         return 0 if is_refusal(error) else None
+
+
+_NO_SETTINGS = {
+    "special_tokens": "special_tokens (the tokenizer's own, such as [CLS] and [SEP], which earlier versions left out)"
+}
+"""Facts that no setting brings back, in words."""
 
 
 def storage_of(name: str | Path, cache: Callable[[str], Path] = cache_folder) -> Storage:

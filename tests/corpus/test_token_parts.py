@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeflow.corpus.document import is_held_out
-from saeflow.corpus.token_parts import bos_ids, pack
+from saeflow.corpus.token_parts import frame_of, pack
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import TokensConfig
+from saeflow.recipe.settings import CorpusConfig, TokensConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
@@ -293,7 +293,7 @@ def test_bos_that_the_tokenizer_does_not_have_is_refused(tokenizer):
             return dict(tokenizer(text))
 
     with pytest.raises(UserError, match=r"tokens\.prepend_bos is true, but .* no BOS token\. Set it to false"):
-        bos_ids(WithoutBos(), TokensConfig(prepend_bos=True))
+        frame_of(WithoutBos(), CorpusConfig(), TokensConfig(prepend_bos=True))
 
 
 @pytest.mark.parametrize("parse", [False, True])
