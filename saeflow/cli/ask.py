@@ -28,6 +28,7 @@ from saeflow.cli.common import (
     print_line,
     print_note,
     require_place,
+    whole_file,
 )
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.terminal import write_text
@@ -232,7 +233,8 @@ def _write_text(text: str, path: Path | None) -> None:
     if path is None:
         write_text(text, out)
     else:
-        path.write_text(text + "\n", "utf-8")
+        with whole_file(path) as temporary:
+            temporary.write_text(text + "\n", "utf-8")
 
 
 def _standard_input() -> str:

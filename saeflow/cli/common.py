@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -122,6 +123,29 @@ def require_place(path: Path) -> None:
         raise UserError(f"There is no folder {path.parent} for {path.name}. Make it, or choose another.")
     if path.is_dir():
         raise UserError(f"{path} is a folder. Name a file in it.")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a file beside `path` that takes its place once it is written whole: an answer never is half of one.
+
+    A device or pipe is written itself.
+    """
+    from saeflow.store.files import replacing
+
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(replacing(target))
+        try:
+            yield temporary
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if target.exists():
+            shutil.copymode(target, temporary)
 
 
 def create_store(option: str | None, recipe: Recipe, quiet: bool) -> Store:

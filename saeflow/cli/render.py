@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow.cli.common import Format
+from saeflow.cli.common import Format, whole_file
 from saeflow.cli.screen import render_table
 from saeflow.cli.text_formats import ROWS_AT_ONCE, as_csv, as_json, as_json_lines, harmless_for_terminal
 from saeflow.runtime.errors import UserError
@@ -35,7 +35,7 @@ def write_answer(table: pa.Table, format: Format, target: Path | None = None, co
     if format == "table":
         _write_table(table, target, console)
     elif target is not None:
-        with target.open("wb") as file:
+        with whole_file(target) as temporary, temporary.open("wb") as file:
             file.writelines(_pieces(table, format))
     else:
         write_exactly(
@@ -45,9 +45,10 @@ def write_answer(table: pa.Table, format: Format, target: Path | None = None, co
 
 def _write_table(table: pa.Table, target: Path | None, console: Terminal | None) -> None:
     if target is None:
-        return render_table(table, console)
-    with target.open("w", encoding="utf-8") as file:
-        return render_table(table, Terminal(file=file, width=160))
+        render_table(table, console)
+        return
+    with whole_file(target) as temporary, temporary.open("w", encoding="utf-8") as file:
+        render_table(table, Terminal(file=file, width=160))
 
 
 def _pieces(table: pa.Table, format: Format) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -230,6 +231,11 @@ def _import(lineage: Lineage, progress: Progress) -> None:
     wanted = others[0] if others else x
     judged = Judged(Reconstruction(wanted.shape[1]), Firing(sae.config.n_features))
     judged.add(x, wanted, sae)
+    if not math.isfinite(judged.reconstruction.error):
+        raise UserError(
+            f"The SAE in {found.weights.parent} gives NaN or infinite values on the first tokens, so it is not imported.\n"
+            "Was it trained on activations of this site, at this scale?"
+        )
     row = {
         "step": 0, "batch_rows": len(x), "l0": judged.firing.l0 if len(x) else 0.0,
         "variance_unexplained": judged.reconstruction.variance_unexplained,

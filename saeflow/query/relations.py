@@ -31,7 +31,8 @@ _OPTIONAL = {**PART_TABLES, **RUN_TABLES, "labels": LABELS}
 def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -> dict[str, str]:
     """Return SQL for each table of a run, without values in the ranges of token_id `left_out`, both ends included.
 
-    Statistics there still count the tokens of the `hidden` documents: entries and sources of these alone are left out.
+    Tokens of the `hidden` documents are padding, as compaction will write them, and their rows are left out. Statistics
+    of the ranges still count them: entries and sources of these documents alone are left out.
     """
     found = {
         "tokens": _read_files(files["tokens"]),
@@ -39,11 +40,29 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
         "vocab": _read_files(files["vocab"]),
         "vocab_blocks": _vocab_blocks(files.get("vocab_blocks", ()), files["tokens"]),
     }
+    found |= _without_hidden(found, hidden) if hidden else {}
     found |= {order: _select_values(order, files[order], left_out) for order in ORDERS}
     for table, schema in _OPTIONAL.items():
         options = "filename = true" if table == "feature_stats" else ""
         found[table] = _read_files(files[table], options) if files.get(table) else _no_rows(schema)
     return found | (_without_secrets(found, hidden) if left_out else {})
+
+
+def _without_hidden(found: Mapping[str, str], hidden: Sequence[int]) -> dict[str, str]:
+    """Return tokens, documents and blocks of vocabulary ids as they are after the hidden documents are removed."""
+    gone = f"document_id in (select unnest({literal(list(hidden))}::bigint[]))"
+    marked = f"(select *, coalesce({gone}, false) as is_gone from {found['tokens']})"
+    masked = (
+        "(select * exclude (is_gone) replace (if(is_gone, 0, vocab_id) as vocab_id, "
+        f"if(is_gone, null, document_id) as document_id, mask and not is_gone as mask) from {marked})"
+    )
+    touched = f"(select distinct token_id // {BLOCK_TOKENS} from {found['tokens']} where {gone})"
+    blocks = (
+        f"(select * from {found['vocab_blocks']} where block_id not in {touched} union all "
+        f"{_blocks_of(f'(select * from {masked} where token_id // {BLOCK_TOKENS} in {touched})')})"
+    )
+    documents = f"(select * from {found['documents']} where not {gone})"
+    return {"tokens": masked, "documents": documents, "vocab_blocks": blocks}
 
 
 def _without_secrets(found: Mapping[str, str], hidden: Sequence[int]) -> dict[str, str]:
@@ -113,12 +132,16 @@ def _vocab_blocks(paths: Sequence[str], tokens: Sequence[str]) -> str:
     lacking = _without_blocks(paths, tokens)
     parts = [f"select * from {_read_files(paths)}"] if paths else []
     if lacking:
-        parts.append(
-            f"select token_id // {BLOCK_TOKENS} as block_id, min(token_id) as first_token_id, "
-            "count(*)::integer as n_tokens, unhex(string_agg(printf('%08x', vocab_id), '' order by token_id)) "
-            f"as vocab_ids from {_read_files(lacking)} group by block_id"
-        )
+        parts.append(_blocks_of(_read_files(lacking)))
     return f"({' union all '.join(parts)})"
+
+
+def _blocks_of(tokens: str) -> str:
+    return (
+        f"select token_id // {BLOCK_TOKENS} as block_id, min(token_id) as first_token_id, "
+        "count(*)::integer as n_tokens, unhex(string_agg(printf('%08x', vocab_id), '' order by token_id)) "
+        f"as vocab_ids from {tokens} group by block_id"
+    )
 
 
 def _no_rows(schema: pa.Schema) -> str:

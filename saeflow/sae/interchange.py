@@ -7,6 +7,7 @@ biases, in float64.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,21 @@ def save(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _saelens_tensors(sae).items()}
+    require_finite(tensors, f"The SAE in {folder}")
     write_tensors(folder / WEIGHTS, tensors)
     cfg = _saelens_cfg(sae, metadata)
     (folder / CFG).write_text(json.dumps(cfg, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError if a weight is NaN or infinite: nothing could be encoded with it."""
+    for name, tensor in tensors.items():
+        n_bad = tensor.numel() - int(tensor.isfinite().sum())
+        if n_bad:
+            raise UserError(
+                f"{what}: {n_bad:,} of {tensor.numel():,} values of {name} are NaN or infinite in float32, so nothing is "
+                "published.\nThe weights or the activations are too large: bring the activations to a smaller scale."
+            )
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -66,6 +79,7 @@ def load(folder: Path, threads: int = 1) -> SparseAutoencoder:
     with torch.no_grad():
         for name, value in values.items():
             getattr(sae, name).copy_(value)
+    require_finite({name: getattr(sae, name) for name in values if name != "log_threshold"}, str(found.weights))
     return sae.eval()
 
 

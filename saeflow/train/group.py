@@ -27,6 +27,7 @@ from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
+from saeflow.store.records import Damaged
 from saeflow.store.store import Store
 from saeflow.train.training import CHECKPOINT, FeedBatch, Training, interrupts_wait, is_checkpoint, sample_rows
 
@@ -133,18 +134,24 @@ class TrainingGroup:
         rows = sample_rows(self.feed)
         for job in self.jobs:
             for restart in range(job.recipe.train.restarts):
-                job.trainings.append(self._restored(job, Training.begin(self.feed, job.recipe, restart, rows), restart))
+                job.trainings.append(self._restored(job, restart, rows))
                 if job.recipe.train.tensorboard:
                     folder = Path(job.recipe.train.tensorboard) / job.target.id
                     folder = folder / f"restart-{restart}" if job.recipe.train.restarts > 1 else folder
                     job.boards.append(open_board(folder, job.trainings[-1].step))
 
-    def _restored(self, job: TrainingJob, training: Training, restart: int) -> Training:
-        """Return the training as its checkpoint has it, if there is one; in a bucket it may be from another machine."""
+    def _restored(self, job: TrainingJob, restart: int, rows: tuple[torch.Tensor, ...]) -> Training:
+        """Return the training as its checkpoint has it, or begun anew; in a bucket it may be from another machine."""
         folder = job.folder(restart)
         if not is_checkpoint(folder):  # a fetch may have been killed between two files
             job.target.storage.bring_back(folder, CHECKPOINT)
-        if training.restore(folder) and not training.done:
+        training = Training.begin(self.feed, job.recipe, restart, rows)
+        try:
+            restored = training.restore(folder)
+        except Damaged as error:
+            self.progress.say(f"train: {error}; {training.name} begins anew")
+            return Training.begin(self.feed, job.recipe, restart, rows)
+        if restored and not training.done:
             which = f"{training.name} " if len(self.jobs) > 1 else ""
             self.progress.say(f"train: {which}continuing at step {training.step} of {training.n_steps}")
         return training

@@ -13,21 +13,22 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from saeflow.activations.feed import Feed
+from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import TrainConfig
 from saeflow.runtime.devices import choose_device, to_device
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.threads import n_threads
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.interchange import write_tensors
+from saeflow.sae.interchange import read_tensors, write_tensors
 from saeflow.sae.loss import StepInfo
-from saeflow.store.files import flush, make_folder, read_json, rename, write_json
+from saeflow.store.files import checksum, flush, make_folder, rename
 from saeflow.store.links import is_file, remove, unlinked
+from saeflow.store.records import Damaged, damaged, is_refusal, read_checked, write_checked
 from saeflow.train import schedules
 from saeflow.train.resample import resample_dead
 
@@ -206,7 +207,8 @@ class Training:
         flush(fresh / STATE)  # before the other file, which says that the checkpoint is complete
         product = str(self.sae.product_dtype).removeprefix("torch.")  # chosen once, by measurement
         about = {"step": self.step, "scales": self.scales, "product": product, "log": self.log}
-        write_json(fresh / CHECKPOINT, about)
+        proof = {"format_version": FORMAT_VERSION, "checksum": checksum(fresh / STATE)}
+        write_checked(fresh / CHECKPOINT, about | proof)
         require()
         remove(whole)
         rename(fresh, whole)
@@ -214,31 +216,37 @@ class Training:
         rename(whole, folder)
 
     def restore(self, folder: Path) -> bool:
-        """Continue from the newest complete checkpoint, which then lies in `folder`; return False if there is none.
+        """Continue from the newest whole checkpoint, which then lies in `folder`; return False if there is none.
 
-        Raises UserError if the checkpoint cannot be read.
+        Raises Damaged if none of those that are there is whole: begin anew then. Raises UserError if the system refuses
+        to read one.
         """
-        fresh = folder.with_name(folder.name + ".new")
-        if not is_checkpoint(folder):
-            if not is_checkpoint(fresh):
-                return False
-            remove(folder)
-            rename(fresh, folder)  # the next `save` begins by removing `.new`
-        try:
-            self._load(folder)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"{self.name}: The checkpoint {folder} cannot be read ({type(error).__name__}: {error}).\n"
-                "Delete that folder, and the training begins anew."
-            ) from error
-        return True
+        fresh, errors = folder.with_name(folder.name + ".new"), []
+        for place in filter(is_checkpoint, (folder, fresh)):
+            try:
+                self._load(place)
+            except _NONSENSE as error:
+                if is_refusal(error):
+                    raise damaged(place, error) from error
+                errors.append(f"The checkpoint {place} is damaged ({first_line(error)})")
+                continue
+            if place == fresh:
+                remove(folder)
+                rename(fresh, folder)  # the next `save` begins by removing `.new`
+            return True
+        if errors:
+            raise Damaged("\n".join(errors))
+        return False
 
     def _load(self, folder: Path) -> None:
-        tensors, about = load_file(unlinked(folder / STATE)), read_json(folder / CHECKPOINT)
+        about = read_checked(folder / CHECKPOINT)
+        tensors = read_tensors(unlinked(folder / STATE))
         with safe_open(folder / STATE, "pt") as file:
-            step = (file.metadata() or {}).get("step", str(about["step"]))  # an earlier saeflow did not write it
+            step = (file.metadata() or {}).get("step", str(about["step"]))
         if step != str(about["step"]):
             raise ValueError(f"{STATE} is of step {step}, {CHECKPOINT} of step {about['step']}")
+        if "checksum" in about and about["checksum"] != checksum(folder / STATE):  # an earlier saeflow did not write it
+            raise ValueError(f"the checksum of {STATE} is wrong")
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -251,6 +259,10 @@ class Training:
         self.step, self.scales, self.log = int(about["step"]), tuple(map(float, scales)), list(about["log"])
 
 
+_NONSENSE = (Damaged, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+"""What a checkpoint that is not whole raises."""
+
+
 def is_checkpoint(folder: Path) -> bool:
     """True if the folder holds a complete checkpoint."""
     return all(is_file(folder / name) for name in (CHECKPOINT, STATE))
@@ -260,6 +272,11 @@ def mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:
     """Return the mean (D), and the factor that brings the rows' mean squared distance from it to D."""
     mean = rows.mean(0)
     spread = (rows - mean).square().sum(1).mean().item()
+    if not math.isfinite(spread):
+        raise UserError(
+            f"The activations are too large: squares of {rows.abs().max():.3g} do not fit into float32.\n"
+            "Bring them to a smaller scale, or choose another site."
+        )
     if not spread > 0:
         raise UserError("All activations are equal; there is nothing to learn. Check the site and the corpus.")
     return mean, math.sqrt(rows.shape[1] / spread) if normalise else 1.0

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -397,3 +398,32 @@ def test_a_store_whose_path_reads_like_sql_is_read(tmp_path: Path) -> None:
     for folder in ("from tokens where", "context(1)", "x\ny", "join stg_tokens"):
         with connect(Given().write(tmp_path / folder)) as connection:
             assert ask(connection, "top_tokens", [0]).num_rows == 4
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet", "txt", "sql"])
+def test_a_file_of_an_answer_stays_as_it_was_if_the_new_one_finds_no_room(saeflow, store, tmp_path, ending):
+    path, folder = tmp_path / f"answer.{ending}", set(tmp_path.iterdir())
+    path.write_text("the old answer")
+    path.chmod(0o640)
+    words = ("sql", "--script") if ending == "sql" else ("sql", "select range, repeat('x', 100) from range(900)")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        said = saeflow(*words, "--store", store.root, "-o", path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert said.code == 2, said.err
+    assert path.read_text() == "the old answer"
+    assert set(tmp_path.iterdir()) == {*folder, path}, "nothing half written is left"
+    assert saeflow(*words, "--store", store.root, "-o", path).code == 0
+    assert path.stat().st_size > 300
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_an_answer_may_go_to_a_device_or_through_a_link(saeflow, store, tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "answer.csv")
+    assert saeflow("sql", "select 1 as a", "--store", store.root, "-o", tmp_path / "link.csv").code == 0
+    assert (tmp_path / "answer.csv").read_text() == "a\n1\n"
+    assert (tmp_path / "link.csv").is_symlink()
+    assert saeflow("sql", "select 1 as a", "--store", store.root, "-f", "csv", "-o", "/dev/null").code == 0
+    assert not Path("/dev/null").is_file()

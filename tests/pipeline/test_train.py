@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.store.files import read_json
+from saeflow.store.files import read_json, write_json
+from saeflow.store.records import Damaged
 from saeflow.store.store import Store
 from saeflow.train import schedules, training
 from saeflow.train.group import fit
@@ -176,9 +178,9 @@ def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_
     recipe = recipe_of(table)
     begun = Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     done: list[str] = []
-    write = training.write_json
+    write = training.write_checked
     monkeypatch.setattr(training, "flush", lambda path: done.append(path.name))
-    monkeypatch.setattr(training, "write_json", lambda path, value: (done.append(path.name), write(path, value)))
+    monkeypatch.setattr(training, "write_checked", lambda path, value: (done.append(path.name), write(path, value)))
     begun.save(tmp_path / "checkpoint")
     assert done == ["state.safetensors", "state.json"]
 
@@ -210,14 +212,61 @@ def test_a_training_whose_lease_is_lost_leaves_the_checkpoint_of_the_next_owner_
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "own"}
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path: Path, share: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(share * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
-def test_a_checkpoint_that_cannot_be_read_is_named_with_the_way_out(stored, table, tmp_path, name):
+@pytest.mark.parametrize(
+    "harm", [cut, partial(flip, share=0.0), partial(flip, share=0.4), partial(flip, share=0.9)],
+    ids=["cut", "first byte", "at 40%", "at 90%"],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_never_gone_on_with(stored, table, tmp_path, name, harm):
     recipe = recipe_of(table)
     begun = Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     begun.save(tmp_path / "checkpoint")
-    (tmp_path / "checkpoint" / name).write_bytes(b"{")
-    with pytest.raises(UserError, match=rf"checkpoint {tmp_path}/checkpoint cannot be read .*\nDelete that folder"):
+    harm(tmp_path / "checkpoint" / name)
+    with pytest.raises(Damaged, match=rf"checkpoint {tmp_path}/checkpoint is damaged"):
         begun.restore(tmp_path / "checkpoint")
+    begun.step = 7
+    begun.save(tmp_path / "checkpoint.new")
+    begun.step = 0
+    assert begun.restore(tmp_path / "checkpoint"), "the other one is whole"
+    assert begun.step == 7
+
+
+def test_a_training_whose_checkpoint_was_damaged_begins_anew_says_so_and_ends_equal(store, stored, table, tmp_path):
+    recipe = recipe_of(table)
+    shutil.copytree(stored.root, tmp_path / "undisturbed")
+    train.run(Lineage(Store(tmp_path / "undisturbed"), recipe), quiet())
+    with pytest.raises(KeyboardInterrupt):
+        train.run(Lineage(store, recipe), stopping_after(2000, KeyboardInterrupt))
+    [state] = (store.root / "tmp").rglob("state.safetensors")
+    flip(state, 0.5)
+    said: list[str] = []
+    loud = quiet()
+    loud.say = lambda text, verbosity=0: said.append(text)
+    train.run(Lineage(store, recipe), loud)
+    assert any("the checksum of state.safetensors is wrong" in line and "begins anew" in line for line in said)
+    assert tree(store.root) == tree(tmp_path / "undisturbed")
+
+
+def test_a_checkpoint_of_an_earlier_saeflow_has_no_checksum_and_is_gone_on_with(stored, table, tmp_path):
+    recipe = recipe_of(table)
+    begun = Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
+    begun.step = 5
+    begun.save(tmp_path / "checkpoint")
+    about = read_json(tmp_path / "checkpoint" / "state.json")
+    write_json(tmp_path / "checkpoint" / "state.json", {k: about[k] for k in ("step", "scales", "product", "log")})
+    begun.step = 0
+    assert begun.restore(tmp_path / "checkpoint")
+    assert begun.step == 5
 
 
 def test_a_second_run_trains_nothing(store, table):

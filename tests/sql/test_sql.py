@@ -408,6 +408,26 @@ def test_a_forgotten_document_is_nowhere(tmp_path):
         assert not any(rows.num_rows for _, rows in check(connection))
 
 
+@pytest.mark.parametrize("given", [Given(), Given(n_token_parts=2, n_parts=2), Given(is_early=True)])
+def test_every_view_hides_a_forgotten_document_at_once_also_those_of_the_files(tmp_path, given):
+    given.hidden, given.values = [0], [row for row in VALUES if row[0] >= 5]
+    with connect(given.write(tmp_path)) as connection:
+        views = query(connection, "select table_name from information_schema.tables where table_schema = 'demo'")
+        for name in views.column(0).to_pylist():
+            rows = query(connection, f"from {name}").to_pylist()
+            assert not any(row.get("key") == "emma" for row in rows), name
+            if name != "src_hidden":
+                assert not any(row.get("document_id") == 0 for row in rows), name
+        shown = query(connection, "select token_id, vocab_id, mask from src_tokens order by token_id").to_pylist()
+        assert [row["token_id"] for row in shown] == list(range(len(shown))), "no number changes"
+        assert [(row["vocab_id"], row["mask"]) for row in shown[:5]] == [(0, False)] * 5
+        blocks = query(connection, "from src_vocab_blocks order by block_id").to_pylist()
+        ids = b"".join(block["vocab_ids"] for block in blocks)
+        assert [int.from_bytes(ids[i : i + 4], "big") for i in range(0, len(ids), 4)][:5] == [0] * 5
+        assert ask(connection, "context", [5]).num_rows == 1
+        assert not any(rows.num_rows for _, rows in check(connection))
+
+
 def test_contexts_are_right_where_blocks_and_parts_end(tmp_path):
     documents = [Document(f"d{i}", "a", [b"%d," % (7 * i + j) for j in range(n)]) for i, n in enumerate((601, 3, 1100))]
     given = Given(documents=documents, n_token_parts=2, values=[])
