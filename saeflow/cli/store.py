@@ -159,30 +159,46 @@ def verify_command(
 def forget_command(
     keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys of documents; see the view `documents`.")],
     store: StoreOption = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Let forgotten documents come in again.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Hide documents at once, in every view and in training.
+    """Hide documents at once, in every view and in training. No recipe of the store takes them in again.
+
+    Documents with the same text are hidden, too.
 
     Example: `saeflow forget letters/017 letters/018`
     """
-    from saeflow.pipeline.lifecycle.forget import forget
+    from saeflow.pipeline.lifecycle.forget import forget, remember
     from saeflow.query import catalog
     from saeflow.runtime.progress import Progress
     from saeflow.store.store import Store, store_path
 
     opened = Store.open(store_path(store))
+    if undo:
+        back = remember(opened, keys)
+        for name, n in back.items():
+            print_line(sanitise(f"{name}: {n} documents may come in again"))
+        print_line("They are read from the corpus by the next run: saeflow run RECIPE")
+        return
     done = forget(opened, keys, Progress(err, -1 if quiet else 0))
     catalog.write_catalog(opened)
     for line in [] if quiet else _describe_forgotten(done):
         print_line(sanitise(line))
     for name, why in done.waiting.items():
-        line = f"{name}: parts with them are left out of every answer until encoded again: {why}"
-        print_note(sanitise(line))
+        print_note(
+            sanitise(
+                f"{name}: values of their parts are left out of every answer. Where parts are compacted, statistics of "
+                "features (counts, sums, maxima, histograms, coactivation) still count them.\n"
+                f"Make both new with `saeflow encode RECIPE`. It cannot be done now: {why}"
+            )
+        )
 
 
 def _describe_forgotten(done: Forgotten) -> Iterator[str]:
     yield from (f"{key!r} is forgotten already" for key in done.already)
     yield from (f"{name}: {n} documents hidden" for name, n in done.documents.items())
+    if done.same_texts:
+        yield f"{done.same_texts} of them have other keys, and the text of one that was named"
     yield from (f"{name}: their values removed" for name in done.runs)
     for name in done.saes:
         yield f"{name}: was trained on them; train anew with `saeflow train RECIPE --fresh`"

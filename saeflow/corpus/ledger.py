@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import dataset
 
 from saeflow.corpus.document import Document, is_held_out
+from saeflow.corpus.forgotten import NOTHING, ForgottenHashes
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, Hidden, PartRecord
@@ -46,7 +47,9 @@ class Ledger:
     keys: np.ndarray
     contents: np.ndarray
     document_ids: np.ndarray
-    forgotten: frozenset[str] = frozenset()
+    forgotten: ForgottenHashes = NOTHING
+    kept: frozenset[str] = frozenset()
+    """Hashes of forgotten keys that are stored all the same, hidden: a lost part is made again with them."""
     changed: list[Hidden] = field(default_factory=list)
     n_by_verdict: Counter[Verdict] = field(default_factory=Counter)
     n_repeated: int = 0
@@ -57,8 +60,11 @@ class Ledger:
         self._left_out: set[int] = set()
 
     @classmethod
-    def read(cls, target: Artefact, generation: Generation) -> Ledger:
-        """Read the documents of the generation's parts."""
+    def read(
+        cls, target: Artefact, generation: Generation,
+        forgotten: ForgottenHashes = NOTHING, kept: Iterable[str] = (),
+    ) -> Ledger:  # fmt: skip
+        """Read the documents of the generation's parts. `forgotten` is what the store has forgotten."""
         hidden = np.array(generation.hidden_ids, np.int64)
         keys, contents, ids = [], [], []
         for start in range(0, len(generation.parts), _FILES_AT_ONCE):
@@ -69,35 +75,51 @@ class Ledger:
             contents.append(_hash_numbers(text[:16] for text in table.column("content_hash").to_pylist()))
         every = [np.concatenate(each) if each else np.empty(0, np.uint64) for each in (keys, contents, ids)]
         every_hidden = (document for documents in generation.hidden.values() for document in documents)
-        forgotten = frozenset(each.key_hash for each in every_hidden if each.reason == "forgotten")
-        return cls._sorted(every[0], every[1], every[2], forgotten)
+        here = frozenset((each.key_hash, "") for each in every_hidden if each.reason == "forgotten")
+        found = cls._sorted(every[0], every[1], every[2])
+        return replace(found, forgotten=ForgottenHashes(forgotten.pairs | here), kept=frozenset(kept))
 
     @classmethod
     def of(cls, held: Sequence[tuple[str, str]]) -> Ledger:
         """Make a ledger of documents given by key and content hash, numbered in this order."""
         keys = _hash_numbers(key_hash(key) for key, _ in held)
         contents = _hash_numbers(content[:16] for _, content in held)
-        return cls._sorted(keys, contents, np.arange(len(held)), frozenset())
+        return cls._sorted(keys, contents, np.arange(len(held)))
 
     @classmethod
-    def _sorted(cls, keys: np.ndarray, contents: np.ndarray, ids: np.ndarray, forgotten: frozenset[str]) -> Ledger:
+    def _sorted(cls, keys: np.ndarray, contents: np.ndarray, ids: np.ndarray) -> Ledger:
         order = np.argsort(keys, kind="stable")
-        return cls(keys[order], contents[order], ids[order], forgotten)
+        return cls(keys[order], contents[order], ids[order])
 
     def look_up(self, key: str, content_hash: str) -> Verdict:
         """Compare a document with the stored one of its key. A changed document is noted as one to replace."""
         hashed = key_hash(key)
-        if hashed in self.forgotten:
-            return "forgotten"
         place = _index_of(self.keys, hashed)
+        if place is not None:
+            self.is_met[place] = True
+        if self._is_forgotten(hashed, content_hash):
+            return "forgotten"
         if place is None:
             return "new"
-        self.is_met[place] = True
         if int(self.contents[place]) == _content_number(content_hash):
             return "same"
         self._replaced_contents.add(int(self.contents[place]))
         self.changed.append(Hidden(document_id=int(self.document_ids[place]), key_hash=hashed, reason="replaced"))
         return "changed"
+
+    def _is_forgotten(self, key_hash: str, content_hash: str) -> bool:
+        if key_hash in self.kept:
+            return False
+        return key_hash in self.forgotten.keys or content_hash[:16] in self.forgotten.contents
+
+    def to_forget(self) -> list[Hidden]:
+        """Return documents that readers still see, though the store has forgotten them."""
+        keys, contents = (_hash_numbers(sorted(each)) for each in (self.forgotten.keys, self.forgotten.contents))
+        places = np.flatnonzero(np.isin(self.keys, keys) | np.isin(self.contents, contents))
+        return [
+            Hidden(document_id=int(self.document_ids[i]), key_hash=f"{int(self.keys[i]):016x}", reason="forgotten")
+            for i in places.tolist()
+        ]
 
     def entries_to_store(self, documents: Iterable[Document], about: CorpusConfig) -> Iterator[Entry]:
         """Yield the documents that are new or changed, each under a key of its own."""
@@ -129,7 +151,7 @@ class Ledger:
         free, n = not times[key], times[by_content] + 1
         nth = by_content if n == 1 else f"{by_content} ({n})"
         mine = free and self._holds_as(key, document.content_hash)
-        if not mine and (self._is_known(nth) or (not free and key_hash(key) not in self.forgotten)):
+        if not mine and (self._is_known(nth) or (not free and key_hash(key) not in self.forgotten.keys)):
             times[by_content], times[key] = n, times[key]
             return nth
         times[key] += 1
@@ -152,7 +174,7 @@ class Ledger:
 
     def _is_known(self, key: str) -> bool:
         hashed = key_hash(key)
-        return hashed in self.forgotten or _index_of(self.keys, hashed) is not None
+        return hashed in self.forgotten.keys or _index_of(self.keys, hashed) is not None
 
     def _holds_content(self, content_hash: str) -> bool:
         return _index_of(self._sorted_contents, content_hash[:16]) is not None

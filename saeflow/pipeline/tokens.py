@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pyarrow.parquet as pq
 
 from saeflow.corpus import sources
-from saeflow.corpus.ledger import Entry, Ledger, merge_hidden
+from saeflow.corpus.forgotten import ForgottenHashes
+from saeflow.corpus.ledger import Entry, Ledger, group_by_part, merge_hidden
 from saeflow.corpus.token_parts import TokenPartWriter
 from saeflow.corpus.vocabulary import tokenizer_vocab, write_vocab
 from saeflow.model.load import load_tokenizer
@@ -45,24 +46,28 @@ def run(lineage: Lineage, progress: Progress) -> Artefact:
         began = time.monotonic()
         if different := lineage.store.why_new(target, lineage.token_facts):
             progress.say(f"{different} A glob such as texts/*.txt takes new files as new documents.")
-        maker = _open_maker(lineage, about)
+        maker, forgotten = _open_maker(lineage, about), ForgottenHashes.read(lineage.store)
         with progress.bar("tokens", None, "tokens") as bar:
-            kept = {part.index: part for part in generation.parts} | _restored(maker, lost, generation, bar)
-            parts, ledger = _append(maker, generation, done, bar)
+            kept = {part.index: part for part in generation.parts} | _restored(maker, lost, generation, forgotten, bar)
+            parts, ledger = _append(maker, generation, done, forgotten, bar)
         hidden = merge_hidden(generation.hidden, ledger.replaced(generation.parts))
+        hidden = merge_hidden(hidden, group_by_part(ledger.to_forget(), generation.parts))
         target.publish([*kept.values(), *parts], {"seconds": time.monotonic() - began}, hidden)
-        if seen is not None and ledger.is_complete:
+        is_complete = ledger.is_complete and ForgottenHashes.read(lineage.store) == forgotten
+        if seen is not None and is_complete:
             add_provenance(target.path, {"corpus": seen, "corpus_files": about.files})
             target.storage.send(target.path / "provenance.json")
         progress.say(_token_summary(ledger, generation))
-    return target if ledger.is_complete else run(lineage, progress)
+    return target if is_complete else run(lineage, progress)
 
 
 def _token_summary(ledger: Ledger, before: Generation) -> str:
     found = ledger.n_by_verdict
     said = f"tokens: {found['new']:,} documents are new"
     if before.number:
-        said += f", {found['changed']:,} changed, {found['same']:,} as before, {found['forgotten']:,} forgotten"
+        said += f", {found['changed']:,} changed, {found['same']:,} as before"
+    if found["forgotten"]:
+        said += f"; {found['forgotten']:,} are left out: the store has forgotten them (`saeflow forget --undo KEY`)"
     return said + (f"; {ledger.n_repeated:,} keys came again and got their content added" if ledger.n_repeated else "")
 
 
@@ -82,10 +87,10 @@ def _open_maker(lineage: Lineage, about: CorpusConfig) -> TokenPartWriter:
 
 
 def _append(
-    maker: TokenPartWriter, generation: Generation, done: dict[int, PartRecord], bar: Bar
+    maker: TokenPartWriter, generation: Generation, done: dict[int, PartRecord], forgotten: ForgottenHashes, bar: Bar
 ) -> tuple[list[PartRecord], Ledger]:
     """Make parts of the documents that no published part holds. Parts that a killed run has finished are kept."""
-    ledger = Ledger.read(maker.target, generation)
+    ledger = Ledger.read(maker.target, generation, forgotten)
     for part in generation.parts:
         maker.advance(part)
     stream = maker.open_corpus(ledger)
@@ -117,7 +122,7 @@ def _kept(
 
 
 def _restored(
-    maker: TokenPartWriter, lost: list[PartRecord], generation: Generation, bar: Bar
+    maker: TokenPartWriter, lost: list[PartRecord], generation: Generation, forgotten: ForgottenHashes, bar: Bar
 ) -> dict[int, PartRecord]:
     """Rebuild lost parts from the documents that no other part holds. Raises UserError if those have changed."""
     if not lost:
@@ -126,7 +131,10 @@ def _restored(
     gone = {part.index for part in lost}
     intact = tuple(part for part in generation.parts if part.index not in gone)
     hidden = {index: documents for index, documents in generation.hidden.items() if index not in gone}
-    stream = maker.open_corpus(Ledger.read(maker.target, Generation(generation.number, intact, hidden)))
+    held = {each.key_hash for index in gone for each in generation.hidden.get(index, ())}
+    stream = maker.open_corpus(
+        Ledger.read(maker.target, Generation(generation.number, intact, hidden), forgotten, held)
+    )
     for part in lost:
         maker.n_sequences, maker.n_documents = part.counts["first_sequence"], part.counts["first_document"]
         entries = list(itertools.islice(stream, part.counts["n_documents"]))

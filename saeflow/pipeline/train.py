@@ -233,7 +233,7 @@ def _import(lineage: Lineage, progress: Progress) -> None:
     judged.add(x, wanted, sae)
     if not math.isfinite(judged.reconstruction.error):
         raise UserError(
-            f"The SAE in {found.weights.parent} gives NaN or infinite values on the first tokens, so it is not imported.\n"
+            f"The SAE in {found.weights.parent} gives NaN or infinite values on the first tokens: it is not imported.\n"
             "Was it trained on activations of this site, at this scale?"
         )
     row = {

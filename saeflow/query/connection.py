@@ -11,6 +11,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import duckdb
@@ -19,9 +20,9 @@ import pyarrow as pa
 from saeflow.query.catalog import DUCKDB_SETTINGS, MANY_FILES, STAGING, definitions, source_views, sql_folder, sql_texts
 from saeflow.query.relations import identifier, literal, unglobbed
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
+from saeflow.runtime.sql_errors import QUERY_ERRORS, REPAIR, is_of_system, message
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
@@ -57,17 +58,45 @@ def connect_to_run(
     many_files: int = MANY_FILES,
 ) -> tuple[Run, duckdb.DuckDBPyConnection]:
     """Return the run, and its connection as `connect` gives it."""
-    every = runs(store)
+    every, made = runs(store), False
+    while not made:
+        current, connection = pick_run(store, every, run), open_duckdb(store, memory_limit, threads)
+        try:
+            _make_views(connection, every, current, many_files)
+            made = True
+        except QUERY_ERRORS as error:
+            connection.close()
+            with _tables_as_written(store):
+                every = _without_damaged(store, every, error)
     for skipped in (other for other in every if other.problem):
         log.warning("%s is left out: %s", sanitise(skipped.artefact.id), sanitise(brief(str(skipped.problem), 300)))
-    current = pick_run(store, every, run)
-    connection = open_duckdb(store, memory_limit, threads)
-    with _tables_as_written(store):
-        for statement in definitions(every, current, many_files):
-            connection.execute(statement)
-        _keep_small_views(connection, current)
     _harden(connection, every)
     return current, connection
+
+
+def _make_views(
+    connection: duckdb.DuckDBPyConnection, every: Sequence[Run], current: Run, many_files: int = MANY_FILES
+) -> None:
+    for statement in definitions(every, current, many_files):
+        connection.execute(statement)
+    _keep_small_views(connection, current)
+
+
+def _without_damaged(store: Store, every: Sequence[Run], error: Exception) -> list[Run]:
+    """Return the runs; those over whose files no view can be made say why. Raises the error if it is not theirs."""
+    problems = {run.artefact: _problem_of(store, run) for run in every if run.problem is None}
+    if not any(problems.values()):
+        raise error
+    return [replace(run, problem=run.problem or problems[run.artefact]) for run in every]
+
+
+def _problem_of(store: Store, run: Run) -> str | None:
+    with contextlib.closing(open_duckdb(store)) as connection:
+        try:
+            _make_views(connection, [run], run)
+        except QUERY_ERRORS as error:
+            return f"its tables or those of its tokens are not as saeflow writes them: {first_line(error)}\n{REPAIR}"
+    return None
 
 
 def connect_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord]) -> duckdb.DuckDBPyConnection:

@@ -47,8 +47,8 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         n_bad = tensor.numel() - int(tensor.isfinite().sum())
         if n_bad:
             raise UserError(
-                f"{what}: {n_bad:,} of {tensor.numel():,} values of {name} are NaN or infinite in float32, so nothing is "
-                "published.\nThe weights or the activations are too large: bring the activations to a smaller scale."
+                f"{what}: {n_bad:,} of {tensor.numel():,} values of {name} are NaN or infinite in float32: nothing "
+                "is published.\nThe weights or the activations are too large: bring the activations to a smaller scale."
             )
 
 

@@ -37,6 +37,9 @@ Kind = Literal["tokens", "activations", "saes", "features"]
 KINDS: tuple[Kind, ...] = ("tokens", "activations", "saes", "features")
 _Record = TypeVar("_Record", bound=BaseModel)
 
+FORGOTTEN = "forgotten.json"
+"""The store's list of documents that were forgotten, beside store.json."""
+
 _STEP = r"([^/.\x00][^/\x00]*|\.[^/.\x00][^/\x00]*|\.\.[^/\x00]+)"
 _INSIDE = rf"^{_STEP}(/{_STEP})*$"
 """A path that stays in its folder: neither from the root nor with a step up. A store may come from a stranger."""
@@ -223,6 +226,16 @@ def read_part_folders(path: Path) -> list[str]:
     try:
         with open_file(path) as file:
             return list(_folders(pq.read_table(file, columns=["folder"])))
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(path, error) from error
+
+
+def read_forgotten_keys(path: Path) -> list[str]:
+    """Return the hashes of the keys that a list of parts hides for good. Raises Damaged."""
+    try:
+        table = pq.read_table(path)  # a list of format 1 has no such column
+        hidden = table.column("hidden").combine_chunks().flatten() if "hidden" in table.column_names else pa.array([])
+        return [each["key_hash"] for each in hidden.to_pylist() if each["reason"] == "forgotten"]
     except (OSError, ValueError, KeyError) as error:
         raise damaged(path, error) from error
 

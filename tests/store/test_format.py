@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,6 +91,38 @@ def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store) -> None
     assert versions <= {FORMAT_VERSION, None}
     assert rows(old, FIGURES) == before
     assert "already" in upgrade(old)[0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 0.99])
+def test_a_killed_upgrade_leaves_a_store_that_answers_and_goes_on(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed just before it renames a file or folder: that is how everything comes into place."""
+    done: list[str] = []
+    rename = {name: getattr(os, name) for name in ("rename", "replace")}
+
+    def counting(name: str, last: float, *paths: str) -> None:
+        if len(done) >= last:
+            raise KeyboardInterrupt
+        done.append(str(paths[-1]))
+        rename[name](*paths)
+
+    def upgraded(folder: str, last: float) -> Store:
+        shutil.copytree(OLD[0] / "store", tmp_path / folder)
+        done.clear()
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            for name in rename:
+                patch.setattr(os, name, partial(counting, name, last))
+            upgrade(Store.open(tmp_path / folder))
+        return Store.open(tmp_path / folder)
+
+    whole = upgraded("whole", math.inf)
+    store = upgraded("killed", round(share * len(done)))
+    assert [str(each) for each in verify(store, full=True)] == []
+    assert rows(store, FIGURES) == rows(whole, FIGURES)
+    upgrade(Store.open(store.root))
+    assert tree(store.root) == tree(whole.root)
+    assert [str(each) for each in verify(Store.open(store.root), full=True)] == []
 
 
 @pytest.mark.parametrize("upgraded", [False, True], ids=["as it was", "upgraded"])

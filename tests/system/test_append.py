@@ -15,6 +15,7 @@ import pytest
 
 from saeflow.corpus import token_parts
 from saeflow.corpus.document import Document
+from saeflow.corpus.forgotten import ForgottenHashes
 from saeflow.corpus.ledger import Ledger, key_hash
 from saeflow.pipeline import encode, stages, tokens, train
 from saeflow.pipeline.lifecycle import forget
@@ -549,6 +550,6 @@ def test_a_forgotten_text_stays_away_whatever_comes_under_its_key():
     about = CorpusConfig(files=["x"])
     for others in (["a new text"], ["a new text", "another"]):
         for order in itertools.permutations(["the secret", *others]):
-            ledger = replace(Ledger.of([]), forgotten=frozenset({key_hash("a")}))
+            ledger = replace(Ledger.of([]), forgotten=ForgottenHashes(frozenset({(key_hash("a"), "")})))
             stored = ledger.entries_to_store([Document("a", text, "") for text in order], about)
             assert "the secret" not in [entry.document.content for entry in stored]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saeflow.corpus import sources
+from saeflow.corpus import forgotten, sources
 from saeflow.corpus.document import Document
+from saeflow.corpus.forgotten import ForgottenHashes, pair_of
 from saeflow.corpus.ledger import Ledger, document_rows, group_by_part, key_hash, merge_hidden
 from saeflow.corpus.token_parts import write_tables
 from saeflow.pipeline import encode
@@ -26,7 +27,7 @@ from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
-from saeflow.store.records import Hidden, PartRecord, add_provenance, provenance_value
+from saeflow.store.records import Generation, Hidden, PartRecord, add_provenance, provenance_value
 from saeflow.store.store import Store
 
 _NOTE = "corpus_without_removed"
@@ -37,6 +38,8 @@ class Forgotten:
     """What a call hid, by id of token artefact, run and SAE."""
 
     documents: dict[str, int] = field(default_factory=dict)
+    same_texts: int = 0
+    """How many of them have another key, and the text of one that was named."""
     already: list[str] = field(default_factory=list)
     """Keys that were forgotten before."""
     runs: list[str] = field(default_factory=list)
@@ -50,23 +53,71 @@ class Forgotten:
 
 
 def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
-    """Hide every document of these keys, and every earlier version of them. Raises UserError for unknown keys."""
-    searches = {source.id: _Search(source, keys) for source in store.artefacts("tokens") if source.generation()}
-    found = {name: search.rows() for name, search in searches.items()}
-    known = {row["key"] for rows in found.values() for row in rows}
-    forgotten = {each.key_hash for search in searches.values() for each in search.forgotten()}
-    unknown = [key for key in keys if key not in known and key_hash(key) not in forgotten]
+    """Hide every document of these keys, every earlier version of them, and every document with one of their texts.
+
+    The store's list says so from now on: no recipe takes them in again. Raises UserError for unknown keys.
+    """
+    sources = [source for source in store.artefacts("tokens") if source.generation()]
+    named = [row for source in sources for row in _Search(source, keys).rows()]
+    known, listed = {row["key"] for row in named}, ForgottenHashes.read(store).keys
+    unknown = [key for key in keys if key not in known and key_hash(key) not in listed]
     if unknown:
         raise UserError(
             f"No document is called {', '.join(map(repr, unknown))}. Nothing was hidden.\n"
             "List the keys with `saeflow sql 'select key, source, n_tokens from documents'`."
         )
+    texts = _list_forgotten(store, named)  # first, so that a killed call leaves no document to come back
+    searches = {source.id: _Search(source, keys, texts) for source in sources}
+    found = {name: rows for name, search in searches.items() if (rows := search.rows())}
+    _list_forgotten(store, (row for rows in found.values() for row in rows))
     done = Forgotten(already=[key for key in keys if key not in known])
-    for name in [name for name, rows in found.items() if rows]:
+    for name in found:
         found[name] = _hide(searches[name].artefact, searches[name].rows, "forgotten")
         done.documents[name] = len(found[name])
+        done.same_texts += sum(row["key"] not in keys for row in found[name])
     _follow(store, found, done, progress)
     return done
+
+
+def _list_forgotten(store: Store, rows: Iterable[dict[str, Any]]) -> frozenset[str]:
+    """Add documents to the store's list. Return the digits that stand for their texts."""
+    pairs = {pair_of(key_hash(row["key"]), row["content_hash"]) for row in rows}
+    if pairs:
+        forgotten.add(store, pairs)
+    return ForgottenHashes(frozenset(pairs)).contents
+
+
+def remember(store: Store, keys: Sequence[str]) -> dict[str, int]:
+    """Let forgotten documents of these keys, and those with one of their texts, come in again as new ones.
+
+    Return how many were forgotten, by id of token artefact. Raises UserError for keys that are not forgotten.
+    """
+    listed, done = ForgottenHashes.read(store), {}
+    if unknown := [key for key in keys if key_hash(key) not in listed.keys]:
+        raise UserError(f"{', '.join(map(repr, unknown))} is not forgotten in {store.name}. Nothing was changed.")
+    wanted = listed.with_same_texts(map(key_hash, keys))
+    for source in store.artefacts("tokens"):
+        generation = source.generation()
+        mine = {each.key_hash for each in _forgotten_in(generation)} & wanted if generation else set()
+        if mine:
+            done[source.id] = _withdraw_only(source, mine)
+    forgotten.drop(store, wanted)  # last, so that a killed call can be made again
+    return done
+
+
+def _withdraw_only(source: Artefact, key_hashes: set[str]) -> int:
+    """Let forgotten documents count as withdrawn: hidden, but welcome when they come again."""
+    with source.writing():
+        generation = source.published()
+        chosen = [each for each in _forgotten_in(generation) if each.key_hash in key_hashes]
+        fresh = [each.model_copy(update={"reason": "replaced"}) for each in chosen]
+        source.publish(generation.parts, hidden=merge_hidden(generation.hidden, group_by_part(fresh, generation.parts)))
+    return len(fresh)
+
+
+def _forgotten_in(generation: Generation) -> list[Hidden]:
+    every = (document for documents in generation.hidden.values() for document in documents)
+    return [each for each in every if each.reason == "forgotten"]
 
 
 def withdraw(store: Store, source: Artefact, rows: list[dict[str, Any]], progress: Progress) -> Forgotten:
@@ -93,27 +144,28 @@ def _follow(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotte
 
 @dataclass
 class _Search:
-    """Looks for documents by their keys. Reads each part once, however often it is asked."""
+    """Looks for documents by their keys or texts. Reads each part once, however often it is asked."""
 
     artefact: Artefact
     keys: Sequence[str]
+    texts: frozenset[str] = frozenset()
+    """The first 16 digits of content hashes."""
     _seen: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return present rows of documents.parquet, with replaced versions, but without forgotten documents."""
-        gone = {each.document_id for each in self.forgotten()}
-        found = (row for part in self.artefact.published().parts for row in self._rows_of(part))
+        generation = self.artefact.published()
+        gone = {each.document_id for each in _forgotten_in(generation)}
+        found = (row for part in generation.parts for row in self._rows_of(part))
         return [row for row in found if row["document_id"] not in gone]
-
-    def forgotten(self) -> Iterator[Hidden]:
-        hidden = self.artefact.published().hidden.values()
-        return (each for documents in hidden for each in documents if each.reason == "forgotten")
 
     def _rows_of(self, part: PartRecord) -> list[dict[str, Any]]:
         if part.folder not in self._seen:
             path = self.artefact.part_file(part, "documents.parquet")
-            table = pq.read_table(path, columns=["document_id", "key", "held_out"])
-            owned = pc.is_in(table.column("key"), pa.array(self.keys, pa.string()))
+            table = pq.read_table(path, columns=["document_id", "key", "held_out", "content_hash"])
+            texts = pc.utf8_slice_codeunits(table.column("content_hash"), 0, 16)
+            by_text = pc.is_in(texts, pa.array(self.texts, pa.string()))
+            owned = pc.or_(pc.is_in(table.column("key"), pa.array(self.keys, pa.string())), by_text)
             self._seen[part.folder] = table.filter(owned).to_pylist()
         return self._seen[part.folder]
 
@@ -233,7 +285,7 @@ def forget_removed(lineage: Lineage, progress: Progress) -> Removed:
     generation = source.generation()
     if generation is None or (seen is not None and seen == provenance_value(source.path, _NOTE)):
         return Removed(seen=seen)
-    ledger = Ledger.read(source, generation)
+    ledger = Ledger.read(source, generation, ForgottenHashes.read(lineage.store))
     whole = about.model_copy(update={"dedup": False, "share": 1.0})
     look_through(ledger, sources.open_corpus(whole).documents, about)
     gone, n_seen = ledger.ids_not_met(), len(ledger.keys)
