@@ -24,11 +24,11 @@ def message(error: Exception) -> str:
     """Return the message of an error, shortened: DuckDB quotes names and texts of any length."""
     lines = [brief(line, 160) for line in str(error)[:10_000].splitlines()]
     said = brief("\n".join(lines[:10]), 800)
-    return f"{said}\n{_REPAIR}" if _IS_DAMAGE.search(said) else said
+    return f"{said}\n{REPAIR}" if _IS_DAMAGE.search(said) else said
 
 
 _IS_DAMAGE = re.compile(
-    r"magic bytes|too small to be a Parquet|TProtocol|thrift|[Dd]ecompress|[Cc]orrupt|checksum|\.parquet"
+    r"magic bytes|too small|TProtocol|thrift|[Dd]ecompress|[Cc]orrupt|Variable-length|\.parquet"
 )
 """What DuckDB says of a file that is not as it was written. It does not always name the file."""
-_REPAIR = "If a file of the store is damaged: `saeflow verify --full --repair`, then run the recipe again."
+REPAIR = "If a file of the store is damaged: `saeflow verify --full --repair`, then run the recipe again."

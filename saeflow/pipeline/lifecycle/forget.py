@@ -72,7 +72,8 @@ def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
     _list_forgotten(store, (row for rows in found.values() for row in rows))
     done = Forgotten(already=[key for key in keys if key not in known])
     for name in found:
-        found[name] = _hide(searches[name].artefact, searches[name].rows, "forgotten")
+        late = _hide(searches[name].artefact, searches[name].rows, "forgotten")  # a run may have hidden some itself
+        found[name] = list({row["document_id"]: row for row in (*found[name], *late)}.values())
         done.documents[name] = len(found[name])
         done.same_texts += sum(row["key"] not in keys for row in found[name])
     _follow(store, found, done, progress)
