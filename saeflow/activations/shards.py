@@ -21,7 +21,7 @@ from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import Bytes
-from saeflow.store.records import Damaged, PartRecord, is_refusal, unreadable
+from saeflow.store.records import Damaged, PartRecord, damaged, is_refusal
 from saeflow.store.storage.folder import Storage
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -177,8 +177,8 @@ def _is_uncompressed(array: zarr.Array[Any]) -> bool:
 
 
 def _damaged_array(path: Path, what: str, error: Exception) -> UserError:
-    if isinstance(error, OSError) and is_refusal(error):
-        return unreadable(path, error)
+    if is_refusal(error):
+        return damaged(path, error)
     return Damaged(
         f"{path}: {what} cannot be read: {error}.\n"
         "Remove the damaged parts with `saeflow verify --full --repair`, then run the recipe again. The rest is kept."

@@ -27,8 +27,6 @@ def message(error: Exception) -> str:
     return f"{said}\n{REPAIR}" if _IS_DAMAGE.search(said) else said
 
 
-_IS_DAMAGE = re.compile(
-    r"magic bytes|too small|TProtocol|thrift|[Dd]ecompress|[Cc]orrupt|Variable-length|\.parquet"
-)
+_IS_DAMAGE = re.compile(r"magic bytes|too small|TProtocol|thrift|[Dd]ecompress|[Cc]orrupt|Variable-length|\.parquet")
 """What DuckDB says of a file that is not as it was written. It does not always name the file."""
 REPAIR = "If a file of the store is damaged: `saeflow verify --full --repair`, then run the recipe again."

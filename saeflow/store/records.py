@@ -352,7 +352,7 @@ _WAYS_OUT = {
 
 def is_refusal(error: BaseException) -> bool:
     """True if the system refused to read, e.g. for a permission or a lost server: the file may well be whole."""
-    return isinstance(error, Unreadable) or (isinstance(error, OSError) and error.errno not in _SAYS_SOMETHING)
+    return isinstance(error, Unreadable | Linked) or (isinstance(error, OSError) and error.errno not in _SAYS_SOMETHING)
 
 
 def unreadable(what: object, error: OSError) -> Unreadable:
@@ -364,6 +364,8 @@ def unreadable(what: object, error: OSError) -> Unreadable:
 
 def damaged(what: Path, error: BaseException | None = None) -> UserError:
     """Return the error for a file that gave this error: Damaged, unless the system refused to read it."""
+    if isinstance(error, UserError) and is_refusal(error):
+        return error
     if isinstance(error, OSError) and is_refusal(error):
         return unreadable(error.filename or what, error)
     return Damaged(

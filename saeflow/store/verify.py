@@ -134,9 +134,9 @@ def _noted(artefact: Artefact, part: PartRecord | None, problems: Iterator[str])
     try:
         yield from (Damage(artefact, part, problem) for problem in problems)
     except (Unreadable, OSError) as error:
-        said = unreadable(error.filename or artefact.path, error) if isinstance(error, OSError) else error
-        gone = f"{getattr(error, 'filename', artefact.path)} is missing"
-        yield Damage(artefact, part, str(said) if is_refusal(error) else gone, is_refusal(error))
+        what = getattr(error, "filename", None) or artefact.path
+        said = error if isinstance(error, UserError) else unreadable(what, error)
+        yield Damage(artefact, part, str(said) if is_refusal(error) else f"{what} is missing", is_refusal(error))
 
 
 def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
@@ -219,6 +219,8 @@ def repair(found: Damage) -> str:
     except Damaged as error:
         raise _beyond_repair(artefact, error) from error
     except OSError as error:
+        if isinstance(error, UserError):
+            raise
         what = f"{os.strerror(error.errno or 0)} at {error.filename or artefact.path}"
         raise UserError(f"{artefact.id} is left as it is: {what}. Run this as one who may write there.") from error
 

@@ -8,6 +8,8 @@ python -m tests.faults --training-kills 20   a sweep of every architecture, kill
 python -m tests.faults --reading-kills 20    encoding and compaction killed so often while another process asks
 python -m tests.faults --overlaps            runs side by side; one halted at every named point, followed, continued
 python -m tests.faults --matrix --table docs/faults.md    every kind of fault in every stage, and a page of it
+python -m tests.faults --damages 30          random damages, each repaired and run again
+python -m tests.faults --permissions         what the system refuses to read or write is not taken for damage
 python -m tests.faults --power-cuts 20       about so many power cuts in one run
 """
 
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import get_args
 
 from saeflow.recipe.settings import Architecture
-from tests.faults import CASES, Runner, matrix, power, tenth
+from tests.faults import CASES, Runner, damage, matrix, power, tenth
 from tests.faults.kills import TRAINING, collecting_runner, random_kills, training_runner
 from tests.faults.overlap import overlaps
 from tests.faults.power import VIEWS, power_cuts
@@ -44,6 +46,8 @@ def main() -> int:
     parser.add_argument("--reading-kills", type=int, metavar="N", help="only N kills beside a reader")
     parser.add_argument("--matrix", action="store_true", help="only every kind of fault once in every stage")
     parser.add_argument("--table", type=Path, metavar="FILE", help="where to write what the matrix found")
+    parser.add_argument("--damages", type=int, metavar="N", help="only N random damages")
+    parser.add_argument("--permissions", action="store_true", help="only situations in which the system refuses")
     parser.add_argument("--overlaps", action="store_true", help="only two runs at once")
     parser.add_argument("--power-cuts", type=int, metavar="N", help="only about N power cuts")
     parser.add_argument("--seed", type=int, default=0, help="of the random instants")
@@ -70,6 +74,12 @@ def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, li
         yield from Reading(folder).kills(chosen.reading_kills, chosen.seed)
     elif chosen.matrix:
         yield from matrix_results(chosen, folder)
+    elif chosen.damages or chosen.permissions:
+        runner = small_runner(folder)
+        damage.prepared(runner)
+        yield from damage.damages(runner, range(chosen.seed, chosen.seed + (chosen.damages or 0)), chosen.only)
+        if chosen.permissions:
+            yield from damage.permissions(runner, chosen.only)
     elif chosen.overlaps:
         yield from overlaps(folder, chosen.only)
     elif chosen.power_cuts:

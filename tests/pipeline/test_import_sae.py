@@ -265,3 +265,24 @@ def test_a_plan_forecasts_an_import(store: Store, folder: Path, ingredients: Ing
     assert [stage.name for stage in found.stages][2] == "train"
     (encode,) = (stage.n_bytes for stage in found.stages if stage.name == "encode")
     assert encode > 0
+
+
+@pytest.mark.parametrize(
+    "huge",
+    [
+        {"W_enc": torch.full((WIDTH, F), 1e30), "b_dec": torch.full((WIDTH,), 1e30)},
+        {"W_enc": torch.full((WIDTH, F), 1e38)},
+        {"W_enc": torch.full((WIDTH, F), 1e20), "W_dec": torch.full((F, WIDTH), 1e30)},
+        {"W_dec": torch.full((F, WIDTH), float("inf"))},
+    ],
+    ids=["biases overflow when folded", "values overflow", "reconstructions overflow", "infinite"],
+)
+def test_an_sae_that_overflows_is_refused_before_it_is_published(
+    finished: Finished, ingredients: Ingredients, tmp_path: Path, huge: dict[str, torch.Tensor]
+) -> None:
+    folder = write_saelens(tmp_path / "huge", "jumprelu", foreign_tensors() | huge, apply_b_dec_to_input=False)
+    store = Store.open(str(shutil.copytree(finished.store.root, tmp_path / "store")))
+    before = tree(store.root / "saes")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        train.run(Lineage(store, recipe_of(ingredients, folder)), quiet())
+    assert tree(store.root / "saes") == before

@@ -763,3 +763,20 @@ def test_the_disk_contract_explains_every_column_of_the_log(store, table):
     recipe = recipe_of(table, train={"clip_norm": 1.0, "k_start": 8, "sparsity_warmup_share": 0.1})
     train.run(Lineage(store, recipe), quiet())
     assert named == set(log_of(store, recipe))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("size", [1e18, 1e25, 1e37])
+def test_no_sae_with_nan_or_infinite_weights_is_published_however_large_activations_are(tmp_path, size, normalise):
+    path, store = write_table(tmp_path / "large.npy", a_table() * np.float32(size)), Store.create(tmp_path / "store")
+    changes = {"activations": {"source": str(path), "part_rows": 300, "dtype": "float32"}}
+    data = brought_data(path, **changes, sae={"normalise": normalise}, train={"n_tokens": 3_000})
+    recipe = parse_recipe(data)
+    import_table.run(Lineage(store, recipe), quiet())
+    try:
+        trained = train.run(Lineage(store, recipe), quiet())
+    except UserError:
+        assert store.artefacts("saes") == []
+    else:
+        weights = load_file(trained.path / "sae_weights.safetensors")
+        assert all(tensor.isfinite().all() for tensor in weights.values())

@@ -101,11 +101,11 @@ def test_a_killed_upgrade_leaves_a_store_that_answers_and_goes_on(
     done: list[str] = []
     rename = {name: getattr(os, name) for name in ("rename", "replace")}
 
-    def counting(name: str, last: float, *paths: str) -> None:
+    def counting(name: str, last: float, *paths: str, **folders: int) -> None:
         if len(done) >= last:
             raise KeyboardInterrupt
         done.append(str(paths[-1]))
-        rename[name](*paths)
+        rename[name](*paths, **folders)
 
     def upgraded(folder: str, last: float) -> Store:
         shutil.copytree(OLD[0] / "store", tmp_path / folder)
