@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from saeflow.cli.screen import render_table
 from saeflow.cli.text_formats import ROWS_AT_ONCE, as_csv, as_json, as_json_lines, harmless_for_terminal
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.terminal import Terminal, write_exactly
+from saeflow.runtime.text import brief
 
 TEXT_FORMATS = {"csv": as_csv, "json": as_json, "jsonl": as_json_lines}
 FORMAT_OF_ENDING: dict[str, Format] = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -29,8 +31,11 @@ def format_of(target: Path | None) -> Format:
 def write_answer(table: pa.Table, format: Format, target: Path | None = None, console: Terminal | None = None) -> None:
     """Write an answer in a format, to a file or to standard output. A terminal obeys no text of it.
 
-    Values that Python or Parquet cannot hold, such as the year 99999 or an interval, become DuckDB's text of them.
+    Values that Python or Parquet cannot hold, such as the year 99999 or an interval, become DuckDB's text of them. Two
+    columns of one name are refused: only a table on the terminal keeps them apart for a reader.
     """
+    if format != "table":
+        _refuse_equal_names(table)
     table = _replace_misfits(table, _fits_parquet if format == "parquet" else _fits_python)
     if format == "table":
         _write_table(table, target, console)
@@ -41,6 +46,15 @@ def write_answer(table: pa.Table, format: Format, target: Path | None = None, co
         write_exactly(
             _pieces(harmless_for_terminal(table) if format == "csv" and sys.stdout.isatty() else table, format)
         )
+
+
+def _refuse_equal_names(table: pa.Table) -> None:
+    for name, n in Counter(table.column_names).items():
+        if n > 1:
+            raise UserError(
+                f"The answer has {n} columns called {brief(name)!r}; a reader of the file would take one for the "
+                "other. Give each a name of its own in the query: select x as name."
+            )
 
 
 def _write_table(table: pa.Table, target: Path | None, console: Terminal | None) -> None:

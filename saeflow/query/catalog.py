@@ -82,7 +82,7 @@ def script_of_run(store: Store, run: str | None = None) -> str:
 def source_views(run: Run, every: Sequence[Run]) -> str:
     """Return `sql/sources.sql` with the run's files filled in."""
     text = Template((sql_folder() / "sources.sql").read_text("utf-8"))
-    rows = literal([other.row(run) for other in every])
+    rows = literal([{"place": place} | other.row(run) for place, other in enumerate(every)])
     shape = {name: literal(value) for name, value in run.shape.items()}
     found = relations(run.files, run.left_out, run.hidden)
     if run.labels:
@@ -118,7 +118,7 @@ def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:
 
 def _views_of_every_run(schemas: Sequence[str]) -> Iterator[str]:
     yield f"create schema if not exists {EVERY_RUN};"
-    for view in ("stg_feature_stats", "stg_token_major"):
+    for view in ("stg_feature_stats", "stg_token_major", "stg_tokens_encoded"):
         yield f"create or replace view {EVERY_RUN}.{view} as {side_by_side(schemas, view)};"
 
 

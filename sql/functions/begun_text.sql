@@ -2,8 +2,8 @@
 -- text.
 --
 -- Grain:   scalar.
--- Reads:   open_letter
+-- Reads:   begun_letters
 -- Units:   UTF-8 bytes as hexadecimal digits, two a byte. A letter that is not finished at the end is left out.
 -- Ask it:  select begun_text('2041E2')  -- a
 create or replace macro begun_text(digits) as
-lower(ltrim(try(decode(unhex(left(digits, length(digits) - length(open_letter(digits)))))), E' \t\n\r'));
+ltrim(begun_letters(digits), E' \t\n\r');

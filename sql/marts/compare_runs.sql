@@ -1,16 +1,18 @@
 -- For each feature of one run, the feature of another run that fires on most of the same tokens.
 --
--- Grain:   one row per feature of run a, dead ones too.
--- Reads:   stg_feature_stats and stg_token_major of all runs side by side, stg_runs, jaccard_index
+-- Grain:   one row per feature of run a, dead ones too, the largest Jaccard index first; ties by feature.
+-- Reads:   stg_feature_stats, stg_token_major and stg_tokens_encoded of all runs side by side, stg_runs, jaccard_index
 -- Units:   a and b are schema names from the view runs; both runs must be of the same tokens. match_id is the feature
---          of b with the largest Jaccard index (the lower number among equals), null if none fires with it: jaccard =
---          tokens at which both fire / tokens at which either fires. It is counted on about 16,000 evenly spaced tokens
---          that both runs encoded. Rates are exact shares of each run's tokens.
--- Parameters: a text, b text
+--          of b with the largest Jaccard index (the lower number among equals): jaccard = n_both / (n_a + n_b -
+--          n_both). These are exact counts of the tokens that both runs encoded. Features that fire on fewer than
+--          min_tokens of them are not matched (null), because a few tokens agree by chance. The three nearest features
+--          on up to 1,024 evenly spread tokens of a feature are counted; so the match of a feature that fires on more
+--          tokens may be a nearly equal one. Rates are exact shares of each run's tokens.
+-- Parameters: a text, b text, min_tokens bigint = 10
 -- Ask it:  which features did the larger SAE keep?  from compare_runs('small', 'large')
-create or replace macro compare_runs(a, b) as table
+create or replace macro compare_runs(a, b, min_tokens := 10) as table
 with sizes as materialized (
-    select schema_name, n_tokens, tokens_artefact, max(n_tokens) over () // 16384 | 1 as step
+    select schema_name, n_tokens, tokens_artefact
     from stg_runs
     where problem is null and schema_name in (a, b)
 ),
@@ -24,53 +26,63 @@ known as materialized (
     end as are_known
     from sizes
 ),
-sample_a as materialized (
+fired_a as not materialized (
     select token_id, feature_id from every_run.stg_token_major
-    where run = a and token_id % (select any_value(step) from sizes) = 0
+    where run = a and token_id in (select token_id from every_run.stg_tokens_encoded where run = b)
 ),
-sample_b as materialized (
+fired_b as not materialized (
     select token_id, feature_id from every_run.stg_token_major
-    where run = b and token_id % (select any_value(step) from sizes) = 0
+    where run = b and token_id in (select token_id from every_run.stg_tokens_encoded where run = a)
 ),
-ends as (
+counts_a as materialized (
+    from (select feature_id, count(*) as n_a from fired_a group by feature_id) where n_a >= min_tokens
+),
+counts_b as materialized (
+    from (select feature_id as match_id, count(*) as n_b from fired_b group by feature_id) where n_b >= min_tokens
+),
+-- Multiples of a large odd number modulo a power of two are spread evenly (Weyl 1916).
+sample as materialized (
+    select token_id, feature_id, n_a, count(*) over (partition by feature_id) as n_sample
+    from fired_a
+    join counts_a using (feature_id)
+    where ((token_id & 2147483647) * 1640531527 & 2147483647) < 1024 * 2147483648.0 / n_a
+),
+near as (
     select
-        greatest((select min(token_id) from sample_a), (select min(token_id) from sample_b)) as first_id,
-        least((select max(token_id) from sample_a), (select max(token_id) from sample_b))    as last_id
-),
-fired_a as materialized (
-    select token_id, feature_id from sample_a cross join ends where token_id between first_id and last_id
-),
-fired_b as materialized (
-    select token_id, feature_id from sample_b cross join ends where token_id between first_id and last_id
-),
-counts_a as (
-    select feature_id, count(*) as n_fired from fired_a group by feature_id
-),
-counts_b as (
-    select feature_id, count(*) as n_fired from fired_b group by feature_id
-),
-pairs as (
-    select pair >> 32 as feature_id, pair & 4294967295 as match_id, n_both
+        feature_id,
+        match_id,
+        any_value(n_a)                                        as n_a,
+        any_value(n_b)                                        as n_b,
+        least(any_value(n_a) * count(*) / any_value(n_sample), n_b) as n_both
     from (
-        select (fired_a.feature_id::bigint << 32) + fired_b.feature_id as pair, count(*) as n_both
-        from fired_a
+        select sample.feature_id, fired_b.feature_id as match_id, n_a, n_sample
+        from sample
         join fired_b using (token_id)
-        group by pair
     )
+    join counts_b using (match_id)
+    group by feature_id, match_id, n_b
+),
+candidates as materialized (
+    select feature_id, match_id, n_a, n_b
+    from near
+    qualify row_number() over (
+        partition by feature_id order by jaccard_index(n_both, n_a, n_b) desc, match_id
+    ) <= 3
 ),
 matches as (
-    select
-        pairs.feature_id,
-        pairs.match_id,
-        jaccard_index(pairs.n_both, counts_a.n_fired, counts_b.n_fired) as jaccard
-    from pairs
-    join counts_a using (feature_id)
-    join counts_b on counts_b.feature_id = pairs.match_id
+    select wanted.feature_id, match_id, any_value(n_a) as n_a, any_value(n_b) as n_b, count(*) as n_both
+    from (
+        select fired_a.token_id, fired_a.feature_id, match_id, n_a, n_b
+        from fired_a
+        join candidates using (feature_id)
+    ) as wanted
+    join fired_b on fired_b.token_id = wanted.token_id and fired_b.feature_id = match_id
+    group by wanted.feature_id, match_id
 ),
 best as (
-    select feature_id, arg_max(match_id, (jaccard, -match_id)) as match_id, max(jaccard) as jaccard
+    select *, jaccard_index(n_both, n_a, n_b) as jaccard
     from matches
-    group by feature_id
+    qualify row_number() over (partition by feature_id order by jaccard desc, match_id) = 1
 ),
 rates as (
     select run, feature_id, stats.n_tokens / sizes.n_tokens as rate
@@ -82,6 +94,9 @@ select
     of_a.feature_id,
     best.match_id,
     best.jaccard,
+    best.n_both,
+    best.n_a,
+    best.n_b,
     of_a.rate              as rate_a,
     of_b.rate              as rate_b,
     of_a.rate - of_b.rate  as rate_difference

@@ -1,6 +1,6 @@
 -- The kind of each feature, by where it fires.
 --
--- Grain:   one row per feature, dead ones too.
+-- Grain:   one row per feature, by feature_id, dead ones too.
 -- Reads:   stg_feature_stats, stg_feature_vocab, stg_feature_positions, stg_encoded_tokens, stg_size
 -- Units:   kind is the first of these that is true:
 --          dead          it never fires;

@@ -1,6 +1,6 @@
 -- The labels that features were given.
 --
--- Grain:   one row per label. A feature may have several: its own ones first, then by score.
+-- Grain:   one row per label. By feature; of one feature its own labels first, then by score, label and source.
 -- Reads:   stg_labels
 -- Units:   source is own, or names the tool that the label was imported from; score is 0 to 1, null if nobody scored
 --          the label.
@@ -8,4 +8,4 @@
 create or replace view feature_labels as
 select feature_id, label, source, score
 from stg_labels
-order by feature_id, source = 'own' desc, score desc nulls last, label;
+order by feature_id, source = 'own' desc, score desc nulls last, label, source;

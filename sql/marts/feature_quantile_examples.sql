@@ -1,15 +1,16 @@
 -- Examples of a feature from its strongest to its weakest tokens, so that its peaks alone do not mislead.
 --
 -- Grain:   one row per example, at most n in each band; the strongest band first, and the strongest example first
---          inside it.
--- Reads:   tokens_of_feature, token_texts
+--          inside it; ties in corpus order.
+-- Reads:   tokens_of_feature, token_texts, draw_order
 -- Units:   bands are quantiles, sampled as by Paulo et al. 2024 (arXiv 2410.13928): the feature's tokens are ordered by
 --          value and cut into bands of equal counts (to within one; equal values in corpus order); band 1 is the
---          strongest. Examples are spread evenly over a band. n_tokens, low_value and high_value describe the whole
---          band. Values are in the units of the activations; context shows 12 tokens on either side.
--- Parameters: feature bigint, bands bigint = 10, n bigint = 5
+--          strongest. Examples are drawn at random from the whole band; the seed chooses the draw. n_tokens,
+--          low_value and high_value describe the whole band. Values are in the units of the activations; context shows
+--          12 tokens on either side.
+-- Parameters: feature bigint, bands bigint = 10, n bigint = 5, seed bigint = 0
 -- Ask it:  what does feature 12 stand for when it is weak?  from feature_quantile_examples(12)
-create or replace macro feature_quantile_examples(feature, bands := 10, n := 5) as table
+create or replace macro feature_quantile_examples(feature, bands := 10, n := 5, seed := 0) as table
 with ranked as (
     select
         token_id,
@@ -25,20 +26,17 @@ banded as (
     from ranked
     where case when bands >= 1 and n >= 1 then true else error('bands and n must be at least 1') end
 ),
-placed as (
-    select
-        *,
-        row_number() over (partition by band order by rank) - 1 as place,
-        count(*) over (partition by band)                        as n_tokens,
-        min(value) over (partition by band)                      as low_value,
-        max(value) over (partition by band)                      as high_value
-    from banded
-),
--- Place p of m is one of k evenly spread ones if a multiple of m / k falls on it.
 chosen as materialized (
-    select band, n_tokens, low_value, high_value, token_id, value
-    from (select *, least(n, n_tokens) as n_chosen from placed)
-    where (place + 1) * n_chosen // n_tokens > place * n_chosen // n_tokens
+    select
+        band,
+        token_id,
+        value,
+        count(*) over whole_band   as n_tokens,
+        min(value) over whole_band as low_value,
+        max(value) over whole_band as high_value
+    from banded
+    window whole_band as (partition by band)
+    qualify row_number() over (partition by band order by draw_order(token_id, seed), token_id) <= n
 )
 select
     chosen.band,

@@ -1,6 +1,6 @@
 -- How often and how strongly each feature fires.
 --
--- Grain:   one row per feature, dead ones too.
+-- Grain:   one row per feature, by feature_id, dead ones too.
 -- Reads:   stg_feature_stats, stg_size, feature_names
 -- Units:   density is a share of the encoded tokens (0 to 1). mean_value, std_value and max_value are in the units of
 --          the activations, over the tokens at which the feature fires (null for dead features). label is the feature's

@@ -1,6 +1,6 @@
 -- The runs of the store, and how good each is.
 --
--- Grain:   one row per run of the store, damaged ones too.
+-- Grain:   one row per run of the store, the newest first, damaged ones too.
 -- Reads:   stg_runs
 -- Units:   l0 is the number of features per token; k is the number that was asked for (null if none was).
 --          variance_unexplained, dead_share and loss_recovered_… are shares. quality holds every measure as JSON. They
@@ -24,4 +24,5 @@ select
     (quality ->> 'loss_recovered_mean')::double          as loss_recovered_mean,
     quality,
     problem
-from stg_runs;
+from stg_runs
+order by place;

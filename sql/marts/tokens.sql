@@ -1,6 +1,6 @@
 -- The corpus as readable tokens.
 --
--- Grain:   one row per real token; padding is left out.
+-- Grain:   one row per real token, in corpus order; padding is left out.
 -- Reads:   stg_tokens, stg_vocab, stg_documents
 -- Units:   position counts from 0 inside the sequence.
 -- Ask it:  what are the tokens of one document? (filter on key)
@@ -16,4 +16,5 @@ select
 from stg_tokens
 join stg_vocab on stg_vocab.vocab_id = stg_tokens.vocab_id
 join stg_documents on stg_documents.document_id = stg_tokens.document_id
-where stg_tokens.mask;
+where stg_tokens.mask
+order by stg_tokens.token_id;

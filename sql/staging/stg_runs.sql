@@ -3,10 +3,11 @@
 -- Grain:   one row per run of the store, damaged ones too.
 -- Reads:   src_runs
 -- Units:   facts and quality are JSON. tokens_artefact names the tokens that were encoded. problem says why a run
---          cannot be read, and is null if it can.
+--          cannot be read, and is null if it can. place counts from 0, the newest run first.
 -- Ask it:  which runs cannot be read, and why?
 create or replace view stg_runs as
 select
+    place::bigint               as place,
     name,
     fp,
     schema_name,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from saeflow.query.ask import ask
 from saeflow.query.connection import check, connect
-from tests.support.part_tables import Token, band, bin_of
+from saeflow.query.questions import questions
+from tests.support.part_tables import Token, Value, band, bin_of
 from tests.support.small_store import CONTEXT_LENGTH, Document, Given
 
 N_FEATURES = 5
@@ -52,13 +56,29 @@ def worlds(draw: st.DrawFn) -> Given:
         skipped=skipped,
         hidden=sorted(hidden),
     )
+    given.values = draw(values_of(given, skipped))
+    shown = st.sampled_from([i / 8 - 1 for i in range(17)])
+    features, entries = range(given.n_features), range(len(given.vocab))
+    given.tables = {
+        "similar": [
+            {"feature_id": f, "other_id": g, "cosine": draw(shown)} for f in features for g in features if f != g
+        ],
+        "logits": [{"feature_id": f, "vocab_id": v, "logit": draw(shown)} for f in features for v in entries[:3]],
+    }
+    return given
+
+
+@st.composite
+def values_of(draw: st.DrawFn, given: Given, skipped: Sequence[int]) -> list[Value]:
+    """Values with ties, of features of which the last never fires."""
     usable = [
-        t.token_id for t in given.every_token() if t.document_id not in {None, *hidden} and t.position not in skipped
+        t.token_id
+        for t in given.every_token()
+        if t.document_id not in {None, *given.hidden} and t.position not in skipped
     ]
     cells = [(token, feature) for token in usable for feature in range(N_FEATURES - 1)]
     chosen = draw(st.lists(st.sampled_from(cells), unique=True, max_size=40)) if cells else []
-    given.values = [(*cell, draw(st.integers(1, 12)) / 8) for cell in sorted(chosen)]
-    return given
+    return [(*cell, draw(st.integers(1, 12)) / 8) for cell in sorted(chosen)]
 
 
 @dataclass
@@ -66,6 +86,8 @@ class Slow:
     """The same questions, asked of the rows one by one."""
 
     given: Given
+    other: Slow | None = None
+    """The run that it is compared with."""
 
     @cached_property
     def tokens(self) -> list[Token]:
@@ -209,21 +231,23 @@ def feature_histogram(slow: Slow, ask: Ask) -> None:
         assert row["share"] == row["n_tokens"] / len(values)
 
 
+def drawn(tokens: Iterable[int], n: int, seed: int) -> set[int]:
+    """n of the tokens at random: the first by MD5 of "seed:token", on every machine."""
+    return set(sorted(tokens, key=lambda token: hashlib.md5(f"{seed}:{token}".encode()).hexdigest())[:n])
+
+
 def feature_quantile_examples(slow: Slow, ask: Ask) -> None:
-    ordered = slow.strongest(0, 999)
-    for bands, n in ((3, 2), (1, 99), (99, 1)):
-        rows = ask("feature_quantile_examples", 0, bands, n)
+    for feature, bands, n, seed in ((0, 3, 2, 0), (0, 1, 99, 7), (1, 99, 1, -1), (N_FEATURES - 1, 2, 2, 0)):
+        firing, expected = slow.firing(feature), []
+        ordered = slow.strongest(feature, len(firing))
         size = min(bands, len(ordered))
-        of_band = [[t for i, t in enumerate(ordered) if i * size // len(ordered) == b] for b in range(size)]
-        assert [row["token_id"] for row in rows] == sorted((r["token_id"] for r in rows), key=ordered.index)
-        for number, mine in enumerate(of_band, 1):
-            shown = [row for row in rows if row["band"] == number]
-            assert len(shown) == min(n, len(mine))
-            assert {row["token_id"] for row in shown} <= set(mine)
-            values = [slow.value[t, 0] for t in mine]
-            assert {(r["n_tokens"], r["low_value"], r["high_value"]) for r in shown} == {
-                (len(mine), min(values), max(values))
-            }
+        for number in range(size):
+            mine = [token for i, token in enumerate(ordered) if i * size // len(ordered) == number]
+            values = [firing[token] for token in mine]
+            whole = (number + 1, len(mine), min(values), max(values))
+            expected += [(*whole, t, firing[t], slow.piece(t)) for t in ordered if t in drawn(mine, n, seed)]
+        rows = ask("feature_quantile_examples", feature, bands, n, seed)
+        assert [tuple(row.values())[:7] for row in rows] == expected
 
 
 def near_misses(slow: Slow, ask: Ask) -> None:
@@ -234,12 +258,12 @@ def near_misses(slow: Slow, ask: Ask) -> None:
     entry = min(counts, key=lambda vocab_id: (-counts[vocab_id], vocab_id), default=None)
     same = [t.token_id for t in slow.encoded if t.vocab_id == entry]
     silent = [t for t in same if t not in firing]
-    rows = ask("near_misses", 0, 2)
-    assert len(rows) == min(2, len(silent))
-    for row in rows:
-        assert row["token_id"] in silent
-        assert (row["n_silent"], row["n_fired"]) == (len(silent), len(same) - len(silent))
-    assert [row["token_id"] for row in ask("near_misses", 0, 99)] == silent
+    for n, seed in ((2, 0), (1, 5), (99, 0), (0, 0)):
+        rows = ask("near_misses", 0, n, seed)
+        assert [row["token_id"] for row in rows] == sorted(drawn(silent, n, seed))
+        for row in rows:
+            assert (row["n_silent"], row["n_fired"]) == (len(silent), len(same) - len(silent))
+            assert row["key"] == slow.key(row["token_id"])
 
 
 def coactivation(slow: Slow, ask: Ask) -> None:
@@ -270,12 +294,12 @@ def coactivation(slow: Slow, ask: Ask) -> None:
                 )  # fmt: skip
 
 
-def spelt(slow: Slow, text: str) -> set[int]:
-    """Tokens of runs of at most 8 that are the text, whatever its case."""
-    found: set[int] = set()
+def spelt(slow: Slow, text: str) -> list[list[int]]:
+    """Runs of tokens that are the text, whatever its case."""
+    found: list[list[int]] = []
     goal = text.strip(" \t\n\r").lower()
     for first in range(len(slow.tokens)):
-        for n in range(1, 9):
+        for n in range(1, len(text.encode()) + 3):
             run = slow.tokens[first : first + n]
             ends = [slow.bytes_of(run[0]).strip(b" \t\n\r"), slow.bytes_of(run[-1]).strip(b" \t\n\r")]
             if len(run) < n or len({t.document_id for t in run}) > 1 or not all(ends):
@@ -285,20 +309,30 @@ def spelt(slow: Slow, text: str) -> set[int]:
             except UnicodeDecodeError:
                 continue
             if goal and spelling.strip(" \t\n\r").lower() == goal:
-                found |= {t.token_id for t in run}
+                found.append([t.token_id for t in run])
     return found
 
 
 def features_on(slow: Slow, ask: Ask) -> None:
-    for text in ("a", "AB", "a b", "€", "🐘a", "«", " ", "", "zz"):
-        tokens, expected = spelt(slow, text) & {token.token_id for token in slow.encoded}, {}
-        for feature in range(N_FEATURES):
-            n = len(tokens & set(slow.firing(feature)))
+    encoded = {token.token_id for token in slow.encoded}
+    whole = max(map(slow.text, {t.document_id for t in slow.tokens}), key=len, default="")
+    for text in ("a", "AB", "a b", "€", "🐘a", "«", " ", "", "zz", whole, whole[:-1].upper()):
+        places = [mine for run in spelt(slow, text) if (mine := encoded.intersection(run))]
+        tokens, expected = set().union(*places), {}
+        for feature in range(slow.given.n_features):
+            firing = slow.firing(feature)
+            n = len(tokens & set(firing))
             if n:
-                share, density = n / len(tokens), len(slow.firing(feature)) / len(slow.encoded)
-                expected[feature] = (n, pytest.approx(share), pytest.approx(density), pytest.approx(share / density))
+                share, density = n / len(tokens), len(firing) / len(slow.encoded)
+                peaks = [max(firing.get(token, 0) for token in place) for place in places]
+                strength = math.fsum(peaks) / len(peaks) / (math.fsum(firing.values()) / len(firing))
+                score = -strength * math.log2(density)
+                expected[feature] = pytest.approx((n, share, density, share / density, strength, score))
         rows = ask("features_on", text, 99)
-        assert {r["feature_id"]: (r["n_tokens"], r["share"], r["density"], r["lift"]) for r in rows} == expected
+        assert {row["feature_id"]: tuple(row.values())[2:] for row in rows} == expected
+        order = [(-row["score"], row["feature_id"]) for row in rows]
+        assert order == sorted(order)
+        assert ask("features_on", text, 1) == rows[:1]
 
 
 def source_contrast(slow: Slow, ask: Ask) -> None:
@@ -331,6 +365,22 @@ def position_profile(slow: Slow, ask: Ask) -> None:
         assert row["mean_value"] == (pytest.approx(sum(values) / len(values)) if values else None)
 
 
+def compare_sources(slow: Slow, ask: Ask) -> None:
+    rows = ask("compare_sources", "s", "t")
+    stored = {row["feature_id"]: row for row in ask("source_contrast", "s", "t")}
+    totals = {source: sum(t.source == source for t in slow.encoded) for source in ("s", "t")}
+    assert sorted(row["feature_id"] for row in rows) == list(range(slow.given.n_features))
+    for row in rows:
+        for source, side in (("s", "a"), ("t", "b")):
+            values = [v for t, v in slow.firing(row["feature_id"]).items() if slow.by_id[t].source == source]
+            assert row[f"n_tokens_{side}"] == len(values)
+            assert row[f"rate_{side}"] == (len(values) / totals[source] if totals[source] else None)
+            assert row[f"mean_value_{side}"] == (pytest.approx(sum(values) / len(values)) if values else None)
+        assert row["log2_ratio"] == stored[row["feature_id"]]["log2_ratio"]
+    order = [(-abs(row["rate_difference"]), row["feature_id"]) for row in rows if row["rate_difference"] is not None]
+    assert order == sorted(order)
+
+
 def summaries(slow: Slow, ask: Ask) -> None:
     rows = ask("feature_summary")
     assert [row["feature_id"] for row in rows] == list(range(slow.given.n_features))
@@ -339,31 +389,128 @@ def summaries(slow: Slow, ask: Ask) -> None:
         assert row["n_tokens"] == len(values)
         assert row["density"] == (len(values) / len(slow.encoded) if slow.encoded else None)
         assert row["max_value"] == max(values, default=None)
-    for row in ask("feature_kind"):
-        assert (row["kind"] == "dead") == (row["n_tokens"] == 0)
+        assert row["mean_value"] == (pytest.approx(np.mean(values)) if values else None)
+        assert row["std_value"] == (pytest.approx(np.std(values), abs=1e-3) if values else None)
+
+
+def feature_kind(slow: Slow, ask: Ask) -> None:
+    bands = Counter(band(t.position) for t in slow.encoded)
+    narrow = {b for b, n in bands.items() if n / len(slow.encoded) <= 0.25}
+    rows = ask("feature_kind")
+    assert [row["feature_id"] for row in rows] == list(range(slow.given.n_features))
+    for row in rows:
+        mine = [slow.by_id[t] for t in slow.firing(row["feature_id"])]
+        n, density = len(mine), len(mine) / max(len(slow.encoded), 1)
+        entries, places = Counter(t.vocab_id for t in mine), Counter(band(t.position) for t in mine)
+        kind = (
+            "dead" if not n
+            else "rare" if n < 10 or density < 1e-6
+            else "dense" if density > 0.1
+            else "single-token" if max(entries.values()) >= 0.9 * n
+            else "position" if max((places[b] for b in narrow), default=0) >= 0.9 * n
+            else "other"
+        )  # fmt: skip
+        assert (row["kind"], row["n_tokens"]) == (kind, n)
+        if n:
+            entry = min(entries, key=lambda vocab_id: (-entries[vocab_id], vocab_id))
+            assert (row["vocab_id"], row["vocab_share"]) == (entry, entries[entry] / n)
+            assert row["band_share"] == max(places.values()) / n
+
+
+def token_features(slow: Slow, ask: Ask) -> None:
+    for token in [*slow.tokens[:5], *slow.tokens[-2:]]:
+        mine = [(v, f) for (t, f), v in slow.value.items() if t == token.token_id]
+        rows = ask("token_features", token.token_id)
+        assert [(row["value"], row["feature_id"]) for row in rows] == sorted(mine, key=lambda pair: (-pair[0], pair[1]))
+
+
+def views(slow: Slow, ask: Ask) -> None:
+    rows = ask("tokens")
+    expected = [
+        (t.token_id, t.vocab_id, slow.piece(t.token_id), t.document_id, slow.key(t.token_id), t.source, t.position)
+        for t in slow.tokens
+    ]
+    assert [tuple(row.values()) for row in rows] == expected
+    visible = [i for i in range(len(slow.given.documents)) if i not in slow.given.hidden]
+    rows = ask("documents")
+    assert [(row["document_id"], row["n_tokens"]) for row in rows] == [
+        (i, len(slow.given.documents[i].pieces)) for i in visible
+    ]
+    assert [row["is_current"] for row in ask("runs")][:1] == [True]
+    assert ask("feature_labels") == []
+
+
+def search_token(slow: Slow, ask: Ask) -> None:
+    for text in ("a", "A", " ", "€", ""):
+        expected = []
+        for vocab_id, entry in enumerate(slow.given.vocab):
+            piece = entry.decode("utf-8", "replace")
+            mine = [t.token_id for t in slow.tokens if t.vocab_id == vocab_id]
+            if text.lower() in piece.lower():
+                expected.append((len(piece), -len(mine), vocab_id, piece, min(mine, default=None)))
+        rows = ask("search_token", text)
+        found = [(len(r["piece"]), -r["n_tokens"], r["vocab_id"], r["piece"], r["first_token_id"]) for r in rows]
+        assert found == sorted(expected)
+
+
+def stored_tables(slow: Slow, ask: Ask) -> None:
+    for feature in range(slow.given.n_features):
+        for question, table, name in (("similar_features", "similar", "cosine"), ("feature_logits", "logits", "logit")):
+            key = "other_id" if table == "similar" else "vocab_id"
+            mine = [row for row in slow.given.tables.get(table, ()) if row["feature_id"] == feature]
+            expected = [(row[name], row[key]) for row in sorted(mine, key=lambda row: (-row[name], row[key]))]
+            assert [(row[name], row[key]) for row in ask(question, feature)] == expected
 
 
 def compare_runs(slow: Slow, ask: Ask) -> None:
-    for row in ask("compare_runs", "demo", "demo"):
-        fires = bool(slow.firing(row["feature_id"]))
-        assert row["jaccard"] == (1.0 if fires else None)
-        assert row["rate_difference"] == (0.0 if fires else None)
-        assert not fires or slow.firing(row["match_id"]).keys() == slow.firing(row["feature_id"]).keys()
+    """Of the tokens that both runs encoded, each pair is counted."""
+    both = {t.token_id for t in slow.encoded} & {t.token_id for t in slow.other.encoded}
+    for least in (1, 2, 10):
+        counts = [
+            [len(both.intersection(run.firing(f))) for f in range(run.given.n_features)] for run in (slow, slow.other)
+        ]
+        expected = []
+        for feature, n_a in enumerate(counts[0]):
+            best: tuple[Any, ...] = (None,) * 5
+            for match, n_b in enumerate(counts[1]):
+                n_both = len(both.intersection(slow.firing(feature), slow.other.firing(match)))
+                jaccard = n_both / max(n_a + n_b - n_both, 1)
+                if n_both and min(n_a, n_b) >= least and (best[1] is None or jaccard > best[1]):
+                    best = (match, jaccard, n_both, n_a, n_b)
+            expected.append((feature, *best))
+        expected.sort(key=lambda row: (row[2] is None, -(row[2] or 0), row[0]))
+        rows = ask("compare_runs", "demo", "other", least)
+        assert [tuple(row.values())[:6] for row in rows] == expected
 
 
-QUESTIONS = [
-    tokens_where, tokens_where_all, tokens_where_within, top_tokens_and_contexts, context, top_documents,
-    feature_histogram, feature_quantile_examples, near_misses, coactivation, features_on, source_contrast,
-    position_profile, summaries, compare_runs,
-]  # fmt: skip
+QUESTIONS = {
+    tokens_where: "tokens_where", tokens_where_all: "tokens_where_all", tokens_where_within: "tokens_where_within",
+    top_tokens_and_contexts: "top_tokens contexts", context: "context", top_documents: "top_documents",
+    feature_histogram: "feature_histogram", feature_quantile_examples: "feature_quantile_examples",
+    near_misses: "near_misses", coactivation: "coactivation coactive_features", features_on: "features_on",
+    source_contrast: "source_contrast", compare_sources: "compare_sources", position_profile: "position_profile",
+    summaries: "feature_summary", feature_kind: "feature_kind", token_features: "token_features",
+    views: "tokens documents runs feature_labels", search_token: "search_token",
+    stored_tables: "similar_features feature_logits", compare_runs: "compare_runs",
+}  # fmt: skip
+
+
+def test_every_question_has_a_slow_answer_to_be_compared_with():
+    assert sorted(" ".join(QUESTIONS.values()).split()) == [question.name for question in questions()]
 
 
 @settings(max_examples=8, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(worlds())
-def test_every_question_answers_what_looking_at_each_token_answers(world):
-    with tempfile.TemporaryDirectory() as folder, connect(world.write(Path(folder)), threads=1) as connection:
-        slow = Slow(world)
-        for question in QUESTIONS:
-            note(question.__name__)
-            question(slow, lambda name, *arguments: ask(connection, name, arguments).to_pylist())
-        assert [name for name, rows in check(connection) if rows.num_rows] == []
+@given(worlds(), st.data())
+def test_every_question_answers_what_looking_at_each_token_answers(world, data):
+    values = data.draw(values_of(world, world.skipped[:1]))
+    other = replace(
+        world, values=values, skipped=world.skipped[:1], name="other", fp="f0000000", corpus=("demo", "f0000001")
+    )
+    slow = Slow(world, Slow(other))
+    with tempfile.TemporaryDirectory() as folder:
+        other.write(Path(folder))
+        with connect(world.write(Path(folder)), threads=1) as connection:
+            for question in QUESTIONS:
+                note(question.__name__)
+                question(slow, lambda name, *arguments: ask(connection, name, arguments).to_pylist())
+            assert [name for name, rows in check(connection) if rows.num_rows] == []

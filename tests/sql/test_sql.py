@@ -189,9 +189,39 @@ def test_coactivation_with_a_shift_stays_in_the_sequence_and_the_document(demo):
 
 
 def test_features_on_a_text_come_with_their_lift(demo):
-    (row, *others) = demo("features_on", "LOVE")
+    (first, row) = demo("features_on", "LOVE")
     assert (row["feature_id"], row["n_tokens"], row["share"], row["density"], row["lift"]) == (0, 2, 1.0, 0.5, 2.0)
-    assert [(other["feature_id"], other["share"], other["lift"]) for other in others] == [(2, 0.5, 2.0)]
+    assert (first["feature_id"], first["share"], first["lift"]) == (2, 0.5, 2.0)
+    assert (first["strength"], first["score"]) == ((0 + 1.5) / 2 / 1.0, 1.5)
+    assert row["strength"] == row["score"] == pytest.approx((3 + 2) / 2 / (8.5 / 4))
+
+
+def test_a_feature_that_fires_everywhere_comes_last_for_a_text(tmp_path):
+    values = [*((token, 0, 3.0) for token in range(8)), (1, 1, 2.0), (4, 1, 2.0), (1, 2, 0.5), (7, 2, 1.5)]
+    rows = answer(tmp_path, Given(values=values), "features_on", "loves")
+    assert [(row["feature_id"], row["score"]) for row in rows] == [(1, 2.0), (2, 1.0), (0, 0.0)]
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 40, 300])
+def test_a_text_of_any_length_is_found(tmp_path, n):
+    pieces = [f" w{i}".encode() for i in range(n)]
+    given = Given(documents=[Document("k", "a", [b"x", *pieces, b" x"])], values=[(n, 2, 1.0), (0, 3, 1.0)])
+    (row,) = answer(tmp_path, given, "features_on", b"".join(pieces).decode().upper())
+    assert (row["feature_id"], row["n_tokens"], row["share"]) == (2, 1, pytest.approx(1 / n))
+
+
+def test_examples_of_a_band_are_drawn_from_all_of_it(tmp_path):
+    values = [(token, 0, 1.0 + token % 97 / 128) for token in range(400)]
+    documents = [Document("k", "a", [b"a"] * 400)]
+    with connect(Given(documents=documents, values=values).write(tmp_path)) as connection:
+        draws = [ask(connection, "feature_quantile_examples", [0, 4, 10, seed]).to_pylist() for seed in range(5)]
+    for rows in draws:
+        for band in range(1, 5):
+            inside = [row for row in rows if row["band"] == band]
+            places = [(row["value"] - row["low_value"]) / (row["high_value"] - row["low_value"]) for row in inside]
+            assert 0.2 < sum(places) / 10 < 0.8
+            assert max(places) - min(places) > 0.4
+    assert len({tuple(column(rows, "token_id")) for rows in draws}) == 5
 
 
 @pytest.mark.parametrize(
@@ -275,12 +305,14 @@ def test_compare_runs_finds_the_feature_that_fires_on_the_same_tokens(tmp_path):
     other = [(token, {0: 3, 1: 0, 2: 1}[feature], value) for token, feature, value in VALUES if token != 5]
     Given(name="old", fp="f0000000", values=other, corpus=("demo", "f0000001")).write(tmp_path)
     with connect(Given().write(tmp_path)) as connection:
-        rows = {row["feature_id"]: row for row in ask(connection, "compare_runs", ["demo", "old"]).to_pylist()}
+        rows = {row["feature_id"]: row for row in ask(connection, "compare_runs", ["demo", "old", 1]).to_pylist()}
+        rare = ask(connection, "compare_runs", ["demo", "old"]).to_pylist()
         with pytest.raises(UserError, match="schema names"):
             ask(connection, "compare_runs", ["demo", "nowhere"])
     assert {feature: (row["match_id"], row["jaccard"]) for feature, row in rows.items()} == {
         0: (3, 0.75), 1: (0, 1.0), 2: (1, 1.0), 3: (None, None),
     }  # fmt: skip
+    assert set(column(rare, "match_id")) == {None}  # fewer than ten tokens are no evidence
     assert (rows[0]["rate_a"], rows[0]["rate_b"], rows[0]["rate_difference"]) == (0.5, 0.375, 0.125)
 
 
