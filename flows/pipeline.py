@@ -44,8 +44,8 @@ FLOWS: dict[str, Flow[..., Any]] = {
 """The flow of each stage that has its own."""
 
 FIGURES = (
-    "variance_unexplained", "l0", "shrinkage", "dead_share", "loss_recovered_zero", "loss_recovered_mean",
-    "kl_recovered_mean", "judged_on",
+    "variance_unexplained", "variance_unexplained_without_longest", "longest_share", "l0", "shrinkage", "dead_share",
+    "loss_recovered_zero", "loss_recovered_mean", "kl_recovered_mean", "judged_on",
 )  # fmt: skip
 """Figures of quality on the page of a pipeline."""
 

@@ -127,6 +127,8 @@ def ask_command(
     Examples: `saeflow ask top_tokens 123 10`, `saeflow ask tokens_where 123 0.5 -f csv`
     """
     from saeflow.query.ask import as_statement, ask, resolve_names
+    from saeflow.query.connection import connect_to_run
+    from saeflow.query.new_text import read_if_needed
     from saeflow.query.questions import find_question
 
     if question is None:
@@ -136,11 +138,14 @@ def ask_command(
     values = _parse_or_explain(chosen, given)
     says_how_many = "n" in list(values)[: len(given)]
     reply = Reply(format, output, limit)
-    with connection_to(store, run) as connection:
+    opened = existing_store(store)
+    current, connection = connect_to_run(opened, run)
+    with contextlib.closing(connection):
         values = resolve_names(connection, chosen, values)
         if show_sql:
             return _write_text(as_statement(connection, chosen, values, limit), output)
-        reply.write(lambda most: ask(connection, question, values, most), None if says_how_many else 20)
+        readings = read_if_needed(opened, current, chosen, values)
+        reply.write(lambda most: ask(connection, question, values, most, readings), None if says_how_many else 20)
     return None
 
 

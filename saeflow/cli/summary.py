@@ -20,6 +20,9 @@ from saeflow.store.store import Store
 _SWEEP_WIDTH = 160
 """Columns of the terminal that the table of a sweep may use."""
 
+_MASSIVE_SHARE = 0.1
+"""From this share of all squared lengths on, the longest 0.1% of the tokens are called massive."""
+
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Print what a run made, how good it is, and how long each stage took."""
@@ -31,13 +34,21 @@ def print_summary(summary: dict[str, Any]) -> None:
     for name in ("activation_bytes", "feature_bytes"):
         table.add_row(name.replace("_", " "), human_bytes(summary[name]))
     shares = "loss_recovered_zero", "loss_recovered_mean", "kl_recovered_mean"
-    for name in ("variance_unexplained", "l0", "shrinkage", "dead_share", *shares):
+    about_longest = "variance_unexplained_without_longest", "longest_share"
+    for name in ("variance_unexplained", *about_longest, "l0", "shrinkage", "dead_share", *shares):
         if name in quality:
             table.add_row(name.replace("_", " "), f"{quality[name]:.4f}")
     table.add_row("judged on", quality["judged_on"])
     for name, seconds in summary.get("seconds", {}).items():
         table.add_row(f"{name} took", f"{seconds:.1f} s")
     out.print(table)
+    if quality.get("longest_share", 0) > _MASSIVE_SHARE:
+        out.print(
+            f"The longest 0.1% of the tokens hold {quality['longest_share']:.0%} of all squared lengths (massive "
+            "activations), so an SAE that fits only them looks good. Judge it by the variance unexplained without "
+            "them. `activations.skip_positions` and `activations.skip_special` leave tokens out.",
+            style="yellow", markup=False,
+        )  # fmt: skip
 
 
 def compare_with_forecast(store: Store, recipe: Recipe, summary: dict[str, Any]) -> None:

@@ -75,7 +75,8 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
 
         def publish() -> None:
             made = target.parts_from(inputs)
-            target.publish([made[part.index] for part in wanted])
+            model = {"model": recipe.model.path, "revision": recipe.model.revision} if recipe.model else {}
+            target.publish([made[part.index] for part in wanted], model)
 
         if not missing and target.complete():
             skipped(target, progress)

@@ -31,7 +31,7 @@ from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import map_in_order, n_threads, use_threads
 from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
+from saeflow.sae.metrics import Firing, Predictions, Reconstruction, WithoutLongest, density_histogram, ratio, recovered
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import read_or_empty, write_checked
 
@@ -50,6 +50,7 @@ class Judged:
     """Reconstruction metrics of one SAE on its evaluation tokens."""
 
     reconstruction: Reconstruction
+    without_longest: WithoutLongest
     firing: Firing
     held_out: bool = True
 
@@ -57,7 +58,9 @@ class Judged:
         """Count tokens x (n, D), to be reconstructed as `wanted`."""
         sparse = sae.encode_sparse(x)
         self.firing.add(sparse)
-        self.reconstruction.add(wanted, sae.decode(sparse))
+        there = sae.decode(sparse)
+        self.reconstruction.add(wanted, there)
+        self.without_longest.add(wanted, there)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class Judged:
         return {
             "n_tokens": sums.n_tokens,
             "variance_unexplained": sums.variance_unexplained,
+            **self.without_longest.figures,
             "mean_squared_error": sums.mean_squared_error,
             "shrinkage": sums.shrinkage,
             "l0": firing.l0,
@@ -108,17 +112,19 @@ def _measure_run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
 def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress: Progress) -> list[Judged]:
     """Judge SAEs or transcoders of the recipe's sites on held-out tokens, in one reading. Needs no encoded run.
 
-    Without held-out documents, all training tokens are taken, and `judged_on` says so.
+    At most `evaluate.max_tokens` tokens are read. Without held-out ones, they are training tokens, in the order of
+    training, and `judged_on` says so.
     """
     recipe, stored, used, sites = lineage.recipe, lineage.activations, lineage.selection(), lineage.distinct_sites
-    found = [Judged(Reconstruction(sites[-1].width), Firing(sae.config.n_features)) for sae in saes]
+    most, width = recipe.evaluate.max_tokens, sites[-1].width
+    found = [Judged(Reconstruction(width), WithoutLongest(width, most), Firing(sae.config.n_features)) for sae in saes]
 
     def add(x: Tensor, wanted: Tensor) -> None:
         for judged, sae in zip(found, saes, strict=True):
             judged.add(x, wanted, sae)
 
     with progress.bar("evaluate", None, "tokens") as bar:
-        for rows in aligned_held_out_rows(used, stored, sites, recipe.evaluate.max_tokens):
+        for rows in aligned_held_out_rows(used, stored, sites, most):
             for batch in zip(*(torch.split(each, recipe.features.batch_rows) for each in rows), strict=True):
                 add(batch[0], batch[-1])
                 bar.advance(len(batch[0]))
@@ -126,7 +132,11 @@ def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress
             feed = Feed(used, stored, sites, recipe.feed)
             with contextlib.closing(feed.aligned()) as batches:
                 for batch in itertools.islice(batches, feed.batches_per_epoch):
-                    add(batch[0], batch[-1])
+                    left = most - found[0].firing.n_tokens
+                    add(batch[0][:left], batch[-1][:left])
+                    bar.advance(min(left, len(batch[0])))
+                    if left <= len(batch[0]):
+                        break
             for judged in found:
                 judged.held_out = False
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +23,14 @@ from saeflow.activations.tables.stream import (
 )
 from saeflow.activations.writer import open_writer, to_disk_precision
 from saeflow.corpus import token_parts
+from saeflow.corpus.document import is_held_out
 from saeflow.corpus.token_parts import Packed
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.model.sites import Site
 from saeflow.pipeline.collect import skipped
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import ActivationsConfig
+from saeflow.recipe.settings import ActivationsConfig, CorpusConfig
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.threads import n_threads
 from saeflow.store.artefact import Artefact
@@ -128,24 +130,61 @@ def _bring_part(
         "first_sequence": start, "n_sequences": n, "n_train_sequences": n, "first_document": start,
         "n_documents": n, "n_tokens": n, "n_train_tokens": n,
     }  # fmt: skip
-    labels: list[str] = []
-    n_read = 0
+    rows = _PartRows(table, recipe.corpus, np.arange(start, start + n))
     where = PartRecord(index=index, counts=counts, files=[])
     with target.new_part(index, counts) as folder:
         writer = open_writer(folder / site.file, plan_layout(n, 1, site.width, about), about)
-        for values, found in table.reader.read(start, start + n):
-            writer.append(to_disk_precision(torch.from_numpy(values)[:, None], about, where, n_read))
-            labels += found or ()
-            n_read += len(values)
+        for values, first in rows.in_stored_order():
+            writer.append(to_disk_precision(torch.from_numpy(values)[:, None], about, where, first))
             bar.advance(len(values))
         writer.close()
-    numbers = np.arange(start, start + n)
-    names = labels or map(row_name, numbers.tolist())
+        counts["n_train_sequences"] = counts["n_train_tokens"] = n - int(rows.held_out.sum())
+    order = np.argsort(rows.held_out, kind="stable")
     documents = pa.table(
         {
-            "document_id": numbers, "key": [f"{name} #{i}" for i, name in zip(numbers, names, strict=True)],
-            "source": ["table"] * n, "content_hash": [""] * n, "held_out": [False] * n,
-            "n_tokens": np.ones(n, np.int64), "first_token_id": numbers,
+            "document_id": rows.numbers, "key": rows.keys, "source": ["table"] * n, "content_hash": [""] * n,
+            "held_out": rows.held_out, "n_tokens": np.ones(n, np.int64), "first_token_id": start + np.argsort(order),
         }
     )  # fmt: skip
-    token_parts.write_part(source, index, counts, Packed(table.vocab_ids(labels, numbers), numbers[:, None]), documents)
+    packed = Packed(table.vocab_ids(rows.labels, rows.numbers)[order], rows.numbers[order, None])
+    token_parts.write_part(source, index, counts, packed, documents)
+
+
+class _PartRows:
+    """The rows of one part. As of documents, a share of them is kept for evaluation, chosen by a hash of their keys."""
+
+    def __init__(self, table: _Table, corpus: CorpusConfig | None, numbers: np.ndarray) -> None:
+        self._table, self.numbers, self.labels, self.keys = table, numbers, list[str](), list[str]()
+        self._share, self._seed = (corpus.held_out, corpus.seed) if corpus else (0.0, 0)
+        self.held_out = np.zeros(len(numbers), bool)
+
+    def in_stored_order(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield values (n, D) and the place of the block they are from: rows to train on, then the held-out ones.
+
+        Held-out rows are read again, because a part of them may be too large to keep.
+        """
+        for first, values, labels in self._blocks():
+            self._name(first, len(values), labels)
+            yield from _nonempty(values[~self.held_out[first : first + len(values)]], first)
+        if self.held_out.any():
+            for first, values, _ in self._blocks():
+                yield from _nonempty(values[self.held_out[first : first + len(values)]], first)
+
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray, list[str] | None]]:
+        first, start = 0, int(self.numbers[0])
+        for values, labels in self._table.reader.read(start, start + len(self.numbers)):
+            yield first, values, labels
+            first += len(values)
+
+    def _name(self, first: int, n: int, labels: list[str] | None) -> None:
+        numbers = self.numbers[first : first + n].tolist()
+        self.labels += labels or ()
+        keys = [f"{name} #{i}" for i, name in zip(numbers, labels or map(row_name, numbers), strict=True)]
+        self.keys += keys
+        if self._share:
+            self.held_out[first : first + n] = [is_held_out(key, self._seed, self._share) for key in keys]
+
+
+def _nonempty(values: np.ndarray, first: int) -> Iterator[tuple[np.ndarray, int]]:
+    if len(values):
+        yield values, first

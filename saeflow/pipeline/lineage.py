@@ -301,7 +301,7 @@ def last_log_row(trained: Artefact) -> dict[str, float]:
 
 def table_facts(recipe: Recipe) -> dict[str, Any]:
     """Return facts of activations that no model makes: the bytes of the table, or the settings that make it."""
-    about = recipe.activations
+    about, corpus = recipe.activations, recipe.corpus
     made = settings_that_count(about.synthetic) if about.synthetic else None
     if made and about.synthetic and about.synthetic.grows:
         del made["n_samples"]
@@ -310,7 +310,8 @@ def table_facts(recipe: Recipe) -> dict[str, Any]:
         "content": source_checksum(about.source) if about.source else None,
         "synthetic": made,
         "part_rows": about.part_rows,
-        "held_out": recipe.corpus.held_out if recipe.corpus else 0.0,
+        "held_out": corpus.held_out if corpus else 0.0,
+        **({"seed": corpus.seed} if corpus and corpus.held_out and corpus.seed else {}),
         **({"source_array": about.source_array} if about.source_array else {}),
     }
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from saeflow.query.ask import ask, query, resolve_names
 from saeflow.query.connection import connect_to_run
+from saeflow.query.new_text import read_if_needed
 from saeflow.query.questions import Question, find_question, parse_arguments, questions
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
@@ -45,12 +46,14 @@ class OpenRun:
 
             run.ask("top_tokens", feature=12, n=5)
             run.ask("tokens_where", 12, 0.5)
+            run.ask("features_of_text", "a text that is nowhere in the corpus")  # runs the model
 
         Raises UserError for a question, parameter, feature, source or run that does not exist.
         """
         chosen = find_question(question)
         values = parse_arguments(chosen, _by_name(chosen, arguments, named))
-        return ask(self._connection, question, resolve_names(self._connection, chosen, values), limit)
+        values = resolve_names(self._connection, chosen, values)
+        return ask(self._connection, question, values, limit, read_if_needed(self.store, self._run, chosen, values))
 
     def sql(self, statement: str, parameters: Sequence[object] = (), limit: int | None = None) -> pa.Table:
         """Run one statement that only reads. Each `?` in it stands for one of the parameters. Raises UserError."""

@@ -20,6 +20,9 @@ from saeflow.runtime.sql_judge import only_reads
 from saeflow.runtime.temporary import blaming_temporary_folder
 from saeflow.runtime.text import brief, did_you_mean, sanitise
 
+Readings = list[dict[str, object]]
+"""What features_of_text needs to know of each feature that fires on a new text."""
+
 LONGEST_SQL = 100_000
 """Most characters of a statement. DuckDB takes minutes over some longer ones before it has read them."""
 
@@ -34,11 +37,19 @@ _SOURCES_SHOWN = 20
 
 
 def ask(
-    connection: duckdb.DuckDBPyConnection, question: str, arguments: Arguments = (), limit: int | None = None
+    connection: duckdb.DuckDBPyConnection,
+    question: str,
+    arguments: Arguments = (),
+    limit: int | None = None,
+    readings: Readings | None = None,
 ) -> pa.Table:
-    """Answer a named question. Arguments come by position or by name, as values or as words to be parsed."""
+    """Answer a named question. Arguments come by position or by name, as values or as words to be parsed.
+
+    `readings` are what the model gave, if the question runs it: see `saeflow.query.new_text`.
+    """
     chosen = find_question(question)
     values: list[object] = list(parse_arguments(chosen, arguments).values())
+    values += [] if readings is None else [readings]
     call = f"({', '.join('?' * len(values))})" if chosen.is_macro else ""
     sql = f"select * from {chosen.name}{call}"
     if limit is not None:

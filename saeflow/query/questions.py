@@ -132,6 +132,11 @@ class Question:
         return bool(re.search(rf"\bmacro\s+{self.name}\b", self.sql))
 
     @property
+    def runs_model(self) -> bool:
+        """True if `saeflow.query.new_text` must run the model first: SQL alone knows only what is stored."""
+        return "readings :=" in self.sql
+
+    @property
     def command(self) -> str:
         """The example of the header, as typed in a shell."""
         found = re.search(rf"\bfrom {self.name}\((.*)\)", self.example)

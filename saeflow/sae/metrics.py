@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,51 @@ class Reconstruction:
         evaluation tokens, not centred and with the decoder bias.
         """
         return ratio(self.length, self.agreement)
+
+
+@dataclass
+class WithoutLongest:
+    """Tokens in one pass, without the longest 0.1% of them: a few massive activations (Sun et al. 2024, arXiv
+    2402.17762) hold most of the variance, and hide how well all others are reconstructed.
+
+    Exact for up to `most_tokens` tokens: a thousandth of them stays in memory, and shorter ones pass into `others`.
+    """
+
+    width: int
+    most_tokens: int
+
+    def __post_init__(self) -> None:
+        self._others = Reconstruction(self.width)
+        self._pairs = torch.empty(0, 2, self.width)
+        """The longest tokens (n, 2, D), the longest first; the first one of equals. Each has its reconstruction."""
+
+    def add(self, x: Tensor, reconstruction: Tensor) -> None:
+        """Count tokens (n, D)."""
+        pairs = torch.cat([self._pairs, torch.stack([x, reconstruction.to(x)], 1).cpu()])
+        order = _lengths(pairs[:, 0]).sort(descending=True, stable=True).indices
+        n_kept = math.ceil(self.most_tokens / 1000)
+        self._pairs = pairs[order[:n_kept]]
+        shorter = pairs[order[n_kept:].sort().values]
+        self._others.add(shorter[:, 0], shorter[:, 1])
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Variance unexplained without the longest tokens, and their share of all squared lengths; none if too few."""
+        n_longest = math.ceil((self._others.n_tokens + len(self._pairs)) / 1000)
+        kept = copy.deepcopy(self._others)
+        kept.add(self._pairs[n_longest:, 0], self._pairs[n_longest:, 1])
+        if kept.n_tokens < 2:
+            return {}
+        longest = float(_lengths(self._pairs[:n_longest, 0]).square().sum())
+        rest = kept.spread + kept.n_tokens * float(kept.mean.square().sum())
+        return {
+            "variance_unexplained_without_longest": kept.variance_unexplained,
+            "longest_share": ratio(longest, longest + rest) if longest else 0.0,
+        }
+
+
+def _lengths(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
 
 
 @dataclass

@@ -4,7 +4,9 @@
 -- Reads:   stg_runs
 -- Units:   l0 is the number of features per token; k is the number that was asked for (null if none was).
 --          variance_unexplained, dead_share and loss_recovered_… are shares. quality holds every measure as JSON. They
---          are null until the run is evaluated.
+--          are null until the run is evaluated. longest_share is the share of all squared lengths that the longest
+--          0.1% of the tokens hold; if it is large (massive activations), compare runs by
+--          variance_unexplained_without_longest.
 -- Ask it:  which run recovers most of the loss at which l0?
 create or replace view runs as
 select
@@ -19,6 +21,8 @@ select
     n_tokens,
     (quality ->> 'l0')::double                           as l0,
     (quality ->> 'variance_unexplained')::double         as variance_unexplained,
+    (quality ->> 'variance_unexplained_without_longest')::double as variance_unexplained_without_longest,
+    (quality ->> 'longest_share')::double                as longest_share,
     (quality ->> 'dead_share')::double                   as dead_share,
     (quality ->> 'loss_recovered_zero')::double          as loss_recovered_zero,
     (quality ->> 'loss_recovered_mean')::double          as loss_recovered_mean,

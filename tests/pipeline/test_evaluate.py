@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,9 +18,12 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus import token_parts
+from saeflow.corpus.document import is_held_out
 from saeflow.model.load import load_model
 from saeflow.pipeline import collect, encode, evaluate, import_table, tokens, train
 from saeflow.pipeline.lineage import Lineage
+from saeflow.query.ask import ask
+from saeflow.query.connection import check, connect
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import FeaturesConfig, SAEConfig
 from saeflow.runtime import devices
@@ -419,6 +423,44 @@ def test_without_held_out_documents_the_training_data_are_judged_and_that_is_sai
     wanted = (x - sae.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert quality["variance_unexplained"] == pytest.approx(wanted.item(), rel=1e-5)
     assert quality["mean_squared_error"] == pytest.approx(tf.mse_loss(sae.reconstruct(x), x).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"held_out": 0.25}, {"held_out": 0.1, "seed": 3}, {"held_out": 0.5}])
+def test_rows_of_a_table_are_held_out_by_their_keys_and_judged(tmp_path, progress, changes):
+    store = Store.create(tmp_path / "store")
+    data = brought_data(write_table(tmp_path / "t.npy", a_table()), activations={"part_rows": 300}, corpus=changes)
+    recipe = parse_recipe(data)
+    for stage in (import_table.run, train.run, encode.run):
+        stage(Lineage(store, recipe), progress)
+    lineage = Lineage(store, recipe)
+    quality = evaluate.run(lineage, progress)
+    seed, share = changes.get("seed", 0), changes["held_out"]
+    wanted = [is_held_out(f"row {i} #{i}", seed, share) for i in range(700)]
+    assert (quality["judged_on"], quality["n_tokens"]) == ("held-out documents", sum(wanted))
+    sae = interchange.load(lineage.sae.path)
+    x = torch.from_numpy(a_table()).half().float()[torch.tensor(wanted)]
+    error = (x - sae.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert quality["variance_unexplained"] == pytest.approx(error.item(), rel=1e-5)
+    documents = [lineage.tokens.part_file(p, "documents.parquet") for p in lineage.tokens.published().parts]
+    rows = pa.concat_tables(map(pq.read_table, documents)).to_pylist()
+    assert [row["held_out"] for row in rows] == wanted
+    assert sorted(row["first_token_id"] for row in rows) == list(range(700))
+    with connect(store) as connection:
+        first = ask(connection, "top_tokens", [0, 1]).to_pylist()
+        assert not any(rows.num_rows for _, rows in check(connection))
+    for row in first:
+        number = int(row["key"].partition("#")[2])
+        assert row["piece"] == f"row {number}"
+        own = sae.encode_sparse(torch.from_numpy(a_table()).half().float()[number : number + 1])
+        assert dict(zip(own.feature_ids.tolist(), own.values.tolist(), strict=True))[0] == pytest.approx(row["value"])
+
+
+def test_without_held_out_documents_at_most_max_tokens_are_judged(tmp_path, progress):
+    store = Store.create(tmp_path / "store")
+    recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table()), evaluate={"max_tokens": 130}))
+    for stage in (import_table.run, train.run, encode.run):
+        stage(Lineage(store, recipe), progress)
+    assert evaluate.run(Lineage(store, recipe), progress)["n_tokens"] == 130
 
 
 def test_at_most_max_tokens_are_used(finished, progress, ingredients, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.activations.sparse_values import SparseValues
-from saeflow.sae.metrics import Firing, Predictions, Reconstruction, density_histogram, ratio, recovered
+from saeflow.sae.metrics import Firing, Predictions, Reconstruction, WithoutLongest, density_histogram, ratio, recovered
 
 WIDTH, N_ENTRIES = 12, 50
 
@@ -49,6 +49,36 @@ def test_predicting_zero_is_worse_than_the_mean_by_the_means_own_length():
     spread, length = (x - x.mean(0)).square().sum(), 64 * x.mean(0).square().sum()
     found = summed(x, torch.zeros_like(x)).variance_unexplained
     assert found == pytest.approx(1 + (length / spread).item(), rel=1e-12)
+
+
+@given(st.integers(3, 2500), st.lists(st.integers(1, 2499), max_size=5), st.integers(0, 5), st.integers(0, 99))
+def test_what_is_left_without_the_longest_tokens_does_not_depend_on_how_they_come(n, cuts, n_massive, seed):
+    x, there = vectors(seed, n), vectors(seed + 1, n)
+    massive = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:n_massive]
+    x[massive] *= 1e4
+    found = WithoutLongest(WIDTH, 2500)
+    for start, stop in itertools.pairwise([0, *sorted(cut for cut in cuts if cut < n), n]):
+        found.add(x[start:stop], there[start:stop])
+    lengths = x.square().sum(1).sqrt()
+    longest = sorted(range(n), key=lambda i: -lengths[i])[: math.ceil(n / 1000)]
+    kept = torch.ones(n, dtype=torch.bool)
+    kept[longest] = False
+    assert found.figures["variance_unexplained_without_longest"] == pytest.approx(
+        summed(x[kept], there[kept]).variance_unexplained, rel=1e-9
+    )
+    share = lengths[longest].square().sum() / lengths.square().sum()
+    assert found.figures["longest_share"] == pytest.approx(share.item(), rel=1e-9)
+
+
+def test_an_sae_that_fits_only_massive_tokens_looks_good_until_they_are_left_out():
+    x = vectors(n=5000).float()
+    x[[7, 8, 9, 4000, 4999]] *= 1e4
+    there = torch.where(x.norm(dim=1, keepdim=True) > 1e3, x, 0)
+    found = WithoutLongest(WIDTH, 5000)
+    found.add(x, there)
+    assert summed(x, there).variance_unexplained < 1e-4
+    assert found.figures["variance_unexplained_without_longest"] == pytest.approx(1, abs=0.01)
+    assert found.figures["longest_share"] > 0.999
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 0.25, 3.0, -2.0])

@@ -1,0 +1,126 @@
+"""The features of a text that need not be in the corpus: the run's model and SAE read it now.
+
+PyTorch and the model are loaded only if such a question is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from saeflow.query.ask import Readings
+from saeflow.query.questions import Question, Value
+from saeflow.query.runs import Run
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import brief
+from saeflow.store.artefact import Artefact
+from saeflow.store.records import provenance_value
+from saeflow.store.store import Store
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from saeflow.activations.sparse_values import SparseValues
+    from saeflow.recipe.settings import ModelConfig
+
+_SEQUENCES = 16
+"""Sequences of a long text in one forward pass."""
+
+
+def read_if_needed(store: Store, run: Run, question: Question, values: Mapping[str, Value]) -> Readings | None:
+    """Return what the model gives on the question's text; None if the question does not run it. Raises UserError."""
+    if not question.runs_model:
+        return None
+    return read_text(store, run, str(values["text"]), str(values["model"] or ""))
+
+
+def read_text(store: Store, run: Run, text: str, model: str = "") -> Readings:
+    """Return each feature that fires on the text: on how many tokens, and where it is strongest.
+
+    The text is read as a document of the run's corpus would be: with its special tokens, its context length, and
+    without the tokens that the run skips. Memory is that of the model, the SAE and the values of the text.
+    """
+    import pyarrow.parquet as pq
+
+    from saeflow.recipe.settings import TokensConfig
+
+    tokens, stored = store.input_of(run.artefact, "tokens"), store.input_of(run.artefact, "activations")
+    config = _model_of(stored, model)
+    facts = tokens.record.facts
+    about = TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts})
+    vocab_ids, sparse = _encode(store, run, stored, config, about, text)
+    vocab = pq.read_table(tokens.own_file("vocab.parquet"), columns=["piece"]).column(0)
+    return _by_feature(sparse, vocab.take(vocab_ids).to_pylist())
+
+
+def _model_of(stored: Artefact, given: str) -> ModelConfig:
+    """Return the model that gave the activations, wherever it lies now. Its files are compared with those of then."""
+    from saeflow.model.load import model_fingerprint
+    from saeflow.recipe.settings import ModelConfig
+
+    wanted = stored.record.facts.get("model")
+    if wanted is None:
+        raise UserError("features_of_text reads texts with a language model, but this run is of a table.")
+    folder = stored.own_file("provenance.json").parent
+    path, revision = given or provenance_value(folder, "model"), provenance_value(folder, "revision")
+    if not path:
+        raise UserError("The store does not say where its model lies. Name it: features_of_text TEXT 20 MODEL_FOLDER.")
+    for dtype in ("float32", "bfloat16", "float16"):
+        config = ModelConfig(path=path, revision=None if given else revision, dtype=dtype)
+        if model_fingerprint(config) == wanted:
+            return config
+    raise UserError(
+        f"model is {brief(path)!r}, but the activations of this run are of other files, or it is not there.\n"
+        "Name the folder of that model: features_of_text TEXT 20 MODEL_FOLDER."
+    )
+
+
+def _encode(
+    store: Store, run: Run, stored: Artefact, config: ModelConfig, about: Any, text: str
+) -> tuple[np.ndarray, SparseValues]:
+    """Return the vocabulary ids (n,) of the tokens that count, and their values."""
+    import numpy as np
+    import torch
+
+    from saeflow.corpus.token_parts import bos_ids, ids_of, pack
+    from saeflow.corpus.vocabulary import special_ids
+    from saeflow.model.load import load_model, load_tokenizer
+    from saeflow.model.sites import Site, SiteReader
+    from saeflow.sae import interchange
+
+    facts = run.artefact.record.facts
+    tokenizer, model = load_tokenizer(config), load_model(config)
+    ids = np.array([*bos_ids(tokenizer, about), *ids_of(tokenizer, [text], about)[0]], np.int32)
+    rows, owners = pack([(0, ids)], about.context_length, about.packing, int(ids[-1]) if len(ids) else 0)
+    width = dict(stored.record.facts["stored"])[facts["site"]]
+    dtype = getattr(torch, stored.record.facts["dtype"])
+    values = torch.empty(0, about.context_length, width)
+    with contextlib.closing(SiteReader(model, [Site(facts["site"], width)])) as reader:
+        for start in range(0, len(rows), _SEQUENCES):
+            here = slice(start, start + _SEQUENCES)
+            real = torch.from_numpy(owners[here] >= 0)
+            read = reader.read(torch.from_numpy(rows[here]), None if real.all() else real)
+            values = torch.cat([values, read[facts["site"]].to(dtype).float().cpu()])
+    used = owners >= 0
+    used[:, list(facts.get("skip_positions", ()))] = False
+    if facts.get("skip_special"):
+        used &= ~np.isin(rows, special_ids(store.input_of(run.artefact, "tokens").own_file("vocab.parquet")))
+    sae = interchange.load(store.input_of(run.artefact, "saes").fetched())
+    return rows[used], sae.encode_sparse(values[torch.from_numpy(used)])
+
+
+def _by_feature(sparse: SparseValues, pieces: list[str]) -> Readings:
+    import numpy as np
+
+    places = np.repeat(np.arange(len(pieces)), np.diff(sparse.row_starts))
+    order = np.lexsort((places, -sparse.values.astype(np.float64), sparse.feature_ids))
+    features, first, counts = np.unique(sparse.feature_ids[order], return_index=True, return_counts=True)
+    return [
+        {
+            "feature_id": int(feature), "n_tokens": int(n), "share": n / len(pieces),
+            "max_value": float(sparse.values[order[i]]), "place": int(places[order[i]]),
+            "piece": pieces[places[order[i]]],
+        }
+        for feature, i, n in zip(features, first, counts, strict=True)
+    ]  # fmt: skip
