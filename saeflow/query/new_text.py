@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from saeflow.query.ask import Readings
 from saeflow.query.questions import Question, Value
@@ -66,10 +67,12 @@ def _model_of(stored: Artefact, given: str) -> ModelConfig:
     path, revision = given or provenance_value(folder, "model"), provenance_value(folder, "revision")
     if not path:
         raise UserError("The store does not say where its model lies. Name it: features_of_text TEXT 20 MODEL_FOLDER.")
-    for dtype in ("float32", "bfloat16", "float16"):
+    is_gone = Path(path).is_absolute() and not Path(path).exists()  # else it would be looked for on the hub
+    for dtype in () if is_gone else get_args(ModelConfig.model_fields["dtype"].annotation):
         config = ModelConfig(path=path, revision=None if given else revision, dtype=dtype)
-        if model_fingerprint(config) == wanted:
-            return config
+        with contextlib.suppress(UserError):
+            if model_fingerprint(config) == wanted:
+                return config
     raise UserError(
         f"model is {brief(path)!r}, but the activations of this run are of other files, or it is not there.\n"
         "Name the folder of that model: features_of_text TEXT 20 MODEL_FOLDER."

@@ -4,13 +4,15 @@
 -- Reads:   stg_feature_stats, stg_token_major and stg_tokens_encoded of all runs side by side, stg_runs, jaccard_index
 -- Units:   a and b are schema names from the view runs; both runs must be of the same tokens. match_id is the feature
 --          of b with the largest Jaccard index (the lower number among equals): jaccard = n_both / (n_a + n_b -
---          n_both). These are exact counts of the tokens that both runs encoded. Features that fire on fewer than
---          min_tokens of them are not matched (null), because a few tokens agree by chance. The three nearest features
---          on up to 1,024 evenly spread tokens of a feature are counted; so the match of a feature that fires on more
---          tokens may be a nearly equal one. Rates are exact shares of each run's tokens.
--- Parameters: a text, b text, min_tokens bigint = 10
+--          n_both), counted over the tokens that both runs encoded. Features that fire on fewer than min_tokens of them
+--          are not matched (null), because a few tokens agree by chance. n_both is exact for a feature of a that fires
+--          on at most most_tokens tokens, and a share of most_tokens evenly spread ones for others (standard error at
+--          most 0.002 n_a by default). Up to three features of b are counted so: those that are nearest on 1,024 evenly
+--          spread tokens of the feature, within 0.1 (three standard errors) of the best. Rates are exact shares of each
+--          run's tokens.
+-- Parameters: a text, b text, min_tokens bigint = 10, most_tokens bigint = 65536
 -- Ask it:  which features did the larger SAE keep?  from compare_runs('small', 'large')
-create or replace macro compare_runs(a, b, min_tokens := 10) as table
+create or replace macro compare_runs(a, b, min_tokens := 10, most_tokens := 65536) as table
 with sizes as materialized (
     select schema_name, n_tokens, tokens_artefact
     from stg_runs
@@ -64,20 +66,29 @@ near as (
 ),
 candidates as materialized (
     select feature_id, match_id, n_a, n_b
-    from near
-    qualify row_number() over (
-        partition by feature_id order by jaccard_index(n_both, n_a, n_b) desc, match_id
-    ) <= 3
+    from (
+        select *, jaccard_index(n_both, n_a, n_b) as jaccard from near
+        qualify row_number() over (partition by feature_id order by jaccard desc, match_id) <= 3
+    )
+    qualify jaccard >= max(jaccard) over (partition by feature_id) - 0.1
 ),
 matches as (
-    select wanted.feature_id, match_id, any_value(n_a) as n_a, any_value(n_b) as n_b, count(*) as n_both
+    select
+        feature_id,
+        match_id,
+        any_value(n_a) as n_a,
+        any_value(n_b) as n_b,
+        least(round(any_value(n_a) * count(*) filter (where is_hit) / count(*))::bigint, any_value(n_b)) as n_both
     from (
-        select fired_a.token_id, fired_a.feature_id, match_id, n_a, n_b
-        from fired_a
-        join candidates using (feature_id)
-    ) as wanted
-    join fired_b on fired_b.token_id = wanted.token_id and fired_b.feature_id = match_id
-    group by wanted.feature_id, match_id
+        select feature_id, match_id, n_a, n_b, place in (select (token_id << 24) + feature_id from fired_b) as is_hit
+        from (
+            select (token_id << 24) + match_id as place, feature_id, match_id, n_a, n_b
+            from fired_a
+            join candidates using (feature_id)
+            where ((token_id & 2147483647) * 1640531527 & 2147483647) < most_tokens * 2147483648.0 / n_a
+        )
+    )
+    group by feature_id, match_id
 ),
 best as (
     select *, jaccard_index(n_both, n_a, n_b) as jaccard

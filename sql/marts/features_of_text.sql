@@ -9,7 +9,7 @@
 --          fires there. score = strength * -log2(density), null if it never fires there. model is the folder or hub
 --          name of the run's model, if the store does not name it or the folder was moved.
 -- Parameters: text text, n bigint = 20, model text = ''
--- Ask it:  what does the model see in my own sentence?  from features_of_text('The ship was lost.')
+-- Ask it:  what does the model see in a word of mine?  from features_of_text('shipwreck')
 create or replace macro features_of_text(text, n := 20, model := '', readings := null) as table
 with found as materialized (
     select unnest(

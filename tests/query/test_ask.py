@@ -442,6 +442,24 @@ def test_no_text_cell_of_a_csv_starts_a_formula(start):
     assert row == [f"'{start}cmd|' /C calc'!A0", "-1", "-0.5", "a=b"]
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    "sql", ["select 1 as a, 2 as a", "select 3 as x, * from (select 1 as x, 2 as y)", 'select 1 as b, 2 as "b", 3']
+)
+def test_two_columns_of_one_name_are_refused_where_one_would_be_lost(connection, tmp_path, sql, ending):
+    table = query(connection, sql)
+    with pytest.raises(UserError, match=r"2 columns called .[abx].; .*select x as name"):
+        write_answer(table, ending, tmp_path / f"answer.{ending}")
+    assert list(tmp_path.iterdir()) == []
+    write_answer(table, "table", tmp_path / "answer.txt")
+    assert "2" in (tmp_path / "answer.txt").read_text()
+
+
+def test_columns_whose_names_differ_in_case_are_both_written(connection, tmp_path):
+    write_answer(query(connection, 'select 1 as a, 2 as "A"'), "json", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == [{"a": 1, "A": 2}]
+
+
 def test_json_is_valid_whatever_is_in_it():
     table = pa.table({"text": [HOSTILE, None], "x": [math.nan, -math.inf], "raw": [b"\xff", b""], "many": [[1], []]})
     for rows in (

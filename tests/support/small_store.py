@@ -88,6 +88,10 @@ class Given:
         return store
 
     @property
+    def length(self) -> int:
+        return CONTEXT_LENGTH
+
+    @property
     def vocab(self) -> list[bytes]:
         return sorted({piece for document in self.documents for piece in document.pieces}) or [b"?"]
 
