@@ -233,7 +233,9 @@ def top_documents(slow: Slow, ask: Ask) -> None:
     found = defaultdict(list)
     for token, value in slow.firing(slow.features[0]).items():
         found[slow.owner(token)].append(value)
-    expected = sorted(((-math.fsum(vs), i, len(vs), max(vs)) for i, vs in found.items()))
+    first = {i: min(t.token_id for t in slow.tokens if t.document_id == i) for i in found}
+    ordered = sorted(found, key=lambda i: (-math.fsum(found[i]), first[i]))
+    expected = [(-math.fsum(found[i]), i, len(found[i]), max(found[i])) for i in ordered]
     rows = ask("top_documents", slow.features[0], 3)
     assert [(-row["sum_value"], row["document_id"], row["n_tokens"], row["max_value"]) for row in rows] == expected[:3]
     for row in rows:
@@ -378,13 +380,14 @@ def source_contrast(slow: Slow, ask: Ask) -> None:
 
 
 def position_profile(slow: Slow, ask: Ask) -> None:
+    firing = slow.firing(slow.features[0])
     rows = ask("position_profile", slow.features[0])
     assert [row["first_position"] for row in rows] == sorted(
         {0 if t.position == 0 else 1 << (band(t.position) - 1) for t in slow.encoded}
     )
     for row in rows:
         inside = [t for t in slow.encoded if row["first_position"] <= t.position <= row["last_position"]]
-        values = [slow.value[t.token_id, 0] for t in inside if (t.token_id, slow.features[0]) in slow.value]
+        values = [firing[t.token_id] for t in inside if t.token_id in firing]
         assert (row["n_encoded"], row["n_tokens"], row["rate"]) == (len(inside), len(values), len(values) / len(inside))
         assert row["mean_value"] == (pytest.approx(sum(values) / len(values)) if values else None)
 
