@@ -128,7 +128,8 @@ class WithoutLongest:
 
 
 def _lengths(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    return lengths
 
 
 @dataclass
