@@ -43,7 +43,7 @@ class Store:
     def at(cls, root: str | Path | Storage, overlap: Overlap = "refuse") -> Store:
         """Return a store with the records as they are now."""
         store = cls(root, overlap)
-        for name in (*KINDS, "tmp", "labels", "damaged", "store.json"):
+        for name in (*KINDS, "tmp", "labels", "sweeps", "damaged", "store.json"):
             unlinked(store.root / name)
         store.storage.pull()
         return store
