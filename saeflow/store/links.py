@@ -32,9 +32,7 @@ def keep_inside(root: Path) -> None:
 
 def unlinked(path: _Path) -> _Path:
     """Return a path. Raises Linked if it, or a folder between a store and it, is a link."""
-    root, names = _below_root(os.fspath(path))
-    for i in range(len(names)):
-        _require_no_link("/".join([root, *names[: i + 1]]))
+    _require_no_links(os.fspath(path))
     return path
 
 
@@ -138,6 +136,13 @@ def _below_root(path: str) -> tuple[str, list[str]]:
             return path[:end], [name for name in path[end:].split("/") if name]
         end = path.rfind("/", 0, end)
     return path, []
+
+
+def _require_no_links(path: str) -> None:
+    step, names = _below_root(path)
+    for name in names:
+        step = f"{step}/{name}"
+        _require_no_link(step)
 
 
 def _require_no_link(path: str) -> None:
