@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
@@ -55,15 +56,21 @@ def similar(directions: Directions, top: int = TOP, blocks: ProductBlocks = ONE_
 
 @torch.no_grad()
 def logits(
-    directions: Directions, model: nn.Module, site: str, top: int = TOP_LOGITS, blocks: ProductBlocks = ONE_WORKER
+    directions: Directions,
+    model: nn.Module,
+    site: str,
+    top: int = TOP_LOGITS,
+    blocks: ProductBlocks = ONE_WORKER,
+    n_vocab: int | None = None,
 ) -> pa.Table | None:
     """Return for each feature the `top` vocabulary entries that its direction at `site` raises most, and lowers most.
 
     None where the model has no logits, or no direct path leads there from the site. Logits are those of a direction as
-    it is, less their mean over the vocabulary; ordered by feature, then logit, largest first, then entry. Left out are
-    later layers, biases, a cap on logits, and what the norms divide by at a token: true logits are these times a
-    positive number, which differs from token to token but not among the entries. Directions without length have no
-    rows. Memory is a copy of the directions (two, where a module lies between site and stream) and a few blocks.
+    it is, less their mean over the vocabulary: the first `n_vocab` entries, as the tokenizer gives no others. Ordered
+    by feature, then logit, largest first, then entry. Left out are later layers, biases, a cap on logits, and what the
+    norms divide by at a token: true logits are these times a positive number, which differs from token to token but not
+    among the entries. Directions without length have no rows. Memory is a copy of the directions (two, where a module
+    lies between site and stream) and a few blocks.
     """
     path = direct_path(model, site)
     if path is None:
@@ -71,9 +78,10 @@ def logits(
     rows, ids = _with_length(directions)
     parts = in_parallel(lambda part: path.apply(rows[slice(*part)]), ranges(len(rows), blocks.rows), blocks.threads)
     stream = torch.cat([torch.zeros(0, path.unembedding.shape[1]), *parts])
-    n = min(top, len(path.unembedding) // 2)
-    mean = stream @ path.unembedding.mean(0, dtype=torch.float32).cpu()
-    (up, up_ids), (down, down_ids) = _largest_products(stream, path.unembedding, n, blocks, signs=(1, -1))
+    unembedding = path.unembedding[:n_vocab]
+    n = min(top, len(unembedding) // 2)
+    mean = stream @ unembedding.mean(0, dtype=torch.float32).cpu()
+    (up, up_ids), (down, down_ids) = _largest_products(stream, unembedding, n, blocks, signs=(1, -1))
     values, entries = _largest_first(torch.cat([up, -down], 1) - mean[:, None], torch.cat([up_ids, down_ids], 1))
     return _direction_table("logits", ids, entries.numpy(), values)
 
@@ -151,16 +159,21 @@ def missing_tables(target: Artefact) -> list[str]:
 
 
 def write_run_tables(
-    target: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, progress: Progress
+    target: Artefact, source: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, progress: Progress
 ) -> list[str]:
-    """Write the missing tables and return their names. The logits need the model, if the recipe has one."""
+    """Write the missing tables and return their names. The logits need the model, if the recipe has one.
+
+    `source` are the run's tokens.
+    """
     names, made, blocks = missing_tables(target), [], ProductBlocks(n_threads(recipe.threads))
     make_folder(target.path)
     if names:
         progress.say("features: which features are alike, and which words they push")
     for name in names:
         table = (
-            similar(sae.W_dec, blocks=blocks) if name == "similar.parquet" else _logits_table(recipe, sae, site, blocks)
+            similar(sae.W_dec, blocks=blocks)
+            if name == "similar.parquet"
+            else _logits_table(source, recipe, sae, site, blocks)
         )
         if table is not None:
             with replacing(target.path / name) as temporary:
@@ -176,8 +189,11 @@ def _rounded_table(table: pa.Table) -> pa.Table:
     return table.set_column(number, table.schema.field(number), pa.array(rounded(numbers).numpy()))
 
 
-def _logits_table(recipe: Recipe, sae: SparseAutoencoder, site: str, blocks: ProductBlocks) -> pa.Table | None:
+def _logits_table(
+    source: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, blocks: ProductBlocks
+) -> pa.Table | None:
     if recipe.model is None:
         return None
+    n_vocab = pq.read_metadata(source.own_file("vocab.parquet")).num_rows
     model = load_model(recipe.model)
-    return logits(sae.W_dec, model, recipe.sae.target_site or site, blocks=blocks)
+    return logits(sae.W_dec, model, recipe.sae.target_site or site, blocks=blocks, n_vocab=n_vocab)

@@ -50,10 +50,13 @@ def list_sites(model: nn.Module) -> list[Site]:
                 stack.callback(module.register_forward_hook(note(name)).remove)
         try:
             model(torch.zeros(batch, length, dtype=torch.int64, device=device_of(model)))
-        except (TypeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # models of pictures, sounds or two texts raise any error of their own
             raise UserError(
-                f"model.path: a {type(model).__name__} needs more than the tokens of a text ({error}).\n"
-                "Name a decoder, such as GPT-2, or an encoder, such as BERT."
+                f"model.path: a {type(model).__name__} needs more than the tokens of a text ({first_line(error)}).\n"
+                "Name a decoder, such as GPT-2, or an encoder, such as BERT. Of a larger model, save the part that "
+                "reads text alone, such as T5EncoderModel or CLIPTextModel."
             ) from error
     return [Site(name, width) for name, width in found.items()]
 
@@ -62,13 +65,14 @@ def list_sites(model: nn.Module) -> list[Site]:
 def require_length(model: nn.Module, length: int, sites: list[Site]) -> None:
     """Raise UserError if the model cannot read sequences of `length` tokens, by its settings or by trial."""
     limit = getattr(model.config, "max_position_embeddings", None) or length
+    limit = limit if limit > 0 else length  # XLNet says -1: it has no limit
     said = f"tokens.context_length is {length}, but the model reads"
     if length > limit:
         raise UserError(f"{said} at most {limit} tokens. Set at most {limit}.")
     try:
         with contextlib.closing(SiteReader(model, sites)) as reader:
             reader.read(torch.zeros(1, length, dtype=torch.int64), None)
-    except (IndexError, RuntimeError) as error:  # some keep a few positions for themselves
+    except (IndexError, RuntimeError, ValueError) as error:  # some keep a few positions for themselves
         if "allocate" in str(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"{said} fewer ({first_line(error)}). Set less, such as {limit - 2}.") from error
@@ -80,12 +84,36 @@ def predicts_next_token(model: nn.Module) -> bool:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return False
-    vocab_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device_of(model))
+    vocab_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device_of(model)) % (embedding_size(model) or 5)
     logits = getattr(model(vocab_ids), "logits", None)
     if logits is None:
         return False
-    first, second = logits.float()
-    return torch.allclose(first[:-1], second[:-1], rtol=1e-3, atol=1e-3)
+    difference = (logits[0].float() - logits[1].float()).abs()
+    return bool(difference[:-1].max() <= 1e-4 * difference[-1].max())
+
+
+def embedding_size(model: nn.Module) -> int | None:
+    """Return the number of vocabulary ids that the model has a row for; None if it has no table of them."""
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        return int(weight.shape[0])
+    return None
+
+
+def run_on(model: nn.Module, vocab_ids: Tensor, mask: Tensor | None) -> Any:
+    """Run the model on ids (B, T). `mask` (B, T) is True at real tokens; padding that has no embedding is fed as 0."""
+    place = device_of(model)
+    if mask is None:
+        return model(to_device(vocab_ids, place), attention_mask=None)
+    n_rows = embedding_size(model)
+    known = vocab_ids if n_rows is None else vocab_ids.masked_fill(~mask & (vocab_ids >= n_rows), 0)
+    inputs, attended = to_device(known, place), to_device(mask, place)
+    try:
+        return model(inputs, attention_mask=attended)
+    except RuntimeError as error:
+        if "bool tensor" not in str(error):
+            raise
+        return model(inputs, attention_mask=attended.long())  # XLNet subtracts masks
 
 
 def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
@@ -163,9 +191,8 @@ class SiteReader:
         `vocab_ids` (B, T) are int64. `mask` (B, T) is True at real tokens, or None if all are real.
         """
         self._here.read = {}
-        place = device_of(self.model)
         with contextlib.suppress(_Reached):
-            self.model(to_device(vocab_ids, place), attention_mask=None if mask is None else to_device(mask, place))
+            run_on(self.model, vocab_ids, mask)
         return dict(self._here.read)
 
 
@@ -182,7 +209,8 @@ def spliced(model: nn.Module, read: str, target: str, change: Callable[[Tensor, 
 
     def put(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
-            return (change(here.read, value[0]), *value[1:])
+            changed = (change(here.read, value[0]), *value[1:])
+            return type(value)(*changed) if hasattr(value, "_fields") else changed  # Reformer's tuple has names
         return change(here.read, value)
 
     handles = [_hook(model, read, note), _hook(model, target, put)]

@@ -6,14 +6,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.parquet as pq
 from torch import nn
 
 from saeflow.activations.collector import Collector
 from saeflow.activations.epoch import fit_pool
 from saeflow.activations.norms import warn_of_massive_positions
 from saeflow.activations.shards import ITEM_BYTES, stored_sites
+from saeflow.corpus import token_parts
 from saeflow.model.load import load_model, model_fingerprint
-from saeflow.model.sites import Site, device_of, require_length, require_running_order, resolve_sites, site_pair
+from saeflow.model.sites import (
+    Site,
+    device_of,
+    embedding_size,
+    require_length,
+    require_running_order,
+    resolve_sites,
+    site_pair,
+)
 from saeflow.pipeline.dask.clusters import make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.pipeline.parts import PartMaker, PartWork, Records, Through, directly, dumped, shared
@@ -127,6 +137,7 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
     assert recipe.model is not None
     place = {"device": "cpu"} if recipe.cluster else {}  # workers choose their own devices
     model = load_model(recipe.model.model_copy(update=place))
+    _require_embedded(lineage, model, missing)
     sites = resolve_sites(model, recipe.activations.sites)
     length = recipe.tokens.context_length
     require_length(model, length, sites)
@@ -147,3 +158,20 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
     about = lineage.activation_facts | {"stored": [[site.name, site.width] for site in sites]}
     lineage.activations.create(about, [lineage.tokens.id])
     return _collector(lineage.tokens, lineage.activations, recipe.activations, model, sites, recipe.threads)
+
+
+def _require_embedded(lineage: Lineage, model: nn.Module, parts: Sequence[PartRecord]) -> None:
+    """Raise UserError if a token of the corpus has no row in the model's embedding."""
+    vocabulary, n_rows = lineage.tokens.own_file("vocab.parquet"), embedding_size(model)
+    if n_rows is None or pq.read_metadata(vocabulary).num_rows <= n_rows:
+        return
+    for part in parts:
+        vocab_ids, mask = token_parts.read_part(lineage.tokens, part)
+        beyond = vocab_ids[mask & (vocab_ids >= n_rows)]
+        if len(beyond):
+            piece = pq.read_table(vocabulary, columns=["piece"]).column("piece")[int(beyond[0])].as_py()
+            raise UserError(
+                f"model.path: the tokenizer gives {piece!r} the id {beyond[0]}, but the model's embedding has the ids "
+                f"0 to {n_rows - 1}.\nWas the tokenizer extended, and the model not? Use the model's own tokenizer, or "
+                "call resize_token_embeddings(len(tokenizer)) and save the model."
+            )

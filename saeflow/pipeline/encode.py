@@ -61,7 +61,7 @@ def open_encoder(lineage: Lineage, used: TokenSelection, progress: Progress) -> 
     trained, target = _trained(lineage), lineage.features
     about = lineage.feature_facts | {"context_length": used.length, "architecture": lineage.sae_config.architecture}
     sae = interchange.load(trained.fetched())
-    made = run_tables.write_run_tables(target, lineage.recipe, sae, about["site"], progress)
+    made = run_tables.write_run_tables(target, lineage.tokens, lineage.recipe, sae, about["site"], progress)
     target.create(about | used.facts, [lineage.tokens.id, lineage.activations.id, trained.id], made)
     target.add_files(made)
     return encoder_of(Ancestors(lineage.store, target), used, _config_here(lineage.recipe))
@@ -169,8 +169,9 @@ def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progres
     """Add tables that a run of an earlier saeflow lacks. The recipe names the model."""
     with target.writing():
         if run_tables.missing_tables(target):
-            sae = interchange.load(Ancestors(store, target).sae.fetched())
-            target.add_files(run_tables.write_run_tables(target, recipe, sae, target.record.facts["site"], progress))
+            before, site = Ancestors(store, target), target.record.facts["site"]
+            sae = interchange.load(before.sae.fetched())
+            target.add_files(run_tables.write_run_tables(target, before.tokens, recipe, sae, site, progress))
 
 
 def publish(

@@ -22,7 +22,7 @@ from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.schema import holding
 from saeflow.model.load import load_model
-from saeflow.model.sites import device_of, predicts_next_token, require_running_order, spliced
+from saeflow.model.sites import device_of, predicts_next_token, require_running_order, run_on, spliced
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
@@ -272,7 +272,7 @@ def _compared(model: nn.Module, splice: _Splice, changes: dict[str, Change], bat
 
     def logits(change: Change | None) -> Tensor:
         splice.set(change, batch.used)
-        found: Tensor = model(vocab_ids, attention_mask=None if real.all() else real).logits
+        found: Tensor = run_on(model, vocab_ids, None if real.all() else real).logits
         return found.flatten(0, 1)
 
     unchanged = Predictions(logits(None), rows, vocab_ids.flatten()[rows + 1])
