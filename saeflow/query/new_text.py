@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from saeflow.activations.sparse_values import SparseValues
-    from saeflow.recipe.settings import ModelConfig
+    from saeflow.corpus.token_parts import Frame
+    from saeflow.recipe.settings import ModelConfig, TokensConfig
 
 _SEQUENCES = 16
 """Sequences of a long text in one forward pass."""
@@ -80,13 +81,13 @@ def _model_of(stored: Artefact, given: str) -> ModelConfig:
 
 
 def _encode(
-    store: Store, run: Run, stored: Artefact, config: ModelConfig, about: Any, text: str
+    store: Store, run: Run, stored: Artefact, config: ModelConfig, about: TokensConfig, text: str
 ) -> tuple[np.ndarray, SparseValues]:
     """Return the vocabulary ids (n,) of the tokens that count, and their values."""
     import numpy as np
     import torch
 
-    from saeflow.corpus.token_parts import bos_ids, ids_of, pack
+    from saeflow.corpus.token_parts import ids_of, pack
     from saeflow.corpus.vocabulary import special_ids
     from saeflow.model.load import load_model, load_tokenizer
     from saeflow.model.sites import Site, SiteReader
@@ -94,8 +95,11 @@ def _encode(
 
     facts = run.artefact.record.facts
     tokenizer, model = load_tokenizer(config), load_model(config)
-    ids = np.array([*bos_ids(tokenizer, about), *ids_of(tokenizer, [text], about)[0]], np.int32)
-    rows, owners = pack([(0, ids)], about.context_length, about.packing, int(ids[-1]) if len(ids) else 0)
+    frame = _frame_then(tokenizer, store.input_of(run.artefact, "tokens").record.facts, about)
+    plain = np.asarray(ids_of(tokenizer, [text], about)[0], np.int32)
+    ids = plain if frame.in_each_sequence else frame.around(plain)
+    pad = int(ids[-1]) if len(ids) else 0
+    rows, owners = pack([(0, ids)], about.context_length, about.packing, pad, frame)
     width = dict(stored.record.facts["stored"])[facts["site"]]
     dtype = getattr(torch, stored.record.facts["dtype"])
     values = torch.empty(0, about.context_length, width)
@@ -111,6 +115,18 @@ def _encode(
         used &= ~np.isin(rows, special_ids(store.input_of(run.artefact, "tokens").own_file("vocab.parquet")))
     sae = interchange.load(store.input_of(run.artefact, "saes").fetched())
     return rows[used], sae.encode_sparse(values[torch.from_numpy(used)])
+
+
+def _frame_then(tokenizer: Any, facts: Mapping[str, Any], about: TokensConfig) -> Frame:
+    """Return the special tokens around the documents of these tokens. An earlier saeflow added BOS alone."""
+    from saeflow.corpus.token_parts import Frame, frame_of, special_tokens
+    from saeflow.recipe.settings import CorpusConfig
+
+    corpus = CorpusConfig.model_construct(token_ids=(facts.get("corpus") or {}).get("token_ids"))
+    frame = frame_of(tokenizer, corpus, about)
+    if facts.get("special_tokens") or not special_tokens(tokenizer):
+        return frame
+    return Frame(frame.before[:1] if frame.before[:1] == (tokenizer.bos_token_id,) else ())
 
 
 def _by_feature(sparse: SparseValues, pieces: list[str]) -> Readings:
