@@ -133,8 +133,9 @@ def verify_command(
     from saeflow.store.store import Store, store_path
 
     opened = Store.find(store_path(store)) if repair else existing_store(store)
-    if repair and (line := integrity.repair_marker(opened)):
-        print_line(sanitise(line))
+    for mend in (integrity.repair_marker, integrity.repair_forgotten) if repair else ():
+        if line := mend(opened):
+            print_line(sanitise(line))
     found = list(integrity.verify(opened, full, today))
     for each in found:
         print_line(sanitise(f"{'not read' if each.refused else 'damaged'}: {each}"))

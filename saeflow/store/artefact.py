@@ -119,8 +119,9 @@ class Publication(Parts):
             fresh = self._write_list(fresh)
             self.show(fresh.number)
             if clear and self.storage.has_locks:  # else another machine may be about to publish them; `gc` waits for it
-                for folder in self.unlisted_folders():  # left by killed runs: no reader can have them open
-                    remove(folder)
+                with contextlib.suppress(Damaged):  # an earlier list: what it named is left to `gc`
+                    for folder in self.unlisted_folders():  # left by killed runs: no reader can have them open
+                        remove(folder)
             return fresh
 
     def _require_folders(self, parts: Sequence[PartRecord], current: Generation | None) -> None:

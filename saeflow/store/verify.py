@@ -23,6 +23,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import map_lookups
 from saeflow.store.records import (
+    FORGOTTEN,
     KINDS,
     Damaged,
     PartRecord,
@@ -57,8 +58,10 @@ def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> It
     """Yield everything that is wrong in a store.
 
     `share`, as (i, n), reads every byte of the i-th of n shares, which together are the whole, and the sizes of the
-    rest.
+    rest. Raises Damaged if the list of forgotten documents is damaged.
     """
+    with contextlib.suppress(FileNotFoundError):
+        read_checked(store.storage.fetch(store.root / FORGOTTEN))
     for kind in KINDS:
         for name in sorted(fnmatch.filter(store.storage.names_here(store.root / kind), "?*-*")):
             artefact = store.by_id(f"{kind}/{name}")
@@ -110,6 +113,22 @@ def repair_marker(store: Store) -> str | None:
         write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
         store.storage.send(store.root / "store.json")
         return str(error).partition(" is missing")[0] + " was missing or damaged and is written again"
+    return None
+
+
+def repair_forgotten(store: Store) -> str | None:
+    """Move a damaged list of forgotten documents aside. Return what was done, if anything."""
+    path = store.root / FORGOTTEN
+    try:
+        read_checked(store.storage.fetch(path))
+    except FileNotFoundError:
+        return None
+    except Damaged:
+        target = store.storage.set_aside(path)
+        return (
+            f"moved {path} to {target}. Documents stay forgotten by their keys where they were stored. Bring the list "
+            "back from a backup, or forget them again, so that their texts stay away, too"
+        )
     return None
 
 

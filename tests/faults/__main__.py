@@ -76,7 +76,6 @@ def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, li
         yield from matrix_results(chosen, folder)
     elif chosen.damages or chosen.permissions:
         runner = small_runner(folder)
-        damage.prepared(runner)
         yield from damage.damages(runner, range(chosen.seed, chosen.seed + (chosen.damages or 0)), chosen.only)
         if chosen.permissions:
             yield from damage.permissions(runner, chosen.only)

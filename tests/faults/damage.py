@@ -19,9 +19,10 @@ from functools import partial
 from pathlib import Path
 
 from saeflow.query.labels import Label, put
+from saeflow.store.artefact import Artefact
 from saeflow.store.files import checksum
 from saeflow.store.store import Store
-from tests.faults import Runner, differences, run_command
+from tests.faults import POINTS, Case, Runner, differences, run_command
 
 KINDS = {
     "tokens": "tokens/*/**/*.parquet",
@@ -32,11 +33,18 @@ KINDS = {
     "lists of parts": "*/*/generations/*.parquet",
     "labels": "labels/*/*.csv",
     "catalog": "catalog.sql",
+    "checkpoint": "tmp/*.checkpoint/restart-0/*",
 }
 HARMS = ("flip", "cut", "remove", "swap", "empty")
 NOBODY = 65534
 KEPT = ("saes", "labels", "tokens")
 """Kinds that nothing, or only a corpus that may be gone, can make again."""
+
+
+def _replaced(artefact: Artefact) -> set[str]:
+    """Folders of parts that readers no longer see."""
+    generation = artefact.generation()
+    return artefact.part_folders() - {part.folder for part in generation.parts} if generation else set()
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,12 @@ class Harm:
     def name(self) -> str:
         return f"damage {self.number}: {HARMS[self.number % len(HARMS)]} in {self.kind}"
 
-    def strike(self, store: Path) -> list[Path]:
-        """Damage one or two files. Return them."""
+    def strike(self, store: Path) -> None:
+        """Damage a file; a swap damages two."""
         dice = self.dice
-        found = sorted(path for path in store.glob(KINDS[self.kind]) if path.is_file())
+        old = {each.path / "parts" / name for each in Store(store).artefacts() for name in _replaced(each)}
+        paths = (path for path in store.glob(KINDS[self.kind]) if path.is_file())
+        found = sorted(path for path in paths if not old & set(path.parents))  # `gc` will remove the others
         path, other = dice.choice(found), dice.choice(found)
         content = path.read_bytes()
         match HARMS[self.number % len(HARMS)]:
@@ -76,20 +86,30 @@ class Harm:
                 other.write_bytes(content)
             case _:
                 path.write_bytes(b"")
-        return [path, other]
-
-
-def prepared(runner: Runner) -> Path:
-    """The undisturbed store, with labels."""
-    store = Store(runner.undisturbed)
-    put(store, store.artefacts("saes")[0].id, "own", {1: Label("one"), 2: Label("two")})
-    return runner.undisturbed
 
 
 def copy_of(runner: Runner, name: str) -> Path:
-    store = runner.folder / re.sub(r"\W+", "-", name)
-    shutil.copytree(runner.undisturbed, store)
-    return store
+    """A copy of the undisturbed store, with labels."""
+    folder = runner.folder / re.sub(r"\W+", "-", name)
+    shutil.copytree(runner.undisturbed, folder)
+    store = Store(folder)
+    put(store, store.artefacts("saes")[0].id, "own", {1: Label("one"), 2: Label("two")})
+    return folder
+
+
+def killed_in_training(runner: Runner, name: str) -> Path:
+    """The store of a run that was killed in training, and has left a checkpoint."""
+    folder = runner.folder / re.sub(r"\W+", "-", name)
+    point = next(each for each in POINTS if each.when == "in the middle of a step")
+    assert runner.run(folder, Case(point, "SIGKILL")) == -9
+    return folder
+
+
+def unlike(runner: Runner, store: Path) -> list[str]:
+    """What is not as in the undisturbed store, which has no labels."""
+    return [
+        each for each in differences(runner.undisturbed, store) if not re.search(r": (labels|tmp/locks/labels)", each)
+    ]
 
 
 def contents(store: Path, *kinds: str) -> dict[str, str]:
@@ -116,19 +136,18 @@ def damages(runner: Runner, numbers: range, only: str = "") -> Iterator[tuple[st
 
 
 def _problems_of_damage(runner: Runner, harm: Harm) -> list[str]:
-    store = copy_of(runner, harm.name)
+    store = (killed_in_training if harm.kind == "checkpoint" else copy_of)(runner, harm.name)
     try:
-        hurt = {str(path.relative_to(store)) for path in harm.strike(store)}
-        before = contents(store, *KEPT)
+        harm.strike(store)
+        before, labels = contents(store, *KEPT), contents(store, "labels")
         verified = command(runner, store, "verify", "--full", "--repair")
         found = lost(before, store)
         again = runner.run(store)
         found += [f"{what} ended with a traceback:\n{runner.said(store)}" for what in _tracebacks(runner, store)]
         if again != 0:
             return [*found, f"verify ended with {verified}, the run with {again}:\n{runner.said(store)}"]
-        apart = {f"differs: {name}" for name in hurt} if harm.kind == "labels" else set()  # nobody can make them again
-        apart |= {f"only in {runner.undisturbed.name}: {name}" for name in hurt} if harm.kind == "labels" else set()
-        return found + [each for each in differences(runner.undisturbed, store) if each not in apart]
+        found += [] if contents(store, "labels") == labels else ["labels were changed"]
+        return found + unlike(runner, store)
     finally:
         shutil.rmtree(store, ignore_errors=True)
 
@@ -217,16 +236,14 @@ SITUATIONS = [
 def permissions(runner: Runner, only: str = "") -> Iterator[tuple[str, list[str]]]:
     for each in SITUATIONS:
         if only in each.name:
-            yield each.name, _problems_of_situation(runner, each)
+            yield each.name, problems_of_situation(runner, each)
 
 
-def _problems_of_situation(runner: Runner, situation: Situation) -> list[str]:
-    if situation.prepare in (as_nobody,) and os.geteuid() != 0:
-        return []  # only the administrator can become somebody else
+def problems_of_situation(runner: Runner, situation: Situation) -> list[str]:
     store = copy_of(runner, situation.name)
     try:
         for path in (runner.folder, *runner.folder.parents):
-            if path.owner() == "root" and path != Path("/") and len(path.parts) > 2:
+            if len(path.parts) > 2 and path.stat().st_uid == os.geteuid():  # not /tmp itself
                 path.chmod(path.stat().st_mode | 0o055)
         before = contents(store, "tokens", "activations", "saes", "features", "labels")
         situation.arrange(store)
@@ -241,6 +258,6 @@ def _problems_of_situation(runner: Runner, situation: Situation) -> list[str]:
             path.chmod(0o755 if path.is_dir() else 0o644)
         again = command(runner, store, "verify", "--full", log="again")
         found += [f"verify afterwards ended with {again}"] if again else []
-        return found + differences(runner.undisturbed, store)
+        return found + unlike(runner, store)
     finally:
         shutil.rmtree(store, ignore_errors=True)

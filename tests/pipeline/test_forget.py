@@ -17,6 +17,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.records import FORGOTTEN, Damaged
 from saeflow.store.store import Store
+from saeflow.store.verify import repair_forgotten, verify
 from tests.support.command import Command
 from tests.support.small_pipeline import Ingredients, documents, quiet, recipe_data, write_corpus, write_recipe
 
@@ -148,6 +149,11 @@ def test_a_damaged_list_lets_nothing_in(ingredients: Ingredients, corpus: Path, 
     path.write_bytes(path.read_bytes().replace(key_hash(KEY).encode(), b"0" * 16))
     with pytest.raises(Damaged, match=r"forgotten\.json is missing or damaged"):
         keys_in(store, recipe_of(ingredients, corpus, tokens={"context_length": 8}))
+    with pytest.raises(Damaged, match=r"forgotten\.json is missing or damaged"):
+        list(verify(store, full=False))
+    assert f"moved {path} to {store.root}/damaged/" in str(repair_forgotten(store))
+    assert repair_forgotten(store) is None
+    assert KEY not in keys_in(store, recipe_of(ingredients, corpus, tokens={"context_length": 8}))
 
 
 def test_the_command_undoes_what_it_did(

@@ -521,3 +521,38 @@ def test_a_stray_object_is_found_and_removed(tmp_path):
     assert [(each.part, each.problem) for each in found] == [(parts[1], f"{stray} does not belong there")]
     assert only_moved(repair_all(found)) == stray
     assert list(find_damage(artefact, full=True)) == []
+
+
+def test_a_damaged_list_of_an_earlier_generation_keeps_nobody_from_publishing(artefact):
+    part = damaged_store(artefact)
+    artefact.publish([part], hidden={0: (Hidden(document_id=0, key_hash="aa", reason="forgotten"),)})
+    artefact.list_path(1).write_bytes(b"x")
+    with artefact.writing():
+        assert artefact.publish([part], hidden={}).number == 3
+    assert artefact.part_path(part).is_dir()
+
+
+def test_repair_reads_the_parts_that_a_lost_manifest_had_hidden_from_it(artefact):
+    parts = [write_part(artefact, index) for index in (0, 1)]
+    artefact.publish(parts)
+    flipped = artefact.part_path(parts[1]) / "data.bin"
+    flipped.write_bytes(b"!" + flipped.read_bytes()[1:])
+    (artefact.path / "manifest.json").unlink()
+    found = list(find_damage(artefact, full=True))
+    assert [each.part for each in found] == [None]
+    said = list(repair_all(found))
+    assert said[0] == f"{artefact.path} is whole by now"
+    assert said[1].startswith(f"moved {artefact.part_path(parts[1])} to ")
+    assert list(artefact.parts()) == [0]
+
+
+def test_repair_looks_again_before_it_moves_anything(store):
+    sae = store.artefact("saes", "x", "00000000")
+    with sae.writing(), sae.publish_folder({}, [], {}) as folder:
+        (folder / "sae_weights.safetensors").write_bytes(b"weights")
+    weights = sae.path / "sae_weights.safetensors"
+    weights.rename(weights.with_suffix(".away"))
+    found = list(find_damage(sae, full=True))
+    weights.with_suffix(".away").rename(weights)  # the disk is there again
+    assert list(repair_all(found)) == [f"{sae.path} is whole by now"]
+    assert weights.read_bytes() == b"weights"

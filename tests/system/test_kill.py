@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from saeflow.recipe.settings import Architecture
 from tests.faults import CASES, FAULTS, POINTS, STEP, Case, Point, Runner, differences, tenth
+from tests.faults.damage import SITUATIONS, Situation, damages, problems_of_situation
 from tests.faults.kills import training_runner
 from tests.faults.readers import Reading
 from tests.support.small_pipeline import Ingredients, recipe_data, write_recipe
@@ -88,6 +90,31 @@ def test_who_asks_while_encoding_and_compaction_are_killed_sees_the_old_answer_o
 )
 def test_faults_lose_nothing(case: Case, runner: Runner) -> None:
     assert runner.problems(case) == []
+
+
+@pytest.mark.parametrize("number", [2, 8])
+def test_repair_loses_nothing_that_cannot_be_made_again_and_a_run_makes_the_rest(number: int, runner: Runner) -> None:
+    assert next(damages(runner, range(number, number + 1)))[1] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(30))
+def test_random_damages_lose_nothing_that_cannot_be_made_again(number: int, runner: Runner) -> None:
+    assert next(damages(runner, range(number, number + 1)))[1] == []
+
+
+ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only the administrator can become somebody else")
+QUICK = ("an SAE of another owner", "too many open files", "a stale handle")
+
+
+@ROOT_ONLY
+@pytest.mark.parametrize(
+    "situation",
+    [pytest.param(each, marks=[] if each.name in QUICK else [pytest.mark.long]) for each in SITUATIONS],
+    ids=lambda each: each.name,
+)
+def test_what_the_system_refuses_is_not_taken_for_damage(situation: Situation, runner: Runner) -> None:
+    assert problems_of_situation(runner, situation) == []
 
 
 def test_an_interrupted_run_says_how_to_continue(runner: Runner) -> None:
