@@ -106,10 +106,21 @@ def killed_in_training(runner: Runner, name: str) -> Path:
 
 
 def unlike(runner: Runner, store: Path) -> list[str]:
-    """What is not as in the undisturbed store, which has no labels."""
-    return [
-        each for each in differences(runner.undisturbed, store) if not re.search(r": (labels|tmp/locks/labels)", each)
-    ]
+    """What is not as in the undisturbed store, which has no labels.
+
+    Lists of parts are compared by what they show: a merged part that was lost takes two publications to come back.
+    """
+    whole, mended = (
+        {
+            each.id: (each.published().parts, each.published().hidden)
+            for each in Store(root).artefacts()
+            if each.numbers()
+        }
+        for root in (runner.undisturbed, store)
+    )
+    found = [f"shows other parts: {name}" for name in whole if whole[name] != mended.get(name)]
+    aside = re.compile(r": (labels|tmp/locks/labels|.*/generations/|.*/manifest\.json)")
+    return found + [each for each in differences(runner.undisturbed, store) if not aside.search(each)]
 
 
 def contents(store: Path, *kinds: str) -> dict[str, str]:

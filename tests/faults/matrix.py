@@ -295,7 +295,7 @@ Other ways to disturb a run, each ending with a store equal to the undisturbed o
 | `python -m tests.faults --training-kills 20` | kills a sweep in training at random instants |
 | `python -m tests.faults --reading-kills 20` | kills encoding and compaction while another process asks |
 | `python -m tests.faults --power-cuts 20` | cuts the power at random instants: what was not flushed is gone |
-| `python -m tests.faults --damages 30` | flips, cuts, empties, swaps and removes files of every kind, repairs, and runs again |
+| `python -m tests.faults --damages 30` | damages files of every kind, repairs, and runs again |
 | `python -m tests.faults --permissions` | lets the system refuse to read or write: nothing is taken for damage |
 | `python -m tests.faults --overlaps` | lets runs meet: two at once, or one that is suspended, followed and woken |
 
