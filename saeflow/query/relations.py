@@ -50,7 +50,7 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
 
 def _without_hidden(found: Mapping[str, str], hidden: Sequence[int]) -> dict[str, str]:
     """Return tokens, documents and blocks of vocabulary ids as they are after the hidden documents are removed."""
-    gone = f"document_id in (select unnest({literal(list(hidden))}::bigint[]))"
+    gone = f"document_id in (select unnest({literal([*map(int, hidden)])}::bigint[]))"
     marked = f"(select *, coalesce({gone}, false) as is_gone from {found['tokens']})"
     masked = (
         "(select * exclude (is_gone) replace (if(is_gone, 0, vocab_id) as vocab_id, "

@@ -55,6 +55,13 @@ PUT_IN = {
     },
     "query/relations.py": {
         "shown": "of a literal",
+        "gone": "of a literal",
+        "marked": "made here, of literals",
+        "masked": "made here, of literals",
+        "touched": "made here, of literals",
+        "tokens": "SQL that this file has made, of literals",
+        "found['vocab_blocks']": "made here, of literals",
+        "_blocks_of(f'(select * from {masked} where token_id // {BLOCK_TOKENS} in {touched})')": "of literals",
         "found['tokens']": "made here, of literals",
         "found['documents']": "made here, of literals",
         "found[table]": "made here, of literals",
