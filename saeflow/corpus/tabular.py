@@ -323,7 +323,8 @@ def _metadata_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
         if pa.types.is_date32(field.type) or pa.types.is_timestamp(field.type):
             whole = pa.int32() if pa.types.is_date32(field.type) else pa.int64()
             batch = batch.set_column(place, field.name, batch.column(place).view(whole))
-    return batch.to_pylist()
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return rows
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ def next_commands(store: Store, run: str, where: str) -> list[str]:
 def which_run(store: Store, run: str) -> str:
     """Return the option that names this run, or nothing if commands ask it by default."""
     readable = [each for each in runs(store) if each.problem is None]
+    if not readable:
+        return ""
     mine = next((each for each in readable if each.artefact.id == run), readable[0])
     return f" --run {shlex.quote(mine.schema)}" if mine is not readable[0] else ""
 

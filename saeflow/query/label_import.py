@@ -78,7 +78,7 @@ def _label_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"There is no file {path}.") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder. Name a file in it.") from None
-    except (ValueError, RecursionError, pa.ArrowException, *_DAMAGED) as error:
+    except (ValueError, OverflowError, RecursionError, pa.ArrowException, *_DAMAGED) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{path} cannot be read: {brief(first_line(error), 200).rstrip('.')}.") from None

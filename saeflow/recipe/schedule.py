@@ -12,6 +12,7 @@ from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo
 
 from saeflow.recipe.section import Section
+from saeflow.runtime.text import brief
 
 NEVER = "never"
 ANCHOR = datetime(2024, 1, 1, tzinfo=UTC)
@@ -30,7 +31,7 @@ def _require_time(value: str, info: ValidationInfo) -> str:
         CronSim(value, ANCHOR)
     except CronSimError as error:
         raise ValueError(
-            f"schedule.{info.field_name} is {value!r}, which cannot be read ({str(error).lower()}).\n"
+            f"schedule.{info.field_name} is {brief(repr(value))}, which cannot be read ({str(error).lower()}).\n"
             'Write an interval ("15m", "6h", "1d"), five cron fields (minute, hour, day of month, month, day of week; '
             f'"0 3 * * *" is 3:00 every day), or "{NEVER}".'
         ) from None
@@ -51,7 +52,7 @@ def _require_one_meaning(fields: list[str]) -> None:
 def _known_zone(value: str) -> str:
     if value not in available_timezones():
         raise ValueError(
-            f"schedule.timezone is {value!r}, which is no time zone. Write one such as Europe/Berlin or UTC."
+            f"schedule.timezone is {brief(repr(value))}, which is no time zone. Write one such as Europe/Berlin or UTC."
         )
     return value
 

@@ -291,7 +291,9 @@ def read_checked(path: Path) -> Any:
         version_found = data.get("format_version", 1)
     except (ValueError, AttributeError, RecursionError) as error:
         raise damaged(path) from error
-    if isinstance(version_found, int) and version_found > FORMAT_VERSION:
+    if not isinstance(version_found, int):
+        raise damaged(path)
+    if version_found > FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version_found}; this saeflow reads up to {FORMAT_VERSION}.\n"
             "It was written by a newer saeflow: upgrade with `pip install --upgrade saeflow`."

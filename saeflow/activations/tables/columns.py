@@ -46,7 +46,7 @@ def csv_rows(file: Path, block_bytes: int = BLOCK_BYTES) -> TableRows:
             except duckdb.Error as error:
                 raise ValueError(str(error)) from error
 
-    return TableRows(file.name, n_rows, len(numbers), blocks, index)
+    return TableRows(file.name, n_rows, len(numbers), blocks, index=index)
 
 
 def _open_csv(connection: duckdb.DuckDBPyConnection, file: Path) -> duckdb.DuckDBPyRelation:
@@ -85,7 +85,7 @@ def parquet_rows(file: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES)
     width = len(numbers)
     if nested and n_rows:
         width = next(blocks(0, 1))[0].shape[1]
-    return TableRows(file.name, n_rows, width, blocks, index)
+    return TableRows(file.name, n_rows, width, blocks, index=index)
 
 
 def arrow_rows(folder: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES) -> TableRows:

@@ -69,10 +69,10 @@ class TableRows:
     width: int
     blocks: Callable[[int], Iterator[RowBlock]]
     """Reads everything from the given row on, in order, in blocks of any size."""
-    index: tuple[str, ...] = ()
-    """Columns of numbers that are left out, since they count the rows."""
     pieces: list[str] | None = None
     """Every label in text order, if the rows are known to be finite and labelled without reading them."""
+    index: tuple[str, ...] = ()
+    """Columns of numbers that are left out, since they count the rows."""
 
 
 @dataclass(frozen=True)
