@@ -129,7 +129,7 @@ def zarr_rows(folder: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES) 
             array: Any = arrays[choose_array(sorted(arrays), wanted, folder.name)]
         else:
             array = found
-    except READ_FAILURES as error:
+    except (*READ_FAILURES, TypeError) as error:
         raise stream.unreadable_table(folder.name, error) from error
     _require_table(folder.name, array.shape, array.dtype, "Zarr")
     as_bits = array.attrs.get("dtype") == "bfloat16" and array.dtype == np.uint16
