@@ -37,7 +37,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     about_longest = "variance_unexplained_without_longest", "longest_share"
     for name in ("variance_unexplained", *about_longest, "l0", "shrinkage", "dead_share", *shares):
         if name in quality:
-            table.add_row(name.replace("_", " "), f"{quality[name]:.4f}")
+            missed = f" ({quality['l0_missed']})" if name == "l0" and "l0_missed" in quality else ""
+            table.add_row(name.replace("_", " "), f"{quality[name]:.4f}{missed}")
     table.add_row("judged on", quality["judged_on"])
     for name, seconds in summary.get("seconds", {}).items():
         table.add_row(f"{name} took", f"{seconds:.1f} s")
@@ -89,6 +90,9 @@ def print_sweep(table: dict[str, Any], recipe: Path, store: Store) -> None:
             f"{row['variance_unexplained']:.4f}", f"{share:.1%}", "yes" if row["on_front"] else "",
         )  # fmt: skip
     Terminal(file=out.file, width=max(out.width, _SWEEP_WIDTH)).print(shown)
+    for row in table["saes"]:
+        if row.get("l0_missed"):
+            print_line(f"{row['member']}: L0 is {row['l0_missed']}")
     out.print(f"judged on {table['saes'][0]['n_tokens']:,} tokens of {table['saes'][0]['judged_on']}")
     name = sweep.recommended(table["saes"])
     again = f"saeflow run {shlex.quote(str(recipe))} --member {name}{store_argument(store)}"

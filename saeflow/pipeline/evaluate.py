@@ -100,13 +100,19 @@ def _measure_run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     use_threads(recipe.threads)
     sae = interchange.load(lineage.sae.fetched(), n_threads(recipe.threads))
     judgement = judge_together(lineage, [sae], progress)[0]
-    quality = judgement.figures | _liveness(run_artefact)
+    quality = judgement.figures | l0_missed(lineage, judgement.figures["l0"]) | _liveness(run_artefact)
     if recipe.model is not None and judgement.held_out:
         quality |= _language_model(lineage, sae, judgement.reconstruction.mean.float(), progress)
     with run_artefact.publishing():
         write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)
         run_artefact.storage.send(path)
     return quality
+
+
+def l0_missed(lineage: Lineage, l0: float) -> dict[str, str]:
+    """Return in words how far L0 is from `sae.k`; nothing if it is near, or if `k` sets nothing."""
+    words = lineage.recipe.sae.misses_k(l0)
+    return {"l0_missed": words} if words else {}
 
 
 def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress: Progress) -> list[Judged]:

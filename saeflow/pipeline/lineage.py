@@ -27,6 +27,7 @@ from saeflow.store.files import checksum_once, read_json
 from saeflow.store.records import Generation, read_or_empty, write_checked
 from saeflow.store.storage.bucket import cache_folder
 from saeflow.store.store import Store
+from saeflow.train.schedules import with_rate
 
 _NO_SETTINGS = {"checkpoint_seconds", "device"}
 """Settings of `[train]` that change nothing in the SAE."""
@@ -192,13 +193,14 @@ class Lineage:
     @cached_property
     def _training_facts(self) -> dict[str, Any]:
         """Facts of a trained SAE but for the data that it has seen."""
-        train = settings_that_count(self.recipe.train)
+        train = settings_that_count(with_rate(self.recipe, self.site.width))
         return {
             "activations": self.activations.fp,
             "sae": settings_that_count(self.recipe.sae),
             "train": {name: value for name, value in train.items() if name not in _NO_SETTINGS},
             "feed": settings_that_count(self.recipe.feed),
             "threads": self.recipe.threads,
+            **({"thresholds": "follow k"} if self.recipe.sae.aims_at_k else {}),
         } | self.selection().facts
 
     def _facts_now(self) -> dict[str, Any]:

@@ -176,6 +176,8 @@ def _train(chosen: list[Lineage], progress: Progress) -> None:
     require_memory([(each.recipe, each.distinct_sites) for each in chosen])
     for each in chosen:
         require_tensorboard(each.recipe.train.tensorboard)
+        if different := each.store.why_new(each.sae, each.sae_facts):
+            progress.say(different)
     use_threads(chosen[0].recipe.threads)
     for together in grouped(chosen, lambda each: (each.sae_facts["generation"], *each.distinct_sites)):
         feed = _feed_of(together[0])

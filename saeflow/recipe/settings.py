@@ -28,6 +28,9 @@ from saeflow.recipe.synthetic import SyntheticConfig
 Overlap = Literal["refuse", "wait"]
 """What a run does while another process writes the same artefact: end at once, or wait."""
 
+K_TOLERANCE = 0.05
+"""Share by which L0 may differ from `sae.k` before anything is said."""
+
 Architecture = Literal["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
 """The kinds of autoencoder. Add another one here and where `saeflow.sae.autoencoder` matches on it."""
 
@@ -179,7 +182,8 @@ class SAEConfig(Section):
     n_features: PositiveInt = Field(4096, description="Directions in the dictionary (F).")
     k: PositiveInt = Field(
         32,
-        description="Active features per token (topk, batchtopk, matryoshka). jumprelu aims at it with penalty `l0`.",
+        description="Active features per token (topk, batchtopk, matryoshka). jumprelu with penalty `l0` moves its "
+        "thresholds until so many are active.",
     )
     prefixes: list[PositiveInt] = Field(
         [], description="Sizes of matryoshka's nested dictionaries. Default: 1/32, 3/32, 7/32 and 15/32 of F, and F."
@@ -190,7 +194,7 @@ class SAEConfig(Section):
     )
     penalty: Literal["l0", "tanh"] = Field(
         "l0",
-        description="jumprelu's penalty. l0: (L0 / k - 1)², which aims at k features per token. tanh: of the values.",
+        description="jumprelu's penalty. l0: (L0 / k - 1)², and thresholds follow k. tanh: of the values.",
     )
     penalty_weight: float = Field(1.0, ge=0, description="Weight of that penalty in the loss (jumprelu).")
     tanh_scale: PositiveFloat = Field(4.0, description="Factor inside the tanh of that penalty (jumprelu).")
@@ -216,8 +220,8 @@ class SAEConfig(Section):
     encoder_scale: PositiveFloat | None = Field(
         None,
         examples=[1.0],
-        description="Factor on the encoder's first rows. Default: 0.5 in the top-k family, whose encoder then follows "
-        "its gradients sooner; else 1.",
+        description="Factor on the encoder's first rows. Default: 0.5 in the top-k family and in jumprelu with penalty "
+        "`l0`, whose encoder then follows its gradients sooner; else 1.",
     )
     decoder_scale: PositiveFloat = Field(
         1.0, description="Factor on the decoder's first rows. It has an effect only without unit_norm."
@@ -233,8 +237,21 @@ class SAEConfig(Section):
         return self.architecture in TOP_FAMILY
 
     @property
+    def aims_at_k(self) -> bool:
+        """True if training draws L0 to `k`, by thresholds that all tokens share."""
+        own = self.architecture == "jumprelu" and self.penalty == "l0" and self.penalty_weight > 0
+        return own and self.source is None
+
+    def misses_k(self, l0: float) -> str | None:
+        """Say that a trained SAE's L0 is more than 5% off `k`; None if it is not, or if `k` sets nothing."""
+        off = l0 / self.k - 1
+        if not (self.counts_k or self.aims_at_k) or self.source is not None or abs(off) <= K_TOLERANCE:
+            return None
+        return f"{abs(off):.0%} {'above' if off > 0 else 'below'} sae.k = {self.k}"
+
+    @property
     def first_encoder_scale(self) -> float:
-        return self.encoder_scale or (0.5 if self.counts_k else 1.0)
+        return self.encoder_scale or (0.5 if self.counts_k or self.aims_at_k else 1.0)
 
     @property
     def nested(self) -> list[int]:
@@ -267,7 +284,12 @@ class TrainConfig(Section):
     """The optimisation: how long, and how fast."""
 
     n_tokens: PositiveInt = Field(2_000_000, description="Tokens to train on. A store with fewer tokens is read again.")
-    lr: PositiveFloat = Field(1e-3, description="Highest learning rate of Adam.")
+    lr: PositiveFloat | None = Field(
+        None,
+        examples=[1e-3],
+        description="Highest learning rate of Adam. Default: 1e-3, and higher where the top-k family or jumprelu with "
+        "penalty `l0` train for less than 6,400 steps: up to 4e-3 * sqrt(256 / D).",
+    )
     warmup_share: Share = Field(0.02, description="Share of steps at the start in which the learning rate rises.")
     decay_share: Share = Field(0.3, description="Share of steps at the end in which the learning rate falls to zero.")
     decay: Literal["linear", "cosine"] = Field("linear", description="Shape of that fall: a line or half a cosine.")

@@ -103,6 +103,8 @@ def _loss_and_gradients(
     loss = result.mean_error * scale + penalty + options.aux_weight * aux_loss
     if sae.training and math.isfinite(loss):  # a batch with NaN or infinity must leave nothing behind
         _remember(sae, len(x), result.fired, None if options.by_token else chosen)
+        if config.aims_at_k:
+            sae.log_off_k = options.sparsity * math.log(max(n_active, 1e-6) / options.k)
     unexplained = result.error / batch.variance
     info = StepInfo(unexplained, aux_loss, sparsity_loss, n_active, len(dead), result.fired)
     return torch.tensor(loss, device=x.device), info, _gradients(sae, result, rule, weights, n_active)

@@ -19,6 +19,8 @@ from saeflow.sae.step import DENSE_SHARE
 
 _START_ROWS = 4096
 """Rows from which biases and thresholds of a sparse start are taken."""
+_THRESHOLD_GAIN, _LEAST_THRESHOLD = 0.1, 1e-6
+"""Change of jumprelu's log thresholds in a step, per unit of log(L0 / k), and the lowest threshold."""
 
 
 class SAEParameters(nn.Module):
@@ -54,6 +56,8 @@ class SAEParameters(nn.Module):
         """Share of active entries above which a training step is dense."""
         self.cut_guess = 0.0
         """A number that the entries which the next batch chooses will exceed: see `top_entries_of_batch`."""
+        self.log_off_k = 0.0
+        """log(L0 / k) of the last step, which `after_step` makes up for (jumprelu with penalty `l0`)."""
         self._kept_encoder: tuple[object, Encoder] | None = None
 
     @property
@@ -104,7 +108,12 @@ class SAEParameters(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Bring decoder rows back to unit length and thresholds up to date; call it after every optimiser step."""
+        """Bring decoder rows back to unit length and thresholds up to date; call it after every optimiser step.
+
+        Where jumprelu aims at k, all thresholds also move together: integral control of their logarithms. The penalty's
+        gradient alone is too slow, since Adam changes a logarithm by at most the learning rate in a step, while
+        pre-activations grow severalfold.
+        """
 
         def normalise(features: tuple[int, int]) -> None:
             rows = self.W_dec[slice(*features)]
@@ -113,6 +122,9 @@ class SAEParameters(nn.Module):
         if self.config.unit_norm:
             in_parallel(normalise, worker_ranges(self.W_dec, 512), self.threads)
         if self.config.architecture == "jumprelu":
+            self.log_threshold += _THRESHOLD_GAIN * min(max(self.log_off_k, -1.0), 1.0)
+            self.log_threshold.clamp_(min=math.log(_LEAST_THRESHOLD))
+            self.log_off_k = 0.0
             torch.exp(self.log_threshold, out=self.threshold)
 
     def current_encoder(self, cut: Tensor | None = None) -> Encoder:

@@ -4,7 +4,28 @@ from __future__ import annotations
 
 import math
 
+from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import SAEConfig, TrainConfig
+
+_SHORT_STEPS, _SHORT_RATE, _SHORT_WIDTH = 400, 4e-3, 256
+"""The best highest rate of trainings of at most so many steps, at this width: see docs/measured/training.md."""
+_LEAST_RATE, _MOST_RATE = 1e-3, 8e-3
+
+
+def with_rate(recipe: Recipe, width: int) -> TrainConfig:
+    """Return the recipe's settings with a highest learning rate: the one it names, else one for its width and length.
+
+    Short trainings take larger steps. So do narrow encoders: the entries of their unit rows are larger. The rate is
+    rounded to two digits, as it belongs to the SAE's identity.
+    """
+    config = recipe.train
+    if config.lr is not None:
+        return config
+    rate, n_steps = _LEAST_RATE, max(1, config.n_tokens / recipe.feed.batch_rows)
+    if recipe.sae.counts_k or recipe.sae.aims_at_k:
+        rate = _SHORT_RATE * math.sqrt(_SHORT_WIDTH / width * min(1.0, _SHORT_STEPS / n_steps))
+    chosen = min(max(rate, _LEAST_RATE), _MOST_RATE)
+    return config.model_copy(update={"lr": float(f"{chosen:.1e}")})
 
 
 def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
@@ -18,7 +39,7 @@ def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
     fall = min(1.0, (n_steps - step) / decay) if config.decay_share else 1.0
     if config.decay == "cosine":
         fall = (1 - math.cos(math.pi * fall)) / 2
-    return config.lr * min(rise, fall)
+    return (config.lr or _LEAST_RATE) * min(rise, fall)
 
 
 def sparsity_factor(step: int, n_steps: int, config: TrainConfig) -> float:

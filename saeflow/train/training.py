@@ -105,10 +105,10 @@ class Training:
         sae = SparseAutoencoder(seeded, *widths, n_threads(recipe.threads))
         sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
         sae.start_sparse(rows[0] * scales[0])
-        config, place = recipe.train, choose_device("train.device", recipe.train.device)
+        config, place = schedules.with_rate(recipe, widths[0]), choose_device("train.device", recipe.train.device)
         sae.product_dtype = fast_dtype(place)
         sae.to(place)
-        adam = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        adam = torch.optim.Adam(sae.parameters(), betas=(config.beta1, config.beta2), fused=True)
         n_steps = max(1, round(config.n_tokens * feed.batches_per_epoch / feed.n_rows))
         return cls(sae, adam, config, scales, n_steps, recipe.name)
 
@@ -164,7 +164,7 @@ class Training:
         if not finite:
             return f"{begin} The activation at {row}. Check what is stored with `saeflow verify --full`."
         return (
-            f"{begin} Lower train.lr (it is {self.config.lr:g}), or set train.clip_norm.\n"
+            f"{begin} Lower train.lr (it is {self.config.lr or 0:g}), or set train.clip_norm.\n"
             f"All activations of the batch are finite; the longest is that at {row}."
         )
 

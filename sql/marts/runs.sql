@@ -3,6 +3,7 @@
 -- Grain:   one row per run of the store, the newest first, damaged ones too.
 -- Reads:   stg_runs
 -- Units:   l0 is the number of features per token; k is the number that was asked for (null if none was).
+--          l0_missed says how far l0 is from k if that is more than 5%.
 --          variance_unexplained, dead_share and loss_recovered_… are shares. quality holds every measure as JSON. They
 --          are null until the run is evaluated. longest_share is the share of all squared lengths that the longest
 --          0.1% of the tokens hold; if it is large (massive activations), compare runs by
@@ -20,6 +21,10 @@ select
     (facts ->> 'k')::bigint                              as k,
     n_tokens,
     (quality ->> 'l0')::double                           as l0,
+    case
+        when l0 > 1.05 * k or l0 < 0.95 * k
+        then printf('%.0f%% %s k', 100 * abs(l0 / k - 1), case when l0 > k then 'above' else 'below' end)
+    end                                                  as l0_missed,
     (quality ->> 'variance_unexplained')::double         as variance_unexplained,
     (quality ->> 'variance_unexplained_without_longest')::double as variance_unexplained_without_longest,
     (quality ->> 'longest_share')::double                as longest_share,

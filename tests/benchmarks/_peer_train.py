@@ -48,6 +48,8 @@ class Training:
     batch: int = 4096
     lr: float = 1e-3
     lr_warmup_steps: int = 0
+    optimizer: Literal["adam", "signum"] = "adam"
+    """signum is sparsify's default: signs of averaged gradients, at one rate throughout."""
     decay_steps: int = 0
     """The last steps, over which the learning rate falls in a line to zero."""
     autocast: bool = False
@@ -160,8 +162,7 @@ def sparsify(about: Training, width: int, feed: Feed) -> Fitted:
     )
     training = TrainConfig(config, **{name: about.options[name] for name in about.options.keys() - of_coder})
     coder = SparseCoder(width, config, dtype=torch.float32)
-    adam = torch.optim.Adam(coder.parameters(), lr=about.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: lr_share(about, step))
+    optimizer, schedule = sparsify_optimizer(about, coder)
     tokens_since_fired = torch.zeros(about.n_features, dtype=torch.long)
     fired = torch.zeros(about.n_features, dtype=torch.bool)
     torch.set_float32_matmul_precision("high")
@@ -178,13 +179,16 @@ def sparsify(about: Training, width: int, feed: Feed) -> Fitted:
         (out.fvu + training.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8).backward()
         if config.normalize_decoder:
             coder.remove_gradient_parallel_to_decoder_directions()
-        adam.step()
-        adam.zero_grad()
-        schedule.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule:
+            schedule.step()
         tokens_since_fired += len(rows)
         tokens_since_fired[fired] = 0
         fired.zero_()
     feed.close_step()
+    if not schedule:
+        optimizer.eval()
     if about.save:
         coder.save_to_disk(about.save)
 
@@ -193,6 +197,19 @@ def sparsify(about: Training, width: int, feed: Feed) -> Fitted:
         return features[values != 0].bincount(minlength=about.n_features), coder.decode(values, features)
 
     return Fitted(apply, apply, "eai-sparsify")
+
+
+def sparsify_optimizer(about: Training, coder: torch.nn.Module) -> tuple[Any, Any]:
+    """Its optimizer, and the schedule of the rate if there is one."""
+    if about.optimizer == "adam":
+        adam = torch.optim.Adam(coder.parameters(), lr=about.lr)
+        return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda step: lr_share(about, step))
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify.sign_sgd import SignSGD
+
+    signum = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=about.lr), momentum=0.95)
+    signum.train()
+    return signum, None
 
 
 def lr_share(about: Training, step: int) -> float:
@@ -264,7 +281,9 @@ def values_of(folder: str, rows: str, out: str) -> dict[str, Any]:
 def main() -> None:
     about = json.load(sys.stdin)
     if "values_of" in about:
-        found = values_of(about["values_of"], about["rows"], about["out"])
+        found: Any = values_of(about["values_of"], about["rows"], about["out"])
+    elif "several" in about:
+        found = [train(Training(**each)) for each in about["several"]]
     else:
         found = train(Training(**about))
     print(json.dumps(found))

@@ -96,7 +96,7 @@ def test_training_explains_the_activations_and_says_so_step_by_step(store, table
 
 
 def test_the_log_is_keyed_by_step_and_holds_the_schedule(store, table):
-    recipe = recipe_of(table)
+    recipe = recipe_of(table, train={"lr": 1e-3})
     train.run(Lineage(store, recipe), quiet())
     log = log_of(store, recipe)
     assert log["step"] == [0, 3, 6, 9, 12, 15, 18, 19]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from saeflow.recipe.settings import Architecture
+from saeflow.recipe.settings import Architecture, SAEConfig
 from saeflow.sae.architectures import TRAITS
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.train.resample import resample_dead
@@ -236,6 +236,63 @@ def test_the_quadratic_penalty_brings_l0_to_its_aim():
         adam.step()
         sae.after_step()
     assert info.n_active == pytest.approx(4, rel=0.15)
+
+
+def a_jumprelu_trained(k: int, n_steps: int, lr: float, first_share: float | None, **settings) -> float:
+    """Train on sums of four of 80 directions and return L0 over k on rows that the training has not had."""
+    generator = torch.Generator().manual_seed(1)
+    true = tf.normalize(torch.randn(F // 2, D, generator=generator), dim=1)
+
+    def made(n: int) -> Tensor:
+        strength = 0.5 + torch.randn(n, 4, 1, generator=generator).abs()
+        return (true[torch.randint(F // 2, (n, 4), generator=generator)] * strength).sum(1) * 3
+
+    config = SAEConfig(architecture="jumprelu", n_features=F, k=k, first_share=first_share, **settings)
+    sae = SparseAutoencoder(config, D)
+    sae.start_sparse(made(4096))
+    adam = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
+    for step in range(n_steps):
+        adam.param_groups[0]["lr"] = lr * min(1.0, (n_steps - step) / (0.3 * n_steps))
+        loss, _ = sae.training_loss(made(256), 1 / 32)
+        loss.backward()
+        adam.step()
+        sae.after_step()
+        adam.zero_grad()
+    return len(sae.eval().encode_sparse(made(4096)).values) / 4096 / k
+
+
+@pytest.mark.parametrize("n_steps", [400, 700])
+@pytest.mark.parametrize("k", [3, 8, 20])
+def test_jumprelu_has_the_l0_that_was_asked_for_however_short_the_training(k, n_steps):
+    assert a_jumprelu_trained(k, n_steps, 1e-3, None) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 1e-2, "first_share": None},
+        {"lr": 1e-4, "first_share": None},
+        {"lr": 1e-3, "first_share": 0.3},
+        {"lr": 1e-3, "first_share": 0.0, "first_threshold": 30.0},
+        {"lr": 1e-3, "first_share": 0.0, "first_threshold": 1e-3},
+        {"lr": 1e-3, "first_share": None, "unit_norm": False, "encoder_scale": 3.0},
+    ],
+    ids=[
+        "high-rate",
+        "low-rate",
+        "many-active-at-first",
+        "none-active-at-first",
+        "all-active-at-first",
+        "long-encoder",
+    ],
+)
+def test_jumprelu_has_the_l0_that_was_asked_for_wherever_it_begins(settings):
+    assert a_jumprelu_trained(6, 400, **settings) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("settings", [{"penalty": "tanh"}, {"penalty_weight": 0.0}])
+def test_without_an_aim_jumprelus_thresholds_follow_their_gradients_alone(settings):
+    assert abs(a_jumprelu_trained(4, 30, 1e-5, 0.3, **settings) - 1) > 1
 
 
 @pytest.mark.parametrize("name", EVERY)

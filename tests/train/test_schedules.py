@@ -36,7 +36,7 @@ def test_the_learning_rate_rises_stays_and_falls_in_straight_lines(n_steps, warm
 @given(n_steps=N_STEPS, warmup=SHARE, decay=SHARE)
 def test_a_cosine_falls_over_the_same_steps_and_meets_the_line_at_half_way(n_steps, warmup, decay):
     line, cosine = (
-        rates_of(n_steps, TrainConfig(warmup_share=warmup, decay_share=decay, decay=kind))
+        rates_of(n_steps, TrainConfig(lr=1.0, warmup_share=warmup, decay_share=decay, decay=kind))
         for kind in ("linear", "cosine")
     )
     falls = line < 1
@@ -44,6 +44,28 @@ def test_a_cosine_falls_over_the_same_steps_and_meets_the_line_at_half_way(n_ste
     np.testing.assert_allclose(cosine[falls], (1 - np.cos(np.pi * line[falls])) / 2, rtol=1e-12)
     np.testing.assert_array_equal(cosine[~falls] == 1, line[~falls] == 1)
     assert (cosine > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "n_steps", "architecture", "rate"),
+    [
+        (256, 100, "topk", 4e-3),
+        (256, 400, "batchtopk", 4e-3),
+        (256, 1600, "matryoshka", 2e-3),
+        (1024, 400, "jumprelu", 2e-3),
+        (16, 400, "topk", 8e-3),
+        (256, 100_000, "topk", 1e-3),
+        (4096, 400, "topk", 1e-3),
+        (256, 100, "relu", 1e-3),
+        (256, 100, "gated", 1e-3),
+    ],
+)
+def test_a_rate_that_nobody_named_suits_width_and_length(width, n_steps, architecture, rate):
+    about = {"sae": {"architecture": architecture}, "train": {"n_tokens": 512 * n_steps}, "feed": {"batch_rows": 512}}
+    recipe = parse_recipe(brought_data("t.npy", **about))
+    assert schedules.with_rate(recipe, width).lr == pytest.approx(rate)
+    named = recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": 0.5})})
+    assert schedules.with_rate(named, width) == named.train
 
 
 def test_the_learning_rate_at_named_steps():
