@@ -37,7 +37,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     about_longest = "variance_unexplained_without_longest", "longest_share"
     for name in ("variance_unexplained", *about_longest, "l0", "shrinkage", "dead_share", *shares):
         if name in quality:
-            missed = f" ({quality['l0_missed']})" if name == "l0" and "l0_missed" in quality else ""
+            missed = f" ({summary['l0_missed']})" if name == "l0" and "l0_missed" in summary else ""
             table.add_row(name.replace("_", " "), f"{quality[name]:.4f}{missed}")
     table.add_row("judged on", quality["judged_on"])
     for name, seconds in summary.get("seconds", {}).items():

@@ -100,7 +100,7 @@ def _measure_run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     use_threads(recipe.threads)
     sae = interchange.load(lineage.sae.fetched(), n_threads(recipe.threads))
     judgement = judge_together(lineage, [sae], progress)[0]
-    quality = judgement.figures | l0_missed(lineage, judgement.figures["l0"]) | _liveness(run_artefact)
+    quality = judgement.figures | _liveness(run_artefact)
     if recipe.model is not None and judgement.held_out:
         quality |= _language_model(lineage, sae, judgement.reconstruction.mean.float(), progress)
     with run_artefact.publishing():

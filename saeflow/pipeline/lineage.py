@@ -32,7 +32,7 @@ from saeflow.train.schedules import with_rate
 _NO_SETTINGS = {"checkpoint_seconds", "device"}
 """Settings of `[train]` that change nothing in the SAE."""
 
-_DATA_SEEN = ("generation", "hidden", "n_train_tokens")
+DATA_SEEN = ("generation", "hidden", "n_train_tokens")
 """Facts of a trained SAE that say which data it has seen. The others are settings."""
 
 
@@ -186,7 +186,7 @@ class Lineage:
         mine = [
             sae
             for sae in trained
-            if {name: fact for name, fact in sae.record.facts.items() if name not in _DATA_SEEN} == settings
+            if {name: fact for name, fact in sae.record.facts.items() if name not in DATA_SEEN} == settings
         ]
         return sorted(mine, key=lambda sae: float(_provenance(sae).get("written", 0)))[-1] if mine else None
 

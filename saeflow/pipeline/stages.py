@@ -149,9 +149,13 @@ def summary(lineage: Lineage) -> dict[str, Any]:
     }
     if lineage.recipe.is_sweep:
         return about | {"sweep": sweep.run(lineage, Progress(verbosity=-1))}
-    encoded = lineage.features.published()
-    return about | {
-        "feature_bytes": sum(part.n_bytes for part in encoded.parts),
-        "n_values": encoded.total("n_values"),
-        "quality": read_checked(lineage.features.path / "quality.json"),
-    }
+    encoded, quality = lineage.features.published(), read_checked(lineage.features.path / "quality.json")
+    return (
+        about
+        | evaluate.l0_missed(lineage, quality["l0"])
+        | {
+            "feature_bytes": sum(part.n_bytes for part in encoded.parts),
+            "n_values": encoded.total("n_values"),
+            "quality": quality,
+        }
+    )

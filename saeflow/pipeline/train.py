@@ -19,7 +19,7 @@ from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline.dask.clusters import workers_of
 from saeflow.pipeline.evaluate import Judged
-from saeflow.pipeline.lineage import Lineage, grouped, hidden_fact
+from saeflow.pipeline.lineage import DATA_SEEN, Lineage, grouped, hidden_fact
 from saeflow.pipeline.parts import PartMaker, PartWork, Records
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import SAEConfig
@@ -176,8 +176,9 @@ def _train(chosen: list[Lineage], progress: Progress) -> None:
     require_memory([(each.recipe, each.distinct_sites) for each in chosen])
     for each in chosen:
         require_tensorboard(each.recipe.train.tensorboard)
-        if different := each.store.why_new(each.sae, each.sae_facts):
-            progress.say(different)
+        if different := each.store.why_new(each.sae, each.sae_facts, DATA_SEEN):
+            since = " jumprelu's thresholds follow sae.k since this version." if "thresholds" in different else ""
+            progress.say(different + since)
     use_threads(chosen[0].recipe.threads)
     for together in grouped(chosen, lambda each: (each.sae_facts["generation"], *each.distinct_sites)):
         feed = _feed_of(together[0])

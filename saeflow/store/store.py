@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,13 +136,15 @@ class Store:
             found += [self.by_id(f"{kind}/{name}") for _, name in ordered]
         return found
 
-    def why_new(self, target: Artefact, facts: dict[str, Any]) -> str:
+    def why_new(self, target: Artefact, facts: dict[str, Any], ignored: Collection[str] = ()) -> str:
         """Say which settings set a new artefact apart from the newest of its name; empty if nothing is new."""
         others = [other for other in self.artefacts(target.kind) if other.name == target.name and other != target]
         if target.exists() or not others:
             return ""
         mine, theirs = _flat(facts), _flat(others[-1].record.facts)
-        names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+        names = sorted(name for name in {*mine, *theirs}.difference(ignored) if mine.get(name) != theirs.get(name))
+        if not names:
+            return ""
         because = ", ".join(_NO_SETTINGS.get(name, name) for name in names)
         way_back = "" if set(names) <= set(_NO_SETTINGS) else " To go on with that one, set them as they were."
         return f"{target.kind}: a new artefact beside {others[-1].id}, because of {because}.{way_back}"

@@ -437,6 +437,35 @@ def test_every_setting_that_changes_the_weights_makes_another_autoencoder(stored
     assert len({same, *others}) == 5
 
 
+def test_only_jumprelu_that_aims_at_k_is_another_autoencoder_since_its_thresholds_follow_k(stored, table):
+    def facts(**sae) -> dict:
+        return Lineage(stored, recipe_of(table, sae=sae)).sae_facts
+
+    assert facts(architecture="jumprelu")["thresholds"] == "follow k"
+    others = [{"architecture": each} for each in ARCHITECTURES if each != "jumprelu"]
+    for sae in (*others, {"architecture": "jumprelu", "penalty": "tanh"}):
+        assert "thresholds" not in facts(**sae)
+
+
+def test_the_rate_that_nobody_named_is_part_of_the_identity_as_if_it_were_named(stored, table):
+    recipe = recipe_of(table)
+    rate = schedules.with_rate(recipe, Lineage(stored, recipe).site.width).lr
+    assert Lineage(stored, recipe).sae_facts["train"]["lr"] == rate
+    assert Lineage(stored, recipe).sae.fp == Lineage(stored, recipe_of(table, train={"lr": rate})).sae.fp
+    assert Lineage(stored, recipe_of(table, sae={"architecture": "relu"})).sae_facts["train"]["lr"] == 1e-3
+
+
+def test_a_training_beside_an_earlier_one_says_which_setting_makes_the_difference(store, table):
+    said = []
+    loud = Progress(verbosity=-1)
+    loud.say = lambda text, verbosity=0: said.append(text)
+    train.run(Lineage(store, recipe_of(table, sae={"architecture": "jumprelu", "penalty": "tanh"})), loud)
+    assert not any("a new artefact" in text for text in said)
+    train.run(Lineage(store, recipe_of(table, sae={"architecture": "jumprelu"})), loud)
+    (why,) = (text for text in said if "a new artefact" in text)
+    assert all(name in why for name in ("sae.penalty", "thresholds", "train.lr"))
+
+
 def test_another_generation_of_activations_makes_another_autoencoder(store, table):
     recipe = recipe_of(table)
     before = Lineage(store, recipe).sae.fp

@@ -680,6 +680,26 @@ def test_runs_show_what_their_sae_is(tmp_path, architecture, k):
     assert (row["architecture"], row["k"]) == (architecture, k)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "l0", "missed"),
+    [
+        ("jumprelu", 100, None),
+        ("jumprelu", 104.9, None),
+        ("jumprelu", 95.1, None),
+        ("jumprelu", 131, "31% above k"),
+        ("jumprelu", 60, "40% below k"),
+        ("batchtopk", 94, "6% below k"),
+        ("relu", 400, None),
+    ],
+)
+def test_runs_say_if_l0_is_more_than_a_twentieth_off_k(tmp_path, architecture, l0, missed):
+    store = Given(quality={"l0": l0}).write(tmp_path)
+    store.artefact("saes", "demo", "f0000001").create({"sae": {"architecture": architecture, "k": 100}})
+    with connect(store) as connection:
+        (row,) = ask(connection, "runs").to_pylist()
+    assert row["l0_missed"] == missed
+
+
 def test_a_healthy_run_passes_every_check(tmp_path):
     with connect(Given(n_parts=2).write(tmp_path)) as connection:
         results = check(connection)
