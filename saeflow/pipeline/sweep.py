@@ -95,7 +95,7 @@ def _table_rows(members: Sequence[Lineage], figures: Sequence[dict[str, Any]]) -
             "n_features": member.sae_config.n_features,
             "on_front": number in front,
             **{name: figures[number][name] for name in FIGURES},
-            **evaluate.l0_missed(member, figures[number]["l0"]),
+            "l0_missed": member.recipe.sae.misses_k(figures[number]["l0"]),
         }
         for number, member in enumerate(members)
     ]

@@ -19,7 +19,7 @@ from saeflow.sae.step import DENSE_SHARE
 
 _START_ROWS = 4096
 """Rows from which biases and thresholds of a sparse start are taken."""
-_THRESHOLD_GAIN, _LEAST_THRESHOLD = 0.1, 1e-6
+_THRESHOLD_GAIN, _LEAST_THRESHOLD = 0.03, 1e-6
 """Change of jumprelu's log thresholds in a step, per unit of log(L0 / k), and the lowest threshold."""
 
 
@@ -122,7 +122,7 @@ class SAEParameters(nn.Module):
         if self.config.unit_norm:
             in_parallel(normalise, worker_ranges(self.W_dec, 512), self.threads)
         if self.config.architecture == "jumprelu":
-            self.log_threshold += _THRESHOLD_GAIN * min(max(self.log_off_k, -1.0), 1.0)
+            self.log_threshold += _THRESHOLD_GAIN * min(max(self.log_off_k, -3.0), 3.0)
             self.log_threshold.clamp_(min=math.log(_LEAST_THRESHOLD))
             self.log_off_k = 0.0
             torch.exp(self.log_threshold, out=self.threshold)

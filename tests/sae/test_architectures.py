@@ -253,7 +253,7 @@ def a_jumprelu_trained(k: int, n_steps: int, lr: float, first_share: float | Non
     adam = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
     for step in range(n_steps):
         adam.param_groups[0]["lr"] = lr * min(1.0, (n_steps - step) / (0.3 * n_steps))
-        loss, _ = sae.training_loss(made(128), 1 / 32)
+        loss, _ = sae.training_loss(made(256), 1 / 32)
         loss.backward()
         adam.step()
         sae.after_step()
