@@ -177,8 +177,7 @@ def _train(chosen: list[Lineage], progress: Progress) -> None:
     for each in chosen:
         require_tensorboard(each.recipe.train.tensorboard)
         if different := each.store.why_new(each.sae, each.sae_facts, DATA_SEEN):
-            since = " jumprelu's thresholds follow sae.k since this version." if "thresholds" in different else ""
-            progress.say(different + since)
+            progress.say(different)
     use_threads(chosen[0].recipe.threads)
     for together in grouped(chosen, lambda each: (each.sae_facts["generation"], *each.distinct_sites)):
         feed = _feed_of(together[0])

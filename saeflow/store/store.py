@@ -168,7 +168,8 @@ def _time_of(record: Path) -> int | None:
 
 
 _NO_SETTINGS = {
-    "special_tokens": "special_tokens (the tokenizer's own, such as [CLS] and [SEP], which earlier versions left out)"
+    "special_tokens": "special_tokens (the tokenizer's own, such as [CLS] and [SEP], which earlier versions left out)",
+    "thresholds": "thresholds (jumprelu's follow sae.k, which they did not in earlier versions)",
 }
 """Facts that no setting brings back, in words."""
 
