@@ -176,7 +176,7 @@ def superposed_rows(config: SyntheticConfig) -> TableRows:
             yield values[skip:], names[strongest_features(codes)][skip:].tolist()
             skip = 0
 
-    return TableRows("the made table", config.n_samples, config.n_neurons, blocks, sorted(names.tolist()))
+    return TableRows("the made table", config.n_samples, config.n_neurons, blocks, pieces=sorted(names.tolist()))
 
 
 def superposed_truth(config: SyntheticConfig) -> GroundTruth:

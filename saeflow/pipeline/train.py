@@ -27,7 +27,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads, use_threads
 from saeflow.sae import formats, interchange
-from saeflow.sae.metrics import Firing, Reconstruction
+from saeflow.sae.metrics import Firing, Reconstruction, WithoutLongest
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.links import remove
 from saeflow.store.store import Store
@@ -231,7 +231,8 @@ def _import(lineage: Lineage, progress: Progress) -> None:
     progress.say(f"train: importing {found.weights.parent} instead")
     x, *others = _first_rows(lineage.selection(), lineage.activations, sites)
     wanted = others[0] if others else x
-    judged = Judged(Reconstruction(wanted.shape[1]), Firing(sae.config.n_features))
+    width = wanted.shape[1]
+    judged = Judged(Reconstruction(width), WithoutLongest(width, len(x)), Firing(sae.config.n_features))
     judged.add(x, wanted, sae)
     if not math.isfinite(judged.reconstruction.error):
         raise UserError(
