@@ -3,8 +3,8 @@
 -- Grain:   as stored; one view for each table of the disk contract (data/README.md).
 -- Reads:   the explicit Parquet files of one published generation, never a glob.
 -- Units:   as stored, but tokens of forgotten and replaced documents are padding here and their documents are left out,
---          as compaction will write them. low and high say which features, or tokens, a file may hold. A question about one feature that
---          also asks for `feature between low and high` opens no other file.
+--          as compaction will write them. low and high say which features, or tokens, a file may hold. A question about
+--          one feature that also asks for `feature between low and high` opens no other file.
 -- Ask it:  nothing; everything else reads these views.
 --
 -- saeflow replaces each `$$name` below by a read_parquet of those files, or by an empty table if an earlier saeflow

@@ -20,14 +20,14 @@ from saeflow.model.load import load_tokenizer, model_fingerprint
 from saeflow.model.sites import Site, choose_site, site_pair
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import ModelConfig, SAEConfig
+from saeflow.recipe.settings import ModelConfig, SAEConfig, TrainConfig
 from saeflow.sae import formats
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import checksum_once, read_json
 from saeflow.store.records import Generation, read_or_empty, write_checked
 from saeflow.store.storage.bucket import cache_folder
 from saeflow.store.store import Store
-from saeflow.train.schedules import with_rate
+from saeflow.train.schedules import FORMER_RATE, with_rate
 
 _NO_SETTINGS = {"checkpoint_seconds", "device"}
 """Settings of `[train]` that change nothing in the SAE."""
@@ -180,27 +180,40 @@ class Lineage:
 
     @cached_property
     def _newest(self) -> Artefact | None:
-        """The SAE with the recipe's settings that was trained last."""
-        settings = self._training_facts
+        """The SAE with the recipe's settings that was trained last, also by an earlier saeflow with its defaults."""
         trained = [sae for sae in self._every_sae if sae.name == self.recipe.name and sae.complete()]
-        mine = [
-            sae
-            for sae in trained
-            if {name: fact for name, fact in sae.record.facts.items() if name not in DATA_SEEN} == settings
-        ]
+        mine = [sae for sae in trained if self._is_trained_so(sae.record.facts)]
         return sorted(mine, key=lambda sae: float(_provenance(sae).get("written", 0)))[-1] if mine else None
+
+    def _is_trained_so(self, facts: dict[str, Any]) -> bool:
+        settings = _without_data(facts)
+        return settings == self._former_facts or settings == self._training_facts
+
+    @property
+    def has_former_defaults(self) -> bool:
+        """True if an earlier saeflow trained the SAE with defaults that are others now."""
+        return _without_data(self.sae_facts) == self._former_facts != self._training_facts
 
     @cached_property
     def _training_facts(self) -> dict[str, Any]:
-        """Facts of a trained SAE but for the data that it has seen."""
-        train = settings_that_count(with_rate(self.recipe, self.site.width))
+        """Facts of a trained SAE but for the data that it has seen. Raises UserError without activations."""
+        self.activations.published()
+        thresholds = {"thresholds": "follow k"} if self.recipe.sae.aims_at_k else {}
+        return self._facts_with(with_rate(self.recipe, self.site.width)) | thresholds
+
+    @cached_property
+    def _former_facts(self) -> dict[str, Any]:
+        """The same facts of an SAE that an earlier saeflow trained, with its default rate and fixed aims."""
+        train = self.recipe.train
+        return self._facts_with(train.model_copy(update={"lr": train.lr or FORMER_RATE}))
+
+    def _facts_with(self, train: TrainConfig) -> dict[str, Any]:
         return {
             "activations": self.activations.fp,
             "sae": settings_that_count(self.recipe.sae),
-            "train": {name: value for name, value in train.items() if name not in _NO_SETTINGS},
+            "train": {name: value for name, value in settings_that_count(train).items() if name not in _NO_SETTINGS},
             "feed": settings_that_count(self.recipe.feed),
             "threads": self.recipe.threads,
-            **({"thresholds": "follow k"} if self.recipe.sae.aims_at_k else {}),
         } | self.selection().facts
 
     def _facts_now(self) -> dict[str, Any]:
@@ -210,7 +223,7 @@ class Lineage:
             found = formats.describe_source(self.recipe.sae)
             files = {"settings": found.settings, "weights": found.weights}
             return about | {"imported": {name: checksum_once(path) for name, path in files.items()}}
-        now, hidden = self.activations.published(), hidden_fact(self.tokens.published())
+        hidden, now = hidden_fact(self.tokens.published()), self.activations.published()
         if (number := self._begun(hidden, now.number)) is not None:
             return self._training_facts | {"generation": number} | hidden
         about = self._training_facts | {"generation": now.number} | hidden
@@ -264,6 +277,10 @@ class Ancestors:
     def selection(self) -> TokenSelection:
         """The tokens that a run encodes, as they are published now."""
         return TokenSelection.from_facts(self.tokens, self.artefact.record.facts)
+
+
+def _without_data(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if name not in DATA_SEEN}
 
 
 def n_tokens_seen(trained: Artefact) -> int | None:

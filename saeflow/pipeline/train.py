@@ -169,6 +169,9 @@ def _say_what_is_done(progress: Progress, recipe: Recipe, chosen: list[Lineage],
         progress.skip("train", f"{len(chosen)} SAEs of {recipe.name}" if recipe.is_sweep else one)
     elif n_left < len(chosen):
         progress.say(f"train: {len(chosen) - n_left} of {len(chosen)} SAEs are trained already")
+    if recipe.sae.source is None and (n_former := sum(each.has_former_defaults for each in chosen)):
+        which = f"{n_former} of {len(chosen)} SAEs" if recipe.is_sweep else "this SAE"
+        progress.say(f"train: an earlier saeflow trained {which} with its own defaults; --fresh takes today's")
 
 
 def _train(chosen: list[Lineage], progress: Progress) -> None:

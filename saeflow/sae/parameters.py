@@ -122,7 +122,7 @@ class SAEParameters(nn.Module):
         if self.config.unit_norm:
             in_parallel(normalise, worker_ranges(self.W_dec, 512), self.threads)
         if self.config.architecture == "jumprelu":
-            self.log_threshold += _THRESHOLD_GAIN * min(max(self.log_off_k, -3.0), 3.0)
+            self.log_threshold.add_(_THRESHOLD_GAIN * min(max(self.log_off_k, -3.0), 3.0))
             self.log_threshold.clamp_(min=math.log(_LEAST_THRESHOLD))
             self.log_off_k = 0.0
             torch.exp(self.log_threshold, out=self.threshold)

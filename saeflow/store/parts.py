@@ -153,13 +153,17 @@ class Parts(Identity):
         if not path.is_file():
             return None
         manifest = read_checked(path)
-        file, wanted = self.list_path(int(manifest["generation"])), str(manifest["checksum"])
+        try:
+            number, wanted = int(manifest["generation"]), str(manifest["checksum"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path) from error
+        file = self.list_path(number)
         if not _is_file_of(file, wanted):
             with contextlib.suppress(FileNotFoundError):
                 self.storage.fetch(file, fresh=True)
             if not _is_file_of(file, wanted):
                 raise damaged(file)
-        return self._read_list_once(int(manifest["generation"]), wanted)
+        return self._read_list_once(number, wanted)
 
     def _read_list_once(self, number: int, digest: str) -> Generation:
         if (number, digest) not in self._lists:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,23 +135,24 @@ class TrainingGroup:
         rows = sample_rows(self.feed)
         for job in self.jobs:
             for restart in range(job.recipe.train.restarts):
-                job.trainings.append(self._restored(job, restart, rows))
+                begin = partial(Training.begin, self.feed, job.recipe, restart, rows)
+                job.trainings.append(self._restored(job, begin, restart))
                 if job.recipe.train.tensorboard:
                     folder = Path(job.recipe.train.tensorboard) / job.target.id
                     folder = folder / f"restart-{restart}" if job.recipe.train.restarts > 1 else folder
                     job.boards.append(open_board(folder, job.trainings[-1].step))
 
-    def _restored(self, job: TrainingJob, restart: int, rows: tuple[torch.Tensor, ...]) -> Training:
+    def _restored(self, job: TrainingJob, begin: Callable[[], Training], restart: int) -> Training:
         """Return the training as its checkpoint has it, or begun anew; in a bucket it may be from another machine."""
         folder = job.folder(restart)
         if not is_checkpoint(folder):  # a fetch may have been killed between two files
             job.target.storage.bring_back(folder, CHECKPOINT)
-        training = Training.begin(self.feed, job.recipe, restart, rows)
+        training = begin()
         try:
             restored = training.restore(folder)
         except Damaged as error:
             self.progress.say(f"train: {error}; {training.name} begins anew")
-            return Training.begin(self.feed, job.recipe, restart, rows)
+            return begin()
         if restored and not training.done:
             which = f"{training.name} " if len(self.jobs) > 1 else ""
             self.progress.say(f"train: {which}continuing at step {training.step} of {training.n_steps}")

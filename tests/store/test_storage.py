@@ -365,7 +365,7 @@ def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(tmp_path: Path)
     assert not is_checkpoint(folder)
     reading: Any = SimpleNamespace(jobs=[])
     job: Any = SimpleNamespace(folder=lambda restart: folder, target=SimpleNamespace(storage=bucket))
-    TrainingGroup._restored(reading, job, MagicMock(done=True), 0)
+    TrainingGroup._restored(reading, job, lambda: MagicMock(done=True), 0)
     assert [(folder / name).read_text() for name in (CHECKPOINT, STATE)] == ["new", "new"]
 
 
