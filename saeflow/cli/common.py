@@ -258,6 +258,9 @@ def _system_message(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         what = f"Memory does not suffice: {first_line(error)}."
         return f"{what}\nLower the sizes in the recipe, or take a larger machine."
+    if isinstance(error, FileNotFoundError) or type(error).__module__ == "pyarrow.lib":
+        mend = "If it is the store's, mend it with `saeflow verify --full --repair`, then run the recipe again."
+        return f"A file is missing or damaged: {first_line(error)}.\n{mend}"
     if isinstance(error, OSError):
         number, file = error.errno, error.filename
     else:  # libraries written in Rust give the number in their text
