@@ -365,6 +365,7 @@ def test_the_module_ends_with_2_and_one_message_where_the_user_can_mend_it(home:
     assert processes_with(home) == []
 
 
+@pytest.mark.long
 def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     finished: Finished, upstream: Store, tmp_path: Path
 ) -> None:

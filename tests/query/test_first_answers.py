@@ -527,7 +527,7 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
     assert sorted(" ".join(QUESTIONS.values()).split()) == stored
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(worlds(), st.data())
 def test_every_question_answers_what_looking_at_each_token_answers(world, data):
     values = data.draw(values_of(world, world.skipped[:1]))

@@ -207,7 +207,7 @@ def test_a_file_that_goes_while_it_is_asked_is_a_message(store: Store) -> None:
 line = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.dictionaries(st.integers(0, 3), line, min_size=1))
 def test_any_text_comes_back_on_one_line(texts: dict[int, str], store: Store) -> None:
     from saeflow.query.labels import clean_label
@@ -217,7 +217,7 @@ def test_any_text_comes_back_on_one_line(texts: dict[int, str], store: Store) ->
     assert labels(store) == [(f, label.text, "own", None) for f, label in sorted(wanted.items()) if label]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noise=st.binary(max_size=60), place=st.integers(0, 60))
 def test_no_bytes_in_a_file_stop_a_question(noise: bytes, place: int, store: Store) -> None:
     content = b'feature_id,label,score\n1,"a, b",0.5\n2,c,\n'

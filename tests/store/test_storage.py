@@ -247,7 +247,7 @@ def shard_key(server: Server, url: str) -> str:
     return next(f"{prefix}/{name}" for name in sorted(there(server, url)) if "/c/" in name)
 
 
-@pytest.mark.parametrize("harm", ["deleted", "flipped"])
+@pytest.mark.parametrize("harm", [pytest.param("deleted", marks=pytest.mark.long), "flipped"])
 def test_a_shard_that_is_gone_or_changed_is_named_never_read_and_made_again(
     harm: str, server: Server, url: str, recipe: Recipe, local: Store
 ) -> None:

@@ -63,10 +63,10 @@ def try_store(finished: Finished, tmp_path: Path, saeflow: Command) -> Callable[
     return attempt
 
 
-@pytest.mark.parametrize("number", range(len(HOSTILE)), ids=list(HOSTILE))
+@pytest.mark.parametrize("number", range(0, len(HOSTILE), 3), ids=list(HOSTILE)[::3])
 def test_a_strangers_store_reaches_nothing_outside_of_it(number, try_store):
     commands = [READING["runs"], *list(WRITING.values())[:2]]
-    try_store(list(HOSTILE)[number], commands[number % 3])
+    try_store(list(HOSTILE)[number], commands[number // 3 % 3])
 
 
 @pytest.mark.long

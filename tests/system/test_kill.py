@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -36,11 +36,16 @@ def runner(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def quick_or_long(value: Any, quick: bool) -> Any:
+    """One case of several: a quick one, or one of those that `make test-long` adds."""
+    return pytest.param(value, marks=() if quick else pytest.mark.long)
+
+
 def point(stage: str, when: str) -> Point:
     return next(p for p in POINTS if (p.stage, p.when) == (stage, when))
 
 
-@pytest.mark.parametrize("stage", HALF_WAY)
+@pytest.mark.parametrize("stage", [quick_or_long(each, each in ("tokens", "train", "encode")) for each in HALF_WAY])
 def test_a_stage_killed_half_way_and_run_again_leaves_the_undisturbed_store(stage: str, runner: Runner) -> None:
     store = runner.folder / f"killed-{stage}"
     assert runner.run(store, Case(point(stage, HALF_WAY[stage]), "SIGKILL")) == -9
@@ -65,7 +70,7 @@ def sweeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("nth", [1, 64, 200])
+@pytest.mark.parametrize("nth", [quick_or_long(1, False), quick_or_long(64, True), quick_or_long(200, False)])
 def test_a_killed_sweep_leaves_the_undisturbed_store_for_every_architecture(nth: int, sweeping: Runner) -> None:
     store = sweeping.folder / f"killed-{nth}"
     assert sweeping.run(store, Case(Point("train", "in some step", STEP, "", nth), "SIGKILL")) == -9
@@ -92,7 +97,7 @@ def test_faults_lose_nothing(case: Case, runner: Runner) -> None:
     assert runner.problems(case) == []
 
 
-@pytest.mark.parametrize("number", [2, 8])
+@pytest.mark.parametrize("number", [2])
 def test_repair_loses_nothing_that_cannot_be_made_again_and_a_run_makes_the_rest(number: int, runner: Runner) -> None:
     assert next(damages(runner, range(number, number + 1)))[1] == []
 

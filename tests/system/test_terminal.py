@@ -143,6 +143,7 @@ def hostile_folder(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
+@pytest.mark.long
 def test_no_command_lets_a_corpus_act_on_the_terminal(saeflow: Command, hostile_folder: Path) -> None:
     recipe, store = hostile_folder / "r.toml", hostile_folder / "store"
     key, place = f"{HOSTILE}/7", ["--store", store]
