@@ -47,14 +47,22 @@ def load_model(config: ModelConfig) -> nn.Module:
     import transformers
 
     about = _load(transformers.AutoConfig.from_pretrained, config)
-    named = getattr(about, "architectures", None) or []
-    loader = getattr(transformers, named[0], None) if named else None
     fallback = transformers.AutoModelForCausalLM if is_gguf(config.path) else transformers.AutoModel
     options = {"dtype": getattr(torch, config.dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = _load((loader or fallback).from_pretrained, config, **options)
+    model, report = _load((_class_named_in(about) or fallback).from_pretrained, config, **options)
     _require_whole(config.path, model, report)
     ready: nn.Module = model.eval().requires_grad_(False).to(choose_device("model.device", config.device))
     return ready
+
+
+def _class_named_in(about: Any) -> Any:
+    """Return the class of model that a configuration names; None if it names none that transformers has."""
+    import transformers
+
+    named = getattr(about, "architectures", None)
+    first = named[0] if isinstance(named, list) and named else None
+    found = getattr(transformers, first, None) if isinstance(first, str) else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _require_whole(path: str, model: nn.Module, report: dict[str, Any]) -> None:

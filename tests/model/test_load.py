@@ -106,3 +106,18 @@ def test_a_folder_without_its_tokenizer_is_refused(folder: Path) -> None:
         path.unlink()
     with pytest.raises(UserError, match=r"tokenizer"):
         load_tokenizer(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "named", [[5], "GPT2LMHeadModel", ["pipeline"], ["utils"], [None], {}, ["no such model"]], ids=str
+)
+def test_a_configuration_that_names_no_class_of_model_gives_the_model_without_a_head(
+    folder: Path, named: object
+) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"architectures": named}))
+    try:
+        model = load_model(ModelConfig(path=str(folder)))
+    except UserError:
+        return  # transformers itself refuses some of them
+    assert type(model).__name__ == "GPT2Model"
