@@ -185,7 +185,9 @@ def no_column(which: str, column: str, found: Iterable[str]) -> UserError:
 
 
 def require_unlike_names(names: Sequence[str], which: str = "The corpus") -> None:
-    """Raises UserError if two columns have one name, as DuckDB reads names: without regard to capitals."""
+    """Raises UserError if two columns have one name, in capitals or not, as DuckDB reads names, or one of our own."""
+    if own := [name for name in names if name.casefold().startswith("_saeflow_")]:
+        raise UserError(f"{which} has a column called {own[0]!r}, as saeflow names its own. Rename it.")
     twice = [name for name, n in Counter(map(str.casefold, names)).items() if n > 1]
     if twice:
         raise UserError(

@@ -165,10 +165,10 @@ class _PartRows:
         """
         for first, values, labels in self._blocks():
             self._name(first, len(values), labels)
-            yield from _nonempty(values[~self.held_out[first : first + len(values)]], first)
+            yield from _rows_of(values, ~self.held_out[first : first + len(values)], first)
         if self.held_out.any():
             for first, values, _ in self._blocks():
-                yield from _nonempty(values[self.held_out[first : first + len(values)]], first)
+                yield from _rows_of(values, self.held_out[first : first + len(values)], first)
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray, list[str] | None]]:
         first, start = 0, int(self.numbers[0])
@@ -185,6 +185,7 @@ class _PartRows:
             self.held_out[first : first + n] = [is_held_out(key, self._seed, self._share) for key in keys]
 
 
-def _nonempty(values: np.ndarray, first: int) -> Iterator[tuple[np.ndarray, int]]:
-    if len(values):
-        yield values, first
+def _rows_of(values: np.ndarray, chosen: np.ndarray, first: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield the chosen rows, if there are any; all of them are not copied."""
+    if chosen.any():
+        yield (values if chosen.all() else values[chosen]), first

@@ -276,3 +276,12 @@ def test_a_name_that_an_object_gives_twice_is_refused_by_line(tmp_path: Path) ->
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "text": "c"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl, line 2, cannot be read as JSON: an object has two values called"):
         read(tmp_path)
+
+
+@every_format
+def test_a_column_named_as_those_of_our_own_is_refused(tmp_path: Path, kind: Format) -> None:
+    for name in ("_saeflow_key", "_SAEFLOW_content"):
+        path = tmp_path / f"a{kind.ending}"
+        path.write_bytes(kind.pack(kind.write([{"key": "a", "text": "one", name: "two"}])))
+        with pytest.raises(UserError, match=rf"has a column called '{name}'.*Rename it"):
+            read(path)
