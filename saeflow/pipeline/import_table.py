@@ -142,7 +142,8 @@ def _bring_part(
     order = np.argsort(rows.held_out, kind="stable")
     documents = pa.table(
         {
-            "document_id": rows.numbers, "key": rows.keys, "source": ["table"] * n, "content_hash": [""] * n,
+            "document_id": rows.numbers, "key": _keys(rows.numbers.tolist(), rows.labels),
+            "source": ["table"] * n, "content_hash": [""] * n,
             "held_out": rows.held_out, "n_tokens": np.ones(n, np.int64), "first_token_id": start + np.argsort(order),
         }
     )  # fmt: skip
@@ -154,7 +155,7 @@ class _PartRows:
     """The rows of one part. As of documents, a share of them is kept for evaluation, chosen by a hash of their keys."""
 
     def __init__(self, table: _Table, corpus: CorpusConfig | None, numbers: np.ndarray) -> None:
-        self._table, self.numbers, self.labels, self.keys = table, numbers, list[str](), list[str]()
+        self._table, self.numbers, self.labels = table, numbers, list[str]()
         self._share, self._seed = (corpus.held_out, corpus.seed) if corpus else (0.0, 0)
         self.held_out = np.zeros(len(numbers), bool)
 
@@ -177,12 +178,14 @@ class _PartRows:
             first += len(values)
 
     def _name(self, first: int, n: int, labels: list[str] | None) -> None:
-        numbers = self.numbers[first : first + n].tolist()
         self.labels += labels or ()
-        keys = [f"{name} #{i}" for i, name in zip(numbers, labels or map(row_name, numbers), strict=True)]
-        self.keys += keys
         if self._share:
+            keys = _keys(self.numbers[first : first + n].tolist(), labels)
             self.held_out[first : first + n] = [is_held_out(key, self._seed, self._share) for key in keys]
+
+
+def _keys(numbers: list[int], labels: list[str] | None) -> list[str]:
+    return [f"{name} #{i}" for i, name in zip(numbers, labels or map(row_name, numbers), strict=True)]
 
 
 def _rows_of(values: np.ndarray, chosen: np.ndarray, first: int) -> Iterator[tuple[np.ndarray, int]]:
