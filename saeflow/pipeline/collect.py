@@ -34,7 +34,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import keep_freed_memory
 from saeflow.store.artefact import Artefact
-from saeflow.store.records import PartRecord
+from saeflow.store.records import PartRecord, damaged
 from saeflow.store.store import Store
 
 
@@ -85,6 +85,8 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
 
         def publish() -> None:
             made = target.parts_from(inputs)
+            if any(part.index not in made for part in wanted):  # a list names a part by a record that is not its own
+                raise damaged(target.path)
             model = {"model": recipe.model.path, "revision": recipe.model.revision} if recipe.model else {}
             target.publish([made[part.index] for part in wanted], model)
 
