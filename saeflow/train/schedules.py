@@ -8,7 +8,7 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import SAEConfig, TrainConfig
 
 _SHORT_STEPS, _SHORT_RATE, _SHORT_WIDTH = 400, 4e-3, 256
-"""The best highest rate of trainings of at most so many steps, at this width: see docs/measured/training.md."""
+"""A highest rate that was good for trainings of at most so many steps, at this width: see docs/measured/training.md."""
 _LEAST_RATE, _MOST_RATE = 1e-3, 8e-3
 FORMER_RATE = 1e-3
 """The rate of earlier versions for every training whose recipe named none."""
