@@ -15,7 +15,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     return Ground.made(tmp_path_factory.mktemp("fuzz"))
 
 
-FEW = [("recipes", recipes.fuzz, 30), ("corpora", corpora.fuzz, 10), ("stores", stores.fuzz, 6)]
+FEW = [("recipes", recipes.fuzz, 15), ("corpora", corpora.fuzz, 5), ("stores", stores.fuzz, 3)]
 MANY = [("recipes", recipes.fuzz, 300), ("corpora", corpora.fuzz, 80), ("stores", stores.fuzz, 50)]
 
 

@@ -42,7 +42,7 @@ def damage(store: Store, run: str, table: str, how: Callable[[bytearray], None])
     return path
 
 
-@pytest.mark.parametrize("how", [footer, magic, middle])
+@pytest.mark.parametrize("how", [footer, *(pytest.param(each, marks=pytest.mark.long) for each in (magic, middle))])
 @pytest.mark.parametrize("table", ["feature_stats", "tokens", "vocab", "token_major", "documents"])
 def test_a_damaged_file_leaves_out_its_run_alone(store: Store, table: str, how: Callable[[bytearray], None]) -> None:
     damage(store, "new", table, how)

@@ -544,7 +544,9 @@ def test_every_question_answers_what_looking_at_each_token_answers(world, data):
             assert [name for name, rows in check(connection) if rows.num_rows] == []
 
 
-@pytest.fixture(scope="module", params=["topk isolated", "jumprelu compacted", "a table"])
+@pytest.fixture(
+    scope="module", params=["topk isolated", pytest.param("jumprelu compacted", marks=pytest.mark.long), "a table"]
+)
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Slow:
     """A run that the stages made: its values are what is in its files."""
     folder = tmp_path_factory.mktemp("stored")

@@ -45,7 +45,7 @@ def point(stage: str, when: str) -> Point:
     return next(p for p in POINTS if (p.stage, p.when) == (stage, when))
 
 
-@pytest.mark.parametrize("stage", [quick_or_long(each, each in ("tokens", "train", "encode")) for each in HALF_WAY])
+@pytest.mark.parametrize("stage", [quick_or_long(each, each in ("train", "encode")) for each in HALF_WAY])
 def test_a_stage_killed_half_way_and_run_again_leaves_the_undisturbed_store(stage: str, runner: Runner) -> None:
     store = runner.folder / f"killed-{stage}"
     assert runner.run(store, Case(point(stage, HALF_WAY[stage]), "SIGKILL")) == -9

@@ -11,6 +11,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -206,12 +207,20 @@ def test_no_command_lets_a_corpus_act_on_the_terminal(saeflow: Command, hostile_
             assert not ACTS.search(stream), (command, ACTS.search(stream), stream)
 
 
+def long_ones(*commands: list[str]) -> list[Any]:
+    """Commands that only `make test-long` tries: each is a process of its own."""
+    return [pytest.param(each, marks=pytest.mark.long) for each in commands]
+
+
 @pytest.mark.parametrize(
     "command",
-    [["ask", "top_tokens", "3"], ["ls"], ["sql", "from documents", "-f", "csv"], ["sql", "from tokens", "-f", "json"],
-     ["ask", "top_tokens", "3", "--sql"]],
-    ids=lambda command: " ".join(command),
-)  # fmt: skip
+    [
+        ["ask", "top_tokens", "3"],
+        *long_ones(["ls"], ["sql", "from documents", "-f", "csv"], ["ask", "top_tokens", "3", "--sql"]),
+        *long_ones(["sql", "from tokens", "-f", "json"]),
+    ],
+    ids=" ".join,
+)
 @pytest.mark.parametrize(
     "streams", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", "| head -c 1", "2>&1 | true"], ids=lambda text: text
 )
@@ -225,7 +234,9 @@ def test_streams_that_are_closed_stop_no_command(command: list[str], streams: st
 
 
 @pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=str)
-@pytest.mark.parametrize("command", [["ask", "top_tokens", "3"], ["--help"], ["ls"], ["ask", "nö"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["ask", "top_tokens", "3"], *long_ones(["--help"], ["ls"], ["ask", "nö"])], ids=" ".join
+)
 def test_a_terminal_of_ascii_loses_a_sign_not_the_command(
     command: list[str], locale: dict[str, str], finished: Finished
 ) -> None:
