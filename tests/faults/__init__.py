@@ -135,6 +135,8 @@ class Strike:
 
     def _is_here(self, event: str, arguments: tuple[object, ...]) -> bool:
         path = str(arguments[0])
+        if event == "os.rename" and int(str(arguments[2])) >= 0:  # the name in a folder that is held open
+            path = f"{os.readlink(f'/proc/self/fd/{arguments[2]}')}/{path}"
         if event == "open" and not str(arguments[1] or "").startswith(("w", "x", "a")):
             return False
         if self.case.point.nth < 0 and not list(Path(self.root).glob("saes/*/artefact.json")):
