@@ -145,7 +145,7 @@ def verify_command(
     for name, n_rows in broken:
         out.print(sanitise(f"check {name}: {n_rows} offending rows"))
     if repair and found:
-        out.print("The next run makes again what was moved into damaged/: saeflow run RECIPE", markup=False)
+        out.print("The next run makes again what was moved into damaged/: saeflow run RECIPE")
     elif found and all(each.refused for each in found):
         raise UserError("Not everything could be read, so nobody knows whether it is whole. Nothing was changed.")
     elif found:

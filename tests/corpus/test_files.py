@@ -22,6 +22,7 @@ from saeflow.corpus.sources import open_corpus
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
+from tests.support.packed import zstd
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -32,13 +33,6 @@ def read(*patterns: str | Path) -> list[Document]:
 
 def texts(documents: list[Document]) -> dict[str, str]:
     return {each.key: each.text for each in documents}
-
-
-def zstd(content: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as out:
-        out.write(content)
-    return bytes(sink.getvalue().to_pybytes())
 
 
 PACKED: dict[str, Callable[[bytes], bytes]] = {

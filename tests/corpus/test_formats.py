@@ -19,6 +19,7 @@ import pytest
 from saeflow.corpus.sources import open_corpus
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
+from tests.support.packed import zstd
 
 Rows = list[dict[str, str]]
 
@@ -26,13 +27,6 @@ Rows = list[dict[str, str]]
 def read(*patterns: Path | str) -> dict[str, str]:
     found = open_corpus(CorpusConfig(files=[str(each) for each in patterns])).documents
     return {each.key: each.text for each in found}
-
-
-def zstd(content: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as out:
-        out.write(content)
-    return bytes(sink.getvalue().to_pybytes())
 
 
 def gzipped(content: bytes) -> bytes:
