@@ -34,11 +34,11 @@ _MARKS = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "packed by gzip", b"BZh":
           b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"ARROW1": "an Arrow file",
           b"\x89HDF": "an HDF5 file", b"Obj\x01": "an Avro file", b"ORC": "an ORC file"}  # fmt: skip
 """First bytes of files that are no text, and what such a file is."""
-_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 def _zstandard(file: BinaryIO) -> BinaryIO:
-    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file), "zstd"))
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"))
 
 
 _UNPACKERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
@@ -48,6 +48,8 @@ _UNPACKERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".lzma": lzma.LZMAFile,  # type: ignore[dict-item]
     ".zst": _zstandard,
 }
+_PACKED_BY = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+"""First bytes of packed files, and their endings."""
 
 
 def matching_files(pattern: str) -> dict[str, str | None]:
@@ -117,6 +119,12 @@ def is_packed(path: str) -> bool:
     return Path(path).suffix.lower() in _UNPACKERS
 
 
+def unpacked(content: bytes) -> bytes:
+    """Return a file's bytes, unpacked if the first of them say that they are packed. Raises one of UNREADABLE."""
+    ending = next((ending for mark, ending in _PACKED_BY.items() if content.startswith(mark)), None)
+    return _UNPACKERS[ending](io.BytesIO(content)).read() if ending else content
+
+
 @contextlib.contextmanager
 def open_unpacked(path: str) -> Iterator[BinaryIO]:
     """Open a file to be read as unpacked bytes. Raises UserError that names the file, also while it is being read."""
@@ -125,7 +133,7 @@ def open_unpacked(path: str) -> Iterator[BinaryIO]:
         try:
             unpack = _UNPACKERS.get(Path(path).suffix.lower())
             yield stack.enter_context(unpack(file)) if unpack else file
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise UserError(

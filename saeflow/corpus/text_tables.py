@@ -29,7 +29,7 @@ RESERVED = {"document_id", "key", "source", "content_hash", "held_out", "n_token
 """Columns of the store's own. Those of a corpus that are called so are no metadata."""
 _METADATA = "_saeflow_metadata"
 _BATCH_BYTES = 64 << 20
-_HIVE = re.compile(r"\w+=.*")
+_COLUMN_FOLDER = re.compile(r"\w+=.*")
 _NAMELESS = re.compile(r"column[0-9]+")
 _SEPARATORS = ",;\t|"
 _READ_CHARACTERS = 1 << 20
@@ -88,7 +88,7 @@ class TextTables:
         name = self.names[path]
         folders = _hive_columns(name)
         with open_text(path) as file, _cells_of_any_length():
-            for line, cells in _csv_rows(file, name, self.column) if self.reader == "csv" else _json_rows(file, name):
+            for line, cells in _csv_rows(file, name, self.column) if self.reader == "csv" else _objects(file, name):
                 if self.column not in cells:
                     raise _no_text(name, line, self.column, cells)
                 if self.config.key and self.config.key not in cells:
@@ -158,7 +158,7 @@ class TextTables:
 
 def _hive_columns(path: str) -> dict[str, str]:
     """Return the columns that the names of folders give, e.g. `year=2024`."""
-    return dict(part.split("=", 1) for part in Path(path).parent.parts if _HIVE.fullmatch(part))
+    return dict(part.split("=", 1) for part in Path(path).parent.parts if _COLUMN_FOLDER.fullmatch(part))
 
 
 def _as_written(value: Any) -> str | None:
@@ -220,7 +220,7 @@ def _csv_rows(file: TextIO, name: str, column: str) -> Iterator[Row]:
         if cells is None:
             return
         if cells:
-            yield Row(begins, _by_column(header, cells, f"corpus.files: {name}, line {begins},"))
+            yield Row(begins, _by_name(header, cells, f"corpus.files: {name}, line {begins},"))
 
 
 @contextlib.contextmanager
@@ -248,7 +248,7 @@ def _header(cells: list[str], name: str) -> list[str]:
     return named
 
 
-def _by_column(header: list[str], cells: list[str], where: str) -> dict[str, Any]:
+def _by_name(header: list[str], cells: list[str], where: str) -> dict[str, Any]:
     """Return the cells by column, an empty one as None. Empty cells beyond the last column are passed over."""
     while len(cells) > len(header) and not cells[-1]:
         cells.pop()
@@ -260,7 +260,7 @@ def _by_column(header: list[str], cells: list[str], where: str) -> dict[str, Any
     return {name: cell or None for name, cell in zip(header, cells, strict=True)}
 
 
-def _json_rows(file: TextIO, name: str) -> Iterator[Row]:
+def _objects(file: TextIO, name: str) -> Iterator[Row]:
     for line, value in _JsonValues(file, name):
         if not isinstance(value, dict):
             raise UserError(f"corpus.files: {name}, line {line}: {str(value)[:40]!r} is no object with named values.")

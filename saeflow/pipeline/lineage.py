@@ -182,12 +182,8 @@ class Lineage:
     def _newest(self) -> Artefact | None:
         """The SAE with the recipe's settings that was trained last, also by an earlier saeflow with its defaults."""
         trained = [sae for sae in self._every_sae if sae.name == self.recipe.name and sae.complete()]
-        mine = [sae for sae in trained if self._is_trained_so(sae.record.facts)]
+        mine = [each for each in trained if _is_trained_as(self, _without_data(each.record.facts))]
         return sorted(mine, key=lambda sae: float(_provenance(sae).get("written", 0)))[-1] if mine else None
-
-    def _is_trained_so(self, facts: dict[str, Any]) -> bool:
-        settings = _without_data(facts)
-        return settings == self._former_facts or settings == self._training_facts
 
     @property
     def has_former_defaults(self) -> bool:
@@ -199,22 +195,13 @@ class Lineage:
         """Facts of a trained SAE but for the data that it has seen. Raises UserError without activations."""
         self.activations.published()
         thresholds = {"thresholds": "follow k"} if self.recipe.sae.aims_at_k else {}
-        return self._facts_with(with_rate(self.recipe, self.site.width)) | thresholds
+        return _facts_with(self, with_rate(self.recipe, self.site.width)) | thresholds
 
     @cached_property
     def _former_facts(self) -> dict[str, Any]:
         """The same facts of an SAE that an earlier saeflow trained, with its default rate and fixed aims."""
         train = self.recipe.train
-        return self._facts_with(train.model_copy(update={"lr": train.lr or FORMER_RATE}))
-
-    def _facts_with(self, train: TrainConfig) -> dict[str, Any]:
-        return {
-            "activations": self.activations.fp,
-            "sae": settings_that_count(self.recipe.sae),
-            "train": {name: value for name, value in settings_that_count(train).items() if name not in _NO_SETTINGS},
-            "feed": settings_that_count(self.recipe.feed),
-            "threads": self.recipe.threads,
-        } | self.selection().facts
+        return _facts_with(self, train.model_copy(update={"lr": train.lr or FORMER_RATE}))
 
     def _facts_now(self) -> dict[str, Any]:
         """Facts of the SAE to train or import. A killed training goes on with the data that it has seen."""
@@ -277,6 +264,22 @@ class Ancestors:
     def selection(self) -> TokenSelection:
         """The tokens that a run encodes, as they are published now."""
         return TokenSelection.from_facts(self.tokens, self.artefact.record.facts)
+
+
+def _facts_with(lineage: Lineage, train: TrainConfig) -> dict[str, Any]:
+    """Return the facts of a training with these settings in place of the recipe's."""
+    recipe = lineage.recipe
+    return {
+        "activations": lineage.activations.fp,
+        "sae": settings_that_count(recipe.sae),
+        "train": {name: value for name, value in settings_that_count(train).items() if name not in _NO_SETTINGS},
+        "feed": settings_that_count(recipe.feed),
+        "threads": recipe.threads,
+    } | lineage.selection().facts
+
+
+def _is_trained_as(lineage: Lineage, settings: dict[str, Any]) -> bool:
+    return settings == lineage._former_facts or settings == lineage._training_facts
 
 
 def _without_data(facts: dict[str, Any]) -> dict[str, Any]:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saeflow.corpus.files import UNREADABLE, unpacked
 from saeflow.query.labels import LABEL_COLUMNS, Label, Sheet, clean_label, column_names
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.text import brief, decoded, encoding_of
 
-_UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ": lzma.decompress,
-    b"\x28\xb5\x2f\xfd": lambda content: pa.CompressedInputStream(pa.BufferReader(content), "zstd").read(),
-}
 _PACKED = {".gz", ".bz2", ".xz", ".zst"}
-_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 Row = tuple[str, Mapping[str, Any]]
 """The row's place in the file, and its cells by column name."""
@@ -58,9 +47,7 @@ def require_feature(feature: int, n_features: int | None, where: str) -> None:
 
 def _unpacked(path: Path) -> bytes:
     """Return the bytes of a file, unpacked if they are packed, and a text in UTF-16 as UTF-8."""
-    content = path.read_bytes()
-    unpack = next((each for mark, each in _UNPACKERS.items() if content.startswith(mark)), None)
-    content = unpack(content) if unpack else content
+    content = unpacked(path.read_bytes())
     return decoded(content).encode() if encoding_of(content) == "utf-16" else content
 
 
@@ -78,7 +65,7 @@ def _label_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"There is no file {path}.") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder. Name a file in it.") from None
-    except (ValueError, OverflowError, RecursionError, pa.ArrowException, *_DAMAGED) as error:
+    except (ValueError, OverflowError, RecursionError, *UNREADABLE) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{path} cannot be read: {brief(first_line(error), 200).rstrip('.')}.") from None

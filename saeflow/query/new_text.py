@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from saeflow.corpus.token_parts import Frame
     from saeflow.recipe.settings import ModelConfig, TokensConfig
 
-_SEQUENCES = 16
+_ROWS_AT_ONCE = 16
 """Sequences of a long text in one forward pass."""
 
 
@@ -34,10 +34,10 @@ def read_if_needed(store: Store, run: Run, question: Question, values: Mapping[s
     """Return what the model gives on the question's text; None if the question does not run it. Raises UserError."""
     if not question.runs_model:
         return None
-    return read_text(store, run, str(values["text"]), str(values["model"] or ""))
+    return readings_of(store, run, str(values["text"]), str(values["model"] or ""))
 
 
-def read_text(store: Store, run: Run, text: str, model: str = "") -> Readings:
+def readings_of(store: Store, run: Run, text: str, model: str = "") -> Readings:
     """Return each feature that fires on the text: on how many tokens, and where it is strongest.
 
     The text is read as a document of the run's corpus would be: with its special tokens, its context length, and
@@ -51,7 +51,7 @@ def read_text(store: Store, run: Run, text: str, model: str = "") -> Readings:
     config = _model_of(stored, model)
     facts = tokens.record.facts
     about = TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts})
-    vocab_ids, sparse = _encode(store, run, stored, config, about, text)
+    vocab_ids, sparse = _values_of(store, run, stored, config, about, text)
     vocab = pq.read_table(tokens.own_file("vocab.parquet"), columns=["piece"]).column(0)
     return _by_feature(sparse, vocab.take(vocab_ids).to_pylist())
 
@@ -80,7 +80,7 @@ def _model_of(stored: Artefact, given: str) -> ModelConfig:
     )
 
 
-def _encode(
+def _values_of(
     store: Store, run: Run, stored: Artefact, config: ModelConfig, about: TokensConfig, text: str
 ) -> tuple[np.ndarray, SparseValues]:
     """Return the vocabulary ids (n,) of the tokens that count, and their values."""
@@ -104,8 +104,8 @@ def _encode(
     dtype = getattr(torch, stored.record.facts["dtype"])
     values = torch.empty(0, about.context_length, width)
     with contextlib.closing(SiteReader(model, [Site(facts["site"], width)])) as reader:
-        for start in range(0, len(rows), _SEQUENCES):
-            here = slice(start, start + _SEQUENCES)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            here = slice(start, start + _ROWS_AT_ONCE)
             real = torch.from_numpy(owners[here] >= 0)
             read = reader.read(torch.from_numpy(rows[here]), None if real.all() else real)
             values = torch.cat([values, read[facts["site"]].to(dtype).float().cpu()])

@@ -40,7 +40,7 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
         "vocab": _read_files(files["vocab"]),
         "vocab_blocks": _vocab_blocks(files.get("vocab_blocks", ()), files["tokens"]),
     }
-    found |= _without_hidden(found, hidden) if hidden else {}
+    found |= _as_compacted(found, hidden) if hidden else {}
     found |= {order: _select_values(order, files[order], left_out) for order in ORDERS}
     for table, schema in _OPTIONAL.items():
         options = "filename = true" if table == "feature_stats" else ""
@@ -48,7 +48,7 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
     return found | (_without_secrets(found, hidden) if left_out else {})
 
 
-def _without_hidden(found: Mapping[str, str], hidden: Sequence[int]) -> dict[str, str]:
+def _as_compacted(found: Mapping[str, str], hidden: Sequence[int]) -> dict[str, str]:
     """Return tokens, documents and blocks of vocabulary ids as they are after the hidden documents are removed."""
     gone = f"document_id in (select unnest({literal([*map(int, hidden)])}::bigint[]))"
     marked = f"(select *, coalesce({gone}, false) as is_gone from {found['tokens']})"

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import xxhash
 
-from saeflow.store.links import move, open_file, read_bytes, remove, unlinked
+from saeflow.store.links import move, open_unlinked, read_bytes, remove, unlinked
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -80,7 +80,7 @@ _LOOKERS, _LOOKS = 8, 200
 def checksum(path: Path) -> str:
     """Return the xxh3_128 of a file."""
     digest = xxhash.xxh3_128()
-    with open_file(path) as file:
+    with open_unlinked(path) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

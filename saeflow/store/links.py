@@ -54,11 +54,11 @@ def _look_once(folder: str) -> None:
 
 def read_bytes(path: Path) -> bytes:
     """Return the content of a file. Raises Linked, also for what is no file and would keep its reader waiting."""
-    with open_file(path) as file:
+    with open_unlinked(path) as file:
         return file.read()
 
 
-def open_file(path: Path) -> IO[bytes]:
+def open_unlinked(path: Path) -> IO[bytes]:
     """Open a file to be read. Raises Linked as `read_bytes` does."""
     flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
     try:

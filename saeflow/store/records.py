@@ -31,7 +31,7 @@ from pydantic_core import to_json
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, json_text, read_json, replacing, write_json
-from saeflow.store.links import Linked, open_file, read_bytes
+from saeflow.store.links import Linked, open_unlinked, read_bytes
 
 Kind = Literal["tokens", "activations", "saes", "features"]
 KINDS: tuple[Kind, ...] = ("tokens", "activations", "saes", "features")
@@ -190,7 +190,7 @@ def generation_table(generation: Generation) -> pa.Table:
 def read_generation(path: Path, number: int) -> Generation:
     """A generation from its table. Raises Damaged."""
     try:
-        with open_file(path) as file:
+        with open_unlinked(path) as file:
             table = pq.read_table(file)
         with _no_collection():
             parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_numpy()))
@@ -224,7 +224,7 @@ def _no_collection() -> Iterator[None]:
 def read_part_folders(path: Path) -> list[str]:
     """Folders of the parts in a list, without their records. Raises Damaged."""
     try:
-        with open_file(path) as file:
+        with open_unlinked(path) as file:
             return list(_folders(pq.read_table(file, columns=["folder"])))
     except (OSError, ValueError, KeyError) as error:
         raise damaged(path, error) from error
@@ -346,7 +346,7 @@ class Unreadable(UserError):
 _SAYS_SOMETHING = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 """Errors that are about the file: it is missing, of another kind, or (None) makes no sense to the library."""
 
-_WAYS_OUT = {
+_WAYS_IN = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Run this as its owner, or get the right to read it."),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit of open files (ulimit -n), then try again."),
 }
@@ -360,7 +360,7 @@ def is_refusal(error: BaseException) -> bool:
 def unreadable(what: object, error: OSError) -> Unreadable:
     if isinstance(error, Linked):
         return Unreadable(str(error))
-    way_out = _WAYS_OUT.get(error.errno or 0, "Look at the disk or the network, then try again.")
+    way_out = _WAYS_IN.get(error.errno or 0, "Look at the disk or the network, then try again.")
     return Unreadable(f"{what} cannot be read: {os.strerror(error.errno or 0)}. It may be whole. {way_out}")
 
 

@@ -145,8 +145,8 @@ class Store:
         names = sorted(name for name in {*mine, *theirs}.difference(ignored) if mine.get(name) != theirs.get(name))
         if not names:
             return ""
-        because = ", ".join(_NO_SETTINGS.get(name, name) for name in names)
-        way_back = "" if set(names) <= set(_NO_SETTINGS) else " To go on with that one, set them as they were."
+        because = ", ".join(_FACTS_IN_WORDS.get(name, name) for name in names)
+        way_back = "" if set(names) <= set(_FACTS_IN_WORDS) else " To go on with that one, set them as they were."
         return f"{target.kind}: a new artefact beside {others[-1].id}, because of {because}.{way_back}"
 
     def require_free(self, n_bytes: int, purpose: str) -> None:
@@ -167,7 +167,7 @@ def _time_of(record: Path) -> int | None:
         return 0 if is_refusal(error) else None
 
 
-_NO_SETTINGS = {
+_FACTS_IN_WORDS = {
     "special_tokens": "special_tokens (the tokenizer's own, such as [CLS] and [SEP], which earlier versions left out)",
     "thresholds": "thresholds (jumprelu's follow sae.k, which they did not in earlier versions)",
 }

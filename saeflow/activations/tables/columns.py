@@ -21,7 +21,7 @@ from saeflow.store.files import read_json
 _SAELENS_TOKEN_IDS = "token_ids"
 """SAELens' column of the tokens that the model read."""
 _INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: ?\d+|index|level_\d+|row_(nr|index|number)", re.IGNORECASE)
-_NAMELESS = re.compile(r"column0+|C0|Unnamed.*|")
+_NO_NAME = re.compile(r"column0+|C0|Unnamed.*|")
 
 
 def csv_rows(file: Path, block_bytes: int = BLOCK_BYTES) -> TableRows:
@@ -169,7 +169,7 @@ def _nameless_first_column(file: Path, schema: pa.Schema) -> tuple[str, ...]:
     return tuple(
         field.name
         for field in list(schema)[:1]
-        if begins and _NAMELESS.fullmatch(field.name) and pa.types.is_integer(field.type)
+        if begins and _NO_NAME.fullmatch(field.name) and pa.types.is_integer(field.type)
     )
 
 

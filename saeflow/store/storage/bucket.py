@@ -20,7 +20,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, rename, replacing
 from saeflow.store.lease_slot import Owner, Slot
 from saeflow.store.links import remove
-from saeflow.store.records import FileRecord, damaged
+from saeflow.store.records import FileRecord
 from saeflow.store.storage.folder import Storage
 from saeflow.store.storage.local_copy import Listings, LocalCopy, is_own
 from saeflow.store.storage.objects import ObjectBytes, Objects
@@ -107,15 +107,7 @@ class Bucket(Storage):
         return path
 
     def fetch_recorded(self, path: Path, files: Callable[[], Iterable[FileRecord]]) -> Path:
-        """A power cut may have left the copy on this machine shorter than its record says: then it is brought again."""
-        known = [file for file in files() if path.as_posix().endswith(f"/{file.name}")]
-        if path.is_file() and (not known or path.stat().st_size in [file.n_bytes for file in known]):
-            return path
-        with contextlib.suppress(FileNotFoundError):
-            self.fetch(path, fresh=True)
-            if known and checksum(path) not in [file.checksum for file in known]:
-                path.unlink()
-                raise damaged(path)
+        self.local.require_recorded(path, files)
         return path
 
     def open(self, path: Path) -> ObjectBytes:
@@ -209,16 +201,13 @@ class Bucket(Storage):
         self.listings.add(self.key(path), len(content))
 
     def set_aside(self, path: Path) -> Path | None:
-        key, target = self.key(path), self.aside(path)
-        found = [meta["path"] for meta in self.objects.list(key)] or [key] * (self.objects.read(key) is not None)
-        for each in found:
-            self.objects.copy(each, self.key(target) + each.removeprefix(key))
+        target = self.aside(path)
+        was_there = self.objects.copy_all(self.key(path), self.key(target))
         self.remove(path)
-        return target if found else None
+        return target if was_there else None
 
     def remove(self, path: Path) -> None:
-        key = self.key(path)
-        self.objects.delete([meta["path"] for meta in self.objects.list(key)] or [key])
+        self.objects.delete(self.objects.keys(self.key(path)))
         self.local.remove(path)
         self.list_again()
 

@@ -11,14 +11,14 @@ import os
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from saeflow.store.files import checksum
 from saeflow.store.links import remove
-from saeflow.store.records import KINDS
+from saeflow.store.records import KINDS, FileRecord, damaged
 from saeflow.store.storage.objects import Found, Objects
 
 
@@ -162,6 +162,20 @@ class LocalCopy:
             self.tags[key] = tag
         finally:
             temporary.unlink(missing_ok=True)
+
+    def require_recorded(self, path: Path, files: Callable[[], Iterable[FileRecord]]) -> None:
+        """Bring a file here if it is missing or not as long as its record says, e.g. after a power cut.
+
+        Raises Damaged if its object is not what the record says. No error if there is no object.
+        """
+        known = [file for file in files() if path.as_posix().endswith(f"/{file.name}")]
+        if path.is_file() and (not known or path.stat().st_size in [file.n_bytes for file in known]):
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self.download(path)
+            if known and checksum(path) not in [file.checksum for file in known]:
+                path.unlink()
+                raise damaged(path)
 
     def _is_current(self, path: Path, meta: Any) -> bool:
         """True if a file is the object of the listing. A file that was sent from here then gets the object's time."""

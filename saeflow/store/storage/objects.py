@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,9 +139,17 @@ class Objects:
                 "Use an object store that can (S3, Google, Azure, MinIO, R2), or a local folder."
             ) from error
 
-    def copy(self, key: str, target: str) -> None:
-        """Store an object under another key as well. Raises FileNotFoundError."""
-        self._ask(lambda: obstore.copy(self.store, key, target))
+    def keys(self, key: str) -> Sequence[str]:
+        """Return what is below a key, or the key itself: it stands for a folder or for an object."""
+        return [meta["path"] for meta in self.list(key)] or [key]
+
+    def copy_all(self, key: str, target: str) -> bool:
+        """Store an object, or all below its key, under another key as well. Return False if nothing is there."""
+        with contextlib.suppress(FileNotFoundError):
+            for each in self.keys(key):
+                self._ask(partial(obstore.copy, self.store, each, target + each.removeprefix(key)))
+            return True
+        return False
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects that may be gone already."""
