@@ -4,7 +4,7 @@ python -m tests.benchmarks.l0                three kinds of data, three values o
 python -m tests.benchmarks.l0 --quick        made data, two values of k, 400 steps
 python -m tests.benchmarks.l0 --store DIR    keep activations and SAEs there, and go on where a stopped run was
 
-*made*: a known dictionary, judged on fresh rows. *demo*: a share of the demo corpus. *smollm2*: a small share of it
+*made*: a known dictionary, judged on fresh rows. *demo*: a share of the demo corpus. *smollm2*: an eighth of it
 through SmolLM2-135M, if `make data/models/smollm2` has fetched the model. Held-out documents judge the last two.
 """
 
@@ -41,7 +41,7 @@ MADE: dict[str, Any] = {
 }
 CORPUS: dict[str, dict[str, Any]] = {
     "demo": {"corpus.share": 0.15, "sae.n_features": 1024},
-    "smollm2": {"corpus.share": 0.015, "sae.n_features": 1536},
+    "smollm2": {"corpus.share": 0.12, "sae.n_features": 1536},
 }
 
 
