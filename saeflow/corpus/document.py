@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,22 @@ def is_held_out(key: str, seed: int, share: float) -> bool:
     return _unit_hash(f"{seed}:{key}") < share
 
 
-def is_in_share(key: str, share: float) -> bool:
-    """True if the document is in the share of the corpus to read. A larger share contains every smaller one."""
-    return share >= 1 or _unit_hash(f"share:{key}") < share
+def in_share(documents: Iterable[T], key: Callable[[T], str], share: float) -> Iterator[T]:
+    """Yield the documents in the share of the corpus to read, by a hash of their keys.
+
+    A larger share contains every smaller one. If the share holds none, the document nearest to it is yielded.
+    """
+    nearest: tuple[float, T] | None = None
+    is_empty = True
+    for document in documents:
+        place = 0.0 if share >= 1 else _unit_hash(f"share:{key(document)}")
+        if place < share:
+            is_empty = False
+            yield document
+        elif is_empty and (nearest is None or place < nearest[0]):
+            nearest = place, document
+    if is_empty and nearest is not None:
+        yield nearest[1]
 
 
 def _unit_hash(text: str) -> float:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -17,7 +18,7 @@ import duckdb
 import pyarrow as pa
 from duckdb import ColumnExpression, DuckDBPyConnection, DuckDBPyRelation
 
-from saeflow.corpus.document import is_in_share
+from saeflow.corpus.document import in_share
 from saeflow.runtime.memory import total_memory
 from saeflow.runtime.temporary import temporary_folder
 
@@ -47,6 +48,15 @@ class Scratch(NamedTuple):
         return duckdb.connect(config=about | {"temp_directory": str(self.folder / name)} | settings)
 
 
+class _Row(NamedTuple):
+    """A document: the number of its batch, the batch without contents, its place there, and its own content."""
+
+    n_batch: int
+    rest: pa.RecordBatch
+    place: int
+    content: bytes
+
+
 class SortedRows:
     """Rows that are taken in batch by batch, and given back in the order of their keys."""
 
@@ -58,8 +68,15 @@ class SortedRows:
 
     def take(self, batches: Iterable[pa.RecordBatch]) -> None:
         """Take rows in. Those outside `share` are dropped."""
-        for batch in batches:
-            table = self.connection.from_arrow(pa.table(self._set_contents_aside(batch)))
+        rows = (
+            _Row(n_batch, rest, place, content)
+            for n_batch, batch in enumerate(batches)
+            for rest in [batch.drop_columns([CONTENT])]
+            for place, content in enumerate(contents_of(batch.column(CONTENT)))
+        )
+        chosen = in_share(rows, lambda row: document_key(row.rest, row.place, self.names, row.content), self.share)
+        for _, some in groupby(chosen, key=lambda row: row.n_batch):
+            table = self.connection.from_arrow(pa.table(self._set_contents_aside(some)))
             if self.rows is None:
                 table.create("narrow")
                 self.rows = self.connection.table("narrow")
@@ -77,22 +94,20 @@ class SortedRows:
         for batch in self.rows.sort(*chosen).to_arrow_reader(BATCH_DOCUMENTS):
             yield batch.append_column(CONTENT, self._read_contents(batch))
 
-    def _set_contents_aside(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
+    def _set_contents_aside(self, rows: Iterable[_Row]) -> dict[str, pa.Array]:
         """Write the contents to the file. Return the other columns, with each content's sha256, offset and size."""
-        written, kept, base = [], [], self.contents.tell()
-        for row, content in enumerate(contents_of(batch.column(CONTENT))):
-            digest = hashlib.sha256(content).hexdigest()
-            if self.share >= 1 or is_in_share(document_key(batch, row, self.names, content), self.share):
-                kept.append(row)
-                written.append((digest, base, len(content)))
-                self.contents.write(content)
-                base += len(content)
-        rest = batch.drop_columns([CONTENT]).take(pa.array(kept, pa.int64()))
+        written, kept = [], []
+        for row in rows:
+            rest = row.rest
+            kept.append(row.place)
+            written.append((hashlib.sha256(row.content).hexdigest(), self.contents.tell(), len(row.content)))
+            self.contents.write(row.content)
+        rest = rest.take(pa.array(kept, pa.int64()))
         kinds = (pa.string(), pa.int64(), pa.int64())
-        columns = list(zip(*written, strict=True)) or [(), (), ()]
         named = dict(zip(rest.schema.names, rest.columns, strict=True))
         if FILE in named:
             named[_NAME] = pa.array([self.names[each] for each in named[FILE].to_pylist()], pa.string())
+        columns = zip(*written, strict=True)
         return named | {name: pa.array(c, kind) for name, c, kind in zip(_CONTENT_PLACE, columns, kinds, strict=True)}
 
     def _read_contents(self, batch: pa.RecordBatch) -> pa.Array:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from saeflow.corpus import remote, tabular
-from saeflow.corpus.document import Corpus, Document, is_in_share
+from saeflow.corpus.document import Corpus, Document, in_share
 from saeflow.corpus.files import folder_before_globs, format_of, matching_files, read_text, shown
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
@@ -55,12 +55,10 @@ def _file_state(path: str) -> str:
 
 
 def _chosen_documents(documents: Iterator[Document], config: CorpusConfig) -> Iterator[Document]:
-    """Yield the documents in `share`, without repeated texts if `dedup` is set. Raises UserError if there are none."""
+    """Yield the documents, without repeated texts if `dedup` is set. Raises UserError if there are none."""
     seen: set[str] = set()
     n_documents = 0
     for document in documents:
-        if not is_in_share(document.key, config.share):
-            continue
         n_documents += 1
         if config.dedup:
             if document.content_hash in seen:
@@ -68,8 +66,7 @@ def _chosen_documents(documents: Iterator[Document], config: CorpusConfig) -> It
             seen.add(document.content_hash)
         yield document
     if n_documents == 0:
-        share = f" at corpus.share = {config.share}; raise it" if config.share < 1 else ""
-        raise UserError(f"The corpus is empty: {config.sql or ', '.join(config.files)} gives no documents{share}.")
+        raise UserError(f"The corpus is empty: {config.sql or ', '.join(config.files)} gives no documents.")
 
 
 def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
@@ -87,7 +84,7 @@ def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
 def _text_documents(config: CorpusConfig) -> Iterator[Document]:
     """Yield one document per file. Its key is the path below the part of the pattern without globs."""
     named = _files_by_key(config.files)
-    for key in (key for key in sorted(named) if is_in_share(key, config.share)):
+    for key in in_share(sorted(named), str, config.share):
         text = read_text(named[key])
         yield Document(key, text, key.split("/")[0] if "/" in key else "files")
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from duckdb import ColumnExpression, DuckDBPyConnection, DuckDBPyRelation, Expression, FunctionExpression
 
 from saeflow.corpus import remote
-from saeflow.corpus.document import Corpus, Document
+from saeflow.corpus.document import Corpus, Document, in_share
 from saeflow.corpus.files import is_packed, open_unpacked, require_format, shown
 from saeflow.corpus.sorting import (
     BATCH_DOCUMENTS,
@@ -211,6 +211,8 @@ def _stream(
     fields = [(name, _with_small_offsets(reader.schema.field(name).type)) for name in columns.extra]
     keep = stack.pop_all()  # the scratch folder and the connection live as long as the documents are read
     documents = _as_documents(batches, names, columns.extra, bool(config.token_ids), keep)
+    if ordered:
+        documents = in_share(documents, lambda document: document.key, config.share)
     return Corpus(documents, pa.schema(fields))
 
 

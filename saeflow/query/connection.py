@@ -1,6 +1,6 @@
 """A DuckDB connection with the runs of a store, and the checks of `sql/checks` over it.
 
-A connection reads published files and nothing else on the machine.
+A connection opens published files and nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def connect(
 ) -> duckdb.DuckDBPyConnection:
     """Return an in-memory connection with one schema per run. `run` (default: the newest) is in the search path.
 
-    Runs that cannot be read are left out; the log and the view `runs` say why. The connection reads the runs' published
-    files and nothing else, and its settings can no longer be changed.
+    Runs that cannot be read are left out; the log and the view `runs` say why. The connection opens the runs' published
+    files and nothing else, and its settings can no longer be changed. DuckDB cannot forbid to write the files that it
+    may open: give statements that are not your own to `query.ask.query`, which runs only those that read.
     """
     return connect_to_run(store, run, memory_limit, threads)[1]
 

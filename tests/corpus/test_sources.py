@@ -364,10 +364,24 @@ def test_paths_of_a_select_count_from_the_recipes_folder(tmp_path):
     )
 
 
-def test_a_share_that_chooses_no_document_is_refused(tmp_path):
-    write_table(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"gives no documents at corpus\.share = 1e-09; raise it"):
-        read(files=[str(tmp_path / "a.parquet")], share=1e-9)
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "sql", "txt"])
+def test_a_share_that_is_too_small_for_any_document_reads_the_one_nearest_to_it(tmp_path, suffix):
+    if suffix == "txt":
+        for i in range(20):
+            (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    else:
+        write_table(tmp_path / "a.parquet")
+        duckdb.sql(f"copy (from '{tmp_path}/a.parquet') to '{tmp_path}/a.jsonl' (format json)")
+    files = {"files": [str(tmp_path / f"*.{suffix}")]}
+    corpus = {"sql": f"from '{tmp_path}/a.parquet' order by key"} if suffix == "sql" else files
+    (one,) = read(**corpus, share=1e-9)
+    for share in (1e-6, 0.1, 0.5):
+        assert one in read(**corpus, share=share)
+
+
+def test_of_a_text_that_is_there_many_times_a_share_too_small_reads_one(tmp_path):
+    pq.write_table(pa.table({"text": ["again and again"] * 5000}), tmp_path / "a.parquet")
+    assert len(read(files=[str(tmp_path / "a.parquet")], share=1e-9)) == 1
 
 
 def test_nothing_of_a_corpus_stays_in_the_temporary_folder(tmp_path, monkeypatch):
