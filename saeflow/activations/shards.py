@@ -46,7 +46,7 @@ def plan_layout(n_sequences: int, length: int, width: int, config: ActivationsCo
 
 def stored_sites(artefact: Artefact) -> list[Site]:
     """The sites whose activations an artefact holds."""
-    return [Site(name, width) for name, width in artefact.record.facts["stored"]]
+    return [Site(name, width) for name, width in artefact.fact("stored")]
 
 
 class StoredArray:

@@ -258,7 +258,8 @@ def _system_message(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         what = f"Memory does not suffice: {first_line(error)}."
         return f"{what}\nLower the sizes in the recipe, or take a larger machine."
-    if isinstance(error, FileNotFoundError) or type(error).__module__ == "pyarrow.lib":
+    by_arrow = type(error).__module__ == "pyarrow.lib" or (isinstance(error, OSError) and error.errno is None)
+    if isinstance(error, FileNotFoundError) or by_arrow:
         mend = "If it is the store's, mend it with `saeflow verify --full --repair`, then run the recipe again."
         return f"A file is missing or damaged: {first_line(error)}.\n{mend}"
     if isinstance(error, OSError):

@@ -46,7 +46,7 @@ class TokenSelection:
     @cached_property
     def length(self) -> int:
         """Context length T."""
-        return int(self.source.record.facts["context_length"])
+        return int(self.source.fact("context_length"))
 
     @cached_property
     def parts(self) -> dict[int, PartRecord]:

@@ -295,6 +295,6 @@ def _batches(stream: Iterator[Entry], n_tokens: int) -> Iterator[list[Entry]]:
 def read_part(target: Artefact, part: PartRecord) -> tuple[np.ndarray, np.ndarray]:
     """Return the vocabulary ids int64 (S, T) and the mask bool (S, T) of one part."""
     table = pq.read_table(target.part_file(part, "tokens.parquet"), columns=["vocab_id", "mask"])
-    shape = (part.counts["n_sequences"], int(target.record.facts["context_length"]))
+    shape = (part.counts["n_sequences"], int(target.fact("context_length")))
     vocab_ids = table.column("vocab_id").to_numpy().astype(np.int64)
     return vocab_ids.reshape(shape), table.column("mask").to_numpy(zero_copy_only=False).reshape(shape)

@@ -67,7 +67,7 @@ class PartMerger:
 
     def __post_init__(self) -> None:
         self.threads = n_threads(self.settings.threads)
-        self.n_features = int(self.target.record.facts["n_features"])
+        self.n_features = int(self.target.fact("n_features"))
         self.statistics = PartStatistics(self.n_features)
         self.parts = list({part.folder: part for part in self.taken.values()}.values())
         self.whole = all(self.taken.get(index) is part for part in self.parts for index in covered(part))

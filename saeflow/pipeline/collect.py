@@ -50,7 +50,7 @@ class CollectParts(PartMaker, name="activations-collect", stays=True):
         """Load the model, and read what the client has begun. Raises UserError if the model's files differ."""
         recipe, target = parse_recipe(settings["recipe"]), shared(store, settings["target"])
         assert recipe.model is not None
-        if model_fingerprint(recipe.model) != target.record.facts["model"]:
+        if model_fingerprint(recipe.model) != target.fact("model"):
             raise UserError(
                 f"model.path is {recipe.model.path!r}, but its files are others than where the run was started."
             )

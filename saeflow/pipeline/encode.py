@@ -169,7 +169,7 @@ def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progres
     """Add tables that a run of an earlier saeflow lacks. The recipe names the model."""
     with target.writing():
         if run_tables.missing_tables(target):
-            before, site = Ancestors(store, target), target.record.facts["site"]
+            before, site = Ancestors(store, target), target.fact("site")
             sae = interchange.load(before.sae.fetched())
             target.add_files(run_tables.write_run_tables(target, before.tokens, recipe, sae, site, progress))
 

@@ -227,7 +227,7 @@ class Lineage:
         left = _half_trained(self.store, self.recipe.name)
         if not left:
             return None
-        first = int(self._newest.record.facts["generation"]) + 1 if self._newest else 1
+        first = int(self._newest.fact("generation")) + 1 if self._newest else 1
         counts_now = {part.index: part.counts for part in self.tokens.published().parts}
         for number in (each for each in reversed(self.activations.numbers()) if first <= each < now):
             known = fingerprint(self._training_facts | {"generation": number} | hidden) in left
@@ -259,7 +259,7 @@ class Ancestors:
     @property
     def site(self) -> Site:
         """The site whose activations a run encodes."""
-        return choose_site(stored_sites(self.activations), self.artefact.record.facts["site"])
+        return choose_site(stored_sites(self.activations), self.artefact.fact("site"))
 
     def selection(self) -> TokenSelection:
         """The tokens that a run encodes, as they are published now."""

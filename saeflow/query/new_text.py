@@ -87,10 +87,11 @@ def _values_of(
     import numpy as np
     import torch
 
+    from saeflow.activations.shards import stored_sites
     from saeflow.corpus.token_parts import ids_of, pack
     from saeflow.corpus.vocabulary import special_ids
     from saeflow.model.load import load_model, load_tokenizer
-    from saeflow.model.sites import Site, SiteReader
+    from saeflow.model.sites import SiteReader, choose_site
     from saeflow.sae import interchange
 
     facts = run.artefact.record.facts
@@ -100,15 +101,15 @@ def _values_of(
     ids = plain if frame.in_each_sequence else frame.around(plain)
     pad = int(ids[-1]) if len(ids) else 0
     rows, owners = pack([(0, ids)], about.context_length, about.packing, pad, frame)
-    width = dict(stored.record.facts["stored"])[facts["site"]]
-    dtype = getattr(torch, stored.record.facts["dtype"])
-    values = torch.empty(0, about.context_length, width)
-    with contextlib.closing(SiteReader(model, [Site(facts["site"], width)])) as reader:
+    site = choose_site(stored_sites(stored), run.artefact.fact("site"))
+    dtype = getattr(torch, stored.fact("dtype"))
+    values = torch.empty(0, about.context_length, site.width)
+    with contextlib.closing(SiteReader(model, [site])) as reader:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             here = slice(start, start + _ROWS_AT_ONCE)
             real = torch.from_numpy(owners[here] >= 0)
             read = reader.read(torch.from_numpy(rows[here]), None if real.all() else real)
-            values = torch.cat([values, read[facts["site"]].to(dtype).float().cpu()])
+            values = torch.cat([values, read[site.name].to(dtype).float().cpu()])
     used = owners >= 0
     used[:, list(facts.get("skip_positions", ()))] = False
     if facts.get("skip_special"):

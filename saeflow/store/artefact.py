@@ -35,7 +35,6 @@ from saeflow.store.records import (
     file_record,
     file_records,
     generation_table,
-    read_checked,
     read_generation,
     write_provenance,
     write_record,
@@ -154,13 +153,13 @@ class Publication(Parts):
             if self.generation() is not None or not self.numbers():
                 return False
         try:
-            manifest = read_checked(self.path / "manifest.json")
+            number, wanted = self.manifest()
         except (Damaged, FileNotFoundError):
             newest = self.numbers()[-1]
             read_generation(self.list_path(newest), newest)  # an older one would show again what was forgotten since
             self.show(newest)
         else:
-            self._recover_list(int(manifest["generation"]), str(manifest["checksum"]))
+            self._recover_list(number, wanted)
         return True
 
     def _recover_list(self, number: int, wanted: str) -> None:

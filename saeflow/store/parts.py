@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, map_lookups
@@ -73,6 +74,12 @@ class Identity:
     @cached_property
     def record(self) -> ArtefactRecord:
         return read_record(self.path / "artefact.json", ArtefactRecord)
+
+    def fact(self, name: str) -> Any:
+        """Return one of the record's facts. Raises Damaged if the record lacks it."""
+        if name not in self.record.facts:
+            raise damaged(self.path / "artefact.json")
+        return self.record.facts[name]
 
     def exists(self) -> bool:
         return is_file(self.path / "artefact.json")
@@ -152,11 +159,7 @@ class Parts(Identity):
             return read_generation(self.list_path(number), number)
         if not path.is_file():
             return None
-        manifest = read_checked(path)
-        try:
-            number, wanted = int(manifest["generation"]), str(manifest["checksum"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(path) from error
+        number, wanted = self.manifest()
         file = self.list_path(number)
         if not _is_file_of(file, wanted):
             with contextlib.suppress(FileNotFoundError):
@@ -164,6 +167,15 @@ class Parts(Identity):
             if not _is_file_of(file, wanted):
                 raise damaged(file)
         return self._read_list_once(number, wanted)
+
+    def manifest(self) -> tuple[int, str]:
+        """Return the number of the published generation and the checksum of its list. Raises Damaged."""
+        path = self.path / "manifest.json"
+        found = read_checked(path)
+        try:
+            return int(found["generation"]), str(found["checksum"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path) from error
 
     def _read_list_once(self, number: int, digest: str) -> Generation:
         if (number, digest) not in self._lists:
@@ -192,8 +204,7 @@ class Parts(Identity):
 
     def current_number(self) -> int:
         """Return the number of the published generation; 0 if nothing is published."""
-        path = self.path / "manifest.json"
-        return int(read_checked(path)["generation"]) if is_file(path) else 0
+        return self.manifest()[0] if is_file(self.path / "manifest.json") else 0
 
     def parts(self, fits: Callable[[PartRecord], bool] = lambda record: True) -> dict[int, PartRecord]:
         """Return the finished parts that fit and whose files are there in their full size; published ones first."""

@@ -116,6 +116,7 @@ class _Facts(BaseModel):
     generation: _Whole = 0
     site: _Text = ""
     stored: list[tuple[_Text, _Whole]] = []
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     sae: dict[str, Any] | str = {}
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import checksum
 from saeflow.store.lease_slot import Owner
-from saeflow.store.records import checked_text
+from saeflow.store.records import FORMAT_VERSION, checked_text
 from saeflow.store.store import Store
 
 Change = Callable[[Path, Path], object]
@@ -254,6 +254,13 @@ retabled("table: feature_id", "features", "feature_stats.parquet", as_text("feat
 written(
     "labels: SQL", lambda s: s / "labels" / only(s, "saes/*").name / "x'); drop.csv", f"feature_id,label\n1,{EVIL}\n"
 )
+written(
+    "manifest: no number", lambda s: only(s, "tokens/*/manifest.json"), checked_text({"format_version": FORMAT_VERSION})
+)
+for _kind in ("tokens", "activations", "saes", "features"):
+    forged(f"record: no facts of {_kind}", _kind, lambda r, o: r["facts"].clear())
+with_fact("fact: dtype", "activations", "dtype", "load")
+with_fact("fact: generation", "saes", "generation", "newest")
 written("quality: nested", lambda s: only(s, "features/*/quality.json"), "[" * 100_000)
 written("catalog: SQL", lambda s: s / "catalog.sql", EVIL)
 written("lease: above", lambda s: lease(s, "lease"), Owner("../../../x", "m", 1, 0.0, "\x1b]0;x\x07", 1.0).text)

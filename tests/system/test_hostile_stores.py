@@ -56,6 +56,7 @@ def try_store(finished: Finished, tmp_path: Path, saeflow: Command) -> Callable[
             said = saeflow(*words, "--store", store)
             assert said.code in (0, 1, 2), said.err
             assert "Traceback" not in said.err
+            assert "not your fault" not in said.err, said.err
             assert "precious" not in said.out + said.err
             assert tree(outside) == before, command
         assert sorted(os.listdir(store.parent)) == ["outside", "store"]

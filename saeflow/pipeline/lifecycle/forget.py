@@ -201,7 +201,7 @@ def _n_seen(stored: Artefact, sae: Artefact) -> int:
     """
     if "imported" in sae.record.facts:
         return 0
-    number = int(sae.record.facts["generation"])
+    number = int(sae.fact("generation"))
     generation = stored.generation(number) if number in stored.numbers() else stored.generation()
     return generation.total("n_documents") if generation else sys.maxsize
 

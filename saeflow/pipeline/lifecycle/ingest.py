@@ -160,7 +160,7 @@ def _grown(lineage: Lineage) -> float:
 def _n_tokens_trained_on(stored: Artefact, trained: Artefact) -> int:
     if (known := n_tokens_seen(trained)) is not None:
         return known
-    number = int(trained.record.facts["generation"])
+    number = int(trained.fact("generation"))
     generation = stored.generation(min(each for each in stored.numbers() if each >= number))
     return generation.total("n_train_tokens") if generation else 0
 
