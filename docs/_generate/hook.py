@@ -33,6 +33,8 @@ MAKERS = {
     "queries": measured.queries,
     "synth": measured.synth,
     "toys": measured.toys,
+    "l0": measured.l0,
+    "defaults": measured.defaults,
     "compression": measured.compression,
     "house": house.page,
     "file": _file,

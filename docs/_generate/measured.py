@@ -73,6 +73,31 @@ def toys() -> str:
     return table(["toy", *keys], rows, right=(1, 2, 3))
 
 
+def l0() -> str:
+    """L0 over the k that was asked for, and the variance unexplained, of BatchTopK and JumpReLU."""
+    rows = []
+    for data, saes in figures("l0")["saes"].items():
+        beside = {(sae["architecture"], sae["k"], sae["n_steps"]): sae for sae in saes}
+        for k, steps in sorted({key[1:] for key in beside}):
+            found = [beside[name, k, steps] for name in ("batchtopk", "jumprelu")]
+            ratios = [f"{sae['l0_over_k']:.3f}" for sae in found]
+            rows.append((f"{data}, {k}, {steps:,}", *ratios, *(f"{sae['variance_unexplained']:.3f}" for sae in found)))
+    header = ["data, k, steps", "BatchTopK: L0 / k", "JumpReLU: L0 / k", "BatchTopK: variance unexplained", "JumpReLU"]
+    return table(header, rows, right=range(1, 5))
+
+
+def defaults() -> str:
+    """Variance that trainings with default rates leave, ours and the peers'."""
+    names = ["ours topk", "sparsify topk", "saelens topk", "ours batchtopk", "saelens batchtopk"]
+    rows = [
+        (", ".join(f"{about[key]:,}" for key in ("width", "n_features", "k", "n_steps")),
+         *(f"{about[name]['variance_unexplained']:.3f}" for name in names))
+        for about in figures("defaults")["trainings"]
+    ]  # fmt: skip
+    header = ["D, F, K, steps", "TopK: saeflow", "sparsify", "SAELens", "BatchTopK: saeflow", "SAELens"]
+    return table(header, rows, right=range(1, 6))
+
+
 def compression() -> str:
     """Ratio and speed of zstd by site and precision."""
     rows = [
