@@ -49,6 +49,10 @@ def stored_sites(artefact: Artefact) -> list[Site]:
     return [Site(name, width) for name, width in artefact.fact("stored")]
 
 
+_MISREAD = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+"""What zarr raises over an array whose description or bytes are not as they were written."""
+
+
 class StoredArray:
     """A stored array (S, T, D), for reading. Every byte that is read is checked against its checksum.
 
@@ -62,12 +66,12 @@ class StoredArray:
             storage.fetch(path / "zarr.json")  # of an array in a bucket this is all that is kept here
             self.array = zarr.open_array(path, mode="r")
             self.dtype: torch.dtype = getattr(torch, str(self.array.attrs["dtype"]))
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            self.shape: tuple[int, ...] = self.array.shape
+            self.chunk, self.shard = self.array.chunks[0], (self.array.shards or self.array.chunks)[0]
+            self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+            self._is_uncompressed = _is_uncompressed(self.array)
+        except _MISREAD as error:
             raise _damaged_array(path, "it", error) from error
-        self.shape: tuple[int, ...] = self.array.shape
-        self.chunk, self.shard = self.array.chunks[0], (self.array.shards or self.array.chunks)[0]
-        self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        self._is_uncompressed = _is_uncompressed(self.array)
         self._index: dict[int, np.ndarray] = {}
 
     def read(self, rows: slice) -> Tensor:
@@ -86,7 +90,7 @@ class StoredArray:
             else:
                 values = self._read_by_zarr(rows)
                 raw[:] = values.view(np.uint8).reshape(-1)
-        except (OSError, RuntimeError, ValueError) as error:
+        except _MISREAD as error:
             raise _damaged_array(self.path, f"rows {rows.start} to {rows.stop}", error) from error
 
     def _read_by_zarr(self, rows: slice) -> np.ndarray:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import operator
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +71,29 @@ def test_two_collections_are_equal_byte_for_byte(tmp_path, ingredients, progress
         tokens.run(Lineage(where, recipe), progress)
         collect.run(Lineage(where, recipe), progress)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def places_in(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in nested JSON: keys and indices from the outside to the inside."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield (*place, key)
+        yield from places_in(each, (*place, key))
+
+
+def test_a_description_that_says_something_else_is_refused_or_changes_no_value(tmp_path):
+    packed(tmp_path / "a.zarr", VALUES)
+    file = tmp_path / "a.zarr" / "zarr.json"
+    written = file.read_text()
+    for *outer, last in places_in(json.loads(written)):
+        for other in (None, "load", 7, -1, [], {}):
+            about = json.loads(written)
+            reduce(operator.getitem, outer, about)[last] = other
+            file.write_text(json.dumps(about))
+            with contextlib.suppress(UserError):
+                found = StoredArray(tmp_path / "a.zarr", Folder(tmp_path)).read(slice(0, 3))
+                if found.shape == VALUES[:3].shape:
+                    np.testing.assert_array_equal(found.numpy(), VALUES[:3], err_msg=f"{outer} {last} {other}")
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "index"])
