@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 
 from saeflow.corpus import sources
 from saeflow.corpus.ledger import Entry, Ledger
+from saeflow.corpus.vocabulary import text_it_reads
 from saeflow.recipe.settings import CorpusConfig, TokensConfig
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.text import brief
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 
@@ -21,7 +23,15 @@ from saeflow.store.records import PartRecord
 def ids_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[list[int]]:
     """Return the vocabulary ids of texts. Special-token names in them are plain text, unless `parse_special` is set."""
     literal = {} if config.parse_special else {"split_special_tokens": True}
-    return list(tokenizer(texts, add_special_tokens=False, verbose=False, **literal)["input_ids"])
+    try:
+        return list(tokenizer(texts, add_special_tokens=False, verbose=False, **literal)["input_ids"])
+    except Exception as error:  # tokenizers raises no other class
+        if len(texts) > 1:
+            return [ids for text in texts for ids in ids_of(tokenizer, [text], config)]
+        raise UserError(
+            f"The model's tokenizer cannot read the text {brief(texts[0])!r}: {first_line(error)}.\n"
+            "Leave such documents out of the corpus, or name an entry for what is unknown in tokenizer.json."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ def frame_of(tokenizer: Any, about: CorpusConfig, config: TokensConfig) -> Frame
 
 def _own_frame(tokenizer: Any) -> Frame:
     """Return what the tokenizer's own call puts before and after the ids of a text."""
-    plain, whole = (tuple(tokenizer("a text 1", add_special_tokens=added)["input_ids"]) for added in (False, True))
+    text = text_it_reads(tokenizer, "a text 1")
+    plain, whole = (tuple(tokenizer(text, add_special_tokens=added)["input_ids"]) for added in (False, True))
     starts = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
     start = next(starts, None)
     return Frame() if start is None else Frame(whole[:start], whole[start + len(plain) :])

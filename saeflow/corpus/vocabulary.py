@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,28 @@ def _byte_of_fallback(name: str) -> bytes | None:
 
 def _decoded_additions(tokenizer: Any, vocab_ids: list[int]) -> list[bytes]:
     """Return what each entry adds to the text before it when the tokenizer decodes both."""
-    begun = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    begun = tokenizer(text_it_reads(tokenizer, "a"), add_special_tokens=False)["input_ids"][:1]
     before = tokenizer.decode(begun)
     whole = tokenizer.batch_decode([[*begun, i] for i in vocab_ids])
     alone = tokenizer.batch_decode([[i] for i in vocab_ids])
     pairs = zip(whole, alone, strict=True)
-    return [(text[len(before) :] if text.startswith(before) else entry).encode() for text, entry in pairs]
+    added = (text[len(before) :] if text.startswith(before) else entry for text, entry in pairs)
+    return [text.encode("utf-8", "replace") for text in added]  # CANINE has an entry for each half of a surrogate
+
+
+def text_it_reads(tokenizer: Any, preferred: str) -> str:
+    """Return a text that has a vocabulary id: the preferred one, or an entry where all its letters are unknown."""
+    for text in itertools.chain([preferred], _own_entries(tokenizer)):
+        with contextlib.suppress(Exception):  # tokenizers raises no other class where a vocabulary has no <unk>
+            if tokenizer(text, add_special_tokens=False)["input_ids"]:
+                return text
+    return preferred
+
+
+def _own_entries(tokenizer: Any) -> Iterator[str]:
+    for i in sorted(tokenizer.get_vocab().values()):
+        if i not in tokenizer.added_tokens_decoder:
+            yield tokenizer.decode([i])
 
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

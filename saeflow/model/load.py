@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,25 @@ from saeflow.runtime.devices import choose_device
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.files import checksum_once
 
-_IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt")
+_IDENTITY_FILES = (
+    "*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt", "*.spm", "*.codes", "*.tiktoken",
+)  # fmt: skip
 _HUB_SECONDS = 10.0
 _DAMAGED = (SafetensorError, UnpicklingError, EOFError)
 """What the readers of weights raise where a file is cut or changed."""
 
+_OLD_BUFFERS = {"masked_bias", "inv_freq", "position_ids", "relative_position_index"}
+"""Tensors in files of earlier versions of transformers that a model now works out itself."""
+
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Load the model's own tokenizer. Raises UserError if there is none."""
+    """Load the model's own tokenizer. Raises UserError if there is none: some classes then know special tokens alone,
+    or the mark of a word's beginning, and would read any text as unknown."""
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer.from_pretrained, config)
-    if not tokenizer("a text 1", add_special_tokens=False)["input_ids"]:
+    added = tokenizer.added_tokens_decoder
+    if not {name for name, i in tokenizer.get_vocab().items() if i not in added} - {"▁"}:
         raise UserError(
             f"model.path is {config.path!r}: its tokenizer is empty, as its files are missing.\n"
             "Put tokenizer.json, or vocab.json and merges.txt, or tokenizer.model beside config.json."
@@ -46,7 +55,11 @@ def load_model(config: ModelConfig) -> nn.Module:
     """Load the model with the head it was trained with, in eval mode on its device. Raises UserError without one."""
     import transformers
 
+    _refuse_adapter(config.path)
     about = _load(transformers.AutoConfig.from_pretrained, config)
+    own_code = getattr(about, "auto_map", None)
+    if isinstance(own_code, dict) and any("Model" in name for name in own_code) and _class_named_in(about) is None:
+        raise UserError(_needs_code(config.path))
     fallback = transformers.AutoModelForCausalLM if is_gguf(config.path) else transformers.AutoModel
     options = {"dtype": getattr(torch, config.dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = _load((_class_named_in(about) or fallback).from_pretrained, config, **options)
@@ -65,8 +78,17 @@ def _class_named_in(about: Any) -> Any:
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
+def _refuse_adapter(path: str) -> None:
+    if (Path(path) / "adapter_config.json").exists():
+        raise UserError(
+            f"model.path is {path!r}: it holds an adapter of PEFT, which saeflow does not apply.\n"
+            "Merge it into its model and save that: model.merge_and_unload().save_pretrained(FOLDER)."
+        )
+
+
 def _require_whole(path: str, model: nn.Module, report: dict[str, Any]) -> None:
-    """Raises UserError if weights of the model were not among those of the files: they would be random numbers.
+    """Raises UserError if weights of the model were not among those of the files: they would be random numbers. Or if
+    the files hold more of its layers than it has: it would be another model.
 
     A pooler may be missing: it is trained only with some heads, and no other module reads from it.
     """
@@ -74,7 +96,7 @@ def _require_whole(path: str, model: nn.Module, report: dict[str, Any]) -> None:
     missing = sorted(name for name in set(report["missing_keys"]) - tied if "pooler" not in name.split("."))
     unlike = sorted(name if isinstance(name, str) else name[0] for name in report.get("mismatched_keys", ()))
     if not missing and not unlike:
-        return
+        return _refuse_more(path, model, report["unexpected_keys"])
     n_weights = len(model.state_dict())
     what = f"{len(missing or unlike)} of {n_weights} weights are " + ("missing" if missing else "of another shape")
     others = ", ".join(sorted(report["unexpected_keys"])[:3])
@@ -83,6 +105,27 @@ def _require_whole(path: str, model: nn.Module, report: dict[str, Any]) -> None:
         f"{f'; not understood: {others}' if others else ''}.\n"
         "Save the model itself with save_pretrained, not one that is compiled, wrapped or cut, and fetch every file."
     )
+
+
+def _refuse_more(path: str, model: nn.Module, unexpected: Iterable[str]) -> None:
+    """Raise UserError if a weight of the files belongs into a numbered layer, or after the last one. A head may be
+    left over, and what earlier versions of transformers saved of each layer."""
+    modules, weights = dict(model.named_modules()), model.state_dict()
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found = []
+    for name in sorted(unexpected):
+        for here in (name, prefix + name, name.removeprefix(prefix)):
+            stack, (owner, _, leaf) = re.match(r"(.+?)\.\d+\.", here), here.rpartition(".")
+            is_mask = leaf == "bias" and owner in modules and f"{owner}.weight" not in weights  # GPT-2's causal mask
+            if stack and isinstance(modules.get(stack[1]), nn.ModuleList) and not (is_mask or leaf in _OLD_BUFFERS):
+                found.append(name)
+                break
+    if found:
+        raise UserError(
+            f"model.path is {path!r}: the model that config.json describes has no place for {len(found)} weights of "
+            f"its files, e.g. {', '.join(found[:3])}.\nBring the config.json that was saved with these weights; merge "
+            "adapters into the model before saving it."
+        )
 
 
 def is_gguf(path: str) -> bool:
@@ -103,12 +146,10 @@ def _load(loader: Callable[..., Any], config: ModelConfig, **options: Any) -> An
         with warnings.catch_warnings(), _silent_gguf() if is_gguf(config.path) else contextlib.nullcontext():
             warnings.simplefilter("ignore")
             return loader(str(path.parent) if is_gguf(config.path) else config.path, **options)
-    except _failures(*_DAMAGED, KeyError, IndexError, TypeError, AttributeError, ImportError) as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a file that says nonsense raises any error of transformers and of its parts
         raise UserError(_why_not(config.path, local, error)) from error
-
-
-def _failures(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    return (*hub_errors(), OSError, ValueError, RuntimeError, *others)
 
 
 @contextlib.contextmanager
@@ -128,7 +169,9 @@ def _why_not(path: str, local: bool, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     said = f"model.path is {path!r}"
-    reason = first_line(error)
+    reason = f"no entry {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
+    if reason.endswith(":"):
+        reason = " ".join(str(error).split())[:300]
     causes = [error, error.__cause__, error.__context__]
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (
@@ -141,12 +184,28 @@ def _why_not(path: str, local: bool, error: Exception) -> str:
         reason = "the hub has no such model, or a private one that HF_TOKEN does not open"
     if pointer := _lfs_pointer(Path(path)):
         return f"{said}: {pointer} in it is a pointer of git-lfs, not the file itself. Fetch it with `git lfs pull`."
+    if Path(path).is_file() and not is_gguf(path):
+        return f"{said}: that is a file. Name the folder it lies in, with config.json and tokenizer.json."
     if isinstance(error, _DAMAGED):
+        reason = "PyTorch reads no weights from them" if isinstance(error, UnpicklingError) else reason
         return f"{said}: its weights are damaged or cut ({reason}).\nFetch every file again."
+    if "custom code" in str(error):
+        return _needs_code(path)
+    if isinstance(error, ImportError):
+        return f"{said}: it needs a package that is not installed ({reason}).\nInstall it, or name a model without."
+    if (Path(path) / "config.json").exists() or is_gguf(path):
+        return f"{said}: its files give no model ({reason}).\nFetch every file again, or save the model once more."
     what = "a folder without a Hugging Face model" if local else "neither a local folder nor a model on the hub"
     return (
         f"{said}: {what} ({reason}).\nName a folder with config.json, model.safetensors and tokenizer.json, "
         "a .gguf file, or a hub name such as openai/gpt2."
+    )
+
+
+def _needs_code(path: str) -> str:
+    return (
+        f"model.path is {path!r}: it needs Python code of its own (auto_map), which saeflow does not run.\n"
+        "Name a model that transformers itself has the code of, or save it as one."
     )
 
 
@@ -162,9 +221,20 @@ def model_fingerprint(config: ModelConfig) -> str:
     if folder.is_file():
         return fingerprint(folder.name, checksum_once(folder), config.dtype)
     if folder.is_dir():
-        files = sorted({path for pattern in _IDENTITY_FILES for path in folder.glob(pattern)})
-        return fingerprint([(path.name, checksum_once(path)) for path in files], config.dtype)
+        files = {path for pattern in _IDENTITY_FILES for path in folder.glob(pattern)} | _shards_below(folder)
+        names = sorted(path.relative_to(folder).as_posix() for path in files if path.is_file())
+        return fingerprint([(name, checksum_once(folder / name)) for name in names], config.dtype)
     return fingerprint(config.path, _commit(config.path, config.revision)[0], config.dtype)
+
+
+def _shards_below(folder: Path) -> set[Path]:
+    """Return the files of weights that an index names in another folder."""
+    found = set()
+    for index in folder.glob("*.index.json"):
+        with contextlib.suppress(ValueError, AttributeError, TypeError):  # one that cannot be read loads no model
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            found |= {folder / name for name in names if "/" in name}
+    return found
 
 
 @cache
@@ -176,9 +246,10 @@ def _commit(path: str, revision: str | None) -> tuple[str, bool]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    failures: tuple[type[Exception], ...] = (*hub_errors(), OSError, ValueError, RuntimeError)
     try:
         commit = str(HfApi().model_info(path, revision=revision, timeout=_HUB_SECONDS).sha)
-    except _failures() as error:
+    except failures as error:
         cached = _downloaded(path, revision)
         if cached is None or isinstance(error, HfHubHTTPError):
             raise UserError(_why_not(path, False, error)) from error

@@ -31,20 +31,33 @@ class Site:
 
 
 def list_sites(model: nn.Module) -> list[Site]:
-    """Find every module that gives one vector a token, in the order they run, by a small trial."""
-    found: dict[str, int] = {}
+    """Find every module that gives one vector a token, in the order they run, by a small trial.
+
+    A module that runs several times in a pass, as ALBERT's one layer does, gives several and is left out. So is the
+    decoder of a model with an encoder: it gets the tokens shifted by one, and predicts those that it is given.
+    """
+    return [Site(name, widths[0]) for name, widths in _trial(model).items() if len(widths) == 1]
+
+
+def _trial(model: nn.Module) -> dict[str, list[int]]:
+    """Return the width of what each module took (`name:input`) and gave, once for each time it ran."""
+    found: dict[str, list[int]] = {}
     batch, length = 2, 3
+    decoders: list[nn.Module] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             for label, value in ((f"{name}:input", inputs), (name, output)):
                 tensor = _tensor(value)
-                if tensor is not None and tensor.dim() == 3 and tensor.shape[:2] == (batch, length):
-                    found.setdefault(label, tensor.shape[2])
+                if tensor is not None and tensor.dim() == 3 and tensor.shape[:2] == (batch, length) and not decoders:
+                    found.setdefault(label, []).append(tensor.shape[2])
 
         return hook
 
     with contextlib.ExitStack() as stack, torch.no_grad():
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            decoder: Any = model.get_decoder()  # type: ignore[operator]
+            stack.callback(decoder.register_forward_pre_hook(lambda *_: decoders.append(decoder)).remove)
         for name, module in model.named_modules():
             if name:
                 stack.callback(module.register_forward_hook(note(name)).remove)
@@ -58,7 +71,7 @@ def list_sites(model: nn.Module) -> list[Site]:
                 "Name a decoder, such as GPT-2, or an encoder, such as BERT. Of a larger model, save the part that "
                 "reads text alone, such as T5EncoderModel or CLIPTextModel."
             ) from error
-    return [Site(name, width) for name, width in found.items()]
+    return found
 
 
 @torch.no_grad()
@@ -125,6 +138,11 @@ def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
         wants_input = pattern.endswith(":input")
         matches = [name for name in fnmatch.filter(names, pattern) if name.endswith(":input") == wants_input]
         if not matches:
+            if many := fnmatch.filter((name for name, widths in _trial(model).items() if len(widths) > 1), pattern):
+                raise UserError(
+                    f"activations.sites: {many[0]} runs several times in one pass of the model, so it has several "
+                    "activations a token.\nName a module that runs once: `saeflow sites MODEL` lists them."
+                )
             near = nearest(pattern, names)
             raise UserError(
                 f"activations.sites: the model has no site {pattern!r}. Nearest: {', '.join(near) or 'none'}.\n"
@@ -180,8 +198,9 @@ class SiteReader:
     def _take(self, name: str, value: Any) -> None:
         tensor = _tensor(value)
         assert tensor is not None
-        self._here.read[name] = tensor
-        if len(self._here.read) == len(self.sites):
+        is_last = len(self._here.read) == len(self.sites) - 1
+        self._here.read[name] = tensor if is_last else tensor.clone()  # Falcon adds to it where it lies
+        if is_last:
             raise _Reached
 
     @torch.no_grad()
@@ -205,7 +224,8 @@ def spliced(model: nn.Module, read: str, target: str, change: Callable[[Tensor, 
     here = threading.local()
 
     def note(name: str, value: Any) -> None:
-        here.read = _tensor(value)
+        tensor = _tensor(value)
+        here.read = tensor if tensor is None or read == target else tensor.clone()
 
     def put(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
