@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
-from saeflow.store.records import FORGOTTEN, Damaged, checked_text, read_checked, read_forgotten_keys
+from saeflow.store.records import FORGOTTEN, Damaged, ForgottenRecord, checked_text, read_forgotten_keys, read_record
 from saeflow.store.store import Store
 
 Pair = tuple[str, str]
@@ -79,8 +79,7 @@ def _change(store: Store, change: Callable[[set[Pair]], set[Pair]]) -> None:
 
 def _listed(store: Store) -> Iterator[Pair]:
     with contextlib.suppress(FileNotFoundError):
-        for key, content in read_checked(store.storage.fetch(store.root / FORGOTTEN, fresh=True))["documents"]:
-            yield str(key), str(content)
+        yield from read_record(store.storage.fetch(store.root / FORGOTTEN, fresh=True), ForgottenRecord).documents
 
 
 def _hidden_keys(store: Store) -> Iterator[str]:

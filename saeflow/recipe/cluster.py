@@ -20,8 +20,8 @@ OPTIONS = frozenset(
 )
 """What a recipe may say of a cluster. Options that name code or a line of a shell are not among these."""
 
-_PLAIN = re.compile(r"[\w .:,/@%+=-]*")
-"""Text that ends no line of a job's script, and that no shell expands."""
+_PLAIN = re.compile(r"(?!-)(?:[\w.:,/@%+=-]| (?!-))*")
+"""Text that ends no line of a job's script, that no shell expands, and that adds no option: `/tmp --preload x`."""
 
 
 def _texts(value: Any) -> list[str]:
@@ -86,7 +86,8 @@ class ClusterConfig(Section):
                 )
             if wrong := [text for text in _texts(value) if not _PLAIN.fullmatch(text)]:
                 raise ValueError(
-                    f"{name} is {wrong[0][:80]!r}, but it may hold only letters, digits, spaces and . : , / @ % + = - _"
+                    f"{name} is {wrong[0][:80]!r}, but it may hold only letters, digits, spaces, . : , / @ % + = - _ "
+                    "and no word that begins with -"
                 )
         return options
 

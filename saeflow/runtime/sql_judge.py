@@ -35,8 +35,11 @@ _TABLES = _words(
 )
 """Functions that give tables and only read. The connection decides which files they may open."""
 
-_ACTING = {"setseed", "setval", "nextval", "write_log", "sleep_ms"}
+_ACTING = {"setseed", "setval", "nextval", "write_log", "sleep_ms", "pg_sleep"}
 """Functions that give a value and leave something changed, or only make others wait."""
+
+_MAKING_TABLES = {"store_rejects", "rejects_table", "rejects_scan"}
+"""Options of a reader that put what it could not read into tables of the connection, under any name."""
 
 _OPERATORS = _words(
     """
@@ -83,7 +86,8 @@ def _is_reading_tree(connection: duckdb.DuckDBPyConnection, sql: str, macros: Co
         if isinstance(node, dict):
             kind, function = str(node.get("type")), str(node.get("function_name")).lower()
             gives_table = str(node.get("function", {}).get("function_name")).lower() if kind == "TABLE_FUNCTION" else ""
-            if (kind.endswith("_NODE") and kind not in _NODES) or function in _ACTING:
+            named = {str(name).lower() for name in (node.get("name"), *(node.get("column_names") or ()))}
+            if (kind.endswith("_NODE") and kind not in _NODES) or function in _ACTING or named & _MAKING_TABLES:
                 return False
             if gives_table and gives_table not in _TABLES and gives_table not in macros:
                 return False

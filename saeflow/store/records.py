@@ -142,11 +142,21 @@ class ArtefactRecord(BaseModel, frozen=True):
         return next((name for name in self.inputs if name.startswith(f"{kind}/")), None)
 
 
+_Digits = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{1,16}$")]
+
+
+class ForgottenRecord(BaseModel, frozen=True):
+    """What forgotten.json says: of each document the hash of its key, and 16 digits of its content's hash or none."""
+
+    format_version: int = FORMAT_VERSION
+    documents: list[tuple[_Digits, _Digits | Literal[""]]]
+
+
 class Hidden(BaseModel, frozen=True):
     """A document that readers no longer see: forgotten, or replaced by a newer one of the same key."""
 
     document_id: int
-    key_hash: str
+    key_hash: _Digits
     reason: Literal["forgotten", "replaced"]
 
 
@@ -188,6 +198,10 @@ def generation_table(generation: Generation) -> pa.Table:
         return pa.table(columns)
 
 
+_NOT_A_LIST = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
+"""Errors of a table that is no list of parts."""
+
+
 def read_generation(path: Path, number: int) -> Generation:
     """A generation from its table. Raises Damaged."""
     try:
@@ -197,9 +211,9 @@ def read_generation(path: Path, number: int) -> Generation:
             parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_numpy()))
         for part, folder in zip(parts, _folders(table), strict=True):
             part.__dict__["folder"] = folder  # known: it need not be computed
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
+        return Generation(number, parts, dict(_hidden(table, parts)))
+    except _NOT_A_LIST as error:
         raise damaged(path, error) from error
-    return Generation(number, parts, dict(_hidden(table, parts)))
 
 
 def _hidden(table: pa.Table, parts: Sequence[PartRecord]) -> Iterator[tuple[int, tuple[Hidden, ...]]]:
@@ -227,17 +241,20 @@ def read_part_folders(path: Path) -> list[str]:
     try:
         with open_unlinked(path) as file:
             return list(_folders(pq.read_table(file, columns=["folder"])))
-    except (OSError, ValueError, KeyError) as error:
+    except _NOT_A_LIST as error:
         raise damaged(path, error) from error
 
 
 def read_forgotten_keys(path: Path) -> list[str]:
     """Return the hashes of the keys that a list of parts hides for good. Raises Damaged."""
     try:
-        table = pq.read_table(path)  # a list of format 1 has no such column
-        hidden = table.column("hidden").combine_chunks().flatten() if "hidden" in table.column_names else pa.array([])
-        return [each["key_hash"] for each in hidden.to_pylist() if each["reason"] == "forgotten"]
-    except (OSError, ValueError, KeyError) as error:
+        with open_unlinked(path) as file:
+            table = pq.read_table(file)
+        if "hidden" not in table.column_names:  # format 1
+            return []
+        hidden = [Hidden(**each) for each in pc.list_flatten(table.column("hidden")).to_pylist()]
+        return [each.key_hash for each in hidden if each.reason == "forgotten"]
+    except _NOT_A_LIST as error:
         raise damaged(path, error) from error
 
 

@@ -26,6 +26,7 @@ from saeflow.store.records import (
     FORGOTTEN,
     KINDS,
     Damaged,
+    ForgottenRecord,
     PartRecord,
     Unreadable,
     is_refusal,
@@ -61,7 +62,7 @@ def verify(store: Store, full: bool, share: tuple[int, int] | None = None) -> It
     rest. Raises Damaged if the list of forgotten documents is damaged.
     """
     with contextlib.suppress(FileNotFoundError):
-        read_checked(store.storage.fetch(store.root / FORGOTTEN))
+        read_record(store.storage.fetch(store.root / FORGOTTEN), ForgottenRecord)
     for kind in KINDS:
         for name in sorted(fnmatch.filter(store.storage.names_here(store.root / kind), "?*-*")):
             artefact = store.by_id(f"{kind}/{name}")

@@ -187,6 +187,9 @@ def test_fingerprints_do_not_depend_on_order_or_machine_and_tell_facts_apart():
         {"queue": "short\ntouch ran"},
         {"walltime": "$(touch ran)"},
         {"resources": {"a; touch ran": 1}},
+        {"local_directory": "/tmp --preload /tmp/evil.py"},
+        {"interface": "--preload=/tmp/evil.py"},
+        {"project": "me  --export=LD_PRELOAD=/tmp/evil.so"},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -197,4 +200,5 @@ def test_options_of_a_cluster_name_no_code(options):
 
 def test_options_of_a_cluster_say_sizes_times_and_queues():
     options = {"memory": "16GB", "walltime": "04:00:00", "queue": "gpu-long", "resources": {"GPU": 1}, "cores": 4}
+    options |= {"resource_spec": "select=1:ncpus=4 mem=16gb", "local_directory": "/tmp/-odd"}
     assert ClusterConfig(kind="slurm", n_workers=1, options=options).options == options

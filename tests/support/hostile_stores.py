@@ -16,14 +16,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import checksum
 from saeflow.store.lease_slot import Owner
-from saeflow.store.records import FORMAT_VERSION, checked_text
+from saeflow.store.records import FORGOTTEN, checked_text
 from saeflow.store.store import Store
 
 Change = Callable[[Path, Path], object]
 HOSTILE: dict[str, Change] = {}
+HIDDEN: dict[str, Any] = {"document_id": 1, "key_hash": "0123456789abcdef", "reason": "forgotten"}
 EVIL = "0)); COPY (select 'pwned' as x) TO '{outside}/PWNED.csv'; select ((0"
 
 
@@ -245,6 +247,9 @@ relisted("list: folder elsewhere", lambda row, o: row.update(folder=o))
 relisted("list: file above", in_record(lambda r, o: r["files"][0].update(name="../../../../../outside/thesis.txt")))
 relisted("list: counts", in_record(lambda r, o: r["counts"].update(n_sequences=EVIL.format(outside=o))))
 relisted("list: huge counts", in_record(lambda r, o: r["counts"].update(n_sequences=10**17, n_tokens=-5)))
+relisted("list: hash of a hidden key", lambda row, o: row.update(hidden=[HIDDEN | {"key_hash": "\x1b[31m"}]))
+relisted("list: reason of a hidden key", lambda row, o: row.update(hidden=[HIDDEN | {"reason": EVIL}]))
+relisted("list: a hidden nothing", lambda row, o: row.update(hidden=[dict.fromkeys(HIDDEN)]))
 retabled("table: vocab_id", "tokens", "vocab.parquet", as_text("vocab_id"))
 retabled("table: piece", "tokens", "vocab.parquet", as_text("piece"))
 retabled("table: token_id", "tokens", "tokens.parquet", as_text("token_id"))
@@ -262,5 +267,16 @@ for _kind in ("tokens", "activations", "saes", "features"):
 with_fact("fact: dtype", "activations", "dtype", "load")
 with_fact("fact: generation", "saes", "generation", "newest")
 written("quality: nested", lambda s: only(s, "features/*/quality.json"), "[" * 100_000)
+for _name, _documents in {
+    "nothing": None,
+    "a number": [1],
+    "half a pair": [["ab"]],
+    "no hash": [["x' or 1", {}]],
+}.items():
+    written(
+        f"forgotten: {_name}", lambda s: s / FORGOTTEN,
+        checked_text({"format_version": FORMAT_VERSION, "documents": _documents}),
+    )  # fmt: skip
+fifo("pipe: list", "tokens/*/generations/*")
 written("catalog: SQL", lambda s: s / "catalog.sql", EVIL)
 written("lease: above", lambda s: lease(s, "lease"), Owner("../../../x", "m", 1, 0.0, "\x1b]0;x\x07", 1.0).text)

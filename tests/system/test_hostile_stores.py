@@ -17,6 +17,7 @@ from saeflow.store.store import Store
 from tests.conftest import Finished
 from tests.support.command import Command
 from tests.support.hostile_stores import HOSTILE, tree, write_outside
+from tests.support.small_pipeline import Ingredients, recipe_data, write_recipe
 
 READING = {
     "runs": ["ask", "runs"],
@@ -39,11 +40,10 @@ WRITING = {
 
 
 @pytest.fixture
-def try_store(finished: Finished, tmp_path: Path, saeflow: Command) -> Callable[..., None]:
+def try_store(finished: Finished, ingredients: Ingredients, tmp_path: Path, saeflow: Command) -> Callable[..., None]:
     """Hands a hostile copy of a finished store to commands, and looks whether anything outside has changed."""
     (tmp_path / "home").mkdir()
-    recipe = tmp_path / "small.json"
-    recipe.write_text(finished.recipe.model_dump_json(exclude_none=True))
+    recipe = write_recipe(tmp_path / "small.toml", recipe_data(ingredients))
 
     def attempt(name: str, *commands: list[str]) -> None:
         store, outside = tmp_path / "x" / "store", tmp_path / "x" / "outside"
@@ -85,6 +85,13 @@ def test_a_strangers_store_reaches_nothing_outside_of_it_by_any_command(name, tr
 
 def test_forty_and_more_stores_are_tried():
     assert len(HOSTILE) >= 40
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name.startswith("forgotten: ")])
+def test_a_strangers_list_of_forgotten_documents_is_damage(name, try_store, saeflow):
+    try_store(name, WRITING["forget"])
+    said = saeflow("verify", "--store", Path("x/store"))
+    assert (said.code, "forgotten.json is missing or damaged" in said.err) == (2, True)
 
 
 def test_a_link_that_stays_in_the_store_is_not_followed_either(finished, tmp_path):
