@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from decimal import Decimal
+from collections.abc import Iterator
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +20,8 @@ _LARGEST_EXACT = 1 << 53
 """Every integer up to this one is a float64."""
 _MOST_FIELDS = 100
 """Objects with more keys than this in all rows together are stored as JSON text, not as one struct."""
+_DEEPEST = 8
+"""Lists and objects within one another more often than this are stored as JSON text: readers take ever longer."""
 
 
 class ColumnType:
@@ -28,6 +31,7 @@ class ColumnType:
         self.is_csv = is_csv
         self.possible = {*_TYPES, "nested"}
         self.nested: pa.DataType = pa.null()
+        self.has_long_nested = False
         self.is_empty = True
 
     def see(self, value: Any) -> None:
@@ -64,6 +68,10 @@ class ColumnType:
         try:
             types = [pa.schema([("x", each)]) for each in (self.nested, pa.infer_type([value]))]
             self.nested = pa.unify_schemas(types, promote_options="permissive").field("x").type
+            whole = [abs(each) for each in _leaves(value) if isinstance(each, int)]
+            self.has_long_nested |= max(whole, default=0) > _LARGEST_EXACT
+            if max(whole, default=0).bit_length() > 63:
+                self.possible = {"text"}
         except (pa.ArrowException, OverflowError):
             self.possible = {"text"}
 
@@ -72,7 +80,8 @@ class ColumnType:
         if self.is_empty:
             return pa.string()
         if "nested" in self.possible:
-            return self.nested if _is_storable(self.nested) else pa.string()
+            is_rounded = self.has_long_nested and "double" in str(self.nested)
+            return self.nested if _is_storable(self.nested) and not is_rounded else pa.string()
         return next(_TYPES[kind] for kind in _TYPES if kind in self.possible)
 
 
@@ -91,7 +100,19 @@ def read_as(kind: pa.DataType, value: Any) -> Any:
 
 def is_exact(text: str) -> bool:
     """True if a float64 has the same value as the number that is written."""
-    return Decimal(text) == Decimal(repr(float(text)))
+    try:
+        return Decimal(text) == Decimal(repr(float(text)))
+    except InvalidOperation:  # an exponent of many digits
+        return False
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the single values in lists and objects."""
+    if isinstance(value, list | dict):
+        for each in value if isinstance(value, list) else value.values():
+            yield from _leaves(each)
+    else:
+        yield value
 
 
 def _kinds_of_integer(value: int) -> set[str]:
@@ -106,11 +127,14 @@ def _is_date(value: str) -> bool:
         return False
 
 
-def _is_storable(kind: pa.DataType) -> bool:
-    """True if Parquet and DuckDB hold this type: no struct of nothing, or of very many things."""
-    if pa.types.is_null(kind):
+def _is_storable(kind: pa.DataType, depth: int = 0) -> bool:
+    """True if Parquet and DuckDB hold this type: not too deep, no struct of nothing, of very many or of like names."""
+    if pa.types.is_null(kind) or depth > _DEEPEST:
         return False
-    inner = [kind.field(i).type for i in range(kind.num_fields)]
-    if pa.types.is_struct(kind) and not 0 < len(inner) <= _MOST_FIELDS:
+    inner = [kind.field(i) for i in range(kind.num_fields)]
+    if (
+        pa.types.is_struct(kind)
+        and not 0 < len({field.name.casefold() for field in inner}) == len(inner) <= _MOST_FIELDS
+    ):
         return False
-    return all(map(_is_storable, inner))
+    return all(_is_storable(field.type, depth + 1) for field in inner)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import math
 import re
 import sys
 from collections import Counter
@@ -58,7 +57,7 @@ class WrittenFloat(float):
 
     def exact(self) -> float | str:
         """Return the number, or its text if a float64 does not have all of its digits."""
-        return float(self) if not math.isfinite(self) or is_exact(self.text) else self.text
+        return float(self) if self.text.strip("-").isalpha() or is_exact(self.text) else self.text
 
 
 class TextTables:
@@ -100,6 +99,8 @@ class TextTables:
     def _prepared(self, path: str, row: Row) -> dict[str, Any]:
         where = f"corpus.files: {self.names[path]}, line {row.line}"
         key, source = (_as_written(row.cells.get(name)) for name in (self.config.key or "key", "source"))
+        if isinstance(row.cells.get(self.config.key or "key"), list | dict):
+            raise UserError(f"{where}: the key is {str(key)[:40]!r}, but it must be a text or a number.")
         try:
             f"{key}{source}".encode()
             metadata = json.dumps(self._metadata_of(row.cells), ensure_ascii=False).encode()
@@ -108,6 +109,8 @@ class TextTables:
             raise UserError(
                 f"{where}: a text has half of a character (a lone surrogate) in it, which UTF-8 cannot hold."
             ) from error
+        except RecursionError as error:
+            raise UserError(f"{where}: lists or objects stand too deep within one another.") from error
         return {KEY: key, FILE: path, SOURCE: source, CONTENT: content, _METADATA: metadata}
 
     def _metadata_of(self, cells: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +118,7 @@ class TextTables:
         named = {self.config.text, self.column, self.config.key or "key"} | RESERVED
         found = {name: value for name, value in cells.items() if name not in named}
         for name, value in found.items():
-            if isinstance(value, WrittenFloat):
-                found[name] = value.exact()
+            found[name] = _exact(value)
             self.types.setdefault(name, ColumnType(self.reader == "csv")).see(found[name])
         return found
 
@@ -168,8 +170,21 @@ def _as_written(value: Any) -> str | None:
     return value.text if isinstance(value, WrittenFloat) else json.dumps(value, ensure_ascii=False)
 
 
+def _exact(value: Any) -> Any:
+    """Return a value of JSON with numbers that a float64 does not hold as they are written, also within lists."""
+    if isinstance(value, list):
+        return [_exact(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _exact(each) for name, each in value.items()}
+    return value.exact() if isinstance(value, WrittenFloat) else value
+
+
+def _integer(text: str) -> int | WrittenFloat:
+    return WrittenFloat.of(text) if text == "-0" else int(text)
+
+
 def _is_id(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64)
 
 
 def _no_text(name: str, line: int, column: str, found: Iterable[str]) -> UserError:
@@ -282,8 +297,9 @@ class _JsonValues:
     def __init__(self, file: TextIO, name: str) -> None:
         self.file, self.name = file, name
         self.decoder = json.JSONDecoder(
-            parse_float=WrittenFloat.of, parse_constant=WrittenFloat.of, object_pairs_hook=_once_each
-        )
+            parse_float=WrittenFloat.of, parse_int=_integer, parse_constant=WrittenFloat.of,
+            object_pairs_hook=_once_each,
+        )  # fmt: skip
         self.buffer, self.position, self.line = "", 0, 1
         self.between = " \t\r\n"
 

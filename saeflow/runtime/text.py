@@ -39,6 +39,8 @@ def is_utf8(text: str) -> bool:
 
 def encoding_of(first: bytes) -> str:
     """Return the encoding that a byte order mark tells, without the mark; UTF-8 if there is none."""
+    if first.startswith(codecs.BOM_UTF32_LE):  # begins as the mark of UTF-16 does
+        return "utf-32"
     return "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -98,7 +99,7 @@ def test_archives_of_several_files_are_refused_by_name(tmp_path: Path) -> None:
         ("a.txt", gzip.compress(b"text", mtime=0), r"a\.txt is packed by gzip, and its name does not say so"),
         ("a.csv", zstd(b"text\na\n"), r"a\.csv is packed by Zstandard"),
         ("a.txt", b"%PDF-1.7 ...", r"a\.txt is a PDF"),
-        ("a.jsonl", b"PAR1....PAR1", r"a\.jsonl is a Parquet file"),
+        ("a.jsonl", b"PAR1\x15\x04..PAR1", r"a\.jsonl is a Parquet file"),
         ("a.txt", b"0" * 257 + b"ustar", r"a\.txt is a tar archive"),
         ("a.parquet", b"PK\x03\x04", r"a\.parquet is a zip archive"),
     ],
@@ -200,3 +201,122 @@ def test_a_byte_order_mark_tells_the_encoding_and_is_no_text(tmp_path: Path, enc
         (tmp_path / name).write_bytes(content.encode(encoding))
         (document,) = read(tmp_path / name)
         assert document.text == "ein Satz\r\n"
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress, gzip.compress, zstd])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_of_several_packed_streams_a_damaged_one_is_refused(
+    tmp_path: Path, pack: Callable[[bytes], bytes], name: str
+) -> None:
+    ending = next(each for each, packs in PACKED.items() if packs is pack)
+    one, two = pack(b'{"text": "a"}\n'), pack(b'{"text": "b"}\n')
+    path = tmp_path / f"{name}{ending}"
+    path.write_bytes(one + two)
+    assert "b" in read(path)[-1].text + read(path)[0].text
+    damaged = bytearray(two)
+    damaged[len(two) // 2] ^= 0xFF
+    for rest in (two[: len(two) // 2] if pack is zstd else bytes(damaged), two[:-1], b"garbage"):  # no checksum in zstd
+        path.write_bytes(one + rest)
+        with pytest.raises(UserError, match=rf"{name}{ending} cannot be unpacked"):
+            read(path)
+
+
+def test_zeros_after_a_packed_stream_are_passed_over(tmp_path: Path) -> None:
+    packed = lzma.compress(b"words ")
+    (tmp_path / "a.txt.xz").write_bytes(packed + bytes(100_000) + packed + bytes(4))
+    assert texts(read(tmp_path)) == {"a.txt.xz": "words words "}
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_a_packed_file_of_no_bytes_is_refused(tmp_path: Path, ending: str, name: str) -> None:
+    (tmp_path / f"{name}{ending}").touch()
+    (tmp_path / f"b{Path(name).suffix}{ending}").write_bytes(PACKED[ending](b"text\nb\n"))
+    with pytest.raises(UserError, match=rf"{name}{ending} cannot be unpacked: it is empty"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["ORCHARDS bloom", "PAR1 is a gene", "BZhang wrote", "ARROW1 flies", "Object", "(text"]
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+def test_a_text_that_begins_like_another_format_is_a_text(tmp_path: Path, text: str, name: str) -> None:
+    (tmp_path / name).write_text(text if name == "a.txt" else f"{text},text\n1,{text}\n")
+    assert [each.text for each in read(tmp_path)] == [text]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\x80\x04\x95a", "a pickle"),
+        (b"\x93NUMPY\x01\x00", "a NumPy array"),
+        (b"\xff\xff\xff\xff\x10", "an Arrow file"),
+        (bz2.compress(b""), "packed by bzip2"),
+        (bz2.compress(b"a"), "packed by bzip2"),
+        (b"ORC\x0a\x06\x12", "an ORC file"),
+    ],
+)
+def test_a_file_that_is_no_text_is_called_by_its_kind(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.bin is {says}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-32-le"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_a_mark_tells_utf_32_from_utf_16(tmp_path: Path, name: str, encoding: str) -> None:
+    content = {"a.txt": "ein Säugling", "a.csv": "text\nein Säugling\n", "a.jsonl": '{"text": "ein Säugling"}'}[name]
+    mark = b"\xff\xfe\0\0" if encoding == "utf-32-le" else b""
+    (tmp_path / name).write_bytes(mark + content.encode(encoding))
+    assert [each.text for each in read(tmp_path)] == ["ein Säugling"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/*", "/**/*", "/b.txt", "/c.txt"])
+def test_a_link_to_a_file_that_is_gone_is_refused(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "b.txt").symlink_to(".git/annex/objects/gone")
+    (tmp_path / "c.txt").symlink_to("c.txt")
+    with pytest.raises(UserError, match=r"[bc]\.txt is a link to a file that is not there"):
+        read(f"{tmp_path}{pattern}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys"),
+    [
+        ("v*/**/*.txt", ["v1/a.txt", "v2/a.txt"]),
+        ("**/v2/*.txt", ["v2/a.txt"]),
+        ("**/*.txt", ["v1/a.txt", "v2/a.txt"]),
+        ("lat*/**/*.txt", ["latest/a.txt"]),
+    ],
+)
+def test_a_link_to_a_folder_hides_no_file_behind_it(tmp_path: Path, pattern: str, keys: list[str]) -> None:
+    for name in ("v1", "v2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "latest").symlink_to("v2")
+    assert list(texts(read(f"{tmp_path}/{pattern}"))) == keys
+
+
+def test_two_stars_within_a_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(UserError, match=r"\*\*\.txt: \*\* stands for folders, as in texts/\*\*/\*\.txt"):
+        read(f"{tmp_path}/**.txt")
+
+
+@pytest.mark.parametrize("name", ["Desktop.ini", "thumbs.db", "ehthumbs.db", "Icon\r"])
+def test_what_other_programs_leave_is_passed_over_in_any_case(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / name).touch()
+    assert texts(read(tmp_path)) == texts(read(f"{tmp_path}/*")) == {"a.txt": "words"}
+
+
+@pytest.mark.parametrize("pattern", ["", "/*", "/**/*"])
+def test_what_other_programs_leave_is_passed_over_behind_a_url(pattern: str) -> None:
+    store = fsspec.filesystem("memory")
+    for name in ("a.txt", "_SUCCESS", ".hidden.txt", ".ipynb_checkpoints/a.txt"):
+        store.pipe(f"/.corpus/{name}", b"words")
+    try:
+        assert [each.key.split("/")[-1] for each in read(f"memory:///.corpus{pattern}")] == ["a.txt"]
+        assert len(read("memory:///.corpus/.hidden.txt")) == 1
+    finally:
+        store.rm("/.corpus", recursive=True)

@@ -75,6 +75,8 @@ def test_any_text_comes_back_out_of_csv_and_json(tmp_path_factory: pytest.TempPa
         ("true", "true"),
         ("null", ""),
         ("7", "7"),
+        ("-0", "-0"),
+        ("1e400", "1e400"),
     ],
 )
 def test_a_number_of_json_is_the_text_that_the_file_has(tmp_path: Path, written: str, text: str) -> None:
@@ -174,3 +176,43 @@ def test_names_of_folders_give_columns(tmp_path: Path) -> None:
     folder.mkdir()
     (document,) = read(folder / "a.csv", "key,text\na,one\n")
     assert document.metadata == {"year": 2024}
+
+
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [
+        ("1e400", "1e400"),
+        ("1e-99999999999999999999", "1e-99999999999999999999"),
+        ("[0.12345678901234567890123]", ["0.12345678901234567890123"]),
+        ("[99999999999999999999]", "[99999999999999999999]"),
+        ('{"a": 1, "A": 2}', '{"a": 1, "A": 2}'),
+        ("[" * 60 + "1" + "]" * 60, "[" * 60 + "1" + "]" * 60),
+        ("[[[9007199254740993]]]", [[[9007199254740993]]]),
+    ],
+)  # fmt: skip
+def test_metadata_that_a_column_would_change_is_kept_as_it_is_written(
+    tmp_path: Path, written: str, stored: Any
+) -> None:
+    (document,) = read(tmp_path / "a.jsonl", f'{{"text": "x", "n": {written}}}')
+    assert document.metadata == {"n": stored}
+
+
+def test_long_integers_in_lists_are_not_rounded_by_fractions_in_others(tmp_path: Path) -> None:
+    documents = read(tmp_path / "a.jsonl", '{"text": "x", "n": [9007199254740993]}\n{"text": "y", "n": [0.5]}')
+    assert [each.metadata["n"] for each in documents] == ["[9007199254740993]", "[0.5]"]
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "says"),
+    [
+        ('{"ids": [99999999999999999999]}', {"token_ids": "ids"}, "line 1: corpus.token_ids is 'ids'.*no list"),
+        ('{"key": ["a"], "text": "x"}', {}, "line 1: the key is .*but it must be a text or a number"),
+        ('{"id": {"a": 1}, "text": "x"}', {"key": "id"}, "line 1: the key is .*but it must be a text or a number"),
+        ('{"text": "x", "n": ' + "[" * 900 + "]" * 900 + "}", {}, "line 1"),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_column_holds_is_refused_by_line(
+    tmp_path: Path, content: str, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=rf"a\.jsonl, {says}"):
+        read(tmp_path / "a.jsonl", content, **settings)

@@ -1,57 +1,24 @@
-"""Tables of activations in files of columns: CSV, Parquet and Arrow."""
+"""Tables of activations in files of columns: Parquet and Arrow."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow.activations.tables.arrays import choose_array
+from saeflow.activations.tables.csv_tables import INDEX_NAMES
 from saeflow.activations.tables.stream import BLOCK_BYTES, RowBlock, TableRows, rows_at_once, unreadable_table
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import read_json
 
 _SAELENS_TOKEN_IDS = "token_ids"
 """SAELens' column of the tokens that the model read."""
-_INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: ?\d+|index|level_\d+|row_(nr|index|number)", re.IGNORECASE)
-_NO_NAME = re.compile(r"column0+|C0|Unnamed.*|")
-
-
-def csv_rows(file: Path, block_bytes: int = BLOCK_BYTES) -> TableRows:
-    """Stream a CSV file through DuckDB in its own order."""
-    try:
-        with duckdb.connect() as connection:
-            relation = _open_csv(connection, file)
-            schema = relation.limit(0).to_arrow_table().schema
-            index = _index_columns(schema) + _nameless_first_column(file, schema)
-            numbers, label = _number_and_label_columns(file, schema, index)
-            n_rows = relation.count("*").fetchall()[0][0]
-    except duckdb.Error as error:
-        raise unreadable_table(file.name, error) from error
-
-    def blocks(start: int) -> Iterator[RowBlock]:
-        with duckdb.connect() as connection:
-            wanted = ", ".join('"' + name.replace('"', '""') + '"' for name in [*numbers, *label])
-            found = _open_csv(connection, file).project(wanted)
-            try:
-                batches = found.to_arrow_reader(min(rows_at_once(len(numbers), block_bytes), 100_000))
-                yield from _without_first_rows((_column_block(batch, numbers, label) for batch in batches), start)
-            except duckdb.Error as error:
-                raise ValueError(str(error)) from error
-
-    return TableRows(file.name, n_rows, len(numbers), blocks, index=index)
-
-
-def _open_csv(connection: duckdb.DuckDBPyConnection, file: Path) -> duckdb.DuckDBPyRelation:
-    """Open a CSV file. A folder named `a=1` above it does not become a column."""
-    return connection.read_csv(str(file), hive_partitioning=False)
 
 
 def parquet_rows(file: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES) -> TableRows:
@@ -150,7 +117,7 @@ def _numeric_columns(schema: pa.Schema) -> list[str]:
 
 
 def _index_columns(schema: pa.Schema) -> tuple[str, ...]:
-    """Return the columns of whole numbers in which pandas or polars stored the number of each row."""
+    """Return the columns of numbers that are pandas' index, or in which polars stored the number of each row."""
     try:
         marked = {name for name in (schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)}
     except (ValueError, AttributeError, TypeError):
@@ -158,24 +125,14 @@ def _index_columns(schema: pa.Schema) -> tuple[str, ...]:
     return tuple(
         field.name
         for field in schema
-        if pa.types.is_integer(field.type) and (field.name in marked or _INDEX_NAMES.fullmatch(field.name))
-    )
-
-
-def _nameless_first_column(file: Path, schema: pa.Schema) -> tuple[str, ...]:
-    """Return the first column of a CSV file if it alone has no name, as pandas and R write numbers of rows."""
-    with file.open("rb") as opened:
-        begins = opened.readline(3).removeprefix(b"\xef\xbb\xbf").startswith((b",", b";", b"\t", b'""'))
-    return tuple(
-        field.name
-        for field in list(schema)[:1]
-        if begins and _NO_NAME.fullmatch(field.name) and pa.types.is_integer(field.type)
+        if (field.name in marked and field.name in _numeric_columns(schema))
+        or (pa.types.is_integer(field.type) and INDEX_NAMES.fullmatch(field.name))
     )
 
 
 def _label_columns(schema: pa.Schema) -> list[str]:
     """Return the first column of texts, if there is one."""
-    kinds = (pa.types.is_string, pa.types.is_large_string)
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     plain = {f.name: f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in schema}
     return [name for name, kind in plain.items() if any(is_kind(kind) for is_kind in kinds)][:1]
 
@@ -236,7 +193,11 @@ def _labels(batch: pa.RecordBatch, label: list[str], n_rows: int) -> list[str] |
     found = column.flatten().to_pylist() if token_numbers else column.to_pylist()
     if len(found) != n_rows:
         raise ValueError(f"{label[0]} has {len(found)} entries for {n_rows} rows")
-    return [f"token {number}" for number in found] if token_numbers else [str(text) for text in found]
+    return (
+        [f"token {number}" for number in found]
+        if token_numbers
+        else ["" if text is None else str(text) for text in found]
+    )
 
 
 def _without_first_rows(blocks: Iterator[RowBlock], n_rows: int) -> Iterator[RowBlock]:

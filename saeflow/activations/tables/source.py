@@ -8,7 +8,8 @@ import numpy as np
 import xxhash
 
 from saeflow.activations.tables.arrays import npy_rows, npz_rows, safetensors_rows, zarr_rows
-from saeflow.activations.tables.columns import arrow_files, arrow_rows, csv_rows, parquet_rows
+from saeflow.activations.tables.columns import arrow_files, arrow_rows, parquet_rows
+from saeflow.activations.tables.csv_tables import csv_rows
 from saeflow.activations.tables.stream import BLOCK_BYTES, InMemoryTable, TableReader, TableRows, not_a_table
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
