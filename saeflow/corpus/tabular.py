@@ -22,6 +22,7 @@ from duckdb import ColumnExpression, DuckDBPyConnection, DuckDBPyRelation, Expre
 from saeflow.corpus import remote
 from saeflow.corpus.document import Corpus, Document, in_share
 from saeflow.corpus.files import is_packed, open_unpacked, require_format, shown
+from saeflow.corpus.parquet_types import require_like_columns
 from saeflow.corpus.sorting import (
     BATCH_DOCUMENTS,
     CONTENT,
@@ -34,7 +35,7 @@ from saeflow.corpus.sorting import (
     document_key,
     file_name,
 )
-from saeflow.corpus.text_tables import RESERVED, TextTables, no_column, require_unlike_names
+from saeflow.corpus.text_tables import RESERVED, TextTables, folder_columns, no_column, require_unlike_names
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
@@ -43,19 +44,6 @@ from saeflow.runtime.temporary import blaming_temporary_folder
 
 _STORED_AS_TEXT = re.compile(r"\b(U?HUGEINT|BIGNUM|INTERVAL|UNION|TIMESTAMP_NS|BIT|TIME)\b(?! ZONE)")
 """Types that Python or Parquet cannot hold. Metadata of these types is stored as text."""
-
-_KINDS = {
-    "nothing": pa.types.is_null,
-    "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
-    "whole": pa.types.is_integer,
-    "fraction": pa.types.is_floating,
-    "time": lambda kind: pa.types.is_date(kind) or pa.types.is_timestamp(kind),
-    "nested": pa.types.is_nested,
-    "bytes": lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
-}
-"""Types within which Parquet files may differ."""
-_EXACT = 1 << 53
-"""A float64 holds every whole number up to this one."""
 
 
 class _Columns(NamedTuple):
@@ -73,7 +61,7 @@ def from_files(paths: list[str], reader: str, config: CorpusConfig, memory_bytes
             raise UserError(f"The corpus is empty: {', '.join(paths[:3])} gives no documents.")
         names = {local_path: Path(path).name for local_path, path in local.items()}
         if reader == "parquet":
-            return _from_parquet(list(local), names, config, scratch, stack)
+            return _from_parquet(local, names, config, scratch, stack)
         tables = TextTables(local, reader, config)
         rows = SortedRows(scratch, names, config.share, stack)
         rows.take(tables.batches())
@@ -83,14 +71,18 @@ def from_files(paths: list[str], reader: str, config: CorpusConfig, memory_bytes
 
 
 def _from_parquet(
-    paths: list[str], names: dict[str, str], config: CorpusConfig, scratch: Scratch, stack: ExitStack
+    paths: dict[str, str], names: dict[str, str], config: CorpusConfig, scratch: Scratch, stack: ExitStack
 ) -> Corpus:
     content = config.token_ids or config.text
     schemas = {path: _columns_of(path, names[path], content) for path in paths}
-    _require_like_columns(schemas, {content, config.key or "key", "source"})
+    require_like_columns(schemas, {content, config.key or "key", "source"})
     connection = stack.enter_context(_reading(scratch))
     with _query_failures("corpus.files cannot be read as parquet"):
         relation = connection.from_parquet([glob.escape(path) for path in paths], filename=True, union_by_name=True)
+        folders = folder_columns(paths, {*map(str.casefold, relation.columns)}, {config.key or "key", "source"})
+        if folders:
+            named = pa.table({"filename": list(paths), **folders})
+            relation = relation.join(connection.from_arrow(named), "filename", how="left")
     return _stream(relation, config, names, False, scratch, stack)
 
 
@@ -105,46 +97,6 @@ def _columns_of(path: str, name: str, column: str) -> pa.Schema:
     if column not in found.names:
         raise no_column(f"{name} has", column, found.names)
     return found.remove_metadata()
-
-
-def _require_like_columns(schemas: dict[str, pa.Schema], as_text: set[str | None]) -> None:
-    """Raises UserError if files have a column in types that only fit together once values are changed, e.g. rounded.
-
-    Whole numbers beside fractions fit if a float64 holds each of them, and if the column is not read as text.
-    """
-    met: dict[str, dict[str, str]] = {}
-    for path, schema in schemas.items():
-        for field in schema:
-            met.setdefault(field.name, {}).setdefault(_kind_of(field.type), path)
-    for name, paths in met.items():
-        unlike = paths.keys() - {"nothing"}
-        if len(unlike) < 2 or "text" in unlike:
-            continue
-        numbers = [path for path in schemas if name in schemas[path].names]
-        if unlike == {"whole", "fraction"} and name not in as_text and all(_is_exact(path, name) for path in numbers):
-            continue
-        one, other = sorted(paths[kind] for kind in sorted(unlike)[:2])
-        kinds = [schemas[path].field(name).type for path in (one, other)]
-        raise UserError(
-            f"corpus.files: column {name!r} is {kinds[0]} in {shown(one)}, and {kinds[1]} in {shown(other)}; joined, "
-            "its values would change.\nWrite it with one type, or cast it with corpus.sql."
-        )
-
-
-def _kind_of(kind: pa.DataType) -> str:
-    if pa.types.is_dictionary(kind):
-        return _kind_of(kind.value_type)
-    return next((name for name, fits in _KINDS.items() if fits(kind)), str(kind))
-
-
-def _is_exact(path: str, column: str) -> bool:
-    """True if the statistics of a Parquet file say that a float64 holds every whole number of a column."""
-    about = pq.read_metadata(path)
-    place = about.schema.names.index(column)
-    chunks = [about.row_group(group).column(place).statistics for group in range(about.num_row_groups)]
-    return all(
-        each is not None and (not each.has_min_max or max(abs(each.min), abs(each.max)) <= _EXACT) for each in chunks
-    )
 
 
 def from_query(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
@@ -250,18 +202,25 @@ def _choose_columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files:
     if key is not None and key not in kinds:
         raise UserError(f"corpus.key is {key!r}, but the corpus has only: {', '.join(kinds)}.")
     _require_type(content, kinds[content], config)
+    if key is not None and _is_nested(kinds[key]):
+        raise UserError(
+            f"The key of the corpus is {key!r}, a column of type {kinds[key]}, but it must be single values."
+        )
     return _Columns(content, key, [name for name in kinds if name not in {config.text, content, key} | RESERVED])
 
 
+def _is_nested(kind: str) -> bool:
+    return kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
+
+
 def _require_type(name: str, kind: str, config: CorpusConfig) -> None:
-    nested = kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
     if config.token_ids:
         if not re.fullmatch(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?\[\d*\]", kind):
             raise UserError(
                 f"corpus.token_ids is {name!r}, a column of type {kind}, but it must be a list of integers: the "
                 "vocabulary ids of each document."
             )
-    elif nested:
+    elif _is_nested(kind):
         raise UserError(
             f"corpus.text is {name!r}, a column of type {kind}, but it must be text.\n"
             'Extract the text with corpus.sql, or name a column of ids with token_ids = "...".'
@@ -273,7 +232,9 @@ def _select(relation: DuckDBPyRelation, columns: _Columns, names: dict[str, str]
     chosen = [_content_expression(columns.content, kinds).alias(CONTENT)]
     if columns.key is not None:
         key = ColumnExpression(columns.key)
-        chosen.append((FunctionExpression("decode", key) if kinds[columns.key] == "BLOB" else key).alias(KEY))
+        is_bytes = kinds[columns.key] == "BLOB"
+        as_stored = _metadata_expression(columns.key, kinds[columns.key])
+        chosen.append((FunctionExpression("decode", key) if is_bytes else as_stored).alias(KEY))
     if names:
         chosen.append(ColumnExpression("filename").alias(FILE))
     if "source" in kinds:

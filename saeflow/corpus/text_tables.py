@@ -163,6 +163,19 @@ def _hive_columns(path: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in Path(path).parent.parts if _COLUMN_FOLDER.fullmatch(part))
 
 
+def folder_columns(paths: dict[str, str], present: set[str], as_text: set[str]) -> dict[str, pa.Array]:
+    """Return the columns that the names of folders give and the files lack, a value for each file."""
+    found = [_hive_columns(name) for name in paths.values()]
+    columns: dict[str, pa.Array] = {}
+    for name in dict.fromkeys(name for each in found for name in each if name.casefold() not in present):
+        about = ColumnType(is_csv=True)
+        for each in found:
+            about.see(each.get(name))
+        kind = pa.string() if name in as_text else about.type
+        columns[name] = pa.array([read_as(kind, each.get(name)) for each in found], kind)
+    return columns
+
+
 def _as_written(value: Any) -> str | None:
     """Return a single value of a row as the file has it."""
     if value is None or isinstance(value, str):

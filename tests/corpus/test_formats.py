@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -279,3 +280,81 @@ def test_a_column_named_as_those_of_our_own_is_refused(tmp_path: Path, kind: For
         path.write_bytes(kind.pack(kind.write([{"key": "a", "text": "one", name: "two"}])))
         with pytest.raises(UserError, match=rf"has a column called '{name}'.*Rename it"):
             read(path)
+
+
+def test_names_of_folders_give_columns_in_every_format(tmp_path: Path) -> None:
+    for kind in (FORMATS[0], FORMATS[6], FORMATS[10], FORMATS[11]):
+        for folder in ("lang=en/year=2024", "lang=007", "plain"):
+            path = tmp_path / f"of{kind.ending}" / folder / f"a{kind.ending}"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(kind.pack(kind.write([{"key": folder, "text": "words"}])))
+        found = open_corpus(CorpusConfig(files=[f"{tmp_path}/of{kind.ending}/**/*"])).documents
+        assert {each.key: (each.metadata.get("lang"), str(each.metadata.get("year"))) for each in found} == {
+            "lang=en/year=2024": ("en", "2024"),
+            "lang=007": ("007", "None"),
+            "plain": (None, "None"),
+        }
+
+
+@pytest.mark.parametrize("kind", [FORMATS[0], FORMATS[6], FORMATS[10]], ids=["csv", "jsonl", "parquet"])
+def test_a_column_of_a_file_goes_before_a_folder_of_its_name(tmp_path: Path, kind: Format) -> None:
+    path = tmp_path / "text=no" / "source=007" / f"a{kind.ending}"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(kind.write([{"key": "a", "text": "yes"}]))
+    (document,) = open_corpus(CorpusConfig(files=[str(path)])).documents
+    assert (document.text, document.source, document.metadata) == ("yes", "007", {})
+
+
+DAY = datetime.date(2024, 9, 17)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("key", pa.array([DAY]), pa.array([datetime.datetime(2024, 9, 17, 1)])),
+        ("text", pa.array([0.1], pa.float32()), pa.array([0.1])),
+        ("n", pa.array([[(1 << 53) + 1]]), pa.array([[0.5]])),
+        ("n", pa.array([{"a": (1 << 53) + 1}]), pa.array([{"a": 0.5}])),
+        ("n", pa.array([[{"a": (1 << 53) + 1}]]), pa.array([[{"a": 0.5}]])),
+    ],
+)
+def test_parquet_files_whose_texts_or_nested_values_would_change_are_refused_by_name(
+    tmp_path: Path, name: str, one: pa.Array, other: pa.Array
+) -> None:
+    for stem, values in {"a": one, "b": other}.items():
+        columns = {"text": pa.array(["words"]), "key": pa.array([stem]), "s": pa.array([{"n": 1, "a": 1}])}
+        pq.write_table(pa.table(columns | {name: values}), tmp_path / f"{stem}.parquet")
+    with pytest.raises(UserError, match=rf"column '{name}(\.a)?' is .* in .*a\.parquet.*b\.parquet"):
+        read(tmp_path)
+
+
+def test_nested_whole_numbers_beside_fractions_are_joined_where_a_float_holds_them(tmp_path: Path) -> None:
+    for stem, value in {"a": 3, "b": 0.5}.items():
+        table = pa.table({"text": [stem], "key": [stem], "s": [{"n": 1 << 60}], "n": [[value]]})
+        pq.write_table(table, tmp_path / f"{stem}.parquet")
+    found = open_corpus(CorpusConfig(files=[str(tmp_path)])).documents
+    assert [each.metadata["n"] for each in found] == [[3.0], [0.5]]
+
+
+@pytest.mark.parametrize(
+    ("key", "stored"),
+    [
+        ("timestamp_ns '2024-01-01 00:00:00.123456789'", "2024-01-01 00:00:00.123456789"),
+        ("interval 3 months", "3 months"),
+        ("'101'::bit", "101"),
+        ("3::bignum", "3"),
+        ("timetz '12:00:01+01'", "12:00:01+01"),
+        ("170141183460469231731687303715884105727::hugeint", "170141183460469231731687303715884105727"),
+        ("1.50::decimal(5, 2)", "1.50"),
+        ("chr(0)", "\0"),
+    ],
+)
+def test_a_key_of_any_type_is_its_text(key: str, stored: str) -> None:
+    (document,) = open_corpus(CorpusConfig(sql=f"select 'words' as text, {key} as key")).documents
+    assert document.key == stored
+
+
+@pytest.mark.parametrize("key", ["['a']", "{'a': 1}", "map {'a': 1}"])
+def test_a_key_of_several_values_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match=r"The key of the corpus is 'key', a column of type .* must be single values"):
+        open_corpus(CorpusConfig(sql=f"select 'words' as text, {key} as key"))
