@@ -31,11 +31,16 @@ from saeflow.runtime.text import harmless_lines
 
 
 class _MessageAlone(logging.Filter):
-    """Logs only the message of an error that the user has to mend: a traceback would hide what to do."""
+    """Logs only the message of an error that the user has to mend: a traceback would hide what to do.
+
+    No text of a traceback acts on a terminal.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and isinstance(error := record.exc_info[1], UserError):
             record.msg, record.args, record.exc_info = harmless_lines(str(error)), (), None
+        elif record.exc_info and not isinstance(record.exc_info, bool):
+            record.exc_text = harmless_lines(logging.Formatter().formatException(record.exc_info))
         return True
 
 

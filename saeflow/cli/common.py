@@ -198,7 +198,11 @@ def run_command_line(commands: typer.Typer, name: str) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with printing_logs(err):
-        code = exit_code_of(commands, name, arguments, debug)
+        try:
+            code = exit_code_of(commands, name, arguments, debug)
+        except Exception as error:  # with --debug
+            print_note("".join(traceback.format_exception(error)).rstrip())
+            code = 1
     sys.exit(code)
 
 

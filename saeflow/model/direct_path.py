@@ -120,7 +120,8 @@ class _RecordedPass:
 
     def at(self, model: nn.Module, site: str) -> _PassTensor | None:
         name, _, side = site.partition(":")
-        return (self.taken if side == "input" else self.given).get(model.get_submodule(name))
+        module = dict(model.named_modules()).get(name)  # None: a record may name what the model has not
+        return (self.taken if side == "input" else self.given).get(module) if module is not None else None
 
     def giver(self, end: _PassTensor) -> tuple[_PassTensor, LinearMap] | None:
         """Return what the linear module or norm that gave this tensor took, and how it acts on directions."""

@@ -94,6 +94,10 @@ def test_a_strangers_list_of_forgotten_documents_is_damage(name, try_store, saef
     assert (said.code, "forgotten.json is missing or damaged" in said.err) == (2, True)
 
 
+def test_a_site_that_the_model_has_not_is_no_fault_of_saeflow(try_store):
+    try_store("fact: stored", WRITING["encode"])
+
+
 def test_a_link_that_stays_in_the_store_is_not_followed_either(finished, tmp_path):
     shutil.copytree(finished.store.root, tmp_path / "store")
     (tmp_path / "store" / "labels").symlink_to(tmp_path / "store" / "tmp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import logging
 import os
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.terminal import Terminal, printing_logs
 from tests.conftest import Finished
 from tests.support.command import SAEFLOW, Command
@@ -128,6 +130,27 @@ def hostile_corpus(path: Path) -> None:
         for n, row in enumerate(documents())
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    "command", [["sql", f"select '{HOSTILE}' from nowhere"], ["label", "--import", HOSTILE]], ids=["sql", "label"]
+)
+def test_a_traceback_is_harmless(command: list[str], saeflow: Command, finished: Finished) -> None:
+    said = saeflow(*command, "--store", finished.store.root, "--debug")
+    assert said.code == 1
+    assert "Traceback" in said.err
+    assert not ACTS.search(said.out + said.err)
+
+
+@pytest.mark.parametrize("logger", ["prefect.flow_runs", "prefect.task_runs"])
+@pytest.mark.parametrize(
+    "error", [OSError(HOSTILE), KeyError(HOSTILE), UserError(HOSTILE)], ids=lambda e: type(e).__name__
+)
+def test_a_traceback_in_prefects_log_is_harmless(logger: str, error: Exception) -> None:
+    importlib.import_module("flows.support.reporting")
+    record = logging.LogRecord(logger, logging.ERROR, "", 0, "failed: %r", (error,), (type(error), error, None))
+    assert logging.getLogger(logger).filter(record)
+    assert not ACTS.search(logging.Formatter().format(record))
 
 
 @pytest.fixture(scope="module")
