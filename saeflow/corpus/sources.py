@@ -70,7 +70,7 @@ def _chosen_documents(documents: Iterator[Document], config: CorpusConfig) -> It
 
 
 def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
-    paths = [path for pattern in config.files for path in matching_files(pattern)]
+    paths = list({_place(path): path for pattern in config.files for path in matching_files(pattern)}.values())
     readers = {format_of(path) for path in paths}
     if len(readers) > 1:
         raise UserError(f"corpus.files mixes formats ({', '.join(sorted(readers))}). Name files of one format only.")
@@ -89,14 +89,19 @@ def _text_documents(config: CorpusConfig) -> Iterator[Document]:
         yield Document(key, text, key.split("/")[0] if "/" in key else "files")
 
 
+def _place(path: str) -> str:
+    """Return one name for a file, however a pattern leads to it."""
+    return path if remote.is_remote(path) else os.path.abspath(path)
+
+
 def _files_by_key(patterns: list[str], matching: Callable[[str], Iterable[str]] = matching_files) -> dict[str, str]:
     """Return the files by key. If two patterns give the same key, the later file's key begins with its folder."""
     named: dict[str, str] = {}
     seen: set[str] = set()
     for pattern in patterns:
         base = folder_before_globs(pattern)
-        for path in (path for path in matching(pattern) if path not in seen):
-            seen.add(path)
+        for path in (path for path in matching(pattern) if _place(path) not in seen):
+            seen.add(_place(path))
             key = path.removeprefix(base).lstrip("/")
             choices = (key, f"{os.path.basename(_COMMIT.sub('', base))}/{key}", _COMMIT.sub("", path))
             named[next(choice for choice in map(shown, choices) if choice not in named)] = path

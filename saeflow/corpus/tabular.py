@@ -193,8 +193,6 @@ def _choose_columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files:
     if has_files:
         kinds.pop("filename")
     require_unlike_names(relation.columns)
-    if "*" in kinds:
-        raise UserError("A column of the corpus is called *, which stands for all columns. Rename it.")
     content = config.token_ids or config.text
     if content not in kinds:
         raise no_column("The corpus has", content, list(kinds))

@@ -34,7 +34,7 @@ _SEPARATORS = ",;\t|"
 _READ_CHARACTERS = 1 << 20
 _CUT_CHARACTERS = 12
 """A JSON value that breaks off makes its decoder fail within this many characters of the end, or in a string."""
-_WAY_OUT = "corpus.sql can read it, e.g. sql = \"select * from read_csv('{name}', escape = '\\\\')\"."
+_WAY_OUT = "corpus.sql can read it, e.g. sql = \"select * from read_csv('{name}', all_varchar = true, {dialect})\"."
 
 
 class Row(NamedTuple):
@@ -213,9 +213,11 @@ def no_column(which: str, column: str, found: Iterable[str]) -> UserError:
 
 
 def require_unlike_names(names: Sequence[str], which: str = "The corpus") -> None:
-    """Raises UserError if two columns have one name, in capitals or not, as DuckDB reads names, or one of our own."""
+    """Raises UserError if two columns have one name, in capitals or not, as DuckDB reads names, or one is * or ours."""
     if own := [name for name in names if name.casefold().startswith("_saeflow_")]:
         raise UserError(f"{which} has a column called {own[0]!r}, as saeflow names its own. Rename it.")
+    if "*" in names:
+        raise UserError(f"{which} has a column called *, which stands for all columns. Rename it.")
     twice = [name for name, n in Counter(map(str.casefold, names)).items() if n > 1]
     if twice:
         raise UserError(
@@ -256,13 +258,18 @@ def _bad_csv(name: str, line: int) -> Iterator[None]:
     try:
         yield
     except csv.Error as error:
-        way_out = _WAY_OUT.format(name=Path(name).name)
+        dialect = r"delim = '\t', quote = ''" if _is_tsv(name) else r"escape = '\\'"
+        way_out = _WAY_OUT.format(name=Path(name).name, dialect=dialect)
         raise UserError(f"corpus.files: {name}, line {line}, cannot be read as CSV: {error}.\n{way_out}") from error
+
+
+def _is_tsv(name: str) -> bool:
+    return ".tsv" in map(str.lower, Path(name).suffixes[-2:])
 
 
 def _separator(first: str, name: str, column: str) -> str:
     """Return the sign that parts the cells: the first that makes a column of that name, or the one of most columns."""
-    if ".tsv" in map(str.lower, Path(name).suffixes[-2:]):
+    if _is_tsv(name):
         return "\t"
     headers = {each: next(csv.reader([first], delimiter=each), []) for each in _SEPARATORS}
     fits = (each for each, header in headers.items() if column in header)

@@ -320,3 +320,11 @@ def test_what_other_programs_leave_is_passed_over_behind_a_url(pattern: str) -> 
         assert len(read("memory:///.corpus/.hidden.txt")) == 1
     finally:
         store.rm("/.corpus", recursive=True)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_a_file_that_patterns_name_in_two_ways_is_read_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / name).write_text({"a.csv": "text\nb\n", "a.jsonl": '{"text": "b"}'}.get(name, "b"))
+    ways = ("texts", "texts/*", f"texts/../texts/{name}", f"./texts//{name}")
+    assert len(read(*(f"{tmp_path}/{way}" for way in ways))) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,21 @@ def test_a_value_that_no_column_holds_is_refused_by_line(
 ) -> None:
     with pytest.raises(UserError, match=rf"a\.jsonl, {says}"):
         read(tmp_path / "a.jsonl", content, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [("a.tsv", 'key\ttext\n01\t"1.50" he said\n', '"1.50" he said'), ("a.csv", 'key,text\n01,"1 \\"x\\""\n', '1 "x"')],
+)
+def test_the_way_out_of_another_dialect_reads_the_file(tmp_path: Path, name: str, content: str, text: str) -> None:
+    with pytest.raises(UserError, match=r"corpus\.sql can read it, e\.g\. sql = ") as caught:
+        read(tmp_path / name, content)
+    sql = tomllib.loads(str(caught.value).partition("e.g. ")[2].removesuffix("."))["sql"]
+    (document,) = open_corpus(CorpusConfig(sql=sql, folder=str(tmp_path))).documents
+    assert (document.key, document.text) == ("01", text)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", "text,*\na,1\n"), ("a.jsonl", '{"text": "a", "*": 1}')])
+def test_a_column_called_by_a_star_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    with pytest.raises(UserError, match=r"has a column called \*.*Rename it"):
+        read(tmp_path / name, content)
