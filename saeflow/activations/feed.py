@@ -66,7 +66,8 @@ class Feed:
         self._kept: tuple[tuple[Block, ...], list[Tensor], np.ndarray] | None = None
         if not self.n_rows:
             raise UserError(
-                f"{selection.source.id} has no training tokens. Read more documents, or lower corpus.held_out."
+                f"{selection.source.id} has no training tokens. Read more documents, lower corpus.held_out, or skip "
+                "fewer tokens (activations.skip_positions, activations.skip_special)."
             )
 
     @property

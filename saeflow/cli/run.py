@@ -65,7 +65,7 @@ def init_command(
     other = model if model != DEFAULT_MODEL and not sites else None
     path.write_text(template(name, sanitise(path.name), start, other), "utf-8", "replace")
     sites = f"Choose activations.sites (saeflow sites {shlex.quote(other)}), set" if other else "Set"
-    print_line(f"Wrote {path}. {sites} the lines without #, then: saeflow run {path}")
+    print_line(f"Wrote {path}. {sites} the lines without #, then: saeflow run {shlex.quote(str(path))}")
 
 
 def _from_here(value: str, recipe: Path) -> str:

@@ -170,7 +170,7 @@ def _why_not(path: str, local: bool, error: Exception) -> str:
 
     said = f"model.path is {path!r}"
     reason = f"no entry {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
-    if reason.endswith(":"):
+    if reason.rstrip().endswith(":"):
         reason = " ".join(str(error).split())[:300]
     causes = [error, error.__cause__, error.__context__]
     if any(isinstance(cause, GatedRepoError) for cause in causes):

@@ -74,7 +74,10 @@ class Parameter:
         try:
             one = self.type.removesuffix("[]")
             if one == self.type:
-                return _parse_scalar(one, value)
+                found = _parse_scalar(one, value)
+                if self.name == "n" and isinstance(found, int) and found < 0:
+                    raise UserError(f"n is {found}, but it counts rows: it must be 0 or more.")
+                return found
             return [_parse_scalar(one, item) for item in self._list_items(value)]
         except (ValueError, RecursionError):
             kind = _IN_WORDS[self.type]

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from saeflow.recipe.cluster import ClusterConfig, by_address
 from saeflow.recipe.schedule import ScheduleConfig
@@ -31,10 +31,11 @@ from saeflow.runtime.text import brief, decoded
 class Recipe(Section):
     """One pipeline, from corpus to answers."""
 
-    name: str = Field(pattern=RECIPE_NAME, description="Name of the artefacts and of the run.")
+    name: str = Field(max_length=200, pattern=RECIPE_NAME, description="Name of the artefacts and of the run.")
     data: str | None = Field(
         None,
         examples=["other_recipe"],
+        max_length=200,
         pattern=RECIPE_NAME,
         description="Recipe whose stored tokens and activations this one uses. Default: its own.",
     )
@@ -43,8 +44,8 @@ class Recipe(Section):
         examples=["data/store"],
         description="Folder of the store. `--store` and SAEFLOW_STORE take precedence.",
     )
-    threads: NonNegativeInt = Field(
-        0, description="Processor threads. 0: all. Set a number if results must be equal byte for byte."
+    threads: int = Field(
+        0, ge=0, le=1024, description="Processor threads. 0: all. Set a number if results must be equal byte for byte."
     )
     overlap: Overlap = Field(
         "refuse",

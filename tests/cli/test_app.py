@@ -150,6 +150,10 @@ def test_the_sites_of_a_model_that_is_named_are_left_open_with_the_way_to_list_t
         assert load_recipe(tmp_path / f"{len(options)}.toml").activations.sites == ["transformer.h.6.mlp.act"]
 
 
+def test_the_next_command_that_init_prints_can_be_typed(saeflow: Command) -> None:
+    assert "then: saeflow run 'my recipe.toml'" in saeflow("init", "my recipe.toml").out
+
+
 def test_init_overwrites_nothing(saeflow: Command, tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text("mine")
     said = saeflow("init", "my.toml")

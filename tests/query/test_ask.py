@@ -261,7 +261,9 @@ def test_an_answer_may_be_cut_short(connection):
         ("tokens_where", [1, "nan"], "must be a number"),
         ("tokens_where", [1, 2, 3], "takes 2 arguments, not 3"),
         ("tokens_where", {"featur": 1}, "no parameter 'featur'"),
-        ("top_tokens", [1, -1], "top_tokens failed"),
+        ("top_tokens", [1, -1], "n is -1, but it counts rows: it must be 0 or more"),
+        ("near_misses", [1, "-3"], "n is -3, but it counts rows"),
+        ("features_on", {"text": "the", "n": -1}, "n is -1, but it counts rows"),
     ],
 )
 def test_a_question_asked_wrongly_says_how_to_ask_it(connection, question, arguments, message):

@@ -102,6 +102,8 @@ def test_a_recipe_cannot_be_changed_after_reading(nowhere):
         ({"feed": {"pool_bytes": "lots"}}, ["feed.pool_bytes is 'lots'", "byte"]),
         ({"tokens": {"packing": "tight"}}, ["tokens.packing is 'tight'", "concatenated", "isolated"]),
         ({"name": "My Run"}, ["name is 'My Run'", "pattern", "[a-z0-9]"]),
+        ({"name": "n" * 300}, ["name is 'nnn", "at most 200 characters"]),
+        ({"threads": 100_000}, ["threads is 100000", "less than or equal to 1024"]),
         ({"model": None}, ["0 sources", "exactly one", "[model]", "activations.source", "[activations.synthetic]"]),
         ({"activations": {"source": "t.csv"}}, ["2 sources", "exactly one"]),
         ({"corpus": None}, ["[corpus]", "missing", "files ="]),
