@@ -31,7 +31,7 @@ def keep_inside(root: Path) -> None:
 
 
 def unlinked(path: _Path) -> _Path:
-    """Return a path. Raises Linked if it, or a folder between a store and it, is a link."""
+    """Return a path. Raises Linked if it, or a folder between a store and it, is a link, a pipe or a device."""
     _require_no_links(os.fspath(path))
     return path
 
@@ -67,7 +67,7 @@ def open_unlinked(path: Path) -> IO[bytes]:
         raise (_linked(str(path)) if os.path.islink(path) and not isinstance(error, Linked) else error) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise Linked(f"{path} is no file. saeflow did not write it: remove it, or do not use this store.")
+        raise _no_file(str(path))
     return os.fdopen(handle, "rb")
 
 
@@ -142,13 +142,20 @@ def _require_no_links(path: str) -> None:
     step, names = _below_root(path)
     for name in names:
         step = f"{step}/{name}"
-        _require_no_link(step)
+        _require_file_or_folder(step)
 
 
-def _require_no_link(path: str) -> None:
+def _require_file_or_folder(path: str) -> None:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        if path.endswith("/..") or stat.S_ISLNK(os.lstat(path).st_mode):
+        mode = os.lstat(path).st_mode
+        if path.endswith("/..") or stat.S_ISLNK(mode):
             raise _linked(path)
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise _no_file(path)
+
+
+def _no_file(path: str) -> Linked:
+    return Linked(f"{path} is no file. saeflow did not write it: remove it, or do not use this store.")
 
 
 def _linked(path: str) -> Linked:

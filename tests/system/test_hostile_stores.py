@@ -94,6 +94,18 @@ def test_a_strangers_list_of_forgotten_documents_is_damage(name, try_store, saef
     assert (said.code, "forgotten.json is missing or damaged" in said.err) == (2, True)
 
 
+@pytest.mark.parametrize("kind", ["shard", "zarr.json", "table", "vocabulary"])
+def test_nobody_waits_for_a_pipe_in_a_strangers_store(kind, finished, ingredients, tmp_path, saeflow):
+    shutil.copytree(finished.store.root, tmp_path / "store")
+    HOSTILE[next(name for name in HOSTILE if name.startswith("pipe: ") and name.endswith(kind))](
+        tmp_path / "store", tmp_path
+    )
+    recipe = write_recipe(tmp_path / "r.toml", recipe_data(ingredients, sae={"k": 2}, train={"n_tokens": 1000}))
+    said = saeflow("train", recipe, "--store", tmp_path / "store")
+    assert said.code in (0, 2), said.err
+    assert "not your fault" not in said.err
+
+
 def test_a_site_that_the_model_has_not_is_no_fault_of_saeflow(try_store):
     try_store("fact: stored", WRITING["encode"])
 
