@@ -21,6 +21,7 @@ from saeflow.query.catalog import DUCKDB_SETTINGS, MANY_FILES, STAGING, definiti
 from saeflow.query.relations import identifier, literal, unglobbed
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
 from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.memory import total_memory
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.sql_errors import QUERY_ERRORS, REPAIR, is_of_system, message
 from saeflow.runtime.text import brief, sanitise
@@ -130,15 +131,14 @@ def open_duckdb(store: Store, memory_limit: str | None = None, threads: int | No
 
 
 def _duckdb_config(memory_limit: str | None, threads: int | None) -> dict[str, Any]:
-    """The spill folder is private, because DuckDB lets every query write into its own."""
+    """Half of the machine's memory by default. The spill folder is private: DuckDB lets every query write into it."""
     config: dict[str, Any] = {
         "temp_directory": os.path.join(tempfile.gettempdir(), f"saeflow-{uuid.uuid4().hex}"),
         "python_enable_replacements": False,
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
+        "memory_limit": memory_limit or f"{total_memory() // 2}B",
     }
-    if memory_limit is not None:
-        config["memory_limit"] = memory_limit
     if threads is not None:
         config["threads"] = threads
     return config

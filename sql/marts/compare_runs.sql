@@ -4,15 +4,13 @@
 -- Reads:   stg_feature_stats, stg_token_major and stg_tokens_encoded of all runs side by side, stg_runs, jaccard_index
 -- Units:   a and b are schema names from the view runs; both runs must be of the same tokens. match_id is the feature
 --          of b with the largest Jaccard index (the lower number among equals): jaccard = n_both / (n_a + n_b -
---          n_both), counted over the tokens that both runs encoded. Features that fire on fewer than min_tokens of them
---          are not matched (null), because a few tokens agree by chance. n_both is exact for a feature of a that fires
---          on at most most_tokens tokens, and a share of most_tokens evenly spread ones for others (standard error at
---          most 0.002 n_a by default). Up to three features of b are counted so: those that are nearest on 1,024 evenly
---          spread tokens of the feature, within 0.1 (three standard errors) of the best. Rates are exact shares of each
---          run's tokens.
--- Parameters: a text, b text, min_tokens bigint = 10, most_tokens bigint = 65536
+--          n_both), counted exactly over the tokens that both runs encoded. Features that fire on fewer than min_tokens
+--          of them are not matched (null), because a few tokens agree by chance. Up to eight features of b are counted:
+--          those that are nearest on 1,024 evenly spread tokens of the feature, within 0.1 (three standard errors) of
+--          the best. Rates are exact shares of each run's tokens.
+-- Parameters: a text, b text, min_tokens bigint = 10
 -- Ask it:  which features did the larger SAE keep?  from compare_runs('small', 'large')
-create or replace macro compare_runs(a, b, min_tokens := 10, most_tokens := 65536) as table
+create or replace macro compare_runs(a, b, min_tokens := 10) as table
 with sizes as materialized (
     select schema_name, n_tokens, tokens_artefact
     from stg_runs
@@ -32,15 +30,17 @@ fired_a as not materialized (
     select token_id, feature_id from every_run.stg_token_major
     where run = a and token_id in (select token_id from every_run.stg_tokens_encoded where run = b)
 ),
-fired_b as not materialized (
-    select token_id, feature_id from every_run.stg_token_major
-    where run = b and token_id in (select token_id from every_run.stg_tokens_encoded where run = a)
-),
 counts_a as materialized (
     from (select feature_id, count(*) as n_a from fired_a group by feature_id) where n_a >= min_tokens
 ),
 counts_b as materialized (
-    from (select feature_id as match_id, count(*) as n_b from fired_b group by feature_id) where n_b >= min_tokens
+    from (
+        select feature_id as match_id, count(*) as n_b
+        from every_run.stg_token_major
+        where run = b and token_id in (select token_id from every_run.stg_tokens_encoded where run = a)
+        group by feature_id
+    )
+    where n_b >= min_tokens
 ),
 -- Multiples of a large odd number modulo a power of two are spread evenly (Weyl 1916).
 sample as materialized (
@@ -50,44 +50,53 @@ sample as materialized (
     where ((token_id & 2147483647) * 1640531527 & 2147483647) < 1024 * 2147483648.0 / n_a
 ),
 near as (
-    select
-        feature_id,
-        match_id,
-        any_value(n_a)                                        as n_a,
-        any_value(n_b)                                        as n_b,
-        least(any_value(n_a) * count(*) / any_value(n_sample), n_b) as n_both
+    select feature_id, match_id, n_a, n_b, least(n_a * n_hits / n_sample, n_b) as n_both
     from (
-        select sample.feature_id, fired_b.feature_id as match_id, n_a, n_sample
+        select
+            sample.feature_id,
+            of_b.feature_id     as match_id,
+            any_value(n_a)      as n_a,
+            any_value(n_sample) as n_sample,
+            count(*)            as n_hits
         from sample
-        join fired_b using (token_id)
+        join every_run.stg_token_major as of_b using (token_id)
+        where of_b.run = b
+        group by sample.feature_id, match_id
     )
     join counts_b using (match_id)
-    group by feature_id, match_id, n_b
 ),
 candidates as materialized (
     select feature_id, match_id, n_a, n_b
     from (
         select *, jaccard_index(n_both, n_a, n_b) as jaccard from near
-        qualify row_number() over (partition by feature_id order by jaccard desc, match_id) <= 3
+        qualify row_number() over (partition by feature_id order by jaccard desc, match_id) <= 8
     )
     qualify jaccard >= max(jaccard) over (partition by feature_id) - 0.1
+),
+-- A bit for each of 120 tokens that follow one another: a feature that fires in a text fires there often, so there are
+-- an eighth as many blocks as values.
+blocks_a as (
+    select token_id // 120 as block, feature_id, bit_or(1::hugeint << (token_id % 120)::int) as fires
+    from every_run.stg_token_major
+    where run = a
+    group by block, feature_id
+),
+blocks_b as (
+    select token_id // 120 as block, feature_id as match_id, bit_or(1::hugeint << (token_id % 120)::int) as fires
+    from every_run.stg_token_major
+    where run = b
+    group by block, match_id
 ),
 matches as (
     select
         feature_id,
         match_id,
-        any_value(n_a) as n_a,
-        any_value(n_b) as n_b,
-        least(round(any_value(n_a) * count(*) filter (where is_hit) / count(*))::bigint, any_value(n_b)) as n_both
-    from (
-        select feature_id, match_id, n_a, n_b, place in (select (token_id << 24) + feature_id from fired_b) as is_hit
-        from (
-            select (token_id << 24) + match_id as place, feature_id, match_id, n_a, n_b
-            from fired_a
-            join candidates using (feature_id)
-            where ((token_id & 2147483647) * 1640531527 & 2147483647) < most_tokens * 2147483648.0 / n_a
-        )
-    )
+        any_value(n_a)                                          as n_a,
+        any_value(n_b)                                          as n_b,
+        sum(bit_count(blocks_a.fires & blocks_b.fires))::bigint as n_both
+    from blocks_a
+    join candidates using (feature_id)
+    join blocks_b using (block, match_id)
     group by feature_id, match_id
 ),
 best as (
