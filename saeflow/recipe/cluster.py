@@ -23,6 +23,8 @@ OPTIONS = frozenset(
 _PLAIN = re.compile(r"(?!-)(?:[\w.:,/@%+=-]| (?!-))*")
 """Text that ends no line of a job's script, that no shell expands, and that adds no option: `/tmp --preload x`."""
 
+_LOOPBACK = re.compile(r"(?:127\.0\.0\.1|localhost|lo)(?::\d+)?")
+
 
 def _texts(value: Any) -> list[str]:
     """Return all texts in a value, keys too."""
@@ -90,6 +92,19 @@ class ClusterConfig(Section):
                     "and no word that begins with -"
                 )
         return options
+
+    @model_validator(mode="after")
+    def _listens_on_this_machine_alone(self) -> ClusterConfig:
+        """Whoever reaches a scheduler can run code on it."""
+        for name in ("host", "interface", "dashboard_address") if (self.starts or "").startswith("local") else ():
+            value = self.options.get(name)
+            if value is not None and not _LOOPBACK.fullmatch(str(value)):
+                raise ValueError(
+                    f"cluster.options.{name} is {value!r}, but a cluster of kind {self.starts} listens on this machine "
+                    "alone: 127.0.0.1, 127.0.0.1:8787 or lo. For workers on other machines start a scheduler, and set "
+                    "cluster.address."
+                )
+        return self
 
     @model_validator(mode="after")
     def _is_one_cluster(self) -> ClusterConfig:

@@ -200,6 +200,17 @@ def test_options_of_a_cluster_name_no_code(options):
         ClusterConfig(kind="slurm", n_workers=1, options=options)
 
 
+@pytest.mark.parametrize("kind", [None, "local", "local-cuda"])
+@pytest.mark.parametrize(
+    "options", [{"host": "0.0.0.0"}, {"interface": "eth0"}, {"dashboard_address": ":8787"}, {"host": "127.0.0.1.evil"}]
+)
+def test_a_local_cluster_listens_on_this_machine_alone(kind, options):
+    with pytest.raises(ValueError, match="listens on this machine alone"):
+        ClusterConfig(kind=kind, options=options)
+    assert ClusterConfig(kind="local", options={"dashboard_address": "127.0.0.1:8787", "interface": "lo"})
+    assert ClusterConfig(kind="slurm", n_workers=1, options=options)  # workers on other machines have to reach it
+
+
 def test_options_of_a_cluster_say_sizes_times_and_queues():
     options = {"memory": "16GB", "walltime": "04:00:00", "queue": "gpu-long", "resources": {"GPU": 1}, "cores": 4}
     options |= {"resource_spec": "select=1:ncpus=4 mem=16gb", "local_directory": "/tmp/-odd"}
