@@ -28,9 +28,10 @@ from saeflow.query.labels import LabelFile, label_files
 from saeflow.query.relations import condition_of_encoded
 from saeflow.recipe.settings import TOP_FAMILY
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.sql_errors import REPAIR
 from saeflow.runtime.text import HOSTILE, brief, did_you_mean
 from saeflow.store.artefact import Artefact
-from saeflow.store.records import Generation, PartRecord, read_checked
+from saeflow.store.records import Damaged, Generation, PartRecord, read_checked
 from saeflow.store.store import Store
 from saeflow.store.verify import find_damage
 
@@ -132,14 +133,19 @@ def pick_run(store: Store, every: Sequence[Run], name: str | None) -> Run:
 
 
 def run_of_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord]) -> Run:
-    """Return a run made of these parts alone, published or not, and of their tokens."""
+    """Return a run made of these parts alone, published or not, and of their tokens. Raises Damaged."""
     tokens = store.input_of(artefact, "tokens")
     generation = tokens.published()
     known = {index for part in parts for index in covered(part)}
+    token_parts = [part for part in generation.parts if part.index in known]
+    for owner, each in [(artefact, parts), (tokens, token_parts)]:
+        for problem in (found for part in each for found in owner.missing_files(owner.part_path(part), part.files)):
+            raise Damaged(f"{problem}\n{REPAIR}")
+    _refuse_lost_vocabulary(store, artefact, tokens)
     return Run(
         artefact,
         artefact.name,
-        _files_by_table(artefact, parts, tokens, [part for part in generation.parts if part.index in known]),
+        _files_by_table(artefact, parts, tokens, token_parts),
         facts=json.dumps(artefact.record.facts),
         hidden=generation.hidden_ids,
         shape=_shape(artefact, tokens, parts),
@@ -181,6 +187,10 @@ def _refuse_damage(store: Store, artefact: Artefact, tokens: Artefact, files: Ma
     for table in (*ORDERS, "feature_stats", "tokens", "documents"):
         if not files[table]:
             raise UserError(f"{artefact.id} has no {table} files")
+    _refuse_lost_vocabulary(store, artefact, tokens)
+
+
+def _refuse_lost_vocabulary(store: Store, artefact: Artefact, tokens: Artefact) -> None:
     if store.storage.size(f"{tokens.path}/vocab.parquet") is None:  # early records do not name it
         raise UserError(f"{artefact.id} has no vocab.parquet")
 
