@@ -35,7 +35,14 @@ from saeflow.corpus.sorting import (
     document_key,
     file_name,
 )
-from saeflow.corpus.text_tables import RESERVED, TextTables, folder_columns, no_column, require_unlike_names
+from saeflow.corpus.text_tables import (
+    RESERVED,
+    TextTables,
+    folder_columns,
+    no_column,
+    require_unlike_names,
+    say_left_out,
+)
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
@@ -65,6 +72,7 @@ def from_files(paths: list[str], reader: str, config: CorpusConfig, memory_bytes
         tables = TextTables(local, reader, config)
         rows = SortedRows(scratch, names, config.share, stack)
         rows.take(tables.batches())
+        say_left_out(tables.others, config)
         metadata = tables.metadata()
         batches = map(tables.with_metadata, rows.batches())
         return Corpus(_as_documents(batches, names, metadata.names, bool(config.token_ids), stack.pop_all()), metadata)
@@ -204,6 +212,7 @@ def _choose_columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files:
         raise UserError(
             f"The key of the corpus is {key!r}, a column of type {kinds[key]}, but it must be single values."
         )
+    say_left_out(kinds, config)
     return _Columns(content, key, [name for name in kinds if name not in {config.text, content, key} | RESERVED])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import logging
 import re
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ from saeflow.runtime.errors import UserError, first_line
 RESERVED = {"document_id", "key", "source", "content_hash", "held_out", "n_tokens", "first_token_id"}
 """Columns of the store's own. Those of a corpus that are called so are no metadata."""
 _METADATA = "_saeflow_metadata"
+_log = logging.getLogger(__name__)
 _BATCH_BYTES = 64 << 20
 _COLUMN_FOLDER = re.compile(r"\w+=.*")
 _NAMELESS = re.compile(r"column[0-9]+")
@@ -68,6 +70,8 @@ class TextTables:
         self.names, self.reader, self.config = names, reader, config
         self.column = config.token_ids or config.text
         self.types: dict[str, ColumnType] = {}
+        self.others: set[str] = set()
+        """Columns that are no metadata."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the rows with contents as bytes or ids, and metadata as one column of JSON."""
@@ -117,6 +121,7 @@ class TextTables:
         """Return the other cells of a row, and take note of their types."""
         named = {self.config.text, self.column, self.config.key or "key"} | RESERVED
         found = {name: value for name, value in cells.items() if name not in named}
+        self.others |= cells.keys() - found.keys()
         for name, value in found.items():
             found[name] = _exact(value)
             self.types.setdefault(name, ColumnType(self.reader == "csv")).see(found[name])
@@ -210,6 +215,13 @@ def no_column(which: str, column: str, found: Iterable[str]) -> UserError:
         f"{which} no column {column!r}; it has: {', '.join(found)}.\n"
         'Name the column with the text, e.g. text = "content" under [corpus], or token_ids = "input_ids".'
     )
+
+
+def say_left_out(names: Iterable[str], config: CorpusConfig) -> None:
+    """Log the columns that are lost because the store has columns of its own that are called so."""
+    used = {config.token_ids or config.text, config.key or "key", "source"}
+    if left := (RESERVED | {config.text}).intersection(names) - used:
+        _log.warning("corpus: left out: %s. Rename a column to keep it.", ", ".join(sorted(left)))
 
 
 def require_unlike_names(names: Sequence[str], which: str = "The corpus") -> None:

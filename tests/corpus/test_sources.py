@@ -364,6 +364,17 @@ def test_paths_of_a_select_count_from_the_recipes_folder(tmp_path):
     )
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_a_column_that_is_called_as_one_of_the_store_is_said_to_be_left_out(tmp_path, caplog, suffix):
+    columns = "'a text' as text, 'k' as key, 7 as n_tokens, true as held_out, 'x' as author"
+    duckdb.sql(f"copy (select {columns}) to '{tmp_path}/a.{'json' if suffix == 'jsonl' else suffix}'")
+    (document,) = read(files=[f"{tmp_path}/a.*"])
+    assert (document.key, document.metadata) == ("k", {"author": "x"})
+    assert [record.message for record in caplog.records] == [
+        "corpus: left out: held_out, n_tokens. Rename a column to keep it."
+    ]
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "sql", "txt"])
 def test_a_share_that_is_too_small_for_any_document_reads_the_one_nearest_to_it(tmp_path, suffix):
     if suffix == "txt":
