@@ -22,12 +22,12 @@ def fit_pool(config: FeedConfig, sequence_bytes: int) -> tuple[int, int]:
     sequences = max(1, config.block_bytes // sequence_bytes)
     blocks = config.pool_bytes // 2 // (sequences * sequence_bytes)
     if blocks < 1:
-        need = 2 * sequences * sequence_bytes
+        need, most = 2 * sequences * sequence_bytes, config.pool_bytes // 2
+        or_smaller = f", or feed.block_bytes to at most {human_bytes(most)}" if most >= sequence_bytes else ""
         raise UserError(
             f"feed.pool_bytes is {human_bytes(config.pool_bytes)}, but one block being mixed and one being read take "
             f"{human_bytes(need)}.\n"
-            f"Set feed.pool_bytes to at least {human_bytes(need)}, or feed.block_bytes to at most "
-            f"{human_bytes(config.pool_bytes // 2)}."
+            f"Set feed.pool_bytes to at least {human_bytes(need)}{or_smaller}."
         )
     return sequences, blocks
 

@@ -174,6 +174,8 @@ def test_a_budget_below_one_block_read_and_one_mixed_is_refused_with_both_number
         "feed.pool_bytes is 799 B, but one block being mixed and one being read take 800 B.\n"
         "Set feed.pool_bytes to at least 800 B, or feed.block_bytes to at most 399 B."
     )
+    with pytest.raises(UserError, match=r"to at least 800 B\.$"):  # no block is smaller than a sequence
+        feed_of(numbered, pool_bytes=1)
     assert feed_of(numbered, pool_bytes=800).pool_blocks == 1
 
 
