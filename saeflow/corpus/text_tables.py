@@ -24,6 +24,7 @@ from saeflow.corpus.metadata import ColumnType, is_exact, read_as
 from saeflow.corpus.sorting import BATCH_DOCUMENTS, CONTENT, FILE, KEY, SOURCE
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.text import separator_of
 
 RESERVED = {"document_id", "key", "source", "content_hash", "held_out", "n_tokens", "first_token_id"}
 """Columns of the store's own. Those of a corpus that are called so are no metadata."""
@@ -32,7 +33,6 @@ _log = logging.getLogger(__name__)
 _BATCH_BYTES = 64 << 20
 _COLUMN_FOLDER = re.compile(r"\w+=.*")
 _NAMELESS = re.compile(r"column[0-9]+")
-_SEPARATORS = ",;\t|"
 _READ_CHARACTERS = 1 << 20
 _CUT_CHARACTERS = 12
 """A JSON value that breaks off makes its decoder fail within this many characters of the end, or in a string."""
@@ -249,7 +249,7 @@ def _cells_of_any_length() -> Iterator[None]:
 
 def _csv_rows(file: TextIO, name: str, column: str) -> Iterator[Row]:
     first = file.readline()
-    separator = _separator(first, name, column)
+    separator = "\t" if _is_tsv(name) else separator_of(first, column)
     lines = csv.reader(chain([first], file), delimiter=separator, strict=True)
     with _bad_csv(name, 1):
         header = _header(next(lines, []), name)
@@ -277,15 +277,6 @@ def _bad_csv(name: str, line: int) -> Iterator[None]:
 
 def _is_tsv(name: str) -> bool:
     return ".tsv" in map(str.lower, Path(name).suffixes[-2:])
-
-
-def _separator(first: str, name: str, column: str) -> str:
-    """Return the sign that parts the cells: the first that makes a column of that name, or the one of most columns."""
-    if _is_tsv(name):
-        return "\t"
-    headers = {each: next(csv.reader([first], delimiter=each), []) for each in _SEPARATORS}
-    fits = (each for each, header in headers.items() if column in header)
-    return next(fits, max(headers, key=lambda each: len(headers[each])))
 
 
 def _header(cells: list[str], name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import difflib
 import re
 from collections.abc import Iterable
@@ -47,6 +48,16 @@ def encoding_of(first: bytes) -> str:
 def decoded(content: bytes) -> str:
     """Return a text in UTF-8 or, by its mark, in UTF-16. Raises UnicodeDecodeError."""
     return content.decode(encoding_of(content))
+
+
+def separator_of(first: str, column: str | None = None) -> str:
+    """Return the sign that parts the cells of a table in text, by its first line.
+
+    It is the first sign that makes a column of that name, or the one of most columns.
+    """
+    headers = {each: next(csv.reader([first], delimiter=each), []) for each in ",;\t|"}
+    fits = (each for each, header in headers.items() if column in header)
+    return next(fits, max(headers, key=lambda each: len(headers[each])))
 
 
 def brief(text: str, longest: int = 80) -> str:

@@ -13,7 +13,14 @@ import pyarrow.parquet as pq
 
 from saeflow.activations.tables.arrays import choose_array
 from saeflow.activations.tables.csv_tables import INDEX_NAMES
-from saeflow.activations.tables.stream import BLOCK_BYTES, RowBlock, TableRows, rows_at_once, unreadable_table
+from saeflow.activations.tables.stream import (
+    BLOCK_BYTES,
+    RowBlock,
+    TableRows,
+    rows_at_once,
+    unreadable_table,
+    without_first_rows,
+)
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import read_json
 
@@ -47,7 +54,7 @@ def parquet_rows(file: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES)
                 found = (_list_block(batch, numbers[0], label) for batch in batches)
             else:
                 found = (_column_block(batch, numbers, label) for batch in batches)
-            yield from _without_first_rows(found, skip)
+            yield from without_first_rows(found, skip)
 
     width = len(numbers)
     if nested and n_rows:
@@ -80,7 +87,7 @@ def arrow_rows(folder: Path, wanted: str | None, block_bytes: int = BLOCK_BYTES)
             n_rows = batch.num_rows * per
             if start < n_rows:
                 pieces = (batch.slice(n, step) for n in range(start // per, batch.num_rows, step))
-                yield from _without_first_rows((_list_block(piece, name, label) for piece in pieces), start % per)
+                yield from without_first_rows((_list_block(piece, name, label) for piece in pieces), start % per)
             start = max(start - n_rows, 0)
 
     return TableRows(folder.name, n_rows, width, blocks)
@@ -198,11 +205,3 @@ def _labels(batch: pa.RecordBatch, label: list[str], n_rows: int) -> list[str] |
         if token_numbers
         else ["" if text is None else str(text) for text in found]
     )
-
-
-def _without_first_rows(blocks: Iterator[RowBlock], n_rows: int) -> Iterator[RowBlock]:
-    """Leave out the first rows of a stream."""
-    for values, labels in blocks:
-        if n_rows < len(values):
-            yield values[n_rows:], labels[n_rows:] if labels else None
-        n_rows = max(n_rows - len(values), 0)

@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 
-from saeflow.activations.tables.stream import BLOCK_BYTES, RowBlock, TableRows, unreadable_table
+from saeflow.activations.tables.stream import RowBlock, TableRows, unreadable_table, without_first_rows
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import encoding_of
+from saeflow.runtime.text import encoding_of, separator_of
 
-_SEPARATORS = ",;\t|"
 _MISSING = pa.array(["", "NA", "N/A", "#N/A", "<NA>", "NULL", "null", "None"])
 """Cells without a number. They are refused by row and neuron, as NaN is."""
 _NUMBER = r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*"
@@ -28,7 +27,7 @@ INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: ?\d+|index|level_\d+|row
 _TEXT_BYTES = 8 << 20
 
 
-def csv_rows(file: Path, block_bytes: int = BLOCK_BYTES) -> TableRows:
+def csv_rows(file: Path) -> TableRows:
     """Stream a CSV file in its own order. Raises UserError if a column of numbers has a cell that is none."""
     try:
         table = _Csv.opened(file)
@@ -41,16 +40,13 @@ def csv_rows(file: Path, block_bytes: int = BLOCK_BYTES) -> TableRows:
         raise UserError(f"activations.source: {file.name} has no numeric column; it has {', '.join(table.names)}.")
     label = texts[:1]
 
+    def block(batch: pa.RecordBatch) -> RowBlock:
+        values = [_floats(batch.column(place)) for place in range(len(numbers))]
+        labels = batch.column(len(numbers)).to_pylist() if label else None
+        return np.column_stack([each for each in values if each is not None]), labels
+
     def blocks(start: int) -> Iterator[RowBlock]:
-        for batch in table.batches([*numbers, *label]):
-            rest = batch.slice(min(start, len(batch)))
-            start -= len(batch) - len(rest)
-            if len(rest):
-                values = [_floats(rest.column(place)) for place in range(len(numbers))]
-                yield (
-                    np.column_stack([each for each in values if each is not None]),
-                    (rest.column(len(numbers)).to_pylist() if label else None),
-                )
+        return without_first_rows(map(block, table.batches([*numbers, *label])), start)
 
     return TableRows(file.name, n_rows, len(numbers), blocks, index=tuple(table.names[place] for place in index))
 
@@ -71,8 +67,7 @@ class _Csv:
             encoding = encoding_of(opened.read(4))
         with file.open(encoding=encoding, newline="") as text:
             line = text.readline()
-            separator = max(_SEPARATORS, key=lambda sign: len(next(csv.reader([line], delimiter=sign), [])))
-            separator = "\t" if file.suffix.lower() == ".tsv" else separator
+            separator = "\t" if file.suffix.lower() == ".tsv" else separator_of(line)
             first = next(csv.reader(chain([line], text), delimiter=separator), [])
         has_header = _is_header(first, file.name)
         names = [cell if has_header and cell else f"column{place}" for place, cell in enumerate(first)]

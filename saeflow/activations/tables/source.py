@@ -42,7 +42,7 @@ def _open_file(path: Path, array: str | None, block_bytes: int) -> TableRows:
         case ".safetensors":
             return safetensors_rows(path, array, block_bytes)
         case ".csv" | ".tsv":
-            return csv_rows(path, block_bytes)
+            return csv_rows(path)
         case ".parquet":
             return parquet_rows(path, array, block_bytes)
         case other:

@@ -95,6 +95,14 @@ class InMemoryTable:
         return TableRows("the table", n_rows, width, lambda start: iter([(self.values[start:], self.labels[start:])]))
 
 
+def without_first_rows(blocks: Iterator[RowBlock], n_rows: int) -> Iterator[RowBlock]:
+    """Leave out the first rows of a stream."""
+    for values, labels in blocks:
+        if n_rows < len(values):
+            yield values[n_rows:], labels[n_rows:] if labels else None
+        n_rows = max(n_rows - len(values), 0)
+
+
 def rows_at_once(width: int, block_bytes: int) -> int:
     return max(1, block_bytes // (4 * width))
 
