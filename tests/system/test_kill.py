@@ -119,6 +119,8 @@ QUICK = ("an SAE of another owner", "too many open files", "a stale handle")
     ids=lambda each: each.name,
 )
 def test_what_the_system_refuses_is_not_taken_for_damage(situation: Situation, runner: Runner) -> None:
+    if not situation.can_be:
+        pytest.skip("nobody else can enter the folder of this checkout, to run saeflow as another user")
     assert problems_of_situation(runner, situation) == []
 
 
