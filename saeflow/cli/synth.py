@@ -107,7 +107,8 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
     from saeflow.pipeline import import_table, train
     from saeflow.pipeline.lineage import Lineage
     from saeflow.runtime.threads import n_threads, use_threads
-    from saeflow.sae import interchange, recovery
+    from saeflow.sae import recovery
+    from saeflow.sae.formats.load import load_sae
 
     judged = []
     for recipe in recipes:
@@ -119,18 +120,18 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
         use_threads(recipe.threads)
         truth = truth_of(recipe.activations.synthetic)
         for member, target in zip(recipe.members(), trained, strict=True):
-            sae = interchange.load(target.fetched(), n_threads(recipe.threads))
+            sae = load_sae(target.fetched(), n_threads(recipe.threads))
             judged.append(Synth(member, target.id, recovery.score(sae, truth, member.train.n_tokens)))
     return judged
 
 
 def _scores_as_json(each: Synth) -> dict[str, object]:
-    from saeflow.sae import formats
+    from saeflow.sae.formats.source import effective_config
 
     about = {
         "name": each.recipe.name,
         "sae": each.sae,
-        "architecture": formats.effective_config(each.recipe.sae).architecture,
+        "architecture": effective_config(each.recipe.sae).architecture,
     }
     return about | dataclasses.asdict(each.scores)
 
@@ -156,12 +157,12 @@ def print_scores(judged: Sequence[Synth], console: Terminal = out) -> None:
 
 def short_names(recipes: Sequence[Recipe]) -> list[str]:
     """Return names that tell recipes apart: their own without a common beginning, else architecture and size."""
-    from saeflow.sae import formats
+    from saeflow.sae.formats.source import effective_config
 
     names = [recipe.name for recipe in recipes]
     if len(set(names)) == len(names):
         alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
         shared = "".join(letters[0] for letters in alike).rpartition("_")[0]
         return [name.removeprefix(f"{shared}_") for name in names]
-    configs = [formats.effective_config(recipe.sae) for recipe in recipes]
+    configs = [effective_config(recipe.sae) for recipe in recipes]
     return [f"{config.architecture} {config.n_features:,}" for config in configs]

@@ -20,7 +20,7 @@ from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.devices import choose_device, model_threads
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.sae import interchange
+from saeflow.sae.formats.load import load_sae
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
@@ -60,7 +60,7 @@ def open_encoder(lineage: Lineage, used: TokenSelection, progress: Progress) -> 
     """Make the tables beside the parts, create the artefact, and load the SAE."""
     trained, target = _trained(lineage), lineage.features
     about = lineage.feature_facts | {"context_length": used.length, "architecture": lineage.sae_config.architecture}
-    sae = interchange.load(trained.fetched())
+    sae = load_sae(trained.fetched())
     made = run_tables.write_run_tables(target, lineage.tokens, lineage.recipe, sae, about["site"], progress)
     target.create(about | used.facts, [lineage.tokens.id, lineage.activations.id, trained.id], made)
     target.add_files(made)
@@ -80,7 +80,7 @@ def _config_here(recipe: Recipe | None) -> FeaturesConfig:
 
 def encoder_of(run: Ancestors, used: TokenSelection, config: FeaturesConfig) -> PartEncoder:
     """Return the encoder of a run that exists, as the run's record says."""
-    sae = interchange.load(run.sae.fetched()).to(choose_device("features.device", config.device))
+    sae = load_sae(run.sae.fetched()).to(choose_device("features.device", config.device))
     sae.prepare()
     return PartEncoder(used, run.activations, run.artefact, run.site, sae, config.batch_rows)
 
@@ -170,7 +170,7 @@ def add_tables(store: Store, target: Artefact, recipe: Recipe, progress: Progres
     with target.writing():
         if run_tables.missing_tables(target):
             before, site = Ancestors(store, target), target.fact("site")
-            sae = interchange.load(before.sae.fetched())
+            sae = load_sae(before.sae.fetched())
             target.add_files(run_tables.write_run_tables(target, before.tokens, recipe, sae, site, progress))
 
 

@@ -29,8 +29,8 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.devices import device_memory, model_threads
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import map_in_order, n_threads, use_threads
-from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.formats.load import load_sae
 from saeflow.sae.metrics import Firing, Predictions, Reconstruction, WithoutLongest, density_histogram, ratio, recovered
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import read_or_empty, write_checked
@@ -98,7 +98,7 @@ def _measure_run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
         progress.skip("evaluate", f"variance unexplained {known['variance_unexplained']:.4f}")
         return dict(known)
     use_threads(recipe.threads)
-    sae = interchange.load(lineage.sae.fetched(), n_threads(recipe.threads))
+    sae = load_sae(lineage.sae.fetched(), n_threads(recipe.threads))
     judgement = judge_together(lineage, [sae], progress)[0]
     quality = judgement.figures | _liveness(run_artefact)
     if recipe.model is not None and judgement.held_out:

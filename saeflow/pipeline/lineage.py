@@ -21,7 +21,7 @@ from saeflow.model.sites import Site, choose_site, site_pair
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import ModelConfig, SAEConfig, TrainConfig
-from saeflow.sae import formats
+from saeflow.sae.formats.source import describe_source, effective_config
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import checksum_once, read_json
 from saeflow.store.records import Generation, read_or_empty, write_checked
@@ -137,7 +137,7 @@ class Lineage:
     @cached_property
     def sae_config(self) -> SAEConfig:
         """The settings of the SAE: the recipe's, or those of the folder in `sae.source`."""
-        return formats.effective_config(self.recipe.sae)
+        return effective_config(self.recipe.sae)
 
     @property
     def stored_sites(self) -> list[Site]:
@@ -207,7 +207,7 @@ class Lineage:
         """Facts of the SAE to train or import. A killed training goes on with the data that it has seen."""
         if self.recipe.sae.source is not None:
             about = {"activations": self.activations.fp, "sae": settings_that_count(self.sae_config)}
-            found = formats.describe_source(self.recipe.sae)
+            found = describe_source(self.recipe.sae)
             files = {"settings": found.settings, "weights": found.weights}
             return about | {"imported": {name: checksum_once(path) for name, path in files.items()}}
         hidden, now = hidden_fact(self.tokens.published()), self.activations.published()

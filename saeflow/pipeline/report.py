@@ -17,7 +17,7 @@ from saeflow.pipeline.evaluate import firing_counts
 from saeflow.pipeline.lineage import Lineage
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads
-from saeflow.sae import interchange
+from saeflow.sae.formats.load import load_sae
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
 
@@ -50,7 +50,7 @@ def run(lineage: Lineage, progress: Progress) -> Path:
 def feature_table(lineage: Lineage) -> tuple[list[str], np.ndarray]:
     """Return row labels and all values (N, F) of a table that fits in memory."""
     source, stored, site = lineage.tokens, lineage.activations, lineage.site
-    sae = interchange.load(lineage.sae.fetched(), n_threads(lineage.recipe.threads))
+    sae = load_sae(lineage.sae.fetched(), n_threads(lineage.recipe.threads))
     vocab = pq.read_table(source.own_file("vocab.parquet")).column("piece").to_pylist()
     labels: list[str] = []
     values = []

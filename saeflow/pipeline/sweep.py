@@ -14,7 +14,7 @@ from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads, use_threads
-from saeflow.sae import interchange
+from saeflow.sae.formats.load import load_sae
 from saeflow.store.files import replacing
 from saeflow.store.lease import Lease
 from saeflow.store.records import read_or_empty, write_checked
@@ -78,7 +78,7 @@ def _judged(members: Sequence[Lineage], progress: Progress) -> list[dict[str, An
     """Return the figures of every SAE. SAEs of the same sites are judged in one reading."""
     figures: dict[str, dict[str, Any]] = {}
     for together in grouped(members, lambda member: member.sites):
-        saes = [interchange.load(member.sae.fetched(), n_threads(member.recipe.threads)) for member in together]
+        saes = [load_sae(member.sae.fetched(), n_threads(member.recipe.threads)) for member in together]
         found = evaluate.judge_together(together[0], saes, progress)
         figures |= {member.recipe.name: judged.figures for member, judged in zip(together, found, strict=True)}
     return [figures[member.recipe.name] for member in members]

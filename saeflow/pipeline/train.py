@@ -26,7 +26,8 @@ from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads, use_threads
-from saeflow.sae import formats, interchange
+from saeflow.sae.formats.load import load_sae
+from saeflow.sae.formats.source import describe_source
 from saeflow.sae.metrics import Firing, Reconstruction, WithoutLongest
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.links import remove
@@ -212,7 +213,7 @@ def open_feed(lineage: Lineage, generation: int | None = None) -> Feed:
 
 def _require_fits(lineage: Lineage) -> None:
     """Raise UserError if an SAE's vectors are not as wide as the activations, or if there are no activations."""
-    recipe, found = lineage.recipe, formats.describe_source(lineage.recipe.sae)
+    recipe, found = lineage.recipe, describe_source(lineage.recipe.sae)
     lineage.activations.published()
     read, target = lineage.sites
     named = [("site", read, found.width), ("target_site", target, found.out_width)]
@@ -228,8 +229,8 @@ def _require_fits(lineage: Lineage) -> None:
 
 def _import(lineage: Lineage, progress: Progress) -> None:
     """Try the SAE in `sae.source` on the first tokens, and publish it like one trained here. Its log has one row."""
-    began, found = time.monotonic(), formats.describe_source(lineage.recipe.sae)
-    sae = interchange.load(found.weights.parent, n_threads(lineage.recipe.threads))
+    began, found = time.monotonic(), describe_source(lineage.recipe.sae)
+    sae = load_sae(found.weights.parent, n_threads(lineage.recipe.threads))
     sae.config, sites = lineage.sae_config, lineage.distinct_sites
     progress.say(f"train: importing {found.weights.parent} instead")
     x, *others = _first_rows(lineage.selection(), lineage.activations, sites)
@@ -255,14 +256,14 @@ def _import(lineage: Lineage, progress: Progress) -> None:
 
 def import_in_words(source: SAEConfig, made: Artefact) -> str:
     """Describe an imported SAE: `SAELens: jumprelu, 24 neurons, 160 features, thresholds 0.1 to 2.5; L0 …`."""
-    found, log = formats.describe_source(source), pq.read_table(made.own_file("log.parquet")).to_pylist()[0]
+    found, log = describe_source(source), pq.read_table(made.own_file("log.parquet")).to_pylist()[0]
     config = found.config
     width = f"{found.width:,} neurons" + (f" to {found.out_width:,}" if config.target_site else "")
     words = [f"{found.writer}: {config.architecture}", width, f"{config.n_features:,} features"]
     if config.architecture == "topk":
         words.append(f"k {config.k}")
     elif config.architecture not in ("relu", "gated"):
-        threshold = interchange.load(made.fetched()).threshold
+        threshold = load_sae(made.fetched()).threshold
         least, most = threshold.min().item(), threshold.max().item()
         words.append(f"threshold {least:.4g}" if least == most else f"thresholds {least:.4g} to {most:.4g}")
     return (

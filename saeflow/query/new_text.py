@@ -92,7 +92,7 @@ def _values_of(
     from saeflow.corpus.vocabulary import special_ids
     from saeflow.model.load import load_model, load_tokenizer
     from saeflow.model.sites import SiteReader, choose_site
-    from saeflow.sae import interchange
+    from saeflow.sae.formats.load import load_sae
 
     facts = run.artefact.record.facts
     tokenizer, model = load_tokenizer(config), load_model(config)
@@ -114,7 +114,7 @@ def _values_of(
     used[:, list(facts.get("skip_positions", ()))] = False
     if facts.get("skip_special"):
         used &= ~np.isin(rows, special_ids(store.input_of(run.artefact, "tokens").own_file("vocab.parquet")))
-    sae = interchange.load(store.input_of(run.artefact, "saes").fetched())
+    sae = load_sae(store.input_of(run.artefact, "saes").fetched())
     return rows[used], sae.encode_sparse(values[torch.from_numpy(used)])
 
 

@@ -10,8 +10,7 @@ batch          a batch, how it is to be explained, and the result of a step
 step           one training step, sparse or dense
 gradients      from active entries to reconstructions, their errors, and gradients of the weights
 kernels        Numba kernels for the few active entries
-formats        settings in the folder of an SAE, of any program
-interchange    SAEs read from and written to folders of other libraries
+formats        folders of autoencoders, of any program: read, folded in, written
 metrics        L0, variance unexplained and other figures
 recovery       how many known features an SAE found
 """

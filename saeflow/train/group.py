@@ -24,8 +24,8 @@ from saeflow.runtime.devices import choose_device, device_memory
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.text import human_bytes
-from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.formats.save import save_sae
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
 from saeflow.store.records import Damaged
@@ -89,7 +89,7 @@ def write_sae(
 ) -> None:
     """Write weights, settings with metadata and the sites' names, and the log."""
     named = dict(zip(("site", "target_site"), (site.name for site in sites), strict=False))
-    interchange.save(sae, folder, {**metadata, **named})
+    save_sae(sae, folder, {**metadata, **named})
     with replacing(folder / "log.parquet") as temporary:
         table = pa.Table.from_pylist(log)
         names = ["step", *sorted(set(table.column_names) - {"step"})]  # a checkpoint does not keep their order

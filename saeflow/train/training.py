@@ -24,7 +24,8 @@ from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.threads import n_threads
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.interchange import read_tensors, write_tensors
+from saeflow.sae.formats.save import write_tensors
+from saeflow.sae.formats.tensors import read_tensors
 from saeflow.sae.loss import StepInfo
 from saeflow.store.files import checksum, flush, make_folder, rename
 from saeflow.store.links import is_file, remove, unlinked

@@ -46,9 +46,10 @@ from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, ranges
-from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.encoder import Encoder
+from saeflow.sae.formats.load import load_sae
+from saeflow.sae.formats.save import save_sae
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, report
 
@@ -99,7 +100,7 @@ def prepared(folder: Path, size: Size) -> tuple[Store, Recipe]:
             for weight in (sae.W_enc, sae.W_dec):
                 weight.copy_(torch.from_numpy(world.directions))
             sae.b_dec.copy_(torch.from_numpy(world.offset))
-        interchange.save(sae, folder / "sae", {})
+        save_sae(sae, folder / "sae", {})
     store = Store.create(folder / "store")
     import_table.run(Lineage(store, recipe), QUIET)
     train.run(Lineage(store, recipe), QUIET)
@@ -165,7 +166,7 @@ def plain(store: Store, recipe: Recipe, folder: Path) -> float:
     """Tokens/s."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    sae = interchange.load(Lineage(store, recipe).sae.path)
+    sae = load_sae(Lineage(store, recipe).sae.path)
     n_features, k = sae.config.n_features, sae.config.k
     began = time.perf_counter()
     locations, values = [], []
@@ -186,7 +187,7 @@ def plain(store: Store, recipe: Recipe, folder: Path) -> float:
 
 def differing(store: Store, recipe: Recipe) -> int:
     """Values of the first and last tokens that are not those of float64 arithmetic, rounded to 11 significand bits."""
-    target, sae = Lineage(store, recipe).features, interchange.load(Lineage(store, recipe).sae.path)
+    target, sae = Lineage(store, recipe).features, load_sae(Lineage(store, recipe).sae.path)
     w, b, off = (weight.detach().double().numpy() for weight in (sae.W_enc, sae.b_enc, sae.b_dec))
     n, wrong = n_tokens(store, recipe), 0
     sample = {*range(min(SAMPLE // 2, n)), *range(max(n - SAMPLE // 2, 0), n)}
@@ -228,7 +229,7 @@ def speed(size: Size, figures: dict[str, Any]) -> list[Bar]:
     with tempfile.TemporaryDirectory(prefix="saeflow-encode-", dir=ROOT / "data") as temporary:
         folder = Path(temporary)
         store, recipe = prepared(folder, size)
-        interchange.load(folder / "sae").encode_sparse(torch.randn(BATCH, size.width))  # compiles
+        load_sae(folder / "sae").encode_sparse(torch.randn(BATCH, size.width))  # compiles
         runs: dict[str, Callable[[], float]] = {
             "product": lambda: product(size),
             "stage": lambda: stage(store, recipe),

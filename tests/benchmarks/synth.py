@@ -36,8 +36,9 @@ from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.recipe.settings import Architecture, SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.sae import interchange, recovery
+from saeflow.sae import recovery
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.formats.load import load_sae
 from saeflow.sae.recovery import Scores
 from saeflow.store.store import Store
 from saeflow.train.training import mean_and_scale
@@ -87,7 +88,7 @@ def peer_scores(recipe: Recipe, peer: str, architecture: str, folder: Path) -> S
         n_steps=n_steps, n_timed=0, lr_warmup_steps=round(recipe.train.warmup_share * n_steps),
         decay_steps=round(recipe.train.decay_share * n_steps), threads=torch.get_num_threads(), save=saved,
     )  # fmt: skip
-    sae = (interchange.load if peer == "saelens" else load_sparsify)(saved).eval()
+    sae = (load_sae if peer == "saelens" else load_sparsify)(saved).eval()
     return recovery.score_directions(
         sae.W_dec.detach(), lambda x: sae.encode_sparse(x * scale), lambda sparse: sae.decode(sparse) / scale,
         synthetic.truth_of(made), recipe.train.n_tokens,

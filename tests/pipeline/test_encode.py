@@ -25,7 +25,7 @@ from saeflow.query.connection import check, connect, parts_to_check
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.errors import UserError
-from saeflow.sae import interchange
+from saeflow.sae.formats.load import load_sae
 from saeflow.store import verify
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
@@ -203,7 +203,7 @@ def encoder_of(brought, stored: Artefact, name: str) -> PartEncoder:
     source = store.input_of(stored, "tokens")
     target = store.artefact("features", name, "00000000")
     target.create({"context_length": 1, "n_features": recipe.sae.n_features}, [source.id, stored.id, "saes/x-0"])
-    sae = interchange.load(Lineage(store, recipe).sae.path)
+    sae = load_sae(Lineage(store, recipe).sae.path)
     return PartEncoder(TokenSelection(source), stored, target, Site("table", 12), sae, recipe.features.batch_rows)
 
 

@@ -28,8 +28,8 @@ from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import FeaturesConfig, SAEConfig
 from saeflow.runtime import devices
 from saeflow.runtime.errors import UserError
-from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.formats.load import load_sae
 from saeflow.store.records import read_checked, write_checked
 from saeflow.store.store import Store
 from tests.support.small_pipeline import (
@@ -162,7 +162,7 @@ def assert_equal_figures(found, wanted, rel):
 
 @pytest.mark.parametrize("batch_rows", [1, 7, 100_000])
 def test_figures_do_not_depend_on_the_batch(finished, batch_rows):
-    sae = interchange.load(Lineage(finished.store, finished.recipe).sae.path)
+    sae = load_sae(Lineage(finished.store, finished.recipe).sae.path)
     found = judged(finished, sae, features=FeaturesConfig(batch_rows=batch_rows))
     assert_equal_figures(found, judged(finished, sae), rel=1e-9)
 
@@ -184,7 +184,7 @@ def test_figures_of_the_language_model_do_not_depend_on_how_many_sequences_run_t
 
 def test_how_the_corpus_is_cut_into_parts_does_not_matter(tmp_path, ingredients, finished, progress):
     """One document a sequence and one sequence a pass: parts then hold the very same activations."""
-    sae = interchange.load(Lineage(finished.store, finished.recipe).sae.path)
+    sae = load_sae(Lineage(finished.store, finished.recipe).sae.path)
     found = []
     for part_tokens in (200, 800, 10**6):
         about = {"packing": "isolated", "part_tokens": part_tokens}
@@ -359,7 +359,7 @@ def test_the_figures_of_a_run_are_those_of_its_held_out_tokens_and_its_whole_cor
     store, recipe, quality = finished.store, finished.recipe, finished.summary["quality"]
     site = stored_sites(Lineage(store, recipe).activations)[0]
     x = torch.cat(list(held_out(store, recipe, site))).double()
-    sae = interchange.load(Lineage(store, recipe).sae.path)
+    sae = load_sae(Lineage(store, recipe).sae.path)
     error = (x - sae.reconstruct(x.float()).double()).square().sum()
     assert quality["judged_on"] == "held-out documents"
     assert quality["n_tokens"] == len(x)
@@ -418,7 +418,7 @@ def test_without_held_out_documents_the_training_data_are_judged_and_that_is_sai
     quality = evaluate.run(Lineage(store, recipe), progress)
     assert quality["judged_on"] == "training data"
     assert quality["n_tokens"] == 700
-    sae = interchange.load(Lineage(store, recipe).sae.path)
+    sae = load_sae(Lineage(store, recipe).sae.path)
     x = torch.from_numpy(a_table()).half().float()
     wanted = (x - sae.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert quality["variance_unexplained"] == pytest.approx(wanted.item(), rel=1e-5)
@@ -437,7 +437,7 @@ def test_rows_of_a_table_are_held_out_by_their_keys_and_judged(tmp_path, progres
     seed, share = changes.get("seed", 0), changes["held_out"]
     wanted = [is_held_out(f"row {i} #{i}", seed, share) for i in range(700)]
     assert (quality["judged_on"], quality["n_tokens"]) == ("held-out documents", sum(wanted))
-    sae = interchange.load(lineage.sae.path)
+    sae = load_sae(lineage.sae.path)
     x = torch.from_numpy(a_table()).half().float()[torch.tensor(wanted)]
     error = (x - sae.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert quality["variance_unexplained"] == pytest.approx(error.item(), rel=1e-5)

@@ -23,7 +23,8 @@ from saeflow.query.ask import ask
 from saeflow.query.connection import check, connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
-from saeflow.sae import formats, interchange
+from saeflow.sae.formats.load import load_sae
+from saeflow.sae.formats.source import effective_config
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
 from tests.conftest import Finished
@@ -121,7 +122,7 @@ def test_an_import_is_published_as_our_own_and_says_where_it_is_from(
 ) -> None:
     recipe = recipe_of(ingredients, folder, site=SITE)
     made = train.run(Lineage(store, recipe), quiet())
-    loaded, theirs = interchange.load(made.path), interchange.load(folder)
+    loaded, theirs = load_sae(made.path), load_sae(folder)
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in theirs.state_dict().items())
     assert (loaded.config.site, loaded.config.source, loaded.config.n_features) == (SITE, None, F)
     cfg = read_json(made.path / "cfg.json")
@@ -162,7 +163,7 @@ def test_one_of_our_own_is_imported_into_another_name_with_the_same_values(
         return [file.read_bytes() for file in sorted(path.glob("parts/*/*_major/*/*/*.parquet"))]
 
     assert tables(first) == tables(again) != []
-    assert interchange.load(Lineage(store, recipe).sae.path).config == interchange.load(own).config
+    assert load_sae(Lineage(store, recipe).sae.path).config == load_sae(own).config
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_a_transcoder_is_imported_onto_two_sites(tmp_path: Path, ingredients: In
         stage(Lineage(store, recipe), quiet())
     wanted, made = wanted_values(store, recipe), Lineage(store, recipe).features
     assert made.published().total("n_values") == len(wanted)
-    assert interchange.load(Lineage(store, recipe).sae.path).config.target_site == target
+    assert load_sae(Lineage(store, recipe).sae.path).config.target_site == target
 
 
 def test_an_imported_autoencoder_has_seen_none_of_the_documents(
@@ -249,7 +250,7 @@ def test_another_architecture_than_the_folders_is_refused(folder: Path, ingredie
     with pytest.raises(
         UserError, match=r"sae.architecture is gated, but the SAE in .* has jumprelu\.\nSet .* leave it out"
     ):
-        formats.effective_config(parse_recipe(recipe_data(ingredients, sae=asked)).sae)
+        effective_config(parse_recipe(recipe_data(ingredients, sae=asked)).sae)
 
 
 def test_a_member_of_a_sweep_may_be_imported(store: Store, folder: Path, ingredients: Ingredients) -> None:

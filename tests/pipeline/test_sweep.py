@@ -21,7 +21,7 @@ from saeflow.recipe.sweep import IGNORED_SETTINGS
 from saeflow.runtime import devices
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.sae import interchange
+from saeflow.sae.formats.load import load_sae
 from saeflow.store.lease_slot import FileSlot
 from saeflow.store.records import Hidden, read_checked
 from saeflow.store.store import Store
@@ -353,7 +353,7 @@ def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
     assert [row["member"] for row in rows] == [member.name for member in recipe.members()]
     for row, member in zip(rows, recipe.members(), strict=True):
         target = Lineage(store, member).sae
-        alone = evaluate.judge_together(Lineage(store, member), [interchange.load(target.path)], quiet())[0].figures
+        alone = evaluate.judge_together(Lineage(store, member), [load_sae(target.path)], quiet())[0].figures
         assert {name: row[name] for name in sweep.FIGURES} == {name: alone[name] for name in sweep.FIGURES}
         assert (row["sae"], row["architecture"]) == (target.id, member.sae.architecture)
         assert (row["sparsity"], row["n_features"]) == (f"k {member.sae.k}", 64)

@@ -21,8 +21,8 @@ from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
-from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.formats.load import load_sae
 from saeflow.store.files import read_json, write_json
 from saeflow.store.records import Damaged
 from saeflow.store.store import Store
@@ -287,7 +287,7 @@ def test_the_published_autoencoder_is_made_for_activations_as_they_are(tmp_path)
     for name, factor in {"W_enc": 1, "W_dec": 1, "b_enc": 64, "b_dec": 64, "threshold": 64}.items():
         torch.testing.assert_close(large[name], factor * small[name], rtol=0, atol=0)
     x = torch.from_numpy(a_table())
-    one, other = (interchange.load(path) for path in found)
+    one, other = (load_sae(path) for path in found)
     torch.testing.assert_close(64 * one.reconstruct(x), other.reconstruct(64 * x), rtol=0, atol=0)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from saeflow.runtime.errors import UserError
-from saeflow.sae.interchange import load
+from saeflow.sae.formats.load import load_sae
 from tests.support.sae_folders import write_saelens
 
 TENSORS = {"W_enc": torch.ones(4, 8), "W_dec": torch.ones(8, 4), "b_enc": torch.zeros(8), "b_dec": torch.zeros(4)}
@@ -103,10 +103,10 @@ HOSTILE: dict[str, Callable[[Path, Path], object]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_strangers_autoencoder_runs_nothing_and_ends_in_one_message(name, tmp_path):
     folder, mark = write_saelens(tmp_path / "sae", "standard", TENSORS, **FULL), tmp_path / "ran"
-    assert load(folder).config.n_features == 8
+    assert load_sae(folder).config.n_features == 8
     HOSTILE[name](folder, mark)
     with pytest.raises(UserError) as ended:
-        load(folder)
+        load_sae(folder)
     assert len(str(ended.value)) < 2_000
     assert not mark.exists()
 
@@ -115,7 +115,7 @@ def test_hooks_and_code_named_in_the_settings_are_only_text(tmp_path):
     folder = write_saelens(tmp_path / "sae", "standard", TENSORS, **FULL)
     settings(folder, metadata={"hook_name": "__import__('os').system('touch ran')", "auto_map": {"AutoModel": "x.py"}})
     (folder / "x.py").write_text("raise SystemExit")
-    assert load(folder).config.n_features == 8
+    assert load_sae(folder).config.n_features == 8
 
 
 def test_twenty_and_more_folders_are_tried():

@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.formats.load import load_sae
+from saeflow.sae.formats.save import save_sae
 from tests.benchmarks._peers import OFFLINE, PEER
 from tests.support.small_saes import D_OUT, EVERY, D, F, K, obvious_values, rows, trained, values_of
 
@@ -70,7 +71,7 @@ def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exchanged")
     folders: dict[str, Any] = {}
     for name, sae in OURS.items():
-        interchange.save(sae, folder / "ours" / name, {"hook_name": "blocks.3"})
+        save_sae(sae, folder / "ours" / name, {"hook_name": "blocks.3"})
         folders[str(folder / "ours" / name)] = None
     for seed, (name, kind) in enumerate(THEIRS.items()):
         folders[str(folder / "theirs" / name)] = kind | {"seed": seed}
@@ -121,4 +122,4 @@ def test_saelens_refuses_by_name_what_it_has_not(name: str, architecture: str, e
 def test_we_load_what_saelens_saved_and_give_the_same_values(name: str, exchanged: Path) -> None:
     folder = exchanged / "theirs" / name
     for saved in (folder, folder / "inference") if (folder / "inference").is_dir() else (folder,):
-        assert_agrees(interchange.load(saved), rows(), found_by_saelens(folder))
+        assert_agrees(load_sae(saved), rows(), found_by_saelens(folder))

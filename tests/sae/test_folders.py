@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.runtime.errors import UserError
-from saeflow.sae import interchange
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.formats.load import load_sae
+from saeflow.sae.formats.save import save_sae
 from tests.support.sae_folders import write_saelens
 from tests.support.small_saes import D_OUT, EVERY, B, D, F, K, obvious_values, rows, trained, values_of
 
@@ -34,13 +35,13 @@ def assert_values(sae: SparseAutoencoder, x: Tensor, wanted: Tensor, scale: floa
 @pytest.mark.parametrize("name", EVERY)
 def test_an_autoencoder_comes_back_to_the_bit_and_is_saved_alike(name: str, tmp_path: Path) -> None:
     sae, x = trained(name), rows()
-    interchange.save(sae, tmp_path / "one", {"site": "layers.3"})
-    loaded = interchange.load(tmp_path / "one")
+    save_sae(sae, tmp_path / "one", {"site": "layers.3"})
+    loaded = load_sae(tmp_path / "one")
     assert loaded.config == sae.config
     assert torch.equal(loaded.threshold, sae.threshold)
     assert torch.equal(values_of(loaded, x), values_of(sae, x))
     assert torch.equal(loaded.reconstruct(x), sae.reconstruct(x))
-    interchange.save(loaded, tmp_path / "two", {"site": "layers.3"})
+    save_sae(loaded, tmp_path / "two", {"site": "layers.3"})
     for file in FILES:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -48,14 +49,14 @@ def test_an_autoencoder_comes_back_to_the_bit_and_is_saved_alike(name: str, tmp_
 @pytest.mark.parametrize("name", EVERY)
 def test_a_transcoder_comes_back_with_its_centre_in_the_biases(name: str, tmp_path: Path) -> None:
     sae, x = trained(name, target_site="other"), rows()
-    interchange.save(sae, tmp_path / "one", {})
-    loaded = interchange.load(tmp_path / "one")
+    save_sae(sae, tmp_path / "one", {})
+    loaded = load_sae(tmp_path / "one")
     assert loaded.config == sae.config
     assert loaded.W_dec.shape == (F, D_OUT)
     assert not loaded.centre.any()
     assert_values(loaded, x, obvious_values(sae, x))
     torch.testing.assert_close(loaded.reconstruct(x), sae.reconstruct(x), rtol=1e-3, atol=1e-3)
-    interchange.save(loaded, tmp_path / "two", {})
+    save_sae(loaded, tmp_path / "two", {})
     for file in FILES:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -69,7 +70,7 @@ THEIRS = {
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("transcodes", [False, True])
 def test_the_folder_has_the_layout_of_saelens(name: str, transcodes: bool, tmp_path: Path) -> None:
-    interchange.save(trained(name, **({"target_site": "other"} if transcodes else {})), tmp_path, {"site": "layers.3"})
+    save_sae(trained(name, **({"target_site": "other"} if transcodes else {})), tmp_path, {"site": "layers.3"})
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     theirs = f"{THEIRS[name]}_transcoder".removeprefix("standard_") if transcodes else THEIRS[name]
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (theirs, D, F, "float32")
@@ -105,7 +106,7 @@ def test_what_saelens_wrote_gives_its_values(
     tensors = {name: t.to(dtype) for name, t in random_tensors(*own.get(architecture, ("b_enc",))).items()}
     settings = {"k": K} if architecture == "topk" else {}
     write_saelens(tmp_path, architecture, tensors, apply_b_dec_to_input=takes_off, **settings)
-    sae, x = interchange.load(tmp_path), rows()
+    sae, x = load_sae(tmp_path), rows()
     p = {name: tensor.double() for name, tensor in tensors.items()}
     product = (x.double() - takes_off * p["b_dec"]) @ p["W_enc"]
     match architecture:
@@ -135,7 +136,7 @@ def test_values_by_decoder_length_are_those_of_unit_directions(architecture: str
         settings["k"] = 5.5
     if architecture == "matryoshka_batchtopk":
         settings["matryoshka_widths"] = [10, 50, F]
-    sae, x = interchange.load(write_saelens(tmp_path, architecture, tensors, **settings)), rows()
+    sae, x = load_sae(write_saelens(tmp_path, architecture, tensors, **settings)), rows()
     p = {name: tensor.double() for name, tensor in tensors.items()}
     lengths = p["W_dec"].norm(dim=1)
     pre = ((x.double() - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * lengths
@@ -153,7 +154,7 @@ def test_values_by_decoder_length_are_those_of_unit_directions(architecture: str
 def test_a_transcoder_of_saelens_reads_what_is_there(architecture: str, tmp_path: Path) -> None:
     tensors = random_tensors("b_enc", *(["threshold"] if "jump" in architecture else []), out=D_OUT)
     about = {"apply_b_dec_to_input": False, "d_out": D_OUT, "metadata": {"hook_name_out": "blocks.0.mlp"}}
-    sae, x = interchange.load(write_saelens(tmp_path, architecture, tensors, **about)), rows()
+    sae, x = load_sae(write_saelens(tmp_path, architecture, tensors, **about)), rows()
     pre = x.double() @ tensors["W_enc"].double() + tensors["b_enc"].double()
     assert_values(sae, x, torch.where(pre > tensors.get("threshold", torch.zeros(1)).double(), pre, 0))
     assert sae.config.target_site == "blocks.0.mlp"
@@ -163,7 +164,7 @@ def test_a_transcoder_of_saelens_reads_what_is_there(architecture: str, tmp_path
 def test_folders_of_saelens_before_6_are_read(tmp_path: Path) -> None:
     tensors = random_tensors("b_enc")
     old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False}
-    sae = interchange.load(write_saelens(tmp_path, "standard", tensors, **old))
+    sae = load_sae(write_saelens(tmp_path, "standard", tensors, **old))
     assert (sae.config.architecture, sae.config.k) == ("topk", K)
 
 
@@ -171,7 +172,7 @@ def test_a_threshold_below_zero_is_one_of_zero(tmp_path: Path) -> None:
     """As both programs have it: values are of ReLU first."""
     tensors = random_tensors("b_enc", "threshold")
     tensors["threshold"][::2] *= -1
-    sae, x = interchange.load(write_saelens(tmp_path, "jumprelu", tensors)), rows()
+    sae, x = load_sae(write_saelens(tmp_path, "jumprelu", tensors)), rows()
     pre = (x.double() - tensors["b_dec"].double()) @ tensors["W_enc"].double() + tensors["b_enc"].double()
     assert_values(sae, x, pre.clamp(min=0) * (pre > tensors["threshold"].double()))
 
@@ -217,7 +218,7 @@ def write_dictionary(folder: Path, dict_class: str, state: Any, /, **trainer: An
 def test_what_dictionary_learning_wrote_gives_its_values(dict_class: str, tmp_path: Path) -> None:
     state, x = state_of(dict_class), rows()
     sizes = {"group_sizes": [10, 40, F - 50]} if dict_class.startswith("Matryoshka") else {}
-    sae = interchange.load(write_dictionary(tmp_path, dict_class, state, **sizes))
+    sae = load_sae(write_dictionary(tmp_path, dict_class, state, **sizes))
     p, wide = {name: tensor.double() for name, tensor in state.items()}, x.double()
     w_dec = p["W_dec"] if "W_dec" in p else p["decoder.weight"].t()
     match dict_class:
@@ -253,7 +254,7 @@ def tensor_relu(x: Tensor) -> Tensor:
 
 def test_a_threshold_that_was_never_set_lets_every_positive_value_pass(tmp_path: Path) -> None:
     state, x = state_of("BatchTopKSAE") | {"threshold": torch.tensor(-1.0)}, rows()
-    sae = interchange.load(write_dictionary(tmp_path, "BatchTopKSAE", state))
+    sae = load_sae(write_dictionary(tmp_path, "BatchTopKSAE", state))
     pre = (x.double() - state["b_dec"].double()) @ state["encoder.weight"].double().t() + state["encoder.bias"].double()
     assert_values(sae, x, pre.clamp(min=0))
 
@@ -272,7 +273,7 @@ def test_a_file_of_torch_that_holds_code_is_refused_and_runs_nothing(tmp_path: P
     harmed = tmp_path / "harmed"
     write_dictionary(tmp_path / "sae", "AutoEncoder", state_of("AutoEncoder") | {"x": _Harm(harmed)})
     with pytest.raises(UserError, match=r"ae\.pt cannot be read as tensors alone.*never run"):
-        interchange.load(tmp_path / "sae")
+        load_sae(tmp_path / "sae")
     assert not harmed.exists()
 
 
@@ -324,7 +325,7 @@ ODD = [float("nan"), float("inf"), float("-inf"), 10**400]
 def test_a_setting_that_cannot_be_read_is_named(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
     write_saelens(tmp_path, "standard", random_tensors("b_enc"), **change)
     with pytest.raises(UserError, match=reason) as refused:
-        interchange.load(tmp_path)
+        load_sae(tmp_path)
     assert str(tmp_path) in str(refused.value)
 
 
@@ -343,32 +344,32 @@ def test_weights_that_do_not_fit_are_named(change: dict[str, Tensor | None], rea
     tensors = {name: t for name, t in (random_tensors("b_enc") | change).items() if t is not None}
     write_saelens(tmp_path, "standard", tensors, d_in=D, d_sae=F)
     with pytest.raises(UserError, match=reason):
-        interchange.load(tmp_path)
+        load_sae(tmp_path)
 
 
 def test_settings_nested_without_end_are_refused(tmp_path: Path) -> None:
     write_saelens(tmp_path, "standard", random_tensors("b_enc"))
     (tmp_path / "cfg.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match=r"cfg\.json is damaged"):
-        interchange.load(tmp_path)
+        load_sae(tmp_path)
 
 
 def test_damaged_and_missing_files_are_named_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No cfg\.json in .*config\.json and ae\.pt"):
-        interchange.load(tmp_path)
+        load_sae(tmp_path)
     folder = write_saelens(tmp_path / "a", "standard", random_tensors("b_enc"))
     weights = folder / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"sae_weights\.safetensors is damaged.*Copy the folder again"):
-        interchange.load(folder)
+        load_sae(folder)
     weights.unlink()
     with pytest.raises(UserError, match=r"No sae_weights\.safetensors in"):
-        interchange.load(folder)
+        load_sae(folder)
     weights.touch()
     for text in ("{", "[1]", "\xff"):
         (folder / "cfg.json").write_text(text, "latin-1")
         with pytest.raises(UserError, match=r"cfg\.json is damaged.*Copy the folder again"):
-            interchange.load(folder)
+            load_sae(folder)
 
 
 @pytest.mark.parametrize(
@@ -387,24 +388,24 @@ def test_a_dictionary_that_cannot_be_read_says_why(
 ) -> None:
     write_dictionary(tmp_path, "AutoEncoder", state_of("AutoEncoder") | state, **trainer)
     with pytest.raises(UserError, match=reason):
-        interchange.load(tmp_path)
+        load_sae(tmp_path)
 
 
 def test_a_dictionary_that_is_no_table_of_tensors_is_refused(tmp_path: Path) -> None:
     write_dictionary(tmp_path, "AutoEncoder", [torch.zeros(3)])
     with pytest.raises(UserError, match=r"ae\.pt is no table of tensors"):
-        interchange.load(tmp_path)
+        load_sae(tmp_path)
     (tmp_path / "ae.pt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(UserError, match=r"ae\.pt cannot be read as tensors alone"):
-        interchange.load(tmp_path)
+        load_sae(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json has no table `trainer`"):
-        interchange.load(tmp_path)
+        load_sae(tmp_path)
 
 
 def test_a_saved_folder_whose_two_accounts_of_it_differ_is_refused(tmp_path: Path) -> None:
-    interchange.save(trained("batchtopk"), tmp_path, {})
+    save_sae(trained("batchtopk"), tmp_path, {})
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     save_file(tensors | {"threshold": torch.from_numpy(np.linspace(1, 2, F, dtype=np.float32))}, tmp_path / FILES[1])
     with pytest.raises(UserError, match=r"threshold has several values.*batchtopk"):
-        interchange.load(tmp_path)
+        load_sae(tmp_path)
