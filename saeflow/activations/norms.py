@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saeflow.corpus.selection import positions_from_start
 from saeflow.model.sites import Site
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.devices import to_processor
@@ -90,10 +91,11 @@ def warn_of_massive_positions(target: Artefact, config: ActivationsConfig, progr
     """Name the positions with massive activations that no setting skips yet, and how to skip them."""
     for site, means in mean_norms(target).items():
         found = massive_positions(means)
-        fresh = [position for position in found if position not in config.skip_positions]
+        skipped = positions_from_start(config.skip_positions, len(means))
+        fresh = [position for position in found if position not in skipped]
         if fresh:
             top = max(fresh, key=lambda position: float(means[position]))
-            every = sorted({*fresh, *config.skip_positions})
+            every = sorted({*fresh, *skipped})
             progress.say(
                 f"activations: at {site}, vectors at position {', '.join(map(str, fresh))} are massive: mean norm "
                 f"{means[top]:,.4g} at position {top} against {np.nanmedian(means):,.4g} at the median position.\n"

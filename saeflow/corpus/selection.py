@@ -6,7 +6,7 @@ Activations of every position are stored; these are the ones that are trained on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from saeflow.corpus.vocabulary import special_ids
+from saeflow.corpus.vocabulary import chosen_entries
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
@@ -27,21 +27,21 @@ class TokenSelection:
 
     source: Artefact
     skip_positions: tuple[int, ...] = ()
-    skip_special: bool = False
+    skip_special: bool | tuple[int, ...] = False
+    """True: every special entry of the vocabulary. Else the vocab_ids to leave out."""
     generation: Generation = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "generation", self.source.published())
-        length = self.length
-        if any(not 0 <= position < length for position in self.skip_positions):
-            raise UserError(
-                f"activations.skip_positions is {list(self.skip_positions)}; sequences have the positions 0 to "
-                f"{length - 1}."
-            )
 
     @classmethod
     def of(cls, source: Artefact, config: ActivationsConfig) -> TokenSelection:
-        return cls(source, tuple(sorted(set(config.skip_positions))), config.skip_special)
+        """Return what a recipe selects. Raises UserError for positions and entries that there are not."""
+        positions = positions_from_start(config.skip_positions, int(source.fact("context_length")))
+        if isinstance(config.skip_special, bool):
+            return cls(source, positions, config.skip_special)
+        special = chosen_entries(source.own_file("vocab.parquet"), config.skip_special)
+        return cls(source, positions, tuple(special.tolist()) or False)
 
     @cached_property
     def length(self) -> int:
@@ -61,26 +61,34 @@ class TokenSelection:
     @property
     def facts(self) -> dict[str, Any]:
         """The settings, where they are not the defaults: for fingerprints and records."""
-        settings = {"skip_positions": list(self.skip_positions), "skip_special": self.skip_special}
+        special = self.skip_special if isinstance(self.skip_special, bool) else list(self.skip_special)
+        settings = {"skip_positions": list(self.skip_positions), "skip_special": special}
         return {name: value for name, value in settings.items() if value}
 
     @classmethod
     def from_facts(cls, source: Artefact, facts: Mapping[str, Any]) -> TokenSelection:
-        return cls(source, tuple(facts.get("skip_positions", ())), bool(facts.get("skip_special", False)))
+        special = facts.get("skip_special", False)
+        special = tuple(special) if isinstance(special, list) else bool(special)
+        return cls(source, tuple(facts.get("skip_positions", ())), special)
 
     def mask(self, index: int, rows: slice = slice(None)) -> np.ndarray:
         """Return bool (s, T): True at the used tokens of these sequences of a part."""
-        part = self.parts[index]
-        table = self._read(part, ["document_id", "vocab_id"], rows)
+        table = self._read(self.parts[index], ["document_id", "vocab_id"], rows)
         owners = table["document_id"]
         used = owners >= 0
         hidden = [document.document_id for document in self.generation.hidden.get(index, ())]
         if hidden:
             used &= ~np.isin(owners, hidden)
-        if len(self._special):
-            used &= ~np.isin(table["vocab_id"], self._special)
-        used[:, list(self.skip_positions)] = False
+        for _, left_out in self.reasons(table.get("vocab_id", owners)):
+            used &= ~left_out
         return np.asarray(used)
+
+    def reasons(self, vocab_ids: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each reason to leave tokens (s, T) out, with bool of a shape that fits them: True where it applies."""
+        if self.skip_positions:
+            yield "position", np.isin(np.arange(self.length), self.skip_positions)
+        if len(self.special):
+            yield "special", np.isin(vocab_ids, self.special)
 
     def owners(self, index: int, rows: slice) -> np.ndarray:
         """Return the document_id (n,) int64 of the used tokens of these sequences of a part."""
@@ -93,7 +101,7 @@ class TokenSelection:
         whole = not self.generation.hidden.get(index) and not part.counts.get("n_removed_documents")
         facts = self.source.record.facts
         packed_tight = facts.get("packing") == "concatenated" and "special_tokens" not in facts
-        if packed_tight and whole and not len(self._special):
+        if packed_tight and whole and not len(self.special):
             return self._tight_counts(part)
         return np.asarray(self.mask(index).sum(1))
 
@@ -108,12 +116,15 @@ class TokenSelection:
         return real - np.searchsorted(self.skip_positions, real) if self.skip_positions else real
 
     @cached_property
-    def _special(self) -> np.ndarray:
-        return special_ids(self.source.own_file("vocab.parquet")) if self.skip_special else np.empty(0, np.int32)
+    def special(self) -> np.ndarray:
+        """The vocab_ids to leave out, int32."""
+        if isinstance(self.skip_special, bool):
+            return chosen_entries(self.source.own_file("vocab.parquet"), self.skip_special)
+        return np.array(self.skip_special, np.int32)
 
     def _read(self, part: PartRecord, columns: list[str], rows: slice) -> dict[str, np.ndarray]:
         """Read columns (s, T) of these sequences: of a large part, only the row groups that hold them."""
-        wanted = columns if len(self._special) else [name for name in columns if name != "vocab_id"]
+        wanted = columns if len(self.special) else [name for name in columns if name != "vocab_id"]
         start, stop, _ = rows.indices(part.counts["n_sequences"])
         with pq.ParquetFile(self.source.part_file(part, "tokens.parquet")) as file:
             groups, before = _holding(file.metadata, start * self.length, stop * self.length)
@@ -129,3 +140,12 @@ def _holding(about: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], 
     ends = np.cumsum([0, *(about.row_group(number).num_rows for number in range(about.num_row_groups))])
     groups = [n for n, (a, b) in enumerate(itertools.pairwise(ends.tolist())) if a < stop and b > start]
     return groups, int(ends[groups[0]]) if groups else start
+
+
+def positions_from_start(positions: Sequence[int], length: int) -> tuple[int, ...]:
+    """Return positions of sequences of this length, sorted, where -1 is the last one. Raises UserError."""
+    if any(not -length <= position < length for position in positions):
+        raise UserError(
+            f"activations.skip_positions is {list(positions)}; sequences have the positions 0 to {length - 1}."
+        )
+    return tuple(sorted({position % length for position in positions}))

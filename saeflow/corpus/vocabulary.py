@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import brief, did_you_mean, nearest
 from saeflow.store.files import replacing
 
 
@@ -127,3 +130,25 @@ def special_ids(path: Path) -> np.ndarray:
         return np.empty(0, np.int32)
     table = pq.read_table(path, columns=["vocab_id", "special"])
     return np.asarray(table.filter(table.column("special")).column("vocab_id").cast(pa.int32()).to_numpy())
+
+
+def chosen_entries(path: Path, chosen: bool | Sequence[str | int]) -> np.ndarray:
+    """Return the vocab_ids (int32, sorted) of special entries (true), or of these names and ids. Raises UserError."""
+    if isinstance(chosen, bool):
+        return special_ids(path) if chosen else np.empty(0, np.int32)
+    pieces = pq.read_table(path, columns=["piece"]).column("piece").combine_chunks()
+    found = {each for each in chosen if isinstance(each, int)}
+    if beyond := [each for each in found if each >= len(pieces)]:
+        raise UserError(
+            f"activations.skip_special names the id {min(beyond)}; the vocabulary has the ids 0 to {len(pieces) - 1}."
+        )
+    for name in (each for each in chosen if isinstance(each, str)):
+        here = pc.indices_nonzero(pc.equal(pieces, name)).to_pylist()
+        if not here:
+            special = pieces.take(pa.array(special_ids(path))).to_pylist()
+            raise UserError(
+                f"activations.skip_special names {brief(name)!r}, but no vocabulary entry is called so. "
+                f"{did_you_mean(name, nearest(name, pieces.to_pylist()) or special)}"
+            )
+        found.update(here)
+    return np.array(sorted(found), np.int32)

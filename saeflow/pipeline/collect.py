@@ -76,7 +76,7 @@ def _collector(
 def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Artefact:
     """Collect every missing part and publish."""
     recipe, target = lineage.recipe, lineage.activations
-    lineage.tokens.published()  # before anybody is waited for
+    lineage.selection()  # before anybody is waited for: refuses positions and entries that there are not
     with target.writing():
         wanted = lineage.tokens.published().parts
         inputs = {part.index: {"tokens": part.folder} for part in wanted}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from saeflow.corpus import sources
 from saeflow.corpus.forgotten import ForgottenHashes
 from saeflow.corpus.ledger import Entry, Ledger, group_by_part, merge_hidden
+from saeflow.corpus.selection import positions_from_start
 from saeflow.corpus.token_parts import TokenPartWriter
-from saeflow.corpus.vocabulary import tokenizer_vocab, write_vocab
+from saeflow.corpus.vocabulary import chosen_entries, tokenizer_vocab, write_vocab
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.settings import CorpusConfig
@@ -74,16 +76,24 @@ def _token_summary(ledger: Ledger, before: Generation) -> str:
 def _open_maker(lineage: Lineage, about: CorpusConfig) -> TokenPartWriter:
     recipe, target = lineage.recipe, lineage.tokens
     assert recipe.model is not None
+    positions_from_start(recipe.activations.skip_positions, recipe.tokens.context_length)
     tokenizer = load_tokenizer(recipe.model)
     maker = TokenPartWriter(target, tokenizer, about, recipe.tokens)
     files = [file for file in target.record.files if file.name == "vocab.parquet"] if target.exists() else []
     if not files or list(target.missing_files(target.path, files, full=True)):
         make_folder(target.path)
-        write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), tokenizer.all_special_ids)
+        write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), _special_ids(tokenizer))
+        chosen_entries(target.path / "vocab.parquet", recipe.activations.skip_special)  # a wrong name is refused here
         target.create(lineage.token_facts, files=["vocab.parquet"])
         target.add_files(["vocab.parquet"])  # the same table has other bytes under another pyarrow
         target.storage.send(target.path / "vocab.parquet")
     return maker
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of special tokens. Some tokenizers mark entries as special without naming a role for them."""
+    marked = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return {*tokenizer.all_special_ids, *marked}
 
 
 def _append(

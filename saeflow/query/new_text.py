@@ -88,13 +88,12 @@ def _values_of(
     import torch
 
     from saeflow.activations.shards import stored_sites
+    from saeflow.corpus.selection import TokenSelection
     from saeflow.corpus.token_parts import ids_of, pack
-    from saeflow.corpus.vocabulary import special_ids
     from saeflow.model.load import load_model, load_tokenizer
     from saeflow.model.sites import SiteReader, choose_site
     from saeflow.sae.formats.load import load_sae
 
-    facts = run.artefact.record.facts
     tokenizer, model = load_tokenizer(config), load_model(config)
     frame = _frame_then(tokenizer, store.input_of(run.artefact, "tokens").record.facts, about)
     plain = np.asarray(ids_of(tokenizer, [text], about)[0], np.int32)
@@ -111,9 +110,9 @@ def _values_of(
             read = reader.read(torch.from_numpy(rows[here]), None if real.all() else real)
             values = torch.cat([values, read[site.name].to(dtype).float().cpu()])
     used = owners >= 0
-    used[:, list(facts.get("skip_positions", ()))] = False
-    if facts.get("skip_special"):
-        used &= ~np.isin(rows, special_ids(store.input_of(run.artefact, "tokens").own_file("vocab.parquet")))
+    selection = TokenSelection.from_facts(store.input_of(run.artefact, "tokens"), run.artefact.record.facts)
+    for _, left_out in selection.reasons(rows):
+        used &= ~left_out
     sae = load_sae(store.input_of(run.artefact, "saes").fetched())
     return rows[used], sae.encode_sparse(values[torch.from_numpy(used)])
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from saeflow.corpus.vocabulary import special_ids
+from saeflow.corpus.selection import TokenSelection
 from saeflow.features.schema import (
     ORDERS,
     PART_TABLES,
@@ -276,7 +276,6 @@ def _encoded_condition(
     """Return SQL that is false for tokens added since, tokens with hidden values, and tokens that a setting skips."""
     facts, length = artefact.record.facts, int(tokens.record.facts.get("context_length", 1))
     known = (i for part in shown for i in covered(part).keys() - set(_stale(part, generation)))
-    special = special_ids(tokens.own_file("vocab.parquet")).tolist() if facts.get("skip_special") else ()
-    return condition_of_encoded(
-        token_ranges(known, generation.parts, length), length, facts.get("skip_positions", ()), special
-    )
+    skips = TokenSelection.from_facts(tokens, facts)
+    ranges = token_ranges(known, generation.parts, length)
+    return condition_of_encoded(ranges, length, skips.skip_positions, skips.special.tolist())

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from saeflow.runtime.text import brief, nearest
@@ -58,6 +66,30 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _with_ranges(value: object) -> object:
+    """Put the numbers of a range such as "4-7" in its place. What is none is left to pydantic."""
+    numbers: list[object] = []
+    for each in value if isinstance(value, list) else [value]:
+        found = re.fullmatch(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*", each) if isinstance(each, str) else None
+        first, last = map(int, found.groups()) if found else (1, 0)
+        if found and not first <= last < first + _LONGEST_RANGE:
+            raise PydanticCustomError("range", "A range goes from a lower position to a higher one, such as 4-7")
+        numbers += range(first, last + 1) if found else [each]
+    return numbers
+
+
+_LONGEST_RANGE = 1 << 20
+
+
+def _named_entries(value: object) -> object:
+    if value in (0, 1) or (isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off")):
+        return value
+    named = [value] if isinstance(value, str) else value
+    if not isinstance(named, list) or not all(type(each) is str or (type(each) is int and each >= 0) for each in named):
+        raise PydanticCustomError("entries", "It must be true, false, or a list of names and ids of vocabulary entries")
+    return named
+
+
 def _pattern_from_recipe(value: str, info: ValidationInfo) -> str:
     """Only the value is a pattern: signs such as [ in the folder's own name mean themselves."""
     folder = recipe_folder(info)
@@ -75,6 +107,10 @@ PatternsFromRecipe = Annotated[
 ]
 """Paths with globs that count from the recipe's folder."""
 Names = Annotated[list[str], BeforeValidator(_one_or_many)]
+Positions = Annotated[list[int], BeforeValidator(_with_ranges)]
+"""Whole numbers. A text such as "4-7" among them stands for the numbers from 4 to 7."""
+Entries = Annotated[bool | list[str | int], Field(union_mode="left_to_right"), BeforeValidator(_named_entries)]
+"""All of some kind of vocabulary entries, or none, or those of these names and ids."""
 
 
 Location = tuple[int | str, ...]

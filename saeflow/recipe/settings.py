@@ -15,10 +15,12 @@ from pydantic import (
 )
 
 from saeflow.recipe.section import (
+    Entries,
     Names,
     PathFromRecipe,
     PathOrHubName,
     PatternsFromRecipe,
+    Positions,
     Section,
     Share,
     recipe_folder,
@@ -135,12 +137,16 @@ class ActivationsConfig(Section):
         "none",
         description="zstd: writes more slowly and needs a fifth of the disk after a ReLU, 70 to 90% elsewhere.",
     )
-    skip_positions: list[NonNegativeInt] = Field(
+    skip_positions: Positions = Field(
         [],
         description="Positions left out of training, encoding and evaluation, e.g. [0] if the model keeps a huge "
-        "vector there.",
+        'vector there. "4-7" is a range; -1 is the last position of a sequence.',
     )
-    skip_special: bool = Field(False, description="Leave out special tokens such as BOS in the same way.")
+    skip_special: Entries = Field(
+        False,
+        description="Leave out special tokens such as BOS in the same way: true for all of them, or a list of "
+        "vocabulary entries by name or id.",
+    )
     forward_batch: PositiveInt = Field(16, description="Sequences in one forward pass.")
     chunk_bytes: ByteSize = Field(
         ByteSize(4 << 20), description="Size of a chunk: the smallest piece of a shard that is read."

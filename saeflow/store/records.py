@@ -111,7 +111,7 @@ class _Facts(BaseModel):
     context_length: _Whole = 1
     n_features: _Whole = 0
     skip_positions: list[_Whole] = []
-    skip_special: Annotated[bool, Field(strict=True)] = False
+    skip_special: Annotated[bool, Field(strict=True)] | list[_Whole] = False
     packing: _Text | None = None
     generation: _Whole = 0
     site: _Text = ""
