@@ -239,9 +239,13 @@ def train_command(
 
 @run_commands.command("import", rich_help_panel="Stages")
 def import_command(
-    folder: Annotated[
-        Path,
-        typer.Argument(help="Folder of a trained SAE: of saeflow, SAELens or dictionary_learning.", metavar="FOLDER"),
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A trained SAE: its folder or file, OWNER/REPOSITORY/FOLDER on the hub, or RELEASE/SAE of SAELens' "
+            "catalogue.",
+            metavar="SAE",
+        ),
     ],
     recipe: RecipePath,
     store: StoreOption = None,
@@ -256,7 +260,8 @@ def import_command(
     """
     from saeflow.recipe.recipe import require_one
 
-    settings = read_recipe(recipe, [*(set_ or []), f"sae.source={folder.resolve()}"], member)
+    source = str(Path(source).resolve()) if Path(source).exists() else source
+    settings = read_recipe(recipe, [*(set_ or []), f"sae.source={source}"], member)
     require_one(settings, "import")
     from saeflow.pipeline import train
     from saeflow.pipeline.lineage import Lineage
@@ -265,7 +270,7 @@ def import_command(
     made = train.run(Lineage(opened, settings), progress_of(quiet, verbose, settings))
     if not quiet:
         print_line(train.import_in_words(settings.sae, made))
-        lines = f"In {recipe}, section [sae], write:\n\n  source = {_toml_string(str(folder.resolve()), '')}\n"
+        lines = f"In {recipe}, section [sae], write:\n\n  source = {_toml_string(source, '')}\n"
         print_line(f"{lines}\nNext: saeflow encode {shlex.quote(str(recipe))}{store_argument(opened)}")
 
 

@@ -58,7 +58,7 @@ class Judged:
         """Count tokens x (n, D), to be reconstructed as `wanted`."""
         sparse = sae.encode_sparse(x)
         self.firing.add(sparse)
-        there = sae.decode(sparse)
+        there = sae.decode(sparse, x)
         self.reconstruction.add(wanted, there)
         self.without_longest.add(wanted, there)
 

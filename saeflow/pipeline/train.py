@@ -26,7 +26,7 @@ from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads, use_threads
-from saeflow.sae.formats.load import load_sae
+from saeflow.sae.formats.load import load_described, load_sae
 from saeflow.sae.formats.source import describe_source
 from saeflow.sae.metrics import Firing, Reconstruction, WithoutLongest
 from saeflow.store.artefact import Artefact, writing_all
@@ -221,7 +221,7 @@ def _require_fits(lineage: Lineage) -> None:
         if site.width != width:
             fitting = [each.name for each in lineage.stored_sites if each.width == width]
             raise UserError(
-                f"The SAE in {found.weights.parent} has vectors of {width}, but those of site {site.name} are of "
+                f"The SAE in {found.place} has vectors of {width}, but those of site {site.name} are of "
                 f"{site.width}.\n"
                 + (f"Set sae.{setting} to {' or '.join(fitting)}." if fitting else "Store the site it was trained on.")
             )
@@ -230,9 +230,9 @@ def _require_fits(lineage: Lineage) -> None:
 def _import(lineage: Lineage, progress: Progress) -> None:
     """Try the SAE in `sae.source` on the first tokens, and publish it like one trained here. Its log has one row."""
     began, found = time.monotonic(), describe_source(lineage.recipe.sae)
-    sae = load_sae(found.weights.parent, n_threads(lineage.recipe.threads))
+    sae = load_described(found, n_threads(lineage.recipe.threads))
     sae.config, sites = lineage.sae_config, lineage.distinct_sites
-    progress.say(f"train: importing {found.weights.parent} instead")
+    progress.say(f"train: importing {found.place} instead")
     x, *others = _first_rows(lineage.selection(), lineage.activations, sites)
     wanted = others[0] if others else x
     width = wanted.shape[1]
@@ -240,7 +240,7 @@ def _import(lineage: Lineage, progress: Progress) -> None:
     judged.add(x, wanted, sae)
     if not math.isfinite(judged.reconstruction.error):
         raise UserError(
-            f"The SAE in {found.weights.parent} gives NaN or infinite values on the first tokens: it is not imported.\n"
+            f"The SAE in {found.place} gives NaN or infinite values on the first tokens: it is not imported.\n"
             "Was it trained on activations of this site, at this scale?"
         )
     row = {

@@ -57,9 +57,13 @@ def _from_recipe(value: str, info: ValidationInfo) -> str:
     return from_folder(folder, value) if folder else value
 
 
-def _from_recipe_if_there(value: str, info: ValidationInfo) -> str:
-    folder = recipe_folder(info)
+def from_folder_if_there(folder: Path | None, value: str) -> str:
+    """Return the absolute path if it leads to something; otherwise the value itself, perhaps a name on a hub."""
     return from_folder(folder, value) if folder and Path(from_folder(folder, value)).exists() else value
+
+
+def _from_recipe_if_there(value: str, info: ValidationInfo) -> str:
+    return from_folder_if_there(recipe_folder(info), value)
 
 
 def _one_or_many(value: object) -> object:

@@ -179,10 +179,16 @@ class SAEConfig(Section):
         examples=["transformer.h.6.mlp"],
         description="Stored site to reconstruct, which makes a transcoder. Default: the site that is read.",
     )
-    source: PathFromRecipe | None = Field(
+    source: PathOrHubName | None = Field(
         None,
         examples=["sae"],
-        description="Folder of a trained SAE (SAELens, dictionary_learning) to use instead of training one.",
+        description="A trained SAE to use instead of training one: its folder or file, OWNER/REPOSITORY/FOLDER on the "
+        "Hugging Face hub, or RELEASE/SAE of SAELens' catalogue.",
+    )
+    input_scale: PositiveFloat | None = Field(
+        None,
+        examples=[1.5],
+        description="Factor on activations before the SAE in `source` reads them, where its folder names none.",
     )
     architecture: Architecture = Field("batchtopk", description="Kind of autoencoder.")
     n_features: PositiveInt = Field(4096, description="Directions in the dictionary (F).")

@@ -9,15 +9,15 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from saeflow.recipe.section import Section, from_folder, recipe_folder
+from saeflow.recipe.section import Section, from_folder, from_folder_if_there, recipe_folder
 from saeflow.recipe.settings import Architecture, SAEConfig, TrainConfig
 from saeflow.runtime.text import nearest
 
 _SECTIONS: dict[str, type[Section]] = {"sae": SAEConfig, "train": TrainConfig}
 _SETTINGS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
 """What a sweep may change."""
-_PATHS = {"sae.source", "train.tensorboard"}
-"""Settings among them that are paths, which count from the recipe's folder."""
+_PATHS = {"sae.source": from_folder_if_there, "train.tensorboard": from_folder}
+"""Settings among them that are paths, and how each counts from the recipe's folder."""
 
 
 def _by_dotted_name(value: object) -> object:
@@ -46,13 +46,13 @@ class SweepConfig(Section):
     def _paths_count_from_the_recipe(cls, value: Any, info: ValidationInfo) -> Any:
         folder = recipe_folder(info)
 
-        def absolute(setting: Any) -> Any:
+        def absolute(key: str, setting: Any) -> Any:
             if isinstance(setting, list):
-                return [absolute(each) for each in setting]
-            return from_folder(folder, setting) if folder and isinstance(setting, str) else setting
+                return [absolute(key, each) for each in setting]
+            return _PATHS[key](folder, setting) if folder and key in _PATHS and isinstance(setting, str) else setting
 
         tables = value if isinstance(value, list) else [value]
-        found = [{key: absolute(each) if key in _PATHS else each for key, each in table.items()} for table in tables]
+        found = [{key: absolute(key, each) for key, each in table.items()} for table in tables]
         return found if isinstance(value, list) else found[0]
 
     @model_validator(mode="after")

@@ -35,6 +35,9 @@ class SparseAutoencoder(SAEParameters):
     In training, `batchtopk` and `matryoshka` take their threshold from the batch at hand. `encode_sparse` applies the
     running threshold instead, so a token's features do not depend on its batch mates.
 
+    An imported SAE may also have a skip connection, which adds x @ W_skip.T to the reconstruction (Paulo et al. 2025,
+    arXiv 2501.18823), and may normalise each vector before it is read (`input_norm`).
+
     docs/built/add-an-architecture.md says how to add one.
     """
 
@@ -101,20 +104,39 @@ class SparseAutoencoder(SAEParameters):
         A token's values depend neither on its batch nor on the number of threads.
         """
         function = self.activation_function()
-        cut = self._cut(function)
+        cut, x = self._cut(function), self._normalised(x)[0]
         if self.use_kernels and x.device.type == "cpu" and self.W_enc.device.type == "cpu":
             return encode_on_processor(x, self.current_encoder(cut), function)
         return encode_on_accelerator(to_device(x, self.W_enc.device), self.current_encoder(cut), function)
 
     @torch.no_grad()
-    def decode(self, sparse: SparseValues) -> Tensor:
-        """Return reconstructions (B, D_out) in float32."""
+    def decode(self, sparse: SparseValues, x: Tensor | None = None) -> Tensor:
+        """Return reconstructions (B, D_out) in float32. A skip connection and `input_norm` need the tokens x (B, D)."""
         entries = SparseRows(*(torch.from_numpy(array).to(self.W_dec.device) for array in sparse))
-        return decode(entries, self.W_dec) + self.b_dec
+        there = decode(entries, self.W_dec) + self.b_dec
+        if self.W_skip is None and self.input_norm == "none":
+            return there
+        assert x is not None, "this SAE reconstructs from its input, too"
+        normalised, shift, length = self._normalised(to_device(x, self.W_dec.device))
+        if self.W_skip is not None:
+            there = there + normalised.float() @ self.W_skip.t()
+        return there if length is None or shift is None else (there * length + shift).float()
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return vectors as they are read, and what was subtracted from each, and what each was then divided by."""
+        if self.input_norm == "none":
+            return x, None, None
+        wide = x.double()
+        if self.input_norm == "layer_norm":
+            shift = wide.mean(dim=1, keepdim=True)
+            length = (wide - shift).std(dim=1, keepdim=True)
+            return ((wide - shift) / (length + 1e-5)).float(), shift, length
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp(min=1e-30) / math.sqrt(x.shape[1])
+        return (wide / length).float(), torch.zeros_like(length), length
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Encode, as `encode_sparse` does, and decode."""
-        return self.decode(self.encode_sparse(x))
+        return self.decode(self.encode_sparse(x), x)
 
     forward = reconstruct
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as tf
@@ -17,6 +17,10 @@ from saeflow.sae.batch import worker_ranges
 from saeflow.sae.encoder import Encoder
 from saeflow.sae.step import DENSE_SHARE
 
+InputNorm = Literal["none", "constant_norm_rescale", "layer_norm"]
+"""What is done to each vector before it is read, and undone afterwards, by SAELens' names: it gets the length of the
+root of D; or it is centred and divided by the standard deviation of its numbers."""
+
 _START_ROWS = 4096
 """Rows from which biases and thresholds of a sparse start are taken."""
 _THRESHOLD_GAIN, _LEAST_THRESHOLD = 0.03, 1e-6
@@ -29,6 +33,7 @@ class SAEParameters(nn.Module):
     threshold: Tensor
     tokens_since_fired: Tensor
     centre: Tensor
+    W_skip: Tensor | None
 
     def __init__(self, config: SAEConfig, width: int, out_width: int | None = None, threads: int = 1) -> None:
         super().__init__()
@@ -47,6 +52,9 @@ class SAEParameters(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(config.n_features, dtype=torch.int64))
         if config.target_site is not None:
             self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("W_skip", None)
+        self.input_norm: InputNorm = "none"
+        """Only an imported SAE has this, or a skip connection `W_skip` (D_out, D)."""
         self.threads = threads
         """Threads of the processor that training and encoding use."""
         self.product_dtype: torch.dtype | None = None

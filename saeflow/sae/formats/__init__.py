@@ -1,10 +1,15 @@
 """Autoencoders as folders, of every program that publishes some. Read `description` first.
 
-description          what a folder holds, and checks of its settings
+description          what a folder holds and how it is read; checks of settings
 source               which program wrote a folder; what `sae.source` in a recipe means
-saelens              settings of SAELens and saeflow
-dictionary_learning  settings of dictionary_learning
-tensors              tensors out of files, and nothing but tensors
-load                 from a folder to an autoencoder; differences are folded in
+hub                  names of the Hugging Face hub and of SAELens' catalogue
+saelens              SAELens 3 to 6, and saeflow
+dictionary_learning  dictionary_learning
+sparsify             sparsify (EleutherAI)
+gemma_scope          Gemma Scope 1 and 2
+llama_scope          Llama Scope and others of OpenMOSS
+torch_files          single files of torch: Qwen-Scope and others
+tensors              tensors, or names and shapes, out of files, and nothing but tensors
+load                 from a description to an autoencoder; differences are folded in
 save                 an autoencoder as a folder of SAELens 6
 """

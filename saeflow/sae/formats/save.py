@@ -52,6 +52,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def _saelens_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
     architecture, b_enc = sae.config.architecture, sae.b_enc.detach()
     tensors = {"W_enc": sae.W_enc.t(), "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    tensors |= {} if sae.W_skip is None else {"W_skip": sae.W_skip}
     shift = torch.zeros_like(b_enc).double()
     if sae.config.target_site is not None:
         shift = sae.W_enc.detach().double() @ sae.centre.double()
@@ -68,15 +69,15 @@ def _saelens_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
 def _saelens_cfg(sae: SparseAutoencoder, metadata: dict[str, Any]) -> dict[str, Any]:
     config = sae.config
     cfg: dict[str, Any] = {
-        "architecture": saelens_name(config),
+        "architecture": saelens_name(config, sae.W_skip is not None),
         "d_in": sae.W_enc.shape[1],
         "d_sae": config.n_features,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": config.target_site is None,
-        "normalize_activations": "none",
+        "normalize_activations": sae.input_norm,
         "reshape_activations": "none",
-        "metadata": {**metadata, "saeflow": config.model_dump(mode="json")},
+        "metadata": {**metadata, "saeflow": config.model_dump(mode="json", exclude={"input_scale"})},
     }
     if config.target_site is not None:
         cfg["d_out"] = sae.W_dec.shape[1]

@@ -78,7 +78,7 @@ def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "x.npy", rows().numpy())
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ} | OFFLINE
     about = json.dumps({"x": str(folder / "x.npy"), "folders": folders})
-    command = [PEER, "-I", Path(__file__).resolve().parents[1] / "support" / "_saelens.py"]
+    command = [PEER, "-I", Path(__file__).resolve().parents[2] / "support" / "_saelens.py"]
     run = subprocess.run(command, input=about, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return folder

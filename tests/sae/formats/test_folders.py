@@ -287,11 +287,16 @@ ODD = [float("nan"), float("inf"), float("-inf"), 10**400]
     ("change", "reason"),
     [
         ({"architecture": "temporal"}, r'architecture is "temporal"; saeflow reads "standard"'),
-        ({"architecture": "skip_transcoder"}, r'architecture is "skip_transcoder"'),
-        ({"normalize_activations": "layer_norm"}, r'normalize_activations is "layer_norm"; saeflow reads "none"'),
+        (
+            {"architecture": "skip_transcoder", "apply_b_dec_to_input": False, "d_out": D},
+            r"lacks W_skip, which relu needs",
+        ),
+        (
+            {"normalize_activations": "covariance_whitening"},
+            r'normalize_activations is "covariance_whitening"; saeflow reads "none"',
+        ),
         ({"normalize_activations": True}, r"fold_activation_norm_scaling_factor"),
         ({"activation_fn": "tanh-relu"}, r'activation_fn is "tanh-relu"; saeflow reads "relu"'),
-        ({"finetuning_scaling_factor": True}, r"finetuning_scaling_factor is true; saeflow reads false"),
         ({"reshape_activations": "heads"}, r"reshape_activations"),
         ({"apply_b_dec_to_input": "yes"}, r'apply_b_dec_to_input is "yes"; saeflow reads true, false'),
         ({"d_in": None}, r"d_in is null; it has to be a whole number above 0"),
@@ -334,6 +339,7 @@ def test_a_setting_that_cannot_be_read_is_named(change: dict[str, Any], reason: 
     [
         ({"b_enc": None}, r"lacks b_enc, which relu needs; it holds W_dec, W_enc, b_dec"),
         ({"W_skip": torch.zeros(D, D)}, r"holds W_skip, which relu has not"),
+        ({"scaling_factor": torch.full((F,), 2.0)}, r"holds scaling_factor, which relu has not"),
         ({"b_dec": torch.full((D,), torch.nan)}, r"b_dec holds NaN or infinite values"),
         ({"W_enc": torch.full((D, F), 1e300, dtype=torch.float64)}, r"W_enc holds NaN or infinite values"),
         ({"b_enc": torch.zeros(F, dtype=torch.int64)}, r"b_enc holds torch\.int64, not real numbers"),
