@@ -57,13 +57,21 @@ def _from_recipe(value: str, info: ValidationInfo) -> str:
     return from_folder(folder, value) if folder else value
 
 
-def from_folder_if_there(folder: Path | None, value: str) -> str:
-    """Return the absolute path if it leads to something; otherwise the value itself, perhaps a name on a hub."""
+def _from_recipe_if_there(value: str, info: ValidationInfo) -> str:
+    folder = recipe_folder(info)
     return from_folder(folder, value) if folder and Path(from_folder(folder, value)).exists() else value
 
 
-def _from_recipe_if_there(value: str, info: ValidationInfo) -> str:
-    return from_folder_if_there(recipe_folder(info), value)
+def sae_from_folder(folder: Path, value: str) -> str:
+    """Return the absolute path of an SAE; but OWNER/REPOSITORY/FOLDER, and the like, if nothing is there, stays."""
+    path = from_folder(folder, value)
+    is_name = "/" in value and not value.startswith(("/", ".", "~")) and not Path(path).exists()
+    return value if is_name else path
+
+
+def _sae_from_recipe(value: str, info: ValidationInfo) -> str:
+    folder = recipe_folder(info)
+    return sae_from_folder(folder, value) if folder else value
 
 
 def _one_or_many(value: object) -> object:
@@ -106,6 +114,8 @@ PathFromRecipe = Annotated[str, AfterValidator(_from_recipe)]
 """A path that counts from the recipe's folder."""
 PathOrHubName = Annotated[str, AfterValidator(_from_recipe_if_there)]
 """A path that counts from the recipe's folder if it leads to something; otherwise a name on a hub."""
+SAESource = Annotated[str, AfterValidator(_sae_from_recipe)]
+"""A path that counts from the recipe's folder, or a name with a slash on a hub or in a catalogue."""
 PatternsFromRecipe = Annotated[
     list[Annotated[str, AfterValidator(_pattern_from_recipe)]], BeforeValidator(_one_or_many)
 ]

@@ -21,6 +21,7 @@ from saeflow.recipe.section import (
     PathOrHubName,
     PatternsFromRecipe,
     Positions,
+    SAESource,
     Section,
     Share,
     recipe_folder,
@@ -179,7 +180,7 @@ class SAEConfig(Section):
         examples=["transformer.h.6.mlp"],
         description="Stored site to reconstruct, which makes a transcoder. Default: the site that is read.",
     )
-    source: PathOrHubName | None = Field(
+    source: SAESource | None = Field(
         None,
         examples=["sae"],
         description="A trained SAE to use instead of training one: its folder or file, OWNER/REPOSITORY/FOLDER on the "

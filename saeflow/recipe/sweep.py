@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from saeflow.recipe.section import Section, from_folder, from_folder_if_there, recipe_folder
+from saeflow.recipe.section import Section, from_folder, recipe_folder, sae_from_folder
 from saeflow.recipe.settings import Architecture, SAEConfig, TrainConfig
 from saeflow.runtime.text import nearest
 
 _SECTIONS: dict[str, type[Section]] = {"sae": SAEConfig, "train": TrainConfig}
 _SETTINGS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
 """What a sweep may change."""
-_PATHS = {"sae.source": from_folder_if_there, "train.tensorboard": from_folder}
+_PATHS = {"sae.source": sae_from_folder, "train.tensorboard": from_folder}
 """Settings among them that are paths, and how each counts from the recipe's folder."""
 
 
