@@ -198,7 +198,39 @@ def _run_stage(name: str, settings: Recipe, store: str | None, quiet: bool, verb
 
 
 _add_stage("tokens", "Turn documents into fixed-length sequences of tokens.")
-_add_stage("collect", "Run the model and store the activations of the chosen sites.")
+
+
+@run_commands.command("collect", rich_help_panel="Stages")
+def collect_command(
+    recipe: RecipePath,
+    store: StoreOption = None,
+    set_: Set = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FOLDER",
+            help="Store what an inference engine has written (vLLM, nnsight, TransformerLens) instead of running the "
+            "model. Its requests are the documents. Sets corpus.requests.",
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the model and store the activations of the chosen sites.
+
+    Example: `saeflow collect my.toml`
+    """
+    given = [f"corpus.requests={requests.resolve()}"] if requests else []
+    settings = read_recipe(recipe, [*(set_ or []), *given])
+    for stage in ("tokens", "collect") if requests else ("collect",):
+        _run_stage(stage, settings, store, quiet, verbose)
+    if requests and not quiet and read_recipe(recipe, set_) != settings:
+        print_line(
+            f"In {recipe}, section [corpus], write:\n\n  requests = {_toml_string(str(requests.resolve()), '')}\n"
+        )
+
+
 _add_stage("bring", "Store activations from a table instead of a model.")
 
 

@@ -8,6 +8,7 @@ metadata       types of the other columns of CSV and JSON files
 sorting        rows sorted by their keys in bounded memory
 parquet_types  types of the columns of Parquet files, joined exactly
 tabular        documents in tables: Parquet and SQL by DuckDB, CSV and JSON row by row
+requests       what an inference engine has written, as documents
 sources        the documents of a corpus, streamed in a fixed order
 forgotten      which documents the store must not take in again
 ledger         which documents a store already holds

@@ -13,6 +13,8 @@ import pyarrow as pa
 from saeflow.corpus import remote, tabular
 from saeflow.corpus.document import Corpus, Document, in_share
 from saeflow.corpus.files import folder_before_globs, format_of, matching_files, read_text, shown
+from saeflow.corpus.requests.documents import request_documents
+from saeflow.corpus.requests.folder import RequestFolder
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 
@@ -26,10 +28,17 @@ def open_corpus(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus
     Tables are sorted in `memory_bytes`; the default is a quarter of the machine's memory. Raises UserError that names
     a missing file, a missing text column or an unreadable text.
     """
-    if bool(config.files) == bool(config.sql):
+    if bool(config.files) == bool(config.sql) and (config.files or not config.requests):
         raise UserError('[corpus] needs either files = [...] or sql = "select ...", and not both.')
-    corpus = tabular.from_query(config, memory_bytes) if config.sql else _open_files(config, memory_bytes)
+    if config.requests:
+        corpus = request_documents(config, lambda about: _open_listed(about, memory_bytes))
+    else:
+        corpus = _open_listed(config, memory_bytes)
     return Corpus(_chosen_documents(corpus.documents, config), corpus.metadata)
+
+
+def _open_listed(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
+    return tabular.from_query(config, memory_bytes) if config.sql else _open_files(config, memory_bytes)
 
 
 def pin_to_commits(config: CorpusConfig) -> CorpusConfig:
@@ -42,7 +51,9 @@ def corpus_signature(config: CorpusConfig) -> str | None:
     if config.sql:
         return None
     listed = (found for pattern in config.files for found in matching_files(pattern).items())
-    states = sorted((path, state or _file_state(path)) for path, state in listed)
+    states: list[tuple[object, ...]] = sorted((path, state or _file_state(path)) for path, state in listed)
+    if config.requests:
+        states += RequestFolder.of(config.requests).states()
     share = f" {config.share}" if config.share < 1 else ""
     return hashlib.blake2b(f"{states!r}{share}".encode(), digest_size=8).hexdigest()
 
@@ -66,7 +77,9 @@ def _chosen_documents(documents: Iterator[Document], config: CorpusConfig) -> It
             seen.add(document.content_hash)
         yield document
     if n_documents == 0:
-        raise UserError(f"The corpus is empty: {config.sql or ', '.join(config.files)} gives no documents.")
+        raise UserError(
+            f"The corpus is empty: {config.sql or ', '.join(config.files) or config.requests} gives no documents."
+        )
 
 
 def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:

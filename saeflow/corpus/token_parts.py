@@ -56,7 +56,7 @@ def frame_of(tokenizer: Any, about: CorpusConfig, config: TokensConfig) -> Frame
     An encoder's tokenizer (it has a mask token) and rows of one document have them in each sequence, as the tokenizer
     itself cuts long texts. BOS alone stands only where a document begins.
     """
-    if config.prepend_bos is None and about.token_ids:
+    if config.prepend_bos is None and about.tokenised:
         return Frame()
     if config.prepend_bos is None:
         own, n_special = _own_frame(tokenizer), sum(map(len, special_tokens(tokenizer)))
@@ -195,7 +195,7 @@ class TokenPartWriter:
     def _ids(self, entries: Sequence[Entry]) -> Sequence[Sequence[int]]:
         if not entries:
             return []
-        if self.about.token_ids is None:
+        if not self.about.tokenised:
             return ids_of(self.tokenizer, [entry.document.text for entry in entries], self.config)
         for entry in entries:
             self._require_known(entry.key, entry.document.vocab_ids)
@@ -204,9 +204,11 @@ class TokenPartWriter:
     def _require_known(self, key: str, ids: Sequence[int]) -> None:
         wrong = [i for i in ids if not 0 <= i < self.n_vocab]
         if wrong:
+            way_out = "Name that model" if self.about.requests else 'Name the text column instead: text = "..."'
+            setting = "corpus.requests" if self.about.requests else "corpus.token_ids"
             raise UserError(
-                f"corpus.token_ids: the document {key!r} has the id {wrong[0]}, but the model's tokenizer has 0 to "
-                f'{self.n_vocab - 1}.\nWas it tokenised for another model? Name the text column instead: text = "...".'
+                f"{setting}: the document {key!r} has the id {wrong[0]}, but the model's tokenizer has 0 to "
+                f"{self.n_vocab - 1}.\nWas it tokenised for another model? {way_out}."
             )
 
     def write(self, index: int, tokenised: Sequence[tuple[Entry, np.ndarray]]) -> PartRecord:

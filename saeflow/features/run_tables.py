@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from saeflow.features.files import write_table
 from saeflow.features.schema import RUN_TABLES, TOP, TOP_LOGITS
 from saeflow.model.direct_path import direct_path
-from saeflow.model.load import load_model
+from saeflow.model.load import load_model, may_run
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.linear import linear
 from saeflow.runtime.progress import Progress
@@ -192,7 +192,7 @@ def _rounded_table(table: pa.Table) -> pa.Table:
 def _logits_table(
     source: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, blocks: ProductBlocks
 ) -> pa.Table | None:
-    if recipe.model is None:
+    if recipe.model is None or not may_run(recipe):
         return None
     n_vocab = pq.read_metadata(source.own_file("vocab.parquet")).num_rows
     model = load_model(recipe.model)

@@ -20,14 +20,17 @@ from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-d
 from saeflow.corpus.files import is_lfs_pointer
 from saeflow.corpus.remote import hub_errors
 from saeflow.recipe.fingerprint import fingerprint
+from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.devices import choose_device
 from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.memory import total_memory
 from saeflow.store.files import checksum_once
 
 _IDENTITY_FILES = (
     "*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "*.txt", "*.spm", "*.codes", "*.tiktoken",
 )  # fmt: skip
+_WEIGHTS = ("*.safetensors", "*.bin")
 _HUB_SECONDS = 10.0
 _DAMAGED = (SafetensorError, UnpicklingError, EOFError)
 """What the readers of weights raise where a file is cut or changed."""
@@ -126,6 +129,18 @@ def _refuse_more(path: str, model: nn.Module, unexpected: Iterable[str]) -> None
             f"its files, e.g. {', '.join(found[:3])}.\nBring the config.json that was saved with these weights; merge "
             "adapters into the model before saving it."
         )
+
+
+def may_run(recipe: Recipe) -> bool:
+    """True if stages run the recipe's language model.
+
+    Where an engine has run it, only if its weights lie in a local folder and fit into half of the memory.
+    """
+    if recipe.model is None or recipe.corpus is None or recipe.corpus.requests is None:
+        return recipe.model is not None
+    path = Path(recipe.model.path)
+    files = [path] if path.is_file() else [file for ending in _WEIGHTS for file in path.glob(ending)]
+    return 0 < sum(file.stat().st_size for file in files) < total_memory() // 2
 
 
 def is_gguf(path: str) -> bool:

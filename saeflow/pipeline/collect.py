@@ -9,15 +9,16 @@ from typing import Any
 import pyarrow.parquet as pq
 from torch import nn
 
-from saeflow.activations.collector import Collector
+from saeflow.activations.collector import Collector, device_of_source
+from saeflow.activations.engines.reader import EngineFiles, documents_of
 from saeflow.activations.epoch import fit_pool
 from saeflow.activations.norms import warn_of_massive_positions
 from saeflow.activations.shards import ITEM_BYTES, stored_sites
 from saeflow.corpus import token_parts
+from saeflow.corpus.requests.documents import REQUEST
 from saeflow.model.load import load_model, model_fingerprint
 from saeflow.model.sites import (
     Site,
-    device_of,
     embedding_size,
     require_length,
     require_running_order,
@@ -27,7 +28,7 @@ from saeflow.model.sites import (
 from saeflow.pipeline.dask.clusters import make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.pipeline.parts import PartMaker, PartWork, Records, Through, directly, dumped, shared
-from saeflow.recipe.recipe import parse_recipe
+from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.devices import model_threads
 from saeflow.runtime.errors import UserError
@@ -57,8 +58,8 @@ class CollectParts(PartMaker, name="activations-collect", stays=True):
         source = Ancestors(store, target).tokens
         generation = source.generation(settings["generation"])
         assert generation is not None
-        model, sites = load_model(recipe.model), stored_sites(target)
-        collector = _collector(source, target, recipe.activations, model, sites, settings["threads"])
+        model = engine_files(recipe) or load_model(recipe.model)
+        collector = _collector(source, target, recipe.activations, model, stored_sites(target), settings["threads"])
         return cls(collector, {part.index: part for part in generation.parts})
 
     def make(self, item: int, progress: Progress) -> Records:
@@ -66,11 +67,23 @@ class CollectParts(PartMaker, name="activations-collect", stays=True):
             return dumped({self.collector.target: self.collector.collect(self.parts[item], bar)})
 
 
+def engine_files(recipe: Recipe) -> EngineFiles | None:
+    """Return the files of an engine that take the model's place; None if the recipe runs its model."""
+    if recipe.corpus is None or recipe.corpus.requests is None:
+        return None
+    return EngineFiles.of(recipe.corpus.requests, recipe.activations.request_layers)
+
+
 def _collector(
-    source: Artefact, target: Artefact, config: ActivationsConfig, model: nn.Module, sites: list[Site], threads: int
+    source: Artefact,
+    target: Artefact,
+    config: ActivationsConfig,
+    model: nn.Module | EngineFiles,
+    sites: list[Site],
+    threads: int,
 ) -> Collector:
     keep_freed_memory()
-    return Collector(source, target, config, model, sites, model_threads(device_of(model), threads))
+    return Collector(source, target, config, model, sites, model_threads(device_of_source(model), threads))
 
 
 def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Artefact:
@@ -136,13 +149,8 @@ def skipped(target: Artefact, progress: Progress) -> None:
 def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector:
     """Load the model, name the sites, check the disk and what training will ask for, and create the artefact."""
     recipe = lineage.recipe
-    assert recipe.model is not None
-    place = {"device": "cpu"} if recipe.cluster else {}  # workers choose their own devices
-    model = load_model(recipe.model.model_copy(update=place))
-    _require_embedded(lineage, model, missing)
-    sites = resolve_sites(model, recipe.activations.sites)
+    model, sites, engine = _engine_of(lineage, missing) or (*_model_of(lineage, missing), {})
     length = recipe.tokens.context_length
-    require_length(model, length, sites)
 
     def row_bytes(kept: Iterable[Site]) -> int:
         return length * sum(site.width for site in kept) * ITEM_BYTES[recipe.activations.dtype]
@@ -152,14 +160,39 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
     for member in recipe.members():
         if member.sae.site or member.sae.target_site:
             read, target_site = site_pair(sites, member.sae)
-            if read != target_site:
+            if read != target_site and isinstance(model, nn.Module):
                 require_running_order(model, read.name, target_site.name)
             fit_pool(recipe.feed, row_bytes({read, target_site}))
     n_bytes = row_bytes(sites) * sum(part.counts["n_sequences"] for part in missing)
     lineage.store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
-    about = lineage.activation_facts | {"stored": [[site.name, site.width] for site in sites]}
+    about = lineage.activation_facts | {"stored": [[site.name, site.width] for site in sites]} | engine
     lineage.activations.create(about, [lineage.tokens.id])
     return _collector(lineage.tokens, lineage.activations, recipe.activations, model, sites, recipe.threads)
+
+
+def _model_of(lineage: Lineage, missing: Sequence[PartRecord]) -> tuple[nn.Module, list[Site]]:
+    """Load the model and name its sites. Raises UserError if it cannot read the tokens."""
+    recipe = lineage.recipe
+    assert recipe.model is not None
+    place = {"device": "cpu"} if recipe.cluster else {}  # workers choose their own devices
+    model = load_model(recipe.model.model_copy(update=place))
+    _require_embedded(lineage, model, missing)
+    sites = resolve_sites(model, recipe.activations.sites)
+    require_length(model, recipe.tokens.context_length, sites)
+    return model, sites
+
+
+def _engine_of(
+    lineage: Lineage, missing: Sequence[PartRecord]
+) -> tuple[EngineFiles, list[Site], dict[str, Any]] | None:
+    """Open the files of an engine, check those of the missing parts, and return the sites and the engine's name."""
+    files = engine_files(lineage.recipe)
+    if files is None:
+        return None
+    sites, (name, version) = files.sites(lineage.recipe.activations.sites), files.first[1]
+    for part in missing:
+        files.require_like((each[REQUEST] for each in documents_of(lineage.tokens, part)), sites)
+    return files, sites, {"engine": f"{name} {version or ''}".strip()}
 
 
 def _require_embedded(lineage: Lineage, model: nn.Module, parts: Sequence[PartRecord]) -> None:

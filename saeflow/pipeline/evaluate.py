@@ -21,7 +21,7 @@ from saeflow.activations.feed import Feed, aligned_held_out_rows
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.schema import holding
-from saeflow.model.load import load_model
+from saeflow.model.load import load_model, may_run
 from saeflow.model.sites import device_of, predicts_next_token, require_running_order, run_on, spliced
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import FORMAT_VERSION
@@ -101,7 +101,7 @@ def _measure_run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     sae = load_sae(lineage.sae.fetched(), n_threads(recipe.threads))
     judgement = judge_together(lineage, [sae], progress)[0]
     quality = judgement.figures | _liveness(run_artefact)
-    if recipe.model is not None and judgement.held_out:
+    if may_run(recipe) and judgement.held_out:
         quality |= _language_model(lineage, sae, judgement.reconstruction.mean.float(), progress)
     with run_artefact.publishing():
         write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)

@@ -97,7 +97,7 @@ class Lineage:
             return table_facts(recipe)
         assert recipe.corpus is not None
         tokenizer = ModelConfig(path=recipe.model.path, revision=recipe.model.revision)
-        own = recipe.tokens.prepend_bos is None and not recipe.corpus.token_ids
+        own = recipe.tokens.prepend_bos is None and not recipe.corpus.tokenised
         return {
             "corpus": settings_that_count(recipe.corpus),
             "tokenizer": model_fingerprint(tokenizer),
@@ -117,6 +117,7 @@ class Lineage:
             "dtype": about.dtype,
             "forward_batch": about.forward_batch,
             "layout": [about.chunk_bytes, about.shard_bytes],
+            **({"request_layers": about.request_layers} if about.request_layers else {}),
             **({"compression": about.compression} if about.compression != "none" else {}),
         }
 

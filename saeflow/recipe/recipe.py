@@ -123,6 +123,33 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _requests_stay_apart(cls, data: Any) -> Any:
+        """A sequence holds tokens of one request only, as the engine read them."""
+        corpus = data.get("corpus") if isinstance(data, dict) else None
+        named = corpus.get("requests") if isinstance(corpus, dict) else getattr(corpus, "requests", None)
+        tokens = data.get("tokens", {}) if named else None
+        return {**data, "tokens": {"packing": "isolated", **tokens}} if isinstance(tokens, dict) else data
+
+    @model_validator(mode="after")
+    def _requests_are_read_as_they_are(self) -> Recipe:
+        if self.corpus is None or self.corpus.requests is None:
+            return self
+        if self.model is None:
+            raise ValueError('a [model] section is missing. corpus.requests needs its tokenizer, e.g. path = "gpt2".')
+        given = {
+            "tokens.packing": self.tokens.packing == "isolated",
+            "tokens.prepend_bos": not self.tokens.prepend_bos,
+            "corpus.token_ids": self.corpus.token_ids is None,
+        }
+        if wrong := [name for name, fits in given.items() if not fits]:
+            raise ValueError(
+                f"corpus.requests takes the tokens as the engine read them, one request after another, so that "
+                f"{' and '.join(wrong)} cannot be set. Leave it out."
+            )
+        return self
+
     @model_validator(mode="after")
     def _k_falls(self) -> Recipe:
         start = self.train.k_start

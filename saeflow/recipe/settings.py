@@ -63,6 +63,12 @@ class CorpusConfig(Section):
         examples=["token_ids"],
         description="Column with lists of vocabulary ids, instead of `text`, if the corpus is already tokenised.",
     )
+    requests: PathFromRecipe | None = Field(
+        None,
+        examples=["requests"],
+        description="Folder of safetensors files that an inference engine wrote, one a request: token ids and hidden "
+        "states, stored instead of running the model. `files` or `sql` may then name the documents.",
+    )
     key: str | None = Field(
         None,
         examples=["id"],
@@ -79,6 +85,11 @@ class CorpusConfig(Section):
         0.05, description="Share of the documents kept for evaluation, chosen by a hash of their key."
     )
     seed: int = Field(0, description="Seed of the choice of held-out documents.")
+
+    @property
+    def tokenised(self) -> bool:
+        """True if the corpus gives vocabulary ids instead of texts."""
+        return bool(self.token_ids or self.requests)
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +142,12 @@ class ActivationsConfig(Section):
         None,
         examples=["activations"],
         description="Array of the source to read, or column of lists, if the source has several.",
+    )
+    request_layers: list[NonNegativeInt] = Field(
+        [],
+        examples=[[1, 2]],
+        description="Layer ids of vLLM's hidden states in corpus.requests, if its engine.json does not list them: the "
+        "engine's eagle_aux_hidden_state_layer_ids.",
     )
     synthetic: SyntheticConfig | None = Field(None, description="Made activations instead of a model's.")
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="Precision on disk.")
