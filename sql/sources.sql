@@ -20,7 +20,8 @@ create or replace view src_shape as
 select
     $context_length::bigint as context_length,
     $n_features::bigint     as n_features,
-    $has_marginals::boolean as has_marginals;
+    $has_marginals::boolean as has_marginals,
+    $has_offsets::boolean   as has_offsets;
 
 create or replace macro src_is_encoded(token, entry) as
 ($encoded);

@@ -17,17 +17,53 @@ from saeflow.recipe.settings import CorpusConfig, TokensConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.text import brief
 from saeflow.store.artefact import Artefact
-from saeflow.store.records import PartRecord
+from saeflow.store.records import PartRecord, no_collection
+
+MARK_TYPES = {"char_start": pa.int32(), "char_end": pa.int32()}
+"""Columns that tie a token to its document's text; null for special tokens, padding and where there is no text."""
+MARKS = np.dtype([(name, kind.to_pandas_dtype()) for name, kind in MARK_TYPES.items()])
+"""The same in memory, with -1 for null."""
+
+
+class Tokenised(NamedTuple):
+    """The tokens of one document: `vocab_ids` int32 (n,) and `marks` (n,) of type MARKS."""
+
+    vocab_ids: np.ndarray
+    marks: np.ndarray
+
+    @classmethod
+    def of(cls, ids: Sequence[int], offsets: Sequence[tuple[int, int]] | None = None) -> Tokenised:
+        marks = np.full(len(ids), -1, MARKS)
+        if offsets:
+            pairs = np.array(offsets, "i4,i4")  # thrice as quick as into two columns
+            marks["char_start"], marks["char_end"] = pairs["f0"], pairs["f1"]
+        return cls(np.asarray(ids, np.int32), marks)
 
 
 def ids_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[list[int]]:
     """Return the vocabulary ids of texts. Special-token names in them are plain text, unless `parse_special` is set."""
+    return [ids for read in _read(tokenizer, texts, config) for ids in read["input_ids"]]
+
+
+def tokens_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[Tokenised]:
+    """Return the vocabulary ids of texts, and the characters that each token stands for by the tokenizer's own account.
+
+    Tokenizers written in Python give no such account.
+    """
+    if not tokenizer.is_fast:
+        return list(map(Tokenised.of, ids_of(tokenizer, texts, config)))
+    with no_collection():
+        found = _read(tokenizer, texts, config, return_offsets_mapping=True, return_attention_mask=False)
+        return [each for read in found for each in map(Tokenised.of, read["input_ids"], read["offset_mapping"])]
+
+
+def _read(tokenizer: Any, texts: list[str], config: TokensConfig, **options: bool) -> list[Any]:
     literal = {} if config.parse_special else {"split_special_tokens": True}
     try:
-        return list(tokenizer(texts, add_special_tokens=False, verbose=False, **literal)["input_ids"])
+        return [tokenizer(texts, add_special_tokens=False, verbose=False, **literal, **options)]
     except Exception as error:  # tokenizers raises no other class
         if len(texts) > 1:
-            return [ids for text in texts for ids in ids_of(tokenizer, [text], config)]
+            return [read for text in texts for read in _read(tokenizer, [text], config, **options)]
         raise UserError(
             f"The model's tokenizer cannot read the text {brief(texts[0])!r}: {first_line(error)}.\n"
             "Leave such documents out of the corpus, or name an entry for what is unknown in tokenizer.json."
@@ -48,6 +84,11 @@ class Frame:
 
     def around(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         return np.concatenate([np.asarray(each, np.int32) for each in (self.before, ids, self.after)])
+
+    def filled(self, value: int) -> Frame:
+        """Return a frame of this shape with one value in the place of every id."""
+        before, after = ((value,) * len(each) for each in (self.before, self.after))
+        return replace(self, before=before, after=after)
 
 
 def frame_of(tokenizer: Any, about: CorpusConfig, config: TokensConfig) -> Frame:
@@ -90,10 +131,11 @@ def special_tokens(tokenizer: Any) -> list[list[str]]:
 
 
 class Packed(NamedTuple):
-    """Sequences of one part: `vocab_ids` (S, T) and `documents` (S, T), -1 where padding."""
+    """Sequences of one part: `vocab_ids` (S, T), `documents` (S, T), -1 where padding, and `marks` (S, T) of MARKS."""
 
     vocab_ids: np.ndarray
     documents: np.ndarray
+    marks: np.ndarray | None = None
 
 
 Stretch = tuple[int, np.ndarray]
@@ -178,28 +220,28 @@ class TokenPartWriter:
         self.n_sequences += record.counts["n_sequences"]
         self.n_documents += record.counts["n_documents"]
 
-    def take(self, stream: Iterator[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
+    def take(self, stream: Iterator[Entry]) -> Iterator[tuple[Entry, Tokenised]]:
         """Yield tokenised documents for the next part: whole ones, until it is full."""
         n_tokens = 0
         for batch in _batches(stream, self.config.part_tokens):
-            for entry, ids in self.tokenised(batch):
-                n_tokens += len(ids)
-                yield entry, ids
+            for entry, tokens in self.tokenised(batch):
+                n_tokens += len(tokens.vocab_ids) + (0 if self.frame.in_each_sequence else len(self.frame))
+                yield entry, tokens
             if n_tokens >= self.config.part_tokens:
                 return
 
-    def tokenised(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
-        for entry, ids in zip(entries, self._ids(entries), strict=True):
-            yield entry, np.asarray(ids, np.int32) if self.frame.in_each_sequence else self.frame.around(ids)
+    def tokenised(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, Tokenised]]:
+        """Yield the documents with their tokens, without special tokens around them."""
+        return zip(entries, self._tokens(entries), strict=True)
 
-    def _ids(self, entries: Sequence[Entry]) -> Sequence[Sequence[int]]:
+    def _tokens(self, entries: Sequence[Entry]) -> Sequence[Tokenised]:
         if not entries:
             return []
         if not self.about.tokenised:
-            return ids_of(self.tokenizer, [entry.document.text for entry in entries], self.config)
+            return tokens_of(self.tokenizer, [entry.document.text for entry in entries], self.config)
         for entry in entries:
             self._require_known(entry.key, entry.document.vocab_ids)
-        return [entry.document.vocab_ids for entry in entries]
+        return [Tokenised.of(entry.document.vocab_ids) for entry in entries]
 
     def _require_known(self, key: str, ids: Sequence[int]) -> None:
         wrong = [i for i in ids if not 0 <= i < self.n_vocab]
@@ -211,12 +253,16 @@ class TokenPartWriter:
                 f"{self.n_vocab - 1}.\nWas it tokenised for another model? {way_out}."
             )
 
-    def write(self, index: int, tokenised: Sequence[tuple[Entry, np.ndarray]]) -> PartRecord:
-        numbered = [(self.n_documents + i, entry, ids) for i, (entry, ids) in enumerate(tokenised)]
-        sides = [[(n, ids) for n, entry, ids in numbered if entry.held_out == wanted] for wanted in (False, True)]
-        about = self.config.context_length, self.config.packing, self.pad, self.frame
-        train, held_out = (pack(side, *about) for side in sides)
-        both = Packed(*map(np.concatenate, zip(train, held_out, strict=True)))
+    def write(self, index: int, tokenised: Sequence[tuple[Entry, Tokenised]], marked: bool = True) -> PartRecord:
+        """Write a part. If it is not `marked`, it is as an earlier saeflow wrote it: without the columns of MARKS."""
+        numbered = [(self.n_documents + i, entry, tokens) for i, (entry, tokens) in enumerate(tokenised)]
+        sides = [
+            self._packed([(n, tokens) for n, entry, tokens in numbered if entry.held_out == wanted])
+            for wanted in (False, True)
+        ]
+        train = sides[0]
+        ids, owners, marks = (np.concatenate([getattr(side, name) for side in sides]) for name in Packed._fields)
+        both = Packed(ids, owners, marks if marked else None)
         counts = {
             "first_sequence": self.n_sequences,
             "n_sequences": len(both.vocab_ids),
@@ -228,7 +274,19 @@ class TokenPartWriter:
         }
         return write_part(self.target, index, counts, both, self._documents(numbered, both))
 
-    def _documents(self, numbered: list[tuple[int, Entry, np.ndarray]], packed: Packed) -> pa.Table:
+    def _packed(self, side: Sequence[tuple[int, Tokenised]]) -> Packed:
+        """Lay documents into rows, and their marks in the same way: by the places of the tokens one after another."""
+        marks = np.concatenate([*(tokens.marks for _, tokens in side), np.full(1, -1, MARKS)])
+        ends = np.cumsum([0, *(len(tokens.marks) for _, tokens in side)])
+        places = [(n, np.arange(*ends[i : i + 2], dtype=np.int32)) for i, (n, _) in enumerate(side)]
+        packed = self._laid([(n, tokens.vocab_ids) for n, tokens in side], self.pad, self.frame)
+        return packed._replace(marks=marks[self._laid(places, -1, self.frame.filled(-1)).vocab_ids])
+
+    def _laid(self, stretches: Sequence[Stretch], pad: int, frame: Frame) -> Packed:
+        framed = stretches if frame.in_each_sequence else [(n, frame.around(ids)) for n, ids in stretches]
+        return pack(framed, self.config.context_length, self.config.packing, pad, frame)
+
+    def _documents(self, numbered: list[tuple[int, Entry, Tokenised]], packed: Packed) -> pa.Table:
         owners = packed.documents.reshape(-1)
         names, *found = (each.tolist() for each in np.unique(owners, return_index=True, return_counts=True))
         places = dict(zip(names, zip(*found, strict=True), strict=True))
@@ -247,7 +305,10 @@ class TokenPartWriter:
 
 
 def write_part(target: Artefact, index: int, counts: dict[str, int], packed: Packed, documents: pa.Table) -> PartRecord:
-    """Write one part: the table that the model is fed from, and the documents that begin in it."""
+    """Write one part: the table that the model is fed from, and the documents that begin in it.
+
+    The record counts the tokens with characters only if the table has the columns of MARKS.
+    """
     n_rows, length = packed.vocab_ids.shape
     owners = packed.documents.reshape(-1)
     first = counts["first_sequence"] * length
@@ -260,16 +321,27 @@ def write_part(target: Artefact, index: int, counts: dict[str, int], packed: Pac
             "mask": owners >= 0,
         }
     )
+    if packed.marks is not None:
+        for name in MARK_TYPES:
+            values = np.ascontiguousarray(packed.marks[name].reshape(-1))
+            table = table.append_column(name, pa.array(values, mask=values < 0))
+        counts |= {"n_offsets": int((packed.marks["char_start"] >= 0).sum())}
     return write_tables(target, index, counts, table, documents)
+
+
+def has_marks(part: PartRecord) -> bool:
+    """True if the tokens have the columns of MARKS. Those of tables and of an earlier saeflow have none."""
+    return "n_offsets" in part.counts
 
 
 def write_tables(
     target: Artefact, index: int, counts: dict[str, int], table: pa.Table, documents: pa.Table
 ) -> PartRecord:
+    ascending = [name for name in ("token_id", "document_id", "char_start", "char_end") if name in table.schema.names]
     with target.new_part(index, counts) as folder:
         pq.write_table(
             table, folder / "tokens.parquet", compression="zstd", row_group_size=122_880, use_dictionary=["vocab_id"],
-            column_encoding={"token_id": "DELTA_BINARY_PACKED", "document_id": "DELTA_BINARY_PACKED"},
+            column_encoding=dict.fromkeys(ascending, "DELTA_BINARY_PACKED"),
         )  # fmt: skip
         pa.default_memory_pool().release_unused()  # the next table would be written beside freed pages of this one
         pq.write_table(documents, folder / "documents.parquet", compression="zstd")

@@ -99,7 +99,7 @@ def _values_of(
     plain = np.asarray(ids_of(tokenizer, [text], about)[0], np.int32)
     ids = plain if frame.in_each_sequence else frame.around(plain)
     pad = int(ids[-1]) if len(ids) else 0
-    rows, owners = pack([(0, ids)], about.context_length, about.packing, pad, frame)
+    rows, owners, _ = pack([(0, ids)], about.context_length, about.packing, pad, frame)
     site = choose_site(stored_sites(stored), run.artefact.fact("site"))
     dtype = getattr(torch, stored.fact("dtype"))
     values = torch.empty(0, about.context_length, site.width)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from saeflow.corpus.token_parts import BLOCK_TOKENS
+from saeflow.corpus.token_parts import BLOCK_TOKENS, MARK_TYPES
 from saeflow.features.schema import LABELS, ORDERS, PART_TABLES, RUN_TABLES, VALUES
 from saeflow.runtime.text import HOSTILE
 
@@ -35,7 +35,7 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
     of the ranges still count them: entries and sources of these documents alone are left out.
     """
     found = {
-        "tokens": _read_files(files["tokens"]),
+        "tokens": _tokens(files["tokens"], files.get("unmarked_tokens", ())),
         "documents": _read_files(files["documents"], "union_by_name = true"),
         "vocab": _read_files(files["vocab"]),
         "vocab_blocks": _vocab_blocks(files.get("vocab_blocks", ()), files["tokens"]),
@@ -52,9 +52,10 @@ def _as_compacted(found: Mapping[str, str], hidden: Sequence[int]) -> dict[str, 
     """Return tokens, documents and blocks of vocabulary ids as they are after the hidden documents are removed."""
     gone = f"document_id in (select unnest({literal([*map(int, hidden)])}::bigint[]))"
     marked = f"(select *, coalesce({gone}, false) as is_gone from {found['tokens']})"
+    emptied = ", ".join(f"if(is_gone, null, {name}) as {name}" for name in ("document_id", *MARK_TYPES))
     masked = (
         "(select * exclude (is_gone) replace (if(is_gone, 0, vocab_id) as vocab_id, "
-        f"if(is_gone, null, document_id) as document_id, mask and not is_gone as mask) from {marked})"
+        f"{emptied}, mask and not is_gone as mask) from {marked})"
     )
     touched = f"(select distinct token_id // {BLOCK_TOKENS} from {found['tokens']} where {gone})"
     blocks = (
@@ -78,6 +79,18 @@ def _read_files(paths: Sequence[str], options: str = "") -> str:
     listed = literal([unglobbed(path) for path in paths])
     partitions = "" if "hive_partitioning" in options else ", hive_partitioning = false"
     return f"read_parquet({listed}{partitions}{', ' + options if options else ''})"
+
+
+def _tokens(paths: Sequence[str], unmarked: Sequence[str]) -> str:
+    """Select the tokens. Files of an earlier saeflow, and those of tables, lack the columns of MARKS."""
+    if not unmarked:
+        return _read_files(paths)
+    lacking = {*unmarked}
+    nothing = ", ".join(f"null::{_TYPES[kind]} as {name}" for name, kind in MARK_TYPES.items())
+    parts = (
+        [f"select * from {_read_files(marked)}"] if (marked := [each for each in paths if each not in lacking]) else []
+    )
+    return f"({' union all '.join([*parts, f'select *, {nothing} from {_read_files(unmarked)}'])})"
 
 
 def _select_values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
@@ -113,7 +126,9 @@ def outline(files: Files) -> dict[str, Sequence[str]]:
     """Return a few files of each table. They have the columns and types of all files; only documents may have more."""
     found: dict[str, Sequence[str]] = {table: _one_of_each_sort(paths) for table, paths in files.items()}
     lacking = _without_blocks(files.get("vocab_blocks", ()), files["tokens"])
-    return found | {"tokens": [*files["tokens"][:1], *(path for path in lacking[:1] if path != files["tokens"][0])]}
+    tokens = [*files["tokens"][:1], *(path for path in lacking[:1] if path != files["tokens"][0])]
+    unmarked = {*files.get("unmarked_tokens", ())}
+    return found | {"tokens": tokens, "unmarked_tokens": [path for path in tokens if path in unmarked]}
 
 
 def _one_of_each_sort(paths: Sequence[str]) -> list[str]:

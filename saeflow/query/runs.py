@@ -10,11 +10,13 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import filterfalse
 from typing import Any
 
 import pyarrow as pa
 
 from saeflow.corpus.selection import TokenSelection
+from saeflow.corpus.token_parts import has_marks
 from saeflow.features.schema import (
     ORDERS,
     PART_TABLES,
@@ -204,6 +206,7 @@ def _files_by_table(
     return {
         **_files_of_parts(artefact, shown, [*ORDERS, *PART_TABLES]),
         **_files_of_parts(tokens, token_parts, ["tokens", "documents", "vocab_blocks"]),
+        "unmarked_tokens": _files_of_parts(tokens, filterfalse(has_marks, token_parts), ["tokens"])["tokens"],
         "vocab": [tokens.storage.location(tokens.path / "vocab.parquet")],
         **{table: [artefact.storage.location(artefact.path / f"{table}.parquet")] for table in beside},
     }
@@ -225,6 +228,7 @@ def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) ->
         "context_length": tokens.record.facts.get("context_length"),
         "n_features": artefact.record.facts.get("n_features"),
         "has_marginals": all(map(has_every_table, shown)),
+        "has_offsets": all(map(has_marks, tokens.published().parts)),
     }
 
 

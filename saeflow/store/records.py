@@ -186,7 +186,7 @@ def generation_table(generation: Generation) -> pa.Table:
     """Return the table of a generation: one row a part."""
     parts = generation.parts
     document = pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())])
-    with _no_collection():
+    with no_collection():
         hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
         columns = {
             "part_index": [part.index for part in parts],
@@ -207,7 +207,7 @@ def read_generation(path: Path, number: int) -> Generation:
     try:
         with open_unlinked(path) as file:
             table = pq.read_table(file)
-        with _no_collection():
+        with no_collection():
             parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_numpy()))
         for part, folder in zip(parts, _folders(table), strict=True):
             part.__dict__["folder"] = folder  # known: it need not be computed
@@ -225,8 +225,8 @@ def _hidden(table: pa.Table, parts: Sequence[PartRecord]) -> Iterator[tuple[int,
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python would look again and again for cycles among the million objects that are being made: most of the time."""
+def no_collection() -> Iterator[None]:
+    """Python would look again and again for cycles among a million objects that are being made: most of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -2,7 +2,9 @@
 --
 -- Grain:   one row per real token, in corpus order; padding is left out.
 -- Reads:   stg_tokens, stg_vocab, stg_documents
--- Units:   position counts from 0 inside the sequence.
+-- Units:   position counts from 0 inside the sequence. The token stands for the characters char_start to char_end - 1
+--          of its document's text, counted from 0 as Python and DuckDB's substr do (Unicode code points). Both are null
+--          for special tokens and if the tokenizer gives none.
 -- Ask it:  what are the tokens of one document? (filter on key)
 create or replace view tokens as
 select
@@ -12,7 +14,9 @@ select
     stg_tokens.document_id,
     stg_documents.key,
     stg_documents.source,
-    stg_tokens.position
+    stg_tokens.position,
+    stg_tokens.char_start,
+    stg_tokens.char_end
 from stg_tokens
 join stg_vocab on stg_vocab.vocab_id = stg_tokens.vocab_id
 join stg_documents on stg_documents.document_id = stg_tokens.document_id

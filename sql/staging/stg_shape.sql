@@ -1,8 +1,9 @@
--- The two sizes by which tokens and features are numbered.
+-- The two sizes by which tokens and features are numbered, and what the tables have.
 --
 -- Grain:   one row.
 -- Reads:   src_shape
--- Units:   context_length counts the tokens of a sequence: position = token_id % context_length.
+-- Units:   context_length counts the tokens of a sequence: position = token_id % context_length. has_offsets is false
+--          if an earlier saeflow wrote some of the tokens, without their characters.
 -- Ask it:  how many features does the dictionary have?
 create or replace view stg_shape as
-select context_length, n_features, has_marginals from src_shape;
+select context_length, n_features, has_marginals, has_offsets from src_shape;

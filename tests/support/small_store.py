@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow.corpus.token_parts import VOCAB_BLOCKS
+from saeflow.corpus.token_parts import MARK_TYPES, VOCAB_BLOCKS
 from saeflow.features.schema import PART_TABLES, RUN_TABLES
 from saeflow.features.schema import VALUES as VALUE_SCHEMAS
 from saeflow.store.artefact import Artefact
@@ -147,9 +147,11 @@ class Given:
         pq.write_table(pa.table(entries), artefact.path / "vocab.parquet")
         for index, part in enumerate(self.token_parts()):
             n_tokens = sum(token.document_id is not None for token in part)
-            with artefact.new_part(index, {"n_tokens": n_tokens} | self._place(part)) as folder:
-                rows = self.tokens if self.tokens is not None else token_rows(part)
-                pq.write_table(pa.Table.from_pylist(rows, TOKENS), folder / "tokens.parquet")
+            counts = {"n_tokens": n_tokens} | self._place(part) | ({} if self.is_early else {"n_offsets": n_tokens})
+            with artefact.new_part(index, counts) as folder:
+                rows = self.tokens if self.tokens is not None else self._marked(token_rows(part))
+                schema = EARLY_TOKENS if self.is_early else TOKENS
+                pq.write_table(pa.Table.from_pylist(rows, schema), folder / "tokens.parquet")
                 pq.write_table(self._documents(index), folder / "documents.parquet")
                 if not self.is_early:
                     blocks = self.vocab_blocks if self.vocab_blocks is not None else part_tables.blocks(part)
@@ -161,6 +163,17 @@ class Given:
             hidden[owners[i]] = (*hidden.get(owners[i], ()), mine)
         artefact.publish(artefact.parts().values(), hidden=hidden)
         return artefact
+
+    def _marked(self, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+        """The rows with the characters that each token stands for; a letter counts in each token that has a byte."""
+        begun: dict[object, bytes] = {}
+        for row in rows:
+            if row["mask"]:
+                before = begun.get(row["document_id"], b"")
+                after = begun[row["document_id"]] = before + self.vocab[row["vocab_id"]]
+                row["char_start"] = len(before.decode("utf-8", "ignore"))
+                row["char_end"] = len(after.decode("utf-8", "replace"))
+        return rows
 
     def _place(self, part: Sequence[Token]) -> dict[str, int]:
         """Which sequences a part of the tokens has; unsaid where the features are cut into other parts."""
@@ -244,7 +257,7 @@ class Given:
         return [folder / table / f"{i:03d}.parquet" for i in range(2)]
 
 
-TOKENS = pa.schema(
+EARLY_TOKENS = pa.schema(
     {
         "token_id": pa.int64(),
         "vocab_id": pa.int32(),
@@ -253,6 +266,7 @@ TOKENS = pa.schema(
         "mask": pa.bool_(),
     }
 )
+TOKENS = pa.unify_schemas([EARLY_TOKENS, pa.schema(MARK_TYPES)])
 
 
 def token_rows(tokens: Sequence[Token]) -> list[dict[str, object]]:

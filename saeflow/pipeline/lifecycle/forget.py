@@ -20,7 +20,7 @@ from saeflow.corpus import forgotten, sources
 from saeflow.corpus.document import Document
 from saeflow.corpus.forgotten import ForgottenHashes, pair_of
 from saeflow.corpus.ledger import Ledger, document_rows, group_by_part, key_hash, merge_hidden
-from saeflow.corpus.token_parts import write_tables
+from saeflow.corpus.token_parts import MARK_TYPES, write_tables
 from saeflow.pipeline import encode
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.recipe.settings import CorpusConfig
@@ -247,6 +247,9 @@ def _without(source: Artefact, part: PartRecord, hidden: Sequence[Hidden]) -> Pa
         tokens, "document_id", pc.if_else(gone, pa.scalar(None, pa.int64()), tokens.column("document_id"))
     )
     tokens = _replaced(tokens, "mask", pc.and_not(tokens.column("mask"), gone))
+    for name in (name for name in MARK_TYPES if name in tokens.schema.names):
+        column = tokens.column(name)
+        tokens = _replaced(tokens, name, pc.if_else(gone, pa.scalar(None, column.type), column))
     documents = documents.filter(pc.invert(pc.is_in(documents.column("document_id"), ids)))
     real = np.asarray(tokens.column("mask").to_numpy(zero_copy_only=False)).reshape(part.counts["n_sequences"], -1)
     counts = part.counts | {
@@ -254,6 +257,8 @@ def _without(source: Artefact, part: PartRecord, hidden: Sequence[Hidden]) -> Pa
         "n_train_tokens": int(real[: part.counts["n_train_sequences"]].sum()),
         "n_removed_documents": len(hidden),
     }
+    if "n_offsets" in counts:
+        counts["n_offsets"] = len(tokens) - tokens.column("char_start").null_count
     return write_tables(source, part.index, counts, tokens, documents)
 
 
