@@ -296,12 +296,13 @@ def import_command(
     settings = read_recipe(recipe, [*(set_ or []), f"sae.source={source}"], member)
     require_one(settings, "import")
     from saeflow.pipeline import train
+    from saeflow.pipeline.foreign import import_sae
     from saeflow.pipeline.lineage import Lineage
 
     opened = create_store(store, settings, quiet)
     made = train.run(Lineage(opened, settings), progress_of(quiet, verbose, settings))
     if not quiet:
-        print_line(train.import_in_words(settings.sae, made))
+        print_line(import_sae.in_words(settings.sae, made))
         lines = f"In {recipe}, section [sae], write:\n\n  source = {_toml_string(source, '')}\n"
         print_line(f"{lines}\nNext: saeflow encode {shlex.quote(str(recipe))}{store_argument(opened)}")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saeflow.features.files import write_table
 from saeflow.features.schema import RUN_TABLES, TOP, TOP_LOGITS
 from saeflow.model.direct_path import direct_path
+from saeflow.model.hook_names import site_of_hook
 from saeflow.model.load import load_model, may_run
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.linear import linear
@@ -196,4 +197,6 @@ def _logits_table(
         return None
     n_vocab = pq.read_metadata(source.own_file("vocab.parquet")).num_rows
     model = load_model(recipe.model)
-    return logits(sae.W_dec, model, recipe.sae.target_site or site, blocks=blocks, n_vocab=n_vocab)
+    target = recipe.sae.target_site or sae.config.target_site or site
+    module = site_of_hook(target, [name for name, _ in model.named_modules()]) or target
+    return logits(sae.W_dec, model, module, blocks=blocks, n_vocab=n_vocab)

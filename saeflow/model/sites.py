@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saeflow.model.hook_names import site_of_hook
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.devices import to_device
 from saeflow.runtime.errors import UserError, first_line
@@ -130,13 +131,16 @@ def run_on(model: nn.Module, vocab_ids: Tensor, mask: Tensor | None) -> Any:
 
 
 def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
-    """Return the sites of dotted names or globs, in running order. Raises UserError for one that matches nothing."""
+    """Return the sites of dotted names, globs or names of TransformerLens, in running order. Raises UserError for one
+    that matches nothing."""
     known = list_sites(model)
     names = [site.name for site in known]
     chosen: set[str] = set()
     for pattern in patterns:
         wants_input = pattern.endswith(":input")
         matches = [name for name in fnmatch.filter(names, pattern) if name.endswith(":input") == wants_input]
+        if not matches and (meant := site_of_hook(pattern, names)):
+            matches = [meant]
         if not matches:
             if many := fnmatch.filter((name for name, widths in _trial(model).items() if len(widths) > 1), pattern):
                 raise UserError(
@@ -154,9 +158,11 @@ def resolve_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
 
 def choose_site(sites: list[Site], wanted: str | None, setting: str = "sae.site") -> Site:
     """Return the site of this name, or the only one. Raises UserError if there is none, or several."""
+    names = [site.name for site in sites]
+    if wanted and wanted not in names:
+        wanted = site_of_hook(wanted, names) or wanted
     found = [site for site in sites if site.name == wanted] if wanted else sites
     if len(found) != 1:
-        names = [site.name for site in sites]
         near = nearest(wanted or "", names, n=1)
         hint = f" Nearest: {near[0]}." if near else ""
         raise UserError(

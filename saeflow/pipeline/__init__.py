@@ -12,6 +12,7 @@ evaluate      the figures of an SAE
 report        the picture of an SAE with few features
 sweep         the table and picture of a sweep
 stages        all stages in order
+foreign       an SAE trained elsewhere, checked when it comes in
 lifecycle     documents come and go, and SAEs follow
 forecast      what a recipe will take: a survey of the corpus, and figures from a trial
 trial         the recipe on a sample, measured in a process of its own

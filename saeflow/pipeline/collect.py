@@ -34,6 +34,7 @@ from saeflow.runtime.devices import model_threads
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import keep_freed_memory
+from saeflow.sae.formats.source import with_sites_of_source
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord, damaged
 from saeflow.store.store import Store
@@ -120,7 +121,7 @@ def _collect_work(
     """Check that the missing parts fit, and return how they are made."""
     recipe, target = lineage.recipe, lineage.activations
     collector = open_collector(lineage, missing)
-    if len(collector.sites) > 1 and not all(member.sae.site for member in recipe.members()):
+    if len(collector.sites) > 1 and not all(member.sae.site or member.sae.source for member in recipe.members()):
         progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
     return PartWork(
         CollectParts,
@@ -158,8 +159,9 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
     for site in sites:
         fit_pool(recipe.feed, row_bytes([site]))
     for member in recipe.members():
-        if member.sae.site or member.sae.target_site:
-            read, target_site = site_pair(sites, member.sae)
+        named = with_sites_of_source(member.sae, [site.name for site in sites])
+        if named.site or named.target_site:
+            read, target_site = site_pair(sites, named)
             if read != target_site and isinstance(model, nn.Module):
                 require_running_order(model, read.name, target_site.name)
             fit_pool(recipe.feed, row_bytes({read, target_site}))

@@ -21,7 +21,7 @@ from saeflow.model.sites import Site, choose_site, site_pair
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import ModelConfig, SAEConfig, TrainConfig
-from saeflow.sae.formats.source import describe_source, effective_config
+from saeflow.sae.formats.source import describe_source, effective_config, hooks_of_sources, with_sites_of_source
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import checksum_once, read_json
 from saeflow.store.records import Generation, read_or_empty, write_checked
@@ -53,6 +53,13 @@ class Lineage:
     """The lineage of the whole sweep that this is a member of."""
     given_facts: dict[str, Any] | None = field(default=None, repr=False)
     """Facts of the SAE, if they are chosen already: on a worker, the client has chosen them."""
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        if recipe.model is not None and not recipe.activations.sites:  # the SAEs to import name them
+            sites = hooks_of_sources(member.sae for member in recipe.members())
+            filled = {"activations": recipe.activations.model_copy(update={"sites": sites})}
+            object.__setattr__(self, "recipe", recipe.model_copy(update=filled))
 
     def anew(self, fresh: bool = False) -> Lineage:
         """Look the recipe up again, after the store has changed or for a `fresh` training."""
@@ -147,12 +154,16 @@ class Lineage:
     @property
     def site(self) -> Site:
         """The site that the SAE reads."""
-        return choose_site(self.stored_sites, self.recipe.sae.site)
+        return choose_site(self.stored_sites, self._named_sites.site)
+
+    @cached_property
+    def _named_sites(self) -> SAEConfig:
+        return with_sites_of_source(self.recipe.sae, [site.name for site in self.stored_sites])
 
     @property
     def sites(self) -> tuple[Site, Site]:
         """The site that is read, and the site to reconstruct: another one only for a transcoder."""
-        return site_pair(self.stored_sites, self.recipe.sae)
+        return site_pair(self.stored_sites, self._named_sites)
 
     @property
     def distinct_sites(self) -> list[Site]:

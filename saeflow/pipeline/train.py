@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
-from torch import Tensor
 
-from saeflow.activations import shards
 from saeflow.activations.feed import Feed, measure_mixing
-from saeflow.corpus.selection import TokenSelection
-from saeflow.model.sites import Site
 from saeflow.pipeline.dask.clusters import workers_of
-from saeflow.pipeline.evaluate import Judged
+from saeflow.pipeline.foreign import import_sae
 from saeflow.pipeline.lineage import DATA_SEEN, Lineage, grouped, hidden_fact
 from saeflow.pipeline.parts import PartMaker, PartWork, Records
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.threads import n_threads, use_threads
-from saeflow.sae.formats.load import load_described, load_sae
-from saeflow.sae.formats.source import describe_source
-from saeflow.sae.metrics import Firing, Reconstruction, WithoutLongest
+from saeflow.runtime.threads import use_threads
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.links import remove
 from saeflow.store.store import Store
@@ -38,13 +27,10 @@ from saeflow.train.group import (
     checkpoints_of,
     require_memory,
     require_tensorboard,
-    write_sae,
 )
 
 _NOTICING_SECONDS = 10.0
 """Time that a worker may take to notice that its run was killed."""
-_SAMPLE_ROWS = 4096
-"""Tokens on which an imported SAE is tried."""
 
 
 def run(lineage: Lineage, progress: Progress) -> Artefact:
@@ -87,9 +73,9 @@ def _train_here(recipe: Recipe, chosen: list[Lineage], progress: Progress) -> No
         _say_what_is_done(progress, recipe, chosen, len(left))
         ready = [each for each in left if _is_import(each)]
         for each in ready:
-            _require_fits(each)
+            import_sae.require_fits(each)
         for each in ready:
-            _import(each, progress)
+            import_sae.run(each, progress)
         if left := [each for each in left if not _is_import(each)]:
             _train(left, progress)
 
@@ -209,73 +195,3 @@ def _feed_of(lineage: Lineage) -> Feed:
 def open_feed(lineage: Lineage, generation: int | None = None) -> Feed:
     """Return the feed of training tokens, by default of the published generation."""
     return Feed(lineage.selection(), lineage.activations, lineage.distinct_sites, lineage.recipe.feed, generation)
-
-
-def _require_fits(lineage: Lineage) -> None:
-    """Raise UserError if an SAE's vectors are not as wide as the activations, or if there are no activations."""
-    recipe, found = lineage.recipe, describe_source(lineage.recipe.sae)
-    lineage.activations.published()
-    read, target = lineage.sites
-    named = [("site", read, found.width), ("target_site", target, found.out_width)]
-    for setting, site, width in named if recipe.sae.target_site else named[:1]:
-        if site.width != width:
-            fitting = [each.name for each in lineage.stored_sites if each.width == width]
-            raise UserError(
-                f"The SAE in {found.place} has vectors of {width}, but those of site {site.name} are of "
-                f"{site.width}.\n"
-                + (f"Set sae.{setting} to {' or '.join(fitting)}." if fitting else "Store the site it was trained on.")
-            )
-
-
-def _import(lineage: Lineage, progress: Progress) -> None:
-    """Try the SAE in `sae.source` on the first tokens, and publish it like one trained here. Its log has one row."""
-    began, found = time.monotonic(), describe_source(lineage.recipe.sae)
-    sae = load_described(found, n_threads(lineage.recipe.threads))
-    sae.config, sites = lineage.sae_config, lineage.distinct_sites
-    progress.say(f"train: importing {found.place} instead")
-    x, *others = _first_rows(lineage.selection(), lineage.activations, sites)
-    wanted = others[0] if others else x
-    width = wanted.shape[1]
-    judged = Judged(Reconstruction(width), WithoutLongest(width, len(x)), Firing(sae.config.n_features))
-    judged.add(x, wanted, sae)
-    if not math.isfinite(judged.reconstruction.error):
-        raise UserError(
-            f"The SAE in {found.place} gives NaN or infinite values on the first tokens: it is not imported.\n"
-            "Was it trained on activations of this site, at this scale?"
-        )
-    row = {
-        "step": 0, "batch_rows": len(x), "l0": judged.firing.l0 if len(x) else 0.0,
-        "variance_unexplained": judged.reconstruction.variance_unexplained,
-    }  # fmt: skip
-    theirs = {name: value for name, value in found.metadata.items() if name != "saeflow"}
-    provenance = {"seconds": time.monotonic() - began, "source": lineage.recipe.sae.source}
-    inputs = [lineage.tokens.id, lineage.activations.id]
-    with lineage.sae.publish_folder(lineage.sae_facts, inputs, provenance) as folder:
-        write_sae(folder, sae, sites, theirs, [row])
-
-
-def import_in_words(source: SAEConfig, made: Artefact) -> str:
-    """Describe an imported SAE: `SAELens: jumprelu, 24 neurons, 160 features, thresholds 0.1 to 2.5; L0 …`."""
-    found, log = describe_source(source), pq.read_table(made.own_file("log.parquet")).to_pylist()[0]
-    config = found.config
-    width = f"{found.width:,} neurons" + (f" to {found.out_width:,}" if config.target_site else "")
-    words = [f"{found.writer}: {config.architecture}", width, f"{config.n_features:,} features"]
-    if config.architecture == "topk":
-        words.append(f"k {config.k}")
-    elif config.architecture not in ("relu", "gated"):
-        threshold = load_sae(made.fetched()).threshold
-        least, most = threshold.min().item(), threshold.max().item()
-        words.append(f"threshold {least:.4g}" if least == most else f"thresholds {least:.4g} to {most:.4g}")
-    return (
-        f"{', '.join(words)}\n"
-        f"On the first {log['batch_rows']:,} tokens: L0 {log['l0']:.1f}, variance unexplained "
-        f"{log['variance_unexplained']:.3f}"
-    )
-
-
-def _first_rows(used: TokenSelection, stored: Artefact, sites: list[Site]) -> list[Tensor]:
-    """Return the first used tokens (n, D) of the store, at most `_SAMPLE_ROWS`, one tensor for each site."""
-    part = stored.published().parts[0]
-    sequences = slice(0, max(1, _SAMPLE_ROWS // used.length))
-    keep = used.mask(part.index, sequences).reshape(-1).nonzero()[0]
-    return [shards.open_site(stored, part, site).read(sequences).flatten(0, 1)[keep].float() for site in sites]

@@ -117,7 +117,8 @@ class Recipe(Section):
             raise ValueError(
                 'a [corpus] section is missing. Name the texts that the model reads, e.g. files = ["my.parquet"].'
             )
-        if self.model is not None and not self.activations.sites:
+        imports = self.sae.source or (self.sweep and self.sweep.names("sae.source"))
+        if self.model is not None and not self.activations.sites and not imports:
             raise ValueError(
                 f"activations.sites is empty. Name the modules to read; `saeflow sites {self.model.path}` lists them."
             )

@@ -41,6 +41,10 @@ class SweepConfig(Section):
         description="Settings that belong together, one table per SAE. Each is combined with every point of the grid.",
     )
 
+    def names(self, setting: str) -> bool:
+        """True if the sweep changes this setting."""
+        return setting in self.grid or any(setting in chosen for chosen in self.each)
+
     @field_validator("grid", "each")
     @classmethod
     def _paths_count_from_the_recipe(cls, value: Any, info: ValidationInfo) -> Any:

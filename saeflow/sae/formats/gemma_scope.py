@@ -23,7 +23,8 @@ def describe_gemma_scope(files: Files) -> SAEFolder:
     hook = f"blocks.{layer}.{kind}" if layer is not None and (kind := _kind(files.weights)) else None
     if _within(files.weights, "transcoders?"):
         hook, target = f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out"
-    return _jumprelu("Gemma Scope", files, {}, hook, target, target is not None)
+    said = {"l0": int(match[1])} if (match := re.search(r"l0_(\d+)", files.weights.parent.name)) else {}
+    return _jumprelu("Gemma Scope", files, said, hook, target, target is not None)
 
 
 def describe_gemma_scope_2(files: Files) -> SAEFolder:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from saeflow.model.hook_names import site_of_hook
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.sae.formats.description import Files, Format, SAEFolder, Scale
@@ -91,9 +93,33 @@ def effective_config(config: SAEConfig) -> SAEConfig:
     if config.source is None:
         return config
     found = describe_source(config)
+    config = config.model_copy(update={"target_site": config.target_site or found.target_hook})
     _require_agreement(config, found)
     given = {"site": config.site, "target_site": config.target_site, "input_scale": config.input_scale}
     return found.config.model_copy(update=given | {"source": None})
+
+
+def with_sites_of_source(config: SAEConfig, known: Sequence[str]) -> SAEConfig:
+    """Return the settings with the sites that `sae.source` names, if the recipe names none and `known` holds them."""
+    if config.source is None or (config.site and config.target_site):
+        return config
+    found = describe_source(config)
+    named = {"site": site_of_hook(found.hook, known), "target_site": site_of_hook(found.target_hook, known)}
+    return config.model_copy(update={name: getattr(config, name) or site for name, site in named.items()})
+
+
+def hooks_of_sources(configs: Iterable[SAEConfig]) -> list[str]:
+    """Return the names of the places that imported SAEs read and reconstruct. Raises UserError if one names none."""
+    hooks: list[str] = []
+    for config in (each for each in configs if each.source):
+        found = describe_source(config)
+        if found.hook is None:
+            raise UserError(
+                f"activations.sites is empty, and the SAE in {found.place} does not say where in the model it was "
+                "trained.\nName the module in activations.sites."
+            )
+        hooks += [config.site or found.hook, *filter(None, [config.target_site or found.target_hook])]
+    return list(dict.fromkeys(hooks))
 
 
 def _require_agreement(asked: SAEConfig, found: SAEFolder) -> None:

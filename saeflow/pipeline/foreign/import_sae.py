@@ -1,0 +1,167 @@
+"""An SAE trained elsewhere: does it fit, what does it explain, and what is odd about it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from saeflow.activations import shards
+from saeflow.corpus.selection import TokenSelection
+from saeflow.model.hook_names import is_understood, site_of_hook
+from saeflow.model.sites import Site
+from saeflow.pipeline.evaluate import Judged
+from saeflow.pipeline.lineage import Lineage
+from saeflow.recipe.settings import SAEConfig
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.progress import Progress
+from saeflow.runtime.threads import n_threads
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.formats.description import SAEFolder
+from saeflow.sae.formats.load import load_described, load_sae
+from saeflow.sae.formats.source import describe_source
+from saeflow.sae.metrics import Firing, Reconstruction, WithoutLongest
+from saeflow.sae.readings import best_reading
+from saeflow.store.artefact import Artefact
+from saeflow.store.files import read_json
+from saeflow.train.group import write_sae
+
+_SAMPLE_ROWS = 4096
+"""Tokens on which an imported SAE is tried."""
+_POOR, _FAR = 0.5, 2.0
+"""Variance unexplained above which an import is called poor, and how many times another L0 than the stated one is."""
+
+
+def require_fits(lineage: Lineage) -> None:
+    """Raise UserError if an SAE's vectors are not as wide as the activations, or if there are no activations."""
+    found = describe_source(lineage.recipe.sae)
+    lineage.activations.published()
+    read, target = lineage.sites
+    named = [("site", read, found.width), ("target_site", target, found.out_width)]
+    for setting, site, width in named if lineage.sae_config.target_site else named[:1]:
+        if site.width != width:
+            fitting = [each.name for each in lineage.stored_sites if each.width == width]
+            raise UserError(
+                f"The SAE in {found.place} has vectors of {width}, but those of site {site.name} are of "
+                f"{site.width}.\n"
+                + (f"Set sae.{setting} to {' or '.join(fitting)}." if fitting else "Store the site it was trained on.")
+            )
+
+
+def run(lineage: Lineage, progress: Progress) -> None:
+    """Try the SAE in `sae.source` on the first tokens, and publish it like one trained here. Its log has one row."""
+    began, found = time.monotonic(), describe_source(lineage.recipe.sae)
+    sae = load_described(found, n_threads(lineage.recipe.threads))
+    sae.config, sites = lineage.sae_config, lineage.distinct_sites
+    if sae.config.target_site is not None:
+        sae.config = sae.config.model_copy(update={"target_site": sites[-1].name})
+    progress.say(f"train: importing {found.place} instead")
+    x, *others = _first_rows(lineage.selection(), lineage.activations, sites)
+    judged = _judged(sae, x, others[0] if others else x)
+    if not math.isfinite(judged.reconstruction.error):
+        raise UserError(
+            f"The SAE in {found.place} gives NaN or infinite values on the first tokens: it is not imported.\n"
+            "Was it trained on activations of this site, at this scale?"
+        )
+    figures = {
+        "l0": judged.firing.l0 if len(x) else 0.0,
+        "variance_unexplained": judged.reconstruction.variance_unexplained,
+    }
+    looks_like = _doubts(lineage, found, sae, figures, x, others[0] if others else x)
+    for doubt in looks_like:
+        progress.say(f"train: the SAE in {found.place}: {doubt}")
+    stated = _stated(found)
+    check = {"silent": judged.firing.silent / sae.config.n_features, "stated": stated, "looks_like": looks_like}
+    theirs = {name: value for name, value in found.metadata.items() if name != "saeflow"}
+    provenance = {"seconds": time.monotonic() - began, "source": lineage.recipe.sae.source, "check": figures | check}
+    inputs = [lineage.tokens.id, lineage.activations.id]
+    with lineage.sae.publish_folder(lineage.sae_facts, inputs, provenance) as folder:
+        write_sae(folder, sae, sites, theirs, [{"step": 0, "batch_rows": len(x), **figures}])
+
+
+def _judged(sae: SparseAutoencoder, x: Tensor, wanted: Tensor) -> Judged:
+    width = wanted.shape[1]
+    judged = Judged(Reconstruction(width), WithoutLongest(width, len(x)), Firing(sae.config.n_features))
+    judged.add(x, wanted, sae)
+    return judged
+
+
+def _doubts(
+    lineage: Lineage, found: SAEFolder, sae: SparseAutoencoder, figures: Mapping[str, float], x: Tensor, wanted: Tensor
+) -> list[str]:
+    """Say what is odd about an SAE: the place where it was trained, its figures, and what explains them."""
+    doubts, unexplained = [], figures["variance_unexplained"]
+    site = lineage.site.name
+    if is_understood(found.hook) and site_of_hook(found.hook, [site]) is None:
+        doubts.append(f"it was trained on {found.hook}, but sae.site is {site}")
+    stated = _stated(found).get("l0")
+    far = stated is not None and not 1 / _FAR <= max(figures["l0"], 1e-9) / stated <= _FAR
+    if far:
+        doubts.append(f"L0 is {figures['l0']:.1f} on the first tokens, but it says {stated:g}")
+    if unexplained > _POOR:
+        doubts.append(f"it leaves {unexplained:.0%} of the variance unexplained on the first tokens")
+    if doubts:
+        best = best_reading(sae, x, wanted, unexplained)
+        others = [] if best else list(_better_sites(lineage, sae, unexplained))
+        doubts += [f"it looks as if {best[0]} (variance unexplained would be {best[1]:.3f})"] if best else []
+        doubts += [f"it explains more at {name} (variance unexplained {left:.3f})" for name, left in others]
+    return doubts
+
+
+def _better_sites(lineage: Lineage, sae: SparseAutoencoder, unexplained: float) -> list[tuple[str, float]]:
+    """Return the stored site at which an SAE leaves much less unexplained, if it is one of the same width."""
+    if sae.config.target_site is not None:
+        return []
+    tried = []
+    for site in (each for each in lineage.stored_sites if each != lineage.site and each.width == sae.W_enc.shape[1]):
+        (x,) = _first_rows(lineage.selection(), lineage.activations, [site])
+        tried.append((_judged(sae, x, x).reconstruction.variance_unexplained, site.name))
+    return [(name, left) for left, name in sorted(tried)[:1] if left < 0.6 * unexplained and left < 0.8]
+
+
+def _stated(found: SAEFolder) -> dict[str, float]:
+    """Return the figures that the folder or a catalogue says."""
+    about = found.metadata
+    given = {"l0": next((about[name] for name in ("l0", "target_l0", "k", "top_k") if name in about), None),
+             "variance_explained": about.get("variance_explained")}  # fmt: skip
+    if found.config.architecture == "topk":
+        given["l0"] = found.config.k
+    return {name: float(value) for name, value in given.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0}  # fmt: skip
+
+
+def in_words(source: SAEConfig, made: Artefact) -> str:
+    """Describe an imported SAE: `SAELens: jumprelu, 24 neurons, 160 features, thresholds 0.1 to 2.5; L0 …`."""
+    found, log = describe_source(source), pq.read_table(made.own_file("log.parquet")).to_pylist()[0]
+    config = found.config
+    width = f"{found.width:,} neurons" + (f" to {found.out_width:,}" if config.target_site else "")
+    words = [f"{found.writer}: {config.architecture}", width, f"{config.n_features:,} features"]
+    if config.architecture == "topk":
+        words.append(f"k {config.k}")
+    elif config.architecture not in ("relu", "gated"):
+        threshold = load_sae(made.fetched()).threshold
+        least, most = threshold.min().item(), threshold.max().item()
+        words.append(f"threshold {least:.4g}" if least == most else f"thresholds {least:.4g} to {most:.4g}")
+    if found.skips:
+        words.append("a skip connection")
+    check: dict[str, Any] = read_json(made.own_file("provenance.json")).get("check", {})
+    stated = "".join(f"; it says {name.replace('_', ' ')} {value:g}" for name, value in check.get("stated", {}).items())
+    silent = f", silent {check['silent']:.0%} of features" if check else ""
+    tried = (
+        f"On the first {log['batch_rows']:,} tokens: L0 {log['l0']:.1f}, variance unexplained "
+        f"{log['variance_unexplained']:.3f}{silent}{stated}"
+    )
+    odd = [f"Look at this: {doubt}." for doubt in check.get("looks_like", [])]
+    return "\n".join([", ".join(words), tried, *odd])
+
+
+def _first_rows(used: TokenSelection, stored: Artefact, sites: list[Site]) -> list[Tensor]:
+    """Return the first used tokens (n, D) of the store, at most `_SAMPLE_ROWS`, one tensor for each site."""
+    part = stored.published().parts[0]
+    sequences = slice(0, max(1, _SAMPLE_ROWS // used.length))
+    keep = used.mask(part.index, sequences).reshape(-1).nonzero()[0]
+    return [shards.open_site(stored, part, site).read(sequences).flatten(0, 1)[keep].float() for site in sites]
