@@ -287,3 +287,84 @@ def test_an_sae_that_overflows_is_refused_before_it_is_published(
     with pytest.raises(UserError, match="NaN or infinite"):
         train.run(Lineage(store, recipe_of(ingredients, folder)), quiet())
     assert tree(store.root / "saes") == before
+
+
+RESIDUAL = "transformer.h.0"
+
+
+def residual_sae(folder: Path, **metadata: Any) -> Path:
+    """A sound SAE of the residual stream, 16 wide: a rotation, so that it explains nearly everything."""
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q
+    both = torch.cat([rotation, -rotation], dim=1)
+    tensors = {"W_enc": both, "W_dec": both.t().contiguous(), "b_enc": torch.zeros(32), "b_dec": torch.zeros(16)}
+    return write_saelens(folder, "standard", tensors, apply_b_dec_to_input=False, metadata=metadata)
+
+
+def test_a_recipe_without_sites_takes_those_that_its_sae_names(tmp_path: Path, ingredients: Ingredients) -> None:
+    folder = residual_sae(tmp_path / "theirs", hook_name="blocks.0.hook_resid_post")
+    data = recipe_data(ingredients, name="foreign", activations={"sites": []})
+    recipe, store = parse_recipe(data | {"sae": {"source": str(folder)}}), Store.create(str(tmp_path / "store"))
+    for stage in (tokens.run, collect.run, train.run, encode.run, evaluate.run):
+        stage(Lineage(store, recipe), quiet())
+    lineage = Lineage(store, recipe)
+    assert [site.name for site in lineage.stored_sites] == [RESIDUAL]
+    assert lineage.site.name == RESIDUAL
+    assert last_log_row(lineage.sae)["variance_unexplained"] < 0.01
+    check = read_json(lineage.sae.path / "provenance.json")["check"]
+    assert check["looks_like"] == []
+    assert 0 <= check["silent"] < 1
+    written = data["activations"] | {"sites": ["blocks.0.hook_resid_post"]}
+    named = parse_recipe(data | {"sae": {"source": str(folder)}, "activations": written})
+    assert Lineage(store, named).activations.fp == lineage.activations.fp
+
+
+def test_an_sae_that_names_no_place_needs_activations_sites(tmp_path: Path, ingredients: Ingredients) -> None:
+    folder = residual_sae(tmp_path / "theirs")
+    data = recipe_data(ingredients, name="foreign", activations={"sites": []}) | {"sae": {"source": str(folder)}}
+    with pytest.raises(UserError, match=r"activations\.sites is empty, and the SAE in .* does not say where"):
+        Lineage(Store.create(str(tmp_path / "store")), parse_recipe(data))
+    with pytest.raises(UserError, match=r"activations\.sites is empty\. Name the modules"):
+        parse_recipe(data | {"sae": {}})
+
+
+def test_the_site_that_an_sae_names_is_chosen_among_several_and_another_one_is_said(
+    tmp_path: Path, ingredients: Ingredients, saeflow: Command
+) -> None:
+    folder = residual_sae(tmp_path / "theirs", hook_name="blocks.0.hook_resid_post", l0=3.0)
+    tensors = load_file(folder / "sae_weights.safetensors")
+    save_file(tensors | {"W_enc": tensors["W_enc"] / 40, "b_dec": torch.ones(16)}, folder / "sae_weights.safetensors")
+    sites = [RESIDUAL, "transformer.h.1"]
+    data = recipe_data(ingredients, name="foreign", activations={"sites": sites}, sae={"source": str(folder)})
+    data["sae"] = {"source": str(folder)}
+    recipe, store = parse_recipe(data), Store.create(str(tmp_path / "store"))
+    for stage in (tokens.run, collect.run):
+        stage(Lineage(store, recipe), quiet())
+    assert Lineage(store, recipe).site.name == RESIDUAL
+    data["sae"]["site"] = sites[1]
+    said = saeflow("import", str(folder), str(write_recipe(tmp_path / "my.toml", data)), "--store", str(store.root))
+    assert said.code == 0, said.err
+    assert "it was trained on blocks.0.hook_resid_post, but sae.site is transformer.h.1" in said.err + said.out
+    assert "it says 3" in said.out
+    assert "of the variance unexplained" in said.out
+
+
+def test_a_transcoder_finds_both_of_its_sites(tmp_path: Path, ingredients: Ingredients) -> None:
+    about = {
+        "apply_b_dec_to_input": False,
+        "d_out": 16,
+        "metadata": {"hook_name": "blocks.0.mlp.hook_post", "hook_name_out": "blocks.0.hook_mlp_out"},
+    }
+    skip = {"W_skip": torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(3))}
+    folder = write_saelens(tmp_path / "skips", "jumprelu_skip_transcoder", foreign_tensors(out=16) | skip, **about)
+    data = recipe_data(ingredients, name="foreign", activations={"sites": []}) | {"sae": {"source": str(folder)}}
+    recipe, store = parse_recipe(data), Store.create(str(tmp_path / "store"))
+    for stage in (tokens.run, collect.run, train.run, encode.run, evaluate.run):
+        stage(Lineage(store, recipe), quiet())
+    lineage = Lineage(store, recipe)
+    assert [site.name for site in lineage.sites] == ["transformer.h.0.mlp.c_proj:input", "transformer.h.0.mlp"]
+    loaded = load_sae(lineage.sae.path)
+    assert loaded.W_skip is not None
+    assert torch.equal(loaded.W_skip, skip["W_skip"])
+    quality = read_json(lineage.features.path / "quality.json")
+    log = last_log_row(lineage.sae)
+    assert quality["variance_unexplained"] == pytest.approx(log["variance_unexplained"], rel=0.3)
