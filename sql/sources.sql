@@ -26,6 +26,9 @@ select
 create or replace macro src_is_encoded(token, entry) as
 ($encoded);
 
+create or replace macro src_is_signed() as
+($is_signed::boolean);
+
 create or replace view src_documents as
 select * from $documents;
 

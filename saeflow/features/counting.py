@@ -18,6 +18,13 @@ Counts = NDArray[np.int64]
 FIRST_BIN = -4 * 127
 """Bin of the smallest normal float32. An octave has four bins: the two highest bits of the significand."""
 
+MIRROR = -2048
+"""A value below zero has the bin MIRROR - b, where b is that of its magnitude: bins are in the order of values."""
+
+LOWEST_BIN = np.int32(MIRROR + FIRST_BIN)
+N_BINS = 2 - 2 * FIRST_BIN - MIRROR
+"""Lowest bin of all finite float32, and the number of bins from there to the highest."""
+
 
 @compiled
 def place_sorted(
@@ -143,5 +150,10 @@ def _most_frequent(
 
 
 def bins_of(values: Floats) -> Ids:
-    """Return int32 bins: 4 e + m for a positive value from 2^e (1 + m / 4) to 2^e (1 + (m + 1) / 4), m from 0 to 3."""
-    return (values.view(np.int32) >> 21) + np.int32(FIRST_BIN)
+    """Return int32 bins: 4 e + m for a positive value from 2^e (1 + m / 4) to 2^e (1 + (m + 1) / 4), m from 0 to 3.
+
+    A negative value has the bin MIRROR less that.
+    """
+    bits = values.view(np.int32)
+    bins = ((bits & 0x7FFFFFFF) >> 21) + np.int32(FIRST_BIN)
+    return np.where(bits < 0, np.int32(MIRROR) - bins, bins) if (bits < 0).any() else bins

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coactivation import CoactivePairs, coactive_pairs
-from saeflow.features.counting import FIRST_BIN, Counts, KeyTotals, bins_of, most_frequent_keys, totals_by_key
+from saeflow.features.counting import LOWEST_BIN, N_BINS, Counts, KeyTotals, bins_of, most_frequent_keys, totals_by_key
 from saeflow.features.files import write_table
 from saeflow.features.schema import MOST_SOURCES, PART_TABLES, TOP, TOP_VOCAB
 from saeflow.sae.exact import FeatureMajor, feature_statistics
@@ -98,10 +98,6 @@ _PIECE_VOCAB = 64
 _MOST_PIECES = 16
 """Pieces whose totals are kept apart before they are added up."""
 
-_N_BINS = 4 * 255
-"""Bins of all finite float32."""
-
-
 _NO_TOTALS = KeyTotals(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0), np.empty(0))
 
 
@@ -137,15 +133,17 @@ class PartStatistics:
         if pairs:
             self._add_pairs(coactive_pairs(sparse, entries, found.n_tokens, TOP))
 
-    def _add_features(self, n_tokens: Counts, total: Doubles, squares: Doubles, largest: np.ndarray) -> None:
+    def _add_features(self, n_tokens: Counts, total: Doubles, squares: Doubles, strongest: np.ndarray) -> None:
         self.n_tokens += n_tokens
         self.sum_value += total
         self.sum_squares += squares
-        self.max_value = np.maximum(self.max_value, largest.astype(np.float32))
+        mine, theirs = self.max_value, strongest.astype(np.float32)
+        ahead = (abs(theirs) > abs(mine)) | ((abs(theirs) == abs(mine)) & (theirs > 0))
+        self.max_value = np.where(ahead, theirs, mine)
 
     def _add_groups(self, tokens: TokenColumns, entries: FeatureMajor) -> None:
         by_entry = FeatureMajor(entries.feature_starts, np.arange(len(entries.values), dtype=np.int32), entries.values)
-        self._group("histogram", totals_by_key(by_entry, bins_of(entries.values) - np.int32(FIRST_BIN), _N_BINS))
+        self._group("histogram", totals_by_key(by_entry, bins_of(entries.values) - LOWEST_BIN, N_BINS))
         self._group("sources", totals_by_key(entries, self._own_codes(tokens), len(self._codes)))
         self._group("positions", totals_by_key(entries, tokens.bands, _number_of_keys(tokens.bands)))
         words = most_frequent_keys(entries, tokens.vocab_ids, _number_of_keys(tokens.vocab_ids), _PIECE_VOCAB)
@@ -157,7 +155,7 @@ class PartStatistics:
         self._add_features(*columns["feature_stats"][1:])
         ids, bins, n = columns["feature_histogram"]
         none = np.zeros(len(n))
-        self._group("histogram", KeyTotals(ids, bins.astype(np.int32) - FIRST_BIN, n, none, none))
+        self._group("histogram", KeyTotals(ids, bins.astype(np.int32) - LOWEST_BIN, n, none, none))
         ids, bands, n, total = columns["feature_positions"]
         self._group("positions", KeyTotals(ids, bands.astype(np.int32), n, total, np.zeros(len(n))))
         ids, n, total, squares = (columns["feature_sources"][i] for i in (0, 3, 4, 5))
@@ -230,7 +228,7 @@ class PartStatistics:
 
     def _histogram(self) -> list[np.ndarray]:
         found = self._of("histogram")
-        return [found.feature_ids, found.keys + FIRST_BIN, found.n_tokens]
+        return [found.feature_ids, found.keys + LOWEST_BIN, found.n_tokens]
 
     def _rows_of_sources(self) -> tuple[Ids, list[TokenSource]]:
         """Return the row each code is counted in: its own for sources with most tokens, else that of the rest."""

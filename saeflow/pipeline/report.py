@@ -69,11 +69,13 @@ def _heat_map(lineage: Lineage) -> Any:
     from matplotlib.figure import Figure
 
     labels, values = feature_table(lineage)
-    live = np.flatnonzero(values.max(0) > 0)
-    scaled = (values[:, live] / values[:, live].max(0)).T
+    most = np.abs(values).max(0)
+    live = np.flatnonzero(most)
+    scaled = (values[:, live] / most[live]).T
     figure = Figure(figsize=(2 + 0.7 * len(labels), 1.6 + 0.32 * len(live)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(scaled, aspect="auto", cmap="magma", vmin=0, vmax=1)
+    signed = bool((scaled < 0).any())
+    image = axes.imshow(scaled, aspect="auto", cmap="RdBu_r" if signed else "magma", vmin=-1 if signed else 0, vmax=1)
     axes.set_xticks(range(len(labels)), [_plain(label) for label in labels], rotation=40, ha="right")
     axes.set_yticks(range(len(live)), [str(feature) for feature in live])
     axes.set_ylabel("feature")

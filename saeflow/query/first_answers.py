@@ -20,7 +20,7 @@ select source from stg_documents group by source order by sum(n_tokens) desc, so
 
 _STRIKING = """
 select feature_id from feature_summary where n_tokens > 0
-order by density between 0.0005 and 0.01 desc, max_value desc, feature_id limit 2
+order by density between 0.0005 and 0.01 desc, abs(max_value) desc, feature_id limit 2
 """
 
 _FEWEST_TOKENS = 200

@@ -133,7 +133,7 @@ def _by_feature(sparse: SparseValues, pieces: list[str]) -> Readings:
     import numpy as np
 
     places = np.repeat(np.arange(len(pieces)), np.diff(sparse.row_starts))
-    order = np.lexsort((places, -sparse.values.astype(np.float64), sparse.feature_ids))
+    order = np.lexsort((places, -np.abs(sparse.values.astype(np.float64)), sparse.feature_ids))
     features, first, counts = np.unique(sparse.feature_ids[order], return_index=True, return_counts=True)
     return [
         {

@@ -28,7 +28,7 @@ from saeflow.features.schema import (
 )
 from saeflow.query.labels import LabelFile, label_files
 from saeflow.query.relations import condition_of_encoded
-from saeflow.recipe.settings import TOP_FAMILY
+from saeflow.recipe.settings import SIGNED, TOP_FAMILY
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import REPAIR
 from saeflow.runtime.text import HOSTILE, brief, did_you_mean
@@ -62,7 +62,8 @@ class Run:
     left_out: Sequence[tuple[int, int]] = ()
     """Ranges of token_id, both ends included, whose values are hidden until the tokens are encoded again."""
     shape: Mapping[str, int | None] = field(default_factory=dict)
-    """Context length, number of features, and whether every part has counts by source and position."""
+    """Context length, number of features, whether every part has counts by source and position, and whether values
+    may be below zero."""
     encoded: str = "true"
     """SQL on `token` and `entry`: true if the token was encoded, so that a missing value means a silent feature."""
     labels: Sequence[LabelFile] = ()
@@ -229,6 +230,7 @@ def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) ->
         "n_features": artefact.record.facts.get("n_features"),
         "has_marginals": all(map(has_every_table, shown)),
         "has_offsets": all(map(has_marks, tokens.published().parts)),
+        "is_signed": artefact.record.facts.get("architecture") in SIGNED,
     }
 
 

@@ -34,11 +34,17 @@ Overlap = Literal["refuse", "wait"]
 K_TOLERANCE = 0.05
 """Share by which L0 may differ from `sae.k` before anything is said."""
 
-Architecture = Literal["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
+Architecture = Literal["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu", "abstopk"]
 """The kinds of autoencoder. Add another one here and where `saeflow.sae.autoencoder` matches on it."""
 
-TOP_FAMILY: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka")
+TOP_FAMILY: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka", "abstopk")
 """Architectures that keep the k largest values of a token or a batch; the others are made sparse by a penalty."""
+
+PER_TOKEN: tuple[Architecture, ...] = ("topk", "abstopk")
+"""Architectures that keep `k` values of each token whenever they encode."""
+
+SIGNED: tuple[Architecture, ...] = ("abstopk",)
+"""Architectures whose values may be below zero."""
 
 
 class CorpusConfig(Section):

@@ -110,6 +110,7 @@ IGNORED_SETTINGS: dict[Architecture, set[str]] = {
     "gated": {*_PENALTY, *_FALLING_K, "sae.prefixes", "train.aux_weight"},  # k decides where its gate starts
     "jumprelu": {*_FALLING_K, "sae.l1_weight", "sae.prefixes"},
     "topk": {*_TOP_IGNORES, "sae.prefixes", "train.token_topk_share"},
+    "abstopk": {*_TOP_IGNORES, "sae.prefixes", "train.token_topk_share"},
     "batchtopk": {*_TOP_IGNORES, "sae.prefixes"},
     "matryoshka": _TOP_IGNORES,
 }

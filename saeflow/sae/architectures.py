@@ -28,6 +28,8 @@ class Traits:
     """True if training keeps the k largest values of each token rather than of the batch."""
     revives_dead: bool = False
     """True if the auxiliary loss applies."""
+    signed: bool = False
+    """True if values may be below zero: the largest magnitudes are kept, each with its sign."""
 
 
 TRAITS: dict[Architecture, Traits] = {
@@ -37,6 +39,7 @@ TRAITS: dict[Architecture, Traits] = {
     "batchtopk": Traits(revives_dead=True),
     "matryoshka": Traits(revives_dead=True),
     "jumprelu": Traits(("log_threshold",), revives_dead=True),
+    "abstopk": Traits(chooses_by_token=True, revives_dead=True, signed=True),
 }
 
 
@@ -44,6 +47,8 @@ TRAITS: dict[Architecture, Traits] = {
 class Top:
     """The value is the pre-activation, if it was chosen: TopK (Gao et al. 2024, arXiv 2406.04093), BatchTopK (Bussmann
     et al. 2024, arXiv 2412.06410) and, with nested dictionaries, Matryoshka (Bussmann et al. 2025, arXiv 2503.17547).
+    AbsTopK (Zhu, Khalili and Zhu 2025, arXiv 2510.00404) chooses by magnitude and keeps the sign, so that one feature
+    stands for both ends of an axis.
     """
 
     @property

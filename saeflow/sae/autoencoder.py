@@ -19,7 +19,7 @@ from saeflow.sae.parameters import SAEParameters
 
 
 class SparseAutoencoder(SAEParameters):
-    """Explain each activation vector as a short non-negative sum of learned directions.
+    """Explain each activation vector as a short sum of learned directions.
 
         pre            = (x - b_in) @ W_enc.T + b_enc               (B, F)
         values         = sparsify(pre)                               (B, F)
@@ -47,7 +47,7 @@ class SparseAutoencoder(SAEParameters):
     ) -> tuple[Tensor, StepInfo]:  # fmt: skip
         """Return the loss of a batch (B, D) of float32, to be differentiated for the parameters, not for `x`.
 
-        - topk, batchtopk, matryoshka: share of variance unexplained, sum((x - reconstruction)²) / sum((x - mean(x))²)
+        - top-k family: share of variance unexplained, sum((x - reconstruction)²) / sum((x - mean(x))²)
           over the batch; for matryoshka the mean of that share over its nested dictionaries.
         - relu, gated, jumprelu: mean((x - reconstruction)²), for gated also that of its gate's own reconstruction, plus
           `sparsity` times the penalty.
@@ -73,6 +73,8 @@ class SparseAutoencoder(SAEParameters):
                 return ActivationFunction.identity(torch.zeros_like(thresholds))
             case "topk":
                 return ActivationFunction.identity(torch.zeros_like(thresholds), self.config.k)
+            case "abstopk":
+                return ActivationFunction.identity(torch.zeros_like(thresholds), self.config.k, signed=True)
             case "gated":
                 stretch = self.r_mag.detach().double().exp()
                 shift = self.b_mag.detach().double() - stretch * self.b_enc.detach().double()
@@ -99,8 +101,9 @@ class SparseAutoencoder(SAEParameters):
         """Return every non-zero value of tokens (B, D) in float16, bfloat16 or float32, exactly as data/README.md says.
 
         Pre-activations are computed in float64. relu keeps those above 0, topk the k largest positive of a token (among
-        equals the lower features), batchtopk and matryoshka those above the running threshold, jumprelu those above the
-        feature's threshold; gated stretches and shifts those above 0. Values are rounded to 11 significand bits.
+        equals the lower features), abstopk the k of largest magnitude with their signs, batchtopk and matryoshka those
+        above the running threshold, jumprelu those above the feature's threshold; gated stretches and shifts those
+        above 0. Values are rounded to 11 significand bits.
         A token's values depend neither on its batch nor on the number of threads.
         """
         function = self.activation_function()

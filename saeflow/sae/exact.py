@@ -33,12 +33,13 @@ class FeatureMajor(NamedTuple):
 
 
 class FeatureStatistics(NamedTuple):
-    """Number, sum, sum of squares and maximum of each feature's non-zero values, (F) each."""
+    """Number, sum, sum of squares and strongest of each feature's non-zero values, (F) each."""
 
     n_tokens: NDArray[np.int64]
     sum: Doubles
     sum_squares: Doubles
-    max: Floats
+    strongest: Floats
+    """The value of largest magnitude, with its sign; of two such values the positive one."""
 
 
 def feature_major(sparse: SparseValues, n_features: int, threads: int = 1) -> FeatureMajor:
@@ -91,9 +92,12 @@ def chosen_entries(bits: Bits, kernel: Callable[..., None], argument: Any) -> Sp
     return SparseRows(starts, ids[: starts[-1]].copy(), out[: starts[-1]].copy())
 
 
-def top_entries(rows: Tensor, encoder: Encoder, k: int) -> SparseValues:
-    """Return each row's k largest positive pre-activations; among equals, those of the lower features."""
-    return _with_floats(_chosen_by_workers(rows, encoder, kernels.select_top, lambda bits: k))
+def top_entries(rows: Tensor, encoder: Encoder, k: int, signed: bool) -> SparseValues:
+    """Return each row's k largest positive pre-activations, or if `signed` those of largest magnitude.
+
+    Among equals, those of the lower features are chosen.
+    """
+    return _with_floats(_chosen_by_workers(rows, encoder, kernels.select_top, lambda bits: k, signed))
 
 
 def positive_entries(rows: Tensor, encoder: Encoder) -> SparseValues:
@@ -145,14 +149,18 @@ def _chosen_above(rows: Tensor, encoder: Encoder, cut: Bits) -> SparseValues:
 
 
 def _chosen_by_workers(
-    rows: Tensor, encoder: Encoder, kernel: Callable[..., None], argument_for: Callable[[Bits], Any]
-) -> SparseValues:
+    rows: Tensor, encoder: Encoder, kernel: Callable[..., None], argument_for: Callable[[Bits], Any],
+    signed: bool = False,
+) -> SparseValues:  # fmt: skip
     """Run a choosing kernel, whose argument may depend on the chunk, on the pre-activations of all rows."""
     encoder.prepare()
 
     def choose_in_chunk(part: tuple[int, int]) -> SparseValues:
         bits = kernels.bits_of(encoder.pre_activations(rows[slice(*part)]))
-        return chosen_entries(bits, kernel, argument_for(bits))
+        if not signed:
+            return chosen_entries(bits, kernel, argument_for(bits))
+        found = chosen_entries(bits & np.iinfo(bits.dtype).max, kernel, argument_for(bits))
+        return found._replace(values=bits[found.rows, found.feature_ids])
 
     return concatenated(in_parallel(choose_in_chunk, ranges(len(rows), encoder.chunk_rows), encoder.threads))
 
@@ -172,20 +180,21 @@ def _sample(rows: Tensor) -> Tensor:
 class ActivationFunction:
     """How an exact pre-activation becomes a value: stretch * pre + shift where that is positive, else 0.
 
-    Only pre-activations above their feature's threshold count; if `k` is given, only the k largest of a token. All
-    arrays (F) in float64.
+    Only pre-activations above their feature's threshold count; if `k` is given, only the k largest of a token. If
+    `signed`, all this is said of magnitudes, and a value has the sign of its pre-activation. All arrays (F) in float64.
     """
 
     thresholds: Doubles
     stretch: Doubles
     shift: Doubles
     k: int | None
+    signed: bool = False
 
     @classmethod
-    def identity(cls, thresholds: Tensor, k: int | None = None) -> ActivationFunction:
+    def identity(cls, thresholds: Tensor, k: int | None = None, signed: bool = False) -> ActivationFunction:
         """Return the function whose value is the pre-activation itself."""
         wide = thresholds.detach().double().cpu().numpy()
-        return cls(wide, np.ones_like(wide), np.zeros_like(wide), k)
+        return cls(wide, np.ones_like(wide), np.zeros_like(wide), k, signed)
 
     def on(self, place: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return thresholds, stretch and shift on a device."""
@@ -209,6 +218,8 @@ def _encode_rows(x: Tensor, encoder: Encoder, function: ActivationFunction) -> S
     relative = encoder.relative_error
     widest = row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()
     bits = kernels.bits_of(encoder.pre_activations(rows))
+    if function.signed:
+        bits &= np.iinfo(bits.dtype).max  # the sign bit goes: magnitudes have the same bound on their error
     firsts = np.full(len(x), -np.inf)
     lower = -widest
     if function.k is not None:
@@ -220,7 +231,7 @@ def _encode_rows(x: Tensor, encoder: Encoder, function: ActivationFunction) -> S
     kernels.rescore(
         x.numpy(), encoder.b_in.double().numpy(), encoder.w_enc.numpy(), encoder.b_enc.double().numpy(),
         encoder.bounds, row_bounds, relative, firsts, function.thresholds, function.stretch, function.shift,
-        function.k or len(encoder.w_enc) + 1, starts, ids, kernels.floats_of(near), kept, values,
+        function.k or len(encoder.w_enc) + 1, function.signed, starts, ids, kernels.floats_of(near), kept, values,
     )  # fmt: skip
     return SparseRows(kept, ids[: kept[-1]], values[: kept[-1]])
 
@@ -245,6 +256,8 @@ def _encode_on_device(x: Tensor, encoder: Encoder, function: ActivationFunction)
     thresholds, stretch, shift = function.on(place)
     low, row_bounds = encoder.bounded(x.float())
     pre = encoder.pre_activations(low).float()
+    if function.signed:
+        pre = pre.abs()
     widest = torch.from_numpy(row_bounds @ encoder.bounds[:2].max(1) + encoder.bounds[2].max()).to(place)
     least = -widest
     if function.k is not None:
@@ -253,11 +266,14 @@ def _encode_on_device(x: Tensor, encoder: Encoder, function: ActivationFunction)
     cut = least - encoder.relative_error * least.abs() - 1e-30
     rows, ids = (pre.double() > cut[:, None]).nonzero(as_tuple=True)
     exact = _exact_pre_activations(x, encoder, rows, ids)
+    signs = exact.sign() if function.signed else 1.0
+    exact = exact * signs
     keep = exact > thresholds[ids]
     if function.k is not None:
         keep &= _places_in_rows(rows, torch.where(keep, exact, -torch.inf), len(x)) < function.k
     values = rounded((stretch[ids] * exact + shift[ids]).clamp(min=0))
     keep &= values > 0
+    values = (values * signs).float()
     return _from_device(rows[keep], ids[keep], values[keep], len(x))
 
 

@@ -228,8 +228,8 @@ def _dot(doubles: Doubles, floats: Floats) -> float:
 @compiled
 def rescore(
     x: Floats, b_dec: Doubles, w_enc: Floats, b_enc: Doubles, bounds: Doubles, row_bounds: Doubles, relative: float,
-    firsts: Doubles, thresholds: Doubles, stretch: Doubles, shift: Doubles, k: int, row_starts: Offsets, ids: Ids,
-    approximate: Floats, kept_starts: Offsets, values: Floats,
+    firsts: Doubles, thresholds: Doubles, stretch: Doubles, shift: Doubles, k: int, signed: bool, row_starts: Offsets,
+    ids: Ids, approximate: Floats, kept_starts: Offsets, values: Floats,
 ) -> None:  # fmt: skip
     """Recompute candidates in float64, keep the k largest of those above their thresholds, and round.
 
@@ -237,12 +237,14 @@ def rescore(
     with the bound on its error, `row_bounds[r] @ bounds[:, j] + relative * abs(approximate)`, it stays below the number
     needed. Candidates of at least `firsts[r]` come first: if there are k, the least of them raises the number that the
     others need. A kept entry has the value stretch[j] * pre + shift[j], where positive, and is written over `ids`.
+    If `signed`, pre is its magnitude everywhere, and the value gets its sign at the end.
     """
     longest = 0
     for r in range(len(x)):
         longest = max(longest, row_starts[r + 1] - row_starts[r])
     exact = np.empty(longest)
     exact_bits = exact.view(np.int64)
+    signs = np.ones(longest, np.float32)
     centred = np.empty(x.shape[1])
     n = 0
     kept_starts[0] = 0
@@ -266,19 +268,24 @@ def rescore(
                 if guess + error + relative * abs(guess) < needed:
                     continue
                 pre = _dot(centred, w_enc[j]) + b_enc[j]
+                if signed:
+                    signs[i] = 1 if pre > 0 else -1
+                    pre = abs(pre)
                 if pre > thresholds[j]:
                     exact[i] = max(stretch[j] * pre + shift[j], 0.0)
                 least = min(least, pre - thresholds[j])
                 n_exact += 1
             if n_exact >= k:
                 needed = max(needed, least)
-        n = _round_largest(exact[: len(row_ids)], exact_bits[: len(row_ids)], k, row_ids, ids, values, n)
+        n = _round_largest(exact[: len(row_ids)], exact_bits[: len(row_ids)], signs, k, row_ids, ids, values, n)
         kept_starts[r + 1] = n
 
 
 @compiled
-def _round_largest(exact: Doubles, exact_bits: Bits, k: int, row_ids: Ids, ids: Ids, values: Floats, n: int) -> int:
-    """Append the k largest positive numbers, among equals the first ones, rounded to 11 bits."""
+def _round_largest(
+    exact: Doubles, exact_bits: Bits, signs: Floats, k: int, row_ids: Ids, ids: Ids, values: Floats, n: int
+) -> int:
+    """Append the k largest positive numbers, among equals the first ones, rounded to 11 bits and with their signs."""
     n_above = 0
     for i in range(len(exact)):
         n_above += exact[i] > 0
@@ -295,8 +302,8 @@ def _round_largest(exact: Doubles, exact_bits: Bits, k: int, row_ids: Ids, ids: 
             number += ROUNDING - 1 + ((number >> 42) & 1)
             exact_bits[i] = (number >> 42) << 42
             ids[n] = row_ids[i]
-            values[n] = exact[i]
-            n += values[n] > 0
+            values[n] = np.float32(exact[i]) * signs[i]
+            n += values[n] != 0
     return n
 
 
@@ -430,13 +437,15 @@ def _project_out(vector: Floats, direction: Floats) -> None:
 
 @compiled
 def statistics(
-    ids: Ids, values: Floats, n_tokens: Offsets, total: Doubles, total_squares: Doubles, largest: Floats
+    ids: Ids, values: Floats, n_tokens: Offsets, total: Doubles, total_squares: Doubles, strongest: Floats
 ) -> None:
-    """Add entries to each feature's count, sum, sum of squares and maximum."""
+    """Add entries to each feature's count, sum, sum of squares and strongest value."""
     for e in range(len(ids)):
         j = ids[e]
         value = np.float64(values[e])
         n_tokens[j] += 1
         total[j] += value
         total_squares[j] += value * value
-        largest[j] = max(largest[j], values[e])
+        size, most = abs(values[e]), abs(strongest[j])
+        if size > most or (size == most and values[e] > 0):
+            strongest[j] = values[e]

@@ -97,7 +97,7 @@ def _loss_and_gradients(
     result, chosen = _step_result(sae, x, batch, encoder, weights, settings, options)
     dead = (sae.tokens_since_fired >= options.dead_after_tokens).nonzero().flatten()
     weight = options.aux_weight if sae.traits.revives_dead else 0.0
-    aux_loss = _add_auxiliary(result, batch, weights, encoder, settings, dead, options.k, weight)
+    aux_loss = _add_auxiliary(result, batch, weights, encoder, settings, dead, options.k, weight, sae.traits.signed)
     n_active = result.n_active / len(x)
     penalty, sparsity_loss = rule.penalty_loss(result.penalty, n_active)
     loss = result.mean_error * scale + penalty + options.aux_weight * aux_loss
@@ -118,8 +118,8 @@ def _step_result(
     suited = encoder.suited_to(x) if sae.use_kernels else encoder
     rows = batch.low if suited is encoder else x
     if sae.config.counts_k:
-        guess, by_token = sae.cut_guess, options.by_token
-        chosen, sae.cut_guess = largest_entries(rows, suited, options.k, by_token, guess, sae.use_kernels)
+        how = options.by_token, sae.cut_guess, sae.use_kernels, sae.traits.signed
+        chosen, sae.cut_guess = largest_entries(rows, suited, options.k, *how)
     else:
         cut = cast(Tensor | float, settings.rule.cut)
         if isinstance(cut, Tensor):
@@ -140,7 +140,7 @@ def _training_rule(sae: SAEParameters, batch: CentredBatch, sparsity: float) -> 
             return Relu(*paid)
         case "gated":
             return Gated(*paid, sae.r_mag.detach(), sae.b_mag.detach(), sae.b_enc.detach())
-        case "topk" | "batchtopk" | "matryoshka":
+        case "topk" | "batchtopk" | "matryoshka" | "abstopk":
             return Top()
         case "jumprelu":
             scale = config.tanh_scale if config.penalty == "tanh" else None
@@ -170,12 +170,12 @@ def _remember(sae: SAEParameters, n_rows: int, fired: Tensor, chosen: SparseTens
     sae.tokens_since_fired.add_(n_rows).masked_fill_(fired > 0, 0)
     if sae.config.counts_k and chosen is not None and len(chosen.values):
         memory = torch.where(sae.threshold > 0, THRESHOLD_MEMORY, 0.0)
-        sae.threshold.mul_(memory).add_((1 - memory) * chosen.values.min())
+        sae.threshold.mul_(memory).add_((1 - memory) * chosen.values.abs().min())
 
 
 def _add_auxiliary(
     result: StepResult, batch: CentredBatch, weights: Weights, encoder: Encoder, settings: StepSettings, dead: Tensor,
-    k: int, weight: float,
+    k: int, weight: float, signed: bool,
 ) -> float:  # fmt: skip
     """Let dead features explain what living ones miss (Gao et al. 2024, arXiv 2406.04093).
 
@@ -192,7 +192,7 @@ def _add_auxiliary(
     total = max(rest.double().square().sum().item(), DEGENERATE * target_squares, 1e-30)
     whole = replace(settings, rule=Top(), ends=settings.ends[-1:], scale=weight / total)
     small = Encoder(encoder.w_enc[dead], encoder.b_enc[dead], encoder.b_in, encoder.dtype, threads=encoder.threads)
-    chosen, _ = largest_entries(low, small, k_dead, True, 0.0, settings.use_kernels)
+    chosen, _ = largest_entries(low, small, k_dead, True, 0.0, settings.use_kernels, signed)
     chosen = chosen._replace(feature_ids=dead[chosen.feature_ids.long()].int())
     found = SparseReconstruction.room_for(chosen, rest, whole)
     found.entries.values.copy_(chosen.values)

@@ -1,6 +1,7 @@
 """Scores of an autoencoder against the true features of made activations.
 
-Cosines have a sign: values are not negative, so a direction that points the other way is not the feature. Dead
+Cosines have a sign: values are not negative, so a direction that points the other way is not the feature. With signed
+values, which may be on either side, a direction first gets the sign of the sum of its values in the fresh rows. Dead
 features, which fire in none of the fresh rows, are left out of all scores.
 """
 
@@ -94,7 +95,8 @@ def score_directions(
     """
     fresh = _FreshFiring.of(truth, encode, decode, len(w_dec), n_rows)
     live = np.flatnonzero(fresh.n_found)
-    found, true = w_dec.float().cpu()[torch.from_numpy(live)], torch.from_numpy(truth.directions)
+    signs = torch.from_numpy(np.where(fresh.sum_found[live] < 0, -1, 1).astype(np.float32))
+    found, true = w_dec.float().cpu()[torch.from_numpy(live)] * signs[:, None], torch.from_numpy(truth.directions)
     of_true, of_found = best_cosines(true, found)
     places = match_directions(true, found)
     matched, partners, cosines = places >= 0, np.full(len(true), -1), np.zeros(len(true), np.float32)
@@ -164,10 +166,12 @@ def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> float:
 
 @dataclass
 class _FreshFiring:
-    """How often each of the n true and F found features fires in fresh rows, and how much is not explained."""
+    """How often each of the n true and F found features fires in fresh rows, the sums of the found ones' values, and
+    how much is not explained."""
 
     n_true: np.ndarray
     n_found: np.ndarray
+    sum_found: np.ndarray
     n_rows: int
     error: float
     variance: float
@@ -177,7 +181,7 @@ class _FreshFiring:
         cls, truth: GroundTruth, encode: EncodeRows, decode: DecodeValues, n_features: int, n_rows: int
     ) -> _FreshFiring:
         n, width = truth.directions.shape
-        fresh = cls(np.zeros(n, np.int64), np.zeros(n_features, np.int64), 0, 0.0, 0.0)
+        fresh = cls(np.zeros(n, np.int64), np.zeros(n_features, np.int64), np.zeros(n_features), 0, 0.0, 0.0)
         total, squares = torch.zeros(width, dtype=torch.float64), 0.0
         for x, codes, sparse in _encoded_rows(truth, encode, n_rows):
             wide = x.double()
@@ -187,6 +191,7 @@ class _FreshFiring:
             fresh.n_rows += len(x)
             fresh.n_true += np.bincount(codes.feature_ids, minlength=n)
             fresh.n_found += np.bincount(sparse.feature_ids, minlength=n_features)
+            fresh.sum_found += np.bincount(sparse.feature_ids, sparse.values, n_features)
         fresh.variance = squares - total.square().sum().item() / fresh.n_rows
         return fresh
 

@@ -35,18 +35,20 @@ from saeflow.sae.gradients import SparseReconstruction, WeightGradients, summed_
 
 
 def largest_entries(
-    rows: Tensor, encoder: Encoder, k: int, by_row: bool, guess: float, use_kernels: bool
+    rows: Tensor, encoder: Encoder, k: int, by_row: bool, guess: float, use_kernels: bool, signed: bool = False
 ) -> tuple[SparseTensors, float]:
     """Return the k largest positive pre-activations of each row, or k times B of the whole batch.
 
+    If `signed`, those of each row that have the largest magnitudes.
     `guess`, and the one returned for the next batch, are those of `top_entries_of_batch`.
     """
     if not on_processor(rows, use_kernels):
         pre = encoder.pre_activations(rows)
-        flat, n = (pre, k) if by_row else (pre.reshape(1, -1), k * len(rows))
-        return _dense_entries(pre, _marked_largest(flat, n)), 0.0
+        size = pre.abs() if signed else pre
+        flat, n = (size, k) if by_row else (size.reshape(1, -1), k * len(rows))
+        return _dense_entries(pre, _marked_largest(flat, n).view_as(pre) & (size > 0)), 0.0
     if by_row:
-        return _as_tensors(top_entries(rows, encoder, k)), 0.0
+        return _as_tensors(top_entries(rows, encoder, k, signed)), 0.0
     found, guess = top_entries_of_batch(rows, encoder, k * len(rows), guess)
     return _as_tensors(found), guess
 
@@ -75,7 +77,7 @@ def _marked_largest(pre: Tensor, k: int) -> Tensor:
 
 
 def _dense_entries(pre: Tensor, keep: Tensor) -> SparseTensors:
-    rows, ids = (keep.view_as(pre) & (pre > 0)).nonzero(as_tuple=True)
+    rows, ids = keep.nonzero(as_tuple=True)
     starts = tf.pad(torch.bincount(rows, minlength=len(pre)).cumsum(0), (1, 0))
     return SparseRows(starts, ids.int(), pre[rows, ids].float())
 
@@ -144,7 +146,7 @@ def _explain_rows(
     d_pre, to_sum = rule.backward(pre, values, found.g[mine] * scale, g_second, ids)
     pair[0, mine], pair[1, mine] = values * scale, d_pre
     errors = found.losses[:, slice(*rows)].double().sum(1)
-    return _RowsResult(errors, second_error, ids[values > 0], rule.penalty(pre, values, ids), to_sum)
+    return _RowsResult(errors, second_error, ids[values != 0], rule.penalty(pre, values, ids), to_sum)
 
 
 DENSE_SHARE = 0.1

@@ -3,8 +3,8 @@
 -- Grain:   one row per (feature, source) with a wrong count or sum; is_all marks a feature whose sources together are
 --          wrong.
 -- Reads:   stg_feature_sources, stg_feature_major, stg_tokens, stg_documents, stg_shape
--- Units:   n_… count tokens; sums must agree to a relative 1e-12. If a part counts sources together (is_rest), a single
---          source may have less than the recount.
+-- Units:   n_… count tokens; sums must agree to 1e-12 of the sum of magnitudes. If a part counts sources
+--          together (is_rest), a single source may have less than the recount.
 -- Ask it:  which counts by source are stale?
 with owners as (
     select stg_tokens.token_id, stg_documents.source from stg_tokens join stg_documents using (document_id)
@@ -15,15 +15,18 @@ counted as materialized (
         source,
         count(*)                    as n_tokens,
         fsum(value::double)         as sum_value,
+        fsum(abs(value::double))    as sum_strength,
         fsum(pow(value::double, 2)) as sum_squares
     from stg_feature_major
     join owners using (token_id)
     group by feature_id, source
 ),
 recount as (
-    select feature_id, source, false as is_all, n_tokens, sum_value, sum_squares from counted
+    select feature_id, source, false as is_all, n_tokens, sum_value, sum_strength, sum_squares from counted
     union all
-    select feature_id, null, true, sum(n_tokens), fsum(sum_value), fsum(sum_squares) from counted group by feature_id
+    select feature_id, null, true, sum(n_tokens), fsum(sum_value), fsum(sum_strength), fsum(sum_squares)
+    from counted
+    group by feature_id
 ),
 stored as (
     select feature_id, source, false as is_all, n_tokens, sum_value, sum_squares
@@ -51,7 +54,7 @@ where (select has_marginals from stg_shape)
     and case
         when coalesce(stored.is_all, recount.is_all) or not exists (from stg_feature_sources where is_rest)
             then stored.n_tokens is distinct from recount.n_tokens
-                or abs(stored.sum_value - recount.sum_value) > 1e-12 * abs(recount.sum_value)
+                or abs(stored.sum_value - recount.sum_value) > 1e-12 * recount.sum_strength
                 or abs(stored.sum_squares - recount.sum_squares) > 1e-12 * recount.sum_squares
         else coalesce(stored.n_tokens, 0) > coalesce(recount.n_tokens, 0)
     end

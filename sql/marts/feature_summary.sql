@@ -3,8 +3,8 @@
 -- Grain:   one row per feature, by feature_id, dead ones too.
 -- Reads:   stg_feature_stats, stg_size, feature_names
 -- Units:   density is a share of the encoded tokens (0 to 1). mean_value, std_value and max_value are in the units of
---          the activations, over the tokens at which the feature fires (null for dead features). label is the feature's
---          best label.
+--          the activations, over the tokens at which the feature fires (null for dead features). In a signed run
+--          max_value is the strongest value with its sign. label is the feature's best label.
 -- Ask it:  which features are dense (density > 0.1) or nearly dead (n_tokens < 10)?
 create or replace view feature_summary as
 select

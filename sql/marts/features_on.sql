@@ -1,11 +1,13 @@
 -- Which features fire on a text, wherever the corpus has it.
 --
 -- Grain:   one row per feature that fires on a token of the text, at most n, the largest score first; ties by feature.
--- Reads:   tokens_of_text, is_encoded, stg_token_major, stg_feature_stats, stg_size, feature_names, telling_score
+-- Reads:   tokens_of_text, is_encoded, stg_token_major, stg_feature_stats, stg_size, feature_names, telling_score,
+--          strength, usual_strength
 -- Units:   the text's tokens are those that tokens_of_text finds, whatever the case, if they were encoded. n_tokens
 --          counts those at which the feature fires; share is their share of the text's tokens. density is the feature's
 --          share of all encoded tokens, and lift = share / density. strength is the feature's largest value in each
---          place that has the text, averaged over all these places, in multiples of its mean value when it fires.
+--          place that has the text, averaged over all these places, in multiples of its mean value when it fires; in a
+--          signed run its largest magnitude, in multiples of the root mean square.
 --          score = strength * -log2(density), so that a feature that fires everywhere comes last.
 -- Parameters: text text, n bigint = 20
 -- Ask it:  which features mean Jerusalem?  from features_on('Jerusalem')
@@ -25,7 +27,10 @@ counts as (
 peaks as (
     select feature_id, sum(peak) as sum_peak
     from (
-        select run_id, feature_id, max(value)::double as peak from found join firing using (token_id) group by all
+        select run_id, feature_id, max(strength(value))::double as peak
+        from found
+        join firing using (token_id)
+        group by all
     )
     group by feature_id
 ),
@@ -33,10 +38,11 @@ shares as (
     select
         feature_id,
         counts.n_tokens,
-        counts.n_tokens / n_found                                                       as share,
-        stats.n_tokens / n_encoded_tokens                                               as density,
-        counts.n_tokens * n_encoded_tokens::double / (stats.n_tokens * n_found)         as lift,
-        peaks.sum_peak / n_places / (stats.sum_value / stats.n_tokens)                  as strength
+        counts.n_tokens / n_found                                               as share,
+        stats.n_tokens / n_encoded_tokens                                       as density,
+        counts.n_tokens * n_encoded_tokens::double / (stats.n_tokens * n_found) as lift,
+        peaks.sum_peak / n_places
+            / usual_strength(stats.n_tokens, stats.sum_value, stats.sum_squares) as strength
     from counts
     join peaks using (feature_id)
     join stg_feature_stats as stats using (feature_id)

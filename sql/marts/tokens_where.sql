@@ -1,8 +1,9 @@
--- All tokens at which a feature is stronger than a threshold.
+-- All tokens at which a feature is beyond a threshold.
 --
--- Grain:   one row per token at which value > threshold, in corpus order.
+-- Grain:   one row per token at which value > threshold, in corpus order. In a signed run a threshold below zero asks
+--          for the other side: value < threshold.
 -- Reads:   tokens_of_feature, stg_vocab_blocks, stg_vocab, stg_document_places,
---          stg_shape, block_vocab_id
+--          stg_shape, block_vocab_id, is_beyond
 -- Units:   value is in the units of the activations; position counts from 0 inside the sequence.
 -- Parameters: feature bigint, threshold double = 0
 -- Ask it:  where does feature 12 exceed 0.5?  from tokens_where(12, 0.5)
@@ -10,7 +11,7 @@ create or replace macro tokens_where(feature, threshold := 0) as table
 with firing as materialized (
     select token_id, value, token_id // 512 as block_id
     from tokens_of_feature(feature)
-    where value > threshold::double
+    where is_beyond(value, threshold::double)
 ),
 hits as materialized (
     select token_id, value, block_vocab_id(vocab_ids, token_id - first_token_id) as vocab_id

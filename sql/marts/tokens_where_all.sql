@@ -1,8 +1,9 @@
--- All tokens at which several features are each stronger than a threshold.
+-- All tokens at which several features are each beyond a threshold.
 --
 -- Grain:   one row per token, in corpus order.
 -- Reads:   threshold_hits, token_places
--- Units:   features and thresholds are lists of one length, not empty. feature_values are in the order of features, in
+-- Units:   features and thresholds are lists of one length, not empty. Beyond means above or, in a signed run and for a
+--          threshold below zero, below. feature_values are in the order of features, in
 --          the units of the activations; position counts from 0 inside the sequence.
 -- Parameters: features bigint[], thresholds double[]
 -- Ask it:  where do 12 and 34 both fire?  from tokens_where_all([12, 34], [0, 0.5])

@@ -1,9 +1,10 @@
 -- Places at which several features fire within a few tokens of one another, in one document.
 --
 -- Grain:   one row per token that ends such a group, in corpus order: one of the features fires there, and each of the
---          others fires there or at most `window` tokens before. All are above their thresholds.
+--          others fires there or at most `window` tokens before. All are beyond their thresholds.
 -- Reads:   threshold_hits, token_owners, token_pieces
--- Units:   features and thresholds are lists of one length, not empty. token_ids and feature_values are in the order of
+-- Units:   features and thresholds are lists of one length, not empty. Beyond means above or, in a signed run and for a
+--          threshold below zero, below. token_ids and feature_values are in the order of
 --          features: each feature's last hit up to token_id, and its value in the units of the activations. piece and
 --          position belong to token_id; span is token_id minus the smallest of token_ids.
 -- Parameters: features bigint[], thresholds double[], window bigint

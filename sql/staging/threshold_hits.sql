@@ -1,8 +1,8 @@
--- Tokens at which several features are each stronger than a threshold.
+-- Tokens at which several features are each beyond a threshold.
 --
--- Grain:   one row per (place in the lists, token) at which the feature at that place is above its threshold.
+-- Grain:   one row per (place in the lists, token) at which the feature at that place is beyond its threshold.
 -- Reads:   stg_feature_major (only files from the first to the last of these features, and of them the row groups of
---          these features), same_length
+--          these features), same_length, is_beyond
 -- Units:   place counts from 1; value is in the units of the activations. Lists that are null, empty or of different
 --          lengths are an error.
 -- Ask it:  from threshold_hits([12, 34], [0, 0.5])
@@ -17,6 +17,6 @@ with wanted as materialized (
 select wanted.place, token_id, value
 from stg_feature_major
 join wanted using (feature_id)
-where value > wanted.threshold
+where is_beyond(value, wanted.threshold)
     and low <= case when same_length(features, thresholds) then list_max(features::bigint[]) end
     and high >= case when same_length(features, thresholds) then list_min(features::bigint[]) end;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from saeflow.activations.feed import Feed
 from saeflow.pipeline import collect, evaluate, import_table, stages, sweep, tokens, train
 from saeflow.pipeline.lineage import Lineage, last_log_row
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import Architecture, SAEConfig
 from saeflow.recipe.sweep import IGNORED_SETTINGS
 from saeflow.runtime import devices
 from saeflow.runtime.errors import UserError
@@ -167,7 +167,7 @@ def test_a_sweep_that_changes_nothing_is_no_sweep(table, sweep):
     assert recipe.members() == [recipe]
 
 
-@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("architecture", get_args(Architecture))
 def test_settings_said_to_be_ignored_change_no_weight(stored, table, architecture):
     other = {
         "sae": {

@@ -7,6 +7,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from saeflow.pipeline import collect, import_table, tokens, train
 from saeflow.pipeline.lineage import Lineage, last_log_row, n_tokens_seen
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.settings import Architecture
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.sae.autoencoder import SparseAutoencoder
@@ -31,7 +33,7 @@ from saeflow.train.group import fit
 from saeflow.train.training import FeedBatch, Training, is_checkpoint, sample_rows
 from tests.support.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
-ARCHITECTURES = ["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
+ARCHITECTURES = get_args(Architecture)
 BATCHES = 3
 """In one epoch of the table's 700 rows."""
 

@@ -26,7 +26,7 @@ from saeflow.query.connection import check, connect
 from saeflow.query.questions import questions
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.store.store import Store
-from tests.support.part_tables import Token, Value, band, bin_of
+from tests.support.part_tables import Token, Value, band, bin_of, peak
 from tests.support.small_pipeline import Ingredients, a_table, brought_data, quiet, recipe_data, write_table
 from tests.support.small_store import Document, Given
 from tests.support.stored_run import Stored
@@ -52,7 +52,7 @@ def a_document(draw: st.DrawFn, key: str) -> Document:
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> Given:
+def worlds(draw: st.DrawFn, signed: bool) -> Given:
     documents = [draw(a_document(f"d{i}")) for i in range(draw(st.integers(1, 5)))]
     hidden = draw(st.sets(st.integers(0, len(documents) - 1), max_size=1))
     skipped = draw(st.sampled_from([(), (0,), (1, 3)]))
@@ -63,6 +63,7 @@ def worlds(draw: st.DrawFn) -> Given:
         n_buckets=draw(st.integers(0, 3)),
         skipped=skipped,
         hidden=sorted(hidden),
+        signed=signed,
     )
     given.values = draw(values_of(given, skipped))
     shown = st.sampled_from([i / 8 - 1 for i in range(17)])
@@ -86,7 +87,8 @@ def values_of(draw: st.DrawFn, given: Given, skipped: Sequence[int]) -> list[Val
     ]
     cells = [(token, feature) for token in usable for feature in range(N_FEATURES - 1)]
     chosen = draw(st.lists(st.sampled_from(cells), unique=True, max_size=40)) if cells else []
-    return [(*cell, draw(st.integers(1, 12)) / 8) for cell in sorted(chosen)]
+    signs = st.sampled_from([1, -1] if given.signed else [1])
+    return [(*cell, draw(signs) * draw(st.integers(1, 12)) / 8) for cell in sorted(chosen)]
 
 
 @dataclass
@@ -156,7 +158,18 @@ class Slow:
 
     def strongest(self, feature: int, n: int) -> list[int]:
         firing = self.firing(feature)
-        return sorted(firing, key=lambda token: (-firing[token], token))[:n]
+        return sorted(firing, key=lambda token: (-abs(firing[token]), token))[:n]
+
+    def beyond(self, token: int, feature: int, threshold: float) -> bool:
+        """True if the feature fires at the token, on the side of the threshold and beyond it."""
+        value = self.value.get((token, feature), 0.0)
+        return value < threshold if self.given.signed and threshold < 0 else value > max(threshold, 0.0)
+
+    def usual(self, feature: int) -> float:
+        values = list(self.firing(feature).values())
+        if self.given.signed:
+            return math.sqrt(math.fsum(value**2 for value in values) / len(values))
+        return math.fsum(values) / len(values)
 
 
 Ask = Callable[..., Rows]
@@ -164,23 +177,28 @@ Ask = Callable[..., Rows]
 
 def tokens_where(slow: Slow, ask: Ask) -> None:
     for feature in slow.features:
-        for threshold in (0.0, 0.5, math.inf):
+        for threshold in (0.0, 0.5, math.inf, -0.4, -1e-9, -math.inf):
             expected = [
                 (t, v, slow.piece(t), slow.key(t), slow.by_id[t].source, t % slow.given.length)
                 for t, v in slow.firing(feature).items()
-                if v > threshold
+                if slow.beyond(t, feature, threshold)
             ]
             assert [tuple(row.values()) for row in ask("tokens_where", feature, threshold)] == expected
 
 
 def tokens_where_all(slow: Slow, ask: Ask) -> None:
     a, b, c, *_ = slow.features
-    for features, thresholds in (([a, b], [0.0, 0.0]), ([c, a, c], [0.25, 0.5, 0.75]), ([a, 2**40], [0, 0])):
+    for features, thresholds in (
+        ([a, b], [0.0, 0.0]),
+        ([c, a, c], [0.25, 0.5, 0.75]),
+        ([a, b], [-0.1, 0]),
+        ([a, 2**40], [0, 0]),
+    ):
         wanted = list(zip(features, thresholds, strict=True))
         expected = [
             (t.token_id, [slow.value[t.token_id, f] for f in features])
             for t in slow.tokens
-            if all(slow.value.get((t.token_id, f), -1) > threshold for f, threshold in wanted)
+            if all(slow.beyond(t.token_id, f, threshold) for f, threshold in wanted)
         ]
         rows = ask("tokens_where_all", features, thresholds)
         assert [(row["token_id"], row["feature_values"]) for row in rows] == expected
@@ -189,14 +207,16 @@ def tokens_where_all(slow: Slow, ask: Ask) -> None:
 def tokens_where_within(slow: Slow, ask: Ask) -> None:
     a, b, c, *_ = slow.features
     for features, window in (([a, b], 0), ([a, b], 2), ([b, c, a], 3), ([a, a], 1)):
+        thresholds = [(0.25, -0.2)[i % 2] if slow.given.signed else 0.25 for i in range(len(features))]
         expected = []
         for end in slow.tokens:
             inside = [slow.by_id.get(end.token_id - back) for back in range(window + 1)]
             mine = [t.token_id for t in inside if t is not None and t.document_id == end.document_id]
-            near = [max((t for t in mine if slow.value.get((t, f), 0) > 0.25), default=None) for f in features]
+            wanted = zip(features, thresholds, strict=True)
+            near = [max((t for t in mine if slow.beyond(t, *each)), default=None) for each in wanted]
             if None not in near and end.token_id in near:
                 expected.append((end.token_id, near, slow.key(end.token_id)))
-        rows = ask("tokens_where_within", features, [0.25] * len(features), window)
+        rows = ask("tokens_where_within", features, thresholds, window)
         assert [(row["token_id"], row["token_ids"], row["key"]) for row in rows] == expected
 
 
@@ -234,15 +254,16 @@ def top_documents(slow: Slow, ask: Ask) -> None:
     for token, value in slow.firing(slow.features[0]).items():
         found[slow.owner(token)].append(value)
     first = {i: min(t.token_id for t in slow.tokens if t.document_id == i) for i in found}
-    ordered = sorted(found, key=lambda i: (-math.fsum(found[i]), first[i]))
-    expected = [(-math.fsum(found[i]), i, len(found[i]), max(found[i])) for i in ordered]
+    ordered = sorted(found, key=lambda i: (-math.fsum(map(abs, found[i])), first[i]))
+    expected = [(-math.fsum(found[i]), i, len(found[i]), peak(found[i])) for i in ordered]
     rows = ask("top_documents", slow.features[0], 3)
     assert [(-row["sum_value"], row["document_id"], row["n_tokens"], row["max_value"]) for row in rows] == expected[:3]
     for row in rows:
         n_tokens = len(slow.given.documents[row["document_id"]].pieces)
         assert row["rate"] == row["n_tokens"] / n_tokens
         best = next(t for t in slow.strongest(slow.features[0], 10**6) if slow.owner(t) == row["document_id"])
-        assert row["top_token_id"] == best
+        assert slow.value[row["top_token_id"], slow.features[0]] == row["max_value"]
+        assert row["top_token_id"] == best or row["max_value"] == -slow.value[best, slow.features[0]]
 
 
 def feature_histogram(slow: Slow, ask: Ask) -> None:
@@ -251,7 +272,10 @@ def feature_histogram(slow: Slow, ask: Ask) -> None:
     assert sum(row["n_tokens"] for row in rows) == len(values)
     assert len(rows) == len({bin_of(value) for value in values})
     for row in rows:
-        assert row["n_tokens"] == sum(row["from_value"] <= value < row["to_value"] for value in values) > 0
+        low, high = sorted((abs(row["from_value"]), abs(row["to_value"])))
+        side = [abs(value) for value in values if (value < 0) == (row["from_value"] < 0)]
+        assert row["from_value"] < row["to_value"]
+        assert row["n_tokens"] == sum(low <= size < high for size in side) > 0
         assert row["share"] == row["n_tokens"] / len(values)
 
 
@@ -268,7 +292,7 @@ def feature_quantile_examples(slow: Slow, ask: Ask) -> None:
         size = min(bands, len(ordered))
         for number in range(size):
             mine = [token for i, token in enumerate(ordered) if i * size // len(ordered) == number]
-            values = [firing[token] for token in mine]
+            values = [abs(firing[token]) for token in mine]
             whole = (number + 1, len(mine), min(values), max(values))
             expected += [(*whole, t, firing[t], slow.piece(t)) for t in ordered if t in drawn(mine, n, seed)]
         rows = ask("feature_quantile_examples", feature, bands, n, seed)
@@ -349,8 +373,8 @@ def features_on(slow: Slow, ask: Ask) -> None:
             n = len(tokens & set(firing))
             if n:
                 share, density = n / len(tokens), len(firing) / len(slow.encoded)
-                peaks = [max(firing.get(token, 0) for token in place) for place in places]
-                strength = math.fsum(peaks) / len(peaks) / (math.fsum(firing.values()) / len(firing))
+                peaks = [max(abs(firing.get(token, 0)) for token in place) for place in places]
+                strength = math.fsum(peaks) / len(peaks) / slow.usual(feature)
                 score = -strength * math.log2(density)
                 expected[feature] = pytest.approx((n, share, density, share / density, strength, score))
         rows = ask("features_on", text, 99)
@@ -371,7 +395,7 @@ def source_contrast(slow: Slow, ask: Ask) -> None:
             values = [v for t, v in slow.firing(feature).items() if slow.by_id[t].source == source]
             rates[side] = len(values) / totals[source] if totals[source] else None
             assert (row[f"n_tokens_{side}"], row[f"rate_{side}"]) == (len(values), rates[side])
-            assert row[f"mean_value_{side}"] == (pytest.approx(sum(values) / len(values)) if values else None)
+            assert row[f"mean_value_{side}"] == (pytest.approx(sum(values) / len(values), abs=1e-9) if values else None)
         if None in rates.values():
             assert row["cohens_h"] is None
         else:
@@ -389,7 +413,7 @@ def position_profile(slow: Slow, ask: Ask) -> None:
         inside = [t for t in slow.encoded if row["first_position"] <= t.position <= row["last_position"]]
         values = [firing[t.token_id] for t in inside if t.token_id in firing]
         assert (row["n_encoded"], row["n_tokens"], row["rate"]) == (len(inside), len(values), len(values) / len(inside))
-        assert row["mean_value"] == (pytest.approx(sum(values) / len(values)) if values else None)
+        assert row["mean_value"] == (pytest.approx(sum(values) / len(values), abs=1e-9) if values else None)
 
 
 def compare_sources(slow: Slow, ask: Ask) -> None:
@@ -403,7 +427,7 @@ def compare_sources(slow: Slow, ask: Ask) -> None:
             values = [v for t, v in slow.firing(row["feature_id"]).items() if slow.by_id[t].source == source]
             assert row[f"n_tokens_{side}"] == len(values)
             assert row[f"rate_{side}"] == (len(values) / totals[source] if totals[source] else None)
-            assert row[f"mean_value_{side}"] == (pytest.approx(sum(values) / len(values)) if values else None)
+            assert row[f"mean_value_{side}"] == (pytest.approx(sum(values) / len(values), abs=1e-9) if values else None)
         assert row["log2_ratio"] == stored[row["feature_id"]]["log2_ratio"]
     order = [(-abs(row["rate_difference"]), row["feature_id"]) for row in rows if row["rate_difference"] is not None]
     assert order == sorted(order)
@@ -416,8 +440,8 @@ def summaries(slow: Slow, ask: Ask) -> None:
         values = list(slow.firing(row["feature_id"]).values())
         assert row["n_tokens"] == len(values)
         assert row["density"] == (len(values) / len(slow.encoded) if slow.encoded else None)
-        assert row["max_value"] == max(values, default=None)
-        assert row["mean_value"] == (pytest.approx(np.mean(values)) if values else None)
+        assert row["max_value"] == peak(values)
+        assert row["mean_value"] == (pytest.approx(np.mean(values), abs=1e-9) if values else None)
         assert row["std_value"] == (pytest.approx(np.std(values), abs=1e-3) if values else None)
 
 
@@ -449,7 +473,9 @@ def token_features(slow: Slow, ask: Ask) -> None:
     for token in [*slow.tokens[:5], *slow.tokens[-2:]]:
         mine = [(v, f) for (t, f), v in slow.value.items() if t == token.token_id]
         rows = ask("token_features", token.token_id)
-        assert [(row["value"], row["feature_id"]) for row in rows] == sorted(mine, key=lambda pair: (-pair[0], pair[1]))
+        assert [(row["value"], row["feature_id"]) for row in rows] == sorted(
+            mine, key=lambda pair: (-abs(pair[0]), pair[1])
+        )
 
 
 def views(slow: Slow, ask: Ask) -> None:
@@ -458,7 +484,7 @@ def views(slow: Slow, ask: Ask) -> None:
         (t.token_id, t.vocab_id, slow.piece(t.token_id), t.document_id, slow.key(t.token_id), t.source, t.position)
         for t in slow.tokens
     ]
-    assert [tuple(row.values()) for row in rows] == expected
+    assert [tuple(row.values())[:7] for row in rows] == expected  # test_offsets has the characters
     visible = [i for i in range(len(slow.given.documents)) if i not in slow.given.hidden]
     rows = ask("documents")
     assert [(row["document_id"], row["n_tokens"]) for row in rows] == [
@@ -523,13 +549,16 @@ QUESTIONS = {
 
 
 def test_every_question_has_a_slow_answer_to_be_compared_with():
-    stored = [question.name for question in questions() if not question.runs_model]  # test_new_text has the other
+    elsewhere = {"features_of_text", "tokens_of_span"}  # test_new_text and test_offsets ask these
+    stored = [question.name for question in questions() if question.name not in elsewhere]
     assert sorted(" ".join(QUESTIONS.values()).split()) == stored
 
 
 @settings(max_examples=4, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(worlds(), st.data())
-def test_every_question_answers_what_looking_at_each_token_answers(world, data):
+@given(data=st.data())
+@pytest.mark.parametrize("signed", [False, True], ids=["positive", "signed"])
+def test_every_question_answers_what_looking_at_each_token_answers(signed, data):
+    world = data.draw(worlds(signed))
     values = data.draw(values_of(world, world.skipped[:1]))
     other = replace(
         world, values=values, skipped=world.skipped[:1], name="other", fp="f0000000", corpus=("demo", "f0000001")
@@ -545,7 +574,8 @@ def test_every_question_answers_what_looking_at_each_token_answers(world, data):
 
 
 @pytest.fixture(
-    scope="module", params=["topk isolated", pytest.param("jumprelu compacted", marks=pytest.mark.long), "a table"]
+    scope="module",
+    params=["topk isolated", pytest.param("jumprelu compacted", marks=pytest.mark.long), "a table", "a signed table"],
 )
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Slow:
     """A run that the stages made: its values are what is in its files."""
@@ -556,6 +586,10 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         table[::7] = 0
         source = write_table(folder / "t.npy", table)
         recipes = [parse_recipe(brought_data(source, corpus={"held_out": 0.2}, sae={"n_features": 24, "k": 3}))]
+    elif request.param == "a signed table":
+        source = write_table(folder / "t.npy", a_table())
+        sae, tokens = {"architecture": "abstopk", "n_features": 24, "k": 3}, {"part_tokens": 200}
+        recipes = [parse_recipe(brought_data(source, corpus={"held_out": 0.2}, sae=sae, tokens=tokens))]
     else:
         about: dict[str, Any] = {"corpus": {"held_out": 0.2}, "sae": {"n_features": 24, "k": 3}}
         if request.param == "topk isolated":
@@ -570,16 +604,18 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for stage in (tokens_stage, collect):
             stage.run(Lineage(store, recipes[0]).anew(), quiet())
     for recipe in recipes:
-        stages = (import_table, train, encode) if request.param == "a table" else (train, encode)
+        stages = (import_table, train, encode) if request.param.endswith("table") else (train, encode)
         for stage in stages:
             stage.run(Lineage(store, recipe), quiet())
     if request.param == "topk isolated":
         forget.forget(store, ["tales/002", "letters/003"], quiet())
         for recipe in recipes:
             encode.run(Lineage(store, recipe), quiet())
-    if request.param == "jumprelu compacted":
+    if request.param in ("jumprelu compacted", "a signed table"):
         for recipe in recipes:
             compact.run(Lineage(store, recipe), quiet(), enough=2)
+    if request.param == "a signed table":
+        assert {value > 0 for *_, value in Stored(store, Lineage(store, recipes[0]).features).values} == {True, False}
     runs = [Slow(Stored(store, Lineage(store, recipe).features)) for recipe in recipes]
     return replace(runs[-1], other=runs[0])
 
@@ -593,3 +629,8 @@ def test_a_question_about_a_run_of_the_stages_answers_what_its_values_answer(sto
 def asked(stored: Slow) -> Iterator[Ask]:
     with connect(stored.given.store, stored.given.name) as connection:
         yield lambda name, *arguments: ask(connection, name, arguments).to_pylist()
+
+
+def test_a_run_of_the_stages_passes_every_check(stored):
+    with connect(stored.given.store, stored.given.name) as connection:
+        assert [name for name, rows in check(connection) if rows.num_rows] == []

@@ -34,6 +34,7 @@ SETTINGS = {
         "activations": {"skip_positions": [0, 3], "skip_special": True, "dtype": "bfloat16"},
         "sae": {"architecture": "jumprelu"},
     },
+    "signed": {"tokens": {"packing": "isolated"}, "sae": {"architecture": "abstopk"}},
 }
 
 
@@ -49,7 +50,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 STORED = """
-select feature_id, count(*) as n_tokens, max(value) as max_value
+select feature_id, count(*) as n_tokens, max_by(value, (abs(value), value)) as max_value
 from stg_token_major join stg_tokens using (token_id) join stg_documents using (document_id)
 where key = ? group by feature_id
 """
@@ -79,13 +80,16 @@ def test_the_score_is_the_strength_times_the_bits_of_the_density(run):
     summary = {row["feature_id"]: row for row in run.ask("feature_summary").to_pylist()}
     rows = run.ask("features_of_text", "The old sailor remembers a robot. " * 30, n=9999).to_pylist()
     assert rows
+    any_below_zero = any(row["max_value"] < 0 for row in rows)
     for row in rows:
         about = summary[row["feature_id"]]
         assert row["density"] == pytest.approx(about["density"])
         if not about["n_tokens"]:
             assert row["score"] is None
             continue
-        assert row["strength"] == pytest.approx(row["max_value"] / about["mean_value"])
+        squares = about["mean_value"] ** 2 + about["std_value"] ** 2
+        usual = math.sqrt(squares) if any_below_zero else about["mean_value"]
+        assert row["strength"] == pytest.approx(abs(row["max_value"]) / usual)
         assert row["score"] == pytest.approx(row["strength"] * -math.log2(about["density"]))
         assert 0 < row["share"] <= 1
     order = [(row["score"] is None, -(row["score"] or 0), row["feature_id"]) for row in rows]

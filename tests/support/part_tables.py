@@ -31,8 +31,15 @@ def band(position: int) -> int:
 
 
 def bin_of(value: float) -> int:
+    if value < 0:
+        return -2048 - bin_of(-value)
     exponent = math.floor(math.log2(value))
     return 4 * exponent + math.floor(4 * (value / 2.0**exponent - 1))
+
+
+def peak(values: Iterable[float]) -> float | None:
+    """The strongest, with its sign."""
+    return max(values, key=lambda value: (abs(value), value), default=None)
 
 
 def count_stats(values: Iterable[Value], n_features: int) -> list[dict[str, float]]:
@@ -45,19 +52,19 @@ def count_stats(values: Iterable[Value], n_features: int) -> list[dict[str, floa
                 "n_tokens": len(mine),
                 "sum_value": math.fsum(mine),
                 "sum_squares": math.fsum(value**2 for value in mine),
-                "max_value": max(mine, default=0.0),
+                "max_value": peak(mine) or 0.0,
             }
         )
     return rows
 
 
 def part_tables(
-    values: Sequence[Value], tokens: Sequence[Token], n_features: int, skipped: Iterable[int] = ()
+    values: Sequence[Value], tokens: Sequence[Token], n_features: int, skipped: Iterable[int] = (), signed: bool = False
 ) -> dict[str, Rows]:
     """`tokens` are those of the part, `skipped` the positions that are not encoded."""
     used = [token for token in tokens if token.document_id is not None and token.position not in set(skipped)]
     by_id = {token.token_id: token for token in tokens}
-    known = [(by_id[t], f, v) for t, f, v in values if t in by_id and math.isfinite(v) and v > 0]
+    known = [(by_id[t], f, v) for t, f, v in values if t in by_id and math.isfinite(v) and (v > 0 or (signed and v))]
     listed = {source for source, _ in Counter(token.source for token in used).most_common(MOST_SOURCES)}
 
     def side(token: Token) -> tuple[str | None, bool]:

@@ -85,16 +85,22 @@ def jump(threshold: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda pre: torch.where(pre > threshold.double(), pre, 0)
 
 
-def sparsify(folder: Path, transcodes: bool = False, skips: bool = False) -> Published:
+def keep_largest(pre: Tensor) -> Tensor:
+    return torch.where(pre.abs() >= pre.abs().topk(K, dim=1).values[:, -1:], pre, 0)
+
+
+def sparsify(folder: Path, transcodes: bool = False, skips: bool = False, signed: bool = False) -> Published:
     p = draw(1)
     tensors = {"encoder.weight": p["W_enc"].t(), "encoder.bias": p["b_enc"], "W_dec": p["W_dec"], "b_dec": p["b_dec"]}
     tensors |= {"W_skip": p["skip"]} if skips else {}
     about = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": F, "k": K,
              "multi_topk": True, "skip_connection": skips, "transcode": transcodes, "d_in": D}  # fmt: skip
+    about |= {"signed": True} if signed else {}
     write_json(folder / "layers.0.mlp" / "cfg.json", about)
     tensors_to(folder / "layers.0.mlp" / "sae.safetensors", tensors)
     asked = {"target_site": "other"} if transcodes else {}
-    return plain(folder / "layers.0.mlp", p, keep_top, 1 - transcodes, skips, **asked)
+    act = keep_largest if signed else keep_top
+    return plain(folder / "layers.0.mlp", p, act, 1 - transcodes, skips, **asked)
 
 
 def gemma_scope(folder: Path, kind: str = "gemma-scope-2b-pt-res") -> Published:
@@ -248,6 +254,8 @@ def _normalised(made: Published, kind: str) -> Published:
 
 LAYOUTS: dict[str, Callable[[Path], Published]] = {
     "sparsify": sparsify,
+    "sparsify signed": lambda folder: sparsify(folder, signed=True),
+    "sparsify signed transcoder": lambda folder: sparsify(folder, transcodes=True, signed=True),
     "sparsify transcoder": lambda folder: sparsify(folder, transcodes=True),
     "sparsify skip transcoder": lambda folder: sparsify(folder, transcodes=True, skips=True),
     "sparsify with a skip connection": lambda folder: sparsify(folder, skips=True),

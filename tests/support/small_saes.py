@@ -13,7 +13,7 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 
 B, D, D_OUT, F, K = 200, 24, 18, 160, 5
 PENALISED = ["relu", "gated", "jumprelu-l0", "jumprelu-tanh"]
-EVERY = ["topk", "batchtopk", "matryoshka", *PENALISED]
+EVERY = ["topk", "abstopk", "batchtopk", "matryoshka", *PENALISED]
 """Architectures by name; jumprelu with each of its penalties."""
 
 
@@ -53,6 +53,8 @@ def obvious_values(sae: SparseAutoencoder, x: Tensor) -> Tensor:
             return pre.clamp(min=0)
         case "topk":
             return torch.where(pre >= pre.topk(K, dim=1).values[:, -1:], pre, 0).clamp(min=0)
+        case "abstopk":
+            return torch.where(pre.abs() >= pre.abs().topk(K, dim=1).values[:, -1:], pre, 0)
         case "gated":
             return (pre > 0) * (p["r_mag"].exp() * (pre - p["b_enc"]) + p["b_mag"]).clamp(min=0)
         case _:
@@ -73,7 +75,7 @@ def trained(name: str, **settings: Any) -> SparseAutoencoder:
         if sae.threshold.dim():
             sae.threshold.copy_(torch.linspace(0.5, 4.0, F))
             sae.log_threshold.copy_(sae.threshold.log())
-        elif not name.startswith(("relu", "gated", "topk")):
+        elif not name.startswith(("relu", "gated", "topk", "abstopk")):
             sae.threshold.fill_(2.5)
     return sae
 

@@ -80,6 +80,8 @@ class Given:
     """Documents forgotten after everything was written."""
     row_group_size: int | None = None
     """Values in a row group of a file."""
+    signed: bool = False
+    """A run of an autoencoder that keeps values below zero."""
 
     def write(self, root: Path) -> Store:
         store = Store.create(root)
@@ -199,6 +201,7 @@ class Given:
     def _features(self, store: Store, tokens: Artefact) -> Artefact:
         artefact = store.artefact("features", self.name, self.fp)
         facts = {"sae": f"saes/{self.name}-{self.fp}", "n_features": self.n_features, "site": "layers.1"}
+        facts |= {"architecture": "abstopk"} if self.signed else {}
         settings = {"skip_positions": list(self.skipped), "skip_special": bool(self.skips_special)}
         facts |= {name: value for name, value in settings.items() if value}
         artefact.path.mkdir(parents=True, exist_ok=True)
@@ -242,7 +245,7 @@ class Given:
         of_part = [t for t in seen if t.token_id // CONTEXT_LENGTH * self.n_parts // n_sequences == index]
         special = {entry for entry, piece in enumerate(self.vocab) if piece in self.skips_special}
         of_part = [token for token in of_part if token.vocab_id not in special]
-        tables = part_tables.part_tables(mine, of_part, self.n_features, self.skipped)
+        tables = part_tables.part_tables(mine, of_part, self.n_features, self.skipped, self.signed)
         if self.stats is not None:
             tables["feature_stats"] = list(self.stats)
         tables |= {name: rows for name, rows in self.tables.items() if name in PART_TABLES}

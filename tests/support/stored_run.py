@@ -30,6 +30,10 @@ class Stored:
         return self.store.input_of(self.run, "tokens")
 
     @property
+    def signed(self) -> bool:
+        return self.run.record.facts["architecture"] == "abstopk"
+
+    @property
     def length(self) -> int:
         return int(self.source.record.facts["context_length"])
 

@@ -8,7 +8,7 @@ from saeflow.recipe.settings import SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.exact import rounded
 
-ARCHITECTURES = ["relu", "topk", "batchtopk"]
+ARCHITECTURES = ["relu", "topk", "abstopk", "batchtopk"]
 STORED = [torch.float16, torch.bfloat16, torch.float32]
 D, F, K = 40, 200, 6
 
@@ -43,10 +43,12 @@ def encode_densely(sae, x):
     function = sae.activation_function()
     thresholds, stretch, shift = function.on(x.device)
     pre = (x.double() - sae.b_in.double()) @ sae.W_enc.double().t() + sae.b_enc.double()
+    signs = pre.sign() if function.signed else torch.ones_like(pre)
+    pre = pre * signs
     keep = pre > thresholds
     if function.k is not None:
         places = pre.sort(dim=1, descending=True, stable=True).indices[:, : function.k]
         keep &= torch.zeros_like(keep).scatter_(1, places, True)
-    values = rounded(torch.where(keep, (stretch * pre + shift).clamp(min=0), 0.0))
+    values = rounded(torch.where(keep, (stretch * pre + shift).clamp(min=0), 0.0)) * signs.float()
     rows, ids = values.nonzero(as_tuple=True)
     return SparseRows(row_starts_of(rows.numpy(), len(x)), ids.int().numpy(), values[rows, ids].numpy())

@@ -16,7 +16,7 @@ from saeflow.model.hook_names import is_understood, site_of_hook
 from saeflow.model.sites import Site
 from saeflow.pipeline.evaluate import Judged
 from saeflow.pipeline.lineage import Lineage
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import PER_TOKEN, SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads
@@ -128,7 +128,7 @@ def _stated(found: SAEFolder) -> dict[str, float]:
     about = found.metadata
     given = {"l0": next((about[name] for name in ("l0", "target_l0", "k", "top_k") if name in about), None),
              "variance_explained": about.get("variance_explained")}  # fmt: skip
-    if found.config.architecture == "topk":
+    if found.config.architecture in PER_TOKEN:
         given["l0"] = found.config.k
     return {name: float(value) for name, value in given.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0}  # fmt: skip
@@ -140,7 +140,7 @@ def in_words(source: SAEConfig, made: Artefact) -> str:
     config = found.config
     width = f"{found.width:,} neurons" + (f" to {found.out_width:,}" if config.target_site else "")
     words = [f"{found.writer}: {config.architecture}", width, f"{config.n_features:,} features"]
-    if config.architecture == "topk":
+    if config.architecture in PER_TOKEN:
         words.append(f"k {config.k}")
     elif config.architecture not in ("relu", "gated"):
         threshold = load_sae(made.fetched()).threshold

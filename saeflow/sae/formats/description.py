@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saeflow.recipe.settings import TOP_FAMILY, Architecture, SAEConfig
+from saeflow.recipe.settings import PER_TOKEN, TOP_FAMILY, Architecture, SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.sae.parameters import InputNorm
 
@@ -109,7 +109,7 @@ def foreign_config(
     target: str | None,
 ) -> SAEConfig:  # fmt: skip
     about: dict[str, Any] = {"architecture": architecture, "n_features": n_features, "unit_norm": False}
-    if architecture == "topk":
+    if architecture in PER_TOKEN:
         about["k"] = positive_count(settings, cfg, "k")
     elif architecture in TOP_FAMILY and isinstance(k := cfg.get("k"), int | float):
         if not abs(k) < _TOO_MANY:  # NaN, too

@@ -34,10 +34,12 @@ CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAVED_AS: dict[Architecture, str] = {
     "relu": "standard", "topk": "topk", "gated": "gated",
     "jumprelu": "jumprelu", "batchtopk": "jumprelu", "matryoshka": "jumprelu",
+    "abstopk": "abstopk",  # ours: SAELens has none, and refuses the folder
 }  # fmt: skip
 _SAELENS: dict[str, Architecture] = {
     "standard": "relu", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu",
     "batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka",  # SAELens saves these in the midst of training
+    "abstopk": "abstopk",
 }  # fmt: skip
 _BY_NORM = ("relu", *TOP_FAMILY)
 """Architectures whose values may be in units of contributions. A gate, or thresholds, would have to be scaled, too."""

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saeflow.recipe.settings import PER_TOKEN
 from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.saelens import CFG, SAVED_AS, WEIGHTS, saelens_name
@@ -81,6 +82,6 @@ def _saelens_cfg(sae: SparseAutoencoder, metadata: dict[str, Any]) -> dict[str, 
     }
     if config.target_site is not None:
         cfg["d_out"] = sae.W_dec.shape[1]
-    if config.architecture == "topk":
+    if config.architecture in PER_TOKEN:
         cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     return cfg

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from saeflow.model.hook_names import site_of_hook
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import PER_TOKEN, SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.sae.formats.description import Files, Format, SAEFolder, Scale
 from saeflow.sae.formats.dictionary_learning import describe_dictionary_learning
@@ -123,7 +123,7 @@ def hooks_of_sources(configs: Iterable[SAEConfig]) -> list[str]:
 
 
 def _require_agreement(asked: SAEConfig, found: SAEFolder) -> None:
-    names = ["architecture", "n_features", *(["k"] if found.config.architecture == "topk" else [])]
+    names = ["architecture", "n_features", *(["k"] if found.config.architecture in PER_TOKEN else [])]
     for name in names:
         value, there = getattr(asked, name), getattr(found.config, name)
         if value not in (there, SAEConfig.model_fields[name].default):

@@ -5,7 +5,7 @@ Tensors: encoder.weight (F, D), encoder.bias, W_dec (F, D), b_dec, W_skip (D, D)
 
 from __future__ import annotations
 
-from saeflow.runtime.errors import UserError
+from saeflow.recipe.settings import Architecture
 from saeflow.sae.formats.description import Files, SAEFolder, foreign_config, one_of, positive_count
 
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
@@ -15,17 +15,13 @@ def describe_sparsify(files: Files) -> SAEFolder:
     settings = files.settings
     cfg = {"activation": "topk", "signed": False, "transcode": False, "skip_connection": False} | files.read_settings
     one_of(settings, cfg, "activation", ("topk",))
-    if one_of(settings, cfg, "signed", (False, True)):
-        raise UserError(
-            f"{settings}: signed is true: it keeps the k values that are largest in size, negative ones, too. saeflow "
-            "reads signed = false."
-        )
+    architecture: Architecture = "abstopk" if one_of(settings, cfg, "signed", (False, True)) else "topk"
     transcodes = one_of(settings, cfg, "transcode", (False, True))
     width = positive_count(settings, cfg, "d_in")
     if not cfg.get("num_latents"):
         cfg["num_latents"] = width * positive_count(settings, cfg, "expansion_factor")
     n_features = positive_count(settings, cfg, "num_latents")
-    config = foreign_config(settings, "topk", n_features, cfg, [], "another site" if transcodes else None)
+    config = foreign_config(settings, architecture, n_features, cfg, [], "another site" if transcodes else None)
     return SAEFolder(
         "sparsify", config, width, width, settings, files.weights, not transcodes, metadata=cfg, names=_NAMES,
         skips=one_of(settings, cfg, "skip_connection", (False, True)), hook=settings.parent.name,

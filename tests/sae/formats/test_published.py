@@ -30,10 +30,10 @@ def assert_agrees(sae: SparseAutoencoder, made: Published, x: Tensor) -> None:
     read = sae._normalised(x)[0].double().norm(dim=1)[:, None]
     allowed = 1e-5 * (read * norms + sae.b_enc.detach().double().abs())
     near = 2 * allowed + 2.0**-11 * pre.abs()
-    differs = (got > 0) != (wanted > 0)  # where a value is as near as that to its threshold, either is right
+    differs = got.sign() != wanted.sign()  # where a value is as near as that to its threshold, either is right
     assert differs.double().mean() < 0.01
     assert ((got - wanted).abs() <= allowed + 2.0**-11 * wanted.abs())[~differs].all()
-    assert 0.005 < (wanted > 0).double().mean() < 0.9
+    assert 0.005 < (wanted != 0).double().mean() < 0.9
     there, again = made.reconstruct(x), sae.reconstruct(x).double()
     exact = ~differs.any(dim=1)
     assert exact.double().mean() > 0.5

@@ -61,7 +61,10 @@ THEIRS: dict[str, dict[str, Any]] = {
         "settings": SIZES | {"k": K, "matryoshka_widths": [10, 50, F]},
     },
 }
-SAELENS_HAS_NO = {"topk-transcoder": "topk_transcoder", "gated-transcoder": "gated_transcoder"}
+SAELENS_HAS_NO = {
+    "topk-transcoder": "topk_transcoder", "gated-transcoder": "gated_transcoder", "abstopk": "abstopk",
+    "abstopk-transcoder": "abstopk_transcoder",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
