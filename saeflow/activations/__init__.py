@@ -2,7 +2,8 @@
 
 shards         how arrays are cut into shards and chunks, and read again
 writer         write activations into shards as they come, compressed or not
-collector      one part of tokens through the model
+forward        token parts through the model, a batch at a time
+collector      what the model gives for one part, written to disk
 norms          lengths of activations by position, and the warning about huge ones
 epoch          the plan of an epoch: which blocks and rows, in which order
 feed           shuffled batches, read ahead, and how well they are mixed

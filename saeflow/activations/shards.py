@@ -49,6 +49,11 @@ def stored_sites(artefact: Artefact) -> list[Site]:
     return [Site(name, width) for name, width in artefact.fact("stored")]
 
 
+def is_kept(artefact: Artefact) -> bool:
+    """True if activations are stored; False if the model must run for them again."""
+    return bool(artefact.record.facts.get("keep", True))
+
+
 _MISREAD = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 """What zarr raises over an array whose description or bytes are not as they were written."""
 

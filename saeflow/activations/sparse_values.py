@@ -50,6 +50,13 @@ def concatenated(parts: Sequence[SparseValues]) -> SparseValues:
     return SparseRows(ends.astype(np.int64), np.concatenate(ids), np.concatenate(values))
 
 
+def split_rows(sparse: SparseValues, n_rows: int) -> tuple[SparseValues, SparseValues]:
+    """Return the entries of the first rows, and those of the others."""
+    starts, n = sparse.row_starts, sparse.row_starts[n_rows]
+    head = SparseRows(starts[: n_rows + 1], sparse.feature_ids[:n], sparse.values[:n])
+    return head, SparseRows(starts[n_rows:] - n, sparse.feature_ids[n:], sparse.values[n:])
+
+
 def values_above_zero(values: NDArray[Any]) -> SparseValues:
     """Return the entries of a matrix (B, n) that are above zero."""
     rows, features = np.nonzero(values > 0)

@@ -216,21 +216,28 @@ def _create_array(
     )  # fmt: skip
 
 
-def to_disk_precision(
+def to_precision(
     values: Tensor, config: ActivationsConfig, part: PartRecord, first: int, longest: float = math.inf
-) -> np.ndarray:
-    """Return values (S, T, D) in the precision on disk. Raises UserError if a value does not fit.
+) -> Tensor:
+    """Return values (S, T, D) rounded as on disk, where they are. Raises UserError if a value does not fit.
 
     `longest` is the largest norm among the vectors, if it is known. No value exceeds it, so if it fits, no value is
     checked.
     """
     dtype = getattr(torch, config.dtype)
-    low = high = 0.0
+    rounded = values.to(dtype)
     if not longest <= torch.finfo(dtype).max:  # NaN, too
         low, high = (extreme.to(dtype).item() for extreme in torch.aminmax(values))  # NaN goes through
-    rounded = to_processor(values.to(dtype))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise _not_finite(values.cpu(), rounded, config, part, first)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise _not_finite(values.cpu(), rounded.cpu(), config, part, first)
+    return rounded
+
+
+def to_disk_precision(
+    values: Tensor, config: ActivationsConfig, part: PartRecord, first: int, longest: float = math.inf
+) -> np.ndarray:
+    """Return what `to_precision` does, as it is written to disk."""
+    rounded = to_processor(to_precision(values, config, part, first, longest))
     return (rounded.view(torch.uint16) if config.dtype == "bfloat16" else rounded).numpy()
 
 

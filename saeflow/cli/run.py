@@ -31,7 +31,7 @@ from saeflow.cli.common import (
     store_argument,
 )
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import HOSTILE, is_utf8, sanitise
+from saeflow.runtime.text import HOSTILE, human_bytes, is_utf8, sanitise
 
 if TYPE_CHECKING:
     from saeflow.recipe.recipe import Recipe
@@ -143,6 +143,11 @@ def plan_command(
     out.print(table)
     often = "the first SAE" if found.break_even <= 1 else f"{found.break_even} SAEs"
     print_line(f"Storing beats streaming from {often} on. Next: saeflow run {recipe}")
+    when = f"takes less time from {found.keep_from} SAEs on" if found.keep_from else "never takes less time"
+    print_line(
+        f"Keeping activations takes {human_bytes(found.kept_bytes)}. For runs that each encode one SAE, keeping {when} "
+        "than one pass (activations.keep = false)."
+    )
     return None
 
 

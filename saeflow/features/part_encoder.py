@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from saeflow.activations import shards
-from saeflow.activations.sparse_values import SparseValues, concatenated, no_values
+from saeflow.activations.forward import ForwardPass
+from saeflow.activations.sparse_values import SparseValues, concatenated, no_values, split_rows
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.files import write_feature_major, write_token_major
 from saeflow.features.statistics import PartStatistics, TokenColumns, read_token_columns
 from saeflow.model.sites import Site
 from saeflow.runtime.devices import own_stream
 from saeflow.runtime.progress import Bar
-from saeflow.runtime.threads import use_one_thread
+from saeflow.runtime.threads import ranges, use_one_thread
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.exact import feature_major
 from saeflow.store.artefact import Artefact
@@ -41,10 +42,19 @@ class PartWriter:
         self._n_held = 0
 
     def take(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
-        self._held.append((token_ids, sparse))
-        self._n_held += len(sparse.values)
-        if self._n_held >= SEGMENT_VALUES:
+        """Add the values of further tokens. Which files they come into does not depend on how they are cut."""
+        while self._n_held + len(sparse.values) >= SEGMENT_VALUES:
+            n_rows = int(np.searchsorted(sparse.row_starts[1:], SEGMENT_VALUES - self._n_held)) + 1
+            head, sparse = split_rows(sparse, n_rows)
+            self._hold(token_ids[:n_rows], head)
             self._write()
+            token_ids = token_ids[n_rows:]
+        self._hold(token_ids, sparse)
+
+    def _hold(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
+        if len(token_ids):
+            self._held.append((token_ids, sparse))
+            self._n_held += len(sparse.values)
 
     def close(self) -> None:
         if self._held or not self.counts["n_values"]:
@@ -88,27 +98,60 @@ class PartEncoder:
                 yield token_ids[at : at + len(chosen)], rows
 
 
-def encode_together(encoders: Sequence[PartEncoder], part: PartRecord, bar: Bar) -> list[PartRecord]:
-    """Encode one activation part for several SAEs of its site in one reading, on one thread."""
+def encode_together(
+    encoders: Sequence[PartEncoder], part: PartRecord, bar: Bar, forward: ForwardPass | None = None
+) -> list[PartRecord]:
+    """Encode one activation part for several SAEs in one reading.
+
+    `forward` runs the model, if activations are not kept. Without it, the SAEs must read one site.
+    """
     use_one_thread()
-    first = encoders[0]
-    about = read_token_columns(first.used, part.index)
-    mask = about.mask.reshape(-1, first.used.length)
-    inputs = part_inputs(first.used, part)
+    used = encoders[0].used
+    about = read_token_columns(used, part.index)
+    mask = about.mask.reshape(-1, used.length)
+    inputs = part_inputs(used, part)
     with contextlib.ExitStack() as stack:
         writers = []
         for encoder in encoders:
             counts: dict[str, int] = {}
             folder = stack.enter_context(encoder.target.new_part(part.index, counts, inputs))
-            writers.append((encoder.sae, PartWriter(folder, counts, about, encoder.sae.config.n_features)))
-        with own_stream(first.sae.W_enc.device):
-            for token_ids, rows in first.rows(part, mask):
-                for sae, writer in writers:
-                    writer.take(token_ids, sae.encode_sparse(rows))
-                bar.advance(len(token_ids))
-        for _, writer in writers:
+            writers.append(PartWriter(folder, counts, about, encoder.sae.config.n_features))
+        for token_ids, found in _read(encoders, part, mask) if forward is None else _run(forward, encoders, part, mask):
+            for writer, sparse in zip(writers, found, strict=True):
+                writer.take(token_ids, sparse)
+            bar.advance(len(token_ids))
+        for writer in writers:
             writer.close()
     return [encoder.target.made[part.index] for encoder in encoders]
+
+
+_Encoded = tuple[np.ndarray, list[SparseValues]]
+"""Some token_ids (n,), and their values by each SAE."""
+
+
+def _read(encoders: Sequence[PartEncoder], part: PartRecord, mask: np.ndarray) -> Iterator[_Encoded]:
+    """Encode stored activations, on this thread."""
+    with own_stream(encoders[0].sae.W_enc.device):
+        for token_ids, rows in encoders[0].rows(part, mask):
+            yield token_ids, [encoder.sae.encode_sparse(rows) for encoder in encoders]
+
+
+def _run(
+    forward: ForwardPass, encoders: Sequence[PartEncoder], part: PartRecord, mask: np.ndarray
+) -> Iterator[_Encoded]:
+    """Encode what the model gives, each batch in the thread that runs it: while one encodes, others run the model."""
+    at = [forward.sites.index(encoder.site) for encoder in encoders]
+    first, n_rows = part.counts["first_sequence"] * mask.shape[1], encoders[0].batch_rows
+
+    def encode(places: np.ndarray, values: list[Tensor]) -> list[_Encoded]:
+        pieces = (slice(*ends) for ends in ranges(len(places), n_rows))
+        return [
+            (first + places[rows], [e.sae.encode_sparse(values[i][rows]) for e, i in zip(encoders, at, strict=True)])
+            for rows in pieces
+        ]
+
+    for batch in forward.selected(encoders[0].used.parts[part.index], mask, encode):
+        yield from batch
 
 
 def part_inputs(used: TokenSelection, part: PartRecord) -> dict[str, str]:

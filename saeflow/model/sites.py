@@ -190,7 +190,10 @@ class _Reached(Exception):
 
 
 class SiteReader:
-    """Run a model up to the deepest of `sites` and return what each gave. Several threads may share one."""
+    """Run a model up to the deepest of `sites` and return what each gave.
+
+    Several threads may share one, and a model may have several.
+    """
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
         self.model, self.sites = model, sites
@@ -202,6 +205,8 @@ class SiteReader:
             hook.remove()
 
     def _take(self, name: str, value: Any) -> None:
+        if getattr(self._here, "read", None) is None:  # another reader's pass
+            return
         tensor = _tensor(value)
         assert tensor is not None
         is_last = len(self._here.read) == len(self.sites) - 1
@@ -215,10 +220,13 @@ class SiteReader:
 
         `vocab_ids` (B, T) are int64. `mask` (B, T) is True at real tokens, or None if all are real.
         """
-        self._here.read = {}
-        with contextlib.suppress(_Reached):
-            run_on(self.model, vocab_ids, mask)
-        return dict(self._here.read)
+        read = self._here.read = dict[str, Tensor]()
+        try:
+            with contextlib.suppress(_Reached):
+                run_on(self.model, vocab_ids, mask)
+        finally:
+            self._here.read = None
+        return read
 
 
 @contextlib.contextmanager

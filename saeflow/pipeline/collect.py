@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow.parquet as pq
 from torch import nn
 
-from saeflow.activations.collector import Collector, device_of_source
+from saeflow.activations.collector import Collector
 from saeflow.activations.engines.reader import EngineFiles, documents_of
 from saeflow.activations.epoch import fit_pool
+from saeflow.activations.forward import ForwardPass, device_of_source, require_embedded
 from saeflow.activations.norms import warn_of_massive_positions
-from saeflow.activations.shards import ITEM_BYTES, stored_sites
-from saeflow.corpus import token_parts
+from saeflow.activations.shards import ITEM_BYTES, is_kept, stored_sites
 from saeflow.corpus.requests.documents import REQUEST
 from saeflow.model.load import load_model, model_fingerprint
-from saeflow.model.sites import (
-    Site,
-    embedding_size,
-    require_length,
-    require_running_order,
-    resolve_sites,
-    site_pair,
-)
+from saeflow.model.sites import Site, require_length, require_running_order, resolve_sites, site_pair
 from saeflow.pipeline.dask.clusters import make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.pipeline.parts import PartMaker, PartWork, Records, Through, directly, dumped, shared
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ActivationsConfig
+from saeflow.recipe.settings import ActivationsConfig, ModelConfig
 from saeflow.runtime.devices import model_threads
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import keep_freed_memory
 from saeflow.sae.formats.source import with_sites_of_source
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import read_json
 from saeflow.store.records import PartRecord, damaged
 from saeflow.store.store import Store
 
@@ -51,16 +44,10 @@ class CollectParts(PartMaker, name="activations-collect", stays=True):
     def open(cls, store: Store, settings: dict[str, Any]) -> CollectParts:
         """Load the model, and read what the client has begun. Raises UserError if the model's files differ."""
         recipe, target = parse_recipe(settings["recipe"]), shared(store, settings["target"])
-        assert recipe.model is not None
-        if model_fingerprint(recipe.model) != target.fact("model"):
-            raise UserError(
-                f"model.path is {recipe.model.path!r}, but its files are others than where the run was started."
-            )
-        source = Ancestors(store, target).tokens
-        generation = source.generation(settings["generation"])
+        forward = open_forward(store, target, stored_sites(target), recipe, settings["threads"])
+        generation = forward.source.generation(settings["generation"])
         assert generation is not None
-        model = engine_files(recipe) or load_model(recipe.model)
-        collector = _collector(source, target, recipe.activations, model, stored_sites(target), settings["threads"])
+        collector = Collector(replace(forward, config=recipe.activations), target)
         return cls(collector, {part.index: part for part in generation.parts})
 
     def make(self, item: int, progress: Progress) -> Records:
@@ -75,20 +62,52 @@ def engine_files(recipe: Recipe) -> EngineFiles | None:
     return EngineFiles.of(recipe.corpus.requests, recipe.activations.request_layers)
 
 
-def _collector(
-    source: Artefact,
-    target: Artefact,
-    config: ActivationsConfig,
-    model: nn.Module | EngineFiles,
-    sites: list[Site],
-    threads: int,
-) -> Collector:
+def open_forward(store: Store, target: Artefact, sites: list[Site], recipe: Recipe | None, threads: int) -> ForwardPass:
+    """Load the model of activations that exist already, kept or not, to run it again; or open an engine's files.
+
+    The recipe says where they lie, by default as in the last run. Raises UserError if the model's files have changed.
+    """
+    about = recipe.model if recipe and recipe.model else _model_of_last_run(target)
+    if model_fingerprint(about) != target.fact("model"):
+        raise UserError(
+            f"model.path is {about.path!r}, but its files are others than where {target.id} was begun.\n"
+            "Bring those files back, or run the recipe under another name."
+        )
+    facts = target.record.facts
+    config = ActivationsConfig(sites=facts["sites"], dtype=facts["dtype"], forward_batch=facts["forward_batch"])
+    model = (engine_files(recipe) if recipe else None) or load_model(about)
+    return _forward(Ancestors(store, target).tokens, config, model, sites, threads)
+
+
+def _model_of_last_run(target: Artefact) -> ModelConfig:
+    try:
+        if "engine" in target.record.facts:
+            raise ValueError("an engine's files lie where the recipe says")
+        known = read_json(target.own_file("provenance.json"))
+        return ModelConfig(path=known["model"], revision=known["revision"], dtype=known["model_dtype"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"Nothing but its recipe says what made {target.id}. Run that again.") from error
+
+
+def _forward(
+    source: Artefact, config: ActivationsConfig, model: nn.Module | EngineFiles, sites: list[Site], threads: int
+) -> ForwardPass:
     keep_freed_memory()
-    return Collector(source, target, config, model, sites, model_threads(device_of_source(model), threads))
+    return ForwardPass(source, config, model, sites, model_threads(device_of_source(model), threads))
+
+
+def forward_of(lineage: Lineage, sites: list[Site]) -> ForwardPass | None:
+    """Return what runs the model for a recipe's activations again; None if they are kept."""
+    if is_kept(lineage.activations):
+        return None
+    recipe = lineage.recipe
+    return open_forward(lineage.store, lineage.activations, sites, recipe, recipe.threads)
 
 
 def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Artefact:
-    """Collect every missing part and publish."""
+    """Collect every missing part and publish. If activations are not kept: only those of the sample to train on."""
+    if lineage.training is not lineage:
+        run(lineage.training, progress, through)
     recipe, target = lineage.recipe, lineage.activations
     lineage.selection()  # before anybody is waited for: refuses positions and entries that there are not
     with target.writing():
@@ -101,11 +120,16 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
             made = target.parts_from(inputs)
             if any(part.index not in made for part in wanted):  # a list names a part by a record that is not its own
                 raise damaged(target.path)
-            model = {"model": recipe.model.path, "revision": recipe.model.revision} if recipe.model else {}
+            about = recipe.model
+            model = {"model": about.path, "revision": about.revision, "model_dtype": about.dtype} if about else {}
             target.publish([made[part.index] for part in wanted], model)
 
         if not missing and target.complete():
             skipped(target, progress)
+            publish()
+            return target
+        if not recipe.activations.keep:
+            _list_parts(lineage, missing, progress)
             publish()
             return target
         work = _collect_work(lineage, missing, publish, progress)
@@ -113,6 +137,16 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
         if missing:
             warn_of_massive_positions(target, recipe.activations, progress)
     return target
+
+
+def _list_parts(lineage: Lineage, missing: list[PartRecord], progress: Progress) -> None:
+    """Make parts that hold no activations: only records of what the model will be run on while encoding."""
+    if not lineage.activations.complete():
+        open_collector(lineage, missing)
+    for part in missing:
+        with lineage.activations.new_part(part.index, dict(part.counts), {"tokens": part.folder}):
+            pass
+    progress.say("activations: none is kept (activations.keep); the model runs while the corpus is encoded")
 
 
 def _collect_work(
@@ -144,7 +178,8 @@ def skipped(target: Artefact, progress: Progress) -> None:
     """Report that all activations are stored."""
     parts = target.parts().values()
     n_tokens, n_bytes = sum(p.counts["n_tokens"] for p in parts), sum(p.n_bytes for p in parts)
-    progress.skip("activations", f"{n_tokens:,} tokens, {n_bytes / 1e9:.2f} GB")
+    how = f"{n_bytes / 1e9:.2f} GB" if is_kept(target) else "not kept"
+    progress.skip("activations", f"{n_tokens:,} tokens, {how}")
 
 
 def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector:
@@ -156,7 +191,8 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
     def row_bytes(kept: Iterable[Site]) -> int:
         return length * sum(site.width for site in kept) * ITEM_BYTES[recipe.activations.dtype]
 
-    for site in sites:
+    keep = recipe.activations.keep
+    for site in sites if keep else ():
         fit_pool(recipe.feed, row_bytes([site]))
     for member in recipe.members():
         named = with_sites_of_source(member.sae, [site.name for site in sites])
@@ -164,12 +200,15 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
             read, target_site = site_pair(sites, named)
             if read != target_site and isinstance(model, nn.Module):
                 require_running_order(model, read.name, target_site.name)
-            fit_pool(recipe.feed, row_bytes({read, target_site}))
-    n_bytes = row_bytes(sites) * sum(part.counts["n_sequences"] for part in missing)
-    lineage.store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
+            if keep:
+                fit_pool(recipe.feed, row_bytes({read, target_site}))
+    if keep:
+        n_bytes = row_bytes(sites) * sum(part.counts["n_sequences"] for part in missing)
+        lineage.store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
     about = lineage.activation_facts | {"stored": [[site.name, site.width] for site in sites]} | engine
     lineage.activations.create(about, [lineage.tokens.id])
-    return _collector(lineage.tokens, lineage.activations, recipe.activations, model, sites, recipe.threads)
+    forward = _forward(lineage.tokens, recipe.activations, model, sites, recipe.threads)
+    return Collector(forward, lineage.activations)
 
 
 def _model_of(lineage: Lineage, missing: Sequence[PartRecord]) -> tuple[nn.Module, list[Site]]:
@@ -178,7 +217,7 @@ def _model_of(lineage: Lineage, missing: Sequence[PartRecord]) -> tuple[nn.Modul
     assert recipe.model is not None
     place = {"device": "cpu"} if recipe.cluster else {}  # workers choose their own devices
     model = load_model(recipe.model.model_copy(update=place))
-    _require_embedded(lineage, model, missing)
+    require_embedded(lineage.tokens, model, missing)
     sites = resolve_sites(model, recipe.activations.sites)
     require_length(model, recipe.tokens.context_length, sites)
     return model, sites
@@ -195,20 +234,3 @@ def _engine_of(
     for part in missing:
         files.require_like((each[REQUEST] for each in documents_of(lineage.tokens, part)), sites)
     return files, sites, {"engine": f"{name} {version or ''}".strip()}
-
-
-def _require_embedded(lineage: Lineage, model: nn.Module, parts: Sequence[PartRecord]) -> None:
-    """Raise UserError if a token of the corpus has no row in the model's embedding."""
-    vocabulary, n_rows = lineage.tokens.own_file("vocab.parquet"), embedding_size(model)
-    if n_rows is None or pq.read_metadata(vocabulary).num_rows <= n_rows:
-        return
-    for part in parts:
-        vocab_ids, mask = token_parts.read_part(lineage.tokens, part)
-        beyond = vocab_ids[mask & (vocab_ids >= n_rows)]
-        if len(beyond):
-            piece = pq.read_table(vocabulary, columns=["piece"]).column("piece")[int(beyond[0])].as_py()
-            raise UserError(
-                f"model.path: the tokenizer gives {piece!r} the id {beyond[0]}, but the model's embedding has the ids "
-                f"0 to {n_rows - 1}.\nWas the tokenizer extended, and the model not? Use the model's own tokenizer, or "
-                "call resize_token_embeddings(len(tokenizer)) and save the model."
-            )

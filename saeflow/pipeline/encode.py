@@ -6,16 +6,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saeflow.activations.forward import ForwardPass
+from saeflow.activations.shards import is_kept, stored_sites
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction, run_tables
 from saeflow.features.compaction import MergeSettings
 from saeflow.features.part_encoder import PartEncoder, encode_together, part_inputs
 from saeflow.features.schema import covered, stands_for
+from saeflow.pipeline.collect import open_forward
 from saeflow.pipeline.dask.clusters import kept_open, make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage, grouped, last_log_row
 from saeflow.pipeline.parts import PartMaker, PartWork, Records, Through, directly, dumped, shared
 from saeflow.query.connection import require_checks
-from saeflow.recipe.recipe import Recipe
+from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import FeaturesConfig
 from saeflow.runtime.devices import choose_device, model_threads
 from saeflow.runtime.errors import UserError
@@ -31,10 +34,12 @@ _BYTES_PER_NONZERO = 8
 
 @dataclass
 class Encoders(PartMaker, name="features-encode", alone=False, stays=True):
-    """Encodes activation parts by several SAEs of one site. An item is a part's index and the runs that lack it."""
+    """Encodes activation parts by several SAEs. An item is a part's index and the runs that lack it."""
 
     of_run: dict[str, PartEncoder]
     parts: dict[int, PartRecord]
+    forward: ForwardPass | None
+    """Runs the model, if activations are not kept. If they are, the SAEs read one site."""
 
     @classmethod
     def open(cls, store: Store, settings: dict[str, Any]) -> Encoders:
@@ -46,14 +51,27 @@ class Encoders(PartMaker, name="features-encode", alone=False, stays=True):
         generation = first.stored.published()
         if [first.used.generation.number, generation.number] != settings["generations"]:
             raise UserError("The store has changed since this run began. Nothing is lost; run the same command again.")
-        return cls(encoders, {part.index: part for part in generation.parts})
+        recipe = parse_recipe(settings["recipe"]) if settings["recipe"] else None
+        forward = _forward_for(store, list(encoders.values()), recipe, settings["threads"])
+        return cls(encoders, {part.index: part for part in generation.parts}, forward)
 
     def make(self, item: tuple[int, list[str]], progress: Progress) -> Records:
         index, runs = item
         encoders = [self.of_run[name] for name in runs]
         with progress.bar("features", None, "tokens") as bar:
-            records = encode_together(encoders, self.parts[index], bar)
+            records = encode_together(encoders, self.parts[index], bar, self.forward)
         return dumped({each.target: record for each, record in zip(encoders, records, strict=True)})
+
+
+def _forward_for(
+    store: Store, encoders: Sequence[PartEncoder], recipe: Recipe | None, threads: int
+) -> ForwardPass | None:
+    """Load the model if these activations are not kept, to read only the sites that are encoded."""
+    stored = encoders[0].stored
+    if is_kept(stored):
+        return None
+    read = {encoder.site for encoder in encoders}
+    return open_forward(store, stored, [site for site in stored_sites(stored) if site in read], recipe, threads)
 
 
 def open_encoder(lineage: Lineage, used: TokenSelection, progress: Progress) -> PartEncoder:
@@ -86,15 +104,19 @@ def encoder_of(run: Ancestors, used: TokenSelection, config: FeaturesConfig) -> 
 
 
 def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Artefact:
-    """Encode every SAE of the recipe, those of one site in one reading, and publish; return the first run."""
+    """Encode every SAE of the recipe, and publish; return the first run.
+
+    SAEs of one site share one reading. If activations are not kept, all SAEs share one pass of the model.
+    """
+    kept = is_kept(lineage.activations)
     with kept_open():
-        for group in grouped(lineage.members, lambda member: member.feature_facts["site"]):
+        for group in grouped(lineage.members, lambda member: member.feature_facts["site"] if kept else None):
             run_together(group, progress, through)
     return lineage.members[0].features
 
 
 def run_together(lineages: Sequence[Lineage], progress: Progress, through: Through = directly) -> None:
-    """Encode SAEs that read one site in one reading: each part for those SAEs that lack it. Then publish each run."""
+    """Encode SAEs in one reading: each part for those SAEs that lack it. Then publish each run."""
     first, store = lineages[0], lineages[0].store
     targets = {lineage.features: lineage for lineage in lineages}
     with writing_all(targets):
@@ -133,14 +155,18 @@ def _encode(
         for part in stored
         if (runs := [target.id for target in targets if part.index in lacking[target]])
     ]
-    here = Encoders({each.target.id: each for each in encoders}, {part.index: part for part in stored})
+    cluster, threads = (recipe.cluster, recipe.threads) if recipe else (None, 0)
+    whole = recipe.model_copy(update={"cluster": None, "sweep": None}) if recipe and not is_kept(first.stored) else None
+    forward = None if cluster or not sizes else _forward_for(store, encoders, recipe, threads)
+    here = Encoders({each.target.id: each for each in encoders}, {part.index: part for part in stored}, forward)
     settings = {
         "features": _config(recipe).model_dump(mode="json"),
         "generations": [first.used.generation.number, first.stored.published().number],
         "runs": [target.id for target in targets],
+        "recipe": whole.model_dump(mode="json") if whole else None,
+        "threads": threads,
     }
-    cluster = recipe.cluster if recipe else None
-    n_here = n_at_once(_config_here(recipe), recipe.threads if recipe else 0)
+    n_here = 1 + forward.workers // 2 if forward else n_at_once(_config_here(recipe), threads)
     work = PartWork(
         Encoders, settings, sizes, targets, ("features", "tokens"), None if cluster else here, n_at_once=n_here,
         publish=publish,

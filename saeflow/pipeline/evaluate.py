@@ -18,11 +18,13 @@ import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from saeflow.activations.feed import Feed, aligned_held_out_rows
+from saeflow.activations.forward import ForwardPass
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.schema import holding
 from saeflow.model.load import load_model, may_run
 from saeflow.model.sites import device_of, predicts_next_token, require_running_order, run_on, spliced
+from saeflow.pipeline.collect import forward_of
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
@@ -118,34 +120,41 @@ def l0_missed(lineage: Lineage, l0: float) -> dict[str, str]:
 def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress: Progress) -> list[Judged]:
     """Judge SAEs or transcoders of the recipe's sites on held-out tokens, in one reading. Needs no encoded run.
 
-    At most `evaluate.max_tokens` tokens are read. Without held-out ones, they are training tokens, in the order of
-    training, and `judged_on` says so.
+    At most `evaluate.max_tokens` tokens are read, or run through the model if activations are not kept. Without
+    held-out ones, they are training tokens, in the order of training (or of the corpus), and `judged_on` says so.
     """
-    recipe, stored, used, sites = lineage.recipe, lineage.activations, lineage.selection(), lineage.distinct_sites
-    most, width = recipe.evaluate.max_tokens, sites[-1].width
+    recipe, sites = lineage.recipe, lineage.distinct_sites
+    most, width, n_rows = recipe.evaluate.max_tokens, sites[-1].width, recipe.features.batch_rows
     found = [Judged(Reconstruction(width), WithoutLongest(width, most), Firing(sae.config.n_features)) for sae in saes]
-
-    def add(x: Tensor, wanted: Tensor) -> None:
-        for judged, sae in zip(found, saes, strict=True):
-            judged.add(x, wanted, sae)
-
+    forward = forward_of(lineage, sites)
     with progress.bar("evaluate", None, "tokens") as bar:
-        for rows in aligned_held_out_rows(used, stored, sites, most):
-            for batch in zip(*(torch.split(each, recipe.features.batch_rows) for each in rows), strict=True):
-                add(batch[0], batch[-1])
-                bar.advance(len(batch[0]))
-        if not found[0].firing.n_tokens:  # nothing was held out
-            feed = Feed(used, stored, sites, recipe.feed)
-            with contextlib.closing(feed.aligned()) as batches:
-                for batch in itertools.islice(batches, feed.batches_per_epoch):
-                    left = most - found[0].firing.n_tokens
-                    add(batch[0][:left], batch[-1][:left])
-                    bar.advance(min(left, len(batch[0])))
-                    if left <= len(batch[0]):
-                        break
-            for judged in found:
-                judged.held_out = False
+        for held_out in (True, False):
+            for rows in _read(lineage, forward, held_out):
+                for x, *others in zip(*(torch.split(each, n_rows) for each in rows), strict=True):
+                    for judged, sae in zip(found, saes, strict=True):
+                        judged.held_out = held_out
+                        judged.add(x, others[0] if others else x, sae)
+                    bar.advance(len(x))
+            if found[0].firing.n_tokens:
+                break
     return found
+
+
+def _read(lineage: Lineage, forward: ForwardPass | None, held_out: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the activations (n, D) to judge on, of each site: held-out ones, or those of training."""
+    most, used, sites = lineage.recipe.evaluate.max_tokens, lineage.selection(), lineage.distinct_sites
+    if forward:
+        yield from forward.tokens(used, most, held_out)
+    elif held_out:
+        yield from aligned_held_out_rows(used, lineage.activations, sites, most)
+    else:
+        feed = Feed(used, lineage.activations, sites, lineage.recipe.feed)
+        with contextlib.closing(feed.aligned()) as batches:
+            for batch in itertools.islice(batches, feed.batches_per_epoch):
+                yield tuple(each[:most] for each in batch)
+                most -= len(batch[0])
+                if most <= 0:
+                    return
 
 
 def firing_counts(run_artefact: Artefact) -> tuple[np.ndarray, int]:

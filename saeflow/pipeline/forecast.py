@@ -99,6 +99,10 @@ class Forecast:
     stages: tuple[StageForecast, ...]
     break_even: int
     """Number of SAEs from which storing is faster than streaming."""
+    kept_bytes: int = 0
+    """Bytes that the activations of the whole corpus take on disk, if they are kept."""
+    keep_from: int | None = None
+    """Number of SAEs, each encoded by a run of its own, from which keeping activations is faster. None: never."""
 
     @property
     def n_bytes(self) -> int:
@@ -123,15 +127,18 @@ def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any], n_token
     n_parts = max(1, round(n_tokens / part_size(recipe, sample / tried["n_tokens"])))
     chosen = recipe.sae.counts_k and recipe.sae.source is None
     l0 = recipe.sae.k if chosen else tried["n_values"] / tried["n_tokens"]
+    sampled = (recipe.train.share or 0) if recipe.trains_on_sample else 0
+    n_stored = n_tokens * (recipe.activations.keep + sampled)
+    kept_bytes = activation_bytes(recipe, tried, n_tokens, n_parts)
     n_bytes = {
-        "tokens": round(tried["token_bytes"] * n_tokens / tried["n_tokens"]),
-        "collect": activation_bytes(recipe, tried, n_tokens, n_parts),
+        "tokens": round(tried["token_bytes"] * n_tokens * (1 + sampled) / tried["n_tokens"]),
+        "collect": round(kept_bytes * n_stored / n_tokens),
         "train": int(tried["sae_bytes"]) * len(members),
         "encode": round(n_tokens * l0 * _BYTES_PER_VALUE),
     }
     judged = min(recipe.evaluate.max_tokens, n_tokens * surveyed.n_held_out / max(surveyed.n_characters, 1))
     units = {
-        "tokens": n_tokens, "activations": n_tokens,
+        "tokens": n_tokens * (1 + sampled), "activations": n_stored,
         "train": sum(member.train.n_tokens * member.train.restarts for member in members),
         "features": n_tokens, "evaluate": judged * len(members), "loss": 0 if recipe.is_sweep else 4 * judged,
     }  # fmt: skip
@@ -142,7 +149,10 @@ def extrapolate(recipe: Recipe, surveyed: Survey, tried: dict[str, Any], n_token
         grown = max(grown, growth(name, recipe, tried, n_tokens, n_parts, n_bytes["collect"], l0))
         seconds = stage_seconds(found, units)
         stages.append(StageForecast(name, n_bytes.get(name, 0), found["peak_bytes"] + grown, seconds))
-    return Forecast(surveyed.n_documents, n_tokens, n_parts, tuple(stages), break_even(n_tokens, recipe.train.n_tokens))
+    return Forecast(
+        surveyed.n_documents, n_tokens, n_parts, tuple(stages), break_even(n_tokens, recipe.train.n_tokens), kept_bytes,
+        keep_from(**tried["storing"]),
+    )  # fmt: skip
 
 
 def count_tokens(recipe: Recipe, surveyed: Survey) -> int:
@@ -219,6 +229,14 @@ def break_even(n_tokens: int, train_tokens: int) -> int:
     faster than it trains.
     """
     return math.ceil(n_tokens / train_tokens)
+
+
+def keep_from(forward: float, collect: float, read: float) -> int | None:
+    """Return the number of SAEs, each encoded by a run of its own, from which keeping activations takes less time.
+
+    Kept, they cost the model and writing once, and reading for each SAE; else the model for each. None: never less.
+    """
+    return math.ceil(collect / (forward - read)) if forward > read else None
 
 
 def plan(store: Store, recipe: Recipe, progress: Progress) -> Forecast:

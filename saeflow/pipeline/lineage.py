@@ -20,7 +20,7 @@ from saeflow.model.load import load_tokenizer, model_fingerprint
 from saeflow.model.sites import Site, choose_site, site_pair
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import ModelConfig, SAEConfig, TrainConfig
+from saeflow.recipe.settings import ActivationsConfig, ModelConfig, SAEConfig, TrainConfig
 from saeflow.sae.formats.source import describe_source, effective_config, hooks_of_sources, with_sites_of_source
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import checksum_once, read_json
@@ -75,6 +75,15 @@ class Lineage:
         return Lineage(self.store, recipe, self.fresh, self, facts)
 
     @cached_property
+    def training(self) -> Lineage:
+        """The lineage that SAEs are trained in: of the stored sample if `train.share` names one, else this one."""
+        if self.sweep:
+            whole = self.sweep.training
+            mine = (each for each in whole.members if each.recipe.name == self.recipe.name)
+            return self if whole is self.sweep else next(mine)
+        return Lineage(self.store, self.recipe.sample(), self.fresh) if self.recipe.trains_on_sample else self
+
+    @cached_property
     def tokens(self) -> Artefact:
         """The tokens that the activations belong to. A table has one token a row."""
         if self.sweep:
@@ -123,9 +132,8 @@ class Lineage:
             "sites": about.sites,
             "dtype": about.dtype,
             "forward_batch": about.forward_batch,
-            "layout": [about.chunk_bytes, about.shard_bytes],
             **({"request_layers": about.request_layers} if about.request_layers else {}),
-            **({"compression": about.compression} if about.compression != "none" else {}),
+            **(_how_stored(about) if about.keep else {"keep": False}),
         }
 
     @property
@@ -177,6 +185,8 @@ class Lineage:
     @cached_property
     def _sae(self) -> tuple[Artefact, dict[str, Any]]:
         """The SAE and its facts. The data that the SAE sees is chosen here, whatever is published meanwhile."""
+        if self.training is not self:
+            return self.training._sae
         if self.given_facts is None and self.recipe.sae.source is None and not self.fresh and self._newest:
             return self._newest, self._newest.record.facts
         facts = self.given_facts or self._facts_now()
@@ -276,6 +286,11 @@ class Ancestors:
     def selection(self) -> TokenSelection:
         """The tokens that a run encodes, as they are published now."""
         return TokenSelection.from_facts(self.tokens, self.artefact.record.facts)
+
+
+def _how_stored(about: ActivationsConfig) -> dict[str, Any]:
+    compressed = {"compression": about.compression} if about.compression != "none" else {}
+    return {"layout": [about.chunk_bytes, about.shard_bytes]} | compressed
 
 
 def _facts_with(lineage: Lineage, train: TrainConfig) -> dict[str, Any]:

@@ -111,8 +111,8 @@ def compact_store(lineage: Lineage, progress: Progress, enough: int = 2, place: 
     use_threads(recipe.threads)
     try:
         with kept_open():
-            if recipe.model is not None:
-                _without_hidden(lineage, progress, place)
+            for each in dict.fromkeys([lineage, lineage.training]) if recipe.model else ():
+                _without_hidden(each, progress, place)
             for run in encode.runs_over(store, lineage.activations):
                 with nullcontext() if encode.holds_all(store, run) else place("encode"):
                     encode.refresh(store, run, progress, recipe=recipe)

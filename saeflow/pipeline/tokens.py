@@ -26,7 +26,9 @@ from saeflow.store.records import Generation, PartRecord, add_provenance, proven
 
 
 def run(lineage: Lineage, progress: Progress) -> Artefact:
-    """Tokenise documents that are new or changed, and rebuild lost parts."""
+    """Tokenise documents that are new or changed, and rebuild lost parts; the sample to train on has its own tokens."""
+    if lineage.training is not lineage:
+        run(lineage.training, progress)
     recipe, target = lineage.recipe, lineage.tokens
     assert recipe.corpus is not None
     with target.writing():

@@ -50,6 +50,7 @@ def run_all(lineage: Lineage, progress: Progress, noticing_seconds: float = _NOT
     as it is finished, and equals, byte for byte, the one that its own recipe would give. On a cluster each worker
     trains, locks and publishes its share. Imports stay in this process.
     """
+    lineage = lineage.training
     members = lineage.members
     away = [each for each in members if lineage.recipe.cluster and not _is_import(each) and not each.sae.complete()]
     if away:

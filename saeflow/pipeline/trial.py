@@ -7,11 +7,13 @@ the answer as JSON.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saeflow.activations.shards import open_site
 from saeflow.corpus.document import is_held_out
+from saeflow.pipeline import collect
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.stages import stages_of_run
 from saeflow.recipe.recipe import Recipe
@@ -30,7 +34,8 @@ from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.temporary import temporary_folder
 from saeflow.runtime.terminal import write_exactly
-from saeflow.runtime.threads import n_threads
+from saeflow.runtime.threads import map_in_order, n_threads, ranges
+from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 
 _PIECES = 16
@@ -51,12 +56,13 @@ def trial_recipe(recipe: Recipe, pieces: Pieces, folder: Path) -> Recipe:
     column = recipe.corpus.token_ids or recipe.corpus.text
     keys = [f"piece/{i}" for i in range(len(pieces))]
     pq.write_table(pa.table({"key": keys, column: list(pieces)}), folder / "sample.parquet")
-    share = 0.25 if recipe.corpus.held_out else 0.0
+    held_out = 0.25 if recipe.corpus.held_out else 0.0
     n_tokens = max(1, sum(map(len, pieces)) // (4 * 2 * n_threads(recipe.threads)))
-    short = {"n_tokens": _STEPS * recipe.feed.batch_rows, "restarts": 1, "tensorboard": None}
+    share = None if recipe.train.share is None else 1.0  # of so few documents, less might be none
+    short = {"n_tokens": _STEPS * recipe.feed.batch_rows, "restarts": 1, "tensorboard": None, "share": share}
     corpus = CorpusConfig(
         files=[str(folder / "sample.parquet")], text=recipe.corpus.text, token_ids=recipe.corpus.token_ids, key="key",
-        held_out=share, seed=_seed_that_holds_out(share, keys),
+        held_out=held_out, seed=_seed_that_holds_out(held_out, keys),
     )  # fmt: skip
     return recipe.model_copy(
         update={
@@ -81,7 +87,8 @@ def _seed_that_holds_out(share: float, keys: Sequence[str]) -> int:
 def try_out(recipe: Recipe, pieces: Pieces, progress: Progress) -> dict[str, Any]:
     """Try the stages on a few pieces, and if they take no time, on all."""
     tried = _tried(recipe, pieces[:_PIECES], progress)
-    if len(pieces) > _PIECES and tried["stages"]["collect"]["working"] < _QUICK_SECONDS:
+    longest = tried["stages"]["collect" if recipe.activations.keep else "encode"]["working"]  # the model runs there
+    if len(pieces) > _PIECES and longest < _QUICK_SECONDS:
         return _tried(recipe, pieces, progress)
     return tried
 
@@ -125,28 +132,72 @@ def _steady_rate(points: list[tuple[float, int]]) -> float:
 
 def measure(recipe: Recipe, store: Store) -> dict[str, object]:
     """Return seconds, peak memory and bars of every stage, and the sizes in the store afterwards."""
-    found: dict[str, object] = {}
+    found: dict[str, dict[str, Any]] = {}
     lineage = Lineage(store, recipe)
+    kept = _kept(lineage)
     for name, stage in stages_of_run(recipe).items():
-        heard: Heard = {}
-        with measure_usage() as taken:
-            stage(lineage, Progress(verbosity=-1, listener=partial(_hear, heard)))
-        found[name] = asdict(taken) | {
-            "rates": {bar: _steady_rate(points) for bar, points in heard.items()},
-            "counts": {bar: points[-1][1] for bar, points in heard.items()},
-            "working": sum(points[-1][0] - points[0][0] for points in heard.values()),
-        }
-    source, stored, encoded = (each.published() for each in (lineage.tokens, lineage.activations, lineage.features))
+        found[name] = _measured(stage, lineage)
+    n_tokens = lineage.tokens.published().total("n_tokens")
+    about = found["collect"] if "activations" in found["collect"]["rates"] else _measured(collect.run, kept)
+    rate = about["rates"]["activations"] or math.inf
+    storing = {"forward": _forward_seconds(kept), "collect": n_tokens / rate, "read": _read_seconds(kept)}
+    source, stored, encoded = (each.published() for each in (lineage.tokens, kept.activations, lineage.features))
     return {
         "stages": found,
-        "n_tokens": source.total("n_tokens"),
+        "n_tokens": n_tokens,
         "n_sequences": source.total("n_sequences"),
         "n_values": encoded.total("n_values"),
         "token_bytes": sum(part.n_bytes for part in source.parts),
         "activation_bytes": sum(part.n_bytes for part in stored.parts),
         "sae_bytes": sum(file.n_bytes for sae in store.artefacts("saes") for file in sae.record.files),
         "widths": [site.width for site in lineage.stored_sites],
+        "storing": storing,
     }
+
+
+def _measured(stage: Callable[[Lineage, Progress], object], lineage: Lineage) -> dict[str, Any]:
+    """Run a stage. Return its seconds, peak memory and bars."""
+    heard: Heard = {}
+    with measure_usage() as taken:
+        stage(lineage, Progress(verbosity=-1, listener=partial(_hear, heard)))
+    return asdict(taken) | {
+        "rates": {bar: _steady_rate(points) for bar, points in heard.items()},
+        "counts": {bar: points[-1][1] for bar, points in heard.items()},
+        "working": sum(points[-1][0] - points[0][0] for points in heard.values()),
+    }
+
+
+def _kept(lineage: Lineage) -> Lineage:
+    """Return a lineage of the same tokens whose activations are kept: collected now, if no stage has."""
+    if lineage.training is not lineage or lineage.recipe.activations.keep:
+        return lineage.training
+    about = lineage.recipe.activations.model_copy(update={"keep": True})
+    return Lineage(lineage.store, lineage.recipe.model_copy(update={"activations": about}))
+
+
+def _seconds(work: Callable[[PartRecord], object], parts: Iterable[PartRecord]) -> float:
+    began = time.monotonic()
+    for part in parts:
+        work(part)
+    return time.monotonic() - began
+
+
+def _forward_seconds(kept: Lineage) -> float:
+    """Return the time that the model alone takes for the sample."""
+    forward = collect.open_collector(kept, []).forward
+    return _seconds(lambda part: deque(forward.run(part, lambda *_: None), 0), kept.tokens.published().parts)
+
+
+def _read_seconds(kept: Lineage) -> float:
+    """Return the time that reading all activations of the sample takes."""
+
+    def read(part: PartRecord) -> None:
+        arrays = [open_site(kept.activations, part, site) for site in kept.stored_sites]
+        rows = [slice(*ends) for ends in ranges(part.counts["n_sequences"], arrays[0].chunk)]
+        threads = n_threads(kept.recipe.threads)
+        deque(map_in_order(lambda each: [array.read(each) for array in arrays], rows, threads), 0)
+
+    return _seconds(read, kept.activations.published().parts)
 
 
 def main(recipe_file: Path, folder: Path) -> int:

@@ -84,6 +84,23 @@ class Recipe(Section):
         return parse_recipe(data | {"name": name, "data": self.data_name}, name)
 
     @property
+    def trains_on_sample(self) -> bool:
+        """True if SAEs are trained on a sample of the corpus, which is stored apart."""
+        return self.train.share is not None and any(member.sae.source is None for member in self.members())
+
+    def sample(self) -> Recipe:
+        """Return the recipe that stores the sample to train on: of fewer documents, with activations kept."""
+        assert self.corpus is not None
+        share = self.corpus.share * (self.train.share or 1.0)
+        changes = {
+            "data": f"{self.data_name[:194]}_train",
+            "corpus": self.corpus.model_copy(update={"share": share}),
+            "activations": self.activations.model_copy(update={"keep": True}),
+            "train": self.train.model_copy(update={"share": None}),
+        }
+        return self.model_copy(update=changes)
+
+    @property
     def is_sweep(self) -> bool:
         return self.sweep is not None and self.sweep.combinations() != [{}]
 
@@ -148,6 +165,24 @@ class Recipe(Section):
             raise ValueError(
                 f"corpus.requests takes the tokens as the engine read them, one request after another, so that "
                 f"{' and '.join(wrong)} cannot be set. Leave it out."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_it_reads_again(self) -> Recipe:
+        if self.model is None and self.train.share is not None:
+            raise ValueError("train.share needs a [model]: all rows of a table are trained on. Leave it out.")
+        if self.activations.keep:
+            return self
+        if self.model is None:
+            raise ValueError(
+                "activations.keep is false, but no model can make these activations again.\n"
+                "Set it to true: only the activations of a [model] may go unkept."
+            )
+        if self.train.share is None and any(each.sae.source is None for each in self.members()):
+            raise ValueError(
+                "activations.keep is false, so there is nothing to train an SAE on.\nName a trained one in sae.source, "
+                "or set train.share, e.g. to 0.05: so much of the corpus is stored and trained on."
             )
         return self
 

@@ -156,7 +156,14 @@ class ActivationsConfig(Section):
         "engine's eagle_aux_hidden_state_layer_ids.",
     )
     synthetic: SyntheticConfig | None = Field(None, description="Made activations instead of a model's.")
-    dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="Precision on disk.")
+    keep: bool = Field(
+        True,
+        description="false: never write activations to disk. The model runs again whenever the corpus is encoded: all "
+        "SAEs and sites in one pass. Needs sae.source, or train.share to train.",
+    )
+    dtype: Literal["float16", "float32", "bfloat16"] = Field(
+        "float16", description="Precision on disk. Encoding rounds to it even if nothing is kept."
+    )
     compression: Literal["none", "zstd"] = Field(
         "none",
         description="zstd: writes more slowly and needs a fifth of the disk after a ReLU, 70 to 90% elsewhere.",
@@ -320,6 +327,14 @@ class TrainConfig(Section):
     """The optimisation: how long, and how fast."""
 
     n_tokens: PositiveInt = Field(2_000_000, description="Tokens to train on. A store with fewer tokens is read again.")
+    share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        examples=[0.05],
+        description="Share of the documents to train on, chosen by a hash of their key. Their activations are stored "
+        "apart, also if activations.keep is false. Raise it later to add more. Default: all that is stored.",
+    )
     lr: PositiveFloat | None = Field(
         None,
         examples=[1e-3],

@@ -14,7 +14,14 @@ from saeflow.recipe.settings import Architecture, SAEConfig, TrainConfig
 from saeflow.runtime.text import nearest
 
 _SECTIONS: dict[str, type[Section]] = {"sae": SAEConfig, "train": TrainConfig}
-_SETTINGS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
+_SHARED = {"train.share"}
+"""Settings among them that decide which activations are kept: all SAEs of a sweep share those."""
+_SETTINGS = [
+    name
+    for section, model in _SECTIONS.items()
+    for name in (f"{section}.{key}" for key in model.model_fields)
+    if name not in _SHARED
+]
 """What a sweep may change."""
 _PATHS = {"sae.source": sae_from_folder, "train.tensorboard": from_folder}
 """Settings among them that are paths, and how each counts from the recipe's folder."""

@@ -62,7 +62,9 @@ def own_stream(place: torch.device) -> contextlib.AbstractContextManager[object]
 
 
 def to_device(values: Tensor, place: torch.device) -> Tensor:
-    return values.pin_memory().to(place, non_blocking=True) if place.type == "cuda" else values.to(place)
+    if place.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(place, non_blocking=place.type == "cuda")
 
 
 def to_processor(values: Tensor) -> Tensor:

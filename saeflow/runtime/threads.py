@@ -8,7 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
 
@@ -102,10 +102,14 @@ def _executor(threads: int, process: int) -> ThreadPoolExecutor:
 
 
 def map_in_order(
-    work: Callable[[WorkItem], WorkResult], items: Iterable[WorkItem], workers: int
+    work: Callable[[WorkItem], WorkResult], items: Iterable[WorkItem], workers: int, shared: Executor | None = None
 ) -> Iterator[WorkResult]:
-    """Yield the results of `work` in the order of `items`. Threads run ahead by at most twice their number."""
-    with ThreadPoolExecutor(workers, "saeflow-work", initializer=use_one_thread) as pool:
+    """Yield the results of `work` in the order of `items`. Threads run ahead by at most twice their number.
+
+    `shared`: threads that do other work, too; else `workers` are started.
+    """
+    own = shared or ThreadPoolExecutor(workers, "saeflow-work", initializer=use_one_thread)
+    with contextlib.nullcontext(shared) if shared else own as pool:
         pending: deque[Future[WorkResult]] = deque()
         try:
             for item in items:

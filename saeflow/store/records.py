@@ -117,6 +117,8 @@ class _Facts(BaseModel):
     site: _Text = ""
     stored: list[tuple[_Text, _Whole]] = []
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    keep: Annotated[bool, Field(strict=True)] = True
+    forward_batch: _Whole = 1
     sae: dict[str, Any] | str = {}
 
 

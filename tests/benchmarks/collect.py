@@ -64,7 +64,8 @@ def dropped(store: Store, recipe: Recipe) -> float:
     source = Lineage(store, recipe).tokens
     parts = source.published().parts
     collector = collect.open_collector(Lineage(store, recipe), parts)
-    reader = SiteReader(collector.model, collector.sites)
+    workers = collector.forward.workers
+    reader = SiteReader(collector.forward.model, collector.sites)
     began = time.perf_counter()
     for part in parts:
         vocab_ids, mask = token_parts.read_part(source, part)
@@ -75,7 +76,7 @@ def dropped(store: Store, recipe: Recipe) -> float:
 
         ids, real = torch.from_numpy(vocab_ids), torch.from_numpy(mask)
         starts = range(0, len(ids), recipe.activations.forward_batch)
-        for _ in map_in_order(lambda start, ids=ids, real=real: forward(start, ids, real), starts, collector.workers):
+        for _ in map_in_order(lambda start, ids=ids, real=real: forward(start, ids, real), starts, workers):
             pass
     seconds = time.perf_counter() - began
     reader.close()

@@ -29,6 +29,9 @@ def recipe(ingredients: Ingredients) -> Recipe:
     return parse_recipe(recipe_data(ingredients))
 
 
+STORING = {"forward": 4.0, "collect": 5.0, "read": 1.0}
+
+
 def tried(**changes: Any) -> dict[str, Any]:
     stages = {
         "tokens": {"seconds": 3.0, "peak_bytes": 100, "rates": {"tokens": 50.0}, "counts": {"tokens": 100}},
@@ -42,7 +45,9 @@ def tried(**changes: Any) -> dict[str, Any]:
         "token_bytes": 900,
         "activation_bytes": 6400,
     }
-    return found | {"feature_bytes": 1, "sae_bytes": 77, "widths": [32], "n_characters": 500} | changes
+    return (
+        found | {"feature_bytes": 1, "sae_bytes": 77, "widths": [32], "n_characters": 500, "storing": STORING} | changes
+    )
 
 
 def test_seconds_are_start_up_and_then_units_at_the_steady_rate() -> None:
@@ -64,6 +69,23 @@ def test_storing_beats_streaming_once_the_trainings_have_read_more_than_the_corp
     corpus: int, training: int, n: int
 ) -> None:
     assert forecast.break_even(corpus, training) == n
+
+
+@pytest.mark.parametrize(("read", "n"), [(1.0, 2), (2.0, 3), (3.875, 40), (4.0, None)])
+def test_keeping_pays_once_reading_has_saved_what_writing_took(read: float, n: int | None) -> None:
+    assert forecast.keep_from(**STORING | {"read": read}) == n
+
+
+def test_without_keeping_only_the_sample_to_train_on_takes_disk(ingredients: Ingredients) -> None:
+    about: dict[str, Any] = {"activations": {"keep": False}, "train": {"share": 0.1}}
+    one_pass = parse_recipe(recipe_data(ingredients, **about))
+    found, usual = (
+        forecast.extrapolate(each, Survey(7, 5000, 1000, ("x" * 500,)), tried(), 100_000)
+        for each in (one_pass, parse_recipe(recipe_data(ingredients)))
+    )
+    assert found.kept_bytes == usual.stages[1].n_bytes
+    assert found.stages[1].n_bytes == round(usual.stages[1].n_bytes / 10)
+    assert found.keep_from == 2
 
 
 def test_the_pool_holds_the_store_or_two_halves(recipe: Recipe) -> None:

@@ -7,13 +7,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from saeflow.activations import shards
-from saeflow.corpus.selection import TokenSelection
 from saeflow.model.hook_names import is_understood, site_of_hook
 from saeflow.model.sites import Site
+from saeflow.pipeline.collect import forward_of
 from saeflow.pipeline.evaluate import Judged
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.settings import PER_TOKEN, SAEConfig
@@ -60,7 +62,7 @@ def run(lineage: Lineage, progress: Progress) -> None:
     if sae.config.target_site is not None:
         sae.config = sae.config.model_copy(update={"target_site": sites[-1].name})
     progress.say(f"train: importing {found.place} instead")
-    x, *others = _first_rows(lineage.selection(), lineage.activations, sites)
+    x, *others = _first_rows(lineage, sites)
     judged = _judged(sae, x, others[0] if others else x)
     if not math.isfinite(judged.reconstruction.error):
         raise UserError(
@@ -116,10 +118,11 @@ def _better_sites(lineage: Lineage, sae: SparseAutoencoder, unexplained: float) 
     """Return the stored site at which an SAE leaves much less unexplained, if it is one of the same width."""
     if sae.config.target_site is not None:
         return []
-    tried = []
-    for site in (each for each in lineage.stored_sites if each != lineage.site and each.width == sae.W_enc.shape[1]):
-        (x,) = _first_rows(lineage.selection(), lineage.activations, [site])
-        tried.append((_judged(sae, x, x).reconstruction.variance_unexplained, site.name))
+    others = [each for each in lineage.stored_sites if each != lineage.site and each.width == sae.W_enc.shape[1]]
+    rows = _first_rows(lineage, others) if others else []
+    tried = [
+        (_judged(sae, x, x).reconstruction.variance_unexplained, e.name) for e, x in zip(others, rows, strict=True)
+    ]
     return [(name, left) for left, name in sorted(tried)[:1] if left < 0.6 * unexplained and left < 0.8]
 
 
@@ -159,9 +162,16 @@ def in_words(source: SAEConfig, made: Artefact) -> str:
     return "\n".join([", ".join(words), tried, *odd])
 
 
-def _first_rows(used: TokenSelection, stored: Artefact, sites: list[Site]) -> list[Tensor]:
+def _first_rows(lineage: Lineage, sites: list[Site]) -> list[Tensor]:
     """Return the first used tokens (n, D) of the store, at most `_SAMPLE_ROWS`, one tensor for each site."""
+    used, stored = lineage.selection(), lineage.activations
     part = stored.published().parts[0]
     sequences = slice(0, max(1, _SAMPLE_ROWS // used.length))
-    keep = used.mask(part.index, sequences).reshape(-1).nonzero()[0]
+    mask = used.mask(part.index, sequences)
+    if forward := forward_of(lineage, sites):
+        wanted = np.zeros((part.counts["n_sequences"], used.length), bool)
+        wanted[sequences] = mask
+        found = forward.selected(used.parts[part.index], wanted, lambda _, values: values)
+        return [torch.cat(each).float().cpu() for each in zip(*found, strict=True)]
+    keep = mask.reshape(-1).nonzero()[0]
     return [shards.open_site(stored, part, site).read(sequences).flatten(0, 1)[keep].float() for site in sites]

@@ -38,13 +38,14 @@ def run(lineage: Lineage, progress: Progress, place: stages.Place = stages.anywh
     before, trained = _published_folders(store, held), False
     _keep_lists(held)
     with kept_open():
-        removed = forget_removed(lineage, progress)
+        removed = [(each, forget_removed(each, progress)) for each in dict.fromkeys([lineage, lineage.training])]
         if recipe.model is None:
             import_table.run(lineage, progress)
         else:
             tokens.run(lineage, progress)
             stages.collect_new(lineage, progress, place)
-        note_seen(lineage.tokens, removed)
+        for each, gone in removed:
+            note_seen(each.tokens, gone)
         _keep_lists(held)
         waiting = _encode_new(lineage, progress, place)
         catalog.write_catalog(store)
@@ -53,10 +54,11 @@ def run(lineage: Lineage, progress: Progress, place: stages.Place = stages.anywh
         except UserError as error:
             waiting[recipe.name] = str(error)
     failed = [f"{name} does not hold the new documents yet: {why}" for name, why in waiting.items()]
-    if removed.refusal or failed:
-        raise UserError("\n".join(filter(None, [removed.refusal, *failed])))
+    whole = removed[0][1]
+    if whole.refusal or failed:
+        raise UserError("\n".join(filter(None, [whole.refusal, *failed])))
     return _ingest_summary(lineage, held, before) | {
-        "n_removed": removed.n, "trained": trained, "grown": grown(lineage.anew()),
+        "n_removed": whole.n, "trained": trained, "grown": grown(lineage.anew()),
     }  # fmt: skip
 
 
@@ -144,7 +146,7 @@ def grown(lineage: Lineage) -> float:
     Infinite if no SAE is trained, 0 for an imported SAE. If an earlier saeflow trained the SAE and its generation is
     gone, growth counts from the oldest generation that is kept.
     """
-    return max(map(_grown, lineage.members))
+    return max(map(_grown, lineage.training.members))
 
 
 def _grown(lineage: Lineage) -> float:
