@@ -109,6 +109,7 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
     if lineage.training is not lineage:
         run(lineage.training, progress, through)
     recipe, target = lineage.recipe, lineage.activations
+    lineage.tokens.published()
     lineage.selection()  # before anybody is waited for: refuses positions and entries that there are not
     with target.writing():
         wanted = lineage.tokens.published().parts
