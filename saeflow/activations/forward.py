@@ -80,7 +80,7 @@ class ForwardPass:
     def _reading(self, part: PartRecord, vocab_ids: np.ndarray, mask: np.ndarray) -> Iterator[Reading]:
         """Give what returns the activations (s, T, D) of sequences of the part, by site."""
         if isinstance(self.model, EngineFiles):
-            yield RequestRows.of(self.model, self.source, part, self.sites).read
+            yield RequestRows.of(self.model, self.source, part, self.sites, vocab_ids, mask).read
             return
 
         def read(rows: slice) -> dict[str, Tensor]:

@@ -230,10 +230,9 @@ def collect_command(
     settings = read_recipe(recipe, [*(set_ or []), *given])
     for stage in ("tokens", "collect") if requests else ("collect",):
         _run_stage(stage, settings, store, quiet, verbose)
-    if requests and not quiet and read_recipe(recipe, set_) != settings:
-        print_line(
-            f"In {recipe}, section [corpus], write:\n\n  requests = {_toml_string(str(requests.resolve()), '')}\n"
-        )
+    if requests and not quiet:
+        line = f"requests = {_toml_string(str(requests.resolve()), '')}"
+        print_line(f"In {recipe}, section [corpus], write:\n\n  {line}\n\nNext: saeflow run {shlex.quote(str(recipe))}")
 
 
 _add_stage("bring", "Store activations from a table instead of a model.")

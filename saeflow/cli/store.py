@@ -50,7 +50,9 @@ def ls_command(store: StoreOption = None) -> None:
     opened = existing_store(store)
     table = new_table("artefact", "generation", "parts", "tokens", "size", "inputs")
     for artefact in opened.artefacts():
-        table.add_row(sanitise(artefact.id), *state_of(artefact), sanitise(", ".join(artefact.record.inputs)))
+        engine = artefact.record.facts.get("engine")
+        inputs = [*artefact.record.inputs, *([f"made by {engine}"] if engine else [])]
+        table.add_row(sanitise(artefact.id), *state_of(artefact), sanitise(", ".join(inputs)))
     out.print(table)
 
 

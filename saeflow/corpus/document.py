@@ -22,6 +22,9 @@ class Document:
     content: str | tuple[int, ...]
     source: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    beside: str = ""
+    """Sixteen digits that stand for what lies beside the content, such as its activations: they take the place of the
+    second half of the hash, so that equal contents still begin alike."""
 
     @property
     def text(self) -> str:
@@ -35,7 +38,8 @@ class Document:
     @cached_property
     def content_hash(self) -> str:
         written = self.content.encode() if isinstance(self.content, str) else np.array(self.content, "<i8").tobytes()
-        return hashlib.sha256(written).hexdigest()[:32]
+        digits = hashlib.sha256(written).hexdigest()
+        return digits[:16] + (self.beside or digits[16:32])
 
 
 @dataclass(frozen=True)

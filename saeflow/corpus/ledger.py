@@ -42,11 +42,13 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Hashes of the keys and contents of the documents that readers see, sorted by key: 25 bytes per document."""
+    """Hashes of the keys and contents of the documents that readers see, sorted by key: 33 bytes per document."""
 
     keys: np.ndarray
     contents: np.ndarray
     document_ids: np.ndarray
+    rests: np.ndarray
+    """The second half of each content's hash, which may stand for what lies beside the content."""
     forgotten: ForgottenHashes = NOTHING
     kept: frozenset[str] = frozenset()
     """Hashes of forgotten keys that are stored all the same, hidden: a lost part is made again with them."""
@@ -66,17 +68,19 @@ class Ledger:
     ) -> Ledger:  # fmt: skip
         """Read the documents of the generation's parts. `forgotten` is what the store has forgotten."""
         hidden = np.array(generation.hidden_ids, np.int64)
-        keys, contents, ids = [], [], []
+        keys, contents, ids, rests = [], [], [], []
         for start in range(0, len(generation.parts), _FILES_AT_ONCE):
             table = _document_hashes(target, generation.parts[start : start + _FILES_AT_ONCE])
             table = table.filter(~np.isin(table.column("document_id").to_numpy(), hidden))
             ids.append(table.column("document_id").to_numpy())
             keys.append(_hash_numbers(map(key_hash, table.column("key").to_pylist())))
-            contents.append(_hash_numbers(text[:16] for text in table.column("content_hash").to_pylist()))
-        every = [np.concatenate(each) if each else np.empty(0, np.uint64) for each in (keys, contents, ids)]
+            hashes = table.column("content_hash").to_pylist()
+            contents.append(_hash_numbers(text[:16] for text in hashes))
+            rests.append(_hash_numbers(text[16:] for text in hashes))
+        every = [np.concatenate(each) if each else np.empty(0, np.uint64) for each in (keys, contents, ids, rests)]
         every_hidden = (document for documents in generation.hidden.values() for document in documents)
         here = frozenset((each.key_hash, "") for each in every_hidden if each.reason == "forgotten")
-        found = cls._sorted(every[0], every[1], every[2])
+        found = cls._sorted(*every)
         return replace(found, forgotten=ForgottenHashes(forgotten.pairs | here), kept=frozenset(kept))
 
     @classmethod
@@ -84,12 +88,13 @@ class Ledger:
         """Make a ledger of documents given by key and content hash, numbered in this order."""
         keys = _hash_numbers(key_hash(key) for key, _ in held)
         contents = _hash_numbers(content[:16] for _, content in held)
-        return cls._sorted(keys, contents, np.arange(len(held)))
+        rests = _hash_numbers(content[16:] for _, content in held)
+        return cls._sorted(keys, contents, np.arange(len(held)), rests)
 
     @classmethod
-    def _sorted(cls, keys: np.ndarray, contents: np.ndarray, ids: np.ndarray) -> Ledger:
+    def _sorted(cls, keys: np.ndarray, contents: np.ndarray, ids: np.ndarray, rests: np.ndarray) -> Ledger:
         order = np.argsort(keys, kind="stable")
-        return cls(keys[order], contents[order], ids[order])
+        return cls(keys[order], contents[order], ids[order], rests[order])
 
     def look_up(self, key: str, content_hash: str) -> Verdict:
         """Compare a document with the stored one of its key. A changed document is noted as one to replace."""
@@ -101,7 +106,7 @@ class Ledger:
             return "forgotten"
         if place is None:
             return "new"
-        if int(self.contents[place]) == _content_number(content_hash):
+        if (self.contents[place], self.rests[place]) == (_content_number(content_hash), _rest_number(content_hash)):
             return "same"
         self._replaced_contents.add(int(self.contents[place]))
         self.changed.append(Hidden(document_id=int(self.document_ids[place]), key_hash=hashed, reason="replaced"))
@@ -227,6 +232,11 @@ def _index_of(ascending: np.ndarray, digits: str) -> int | None:
 def _content_number(content_hash: str) -> int:
     """The first 64 bits of a content hash."""
     return int(content_hash[:16], 16)
+
+
+def _rest_number(content_hash: str) -> int:
+    """The other 64 bits."""
+    return int(content_hash[16:] or "0", 16)
 
 
 def _hash_numbers(digits: Iterable[str]) -> np.ndarray:

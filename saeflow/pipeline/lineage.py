@@ -143,11 +143,13 @@ class Lineage:
 
     @cached_property
     def feature_facts(self) -> dict[str, Any]:
+        engine = self.activations.record.facts.get("engine")
         return {
             "sae": self.sae.fp,
             "activations": self.activations.fp,
             "site": self.site.name,
             "n_features": self.sae_config.n_features,
+            **({"engine": engine} if engine else {}),
         }
 
     @cached_property

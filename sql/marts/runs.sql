@@ -3,6 +3,7 @@
 -- Grain:   one row per run of the store, the newest first, damaged ones too.
 -- Reads:   stg_runs
 -- Units:   l0 is the number of features per token; k is the number that was asked for (null if none was).
+--          engine is the inference engine that made the activations, null if saeflow ran the model.
 --          l0_missed says how far l0 is from k if that is more than 5%.
 --          variance_unexplained, dead_share and loss_recovered_… are shares. quality holds every measure as JSON. They
 --          are null until the run is evaluated. longest_share is the share of all squared lengths that the longest
@@ -19,6 +20,7 @@ select
     facts ->> 'architecture'                             as architecture,
     (facts ->> 'n_features')::bigint                     as n_features,
     (facts ->> 'k')::bigint                              as k,
+    facts ->> 'engine'                                   as engine,
     n_tokens,
     (quality ->> 'l0')::double                           as l0,
     case

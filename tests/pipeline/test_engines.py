@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,16 @@ import torch
 
 from saeflow.activations.shards import open_site
 from saeflow.corpus import token_parts
-from saeflow.pipeline import stages
+from saeflow.pipeline import collect, stages, tokens
+from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.connection import connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.runtime.errors import UserError
+from saeflow.store import verify as integrity
 from saeflow.store.store import Store
 from tests.support.engine_folders import LAYERS, Answered, write_batches, write_transformer_lens, write_vllm
-from tests.support.small_pipeline import Ingredients, documents, quiet, recipe_data, value_file
+from tests.support.small_pipeline import Ingredients, documents, quiet, recipe_data, value_file, write_recipe
 
 ABOUT: dict[str, Any] = {
     "tokens": {"packing": "isolated", "part_tokens": 100_000},
@@ -122,3 +126,163 @@ def test_an_engines_requests_give_the_answers_of_the_direct_path(direct, ingredi
                  ((lineage, mine), (direct.lineage, theirs))]  # fmt: skip
         assert paths[0].read_bytes() == paths[1].read_bytes()
     assert answers(store) == answers(direct.store)
+
+
+def made_up(n: int = 12, seed: int = 0) -> dict[str, Answered]:
+    """Requests of 1 to 40 tokens with random activations: nobody has run a model."""
+    dice = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 40, (n,), generator=dice).tolist()
+    return {
+        f"r{seed}-{i}": Answered(
+            torch.randint(0, 300, (length,), generator=dice).tolist(),
+            {site: torch.randn(length, 16, generator=dice) for site in LAYERS},
+        )
+        for i, length in enumerate(lengths)
+    }
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A folder of made-up requests, and the store that follows it."""
+
+    folder: Path
+    recipe: Recipe
+    store: Store
+
+    def lineage(self) -> Lineage:
+        return Lineage(self.store, self.recipe)
+
+    def collected(self) -> dict[str, Answered]:
+        """Do both stages, and return what is stored by document."""
+        tokens.run(self.lineage(), quiet())
+        collect.run(self.lineage(), quiet())
+        return states_of(self.lineage())
+
+
+@pytest.fixture
+def stored(ingredients, tmp_path) -> Stored:
+    """Several parts, in float32 so that what is stored equals what was written."""
+    folder = write_vllm(tmp_path / "requests", made_up())
+    recipe = recipe_of(ingredients, folder, tokens={"part_tokens": 60})
+    return Stored(folder, recipe, Store.create(tmp_path / "store"))
+
+
+def assert_equal(found: dict[str, Answered], wanted: dict[str, Answered]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, each in wanted.items():
+        assert found[key].ids == each.ids
+        for site in LAYERS:
+            torch.testing.assert_close(found[key].states[site], each.states[site], rtol=0, atol=0)
+
+
+def test_what_is_stored_is_what_the_engine_wrote_and_verifies(stored):
+    assert_equal(stored.collected(), made_up())
+    assert stored.lineage().activations.published().parts[2:]
+    assert not list(integrity.verify(stored.store, full=True))
+    assert stored.lineage().activations.fact("engine") == "vllm 0.20.2"
+
+
+def test_new_requests_are_appended_and_changed_ones_replaced(stored):
+    stored.collected()
+    before = stored.lineage().activations.published().parts
+    more, changed = made_up(5, seed=1), made_up()
+    changed["r0-3"] = Answered(changed["r0-3"].ids, {site: each + 1 for site, each in changed["r0-3"].states.items()})
+    write_vllm(stored.folder, more | {"r0-3": changed["r0-3"]})
+    assert_equal(stored.collected(), changed | more)
+    assert stored.lineage().activations.published().parts[: len(before)] == before
+    assert len(stored.lineage().tokens.published().hidden_ids) == 1
+
+
+def test_a_killed_run_goes_on_with_the_parts_that_are_done(stored):
+    requests = made_up()
+    last = max(requests)
+    spoilt = {site: torch.full_like(each, torch.nan) for site, each in requests[last].states.items()}
+    write_vllm(stored.folder, {last: Answered(requests[last].ids, spoilt)})
+    with pytest.raises(UserError, match=rf"{last}.safetensors: transformer.h.0 is nan at token 0"):
+        stored.collected()
+    done = stored.lineage().activations.parts()
+    assert done
+    write_vllm(stored.folder, {last: requests[last]})
+    assert_equal(stored.collected(), requests)
+    now = stored.lineage().activations.parts()
+    assert {index: now[index] for index in done} == done
+
+
+def test_a_request_that_cannot_be_had_is_forgotten_and_the_others_are_stored(stored):
+    tokens.run(stored.lineage(), quiet())
+    (stored.folder / "r0-3.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the file of request 'r0-3' is gone.*\n.*saeflow forget"):
+        collect.run(stored.lineage(), quiet())
+    forget.forget(stored.store, ["r0-3"], quiet())
+    found = stored.collected()
+    assert not found.pop("r0-3").states[LAYERS[0]].any()
+    requests = made_up()
+    del requests["r0-3"]
+    assert_equal(found, requests)
+
+
+def test_tokens_that_have_changed_since_are_never_given_other_vectors(stored):
+    tokens.run(stored.lineage(), quiet())
+    other = made_up()["r0-3"]
+    write_vllm(stored.folder, {"r0-3": Answered([i + 1 for i in other.ids], other.states)})
+    with pytest.raises(UserError, match=r"r0-3.safetensors has other token ids.*\n.*saeflow tokens"):
+        collect.run(stored.lineage(), quiet())
+
+
+def test_a_worker_of_a_cluster_makes_the_same_parts(stored):
+    stored.collected()
+    lineage, generation = stored.lineage(), stored.lineage().tokens.published()
+    wanted = lineage.activations.parts()
+    shutil.rmtree(lineage.activations.path / "parts")
+    settings = {
+        "recipe": stored.recipe.model_dump(mode="json"), "target": lineage.activations.id,
+        "generation": generation.number, "threads": 1,
+    }  # fmt: skip
+    worker = collect.CollectParts.open(stored.store, settings)
+    made = [worker.make(part.index, quiet())[lineage.activations.id] for part in generation.parts]
+    assert [record["files"] for record in made] == [
+        part.model_dump(mode="json")["files"] for _, part in sorted(wanted.items())
+    ]
+
+
+def test_ids_beyond_the_vocabulary_are_refused_with_their_document(stored):
+    other = made_up()["r0-3"]
+    write_vllm(stored.folder, {"r0-3": Answered([*other.ids[:-1], 7000], other.states)})
+    with pytest.raises(UserError, match=r"corpus.requests: the document 'r0-3' has the id 7000"):
+        tokens.run(stored.lineage(), quiet())
+
+
+def test_a_tokenizer_without_weights_is_enough(direct, ingredients, tmp_path):
+    folder = write_vllm(tmp_path / "requests", direct.requests)
+    shutil.copytree(ingredients.model, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    store = Store.create(tmp_path / "store")
+    lineage = Lineage(store, recipe_of(ingredients, folder, model={"path": str(tmp_path / "tokenizer")}))
+    summary = stages.run(lineage, quiet())
+    assert "loss_recovered" not in summary["quality"]
+    assert summary["quality"]["variance_unexplained"] < 1
+    with connect(store) as connection:
+        facts = connection.execute("select engine from runs").fetchall()
+    assert facts == [("vllm 0.20.2",)]
+
+
+def test_the_command_takes_the_folder_and_says_what_to_write_into_the_recipe(saeflow, ingredients, tmp_path):
+    folder = write_vllm(tmp_path / "requests", made_up())
+    recipe = write_recipe(tmp_path / "small.toml", recipe_data(ingredients, corpus=None, **ABOUT))
+    said = saeflow("collect", recipe, "--from", folder, "--store", tmp_path / "store")
+    assert f'requests = "{folder}"' in said.out, said.err
+    assert "vllm 0.20.2" in saeflow("ls", "--store", tmp_path / "store").out
+    again = saeflow("collect", recipe, "--set", f"corpus.requests={folder}", "--store", tmp_path / "store")
+    assert "tokens, " in again.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens": {"packing": "concatenated"}}, "tokens.packing cannot be set"),
+        ({"tokens": {"prepend_bos": True}}, "tokens.prepend_bos cannot be set"),
+        ({"corpus": {"token_ids": "ids"}}, "corpus.token_ids cannot be set"),
+    ],
+)
+def test_settings_that_would_change_the_engines_tokens_are_refused(ingredients, tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        recipe_of(ingredients, tmp_path, **changes)

@@ -17,7 +17,7 @@ from saeflow.activations.engines.layouts import Engine, Vectors, vectors_in
 from saeflow.activations.engines.places import Place, in_words, place_of, sites_of
 from saeflow.corpus.files import shown
 from saeflow.corpus.requests.documents import REQUEST
-from saeflow.corpus.requests.files import Request, open_file
+from saeflow.corpus.requests.files import Request, open_file, vocab_ids_of
 from saeflow.corpus.requests.folder import RequestFolder
 from saeflow.model.sites import Site
 from saeflow.runtime.errors import UserError
@@ -79,16 +79,28 @@ class EngineFiles:
                 )
         return [each for each in chosen if each]
 
-    def read(self, request_id: str, span: slice, sites: Sequence[Site]) -> list[Tensor]:
-        """Return the vectors float32 (n, D) of some tokens of a request, by site. Raises UserError at NaN and inf."""
+    def read(self, request_id: str, start: int, vocab_ids: np.ndarray, sites: Sequence[Site]) -> list[Tensor]:
+        """Return the vectors float32 (n, D) of these tokens of a request, from the token `start` on, by site.
+
+        Raises UserError at NaN and inf, and if the file has other tokens now.
+        """
         request = self.request(request_id)
-        span = slice(request.start + span.start, request.start + span.stop)
+        span = slice(request.start + start, request.start + start + len(vocab_ids))
+        _require_same_ids(request, start, vocab_ids)
         with open_file(request.path, "pt") as file:
             found = self._of_sites(request.path, vectors_in(request.path, file, self.engine.layers), sites)
             read = [_vectors(file, each, request.row or 0, span) for each in found]
         for site, values in zip(sites, read, strict=True):
             _require_finite(request, site, values, span.start)
         return read
+
+
+def _require_same_ids(request: Request, start: int, vocab_ids: np.ndarray) -> None:
+    if vocab_ids_of(request)[start : start + len(vocab_ids)] != tuple(vocab_ids.tolist()):
+        raise UserError(
+            f"corpus.requests: {shown(str(request.path))} has other token ids than when it was first read.\n"
+            "Take them in first: saeflow tokens RECIPE."
+        )
 
 
 def _vectors(file: Any, found: Vectors, row: int, span: slice) -> Tensor:
@@ -117,7 +129,8 @@ class RequestRows:
 
     files: EngineFiles
     sites: Sequence[Site]
-    length: int
+    vocab_ids: np.ndarray
+    """(S, T)"""
     owners: np.ndarray
     """The document of each sequence, -1 if it is all padding, int64 (S,)."""
     starts: np.ndarray
@@ -127,29 +140,30 @@ class RequestRows:
     """The request of each document that is not hidden."""
 
     @classmethod
-    def of(cls, files: EngineFiles, source: Artefact, part: PartRecord, sites: Sequence[Site]) -> RequestRows:
-        length = int(source.fact("context_length"))
-        shape = part.counts["n_sequences"], length
-        table = pq.read_table(source.part_file(part, "tokens.parquet"), columns=["token_id", "document_id", "mask"])
-        mask = table.column("mask").to_numpy(zero_copy_only=False).reshape(shape)
-        owners = table.column("document_id").fill_null(-1).to_numpy().reshape(shape)[:, 0]
-        first = table.column("token_id").to_numpy().reshape(shape)[:, 0]
+    def of(
+        cls, files: EngineFiles, source: Artefact, part: PartRecord, sites: Sequence[Site], vocab_ids: np.ndarray,
+        mask: np.ndarray,
+    ) -> RequestRows:  # fmt: skip
+        """Read which request each sequence is of. `vocab_ids` and `mask` (S, T) are those of the part."""
+        table = pq.read_table(source.part_file(part, "tokens.parquet"), columns=["token_id", "document_id"])
+        owners = table.column("document_id").fill_null(-1).to_numpy().reshape(mask.shape)[:, 0]
+        first = table.column("token_id").to_numpy().reshape(mask.shape)[:, 0]
         documents = documents_of(source, part)
         begins = {each["document_id"]: each["first_token_id"] or 0 for each in documents}
         starts = first - np.array([begins.get(owner, 0) for owner in owners.tolist()], np.int64)
         requests = {each["document_id"]: each[REQUEST] for each in documents}
-        return cls(files, sites, length, owners, starts, mask.sum(1), requests)
+        return cls(files, sites, vocab_ids, owners, starts, mask.sum(1), requests)
 
     def read(self, rows: slice) -> dict[str, Tensor]:
         """Return activations float32 (s, T, D) by site, zero at padding and at hidden documents."""
-        n = len(self.owners[rows])
-        read = [torch.zeros(n, self.length, site.width) for site in self.sites]
-        about = zip(self.owners[rows].tolist(), self.starts[rows].tolist(), self.n_tokens[rows].tolist(), strict=True)
-        for row, (owner, start, n_tokens) in enumerate(about):
-            if owner in self.requests:
-                span = slice(start, start + n_tokens)
-                for out, values in zip(read, self.files.read(self.requests[owner], span, self.sites), strict=True):
-                    out[row, :n_tokens] = values
+        numbers = range(*rows.indices(len(self.owners)))
+        read = [torch.zeros(len(numbers), self.vocab_ids.shape[1], site.width) for site in self.sites]
+        for place, row in enumerate(numbers):
+            if (request := self.requests.get(int(self.owners[row]))) is not None:
+                ids = self.vocab_ids[row, : self.n_tokens[row]]
+                found = self.files.read(request, int(self.starts[row]), ids, self.sites)
+                for out, values in zip(read, found, strict=True):
+                    out[place, : len(ids)] = values
         return {site.name: values for site, values in zip(self.sites, read, strict=True)}
 
 

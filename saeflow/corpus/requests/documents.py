@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from saeflow.corpus.document import Corpus, Document, in_share
 from saeflow.corpus.files import shown
-from saeflow.corpus.requests.files import PROMPT, Request, vocab_ids_of
+from saeflow.corpus.requests.files import PROMPT, Request, digest_of, vocab_ids_of
 from saeflow.corpus.requests.folder import RequestFolder, some_of
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
@@ -47,7 +47,7 @@ def request_documents(config: CorpusConfig, open_listed: Callable[[CorpusConfig]
 
 def _with_ids(document: Document, request: Request, has_prompts: bool) -> Document:
     metadata = document.metadata | ({PROMPT: request.n_prompt} if has_prompts else {})
-    return replace(document, content=vocab_ids_of(request), metadata=metadata)
+    return replace(document, content=vocab_ids_of(request), metadata=metadata, beside=digest_of(request.path))
 
 
 def _listing(config: CorpusConfig, folder: RequestFolder) -> CorpusConfig | None:
@@ -95,13 +95,14 @@ def _pairs(
 
 def _require_one_each(pairs: Pairs, folder: RequestFolder) -> None:
     """Raise UserError that names documents without a request, and requests or documents that are named twice."""
+    known = folder.requests  # before the corpus is read: what raises here must leave no reader open
     keys, named, twice, missing = set[str](), set[str](), list[str](), list[str]()
     for document, request_id in pairs:
         if document.key in keys or request_id in named:
             twice.append(document.key)
         keys.add(document.key)
         named.add(request_id)
-        if request_id not in folder.requests:
+        if request_id not in known:
             missing.append(request_id)
     if twice:
         raise UserError(
@@ -114,5 +115,5 @@ def _require_one_each(pairs: Pairs, folder: RequestFolder) -> None:
             f"{some_of(missing)}.\nRun them again, or leave their documents out of the index or the "
             "corpus. A request is called as its file: ID.safetensors."
         )
-    if left := folder.requests.keys() - named:
+    if left := known.keys() - named:
         _log.warning("corpus.requests: left out: %s files of no document, e.g. %s", f"{len(left):,}", min(left))

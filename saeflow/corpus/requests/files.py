@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from saeflow.corpus.files import is_lfs_pointer, shown
@@ -18,6 +20,7 @@ IDS = ("token_ids", "tokens", "input_ids")
 MASK = "attention_mask"
 PROMPT = "n_prompt_tokens"
 """Key of a file's metadata: how many of its tokens are the prompt. The others were generated."""
+_PIECES, _PIECE_BYTES = 16, 4096
 _INTEGERS = {"I64", "I32", "I16", "U16", "U32", "U64", "U8", "I8"}
 
 
@@ -115,6 +118,20 @@ def _span(path: Path, row: int, real: np.ndarray) -> tuple[int, int]:
     if stop - start != len(places):
         raise UserError(f"corpus.requests: {shown(str(path))}: in row {row}, padding lies between real tokens.")
     return start, stop
+
+
+def digest_of(path: Path) -> str:
+    """Return sixteen digits that other activations change: a hash of the file's size and of evenly spread pieces of it.
+
+    The whole file is not read: a folder may hold terabytes.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        found = xxhash.xxh3_64(str(size).encode())
+        for i in range(_PIECES):
+            file.seek(i * max(size - _PIECE_BYTES, 0) // (_PIECES - 1))
+            found.update(file.read(_PIECE_BYTES))
+    return found.hexdigest()
 
 
 def vocab_ids_of(request: Request) -> tuple[int, ...]:
