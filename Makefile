@@ -51,6 +51,7 @@ peers: .bench/saelens/bin/sparsify  ## what the benchmarks compare with, in an e
 	$(PYTHON) -m venv .bench/saelens
 	.bench/saelens/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 "sae-lens==6.54.*" "eai-sparsify==1.3.*" "fastapi<0.151"
 	.bench/saelens/bin/pip uninstall --quiet --yes torchvision torchaudio
+	.bench/saelens/bin/pip install --quiet --disable-pip-version-check --no-deps --target .bench/dictionary_learning dictionary_learning==0.1.0
 
 clean:  ## remove the environment and the caches, not the store
 	rm -rf .venv .bench .site .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,17 +26,15 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from saeflow.activations import synthetic
 from saeflow.activations.synthetic import GroundTruth
 from saeflow.cli.synth import Synth, print_scores, train_and_score
 from saeflow.recipe.recipe import Recipe, load_recipe
-from saeflow.recipe.settings import Architecture, SAEConfig
+from saeflow.recipe.settings import Architecture
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae import recovery
-from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.load import load_sae
 from saeflow.sae.recovery import Scores
 from saeflow.store.store import Store
@@ -89,7 +86,7 @@ def peer_scores(recipe: Recipe, peer: str, architecture: str, folder: Path) -> S
         n_steps=n_steps, n_timed=0, lr_warmup_steps=round(recipe.train.warmup_share * n_steps),
         decay_steps=round(recipe.train.decay_share * n_steps), threads=torch.get_num_threads(), save=saved,
     )  # fmt: skip
-    sae = (load_sae if peer == "saelens" else load_sparsify)(saved).eval()
+    sae = load_sae(saved)
     return recovery.score_directions(
         sae.W_dec.detach(), lambda x: sae.encode_sparse(x * scale), lambda sparse: sae.decode(sparse) / scale,
         synthetic.truth_of(made), recipe.train.n_tokens,
@@ -112,17 +109,6 @@ def write_rows(recipe: Recipe, path: Path) -> float:
         fresh, _ = next(synthetic.truth_of(made).fresh())
         np.save(path.with_name("rows-held-out.npy"), fresh * np.float32(scale))
     return scale
-
-
-def load_sparsify(folder: Path) -> SparseAutoencoder:
-    """What sparsify saved, as a TopK autoencoder of ours."""
-    about = json.loads((folder / "cfg.json").read_text())
-    tensors = load_file(folder / "sae.safetensors")
-    n_features, width = tensors["W_dec"].shape
-    sae = SparseAutoencoder(SAEConfig(architecture="topk", n_features=n_features, k=about["k"]), width)
-    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
-    sae.load_state_dict({ours: tensors[theirs].float() for ours, theirs in names.items()}, strict=False)
-    return sae
 
 
 def linear_f1(truth: GroundTruth, n_blocks: int = 16, n_features: int = 256) -> float:

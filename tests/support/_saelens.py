@@ -54,7 +54,8 @@ def main() -> None:
             continue
         with torch.no_grad():
             values = sae.encode(x)
-            np.savez(folder / "values.npz", values=values.numpy(), reconstruction=sae.decode(values).numpy())
+            again = sae(x) if hasattr(sae, "W_skip") else sae.decode(values)
+            np.savez(folder / "values.npz", values=values.numpy(), reconstruction=again.numpy())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 with hub_server() as hub:
     hub.datasets["someone/texts"] = [{"a.parquet": content}]      # a list of commits; `main` is the last
+    hub.models["someone/saes"] = [{"a/cfg.json": content}]
     hub.gated["someone/model"] = "token"                          # opens with HF_TOKEN=token
     environment = hub.environment
 """
@@ -29,6 +30,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
         self.datasets: dict[str, list[Commit]] = {}
+        self.models: dict[str, list[Commit]] = {}
         self.gated: dict[str, tuple[str, Commit]] = {}
         self.asked: list[tuple[str, str, str | None]] = []
 
@@ -38,7 +40,7 @@ class Hub(ThreadingHTTPServer):
 
     def commit_of(self, name: str, revision: str) -> tuple[str, Commit] | None:
         """Its sha and its files; None where there is no such revision."""
-        commits = {sha_of(name, number): files for number, files in enumerate(self.datasets[name])}
+        commits = {sha_of(name, number): files for number, files in enumerate((self.datasets | self.models)[name])}
         sha = list(commits)[-1] if revision == "main" else revision
         return (sha, commits[sha]) if sha in commits else None
 
@@ -58,6 +60,10 @@ class _Answers(BaseHTTPRequestHandler):
             case ["api", "datasets", owner, name, *rest] if f"{owner}/{name}" in self.server.datasets:
                 self._about(f"{owner}/{name}", rest)
             case ["datasets", owner, name, "resolve", revision, *file] if f"{owner}/{name}" in self.server.datasets:
+                self._file(self.server.commit_of(f"{owner}/{name}", revision), "/".join(file))
+            case ["api", "models", owner, name, *rest] if f"{owner}/{name}" in self.server.models:
+                self._about(f"{owner}/{name}", rest)
+            case [owner, name, "resolve", revision, *file] if f"{owner}/{name}" in self.server.models:
                 self._file(self.server.commit_of(f"{owner}/{name}", revision), "/".join(file))
             case [owner, name, "resolve", revision, *file] if f"{owner}/{name}" in self.server.gated:
                 self._gated(f"{owner}/{name}", "/".join(file))

@@ -61,10 +61,33 @@ THEIRS: dict[str, dict[str, Any]] = {
         "settings": SIZES | {"k": K, "matryoshka_widths": [10, 50, F]},
     },
 }
+UNLIKE: dict[str, dict[str, Any]] = {
+    "constant-norm": {
+        "class": "TopKSAE",
+        "settings": SIZES | {"k": K, "normalize_activations": "constant_norm_rescale"},
+    },
+    "layer-norm": {"class": "StandardSAE", "settings": SIZES | {"normalize_activations": "layer_norm"}},
+    "layer-norm-off": {"class": "JumpReLUSAE", "settings": SIZES | OFF | {"normalize_activations": "layer_norm"}},
+    "skip-transcoder": {"class": "SkipTranscoder", "settings": TRANSCODES},
+    "jumprelu-skip-transcoder": {"class": "JumpReLUSkipTranscoder", "settings": TRANSCODES},
+}
+"""Autoencoders that normalise each vector, or add a map of it to the reconstruction."""
 SAELENS_HAS_NO = {
     "topk-transcoder": "topk_transcoder", "gated-transcoder": "gated_transcoder", "abstopk": "abstopk",
     "abstopk-transcoder": "abstopk_transcoder",
 }  # fmt: skip
+
+
+def of_ours(name: str) -> SparseAutoencoder:
+    """One of ours that normalises, or skips, as one of theirs does."""
+    skips = "skip" in name
+    architecture = {"Stand": "relu", "TopKS": "topk", "SkipT": "relu"}.get(UNLIKE[name]["class"][:5], "jumprelu-l0")
+    sae = trained(architecture, **({"target_site": "other"} if skips else {}))
+    if skips:
+        sae.W_skip = torch.randn(D_OUT, D, generator=torch.Generator().manual_seed(9)) / 3
+        sae.centre.zero_()
+    sae.input_norm = UNLIKE[name]["settings"].get("normalize_activations", "none")
+    return sae
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +99,10 @@ def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, sae in OURS.items():
         save_sae(sae, folder / "ours" / name, {"hook_name": "blocks.3"})
         folders[str(folder / "ours" / name)] = None
-    for seed, (name, kind) in enumerate(THEIRS.items()):
+    for name in UNLIKE:
+        save_sae(of_ours(name), folder / "ours" / name, {"hook_name": "blocks.3"})
+        folders[str(folder / "ours" / name)] = None
+    for seed, (name, kind) in enumerate((THEIRS | UNLIKE).items()):
         folders[str(folder / "theirs" / name)] = kind | {"seed": seed}
     np.save(folder / "x.npy", rows().numpy())
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ} | OFFLINE
@@ -126,3 +152,28 @@ def test_we_load_what_saelens_saved_and_give_the_same_values(name: str, exchange
     folder = exchanged / "theirs" / name
     for saved in (folder, folder / "inference") if (folder / "inference").is_dir() else (folder,):
         assert_agrees(load_sae(saved), rows(), found_by_saelens(folder))
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_normalised_vectors_and_skip_connections_are_the_same_on_both_sides(
+    name: str, side: str, exchanged: Path
+) -> None:
+    folder, x = exchanged / side / name, rows()
+    sae = of_ours(name) if side == "ours" else load_sae(folder)
+    assert_same(sae, x, found_by_saelens(folder))
+    assert_same(load_sae(folder), x, found_by_saelens(folder))
+
+
+def assert_same(sae: SparseAutoencoder, x: Tensor, theirs: Mapping[str, Tensor]) -> None:
+    """Values within 1e-5 × the largest before rounding to 11 bits, except where a threshold lies between both."""
+    ours = values_of(sae, x)
+    same = (theirs["values"] > 0) == (ours > 0)
+    assert same.double().mean() > 0.999
+    assert 0.005 < (ours > 0).double().mean() < 0.8
+    assert ((theirs["values"] - ours).abs() <= 1e-5 * ours.max() + 2.0**-11 * ours)[same].all()
+    rows_alike = same.all(dim=1)
+    scale = theirs["reconstruction"].abs().max().item()
+    torch.testing.assert_close(
+        sae.reconstruct(x).double()[rows_alike], theirs["reconstruction"][rows_alike], rtol=1e-3, atol=1e-3 * scale
+    )
