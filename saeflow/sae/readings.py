@@ -80,9 +80,11 @@ def _unexplained(sae: SparseAutoencoder, reading: Reading, x: Tensor, wanted: Te
     w_enc = sae.W_enc if reading.w_enc is None else reading.w_enc
     pre = (x * reading.scale - sae.b_in) @ w_enc.t() + reading.b_enc
     match sae.config.architecture:
-        case "topk":
-            top = pre.topk(sae.config.k, dim=1)
-            values = torch.zeros_like(pre).scatter_(1, top.indices, top.values.clamp(min=0))
+        case "topk" | "abstopk":
+            size = pre.abs() if sae.config.architecture == "abstopk" else pre.clamp(min=0)
+            chosen = size.topk(sae.config.k, dim=1).indices
+            values = torch.zeros_like(pre).scatter_(1, chosen, pre.gather(1, chosen))
+            values *= size > 0
         case "gated":
             values = (sae.r_mag.exp() * (pre - reading.b_enc) + sae.b_mag).clamp(min=0) * (pre > 0)
         case _:

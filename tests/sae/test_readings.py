@@ -104,7 +104,7 @@ def test_a_missing_factor_is_told_with_its_number() -> None:
     assert looks_like[1] < 0.05
 
 
-@pytest.mark.parametrize("architecture", ["relu", "topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["relu", "topk", "abstopk", "batchtopk", "jumprelu"])
 def test_a_sound_autoencoder_is_told_nothing(architecture: str) -> None:
     sae, x = planted(architecture)
     assert unexplained(sae, x) < 0.2

@@ -34,7 +34,7 @@ CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAVED_AS: dict[Architecture, str] = {
     "relu": "standard", "topk": "topk", "gated": "gated",
     "jumprelu": "jumprelu", "batchtopk": "jumprelu", "matryoshka": "jumprelu",
-    "abstopk": "abstopk",  # ours: SAELens has none, and refuses the folder
+    "abstopk": "abstopk",
 }  # fmt: skip
 _SAELENS: dict[str, Architecture] = {
     "standard": "relu", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu",

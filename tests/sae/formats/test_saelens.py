@@ -41,6 +41,8 @@ THEIRS: dict[str, dict[str, Any]] = {
     "topk": {"class": "TopKSAE", "settings": SIZES | {"k": K}},
     "topk-by-norm": {"class": "TopKSAE", "settings": SIZES | {"k": K} | BY_NORM},
     "topk-by-norm-off": {"class": "TopKSAE", "settings": SIZES | {"k": K} | BY_NORM | OFF},
+    "abstopk": {"class": "AbsTopKSAE", "settings": SIZES | {"k": K}},
+    "abstopk-by-norm": {"class": "AbsTopKSAE", "settings": SIZES | {"k": K} | BY_NORM},
     "jumprelu": {"class": "JumpReLUSAE", "settings": SIZES},
     "jumprelu-off": {"class": "JumpReLUSAE", "settings": SIZES | OFF},
     "gated": {"class": "GatedSAE", "settings": SIZES},
@@ -73,7 +75,7 @@ UNLIKE: dict[str, dict[str, Any]] = {
 }
 """Autoencoders that normalise each vector, or add a map of it to the reconstruction."""
 SAELENS_HAS_NO = {
-    "topk-transcoder": "topk_transcoder", "gated-transcoder": "gated_transcoder", "abstopk": "abstopk",
+    "topk-transcoder": "topk_transcoder", "gated-transcoder": "gated_transcoder",
     "abstopk-transcoder": "abstopk_transcoder",
 }  # fmt: skip
 
@@ -123,15 +125,18 @@ def assert_agrees(sae: SparseAutoencoder, x: Tensor, theirs: Mapping[str, Tensor
     b_in = p.get("centre", p["b_dec"])
     pre = (x.double() - b_in) @ p["W_enc"].t() + p["b_enc"]
     allowed = 1e-5 * (x.double().norm(dim=1)[:, None] * p["W_enc"].norm(dim=1) + p["b_enc"].abs())
-    cut = pre.topk(K, dim=1).values[:, -1:] if sae.config.architecture == "topk" else p["threshold"].expand(F)
-    sure = (pre - cut).abs() > allowed
+    size = pre.abs() if sae.config.architecture == "abstopk" else pre
+    cut = p["threshold"].expand(F)
+    if sae.config.architecture in ("topk", "abstopk"):
+        cut = size.topk(K, dim=1).values[:, -1:]
+    sure = (size - cut).abs() > allowed
     assert sure.double().mean() > 0.95
     wanted, given = obvious_values(sae, x), theirs["values"]
     if sae.config.architecture == "gated":
         allowed = p["r_mag"].exp() * allowed + 1e-5 * p["b_mag"].abs()
-    assert ((given - wanted).abs() <= allowed)[sure | (pre == cut)].all()
+    assert ((given - wanted).abs() <= allowed)[sure | (size == cut)].all()
     ours = values_of(sae, x)
-    assert ((given - ours).abs() <= allowed + 2.0**-11 * wanted)[sure].all()
+    assert ((given - ours).abs() <= allowed + 2.0**-11 * wanted.abs())[sure].all()
     assert 0.005 < (given > 0).double().mean() < 0.8
     again = given @ p["W_dec"] + p["b_dec"]
     torch.testing.assert_close(again, theirs["reconstruction"], rtol=1e-4, atol=1e-4)
