@@ -35,6 +35,7 @@ NOT_RUN = {
     "saeflow run my.toml --set cluster=tcp://127.0.0.1:8786": "needs a scheduler; tests/system/test_cluster.py has one",
     "saeflow init nightly.toml --files texts/*.txt --model models/lm --sites *.0.mlp.act": "by test_newcomer.py",
     "saeflow serve nightly.toml": "needs Prefect's server; test_newcomer.py types it",
+    "saeflow collect my.toml --from requests": "needs an engine's files; tests/pipeline/test_engines.py makes them",
     "saeflow plan my.toml": "takes half a minute; tests/pipeline/test_forecast.py",
     "saeflow run flows/recipes/demo_transcoder.toml": "minutes; tests/system/test_transcoder.py runs a small one",
     "saeflow synth flows/recipes/synth.toml": "ten minutes; tests/cli/test_synth.py runs a small one",

@@ -37,7 +37,7 @@ def request_documents(config: CorpusConfig, open_listed: Callable[[CorpusConfig]
     assert config.requests is not None
     folder = RequestFolder.of(config.requests)
     about = _listing(config, folder)
-    _require_one_each(_pairs(config, folder, about, open_listed)[0], folder)
+    _require_one_each(_pairs(config, folder, about, open_listed)[0], folder, config.share)
     pairs, metadata = _pairs(config, folder, about, open_listed)
     has_prompts = PROMPT not in metadata.names and any(each.n_prompt is not None for each in folder.requests.values())
     if has_prompts:
@@ -93,7 +93,7 @@ def _pairs(
     return ((each, each.text) for each in named), opened.metadata.append(pa.field(REQUEST, pa.string()))
 
 
-def _require_one_each(pairs: Pairs, folder: RequestFolder) -> None:
+def _require_one_each(pairs: Pairs, folder: RequestFolder, share: float) -> None:
     """Raise UserError that names documents without a request, and requests or documents that are named twice."""
     known = folder.requests  # before the corpus is read: what raises here must leave no reader open
     keys, named, twice, missing = set[str](), set[str](), list[str](), list[str]()
@@ -115,5 +115,5 @@ def _require_one_each(pairs: Pairs, folder: RequestFolder) -> None:
             f"{some_of(missing)}.\nRun them again, or leave their documents out of the index or the "
             "corpus. A request is called as its file: ID.safetensors."
         )
-    if left := known.keys() - named:
+    if share == 1 and (left := known.keys() - named):
         _log.warning("corpus.requests: left out: %s files of no document, e.g. %s", f"{len(left):,}", min(left))
