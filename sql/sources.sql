@@ -29,6 +29,12 @@ create or replace macro src_is_encoded(token, entry) as
 create or replace macro src_is_signed() as
 ($is_signed::boolean);
 
+create or replace macro src_skip_reason(token, entry) as
+($skip_reason);
+
+create or replace view src_left_out as
+select token_id, vocab_id, length from $left_out;
+
 create or replace view src_documents as
 select * from $documents;
 

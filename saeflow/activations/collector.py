@@ -7,9 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from saeflow.activations.forward import ForwardPass
+from saeflow.activations.lengths import LENGTHS_FILE, PartLengths, lengths_of
 from saeflow.activations.norms import NORMS_FILE, Norms, norms_of
 from saeflow.activations.shards import plan_layout
 from saeflow.activations.writer import open_writer, to_disk_precision
@@ -18,8 +20,8 @@ from saeflow.runtime.progress import Bar
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 
-_Stored = tuple[np.ndarray, np.ndarray]
-"""Values of one site as stored, and the norms of its vectors."""
+_Stored = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Values of one site as stored, and the norms of its vectors before and after they were rounded."""
 _QUEUE = 4
 """Forward batches that wait for the disk before the model has to wait."""
 
@@ -39,14 +41,17 @@ class Collector:
         """Run the model over one token part and keep the activations as a part."""
         source, config = self.forward.source, self.forward.config
         n, length = part.counts["n_sequences"], int(source.fact("context_length"))
-        norms, known = Norms(self.sites, length), dict[str, str]()
+        norms, lengths, known = Norms(self.sites, length), PartLengths(self.sites), dict[str, str]()
 
         def store(rows: slice, mask: np.ndarray, values: list[Tensor]) -> tuple[np.ndarray, list[_Stored]]:
-            lengths = [norms_of(each) for each in values]
+            exact = [norms_of(each) for each in values]
             return mask, [
-                (to_disk_precision(each, config, part, rows.start, float(norms.max())), norms)
-                for each, norms in zip(values, lengths, strict=True)
-            ]
+                (
+                    to_disk_precision(each, config, part, rows.start, float(norms.max())), norms,
+                    lengths_of(each.to(getattr(torch, config.dtype))),
+                )
+                for each, norms in zip(values, exact, strict=True)
+            ]  # fmt: skip
 
         with self.target.new_part(part.index, dict(part.counts), {"tokens": part.folder}, known) as folder:
             writers = [
@@ -56,14 +61,17 @@ class Collector:
             with ThreadPoolExecutor(1, "saeflow-disk") as disk:
                 pending: deque[Future[None]] = deque()
                 for mask, found in self.forward.run(part, store):
-                    pending += [disk.submit(w.append, block) for w, (block, _) in zip(writers, found, strict=True)]
-                    norms.add([each for _, each in found], mask)
+                    pending += [disk.submit(w.append, block) for w, (block, *_) in zip(writers, found, strict=True)]
+                    norms.add([each for _, each, _ in found], mask)
+                    lengths.add([each for *_, each in found])
                     while len(pending) > _QUEUE * len(writers):
                         pending.popleft().result()
                     bar.advance(int(mask.sum()))
                 for future in pending:
                     future.result()
             norms.write(folder / NORMS_FILE)
+            if "median_lengths" in self.target.record.facts:  # else the other parts have none: of an earlier saeflow
+                lengths.write(folder / LENGTHS_FILE)
             for writer in writers:
                 writer.close()
                 known |= {f"{writer.path.name}/{name}": each for name, each in writer.checksums.items()}

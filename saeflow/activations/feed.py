@@ -14,6 +14,7 @@ from dask.threaded import get
 from torch import Tensor
 
 from saeflow.activations.epoch import Block, Pool, TrainingBlocks, batches_of_pools, fit_pool, plan_epoch, plan_pools
+from saeflow.activations.lengths import LongVectors, longest_allowed, without_long
 from saeflow.activations.shards import StoredArray, open_site
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
@@ -59,7 +60,10 @@ class Feed:
         block_sequences, self.pool_blocks = fit_pool(config, selection.length * self._row_bytes)
         self.blocks = TrainingBlocks(parts, block_sequences)
         self.stride = block_sequences * selection.length
-        self.counts = self.blocks.sums(selection.counts)
+        limit = longest_allowed(selection, target, self.site)
+        self._long = None if limit is None else LongVectors(target, parts, self.site, limit)
+        self._n_too_long = 0
+        self.counts = self.blocks.sums(self._counts)
         """Selected tokens of each block."""
         self.n_bytes_read = 0
         """Stored bytes of the blocks that were read so far."""
@@ -67,8 +71,34 @@ class Feed:
         if not self.n_rows:
             raise UserError(
                 f"{selection.source.id} has no training tokens. Read more documents, lower corpus.held_out, or skip "
-                "fewer tokens (activations.skip_positions, activations.skip_special)."
+                "fewer tokens (activations.skip_positions, skip_special, skip_norms_above)."
             )
+
+    def _counts(self, index: int) -> np.ndarray:
+        """Return int64 (S,): selected tokens of every sequence of a part."""
+        if self._long is None:
+            return self.selection.counts(index)
+        mask = self.selection.mask(index)
+        short, train = (
+            self._long.without(mask, index),
+            slice(0, self.selection.parts[index].counts["n_train_sequences"]),
+        )
+        self._n_too_long += int(mask[train].sum() - short[train].sum())
+        return np.asarray(short.sum(1))
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Training tokens that settings or forgotten documents leave out; nothing if no setting does."""
+        if not self.selection.facts:
+            return {}
+        n_tokens = sum(part.counts["n_train_tokens"] for part in self.blocks.parts)
+        found = {"n_left_out": n_tokens - self.n_rows}
+        return found if self._long is None else found | {"n_left_out_by_length": self._n_too_long}
+
+    def _mask(self, index: int, rows: slice = slice(None)) -> np.ndarray:
+        """Return bool (s, T): the selected tokens of these sequences of a part."""
+        mask = self.selection.mask(index, rows)
+        return mask if self._long is None else self._long.without(mask, index, rows.start or 0)
 
     @property
     def site(self) -> Site:
@@ -122,7 +152,7 @@ class Feed:
         """Return where row `row` of batch number `batch` is stored. Reads the masks of one block, no activations."""
         number, nth = divmod(int(next(self._planned(batch)).batches[0][row]), self.stride)
         block = self.blocks[number]
-        selection = self.selection.mask(block.part.index, slice(block.start, block.stop)).reshape(-1).nonzero()[0]
+        selection = self._mask(block.part.index, slice(block.start, block.stop)).reshape(-1).nonzero()[0]
         sequence, position = divmod(int(selection[nth]), self.selection.length)
         return TokenLocation(block.part.index, block.part.counts["first_sequence"] + block.start + sequence, position)
 
@@ -181,9 +211,7 @@ class Feed:
         """Fill `out` with the selected tokens of the block, one tensor per site."""
         rows = slice(block.start, block.stop)
         whole = len(out[0]) == (block.stop - block.start) * self.selection.length
-        chosen = (
-            None if whole else torch.from_numpy(self.selection.mask(block.part.index, rows).reshape(-1).nonzero()[0])
-        )
+        chosen = None if whole else torch.from_numpy(self._mask(block.part.index, rows).reshape(-1).nonzero()[0])
         for site, room in zip(self.sites, out, strict=True):
             array = self._array(block.part.index, site)
             if chosen is None:
@@ -219,9 +247,10 @@ def aligned_held_out_rows(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield held-out activations of several sites: one tensor (n, D) per site, the same tokens in the same rows.
 
-    Tokens come in the order of the store. At most one shard of each site is in memory.
+    Tokens come in the order of the store. At most one shard of each site is in memory. Those whose vectors are too long
+    at the first site are passed over, but count towards `max_tokens`.
     """
-    left = max_tokens
+    left, limit = max_tokens, longest_allowed(selection, target, sites[0])
     for part in target.published().parts:
         first, n = part.counts["n_train_sequences"], part.counts["n_sequences"]
         if left <= 0 or first == n:
@@ -234,7 +263,8 @@ def aligned_held_out_rows(
             chosen = mask[start - first : stop - first].reshape(-1).nonzero()[0][:left]
             if len(chosen):
                 rows = slice(start, start + int(chosen[-1]) // selection.length + 1)
-                yield tuple(array.read(rows).flatten(0, 1)[torch.from_numpy(chosen)].float() for array in stored)
+                values = [array.read(rows).flatten(0, 1)[torch.from_numpy(chosen)] for array in stored]
+                yield tuple(each.float() for each in without_long(values, limit))
                 left -= len(chosen)
 
 
@@ -272,7 +302,8 @@ def measure_mixing(feed: Feed) -> BatchMixing:
 
 def _owners(feed: Feed, block: Block) -> np.ndarray:
     """Return the document_id of the selected tokens of a block."""
-    return feed.selection.owners(block.part.index, slice(block.start, block.stop))
+    rows = slice(block.start, block.stop)
+    return feed.selection.owners(block.part.index, rows, feed._mask(block.part.index, rows))
 
 
 def _random_blocks(feed: Feed, owners: dict[int, np.ndarray]) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.activations.engines.reader import EngineFiles, RequestRows
+from saeflow.activations.lengths import first_tokens, medians_of, without_long
 from saeflow.activations.writer import to_precision
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
@@ -90,6 +91,12 @@ class ForwardPass:
         with contextlib.closing(SiteReader(self.model, self.sites)) as reader:
             yield read
 
+    def median_lengths(self, part: PartRecord) -> dict[str, float]:
+        """Return the median length at each site over the first tokens of a part, in one pass."""
+        vocab_ids, mask = map(first_tokens, token_parts.read_part(self.source, part))
+        with own_stream(device_of_source(self.model)), self._reading(part, vocab_ids, mask) as reading:
+            return medians_of(reading(slice(0, len(mask))) if mask.any() else {}, self.config.dtype, mask)
+
     def selected(
         self, part: PartRecord, wanted: np.ndarray, work: Callable[[np.ndarray, list[Tensor]], Found]
     ) -> Iterator[Found]:
@@ -110,11 +117,18 @@ class ForwardPass:
 
         return self.run(part, select, wanted)
 
-    def tokens(self, selection: TokenSelection, most: int, held_out: bool) -> Iterator[tuple[Tensor, ...]]:
+    def tokens(
+        self, selection: TokenSelection, most: int, held_out: bool, longest: float | None
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Yield values float32 (n, D) of each site at the selected tokens of one side of the corpus, at most `most`.
 
-        Tokens come in the order of the store.
+        Tokens come in the order of the store. Vectors above `longest` at the first site are passed over, but count
+        towards `most`.
         """
+
+        def short(_: np.ndarray, values: list[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(each.float().cpu() for each in without_long(values, longest))
+
         for part in selection.generation.parts:
             first = part.counts["n_train_sequences"]
             side = slice(first, None) if held_out else slice(0, first)
@@ -122,7 +136,7 @@ class ForwardPass:
             wanted[side] = selection.mask(part.index, side)
             wanted.reshape(-1)[wanted.reshape(-1).nonzero()[0][most:]] = False
             most -= int(wanted.sum())
-            yield from self.selected(part, wanted, lambda _, values: tuple(each.float().cpu() for each in values))
+            yield from self.selected(part, wanted, short)
             if not most:
                 return
 

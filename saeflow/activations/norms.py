@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow.corpus.selection import positions_from_start
+from saeflow.activations.lengths import has_lengths, median_length, stored_lengths
+from saeflow.activations.shards import stored_sites
+from saeflow.corpus import token_parts
+from saeflow.corpus.selection import TokenSelection, positions_from_start
 from saeflow.model.sites import Site
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.devices import to_processor
@@ -85,6 +90,63 @@ def massive_positions(means: np.ndarray) -> list[int]:
     """Return the positions whose mean norm is more than ten times that of the median position."""
     median = np.nanmedian(means) if np.isfinite(means).any() else np.nan
     return np.flatnonzero(means > _MASSIVE_FACTOR * median).tolist()
+
+
+def say_which_are_long(used: TokenSelection, target: Artefact, progress: Progress) -> None:
+    """Count the vectors that a setting leaves out for their length, and name their most frequent tokens.
+
+    Without that setting, name it if such vectors, away from massive positions, would draw the loss.
+    """
+    factor, means = used.skip_norms_above or _MASSIVE_FACTOR, mean_norms(target)
+    for site in stored_sites(target):
+        median = median_length(used.source, target, site)
+        skipped = [] if used.skip_norms_above else massive_positions(means.get(site.name, np.empty(0)))
+        found = _long_vectors(used, target, site, factor * median, skipped)
+        if found is None or not (used.skip_norms_above or found.share_of_squares > _LEAST_SHARE):
+            continue
+        way_out = f" An SAE would spend its loss there.\nSet {_SETTING}."
+        progress.say(
+            f"activations: at {site.name}, {found.n_long:,} of {found.n_tokens:,} vectors are longer than {factor:g} "
+            f"times the median length {median:,.4g}{found.pieces(used.source)}"
+            + (" and are left out." if used.skip_norms_above else f".{way_out}")
+        )
+
+
+_LEAST_SHARE = 0.01
+"""Share of all squared lengths from which on long vectors are said."""
+_SETTING = f"activations.skip_norms_above = {_MASSIVE_FACTOR}; nothing is collected again"
+
+
+@dataclass(frozen=True)
+class _LongVectors:
+    n_tokens: int
+    n_long: int
+    share_of_squares: float
+    vocab_ids: Counter[int]
+
+    def pieces(self, source: Artefact) -> str:
+        most = self.vocab_ids.most_common(3)
+        pieces = pq.read_table(source.own_file("vocab.parquet"), columns=["piece"]).column("piece")
+        return f", most often {', '.join(f'{pieces[i].as_py()!r} ({n:,})' for i, n in most)}" if most else ""
+
+
+def _long_vectors(
+    used: TokenSelection, target: Artefact, site: Site, limit: float, skipped: Sequence[int]
+) -> _LongVectors | None:
+    """Count selected vectors longer than `limit`, but at the `skipped` positions, in a sample of parts."""
+    parts = [part for part in target.published().parts if has_lengths(part)]
+    n, n_long, squares, long_squares, vocab_ids = 0, 0, 0.0, 0.0, Counter[int]()
+    for part in parts[:: -(-len(parts) // _PARTS_READ) or 1]:
+        mask = used.mask(part.index)
+        mask[:, list(skipped)] = False
+        lengths = stored_lengths(target, part, site)[mask.reshape(-1)].astype(np.float64)
+        long = lengths > limit
+        n, n_long = n + len(long), n_long + int(long.sum())
+        squares, long_squares = squares + float((lengths**2).sum()), long_squares + float((lengths[long] ** 2).sum())
+        if long.any():
+            ids = token_parts.read_part(used.source, used.parts[part.index])[0][mask][long]
+            vocab_ids.update(ids.tolist())
+    return _LongVectors(n, n_long, long_squares / (squares or 1), vocab_ids) if n else None
 
 
 def warn_of_massive_positions(target: Artefact, config: ActivationsConfig, progress: Progress) -> None:

@@ -87,17 +87,30 @@ def show_command(
     """
     from saeflow.store.records import read_checked
 
-    artefact = _find_artefact(existing_store(store), name)
+    opened = existing_store(store)
+    artefact = _find_artefact(opened, name)
     out.print(f"{sanitise(artefact.id)}\n{sanitise(str(artefact.path))}")
     table = new_table("setting", "value")
     for key, value in sorted(artefact.record.facts.items()):
         table.add_row(sanitise(key), sanitise(str(value)))
     for name in artefact.record.inputs:
         table.add_row("reads", sanitise(name))
+    if left_out := _left_out(opened, artefact):
+        table.add_row("left out", sanitise(left_out))
     quality = artefact.path / "quality.json"
     for key, value in (read_checked(quality) if quality.is_file() else {}).items():
         table.add_row(sanitise(key), f"{value:.4f}" if isinstance(value, float) else sanitise(str(value)))
     out.print(table)
+
+
+def _left_out(store: Store, artefact: Artefact) -> str:
+    """Return how many tokens a run leaves out; empty for other artefacts, and if its records cannot be read."""
+    from saeflow.features.left_out import left_out_in_words
+
+    with contextlib.suppress(UserError, OSError):
+        if artefact.kind == "features":
+            return left_out_in_words(artefact, store.input_of(artefact, "tokens"))
+    return ""
 
 
 def _find_artefact(store: Store, name: str) -> Artefact:

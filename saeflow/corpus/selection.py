@@ -6,10 +6,11 @@ Activations of every position are stored; these are the ones that are trained on
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,7 +30,11 @@ class TokenSelection:
     skip_positions: tuple[int, ...] = ()
     skip_special: bool | tuple[int, ...] = False
     """True: every special entry of the vocabulary. Else the vocab_ids to leave out."""
+    skip_norms_above: float | None = None
+    """Vectors longer than this many times the median do not count either. `activations.lengths` finds them."""
     generation: Generation = field(init=False, compare=False)
+    SETTINGS: ClassVar = ("skip_positions", "skip_special", "skip_norms_above")
+    """The settings in `[activations]`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "generation", self.source.published())
@@ -37,11 +42,12 @@ class TokenSelection:
     @classmethod
     def of(cls, source: Artefact, config: ActivationsConfig) -> TokenSelection:
         """Return what a recipe selects. Raises UserError for positions and entries that there are not."""
+        source.published()
         positions = positions_from_start(config.skip_positions, int(source.fact("context_length")))
         if isinstance(config.skip_special, bool):
-            return cls(source, positions, config.skip_special)
+            return cls(source, positions, config.skip_special, config.skip_norms_above)
         special = chosen_entries(source.own_file("vocab.parquet"), config.skip_special)
-        return cls(source, positions, tuple(special.tolist()) or False)
+        return cls(source, positions, tuple(special.tolist()) or False, config.skip_norms_above)
 
     @cached_property
     def length(self) -> int:
@@ -62,25 +68,33 @@ class TokenSelection:
     def facts(self) -> dict[str, Any]:
         """The settings, where they are not the defaults: for fingerprints and records."""
         special = self.skip_special if isinstance(self.skip_special, bool) else list(self.skip_special)
-        settings = {"skip_positions": list(self.skip_positions), "skip_special": special}
+        settings = {
+            "skip_positions": list(self.skip_positions), "skip_special": special,
+            "skip_norms_above": self.skip_norms_above,
+        }  # fmt: skip
         return {name: value for name, value in settings.items() if value}
 
     @classmethod
     def from_facts(cls, source: Artefact, facts: Mapping[str, Any]) -> TokenSelection:
         special = facts.get("skip_special", False)
         special = tuple(special) if isinstance(special, list) else bool(special)
-        return cls(source, tuple(facts.get("skip_positions", ())), special)
+        return cls(source, tuple(facts.get("skip_positions", ())), special, facts.get("skip_norms_above"))
 
-    def mask(self, index: int, rows: slice = slice(None)) -> np.ndarray:
-        """Return bool (s, T): True at the used tokens of these sequences of a part."""
+    def mask(self, index: int, rows: slice = slice(None), left_out: Counter[str] | None = None) -> np.ndarray:
+        """Return bool (s, T): True at the used tokens of these sequences of a part, however long their vectors.
+
+        `left_out` counts the others by reason, each once, without those of forgotten documents.
+        """
         table = self._read(self.parts[index], ["document_id", "vocab_id"], rows)
         owners = table["document_id"]
         used = owners >= 0
         hidden = [document.document_id for document in self.generation.hidden.get(index, ())]
         if hidden:
             used &= ~np.isin(owners, hidden)
-        for _, left_out in self.reasons(table.get("vocab_id", owners)):
-            used &= ~left_out
+        for reason, applies in self.reasons(table.get("vocab_id", owners)):
+            if left_out is not None:
+                left_out[reason] += int((used & applies).sum())
+            used &= ~applies
         return np.asarray(used)
 
     def reasons(self, vocab_ids: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -90,10 +104,9 @@ class TokenSelection:
         if len(self.special):
             yield "special", np.isin(vocab_ids, self.special)
 
-    def owners(self, index: int, rows: slice) -> np.ndarray:
-        """Return the document_id (n,) int64 of the used tokens of these sequences of a part."""
-        owners = self._read(self.parts[index], ["document_id"], rows)["document_id"]
-        return np.asarray(owners[self.mask(index, rows)])
+    def owners(self, index: int, rows: slice, mask: np.ndarray) -> np.ndarray:
+        """Return the document_id (n,) int64 of the tokens that `mask` (s, T) marks in these sequences of a part."""
+        return np.asarray(self._read(self.parts[index], ["document_id"], rows)["document_id"][mask])
 
     def counts(self, index: int) -> np.ndarray:
         """Return int64 (S,): used tokens of every sequence of a part. Reads no tokens if the record says enough."""

@@ -7,5 +7,6 @@ statistics    the tokens of a part, and statistics of its values
 files         how values lie in files
 part_encoder  one activation part through one or more SAEs
 compaction    merge many parts into few
+left_out      how many tokens a run leaves out, and why
 run_tables    tables beside the parts: similar features, and the words a feature promotes
 """

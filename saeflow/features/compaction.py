@@ -7,6 +7,7 @@ beside the old parts and takes their place in one switch, so a reader sees eithe
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coactivation import PAIR_BYTES, TABLE_FEATURES, PairCounter
 from saeflow.features.counting import KeyTotals, most_frequent_keys, place_sorted
-from saeflow.features.files import TokenMajorWriter, files_of, read_tokens, write_values
+from saeflow.features.files import TokenMajorWriter, files_of, read_tokens, write_table, write_values
 from saeflow.features.schema import FIRST_INDEX, PART_TABLES, TOP, TOP_VOCAB, covered, has_every_table, stands_for
 from saeflow.features.statistics import PartStatistics, TokenColumns, read_token_columns
 from saeflow.runtime.progress import Bar
@@ -74,6 +75,8 @@ class PartMerger:
         changes = sum(a is not b for a, b in itertools.pairwise(self.taken.values()))
         self.interleaved = changes >= len(self.parts)
         self.n_tokens = 0
+        self.left_out: list[pa.Table] = []
+        self.left_out_counts: Counter[str] = Counter()
         spans = self.selection.spans
         first, last = spans[min(self.taken)][0], spans[max(self.taken)][1]
         self.first_token, self.vocab_ids = first, np.zeros(last - first + 1, np.int32)
@@ -86,6 +89,8 @@ class PartMerger:
         if pairs.exact:
             self.statistics.set_pairs(pairs.best(self.statistics.n_tokens, TOP, self._values))
         self.statistics.write(self.folder)
+        if self.left_out:
+            write_table(self.folder / "left_out.parquet", pa.concat_tables(self.left_out))
 
     def _write_by_token(self, pairs: PairCounter) -> None:
         """Write the order by token; the statistics of whole parts are added up, others are counted."""
@@ -108,12 +113,23 @@ class PartMerger:
         writer.close()
 
     def _note_tokens(self, index: int, counted: bool) -> TokenColumns:
-        tokens = read_token_columns(self.selection, index)
+        tokens = self._without_long(read_token_columns(self.selection, index), index)
         self.vocab_ids[tokens.first_token - self.first_token :][: len(tokens.mask)] = tokens.vocab_ids
         self.n_tokens += int(tokens.mask.sum())
+        self.left_out_counts.update(tokens.left_out_counts)
         if not counted:
             self.statistics.count_tokens(tokens)
         return tokens
+
+    def _without_long(self, tokens: TokenColumns, index: int) -> TokenColumns:
+        """Leave out the tokens that were too long when the activation part was encoded."""
+        part = self.taken[index]
+        if not any(file.name == "left_out.parquet" for file in part.files):
+            return tokens
+        first, last = self.selection.spans[index]
+        wanted = [("token_id", ">=", first), ("token_id", "<=", last)]
+        self.left_out.append(pq.read_table(self.target.part_file(part, "left_out.parquet"), filters=wanted))
+        return tokens.without(self.left_out[-1].column("token_id").to_numpy())
 
     def _table(self, part: PartRecord, name: str) -> pa.Table:
         return pq.read_table(self.target.part_file(part, f"{name}.parquet"))
@@ -317,6 +333,6 @@ def _merge(
     with target.new_part(index, counts, inputs) as folder:
         merger = PartMerger(target, selection, taken, folder, bar, settings)
         merger.merge()
-        counts["n_tokens"] = merger.n_tokens
+        counts |= {"n_tokens": merger.n_tokens} | merger.left_out_counts
         counts["n_values"] = int(merger.statistics.n_tokens.sum())
     return target.made[index]

@@ -47,6 +47,11 @@ PART_TABLES: dict[str, pa.Schema] = {
 }  # fmt: skip
 """One file each in a part, beside the two orders."""
 
+LEFT_OUT_TABLE: dict[str, pa.Schema] = {
+    "left_out": pa.schema({"token_id": _N, "vocab_id": _ID, "length": pa.float32()}),
+}
+"""Tokens whose vectors are too long: a file in the parts of runs with `activations.skip_norms_above`."""
+
 RUN_TABLES: dict[str, pa.Schema] = {
     "similar": pa.schema({"feature_id": _ID, "other_id": _ID, "cosine": pa.float32()}),
     "logits": pa.schema({"feature_id": _ID, "vocab_id": _ID, "logit": pa.float32()}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,20 @@ class TokenColumns:
     bands: np.ndarray
     """int32: `bands_of` the positions."""
     sources: list[TokenSource]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Tokens that are not encoded, by reason."""
+
+    @property
+    def left_out_counts(self) -> dict[str, int]:
+        """`left_out` as counts of a part's record."""
+        return {f"n_left_out_by_{reason}": n for reason, n in self.left_out.items()}
+
+    def without(self, token_ids: np.ndarray) -> TokenColumns:
+        """Return the columns if these tokens are not encoded, because their vectors are too long."""
+        mask = self.mask.copy()
+        mask[token_ids - self.first_token] = False
+        left_out = {**self.left_out, "length": int(self.mask.sum() - mask.sum())}
+        return replace(self, mask=mask, left_out=left_out)
 
     def of(self, token_ids: np.ndarray) -> TokenColumns:
         """Return the columns of some tokens."""
@@ -55,11 +69,12 @@ def read_token_columns(selection: TokenSelection, index: int) -> TokenColumns:
     """Read the tokens of one part; sources beyond the MOST_SOURCES with most encoded tokens count as one."""
     part = selection.parts[index]
     tokens = pq.read_table(selection.source.part_file(part, "tokens.parquet"), columns=["vocab_id", "document_id"])
-    mask = selection.mask(index).reshape(-1)
+    left_out: Counter[str] = Counter()
+    mask = selection.mask(index, left_out=left_out).reshape(-1)
     codes, sources = _source_codes(selection, index, tokens.column("document_id").fill_null(-1).to_numpy(), mask)
     bands = np.tile(bands_of(np.arange(selection.length)), part.counts["n_sequences"])
     first = part.counts["first_sequence"] * selection.length
-    return TokenColumns(first, mask, tokens.column("vocab_id").to_numpy(), codes, bands, sources)
+    return TokenColumns(first, mask, tokens.column("vocab_id").to_numpy(), codes, bands, sources, left_out)
 
 
 def bands_of(positions: np.ndarray) -> np.ndarray:

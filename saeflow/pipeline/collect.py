@@ -12,7 +12,7 @@ from saeflow.activations.collector import Collector
 from saeflow.activations.engines.reader import EngineFiles, documents_of
 from saeflow.activations.epoch import fit_pool
 from saeflow.activations.forward import ForwardPass, device_of_source, require_embedded
-from saeflow.activations.norms import warn_of_massive_positions
+from saeflow.activations.norms import say_which_are_long, warn_of_massive_positions
 from saeflow.activations.shards import ITEM_BYTES, is_kept, stored_sites
 from saeflow.corpus.requests.documents import REQUEST
 from saeflow.model.load import load_model, model_fingerprint
@@ -137,6 +137,7 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
         make_parts(work, lineage.store, recipe.cluster, progress, through)
         if missing:
             warn_of_massive_positions(target, recipe.activations, progress)
+            say_which_are_long(lineage.selection(), target, progress)
     return target
 
 
@@ -207,8 +208,12 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
         n_bytes = row_bytes(sites) * sum(part.counts["n_sequences"] for part in missing)
         lineage.store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
     about = lineage.activation_facts | {"stored": [[site.name, site.width] for site in sites]} | engine
-    lineage.activations.create(about, [lineage.tokens.id])
     forward = _forward(lineage.tokens, recipe.activations, model, sites, recipe.threads)
+    if missing and not lineage.activations.exists():
+        sample = lineage.training.activations  # one median for training and for encoding
+        known = sample.record.facts.get("median_lengths") if sample.exists() else None
+        about["median_lengths"] = known or forward.median_lengths(missing[0])
+    lineage.activations.create(about, [lineage.tokens.id])
     return Collector(forward, lineage.activations)
 
 

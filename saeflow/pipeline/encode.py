@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from saeflow.activations.forward import ForwardPass
+from saeflow.activations.lengths import longest_allowed
 from saeflow.activations.shards import is_kept, stored_sites
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction, run_tables
 from saeflow.features.compaction import MergeSettings
+from saeflow.features.left_out import left_out_in_words
 from saeflow.features.part_encoder import PartEncoder, encode_together, part_inputs
 from saeflow.features.schema import covered, stands_for
 from saeflow.pipeline.collect import open_forward
@@ -100,7 +102,8 @@ def encoder_of(run: Ancestors, used: TokenSelection, config: FeaturesConfig) -> 
     """Return the encoder of a run that exists, as the run's record says."""
     sae = load_sae(run.sae.fetched()).to(choose_device("features.device", config.device))
     sae.prepare()
-    return PartEncoder(used, run.activations, run.artefact, run.site, sae, config.batch_rows)
+    longest = longest_allowed(used, run.activations, run.site)
+    return PartEncoder(used, run.activations, run.artefact, run.site, sae, config.batch_rows, longest)
 
 
 def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Artefact:
@@ -216,6 +219,8 @@ def publish(
     fresh = [part for part in parts if part.folder not in known]
     require_checks(store, target, fresh, _config(recipe).check_values, progress)
     target.publish(parts)
+    if fresh and (words := left_out_in_words(target, used.source)):
+        progress.say(f"features: left out {words}")
 
 
 def runs_over(store: Store, stored: Artefact) -> list[Artefact]:

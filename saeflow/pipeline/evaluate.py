@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saeflow.activations.feed import Feed, aligned_held_out_rows
 from saeflow.activations.forward import ForwardPass
+from saeflow.activations.lengths import too_long
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.schema import holding
@@ -144,7 +145,7 @@ def _read(lineage: Lineage, forward: ForwardPass | None, held_out: bool) -> Iter
     """Yield the activations (n, D) to judge on, of each site: held-out ones, or those of training."""
     most, used, sites = lineage.recipe.evaluate.max_tokens, lineage.selection(), lineage.distinct_sites
     if forward:
-        yield from forward.tokens(used, most, held_out)
+        yield from forward.tokens(used, most, held_out, lineage.longest_allowed)
     elif held_out:
         yield from aligned_held_out_rows(used, lineage.activations, sites, most)
     else:
@@ -198,7 +199,8 @@ def _language_model(lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, prog
     if not n_predicted:
         progress.say("evaluate: no held-out token follows another in its sequence, so there is no loss to recover")
         return {}
-    splice, changes = _Splice(), _changes(sae, mean)
+    dtype = getattr(torch, recipe.activations.dtype)
+    splice, changes = _Splice(dtype, lineage.longest_allowed), _changes(sae, mean)
     n_passes = 1 + len(changes)
     with spliced(model, read, target, splice), progress.bar("loss", n_passes * n_predicted, "tokens") as bar:
         sums = []
@@ -244,8 +246,8 @@ class _Batch:
 class _Splice:
     """Applies a change at the target, in the pass that this thread runs, to the tokens that count."""
 
-    def __init__(self) -> None:
-        self.here = threading.local()
+    def __init__(self, dtype: torch.dtype, longest: float | None) -> None:
+        self.here, self.dtype, self.longest = threading.local(), dtype, longest
 
     def set(self, change: Change | None, used: Tensor) -> None:
         self.here.change, self.here.used = change, used
@@ -253,7 +255,11 @@ class _Splice:
     def __call__(self, x: Tensor, there: Tensor) -> Tensor:
         if self.here.change is None:
             return there
-        used, changed = self.here.used.to(there.device), self.here.change(x, there)
+        used, changed = (
+            self.here.used & ~torch.from_numpy(too_long(x.to(self.dtype), self.longest)),
+            self.here.change(x, there),
+        )
+        used = used.to(there.device)
         return changed if used.all() else torch.where(used[:, :, None], changed, there)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from saeflow.activations.lengths import longest_allowed
 from saeflow.activations.shards import stored_sites
 from saeflow.activations.tables.source import source_checksum
 from saeflow.corpus.selection import TokenSelection
@@ -103,7 +104,18 @@ class Lineage:
 
     @cached_property
     def features(self) -> Artefact:
-        return self.store.artefact("features", self.recipe.name, fingerprint(self.feature_facts))
+        """The run. Of an imported SAE, tokens that are left out make another run, as an SAE trained without them does.
+
+        An earlier saeflow gave all of them one name: such a run stays the recipe's if it leaves out the same tokens.
+        """
+        plain = self.store.artefact("features", self.recipe.name, fingerprint(self.feature_facts))
+        about = settings_that_count(self.recipe.activations)
+        skips = {name: about[name] for name in TokenSelection.SETTINGS if name in about}
+        if self.recipe.sae.source is None or not skips:
+            return plain
+        if plain.exists() and TokenSelection.from_facts(self.tokens, plain.record.facts) == self.selection():
+            return plain
+        return self.store.artefact("features", self.recipe.name, fingerprint(self.feature_facts | skips))
 
     @cached_property
     def token_facts(self) -> dict[str, Any]:
@@ -183,6 +195,11 @@ class Lineage:
     def selection(self) -> TokenSelection:
         """The tokens that count, as they are published now."""
         return TokenSelection.of(self.tokens, self.recipe.activations)
+
+    @property
+    def longest_allowed(self) -> float | None:
+        """Length above which vectors at the site do not count."""
+        return longest_allowed(self.selection(), self.activations, self.site)
 
     @cached_property
     def _sae(self) -> tuple[Artefact, dict[str, Any]]:

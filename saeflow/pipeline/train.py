@@ -176,6 +176,9 @@ def _train(chosen: list[Lineage], progress: Progress) -> None:
         if now != number:
             progress.say(f"train: on generation {number} of {feed.target.id}, as begun; {now} is there by now")
         progress.say(f"train: {measure_mixing(feed)}")
+        for reason, n in feed.left_out.items():
+            which = "tokens are left out" if reason == "n_left_out" else "of these for the length of their vectors"
+            progress.say(f"train: {n:,} {which}")
         jobs = [TrainingJob(each.recipe, each.sae, each.sae_facts) for each in together]
         TrainingGroup(feed, jobs, progress).run()
 

@@ -87,7 +87,8 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
     found = relations(run.files, run.left_out, run.hidden)
     if run.labels:
         found["labels"] = labels_relation(run.labels)
-    return text.substitute(found, runs=rows, hidden=literal([*map(int, run.hidden)]), encoded=run.encoded, **shape)
+    conditions = {"encoded": run.encoded, "skip_reason": run.skip_reason}
+    return text.substitute(found, runs=rows, hidden=literal([*map(int, run.hidden)]), **conditions, **shape)
 
 
 def sql_texts(*folders: str) -> Iterator[str]:

@@ -87,6 +87,7 @@ def _values_of(
     import numpy as np
     import torch
 
+    from saeflow.activations.lengths import longest_allowed, too_long
     from saeflow.activations.shards import stored_sites
     from saeflow.corpus.selection import TokenSelection
     from saeflow.corpus.token_parts import ids_of, pack
@@ -113,6 +114,7 @@ def _values_of(
     selection = TokenSelection.from_facts(store.input_of(run.artefact, "tokens"), run.artefact.record.facts)
     for _, left_out in selection.reasons(rows):
         used &= ~left_out
+    used &= ~too_long(values.to(dtype), longest_allowed(selection, stored, site))
     sae = load_sae(store.input_of(run.artefact, "saes").fetched())
     return rows[used], sae.encode_sparse(values[torch.from_numpy(used)])
 

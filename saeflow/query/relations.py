@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from saeflow.corpus.token_parts import BLOCK_TOKENS, MARK_TYPES
-from saeflow.features.schema import LABELS, ORDERS, PART_TABLES, RUN_TABLES, VALUES
+from saeflow.features.schema import LABELS, LEFT_OUT_TABLE, ORDERS, PART_TABLES, RUN_TABLES, VALUES
 from saeflow.runtime.text import HOSTILE
 
 Files = Mapping[str, Sequence[str]]
@@ -25,7 +25,7 @@ _TYPES = {
     pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
     pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
 }  # fmt: skip
-_OPTIONAL = {**PART_TABLES, **RUN_TABLES, "labels": LABELS}
+_OPTIONAL = {**PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, "labels": LABELS}
 
 
 def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -> dict[str, str]:
@@ -45,6 +45,8 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
     for table, schema in _OPTIONAL.items():
         options = "filename = true" if table == "feature_stats" else ""
         found[table] = _read_files(files[table], options) if files.get(table) else _no_rows(schema)
+    if unseen := _outside(left_out):
+        found["left_out"] = f"(select * from {found['left_out']} where {unseen})"
     return found | (_without_secrets(found, hidden) if left_out else {})
 
 
@@ -107,8 +109,12 @@ def _select_values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
     parts += [f"select {columns}, {everywhere}, filename from {_read_files(others)}"] if others else []
     parts = parts or [f"select *, {everywhere}, null::varchar as filename from {_no_rows(VALUES[order])}"]
     rows = " union all ".join(parts)
-    unseen = " and ".join(f"token_id not between {whole(first)} and {whole(last)}" for first, last in left_out)
+    unseen = _outside(left_out)
     return f"(select * from ({rows}) where {unseen})" if unseen else f"({rows})"
+
+
+def _outside(ranges: Ranges) -> str:
+    return " and ".join(f"token_id not between {whole(first)} and {whole(last)}" for first, last in ranges)
 
 
 def _select_ranged(columns: str, paths: Sequence[str]) -> str:
@@ -185,6 +191,16 @@ def condition_of_encoded(
     if entries:
         conditions.append(f"entry not in ({', '.join(map(whole, entries))})")
     return " and ".join(conditions) or "true"
+
+
+def reason_to_skip(length: int, positions: Sequence[int] = (), entries: Sequence[int] = ()) -> str:
+    """Return SQL on `token` and `entry`: the setting that leaves the token out, null if none does."""
+    cases = []
+    if positions:
+        cases.append(f"when token % {whole(length)} in ({', '.join(map(whole, positions))}) then 'position'")
+    if entries:
+        cases.append(f"when entry in ({', '.join(map(whole, entries))}) then 'special'")
+    return f"case {' '.join(cases)} end" if cases else "null::varchar"
 
 
 def whole(value: int) -> str:

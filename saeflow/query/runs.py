@@ -18,6 +18,7 @@ import pyarrow as pa
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import has_marks
 from saeflow.features.schema import (
+    LEFT_OUT_TABLE,
     ORDERS,
     PART_TABLES,
     RUN_TABLES,
@@ -27,7 +28,7 @@ from saeflow.features.schema import (
     token_ranges,
 )
 from saeflow.query.labels import LabelFile, label_files
-from saeflow.query.relations import condition_of_encoded
+from saeflow.query.relations import condition_of_encoded, reason_to_skip
 from saeflow.recipe.settings import SIGNED, TOP_FAMILY
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import REPAIR
@@ -66,6 +67,8 @@ class Run:
     may be below zero."""
     encoded: str = "true"
     """SQL on `token` and `entry`: true if the token was encoded, so that a missing value means a silent feature."""
+    skip_reason: str = "null::varchar"
+    """SQL on `token` and `entry`: why a setting leaves the token out, but for its length; null if none does."""
     labels: Sequence[LabelFile] = ()
     problem: str | None = None
 
@@ -178,7 +181,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         hidden=generation.hidden_ids,
         left_out=_hidden_ranges(shown, tokens, generation),
         shape=_shape(artefact, tokens, shown),
-        encoded=_encoded_condition(artefact, shown, tokens, generation),
+        **_conditions(artefact, shown, tokens, generation),
         labels=label_files(store, sae) if sae else (),
     )
 
@@ -205,7 +208,7 @@ def _files_by_table(
     own = {file.name for file in artefact.record.files}
     beside = (table for table in RUN_TABLES if f"{table}.parquet" in own)
     return {
-        **_files_of_parts(artefact, shown, [*ORDERS, *PART_TABLES]),
+        **_files_of_parts(artefact, shown, [*ORDERS, *PART_TABLES, *LEFT_OUT_TABLE]),
         **_files_of_parts(tokens, token_parts, ["tokens", "documents", "vocab_blocks"]),
         "unmarked_tokens": _files_of_parts(tokens, filterfalse(has_marks, token_parts), ["tokens"])["tokens"],
         "vocab": [tokens.storage.location(tokens.path / "vocab.parquet")],
@@ -276,12 +279,13 @@ def _hidden_ranges(shown: Iterable[PartRecord], tokens: Artefact, generation: Ge
     return [(first[i], first[i] + counts[i]["n_sequences"] * length - 1) for i in stale]
 
 
-def _encoded_condition(
+def _conditions(
     artefact: Artefact, shown: Sequence[PartRecord], tokens: Artefact, generation: Generation
-) -> str:
-    """Return SQL that is false for tokens added since, tokens with hidden values, and tokens that a setting skips."""
-    facts, length = artefact.record.facts, int(tokens.record.facts.get("context_length", 1))
+) -> dict[str, str]:
+    """Return `encoded` and `skip_reason` of a run: tokens added since and those with hidden values are not encoded."""
+    length = int(tokens.record.facts.get("context_length", 1))
     known = (i for part in shown for i in covered(part).keys() - set(_stale(part, generation)))
-    skips = TokenSelection.from_facts(tokens, facts)
+    skips = TokenSelection.from_facts(tokens, artefact.record.facts)
+    settings = length, skips.skip_positions, skips.special.tolist()
     ranges = token_ranges(known, generation.parts, length)
-    return condition_of_encoded(ranges, length, skips.skip_positions, skips.special.tolist())
+    return {"encoded": condition_of_encoded(ranges, *settings), "skip_reason": reason_to_skip(*settings)}

@@ -28,7 +28,7 @@ def _as_json(value: object) -> object:
 
 
 _ADDED_IN_FORMAT_2 = {
-    "skip_positions", "skip_special", "token_ids", "parse_special", "compression", "source_array",
+    "skip_positions", "skip_special", "skip_norms_above", "token_ids", "parse_special", "compression", "source_array",
     "requests", "request_layers",
     "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share",
     "encoder_scale", "input_scale",

@@ -178,6 +178,13 @@ class ActivationsConfig(Section):
         description="Leave out special tokens such as BOS in the same way: true for all of them, or a list of "
         "vocabulary entries by name or id.",
     )
+    skip_norms_above: float | None = Field(
+        None,
+        gt=1,
+        examples=[10.0],
+        description="Leave out vectors longer than this many times the median length, wherever they stand: attention "
+        "sinks lie at delimiters, too. The site that the SAE reads decides.",
+    )
     forward_batch: PositiveInt = Field(16, description="Sequences in one forward pass.")
     chunk_bytes: ByteSize = Field(
         ByteSize(4 << 20), description="Size of a chunk: the smallest piece of a shard that is read."

@@ -204,7 +204,14 @@ class Artefact(Publication):
         paths = [self.path / name for name in names]
         fresh = [file_record(self.path, path) for path in paths]
         files = {file.name: file for file in (*self.record.files, *fresh)}
-        record = self.record.model_copy(update={"files": list(files.values())})
+        self._describe_again(self.record.model_copy(update={"files": list(files.values())}), paths)
+
+    def add_facts(self, facts: dict[str, Any]) -> None:
+        """Add facts that are no part of the fingerprint to the record; not to a record of an earlier format."""
+        if self.record.format_version == FORMAT_VERSION:
+            self._describe_again(self.record.model_copy(update={"facts": self.record.facts | facts}))
+
+    def _describe_again(self, record: ArtefactRecord, paths: Sequence[Path] = ()) -> None:
         if record == self.record:
             return
         with self.publishing():

@@ -103,6 +103,7 @@ class PartRecord(BaseModel, frozen=True):
 
 _Whole = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 _Text = Annotated[str, Field(strict=True)]
+_Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 class _Facts(BaseModel):
@@ -112,6 +113,8 @@ class _Facts(BaseModel):
     n_features: _Whole = 0
     skip_positions: list[_Whole] = []
     skip_special: Annotated[bool, Field(strict=True)] | list[_Whole] = False
+    skip_norms_above: _Number | None = None
+    median_lengths: dict[_Text, _Number] = {}
     packing: _Text | None = None
     generation: _Whole = 0
     site: _Text = ""

@@ -78,7 +78,10 @@ PublishJob = Callable[[TrainingJob, Training, Feed, float], None]
 def publish_sae(job: TrainingJob, training: Training, feed: Feed, seconds: float) -> None:
     """Fold the scale into the weights and publish weights, settings and log."""
     n_seen = sum(part.counts["n_train_tokens"] for part in feed.blocks.parts)
-    inputs, provenance = [feed.selection.source.id, feed.target.id], {"seconds": seconds, "n_train_tokens": n_seen}
+    inputs, provenance = (
+        [feed.selection.source.id, feed.target.id],
+        {"seconds": seconds, "n_train_tokens": n_seen} | feed.left_out,
+    )
     with job.target.publish_folder(job.facts, inputs, provenance) as folder:
         about = {"saeflow": json.dumps(job.facts, sort_keys=True)}
         write_sae(folder, training.folded(), feed.sites, about, training.log)

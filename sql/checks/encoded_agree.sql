@@ -3,10 +3,10 @@
 --
 -- Grain:   one row per (source, band) with a wrong count; is_all marks a band whose sources together have a wrong
 --          count.
--- Reads:   stg_encoded_tokens, stg_token_major, stg_tokens, stg_documents, stg_shape,
+-- Reads:   stg_encoded_tokens, stg_token_major, stg_tokens, stg_documents, stg_shape, stg_left_out,
 --          position_band
--- Units:   n_real counts the real tokens there, n_fired those at which a feature fires; n_encoded must lie between
---          them. A single source may have fewer if a part counts sources together.
+-- Units:   n_real counts the real tokens there whose vectors are not too long, n_fired those at which a feature fires;
+--          n_encoded must lie between them. A single source may have fewer if a part counts sources together.
 -- Ask it:  are rates shares of the right number?
 with encoded as materialized (
     select source, band, false as is_all, n_tokens as n_encoded from stg_encoded_tokens where not is_rest
@@ -17,7 +17,7 @@ found as materialized (
     select stg_documents.source, position_band(stg_tokens.position) as band, count(*) as n_real
     from stg_tokens
     join stg_documents using (document_id)
-    where stg_tokens.mask
+    where stg_tokens.mask and stg_tokens.token_id not in (select token_id from stg_left_out)
     group by all
 ),
 real_tokens as (

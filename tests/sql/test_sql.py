@@ -390,13 +390,24 @@ def test_values_that_are_not_to_be_seen_are_no_misses(tmp_path):
         assert ask(connection, "near_misses", [0]).column("token_id").to_pylist() == [2]
 
 
-@pytest.mark.parametrize("left_out", [{"skipped": [0, 2]}, {"skipped": [1]}, {"skips_special": [b"<s>"]}])
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        {"skipped": [0, 2]},
+        {"skipped": [1]},
+        {"skips_special": [b"<s>"]},
+        {"long": [1, 6]},
+        {"long": [3], "skipped": [1]},
+    ],
+)
 def test_what_a_setting_leaves_out_is_no_miss_and_no_part_of_a_share(tmp_path, left_out):
     documents = [Document("k", "a", [b"<s>", b"x", b"x", b"x"] * 3), Document("l", "b", [b"x", b"x", b"<s>", b"x"])]
     given = Given(documents=documents, values=[], **left_out)
     pieces = {token.token_id: given.vocab[token.vocab_id] for token in given.every_token()}
     usable = [
-        token for token, piece in pieces.items() if token % 4 not in given.skipped and piece not in given.skips_special
+        token
+        for token, piece in pieces.items()
+        if token % 4 not in given.skipped and piece not in given.skips_special and token not in given.long
     ]
     x = [token for token in usable if pieces[token] == b"x"]
     values = [(token, 0, 1.0) for token in x[::2]] + [(token, 1, 1.0) for token in usable]
@@ -409,6 +420,19 @@ def test_what_a_setting_leaves_out_is_no_miss_and_no_part_of_a_share(tmp_path, l
         assert ask(connection, "feature_summary").column("density").to_pylist()[1] == 1.0
         rates = ask(connection, "compare_sources", ["a", "b"]).to_pylist()
         assert [(row["rate_a"], row["rate_b"]) for row in rates if row["feature_id"] == 1] == [(1.0, 1.0)]
+        every = query(connection, "select token_id from stg_tokens_encoded order by token_id").column("token_id")
+        assert every.to_pylist() == usable
+
+
+def test_what_is_left_out_is_counted_by_the_first_reason_and_by_entry(tmp_path):
+    documents = [Document("k", "a", [b"<s>", b".", b"x", b"."]), Document("l", "b", [b".", b"x", b"<s>", b"."])]
+    given = Given(documents=documents, values=[(2, 0, 1.0)], skipped=[0], skips_special=[b"<s>"], long=[3, 7, 1])
+    rows = answer(tmp_path, given, "left_out")
+    found = [(row["reason"], row["piece"], row["n_tokens"], row["max_length"]) for row in rows]
+    assert found == [
+        ("length", ".", 3, 107.0), ("position", ".", 1, None), ("position", "<s>", 1, None), ("special", "<s>", 1, None)
+    ]  # fmt: skip
+    assert answer(tmp_path / "other", Given(), "left_out") == []
 
 
 def test_a_source_that_was_not_counted_apart_is_an_error_that_names_the_question_to_ask(tmp_path):
@@ -768,6 +792,10 @@ CAUGHT = {
     "encoded_agree": [
         ("too many", faulty("encoded_tokens", 0, n_tokens=9), "source", ["novels", None]),
         ("fewer than fire", faulty("encoded_tokens", 1, n_tokens=0), "source", [None]),
+    ],
+    "left_out_silent": [
+        ("one fires", Given(long=[1, 2]), "token_id", [1]),
+        ("there is none", Given(long=[99]), "token_id", [99]),
     ],
     "coactivation_agrees": [
         ("too many", faulty("coactivation", 0, n_both=3), "other_id", [2]),

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.corpus.token_parts import MARK_TYPES, VOCAB_BLOCKS
-from saeflow.features.schema import PART_TABLES, RUN_TABLES
+from saeflow.features.schema import LEFT_OUT_TABLE, PART_TABLES, RUN_TABLES
 from saeflow.features.schema import VALUES as VALUE_SCHEMAS
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import write_json
@@ -72,6 +72,8 @@ class Given:
     """Positions that are not encoded."""
     skips_special: Sequence[bytes] = ()
     """Entries that are special, and not encoded."""
+    long: Sequence[int] = ()
+    """Tokens whose vectors are too long, so that they are not encoded."""
     early_parts: Sequence[int] = ()
     """Parts of the features as a saeflow wrote them that knew no marginals."""
     corpus: tuple[str, str] | None = None
@@ -202,7 +204,10 @@ class Given:
         artefact = store.artefact("features", self.name, self.fp)
         facts = {"sae": f"saes/{self.name}-{self.fp}", "n_features": self.n_features, "site": "layers.1"}
         facts |= {"architecture": "abstopk"} if self.signed else {}
-        settings = {"skip_positions": list(self.skipped), "skip_special": bool(self.skips_special)}
+        settings = {
+            "skip_positions": list(self.skipped), "skip_special": bool(self.skips_special),
+            "skip_norms_above": 10.0 if self.long else None,
+        }  # fmt: skip
         facts |= {name: value for name, value in settings.items() if value}
         artefact.path.mkdir(parents=True, exist_ok=True)
         own = [name for name in RUN_TABLES if name in self.tables]
@@ -244,7 +249,11 @@ class Given:
         n_sequences = max(1, len(tokens) // CONTEXT_LENGTH)
         of_part = [t for t in seen if t.token_id // CONTEXT_LENGTH * self.n_parts // n_sequences == index]
         special = {entry for entry, piece in enumerate(self.vocab) if piece in self.skips_special}
-        of_part = [token for token in of_part if token.vocab_id not in special]
+        of_part = [token for token in of_part if token.vocab_id not in special and token.token_id not in self.long]
+        if self.long:
+            entries = {token.token_id: token.vocab_id for token in tokens}
+            rows = [{"token_id": i, "vocab_id": entries.get(i, 0), "length": 100.0 + i} for i in self.long]
+            pq.write_table(pa.Table.from_pylist(rows, LEFT_OUT_TABLE["left_out"]), folder / "left_out.parquet")
         tables = part_tables.part_tables(mine, of_part, self.n_features, self.skipped, self.signed)
         if self.stats is not None:
             tables["feature_stats"] = list(self.stats)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saeflow.activations import shards
+from saeflow.activations.lengths import longest_allowed, without_long
 from saeflow.model.hook_names import is_understood, site_of_hook
 from saeflow.model.sites import Site
 from saeflow.pipeline.collect import forward_of
@@ -171,7 +172,9 @@ def _first_rows(lineage: Lineage, sites: list[Site]) -> list[Tensor]:
     if forward := forward_of(lineage, sites):
         wanted = np.zeros((part.counts["n_sequences"], used.length), bool)
         wanted[sequences] = mask
-        found = forward.selected(used.parts[part.index], wanted, lambda _, values: values)
-        return [torch.cat(each).float().cpu() for each in zip(*found, strict=True)]
-    keep = mask.reshape(-1).nonzero()[0]
-    return [shards.open_site(stored, part, site).read(sequences).flatten(0, 1)[keep].float() for site in sites]
+        batches = forward.selected(used.parts[part.index], wanted, lambda _, values: values)
+        found = [torch.cat(each).cpu() for each in zip(*batches, strict=True)]
+    else:
+        keep = mask.reshape(-1).nonzero()[0]
+        found = [shards.open_site(stored, part, site).read(sequences).flatten(0, 1)[keep] for site in sites]
+    return [each.float() for each in without_long(found, longest_allowed(used, stored, sites[0]))]
