@@ -30,6 +30,14 @@ def training_runner(folder: Path, settings: list[dict[str, Any]], n_tokens: int 
     return Runner(folder, write_recipe(folder / "small.toml", data))
 
 
+def one_pass_runner(folder: Path, n_documents: int) -> Runner:
+    """A run that trains on a stored sample and encodes the corpus, in many small parts, without storing it."""
+    data = Ingredients.write(folder)
+    write_corpus(data.corpus, documents(n_documents))
+    about = {"tokens": {"part_tokens": 300}, "train": {"share": 0.3, "n_tokens": 1000, "checkpoint_seconds": 0.1}}
+    return Runner(folder, write_recipe(folder / "small.toml", recipe_data(data, activations={"keep": False}, **about)))
+
+
 @dataclass(frozen=True)
 class Work:
     """A stretch of a run, by what is in the store when it begins and when it has ended."""
@@ -44,6 +52,11 @@ COLLECTION = Work(
 )
 TRAINING = Work(
     lambda store: any(store.glob("activations/*/manifest.json")), lambda store: any(store.glob("sweeps/*/table.json"))
+)
+
+
+ONE_PASS = Work(
+    lambda store: any(store.glob("tokens/*/manifest.json")), lambda store: any(store.glob("features/*/quality.json"))
 )
 
 

@@ -28,7 +28,7 @@ from saeflow.store import garbage
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
 from saeflow.store.verify import verify
-from tests.support.fake_cluster import FakeCluster
+from tests.support.fake_cluster import FakeCluster, Watched
 from tests.support.small_pipeline import Ingredients, documents, quiet, recipe_data, tree, write_corpus
 
 SITES = ["transformer.h.0.mlp.act", "transformer.h.1"]
@@ -224,6 +224,19 @@ def test_workers_of_a_cluster_run_the_model_to_the_same_bytes(trained: Trained, 
         there = encoded(Store.create(tmp_path / "there"), recipe)
     assert [values(run) for run in here] == [values(run) for run in there]
     assert {work.maker.name for work in worker.works} == {"features-encode"}
+
+
+def test_parts_made_one_by_one_as_tasks_are_given_share_the_model_to_the_same_bytes(
+    trained: Trained, tmp_path: Path
+) -> None:
+    recipe = single(trained, "tasks", tokens={"part_tokens": 500}, threads=2)
+    here = encoded(Store.create(tmp_path / "here"), recipe)
+    lineage, asked = Lineage(Store.create(tmp_path / "tasks"), recipe), []
+    for stage in (tokens.run, collect.run, train.run_all):
+        stage(lineage, quiet())
+    encode.run(lineage, quiet(), lambda executor: Watched(executor, asked.append))
+    assert len(asked) > 2
+    assert [values(run) for run in here] == [values(lineage.features)]
 
 
 def test_another_model_at_the_same_place_is_refused_before_anything_is_encoded(

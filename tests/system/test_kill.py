@@ -14,7 +14,7 @@ import pytest
 from saeflow.recipe.settings import Architecture
 from tests.faults import CASES, FAULTS, POINTS, STEP, Case, Point, Runner, differences, tenth
 from tests.faults.damage import SITUATIONS, Situation, damages, problems_of_situation
-from tests.faults.kills import training_runner
+from tests.faults.kills import ONE_PASS, one_pass_runner, random_kills, training_runner
 from tests.faults.readers import Reading
 from tests.support.small_pipeline import Ingredients, recipe_data, write_recipe
 
@@ -70,6 +70,16 @@ def sweeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+ONE_PASS_POINTS = ("after a part", "in the middle of a part", "before publication", "before the manifest is renamed")
+
+
+@pytest.fixture(scope="module")
+def passing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    folder = tmp_path_factory.mktemp("passing")
+    yield one_pass_runner(folder, 60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.mark.parametrize("nth", [quick_or_long(1, False), quick_or_long(64, True), quick_or_long(200, False)])
 def test_a_killed_sweep_leaves_the_undisturbed_store_for_every_architecture(nth: int, sweeping: Runner) -> None:
     store = sweeping.folder / f"killed-{nth}"
@@ -77,6 +87,23 @@ def test_a_killed_sweep_leaves_the_undisturbed_store_for_every_architecture(nth:
     assert differences(sweeping.undisturbed, store), "the kill came too late to disturb anything"
     assert sweeping.run(store) == 0, sweeping.said(store)
     assert differences(sweeping.undisturbed, store) == []
+
+
+@pytest.mark.parametrize("when", [quick_or_long(each, each == "after a part") for each in ONE_PASS_POINTS])
+def test_a_killed_pass_without_stored_activations_leaves_the_undisturbed_store(when: str, passing: Runner) -> None:
+    store = passing.folder / f"killed-{when.replace(' ', '-')}"
+    assert passing.run(store, Case(point("encode", when), "SIGKILL")) == -9
+    assert differences(passing.undisturbed, store), "the kill came too late to disturb anything"
+    assert passing.run(store) == 0, passing.said(store)
+    assert differences(passing.undisturbed, store) == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_twenty_kills_at_random_instants_of_one_pass_leave_the_undisturbed_store(passing: Runner) -> None:
+    found = list(random_kills(passing, 20, seed=1, work=ONE_PASS))
+    assert sum(instant > 0 for instant, _ in found) >= 20
+    assert [problems for _, problems in found if problems] == []
 
 
 @pytest.mark.long
