@@ -4,8 +4,8 @@ python -m tests.benchmarks.one_pass            a quarter of the demo corpus by i
 python -m tests.benchmarks.one_pass --quick    a twentieth and a hundred-and-sixtieth
 
 All three have the same tokens and processors, in turns. *Encoding* and *one pass* are whole stages: Parquet, statistics
-and publication. The model and encoding want the same cores: `limit` is what one pass could reach at most if each took as
-much of the processors as alone. SmolLM2 comes with `make smollm2`; SAEFLOW_SMOLLM2 names it where it lies.
+and publication. The model and encoding want the same cores: `limit` is what one pass could reach at most if each took
+as much of the processors as alone. SmolLM2 comes with `make smollm2`; SAEFLOW_SMOLLM2 names it where it lies.
 """
 
 from __future__ import annotations
