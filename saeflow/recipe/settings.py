@@ -34,14 +34,14 @@ Overlap = Literal["refuse", "wait"]
 K_TOLERANCE = 0.05
 """Share by which L0 may differ from `sae.k` before anything is said."""
 
-Architecture = Literal["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu", "abstopk"]
+Architecture = Literal["relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu", "abstopk", "mp"]
 """The kinds of autoencoder. Add another one here and where `saeflow.sae.autoencoder` matches on it."""
 
-TOP_FAMILY: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka", "abstopk")
+TOP_FAMILY: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka", "abstopk", "mp")
 """Architectures that keep the k largest values of a token or a batch; the others are made sparse by a penalty."""
 
-PER_TOKEN: tuple[Architecture, ...] = ("topk", "abstopk")
-"""Architectures that keep `k` values of each token whenever they encode."""
+PER_TOKEN: tuple[Architecture, ...] = ("topk", "abstopk", "mp")
+"""Architectures that keep `k` values of each token, or at most so many, whenever they encode."""
 
 SIGNED: tuple[Architecture, ...] = ("abstopk",)
 """Architectures whose values may be below zero."""
@@ -321,6 +321,11 @@ class SAEConfig(Section):
             raise ValueError(
                 f"sae.k is {self.k}, but sae.n_features is {self.n_features}.\n"
                 f"Set sae.k to at most {self.n_features}, or raise sae.n_features."
+            )
+        if self.architecture == "mp" and self.target_site is not None:
+            raise ValueError(
+                f"sae.architecture is mp, but sae.target_site is {self.target_site}.\nMatching pursuit encodes by the "
+                "directions that it reconstructs with. Leave target_site out, or choose another architecture."
             )
         if max(self.prefixes, default=0) > self.n_features:
             raise ValueError(

@@ -118,6 +118,7 @@ IGNORED_SETTINGS: dict[Architecture, set[str]] = {
     "jumprelu": {*_FALLING_K, "sae.l1_weight", "sae.prefixes"},
     "topk": {*_TOP_IGNORES, "sae.prefixes", "train.token_topk_share"},
     "abstopk": {*_TOP_IGNORES, "sae.prefixes", "train.token_topk_share"},
+    "mp": {*_TOP_IGNORES, "sae.prefixes", "sae.encoder_scale", "train.token_topk_share", "train.aux_weight"},
     "batchtopk": {*_TOP_IGNORES, "sae.prefixes"},
     "matryoshka": _TOP_IGNORES,
 }

@@ -9,6 +9,7 @@ exact          every value, exactly as it is stored, by token or by feature; the
 batch          a batch, how it is to be explained, and the result of a step
 step           one training step, sparse or dense
 gradients      from active entries to reconstructions, their errors, and gradients of the weights
+pursuit        matching pursuit: encoding and training step
 kernels        Numba kernels for the few active entries
 formats        folders of autoencoders, of any program: read, folded in, written
 metrics        L0, variance unexplained and other figures

@@ -30,6 +30,8 @@ class Traits:
     """True if the auxiliary loss applies."""
     signed: bool = False
     """True if values may be below zero: the largest magnitudes are kept, each with its sign."""
+    pursues: bool = False
+    """True if the decoder also encodes, one feature after the other: see `saeflow.sae.pursuit`."""
 
 
 TRAITS: dict[Architecture, Traits] = {
@@ -40,6 +42,7 @@ TRAITS: dict[Architecture, Traits] = {
     "matryoshka": Traits(revives_dead=True),
     "jumprelu": Traits(("log_threshold",), revives_dead=True),
     "abstopk": Traits(chooses_by_token=True, revives_dead=True, signed=True),
+    "mp": Traits(chooses_by_token=True, pursues=True),
 }
 
 

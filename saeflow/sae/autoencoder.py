@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import assert_never
 
 import numpy as np
@@ -16,6 +17,7 @@ from saeflow.sae.exact import ActivationFunction, encode_on_accelerator, encode_
 from saeflow.sae.gradients import decode
 from saeflow.sae.loss import LossOptions, StepInfo, loss_of_batch
 from saeflow.sae.parameters import SAEParameters
+from saeflow.sae.pursuit import NO_END, pursue
 
 
 class SparseAutoencoder(SAEParameters):
@@ -65,6 +67,8 @@ class SparseAutoencoder(SAEParameters):
         options = LossOptions(aux_weight, dead_after_tokens, k or self.config.k, sparsity, by_token)
         return loss_of_batch(self, x, target, options)
 
+    pursuit_end = NO_END
+
     def activation_function(self) -> ActivationFunction:
         """Return how an exact pre-activation becomes a value, outside of training."""
         thresholds = self.threshold.expand(self.config.n_features)
@@ -73,6 +77,8 @@ class SparseAutoencoder(SAEParameters):
                 return ActivationFunction.identity(torch.zeros_like(thresholds))
             case "topk":
                 return ActivationFunction.identity(torch.zeros_like(thresholds), self.config.k)
+            case "mp":
+                return ActivationFunction.identity(torch.zeros_like(thresholds), 1)  # of each step of the pursuit
             case "abstopk":
                 return ActivationFunction.identity(torch.zeros_like(thresholds), self.config.k, signed=True)
             case "gated":
@@ -103,14 +109,19 @@ class SparseAutoencoder(SAEParameters):
         Pre-activations are computed in float64. relu keeps those above 0, topk the k largest positive of a token (among
         equals the lower features), abstopk the k of largest magnitude with their signs, batchtopk and matryoshka those
         above the running threshold, jumprelu those above the feature's threshold; gated stretches and shifts those
-        above 0. Values are rounded to 11 significand bits.
+        above 0; mp takes the largest k times, each from what the others left.
+        Values are rounded to 11 significand bits.
         A token's values depend neither on its batch nor on the number of threads.
         """
         function = self.activation_function()
         cut, x = self._cut(function), self._normalised(x)[0]
-        if self.use_kernels and x.device.type == "cpu" and self.W_enc.device.type == "cpu":
-            return encode_on_processor(x, self.current_encoder(cut), function)
-        return encode_on_accelerator(to_device(x, self.W_enc.device), self.current_encoder(cut), function)
+        encode = encode_on_processor
+        if not self.use_kernels or x.device.type != "cpu" or self.W_enc.device.type != "cpu":
+            encode, x = encode_on_accelerator, to_device(x, self.W_enc.device)
+        choose = partial(encode, encoder=self.current_encoder(cut), function=function)
+        if self.traits.pursues:
+            return pursue(x, self.W_dec.detach(), self.b_dec.detach(), self.config.k, self.pursuit_end, choose)
+        return choose(x)
 
     @torch.no_grad()
     def decode(self, sparse: SparseValues, x: Tensor | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from saeflow.sae.encoder import Encoder
 from saeflow.sae.exact import share_positive
 from saeflow.sae.gradients import SparseReconstruction, WeightGradients
 from saeflow.sae.parameters import SAEParameters
+from saeflow.sae.pursuit import pursuit_step
 from saeflow.sae.step import dense_step, entries_above_cut, largest_entries, sparse_step
 
 THRESHOLD_MEMORY = 0.9
@@ -117,6 +118,8 @@ def _step_result(
     """Return the result of a sparse or a dense step, and the entries it chose, if it did."""
     suited = encoder.suited_to(x) if sae.use_kernels else encoder
     rows = batch.low if suited is encoder else x
+    if sae.traits.pursues:
+        return pursuit_step(batch, encoder, weights, settings, options.k), None
     if sae.config.counts_k:
         how = options.by_token, sae.cut_guess, sae.use_kernels, sae.traits.signed
         chosen, sae.cut_guess = largest_entries(rows, suited, options.k, *how)
@@ -140,7 +143,7 @@ def _training_rule(sae: SAEParameters, batch: CentredBatch, sparsity: float) -> 
             return Relu(*paid)
         case "gated":
             return Gated(*paid, sae.r_mag.detach(), sae.b_mag.detach(), sae.b_enc.detach())
-        case "topk" | "batchtopk" | "matryoshka" | "abstopk":
+        case "topk" | "batchtopk" | "matryoshka" | "abstopk" | "mp":
             return Top()
         case "jumprelu":
             scale = config.tanh_scale if config.penalty == "tanh" else None
@@ -155,6 +158,8 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `trained_parameters`, in their order."""
     d_w_dec, d_b_dec = result.d_w_dec, result.d_b_dec
+    if sae.traits.pursues:
+        return d_w_dec, d_b_dec
     if "length" in result.sums:
         per_length = result.sums["length"] / torch.linalg.vector_norm(weights.w_dec, dim=1)
         along = per_length[:, None] * weights.w_dec

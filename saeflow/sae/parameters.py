@@ -41,6 +41,8 @@ class SAEParameters(nn.Module):
         w_enc, b_enc, w_dec = _initial_weights(config, width, out_width or width)
         self.W_enc, self.b_enc, self.W_dec = (nn.Parameter(weight) for weight in (w_enc, b_enc, w_dec))
         self.b_dec = nn.Parameter(torch.zeros(w_dec.shape[1]), requires_grad=config.decoder_bias != "fixed")
+        if self.traits.pursues:
+            self.W_enc, self.b_enc = (nn.Parameter(each, requires_grad=False) for each in (w_dec.clone(), 0 * b_enc))
         threshold = torch.zeros(())
         match config.architecture:
             case "gated":
@@ -80,6 +82,8 @@ class SAEParameters(nn.Module):
     @property
     def trained_parameters(self) -> list[nn.Parameter]:
         """What a training step gives gradients for, in their order."""
+        if self.traits.pursues:
+            return [self.W_dec, self.b_dec]
         own = (getattr(self, name) for name in self.traits.own_parameters)
         return [self.W_enc, self.b_enc, self.W_dec, self.b_dec, *own]
 
@@ -129,6 +133,8 @@ class SAEParameters(nn.Module):
 
         if self.config.unit_norm:
             in_parallel(normalise, worker_ranges(self.W_dec, 512), self.threads)
+        if self.traits.pursues:
+            self.W_enc.copy_(self.W_dec)
         if self.config.architecture == "jumprelu":
             self.log_threshold.add_(_THRESHOLD_GAIN * min(max(self.log_off_k, -3.0), 3.0))
             self.log_threshold.clamp_(min=math.log(_LEAST_THRESHOLD))
@@ -143,11 +149,12 @@ class SAEParameters(nn.Module):
         """
         dtype = self.product_dtype or fast_dtype(self.W_enc.device)
         weights = self.W_enc, self.b_enc, self.b_in
+        b_in = torch.zeros_like(self.b_in) if self.traits.pursues else self.b_in  # it reads residuals
         if self.training:
-            return Encoder(*weights, dtype, cut, self.threads)
+            return Encoder(*weights[:2], b_in, dtype, cut, self.threads)
         state = dtype, self.threads, *((p.data_ptr(), p._version) for p in (*weights, self.threshold))
         if self._kept_encoder is None or self._kept_encoder[0] != state:
-            self._kept_encoder = state, Encoder(*weights, dtype, cut, self.threads)
+            self._kept_encoder = state, Encoder(*weights[:2], b_in, dtype, cut, self.threads)
         return self._kept_encoder[1]
 
     def train(self, mode: bool = True) -> Self:

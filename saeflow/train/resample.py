@@ -48,7 +48,7 @@ def resample_dead(
         if name == "log_threshold":
             parameter[dead] = parameter[live].mean()
             sae.threshold[dead] = parameter[dead].exp()
-        if name != "b_dec":
+        if name != "b_dec" and parameter.requires_grad:
             for moment in ("exp_avg", "exp_avg_sq"):
                 adam.state[parameter][moment][dead] = 0.0
     sae.start_sparse(x, dead)

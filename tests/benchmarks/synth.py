@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "relu": {**PENALISED, "sae.l1_weight": 40.0, "train.resample_at": [0.2, 0.4]},
     "gated": {**PENALISED, "sae.l1_weight": 40.0},
     "topk": {"train.token_topk_share": 0.0},
+    "mp": {"train.token_topk_share": 0.0},
     "abstopk": {"train.token_topk_share": 0.0},
     "batchtopk": {},
     "matryoshka": {},

@@ -358,7 +358,9 @@ def test_a_clipped_gradient_is_no_longer_than_asked_and_the_log_says_how_long_it
     step = torch.optim.Adam.step
 
     def measuring(self, *arguments):
-        gradients = [p.grad.double().square().sum() for group in self.param_groups for p in group["params"]]
+        gradients = [
+            p.grad.double().square().sum() for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         lengths.append(float(torch.stack(gradients).sum().sqrt()))
         return step(self, *arguments)
 
@@ -728,7 +730,7 @@ def test_a_transcoder_is_given_what_the_other_site_holds_at_the_same_tokens(two_
         torch.testing.assert_close(target / training.scales[1], wanted, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "mp"])
 def test_a_transcoder_learns_and_goes_on_exactly(two_sites, tmp_path, architecture):
     store, recipe, _ = two_sites
     recipe = changed(recipe, sae={"architecture": architecture, "k": 8, "l1_weight": 0.01}, train=EVERYTHING)

@@ -306,7 +306,8 @@ def test_the_same_training_twice_and_on_any_number_of_threads_gives_the_same_wei
 
 
 def test_every_architecture_is_tested():
-    assert {name.partition("-")[0] for name in EVERY} == set(Architecture.__args__) == TRAITS.keys()
+    elsewhere = {"mp"}  # test_pursuit
+    assert {name.partition("-")[0] for name in EVERY} | elsewhere == set(Architecture.__args__) == TRAITS.keys()
 
 
 def test_an_architecture_that_nobody_lists_is_an_error():

@@ -29,7 +29,7 @@ def an_autoencoder(name: str, kernels: bool = True, product=torch.float32, **cha
     sae = SparseAutoencoder(config, D, D_OUT if config.target_site else None)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in sae.parameters():
+        for parameter in filter(lambda each: each.requires_grad, sae.parameters()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         sae.b_dec.normal_(0, 1, generator=generator)
         if config.target_site:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from saeflow.recipe.settings import PER_TOKEN, TOP_FAMILY, Architecture, SAEConfig
 from saeflow.runtime.errors import UserError
 from saeflow.sae.parameters import InputNorm
+from saeflow.sae.pursuit import NO_END, PursuitEnd
 
 SettingValue = TypeVar("SettingValue")
 
@@ -70,6 +71,7 @@ class SAEFolder:
     """Tensors that say nothing about values."""
     optional: frozenset[str] = frozenset()
     """Our names of tensors that may be there."""
+    pursuit_end: PursuitEnd = NO_END
     zeros: frozenset[str] = frozenset()
     """Our names of tensors that the program leaves out if they are zero."""
     skips: bool = False

@@ -47,13 +47,18 @@ def autoencoder_of(found: SAEFolder, tensors: Tensors, threads: int = 1) -> Spar
             else:
                 getattr(sae, name).copy_(value)
     sae.input_norm = found.input_norm
+    sae.pursuit_end = found.pursuit_end._replace(residual=found.pursuit_end.residual / found.scale.read)
     require_finite({name: getattr(sae, name) for name in values if name != "log_threshold"}, str(found.weights))
     return sae.eval()
 
 
 def _folded(found: SAEFolder, tensors: Tensors) -> Tensors:
     """Return parameters and buffers of `SparseAutoencoder`, from tensors by their names in SAELens."""
-    w_enc, w_dec, b_dec = tensors["W_enc"].t(), tensors["W_dec"], tensors["b_dec"]
+    w_dec, b_dec = tensors["W_dec"], tensors["b_dec"]
+    if found.config.architecture == "mp":
+        b_dec = b_dec if found.takes_b_dec_off else torch.zeros_like(b_dec)
+        return _unscaled(found, {"W_enc": w_dec, "W_dec": w_dec, "b_dec": b_dec})
+    w_enc = tensors["W_enc"].t()
     gated = found.config.architecture == "gated"
     b_enc = tensors["b_gate" if gated else "b_enc"].double()
     out = {name: tensors[name] for name in ("r_mag", "b_mag", "threshold", "W_skip") if name in tensors}
@@ -129,6 +134,9 @@ def required_tensors(found: SAEFolder, tensors: Tensors) -> Tensors:
     if SAVED_AS[config.architecture] == "jumprelu" and found.single_threshold is None:
         vectors += ["threshold"]
     wanted = {"W_enc": (found.width, n), "W_dec": (n, found.out_width), "b_dec": (found.out_width,)}
+    if config.architecture == "mp":
+        vectors = []
+        del wanted["W_enc"]
     wanted |= {"W_skip": (found.out_width, found.width)} if found.skips else {}
     wanted |= dict.fromkeys([*vectors, *(found.optional & tensors.keys())], (n,))
     if missing := sorted(wanted.keys() - tensors.keys()):

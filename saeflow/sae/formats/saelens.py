@@ -6,6 +6,7 @@ log_threshold; b_gate, r_mag and b_mag of a gated one; W_skip (D_out, D) of a sk
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from saeflow.sae.formats.description import (
     text_or_none,
 )
 from saeflow.sae.parameters import InputNorm
+from saeflow.sae.pursuit import NO_END, PursuitEnd
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -35,13 +37,14 @@ SAVED_AS: dict[Architecture, str] = {
     "relu": "standard", "topk": "topk", "gated": "gated",
     "jumprelu": "jumprelu", "batchtopk": "jumprelu", "matryoshka": "jumprelu",
     "abstopk": "abstopk",
+    "mp": "matching_pursuit",
 }  # fmt: skip
 _SAELENS: dict[str, Architecture] = {
     "standard": "relu", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu",
     "batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka",  # SAELens saves these in the midst of training
-    "abstopk": "abstopk",
+    "abstopk": "abstopk", "matching_pursuit": "mp",
 }  # fmt: skip
-_BY_NORM = ("relu", *TOP_FAMILY)
+_BY_NORM = ("relu", *(name for name in TOP_FAMILY if name != "mp"))
 """Architectures whose values may be in units of contributions. A gate, or thresholds, would have to be scaled, too."""
 _TENSORS = {"topk_threshold": "threshold", "finetuning_scaling_factor": "scaling_factor"}
 _SCALER = "activation_scaler.json"
@@ -59,9 +62,9 @@ _KINDS = {name: _Kind(architecture, False, False) for name, architecture in _SAE
     f"{'' if name == 'standard' else f'{name}_'}{'skip_' if skips else ''}transcoder": _Kind(architecture, True, skips)
     for name, architecture in _SAELENS.items()
     for skips in (False, True)
-    if name in SAVED_AS.values()
+    if name in SAVED_AS.values() and architecture != "mp"
 }
-_KINDS |= {f"skip_{name}": _Kind(_SAELENS[name], False, True) for name in SAVED_AS.values()}
+_KINDS |= {f"skip_{name}": _Kind(_SAELENS[name], False, True) for name in SAVED_AS.values() if name != SAVED_AS["mp"]}
 """What a name of an architecture means. SAELens itself has only some of these transcoders, and no `skip_` alone."""
 
 
@@ -86,6 +89,9 @@ def describe_saelens(files: Files) -> SAEFolder:
     by_norm = one_of(settings, cfg, "rescale_acts_by_decoder_norm", may_scale)
     width, n_features = positive_count(settings, cfg, "d_in"), positive_count(settings, cfg, "d_sae")
     out_width = positive_count(settings, cfg, "d_out") if kind.transcodes else width
+    if kind.architecture == "mp":
+        cfg = {"residual_threshold": 1e-2, "stop_on_duplicate_support": True, **cfg}
+        cfg["k"] = cfg.get("max_iterations") or min(width, n_features)
     metadata = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {}
     hook, target = (text_or_none(metadata.get(f"hook_name{end}") or cfg.get(f"hook_name{end}")) for end in ("", "_out"))
     if isinstance(metadata.get("saeflow"), dict):
@@ -98,8 +104,17 @@ def describe_saelens(files: Files) -> SAEFolder:
         "saeflow" if "saeflow" in metadata else "SAELens", config, width, out_width, settings, weights, takes_off,
         by_norm, metadata=metadata, names=_TENSORS, skips=kind.skips, scale=_scale(files, cfg),
         optional=frozenset({"scaling_factor"} if cfg["finetuning_scaling_factor"] else ()),
-        input_norm=_input_norm(cfg), hook=hook, target_hook=target,
+        input_norm=_input_norm(cfg), hook=hook, target_hook=target, pursuit_end=_pursuit_end(settings, cfg),
     )  # fmt: skip
+
+
+def _pursuit_end(settings: Path, cfg: dict[str, Any]) -> PursuitEnd:
+    if cfg["architecture"] != SAVED_AS["mp"]:
+        return NO_END
+    length = cfg["residual_threshold"]
+    if isinstance(length, bool) or not isinstance(length, int | float) or not 0 <= length < math.inf:
+        raise UserError(f"{settings}: residual_threshold is {short(length)}; it has to be a length. {AGAIN}")
+    return PursuitEnd(float(length), one_of(settings, cfg, "stop_on_duplicate_support", (True, False)))
 
 
 def _of_today(settings: Path, cfg: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def _saelens_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
     architecture, b_enc = sae.config.architecture, sae.b_enc.detach()
     tensors = {"W_enc": sae.W_enc.t(), "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if sae.traits.pursues:
+        del tensors["W_enc"]
+        return tensors
     tensors |= {} if sae.W_skip is None else {"W_skip": sae.W_skip}
     shift = torch.zeros_like(b_enc).double()
     if sae.config.target_site is not None:
@@ -82,6 +85,11 @@ def _saelens_cfg(sae: SparseAutoencoder, metadata: dict[str, Any]) -> dict[str, 
     }
     if config.target_site is not None:
         cfg["d_out"] = sae.W_dec.shape[1]
-    if config.architecture in PER_TOKEN:
+    if sae.traits.pursues:
+        end = sae.pursuit_end
+        cfg |= {
+            "max_iterations": config.k, "residual_threshold": end.residual, "stop_on_duplicate_support": end.repeats
+        }  # fmt: skip
+    elif config.architecture in PER_TOKEN:
         cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     return cfg
