@@ -286,3 +286,14 @@ def test_the_command_takes_the_folder_and_says_what_to_write_into_the_recipe(sae
 def test_settings_that_would_change_the_engines_tokens_are_refused(ingredients, tmp_path, changes, said):
     with pytest.raises(UserError, match=said):
         recipe_of(ingredients, tmp_path, **changes)
+
+
+def test_files_are_encoded_without_storing_them_again(direct, ingredients, tmp_path):
+    folder = write_vllm(tmp_path / "requests", direct.requests)
+    about = {"activations": {**ABOUT["activations"], "keep": False}, "sae": {"source": str(direct.lineage.sae.path)}}
+    recipe = recipe_of(ingredients, folder, **about, corpus={"files": [str(ingredients.corpus)]})
+    lineage = Lineage(Store.create(tmp_path / "store"), recipe)
+    stages.run(lineage, quiet())
+    assert not list(lineage.activations.path.rglob("*.zarr"))
+    found = [owner.features.part_path(owner.features.published().parts[0]) for owner in (lineage, direct.lineage)]
+    assert value_file(found[0]).read_bytes() == value_file(found[1]).read_bytes()

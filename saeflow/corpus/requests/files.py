@@ -102,12 +102,13 @@ def _real_spans(path: Path, file: Any, shape: tuple[int, int]) -> list[tuple[int
                 f"torch.ones({shape[0]}, {shape[1]})."
             )
         return [(0, shape[1])]
-    mask = file.get_tensor(MASK)
-    if tuple(mask.shape) != shape:
+    about = file.get_slice(MASK)
+    if tuple(about.get_shape()) != shape or about.get_dtype() not in _INTEGERS | {"BOOL", "F32"}:
         raise UserError(
-            f"corpus.requests: {shown(str(path))}: {MASK} has shape {tuple(mask.shape)}, but the ids have {shape}."
+            f"corpus.requests: {shown(str(path))}: {MASK} has type {about.get_dtype()} and shape "
+            f"{tuple(about.get_shape())}, but it must be true or 1 at real tokens, {shape}."
         )
-    return [_span(path, row, real) for row, real in enumerate(mask != 0)]
+    return [_span(path, row, real) for row, real in enumerate(file.get_tensor(MASK) != 0)]
 
 
 def _span(path: Path, row: int, real: np.ndarray) -> tuple[int, int]:
