@@ -193,7 +193,7 @@ def _rounded_table(table: pa.Table) -> pa.Table:
 def _logits_table(
     source: Artefact, recipe: Recipe, sae: SparseAutoencoder, site: str, blocks: ProductBlocks
 ) -> pa.Table | None:
-    if recipe.model is None or not may_run(recipe):
+    if recipe.model is None or not may_run(recipe, recipe.sae.target_site or site):
         return None
     n_vocab = pq.read_metadata(source.own_file("vocab.parquet")).num_rows
     model = load_model(recipe.model)

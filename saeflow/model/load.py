@@ -131,16 +131,31 @@ def _refuse_more(path: str, model: nn.Module, unexpected: Iterable[str]) -> None
         )
 
 
-def may_run(recipe: Recipe) -> bool:
+def may_run(recipe: Recipe, *sites: str) -> bool:
     """True if stages run the recipe's language model.
 
-    Where an engine has run it, only if its weights lie in a local folder and fit into half of the memory.
+    Where an engine has run it, only if its weights lie in a local folder and fit into half of the memory, and if it
+    has these sites.
     """
     if recipe.model is None or recipe.corpus is None or recipe.corpus.requests is None:
         return recipe.model is not None
     path = Path(recipe.model.path)
     files = [path] if path.is_file() else [file for ending in _WEIGHTS for file in path.glob(ending)]
-    return 0 < sum(file.stat().st_size for file in files) < total_memory() // 2
+    fits = 0 < sum(file.stat().st_size for file in files) < total_memory() // 2
+    return fits and set(sites) <= set(site_names(recipe.model))
+
+
+@cache
+def site_names(config: ModelConfig) -> list[str]:
+    """Return the names of the model's modules and of their inputs. Loads no weights; empty without a config.json."""
+    import transformers
+
+    with contextlib.suppress(Exception), torch.device("meta"):  # some models cannot be built without weights
+        about = _load(transformers.AutoConfig.from_pretrained, config)
+        named = _class_named_in(about)
+        model: nn.Module = named(about) if named else transformers.AutoModel.from_config(about)
+        return [site for name, _ in model.named_modules() if name for site in (name, f"{name}:input")]
+    return []
 
 
 def is_gguf(path: str) -> bool:

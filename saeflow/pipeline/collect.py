@@ -15,7 +15,7 @@ from saeflow.activations.forward import ForwardPass, device_of_source, require_e
 from saeflow.activations.norms import say_which_are_long, warn_of_massive_positions
 from saeflow.activations.shards import ITEM_BYTES, is_kept, stored_sites
 from saeflow.corpus.requests.documents import REQUEST
-from saeflow.model.load import load_model, model_fingerprint
+from saeflow.model.load import load_model, model_fingerprint, site_names
 from saeflow.model.sites import Site, require_length, require_running_order, resolve_sites, site_pair
 from saeflow.pipeline.dask.clusters import make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage
@@ -59,7 +59,8 @@ def engine_files(recipe: Recipe) -> EngineFiles | None:
     """Return the files of an engine that take the model's place; None if the recipe runs its model."""
     if recipe.corpus is None or recipe.corpus.requests is None:
         return None
-    return EngineFiles.of(recipe.corpus.requests, recipe.activations.request_layers)
+    names = site_names(recipe.model) if recipe.model else []
+    return EngineFiles.of(recipe.corpus.requests, recipe.activations.request_layers, names)
 
 
 def open_forward(store: Store, target: Artefact, sites: list[Site], recipe: Recipe | None, threads: int) -> ForwardPass:

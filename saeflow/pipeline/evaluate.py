@@ -104,7 +104,7 @@ def _measure_run(lineage: Lineage, progress: Progress) -> dict[str, Any]:
     sae = load_sae(lineage.sae.fetched(), n_threads(recipe.threads))
     judgement = judge_together(lineage, [sae], progress)[0]
     quality = judgement.figures | _liveness(run_artefact)
-    if may_run(recipe) and judgement.held_out:
+    if may_run(recipe, *(site.name for site in lineage.sites)) and judgement.held_out:
         quality |= _language_model(lineage, sae, judgement.reconstruction.mean.float(), progress)
     with run_artefact.publishing():
         write_checked(path, {"format_version": FORMAT_VERSION} | quality | judged)

@@ -12,14 +12,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from saeflow.activations.shards import open_site
 from saeflow.corpus import token_parts
+from saeflow.model.load import load_model, may_run, site_names
+from saeflow.model.sites import Site, list_sites
 from saeflow.pipeline import collect, stages, tokens
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.connection import connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store import verify as integrity
 from saeflow.store.store import Store
@@ -297,3 +301,18 @@ def test_files_are_encoded_without_storing_them_again(direct, ingredients, tmp_p
     assert not list(lineage.activations.path.rglob("*.zarr"))
     found = [owner.features.part_path(owner.features.published().parts[0]) for owner in (lineage, direct.lineage)]
     assert value_file(found[0]).read_bytes() == value_file(found[1]).read_bytes()
+
+
+def test_hooks_of_transformer_lens_are_the_models_own_sites(ingredients, tmp_path):
+    names = site_names(ModelConfig(path=str(ingredients.model)))
+    assert {site.name for site in list_sites(load_model(ModelConfig(path=str(ingredients.model))))} <= {*names}
+    ids, states = torch.arange(5), {"blocks.0.mlp.hook_post": torch.randn(5, 32), "odd": torch.randn(5, 3)}
+    save_file({"tokens": ids, **states}, tmp_path / "a.safetensors")
+    sites = ["blocks.0.mlp.hook_post", "odd"]
+    recipe = recipe_of(ingredients, tmp_path, activations={**ABOUT["activations"], "sites": sites}, sae={"site": "odd"})
+    lineage = Lineage(Store.create(tmp_path / "store"), recipe)
+    tokens.run(lineage, quiet())
+    collect.run(lineage, quiet())
+    assert lineage.stored_sites == [Site("odd", 3), Site("transformer.h.0.mlp.c_proj:input", 32)]
+    assert may_run(recipe, "transformer.h.0.mlp.c_proj:input")
+    assert not may_run(recipe, "odd")

@@ -8,6 +8,7 @@ named tensors    one tensor a site, [tokens, width] or [batch, tokens, width], a
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,11 +68,11 @@ class Engine:
         return name[:100], self.version or (metadata.get("engine_version") or "")[:100] or None
 
 
-def vectors_in(path: Path, file: Any, layers: tuple[int, ...]) -> dict[Place, Vectors]:
+def vectors_in(path: Path, file: Any, layers: tuple[int, ...], model: Sequence[str] = ()) -> dict[Place, Vectors]:
     """Return the vectors of an open file by place. Raises UserError if their tokens are not those of its ids."""
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
     ids = shapes[ids_name(path, file)]
-    found = _of_vllm(path, shapes[_STATES], layers) if _STATES in shapes else _of_names(shapes, ids)
+    found = _of_vllm(path, shapes[_STATES], layers) if _STATES in shapes else _of_names(shapes, ids, model)
     for place, each in found.items():
         if each.n_tokens != ids[-1]:
             raise UserError(
@@ -100,12 +101,12 @@ def _of_vllm(path: Path, shape: tuple[int, ...], layers: tuple[int, ...]) -> dic
     }
 
 
-def _of_names(shapes: dict[str, tuple[int, ...]], ids: tuple[int, ...]) -> dict[Place, Vectors]:
+def _of_names(shapes: dict[str, tuple[int, ...]], ids: tuple[int, ...], model: Sequence[str]) -> dict[Place, Vectors]:
     """Take the tensors that give one vector a token; others, such as patterns of attention, are passed over."""
     found: dict[Place, Vectors] = {}
     for name, shape in shapes.items():
         is_batch = len(shape) == 3 and shape[0] == (ids[0] if len(ids) == 2 else 1)
         if name in (*IDS, MASK) or not (is_batch or (len(shape) == 2 and len(ids) == 1)):
             continue
-        found[place_of(name)] = Vectors(name, None, shape[0] if is_batch else None, shape[-2], shape[-1])
+        found[place_of(name, model)] = Vectors(name, None, shape[0] if is_batch else None, shape[-2], shape[-1])
     return found

@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from saeflow.model.hook_names import site_of_hook
 from saeflow.model.sites import Site
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, nearest
@@ -27,8 +28,8 @@ _ENDINGS = {".output.0": "", ".output": "", ".inputs.0.0": ":input", ".input": "
 _ALLOWED = re.compile(r"[\w.:\-\[\]]+")
 
 
-def place_of(name: str) -> Place:
-    """Return the place that a tensor or a site of this name has."""
+def place_of(name: str, model: Sequence[str] = ()) -> Place:
+    """Return the place that a tensor or a site of this name has. `model` are the names of its sites, if known."""
     for ending, side in _ENDINGS.items():
         if name.endswith(ending):
             name = name.removesuffix(ending) + side
@@ -36,13 +37,16 @@ def place_of(name: str) -> Place:
     for pattern, before in ((_OUTPUT, 1), (_INPUT, 0)):
         if found := pattern.fullmatch(name):
             return int(next(filter(None, found.groups()))) + before
-    return name
+    return name if name in model else site_of_hook(name, model) or name
 
 
-def sites_of(patterns: Sequence[str], widths: Mapping[Place, int]) -> list[Site]:
-    """Return the sites of dotted names or globs, by layer. Raises UserError for one that the files do not hold."""
+def sites_of(patterns: Sequence[str], widths: Mapping[Place, int], model: Sequence[str] = ()) -> list[Site]:
+    """Return the sites of dotted names or globs, by layer. Raises UserError for one that the files do not hold.
+
+    `model` are the names of its sites, if they are known: other programs' names are then translated.
+    """
     chosen: dict[str, int] = {}
-    for pattern in patterns:
+    for pattern in (site_of_hook(each, model) or each for each in patterns):
         wants_input = pattern.endswith(":input")
         known = {name: place for name, place in _names(pattern, widths) if name.endswith(":input") == wants_input}
         names = fnmatch.filter(known, pattern)

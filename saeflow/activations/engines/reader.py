@@ -31,11 +31,13 @@ class EngineFiles:
 
     folder: RequestFolder
     engine: Engine
+    model: Sequence[str] = ()
+    """Names of the model's sites, if they are known."""
 
     @classmethod
-    def of(cls, path: str, layers: list[int]) -> EngineFiles:
+    def of(cls, path: str, layers: list[int], model: Sequence[str] = ()) -> EngineFiles:
         folder = RequestFolder.of(path)
-        return cls(folder, Engine.of(folder.path, layers))
+        return cls(folder, Engine.of(folder.path, layers), model)
 
     @cached_property
     def first(self) -> tuple[dict[Place, Vectors], tuple[str, str | None]]:
@@ -43,19 +45,19 @@ class EngineFiles:
         for path in self.folder.files.values():
             with open_file(path, "pt") as file:
                 named = self.engine.named_by(list(file.keys()), file.metadata() or {})
-                return vectors_in(path, file, self.engine.layers), named
+                return vectors_in(path, file, self.engine.layers, self.model), named
         raise UserError(f"corpus.requests: {shown(str(self.folder.path))} holds no safetensors files.")
 
     def sites(self, patterns: list[str]) -> list[Site]:
         """Return the sites that a recipe asks for. Raises UserError if the files do not hold one."""
-        return sites_of(patterns, {place: each.width for place, each in self.first[0].items()})
+        return sites_of(patterns, {place: each.width for place, each in self.first[0].items()}, self.model)
 
     def require_like(self, requests: Iterable[str], sites: Sequence[Site]) -> None:
         """Raise UserError that names the first file that is gone or lacks a site, or where a site has another width."""
         for request_id in requests:
             path = self.request(request_id).path
             with open_file(path, "pt") as file:
-                self._of_sites(path, vectors_in(path, file, self.engine.layers), sites)
+                self._of_sites(path, vectors_in(path, file, self.engine.layers, self.model), sites)
 
     def request(self, request_id: str) -> Request:
         found = self.folder.find(request_id)
@@ -88,7 +90,7 @@ class EngineFiles:
         span = slice(request.start + start, request.start + start + len(vocab_ids))
         _require_same_ids(request, start, vocab_ids)
         with open_file(request.path, "pt") as file:
-            found = self._of_sites(request.path, vectors_in(request.path, file, self.engine.layers), sites)
+            found = self._of_sites(request.path, vectors_in(request.path, file, self.engine.layers, self.model), sites)
             read = [_vectors(file, each, request.row or 0, span) for each in found]
         for site, values in zip(sites, read, strict=True):
             _require_finite(request, site, values, span.start)
@@ -144,10 +146,11 @@ class RequestRows:
         cls, files: EngineFiles, source: Artefact, part: PartRecord, sites: Sequence[Site], vocab_ids: np.ndarray,
         mask: np.ndarray,
     ) -> RequestRows:  # fmt: skip
-        """Read which request each sequence is of. `vocab_ids` and `mask` (S, T) are those of the part."""
+        """Read which request each sequence of a part is of. `vocab_ids` and `mask` (S, T): its first sequences."""
         table = pq.read_table(source.part_file(part, "tokens.parquet"), columns=["token_id", "document_id"])
-        owners = table.column("document_id").fill_null(-1).to_numpy().reshape(mask.shape)[:, 0]
-        first = table.column("token_id").to_numpy().reshape(mask.shape)[:, 0]
+        places = np.arange(len(mask)) * mask.shape[1]
+        owners = table.column("document_id").fill_null(-1).to_numpy()[places]
+        first = table.column("token_id").to_numpy()[places]
         documents = documents_of(source, part)
         begins = {each["document_id"]: each["first_token_id"] or 0 for each in documents}
         starts = first - np.array([begins.get(owner, 0) for owner in owners.tolist()], np.int64)
