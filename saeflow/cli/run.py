@@ -45,12 +45,18 @@ def init_command(
     model: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
     files: Annotated[str | None, typer.Option(help="Texts, e.g. 'texts/*.txt'.")] = None,
     sites: Annotated[str | None, typer.Option(help="Modules to read, e.g. '*.6.mlp.act'; see `saeflow sites`.")] = None,
+    sae: Annotated[
+        str | None,
+        typer.Option(
+            help="A published SAE: folder, OWNER/REPOSITORY/FOLDER or RELEASE/SAE. No activations are stored then."
+        ),
+    ] = None,
 ) -> None:
     """Write a commented recipe to start from.
 
     Example: `saeflow init my.toml --files 'texts/*.txt'`
     """
-    from saeflow.recipe.template import DEFAULT_MODEL, recipe_name_of, template
+    from saeflow.recipe.template import DEFAULT_MODEL, Start, recipe_name_of, template
 
     require_place(path)
     if path.exists():
@@ -59,10 +65,13 @@ def init_command(
         "model": {"path": model and (_from_here(model, path) if os.path.exists(model) else model)},
         "corpus": {"files": files and _from_here(files, path)},
         "activations": {"sites": sites},
+        "sae": {"source": sae and (_from_here(sae, path) if os.path.exists(sae) else sae)},
     }
-    start = {s: {k: _toml_string(v, s) for k, v in keys.items() if v} for s, keys in given.items()}
+    start: Start = {s: {k: _toml_string(v, s) for k, v in keys.items() if v} for s, keys in given.items()}
+    if sae:
+        start["activations"] = {"keep": "false", "sites": None} | start["activations"]  # the SAE names its site
     name = recipe_name_of(path.stem)
-    other = model if model != DEFAULT_MODEL and not sites else None
+    other = model if model != DEFAULT_MODEL and not sites and not sae else None
     path.write_text(template(name, sanitise(path.name), start, other), "utf-8", "replace")
     sites = f"Choose activations.sites (saeflow sites {shlex.quote(other)}), set" if other else "Set"
     print_line(f"Wrote {path}. {sites} the lines without #, then: saeflow run {shlex.quote(str(path))}")

@@ -38,6 +38,8 @@ _OF_MODEL = {
 def site_of_hook(hook: str | None, names: Sequence[str]) -> str | None:
     """Return the site among `names` that another program's name means; None if there is none, or if several could be
     meant."""
+    if hook in names:
+        return hook
     for pattern in _patterns(hook or "", names):
         found = [name for name in names if re.fullmatch(pattern, name)]
         if found:

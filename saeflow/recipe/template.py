@@ -28,7 +28,9 @@ name = "{name}"
 {top}"""
 _TOP_LEVEL = {"data": '"{name}"', "store": '"data/store"', "threads": "0", "overlap": '"refuse"'}
 DEFAULT_MODEL = "openai-community/gpt2"
-_START: dict[str, dict[str, str]] = {
+Start = dict[str, dict[str, str | None]]
+"""TOML values by section and setting; None leaves a setting open."""
+_START: Start = {
     "corpus": {"files": '["texts/*.txt"]'},
     "model": {"path": f'"{DEFAULT_MODEL}"'},
     "activations": {"sites": '["transformer.h.6.mlp.act"]'},
@@ -41,7 +43,9 @@ def recipe_name_of(stem: str) -> str:
     return re.sub("[^a-z0-9]+", "_", plain).strip("_") or "recipe"
 
 
-def template(name: str, file: str, start: dict[str, dict[str, str]] | None = None, sites_of: str | None = None) -> str:
+def template(
+    name: str, file: str, start: dict[str, dict[str, str | None]] | None = None, sites_of: str | None = None
+) -> str:
     """Return the whole recipe as TOML text. `start` gives TOML values by section and setting.
 
     `sites_of` names a model other than `DEFAULT_MODEL`. Its sites are left open, since only `saeflow sites` knows them.
@@ -62,7 +66,7 @@ def template(name: str, file: str, start: dict[str, dict[str, str]] | None = Non
     return _HEAD.format(name=name, file=file, top="".join(top)) + "".join(sections)
 
 
-def _section_text(name: str, annotation: Any, start: dict[str, str], hints: dict[str, str]) -> str:
+def _section_text(name: str, annotation: Any, start: dict[str, str | None], hints: dict[str, str]) -> str:
     model = section_of(annotation)
     if model is None:
         return ""
@@ -70,10 +74,10 @@ def _section_text(name: str, annotation: Any, start: dict[str, str], hints: dict
     return f"\n[{name}]  # {purpose}\n" + "".join(_lines(model, start, hints))
 
 
-def _lines(model: type[BaseModel], start: dict[str, str], hints: dict[str, str]) -> Iterator[str]:
+def _lines(model: type[BaseModel], start: dict[str, str | None], hints: dict[str, str]) -> Iterator[str]:
     for key, field in model.model_fields.items():
         about = f"{field.description}{hints.get(key, '')}"
-        if key in start:
+        if start.get(key):
             yield f"{key} = {start[key]}  # {about}\n"
         elif key != "synthetic":
             value = field.default

@@ -93,7 +93,10 @@ def describe_saelens(files: Files) -> SAEFolder:
         cfg = {"residual_threshold": 1e-2, "stop_on_duplicate_support": True, **cfg}
         cfg["k"] = cfg.get("max_iterations") or min(width, n_features)
     metadata = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {}
-    hook, target = (text_or_none(metadata.get(f"hook_name{end}") or cfg.get(f"hook_name{end}")) for end in ("", "_out"))
+    hook, target = (
+        text_or_none(metadata.get(ours) or metadata.get(f"hook_name{end}") or cfg.get(f"hook_name{end}"))
+        for ours, end in (("site", ""), ("target_site", "_out"))
+    )
     if isinstance(metadata.get("saeflow"), dict):
         config = _own(settings, metadata["saeflow"], name, kind, n_features, cfg)
     else:
