@@ -136,5 +136,5 @@ def settings_by_name(sae: SAEConfig, train: TrainConfig) -> dict[str, str]:
 
 def settings_with_effect(sae: SAEConfig, train: TrainConfig) -> str:
     """Return the settings that the architecture reads as one text. Equal texts make equal SAEs."""
-    ignored = IGNORED_SETTINGS[sae.architecture] if sae.source is None else set()
+    ignored = {*IGNORED_SETTINGS[sae.architecture], "sae.input_scale"} if sae.source is None else set()
     return json.dumps({key: value for key, value in settings_by_name(sae, train).items() if key not in ignored})

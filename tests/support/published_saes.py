@@ -141,6 +141,21 @@ def torch_file(folder: Path) -> Published:
     return plain(tensors_to(folder / "Llama-3.3-SAE-l0.pt", tensors), p, lambda pre: pre.clamp(min=0))
 
 
+def circuit_tracer(folder: Path) -> Published:
+    p = draw(9)
+    tensors = {name: p[name] for name in ("W_dec", "b_enc", "b_dec")} | {"W_enc": p["W_enc"].t(), "W_skip": p["skip"]}
+    path = tensors_to(folder / "layer_0.safetensors", tensors)
+    return plain(path, p, lambda pre: pre.clamp(min=0), 0, 1, target_site="other")
+
+
+def attention(folder: Path) -> Published:
+    """A file with settings beside it, for the outputs of the heads one after another."""
+    p = draw(10)
+    write_json(folder / "gpt2_L0_z_cfg.json", {"act_size": D, "dict_size": F, "act_name": "blocks.0.attn.hook_z"})
+    path = tensors_to(folder / "gpt2_L0_z.pt", {name: p[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")})
+    return plain(path, p, lambda pre: pre.clamp(min=0), 1)
+
+
 def llama_scope(folder: Path, act_fn: str = "jumprelu") -> Published:
     """Decoder rows of unit length, as published; activations scaled by root(D) / 6.5, values in their own units."""
     p = draw(6)
@@ -266,6 +281,8 @@ LAYOUTS: dict[str, Callable[[Path], Published]] = {
     "Gemma Scope 2 affine transcoder": lambda folder: gemma_scope_2(folder, transcodes=True, skips=True),
     "Qwen-Scope": qwen_scope,
     "torch file": torch_file,
+    "attention": attention,
+    "circuit-tracer": circuit_tracer,
     "Llama Scope": llama_scope,
     "Llama Scope topk": lambda folder: llama_scope(folder, "topk"),
     "OpenMOSS": openmoss,

@@ -8,7 +8,7 @@ dictionary_learning  dictionary_learning
 sparsify             sparsify (EleutherAI)
 gemma_scope          Gemma Scope 1 and 2
 llama_scope          Llama Scope and others of OpenMOSS
-torch_files          single files of torch: Qwen-Scope and others
+single_files         single files: Qwen-Scope, circuit-tracer and others
 tensors              tensors, or names and shapes, out of files, and nothing but tensors
 load                 from a description to an autoencoder; differences are folded in
 save                 an autoencoder as a folder of SAELens 6

@@ -15,9 +15,9 @@ from saeflow.sae.formats.gemma_scope import describe_gemma_scope, describe_gemma
 from saeflow.sae.formats.hub import locate
 from saeflow.sae.formats.llama_scope import describe_llama_scope
 from saeflow.sae.formats.saelens import CFG, WEIGHTS, describe_saelens
+from saeflow.sae.formats.single_files import describe_circuit_tracer, describe_torch_file
 from saeflow.sae.formats.sparsify import describe_sparsify
 from saeflow.sae.formats.tensors import in_words, shapes_of
-from saeflow.sae.formats.torch_files import describe_torch_file
 
 FORMATS = (
     Format("saeflow, SAELens", CFG, WEIGHTS, describe_saelens),
@@ -27,6 +27,7 @@ FORMATS = (
     Format("Gemma Scope", None, "params.npz", describe_gemma_scope),
     Format("Gemma Scope 2", "config.json", "params.safetensors", describe_gemma_scope_2),
     Format("dictionary_learning", "config.json", "ae.pt", describe_dictionary_learning),
+    Format("circuit-tracer", None, "layer_*.safetensors", describe_circuit_tracer),
     Format("Qwen-Scope", None, "*.sae.pt", describe_torch_file),
     Format("others", None, "*.pt", describe_torch_file),
     Format("others", None, "*.pth", describe_torch_file),
@@ -72,6 +73,8 @@ def describe_source(config: SAEConfig) -> SAEFolder:
     found = read_sae_folder(path, config, dict(card))
     if config.input_scale is not None:
         found = dataclasses.replace(found, scale=_asked_scale(config.input_scale, found))
+    if hook := card.get("settings", {}).get("hook_name"):
+        found = dataclasses.replace(found, hook=str(hook))
     said = {"l0", "variance_explained"} & card.keys()
     return dataclasses.replace(found, metadata=found.metadata | {name: card[name] for name in sorted(said)})
 

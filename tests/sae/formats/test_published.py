@@ -71,7 +71,8 @@ def test_a_transcoder_of_gemma_scope_is_one_because_the_recipe_says_so(tmp_path:
 HOOKS = {
     "sparsify": "layers.0.mlp", "Gemma Scope": "blocks.0.hook_resid_post", "Gemma Scope 2": "model.layers.0",
     "Gemma Scope transcoder": "blocks.0.ln2.hook_normalized", "Qwen-Scope": "blocks.0.hook_resid_post",
-    "torch file": "blocks.0.hook_resid_post", "Llama Scope": "blocks.0.hook_resid_post",
+    "torch file": "blocks.0.hook_resid_post", "attention": "blocks.0.attn.hook_z",
+    "circuit-tracer": "blocks.0.mlp.hook_in", "Llama Scope": "blocks.0.hook_resid_post",
     "OpenMOSS": "blocks.0.ln2.hook_normalized", "SAELens finetuned": "blocks.0.hook_resid_post",
     "Gemma Scope 2 transcoder": "model.layers.0.pre_feedforward_layernorm",
 }  # fmt: skip

@@ -97,6 +97,13 @@ def test_a_torch_file_that_claims_more_than_it_holds_is_refused(tmp_path: Path) 
         open_source(made.source)
 
 
+def test_matrices_that_could_be_meant_either_way_are_not_guessed(tmp_path: Path) -> None:
+    p = draw()
+    path = tensors_to(tmp_path / "L0_5.pt", {name: p[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")})
+    with pytest.raises(UserError, match=rf"reads W_enc \(features × width\) .* it holds .*W_enc {D} × {F}"):
+        open_source(path)
+
+
 def change(path: Path, **settings: object) -> None:
     write_json(path, json.loads(path.read_text()) | settings)
 
