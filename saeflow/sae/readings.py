@@ -38,7 +38,7 @@ class Reading:
 def best_reading(sae: SparseAutoencoder, x: Tensor, wanted: Tensor, unexplained: float) -> tuple[str, float] | None:
     """Return what the autoencoder looks like and the variance unexplained when it is read so, if that is much less than
     `unexplained` on tokens x (n, D) to be reconstructed as `wanted`; else None."""
-    if unexplained < _GOOD or sae.input_norm != "none" or len(x) < 2:
+    if unexplained < _GOOD or sae.input_norm != "none" or sae.config.architecture == "mp" or len(x) < 2:
         return None
     n = max(16, _ENTRIES // sae.config.n_features)
     x, wanted = x[:n].float(), wanted[:n].float()

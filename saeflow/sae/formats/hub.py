@@ -90,12 +90,8 @@ def _in_cache(repository: str, revision: str | None, inside: str, error: Excepti
 
 
 def _lies_in(name: str, inside: str) -> bool:
-    folder = name.rpartition("/")[0]
-    return (
-        name in (inside, f"{inside.removesuffix('.pt')}_cfg.json")
-        or folder == inside
-        or folder == f"{inside}/checkpoints".strip("/")
-    )
+    folder, settings = name.rpartition("/")[0], f"{inside.removesuffix('.pt')}_cfg.json"  # those of a single file
+    return name in (inside, settings) or folder in (inside, f"{inside}/checkpoints".strip("/"))
 
 
 def _nothing_there(repository: str, inside: str, files: list[str]) -> str:

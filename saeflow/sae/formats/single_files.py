@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from saeflow.recipe.settings import Architecture
 from saeflow.runtime.errors import UserError
 from saeflow.sae.formats.description import (
     Files,
@@ -52,7 +53,7 @@ def describe_circuit_tracer(files: Files) -> SAEFolder:
     n_features, width = _sizes(path, shapes, turned=False)
     layer = path.stem.rpartition("_")[2]
     hook, target = f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"
-    architecture = "jumprelu" if "threshold" in shapes else "relu"
+    architecture: Architecture = "jumprelu" if "threshold" in shapes else "relu"
     config = foreign_config(path, architecture, n_features, {}, [], target)
     return SAEFolder(
         "circuit-tracer", config, width, width, path, path, False, transposed=frozenset({"W_enc"}),
