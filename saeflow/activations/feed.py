@@ -71,7 +71,7 @@ class Feed:
         if not self.n_rows:
             raise UserError(
                 f"{selection.source.id} has no training tokens. Read more documents, lower corpus.held_out, or skip "
-                "fewer tokens (activations.skip_positions, skip_special, skip_norms_above)."
+                "fewer tokens (activations.skip_positions, skip_special, skip_norms_above, roles)."
             )
 
     def _counts(self, index: int) -> np.ndarray:

@@ -14,5 +14,6 @@ forgotten      which documents the store must not take in again
 ledger         which documents a store already holds
 selection      which tokens count
 vocabulary     the tokenizer's vocabulary as a table
+tokenise       texts and conversations turned into vocabulary ids that know where they come from
 token_parts    texts become sequences of vocabulary ids, written and read
 """

@@ -13,6 +13,8 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow.corpus.vocabulary import chosen_entries
@@ -32,8 +34,10 @@ class TokenSelection:
     """True: every special entry of the vocabulary. Else the vocab_ids to leave out."""
     skip_norms_above: float | None = None
     """Vectors longer than this many times the median do not count either. `activations.lengths` finds them."""
+    roles: tuple[str, ...] = ()
+    """Roles whose tokens count; empty for all tokens, those that no role wrote too."""
     generation: Generation = field(init=False, compare=False)
-    SETTINGS: ClassVar = ("skip_positions", "skip_special", "skip_norms_above")
+    SETTINGS: ClassVar = ("skip_positions", "skip_special", "skip_norms_above", "roles")
     """The settings in `[activations]`."""
 
     def __post_init__(self) -> None:
@@ -44,10 +48,11 @@ class TokenSelection:
         """Return what a recipe selects. Raises UserError for positions and entries that there are not."""
         source.published()
         positions = positions_from_start(config.skip_positions, int(source.fact("context_length")))
+        roles = tuple(sorted(set(config.roles)))
         if isinstance(config.skip_special, bool):
-            return cls(source, positions, config.skip_special, config.skip_norms_above)
+            return cls(source, positions, config.skip_special, config.skip_norms_above, roles)
         special = chosen_entries(source.own_file("vocab.parquet"), config.skip_special)
-        return cls(source, positions, tuple(special.tolist()) or False, config.skip_norms_above)
+        return cls(source, positions, tuple(special.tolist()) or False, config.skip_norms_above, roles)
 
     @cached_property
     def length(self) -> int:
@@ -70,7 +75,7 @@ class TokenSelection:
         special = self.skip_special if isinstance(self.skip_special, bool) else list(self.skip_special)
         settings = {
             "skip_positions": list(self.skip_positions), "skip_special": special,
-            "skip_norms_above": self.skip_norms_above,
+            "skip_norms_above": self.skip_norms_above, "roles": list(self.roles),
         }  # fmt: skip
         return {name: value for name, value in settings.items() if value}
 
@@ -78,31 +83,37 @@ class TokenSelection:
     def from_facts(cls, source: Artefact, facts: Mapping[str, Any]) -> TokenSelection:
         special = facts.get("skip_special", False)
         special = tuple(special) if isinstance(special, list) else bool(special)
-        return cls(source, tuple(facts.get("skip_positions", ())), special, facts.get("skip_norms_above"))
+        positions, roles = (tuple(facts.get(name, ())) for name in ("skip_positions", "roles"))
+        return cls(source, positions, special, facts.get("skip_norms_above"), roles)
 
     def mask(self, index: int, rows: slice = slice(None), left_out: Counter[str] | None = None) -> np.ndarray:
         """Return bool (s, T): True at the used tokens of these sequences of a part, however long their vectors.
 
         `left_out` counts the others by reason, each once, without those of forgotten documents.
         """
-        table = self._read(self.parts[index], ["document_id", "vocab_id"], rows)
+        table = self._read(self.parts[index], ["document_id", "vocab_id", *(["role"] if self.roles else [])], rows)
         owners = table["document_id"]
         used = owners >= 0
         hidden = [document.document_id for document in self.generation.hidden.get(index, ())]
         if hidden:
             used &= ~np.isin(owners, hidden)
-        for reason, applies in self.reasons(table.get("vocab_id", owners)):
+        for reason, applies in self.reasons(table.get("vocab_id", owners), table.get("role")):
             if left_out is not None:
                 left_out[reason] += int((used & applies).sum())
             used &= ~applies
         return np.asarray(used)
 
-    def reasons(self, vocab_ids: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each reason to leave tokens (s, T) out, with bool of a shape that fits them: True where it applies."""
+    def reasons(self, vocab_ids: np.ndarray, spoken: np.ndarray | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each reason to leave tokens (s, T) out, with bool of a shape that fits them: True where it applies.
+
+        `spoken` (s, T) is True at tokens of the roles that count; None if all count.
+        """
         if self.skip_positions:
             yield "position", np.isin(np.arange(self.length), self.skip_positions)
         if len(self.special):
             yield "special", np.isin(vocab_ids, self.special)
+        if spoken is not None:
+            yield "role", ~spoken
 
     def owners(self, index: int, rows: slice, mask: np.ndarray) -> np.ndarray:
         """Return the document_id (n,) int64 of the tokens that `mask` (s, T) marks in these sequences of a part."""
@@ -114,7 +125,7 @@ class TokenSelection:
         whole = not self.generation.hidden.get(index) and not part.counts.get("n_removed_documents")
         facts = self.source.record.facts
         packed_tight = facts.get("packing") == "concatenated" and "special_tokens" not in facts
-        if packed_tight and whole and not len(self.special):
+        if packed_tight and whole and not len(self.special) and not self.roles:
             return self._tight_counts(part)
         return np.asarray(self.mask(index).sum(1))
 
@@ -136,7 +147,10 @@ class TokenSelection:
         return np.array(self.skip_special, np.int32)
 
     def _read(self, part: PartRecord, columns: list[str], rows: slice) -> dict[str, np.ndarray]:
-        """Read columns (s, T) of these sequences: of a large part, only the row groups that hold them."""
+        """Read columns (s, T) of these sequences: of a large part, only the row groups that hold them.
+
+        `role` is True at the roles that count.
+        """
         wanted = columns if len(self.special) else [name for name in columns if name != "vocab_id"]
         start, stop, _ = rows.indices(part.counts["n_sequences"])
         with pq.ParquetFile(self.source.part_file(part, "tokens.parquet")) as file:
@@ -145,6 +159,8 @@ class TokenSelection:
         table = table.slice(start * self.length - before, max(stop - start, 0) * self.length)
         found: dict[str, Any] = {name: table.column(name) for name in wanted}
         found["document_id"] = found["document_id"].fill_null(-1)
+        if "role" in found:
+            found["role"] = pc.is_in(found["role"], value_set=pa.array(self.roles, pa.string()))
         return {name: column.to_numpy().reshape(-1, self.length) for name, column in found.items()}
 
 

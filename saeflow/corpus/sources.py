@@ -87,6 +87,8 @@ def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
     readers = {format_of(path) for path in paths}
     if len(readers) > 1:
         raise UserError(f"corpus.files mixes formats ({', '.join(sorted(readers))}). Name files of one format only.")
+    if readers == {"text"} and config.messages:
+        raise UserError("corpus.messages names a column, but corpus.files are plain texts. Use Parquet or JSON files.")
     if readers == {"text"} and config.token_ids:
         raise UserError("corpus.token_ids names a column, but corpus.files are plain texts. Use Parquet or JSON files.")
     if readers == {"text"}:

@@ -43,6 +43,7 @@ from saeflow.corpus.text_tables import (
     require_unlike_names,
     say_left_out,
 )
+from saeflow.corpus.tokenise.messages import TOOLS, TOOLS_ALIAS, with_conversations
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
@@ -81,7 +82,7 @@ def from_files(paths: list[str], reader: str, config: CorpusConfig, memory_bytes
 def _from_parquet(
     paths: dict[str, str], names: dict[str, str], config: CorpusConfig, scratch: Scratch, stack: ExitStack
 ) -> Corpus:
-    content = config.token_ids or config.text
+    content = config.content
     schemas = {path: _columns_of(path, names[path], content) for path in paths}
     require_like_columns(schemas, {content, config.key or "key", "source"})
     connection = stack.enter_context(_reading(scratch))
@@ -164,8 +165,10 @@ def _stream(
 ) -> Corpus:  # fmt: skip
     columns = _choose_columns(relation, config, bool(names))
     with _query_failures("The corpus cannot be read", files=names):
-        reader = _select(relation, columns, names).to_arrow_reader(BATCH_DOCUMENTS)
+        reader = _select(relation, columns, names, config).to_arrow_reader(BATCH_DOCUMENTS)
     batches: Iterator[pa.RecordBatch] = iter(reader)
+    if config.messages:
+        batches = with_conversations(batches, names)
     if not ordered:
         batches = _sorted(batches, SortedRows(scratch, names, config.share, stack))
     fields = [(name, _with_small_offsets(reader.schema.field(name).type)) for name in columns.extra]
@@ -201,7 +204,7 @@ def _choose_columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files:
     if has_files:
         kinds.pop("filename")
     require_unlike_names(relation.columns)
-    content = config.token_ids or config.text
+    content = config.content
     if content not in kinds:
         raise no_column("The corpus has", content, list(kinds))
     key = config.key or ("key" if "key" in kinds else None)
@@ -213,7 +216,8 @@ def _choose_columns(relation: DuckDBPyRelation, config: CorpusConfig, has_files:
             f"The key of the corpus is {key!r}, a column of type {kinds[key]}, but it must be single values."
         )
     say_left_out(kinds, config)
-    return _Columns(content, key, [name for name in kinds if name not in {config.text, content, key} | RESERVED])
+    own = {config.text, content, key} | ({TOOLS} if config.messages else set())
+    return _Columns(content, key, [name for name in kinds if name not in own | RESERVED])
 
 
 def _is_nested(kind: str) -> bool:
@@ -221,7 +225,13 @@ def _is_nested(kind: str) -> bool:
 
 
 def _require_type(name: str, kind: str, config: CorpusConfig) -> None:
-    if config.token_ids:
+    if config.messages:
+        if not (kind.endswith("]") or kind in ("VARCHAR", "JSON")):
+            raise UserError(
+                f"corpus.messages is {name!r}, a column of type {kind}, but it must be lists of {{role, content}}, or "
+                "such lists in JSON."
+            )
+    elif config.token_ids:
         if not re.fullmatch(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?\[\d*\]", kind):
             raise UserError(
                 f"corpus.token_ids is {name!r}, a column of type {kind}, but it must be a list of integers: the "
@@ -234,9 +244,15 @@ def _require_type(name: str, kind: str, config: CorpusConfig) -> None:
         )
 
 
-def _select(relation: DuckDBPyRelation, columns: _Columns, names: dict[str, str]) -> DuckDBPyRelation:
+def _select(
+    relation: DuckDBPyRelation, columns: _Columns, names: dict[str, str], config: CorpusConfig
+) -> DuckDBPyRelation:
     kinds = dict(zip(relation.columns, map(str, relation.types), strict=True))
-    chosen = [_content_expression(columns.content, kinds).alias(CONTENT)]
+    if config.messages:
+        tools = [_json(TOOLS, kinds).alias(TOOLS_ALIAS)] if TOOLS in kinds else []
+        chosen = [_json(columns.content, kinds).alias(CONTENT), *tools]
+    else:
+        chosen = [_content_expression(columns.content, kinds).alias(CONTENT)]
     if columns.key is not None:
         key = ColumnExpression(columns.key)
         is_bytes = kinds[columns.key] == "BLOB"
@@ -248,6 +264,11 @@ def _select(relation: DuckDBPyRelation, columns: _Columns, names: dict[str, str]
         chosen.append(ColumnExpression("source").cast("VARCHAR").alias(SOURCE))
     chosen += [_metadata_expression(name, kinds[name]).alias(name) for name in columns.extra]
     return relation.select(*chosen)
+
+
+def _json(name: str, kinds: dict[str, str]) -> Expression:
+    column = ColumnExpression(name)
+    return (FunctionExpression("to_json", column) if _is_nested(kinds[name]) else column).cast("VARCHAR")
 
 
 def _content_expression(name: str, kinds: dict[str, str]) -> Expression:

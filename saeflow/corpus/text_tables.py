@@ -22,6 +22,7 @@ import pyarrow as pa
 from saeflow.corpus.files import open_text
 from saeflow.corpus.metadata import ColumnType, is_exact, read_as
 from saeflow.corpus.sorting import BATCH_DOCUMENTS, CONTENT, FILE, KEY, SOURCE
+from saeflow.corpus.tokenise.messages import TOOLS, conversation
 from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.text import separator_of
@@ -68,7 +69,7 @@ class TextTables:
     def __init__(self, names: dict[str, str], reader: str, config: CorpusConfig) -> None:
         """`names`: local paths, each with the path or URL that stands for it in messages."""
         self.names, self.reader, self.config = names, reader, config
-        self.column = config.token_ids or config.text
+        self.column = config.content
         self.types: dict[str, ColumnType] = {}
         self.others: set[str] = set()
         """Columns that are no metadata."""
@@ -108,7 +109,7 @@ class TextTables:
         try:
             f"{key}{source}".encode()
             metadata = json.dumps(self._metadata_of(row.cells), ensure_ascii=False).encode()
-            content = self._content(row.cells[self.column], where)
+            content = self._content(row.cells, where)
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{where}: a text has half of a character (a lone surrogate) in it, which UTF-8 cannot hold."
@@ -120,6 +121,7 @@ class TextTables:
     def _metadata_of(self, cells: dict[str, Any]) -> dict[str, Any]:
         """Return the other cells of a row, and take note of their types."""
         named = {self.config.text, self.column, self.config.key or "key"} | RESERVED
+        named |= {TOOLS} if self.config.messages else set()
         found = {name: value for name, value in cells.items() if name not in named}
         self.others |= cells.keys() - found.keys()
         for name, value in found.items():
@@ -127,7 +129,10 @@ class TextTables:
             self.types.setdefault(name, ColumnType(self.reader == "csv")).see(found[name])
         return found
 
-    def _content(self, value: Any, where: str) -> bytes | list[int | None]:
+    def _content(self, cells: dict[str, Any], where: str) -> bytes | list[int | None]:
+        value = cells[self.column]
+        if self.config.messages:
+            return conversation(_exact(value), _exact(cells.get(TOOLS)), where).encode()
         if self.config.token_ids:
             if value is None or (isinstance(value, list) and all(_is_id(each) for each in value)):
                 return value or []
@@ -219,7 +224,7 @@ def no_column(which: str, column: str, found: Iterable[str]) -> UserError:
 
 def say_left_out(names: Iterable[str], config: CorpusConfig) -> None:
     """Log the columns that are lost because the store has columns of its own that are called so."""
-    used = {config.token_ids or config.text, config.key or "key", "source"}
+    used = {config.content, config.key or "key", "source"}
     if left := (RESERVED | {config.text}).intersection(names) - used:
         _log.warning("corpus: left out: %s. Rename a column to keep it.", ", ".join(sorted(left)))
 

@@ -12,62 +12,13 @@ import pyarrow.parquet as pq
 
 from saeflow.corpus import sources
 from saeflow.corpus.ledger import Entry, Ledger
+from saeflow.corpus.tokenise.chats import ChatTokeniser
+from saeflow.corpus.tokenise.texts import MARKS, Tokenised, mark_columns, tokens_of
 from saeflow.corpus.vocabulary import text_it_reads
 from saeflow.recipe.settings import CorpusConfig, TokensConfig
-from saeflow.runtime.errors import UserError, first_line
-from saeflow.runtime.text import brief
+from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
-from saeflow.store.records import PartRecord, no_collection
-
-MARK_TYPES = {"char_start": pa.int32(), "char_end": pa.int32()}
-"""Columns that tie a token to its document's text; null for special tokens, padding and where there is no text."""
-MARKS = np.dtype([(name, kind.to_pandas_dtype()) for name, kind in MARK_TYPES.items()])
-"""The same in memory, with -1 for null."""
-
-
-class Tokenised(NamedTuple):
-    """The tokens of one document: `vocab_ids` int32 (n,) and `marks` (n,) of type MARKS."""
-
-    vocab_ids: np.ndarray
-    marks: np.ndarray
-
-    @classmethod
-    def of(cls, ids: Sequence[int], offsets: Sequence[tuple[int, int]] | None = None) -> Tokenised:
-        marks = np.full(len(ids), -1, MARKS)
-        if offsets:
-            pairs = np.array(offsets, "i4,i4")  # thrice as quick as into two columns
-            marks["char_start"], marks["char_end"] = pairs["f0"], pairs["f1"]
-        return cls(np.asarray(ids, np.int32), marks)
-
-
-def ids_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[list[int]]:
-    """Return the vocabulary ids of texts. Special-token names in them are plain text, unless `parse_special` is set."""
-    return [ids for read in _read(tokenizer, texts, config) for ids in read["input_ids"]]
-
-
-def tokens_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[Tokenised]:
-    """Return the vocabulary ids of texts, and the characters that each token stands for by the tokenizer's own account.
-
-    Tokenizers written in Python give no such account.
-    """
-    if not tokenizer.is_fast:
-        return list(map(Tokenised.of, ids_of(tokenizer, texts, config)))
-    with no_collection():
-        found = _read(tokenizer, texts, config, return_offsets_mapping=True, return_attention_mask=False)
-        return [each for read in found for each in map(Tokenised.of, read["input_ids"], read["offset_mapping"])]
-
-
-def _read(tokenizer: Any, texts: list[str], config: TokensConfig, **options: bool) -> list[Any]:
-    literal = {} if config.parse_special else {"split_special_tokens": True}
-    try:
-        return [tokenizer(texts, add_special_tokens=False, verbose=False, **literal, **options)]
-    except Exception as error:  # tokenizers raises no other class
-        if len(texts) > 1:
-            return [read for text in texts for read in _read(tokenizer, [text], config, **options)]
-        raise UserError(
-            f"The model's tokenizer cannot read the text {brief(texts[0])!r}: {first_line(error)}.\n"
-            "Leave such documents out of the corpus, or name an entry for what is unknown in tokenizer.json."
-        ) from error
+from saeflow.store.records import PartRecord
 
 
 @dataclass(frozen=True)
@@ -97,7 +48,7 @@ def frame_of(tokenizer: Any, about: CorpusConfig, config: TokensConfig) -> Frame
     An encoder's tokenizer (it has a mask token) and rows of one document have them in each sequence, as the tokenizer
     itself cuts long texts. BOS alone stands only where a document begins.
     """
-    if config.prepend_bos is None and about.tokenised:
+    if config.prepend_bos is None and (about.tokenised or about.messages):
         return Frame()
     if config.prepend_bos is None:
         own, n_special = _own_frame(tokenizer), sum(map(len, special_tokens(tokenizer)))
@@ -136,6 +87,8 @@ class Packed(NamedTuple):
     vocab_ids: np.ndarray
     documents: np.ndarray
     marks: np.ndarray | None = None
+    roles: Sequence[str] = ()
+    """Names of the roles in `marks`."""
 
 
 Stretch = tuple[int, np.ndarray]
@@ -208,6 +161,7 @@ class TokenPartWriter:
         self.n_sequences = self.n_documents = 0
         self.n_vocab = 1 + max(tokenizer.get_vocab().values())
         self.frame = frame_of(tokenizer, about, config)
+        self.chats = ChatTokeniser(tokenizer, config) if about.messages else None
         self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
     def open_corpus(self, ledger: Ledger) -> Iterator[Entry]:
@@ -237,6 +191,8 @@ class TokenPartWriter:
     def _tokens(self, entries: Sequence[Entry]) -> Sequence[Tokenised]:
         if not entries:
             return []
+        if self.chats:
+            return [self.chats.tokens(entry.key, entry.document.text) for entry in entries]
         if not self.about.tokenised:
             return tokens_of(self.tokenizer, [entry.document.text for entry in entries], self.config)
         for entry in entries:
@@ -261,8 +217,8 @@ class TokenPartWriter:
             for wanted in (False, True)
         ]
         train = sides[0]
-        ids, owners, marks = (np.concatenate([getattr(side, name) for side in sides]) for name in Packed._fields)
-        both = Packed(ids, owners, marks if marked else None)
+        ids, owners, marks = (np.concatenate([side[place] for side in sides]) for place in range(3))
+        both = Packed(ids, owners, marks if marked else None, self.chats.roles if self.chats else ())
         counts = {
             "first_sequence": self.n_sequences,
             "n_sequences": len(both.vocab_ids),
@@ -322,9 +278,8 @@ def write_part(target: Artefact, index: int, counts: dict[str, int], packed: Pac
         }
     )
     if packed.marks is not None:
-        for name in MARK_TYPES:
-            values = np.ascontiguousarray(packed.marks[name].reshape(-1))
-            table = table.append_column(name, pa.array(values, mask=values < 0))
+        for name, column in mark_columns(packed.marks.reshape(-1), packed.roles).items():
+            table = table.append_column(name, column)
         counts |= {"n_offsets": int((packed.marks["char_start"] >= 0).sum())}
     return write_tables(target, index, counts, table, documents)
 
@@ -337,10 +292,12 @@ def has_marks(part: PartRecord) -> bool:
 def write_tables(
     target: Artefact, index: int, counts: dict[str, int], table: pa.Table, documents: pa.Table
 ) -> PartRecord:
-    ascending = [name for name in ("token_id", "document_id", "char_start", "char_end") if name in table.schema.names]
+    names = set(table.schema.names)
+    ascending = names & {"token_id", "document_id", "char_start", "char_end"}
     with target.new_part(index, counts) as folder:
         pq.write_table(
-            table, folder / "tokens.parquet", compression="zstd", row_group_size=122_880, use_dictionary=["vocab_id"],
+            table, folder / "tokens.parquet", compression="zstd", row_group_size=122_880,
+            use_dictionary=sorted(names & {"vocab_id", "role"}),
             column_encoding=dict.fromkeys(ascending, "DELTA_BINARY_PACKED"),
         )  # fmt: skip
         pa.default_memory_pool().release_unused()  # the next table would be written beside freed pages of this one

@@ -15,7 +15,9 @@ from typing import Any
 from saeflow.activations.shards import ITEM_BYTES
 from saeflow.corpus import sources
 from saeflow.corpus.document import is_held_out
-from saeflow.corpus.token_parts import frame_of, ids_of
+from saeflow.corpus.token_parts import frame_of
+from saeflow.corpus.tokenise.messages import contents_as_text
+from saeflow.corpus.tokenise.texts import ids_of
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.trial import try_out
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
@@ -60,13 +62,14 @@ def survey_corpus(recipe: Recipe, progress: Progress) -> Survey:
     with progress.bar("survey", None, "characters") as bar:
         for document in sources.open_corpus(about).documents:
             n_documents += 1
-            n_characters += len(document.content)
-            n_held_out += len(document.content) * is_held_out(document.key, about.seed, about.held_out)
-            for piece in _cut(document.content):
+            content = contents_as_text(document.text) if about.messages else document.content
+            n_characters += len(content)
+            n_held_out += len(content) * is_held_out(document.key, about.seed, about.held_out)
+            for piece in _cut(content):
                 n_pieces += 1
                 place = len(pieces) if len(pieces) < _MORE_PIECES else dice.randrange(n_pieces)
                 pieces[place : place + 1] = [piece] if place < _MORE_PIECES else pieces[place : place + 1]
-            bar.advance(len(document.content))
+            bar.advance(len(content))
     if not pieces:
         raise UserError("All documents of the corpus are empty. Check corpus.text, the column that holds the text.")
     dice.shuffle(pieces)  # a small corpus fills the reservoir in its own order

@@ -17,6 +17,7 @@ from saeflow.activations.shards import stored_sites
 from saeflow.activations.tables.source import source_checksum
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import special_tokens
+from saeflow.corpus.tokenise.templates import ChatTemplate
 from saeflow.model.load import load_tokenizer, model_fingerprint
 from saeflow.model.sites import Site, choose_site, site_pair
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_that_count
@@ -125,12 +126,13 @@ class Lineage:
             return table_facts(recipe)
         assert recipe.corpus is not None
         tokenizer = ModelConfig(path=recipe.model.path, revision=recipe.model.revision)
-        own = recipe.tokens.prepend_bos is None and not recipe.corpus.tokenised
+        own = recipe.tokens.prepend_bos is None and not (recipe.corpus.tokenised or recipe.corpus.messages)
         return {
             "corpus": settings_that_count(recipe.corpus),
             "tokenizer": model_fingerprint(tokenizer),
             **settings_that_count(recipe.tokens),
             **(_special_tokens_fact(tokenizer) if own else {}),
+            **(_template_fact(recipe, tokenizer) if recipe.corpus.messages else {}),
         }
 
     @cached_property
@@ -382,6 +384,12 @@ def table_facts(recipe: Recipe) -> dict[str, Any]:
         **({"seed": corpus.seed} if corpus and corpus.held_out and corpus.seed else {}),
         **({"source_array": about.source_array} if about.source_array else {}),
     }
+
+
+def _template_fact(recipe: Recipe, model: ModelConfig) -> dict[str, str]:
+    """Return a digest of the chat template, which may lie in a file that is none of the model's."""
+    template = ChatTemplate(load_tokenizer(model), recipe.tokens.chat_template)
+    return {"chat_template": fingerprint(template.given or template.tokenizer.chat_template)}
 
 
 def _special_tokens_fact(model: ModelConfig) -> dict[str, Any]:

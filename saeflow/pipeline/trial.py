@@ -67,6 +67,7 @@ def trial_recipe(recipe: Recipe, pieces: Pieces, folder: Path) -> Recipe:
     return recipe.model_copy(
         update={
             "corpus": corpus,
+            "activations": recipe.activations.model_copy(update={"roles": []}),
             "cluster": None,  # a trial is of this machine
             "tokens": recipe.tokens.model_copy(update={"part_tokens": n_tokens}),
             "train": recipe.train.model_copy(update=short),

@@ -90,7 +90,8 @@ def _values_of(
     from saeflow.activations.lengths import longest_allowed, too_long
     from saeflow.activations.shards import stored_sites
     from saeflow.corpus.selection import TokenSelection
-    from saeflow.corpus.token_parts import ids_of, pack
+    from saeflow.corpus.token_parts import pack
+    from saeflow.corpus.tokenise.texts import ids_of
     from saeflow.model.load import load_model, load_tokenizer
     from saeflow.model.sites import SiteReader, choose_site
     from saeflow.sae.formats.load import load_sae
@@ -100,7 +101,7 @@ def _values_of(
     plain = np.asarray(ids_of(tokenizer, [text], about)[0], np.int32)
     ids = plain if frame.in_each_sequence else frame.around(plain)
     pad = int(ids[-1]) if len(ids) else 0
-    rows, owners, _ = pack([(0, ids)], about.context_length, about.packing, pad, frame)
+    rows, owners, *_ = pack([(0, ids)], about.context_length, about.packing, pad, frame)
     site = choose_site(stored_sites(stored), run.artefact.fact("site"))
     dtype = getattr(torch, stored.fact("dtype"))
     values = torch.empty(0, about.context_length, site.width)

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from saeflow.corpus.token_parts import BLOCK_TOKENS, MARK_TYPES
+from saeflow.corpus.token_parts import BLOCK_TOKENS
+from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.features.schema import LABELS, LEFT_OUT_TABLE, ORDERS, PART_TABLES, RUN_TABLES, VALUES
 from saeflow.runtime.text import HOSTILE
 

@@ -69,6 +69,8 @@ class Run:
     """SQL on `token` and `entry`: true if the token was encoded, so that a missing value means a silent feature."""
     skip_reason: str = "null::varchar"
     """SQL on `token` and `entry`: why a setting leaves the token out, but for its length; null if none does."""
+    roles: Sequence[str] = ()
+    """Roles whose tokens alone were encoded; empty for all."""
     labels: Sequence[LabelFile] = ()
     problem: str | None = None
 
@@ -182,6 +184,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         left_out=_hidden_ranges(shown, tokens, generation),
         shape=_shape(artefact, tokens, shown),
         **_conditions(artefact, shown, tokens, generation),
+        roles=artefact.record.facts.get("roles", ()),
         labels=label_files(store, sae) if sae else (),
     )
 

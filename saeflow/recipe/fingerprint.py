@@ -29,7 +29,7 @@ def _as_json(value: object) -> object:
 
 _ADDED_IN_FORMAT_2 = {
     "skip_positions", "skip_special", "skip_norms_above", "token_ids", "parse_special", "compression", "source_array",
-    "requests", "request_layers",
+    "requests", "request_layers", "messages", "roles",
     "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share",
     "encoder_scale", "input_scale",
     "decay", "clip_norm", "sparsity_warmup_share", "k_start", "k_anneal_share",
@@ -45,7 +45,9 @@ def settings_that_count(section: Section) -> dict[str, Any]:
 
     The share of a corpus that is read does not count, nor the folder that an SAE came from.
     """
-    not_counted = {"share", "folder", "tensorboard"} | ({"source"} if isinstance(section, SAEConfig) else set())
+    not_counted = {"share", "folder", "tensorboard", "chat_template"} | (
+        {"source"} if isinstance(section, SAEConfig) else set()
+    )
     data = section.model_dump(mode="json", exclude=not_counted)
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(section).model_fields.items()

@@ -187,6 +187,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _roles_are_of_messages(self) -> Recipe:
+        messages = self.corpus.messages if self.corpus else None
+        if self.activations.roles and not messages:
+            raise ValueError(
+                f"activations.roles is {self.activations.roles}, but the corpus has no conversations.\n"
+                "Name their column with corpus.messages, or leave activations.roles out."
+            )
+        if self.corpus and messages and self.corpus.tokenised:
+            other = "corpus.token_ids" if self.corpus.token_ids else "corpus.requests"
+            raise ValueError(f"corpus.messages and {other} are both set. Leave one of them out.")
+        return self
+
+    @model_validator(mode="after")
     def _k_falls(self) -> Recipe:
         start = self.train.k_start
         if start is not None and self.sae.counts_k and not self.sae.k <= start <= self.sae.n_features:

@@ -69,6 +69,12 @@ class CorpusConfig(Section):
         examples=["token_ids"],
         description="Column with lists of vocabulary ids, instead of `text`, if the corpus is already tokenised.",
     )
+    messages: str | None = Field(
+        None,
+        examples=["messages"],
+        description="Column with conversations, instead of `text`: lists of {role, content}, or such lists in JSON. "
+        "The tokenizer's chat template writes them out. A column called `tools` is given to the template.",
+    )
     requests: PathFromRecipe | None = Field(
         None,
         examples=["requests"],
@@ -91,6 +97,11 @@ class CorpusConfig(Section):
         0.05, description="Share of the documents kept for evaluation, chosen by a hash of their key."
     )
     seed: int = Field(0, description="Seed of the choice of held-out documents.")
+
+    @property
+    def content(self) -> str:
+        """The column that holds each document."""
+        return self.messages or self.token_ids or self.text
 
     @property
     def tokenised(self) -> bool:
@@ -126,6 +137,11 @@ class TokensConfig(Section):
         examples=[True],
         description="true: BOS alone before each document. false: no special tokens. Default: those that the "
         "tokenizer itself adds, such as BOS, or [CLS] and [SEP].",
+    )
+    chat_template: PathFromRecipe | None = Field(
+        None,
+        examples=["template.jinja"],
+        description="File with a Jinja chat template for corpus.messages. Default: the tokenizer's own.",
     )
     parse_special: bool = Field(
         False,
@@ -184,6 +200,11 @@ class ActivationsConfig(Section):
         examples=[10.0],
         description="Leave out vectors longer than this many times the median length, wherever they stand: attention "
         "sinks lie at delimiters, too. The site that the SAE reads decides.",
+    )
+    roles: list[str] = Field(
+        [],
+        examples=[["assistant"]],
+        description="Train on, encode and evaluate only what these roles wrote in corpus.messages. Default: all.",
     )
     forward_batch: PositiveInt = Field(16, description="Sequences in one forward pass.")
     chunk_bytes: ByteSize = Field(

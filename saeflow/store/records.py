@@ -115,6 +115,7 @@ class _Facts(BaseModel):
     skip_special: Annotated[bool, Field(strict=True)] | list[_Whole] = False
     skip_norms_above: _Number | None = None
     median_lengths: dict[_Text, _Number] = {}
+    roles: list[_Text] = []
     packing: _Text | None = None
     generation: _Whole = 0
     site: _Text = ""

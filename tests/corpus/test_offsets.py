@@ -15,7 +15,8 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from saeflow.corpus.token_parts import MARK_TYPES, has_marks
+from saeflow.corpus.token_parts import has_marks
+from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.pipeline import stages, tokens
 from saeflow.pipeline.lifecycle.forget import erase_hidden, forget
 from saeflow.pipeline.lineage import Lineage

@@ -111,7 +111,7 @@ def test_the_table_has_the_types_that_the_disk_contract_names(tokenised):
     kinds = {field.name: str(field.type) for field in tokenised.tokens.schema}
     assert kinds == {
         "token_id": "int64", "vocab_id": "int32", "document_id": "int64", "position": "int32", "mask": "bool",
-            "char_start": "int32", "char_end": "int32",
+            "char_start": "int32", "char_end": "int32", "role": "string", "turn": "int32", "assistant": "bool",
     }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow.corpus.token_parts import MARK_TYPES, VOCAB_BLOCKS
+from saeflow.corpus.token_parts import VOCAB_BLOCKS
+from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.features.schema import LEFT_OUT_TABLE, PART_TABLES, RUN_TABLES
 from saeflow.features.schema import VALUES as VALUE_SCHEMAS
 from saeflow.store.artefact import Artefact

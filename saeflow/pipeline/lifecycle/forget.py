@@ -20,7 +20,8 @@ from saeflow.corpus import forgotten, sources
 from saeflow.corpus.document import Document
 from saeflow.corpus.forgotten import ForgottenHashes, pair_of
 from saeflow.corpus.ledger import Ledger, document_rows, group_by_part, key_hash, merge_hidden
-from saeflow.corpus.token_parts import MARK_TYPES, write_tables
+from saeflow.corpus.token_parts import write_tables
+from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.pipeline import encode
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.recipe.settings import CorpusConfig
