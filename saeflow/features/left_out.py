@@ -12,6 +12,7 @@ from saeflow.store.artefact import Artefact
 _IN_WORDS = {
     "position": "at skipped positions",
     "special": "special tokens",
+    "role": "of other roles, or of the chat template",
     "length": "with vectors that are too long",
 }
 

@@ -30,6 +30,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
 from tests.support.small_pipeline import SCRIPTS, Ingredients, documents, quiet, recipe_data, write_model
+from tests.support.small_store import N_FEATURES, VALUES, Given, token_rows
 from tests.support.tokenizers import byte_level, metaspace, word_pieces
 
 NAMES = [
@@ -485,17 +486,39 @@ def test_only_tokens_of_the_roles_asked_for_are_trained_on_encoded_and_judged(ru
         counted = query(connection, "select role, count(*) as n from tokens group by all").to_pylist()
         n_by_role = {row["role"]: row["n"] for row in counted}
         fired = query(connection, "select distinct role from stg_token_major join tokens using (token_id)")
+        skipped = query(connection, "select reason, sum(n_tokens)::bigint as n from left_out group by all").to_pylist()
         encoded = query(connection, "select count(*) as n from stg_tokens_encoded").to_pylist()[0]["n"]
     assert fired.column("role").to_pylist() == ["assistant"]
     selection = lineage.selection()
     n_selected = sum(int(selection.counts(index).sum()) for index in selection.parts)
     assert n_selected == n_by_role["assistant"] == encoded
+    assert skipped == [{"reason": "role", "n": sum(n_by_role.values()) - n_selected}]
     assert lineage.sae.record.facts["roles"] == ["assistant"]
     quality = json.loads((lineage.features.path / "quality.json").read_text())
     held_out = sum(
         int(selection.mask(index)[part.counts["n_train_sequences"] :].sum()) for index, part in selection.parts.items()
     )
     assert quality["n_tokens"] == held_out
+
+
+def test_features_by_role_counts_what_looking_at_each_token_counts(tmp_path: Path) -> None:
+    rows = token_rows(Given().every_token())
+    for row, role in zip(rows, ["user", "user", None, "assistant", "assistant", "user", "user", "tool"], strict=True):
+        row["role"] = role
+    with connect(Given(tokens=rows).write(tmp_path)) as connection:
+        found = {
+            row["feature_id"]: row for row in ask(connection, "features_by_role", ["user", "assistant"]).to_pylist()
+        }
+    roles = [row["role"] for row in rows]
+    for feature, row in found.items():
+        for side, role in (("a", "user"), ("b", "assistant")):
+            mine = [value for token, other, value in VALUES if other == feature and roles[token] == role]
+            assert row[f"n_tokens_{side}"] == len(mine)
+            assert row[f"rate_{side}"] == len(mine) / roles.count(role)
+            assert row[f"mean_value_{side}"] == (sum(mine) / len(mine) if mine else None)
+    effects = [abs(row["cohens_h"]) for row in found.values()]
+    assert effects == sorted(effects, reverse=True)
+    assert len(found) == N_FEATURES
 
 
 def test_a_role_is_asked_for_in_one_line_of_sql(run_of_assistant: Lineage) -> None:

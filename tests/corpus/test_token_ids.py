@@ -57,7 +57,8 @@ def test_ids_are_stored_as_the_text_they_stand_for_would_be(
     one_part = {"part_tokens": 1_000_000}
     from_ids = tokenise(tmp_path / "store", ingredients, path, progress, **one_part)
     from_text = tokenise(tmp_path / "store", ingredients, ingredients.corpus, progress, **one_part)
-    assert tables(from_ids)[0].equals(tables(from_text)[0])
+    without = (each.drop_columns(["char_start", "char_end"]) for made in (from_ids, from_text) for each in tables(made))
+    assert next(without).equals(next(without)), "but for the characters of a text that is not there"
     assert from_ids.id != from_text.id
 
 
