@@ -316,3 +316,20 @@ def test_hooks_of_transformer_lens_are_the_models_own_sites(ingredients, tmp_pat
     assert lineage.stored_sites == [Site("odd", 3), Site("transformer.h.0.mlp.c_proj:input", 32)]
     assert may_run(recipe, "transformer.h.0.mlp.c_proj:input")
     assert not may_run(recipe, "odd")
+
+
+def test_a_folder_that_is_gone_is_not_missed_once_it_is_stored(stored):
+    stored.collected()
+    shutil.rmtree(stored.folder)
+    assert_equal(stored.collected(), made_up())
+
+
+def test_a_forgotten_request_leaves_the_disk(stored):
+    stored.collected()
+    forget.forget(stored.store, ["r0-3"], quiet())
+    (stored.folder / "r0-3.safetensors").unlink()
+    stages.compact_store(stored.lineage(), quiet())
+    requests = made_up()
+    del requests["r0-3"]
+    assert_equal(stored.collected(), requests)
+    assert not list(integrity.verify(stored.store, full=True))
