@@ -54,7 +54,8 @@ def devices_of(recipe: Recipe, stage: str) -> list[str]:
     devices = {"evaluate": model}
     if recipe.cluster is None:
         trained = [member.train.device for member in recipe.members()]
-        devices |= {"collect": model, "train": trained, "encode": [recipe.features.device, *model]}
+        tried = [] if recipe.activations.keep else model  # an SAE to import is tried on what the model gives
+        devices |= {"collect": model, "train": trained + tried, "encode": [recipe.features.device, *model]}
     return devices.get(stage, [])
 
 
