@@ -21,7 +21,7 @@ from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage, last_log_row
 from saeflow.query.ask import ask
 from saeflow.query.connection import check, connect
-from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.recipe.recipe import Recipe, load_recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.sae.formats.load import load_sae
 from saeflow.sae.formats.source import effective_config
@@ -368,3 +368,22 @@ def test_a_transcoder_finds_both_of_its_sites(tmp_path: Path, ingredients: Ingre
     quality = read_json(lineage.features.path / "quality.json")
     log = last_log_row(lineage.sae)
     assert quality["variance_unexplained"] == pytest.approx(log["variance_unexplained"], rel=0.3)
+
+
+def test_a_threshold_that_was_folded_twice_is_named_when_the_sae_comes_in(
+    tmp_path: Path, ingredients: Ingredients, saeflow: Command
+) -> None:
+    """SAELens folded the decoder's lengths into the threshold of a BatchTopK that already had its units."""
+    folder = residual_sae(tmp_path / "theirs", hook_name="blocks.0.hook_resid_post")
+    tensors = load_file(folder / "sae_weights.safetensors")
+    for spoilt in (False, True):
+        threshold = 0.02 * (torch.logspace(-3, 3, 32) if spoilt else torch.ones(32))
+        write_saelens(folder, "jumprelu", tensors | {"threshold": threshold}, apply_b_dec_to_input=False)
+        data = recipe_data(ingredients, name="foreign", activations={"sites": [RESIDUAL]})
+        recipe = write_recipe(tmp_path / "my.toml", data | {"sae": {"source": str(folder)}})
+        store = Store.create(str(tmp_path / "store"))
+        for stage in (tokens.run, collect.run):
+            stage(Lineage(store, load_recipe(recipe)), quiet())
+        said = saeflow("import", str(folder), str(recipe), "--store", str(store.root))
+        assert said.code == 0, said.err
+        assert ("folded into the thresholds twice" in said.out) == spoilt, said.out

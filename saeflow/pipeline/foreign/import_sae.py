@@ -35,8 +35,9 @@ from saeflow.train.group import write_sae
 
 _SAMPLE_ROWS = 4096
 """Tokens on which an imported SAE is tried."""
-_POOR, _FAR = 0.5, 2.0
-"""Variance unexplained above which an import is called poor, and how many times another L0 than the stated one is."""
+_POOR, _FAR, _FAR_BETTER = 0.5, 2.0, 0.35
+"""Variance unexplained above which an import is called poor; how many times another L0 than the stated one is; and the
+share of the variance unexplained at most left by another reading that is named although nothing else is odd."""
 
 
 def require_fits(lineage: Lineage) -> None:
@@ -107,11 +108,11 @@ def _doubts(
         doubts.append(f"L0 is {figures['l0']:.1f} on the first tokens, but it says {stated:g}")
     if unexplained > _POOR:
         doubts.append(f"it leaves {unexplained:.0%} of the variance unexplained on the first tokens")
-    if doubts:
-        best = best_reading(sae, x, wanted, unexplained)
-        others = [] if best else list(_better_sites(lineage, sae, unexplained))
-        doubts += [f"it looks as if {best[0]} (variance unexplained would be {best[1]:.3f})"] if best else []
-        doubts += [f"it explains more at {name} (variance unexplained {left:.3f})" for name, left in others]
+    best = best_reading(sae, x, wanted, unexplained)
+    if best and (doubts or best[1] < _FAR_BETTER * unexplained):
+        return [*doubts, f"it looks as if {best[0]} (variance unexplained would be {best[1]:.3f})"]
+    others = _better_sites(lineage, sae, unexplained) if doubts else []
+    doubts += [f"it explains more at {name} (variance unexplained {left:.3f})" for name, left in others]
     return doubts
 
 

@@ -133,9 +133,12 @@ def _headers(path: Path) -> Iterator[tuple[str, tuple[int, ...], np.dtype[Any], 
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    except Exception as error:  # numpy parses a header as Python's literals, and lets errors of the parser through
+        raise ValueError(first_line(error)) from error
     if dtype.kind != "f":
         raise ValueError(f"it holds {dtype}, not real numbers")
     return shape, dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 import zipfile
 from collections.abc import Callable
@@ -102,6 +103,39 @@ def test_matrices_that_could_be_meant_either_way_are_not_guessed(tmp_path: Path)
     path = tensors_to(tmp_path / "L0_5.pt", {name: p[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")})
     with pytest.raises(UserError, match=rf"reads W_enc \(features × width\) .* it holds .*W_enc {D} × {F}"):
         open_source(path)
+
+
+ODD = [None, True, -1, 0, 1.5, 1e400, float("nan"), 2**63, 10**400, "x", [], {}, [1], {"a": 1}, "../../etc/passwd"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_random_damage_opens_or_ends_in_one_message(name: str, tmp_path: Path) -> None:
+    """A setting changed or lost, bytes changed, a file cut: whatever it is, nothing but UserError leaves."""
+    dice = random.Random(name)
+    made = LAYOUTS[name](tmp_path)
+    files = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    messages = []
+    for _ in range(12):
+        path, content = dice.choice(list(files.items()))
+        about = json.loads(content) if path.suffix == ".json" else {}
+        damaged = bytearray(content)
+        if about and dice.random() < 0.7:
+            about[dice.choice(list(about))] = dice.choice(ODD)
+            damaged = bytearray(json.dumps(about).encode())
+        elif dice.random() < 0.4:
+            del damaged[dice.randrange(len(damaged)) :]
+        else:
+            for _ in range(4):
+                damaged[dice.randrange(min(len(damaged), 2000))] = dice.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            open_source(made.source, **made.asked)
+        except UserError as refused:
+            messages.append(str(refused))
+        path.write_bytes(content)
+    assert len(messages) > 3
+    assert max(map(len, messages)) < 3000
+    open_source(made.source, **made.asked)
 
 
 def change(path: Path, **settings: object) -> None:
