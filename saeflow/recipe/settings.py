@@ -285,6 +285,11 @@ class SAEConfig(Section):
     normalise: bool = Field(
         True, description="Scale the data to mean squared norm D while training. The factor is folded in on saving."
     )
+    whiten: bool = Field(
+        False,
+        description="Train on whitened activations: all directions vary alike. Folded in on saving (not for mp and "
+        "transcoders).",
+    )
     init: Literal["tied", "linear"] = Field(
         "tied", description="tied: both matrices start with the same random unit rows. linear: uniform, as nn.Linear."
     )
@@ -347,6 +352,12 @@ class SAEConfig(Section):
             raise ValueError(
                 f"sae.architecture is mp, but sae.target_site is {self.target_site}.\nMatching pursuit encodes by the "
                 "directions that it reconstructs with. Leave target_site out, or choose another architecture."
+            )
+        if self.whiten and (self.architecture == "mp" or self.target_site is not None):
+            what = "sae.architecture is mp" if self.architecture == "mp" else f"sae.target_site is {self.target_site}"
+            raise ValueError(
+                f"sae.whiten is true, but {what}: its weights cannot take the whitening in.\n"
+                "Leave sae.whiten out, or choose another architecture that reconstructs what it reads."
             )
         if max(self.prefixes, default=0) > self.n_features:
             raise ValueError(

@@ -90,18 +90,20 @@ def pursuit_step(batch: CentredBatch, encoder: Encoder, weights: Weights, settin
         low = converted(residual, encoder.dtype, settings.threads)
         found, _ = largest_entries(low, encoder, 1, True, 0.0, settings.use_kernels)
         rows, ids = found.rows, found.feature_ids.long()
-        v = (residual[rows] * w_dec[ids]).sum(1)
-        steps.append(_Chosen(rows[v > 0], ids[v > 0], v[v > 0]))
-        residual.index_add_(0, steps[-1].rows, -steps[-1].v[:, None] * w_dec[steps[-1].ids])
+        before, directions = residual[rows], w_dec[ids]
+        v = (before * directions).sum(1).clamp_(min=0)
+        steps.append(_Chosen(rows, ids, v))
+        residual[rows] = before - v[:, None] * directions
     error, last = residual.double().square().sum().item(), -residual.clone()
     d_w_dec, g = torch.zeros_like(w_dec), 2 * settings.scale * residual
     for rows, ids, v in reversed(steps):
         directions, above = w_dec[ids], g[rows]
-        residual.index_add_(0, rows, v[:, None] * directions)
-        along = (above * directions).sum(1)[:, None]
-        d_w_dec += _summed_rows(ids, -v[:, None] * above - along * residual[rows], len(w_dec))
+        before = residual[rows] + v[:, None] * directions
+        along = (above * directions).sum(1)[:, None] * (v > 0)[:, None]
+        d_w_dec += _summed_rows(ids, -v[:, None] * above - along * before, len(w_dec))
+        residual[rows] = before
         g[rows] = above - along * directions
-    fired = torch.cat([each.rows * len(w_dec) + each.ids for each in steps]).unique() % len(w_dec)
+    fired = torch.cat([(each.rows * len(w_dec) + each.ids)[each.v > 0] for each in steps]).unique() % len(w_dec)
     return StepResult(
         error=error, mean_error=error, n_active=len(fired), fired=torch.bincount(fired, minlength=len(w_dec)),
         penalty=residual.new_zeros(()), residual=last, d_w_enc=d_w_dec,

@@ -32,6 +32,7 @@ from saeflow.store.links import is_file, remove, unlinked
 from saeflow.store.records import Damaged, damaged, is_refusal, read_checked, write_checked
 from saeflow.train import schedules
 from saeflow.train.resample import resample_dead
+from saeflow.train.whitening import Whitening, whitening_of
 
 CHECKPOINT, STATE = "state.json", "state.safetensors"
 """The files of a checkpoint. The first is written last."""
@@ -90,6 +91,7 @@ class Training:
     scales: tuple[float, ...]
     """Factors on the activations of the site read and, for a transcoder, of the site to reconstruct."""
     n_steps: int
+    whitening: Whitening | None = None
     name: str = ""
     step: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
@@ -100,6 +102,9 @@ class Training:
     def begin(cls, feed: Feed, recipe: Recipe, restart: int = 0, rows: tuple[Tensor, ...] | None = None) -> Training:
         """Return a training with fresh weights; a sample of shuffled rows gives the data set's mean and scale."""
         rows = rows or sample_rows(feed)
+        whitening = whitening_of(rows[0]) if recipe.sae.whiten and recipe.sae.source is None else None
+        if whitening is not None:
+            rows = (_whitened(whitening, rows[0]),)
         means, scales = zip(*(mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
         seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
         widths = feed.sites[0].width, feed.sites[-1].width
@@ -111,7 +116,7 @@ class Training:
         sae.to(place)
         adam = torch.optim.Adam(sae.parameters(), betas=(config.beta1, config.beta2), fused=True)
         n_steps = max(1, round(config.n_tokens * feed.batches_per_epoch / feed.n_rows))
-        return cls(sae, adam, config, scales, n_steps, recipe.name)
+        return cls(sae, adam, config, scales, n_steps, whitening, recipe.name)
 
     @property
     def place(self) -> torch.device:
@@ -126,6 +131,8 @@ class Training:
         for group in self.adam.param_groups:
             group["lr"] = schedules.learning_rate(self.step, self.n_steps, self.config)
         x, *others = (batch.scaled(site, scale, self.place) for site, scale in enumerate(self.scales))
+        if self.whitening is not None:
+            x = self.whitening.apply(batch.scaled(0, 1.0, self.place)) * self.scales[0]
         target, dead_after = others[0] if others else None, self.config.dead_after_tokens
         loss, info = self.sae.training_loss(
             x, self.config.aux_weight, dead_after, target=target, k=self._k, sparsity=self._sparsity,
@@ -185,12 +192,15 @@ class Training:
     def error(self, rows: Sequence[Tensor]) -> float:
         """Return the mean squared error of reconstructing raw rows (n, D), one tensor for each site, in eval mode."""
         self.sae.eval()
+        if self.whitening is not None:
+            rows = [_whitened(self.whitening, rows[0])]
         scaled = [each.to(self.place) * scale for each, scale in zip(rows, self.scales, strict=True)]
         return float((self.sae.reconstruct(scaled[0]) - scaled[-1]).square().mean())
 
     def folded(self) -> SparseAutoencoder:
         """Return the SAE for raw activations, on the processor."""
-        return self.sae.folded(*self.scales).cpu()
+        sae = self.sae.folded(*self.scales).cpu()
+        return sae if self.whitening is None else self.whitening.removed_from(sae)
 
     def save(self, folder: Path, work: Path | None = None, require: Callable[[], None] = lambda: None) -> None:
         """Write a checkpoint under `work`, then put it in the place of the last one, unless `require` raises."""
@@ -204,6 +214,8 @@ class Training:
             for name, value in state.items()
         }
         weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        if self.whitening is not None:
+            weights |= {f"whitening.{name}": value for name, value in self.whitening._asdict().items()}
         write_tensors(fresh / STATE, {**weights, **moments}, {"step": str(self.step)})
         flush(fresh / STATE)  # before the other file, which says that the checkpoint is complete
         product = str(self.sae.product_dtype).removeprefix("torch.")  # chosen once, by measurement
@@ -249,6 +261,8 @@ class Training:
         if "checksum" in about and about["checksum"] != checksum(folder / STATE):  # an earlier saeflow did not write it
             raise ValueError(f"the checksum of {STATE} is wrong")
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
+        if self.whitening is not None:
+            self.whitening = Whitening(*(tensors[f"whitening.{name}"] for name in Whitening._fields))
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("adam."):
@@ -267,6 +281,10 @@ _NONSENSE = (Damaged, SafetensorError, OSError, ValueError, KeyError, TypeError,
 def is_checkpoint(folder: Path) -> bool:
     """True if the folder holds a complete checkpoint."""
     return all(is_file(folder / name) for name in (CHECKPOINT, STATE))
+
+
+def _whitened(whitening: Whitening, rows: Tensor) -> Tensor:
+    return torch.cat([whitening.apply(part) for part in rows.split(4096)])
 
 
 def mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:

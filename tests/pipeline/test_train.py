@@ -649,6 +649,17 @@ def test_every_architecture_with_every_schedule_goes_on_exactly(stored, table, t
     assert_killed_and_resumed_alike(train.open_feed(Lineage(stored, recipe)), recipe, tmp_path, 2000)
 
 
+def test_a_whitened_training_goes_on_exactly_and_takes_raw_activations_in_the_end(stored, table, tmp_path):
+    recipe = recipe_of(table, sae={"architecture": "topk", "whiten": True}, train=EVERYTHING)
+    feed = train.open_feed(Lineage(stored, recipe))
+    assert_killed_and_resumed_alike(feed, recipe, tmp_path, 2000)
+    done = fit(feed, recipe, tmp_path / "done", quiet())
+    (raw,) = sample_rows(feed)
+    unexplained = (done.folded().eval().reconstruct(raw) - raw).square().sum() / (raw - raw.mean(0)).square().sum()
+    assert unexplained < 0.8
+    assert Lineage(stored, recipe).sae.id != Lineage(stored, changed(recipe, sae={"whiten": False})).sae.id
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_gpu_learns_what_the_processor_learns_and_goes_on_exactly(stored, table, tmp_path, architecture):

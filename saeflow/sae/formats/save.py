@@ -81,7 +81,7 @@ def _saelens_cfg(sae: SparseAutoencoder, metadata: dict[str, Any]) -> dict[str, 
         "apply_b_dec_to_input": config.target_site is None,
         "normalize_activations": sae.input_norm,
         "reshape_activations": "none",
-        "metadata": {**metadata, "saeflow": config.model_dump(mode="json", exclude={"input_scale"})},
+        "metadata": {**metadata, "saeflow": config.model_dump(mode="json", exclude={"input_scale", "whiten"})},
     }
     if config.target_site is not None:
         cfg["d_out"] = sae.W_dec.shape[1]
