@@ -136,8 +136,9 @@ class LongVectors:
         return mask
 
     def _find(self, index: int) -> np.ndarray:
-        """Return the places int64 (n,) of the long vectors among a part's tokens, in order."""
-        return np.flatnonzero(stored_lengths(self.stored, self._parts[index], self.site) > self.limit)
+        """Return the places int32 (n,) of the long vectors among a part's tokens, in order."""
+        lengths = stored_lengths(self.stored, self._parts[index], self.site)
+        return np.flatnonzero(lengths > self.limit).astype(np.int32)
 
 
 def stored_lengths(stored: Artefact, part: PartRecord, site: Site) -> np.ndarray:

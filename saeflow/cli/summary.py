@@ -47,7 +47,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         out.print(
             f"The longest 0.1% of the tokens hold {quality['longest_share']:.0%} of all squared lengths (massive "
             "activations), so an SAE that fits only them looks good. Judge it by the variance unexplained without "
-            "them. `activations.skip_positions` and `activations.skip_special` leave tokens out.",
+            "them. `activations.skip_norms_above = 10` leaves long vectors out.",
             style="yellow",
         )  # fmt: skip
 

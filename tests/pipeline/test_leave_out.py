@@ -20,7 +20,7 @@ from saeflow.activations.lengths import LENGTHS_FILE, longest_allowed
 from saeflow.corpus import token_parts
 from saeflow.features.files import read_tokens
 from saeflow.pipeline import collect, compact, encode, evaluate, import_table, tokens, train
-from saeflow.pipeline.lifecycle import forget
+from saeflow.pipeline.lifecycle import forget, ingest
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
 from saeflow.query.connection import check, connect
@@ -377,3 +377,20 @@ def test_a_sample_to_train_on_and_the_corpus_share_one_median(sinks, tmp_path):
     assert sample != lineage.activations
     assert sample.fact("median_lengths") == lineage.activations.fact("median_lengths")
     assert lineage.features.published().total("n_left_out_by_length") > 0
+
+
+def test_documents_that_come_later_are_measured_by_the_first_median(sinks, tmp_path):
+    store = Store.create(tmp_path / "store")
+    first = run(store, recipe_of(sinks, corpus={"share": 0.4}))
+    before = first.activations.fact("median_lengths")
+    ingest.run(Lineage(store, recipe_of(sinks)), quiet())
+    lineage = Lineage(Store.find(store.root), recipe_of(sinks))
+    assert lineage.features.id == first.features.id
+    assert lineage.activations.fact("median_lengths") == before
+    with contextlib.closing(connect(lineage.store)) as connection:
+        rows = query(connection, "select token_id from stg_left_out").to_pylist()
+        encoded = query(connection, "from stg_tokens_encoded").to_pylist()
+        assert [name for name, found in check(connection) if len(found)] == []
+    numbers, *_ = stored(lineage)
+    assert {row["token_id"] for row in rows} == long_ids(lineage)
+    assert {row["token_id"] for row in encoded} == set(numbers.tolist()) - long_ids(lineage)
