@@ -1,6 +1,6 @@
 """What attention sinks at random places cost an SAE, and what leaving them out by their length gives back.
 
-python -m tests.benchmarks.sinks            200,000 rows of 64 neurons, 2M training tokens (about 3 minutes)
+python -m tests.benchmarks.sinks            80,000 rows of 64 neurons, 800,000 training tokens (two minutes)
 python -m tests.benchmarks.sinks --quick    40,000 rows, 200,000 training tokens
 
 One row in a hundred, drawn at random, is made 100 times as long as the median row and turned to one of three random
@@ -76,7 +76,7 @@ def unexplained(lineage: Lineage, x: torch.Tensor) -> float:
 
 def main() -> None:
     quick = arguments(__doc__).quick
-    n_rows, n_tokens = (40_000, 200_000) if quick else (200_000, 2_000_000)
+    n_rows, n_tokens = (40_000, 200_000) if quick else (80_000, 800_000)
     with tempfile.TemporaryDirectory() as folder:
         rows = made_rows(n_rows)
         spoilt, sinks = planted(rows)
