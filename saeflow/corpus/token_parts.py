@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from saeflow.corpus import sources
 from saeflow.corpus.ledger import Entry, Ledger
+from saeflow.corpus.requests.files import PROMPT
 from saeflow.corpus.tokenise.chats import ChatTokeniser
 from saeflow.corpus.tokenise.texts import MARKS, Tokenised, mark_columns, tokens_of
 from saeflow.corpus.vocabulary import text_it_reads
@@ -197,7 +198,14 @@ class TokenPartWriter:
             return tokens_of(self.tokenizer, [entry.document.text for entry in entries], self.config)
         for entry in entries:
             self._require_known(entry.key, entry.document.vocab_ids)
-        return [Tokenised.of(entry.document.vocab_ids) for entry in entries]
+        return [self._generated(entry, Tokenised.of(entry.document.vocab_ids)) for entry in entries]
+
+    def _generated(self, entry: Entry, tokens: Tokenised) -> Tokenised:
+        """Mark what an engine has generated as the assistant's, where the length of the prompt is known."""
+        n_prompt = entry.document.metadata.get(PROMPT) if self.about.requests else None
+        if isinstance(n_prompt, int):
+            tokens.marks["assistant"] = np.arange(len(tokens.marks)) >= n_prompt
+        return tokens
 
     def _require_known(self, key: str, ids: Sequence[int]) -> None:
         wrong = [i for i in ids if not 0 <= i < self.n_vocab]

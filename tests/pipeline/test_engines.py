@@ -333,3 +333,16 @@ def test_a_forgotten_request_leaves_the_disk(stored):
     del requests["r0-3"]
     assert_equal(stored.collected(), requests)
     assert not list(integrity.verify(stored.store, full=True))
+
+
+def test_generated_tokens_are_the_assistants_where_the_prompt_is_known(stored):
+    rows = [{"request_id": name, "n_prompt_tokens": 2} for name in made_up() if name != "r0-3"]
+    (stored.folder / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokens.run(stored.lineage(), quiet())
+    source = stored.lineage().tokens
+    for part in source.published().parts:
+        table = pq.read_table(source.part_file(part, "tokens.parquet")).to_pylist()
+        first = {row["document_id"]: row["first_token_id"] for row in
+                 pq.read_table(source.part_file(part, "documents.parquet")).to_pylist()}  # fmt: skip
+        for row in (each for each in table if each["mask"]):
+            assert row["assistant"] == (row["token_id"] - first[row["document_id"]] >= 2)
