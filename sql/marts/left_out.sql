@@ -3,8 +3,9 @@
 -- Grain:   one row per reason and vocabulary entry, the most frequent first.
 -- Reads:   stg_tokens, stg_left_out, src_skip_reason, stg_vocab
 -- Units:   reason is position (activations.skip_positions), special (skip_special), role (roles) or length
---          (skip_norms_above). A token counts under the first that applies. max_length is the greatest length of a vector that was too long,
---          in the units of the activations (null for other reasons). Padding and forgotten documents do not count.
+--          (skip_norms_above). A token counts under the first that applies. max_length is the greatest length of a
+--          vector that was too long, in the units of the activations (null for other reasons). Padding and forgotten
+--          documents do not count.
 -- Ask it:  which tokens are attention sinks (reason = 'length')?
 create or replace view left_out as
 with found as (
