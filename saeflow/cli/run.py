@@ -315,7 +315,7 @@ def import_command(
     opened = create_store(store, settings, quiet)
     made = train.run(Lineage(opened, settings), progress_of(quiet, verbose, settings))
     if not quiet:
-        print_line(import_sae.in_words(settings.sae, made))
+        print_line(import_sae.import_in_words(settings.sae, made))
         lines = f"In {recipe}, section [sae], write:\n\n  source = {_toml_string(source, '')}\n"
         print_line(f"{lines}\nNext: saeflow encode {shlex.quote(str(recipe))}{store_argument(opened)}")
 

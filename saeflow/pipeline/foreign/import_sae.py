@@ -65,7 +65,7 @@ def run(lineage: Lineage, progress: Progress) -> None:
         sae.config = sae.config.model_copy(update={"target_site": sites[-1].name})
     progress.say(f"train: importing {found.place} instead")
     x, *others = _first_rows(lineage, sites)
-    judged = _judged(sae, x, others[0] if others else x)
+    judged = _tried_on(sae, x, others[0] if others else x)
     if not math.isfinite(judged.reconstruction.error):
         raise UserError(
             f"The SAE in {found.place} gives NaN or infinite values on the first tokens: it is not imported.\n"
@@ -87,7 +87,7 @@ def run(lineage: Lineage, progress: Progress) -> None:
         write_sae(folder, sae, sites, theirs, [{"step": 0, "batch_rows": len(x), **figures}])
 
 
-def _judged(sae: SparseAutoencoder, x: Tensor, wanted: Tensor) -> Judged:
+def _tried_on(sae: SparseAutoencoder, x: Tensor, wanted: Tensor) -> Judged:
     width = wanted.shape[1]
     judged = Judged(Reconstruction(width), WithoutLongest(width, len(x)), Firing(sae.config.n_features))
     judged.add(x, wanted, sae)
@@ -123,7 +123,7 @@ def _better_sites(lineage: Lineage, sae: SparseAutoencoder, unexplained: float) 
     others = [each for each in lineage.stored_sites if each != lineage.site and each.width == sae.W_enc.shape[1]]
     rows = _first_rows(lineage, others) if others else []
     tried = [
-        (_judged(sae, x, x).reconstruction.variance_unexplained, e.name) for e, x in zip(others, rows, strict=True)
+        (_tried_on(sae, x, x).reconstruction.variance_unexplained, e.name) for e, x in zip(others, rows, strict=True)
     ]
     return [(name, left) for left, name in sorted(tried)[:1] if left < 0.6 * unexplained and left < 0.8]
 
@@ -139,7 +139,7 @@ def _stated(found: SAEFolder) -> dict[str, float]:
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0}  # fmt: skip
 
 
-def in_words(source: SAEConfig, made: Artefact) -> str:
+def import_in_words(source: SAEConfig, made: Artefact) -> str:
     """Describe an imported SAE: `SAELens: jumprelu, 24 neurons, 160 features, thresholds 0.1 to 2.5; L0 …`."""
     found, log = describe_source(source), pq.read_table(made.own_file("log.parquet")).to_pylist()[0]
     config = found.config

@@ -20,14 +20,14 @@ from saeflow.sae.formats.description import (
     text_or_none,
 )
 
-_CLASSES: dict[str, Architecture] = {
+_DICTIONARY_CLASSES: dict[str, Architecture] = {
     "AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk", "GatedAutoEncoder": "gated",
     "JumpReluAutoEncoder": "jumprelu", "BatchTopKSAE": "batchtopk", "MatryoshkaBatchTopKSAE": "matryoshka",
     "MatroyshkaBatchTopKSAE": "matryoshka",
 }  # fmt: skip
 _OFF_CENTRE = ("AutoEncoderNew", "JumpReluAutoEncoder")
 """Classes that encode their input without subtracting the decoder bias first."""
-_NAMES = {
+_DICTIONARY_NAMES = {
     "encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc", "bias": "b_dec",
     "decoder_bias": "b_dec", "decoder.bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag",
 }  # fmt: skip
@@ -40,19 +40,19 @@ def describe_dictionary_learning(files: Files) -> SAEFolder:
     trainer = files.read_settings.get("trainer")
     if not isinstance(trainer, dict):
         raise UserError(f"{settings} has no table `trainer`. dictionary_learning writes one beside ae.pt.")
-    name = one_of(settings, trainer, "dict_class", tuple(_CLASSES))
+    name = one_of(settings, trainer, "dict_class", tuple(_DICTIONARY_CLASSES))
     width = positive_count(settings, trainer, "activation_dim")
     n_features = positive_count(settings, trainer, "dict_size")
     nested = list(itertools.accumulate(positive_counts(settings, trainer, "group_sizes")))
-    config = foreign_config(settings, _CLASSES[name], n_features, trainer, nested, None)
+    config = foreign_config(settings, _DICTIONARY_CLASSES[name], n_features, trainer, nested, None)
     ignored = {"k", "group_sizes"} | ({"threshold"} if config.architecture == "topk" else set())
     return SAEFolder(
         "dictionary_learning", config, width, width, settings, files.weights, name not in _OFF_CENTRE,
-        metadata=trainer, names=_NAMES, ignored=frozenset(ignored), hook=_hook(trainer),
+        metadata=trainer, names=_DICTIONARY_NAMES, ignored=frozenset(ignored), hook=_hook_of_trainer(trainer),
     )  # fmt: skip
 
 
-def _hook(trainer: dict[str, object]) -> str | None:
+def _hook_of_trainer(trainer: dict[str, object]) -> str | None:
     """Return TransformerLens' name for `resid_post_layer_12`; other names of submodules as they are."""
     name, layer = text_or_none(trainer.get("submodule_name")), trainer.get("layer")
     parts = re.fullmatch(r"(\w+?)_layer_(\d+)", name or "")

@@ -12,10 +12,10 @@ from typing import Any
 
 from saeflow.runtime.errors import UserError
 from saeflow.sae.formats.description import Files, SAEFolder, foreign_config, one_of, text_or_none
-from saeflow.sae.formats.tensors import in_words, shapes_of
+from saeflow.sae.formats.tensors import shapes_in_words, shapes_of
 
-_NAMES = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
-_KINDS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+_GEMMA_NAMES = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
+_GEMMA_HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 
 
 def describe_gemma_scope(files: Files) -> SAEFolder:
@@ -37,18 +37,18 @@ def describe_gemma_scope_2(files: Files) -> SAEFolder:
 def _jumprelu(
     writer: str, files: Files, cfg: dict[str, Any], hook: str | None, target: str | None, says_target: bool
 ) -> SAEFolder:
-    shapes = {_NAMES.get(name, name): shape for name, shape in shapes_of(files.weights).items()}
+    shapes = {_GEMMA_NAMES.get(name, name): shape for name, shape in shapes_of(files.weights).items()}
     w_enc, w_dec = (shapes.get(name, ()) for name in ("W_enc", "W_dec"))
     if len(w_enc) != 2 or len(w_dec) != 2 or min(*w_enc, *w_dec) < 1:
         raise UserError(
-            f"{files.weights}: saeflow reads matrices W_enc and W_dec of one site; it holds {in_words(shapes)}."
+            f"{files.weights}: saeflow reads matrices W_enc and W_dec of one site; it holds {shapes_in_words(shapes)}."
         )
     target_site = (target or "another site") if target or "W_skip" in shapes else None
     if not says_target:
         target_site = files.asked.target_site
     config = foreign_config(files.settings, "jumprelu", w_enc[1], {}, [], target_site)
     return SAEFolder(
-        writer, config, w_enc[0], w_dec[1], files.settings, files.weights, False, metadata=cfg, names=_NAMES,
+        writer, config, w_enc[0], w_dec[1], files.settings, files.weights, False, metadata=cfg, names=_GEMMA_NAMES,
         transposed=frozenset({"W_skip"}), skips="W_skip" in shapes, hook=hook, target_hook=target,
         says_target=says_target,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def _layer(path: Path) -> int | None:
 
 
 def _kind(path: Path) -> str | None:
-    return next((hook for name, hook in _KINDS.items() if _within(path, name)), None)
+    return next((hook for name, hook in _GEMMA_HOOKS.items() if _within(path, name)), None)
 
 
 def _module(hook: str | None) -> str | None:

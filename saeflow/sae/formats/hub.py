@@ -14,7 +14,7 @@ from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.text import nearest
 
 _HUB_NAME = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?((?:/[^/@]+)*)/?")
-_ENDINGS = (".json", ".safetensors", ".npz", ".pt", ".pth")
+_WEIGHT_ENDINGS = (".json", ".safetensors", ".npz", ".pt", ".pth")
 
 
 def locate(source: str) -> tuple[Path, Mapping[str, Any]]:
@@ -26,7 +26,7 @@ def locate(source: str) -> tuple[Path, Mapping[str, Any]]:
     if about := _catalogue().get(release):
         return _of_release(release, sae, about)
     name = _HUB_NAME.fullmatch(source)
-    return (_downloaded(name[1], name[2], name[3].strip("/")), {}) if name else (path, {})
+    return (_download_folder(name[1], name[2], name[3].strip("/")), {}) if name else (path, {})
 
 
 def _of_release(release: str, sae: str, about: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
@@ -38,7 +38,7 @@ def _of_release(release: str, sae: str, about: Mapping[str, Any]) -> tuple[Path,
         )
     card = {name: value for name, value in known[sae].items() if name not in ("id", "path", "neuronpedia")}
     card["settings"] = about.get("config_overrides") or {}
-    return _downloaded(str(about["repo_id"]), None, str(known[sae]["path"])), card
+    return _download_folder(str(about["repo_id"]), None, str(known[sae]["path"])), card
 
 
 @cache
@@ -56,14 +56,14 @@ def _catalogue() -> Mapping[str, Any]:
 
 
 @cache
-def _downloaded(repository: str, revision: str | None, inside: str) -> Path:
+def _download_folder(repository: str, revision: str | None, inside: str) -> Path:
     """Download the files of one folder, or one file, and return where it lies. Asked once a process."""
     from huggingface_hub import HfApi, snapshot_download
 
     failures: tuple[type[Exception], ...] = (*hub_errors(), OSError, ValueError, RuntimeError)
     try:
         files = HfApi().list_repo_files(repository, revision=revision)
-        chosen = [name for name in files if name.endswith(_ENDINGS) and _lies_in(name, inside)]
+        chosen = [name for name in files if name.endswith(_WEIGHT_ENDINGS) and _lies_in(name, inside)]
     except failures as error:
         chosen = [f"{inside}*"]
         folder = _in_cache(repository, revision, inside, error)
@@ -73,7 +73,7 @@ def _downloaded(repository: str, revision: str | None, inside: str) -> Path:
         try:
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=chosen))
         except failures as error:
-            raise UserError(_why_not(repository, error)) from error
+            raise UserError(_why_no_repository(repository, error)) from error
     return folder / inside
 
 
@@ -83,9 +83,9 @@ def _in_cache(repository: str, revision: str | None, inside: str, error: Excepti
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except Exception:  # whatever it is, the hub's own refusal says more
-        raise UserError(_why_not(repository, error)) from error
+        raise UserError(_why_no_repository(repository, error)) from error
     if not (folder / inside).exists():
-        raise UserError(_why_not(repository, error)) from error
+        raise UserError(_why_no_repository(repository, error)) from error
     return folder
 
 
@@ -95,7 +95,7 @@ def _lies_in(name: str, inside: str) -> bool:
 
 
 def _nothing_there(repository: str, inside: str, files: list[str]) -> str:
-    folders = sorted({name.rpartition("/")[0] or name for name in files if name.endswith(_ENDINGS)})
+    folders = sorted({name.rpartition("/")[0] or name for name in files if name.endswith(_WEIGHT_ENDINGS)})
     near = nearest(inside, folders, n=5) if inside else folders[:5]
     return (
         f"sae.source: {repository} on the hub has no SAE in {inside or 'its top folder'}.\n"
@@ -103,7 +103,7 @@ def _nothing_there(repository: str, inside: str, files: list[str]) -> str:
     )
 
 
-def _why_not(repository: str, error: Exception) -> str:
+def _why_no_repository(repository: str, error: Exception) -> str:
     return (
         f"sae.source: {repository} is neither a local folder nor can it be read on the hub ({first_line(error)}).\n"
         "Name a folder, or OWNER/REPOSITORY/FOLDER. Set HF_TOKEN for a private or gated one; HF_HUB_OFFLINE=1 forbids "

@@ -25,7 +25,7 @@ from saeflow.sae.formats.description import (
 )
 from saeflow.sae.formats.tensors import read_weights, shapes_of
 
-_NAMES = {
+_OPENMOSS_NAMES = {
     "encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc", "decoder.bias": "b_dec",
     "W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec",
     "log_jumprelu_threshold": "log_threshold", "activation_function.log_jumprelu_threshold": "log_threshold",
@@ -52,13 +52,13 @@ def describe_llama_scope(files: Files) -> SAEFolder:
     takes_off = one_of(settings, cfg, "apply_decoder_bias_to_pre_encoder", (False,) if transcodes else (False, True))
     by_norm = one_of(settings, cfg, "sparsity_include_decoder_norm", (False, True)) and architecture != "relu"
     no_bias = not one_of(settings, cfg, "use_decoder_bias", (True, False))
-    scale, single = _scale(files, cfg, width, hook, target), None
+    scale, single = _openmoss_scale(files, cfg, width, hook, target), None
     if architecture == "jumprelu" and not _has_thresholds(shapes):  # one for all, of activations before the scaling
         single = positive_number(settings, cfg, "jump_relu_threshold") * scale.read
     return SAEFolder(
         "Llama Scope", config, width, width, settings, files.weights, takes_off,
         by_norm=by_norm and architecture == "topk", threshold_by_norm=by_norm and architecture == "jumprelu",
-        metadata=files.read_settings, names=_NAMES, scale=scale,
+        metadata=files.read_settings, names=_OPENMOSS_NAMES, scale=scale,
         ignored=frozenset(name for name in shapes if name.startswith(_NORM)),
         zeros=frozenset({"b_dec"} if no_bias else ()), hook=hook, target_hook=target if transcodes else None,
         single_threshold=single,
@@ -66,10 +66,10 @@ def describe_llama_scope(files: Files) -> SAEFolder:
 
 
 def _has_thresholds(shapes: Any) -> bool:
-    return any(_NAMES.get(name) == "log_threshold" for name in shapes)
+    return any(_OPENMOSS_NAMES.get(name) == "log_threshold" for name in shapes)
 
 
-def _scale(files: Files, cfg: dict[str, Any], width: int, hook: str | None, target: str | None) -> Scale:
+def _openmoss_scale(files: Files, cfg: dict[str, Any], width: int, hook: str | None, target: str | None) -> Scale:
     """Return the two factors. They are in the settings, or among the tensors by the names of the hooks."""
     kind = one_of(files.settings, {"norm_activation": "dataset-wise"} | cfg, "norm_activation", _HOW)
     if kind == "inference" or files.asked.input_scale:

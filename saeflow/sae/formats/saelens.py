@@ -58,13 +58,15 @@ class _Kind(NamedTuple):
     skips: bool
 
 
-_KINDS = {name: _Kind(architecture, False, False) for name, architecture in _SAELENS.items()} | {
+_SAELENS_KINDS = {name: _Kind(architecture, False, False) for name, architecture in _SAELENS.items()} | {
     f"{'' if name == 'standard' else f'{name}_'}{'skip_' if skips else ''}transcoder": _Kind(architecture, True, skips)
     for name, architecture in _SAELENS.items()
     for skips in (False, True)
     if name in SAVED_AS.values() and architecture != "mp"
 }
-_KINDS |= {f"skip_{name}": _Kind(_SAELENS[name], False, True) for name in SAVED_AS.values() if name != SAVED_AS["mp"]}
+_SAELENS_KINDS |= {
+    f"skip_{name}": _Kind(_SAELENS[name], False, True) for name in SAVED_AS.values() if name != SAVED_AS["mp"]
+}
 """What a name of an architecture means. SAELens itself has only some of these transcoders, and no `skip_` alone."""
 
 
@@ -72,7 +74,7 @@ def saelens_name(config: SAEConfig, skips: bool = False) -> str:
     """Return the name that SAELens has for the architecture."""
     wanted = config.target_site is not None, skips
     return next(
-        name for name, kind in _KINDS.items()
+        name for name, kind in _SAELENS_KINDS.items()
         if kind == (_SAELENS[SAVED_AS[config.architecture]], *wanted)
     )  # fmt: skip
 
@@ -80,8 +82,8 @@ def saelens_name(config: SAEConfig, skips: bool = False) -> str:
 def describe_saelens(files: Files) -> SAEFolder:
     settings, weights = files.settings, files.weights
     cfg = _of_today(settings, files.read_settings | dict(files.card.get("settings", {})))
-    name = one_of(settings, cfg, "architecture", tuple(_KINDS))
-    kind = _KINDS[name]
+    name = one_of(settings, cfg, "architecture", tuple(_SAELENS_KINDS))
+    kind = _SAELENS_KINDS[name]
     one_of(settings, cfg, "activation_fn", ("relu",))
     one_of(settings, cfg, "reshape_activations", ("none", "hook_z"))
     takes_off = one_of(settings, cfg, "apply_b_dec_to_input", (False,) if kind.transcodes else (True, False))
@@ -105,7 +107,7 @@ def describe_saelens(files: Files) -> SAEFolder:
         config = foreign_config(settings, kind.architecture, n_features, cfg, nested, target_site)
     return SAEFolder(
         "saeflow" if "saeflow" in metadata else "SAELens", config, width, out_width, settings, weights, takes_off,
-        by_norm, metadata=metadata, names=_TENSORS, skips=kind.skips, scale=_scale(files, cfg),
+        by_norm, metadata=metadata, names=_TENSORS, skips=kind.skips, scale=_saelens_scale(files, cfg),
         optional=frozenset({"scaling_factor"} if cfg["finetuning_scaling_factor"] else ()),
         input_norm=_input_norm(cfg), hook=hook, target_hook=target, pursuit_end=_pursuit_end(settings, cfg),
     )  # fmt: skip
@@ -144,7 +146,7 @@ def _input_norm(cfg: dict[str, Any]) -> InputNorm:
     return found if found in ("constant_norm_rescale", "layer_norm") else "none"
 
 
-def _scale(files: Files, cfg: dict[str, Any]) -> Scale:
+def _saelens_scale(files: Files, cfg: dict[str, Any]) -> Scale:
     """Return the factor that SAELens multiplies activations by before the autoencoder reads them."""
     known = ("none", _AVERAGE, "constant_scalar_rescale", "constant_norm_rescale", "layer_norm")
     kind = one_of(files.settings, cfg, "normalize_activations", known)

@@ -22,9 +22,9 @@ from saeflow.sae.formats.description import (
     positive_count,
     text_or_none,
 )
-from saeflow.sae.formats.tensors import Shapes, in_words, shapes_of
+from saeflow.sae.formats.tensors import Shapes, shapes_in_words, shapes_of
 
-_NAMES = {
+_LINEAR_NAMES = {
     f"{part}{kind}.{what}": f"{letter}_{part[:3]}"
     for part in ("encoder", "decoder") for kind in ("", "_linear") for what, letter in (("weight", "W"), ("bias", "b"))
 }  # fmt: skip
@@ -35,7 +35,7 @@ def describe_torch_file(files: Files) -> SAEFolder:
     beside = path.with_name(f"{path.stem}_cfg.json")
     if beside.is_file():
         return _with_settings(path, beside)
-    named = {_NAMES.get(name, name): shape for name, shape in shapes.items()}
+    named = {_LINEAR_NAMES.get(name, name): shape for name, shape in shapes.items()}
     n_features, width = _sizes(path, named, turned=True)
     is_qwen = "W_enc" in shapes
     config = foreign_config(
@@ -43,8 +43,8 @@ def describe_torch_file(files: Files) -> SAEFolder:
         files.asked.target_site,
     )  # fmt: skip
     return SAEFolder(
-        "Qwen-Scope" if is_qwen else "torch file", config, width, width, path, path, False, names=_NAMES,
-        transposed=frozenset({"W_enc", "W_dec"} if is_qwen else ()), hook=_hook(path), says_target=False,
+        "Qwen-Scope" if is_qwen else "torch file", config, width, width, path, path, False, names=_LINEAR_NAMES,
+        transposed=frozenset({"W_enc", "W_dec"} if is_qwen else ()), hook=_hook_of_file(path), says_target=False,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def _sizes(path: Path, shapes: Shapes, turned: bool) -> tuple[int, int]:
         decoder = "width × features" if turned else "features × width"
         raise UserError(
             f"{path}: saeflow reads W_enc (features × width) and W_dec ({decoder}), or encoder.weight and "
-            f"decoder.weight; it holds {in_words(shapes)}."
+            f"decoder.weight; it holds {shapes_in_words(shapes)}."
         )
     return w_enc[0], w_enc[1]
 
@@ -92,6 +92,6 @@ def _k(path: Path, files: Files) -> int:
     return found[-1] if found else files.asked.k
 
 
-def _hook(path: Path) -> str | None:
+def _hook_of_file(path: Path) -> str | None:
     layer = re.search(r"(?:layer[-_]?|[-_]l)(\d+)(?=\D|$)", path.stem)
     return f"blocks.{layer[1]}.hook_resid_post" if layer else None

@@ -17,7 +17,7 @@ from saeflow.sae.formats.llama_scope import describe_llama_scope
 from saeflow.sae.formats.saelens import CFG, WEIGHTS, describe_saelens
 from saeflow.sae.formats.single_files import describe_circuit_tracer, describe_torch_file
 from saeflow.sae.formats.sparsify import describe_sparsify
-from saeflow.sae.formats.tensors import in_words, shapes_of
+from saeflow.sae.formats.tensors import shapes_in_words, shapes_of
 
 FORMATS = (
     Format("saeflow, SAELens", CFG, WEIGHTS, describe_saelens),
@@ -171,7 +171,7 @@ def _file_in_words(path: Path) -> str:
     if path.suffix not in (".safetensors", ".npz", ".pt", ".pth", ".bin") or not path.is_file():
         return path.name
     try:
-        return f"{path.name} ({in_words(shapes_of(path))})"
+        return f"{path.name} ({shapes_in_words(shapes_of(path))})"
     except UserError:
         return f"{path.name} (unreadable)"
 

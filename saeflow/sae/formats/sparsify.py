@@ -8,7 +8,7 @@ from __future__ import annotations
 from saeflow.recipe.settings import Architecture
 from saeflow.sae.formats.description import Files, SAEFolder, foreign_config, one_of, positive_count
 
-_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+_SPARSIFY_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
 
 
 def describe_sparsify(files: Files) -> SAEFolder:
@@ -23,7 +23,7 @@ def describe_sparsify(files: Files) -> SAEFolder:
     n_features = positive_count(settings, cfg, "num_latents")
     config = foreign_config(settings, architecture, n_features, cfg, [], "another site" if transcodes else None)
     return SAEFolder(
-        "sparsify", config, width, width, settings, files.weights, not transcodes, metadata=cfg, names=_NAMES,
+        "sparsify", config, width, width, settings, files.weights, not transcodes, metadata=cfg, names=_SPARSIFY_NAMES,
         skips=one_of(settings, cfg, "skip_connection", (False, True)), hook=settings.parent.name,
         target_hook=settings.parent.name,
     )  # fmt: skip

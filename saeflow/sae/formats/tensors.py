@@ -61,7 +61,7 @@ def shapes_of(path: Path) -> Shapes:
         raise UserError(f"{path} is damaged ({error}). {AGAIN}") from None
 
 
-def in_words(shapes: Shapes) -> str:
+def shapes_in_words(shapes: Shapes) -> str:
     """Name tensors and shapes: `W_dec 64 × 16, b_dec 16`."""
     named = [f"{name} {sizes(shape)}" for name, shape in sorted(shapes.items())]
     return ", ".join(named[:12]) + (f" and {len(named) - 12} more" if len(named) > 12 else "")
@@ -123,7 +123,7 @@ def _headers(path: Path) -> Iterator[tuple[str, tuple[int, ...], np.dtype[Any], 
         with zipfile.ZipFile(path) as archive:
             for file in archive.infolist():
                 with archive.open(file) as stream:
-                    shape, dtype = _header(stream)
+                    shape, dtype = _array_header(stream)
                     n_bytes = math.prod(shape) * dtype.itemsize
                     if min(shape, default=0) < 0 or stream.tell() + n_bytes != file.file_size:
                         raise ValueError(f"{file.filename} claims {sizes(shape)}, which is not what it holds")
@@ -132,7 +132,7 @@ def _headers(path: Path) -> Iterator[tuple[str, tuple[int, ...], np.dtype[Any], 
         raise UserError(f"{path} is damaged, it is no .npz file of numbers ({first_line(error)}). {AGAIN}") from None
 
 
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
