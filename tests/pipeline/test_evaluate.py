@@ -78,7 +78,7 @@ class Fake:
         ids = np.tile(np.arange(width, dtype=np.int32), n)
         return SparseValues(np.arange(n + 1) * width, ids, x.float().numpy().reshape(-1))
 
-    def decode(self, sparse):
+    def decode(self, sparse, x=None):
         return self.what(torch.from_numpy(sparse.values).view(len(sparse.row_starts) - 1, -1))
 
     def reconstruct(self, x):
