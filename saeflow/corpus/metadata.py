@@ -14,7 +14,7 @@ import pyarrow as pa
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})")
 _DECIMAL = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+(e[-+][0-9]+)?|-?[1-9]e[-+][0-9]+")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "date": pa.date32(), "text": pa.string()}
+_ARROW_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "date": pa.date32(), "text": pa.string()}
 """Types of single values, in the order in which they are preferred."""
 _LARGEST_EXACT = 1 << 53
 """Every integer up to this one is a float64."""
@@ -29,7 +29,7 @@ class ColumnType:
 
     def __init__(self, is_csv: bool) -> None:
         self.is_csv = is_csv
-        self.possible = {*_TYPES, "nested"}
+        self.possible = {*_ARROW_TYPES, "nested"}
         self.nested: pa.DataType = pa.null()
         self.has_long_nested = False
         self.is_empty = True
@@ -82,7 +82,7 @@ class ColumnType:
         if "nested" in self.possible:
             is_rounded = self.has_long_nested and "double" in str(self.nested)
             return self.nested if _is_storable(self.nested) and not is_rounded else pa.string()
-        return next(_TYPES[kind] for kind in _TYPES if kind in self.possible)
+        return next(_ARROW_TYPES[kind] for kind in _ARROW_TYPES if kind in self.possible)
 
 
 def read_as(kind: pa.DataType, value: Any) -> Any:

@@ -34,7 +34,7 @@ def require_like_columns(schemas: dict[str, pa.Schema], as_text: set[str | None]
     """
     met: dict[str, dict[str, pa.DataType]] = {}
     for path, schema in schemas.items():
-        for name, kind in (leaf for field in schema for leaf in _leaves(field.name, field.type)):
+        for name, kind in (leaf for field in schema for leaf in _leaf_columns(field.name, field.type)):
             met.setdefault(name, {})[path] = kind
     for name, types in met.items():
         paths = {_kind_of(types[path], name in as_text): path for path in reversed(types)}
@@ -50,12 +50,12 @@ def require_like_columns(schemas: dict[str, pa.Schema], as_text: set[str | None]
         )
 
 
-def _leaves(name: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+def _leaf_columns(name: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     """Yield the types of single values, also within lists and structs."""
     if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        yield from _leaves(name, kind.value_type)
+        yield from _leaf_columns(name, kind.value_type)
     elif pa.types.is_struct(kind):
-        yield from (leaf for field in kind for leaf in _leaves(f"{name}.{field.name}", field.type))
+        yield from (leaf for field in kind for leaf in _leaf_columns(f"{name}.{field.name}", field.type))
     else:
         yield name, kind
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saeflow.corpus.vocabulary import chosen_entries
+from saeflow.corpus.vocabulary import chosen_vocab_ids
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
@@ -51,7 +51,7 @@ class TokenSelection:
         roles = tuple(sorted(set(config.roles)))
         if isinstance(config.skip_special, bool):
             return cls(source, positions, config.skip_special, config.skip_norms_above, roles)
-        special = chosen_entries(source.own_file("vocab.parquet"), config.skip_special)
+        special = chosen_vocab_ids(source.own_file("vocab.parquet"), config.skip_special)
         return cls(source, positions, tuple(special.tolist()) or False, config.skip_norms_above, roles)
 
     @cached_property
@@ -143,7 +143,7 @@ class TokenSelection:
     def special(self) -> np.ndarray:
         """The vocab_ids to leave out, int32."""
         if isinstance(self.skip_special, bool):
-            return chosen_entries(self.source.own_file("vocab.parquet"), self.skip_special)
+            return chosen_vocab_ids(self.source.own_file("vocab.parquet"), self.skip_special)
         return np.array(self.skip_special, np.int32)
 
     def _read(self, part: PartRecord, columns: list[str], rows: slice) -> dict[str, np.ndarray]:

@@ -83,7 +83,7 @@ def _chosen_documents(documents: Iterator[Document], config: CorpusConfig) -> It
 
 
 def _open_files(config: CorpusConfig, memory_bytes: int | None) -> Corpus:
-    paths = list({_place(path): path for pattern in config.files for path in matching_files(pattern)}.values())
+    paths = list({_address(path): path for pattern in config.files for path in matching_files(pattern)}.values())
     readers = {format_of(path) for path in paths}
     if len(readers) > 1:
         raise UserError(f"corpus.files mixes formats ({', '.join(sorted(readers))}). Name files of one format only.")
@@ -104,7 +104,7 @@ def _text_documents(config: CorpusConfig) -> Iterator[Document]:
         yield Document(key, text, key.split("/")[0] if "/" in key else "files")
 
 
-def _place(path: str) -> str:
+def _address(path: str) -> str:
     """Return one name for a file, however a pattern leads to it."""
     return path if remote.is_remote(path) else os.path.abspath(path)
 
@@ -115,8 +115,8 @@ def _files_by_key(patterns: list[str], matching: Callable[[str], Iterable[str]] 
     seen: set[str] = set()
     for pattern in patterns:
         base = folder_before_globs(pattern)
-        for path in (path for path in matching(pattern) if _place(path) not in seen):
-            seen.add(_place(path))
+        for path in (path for path in matching(pattern) if _address(path) not in seen):
+            seen.add(_address(path))
             key = path.removeprefix(base).lstrip("/")
             choices = (key, f"{os.path.basename(_COMMIT.sub('', base))}/{key}", _COMMIT.sub("", path))
             named[next(choice for choice in map(shown, choices) if choice not in named)] = path

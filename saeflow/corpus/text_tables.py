@@ -267,7 +267,7 @@ def _csv_rows(file: TextIO, name: str, column: str) -> Iterator[Row]:
         if cells is None:
             return
         if cells:
-            yield Row(begins, _by_name(header, cells, f"corpus.files: {name}, line {begins},"))
+            yield Row(begins, _cells_by_name(header, cells, f"corpus.files: {name}, line {begins},"))
 
 
 @contextlib.contextmanager
@@ -291,7 +291,7 @@ def _header(cells: list[str], name: str) -> list[str]:
     return named
 
 
-def _by_name(header: list[str], cells: list[str], where: str) -> dict[str, Any]:
+def _cells_by_name(header: list[str], cells: list[str], where: str) -> dict[str, Any]:
     """Return the cells by column, an empty one as None. Empty cells beyond the last column are passed over."""
     while len(cells) > len(header) and not cells[-1]:
         cells.pop()

@@ -132,7 +132,7 @@ def special_ids(path: Path) -> np.ndarray:
     return np.asarray(table.filter(table.column("special")).column("vocab_id").cast(pa.int32()).to_numpy())
 
 
-def chosen_entries(path: Path, chosen: bool | Sequence[str | int]) -> np.ndarray:
+def chosen_vocab_ids(path: Path, chosen: bool | Sequence[str | int]) -> np.ndarray:
     """Return the vocab_ids (int32, sorted) of special entries (true), or of these names and ids. Raises UserError."""
     if isinstance(chosen, bool):
         return special_ids(path) if chosen else np.empty(0, np.int32)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from saeflow.features.schema import LEFT_OUT_TABLE
 from saeflow.store.artefact import Artefact
 
-_IN_WORDS = {
+_REASONS_IN_WORDS = {
     "position": "at skipped positions",
     "special": "special tokens",
     "role": "of other roles, or of the chat template",
@@ -22,13 +22,13 @@ def left_out_in_words(target: Artefact, source: Artefact) -> str:
     parts = target.published().parts
     reasons = dict.fromkeys(name for part in parts for name in part.counts if name.startswith("n_left_out_by_"))
     counts = {name.removeprefix("n_left_out_by_"): target.published().total(name) for name in reasons}
-    words = [f"{n:,} {_IN_WORDS.get(reason, reason)}" for reason, n in counts.items()]
+    words = [f"{n:,} {_REASONS_IN_WORDS.get(reason, reason)}" for reason, n in counts.items()]
     if counts.get("length"):
-        words[list(counts).index("length")] += f" (most often {_most_frequent(target, source)})"
+        words[list(counts).index("length")] += f" (most often {_piece_left_out_most(target, source)})"
     return ", ".join(words)
 
 
-def _most_frequent(target: Artefact, source: Artefact) -> str:
+def _piece_left_out_most(target: Artefact, source: Artefact) -> str:
     name = f"{next(iter(LEFT_OUT_TABLE))}.parquet"
     paths = [target.part_file(part, name) for part in target.published().parts if name in {f.name for f in part.files}]
     ids = pa.concat_tables([pq.read_table(path, columns=["vocab_id"]) for path in paths]).column("vocab_id")

@@ -159,7 +159,9 @@ def encode_together(
             counts: dict[str, int] = {}
             folder = stack.enter_context(encoder.target.new_part(part.index, counts, inputs))
             writers.append(PartWriter(folder, counts, about, encoder.sae.config.n_features))
-        for n_tokens, found in _read(encoders, part, mask) if forward is None else _run(forward, encoders, part, mask):
+        for n_tokens, found in (
+            _stored_batches(encoders, part, mask) if forward is None else _run(forward, encoders, part, mask)
+        ):
             for writer, encoded in zip(writers, found, strict=True):
                 writer.add(encoded)
             bar.advance(n_tokens)
@@ -172,7 +174,7 @@ _Batch = tuple[int, list[Encoded]]
 """How many tokens were read, and what each SAE made of them."""
 
 
-def _read(encoders: Sequence[PartEncoder], part: PartRecord, mask: np.ndarray) -> Iterator[_Batch]:
+def _stored_batches(encoders: Sequence[PartEncoder], part: PartRecord, mask: np.ndarray) -> Iterator[_Batch]:
     """Encode stored activations, on this thread."""
     with own_stream(encoders[0].sae.W_enc.device):
         for token_ids, rows in encoders[0].rows(part, mask):

@@ -14,7 +14,7 @@ from saeflow.corpus.forgotten import ForgottenHashes
 from saeflow.corpus.ledger import Entry, Ledger, group_by_part, merge_hidden
 from saeflow.corpus.selection import positions_from_start
 from saeflow.corpus.token_parts import TokenPartWriter, has_marks
-from saeflow.corpus.vocabulary import chosen_entries, tokenizer_vocab, write_vocab
+from saeflow.corpus.vocabulary import chosen_vocab_ids, tokenizer_vocab, write_vocab
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.settings import CorpusConfig
@@ -85,7 +85,7 @@ def _open_maker(lineage: Lineage, about: CorpusConfig) -> TokenPartWriter:
     if not files or list(target.missing_files(target.path, files, full=True)):
         make_folder(target.path)
         write_vocab(target.path / "vocab.parquet", *tokenizer_vocab(tokenizer), _special_ids(tokenizer))
-        chosen_entries(target.path / "vocab.parquet", recipe.activations.skip_special)  # a wrong name is refused here
+        chosen_vocab_ids(target.path / "vocab.parquet", recipe.activations.skip_special)  # a wrong name is refused here
         target.create(lineage.token_facts, files=["vocab.parquet"])
         target.add_files(["vocab.parquet"])  # the same table has other bytes under another pyarrow
         target.storage.send(target.path / "vocab.parquet")

@@ -135,7 +135,7 @@ def measure(recipe: Recipe, store: Store) -> dict[str, object]:
     """Return seconds, peak memory and bars of every stage, and the sizes in the store afterwards."""
     found: dict[str, dict[str, Any]] = {}
     lineage = Lineage(store, recipe)
-    kept = _kept(lineage)
+    kept = _lineage_that_keeps(lineage)
     for name, stage in stages_of_run(recipe).items():
         found[name] = _measured(stage, lineage)
     n_tokens = lineage.tokens.published().total("n_tokens")
@@ -168,7 +168,7 @@ def _measured(stage: Callable[[Lineage, Progress], object], lineage: Lineage) ->
     }
 
 
-def _kept(lineage: Lineage) -> Lineage:
+def _lineage_that_keeps(lineage: Lineage) -> Lineage:
     """Return a lineage of the same tokens whose activations are kept: collected now, if no stage has."""
     if lineage.training is not lineage or lineage.recipe.activations.keep:
         return lineage.training

@@ -48,7 +48,7 @@ def readings_of(store: Store, run: Run, text: str, model: str = "") -> Readings:
     from saeflow.recipe.settings import TokensConfig
 
     tokens, stored = store.input_of(run.artefact, "tokens"), store.input_of(run.artefact, "activations")
-    config = _model_of(stored, model)
+    config = _model_settings(stored, model)
     facts = tokens.record.facts
     about = TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts})
     vocab_ids, sparse = _values_of(store, run, stored, config, about, text)
@@ -56,7 +56,7 @@ def readings_of(store: Store, run: Run, text: str, model: str = "") -> Readings:
     return _by_feature(sparse, vocab.take(vocab_ids).to_pylist())
 
 
-def _model_of(stored: Artefact, given: str) -> ModelConfig:
+def _model_settings(stored: Artefact, given: str) -> ModelConfig:
     """Return the model that gave the activations, wherever it lies now. Its files are compared with those of then."""
     from saeflow.model.load import model_fingerprint
     from saeflow.recipe.settings import ModelConfig

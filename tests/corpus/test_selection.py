@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
-from saeflow.corpus.vocabulary import chosen_entries, write_vocab
+from saeflow.corpus.vocabulary import chosen_vocab_ids, write_vocab
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.tokens import _special_ids
@@ -149,4 +149,4 @@ def test_an_entry_marked_as_special_without_a_role_is_special(tmp_path, ingredie
 
 def test_equal_pieces_are_left_out_together(tmp_path):
     write_vocab(tmp_path / "vocab.parquet", ["a", "b", "a"])
-    assert chosen_entries(tmp_path / "vocab.parquet", ["a", 1]).tolist() == [0, 1, 2]
+    assert chosen_vocab_ids(tmp_path / "vocab.parquet", ["a", 1]).tolist() == [0, 1, 2]

@@ -17,7 +17,7 @@ from saeflow.activations.engines.layouts import Engine, Vectors, vectors_in
 from saeflow.activations.engines.places import Place, in_words, place_of, sites_of
 from saeflow.corpus.files import shown
 from saeflow.corpus.requests.documents import REQUEST
-from saeflow.corpus.requests.files import Request, open_file, vocab_ids_of
+from saeflow.corpus.requests.files import Request, open_safetensors, vocab_ids_of
 from saeflow.corpus.requests.folder import RequestFolder
 from saeflow.model.sites import Site
 from saeflow.runtime.errors import UserError
@@ -43,7 +43,7 @@ class EngineFiles:
     def first(self) -> tuple[dict[Place, Vectors], tuple[str, str | None]]:
         """What the first file holds, and the engine that made it."""
         for path in self.folder.files.values():
-            with open_file(path, "pt") as file:
+            with open_safetensors(path, "pt") as file:
                 named = self.engine.named_by(list(file.keys()), file.metadata() or {})
                 return vectors_in(path, file, self.engine.layers, self.model), named
         raise UserError(f"corpus.requests: {shown(str(self.folder.path))} holds no safetensors files.")
@@ -56,7 +56,7 @@ class EngineFiles:
         """Raise UserError that names the first file that is gone or lacks a site, or where a site has another width."""
         for request_id in requests:
             path = self.request(request_id).path
-            with open_file(path, "pt") as file:
+            with open_safetensors(path, "pt") as file:
                 self._of_sites(path, vectors_in(path, file, self.engine.layers, self.model), sites)
 
     def request(self, request_id: str) -> Request:
@@ -89,7 +89,7 @@ class EngineFiles:
         request = self.request(request_id)
         span = slice(request.start + start, request.start + start + len(vocab_ids))
         _require_same_ids(request, start, vocab_ids)
-        with open_file(request.path, "pt") as file:
+        with open_safetensors(request.path, "pt") as file:
             found = self._of_sites(request.path, vectors_in(request.path, file, self.engine.layers, self.model), sites)
             read = [_vectors(file, each, request.row or 0, span) for each in found]
         for site, values in zip(sites, read, strict=True):

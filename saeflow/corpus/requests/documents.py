@@ -54,7 +54,7 @@ def _listing(config: CorpusConfig, folder: RequestFolder) -> CorpusConfig | None
     """Return the settings of the corpus that lists the documents: the recipe's, or the folder's index, or None."""
     if config.files or config.sql or folder.index is None:
         return config if config.files or config.sql else None
-    columns = _columns_of(folder.index)
+    columns = _columns_of_index(folder.index)
     if REQUEST not in columns:
         raise UserError(
             f"corpus.requests: {shown(str(folder.index))} has no column {REQUEST}, which names the file of a document."
@@ -67,7 +67,7 @@ def _listing(config: CorpusConfig, folder: RequestFolder) -> CorpusConfig | None
     return config.model_copy(update=update)
 
 
-def _columns_of(index: Path) -> list[str]:
+def _columns_of_index(index: Path) -> list[str]:
     try:
         if index.suffix == ".parquet":
             return list(pq.read_schema(index).names)

@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_file(path: Path, framework: str = "np") -> Iterator[Any]:
+def open_safetensors(path: Path, framework: str = "np") -> Iterator[Any]:
     """Open a file as safetensors does. Raises UserError that names it, also while it is being read."""
     try:
         with safe_open(path, framework) as file:
@@ -66,7 +66,7 @@ def ids_name(path: Path, file: Any) -> str:
 
 def requests_in(path: Path, file_name: str) -> dict[str, Request]:
     """Return the requests of one file by id: the file's name, or for rows of a batch NAME-0, NAME-1, … ."""
-    with open_file(path) as file:
+    with open_safetensors(path) as file:
         name = ids_name(path, file)
         about = file.get_slice(name)
         shape, dtype = about.get_shape(), about.get_dtype()
@@ -108,10 +108,10 @@ def _real_spans(path: Path, file: Any, shape: tuple[int, int]) -> list[tuple[int
             f"corpus.requests: {shown(str(path))}: {MASK} has type {about.get_dtype()} and shape "
             f"{tuple(about.get_shape())}, but it must be true or 1 at real tokens, {shape}."
         )
-    return [_span(path, row, real) for row, real in enumerate(file.get_tensor(MASK) != 0)]
+    return [_real_span(path, row, real) for row, real in enumerate(file.get_tensor(MASK) != 0)]
 
 
-def _span(path: Path, row: int, real: np.ndarray) -> tuple[int, int]:
+def _real_span(path: Path, row: int, real: np.ndarray) -> tuple[int, int]:
     places = np.flatnonzero(real)
     if not len(places):
         return 0, 0
@@ -139,7 +139,7 @@ def vocab_ids_of(request: Request) -> tuple[int, ...]:
     """Return the vocabulary ids of a request."""
     if request.start == request.stop:  # numpy slices nothing out of nothing
         return ()
-    with open_file(request.path) as file:
+    with open_safetensors(request.path) as file:
         ids = file.get_slice(ids_name(request.path, file))
         span = slice(request.start, request.stop)
         found = ids[span] if request.row is None else ids[request.row, span]

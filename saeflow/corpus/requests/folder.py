@@ -42,7 +42,7 @@ class RequestFolder:
             raise UserError(f"corpus.requests: {shown(path)} is no folder on this machine. Check the path.")
         files: dict[str, Path] = {}
         unfinished: list[str] = []
-        for file in _files_below(folder):
+        for file in _files_without_links(folder):
             if file.suffix == ".safetensors":
                 files[shown(str(file.relative_to(folder).with_suffix("")))] = file
             elif file.name.endswith(".safetensors.lock"):
@@ -99,7 +99,7 @@ def _state(path: Path) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_without_links(folder: Path) -> Iterator[Path]:
     """Yield the files. Raises UserError for a link: it may lead out of the folder, to somebody else's files."""
     for path, names, files in os.walk(folder, onerror=_refuse):
         names[:] = sorted(name for name in names if not name.startswith("."))

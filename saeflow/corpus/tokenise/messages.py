@@ -21,7 +21,7 @@ _FORM = 'a conversation is a list of messages such as [{"role": "user", "content
 
 def conversation(messages: Any, tools: Any, where: str) -> str:
     """Return a conversation as JSON: `messages`, and `tools` if there are any. Raises UserError that names the row."""
-    found = [_message(each, f"{where}, message {n}") for n, each in enumerate(_listed(messages, where))]
+    found = [_message(each, f"{where}, message {n}") for n, each in enumerate(_list_of_messages(messages, where))]
     about: dict[str, Any] = {"messages": found}
     if tools := _parsed(tools, f"{where}, tools"):
         if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
@@ -55,7 +55,7 @@ def contents_as_text(document: str) -> str:
     return "\n".join(message["content"] for message in json.loads(document)["messages"])
 
 
-def _listed(messages: Any, where: str) -> list[Any]:
+def _list_of_messages(messages: Any, where: str) -> list[Any]:
     found = _parsed(messages, where)
     if not isinstance(found, list) or not found:
         raise UserError(

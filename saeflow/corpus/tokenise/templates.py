@@ -20,7 +20,7 @@ Message = dict[str, Any]
 _BLOCKS = (0xFDD0, 0xFFFF0, 0x10FFF0)
 """Where six characters in a row are free for marks: noncharacters, and ends of private planes."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_DATE = (
+_DATE_OF_TODAY = (
     "{%- macro strftime_now(format) -%}{{ format|replace('%Y', '2024')|replace('%m', '07')|replace('%d', '26')"
     "|replace('%b', 'Jul')|replace('%B', 'July') }}{%- endmacro -%}"
 )
@@ -53,7 +53,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, path: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.given = _read(path) if path else None
+        self.given = _text_of_file(path) if path else None
         if not (self.given or tokenizer.chat_template):
             raise UserError(
                 "corpus.messages needs a chat template, but the model's tokenizer has none: it may be a base model.\n"
@@ -86,7 +86,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.tokenizer.get_chat_template(self.given, tools)
-        template = _DATE + template if "strftime_now" in template else template
+        template = _DATE_OF_TODAY + template if "strftime_now" in template else template
         tracks = bool(_GENERATION.search(template))
         found: Any = render_jinja_template(
             [list(messages)], tools=tools, chat_template=template, return_assistant_tokens_mask=tracks,
@@ -243,7 +243,7 @@ def _n_common(one: str, other: str) -> int:
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _read(path: str) -> str:
+def _text_of_file(path: str) -> str:
     try:
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -46,7 +46,7 @@ def mark_columns(marks: np.ndarray, roles: Sequence[str]) -> dict[str, pa.Array]
 
 def ids_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[list[int]]:
     """Return the vocabulary ids of texts. Special-token names in them are plain text, unless `parse_special` is set."""
-    return [ids for read in _read(tokenizer, texts, config) for ids in read["input_ids"]]
+    return [ids for read in _tokenised_batches(tokenizer, texts, config) for ids in read["input_ids"]]
 
 
 def tokens_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[Tokenised]:
@@ -57,17 +57,17 @@ def tokens_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[To
     if not tokenizer.is_fast:
         return list(map(Tokenised.of, ids_of(tokenizer, texts, config)))
     with no_collection():
-        found = _read(tokenizer, texts, config, return_offsets_mapping=True, return_attention_mask=False)
+        found = _tokenised_batches(tokenizer, texts, config, return_offsets_mapping=True, return_attention_mask=False)
         return [each for read in found for each in map(Tokenised.of, read["input_ids"], read["offset_mapping"])]
 
 
-def _read(tokenizer: Any, texts: list[str], config: TokensConfig, **options: bool) -> list[Any]:
+def _tokenised_batches(tokenizer: Any, texts: list[str], config: TokensConfig, **options: bool) -> list[Any]:
     literal = {} if config.parse_special else {"split_special_tokens": True}
     try:
         return [tokenizer(texts, add_special_tokens=False, verbose=False, **literal, **options)]
     except Exception as error:  # tokenizers raises no other class
         if len(texts) > 1:
-            return [read for text in texts for read in _read(tokenizer, [text], config, **options)]
+            return [read for text in texts for read in _tokenised_batches(tokenizer, [text], config, **options)]
         raise UserError(
             f"The model's tokenizer cannot read the text {brief(texts[0])!r}: {first_line(error)}.\n"
             "Leave such documents out of the corpus, or name an entry for what is unknown in tokenizer.json."
