@@ -101,6 +101,8 @@ def show_command(
     for key, value in (read_checked(quality) if quality.is_file() else {}).items():
         table.add_row(sanitise(key), f"{value:.4f}" if isinstance(value, float) else sanitise(str(value)))
     out.print(table)
+    for doubt in _doubts(opened, artefact):
+        out.print(sanitise(doubt), style="yellow")
 
 
 def _left_out(store: Store, artefact: Artefact) -> str:
@@ -111,6 +113,16 @@ def _left_out(store: Store, artefact: Artefact) -> str:
         if artefact.kind == "features":
             return left_out_in_words(artefact, store.input_of(artefact, "tokens"))
     return ""
+
+
+def _doubts(store: Store, artefact: Artefact) -> list[str]:
+    """Return what was odd about an imported SAE, or about that of a run; empty for others."""
+    from saeflow.pipeline.foreign.import_sae import doubts_in_words
+
+    with contextlib.suppress(UserError, OSError):
+        if artefact.kind in ("saes", "features"):
+            return doubts_in_words(artefact if artefact.kind == "saes" else store.input_of(artefact, "saes"))
+    return []
 
 
 def _find_artefact(store: Store, name: str) -> Artefact:

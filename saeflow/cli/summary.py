@@ -14,7 +14,7 @@ from saeflow.query.connection import connect
 from saeflow.query.first_answers import first_answers, next_commands, which_run
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.terminal import Terminal
-from saeflow.runtime.text import human_bytes
+from saeflow.runtime.text import human_bytes, sanitise
 from saeflow.store.store import Store
 
 _SWEEP_WIDTH = 160
@@ -43,6 +43,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     for name, seconds in summary.get("seconds", {}).items():
         table.add_row(f"{name} took", f"{seconds:.1f} s")
     out.print(table)
+    for doubt in summary["doubts"]:
+        out.print(sanitise(doubt), style="yellow")
     if quality.get("longest_share", 0) > _MASSIVE_SHARE:
         out.print(
             f"The longest 0.1% of the tokens hold {quality['longest_share']:.0%} of all squared lengths (massive "

@@ -9,6 +9,7 @@ from typing import Any
 
 from saeflow.pipeline import collect, compact, encode, evaluate, import_table, report, sweep, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open
+from saeflow.pipeline.foreign import import_sae
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog
@@ -158,5 +159,6 @@ def summary(lineage: Lineage) -> dict[str, Any]:
             "feature_bytes": sum(part.n_bytes for part in encoded.parts),
             "n_values": encoded.total("n_values"),
             "quality": quality,
+            "doubts": import_sae.doubts_in_words(lineage.sae),
         }
     )

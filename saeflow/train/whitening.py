@@ -1,7 +1,7 @@
 """Covariance whitening of the activations that a training reads, and its removal from the trained SAE.
 
-ZCA whitening ("Data Whitening Improves Sparse Autoencoder Learning", 2025, arXiv 2511.13981): x becomes
-(x - mean) C^(-1/2), so that all directions vary alike. C is the covariance of the training's sample of rows, its
+"Data Whitening Improves Sparse Autoencoder Learning" (Saraswatula and Klindt 2025, arXiv 2511.13981) whitens by PCA;
+here ZCA turns the result back, so that axes stay: x becomes (x - mean) C^(-1/2), whose directions all vary alike. C is the covariance of the training's sample of rows, its
 eigenvalues shrunk towards their mean by SHRINKAGE: no direction grows by more than 32 times the average one.
 
 Memory is that of four matrices (D, D) in float64, 2 GiB at D = 8,192, and the time that of one eigendecomposition; each
@@ -51,5 +51,5 @@ def whitening_of(rows: Tensor) -> Whitening:
         covariance.addmm_(centred.t(), centred, alpha=1 / len(rows))
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp(min=0)
-    roots = ((1 - SHRINKAGE) * values + SHRINKAGE * values.mean()).sqrt()
+    roots = ((1 - SHRINKAGE) * values + SHRINKAGE * values.mean()).sqrt().clamp(min=1e-12)  # rows may be all equal
     return Whitening(mean.float(), ((vectors / roots) @ vectors.t()).float(), ((vectors * roots) @ vectors.t()).float())

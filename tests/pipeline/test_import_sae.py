@@ -387,3 +387,5 @@ def test_a_threshold_that_was_folded_twice_is_named_when_the_sae_comes_in(
         said = saeflow("import", str(folder), str(recipe), "--store", str(store.root))
         assert said.code == 0, said.err
         assert ("folded into the thresholds twice" in said.out) == spoilt, said.out
+        shown = saeflow("show", "foreign", "--store", str(store.root))
+        assert ("folded into the thresholds twice" in " ".join(shown.out.split())) == spoilt, shown.out

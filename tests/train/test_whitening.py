@@ -48,3 +48,10 @@ def test_with_the_whitening_folded_in_raw_activations_give_the_values_of_whitene
 def test_what_cannot_take_the_whitening_in_is_refused(settings):
     with pytest.raises(ValueError, match=r"Leave sae\.whiten out"):
         SAEConfig(whiten=True, **settings)
+
+
+def test_rows_that_are_all_equal_have_a_whitening_without_nan():
+    x = torch.full((8, D), 30.0)
+    whitening = whitening_of(x)
+    assert torch.equal(whitening.apply(x), torch.zeros(8, D))
+    assert whitening.inverse.isfinite().all()

@@ -139,6 +139,12 @@ def _stated(found: SAEFolder) -> dict[str, float]:
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0}  # fmt: skip
 
 
+def doubts_in_words(made: Artefact) -> list[str]:
+    """Return what was odd about an SAE when it was imported; nothing for one that was trained here."""
+    check: dict[str, Any] = read_json(made.own_file("provenance.json")).get("check", {})
+    return [f"Look at this: {doubt}." for doubt in check.get("looks_like", [])]
+
+
 def import_in_words(source: SAEConfig, made: Artefact) -> str:
     """Describe an imported SAE: `SAELens: jumprelu, 24 neurons, 160 features, thresholds 0.1 to 2.5; L0 …`."""
     found, log = describe_source(source), pq.read_table(made.own_file("log.parquet")).to_pylist()[0]
@@ -160,8 +166,7 @@ def import_in_words(source: SAEConfig, made: Artefact) -> str:
         f"On the first {log['batch_rows']:,} tokens: L0 {log['l0']:.1f}, variance unexplained "
         f"{log['variance_unexplained']:.3f}{silent}{stated}"
     )
-    odd = [f"Look at this: {doubt}." for doubt in check.get("looks_like", [])]
-    return "\n".join([", ".join(words), tried, *odd])
+    return "\n".join([", ".join(words), tried, *doubts_in_words(made)])
 
 
 def _first_rows(lineage: Lineage, sites: list[Site]) -> list[Tensor]:

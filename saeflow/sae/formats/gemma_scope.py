@@ -15,14 +15,15 @@ from saeflow.sae.formats.description import Files, SAEFolder, foreign_config, on
 from saeflow.sae.formats.tensors import shapes_in_words, shapes_of
 
 _GEMMA_NAMES = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
-_GEMMA_HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+_GEMMA_HOOKS = {
+    "res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoder": "ln2.hook_normalized"
+}  # fmt: skip
 
 
 def describe_gemma_scope(files: Files) -> SAEFolder:
-    layer, target = _layer(files.weights), None
-    hook = f"blocks.{layer}.{kind}" if layer is not None and (kind := _kind(files.weights)) else None
-    if _within(files.weights, "transcoders?"):
-        hook, target = f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out"
+    layer, kind = _layer(files.weights), _kind(files.weights)
+    hook = f"blocks.{layer}.{_GEMMA_HOOKS[kind]}" if layer is not None and kind else None
+    target = f"blocks.{layer}.hook_mlp_out" if kind == "transcoder" else None
     said = {"l0": int(match[1])} if (match := re.search(r"l0_(\d+)", files.weights.parent.name)) else {}
     return _jumprelu("Gemma Scope", files, said, hook, target, target is not None)
 
@@ -54,17 +55,15 @@ def _jumprelu(
     )  # fmt: skip
 
 
-def _within(path: Path, pattern: str) -> bool:
-    return any(re.search(rf"(^|[-_]){pattern}($|[-_])", part) for part in path.parts[:-1])
-
-
 def _layer(path: Path) -> int | None:
     found = [int(match[1]) for part in path.parts if (match := re.fullmatch(r"layer_(\d+)", part))]
     return found[-1] if found else None
 
 
 def _kind(path: Path) -> str | None:
-    return next((hook for name, hook in _GEMMA_HOOKS.items() if _within(path, name)), None)
+    """Return the kind that the nearest folder above names, as gemma-scope-2b-pt-res does."""
+    names = rf"(?:^|[-_])({'|'.join(_GEMMA_HOOKS)})s?(?:$|[-_])"
+    return next((match[1] for part in path.parts[-2::-1] if (match := re.search(names, part))), None)
 
 
 def _module(hook: str | None) -> str | None:

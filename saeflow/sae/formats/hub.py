@@ -26,6 +26,8 @@ def locate(source: str) -> tuple[Path, Mapping[str, Any]]:
     if about := _catalogue().get(release):
         return _of_release(release, sae, about)
     name = _HUB_NAME.fullmatch(source)
+    if name and ".." in source.split("/"):
+        raise UserError(f"sae.source is {source}: a folder of a repository is named without `..`.")
     return (_download_folder(name[1], name[2], name[3].strip("/")), {}) if name else (path, {})
 
 

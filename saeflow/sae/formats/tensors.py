@@ -78,7 +78,12 @@ def _torch_state(path: Path, device: str) -> dict[str, Tensor]:
     and runs nothing.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _require_modest(path, sum(file.file_size for file in archive.infolist()))
         state: Any = torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # what torch raises for a damaged file, or for one with code, is not documented
         raise UserError(
             f"{path} cannot be read as tensors alone ({first_line(error)}); whatever else it holds is never run. "
@@ -100,21 +105,25 @@ def _declared(path: Path) -> dict[str, tuple[int, ...]]:
     for name, shape, _, file in _headers(path):
         found[name] = shape
         n_bytes += file.file_size
+    _require_modest(path, n_bytes)
+    return found
+
+
+def _require_modest(path: Path, n_bytes: int) -> None:
     if n_bytes > max(_SMALL, _MOST_INFLATED * path.stat().st_size):
         raise UserError(f"{path} would grow to {n_bytes:,} bytes when it is read: no weights are like that. {AGAIN}")
-    return found
 
 
 def _arrays(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     _declared(path)
-    for name, shape, dtype, file in _headers(path):
+    for name, shape, _, file in _headers(path):
         try:
             with zipfile.ZipFile(path) as archive, archive.open(file) as stream:
                 array = np.lib.format.read_array(stream, allow_pickle=False)
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
             raise UserError(f"{path} is damaged ({first_line(error)}). {AGAIN}") from None
         assert array.shape == shape
-        yield name, array.astype(np.float32) if dtype.kind != "f" or dtype.itemsize < 4 else array
+        yield name, array.astype(np.float32, order="C", copy=False)  # torch takes no long nor swapped numbers
 
 
 def _headers(path: Path) -> Iterator[tuple[str, tuple[int, ...], np.dtype[Any], zipfile.ZipInfo]]:

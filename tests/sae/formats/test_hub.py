@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from saeflow.runtime.errors import UserError
+from saeflow.sae.formats.hub import locate
 from tests.support.hub_server import Hub, hub_server
 from tests.support.published_saes import LAYOUTS, gemma_scope, qwen_scope, saelens, write_json
 from tests.support.small_saes import F, K
@@ -89,8 +91,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         found = ask(hub, folder, sources)
         asked = [path for _, path, _ in hub.asked]
     assert not any("README" in path for path in asked), "only the files of the SAE are downloaded"
-    with hub_server() as away:
-        found |= {f"again {each}": answer for each, answer in ask(away, folder, [GEMMA], HF_HUB_OFFLINE="1").items()}
     return found
 
 
@@ -102,8 +102,14 @@ def test_a_folder_of_a_repository_opens(answers: dict[str, dict[str, Any]]) -> N
     assert (plain["writer"], plain["architecture"], plain["scale"]) == ("SAELens", "relu", 1.0)
 
 
-def test_what_was_downloaded_opens_without_the_hub(answers: dict[str, dict[str, Any]]) -> None:
-    assert answers[f"again {GEMMA}"]["at"] == answers[GEMMA]["at"]
+@pytest.mark.long
+def test_what_was_downloaded_opens_without_the_hub(tmp_path: Path) -> None:
+    gemma_scope(tmp_path / "gemma")
+    with hub_server() as hub:
+        hub.models["someone/gemma-scope-2b-pt-res"] = [files_below(tmp_path / "gemma" / "gemma-scope-2b-pt-res")]
+        found = ask(hub, tmp_path, [GEMMA])
+    with hub_server() as away:
+        assert ask(away, tmp_path, [GEMMA], HF_HUB_OFFLINE="1") == found
 
 
 def test_the_catalogue_of_saelens_gives_repository_factor_and_figures(answers: dict[str, dict[str, Any]]) -> None:
@@ -112,6 +118,12 @@ def test_the_catalogue_of_saelens_gives_repository_factor_and_figures(answers: d
     assert (answers["tiny-qwen/layer0"]["writer"], answers["tiny-qwen/layer0"]["k"]) == ("Qwen-Scope", K)
     refused = answers["tiny-res/blocks.2"]["refused"]
     assert "has no 'blocks.2' there. Nearest: blocks.1.hook_resid_post" in refused
+
+
+@pytest.mark.parametrize("source", ["someone/saes/../../../etc", "someone/saes@main/..", "hf://someone/saes/.."])
+def test_a_name_never_leads_out_of_its_repository(source: str) -> None:
+    with pytest.raises(UserError, match=r"named without `\.\.`"):
+        locate(source)
 
 
 def test_a_name_that_leads_nowhere_says_what_is_there(answers: dict[str, dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.load import load_described, load_sae
 from saeflow.sae.formats.save import save_sae
 from saeflow.sae.formats.source import describe_source, effective_config
-from tests.support.published_saes import LAYOUTS, Published
+from tests.support.published_saes import LAYOUTS, Published, gemma_scope
 from tests.support.small_saes import rows, values_of
 
 
@@ -82,3 +82,9 @@ HOOKS = {
 def test_a_folder_says_where_in_the_model_its_sae_was_trained(name: str, tmp_path: Path) -> None:
     made = LAYOUTS[name](tmp_path)
     assert describe_source(SAEConfig(source=str(made.source), **made.asked)).hook == HOOKS[name]
+
+
+def test_the_nearest_folder_says_of_what_a_gemma_scope_is(tmp_path: Path) -> None:
+    made = gemma_scope(tmp_path / "res-work" / "my-transcoders", "gemma-scope-2b-pt-mlp")
+    found = describe_source(SAEConfig(source=str(made.source)))
+    assert (found.hook, found.config.target_site) == ("blocks.0.hook_mlp_out", None)

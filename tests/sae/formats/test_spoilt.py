@@ -16,14 +16,15 @@ from safetensors.torch import save_file
 
 from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.errors import UserError
+from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.load import load_described
 from saeflow.sae.formats.source import describe_source
 from tests.support.published_saes import LAYOUTS, draw, gemma_scope, tensors_to, write_json
 from tests.support.small_saes import D, F
 
 
-def open_source(source: Path, **asked: object) -> None:
-    load_described(describe_source(SAEConfig.model_validate({"source": str(source)} | asked)))
+def open_source(source: Path, **asked: object) -> SparseAutoencoder:
+    return load_described(describe_source(SAEConfig.model_validate({"source": str(source)} | asked)))
 
 
 def cut(path: Path) -> None:
@@ -52,10 +53,10 @@ def header(shape: str, kind: str = "<f4") -> bytes:
 
 
 def bomb(path: Path) -> None:
-    """Honest sizes, but zeros: 400 MB in 400 kB."""
+    """Honest sizes, but zeros: 100 MB in 100 kB."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("W_enc.npy", "w") as out:
-        out.write(header("(10000, 10000)"))
-        for _ in range(100):
+        out.write(header("(5000, 5000)"))
+        for _ in range(25):
             out.write(bytes(4_000_000))
 
 
@@ -67,7 +68,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shape larger than the file": (lambda path: member(path, header("(9999, 9999)")), r"claims 9999 × 9999"),
     "a negative shape": (lambda path: member(path, header("(-4, 4)")), r"is damaged"),
     "code for a shape": (lambda path: member(path, header("(__import__('os'),)")), r"is damaged"),
-    "a bomb": (bomb, r"would grow to 400,000,\d+ bytes"),
+    "a bomb": (bomb, r"would grow to 100,000,\d+ bytes"),
     "another archive": (lambda path: member(path, b"hello"), r"is damaged"),
     "no archive": (lambda path: path.write_bytes(b"\x80\x04cos\nsystem\n"), r"is damaged"),
     "one matrix": (lambda path: np.savez(path, W_enc=np.ones((4, 4))), r"reads matrices W_enc and W_dec .*W_enc 4 × 4"),
@@ -89,6 +90,23 @@ def test_a_spoilt_npz_is_refused_before_memory_is_taken(name: str, tmp_path: Pat
 
 def expanded(path: Path) -> None:
     torch.save({"W_enc": torch.zeros(1).expand(100_000, 100_000), "W_dec": torch.zeros(1)}, path)
+
+
+def test_a_torch_file_that_would_inflate_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    made = LAYOUTS["Qwen-Scope"](tmp_path)
+    bomb(made.source)
+    with pytest.raises(UserError, match=r"would grow to 100,000,\d+ bytes"):
+        open_source(made.source)
+
+
+@pytest.mark.parametrize("kind", ["<f2", ">f4", "<f8", "longdouble"])
+def test_an_npz_of_any_real_numbers_opens(kind: str, tmp_path: Path) -> None:
+    made = gemma_scope(tmp_path)
+    with np.load(made.source / "params.npz") as found:
+        arrays = {name: np.asfortranarray(found[name].astype(kind)) for name in found.files}
+    np.savez(made.source / "params.npz", **arrays)
+    weights = open_source(made.source).W_dec.detach().numpy()
+    np.testing.assert_array_equal(weights, arrays["W_dec"].astype(np.float32))
 
 
 def test_a_torch_file_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
