@@ -17,8 +17,8 @@ from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.text import brief
 
 Message = dict[str, Any]
-_BLOCKS = (0xFDD0, 0xFFFF0, 0x10FFF0)
-"""Where six characters in a row are free for marks: noncharacters, and ends of private planes."""
+_BLOCKS = (*range(0xFDD0, 0xFDEA, 6), *range(0xFFFF0, 0xF0000, -6))
+"""Where six characters in a row may be free for marks: noncharacters, and a private plane."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE_OF_TODAY = (
     "{%- macro strftime_now(format) -%}{{ format|replace('%Y', '2024')|replace('%m', '07')|replace('%d', '26')"
@@ -126,6 +126,9 @@ class ChatTemplate:
             at = text.find(core, spans[-1].end if spans else 0) if core else -1
             span = _span(found, turn, core, text) if found else Span(at, at + len(core), turn) if at >= 0 else None
             spans += [span] if span else []
+        named = marks.around_names(messages, self.special), marks.around_names(tools, self.special)
+        if found := marks.read(self._try(*named), text):
+            return spans, found.names
         names = [
             (start + match.start(), start + match.end())
             for start, end, _ in spans
@@ -193,7 +196,7 @@ class _Marks:
         if isinstance(value, str):
             return special.sub(lambda match: f"{chr(self.first + 4)}{match[0]}{chr(self.first + 5)}", value)
         if isinstance(value, dict):
-            return {name: self.around_names(each, special) for name, each in value.items()}
+            return {self.around_names(name, special): self.around_names(each, special) for name, each in value.items()}
         return [self.around_names(each, special) for each in value] if isinstance(value, list) else value
 
     def read(self, marked: str | None, text: str) -> _Found | None:
