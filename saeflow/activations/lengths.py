@@ -98,13 +98,17 @@ def longest_allowed(used: TokenSelection, stored: Artefact, site: Site) -> float
     """Return the length above which vectors at a site do not count; None if all count."""
     if used.skip_norms_above is None or not stored.published().parts:
         return None
-    median = median_length(used.source, stored, site)
+    return times_median(used.skip_norms_above, median_length(used.source, stored, site), site)
+
+
+def times_median(skip_norms_above: float, median: float, site: Site) -> float:
+    """Return the longest allowed length. Raises UserError if the median is zero."""
     if not median > 0:
         raise UserError(
-            f"activations.skip_norms_above is {used.skip_norms_above:g}, but the median length at {site.name} is 0: "
+            f"activations.skip_norms_above is {skip_norms_above:g}, but the median length at {site.name} is 0: "
             "half of the vectors or more are zero. Leave the setting out."
         )
-    return used.skip_norms_above * median
+    return skip_norms_above * median
 
 
 def too_long(values: Tensor, limit: float | None) -> np.ndarray:

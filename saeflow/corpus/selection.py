@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from saeflow.corpus.vocabulary import chosen_vocab_ids
 from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import brief
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, PartRecord
 
@@ -45,10 +46,11 @@ class TokenSelection:
 
     @classmethod
     def of(cls, source: Artefact, config: ActivationsConfig) -> TokenSelection:
-        """Return what a recipe selects. Raises UserError for positions and entries that there are not."""
-        source.published()
+        """Return what a recipe selects. Raises UserError for positions, entries and roles that there are not."""
+        parts = source.published().parts
         positions = positions_from_start(config.skip_positions, int(source.fact("context_length")))
         roles = tuple(sorted(set(config.roles)))
+        _require_roles(source, parts, roles)
         if isinstance(config.skip_special, bool):
             return cls(source, positions, config.skip_special, config.skip_norms_above, roles)
         special = chosen_vocab_ids(source.own_file("vocab.parquet"), config.skip_special)
@@ -169,6 +171,23 @@ def _holding(about: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], 
     ends = np.cumsum([0, *(about.row_group(number).num_rows for number in range(about.num_row_groups))])
     groups = [n for n, (a, b) in enumerate(itertools.pairwise(ends.tolist())) if a < stop and b > start]
     return groups, int(ends[groups[0]]) if groups else start
+
+
+def _require_roles(source: Artefact, parts: Sequence[PartRecord], roles: Sequence[str]) -> None:
+    """Raise UserError if nobody has one of these roles. Reads until each was found: mostly one row group."""
+    found: set[str | None] = {None}
+    for part in parts if roles else ():
+        with pq.ParquetFile(source.part_file(part, "tokens.parquet"), read_dictionary=["role"]) as file:
+            for number in range(file.num_row_groups):
+                found.update(pc.unique(file.read_row_group(number, ["role"]).column(0)).to_pylist())
+                if found.issuperset(roles):
+                    return
+    if parts and (lacking := [role for role in roles if role not in found]):
+        there = ", ".join(sorted(map(brief, filter(None, found)))) or "none"
+        raise UserError(
+            f"activations.roles names {brief(lacking[0])!r}, but nobody in {source.id} has that role. Its roles: "
+            f"{there}.\nCorrect activations.roles, or read more documents."
+        )
 
 
 def positions_from_start(positions: Sequence[int], length: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from saeflow.activations.collector import Collector
 from saeflow.activations.engines.reader import EngineFiles, documents_of
 from saeflow.activations.epoch import fit_pool
 from saeflow.activations.forward import ForwardPass, device_of_source, require_embedded
+from saeflow.activations.lengths import times_median
 from saeflow.activations.norms import say_which_are_long, warn_of_massive_positions
 from saeflow.activations.shards import ITEM_BYTES, is_kept, stored_sites
 from saeflow.corpus.requests.documents import REQUEST
@@ -194,13 +195,14 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
     def row_bytes(kept: Iterable[Site]) -> int:
         return length * sum(site.width for site in kept) * ITEM_BYTES[recipe.activations.dtype]
 
-    keep = recipe.activations.keep
+    keep, read_sites = recipe.activations.keep, set(sites[:1] if len(sites) == 1 else ())
     for site in sites if keep else ():
         fit_pool(recipe.feed, row_bytes([site]))
     for member in recipe.members():
         named = with_sites_of_source(member.sae, [site.name for site in sites])
         if named.site or named.target_site:
             read, target_site = site_pair(sites, named)
+            read_sites.add(read)
             if read != target_site and isinstance(model, nn.Module):
                 require_running_order(model, read.name, target_site.name)
             if keep:
@@ -214,6 +216,9 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
         sample = lineage.training.activations  # one median for training and for encoding
         known = sample.record.facts.get("median_lengths") if sample.exists() else None
         about["median_lengths"] = known or forward.median_lengths(missing[0])
+        if above := recipe.activations.skip_norms_above:
+            for site in read_sites:  # refused before anything is collected
+                times_median(above, about["median_lengths"].get(site.name, 1.0), site)
     lineage.activations.create(about, [lineage.tokens.id])
     return Collector(forward, lineage.activations)
 

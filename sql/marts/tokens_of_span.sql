@@ -23,8 +23,8 @@ cross join counted
 cross join stg_shape
 where case
         when not (has_some or has_offsets)
-            then error('these tokens have no characters: an earlier saeflow wrote them. '
-                || 'Rename the recipe and run it again (saeflow run RECIPE): new tokens have them')
+            then error('these tokens have no characters: an earlier saeflow wrote them.' || chr(10)
+                || 'Write them anew: saeflow run RECIPE --set name=NEW')
         else char_start < end_char::bigint
             and char_end > first_char::bigint
             and first_char::bigint < end_char::bigint

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from saeflow.corpus.tokenise.chats import ChatTokeniser
 from saeflow.corpus.tokenise.messages import conversation
-from saeflow.pipeline import forecast, stages, tokens
+from saeflow.pipeline import collect, forecast, stages, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.trial import trial_recipe
 from saeflow.query.ask import ask, query
@@ -486,6 +486,16 @@ def test_roles_without_conversations_and_two_kinds_of_contents_are_refused(tmp_p
         recipe_of(tmp_path, model, corpus={"messages": None}, activations={"roles": ["user"]})
     with pytest.raises(UserError, match=r"corpus.messages and corpus.token_ids are both set"):
         recipe_of(tmp_path, model, corpus={"token_ids": "ids"})
+
+
+def test_a_role_that_nobody_has_is_refused_with_those_there_are_before_any_work(tmp_path: Path, model: Path) -> None:
+    recipe = recipe_of(tmp_path, model, activations={"roles": ["assistant", "asistant"]})
+    tokenised(tmp_path, recipe)
+    with pytest.raises(
+        UserError, match=r"names 'asistant', but nobody in tokens/.* has that role. .*: assistant, user"
+    ):
+        collect.run(Lineage(Store.open(tmp_path / "store"), recipe), quiet())
+    assert not list((tmp_path / "store").glob("activations/*"))
 
 
 def test_a_forecast_of_conversations_counts_their_contents(tmp_path: Path, model: Path) -> None:

@@ -220,7 +220,9 @@ def test_tokens_of_an_earlier_saeflow_answer_without_characters_and_new_document
         found = ask(connection, "tokens_of_span", ["added", 7, 10]).to_pylist()
         assert {(row["char_start"] < 10 and row["char_end"] > 7) for row in found} == {True}
         key = query(connection, "select key from documents where key <> 'added' and n_tokens > 3 limit 1")
-        with pytest.raises(UserError, match=r"an earlier saeflow wrote them.*saeflow run RECIPE"):
+        with pytest.raises(
+            UserError, match=r"an earlier saeflow wrote them.\nWrite them anew: saeflow run RECIPE --set name=NEW"
+        ):
             ask(connection, "tokens_of_span", [key.column("key")[0].as_py(), 0, 3])
 
 

@@ -172,6 +172,7 @@ def test_sql_knows_which_tokens_are_encoded(made):
         assert [name for name, rows in check(connection) if len(rows)] == []
 
 
+@pytest.mark.long
 def test_another_factor_collects_nothing_again(made, sinks, tmp_path):
     lineage, _ = made
     store = Store.find(shutil.copytree(lineage.store.root, tmp_path / "store"))
@@ -185,6 +186,7 @@ def test_another_factor_collects_nothing_again(made, sinks, tmp_path):
     assert "skip_norms_above" not in plain.features.record.facts
 
 
+@pytest.mark.long
 def test_an_sae_trained_without_the_sinks_leaves_less_variance_of_the_others_unexplained(sinks, made, tmp_path):
     """Both SAEs are judged on the held-out tokens that are no sinks, with float64 sums of its own."""
     store = Store.find(shutil.copytree(made[0].store.root, tmp_path / "store"))
@@ -201,6 +203,7 @@ def test_an_sae_trained_without_the_sinks_leaves_less_variance_of_the_others_une
     assert all("loss_recovered_mean" in each for each in judged)
 
 
+@pytest.mark.long
 def test_activations_of_an_earlier_saeflow_are_measured_when_asked(made, sinks, tmp_path):
     old, lineage = Store.create(tmp_path / "store"), made[0]
     tokens.run(Lineage(old, lineage.recipe), quiet())
@@ -219,6 +222,7 @@ def test_activations_of_an_earlier_saeflow_are_measured_when_asked(made, sinks, 
         assert one.files == other.files
 
 
+@pytest.mark.long
 def test_compaction_and_forgetting_keep_what_is_left_out(made, tmp_path):
     store = Store.find(shutil.copytree(made[0].store.root, tmp_path / "store"))
     lineage = Lineage(store, made[0].recipe)
@@ -242,6 +246,7 @@ def test_compaction_and_forgetting_keep_what_is_left_out(made, tmp_path):
     assert list(verify(lineage.store, full=True)) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("read", "target", "any_long"),
     [(STREAM, "transformer.h.1.mlp.act", True), ("transformer.h.0.mlp.act", STREAM, False)],
@@ -255,6 +260,7 @@ def test_a_transcoder_leaves_out_what_is_long_where_it_reads(sinks, tmp_path, re
     assert (lengths > 10 * median).any() == any_long
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("held_out", [0.0, 0.2])
 def test_rows_of_a_table_are_left_out_likewise(tmp_path, held_out):
     values = a_table(1400)
@@ -275,6 +281,7 @@ def test_rows_of_a_table_are_left_out_likewise(tmp_path, held_out):
     assert lineage.features.published().total("n_tokens") == 1400 - 40
 
 
+@pytest.mark.long
 def test_an_sae_from_elsewhere_is_encoded_anew_for_another_choice(made, sinks, tmp_path):
     store = Store.find(shutil.copytree(made[0].store.root, tmp_path / "store"))
     runs = []
@@ -312,6 +319,23 @@ def test_half_zero_vectors_are_refused_with_the_way_out(tmp_path):
         train.run(Lineage(store, recipe), quiet())
 
 
+def test_a_site_whose_median_is_zero_is_refused_before_it_is_collected(sinks, tmp_path):
+    model = GPT2LMHeadModel.from_pretrained(sinks.model)
+    for values in model.transformer.h[0].mlp.c_proj.parameters():
+        torch.nn.init.zeros_(values)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(sinks.model).save_pretrained(tmp_path / "model")
+    about = {"sites": ["transformer.h.0.mlp", STREAM]}
+    recipe = recipe_of(
+        Ingredients(tmp_path / "model", sinks.corpus), activations=about, sae={"site": about["sites"][0]}
+    )
+    store = Store.create(tmp_path / "store")
+    tokens.run(Lineage(store, recipe), quiet())
+    with pytest.raises(UserError, match=r"skip_norms_above is 10, but the median length at transformer.h.0.mlp is 0"):
+        collect.run(Lineage(store, recipe), quiet())
+    assert not Lineage(store, recipe).activations.exists()
+
+
 @pytest.mark.parametrize("above", [1, 0.5, -3, 0])
 def test_a_factor_that_would_leave_out_half_is_refused(sinks, above):
     with pytest.raises(UserError, match="skip_norms_above is"):
@@ -346,6 +370,7 @@ def files_of(run_artefact: Artefact) -> list[dict[str, str]]:
     return [{file.name: file.checksum for file in part.files} for part in run_artefact.published().parts]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("site", [STREAM, "transformer.h.0.mlp.act"])
 def test_without_stored_activations_the_same_tokens_are_left_out_byte_for_byte(sinks, tmp_path, site):
     store, sites, source = Store.create(tmp_path / "store"), [STREAM, "transformer.h.0.mlp.act"], tmp_path / "sae"
@@ -370,6 +395,7 @@ def test_without_stored_activations_the_same_tokens_are_left_out_byte_for_byte(s
         assert [name for name, rows in check(connection) if len(rows)] == []
 
 
+@pytest.mark.long
 def test_a_sample_to_train_on_and_the_corpus_share_one_median(sinks, tmp_path):
     recipe = recipe_of(sinks, activations={"keep": False}, train={"share": 0.4})
     lineage = run(Store.create(tmp_path / "store"), recipe)
@@ -379,6 +405,7 @@ def test_a_sample_to_train_on_and_the_corpus_share_one_median(sinks, tmp_path):
     assert lineage.features.published().total("n_left_out_by_length") > 0
 
 
+@pytest.mark.long
 def test_documents_that_come_later_are_measured_by_the_first_median(sinks, tmp_path):
     store = Store.create(tmp_path / "store")
     first = run(store, recipe_of(sinks, corpus={"share": 0.4}))
