@@ -135,7 +135,14 @@ class Layout:
 LAYOUTS = [Layout("concatenated", 16, 60), Layout("isolated", 16), Layout("isolated", 10_000)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.packing} {layout.length}")
+QUICK = LAYOUTS[:1]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [each if each in QUICK else pytest.param(each, marks=pytest.mark.long) for each in LAYOUTS],
+    ids=lambda layout: f"{layout.packing} {layout.length}",
+)
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "byt5"])
 def test_every_token_has_the_characters_that_its_tokenizer_says(
     tmp_path: Path, root: Path, made: dict[str, Any], name: str, layout: Layout
@@ -207,6 +214,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lineage:
     return Lineage(Store.open("store"), load_recipe(Path("small.toml")))
 
 
+@pytest.mark.long
 def test_tokens_of_an_earlier_saeflow_answer_without_characters_and_new_documents_have_them(old: Lineage) -> None:
     table = pq.read_table("corpus.parquet")
     new = {field.name: ["added"] for field in table.schema} | {"text": ["A cat, été 🐈."]}

@@ -118,7 +118,9 @@ def answers(store: Store) -> list[Any]:
         return [connection.execute(question).fetchall() for question in QUESTIONS]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [name if name == "vllm with an index" else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
+)
 def test_an_engines_requests_give_the_answers_of_the_direct_path(direct, ingredients, tmp_path, layout):
     folder = LAYOUTS[layout](tmp_path / "requests", direct.requests)
     store = Store.create(tmp_path / "store")
@@ -292,6 +294,7 @@ def test_settings_that_would_change_the_engines_tokens_are_refused(ingredients, 
         recipe_of(ingredients, tmp_path, **changes)
 
 
+@pytest.mark.long
 def test_files_are_encoded_without_storing_them_again(direct, ingredients, tmp_path):
     folder = write_vllm(tmp_path / "requests", direct.requests)
     about = {"activations": {**ABOUT["activations"], "keep": False}, "sae": {"source": str(direct.lineage.sae.path)}}
