@@ -257,6 +257,16 @@ def model_fingerprint(config: ModelConfig) -> str:
     return fingerprint(config.path, _commit(config.path, config.revision)[0], config.dtype)
 
 
+def model_on_this_machine(config: ModelConfig) -> tuple[ModelConfig, str] | None:
+    """Return a model where its files lie, and its fingerprint, without a word to the hub; None if it is not here."""
+    if Path(config.path).exists():
+        return config, model_fingerprint(config)
+    if (folder := _downloaded(config.path, config.revision)) is None:
+        return None
+    found = config.model_copy(update={"path": str(folder), "revision": None})
+    return found, fingerprint(config.path, folder.name, config.dtype)
+
+
 def _shards_below(folder: Path) -> set[Path]:
     """Return the files of weights that an index names in another folder."""
     found = set()
@@ -283,7 +293,7 @@ def _commit(path: str, revision: str | None) -> tuple[str, bool]:
         cached = _downloaded(path, revision)
         if cached is None or isinstance(error, HfHubHTTPError):
             raise UserError(_why_not(path, False, error)) from error
-        return cached, False
+        return cached.name, False
     _note_commit(path, revision, commit)
     return commit, True
 
@@ -300,12 +310,12 @@ def _note_commit(path: str, revision: str | None, commit: str) -> None:
             note.write_text(commit)
 
 
-def _downloaded(path: str, revision: str | None) -> str | None:
-    """Return the commit in the hub's cache that a branch, tag or commit stands for."""
+def _downloaded(path: str, revision: str | None) -> Path | None:
+    """Return the folder in the hub's cache, named by its commit, that a branch, tag or commit stands for."""
     from huggingface_hub import try_to_load_from_cache
 
     with contextlib.suppress(ValueError):  # no name of a model
         found = try_to_load_from_cache(path, "config.json", revision=revision)
         if isinstance(found, str):
-            return Path(found).parent.name
+            return Path(found).parent
     return None

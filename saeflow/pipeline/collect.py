@@ -16,7 +16,7 @@ from saeflow.activations.lengths import times_median
 from saeflow.activations.norms import say_which_are_long, warn_of_massive_positions
 from saeflow.activations.shards import ITEM_BYTES, is_kept, stored_sites
 from saeflow.corpus.requests.documents import REQUEST
-from saeflow.model.load import load_model, model_fingerprint, site_names
+from saeflow.model.load import load_model, model_fingerprint, model_on_this_machine, site_names
 from saeflow.model.sites import Site, require_length, require_running_order, resolve_sites, site_pair
 from saeflow.pipeline.dask.clusters import make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage
@@ -67,28 +67,39 @@ def engine_files(recipe: Recipe) -> EngineFiles | None:
 def open_forward(store: Store, target: Artefact, sites: list[Site], recipe: Recipe | None, threads: int) -> ForwardPass:
     """Load the model of activations that exist already, kept or not, to run it again; or open an engine's files.
 
-    The recipe says where they lie, by default as in the last run. Raises UserError if the model's files have changed.
+    The recipe says where they lie. Without one, the model of the last run is taken if it still lies on this machine.
+    Raises UserError if the model's files have changed.
     """
-    about = recipe.model if recipe and recipe.model else _model_of_last_run(target)
-    if model_fingerprint(about) != target.fact("model"):
+    if recipe and recipe.model:
+        about, found = recipe.model, model_fingerprint(recipe.model)
+    else:
+        about, found = _model_of_last_run(target)
+    if found != target.fact("model"):
         raise UserError(
             f"model.path is {about.path!r}, but its files are others than where {target.id} was begun.\n"
             "Bring those files back, or run the recipe under another name."
         )
-    facts = target.record.facts
-    config = ActivationsConfig(sites=facts["sites"], dtype=facts["dtype"], forward_batch=facts["forward_batch"])
+    config = ActivationsConfig(**{name: target.fact(name) for name in ("sites", "dtype", "forward_batch")})
     model = (engine_files(recipe) if recipe else None) or load_model(about)
     return _forward(Ancestors(store, target).tokens, config, model, sites, threads)
 
 
-def _model_of_last_run(target: Artefact) -> ModelConfig:
+def _model_of_last_run(target: Artefact) -> tuple[ModelConfig, str]:
+    """Return the model that the store names, and its fingerprint. The store may be a stranger's: nothing is fetched."""
     try:
         if "engine" in target.record.facts:
             raise ValueError("an engine's files lie where the recipe says")
         known = read_json(target.own_file("provenance.json"))
-        return ModelConfig(path=known["model"], revision=known["revision"], dtype=known["model_dtype"])
-    except (OSError, ValueError, KeyError) as error:
+        about = ModelConfig(path=known["model"], revision=known["revision"], dtype=known["model_dtype"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"Nothing but its recipe says what made {target.id}. Run that again.") from error
+    found = model_on_this_machine(about)
+    if found is None:
+        raise UserError(
+            f"{target.id} was made by the model {about.path!r}, which is not on this machine, and only a recipe's word "
+            "fetches a model. Run the recipe."
+        )
+    return found
 
 
 def _forward(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -26,6 +27,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store import garbage
 from saeflow.store.artefact import Artefact
+from saeflow.store.records import add_provenance
 from saeflow.store.store import Store
 from saeflow.store.verify import verify
 from tests.support.fake_cluster import FakeCluster, Watched
@@ -255,6 +257,41 @@ def test_another_model_at_the_same_place_is_refused_before_anything_is_encoded(
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.5}))
     done = forget.forget(store, ["letters/001"], quiet())
     assert "model.path" in next(iter(done.waiting.values()))
+
+
+def as_named_on_the_hub(model: Path, cache: Path, name: str) -> None:
+    """Put a model into a cache of the hub, as it lies there once it is downloaded."""
+    folder, commit = cache / f"models--{name.replace('/', '--')}", "1" * 40
+    shutil.copytree(model, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+
+
+def test_a_store_names_a_model_but_only_a_recipe_makes_saeflow_ask_the_hub_for_it(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+
+    def unreachable(_: object, name: str, **__: object) -> None:
+        asked.append(name)
+        raise OSError("no way to the hub")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    as_named_on_the_hub(trained.ingredients.model, tmp_path / "hub", "someone/downloaded")
+    store, recipe = Store.create(tmp_path / "store"), single(trained, "hub", model={"path": "someone/downloaded"})
+    [run] = encoded(store, recipe)
+    assert set(asked) == {"someone/downloaded"}
+    asked.clear()
+    assert forget.forget(store, ["letters/001"], quiet()).runs == [run.id]
+    add_provenance(Lineage(store, recipe).activations.path, {"model": "stranger/model"})
+    done = forget.forget(store, ["letters/003"], quiet())
+    assert not asked
+    assert list(done.waiting) == [run.id]
+    assert "'stranger/model', which is not on this machine" in done.waiting[run.id]
+    [again] = encoded(store, recipe)
+    [anew] = encoded(store, recipe.model_copy(update={"name": "anew", "data": "hub"}))
+    assert values(again) == values(anew)
 
 
 def test_an_activation_that_the_precision_cannot_hold_is_refused_as_when_storing(
