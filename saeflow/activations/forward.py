@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.activations.engines.reader import EngineFiles, RequestRows
-from saeflow.activations.lengths import first_tokens, medians_of, without_long
+from saeflow.activations.lengths import first_tokens, lengths_of, median_of, without_long
 from saeflow.activations.writer import to_precision
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
@@ -91,11 +91,18 @@ class ForwardPass:
         with contextlib.closing(SiteReader(self.model, self.sites)) as reader:
             yield read
 
-    def median_lengths(self, part: PartRecord) -> dict[str, float]:
-        """Return the median length at each site over the first tokens of a part, in one pass."""
+    def first_lengths(self, part: PartRecord) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return the lengths (s, T) at each site of the first tokens of a part, and the mask of real ones."""
         vocab_ids, mask = map(first_tokens, token_parts.read_part(self.source, part))
         with own_stream(device_of_source(self.model)), self._reading(part, vocab_ids, mask) as reading:
-            return medians_of(reading(slice(0, len(mask))) if mask.any() else {}, self.config.dtype, mask)
+            found = reading(slice(0, len(mask))) if mask.any() else {}
+            kind = getattr(torch, self.config.dtype)
+            return {name: lengths_of(each[:, : mask.shape[1]].to(kind)) for name, each in found.items()}, mask
+
+    def median_lengths(self, part: PartRecord) -> dict[str, float]:
+        """Return the median length at each site over the first tokens of a part, in one pass."""
+        lengths, mask = self.first_lengths(part)
+        return {name: median_of(each[mask]) for name, each in lengths.items()}
 
     def selected(
         self, part: PartRecord, wanted: np.ndarray, work: Callable[[np.ndarray, list[Tensor]], Found]

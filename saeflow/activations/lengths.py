@@ -6,7 +6,7 @@ first position and at delimiters, so no position names them all; their length do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -57,15 +57,8 @@ class PartLengths:
         )
 
 
-def medians_of(found: Mapping[str, Tensor], dtype: str, mask: np.ndarray) -> dict[str, float]:
-    """Return the median length at each site of vectors (s, T, D), rounded to `dtype`, at the tokens of `mask`."""
-    return {
-        name: _median(lengths_of(values[:, : mask.shape[1]].to(getattr(torch, dtype)))[mask])
-        for name, values in found.items()
-    }
-
-
-def _median(lengths: np.ndarray) -> float:
+def median_of(lengths: np.ndarray) -> float:
+    """Return the median of those that are finite; 0 of none."""
     finite = lengths[np.isfinite(lengths)]
     return float(np.median(finite)) if len(finite) else 0.0
 
@@ -82,7 +75,7 @@ def median_length(source: Artefact, stored: Artefact, site: Site) -> float:
         mask = first_tokens(token_parts.read_part(source, tokens[part.index])[1])
         rows = slice(0, len(mask))
         known = {
-            each.name: _median(first_tokens(lengths_of(open_site(stored, part, each).read(rows)))[mask])
+            each.name: median_of(first_tokens(lengths_of(open_site(stored, part, each).read(rows)))[mask])
             for each in stored_sites(stored)
         }
         stored.add_facts({"median_lengths": known})

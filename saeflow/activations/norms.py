@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow.activations.lengths import has_lengths, median_length, stored_lengths
+from saeflow.activations.lengths import has_lengths, median_length, median_of, stored_lengths
 from saeflow.activations.shards import stored_sites
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection, positions_from_start
@@ -98,55 +99,87 @@ def say_which_are_long(used: TokenSelection, target: Artefact, progress: Progres
     Without that setting, name it if such vectors, away from massive positions, would draw the loss.
     """
     factor, means = used.skip_norms_above or _MASSIVE_FACTOR, mean_norms(target)
+    parts = [part for part in target.published().parts if has_lengths(part)]
     for site in stored_sites(target):
-        median = median_length(used.source, target, site)
+        found = _LongVectors(factor, median_length(used.source, target, site))
         skipped = [] if used.skip_norms_above else massive_positions(means.get(site.name, np.empty(0)))
-        found = _long_vectors(used, target, site, factor * median, skipped)
-        if found is None or not (used.skip_norms_above or found.share_of_squares > _LEAST_SHARE):
-            continue
-        way_out = f" An SAE would spend its loss there.\nSet {_SETTING}."
-        progress.say(
-            f"activations: at {site.name}, {found.n_long:,} of {found.n_tokens:,} vectors are longer than {factor:g} "
-            f"times the median length {median:,.4g}{found.pieces(used.source)}"
-            + (" and are left out." if used.skip_norms_above else f".{way_out}")
-        )
+        for part in parts[:: -(-len(parts) // _PARTS_READ) or 1]:
+            mask = used.mask(part.index)
+            mask[:, skipped] = False
+            ids = partial(_vocab_ids, used, part.index, mask)
+            found.add(stored_lengths(target, part, site)[mask.reshape(-1)], ids)
+        if found.n_tokens and (used.skip_norms_above or found.share_of_squares > _LEAST_SHARE):
+            way_out = f".\nAn SAE would spend its loss there. Set {_SETTING}; nothing is collected again."
+            ending = " and are left out." if used.skip_norms_above else way_out
+            progress.say(f"activations: at {site.name}, {found.in_words(used.source)}{ending}")
+
+
+def _vocab_ids(used: TokenSelection, index: int, mask: np.ndarray) -> np.ndarray:
+    """Return the vocab_ids (n,) where `mask` (s, T) is True of the first sequences of a part."""
+    vocab_ids: np.ndarray = token_parts.read_part(used.source, used.parts[index])[0]
+    return np.asarray(vocab_ids[: len(mask), : mask.shape[1]][mask])
+
+
+def say_which_are_long_first(
+    used: TokenSelection, index: int, lengths: Mapping[str, np.ndarray], progress: Progress
+) -> None:
+    """Name them by the lengths (s, T) of a part's first tokens: activations that are not kept have no others.
+
+    With the setting nothing is said: encoding counts what is left out.
+    """
+    for site, each in {} if used.skip_norms_above else lengths.items():
+        mask = used.mask(index, slice(0, len(each)))[:, : each.shape[1]]
+        found = _LongVectors(_MASSIVE_FACTOR, median_of(each[mask]))
+        found.add(each[mask], partial(_vocab_ids, used, index, mask))
+        if found.share_of_squares > _LEAST_SHARE:
+            progress.say(
+                f"activations: at {site}, {found.in_words(used.source, 'of the first')}.\n"
+                f"Unless the SAE was trained on such vectors, set {_SETTING}."
+            )
 
 
 _LEAST_SHARE = 0.01
 """Share of all squared lengths from which on long vectors are said."""
-_SETTING = f"activations.skip_norms_above = {_MASSIVE_FACTOR}; nothing is collected again"
+_SETTING = f"activations.skip_norms_above = {_MASSIVE_FACTOR}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _LongVectors:
-    n_tokens: int
-    n_long: int
-    share_of_squares: float
-    vocab_ids: Counter[int]
+    """Counts vectors that are longer than `factor` times the median length."""
 
-    def pieces(self, source: Artefact) -> str:
-        most = self.vocab_ids.most_common(3)
-        pieces = pq.read_table(source.own_file("vocab.parquet"), columns=["piece"]).column("piece")
-        return f", most often {', '.join(f'{pieces[i].as_py()!r} ({n:,})' for i, n in most)}" if most else ""
+    factor: float
+    median: float
+    n_tokens: int = 0
+    n_long: int = 0
+    squares: float = 0.0
+    long_squares: float = 0.0
+    vocab_ids: Counter[int] = field(default_factory=Counter)
 
+    @property
+    def share_of_squares(self) -> float:
+        return self.long_squares / (self.squares or 1)
 
-def _long_vectors(
-    used: TokenSelection, target: Artefact, site: Site, limit: float, skipped: Sequence[int]
-) -> _LongVectors | None:
-    """Count selected vectors longer than `limit`, but at the `skipped` positions, in a sample of parts."""
-    parts = [part for part in target.published().parts if has_lengths(part)]
-    n, n_long, squares, long_squares, vocab_ids = 0, 0, 0.0, 0.0, Counter[int]()
-    for part in parts[:: -(-len(parts) // _PARTS_READ) or 1]:
-        mask = used.mask(part.index)
-        mask[:, list(skipped)] = False
-        lengths = stored_lengths(target, part, site)[mask.reshape(-1)].astype(np.float64)
-        long = lengths > limit
-        n, n_long = n + len(long), n_long + int(long.sum())
-        squares, long_squares = squares + float((lengths**2).sum()), long_squares + float((lengths[long] ** 2).sum())
+    def add(self, lengths: np.ndarray, vocab_ids: Callable[[], np.ndarray]) -> None:
+        """Count vectors of these lengths (n,). `vocab_ids` returns those of their tokens (n,)."""
+        lengths = lengths.astype(np.float64)
+        long = (lengths > self.factor * self.median) & (self.median > 0)
+        self.n_tokens, self.n_long = self.n_tokens + len(lengths), self.n_long + int(long.sum())
+        self.squares, self.long_squares = self.squares + _square(lengths), self.long_squares + _square(lengths[long])
         if long.any():
-            ids = token_parts.read_part(used.source, used.parts[part.index])[0][mask][long]
-            vocab_ids.update(ids.tolist())
-    return _LongVectors(n, n_long, long_squares / (squares or 1), vocab_ids) if n else None
+            self.vocab_ids.update(vocab_ids()[long].tolist())
+
+    def in_words(self, source: Artefact, of: str = "of") -> str:
+        most = self.vocab_ids.most_common(3)
+        names = pq.read_table(source.own_file("vocab.parquet"), columns=["piece"]).column("piece")
+        pieces = f", most often {', '.join(f'{names[i].as_py()!r} ({n:,})' for i, n in most)}" if most else ""
+        return (
+            f"{self.n_long:,} {of} {self.n_tokens:,} vectors are longer than {self.factor:g} times the median length "
+            f"{self.median:,.4g}{pieces}"
+        )
+
+
+def _square(lengths: np.ndarray) -> float:
+    return float((lengths**2).sum())
 
 
 def warn_of_massive_positions(target: Artefact, config: ActivationsConfig, progress: Progress) -> None:

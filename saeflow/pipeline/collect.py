@@ -13,7 +13,7 @@ from saeflow.activations.engines.reader import EngineFiles, documents_of
 from saeflow.activations.epoch import fit_pool
 from saeflow.activations.forward import ForwardPass, device_of_source, require_embedded
 from saeflow.activations.lengths import times_median
-from saeflow.activations.norms import say_which_are_long, warn_of_massive_positions
+from saeflow.activations.norms import say_which_are_long, say_which_are_long_first, warn_of_massive_positions
 from saeflow.activations.shards import ITEM_BYTES, is_kept, stored_sites
 from saeflow.corpus.requests.documents import REQUEST
 from saeflow.model.load import load_model, model_fingerprint, model_on_this_machine, site_names
@@ -117,10 +117,13 @@ def forward_of(lineage: Lineage, sites: list[Site]) -> ForwardPass | None:
     return open_forward(lineage.store, lineage.activations, sites, recipe, recipe.threads)
 
 
-def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Artefact:
-    """Collect every missing part and publish. If activations are not kept: only those of the sample to train on."""
+def run(lineage: Lineage, progress: Progress, through: Through = directly, beside: Artefact | None = None) -> Artefact:
+    """Collect every missing part and publish. If activations are not kept: only those of the sample to train on.
+
+    `beside`: activations that share the median length with these, once either exists: of the sample, and of the whole.
+    """
     if lineage.training is not lineage:
-        run(lineage.training, progress, through)
+        beside = run(lineage.training, progress, through, lineage.activations)
     recipe, target = lineage.recipe, lineage.activations
     lineage.tokens.published()
     lineage.selection()  # before anybody is waited for: refuses positions and entries that there are not
@@ -143,10 +146,10 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
             publish()
             return target
         if not recipe.activations.keep:
-            _list_parts(lineage, missing, progress)
+            _list_parts(lineage, missing, progress, beside)
             publish()
             return target
-        work = _collect_work(lineage, missing, publish, progress)
+        work = _collect_work(lineage, missing, publish, progress, beside)
         make_parts(work, lineage.store, recipe.cluster, progress, through)
         if missing:
             warn_of_massive_positions(target, recipe.activations, progress)
@@ -154,10 +157,13 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
     return target
 
 
-def _list_parts(lineage: Lineage, missing: list[PartRecord], progress: Progress) -> None:
+def _list_parts(lineage: Lineage, missing: list[PartRecord], progress: Progress, beside: Artefact | None) -> None:
     """Make parts that hold no activations: only records of what the model will be run on while encoding."""
     if not lineage.activations.complete():
-        open_collector(lineage, missing)
+        collector = open_collector(lineage, missing, beside)
+        if missing and beside is None:  # else those of the sample are said
+            lengths, _ = collector.forward.first_lengths(missing[0])
+            say_which_are_long_first(lineage.selection(), missing[0].index, lengths, progress)
     for part in missing:
         with lineage.activations.new_part(part.index, dict(part.counts), {"tokens": part.folder}):
             pass
@@ -165,11 +171,12 @@ def _list_parts(lineage: Lineage, missing: list[PartRecord], progress: Progress)
 
 
 def _collect_work(
-    lineage: Lineage, missing: list[PartRecord], publish: Callable[[], None], progress: Progress
-) -> PartWork:
+    lineage: Lineage, missing: list[PartRecord], publish: Callable[[], None], progress: Progress,
+    beside: Artefact | None,
+) -> PartWork:  # fmt: skip
     """Check that the missing parts fit, and return how they are made."""
     recipe, target = lineage.recipe, lineage.activations
-    collector = open_collector(lineage, missing)
+    collector = open_collector(lineage, missing, beside)
     if len(collector.sites) > 1 and not all(member.sae.site or member.sae.source for member in recipe.members()):
         progress.say(f"activations: {len(collector.sites)} sites; training needs sae.site, one of them")
     return PartWork(
@@ -197,7 +204,7 @@ def skipped(target: Artefact, progress: Progress) -> None:
     progress.skip("activations", f"{n_tokens:,} tokens, {how}")
 
 
-def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector:
+def open_collector(lineage: Lineage, missing: Sequence[PartRecord], beside: Artefact | None = None) -> Collector:
     """Load the model, name the sites, check the disk and what training will ask for, and create the artefact."""
     recipe = lineage.recipe
     model, sites, engine = _engine_of(lineage, missing) or (*_model_of(lineage, missing), {})
@@ -224,8 +231,7 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord]) -> Collector
     about = lineage.activation_facts | {"stored": [[site.name, site.width] for site in sites]} | engine
     forward = _forward(lineage.tokens, recipe.activations, model, sites, recipe.threads)
     if missing and not lineage.activations.exists():
-        sample = lineage.training.activations  # one median for training and for encoding
-        known = sample.record.facts.get("median_lengths") if sample.exists() else None
+        known = beside.record.facts.get("median_lengths") if beside and beside.exists() else None
         about["median_lengths"] = known or forward.median_lengths(missing[0])
         if above := recipe.activations.skip_norms_above:
             for site in read_sites:  # refused before anything is collected

@@ -405,6 +405,39 @@ def test_a_sample_to_train_on_and_the_corpus_share_one_median(sinks, tmp_path):
     assert lineage.features.published().total("n_left_out_by_length") > 0
 
 
+def collected(store: Store, recipe: Recipe, progress: Progress) -> Lineage:
+    for stage in (tokens, collect):
+        stage.run(Lineage(store, recipe), progress)
+    return Lineage(store, recipe)
+
+
+def test_a_sample_that_is_stored_after_the_corpus_was_encoded_takes_its_median(made, sinks, tmp_path):
+    store, about = Store.create(tmp_path / "store"), {"activations": {"keep": False}}
+    whole = collected(store, recipe_of(sinks, **about, sae={"source": str(made[0].sae.path)}), quiet())
+    before = whole.activations.fact("median_lengths")
+    lineage = collected(store, recipe_of(sinks, **about, train={"share": 0.4}), quiet())
+    assert lineage.activations == whole.activations != lineage.training.activations
+    assert lineage.training.activations.fact("median_lengths") == before
+
+
+@pytest.mark.parametrize("above", [None, 10.0])
+def test_one_pass_says_of_the_first_tokens_which_are_long_unless_they_are_left_out(made, sinks, tmp_path, above):
+    progress, source = loud(), str(made[0].sae.path)
+    recipe = recipe_of(sinks, above, activations={"keep": False}, sae={"source": source})
+    lineage = collected(Store.create(tmp_path / "store"), recipe, progress)
+    numbers, _, lengths, _ = stored(made[0])
+    n_first = min(1024, lineage.tokens.published().parts[0].counts["n_sequences"] * 16)
+    first, median = lengths[numbers < n_first], lineage.activations.fact("median_lengths")[STREAM]
+    n = (first > 10 * median).sum()
+    words = (
+        f"activations: at {STREAM}, {n} of the first {len(first):,} vectors are longer than 10 times the median length "
+        f"{median:,.4g}, most often '.' ({n}).\nUnless the SAE was trained on such vectors, set "
+        "activations.skip_norms_above = 10."
+    )
+    assert n
+    assert (words in said(progress)) == (above is None)
+
+
 @pytest.mark.long
 def test_documents_that_come_later_are_measured_by_the_first_median(sinks, tmp_path):
     store = Store.create(tmp_path / "store")

@@ -64,14 +64,23 @@ class Trained:
         return parse_recipe(recipe_data(self.ingredients, name=name, **changes | merged))
 
 
-@pytest.fixture(scope="module")
-def trained(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    store = Store.create(tmp_path_factory.mktemp("one_pass") / "store")
-    about: dict[str, Any] = {"activations": {"sites": SITES}, "train": {"n_tokens": 2000}, "sweep": {"each": SAES}}
+def trained_with(ingredients: Ingredients, folder: Path, saes: list[dict[str, Any]]) -> Trained:
+    store = Store.create(folder / "store")
+    about: dict[str, Any] = {"activations": {"sites": SITES}, "train": {"n_tokens": 2000}, "sweep": {"each": saes}}
     lineage = Lineage(store, parse_recipe(recipe_data(ingredients, **about)))
     for stage in (tokens.run, collect.run, train.run_all):
         stage(lineage, quiet())
     return Trained(store, ingredients, [member.sae.path for member in lineage.members])
+
+
+@pytest.fixture(scope="module")
+def trained(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trained_with(ingredients, tmp_path_factory.mktemp("one_pass"), SAES[:2])
+
+
+@pytest.fixture(scope="module")
+def trained_all(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trained_with(ingredients, tmp_path_factory.mktemp("one_pass_all"), SAES)
 
 
 def encoded(store: Store, recipe: Recipe, progress: Progress | None = None) -> list[Artefact]:
@@ -108,15 +117,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"activations": {"dtype": "float32"}},
     "many parts": {"tokens": {"part_tokens": 300}},
 }  # fmt: skip
-FIRST = next(iter(VARIANTS))
 
 
-@pytest.mark.parametrize(
-    "changes", [pytest.param(VARIANTS[n], id=n, marks=[] if n == FIRST else pytest.mark.long) for n in VARIANTS]
-)
-def test_every_file_of_every_sae_is_what_storing_gives_byte_for_byte(
-    trained: Trained, tmp_path: Path, changes: dict[str, Any]
+def test_every_file_of_two_saes_at_two_sites_is_what_storing_gives_byte_for_byte(
+    trained: Trained, tmp_path: Path
 ) -> None:
+    assert_same_bytes(trained, tmp_path, next(iter(VARIANTS.values())))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_file_of_every_sae_is_what_storing_gives_byte_for_byte(
+    trained_all: Trained, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert_same_bytes(trained_all, tmp_path, changes)
+
+
+def assert_same_bytes(trained: Trained, tmp_path: Path, changes: dict[str, Any]) -> None:
     stores = [Store.create(tmp_path / name) for name in ("kept", "one_pass")]
     kept = encoded(stores[0], trained.recipe("all", keep=True, **changes))
     bars = dict[int, Bar]()
@@ -125,7 +142,7 @@ def test_every_file_of_every_sae_is_what_storing_gives_byte_for_byte(
         passed = encoded(stores[1], trained.recipe("all", keep=False, **changes), watched)
     [n_passed] = [bar.done for bar in bars.values() if bar.stage == "features"]
     assert n_passed == sum(kept[0].published().total(name) for name in ("n_tokens", "n_left_out_by_length"))
-    assert len(kept) == len(passed) == len(SAES)
+    assert len(kept) == len(passed) == len(trained.folders)
     for one, other in zip(kept, passed, strict=True):
         assert len(values(one)) > 1
         assert values(one) == values(other)
@@ -160,6 +177,7 @@ def single(trained: Trained, name: str, keep: bool = False, **changes: Any) -> R
     return parse_recipe(recipe_data(trained.ingredients, name=name, **changes | merged))
 
 
+@pytest.mark.long
 def test_quality_is_what_storing_gives(trained: Trained, tmp_path: Path) -> None:
     found = [
         stages.run(Lineage(Store.create(tmp_path / str(keep)), single(trained, "judged", keep)), quiet())["quality"]
@@ -171,6 +189,7 @@ def test_quality_is_what_storing_gives(trained: Trained, tmp_path: Path) -> None
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-6), name
 
 
+@pytest.mark.long
 def test_quality_without_held_out_documents_is_judged_on_the_others(trained: Trained, tmp_path: Path) -> None:
     recipe = single(trained, "all_train", corpus={"held_out": 0.0}, evaluate={"max_tokens": 500})
     quality = stages.run(Lineage(Store.create(tmp_path / "store"), recipe), quiet())["quality"]
@@ -200,6 +219,7 @@ def test_a_lost_record_or_feature_part_is_made_again_to_the_same_bytes(trained: 
     assert tree(store.root) == before
 
 
+@pytest.mark.long
 def test_documents_that_come_later_and_are_forgotten_or_erased_give_what_storing_gives(
     trained: Trained, tmp_path: Path
 ) -> None:
@@ -233,6 +253,7 @@ def test_workers_of_a_cluster_run_the_model_to_the_same_bytes(trained: Trained, 
     assert {work.maker.name for work in worker.works} == {"features-encode"}
 
 
+@pytest.mark.long
 def test_parts_made_one_by_one_as_tasks_are_given_share_the_model_to_the_same_bytes(
     trained: Trained, tmp_path: Path
 ) -> None:
@@ -294,6 +315,7 @@ def test_a_store_names_a_model_but_only_a_recipe_makes_saeflow_ask_the_hub_for_i
     assert values(again) == values(anew)
 
 
+@pytest.mark.long
 def test_an_activation_that_the_precision_cannot_hold_is_refused_as_when_storing(
     trained: Trained, tmp_path: Path
 ) -> None:
@@ -368,6 +390,7 @@ def documents_of(source: Artefact, part: Any) -> list[str]:
     return list(pq.read_table(source.part_path(part) / "documents.parquet", columns=["key"])["key"].to_pylist())
 
 
+@pytest.mark.long
 def test_a_sweep_is_trained_on_one_sample_and_judged_by_the_model(ingredients: Ingredients, tmp_path: Path) -> None:
     about: dict[str, Any] = {
         "activations": {"keep": False}, "train": {"share": 0.4, "n_tokens": 2000}, "sweep": {"grid": {"sae.k": [2, 4]}}
