@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import in_task, open_lineage, places
-from saeflow.pipeline import evaluate, report
+from saeflow.pipeline.judge import evaluate, report
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe, require_one
 

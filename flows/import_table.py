@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import in_task, open_lineage
-from saeflow.pipeline import import_table
+from saeflow.pipeline.foreign import import_table
 from saeflow.recipe.recipe import Recipe
 
 

@@ -29,8 +29,9 @@ from flows.support.reporting import counted, name_run, show_markdown, show_table
 from flows.support.tasks import open_lineage
 from flows.tokens import tokens_flow
 from flows.train import train_flow
-from saeflow.pipeline import report, stages, sweep
+from saeflow.pipeline import stages
 from saeflow.pipeline.dask.clusters import kept_open
+from saeflow.pipeline.judge import report, sweep
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import first_answers
 from saeflow.recipe.recipe import Recipe

@@ -6,7 +6,8 @@ from prefect import flow
 
 from flows.support.reporting import counted, name_run, reporting, show_picture, show_rows, show_table
 from flows.support.tasks import in_task, open_lineage, places
-from saeflow.pipeline import sweep, train
+from saeflow.pipeline import train
+from saeflow.pipeline.judge import sweep
 from saeflow.pipeline.lineage import last_log_row
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.progress import Progress

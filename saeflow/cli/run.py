@@ -270,7 +270,8 @@ def train_command(
     """
     settings = read_recipe(recipe, set_, member)
     from saeflow.cli.summary import print_sweep
-    from saeflow.pipeline import sweep, train
+    from saeflow.pipeline import train
+    from saeflow.pipeline.judge import sweep
     from saeflow.pipeline.lineage import Lineage
 
     opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)

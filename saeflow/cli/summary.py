@@ -9,7 +9,8 @@ from typing import Any
 
 from saeflow.cli.common import new_table, out, print_line, store_argument
 from saeflow.cli.screen import render_table
-from saeflow.pipeline import forecast, sweep
+from saeflow.pipeline import forecast
+from saeflow.pipeline.judge import sweep
 from saeflow.query.connection import connect
 from saeflow.query.first_answers import first_answers, next_commands, which_run
 from saeflow.recipe.recipe import Recipe

@@ -104,7 +104,8 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
     Activations and autoencoders that exist are kept; scores are computed again.
     """
     from saeflow.activations.synthetic import truth_of
-    from saeflow.pipeline import import_table, train
+    from saeflow.pipeline import train
+    from saeflow.pipeline.foreign import import_table
     from saeflow.pipeline.lineage import Lineage
     from saeflow.runtime.threads import n_threads, use_threads
     from saeflow.sae import recovery

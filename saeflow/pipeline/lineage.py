@@ -7,35 +7,30 @@ import re
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from saeflow.activations.lengths import longest_allowed
 from saeflow.activations.shards import stored_sites
-from saeflow.activations.tables.source import source_checksum
 from saeflow.corpus.selection import TokenSelection
-from saeflow.corpus.token_parts import special_tokens
-from saeflow.corpus.tokenise.templates import ChatTemplate
-from saeflow.model.load import load_tokenizer, model_fingerprint
 from saeflow.model.sites import Site, choose_site, site_pair
-from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_that_count
+from saeflow.pipeline.facts import (
+    facts_of_activations,
+    facts_of_import,
+    facts_of_tokens,
+    facts_of_training,
+    hidden_fact,
+    without_data,
+)
+from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import ActivationsConfig, ModelConfig, SAEConfig, TrainConfig
-from saeflow.sae.formats.source import describe_source, effective_config, hooks_of_sources, with_sites_of_source
+from saeflow.recipe.settings import SAEConfig, TrainConfig
+from saeflow.sae.formats.source import effective_config, hooks_of_sources, with_sites_of_source
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import checksum_once, read_json
-from saeflow.store.records import Generation, read_or_empty, write_checked
-from saeflow.store.storage.bucket import cache_folder
+from saeflow.store.files import read_json
 from saeflow.store.store import Store
 from saeflow.train.schedules import FORMER_RATE, with_rate
-
-_NO_SETTINGS = {"checkpoint_seconds", "device"}
-"""Settings of `[train]` that change nothing in the SAE."""
-
-DATA_SEEN = ("generation", "hidden", "n_train_tokens")
-"""Facts of a trained SAE that say which data it has seen. The others are settings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,34 +116,12 @@ class Lineage:
     @cached_property
     def token_facts(self) -> dict[str, Any]:
         """Corpus settings, tokenizer and packing. The size of the corpus does not count."""
-        recipe = self.recipe
-        if recipe.model is None:
-            return table_facts(recipe)
-        assert recipe.corpus is not None
-        tokenizer = ModelConfig(path=recipe.model.path, revision=recipe.model.revision)
-        own = recipe.tokens.prepend_bos is None and not (recipe.corpus.tokenised or recipe.corpus.messages)
-        return {
-            "corpus": settings_that_count(recipe.corpus),
-            "tokenizer": model_fingerprint(tokenizer),
-            **settings_that_count(recipe.tokens),
-            **(_special_tokens_fact(tokenizer) if own else {}),
-            **(_template_fact(recipe, tokenizer) if recipe.corpus.messages else {}),
-        }
+        return facts_of_tokens(self.recipe)
 
     @cached_property
     def activation_facts(self) -> dict[str, Any]:
         """The tokens, the model or table, the sites, and how activations are stored."""
-        recipe, about = self.recipe, self.recipe.activations
-        source = table_facts(recipe) if recipe.model is None else {"model": model_fingerprint(recipe.model)}
-        return {
-            "tokens": self.tokens.fp,
-            **source,
-            "sites": about.sites,
-            "dtype": about.dtype,
-            "forward_batch": about.forward_batch,
-            **({"request_layers": about.request_layers} if about.request_layers else {}),
-            **(_how_stored(about) if about.keep else {"keep": False}),
-        }
+        return facts_of_activations(self.recipe, self.tokens.fp)
 
     @property
     def sae_facts(self) -> dict[str, Any]:
@@ -225,59 +198,43 @@ class Lineage:
     def _newest(self) -> Artefact | None:
         """The SAE with the recipe's settings that was trained last, also by an earlier saeflow with its defaults."""
         trained = [sae for sae in self._every_sae if sae.name == self.recipe.name and sae.complete()]
-        mine = [each for each in trained if _is_trained_as(self, _without_data(each.record.facts))]
+        mine = [each for each in trained if _is_trained_as(self, without_data(each.record.facts))]
         return sorted(mine, key=lambda sae: float(_provenance(sae).get("written", 0)))[-1] if mine else None
 
     @property
     def has_former_defaults(self) -> bool:
         """True if an earlier saeflow trained the SAE with defaults that are others now."""
-        return _without_data(self.sae_facts) == self._former_facts != self._training_facts
+        return without_data(self.sae_facts) == self._former_facts != self._training_facts
 
     @cached_property
     def _training_facts(self) -> dict[str, Any]:
         """Facts of a trained SAE but for the data that it has seen. Raises UserError without activations."""
         self.activations.published()
         thresholds = {"thresholds": "follow k"} if self.recipe.sae.aims_at_k else {}
-        return _facts_with(self, with_rate(self.recipe, self.site.width)) | thresholds
+        return self._facts_with(with_rate(self.recipe, self.site.width)) | thresholds
 
     @cached_property
     def _former_facts(self) -> dict[str, Any]:
         """The same facts of an SAE that an earlier saeflow trained, with its default rate and fixed aims."""
         train = self.recipe.train
-        return _facts_with(self, train.model_copy(update={"lr": train.lr or FORMER_RATE}))
+        return self._facts_with(train.model_copy(update={"lr": train.lr or FORMER_RATE}))
+
+    def _facts_with(self, train: TrainConfig) -> dict[str, Any]:
+        """Return the facts of a training with these settings in place of the recipe's."""
+        return facts_of_training(self.recipe, train, self.activations.fp) | self.selection().facts
 
     def _facts_now(self) -> dict[str, Any]:
         """Facts of the SAE to train or import. A killed training goes on with the data that it has seen."""
         if self.recipe.sae.source is not None:
-            about = {"activations": self.activations.fp, "sae": settings_that_count(self.sae_config)}
-            found = describe_source(self.recipe.sae)
-            files = {"settings": found.settings, "weights": found.weights}
-            return about | {"imported": {name: checksum_once(path) for name, path in files.items()}}
+            return facts_of_import(self.recipe.sae, self.sae_config, self.activations.fp)
         hidden, now = hidden_fact(self.tokens.published()), self.activations.published()
-        if (number := self._begun(hidden, now.number)) is not None:
+        if (number := _begun(self, hidden, now.number)) is not None:
             return self._training_facts | {"generation": number} | hidden
         about = self._training_facts | {"generation": now.number} | hidden
         seen, held = n_tokens_seen(self._sae_of(about)), now.total("n_train_tokens")
         if seen is None or seen == held:
             return about
         return about | {"n_train_tokens": held}  # activations were made anew, so generation numbers restarted at 1
-
-    def _begun(self, hidden: dict[str, str], now: int) -> int | None:
-        """Return the generation that a killed training of these settings has seen; None if none can go on.
-
-        It must be newer than the newest SAE's generation, its list still there, and its tokens unchanged.
-        """
-        left = _half_trained(self.store, self.recipe.name)
-        if not left:
-            return None
-        first = int(self._newest.fact("generation")) + 1 if self._newest else 1
-        counts_now = {part.index: part.counts for part in self.tokens.published().parts}
-        for number in (each for each in reversed(self.activations.numbers()) if first <= each < now):
-            known = fingerprint(self._training_facts | {"generation": number} | hidden) in left
-            generation = self.activations.generation(number) if known else None
-            if generation and all(counts_now.get(part.index) == part.counts for part in generation.parts):
-                return number
-        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,29 +266,26 @@ class Ancestors:
         return TokenSelection.from_facts(self.tokens, self.artefact.record.facts)
 
 
-def _how_stored(about: ActivationsConfig) -> dict[str, Any]:
-    compressed = {"compression": about.compression} if about.compression != "none" else {}
-    return {"layout": [about.chunk_bytes, about.shard_bytes]} | compressed
+def _begun(lineage: Lineage, hidden: dict[str, str], now: int) -> int | None:
+    """Return the generation that a killed training of these settings has seen; None if none can go on.
 
-
-def _facts_with(lineage: Lineage, train: TrainConfig) -> dict[str, Any]:
-    """Return the facts of a training with these settings in place of the recipe's."""
-    recipe = lineage.recipe
-    return {
-        "activations": lineage.activations.fp,
-        "sae": settings_that_count(recipe.sae),
-        "train": {name: value for name, value in settings_that_count(train).items() if name not in _NO_SETTINGS},
-        "feed": settings_that_count(recipe.feed),
-        "threads": recipe.threads,
-    } | lineage.selection().facts
+    It must be newer than the newest SAE's generation, its list still there, and its tokens unchanged.
+    """
+    left = _half_trained(lineage.store, lineage.recipe.name)
+    if not left:
+        return None
+    first = int(lineage._newest.fact("generation")) + 1 if lineage._newest else 1
+    counts_now = {part.index: part.counts for part in lineage.tokens.published().parts}
+    for number in (each for each in reversed(lineage.activations.numbers()) if first <= each < now):
+        known = fingerprint(lineage._training_facts | {"generation": number} | hidden) in left
+        generation = lineage.activations.generation(number) if known else None
+        if generation and all(counts_now.get(part.index) == part.counts for part in generation.parts):
+            return number
+    return None
 
 
 def _is_trained_as(lineage: Lineage, settings: dict[str, Any]) -> bool:
     return settings == lineage._former_facts or settings == lineage._training_facts
-
-
-def _without_data(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: fact for name, fact in facts.items() if name not in DATA_SEEN}
 
 
 def n_tokens_seen(trained: Artefact) -> int | None:
@@ -367,48 +321,3 @@ def last_log_row(trained: Artefact) -> dict[str, float]:
     """Return the last row of a training's log."""
     log = pq.read_table(trained.own_file("log.parquet"))
     return dict(log.slice(log.num_rows - 1).to_pylist()[0])
-
-
-def table_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return facts of activations that no model makes: the bytes of the table, or the settings that make it."""
-    about, corpus = recipe.activations, recipe.corpus
-    made = settings_that_count(about.synthetic) if about.synthetic else None
-    if made and about.synthetic and about.synthetic.grows:
-        del made["n_samples"]
-    return {
-        "source": about.source,
-        "content": source_checksum(about.source) if about.source else None,
-        "synthetic": made,
-        "part_rows": about.part_rows,
-        "held_out": corpus.held_out if corpus else 0.0,
-        **({"seed": corpus.seed} if corpus and corpus.held_out and corpus.seed else {}),
-        **({"source_array": about.source_array} if about.source_array else {}),
-    }
-
-
-def _template_fact(recipe: Recipe, model: ModelConfig) -> dict[str, str]:
-    """Return a digest of the chat template, which may lie in a file that is none of the model's."""
-    template = ChatTemplate(load_tokenizer(model), recipe.tokens.chat_template)
-    return {"chat_template": fingerprint(template.given or template.tokenizer.chat_template)}
-
-
-def _special_tokens_fact(model: ModelConfig) -> dict[str, Any]:
-    """Return the special tokens that its tokenizer puts around texts; nothing if BOS at most, as in earlier versions.
-
-    The user's cache keeps the answer, as some tokenizers take ten seconds to load.
-    """
-    known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, RuntimeError):  # there may be no cache
-        about = fingerprint(model_fingerprint(model), version("transformers"))
-        path = cache_folder(f"tokenizer://{about}") / "special_tokens.json"
-        known = read_or_empty(path)
-        if "names" not in known:
-            known = {"format_version": FORMAT_VERSION, "names": special_tokens(load_tokenizer(model))}
-            write_checked(path, known)
-    names = known["names"] if "names" in known else special_tokens(load_tokenizer(model))
-    return {"special_tokens": names} if names else {}
-
-
-def hidden_fact(generation: Generation) -> dict[str, str]:
-    """Return a digest of the documents that are hidden in a generation of the tokens; nothing if none is."""
-    return {"hidden": fingerprint(generation.hidden_ids)} if generation.hidden_ids else {}

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from saeflow.pipeline import collect, compact, encode, evaluate, import_table, report, sweep, tokens, train
+from saeflow.pipeline import collect, compact, encode, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open
-from saeflow.pipeline.foreign import import_sae
+from saeflow.pipeline.foreign import import_sae, import_table
+from saeflow.pipeline.judge import evaluate, report, sweep
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog

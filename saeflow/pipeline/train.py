@@ -11,8 +11,9 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from saeflow.activations.feed import Feed, measure_mixing
 from saeflow.pipeline.dask.clusters import workers_of
+from saeflow.pipeline.facts import DATA_SEEN, hidden_fact
 from saeflow.pipeline.foreign import import_sae
-from saeflow.pipeline.lineage import DATA_SEEN, Lineage, grouped, hidden_fact
+from saeflow.pipeline.lineage import Lineage, grouped
 from saeflow.pipeline.parts import PartMaker, PartWork, Records
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError

@@ -17,7 +17,8 @@ from saeflow.activations.shards import stored_sites
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import choose_site
-from saeflow.pipeline import collect, import_table, tokens
+from saeflow.pipeline import collect, tokens
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.train import open_feed
 from saeflow.recipe.recipe import parse_recipe

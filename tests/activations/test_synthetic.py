@@ -20,8 +20,9 @@ from saeflow.activations.sparse_values import SparseValues
 from saeflow.activations.synthetic import make_table
 from saeflow.activations.tables.stream import TableReader
 from saeflow.model.sites import Site
-from saeflow.pipeline import import_table
-from saeflow.pipeline.lineage import Lineage, table_facts
+from saeflow.pipeline.facts import table_facts
+from saeflow.pipeline.foreign import import_table
+from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, load_recipe, parse_recipe
 from saeflow.recipe.synthetic import SyntheticConfig
@@ -239,7 +240,7 @@ def test_more_samples_are_appended_and_fewer_take_nothing_away(tmp_path, progres
 
 BIG = """
 import sys
-from saeflow.pipeline import import_table
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.memory import peak_bytes  # ru_maxrss would begin with that of the parent

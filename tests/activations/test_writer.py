@@ -16,7 +16,8 @@ import torch
 from saeflow.activations.shards import Layout, StoredArray, open_site, stored_sites
 from saeflow.activations.writer import ArrayWriter, CompressedArrayWriter, open_writer
 from saeflow.model.sites import choose_site
-from saeflow.pipeline import collect, import_table, tokens
+from saeflow.pipeline import collect, tokens
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ActivationsConfig

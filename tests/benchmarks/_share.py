@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import pipeline_flow
-from saeflow.pipeline import collect, compact, encode, evaluate, import_table, report, stages, sweep, tokens, train
+from saeflow.pipeline import collect, compact, encode, stages, tokens, train
+from saeflow.pipeline.foreign import import_table
+from saeflow.pipeline.judge import evaluate, report, sweep
 from saeflow.pipeline.parts import Executor, Item, Made, PartWork, Tally, Through
 from saeflow.query import catalog
 from saeflow.recipe.recipe import load_recipe

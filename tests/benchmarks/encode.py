@@ -37,7 +37,8 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.activations.synthetic import SuperposedFeatures
 from saeflow.model.sites import choose_site
-from saeflow.pipeline import compact, encode, import_table, train
+from saeflow.pipeline import compact, encode, train
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.connection import require_checks
 from saeflow.recipe.recipe import Recipe, parse_recipe

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saeflow.activations.shards import StoredArray
-from saeflow.pipeline import encode, import_table, train
+from saeflow.pipeline import encode, train
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.progress import Progress

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.cli.synth import train_and_score
-from saeflow.pipeline import collect, sweep, tokens, train
+from saeflow.pipeline import collect, tokens, train
+from saeflow.pipeline.judge import sweep
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, load_recipe, parse_recipe
 from saeflow.runtime.progress import Progress

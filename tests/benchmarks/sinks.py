@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from saeflow.activations.feed import held_out_rows
-from saeflow.pipeline import encode, import_table, train
+from saeflow.pipeline import encode, train
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
 from saeflow.query.connection import connect

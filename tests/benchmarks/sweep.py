@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from saeflow.activations.feed import Feed
-from saeflow.pipeline import import_table, train
+from saeflow.pipeline import train
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.progress import Progress

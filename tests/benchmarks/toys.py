@@ -24,7 +24,7 @@ from scipy.optimize import linear_sum_assignment
 from saeflow.activations.synthetic import make_table
 from saeflow.activations.tables.source import load_table
 from saeflow.activations.tables.stream import InMemoryTable
-from saeflow.pipeline import import_table
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.train import open_feed
 from saeflow.recipe.recipe import Recipe, load_recipe

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saeflow.pipeline import import_table
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.train import open_feed
 from saeflow.recipe.recipe import Recipe, parse_recipe

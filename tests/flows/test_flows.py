@@ -36,7 +36,8 @@ from flows.support import page
 from flows.support.reporting import reporting
 from flows.support.tasks import Attempts, Tasks
 from flows.tokens import tokens_flow
-from saeflow.pipeline import collect, encode, stages, sweep, train
+from saeflow.pipeline import collect, encode, stages, train
+from saeflow.pipeline.judge import sweep
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import Here, PartMaker, PartWork, Records, Tally
 from saeflow.recipe.recipe import Recipe, parse_recipe

@@ -22,7 +22,8 @@ from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus import token_parts
 from saeflow.model.load import load_model
 from saeflow.model.sites import Site, SiteReader, choose_site
-from saeflow.pipeline import collect, import_table, tokens
+from saeflow.pipeline import collect, tokens
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import ActivationsConfig

@@ -18,7 +18,8 @@ from saeflow.corpus.selection import TokenSelection
 from saeflow.features import part_encoder
 from saeflow.features.part_encoder import PartEncoder, PartWriter, encode_together, part_inputs
 from saeflow.model.sites import Site
-from saeflow.pipeline import collect, encode, import_table, tokens, train
+from saeflow.pipeline import collect, encode, tokens, train
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.query.ask import ask
 from saeflow.query.connection import check, connect, parts_to_check

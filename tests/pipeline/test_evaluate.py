@@ -20,7 +20,9 @@ from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus import token_parts
 from saeflow.corpus.document import is_held_out
 from saeflow.model.load import load_model
-from saeflow.pipeline import collect, encode, evaluate, import_table, tokens, train
+from saeflow.pipeline import collect, encode, tokens, train
+from saeflow.pipeline.foreign import import_table
+from saeflow.pipeline.judge import evaluate
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask
 from saeflow.query.connection import check, connect

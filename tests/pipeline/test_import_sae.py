@@ -16,7 +16,8 @@ from saeflow.activations import shards
 from saeflow.activations.shards import stored_sites
 from saeflow.corpus import token_parts
 from saeflow.model.sites import choose_site
-from saeflow.pipeline import collect, encode, evaluate, forecast, stages, tokens, train
+from saeflow.pipeline import collect, encode, forecast, stages, tokens, train
+from saeflow.pipeline.judge import evaluate
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage, last_log_row
 from saeflow.query.ask import ask

@@ -215,7 +215,7 @@ def test_names_of_rows_are_placed_in_text_order(n_rows):
 BIG = """
 import sys
 from pathlib import Path
-from saeflow.pipeline import import_table
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.memory import peak_bytes  # ru_maxrss would begin with that of the parent

@@ -19,7 +19,9 @@ from saeflow.activations.feed import Feed, held_out_rows
 from saeflow.activations.lengths import LENGTHS_FILE, longest_allowed
 from saeflow.corpus import token_parts
 from saeflow.features.files import read_tokens
-from saeflow.pipeline import collect, compact, encode, evaluate, import_table, tokens, train
+from saeflow.pipeline import collect, compact, encode, tokens, train
+from saeflow.pipeline.foreign import import_table
+from saeflow.pipeline.judge import evaluate
 from saeflow.pipeline.lifecycle import forget, ingest
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query

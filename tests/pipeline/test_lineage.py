@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from saeflow.pipeline import encode, import_table, stages, sweep, train
+from saeflow.pipeline import encode, stages, train
+from saeflow.pipeline.foreign import import_table
+from saeflow.pipeline.judge import sweep
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from saeflow.pipeline import collect, encode, stages, sweep, tokens, train
+from saeflow.pipeline import collect, encode, stages, tokens, train
 from saeflow.pipeline.dask import clusters
+from saeflow.pipeline.judge import sweep
 from saeflow.pipeline.lifecycle import forget, ingest
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.connection import check, connect

@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.pipeline import encode, evaluate, import_table, report, train
+from saeflow.pipeline import encode, train
+from saeflow.pipeline.foreign import import_table
+from saeflow.pipeline.judge import evaluate, report
+from saeflow.pipeline.judge.report import feature_table
 from saeflow.pipeline.lineage import Lineage
-from saeflow.pipeline.report import feature_table
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.activations.feed import Feed
-from saeflow.pipeline import collect, evaluate, import_table, stages, sweep, tokens, train
+from saeflow.pipeline import collect, stages, tokens, train
+from saeflow.pipeline.foreign import import_table
+from saeflow.pipeline.judge import evaluate, sweep
 from saeflow.pipeline.lineage import Lineage, last_log_row
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import Architecture, SAEConfig

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from saeflow.model.load import load_model
-from saeflow.pipeline import collect, import_table, tokens, train
+from saeflow.pipeline import collect, tokens, train
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage, last_log_row, n_tokens_seen
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe

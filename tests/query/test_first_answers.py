@@ -17,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from saeflow.pipeline import collect, compact, encode, import_table, train
+from saeflow.pipeline import collect, compact, encode, train
 from saeflow.pipeline import tokens as tokens_stage
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 import saeflow
-from saeflow.pipeline import collect, encode, import_table, tokens, train
+from saeflow.pipeline import collect, encode, tokens, train
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.api import OpenRun
 from saeflow.recipe.recipe import parse_recipe

@@ -17,7 +17,7 @@ from saeflow.activations.lengths import longest_allowed, without_long
 from saeflow.model.hook_names import is_understood, site_of_hook
 from saeflow.model.sites import Site
 from saeflow.pipeline.collect import forward_of
-from saeflow.pipeline.evaluate import Judged
+from saeflow.pipeline.judge.evaluate import Judged
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.settings import PER_TOKEN, SAEConfig
 from saeflow.runtime.errors import UserError

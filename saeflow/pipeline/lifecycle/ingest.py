@@ -8,8 +8,9 @@ import logging
 import math
 from typing import Any
 
-from saeflow.pipeline import encode, import_table, stages, tokens, train
+from saeflow.pipeline import encode, stages, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lifecycle.forget import forget_removed, note_seen
 from saeflow.pipeline.lineage import Lineage, n_tokens_seen
 from saeflow.query import catalog

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from saeflow.activations import shards
 from saeflow.corpus import token_parts
 from saeflow.features.schema import holding
-from saeflow.pipeline.evaluate import firing_counts
+from saeflow.pipeline.judge.evaluate import firing_counts
 from saeflow.pipeline.lineage import Lineage
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads

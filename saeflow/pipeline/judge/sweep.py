@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saeflow.pipeline import evaluate
+from saeflow.pipeline.judge import evaluate
 from saeflow.pipeline.lineage import Lineage, grouped
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
 from saeflow.recipe.settings import SAEConfig
