@@ -20,7 +20,7 @@ from saeflow.activations.writer import to_precision
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site, SiteReader, device_of, embedding_size
-from saeflow.recipe.settings import ActivationsConfig
+from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.runtime.devices import own_stream
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.threads import map_in_order, ranges, use_one_thread

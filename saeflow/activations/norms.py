@@ -19,7 +19,7 @@ from saeflow.activations.shards import stored_sites
 from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection, positions_from_start
 from saeflow.model.sites import Site
-from saeflow.recipe.settings import ActivationsConfig
+from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.runtime.devices import to_processor
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact

@@ -17,7 +17,7 @@ import zarr
 from torch import Tensor
 
 from saeflow.model.sites import Site
-from saeflow.recipe.settings import ActivationsConfig
+from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import Bytes

@@ -21,7 +21,7 @@ from torch import Tensor
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from saeflow.activations.shards import EMPTY_CHUNK, Layout
-from saeflow.recipe.settings import ActivationsConfig
+from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.runtime.devices import to_processor
 from saeflow.runtime.errors import UserError
 from saeflow.store.records import PartRecord

@@ -341,7 +341,7 @@ def sites_command(
 
     from saeflow.model.load import load_model
     from saeflow.model.sites import list_sites
-    from saeflow.recipe.settings import ModelConfig
+    from saeflow.recipe.data_settings import ModelConfig
     from saeflow.runtime.text import nearest
 
     every = list_sites(load_model(ModelConfig(path=model)))

@@ -15,7 +15,7 @@ from pyarrow import dataset
 
 from saeflow.corpus.document import Document, is_held_out
 from saeflow.corpus.forgotten import NOTHING, ForgottenHashes
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, Hidden, PartRecord
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow.corpus.vocabulary import chosen_vocab_ids
-from saeflow.recipe.settings import ActivationsConfig
+from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief
 from saeflow.store.artefact import Artefact

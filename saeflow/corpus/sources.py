@@ -15,7 +15,7 @@ from saeflow.corpus.document import Corpus, Document, in_share
 from saeflow.corpus.files import folder_before_globs, format_of, matching_files, read_text, shown
 from saeflow.corpus.requests.documents import request_documents
 from saeflow.corpus.requests.folder import RequestFolder
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 
 _COMMIT = re.compile("(?<=[^/])@[0-9a-f]{40}(?=/|$)")

@@ -44,7 +44,7 @@ from saeflow.corpus.text_tables import (
     say_left_out,
 )
 from saeflow.corpus.tokenise.messages import TOOLS, TOOLS_ALIAS, with_conversations
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.runtime.sql_judge import only_reads

@@ -23,7 +23,7 @@ from saeflow.corpus.files import open_text
 from saeflow.corpus.metadata import ColumnType, is_exact, read_as
 from saeflow.corpus.sorting import BATCH_DOCUMENTS, CONTENT, FILE, KEY, SOURCE
 from saeflow.corpus.tokenise.messages import TOOLS, conversation
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.text import separator_of
 

@@ -16,7 +16,7 @@ from saeflow.corpus.requests.files import PROMPT
 from saeflow.corpus.tokenise.chats import ChatTokeniser
 from saeflow.corpus.tokenise.texts import MARKS, Tokenised, mark_columns, tokens_of
 from saeflow.corpus.vocabulary import text_it_reads
-from saeflow.recipe.settings import CorpusConfig, TokensConfig
+from saeflow.recipe.data_settings import CorpusConfig, TokensConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord

@@ -19,9 +19,9 @@ from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-d
 
 from saeflow.corpus.files import is_lfs_pointer
 from saeflow.corpus.remote import hub_errors
+from saeflow.recipe.data_settings import ModelConfig
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.devices import choose_device
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.memory import total_memory

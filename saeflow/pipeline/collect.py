@@ -21,8 +21,8 @@ from saeflow.model.sites import Site, require_length, require_running_order, res
 from saeflow.pipeline.dask.clusters import make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.pipeline.parts import PartMaker, PartWork, Records, Through, directly, dumped, shared
+from saeflow.recipe.data_settings import ActivationsConfig, ModelConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ActivationsConfig, ModelConfig
 from saeflow.runtime.devices import model_threads
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress

@@ -10,9 +10,10 @@ from saeflow.activations.tables.source import source_checksum
 from saeflow.corpus.token_parts import special_tokens
 from saeflow.corpus.tokenise.templates import ChatTemplate
 from saeflow.model.load import load_tokenizer, model_fingerprint
+from saeflow.recipe.data_settings import ActivationsConfig, ModelConfig
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_that_count
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import ActivationsConfig, ModelConfig, SAEConfig, TrainConfig
+from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.formats.source import describe_source
 from saeflow.store.files import checksum_once
 from saeflow.store.records import Generation, read_or_empty, write_checked

@@ -17,7 +17,7 @@ from saeflow.corpus.token_parts import TokenPartWriter, has_marks
 from saeflow.corpus.vocabulary import chosen_vocab_ids, tokenizer_vocab, write_vocab
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.lineage import Lineage
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.artefact import Artefact

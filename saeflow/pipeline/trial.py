@@ -27,8 +27,8 @@ from saeflow.corpus.document import is_held_out
 from saeflow.pipeline import collect
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.stages import stages_of_run
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Bar, Progress

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from saeflow.activations.sparse_values import SparseValues
     from saeflow.corpus.token_parts import Frame
-    from saeflow.recipe.settings import ModelConfig, TokensConfig
+    from saeflow.recipe.data_settings import ModelConfig, TokensConfig
 
 _ROWS_AT_ONCE = 16
 """Sequences of a long text in one forward pass."""
@@ -45,7 +45,7 @@ def readings_of(store: Store, run: Run, text: str, model: str = "") -> Readings:
     """
     import pyarrow.parquet as pq
 
-    from saeflow.recipe.settings import TokensConfig
+    from saeflow.recipe.data_settings import TokensConfig
 
     tokens, stored = store.input_of(run.artefact, "tokens"), store.input_of(run.artefact, "activations")
     config = _model_settings(stored, model)
@@ -59,7 +59,7 @@ def readings_of(store: Store, run: Run, text: str, model: str = "") -> Readings:
 def _model_settings(stored: Artefact, given: str) -> ModelConfig:
     """Return the model that gave the activations, wherever it lies now. Its files are compared with those of then."""
     from saeflow.model.load import model_fingerprint
-    from saeflow.recipe.settings import ModelConfig
+    from saeflow.recipe.data_settings import ModelConfig
 
     wanted = stored.record.facts.get("model")
     if wanted is None:
@@ -123,7 +123,7 @@ def _values_of(
 def _frame_then(tokenizer: Any, facts: Mapping[str, Any], about: TokensConfig) -> Frame:
     """Return the special tokens around the documents of these tokens. An earlier saeflow added BOS alone."""
     from saeflow.corpus.token_parts import Frame, frame_of, special_tokens
-    from saeflow.recipe.settings import CorpusConfig
+    from saeflow.recipe.data_settings import CorpusConfig
 
     corpus = CorpusConfig.model_construct(token_ids=(facts.get("corpus") or {}).get("token_ids"))
     frame = frame_of(tokenizer, corpus, about)

@@ -9,18 +9,20 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from saeflow.recipe.cluster import ClusterConfig, by_address
+from saeflow.recipe.data_settings import (
+    ActivationsConfig,
+    CorpusConfig,
+    ModelConfig,
+    TokensConfig,
+)
 from saeflow.recipe.schedule import ScheduleConfig
 from saeflow.recipe.section import RECIPE_NAME, PathFromRecipe, Section, message_of
 from saeflow.recipe.settings import (
-    ActivationsConfig,
-    CorpusConfig,
     EvaluateConfig,
     FeaturesConfig,
     FeedConfig,
-    ModelConfig,
     Overlap,
     SAEConfig,
-    TokensConfig,
     TrainConfig,
 )
 from saeflow.recipe.sweep import SweepConfig, member_name_of, settings_by_name, settings_with_effect

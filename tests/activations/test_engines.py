@@ -24,7 +24,7 @@ from saeflow.activations.engines.reader import EngineFiles
 from saeflow.corpus import sources
 from saeflow.corpus.requests.folder import RequestFolder
 from saeflow.model.sites import Site
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 
 WIDTH = 4

@@ -25,8 +25,8 @@ from saeflow.model.load import load_model
 from saeflow.model.sites import SiteReader, resolve_sites
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage
+from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.recipe.recipe import load_recipe
-from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.progress import Progress
 from saeflow.store.storage.folder import Folder
 from saeflow.store.store import Store

@@ -30,7 +30,8 @@ from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import Packed
 from saeflow.model.sites import Site
-from saeflow.recipe.settings import ActivationsConfig, FeedConfig
+from saeflow.recipe.data_settings import ActivationsConfig
+from saeflow.recipe.settings import FeedConfig
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, arguments, report

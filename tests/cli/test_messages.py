@@ -23,8 +23,8 @@ import pytest
 from saeflow.activations.tables.source import open_table
 from saeflow.corpus.sources import open_corpus
 from saeflow.query import label_import
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.recipe.recipe import load_recipe
-from saeflow.recipe.settings import CorpusConfig
 from saeflow.recipe.template import recipe_name_of
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.temporary import temporary_folder

@@ -24,8 +24,8 @@ from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.trial import trial_recipe
 from saeflow.query.ask import ask, query
 from saeflow.query.connection import check, connect
+from saeflow.recipe.data_settings import TokensConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import TokensConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store

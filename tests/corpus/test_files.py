@@ -20,8 +20,8 @@ import pytest
 from saeflow.corpus.document import Document
 from saeflow.corpus.files import folder_before_globs, matching_files
 from saeflow.corpus.sources import open_corpus
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from tests.support.packed import zstd
 

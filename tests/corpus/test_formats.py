@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saeflow.corpus.sources import open_corpus
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from tests.support.packed import zstd
 

@@ -19,8 +19,8 @@ from saeflow.corpus import sources
 from saeflow.model.load import load_tokenizer, model_fingerprint
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage
+from saeflow.recipe.data_settings import CorpusConfig, ModelConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import CorpusConfig, ModelConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.files import read_json

@@ -14,9 +14,9 @@ from saeflow.corpus.vocabulary import chosen_vocab_ids, write_vocab
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.tokens import _special_ids
+from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.recipe.fingerprint import fingerprint, settings_that_count
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from saeflow.corpus.document import Document, is_held_out
 from saeflow.corpus.sources import _files_by_key, corpus_signature, open_corpus
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.recipe.fingerprint import settings_that_count
-from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from tests.support.small_pipeline import SCRIPTS
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from saeflow.corpus.document import Document
 from saeflow.corpus.sources import open_corpus
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 
 LOOKS = ["2024-09-17T06:37:50Z", "2024-09-17", "1.50", "007", "1e5", "FALSE", "True", "null", "NaN", "12:30", "",

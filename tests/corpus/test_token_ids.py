@@ -12,8 +12,8 @@ import pytest
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage
+from saeflow.recipe.data_settings import ModelConfig
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact

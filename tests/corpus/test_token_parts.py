@@ -18,8 +18,8 @@ from saeflow.corpus.token_parts import frame_of, pack
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lineage import Lineage
+from saeflow.recipe.data_settings import CorpusConfig, TokensConfig
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import CorpusConfig, TokensConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store

@@ -19,7 +19,7 @@ from saeflow.features.schema import RUN_TABLES, TOP, TOP_LOGITS
 from saeflow.model.direct_path import direct_path
 from saeflow.model.load import load_model
 from saeflow.model.sites import list_sites, spliced
-from saeflow.recipe.settings import ModelConfig
+from saeflow.recipe.data_settings import ModelConfig
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "demo" / "model"
 VOCAB = 80

@@ -22,7 +22,7 @@ from saeflow.corpus.token_parts import ids_of, special_tokens
 from saeflow.corpus.vocabulary import tokenizer_vocab
 from saeflow.model.load import load_model, load_tokenizer, model_fingerprint
 from saeflow.model.sites import SiteReader, list_sites, resolve_sites, spliced
-from saeflow.recipe.settings import ModelConfig, TokensConfig
+from saeflow.recipe.data_settings import ModelConfig, TokensConfig
 from saeflow.runtime.errors import UserError
 from tests.support.small_pipeline import Ingredients
 

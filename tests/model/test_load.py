@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from saeflow.model.load import load_model, load_tokenizer
-from saeflow.recipe.settings import ModelConfig
+from saeflow.recipe.data_settings import ModelConfig
 from saeflow.runtime.errors import UserError
 from tests.support.small_pipeline import Ingredients
 

@@ -25,8 +25,8 @@ from saeflow.model.sites import SiteReader, predicts_next_token, require_length,
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.stages import run
+from saeflow.recipe.data_settings import ModelConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store

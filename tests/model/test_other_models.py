@@ -24,8 +24,8 @@ from saeflow.pipeline import collect, stages, tokens
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask
 from saeflow.query.connection import connect
+from saeflow.recipe.data_settings import ModelConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.support.small_pipeline import Ingredients, quiet, recipe_data, write_corpus

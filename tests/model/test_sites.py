@@ -12,7 +12,7 @@ import torch
 
 from saeflow.model.load import load_model, load_tokenizer, model_fingerprint
 from saeflow.model.sites import Site, SiteReader, list_sites, require_running_order, resolve_sites, spliced
-from saeflow.recipe.settings import ModelConfig
+from saeflow.recipe.data_settings import ModelConfig
 from saeflow.runtime.errors import UserError
 from tests.support.small_pipeline import SITE, WIDTH
 

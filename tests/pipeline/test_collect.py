@@ -25,8 +25,8 @@ from saeflow.model.sites import Site, SiteReader, choose_site
 from saeflow.pipeline import collect, tokens
 from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
+from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.recipe.settings import ActivationsConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum
 from saeflow.store.storage.folder import Folder

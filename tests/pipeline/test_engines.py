@@ -22,8 +22,8 @@ from saeflow.pipeline import collect, stages, tokens
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.connection import connect
+from saeflow.recipe.data_settings import ModelConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import ModelConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store import verify as integrity
 from saeflow.store.store import Store

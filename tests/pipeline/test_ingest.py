@@ -31,9 +31,9 @@ from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import PartWork
 from saeflow.query.ask import query
 from saeflow.query.connection import check, connect
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.schedule import ScheduleConfig, next_time
-from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads

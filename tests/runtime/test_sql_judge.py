@@ -9,7 +9,7 @@ import duckdb
 import pytest
 
 from saeflow.corpus.sources import open_corpus
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_judge import only_reads
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saeflow.model.load import load_model
 from saeflow.model.sites import SiteReader, resolve_sites
-from saeflow.recipe.settings import ModelConfig
+from saeflow.recipe.data_settings import ModelConfig
 from tests.support.small_pipeline import documents
 
 LAYERS = ["transformer.h.0", "transformer.h.1"]

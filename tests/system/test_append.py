@@ -22,8 +22,8 @@ from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
 from saeflow.query.connection import check, connect
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact

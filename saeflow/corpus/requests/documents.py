@@ -16,7 +16,7 @@ from saeflow.corpus.document import Corpus, Document, in_share
 from saeflow.corpus.files import shown
 from saeflow.corpus.requests.files import PROMPT, Request, digest_of, vocab_ids_of
 from saeflow.corpus.requests.folder import RequestFolder, some_of
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError, first_line
 
 REQUEST = "request_id"

@@ -10,7 +10,7 @@ import numpy as np
 
 from saeflow.corpus.tokenise.templates import Chat, ChatTemplate
 from saeflow.corpus.tokenise.texts import MARKS, Tokenised, tokens_of
-from saeflow.recipe.settings import TokensConfig
+from saeflow.recipe.data_settings import TokensConfig
 from saeflow.runtime.errors import UserError
 
 

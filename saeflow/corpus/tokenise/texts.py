@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from saeflow.recipe.settings import TokensConfig
+from saeflow.recipe.data_settings import TokensConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.text import brief
 from saeflow.store.records import no_collection

@@ -29,8 +29,8 @@ from saeflow.corpus.vocabulary import write_vocab
 from saeflow.model.sites import Site
 from saeflow.pipeline.collect import skipped
 from saeflow.pipeline.lineage import Lineage
+from saeflow.recipe.data_settings import ActivationsConfig, CorpusConfig
 from saeflow.recipe.recipe import Recipe
-from saeflow.recipe.settings import ActivationsConfig, CorpusConfig
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.threads import n_threads
 from saeflow.store.artefact import Artefact

@@ -24,7 +24,7 @@ from saeflow.corpus.token_parts import write_tables
 from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.pipeline import encode
 from saeflow.pipeline.lineage import Ancestors, Lineage
-from saeflow.recipe.settings import CorpusConfig
+from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
