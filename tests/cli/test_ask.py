@@ -165,11 +165,26 @@ def test_a_question_without_its_arguments_is_explained(saeflow: Command, store: 
     assert (said.code, said.out) == (2, "")
     for phrase in (
         "tokens_where needs feature bigint",
-        "stronger than a threshold",
+        "beyond a threshold",
         "threshold  double, 0 where not given",
         "Example: saeflow ask tokens_where 12 0.5",
     ):
         assert phrase in said.err
+
+
+@pytest.mark.parametrize("threshold", ["-0.2", "-2e-1", "-.2"])
+def test_a_threshold_below_zero_asks_a_signed_run_for_the_other_side(
+    saeflow: Command, tmp_path: Path, threshold: str
+) -> None:
+    values = [(0, 1, -0.5), (1, 1, 0.75), (2, 1, -0.125), (3, 2, -1.0)]
+    for signed, beyond in ((True, [0]), (False, [1, 2])):
+        root = tmp_path / str(signed)
+        Given(values=values, signed=signed).write(root)
+        said = saeflow("ask", "tokens_where", "1", threshold, "--store", root, "-f", "json")
+        assert said.code == 0, said.err
+        assert [row["token_id"] for row in json.loads(said.out)] == beyond
+        said = saeflow("ask", "tokens_where_all", "1,2", f"{threshold},-0.5", "--store", root, "-f", "json")
+        assert (said.code, json.loads(said.out)) == (0, []), said.err
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)

@@ -396,6 +396,26 @@ def test_a_sweep_is_one_training_task_with_its_table_and_picture_on_the_page(
     assert "saeflow run RECIPE --member small_k" in found["saeflow-result"]
 
 
+@pytest.mark.long
+def test_encoding_without_storing_is_one_task_a_part_and_gives_what_the_command_gives(
+    finished: Finished, upstream: Store, tmp_path: Path
+) -> None:
+    shutil.copytree(upstream.root, tmp_path / "alone")
+    data = finished.recipe.model_dump(mode="json")
+    data["activations"]["keep"] = False
+    data["sae"] = {"source": str(Lineage(finished.store, finished.recipe).sae.path)}
+    recipe = parse_recipe(data)
+    pipeline_flow(recipe, str(upstream.root))
+    alone = Lineage(Store.create(tmp_path / "alone"), recipe)
+    stages.run(alone, quiet())
+    assert len(alone.features.published().parts) > 2
+    for kind in ("activations", "saes", "features"):
+        assert tree(upstream.root / kind) == tree(tmp_path / "alone" / kind)
+    names = sorted(run.name for run in task_runs("saeflow-encode", upstream))
+    assert names == [f"encode-{part.index}" for part in alone.features.published().parts]
+    assert not list(upstream.root.rglob("*.zarr"))
+
+
 def test_a_flow_about_one_sae_refuses_a_sweep(finished: Finished, tmp_path: Path) -> None:
     swept = Recipe.model_validate(finished.recipe.model_dump() | {"sweep": {"grid": {"sae.k": [2, 4]}}})
     with pytest.raises(UserError, match=r"is a sweep of 2 SAEs"):

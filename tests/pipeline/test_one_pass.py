@@ -255,6 +255,17 @@ def test_workers_of_a_cluster_run_the_model_to_the_same_bytes(trained: Trained, 
 
 
 @pytest.mark.long
+def test_processes_of_a_cluster_run_the_model_to_the_same_bytes(trained: Trained, tmp_path: Path) -> None:
+    here = encoded(Store.create(tmp_path / "here"), trained.recipe("spread", keep=False, n=2))
+    store, cluster = Store.create(tmp_path / "there"), {"kind": "local", "n_workers": 2}
+    with seen_on_disk(store) as seen:
+        there = encoded(store, trained.recipe("spread", keep=False, n=2, cluster=cluster))
+    assert len(there) == 2
+    assert [values(run) for run in here] == [values(run) for run in there]
+    assert not seen
+
+
+@pytest.mark.long
 def test_parts_made_one_by_one_as_tasks_are_given_share_the_model_to_the_same_bytes(
     trained: Trained, tmp_path: Path
 ) -> None:
