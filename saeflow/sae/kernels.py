@@ -218,6 +218,38 @@ def select_top(bits: Bits, k: int, row_starts: Offsets, ids: Ids, out: Bits) -> 
 
 
 @compiled
+def pursue_rows(products: Floats, gram: Floats, features: Offsets) -> None:
+    """Write the features (n, k) that a matching pursuit chooses, the lower one among equals; -1 where none is positive.
+
+    `products` (n, F) of the rows with all directions become those of what the pursuit leaves, by rows of `gram` (F, F).
+    """
+    n_lanes = 64
+    lanes, starts = np.empty(n_lanes, np.float32), np.empty(n_lanes, np.int32)
+    for r in range(len(products)):
+        row, taken, gram_row = products[r], np.float32(0), gram[0]
+        for step in range(features.shape[1]):
+            lanes[:] = 0
+            starts[:] = 0
+            for start in range(0, len(row), n_lanes):
+                part, other = row[start : start + n_lanes], gram_row[start : start + n_lanes]
+                for lane in range(len(part)):
+                    number = part[lane] - taken * other[lane]
+                    part[lane] = number
+                    starts[lane] = np.int32(start) if number > lanes[lane] else starts[lane]
+                    lanes[lane] = number if number > lanes[lane] else lanes[lane]
+            taken, best = np.float32(0), -1
+            for lane in range(n_lanes):
+                f = starts[lane] + lane
+                if lanes[lane] > taken or (best >= 0 and lanes[lane] == taken and f < best):
+                    taken, best = lanes[lane], f
+            features[r, step] = best
+            if best < 0:
+                features[r, step:] = -1
+                break
+            gram_row = gram[best]
+
+
+@compiled
 def _dot(doubles: Doubles, floats: Floats) -> float:
     total = 0.0
     for c in range(len(doubles)):

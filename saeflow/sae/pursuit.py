@@ -5,7 +5,7 @@
 
 A pursuit ends early where no v is above zero. A feature that is chosen again adds to its value. Each residual is kept
 in float32; choices (among equals the lower feature), v and the difference are those of float64. So a token's values
-depend neither on its batch nor on the device. Time is that of k encoder products, memory that of one.
+depend neither on its batch nor on the device. Encoding takes the time of k encoder products, and the memory of one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseRows, SparseValues, row_starts_of
-from saeflow.runtime.linear import converted
-from saeflow.sae.batch import CentredBatch, StepResult, StepSettings, Weights
+from saeflow.runtime.linear import converted, linear
+from saeflow.runtime.threads import in_parallel
+from saeflow.sae.batch import WORKER_ROWS, CentredBatch, StepResult, StepSettings, Weights, on_processor, worker_ranges
 from saeflow.sae.encoder import Encoder
 from saeflow.sae.exact import rounded
 from saeflow.sae.gradients import without_radial
+from saeflow.sae.kernels import pursue_rows
 from saeflow.sae.step import largest_entries
 
 
@@ -86,10 +88,15 @@ def pursuit_step(batch: CentredBatch, encoder: Encoder, weights: Weights, settin
     -v g - (g · d) r for d, if g is that for r'.
     """
     residual, w_dec, steps = batch.target.clone(), weights.w_dec, list[_Chosen]()
-    for _ in range(k):
-        low = converted(residual, encoder.dtype, settings.threads)
-        found, _ = largest_entries(low, encoder, 1, True, 0.0, settings.use_kernels)
-        rows, ids = found.rows, found.feature_ids.long()
+    features = _chosen_by_gram(residual, w_dec, k, settings) if _gram_pays(residual, w_dec, k, settings) else None
+    for step in range(k):
+        if features is not None:
+            rows = (features[:, step] >= 0).nonzero().flatten()
+            ids = features[rows, step]
+        else:
+            low = converted(residual, encoder.dtype, settings.threads)
+            found, _ = largest_entries(low, encoder, 1, True, 0.0, settings.use_kernels)
+            rows, ids = found.rows, found.feature_ids.long()
         before, directions = residual[rows], w_dec[ids]
         v = (before * directions).sum(1).clamp_(min=0)
         steps.append(_Chosen(rows, ids, v))
@@ -110,6 +117,35 @@ def pursuit_step(batch: CentredBatch, encoder: Encoder, weights: Weights, settin
         d_w_dec=without_radial(d_w_dec, w_dec) if settings.on_sphere else d_w_dec,
         d_pre=w_dec.new_zeros(len(w_dec)), d_b_dec=-g.sum(0), sums={},
     )  # fmt: skip
+
+
+_LARGEST_GRAM = 8192
+"""Features up to which products of all pairs of directions are held: 256 MiB."""
+
+
+def _gram_pays(rows: Tensor, w_dec: Tensor, k: int, settings: StepSettings) -> bool:
+    """True if two products in float32, of rows and of directions, take less time than k products of rows."""
+    n = len(w_dec)
+    return on_processor(rows, settings.use_kernels) and n <= _LARGEST_GRAM and 3 * (n + len(rows)) <= k * len(rows)
+
+
+def _chosen_by_gram(rows: Tensor, w_dec: Tensor, k: int, settings: StepSettings) -> Tensor:
+    """Return the features (B, k) that pursuits choose, -1 for none, from one product with all directions.
+
+    Taking v d off a row takes v times d's products with all directions off the row's products.
+    """
+    gram, features = w_dec.new_empty(len(w_dec), len(w_dec)), torch.empty(len(rows), k, dtype=torch.int64)
+
+    def multiply(part: tuple[int, int]) -> None:
+        gram[slice(*part)] = linear(w_dec[slice(*part)], w_dec)
+
+    def choose(part: tuple[int, int]) -> None:
+        products = linear(rows[slice(*part)], w_dec)
+        pursue_rows(products.numpy(), gram.numpy(), features[slice(*part)].numpy())
+
+    in_parallel(multiply, worker_ranges(w_dec, WORKER_ROWS), settings.threads)
+    in_parallel(choose, worker_ranges(rows, WORKER_ROWS), settings.threads)
+    return features
 
 
 def _summed_rows(ids: Tensor, matrix: Tensor, n: int) -> Tensor:

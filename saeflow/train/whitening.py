@@ -1,9 +1,9 @@
 """Covariance whitening of the activations that a training reads, and its removal from the trained SAE.
 
 "Data Whitening Improves Sparse Autoencoder Learning" (Saraswatula and Klindt 2025, arXiv 2511.13981) whitens by PCA;
-here ZCA turns the result back, so that axes stay: x becomes (x - mean) C^(-1/2), whose directions all vary
-alike. C is the covariance of the training's sample of rows, its eigenvalues shrunk towards their mean by SHRINKAGE: no
-direction grows by more than 32 times the average one.
+here ZCA turns the result back, so that axes stay: x becomes (x - mean) C^(-1/2), whose directions all vary alike. C is
+the covariance of the training's sample of rows, its eigenvalues shrunk towards their mean by SHRINKAGE: no direction
+grows by more than 32 times the average one.
 
 Memory is that of four matrices (D, D) in float64, 2 GiB at D = 8,192, and the time that of one eigendecomposition; each
 step then takes one more product (B, D) by (D, D).

@@ -17,6 +17,7 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.exact import rounded
 from saeflow.sae.formats.load import load_sae
 from saeflow.sae.formats.save import save_sae
+from saeflow.sae.kernels import pursue_rows
 from tests.support.small_saes import B, D, F, K, an_autoencoder, rows, values_of
 
 
@@ -64,6 +65,23 @@ def test_of_equal_products_the_lower_feature_is_taken_and_a_feature_taken_again_
     np.testing.assert_array_equal(sparse.row_starts, [0, 1, 1, 2])
     np.testing.assert_array_equal(sparse.feature_ids, [1, 3])
     np.testing.assert_array_equal(sparse.values, [4 + 3 + 2.25, 3])
+
+
+def test_products_of_directions_choose_what_products_of_rows_do():
+    sae, x = an_autoencoder("mp"), rows()
+    residual, w_dec = x - sae.b_dec.detach(), sae.W_dec.detach()
+    products, found = residual @ w_dec.t(), torch.empty(B, K, dtype=torch.int64)
+    pursue_rows(products.numpy(), (w_dec @ w_dec.t()).numpy(), found.numpy())
+    for step in range(K):
+        wanted = residual @ w_dec.t()
+        chosen = wanted.gather(1, found[:, step : step + 1])
+        assert (chosen >= wanted.max(1, keepdim=True).values - 1e-3).all()
+        residual = residual - chosen * w_dec[found[:, step]]
+    nothing = torch.full((2, 3), -1, dtype=torch.int64)
+    pursue_rows(-torch.ones(2, F).numpy(), torch.eye(F).numpy(), nothing[:, :2].numpy())
+    assert nothing.eq(-1).all()
+    pursue_rows(np.ones((1, F), np.float32), np.eye(F, dtype=np.float32), nothing[:1].numpy())
+    assert nothing[0].tolist() == [0, 1, 2], "among equals the lower feature"
 
 
 def obvious_loss(sae: SparseAutoencoder, x: Tensor, k: int) -> Tensor:
