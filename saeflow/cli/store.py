@@ -101,7 +101,7 @@ def show_command(
     for key, value in (read_checked(quality) if quality.is_file() else {}).items():
         table.add_row(sanitise(key), f"{value:.4f}" if isinstance(value, float) else sanitise(str(value)))
     out.print(table)
-    for doubt in _doubts(opened, artefact):
+    for doubt in _doubts_of_import(opened, artefact):
         out.print(sanitise(doubt), style="yellow")
 
 
@@ -115,7 +115,7 @@ def _left_out(store: Store, artefact: Artefact) -> str:
     return ""
 
 
-def _doubts(store: Store, artefact: Artefact) -> list[str]:
+def _doubts_of_import(store: Store, artefact: Artefact) -> list[str]:
     """Return what was odd about an imported SAE, or about that of a run; empty for others."""
     from saeflow.pipeline.foreign.import_sae import doubts_in_words
 
