@@ -53,8 +53,8 @@ def survey_corpus(recipe: Recipe, progress: Progress) -> Survey:
     """Read the corpus once, for its lengths and a sample (reservoir: Vitter 1985, algorithm R)."""
     if recipe.model is None or recipe.corpus is None or recipe.corpus.requests:
         raise UserError(
-            "saeflow plan forecasts recipes that run a model. A table of activations is stored as it is: "
-            "its rows × its columns × 2 bytes in float16; an engine's requests likewise. Run it: saeflow run RECIPE"
+            "saeflow plan forecasts recipes that run a model. Tables of activations and an engine's requests are "
+            "stored as they are: rows × columns × 2 bytes in float16, for each site. Run it: saeflow run RECIPE"
         )
     dice, about = random.Random(0), recipe.corpus
     pieces: list[str | tuple[int, ...]] = []

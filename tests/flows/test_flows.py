@@ -20,6 +20,7 @@ from uuid import UUID
 
 import psutil
 import pytest
+import torch
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
@@ -45,6 +46,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 from tests.conftest import Finished
+from tests.support.engine_folders import Answered, write_vllm
 from tests.support.fake_cluster import Watched
 from tests.support.prefect_server import prefect_server
 from tests.support.small_pipeline import (
@@ -120,6 +122,26 @@ def test_there_is_one_task_run_a_part(flowed: Store, finished: Finished) -> None
         names = sorted(run.name for run in task_runs(flow_name, flowed))
         assert names == [f"{stage}-{part.index}" for part in parts]
         assert all(run.state is not None and run.state.is_completed() for run in task_runs(flow_name, flowed))
+
+
+@pytest.mark.long
+def test_an_engines_requests_are_stored_and_encoded_as_tasks(ingredients: Ingredients, tmp_path: Path) -> None:
+    dice = torch.Generator().manual_seed(0)
+    states = {
+        f"r{i}": Answered([3, 4, 5, 6, 7] * 4, {"transformer.h.0": torch.randn(20, 16, generator=dice)})
+        for i in range(12)
+    }
+    folder = write_vllm(tmp_path / "requests", states, ["transformer.h.0"])
+    about = {
+        "tokens": {"packing": "isolated", "part_tokens": 60}, "activations": {"sites": ["transformer.h.0"]},
+        "train": {"n_tokens": 300}, "features": {"check_values": 0},
+    }  # fmt: skip
+    recipe = parse_recipe(recipe_data(ingredients, **about) | {"corpus": {"requests": str(folder), "held_out": 0.2}})
+    flowed, plain = Store(tmp_path / "flowed"), Store.create(tmp_path / "plain")
+    pipeline_flow(recipe, str(flowed.root))
+    stages.run(Lineage(plain, recipe), quiet())
+    assert tree(flowed.root) == tree(plain.root)
+    assert len(task_runs("saeflow-collect", flowed)) == len(Lineage(plain, recipe).tokens.published().parts) > 1
 
 
 def test_progress_and_numbers_are_artifacts(flowed: Store) -> None:

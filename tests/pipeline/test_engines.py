@@ -281,6 +281,15 @@ def test_the_command_takes_the_folder_and_says_what_to_write_into_the_recipe(sae
     assert "tokens, " in again.err
 
 
+def test_a_forecast_says_that_no_model_runs_and_what_to_do_instead(saeflow, ingredients, tmp_path):
+    folder = write_vllm(tmp_path / "requests", made_up(2))
+    data = recipe_data(ingredients, corpus=None, **ABOUT) | {"corpus": {"requests": str(folder)}}
+    said = saeflow("plan", write_recipe(tmp_path / "small.toml", data), "--store", tmp_path / "store")
+    assert said.code == 2
+    assert "an engine's requests are stored as they are: rows × columns × 2 bytes" in said.err
+    assert "saeflow run RECIPE" in said.err
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
