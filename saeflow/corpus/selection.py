@@ -144,9 +144,9 @@ class TokenSelection:
     @cached_property
     def special(self) -> np.ndarray:
         """The vocab_ids to leave out, int32."""
-        if isinstance(self.skip_special, bool):
+        if self.skip_special is True:
             return chosen_vocab_ids(self.source.own_file("vocab.parquet"), self.skip_special)
-        return np.array(self.skip_special, np.int32)
+        return np.array(self.skip_special or (), np.int32)
 
     def _read(self, part: PartRecord, columns: list[str], rows: slice) -> dict[str, np.ndarray]:
         """Read columns (s, T) of these sequences: of a large part, only the row groups that hold them.

@@ -111,7 +111,7 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
 
     SAEs of one site share one reading. If activations are not kept, all SAEs share one pass of the model.
     """
-    kept = is_kept(lineage.activations)
+    kept = lineage.recipe.activations.keep
     with kept_open():
         for group in grouped(lineage.members, lambda member: member.feature_facts["site"] if kept else None):
             run_together(group, progress, through)

@@ -130,14 +130,14 @@ class Lineage:
 
     @cached_property
     def feature_facts(self) -> dict[str, Any]:
-        engine = self.activations.record.facts.get("engine")
-        return {
+        about = {
             "sae": self.sae.fp,
             "activations": self.activations.fp,
             "site": self.site.name,
             "n_features": self.sae_config.n_features,
-            **({"engine": engine} if engine else {}),
         }
+        engine = self.activations.record.facts.get("engine")
+        return about | ({"engine": engine} if engine else {})
 
     @cached_property
     def sae_config(self) -> SAEConfig:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, processors
 from torch import Tensor
 
-from saeflow.corpus.token_parts import ids_of, special_tokens
+from saeflow.corpus.token_parts import special_tokens
+from saeflow.corpus.tokenise.texts import ids_of
 from saeflow.corpus.vocabulary import tokenizer_vocab
 from saeflow.model.load import load_model, load_tokenizer, model_fingerprint
 from saeflow.model.sites import SiteReader, list_sites, resolve_sites, spliced

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeflow.activations.sparse_values import SparseValues
@@ -51,6 +51,7 @@ def test_predicting_zero_is_worse_than_the_mean_by_the_means_own_length():
     assert found == pytest.approx(1 + (length / spread).item(), rel=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(3, 2500), st.lists(st.integers(1, 2499), max_size=5), st.integers(0, 5), st.integers(0, 99))
 def test_what_is_left_without_the_longest_tokens_does_not_depend_on_how_they_come(n, cuts, n_massive, seed):
     x, there = vectors(seed, n), vectors(seed + 1, n)
