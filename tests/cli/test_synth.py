@@ -83,6 +83,7 @@ def test_several_recipes_give_a_row_each_on_the_same_activations(tmp_path, progr
     assert lines[3].strip() == ""
 
 
+@pytest.mark.long
 def test_all_of_a_sweep_are_scored_under_their_own_names_and_one_can_be_named(tmp_path):
     path = write_recipe(tmp_path / "made.toml", DATA | {"sweep": {"grid": {"sae.k": [1, 2]}}})
     found = run("synth", path, "--store", tmp_path / "store", "--json", "-q")
@@ -102,7 +103,7 @@ def test_every_score_is_shown():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["sparse", "superposition"])
+@pytest.mark.parametrize("kind", ["sparse", pytest.param("superposition", marks=pytest.mark.long)])
 def test_the_toys_are_scored_too(tmp_path, progress, kind):
     made = {"kind": kind, "n_samples": 500, "n_neurons": 3, "n_true": 6}
     recipe = parse_recipe(DATA | {"activations": {"synthetic": made}})

@@ -271,6 +271,7 @@ def test_files_of_the_same_name_in_two_folders_are_both_read(tmp_path):
     assert found["b/x.txt"] == "of b"
 
 
+@pytest.mark.long
 def test_texts_larger_together_than_the_memory_for_sorting_come_in_order(tmp_path):
     letters = np.random.default_rng(0)
     keys = [f"{i * 7919 % 4000:05d}" for i in range(4000)]

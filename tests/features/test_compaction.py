@@ -221,6 +221,7 @@ def key_of(finished: Finished, index: int) -> str:
     return str(table.column("key")[1].as_py())
 
 
+@pytest.mark.long
 def test_parts_encoded_anew_between_others_of_a_compacted_one_are_merged_in_order(copied, tmp_path):
     other = Finished(Store(tmp_path / "other"), copied.recipe, copied.summary)
     shutil.copytree(copied.store.root, other.store.root)

@@ -237,7 +237,7 @@ def test_the_files_do_not_depend_on_the_size_of_batches(brought, batch_rows):
     assert tree(encode_all(encoder).path / "parts") == usual
 
 
-@pytest.mark.parametrize("limit", [1, 500])
+@pytest.mark.parametrize("limit", [pytest.param(1, marks=pytest.mark.long), 500])
 def test_a_part_with_more_values_than_memory_holds_gets_more_files_with_the_same_rows(brought, monkeypatch, limit):
     store, recipe, _ = brought
     usual = encoded(store, recipe)

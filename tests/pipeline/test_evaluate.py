@@ -184,6 +184,7 @@ def test_figures_of_the_language_model_do_not_depend_on_how_many_sequences_run_t
     assert_equal_figures(language_model(sae), before, rel=FLOAT32)
 
 
+@pytest.mark.long
 def test_how_the_corpus_is_cut_into_parts_does_not_matter(tmp_path, ingredients, finished, progress):
     """One document a sequence and one sequence a pass: parts then hold the very same activations."""
     sae = load_sae(Lineage(finished.store, finished.recipe).sae.path)

@@ -173,7 +173,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
 
 
 def test_a_table_needs_no_forecast_and_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="its rows × its columns"):
+    with pytest.raises(UserError, match="rows × columns"):
         survey_corpus(parse_recipe(brought_data(tmp_path / "table.npy")), quiet())
 
 

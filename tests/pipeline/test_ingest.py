@@ -436,6 +436,7 @@ def test_an_ingest_of_nothing_new_reads_the_lists_of_parts_once_whatever_the_sta
     assert max(times.values()) <= 2, "of a run once more, for catalog.sql"
 
 
+@pytest.mark.long
 def test_of_the_recipes_own_runs_only_the_newest_follow_where_it_keeps_so_many(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "other", "data": "small", "sae": data["sae"] | {"k": 2}})
@@ -679,6 +680,7 @@ def test_an_sae_from_elsewhere_is_never_trained_anew(night: Watched) -> None:
     assert ingest.retrain(Lineage(night.store, recipe), quiet()) == {"run": "theirs", "trained": [], "grown": 0}
 
 
+@pytest.mark.long
 def test_a_sweep_is_followed_by_each_of_its_saes(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json") | {"sweep": {"grid": {"sae.k": [2, 3], "train.n_tokens": [800]}}}
     recipe = parse_recipe(data)

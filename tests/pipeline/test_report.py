@@ -48,6 +48,7 @@ def test_a_small_table_is_drawn_whole_and_only_once(small):
     assert path.stat().st_mtime_ns == before
 
 
+@pytest.mark.long
 def test_the_picture_is_drawn_again_once_the_features_are_others(tmp_path):
     (tmp_path / "t.csv").write_text(PHRASES, "utf-8")
     store = Store.create(tmp_path / "store")

@@ -558,7 +558,7 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
 
 @settings(max_examples=4, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-@pytest.mark.parametrize("signed", [False, True], ids=["positive", "signed"])
+@pytest.mark.parametrize("signed", [pytest.param(False, marks=pytest.mark.long), True], ids=["positive", "signed"])
 def test_every_question_answers_what_looking_at_each_token_answers(signed, data):
     world = data.draw(worlds(signed))
     values = data.draw(values_of(world, world.skipped[:1]))
@@ -577,7 +577,12 @@ def test_every_question_answers_what_looking_at_each_token_answers(signed, data)
 
 @pytest.fixture(
     scope="module",
-    params=["topk isolated", pytest.param("jumprelu compacted", marks=pytest.mark.long), "a table", "a signed table"],
+    params=[
+        "topk isolated",
+        pytest.param("jumprelu compacted", marks=pytest.mark.long),
+        pytest.param("a table", marks=pytest.mark.long),
+        "a signed table",
+    ],
 )
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Slow:
     """A run that the stages made: its values are what is in its files."""

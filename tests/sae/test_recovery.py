@@ -255,6 +255,7 @@ def stored_rows(config: SyntheticConfig) -> np.ndarray:
     return make_table(config).values
 
 
+@pytest.mark.long
 def test_features_that_the_toy_model_does_not_represent_are_not_asked_for():
     config = kind("superposition", n_neurons=2, n_true=12, density=0.3)
     lengths = np.linalg.norm(synthetic.toy_rows(config)[1], axis=1)

@@ -125,7 +125,7 @@ def test_a_killed_upgrade_leaves_a_store_that_answers_and_goes_on(
     assert [str(each) for each in verify(Store.open(store.root), full=True)] == []
 
 
-@pytest.mark.parametrize("upgraded", [False, True], ids=["as it was", "upgraded"])
+@pytest.mark.parametrize("upgraded", [False, pytest.param(True, marks=pytest.mark.long)], ids=["as it was", "upgraded"])
 def test_an_old_store_grows_and_forgets(old: Store, recipe: Recipe, upgraded: bool) -> None:
     if upgraded:
         upgrade(old)

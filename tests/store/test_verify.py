@@ -91,7 +91,9 @@ def test_every_file_of_a_store_belongs_to_a_class(finished: Finished) -> None:
     assert {path.name for path in every - classed} <= known
 
 
-@pytest.mark.parametrize("which", ["first", "random", "last"])
+@pytest.mark.parametrize(
+    "which", [pytest.param("first", marks=pytest.mark.long), "random", pytest.param("last", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_flipped_byte_is_named_with_its_part_and_repair_makes_it_equal_again(
     name: str, which: str, copied: Finished, finished: Finished

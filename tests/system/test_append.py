@@ -303,6 +303,7 @@ def test_a_key_that_nobody_has_hides_nothing_and_says_how_to_list_keys(grown):
     assert tree(grown.store.root) == before
 
 
+@pytest.mark.long
 def test_the_summary_counts_what_the_view_documents_shows(grown):
     def agree() -> bool:
         (shown,) = grown.sql("select count(*) as n_documents, sum(n_tokens)::bigint as n_tokens from documents")
@@ -362,6 +363,7 @@ def test_compaction_moves_no_other_token_and_changes_no_other_value_outside_the_
     assert outside(grown.sql("select token_id, feature_id, value from stg_token_major")) == outside(values)
 
 
+@pytest.mark.long
 def test_a_compacted_store_trains_and_runs_on(grown):
     grown.run(with_secret())
     key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 20"))
@@ -375,6 +377,7 @@ def test_a_compacted_store_trains_and_runs_on(grown):
     assert len(token_ids_of(grown, str(NEW[-1]["key"]))) > 0
 
 
+@pytest.mark.long
 def test_an_append_that_is_killed_is_finished_to_the_same_bytes(grown, tmp_path, monkeypatch):
     undisturbed = Grown(Store(tmp_path / "undisturbed"), grown.recipe, grown.corpus)
     shutil.copytree(grown.store.root, undisturbed.store.root)

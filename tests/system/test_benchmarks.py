@@ -34,6 +34,7 @@ def explained() -> dict[str, tuple[int | None, str]]:
     return {name: (code, shown) for name, code, shown in map(json.loads, lines)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_starts_and_explains_itself_in_the_locked_environment(
     name: str, explained: dict[str, tuple[int | None, str]]
