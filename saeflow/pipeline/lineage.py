@@ -130,12 +130,8 @@ class Lineage:
 
     @cached_property
     def feature_facts(self) -> dict[str, Any]:
-        about = {
-            "sae": self.sae.fp,
-            "activations": self.activations.fp,
-            "site": self.site.name,
-            "n_features": self.sae_config.n_features,
-        }
+        about: dict[str, Any] = {"sae": self.sae.fp, "activations": self.activations.fp, "site": self.site.name}
+        about["n_features"] = self.sae_config.n_features
         engine = self.activations.record.facts.get("engine")
         return about | ({"engine": engine} if engine else {})
 
