@@ -7,15 +7,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from saeflow.activations.forward import ForwardPass
 from saeflow.activations.lengths import LENGTHS_FILE, PartLengths, lengths_of
-from saeflow.activations.norms import NORMS_FILE, Norms, norms_of
+from saeflow.activations.norms import NORMS_FILE, Norms
 from saeflow.activations.shards import plan_layout
-from saeflow.activations.writer import open_writer, to_disk_precision
+from saeflow.activations.writer import as_on_disk, open_writer, to_precision
 from saeflow.model.sites import Site
+from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.runtime.progress import Bar
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
@@ -44,14 +44,7 @@ class Collector:
         norms, lengths, known = Norms(self.sites, length), PartLengths(self.sites), dict[str, str]()
 
         def store(rows: slice, mask: np.ndarray, values: list[Tensor]) -> tuple[np.ndarray, list[_Stored]]:
-            exact = [norms_of(each) for each in values]
-            return mask, [
-                (
-                    to_disk_precision(each, config, part, rows.start, float(norms.max())), norms,
-                    lengths_of(each.to(getattr(torch, config.dtype))),
-                )
-                for each, norms in zip(values, exact, strict=True)
-            ]  # fmt: skip
+            return mask, [_stored(each, config, part, rows.start) for each in values]
 
         with self.target.new_part(part.index, dict(part.counts), {"tokens": part.folder}, known) as folder:
             writers = [
@@ -76,3 +69,10 @@ class Collector:
                 writer.close()
                 known |= {f"{writer.path.name}/{name}": each for name, each in writer.checksums.items()}
         return self.target.made[part.index]
+
+
+def _stored(values: Tensor, config: ActivationsConfig, part: PartRecord, first: int) -> _Stored:
+    """Round the values (s, T, D) of one site, once."""
+    exact = lengths_of(values)
+    rounded = to_precision(values, config, part, first, float(exact.max()))
+    return as_on_disk(rounded), exact, exact if rounded is values else lengths_of(rounded)

@@ -34,8 +34,8 @@ _KEPT_PARTS = 4096
 
 
 def lengths_of(values: Tensor) -> np.ndarray:
-    """Return the lengths float32 (...) of vectors (..., D), given as they are stored."""
-    return to_processor(torch.linalg.vector_norm(values.float(), dim=-1)).numpy()
+    """Return the lengths float32 (...) of vectors (..., D)."""
+    return to_processor(torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)).numpy()
 
 
 class PartLengths:

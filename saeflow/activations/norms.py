@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from saeflow.activations.lengths import has_lengths, median_length, median_of, stored_lengths
 from saeflow.activations.shards import stored_sites
@@ -20,7 +18,6 @@ from saeflow.corpus import token_parts
 from saeflow.corpus.selection import TokenSelection, positions_from_start
 from saeflow.model.sites import Site
 from saeflow.recipe.data_settings import ActivationsConfig
-from saeflow.runtime.devices import to_processor
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 
@@ -63,11 +60,6 @@ class Norms:
             "max_norm": self.largest.reshape(-1),
         }  # fmt: skip
         pq.write_table(pa.table(columns), path, compression="zstd")
-
-
-def norms_of(values: Tensor) -> np.ndarray:
-    """Return the lengths float32 (s, T) of vectors (s, T, D)."""
-    return to_processor(torch.linalg.vector_norm(values, dim=2, dtype=torch.float32)).numpy()
 
 
 def mean_norms(target: Artefact) -> dict[str, np.ndarray]:

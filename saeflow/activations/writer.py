@@ -233,12 +233,10 @@ def to_precision(
     return rounded
 
 
-def to_disk_precision(
-    values: Tensor, config: ActivationsConfig, part: PartRecord, first: int, longest: float = math.inf
-) -> np.ndarray:
-    """Return what `to_precision` does, as it is written to disk."""
-    rounded = to_processor(to_precision(values, config, part, first, longest))
-    return (rounded.view(torch.uint16) if config.dtype == "bfloat16" else rounded).numpy()
+def as_on_disk(rounded: Tensor) -> np.ndarray:
+    """Return what `to_precision` returned as an array that can be written: bfloat16 as its bits."""
+    rounded = to_processor(rounded)
+    return (rounded.view(torch.uint16) if rounded.dtype == torch.bfloat16 else rounded).numpy()
 
 
 def _not_finite(values: Tensor, rounded: Tensor, config: ActivationsConfig, part: PartRecord, first: int) -> UserError:

@@ -230,9 +230,8 @@ def open_collector(lineage: Lineage, missing: Sequence[PartRecord], beside: Arte
         lineage.store.require_free(int(n_bytes * 1.05), f"Storing the activations of {len(sites)} site(s)")
     about = lineage.activation_facts | {"stored": [[site.name, site.width] for site in sites]} | engine
     forward = _forward(lineage.tokens, recipe.activations, model, sites, recipe.threads)
-    first = (
-        lineage.tokens.published().parts if isinstance(model, nn.Module) else missing
-    )  # an engine's files may be gone
+    # an engine's files of parts that are stored already may be gone
+    first = lineage.tokens.published().parts if isinstance(model, nn.Module) else missing
     if first and not lineage.activations.exists():
         known = beside.record.facts.get("median_lengths") if beside and beside.exists() else None
         about["median_lengths"] = known or forward.median_lengths(first[0])

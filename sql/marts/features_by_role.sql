@@ -1,7 +1,8 @@
 -- How differently each feature fires in what two roles wrote, e.g. the assistant and the user.
 --
 -- Grain:   one row per feature, dead ones too, the largest effect first.
--- Reads:   stg_token_major, stg_tokens, stg_tokens_encoded, stg_feature_stats, log2_rate_ratio
+-- Reads:   stg_token_major, stg_tokens, stg_tokens_encoded, stg_feature_stats, cohens_h,
+--          log2_rate_ratio
 -- Units:   rate is a share of the role's encoded tokens (null if it has none). cohens_h = 2 asin(sqrt(rate_a)) - 2
 --          asin(sqrt(rate_b)) (Cohen 1988: 0.2 is small, 0.5 medium, 0.8 large). log2_ratio compares the rates with
 --          half a token added to each count (null if the feature fires in neither). mean_value is the mean over the
@@ -50,7 +51,7 @@ select
     n_tokens_b,
     rate_a,
     rate_b,
-    2 * asin(sqrt(rate_a)) - 2 * asin(sqrt(rate_b)) as cohens_h,
+    cohens_h(rate_a, rate_b) as cohens_h,
     log2_rate_ratio(n_tokens_a, tokens_a, n_tokens_b, tokens_b) as log2_ratio,
     mean_value_a,
     mean_value_b

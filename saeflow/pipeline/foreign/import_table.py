@@ -21,7 +21,7 @@ from saeflow.activations.tables.stream import (
     row_name,
     row_names_in_text_order,
 )
-from saeflow.activations.writer import open_writer, to_disk_precision
+from saeflow.activations.writer import as_on_disk, open_writer, to_precision
 from saeflow.corpus import token_parts
 from saeflow.corpus.document import is_held_out
 from saeflow.corpus.token_parts import Packed
@@ -135,7 +135,7 @@ def _bring_part(
     with target.new_part(index, counts) as folder:
         writer = open_writer(folder / site.file, plan_layout(n, 1, site.width, about), about)
         for values, first in rows.in_stored_order():
-            writer.append(to_disk_precision(torch.from_numpy(values)[:, None], about, where, first))
+            writer.append(as_on_disk(to_precision(torch.from_numpy(values)[:, None], about, where, first)))
             bar.advance(len(values))
         writer.close()
         counts["n_train_sequences"] = counts["n_train_tokens"] = n - int(rows.held_out.sum())
