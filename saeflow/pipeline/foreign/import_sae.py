@@ -65,7 +65,8 @@ def run(lineage: Lineage, progress: Progress) -> None:
         sae.config = sae.config.model_copy(update={"target_site": sites[-1].name})
     progress.say(f"train: importing {found.place} instead")
     x, *others = _first_rows(lineage, sites)
-    judged = _tried_on(sae, x, others[0] if others else x)
+    wanted = others[0] if others else x
+    judged = _tried_on(sae, x, wanted)
     if not math.isfinite(judged.reconstruction.error):
         raise UserError(
             f"The SAE in {found.place} gives NaN or infinite values on the first tokens: it is not imported.\n"
@@ -75,11 +76,11 @@ def run(lineage: Lineage, progress: Progress) -> None:
         "l0": judged.firing.l0 if len(x) else 0.0,
         "variance_unexplained": judged.reconstruction.variance_unexplained,
     }
-    looks_like = _doubts(lineage, found, sae, figures, x, others[0] if others else x)
+    looks_like = _doubts(lineage, found, sae, figures, x, wanted)
     for doubt in looks_like:
         progress.say(f"train: the SAE in {found.place}: {doubt}")
-    stated = _stated(found)
-    check = {"silent": judged.firing.silent / sae.config.n_features, "stated": stated, "looks_like": looks_like}
+    silent = judged.firing.silent / sae.config.n_features
+    check = {"silent": silent, "stated": _stated(found), "looks_like": looks_like}
     theirs = {name: value for name, value in found.metadata.items() if name != "saeflow"}
     provenance = {"seconds": time.monotonic() - began, "source": lineage.recipe.sae.source, "check": figures | check}
     inputs = [lineage.tokens.id, lineage.activations.id]
