@@ -12,6 +12,7 @@ import typer
 
 from saeflow import __version__
 from saeflow.cli.ask import ask_commands
+from saeflow.cli.browse import browse_commands
 from saeflow.cli.common import out, run_command_line
 from saeflow.cli.label import label_commands
 from saeflow.cli.run import run_commands
@@ -27,7 +28,9 @@ app = typer.Typer(
     help="Store activations once, train many sparse autoencoders, ask anything in SQL.\n\n"
     "Start with `saeflow init my.toml`, then `saeflow run my.toml`, then `saeflow ask`.",
 )
-for family in (run_commands, synth_commands, store_commands, ask_commands, label_commands, serve_commands):
+for family in (
+    run_commands, synth_commands, store_commands, ask_commands, browse_commands, label_commands, serve_commands,
+):  # fmt: skip
     app.add_typer(family)
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from saeflow.cli.common import Format, whole_file
 from saeflow.cli.screen import render_table
-from saeflow.cli.text_formats import ROWS_AT_ONCE, as_csv, as_json, as_json_lines, harmless_for_terminal
+from saeflow.query.text_formats import ROWS_AT_ONCE, as_csv, as_json, as_json_lines, harmless_for_terminal
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.terminal import Terminal, write_exactly
 from saeflow.runtime.text import brief

@@ -16,7 +16,7 @@ from rich.cells import cell_len, chop_cells
 from rich.table import Table
 from rich.text import Text
 
-from saeflow.cli.text_formats import as_json_value, is_number
+from saeflow.query.text_formats import as_json_value, is_number
 from saeflow.runtime.terminal import Terminal
 from saeflow.runtime.text import sanitise
 

@@ -10,5 +10,6 @@ labels         labels of features
 label_import   labels from Neuronpedia, delphi and other tools
 catalog        the SQL that makes the runs askable, here or as `catalog.sql`
 first_answers  three questions to ask first
+text_formats   answers as CSV and JSON
 api            the Python API
 """

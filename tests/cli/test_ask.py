@@ -21,7 +21,6 @@ import pyarrow as pa
 import pytest
 
 import saeflow as package
-from saeflow.cli.text_formats import as_json
 from saeflow.query.ask import as_statement, ask, query, resolve_names
 from saeflow.query.connection import connect
 from saeflow.query.questions import (
@@ -33,6 +32,7 @@ from saeflow.query.questions import (
     questions,
     read_question,
 )
+from saeflow.query.text_formats import as_json
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.support.command import SAEFLOW, Command

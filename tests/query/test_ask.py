@@ -15,12 +15,12 @@ import pytest
 
 from saeflow.cli.render import write_answer
 from saeflow.cli.screen import render_table
-from saeflow.cli.text_formats import as_csv, as_json, as_json_lines
 from saeflow.query.ask import ask, query
 from saeflow.query.catalog import sql_folder
 from saeflow.query.connection import check, connect
 from saeflow.query.questions import questions
 from saeflow.query.runs import runs
+from saeflow.query.text_formats import as_csv, as_json, as_json_lines
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.terminal import Terminal
 from saeflow.runtime.text import sanitise

@@ -1,0 +1,96 @@
+"""A page as HTML, JSON, CSV or Parquet."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+
+from saeflow.browser import charts, shading
+from saeflow.browser.address import Asked
+from saeflow.browser.panels import Answer, address_of_run, as_query
+from saeflow.query.text_formats import as_csv, as_json_value
+from saeflow.runtime.errors import UserError
+
+FORMATS = ("json", "csv", "parquet")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows: answers of its panels, and what its template needs beside them."""
+
+    template: str
+    title: str
+    answers: Sequence[Answer] = ()
+    run: str | None = None
+    """Schema of the run that the page is about."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further values of the template; `data` among them is part of the JSON."""
+
+    @property
+    def panels(self) -> dict[str, Answer]:
+        return {answer.panel.name: answer for answer in self.answers}
+
+
+def respond(page: Page, format: str, asked: Asked, **common: Any) -> Response:
+    """Return the page in a format. CSV and Parquet hold its first panel. Raises UserError if it has none."""
+    match format:
+        case "":
+            return HTMLResponse(as_html(page, asked, **common))
+        case "json":
+            return Response(as_json(page, asked), media_type="application/json")
+    if not page.answers:
+        raise UserError(f"This page has no rows that {format} could hold. Ask for its JSON.")
+    table = page.answers[0].table
+    if format == "csv":
+        return StreamingResponse(as_csv(table), media_type="text/csv; charset=utf-8")
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return Response(buffer.getvalue(), media_type="application/vnd.apache.parquet")
+
+
+def as_html(page: Page, asked: Asked, **common: Any) -> str:
+    values = {"page": page, "asked": asked, "panels": page.panels, "run": page.run} | common | dict(page.more)
+    return environment().get_template(page.template).render(values)
+
+
+def as_json(page: Page, asked: Asked) -> str:
+    found = {
+        "title": page.title,
+        "address": asked.address,
+        "run": page.run,
+        "filter": dict(asked.filter.values),
+        "panels": {name: answer.as_json() for name, answer in page.panels.items()},
+        **page.more.get("data", {}),
+    }
+    return json.dumps(as_json_value(found), ensure_ascii=True, allow_nan=False, indent=1)
+
+
+@cache
+def environment() -> Environment:
+    """Return the templates, with the functions that they may call. Everything that is not Markup is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    functions: dict[str, Callable[..., Any]] = {
+        "shown": shading.shown,
+        "number": shading.number,
+        "shaded": shading.shaded,
+        "chart": charts.chart,
+        "as_query": as_query,
+        "address_of_run": address_of_run,
+    }
+    made.globals.update(functions)
+    made.filters.update(shown=shading.shown, number=shading.number)
+    views: dict[str, Any] = {}
+    made.globals["views"] = views
+    views.update(vars(made.get_template("views.html").module))
+    made.globals["panel"] = views["panel"]
+    return made

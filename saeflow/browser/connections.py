@@ -1,0 +1,115 @@
+"""DuckDB connections for pages: one for each open run, made anew when the store has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import duckdb
+
+from saeflow.query.connection import connect_to_run
+from saeflow.query.runs import Run
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.memory import total_memory
+from saeflow.runtime.threads import n_threads
+from saeflow.store.store import Store
+
+MOST_RUNS = 3
+"""Runs that are open at the same time. The one that was asked longest ago is closed."""
+
+QUERY_SECONDS = 20.0
+"""A question that takes longer is stopped."""
+
+
+class TooSlow(UserError):
+    """A question took longer than a page waits."""
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run with a cursor of its own, for one request. The files are those of one generation."""
+
+    store: Store
+    run: Run
+    cursor: duckdb.DuckDBPyConnection
+
+
+class Connections:
+    """The open runs of a store, for many threads. Each request sees one generation of its run from start to end."""
+
+    def __init__(self, store: Store, seconds: float = QUERY_SECONDS) -> None:
+        self.store, self.seconds = store, seconds
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str | None, tuple[object, Run, duckdb.DuckDBPyConnection]] = OrderedDict()
+        self._places = threading.BoundedSemaphore(n_threads(0))
+
+    @contextlib.contextmanager
+    def opened(self, name: str | None = None) -> Iterator[OpenedRun]:
+        """Open a run by name, or the newest, for a request. Raises UserError if there is none, TooSlow after `seconds`.
+
+        At most as many requests ask at the same time as there are cores.
+        """
+        if not self._places.acquire(timeout=self.seconds):
+            raise TooSlow("Too many questions are asked at the same time. Ask again in a moment.")
+        try:
+            run, connection = self._current(name)
+            with contextlib.closing(connection.cursor()) as cursor, self._limited(cursor):
+                cursor.execute("set search_path = ?", [f'"{run.schema.replace(chr(34), 2 * chr(34))}"'])
+                yield OpenedRun(self.store, run, cursor)
+        finally:
+            self._places.release()
+
+    @contextlib.contextmanager
+    def _limited(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
+        """Stop what the cursor does after `seconds`."""
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            cursor.interrupt()
+
+        timer = threading.Timer(self.seconds, stop)
+        timer.start()
+        try:
+            yield
+        except Exception as error:
+            if late.is_set():
+                raise TooSlow(
+                    f"The question took longer than {self.seconds:.0f} seconds and was stopped.\n"
+                    "Ask it in a terminal: saeflow ask"
+                ) from error
+            raise
+        finally:
+            timer.cancel()
+
+    def _current(self, name: str | None) -> tuple[Run, duckdb.DuckDBPyConnection]:
+        """Return the run as it is now published. Connections that others still use end with their last cursor."""
+        with self._lock:
+            self.store.storage.pull()
+            now = generations(self.store)
+            if name not in self._open or self._open[name][0] != now:
+                self._open[name] = (now, *connect_to_run(self.store, name, f"{total_memory() // 8}B"))
+            self._open.move_to_end(name)
+            while len(self._open) > MOST_RUNS:
+                self._open.popitem(last=False)
+            return self._open[name][1:]
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+
+def generations(store: Store) -> object:
+    """Return what changes whenever a run, its tokens or a file of labels is published."""
+    found = []
+    for artefact in store.artefacts("features", "tokens"):
+        with contextlib.suppress(OSError):
+            found.append((artefact.id, (artefact.path / "manifest.json").stat().st_mtime_ns))
+            found.append((artefact.id, (artefact.path / "quality.json").stat().st_mtime_ns))
+    for path in sorted((store.root / "labels").glob("*/*.csv")):
+        with contextlib.suppress(OSError):
+            found.append((str(path), path.stat().st_mtime_ns))
+    return tuple(found)

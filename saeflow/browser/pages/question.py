@@ -1,0 +1,16 @@
+"""Any named question: its definitions, the SQL with its values filled in, and the rows. Every SQL link leads here."""
+
+from __future__ import annotations
+
+from saeflow.browser.address import Asked
+from saeflow.browser.answers import Page
+from saeflow.browser.connections import OpenedRun
+from saeflow.browser.panels import Panel
+from saeflow.query.questions import find_question
+
+
+def page(asked: Asked, opened: OpenedRun) -> Page:
+    question = find_question(asked.path["question"])
+    arguments = {name: value for name, value in asked.query.items() if value != ""}
+    answer = Panel("rows", question.answers, question.name, arguments).ask(opened)
+    return Page("question.html", question.name, [answer], opened.run.schema, {"question": question})

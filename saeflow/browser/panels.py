@@ -1,0 +1,105 @@
+"""A panel of a page: a named question with its arguments, its rows, and the SQL that gives the same rows."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from saeflow.browser.connections import OpenedRun
+from saeflow.query.ask import ask, resolve_names
+from saeflow.query.new_text import read_if_needed
+from saeflow.query.questions import Question, Value, find_question, parse_arguments
+
+MOST_ROWS = 1_000
+"""Rows of a panel on a page. Files have more."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a page asks: a question with its arguments. A macro of `templates/views.html` draws it: `view`."""
+
+    name: str
+    """The panel's name in the page's JSON, and its anchor in the page."""
+    title: str
+    question: str
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    view: str = "table"
+    most_rows: int = MOST_ROWS
+    about: str = ""
+    """A sentence under the title."""
+
+    def ask(self, opened: OpenedRun) -> Answer:
+        """Answer the panel's question. Raises UserError for arguments that fit nothing."""
+        question = find_question(self.question)
+        values = resolve_names(opened.cursor, question, parse_arguments(question, self.arguments))
+        readings = read_if_needed(opened.store, opened.run, question, values)
+        table = ask(opened.cursor, self.question, values, self.most_rows + 1, readings)
+        return Answer(self, question, values, opened.run.schema, table)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The rows of a panel."""
+
+    panel: Panel
+    question: Question
+    values: Mapping[str, Value]
+    schema: str
+    whole: pa.Table = field(repr=False)
+    """The rows, with one more than is shown if there are more."""
+
+    @property
+    def table(self) -> pa.Table:
+        return self.whole.slice(0, self.panel.most_rows)
+
+    @property
+    def has_more(self) -> bool:
+        return len(self.whole) > self.panel.most_rows
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.table.to_pylist()
+        return rows
+
+    @property
+    def sql(self) -> str:
+        """The statement that gives these rows in any DuckDB shell with the store's catalog."""
+        limit = f" limit {self.panel.most_rows}" if self.has_more else ""
+        return f"{self.question.as_sql(self.values, self.schema)}{limit};"
+
+    @property
+    def link(self) -> str:
+        """The address of the question's own page, with these arguments."""
+        given = {
+            p.name: self.values[p.name] for p in self.question.parameters if self.values[p.name] != p.default_value
+        }
+        return f"{address_of_run(self.schema)}/ask/{self.question.name}{as_query(given)}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "title": self.panel.title,
+            "question": self.question.name,
+            "arguments": {name: value for name, value in self.values.items() if value is not None},
+            "sql": self.sql,
+            "rows": self.rows,
+            "has_more": self.has_more,
+        }
+
+
+def address_of_run(schema: str) -> str:
+    return f"/runs/{urllib.parse.quote(schema, safe='')}"
+
+
+def as_query(values: Mapping[str, object]) -> str:
+    """Return values as the query of an address; lists as JSON would, without spaces."""
+    given = {name: _as_word(value) for name, value in values.items() if value is not None}
+    return f"?{urllib.parse.urlencode(given)}" if given else ""
+
+
+def _as_word(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,72 @@
+"""Tokens shaded by value, and text of a corpus as a page may show it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from saeflow.runtime.text import brief, sanitise
+
+SHADES = 9
+"""Classes of the style sheet: v1 (weak) to v9 (strong), and n1 to n9 for values below zero."""
+
+LONGEST_PIECE = 200
+"""Characters of a token that a page shows; its JSON has all."""
+
+
+@dataclass(frozen=True)
+class ShadedToken:
+    """A token as a page shows it."""
+
+    text: str
+    value: float
+    shade: str
+    """A class of the style sheet; empty if the feature is silent here."""
+    is_centre: bool = False
+    token_id: int | None = None
+
+
+def shade_of(value: float, strongest: float) -> str:
+    """Return the class of a value, by its share of the strongest value's magnitude."""
+    if not value or not strongest:
+        return ""
+    step = min(SHADES, 1 + int(SHADES * abs(value) / abs(strongest)))
+    return f"{'v' if value > 0 else 'n'}{step}"
+
+
+def shaded(row: Mapping[str, Any], strongest: float | None = None) -> list[ShadedToken]:
+    """Return the tokens of a row with `pieces`, `feature_values`, `place` (from 1) and `token_id` of the centre."""
+    values: Sequence[float] = row["feature_values"]
+    top = strongest or max(map(abs, values), default=0.0)
+    first = row["token_id"] - row["place"] + 1
+    return [
+        ShadedToken(shown_text(piece), value, shade_of(value, top), place == row["place"] - 1, first + place)
+        for place, (piece, value) in enumerate(zip(row["pieces"], values, strict=True))
+    ]
+
+
+def shown_text(text: object) -> str:
+    """Return a text of the corpus on one line, with control and direction characters made visible."""
+    return sanitise(brief(str(text), LONGEST_PIECE))
+
+
+def shown(text: object) -> Markup:
+    """Return a text of the corpus as HTML. Its direction of writing does not reach out of it."""
+    return Markup("<bdi>") + escape(shown_text(text)) + Markup("</bdi>")
+
+
+def number(value: object) -> str:
+    """Return a number for a person: whole ones with separators, others with four significant digits."""
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}"
+    return shown_text(value)
