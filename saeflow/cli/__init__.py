@@ -1,16 +1,17 @@
 """The `saeflow` command. Read `app` first.
 
-app      the command and its families
-common   options, tables and errors that commands share
-run      commands that work: a recipe or one stage of it
-summary  what a run prints at its end
-synth    train on made activations, and score
-store    list, show, check, forget, clear
-ask      questions and SQL
-browse   the pages of a store in a browser
-label    labels and the catalog
-serve    keep pipelines going with Prefect
-doctor   what this machine has
-render   write an answer in a format
-screen   answers on a terminal
+app       the command and its families
+common    options, tables and errors that commands share
+run       commands that work: a recipe or one stage of it
+summary   what a run prints at its end
+synth     train on made activations, and score
+store     list, show, check, forget, clear
+ask       questions and SQL
+browse    the pages of a store in a browser
+label     labels and the catalog
+serve     keep pipelines going with Prefect
+doctor    what this machine has
+render    write an answer in a format
+screen    answers on a terminal
+contexts  tokens in their context on a terminal, shaded by value
 """

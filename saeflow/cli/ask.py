@@ -264,7 +264,7 @@ def doctor_command(store: StoreOption = None) -> None:
     table = new_table("what", "here")
     for name, value in doctor.machine_report(store_path(store)):
         table.add_row(name, value)
-    out.print(table)
+    out.print_table(table)
     for problem in doctor.problems():
         out.print(problem, style="yellow")
 

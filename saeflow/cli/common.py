@@ -79,12 +79,12 @@ RunOption = Annotated[
 
 
 def new_table(*columns: str) -> Table:
-    """Return an empty table with these columns. Only the first column never wraps."""
+    """Return an empty table with these columns, for `Terminal.print_table`. Only the last column may wrap."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=number == 0)
+        table.add_column(column, overflow="fold", no_wrap=number < len(columns) - 1)
     return table
 
 

@@ -75,7 +75,10 @@ def _show_labels(store: Store, run: str, feature: int) -> None:
     table = new_table("label", "source", "score")
     for row in rows:
         table.add_row(*(sanitise("" if value is None else str(value)) for value in row.values()))
-    out.print(table if rows else f"Feature {feature} has no label.")
+    if rows:
+        out.print_table(table)
+    else:
+        out.print(f"Feature {feature} has no label.")
 
 
 @label_commands.command("catalog")

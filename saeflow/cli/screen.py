@@ -7,39 +7,44 @@ from __future__ import annotations
 
 import json
 import math
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 from rich import box
-from rich.cells import cell_len, chop_cells
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from saeflow.cli.contexts import Context, full_width, lines, marked_context, shaded_contexts
 from saeflow.query.text_formats import as_json_value, is_number
-from saeflow.runtime.terminal import Terminal
+from saeflow.runtime.terminal import LONGEST_WORD, Terminal
 from saeflow.runtime.text import sanitise
 
-_MARKED = re.compile("«([^«»]*)»")
 _GAP = 3
-_NARROWEST_CONTEXT = 24
-_NARROWEST_TEXT = 12
+_NARROWEST_CONTEXT = 32
+_READABLE_CONTEXT = 48
 _WIDEST_BESIDE_CONTEXT = 32
+_GO_EARLY, _GO_LATE = ("piece", "token_id", "position"), ("source", "key")
+"""Columns that make room for a readable context, and those that make room for a narrow one. Then the others leave from
+the right. The value stays."""
 
 
 def render_table(table: pa.Table, console: Terminal | None = None, max_rows: int | None = None) -> None:
     """Print a table that fits the console, or one record under the other if no table would fit.
 
-    The token marked in a `context` column stays in sight, highlighted.
+    A context takes one line on a console of any width. Columns beside it that matter less make room.
     """
     console = console or Terminal()
     shown = table if max_rows is None else table.slice(0, max_rows)
-    columns = [
-        _Column(name, is_number(field.type), [_cell_text(name, value) for value in column.to_pylist()])
-        for name, field, column in zip(shown.column_names, shown.schema, shown.columns, strict=True)
-    ]
-    fits = sum(column.least_width + _GAP for column in columns) <= console.width
-    console.print(*(_grid(columns, console.width) if fits else _records(columns, console.width)), sep="\n")
+    columns = list(_columns(shown, console))
+    left_out = list(_make_room(columns, console.width))
+    grid = _grid(columns, console.width)
+    fits = console.least_width(grid) <= console.width
+    for view in [grid] if fits else _records(columns, shown.num_rows, console.width):
+        console.print_table(view)
+    if left_out:
+        console.print(Text(f"No room for: {', '.join(left_out)}. -f csv has every column.", style="dim"))
     if shown.num_rows < table.num_rows:
         console.print(Text(f"{shown.num_rows:,} of {table.num_rows:,} rows shown.", style="dim"))
     elif not table.num_rows:
@@ -51,53 +56,80 @@ class _Column:
     name: str
     is_number: bool
     cells: list[str]
+    contexts: list[Context] | None = None
 
     @property
     def width(self) -> int:
-        return max([cell_len(sanitise(self.name)), *map(cell_len, self.cells)])
+        cells = full_width(self.contexts) if self.contexts else max(map(cell_len, self.cells), default=0)
+        return max(cell_len(self.name), cells)
 
-    @property
-    def least_width(self) -> int:
-        if self.name == "context":
-            return min(self.width, _NARROWEST_CONTEXT)
-        return self.width if self.is_number else max(min(self.width, _NARROWEST_TEXT), cell_len(sanitise(self.name)))
+    def least_width(self, context: int) -> int:
+        """Return the width that keeps words whole, and of a context so many cells."""
+        if self.contexts is not None:
+            return min(self.width, context)
+        words = self.cells if self.is_number else [word for cell in self.cells for word in cell.split()]
+        return max(cell_len(self.name), min(max(map(cell_len, words), default=0), LONGEST_WORD))
+
+    def texts(self, width: int) -> list[Text]:
+        """Return the cells. A context is cut to the width."""
+        return lines(self.contexts, width) if self.contexts is not None else list(map(Text, self.cells))
 
 
-def _grid(columns: list[_Column], width: int) -> list[Table]:
+def _columns(table: pa.Table, console: Terminal) -> Iterator[_Column]:
+    """Yield the columns as they are shown. `pieces`, with their values and place, are one column: the context."""
+    shaded = shaded_contexts(table, console)
+    for name, field, column in zip(table.column_names, table.schema, table.columns, strict=True):
+        if shaded is not None and name == "pieces":
+            yield _Column("context", False, [], shaded)
+        elif shaded is None or name not in ("feature_values", "place"):
+            cells = [_cell_text(name, value) for value in column.to_pylist()]
+            marked = list(map(marked_context, cells)) if name == "context" else None
+            yield _Column(sanitise(name), is_number(field.type), cells, marked)
+
+
+def _make_room(columns: list[_Column], width: int) -> Iterator[str]:
+    """Take columns away until contexts have room, those that matter least first. Yields their names."""
+    order = [*_GO_EARLY, *_GO_LATE]
+    beside = [column for column in reversed(columns) if column.contexts is None and column.name != "value"]
+    beside.sort(key=lambda column: order.index(column.name) if column.name in order else len(order))
+    for column in beside if any(each.contexts for each in columns) else []:
+        context = _READABLE_CONTEXT if column.name in _GO_EARLY else _NARROWEST_CONTEXT
+        if sum(each.least_width(context) + _GAP for each in columns) > width:
+            columns.remove(column)
+            yield column.name
+
+
+def _grid(columns: list[_Column], width: int) -> Table:
     """Return a table with a line for each row. Contexts take the room that is left, on one line."""
-    others = sum(min(c.width, _WIDEST_BESIDE_CONTEXT) + _GAP for c in columns if c.name != "context")
-    room = max(width - others - _GAP, _NARROWEST_CONTEXT)
+    others = [max(min(c.width, _WIDEST_BESIDE_CONTEXT), c.least_width(0)) for c in columns if c.contexts is None]
+    room = max(width - sum(others) - _GAP * len(columns), 1)
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for column in columns:
         view.add_column(
-            Text(sanitise(column.name)),
+            Text(column.name),
             justify="right" if column.is_number else "left",
-            no_wrap=column.is_number or column.name == "context",
-            min_width=column.least_width,
+            no_wrap=column.is_number or column.contexts is not None,
             overflow="fold",
         )
-    for row in zip(*(column.cells for column in columns), strict=True):
-        view.add_row(*(_styled(column.name, cell, room) for column, cell in zip(columns, row, strict=True)))
-    return [view]
+    for row in zip(*(column.texts(room) for column in columns), strict=True):
+        view.add_row(*row)
+    return view
 
 
-def _records(columns: list[_Column], width: int) -> list[Table]:
+def _records(columns: list[_Column], n_rows: int, width: int) -> list[Table]:
     """Return a small table for each row, with a line for each column."""
-    labels = max(cell_len(sanitise(column.name)) for column in columns)
+    labels = max(cell_len(column.name) for column in columns)
+    cells = [column.texts(max(width - labels - 2, 1)) for column in columns]
     views = []
-    for row in zip(*(column.cells for column in columns), strict=True):
+    for number in range(n_rows):
         view = Table(box=None, show_header=False, pad_edge=False)
         view.add_column(style="bold", no_wrap=True)
         view.add_column(overflow="fold")
-        for column, cell in zip(columns, row, strict=True):
-            view.add_row(Text(sanitise(column.name)), _styled(column.name, cell, max(width - labels - 2, 1)))
+        for column, texts in zip(columns, cells, strict=True):
+            view.add_row(Text(column.name), texts[number])
         view.add_row()
         views.append(view)
     return views
-
-
-def _styled(name: str, cell: str, room: int) -> Text:
-    return _highlight_token(cell, room) if name == "context" else Text(cell)
 
 
 def _cell_text(name: str, value: object) -> str:
@@ -135,27 +167,3 @@ def _visible_spaces(piece: str) -> str:
         return "␣" * len(piece)
     before = len(piece) - len(piece.lstrip(" "))
     return "␣" * before + inner + "␣" * (len(piece) - before - len(inner))
-
-
-def _highlight_token(cell: str, room: int) -> Text:
-    """Return the marked token highlighted, with as much text on either side as there is room for."""
-    found = _MARKED.search(cell)
-    if found is None:
-        return Text(cell)
-    token = found[0]
-    rest = max(room - cell_len(token), 0)
-    before, after = cell[: found.start()], cell[found.end() :]
-    left = min(cell_len(before), max(rest // 2, rest - cell_len(after)))
-    return Text.assemble(
-        (_last_cells(before, left), "dim"), (token, "bold yellow"), (_first_cells(after, rest - left), "dim")
-    )
-
-
-def _first_cells(text: str, width: int) -> str:
-    if cell_len(text) <= width:
-        return text
-    return chop_cells(text, width - 1)[0] + "…" if width > 2 else ""
-
-
-def _last_cells(text: str, width: int) -> str:
-    return _first_cells(text[::-1], width)[::-1]

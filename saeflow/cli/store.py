@@ -48,12 +48,13 @@ def ls_command(store: StoreOption = None) -> None:
     Example: `saeflow ls --store data/store`
     """
     opened = existing_store(store)
-    table = new_table("artefact", "generation", "parts", "tokens", "size", "inputs")
+    table = new_table("artefact", "size", "tokens", "generation", "parts", "inputs")
     for artefact in opened.artefacts():
         engine = artefact.record.facts.get("engine")
         inputs = [*artefact.record.inputs, *([f"made by {engine}"] if engine else [])]
-        table.add_row(sanitise(artefact.id), *state_of(artefact), sanitise(", ".join(inputs)))
-    out.print(table)
+        generation, parts, tokens, size = state_of(artefact)
+        table.add_row(sanitise(artefact.id), size, tokens, generation, parts, sanitise(", ".join(inputs)))
+    out.print_table(table, may_go=5)
 
 
 def state_of(artefact: Artefact) -> tuple[str, str, str, str]:
@@ -89,7 +90,7 @@ def show_command(
 
     opened = existing_store(store)
     artefact = _find_artefact(opened, name)
-    out.print(f"{sanitise(artefact.id)}\n{sanitise(str(artefact.path))}")
+    print_line(f"{sanitise(artefact.id)}\n{sanitise(str(artefact.path))}")
     table = new_table("setting", "value")
     for key, value in sorted(artefact.record.facts.items()):
         table.add_row(sanitise(key), sanitise(str(value)))
@@ -100,7 +101,7 @@ def show_command(
     quality = artefact.path / "quality.json"
     for key, value in (read_checked(quality) if quality.is_file() else {}).items():
         table.add_row(sanitise(key), f"{value:.4f}" if isinstance(value, float) else sanitise(str(value)))
-    out.print(table)
+    out.print_table(table)
     for doubt in _doubts_of_import(opened, artefact):
         out.print(sanitise(doubt), style="yellow")
 

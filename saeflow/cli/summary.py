@@ -14,12 +14,8 @@ from saeflow.pipeline.judge import sweep
 from saeflow.query.connection import connect
 from saeflow.query.first_answers import first_answers, next_commands, which_run
 from saeflow.recipe.recipe import Recipe
-from saeflow.runtime.terminal import Terminal
 from saeflow.runtime.text import human_bytes, sanitise
 from saeflow.store.store import Store
-
-_SWEEP_WIDTH = 160
-"""Columns of the terminal that the table of a sweep may use."""
 
 _MASSIVE_SHARE = 0.1
 """From this share of all squared lengths on, the longest 0.1% of the tokens are called massive."""
@@ -43,7 +39,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("judged on", quality["judged_on"])
     for name, seconds in summary.get("seconds", {}).items():
         table.add_row(f"{name} took", f"{seconds:.1f} s")
-    out.print(table)
+    out.print_table(table)
     for doubt in summary["doubts"]:
         out.print(sanitise(doubt), style="yellow")
     if quality.get("longest_share", 0) > _MASSIVE_SHARE:
@@ -67,7 +63,7 @@ def compare_with_forecast(store: Store, recipe: Recipe, summary: dict[str, Any])
     table.add_row("activations and features", human_bytes(foreseen), human_bytes(n_bytes))
     table.add_row("peak memory", human_bytes(known.peak_bytes), human_bytes(peak))
     table.add_row("time", forecast.duration(known.seconds), forecast.duration(seconds))
-    out.print(table)
+    out.print_table(table)
 
 
 def print_answers(store: Store, run: str) -> None:
@@ -85,14 +81,14 @@ def print_answers(store: Store, run: str) -> None:
 
 def print_sweep(table: dict[str, Any], recipe: Path, store: Store) -> None:
     """Print the SAEs of a sweep, each on one line, and the next command."""
-    shown = new_table("SAE", "architecture", "sparsity", "features", "L0", "unexplained", "silent", "on the front")
+    shown = new_table("SAE", "L0", "unexplained", "on the front", "silent", "architecture", "sparsity", "features")
     for row in table["saes"]:
         share = row["silent"] / row["n_features"]
         shown.add_row(
-            row["member"], row["architecture"], row["sparsity"], f"{row['n_features']:,}", f"{row['l0']:.1f}",
-            f"{row['variance_unexplained']:.4f}", f"{share:.1%}", "yes" if row["on_front"] else "",
+            row["member"], f"{row['l0']:.1f}", f"{row['variance_unexplained']:.4f}", "yes" if row["on_front"] else "",
+            f"{share:.1%}", row["architecture"], row["sparsity"], f"{row['n_features']:,}",
         )  # fmt: skip
-    Terminal(file=out.file, width=max(out.width, _SWEEP_WIDTH)).print(shown)
+    out.print_table(shown, may_go=5)
     for row in table["saes"]:
         if row.get("l0_missed"):
             print_line(f"{row['member']}: L0 is {row['l0_missed']}")

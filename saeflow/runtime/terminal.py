@@ -9,13 +9,21 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.text import Text
 
 from saeflow.runtime.text import HOSTILE, harmless_lines
+
+if TYPE_CHECKING:
+    from rich.table import Column, Table
+
+_WIDEST = 10_000
+LONGEST_WORD = 100
+"""Cells of the longest name, path or number that a table keeps on one line. Longer words are folded."""
 
 
 class Terminal(Console):
@@ -32,6 +40,34 @@ class Terminal(Console):
             if segment.control is None and HOSTILE.search(segment.text):
                 segment = Segment(harmless_lines(segment.text), segment.style)
             yield segment
+
+    def print_table(self, table: Table, may_go: int = 0) -> None:
+        """Print a table without breaking a word, so that a name can be copied.
+
+        If the table is too wide, up to `may_go` of its last columns are left out, and a line below says which. What
+        still is too wide reaches beyond the edge.
+        """
+        left_out: list[str] = []
+        while self.least_width(table) > self.width and len(left_out) < may_go:
+            left_out.insert(0, str(table.columns.pop().header))
+        options = self.options.update(width=max(self.width, self.least_width(table)))
+        lines = [Text.assemble(*((s.text, s.style or "") for s in line)) for line in self.render_lines(table, options)]
+        for line in lines:
+            line.rstrip()
+        self.print(Text("\n").join(lines), soft_wrap=True)
+        if left_out:
+            self.print(f"No room for: {', '.join(left_out)}.", style="dim")
+
+    def least_width(self, table: Table) -> int:
+        """Return in how many cells the table can be printed without breaking a word."""
+        for column in table.columns:
+            column.min_width = self._least_width(column)
+        return Measurement.get(self, self.options.update(width=_WIDEST), table).minimum
+
+    def _least_width(self, column: Column) -> int:
+        wide = self.options.update(width=_WIDEST)
+        cells = [Measurement.get(self, wide, cell) for cell in (column.header, *column.cells)]
+        return max(cell.maximum if column.no_wrap else min(cell.minimum, LONGEST_WORD) for cell in cells)
 
     def on_broken_pipe(self) -> None:
         _let_go(self.file.fileno())
