@@ -149,7 +149,7 @@ def plan_command(
     table = new_table("stage", "bytes", "peak memory", "time")
     for row in forecast.rows(found):
         table.add_row(*row)
-    out.print_table(table, may_go=2)
+    out.print_table(table, may_go=("bytes", "time"))
     often = "the first SAE" if found.break_even <= 1 else f"{found.break_even} SAEs"
     print_line(f"Storing beats streaming from {often} on. Next: saeflow run {recipe}")
     when = f"takes less time from {found.keep_from} SAEs on" if found.keep_from else "never takes less time"

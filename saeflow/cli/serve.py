@@ -127,7 +127,7 @@ def _print_schedule(paths: Sequence[Path], recipes: Sequence[Recipe], stores: Se
             more = f", or grown by {about.train_growth:.0%}" if stage == "train" and about.train_growth else ""
             once = "" if when == getattr(recipe.schedule, stage) else " here: once a store"
             table.add_row(recipe.name, stage, f"{when}{once}{more}", shown)
-    out.print_table(table, may_go=1)
+    out.print_table(table, may_go=("when",))
     for path, place in zip(paths, stores, strict=True):
         print_line(f"{path}: store {place}")
     ask = f"saeflow ask --store {shlex.quote(stores[0])}"

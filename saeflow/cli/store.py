@@ -48,13 +48,12 @@ def ls_command(store: StoreOption = None) -> None:
     Example: `saeflow ls --store data/store`
     """
     opened = existing_store(store)
-    table = new_table("artefact", "size", "tokens", "generation", "parts", "inputs")
+    table = new_table("artefact", "generation", "parts", "tokens", "size", "inputs")
     for artefact in opened.artefacts():
         engine = artefact.record.facts.get("engine")
         inputs = [*artefact.record.inputs, *([f"made by {engine}"] if engine else [])]
-        generation, parts, tokens, size = state_of(artefact)
-        table.add_row(sanitise(artefact.id), size, tokens, generation, parts, sanitise(", ".join(inputs)))
-    out.print_table(table, may_go=5)
+        table.add_row(sanitise(artefact.id), *state_of(artefact), sanitise(", ".join(inputs)))
+    out.print_table(table, may_go=("inputs", "parts", "generation", "tokens", "size"))
 
 
 def state_of(artefact: Artefact) -> tuple[str, str, str, str]:

@@ -81,14 +81,15 @@ def print_answers(store: Store, run: str) -> None:
 
 def print_sweep(table: dict[str, Any], recipe: Path, store: Store) -> None:
     """Print the SAEs of a sweep, each on one line, and the next command."""
-    shown = new_table("SAE", "L0", "unexplained", "on the front", "silent", "architecture", "sparsity", "features")
+    shown = new_table("SAE", "architecture", "sparsity", "features", "L0", "unexplained", "silent", "on the front")
+    shown.columns[-1].no_wrap = True
     for row in table["saes"]:
         share = row["silent"] / row["n_features"]
         shown.add_row(
-            row["member"], f"{row['l0']:.1f}", f"{row['variance_unexplained']:.4f}", "yes" if row["on_front"] else "",
-            f"{share:.1%}", row["architecture"], row["sparsity"], f"{row['n_features']:,}",
+            row["member"], row["architecture"], row["sparsity"], f"{row['n_features']:,}", f"{row['l0']:.1f}",
+            f"{row['variance_unexplained']:.4f}", f"{share:.1%}", "yes" if row["on_front"] else "",
         )  # fmt: skip
-    out.print_table(shown, may_go=5)
+    out.print_table(shown, may_go=("architecture", "sparsity", "features", "silent") if out.is_terminal else ())
     for row in table["saes"]:
         if row.get("l0_missed"):
             print_line(f"{row['member']}: L0 is {row['l0_missed']}")

@@ -151,7 +151,7 @@ def print_scores(judged: Sequence[Synth], console: Terminal = out) -> None:
         for name, each in zip(short_names([each.recipe for each in judged]), judged, strict=True):
             found = dataclasses.asdict(each.scores)
             table.add_row(name, *(written.format(found[field]) for field, written, _ in _SCORES.values()))
-        console.print_table(table, may_go=len(_SCORES) - 2)
+        console.print_table(table, may_go=list(_SCORES)[:1:-1])
         console.print()
     console.print_table(meanings)
 

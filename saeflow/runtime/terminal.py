@@ -5,10 +5,11 @@ direction. `tests/system/test_terminal.py` finds any other way of printing.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -41,15 +42,17 @@ class Terminal(Console):
                 segment = Segment(harmless_lines(segment.text), segment.style)
             yield segment
 
-    def print_table(self, table: Table, may_go: int = 0) -> None:
+    def print_table(self, table: Table, may_go: Sequence[str] = ()) -> None:
         """Print a table without breaking a word, so that a name can be copied.
 
-        If the table is too wide, up to `may_go` of its last columns are left out, and a line below says which. What
-        still is too wide reaches beyond the edge.
+        If the table is too wide, columns of `may_go` are left out, the first ones first, and a line below says which.
+        What still is too wide reaches beyond the edge.
         """
         left_out: list[str] = []
-        while self.least_width(table) > self.width and len(left_out) < may_go:
-            left_out.insert(0, str(table.columns.pop().header))
+        while self.least_width(table) > self.width and len(left_out) < len(may_go):
+            left_out.append(may_go[len(left_out)])
+            kept = [column for column in table.columns if column.header != left_out[-1]]
+            table.columns = [dataclasses.replace(column, _index=place) for place, column in enumerate(kept)]
         options = self.options.update(width=max(self.width, self.least_width(table)))
         lines = [Text.assemble(*((s.text, s.style or "") for s in line)) for line in self.render_lines(table, options)]
         for line in lines:
