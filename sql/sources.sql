@@ -7,6 +7,9 @@
 --          one feature that also asks for `feature between low and high` opens no other file.
 -- Ask it:  nothing; everything else reads these views.
 --
+-- A question may have a parameter `source` or `role`, which DuckDB takes for a column of that name, even inside a view.
+-- Views and macros that questions read therefore name the table in front of these two columns.
+--
 -- saeflow replaces each `$$name` below by a read_parquet of those files, or by an empty table if an earlier saeflow
 -- wrote none. `saeflow sql --script` prints this file filled in, followed by the rest of the folder, to be used in the
 -- duckdb shell by hand.
@@ -57,7 +60,7 @@ create or replace view src_feature_histogram as
 select feature_id, bin, n_tokens from $feature_histogram;
 
 create or replace view src_feature_sources as
-select feature_id, source, is_rest, n_tokens, sum_value, sum_squares from $feature_sources;
+select feature_id, stored.source, is_rest, n_tokens, sum_value, sum_squares from $feature_sources as stored;
 
 create or replace view src_feature_positions as
 select feature_id, band, n_tokens, sum_value from $feature_positions;
@@ -69,7 +72,7 @@ create or replace view src_coactivation as
 select feature_id, other_id, n_both from $coactivation;
 
 create or replace view src_encoded_tokens as
-select source, is_rest, band, n_tokens from $encoded_tokens;
+select stored.source, is_rest, band, n_tokens from $encoded_tokens as stored;
 
 create or replace view src_similar as
 select feature_id, other_id, cosine from $similar;
@@ -78,7 +81,7 @@ create or replace view src_logits as
 select feature_id, vocab_id, logit from $logits;
 
 create or replace view src_labels as
-select feature_id, label, source, score from $labels;
+select feature_id, label, stored.source, score from $labels as stored;
 
 create or replace view src_runs as
 select unnest($runs, recursive := true);

@@ -32,6 +32,18 @@ DEEPEST_SQL = 200
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
 _ABOUT_SOURCES = {"compare_sources", "source_contrast"}
 _ABOUT_RUNS = {"compare_runs"}
+_FEATURES = ("feature", "features", "with_feature", "without_feature")
+_NAMES = {
+    "role": (
+        "select 1 from stg_tokens where role = ? limit 1",
+        "select role from stg_tokens where role is not null group by role order by levenshtein(role, ?), role limit 20",
+    ),
+    "document_key": (
+        "select 1 from stg_documents where key = ? limit 1",
+        "select key from stg_documents group by key order by levenshtein(key, ?), key limit 20",
+    ),
+}
+"""Parameters that name something of the corpus: SQL that finds the name, and SQL for the names nearest to it."""
 _SOURCES_SHOWN = 20
 """Sources listed in an error; the error then says how to list them all."""
 
@@ -71,9 +83,13 @@ def resolve_names(
 ) -> dict[str, Value]:
     """Return the values, with runs replaced by the names of their schemas.
 
-    Raises UserError for a feature, source or run that does not exist: that is a typing mistake, not an empty answer.
+    Raises UserError for a feature, source, role, document or run that does not exist: that is a typing mistake, not an
+    empty answer.
     """
-    _refuse_unknown_features(connection, [*_as_list(values.get("feature")), *_as_list(values.get("features"))])
+    _refuse_unknown_features(connection, [each for name in _FEATURES for each in _as_list(values.get(name))])
+    _refuse_unknown_sources(connection, [str(each) for each in _as_list(values.get("source"))])
+    for name in _NAMES.keys() & values.keys():
+        _refuse_unknown_name(connection, name, values[name])
     texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
     if question.name in _ABOUT_SOURCES:
         _refuse_unknown_sources(connection, [str(value) for name, value in values.items() if name in texts])
@@ -114,6 +130,14 @@ def _refuse_unknown_sources(connection: duckdb.DuckDBPyConnection, sources: Sequ
         if hint.startswith("There are") and len(known) > _SOURCES_SHOWN:
             hint = f"There are: {', '.join(known[:_SOURCES_SHOWN])} … (saeflow sql '{sql}')"
         raise UserError(f"There is no source {brief(wrong)!r}. {sanitise(hint)}")
+
+
+def _refuse_unknown_name(connection: duckdb.DuckDBPyConnection, parameter: str, value: Value) -> None:
+    find, nearest = _NAMES[parameter]
+    if value is None or _fetch(connection, find, [value], parameter).num_rows:
+        return
+    hint = did_you_mean(str(value), _fetch(connection, nearest, [value], parameter).column(0).to_pylist())
+    raise UserError(f"There is no {parameter.removesuffix('_key')} {brief(str(value))!r}. {sanitise(hint)}")
 
 
 def _schema_of_run(connection: duckdb.DuckDBPyConnection, run: str) -> str:

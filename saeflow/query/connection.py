@@ -36,6 +36,9 @@ KEPT = {
     "src_vocab_blocks": 32_768,
     "stg_document_places": 200_000,
     "stg_feature_stats": 200_000,
+    "stg_encoded_tokens": 200_000,
+    "stg_shape": 1,
+    "stg_size": 1,
 }
 """Views held in memory if they have at most so many rows: up to 64 MB of blocks, for 17 million tokens."""
 

@@ -122,7 +122,13 @@ class Question:
 
     @property
     def brief(self) -> str:
-        return " ".join([self.name, *(parameter.brief for parameter in self.parameters)])
+        """The question with as many of its parameters as fit a line of 80 columns."""
+        shown = ""
+        for word in (self.name, *(parameter.brief for parameter in self.parameters)):
+            if len(shown) + len(word) > 73:
+                return f"{shown} …"
+            shown = f"{shown} {word}".strip()
+        return shown
 
     @property
     def group(self) -> str:

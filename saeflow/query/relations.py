@@ -55,10 +55,10 @@ def _as_compacted(found: Mapping[str, str], hidden: Sequence[int]) -> dict[str, 
     """Return tokens, documents and blocks of vocabulary ids as they are after the hidden documents are removed."""
     gone = f"document_id in (select unnest({literal([*map(int, hidden)])}::bigint[]))"
     marked = f"(select *, coalesce({gone}, false) as is_gone from {found['tokens']})"
-    emptied = ", ".join(f"if(is_gone, null, {name}) as {name}" for name in ("document_id", *MARK_TYPES))
+    emptied = ", ".join(f"if(is_gone, null, marked.{name}) as {name}" for name in ("document_id", *MARK_TYPES))
     masked = (
         "(select * exclude (is_gone) replace (if(is_gone, 0, vocab_id) as vocab_id, "
-        f"{emptied}, mask and not is_gone as mask) from {marked})"
+        f"{emptied}, mask and not is_gone as mask) from {marked} as marked)"
     )
     touched = f"(select distinct token_id // {BLOCK_TOKENS} from {found['tokens']} where {gone})"
     blocks = (
@@ -73,9 +73,10 @@ def _without_secrets(found: Mapping[str, str], hidden: Sequence[int]) -> dict[st
     """Return the statistics that name entries and sources, without those that only hidden documents have."""
     shown = f"document_id not in (select unnest({literal([*map(int, hidden)])}::bigint[]))"
     entries = f"vocab_id in (select vocab_id from {found['tokens']} where mask and {shown})"
-    sources = f"source is null or source in (select source from {found['documents']} where {shown})"
+    known = f"select known.source from {found['documents']} as known where {shown}"
+    sources = f"stored.source is null or stored.source in ({known})"
     kept = {"feature_vocab": entries, "feature_sources": sources, "encoded_tokens": sources}
-    return {table: f"(select * from {found[table]} where {condition})" for table, condition in kept.items()}
+    return {table: f"(select * from {found[table]} as stored where {condition})" for table, condition in kept.items()}
 
 
 def _read_files(paths: Sequence[str], options: str = "") -> str:

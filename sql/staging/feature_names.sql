@@ -5,6 +5,6 @@
 -- Units:   its own label counts before imported ones; then the best score counts, then the first in text order.
 -- Ask it:  what is feature 12 called?
 create or replace view feature_names as
-select feature_id, first(label order by source = 'own' desc, score desc nulls last, label) as label
+select feature_id, first(label order by src_labels.source = 'own' desc, score desc nulls last, label) as label
 from src_labels
 group by feature_id;

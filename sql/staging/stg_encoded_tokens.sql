@@ -6,6 +6,6 @@
 --          of stg_feature_sources.
 -- Ask it:  how many tokens could have fired?
 create or replace view stg_encoded_tokens as
-select source, is_rest, band, sum(n_tokens)::bigint as n_tokens
+select src_encoded_tokens.source, is_rest, band, sum(n_tokens)::bigint as n_tokens
 from src_encoded_tokens
-group by source, is_rest, band;
+group by src_encoded_tokens.source, is_rest, band;

@@ -9,10 +9,10 @@
 create or replace view stg_feature_sources as
 select
     feature_id,
-    source,
+    src_feature_sources.source,
     is_rest,
     sum(n_tokens)::bigint as n_tokens,
     sum(sum_value)        as sum_value,
     sum(sum_squares)      as sum_squares
 from src_feature_sources
-group by feature_id, source, is_rest;
+group by feature_id, src_feature_sources.source, is_rest;

@@ -5,4 +5,4 @@
 -- Units:   source is own, or names the tool that the label was imported from; score is 0 to 1 or null.
 -- Ask it:  which features have a label of our own?
 create or replace view stg_labels as
-select feature_id, label, source, score from src_labels;
+select feature_id, label, src_labels.source, score from src_labels;

@@ -8,6 +8,6 @@
 --          assistant whether the assistant wrote it. Elsewhere they are null.
 -- Ask it:  which document does token 4711 belong to?
 create or replace view stg_tokens as
-select token_id, vocab_id, document_id, position, mask, char_start, char_end, role, turn, assistant
+select token_id, vocab_id, document_id, position, mask, char_start, char_end, src_tokens.role, turn, assistant
 from src_tokens
 anti join src_hidden using (document_id);

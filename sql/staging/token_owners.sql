@@ -5,8 +5,15 @@
 -- Units:   position counts from 0 inside the sequence; the document has the tokens first_token_id to end_token_id - 1.
 -- Ask it:  from token_owners([0, 4711])
 create or replace macro token_owners(ids) as table
-select token_id, document_id, key, source, token_id % context_length as position, first_token_id, end_token_id
+select
+    token_id,
+    document_id,
+    key,
+    places.source,
+    token_id % context_length as position,
+    first_token_id,
+    end_token_id
 from (select unnest(ids)::bigint as token_id) as wanted
-asof join stg_document_places on wanted.token_id >= stg_document_places.first_token_id
+asof join stg_document_places as places on wanted.token_id >= places.first_token_id
 cross join stg_shape
 where token_id < end_token_id and not is_hidden;

@@ -10,17 +10,23 @@ with owned as materialized (
     select
         token_id as centre,
         key,
-        source,
+        owners.source,
         position,
         unnest(generate_series(
             greatest(first_token_id, token_id - least(greatest(before, 0), 1::bigint << 40)),
             least(end_token_id - 1, token_id + least(greatest(after, 0), 1::bigint << 40))
         )) as token_id
-    from token_owners(ids)
+    from token_owners(ids) as owners
 ),
 spelt as materialized (
-    select centre, token_id, key, source, position, block_vocab_id(vocab_ids, token_id - first_token_id) as vocab_id
-    from (select *, token_id // 512 as block_id from owned)
+    select
+        centre,
+        token_id,
+        key,
+        owned.source,
+        position,
+        block_vocab_id(vocab_ids, token_id - first_token_id) as vocab_id
+    from (select *, token_id // 512 as block_id from owned) as owned
     join stg_vocab_blocks using (block_id)
     where token_id between first_token_id and first_token_id + n_tokens - 1
 )

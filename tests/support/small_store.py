@@ -85,6 +85,8 @@ class Given:
     """Values in a row group of a file."""
     signed: bool = False
     """A run of an autoencoder that keeps values below zero."""
+    roles: dict[int, str] = field(default_factory=dict)
+    """The role of the message that a token is part of."""
 
     def write(self, root: Path) -> Store:
         store = Store.create(root)
@@ -178,6 +180,7 @@ class Given:
                 after = begun[row["document_id"]] = before + self.vocab[row["vocab_id"]]
                 row["char_start"] = len(before.decode("utf-8", "ignore"))
                 row["char_end"] = len(after.decode("utf-8", "replace"))
+                row["role"] = self.roles.get(row["token_id"])
         return rows
 
     def _place(self, part: Sequence[Token]) -> dict[str, int]:
