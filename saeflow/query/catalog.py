@@ -89,8 +89,10 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
         found["labels"] = labels_relation(run.labels)
     conditions = {"encoded": run.encoded, "skip_reason": run.skip_reason}
     if run.roles:
-        roles = literal(list(run.roles))
-        chosen = f"select token_id from {found['tokens']} as spoken where list_contains({roles}, spoken.role)"
+        chosen = (
+            f"select token_id from {found['tokens']} as spoken "
+            f"where list_contains({literal(list(run.roles))}, spoken.role)"
+        )
         conditions["encoded"] += f" and token in ({chosen})"
         conditions["skip_reason"] = f"coalesce({run.skip_reason}, case when token not in ({chosen}) then 'role' end)"
     return text.substitute(found, runs=rows, hidden=literal([*map(int, run.hidden)]), **conditions, **shape)

@@ -73,8 +73,10 @@ def _without_secrets(found: Mapping[str, str], hidden: Sequence[int]) -> dict[st
     """Return the statistics that name entries and sources, without those that only hidden documents have."""
     shown = f"document_id not in (select unnest({literal([*map(int, hidden)])}::bigint[]))"
     entries = f"vocab_id in (select vocab_id from {found['tokens']} where mask and {shown})"
-    known = f"select known.source from {found['documents']} as known where {shown}"
-    sources = f"stored.source is null or stored.source in ({known})"
+    sources = (
+        "stored.source is null or stored.source in "
+        f"(select known.source from {found['documents']} as known where {shown})"
+    )
     kept = {"feature_vocab": entries, "feature_sources": sources, "encoded_tokens": sources}
     return {table: f"(select * from {found[table]} as stored where {condition})" for table, condition in kept.items()}
 
