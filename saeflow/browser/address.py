@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from saeflow.browser.panels import address_of_run, as_query
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import brief
+
 FILTER = (
     "source", "document_key", "since", "until", "role", "threshold", "with_feature", "without_feature",
 )  # fmt: skip
 """Parameters that every filtered question ends with."""
+
+WINDOW = ("before", "after")
+"""Tokens on either side of a context."""
 
 IN_WORDS = {
     "source": "source",
@@ -30,7 +37,10 @@ class Filter:
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Filter:
-        return cls({name: query[name] for name in FILTER if query.get(name, "").strip()})
+        given = {name: query[name] for name in FILTER if query.get(name, "").strip()}
+        if set(given.get("threshold", "")) <= set("0. "):  # 0 keeps every value
+            given.pop("threshold", None)
+        return cls(given)
 
     def __bool__(self) -> bool:
         return bool(self.values)
@@ -61,3 +71,24 @@ class Asked:
 
     def switch(self, name: str) -> bool:
         return self.query.get(name, "") in ("1", "on", "yes")
+
+    def count(self, name: str, default: int, most: int) -> int:
+        """Return a number of the query that is not below 0, at most `most`. Raises UserError if it is none."""
+        word = self.query.get(name, "").strip()
+        if word and not (word.isascii() and word.isdigit()):
+            raise UserError(f"{name} is {brief(word)!r}, but it must be a whole number from 0 to {most}.")
+        return min(int(word[:20]), most) if word else default
+
+    def link(self, **changes: object) -> str:
+        """Return this address with words of its query replaced. None takes one out."""
+        return self.address.partition("?")[0] + as_query({**self.query, **changes})
+
+    @property
+    def unfiltered(self) -> str:
+        return self.link(**dict.fromkeys(FILTER))
+
+
+def address_of_panel(schema: str, feature: int, panel: str, values: Mapping[str, object]) -> str:
+    """Return the address of a panel's own page. The filter and the window of the contexts come along."""
+    kept = {name: values.get(name) or None for name in FILTER} | {name: values.get(name) for name in WINDOW}
+    return f"{address_of_run(schema)}/features/{feature}/{panel}{as_query(kept)}"

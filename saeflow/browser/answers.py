@@ -15,10 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from saeflow.browser import charts, shading
-from saeflow.browser.address import Asked
-from saeflow.browser.panels import Answer, address_of_run, as_query
+from saeflow.browser.address import Asked, address_of_panel
+from saeflow.browser.panels import Answer, address_of_run, address_of_token, as_query
 from saeflow.query.text_formats import as_csv, as_json_value
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import sanitise
 
 FORMATS = ("json", "csv", "parquet")
 
@@ -82,15 +83,20 @@ def environment() -> Environment:
     functions: dict[str, Callable[..., Any]] = {
         "shown": shading.shown,
         "number": shading.number,
-        "shaded": shading.shaded,
+        "marked": shading.marked,
+        "piece": shading.piece,
+        "lines": lambda text: shading.lines(sanitise(str(text))),
         "chart": charts.chart,
         "as_query": as_query,
         "address_of_run": address_of_run,
+        "address_of_panel": address_of_panel,
+        "address_of_token": address_of_token,
     }
     made.globals.update(functions)
     made.filters.update(shown=shading.shown, number=shading.number)
     views: dict[str, Any] = {}
     made.globals["views"] = views
-    views.update(vars(made.get_template("views.html").module))
+    for name in made.list_templates(filter_func=lambda name: name.endswith("views.html")):
+        views.update(vars(made.get_template(name).module))
     made.globals["panel"] = views["panel"]
     return made

@@ -47,7 +47,7 @@ def histogram() -> Any:
     import altair
 
     return _base().mark_bar().encode(
-        x=altair.X("from_value:Q", title="value", scale=altair.Scale(type="symlog", constant=0.1)),
+        x=altair.X("from_value:Q", bin="binned", title="value", scale=altair.Scale(type="symlog", constant=0.1)),
         x2="to_value:Q",
         y=altair.Y("n_tokens:Q", title="tokens"),
         tooltip=["from_value:Q", "to_value:Q", "n_tokens:Q"],

@@ -95,6 +95,12 @@ def address_of_run(schema: str) -> str:
     return f"/runs/{urllib.parse.quote(schema, safe='')}"
 
 
+def address_of_token(schema: str, key: str, token_id: int | None, feature: int | None = None) -> str:
+    """Return the address of a document's page, at this token or at the document's beginning."""
+    place = "" if token_id is None else f"#t{token_id}"
+    return f"{address_of_run(schema)}/doc{as_query({'key': key, 'feature': feature, 'at': token_id})}{place}"
+
+
 def as_query(values: Mapping[str, object]) -> str:
     """Return values as the query of an address; lists as JSON would, without spaces."""
     given = {name: _as_word(value) for name, value in values.items() if value is not None}

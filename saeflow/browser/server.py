@@ -125,7 +125,7 @@ class Application:
 
 def asked_of(request: Request, form: dict[str, str] | None = None) -> Asked:
     query = {name: value for name, value in request.query_params.items() if "\0" not in value}
-    address = request.scope["path"] + (f"?{urllib.parse.urlencode(query)}" if query else "")
+    address = urllib.parse.quote(request.scope["path"]) + (f"?{urllib.parse.urlencode(query)}" if query else "")
     return Asked(request.path_params, query, form or {}, address)
 
 

@@ -48,6 +48,35 @@ def shaded(row: Mapping[str, Any], strongest: float | None = None) -> list[Shade
     ]
 
 
+def marked(row: Mapping[str, Any], strongest: float | None = None) -> Markup:
+    """Return a context as HTML: a mark for each token with a value and for the centre, which says its value.
+
+    Silent tokens between them are plain text, so that a page stays short. The style sheet hides or shows line breaks.
+    """
+    html = "".join(
+        f'<mark class="{token.shade}{" c" * token.is_centre}" tabindex="0">{lines(token.text)}'
+        f"<i> {number(token.value)}</i></mark>"
+        if token.value or token.is_centre
+        else lines(token.text)
+        for token in shaded(row, strongest)
+    )
+    return Markup("<bdi>") + Markup(html) + Markup("</bdi>")
+
+
+def lines(text: str) -> Markup:
+    """Return shown text as HTML, with a break after each ↵."""
+    return Markup(escape(text).replace("↵", Markup("↵<br>")))
+
+
+def piece(text: object) -> Markup:
+    """Return a vocabulary entry as HTML, with the spaces at its ends made visible."""
+    whole = shown_text(text)
+    inner = whole.strip(" ")
+    before = len(whole) - len(whole.lstrip(" "))
+    drawn = "␣" * before + inner + "␣" * (len(whole) - before - len(inner))
+    return Markup('<bdi class="piece">') + escape(drawn) + Markup("</bdi>")
+
+
 def shown_text(text: object) -> str:
     """Return a text of the corpus on one line, with control and direction characters made visible."""
     return sanitise(brief(str(text), LONGEST_PIECE))

@@ -23,7 +23,7 @@ def test_a_page_answers_as_html_and_as_json(pages: TestClient):
     html, json = pages.get(address), pages.get(f"{address}.json")
     assert html.status_code == json.status_code == 200
     assert "Feature 0" in html.text
-    assert json.json()["panels"].keys() >= {"values", "contexts"}
+    assert json.json()["panels"].keys() >= {"values", "examples"}
 
 
 def test_the_rows_of_a_question_come_as_csv_and_parquet(pages: TestClient):

@@ -1,8 +1,11 @@
-"""One feature: numbers, values, contexts, neighbours; its label can be changed."""
+"""One feature: numbers, values, contexts, neighbours, all under a filter; its label can be changed."""
 
 from __future__ import annotations
 
-from saeflow.browser.address import Asked
+from collections.abc import Mapping
+from dataclasses import replace
+
+from saeflow.browser.address import FILTER, IN_WORDS, WINDOW, Asked, address_of_panel
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
 from saeflow.browser.panels import Panel, address_of_run
@@ -13,30 +16,86 @@ from saeflow.runtime.errors import UserError
 OWN = "own"
 """The file of labels that people write."""
 
+BESIDE = ("numbers", "values", "logits", "similar", "companions")
+"""Panels in the narrow column."""
+
+LATER = ("near_misses",)
+"""Panels that a page fetches when they are looked at: they read more than the feature's own tokens."""
+
+ALONE = ("strongest", "bands", "random")
+"""Panels that are pages of their own: a feature's page shows the first rows of each, which one question gives."""
+
+LARGEST = (1 << 63) - 1
+"""No feature has a larger number."""
+
+WIDEST = 100
+"""Most tokens on either side of a context."""
+
+MOST_CONTEXTS = 200
+"""Most contexts of a panel that is a page of its own."""
+
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
-    feature = number_of(asked)
-    answers = [panel.ask(opened) for panel in panels(feature)]
-    label = opened.cursor.execute("select label from feature_names where feature_id = ?", [feature]).fetchone()
-    more = {"feature": feature, "label": label[0] if label else ""}
-    return Page("feature.html", f"Feature {feature}", answers, opened.run.schema, more)
+    every = panels(asked, number_of(asked))
+    later = [panel for panel in every if panel.name in LATER and not asked.switch("all")]
+    return _page_of(asked, opened, [panel for panel in every if panel not in later and panel.name not in ALONE], later)
+
+
+def one_panel(asked: Asked, opened: OpenedRun) -> Page:
+    """Return a page of one panel, with more rows. A feature's page fetches the panels that come later from here."""
+    chosen = next((panel for panel in panels(asked, number_of(asked)) if panel.name == asked.path["panel"]), None)
+    if chosen is None:
+        raise UserError("A feature has no such panel.")
+    most = asked.count("n", 0, MOST_CONTEXTS)
+    if most and "n" in chosen.arguments:
+        chosen = replace(chosen, arguments={**chosen.arguments, "n": most})
+    return _page_of(asked, opened, [chosen], [])
+
+
+def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel]) -> Page:
+    feature, schema = number_of(asked), opened.run.schema
+    answers = [panel.ask(opened) for panel in now]
+    name = opened.cursor.execute("select label from feature_names where feature_id = ?", [feature]).fetchone()
+    about = {"feature": feature, "label": name[0] if name else ""}
+    more = {
+        **about, "data": about, "beside": BESIDE, "widest": WIDEST, "window": window_of(asked),
+        "later": [(panel, address_of_panel(schema, feature, panel.name, asked.query)) for panel in later],
+        "fields": [(field, IN_WORDS[field]) for field in FILTER],
+    }  # fmt: skip
+    return Page("feature.html", f"Feature {feature}", answers, schema, more)
 
 
 def number_of(asked: Asked) -> int:
     """Return the feature of the address. Raises UserError if it is no whole number."""
-    values = parse_arguments(find_question("contexts"), {"feature": asked.path["feature"]})
-    found = values["feature"]
+    found = parse_arguments(find_question("contexts"), {"feature": asked.path["feature"]})["feature"]
     assert isinstance(found, int)
     return found
 
 
-def panels(feature: int) -> list[Panel]:
-    about = {"feature": feature}
+def window_of(asked: Asked) -> dict[str, int]:
+    """Return how many tokens are shown before and after those of a context."""
+    return {name: asked.count(name, 12, WIDEST) for name in WINDOW}
+
+
+def panels(asked: Asked, feature: int) -> list[Panel]:
+    """Return the panels of a feature, under the filter of the address."""
+    about: Mapping[str, object] = {"feature": feature}
+    companions = ("coactive_features", about)
+    under = {**about, **asked.filter.values}
+    shown = {**under, **window_of(asked)}
+    values, counted = ("feature_values", under) if asked.filter else ("feature_histogram", about)
+    whole = "The filter does not change this panel." if asked.filter else ""
     return [
-        Panel("values", "Values", "feature_histogram", about, "histogram"),
-        Panel("contexts", "Strongest contexts", "contexts", {**about, "n": 10}, "contexts"),
-        Panel("logits", "Next tokens", "feature_logits", about),
-        Panel("similar", "Similar directions", "similar_features", about, most_rows=10),
+        Panel("numbers", "Numbers", "feature_numbers", under, "facts"),
+        Panel("values", "Values", values, counted, "histogram"),
+        Panel("logits", "Next tokens", "feature_logits", about, "logits", about=whole),
+        Panel("similar", "Similar directions", "similar_features", about, "neighbours", 10, whole),
+        Panel("companions", "Features that fire together", *companions, "neighbours", 10),
+        Panel("examples", "Contexts", "feature_examples", shown, "examples"),
+        Panel("strongest", "Strongest contexts", "feature_contexts", {**shown, "n": 50}, "contexts"),
+        Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),
+        Panel("random", "Random contexts", "random_contexts", {**shown, "n": 50}, "contexts"),
+        Panel("near_misses", "Near misses", "near_miss_contexts", {**shown, "n": 10}, "near_misses"),
     ]
 
 

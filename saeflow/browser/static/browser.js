@@ -17,6 +17,44 @@
     window.vegaEmbed?.(place, spec, options);
   }
 
+  // The slider of a histogram counts the tokens left; the count is exact, because it stops at the edges of bins.
+  for (const slider of document.querySelectorAll(".slider")) {
+    const rows = JSON.parse(slider.parentElement.querySelector("figure.chart script").textContent).datasets.rows;
+    const [range, output] = slider.querySelectorAll("input, output");
+    const all = rows.reduce((sum, row) => sum + row.n_tokens, 0);
+    const tell = () => {
+      const left = rows.slice(range.value).reduce((sum, row) => sum + row.n_tokens, 0);
+      const from = rows[range.value].from_value;
+      output.textContent = `${from.toPrecision(4)}: ${left.toLocaleString("en")} tokens left (${((100 * left) / all).toPrecision(3)} %)`;
+    };
+    range.addEventListener("input", tell);
+    range.addEventListener("change", () => {
+      const field = document.querySelector(".filter [name=threshold]");
+      if (field) field.value = range.value > 0 ? rows[range.value].from_value : "";
+    });
+    slider.hidden = false;
+    tell();
+  }
+
+  // Panels that read much come when they are looked at.
+  const later = new IntersectionObserver((entries) => {
+    for (const entry of entries.filter((each) => each.isIntersecting)) {
+      later.unobserve(entry.target);
+      fetch(entry.target.querySelector("a").href)
+        .then((answer) => answer.text())
+        .then((text) => new DOMParser().parseFromString(text, "text/html").getElementById(entry.target.id))
+        .then((found) => found && entry.target.replaceWith(found))
+        .catch(() => {});
+    }
+  });
+  document.querySelectorAll(".later").forEach((panel) => later.observe(panel));
+
+  // An address says only what was filled in.
+  for (const form of document.querySelectorAll("form.filter"))
+    form.addEventListener("formdata", (event) => {
+      for (const [name, value] of [...event.formData]) if (value === "") event.formData.delete(name);
+    });
+
   let chosen = -1;
   const items = () => [...document.querySelectorAll(".list tbody tr, .contexts li")];
   const choose = (step) => {

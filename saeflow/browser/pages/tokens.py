@@ -1,0 +1,48 @@
+"""Vocabulary entries with the features that fire on them, and one token of the corpus with its features."""
+
+from __future__ import annotations
+
+from saeflow.browser.address import Asked
+from saeflow.browser.answers import Page
+from saeflow.browser.connections import OpenedRun
+from saeflow.browser.panels import Panel
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import brief
+
+MOST_ENTRIES = 100
+
+
+def search(asked: Asked, opened: OpenedRun) -> Page:
+    """Return the vocabulary entries that contain a text, or only the form if none is given."""
+    panel = Panel("entries", "Vocabulary entries", "search_token", asked.given("text"), "table", MOST_ENTRIES)
+    answers = [panel.ask(opened)] if asked.given("text") else []
+    return Page("tokens.html", "Tokens", answers, opened.run.schema)
+
+
+def entry(asked: Asked, opened: OpenedRun) -> Page:
+    """Return the features that fire on a vocabulary entry."""
+    found = opened.cursor.execute(
+        "select piece from stg_vocab where vocab_id = ?", [_number(asked, "vocab")]
+    ).fetchone()
+    if found is None:
+        raise UserError(f"There is no vocabulary entry {asked.path['vocab']}.")
+    about = {"vocab": asked.path["vocab"], **asked.filter.values}
+    panel = Panel("features", "Features that fire on it", "entry_features", about, most_rows=50)
+    return Page("tokens.html", f"Token {found[0]}", [panel.ask(opened)], opened.run.schema)
+
+
+def at(asked: Asked, opened: OpenedRun) -> Page:
+    """Return the features that fire at one token of the corpus."""
+    about = {"token": _number(asked, "token")}
+    place = Panel("place", "In the text", "context", {**about, "before": 30, "after": 30}, "place").ask(opened)
+    if not place.rows:
+        raise UserError(f"The corpus has no token {about['token']}.")
+    features = Panel("features", "Features that fire here", "token_features", about, most_rows=100)
+    return Page("panels.html", f"Token {about['token']}", [place, features.ask(opened)], opened.run.schema)
+
+
+def _number(asked: Asked, name: str) -> int:
+    word = asked.path[name]
+    if not (word.isascii() and word.isdigit() and len(word) < 19):
+        raise UserError(f"{name} is {brief(word)!r}, but it must be a whole number.")
+    return int(word)
