@@ -37,6 +37,7 @@ KEPT = {
     "stg_document_places": 200_000,
     "stg_feature_stats": 200_000,
     "stg_encoded_tokens": 200_000,
+    "stg_parts": 1,
     "stg_shape": 1,
     "stg_size": 1,
 }

@@ -30,17 +30,19 @@ SUBJECTS = 48
 """Features that a document is about: half of its tokens' features are among them."""
 
 
-def make(store: Store, n_values: int, part_tokens: int = 262_144, n_threads: int = 2) -> Artefact:
+def make(
+    store: Store, n_values: int, part_tokens: int = 262_144, n_threads: int = 2, n_features: int = N_FEATURES
+) -> Artefact:
     """A published run of about so many values, in parts."""
     source = _tokens(store, n_values // PER_TOKEN, part_tokens)
     target = store.artefact("features", "made", f"{n_values:08x}"[:8])
-    facts = {"n_features": N_FEATURES, "context_length": LENGTH, "site": "made"}
+    facts = {"n_features": n_features, "context_length": LENGTH, "site": "made"}
     target.create(facts, [source.id, f"activations/made-{source.fp}", f"saes/made-{source.fp}"])
     used = TokenSelection(source)
 
     def work(part: PartRecord) -> PartRecord:
         use_one_thread()
-        return _values(target, used, part)
+        return _values(target, used, part, n_features)
 
     with target.writing(), ThreadPoolExecutor(n_threads) as pool:
         target.publish(list(pool.map(work, source.published().parts)))
@@ -86,23 +88,23 @@ def _documents(owners: np.ndarray, base: int) -> pa.Table:
     )
 
 
-def _values(target: Artefact, used: TokenSelection, part: PartRecord) -> PartRecord:
+def _values(target: Artefact, used: TokenSelection, part: PartRecord, n_features: int) -> PartRecord:
     about = read_token_columns(used, part.index)
     counts: dict[str, int] = {}
     with target.new_part(part.index, counts, {"tokens": part.folder, "activations": part.folder}) as folder:
-        writer = PartWriter(folder, counts, about, N_FEATURES)
+        writer = PartWriter(folder, counts, about, n_features)
         for start in range(0, len(about.mask), 16_384):
             ids = np.arange(start, min(start + 16_384, len(about.mask)))
-            writer.take(about.first_token + ids, sparse_values(part.index, start, len(ids)))
+            writer.take(about.first_token + ids, sparse_values(part.index, start, len(ids), n_features=n_features))
         writer.close()
     return target.made[part.index]
 
 
-def sparse_values(*seed: int) -> SparseValues:
+def sparse_values(*seed: int, n_features: int = N_FEATURES) -> SparseValues:
     """Values of consecutive tokens; `seed` ends with how many."""
     dice, n = np.random.default_rng(seed), seed[-1]
-    by_rank = np.random.default_rng(0).permutation(N_FEATURES)
-    rates = np.cumsum(1 / np.arange(1, N_FEATURES + 1) ** 0.9)
+    by_rank = np.random.default_rng(0).permutation(n_features)
+    rates = np.cumsum(1 / np.arange(1, n_features + 1) ** 0.9)
     documents = np.arange(n) // 700
     subjects = _drawn(dice, rates, (documents[-1] + 1, SUBJECTS))
     own = subjects[documents[:, None], dice.integers(0, SUBJECTS, (n, PER_TOKEN // 2))]
@@ -116,4 +118,4 @@ def sparse_values(*seed: int) -> SparseValues:
 
 
 def _drawn(dice: np.random.Generator, rates: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.minimum(np.searchsorted(rates, dice.random(shape) * rates[-1]), N_FEATURES - 1)
+    return np.minimum(np.searchsorted(rates, dice.random(shape) * rates[-1]), len(rates) - 1)

@@ -190,15 +190,19 @@ def made(folder: Path, n_values: int) -> tuple[Made, float]:
     run = _made_run.make(store, n_values)
     source = store.by_id(run.record.inputs[0])
     began = time.perf_counter()
-    used, parts = TokenSelection(source), run.published().parts
-    with QUIET.bar("compact", None, "values") as bar:
-        for group in compaction.plan_merges(parts, used.spans):
-            compaction.replace_group(run, group, compaction.merge_whole_parts(run, used, group, bar), clear=True)
+    compact(run, source)
     seconds = time.perf_counter() - began
     connection = connect(store)
     counts = counts_of(connection)
     every = asked(counts, source.published().total("n_tokens"))
     return Made(store, run, connection, every), int(counts.sum()) / seconds
+
+
+def compact(run: Artefact, source: Artefact) -> None:
+    used, parts = TokenSelection(source), run.published().parts
+    with QUIET.bar("compact", None, "values") as bar:
+        for group in compaction.plan_merges(parts, used.spans):
+            compaction.replace_group(run, group, compaction.merge_whole_parts(run, used, group, bar), clear=True)
 
 
 def counts_of(connection: duckdb.DuckDBPyConnection) -> np.ndarray:

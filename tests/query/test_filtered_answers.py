@@ -197,6 +197,73 @@ def near_miss_contexts(filter: Filter, ask: Ask) -> None:
                 the_context_is_right(filter, row, feature, before, after)
 
 
+def feature_entries(filter: Filter, ask: Ask) -> None:
+    for feature in filter.features:
+        found = defaultdict(list)
+        for token, value in filter.firing(feature).items():
+            found[filter.slow.by_id[token].vocab_id].append(value)
+        ordered = sorted(found, key=lambda entry: (-len(found[entry]), entry))[:2]
+        n = len(filter.firing(feature))
+        expected = [
+            (entry, filter.slow.given.vocab[entry].decode("utf-8", "replace"), len(found[entry]), len(found[entry]) / n)
+            for entry in ordered
+        ]
+        rows = ask("feature_entries", feature=feature, n=2)
+        assert [tuple(row.values())[:4] for row in rows] == expected
+        assert [row["mean_value"] for row in rows] == pytest.approx([np.mean(found[entry]) for entry in ordered])
+
+
+def feature_documents(filter: Filter, ask: Ask) -> None:
+    for feature in filter.features:
+        found: dict[int, dict[int, float]] = defaultdict(dict)
+        for token, value in filter.firing(feature).items():
+            found[filter.slow.owner(token)][token] = value
+        ordered = sorted(found, key=lambda i: (-math.fsum(map(abs, found[i].values())), i))[:3]
+        rows = ask("feature_documents", feature=feature, n=3)
+        assert [row["document_id"] for row in rows] == ordered
+        for row in rows:
+            mine = found[row["document_id"]]
+            assert row["rate"] == len(mine) / len(filter.slow.given.documents[row["document_id"]].pieces)
+            assert (row["n_tokens"], row["sum_value"]) == (len(mine), pytest.approx(math.fsum(mine.values())))
+            assert (row["max_value"], mine[row["top_token_id"]]) == (peak(mine.values()),) * 2
+
+
+def feature_sources(filter: Filter, ask: Ask) -> None:
+    for feature in filter.features:
+        sizes = Counter(filter.slow.by_id[token].source for token in filter.encoded())
+        found = defaultdict(list)
+        for token, value in filter.firing(feature).items():
+            found[filter.slow.by_id[token].source].append(value)
+        rows = ask("feature_sources", feature=feature)
+        assert {row["source"]: (row["n_tokens"], row["n_encoded"]) for row in rows} == {
+            source: (len(found[source]), n) for source, n in sizes.items()
+        }
+        for row in rows:
+            mine = found[row["source"]]
+            assert (row["rate"], row["max_value"]) == (len(mine) / row["n_encoded"], peak(mine))
+            assert row["mean_value"] == (pytest.approx(np.mean(mine)) if mine else None)
+        assert [row["rate"] for row in rows] == sorted((row["rate"] for row in rows), reverse=True)
+
+
+def feature_companions(filter: Filter, ask: Ask) -> None:
+    encoded = set(filter.encoded())
+    for feature in filter.features:
+        mine, expected = set(filter.firing(feature)), []
+        for other in range(filter.slow.given.n_features):
+            both, n_other = len(mine & set(filter.slow.firing(other))), len(encoded & set(filter.slow.firing(other)))
+            if both and other != feature:
+                jaccard = both / (len(mine) + n_other - both)
+                pmi = math.log2(both * len(encoded) / (len(mine) * n_other))
+                expected.append((-jaccard, -both, other, len(mine), n_other, pytest.approx(pmi)))
+        rows = ask("feature_companions", feature=feature, n=60)  # more than are stored: counted
+        found = [
+            (-row["jaccard"], -row["n_both"], row["other_id"], row["n_feature"], row["n_other"], row["pmi"])
+            for row in rows
+        ]
+        assert found == sorted(expected, key=lambda row: row[:3])
+        assert ask("feature_companions", feature=feature, n=3) == rows[:3]
+
+
 def feature_examples(filter: Filter, ask: Ask) -> None:
     """Its parts are the answers of the questions that it gathers; random tokens are drawn apart."""
     for feature, (before, after) in itertools.product(filter.features, WINDOWS[:2]):
@@ -226,6 +293,7 @@ def in_draw(tokens: list[int], seed: int) -> list[int]:
 
 FILTERED = (
     feature_numbers, feature_values, feature_contexts, feature_bands, random_contexts, near_miss_contexts,
+    feature_entries, feature_documents, feature_sources, feature_companions,
     feature_examples,
 )  # fmt: skip
 
