@@ -5,6 +5,7 @@ The pages stay readable without a build, and the tests call `made` to see the te
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,13 @@ def _file(name: str) -> str:
     return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
 
 
+def _notebook(name: str) -> str:
+    """The cells of a notebook, without its title."""
+    cells = json.loads((ROOT / name).read_text("utf-8"))["cells"]
+    texts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if is_code else text for text, is_code in texts).partition("\n")[2]
+
+
 MAKERS = {
     "recipe": recipe.page,
     "commands": commands.page,
@@ -38,6 +46,7 @@ MAKERS = {
     "compression": measured.compression,
     "house": house.page,
     "file": _file,
+    "notebook": _notebook,
 }
 
 

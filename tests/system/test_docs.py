@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
 import tomllib
@@ -22,6 +25,7 @@ from saeflow.cli import app as cli
 from saeflow.cli import common
 from saeflow.query.questions import questions
 from saeflow.recipe.recipe import parse_recipe
+from tests.support.notebook import cells
 from tests.support.small_pipeline import Ingredients, a_table, documents, recipe_data, write_corpus, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -298,3 +302,48 @@ def test_files_that_a_page_names_are_there(page: Page) -> None:
     """Paths from the root in code: whoever moves a file finds the pages that name it."""
     named = re.findall(r"`((?:saeflow|flows|sql|tests|data|docs)/[\w./-]+)`", page.text)
     assert [path for path in named if not (ROOT / path).exists() and not path.startswith("data/store")] == []
+
+
+NOTEBOOK = DOCS / "tutorial.ipynb"
+
+
+def test_the_notebook_is_one_of_version_4_5_without_outputs() -> None:
+    found = json.loads(NOTEBOOK.read_text("utf-8"))
+    assert (found["nbformat"], found["nbformat_minor"]) == (4, 5)
+    assert found["metadata"]["kernelspec"]["name"] == "python3"
+    assert len({cell["id"] for cell in found["cells"]}) == len(found["cells"])
+    for cell in found["cells"]:
+        assert re.fullmatch(r"[\w-]{1,64}", cell["id"])
+        assert cell["metadata"] == {}
+        assert cell.get("outputs", []) == []
+        assert cell.get("execution_count") is None
+    assert generator().made("<!-- made: notebook docs/tutorial.ipynb -->").count("```python") == len(cells(NOTEBOOK))
+
+
+def test_the_first_cell_of_the_notebook_installs_the_clone_with_the_pinned_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.chdir(DOCS)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda words, check: commands.append(words))
+    exec(next(iter(cells(NOTEBOOK).values())), {})
+    (pin,) = re.findall(r"^torch==.*$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", pin, str(ROOT)]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("has_demo", [False, True], ids=["toys alone", "with a demo"])
+def test_the_notebook_runs(has_demo: bool, prepared: Path, tmp_path: Path) -> None:
+    store = prepared / "data" / "store" if has_demo else tmp_path / "none"
+    environment = os.environ | {"SAEFLOW_STORE": str(store), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-m", "tests.support.notebook", NOTEBOOK.name]
+    done = subprocess.run(command, cwd=DOCS, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = dict(re.findall(r"^--- ([\w-]+)\n(.*?)(?=^--- |\Z)", done.stdout, re.MULTILINE | re.DOTALL))
+    pictures = [cell for cell, text in said.items() if "picture" in text]
+    assert pictures == ["neurons", "article", "article-heat-map", "sql", *(["density", "sources"] if has_demo else [])]
+    for meaning in ("1: an animal", "2: a machine", "3: not an animal"):
+        assert re.search(rf"^{meaning} +f\d", said["reading"], re.MULTILINE)
+    assert ("make demo" in said["demo"]) == (not has_demo)
+    assert ("Jerusal" in said["contexts"]) == has_demo
