@@ -39,7 +39,7 @@ _NAMES = {
         "select role from stg_tokens where role is not null group by role order by levenshtein(role, ?), role limit 20",
     ),
     "document_key": (
-        "select 1 from stg_documents where key = ? limit 1",
+        "select 1 from stg_document_places where key = $1 union all select 1 from stg_documents where key = $1 limit 1",
         "select key from stg_documents group by key order by levenshtein(key, ?), key limit 20",
     ),
 }
@@ -87,7 +87,6 @@ def resolve_names(
     empty answer.
     """
     _refuse_unknown_features(connection, [each for name in _FEATURES for each in _as_list(values.get(name))])
-    _refuse_unknown_sources(connection, [str(each) for each in _as_list(values.get("source"))])
     for name in _NAMES.keys() & values.keys():
         _refuse_unknown_name(connection, name, values[name])
     texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,9 @@ KEPT = {
 }
 """Views held in memory if they have at most so many rows: up to 64 MB of blocks, for 17 million tokens."""
 
+KEPT_FOR_PAGES = {"stg_summaries": 300_000, "feature_names": 300_000, "stg_feature_histogram": 4_000_000}
+"""Views that lists of features read whole. They are worth their reading if a connection answers many questions."""
+
 
 def connect(
     store: Store, run: str | None = None, memory_limit: str | None = None, threads: int | None = None
@@ -62,13 +65,15 @@ def connect_to_run(
     memory_limit: str | None = None,
     threads: int | None = None,
     many_files: int = MANY_FILES,
+    for_pages: bool = False,
 ) -> tuple[Run, duckdb.DuckDBPyConnection]:
-    """Return the run, and its connection as `connect` gives it."""
+    """Return the run, and its connection as `connect` gives it. Labels that change later are not seen `for_pages`."""
     every, made = runs(store), False
     while not made:
         current, connection = pick_run(store, every, run), open_duckdb(store, memory_limit, threads)
         try:
             _make_views(connection, every, current, many_files)
+            _keep_small_views(connection, current, KEPT_FOR_PAGES if for_pages else {})
             made = True
         except QUERY_ERRORS as error:
             connection.close()
@@ -85,7 +90,7 @@ def _make_views(
 ) -> None:
     for statement in definitions(every, current, many_files):
         connection.execute(statement)
-    _keep_small_views(connection, current)
+    _keep_small_views(connection, current, KEPT)
 
 
 def _without_damaged(store: Store, every: Sequence[Run], error: Exception) -> list[Run]:
@@ -148,10 +153,10 @@ def _duckdb_config(memory_limit: str | None, threads: int | None) -> dict[str, A
     return config
 
 
-def _keep_small_views(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
+def _keep_small_views(connection: duckdb.DuckDBPyConnection, run: Run, kept: Mapping[str, int]) -> None:
     """Hold in memory what nearly every question joins with; reading it anew would be most of a question's time."""
     schema = identifier(run.schema)
-    for view, most_rows in KEPT.items():
+    for view, most_rows in kept.items():
         if connection.execute(f"select count(*) from {schema}.{view}").fetchall()[0][0] <= most_rows:
             connection.execute(f"create table {schema}.kept_{view} as from {schema}.{view}")
             connection.execute(f"drop view {schema}.{view}")
