@@ -85,3 +85,14 @@ select feature_id, label, stored.source, score from $labels as stored;
 
 create or replace view src_runs as
 select unnest($runs, recursive := true);
+
+create or replace view src_stages as
+select unnest($stages, recursive := true);
+
+create or replace view src_settings as
+select unnest($settings, recursive := true);
+
+create or replace view src_training_log as
+select step, batch_rows, lr, loss, variance_unexplained, l0, dead, auxiliary_loss, sparsity_loss, k, sparsity_factor,
+    grad_norm
+from $training_log;

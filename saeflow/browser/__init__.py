@@ -7,6 +7,7 @@ answers      a page as HTML, JSON, CSV or Parquet
 address      filters and paging in an address
 connections  DuckDB connections for the pages, and how long a question may take
 charts       charts in Vega-Lite, and the script that draws them
+directions   where each feature lies on the map
 shading      tokens shaded by value, and text that a page may show
 
 `templates/` holds the pages in HTML (Jinja2), `static/` one style sheet and one script.

@@ -60,6 +60,8 @@ class Asked:
     form: Mapping[str, str]
     address: str
     """Path and query as they were asked for, without the format."""
+    format: str = ""
+    """Empty for HTML, else json, csv or parquet."""
 
     @property
     def filter(self) -> Filter:

@@ -19,7 +19,7 @@ from saeflow.browser.address import Asked, address_of_panel
 from saeflow.browser.panels import Answer, address_of_run, address_of_token, as_query
 from saeflow.query.text_formats import as_csv, as_json_value
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import sanitise
+from saeflow.runtime.text import human_bytes, sanitise
 
 FORMATS = ("json", "csv", "parquet")
 
@@ -72,7 +72,7 @@ def as_json(page: Page, asked: Asked) -> str:
         "panels": {name: answer.as_json() for name, answer in page.panels.items()},
         **page.more.get("data", {}),
     }
-    return json.dumps(as_json_value(found), ensure_ascii=True, allow_nan=False, indent=1)
+    return json.dumps(as_json_value(found), ensure_ascii=True, allow_nan=False)
 
 
 @cache
@@ -87,13 +87,16 @@ def environment() -> Environment:
         "piece": shading.piece,
         "lines": lambda text: shading.lines(sanitise(str(text))),
         "chart": charts.chart,
+        "chart_of": charts.chart_of,
         "as_query": as_query,
         "address_of_run": address_of_run,
         "address_of_panel": address_of_panel,
         "address_of_token": address_of_token,
+        "human_bytes": human_bytes,
+        "share": shading.share,
     }
     made.globals.update(functions)
-    made.filters.update(shown=shading.shown, number=shading.number)
+    made.filters.update(shown=shading.shown, number=shading.number, visible=shading.shown_text)
     views: dict[str, Any] = {}
     made.globals["views"] = views
     for name in made.list_templates(filter_func=lambda name: name.endswith("views.html")):

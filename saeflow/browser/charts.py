@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -23,10 +24,43 @@ WIDTH, HEIGHT = 420, 160
 def chart(name: str, rows: Sequence[Mapping[str, Any]], label: str) -> Markup:
     """Return a chart of these rows as HTML: its specification and data as JSON, which the page's script draws."""
     spec = copy.deepcopy(specification(name))
-    spec["datasets"] = {"rows": [as_json_value(dict(row)) for row in rows]}
+    fields = _fields_of(spec)
+    spec["datasets"] = {"rows": [{field: _short(row.get(field)) for field in fields} for row in rows]}
+    return _figure(spec, label)
+
+
+def chart_of(name: str, url: str, rows: str, label: str, run: str) -> Markup:
+    """Return a chart of features as HTML; the page's script fetches its rows from a page's JSON, and opens a feature.
+
+    `rows` is the path of the rows in that JSON, `run` the address of the run. Many points are quicker so.
+    """
+    spec = copy.deepcopy(specification(name))
+    spec["data"] = {"url": url, "format": {"type": "json", "property": rows}}
+    spec.setdefault("transform", []).append(
+        {"calculate": f"{json.dumps(run + '/features/')} + datum.feature_id", "as": "address"}
+    )
+    return _figure(spec, label)
+
+
+def _figure(spec: Mapping[str, Any], label: str) -> Markup:
     text = json.dumps(spec, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     figure = Markup('<figure class="chart" role="img" aria-label="{}"><script type="application/json">').format(label)
     return figure + Markup(text) + Markup("</script></figure>")
+
+
+def _fields_of(spec: object) -> list[str]:
+    """Return the columns that a specification draws."""
+    if isinstance(spec, list):
+        return sorted({name for each in spec for name in _fields_of(each)})
+    if not isinstance(spec, dict):
+        return []
+    own = {spec["field"]} if isinstance(spec.get("field"), str) else set()
+    return sorted(own.union(*map(_fields_of, spec.values())))
+
+
+def _short(value: object) -> object:
+    """Return a number with as many digits as a picture shows."""
+    return float(f"{value:.5g}") if isinstance(value, float) and math.isfinite(value) else as_json_value(value)
 
 
 @cache
@@ -54,7 +88,55 @@ def histogram() -> Any:
     )  # fmt: skip
 
 
-CHARTS: dict[str, Callable[[], Any]] = {"histogram": histogram}
+def curves() -> Any:
+    """Measures of a training by tokens: four small charts."""
+    import altair
+
+    def curve(field: str, title: str, scale: Any = "linear") -> Any:
+        y = altair.Y(f"{field}:Q", title=title, scale=altair.Scale(type=scale))
+        x = altair.X("n_tokens:Q", title="tokens", axis=altair.Axis(format="~s", tickCount=5))
+        return _base(WIDTH, 120).mark_line(strokeWidth=1.2).encode(x=x, y=y)
+
+    named = [
+        ("variance_unexplained", "variance unexplained", "log"),
+        ("l0", "L0"),
+        ("dead", "dead features"),
+        ("lr", "learning rate"),
+    ]
+    return altair.concat(*(curve(*each) for each in named), columns=2)
+
+
+def _features(width: int, height: int, x: Any, y: Any, *told: str) -> Any:
+    """Features as points that open their pages."""
+    import altair
+
+    colour = altair.Color(
+        "density:Q", scale=altair.Scale(type="log", scheme="viridis"), legend=altair.Legend(format=".0e")
+    )
+    points = _base(width, height).mark_circle(size=14, opacity=0.7, cursor="pointer")
+    return points.transform_filter("datum.density > 0").encode(
+        x=x, y=y, color=colour, href="address:N", tooltip=["feature_id:Q", "label:N", "density:Q", *told]
+    )
+
+
+def scatter() -> Any:
+    """Density against the largest value."""
+    import altair
+
+    x = altair.X("density:Q", scale=altair.Scale(type="log"), axis=altair.Axis(format=".0e", tickCount=6))
+    y = altair.Y("max_value:Q", title="largest value", scale=altair.Scale(type="symlog"))
+    return _features(700, 320, x, y, "max_value:Q")
+
+
+def map_() -> Any:
+    """Places on the plane, without axes: they have no meaning."""
+    import altair
+
+    x, y = (altair.X("x:Q", axis=None), altair.Y("y:Q", axis=None))
+    return _features(800, 640, x, y, "max_value:Q")
+
+
+CHARTS: dict[str, Callable[[], Any]] = {"histogram": histogram, "curves": curves, "scatter": scatter, "map": map_}
 """Charts by name."""
 
 

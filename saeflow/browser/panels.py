@@ -16,7 +16,10 @@ from saeflow.query.new_text import read_if_needed
 from saeflow.query.questions import Question, Value, find_question, parse_arguments
 
 MOST_ROWS = 1_000
-"""Rows of a panel on a page. Files have more."""
+"""Rows of a panel on a page."""
+
+MOST_IN_A_FILE = 200_000
+"""Rows of a panel in JSON, CSV or Parquet."""
 
 
 @dataclass(frozen=True)

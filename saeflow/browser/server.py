@@ -26,7 +26,7 @@ from saeflow.browser import charts
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import FORMATS, Page, respond
 from saeflow.browser.connections import Connections, OpenedRun, TooSlow
-from saeflow.browser.pages import PAGES, feature
+from saeflow.browser.pages import PAGES, PAGES_OF_STORE, feature
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 
@@ -61,37 +61,43 @@ class Application:
         routes = [
             Route("/static/charts.js", self.chart_script),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
-            *(Route(path, self._endpoint(make)) for path, make in PAGES),
+            *(Route(path, self._endpoint(make)) for path, make in PAGES_OF_STORE),
+            *(Route(path, self._endpoint(self._of_run(make))) for path, make in PAGES),
             Route("/runs/{run}/features/{feature}/label", self.label, methods=["POST"]),
         ]
         errors: dict[Any, Any] = {HTTPException: self.no_such_page, Exception: self.fault}
         self.app: ASGIApp = Guard(Starlette(routes=routes, exception_handlers=errors), hosts)
 
-    def _endpoint(self, make: Callable[[Asked, OpenedRun], Page]) -> Callable[[Request], Response]:
+    def _of_run(self, make: Callable[[Asked, OpenedRun], Page]) -> Callable[[Asked, Connections], Page]:
+        def of_run(asked: Asked, connections: Connections) -> Page:
+            with connections.opened(asked.path.get("run")) as opened:
+                return make(asked, opened)
+
+        return of_run
+
+    def _endpoint(self, make: Callable[[Asked, Connections], Page]) -> Callable[[Request], Response]:
         def endpoint(request: Request) -> Response:
-            return self.answered(request, asked_of(request), make)
+            return self.answered(asked_of(request), make)
 
         return endpoint
 
-    def answered(self, request: Request, asked: Asked, make: Callable[[Asked, OpenedRun], Page]) -> Response:
+    def answered(self, asked: Asked, make: Callable[[Asked, Connections], Page]) -> Response:
         """Make a page and return it in the format that the address asks for."""
-        wanted = request.scope.get("saeflow.format", "")
         try:
-            with self.connections.opened(asked.path.get("run")) as opened:
-                return respond(make(asked, opened), wanted, asked, **self._common())
+            return respond(make(asked, self.connections), asked.format, asked, **self._common())
         except TooSlow as error:
-            return self.problem(asked, str(error), 503, wanted)
+            return self.problem(asked, str(error), 503)
         except UserError as error:
-            return self.problem(asked, str(error), 404, wanted)
+            return self.problem(asked, str(error), 404)
 
     def _common(self) -> dict[str, Any]:
         return {"store_name": self.store.name, "token": self.token}
 
-    def problem(self, asked: Asked, message: str, status: int, format: str = "") -> Response:
+    def problem(self, asked: Asked, message: str, status: int) -> Response:
         """Return a page that says what is wrong, with ways back."""
         about = {"message": message, "data": {"problem": message}}
         page = Page("problem.html", "Not found" if status == 404 else "Not answered", more=about)
-        response = respond(page, "json" if format else "", asked, **self._common())
+        response = respond(page, "json" if asked.format else "", asked, **self._common())
         response.status_code = status
         return response
 
@@ -124,9 +130,10 @@ class Application:
 
 
 def asked_of(request: Request, form: dict[str, str] | None = None) -> Asked:
-    query = {name: value for name, value in request.query_params.items() if "\0" not in value}
+    query = {name: ",".join(request.query_params.getlist(name)) for name in request.query_params}
+    query = {name: value for name, value in query.items() if "\0" not in value}
     address = urllib.parse.quote(request.scope["path"]) + (f"?{urllib.parse.urlencode(query)}" if query else "")
-    return Asked(request.path_params, query, form or {}, address)
+    return Asked(request.path_params, query, form or {}, address, request.scope.get("saeflow.format", ""))
 
 
 async def read_form(request: Request) -> dict[str, str]:

@@ -97,5 +97,10 @@ def number(value: object) -> str:
         case int():
             return f"{value:,}"
         case float():
-            return f"{value:.4g}"
+            return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
     return shown_text(value)
+
+
+def share(value: float | None) -> str:
+    """Return a share for a person, in per cent."""
+    return "–" if value is None else f"{100 * value:.3g}%"

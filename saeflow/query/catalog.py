@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -95,7 +95,12 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
         )
         conditions["encoded"] += f" and token in ({chosen})"
         conditions["skip_reason"] = f"coalesce({run.skip_reason}, case when token not in ({chosen}) then 'role' end)"
-    return text.substitute(found, runs=rows, hidden=literal([*map(int, run.hidden)]), **conditions, **shape)
+    lists = {"runs": rows, "stages": _rows(run.stages), "settings": _rows(run.settings)}
+    return text.substitute(found, hidden=literal([*map(int, run.hidden)]), **lists, **conditions, **shape)
+
+
+def _rows(rows: Sequence[Mapping[str, object]]) -> str:
+    return literal([dict(row) for row in rows])
 
 
 def sql_texts(*folders: str) -> Iterator[str]:

@@ -26,6 +26,15 @@ _TYPES = {
     pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
     pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
 }  # fmt: skip
+_LOG = pa.schema(
+    [
+        *((name, pa.int64()) for name in ("step", "batch_rows", "dead")),
+        *((name, pa.float64()) for name in ("lr", "loss", "variance_unexplained", "l0", "auxiliary_loss")),
+        *((name, pa.float64()) for name in ("sparsity_loss", "k", "sparsity_factor", "grad_norm")),
+    ]
+)
+"""What the log of a training may hold. Which columns it has depends on the settings."""
+
 _OPTIONAL = {**PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, "labels": LABELS}
 
 
@@ -46,6 +55,8 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
     for table, schema in _OPTIONAL.items():
         options = "filename = true" if table == "feature_stats" else ""
         found[table] = _read_files(files[table], options) if files.get(table) else _no_rows(schema)
+    logs = [_no_rows(_LOG), *(f"select * from {_read_files([path])}" for path in files.get("training_log", ()))]
+    found["training_log"] = f"({' union all by name '.join(logs)})"
     if unseen := _outside(left_out):
         found["left_out"] = f"(select * from {found['left_out']} where {unseen})"
     return found | (_without_secrets(found, hidden) if left_out else {})

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from itertools import filterfalse
 from typing import Any
 
-import pyarrow as pa
-
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import has_marks
 from saeflow.features.schema import (
@@ -27,8 +25,10 @@ from saeflow.features.schema import (
     hidden_digest_of,
     token_ranges,
 )
+from saeflow.query import run_records
 from saeflow.query.labels import LabelFile, label_files
 from saeflow.query.relations import condition_of_encoded, reason_to_skip
+from saeflow.query.run_records import UNREADABLE
 from saeflow.recipe.settings import SIGNED, TOP_FAMILY
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import REPAIR
@@ -44,8 +44,6 @@ EVERY_RUN = "every_run"
 """The schema that holds what questions about several runs read."""
 
 _RESERVED = {EVERY_RUN, "memory", "main", "temp", "system", "pg_catalog", "information_schema"}
-_UNREADABLE = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
-"""What a missing, truncated or nonsensical record raises."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,12 @@ class Run:
     roles: Sequence[str] = ()
     """Roles whose tokens alone were encoded; empty for all."""
     labels: Sequence[LabelFile] = ()
+    is_whole: bool = False
+    """True if every published part of the tokens is encoded."""
+    model: str | None = None
+    stages: Sequence[Mapping[str, object]] = ()
+    """Rows of the view `stages`, the run itself last."""
+    settings: Sequence[Mapping[str, object]] = ()
     problem: str | None = None
 
     def is_called(self, name: str) -> bool:
@@ -87,6 +91,9 @@ class Run:
             "schema_name": self.schema,
             "is_current": self is current,
             "n_tokens": self.n_tokens,
+            "is_whole": self.is_whole,
+            "model": self.model,
+            **{name: self.stages[-1][name] if self.stages else None for name in ("n_bytes", "written")},
             "tokens_artefact": self.artefact.record.input("tokens") if self.problem is None else None,
             "facts": self.facts,
             "quality": self.quality,
@@ -107,7 +114,7 @@ def runs(store: Store) -> list[Run]:
         full_names = (full_name, *(f"{full_name}_{number}" for number in range(2, len(found) + 3)))
         try:
             found.append(_read_run(store, artefact, _first_free([artefact.name, *full_names], taken)))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             schema = _first_free(full_names, taken)
             found.append(Run(artefact, schema, {}, problem=str(error) or type(error).__name__))
     return found
@@ -170,6 +177,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
     generation = tokens.published()
     shown = _shown_parts(artefact, generation)
     files = _files_by_table(artefact, shown, tokens, generation.parts)
+    files["training_log"] = run_records.log_of(run_records.ancestors(store, artefact))
     _refuse_damage(store, artefact, tokens, files)
     quality = artefact.path / "quality.json"
     n_tokens = sum(part.counts.get("n_tokens", 0) for part in shown) or generation.total("n_tokens")
@@ -186,7 +194,18 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         **_conditions(artefact, shown, tokens, generation),
         roles=artefact.record.facts.get("roles", ()),
         labels=label_files(store, sae) if sae else (),
+        is_whole={part.index for part in generation.parts} <= {i for part in shown for i in _fresh(part, generation)},
+        **_recorded(store, artefact),
     )
+
+
+def _recorded(store: Store, artefact: Artefact) -> dict[str, Any]:
+    made = run_records.ancestors(store, artefact)
+    return {
+        "model": run_records.model_of(made),
+        "stages": run_records.stages(made),
+        "settings": run_records.settings(made),
+    }
 
 
 def _refuse_damage(store: Store, artefact: Artefact, tokens: Artefact, files: Mapping[str, Sequence[str]]) -> None:
@@ -243,7 +262,7 @@ def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) ->
 def _facts_of_sae(store: Store, artefact: Artefact) -> dict[str, Any]:
     """Return the SAE's architecture and the k that was asked for, as far as its record says."""
     for sae in (store.by_id(name) for name in artefact.record.inputs if name.startswith("saes/")):
-        with contextlib.suppress(*_UNREADABLE):
+        with contextlib.suppress(*UNREADABLE):
             facts = sae.record.facts
             architecture = facts["sae"]["architecture"]
             aims = architecture == "jumprelu" and facts["sae"].get("penalty", "l0") == "l0" and "imported" not in facts
@@ -273,6 +292,11 @@ def _stale(part: PartRecord, tokens: Generation) -> list[int]:
     return [i for i, digest in covered(part).items() if hidden_digest_of(digest) != tokens.hidden_digest(i)]
 
 
+def _fresh(part: PartRecord, tokens: Generation) -> set[int]:
+    """Return the activation parts that this part holds as they are now."""
+    return covered(part).keys() - set(_stale(part, tokens))
+
+
 def _hidden_ranges(shown: Iterable[PartRecord], tokens: Artefact, generation: Generation) -> list[tuple[int, int]]:
     """Return ranges of token_id, both ends included, that are stale inside a compacted part."""
     length = int(tokens.record.facts.get("context_length", 1))
@@ -284,10 +308,10 @@ def _hidden_ranges(shown: Iterable[PartRecord], tokens: Artefact, generation: Ge
 
 def _conditions(
     artefact: Artefact, shown: Sequence[PartRecord], tokens: Artefact, generation: Generation
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Return `encoded` and `skip_reason` of a run: tokens added since and those with hidden values are not encoded."""
     length = int(tokens.record.facts.get("context_length", 1))
-    known = (i for part in shown for i in covered(part).keys() - set(_stale(part, generation)))
+    known = (i for part in shown for i in _fresh(part, generation))
     skips = TokenSelection.from_facts(tokens, artefact.record.facts)
     settings = length, skips.skip_positions, skips.special.tolist()
     ranges = token_ranges(known, generation.parts, length)

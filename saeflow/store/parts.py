@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, map_lookups
 from saeflow.store.lease import Hold
@@ -193,6 +195,14 @@ class Parts(Identity):
         if generation is None:
             raise UserError(f"{self.id} is not finished. Run the stage that makes it: `saeflow run RECIPE`.")
         return generation
+
+    def n_bytes(self) -> int:
+        """Return the bytes of what readers see. Of a list of parts only the column of sizes is read."""
+        own = sum(file.n_bytes for file in self.record.files)
+        if not is_file(self.path / "manifest.json"):
+            return own
+        path = self.storage.fetch(self.list_path(self.manifest()[0]))
+        return own + sum(pq.read_table(path, columns=["n_bytes"]).column(0).to_pylist())
 
     def list_path(self, number: int) -> Path:
         return self.path / "generations" / f"{number:06d}.parquet"

@@ -2,7 +2,12 @@
 --
 -- Grain:   one row per run of the store, the newest first, damaged ones too.
 -- Reads:   stg_runs
--- Units:   l0 is the number of features per token; k is the number that was asked for (null if none was).
+-- Units:   tokens_artefact names the tokens that were encoded: runs of the same tokens can be compared. l0 is the
+--          number of features per token; k is the number that was asked for (null if none was).
+--          model is the folder or name of the language model, null if the records do not say. n_bytes is the size of
+--          the values and their statistics on disk, written the time (UTC) at which they were last published. state is
+--          ready, or the first of these: damaged (problem says why), partly encoded (tokens or documents came since),
+--          not evaluated.
 --          engine is the inference engine that made the activations, null if saeflow ran the model.
 --          l0_missed says how far l0 is from k if that is more than 5%.
 --          variance_unexplained, dead_share and loss_recovered_… are shares. quality holds every measure as JSON. They
@@ -22,6 +27,16 @@ select
     (facts ->> 'k')::bigint                              as k,
     facts ->> 'engine'                                   as engine,
     n_tokens,
+    model,
+    tokens_artefact,
+    n_bytes,
+    written,
+    case
+        when problem is not null then 'damaged'
+        when not is_whole then 'partly encoded'
+        when quality is null then 'not evaluated'
+        else 'ready'
+    end                                                  as state,
     (quality ->> 'l0')::double                           as l0,
     case
         when l0 > 1.05 * k or l0 < 0.95 * k

@@ -1,12 +1,22 @@
-"""The runs of the store."""
+"""The runs of the store. Two that are ticked can be compared."""
 
 from __future__ import annotations
 
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
-from saeflow.browser.connections import OpenedRun
+from saeflow.browser.connections import Connections, TooSlow
 from saeflow.browser.panels import Panel
+from saeflow.runtime.errors import UserError
+
+RUNS = Panel("runs", "Runs", "runs", view="runs")
 
 
-def page(asked: Asked, opened: OpenedRun) -> Page:
-    return Page("home.html", "Runs", [Panel("runs", "Runs", "runs", view="runs").ask(opened)])
+def page(asked: Asked, connections: Connections) -> Page:
+    """Return the list of runs; if none can be asked, how to make one."""
+    try:
+        with connections.opened() as opened:
+            return Page("home.html", "Runs", [RUNS.ask(opened)], more={"missing": ""})
+    except TooSlow:
+        raise
+    except UserError as error:
+        return Page("home.html", "Runs", more={"missing": str(error), "data": {"problem": str(error)}})

@@ -8,13 +8,13 @@
     axis: { labelColor: ink, titleColor: ink, gridColor: dark ? "#3a3d42" : "#e4e4e4" },
     legend: { labelColor: ink, titleColor: ink },
   };
-  const options = { ast: true, actions: false, defaultStyle: false, tooltip: { disableDefaultStyle: true }, config, renderer: "svg" };
+  const options = { ast: true, actions: false, defaultStyle: false, tooltip: { disableDefaultStyle: true }, config };
 
   for (const figure of document.querySelectorAll("figure.chart")) {
     const spec = JSON.parse(figure.querySelector("script").textContent);
     const place = document.createElement("div");
     figure.append(place);
-    window.vegaEmbed?.(place, spec, options);
+    window.vegaEmbed?.(place, spec, { ...options, renderer: spec.data?.url ? "canvas" : "svg" }).then(() => figure.classList.add("drawn"));
   }
 
   // The slider of a histogram counts the tokens left; the count is exact, because it stops at the edges of bins.

@@ -1,0 +1,30 @@
+"""The saved questions with a form each, and what every word and number on the pages means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from saeflow.browser.address import Asked
+from saeflow.browser.answers import Page
+from saeflow.browser.connections import Connections, OpenedRun
+from saeflow.query.questions import GROUPS, Question, questions
+
+
+def page(asked: Asked, opened: OpenedRun) -> Page:
+    """Return the page of all questions that can be asked of the run."""
+    data = {"questions": [{"name": each.name, "answers": each.answers, "usage": each.usage} for each in questions()]}
+    return Page("questions.html", "Questions", (), opened.run.schema, {"groups": grouped(questions()), "data": data})
+
+
+def about(asked: Asked, connections: Connections) -> Page:
+    """Return the page of definitions. It needs no run."""
+    words = [{name: getattr(each, name) for name in ("name", "answers", "grain", "units")} for each in questions()]
+    return Page("about.html", "About", more={"groups": grouped(questions()), "data": {"definitions": words}})
+
+
+def grouped(every: Iterable[Question]) -> dict[str, list[Question]]:
+    """Return questions by group, in the order of the groups."""
+    found: dict[str, list[Question]] = {title: [] for title in GROUPS}
+    for question in every:
+        found[question.group].append(question)
+    return {title: members for title, members in found.items() if members}

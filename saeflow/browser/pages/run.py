@@ -1,0 +1,21 @@
+"""One run: how good it is, how it was made, and how often its features fire."""
+
+from __future__ import annotations
+
+from saeflow.browser.address import Asked
+from saeflow.browser.answers import Page
+from saeflow.browser.connections import OpenedRun
+from saeflow.browser.panels import Panel
+
+PANELS = [
+    Panel("metrics", "Measures", "metrics"),
+    Panel("settings", "Settings", "settings", view="settings"),
+    Panel("training", "Training", "training_curve", view="curves", about="Measures of single batches, by tokens seen."),
+    Panel("stages", "Stages", "stages", view="stages"),
+]
+
+
+def page(asked: Asked, opened: OpenedRun) -> Page:
+    about = Panel("run", "Run", "runs").ask(opened)
+    answers = [about, *(panel.ask(opened) for panel in PANELS)]
+    return Page("run.html", opened.run.schema, answers, opened.run.schema)
