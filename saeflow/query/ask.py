@@ -115,13 +115,16 @@ def _refuse_unknown_features(connection: duckdb.DuckDBPyConnection, features: Se
     if not features:
         return
     sql = "select coalesce((select n_features - 1 from src_shape), (select max(feature_id) from stg_feature_stats))"
-    last = _fetch(connection, sql, (), "The number of features").column(0)[0].as_py()
+    last = _fetch(connection, sql, (), "The number of features", short=True).column(0)[0].as_py()
     for feature in features:
         if last is not None and not (isinstance(feature, int) and 0 <= feature <= last):
             raise UserError(f"There is no feature {feature}; features go from 0 to {last}.")
 
 
 def _refuse_unknown_sources(connection: duckdb.DuckDBPyConnection, sources: Sequence[str]) -> None:
+    places = "select distinct source from stg_document_places where not is_hidden"  # in memory, unlike the documents
+    if not sources or {*sources} <= {*_fetch(connection, places, (), "The sources", short=True).column(0).to_pylist()}:
+        return
     sql = "select distinct source from stg_documents where source is not null order by source"
     known: list[str] = _fetch(connection, sql, (), "The list of sources").column(0).to_pylist()
     for wrong in (source for source in sources if source not in known):

@@ -18,7 +18,8 @@ PAGES = [
     f"/runs/{{run}}/features/1.json?all=1&before=3&after=0&{UNDER_FILTER}", "/runs/{run}/features/1/strongest.json?n=3",
     f"/runs/{{run}}/features/1/bands.json?{UNDER_FILTER}", "/runs/{run}/features/1/random.json",
     f"/runs/{{run}}/compare.json?a=1&b=2&{UNDER_FILTER}", "/runs/{run}/tokens.json?text=a",
-    "/runs/{run}/tokens-at/3.json",
+    "/runs/{run}/tokens-at/3.json", "/runs/{run}/docs.json?text=tales&source=tales&after_id=2",
+    f"/runs/{{run}}/features/1/companions.json?{UNDER_FILTER}",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ run           one run: measures, settings, training, stages
 feature_map   the map of decoder directions
 feature       one feature: numbers, values, contexts, neighbours
 compare       two features side by side
+documents     the documents of a run, and one of them shaded
 tokens        vocabulary entries, and one token of the corpus, with their features
 new_text      a text of one's own
 questions     all questions with a form each, and definitions
@@ -20,6 +21,7 @@ from saeflow.browser.connections import Connections, OpenedRun
 from saeflow.browser.pages import (
     compare,
     compare_runs,
+    documents,
     feature,
     feature_map,
     home,
@@ -42,6 +44,7 @@ PAGES: list[tuple[str, Callable[[Asked, OpenedRun], Page]]] = [
     ("/runs/{run}/features/{feature}", feature.page),
     ("/runs/{run}/features/{feature}/{panel}", feature.one_panel),
     ("/runs/{run}/compare", compare.page),
+    ("/runs/{run}/docs", documents.index),
     ("/runs/{run}/tokens", tokens.search),
     ("/runs/{run}/tokens-at/{token}", tokens.at),
     ("/runs/{run}/try", new_text.page),

@@ -19,7 +19,7 @@ OWN = "own"
 BESIDE = ("numbers", "values", "logits", "similar", "companions")
 """Panels in the narrow column."""
 
-LATER = ("near_misses",)
+LATER = ("near_misses", "entries", "documents", "sources")
 """Panels that a page fetches when they are looked at: they read more than the feature's own tokens."""
 
 ALONE = ("strongest", "bands", "random")
@@ -37,7 +37,8 @@ MOST_CONTEXTS = 200
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
     every = panels(asked, number_of(asked))
-    later = [panel for panel in every if panel.name in LATER and not asked.switch("all")]
+    slow = (*LATER, "companions") if asked.filter else LATER
+    later = [panel for panel in every if panel.name in slow and not asked.switch("all")]
     return _page_of(asked, opened, [panel for panel in every if panel not in later and panel.name not in ALONE], later)
 
 
@@ -80,9 +81,9 @@ def window_of(asked: Asked) -> dict[str, int]:
 def panels(asked: Asked, feature: int) -> list[Panel]:
     """Return the panels of a feature, under the filter of the address."""
     about: Mapping[str, object] = {"feature": feature}
-    companions = ("coactive_features", about)
     under = {**about, **asked.filter.values}
     shown = {**under, **window_of(asked)}
+    companions = ("feature_companions", {**under, "n": 10}) if asked.filter else ("coactive_features", about)
     values, counted = ("feature_values", under) if asked.filter else ("feature_histogram", about)
     whole = "The filter does not change this panel." if asked.filter else ""
     return [
@@ -96,6 +97,9 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),
         Panel("random", "Random contexts", "random_contexts", {**shown, "n": 50}, "contexts"),
         Panel("near_misses", "Near misses", "near_miss_contexts", {**shown, "n": 10}, "near_misses"),
+        Panel("entries", "Tokens it fires on", "feature_entries", under),
+        Panel("documents", "Documents it fires in", "feature_documents", under),
+        Panel("sources", "Sources it fires in", "feature_sources", under),
     ]
 
 
