@@ -88,6 +88,7 @@ def environment() -> Environment:
         "lines": lambda text: shading.lines(sanitise(str(text))),
         "chart": charts.chart,
         "chart_of": charts.chart_of,
+        "tiny_histogram": charts.tiny_histogram,
         "as_query": as_query,
         "address_of_run": address_of_run,
         "address_of_panel": address_of_panel,

@@ -29,6 +29,22 @@ def chart(name: str, rows: Sequence[Mapping[str, Any]], label: str) -> Markup:
     return _figure(spec, label)
 
 
+def tiny_histogram(counts: Sequence[int], from_value: float | None) -> Markup:
+    """Return a histogram of values as a small picture in a line of text. Bars are drawn by the root of the count."""
+    if not counts or not from_value:
+        return Markup("")
+    tallest = math.sqrt(max(counts))
+    bars = "".join(
+        f"M{3 * i} 16V{16 - max(1, round(15 * math.sqrt(count) / tallest))}h2V16"
+        for i, count in enumerate(counts)
+        if count
+    )
+    label = f"Values from {from_value:.3g} to {from_value * 2 ** (len(counts) / 4):.3g}"
+    return Markup(
+        '<svg class="tiny" role="img" aria-label="{}" width="{}" height="16"><path fill="currentColor" d="{}"/></svg>'
+    ).format(label, 3 * len(counts), bars)
+
+
 def chart_of(name: str, url: str, rows: str, label: str, run: str) -> Markup:
     """Return a chart of features as HTML; the page's script fetches its rows from a page's JSON, and opens a feature.
 
@@ -88,6 +104,25 @@ def histogram() -> Any:
     )  # fmt: skip
 
 
+def densities() -> Any:
+    """Densities of features: features for each bin."""
+    import altair
+
+    bins = _base().transform_filter("datum.from_density > 0").mark_bar()
+    return bins.encode(
+        x=altair.X(
+            "from_density:Q",
+            title="density",
+            scale=altair.Scale(type="log"),
+            axis=altair.Axis(format=".0e", tickCount=6),
+        ),
+        x2="to_density:Q",
+        y=altair.Y("n_features:Q", title="features"),
+        y2=altair.datum(0),
+        tooltip=["from_density:Q", "to_density:Q", "n_features:Q"],
+    )
+
+
 def curves() -> Any:
     """Measures of a training by tokens: four small charts."""
     import altair
@@ -136,7 +171,13 @@ def map_() -> Any:
     return _features(800, 640, x, y, "max_value:Q")
 
 
-CHARTS: dict[str, Callable[[], Any]] = {"histogram": histogram, "curves": curves, "scatter": scatter, "map": map_}
+CHARTS: dict[str, Callable[[], Any]] = {
+    "histogram": histogram,
+    "densities": densities,
+    "curves": curves,
+    "scatter": scatter,
+    "map": map_,
+}
 """Charts by name."""
 
 

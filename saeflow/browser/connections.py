@@ -91,7 +91,7 @@ class Connections:
             self.store.storage.pull()
             now = generations(self.store)
             if name not in self._open or self._open[name][0] != now:
-                self._open[name] = (now, *connect_to_run(self.store, name, f"{total_memory() // 8}B"))
+                self._open[name] = (now, *connect_to_run(self.store, name, f"{total_memory() // 8}B", for_pages=True))
             self._open.move_to_end(name)
             while len(self._open) > MOST_RUNS:
                 self._open.popitem(last=False)

@@ -13,7 +13,7 @@ from tests.conftest import Finished
 
 UNDER_FILTER = "source=tales&threshold=0.1&without_feature=2"
 PAGES = [
-    "/.json", "/compare-runs.json?a={run}&b={run}", "/runs/{run}.json",
+    "/.json", "/compare-runs.json?a={run}&b={run}", "/runs/{run}.json", "/runs/{run}/features.json?text=a&n=5",
     "/runs/{run}/ask/feature_summary.json", "/runs/{run}/features/1.json?all=1",
     f"/runs/{{run}}/features/1.json?all=1&before=3&after=0&{UNDER_FILTER}", "/runs/{run}/features/1/strongest.json?n=3",
     f"/runs/{{run}}/features/1/bands.json?{UNDER_FILTER}", "/runs/{run}/features/1/random.json",

@@ -63,9 +63,10 @@ def _without(store: Store, folder: str) -> Store:
     return Store.open(store.root)
 
 
-@pytest.fixture
-def two_runs(tmp_path: Path) -> TestClient:
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
     """Runs demo and old of the same tokens, and another of other tokens."""
+    tmp_path = tmp_path_factory.mktemp("two_runs")
     for name in ("old", "demo"):
         store = Given(name=name, corpus=("demo", "t0000001")).write(tmp_path)
     Given(name="another", fp="f0000009").write(tmp_path)

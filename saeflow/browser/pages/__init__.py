@@ -3,6 +3,7 @@
 home          the runs of the store
 compare_runs  two runs side by side
 run           one run: measures, settings, training, stages
+features      the list of features
 feature_map   the map of decoder directions
 feature       one feature: numbers, values, contexts, neighbours
 compare       two features side by side
@@ -24,6 +25,7 @@ from saeflow.browser.pages import (
     documents,
     feature,
     feature_map,
+    features,
     home,
     new_text,
     question,
@@ -41,6 +43,7 @@ PAGES_OF_STORE: list[tuple[str, Callable[[Asked, Connections], Page]]] = [
 PAGES: list[tuple[str, Callable[[Asked, OpenedRun], Page]]] = [
     ("/compare-runs", compare_runs.page),
     ("/runs/{run}", run.page),
+    ("/runs/{run}/features", features.page),
     ("/runs/{run}/features/{feature}", feature.page),
     ("/runs/{run}/features/{feature}/{panel}", feature.one_panel),
     ("/runs/{run}/compare", compare.page),

@@ -7,8 +7,12 @@ from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
 from saeflow.browser.panels import Panel
 
+ABOUT_POINTS = "A point is a feature; click to open it. The list of features is the same without a picture."
+
 PANELS = [
     Panel("metrics", "Measures", "metrics"),
+    Panel("densities", "Densities", "density_histogram", view="densities"),
+    Panel("scatter", "Density and largest value", "density_and_max", {"n": 16_384}, "scatter", 16_384, ABOUT_POINTS),
     Panel("settings", "Settings", "settings", view="settings"),
     Panel("training", "Training", "training_curve", view="curves", about="Measures of single batches, by tokens seen."),
     Panel("stages", "Stages", "stages", view="stages"),
