@@ -32,7 +32,7 @@ DEEPEST_SQL = 200
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
 _ABOUT_SOURCES = {"compare_sources", "source_contrast"}
 _ABOUT_RUNS = {"compare_runs"}
-_FEATURES = ("feature", "features", "with_feature", "without_feature")
+_FEATURES = ("feature", "other", "features", "with_feature", "without_feature")
 _NAMES = {
     "role": (
         "select 1 from stg_tokens where role = ? limit 1",

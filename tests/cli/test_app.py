@@ -405,6 +405,8 @@ NAMES = {
     "source_contrast": ["tales", "letters"],
     "compare_runs": ["small", "small"],
     "tokens_of_span": ["tales/000", "0", "5"],
+    "document_tokens": ["tales/000"],
+    "document_features": ["tales/000"],
 }
 MAY_BE_EMPTY = ("feature_labels", "left_out")
 

@@ -552,8 +552,9 @@ QUESTIONS = {
 def test_every_question_has_a_slow_answer_to_be_compared_with():
     elsewhere = {"features_of_text", "tokens_of_span", "features_by_role", "left_out"}
     elsewhere |= {"find_features", "count_features", "density_and_max", "density_histogram"}
-    # test_new_text, test_offsets, test_chats, test_leave_out and test_lists ask these; test_filtered_answers those
-    # with a filter
+    elsewhere |= {"document_tokens", "document_features"}
+    # test_new_text, test_offsets, test_chats, test_leave_out, test_lists and test_documents_and_tokens ask these;
+    # test_filtered_answers and test_documents_and_tokens ask those with a filter
     stored = [
         question.name
         for question in questions()
