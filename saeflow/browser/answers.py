@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
-from saeflow.browser import charts, shading
+from saeflow.browser import charts, pictures, shading
 from saeflow.browser.address import Asked, address_of_panel
 from saeflow.browser.panels import Answer, address_of_run, address_of_token, as_query
 from saeflow.query.text_formats import as_csv, as_json_value
@@ -58,9 +58,10 @@ def respond(page: Page, format: str, asked: Asked, **common: Any) -> Response:
     return Response(buffer.getvalue(), media_type="application/vnd.apache.parquet")
 
 
-def as_html(page: Page, asked: Asked, **common: Any) -> str:
+def as_html(page: Page, asked: Asked, drawn: bool = False, **common: Any) -> str:
+    """Return the page as HTML. Its charts are drawn here if `drawn`, else by the page's script."""
     values = {"page": page, "asked": asked, "panels": page.panels, "run": page.run} | common | dict(page.more)
-    return environment().get_template(page.template).render(values)
+    return environment(drawn).get_template(page.template).render(values)
 
 
 def as_json(page: Page, asked: Asked) -> str:
@@ -76,7 +77,7 @@ def as_json(page: Page, asked: Asked) -> str:
 
 
 @cache
-def environment() -> Environment:
+def environment(drawn: bool = False) -> Environment:
     """Return the templates, with the functions that they may call. Everything that is not Markup is escaped."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -86,9 +87,10 @@ def environment() -> Environment:
         "marked": shading.marked,
         "piece": shading.piece,
         "lines": lambda text: shading.lines(sanitise(str(text))),
-        "chart": charts.chart,
+        "chart": pictures.picture if drawn else charts.chart,
         "chart_of": charts.chart_of,
         "tiny_histogram": charts.tiny_histogram,
+        "is_chart": pictures.is_chart,
         "as_query": as_query,
         "address_of_run": address_of_run,
         "address_of_panel": address_of_panel,
@@ -99,7 +101,7 @@ def environment() -> Environment:
     made.globals.update(functions)
     made.filters.update(shown=shading.shown, number=shading.number, visible=shading.shown_text)
     views: dict[str, Any] = {}
-    made.globals["views"] = views
+    made.globals.update(views=views, policy="", copied=())
     for name in made.list_templates(filter_func=lambda name: name.endswith("views.html")):
         views.update(vars(made.get_template(name).module))
     made.globals["panel"] = views["panel"]

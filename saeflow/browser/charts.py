@@ -59,9 +59,14 @@ def chart_of(name: str, url: str, rows: str, label: str, run: str) -> Markup:
 
 
 def _figure(spec: Mapping[str, Any], label: str) -> Markup:
-    text = json.dumps(spec, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     figure = Markup('<figure class="chart" role="img" aria-label="{}"><script type="application/json">').format(label)
-    return figure + Markup(text) + Markup("</script></figure>")
+    return figure + Markup(as_script(spec)) + Markup("</script></figure>")
+
+
+def as_script(spec: Mapping[str, Any]) -> str:
+    """Return a specification as JSON that may stand inside a page."""
+    text = json.dumps(spec, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _fields_of(spec: object) -> list[str]:

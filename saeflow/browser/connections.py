@@ -102,6 +102,14 @@ class Connections:
             self._open.clear()
 
 
+@contextlib.contextmanager
+def opened_alone(store: Store, name: str | None) -> Iterator[OpenedRun]:
+    """Open a run by name, or the newest, for one caller who may take any time. Raises UserError if there is none."""
+    run, connection = connect_to_run(store, name)
+    with contextlib.closing(connection):
+        yield OpenedRun(store, run, connection)
+
+
 def generations(store: Store) -> object:
     """Return what changes whenever a run, its tokens or a file of labels is published."""
     found = []

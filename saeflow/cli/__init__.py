@@ -7,7 +7,7 @@ summary   what a run prints at its end
 synth     train on made activations, and score
 store     list, show, check, forget, clear
 ask       questions and SQL
-browse    the pages of a store in a browser
+browse    the pages of a store in a browser, a copy of them, and a report of a run
 label     labels and the catalog
 serve     keep pipelines going with Prefect
 doctor    what this machine has

@@ -166,7 +166,7 @@ def _add_stage(name: str, does: str) -> None:
     def command(
         recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
     ) -> None:
-        _run_stage(name, read_recipe(recipe, set_), store, quiet, verbose)
+        run_stage(name, read_recipe(recipe, set_), store, quiet, verbose)
 
     _register_stage(name, does, command)
 
@@ -183,12 +183,9 @@ def _add_stage_of_one_sae(name: str, does: str) -> None:
         verbose: Verbose = False,
     ) -> None:
         from saeflow.cli.summary import print_sweep
-        from saeflow.recipe.recipe import require_one
 
         settings = read_recipe(recipe, set_, member)
-        if name == "report":
-            require_one(settings, name)
-        table = _run_stage(name, settings, store, quiet, verbose)
+        table = run_stage(name, settings, store, quiet, verbose)
         if settings.is_sweep and not quiet and name == "evaluate":
             print_sweep(table, recipe, create_store(store, settings, quiet=True))
 
@@ -200,7 +197,8 @@ def _register_stage(name: str, does: str, command: Callable[..., None]) -> None:
     run_commands.command(name, help=about, rich_help_panel="Stages")(command)
 
 
-def _run_stage(name: str, settings: Recipe, store: str | None, quiet: bool, verbose: bool) -> Any:
+def run_stage(name: str, settings: Recipe, store: str | None, quiet: bool, verbose: bool) -> Any:
+    """Do what is missing of a stage. Raises UserError if the recipe has none of this name."""
     from saeflow.pipeline.lineage import Lineage
     from saeflow.pipeline.stages import stages_of
 
@@ -238,7 +236,7 @@ def collect_command(
     given = [f"corpus.requests={requests.resolve()}"] if requests else []
     settings = read_recipe(recipe, [*(set_ or []), *given])
     for stage in ("tokens", "collect") if requests else ("collect",):
-        _run_stage(stage, settings, store, quiet, verbose)
+        run_stage(stage, settings, store, quiet, verbose)
     if requests and not quiet:
         line = f"requests = {_toml_string(str(requests.resolve()), '')}"
         print_line(f"In {recipe}, section [corpus], write:\n\n  {line}\n\nNext: saeflow run {shlex.quote(str(recipe))}")
@@ -326,7 +324,6 @@ _add_stage_of_one_sae(
     "Write every non-zero feature activation of the corpus to Parquet. All SAEs of a sweep share one reading.",
 )
 _add_stage_of_one_sae("evaluate", "Measure the autoencoder on held-out documents; all SAEs of a sweep together.")
-_add_stage_of_one_sae("report", "Draw the run's picture.")
 
 
 @run_commands.command("sites")

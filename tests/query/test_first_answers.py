@@ -517,6 +517,15 @@ def stored_tables(slow: Slow, ask: Ask) -> None:
             assert [(row[name], row[key]) for row in ask(question, feature)] == expected
 
 
+def decoder_cosines(slow: Slow, ask: Ask) -> None:
+    nearest: dict[int, float] = {}
+    for row in slow.given.tables.get("similar", ()):
+        nearest[row["feature_id"]] = max(row["cosine"], nearest.get(row["feature_id"], -1.0))
+    bins = Counter(min(math.floor(cosine * 20), 19) for cosine in nearest.values())
+    rows = ask("decoder_cosines")
+    assert [(row["from_cosine"], row["n_features"]) for row in rows] == [(b / 20, n) for b, n in sorted(bins.items())]
+
+
 def compare_runs(slow: Slow, ask: Ask) -> None:
     """Of the tokens that both runs encoded, each pair is counted."""
     other = slow.other or slow
@@ -546,15 +555,16 @@ QUESTIONS = {
     summaries: "feature_summary", feature_kind: "feature_kind", token_features: "token_features",
     views: "tokens documents runs feature_labels", search_token: "search_token",
     stored_tables: "similar_features feature_logits", compare_runs: "compare_runs",
+    decoder_cosines: "decoder_cosines",
 }  # fmt: skip
 
 
 def test_every_question_has_a_slow_answer_to_be_compared_with():
-    elsewhere = {"features_of_text", "tokens_of_span", "features_by_role", "left_out"}
+    elsewhere = {"features_of_text", "tokens_of_span", "features_by_role", "left_out", "runs_on_same_tokens"}
     elsewhere |= {"find_features", "count_features", "density_and_max", "density_histogram"}
     elsewhere |= {"document_tokens", "document_features"}
-    # test_new_text, test_offsets, test_chats, test_leave_out, test_lists and test_documents_and_tokens ask these;
-    # test_filtered_answers and test_documents_and_tokens ask those with a filter
+    # test_new_text, test_offsets, test_chats, test_leave_out, test_sql, test_lists and test_documents_and_tokens ask
+    # these; test_filtered_answers and test_documents_and_tokens ask those with a filter
     stored = [
         question.name
         for question in questions()

@@ -317,6 +317,27 @@ def test_compare_runs_finds_the_feature_that_fires_on_the_same_tokens(tmp_path):
     assert (rows[0]["rate_a"], rows[0]["rate_b"], rows[0]["rate_difference"]) == (0.5, 0.375, 0.125)
 
 
+def test_runs_on_the_same_tokens_are_listed_and_this_one_is_marked(tmp_path):
+    Given(name="other", fp="f0000000", corpus=("text", "f0000009"), quality={"l0": 3.0}).write(tmp_path)
+    Given(name="elsewhere", fp="f0000002").write(tmp_path)
+    with connect(Given(corpus=("text", "f0000009"), quality={"l0": 1.5}).write(tmp_path), "demo") as connection:
+        rows = ask(connection, "runs_on_same_tokens").to_pylist()
+    assert [(row["schema_name"], row["is_current"], row["l0"]) for row in rows] == [
+        ("demo", True, 1.5),
+        ("other", False, 3.0),
+    ]
+
+
+def test_the_last_bin_of_cosines_holds_one(tmp_path):
+    similar = [{"feature_id": f, "other_id": 9, "cosine": c} for f, c in enumerate([1.0, 0.97, -0.02, -1.0])]
+    rows = answer(tmp_path, Given(tables={"similar": similar}), "decoder_cosines")
+    assert [(row["from_cosine"], row["to_cosine"], row["n_features"]) for row in rows] == [
+        (-1.0, -0.95, 1),
+        (-0.05, 0.0, 1),
+        (0.95, 1.0, 2),
+    ]
+
+
 def test_runs_of_different_tokens_are_not_compared(tmp_path):
     Given(name="old", fp="f0000000").write(tmp_path)
     with connect(Given().write(tmp_path)) as connection, pytest.raises(UserError, match="runs of different tokens"):

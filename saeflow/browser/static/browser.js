@@ -70,7 +70,7 @@
     if (event.key === "/") document.querySelector("input[type=search], form input:not([type=hidden])")?.focus();
     else if (event.key === "j") choose(1);
     else if (event.key === "k") choose(-1);
-    else if (event.key === "?") location.assign("/about#keys");
+    else if (event.key === "?") location.assign(document.querySelector("nav a:last-of-type").href + "#keys");
     else return;
     event.preventDefault();
   });
