@@ -39,8 +39,8 @@ _NAMES = {
         "select role from stg_tokens where role is not null group by role order by levenshtein(role, ?), role limit 20",
     ),
     "document_key": (
-        "select 1 from stg_document_places where key = $1 union all select 1 from stg_documents where key = $1 limit 1",
-        "select key from stg_documents group by key order by levenshtein(key, ?), key limit 20",
+        "select 1 from stg_document_places where key = ? and not is_hidden",
+        "select key from stg_document_places where not is_hidden order by levenshtein(key, ?), key limit 20",
     ),
 }
 """Parameters that name something of the corpus: SQL that finds the name, and SQL for the names nearest to it."""
@@ -87,6 +87,7 @@ def resolve_names(
     empty answer.
     """
     _refuse_unknown_features(connection, [each for name in _FEATURES for each in _as_list(values.get(name))])
+    _refuse_unknown_sources(connection, [str(each) for each in _as_list(values.get("source"))])
     for name in _NAMES.keys() & values.keys():
         _refuse_unknown_name(connection, name, values[name])
     texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
@@ -136,7 +137,7 @@ def _refuse_unknown_sources(connection: duckdb.DuckDBPyConnection, sources: Sequ
 
 def _refuse_unknown_name(connection: duckdb.DuckDBPyConnection, parameter: str, value: Value) -> None:
     find, nearest = _NAMES[parameter]
-    if value is None or _fetch(connection, find, [value], parameter).num_rows:
+    if value is None or _fetch(connection, find, [value], parameter, short=True).num_rows:
         return
     hint = did_you_mean(str(value), _fetch(connection, nearest, [value], parameter).column(0).to_pylist())
     raise UserError(f"There is no {parameter.removesuffix('_key')} {brief(str(value))!r}. {sanitise(hint)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import datetime
 import math
 import tempfile
 from collections import Counter, defaultdict
@@ -23,7 +24,7 @@ from saeflow.query.questions import find_question, parse_arguments
 from saeflow.runtime.errors import UserError
 from tests.query.test_first_answers import Rows, Slow, drawn, values_of, worlds
 from tests.support.part_tables import bin_of, peak
-from tests.support.small_store import Document, Given
+from tests.support.small_store import DOCUMENTS, Document, Given
 
 Ask = Callable[..., Rows]
 WINDOWS = ((12, 12), (1, 0), (0, 0))
@@ -407,6 +408,43 @@ def test_a_filter_that_names_nothing_is_refused_with_the_nearest_name(two, filte
     with pytest.raises(UserError) as refused:
         ask(two, question.name, resolve_names(two, question, parse_arguments(question, {"feature": 0} | filter)))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("1813", "1813-01-01 00:00:00"),
+        ("1813-01", "1813-01-01 00:00:00"),
+        ("1813-01-28", "1813-01-28 00:00:00"),
+        ("1813-01-28T10:00:00Z", "1813-01-28 10:00:00"),
+        ("1813-01-28 10:00:00+02:00", "1813-01-28 08:00:00"),
+        ("1700000000.5", "2023-11-14 22:13:20.5"),
+        ("28.1.1813", None),
+        ("", None),
+    ],
+)
+def test_dates_are_read_as_metadata_write_them(two, word, read):
+    assert two.execute("select as_timestamp(?)::varchar", [word]).fetchone() == (read,)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([datetime.date(1815, 12, 23), None]),
+        pa.array(["1815", "soon"]),
+        pa.array([datetime.datetime(1815, 12, 23), datetime.datetime(1611, 1, 1)]),
+        pa.array([{"year": 1815}, None]),
+    ],
+    ids=["date", "text", "timestamp", "struct"],
+)
+def test_a_date_may_have_any_type_and_the_first_column_that_holds_one_counts(tmp_path, column):
+    given = Given(documents=DOCUMENTS[:2], metadata={"created": column, "year": pa.array([1815, 1611])})
+    with connect(given.write(tmp_path)) as connection:
+        found = [
+            ask(connection, "feature_numbers", {"feature": 0, **dates}).to_pylist()[0]["n_tokens"]
+            for dates in ({"since": "1815", "until": "1816"}, {"since": "1600", "until": "1700"})
+        ]
+    assert found == [2, 2]
 
 
 def test_a_question_under_no_filter_reads_no_tokens_but_those_of_the_feature(two):
