@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import datetime
+import itertools
 import math
 import tempfile
 from collections import Counter, defaultdict
