@@ -85,6 +85,7 @@ def environment(drawn: bool = False) -> Environment:
         "shown": shading.shown,
         "number": shading.number,
         "marked": shading.marked,
+        "linked": shading.linked,
         "piece": shading.piece,
         "lines": lambda text: shading.lines(sanitise(str(text))),
         "chart": pictures.picture if drawn else charts.chart,

@@ -19,7 +19,8 @@ PAGES = [
     f"/runs/{{run}}/features/1/bands.json?{UNDER_FILTER}", "/runs/{run}/features/1/random.json",
     f"/runs/{{run}}/compare.json?a=1&b=2&{UNDER_FILTER}", "/runs/{run}/tokens.json?text=a",
     "/runs/{run}/tokens-at/3.json", "/runs/{run}/docs.json?text=tales&source=tales&after_id=2",
-    f"/runs/{{run}}/features/1/companions.json?{UNDER_FILTER}",
+    f"/runs/{{run}}/features/1/companions.json?{UNDER_FILTER}", "/runs/{run}/doc.json?key=tales/000&feature=1&first=5",
+    "/runs/{run}/docs/tales/000.json", f"/runs/{{run}}/tokens/30.json?{UNDER_FILTER}",
 ]  # fmt: skip
 
 

@@ -22,7 +22,10 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     }
     answers = []
     if len(pair) == 2:
-        answers = [panel.ask(opened) for side, number in pair.items() for panel in _of_side(asked, side, number)]
+        meeting = {"feature": pair["a"], "other": pair["b"], **asked.filter.values}
+        both = Panel("pair", "Where they meet", "feature_pair", meeting, "facts")
+        every = [both, *(panel for side, number in pair.items() for panel in _of_side(asked, side, number))]
+        answers = [panel.ask(opened) for panel in every]
     title = " and ".join(f"feature {number}" for number in pair.values()) or "two features"
     return Page("compare.html", f"Compare {title}", answers, opened.run.schema)
 

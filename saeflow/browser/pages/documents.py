@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
 from saeflow.browser.panels import Panel
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import brief
 
 MOST_DOCUMENTS = 50
 """Documents of a page of the list."""
+
+MOST_TOKENS = 1_000
+"""Tokens of a page of a document."""
 
 FIELDS = {"text": "key contains", "source": "source", "since": "written since", "until": "written until"}
 
@@ -20,3 +27,27 @@ def index(asked: Asked, opened: OpenedRun) -> Page:
     is_full = len(answer.rows) == MOST_DOCUMENTS
     later = asked.link(after_id=answer.rows[-1]["document_id"]) if is_full else ""
     return Page("documents.html", "Documents", [answer], opened.run.schema, {"fields": FIELDS, "later": later})
+
+
+def page(asked: Asked, opened: OpenedRun) -> Page:
+    """Return a document shaded by a feature, or by the number of features at each token. Raises UserError."""
+    key = asked.path.get("doc", asked.query.get("key", ""))
+    places = "select first_token_id, end_token_id from stg_document_places where key = ? and not is_hidden"
+    found = opened.cursor.execute(places, [key]).fetchall()
+    if not found:
+        raise UserError(f"There is no document {brief(key)!r} with tokens.")
+    begin, end = found[0]
+    at = asked.count("at", begin, end - 1)
+    first = asked.count("first", max(at - begin, 0) // MOST_TOKENS * MOST_TOKENS, end)
+    about = {"document_key": key}
+    shown = {**about, **asked.given("feature"), "first": first, "n": MOST_TOKENS}
+    answers = [
+        Panel("text", "Text", "document_tokens", shown, "text").ask(opened),
+        Panel("features", "Features that tell it from others", "document_features", {**about, "n": 30}).ask(opened),
+    ]
+    steps = {
+        "before": asked.link(first=max(first - MOST_TOKENS, 0), at=None) if first else "",
+        "after": asked.link(first=first + MOST_TOKENS, at=None) if begin + first + MOST_TOKENS < end else "",
+    }
+    more: dict[str, Any] = {"key": key, "steps": steps, "at": at if "at" in asked.query else None, "data": {"key": key}}
+    return Page("document.html", f"Document {key}", answers, opened.run.schema, more)

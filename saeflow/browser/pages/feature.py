@@ -56,8 +56,8 @@ def one_panel(asked: Asked, opened: OpenedRun) -> Page:
 def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel]) -> Page:
     feature, schema = number_of(asked), opened.run.schema
     answers = [panel.ask(opened) for panel in now]
-    name = opened.cursor.execute("select label from feature_names where feature_id = ?", [feature]).fetchone()
-    about = {"feature": feature, "label": name[0] if name else ""}
+    name = opened.cursor.execute("select label from feature_names where feature_id = ?", [feature]).fetchall()
+    about = {"feature": feature, "label": name[0][0] if name else ""}
     more = {
         **about, "data": about, "beside": BESIDE, "widest": WIDEST, "window": window_of(asked),
         "later": [(panel, address_of_panel(schema, feature, panel.name, asked.query)) for panel in later],

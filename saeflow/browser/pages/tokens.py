@@ -21,14 +21,13 @@ def search(asked: Asked, opened: OpenedRun) -> Page:
 
 def entry(asked: Asked, opened: OpenedRun) -> Page:
     """Return the features that fire on a vocabulary entry."""
-    found = opened.cursor.execute(
-        "select piece from stg_vocab where vocab_id = ?", [_number(asked, "vocab")]
-    ).fetchone()
-    if found is None:
-        raise UserError(f"There is no vocabulary entry {asked.path['vocab']}.")
-    about = {"vocab": asked.path["vocab"], **asked.filter.values}
+    number = _number(asked, "vocab")
+    found = opened.cursor.execute("select piece from stg_vocab where vocab_id = ?", [number]).fetchall()
+    if not found:
+        raise UserError(f"There is no vocabulary entry {number}.")
+    about = {"vocab": number, **asked.filter.values}
     panel = Panel("features", "Features that fire on it", "entry_features", about, most_rows=50)
-    return Page("tokens.html", f"Token {found[0]}", [panel.ask(opened)], opened.run.schema)
+    return Page("tokens.html", f"Token {found[0][0]}", [panel.ask(opened)], opened.run.schema)
 
 
 def at(asked: Asked, opened: OpenedRun) -> Page:
