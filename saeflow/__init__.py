@@ -11,8 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saeflow.query.api import open_run as open  # noqa: A004
+    from saeflow.browser.notebook import NotebookRun
     from saeflow.runtime.errors import UserError
+
+    open = NotebookRun.open
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "open"]
@@ -21,9 +23,9 @@ __all__ = ["UserError", "__version__", "open"]
 def __getattr__(name: str) -> Any:
     """`saeflow.open` and `saeflow.UserError` load what they need when they are first used."""
     if name == "open":
-        from saeflow.query.api import open_run
+        from saeflow.browser.notebook import NotebookRun
 
-        return open_run
+        return NotebookRun.open
     if name == "UserError":
         from saeflow.runtime.errors import UserError
 

@@ -8,6 +8,7 @@ address      filters and paging in an address
 connections  DuckDB connections for the pages, and how long a question may take
 charts       charts in Vega-Lite, and the script that draws them
 directions   where each feature lies on the map
+notebook     a run in a notebook
 shading      tokens shaded by value, and text that a page may show
 pictures     charts as SVG and PNG, and the charts of a report
 report       a report of a run: one file, and its pictures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Self
 
 import duckdb
 import pyarrow as pa
@@ -27,6 +28,23 @@ class OpenRun:
 
     def __init__(self, store: Store, run: Run, connection: duckdb.DuckDBPyConnection) -> None:
         self.store, self._run, self._connection = store, run, connection
+
+    @classmethod
+    def open(
+        cls,
+        store: str | os.PathLike[str] | None = None,
+        run: str | None = None,
+        *,
+        memory_limit: str | None = None,
+        threads: int | None = None,
+    ) -> Self:
+        """Return the run of this name, or the newest, of a store (folder or URL).
+
+        The default store is SAEFLOW_STORE if that is set, else data/store. `memory_limit` ("2GB") and `threads` are
+        settings of DuckDB. Raises UserError if there is no such store or run.
+        """
+        opened = Store.open(store_path(None if store is None else os.fspath(store)))
+        return cls(opened, *connect_to_run(opened, run, memory_limit, threads))
 
     @property
     def name(self) -> str:
@@ -75,22 +93,6 @@ class OpenRun:
     def __repr__(self) -> str:
         counts = [f"{n:,} {what}" for n, what in ((self.n_features, "features"), (self.n_tokens, "tokens")) if n]
         return f"<saeflow run {self.name!r} of {self.store.name!r}{': ' if counts else ''}{', '.join(counts)}>"
-
-
-def open_run(
-    store: str | os.PathLike[str] | None = None,
-    run: str | None = None,
-    *,
-    memory_limit: str | None = None,
-    threads: int | None = None,
-) -> OpenRun:
-    """Return the run of this name, or the newest, of a store (folder or URL).
-
-    The default store is SAEFLOW_STORE if that is set, else data/store. `memory_limit` ("2GB") and `threads` are
-    settings of DuckDB. Raises UserError if there is no such store or run.
-    """
-    opened = Store.open(store_path(None if store is None else os.fspath(store)))
-    return OpenRun(opened, *connect_to_run(opened, run, memory_limit, threads))
 
 
 def _by_name(question: Question, arguments: Sequence[object], named: dict[str, object]) -> dict[str, object]:
