@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from saeflow.browser.notebook import NotebookRun
     from saeflow.runtime.errors import UserError
 
-    open = NotebookRun.open
+    open = NotebookRun.open  # noqa: A001
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "open"]

