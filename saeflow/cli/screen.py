@@ -25,7 +25,8 @@ _GAP = 3
 _NARROWEST_CONTEXT = 32
 _READABLE_CONTEXT = 48
 _WIDEST_BESIDE_CONTEXT = 32
-_GO_EARLY, _GO_LATE = ("piece", "token_id", "position"), ("source", "key")
+_GO_EARLY = ("piece", "token_id", "position", "n_copies", "high_value", "low_value")
+_GO_LATE = ("source", "key")
 """Columns that make room for a readable context, and those that make room for a narrow one. Then the others leave from
 the right. The value stays."""
 
