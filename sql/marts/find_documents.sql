@@ -2,9 +2,9 @@
 --
 -- Grain:   one row per visible document with tokens, in corpus order; at most n.
 -- Reads:   under_filter_documents
--- Units:   text is in the key, whatever the case. source, since and until are those of feature_numbers. For the next page
---          give document_id of the last row as after_id. written is in UTC (null if the metadata have no date); n_tokens
---          counts the document's tokens.
+-- Units:   text is in the key, whatever the case. source, since and until are those of feature_numbers. For the next
+--          page give document_id of the last row as after_id. written is in UTC (null if the metadata have no date);
+--          n_tokens counts the document's tokens.
 -- Parameters: text text = '', source text = null, since text = null, until text = null, after_id bigint = -1,
 --          n bigint = 50
 -- Ask it:  which documents are about France?  from find_documents('france')

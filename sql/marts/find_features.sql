@@ -4,9 +4,10 @@
 -- Reads:   summaries_found, stg_vocab, stg_feature_histogram, bin_edge, feature_names, telling_score, usual_strength
 -- Units:   text is in a feature's label or in one of its 10 commonest vocabulary entries, whatever the case; entry is
 --          the vocab_id of one of these entries; kind is one of feature_kind's; densities and peaks (magnitudes of
---          max_value) are included limits. sort is interesting (telling_score of the strongest value, in multiples of
---          the usual strength; 0 for dead, rare and dense features), density, rare, max, mean or id. For the next page
---          give sort_key and feature_id of the last row as after_sort and after_id. density is a share of the encoded
+--          max_value) are included limits. sort is interesting, density, rare, max, mean or id. Interesting features
+--          have a large telling_score of their usual strength, less 0.9 times the share of their commonest entry;
+--          fewer than 100 tokens count in proportion, and dead, rare and dense features have 0. For the next page give
+--          sort_key and feature_id of the last row as after_sort and after_id. density is a share of the encoded
 --          tokens; values are in the units of the activations. pieces are the 3 commonest entries. histogram counts
 --          the tokens in each quarter octave of magnitudes, from the bin of from_value on.
 -- Parameters: text text = '', entry bigint = null, kind text = null, min_density double = null,
@@ -33,10 +34,9 @@ with found as (
             when 'interesting' then case
                 when features.kind in ('dead', 'rare', 'dense') then 0
                 else telling_score(
-                    abs(features.max_value)
-                        / usual_strength(features.n_tokens, features.mean_value * n_tokens, features.sum_squares),
+                    usual_strength(features.n_tokens, features.mean_value * n_tokens, features.sum_squares),
                     features.density
-                )
+                ) * (1 - 0.9 * coalesce(features.vocab_share, 0)) * least(features.n_tokens / 100, 1)
             end
             when 'density' then coalesce(features.density, 0)
             when 'rare' then -coalesce(features.density, 0)

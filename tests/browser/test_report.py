@@ -85,16 +85,6 @@ def test_a_report_shows_measures_settings_and_the_most_telling_features(reported
     assert "train.<bdi>n_tokens</bdi>" in text  # of the small recipe, not the default
 
 
-def test_bytes_of_a_stage_are_those_on_the_disk(finished: Finished):
-    with saeflow.open(finished.store.root) as run:
-        for row in run.ask("stages").to_pylist():
-            if row["stage"] == "saes":
-                folder = finished.store.root / row["artefact"]
-                assert row["n_bytes"] == sum(
-                    (folder / n).stat().st_size for n in ("cfg.json", "log.parquet", "sae_weights.safetensors")
-                )
-
-
 def test_pictures_are_svg_and_png(reported: Path):
     names = {path.name for path in (reported / "pictures").iterdir()}
     drawn = {panel.name for panel in report.PANELS if panel.view not in ("table", "changed", "listed")}

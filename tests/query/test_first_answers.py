@@ -491,6 +491,8 @@ def views(slow: Slow, ask: Ask) -> None:
     assert [(row["document_id"], row["n_tokens"]) for row in rows] == [
         (i, len(slow.given.documents[i].pieces)) for i in visible
     ]
+    with_tokens = [i for i in visible if slow.given.documents[i].pieces]
+    assert [row["document_id"] for row in ask("find_documents")] == with_tokens[:50]
     assert [row["is_current"] for row in ask("runs")][:1] == [True]
     assert ask("feature_labels") == []
 
@@ -553,7 +555,7 @@ QUESTIONS = {
     near_misses: "near_misses", coactivation: "coactivation coactive_features", features_on: "features_on",
     source_contrast: "source_contrast", compare_sources: "compare_sources", position_profile: "position_profile",
     summaries: "feature_summary", feature_kind: "feature_kind", token_features: "token_features",
-    views: "tokens documents runs feature_labels", search_token: "search_token",
+    views: "tokens documents find_documents runs feature_labels", search_token: "search_token",
     stored_tables: "similar_features feature_logits", compare_runs: "compare_runs",
     decoder_cosines: "decoder_cosines",
 }  # fmt: skip
@@ -563,6 +565,7 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
     elsewhere = {"features_of_text", "tokens_of_span", "features_by_role", "left_out", "runs_on_same_tokens"}
     elsewhere |= {"find_features", "count_features", "density_and_max", "density_histogram"}
     elsewhere |= {"document_tokens", "document_features"}
+    elsewhere |= {"metrics", "settings", "stages", "training_curve"}  # test_run_records reads what they were made from
     # test_new_text, test_offsets, test_chats, test_leave_out, test_sql, test_lists and test_documents_and_tokens ask
     # these; test_filtered_answers and test_documents_and_tokens ask those with a filter
     stored = [
