@@ -35,53 +35,53 @@ with fired as materialized (
         feature, source, document_key, since, until, role, threshold, with_feature, without_feature
     )
 ),
-ranked as (
+-- Few draws are as small as this; the first 200 of each band are among them, beyond any doubt.
+small as materialized (
+    select printf('%08x', (4294967295 * least(1, 4 * bands * greatest(n_band, n_random, 200) / count(*)))::bigint) as most
+    from fired
+    where passes
+),
+ranked as materialized (
     select
         token_id,
         value,
-        row_number() over (order by strength(value) desc, token_id) - 1 as rank,
-        count(*) over ()                                                as n_rows,
-        draw_order(token_id, seed)                                      as draw
-    from fired
-    where passes and case when bands >= 1 then true else error('bands must be at least 1') end
-),
-numbered as materialized (
-    select
-        *,
+        rank,
         1 + rank * least(bands, n_rows) // n_rows as band,
-        row_number() over (order by draw, token_id) as number,
-        row_number() over (order by substr(draw, 17), token_id) as other_number
+        draw_order(token_id, seed)                as draw
+    from (
+        select
+            token_id,
+            value,
+            row_number() over (order by strength(value) desc, token_id) - 1 as rank,
+            count(*) over ()                                                as n_rows
+        from fired
+        where passes
+    )
+    where case when bands >= 1 then true else error('bands must be at least 1') end
+),
+wholes as (
+    select
+        band,
+        count(*)             as n_tokens,
+        min(strength(value)) as low_value,
+        max(strength(value)) as high_value
     from ranked
+    group by band
 ),
 drawn as materialized (
-    select
-        1 as part,
-        null as band,
-        rank as number,
-        token_id,
-        value,
-        null as n_tokens,
-        null as low_value,
-        null as high_value
-    from numbered
+    select 1 as part, null as band, row_number() over (order by rank) as number, token_id, value
+    from ranked
     where rank < greatest(n_strongest, 1000)
     union all
-    select
-        2,
-        band,
-        number,
-        token_id,
-        value,
-        count(*) over whole,
-        min(strength(value)) over whole,
-        max(strength(value)) over whole
-    from numbered
-    window whole as (partition by band)
-    qualify row_number() over (partition by band order by number) <= greatest(n_band, 200)
+    select 2, band, row_number() over (partition by band order by draw, token_id) as place, token_id, value
+    from ranked
+    where left(draw, 8) <= (select most from small)
+    qualify place <= greatest(n_band, 200)
     union all
-    select 3, null, other_number, token_id, value, null, null, null
-    from numbered
-    where other_number <= greatest(n_random, 200)
+    select 3, null, row_number() over (order by substr(draw, 17), token_id) as place, token_id, value
+    from ranked
+    where substr(draw, 17, 8) <= (select most from small)
+    qualify place <= greatest(n_random, 200)
 ),
 examples as (
     select
@@ -90,10 +90,7 @@ examples as (
         count(*)                  as n_copies,
         min(number)               as number,
         arg_min(token_id, number) as token_id,
-        arg_min(value, number)    as value,
-        any_value(n_tokens)       as n_tokens,
-        any_value(low_value)      as low_value,
-        any_value(high_value)     as high_value
+        arg_min(value, number)    as value
     from drawn
     join token_windows((select list(distinct token_id) from drawn), before, after) using (token_id)
     group by part, band, text_key
@@ -106,9 +103,9 @@ chosen as materialized (
 select
     case part when 1 then 'strongest' when 2 then 'band' else 'random' end as part,
     chosen.band,
-    chosen.n_tokens,
-    chosen.low_value,
-    chosen.high_value,
+    wholes.n_tokens,
+    wholes.low_value,
+    wholes.high_value,
     token_id,
     chosen.value,
     found.place,
@@ -119,6 +116,7 @@ select
     found.source,
     found.position
 from chosen
+left join wholes using (band)
 join token_surroundings(
     (select list(distinct token_id) from chosen), (select list(fired) from fired), before, after
 ) as found using (token_id)

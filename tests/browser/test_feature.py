@@ -188,3 +188,15 @@ def test_a_text_of_ones_own_is_read_by_the_model(pages: TestClient):
     rows = pages.get(address, params={"text": "the sea"}).json()["panels"]["features"]["rows"]
     assert rows
     assert "there" in pages.get(address, params={"text": "the sea", "model": "/nowhere"}).json()["problem"]
+
+
+def test_the_contexts_of_a_page_begin_the_panels_that_they_lead_to(pages: TestClient):
+    here = f"/runs/{run_of(pages)}"
+    stats = pages.get(f"{here}/ask/feature_summary.json").json()["panels"]["rows"]["rows"]
+    often = sorted(stats, key=lambda row: -row["n_tokens"])
+    for feature in (often[0]["feature_id"], often[len(often) // 2]["feature_id"]):
+        rows = pages.get(f"{here}/features/{feature}.json").json()["panels"]["examples"]["rows"]
+        for part, ask in (("strongest", "feature_contexts.json?n=8"), ("band", "feature_bands.json?bands=5&n=2")):
+            whole = pages.get(f"{here}/ask/{ask}&feature={feature}").json()["panels"]["rows"]["rows"]
+            mine = [row for row in rows if row["part"] == part]
+            assert [{name: row[name] for name in whole[0]} for row in mine] == whole

@@ -452,3 +452,16 @@ def test_a_question_under_no_filter_reads_no_tokens_but_those_of_the_feature(two
     plan = two.execute("explain from feature_values(0)").fetchall()[0][1]
     assert plan.upper().count("READ_PARQUET") == 1
     assert math.isclose(sum(row["share"] for row in ask(two, "feature_values", {"feature": 0}).to_pylist()), 1)
+
+
+def test_examples_of_a_feature_that_fires_often_are_those_of_its_whole_bands(tmp_path: Path):
+    """So often that not every draw is put in order."""
+    pieces = [b" a", b" b", b" c", b" d", b" e"]
+    words = [pieces[i * i * 7 % 11 % 5] for i in range(3_000)]
+    world = Given([Document("long", "s", words)], [(i, 0, 1.0 + i * 37 % 101) for i in range(len(words))])
+    with connect(world.write(tmp_path / "store"), threads=1) as connection:
+        wide: dict[str, Any] = {"feature": 0, "before": 9, "after": 9}
+        rows = ask(connection, "feature_examples", {**wide, "bands": 2, "n_band": 6, "n_random": 6}).to_pylist()
+        bands = ask(connection, "feature_bands", {**wide, "bands": 2, "n": 6}).to_pylist()
+        assert [{name: row[name] for name in bands[0]} for row in rows if row["part"] == "band"] == bands
+        assert len({row["token_id"] for row in rows if row["part"] == "random"}) == 6
