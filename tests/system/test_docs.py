@@ -43,6 +43,7 @@ NOT_RUN = {
     "saeflow ask features_of_text The old sailor writes to a robot.": "by test_published_sae.py",
     "saeflow serve nightly.toml": "needs Prefect's server; test_newcomer.py types it",
     "saeflow collect my.toml --from requests": "needs an engine's files; tests/pipeline/test_engines.py makes them",
+    "saeflow browse": "serves until it is stopped; tests/browser asks its pages",
     "saeflow plan my.toml": "takes half a minute; tests/pipeline/test_forecast.py",
     "saeflow run flows/recipes/demo_transcoder.toml": "minutes; tests/system/test_transcoder.py runs a small one",
     "saeflow synth flows/recipes/synth.toml": "ten minutes; tests/cli/test_synth.py runs a small one",
