@@ -1,7 +1,7 @@
 -- How the run was made: its stages, how long they took, and what they left on disk.
 --
 -- Grain:   one row per artefact that the run was made from, in the order of the stages, the run itself last.
--- Reads:   src_stages
+-- Reads:   stg_stages
 -- Units:   stage is the kind of the artefact: tokens, activations, saes (the trained autoencoder) or features (the
 --          values). n_bytes is the size on disk of what readers see. written is the time (UTC) of the last publication.
 --          seconds is the time the stage took, as far as the stage recorded it. What no record says is null.
@@ -14,4 +14,4 @@ select
     seconds::double                                 as seconds,
     make_timestamp((written::double * 1e6)::bigint) as written,
     host::varchar                                   as host
-from src_stages;
+from stg_stages;

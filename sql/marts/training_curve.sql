@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per logged step, in order; evenly spaced ones and the last if more than n were logged. None for an
 --          autoencoder from elsewhere.
--- Reads:   src_training_log
+-- Reads:   stg_training_log
 -- Units:   n_tokens is the number of tokens trained on after the step, if all batches before were as large as the
 --          first. variance_unexplained, l0 and loss are those of the step's batch; dead is the number of features that
 --          have not fired for train.dead_after_tokens. lr is the learning rate. Measures that the training does not
@@ -29,7 +29,7 @@ from (
         step * first_value(batch_rows) over steps + batch_rows          as n_tokens,
         row_number() over steps - 1                                     as place,
         count(*) over (order by step rows between unbounded preceding and unbounded following) as n_logged
-    from src_training_log
+    from stg_training_log
     where step is not null
     window steps as (order by step)
 )
