@@ -23,6 +23,8 @@ from saeflow.runtime.text import brief, did_you_mean, sanitise
 Readings = list[dict[str, object]]
 """What features_of_text needs to know of each feature that fires on a new text."""
 
+warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)  # for good: threads share filters
+
 LONGEST_SQL = 100_000
 """Most characters of a statement. DuckDB takes minutes over some longer ones before it has read them."""
 
@@ -202,9 +204,7 @@ def _fetch_rows(
     connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object], limit: int | None, short: bool
 ) -> pa.Table:
     if short:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return connection.execute(sql, parameters or None).to_arrow_table()
+        return connection.execute(sql, parameters or None).to_arrow_table()
     return _read_rows(connection.sql(sql, params=parameters or None).to_arrow_reader(), limit)
 
 

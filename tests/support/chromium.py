@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -28,7 +28,7 @@ KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), "Backspace": (8
 class Window:
     """A page of the browser. It keeps what was asked of the network, and what was written into the console."""
 
-    socket: ClientConnection
+    socket: Any
     session: str = ""
     requests: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
@@ -91,9 +91,12 @@ class Window:
     def prefers(self, scheme: str) -> None:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
+    def resize(self, width: int, height: int) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
     def keep(self, path: Path, width: int = 1200, height: int = 900, whole: bool = False) -> None:
         """Write a picture of the window, or of the whole page."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.resize(width, height)
         time.sleep(0.3)
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
@@ -120,6 +123,7 @@ def window(folder: Path) -> Iterator[Window]:
             found.session = found.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
             for domain in ("Page", "Network", "Runtime", "Log"):
                 found.call(f"{domain}.enable")
+            found.resize(1200, 1000)
             yield found
     finally:
         process.terminate()

@@ -55,23 +55,42 @@
       for (const [name, value] of [...event.formData]) if (value === "") event.formData.delete(name);
     });
 
-  let chosen = -1;
   const items = () => [...document.querySelectorAll(".list tbody tr, .contexts li")];
   const choose = (step) => {
     const all = items();
-    if (!all.length) return;
-    all[chosen]?.classList.remove("chosen");
-    chosen = Math.max(0, Math.min(all.length - 1, chosen + step));
-    all[chosen].classList.add("chosen");
-    (all[chosen].querySelector("a, [tabindex]") ?? all[chosen]).focus();
+    const focused = document.activeElement.closest(".list tbody tr, .contexts li");
+    const next = all[Math.max(0, Math.min(all.length - 1, all.indexOf(focused ?? document.querySelector(".chosen")) + step))];
+    document.querySelector(".chosen")?.classList.remove("chosen");
+    next?.classList.add("chosen");
+    (next?.querySelector("a") ?? next?.querySelector("[tabindex]"))?.focus();
+  };
+  // Up is the page that a page belongs to. If the reader came from there, it is as it was left.
+  const up = () => {
+    const [run, kind, what] = location.pathname.split("/").slice(2);
+    const parent = { features: "features", docs: "docs", doc: "docs", ask: "questions", "tokens-at": "tokens", tokens: "tokens" }[kind];
+    const address = !kind ? "/" : `/runs/${run}${parent && (what || parent !== kind) ? `/${parent}` : ""}`;
+    const before = document.referrer && new URL(document.referrer);
+    const cameFromThere = before && before.host === location.host && before.pathname === address;
+    if (cameFromThere || location.protocol === "file:") history.back();
+    else location.assign(address);
+  };
+  const keys = {
+    "/": () => document.querySelector("input[type=search], form input:not([type=hidden])")?.focus(),
+    j: () => choose(1),
+    k: () => choose(-1),
+    u: up,
+    b: () => history.back(),
+    f: () => document.querySelector("nav a[href$='/features']")?.click(),
+    "?": () => location.assign(document.querySelector("nav a:last-of-type").href + "#keys"),
   };
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, textarea")) return;
-    if (event.key === "/") document.querySelector("input[type=search], form input:not([type=hidden])")?.focus();
-    else if (event.key === "j") choose(1);
-    else if (event.key === "k") choose(-1);
-    else if (event.key === "?") location.assign(document.querySelector("nav a:last-of-type").href + "#keys");
-    else return;
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.matches("input:not([type=checkbox]), select, textarea")) {
+      if (event.key === "Escape") event.target.blur();
+      return;
+    }
+    if (!Object.hasOwn(keys, event.key)) return;
     event.preventDefault();
+    keys[event.key]();
   });
 })();

@@ -1,0 +1,157 @@
+"""The pages in real Chromium: by keyboard alone, without a request to another host or a word in the console."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from saeflow.browser.server import application
+from tests.conftest import Finished
+from tests.support.chromium import CHROMIUM, Window, window
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="There is no Chromium on this machine.")
+
+
+@pytest.fixture(scope="module")
+def address(finished: Finished) -> Iterator[str]:
+    """The address of the finished store's pages."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        application(finished.store), log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+    with window(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
+
+
+@pytest.fixture
+def shown(chromium: Window, address: str) -> Iterator[Window]:
+    """A window that stayed on this machine and wrote nothing into the console, which is checked at the end."""
+    chromium.requests.clear()
+    chromium.messages.clear()
+    yield chromium
+    elsewhere = [url for url in chromium.requests if not url.startswith((address, "data:", "about:"))]
+    assert elsewhere == []
+    assert chromium.messages == []
+
+
+def at(page: Window, text: str) -> None:
+    """Wait until the window shows a page whose address holds a text."""
+    page.wait(f"location.href.includes({json.dumps(text)}) && document.readyState == 'complete'")
+
+
+def tab_to(page: Window, selector: str) -> None:
+    for _ in range(300):
+        page.press("Tab")
+        if page.value(f"document.activeElement.matches({json.dumps(selector)})"):
+            return
+    raise AssertionError(f"Tab does not lead to {selector}")
+
+
+def test_keys_alone_lead_from_the_runs_to_a_token_and_back(shown: Window, address: str) -> None:
+    shown.open(f"{address}/")
+    for key in ("j", "Enter"):
+        shown.press(key)
+    at(shown, "/runs/small")
+    shown.press("f")
+    at(shown, "/runs/small/features")
+    shown.press("/")
+    shown.type("a")
+    shown.press("Enter")
+    at(shown, "features?text=a")
+    for key in ("j", "j", "k", "Enter"):
+        shown.press(key)
+    at(shown, "/runs/small/features/")
+    shown.wait("!!document.querySelector('.contexts li a')")
+    for key in ("j", "Enter"):
+        shown.press(key)
+    at(shown, "/runs/small/doc")
+    tab_to(shown, "main a[href*='/tokens-at/'], main a[href*='/tokens/']")
+    shown.press("Enter")
+    at(shown, "/runs/small/tokens")
+    for page in ("/runs/small/doc", "/runs/small/features/"):
+        shown.press("b")
+        at(shown, page)
+    shown.press("u")
+    at(shown, "features?text=a")
+    shown.press("u")
+    shown.wait("location.pathname == '/runs/small' && document.readyState == 'complete'")
+    shown.press("u")
+    shown.wait("location.pathname == '/'")
+
+
+PAGES = [
+    "/", "/about", "/runs/small", "/runs/small/features", "/runs/small/map", "/runs/small/questions",
+    "/runs/small/ask/feature_summary", "/runs/small/features/1", "/runs/no", "/compare-runs?a=small&b=small",
+    "/runs/small/docs", "/runs/small/doc?key=tales/000", "/runs/small/tokens?text=a", "/runs/small/tokens-at/3",
+    "/runs/small/compare?a=1&b=2", "/runs/small/try",
+]  # fmt: skip
+DRAWN = "[...document.querySelectorAll('figure.chart')].every((each) => each.classList.contains('drawn'))"
+
+
+def test_every_page_is_drawn_light_and_dark_without_a_message(shown: Window, address: str) -> None:
+    for scheme in ("light", "dark"):
+        shown.prefers(scheme)
+        for path in PAGES:
+            shown.open(address + path)
+            shown.wait(DRAWN)
+            if path == "/runs/no":  # Chromium itself says that this page has the status 404
+                assert len(shown.messages) == 1
+                shown.messages.clear()
+
+
+COLOURED = """(() => {
+  const canvas = document.querySelector("figure.chart canvas");
+  canvas.scrollIntoView({ block: "center" });
+  const { data, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width * 0.8, canvas.height);
+  for (let i = 0; i < data.length; i += 4) {
+    const colours = data.slice(i, i + 3);
+    if (data[i + 3] < 170 || Math.max(...colours) - Math.min(...colours) < 40) continue;
+    const box = canvas.getBoundingClientRect(), scale = box.width / canvas.width;
+    return [box.x + scale * ((i / 4) % width), box.y + scale * Math.floor(i / 4 / width)];
+  }
+})()"""
+"""Where a picture has a coloured pixel, which is that of a point."""
+
+
+@pytest.mark.parametrize("path", ["/runs/small", "/runs/small/map"])
+def test_a_click_on_a_point_opens_its_feature(shown: Window, address: str, path: str) -> None:
+    shown.prefers("light")
+    shown.open(address + path)
+    shown.wait(DRAWN)
+    x, y = shown.value(COLOURED)
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+        shown.call("Input.dispatchMouseEvent", type=kind, x=x, y=y + 1, **button)
+    at(shown, "/runs/small/features/")
+
+
+def test_axe_finds_no_fault(shown: Window, address: str) -> None:
+    package = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed.")
+    (script,) = Path(package.__file__).parent.rglob("axe*.js")
+    for scheme in ("light", "dark"):
+        shown.prefers(scheme)
+        for path in PAGES:
+            shown.open(address + path)
+            shown.value(script.read_text("utf-8") + "; 0")
+            faults = (
+                "axe.run().then((found) => found.violations.map((each) => [each.id, each.nodes.map((n) => n.html)]))"
+            )
+            assert shown.value(faults) == [], f"{path} {scheme}"
+            shown.messages.clear()
