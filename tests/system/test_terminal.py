@@ -199,6 +199,8 @@ def test_no_command_lets_a_corpus_act_on_the_terminal(saeflow: Command, hostile_
         ["ask", "runs", "--run", HOSTILE],
         ["evaluate", recipe],
         ["report", recipe],
+        ["export", "--features", 2],
+        ["export", HOSTILE, "-o", HOSTILE],
         ["tokens", recipe],
         ["forget", key],
         ["forget", key, HOSTILE],
