@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import duckdb
+from dask.system import cpu_count
 
 from saeflow.query.connection import connect_to_run
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
-from saeflow.runtime.threads import n_threads
 from saeflow.store.store import Store
 
 MOST_RUNS = 3
@@ -44,7 +44,7 @@ class Connections:
         self.store, self.seconds = store, seconds
         self._lock = threading.Lock()
         self._open: OrderedDict[str | None, tuple[object, Run, duckdb.DuckDBPyConnection]] = OrderedDict()
-        self._places = threading.BoundedSemaphore(n_threads(0))
+        self._places = threading.BoundedSemaphore(cpu_count())
 
     @contextlib.contextmanager
     def opened(self, name: str | None = None) -> Iterator[OpenedRun]:

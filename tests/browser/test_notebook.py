@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -68,6 +70,7 @@ def test_an_open_run_shows_a_feature_with_the_panels_of_its_page(run: NotebookRu
         assert f"<bdi>{title}</bdi>" in html
     assert "<svg" in html
     assert "<mark" in html
+    assert not re.search(r">(more|vs)<", html), "a link to a page that only a server has"
     assert loads_nothing(html)
     assert not read(shown).attributes.keys() & {"href", "src", "action", "style"}
     assert repr(shown).startswith("<Feature 1 of saeflow run 'small': numbers, values, ")
@@ -81,6 +84,13 @@ def test_what_is_shown_is_what_its_sql_answers(run: NotebookRun, filter: dict[st
     numbers = run.ask("feature_numbers", 1, **filter).to_pylist()
     assert shown.tables["numbers"].to_pylist() == numbers
     assert ("Filter in force" in shown._repr_html_()) == bool(filter)
+
+
+def test_a_run_is_opened_without_waiting_for_torch_or_a_picture(finished: Finished) -> None:
+    heavy = "('torch', 'transformers', 'altair', 'vl_convert', 'matplotlib', 'zarr')"
+    code = f"import sys, saeflow; saeflow.open({str(finished.store.root)!r}); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_features_are_a_table_with_a_small_histogram_for_each(run: NotebookRun) -> None:
