@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from saeflow.runtime.errors import UserError
-from saeflow.sae.formats.saelens import WEIGHTS
 from saeflow.store.artefact import Artefact
 
 MOST_MAPS = 8
@@ -34,6 +33,8 @@ def has_umap(n_features: int) -> bool:
 
 def places(sae: Artefact, by: str = "pca") -> np.ndarray:
     """Return the place of each feature, (F, 2), from the unit rows of the decoder. Kept in memory once computed."""
+    from saeflow.sae.formats.saelens import WEIGHTS  # loads torch, for which no other page waits
+
     path = sae.own_file(WEIGHTS)
     key = (str(path), by)
     with _one_at_a_time:

@@ -88,7 +88,8 @@ def test_what_is_shown_is_what_its_sql_answers(run: NotebookRun, filter: dict[st
 
 def test_a_run_is_opened_without_waiting_for_torch_or_a_picture(finished: Finished) -> None:
     heavy = "('torch', 'transformers', 'altair', 'vl_convert', 'matplotlib', 'zarr')"
-    code = f"import sys, saeflow; saeflow.open({str(finished.store.root)!r}); print([m for m in {heavy} if m in sys.modules])"
+    opens = f"import sys, saeflow; saeflow.open({str(finished.store.root)!r})"
+    code = f"{opens}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
