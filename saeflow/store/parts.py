@@ -202,7 +202,7 @@ class Parts(Identity):
         if not is_file(self.path / "manifest.json"):
             return own
         path = self.storage.fetch(self.list_path(self.manifest()[0]))
-        return own + sum(pq.read_table(path, columns=["n_bytes"]).column(0).to_pylist())
+        return own + int(sum(pq.read_table(path, columns=["n_bytes"]).column(0).to_pylist()))
 
     def list_path(self, number: int) -> Path:
         return self.path / "generations" / f"{number:06d}.parquet"
