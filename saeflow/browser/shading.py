@@ -82,12 +82,16 @@ def lines(text: str) -> Markup:
 
 
 def piece(text: object) -> Markup:
-    """Return a vocabulary entry as HTML, with the spaces at its ends made visible."""
+    """Return a vocabulary entry as HTML."""
+    return Markup('<bdi class="piece">{}</bdi>').format(shown_piece(text))
+
+
+def shown_piece(text: object) -> str:
+    """Return a vocabulary entry with the spaces at its ends made visible."""
     whole = shown_text(text)
     inner = whole.strip(" ")
     before = len(whole) - len(whole.lstrip(" "))
-    drawn = "␣" * before + inner + "␣" * (len(whole) - before - len(inner))
-    return Markup('<bdi class="piece">') + escape(drawn) + Markup("</bdi>")
+    return "␣" * before + inner + "␣" * (len(whole) - before - len(inner))
 
 
 def shown_text(text: object) -> str:

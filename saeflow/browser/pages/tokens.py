@@ -6,6 +6,7 @@ from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
 from saeflow.browser.panels import Panel
+from saeflow.browser.shading import shown_piece
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief
 
@@ -27,7 +28,7 @@ def entry(asked: Asked, opened: OpenedRun) -> Page:
         raise UserError(f"There is no vocabulary entry {number}.")
     about = {"vocab": number, **asked.filter.values}
     panel = Panel("features", "Features that fire on it", "entry_features", about, most_rows=50)
-    return Page("tokens.html", f"Token {found[0][0]}", [panel.ask(opened)], opened.run.schema)
+    return Page("tokens.html", f"Token {shown_piece(found[0][0])}", [panel.ask(opened)], opened.run.schema)
 
 
 def at(asked: Asked, opened: OpenedRun) -> Page:
