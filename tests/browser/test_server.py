@@ -73,6 +73,8 @@ def test_a_label_is_written_and_shown(own_pages: TestClient):
     sent = own_pages.post(f"{address}/label", data=form, headers={"origin": ADDRESS})
     assert sent.status_code == 303
     assert sent.headers["location"] == address
+    filtered = own_pages.post(f"{address}/label?threshold=0.1", data=form, headers={"origin": ADDRESS})
+    assert filtered.headers["location"] == f"{address}?threshold=0.1"
     assert "&lt;b&gt;seas&lt;/b&gt;" in own_pages.get(address).text
 
 

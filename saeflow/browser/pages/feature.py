@@ -8,7 +8,7 @@ from dataclasses import replace
 from saeflow.browser.address import FILTER, IN_WORDS, WINDOW, Asked, address_of_panel
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.panels import Panel, address_of_run
+from saeflow.browser.panels import Panel, address_of_run, as_query
 from saeflow.query import labels
 from saeflow.query.questions import find_question, parse_arguments
 from saeflow.runtime.errors import UserError
@@ -19,7 +19,7 @@ OWN = "own"
 BESIDE = ("numbers", "values", "logits", "similar", "companions")
 """Panels in the narrow column."""
 
-LATER = ("near_misses", "entries", "documents", "sources")
+LATER = ("companions", "near_misses", "entries", "documents", "sources")
 """Panels that a page fetches when they are looked at: they read more than the feature's own tokens."""
 
 ALONE = ("strongest", "bands", "random")
@@ -37,8 +37,7 @@ MOST_CONTEXTS = 200
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
     every = panels(asked, number_of(asked))
-    slow = (*LATER, "companions") if asked.filter else LATER
-    later = [panel for panel in every if panel.name in slow and not asked.switch("all")]
+    later = [panel for panel in every if panel.name in LATER and not asked.switch("all")]
     return _page_of(asked, opened, [panel for panel in every if panel not in later and panel.name not in ALONE], later)
 
 
@@ -111,4 +110,4 @@ def put_label(asked: Asked, opened: OpenedRun) -> str:
         raise UserError("This run does not say which SAE it belongs to, so that its features take no labels.")
     label = labels.clean_label(asked.form.get("label", ""), None, "label")
     labels.put(opened.store, sae, OWN, {feature: label})
-    return f"{address_of_run(opened.run.schema)}/features/{feature}"
+    return f"{address_of_run(opened.run.schema)}/features/{feature}{as_query(asked.query)}"
