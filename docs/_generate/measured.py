@@ -46,9 +46,9 @@ def queries() -> str:
     return table(["question", "asked, ms", "warm median", "95%", "cold"], rows, right=(1, 2, 3, 4))
 
 
-def synth() -> str:
+def synth(name: str = "synth") -> str:
     """Scores of every architecture and peer on the same made rows."""
-    found = figures("synth")
+    found = figures(name)
     keys = ["l0", "variance_unexplained", "found_share", "precision", "mcc", "f1"]
     by_f1 = sorted(found["scores"].items(), key=lambda item: -item[1]["f1"])
     rows = [(name, *_scores(scores, keys)) for name, scores in [*by_f1, *found["peers"].items()]]

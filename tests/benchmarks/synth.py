@@ -20,9 +20,9 @@ import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from saeflow.activations import synthetic
 from saeflow.activations.synthetic import GroundTruth
 from saeflow.cli.synth import Synth, print_scores, train_and_score
 from saeflow.recipe.recipe import Recipe, load_recipe
-from saeflow.recipe.settings import Architecture
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae import recovery
@@ -51,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "topk": {"train.token_topk_share": 0.0},
     "mp": {"train.token_topk_share": 0.0},
     "abstopk": {"train.token_topk_share": 0.0},
+    "whitened-topk": {"sae.architecture": "topk", "sae.whiten": True, "train.token_topk_share": 0.0},
     "batchtopk": {},
     "matryoshka": {},
     "jumprelu": {**PENALISED, "sae.penalty": "l0"},
@@ -68,7 +68,7 @@ FOUND, PRECISION, F1 = 0.97, 0.85, 0.85
 
 
 def recipe_of(architecture: str, n_tokens: int, quick: bool) -> Recipe:
-    changes = SETTINGS[architecture] | {"sae.architecture": architecture, "train.n_tokens": n_tokens}
+    changes = {"sae.architecture": architecture, "train.n_tokens": n_tokens} | SETTINGS[architecture]
     if quick:
         changes = {**QUICK, **changes, "activations.synthetic.n_samples": n_tokens}
     return load_recipe(RECIPE, **changes)
@@ -131,17 +131,19 @@ def linear_f1(truth: GroundTruth, n_blocks: int = 16, n_features: int = 256) -> 
     return float(np.mean(found))
 
 
-def trained(store: Store, recipes: Sequence[Recipe], skipped: dict[str, str]) -> Iterator[tuple[Synth, float]]:
+def trained(
+    store: Store, recipes: Mapping[str, Recipe], skipped: dict[str, str]
+) -> Iterator[tuple[str, tuple[Synth, float]]]:
     """Each with the seconds it took; those that this version cannot train are skipped, with the reason."""
-    for recipe in recipes:
+    for name, recipe in recipes.items():
         began = time.monotonic()
         try:
             [found] = train_and_score(store, [recipe], Progress())
         except (UserError, NotImplementedError, KeyError) as error:
-            reason = skipped[recipe.sae.architecture] = f"{type(error).__name__}: {error}"
-            print(f"{recipe.sae.architecture} is skipped: {reason}")
+            reason = skipped[name] = f"{type(error).__name__}: {error}"
+            print(f"{name} is skipped: {reason}")
             continue
-        yield found, time.monotonic() - began
+        yield name, (found, time.monotonic() - began)
 
 
 def worst_share(scores: Scores) -> float:
@@ -152,25 +154,26 @@ def worst_share(scores: Scores) -> float:
 def main() -> None:
     asked = _arguments()
     n_tokens = asked.tokens or (100_000 if asked.quick else 4_000_000)
-    recipes = [recipe_of(name, n_tokens, asked.quick) for name in asked.architectures.split(",")]
-    made = recipes[0].activations.synthetic
+    recipes = {name: recipe_of(name, n_tokens, asked.quick) for name in asked.architectures.split(",")}
+    first = next(iter(recipes.values()))
+    made = first.activations.synthetic
     assert made is not None
     skipped: dict[str, str] = {}
     peers: dict[str, Scores] = {}
     with contextlib.ExitStack() as stack:
         folder = asked.store or stack.enter_context(tempfile.TemporaryDirectory(prefix="saeflow-synth-"))
-        found = list(trained(Store.create(folder), recipes, skipped))
+        found = dict(trained(Store.create(folder), recipes, skipped))
         if found:
-            print_scores([each for each, _ in found])
+            print_scores([each for each, _ in found.values()])
         rows = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saeflow-peers-")))
         for peer, architecture in asked.peers:
             if not _peers.available():
                 skipped[f"{peer} {architecture}"] = "the peers are not installed: make peers"
                 continue
-            peers[f"{peer} {architecture}"] = peer_scores(recipes[0], peer, architecture, rows)
+            peers[f"{peer} {architecture}"] = peer_scores(first, peer, architecture, rows)
             print(f"{peer} {architecture}: {dataclasses.asdict(peers[f'{peer} {architecture}'])}", flush=True)
-    best = max((each for each, _ in found), key=lambda each: worst_share(each.scores), default=None)
-    scores = best.scores if best else None
+    best = max(found, key=lambda name: worst_share(found[name][0].scores), default=None)
+    scores = found[best][0].scores if best else None
     names = ("found of those that fire 1,000 times", "precision", "F1 of firing")
     measured = (scores.found_share_frequent, scores.precision, scores.f1) if scores else (None,) * 3
     report(
@@ -180,10 +183,10 @@ def main() -> None:
             for name, bar, value in zip(names, (FOUND, PRECISION, F1), measured, strict=True)
         ],
         tokens=n_tokens,
-        best=best.recipe.sae.architecture if best else None,
+        best=best,
         linear_detector_f1=round(linear_f1(synthetic.truth_of(made)), 4),
-        seconds={each.recipe.sae.architecture: round(seconds, 1) for each, seconds in found},
-        scores={each.recipe.sae.architecture: dataclasses.asdict(each.scores) for each, _ in found},
+        seconds={name: round(seconds, 1) for name, (_, seconds) in found.items()},
+        scores={name: dataclasses.asdict(each.scores) for name, (each, _) in found.items()},
         peers={name: dataclasses.asdict(each) for name, each in peers.items()},
         skipped=skipped,
     )
@@ -193,7 +196,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="about a minute, smaller sizes")
     parser.add_argument("--tokens", type=int, help="how many each is trained on")
-    parser.add_argument("--architectures", default=",".join(get_args(Architecture)), help="comma-separated")
+    parser.add_argument("--architectures", default=",".join(SETTINGS), help="comma-separated")
     parser.add_argument("--peers", default=PEERS, help="peer-architecture, comma-separated")
     parser.add_argument("--store", help="folder to keep rows and autoencoders in; default: one that goes away")
     asked = parser.parse_args()
