@@ -49,11 +49,13 @@ def ls_command(store: StoreOption = None) -> None:
     """
     opened = existing_store(store)
     table = new_table("artefact", "generation", "parts", "tokens", "size", "inputs")
-    for artefact in opened.artefacts():
-        engine = artefact.record.facts.get("engine")
-        inputs = [*artefact.record.inputs, *([f"made by {engine}"] if engine else [])]
-        table.add_row(sanitise(artefact.id), *state_of(artefact), sanitise(", ".join(inputs)))
+    artefacts = opened.artefacts()
+    for artefact in artefacts:
+        table.add_row(sanitise(artefact.id), *state_of(artefact), sanitise(", ".join(artefact.record.inputs)))
     out.print_table(table, may_go=("inputs", "parts", "generation", "tokens", "size"))
+    for artefact in artefacts:
+        if engine := artefact.record.facts.get("engine"):
+            print_line(f"{sanitise(artefact.id)} was made by {sanitise(str(engine))}")
 
 
 def state_of(artefact: Artefact) -> tuple[str, str, str, str]:

@@ -55,7 +55,8 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
     for table, schema in _OPTIONAL.items():
         options = "filename = true" if table == "feature_stats" else ""
         found[table] = _read_files(files[table], options) if files.get(table) else _no_rows(schema)
-    logs = [_no_rows(_LOG), *(f"select * from {_read_files([path])}" for path in files.get("training_log", ()))]
+    read_logs = [_read_files([path]) for path in files.get("training_log", ())]
+    logs = [_no_rows(_LOG), *(f"select * from {relation}" for relation in read_logs)]
     found["training_log"] = f"({' union all by name '.join(logs)})"
     if unseen := _outside(left_out):
         found["left_out"] = f"(select * from {found['left_out']} where {unseen})"

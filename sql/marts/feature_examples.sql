@@ -1,4 +1,4 @@
--- A feature's strongest, weaker and random tokens under a filter, with the values around them: three questions at once.
+-- A feature's strongest, weaker and random tokens under a filter, with the values around them: one reading for three.
 --
 -- Grain:   one row per example. The rows with part 'strongest' are those of feature_contexts and come first, then those
 --          with part 'band', as in feature_bands, then those with part 'random', in the order of their draw.
@@ -37,7 +37,11 @@ with fired as materialized (
 ),
 -- Few draws are as small as this; the first 200 of each band are among them, beyond any doubt.
 small as materialized (
-    select printf('%08x', (4294967295 * least(1, 4 * bands * greatest(n_band, n_random, 200) / count(*)))::bigint) as most
+    select
+        printf(
+            '%08x',
+            (4294967295 * least(1, 4 * bands * greatest(n_band, n_random, 200) / count(*)))::bigint
+        ) as most
     from fired
     where passes
 ),

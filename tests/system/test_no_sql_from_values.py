@@ -67,6 +67,7 @@ PUT_IN = {
         "_TYPES[kind]": "a constant",
         "name": "a name of a column of a schema in the code",
         "nothing": "made here, of constants",
+        "relation": "_read_files of one file: literals",
         "_read_files(marked)": "literals",
         "_read_files(unmarked)": "literals",
         "tokens": "SQL that this file has made, of literals",

@@ -32,8 +32,9 @@ def index(asked: Asked, opened: OpenedRun) -> Page:
 def page(asked: Asked, opened: OpenedRun) -> Page:
     """Return a document shaded by a feature, or by the number of features at each token. Raises UserError."""
     key = asked.path.get("doc", asked.query.get("key", ""))
-    places = "select first_token_id, end_token_id from stg_document_places where key = ? and not is_hidden"
-    found = opened.cursor.execute(places, [key]).fetchall()
+    found = opened.cursor.execute(
+        "select first_token_id, end_token_id from stg_document_places where key = ? and not is_hidden", [key]
+    ).fetchall()
     if not found:
         raise UserError(f"There is no document {brief(key)!r} with tokens.")
     begin, end = found[0]
