@@ -12,7 +12,7 @@ from saeflow.cli.screen import render_table
 from saeflow.pipeline import forecast
 from saeflow.pipeline.judge import sweep
 from saeflow.query.connection import connect
-from saeflow.query.first_answers import first_answers, next_commands, which_run
+from saeflow.query.first_answers import READ_BY_ANSWERS, first_answers, next_commands, which_run
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.text import human_bytes, sanitise
 from saeflow.store.store import Store
@@ -69,7 +69,7 @@ def compare_with_forecast(store: Store, recipe: Recipe, summary: dict[str, Any])
 def print_answers(store: Store, run: str) -> None:
     """Print three SQL answers, each under the command that gives it, and commands to try next."""
     which = which_run(store, run)
-    with contextlib.closing(connect(store, run)) as connection:
+    with contextlib.closing(connect(store, run, names=READ_BY_ANSWERS)) as connection:
         for answer in first_answers(connection):
             asked = shlex.join(["saeflow", "ask", answer.question, *answer.arguments])
             print_line(f"\n$ {asked}{which}{store_argument(store)}", style="bold")

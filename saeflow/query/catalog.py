@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,12 @@ STAGING = ("functions", "staging")
 MANY_FILES = 1_000
 """A run with more files has its views made in outline first."""
 
+_SIDE_BY_SIDE = ("stg_feature_stats", "stg_token_major", "stg_tokens_encoded")
+"""Views that exist for all runs side by side, too."""
+
+_OF_EVERY_RUN = {"compare_runs"}
+"""Questions that read several runs."""
+
 _OF_DOCUMENTS = ("staging/stg_documents.sql", "marts/documents.sql")
 """Views that show whatever columns the documents have, which only all files together tell."""
 
@@ -49,25 +55,33 @@ def sql_folder() -> Path:
     raise UserError("The folder sql/ is missing from this installation. Install saeflow again.")
 
 
-def definitions(every: Sequence[Run], current: Run, many_files: int = MANY_FILES) -> Iterator[str]:
+def definitions(
+    every: Sequence[Run], current: Run, many_files: int = MANY_FILES, names: Collection[str] | None = None
+) -> Iterator[str]:
     """Yield SQL that makes a schema for each readable run and one for all of them, with `current` in the search path.
 
-    A table macro looks names up in its caller's schema, so names inside it are qualified.
+    A table macro looks names up in its caller's schema, so names inside it are qualified. `names`: only these views and
+    macros with what they read, because DuckDB takes milliseconds for each; and only of the runs that they read.
     """
     readable = [run for run in every if run.problem is None]
+    wanted = None if names is None else with_what_they_read(names)
+    if wanted is not None and not wanted & _OF_EVERY_RUN:
+        readable = [current]
     for run in readable:
         yield f"create schema if not exists {identifier(run.schema)}"
         yield f"set search_path = {literal(identifier(run.schema))}"
         yield source_views(_in_outline(run, many_files), every)
-        yield from _in_schema(run, sql_texts(*STAGING))
-    yield from _views_of_every_run([run.schema for run in readable])
+        yield from _in_schema(run, sql_texts(*STAGING, names=wanted))
+    if wanted is None or wanted & _OF_EVERY_RUN:
+        yield from _views_of_every_run([run.schema for run in readable])
     for run in readable:
-        yield from _in_schema(run, sql_texts("marts"))
+        yield from _in_schema(run, sql_texts("marts", names=wanted))
     for run in readable:
         if _in_outline(run, many_files) is not run:
             yield f"set search_path = {literal(identifier(run.schema))}"
             yield source_views(run, every)
-            yield from _in_schema(run, ((sql_folder() / name).read_text("utf-8") for name in _OF_DOCUMENTS))
+            shown = (name for name in _OF_DOCUMENTS if wanted is None or Path(name).stem in wanted)
+            yield from _in_schema(run, ((sql_folder() / name).read_text("utf-8") for name in shown))
     yield f"set search_path = {literal(identifier(current.schema))}"
     yield from DUCKDB_SETTINGS
 
@@ -104,11 +118,34 @@ def _rows(rows: Sequence[Mapping[str, object]]) -> str:
     return literal([dict(row) for row in rows])
 
 
-def sql_texts(*folders: str) -> Iterator[str]:
-    """Yield the files of folders of `sql/` by file name, so that what a macro reads exists before it."""
+def sql_texts(*folders: str, names: Collection[str] | None = None) -> Iterator[str]:
+    """Yield the files of folders of `sql/`, or those of these names, so that what a macro reads exists before it."""
     paths = [path for folder in folders for path in (sql_folder() / folder).glob("*.sql")]
     for path in sorted(paths, key=lambda path: path.name):
-        yield path.read_text("utf-8")
+        if names is None or path.stem in names:
+            yield path.read_text("utf-8")
+
+
+def with_what_they_read(names: Collection[str]) -> frozenset[str]:
+    """Return the names of these views and macros of `sql/`, and of all that they read."""
+    found, waiting = set[str](), set(names)
+    while waiting:
+        found |= waiting
+        waiting = {each for name in waiting for each in _read_by().get(name, ())} - found
+    return frozenset(found)
+
+
+@cache
+def _read_by() -> dict[str, frozenset[str]]:
+    """Map each view and macro of `sql/` to the names in its text."""
+    paths = [path for path in sql_folder().glob("*/*.sql") if path.parent.name != "checks"]
+    return {path.stem: names_in([path.read_text("utf-8")]) for path in paths}
+
+
+def names_in(texts: Iterable[str]) -> frozenset[str]:
+    """Return the names of views and macros of `sql/` in these statements."""
+    words = (re.findall(r"\w+", _HEADER.sub("", text)) for text in texts)
+    return names_of_sql() & frozenset(word for found in words for word in found)
 
 
 def _in_outline(run: Run, many_files: int) -> Run:
@@ -132,7 +169,7 @@ def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:
 
 def _views_of_every_run(schemas: Sequence[str]) -> Iterator[str]:
     yield f"create schema if not exists {EVERY_RUN};"
-    for view in ("stg_feature_stats", "stg_token_major", "stg_tokens_encoded"):
+    for view in _SIDE_BY_SIDE:
         yield f"create or replace view {EVERY_RUN}.{view} as {side_by_side(schemas, view)};"
 
 

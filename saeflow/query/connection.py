@@ -10,14 +10,25 @@ import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from saeflow.query.catalog import DUCKDB_SETTINGS, MANY_FILES, STAGING, definitions, source_views, sql_folder, sql_texts
+from saeflow.query.catalog import (
+    DUCKDB_SETTINGS,
+    MANY_FILES,
+    STAGING,
+    definitions,
+    names_in,
+    source_views,
+    sql_folder,
+    sql_texts,
+    with_what_they_read,
+)
 from saeflow.query.relations import identifier, literal, unglobbed
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
 from saeflow.runtime.errors import UserError, first_line
@@ -48,15 +59,20 @@ KEPT_FOR_PAGES = {"stg_summaries": 300_000, "feature_names": 300_000, "stg_featu
 
 
 def connect(
-    store: Store, run: str | None = None, memory_limit: str | None = None, threads: int | None = None
+    store: Store,
+    run: str | None = None,
+    memory_limit: str | None = None,
+    threads: int | None = None,
+    names: Collection[str] | None = None,
 ) -> duckdb.DuckDBPyConnection:
     """Return an in-memory connection with one schema per run. `run` (default: the newest) is in the search path.
 
     Runs that cannot be read are left out; the log and the view `runs` say why. The connection opens the runs' published
     files and nothing else, and its settings can no longer be changed. DuckDB cannot forbid to write the files that it
-    may open: give statements that are not your own to `query.ask.query`, which runs only those that read.
+    may open: give statements that are not your own to `query.ask.query`, which runs only those that read. `names`: only
+    these views and macros, and what they read, because to make them all takes half a second for each run.
     """
-    return connect_to_run(store, run, memory_limit, threads)[1]
+    return connect_to_run(store, run, memory_limit, threads, names=names)[1]
 
 
 def connect_to_run(
@@ -66,13 +82,14 @@ def connect_to_run(
     threads: int | None = None,
     many_files: int = MANY_FILES,
     for_pages: bool = False,
+    names: Collection[str] | None = None,
 ) -> tuple[Run, duckdb.DuckDBPyConnection]:
     """Return the run, and its connection as `connect` gives it. Labels that change later are not seen `for_pages`."""
     every, made = runs(store), False
     while not made:
         current, connection = pick_run(store, every, run), open_duckdb(store, memory_limit, threads)
         try:
-            _make_views(connection, every, current, many_files)
+            _make_views(connection, every, current, many_files, names)
             _keep_small_views(connection, current, KEPT_FOR_PAGES if for_pages else {})
             made = True
         except QUERY_ERRORS as error:
@@ -86,11 +103,16 @@ def connect_to_run(
 
 
 def _make_views(
-    connection: duckdb.DuckDBPyConnection, every: Sequence[Run], current: Run, many_files: int = MANY_FILES
+    connection: duckdb.DuckDBPyConnection,
+    every: Sequence[Run],
+    current: Run,
+    many_files: int = MANY_FILES,
+    names: Collection[str] | None = None,
 ) -> None:
-    for statement in definitions(every, current, many_files):
+    for statement in definitions(every, current, many_files, names):
         connection.execute(statement)
-    _keep_small_views(connection, current, KEPT)
+    made = None if names is None else with_what_they_read(names)
+    _keep_small_views(connection, current, {view: n for view, n in KEPT.items() if made is None or view in made})
 
 
 def _without_damaged(store: Store, every: Sequence[Run], error: Exception) -> list[Run]:
@@ -115,7 +137,8 @@ def connect_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord])
     run = run_of_parts(store, artefact, parts)
     connection = open_duckdb(store)
     with _tables_as_written(store):
-        for statement in (source_views(run, [run]), *sql_texts(*STAGING), *DUCKDB_SETTINGS):
+        read = with_what_they_read(names_in(path.read_text("utf-8") for path in _checks()))
+        for statement in (source_views(run, [run]), *sql_texts(*STAGING, names=read), *DUCKDB_SETTINGS):
             connection.execute(statement)
     _harden(connection, [run])
     return connection
@@ -175,8 +198,11 @@ def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None
 
 def check(connection: duckdb.DuckDBPyConnection, limit: int = 1000) -> list[tuple[str, pa.Table]]:
     """Return each check with the rows that break it, at most `limit` of them. No rows is good."""
-    paths = sorted((sql_folder() / "checks").glob("*.sql"))
-    return [(path.stem, _offending_rows(connection, path.read_text("utf-8"), path.stem, limit)) for path in paths]
+    return [(path.stem, _offending_rows(connection, path.read_text("utf-8"), path.stem, limit)) for path in _checks()]
+
+
+def _checks() -> list[Path]:
+    return sorted((sql_folder() / "checks").glob("*.sql"))
 
 
 def _offending_rows(connection: duckdb.DuckDBPyConnection, sql: str, name: str, limit: int) -> pa.Table:

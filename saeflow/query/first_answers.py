@@ -23,6 +23,9 @@ select feature_id from feature_summary where n_tokens > 0
 order by density between 0.0005 and 0.01 desc, abs(max_value) desc, feature_id limit 2
 """
 
+READ_BY_ANSWERS = ("compare_sources", "feature_summary", "top_tokens", "stg_documents")
+"""What `first_answers` asks."""
+
 _FEWEST_TOKENS = 200
 """A feature can stand for a source only if it fires this often in it."""
 

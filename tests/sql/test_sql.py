@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from saeflow.query.ask import ask, query
-from saeflow.query.catalog import script_of_run
+from saeflow.query.catalog import names_in, script_of_run
 from saeflow.query.connection import check, connect
 from saeflow.query.questions import questions
 from saeflow.runtime.errors import UserError
@@ -22,6 +22,7 @@ from tests.support import part_tables
 from tests.support.small_store import DOCUMENTS, N_FEATURES, VALUES, Document, Given, count_stats, token_rows
 
 SQL = Path(__file__).resolve().parents[2] / "sql"
+READ_BY_CHECKS = names_in(path.read_text("utf-8") for path in (SQL / "checks").glob("*.sql"))
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def _no_flush(monkeypatch):
 
 
 def answer(root: Path, given: Given, question: str, *arguments: object) -> list[dict[str, object]]:
-    with connect(given.write(root), threads=1) as connection:
+    with connect(given.write(root), threads=1, names=[question]) as connection:
         return ask(connection, question, arguments).to_pylist()
 
 
@@ -884,7 +885,7 @@ CAUGHT = {
     [pytest.param(name, *case[1:], id=f"{name}: {case[0]}") for name, cases in CAUGHT.items() for case in cases],
 )
 def test_each_check_catches_its_violation(tmp_path, name, given, column_name, expected):
-    with connect(given.write(tmp_path), threads=1) as connection:
+    with connect(given.write(tmp_path), threads=1, names=READ_BY_CHECKS) as connection:
         found = dict(check(connection))[name]
     assert found.column(column_name).to_pylist() == expected
 
@@ -904,14 +905,18 @@ def test_every_file_says_its_grain_and_holds_what_it_is_named_after(path):
         assert re.search(rf"^create or replace (?:view|macro) {path.stem}\b", text, re.MULTILINE)
 
 
-def test_every_example_in_a_header_runs(tmp_path):
+def test_every_example_in_a_header_runs_also_where_only_what_it_reads_is_made(tmp_path):
     Given(name="small", fp="f0000000", corpus=("large", "f0000001")).write(tmp_path)
-    with connect(Given(name="large").write(tmp_path)) as connection:
+    store = Given(name="large").write(tmp_path)
+    with connect(store) as connection:
         for question in questions():
             found = re.search(r"\?  (from .*)$", question.example)
             assert bool(found) == question.is_macro, question.name
+            asked = found[1] if found else f"from {question.name}"
             with pytest.raises(UserError, match="runs the model") if question.runs_model else nullcontext():
-                query(connection, found[1] if found else f"from {question.name}")
+                whole = query(connection, asked)
+                with connect(store, names=[question.name]) as alone:
+                    assert query(alone, asked).equals(whole), question.name
 
 
 def test_only_sources_names_files_and_each_layer_reads_the_one_before():
