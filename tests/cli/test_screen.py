@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from saeflow.cli.common import out
 from saeflow.cli.render import write_answer
 from saeflow.cli.screen import render_table
 from saeflow.cli.store import state_of
@@ -169,9 +171,12 @@ def test_a_file_holds_brackets_as_a_table_and_lists_otherwise(tmp_path: Path) ->
 
 
 @pytest.fixture(params=WIDTHS)
-def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setenv("COLUMNS", str(request.param))
-    return int(request.param)
+def width(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A terminal of this width. Where COLUMNS was set when the tests began, a later value would change nothing."""
+    before = out.size
+    out.width = request.param
+    yield request.param
+    out.size = before
 
 
 def words_of(text: str) -> set[str]:
