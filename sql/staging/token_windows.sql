@@ -27,6 +27,8 @@ parts as (
         ] as entries
     from cut
     join stg_vocab_blocks using (block_id)
+    -- Two parts may share a block. An end below zero would count from the block's own end.
+    where first_token_id <= last_id and first_token_id + n_tokens > first_id
 )
 select token_id, (token_id - first_id) || ':' || string_agg(hex(entries), '' order by first_token_id) as text_key
 from parts

@@ -933,3 +933,15 @@ def test_the_script_runs_by_hand_in_plain_duckdb(tmp_path):
         connection.execute(script_of_run(store))
         assert connection.execute("select count(*) from tokens_where(0, 0)").fetchone() == (4,)
         assert connection.execute("select context from top_tokens(0, 1)").fetchone() == ("«Love» thy love",)
+
+
+def test_copies_are_found_also_in_parts_that_share_a_block_of_tokens(tmp_path):
+    pieces = [b"no", b" one", b" loves", b" no", b" one", b"."]
+    documents = [Document("first", "s", pieces), Document("other", "t", [b"x"]), Document("copy", "s", pieces)]
+    store = Given(documents=documents, values=[(0, 0, 1.0)], n_parts=3, n_token_parts=2).write(tmp_path)
+    with connect(store, names=["token_windows", "stg_tokens"]) as connection:
+        windows = "from token_windows((select list(token_id) from stg_tokens where mask), 2, 2)"
+        rows = query(
+            connection, f"select list(token_id order by token_id) as ids {windows} group by text_key order by ids"
+        )
+    assert sorted(len(row["ids"]) for row in rows.to_pylist()) == [1, 2, 2, 2, 2, 2, 2]
