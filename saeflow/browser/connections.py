@@ -12,6 +12,7 @@ import duckdb
 from dask.system import cpu_count
 
 from saeflow.query.connection import connect_to_run
+from saeflow.query.relations import identifier
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
@@ -57,7 +58,7 @@ class Connections:
         try:
             run, connection = self._current(name)
             with contextlib.closing(connection.cursor()) as cursor, self._limited(cursor):
-                cursor.execute("set search_path = ?", [f'"{run.schema.replace(chr(34), 2 * chr(34))}"'])
+                cursor.execute("set search_path = ?", [identifier(run.schema)])
                 yield OpenedRun(self.store, run, cursor)
         finally:
             self._places.release()

@@ -126,7 +126,7 @@ def ask_command(
 
     Examples: `saeflow ask top_tokens 123 10`, `saeflow ask tokens_where 123 0.5 -f csv`
     """
-    from saeflow.query.ask import READ_BY_CHECKS, as_statement, ask, resolve_names
+    from saeflow.query.ask import READ_TO_RESOLVE, as_statement, ask, resolve_names
     from saeflow.query.connection import connect_to_run
     from saeflow.query.new_text import read_if_needed
     from saeflow.query.questions import find_question
@@ -139,7 +139,7 @@ def ask_command(
     says_how_many = "n" in list(values)[: len(given)]
     reply = Reply(format, output, limit)
     opened = existing_store(store)
-    current, connection = connect_to_run(opened, run, names=[question, *READ_BY_CHECKS])
+    current, connection = connect_to_run(opened, run, names=[question, *READ_TO_RESOLVE])
     with contextlib.closing(connection):
         values = resolve_names(connection, chosen, values)
         if show_sql:
