@@ -120,7 +120,7 @@ def _as_list(value: Value) -> list[object]:
 def _refuse_unknown_features(connection: duckdb.DuckDBPyConnection, features: Sequence[object]) -> None:
     if not features:
         return
-    sql = "select coalesce((select n_features - 1 from src_shape), (select max(feature_id) from stg_feature_stats))"
+    sql = "select coalesce((select n_features - 1 from stg_shape), (select max(feature_id) from stg_feature_stats))"
     last = _fetch(connection, sql, (), "The number of features", short=True).column(0)[0].as_py()
     for feature in features:
         if last is not None and not (isinstance(feature, int) and 0 <= feature <= last):

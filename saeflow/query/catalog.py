@@ -26,7 +26,7 @@ from saeflow.runtime.text import brief, sanitise
 from saeflow.store.files import replacing
 from saeflow.store.store import Store
 
-DUCKDB_SETTINGS = ("set parquet_metadata_cache = true", "set global asof_loop_join_threshold = 0")
+DUCKDB_SETTINGS = ("set global parquet_metadata_cache = true", "set global asof_loop_join_threshold = 0")
 """Published files never change. And DuckDB's estimate would make it compare every document with every token: `global`,
 so that the cursors of the pages have it, too."""
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import duckdb
@@ -50,6 +51,13 @@ QUESTIONS = [
 @pytest.fixture(autouse=True)
 def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def test_the_settings_reach_the_cursors_of_the_pages(tmp_path: Path):
+    """A setting made without `global` would hold in one cursor only, and each page would read every footer anew."""
+    with closing(connect(two_runs(tmp_path))) as connection, closing(connection.cursor()) as cursor:
+        names = "current_setting('parquet_metadata_cache'), current_setting('asof_loop_join_threshold')"
+        assert cursor.execute(f"select {names}").fetchall() == [(True, 0)]
 
 
 def two_runs(root: Path) -> Store:
