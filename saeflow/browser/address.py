@@ -14,6 +14,9 @@ FILTER = (
 )  # fmt: skip
 """Parameters that every filtered question ends with."""
 
+LARGEST = (1 << 63) - 1
+"""No number of an address is larger: it fits DuckDB's bigint."""
+
 WINDOW = ("before", "after")
 """Tokens on either side of a context."""
 
@@ -77,9 +80,11 @@ class Asked:
     def count(self, name: str, default: int, most: int) -> int:
         """Return a number of the query that is not below 0, at most `most`. Raises UserError if it is none."""
         word = self.query.get(name, "").strip()
-        if word and not (word.isascii() and word.isdigit()):
-            raise UserError(f"{name} is {brief(word)!r}, but it must be a whole number from 0 to {most}.")
-        return min(int(word[:20]), most) if word else default
+        return min(whole_number(name, word), most) if word else default
+
+    def number(self, name: str) -> int:
+        """Return a number of the path. Raises UserError if it is none."""
+        return whole_number(name, self.path[name])
 
     def link(self, **changes: object) -> str:
         """Return this address with words of its query replaced. None takes one out."""
@@ -90,7 +95,17 @@ class Asked:
         return self.link(**dict.fromkeys(FILTER))
 
 
-def address_of_panel(schema: str, feature: int, panel: str, values: Mapping[str, object]) -> str:
+def whole_number(name: str, word: str) -> int:
+    """Return a number of an address that is not below 0, at most `LARGEST`. Raises UserError if it is none."""
+    if not (word.isascii() and word.isdigit()):
+        raise UserError(f"{name} is {brief(word)!r}, but it must be a whole number from 0 on.")
+    return min(int(word[:20]), LARGEST)
+
+
+def address_of_panel(
+    schema: str, feature: int, panel: str, values: Mapping[str, object], vocab: int | None = None
+) -> str:
     """Return the address of a panel's own page. The filter and the window of the contexts come along."""
     kept = {name: values.get(name) or None for name in FILTER} | {name: values.get(name) for name in WINDOW}
+    kept["vocab"] = vocab
     return f"{address_of_run(schema)}/features/{feature}/{panel}{as_query(kept)}"

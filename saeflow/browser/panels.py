@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,6 +55,8 @@ class Answer:
     schema: str
     whole: pa.Table = field(repr=False)
     """The rows, with one more than is shown if there are more."""
+    words: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    """What features of the rows look like in words: see `with_words`."""
 
     @property
     def table(self) -> pa.Table:
@@ -92,6 +94,17 @@ class Answer:
             "rows": self.rows,
             "has_more": self.has_more,
         }
+
+
+def with_words(answers: Sequence[Answer], opened: OpenedRun) -> list[Answer]:
+    """Return answers whose tables say beside each feature what it looks like, and the answer that says so."""
+    names = ("feature_id", "other_id")
+    features = sorted({row[name] for each in answers for row in each.rows for name in names if name in row})
+    if not features:
+        return list(answers)
+    found = Panel("words", "Features in words", "feature_words", {"features": features}, "none").ask(opened)
+    words = {row["feature_id"]: row for row in found.rows}
+    return [*(replace(answer, words=words) for answer in answers), found]
 
 
 def address_of_run(schema: str) -> str:

@@ -63,13 +63,16 @@ def marked(row: Mapping[str, Any], strongest: float | None = None) -> Markup:
     return Markup("<bdi>") + Markup(html) + Markup("</bdi>")
 
 
-def linked(rows: Sequence[Mapping[str, Any]], address: str) -> Markup:
-    """Return tokens of a document as HTML: each a link, shaded by `value`, or by `n_features` if no row has a value."""
+def linked(rows: Sequence[Mapping[str, Any]], address: str, name: str = "token_id") -> Markup:
+    """Return tokens of a text as HTML, shaded by `value`, or by `n_features` if no row has a value.
+
+    Each is a link: `address`, then the column `name`.
+    """
     by = "value" if any(row["value"] is not None for row in rows) else "n_features"
     strongest = max((abs(row[by] or 0) for row in rows), default=0)
+    anchor = ' id="t{}"' if name == "token_id" else ""
     html = "".join(
-        f'<a id="t{row["token_id"]}" class="{shade_of(row[by] or 0, strongest)}" '
-        f'href="{escape(address)}{row["token_id"]}">'
+        f'<a{anchor.format(row[name])} class="{shade_of(row[by] or 0, strongest)}" href="{escape(address)}{row[name]}">'
         f"{lines(shown_text(row['piece']))}{f'<i> {number(row[by])}</i>' if row[by] else ''}</a>"
         for row in rows
     ).replace(' class=""', "")

@@ -21,7 +21,7 @@ from saeflow.runtime.temporary import blaming_temporary_folder
 from saeflow.runtime.text import brief, did_you_mean, sanitise
 
 Readings = list[dict[str, object]]
-"""What features_of_text needs to know of each feature that fires on a new text."""
+"""What features_of_text needs to know of each feature that fires on a new text, or text_tokens of each token."""
 
 warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)  # for good: threads share filters
 

@@ -1,12 +1,15 @@
 """The features of a text that need not be in the corpus: the run's model and SAE read it now.
 
-PyTorch and the model are loaded only if such a question is asked.
+PyTorch and the model are loaded only if such a question is asked. The model that was asked last stays in memory.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -34,26 +37,80 @@ def read_if_needed(store: Store, run: Run, question: Question, values: Mapping[s
     """Return what the model gives on the question's text; None if the question does not run it. Raises UserError."""
     if not question.runs_model:
         return None
-    return readings_of(store, run, str(values["text"]), str(values["model"] or ""))
+    read = read_text(store, run, str(values["text"]), str(values["model"] or ""))
+    return read.by_token(values["feature"]) if question.name == "text_tokens" else read.by_feature()
 
 
-def readings_of(store: Store, run: Run, text: str, model: str = "") -> Readings:
-    """Return each feature that fires on the text: on how many tokens, and where it is strongest.
+@dataclass(frozen=True)
+class ReadText:
+    """What a run's model and SAE see in the tokens of a text."""
+
+    vocab_ids: np.ndarray
+    """(n,)."""
+    pieces: Sequence[str]
+    """As the vocabulary spells the tokens."""
+    letters: Sequence[str]
+    """What of the text begins in each token: see `letters_of`."""
+    counts: np.ndarray
+    """True for tokens that no setting of the run skips, (n,)."""
+    values: SparseValues
+    """A row for each token that counts."""
+
+    def by_token(self, feature: Value) -> Readings:
+        """Return each token with the number of its features and the value of one; null where a setting skips it."""
+        import numpy as np
+
+        n_features, value = np.zeros(len(self.counts), int), np.zeros(len(self.counts))
+        places, per_token = np.flatnonzero(self.counts), np.diff(self.values.row_starts)
+        n_features[places] = per_token
+        mine = self.values.feature_ids == feature
+        value[np.repeat(places, per_token)[mine]] = self.values.values[mine]
+        return [
+            {
+                "place": place, "vocab_id": int(self.vocab_ids[place]), "piece": self.letters[place],
+                "value": float(value[place]) if counts and feature is not None else None,
+                "n_features": int(n_features[place]) if counts else None,
+            }
+            for place, counts in enumerate(self.counts)
+        ]  # fmt: skip
+
+    def by_feature(self) -> Readings:
+        """Return each feature that fires: on how many tokens, and where it is strongest."""
+        import numpy as np
+
+        sparse, pieces = self.values, [self.pieces[place] for place in np.flatnonzero(self.counts)]
+        rows = np.repeat(np.arange(len(pieces)), np.diff(sparse.row_starts))
+        order = np.lexsort((rows, -np.abs(sparse.values.astype(np.float64)), sparse.feature_ids))
+        features, first, counts = np.unique(sparse.feature_ids[order], return_index=True, return_counts=True)
+        return [
+            {
+                "feature_id": int(feature), "n_tokens": int(n), "share": n / len(pieces),
+                "max_value": float(sparse.values[order[i]]), "place": int(rows[order[i]]),
+                "piece": pieces[rows[order[i]]],
+            }
+            for feature, i, n in zip(features, first, counts, strict=True)
+        ]  # fmt: skip
+
+
+_one_at_a_time = threading.Lock()
+_kept: dict[object, _Reader] = {}
+"""The reader that was asked last."""
+
+
+def read_text(store: Store, run: Run, text: str, model: str = "") -> ReadText:
+    """Return what the model and the SAE see in the text.
 
     The text is read as a document of the run's corpus would be: with its special tokens, its context length, and
-    without the tokens that the run skips. Memory is that of the model, the SAE and the values of the text.
+    without the tokens that the run skips. Memory is that of the model, the SAE and the values of the text; model and
+    SAE stay until another run is asked.
     """
-    import pyarrow.parquet as pq
-
-    from saeflow.recipe.data_settings import TokensConfig
-
-    tokens, stored = store.input_of(run.artefact, "tokens"), store.input_of(run.artefact, "activations")
-    config = _model_settings(stored, model)
-    facts = tokens.record.facts
-    about = TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts})
-    vocab_ids, sparse = _values_of(store, run, stored, config, about, text)
-    vocab = pq.read_table(tokens.own_file("vocab.parquet"), columns=["piece"]).column(0)
-    return _by_feature(sparse, vocab.take(vocab_ids).to_pylist())
+    config = _model_settings(store.input_of(run.artefact, "activations"), model)
+    key = (run.artefact.path, run.artefact.fp, config.path, config.revision, config.dtype)
+    with _one_at_a_time:
+        if key not in _kept:
+            _kept.clear()  # two models need not fit into memory
+            _kept[key] = _Reader(store, run, config)
+        return _kept[key].read(text)
 
 
 def _model_settings(stored: Artefact, given: str) -> ModelConfig:
@@ -80,44 +137,95 @@ def _model_settings(stored: Artefact, given: str) -> ModelConfig:
     )
 
 
-def _values_of(
-    store: Store, run: Run, stored: Artefact, config: ModelConfig, about: TokensConfig, text: str
-) -> tuple[np.ndarray, SparseValues]:
-    """Return the vocabulary ids (n,) of the tokens that count, and their values."""
-    import numpy as np
-    import torch
+class _Reader:
+    """A model and an SAE in memory, and what they saw in the last text."""
 
-    from saeflow.activations.lengths import longest_allowed, too_long
-    from saeflow.activations.shards import stored_sites
-    from saeflow.corpus.selection import TokenSelection
-    from saeflow.corpus.token_parts import pack
-    from saeflow.corpus.tokenise.texts import ids_of
-    from saeflow.model.load import load_model, load_tokenizer
-    from saeflow.model.sites import SiteReader, choose_site
-    from saeflow.sae.formats.load import load_sae
+    def __init__(self, store: Store, run: Run, config: ModelConfig) -> None:
+        import pyarrow.parquet as pq
 
-    tokenizer, model = load_tokenizer(config), load_model(config)
-    frame = _frame_then(tokenizer, store.input_of(run.artefact, "tokens").record.facts, about)
-    plain = np.asarray(ids_of(tokenizer, [text], about)[0], np.int32)
-    ids = plain if frame.in_each_sequence else frame.around(plain)
-    pad = int(ids[-1]) if len(ids) else 0
-    rows, owners, *_ = pack([(0, ids)], about.context_length, about.packing, pad, frame)
-    site = choose_site(stored_sites(stored), run.artefact.fact("site"))
-    dtype = getattr(torch, stored.fact("dtype"))
-    values = torch.empty(0, about.context_length, site.width)
-    with contextlib.closing(SiteReader(model, [site])) as reader:
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            here = slice(start, start + _ROWS_AT_ONCE)
-            real = torch.from_numpy(owners[here] >= 0)
-            read = reader.read(torch.from_numpy(rows[here]), None if real.all() else real)
-            values = torch.cat([values, read[site.name].to(dtype).float().cpu()])
-    used = owners >= 0
-    selection = TokenSelection.from_facts(store.input_of(run.artefact, "tokens"), run.artefact.record.facts)
-    for _, left_out in selection.reasons(rows):
-        used &= ~left_out
-    used &= ~too_long(values.to(dtype), longest_allowed(selection, stored, site))
-    sae = load_sae(store.input_of(run.artefact, "saes").fetched())
-    return rows[used], sae.encode_sparse(values[torch.from_numpy(used)])
+        from saeflow.activations.shards import stored_sites
+        from saeflow.corpus.selection import TokenSelection
+        from saeflow.model.load import load_model, load_tokenizer
+        from saeflow.model.sites import choose_site
+        from saeflow.recipe.data_settings import TokensConfig
+        from saeflow.sae.formats.load import load_sae
+
+        tokens, self.stored = store.input_of(run.artefact, "tokens"), store.input_of(run.artefact, "activations")
+        facts = tokens.record.facts
+        self.about = TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts})
+        self.tokenizer, self.model = load_tokenizer(config), load_model(config)
+        self.frame = _frame_then(self.tokenizer, facts, self.about)
+        self.vocab = pq.read_table(tokens.own_file("vocab.parquet"), columns=["piece", "bytes"])
+        self.site = choose_site(stored_sites(self.stored), run.artefact.fact("site"))
+        self.selection = TokenSelection.from_facts(tokens, run.artefact.record.facts)
+        self.sae = load_sae(store.input_of(run.artefact, "saes").fetched())
+        self.last: tuple[str, ReadText] | None = None
+
+    def read(self, text: str) -> ReadText:
+        if self.last is None or self.last[0] != text:
+            self.last = (text, self._read(text))
+        return self.last[1]
+
+    def _read(self, text: str) -> ReadText:
+        import numpy as np
+        import torch
+
+        from saeflow.activations.lengths import longest_allowed, too_long
+        from saeflow.corpus.token_parts import pack
+        from saeflow.corpus.tokenise.texts import ids_of
+
+        about, frame = self.about, self.frame
+        plain = np.asarray(ids_of(self.tokenizer, [text], about)[0], np.int32)
+        ids = plain if frame.in_each_sequence else frame.around(plain)
+        pad = int(ids[-1]) if len(ids) else 0
+        rows, owners, *_ = pack([(0, ids)], about.context_length, about.packing, pad, frame)
+        values = self._activations(rows, owners >= 0)
+        counts = owners >= 0
+        for _, left_out in self.selection.reasons(rows):
+            counts &= ~left_out
+        dtype = getattr(torch, self.stored.fact("dtype"))
+        counts &= ~too_long(values.to(dtype), longest_allowed(self.selection, self.stored, self.site))
+        real = owners >= 0
+        spelt = self.vocab.take(rows[real])
+        return ReadText(
+            rows[real],
+            spelt["piece"].to_pylist(),
+            letters_of(spelt["bytes"].to_pylist()),
+            counts[real],
+            self.sae.encode_sparse(values[torch.from_numpy(counts)]),
+        )
+
+    def _activations(self, rows: np.ndarray, real: np.ndarray) -> Any:
+        """Return the activations (S, T, D) of sequences, as they would be stored."""
+        import torch
+
+        from saeflow.model.sites import SiteReader
+
+        dtype = getattr(torch, self.stored.fact("dtype"))
+        values = torch.empty(0, self.about.context_length, self.site.width)
+        with contextlib.closing(SiteReader(self.model, [self.site])) as reader:
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                here = slice(start, start + _ROWS_AT_ONCE)
+                mask = torch.from_numpy(real[here])
+                read = reader.read(torch.from_numpy(rows[here]), None if mask.all() else mask)
+                values = torch.cat([values, read[self.site.name].to(dtype).float().cpu()])
+        return values
+
+
+def letters_of(pieces: Sequence[bytes]) -> list[str]:
+    """Return what of the text begins in each piece: a letter of several pieces belongs to the one that begins it."""
+    letters, begun = [""] * len(pieces), 0
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for place, piece in enumerate(pieces):
+        for byte in piece:
+            goes_on = byte & 0xC0 == 0x80 and decoder.getstate()[0]
+            if not goes_on:
+                letters[begun] += decoder.decode(b"", final=True)
+                begun = place
+            letters[begun] += decoder.decode(bytes([byte]))
+    if pieces:
+        letters[begun] += decoder.decode(b"", final=True)
+    return letters
 
 
 def _frame_then(tokenizer: Any, facts: Mapping[str, Any], about: TokensConfig) -> Frame:
@@ -130,19 +238,3 @@ def _frame_then(tokenizer: Any, facts: Mapping[str, Any], about: TokensConfig) -
     if facts.get("special_tokens") or not special_tokens(tokenizer):
         return frame
     return Frame(frame.before[:1] if frame.before[:1] == (tokenizer.bos_token_id,) else ())
-
-
-def _by_feature(sparse: SparseValues, pieces: list[str]) -> Readings:
-    import numpy as np
-
-    places = np.repeat(np.arange(len(pieces)), np.diff(sparse.row_starts))
-    order = np.lexsort((places, -np.abs(sparse.values.astype(np.float64)), sparse.feature_ids))
-    features, first, counts = np.unique(sparse.feature_ids[order], return_index=True, return_counts=True)
-    return [
-        {
-            "feature_id": int(feature), "n_tokens": int(n), "share": n / len(pieces),
-            "max_value": float(sparse.values[order[i]]), "place": int(places[order[i]]),
-            "piece": pieces[places[order[i]]],
-        }
-        for feature, i, n in zip(features, first, counts, strict=True)
-    ]  # fmt: skip

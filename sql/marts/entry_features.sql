@@ -2,8 +2,7 @@
 --
 -- Grain:   one row per feature that fires on a token of the entry, the largest score first; ties by feature; at most
 --          n.
--- Reads:   stg_tokens, is_encoded, under_filter_ids, draw_order, is_beyond, stg_token_major, stg_feature_stats,
---          stg_size, feature_names
+-- Reads:   under_filter_of_entry, is_beyond, stg_token_major, stg_feature_stats, stg_size, feature_names
 -- Units:   n_entry counts the entry's encoded tokens that the filter lets through. If there are more than 5,000, 5,000
 --          of them are drawn: see draw_order. n_counted counts the tokens that are looked at, n_tokens those of them
 --          at which the feature fires, and share = n_tokens / n_counted. density is the feature's share of all encoded
@@ -26,21 +25,8 @@ create or replace macro entry_features(
     with_feature := null,
     without_feature := null
 ) as table
-with met as materialized (
-    select tokens.token_id
-    from stg_tokens as tokens
-    where tokens.mask and tokens.vocab_id = vocab and is_encoded(tokens.token_id, tokens.vocab_id)
-),
-entry as materialized (
-    from under_filter_ids(
-        (select list(token_id) from met), source, document_key, since, until, role, with_feature, without_feature
-    )
-),
-size as materialized (
-    select count(*) as n_entry, least(count(*), 5000) as n_counted from entry
-),
-drawn as materialized (
-    select token_id from entry order by draw_order(token_id, 0), token_id limit 5000
+with drawn as materialized (
+    from under_filter_of_entry(vocab, source, document_key, since, until, role, with_feature, without_feature)
 ),
 counts as (
     select feature_id, count(*) as n_tokens, avg(value::double) as mean_value
@@ -62,7 +48,7 @@ shares as (
     from counts
     join stg_feature_stats as stats using (feature_id)
     cross join stg_size
-    cross join size
+    cross join (select any_value(n_entry) as n_entry, any_value(n_counted) as n_counted from drawn)
 )
 select
     feature_id,

@@ -1,17 +1,18 @@
--- Tokens of the vocabulary entry on which a feature fires most often under a filter, at which the feature is silent.
+-- Tokens of a vocabulary entry at which a feature is silent, under a filter.
 --
 -- Grain:   one row per silent token, in the order of the draw.
 -- Reads:   under_filter_of_feature, under_filter_ids, token_pieces, stg_tokens, is_encoded, token_windows,
 --          token_surroundings, draw_order
--- Units:   only encoded tokens count. The feature is silent if it has no value at all, whatever the threshold, so
---          value is 0. n_silent counts all silent tokens of the entry, n_fired those at which the feature fires, both
+-- Units:   vocab is the entry; without it, the one on which the feature fires most often under the filter. Only encoded
+--          tokens count. The feature is silent if it has no value at all, whatever the threshold, so value is 0.
+--          n_silent counts all silent tokens of the entry, n_fired those at which the feature fires, both
 --          under the filter. The seed chooses the draw: see draw_order. pieces, feature_values and place are those of
 --          contexts; feature_values are all values, whatever the filter. Tokens with the same vocabulary entries
 --          around them, in the same order, are shown once, with their number as n_copies: the first 1,000 tokens drawn
 --          are compared. The filter is that of feature_numbers.
 -- Parameters: feature bigint, n bigint = 20, before bigint = 12, after bigint = 12, seed bigint = 0,
---          source text = null, document_key text = null, since text = null, until text = null, role text = null,
---          threshold double = 0, with_feature bigint = null, without_feature bigint = null
+--          vocab bigint = null, source text = null, document_key text = null, since text = null, until text = null,
+--          role text = null, threshold double = 0, with_feature bigint = null, without_feature bigint = null
 -- Ask it:  what must be around the word for feature 12 to fire?  from near_miss_contexts(12)
 create or replace macro near_miss_contexts(
     feature,
@@ -19,6 +20,7 @@ create or replace macro near_miss_contexts(
     before := 12,
     after := 12,
     seed := 0,
+    vocab := null,
     source := null,
     document_key := null,
     since := null,
@@ -37,8 +39,13 @@ firing as (
     select token_id, value from fired where passes
 ),
 entry as materialized (
-    select vocab_id, count(*) as n_fired
-    from token_pieces((select list(token_id) from firing))
+    select vocab_id, count(token_id) as n_fired
+    from (
+        select vocab_id, token_id from token_pieces((select list(token_id) from firing))
+        union all
+        select vocab::bigint, null where vocab is not null
+    )
+    where vocab is null or vocab_id = vocab
     group by vocab_id
     order by n_fired desc, vocab_id
     limit 1

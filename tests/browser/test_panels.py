@@ -17,10 +17,11 @@ PAGES = [
     "/runs/{run}/ask/feature_summary.json", "/runs/{run}/features/1.json?all=1",
     f"/runs/{{run}}/features/1.json?all=1&before=3&after=0&{UNDER_FILTER}", "/runs/{run}/features/1/strongest.json?n=3",
     f"/runs/{{run}}/features/1/bands.json?{UNDER_FILTER}", "/runs/{run}/features/1/random.json",
+    "/runs/{run}/features/1/near_misses.json?vocab=270",
     f"/runs/{{run}}/compare.json?a=1&b=2&{UNDER_FILTER}", "/runs/{run}/tokens.json?text=a",
     "/runs/{run}/tokens-at/3.json", "/runs/{run}/docs.json?text=tales&source=tales&after_id=2",
     f"/runs/{{run}}/features/1/companions.json?{UNDER_FILTER}", "/runs/{run}/doc.json?key=tales/000&feature=1&first=5",
-    "/runs/{run}/docs/tales/000.json", f"/runs/{{run}}/tokens/30.json?{UNDER_FILTER}",
+    "/runs/{run}/docs/tales/000.json", f"/runs/{{run}}/tokens/270.json?{UNDER_FILTER}", "/runs/{run}/tokens/270.json",
 ]  # fmt: skip
 
 

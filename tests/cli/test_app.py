@@ -407,6 +407,7 @@ NAMES = {
     "tokens_of_span": ["tales/000", "0", "5"],
     "document_tokens": ["tales/000"],
     "document_features": ["tales/000"],
+    "entry_followers": ["270"],
 }
 MAY_BE_EMPTY = ("feature_labels", "left_out")
 

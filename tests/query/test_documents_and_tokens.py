@@ -81,6 +81,34 @@ def entry_features(filter: Filter, ask: Ask) -> None:
             assert row["mean_value"] == pytest.approx(np.mean(values))
 
 
+def entry_followers(filter: Filter, ask: Ask) -> None:
+    slow = filter.slow
+    logits = {(row["feature_id"], row["vocab_id"]): row["logit"] for row in slow.given.tables.get("logits", ())}
+    for entry in {t.vocab_id for t in slow.tokens[:3]}:
+        mine = [token for token in filter.encoded() if slow.by_id[token].vocab_id == entry]
+        inside = [t for t in mine if t + 1 in slow.by_id and slow.owner(t) == slow.owner(t + 1)]
+        followed = {token: slow.by_id[token + 1].vocab_id for token in inside}
+        after = Counter(followed.values())
+        rows = ask("entry_followers", vocab=entry, n=99)
+        order = sorted(after, key=lambda each: (-after[each], each))
+        assert [(row["vocab_id"], row["n_tokens"]) for row in rows] == [(each, after[each]) for each in order]
+        for row in rows:
+            follower, n = row["vocab_id"], row["n_tokens"]
+            assert row["share"] == n / len(inside)
+            pushes, counts = dict[int, float](), dict[int, int]()
+            for feature in range(slow.given.n_features):
+                values = [v for t, v in filter.firing(feature).items() if followed.get(t) == follower]
+                if values and (feature, follower) in logits:
+                    pushes[feature] = sum(values) * logits[feature, follower] / n
+                    counts[feature] = len(values)
+            assert len(row["features"]) == min(5, len(pushes))
+            assert row["pushes"] == pytest.approx([pushes[feature] for feature in row["features"]])
+            assert row["n_fired"] == [counts[feature] for feature in row["features"]]
+            assert [abs(push) for push in row["pushes"]] == sorted(map(abs, row["pushes"]), reverse=True)
+            weaker = [abs(push) for feature, push in pushes.items() if feature not in row["features"]]
+            assert max(weaker, default=0) <= min(map(abs, row["pushes"]), default=math.inf) + 1e-9
+
+
 def feature_pair(filter: Filter, ask: Ask) -> None:
     slow = filter.slow
     similar = {(row["feature_id"], row["other_id"]): row["cosine"] for row in slow.given.tables.get("similar", ())}
@@ -103,7 +131,7 @@ def feature_pair(filter: Filter, ask: Ask) -> None:
 
 
 ABOUT_THE_STORE = (document_tokens, document_features)
-FILTERED = (entry_features, feature_pair)
+FILTERED = (entry_features, entry_followers, feature_pair)
 
 
 @settings(max_examples=2, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))

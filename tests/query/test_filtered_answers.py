@@ -186,12 +186,14 @@ def near_miss_contexts(filter: Filter, ask: Ask) -> None:
     for feature in filter.features:
         firing = filter.firing(feature)
         counts = Counter(filter.slow.by_id[token].vocab_id for token in firing)
-        entry = min(counts, key=lambda vocab_id: (-counts[vocab_id], vocab_id), default=None)
+        commonest = min(counts, key=lambda vocab_id: (-counts[vocab_id], vocab_id), default=None)
         fired = filter.slow.firing(feature)
-        silent = [t for t in filter.encoded() if filter.slow.by_id[t].vocab_id == entry and t not in fired]
-        for n, seed, (before, after) in zip((2, 99, 0), (0, 5, 0), WINDOWS, strict=True):
+        named = filter.slow.tokens[0].vocab_id if filter.slow.tokens else None
+        for n, seed, vocab, (before, after) in zip((2, 99, 0), (0, 5, 0), (None, named, None), WINDOWS, strict=True):
+            entry = commonest if vocab is None else vocab
+            silent = [t for t in filter.encoded() if filter.slow.by_id[t].vocab_id == entry and t not in fired]
             once = list(filter.once(in_draw(silent, seed), before, after).items())[:n]
-            rows = ask("near_miss_contexts", feature=feature, n=n, seed=seed, before=before, after=after)
+            rows = ask("near_miss_contexts", feature=feature, n=n, seed=seed, before=before, after=after, vocab=vocab)
             assert [(row["token_id"], row["n_copies"]) for row in rows] == once
             for row in rows:
                 assert (row["n_silent"], row["n_fired"], row["value"]) == (len(silent), counts[entry], 0)

@@ -519,6 +519,19 @@ def stored_tables(slow: Slow, ask: Ask) -> None:
             assert [(row[name], row[key]) for row in ask(question, feature)] == expected
 
 
+def feature_words(slow: Slow, ask: Ask) -> None:
+    spelt = [entry.decode("utf-8", "replace") for entry in slow.given.vocab]
+    rows = ask("feature_words", list(range(slow.given.n_features)))
+    assert [row["feature_id"] for row in rows] == list(range(slow.given.n_features))
+    for row in rows:
+        up = [each for each in ask("feature_logits", row["feature_id"]) if each["logit"] > 0]
+        assert row["promotes"] == [each["piece"] for each in up[:3]]
+        n_fired = Counter(slow.by_id[token].vocab_id for token in slow.firing(row["feature_id"]))
+        commonest = sorted(n_fired, key=lambda entry: (-n_fired[entry], entry))[:3]
+        if len(n_fired) <= 10:  # else a part keeps the 10 commonest alone, and sums are lower bounds
+            assert row["pieces"] == [spelt[entry] for entry in commonest]
+
+
 def decoder_cosines(slow: Slow, ask: Ask) -> None:
     nearest: dict[int, float] = {}
     for row in slow.given.tables.get("similar", ()):
@@ -556,13 +569,20 @@ QUESTIONS = {
     source_contrast: "source_contrast", compare_sources: "compare_sources", position_profile: "position_profile",
     summaries: "feature_summary", feature_kind: "feature_kind", token_features: "token_features",
     views: "tokens documents find_documents runs feature_labels", search_token: "search_token",
-    stored_tables: "similar_features feature_logits", compare_runs: "compare_runs",
+    stored_tables: "similar_features feature_logits", feature_words: "feature_words", compare_runs: "compare_runs",
     decoder_cosines: "decoder_cosines",
 }  # fmt: skip
 
 
 def test_every_question_has_a_slow_answer_to_be_compared_with():
-    elsewhere = {"features_of_text", "tokens_of_span", "features_by_role", "left_out", "runs_on_same_tokens"}
+    elsewhere = {
+        "features_of_text",
+        "text_tokens",
+        "tokens_of_span",
+        "features_by_role",
+        "left_out",
+        "runs_on_same_tokens",
+    }
     elsewhere |= {"find_features", "count_features", "density_and_max", "density_histogram"}
     elsewhere |= {"document_tokens", "document_features"}
     elsewhere |= {"metrics", "settings", "stages", "training_curve"}  # test_run_records reads what they were made from

@@ -13,7 +13,9 @@ import saeflow
 from saeflow.pipeline import collect, encode, tokens, train
 from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
+from saeflow.query import new_text
 from saeflow.query.api import OpenRun
+from saeflow.query.new_text import letters_of
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
@@ -75,6 +77,40 @@ def test_a_text_of_the_corpus_has_the_values_that_are_stored(run):
         rows = run.ask("features_of_text", texts[key], 9999).to_pylist()
         found = {row["feature_id"]: (row["n_tokens"], row["max_value"]) for row in rows}
         assert found == {feature: (row["n_tokens"], row["max_value"]) for feature, row in stored.items()}
+
+
+TOKENS = """
+select vocab_id, value, (select count(*) from stg_token_major where token_id = tokens.token_id)
+from stg_tokens as tokens join stg_documents using (document_id)
+left join stg_token_major as fired on fired.token_id = tokens.token_id and fired.feature_id = ?
+where key = ? order by tokens.token_id
+"""
+
+
+def test_each_token_of_a_text_of_the_corpus_has_the_value_that_is_stored(run):
+    texts = {row["key"]: row["text"] for row in documents()}
+    for key in first_document_of_a_sequence(run)[:3]:
+        strongest = run.ask("features_of_text", texts[key], 1).to_pylist()[0]["feature_id"]
+        rows = run.ask("text_tokens", texts[key], strongest).to_pylist()
+        stored = [tuple(row.values()) for row in run.sql(TOKENS, [strongest, key]).to_pylist()]
+        assert [(row["vocab_id"], row["value"] or None, row["n_features"] or 0) for row in rows] == stored
+        assert [row["place"] for row in rows] == list(range(len(rows)))
+        assert any(row["value"] for row in rows)
+        assert {row["value"] for row in run.ask("text_tokens", texts[key]).to_pylist()} == {None}
+
+
+def test_a_letter_of_several_tokens_belongs_to_the_one_that_begins_it():
+    assert letters_of([b"a\xf0\x9f", b"\x90", b"\x98b", b"\xc3", b"\xa9"]) == ["a🐘", "", "b", "é", ""]
+    assert letters_of([b"\x90", b"a\xf0\x9f", b"", b"\xc3"]) == ["\ufffd", "a\ufffd", "", "\ufffd"]
+    assert letters_of([]) == []
+
+
+def test_a_model_that_was_asked_stays_in_memory_alone(run):
+    first, again = (run.ask("text_tokens", text).to_pylist() for text in ("a cat", "a cat"))
+    (reader,) = new_text._kept.values()
+    assert first == again
+    run.ask("features_of_text", "a dog")
+    assert [*new_text._kept.values()] == [reader]
 
 
 def test_the_score_is_the_strength_times_the_bits_of_the_density(run):

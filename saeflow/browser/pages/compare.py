@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import saeflow.browser.pages.feature as feature_page
-from saeflow.browser.address import Asked
+from saeflow.browser.address import LARGEST, Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
 from saeflow.browser.panels import Panel
@@ -17,9 +17,7 @@ N_CONTEXTS = 10
 
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
-    pair = {
-        side: asked.count(side, 0, feature_page.LARGEST) for side in ("a", "b") if asked.query.get(side, "").strip()
-    }
+    pair = {side: asked.count(side, 0, LARGEST) for side in ("a", "b") if asked.query.get(side, "").strip()}
     answers = []
     if len(pair) == 2:
         meeting = {"feature": pair["a"], "other": pair["b"], **asked.filter.values}

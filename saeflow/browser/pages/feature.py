@@ -10,7 +10,6 @@ from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
 from saeflow.browser.panels import Panel, address_of_run, as_query
 from saeflow.query import labels
-from saeflow.query.questions import find_question, parse_arguments
 from saeflow.runtime.errors import UserError
 
 OWN = "own"
@@ -25,9 +24,6 @@ LATER = ("companions", "near_misses", "entries", "documents", "sources")
 ALONE = ("strongest", "bands", "random")
 """Panels that are pages of their own: a feature's page shows the first rows of each, which one question gives."""
 
-LARGEST = (1 << 63) - 1
-"""No feature has a larger number."""
-
 WIDEST = 100
 """Most tokens on either side of a context."""
 
@@ -36,14 +32,15 @@ MOST_CONTEXTS = 200
 
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
-    every = panels(asked, number_of(asked))
+    every = panels(asked, asked.number("feature"))
     later = [panel for panel in every if panel.name in LATER and not asked.switch("all")]
     return _page_of(asked, opened, [panel for panel in every if panel not in later and panel.name not in ALONE], later)
 
 
 def one_panel(asked: Asked, opened: OpenedRun) -> Page:
     """Return a page of one panel, with more rows. A feature's page fetches the panels that come later from here."""
-    chosen = next((panel for panel in panels(asked, number_of(asked)) if panel.name == asked.path["panel"]), None)
+    every = {panel.name: panel for panel in panels(asked, asked.number("feature"))}
+    chosen = every.get(asked.path["panel"])
     if chosen is None:
         raise UserError("A feature has no such panel.")
     most = asked.count("n", 0, MOST_CONTEXTS)
@@ -53,7 +50,7 @@ def one_panel(asked: Asked, opened: OpenedRun) -> Page:
 
 
 def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel]) -> Page:
-    feature, schema = number_of(asked), opened.run.schema
+    feature, schema = asked.number("feature"), opened.run.schema
     answers = [panel.ask(opened) for panel in now]
     name = opened.cursor.execute("select label from feature_names where feature_id = ?", [feature]).fetchall()
     about = {"feature": feature, "label": name[0][0] if name else ""}
@@ -63,13 +60,6 @@ def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Pane
         "fields": [(field, IN_WORDS[field]) for field in FILTER],
     }  # fmt: skip
     return Page("feature.html", f"Feature {feature}", answers, schema, more)
-
-
-def number_of(asked: Asked) -> int:
-    """Return the feature of the address. Raises UserError if it is no whole number."""
-    found = parse_arguments(find_question("contexts"), {"feature": asked.path["feature"]})["feature"]
-    assert isinstance(found, int)
-    return found
 
 
 def window_of(asked: Asked) -> dict[str, int]:
@@ -82,6 +72,7 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
     about: Mapping[str, object] = {"feature": feature}
     under = {**about, **asked.filter.values}
     shown = {**under, **window_of(asked)}
+    missed = {**shown, "n": 10, **asked.given("vocab")}
     companions = ("feature_companions", {**under, "n": 10}) if asked.filter else ("coactive_features", about)
     values, counted = ("feature_values", under) if asked.filter else ("feature_histogram", about)
     whole = "The filter does not change this panel." if asked.filter else ""
@@ -95,8 +86,8 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("strongest", "Strongest contexts", "feature_contexts", {**shown, "n": 50}, "contexts"),
         Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),
         Panel("random", "Random contexts", "random_contexts", {**shown, "n": 50}, "contexts"),
-        Panel("near_misses", "Near misses", "near_miss_contexts", {**shown, "n": 10}, "near_misses"),
-        Panel("entries", "Tokens it fires on", "feature_entries", under),
+        Panel("near_misses", "Near misses", "near_miss_contexts", missed, "near_misses"),
+        Panel("entries", "Tokens it fires on", "feature_entries", under, "entries"),
         Panel("documents", "Documents it fires in", "feature_documents", under),
         Panel("sources", "Sources it fires in", "feature_sources", under),
     ]
@@ -104,7 +95,7 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
 
 def put_label(asked: Asked, opened: OpenedRun) -> str:
     """Write the label of the form, or remove it if it is empty; return the address of the feature's page."""
-    feature, sae = number_of(asked), opened.run.artefact.record.input("saes")
+    feature, sae = asked.number("feature"), opened.run.artefact.record.input("saes")
     Panel("", "", "feature_histogram", {"feature": feature}).ask(opened)  # refuses a feature that there is not
     if sae is None:
         raise UserError("This run does not say which SAE it belongs to, so that its features take no labels.")

@@ -5,21 +5,29 @@ from __future__ import annotations
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.panels import Answer, Panel
+from saeflow.browser.panels import Answer, Panel, with_words
 from saeflow.runtime.errors import UserError
+
+ABOUT_TEXT = "Each token says its value or number, and leads to the features of that token in the corpus."
 
 LONGEST_TEXT = 5_000
 """Characters of a text that a page reads."""
 
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
-    """Return the features that fire on the text, or what to do if the model is not on this machine."""
-    given, answers, message = asked.given("text", "model"), list[Answer](), ""
+    """Return the text shaded, with the features that fire on it, or what to do if the model is not on this machine."""
+    given, feature = asked.given("text", "model"), asked.given("feature")
+    answers, message = list[Answer](), ""
     if "text" in given:
         try:
             if len(str(given["text"])) > LONGEST_TEXT:
                 raise UserError(f"The text is longer than {LONGEST_TEXT:,} characters. Ask in a terminal: saeflow ask.")
-            answers = [Panel("features", "Features", "features_of_text", {**given, "n": 50}).ask(opened)]
+            shaded = f"Shaded by feature {asked.query['feature']}" if feature else "Shaded by the number of features"
+            panels = [
+                Panel("text", shaded, "text_tokens", {**given, **feature}, "read_text", about=ABOUT_TEXT),
+                Panel("features", "Features", "features_of_text", {**given, "n": 50}, "read_features"),
+            ]
+            answers = with_words([panel.ask(opened) for panel in panels], opened)
         except UserError as error:
             message = str(error)
     more = {"message": message, "longest": LONGEST_TEXT, "data": {"problem": message} if message else {}}

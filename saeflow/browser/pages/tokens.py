@@ -5,12 +5,13 @@ from __future__ import annotations
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.panels import Panel
+from saeflow.browser.panels import Panel, with_words
 from saeflow.browser.shading import shown_piece
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import brief
 
 MOST_ENTRIES = 100
+
+PUSHED = "Features on it that push the next token's logit up (+) or down, where it does come next: value times logit."
 
 
 def search(asked: Asked, opened: OpenedRun) -> Page:
@@ -22,27 +23,25 @@ def search(asked: Asked, opened: OpenedRun) -> Page:
 
 def entry(asked: Asked, opened: OpenedRun) -> Page:
     """Return the features that fire on a vocabulary entry."""
-    number = _number(asked, "vocab")
+    number = asked.number("vocab")
     found = opened.cursor.execute("select piece from stg_vocab where vocab_id = ?", [number]).fetchall()
     if not found:
         raise UserError(f"There is no vocabulary entry {number}.")
     about = {"vocab": number, **asked.filter.values}
-    panel = Panel("features", "Features that fire on it", "entry_features", about, most_rows=50)
-    return Page("tokens.html", f"Token {shown_piece(found[0][0])}", [panel.ask(opened)], opened.run.schema)
+    features = Panel("features", "Features that fire on it", "entry_features", about, "entry", 50).ask(opened)
+    followers = Panel("followers", "What comes after it", "entry_followers", about, "followers", about=PUSHED).ask(
+        opened
+    )
+    answers = [*with_words([features], opened), followers]
+    return Page("tokens.html", f"Token {shown_piece(found[0][0])}", answers, opened.run.schema)
 
 
 def at(asked: Asked, opened: OpenedRun) -> Page:
     """Return the features that fire at one token of the corpus."""
-    about = {"token": _number(asked, "token")}
+    about = {"token": asked.number("token")}
     place = Panel("place", "In the text", "context", {**about, "before": 30, "after": 30}, "place").ask(opened)
     if not place.rows:
         raise UserError(f"The corpus has no token {about['token']}.")
-    features = Panel("features", "Features that fire here", "token_features", about, most_rows=100)
-    return Page("panels.html", f"Token {about['token']}", [place, features.ask(opened)], opened.run.schema)
-
-
-def _number(asked: Asked, name: str) -> int:
-    word = asked.path[name]
-    if not (word.isascii() and word.isdigit() and len(word) < 19):
-        raise UserError(f"{name} is {brief(word)!r}, but it must be a whole number.")
-    return int(word)
+    features = Panel("features", "Features that fire here", "token_features", about, most_rows=100).ask(opened)
+    answers = [place, *with_words([features], opened)]
+    return Page("panels.html", f"Token {about['token']}", answers, opened.run.schema)

@@ -55,10 +55,12 @@
       for (const [name, value] of [...event.formData]) if (value === "") event.formData.delete(name);
     });
 
-  const items = () => [...document.querySelectorAll(".list tbody tr, .contexts li")];
+  const LISTS = ".list tbody tr, .contexts li";
+  const OTHERS = ".panel tbody tr:has(a)";
+  const items = () => [...document.querySelectorAll(document.querySelector(LISTS) ? LISTS : OTHERS)];
   const choose = (step) => {
     const all = items();
-    const focused = document.activeElement.closest(".list tbody tr, .contexts li");
+    const focused = document.activeElement.closest(`${LISTS}, ${OTHERS}`);
     const next = all[Math.max(0, Math.min(all.length - 1, all.indexOf(focused ?? document.querySelector(".chosen")) + step))];
     document.querySelector(".chosen")?.classList.remove("chosen");
     next?.classList.add("chosen");
@@ -75,12 +77,12 @@
     else location.assign(address);
   };
   const keys = {
-    "/": () => document.querySelector("input[type=search], form input:not([type=hidden])")?.focus(),
+    "/": () => document.querySelector("input[type=search], form :is(textarea, input:not([type=hidden]))")?.focus(),
     j: () => choose(1),
     k: () => choose(-1),
     u: up,
     b: () => history.back(),
-    f: () => document.querySelector("nav a[href$='/features']")?.click(),
+    f: () => document.querySelector("nav a:is([href$='/features'], [href$='features.html'])")?.click(),
     "?": () => location.assign(document.querySelector("nav a:last-of-type").href + "#keys"),
   };
   document.addEventListener("keydown", (event) => {
