@@ -1,6 +1,7 @@
-"""Did the demo answer, and did its second run do nothing twice? `check_demo.py STORE FIRST_LOG SECOND_LOG`
+"""Did the demo answer, did its second run do nothing twice, and do keys alone lead through its pages?
 
-Prints the figures beside what is promised; fails only on answers that are missing or absurd.
+`PYTHONPATH=. check_demo.py STORE FIRST_LOG SECOND_LOG`. Prints the figures beside what is promised; fails on answers
+that are missing or absurd, and if headless Chromium cannot walk through the pages of `saeflow browse` or is missing.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+
+from tests.support.walk import walk_through
 
 PROMISED = {
     "loss_recovered_zero": ("at least", 0.99),
@@ -45,6 +48,7 @@ def problems(store: Path, first: str, second: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    found = problems(Path(sys.argv[1]), *(Path(log).read_text() for log in sys.argv[2:4]))
+    store = Path(sys.argv[1])
+    found = problems(store, *(Path(log).read_text() for log in sys.argv[2:4])) + walk_through(store)
     print("\n".join(found) or "the demo answers")
     sys.exit(1 if found else 0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import uvicorn
 from saeflow.browser.server import application
 from tests.conftest import Finished
 from tests.support.chromium import CHROMIUM, Window, window
+from tests.support.walk import at, strayed, walk, walk_through
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="There is no Chromium on this machine.")
 
@@ -46,54 +49,26 @@ def shown(chromium: Window, address: str) -> Iterator[Window]:
     chromium.requests.clear()
     chromium.messages.clear()
     yield chromium
-    elsewhere = [url for url in chromium.requests if not url.startswith((address, "data:", "about:"))]
-    assert elsewhere == []
-    assert chromium.messages == []
-
-
-def at(page: Window, text: str) -> None:
-    """Wait until the window shows a page whose address holds a text."""
-    page.wait(f"location.href.includes({json.dumps(text)}) && document.readyState == 'complete'")
-
-
-def tab_to(page: Window, selector: str) -> None:
-    for _ in range(300):
-        page.press("Tab")
-        if page.value(f"document.activeElement.matches({json.dumps(selector)})"):
-            return
-    raise AssertionError(f"Tab does not lead to {selector}")
+    assert strayed(chromium, address) == []
 
 
 def test_keys_alone_lead_from_the_runs_to_a_token_and_back(shown: Window, address: str) -> None:
-    shown.open(f"{address}/")
-    for key in ("j", "Enter"):
-        shown.press(key)
-    at(shown, "/runs/small")
-    shown.press("f")
-    at(shown, "/runs/small/features")
-    shown.press("/")
-    shown.type("a")
-    shown.press("Enter")
-    at(shown, "features?text=a")
-    for key in ("j", "j", "k", "Enter"):
-        shown.press(key)
-    at(shown, "/runs/small/features/")
-    shown.wait("!!document.querySelector('.contexts li a')")
-    for key in ("j", "Enter"):
-        shown.press(key)
-    at(shown, "/runs/small/doc")
-    tab_to(shown, "main a[href*='/tokens-at/'], main a[href*='/tokens/']")
-    shown.press("Enter")
-    at(shown, "/runs/small/tokens")
-    for page in ("/runs/small/doc", "/runs/small/features/"):
-        shown.press("b")
-        at(shown, page)
-    shown.press("u")
-    at(shown, "features?text=a")
-    shown.press("u")
-    shown.wait("location.pathname == '/runs/small' && document.readyState == 'complete'")
-    shown.press("u")
-    shown.wait("location.pathname == '/'")
+    way = walk(shown, address)
+    assert way[1:3] == ["/runs/small", "/runs/small/features"]
+    assert way[-2:] == ["/runs/small", "/"]
+
+
+@pytest.mark.long
+def test_the_walk_needs_saeflow_browse_and_nothing_else(finished: Finished, capfd: pytest.CaptureFixture[str]) -> None:
+    assert walk_through(finished.store.root) == []
+    assert "/runs/small/tokens" in capfd.readouterr().out
+
+
+def test_the_walk_says_plainly_that_chromium_is_missing(finished: Finished) -> None:
+    command = [sys.executable, "-m", "tests.support.walk", str(finished.store.root)]
+    said = subprocess.run(command, env=os.environ | {"PATH": ""}, capture_output=True, text=True)
+    assert said.returncode == 1
+    assert "no Chromium on this machine (apt-get install chromium)" in said.stdout
 
 
 PAGES = [
