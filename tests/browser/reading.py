@@ -1,0 +1,436 @@
+"""What a person reads in a panel, compared with the rows of its SQL. One function for each question that is drawn.
+
+A function takes the panel and the rows that it should show, and raises AssertionError at the first difference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby, zip_longest
+from typing import Any
+
+from saeflow.runtime.text import brief, human_bytes, sanitise
+from tests.support.html_tree import Element
+
+Rows = Sequence[Mapping[str, Any]]
+
+NONE = "–"
+LONGEST = 200
+"""Characters of a text that a page shows."""
+
+
+def number_is(seen: str, value: object) -> None:
+    """A whole number is shown whole; another is correct to four digits; a missing one is a dash."""
+    match value:
+        case None:
+            assert seen == NONE
+        case bool():
+            assert seen == ("yes" if value else "no")
+        case int():
+            assert seen.replace(",", "") == str(value)
+        case float():
+            digit = 10.0 ** (math.floor(math.log10(abs(value))) - 3) if value else 0.0
+            assert abs(float(seen.replace(",", "")) - value) <= 0.5001 * digit, f"{seen} is not {value!r}"
+        case _:
+            assert seen == visible(value).strip()
+
+
+def visible(text: object) -> str:
+    return sanitise(brief(str(text), LONGEST))
+
+
+def text_is(seen: Element, value: object, missing: str = NONE) -> None:
+    assert seen.words == (missing if value is None else visible(value).strip(" ")), f"{seen.words!r} is not {value!r}"
+
+
+def piece_is(seen: Element, value: str) -> None:
+    """A vocabulary entry, the spaces at its ends made visible."""
+    inner = seen.one(".piece").text
+    begun = len(value) - len(value.lstrip(" "))
+    assert not inner.startswith(" "), "a space is not visible"
+    assert not inner.endswith(" "), "a space is not visible"
+    assert inner.replace("␣", " ") == visible(value).replace("␣", " ")
+    assert inner.startswith("␣" * min(begun, LONGEST))
+
+
+def about(links: Sequence[Element]) -> tuple[list[str], dict[str, str]]:
+    """The words of the path and of the query of a panel's one link."""
+    assert len(links) == 1
+    address = urllib.parse.urlsplit(links[0].attributes["href"])
+    return address.path.split("/"), dict(urllib.parse.parse_qsl(address.query, keep_blank_values=True))
+
+
+def leads_to(cell: Element, kind: str, value: object) -> None:
+    assert about(cell.all("a"))[0][-2:] == [kind, str(value)]
+
+
+def headings(table: Element) -> list[str]:
+    return [each.words for each in table.all("thead")[0].all("th")]
+
+
+def body(table: Element) -> list[list[Element]]:
+    """Cells of each row, without the head."""
+    heads = [id(each) for head in table.all("thead") for each in head.within()]
+    lines = [each for each in table.all("tr") if id(each) not in heads]
+    return [[each for each in line.children if isinstance(each, Element)] for line in lines]
+
+
+def chart_rows(panel: Element) -> Rows:
+    (script,) = (each for each in panel.one("figure.chart").children if isinstance(each, Element))
+    found: Rows = json.loads(script.text)["datasets"]["rows"]
+    return found
+
+
+def chart_is(panel: Element, rows: Rows, *fields: str) -> None:
+    """The picture has these columns of every row, correct to five digits."""
+    drawn = chart_rows(panel)
+    assert drawn[0].keys() == set(fields)
+    for mine, row in zip(drawn, rows, strict=True):
+        for name in fields:
+            value = row[name]
+            assert mine[name] == (float(f"{value:.5g}") if isinstance(value, float) else value), name
+
+
+LINKED = {
+    "feature_id": "features", "other_id": "features", "vocab_id": "tokens", "token_id": "tokens-at",
+    "first_token_id": "tokens-at", "top_token_id": "tokens-at",
+}  # fmt: skip
+
+
+def table(panel: Element, rows: Rows) -> None:
+    found = panel.all("table")[-1]
+    assert headings(found) == list(rows[0])
+    for cells, row in zip(body(found), rows, strict=True):
+        for (name, value), cell in zip(row.items(), cells, strict=True):
+            if value is None:
+                assert cell.words == NONE, name
+            elif name in LINKED:
+                assert cell.words == str(value), name
+                leads_to(cell, LINKED[name], value)
+            elif name == "piece":
+                piece_is(cell, value)
+            elif isinstance(value, int | float):
+                number_is(cell.words, value)
+            else:
+                text_is(cell, value)
+            if name == "key" and "source" in row:
+                document_is(cell, row, row.get("token_id", row.get("top_token_id")))
+
+
+def document_is(cell: Element, row: Mapping[str, Any], token_id: int | None, feature: str | None = None) -> None:
+    path, query = about(cell.all("a"))
+    assert path[-1] == "doc"
+    assert query["key"] == row["key"]
+    assert query.get("at") == (None if token_id is None else str(token_id))
+    assert feature is None or query["feature"] == feature
+
+
+def facts(panel: Element, rows: Rows) -> None:
+    (row,) = rows
+    shown = panel.one("dl.facts").all("div")
+    assert [each.one("dt").words for each in shown] == list(row)
+    for each, value in zip(shown, row.values(), strict=True):
+        number_is(each.one("dd").words, value)
+
+
+def histogram(panel: Element, rows: Rows) -> None:
+    chart_is(panel, rows, "from_value", "to_value", "n_tokens")
+    assert panel.one("p.slider").one("input").attributes["max"] == str(len(rows) - 1)
+    table(panel, rows)
+
+
+def densities(panel: Element, rows: Rows) -> None:
+    chart_is(panel, rows, "from_density", "to_density", "n_features")
+    table(panel, rows)
+
+
+def curves(panel: Element, rows: Rows) -> None:
+    chart_is(panel, rows, "n_tokens", "variance_unexplained", "l0", "dead", "lr")
+
+
+def scatter(panel: Element, rows: Rows) -> None:
+    """The picture fetches its rows from the SQL link itself."""
+    spec = json.loads(panel.one("figure.chart").all("script")[0].text)
+    link = panel.one("a.sql").attributes["href"]
+    assert spec["data"]["url"] == link.replace("?", ".json?")
+    assert spec["data"]["format"]["property"] == "panels.rows.rows"
+
+
+def logits(panel: Element, rows: Rows) -> None:
+    up = sorted((row for row in rows if row["logit"] > 0), key=lambda row: (-row["logit"], row["vocab_id"]))[:10]
+    down = sorted((row for row in rows if row["logit"] < 0), key=lambda row: (row["logit"], -row["vocab_id"]))[:10]
+    for found, title, mine in zip(panel.all("table"), ("Up", "Down"), (up, down), strict=True):
+        assert found.one("caption").words == title
+        cells = body(found)
+        assert [about(each[0].all("a"))[0][-1] for each in cells] == [str(row["vocab_id"]) for row in mine]
+        for (piece, logit), row in zip(cells, mine, strict=True):
+            piece_is(piece, row["piece"])
+            number_is(logit.words, row["logit"])
+
+
+def neighbours(panel: Element, rows: Rows) -> None:
+    found = panel.one("table")
+    assert ["other_id", "label", *headings(found)[1:]] == list(rows[0])
+    for cells, row in zip(body(found), rows, strict=True):
+        other, *numbers, compare = cells
+        leads_to(other, "features", row["other_id"])
+        label = "" if row["label"] is None else visible(row["label"])
+        assert other.words == f"{row['other_id']} {label}".strip()
+        for cell, name in zip(numbers, list(row)[2:], strict=True):
+            number_is(cell.words, row[name])
+        assert about(compare.all("a"))[1]["b"] == str(row["other_id"])
+
+
+def context(item: Element, row: Mapping[str, Any], feature: str) -> None:
+    """Every token of the row in its order; a mark for each with a value and for the centre; the shades grow with it."""
+    number_is(item.all("b")[0].words, row["value"])
+    copies = row.get("n_copies", 1)
+    assert [each.words for each in item.all("small")] == ([f"× {copies:,}"] if copies > 1 else [])
+    marks, silent = [], ""
+    for each in item.one("q").one("bdi").children:
+        if isinstance(each, Element) and each.tag == "mark":
+            marks.append((silent, each))
+            silent = ""
+        else:
+            silent += each if isinstance(each, str) else each.text
+    place, expected, before = row["place"] - 1, [], ""
+    for i, (text, value) in enumerate(zip(row["pieces"], row["feature_values"], strict=True)):
+        if value or i == place:
+            expected.append((before, visible(text), value, i == place))
+            before = ""
+        else:
+            before += visible(text)
+    assert silent == before
+    top = max(abs(value) for value in row["feature_values"])
+    for (quiet, mark), (before, text, value, is_centre) in zip(marks, expected, strict=True):
+        told = mark.one("i").text
+        assert (quiet, mark.text.removesuffix(told)) == (before, text)
+        number_is(told.strip(), value)
+        assert ("c" in mark.classes) == is_centre
+        assert mark.attributes["tabindex"] == "0"
+        shade = f"{'v' if value > 0 else 'n'}{min(9, 1 + math.floor(9 * abs(value) / top))}" if value else ""
+        assert [each for each in mark.classes if each != "c"] == ([shade] if shade else [])
+    assert row["feature_values"][place] == row["value"]
+    document_is(item, row, row["token_id"], feature)
+    assert item.all("a")[0].words == " · ".join(visible(row[name]) for name in ("source", "key") if row[name])
+
+
+def contexts(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
+    for item, row in zip(panel.all("li"), rows, strict=True):
+        context(item, row, asked["feature"])
+
+
+def bands(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
+    """A heading says of each band what its rows say, and its contexts follow it."""
+    heads = panel.all("h4")
+    lists = [each for each in panel.all("ol.contexts") if each.all("li")]
+    grouped = [(band, list(some)) for band, some in groupby(rows, key=lambda row: row["band"])]
+    for head, items, (band, mine) in zip(heads, lists[: len(grouped)], grouped, strict=True):
+        edges, _, n_tokens = head.text.partition(":")
+        low, _, high = edges.partition(" to ")
+        number_is(low, mine[0]["low_value"])
+        number_is(high, mine[0]["high_value"])
+        assert n_tokens.split() == [f"{mine[0]['n_tokens']:,}", "tokens", "band", str(band)]
+        for item, row in zip(items.all("li"), mine, strict=True):
+            context(item, row, asked["feature"])
+
+
+def examples(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
+    """Contexts stand under the heading of their part."""
+    heading, under = "", dict[str, list[Element]]()
+    for each in panel.within():
+        if each.tag == "h3":
+            heading = each.words.split()[0]
+        if each.tag in ("h4", "ol"):
+            under.setdefault(heading, []).append(each)
+    parts = {"Strongest": "strongest", "From": "band", "At": "random"}
+    assert {parts[each] for each in under} >= {row["part"] for row in rows}
+    for title, part in parts.items():
+        mine = [row for row in rows if row["part"] == part]
+        section = Element("section", {}, list(under.get(title, [])))
+        if part == "band":
+            bands(section, mine, asked)
+        else:
+            contexts(section, mine, asked)
+
+
+def near_misses(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
+    said = next(each for each in panel.all("p") if each.text.startswith("The feature fires on"))
+    words = said.words.split()
+    number_is(words[4], rows[0]["n_fired"])
+    number_is(said.words.rpartition("silent on ")[2].partition(". ")[0], rows[0]["n_silent"])
+    piece_is(said, rows[0]["pieces"][rows[0]["place"] - 1])
+    contexts(panel, rows, asked)
+
+
+def place(panel: Element, rows: Rows) -> None:
+    (row,) = rows
+    inner = panel.one("q")
+    parts = (row["text_before"][-1000:], row["token_text"][:1000], row["text_after"][:1000])
+    assert inner.text == "".join(map(sanitise, parts))
+    assert inner.one("mark.c").text == sanitise(parts[1])
+    document_is(panel.one("p.flat"), row, row["token_id"])
+
+
+def text(panel: Element, rows: Rows) -> None:
+    """Each token is a link to its own page and says its value."""
+    by = "value" if any(row["value"] is not None for row in rows) else "n_features"
+    shown = panel.one("p.text").all("a")
+    assert [each.attributes["id"] for each in shown] == [f"t{row['token_id']}" for row in rows]
+    shades = []
+    for each, row in zip(shown, rows, strict=True):
+        leads_to(Element("p", {}, [each]), "tokens-at", row["token_id"])
+        told = each.all("i")
+        assert len(told) == bool(row[by])
+        if told:
+            number_is(told[0].text.strip(), row[by])
+            shades.append((abs(row[by]), int(each.classes[0][1:])))
+        assert each.text.removesuffix(told[0].text if told else "") == visible(row["piece"])
+    ordered = [shade for _, shade in sorted(shades)]
+    assert ordered == sorted(ordered)
+
+
+def features(panel: Element, rows: Rows) -> None:
+    titles = ["feature", "label", "top tokens", "kind", "density", "mean", "largest value", "values"]
+    found = panel.one("table")
+    assert headings(found) == titles
+    for cells, row in zip(body(found), rows, strict=True):
+        number, label, pieces, kind, *numbers, picture = cells
+        assert number.words == str(row["feature_id"])
+        leads_to(number, "features", row["feature_id"])
+        text_is(label, row["label"], "")
+        for each, piece in zip_longest(pieces.all(".piece"), row["pieces"]):
+            piece_is(Element("td", {}, [each]), piece)
+        assert kind.words == row["kind"]
+        for cell, name in zip(numbers, ("density", "mean_value", "max_value"), strict=True):
+            number_is(cell.words, row[name])
+        bars = [count for count in row["histogram"] if count]
+        assert len(picture.all("svg")) == bool(bars)
+        assert sum(each.attributes["d"].count("M") for each in picture.all("path")) == len(bars)
+
+
+RUN = {
+    "model": "model", "site": "site", "architecture": "architecture", "tokens": "n_tokens", "features": "n_features",
+    "L0": "l0", "variance unexplained": "variance_unexplained", "loss recovered": "loss_recovered_zero",
+    "dead": "dead_share", "size": "n_bytes", "date": "written", "state": "state",
+}  # fmt: skip
+"""What a run's headings stand for."""
+
+
+def run_fact(cell: Element, row: Mapping[str, Any], name: str) -> None:
+    value = row[name]
+    if value is None:
+        assert cell.words == NONE, name
+    elif name in ("dead_share", "loss_recovered_zero"):
+        assert cell.words.endswith("%")
+        assert abs(float(cell.words[:-1]) - 100 * value) <= 0.0051 * abs(100 * value) + 1e-12
+    elif name == "n_bytes":
+        assert cell.words == human_bytes(value)
+    elif name == "written":
+        assert cell.one("time").attributes["datetime"] == f"{value.isoformat(timespec='seconds')}Z"
+        assert cell.words == value.isoformat(" ", "minutes")
+    elif name == "model":
+        assert cell.one("span").attributes["title"] == visible(value)
+        assert visible(value).endswith(cell.words)
+    elif name == "state":
+        assert cell.words.startswith(value)
+        assert (row["l0_missed"] or "") in cell.words
+    else:
+        number_is(cell.words, value)
+
+
+def runs(panel: Element, rows: Rows) -> None:
+    """A list of all runs, or some runs side by side."""
+    found = panel.one("table")
+    if headings(found)[0] == "measure":
+        chosen = [next(row for row in rows if row["schema_name"] == name) for name in headings(found)[1:]]
+        lines = body(found)
+        assert [cells[0].words for cells in lines] == list(RUN)
+        for (_, *cells), name in zip(lines, RUN.values(), strict=True):
+            for cell, row in zip(cells, chosen, strict=True):
+                run_fact(cell, row, name)
+        return
+    several = len(rows) > 1
+    assert headings(found) == [*(["compare"] if several else []), "run", *RUN]
+    for cells, row in zip(body(found), rows, strict=True):
+        name, *facts = cells[several:]
+        assert name.words == visible(row["schema_name"] if row["problem"] is None else row["name"])
+        for cell, column in zip(facts, RUN.values(), strict=True):
+            run_fact(cell, row, column)
+
+
+def settings(panel: Element, rows: Rows) -> None:
+    differing = [row for row in rows if row["differs"]]
+    for found, mine in zip(panel.all("table"), (differing, rows), strict=True):
+        assert headings(found) == ["setting", "value", "default", "meaning"]
+        for cells, row in zip(body(found), mine, strict=True):
+            name, value, usual, meaning = cells
+            assert name.words == f"{row['section']}.{row['setting']}"
+            text_is(value, row["value"])
+            text_is(usual, row["usual"])
+            assert meaning.words == (row["about"] or "")
+
+
+def stages(panel: Element, rows: Rows) -> None:
+    found = panel.one("table")
+    assert headings(found) == ["stage", "artefact", "size", "seconds", "date", "machine"]
+    for cells, row in zip(body(found), rows, strict=True):
+        stage, artefact, size, seconds, date, machine = cells
+        assert stage.words == row["stage"]
+        text_is(artefact, row["artefact"])
+        run_fact(size, row, "n_bytes")
+        number_is(seconds.words, row["seconds"])
+        run_fact(date, row, "written")
+        text_is(machine, row["host"])
+
+
+def matches(panel: Element, rows: Rows) -> None:
+    found = panel.one("table")
+    assert headings(found) == list(rows[0])
+    assert list(rows[0])[:2] == ["feature_id", "match_id"]
+    for cells, row in zip(body(found), rows, strict=True):
+        leads_to(cells[0], "features", row["feature_id"])
+        for cell, value in zip(cells, row.values(), strict=True):
+            number_is(cell.words, value)
+
+
+def counts(panel: Element, rows: Rows) -> None:
+    """How many features of each kind, and of all kinds."""
+    number_is(panel.one("strong").words, sum(row["n_features"] for row in rows))
+    shown = [each.words.split(" ", 1) for each in panel.all("a") if "sql" not in each.classes]
+    assert shown == [[f"{row['n_features']:,}", row["kind"]] for row in rows]
+
+
+VIEWS: dict[str, Callable[[Element, Rows], None]] = {
+    "feature_numbers": facts, "feature_pair": facts, "feature_values": histogram, "feature_histogram": histogram,
+    "feature_logits": logits, "similar_features": neighbours, "coactive_features": neighbours,
+    "feature_companions": neighbours, "context": place, "document_tokens": text, "find_features": features,
+    "count_features": counts, "runs": runs, "settings": settings, "training_curve": curves, "stages": stages,
+    "density_histogram": densities, "density_and_max": scatter, "compare_runs": matches,
+}  # fmt: skip
+
+VIEWS_OF_CONTEXTS: dict[str, Callable[[Element, Rows, Mapping[str, str]], None]] = {
+    "feature_examples": examples, "feature_contexts": contexts, "random_contexts": contexts, "feature_bands": bands,
+    "near_miss_contexts": near_misses,
+}  # fmt: skip
+
+
+def panel_is(panel: Element, question: str, asked: Mapping[str, str], rows: Rows) -> None:
+    """A panel shows these rows, or the first of them and says so."""
+    (more,) = panel.all("p.more") or [None]
+    if more is not None:
+        n_shown = int(more.words.split()[2].replace(",", ""))
+        assert n_shown < len(rows), "there are no more rows"
+        rows = rows[:n_shown]
+    assert bool(panel.all("p.empty")) == (not rows)
+    if not rows:
+        return
+    if panel.attributes["id"] == "rows":  # the question's own page
+        table(panel, rows)
+    elif question in VIEWS_OF_CONTEXTS:
+        VIEWS_OF_CONTEXTS[question](panel, rows, asked)
+    else:
+        VIEWS.get(question, table)(panel, rows)
