@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from saeflow.browser import charts, pictures, shading
 from saeflow.browser.address import Asked, address_of_panel
 from saeflow.browser.panels import Answer, address_of_run, address_of_token, as_query
-from saeflow.query.text_formats import as_csv, as_json_value
+from saeflow.query.text_formats import as_csv, as_json_value, for_parquet
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import human_bytes, sanitise
 
@@ -54,7 +54,7 @@ def respond(page: Page, format: str, asked: Asked, **common: Any) -> Response:
     if format == "csv":
         return StreamingResponse(as_csv(table), media_type="text/csv; charset=utf-8")
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(for_parquet(table), buffer, compression="zstd")
     return Response(buffer.getvalue(), media_type="application/vnd.apache.parquet")
 
 

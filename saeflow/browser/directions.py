@@ -8,10 +8,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.artefact import Artefact
 
 MOST_MAPS = 8
@@ -72,10 +73,14 @@ def pca_places(path: Path, n_rounds: int = 12) -> np.ndarray:
 
 def unit_rows(path: Path) -> Iterator[np.ndarray]:
     """Yield the decoder's rows at unit length, a block at a time."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "np") as file:
+    try:
+        file: Any = safe_open(path, "np")
         rows = file.get_slice("W_dec")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The decoder's directions cannot be read from {path.name}: {first_line(error)}") from error
+    with file:
         n_rows = rows.get_shape()[0]
         for start in range(0, n_rows, _ROWS):
             block = rows[start : min(start + _ROWS, n_rows)].astype(np.float32)

@@ -6,6 +6,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,12 +15,18 @@ from saeflow.browser.connections import OpenedRun
 from saeflow.query.ask import ask, resolve_names
 from saeflow.query.new_text import read_if_needed
 from saeflow.query.questions import Question, Value, find_question, parse_arguments
+from saeflow.query.text_formats import for_python
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import brief
 
 MOST_ROWS = 1_000
 """Rows of a panel on a page."""
 
 MOST_IN_A_FILE = 200_000
 """Rows of a panel in JSON, CSV or Parquet."""
+
+LONGEST_TEXT = 5_000
+"""Characters of a text that the model reads for a page."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,10 @@ class Panel:
         """Answer the panel's question. Raises UserError for arguments that fit nothing."""
         question = find_question(self.question)
         values = resolve_names(opened.cursor, question, parse_arguments(question, self.arguments))
+        if question.runs_model:
+            _refuse_model_or_text(str(values["text"]), str(values["model"] or ""))
         readings = read_if_needed(opened.store, opened.run, question, values)
-        table = ask(opened.cursor, self.question, values, self.most_rows + 1, readings)
+        table = for_python(ask(opened.cursor, self.question, values, self.most_rows + 1, readings))
         return Answer(self, question, values, opened.run.schema, table)
 
 
@@ -105,6 +114,14 @@ def with_words(answers: Sequence[Answer], opened: OpenedRun) -> list[Answer]:
     found = Panel("words", "Features in words", "feature_words", {"features": features}, "none").ask(opened)
     words = {row["feature_id"]: row for row in found.rows}
     return [*(replace(answer, words=words) for answer in answers), found]
+
+
+def _refuse_model_or_text(text: str, model: str) -> None:
+    """A page waits for the model, and no address may have it looked for elsewhere than on this machine."""
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"The text is longer than {LONGEST_TEXT:,} characters. Ask in a terminal: saeflow ask.")
+    if model and not Path(model).is_absolute():
+        raise UserError(f"model is {brief(model)!r}, but on a page it must be the whole path of a folder, from / on.")
 
 
 def address_of_run(schema: str) -> str:

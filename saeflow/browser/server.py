@@ -6,6 +6,7 @@ stranger could have its own name lead here (DNS rebinding), and so are requests 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import urllib.parse
@@ -27,6 +28,7 @@ from saeflow.browser.address import Asked
 from saeflow.browser.answers import FORMATS, Page, respond
 from saeflow.browser.connections import Connections, OpenedRun, TooSlow
 from saeflow.browser.pages import PAGES, PAGES_OF_STORE, feature
+from saeflow.query.runs import pick_run, runs
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 
@@ -83,6 +85,8 @@ class Application:
 
     def answered(self, asked: Asked, make: Callable[[Asked, Connections], Page]) -> Response:
         """Make a page and return it in the format that the address asks for."""
+        if "%00" in asked.address:
+            return self.problem(asked, "An address of these pages holds no NUL character.", 404)
         try:
             return respond(make(asked, self.connections), asked.format, asked, **self._common())
         except TooSlow as error:
@@ -94,16 +98,28 @@ class Application:
         return {"store_name": self.store.name, "token": self.token}
 
     def problem(self, asked: Asked, message: str, status: int) -> Response:
-        """Return a page that says what is wrong, with ways back."""
+        """Return a page that says what is wrong, with ways back: to the run, if there is one, and to all."""
         about = {"message": message, "data": {"problem": message}}
-        page = Page("problem.html", "Not found" if status == 404 else "Not answered", more=about)
+        page = Page("problem.html", "Not found" if status == 404 else "Not answered", (), self._run_of(asked), about)
         response = respond(page, "json" if asked.format else "", asked, **self._common())
         response.status_code = status
         return response
 
+    def _run_of(self, asked: Asked) -> str | None:
+        """Return the schema of the run that the address names, whether or not its page is one of ours."""
+        words = urllib.parse.unquote(asked.address.partition("?")[0]).split("/")
+        with contextlib.suppress(UserError, OSError):
+            return (
+                pick_run(self.store, runs(self.store), words[2]).schema
+                if words[1:2] == ["runs"] and words[2:]
+                else None
+            )
+        return None
+
     def no_such_page(self, request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 404
-        return self.problem(asked_of(request), "There is no such page.", status)
+        said = "This address is not asked in that way." if status == 405 else "There is no such page."
+        return self.problem(asked_of(request), said, status)
 
     def fault(self, request: Request, error: Exception) -> Response:
         log.error("a page failed", exc_info=error)
@@ -115,13 +131,13 @@ class Application:
     async def label(self, request: Request) -> Response:
         """Change the label of a feature, then show its page."""
         form = await read_form(request)
-        if not secrets.compare_digest(form.get("token", ""), self.token):
+        if not secrets.compare_digest(form.get("token", "").encode(), self.token.encode()):
             return self.problem(asked_of(request), "This form is out of date. Open the feature's page again.", 403)
         asked = asked_of(request, form)
         try:
             back = await run_in_threadpool(self._put_label, asked)
         except UserError as error:
-            return self.problem(asked, str(error), 404)
+            return self.problem(asked, str(error), 503 if isinstance(error, TooSlow) else 404)
         return RedirectResponse(back, 303)
 
     def _put_label(self, asked: Asked) -> str:
@@ -131,7 +147,6 @@ class Application:
 
 def asked_of(request: Request, form: dict[str, str] | None = None) -> Asked:
     query = {name: ",".join(request.query_params.getlist(name)) for name in request.query_params}
-    query = {name: value for name, value in query.items() if "\0" not in value}
     address = urllib.parse.quote(request.scope["path"]) + (f"?{urllib.parse.urlencode(query)}" if query else "")
     return Asked(request.path_params, query, form or {}, address, request.scope.get("saeflow.format", ""))
 

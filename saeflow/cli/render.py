@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.cli.common import Format, whole_file
 from saeflow.cli.screen import render_table
-from saeflow.query.text_formats import ROWS_AT_ONCE, as_csv, as_json, as_json_lines, harmless_for_terminal
+from saeflow.query.text_formats import as_csv, as_json, as_json_lines, for_parquet, for_python, harmless_for_terminal
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.terminal import Terminal, write_exactly
 from saeflow.runtime.text import brief
@@ -36,7 +35,7 @@ def write_answer(table: pa.Table, format: Format, target: Path | None = None, co
     """
     if format != "table":
         _refuse_equal_names(table)
-    table = _replace_misfits(table, _fits_parquet if format == "parquet" else _fits_python)
+    table = for_parquet(table) if format == "parquet" else for_python(table)
     if format == "table":
         _write_table(table, target, console)
     elif target is not None:
@@ -71,47 +70,3 @@ def _pieces(table: pa.Table, format: Format) -> Iterator[bytes]:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return iter([buffer.getvalue()])
-
-
-def _replace_misfits(table: pa.Table, fits: Callable[[pa.ChunkedArray], bool]) -> pa.Table:
-    """Replace columns that do not fit by DuckDB's text of them."""
-    for place, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
-        if not fits(column):
-            table = table.set_column(place, name, _text_of_column(name, column))
-    return table
-
-
-def _text_of_column(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    try:
-        with duckdb.connect() as connection:
-            found = connection.from_arrow(pa.table({"x": column})).project("x::varchar as x").to_arrow_table()
-    except (duckdb.Error, pa.ArrowException):
-        raise UserError(f"{name} is of the type {column.type}, which cannot be written. Cast it to varchar.") from None
-    return found.column(0)
-
-
-def _fits_python(column: pa.ChunkedArray) -> bool:
-    leaves = list(_leaf_types(column.type))
-    if any(map(pa.types.is_interval, leaves)) or not any(map(pa.types.is_temporal, leaves)):
-        return not any(map(pa.types.is_interval, leaves))
-    try:
-        for start in range(0, len(column), ROWS_AT_ONCE):
-            column.slice(start, ROWS_AT_ONCE).to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException):
-        return False
-    return True
-
-
-def _fits_parquet(column: pa.ChunkedArray) -> bool:
-    try:
-        pq.write_table(pa.table({"x": column.slice(0, 0)}), io.BytesIO())
-    except pa.ArrowException:
-        return False
-    return True
-
-
-def _leaf_types(type: pa.DataType) -> Iterator[pa.DataType]:
-    if not type.num_fields:
-        yield type
-    for place in range(type.num_fields):
-        yield from _leaf_types(type.field(place).type)

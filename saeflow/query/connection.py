@@ -43,7 +43,7 @@ from saeflow.store.store import Store
 log = logging.getLogger(__name__)
 
 KEPT = {
-    "src_vocab": 200_000,
+    "stg_vocab": 300_000,
     "src_vocab_blocks": 32_768,
     "stg_document_places": 200_000,
     "stg_feature_stats": 200_000,

@@ -13,10 +13,13 @@ import decimal
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import HOSTILE, sanitise
 
 ROWS_AT_ONCE = 10_000
@@ -50,6 +53,16 @@ def as_json_lines(table: pa.Table, rows_at_once: int = ROWS_AT_ONCE) -> Iterator
     """Yield the table as objects, one row a line."""
     for row in _json_rows(table, rows_at_once):
         yield row + "\n"
+
+
+def for_python(table: pa.Table) -> pa.Table:
+    """Return the table; columns that Python cannot hold, such as the year 99999, as DuckDB's text of them."""
+    return _replace_misfits(table, _fits_python)
+
+
+def for_parquet(table: pa.Table) -> pa.Table:
+    """Return the table; columns that Parquet cannot hold, such as an interval, as DuckDB's text of them."""
+    return _replace_misfits(table, _fits_parquet)
 
 
 def harmless_for_terminal(table: pa.Table) -> pa.Table:
@@ -114,3 +127,47 @@ def _no_formula(text: str) -> str:
 def _sanitise_column(column: pa.ChunkedArray) -> pa.Array:
     cells = (None if value is None else _cell_as_text(value) for value in column.to_pylist())
     return pa.array([cell if cell is None else sanitise(cell) for cell in cells], pa.string())
+
+
+def _replace_misfits(table: pa.Table, fits: Callable[[pa.ChunkedArray], bool]) -> pa.Table:
+    """Replace columns that do not fit by DuckDB's text of them."""
+    for place, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if not fits(column):
+            table = table.set_column(place, name, _text_of_column(name, column))
+    return table
+
+
+def _text_of_column(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    try:
+        with duckdb.connect() as connection:
+            found = connection.from_arrow(pa.table({"x": column})).project("x::varchar as x").to_arrow_table()
+    except (duckdb.Error, pa.ArrowException):
+        raise UserError(f"{name} is of the type {column.type}, which cannot be written. Cast it to varchar.") from None
+    return found.column(0)
+
+
+def _fits_python(column: pa.ChunkedArray) -> bool:
+    leaves = list(_leaf_types(column.type))
+    if any(map(pa.types.is_interval, leaves)) or not any(map(pa.types.is_temporal, leaves)):
+        return not any(map(pa.types.is_interval, leaves))
+    try:
+        for start in range(0, len(column), ROWS_AT_ONCE):
+            column.slice(start, ROWS_AT_ONCE).to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        return False
+    return True
+
+
+def _fits_parquet(column: pa.ChunkedArray) -> bool:
+    try:
+        pq.write_table(pa.table({"x": column.slice(0, 0)}), io.BytesIO())
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _leaf_types(type: pa.DataType) -> Iterator[pa.DataType]:
+    if not type.num_fields:
+        yield type
+    for place in range(type.num_fields):
+        yield from _leaf_types(type.field(place).type)

@@ -7,7 +7,7 @@
 -- Ask it:  which tokens spell love?  from search_token('love')
 create or replace macro search_token(text) as table
 with entries as materialized (
-    select vocab_id, piece from stg_vocab where contains(lower(piece), lower(text::varchar))
+    select vocab_id, piece from stg_vocab where contains(lower(whole_piece), lower(text::varchar))
 ),
 counts as (
     select vocab_id, count(*) as n_tokens, min(token_id) as first_token_id

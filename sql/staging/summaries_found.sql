@@ -12,7 +12,7 @@ create or replace macro summaries_found(
 with spelt as (
     select entries.vocab_id
     from stg_vocab as entries
-    where text <> '' and contains(lower(entries.piece), lower(text::varchar))
+    where text <> '' and contains(lower(entries.whole_piece), lower(text::varchar))
 ),
 named as (
     select tops.feature_id

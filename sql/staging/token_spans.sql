@@ -1,9 +1,9 @@
 -- The tokens around some tokens, for a list of token ids.
 --
 -- Grain:   one row per (centre, token of its span). The centres are the real tokens of the list.
--- Reads:   token_owners, stg_vocab_blocks, src_vocab, block_vocab_id
+-- Reads:   token_owners, stg_vocab_blocks, stg_vocab, block_vocab_id
 -- Units:   before and after count tokens; a span never leaves its document. key, source and position are the centre's.
---          byte_digits are the bytes of the vocabulary entry as hexadecimal digits, two a byte.
+--          short_digits are those of stg_vocab.
 -- Ask it:  from token_spans([4711], 2, 2)
 create or replace macro token_spans(ids, before, after) as table
 with owned as materialized (
@@ -30,6 +30,6 @@ spelt as materialized (
     join stg_vocab_blocks using (block_id)
     where token_id between first_token_id and first_token_id + n_tokens - 1
 )
-select centre, token_id, src_vocab.piece, hex(src_vocab.bytes) as byte_digits, spelt.key, spelt.source, spelt.position
+select centre, token_id, entries.piece, entries.short_digits, spelt.key, spelt.source, spelt.position
 from spelt
-join src_vocab using (vocab_id);
+join stg_vocab as entries using (vocab_id);

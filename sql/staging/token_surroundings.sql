@@ -17,12 +17,12 @@ spans as materialized (
 near as (
     select
         *,
-        lag(byte_digits, 3, '') over along
-            || lag(byte_digits, 2, '') over along
-            || lag(byte_digits, 1, '') over along as in_front,
-        lead(byte_digits, 1, '') over along
-            || lead(byte_digits, 2, '') over along
-            || lead(byte_digits, 3, '') over along as behind,
+        lag(short_digits, 3, '') over along
+            || lag(short_digits, 2, '') over along
+            || lag(short_digits, 1, '') over along as in_front,
+        lead(short_digits, 1, '') over along
+            || lead(short_digits, 2, '') over along
+            || lead(short_digits, 3, '') over along as behind,
         row_number() over along as span_place
     from spans
     window along as (partition by centre order by token_id rows between unbounded preceding and unbounded following)
@@ -32,9 +32,9 @@ letters as (
         near.*,
         case
             when open_letter(in_front) <> '' or (span_place <= 3 and regexp_full_match(in_front, '(?:[89AB].)*'))
-                then substr(byte_digits, 1 + length(letter_rest(byte_digits)))
-            else byte_digits
-        end || case when open_letter(byte_digits) <> '' then letter_rest(behind) else '' end as digits
+                then substr(short_digits, 1 + length(letter_rest(short_digits)))
+            else short_digits
+        end || case when open_letter(short_digits) <> '' then letter_rest(behind) else '' end as digits
     from near
 )
 select

@@ -14,11 +14,11 @@ with digits as (
         source,
         position,
         any_value(piece) filter (where token_id = centre)                                         as piece,
-        coalesce(string_agg(byte_digits, '' order by token_id) filter (where token_id < centre), '') as in_front,
-        coalesce(string_agg(byte_digits, '' order by token_id) filter (where token_id = centre), '') as middle,
-        coalesce(string_agg(byte_digits, '' order by token_id) filter (where token_id > centre), '') as behind,
-        coalesce(sum(length(byte_digits)) filter (where centre - token_id between 1 and before), 0) as n_in_front,
-        coalesce(sum(length(byte_digits)) filter (where token_id - centre between 1 and after), 0)  as n_behind
+        coalesce(string_agg(short_digits, '' order by token_id) filter (where token_id < centre), '') as in_front,
+        coalesce(string_agg(short_digits, '' order by token_id) filter (where token_id = centre), '') as middle,
+        coalesce(string_agg(short_digits, '' order by token_id) filter (where token_id > centre), '') as behind,
+        coalesce(sum(length(short_digits)) filter (where centre - token_id between 1 and before), 0) as n_in_front,
+        coalesce(sum(length(short_digits)) filter (where token_id - centre between 1 and after), 0)  as n_behind
     -- A letter has at most four bytes, so that the token's own may begin three tokens before it.
     from token_spans(ids, greatest(before, 3), greatest(after, 3))
     group by all

@@ -1,4 +1,4 @@
-"""Run the fuzzers: `python -m tests.fuzz --recipes 2000 --corpora 500 --stores 300`."""
+"""Run the fuzzers: `python -m tests.fuzz --recipes 2000 --corpora 500 --stores 300 --pages 1000`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from tests.fuzz.oracle import LIMIT_SECONDS, Case, Ground
 
-KINDS = ("recipes", "corpora", "stores")
+KINDS = ("recipes", "corpora", "stores", "pages")
 
 
 def case_of(kind: str) -> Case:
-    from tests.fuzz import corpora, recipes, stores
+    from tests.fuzz import corpora, pages, recipes, stores
 
-    return {"recipes": recipes, "corpora": corpora, "stores": stores}[kind].fuzz
+    return {"recipes": recipes, "corpora": corpora, "stores": stores, "pages": pages}[kind].fuzz
 
 
 def work(ground: Ground) -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.fuzz import corpora, recipes, stores
+from tests.fuzz import corpora, pages, recipes, stores
 from tests.fuzz.oracle import Case, Ground, judge
 
 
@@ -16,7 +16,12 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 
 
 FEW = [("recipes", recipes.fuzz, 15), ("corpora", corpora.fuzz, 5), ("stores", stores.fuzz, 3)]
-MANY = [("recipes", recipes.fuzz, 300), ("corpora", corpora.fuzz, 80), ("stores", stores.fuzz, 50)]
+MANY = [
+    ("recipes", recipes.fuzz, 300),
+    ("corpora", corpora.fuzz, 80),
+    ("stores", stores.fuzz, 50),
+    ("pages", pages.fuzz, 100),
+]
 
 
 def finds(fuzz: Case, ground: Ground, seeds: range, monkeypatch: pytest.MonkeyPatch) -> list[str]:

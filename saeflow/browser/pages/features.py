@@ -31,7 +31,7 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     given = {**search, **asked.given("sort", "after_sort", "after_id"), "n": n + 1}
     found = Panel("features", "Features", "find_features", given, "features", n).ask(opened)
     counts = Panel("counts", "Counts", "count_features", search).ask(opened)
-    last = found.rows[-1] if found.has_more and not whole else None
+    last = found.rows[-1] if found.rows and found.has_more and not whole else None
     further = asked.link(after_sort=last["sort_key"], after_id=last["feature_id"]) if last else ""
     more = {"next": further, "kinds": KINDS, "sorts": SORTS, "data": {"next": further or None}}
     return Page("features.html", "Features", [found, counts], opened.run.schema, more)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.panels import Answer, Panel, with_words
+from saeflow.browser.panels import LONGEST_TEXT, Answer, Panel, with_words
 from saeflow.runtime.errors import UserError
 
 ABOUT_TEXT = "Each token says its value or number, and leads to the features of that token in the corpus."
-
-LONGEST_TEXT = 5_000
-"""Characters of a text that a page reads."""
 
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
@@ -20,8 +17,6 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     answers, message = list[Answer](), ""
     if "text" in given:
         try:
-            if len(str(given["text"])) > LONGEST_TEXT:
-                raise UserError(f"The text is longer than {LONGEST_TEXT:,} characters. Ask in a terminal: saeflow ask.")
             shaded = f"Shaded by feature {asked.query['feature']}" if feature else "Shaded by the number of features"
             panels = [
                 Panel("text", shaded, "text_tokens", {**given, **feature}, "read_text", about=ABOUT_TEXT),
