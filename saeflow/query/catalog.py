@@ -63,20 +63,45 @@ def definitions(
     A table macro looks names up in its caller's schema, so names inside it are qualified. `names`: only these views and
     macros with what they read, because DuckDB takes milliseconds for each; and only of the runs that they read.
     """
-    readable = [run for run in every if run.problem is None]
     wanted = None if names is None else with_what_they_read(names)
-    if wanted is not None and not wanted & _OF_EVERY_RUN:
-        readable = [current]
-    for run in readable:
+    read = runs_read(every, current, wanted)
+    yield from sources(every, read, many_files)
+    yield from upon_sources(read, wanted)
+    yield from at_last(every, current, read, many_files, wanted)
+
+
+def runs_read(every: Sequence[Run], current: Run, wanted: Collection[str] | None) -> list[Run]:
+    """Return the readable runs that these views and macros read."""
+    only_one = wanted is not None and not _OF_EVERY_RUN & set(wanted)
+    return [current] if only_one else [run for run in every if run.problem is None]
+
+
+def sources(every: Sequence[Run], read: Sequence[Run], many_files: int) -> Iterator[str]:
+    """Yield SQL that makes each run's schema and the views of its files, of a few of them if it has many."""
+    for run in read:
         yield f"create schema if not exists {identifier(run.schema)}"
         yield f"set search_path = {literal(identifier(run.schema))}"
         yield source_views(_in_outline(run, many_files), every)
+
+
+def upon_sources(
+    read: Sequence[Run], wanted: Collection[str] | None = None, made: Collection[str] = ()
+) -> Iterator[str]:
+    """Yield SQL that makes all that is made upon `sources`, but in the schemas that are `made`. It names no file."""
+    to_make = [run for run in read if run.schema not in made]
+    for run in to_make:
         yield from _in_schema(run, sql_texts(*STAGING, names=wanted))
-    if wanted is None or wanted & _OF_EVERY_RUN:
-        yield from _views_of_every_run([run.schema for run in readable])
-    for run in readable:
+    if wanted is None or not _OF_EVERY_RUN.isdisjoint(wanted):
+        yield from _views_of_every_run([run.schema for run in read])
+    for run in to_make:
         yield from _in_schema(run, sql_texts("marts", names=wanted))
-    for run in readable:
+
+
+def at_last(
+    every: Sequence[Run], current: Run, read: Sequence[Run], many_files: int, wanted: Collection[str] | None = None
+) -> Iterator[str]:
+    """Yield SQL that lets outlined views read all files, and that chooses the run and settings of the connection."""
+    for run in read:
         if _in_outline(run, many_files) is not run:
             yield f"set search_path = {literal(identifier(run.schema))}"
             yield source_views(run, every)
@@ -176,10 +201,15 @@ def _views_of_every_run(schemas: Sequence[str]) -> Iterator[str]:
 @cache
 def names_of_sql() -> frozenset[str]:
     """Return the names of the views and macros that the files of `sql/` make."""
-    folder = sql_folder()
-    stems = [path.stem for path in folder.glob("*/*.sql") if path.parent.name != "checks"]
-    text = (folder / "sources.sql").read_text("utf-8")
-    return frozenset([*stems, *re.findall(r"create or replace (?:view|macro) (\w+)", text)])
+    stems = [path.stem for path in sql_folder().glob("*/*.sql") if path.parent.name != "checks"]
+    return frozenset([*stems, *names_of_sources("view"), *names_of_sources("macro")])
+
+
+@cache
+def names_of_sources(kind: str) -> tuple[str, ...]:
+    """Return the names of each `view` or `macro` that `sources.sql` makes."""
+    text = (sql_folder() / "sources.sql").read_text("utf-8")
+    return tuple(re.findall(rf"create or replace {kind} (\w+)", text))
 
 
 @cache

@@ -22,13 +22,17 @@ from saeflow.query.catalog import (
     DUCKDB_SETTINGS,
     MANY_FILES,
     STAGING,
-    definitions,
+    at_last,
     names_in,
+    runs_read,
     source_views,
+    sources,
     sql_folder,
     sql_texts,
+    upon_sources,
     with_what_they_read,
 )
+from saeflow.query.kept_catalog import make_upon_sources
 from saeflow.query.relations import identifier, literal, unglobbed
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
 from saeflow.runtime.errors import UserError, first_line
@@ -109,10 +113,18 @@ def _make_views(
     many_files: int = MANY_FILES,
     names: Collection[str] | None = None,
 ) -> None:
-    for statement in definitions(every, current, many_files, names):
+    wanted = None if names is None else with_what_they_read(names)
+    read = runs_read(every, current, wanted)
+    for statement in sources(every, read, many_files):
         connection.execute(statement)
-    made = None if names is None else with_what_they_read(names)
-    _keep_small_views(connection, current, {view: n for view, n in KEPT.items() if made is None or view in made})
+    if wanted is not None:
+        for statement in upon_sources(read, wanted):
+            connection.execute(statement)
+    else:
+        make_upon_sources(connection, read)
+    for statement in at_last(every, current, read, many_files, wanted):
+        connection.execute(statement)
+    _keep_small_views(connection, current, {view: n for view, n in KEPT.items() if wanted is None or view in wanted})
 
 
 def _without_damaged(store: Store, every: Sequence[Run], error: Exception) -> list[Run]:

@@ -7,11 +7,4 @@
 --          seconds is the time the stage took, as far as the stage recorded it. What no record says is null.
 -- Ask it:  which stage takes most of the disk?
 create or replace view stages as
-select
-    stage::varchar                                  as stage,
-    artefact::varchar                               as artefact,
-    n_bytes::bigint                                 as n_bytes,
-    seconds::double                                 as seconds,
-    make_timestamp((written::double * 1e6)::bigint) as written,
-    host::varchar                                   as host
-from stg_stages;
+select stage, artefact, n_bytes, seconds, written, host from stg_stages;

@@ -9,17 +9,17 @@
 create or replace view stg_runs as
 select
     place::bigint               as place,
-    name,
-    fp,
-    schema_name,
+    name::varchar               as name,
+    fp::varchar                 as fp,
+    schema_name::varchar        as schema_name,
     is_current::boolean         as is_current,
     n_tokens::bigint            as n_tokens,
     is_whole::boolean           as is_whole,
     model::varchar              as model,
     n_bytes::bigint             as n_bytes,
     make_timestamp((written::double * 1e6)::bigint) as written,
-    tokens_artefact,
+    tokens_artefact::varchar    as tokens_artefact,
     try_cast(facts as json)     as facts,
     try_cast(quality as json)   as quality,
-    problem
+    problem::varchar            as problem
 from src_runs;

@@ -2,7 +2,14 @@
 --
 -- Grain:   one row per artefact, in the order of the stages.
 -- Reads:   src_stages
--- Units:   see the question stages; written counts seconds since 1970.
+-- Units:   see the question stages.
 -- Ask it:  which stages was the run made by?
 create or replace view stg_stages as
-select * from src_stages;
+select
+    stage::varchar                                  as stage,
+    artefact::varchar                               as artefact,
+    n_bytes::bigint                                 as n_bytes,
+    seconds::double                                 as seconds,
+    make_timestamp((written::double * 1e6)::bigint) as written,
+    host::varchar                                   as host
+from src_stages;

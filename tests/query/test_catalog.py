@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from saeflow.query import catalog
+from saeflow.query import catalog, kept_catalog
 from saeflow.query.connection import connect, connect_to_run
 from saeflow.query.questions import questions
 from saeflow.query.runs import runs
@@ -190,3 +190,24 @@ def test_a_run_of_many_files_answers_as_one_of_few_does(tmp_path, name):
     assert [row[-1] for row in expected[0]] == [None, 1611, 1612]
     with connect_to_run(store, many_files=1)[1] as connection:
         assert [connection.execute(sql).fetchall() for sql in asked] == expected
+
+
+CATALOGUE = [
+    "select function_name, parameters, macro_definition from duckdb_functions() where not internal order by all",
+    "select view_name, sql from duckdb_views() where not internal and not starts_with(view_name, 'src_') order by all",
+    "from top_tokens(0)",
+    "from documents",
+    "from compare_runs('demo', 'other')",
+]
+
+
+def test_views_copied_from_an_earlier_connection_are_those_that_were_made(tmp_path: Path) -> None:
+    answers = []
+    for folder in ("first", "second", "third"):
+        Given(name="other", fp="f0000002").write(tmp_path / folder)
+        with connect(Given(corpus=("other", "f0000002")).write(tmp_path / folder), "demo") as connection:
+            answers.append([str(connection.execute(statement).fetchall()) for statement in CATALOGUE])
+    assert any(kept_catalog.kept.values())
+    assert answers[0] == answers[1] == answers[2]
+    with connect(Given(metadata={"year": pa.array([1, 2, 3])}).write(tmp_path / "another")) as connection:
+        assert connection.execute("select year from documents order by key").fetchall() == [(1,), (3,), (2,)]
