@@ -19,6 +19,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ.pop("SAEFLOW_STORE", None)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process that a test starts compiles saeflow anew
 
 from collections.abc import Iterator
 from dataclasses import dataclass

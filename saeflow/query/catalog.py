@@ -106,7 +106,7 @@ def at_last(
             yield f"set search_path = {literal(identifier(run.schema))}"
             yield source_views(run, every)
             shown = (name for name in _OF_DOCUMENTS if wanted is None or Path(name).stem in wanted)
-            yield from _in_schema(run, ((sql_folder() / name).read_text("utf-8") for name in shown))
+            yield from _in_schema(run, (_text_of(sql_folder() / name) for name in shown))
     yield f"set search_path = {literal(identifier(current.schema))}"
     yield from DUCKDB_SETTINGS
 
@@ -121,7 +121,7 @@ def script_of_run(store: Store, run: str | None = None) -> str:
 
 def source_views(run: Run, every: Sequence[Run]) -> str:
     """Return `sql/sources.sql` with the run's files filled in."""
-    text = Template((sql_folder() / "sources.sql").read_text("utf-8"))
+    text = Template(_text_of(sql_folder() / "sources.sql"))
     rows = literal([{"place": place} | other.row(run) for place, other in enumerate(every)])
     shape = {name: literal(value) for name, value in run.shape.items()}
     found = relations(run.files, run.left_out, run.hidden)
@@ -148,7 +148,13 @@ def sql_texts(*folders: str, names: Collection[str] | None = None) -> Iterator[s
     paths = [path for folder in folders for path in (sql_folder() / folder).glob("*.sql")]
     for path in sorted(paths, key=lambda path: path.name):
         if names is None or path.stem in names:
-            yield path.read_text("utf-8")
+            yield _text_of(path)
+
+
+@cache
+def _text_of(path: Path) -> str:
+    """Return a file of `sql/`. An installation does not change while it runs."""
+    return path.read_text("utf-8")
 
 
 def with_what_they_read(names: Collection[str]) -> frozenset[str]:
@@ -189,7 +195,13 @@ def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:
     schema = identifier(run.schema)
     yield f"set search_path = {literal(schema)}"
     for text in texts:
-        yield _pattern_of_names().sub(lambda name: f"{schema}.{name[0]}", text)
+        yield schema.join(_around_names(text))
+
+
+@cache
+def _around_names(text: str) -> list[str]:
+    """Return the pieces of a file of `sql/` between which a schema belongs: in front of each name."""
+    return _pattern_of_names().sub(lambda name: f"\0.{name[0]}", text).split("\0")
 
 
 def _views_of_every_run(schemas: Sequence[str]) -> Iterator[str]:
@@ -209,7 +221,7 @@ def names_of_sql() -> frozenset[str]:
 def names_of_sources(kind: str) -> tuple[str, ...]:
     """Return the names of each `view` or `macro` that `sources.sql` makes."""
     text = (sql_folder() / "sources.sql").read_text("utf-8")
-    return tuple(re.findall(rf"create or replace {kind} (\w+)", text))
+    return tuple(re.findall(rf"\bor replace {kind} (\w+)", text))
 
 
 @cache

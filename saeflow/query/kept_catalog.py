@@ -49,8 +49,8 @@ def make_upon_sources(connection: duckdb.DuckDBPyConnection, read: Sequence[Run]
 
 def _columns(connection: duckdb.DuckDBPyConnection, run: Run) -> str:
     """Return the names and types of the columns of a run's views of files."""
-    schema, views = identifier(run.schema), [view for view in names_of_sources("view") if view not in _OF_ONE_TYPE]
-    rows = (f"(select {view} from {schema}.{view} limit 0)" for view in views)
+    views = (view for view in names_of_sources("view") if view not in _OF_ONE_TYPE)
+    rows = (f"(select {view} from {identifier(run.schema)}.{view} limit 0)" for view in views)
     return str(connection.sql(f"select {', '.join(rows)}").types)
 
 

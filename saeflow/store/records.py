@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -194,14 +194,13 @@ def generation_table(generation: Generation) -> pa.Table:
     document = pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())])
     with no_collection():
         hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
-        columns = {
+        return pa.table({
             "part_index": [part.index for part in parts],
             "folder": [part.folder for part in parts],
             "n_bytes": pa.array([part.n_bytes for part in parts], pa.int64()),
             "record": [part.model_dump_json() for part in parts],
             "hidden": pa.array(hidden, pa.list_(document)),
-        }
-        return pa.table(columns)
+        })  # fmt: skip
 
 
 _NOT_A_LIST = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
@@ -301,6 +300,7 @@ def write_provenance(folder: Path, facts: dict[str, Any]) -> None:
     write_json(folder / "provenance.json", about | facts)
 
 
+@cache
 def _version(package: str) -> str | None:
     with contextlib.suppress(Exception):
         return version(package)

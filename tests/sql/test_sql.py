@@ -22,7 +22,6 @@ from tests.support import part_tables
 from tests.support.small_store import DOCUMENTS, N_FEATURES, VALUES, Document, Given, count_stats, token_rows
 
 SQL = Path(__file__).resolve().parents[2] / "sql"
-READ_BY_CHECKS = names_in(path.read_text("utf-8") for path in (SQL / "checks").glob("*.sql"))
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +36,15 @@ def answer(root: Path, given: Given, question: str, *arguments: object) -> list[
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Iterator[Callable[..., list[dict[str, object]]]]:
-    """Asks the store that is given unchanged."""
+def connected(tmp_path_factory) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The store that is given unchanged."""
     with connect(Given().write(tmp_path_factory.mktemp("demo")), threads=1) as connection:
-        yield lambda question, *arguments: ask(connection, question, arguments).to_pylist()
+        yield connection
+
+
+@pytest.fixture(scope="module")
+def demo(connected) -> Callable[..., list[dict[str, object]]]:
+    return lambda question, *arguments: ask(connected, question, arguments).to_pylist()
 
 
 def column(rows: list[dict[str, object]], name: str) -> list[object]:
@@ -82,19 +86,20 @@ def test_windows_as_wide_as_numbers_go_show_the_whole_document(demo):
     assert demo("contexts", 1, 1, 2**63 - 1, -(2**63))[0]["pieces"] == ["Emma", " loves", " no", " one"]
 
 
-def test_a_threshold_that_is_no_number_or_null_has_no_tokens(tmp_path):
-    with connect(Given().write(tmp_path)) as connection:
-        for call in ("tokens_where(0, 'nan')", "tokens_where(0, null)", "tokens_where(null)"):
-            assert query(connection, f"from {call}").num_rows == 0
-        for call in ("tokens_where_all([0], ['nan'::double])", "tokens_where_all([0, null], [0, 0])"):
-            assert query(connection, f"from {call}").num_rows == 0
+@pytest.mark.parametrize(
+    "call",
+    ["tokens_where(0, 'nan')", "tokens_where(0, null)", "tokens_where(null)", "tokens_where_all([0], ['nan'::double])",
+     "tokens_where_all([0, null], [0, 0])"],
+)  # fmt: skip
+def test_a_threshold_that_is_no_number_or_null_has_no_tokens(connected, call):
+    assert query(connected, f"from {call}").num_rows == 0
 
 
 @pytest.mark.parametrize("lists", ["[0], [0, 1]", "[0, 1], [0]", "null, [0]", "[0], null", "[], []"])
 @pytest.mark.parametrize("question", ["tokens_where_all({})", "tokens_where_within({}, 3)"])
-def test_lists_that_do_not_fit_are_refused(tmp_path, question, lists):
-    with connect(Given().write(tmp_path)) as connection, pytest.raises(UserError, match="lists of one length"):
-        query(connection, f"from {question.format(lists)}")
+def test_lists_that_do_not_fit_are_refused(connected, question, lists):
+    with pytest.raises(UserError, match="lists of one length"):
+        query(connected, f"from {question.format(lists)}")
 
 
 def test_tokens_where_all_gives_the_tokens_at_which_every_feature_is_above_its_threshold(demo):
@@ -690,15 +695,16 @@ def test_documents_show_all_metadata_whatever_its_name(tmp_path):
 
 
 NAMES_OF_COLUMNS = [
-    "position", "mask", "token_id", "vocab_id", "piece", "value", "feature_id", "feature", "text", "a",
-    "is_hidden", "Position", "end_token_id", "band", "n_real", "filename", "Source", "Key", "N_Tokens",
-    "First_Token_Id",
+    ["position", "mask", "token_id", "vocab_id", "piece", "value", "feature_id", "feature", "text", "a"],
+    ["is_hidden", "Position", "end_token_id", "band", "n_real", "filename", "Source", "Key", "N_Tokens"],
+    ["First_Token_Id"],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES_OF_COLUMNS)
-def test_metadata_may_be_called_as_any_column_is(tmp_path, name):
-    with connect(Given(metadata={name: pa.array(["1", "2", "3"])}).write(tmp_path), threads=1) as connection:
+@pytest.mark.parametrize("names", NAMES_OF_COLUMNS, ids=lambda names: names[0])
+def test_metadata_may_be_called_as_any_column_is(tmp_path, names):
+    metadata = {name: pa.array(["1", "2", "3"]) for name in names}
+    with connect(Given(metadata=metadata).write(tmp_path), threads=1) as connection:
         assert not any(rows.num_rows for _, rows in check(connection))
         assert len(ask(connection, "documents")) == 3
         assert sorted(ask(connection, "tokens").column("source").to_pylist()) == ["bible"] * 3 + ["novels"] * 5
@@ -885,8 +891,9 @@ CAUGHT = {
     [pytest.param(name, *case[1:], id=f"{name}: {case[0]}") for name, cases in CAUGHT.items() for case in cases],
 )
 def test_each_check_catches_its_violation(tmp_path, name, given, column_name, expected):
-    with connect(given.write(tmp_path), threads=1, names=READ_BY_CHECKS) as connection:
-        found = dict(check(connection))[name]
+    text = (SQL / "checks" / f"{name}.sql").read_text("utf-8")
+    with connect(given.write(tmp_path), threads=1, names=names_in([text])) as connection:
+        found = connection.sql(text).to_arrow_table()
     assert found.column(column_name).to_pylist() == expected
 
 

@@ -42,6 +42,14 @@ PUT_IN = {
         "run.skip_reason": "made by relations, of whole numbers",
     },
     "query/connection.py": {"schema": "identifier(run.schema)", "view": "a key of the constant KEPT"},
+    "query/kept_catalog.py": {
+        "_ATTACHED": "a constant",
+        "options": "a constant or nothing",
+        "kind": "one of two words in the loop above",
+        "name": "a name in sql/sources.sql",
+        "view": "a name in sql/sources.sql",
+        "', '.join(rows)": "identifiers",
+    },
     "query/labels.py": {
         "' union all '.join(map(_select_labels, files))": "the next function's",
         "feature_id": "_trimmed of a constant",
@@ -104,6 +112,7 @@ PUT_IN = {
 RUN = {
     "query/ask.py": {"sql": "judged, or made of a question's name and question marks"},
     "query/connection.py": {"sql": "a file of sql/checks", "statement": "what catalog.definitions yields"},
+    "query/kept_catalog.py": {"statement": "what catalog.upon_sources yields"},
     "query/first_answers.py": {"_LARGEST_SOURCES": "a constant", "_STRIKING": "a constant"},
     "corpus/tabular.py": {"sql": "the recipe's own statement, after it was judged"},
 }
