@@ -23,12 +23,12 @@ from saeflow.query.ask import resolve_names
 from saeflow.query.questions import Parameter, find_question
 from saeflow.recipe.fingerprint import fingerprint
 
-POLICY = (
+EXPORT_POLICY = (
     "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src 'self' file: data:; base-uri 'none'"
 )
 """What a page may load: files. On a disk, `'self'` alone means nothing to some browsers."""
 
-OURS = ("*.html", "features/*.html", "static/*.css", "static/*.js")
+EXPORT_FILES = ("*.html", "features/*.html", "static/*.css", "static/*.js")
 """Files of an export."""
 
 STATIC = Path(__file__).parent / "static"
@@ -70,7 +70,7 @@ class Export:
             "run": self.opened.run.schema,
             "store_name": self.opened.store.name,
             "token": "",
-            "policy": POLICY,
+            "policy": EXPORT_POLICY,
         }
         common["copied"] = self.features if name == "index.html" else ()
         statements = {answer.link: f"#sql-{answer.panel.name}" for answer in page.answers}

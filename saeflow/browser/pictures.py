@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 def picture(name: str, rows: Rows, label: str) -> Markup:
     """Return a chart of these rows as HTML with the picture in it. Its lines and words have the colour of the page."""
     figure = Markup('<figure class="picture" role="img" aria-label="{}">').format(label)
-    return figure + Markup(as_svg(name, rows, _config("currentColor", "#88888855"))) + Markup("</figure>")
+    return figure + Markup(as_svg(name, rows, _colours("currentColor", "#88888855"))) + Markup("</figure>")
 
 
 def as_svg(name: str, rows: Rows, config: Mapping[str, Any] | None = None) -> str:
@@ -37,7 +37,7 @@ def as_png(name: str, rows: Rows) -> bytes:
 
 
 def _filled(name: str, rows: Rows) -> dict[str, Any]:
-    spec = copy.deepcopy(specification(name))
+    spec = copy.deepcopy(chart_or_picture(name))
     spec["datasets"] = {"rows": [{key: _drawable(value) for key, value in row.items()} for row in rows]}
     return spec
 
@@ -48,7 +48,7 @@ def _drawable(value: object) -> object:
     return shown_text(plain) if isinstance(plain, str) else plain
 
 
-def _config(ink: str, grid: str, background: str | None = None) -> dict[str, Any]:
+def _colours(ink: str, grid: str, background: str | None = None) -> dict[str, Any]:
     colours = {"labelColor": ink, "titleColor": ink}
     axis = {"gridColor": grid, "tickColor": ink, "domainColor": ink}
     return {
@@ -60,11 +60,11 @@ def _config(ink: str, grid: str, background: str | None = None) -> dict[str, Any
     }
 
 
-_ON_PAPER = _config("#333333", "#dddddd", "white")
+_ON_PAPER = _colours("#333333", "#dddddd", "white")
 
 
 @cache
-def specification(name: str) -> dict[str, Any]:
+def chart_or_picture(name: str) -> dict[str, Any]:
     """Return the specification of a chart, a report's or a page's, whose data are called `rows`."""
     found: dict[str, Any] = REPORT_CHARTS[name]().to_dict() if name in REPORT_CHARTS else charts.specification(name)
     return found
@@ -74,7 +74,7 @@ def is_chart(name: str) -> bool:
     return name in REPORT_CHARTS or name in charts.CHARTS
 
 
-def _base(height: int) -> Any:
+def _framed(height: int) -> Any:
     import altair
 
     return altair.Chart(altair.NamedData("rows"), width=charts.WIDTH, height=height)
@@ -85,7 +85,7 @@ def front() -> Any:
     import altair
 
     whole = altair.Scale(zero=True, nice=True)
-    placed = _base(220).encode(
+    placed = _framed(220).encode(
         x=altair.X("l0:Q", title="features per token (L0)", scale=whole),
         y=altair.Y("variance_unexplained:Q", title="variance unexplained", scale=whole),
     )
@@ -100,7 +100,7 @@ def cosines() -> Any:
     """Features by the cosine with their nearest neighbour."""
     import altair
 
-    return _base(charts.HEIGHT).mark_bar().encode(
+    return _framed(charts.HEIGHT).mark_bar().encode(
         x=altair.X("from_cosine:Q", title="cosine with the nearest neighbour", bin="binned"),
         x2="to_cosine:Q",
         y=altair.Y("n_features:Q", title="features"),
@@ -111,7 +111,7 @@ def timeline() -> Any:
     """Stages by the time of their last publication; a bar is as long as the stage says that it took."""
     import altair
 
-    placed = _base(110).encode(y=altair.Y("stage:N", title=None, sort=["tokens", "activations", "saes", "features"]))
+    placed = _framed(110).encode(y=altair.Y("stage:N", title=None, sort=["tokens", "activations", "saes", "features"]))
     bars = placed.transform_calculate(began="toDate(datum.written) - 1000 * datum.seconds").transform_filter(
         "isValid(datum.seconds)"
     )
@@ -125,7 +125,7 @@ def stage_bytes() -> Any:
     """Stages by what they left on the disk."""
     import altair
 
-    return _base(110).mark_bar().encode(
+    return _framed(110).mark_bar().encode(
         x=altair.X("n_bytes:Q", title="bytes on disk", axis=altair.Axis(format="~s")),
         y=altair.Y("stage:N", title=None, sort=None),
     )  # fmt: skip

@@ -15,19 +15,19 @@ from saeflow.browser.output import OutputFolder
 from saeflow.browser.panels import Answer, Panel, address_of_run
 from saeflow.browser.static_copy import static_copy
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 """What the file may load: nothing. Its style sheet is inside it."""
 
-OURS = ("report.html", "pictures/*.svg", "pictures/*.png")
+REPORT_FILES = ("report.html", "pictures/*.svg", "pictures/*.png")
 """Files of a report."""
 
-N_FEATURES, N_CONTEXTS = 20, 5
+N_FEATURES, N_CONTEXTS_EACH = 20, 5
 """Features that a report shows, and contexts of each."""
 
 MOST_STEPS = 100_000
 """Most steps of a training that its picture shows."""
 
-PANELS = [
+REPORT_PANELS = [
     Panel("metrics", "Metrics", "metrics"),
     Panel("training", "Training", "training_curve", view="curves", most_rows=MOST_STEPS),
     Panel("density", "How often features fire", "density_histogram", view="densities",
@@ -63,14 +63,14 @@ def write_report(opened: OpenedRun, folder: OutputFolder, advance: Callable[[int
 
 def ask(opened: OpenedRun) -> Iterator[Answer]:
     """Yield the panels of a report, and at the end the contexts of the most telling features."""
-    for panel in PANELS:
+    for panel in REPORT_PANELS:
         yield (answer := panel.ask(opened))
     for row in answer.rows:
         if not row["n_tokens"]:
             continue
         feature = row["feature_id"]
         title = f"Feature {feature}" + (f": {row['label']}" if row["label"] else "")
-        arguments = {"feature": feature, "n": N_CONTEXTS}
+        arguments = {"feature": feature, "n": N_CONTEXTS_EACH}
         yield Panel(f"feature-{feature}", title, "feature_contexts", arguments, "contexts").ask(opened)
 
 
@@ -78,7 +78,7 @@ def as_report(opened: OpenedRun, found: list[Answer]) -> str:
     """Return the report as HTML that needs no other file."""
     style = Markup((Path(__file__).parent / "static" / "browser.css").read_text("utf-8"))
     page = Page("report.html", f"Report of {opened.run.schema}", found, opened.run.schema)
-    common = {"store_name": opened.store.name, "policy": POLICY, "style": style}
+    common = {"store_name": opened.store.name, "policy": REPORT_POLICY, "style": style}
     html = as_html(page, Asked({}, {}, {}, ""), drawn=True, **common)
     here = f"{address_of_run(opened.run.schema)}/features/"
     inside = {answer.link: f"#sql-{answer.panel.name}" for answer in found}

@@ -76,7 +76,7 @@ class Reply:
         """Find the rows and write them. Only a table on the screen has the default limit; a note then says so."""
         from saeflow.cli import render
 
-        form = self.format or render.format_of(self.output)
+        form = self.format or render.format_for(self.output)
         on_screen = form == "table" and self.output is None
         most = self.limit or (default_limit if on_screen else None)
         table = find(most and most + 1)

@@ -121,7 +121,7 @@ def report_command(
     from saeflow.runtime.progress import Progress
 
     with opened_alone(opened, run) as about:
-        folder = OutputFolder(output or Path(f"report-{about.run.schema}"), "report", report.OURS)
+        folder = OutputFolder(output or Path(f"report-{about.run.schema}"), "report", report.REPORT_FILES)
         folder.prepare()
         with Progress(err, -1 if quiet else 0).bar("report", None, "panels") as bar:
             report.write_report(about, folder, bar.advance)
@@ -167,7 +167,7 @@ def export_command(
     named = None if only is None else export.parse_features(only)
     with opened_alone(existing_store(store), run) as about:
         chosen = export.choose_features(about, named, features)
-        folder = OutputFolder(output or Path(f"export-{about.run.schema}"), "export", export.OURS)
+        folder = OutputFolder(output or Path(f"export-{about.run.schema}"), "export", export.EXPORT_FILES)
         folder.prepare()
         pages = export.Export(about, chosen, are_listed=only is None)
         with Progress(err, -1 if quiet else 0).bar("export", len(pages.files), "files") as bar:

@@ -43,7 +43,7 @@ class Context:
         return Text.assemble(" " * (left - before.cell_len), before, token, after)
 
 
-def lines(contexts: Sequence[Context], width: int) -> list[Text]:
+def context_lines(contexts: Sequence[Context], width: int) -> list[Text]:
     """Return a line of at most `width` cells for each context. The tokens begin one below the other."""
     before, token, after = _widths(contexts)
     token = min(token, 2 * width // 3)
@@ -77,7 +77,7 @@ def shaded_contexts(table: pa.Table, console: Terminal) -> list[Context] | None:
     """
     if not {"pieces", "feature_values"} <= set(table.column_names):
         return None
-    rows = [_tokens(row) for row in table.to_pylist()]
+    rows = [_context_of(row) for row in table.to_pylist()]
     if None in rows:
         return None
     spans = [row for row in rows if row is not None]
@@ -87,7 +87,7 @@ def shaded_contexts(table: pa.Table, console: Terminal) -> list[Context] | None:
     return [shade.context(*span, console.width) for span in spans]
 
 
-def _tokens(row: dict[str, Any]) -> tuple[list[str], list[float], int] | None:
+def _context_of(row: dict[str, Any]) -> tuple[list[str], list[float], int] | None:
     """Return the row's texts, values, and the place of its token from 0; None if the lists are of other kinds."""
     pieces, values = row["pieces"] or [], row["feature_values"] or []
     are_lists = isinstance(pieces, list) and isinstance(values, list) and len(pieces) == len(values)

@@ -22,7 +22,7 @@ TEXT_FORMATS = {"csv": as_csv, "json": as_json, "jsonl": as_json_lines}
 FORMAT_OF_ENDING: dict[str, Format] = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
-def format_of(target: Path | None) -> Format:
+def format_for(target: Path | None) -> Format:
     """Return the format that a file's ending names, or a table."""
     return "table" if target is None else FORMAT_OF_ENDING.get(target.suffix.lower(), "table")
 

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from saeflow.cli.contexts import Context, full_width, lines, marked_context, shaded_contexts
+from saeflow.cli.contexts import Context, context_lines, full_width, marked_context, shaded_contexts
 from saeflow.query.text_formats import as_json_value, is_number
 from saeflow.runtime.terminal import LONGEST_WORD, Terminal
 from saeflow.runtime.text import sanitise
@@ -73,7 +73,7 @@ class _Column:
 
     def texts(self, width: int) -> list[Text]:
         """Return the cells. A context is cut to the width."""
-        return lines(self.contexts, width) if self.contexts is not None else list(map(Text, self.cells))
+        return context_lines(self.contexts, width) if self.contexts is not None else list(map(Text, self.cells))
 
 
 def _columns(table: pa.Table, console: Terminal) -> Iterator[_Column]:

@@ -104,7 +104,7 @@ def pack(documents: Sequence[Stretch], length: int, packing: str, pad: int, fram
     runs = [list(documents)] if packing == "concatenated" else [[document] for document in documents]
     if frame.in_each_sequence:
         runs = [list(_framed(run, length, pad, frame)) for run in runs]
-    rows = [_rows(run, length, pad) for run in runs if sum(len(ids) for _, ids in run)]
+    rows = [_packed_rows(run, length, pad) for run in runs if sum(len(ids) for _, ids in run)]
     if not rows:
         return Packed(np.empty((0, length), np.int32), np.empty((0, length), np.int64))
     return Packed(np.concatenate([ids for ids, _ in rows]), np.concatenate([owners for _, owners in rows]))
@@ -125,7 +125,7 @@ def _framed(run: Sequence[Stretch], length: int, pad: int, frame: Frame) -> Iter
             left = left - len(stretch) or length
 
 
-def _rows(run: Sequence[Stretch], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+def _packed_rows(run: Sequence[Stretch], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     n_tokens = sum(len(ids) for _, ids in run)
     shape = (-(-n_tokens // length), length)
     vocab_ids = np.full(shape, pad, np.int32)

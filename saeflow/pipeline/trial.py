@@ -38,7 +38,7 @@ from saeflow.runtime.threads import map_in_order, n_threads, ranges
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 
-_PIECES = 16
+_MOST_PIECES = 16
 """Pieces of the sample in a first trial."""
 _QUICK_SECONDS = 4.0
 """If the model reads those in less time, it is tried again on all pieces: short work says little of long work."""
@@ -87,9 +87,9 @@ def _seed_that_holds_out(share: float, keys: Sequence[str]) -> int:
 
 def try_out(recipe: Recipe, pieces: Pieces, progress: Progress) -> dict[str, Any]:
     """Try the stages on a few pieces, and if they take no time, on all."""
-    tried = _tried(recipe, pieces[:_PIECES], progress)
+    tried = _tried(recipe, pieces[:_MOST_PIECES], progress)
     longest = tried["stages"]["collect" if recipe.activations.keep else "encode"]["working"]  # the model runs there
-    if len(pieces) > _PIECES and longest < _QUICK_SECONDS:
+    if len(pieces) > _MOST_PIECES and longest < _QUICK_SECONDS:
         return _tried(recipe, pieces, progress)
     return tried
 

@@ -49,7 +49,7 @@ def which_run(store: Store, run: str) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
+class FirstAnswer:
     """A question with its arguments, and the columns and rows of its answer that fit on a page."""
 
     question: str
@@ -57,22 +57,22 @@ class Answer:
     table: pa.Table
 
 
-def first_answers(connection: duckdb.DuckDBPyConnection, n_rows: int = 6) -> Iterator[Answer]:
+def first_answers(connection: duckdb.DuckDBPyConnection, n_rows: int = 6) -> Iterator[FirstAnswer]:
     """Yield which features tell the two largest sources apart, and where the most telling feature of each fires."""
     sources = [row[0] for row in connection.execute(_LARGEST_SOURCES).fetchall()]
     if len(sources) == 2:
         table = ask(connection, "compare_sources", sources)
         shown = table.select(["feature_id", "rate_a", "rate_b", "log2_ratio"]).slice(0, n_rows)
-        yield Answer("compare_sources", sources, shown)
+        yield FirstAnswer("compare_sources", sources, shown)
         features = _most_telling(table)
     else:
         columns = ["feature_id", "n_tokens", "density", "mean_value", "max_value"]
-        yield Answer("feature_summary", [], ask(connection, "feature_summary", [], n_rows).select(columns))
+        yield FirstAnswer("feature_summary", [], ask(connection, "feature_summary", [], n_rows).select(columns))
         features = [row[0] for row in connection.execute(_STRIKING).fetchall()]
     for feature in features:
         arguments = [str(feature), str(n_rows)]
         table = ask(connection, "top_tokens", arguments).select(["value", "source", "context"])
-        yield Answer("top_tokens", arguments, table)
+        yield FirstAnswer("top_tokens", arguments, table)
 
 
 def _most_telling(comparison: pa.Table) -> list[int]:

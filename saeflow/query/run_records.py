@@ -20,13 +20,13 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
 
-UNREADABLE = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
+UNREADABLE_RECORD = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
 """What a missing, truncated or nonsensical record raises."""
 
 LOG = "log.parquet"
 """The log of a training, beside the weights of its SAE."""
 
-_SECTIONS: dict[str, type[Section]] = {
+_SETTINGS_OF: dict[str, type[Section]] = {
     "corpus": CorpusConfig, "tokens": TokensConfig, "activations": ActivationsConfig,
     "feed": FeedConfig, "sae": SAEConfig, "train": TrainConfig, "features": ActivationsConfig,
 }  # fmt: skip
@@ -48,7 +48,7 @@ def stages(made: Mapping[str, Artefact]) -> list[dict[str, object]]:
 def _stage(artefact: Artefact) -> dict[str, object]:
     known = provenance(artefact)
     n_bytes = None
-    with contextlib.suppress(*UNREADABLE):
+    with contextlib.suppress(*UNREADABLE_RECORD):
         n_bytes = artefact.n_bytes()
     seconds, written = (_number(known.get(name)) for name in ("seconds", "written"))
     return {"n_bytes": n_bytes, "seconds": seconds, "written": written, "host": _text(known.get("host"))}
@@ -56,7 +56,7 @@ def _stage(artefact: Artefact) -> dict[str, object]:
 
 def provenance(artefact: Artefact) -> dict[str, Any]:
     """Return what provenance.json says; nothing if it cannot be read."""
-    with contextlib.suppress(*UNREADABLE):
+    with contextlib.suppress(*UNREADABLE_RECORD):
         return dict(read_json(artefact.own_file("provenance.json")))
     return {}
 
@@ -69,7 +69,7 @@ def model_of(made: Mapping[str, Artefact]) -> str | None:
 def log_of(made: Mapping[str, Artefact]) -> list[str]:
     """Return the location of the training's log, if it is there in its full size."""
     sae = made.get("saes")
-    with contextlib.suppress(*UNREADABLE):
+    with contextlib.suppress(*UNREADABLE_RECORD):
         if sae and any(file.name == LOG and _is_whole(sae, file.n_bytes) for file in sae.record.files):
             return [sae.storage.location(sae.path / LOG)]
     return []
@@ -83,24 +83,24 @@ def settings(made: Mapping[str, Artefact]) -> list[dict[str, object]]:
     """Return a row for each recorded setting, with its value and the recipe's default as JSON."""
     rows: dict[tuple[str, str], dict[str, object]] = {}
     for kind, each in made.items():
-        with contextlib.suppress(*UNREADABLE):
-            for section, name, value in _recorded(kind, each.record.facts):
+        with contextlib.suppress(*UNREADABLE_RECORD):
+            for section, name, value in _settings_in(kind, each.record.facts):
                 known = {"section": section, "setting": name, "value": json.dumps(value), **_default(section, name)}
                 rows.setdefault((section, name), known)
     return list(rows.values())
 
 
-def _recorded(kind: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, str, object]]:
+def _settings_in(kind: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, str, object]]:
     """Yield section, setting and value of a record's facts. Facts in sections are settings; others name the kind."""
     for name, value in facts.items():
-        if isinstance(value, dict) and name in _SECTIONS:
+        if isinstance(value, dict) and name in _SETTINGS_OF:
             yield from ((name, setting, each) for setting, each in value.items())
         else:
             yield kind, name, value
 
 
 def _default(section: str, name: str) -> dict[str, object]:
-    field = _SECTIONS[section].model_fields.get(name) if section in _SECTIONS else None
+    field = _SETTINGS_OF[section].model_fields.get(name) if section in _SETTINGS_OF else None
     usual = json.dumps(field.get_default(call_default_factory=True)) if field and not field.is_required() else None
     return {"usual": usual, "about": field.description if field else None}
 

@@ -28,7 +28,7 @@ from saeflow.features.schema import (
 from saeflow.query import run_records
 from saeflow.query.labels import LabelFile, label_files
 from saeflow.query.relations import condition_of_encoded, reason_to_skip
-from saeflow.query.run_records import UNREADABLE
+from saeflow.query.run_records import UNREADABLE_RECORD
 from saeflow.recipe.settings import SIGNED, TOP_FAMILY
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import REPAIR
@@ -114,7 +114,7 @@ def runs(store: Store) -> list[Run]:
         full_names = (full_name, *(f"{full_name}_{number}" for number in range(2, len(found) + 3)))
         try:
             found.append(_read_run(store, artefact, _first_free([artefact.name, *full_names], taken)))
-        except UNREADABLE as error:
+        except UNREADABLE_RECORD as error:
             schema = _first_free(full_names, taken)
             found.append(Run(artefact, schema, {}, problem=str(error) or type(error).__name__))
     return found
@@ -262,7 +262,7 @@ def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) ->
 def _facts_of_sae(store: Store, artefact: Artefact) -> dict[str, Any]:
     """Return the SAE's architecture and the k that was asked for, as far as its record says."""
     for sae in (store.by_id(name) for name in artefact.record.inputs if name.startswith("saes/")):
-        with contextlib.suppress(*UNREADABLE):
+        with contextlib.suppress(*UNREADABLE_RECORD):
             facts = sae.record.facts
             architecture = facts["sae"]["architecture"]
             aims = architecture == "jumprelu" and facts["sae"].get("penalty", "l0") == "l0" and "imported" not in facts

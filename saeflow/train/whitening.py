@@ -19,7 +19,7 @@ from torch import Tensor
 from saeflow.sae.autoencoder import SparseAutoencoder
 
 SHRINKAGE = 1e-3
-_ROWS = 4096
+_ROWS_AT_A_TIME = 4096
 """Rows widened to float64 at a time."""
 
 
@@ -45,9 +45,9 @@ class Whitening(NamedTuple):
 
 def whitening_of(rows: Tensor) -> Whitening:
     """Return the whitening of rows (n, D)."""
-    mean = torch.stack([part.double().sum(0) for part in rows.split(_ROWS)]).sum(0) / len(rows)
+    mean = torch.stack([part.double().sum(0) for part in rows.split(_ROWS_AT_A_TIME)]).sum(0) / len(rows)
     covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for part in rows.split(_ROWS):
+    for part in rows.split(_ROWS_AT_A_TIME):
         centred = part.double() - mean
         covariance.addmm_(centred.t(), centred, alpha=1 / len(rows))
     values, vectors = torch.linalg.eigh(covariance)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from saeflow.browser.connections import opened_alone
-from saeflow.browser.export import OURS, Export, choose_features
+from saeflow.browser.export import EXPORT_FILES, Export, choose_features
 from saeflow.browser.output import OutputFolder
 from saeflow.store.store import Store
 from tests.browser.test_report import HOSTILE, Page, outside
@@ -32,7 +32,7 @@ def write(store: Store, path: Path, features: list[int], stop_after: int = 1000)
             raise KeyboardInterrupt
 
     with opened_alone(store, None) as opened:
-        folder = OutputFolder(path, "export", OURS)
+        folder = OutputFolder(path, "export", EXPORT_FILES)
         folder.prepare()
         Export(opened, choose_features(opened, features, 0)).write(folder, advance)
     return path

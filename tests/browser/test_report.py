@@ -28,7 +28,7 @@ HOSTILE = [
 
 def write(store: Store, folder: Path) -> Path:
     with opened_alone(store, None) as opened:
-        target = OutputFolder(folder, "report", report.OURS)
+        target = OutputFolder(folder, "report", report.REPORT_FILES)
         target.prepare()
         report.write_report(opened, target, lambda _: None)
     return folder
@@ -87,7 +87,7 @@ def test_a_report_shows_measures_settings_and_the_most_telling_features(reported
 
 def test_pictures_are_svg_and_png(reported: Path):
     names = {path.name for path in (reported / "pictures").iterdir()}
-    drawn = {panel.name for panel in report.PANELS if panel.view not in ("table", "changed", "listed")}
+    drawn = {panel.name for panel in report.REPORT_PANELS if panel.view not in ("table", "changed", "listed")}
     assert names == {f"{name}.{ending}" for name in drawn for ending in ("svg", "png")}
     for path in (reported / "pictures").iterdir():
         content = path.read_bytes()

@@ -19,7 +19,7 @@ from saeflow.sae.formats.single_files import describe_circuit_tracer, describe_t
 from saeflow.sae.formats.sparsify import describe_sparsify
 from saeflow.sae.formats.tensors import shapes_in_words, shapes_of
 
-FORMATS = (
+SAE_FORMATS = (
     Format("saeflow, SAELens", CFG, WEIGHTS, describe_saelens),
     Format("sparsify", CFG, "sae.safetensors", describe_sparsify),
     Format("Llama Scope", "hyperparams.json", "checkpoints/*.safetensors", describe_llama_scope),
@@ -40,7 +40,7 @@ def read_sae_folder(folder: Path, asked: SAEConfig | None = None, card: dict[str
     wanted = folder.name if folder.is_file() else None
     inside = folder.parent if wanted else folder
     begun = None
-    for each in FORMATS:
+    for each in SAE_FORMATS:
         settings = inside / each.settings if each.settings else None
         weights = sorted(path for path in inside.glob(each.weights) if path.is_file())
         if wanted:
@@ -68,7 +68,7 @@ def describe_source(config: SAEConfig) -> SAEFolder:
     if not path.exists():
         raise UserError(
             f"sae.source is {config.source}, but there is no such folder.\nName the folder of a trained SAE, with "
-            f"{', or '.join(each.in_words for each in FORMATS[:-2])}; or a name on the hub."
+            f"{', or '.join(each.in_words for each in SAE_FORMATS[:-2])}; or a name on the hub."
         )
     found = read_sae_folder(path, config, dict(card))
     if config.input_scale is not None:
@@ -146,7 +146,7 @@ def _require_agreement(asked: SAEConfig, found: SAEFolder) -> None:
 def _not_understood(folder: Path) -> str:
     return (
         f"No {CFG} in {folder}, nor other files of an autoencoder. saeflow understands "
-        f"{', '.join(each.in_words for each in FORMATS)}.\n{_found_in(folder)}"
+        f"{', '.join(each.in_words for each in SAE_FORMATS)}.\n{_found_in(folder)}"
     )
 
 
@@ -163,7 +163,7 @@ def _found_in(folder: Path) -> str:
 def _is_one(folder: Path) -> bool:
     return any(
         (each.settings is None or (folder / each.settings).is_file()) and any(folder.glob(each.weights))
-        for each in FORMATS
+        for each in SAE_FORMATS
     )
 
 
