@@ -111,7 +111,9 @@ def with_words(answers: Sequence[Answer], opened: OpenedRun) -> list[Answer]:
     features = sorted({row[name] for each in answers for row in each.rows for name in names if name in row})
     if not features:
         return list(answers)
-    found = Panel("words", "Features in words", "feature_words", {"features": features}, "none").ask(opened)
+    found = Panel(
+        "words", "What the features fire on and push up", "feature_words", {"features": features}, "none"
+    ).ask(opened)
     words = {row["feature_id"]: row for row in found.rows}
     return [*(replace(answer, words=words) for answer in answers), found]
 

@@ -15,11 +15,11 @@ from saeflow.query.questions import find_question, parse_arguments
 from tests.browser import reading
 from tests.support.html_tree import Element, parsed
 
-READS = "features_of_text"
-"""Its statement says that it runs the model, so that no connection can ask it."""
+READS = ("features_of_text", "text_tokens")
+"""Their statements say that they run the model, so that no connection can ask them."""
 
-COUNTS = "counts"
-"""The one panel that is a line of text."""
+LINES = ("counts", "words")
+"""Panels that are a line of text: numbers of features, and where the words of a table's features come from."""
 
 
 @dataclass
@@ -53,32 +53,39 @@ class Reader:
         answer = self.pages.get(address)
         assert answer.status_code == 200, f"{address}: {answer.text}"
         page, names, found = parsed(answer.text), [], self.json(address)
-        shown = [each for each in page.within() if each.classes == ["panel"] or each.attributes.get("id") == COUNTS]
+        shown = [each for each in page.within() if each.classes == ["panel"] or each.attributes.get("id") in LINES]
+        shown.sort(key=lambda panel: panel.attributes["id"] != "words")
+        words: reading.Words = {}
         for panel in shown:
             link = panel.all("a.sql")[0].attributes["href"]
             names.append(panel.attributes["id"])
             try:
-                self.compare(panel, link, found["panels"][names[-1]])
+                rows = self.rows_of(link, found["panels"][names[-1]])
+                if names[-1] == "words":
+                    words = {row["feature_id"]: row for row in rows}
+                else:
+                    reading.panel_is(panel, *question_of(link), rows, words)
             except (AssertionError, ValueError) as error:
                 raise AssertionError(f"{names[-1]} of {address}: {error}") from error
         self.whole(page, found, names)
         return names
 
-    def compare(self, panel: Element, link: str, told: dict[str, Any]) -> None:
+    def rows_of(self, link: str, told: dict[str, Any]) -> reading.Rows:
+        """The rows of an SQL link, which asks what the page's JSON tells of the panel."""
         name, asked = question_of(link)
         question = find_question(name)
         assert name == told["question"]
         assert parse_arguments(question, asked) == parse_arguments(question, told["arguments"])
         answer = self.json(link)["panels"]["rows"] if self.follows else told
         statement = answer["sql"].partition(f" limit {len(told['rows'])};")[0] if told["has_more"] else answer["sql"]
-        rows = answer["rows"] if name == READS else self.rows(statement)
-        reading.panel_is(panel, name, asked, rows)
+        found: reading.Rows = answer["rows"] if name in READS else self.rows(statement)
+        return found
 
     @staticmethod
     def whole(page: Element, found: dict[str, Any], names: list[str]) -> None:
         """No panel of the JSON is missing on the page or twice; the label and the filter stand in both."""
         assert sorted(names) == sorted(found["panels"])
-        heading = page.one("h1").words
+        heading = page.one("h1").text
         assert reading.visible(found["title"]) in heading
         if found.get("label"):
             assert heading.endswith(f": {reading.visible(found['label'])}")

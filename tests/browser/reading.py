@@ -9,13 +9,15 @@ import json
 import math
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby, zip_longest
+from itertools import groupby
 from typing import Any
 
 from saeflow.runtime.text import brief, human_bytes, sanitise
 from tests.support.html_tree import Element
 
 Rows = Sequence[Mapping[str, Any]]
+Words = Mapping[int, Mapping[str, Any]]
+"""What features look like in words: rows of feature_words, by feature."""
 
 NONE = "–"
 LONGEST = 200
@@ -100,24 +102,77 @@ LINKED = {
 }  # fmt: skip
 
 
-def table(panel: Element, rows: Rows) -> None:
+WORDS = {"fires on": "pieces", "pushes up": "promotes"}
+"""Columns that the question feature_words gives, behind those that name a feature."""
+
+TOLD_ONCE = {"n_entry", "n_counted"}
+"""Columns that are the same in every row and stand in a sentence above the table."""
+
+
+def table(panel: Element, rows: Rows, words: Words) -> None:
     found = panel.all("table")[-1]
-    assert headings(found) == list(rows[0])
+    titles = headings(found)
+    left_out = rows[0].keys() - set(titles)
+    assert [name for name in titles if name not in WORDS] == [name for name in rows[0] if name not in left_out]
+    for name in left_out:
+        assert name in TOLD_ONCE or (name == "label" and all(row["label"] is None for row in rows))
     for cells, row in zip(body(found), rows, strict=True):
-        for (name, value), cell in zip(row.items(), cells, strict=True):
-            if value is None:
-                assert cell.words == NONE, name
-            elif name in LINKED:
-                assert cell.words == str(value), name
-                leads_to(cell, LINKED[name], value)
-            elif name == "piece":
-                piece_is(cell, value)
-            elif isinstance(value, int | float):
-                number_is(cell.words, value)
+        for title, cell in zip(titles, cells, strict=False):
+            if title in WORDS:
+                pieces_are(cell, words[row.get("feature_id", row.get("other_id"))][WORDS[title]])
             else:
-                text_is(cell, value)
-            if name == "key" and "source" in row:
-                document_is(cell, row, row.get("token_id", row.get("top_token_id")))
+                cell_is(cell, row, title)
+        if len(cells) > len(titles):
+            (beside,) = cells[len(titles) :]
+            path, query = about(beside.all("a"))
+            numbers = {path[-2], *query.values()}
+            assert {str(row[name]) for name in ("feature_id", "vocab_id") if name in row} <= numbers
+
+
+def cell_is(cell: Element, row: Mapping[str, Any], name: str) -> None:
+    value = row[name]
+    if value is None:
+        assert cell.words == NONE, name
+    elif name in LINKED:
+        assert cell.words == str(value), name
+        leads_to(cell, LINKED[name], value)
+    elif name == "piece":
+        piece_is(cell, value)
+        if "vocab_id" in row:
+            leads_to(cell, "tokens", row["vocab_id"])
+    elif name in WORDS.values():
+        pieces_are(cell, value)
+    elif isinstance(value, int | float):
+        number_is(cell.words, value)
+    else:
+        text_is(cell, value)
+    if name == "key" and "source" in row:
+        document_is(cell, row, row.get("token_id", row.get("top_token_id")))
+
+
+def pieces_are(cell: Element, values: Sequence[str]) -> None:
+    for each, value in zip(cell.all(".piece"), values, strict=True):
+        piece_is(Element("td", {}, [each]), value)
+
+
+def entry(panel: Element, rows: Rows, words: Words) -> None:
+    said = next(each.words.split() for each in panel.all("p") if each.text.startswith("The text has it"))
+    n_entry, n_counted = rows[0]["n_entry"], rows[0]["n_counted"]
+    number_is(said[4], n_entry)
+    assert said[6] == ("all" if n_counted == n_entry else f"{n_counted:,}")
+    table(panel, rows, words)
+
+
+def followers(panel: Element, rows: Rows, words: Words) -> None:
+    found = panel.one("table")
+    assert headings(found) == ["next", "n_tokens", "share", "pushed by features"]
+    for cells, row in zip(body(found), rows, strict=True):
+        for cell, name in zip(cells, ("piece", "n_tokens", "share"), strict=False):
+            cell_is(cell, row, name)
+        pushes = [f"{feature} {push:+.2f}" for feature, push in zip(row["features"], row["pushes"], strict=True)]
+        assert cells[3].words.split() == " ".join(pushes).split()
+        for link, feature in zip(cells[3].all("a"), row["features"], strict=True):
+            leads_to(Element("td", {}, [link]), "features", feature)
 
 
 def document_is(cell: Element, row: Mapping[str, Any], token_id: int | None, feature: str | None = None) -> None:
@@ -128,7 +183,7 @@ def document_is(cell: Element, row: Mapping[str, Any], token_id: int | None, fea
     assert feature is None or query["feature"] == feature
 
 
-def facts(panel: Element, rows: Rows) -> None:
+def facts(panel: Element, rows: Rows, words: Words) -> None:
     (row,) = rows
     shown = panel.one("dl.facts").all("div")
     assert [each.one("dt").words for each in shown] == list(row)
@@ -136,22 +191,22 @@ def facts(panel: Element, rows: Rows) -> None:
         number_is(each.one("dd").words, value)
 
 
-def histogram(panel: Element, rows: Rows) -> None:
+def histogram(panel: Element, rows: Rows, words: Words) -> None:
     chart_is(panel, rows, "from_value", "to_value", "n_tokens")
     assert panel.one("p.slider").one("input").attributes["max"] == str(len(rows) - 1)
-    table(panel, rows)
+    table(panel, rows, words)
 
 
-def densities(panel: Element, rows: Rows) -> None:
+def densities(panel: Element, rows: Rows, words: Words) -> None:
     chart_is(panel, rows, "from_density", "to_density", "n_features")
-    table(panel, rows)
+    table(panel, rows, words)
 
 
-def curves(panel: Element, rows: Rows) -> None:
+def curves(panel: Element, rows: Rows, words: Words) -> None:
     chart_is(panel, rows, "n_tokens", "variance_unexplained", "l0", "dead", "lr")
 
 
-def scatter(panel: Element, rows: Rows) -> None:
+def scatter(panel: Element, rows: Rows, words: Words) -> None:
     """The picture fetches its rows from the SQL link itself."""
     spec = json.loads(panel.one("figure.chart").all("script")[0].text)
     link = panel.one("a.sql").attributes["href"]
@@ -159,7 +214,7 @@ def scatter(panel: Element, rows: Rows) -> None:
     assert spec["data"]["format"]["property"] == "panels.rows.rows"
 
 
-def logits(panel: Element, rows: Rows) -> None:
+def logits(panel: Element, rows: Rows, words: Words) -> None:
     up = sorted((row for row in rows if row["logit"] > 0), key=lambda row: (-row["logit"], row["vocab_id"]))[:10]
     down = sorted((row for row in rows if row["logit"] < 0), key=lambda row: (row["logit"], -row["vocab_id"]))[:10]
     for found, title, mine in zip(panel.all("table"), ("Up", "Down"), (up, down), strict=True):
@@ -171,7 +226,7 @@ def logits(panel: Element, rows: Rows) -> None:
             number_is(logit.words, row["logit"])
 
 
-def neighbours(panel: Element, rows: Rows) -> None:
+def neighbours(panel: Element, rows: Rows, words: Words) -> None:
     found = panel.one("table")
     assert ["other_id", "label", *headings(found)[1:]] == list(rows[0])
     for cells, row in zip(body(found), rows, strict=True):
@@ -215,7 +270,7 @@ def context(item: Element, row: Mapping[str, Any], feature: str) -> None:
         assert [each for each in mark.classes if each != "c"] == ([shade] if shade else [])
     assert row["feature_values"][place] == row["value"]
     document_is(item, row, row["token_id"], feature)
-    assert item.all("a")[0].words == " · ".join(visible(row[name]) for name in ("source", "key") if row[name])
+    assert item.all("a")[0].text == " · ".join(visible(row[name]) for name in ("source", "key") if row[name])
 
 
 def contexts(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
@@ -266,7 +321,7 @@ def near_misses(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
     contexts(panel, rows, asked)
 
 
-def place(panel: Element, rows: Rows) -> None:
+def place(panel: Element, rows: Rows, words: Words) -> None:
     (row,) = rows
     inner = panel.one("q")
     parts = (row["text_before"][-1000:], row["token_text"][:1000], row["text_after"][:1000])
@@ -275,14 +330,14 @@ def place(panel: Element, rows: Rows) -> None:
     document_is(panel.one("p.flat"), row, row["token_id"])
 
 
-def text(panel: Element, rows: Rows) -> None:
-    """Each token is a link to its own page and says its value."""
+def text(panel: Element, rows: Rows, words: Words) -> None:
+    """Each token is a link to its own page, or of a text of one's own to its entry's, and says its value."""
     by = "value" if any(row["value"] is not None for row in rows) else "n_features"
-    shown = panel.one("p.text").all("a")
-    assert [each.attributes["id"] for each in shown] == [f"t{row['token_id']}" for row in rows]
+    name, kind = ("token_id", "tokens-at") if "token_id" in rows[0] else ("vocab_id", "tokens")
     shades = []
-    for each, row in zip(shown, rows, strict=True):
-        leads_to(Element("p", {}, [each]), "tokens-at", row["token_id"])
+    for each, row in zip(panel.one("p.text").all("a"), rows, strict=True):
+        assert each.attributes.get("id", f"t{row[name]}") == f"t{row[name]}"
+        leads_to(Element("p", {}, [each]), kind, row[name])
         told = each.all("i")
         assert len(told) == bool(row[by])
         if told:
@@ -293,7 +348,7 @@ def text(panel: Element, rows: Rows) -> None:
     assert ordered == sorted(ordered)
 
 
-def features(panel: Element, rows: Rows) -> None:
+def features(panel: Element, rows: Rows, words: Words) -> None:
     titles = ["feature", "label", "top tokens", "kind", "density", "mean", "largest value", "values"]
     found = panel.one("table")
     assert headings(found) == titles
@@ -302,8 +357,7 @@ def features(panel: Element, rows: Rows) -> None:
         assert number.words == str(row["feature_id"])
         leads_to(number, "features", row["feature_id"])
         text_is(label, row["label"], "")
-        for each, piece in zip_longest(pieces.all(".piece"), row["pieces"]):
-            piece_is(Element("td", {}, [each]), piece)
+        pieces_are(pieces, row["pieces"])
         assert kind.words == row["kind"]
         for cell, name in zip(numbers, ("density", "mean_value", "max_value"), strict=True):
             number_is(cell.words, row[name])
@@ -342,7 +396,7 @@ def run_fact(cell: Element, row: Mapping[str, Any], name: str) -> None:
         number_is(cell.words, value)
 
 
-def runs(panel: Element, rows: Rows) -> None:
+def runs(panel: Element, rows: Rows, words: Words) -> None:
     """A list of all runs, or some runs side by side."""
     found = panel.one("table")
     if headings(found)[0] == "measure":
@@ -362,7 +416,7 @@ def runs(panel: Element, rows: Rows) -> None:
             run_fact(cell, row, column)
 
 
-def settings(panel: Element, rows: Rows) -> None:
+def settings(panel: Element, rows: Rows, words: Words) -> None:
     differing = [row for row in rows if row["differs"]]
     for found, mine in zip(panel.all("table"), (differing, rows), strict=True):
         assert headings(found) == ["setting", "value", "default", "meaning"]
@@ -374,7 +428,7 @@ def settings(panel: Element, rows: Rows) -> None:
             assert meaning.words == (row["about"] or "")
 
 
-def stages(panel: Element, rows: Rows) -> None:
+def stages(panel: Element, rows: Rows, words: Words) -> None:
     found = panel.one("table")
     assert headings(found) == ["stage", "artefact", "size", "seconds", "date", "machine"]
     for cells, row in zip(body(found), rows, strict=True):
@@ -387,7 +441,7 @@ def stages(panel: Element, rows: Rows) -> None:
         text_is(machine, row["host"])
 
 
-def matches(panel: Element, rows: Rows) -> None:
+def matches(panel: Element, rows: Rows, words: Words) -> None:
     found = panel.one("table")
     assert headings(found) == list(rows[0])
     assert list(rows[0])[:2] == ["feature_id", "match_id"]
@@ -397,19 +451,20 @@ def matches(panel: Element, rows: Rows) -> None:
             number_is(cell.words, value)
 
 
-def counts(panel: Element, rows: Rows) -> None:
+def counts(panel: Element, rows: Rows, words: Words) -> None:
     """How many features of each kind, and of all kinds."""
     number_is(panel.one("strong").words, sum(row["n_features"] for row in rows))
     shown = [each.words.split(" ", 1) for each in panel.all("a") if "sql" not in each.classes]
     assert shown == [[f"{row['n_features']:,}", row["kind"]] for row in rows]
 
 
-VIEWS: dict[str, Callable[[Element, Rows], None]] = {
+VIEWS: dict[str, Callable[[Element, Rows, Words], None]] = {
     "feature_numbers": facts, "feature_pair": facts, "feature_values": histogram, "feature_histogram": histogram,
     "feature_logits": logits, "similar_features": neighbours, "coactive_features": neighbours,
     "feature_companions": neighbours, "context": place, "document_tokens": text, "find_features": features,
     "count_features": counts, "runs": runs, "settings": settings, "training_curve": curves, "stages": stages,
     "density_histogram": densities, "density_and_max": scatter, "compare_runs": matches,
+    "entry_features": entry, "entry_followers": followers, "text_tokens": text,
 }  # fmt: skip
 
 VIEWS_OF_CONTEXTS: dict[str, Callable[[Element, Rows, Mapping[str, str]], None]] = {
@@ -418,7 +473,7 @@ VIEWS_OF_CONTEXTS: dict[str, Callable[[Element, Rows, Mapping[str, str]], None]]
 }  # fmt: skip
 
 
-def panel_is(panel: Element, question: str, asked: Mapping[str, str], rows: Rows) -> None:
+def panel_is(panel: Element, question: str, asked: Mapping[str, str], rows: Rows, words: Words) -> None:
     """A panel shows these rows, or the first of them and says so."""
     (more,) = panel.all("p.more") or [None]
     if more is not None:
@@ -429,8 +484,8 @@ def panel_is(panel: Element, question: str, asked: Mapping[str, str], rows: Rows
     if not rows:
         return
     if panel.attributes["id"] == "rows":  # the question's own page
-        table(panel, rows)
+        table(panel, rows, words)
     elif question in VIEWS_OF_CONTEXTS:
         VIEWS_OF_CONTEXTS[question](panel, rows, asked)
     else:
-        VIEWS.get(question, table)(panel, rows)
+        VIEWS.get(question, table)(panel, rows, words)

@@ -10,10 +10,15 @@ import pytest
 from starlette.testclient import TestClient
 
 import saeflow
+from saeflow.browser.server import application
 from saeflow.query.connection import connect
 from saeflow.query.text_formats import as_json_value
+from saeflow.store.store import Store
+from tests.browser.conftest import ADDRESS
 from tests.browser.reader import Reader
 from tests.conftest import Finished
+from tests.support.html_tree import parsed
+from tests.support.small_store import Document, Given
 
 UNDER_FILTER = "source=tales&threshold=0.1&without_feature=2"
 PAGES = [
@@ -35,6 +40,21 @@ FURTHER = [
     "/runs/{run}/ask/documents.json", "/runs/{run}/ask/runs.json", "/runs/{run}/try.json?text=the+dog",
 ]  # fmt: skip
 
+ODD = [
+    b"<i>",
+    b"</bdi>",
+    b"\x1b[31m",
+    b"\0",
+    "\u202eabc".encode(),
+    b"\n",
+    b" ",
+    b"&amp;",
+    b"\xc3",
+    b"\xa9",
+    b"  ",
+    b"\t",
+]
+
 
 @pytest.mark.parametrize("address", PAGES)
 def test_the_sql_of_each_panel_gives_its_rows(pages: TestClient, finished: Finished, address: str):
@@ -54,3 +74,44 @@ def reader(pages: TestClient, finished: Finished) -> Iterator[Reader]:
 @pytest.mark.parametrize("address", PAGES + FURTHER)
 def test_a_page_shows_every_row_of_its_sql_and_no_other(reader: Reader, address: str):
     assert reader.read(address.format(run=reader.name).replace(".json", "", 1))
+
+
+def given_pages(store: Store, name: str) -> Iterator[Reader]:
+    with contextlib.closing(connect(store, name)) as connection:
+        yield Reader(TestClient(application(store), base_url=ADDRESS), connection, name)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """Two runs: a signed one of hostile texts with roles, and a small one of the same tokens."""
+    folder = tmp_path_factory.mktemp("odd") / "store"
+    documents = [Document("a&b", "<b>s</b>", ODD), Document("ends ", None, [b" two  spaces ", b"\t", *ODD])]
+    n_tokens = sum(len(document.pieces) for document in documents)
+    values = [(token, token % 3, (-1) ** token * (0.25 + token / 7)) for token in range(n_tokens)]
+    roles = {token: ("user", "assistant")[token > 12] for token in range(n_tokens)}
+    Given(documents, values, roles=roles, name="small", fp="f0000002").write(folder)
+    yield from given_pages(Given(documents, values, roles=roles, name="odd", signed=True).write(folder), "odd")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["/", "/compare-runs?a=odd&b=small", "/runs/odd/features", "/runs/odd/features/0?all=1", "/runs/odd/docs",
+     "/runs/odd/features/1?all=1&role=user&threshold=-0.5", "/runs/odd/features/2?all=1&with_feature=1",
+     "/runs/odd/doc?key=a%26b&feature=0", "/runs/odd/doc?key=ends+", "/runs/odd/tokens?text=%3C",
+     "/runs/odd/ask/feature_contexts?feature=0&role=assistant", "/runs/odd/features/0/bands?role=user"],
+)  # fmt: skip
+def test_signed_values_roles_and_hostile_texts_read_as_their_sql_answers(odd: Reader, address: str):
+    assert odd.read(address)
+
+
+def test_the_points_of_the_map_say_what_its_sql_link_answers(reader: Reader):
+    page = parsed(reader.pages.get(f"{reader.run}/map").text)
+    link = page.one("main").one("a.sql").attributes["href"]
+    spec = json.loads(page.one("figure.chart").one("script").text)
+    points = reader.pages.get(spec["data"]["url"]).json()[spec["data"]["format"]["property"]]
+    rows = {row["feature_id"]: row for row in reader.rows(reader.json(link)["panels"]["rows"]["sql"])}
+    assert len(points) == len(rows)
+    for point in points:
+        assert {name: point[name] for name in ("label", "density", "max_value")}.items() <= rows[
+            point["feature_id"]
+        ].items()
