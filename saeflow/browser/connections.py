@@ -1,4 +1,7 @@
-"""DuckDB connections for pages: one for each open run, made anew when the store has changed."""
+"""DuckDB connections for pages: one for each open run, made anew when the store has changed.
+
+A page that is asked for after a generation was published shows that generation. It waits while the run is opened again.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import duckdb
 from dask.system import cpu_count
 
+from saeflow.query.ask import READ_TO_RESOLVE
+from saeflow.query.catalog import OF_EVERY_RUN
 from saeflow.query.connection import connect_to_run
 from saeflow.query.relations import identifier
 from saeflow.query.runs import Run
@@ -18,8 +23,12 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
 from saeflow.store.store import Store
 
-MOST_RUNS = 3
-"""Runs that are open at the same time. The one that was asked longest ago is closed."""
+MOST_OPEN = 4
+"""Connections that are open at the same time. The one that was asked longest ago is closed."""
+
+LIST_OF_RUNS = frozenset({"runs"})
+SIDE_BY_SIDE = LIST_OF_RUNS | OF_EVERY_RUN | {*READ_TO_RESOLVE}
+"""What pages of several runs read. All other pages read one run: views of all runs would take long."""
 
 QUERY_SECONDS = 20.0
 """A question that takes longer is stopped."""
@@ -37,6 +46,22 @@ class OpenedRun:
     run: Run
     cursor: duckdb.DuckDBPyConnection
 
+    @contextlib.contextmanager
+    def with_own_cursor(self) -> Iterator[OpenedRun]:
+        """Give the run with a cursor that another thread may use at the same time."""
+        with contextlib.closing(self.cursor.cursor()) as cursor:
+            cursor.execute("set search_path = ?", [identifier(self.run.schema)])
+            yield replace(self, cursor=cursor)
+
+
+@dataclass
+class _Place:
+    """Where a connection is kept, with what the store had published when it was made."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    state: object = None
+    found: tuple[Run, duckdb.DuckDBPyConnection] | None = None
+
 
 class Connections:
     """The open runs of a store, for many threads. Each request sees one generation of its run from start to end."""
@@ -44,22 +69,22 @@ class Connections:
     def __init__(self, store: Store, seconds: float = QUERY_SECONDS) -> None:
         self.store, self.seconds = store, seconds
         self._lock = threading.Lock()
-        self._open: OrderedDict[str | None, tuple[object, Run, duckdb.DuckDBPyConnection]] = OrderedDict()
+        self._open: OrderedDict[tuple[str | None, frozenset[str] | None], _Place] = OrderedDict()
         self._places = threading.BoundedSemaphore(cpu_count())
 
     @contextlib.contextmanager
-    def opened(self, name: str | None = None) -> Iterator[OpenedRun]:
-        """Open a run by name, or the newest, for a request. Raises UserError if there is none, TooSlow after `seconds`.
+    def opened(self, name: str | None = None, names: frozenset[str] | None = None) -> Iterator[OpenedRun]:
+        """Open a run by name, or the newest, for a request that reads these views and macros, or any of one run.
 
-        At most as many requests ask at the same time as there are cores.
+        Raises UserError if there is none, TooSlow after `seconds`. At most as many requests ask at the same time as
+        there are cores; those that wait for a run to be opened take no place of theirs.
         """
+        run, connection = self._current(name, names)
         if not self._places.acquire(timeout=self.seconds):
             raise TooSlow("Too many questions are asked at the same time. Ask again in a moment.")
         try:
-            run, connection = self._current(name)
-            with contextlib.closing(connection.cursor()) as cursor, self._limited(cursor):
-                cursor.execute("set search_path = ?", [identifier(run.schema)])
-                yield OpenedRun(self.store, run, cursor)
+            with OpenedRun(self.store, run, connection).with_own_cursor() as found, self._limited(found.cursor):
+                yield found
         finally:
             self._places.release()
 
@@ -86,17 +111,31 @@ class Connections:
         finally:
             timer.cancel()
 
-    def _current(self, name: str | None) -> tuple[Run, duckdb.DuckDBPyConnection]:
+    def _current(self, name: str | None, names: frozenset[str] | None) -> tuple[Run, duckdb.DuckDBPyConnection]:
         """Return the run as it is now published. Connections that others still use end with their last cursor."""
+        key = name, names
         with self._lock:
             self.store.storage.pull()
-            now = generations(self.store)
-            if name not in self._open or self._open[name][0] != now:
-                self._open[name] = (now, *connect_to_run(self.store, name, f"{total_memory() // 8}B", for_pages=True))
-            self._open.move_to_end(name)
-            while len(self._open) > MOST_RUNS:
+            place = self._open.setdefault(key, _Place())
+        with place.lock:
+            state = generations(self.store)
+            if place.found is None or place.state != state:
+                place.found = None
+                try:
+                    place.found = connect_to_run(
+                        self.store, name, f"{total_memory() // 8}B", for_pages=True, names=names
+                    )
+                except Exception:
+                    self._open.pop(key, None)
+                    raise
+                place.state = state
+            found = place.found
+        with self._lock:
+            self._open[key] = place
+            self._open.move_to_end(key)
+            while len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
-            return self._open[name][1:]
+        return found
 
     def close(self) -> None:
         with self._lock:
@@ -106,7 +145,7 @@ class Connections:
 @contextlib.contextmanager
 def opened_alone(store: Store, name: str | None) -> Iterator[OpenedRun]:
     """Open a run by name, or the newest, for one caller who may take any time. Raises UserError if there is none."""
-    run, connection = connect_to_run(store, name)
+    run, connection = connect_to_run(store, name, for_pages=True)
     with contextlib.closing(connection):
         yield OpenedRun(store, run, connection)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.parse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from saeflow.browser.static_copy import static_copy
 from saeflow.query.ask import resolve_names
 from saeflow.query.questions import Parameter, find_question
 from saeflow.recipe.fingerprint import fingerprint
+from saeflow.runtime.threads import map_in_order, n_threads
 
 EXPORT_POLICY = (
     "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src 'self' file: data:; base-uri 'none'"
@@ -55,16 +57,23 @@ class Export:
         """Write what is missing. An export of another run, of other features or of an earlier state goes first."""
         state = fingerprint(__version__, repr(generations(self.opened.store)))
         folder.begin({"run": self.opened.run.artefact.id, "features": list(self.features), "state": state})
-        for address, name in self.files.items():
-            if not folder.has(name):
-                folder.put(name, self._content(address, name))
+        missing = [(address, name) for address, name in self.files.items() if not folder.has(name)]
+        advance(len(self.files) - len(missing))
+        for name, content in map_in_order(self._written, missing, n_threads(0)):
+            folder.put(name, content)
             advance(1)
 
-    def _content(self, address: str, name: str) -> bytes:
+    def _written(self, file: tuple[str, str]) -> tuple[str, bytes]:
+        """Return the name of a file and its content. Several threads make pages at the same time."""
+        address, name = file
         if address.startswith("/static/"):
             path = charts.chart_script() if name == "static/charts.js" else STATIC / Path(name).name
-            return path.read_bytes()
-        asked, page = page_at(address, self.opened, all="1", n=str(len(self.features)))
+            return name, path.read_bytes()
+        with self.opened.with_own_cursor() as opened:
+            return name, self._content(address, name, opened)
+
+    def _content(self, address: str, name: str, opened: OpenedRun) -> bytes:
+        asked, page = page_at(address, opened, all="1", n=str(len(self.features)))
         # of a feature, all panels, as none is fetched later; of the list, all that are exported
         common: dict[str, Any] = {
             "run": self.opened.run.schema,
@@ -72,17 +81,20 @@ class Export:
             "token": "",
             "policy": EXPORT_POLICY,
         }
-        common["copied"] = self.features if name == "index.html" else ()
+        is_only_list = name == "index.html" and "features.html" not in self.files.values()
+        common["copied"] = self.features if is_only_list else ()
         statements = {answer.link: f"#sql-{answer.panel.name}" for answer in page.answers}
-        return static_copy(as_html(page, asked, **common), name, self.files | statements, self._rows_at).encode()
+        rows_at = partial(_rows_at, opened)
+        return static_copy(as_html(page, asked, **common), name, self.files | statements, rows_at).encode()
 
-    def _rows_at(self, address: str, inside: str) -> list[dict[str, Any]]:
-        """Return rows of the JSON of a page, which a chart would ask the server for."""
-        asked, page = page_at(address, self.opened)
-        found = json.loads(as_json(page, asked))
-        for name in inside.split("."):
-            found = found[name]
-        return list(found)
+
+def _rows_at(opened: OpenedRun, address: str, inside: str) -> list[dict[str, Any]]:
+    """Return rows of the JSON of a page, which a chart would ask the server for."""
+    asked, page = page_at(address, opened)
+    found = json.loads(as_json(page, asked))
+    for name in inside.split("."):
+        found = found[name]
+    return list(found)
 
 
 def page_at(address: str, opened: OpenedRun, **given: str) -> tuple[Asked, Page]:

@@ -26,8 +26,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from saeflow.browser import charts
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import FORMATS, Page, respond
-from saeflow.browser.connections import Connections, OpenedRun, TooSlow
+from saeflow.browser.connections import SIDE_BY_SIDE, Connections, OpenedRun, TooSlow
 from saeflow.browser.pages import PAGES, PAGES_OF_STORE, feature
+from saeflow.query.catalog import OF_EVERY_RUN
 from saeflow.query.runs import pick_run, runs
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
@@ -72,7 +73,8 @@ class Application:
 
     def _of_run(self, make: Callable[[Asked, OpenedRun], Page]) -> Callable[[Asked, Connections], Page]:
         def of_run(asked: Asked, connections: Connections) -> Page:
-            with connections.opened(asked.path.get("run")) as opened:
+            several = "run" not in asked.path or asked.path.get("question") in OF_EVERY_RUN
+            with connections.opened(asked.path.get("run"), SIDE_BY_SIDE if several else None) as opened:
                 return make(asked, opened)
 
         return of_run

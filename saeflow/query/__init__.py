@@ -6,7 +6,6 @@ new_text       the features of a new text, by running the model
 runs           the runs of a store, and the files each is made of
 run_records    a run's stages, settings and log of training
 connection     DuckDB with that SQL loaded, nothing else to read, and the checks
-kept_catalog what DuckDB has made of that SQL before, to be copied
 kept_catalog   what DuckDB has made of that SQL before
 relations      lists of files as SQL
 labels         labels of features

@@ -39,7 +39,7 @@ MANY_FILES = 1_000
 _SIDE_BY_SIDE = ("stg_feature_stats", "stg_token_major", "stg_tokens_encoded")
 """Views that exist for all runs side by side, too."""
 
-_OF_EVERY_RUN = {"compare_runs"}
+OF_EVERY_RUN = frozenset({"compare_runs"})
 """Questions that read several runs."""
 
 _OF_DOCUMENTS = ("staging/stg_documents.sql", "marts/documents.sql")
@@ -70,9 +70,9 @@ def definitions(
     yield from at_last(every, current, read, many_files, wanted)
 
 
-def runs_read(every: Sequence[Run], current: Run, wanted: Collection[str] | None) -> list[Run]:
-    """Return the readable runs that these views and macros read."""
-    only_one = wanted is not None and not _OF_EVERY_RUN & set(wanted)
+def runs_read(every: Sequence[Run], current: Run, wanted: Collection[str] | None, alone: bool = False) -> list[Run]:
+    """Return the readable runs that these views and macros read. `alone`: all of them, but of the current run."""
+    only_one = alone if wanted is None else OF_EVERY_RUN.isdisjoint(wanted)
     return [current] if only_one else [run for run in every if run.problem is None]
 
 
@@ -91,7 +91,7 @@ def upon_sources(
     to_make = [run for run in read if run.schema not in made]
     for run in to_make:
         yield from _in_schema(run, sql_texts(*STAGING, names=wanted))
-    if wanted is None or not _OF_EVERY_RUN.isdisjoint(wanted):
+    if wanted is None or not OF_EVERY_RUN.isdisjoint(wanted):
         yield from _views_of_every_run([run.schema for run in read])
     for run in to_make:
         yield from _in_schema(run, sql_texts("marts", names=wanted))

@@ -21,6 +21,7 @@ import pyarrow as pa
 from saeflow.query.catalog import (
     DUCKDB_SETTINGS,
     MANY_FILES,
+    OF_EVERY_RUN,
     STAGING,
     at_last,
     names_in,
@@ -88,13 +89,15 @@ def connect_to_run(
     for_pages: bool = False,
     names: Collection[str] | None = None,
 ) -> tuple[Run, duckdb.DuckDBPyConnection]:
-    """Return the run, and its connection as `connect` gives it. Labels that change later are not seen `for_pages`."""
+    """Return the run, and its connection as `connect` gives it.
+
+    `for_pages`: labels that change later are not seen, and only questions that are in `names` read several runs.
+    """
     every, made = runs(store), False
     while not made:
         current, connection = pick_run(store, every, run), open_duckdb(store, memory_limit, threads)
         try:
-            _make_views(connection, every, current, many_files, names)
-            _keep_small_views(connection, current, KEPT_FOR_PAGES if for_pages else {})
+            _make_views(connection, every, current, many_files, names, for_pages)
             made = True
         except QUERY_ERRORS as error:
             connection.close()
@@ -112,9 +115,10 @@ def _make_views(
     current: Run,
     many_files: int = MANY_FILES,
     names: Collection[str] | None = None,
+    for_pages: bool = False,
 ) -> None:
     wanted = None if names is None else with_what_they_read(names)
-    read = runs_read(every, current, wanted)
+    read = runs_read(every, current, wanted, alone=for_pages)
     for statement in sources(every, read, many_files):
         connection.execute(statement)
     if wanted is not None:
@@ -122,9 +126,12 @@ def _make_views(
             connection.execute(statement)
     else:
         make_upon_sources(connection, read)
+        for name in OF_EVERY_RUN if for_pages else ():  # it would find no other run
+            connection.execute(f"drop macro table {identifier(current.schema)}.{name}")
     for statement in at_last(every, current, read, many_files, wanted):
         connection.execute(statement)
-    _keep_small_views(connection, current, {view: n for view, n in KEPT.items() if wanted is None or view in wanted})
+    kept = KEPT | KEPT_FOR_PAGES if for_pages else KEPT
+    _keep_small_views(connection, current, {view: n for view, n in kept.items() if wanted is None or view in wanted})
 
 
 def _without_damaged(store: Store, every: Sequence[Run], error: Exception) -> list[Run]:

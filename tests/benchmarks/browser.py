@@ -9,44 +9,28 @@ every page shares. *Filtered*: one source, and a value above the feature's mean.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 
 from saeflow.query.connection import connect
 from saeflow.store.store import Store
 from tests.benchmarks import _made_run
 from tests.benchmarks._bars import Bar, arguments, report
 from tests.benchmarks.queries import compact
+from tests.support.served_pages import served
 
 N_PAGES, N_CLIENTS, N_REQUESTS = 60, 4, 10_000
-COMMAND = [sys.executable, "-c", "from saeflow.cli.app import main; main()", "browse", "--no-open", "--store"]
-
-
-@contextmanager
-def served(store: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """The address of the pages of a store, and their process."""
-    process = subprocess.Popen([*COMMAND, str(store)], stdout=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip().rstrip("/"), psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def asked(client: httpx.Client, address: str) -> tuple[float, int]:

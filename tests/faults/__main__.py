@@ -11,6 +11,7 @@ python -m tests.faults --matrix --table docs/faults.md    every kind of fault in
 python -m tests.faults --damages 30          random damages, each repaired and run again
 python -m tests.faults --permissions         what the system refuses to read or write is not taken for damage
 python -m tests.faults --power-cuts 20       about so many power cuts in one run
+python -m tests.faults --open-pages 10       pages loaded again and again for so many minutes while the store changes
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import get_args
 from saeflow.recipe.settings import Architecture
 from tests.faults import CASES, Runner, damage, matrix, power, tenth
 from tests.faults.kills import TRAINING, collecting_runner, random_kills, training_runner
+from tests.faults.open_pages import OpenPages
 from tests.faults.overlap import overlaps
 from tests.faults.power import VIEWS, power_cuts
 from tests.faults.readers import Reading
@@ -50,6 +52,7 @@ def main() -> int:
     parser.add_argument("--permissions", action="store_true", help="only situations in which the system refuses")
     parser.add_argument("--overlaps", action="store_true", help="only two runs at once")
     parser.add_argument("--power-cuts", type=int, metavar="N", help="only about N power cuts")
+    parser.add_argument("--open-pages", type=float, metavar="MINUTES", help="only pages, while the store changes")
     parser.add_argument("--seed", type=int, default=0, help="of the random instants")
     chosen = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore"  # multiprocessing counts what the killed ones left behind
@@ -81,6 +84,10 @@ def _results(chosen: argparse.Namespace, folder: Path) -> Iterator[tuple[str, li
             yield from damage.permissions(runner, chosen.only)
     elif chosen.overlaps:
         yield from overlaps(folder, chosen.only)
+    elif chosen.open_pages:
+        pages = OpenPages(folder)
+        problems = pages.watch(60 * chosen.open_pages)
+        yield f"pages open for {chosen.open_pages:g} minutes\n{pages.about}", problems
     elif chosen.power_cuts:
         runner = small_runner(folder)
         for cut in power_cuts(runner, chosen.power_cuts):

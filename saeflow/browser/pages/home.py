@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
-from saeflow.browser.connections import Connections, TooSlow
+from saeflow.browser.connections import LIST_OF_RUNS, Connections, TooSlow
 from saeflow.browser.panels import Panel
 from saeflow.runtime.errors import UserError
 
@@ -14,7 +14,7 @@ RUNS = Panel("runs", "Runs", "runs", view="runs")
 def page(asked: Asked, connections: Connections) -> Page:
     """Return the list of runs; if none can be asked, how to make one."""
     try:
-        with connections.opened() as opened:
+        with connections.opened(names=LIST_OF_RUNS) as opened:
             return Page("home.html", "Runs", [RUNS.ask(opened)], more={"missing": ""})
     except TooSlow:
         raise
