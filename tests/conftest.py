@@ -29,11 +29,14 @@ import pytest
 
 from saeflow.pipeline import stages
 from saeflow.pipeline.lineage import Lineage
+from saeflow.query.kept_catalog import expect_many_connections
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.progress import Progress
 from saeflow.store.store import Store
 from tests.support.command import saeflow  # noqa: F401  (a fixture)
 from tests.support.small_pipeline import Ingredients, quiet, recipe_data
+
+expect_many_connections()
 
 
 @dataclass(frozen=True)

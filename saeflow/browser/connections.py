@@ -17,6 +17,7 @@ from dask.system import cpu_count
 from saeflow.query.ask import READ_TO_RESOLVE
 from saeflow.query.catalog import OF_EVERY_RUN
 from saeflow.query.connection import connect_to_run
+from saeflow.query.kept_catalog import expect_many_connections
 from saeflow.query.relations import identifier
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
@@ -67,6 +68,7 @@ class Connections:
     """The open runs of a store, for many threads. Each request sees one generation of its run from start to end."""
 
     def __init__(self, store: Store, seconds: float = QUERY_SECONDS) -> None:
+        expect_many_connections()
         self.store, self.seconds = store, seconds
         self._lock = threading.Lock()
         self._open: OrderedDict[tuple[str | None, frozenset[str] | None], _Place] = OrderedDict()

@@ -26,6 +26,8 @@ MOST_KEPT = 64
 kept: dict[object, Path | None] = {}
 """The file of each run by what it depends on; none while it was made only once, as by most commands."""
 
+_many_follow = threading.Event()
+
 _OF_ONE_TYPE = ("src_runs", "src_stages")
 """Views whose columns all readers see in one type, whatever their values are."""
 
@@ -34,8 +36,13 @@ _lock = threading.Lock()
 _numbers = itertools.count()
 
 
+def expect_many_connections() -> None:
+    """Keep what this process makes from the first time on: it will open runs again and again."""
+    _many_follow.set()
+
+
 def make_upon_sources(connection: duckdb.DuckDBPyConnection, read: Sequence[Run]) -> None:
-    """Make all views and macros of runs whose views of files exist. What was made twice before is copied."""
+    """Make all views and macros of runs whose views of files exist. What was kept is copied."""
     keys = {run.schema: (run.schema, run.encoded, run.skip_reason, _columns(connection, run)) for run in read}
     with _lock:
         made = [schema for schema, key in keys.items() if _copied(connection, kept.get(key))]
@@ -67,7 +74,7 @@ def _keep(connection: duckdb.DuckDBPyConnection, schema: str, key: object) -> No
     while len(kept) >= MOST_KEPT and not known:
         if (oldest := kept.pop(next(iter(kept)))) is not None:
             oldest.unlink(missing_ok=True)
-    kept[key] = _written(connection, schema) if known else None
+    kept[key] = _written(connection, schema) if known or _many_follow.is_set() else None
 
 
 def _written(connection: duckdb.DuckDBPyConnection, schema: str) -> Path | None:
