@@ -92,12 +92,13 @@ class Connections:
 
     @contextlib.contextmanager
     def _limited(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
-        """Stop what the cursor does after `seconds`."""
-        late = threading.Event()
+        """Stop what the cursor does after `seconds`, and what it begins later."""
+        late, done = threading.Event(), threading.Event()
 
         def stop() -> None:
             late.set()
-            cursor.interrupt()
+            while not done.wait(0.1):
+                cursor.interrupt()
 
         timer = threading.Timer(self.seconds, stop)
         timer.start()
@@ -111,6 +112,7 @@ class Connections:
                 ) from error
             raise
         finally:
+            done.set()
             timer.cancel()
 
     def _current(self, name: str | None, names: frozenset[str] | None) -> tuple[Run, duckdb.DuckDBPyConnection]:

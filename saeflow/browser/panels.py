@@ -17,13 +17,16 @@ from saeflow.query.new_text import read_if_needed
 from saeflow.query.questions import Question, Value, find_question, parse_arguments
 from saeflow.query.text_formats import for_python
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import brief
+from saeflow.runtime.text import brief, human_bytes
 
 MOST_ROWS = 1_000
 """Rows of a panel on a page."""
 
 MOST_IN_A_FILE = 200_000
 """Rows of a panel in JSON, CSV or Parquet."""
+
+MOST_BYTES = 256 << 20
+"""Bytes of a panel's rows as a table; as text they take several times as many."""
 
 LONGEST_TEXT = 5_000
 """Characters of a text that the model reads for a page."""
@@ -50,8 +53,9 @@ class Panel:
         if question.runs_model:
             _refuse_model_or_text(str(values["text"]), str(values["model"] or ""))
         readings = read_if_needed(opened.store, opened.run, question, values)
-        table = for_python(ask(opened.cursor, self.question, values, self.most_rows + 1, readings))
-        return Answer(self, question, values, opened.run.schema, table)
+        table = ask(opened.cursor, self.question, values, self.most_rows + 1, readings)
+        refuse_large(table)
+        return Answer(self, question, values, opened.run.schema, for_python(table))
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,14 @@ def with_words(answers: Sequence[Answer], opened: OpenedRun) -> list[Answer]:
     ).ask(opened)
     words = {row["feature_id"]: row for row in found.rows}
     return [*(replace(answer, words=words) for answer in answers), found]
+
+
+def refuse_large(table: pa.Table, most: int = MOST_BYTES) -> None:
+    if table.nbytes > most:
+        raise UserError(
+            f"The answer takes {human_bytes(table.nbytes)}; pages give at most {human_bytes(most)}.\n"
+            "Ask for fewer rows, or in a terminal: saeflow ask"
+        )
 
 
 def _refuse_model_or_text(text: str, model: str) -> None:
