@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import duckdb
 from dask.system import cpu_count
@@ -22,7 +23,10 @@ from saeflow.query.relations import identifier
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
+from saeflow.runtime.sql_errors import QUERY_ERRORS
 from saeflow.store.store import Store
+
+Made = TypeVar("Made")
 
 MOST_OPEN = 4
 """Connections that are open at the same time. The one that was asked longest ago is closed."""
@@ -89,6 +93,25 @@ class Connections:
                 yield found
         finally:
             self._places.release()
+
+    def ask(
+        self, make: Callable[[OpenedRun], Made], name: str | None = None, names: frozenset[str] | None = None
+    ) -> Made:
+        """Return what `make` gives for a run that is `opened`.
+
+        If that fails and the store has changed meanwhile, it is tried again: `saeflow gc` may have removed files that
+        were being read.
+        """
+        before = generations(self.store)
+        try:
+            with self.opened(name, names) as opened:
+                return make(opened)
+        except TooSlow:
+            raise
+        except (UserError, *QUERY_ERRORS):
+            if generations(self.store) == before:
+                raise
+        return self.ask(make, name, names)
 
     @contextlib.contextmanager
     def _limited(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:

@@ -11,6 +11,7 @@ import logging
 import secrets
 import urllib.parse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,7 @@ class Application:
     def _of_run(self, make: Callable[[Asked, OpenedRun], Page]) -> Callable[[Asked, Connections], Page]:
         def of_run(asked: Asked, connections: Connections) -> Page:
             several = "run" not in asked.path or asked.path.get("question") in OF_EVERY_RUN
-            with connections.opened(asked.path.get("run"), SIDE_BY_SIDE if several else None) as opened:
-                return make(asked, opened)
+            return connections.ask(partial(make, asked), asked.path.get("run"), SIDE_BY_SIDE if several else None)
 
         return of_run
 

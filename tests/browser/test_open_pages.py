@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from saeflow.browser.connections import MOST_OPEN, Connections
+from saeflow.browser.connections import MOST_OPEN, Connections, OpenedRun
 from saeflow.browser.server import Application
 from saeflow.pipeline.lifecycle.forget import forget
+from saeflow.query.runs import Run
+from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.browser.conftest import ADDRESS
 from tests.conftest import Finished
@@ -30,7 +33,7 @@ def store(finished: Finished, tmp_path: Path) -> Store:
     return Store.open(tmp_path / "store")
 
 
-def test_an_answer_of_an_old_or_of_no_generation_would_be_found(store: Store, tmp_path: Path):
+def test_an_answer_of_an_old_or_of_no_generation_would_be_found(store: Store, tmp_path: Path) -> None:
     pages = TestClient(Application(store).app, base_url=ADDRESS)
     commands = [noted("begin", store, tmp_path)]
     seen = [loaded(pages, store, path) for path in PAGES]
@@ -57,7 +60,7 @@ def loaded(pages: TestClient, store: Store, path: str) -> Seen:
     return Seen(path, asked, time.time(), answer.status_code, comparable(answer.text, store.name))
 
 
-def test_a_run_that_vanishes_is_not_found_and_the_list_shows_the_others(store: Store):
+def test_a_run_that_vanishes_is_not_found_and_the_list_shows_the_others(store: Store) -> None:
     pages = TestClient(Application(store).app, base_url=ADDRESS)
     assert pages.get("/runs/small/features/1").status_code == 200
     (run,) = (Path(store.root) / "features").iterdir()
@@ -71,7 +74,7 @@ def test_a_run_that_vanishes_is_not_found_and_the_list_shows_the_others(store: S
     assert pages.get("/").status_code == 200
 
 
-def test_names_of_no_run_close_no_run_that_is_open(store: Store):
+def test_names_of_no_run_close_no_run_that_is_open(store: Store) -> None:
     connections = Connections(store)
     pages = TestClient(Application(store, connections=connections).app, base_url=ADDRESS)
     with connections.opened("small") as opened:
@@ -82,7 +85,26 @@ def test_names_of_no_run_close_no_run_that_is_open(store: Store):
         assert opened.run is before
 
 
+def test_a_page_whose_files_go_while_it_is_made_is_made_from_those_that_took_their_place(store: Store) -> None:
+    connections, tries = Connections(store), 0
+    (manifest,) = Path(store.root).glob("features/*/manifest.json")
+
+    def make(opened: OpenedRun) -> Run:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            os.utime(manifest)
+        if tries < 3:
+            raise UserError("A file is gone.")
+        return opened.run
+
+    with pytest.raises(UserError, match="A file is gone"):  # the second time, when nothing had changed
+        connections.ask(make, "small")
+    assert tries == 2
+    assert connections.ask(make, "small").schema == "small"
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_pages_answer_from_one_generation_at_a_time_while_commands_change_the_store(tmp_path: Path):
+def test_pages_answer_from_one_generation_at_a_time_while_commands_change_the_store(tmp_path: Path) -> None:
     assert OpenPages(tmp_path).watch(30) == []

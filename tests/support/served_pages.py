@@ -25,8 +25,8 @@ def served(store: Path, said: Path | None = None, **environment: str) -> Iterato
             text=True,
             env=os.environ | environment,
         )
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             yield process.stdout.readline().strip().rstrip("/"), psutil.Process(process.pid)
         finally:
             process.terminate()

@@ -14,8 +14,8 @@ RUNS = Panel("runs", "Runs", "runs", view="runs")
 def page(asked: Asked, connections: Connections) -> Page:
     """Return the list of runs; if none can be asked, how to make one."""
     try:
-        with connections.opened(names=LIST_OF_RUNS) as opened:
-            return Page("home.html", "Runs", [RUNS.ask(opened)], more={"missing": ""})
+        found = connections.ask(RUNS.ask, names=LIST_OF_RUNS)
+        return Page("home.html", "Runs", [found], more={"missing": ""})
     except TooSlow:
         raise
     except UserError as error:
