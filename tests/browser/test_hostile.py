@@ -211,3 +211,13 @@ def test_a_long_token_is_cut_in_answers_and_whole_in_sql(opened: Any) -> None:
     assert row["pieces"] == ["i" * 1000 + "…"]
     entries = opened.ask("search_token", text="b" * 2000).to_pylist()
     assert [(row["piece"], row["n_tokens"]) for row in entries] == [("b" * 1000 + "…", 1)]
+
+
+def test_a_letter_that_a_long_token_begins_is_kept(tmp_path: Path) -> None:
+    document = Document("d", "s", [("é" * 700).encode() + b"\xf0\x9f", b"\x90\x98", b"!"])
+    store = Given([document], [(0, 0, 1.0), (1, 0, 2.0)]).write(tmp_path / "store")
+    with saeflow.open(store.root) as run:
+        row = run.ask("contexts", feature=0, n=1).to_pylist()[0]
+        assert row["pieces"] == ["é" * 500 + "…🐘", "", "!"]
+        place = run.ask("context", token=1).to_pylist()[0]
+        assert (place["text_before"], place["token_text"]) == ("é" * 500 + "…", "🐘")
