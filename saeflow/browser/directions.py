@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from saeflow.runtime.errors import UserError, first_line
+from saeflow.sae.formats.names import WEIGHTS
 from saeflow.store.artefact import Artefact
 
 MOST_MAPS = 8
@@ -34,8 +35,6 @@ def has_umap(n_features: int) -> bool:
 
 def places(sae: Artefact, by: str = "pca") -> np.ndarray:
     """Return the place of each feature, (F, 2), from the unit rows of the decoder. Kept in memory once computed."""
-    from saeflow.sae.formats.saelens import WEIGHTS  # loads torch, for which no other page waits
-
     path = sae.own_file(WEIGHTS)
     key = (str(path), by)
     with _one_at_a_time:

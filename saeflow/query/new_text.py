@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -78,7 +79,7 @@ class ReadText:
         """Return each feature that fires: on how many tokens, and where it is strongest."""
         import numpy as np
 
-        sparse, pieces = self.values, [self.pieces[place] for place in np.flatnonzero(self.counts)]
+        sparse, pieces = self.values, list(compress(self.pieces, self.counts))
         rows = np.repeat(np.arange(len(pieces)), np.diff(sparse.row_starts))
         order = np.lexsort((rows, -np.abs(sparse.values.astype(np.float64)), sparse.feature_ids))
         features, first, counts = np.unique(sparse.feature_ids[order], return_index=True, return_counts=True)

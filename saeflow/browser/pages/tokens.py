@@ -28,7 +28,7 @@ def entry(asked: Asked, opened: OpenedRun) -> Page:
     if not found:
         raise UserError(f"There is no vocabulary entry {number}.")
     about = {"vocab": number, **asked.filter.values}
-    features = Panel("features", "Features that fire on it", "entry_features", about, "entry", 50).ask(opened)
+    features = Panel("features", "Features that fire on it", "entry_features", about, "entry", 20).ask(opened)
     followers = Panel("followers", "What comes after it", "entry_followers", about, "followers", about=PUSHED).ask(
         opened
     )

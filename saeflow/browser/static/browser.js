@@ -13,6 +13,7 @@
   for (const figure of document.querySelectorAll("figure.chart")) {
     const spec = JSON.parse(figure.querySelector("script").textContent);
     const place = document.createElement("div");
+    place.textContent = spec.data?.url ? "Drawing …" : "";
     figure.append(place);
     window.vegaEmbed?.(place, spec, { ...options, renderer: spec.data?.url ? "canvas" : "svg" }).then(() => figure.classList.add("drawn"));
   }

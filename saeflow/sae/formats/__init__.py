@@ -2,6 +2,7 @@
 
 description          what a folder holds and how it is read; checks of settings
 source               which program wrote a folder; what `sae.source` in a recipe means
+names                names of the files of SAELens' folders
 hub                  names of the Hugging Face hub and of SAELens' catalogue
 saelens              SAELens 3 to 6, and saeflow
 dictionary_learning  dictionary_learning

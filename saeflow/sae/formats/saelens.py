@@ -31,8 +31,6 @@ from saeflow.sae.formats.description import (
 from saeflow.sae.parameters import InputNorm
 from saeflow.sae.pursuit import NO_END, PursuitEnd
 
-CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-
 SAVED_AS: dict[Architecture, str] = {
     "relu": "standard", "topk": "topk", "gated": "gated",
     "jumprelu": "jumprelu", "batchtopk": "jumprelu", "matryoshka": "jumprelu",

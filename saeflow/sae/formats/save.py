@@ -14,7 +14,8 @@ from torch import Tensor
 from saeflow.recipe.settings import PER_TOKEN
 from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.formats.saelens import CFG, SAVED_AS, WEIGHTS, saelens_name
+from saeflow.sae.formats.names import CFG, WEIGHTS
+from saeflow.sae.formats.saelens import SAVED_AS, saelens_name
 
 
 def save_sae(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from saeflow.sae.formats.dictionary_learning import describe_dictionary_learning
 from saeflow.sae.formats.gemma_scope import describe_gemma_scope, describe_gemma_scope_2
 from saeflow.sae.formats.hub import locate
 from saeflow.sae.formats.llama_scope import describe_llama_scope
-from saeflow.sae.formats.saelens import CFG, WEIGHTS, describe_saelens
+from saeflow.sae.formats.names import CFG, WEIGHTS
+from saeflow.sae.formats.saelens import describe_saelens
 from saeflow.sae.formats.single_files import describe_circuit_tracer, describe_torch_file
 from saeflow.sae.formats.sparsify import describe_sparsify
 from saeflow.sae.formats.tensors import shapes_in_words, shapes_of
