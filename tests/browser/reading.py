@@ -117,14 +117,14 @@ def table(panel: Element, rows: Rows, words: Words) -> None:
     for name in left_out:
         assert name in TOLD_ONCE or (name == "label" and all(row["label"] is None for row in rows))
     for cells, row in zip(body(found), rows, strict=True):
-        for title, cell in zip(titles, cells, strict=False):
+        beside = cells[: len(cells) - len(titles)]
+        for title, cell in zip(titles, cells[len(beside) :], strict=True):
             if title in WORDS:
                 pieces_are(cell, words[row.get("feature_id", row.get("other_id"))][WORDS[title]])
             else:
                 cell_is(cell, row, title)
-        if len(cells) > len(titles):
-            (beside,) = cells[len(titles) :]
-            path, query = about(beside.all("a"))
+        for link in beside:
+            path, query = about(link.all("a"))
             numbers = {path[-2], *query.values()}
             assert {str(row[name]) for name in ("feature_id", "vocab_id") if name in row} <= numbers
 

@@ -7,7 +7,7 @@ from typing import Any
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.panels import Panel
+from saeflow.browser.panels import Panel, with_words
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief
 
@@ -46,6 +46,7 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
         Panel("text", "Text", "document_tokens", shown, "text").ask(opened),
         Panel("features", "Features that tell it from others", "document_features", {**about, "n": 30}).ask(opened),
     ]
+    answers = with_words(answers, opened)
     steps = {
         "before": asked.link(first=max(first - MOST_TOKENS, 0), at=None) if first else "",
         "after": asked.link(first=first + MOST_TOKENS, at=None) if begin + first + MOST_TOKENS < end else "",
