@@ -101,7 +101,7 @@ def histogram() -> Any:
     """Values of a feature: tokens for each bin."""
     import altair
 
-    return _base().mark_bar().encode(
+    return _base(380).mark_bar().encode(
         x=altair.X("from_value:Q", bin="binned", title="value", scale=altair.Scale(type="symlog", constant=0.1)),
         x2="to_value:Q",
         y=altair.Y("n_tokens:Q", title="tokens"),

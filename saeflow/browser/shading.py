@@ -121,6 +121,6 @@ def number(value: object) -> str:
     return shown_text(value)
 
 
-def share(value: float | None) -> str:
+def share(value: float | None, digits: int = 3) -> str:
     """Return a share for a person, in per cent."""
-    return "–" if value is None else f"{100 * value:.3g}%"
+    return "–" if value is None else f"{float(f'{100 * value:.{digits}g}'):g}%"

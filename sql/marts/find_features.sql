@@ -1,18 +1,20 @@
--- Features to look at: by label, words, kind, density or strength, a page at a time.
+-- Features to look at: by label, words, kind, density, strength or source, a page at a time.
 --
 -- Grain:   one row per feature, the largest sort_key first; ties by feature; at most n.
 -- Reads:   summaries_found, stg_vocab, stg_feature_histogram, bin_edge, feature_names, telling_score, usual_strength
 -- Units:   text is in a feature's label or in one of its 10 commonest vocabulary entries, whatever the case; entry is
 --          the vocab_id of one of these entries; kind is one of feature_kind's; densities and peaks (magnitudes of
---          max_value) are included limits. sort is interesting, density, rare, max, mean or id. Interesting features
---          have a large telling_score of their usual strength, less 0.9 times the share of their commonest entry;
---          fewer than 100 tokens count in proportion, and dead, rare and dense features have 0. For the next page give
---          sort_key and feature_id of the last row as after_sort and after_id. density is a share of the encoded
---          tokens; values are in the units of the activations. pieces are the 3 commonest entries. histogram counts
---          the tokens in each quarter octave of magnitudes, from the bin of from_value on.
+--          max_value) are included limits; source is a feature's main_source. sort is interesting, density, rare, max,
+--          mean or id. Interesting features have a large telling_score of their usual strength, less 0.9 times the
+--          share of their commonest entry; fewer than 100 tokens count in proportion, and dead, rare and dense
+--          features have 0. For the next page give sort_key and feature_id of the last row as after_sort and after_id.
+--          density is a share of the encoded tokens; values are in the units of the activations. pieces are the 3
+--          commonest entries, and those of the 10 that contain the text; shares are their shares of the feature's
+--          tokens, main_source is the source with most of these, source_share its share: see stg_summaries. histogram
+--          counts the tokens in each quarter octave of magnitudes, from the bin of from_value on.
 -- Parameters: text text = '', entry bigint = null, kind text = null, min_density double = null,
 --          max_density double = null, min_peak double = null, max_peak double = null, sort text = 'interesting',
---          after_sort double = null, after_id bigint = null, n bigint = 50
+--          after_sort double = null, after_id bigint = null, n bigint = 50, source text = null
 -- Ask it:  which features have to do with love?  from find_features('love')
 create or replace macro find_features(
     text := '',
@@ -25,7 +27,8 @@ create or replace macro find_features(
     sort := 'interesting',
     after_sort := null,
     after_id := null,
-    n := 50
+    n := 50,
+    source := null
 ) as table
 with found as (
     select
@@ -47,7 +50,7 @@ with found as (
                 'sort is ''' || left(sort, 80) || ''', but it must be interesting, density, rare, max, mean or id'
             )
         end::double as sort_key
-    from summaries_found(text, entry, kind, min_density, max_density, min_peak, max_peak) as features
+    from summaries_found(text, entry, kind, min_density, max_density, min_peak, max_peak, source) as features
 ),
 page as materialized (
     from found
@@ -58,11 +61,17 @@ page as materialized (
     limit n
 ),
 words as (
-    select feature_id, list(words.piece order by place) as pieces
+    select feature_id, list(words.piece order by place) as pieces, list(share order by place) as shares
     from (
-        select feature_id, unnest(top_ids[1:3]) as top_id, generate_subscripts(top_ids[1:3], 1) as place from page
+        select
+            feature_id,
+            unnest(top_ids)                 as top_id,
+            unnest(top_counts) / n_tokens   as share,
+            generate_subscripts(top_ids, 1) as place
+        from page
     )
     join stg_vocab as words on words.vocab_id = top_id
+    where place <= 3 or (text <> '' and contains(lower(words.piece), lower(text::varchar)))
     group by feature_id
 ),
 bins as materialized (
@@ -88,6 +97,9 @@ select
     page.mean_value,
     page.max_value,
     coalesce(words.pieces, []) as pieces,
+    coalesce(words.shares, []) as shares,
+    page.main_source,
+    page.source_share,
     shapes.from_value,
     coalesce(shapes.histogram, []) as histogram,
     page.sort_key

@@ -4,10 +4,10 @@
 -- Reads:   stg_summaries, stg_vocab, feature_names
 -- Units:   text is in the feature's label, or in one of its commonest vocabulary entries (top_ids), whatever the case;
 --          empty finds all. entry is the vocab_id of one of these entries. The peak is the magnitude of max_value.
---          null means no condition.
--- Ask it:  from summaries_found('love', null, null, null, 0.1, null, null)
+--          source is the feature's main_source. null means no condition.
+-- Ask it:  from summaries_found('love', null, null, null, 0.1, null, null, null)
 create or replace macro summaries_found(
-    text, entry, kind, min_density, max_density, min_peak, max_peak
+    text, entry, kind, min_density, max_density, min_peak, max_peak, source
 ) as table
 with spelt as (
     select entries.vocab_id
@@ -33,4 +33,5 @@ where (kind is null or features.kind = kind)
     and (min_density is null or features.density >= min_density)
     and (max_density is null or features.density <= max_density)
     and (min_peak is null or abs(features.max_value) >= min_peak)
-    and (max_peak is null or abs(features.max_value) <= max_peak);
+    and (max_peak is null or abs(features.max_value) <= max_peak)
+    and (source is null or features.main_source = source);

@@ -75,9 +75,22 @@ PAGES = [
     "/", "/about", "/runs/small", "/runs/small/features", "/runs/small/map", "/runs/small/questions",
     "/runs/small/ask/feature_summary", "/runs/small/features/1", "/runs/no", "/compare-runs?a=small&b=small",
     "/runs/small/docs", "/runs/small/doc?key=tales/000", "/runs/small/tokens?text=a", "/runs/small/tokens-at/3",
-    "/runs/small/compare?a=1&b=2", "/runs/small/try",
+    "/runs/small/compare?a=1&b=2", "/runs/small/try", "/runs/small/sources",
 ]  # fmt: skip
 DRAWN = "[...document.querySelectorAll('figure.chart')].every((each) => each.classList.contains('drawn'))"
+
+
+def test_slash_leads_to_the_filter_of_a_feature_and_not_to_its_label(shown: Window, address: str) -> None:
+    shown.open(f"{address}/runs/small/features/1")
+    shown.press("/")
+    assert shown.value("document.activeElement.name") == "source"
+
+
+def test_what_a_feature_page_shows_beside_its_contexts_does_not_scroll_sideways(shown: Window, address: str) -> None:
+    shown.resize(1200, 1000)
+    shown.open(f"{address}/runs/small/features/1")
+    shown.wait(DRAWN)
+    assert shown.value("[...document.querySelectorAll('figure.chart')].every((f) => f.scrollWidth <= f.clientWidth)")
 
 
 def test_every_page_is_drawn_light_and_dark_without_a_message(shown: Window, address: str) -> None:

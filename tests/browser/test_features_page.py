@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from saeflow.browser.charts import tiny_histogram
+from saeflow.browser.shading import share
 from tests.browser.test_server import run_of
 
 
@@ -47,6 +48,39 @@ def test_the_page_shows_what_is_in_force_and_leads_to_the_next(pages: TestClient
     assert 'name="text" maxlength="1000" value="a"' in html
     assert "<option selected>other</option>" in html
     assert 'rel="next"' in html
+
+
+def test_the_list_says_how_much_each_token_and_source_counts(pages: TestClient) -> None:
+    here = f"/runs/{run_of(pages)}/features"
+    html = pages.get(f"{here}?source=tales&n=3").text
+    for row in rows_of(pages, f"{here}.json?source=tales&n=3"):
+        assert row["main_source"] == "tales"
+        for part in (row["source_share"], *row["shares"]):  # type: ignore[misc]
+            assert f"<small>{share(part, 2)}</small>" in html
+    assert '<option value="letters"></option>' in html
+    assert "single-token nine tenths" in " ".join(html.split())
+
+
+def test_a_kind_leads_back_to_all_kinds(pages: TestClient) -> None:
+    here = f"/runs/{run_of(pages)}/features"
+    assert f'<a href="{here}?text=a">all kinds</a>' in pages.get(f"{here}?text=a&kind=other").text
+    assert "all kinds" not in pages.get(f"{here}?text=a").text
+
+
+def test_the_page_of_sources_tells_the_two_largest_apart_unless_others_are_named(pages: TestClient) -> None:
+    here = f"/runs/{run_of(pages)}/sources"
+    rows = pages.get(f"{here}.json").json()["panels"]["sources"]["rows"]
+    assert [row["source"] for row in rows] == sorted(
+        (row["source"] for row in rows), key=lambda source: -next(r["n_tokens"] for r in rows if r["source"] == source)
+    )
+    first, second = [row["source"] for row in rows][:2]
+    assert (
+        f"What tells <bdi>{first}" in pages.get(here).text
+        or f"What tells {first} from {second}" in pages.get(here).text
+    )
+    named = pages.get(f"{here}.json?a={second}&b={first}").json()["panels"]["contrast"]
+    assert (named["arguments"]["a"], named["arguments"]["b"]) == (second, first)
+    assert pages.get(f"{here}?a=nowhere").status_code == 404
 
 
 def test_the_list_as_a_file_holds_all_that_was_found(pages: TestClient) -> None:

@@ -30,6 +30,7 @@ PAGES = [
     f"/runs/{{run}}/compare.json?a=1&b=2&{UNDER_FILTER}", "/runs/{run}/tokens.json?text=a",
     "/runs/{run}/tokens-at/3.json", "/runs/{run}/docs.json?text=tales&source=tales&after_id=2",
     f"/runs/{{run}}/features/1/companions.json?{UNDER_FILTER}", "/runs/{run}/doc.json?key=tales/000&feature=1&first=5",
+    "/runs/{run}/sources.json", "/runs/{run}/sources.json?a=letters&b=tales", "/runs/{run}/features.json?source=tales",
     "/runs/{run}/docs/tales/000.json", f"/runs/{{run}}/tokens/270.json?{UNDER_FILTER}", "/runs/{run}/tokens/270.json",
 ]  # fmt: skip
 FURTHER = [

@@ -44,6 +44,15 @@ def test_what_is_not_there_is_said_with_a_way_back(pages: TestClient, wrong: str
     assert '<a href="/">' in answer.text
 
 
+def test_a_wrong_name_on_a_page_of_a_run_leads_back_to_the_run(pages: TestClient):
+    run = run_of(pages)
+    answer = pages.get(f"/runs/{run}/features/1?source=nowhere")
+    assert answer.status_code == 404
+    assert f'href="/runs/{run}/features"' in answer.text
+    assert pages.get(f"/runs/{run}/features/1.csv?source=nowhere").json()["problem"].startswith("There is no source")
+    assert 'href="/runs/no"' not in pages.get("/runs/no/features").text
+
+
 def test_every_answer_has_the_policy(pages: TestClient):
     for address in ("/", "/no", "/static/browser.css", "/.json"):
         assert pages.get(address).headers["content-security-policy"] == POLICY

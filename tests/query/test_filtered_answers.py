@@ -245,6 +245,13 @@ def feature_sources(filter: Filter, ask: Ask) -> None:
             mine = found[row["source"]]
             assert (row["rate"], row["max_value"]) == (len(mine) / row["n_encoded"], peak(mine))
             assert row["mean_value"] == (pytest.approx(np.mean(mine)) if mine else None)
+            documents = Counter(
+                filter.slow.by_id[token].document_id
+                for token in filter.firing(feature)
+                if filter.slow.by_id[token].source == row["source"]
+            )
+            largest = max(documents.values()) / len(mine) if mine else None
+            assert (row["n_documents"], row["largest_share"]) == (len(documents), largest)
         assert [row["rate"] for row in rows] == sorted((row["rate"] for row in rows), reverse=True)
 
 

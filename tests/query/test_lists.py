@@ -40,6 +40,7 @@ def line(slow: Slow, feature: int) -> dict[str, Any]:
         "n_tokens": len(values),
         "density": len(values) / len(slow.encoded),
         "max_value": peak(values),
+        "shares": [counts[vocab_id] / len(values) for vocab_id in entries],
         "pieces": [slow.given.vocab[vocab_id].decode("utf-8", "replace") for vocab_id in entries],
         "histogram": [bins[each] for each in range(min(bins), max(bins) + 1)] if bins else [],
     }
@@ -61,6 +62,31 @@ def lists(slow: Slow, ask: Ask) -> None:
             assert {name: row[name] for name in expected} == expected
             assert row["kind"] == kinds[row["feature_id"]]
     assert {row["kind"]: row["n_features"] for row in ask("count_features", {})} == Counter(kinds.values())
+
+
+def sources(slow: Slow, ask: Ask) -> None:
+    """Each feature belongs to the source with most of its tokens; those of a source are found and counted."""
+    mains: dict[int, tuple[str, float]] = {}
+    for feature in range(slow.given.n_features):
+        tokens = [slow.by_id[token].source for token in slow.firing(feature)]
+        counts = Counter(source for source in tokens if source is not None)
+        if counts:
+            source = min(counts, key=lambda each: (-counts[each], each))
+            mains[feature] = (source, counts[source] / len(tokens))
+    for row in ask("find_features", {"n": 1000}):
+        assert (row["main_source"], row["source_share"]) == mains.get(row["feature_id"], (None, None))
+    sizes: dict[str | None, list[int]] = {}
+    for document in filter(lambda each: each.pieces, slow.given.documents):
+        sizes.setdefault(document.source, []).append(len(document.pieces))
+    for row in ask("sources"):
+        own = sorted(feature for feature, (source, _) in mains.items() if source == row["source"])
+        assert row["n_features"] == len(own)
+        assert (row["n_documents"], row["n_tokens"]) == (len(sizes[row["source"]]), sum(sizes[row["source"]]))
+        if row["source"] is not None:
+            found = ask("find_features", {"source": row["source"], "sort": "id"})
+            assert [each["feature_id"] for each in found] == own
+            counted = ask("count_features", {"source": row["source"]})
+            assert sum(each["n_features"] for each in counted) == len(own)
 
 
 def conditions(slow: Slow, ask: Ask) -> None:
@@ -105,7 +131,7 @@ def test_a_list_of_features_has_what_looking_at_each_token_finds(signed, data):
     world = data.draw(worlds(signed).filter(lambda world: Slow(world).encoded and not world.hidden))
     slow = Slow(world)
     with tempfile.TemporaryDirectory() as folder, connect(world.write(Path(folder)), threads=1) as connection:
-        for question in (lists, conditions, pictures):
+        for question in (lists, conditions, pictures, sources):
             question(slow, lambda name, *arguments: ask(connection, name, *arguments).to_pylist())
 
 
@@ -147,6 +173,13 @@ def test_a_text_is_looked_for_in_labels_and_in_the_commonest_pieces_whatever_the
     (row,) = ask(many, "find_features", {"text": "calm", "kind": "single-token"}).to_pylist()
     assert (row["feature_id"], row["label"], row["pieces"], row["from_value"]) == (2, None, [" Calm"], 1.0)
     assert row["histogram"] == [39, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_a_piece_that_was_looked_for_is_shown_with_its_share_though_three_are_commoner(many):
+    (row,) = ask(many, "find_features", {"text": "THE", "kind": "dense"}).to_pylist()
+    assert dict(zip(row["pieces"], row["shares"], strict=True)) == dict.fromkeys([" the", " sea", " is", " Calm"], 0.25)
+    (row,) = ask(many, "find_features", {"kind": "dense"}).to_pylist()
+    assert len(row["pieces"]) == 3
 
 
 def test_an_order_that_does_not_exist_is_named(many):

@@ -7,6 +7,7 @@ features      the list of features
 feature_map   the map of decoder directions
 feature       one feature: numbers, values, contexts, neighbours
 compare       two features side by side
+sources       the sources of the corpus, and what tells two of them apart
 documents     the documents of a run, and one of them shaded
 tokens        vocabulary entries, and one token of the corpus, with their features
 new_text      a text of one's own
@@ -31,6 +32,7 @@ from saeflow.browser.pages import (
     question,
     questions,
     run,
+    sources,
     tokens,
 )
 
@@ -47,6 +49,7 @@ PAGES: list[tuple[str, Callable[[Asked, OpenedRun], Page]]] = [
     ("/runs/{run}/features/{feature}", feature.page),
     ("/runs/{run}/features/{feature}/{panel}", feature.one_panel),
     ("/runs/{run}/compare", compare.page),
+    ("/runs/{run}/sources", sources.page),
     ("/runs/{run}/docs", documents.index),
     ("/runs/{run}/doc", documents.page),
     ("/runs/{run}/docs/{doc:path}", documents.page),

@@ -8,17 +8,18 @@ from dataclasses import replace
 from saeflow.browser.address import FILTER, IN_WORDS, WINDOW, Asked, address_of_panel
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.panels import Panel, address_of_run, as_query
+from saeflow.browser.pages.sources import sources_of
+from saeflow.browser.panels import Panel, address_of_run, as_query, with_words
 from saeflow.query import labels
 from saeflow.runtime.errors import UserError
 
 OWN = "own"
 """The file of labels that people write."""
 
-BESIDE = ("numbers", "values", "logits", "similar", "companions")
-"""Panels in the narrow column."""
+BESIDE = ("numbers", "values", "sources", "entries", "logits", "similar", "companions")
+"""Panels in the narrow column, in their order."""
 
-LATER = ("companions", "near_misses", "entries", "documents", "sources")
+LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources")
 """Panels that a page fetches when they are looked at: they read more than the feature's own tokens."""
 
 ALONE = ("strongest", "bands", "random")
@@ -51,13 +52,13 @@ def one_panel(asked: Asked, opened: OpenedRun) -> Page:
 
 def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel]) -> Page:
     feature, schema = asked.number("feature"), opened.run.schema
-    answers = [panel.ask(opened) for panel in now]
+    answers = with_words([panel.ask(opened) for panel in now], opened)
     name = opened.cursor.execute("select label from feature_names where feature_id = ?", [feature]).fetchall()
     about = {"feature": feature, "label": name[0][0] if name else ""}
     more = {
         **about, "data": about, "beside": BESIDE, "widest": WIDEST, "window": window_of(asked),
         "later": [(panel, address_of_panel(schema, feature, panel.name, asked.query)) for panel in later],
-        "fields": [(field, IN_WORDS[field]) for field in FILTER],
+        "fields": [(field, IN_WORDS[field]) for field in FILTER], "sources": sources_of(opened),
     }  # fmt: skip
     return Page("feature.html", f"Feature {feature}", answers, schema, more)
 
@@ -87,7 +88,7 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),
         Panel("random", "Random contexts", "random_contexts", {**shown, "n": 50}, "contexts"),
         Panel("near_misses", "Near misses", "near_miss_contexts", missed, "near_misses"),
-        Panel("entries", "Tokens it fires on", "feature_entries", under, "entries"),
+        Panel("entries", "Tokens it fires on", "feature_entries", under, "entries", 10),
         Panel("documents", "Documents it fires in", "feature_documents", under),
         Panel("sources", "Sources it fires in", "feature_sources", under),
     ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
+from saeflow.browser.pages.sources import sources_of
 from saeflow.browser.panels import MOST_IN_A_FILE, MOST_ROWS, Panel
+from saeflow.query.questions import find_question
 
-SEARCH = ("text", "entry", "kind", "min_density", "max_density", "min_peak", "max_peak")
+SEARCH = ("text", "entry", "kind", "min_density", "max_density", "min_peak", "max_peak", "source")
 """Parameters that find_features and count_features share."""
 
 KINDS = ("other", "single-token", "position", "dense", "rare", "dead")
@@ -33,5 +35,8 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     counts = Panel("counts", "Counts", "count_features", search).ask(opened)
     last = found.rows[-1] if found.rows and found.has_more and not whole else None
     further = asked.link(after_sort=last["sort_key"], after_id=last["feature_id"]) if last else ""
-    more = {"next": further, "kinds": KINDS, "sorts": SORTS, "data": {"next": further or None}}
+    more = {
+        "next": further, "kinds": KINDS, "sorts": SORTS, "data": {"next": further or None},
+        "meaning": find_question("feature_kind").units, "sources": sources_of(opened),
+    }  # fmt: skip
     return Page("features.html", "Features", [found, counts], opened.run.schema, more)

@@ -22,15 +22,15 @@
   for (const slider of document.querySelectorAll(".slider")) {
     const rows = JSON.parse(slider.parentElement.querySelector("figure.chart script").textContent).datasets.rows;
     const [range, output] = slider.querySelectorAll("input, output");
+    const field = document.querySelector(".filter [name=threshold]");
     const all = rows.reduce((sum, row) => sum + row.n_tokens, 0);
     const tell = () => {
       const left = rows.slice(range.value).reduce((sum, row) => sum + row.n_tokens, 0);
       const from = rows[range.value].from_value;
-      output.textContent = `${from.toPrecision(4)}: ${left.toLocaleString("en")} tokens left (${((100 * left) / all).toPrecision(3)} %)`;
+      output.textContent = `${from.toPrecision(4)}: ${left.toLocaleString("en")} tokens left (${((100 * left) / all).toPrecision(3)} %)${field && range.value > 0 ? ". Apply shows these alone." : ""}`;
     };
     range.addEventListener("input", tell);
     range.addEventListener("change", () => {
-      const field = document.querySelector(".filter [name=threshold]");
       if (field) field.value = range.value > 0 ? rows[range.value].from_value : "";
     });
     slider.hidden = false;
@@ -78,7 +78,7 @@
     else location.assign(address);
   };
   const keys = {
-    "/": () => document.querySelector("input[type=search], form :is(textarea, input:not([type=hidden]))")?.focus(),
+    "/": () => (document.querySelector(".filter input") ?? document.querySelector("form :is(textarea, input:not([type=hidden]))"))?.focus(),
     j: () => choose(1),
     k: () => choose(-1),
     u: up,
