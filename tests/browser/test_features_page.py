@@ -70,14 +70,9 @@ def test_a_kind_leads_back_to_all_kinds(pages: TestClient) -> None:
 def test_the_page_of_sources_tells_the_two_largest_apart_unless_others_are_named(pages: TestClient) -> None:
     here = f"/runs/{run_of(pages)}/sources"
     rows = pages.get(f"{here}.json").json()["panels"]["sources"]["rows"]
-    assert [row["source"] for row in rows] == sorted(
-        (row["source"] for row in rows), key=lambda source: -next(r["n_tokens"] for r in rows if r["source"] == source)
-    )
+    assert rows == sorted(rows, key=lambda row: -row["n_tokens"])
     first, second = [row["source"] for row in rows][:2]
-    assert (
-        f"What tells <bdi>{first}" in pages.get(here).text
-        or f"What tells {first} from {second}" in pages.get(here).text
-    )
+    assert f"What tells {first} from {second}" in pages.get(here).text
     named = pages.get(f"{here}.json?a={second}&b={first}").json()["panels"]["contrast"]
     assert (named["arguments"]["a"], named["arguments"]["b"]) == (second, first)
     assert pages.get(f"{here}?a=nowhere").status_code == 404
