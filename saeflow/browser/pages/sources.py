@@ -23,7 +23,9 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     if all(pair.values()):
         title = "What tells {a} from {b}".format(**pair)
         answers.append(Panel("contrast", title, "source_contrast", pair, "table", MOST_FEATURES, ABOUT).ask(opened))
-    return Page("sources.html", "Sources", with_words(answers, opened), opened.run.schema, {"pair": pair, "sources": names})
+    return Page(
+        "sources.html", "Sources", with_words(answers, opened), opened.run.schema, {"pair": pair, "sources": names}
+    )
 
 
 def sources_of(opened: OpenedRun) -> list[str]:
