@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from saeflow.browser.shading import share
 from saeflow.runtime.text import brief, human_bytes, sanitise
 from tests.support.html_tree import Element
 
@@ -228,9 +229,12 @@ def logits(panel: Element, rows: Rows, words: Words) -> None:
 
 def neighbours(panel: Element, rows: Rows, words: Words) -> None:
     found = panel.one("table")
-    assert ["other_id", "label", *headings(found)[1:]] == list(rows[0])
+    titles = headings(found)
+    assert ["other_id", "label", *(name for name in titles[1:] if name not in WORDS)] == list(rows[0])
     for cells, row in zip(body(found), rows, strict=True):
         other, *numbers, compare = cells
+        if titles[1] in WORDS:
+            pieces_are(numbers.pop(0), words[row["other_id"]][WORDS[titles[1]]])
         leads_to(other, "features", row["other_id"])
         label = "" if row["label"] is None else visible(row["label"])
         assert other.words == f"{row['other_id']} {label}".strip()
@@ -349,17 +353,20 @@ def text(panel: Element, rows: Rows, words: Words) -> None:
 
 
 def features(panel: Element, rows: Rows, words: Words) -> None:
-    titles = ["feature", "label", "top tokens", "kind", "density", "mean", "largest value", "values"]
+    titles = ["feature", "label", "top tokens", "kind", "tokens", "density", "mean", "largest", "values", "most in"]
     found = panel.one("table")
     assert headings(found) == titles
     for cells, row in zip(body(found), rows, strict=True):
-        number, label, pieces, kind, *numbers, picture = cells
+        number, label, pieces, kind, *numbers, picture, source = cells
         assert number.words == str(row["feature_id"])
         leads_to(number, "features", row["feature_id"])
         text_is(label, row["label"], "")
         pieces_are(pieces, row["pieces"])
+        assert [each.words for each in pieces.all("small")] == [share(each, 2) for each in row["shares"]]
+        named = row["main_source"] is not None
+        assert source.words == (f"{visible(row['main_source'])} {share(row['source_share'], 2)}" if named else "")
         assert kind.words == row["kind"]
-        for cell, name in zip(numbers, ("density", "mean_value", "max_value"), strict=True):
+        for cell, name in zip(numbers, ("n_tokens", "density", "mean_value", "max_value"), strict=True):
             number_is(cell.words, row[name])
         bars = [count for count in row["histogram"] if count]
         assert len(picture.all("svg")) == bool(bars)

@@ -52,7 +52,9 @@ def one_panel(asked: Asked, opened: OpenedRun) -> Page:
 
 def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel]) -> Page:
     feature, schema = asked.number("feature"), opened.run.schema
-    answers = with_words([panel.ask(opened) for panel in now], opened)
+    answers = [panel.ask(opened) for panel in now]
+    if not later and len(now) == 1:  # a panel that a page fetches
+        answers = with_words(answers, opened)
     name = opened.cursor.execute("select label from feature_names where feature_id = ?", [feature]).fetchall()
     about = {"feature": feature, "label": name[0][0] if name else ""}
     more = {
