@@ -34,7 +34,7 @@ DEEPEST_SQL = 200
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
 _ABOUT_SOURCES = {"compare_sources", "source_contrast"}
 _ABOUT_RUNS = {"compare_runs"}
-READ_TO_RESOLVE = ("stg_feature_stats", "stg_documents", "stg_document_places", "stg_tokens", "stg_runs")
+READ_TO_RESOLVE = ("stg_shape", "stg_feature_stats", "stg_documents", "stg_document_places", "stg_tokens", "stg_runs")
 """Views that `resolve_names` reads."""
 
 _FEATURES = ("feature", "other", "features", "with_feature", "without_feature")

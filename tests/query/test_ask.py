@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -16,10 +17,10 @@ import pytest
 
 from saeflow.cli.render import write_answer
 from saeflow.cli.screen import render_table
-from saeflow.query.ask import ask, query
+from saeflow.query.ask import READ_TO_RESOLVE, ask, query, resolve_names
 from saeflow.query.catalog import sql_folder
 from saeflow.query.connection import check, connect
-from saeflow.query.questions import questions
+from saeflow.query.questions import find_question, parse_arguments, questions
 from saeflow.query.runs import runs
 from saeflow.query.text_formats import as_csv, as_json, as_json_lines
 from saeflow.runtime.errors import UserError
@@ -529,3 +530,16 @@ def test_every_format_goes_to_a_file_or_to_standard_output(connection, tmp_path,
     assert (tmp_path / "answer").read_bytes() == capfdbinary.readouterr().out
     if format == "parquet":
         assert pq.read_table(tmp_path / "answer").equals(table)
+
+
+@pytest.mark.parametrize(
+    ("question", "arguments"),
+    [("similar_features", {"feature": 1}), ("compare_sources", {"a": "novels", "b": "bible"}),
+     ("compare_runs", {"a": "demo", "b": "demo"}), ("feature_numbers", {"feature": 1, "document_key": "emma"}),
+     ("feature_numbers", {"feature": 1, "source": "bible", "with_feature": 2})],
+)  # fmt: skip
+def test_names_are_resolved_where_only_the_views_for_that_are_made(tmp_path, question, arguments):
+    chosen = find_question(question)
+    with contextlib.closing(connect(Given().write(tmp_path), names=READ_TO_RESOLVE)) as connection:
+        values = parse_arguments(chosen, arguments)
+        assert resolve_names(connection, chosen, values) == values
