@@ -31,7 +31,7 @@ def read_twice(reader: Reader, feature: int) -> None:
     dice, here = random.Random(feature), f"{reader.run}/features/{feature}"
     under = random_filter(dice, reader)
     for chosen in ({}, under):
-        assert len(reader.read(f"{here}?{as_query(all=1, **chosen)}")) == 10
+        assert len(reader.read(f"{here}?{as_query(all=1, **chosen)}")) >= 10
     alone = dice.choice(["strongest", "bands", "random"])
     window = {"before": dice.randint(0, 20), "after": dice.randint(0, 20)}
     assert reader.read(f"{here}/{alone}?{as_query(**window, **under)}") == [alone]
