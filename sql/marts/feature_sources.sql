@@ -54,10 +54,10 @@ select
     coalesce(counts.n_tokens, 0)                   as n_tokens,
     sizes.n_encoded,
     coalesce(counts.n_tokens, 0) / sizes.n_encoded as rate,
-    counts.mean_value,
-    counts.max_value,
     coalesce(n_documents, 0)                       as n_documents,
-    n_largest / counts.n_tokens                    as largest_share
+    n_largest / counts.n_tokens                    as largest_share,
+    counts.mean_value,
+    counts.max_value
 from under_filter_sizes(source, document_key, since, until, role, with_feature, without_feature) as sizes
 left join counts on counts.source is not distinct from sizes.source
 left join spread on spread.source is not distinct from sizes.source
