@@ -23,7 +23,7 @@ from tests.support.small_pipeline import Ingredients, documents, quiet, recipe_d
 
 N_FEATURES = 256
 CHOSEN = random.Random(22).sample(range(N_FEATURES), 200)
-AT_ONCE = 20
+AT_ONCE = 10
 
 
 def read_twice(reader: Reader, feature: int) -> None:
