@@ -252,8 +252,8 @@ def test_held_out_and_masked_rows_never_appear_and_all_others_do(tmp_path, ingre
     assert values.shape[0] % CONTEXT_LENGTH == 0
 
 
-@pytest.mark.parametrize("limit", [10**9, 300, 1])
-@pytest.mark.parametrize("skip", [[], [0, 15]])
+@pytest.mark.parametrize("limit", [10**9, 300, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("skip", [pytest.param([], marks=pytest.mark.long), [0, 15]])
 def test_held_out_rows_of_several_sites_are_the_same_tokens(tmp_path, ingredients, progress, limit, skip):
     sites = [SITE, "transformer.h.1", "transformer.h.0.mlp.c_fc:input"]
     about = {"sites": sites, "chunk_bytes": 2048, "shard_bytes": 4096, "skip_positions": skip}

@@ -93,6 +93,7 @@ def test_what_a_feature_page_shows_beside_its_contexts_does_not_scroll_sideways(
     assert shown.value("[...document.querySelectorAll('figure.chart')].every((f) => f.scrollWidth <= f.clientWidth)")
 
 
+@pytest.mark.long
 def test_every_page_is_drawn_light_and_dark_without_a_message(shown: Window, address: str) -> None:
     for scheme in ("light", "dark"):
         shown.prefers(scheme)

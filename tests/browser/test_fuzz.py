@@ -26,7 +26,7 @@ def pages(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Pages
     return Pages(Store.open(root))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
 @given(dice=st.randoms(use_true_random=False))
 def test_no_request_makes_a_page_fail_or_becomes_part_of_it(pages: Pages, dice: random.Random) -> None:
     asking = some_asking(dice, pages.token)

@@ -116,6 +116,10 @@ PLACES: dict[str, list[str]] = {
         f"/runs/hostile/features/0/{panel}?n=50" for panel in ("bands", "strongest", "random", "near_misses", "entries")
     ],
     f"{RUN}/compare": ["/runs/hostile/compare?a=0&b=1"],
+    f"{RUN}/sources": [
+        "/runs/hostile/sources",
+        f"/runs/hostile/sources?{urllib.parse.urlencode({'a': NAMES[0], 'b': NAMES[1]})}",
+    ],
     f"{RUN}/docs": ["/runs/hostile/docs", "/runs/hostile/docs?text=%3Czq9"],
     f"{RUN}/doc": [
         f"/runs/hostile/doc?{urllib.parse.urlencode({'key': name, 'feature': 0})}" for name in [*NAMES, "long/3"]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -189,7 +190,9 @@ def test_a_threshold_below_zero_asks_a_signed_run_for_the_other_side(
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
 def test_the_example_of_a_question_is_one(question: Question) -> None:
-    assert list(parse_arguments(question, question.command.split()[3:])) == [each.name for each in question.parameters]
+    assert list(parse_arguments(question, shlex.split(question.command)[3:])) == [
+        each.name for each in question.parameters
+    ]
 
 
 @pytest.mark.parametrize(

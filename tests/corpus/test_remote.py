@@ -167,6 +167,7 @@ def test_the_signature_of_many_objects_takes_no_request_for_each(s3: Server, mon
     assert sources.corpus_signature(config) != before
 
 
+@pytest.mark.long
 def test_a_bucket_that_does_not_answer_is_said_without_the_secret(s3: Server) -> None:
     with pytest.raises(UserError, match=r"(?s)s3://nowhere/x\.parquet.*AWS_ACCESS_KEY_ID") as caught:
         keys("s3://nowhere/x.parquet")

@@ -315,6 +315,7 @@ def test_entries_and_sources_that_only_a_forgotten_document_has_are_not_shown(co
             assert secret[column] not in shown
 
 
+@pytest.mark.long
 def test_several_saes_encoded_in_one_reading_are_those_of_their_own_runs(finished, tmp_path):
     names = {"one": {}, "two": {"sae": {"k": 2}}, "three": {"sae": {"architecture": "topk"}}}
     stores = [Store(tmp_path / name) for name in ("together", "apart")]

@@ -214,7 +214,7 @@ def encode_all(encoder: PartEncoder) -> Artefact:
     return encoder.target
 
 
-@pytest.mark.parametrize("part_rows", [1, 64, 10_000])
+@pytest.mark.parametrize("part_rows", [pytest.param(1, marks=pytest.mark.long), 64, 10_000])
 def test_values_do_not_depend_on_the_size_of_parts(brought, part_rows):
     store, recipe, source = brought
     usual = values_of(encoded(store, recipe))
@@ -237,7 +237,8 @@ def test_the_files_do_not_depend_on_the_size_of_batches(brought, batch_rows):
     assert tree(encode_all(encoder).path / "parts") == usual
 
 
-@pytest.mark.parametrize("limit", [pytest.param(1, marks=pytest.mark.long), 500])
+@pytest.mark.long
+@pytest.mark.parametrize("limit", [1, 500])
 def test_a_part_with_more_values_than_memory_holds_gets_more_files_with_the_same_rows(brought, monkeypatch, limit):
     store, recipe, _ = brought
     usual = encoded(store, recipe)

@@ -742,7 +742,14 @@ def test_a_transcoder_is_given_what_the_other_site_holds_at_the_same_tokens(two_
         torch.testing.assert_close(target / training.scales[1], wanted, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "mp"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name in ("topk", "jumprelu") else pytest.param(name, marks=pytest.mark.long)
+        for name in ARCHITECTURES
+        if name != "mp"
+    ],
+)
 def test_a_transcoder_learns_and_goes_on_exactly(two_sites, tmp_path, architecture):
     store, recipe, _ = two_sites
     recipe = changed(recipe, sae={"architecture": architecture, "k": 8, "l1_weight": 0.01}, train=EVERYTHING)

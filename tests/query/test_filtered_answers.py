@@ -328,7 +328,7 @@ def filters(draw: st.DrawFn, slow: Slow) -> Filter:
     return Filter(slow, **{name: draw(conditions[name]) for name in chosen})
 
 
-@settings(max_examples=2, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=1, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("signed", [pytest.param(False, marks=pytest.mark.long), True], ids=["positive", "signed"])
 def test_a_question_under_a_filter_answers_what_looking_at_each_token_answers(signed, data):

@@ -583,7 +583,7 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
         "left_out",
         "runs_on_same_tokens",
     }
-    elsewhere |= {"find_features", "count_features", "density_and_max", "density_histogram"}
+    elsewhere |= {"find_features", "count_features", "sources", "density_and_max", "density_histogram"}
     elsewhere |= {"document_tokens", "document_features"}
     elsewhere |= {"metrics", "settings", "stages", "training_curve"}  # test_run_records reads what they were made from
     # test_new_text, test_offsets, test_chats, test_leave_out, test_sql, test_lists and test_documents_and_tokens ask
@@ -598,7 +598,8 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
 
 @settings(max_examples=4, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-@pytest.mark.parametrize("signed", [pytest.param(False, marks=pytest.mark.long), True], ids=["positive", "signed"])
+@pytest.mark.long
+@pytest.mark.parametrize("signed", [False, True], ids=["positive", "signed"])
 def test_every_question_answers_what_looking_at_each_token_answers(signed, data):
     world = data.draw(worlds(signed))
     values = data.draw(values_of(world, world.skipped[:1]))

@@ -41,7 +41,10 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
+@pytest.fixture(
+    scope="module",
+    params=[name if name == "skipping" else pytest.param(name, marks=pytest.mark.long) for name in SETTINGS],
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenRun]:
     folder = tmp_path_factory.mktemp("new_text")
     recipe = parse_recipe(recipe_data(Ingredients.write(folder), **SETTINGS[request.param]))

@@ -211,6 +211,7 @@ def test_a_training_goes_on_on_another_machine_although_documents_were_appended_
     assert saes == {name: content for name, content in here(local).items() if name.startswith("saes/")}
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_and_is_read_on_another_machine(
     server: Server, url: str, ingredients: Ingredients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

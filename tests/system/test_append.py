@@ -198,6 +198,7 @@ def test_a_forgotten_document_is_gone_from_every_view_at_once(grown):
     assert grown.checked() == []
 
 
+@pytest.mark.long
 def test_a_forgotten_document_is_gone_from_the_feed(grown):
     grown.run(with_secret())
     key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 20"))

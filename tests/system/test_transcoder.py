@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as tf
 
@@ -11,6 +12,7 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 D, D_OUT, ACTIVE = 16, 24, 3
 
 
+@pytest.mark.long
 def test_a_transcoder_recovers_a_known_linear_map():
     """Sparse inputs x and targets A x + b: its features are the columns of A, and it maps inputs it never saw alike."""
     generator = torch.Generator().manual_seed(0)
