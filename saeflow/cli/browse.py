@@ -55,7 +55,7 @@ def browse_command(
     from saeflow.browser.server import LOOPBACK, application
 
     opened = existing_store(store)
-    with _listen(host, port) as listening:
+    with listen(host, port) as listening:
         number = listening.getsockname()[1]
         name = f"[{host}]" if ":" in host else host
         app = application(opened, (*LOOPBACK, name))
@@ -70,7 +70,7 @@ def browse_command(
         server.run(sockets=[listening])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises UserError if the port is taken or the address is not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for number in [port] if port else [PORT, 0]:
@@ -78,6 +78,7 @@ def _listen(host: str, port: int) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             found.bind((host, number))
+            found.listen()  # the address is printed and opened before the server runs; who is quicker waits
             return found
         except OSError as error:
             found.close()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
 from saeflow.browser.server import POLICY, application
+from saeflow.cli.browse import listen
+from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.browser.conftest import ADDRESS
 from tests.conftest import Finished
@@ -51,6 +54,13 @@ def test_a_wrong_name_on_a_page_of_a_run_leads_back_to_the_run(pages: TestClient
     assert f'href="/runs/{run}/features"' in answer.text
     assert pages.get(f"/runs/{run}/features/1.csv?source=nowhere").json()["problem"].startswith("There is no source")
     assert 'href="/runs/no"' not in pages.get("/runs/no/features").text
+
+
+def test_an_address_that_is_printed_takes_connections_before_its_server_runs():
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname(), timeout=5):
+        taken = listening.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {taken}: nothing can listen there"):
+            listen("127.0.0.1", taken)
 
 
 def test_every_answer_has_the_policy(pages: TestClient):
