@@ -120,6 +120,7 @@ def saeflow(hub: Hub, home: Path, *words: str, token: str | None = None) -> subp
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_a_gated_model_names_its_licence_page_and_opens_with_a_token(ingredients: Ingredients, tmp_path: Path) -> None:
     with hub_server() as hub:
         files = {path.name: path.read_bytes() for path in ingredients.model.iterdir()}

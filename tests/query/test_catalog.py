@@ -143,6 +143,7 @@ def test_a_run_of_too_many_files_is_left_out_with_what_to_do(tmp_path: Path) -> 
     assert "create" not in text
 
 
+@pytest.mark.long
 def test_it_may_be_read_twice_and_into_a_file(tmp_path: Path) -> None:
     store = two_runs(tmp_path / "store")
     with duckdb.connect(tmp_path / "mine.duckdb") as connection:

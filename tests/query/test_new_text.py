@@ -163,6 +163,7 @@ def test_a_store_that_does_not_say_where_its_model_lies_asks_for_it(run, tmp_pat
         opened.ask("features_of_text", "the cat")
 
 
+@pytest.mark.long
 def test_a_run_of_a_table_has_no_model_to_read_with(tmp_path):
     store = Store.create(tmp_path / "store")
     recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table())))

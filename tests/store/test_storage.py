@@ -186,6 +186,7 @@ def lost_at_step(monkeypatch: pytest.MonkeyPatch, url: str, recipe: Recipe, step
     return store
 
 
+@pytest.mark.long
 def test_a_training_goes_on_on_another_machine_where_this_one_was_lost(
     server: Server, url: str, ingredients: Ingredients, local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
