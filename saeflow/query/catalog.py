@@ -55,19 +55,15 @@ def sql_folder() -> Path:
     raise UserError("The folder sql/ is missing from this installation. Install saeflow again.")
 
 
-def definitions(
-    every: Sequence[Run], current: Run, many_files: int = MANY_FILES, names: Collection[str] | None = None
-) -> Iterator[str]:
+def definitions(every: Sequence[Run], current: Run) -> Iterator[str]:
     """Yield SQL that makes a schema for each readable run and one for all of them, with `current` in the search path.
 
-    A table macro looks names up in its caller's schema, so names inside it are qualified. `names`: only these views and
-    macros with what they read, because DuckDB takes milliseconds for each; and only of the runs that they read.
+    A table macro looks names up in its caller's schema, so names inside it are qualified.
     """
-    wanted = None if names is None else with_what_they_read(names)
-    read = runs_read(every, current, wanted)
-    yield from sources(every, read, many_files)
-    yield from upon_sources(read, wanted)
-    yield from at_last(every, current, read, many_files, wanted)
+    read = runs_read(every, current, None)
+    yield from sources(every, read, MANY_FILES)
+    yield from upon_sources(read)
+    yield from at_last(every, current, read, MANY_FILES)
 
 
 def runs_read(every: Sequence[Run], current: Run, wanted: Collection[str] | None, alone: bool = False) -> list[Run]:
