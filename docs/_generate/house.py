@@ -8,10 +8,10 @@ from pathlib import Path
 from _generate import ROOT, code, table
 
 ORDER = [
-    "runtime", "recipe", "store", "corpus", "model", "activations", "sae", "train", "features", "query", "browser",
-    "pipeline", "cli",
+    "runtime", "recipe", "store", "corpus", "model", "activations", "sae", "train", "features", "query", "classes",
+    "meaning", "browser", "pipeline", "cli",
 ]  # fmt: skip
-"""A package imports only packages before it; `browser` is not there yet."""
+"""A package imports only packages before it."""
 
 
 def page() -> str:

@@ -9,6 +9,7 @@ store     list, show, check, forget, clear
 ask       questions and SQL
 browse    the pages of a store in a browser, a copy of them, and a report of a run
 label     labels and the catalog
+meaning   what features mean: annotations, probes, explanations, effects
 serve     keep pipelines going with Prefect
 doctor    what this machine has
 render    write an answer in a format

@@ -15,6 +15,10 @@ from saeflow.cli.ask import ask_commands
 from saeflow.cli.browse import browse_commands
 from saeflow.cli.common import out, run_command_line
 from saeflow.cli.label import label_commands
+from saeflow.cli.meaning.annotate import annotate_commands
+from saeflow.cli.meaning.effects import effect_commands
+from saeflow.cli.meaning.explain import explain_commands
+from saeflow.cli.meaning.probe import probe_commands
 from saeflow.cli.run import run_commands
 from saeflow.cli.serve import serve_commands
 from saeflow.cli.store import store_commands
@@ -29,7 +33,8 @@ app = typer.Typer(
     "Start with `saeflow init my.toml`, then `saeflow run my.toml`, then `saeflow ask`.",
 )
 for family in (
-    run_commands, synth_commands, store_commands, ask_commands, browse_commands, label_commands, serve_commands,
+    run_commands, synth_commands, store_commands, ask_commands, browse_commands, label_commands, annotate_commands,
+    probe_commands, explain_commands, effect_commands, serve_commands,
 ):  # fmt: skip
     app.add_typer(family)
 

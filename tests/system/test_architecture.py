@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = [
     "runtime", "recipe", "store", "corpus", "model", "activations",
-    "sae", "train", "features", "query", "browser", "pipeline", "cli",
+    "sae", "train", "features", "query", "classes", "meaning", "browser", "pipeline", "cli",
 ]  # fmt: skip
 """Each package imports only packages before it; those of a pair in APART do not know one another."""
 

@@ -1,0 +1,1 @@
+"""Classes of tokens and documents, and how well each feature tells one from the rest."""

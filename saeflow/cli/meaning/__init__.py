@@ -1,0 +1,7 @@
+"""Commands that say what features mean.
+
+annotate  classes given to tokens and documents: `saeflow annotate`
+probe     each feature against each class: `saeflow probe`
+explain   explanations by rules or a language model: `saeflow explain`
+effects   what changes when a feature is changed: `saeflow effects`, `saeflow steer`
+"""

@@ -1,0 +1,1 @@
+"""Explanations of features tested on every firing, and what the model does when one is changed."""
