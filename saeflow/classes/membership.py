@@ -1,0 +1,155 @@
+"""Which classes each token belongs to, looked up in constant time.
+
+Most tokens share their set of classes with many others. So a token holds the number of its set, and the sets are stored
+once. This takes two to four bytes a token, however many classes there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+UNCOUNTED = 0
+"""The code of tokens that do not count: padding, tokens left out, hidden or not encoded."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Unbroken spans of tokens, each of one class. Spans of one class do not overlap."""
+
+    classes: tuple[str, ...]
+    numbers: Ints
+    """(n,) the place of each span's class in `classes`."""
+    firsts: Ints
+    lasts: Ints
+    """(n,) first and last token_id, both included."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The counted tokens of a run: their sets of classes, and their documents.
+
+    Arrays over tokens begin at `first_token`. Documents are numbered from 0 in the order of their ids.
+    """
+
+    classes: tuple[str, ...]
+    first_token: int
+    codes: NDArray[np.unsignedinteger]
+    """(tokens,) UNCOUNTED, or the number of the token's set of classes."""
+    set_starts: Ints
+    set_classes: NDArray[np.int32]
+    """Set s holds the classes `set_classes[set_starts[s] : set_starts[s + 1]]`."""
+    documents: NDArray[np.int32]
+    """(tokens,) the number of the token's document; anything where the code is UNCOUNTED."""
+    document_ids: Ints
+    document_tokens: Ints
+    """(documents,) counted tokens."""
+    document_classes: Ints
+    """(documents, classes) counted tokens of each class."""
+    together: bool
+    """True if the tokens of each document are neighbours, but for tokens that do not count."""
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.document_tokens.sum())
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.document_ids)
+
+    @property
+    def class_tokens(self) -> Ints:
+        """(classes,) counted tokens."""
+        return np.asarray(self.document_classes.sum(0), np.int64)
+
+    def members(self, token_ids: Ints, number: int) -> NDArray[np.bool_]:
+        """Return bool (n,): True at counted tokens of the class of this number."""
+        has = np.zeros(len(self.set_starts) - 1, bool)
+        for code in range(len(has)):
+            has[code] = number in self.set_classes[self.set_starts[code] : self.set_starts[code + 1]]
+        return np.asarray(has[self.codes[token_ids - self.first_token]])
+
+
+def membership(spans: Spans, token_ids: Ints, document_ids: Ints) -> Membership:
+    """Return the sets of classes of the counted tokens (ascending) and of their documents.
+
+    Spans may cover tokens that do not count. Raises ValueError if spans of a class overlap.
+    """
+    first, n_places = (int(token_ids[0]), int(token_ids[-1] - token_ids[0]) + 1) if len(token_ids) else (0, 0)
+    places = token_ids - first
+    starts, states = _constant_stretches(spans, first, n_places)
+    words, set_of_stretch = np.unique(states, axis=0, return_inverse=True)
+    set_of_stretch = set_of_stretch.reshape(-1) + 1
+    kind = np.uint16 if len(words) < 1 << 16 else np.uint32
+    codes = np.zeros(n_places, kind)
+    codes[places] = np.repeat(set_of_stretch.astype(kind), np.diff(np.r_[starts, n_places]))[places]
+    sets = [np.empty(0, np.int32), *(_classes_in(row) for row in words)]
+    ids, of_token = np.unique(document_ids, return_inverse=True)
+    documents = np.zeros(n_places, np.int32)
+    documents[places] = of_token
+    per_set = np.zeros((len(sets), len(spans.classes)), np.int64)
+    for number, found in enumerate(sets):
+        per_set[number, found] = 1
+    return Membership(
+        spans.classes,
+        first,
+        codes,
+        np.cumsum([0, *map(len, sets)]),
+        np.concatenate(sets),
+        documents,
+        ids,
+        np.bincount(of_token, minlength=len(ids)),
+        _count_by_document(of_token, codes[places], per_set, len(ids)),
+        int(np.count_nonzero(np.diff(of_token))) == max(len(ids) - 1, 0),
+    )
+
+
+def _constant_stretches(spans: Spans, first: int, n_places: int) -> tuple[Ints, NDArray[np.uint64]]:
+    """Return where the set of classes changes (n,), from place 0 on, and the set from there on: one bit a class (n, w).
+
+    A class's bit is flipped where a span of it begins, and again behind the span's end.
+    """
+    _refuse_overlap(spans)
+    bounds = np.clip(np.r_[spans.firsts, spans.lasts + 1] - first, 0, n_places)
+    numbers = np.r_[spans.numbers, spans.numbers]
+    order = np.argsort(bounds, kind="stable")
+    bounds, numbers = np.r_[0, bounds[order]], numbers[order]
+    n_words = max(1, -(-len(spans.classes) // 64))
+    flips = np.zeros((len(bounds), n_words), np.uint64)
+    flips[np.arange(1, len(bounds)), numbers // 64] = np.uint64(1) << (numbers % 64).astype(np.uint64)
+    states = np.bitwise_xor.accumulate(flips, axis=0)
+    last = np.r_[bounds[1:] != bounds[:-1], True] & (bounds < n_places)
+    return bounds[last], states[last]
+
+
+def _refuse_overlap(spans: Spans) -> None:
+    order = np.lexsort((spans.firsts, spans.numbers))
+    numbers, firsts, lasts = spans.numbers[order], spans.firsts[order], spans.lasts[order]
+    wrong = (numbers[1:] == numbers[:-1]) & (firsts[1:] <= lasts[:-1])
+    if wrong.any() or (firsts > lasts).any():
+        at = int(np.flatnonzero(np.r_[wrong, False] | (firsts > lasts))[0])
+        raise ValueError(f"spans of class {spans.classes[numbers[at]]!r} overlap at token {firsts[at]}")
+
+
+def _classes_in(words: NDArray[np.uint64]) -> NDArray[np.int32]:
+    bits = (words[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    return np.flatnonzero(bits.ravel()).astype(np.int32)
+
+
+def _count_by_document(of_token: Ints, codes: NDArray[np.unsignedinteger], per_set: Ints, n_documents: int) -> Ints:
+    """Return int64 (documents, classes): how many tokens of each class a document has."""
+    counts = np.zeros((n_documents, per_set.shape[1]), np.int64)
+    pairs, n = np.unique(of_token * len(per_set) + codes, return_counts=True)
+    for rows, codes_of_rows, n_of_rows in _in_pieces(pairs // len(per_set), pairs % len(per_set), n):
+        np.add.at(counts, rows, per_set[codes_of_rows] * n_of_rows[:, None])
+    return counts
+
+
+def _in_pieces(*arrays: Ints, size: int = 100_000) -> Iterator[Sequence[Ints]]:
+    for start in range(0, len(arrays[0]), size):
+        yield [array[start : start + size] for array in arrays]
