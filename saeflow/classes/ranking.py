@@ -115,34 +115,55 @@ def _add_by_document(
 
 
 @compiled
-def _add_tie(
-    start: int, stop: int, above: int, keys: Keys, set_starts: Offsets, set_classes: Ids, class_tokens: Offsets,
-    bits: int, in_tie: Offsets, n_found: Offsets, ranks: Offsets, precisions: Doubles, best: Offsets,
+def _count_along_ranks(
+    keys: Keys, top: int, shift: int, n_tokens: int, class_tokens: Offsets, n_both: Offsets, set_starts: Offsets,
+    set_classes: Ids, in_tie: Offsets, n_found: Offsets, ranks: Offsets, precisions: Doubles, best_both: Offsets,
+    best_upon: Offsets, best_bits: Offsets,
 ) -> None:  # fmt: skip
-    """Count one tie, entries start..stop of the sorted keys, for each class that has tokens in it.
+    """Go through a feature's values, the largest first, with all tokens without a value as one tie between the signs.
 
-    `bits`: those of its value, 0 if it is no threshold. Rows of `best`: tokens of the class and all tokens at or above
-    the best threshold, and the bits of that.
+    A tie changes the figures of those classes only that have tokens in it. `best_…` (C,): tokens of the class, and all
+    tokens, at or above the best threshold, and the bits of that.
     """
-    size = stop - start
-    upon = above + size
-    for i in range(start, stop):
-        code = keys[i] & np.uint64(0xFFFFFFFF)
-        for k in range(set_starts[code], set_starts[code + 1]):
-            c = set_classes[k]
-            in_tie[c] += 1
-            n_found[c] += 1
-            ranks[c] += 2 * above + size
-    for i in range(start, stop):
-        code = keys[i] & np.uint64(0xFFFFFFFF)
-        for k in range(set_starts[code], set_starts[code + 1]):
-            c = set_classes[k]
-            if in_tie[c] == 0:
-                continue
-            precisions[c] += np.float64(in_tie[c]) * n_found[c] / upon
-            in_tie[c] = 0
-            if bits != 0 and n_found[c] * (best[1, c] + class_tokens[c]) > best[0, c] * (upon + class_tokens[c]):
-                best[0, c], best[1, c], best[2, c] = n_found[c], upon, bits
+    n, i, above, zeros_done = np.int64(len(keys)), np.int64(0), np.int64(0), False
+    while i < n or not zeros_done:
+        ordered = (top - np.int64(keys[i] >> np.uint64(32))) << shift if i < n else np.int64(-1)
+        if ordered < 0 and not zeros_done:
+            zeros_done = True
+            n_zeros = n_tokens - n
+            for c in range(len(class_tokens)):
+                n_silent = class_tokens[c] - n_both[c]
+                if n_silent > 0:
+                    n_found[c] += n_silent
+                    ranks[c] += n_silent * (2 * above + n_zeros)
+                    precisions[c] += np.float64(n_silent) * n_found[c] / (above + n_zeros)
+            above += n_zeros
+            continue
+        j = i + 1
+        while j < n and keys[j] >> np.uint64(32) == keys[i] >> np.uint64(32):
+            j += 1
+        upon = above + j - i
+        per_token = 1.0 / upon
+        for k in range(i, j if j - i > 1 else i):
+            code = np.int64(keys[k] & np.uint64(0xFFFFFFFF))
+            for place in range(set_starts[code], set_starts[code + 1]):
+                in_tie[set_classes[place]] += 1
+        for k in range(i, j):
+            code = np.int64(keys[k] & np.uint64(0xFFFFFFFF))
+            for place in range(set_starts[code], set_starts[code + 1]):
+                c = set_classes[place]
+                n_in = in_tie[c] if j - i > 1 else np.int64(1)
+                if n_in == 0:
+                    continue
+                in_tie[c] = 0
+                found, size = n_found[c] + n_in, class_tokens[c]
+                n_found[c] = found
+                ranks[c] += n_in * (above + upon)
+                precisions[c] += np.float64(n_in) * found * per_token
+                if ordered > 0 and found * (best_upon[c] + size) > best_both[c] * (upon + size):
+                    best_both[c], best_upon[c], best_bits[c] = found, upon, ordered
+        above = upon
+        i = j
 
 
 @compiled
@@ -184,26 +205,7 @@ def score_features(
         )  # fmt: skip
         top, shift = rank_keys(bits[begin:end], codes[begin:end], keys[:n], spare[:n]) if n else (0, 0)
         n_found[:] = 0
-        i, above, zeros_done = 0, 0, False
-        while i < n or not zeros_done:
-            ordered = (top - np.int64(keys[i] >> np.uint64(32))) << shift if i < n else np.int64(-1)
-            if ordered < 0 and not zeros_done:
-                zeros_done = True
-                n_zeros = n_tokens - n
-                for c in range(n_classes):
-                    n_silent = class_tokens[c] - n_both[f, c]
-                    if n_silent > 0:
-                        n_found[c] += n_silent
-                        ranks[f, c] += n_silent * (2 * above + n_zeros)
-                        precisions[f, c] += np.float64(n_silent) * n_found[c] / (above + n_zeros)
-                above += n_zeros
-                continue
-            j = i + 1
-            while j < n and keys[j] >> np.uint64(32) == keys[i] >> np.uint64(32):
-                j += 1
-            _add_tie(
-                i, j, above, keys, set_starts, set_classes, class_tokens, ordered if ordered > 0 else 0, in_tie,
-                n_found, ranks[f], precisions[f], best[f],
-            )  # fmt: skip
-            above += j - i
-            i = j
+        _count_along_ranks(
+            keys[:n], top, shift, n_tokens, class_tokens, n_both[f], set_starts, set_classes, in_tie, n_found, ranks[f],
+            precisions[f], best[f, 0], best[f, 1], best[f, 2],
+        )  # fmt: skip

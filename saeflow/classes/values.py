@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,9 +79,14 @@ class ValueFiles:
         _, _, low, high, n = self.groups.T
         return cut_features(low, high, n, self.n_features, block_values)
 
-    def read(self, first: int, last: int, members: Membership) -> Entries:
-        """Return the values of these features at counted tokens, each feature's in the order of its files."""
-        tables = [table for number in range(len(self.paths)) if (table := self._table(number, first, last)) is not None]
+    def read(self, first: int, last: int, members: Membership, wanted: Sequence[int] | None = None) -> Entries:
+        """Return the values of these features at counted tokens, each feature's in the order of its files.
+
+        `wanted`: features whose values are needed, ascending; others may lack some or all.
+        """
+        some = np.array(range(first, last + 1) if wanted is None else wanted, np.int64)
+        found_in = (self._table(number, first, last, some) for number in range(len(self.paths)))
+        tables = [table for table in found_in if table is not None]
         counts = np.zeros(last - first + 1, np.int64)
         for features, _, _ in tables:
             counts += np.bincount(features - first, minlength=len(counts))
@@ -96,14 +102,16 @@ class ValueFiles:
             )  # fmt: skip
         return found
 
-    def _table(self, number: int, first: int, last: int) -> tuple[NDArray[np.int32], ...] | None:
-        """Return feature_ids, token_ids and values of these features in one file; None if it has none."""
+    def _table(
+        self, number: int, first: int, last: int, wanted: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int32], ...] | None:
+        """Return feature_ids, token_ids and values of the groups of one file that hold wanted features, if any do."""
         mine = self.groups[self.groups[:, 0] == number]
-        wanted = mine[(mine[:, 2] <= last) & (mine[:, 3] >= first), 1].tolist()
-        if not wanted:
+        holds = np.searchsorted(wanted, mine[:, 2]) < np.searchsorted(wanted, mine[:, 3], side="right")
+        if not holds.any():
             return None
         with pq.ParquetFile(self.paths[number], metadata=self._footers[number]) as file:
-            table = file.read_row_groups(wanted, columns=COLUMNS, use_threads=False)
+            table = file.read_row_groups(mine[holds, 1].tolist(), columns=COLUMNS, use_threads=False)
         columns = [_as_array(table.column(name)) for name in COLUMNS]
         start, stop = np.searchsorted(columns[0], (first, last + 1))
         return tuple(column[start:stop] for column in columns)
