@@ -34,7 +34,8 @@ AT_ONCE = 500_000
 """Values of chosen features that are read at once."""
 
 LEVELS = (0.025, 0.975)
-FIGURES = ("auroc", "average_precision", "f1")
+FIGURES = ("auroc", "f1")
+"""Figures with intervals. That of average precision takes a division for each token and replicate: too slow."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,14 @@ def intervals(
     pairs = _pairs(scores.best_features(n_best))
     if not pairs or members.n_documents < 2:
         return found
-    in_class = weights.T.astype(float) @ members.document_classes
-    every = weights.T.astype(float) @ members.document_tokens
+    lanes = [np.ascontiguousarray(weights[:, first : first + LANES]) for first in range(0, weights.shape[1], LANES)]
+    in_class = [each.T.astype(float) @ members.document_classes for each in lanes]
+    every = [each.T.astype(float) @ members.document_tokens for each in lanes]
 
     def count(wanted: list[int]) -> None:
         entries = files.read(wanted[0], wanted[-1], members, wanted)
         for f in wanted:
-            drawn = _replicates(entries, members, f, pairs[f], scores, weights, in_class, every)
+            drawn = _replicates(entries, members, f, pairs[f], scores, lanes, in_class, every)
             for c, figures in zip(pairs[f], drawn, strict=True):
                 for name, of_replicates in zip(FIGURES, figures, strict=True):
                     found.low[name][f, c], found.high[name][f, c] = _limits(of_replicates)
@@ -111,8 +113,8 @@ def _limits(figures: Doubles) -> tuple[float, float]:
 
 
 def _replicates(
-    entries: Entries, members: Membership, f: int, classes: list[int], scores: Scores, weights: Weights,
-    in_class: Doubles, every: Doubles,
+    entries: Entries, members: Membership, f: int, classes: list[int], scores: Scores, lanes: list[Weights],
+    in_class: list[Doubles], every: list[Doubles],
 ) -> Iterator[Doubles]:  # fmt: skip
     """Yield (figures, replicates) for each of these classes."""
     rows = slice(entries.starts[f - entries.first], entries.ends[f - entries.first])
@@ -126,14 +128,11 @@ def _replicates(
     codes, documents, values = entries.codes[rows][order], entries.documents[rows][order], values[order]
     for c in classes:
         has = _sets_with(members, c)
-        figures = np.full((len(FIGURES), weights.shape[1]), np.nan)
-        for first in range(0, weights.shape[1], LANES):
-            lanes = slice(first, first + LANES)
-            count_replicates(
-                keys, values, documents, has[codes], np.ascontiguousarray(weights[:, lanes]), in_class[lanes, c],
-                every[lanes], np.float32(scores.threshold[f, c]), figures[:, lanes],
-            )  # fmt: skip
-        yield figures
+        drawn = [np.full((len(FIGURES), each.shape[1]), np.nan) for each in lanes]
+        inside, threshold = has[codes], np.float32(scores.threshold[f, c])
+        for each, of_class, of_all, figures in zip(lanes, in_class, every, drawn, strict=True):
+            count_replicates(keys, values, documents, inside, each, of_class[:, c].copy(), of_all, threshold, figures)
+        yield np.concatenate(drawn, axis=1)
 
 
 def _sets_with(members: Membership, c: int) -> NDArray[np.bool_]:
@@ -153,42 +152,59 @@ def _add_row(row: Weights, lanes: Lanes) -> None:
 
 
 @compiled
-def _add_tie(
-    found: Lanes, others: Lanes, tie_in: Lanes, tie_out: Lanes, above: Doubles, precisions: Doubles
-) -> None:
-    """Add one tie to the tokens so far, in each lane; `above` is twice what AUROC lacks."""
+def _take_in(pending: Lanes, found: Lanes, others: Lanes, above: Doubles) -> None:
+    """Add tokens of the class that lie below the tokens so far."""
     for r in range(len(found)):
-        inside, outside = np.float64(tie_in[r]), np.float64(tie_out[r])
-        above[r] += inside * (2.0 * others[r] + outside)
+        above[r] += np.float64(pending[r]) * others[r]
+        found[r] += pending[r]
+        pending[r] = 0
+
+
+@compiled
+def _take_tie(tie_in: Lanes, tie_out: Lanes, found: Lanes, others: Lanes, above: Doubles) -> None:
+    for r in range(len(found)):
+        above[r] += np.float64(tie_in[r]) * (others[r] + 0.5 * tie_out[r])
         found[r] += tie_in[r]
         others[r] += tie_out[r]
-        precisions[r] += inside * found[r] / np.float64(max(found[r] + others[r], np.int32(1)))
 
 
 @compiled
 def _add_ties(
     i: int, negative: bool, keys: Keys, values: Floats, documents: Ids, inside: NDArray[np.bool_], weights: Weights,
-    threshold: float, in_class: Doubles, found: Lanes, others: Lanes, tie_in: Lanes, tie_out: Lanes, above: Doubles,
-    precisions: Doubles, f1: Doubles,
+    threshold: float, in_class: Doubles, found: Lanes, others: Lanes, above: Doubles, f1: Doubles,
 ) -> int:  # fmt: skip
-    """Add the ties from entry i on, as far as values have this sign. Return the first entry that was not added."""
-    n = len(keys)
+    """Add the ties from entry i on, as far as values have this sign. Return the first entry that was not added.
+
+    `above`: for each token of the class, the other tokens above it, ties counted half. Tokens of the class are kept
+    pending until another token follows.
+    """
+    n, n_lanes = len(keys), len(found)
+    tie_in, tie_out, pending = np.zeros(n_lanes, np.int32), np.zeros(n_lanes, np.int32), np.zeros(n_lanes, np.int32)
+    some = False
     while i < n and (negative or values[i] > 0):
-        j = i + 1
+        j, n_in = i, 0
         while j < n and keys[j] == keys[i]:
+            n_in += inside[j]
             j += 1
-        if j == i + 1 and not inside[i]:
-            _add_row(weights[documents[i]], others)
+        if n_in < j - i and some:
+            _take_in(pending, found, others, above)
+            some = False
+        if n_in == 0 or n_in == j - i:
+            some |= n_in > 0
+            for k in range(i, j):
+                _add_row(weights[documents[k]], pending if n_in else others)
         else:
             tie_in[:] = 0
             tie_out[:] = 0
             for k in range(i, j):
                 _add_row(weights[documents[k]], tie_in if inside[k] else tie_out)
-            _add_tie(found, others, tie_in, tie_out, above, precisions)
+            _take_tie(tie_in, tie_out, found, others, above)
         if values[i] == threshold:
-            for r in range(len(found)):
+            _take_in(pending, found, others, above)
+            for r in range(n_lanes):
                 f1[r] = 2.0 * found[r] / (found[r] + others[r] + in_class[r])
         i = j
+    _take_in(pending, found, others, above)
     return i
 
 
@@ -197,7 +213,7 @@ def count_replicates(
     keys: Keys, values: Floats, documents: Ids, inside: NDArray[np.bool_], weights: Weights, in_class: Doubles,
     every: Doubles, threshold: float, figures: Doubles,
 ) -> None:  # fmt: skip
-    """Write AUROC, average precision and F1 (3, R) of a feature with a class, for each replicate.
+    """Write AUROC and F1 (2, R) of a feature with a class, for each replicate.
 
     The entries are in the order of their values, the largest first; equal keys are ties. `inside`: is the entry's token
     of the class? `in_class` and `every` (R,): tokens of the class, and all tokens, of each replicate.
@@ -205,26 +221,19 @@ def count_replicates(
     n, n_lanes = len(keys), weights.shape[1]
     found, others = np.zeros(n_lanes, np.int32), np.zeros(n_lanes, np.int32)
     tie_in, tie_out = np.zeros(n_lanes, np.int32), np.zeros(n_lanes, np.int32)
-    above, precisions, f1 = np.zeros(n_lanes), np.zeros(n_lanes), np.full(n_lanes, np.nan)
+    above, f1 = np.zeros(n_lanes), np.full(n_lanes, np.nan)
     i = _add_ties(
-        0, False, keys, values, documents, inside, weights, threshold, in_class, found, others, tie_in, tie_out, above,
-        precisions, f1,
-    )  # fmt: skip
-    tie_in[:] = 0
-    tie_out[:] = 0
+        0, False, keys, values, documents, inside, weights, threshold, in_class, found, others, above, f1
+    )
     for k in range(i, n):
         _add_row(weights[documents[k]], tie_in if inside[k] else tie_out)
     for r in range(n_lanes):
         tie_in[r] = np.int32(in_class[r]) - found[r] - tie_in[r]
         tie_out[r] = np.int32(every[r] - in_class[r]) - others[r] - tie_out[r]
-    _add_tie(found, others, tie_in, tie_out, above, precisions)
-    _add_ties(
-        i, True, keys, values, documents, inside, weights, threshold, in_class, found, others, tie_in, tie_out, above,
-        precisions, f1,
-    )  # fmt: skip
+    _take_tie(tie_in, tie_out, found, others, above)
+    _add_ties(i, True, keys, values, documents, inside, weights, threshold, in_class, found, others, above, f1)
     for r in range(n_lanes):
         outside = every[r] - in_class[r]
         if in_class[r] > 0 and outside > 0:
-            figures[0, r] = 1 - 0.5 * above[r] / (in_class[r] * outside)
-            figures[1, r] = precisions[r] / in_class[r]
-            figures[2, r] = f1[r]
+            figures[0, r] = 1 - above[r] / (in_class[r] * outside)
+            figures[1, r] = f1[r]

@@ -129,7 +129,7 @@ def _pair_table(name: str, members: Membership, scores: Scores, found: Intervals
     for figure in FIGURES:
         arrays[figure] = getattr(scores, figure)
         arrays |= {f"{figure}_low": found.low[figure], f"{figure}_high": found.high[figure]}
-    names = ("threshold", "precision", "recall", "lift", "correlation", "t", "p", "q")
+    names = ("average_precision", "threshold", "precision", "recall", "lift", "correlation", "t", "p", "q")
     arrays |= {figure: getattr(scores, figure) for figure in names}
     columns: dict[str, pa.Array] = {
         "annotation": _repeated([name], len(live) * n_classes),
@@ -161,7 +161,7 @@ _NAME = pa.dictionary(pa.int32(), pa.string())
 PAIRS = pa.schema(
     {"annotation": _NAME, "class": _NAME, "feature_id": pa.int32(), "n_fires": pa.int64(), "n_both": pa.int64()}
     | {f"{figure}{end}": pa.float64() for figure in FIGURES for end in ("", "_low", "_high")}
-    | dict.fromkeys(("threshold", "precision", "recall", "lift", "correlation", "t", "p", "q"), pa.float64())
+    | dict.fromkeys(("average_precision", "threshold", "precision", "recall", "lift", "correlation", "t", "p", "q"), pa.float64())
 )
 
 

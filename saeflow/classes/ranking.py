@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from saeflow.sae.kernels import Doubles, Floats, Ids, Offsets, compiled
 
 Codes = NDArray[np.unsignedinteger[Any]]
+Classes = NDArray[np.uint32]
 Keys = NDArray[np.uint64]
 
 DIGIT = 11
@@ -87,7 +88,7 @@ def rank_keys(bits: Ids, items: Codes, keys: Keys, spare: Keys) -> tuple[int, in
 
 @compiled
 def _add_by_document(
-    values: Floats, codes: Codes, documents: Ids, mean: float, set_starts: Offsets, set_classes: Ids, shares: Doubles,
+    values: Floats, codes: Codes, documents: Ids, mean: float, set_starts: Offsets, set_classes: Classes, shares: Doubles,
     expected: Doubles, inside: Doubles, n_both: Offsets, sums_in: Doubles, squares: Doubles,
 ) -> None:  # fmt: skip
     """Count the feature's tokens in each class, add up their values, and the squares of what each document adds.
@@ -115,61 +116,67 @@ def _add_by_document(
 
 
 @compiled
-def _count_along_ranks(
-    keys: Keys, top: int, shift: int, n_tokens: int, class_tokens: Offsets, n_both: Offsets, set_starts: Offsets,
-    set_classes: Ids, in_tie: Offsets, n_found: Offsets, ranks: Offsets, precisions: Doubles, best_both: Offsets,
-    best_upon: Offsets, best_bits: Offsets,
-) -> None:  # fmt: skip
-    """Go through a feature's values, the largest first, with all tokens without a value as one tie between the signs.
+def _mark_ties(keys: Keys, offset: int, above: Offsets, upon: Offsets) -> None:
+    """Write for each entry how many tokens lie above its tie, and how many above the tie's end; `offset` come before."""
+    start = 0
+    for i in range(len(keys)):
+        if keys[i] >> np.uint64(32) != keys[start] >> np.uint64(32):
+            start = i
+        above[i] = offset + start
+    stop = len(keys)
+    for i in range(len(keys) - 1, -1, -1):
+        upon[i] = offset + stop
+        if offset + i == above[i]:
+            stop = i
 
-    A tie changes the figures of those classes only that have tokens in it. `best_…` (C,): tokens of the class, and all
-    tokens, at or above the best threshold, and the bits of that.
+
+@compiled
+def _count_along_ranks(
+    keys: Keys, above: Offsets, upon: Offsets, is_threshold: bool, class_tokens: Offsets, set_starts: Offsets,
+    set_classes: Classes, n_in_tie: Offsets, last_tie: Offsets, n_found: Offsets, ranks: Offsets, precisions: Doubles,
+    best_found: Offsets, best_upon: Offsets,
+) -> None:  # fmt: skip
+    """Count the classes of entries in the order of their values, the largest first.
+
+    The k tokens of a class in one tie have the precision at the tie's end, found / upon: together k * found / upon. So
+    the k-th of them adds (found + k - 1) / upon. `best_…` (C,): tokens of the class, and all tokens, at or above the
+    best threshold; inside a tie the last token of the class decides.
     """
-    n, i, above, zeros_done = np.int64(len(keys)), np.int64(0), np.int64(0), False
-    while i < n or not zeros_done:
-        ordered = (top - np.int64(keys[i] >> np.uint64(32))) << shift if i < n else np.int64(-1)
-        if ordered < 0 and not zeros_done:
-            zeros_done = True
-            n_zeros = n_tokens - n
-            for c in range(len(class_tokens)):
-                n_silent = class_tokens[c] - n_both[c]
-                if n_silent > 0:
-                    n_found[c] += n_silent
-                    ranks[c] += n_silent * (2 * above + n_zeros)
-                    precisions[c] += np.float64(n_silent) * n_found[c] / (above + n_zeros)
-            above += n_zeros
-            continue
-        j = i + 1
-        while j < n and keys[j] >> np.uint64(32) == keys[i] >> np.uint64(32):
-            j += 1
-        upon = above + j - i
-        per_token = 1.0 / upon
-        for k in range(i, j if j - i > 1 else i):
-            code = np.int64(keys[k] & np.uint64(0xFFFFFFFF))
-            for place in range(set_starts[code], set_starts[code + 1]):
-                in_tie[set_classes[place]] += 1
-        for k in range(i, j):
-            code = np.int64(keys[k] & np.uint64(0xFFFFFFFF))
-            for place in range(set_starts[code], set_starts[code + 1]):
-                c = set_classes[place]
-                n_in = in_tie[c] if j - i > 1 else np.int64(1)
-                if n_in == 0:
-                    continue
-                in_tie[c] = 0
-                found, size = n_found[c] + n_in, class_tokens[c]
-                n_found[c] = found
-                ranks[c] += n_in * (above + upon)
-                precisions[c] += np.float64(n_in) * found * per_token
-                if ordered > 0 and found * (best_upon[c] + size) > best_both[c] * (upon + size):
-                    best_both[c], best_upon[c], best_bits[c] = found, upon, ordered
-        above = upon
-        i = j
+    for i in range(len(keys)):
+        end, rank = upon[i], above[i] + upon[i]
+        per_token = 1.0 / end
+        code = keys[i] & np.uint64(0xFFFFFFFF)
+        for place in range(set_starts[code], set_starts[code + np.uint64(1)]):
+            c = set_classes[place]
+            in_tie = n_in_tie[c] + 1 if last_tie[c] == end else np.int64(1)
+            found = n_found[c] + 1
+            n_in_tie[c], last_tie[c], n_found[c] = in_tie, end, found
+            ranks[c] += rank
+            precisions[c] += np.float64(found + in_tie - 1) * per_token
+            both, most, size = best_found[c], best_upon[c], class_tokens[c]
+            better = is_threshold and found * (most + size) > both * (end + size)
+            best_found[c] = found if better else both
+            best_upon[c] = end if better else most
+
+
+@compiled
+def _count_silent(
+    n_zeros: int, before: int, class_tokens: Offsets, n_both: Offsets, n_found: Offsets, ranks: Offsets,
+    precisions: Doubles,
+) -> None:  # fmt: skip
+    """Count the tokens without a value as one tie, with `before` tokens above it."""
+    for c in range(len(class_tokens)):
+        n_silent = class_tokens[c] - n_both[c]
+        if n_silent > 0:
+            n_found[c] += n_silent
+            ranks[c] += n_silent * (2 * before + n_zeros)
+            precisions[c] += np.float64(n_silent) * n_found[c] / (before + n_zeros)
 
 
 @compiled
 def score_features(
     starts: Offsets, ends: Offsets, bits: Ids, values: Floats, codes: Codes, documents: Ids, together: bool,
-    n_tokens: int, class_tokens: Offsets, set_starts: Offsets, set_classes: Ids, expected: Doubles, n_both: Offsets,
+    n_tokens: int, class_tokens: Offsets, set_starts: Offsets, set_classes: Classes, expected: Doubles, n_both: Offsets,
     ranks: Offsets, precisions: Doubles, best: Offsets, sums_in: Doubles, squares: Doubles, totals: Doubles,
 ) -> None:  # fmt: skip
     """Write the counts of each feature, whose entries are starts[f] to ends[f], with each class.
@@ -185,7 +192,9 @@ def score_features(
     for f in range(len(starts)):
         longest = max(longest, ends[f] - starts[f])
     keys, spare = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
-    in_tie, n_found = np.zeros(n_classes, np.int64), np.empty(n_classes, np.int64)
+    above, upon = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    n_in_tie, last_tie = np.zeros(n_classes, np.int64), np.zeros(n_classes, np.int64)
+    n_found = np.empty(n_classes, np.int64)
     inside = np.empty(n_classes, np.float64)
     for f in range(len(starts)):
         begin, end = starts[f], ends[f]
@@ -205,7 +214,20 @@ def score_features(
         )  # fmt: skip
         top, shift = rank_keys(bits[begin:end], codes[begin:end], keys[:n], spare[:n]) if n else (0, 0)
         n_found[:] = 0
-        _count_along_ranks(
-            keys[:n], top, shift, n_tokens, class_tokens, n_both[f], set_starts, set_classes, in_tie, n_found, ranks[f],
-            precisions[f], best[f, 0], best[f, 1], best[f, 2],
-        )  # fmt: skip
+        last_tie[:] = 0
+        n_above = 0
+        while n_above < n and (top - np.int64(keys[n_above] >> np.uint64(32))) >= 0:
+            n_above += 1
+        for sign in range(2):
+            first, last, offset = (0, n_above, 0) if sign == 0 else (n_above, n, n_tokens - n)
+            part = keys[first:last]
+            _mark_ties(part, first + offset, above[: len(part)], upon[: len(part)])
+            _count_along_ranks(
+                part, above[: len(part)], upon[: len(part)], sign == 0, class_tokens, set_starts, set_classes, n_in_tie,
+                last_tie, n_found, ranks[f], precisions[f], best[f, 0], best[f, 1],
+            )  # fmt: skip
+            if sign == 0:
+                _count_silent(n_tokens - n, n_above, class_tokens, n_both[f], n_found, ranks[f], precisions[f])
+        for c in range(n_classes):
+            if best[f, 1, c] > 0:
+                best[f, 2, c] = (top - np.int64(keys[best[f, 1, c] - 1] >> np.uint64(32))) << shift
