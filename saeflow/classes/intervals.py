@@ -18,7 +18,7 @@ from saeflow.classes.ranking import Keys, rank_keys
 from saeflow.classes.scores import Doubles, Ints, Scores
 from saeflow.classes.values import Entries, ValueFiles
 from saeflow.runtime.threads import in_parallel, n_threads
-from saeflow.sae.kernels import Floats, Ids, Offsets, compiled
+from saeflow.sae.kernels import Floats, Ids, compiled
 
 Weights = NDArray[np.uint8]
 
@@ -222,9 +222,7 @@ def count_replicates(
     found, others = np.zeros(n_lanes, np.int32), np.zeros(n_lanes, np.int32)
     tie_in, tie_out = np.zeros(n_lanes, np.int32), np.zeros(n_lanes, np.int32)
     above, f1 = np.zeros(n_lanes), np.full(n_lanes, np.nan)
-    i = _add_ties(
-        0, False, keys, values, documents, inside, weights, threshold, in_class, found, others, above, f1
-    )
+    i = _add_ties(0, False, keys, values, documents, inside, weights, threshold, in_class, found, others, above, f1)
     for k in range(i, n):
         _add_row(weights[documents[k]], tie_in if inside[k] else tie_out)
     for r in range(n_lanes):

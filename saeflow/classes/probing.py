@@ -19,8 +19,9 @@ from saeflow.classes.intervals import FIGURES, N_REPLICATES, Intervals, draw_doc
 from saeflow.classes.membership import Membership, Spans, membership
 from saeflow.classes.scores import Scores, score
 from saeflow.classes.values import ValueFiles
-from saeflow.features.schema import holding
+from saeflow.features.schema import PROBE_TABLES, holding
 from saeflow.query.connection import connect
+from saeflow.query.run_records import SPANS, newest_annotations
 from saeflow.query.runs import Run
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
@@ -28,7 +29,7 @@ from saeflow.runtime.text import brief, did_you_mean
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
 
-FEATURE_CLASSES, CLASSES, SPARSE = "feature_classes.parquet", "classes.parquet", "sparse_probes.parquet"
+TABLES = {name: f"{name}.parquet" for name in PROBE_TABLES}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ProbeSettings:
 def find_annotations(store: Store, run: Run, name: str) -> Artefact:
     """Return the annotations of this name of the run's tokens. Raises UserError."""
     tokens = store.input_of(run.artefact, "tokens")
-    there = store.newest_of("annotations", tokens.id)
+    there = newest_annotations(store, tokens.id)
     if name not in there:
         known = did_you_mean(name, there) if there else "There are none yet: saeflow annotate NAME FILE."
         raise UserError(f"The tokens of {run.schema} have no annotations {brief(name)!r}. {known}")
@@ -71,7 +72,7 @@ def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: i
         if settings.sparse:
             from saeflow.classes.sparse_probes import sparse_table
 
-            tables[SPARSE] = sparse_table(store, run, name, members, settings, threads)
+            tables["sparse_probes"] = sparse_table(store, run, name, members, settings, threads)
         inputs = [run.artefact.id, annotations.id]
         with target.publish_folder(facts, inputs, {"seconds": time.monotonic() - began}) as folder:
             write_tables(folder, tables)
@@ -87,7 +88,7 @@ def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[s
 
 def read_spans(annotations: Artefact, wanted: Sequence[str] = ()) -> Spans:
     """Return the spans of annotations, of all classes or of the wanted ones. Raises UserError for unknown classes."""
-    table = pq.read_table(annotations.own_file("spans.parquet"), columns=["class", "first_token_id", "last_token_id"])
+    table = pq.read_table(annotations.own_file(SPANS), columns=["class", "first_token_id", "last_token_id"])
     column = table.column("class").combine_chunks().dictionary_encode()
     names = column.dictionary.to_pylist()
     for each in wanted:
@@ -114,12 +115,15 @@ def members_of(store: Store, run: Run, spans: Spans) -> Membership:
 def score_tables(
     run: Run, name: str, members: Membership, settings: ProbeSettings, threads: int = 0
 ) -> dict[str, pa.Table]:
-    """Return the tables of the figures, by file."""
+    """Return the tables of the figures, by name."""
     files = ValueFiles.of(run)
     scores = score(files, members, threads)
     weights = draw_documents(members.n_documents, settings.seed, settings.replicates)
     found = intervals(files, members, scores, settings.n_best, weights, threads)
-    return {FEATURE_CLASSES: _pair_table(name, members, scores, found), CLASSES: _class_table(name, members)}
+    return {
+        "feature_classes": _pair_table(name, members, scores, found),
+        "class_sizes": _class_table(name, members),
+    }
 
 
 def _pair_table(name: str, members: Membership, scores: Scores, found: Intervals) -> pa.Table:
@@ -129,8 +133,8 @@ def _pair_table(name: str, members: Membership, scores: Scores, found: Intervals
     for figure in FIGURES:
         arrays[figure] = getattr(scores, figure)
         arrays |= {f"{figure}_low": found.low[figure], f"{figure}_high": found.high[figure]}
-    names = ("average_precision", "threshold", "precision", "recall", "lift", "correlation", "t", "p", "q")
-    arrays |= {figure: getattr(scores, figure) for figure in names}
+    others = ("average_precision", "threshold", "precision", "recall", "lift", "correlation", "t", "p", "q")
+    arrays |= {figure: getattr(scores, figure) for figure in others}
     columns: dict[str, pa.Array] = {
         "annotation": _repeated([name], len(live) * n_classes),
         "class": _repeated(members.classes, len(live)),
@@ -138,7 +142,8 @@ def _pair_table(name: str, members: Membership, scores: Scores, found: Intervals
         "n_fires": pa.array(np.tile(scores.fires[live], n_classes)),
     }
     columns |= {key: pa.array(array[live].T.ravel(), from_pandas=True) for key, array in arrays.items()}
-    return pa.table(columns).cast(PAIRS)
+    names = PROBE_TABLES["feature_classes"].names
+    return pa.table({name: columns[name] for name in names})
 
 
 def _class_table(name: str, members: Membership) -> pa.Table:
@@ -149,7 +154,7 @@ def _class_table(name: str, members: Membership) -> pa.Table:
         "n_documents": (members.document_classes > 0).sum(0),
         "share": members.class_tokens / members.n_tokens,
     }
-    return pa.table(columns)
+    return pa.table(columns, PROBE_TABLES["class_sizes"])
 
 
 def _repeated(names: Sequence[str], each: int) -> pa.DictionaryArray:
@@ -157,19 +162,32 @@ def _repeated(names: Sequence[str], each: int) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(list(names), pa.string()))
 
 
-_NAME = pa.dictionary(pa.int32(), pa.string())
-PAIRS = pa.schema(
-    {"annotation": _NAME, "class": _NAME, "feature_id": pa.int32(), "n_fires": pa.int64(), "n_both": pa.int64()}
-    | {f"{figure}{end}": pa.float64() for figure in FIGURES for end in ("", "_low", "_high")}
-    | dict.fromkeys(("average_precision", "threshold", "precision", "recall", "lift", "correlation", "t", "p", "q"), pa.float64())
-)
-
-
 def write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
-    for file, table in tables.items():
+    for name, table in tables.items():
         split = [field.name for field in table.schema if pa.types.is_floating(field.type)]
-        texts = [field.name for field in table.schema if field.name not in split]
+        others = [field.name for field in table.schema if field.name not in split and field.name != "dimensions"]
         pq.write_table(
-            table.replace_schema_metadata(), folder / file, compression="zstd", row_group_size=122_880,
-            use_dictionary=texts, column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"), store_schema=False,
+            table.replace_schema_metadata(), folder / TABLES[name], compression="zstd", row_group_size=122_880,
+            use_dictionary=others, column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"), store_schema=False,
         )  # fmt: skip
+
+
+def read_table(made: Artefact, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a table of a probe."""
+    return pq.read_table(made.own_file(TABLES[name])).to_pylist()
+
+
+def best_of_each_class(made: Artefact) -> list[dict[str, Any]]:
+    """Return for each class its size and the figures of the feature with the largest AUROC, the lower of equal ones.
+
+    The figures are None if no feature fires in the class.
+    """
+    rows = []
+    for size in read_table(made, "class_sizes"):
+        wanted = [("class", "=", size["class"]), ("n_both", ">", 0)]
+        found = pq.read_table(made.own_file(TABLES["feature_classes"]), filters=wanted)
+        order = [("auroc", "descending"), ("feature_id", "ascending")]
+        best = found.sort_by(order).slice(0, 1).to_pylist() if len(found) else []
+        nothing = dict.fromkeys(PROBE_TABLES["feature_classes"].names)
+        rows.append(nothing | (best[0] if best else {}) | size)
+    return rows

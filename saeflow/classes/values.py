@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,5 +138,4 @@ def cut_features(
     while (first := firsts[-1]) < n_features:
         last = int(np.searchsorted(before, before[first] + block_values, side="right")) - 1
         firsts.append(max(first + 1, min(last, n_features)))
-    return [(a, b - 1) for a, b in zip(firsts, firsts[1:], strict=False)]
-
+    return [(a, b - 1) for a, b in itertools.pairwise(firsts)]

@@ -77,8 +77,12 @@ def timed(folder: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         probing.write_tables(Path(place), tables)
         took["seconds"] = time.perf_counter() - began
-        pairs = pq.read_table(f"{place}/{probing.FEATURE_CLASSES}", columns=["class", "feature_id", "auroc"])
-    first = pairs.sort_by([("auroc", "descending")]).group_by("class", use_threads=False).aggregate([("feature_id", "first")])
+        pairs = pq.read_table(f"{place}/feature_classes.parquet", columns=["class", "feature_id", "auroc"])
+    first = (
+        pairs.sort_by([("auroc", "descending")])
+        .group_by("class", use_threads=False)
+        .aggregate([("feature_id", "first")])
+    )
     best = dict(zip(first["class"].to_pylist(), first["feature_id_first"].to_pylist(), strict=True))
     print(json.dumps(took | {"bytes": peak_bytes(), "rows": len(pairs), "best": [best[name] for name in names]}))
 

@@ -27,7 +27,11 @@ def test_intervals_are_those_of_repeated_documents(tmp_path, signed):
         drawn = {name: [] for name in intervals.FIGURES}
         for replicate in range(weights.shape[1]):
             rows = np.concatenate(
-                [np.flatnonzero(documents == d) for d, n in zip(ids, weights[:, replicate], strict=True) for _ in range(n)]
+                [
+                    np.flatnonzero(documents == d)
+                    for d, n in zip(ids, weights[:, replicate], strict=True)
+                    for _ in range(n)
+                ]
             )
             v, y = values[rows, f], classes[rows, c]
             drawn["auroc"].append(roc_auc_score(y, v))

@@ -23,7 +23,7 @@ N_TOKENS, N_FEATURES, N_CLASSES = 900, 12, 70
 def spans_of(classes: np.ndarray, first: int) -> Spans:
     """Spans of a table (tokens, classes) of membership."""
     padded = np.pad(classes.astype(int), ((1, 1), (0, 0)))
-    begins, ends = (np.argwhere(np.diff(padded, axis=0).T == sign) for sign in (1, -1))
+    begins, ends = (np.argwhere(sign == np.diff(padded, axis=0).T) for sign in (1, -1))
     names = tuple(f"class {c}" for c in range(classes.shape[1]))
     return Spans(names, begins[:, 0], begins[:, 1] + first, ends[:, 1] + first - 1)
 
