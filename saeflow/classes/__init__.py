@@ -12,5 +12,6 @@ ranking      kernels that rank values and count classes along the ranks
 scores       every feature against every class: AUROC, F1 and others, with p and q by documents
 intervals    bootstrap intervals by document
 probing      the artefact of these figures
+samples      sampled tokens of classes, and what features, neurons and random directions give there
 sparse_probes  logistic regressions on k features, k neurons, or k random directions
 """

@@ -127,19 +127,12 @@ def _replicates(
         keys >>= np.uint64(32)
     codes, documents, values = entries.codes[rows][order], entries.documents[rows][order], values[order]
     for c in classes:
-        has = _sets_with(members, c)
+        has = members.sets_with(c)
         drawn = [np.full((len(FIGURES), each.shape[1]), np.nan) for each in lanes]
         inside, threshold = has[codes], np.float32(scores.threshold[f, c])
         for each, of_class, of_all, figures in zip(lanes, in_class, every, drawn, strict=True):
             count_replicates(keys, values, documents, inside, each, of_class[:, c].copy(), of_all, threshold, figures)
         yield np.concatenate(drawn, axis=1)
-
-
-def _sets_with(members: Membership, c: int) -> NDArray[np.bool_]:
-    has = np.zeros(len(members.set_starts) - 1, bool)
-    owners = np.repeat(np.arange(len(has)), np.diff(members.set_starts))
-    has[owners[members.set_classes == c]] = True
-    return has
 
 
 Lanes = NDArray[np.int32]

@@ -67,12 +67,12 @@ class Membership:
         """(classes,) counted tokens."""
         return np.asarray(self.document_classes.sum(0), np.int64)
 
-    def members(self, token_ids: Ints, number: int) -> NDArray[np.bool_]:
-        """Return bool (n,): True at counted tokens of the class of this number."""
+    def sets_with(self, number: int) -> NDArray[np.bool_]:
+        """Return bool, by code: True if the set holds the class of this number."""
         has = np.zeros(len(self.set_starts) - 1, bool)
-        for code in range(len(has)):
-            has[code] = number in self.set_classes[self.set_starts[code] : self.set_starts[code + 1]]
-        return np.asarray(has[self.codes[token_ids - self.first_token]])
+        owners = np.repeat(np.arange(len(has)), np.diff(self.set_starts))
+        has[owners[self.set_classes == number]] = True
+        return has
 
 
 def membership(spans: Spans, token_ids: Ints, document_ids: Ints) -> Membership:

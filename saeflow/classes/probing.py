@@ -72,7 +72,7 @@ def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: i
         if settings.sparse:
             from saeflow.classes.sparse_probes import sparse_table
 
-            tables["sparse_probes"] = sparse_table(store, run, name, members, settings, threads)
+            tables["sparse_probes"] = sparse_table(store, run, name, members, settings.seed, threads)
         inputs = [run.artefact.id, annotations.id]
         with target.publish_folder(facts, inputs, {"seconds": time.monotonic() - began}) as folder:
             write_tables(folder, tables)

@@ -88,8 +88,8 @@ def rank_keys(bits: Ids, items: Codes, keys: Keys, spare: Keys) -> tuple[int, in
 
 @compiled
 def _add_by_document(
-    values: Floats, codes: Codes, documents: Ids, mean: float, set_starts: Offsets, set_classes: Classes, shares: Doubles,
-    expected: Doubles, inside: Doubles, n_both: Offsets, sums_in: Doubles, squares: Doubles,
+    values: Floats, codes: Codes, documents: Ids, mean: float, set_starts: Offsets, set_classes: Classes,
+    shares: Doubles, expected: Doubles, inside: Doubles, n_both: Offsets, sums_in: Doubles, squares: Doubles,
 ) -> None:  # fmt: skip
     """Count the feature's tokens in each class, add up their values, and the squares of what each document adds.
 
@@ -117,7 +117,10 @@ def _add_by_document(
 
 @compiled
 def _mark_ties(keys: Keys, offset: int, above: Offsets, upon: Offsets) -> None:
-    """Write for each entry how many tokens lie above its tie, and how many above the tie's end; `offset` come before."""
+    """Write for each entry how many tokens lie above its tie, and how many above the tie's end.
+
+    `offset` tokens lie above the first entry.
+    """
     start = 0
     for i in range(len(keys)):
         if keys[i] >> np.uint64(32) != keys[start] >> np.uint64(32):

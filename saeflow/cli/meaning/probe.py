@@ -51,7 +51,6 @@ def probe_command(
     catalog.write_catalog(opened)
     if not quiet:
         _show(made, sparse)
-    return
 
 
 def _show(made: Artefact, sparse: bool) -> None:
