@@ -63,6 +63,28 @@ LABELS = pa.schema({"feature_id": _ID, "label": pa.string(), "source": pa.string
 SPANS = pa.schema({"class": pa.string(), "document_id": _N, "first_token_id": _N, "last_token_id": _N})
 """Annotations: unbroken spans of tokens that have a class, both ends included."""
 
+_FIGURES = (
+    "auroc", "auroc_low", "auroc_high", "average_precision", "f1", "f1_low", "f1_high", "threshold", "precision",
+    "recall", "lift", "correlation", "t", "p", "q",
+)  # fmt: skip
+
+PROBE_TABLES: dict[str, pa.Schema] = {
+    "feature_classes": pa.schema(
+        {"annotation": pa.string(), "class": pa.string(), "feature_id": _ID, "n_fires": _N, "n_both": _N}
+        | dict.fromkeys(_FIGURES, pa.float64())
+    ),
+    "class_sizes": pa.schema(
+        {"annotation": pa.string(), "class": pa.string(), "n_tokens": _N, "n_documents": _N, "share": pa.float64()}
+    ),
+    "sparse_probes": pa.schema(
+        {
+            "annotation": pa.string(), "class": pa.string(), "basis": pa.string(), "k": _ID, "auroc": pa.float64(),
+            "f1": pa.float64(), "n_train": _N, "n_test": _N, "dimensions": pa.list_(_ID),
+        }
+    ),
+}  # fmt: skip
+"""One file each in a probe: each feature of a run against each class of annotations."""
+
 VALUES: dict[str, pa.Schema] = {
     "feature_major": pa.schema({"feature_id": _ID, "token_id": _N, "value": pa.float32()}),
     "token_major": pa.schema({"token_id": _N, "feature_id": _ID, "value": pa.float32()}),

@@ -180,6 +180,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
     shown = _shown_parts(artefact, generation)
     files = _files_by_table(artefact, shown, tokens, generation.parts)
     files["training_log"] = run_records.log_of(run_records.ancestors(store, artefact))
+    files |= run_records.probe_files(store, artefact.id)
     _refuse_damage(store, artefact, tokens, files)
     quality = artefact.path / "quality.json"
     n_tokens = sum(part.counts.get("n_tokens", 0) for part in shown) or generation.total("n_tokens")

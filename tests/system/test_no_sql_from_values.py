@@ -22,10 +22,31 @@ _SQL = re.compile(
     r"|\bcopy\b.* to |\binsert into\b|\bbetween\b|\bnot in\b|\bin \(|::|read_parquet|read_csv|\bexplain \(|\bwhere\b"
     r"|\bunion all\b"
 )
-_MAKERS_OF_SQL = ("query/", "corpus/", "runtime/sql", "features/", "cli/render", "activations/tables")
+_MAKERS_OF_SQL = ("query/", "corpus/", "runtime/sql", "features/", "classes/", "cli/render", "activations/tables")
 _TYPED = {"literal", "whole", "identifier"}
 
 PUT_IN = {
+    "classes/annotations.py": {
+        "every": "made by places.islands, of names of columns in the code",
+        "merged": "made by places.islands, of names of columns in the code",
+        "counts": "a constant",
+    },
+    "classes/places.py": {
+        "last": "a name of a column in the code",
+        "_OWNED": "a constant",
+        "rows": "a name or constant of the caller's code",
+        "first": "a name of a column in the code",
+        "same": "names of columns in the code",
+        "merged": "made by islands, of names of columns in the code",
+        "order": "made here, of names of columns in the code",
+    },
+    "classes/tables.py": {
+        "path": "a literal",
+        "written['class']": "an identifier",
+        "written[name]": "an identifier",
+        "given": "made here, of an identifier",
+        "cell": "made here, of an identifier",
+    },
     "query/ask.py": {
         "chosen.name": "the name of a file of sql/marts, looked up",
         "call": "as many question marks as there are parameters",
@@ -97,6 +118,8 @@ PUT_IN = {
         "_read_files(paths, _HIVE)": "literals",
         "_read_files(lacking)": "literals",
         "_no_rows(VALUES[order])": "a schema in the code",
+        "_no_rows(SPANS)": "a schema in the code",
+        "_read_files([path])": "literals",
         "_TYPES[field.type]": "a constant",
         "field.name": "a name of a schema in the code",
         "rows": "made here, of literals",
@@ -110,6 +133,10 @@ PUT_IN = {
 }
 
 RUN = {
+    "classes/annotations.py": {"sql": "constants, and names of columns in the code"},
+    "classes/characters.py": {"sql": "a constant"},
+    "classes/places.py": {"sql": "a constant of this file", "statement": "one of the constant _TABLES"},
+    "classes/tables.py": {"sql": "a constant", "_reading(file)": "a literal in one of two constants"},
     "query/ask.py": {"sql": "judged, or made of a question's name and question marks"},
     "query/connection.py": {"sql": "a file of sql/checks", "statement": "what catalog.definitions yields"},
     "query/kept_catalog.py": {"statement": "what catalog.upon_sources yields"},
