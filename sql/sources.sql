@@ -83,6 +83,9 @@ select feature_id, vocab_id, logit from $logits;
 create or replace view src_labels as
 select feature_id, label, stored.source, score from $labels as stored;
 
+create or replace view src_rules as
+select feature_id, rule, kind, "precision", recall, score from $rules;
+
 create or replace view src_runs as
 select unnest($runs, recursive := true);
 
