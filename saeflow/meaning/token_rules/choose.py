@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from saeflow.meaning.token_rules import counting
 from saeflow.meaning.token_rules.counting import MOST_KEYS, PRICE, Counts, Firings, Unions
 from saeflow.meaning.token_rules.families import Family
-from saeflow.meaning.token_rules.hashing import HELD_OUT, TRAINING, Ids, Sides
+from saeflow.meaning.token_rules.hashing import HELD_OUT, Ids, Sides
 from saeflow.meaning.token_rules.token_table import TokenTable
 from saeflow.runtime.threads import in_parallel
 
@@ -89,19 +89,20 @@ class Chooser:
 
     def rules(self, features: Sequence[int], firings: Firings) -> list[Rule]:
         """Return the best rule of each of these features, whose firings are given in their order."""
-        chunk = _Chunk(np.array(features), firings, counting.choose_levels(firings, self.table.levels))
+        levels, sides = self.table.levels, self.table.sides
+        samples, n_training = counting.choose_samples(firings, levels)
+        chosen_on = counting.select_firings(firings, levels, samples + np.uint8(1), counting.N_LEVELS)
+        tested_on = counting.select_firings(firings, sides, np.full(len(features), HELD_OUT, np.uint8), HELD_OUT)
+        chunk = _Chunk(np.array(features), chosen_on, samples)
         first = self._first_kind(chunk)
         second = self._second_kind(chunk, first)
-        counts = self._measured(chunk, first, second)
-        n_training = counting.count_side(firings, self.table.sides, TRAINING)
+        counts = self._measured(_Chunk(chunk.ids, tested_on, samples), first, second)
         return [
             Rule(feature, *self._worded(i, first, second), Counted(*counts[i].tolist()), int(n_training[i]))
             for i, feature in enumerate(features)
         ]
 
-    def _unions(
-        self, chunk: _Chunk, family: Family, first: Family | None = None, chosen: Ids | None = None
-    ) -> Unions:
+    def _unions(self, chunk: _Chunk, family: Family, first: Family | None = None, chosen: Ids | None = None) -> Unions:
         """Find the best unions for these features, alone or beside the chosen keys of a first family."""
         n = len(chunk.ids)
         found = Unions(np.full((n, MOST_KEYS), -1, np.int32), np.zeros(n))
@@ -151,7 +152,7 @@ class Chooser:
             a, b = self.families[pair[0]], self.families[pair[1]]
             found = np.zeros((len(at), 3), np.int64)
             counting.measure(
-                chunk.at(at).firings, self.table.sides, HELD_OUT, a.keys, first.keys[at], *a.index, b.keys,
+                chunk.at(at).firings, self.table.sides, a.keys, first.keys[at], *a.index, b.keys,
                 second.keys[at], *b.index, found,
             )  # fmt: skip
             out[at] = found

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, TRAINING, Ids, Places, Sides, mixed_number
+from saeflow.meaning.token_rules.hashing import HELD_OUT, LEAST_FIRINGS, TRAINING, Ids, Places, Sides, mixed_number
 from saeflow.sae.kernels import compiled
 
 Counts = NDArray[np.int64]
@@ -75,20 +75,45 @@ def count_training(keys: Ids, levels: Sides, out: Ids) -> None:
 
 
 @compiled
-def choose_levels(firings: Firings, levels: Sides) -> Sides:
-    """Return for each feature the first sample in which it has at most MOST_FIRINGS training firings, or the last."""
+def choose_samples(firings: Firings, levels: Sides) -> tuple[Sides, Counts]:
+    """Return for each feature the first sample with at most MOST_FIRINGS training firings, or the last.
+
+    Also return (F,) how many training firings there are in all.
+    """
     starts, ends, token_ids = firings
-    found = np.zeros(len(starts), np.uint8)
+    found, n_training = np.zeros(len(starts), np.uint8), np.zeros(len(starts), np.int64)
     counts = np.zeros(N_LEVELS + 1, np.int64)
     for f in range(len(starts)):
         counts[:] = 0
         for i in range(starts[f], ends[f]):
             counts[levels[token_ids[i]]] += 1
-        n_fired = counts[1:].sum()
+        n_training[f] = counts[1:].sum()
+        n_fired = n_training[f]
         while n_fired > MOST_FIRINGS and found[f] < N_LEVELS - 1:
             n_fired -= counts[found[f] + 1]
             found[f] += 1
-    return found
+    return found, n_training
+
+
+@compiled
+def select_firings(firings: Firings, groups: Sides, least: Sides, most: int) -> Firings:
+    """Return only the firings at tokens whose group is from `least` (F,) to `most`."""
+    starts, ends, token_ids = firings
+    new_starts, new_ends = np.empty_like(starts), np.empty_like(ends)
+    n_kept = 0
+    for f in range(len(starts)):
+        for i in range(starts[f], ends[f]):
+            n_kept += least[f] <= groups[token_ids[i]] <= most
+    kept = np.empty(n_kept, np.int32)
+    at = 0
+    for f in range(len(starts)):
+        new_starts[f] = at
+        for i in range(starts[f], ends[f]):
+            if least[f] <= groups[token_ids[i]] <= most:
+                kept[at] = token_ids[i]
+                at += 1
+        new_ends[f] = at
+    return Firings(new_starts, new_ends, kept)
 
 
 @compiled
@@ -109,15 +134,19 @@ def collect(
 
 
 @compiled
-def index_keys(keys: Ids, starts: Places, token_ids: Ids) -> None:
-    """List the tokens of each key: key k has `token_ids[starts[k]:starts[k + 1]]`. `starts` (K + 1) holds zeros."""
+def index_keys(keys: Ids, order: Ids, starts: Places, token_ids: Ids) -> None:
+    """List the tokens of each key in this order: key k has `token_ids[starts[k]:starts[k + 1]]`.
+
+    `starts` (K + 1) holds zeros.
+    """
     for t in range(len(keys)):
         if keys[t] >= 0:
             starts[keys[t] + 1] += 1
     for k in range(len(starts) - 1):
         starts[k + 1] += starts[k]
     at = starts.copy()
-    for t in range(len(keys)):
+    for i in range(len(order)):
+        t = order[i]
         if keys[t] >= 0:
             token_ids[at[keys[t]]] = t
             at[keys[t]] += 1
@@ -163,9 +192,9 @@ def best_unions(
 ) -> None:  # fmt: skip
     """Find for each feature the union of at most MOST_KEYS keys with the best F1 on training tokens, less its price.
 
-    `samples` (F,) says which sample a feature is looked at in. `keys` (n,) are a family, and `sizes` (N_LEVELS, K) count
-    the training tokens of each key. `allowed` (F, A) names the only keys that
-    a feature may have, unless A is 0. The union adds to the keys `first_chosen` (F, C) of another family, if C is not 0:
+    `samples` (F,) says which sample the firings of a feature are from; others are not among them. `keys` (n,) are a
+    family, and `sizes` (N_LEVELS, K) count the training tokens of each key. `allowed` (F, A) names the only keys that a
+    feature may have, unless A is 0. The union adds to the keys `first_chosen` (F, C) of another family, if C is not 0:
     `first_keys` (n,) are that family, and `index_keys` made its lists.
 
     A union of disjoint keys has F1 = 2 hits / (firings + size). Dinkelbach's method (1967) maximises such a ratio: for
@@ -182,8 +211,6 @@ def best_unions(
         sample = samples[f]
         for i in range(starts[f], ends[f]):
             t = token_ids[i]
-            if levels[t] <= sample:
-                continue
             fired += 1
             if adds and _is_among(first_keys[t], first_chosen[f]):
                 first_hits += 1
@@ -201,10 +228,11 @@ def best_unions(
                     continue
                 for i in range(index_starts[k1], index_starts[k1 + 1]):
                     t = index_tokens[i]
-                    if levels[t] > sample:
-                        first_size += 1
-                        if keys[t] >= 0:
-                            lost[keys[t]] += 1
+                    if levels[t] <= sample:
+                        break
+                    first_size += 1
+                    if keys[t] >= 0:
+                        lost[keys[t]] += 1
         n_kept, bound = 0, 2.0 * first_hits / max(1, fired + first_size)
         for i in range(n_met):
             k = met[i]
@@ -245,47 +273,38 @@ def best_unions(
                 if k1 < 0:
                     continue
                 for i in range(index_starts[k1], index_starts[k1 + 1]):
-                    if levels[index_tokens[i]] > sample and keys[index_tokens[i]] >= 0:
+                    if levels[index_tokens[i]] <= sample:
+                        break
+                    if keys[index_tokens[i]] >= 0:
                         lost[keys[index_tokens[i]]] = 0
 
 
 @compiled
 def measure(
-    firings: Firings, sides: Sides, side: int, first_keys: Ids, first_chosen: Ids, index_starts: Places,
-    index_tokens: Ids, keys: Ids, chosen: Ids, index_starts_2: Places, index_tokens_2: Ids, out: Counts,
+    firings: Firings, sides: Sides, first_keys: Ids, first_chosen: Ids, index_starts: Places, index_tokens: Ids,
+    keys: Ids, chosen: Ids, index_starts_2: Places, index_tokens_2: Ids, out: Counts,
 ) -> None:  # fmt: skip
-    """Count on one side, for each feature: its firings, the tokens in its rule, and both. `out` is (F, 3).
+    """Count for each feature its held-out firings, the held-out tokens in its rule, and both. `out` is (F, 3).
 
-    A token is in the rule if its key of either family is chosen.
+    `firings` are held-out ones. A token is in the rule if its key of either family is chosen. Lists of keys have their
+    held-out tokens at their ends.
     """
     starts, ends, token_ids = firings
     for f in range(len(starts)):
+        out[f, 0] += ends[f] - starts[f]
         for i in range(starts[f], ends[f]):
             t = token_ids[i]
-            if sides[t] == side:
-                out[f, 0] += 1
-                out[f, 2] += _is_among(first_keys[t], first_chosen[f]) or _is_among(keys[t], chosen[f])
-        for j in range(first_chosen.shape[1]):
+            out[f, 2] += _is_among(first_keys[t], first_chosen[f]) or _is_among(keys[t], chosen[f])
+        for j in range(MOST_KEYS):
             k = first_chosen[f, j]
-            if k < 0:
-                continue
-            for i in range(index_starts[k], index_starts[k + 1]):
-                out[f, 1] += sides[index_tokens[i]] == side
-        for j in range(chosen.shape[1]):
+            if k >= 0:
+                i = index_starts[k + 1] - 1
+                while i >= index_starts[k] and sides[index_tokens[i]] == HELD_OUT:
+                    out[f, 1] += 1
+                    i -= 1
             k = chosen[f, j]
-            if k < 0:
-                continue
-            for i in range(index_starts_2[k], index_starts_2[k + 1]):
-                t = index_tokens_2[i]
-                out[f, 1] += sides[t] == side and not _is_among(first_keys[t], first_chosen[f])
-
-
-@compiled
-def count_side(firings: Firings, sides: Sides, side: int) -> Counts:
-    """Return (F,) at how many tokens of one side each feature fires."""
-    starts, ends, token_ids = firings
-    found = np.zeros(len(starts), np.int64)
-    for f in range(len(starts)):
-        for i in range(starts[f], ends[f]):
-            found[f] += sides[token_ids[i]] == side
-    return found
+            if k >= 0:
+                i = index_starts_2[k + 1] - 1
+                while i >= index_starts_2[k] and sides[index_tokens_2[i]] == HELD_OUT:
+                    out[f, 1] += not _is_among(first_keys[index_tokens_2[i]], first_chosen[f])
+                    i -= 1

@@ -10,7 +10,7 @@ import duckdb
 import numpy as np
 
 from saeflow.meaning.token_rules import firings, stored, token_table
-from saeflow.meaning.token_rules.choose import Chooser
+from saeflow.meaning.token_rules.choose import Chooser, Rule
 from saeflow.meaning.token_rules.families import make_families
 from saeflow.meaning.token_rules.firings import count_firings, plan_chunks, read_firings
 from saeflow.meaning.token_rules.hashing import Ids
@@ -112,18 +112,19 @@ class _Work:
                 bar.advance(len(chunk))
         return table.split
 
-    def _save(self, rules: Sequence[stored.Rule], dead: Sequence[int] = ()) -> None:
+    def _save(self, rules: Sequence[Rule], dead: Sequence[int] = ()) -> None:
         stored.save(self.store, self.sae, self.state, rules, dead)
         if stored.state_of(self.store, self.run.artefact) != self.state:
             stored.remove_outdated(self.store)
             raise UserError(
-                f"{self.run.artefact.id} has changed meanwhile. Run the same command again to explain what it holds now."
+                f"{self.run.artefact.id} has changed meanwhile. Run the same command again to explain it as it is now."
             )
 
     def _promoted(self) -> Ids:
         """Return (F, A) the entries that each feature makes the model say, -1 where there are fewer."""
         rows = self.connection.execute(
-            "select feature_id, vocab_id, row_number() over (partition by feature_id order by logit desc, vocab_id) - 1 "
+            "select feature_id, vocab_id, "
+            "row_number() over (partition by feature_id order by logit desc, vocab_id) - 1 as place "
             "from stg_logits where logit > 0"
         ).fetchnumpy()
         features, entries, places = (np.ma.getdata(column).astype(np.int64) for column in rows.values())

@@ -35,12 +35,15 @@ class Family:
     """(n,): -1 for tokens in no rule of the family."""
     sizes: Ids
     """(N_LEVELS, K): training tokens of each key, in each sample."""
+    order: Ids
+    """(n,): `TokenTable.order`."""
     say: Callable[[Sequence[int]], str]
     """Word the rule of some keys."""
     price: float = 0.0
     """F1 on training documents that the family must be ahead of a simpler one."""
     is_next: bool = False
     """True if keys are the next token's entries, so that a feature may have only those it makes the model say."""
+
     @property
     def may_be_second(self) -> bool:
         """True if it may be joined to a rule of another kind: only short rules may."""
@@ -51,7 +54,7 @@ class Family:
         """The tokens of each key: see `counting.index_keys`."""
         starts = np.zeros(self.sizes.shape[1] + 1, np.int64)
         token_ids = np.empty(int(np.count_nonzero(self.keys >= 0)), np.int32)
-        counting.index_keys(self.keys, starts, token_ids)
+        counting.index_keys(self.keys, self.order, starts, token_ids)
         return starts, token_ids
 
 
@@ -70,7 +73,7 @@ def _family(
 ) -> Family:  # fmt: skip
     sizes = np.zeros((N_LEVELS, n_keys), np.int32)
     counting.count_training(keys, table.levels, sizes)
-    return Family(kind, keys, sizes, say, price, is_next)
+    return Family(kind, keys, sizes, table.order, say, price, is_next)
 
 
 def _by_entry(table: TokenTable, codes: Ids) -> Ids:
@@ -94,7 +97,12 @@ def _of_the_token(table: TokenTable) -> list[Maker]:
     def parts(cut: Callable[[str], str | None], kind: str, template: str) -> Family:
         codes, texts = shapes.numbered(map(cut, table.pieces))
         return _family(
-            table, kind, _by_entry(table, codes), len(texts), lambda keys: template + either([quoted(texts[k]) for k in keys]), 0.005
+            table,
+            kind,
+            _by_entry(table, codes),
+            len(texts),
+            lambda keys: template + either([quoted(texts[k]) for k in keys]),
+            0.005,
         )
 
     def after(back: int, template: str, price: float) -> Family:
@@ -168,7 +176,12 @@ def _of_ngrams(table: TokenTable) -> list[Maker]:
             return quoted(_text(table, int(examples[key]), n, 1))
 
         return _family(
-            table, "after n-gram", keys, len(examples), lambda keys: "after " + either(list(map(one, keys))), 0.01 * (n - 1)
+            table,
+            "after n-gram",
+            keys,
+            len(examples),
+            lambda keys: "after " + either(list(map(one, keys))),
+            0.01 * (n - 1),
         )
 
     found: list[Maker] = [lambda n=n: here(n) for n in range(2, LONGEST_NGRAM + 1)]  # type: ignore[misc]
@@ -214,7 +227,12 @@ def _of_words(table: TokenTable) -> list[Maker]:
             return quoted(_text(table, token, token - start_of(end), token - end))
 
         return _family(
-            table, "after word", keys, len(examples), lambda keys: "in the word after " + either(list(map(one, keys))), 0.01
+            table,
+            "after word",
+            keys,
+            len(examples),
+            lambda keys: "in the word after " + either(list(map(one, keys))),
+            0.01,
         )
 
     return [word, word_before]
@@ -233,10 +251,18 @@ def _of_places(table: TokenTable) -> list[Maker]:
     n = len(edges)
     found: list[Maker] = [
         lambda: _family(
-            table, "position", banded(positions), n, lambda keys: "position " + either(list(map(name, keys))) + " of a sequence"
+            table,
+            "position",
+            banded(positions),
+            n,
+            lambda keys: "position " + either(list(map(name, keys))) + " of a sequence",
         ),
         lambda: _family(
-            table, "place", banded(table.places), n, lambda keys: "token " + either(list(map(name, keys))) + " of a document"
+            table,
+            "place",
+            banded(table.places),
+            n,
+            lambda keys: "token " + either(list(map(name, keys))) + " of a document",
         ),
     ]
     if len(table.sources) > 1:
@@ -268,7 +294,12 @@ def _of_pairs(table: TokenTable) -> list[Maker]:
         keys, examples = _numbered(table, hashes)
         a_of, b_of = a[examples], b[examples]
         return _family(
-            table, kind, keys, len(examples), lambda keys: either([one(int(a_of[k]), int(b_of[k])) for k in keys]), price
+            table,
+            kind,
+            keys,
+            len(examples),
+            lambda keys: either([one(int(a_of[k]), int(b_of[k])) for k in keys]),
+            price,
         )
 
     def shape_keys() -> Ids:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from saeflow.meaning.token_rules.token_table import Ids
+from saeflow.meaning.token_rules.hashing import Ids
 
 SHAPES = (
     "a line break",

@@ -1,7 +1,7 @@
 """Rules as labels: what `labels/SAE/rules.csv` holds, which rows still hold, and which must go.
 
-A rule may quote the corpus. Each row's `state` therefore says what it was made from: eight digits for the values and the
-method, eight for the documents that were hidden then. Once other documents are hidden, the row is removed.
+A rule may quote the corpus. Each row's `state` therefore says what it was made from: eight digits for the values and
+the method, eight for the documents that were hidden then. `forget` removes rows made when fewer were hidden.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def remove_outdated(store: Store) -> dict[str, int]:
 
 
 def _has_rules(store: Store, sae: str) -> bool:
-    return store.storage.size(store.root / "labels" / sae / f"{RULES}.csv") is not None
+    return store.storage.size(f"{store.root}/labels/{sae}/{RULES}.csv") is not None
 
 
 def _hidden_if_of(store: Store, run: Artefact, sae: str) -> str | None:

@@ -55,6 +55,13 @@ class TokenTable:
         """The samples of training tokens: see `counting.sample_levels`."""
         return sample_levels(self.sides)
 
+    @cached_property
+    def order(self) -> Ids:
+        """Every token: those of small samples first, those that are held out last."""
+        return np.argsort(np.where(self.sides == HELD_OUT, 1, -self.levels.astype(np.int8)), kind="stable").astype(
+            np.int32
+        )
+
     def n_on(self, side: int) -> int:
         return int(np.count_nonzero(self.sides == side))
 
@@ -91,7 +98,7 @@ def _require_memory(n_tokens: int) -> None:
     if needed > available:
         raise UserError(
             f"Rules for {n_tokens:,} tokens take {human_bytes(needed)} of memory; three quarters of this machine's are "
-            f"{human_bytes(available)}.\nTake a larger machine, or explain a run of a share of the corpus (corpus.share)."
+            f"{human_bytes(available)}.\nTake a larger machine, or explain a run of a smaller corpus (corpus.share)."
         )
 
 

@@ -16,7 +16,9 @@ def quoted(text: str) -> str:
     escaped = short.replace("\\", "\\\\").replace('"', '\\"')
     for sign, name in (("\r", "\\r"), ("\n", "\\n"), ("\t", "\\t")):
         escaped = escaped.replace(sign, name)
-    harmless = sanitise("".join(each if each.isprintable() or each in "\u200d" else f"⟨U+{ord(each):04X}⟩" for each in escaped))
+    harmless = sanitise(
+        "".join(each if each.isprintable() or each in "\u200d" else f"⟨U+{ord(each):04X}⟩" for each in escaped)
+    )
     return f'"{harmless}"'
 
 
