@@ -69,9 +69,10 @@ def read_firings(
 
 
 def _batches(connection: duckdb.DuckDBPyConnection, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    sql = (
+    reader = connection.sql(
         "select feature_id, token_id from stg_feature_major "
-        "where feature_id between $1 and $2 and high >= $1 and low <= $2 and value > 0"
-    )
-    for batch in connection.sql(sql, params=[first, last]).to_arrow_reader(1 << 20):
+        "where feature_id between $1 and $2 and high >= $1 and low <= $2 and value > 0",
+        params=[first, last],
+    ).to_arrow_reader(1 << 20)
+    for batch in reader:
         yield batch.column(0).to_numpy(zero_copy_only=False), batch.column(1).to_numpy(zero_copy_only=False)
