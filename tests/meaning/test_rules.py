@@ -30,6 +30,7 @@ from saeflow.query.labels import Label, put
 from saeflow.runtime.errors import UserError
 from saeflow.store.records import Hidden
 from saeflow.store.store import Store
+from tests.conftest import Finished
 from tests.support.command import Command
 from tests.support.small_pipeline import quiet
 from tests.support.small_store import Document, Given
@@ -276,8 +277,9 @@ def test_rules_that_may_quote_a_forgotten_document_are_removed_and_others_stay(s
     assert [row[:2] for row in csv.reader(csv_of(store).read_text().splitlines()[1:])] == [[str(RARE), "by hand"]]
 
 
-def test_forget_removes_the_rules_of_a_real_run_and_says_so(copied: Store) -> None:
-    said: list[str] = []
+def test_forget_removes_the_rules_of_a_real_run_and_says_so(finished: Finished, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", str(finished.store.root), str(tmp_path / "real")], check=True)
+    copied, said = Store.open(tmp_path / "real"), list[str]()
     progress = quiet()
     progress.say = lambda text, verbosity=0: said.append(text)  # type: ignore[method-assign]
     made = explain.explain(copied, None, None, False, quiet(), threads=1)
