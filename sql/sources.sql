@@ -98,6 +98,9 @@ select stored.annotation, stored.class, basis, k, auroc, f1, n_train, n_test, di
 create or replace view src_annotations as
 select stored.annotation, stored.class, document_id, first_token_id, last_token_id from $annotations as stored;
 
+create or replace view src_rules as
+select feature_id, rule, kind, "precision", recall, score from $rules;
+
 create or replace view src_runs as
 select unnest($runs, recursive := true);
 

@@ -58,6 +58,13 @@ RUN_TABLES: dict[str, pa.Schema] = {
 }
 """One file each beside the parts: they follow from the autoencoder and the model alone."""
 
+RULES = pa.schema(
+    {
+        "feature_id": _ID, "rule": pa.string(), "kind": pa.string(), "precision": pa.float64(),
+        "recall": pa.float64(), "score": pa.float64(),
+    }
+)  # fmt: skip
+
 LABELS = pa.schema({"feature_id": _ID, "label": pa.string(), "source": pa.string(), "score": pa.float64()})
 
 SPANS = pa.schema({"class": pa.string(), "document_id": _N, "first_token_id": _N, "last_token_id": _N})

@@ -1,1 +1,4 @@
-"""Explanations of features tested on every firing, and what the model does when one is changed."""
+"""Explanations of features tested on every firing, and what the model does when one is changed.
+
+token_rules  explanations without a language model: the best simple rule for where a feature fires
+"""

@@ -18,7 +18,7 @@ from string import Template
 import duckdb
 
 from saeflow import __version__
-from saeflow.query.labels import labels_relation
+from saeflow.query.labels import labels_relation, rules_relation
 from saeflow.query.relations import identifier, literal, outline, relations, side_by_side, spans_relation
 from saeflow.query.runs import EVERY_RUN, Run, pick_run, runs
 from saeflow.runtime.errors import UserError
@@ -124,6 +124,7 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
     found["annotations"] = spans_relation(run.annotations)
     if run.labels:
         found["labels"] = labels_relation(run.labels)
+        found["rules"] = rules_relation(run.labels) or found["rules"]
     conditions = {"encoded": run.encoded, "skip_reason": run.skip_reason}
     if run.roles:
         chosen = (

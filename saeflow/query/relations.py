@@ -14,7 +14,17 @@ import pyarrow as pa
 
 from saeflow.corpus.token_parts import BLOCK_TOKENS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
-from saeflow.features.schema import LABELS, LEFT_OUT_TABLE, ORDERS, PART_TABLES, PROBE_TABLES, RUN_TABLES, SPANS, VALUES
+from saeflow.features.schema import (
+    LABELS,
+    LEFT_OUT_TABLE,
+    ORDERS,
+    PART_TABLES,
+    PROBE_TABLES,
+    RULES,
+    RUN_TABLES,
+    SPANS,
+    VALUES,
+)
 from saeflow.runtime.text import HOSTILE
 
 Files = Mapping[str, Sequence[str]]
@@ -35,7 +45,7 @@ _LOG = pa.schema(
 )
 """What the log of a training may hold. Which columns it has depends on the settings."""
 
-_OPTIONAL = {**PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **PROBE_TABLES, "labels": LABELS}
+_OPTIONAL = {**PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **PROBE_TABLES, "labels": LABELS, "rules": RULES}
 
 
 def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -> dict[str, str]:

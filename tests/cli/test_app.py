@@ -409,7 +409,7 @@ NAMES = {
     "document_features": ["tales/000"],
     "entry_followers": ["270"],
 }
-MAY_BE_EMPTY = ("feature_labels", "left_out", "annotations")
+MAY_BE_EMPTY = ("feature_labels", "left_out", "annotations", "feature_rules")
 NEEDS_ANNOTATIONS = ("annotated_tokens",)  # tests/classes asks these
 
 
