@@ -83,6 +83,12 @@ select feature_id, vocab_id, logit from $logits;
 create or replace view src_labels as
 select feature_id, label, stored.source, score from $labels as stored;
 
+create or replace view src_effects as
+select * from $effects;
+
+create or replace view src_direct_effects as
+select effect, feature_id, vocab_id, logit from $direct_effects;
+
 create or replace view src_runs as
 select unnest($runs, recursive := true);
 

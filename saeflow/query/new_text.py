@@ -144,6 +144,14 @@ def model_settings(stored: Artefact, given: str = "", remedy: str = _READS_TEXT)
     )
 
 
+def tokens_settings(store: Store, run: Run) -> tuple[TokensConfig, Mapping[str, Any]]:
+    """Return how a run's texts were cut into tokens, and all facts of its tokens."""
+    from saeflow.recipe.data_settings import TokensConfig
+
+    facts = store.input_of(run.artefact, "tokens").record.facts
+    return TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts}), facts
+
+
 class _Reader:
     """A model and an SAE in memory, and what they saw in the last text."""
 
@@ -154,14 +162,12 @@ class _Reader:
         from saeflow.corpus.selection import TokenSelection
         from saeflow.model.load import load_model, load_tokenizer
         from saeflow.model.sites import choose_site
-        from saeflow.recipe.data_settings import TokensConfig
         from saeflow.sae.formats.load import load_sae
 
         tokens, self.stored = store.input_of(run.artefact, "tokens"), store.input_of(run.artefact, "activations")
-        facts = tokens.record.facts
-        self.about = TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts})
+        self.about, facts = tokens_settings(store, run)
         self.tokenizer, self.model = load_tokenizer(config), load_model(config)
-        self.frame = _frame_then(self.tokenizer, facts, self.about)
+        self.frame = frame_then(self.tokenizer, facts, self.about)
         self.vocab = pq.read_table(tokens.own_file("vocab.parquet"), columns=["piece", "bytes"])
         self.site = choose_site(stored_sites(self.stored), run.artefact.fact("site"))
         self.selection = TokenSelection.from_facts(tokens, run.artefact.record.facts)
@@ -235,7 +241,7 @@ def letters_of(pieces: Sequence[bytes]) -> list[str]:
     return letters
 
 
-def _frame_then(tokenizer: Any, facts: Mapping[str, Any], about: TokensConfig) -> Frame:
+def frame_then(tokenizer: Any, facts: Mapping[str, Any], about: TokensConfig) -> Frame:
     """Return the special tokens around the documents of these tokens. An earlier saeflow added BOS alone."""
     from saeflow.corpus.token_parts import Frame, frame_of, special_tokens
     from saeflow.recipe.data_settings import CorpusConfig

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from saeflow.corpus.token_parts import BLOCK_TOKENS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
-from saeflow.features.schema import LABELS, LEFT_OUT_TABLE, ORDERS, PART_TABLES, RUN_TABLES, VALUES
+from saeflow.features.schema import EFFECTS, LABELS, LEFT_OUT_TABLE, ORDERS, PART_TABLES, RUN_TABLES, VALUES
 from saeflow.runtime.text import HOSTILE
 
 Files = Mapping[str, Sequence[str]]
@@ -25,6 +25,7 @@ _BY_NAME = r"regexp_extract(filename, '/low=(\d+)/high=(\d+)/[^/]*$', {})::bigin
 _TYPES = {
     pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
     pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
+    pa.list_(pa.int32()): "integer[]", pa.list_(pa.float32()): "float[]",
 }  # fmt: skip
 _LOG = pa.schema(
     [
@@ -35,7 +36,7 @@ _LOG = pa.schema(
 )
 """What the log of a training may hold. Which columns it has depends on the settings."""
 
-_OPTIONAL = {**PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, "labels": LABELS}
+_OPTIONAL = {**PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, "labels": LABELS, **EFFECTS}
 
 
 def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -> dict[str, str]:

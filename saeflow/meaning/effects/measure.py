@@ -181,8 +181,8 @@ class _Work:
         with self.target.publish_folder(about, self._inputs(), {"model": self.config.path}) as folder:
             sort_into(folder / EFFECTS_FILE, parts, "feature_id, token_id, ahead", self.folder)
             direct = direct_logits(
-                *entries_moved(folder / EFFECTS_FILE), loaded.sae.W_dec, loaded.model, loaded.place.target,
-                loaded.n_vocab,
+                self.target.name, entries_moved(folder / EFFECTS_FILE), loaded.sae.W_dec, loaded.model,
+                loaded.place.target, loaded.n_vocab,
             )  # fmt: skip
             write_parquet(folder / DIRECT_FILE, direct)
         remove(self.folder)
@@ -203,7 +203,7 @@ class _Work:
             self.progress.say("effects: no layer after the site reads earlier tokens, so later tokens cannot change")
         running = chosen.kind(loaded.model, place.read, place.target, lambda x: unit_lengths(sae, x))
         measurer = PartMeasurer(
-            running, sae, self.change, dict(zip(self.features, self.strengths.levels, strict=True)),
+            running, sae, self.target.name, self.change, dict(zip(self.features, self.strengths.levels, strict=True)),
             loaded.context_length, n_positions, self.settings.top, loaded.n_vocab,
         )  # fmt: skip
         with contextlib.closing(running), pq.ParquetFile(drawn) as file:

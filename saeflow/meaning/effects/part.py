@@ -13,7 +13,7 @@ import torch
 from saeflow.features.changes import FeatureChange, FeatureLevels
 from saeflow.meaning.effects.branches import Branches, BranchPass
 from saeflow.meaning.effects.figures import Figures, Moved, compare
-from saeflow.meaning.effects.tables import EFFECTS
+from saeflow.features.schema import EFFECTS
 from saeflow.runtime.devices import model_threads
 from saeflow.model.sites import device_of
 from saeflow.runtime.threads import map_in_order
@@ -74,6 +74,8 @@ class PartMeasurer:
 
     running: BranchPass
     sae: SparseAutoencoder
+    effect: str
+    """The name of the artefact."""
     change: FeatureChange
     levels: dict[int, FeatureLevels]
     length: int
@@ -98,6 +100,7 @@ class PartMeasurer:
         figures = self._figures(every, following)
         return _table(
             {
+                "effect": np.full(len(pair), self.effect), "change": np.full(len(pair), str(self.change)),
                 "feature_id": feature[pair], "token_id": token[pair], "ahead": ahead,
                 "document_id": tokens.owners[rows[pair], places[pair]],
                 "band": firings.column("band").to_numpy()[pair], "value": value[pair], "set_to": set_to[pair],
@@ -150,7 +153,8 @@ def _table(columns: dict[str, np.ndarray], figures: Sequence[Figures]) -> pa.Tab
         moved: list[Moved] = [getattr(each, way) for each in figures]
         for name, what in (("ids", "entries"), ("before", "before"), ("after", "after")):
             arrays[f"{way}_{name}"] = _lists([getattr(each, what) for each in moved], [each.counts for each in moved])
-    return pa.table({field.name: arrays[field.name].cast(field.type) for field in EFFECTS}, schema=EFFECTS)
+    schema = EFFECTS["effects"]
+    return pa.table({field.name: arrays[field.name].cast(field.type) for field in schema}, schema=schema)
 
 
 def _lists(values: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> pa.ListArray:

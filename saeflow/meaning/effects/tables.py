@@ -12,28 +12,18 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from saeflow.features.schema import EFFECTS
 from saeflow.model.direct_path import direct_path
 from saeflow.query.relations import literal, unglobbed
 from saeflow.runtime.linear import linear
 from saeflow.store.files import replacing
 
-EFFECTS_FILE, DIRECT_FILE = "effects.parquet", "direct.parquet"
+EFFECTS_FILE, DIRECT_FILE = "effects.parquet", "direct_effects.parquet"
 
 FIRINGS = pa.schema(
     [("token_id", pa.int64()), ("feature_id", pa.int32()), ("value", pa.float32()), ("band", pa.int16())]
 )
 """The firings that are changed, by token_id, then feature_id."""
-
-_MOVED = [(f"{way}_{what}", pa.list_(pa.int32() if what == "ids" else pa.float32()))
-          for way in ("up", "down") for what in ("ids", "before", "after")]  # fmt: skip
-EFFECTS = pa.schema(
-    [
-        ("feature_id", pa.int32()), ("token_id", pa.int64()), ("ahead", pa.int16()), ("document_id", pa.int64()),
-        ("band", pa.int16()), ("value", pa.float32()), ("set_to", pa.float32()), ("loss", pa.float32()),
-        ("loss_change", pa.float32()), ("kl", pa.float32()), *_MOVED,
-    ]
-)  # fmt: skip
-DIRECT = pa.schema([("feature_id", pa.int32()), ("vocab_id", pa.int32()), ("logit", pa.float32())])
 
 ROW_GROUP = 16_384
 _MOST_PRODUCT_BYTES = 64 << 20
@@ -68,15 +58,16 @@ def entries_moved(effects: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def direct_logits(
-    features: np.ndarray, entries: np.ndarray, w_dec: Tensor, model: nn.Module, site: str, n_vocab: int
+    effect: str, moved: tuple[np.ndarray, np.ndarray], w_dec: Tensor, model: nn.Module, site: str, n_vocab: int
 ) -> pa.Table:
     """Return what a value of 1 adds to the logit of each entry without passing a later layer, as `feature_logits` has it.
 
     Centred over the vocabulary. No rows if no direct path leads from the site to the logits.
     """
+    features, entries = moved
     path = direct_path(model, site)
     if path is None or not len(features):
-        return DIRECT.empty_table()
+        return EFFECTS["direct_effects"].empty_table()
     unembedding = path.unembedding[:n_vocab].float().cpu()
     chosen, place = np.unique(features, return_inverse=True)
     at_once = max(1, _MOST_PRODUCT_BYTES // (4 * len(unembedding)))
@@ -87,4 +78,5 @@ def direct_logits(
         every = linear(stream, unembedding)
         every -= every.mean(1, keepdim=True)
         logits[mine] = every.numpy()[place[mine] - start, entries[mine]]
-    return pa.table([features.astype(np.int32), entries.astype(np.int32), logits], schema=DIRECT)
+    columns = [[effect] * len(features), features.astype(np.int32), entries.astype(np.int32), logits]
+    return pa.table(columns, schema=EFFECTS["direct_effects"])
