@@ -6,7 +6,7 @@ python -m tests.benchmarks.effects --quick    100 features × 50 firings
 Needs the run `demo` (`make demo`); SAEFLOW_STORE names a store elsewhere. The store is not changed: its files are linked
 into a temporary folder. *Seconds* are those of the whole command, from opening the store to publishing. Beside it some
 firings are changed one at a time: a forward pass of the whole sequence for each, with no saeflow code but the
-autoencoder's weights.
+autoencoder's weights. Both run the model in float64, as `saeflow effects` does by default.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def one_at_a_time(store: Store, rows: pa.Table) -> float:
     run, connection = connect_to_run(store, "demo")
     with contextlib.closing(connection):
         loaded = RunModel.load(store, run, model_of_run(store, run, "", "cpu", REMEDY))
-        model, worst = loaded.model, 0.0
+        model, worst = loaded.model.double(), 0.0
         module = dict(model.named_modules())[loaded.place.target]
         for row in rows.to_pylist():
             first = row["token_id"] - row["token_id"] % loaded.context_length
@@ -57,7 +57,7 @@ def one_at_a_time(store: Store, rows: pa.Table) -> float:
                 [first, first + loaded.context_length - 1],
             ).fetchall()
             ids, place = torch.tensor([[each[0] for each in found]]), row["token_id"] - first
-            moved = (row["set_to"] - row["value"]) * loaded.sae.W_dec[row["feature_id"]].detach()
+            moved = (row["set_to"] - row["value"]) * loaded.sae.W_dec[row["feature_id"]].detach().double()
 
             def add(module, inputs, output, place=place, moved=moved):  # type: ignore[no-untyped-def]
                 output[0, place] += moved
@@ -92,7 +92,7 @@ def main() -> None:
         rows = pq.read_table(made.artefact.path / "effects.parquet")
         some = np.linspace(0, rows.num_rows - 1, 100).astype(int)
         worst = one_at_a_time(store, rows.take(some))
-        again = settings.__class__(**{**vars(settings), "change": "same", "n": 10})
+        again = settings.__class__(**{**vars(settings), "change": "same", "n": 2})
         same = pq.read_table(measure_effects(store, "demo", again, Progress(verbosity=-1)).artefact.path / "effects.parquet")
         identity = max(float(np.nanmax(np.abs(same[name].to_numpy()))) for name in ("loss_change", "kl"))
         n_firings = made.facts["n_firings"]

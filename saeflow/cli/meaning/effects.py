@@ -45,6 +45,9 @@ def effects_command(
     bands: Annotated[int, typer.Option("--bands", help="Quantile bands that firings are drawn from.")] = 10,
     top: Annotated[int, typer.Option("--top", help="Entries kept of each prediction: this many up, and down.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draw.")] = 0,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Run the model in its own precision, not in float64: quicker, less exact.")
+    ] = False,
     name: Annotated[str, typer.Option("--name", help="Name of the measurement. Default: that of the change.")] = "",
     model: _Model = "",
     device: _Device = "auto",
@@ -62,7 +65,7 @@ def effects_command(
     from saeflow.runtime.progress import Progress
 
     opened = existing_store(store)
-    settings = EffectSettings(features, change, n, bands, ahead, top, seed, name)
+    settings = EffectSettings(features, change, n, bands, ahead, top, seed, fast, name)
     made = measure_effects(opened, run, settings, Progress(err, -1 if quiet else 0), device, model)
     if quiet:
         return
