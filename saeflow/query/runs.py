@@ -243,9 +243,7 @@ def _files_by_table(
 def _effects_of(store: Store, artefact: Artefact) -> dict[str, Sequence[str]]:
     """Return the files of what changed features did to the model, by table."""
     newest = store.newest_of("effects", artefact.id).values()
-    return {
-        table: [each.storage.location(each.path / f"{table}.parquet") for each in newest] for table in EFFECTS
-    }
+    return {table: [each.storage.location(each.path / f"{table}.parquet") for each in newest] for table in EFFECTS}
 
 
 def _files_of_parts(artefact: Artefact, parts: Iterable[PartRecord], tables: Iterable[str]) -> dict[str, Sequence[str]]:

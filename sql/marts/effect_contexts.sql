@@ -2,14 +2,21 @@
 --
 -- Grain:   one row per (effect, token), the largest KL divergence first. No rows before `saeflow effects` has run.
 -- Reads:   stg_effects, stg_vocab, token_texts
--- Units:   value is the feature's own, set_to what it was set to, in the units of the activations. loss_change and kl are
---          in nats. up lists the entries that gained most probability, down those that lost most, the most first.
+-- Units:   value is the feature's own, set_to what it was set to, in the units of the activations. loss_change and kl
+--          are in nats. up lists the entries that gained most probability, down those that lost most, the most first.
 --          tokens_ahead 0 is the prediction at the changed token. context shows `before` tokens in front of the changed
 --          token and `after` behind it. name is the measurement's name; null means all.
 -- Parameters: feature bigint, name text = null, tokens_ahead bigint = 0, n bigint = 20, before bigint = 12,
 --          after bigint = 12
 -- Ask it:  where does the model need feature 12 most?  from effect_contexts(12)
-create or replace macro effect_contexts(feature, name := null, tokens_ahead := 0, n := 20, before := 12, after := 12) as table
+create or replace macro effect_contexts(
+    feature,
+    name := null,
+    tokens_ahead := 0,
+    n := 20,
+    before := 12,
+    after := 12
+) as table
 with best as materialized (
     select * from stg_effects
     where feature_id = feature and ahead = tokens_ahead and coalesce(effect = name, name is null)

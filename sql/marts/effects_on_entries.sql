@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per (effect, entry): the entries that moved most in total, the most first. No rows before
 --          `saeflow effects` has run.
--- Reads:   stg_effects, src_direct_effects, stg_vocab
+-- Reads:   stg_effects, stg_direct_effects, stg_vocab
 -- Units:   only entries among the few that moved most at a firing are counted: n_up and n_down firings of n_firings.
 --          mean_change is the change of the probability, summed over these firings and divided by n_firings.
 --          log_change is the mean change of the log probability, over the firings that count the entry.
@@ -25,14 +25,16 @@ moved as (
         set_to - value      as amount,
         true                as is_up,
         unnest(up_ids)      as vocab_id,
-        unnest(up_before)   as old_share,
-        unnest(up_after)    as new_share
+        unnest(up_before)::double as old_share,
+        unnest(up_after)::double  as new_share
     from mine
     union all
-    select effect, set_to - value, false, unnest(down_ids), unnest(down_before), unnest(down_after) from mine
+    select
+        effect, set_to - value, false, unnest(down_ids), unnest(down_before)::double, unnest(down_after)::double
+    from mine
 ),
 direct as (
-    select effect, vocab_id, logit from src_direct_effects where feature_id = feature and tokens_ahead = 0
+    select effect, vocab_id, logit from stg_direct_effects where feature_id = feature and tokens_ahead = 0
 ),
 summed as (
     select
@@ -40,8 +42,8 @@ summed as (
         vocab_id,
         count(*) filter (where is_up)                          as n_up,
         count(*) filter (where not is_up)                      as n_down,
-        sum(new_share::double - old_share::double)             as total,
-        avg(ln(greatest(new_share::double, 1e-45::double)) - ln(greatest(old_share::double, 1e-45::double))) as log_change,
+        sum(new_share - old_share)                             as total,
+        avg(ln(greatest(new_share, 1e-45::double)) - ln(greatest(old_share, 1e-45::double))) as log_change,
         avg(amount)                                            as mean_amount
     from moved
     group by effect, vocab_id

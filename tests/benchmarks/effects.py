@@ -37,7 +37,9 @@ _LIVE = "select feature_id from stg_feature_stats where n_tokens >= ? order by m
 
 def linked(store: Path, folder: Path) -> Store:
     """A store with the same files, in which new ones can be written."""
-    shutil.copytree(store, folder, copy_function=os.link, ignore=shutil.ignore_patterns("tmp", "catalog.sql", "effects"))
+    shutil.copytree(
+        store, folder, copy_function=os.link, ignore=shutil.ignore_patterns("tmp", "catalog.sql", "effects")
+    )
     shutil.copy(store / "store.json", folder / "linked.json")
     os.replace(folder / "linked.json", folder / "store.json")
     return Store.open(str(folder))
@@ -93,7 +95,9 @@ def main() -> None:
         some = np.linspace(0, rows.num_rows - 1, 100).astype(int)
         worst = one_at_a_time(store, rows.take(some))
         again = settings.__class__(**{**vars(settings), "change": "same", "n": 2})
-        same = pq.read_table(measure_effects(store, "demo", again, Progress(verbosity=-1)).artefact.path / "effects.parquet")
+        same = pq.read_table(
+            measure_effects(store, "demo", again, Progress(verbosity=-1)).artefact.path / "effects.parquet"
+        )
         identity = max(float(np.nanmax(np.abs(same[name].to_numpy()))) for name in ("loss_change", "kl"))
         n_firings = made.facts["n_firings"]
         n_bytes = (made.artefact.path / "effects.parquet").stat().st_size

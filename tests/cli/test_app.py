@@ -409,7 +409,8 @@ NAMES = {
     "document_features": ["tales/000"],
     "entry_followers": ["270"],
 }
-MAY_BE_EMPTY = ("feature_labels", "left_out")
+EFFECTS = ("effect_contexts", "effects_on_entries", "feature_effects")  # tests/meaning asks them of a run that has any
+MAY_BE_EMPTY = ("feature_labels", "left_out", *EFFECTS)
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)

@@ -42,13 +42,15 @@ RESID = "transformer.h.0"
 def store(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The run `resid` of the residual stream between two layers; effects may be added."""
     made = Store.create(tmp_path_factory.mktemp("effects") / "store")
-    stages.run(Lineage(made, parse_recipe(recipe_data(ingredients, name="resid", activations={"sites": [RESID]}))), quiet())
+    stages.run(
+        Lineage(made, parse_recipe(recipe_data(ingredients, name="resid", activations={"sites": [RESID]}))), quiet()
+    )
     return made
 
 
 @pytest.fixture(scope="module")
 def zeroed(store: Store) -> MeasuredEffects:
-    return measure_effects(store, "resid", EffectSettings(n=6, ahead=2, bands=3), quiet())
+    return measure_effects(store, "resid", EffectSettings(n=6, ahead=2, bands=3, name="kept"), quiet())
 
 
 def rows_of(made: MeasuredEffects) -> list[dict[str, Any]]:
@@ -132,10 +134,10 @@ def test_contexts_entries_and_averages_are_asked_in_sql(store: Store, zeroed: Me
     mine = [row for row in rows if row["feature_id"] == feature and row["ahead"] == 0]
     with package.open(store.root, "resid") as run:
         about = run.sql(
-            "from feature_effects where effect = 'zero' and feature_id = ? and ahead = 0", [feature]
+            "from feature_effects where effect = 'kept' and feature_id = ? and ahead = 0", [feature]
         ).to_pylist()[0]
-        contexts = run.ask("effect_contexts", feature, "zero", n=100).to_pylist()
-        entries = run.ask("effects_on_entries", feature, "zero", n=1000).to_pylist()
+        contexts = run.ask("effect_contexts", feature, "kept", n=100).to_pylist()
+        entries = run.ask("effects_on_entries", feature, "kept", n=1000).to_pylist()
         vocab = {row["vocab_id"]: row["piece"] for row in run.sql("from stg_vocab").to_pylist()}
         logits = {row["vocab_id"]: row["logit"] for row in run.ask("feature_logits", feature).to_pylist()}
     assert math.isclose(about["mean_kl"], np.mean([row["kl"] for row in mine]), rel_tol=1e-6)
@@ -312,7 +314,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_equal_files(store: Store, t
 
 
 def test_an_equal_question_is_answered_from_the_store(store: Store, zeroed: MeasuredEffects) -> None:
-    again = measure_effects(store, "resid", EffectSettings(n=6, ahead=2, bands=3), quiet())
+    again = measure_effects(store, "resid", EffectSettings(n=6, ahead=2, bands=3, name="kept"), quiet())
     assert again.was_there
     assert again.artefact == zeroed.artefact
     assert json.loads((zeroed.artefact.path / "artefact.json").read_text())["facts"]["n_firings"] > 0
@@ -340,9 +342,7 @@ def test_an_equal_question_is_answered_from_the_store(store: Store, zeroed: Meas
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_what_cannot_be_is_refused_before_work(
-    store: Store, saeflow: Command, words: list[str], message: str
-) -> None:
+def test_what_cannot_be_is_refused_before_work(store: Store, saeflow: Command, words: list[str], message: str) -> None:
     before = sorted(path.name for path in store.root.rglob("*"))
     said = saeflow("effects", *words, "--store", store.root)
     assert said.code == 2

@@ -104,9 +104,7 @@ def draw_firings(
     pieces = [folder / "drawn-000000.parquet"]
     write_parquet(pieces[0], FIRINGS.empty_table())
     for number, group in enumerate(_groups(features, counts), 1):
-        found = connection.execute(
-            _FIRED, {"features": group, "first": min(group), "last": max(group)}
-        ).fetchnumpy()
+        found = connection.execute(_FIRED, {"features": group, "first": min(group), "last": max(group)}).fetchnumpy()
         rows = {name: np.asarray(column) for name, column in found.items()}
         whole = _has_context(rows["token_id"], np.asarray(holes["sequence"]), np.asarray(holes["first_hole"]), length)
         pieces.append(folder / f"drawn-{number:06d}.parquet")

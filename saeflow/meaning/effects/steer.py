@@ -116,9 +116,7 @@ def _require_room(model: nn.Module, n_prompt: int, n_tokens: int) -> None:
 
 
 @torch.no_grad()
-def _continue(
-    model: nn.Module, prompt: np.ndarray, settings: SteerSettings, n_vocab: int, end: set[int]
-) -> list[int]:
+def _continue(model: nn.Module, prompt: np.ndarray, settings: SteerSettings, n_vocab: int, end: set[int]) -> list[int]:
     """Return the ids that follow, at most `n_tokens`, up to the end of the text."""
     dice = torch.Generator().manual_seed(settings.seed)
     ids = torch.from_numpy(prompt)[None]
