@@ -74,7 +74,9 @@ EFFECTS: dict[str, pa.Schema] = {
             *_MOVED,
         ]
     ),
-    "direct_effects": pa.schema([("effect", pa.string()), ("feature_id", _ID), ("vocab_id", _ID), ("logit", pa.float32())]),
+    "direct_effects": pa.schema(
+        [("effect", pa.string()), ("feature_id", _ID), ("vocab_id", _ID), ("logit", pa.float32())]
+    ),
 }  # fmt: skip
 """Tables of an artefact `effects/NAME-FP`: what the model does when features are changed."""
 

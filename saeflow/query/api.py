@@ -123,9 +123,9 @@ class OpenRun:
             with run.spliced({12: "3x", 40: 0}, model):
                 model.generate(...)
 
-        A value is a number in the units of the feature's values, or text: `3x` (of its maximum), `mean`, `zero`, `same`.
-        Everything else at the site stays as it is, what the SAE misses too. Gives the model. Raises UserError for a
-        feature or value that there is not.
+        A value is a number in the units of the feature's values, or text: `3x` (of its maximum), `mean`, `zero`,
+        `same`. Everything else at the site stays as it is, what the SAE misses too. Gives the model. Raises UserError
+        for a feature or value that there is not.
         """
         from saeflow.features.changes import FeatureChange, FeatureLevels
         from saeflow.features.splice import SplicePlace, spliced_features

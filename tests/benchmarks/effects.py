@@ -3,9 +3,9 @@
 python -m tests.benchmarks.effects            1,000 live features × 200 firings, each set to zero
 python -m tests.benchmarks.effects --quick    100 features × 50 firings
 
-Needs the run `demo` (`make demo`); SAEFLOW_STORE names a store elsewhere. The store is not changed: its files are linked
-into a temporary folder. *Seconds* are those of the whole command, from opening the store to publishing. Beside it some
-firings are changed one at a time: a forward pass of the whole sequence for each, with no saeflow code but the
+Needs the run `demo` (`make demo`); SAEFLOW_STORE names a store elsewhere. The store is not changed: its files are
+linked into a temporary folder. *Seconds* are those of the whole command, from opening the store to publishing. Beside
+it some firings are changed one at a time: a forward pass of the whole sequence for each, with no saeflow code but the
 autoencoder's weights. Both run the model in float64, as `saeflow effects` does by default.
 """
 

@@ -30,7 +30,6 @@ from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.api import OpenRun
 from saeflow.recipe.recipe import parse_recipe
-from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.support.command import SAEFLOW, Command
 from tests.support.small_pipeline import Ingredients, quiet, recipe_data, tree

@@ -100,7 +100,7 @@ def test_the_same_change_leaves_every_logit(run: OpenRun, feature: int) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({64: 1.0}, "has no feature 64"), ({-1: 1.0}, "has no feature -1"), ({3: "lots"}, "The change of feature 3 is 'lots'")],
+    [({64: 1.0}, "has no feature 64"), ({-1: 1.0}, "has no feature -1"), ({3: "lots"}, "of feature 3 is 'lots'")],
 )  # fmt: skip
 def test_a_feature_or_change_that_there_is_not_is_refused(run: OpenRun, changes: Any, message: str) -> None:
     model = run.model()

@@ -1,7 +1,7 @@
 """Many changed copies of a sequence in one forward pass of a language model.
 
-A change at one position leaves everything before it as it is. So one pass reads the sequence once, and behind it a short
-*branch* for each change: copies of the changed token and of the few tokens after it. A mask lets a branch see the
+A change at one position leaves everything before it as it is. So one pass reads the sequence once, and behind it a
+short *branch* for each change: copies of the changed token and of the few tokens after it. A mask lets a branch see the
 sequence before it and itself, nothing else. Speculative decoding verifies trees of tokens in the same way (Miao et al.
 2023, SpecInfer, arXiv 2305.09781).
 
@@ -113,10 +113,7 @@ class BranchPass:
         self._here.state = (changed[0].to(place), changed[1].to(place), changed[2])
         self._here.kept = kept.to(place)
         try:
-            if options:
-                found = self.model(to_device(ids, place), **options)
-            else:
-                found = run_on(self.model, ids, None)
+            found = self.model(to_device(ids, place), **options) if options else run_on(self.model, ids, None)
             logits: Tensor = found.logits
             return logits.reshape(-1, logits.shape[-1])
         finally:

@@ -32,8 +32,8 @@ from saeflow.meaning.effects.tables import (
 from saeflow.query.catalog import write_catalog
 from saeflow.query.connection import connect_to_run
 from saeflow.query.runs import Run
-from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.data_settings import ModelConfig
+from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import brief
@@ -170,16 +170,16 @@ class _Work:
         return self.target.work.with_name(f"{self.target.work.name}{_RESUMED}")
 
     def do(self, facts: dict[str, Any]) -> None:
-        make_folder(self.folder)
         settings = self.settings
+        loaded = RunModel.load(self.store, self.run, self.config)
+        if not settings.fast:
+            loaded.model.double()
+        make_folder(self.folder)
         self.progress.say("effects: choosing firings")
         drawn = firings.draw_firings(
             self.connection, self.features, self.strengths.n_tokens, settings.n, settings.bands, settings.seed,
             self.folder,
         )  # fmt: skip
-        loaded = RunModel.load(self.store, self.run, self.config)
-        if not settings.fast:
-            loaded.model.double()
         n_positions, parts = self._measure_parts(loaded, drawn)
         n_firings = pq.read_metadata(drawn).num_rows
         about = facts | {"n_firings": n_firings, "measured_ahead": n_positions - 1}

@@ -11,11 +11,11 @@ import pyarrow as pa
 import torch
 
 from saeflow.features.changes import FeatureChange, FeatureLevels
+from saeflow.features.schema import EFFECTS
 from saeflow.meaning.effects.branches import Branches, BranchPass
 from saeflow.meaning.effects.figures import Figures, Moved, compare
-from saeflow.features.schema import EFFECTS
-from saeflow.runtime.devices import model_threads
 from saeflow.model.sites import device_of
+from saeflow.runtime.devices import model_threads
 from saeflow.runtime.threads import map_in_order
 from saeflow.sae.autoencoder import SparseAutoencoder
 

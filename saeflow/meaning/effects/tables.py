@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -16,6 +17,7 @@ from saeflow.features.schema import EFFECTS
 from saeflow.model.direct_path import direct_path
 from saeflow.query.relations import literal, unglobbed
 from saeflow.runtime.linear import linear
+from saeflow.runtime.memory import total_memory
 from saeflow.store.files import replacing
 
 EFFECTS_FILE, DIRECT_FILE = "effects.parquet", "direct_effects.parquet"
@@ -38,12 +40,12 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 def sort_into(target: Path, sources: list[Path], order: str, work: Path) -> None:
     """Write the rows of Parquet files as one, in an order. DuckDB sorts them, on disk if memory does not suffice."""
     files = literal([unglobbed(str(path)) for path in sources])
-    with contextlib.closing(duckdb.connect(config={"temp_directory": str(work / "spill")})) as connection:
-        with replacing(target) as temporary:
-            connection.execute(
-                f"copy (select * from read_parquet({files}) order by {order}) to {literal(str(temporary))} "
-                f"(format parquet, compression zstd, row_group_size {ROW_GROUP})"
-            )
+    config: dict[str, Any] = {"temp_directory": str(work / "spill"), "memory_limit": f"{total_memory() // 4}B"}
+    with contextlib.closing(duckdb.connect(config=config)) as connection, replacing(target) as temporary:
+        connection.execute(
+            f"copy (select * from read_parquet({files}) order by {order}) to {literal(str(temporary))} "
+            f"(format parquet, compression zstd, row_group_size {ROW_GROUP})"
+        )
 
 
 def entries_moved(effects: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +62,7 @@ def entries_moved(effects: Path) -> tuple[np.ndarray, np.ndarray]:
 def direct_logits(
     effect: str, moved: tuple[np.ndarray, np.ndarray], w_dec: Tensor, model: nn.Module, site: str, n_vocab: int
 ) -> pa.Table:
-    """Return what a value of 1 adds to the logit of each entry without passing a later layer, as `feature_logits` has it.
+    """Return what a value of 1 adds to the logit of each entry without passing a later layer: see `feature_logits`.
 
     Centred over the vocabulary. No rows if no direct path leads from the site to the logits.
     """
