@@ -101,6 +101,12 @@ select stored.annotation, stored.class, document_id, first_token_id, last_token_
 create or replace view src_rules as
 select feature_id, rule, kind, "precision", recall, score from $rules;
 
+create or replace view src_effects as
+select * from $effects;
+
+create or replace view src_direct_effects as
+select effect, feature_id, vocab_id, logit from $direct_effects;
+
 create or replace view src_runs as
 select unnest($runs, recursive := true);
 

@@ -92,6 +92,26 @@ PROBE_TABLES: dict[str, pa.Schema] = {
 }  # fmt: skip
 """One file each in a probe: each feature of a run against each class of annotations."""
 
+_MOVED = [
+    (f"{way}_{what}", pa.list_(pa.int32() if what == "ids" else pa.float32()))
+    for way in ("up", "down")
+    for what in ("ids", "before", "after")
+]
+EFFECTS: dict[str, pa.Schema] = {
+    "effects": pa.schema(
+        [
+            ("effect", pa.string()), ("change", pa.string()), ("feature_id", _ID), ("token_id", _N),
+            ("ahead", pa.int16()), ("document_id", _N), ("band", pa.int16()), ("value", pa.float32()),
+            ("set_to", pa.float32()), ("loss", pa.float32()), ("loss_change", pa.float32()), ("kl", pa.float32()),
+            *_MOVED,
+        ]
+    ),
+    "direct_effects": pa.schema(
+        [("effect", pa.string()), ("feature_id", _ID), ("vocab_id", _ID), ("logit", pa.float32())]
+    ),
+}  # fmt: skip
+"""Tables of an artefact `effects/NAME-FP`: what the model does when features are changed."""
+
 VALUES: dict[str, pa.Schema] = {
     "feature_major": pa.schema({"feature_id": _ID, "token_id": _N, "value": pa.float32()}),
     "token_major": pa.schema({"token_id": _N, "feature_id": _ID, "value": pa.float32()}),

@@ -15,6 +15,7 @@ import pyarrow as pa
 from saeflow.corpus.token_parts import BLOCK_TOKENS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.features.schema import (
+    EFFECTS,
     LABELS,
     LEFT_OUT_TABLE,
     ORDERS,
@@ -34,7 +35,8 @@ _HIVE = "hive_partitioning = true, hive_types = {'low': bigint, 'high': bigint}"
 _BY_NAME = r"regexp_extract(filename, '/low=(\d+)/high=(\d+)/[^/]*$', {})::bigint"
 _TYPES = {
     pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
-    pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean", pa.list_(pa.int32()): "integer[]",
+    pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
+    pa.list_(pa.int32()): "integer[]", pa.list_(pa.float32()): "float[]",
 }  # fmt: skip
 _LOG = pa.schema(
     [
@@ -45,7 +47,9 @@ _LOG = pa.schema(
 )
 """What the log of a training may hold. Which columns it has depends on the settings."""
 
-_OPTIONAL = {**PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **PROBE_TABLES, "labels": LABELS, "rules": RULES}
+_OPTIONAL = {
+    **PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **PROBE_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
+}  # fmt: skip
 
 
 def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -> dict[str, str]:

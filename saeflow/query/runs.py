@@ -16,6 +16,7 @@ from typing import Any
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import has_marks
 from saeflow.features.schema import (
+    EFFECTS,
     LEFT_OUT_TABLE,
     ORDERS,
     PART_TABLES,
@@ -181,6 +182,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
     files = _files_by_table(artefact, shown, tokens, generation.parts)
     files["training_log"] = run_records.log_of(run_records.ancestors(store, artefact))
     files |= run_records.probe_files(store, artefact.id)
+    files |= _effects_of(store, artefact)
     _refuse_damage(store, artefact, tokens, files)
     quality = artefact.path / "quality.json"
     n_tokens = sum(part.counts.get("n_tokens", 0) for part in shown) or generation.total("n_tokens")
@@ -240,6 +242,12 @@ def _files_by_table(
         "vocab": [tokens.storage.location(tokens.path / "vocab.parquet")],
         **{table: [artefact.storage.location(artefact.path / f"{table}.parquet")] for table in beside},
     }
+
+
+def _effects_of(store: Store, artefact: Artefact) -> dict[str, Sequence[str]]:
+    """Return the files of what changed features did to the model, by table."""
+    newest = store.newest_of("effects", artefact.id).values()
+    return {table: [each.storage.location(each.path / f"{table}.parquet") for each in newest] for table in EFFECTS}
 
 
 def _files_of_parts(artefact: Artefact, parts: Iterable[PartRecord], tables: Iterable[str]) -> dict[str, Sequence[str]]:

@@ -409,7 +409,8 @@ NAMES = {
     "document_features": ["tales/000"],
     "entry_followers": ["270"],
 }
-MAY_BE_EMPTY = ("feature_labels", "left_out", "annotations", "feature_rules")
+EFFECTS = ("effect_contexts", "effects_on_entries", "feature_effects")  # tests/meaning asks them of a run that has any
+MAY_BE_EMPTY = ("feature_labels", "left_out", "annotations", "feature_rules", *EFFECTS)
 NEEDS_ANNOTATIONS = ("annotated_tokens",)  # tests/classes asks these
 
 

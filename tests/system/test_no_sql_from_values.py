@@ -149,6 +149,8 @@ RUN = {
     "query/connection.py": {"sql": "a file of sql/checks", "statement": "what catalog.definitions yields"},
     "query/kept_catalog.py": {"statement": "what catalog.upon_sources yields"},
     "query/first_answers.py": {"_LARGEST_SOURCES": "a constant", "_STRIKING": "a constant"},
+    "meaning/effects/firings.py": {"_HOLES": "a constant", "_FIRED": "a constant"},
+    "meaning/effects/run_model.py": {"_LEVELS": "a constant"},
     "corpus/tabular.py": {"sql": "the recipe's own statement, after it was judged"},
 }
 
