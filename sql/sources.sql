@@ -83,6 +83,14 @@ select feature_id, vocab_id, logit from $logits;
 create or replace view src_labels as
 select feature_id, label, stored.source, score from $labels as stored;
 
+create or replace view src_explanation_scores as
+select feature_id, stored.source, model, method, stratum, score, low, high, n, n_unusable
+from $explanation_scores as stored;
+
+create or replace view src_explanation_mistakes as
+select feature_id, stored.source, model, method, stratum, token_id, asked, answered
+from $explanation_mistakes as stored;
+
 create or replace view src_runs as
 select unnest($runs, recursive := true);
 
