@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests.support.small_pipeline import quiet
 from tests.support.small_store import Document, Given
 from tests.support.stub_endpoint import Stub, Truth, stub_endpoint
 
-N_FEATURES = 24
+N_FEATURES = 16
 SAE = "saes/demo-f0000001"
 SMALL = ExampleCounts(bands=5, explain=2, score=3, near_misses=8, random=8, tokens=9)
 
@@ -31,11 +32,11 @@ def _no_flush() -> Iterator[None]:
         yield
 
 
-def planted(seed: int = 0) -> Given:
+def planted(seed: int = 0, n_documents: int = 100) -> Given:
     """Texts of random words. Each feature fires at three quarters of the places of its two words."""
     dice = random.Random(seed)
     documents = [
-        Document(f"d{i}", "made", [f" w{dice.randrange(300)}".encode() for _ in range(40)]) for i in range(150)
+        Document(f"d{i}", "made", [f" w{dice.randrange(200)}".encode() for _ in range(40)]) for i in range(n_documents)
     ]
     given = Given(documents=documents)
     owners = {f" w{word}".encode(): word // 2 for word in range(2 * N_FEATURES)}
@@ -50,29 +51,25 @@ def planted(seed: int = 0) -> Given:
 
 
 @pytest.fixture(scope="module")
-def given() -> Given:
-    return planted()
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
+    given = planted()
+    return given.write(tmp_path_factory.mktemp("prepared") / "store").root, Truth(given)
 
 
 @pytest.fixture
-def store(given: Given, tmp_path: Path) -> Store:
-    return given.write(tmp_path / "store")
-
-
-@pytest.fixture(scope="module")
-def truth(given: Given) -> Truth:
-    return Truth(given)
+def store(prepared: tuple[Path, Truth], tmp_path: Path) -> Store:
+    return Store.open(shutil.copytree(prepared[0], tmp_path / "store"))
 
 
 @pytest.fixture
-def stub(truth: Truth) -> Iterator[Stub]:
-    with stub_endpoint(truth) as found:
+def stub(prepared: tuple[Path, Truth]) -> Iterator[Stub]:
+    with stub_endpoint(prepared[1]) as found:
         yield found
 
 
 def explain(store: Store, stub: Stub, features: list[int], source: str | None = None, **changes: Any) -> Outcome:
     endpoint = Endpoint(stub.url, "stub", timeout_seconds=20, first_wait_seconds=0.01)
-    settings = ExplainSettings(**{"endpoint": endpoint, "counts": SMALL, **changes})
+    settings = ExplainSettings(**{"endpoint": endpoint, "counts": SMALL, "batch": 8, **changes})
     return explain_features(store, None, features, settings, Prompts.read(), quiet(), source)
 
 

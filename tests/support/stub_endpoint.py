@@ -142,6 +142,7 @@ class Stub(ThreadingHTTPServer):
         self.paths: list[str] = []
         self.keys: list[str | None] = []
         self.tells_usage = True
+        self.says = "not now"
         self.n_tokens = 0
         self.lock = threading.Lock()
 
@@ -172,7 +173,7 @@ class _Answers(BaseHTTPRequestHandler):
             time.sleep(how)
         if isinstance(how, tuple):
             key = (self.headers["Authorization"] or "").removeprefix("Bearer ")
-            self._send(how[0], {"error": {"message": f"no, {key}, not now", "code": None}}, how[1])
+            self._send(how[0], {"error": {"message": f"no, {key}, {self.server.says}", "code": None}}, how[1])
             return
         text = how if isinstance(how, str) else self.server.answer(json.loads(body)["messages"])
         self._send(200, self._chat(json.loads(body)["messages"], text), {})

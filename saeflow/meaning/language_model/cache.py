@@ -101,20 +101,14 @@ class AnswerCache:
         self.known[answer.key] = self.fresh[answer.key] = answer
         make_folder(self.journal.parent)
         line = json.dumps(asdict(answer), ensure_ascii=True) + "\n"
-        handle = os.open(unlinked(self.journal), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        handle = os.open(unlinked(self.journal), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.write(handle, self._after_torn_line(handle) + line.encode())
+            n_bytes = os.fstat(handle).st_size
+            is_torn = n_bytes > 0 and os.pread(handle, 1, n_bytes - 1) != b"\n"
+            os.write(handle, b"\n" * is_torn + line.encode())
             os.fsync(handle)
         finally:
             os.close(handle)
-
-    def _after_torn_line(self, handle: int) -> bytes:
-        """Return a line break if a power cut left half a line."""
-        if len(self.fresh) > 1 or not os.fstat(handle).st_size:
-            return b""
-        with open_unlinked(self.journal) as file:
-            file.seek(-1, os.SEEK_END)
-            return b"" if file.read(1) == b"\n" else b"\n"
 
     def fold(self) -> None:
         """Move the answers of the journal into the store."""

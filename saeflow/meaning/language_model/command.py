@@ -103,7 +103,9 @@ class _Work:
     """Labels to score; none if explanations are made."""
     waiting: dict[int, Explained] = field(default_factory=dict)
     """Finished features that others, in front of them, still keep from being written."""
-    written_at: float = 0.0
+    drawn: dict[int, Examples] = field(default_factory=dict)
+    """Examples that the forecast has read, until they are used."""
+    written_at: float = field(default_factory=time.monotonic)
 
     @classmethod
     def begin(
@@ -157,14 +159,15 @@ class _Work:
         )  # fmt: skip
 
     def examples(self, feature: int) -> Examples:
-        return draw_examples(self.connection, feature, self.settings.counts)
+        return self.drawn.pop(feature, None) or draw_examples(self.connection, feature, self.settings.counts)
 
     def forecast(self, features: Sequence[int]) -> Forecast:
         """Forecast what these features take, from the questions about some of them and the answers that are kept."""
         step = max(1, len(features) // _FORECAST_FEATURES)
         looked_at = list(features[::step])[: max(_FORECAST_FEATURES, 1)]
+        self.drawn |= {feature: self.examples(feature) for feature in looked_at}
         asked = [
-            list(questions_of(self.examples(feature), self.prompts, self.settings, self.labels.get(feature)))
+            list(questions_of(self.drawn[feature], self.prompts, self.settings, self.labels.get(feature)))
             for feature in looked_at
         ]
         rates = Rates.counted(answer for answer in self.cache.every() if answer.model == self.settings.endpoint.model)
@@ -239,6 +242,8 @@ class _Work:
         if ready:
             with self.cache.locked():
                 self.results.write([(done, self.settings_of(done.feature)) for done in ready])
+        for done in ready:
+            done.judged.clear()  # of thousands of features they would fill the memory
 
 
 def _labels_of(connection: duckdb.DuckDBPyConnection, source: str) -> dict[int, str]:

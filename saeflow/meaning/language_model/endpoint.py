@@ -203,7 +203,7 @@ class Asker:
         raise UserError(
             f"{self.endpoint.url} refuses the model {brief(sanitise(self.endpoint.model))}: HTTP {error.status_code}: "
             f"{self._plain(error.message)}\n{hint}".rstrip()
-        )
+        ) from None  # the endpoint's own words may repeat the key
 
     async def _wait_for_quiet(self) -> None:
         while (left := self.quiet_until - time.monotonic()) > 0:

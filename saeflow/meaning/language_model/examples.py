@@ -185,7 +185,9 @@ class _Reader:
         return [window for window in self._windows(rows) if not window.fires]
 
     def _rows(self, sql: str, *values: object) -> list[dict[str, Any]]:
-        return list(self.connection.execute(sql, list(values)).to_arrow_table().to_pylist())
+        found = self.connection.execute(sql, list(values))
+        names = [column[0] for column in found.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
     def _windows(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Window]:
         ids = [row["token_id"] for row in rows]
