@@ -300,14 +300,14 @@ def test_an_answer_is_found_by_model_question_and_sampling_alone() -> None:
     assert key_of("m", 0.0, Prompt("fuzzing", (("user", "a"),), 2, 100)) in keys
 
 
-def test_a_forecast_counts_questions_that_are_not_answered_yet() -> None:
+def test_a_forecast_scales_the_questions_of_some_features() -> None:
     rates = Rates.counted([an_answer("a", n_answer_tokens=3, n=3), an_answer("b", n_prompt_chars=0)])
-    asked = [Prompt("detection", (("user", "x" * 40),), 5, 100)] * 3
-    found = forecast([asked, asked], 10, rates, [{"detection": 1}, {}])
+    left = [Prompt("detection", (("user", "x" * 40),), 5, 100)] * 3
+    found = forecast([left, left[:2]], 10, rates, ["detection"])
     assert dict(found.questions) == {"detection": 25}
     assert found.tokens == 25 * (9 + 5)
     assert found.is_counted
-    assert not forecast([asked], 1, Rates({}, {}), [{}]).is_counted
+    assert not forecast([left], 1, rates, ["detection", "fuzzing"]).is_counted
 
 
 def test_tokens_that_nobody_counted_are_a_quarter_of_the_characters() -> None:

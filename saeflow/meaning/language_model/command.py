@@ -19,11 +19,11 @@ from saeflow.meaning.language_model.cache import AnswerCache
 from saeflow.meaning.language_model.cost import Forecast, Rates, forecast
 from saeflow.meaning.language_model.endpoint import Asker, BudgetReached, Meter
 from saeflow.meaning.language_model.examples import READ, Examples, draw_examples
-from saeflow.meaning.language_model.feature import Explained, Explainer, gather, questions_of
+from saeflow.meaning.language_model.feature import Explained, Explainer, gather, questions_left
 from saeflow.meaning.language_model.forgetting import drop_forgotten_of
 from saeflow.meaning.language_model.prompts import Prompts
 from saeflow.meaning.language_model.results import Results
-from saeflow.meaning.language_model.settings import ExplainSettings, source_of
+from saeflow.meaning.language_model.settings import ExplainSettings, Method, source_of
 from saeflow.query import catalog
 from saeflow.query.connection import connect_to_run
 from saeflow.query.runs import Run
@@ -166,17 +166,13 @@ class _Work:
         step = max(1, len(features) // _FORECAST_FEATURES)
         looked_at = list(features[::step])[: max(_FORECAST_FEATURES, 1)]
         self.drawn |= {feature: self.examples(feature) for feature in looked_at}
-        asked = [
-            list(questions_of(self.drawn[feature], self.prompts, self.settings, self.labels.get(feature)))
-            for feature in looked_at
+        left = [
+            list(questions_left(self.drawn[each], self.prompts, self.settings, self.cache, self.labels.get(each)))
+            for each in looked_at
         ]
+        made: tuple[Method, ...] = () if self.settings.score_source else ("explanation",)
         rates = Rates.counted(answer for answer in self.cache.every() if answer.model == self.settings.endpoint.model)
-        kept: dict[int, dict[str, int]] = {feature: {} for feature in looked_at}
-        for answer in self.cache.known.values():
-            if answer.feature_id in kept and answer.model == self.settings.endpoint.model:
-                counts = kept[answer.feature_id]
-                counts[answer.method] = counts.get(answer.method, 0) + 1
-        return forecast(asked, len(features), rates, list(kept.values()))
+        return forecast(left, len(features), rates, (*made, *self.settings.methods))
 
     async def explain(self, todo: Sequence[int], outcome: Outcome) -> None:
         """Explain the first feature, forecast the others by what it took, then explain them many at a time."""

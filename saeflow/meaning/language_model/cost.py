@@ -72,24 +72,10 @@ class Forecast:
         return f"{self.n_features:,} features, {self.n_questions:,} questions ({each}): {self.tokens:,} tokens{basis}"
 
 
-def forecast(
-    asked: Sequence[Sequence[Prompt]], n_features: int, rates: Rates, kept: Sequence[Mapping[str, int]]
-) -> Forecast:
-    """Return the forecast for `n_features`, of which `asked` has the questions of some.
-
-    `kept` counts the answers that each of these has already, by method: those questions are not sent again.
-    """
-    counts: Counter[str] = Counter()
-    tokens = 0.0
-    for prompts, known in zip(asked, kept, strict=True):
-        left = dict(known)
-        for prompt in prompts:
-            if left.get(prompt.method, 0) > 0:
-                left[prompt.method] -= 1
-                continue
-            counts[prompt.method] += 1
-            tokens += rates.tokens(prompt)
-    scale = n_features / len(asked) if asked else 0.0
-    methods = {prompt.method for prompts in asked for prompt in prompts}
+def forecast(left: Sequence[Sequence[Prompt]], n_features: int, rates: Rates, methods: Iterable[Method]) -> Forecast:
+    """Return the forecast for `n_features`; `left` has the questions of some of them that are not answered yet."""
+    counts = Counter(prompt.method for prompts in left for prompt in prompts)
+    tokens = sum(rates.tokens(prompt) for prompts in left for prompt in prompts)
+    scale = n_features / len(left) if left else 0.0
     questions = {method: round(n * scale) for method, n in counts.items()}
     return Forecast(n_features, questions, round(tokens * scale), rates.knows(methods))

@@ -145,20 +145,35 @@ async def gather(asks: Sequence[Coroutine[Any, Any, Read]]) -> list[Read]:
     return [each for each in found if not isinstance(each, BaseException)]
 
 
-def questions_of(
-    examples: Examples, prompts: Prompts, settings: ExplainSettings, explanation: str | None
+def questions_left(
+    examples: Examples, prompts: Prompts, settings: ExplainSettings, cache: AnswerCache, explanation: str | None
 ) -> Iterator[Prompt]:
-    """Yield all questions about a feature, to count them. A stand-in takes the place of an unknown explanation."""
+    """Yield the questions about a feature that have no answer yet. A stand-in takes the place of its explanation."""
+
+    def answer_to(prompt: Prompt) -> Answer | None:
+        return cache.known.get(key_of(settings.endpoint.model, settings.endpoint.temperature, prompt))
+
     if explanation is None:
         if not examples.explaining:
             return
-        yield prompts.explanation(examples)
-    said = explanation or EXPECTED_EXPLANATION
+        prompt = prompts.explanation(examples)
+        answer = answer_to(prompt)
+        explanation = read_explanation(answer.text) if answer else None
+        if answer is None:
+            yield prompt
+    for question in _scoring_questions(examples, prompts, settings, explanation or EXPECTED_EXPLANATION):
+        if answer_to(question.prompt) is None:
+            yield question.prompt
+
+
+def _scoring_questions(
+    examples: Examples, prompts: Prompts, settings: ExplainSettings, explanation: str
+) -> Iterator[Question]:
     for method in settings.methods:
         if method == "simulation":
-            yield from (question.prompt for question in simulations(prompts, examples, said))
+            yield from simulations(prompts, examples, explanation)
         else:
-            yield from (question.prompt for question in judgements(method, prompts, examples, said, settings))
+            yield from judgements(method, prompts, examples, explanation, settings)
 
 
 def judgements(
