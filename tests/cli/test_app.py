@@ -409,7 +409,7 @@ NAMES = {
     "document_features": ["tales/000"],
     "entry_followers": ["270"],
 }
-MAY_BE_EMPTY = ("feature_labels", "left_out")
+MAY_BE_EMPTY = ("feature_labels", "left_out", "explanation_scores", "explanation_mistakes")
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)

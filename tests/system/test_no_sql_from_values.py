@@ -58,6 +58,9 @@ PUT_IN = {
         "options": "made of literals",
         "_UNQUOTED.format(label)": "a constant around _trimmed",
         "_trimmed('score')": "a constant",
+        "columns": "names of columns of a schema in the code",
+        "no_rows(BESIDE_LABELS[table])": "a schema in the code",
+        "' union all '.join(selected or [empty])": "made here, of literals",
     },
     "query/questions.py": {
         "self.name": "the name of a file of sql/marts",
@@ -96,7 +99,7 @@ PUT_IN = {
         "_read_files(paths)": "literals",
         "_read_files(paths, _HIVE)": "literals",
         "_read_files(lacking)": "literals",
-        "_no_rows(VALUES[order])": "a schema in the code",
+        "no_rows(VALUES[order])": "a schema in the code",
         "_TYPES[field.type]": "a constant",
         "field.name": "a name of a schema in the code",
         "rows": "made here, of literals",
