@@ -107,6 +107,14 @@ select * from $effects;
 create or replace view src_direct_effects as
 select effect, feature_id, vocab_id, logit from $direct_effects;
 
+create or replace view src_explanation_scores as
+select feature_id, stored.source, model, method, stratum, score, low, high, n, n_unusable
+from $explanation_scores as stored;
+
+create or replace view src_explanation_mistakes as
+select feature_id, stored.source, model, method, stratum, token_id, asked, answered
+from $explanation_mistakes as stored;
+
 create or replace view src_runs as
 select unnest($runs, recursive := true);
 

@@ -111,6 +111,23 @@ EFFECTS: dict[str, pa.Schema] = {
     ),
 }  # fmt: skip
 """Tables of an artefact `effects/NAME-FP`: what the model does when features are changed."""
+EXPLANATION_SCORES = pa.schema(
+    {
+        "feature_id": _ID, "model": pa.string(), "tokens": pa.string(), "method": pa.string(), "stratum": pa.string(),
+        "score": _SUM, "low": _SUM, "high": _SUM, "n": _N, "n_unusable": _N, "settings": pa.string(),
+    }
+)  # fmt: skip
+"""Scores of labels, beside the file of the labels: `<source>.scores.parquet`."""
+
+EXPLANATION_MISTAKES = pa.schema(
+    {
+        "feature_id": _ID, "model": pa.string(), "tokens": pa.string(), "method": pa.string(), "stratum": pa.string(),
+        "token_id": _N, "asked": pa.bool_(), "answered": pa.bool_(),
+    }
+)  # fmt: skip
+"""Examples that were judged wrongly: `<source>.mistakes.parquet`."""
+
+BESIDE_LABELS = {"explanation_scores": EXPLANATION_SCORES, "explanation_mistakes": EXPLANATION_MISTAKES}
 
 VALUES: dict[str, pa.Schema] = {
     "feature_major": pa.schema({"feature_id": _ID, "token_id": _N, "value": pa.float32()}),

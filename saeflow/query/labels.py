@@ -17,7 +17,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from saeflow.query.relations import literal, unglobbed
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saeflow.features.schema import BESIDE_LABELS
+from saeflow.query.relations import literal, no_rows, unglobbed
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.store import Store
@@ -60,6 +64,16 @@ class LabelFile:
     source: str
     delimiter: str
     columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TableBesideLabels:
+    """A readable Parquet file that tells more of one source's labels: `<source>.scores.parquet`, or `.mistakes`."""
+
+    location: str
+    source: str
+    table: str
+    """`explanation_scores` or `explanation_mistakes`."""
 
 
 @dataclass
@@ -169,6 +183,39 @@ def label_files(store: Store, sae: str) -> list[LabelFile]:
     return found
 
 
+def tables_beside_labels(store: Store, sae: str) -> list[TableBesideLabels]:
+    """Return the tables of scores and mistakes of an SAE's labels. Warns of files that cannot be read."""
+    folder, found = _folder_of_sae(store, sae), []
+    for name in sorted(store.storage.names_below(folder)):
+        source, _, ending = name.removesuffix(".parquet").rpartition(".")
+        table = f"explanation_{ending}"
+        if not name.endswith(".parquet") or table not in BESIDE_LABELS or "/" in name or name.startswith("."):
+            continue
+        try:
+            literal(name).encode()
+            if not pq.read_schema(store.storage.fetch(folder / name)).equals(BESIDE_LABELS[table]):
+                raise ValueError("it has other columns")
+        except (ValueError, OSError, pa.ArrowException) as error:
+            problem = sanitise(brief(str(error), 200))
+            log.warning("labels: %s is left out: %s", sanitise(ascii(name)[1:-1]), problem)
+            continue
+        found.append(TableBesideLabels(store.storage.location(folder / name), source, table))
+    return found
+
+
+def beside_labels_relation(files: Sequence[TableBesideLabels], table: str, tokens: str) -> str:
+    """Return SQL for a table beside the labels, with the rows about one artefact of tokens and their source."""
+    columns = ", ".join(BESIDE_LABELS[table].names)
+    selected = [
+        f"select {columns}, {literal(file.source)} as source from read_parquet({literal([unglobbed(file.location)])}, "
+        f"hive_partitioning = false) where tokens = {literal(tokens)}"
+        for file in files
+        if file.table == table
+    ]
+    empty = f"select *, null::varchar as source from {no_rows(BESIDE_LABELS[table])}"
+    return f"({' union all '.join(selected or [empty])})"
+
+
 def labels_relation(files: Sequence[LabelFile]) -> str:
     """Return SQL that selects from the files. It leaves out rows that DuckDB cannot read."""
     return f"({' union all '.join(map(_select_labels, files))})"
@@ -227,7 +274,7 @@ def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None],
     Raises UserError if the file exists and cannot be read, so that a person's work is never overwritten, or if another
     command has been changing labels of this SAE all the time.
     """
-    path = _folder_of_sae(store, sae) / f"{_valid_source(source)}.csv"
+    path = _folder_of_sae(store, sae) / f"{require_source(source)}.csv"
     with store.storage.locked(f"labels-{path.parent.name}", wait_seconds):
         sheet = _current_sheet(store, path).with_labels(labels)
         if sheet.rows:
@@ -239,7 +286,7 @@ def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None],
 
 def read_cells(store: Store, sae: str, source: str, column: str) -> dict[int, str]:
     """Return the cells of a column in the file of a source, by feature; none without the file. Raises as `put` does."""
-    sheet = _current_sheet(store, _folder_of_sae(store, sae) / f"{_valid_source(source)}.csv")
+    sheet = _current_sheet(store, _folder_of_sae(store, sae) / f"{require_source(source)}.csv")
     rows = ((sheet.feature(row), row) for row in sheet.rows)
     return {feature: sheet.cell(row, column) for feature, row in rows if feature is not None}
 
@@ -285,7 +332,8 @@ def _current_sheet(store: Store, path: Path) -> Sheet:
         raise UserError(f"{path} cannot be read: {brief(str(error), 200)}.\nRepair it or move it away first.") from None
 
 
-def _valid_source(name: str) -> str:
+def require_source(name: str) -> str:
+    """Return the name if it can be that of a source. Raises UserError."""
     if not re.fullmatch(r"\w(?:[\w .+-]{0,62}\w)?", name):
         raise UserError(f"The source is {brief(name)!r}; name it with letters, digits, spaces and . + - _, at most 64.")
     return name

@@ -27,7 +27,7 @@ from saeflow.features.schema import (
     token_ranges,
 )
 from saeflow.query import run_records
-from saeflow.query.labels import LabelFile, label_files
+from saeflow.query.labels import LabelFile, TableBesideLabels, label_files, tables_beside_labels
 from saeflow.query.relations import condition_of_encoded, reason_to_skip
 from saeflow.query.run_records import UNREADABLE_RECORD
 from saeflow.recipe.settings import SIGNED, TOP_FAMILY
@@ -73,6 +73,7 @@ class Run:
     labels: Sequence[LabelFile] = ()
     annotations: Mapping[str, str] = field(default_factory=dict)
     """Where the spans of the newest annotations lie, by name."""
+    beside_labels: Sequence[TableBesideLabels] = ()
     is_whole: bool = False
     """True if every published part of the tokens is encoded."""
     model: str | None = None
@@ -200,6 +201,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         roles=artefact.record.facts.get("roles", ()),
         labels=label_files(store, sae) if sae else (),
         annotations=run_records.span_files(store, source),
+        beside_labels=tables_beside_labels(store, sae) if sae else (),
         is_whole={part.index for part in generation.parts} <= {i for part in shown for i in _fresh(part, generation)},
         **_recorded(store, artefact),
     )

@@ -410,7 +410,15 @@ NAMES = {
     "entry_followers": ["270"],
 }
 EFFECTS = ("effect_contexts", "effects_on_entries", "feature_effects")  # tests/meaning asks them of a run that has any
-MAY_BE_EMPTY = ("feature_labels", "left_out", "annotations", "feature_rules", *EFFECTS)
+MAY_BE_EMPTY = (
+    "feature_labels",
+    "left_out",
+    "annotations",
+    "feature_rules",
+    *EFFECTS,
+    "explanation_scores",
+    "explanation_mistakes",
+)
 NEEDS_ANNOTATIONS = ("annotated_tokens",)  # tests/classes asks these
 
 
