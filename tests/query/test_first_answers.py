@@ -608,14 +608,14 @@ def absorption(slow: Slow, ask: Ask) -> None:
     ):  # fmt: skip
         members = encoded.intersection(tokens)
         inside = [len(members.intersection(each)) for each in firing]
-        f1 = {f: 2 * n / (len(firing[f]) + len(members)) for f, n in enumerate(inside) if n}
-        mains = generals or ([min(f1, key=lambda f: (-f1[f], f))] if f1 else [])
+        telling = [row["feature_id"] for row in ask("features_of_selection", "", tokens, 1)]
+        mains = generals or telling
         heard = {token for main in mains for token in members.intersection(firing[main])}
         absorbed = Counter[int]()
         for token in members - heard:
             pulls = [
                 (-(firing[f][token] * cosines[f, main] / slow.usual(main)), f, main)
-                for f in f1
+                for f in range(slow.given.n_features)
                 for main in mains
                 if token in firing[f] and (f, main) in cosines and firing[main]
             ]
