@@ -26,8 +26,8 @@ from saeflow.store.store import Store
 FOUND_AGAIN = (0.7, 0.9)
 """Cosines from which a feature counts as found again. Paulo & Belrose take 0.7."""
 
-QUESTIONS = ("correlate_runs",)
-"""Questions that a connection must know for `match_runs`."""
+QUESTIONS = ("correlate_runs", "stg_feature_stats")
+"""Questions and views that a connection must know for `match_runs`."""
 
 _LIVE = (
     "select feature_id, n_tokens, sum_value from every_run.stg_feature_stats where run = ? and n_tokens > 0 order by 1"
@@ -82,7 +82,7 @@ def match_runs(store: Store, connection: duckdb.DuckDBPyConnection, run: Run, ot
         )
     mine, theirs = _live(connection, run), _live(connection, other)
     _refuse_large(run, len(mine), other, len(theirs))
-    found = _by_direction(_directions(store, run, mine), _directions(store, other, theirs))
+    found = match_by_direction(_directions(store, run, mine), _directions(store, other, theirs))
     columns = {"feature_id": mine["feature_id"].combine_chunks()} | {
         f"{kind}_{name}": column
         for kind, (places, cosines) in found.items()
@@ -122,7 +122,7 @@ def _directions(store: Store, run: Run, live: pa.Table) -> Any:
     return rows * torch.from_numpy(signs)[:, None]
 
 
-def _by_direction(mine: Any, theirs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def match_by_direction(mine: Any, theirs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return places (n,) among the other run's directions, -1 for none, with their cosines: nearest, and one to one."""
     from saeflow.sae.recovery import cosine_blocks, match_directions
 
