@@ -59,6 +59,12 @@ class Matched:
         """Share of the run's live features that have a feature of at least this cosine; several may share one."""
         return self._share("nearest_cosine", cosine)
 
+    def share_of_values(self, cosine: float) -> float:
+        """Share of the run's non-zero values that belong to features whose match has at least this cosine."""
+        found = pc.greater_equal(self.table["match_cosine"], cosine)
+        n_found = pc.sum(pc.if_else(pc.fill_null(found, False), self.table["n_tokens"], 0)).as_py()
+        return (n_found or 0) / max(pc.sum(self.table["n_tokens"]).as_py() or 0, 1)
+
     def _share(self, column: str, least: float) -> float:
         found = pc.sum(pc.greater_equal(self.table[column], least)).as_py()
         return (found or 0) / max(self.n_live, 1)
@@ -69,11 +75,14 @@ class Matched:
         return found
 
 
-def match_runs(store: Store, connection: duckdb.DuckDBPyConnection, run: Run, other: Run) -> Matched:
+def match_runs(
+    store: Store, connection: duckdb.DuckDBPyConnection, run: Run, other: Run, compare_values: bool = True
+) -> Matched:
     """Match the live features of two runs one to one, for the largest sum of the cosines of their decoder rows.
 
     The values of a signed run may point either way: its directions first get the sign of the sum of their values.
-    Memory is 8 bytes for each pair of features. Raises UserError if that is more than half of the machine's, or if the
+    `compare_values` adds correlations, which reads all values of both. Memory is 8 bytes for each pair of features, and
+    what DuckDB may take. Raises UserError if those bytes are more than half of the machine's memory, or if the
     directions do not lie in one space.
     """
     if not can_compare(store, run.artefact, other.artefact):
@@ -94,7 +103,7 @@ def match_runs(store: Store, connection: duckdb.DuckDBPyConnection, run: Run, ot
     columns["n_tokens"] = mine["n_tokens"].combine_chunks()
     columns["match_n_tokens"] = _taken(theirs["n_tokens"], found["match"][0])
     table = pa.table(columns).append_column("row", pa.array(range(len(mine))))
-    table = _with_correlations(connection, run, other, table)
+    table = _with_correlations(connection, run, other, table, compare_values)
     order = [("match_cosine", "descending"), ("feature_id", "ascending")]
     return Matched(table.sort_by(order).drop_columns("row"), len(mine), len(theirs))
 
@@ -140,12 +149,14 @@ def _taken(column: pa.ChunkedArray, places: np.ndarray) -> pa.Array:
     return column.combine_chunks().take(pa.array(places, mask=places < 0))
 
 
-def _with_correlations(connection: duckdb.DuckDBPyConnection, run: Run, other: Run, table: pa.Table) -> pa.Table:
+def _with_correlations(
+    connection: duckdb.DuckDBPyConnection, run: Run, other: Run, table: pa.Table, compare_values: bool
+) -> pa.Table:
     """Add how alike the values of the matched features are, null if the runs are of different tokens."""
     matched = table.filter(pc.is_valid(table["match_id"]))
     is_same = run.artefact.record.input("tokens") == other.artefact.record.input("tokens")
     columns: dict[str, list[float | None]] = {name: [None] * len(table) for name in ("correlation", "jaccard")}
-    if is_same and len(matched):
+    if compare_values and is_same and len(matched):
         pairs = [matched[name].to_pylist() for name in ("feature_id", "match_id")]
         sql = "select correlation, jaccard from correlate_runs(?, ?, ?, ?)"
         for place, row in zip(

@@ -95,6 +95,12 @@ def test_the_matches_of_two_seeds_are_one_to_one_with_the_largest_sum_and_agree_
             assert row["correlation"] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-6)
             assert row["jaccard"] == ((x != 0) & (y != 0)).sum() / ((x != 0) | (y != 0)).sum()
             assert (row["n_tokens"], row["match_n_tokens"]) == ((x != 0).sum(), (y != 0).sum())
+    counts = {row["feature_id"]: row["n_tokens"] for row in rows}
+    assert counts == {f: sum(g == f for _, g in mine[2]) for f in mine[0]}
+    for cosine in (0.0, 0.5, 0.9):
+        again = [row for row in rows if (row["match_cosine"] or -1) >= cosine]
+        assert found.share_found(cosine) == len(again) / len(rows)
+        assert found.share_of_values(cosine) == sum(row["n_tokens"] for row in again) / len(mine[2])
     matches = [row["match_id"] for row in rows if row["match_id"] is not None]
     assert len(set(matches)) == len(matches) == min(cosines.shape)
     best = sum(row["match_cosine"] for row in rows if row["match_id"] is not None)
@@ -155,6 +161,9 @@ def test_the_command_writes_the_matches_their_summary_and_a_picture(
     assert json.loads(said.out) == found.table.to_pylist()
     assert f"{found.share_found(0.7):.1%} found again one to one" in said.err
     assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+    quick = json.loads(saeflow("compare", "one", "two", "--no-values", "-f", "json", "--store", store.root).out)
+    alike = {"correlation": None, "jaccard": None}
+    assert quick == [row | alike for row in found.table.to_pylist()]
     wrong = saeflow("compare", "one", "two", "--picture", "again.gif", "--store", store.root)
     assert (wrong.code, "must end in .png" in wrong.err) == (2, True)
     unknown = saeflow("compare", "one", "tow", "--store", store.root)
