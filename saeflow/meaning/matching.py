@@ -178,15 +178,12 @@ def draw(matched: Matched, run: str, other: str, path: Path, kind: str) -> None:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     bins = list(np.linspace(-0.2, 1, 61))
-    for column, label, shape in (("nearest_cosine", "nearest", "step"), ("match_cosine", "matched one to one", "bar")):
-        cosines = matched.table[column].drop_null().to_numpy()
-        axes.hist(
-            np.clip(cosines, bins[0], bins[-1]),
-            bins=bins,
-            histtype=shape,
-            alpha=1 if shape == "step" else 0.5,
-            label=label,
-        )
+    nearest, match = (
+        np.clip(matched.table[name].drop_null().to_numpy(), bins[0], bins[-1])
+        for name in ("nearest_cosine", "match_cosine")
+    )
+    axes.hist(nearest, bins=bins, histtype="step", label="nearest")
+    axes.hist(match, bins=bins, alpha=0.5, label="matched one to one")
     for cosine in FOUND_AGAIN:
         axes.axvline(cosine, color="gray", linestyle=":")
         axes.annotate(
@@ -198,6 +195,7 @@ def draw(matched: Matched, run: str, other: str, path: Path, kind: str) -> None:
             va="top",
         )
     axes.set_xlabel("cosine of decoder rows")
+    run, other = (name.replace("$", r"\$") for name in (run, other))
     axes.set_ylabel(f"features of {run}")
     axes.set_title(f"{run} in {other}: {matched.n_live:,} live features")
     axes.legend(loc="upper left")
