@@ -50,6 +50,7 @@ PUT_IN = {
     "query/ask.py": {
         "chosen.name": "the name of a file of sql/marts, looked up",
         "call": "as many question marks as there are parameters",
+        "_READINGS": "a constant",
         "sql": "the same, to which a limit is added as a parameter",
     },
     "query/catalog.py": {
