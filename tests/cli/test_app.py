@@ -409,8 +409,8 @@ NAMES = {
     "document_features": ["tales/000"],
     "entry_followers": ["270"],
 }
-MAY_BE_EMPTY = ("feature_labels", "left_out", "annotations")
-NEEDS_ANNOTATIONS = ("annotated_tokens",)  # tests/classes asks these
+MAY_BE_EMPTY = ("feature_labels", "left_out", "annotations", "feature_classes", "classes_of_feature", "sparse_probes")
+NEEDS_ANNOTATIONS = ("annotated_tokens", "features_of_class")  # tests/classes asks these
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
