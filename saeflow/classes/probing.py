@@ -38,7 +38,7 @@ class ProbeSettings:
 
     classes: tuple[str, ...] = ()
     """Classes to probe; empty for all."""
-    n_best: int = 5
+    n_best: int = 3
     """Features of each class, those with the largest AUROC, that get bootstrap intervals."""
     replicates: int = N_REPLICATES
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,9 @@ def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():
 
 
 def test_the_command_probes_neurons_and_random_directions_too(saeflow: Command, finished: Finished, tmp_path):
-    store = ["--store", finished.store.root]
-    sql = "select token_id, if(token_id % 3 = 0, 'a', 'b') as class from tokens where mask"
+    shutil.copytree(finished.store.root, tmp_path / "store")
+    store = ["--store", tmp_path / "store"]
+    sql = "select token_id, if(token_id % 3 = 0, 'a', 'b') as class from tokens"
     assert saeflow("annotate", "thirds", "--sql", sql, *store).code == 0
     said = saeflow("probe", "thirds", "--sparse", "--replicates", 20, *store)
     assert said.code == 0, said.err

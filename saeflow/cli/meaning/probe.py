@@ -24,7 +24,7 @@ def probe_command(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Also probes of 1, 5 and 16 features, neurons and random directions.")
     ] = False,
-    best: Annotated[int, typer.Option("--best", min=0, help="Features of each class that get intervals.")] = 5,
+    best: Annotated[int, typer.Option("--best", min=0, help="Features of each class that get intervals.")] = 3,
     replicates: Annotated[
         int, typer.Option("--replicates", min=2, max=100_000, help="Resamples of the documents for the intervals.")
     ] = 1_000,
