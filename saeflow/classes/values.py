@@ -36,6 +36,18 @@ class Entries:
     documents: NDArray[np.int32]
 
 
+    def of(self, feature: int) -> Entries:
+        """Return a copy of one feature's entries."""
+        rows = slice(self.starts[feature - self.first], self.ends[feature - self.first])
+        n = np.array([rows.stop - rows.start])
+        values, codes, documents = self.values[rows].copy(), self.codes[rows].copy(), self.documents[rows].copy()
+        return Entries(feature, np.zeros(1, np.int64), n, values, codes, documents)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.values.nbytes + self.codes.nbytes + self.documents.nbytes
+
+
 @dataclass(frozen=True)
 class ValueFiles:
     """The feature-major files of a run that are shown now."""
