@@ -35,6 +35,17 @@ class Entries:
     codes: NDArray[np.unsignedinteger]
     documents: NDArray[np.int32]
 
+    def of(self, feature: int) -> Entries:
+        """Return a copy of one feature's entries."""
+        rows = slice(self.starts[feature - self.first], self.ends[feature - self.first])
+        n = np.array([rows.stop - rows.start])
+        values, codes, documents = self.values[rows].copy(), self.codes[rows].copy(), self.documents[rows].copy()
+        return Entries(feature, np.zeros(1, np.int64), n, values, codes, documents)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.values.nbytes + self.codes.nbytes + self.documents.nbytes
+
 
 @dataclass(frozen=True)
 class ValueFiles:
@@ -90,7 +101,7 @@ class ValueFiles:
         tables = [table for table in found_in if table is not None]
         counts = np.zeros(last - first + 1, np.int64)
         for features, _, _ in tables:
-            counts += np.bincount(features - first, minlength=len(counts))
+            counts += np.diff(np.searchsorted(features, np.arange(first, last + 2, dtype=np.int32)))
         starts = np.cumsum(counts) - counts
         ends, n = starts.copy(), int(counts.sum())
         found = Entries(
@@ -114,7 +125,7 @@ class ValueFiles:
         with pq.ParquetFile(self.paths[number], metadata=self._footers[number]) as file:
             table = file.read_row_groups(mine[holds, 1].tolist(), columns=COLUMNS, use_threads=False)
         columns = [_as_array(table.column(name)) for name in COLUMNS]
-        start, stop = np.searchsorted(columns[0], (first, last + 1))
+        start, stop = np.searchsorted(columns[0], np.array([first, last + 1], np.int32))
         return tuple(column[start:stop] for column in columns)
 
 

@@ -424,6 +424,8 @@ MAY_BE_EMPTY = (
     "explanation_mistakes",
 )
 NEEDS_ANNOTATIONS = ("annotated_tokens",)  # tests/classes asks these
+MAY_BE_EMPTY = ("feature_labels", "left_out", "annotations", "feature_classes", "classes_of_feature", "sparse_probes")
+NEEDS_ANNOTATIONS = ("annotated_tokens", "features_of_class")  # tests/classes asks these
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
