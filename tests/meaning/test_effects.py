@@ -344,13 +344,16 @@ def test_an_equal_question_is_answered_from_the_store(store: Store, zeroed: Meas
     ids=" ".join,
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_work(store: Store, saeflow: Command, words: list[str], message: str) -> None:
-    before = sorted(path.name for path in store.root.rglob("*"))
+    before = outside_tmp(store)
     said = saeflow("effects", *words, "--store", store.root)
     assert said.code == 2
     assert message in said.err
-    assert sorted(path.name for path in store.root.rglob("*") if "tmp" not in path.parts) == [
-        name for name in before if name in {path.name for path in store.root.rglob("*") if "tmp" not in path.parts}
-    ]
+    assert outside_tmp(store) == before
+    assert not list(store.root.glob("tmp/*.checkpoint"))
+
+
+def outside_tmp(store: Store) -> list[Path]:
+    return sorted(path for path in store.root.rglob("*") if "tmp" not in path.relative_to(store.root).parts)
 
 
 def test_features_are_numbers_and_ranges() -> None:
