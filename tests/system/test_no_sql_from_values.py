@@ -117,6 +117,12 @@ RUN = {
     "query/connection.py": {"sql": "a file of sql/checks", "statement": "what catalog.definitions yields"},
     "query/kept_catalog.py": {"statement": "what catalog.upon_sources yields"},
     "query/first_answers.py": {"_LARGEST_SOURCES": "a constant", "_STRIKING": "a constant"},
+    "cli/meaning/explain_by_model.py": {"sql": "a constant"},
+    "meaning/language_model/command.py": {"sql": "one of two constants"},
+    "meaning/language_model/examples.py": {
+        **dict.fromkeys(("_LAST", "_STRONGEST", "_ENCODED", "_OWNERS"), "a constant"),
+        "sql": "one of the constants at the top",
+    },
     "corpus/tabular.py": {"sql": "the recipe's own statement, after it was judged"},
 }
 
