@@ -7,8 +7,8 @@
 --          one feature that also asks for `feature between low and high` opens no other file.
 -- Ask it:  nothing; everything else reads these views.
 --
--- A question may have a parameter `source` or `role`, which DuckDB takes for a column of that name, even inside a view.
--- Views and macros that questions read therefore name the table in front of these two columns.
+-- A question may have a parameter `source`, `role`, `annotation` or `class`, which DuckDB takes for a column of that
+-- name, even inside a view. Views and macros that questions read therefore name the table in front of these columns.
 --
 -- saeflow replaces each `$$name` below by a read_parquet of those files, or by an empty table if an earlier saeflow
 -- wrote none. `saeflow sql --script` prints this file filled in, followed by the rest of the folder, to be used in the
@@ -90,6 +90,30 @@ from $explanation_scores as stored;
 create or replace view src_explanation_mistakes as
 select feature_id, stored.source, model, method, stratum, token_id, asked, answered
 from $explanation_mistakes as stored;
+
+create or replace view src_feature_classes as
+select
+    stored.annotation, stored.class, feature_id, n_fires, n_both, auroc, auroc_low, auroc_high, average_precision, f1,
+    f1_low, f1_high, threshold, precision, recall, lift, correlation, t, p, q
+from $feature_classes as stored;
+
+create or replace view src_class_sizes as
+select stored.annotation, stored.class, n_tokens, n_documents, share from $class_sizes as stored;
+
+create or replace view src_sparse_probes as
+select stored.annotation, stored.class, basis, k, auroc, f1, n_train, n_test, dimensions from $sparse_probes as stored;
+
+create or replace view src_annotations as
+select stored.annotation, stored.class, document_id, first_token_id, last_token_id from $annotations as stored;
+
+create or replace view src_rules as
+select feature_id, rule, kind, "precision", recall, score from $rules;
+
+create or replace view src_effects as
+select * from $effects;
+
+create or replace view src_direct_effects as
+select effect, feature_id, vocab_id, logit from $direct_effects;
 
 create or replace view src_runs as
 select unnest($runs, recursive := true);

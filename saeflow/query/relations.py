@@ -14,7 +14,18 @@ import pyarrow as pa
 
 from saeflow.corpus.token_parts import BLOCK_TOKENS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
-from saeflow.features.schema import LABELS, LEFT_OUT_TABLE, ORDERS, PART_TABLES, RUN_TABLES, VALUES
+from saeflow.features.schema import (
+    EFFECTS,
+    LABELS,
+    LEFT_OUT_TABLE,
+    ORDERS,
+    PART_TABLES,
+    PROBE_TABLES,
+    RULES,
+    RUN_TABLES,
+    SPANS,
+    VALUES,
+)
 from saeflow.runtime.text import HOSTILE
 
 Files = Mapping[str, Sequence[str]]
@@ -25,6 +36,7 @@ _BY_NAME = r"regexp_extract(filename, '/low=(\d+)/high=(\d+)/[^/]*$', {})::bigin
 _TYPES = {
     pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
     pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
+    pa.list_(pa.int32()): "integer[]", pa.list_(pa.float32()): "float[]",
 }  # fmt: skip
 _LOG = pa.schema(
     [
@@ -35,7 +47,9 @@ _LOG = pa.schema(
 )
 """What the log of a training may hold. Which columns it has depends on the settings."""
 
-_OPTIONAL = {**PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, "labels": LABELS}
+_OPTIONAL = {
+    **PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **PROBE_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
+}  # fmt: skip
 
 
 def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -> dict[str, str]:
@@ -185,6 +199,20 @@ def no_rows(schema: pa.Schema) -> str:
     """Return SQL for an empty table with these columns."""
     columns = ", ".join(f"null::{_TYPES[field.type]} as {field.name}" for field in schema)
     return f"(select {columns} where false)"
+
+
+def spans_relation(annotations: Mapping[str, str]) -> str:
+    """Select the spans of these files of annotations, by name, with the name as the first column.
+
+    Columns are qualified: a question may have a parameter `annotation` or `class`.
+    """
+    columns = ", ".join(f"stored.{name}" for name in SPANS.names)
+    parts = [
+        f"select {literal(name)} as annotation, {columns} from {_read_files([path])} as stored"
+        for name, path in annotations.items()
+    ]
+    nothing = f"(select null::varchar as annotation, {columns} from {no_rows(SPANS)} as stored)"
+    return f"({' union all '.join(parts)})" if parts else nothing
 
 
 def unglobbed(path: str) -> str:

@@ -163,6 +163,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     header = ",".join(f"n{i}" for i in range(table.shape[1]))
     (folder / "table.csv").write_text("\n".join([header, *(",".join(map(str, row)) for row in table.tolist())]))
     (folder / "names.jsonl").write_text('{"feature_id": 738, "label": "a comma"}\n')
+    (folder / "people.csv").write_text("class,document,start,end\nperson,tales/000,0,5\nplace,letters/000,2,9\n")
+    shutil.copytree(ROOT / "flows/recipes/annotations", folder / "flows/recipes/annotations")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
         patch.chdir(folder)
