@@ -19,7 +19,6 @@ from saeflow.cli.meaning.annotate import annotate_commands
 from saeflow.cli.meaning.compare import compare_commands
 from saeflow.cli.meaning.effects import effect_commands
 from saeflow.cli.meaning.explain import explain_commands
-from saeflow.cli.meaning.explain_by_model import explain_model_commands
 from saeflow.cli.meaning.probe import probe_commands
 from saeflow.cli.run import run_commands
 from saeflow.cli.serve import serve_commands

@@ -155,6 +155,12 @@ RUN = {
     "query/connection.py": {"sql": "a file of sql/checks", "statement": "what catalog.definitions yields"},
     "query/kept_catalog.py": {"statement": "what catalog.upon_sources yields"},
     "query/first_answers.py": {"_LARGEST_SOURCES": "a constant", "_STRIKING": "a constant"},
+    "cli/meaning/explain_by_model.py": {"_N_FEATURES": "a constant", "_LIVE": "a constant"},
+    "meaning/language_model/command.py": {"sql": "one of two constants"},
+    "meaning/language_model/examples.py": {
+        **dict.fromkeys(("_LAST", "_STRONGEST", "_ENCODED", "_OWNERS"), "a constant"),
+        "sql": "one of the constants at the top",
+    },
     "meaning/effects/firings.py": {"_HOLES": "a constant", "_FIRED": "a constant"},
     "meaning/effects/run_model.py": {"_LEVELS": "a constant"},
     "corpus/tabular.py": {"sql": "the recipe's own statement, after it was judged"},
