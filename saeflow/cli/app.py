@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 for family in (
     run_commands, synth_commands, store_commands, ask_commands, browse_commands, label_commands, annotate_commands,
-    probe_commands, explain_commands, explain_model_commands, effect_commands, compare_commands, serve_commands,
+    probe_commands, explain_commands, effect_commands, compare_commands, serve_commands,
 ):  # fmt: skip
     app.add_typer(family)
 
