@@ -38,7 +38,7 @@ _IN_WORDS = {
 GROUPS: dict[str, set[str | None]] = {
     "One feature": {"feature"},
     "Several features together": {"features"},
-    "Tokens and text": {"token", "text", "document_key", "vocab"},
+    "Tokens and text": {"token", "tokens", "text", "document_key", "vocab"},
     "One source or run against another": {"a"},
     "Views, to select from": {None},
     "The run": set(),

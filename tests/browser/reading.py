@@ -297,6 +297,21 @@ def bands(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
             context(item, row, asked["feature"])
 
 
+def chosen(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
+    """Each token in its text, with a link to the page without it."""
+    for item, row in zip(panel.all("li"), rows, strict=True):
+        inner, centre = item.one("q").one("bdi"), visible(row["pieces"][row["place"] - 1])
+        assert inner.text == "".join(map(visible, row["pieces"]))
+        assert inner.one("mark.c").text == centre
+        assert inner.attributes["data-first"] == str(row["token_id"] - row["place"] + 1)
+        token, document, without = item.all("a")
+        assert token.words == str(row["token_id"])
+        leads_to(Element("p", {}, [token]), "tokens-at", row["token_id"])
+        document_is(Element("p", {}, [document]), row, row["token_id"])
+        others = [str(other["token_id"]) for other in rows if other is not row]
+        assert about([without])[1].get("tokens", "") == ",".join(others)
+
+
 def examples(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
     """Contexts stand under the heading of their part."""
     heading, under = "", dict[str, list[Element]]()
@@ -476,7 +491,7 @@ VIEWS: dict[str, Callable[[Element, Rows, Words], None]] = {
 
 VIEWS_OF_CONTEXTS: dict[str, Callable[[Element, Rows, Mapping[str, str]], None]] = {
     "feature_examples": examples, "feature_contexts": contexts, "random_contexts": contexts, "feature_bands": bands,
-    "near_miss_contexts": near_misses,
+    "near_miss_contexts": near_misses, "tokens_in_text": chosen,
 }  # fmt: skip
 
 

@@ -128,6 +128,7 @@ PLACES: dict[str, list[str]] = {
     f"{RUN}/tokens": ["/runs/hostile/tokens?text=a", "/runs/hostile/tokens?text=%3Czq9", "/runs/hostile/tokens"],
     f"{RUN}/tokens/{{vocab}}": [f"/runs/hostile/tokens/{entry}" for entry in (0, 5, 40)],
     f"{RUN}/tokens-at/{{token}}": [f"/runs/hostile/tokens-at/{token}" for token in (0, 7, 250)],
+    f"{RUN}/selection": ["/runs/hostile/selection?tokens=0,7,250", "/runs/hostile/selection"],
     f"{RUN}/try": ["/runs/hostile/try", "/runs/hostile/try?text=%3Czq9%3E"],
     f"{RUN}/map": ["/runs/hostile/map"],
     f"{RUN}/questions": ["/runs/hostile/questions"],
@@ -139,7 +140,7 @@ PLACES: dict[str, list[str]] = {
 def arguments(question: Question) -> dict[str, Any]:
     """Arguments that give rows."""
     chosen = {
-        "feature": 0, "features": "0,1", "thresholds": "0,0", "token": 3, "vocab": 5, "other": 1, "window": 3,
+        "feature": 0, "features": "0,1", "thresholds": "0,0", "token": 3, "tokens": "3,250", "vocab": 5, "other": 1, "window": 3,
         "text": "a", "document_key": NAMES[0], "first_char": 0, "end_char": 9, "a": NAMES[0], "b": NAMES[1],
     }  # fmt: skip
     if question.name == "compare_runs":

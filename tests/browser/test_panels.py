@@ -31,14 +31,14 @@ PAGES = [
     "/runs/{run}/tokens-at/3.json", "/runs/{run}/docs.json?text=tales&source=tales&after_id=2",
     f"/runs/{{run}}/features/1/companions.json?{UNDER_FILTER}", "/runs/{run}/doc.json?key=tales/000&feature=1&first=5",
     "/runs/{run}/sources.json", "/runs/{run}/sources.json?a=letters&b=tales", "/runs/{run}/features.json?source=tales",
-    "/runs/{run}/docs/tales/000.json", f"/runs/{{run}}/tokens/270.json?{UNDER_FILTER}", "/runs/{run}/tokens/270.json",
+    "/runs/{run}/selection.json?tokens=3,7,40,41", "/runs/{run}/docs/tales/000.json", f"/runs/{{run}}/tokens/270.json?{UNDER_FILTER}", "/runs/{run}/tokens/270.json",
 ]  # fmt: skip
 FURTHER = [
     "/runs/{run}/features.json", "/runs/{run}/features.json?sort=density&kind=other",
     "/runs/{run}/compare.json?a=3&b=0", "/runs/{run}/ask/feature_bands.json?feature=3",
     f"/runs/{{run}}/features/2/near_misses.json?{UNDER_FILTER}", "/runs/{run}/doc.json?key=chinese",
     "/runs/{run}/doc.json?key=emoji&feature=5", "/runs/{run}/tokens/30.json",
-    "/runs/{run}/ask/documents.json", "/runs/{run}/ask/runs.json", "/runs/{run}/try.json?text=the+dog",
+    "/runs/{run}/selection.json?tokens=5", "/runs/{run}/ask/documents.json", "/runs/{run}/ask/runs.json", "/runs/{run}/try.json?text=the+dog",
 ]  # fmt: skip
 
 ODD = [
@@ -99,7 +99,8 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     ["/", "/compare-runs?a=odd&b=small", "/runs/odd/features", "/runs/odd/features/0?all=1", "/runs/odd/docs",
      "/runs/odd/features/1?all=1&role=user&threshold=-0.5", "/runs/odd/features/2?all=1&with_feature=1",
      "/runs/odd/doc?key=a%26b&feature=0", "/runs/odd/doc?key=ends+", "/runs/odd/tokens?text=%3C",
-     "/runs/odd/ask/feature_contexts?feature=0&role=assistant", "/runs/odd/features/0/bands?role=user"],
+     "/runs/odd/ask/feature_contexts?feature=0&role=assistant", "/runs/odd/features/0/bands?role=user",
+     "/runs/odd/selection?tokens=0,5,13,14,20"],
 )  # fmt: skip
 def test_signed_values_roles_and_hostile_texts_read_as_their_sql_answers(odd: Reader, address: str):
     assert odd.read(address)

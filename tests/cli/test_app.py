@@ -409,7 +409,7 @@ NAMES = {
     "document_features": ["tales/000"],
     "entry_followers": ["270"],
 }
-MAY_BE_EMPTY = ("feature_labels", "left_out")
+MAY_BE_EMPTY = ("feature_labels", "labels_of_feature", "left_out")
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)

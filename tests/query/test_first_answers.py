@@ -586,6 +586,7 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
     elsewhere |= {"find_features", "count_features", "sources", "density_and_max", "density_histogram"}
     elsewhere |= {"document_tokens", "document_features"}
     elsewhere |= {"metrics", "settings", "stages", "training_curve"}  # test_run_records reads what they were made from
+    elsewhere |= {"labels_of_feature", "tokens_in_text"}
     # test_new_text, test_offsets, test_chats, test_leave_out, test_sql, test_lists and test_documents_and_tokens ask
     # these; test_filtered_answers and test_documents_and_tokens ask those with a filter
     stored = [

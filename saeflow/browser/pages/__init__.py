@@ -11,6 +11,7 @@ sources       the sources of the corpus, and what tells two of them apart
 documents     the documents of a run, and one of them shaded
 tokens        vocabulary entries, and one token of the corpus, with their features
 new_text      a text of one's own
+selection     some chosen tokens, and the features that tell them from the rest
 questions     all questions with a form each, and definitions
 question      any named question, with its SQL
 """
@@ -32,6 +33,7 @@ from saeflow.browser.pages import (
     question,
     questions,
     run,
+    selection,
     sources,
     tokens,
 )
@@ -57,6 +59,7 @@ PAGES: list[tuple[str, Callable[[Asked, OpenedRun], Page]]] = [
     ("/runs/{run}/tokens/{vocab}", tokens.entry),
     ("/runs/{run}/tokens-at/{token}", tokens.at),
     ("/runs/{run}/try", new_text.page),
+    ("/runs/{run}/selection", selection.page),
     ("/runs/{run}/map", feature_map.page),
     ("/runs/{run}/questions", questions.page),
     ("/runs/{run}/ask/{question}", question.page),

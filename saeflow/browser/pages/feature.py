@@ -25,6 +25,8 @@ LATER = ("similar", "companions", "near_misses", "entries", "documents", "source
 ALONE = ("strongest", "bands", "random")
 """Panels that are pages of their own: a feature's page shows the first rows of each, which one question gives."""
 
+NOT_EXPLAINED = "Nobody has said so yet. Write a label above, or have saeflow explain it in a terminal: saeflow explain"
+
 WIDEST = 100
 """Most tokens on either side of a context."""
 
@@ -85,6 +87,7 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("logits", "Next tokens", "feature_logits", about, "logits", about=whole),
         Panel("similar", "Similar directions", "similar_features", about, "neighbours", 10, whole),
         Panel("companions", "Features that fire together", *companions, "neighbours", 10),
+        Panel("labels", "What it is said to mean", "labels_of_feature", about, if_none=NOT_EXPLAINED),
         Panel("examples", "Contexts", "feature_examples", shown, "examples"),
         Panel("strongest", "Strongest contexts", "feature_contexts", {**shown, "n": 50}, "contexts"),
         Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),
