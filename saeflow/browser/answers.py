@@ -86,6 +86,7 @@ def environment(drawn: bool = False) -> Environment:
         "number": shading.number,
         "marked": shading.marked,
         "linked": shading.linked,
+        "around_token": shading.around_token,
         "piece": shading.piece,
         "lines": lambda text: shading.lines(sanitise(str(text))),
         "chart": pictures.picture if drawn else charts.chart,

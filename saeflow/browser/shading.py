@@ -17,6 +17,10 @@ LONGEST_PIECE = 200
 """Characters of a token that a page shows; its JSON has all."""
 
 
+LONGEST_SIDE = 500
+"""Characters on either side of a token that are shown where a context is one text."""
+
+
 @dataclass(frozen=True)
 class ShadedToken:
     """A token as a page shows it."""
@@ -93,6 +97,15 @@ def linked(rows: Sequence[Mapping[str, Any]], address: str, name: str = "token_i
 def lines(text: str) -> Markup:
     """Return shown text as HTML, with a break after each ↵."""
     return Markup(escape(text).replace("↵", Markup("↵<br>")))
+
+
+def around_token(context: str) -> Markup:
+    """Return a text that marks its token as «token» as HTML, cut on both sides."""
+    before, _, rest = context.partition("«")
+    token, _, after = rest.partition("»")
+    cut = (before[-LONGEST_SIDE:], brief(token, LONGEST_PIECE), after[:LONGEST_SIDE])
+    before, token, after = (lines(sanitise(text)) for text in cut)
+    return Markup('<bdi>{}<mark class="c">{}</mark>{}</bdi>').format(before, token, after)
 
 
 def piece(text: object) -> Markup:

@@ -203,9 +203,8 @@ def test_a_click_on_a_document_opens_a_token_unless_the_reader_chooses(shown: Wi
 
 def test_no_more_than_a_hundred_tokens_are_chosen(shown: Window, address: str) -> None:
     shown.open(f"{address}/runs/small/doc?key=tales/000")
-    shown.value(
-        "sessionStorage.setItem('chosen tokens of /runs/small', JSON.stringify([...Array(100).keys()].map((i) => i + 100000)))"
-    )
+    many = "JSON.stringify([...Array(100).keys()].map((i) => i + 100000))"
+    shown.value(f"sessionStorage.setItem('chosen tokens of /runs/small', {many})")
     shown.open(f"{address}/runs/small/doc?key=tales/000")
     shown.value("document.querySelector('.text a').focus()")
     shown.press("x")

@@ -140,8 +140,9 @@ PLACES: dict[str, list[str]] = {
 def arguments(question: Question) -> dict[str, Any]:
     """Arguments that give rows."""
     chosen = {
-        "feature": 0, "features": "0,1", "thresholds": "0,0", "token": 3, "tokens": "3,250", "vocab": 5, "other": 1, "window": 3,
-        "text": "a", "document_key": NAMES[0], "first_char": 0, "end_char": 9, "a": NAMES[0], "b": NAMES[1],
+        "feature": 0, "features": "0,1", "thresholds": "0,0", "token": 3, "tokens": "3,250", "vocab": 5, "other": 1,
+        "window": 3, "text": "a", "document_key": NAMES[0], "first_char": 0, "end_char": 9, "a": NAMES[0],
+        "b": NAMES[1],
     }  # fmt: skip
     if question.name == "compare_runs":
         chosen |= {"a": "hostile", "b": "hostile"}

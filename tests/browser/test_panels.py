@@ -31,14 +31,16 @@ PAGES = [
     "/runs/{run}/tokens-at/3.json", "/runs/{run}/docs.json?text=tales&source=tales&after_id=2",
     f"/runs/{{run}}/features/1/companions.json?{UNDER_FILTER}", "/runs/{run}/doc.json?key=tales/000&feature=1&first=5",
     "/runs/{run}/sources.json", "/runs/{run}/sources.json?a=letters&b=tales", "/runs/{run}/features.json?source=tales",
-    "/runs/{run}/selection.json?tokens=3,7,40,41", "/runs/{run}/docs/tales/000.json", f"/runs/{{run}}/tokens/270.json?{UNDER_FILTER}", "/runs/{run}/tokens/270.json",
+    "/runs/{run}/selection.json?tokens=3,7,40,41",
+    "/runs/{run}/docs/tales/000.json", f"/runs/{{run}}/tokens/270.json?{UNDER_FILTER}", "/runs/{run}/tokens/270.json",
 ]  # fmt: skip
 FURTHER = [
     "/runs/{run}/features.json", "/runs/{run}/features.json?sort=density&kind=other",
     "/runs/{run}/compare.json?a=3&b=0", "/runs/{run}/ask/feature_bands.json?feature=3",
     f"/runs/{{run}}/features/2/near_misses.json?{UNDER_FILTER}", "/runs/{run}/doc.json?key=chinese",
     "/runs/{run}/doc.json?key=emoji&feature=5", "/runs/{run}/tokens/30.json",
-    "/runs/{run}/selection.json?tokens=5", "/runs/{run}/ask/documents.json", "/runs/{run}/ask/runs.json", "/runs/{run}/try.json?text=the+dog",
+    "/runs/{run}/selection.json?tokens=5",
+    "/runs/{run}/ask/documents.json", "/runs/{run}/ask/runs.json", "/runs/{run}/try.json?text=the+dog",
 ]  # fmt: skip
 
 ODD = [
