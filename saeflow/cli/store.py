@@ -63,7 +63,9 @@ def state_of(artefact: Artefact) -> tuple[str, str, str, str]:
 
     Only records are read, because a store may hold millions of files.
     """
-    if artefact.kind == "saes":
+    from saeflow.store.records import WHOLE
+
+    if artefact.kind in WHOLE:
         return ("whole" if artefact.complete() else "damaged"), "-", "-", _size(artefact, ())
     generation = artefact.generation()
     if generation is None:
@@ -129,9 +131,10 @@ def _doubts_of_import(store: Store, artefact: Artefact) -> list[str]:
 
 def _find_artefact(store: Store, name: str) -> Artefact:
     from saeflow.runtime.text import nearest
-    from saeflow.store.records import KINDS
+    from saeflow.store.records import BESIDE, KINDS
 
-    artefacts = store.artefacts(*KINDS)[::-1]  # runs before what they read, the newest first
+    kinds = sorted(KINDS, key=lambda kind: kind not in BESIDE)
+    artefacts = store.artefacts(*kinds)[::-1]  # runs before what they read and what belongs to them, the newest first
     for artefact in artefacts:
         full_names = (f"{artefact.name}{sign}{artefact.fp}" for sign in "-_")
         if name in (artefact.id, artefact.name, *full_names):

@@ -211,8 +211,12 @@ class Artefact(Publication):
         if self.record.format_version == FORMAT_VERSION:
             self._describe_again(self.record.model_copy(update={"facts": self.record.facts | facts}))
 
-    def _describe_again(self, record: ArtefactRecord, paths: Sequence[Path] = ()) -> None:
-        if record == self.record:
+    def renew(self) -> None:
+        """Write the record again as it is, so that this artefact is the newest of its name."""
+        self._describe_again(self.record, force=True)
+
+    def _describe_again(self, record: ArtefactRecord, paths: Sequence[Path] = (), force: bool = False) -> None:
+        if record == self.record and not force:
             return
         with self.publishing():
             self.storage.send(*paths)

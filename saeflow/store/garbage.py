@@ -1,4 +1,4 @@
-"""Remove what nobody reads any more: replaced generations, parts that none lists, leftovers of killed runs."""
+"""Remove what nobody reads any more: replaced generations and annotations, unlisted parts, leftovers of killed runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.artefact import Artefact
 from saeflow.store.lease import hold_lease
-from saeflow.store.records import KINDS, Generation, read_part_folders
+from saeflow.store.records import BESIDE, KINDS, Generation, read_part_folders
 from saeflow.store.storage.folder import DAMAGED
-from saeflow.store.store import Store
+from saeflow.store.store import Store, owner_of
 
 ABANDONED_SECONDS = 30 * 86_400.0
 """A checkpoint of an SAE that is not published stays for so long after it was last written: somebody may be on
@@ -59,7 +59,7 @@ def collect_garbage(store: Store, grace_seconds: float, remove: bool) -> Collect
     written is left alone. To list, nothing is written and nobody waited for.
     """
     store.storage.list_again()
-    done, left = Collected(), store.storage.work_names()
+    done, left, replaced = Collected(), store.storage.work_names(), _replaced_artefacts(store)
     remove_work = store.storage.remove if remove else None
     works = [store.by_id(f"{found[1]}/{found[2]}") for name in sorted(left) if (found := _WORK.fullmatch(name))]
     for artefact in dict.fromkeys([*store.artefacts(), *works]):
@@ -69,6 +69,9 @@ def collect_garbage(store: Store, grace_seconds: float, remove: bool) -> Collect
                     done, _replaced_files(artefact, grace_seconds), grace_seconds, artefact.remove if remove else None
                 )
                 _collect_aged(done, _left_work(artefact, left), grace_seconds, remove_work)
+                if artefact in replaced:  # it may have become the newest again since
+                    still = _replaced_artefacts(store).get(artefact, [])
+                    _collect_aged(done, iter(still), grace_seconds, artefact.remove if remove else None)
         except (UserError, OSError) as error:
             done.left_alone.append(first_line(error))
     _collect_aged(done, _left_tests(store, left), grace_seconds, remove_work)
@@ -95,6 +98,30 @@ def _require_no_writer(artefact: Artefact) -> Iterator[None]:
     if owner is not None and not owner.is_gone():
         raise UserError(f"Another run may be writing {artefact.id}: {owner.about}.")
     yield
+
+
+def _replaced_artefacts(store: Store) -> dict[Artefact, list[Garbage]]:
+    """Return annotations, probes and effects that nobody reads: a newer one of the name exists, or their owner is gone.
+
+    The owner is the run or the tokens that they belong to. Two owners may have artefacts of one name: both stay.
+    """
+    found: dict[Artefact, list[Garbage]] = {}
+    newer: dict[tuple[str, str, str | None], Artefact] = {}
+    for artefact in reversed(store.artefacts(*BESIDE)):
+        with contextlib.suppress(UserError, OSError):  # `verify` says what is wrong
+            owner = owner_of(artefact)
+            if owner is not None and not store.storage.names_here(store.by_id(owner).path):
+                found[artefact] = [_whole(artefact, f"{owner}, to which it belongs, is gone", math.inf)]
+            elif artefact.complete():
+                newest = newer.setdefault((artefact.kind, artefact.name, owner), artefact)
+                if newest != artefact:
+                    age = time.time() - store.storage.footprint(newest.path / "artefact.json")[1]
+                    found[artefact] = [_whole(artefact, f"readers see {newest.id}", max(age, 0.0))]
+    return found
+
+
+def _whole(artefact: Artefact, why: str, seconds: float) -> Garbage:
+    return Garbage(artefact.path, why, artefact.storage.footprint(artefact.path)[0], seconds)
 
 
 def _replaced_files(artefact: Artefact, grace_seconds: float) -> Iterator[Garbage]:

@@ -18,7 +18,7 @@ from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +33,11 @@ from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, json_text, read_json, replacing, write_json
 from saeflow.store.links import Linked, open_unlinked, read_bytes
 
-Kind = Literal["tokens", "activations", "saes", "features"]
-KINDS: tuple[Kind, ...] = ("tokens", "activations", "saes", "features")
+Kind = Literal["tokens", "activations", "saes", "features", "annotations", "probes", "effects"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+BESIDE: tuple[Kind, ...] = ("annotations", "probes", "effects")
+"""Kinds that belong to tokens or to a run, and that no stage reads. The newest of a name is the one that is read."""
+WHOLE: tuple[Kind, ...] = ("saes", *BESIDE)  # kinds without parts: each appears whole, in one rename
 _Record = TypeVar("_Record", bound=BaseModel)
 
 FORGOTTEN = "forgotten.json"
@@ -44,8 +47,7 @@ _STEP = r"([^/.\x00][^/\x00]*|\.[^/.\x00][^/\x00]*|\.\.[^/\x00]+)"
 _INSIDE = rf"^{_STEP}(/{_STEP})*$"
 """A path that stays in its folder: neither from the root nor with a step up. A store may come from a stranger."""
 
-_FOLDER = r"\A[0-9]{6,}-[0-9a-f]{8}\z"
-"""What parts are called."""
+_FOLDER = r"\A[0-9]{6,}-[0-9a-f]{8}\z"  # what parts are called
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +205,13 @@ def generation_table(generation: Generation) -> pa.Table:
         })  # fmt: skip
 
 
-_NOT_A_LIST = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
-"""Errors of a table that is no list of parts."""
+_NOT_A_LIST = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    pa.ArrowException,
+)  # of a table that is no list of parts
 
 
 def read_generation(path: Path, number: int) -> Generation:
@@ -222,7 +229,6 @@ def read_generation(path: Path, number: int) -> Generation:
 
 
 def _hidden(table: pa.Table, parts: Sequence[PartRecord]) -> Iterator[tuple[int, tuple[Hidden, ...]]]:
-    """By index of the parts that have any."""
     if "hidden" in table.column_names:
         column = table.column("hidden")
         for row in np.flatnonzero(pc.fill_null(pc.list_value_length(column), 0)).tolist():

@@ -20,7 +20,7 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.files import make_folder
 from saeflow.store.lease import Lease, hold_lease
 from saeflow.store.links import unlinked
-from saeflow.store.records import KINDS, Kind, damaged, is_refusal, read_checked, write_checked
+from saeflow.store.records import KINDS, Damaged, Kind, damaged, is_refusal, read_checked, write_checked
 from saeflow.store.storage.bucket import Bucket, cache_folder
 from saeflow.store.storage.folder import Folder, Storage
 from saeflow.store.storage.objects import Objects
@@ -136,6 +136,18 @@ class Store:
             found += [self.by_id(f"{kind}/{name}") for _, name in ordered]
         return found
 
+    def newest_of(self, kind: Kind, owner: str) -> dict[str, Artefact]:
+        """Return the newest whole artefact of each name that belongs to these tokens, or to this run, by name.
+
+        `owner` is an id such as `tokens/demo-0123abcd`. A damaged artefact counts as missing.
+        """
+        found: dict[str, Artefact] = {}
+        for artefact in self.artefacts(kind):
+            with contextlib.suppress(Damaged, FileNotFoundError):
+                if owner_of(artefact) == owner and artefact.complete():
+                    found[artefact.name] = artefact
+        return dict(sorted(found.items()))
+
     def why_new(self, target: Artefact, facts: dict[str, Any], ignored: Collection[str] = ()) -> str:
         """Say which settings set a new artefact apart from the newest of its name; empty if nothing is new."""
         others = [other for other in self.artefacts(target.kind) if other.name == target.name and other != target]
@@ -157,6 +169,11 @@ class Store:
                 f"{purpose} needs about {human_bytes(n_bytes)}, but {self.root} has {human_bytes(free)} free.\n"
                 "Free some space, choose another disk with --store, or read fewer documents or sites."
             )
+
+
+def owner_of(artefact: Artefact) -> str | None:
+    """Return the id of the run, or else of the tokens, that annotations, probes or effects belong to."""
+    return artefact.record.input("features") or artefact.record.input("tokens")
 
 
 def _time_of(record: Path) -> int | None:

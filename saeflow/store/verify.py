@@ -25,6 +25,7 @@ from saeflow.store.files import map_lookups
 from saeflow.store.records import (
     FORGOTTEN,
     KINDS,
+    WHOLE,
     Damaged,
     ForgottenRecord,
     PartRecord,
@@ -248,9 +249,10 @@ def repair(found: Damage) -> str:
 def _repair_own(artefact: Artefact) -> str:
     if not list(_own_problems(artefact, full=True)):
         return f"{artefact.path} is whole by now"
-    bad = [artefact.path] if artefact.kind == "saes" else list(_bad_files(artefact))
+    whole = artefact.kind in WHOLE
+    bad = [artefact.path] if whole else list(_bad_files(artefact))
     moved = [_moved_aside(artefact, path) for path in bad]
-    mended = artefact.kind != "saes" and artefact.recover()
+    mended = not whole and artefact.recover()
     return "; ".join([*moved, *([f"mended {artefact.path}"] if mended or not moved else [])])
 
 

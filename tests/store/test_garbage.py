@@ -16,7 +16,7 @@ from saeflow.store import verify as integrity
 from saeflow.store.artefact import Artefact
 from saeflow.store.garbage import ABANDONED_SECONDS, collect_garbage
 from saeflow.store.lease_slot import FileSlot
-from saeflow.store.records import Hidden, PartRecord
+from saeflow.store.records import BESIDE, Hidden, PartRecord
 from saeflow.store.storage.bucket import Bucket
 from saeflow.store.storage.folder import Folder
 from saeflow.store.storage.objects import Objects
@@ -248,3 +248,61 @@ def test_what_was_left_in_the_tmp_of_an_object_store_is_swept(tmp_path, monkeypa
     monkeypatch.setattr("time.time", lambda now=time.time(): now + 40 * DAY)
     assert names(collect_garbage(store, 0, remove=True)) == {"cluster-0a1b", "saes-small-0123abcd.checkpoint"}
     assert not [meta["path"] for meta in objects.list("tmp") if "locks" not in meta["path"]]
+
+
+def whole(store: Store, kind: str, fp: str, owner: Artefact, written: float) -> Artefact:
+    """An artefact without parts that belongs to another, and when it was written, in seconds before now."""
+    made = store.artefact(kind, "quotes", fp)
+    with made.writing(), made.publish_folder({}, [owner.id], {}) as folder:
+        (folder / "table.parquet").write_text(fp)
+    age(made.path / "artefact.json", written)
+    return made
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_gc_keeps_what_was_written_last_of_a_name_and_an_owner(store, artefact, kind):
+    other = store.artefact("tokens", "other", "89abcdef")
+    other.create({})
+    old, recent, newest = (whole(store, kind, f"0000000{n}", artefact, (3 - n) * DAY) for n in range(3))
+    theirs = whole(store, kind, "0000000a", other, 9 * DAY)
+    assert names(collect_garbage(store, 1.5 * DAY, remove=False)) == set()  # readers may still have them open
+    assert collect_garbage(store, 1.5 * DAY, remove=False).n_bytes_kept > 0
+    old.renew()
+    assert store.artefacts(kind)[-1] == old
+    assert names(collect_garbage(store, 0, remove=True)) == {recent.path.name, newest.path.name}
+    assert store.artefacts(kind) == [theirs, old]
+    assert store.newest_of(kind, artefact.id) == {"quotes": old}
+    assert store.newest_of(kind, other.id) == {"quotes": theirs}
+    assert not list(integrity.verify(store, full=True))
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_gc_removes_what_belongs_to_tokens_or_a_run_that_is_gone(store, artefact, kind):
+    run = store.artefact("features", "small", "0123abcd")
+    run.create({}, [artefact.id])
+    made = whole(store, kind, "00000000", run, 0)
+    assert names(collect_garbage(store, DAY, remove=True)) == set()
+    run.remove(run.path)
+    assert names(collect_garbage(store, DAY, remove=True)) == {made.path.name}
+    assert store.artefacts(kind) == []
+
+
+def test_gc_looks_again_before_it_removes_a_replaced_artefact(store, artefact):
+    old, newest = (whole(store, "annotations", f"0000000{n}", artefact, (3 - n) * DAY) for n in range(2))
+    assert store.newest_of("annotations", artefact.id) == {"quotes": newest}
+    waiting = [old]
+
+    class Late(FileSlot):
+        def watch(self):
+            """The older one becomes the newest again just before gc has its lease."""
+            for each in waiting[:]:
+                waiting.remove(each)
+                each.renew()
+            return super().watch()
+
+    class Overtaken(Folder):
+        def new_slot(self, path):
+            return Late(path)
+
+    collect_garbage(Store(Overtaken(store.root)), 0, remove=True)
+    assert old in store.artefacts("annotations")

@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from saeflow.cli.store import state_of
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json, write_json
 from saeflow.store.records import (
     KINDS,
+    WHOLE,
     ArtefactRecord,
     Damaged,
     FileRecord,
@@ -544,6 +546,21 @@ def test_repair_reads_the_parts_that_a_lost_manifest_had_hidden_from_it(artefact
     assert said[0] == f"{artefact.path} is whole by now"
     assert said[1].startswith(f"moved {artefact.part_path(parts[1])} to ")
     assert list(artefact.parts()) == [0]
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_an_artefact_without_parts_is_moved_aside_whole_if_a_byte_changed(store, kind):
+    made = store.artefact(kind, "x", "00000000")
+    with made.writing(), made.publish_folder({}, [], {}) as folder:
+        (folder / "table").write_bytes(b"table")
+    assert state_of(made)[:3] == ("whole", "-", "-")
+    assert list(verify(store, full=True)) == []
+    (made.path / "table").write_bytes(b"tabla")
+    assert not list(verify(store, full=False))
+    said = list(repair_all(verify(store, full=True)))
+    assert [each.split(" to ")[0] for each in said] == [f"moved {made.path}"]
+    assert not made.path.exists()
+    assert list(verify(store, full=True)) == []
 
 
 def test_repair_looks_again_before_it_moves_anything(store):
