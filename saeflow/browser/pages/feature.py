@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from saeflow.browser.address import FILTER, IN_WORDS, WINDOW, Asked, address_of_panel
 from saeflow.browser.answers import Page
@@ -19,13 +19,32 @@ OWN = "own"
 BESIDE = ("numbers", "values", "sources", "entries", "logits", "similar", "companions")
 """Panels in the narrow column, in their order."""
 
-LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources")
+LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources", "mistakes", "moved", "effect_contexts")
 """Panels that a page fetches when they are looked at: they read more than the feature's own tokens."""
 
 ALONE = ("strongest", "bands", "random")
 """Panels that are pages of their own: a feature's page shows the first rows of each, which one question gives."""
 
 NOT_EXPLAINED = "Nobody has said so yet. Write a label above, or have saeflow explain it in a terminal: saeflow explain"
+
+@dataclass(frozen=True)
+class Known:
+    """What some command measures of features: the panels that show it, and rows of this feature if it is measured."""
+
+    panels: tuple[str, ...]
+    rows: str
+    """SQL of these rows; `?` stands for the feature."""
+    otherwise: str
+    """What is said in place of the panels."""
+    command: str
+
+
+KNOWN = (
+    Known(("scores", "mistakes"), "from stg_explanation_scores where feature_id = ?",
+          "No language model has judged its labels", "saeflow explain {run} --features {feature} --endpoint URL --model NAME"),
+    Known(("effects", "moved", "effect_contexts"), "from stg_effects where feature_id = ?",
+          "Nobody has changed it and seen what the model does", "saeflow effects {run} --features {feature}"),
+)  # fmt: skip
 
 WIDEST = 100
 """Most tokens on either side of a context."""
@@ -35,7 +54,9 @@ MOST_CONTEXTS = 200
 
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
-    every = panels(asked, asked.number("feature"))
+    feature = asked.number("feature")
+    left_out = {name for known in not_known(opened, feature) for name in known.panels}
+    every = [panel for panel in panels(asked, feature) if panel.name not in left_out]
     later = [panel for panel in every if panel.name in LATER and not asked.switch("all")]
     return _page_of(asked, opened, [panel for panel in every if panel not in later and panel.name not in ALONE], later)
 
@@ -63,6 +84,7 @@ def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Pane
         **about, "data": about, "beside": BESIDE, "widest": WIDEST, "window": window_of(asked),
         "later": [(panel, address_of_panel(schema, feature, panel.name, asked.query)) for panel in later],
         "fields": [(field, IN_WORDS[field]) for field in FILTER], "sources": sources_of(opened),
+        "not_known": not_known(opened, feature) if len(now) > 1 else (),
     }  # fmt: skip
     return Page("feature.html", f"Feature {feature}", answers, schema, more)
 
@@ -70,6 +92,12 @@ def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Pane
 def window_of(asked: Asked) -> dict[str, int]:
     """Return how many tokens are shown before and after those of a context."""
     return {name: asked.count(name, 12, WIDEST) for name in WINDOW}
+
+
+def not_known(opened: OpenedRun, feature: int) -> list[Known]:
+    """Return what no command has measured of this feature yet."""
+    found = opened.cursor.execute(f"select {', '.join(f'exists({each.rows})' for each in KNOWN)}", [feature] * len(KNOWN))
+    return [each for each, is_known in zip(KNOWN, found.fetchall()[0], strict=True) if not is_known]
 
 
 def panels(asked: Asked, feature: int) -> list[Panel]:
@@ -88,6 +116,11 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("similar", "Similar directions", "similar_features", about, "neighbours", 10, whole),
         Panel("companions", "Features that fire together", *companions, "neighbours", 10),
         Panel("labels", "What it is said to mean", "labels_of_feature", about, if_none=NOT_EXPLAINED),
+        Panel("scores", "How well the labels tell where it fires", "scores_of_labels", about, most_rows=12),
+        Panel("mistakes", "Examples that cost the labels points", "explanation_mistakes", {**about, "n": 20}, "mistakes"),
+        Panel("effects", "What the model loses without it", "effects_of_feature", about, "effects"),
+        Panel("moved", "Tokens that it makes likely or unlikely", "effects_on_entries", {**about, "n": 10}),
+        Panel("effect_contexts", "Where it moves the model most", "effect_contexts", {**about, "n": 10}, "effect_contexts"),
         Panel("examples", "Contexts", "feature_examples", shown, "examples"),
         Panel("strongest", "Strongest contexts", "feature_contexts", {**shown, "n": 50}, "contexts"),
         Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),
