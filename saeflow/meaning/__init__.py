@@ -1,1 +1,4 @@
-"""Explanations of features tested on every firing, and what the model does when one is changed."""
+"""Explanations of features tested on every firing, and what the model does when one is changed.
+
+matching  which features of one run are found again in another
+"""

@@ -11,10 +11,9 @@ import pyarrow as pa
 
 from saeflow.query.ask import ask, query, resolve_names
 from saeflow.query.connection import connect_to_run
-from saeflow.query.new_text import read_if_needed
-from saeflow.query.questions import Question, find_question, parse_arguments, questions
+from saeflow.query.outside.supply import supply
+from saeflow.query.questions import Question, find_question, name_arguments, parse_arguments, questions
 from saeflow.query.runs import Run
-from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store, store_path
 
 
@@ -65,13 +64,15 @@ class OpenRun:
             run.ask("top_tokens", feature=12, n=5)
             run.ask("tokens_where", 12, 0.5)
             run.ask("features_of_text", "a text that is nowhere in the corpus")  # runs the model
+            run.ask("features_of_selection", sql="select token_id from tokens where piece = ' he'")
 
         Raises UserError for a question, parameter, feature, source or run that does not exist.
         """
         chosen = find_question(question)
-        values = parse_arguments(chosen, _by_name(chosen, arguments, named))
+        values = parse_arguments(chosen, name_arguments(chosen, arguments, named))
         values = resolve_names(self._connection, chosen, values)
-        return ask(self._connection, question, values, limit, read_if_needed(self.store, self._run, chosen, values))
+        readings = supply(self.store, self._run, self._connection, chosen, values)
+        return ask(self._connection, question, values, limit, readings)
 
     def sql(self, statement: str, parameters: Sequence[object] = (), limit: int | None = None) -> pa.Table:
         """Run one statement that only reads. Each `?` in it stands for one of the parameters. Raises UserError."""
@@ -93,13 +94,3 @@ class OpenRun:
     def __repr__(self) -> str:
         counts = [f"{n:,} {what}" for n, what in ((self.n_features, "features"), (self.n_tokens, "tokens")) if n]
         return f"<saeflow run {self.name!r} of {self.store.name!r}{': ' if counts else ''}{', '.join(counts)}>"
-
-
-def _by_name(question: Question, arguments: Sequence[object], named: dict[str, object]) -> dict[str, object]:
-    names = [parameter.name for parameter in question.parameters]
-    if len(arguments) > len(names):
-        raise UserError(f"{question.name} takes {len(names)} arguments, not {len(arguments)}: {question.usage}")
-    by_place = dict(zip(names, arguments, strict=False))
-    for twice in by_place.keys() & named.keys():
-        raise UserError(f"{question.name} is given {twice} twice. Ask it as: {question.usage}")
-    return by_place | named

@@ -39,7 +39,7 @@ MANY_FILES = 1_000
 _SIDE_BY_SIDE = ("stg_feature_stats", "stg_token_major", "stg_tokens_encoded")
 """Views that exist for all runs side by side, too."""
 
-OF_EVERY_RUN = frozenset({"compare_runs"})
+OF_EVERY_RUN = frozenset({"compare_runs", "correlate_runs", "split_features"})
 """Questions that read several runs."""
 
 _OF_DOCUMENTS = ("staging/stg_documents.sql", "marts/documents.sql")
@@ -88,7 +88,7 @@ def upon_sources(
     for run in to_make:
         yield from _in_schema(run, sql_texts(*STAGING, names=wanted))
     if wanted is None or not OF_EVERY_RUN.isdisjoint(wanted):
-        yield from _views_of_every_run([run.schema for run in read])
+        yield from _views_of_every_run([run.schema for run in read], wanted)
     for run in to_make:
         yield from _in_schema(run, sql_texts("marts", names=wanted))
 
@@ -200,9 +200,9 @@ def _around_names(text: str) -> list[str]:
     return _pattern_of_names().sub(lambda name: f"\0.{name[0]}", text).split("\0")
 
 
-def _views_of_every_run(schemas: Sequence[str]) -> Iterator[str]:
+def _views_of_every_run(schemas: Sequence[str], wanted: Collection[str] | None = None) -> Iterator[str]:
     yield f"create schema if not exists {EVERY_RUN};"
-    for view in _SIDE_BY_SIDE:
+    for view in (view for view in _SIDE_BY_SIDE if wanted is None or view in wanted):
         yield f"create or replace view {EVERY_RUN}.{view} as {side_by_side(schemas, view)};"
 
 
