@@ -6,8 +6,8 @@
 --          are means over firings, in nats, with 95% intervals by document (null for one document). worse_share is the
 --          share of firings at which the loss grew.
 -- Parameters: feature bigint
--- Ask it:  does the model use feature 12?  from effects_of_feature(12)
-create or replace macro effects_of_feature(feature) as table
+-- Ask it:  does the model use feature 12?  from measured_effects(12)
+create or replace macro measured_effects(feature) as table
 select
     effect,
     change,
