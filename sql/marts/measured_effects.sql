@@ -13,7 +13,6 @@ select
     change,
     ahead,
     n_firings,
-    n_documents,
     mean_loss_change,
     loss_change_low,
     loss_change_high,

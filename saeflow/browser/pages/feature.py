@@ -119,7 +119,7 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("scores", "How well the labels tell where it fires", "scores_of_labels", about, most_rows=12),
         Panel("mistakes", "Examples that cost the labels points", "explanation_mistakes", {**about, "n": 20}, "mistakes"),
         Panel("effects", "What the model loses without it", "measured_effects", about, "effects"),
-        Panel("moved", "Tokens that it makes likely or unlikely", "effects_on_entries", {**about, "n": 10}),
+        Panel("moved", "Tokens that it makes likely or unlikely", "effects_on_entries", {**about, "n": 10}, "moved"),
         Panel("effect_contexts", "Where it moves the model most", "effect_contexts", {**about, "n": 10}, "effect_contexts"),
         Panel("examples", "Contexts", "feature_examples", shown, "examples"),
         Panel("strongest", "Strongest contexts", "feature_contexts", {**shown, "n": 50}, "contexts"),
