@@ -292,12 +292,12 @@ def test_labels_name_a_feature_our_own_first(tmp_path):
         assert ask(connection, "feature_summary").column("label").to_pylist() == ["love", None, "b", None]
         assert ask(connection, "coactive_features", [0]).column("label").to_pylist() == ["b"]
         assert [tuple(row.values()) for row in ask(connection, "labels_of_feature", [0]).to_pylist()] == [
-            ("love", "own", None, True),
-            ("guess", "auto", 0.9, False),
+            ("love", "own", None, None, None, True),
+            ("guess", "auto", 0.9, None, None, False),
         ]
         assert [tuple(row.values()) for row in ask(connection, "labels_of_feature", [2]).to_pylist()] == [
-            ("b", "auto", 0.5, True),
-            ("a", "auto", 0.1, False),
+            ("b", "auto", 0.5, None, None, True),
+            ("a", "auto", 0.1, None, None, False),
         ]
         for feature in range(4):  # the first is the one that other questions call the feature by
             named = ask(connection, "labels_of_feature", [feature]).column("label").to_pylist()[:1]

@@ -20,10 +20,19 @@ def put_scores(store: Store, run: Artefact, source: str, scores: Rows, mistakes:
     tokens, sae = run.record.input("tokens"), run.record.input("saes")
     folder = store.root / "labels" / str(sae).partition("/")[2]
     folder.mkdir(parents=True, exist_ok=True)
-    common = {"model": "judge", "tokens": tokens, "method": "detection", "stratum": "all", "n_unusable": 0, "settings": "{}"}
+    common = {
+        "model": "judge",
+        "tokens": tokens,
+        "method": "detection",
+        "stratum": "all",
+        "n_unusable": 0,
+        "settings": "{}",
+    }
     for ending, rows in (("scores", scores), ("mistakes", mistakes)):
         schema = BESIDE_LABELS[f"explanation_{ending}"]
-        table = pa.Table.from_pylist([{name: (common | dict(row)).get(name) for name in schema.names} for row in rows], schema)
+        table = pa.Table.from_pylist(
+            [{name: (common | dict(row)).get(name) for name in schema.names} for row in rows], schema
+        )
         pq.write_table(table, folder / f"{source}.{ending}.parquet")
 
 
@@ -31,7 +40,10 @@ def put_effects(store: Store, run: Artefact, effects: Rows, direct: Rows, name: 
     """Publish a measurement of effects. Entries that moved are given as `up` and `down`: (vocab_id, before, after)."""
     artefact = store.artefact("effects", name, "0f0f0f0f")
     with artefact.writing(), artefact.publish_folder({}, [run.id], {}) as folder:
-        rows = [_moved({"effect": name, "change": "zero", "ahead": 0, "band": 1, "set_to": 0.0, "loss": 1.0} | dict(row)) for row in effects]
+        rows = [
+            _moved({"effect": name, "change": "zero", "ahead": 0, "band": 1, "set_to": 0.0, "loss": 1.0} | dict(row))
+            for row in effects
+        ]
         pq.write_table(pa.Table.from_pylist(rows, EFFECTS["effects"]), folder / "effects.parquet")
         rows = [{"effect": name} | dict(row) for row in direct]
         pq.write_table(pa.Table.from_pylist(rows, EFFECTS["direct_effects"]), folder / "direct_effects.parquet")

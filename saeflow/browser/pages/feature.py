@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from saeflow.browser.address import FILTER, IN_WORDS, WINDOW, Asked, address_of_panel
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
+from saeflow.browser.pages import meaning
 from saeflow.browser.pages.sources import sources_of
 from saeflow.browser.panels import Panel, address_of_run, as_query, with_words
 from saeflow.query import labels
@@ -19,32 +20,11 @@ OWN = "own"
 BESIDE = ("numbers", "values", "sources", "entries", "logits", "similar", "companions")
 """Panels in the narrow column, in their order."""
 
-LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources", "mistakes", "moved", "effect_contexts")
+LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources", *meaning.LATER)
 """Panels that a page fetches when they are looked at: they read more than the feature's own tokens."""
 
 ALONE = ("strongest", "bands", "random")
 """Panels that are pages of their own: a feature's page shows the first rows of each, which one question gives."""
-
-NOT_EXPLAINED = "Nobody has said so yet. Write a label above, or have saeflow explain it in a terminal: saeflow explain"
-
-@dataclass(frozen=True)
-class Known:
-    """What some command measures of features: the panels that show it, and rows of this feature if it is measured."""
-
-    panels: tuple[str, ...]
-    rows: str
-    """SQL of these rows; `?` stands for the feature."""
-    otherwise: str
-    """What is said in place of the panels."""
-    command: str
-
-
-KNOWN = (
-    Known(("scores", "mistakes"), "from stg_explanation_scores where feature_id = ?",
-          "No language model has judged its labels", "saeflow explain {run} --features {feature} --endpoint URL --model NAME"),
-    Known(("effects", "moved", "effect_contexts"), "from stg_effects where feature_id = ?",
-          "Nobody has changed it and seen what the model does", "saeflow effects {run} --features {feature}"),
-)  # fmt: skip
 
 WIDEST = 100
 """Most tokens on either side of a context."""
@@ -55,10 +35,12 @@ MOST_CONTEXTS = 200
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
     feature = asked.number("feature")
-    left_out = {name for known in not_known(opened, feature) for name in known.panels}
+    missing = meaning.not_measured(opened, feature)
+    left_out = {name for each in missing for name in each.panels}
     every = [panel for panel in panels(asked, feature) if panel.name not in left_out]
     later = [panel for panel in every if panel.name in LATER and not asked.switch("all")]
-    return _page_of(asked, opened, [panel for panel in every if panel not in later and panel.name not in ALONE], later)
+    now = [panel for panel in every if panel not in later and panel.name not in ALONE]
+    return _page_of(asked, opened, now, later, missing)
 
 
 def one_panel(asked: Asked, opened: OpenedRun) -> Page:
@@ -73,7 +55,9 @@ def one_panel(asked: Asked, opened: OpenedRun) -> Page:
     return _page_of(asked, opened, [chosen], [])
 
 
-def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel]) -> Page:
+def _page_of(
+    asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel], missing: Sequence[meaning.Measured] = ()
+) -> Page:
     feature, schema = asked.number("feature"), opened.run.schema
     answers = [panel.ask(opened) for panel in now]
     if not later and len(now) == 1:  # a panel that a page fetches
@@ -84,7 +68,7 @@ def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Pane
         **about, "data": about, "beside": BESIDE, "widest": WIDEST, "window": window_of(asked),
         "later": [(panel, address_of_panel(schema, feature, panel.name, asked.query)) for panel in later],
         "fields": [(field, IN_WORDS[field]) for field in FILTER], "sources": sources_of(opened),
-        "not_known": not_known(opened, feature) if len(now) > 1 else (),
+        "not_measured": missing,
     }  # fmt: skip
     return Page("feature.html", f"Feature {feature}", answers, schema, more)
 
@@ -92,12 +76,6 @@ def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Pane
 def window_of(asked: Asked) -> dict[str, int]:
     """Return how many tokens are shown before and after those of a context."""
     return {name: asked.count(name, 12, WIDEST) for name in WINDOW}
-
-
-def not_known(opened: OpenedRun, feature: int) -> list[Known]:
-    """Return what no command has measured of this feature yet."""
-    found = opened.cursor.execute(f"select {', '.join(f'exists({each.rows})' for each in KNOWN)}", [feature] * len(KNOWN))
-    return [each for each, is_known in zip(KNOWN, found.fetchall()[0], strict=True) if not is_known]
 
 
 def panels(asked: Asked, feature: int) -> list[Panel]:
@@ -115,12 +93,7 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("logits", "Next tokens", "feature_logits", about, "logits", about=whole),
         Panel("similar", "Similar directions", "similar_features", about, "neighbours", 10, whole),
         Panel("companions", "Features that fire together", *companions, "neighbours", 10),
-        Panel("labels", "What it is said to mean", "labels_of_feature", about, if_none=NOT_EXPLAINED),
-        Panel("scores", "How well the labels tell where it fires", "scores_of_labels", about, most_rows=12),
-        Panel("mistakes", "Examples that cost the labels points", "explanation_mistakes", {**about, "n": 20}, "mistakes"),
-        Panel("effects", "What the model loses without it", "measured_effects", about, "effects"),
-        Panel("moved", "Tokens that it makes likely or unlikely", "effects_on_entries", {**about, "n": 10}, "moved"),
-        Panel("effect_contexts", "Where it moves the model most", "effect_contexts", {**about, "n": 10}, "effect_contexts"),
+        *meaning.panels(feature),
         Panel("examples", "Contexts", "feature_examples", shown, "examples"),
         Panel("strongest", "Strongest contexts", "feature_contexts", {**shown, "n": 50}, "contexts"),
         Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),
