@@ -93,7 +93,7 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("logits", "Next tokens", "feature_logits", about, "logits", about=whole),
         Panel("similar", "Similar directions", "similar_features", about, "neighbours", 10, whole),
         Panel("companions", "Features that fire together", *companions, "neighbours", 10),
-        *meaning.panels(feature),
+        *meaning.panels(feature, whole),
         Panel("examples", "Contexts", "feature_examples", shown, "examples"),
         Panel("strongest", "Strongest contexts", "feature_contexts", {**shown, "n": 50}, "contexts"),
         Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),

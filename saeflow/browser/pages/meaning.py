@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saeflow.browser.connections import OpenedRun
 from saeflow.browser.panels import Panel
@@ -55,17 +55,17 @@ def not_measured(opened: OpenedRun, feature: int) -> list[Measured]:
     return [each for each, is_measured in zip(MEASURED, found, strict=True) if not is_measured]
 
 
-def panels(feature: int) -> list[Panel]:
+def panels(feature: int, note: str = "") -> list[Panel]:
+    """Return the panels, with a note under each title."""
     about: Mapping[str, object] = {"feature": feature}
-    ten = {**about, "n": 10}
-    return [
+    ten, twenty = {**about, "n": 10}, {**about, "n": 20}
+    found = [
         Panel("labels", "What it is said to mean", "labels_of_feature", about, if_none=NO_LABELS),
         Panel("scores", "How well its labels tell where it fires", "scores_of_labels", about, most_rows=12),
-        Panel(
-            "mistakes", "Examples that cost the labels points", "explanation_mistakes", {**about, "n": 20}, "mistakes"
-        ),
+        Panel("mistakes", "Examples that cost the labels points", "explanation_mistakes", twenty, "mistakes"),
         Panel("classes", "Classes of tokens it tells", "classes_of_feature", ten),
-        Panel("effects", "What the model loses without it", "measured_effects", about, "effects"),
-        Panel("moved", "Tokens it makes more or less likely", "effects_on_entries", ten, "moved"),
-        Panel("effect_contexts", "Where it moves the model most", "effect_contexts", ten, "effect_contexts"),
+        Panel("effects", "What the model does when it is changed", "measured_effects", about, "effects"),
+        Panel("moved", "Tokens that become more or less likely", "effects_on_entries", ten, "moved"),
+        Panel("effect_contexts", "Where the change moves the model most", "effect_contexts", ten, "effect_contexts"),
     ]
+    return [replace(panel, about=note) for panel in found]
