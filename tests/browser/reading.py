@@ -566,7 +566,8 @@ VIEWS: dict[str, Callable[[Element, Rows, Words], None]] = {
     "feature_companions": neighbours, "context": place, "document_tokens": text, "find_features": features,
     "count_features": counts, "runs": runs, "settings": settings, "training_curve": curves, "stages": stages,
     "density_histogram": densities, "density_and_max": scatter, "compare_runs": matches,
-    "measured_effects": effects, "effects_on_entries": moved, "entry_features": entry, "entry_followers": followers, "text_tokens": text,
+    "measured_effects": effects, "effects_on_entries": moved,
+    "entry_features": entry, "entry_followers": followers, "text_tokens": text,
 }  # fmt: skip
 
 VIEWS_OF_CONTEXTS: dict[str, Callable[[Element, Rows, Mapping[str, str]], None]] = {

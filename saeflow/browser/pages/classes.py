@@ -20,7 +20,9 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
         every = Panel("annotations", "Classes of tokens", "annotations", if_none=NO_CLASSES).ask(opened)
         return Page("panels.html", "Classes", [every], opened.run.schema)
     answers = [panel.ask(opened) for panel in panels(chosen)]
-    return Page("panels.html", f"Class {chosen['class']}", with_words(answers, opened), opened.run.schema)
+    return Page(
+        "panels.html", f"{chosen['annotation']}: {chosen['class']}", with_words(answers, opened), opened.run.schema
+    )
 
 
 def panels(chosen: dict[str, object]) -> list[Panel]:
