@@ -168,13 +168,15 @@ PLACES: dict[str, list[str]] = {
 def arguments(question: Question) -> dict[str, Any]:
     """Arguments that give rows."""
     chosen = {
-        "feature": 0, "features": "0,1", "thresholds": "0,0", "token": 3, "tokens": "3,250", "vocab": 5, "other": 1,
-        "window": 3, "text": "a", "document_key": NAMES[0], "first_char": 0, "end_char": 9, "a": NAMES[0],
-        "b": NAMES[1], "annotation": "marks", "class": NAMES[0],
+        "feature": 0, "features": "0,1", "thresholds": "0,0", "token": 3, "vocab": 5, "other": 1, "window": 3,
+        "text": "a", "document_key": NAMES[0], "first_char": 0, "end_char": 9, "a": NAMES[0], "b": NAMES[1],
     }  # fmt: skip
-    if question.name == "compare_runs":
+    chosen |= {"matches": "1,0", "other_run": "hostile"}
+    chosen |= {"tokens": "3,250", "annotation": "marks", "class": NAMES[0]}
+    if question.name.endswith("_runs"):
         chosen |= {"a": "hostile", "b": "hostile"}
-    return {each.name: chosen[each.name] for each in question.parameters if each.default is None}
+    tokens = {"tokens": "3,4,5"} if question.takes_select else {}
+    return tokens | {each.name: chosen[each.name] for each in question.parameters if each.default is None}
 
 
 ASKED = [each for each in questions() if not each.runs_model and each.name != "features_by_role"]
