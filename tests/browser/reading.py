@@ -307,6 +307,30 @@ def within(cell: Element, value: object, low: object, high: object) -> None:
             number_is(seen, end)
 
 
+TELLS = ("f1", "threshold", "precision", "recall", "lift", "q", "n_fires", "n_both")
+
+
+def tells(panel: Element, rows: Rows, words: Words) -> None:
+    """Classes that a feature tells, or features that tell a class."""
+    found = panel.one("table")
+    of_class = "feature_id" in rows[0]
+    first = (["feature", "label"] + ["fires on"] * bool(words)) if of_class else ["class"]
+    figures = ["AUROC", "F1", "value from", "precision", "recall", "lift", "q", "firings", "in the class"]
+    assert headings(found) == first + figures
+    for cells, row in zip(body(found), rows, strict=True):
+        if of_class:
+            leads_to(cells[0], "features", row["feature_id"])
+            text_is(cells[1], row["label"])
+            if words:
+                pieces_are(cells[2], words[row["feature_id"]]["pieces"])
+        else:
+            assert about(cells[0].all("a"))[1] == {"annotation": row["annotation"], "class": row["class"]}
+            assert cells[0].words == f"{visible(row['annotation'])}: {visible(row['class'])}".strip()
+        within(cells[len(first)], row["auroc"], row["auroc_low"], row["auroc_high"])
+        for cell, name in zip(cells[len(first) + 1 :], TELLS, strict=True):
+            number_is(cell.words, row[name])
+
+
 def effects(panel: Element, rows: Rows, words: Words) -> None:
     found = panel.one("table")
     assert headings(found) == ["measurement", "set to", "ahead", "firings", "change of the loss", "worse", "KL"]
@@ -566,7 +590,7 @@ VIEWS: dict[str, Callable[[Element, Rows, Words], None]] = {
     "feature_companions": neighbours, "context": place, "document_tokens": text, "find_features": features,
     "count_features": counts, "runs": runs, "settings": settings, "training_curve": curves, "stages": stages,
     "density_histogram": densities, "density_and_max": scatter, "compare_runs": matches,
-    "measured_effects": effects, "effects_on_entries": moved,
+    "classes_of_feature": tells, "features_of_class": tells, "measured_effects": effects, "effects_on_entries": moved,
     "entry_features": entry, "entry_followers": followers, "text_tokens": text,
 }  # fmt: skip
 

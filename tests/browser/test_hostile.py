@@ -29,7 +29,7 @@ from saeflow.store.store import Store
 from tests.fuzz.pages import HOSTILE as WORDS
 from tests.fuzz.pages import LABEL, Asking, problems_of
 from tests.support.asgi import Answered, ask
-from tests.support.beside import put_effects, put_scores, put_spans
+from tests.support.beside import put_classes, put_effects, put_scores, put_spans
 from tests.support.hostile_text import ACTS, HOSTILE
 from tests.support.small_store import Document, Given
 
@@ -113,6 +113,12 @@ def put_meaning(store: Store, n_entries: int) -> None:
          for token in (0, 7, 250)],
     )  # fmt: skip
     put_spans(store, tokens, "marks", [(name, 0, 3 * i, 3 * i + 1) for i, name in enumerate(NAMES)])
+    figures = {"auroc": 0.75, "auroc_low": 0.5, "auroc_high": 0.875, "f1": 0.5, "q": 0.001}
+    put_classes(
+        store, run, "marks",
+        [{"class": name, "feature_id": feature, "n_fires": 9, "n_both": 5, **figures}
+         for name in NAMES for feature in range(2)],
+    )  # fmt: skip
     moved = [(entry, 0.25, 0.5) for entry in range(min(n_entries, 5))]
     firings = [
         {"effect": name, "change": name, "feature_id": 0, "token_id": token, "document_id": 0, "value": 1.0,
@@ -124,7 +130,7 @@ def put_meaning(store: Store, n_entries: int) -> None:
 
 RUN = "/runs/{run}"
 MANY_PANELS = (
-    "bands", "strongest", "random", "near_misses", "entries", "mistakes", "effects", "moved", "effect_contexts",
+    "bands", "strongest", "random", "near_misses", "entries", "mistakes", "classes", "effects", "moved", "effect_contexts",
 )  # fmt: skip
 PLACES: dict[str, list[str]] = {
     "/": ["/"],

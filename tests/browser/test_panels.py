@@ -18,7 +18,7 @@ from saeflow.store.store import Store
 from tests.browser.conftest import ADDRESS
 from tests.browser.reader import Reader
 from tests.conftest import Finished
-from tests.support.beside import put_effects, put_scores, put_spans
+from tests.support.beside import put_classes, put_effects, put_scores, put_spans
 from tests.support.html_tree import parsed
 from tests.support.small_store import Document, Given
 
@@ -108,11 +108,18 @@ def put_meaning(store: Store) -> None:
     strata = [(method, stratum) for method in ("detection", "fuzzing") for stratum in ("all", "band_1", "random")]
     put_scores(
         store, run, "judged",
-        [{"feature_id": 0, "method": method, "stratum": stratum, "score": 1 / (2 + i), "low": 0.01, "high": 0.99, "n": i}
-         for i, (method, stratum) in enumerate(strata)],
-        [{"feature_id": 0, "token_id": token, "asked": token % 2 == 0, "answered": token % 2 == 1} for token in range(5)],
+        [{"feature_id": 0, "method": method, "stratum": stratum, "score": 1 / (2 + i), "low": 0.01, "high": 0.99,
+          "n": i} for i, (method, stratum) in enumerate(strata)],
+        [{"feature_id": 0, "token_id": token, "asked": token % 2 == 0, "answered": token % 2 == 1}
+         for token in range(5)],
     )  # fmt: skip
     put_spans(store, tokens, "kinds", [("<u>", 0, 2, 4), ("<u>", 0, 7, 7), ("long", 1, 13, 20)])
+    put_classes(
+        store, run, "kinds",
+        [{"class": name, "feature_id": feature, "n_fires": 9, "n_both": 5 - feature, "auroc": 0.7 - feature / 8,
+          "auroc_low": None if feature else 0.5, "auroc_high": None if feature else 0.9, "f1": 1 / 3, "q": 1e-5}
+         for name in ("<u>", "long") for feature in (0, 2)],
+    )  # fmt: skip
     firings = [
         {"effect": effect, "feature_id": feature, "token_id": token, "ahead": ahead, "document_id": token // 12,
          "value": 0.5, "loss_change": None if token == 3 else token / 7 - 1, "kl": token / 3,
@@ -139,7 +146,7 @@ def test_a_page_shows_what_was_measured_and_says_how_to_measure_the_rest(odd: Re
     def panels(address: str) -> set[str]:
         return {each.attributes["id"] for each in parsed(odd.pages.get(address).text).all("section.panel")}
 
-    measured = {"scores", "mistakes", "effects", "moved", "effect_contexts"}
+    measured = {"scores", "mistakes", "classes", "effects", "moved", "effect_contexts"}
     assert panels("/runs/odd/features/0?all=1") >= measured | {"labels"}
     assert not measured & panels("/runs/odd/features/1?all=1")
     said = parsed(odd.pages.get("/runs/odd/features/1").text).one("section.unknown").words

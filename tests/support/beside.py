@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow.features.schema import BESIDE_LABELS, EFFECTS, SPANS
+from saeflow.features.schema import BESIDE_LABELS, EFFECTS, PROBE_TABLES, SPANS
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Kind
 from saeflow.store.store import Store
@@ -45,6 +45,14 @@ def put_spans(store: Store, tokens: Artefact, name: str, spans: Iterable[tuple[s
     """Publish an annotation: (class, document_id, first_token_id, last_token_id), in this order."""
     rows = [dict(zip(SPANS.names, span, strict=True)) for span in sorted(spans, key=lambda span: (span[0], span[2]))]
     _publish(store, "annotations", name, tokens, {"spans": pa.Table.from_pylist(rows, SPANS)})
+
+
+def put_classes(store: Store, run: Artefact, name: str, rows: Rows) -> None:
+    """Publish a probe of an annotation. A figure that a row lacks is missing."""
+    schema = PROBE_TABLES["feature_classes"]
+    found = sorted(({"annotation": name, **row} for row in rows), key=lambda row: (row["class"], row["feature_id"]))
+    tables = {table: schema.empty_table() for table, schema in PROBE_TABLES.items()}
+    _publish(store, "probes", name, run, {**tables, "feature_classes": pa.Table.from_pylist(found, schema)})
 
 
 def _publish(store: Store, kind: Kind, name: str, owner: Artefact, tables: Mapping[str, pa.Table]) -> None:

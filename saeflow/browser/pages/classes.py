@@ -30,6 +30,6 @@ def panels(chosen: dict[str, object]) -> list[Panel]:
     features = {**chosen, "n": MOST_FEATURES}
     not_probed = NOT_PROBED.format(**chosen)
     return [
-        Panel("features", "Features that tell it", "features_of_class", features, if_none=not_probed),
+        Panel("features", "Features that tell it", "features_of_class", features, "tells", if_none=not_probed),
         Panel("spans", "In the text", "class_in_text", chosen, "spans"),
     ]

@@ -10,7 +10,7 @@ from saeflow.browser.panels import Panel
 
 NO_LABELS = "Nobody has said so yet. Write a label above, or in a terminal: saeflow explain"
 
-LATER = ("mistakes", "effects", "moved", "effect_contexts")
+LATER = ("mistakes", "classes", "effects", "moved", "effect_contexts")
 """Panels that a page fetches when they are looked at."""
 
 
@@ -63,7 +63,7 @@ def panels(feature: int, note: str = "") -> list[Panel]:
         Panel("labels", "What it is said to mean", "labels_of_feature", about, if_none=NO_LABELS),
         Panel("scores", "How well its labels tell where it fires", "scores_of_labels", about, most_rows=12),
         Panel("mistakes", "Examples that cost the labels points", "explanation_mistakes", twenty, "mistakes"),
-        Panel("classes", "Classes of tokens it tells", "classes_of_feature", ten),
+        Panel("classes", "Classes of tokens it tells", "classes_of_feature", ten, "tells"),
         Panel("effects", "What the model does when it is changed", "measured_effects", about, "effects"),
         Panel("moved", "Tokens that become more or less likely", "effects_on_entries", ten, "moved"),
         Panel("effect_contexts", "Where the change moves the model most", "effect_contexts", ten, "effect_contexts"),
