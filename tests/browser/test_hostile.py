@@ -130,7 +130,8 @@ def put_meaning(store: Store, n_entries: int) -> None:
 
 RUN = "/runs/{run}"
 MANY_PANELS = (
-    "bands", "strongest", "random", "near_misses", "entries", "mistakes", "classes", "effects", "moved", "effect_contexts",
+    "bands", "strongest", "random", "near_misses", "entries", "mistakes", "classes", "effects", "moved",
+    "effect_contexts",
 )  # fmt: skip
 PLACES: dict[str, list[str]] = {
     "/": ["/"],

@@ -13,12 +13,17 @@ NO_CLASSES = "No tokens have classes yet. In a terminal: saeflow annotate NAME F
 NOT_PROBED = "No feature was compared with this class yet. In a terminal: saeflow probe {annotation}"
 
 
+INDEX = (
+    Panel("annotations", "Classes of tokens", "annotations", if_none=NO_CLASSES),
+    Panel("sparse", "Sparse probes", "sparse_probes", if_none="None yet. In a terminal: saeflow probe NAME --sparse"),
+)
+
+
 def page(asked: Asked, opened: OpenedRun) -> Page:
     """Return all classes, or one: the features that tell it best, and spans of it."""
     chosen = asked.given("annotation", "class")
     if len(chosen) < 2:
-        every = Panel("annotations", "Classes of tokens", "annotations", if_none=NO_CLASSES).ask(opened)
-        return Page("panels.html", "Classes", [every], opened.run.schema)
+        return Page("panels.html", "Classes", [panel.ask(opened) for panel in INDEX], opened.run.schema)
     answers = [panel.ask(opened) for panel in panels(chosen)]
     return Page(
         "panels.html", f"{chosen['annotation']}: {chosen['class']}", with_words(answers, opened), opened.run.schema
