@@ -38,7 +38,7 @@ select
 from drawn
 join token_surroundings(
     (select list(token_id) from drawn),
-    (select coalesce(list({'token_id': token_id, 'value': 1.0}), []) from near),
+    (select coalesce(list({'token_id': token_id, 'value': 1::double}), []) from near),
     before,
     after
 ) as found using (token_id)
