@@ -7,8 +7,8 @@
 --          one feature that also asks for `feature between low and high` opens no other file.
 -- Ask it:  nothing; everything else reads these views.
 --
--- A question may have a parameter `source` or `role`, which DuckDB takes for a column of that name, even inside a view.
--- Views and macros that questions read therefore name the table in front of these two columns.
+-- A question may have a parameter `source`, `role`, `annotation` or `class`, which DuckDB takes for a column of that
+-- name, even inside a view. Views and macros that questions read therefore name the table in front of these columns.
 --
 -- saeflow replaces each `$$name` below by a read_parquet of those files, or by an empty table if an earlier saeflow
 -- wrote none. `saeflow sql --script` prints this file filled in, followed by the rest of the folder, to be used in the
@@ -82,6 +82,9 @@ select feature_id, vocab_id, logit from $logits;
 
 create or replace view src_labels as
 select feature_id, label, stored.source, score from $labels as stored;
+
+create or replace view src_annotations as
+select stored.annotation, stored.class, document_id, first_token_id, last_token_id from $annotations as stored;
 
 create or replace view src_runs as
 select unnest($runs, recursive := true);

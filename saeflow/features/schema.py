@@ -60,6 +60,9 @@ RUN_TABLES: dict[str, pa.Schema] = {
 
 LABELS = pa.schema({"feature_id": _ID, "label": pa.string(), "source": pa.string(), "score": pa.float64()})
 
+SPANS = pa.schema({"class": pa.string(), "document_id": _N, "first_token_id": _N, "last_token_id": _N})
+"""Annotations: unbroken spans of tokens that have a class, both ends included."""
+
 VALUES: dict[str, pa.Schema] = {
     "feature_major": pa.schema({"feature_id": _ID, "token_id": _N, "value": pa.float32()}),
     "token_major": pa.schema({"token_id": _N, "feature_id": _ID, "value": pa.float32()}),

@@ -35,7 +35,9 @@ DEEPEST_SQL = 200
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
 _ABOUT_SOURCES = {"compare_sources", "source_contrast"}
 _ABOUT_RUNS = {"compare_runs", "correlate_runs", "split_features"}
-READ_TO_RESOLVE = ("stg_shape", "stg_feature_stats", "stg_documents", "stg_document_places", "stg_tokens", "stg_runs")
+READ_TO_RESOLVE = (
+    "stg_shape", "stg_feature_stats", "stg_documents", "stg_document_places", "stg_tokens", "stg_runs", "stg_spans",
+)  # fmt: skip
 """Views that `resolve_names` reads."""
 
 _FEATURES = ("feature", "other", "features", "with_feature", "without_feature")
@@ -47,6 +49,14 @@ _NAMES = {
     "document_key": (
         "select 1 from stg_document_places where key = ? and not is_hidden",
         "select key from stg_document_places where not is_hidden order by levenshtein(key, ?), key limit 20",
+    ),
+    "annotation": (
+        "select 1 from stg_spans where annotation = ? limit 1",
+        "select annotation from stg_spans group by annotation order by levenshtein(annotation, ?), annotation limit 20",
+    ),
+    "class": (
+        "select 1 from stg_spans where class = ? limit 1",
+        "select class from stg_spans group by class order by levenshtein(class, ?), class limit 20",
     ),
 }
 """Parameters that name something of the corpus: SQL that finds the name, and SQL for the names nearest to it."""
@@ -104,6 +114,13 @@ def query(
     _refuse_nonsense(sql)
     _refuse_writes(connection, sql, parameters)
     return _fetch(connection, sql, parameters, "The query", limit)
+
+
+def planned(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.DuckDBPyRelation:
+    """Return one statement that only reads as a relation of the connection: planned, to be run by another statement."""
+    _refuse_nonsense(sql)
+    _refuse_writes(connection, sql, ())
+    return connection.sql(sql)
 
 
 def resolve_names(

@@ -19,7 +19,7 @@ import duckdb
 
 from saeflow import __version__
 from saeflow.query.labels import labels_relation
-from saeflow.query.relations import identifier, literal, outline, relations, side_by_side
+from saeflow.query.relations import identifier, literal, outline, relations, side_by_side, spans_relation
 from saeflow.query.runs import EVERY_RUN, Run, pick_run, runs
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
@@ -121,6 +121,7 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
     rows = literal([{"place": place} | other.row(run) for place, other in enumerate(every)])
     shape = {name: literal(value) for name, value in run.shape.items()}
     found = relations(run.files, run.left_out, run.hidden)
+    found["annotations"] = spans_relation(run.annotations)
     if run.labels:
         found["labels"] = labels_relation(run.labels)
     conditions = {"encoded": run.encoded, "skip_reason": run.skip_reason}

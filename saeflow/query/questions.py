@@ -39,7 +39,7 @@ _IN_WORDS = {
 GROUPS: dict[str, set[str | None]] = {
     "One feature": {"feature"},
     "Several features together": {"features"},
-    "Tokens and text": {"token", "text", "document_key", "vocab"},
+    "Tokens and text": {"token", "text", "document_key", "vocab", "annotation"},
     "Tokens you choose": {"sql", "tokens"},
     "One source or run against another": {"a"},
     "Views, to select from": {None},

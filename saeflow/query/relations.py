@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from saeflow.corpus.token_parts import BLOCK_TOKENS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
-from saeflow.features.schema import LABELS, LEFT_OUT_TABLE, ORDERS, PART_TABLES, RUN_TABLES, VALUES
+from saeflow.features.schema import LABELS, LEFT_OUT_TABLE, ORDERS, PART_TABLES, RUN_TABLES, SPANS, VALUES
 from saeflow.runtime.text import HOSTILE
 
 Files = Mapping[str, Sequence[str]]
@@ -184,6 +184,20 @@ def _blocks_of(tokens: str) -> str:
 def _no_rows(schema: pa.Schema) -> str:
     columns = ", ".join(f"null::{_TYPES[field.type]} as {field.name}" for field in schema)
     return f"(select {columns} where false)"
+
+
+def spans_relation(annotations: Mapping[str, str]) -> str:
+    """Select the spans of these files of annotations, by name, with the name as the first column.
+
+    Columns are qualified: a question may have a parameter `annotation` or `class`.
+    """
+    columns = ", ".join(f"stored.{name}" for name in SPANS.names)
+    parts = [
+        f"select {literal(name)} as annotation, {columns} from {_read_files([path])} as stored"
+        for name, path in annotations.items()
+    ]
+    nothing = f"(select null::varchar as annotation, {columns} from {_no_rows(SPANS)} as stored)"
+    return f"({' union all '.join(parts)})" if parts else nothing
 
 
 def unglobbed(path: str) -> str:

@@ -16,12 +16,16 @@ from saeflow.recipe.data_settings import ActivationsConfig, CorpusConfig, Tokens
 from saeflow.recipe.section import Section
 from saeflow.recipe.settings import FeedConfig, SAEConfig, TrainConfig
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import HOSTILE
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
 
 UNREADABLE_RECORD = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
 """What a missing, truncated or nonsensical record raises."""
+
+SPANS = "spans.parquet"
+"""The spans of annotations, in their artefact."""
 
 LOG = "log.parquet"
 """The log of a training, beside the weights of its SAE."""
@@ -64,6 +68,22 @@ def provenance(artefact: Artefact) -> dict[str, Any]:
 def model_of(made: Mapping[str, Artefact]) -> str | None:
     """Return the folder or name of the language model that the activations came from."""
     return _text(provenance(made["activations"]).get("model")) if "activations" in made else None
+
+
+def newest_annotations(store: Store, tokens: str) -> dict[str, Artefact]:
+    """Return the annotations that questions about these tokens see, by name: the newest whole artefact of each name.
+
+    `tokens` is an id such as `tokens/demo-0123abcd`. A name that holds characters a terminal obeys is left out.
+    """
+    found = store.newest_of("annotations", tokens)
+    return {name: each for name, each in found.items() if name.isprintable() and not HOSTILE.search(name)}
+
+
+def span_files(store: Store, tokens: str) -> dict[str, str]:
+    """Return where the spans of each of the newest annotations lie, by name."""
+    found = newest_annotations(store, tokens)
+    named = {name: {file.name for file in each.record.files} for name, each in found.items()}
+    return {name: each.storage.location(each.path / SPANS) for name, each in found.items() if SPANS in named[name]}
 
 
 def log_of(made: Mapping[str, Artefact]) -> list[str]:

@@ -70,6 +70,8 @@ class Run:
     roles: Sequence[str] = ()
     """Roles whose tokens alone were encoded; empty for all."""
     labels: Sequence[LabelFile] = ()
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    """Where the spans of the newest annotations lie, by name."""
     is_whole: bool = False
     """True if every published part of the tokens is encoded."""
     model: str | None = None
@@ -194,6 +196,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         **_conditions(artefact, shown, tokens, generation),
         roles=artefact.record.facts.get("roles", ()),
         labels=label_files(store, sae) if sae else (),
+        annotations=run_records.span_files(store, source),
         is_whole={part.index for part in generation.parts} <= {i for part in shown for i in _fresh(part, generation)},
         **_recorded(store, artefact),
     )
