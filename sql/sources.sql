@@ -83,8 +83,37 @@ select feature_id, vocab_id, logit from $logits;
 create or replace view src_labels as
 select feature_id, label, stored.source, score from $labels as stored;
 
+create or replace view src_feature_classes as
+select
+    stored.annotation, stored.class, feature_id, n_fires, n_both, auroc, auroc_low, auroc_high, average_precision, f1,
+    f1_low, f1_high, threshold, precision, recall, lift, correlation, t, p, q
+from $feature_classes as stored;
+
+create or replace view src_class_sizes as
+select stored.annotation, stored.class, n_tokens, n_documents, share from $class_sizes as stored;
+
+create or replace view src_sparse_probes as
+select stored.annotation, stored.class, basis, k, auroc, f1, n_train, n_test, dimensions from $sparse_probes as stored;
+
 create or replace view src_annotations as
 select stored.annotation, stored.class, document_id, first_token_id, last_token_id from $annotations as stored;
+
+create or replace view src_rules as
+select feature_id, rule, kind, "precision", recall, score from $rules;
+
+create or replace view src_effects as
+select * from $effects;
+
+create or replace view src_direct_effects as
+select effect, feature_id, vocab_id, logit from $direct_effects;
+
+create or replace view src_explanation_scores as
+select feature_id, stored.source, model, method, stratum, score, low, high, n, n_unusable
+from $explanation_scores as stored;
+
+create or replace view src_explanation_mistakes as
+select feature_id, stored.source, model, method, stratum, token_id, asked, answered
+from $explanation_mistakes as stored;
 
 create or replace view src_runs as
 select unnest($runs, recursive := true);

@@ -5,4 +5,13 @@ tables       a file or a select as a table of classes and places
 places       where the rows of that table lie: documents, ranges of tokens, and what did not match
 characters   characters of documents become tokens
 listing      what annotations a run has, and removing them
+
+membership   which classes each token belongs to, looked up in constant time
+values       the values of a run, read feature by feature
+ranking      kernels that rank values and count classes along the ranks
+scores       every feature against every class: AUROC, F1 and others, with p and q by documents
+intervals    bootstrap intervals by document
+probing      the artefact of these figures
+samples      sampled tokens of classes, and what features, neurons and random directions give there
+sparse_probes  logistic regressions on k features, k neurons, or k random directions
 """

@@ -142,11 +142,12 @@ def _find_tokens(connection: duckdb.DuckDBPyConnection, columns: Columns, found:
         "select count(*) from annotate_located where fate = 'tokens' and (first < first_known or last > last_known)",
     )
     # Ranges over several documents are merged first, or many long ones would give a span for each document each.
+    merged = islands("(from annotate_located where fate = 'tokens')", ["class_id"], ["first", "last"])
     connection.execute(
         f"""
         insert into annotate_found
         with merged as (
-            {islands("(from annotate_located where fate = 'tokens')", ["class_id"], ["first", "last"])}
+            {merged}
         ),
         begun as (
             select merged.*, place as first_place

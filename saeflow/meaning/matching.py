@@ -26,8 +26,8 @@ from saeflow.store.store import Store
 FOUND_AGAIN = (0.7, 0.9)
 """Cosines from which a feature counts as found again. Paulo & Belrose take 0.7."""
 
-QUESTIONS = ("correlate_runs",)
-"""Questions that a connection must know for `match_runs`."""
+QUESTIONS = ("correlate_runs", "stg_feature_stats")
+"""Questions and views that a connection must know for `match_runs`."""
 
 _LIVE = (
     "select feature_id, n_tokens, sum_value from every_run.stg_feature_stats where run = ? and n_tokens > 0 order by 1"
@@ -59,6 +59,12 @@ class Matched:
         """Share of the run's live features that have a feature of at least this cosine; several may share one."""
         return self._share("nearest_cosine", cosine)
 
+    def share_of_values(self, cosine: float) -> float:
+        """Share of the run's non-zero values that belong to features whose match has at least this cosine."""
+        found = pc.greater_equal(self.table["match_cosine"], cosine)
+        n_found = pc.sum(pc.if_else(pc.fill_null(found, False), self.table["n_tokens"], 0)).as_py()
+        return (n_found or 0) / max(pc.sum(self.table["n_tokens"]).as_py() or 0, 1)
+
     def _share(self, column: str, least: float) -> float:
         found = pc.sum(pc.greater_equal(self.table[column], least)).as_py()
         return (found or 0) / max(self.n_live, 1)
@@ -69,11 +75,14 @@ class Matched:
         return found
 
 
-def match_runs(store: Store, connection: duckdb.DuckDBPyConnection, run: Run, other: Run) -> Matched:
+def match_runs(
+    store: Store, connection: duckdb.DuckDBPyConnection, run: Run, other: Run, compare_values: bool = True
+) -> Matched:
     """Match the live features of two runs one to one, for the largest sum of the cosines of their decoder rows.
 
     The values of a signed run may point either way: its directions first get the sign of the sum of their values.
-    Memory is 8 bytes for each pair of features. Raises UserError if that is more than half of the machine's, or if the
+    `compare_values` adds correlations, which reads all values of both. Memory is 8 bytes for each pair of features, and
+    what DuckDB may take. Raises UserError if those bytes are more than half of the machine's memory, or if the
     directions do not lie in one space.
     """
     if not can_compare(store, run.artefact, other.artefact):
@@ -82,7 +91,7 @@ def match_runs(store: Store, connection: duckdb.DuckDBPyConnection, run: Run, ot
         )
     mine, theirs = _live(connection, run), _live(connection, other)
     _refuse_large(run, len(mine), other, len(theirs))
-    found = _by_direction(_directions(store, run, mine), _directions(store, other, theirs))
+    found = match_by_direction(_directions(store, run, mine), _directions(store, other, theirs))
     columns = {"feature_id": mine["feature_id"].combine_chunks()} | {
         f"{kind}_{name}": column
         for kind, (places, cosines) in found.items()
@@ -94,7 +103,7 @@ def match_runs(store: Store, connection: duckdb.DuckDBPyConnection, run: Run, ot
     columns["n_tokens"] = mine["n_tokens"].combine_chunks()
     columns["match_n_tokens"] = _taken(theirs["n_tokens"], found["match"][0])
     table = pa.table(columns).append_column("row", pa.array(range(len(mine))))
-    table = _with_correlations(connection, run, other, table)
+    table = _with_correlations(connection, run, other, table, compare_values)
     order = [("match_cosine", "descending"), ("feature_id", "ascending")]
     return Matched(table.sort_by(order).drop_columns("row"), len(mine), len(theirs))
 
@@ -122,7 +131,7 @@ def _directions(store: Store, run: Run, live: pa.Table) -> Any:
     return rows * torch.from_numpy(signs)[:, None]
 
 
-def _by_direction(mine: Any, theirs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def match_by_direction(mine: Any, theirs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return places (n,) among the other run's directions, -1 for none, with their cosines: nearest, and one to one."""
     from saeflow.sae.recovery import cosine_blocks, match_directions
 
@@ -140,12 +149,14 @@ def _taken(column: pa.ChunkedArray, places: np.ndarray) -> pa.Array:
     return column.combine_chunks().take(pa.array(places, mask=places < 0))
 
 
-def _with_correlations(connection: duckdb.DuckDBPyConnection, run: Run, other: Run, table: pa.Table) -> pa.Table:
+def _with_correlations(
+    connection: duckdb.DuckDBPyConnection, run: Run, other: Run, table: pa.Table, compare_values: bool
+) -> pa.Table:
     """Add how alike the values of the matched features are, null if the runs are of different tokens."""
     matched = table.filter(pc.is_valid(table["match_id"]))
     is_same = run.artefact.record.input("tokens") == other.artefact.record.input("tokens")
     columns: dict[str, list[float | None]] = {name: [None] * len(table) for name in ("correlation", "jaccard")}
-    if is_same and len(matched):
+    if compare_values and is_same and len(matched):
         pairs = [matched[name].to_pylist() for name in ("feature_id", "match_id")]
         sql = "select correlation, jaccard from correlate_runs(?, ?, ?, ?)"
         for place, row in zip(
@@ -167,15 +178,12 @@ def draw(matched: Matched, run: str, other: str, path: Path, kind: str) -> None:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     bins = list(np.linspace(-0.2, 1, 61))
-    for column, label, shape in (("nearest_cosine", "nearest", "step"), ("match_cosine", "matched one to one", "bar")):
-        cosines = matched.table[column].drop_null().to_numpy()
-        axes.hist(
-            np.clip(cosines, bins[0], bins[-1]),
-            bins=bins,
-            histtype=shape,
-            alpha=1 if shape == "step" else 0.5,
-            label=label,
-        )
+    nearest, match = (
+        np.clip(matched.table[name].drop_null().to_numpy(), bins[0], bins[-1])
+        for name in ("nearest_cosine", "match_cosine")
+    )
+    axes.hist(nearest, bins=bins, histtype="step", label="nearest")
+    axes.hist(match, bins=bins, alpha=0.5, label="matched one to one")
     for cosine in FOUND_AGAIN:
         axes.axvline(cosine, color="gray", linestyle=":")
         axes.annotate(
@@ -187,6 +195,7 @@ def draw(matched: Matched, run: str, other: str, path: Path, kind: str) -> None:
             va="top",
         )
     axes.set_xlabel("cosine of decoder rows")
+    run, other = (name.replace("$", r"\$") for name in (run, other))
     axes.set_ylabel(f"features of {run}")
     axes.set_title(f"{run} in {other}: {matched.n_live:,} live features")
     axes.legend(loc="upper left")

@@ -83,7 +83,7 @@ def ask(
     values: list[object] = list(parse_arguments(chosen, arguments).values())
     marks = ["?"] * len(values)
     if isinstance(readings, pa.Array):
-        marks.append(f"(select list(item) from {_READINGS})")
+        marks.append(f"(select coalesce(list(item), []) from {_READINGS})")
     elif readings is not None:
         marks, values = [*marks, "?"], [*values, readings]
     call = f"({', '.join(marks)})" if chosen.is_macro else ""

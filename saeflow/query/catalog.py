@@ -18,7 +18,8 @@ from string import Template
 import duckdb
 
 from saeflow import __version__
-from saeflow.query.labels import labels_relation
+from saeflow.features.schema import BESIDE_LABELS
+from saeflow.query.labels import beside_labels_relation, labels_relation, rules_relation
 from saeflow.query.relations import identifier, literal, outline, relations, side_by_side, spans_relation
 from saeflow.query.runs import EVERY_RUN, Run, pick_run, runs
 from saeflow.runtime.errors import UserError
@@ -124,6 +125,9 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
     found["annotations"] = spans_relation(run.annotations)
     if run.labels:
         found["labels"] = labels_relation(run.labels)
+        found["rules"] = rules_relation(run.labels) or found["rules"]
+    tokens = run.artefact.record.input("tokens") or ""
+    found |= {table: beside_labels_relation(run.beside_labels, table, tokens) for table in BESIDE_LABELS}
     conditions = {"encoded": run.encoded, "skip_reason": run.skip_reason}
     if run.roles:
         chosen = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -39,7 +38,7 @@ _IN_WORDS = {
 GROUPS: dict[str, set[str | None]] = {
     "One feature": {"feature"},
     "Several features together": {"features"},
-    "Tokens and text": {"token", "text", "document_key", "vocab", "annotation"},
+    "Tokens and text": {"token", "text", "document_key", "vocab", "annotation", "class"},
     "Tokens you choose": {"sql", "tokens"},
     "One source or run against another": {"a"},
     "Views, to select from": {None},
@@ -162,8 +161,10 @@ class Question:
         """The example of the header, as typed in a shell."""
         found = re.search(rf"\bfrom {self.name}\((.*)\)", self.example)
         given = [re.fullmatch(r"(?:(\w+) := )?(.*)", word) for word in _split_list(found[1])] if found else []
-        words = [[f"--{each[1]}"] * bool(each[1]) + [_as_word(each[2])] for each in given if each]
-        return shlex.join(["saeflow", "ask", self.name, *itertools.chain.from_iterable(words)])
+        words = ["saeflow", "ask", self.name]
+        for each, parameter in zip(filter(None, given), self.parameters, strict=False):
+            words += [f"--{each[1]}"] * (each[1] not in (None, parameter.name)) + [_as_word(each[2])]
+        return shlex.join(words)
 
     def as_sql(self, values: Mapping[str, Value], schema: str) -> str:
         """Return the question as SQL with its values filled in, asked of the run in this schema."""

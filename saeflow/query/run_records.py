@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from saeflow.features.schema import PROBE_TABLES
 from saeflow.recipe.data_settings import ActivationsConfig, CorpusConfig, TokensConfig
 from saeflow.recipe.section import Section
 from saeflow.recipe.settings import FeedConfig, SAEConfig, TrainConfig
@@ -84,6 +85,18 @@ def span_files(store: Store, tokens: str) -> dict[str, str]:
     found = newest_annotations(store, tokens)
     named = {name: {file.name for file in each.record.files} for name, each in found.items()}
     return {name: each.storage.location(each.path / SPANS) for name, each in found.items() if SPANS in named[name]}
+
+
+def probe_files(store: Store, run: str) -> dict[str, list[str]]:
+    """Return where the tables of the newest probe of each name lie, by table. `run` is the id of the run's artefact."""
+    found: dict[str, list[str]] = {table: [] for table in PROBE_TABLES}
+    for name, artefact in store.newest_of("probes", run).items():
+        if name.isprintable() and not HOSTILE.search(name):
+            there = {file.name for file in artefact.record.files}
+            for table in found:
+                if f"{table}.parquet" in there:
+                    found[table].append(artefact.storage.location(artefact.path / f"{table}.parquet"))
+    return found
 
 
 def log_of(made: Mapping[str, Artefact]) -> list[str]:

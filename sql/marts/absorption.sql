@@ -1,17 +1,18 @@
 -- How often specific features take over where the general feature of a class should fire: feature absorption.
 --
 -- Grain:   one row per feature that absorbs, most tokens first; ties by feature. If none does, one row without it.
--- Reads:   stg_tokens_encoded, stg_token_major, stg_feature_stats, stg_similar, feature_names, strength, usual_strength
+-- Reads:   stg_tokens_encoded, stg_token_major, stg_feature_stats, stg_size, stg_similar, feature_names, share_low,
+--          share_high, usual_strength
 -- Units:   the class is given by sql or tokens, as in features_of_selection. generals are its general features; if the
---          list is empty, the one feature of the largest F1 (the class against "fires"). n_class counts the class's
---          encoded tokens, n_silent those at which no general feature fires. Every feature that fires there pulls
---          towards a general feature by pull = value * cosine of their directions / the general one's mean value when
---          it fires. The token is absorbed if the feature with the largest pull is a specific one, has a cosine of at
---          least min_cosine, and pulls at least min_pull. A feature is specific if at least min_precision of its
---          firing is inside the class and it fires on fewer of the class's tokens than the general ones. A cosine
---          is known if one of the two is among the 50 nearest of the other. n_absorbed and share of n_class are those
---          of one feature, all_absorbed and absorption_rate those of all. After Chanin et al. 2024 (arXiv 2409.14507),
---          who use the direction of a probe in the place of the general feature's.
+--          list is empty, the feature that features_of_selection names first. n_class counts the class's encoded
+--          tokens, n_silent those at which no general feature fires. Every feature that fires there pulls towards a
+--          general feature by pull = value * cosine of their directions / the general one's mean value when it fires.
+--          The token is absorbed if the feature with the largest pull is a specific one, has a cosine of at least
+--          min_cosine, and pulls at least min_pull. A feature is specific if at least min_precision of its firing is
+--          inside the class and it fires on fewer of the class's tokens than the general ones. A cosine is known if
+--          one of the two is among the 50 nearest of the other. n_absorbed and share of n_class are those of one
+--          feature, all_absorbed and absorption_rate those of all. After Chanin et al. 2024 (arXiv 2409.14507), who
+--          use the direction of a probe in the place of the general feature's.
 -- Parameters: sql text = '', tokens bigint[] = [], generals bigint[] = [], min_precision double = 0.9,
 --          min_cosine double = 0.1, min_pull double = 0.25
 -- Ask it:  which features take over in this class?  from absorption(tokens := [0, 1, 5, 7])
@@ -48,11 +49,13 @@ inside as materialized (
     select
         feature_id,
         n_inside,
-        n_inside / stats.n_tokens                 as of_firing,
-        2 * n_inside / (stats.n_tokens + n_class) as f1
+        n_inside / stats.n_tokens      as of_firing,
+        share_low(n_inside, n_class)   as low,
+        share_high(stats.n_tokens - n_inside, n_encoded_tokens - n_class) as high
     from (select feature_id, count(*) as n_inside from firing group by feature_id)
     join stg_feature_stats as stats using (feature_id)
     cross join size
+    cross join stg_size
 ),
 general as materialized (
     select
@@ -61,7 +64,7 @@ general as materialized (
     from stg_feature_stats as stats
     where case
         when len(generals) > 0 then list_contains(generals, feature_id)
-        else feature_id = (select first(feature_id order by f1 desc, feature_id) from inside)
+        else feature_id = (select first(feature_id order by low * log2(low / high) desc, feature_id) from inside)
     end
 ),
 answered as materialized (

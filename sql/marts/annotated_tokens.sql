@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per class and token that has it, by class and token. Without a class, all classes of the annotation.
 -- Reads:   stg_spans
--- Units:   the token lies in the unbroken span from first_token_id to last_token_id, both included, all of one document.
+-- Units:   the token lies in the unbroken span from first_token_id to last_token_id, both included, of one document.
 -- Parameters: annotation text, class text = null
 -- Ask it:  which tokens are numbers?  from annotated_tokens('kinds', 'number')
 create or replace macro annotated_tokens(annotation, class := null) as table

@@ -4,8 +4,8 @@
 -- Reads:   stg_runs, stg_token_major and stg_tokens_encoded of all runs side by side, jaccard_index
 -- Units:   a and b are schema names from the view runs; both runs must be of the same tokens. The first of features is
 --          paired with the first of matches, and so on. n_a and n_b count the tokens at which each fires, n_both those
---          at which both do, of the n_all tokens that both runs encoded. correlation is Pearson's over the n_all tokens,
---          0 where a feature is silent; null if one of the two does not vary.
+--          at which both do, of the n_all tokens that both runs encoded. correlation is Pearson's over the n_all
+--          tokens, 0 where a feature is silent; null if one of the two does not vary.
 -- Parameters: a text, b text, features bigint[], matches bigint[]
 -- Ask it:  is feature 0 of one run feature 1 of another?  from correlate_runs('large', 'small', [0], [1])
 create or replace macro correlate_runs(a, b, features, matches) as table

@@ -6,9 +6,9 @@
 -- Units:   other_run is a schema name of the view runs; both runs must be of the same tokens. Tokens that both runs
 --          encoded are counted, exactly: n_feature and n_other those at which each fires, n_both those at which both
 --          do. share_inside = n_both / n_other, at least min_inside; share_of_feature = n_both / n_feature. covered is
---          the share of the feature's tokens at which this row's feature or one of a row above fires. jaccard = n_both /
---          (n_feature + n_other - n_both). cosine is that of the two decoder rows; saeflow computes it in the shell and
---          in Python, elsewhere it is null.
+--          the share of the feature's tokens at which this row's feature or one of a row above fires. jaccard = n_both
+--          / (n_feature + n_other - n_both). cosine is that of the two decoder rows; saeflow computes it in the shell
+--          and in Python, elsewhere it is null.
 -- Parameters: feature bigint, other_run text, n bigint = 20, min_inside double = 0.5
 -- Ask it:  into what does a larger SAE split feature 0?  from split_features(0, 'small')
 create or replace macro split_features(feature, other_run, n := 20, min_inside := 0.5, cosines := null) as table

@@ -25,8 +25,10 @@ from saeflow.cli import app as cli
 from saeflow.cli import common
 from saeflow.query.questions import questions
 from saeflow.recipe.recipe import parse_recipe
+from saeflow.store.store import Store
 from tests.support.notebook import cells
 from tests.support.small_pipeline import Ingredients, a_table, documents, recipe_data, write_corpus, write_recipe
+from tests.support.stub_endpoint import stub_endpoint, truth_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -63,6 +65,10 @@ OTHER_PROGRAMS = {
     "duckdb": "DuckDB's shell is not installed; tests/query/test_catalog.py reads the same file",
 }
 """Programs that are not run here, with the reason."""
+
+
+ENDPOINT = "http://127.0.0.1:8000/v1"
+"""The address of a language model on the pages. The tests put that of a stub in its place."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     header = ",".join(f"n{i}" for i in range(table.shape[1]))
     (folder / "table.csv").write_text("\n".join([header, *(",".join(map(str, row)) for row in table.tolist())]))
     (folder / "names.jsonl").write_text('{"feature_id": 738, "label": "a comma"}\n')
+    (folder / "people.csv").write_text("class,document,start,end\nperson,tales/000,0,5\nplace,letters/000,2,9\n")
+    shutil.copytree(ROOT / "flows/recipes/annotations", folder / "flows/recipes/annotations")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
         patch.chdir(folder)
@@ -188,6 +196,14 @@ def run(arguments: list[str]) -> int:
     [pytest.param(page, marks=() if page is README else pytest.mark.long, id=page.name) for page in WITH_COMMANDS],
 )
 def test_the_commands_of_a_page_run_in_its_order(page: Page, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    if ENDPOINT not in page.text:
+        run_commands(page, folder, capfd)
+        return
+    with stub_endpoint(truth_of(Store.open(folder / "data" / "store"), "demo")) as stub:
+        run_commands(page, folder, capfd, stub.url)
+
+
+def run_commands(page: Page, folder: Path, capfd: pytest.CaptureFixture[str], endpoint: str = "") -> None:
     for fence in page.fences("toml"):
         if 'name = "table"' in fence:
             (folder / "table.toml").write_text(f"{fence}\n[train]\nn_tokens = 2_000\n")  # by default two million
@@ -198,7 +214,8 @@ def test_the_commands_of_a_page_run_in_its_order(page: Page, folder: Path, capfd
         if words[1] == "init":
             (folder / "my.toml").unlink()
         explains = words == ["saeflow", "ask", "tokens_where"]  # which then says what is missing
-        assert run(words[1:]) == (2 if explains else 0), f"{' '.join(words)}: {capfd.readouterr().err}"
+        typed = [endpoint if word == ENDPOINT else word for word in words[1:]]
+        assert run(typed) == (2 if explains else 0), f"{' '.join(words)}: {capfd.readouterr().err}"
         (folder / "my.toml").write_bytes(kept)
 
 

@@ -22,13 +22,35 @@ _SQL = re.compile(
     r"|\bcopy\b.* to |\binsert into\b|\bbetween\b|\bnot in\b|\bin \(|::|read_parquet|read_csv|\bexplain \(|\bwhere\b"
     r"|\bunion all\b"
 )
-_MAKERS_OF_SQL = ("query/", "corpus/", "runtime/sql", "features/", "cli/render", "activations/tables")
+_MAKERS_OF_SQL = ("query/", "corpus/", "runtime/sql", "features/", "classes/", "cli/render", "activations/tables")
 _TYPED = {"literal", "whole", "identifier"}
 
 PUT_IN = {
+    "classes/annotations.py": {
+        "every": "made by places.islands, of names of columns in the code",
+        "merged": "made by places.islands, of names of columns in the code",
+        "counts": "a constant",
+    },
+    "classes/places.py": {
+        "last": "a name of a column in the code",
+        "_OWNED": "a constant",
+        "rows": "a name or constant of the caller's code",
+        "first": "a name of a column in the code",
+        "same": "names of columns in the code",
+        "merged": "made by islands, of names of columns in the code",
+        "order": "made here, of names of columns in the code",
+    },
+    "classes/tables.py": {
+        "path": "a literal",
+        "written['class']": "an identifier",
+        "written[name]": "an identifier",
+        "given": "made here, of an identifier",
+        "cell": "made here, of an identifier",
+    },
     "query/ask.py": {
         "chosen.name": "the name of a file of sql/marts, looked up",
         "call": "as many question marks as there are parameters",
+        "_READINGS": "a constant",
         "sql": "the same, to which a limit is added as a parameter",
     },
     "query/catalog.py": {
@@ -52,12 +74,25 @@ PUT_IN = {
     },
     "query/labels.py": {
         "' union all '.join(map(_select_labels, files))": "the next function's",
-        "feature_id": "_trimmed of a constant",
-        "label": "_trimmed of a constant",
-        "score": "made of constants",
+        "_FEATURE": "a constant",
+        "_trimmed('feature_id')": "a constant",
+        "label": "a constant around _trimmed",
+        "rule": "a constant around _trimmed",
+        "kind": "a constant",
+        "figures": "what _number_in makes",
+        "name": "a constant in the loop above",
+        "column": "a constant of RULE_COLUMNS, or score",
+        "number": "_trimmed of the same",
         "options": "made of literals",
+        "_trimmed(column)": "a column's constant name",
+        "_number_in(file, name)": "made of constants",
+        "_number_in(file, 'score')": "made of constants",
+        "_rows_of(file)": "made of literals",
         "_UNQUOTED.format(label)": "a constant around _trimmed",
         "_trimmed('score')": "a constant",
+        "columns": "names of columns of a schema in the code",
+        "no_rows(BESIDE_LABELS[table])": "a schema in the code",
+        "' union all '.join(selected or [empty])": "made here, of literals",
     },
     "query/questions.py": {
         "self.name": "the name of a file of sql/marts",
@@ -96,7 +131,9 @@ PUT_IN = {
         "_read_files(paths)": "literals",
         "_read_files(paths, _HIVE)": "literals",
         "_read_files(lacking)": "literals",
-        "_no_rows(VALUES[order])": "a schema in the code",
+        "no_rows(SPANS)": "a schema in the code",
+        "_read_files([path])": "literals",
+        "no_rows(VALUES[order])": "a schema in the code",
         "_TYPES[field.type]": "a constant",
         "field.name": "a name of a schema in the code",
         "rows": "made here, of literals",
@@ -110,10 +147,16 @@ PUT_IN = {
 }
 
 RUN = {
+    "classes/annotations.py": {"sql": "constants, and names of columns in the code"},
+    "classes/characters.py": {"sql": "a constant"},
+    "classes/places.py": {"sql": "a constant of this file", "statement": "one of the constant _TABLES"},
+    "classes/tables.py": {"sql": "a constant", "_reading(file)": "a literal in one of two constants"},
     "query/ask.py": {"sql": "judged, or made of a question's name and question marks"},
     "query/connection.py": {"sql": "a file of sql/checks", "statement": "what catalog.definitions yields"},
     "query/kept_catalog.py": {"statement": "what catalog.upon_sources yields"},
     "query/first_answers.py": {"_LARGEST_SOURCES": "a constant", "_STRIKING": "a constant"},
+    "meaning/effects/firings.py": {"_HOLES": "a constant", "_FIRED": "a constant"},
+    "meaning/effects/run_model.py": {"_LEVELS": "a constant"},
     "corpus/tabular.py": {"sql": "the recipe's own statement, after it was judged"},
 }
 

@@ -28,6 +28,9 @@ def compare_command(
     picture: Annotated[
         Path | None, typer.Option("--picture", help="Picture of the cosines to write: .png, .svg or .pdf.")
     ] = None,
+    values: Annotated[
+        bool, typer.Option("--values/--no-values", help="Correlate the values of matched features, which takes longer.")
+    ] = True,
     store: StoreOption = None,
     format: FormatOption = None,
     limit: Limit = None,
@@ -50,7 +53,7 @@ def compare_command(
     partner = pick_run(opened, runs(opened), other)
     current, connection = connect_to_run(opened, run, names=QUESTIONS)
     with contextlib.closing(connection):
-        matched = match_runs(opened, connection, current, partner)
+        matched = match_runs(opened, connection, current, partner, values)
     reply.write(lambda most: matched.table.slice(0, most), 20)
     _say(matched, sanitise(current.schema), sanitise(partner.schema))
     if picture is not None:
@@ -64,7 +67,8 @@ def _say(matched: Matched, run: str, other: str) -> None:
     print_note(f"{matched.n_live:,} live features of {run}, looked for among {matched.n_other_live:,} of {other}:")
     for cosine in FOUND_AGAIN:
         print_note(
-            f"  cosine ≥ {cosine}: {matched.share_found(cosine):.1%} found again one to one, "
+            f"  cosine ≥ {cosine}: {matched.share_found(cosine):.1%} found again one to one "
+            f"(they have {matched.share_of_values(cosine):.1%} of the values), "
             f"{matched.share_near(cosine):.1%} near some feature"
         )
     for column, name in (("match_cosine", "cosine"), ("correlation", "correlation of values")):

@@ -2,6 +2,84 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+from saeflow.cli.common import Quiet, RunOption, StoreOption, existing_store, new_table, out, print_line, print_note
+from saeflow.runtime.text import sanitise
+
+if TYPE_CHECKING:
+    from saeflow.store.artefact import Artefact
+
 probe_commands = typer.Typer()
+
+
+@probe_commands.command("probe")
+def probe_command(
+    name: Annotated[str, typer.Argument(help="Name of the annotation: see `saeflow annotate`.")],
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", metavar="CLASS", help="Only this class; may be given several times.")
+    ] = None,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Also probes of 1, 5 and 16 features, neurons and random directions.")
+    ] = False,
+    best: Annotated[int, typer.Option("--best", min=0, help="Features of each class that get intervals.")] = 5,
+    replicates: Annotated[
+        int, typer.Option("--replicates", min=2, max=100_000, help="Resamples of the documents for the intervals.")
+    ] = 1_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the resamples and of the sampled tokens.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="Threads to use; 0: one per core.")] = 0,
+    store: StoreOption = None,
+    run: RunOption = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score every feature of a run against every class of an annotation.
+
+    The figures come from all values. Ask for them with `saeflow ask features_of_class CLASS`.
+
+    Examples: `saeflow probe digits`, `saeflow probe names --class countries --sparse`
+    """
+    from saeflow.classes.probing import ProbeSettings, probe
+    from saeflow.query import catalog
+    from saeflow.query.runs import pick_run, runs
+
+    opened = existing_store(store)
+    chosen = pick_run(opened, runs(opened), run)
+    settings = ProbeSettings(tuple(sorted(set(classes or ()))), best, replicates, seed, sparse)
+    made = probe(opened, chosen, name, settings, threads)
+    catalog.write_catalog(opened)
+    if not quiet:
+        _show(made, sparse)
+
+
+def _show(made: Artefact, sparse: bool) -> None:
+    from saeflow.classes.probing import best_of_each_class, read_table
+
+    table = new_table("class", "tokens", "best feature", "AUROC", "95% by document", "F1", "q")
+    for row in best_of_each_class(made):
+        interval = f"{_figure(row['auroc_low'])} to {_figure(row['auroc_high'])}" if row["auroc_low"] else "-"
+        table.add_row(
+            sanitise(row["class"]), f"{row['n_tokens']:,}", str(row["feature_id"]), _figure(row["auroc"]), interval,
+            _figure(row["f1"]), "-" if row["q"] is None else f"{row['q']:.1g}",
+        )  # fmt: skip
+    out.print_table(table)
+    if sparse:
+        _show_sparse(read_table(made, "sparse_probes"))
+    print_note("More: saeflow ask features_of_class CLASS; saeflow ask classes_of_feature FEATURE")
+    print_line(sanitise(f"{made.id}: published"))
+
+
+def _show_sparse(rows: list[dict[str, Any]]) -> None:
+    table = new_table("class", "k", "features", "neurons", "random SAE")
+    found = {(row["class"], row["k"], row["basis"]): row["auroc"] for row in rows}
+    for name, k in dict.fromkeys((row["class"], row["k"]) for row in rows):
+        each = (_figure(found.get((name, k, basis))) for basis in ("features", "neurons", "random"))
+        table.add_row(sanitise(name), str(k), *each)
+    print_line("")
+    print_line("AUROC on held-out documents, of a logistic regression on k dimensions:")
+    out.print_table(table)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,193 @@
+"""The artefact `probes/NAME-FP`: every feature of a run against every class of the annotations NAME.
+
+It is computed whole and appears in one rename. Equal inputs and settings give equal bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saeflow.classes.intervals import FIGURES, N_REPLICATES, Intervals, draw_documents, intervals
+from saeflow.classes.membership import Membership, Spans, membership
+from saeflow.classes.scores import Scores, score
+from saeflow.classes.values import ValueFiles
+from saeflow.features.schema import PROBE_TABLES, holding
+from saeflow.query.connection import connect
+from saeflow.query.run_records import SPANS, newest_annotations
+from saeflow.query.runs import Run
+from saeflow.recipe.fingerprint import fingerprint
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import brief, did_you_mean
+from saeflow.store.artefact import Artefact
+from saeflow.store.store import Store
+
+TABLES = {name: f"{name}.parquet" for name in PROBE_TABLES}
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What a probe computes. Equal settings, equal bytes."""
+
+    classes: tuple[str, ...] = ()
+    """Classes to probe; empty for all."""
+    n_best: int = 5
+    """Features of each class, those with the largest AUROC, that get bootstrap intervals."""
+    replicates: int = N_REPLICATES
+    seed: int = 0
+    sparse: bool = False
+    """True: k-sparse probes too."""
+
+
+def find_annotations(store: Store, run: Run, name: str) -> Artefact:
+    """Return the annotations of this name of the run's tokens. Raises UserError."""
+    tokens = store.input_of(run.artefact, "tokens")
+    there = newest_annotations(store, tokens.id)
+    if name not in there:
+        known = did_you_mean(name, there) if there else "There are none yet: saeflow annotate NAME FILE."
+        raise UserError(f"The tokens of {run.schema} have no annotations {brief(name)!r}. {known}")
+    return there[name]
+
+
+def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: int = 0) -> Artefact:
+    """Return the probe of a run with these annotations, computed if there is none yet. Raises UserError."""
+    annotations = find_annotations(store, run, name)
+    spans = read_spans(annotations, settings.classes)
+    facts = facts_of(run, annotations, settings)
+    target = store.artefact("probes", name, fingerprint(facts))
+    with target.writing():
+        if target.complete():
+            target.renew()
+            return target
+        began = time.monotonic()
+        members = members_of(store, run, spans)
+        tables = {**score_tables(run, name, members, settings, threads)}
+        if settings.sparse:
+            from saeflow.classes.sparse_probes import sparse_table
+
+            tables["sparse_probes"] = sparse_table(store, run, name, members, settings.seed, threads)
+        inputs = [run.artefact.id, annotations.id]
+        with target.publish_folder(facts, inputs, {"seconds": time.monotonic() - began}) as folder:
+            write_tables(folder, tables)
+    return target
+
+
+def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[str, Any]:
+    """Return what a probe follows from: run and annotations, the values that are shown, and the settings."""
+    values = fingerprint(holding(run.artefact.published().parts), list(run.left_out), [*map(int, run.hidden)])
+    chosen = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+    return {"run": run.artefact.id, "annotations": annotations.id, "values": values, **chosen}
+
+
+def read_spans(annotations: Artefact, wanted: Sequence[str] = ()) -> Spans:
+    """Return the spans of annotations, of all classes or of the wanted ones. Raises UserError for unknown classes."""
+    table = pq.read_table(annotations.own_file(SPANS), columns=["class", "first_token_id", "last_token_id"])
+    column = table.column("class").combine_chunks().dictionary_encode()
+    names = column.dictionary.to_pylist()
+    for each in wanted:
+        if each not in names:
+            raise UserError(f"{annotations.id} has no class {brief(each)!r}. {did_you_mean(each, names)}")
+    kept = tuple(sorted(set(wanted) or names))
+    places = np.array([kept.index(name) if name in kept else -1 for name in names], np.int64)
+    numbers = places[column.indices.to_numpy(zero_copy_only=False)] if names else np.empty(0, np.int64)
+    firsts, lasts = (table.column(name).to_numpy() for name in ("first_token_id", "last_token_id"))
+    return Spans(kept, numbers[numbers >= 0], firsts[numbers >= 0], lasts[numbers >= 0])
+
+
+def members_of(store: Store, run: Run, spans: Spans) -> Membership:
+    """Return the classes and documents of the run's encoded tokens. Raises UserError if there is none."""
+    with connect(store, run.schema, names=("stg_tokens", "is_encoded")) as connection:
+        sql = "select token_id, document_id from stg_tokens where mask and is_encoded(token_id, vocab_id)"
+        found = connection.sql(f"{sql} order by token_id").to_arrow_table()
+    if not len(found):
+        raise UserError(f"{run.schema} has no encoded tokens.")
+    token_ids, document_ids = (found.column(name).to_numpy() for name in ("token_id", "document_id"))
+    return membership(spans, token_ids.astype(np.int64), document_ids.astype(np.int64))
+
+
+def score_tables(
+    run: Run, name: str, members: Membership, settings: ProbeSettings, threads: int = 0
+) -> dict[str, pa.Table]:
+    """Return the tables of the figures, by name."""
+    files = ValueFiles.of(run)
+    scores = score(files, members, threads)
+    weights = draw_documents(members.n_documents, settings.seed, settings.replicates)
+    found = intervals(files, members, scores, settings.n_best, weights, threads)
+    return {
+        "feature_classes": _pair_table(name, members, scores, found),
+        "class_sizes": _class_table(name, members),
+    }
+
+
+def _pair_table(name: str, members: Membership, scores: Scores, found: Intervals) -> pa.Table:
+    """One row for each class and feature that fires, sorted by class, then feature. NaN becomes null."""
+    live, n_classes = np.flatnonzero(scores.fires > 0), len(members.classes)
+    arrays: dict[str, np.ndarray] = {"n_both": scores.n_both}
+    for figure in FIGURES:
+        arrays[figure] = getattr(scores, figure)
+        arrays |= {f"{figure}_low": found.low[figure], f"{figure}_high": found.high[figure]}
+    others = ("average_precision", "threshold", "precision", "recall", "lift", "correlation", "t", "p", "q")
+    arrays |= {figure: getattr(scores, figure) for figure in others}
+    columns: dict[str, pa.Array] = {
+        "annotation": _repeated([name], len(live) * n_classes),
+        "class": _repeated(members.classes, len(live)),
+        "feature_id": pa.array(np.tile(live.astype(np.int32), n_classes)),
+        "n_fires": pa.array(np.tile(scores.fires[live], n_classes)),
+    }
+    columns |= {key: pa.array(array[live].T.ravel(), from_pandas=True) for key, array in arrays.items()}
+    names = PROBE_TABLES["feature_classes"].names
+    return pa.table({name: columns[name] for name in names})
+
+
+def _class_table(name: str, members: Membership) -> pa.Table:
+    columns = {
+        "annotation": [name] * len(members.classes),
+        "class": list(members.classes),
+        "n_tokens": members.class_tokens,
+        "n_documents": (members.document_classes > 0).sum(0),
+        "share": members.class_tokens / members.n_tokens,
+    }
+    return pa.table(columns, PROBE_TABLES["class_sizes"])
+
+
+def _repeated(names: Sequence[str], each: int) -> pa.DictionaryArray:
+    indices = np.repeat(np.arange(len(names), dtype=np.int32), each)
+    return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(list(names), pa.string()))
+
+
+def write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
+    for name, table in tables.items():
+        split = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+        others = [field.name for field in table.schema if field.name not in split and field.name != "dimensions"]
+        pq.write_table(
+            table.replace_schema_metadata(), folder / TABLES[name], compression="zstd", row_group_size=122_880,
+            use_dictionary=others, column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"), store_schema=False,
+        )  # fmt: skip
+
+
+def read_table(made: Artefact, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a table of a probe."""
+    return pq.read_table(made.own_file(TABLES[name])).to_pylist()
+
+
+def best_of_each_class(made: Artefact) -> list[dict[str, Any]]:
+    """Return for each class its size and the figures of the feature with the largest AUROC, the lower of equal ones.
+
+    The figures are None if no feature fires in the class.
+    """
+    rows = []
+    for size in read_table(made, "class_sizes"):
+        wanted = [("class", "=", size["class"]), ("n_both", ">", 0)]
+        found = pq.read_table(made.own_file(TABLES["feature_classes"]), filters=wanted)
+        order = [("auroc", "descending"), ("feature_id", "ascending")]
+        best = found.sort_by(order).slice(0, 1).to_pylist() if len(found) else []
+        nothing = dict.fromkeys(PROBE_TABLES["feature_classes"].names)
+        rows.append(nothing | (best[0] if best else {}) | size)
+    return rows

@@ -1,0 +1,141 @@
+"""The values of a run read feature by feature, in blocks of features that fit in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from saeflow.classes.membership import Membership
+from saeflow.classes.ranking import place_values
+from saeflow.features.files import files_of
+from saeflow.query.runs import Run
+
+BLOCK_VALUES = 8_000_000
+"""Values of a block: about 26 bytes each while they are read."""
+
+COLUMNS = ["feature_id", "token_id", "value"]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The values of consecutive features at counted tokens: feature `first + f` has entries starts[f] to ends[f]."""
+
+    first: int
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    values: NDArray[np.float32]
+    codes: NDArray[np.unsignedinteger]
+    documents: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class ValueFiles:
+    """The feature-major files of a run that are shown now."""
+
+    paths: tuple[Path, ...]
+    n_features: int
+
+    @classmethod
+    def of(cls, run: Run) -> ValueFiles:
+        artefact, shown = run.artefact, set(run.files["feature_major"])
+        found = [
+            artefact.part_file(part, name)
+            for part in artefact.published().parts
+            for name in files_of(part, "feature_major")
+            if artefact.storage.location(artefact.part_path(part) / name) in shown
+        ]
+        return cls(tuple(found), int(artefact.fact("n_features")))
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """(groups, 5): file, row group, first and last feature, number of values."""
+        rows = [row for number in range(len(self.paths)) for row in self._groups_of(number)]
+        return np.array(rows, np.int64).reshape(-1, 5)
+
+    @cached_property
+    def _footers(self) -> tuple[pq.FileMetaData, ...]:
+        return tuple(pq.read_metadata(path) for path in self.paths)
+
+    def _groups_of(self, number: int) -> list[tuple[int, int, int, int, int]]:
+        about, found = self._footers[number], []
+        column = about.schema.names.index("feature_id")
+        for group in range(about.num_row_groups):
+            of_group = about.row_group(group)
+            limits = of_group.column(column).statistics
+            ends = (limits.min, limits.max) if limits and limits.has_min_max else (0, self.n_features - 1)
+            if of_group.num_rows:
+                found.append((number, group, *ends, of_group.num_rows))
+        return found
+
+    def blocks(self, block_values: int = BLOCK_VALUES) -> list[tuple[int, int]]:
+        """Return first and last feature of blocks of about so many values, every feature in one of them."""
+        _, _, low, high, n = self.groups.T
+        return cut_features(low, high, n, self.n_features, block_values)
+
+    def read(self, first: int, last: int, members: Membership, wanted: Sequence[int] | None = None) -> Entries:
+        """Return the values of these features at counted tokens, each feature's in the order of its files.
+
+        `wanted`: features whose values are needed, ascending; others may lack some or all.
+        """
+        some = np.array(range(first, last + 1) if wanted is None else wanted, np.int64)
+        found_in = (self._table(number, first, last, some) for number in range(len(self.paths)))
+        tables = [table for table in found_in if table is not None]
+        counts = np.zeros(last - first + 1, np.int64)
+        for features, _, _ in tables:
+            counts += np.bincount(features - first, minlength=len(counts))
+        starts = np.cumsum(counts) - counts
+        ends, n = starts.copy(), int(counts.sum())
+        found = Entries(
+            first, starts, ends, np.empty(n, np.float32), np.empty(n, members.codes.dtype), np.empty(n, np.int32)
+        )
+        for features, tokens, values in tables:
+            place_values(
+                first, features, tokens, values, members.first_token, members.codes, members.documents, ends,
+                found.values, found.codes, found.documents,
+            )  # fmt: skip
+        return found
+
+    def _table(
+        self, number: int, first: int, last: int, wanted: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int32], ...] | None:
+        """Return feature_ids, token_ids and values of the groups of one file that hold wanted features, if any do."""
+        mine = self.groups[self.groups[:, 0] == number]
+        holds = np.searchsorted(wanted, mine[:, 2]) < np.searchsorted(wanted, mine[:, 3], side="right")
+        if not holds.any():
+            return None
+        with pq.ParquetFile(self.paths[number], metadata=self._footers[number]) as file:
+            table = file.read_row_groups(mine[holds, 1].tolist(), columns=COLUMNS, use_threads=False)
+        columns = [_as_array(table.column(name)) for name in COLUMNS]
+        start, stop = np.searchsorted(columns[0], (first, last + 1))
+        return tuple(column[start:stop] for column in columns)
+
+
+def _as_array(column: pa.ChunkedArray) -> NDArray[np.int32]:
+    return np.asarray(column.to_numpy() if column.num_chunks != 1 else column.chunk(0).to_numpy())
+
+
+def cut_features(
+    low: NDArray[np.int64], high: NDArray[np.int64], n: NDArray[np.int64], n_features: int, block_values: int
+) -> list[tuple[int, int]]:
+    """Cut 0..n_features into ranges (first, last) of about `block_values`, given how many values lie in which features.
+
+    Values are taken as spread evenly over the features `low` to `high`. A feature with more values is a block alone.
+    """
+    change = np.zeros(n_features + 1)
+    share = n / (high - low + 1)
+    np.add.at(change, low, share)
+    np.add.at(change, high + 1, -share)
+    before = np.concatenate([[0.0], np.cumsum(np.cumsum(change[:-1]))])
+    firsts = [0]
+    while (first := firsts[-1]) < n_features:
+        last = int(np.searchsorted(before, before[first] + block_values, side="right")) - 1
+        firsts.append(max(first + 1, min(last, n_features)))
+    return [(a, b - 1) for a, b in itertools.pairwise(firsts)]

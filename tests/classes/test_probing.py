@@ -1,0 +1,158 @@
+"""The artefact of a probe: what it holds, how it is asked, and that nothing is lost when it is killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from saeflow.classes.annotations import Source, annotate
+from saeflow.classes.membership import membership
+from saeflow.classes.probing import ProbeSettings, probe
+from saeflow.classes.samples import draw, random_values
+from saeflow.classes.sparse_probes import probes
+from saeflow.query.ask import ask
+from saeflow.query.connection import connect
+from saeflow.query.runs import pick_run, runs
+from saeflow.runtime.errors import UserError
+from saeflow.store.artefact import Artefact
+from saeflow.store.store import Store
+from tests.classes.test_scores import rounded, spans_of
+from tests.conftest import Finished
+from tests.support.command import Command
+from tests.support.small_pipeline import quiet
+from tests.support.small_store import Given
+
+CLASSES = "class,token_id,last_token_id\nstart,0,1\nstart,5,5\nlove,1,1\nlove,5,5\nlove,7,7\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Eight tokens of two documents with the annotations `words`."""
+    made = Given().write(tmp_path / "store")
+    (tmp_path / "words.csv").write_text(CLASSES)
+    annotate(made, None, "words", Source(tmp_path / "words.csv"), quiet())
+    return made
+
+
+def probed(store: Store, **settings: object) -> Artefact:
+    return probe(store, pick_run(store, runs(store), None), "words", ProbeSettings(replicates=20, **settings), 1)
+
+
+def test_questions_answer_what_the_values_say(store):
+    probed(store)
+    values = np.zeros((8, 4))
+    for token, feature, value in Given().values:
+        values[token, feature] = value
+    love = np.isin(np.arange(8), [1, 5, 7])
+    with connect(store, threads=1) as connection:
+        every = ask(connection, "feature_classes", []).to_pylist()
+        of_class = ask(connection, "features_of_class", ["love"]).to_pylist()
+        of_feature = ask(connection, "classes_of_feature", [0]).to_pylist()
+    assert {(row["class"], row["feature_id"]) for row in every} == {
+        (c, f) for c in ("love", "start") for f in (0, 1, 2)
+    }
+    assert [(row["feature_id"], row["n_both"]) for row in of_class] == [(0, 3), (2, 2)]
+    assert [row["auroc"] for row in of_class] == pytest.approx([roc_auc_score(love, values[:, f]) for f in (0, 2)])
+    assert [row["class"] for row in of_feature] == ["love", "start"]
+    assert [row["auroc_low"] is not None for row in of_class] == [True, True]
+
+
+def test_equal_probes_have_equal_bytes_and_another_seed_has_another_name(store, tmp_path):
+    first = probed(store)
+    before = {file.name: (first.path / file.name).read_bytes() for file in first.record.files}
+    assert probed(store).id == first.id
+    first.remove(first.path)
+    again = probed(store)
+    assert again.id == first.id
+    assert before == {file.name: (again.path / file.name).read_bytes() for file in again.record.files}
+    assert probed(store, seed=1).id != first.id
+
+
+def test_a_probe_that_is_stopped_leaves_nothing_and_is_made_again(store, monkeypatch):
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("saeflow.classes.probing.write_tables", stop)
+        with pytest.raises(KeyboardInterrupt):
+            probed(store)
+    assert store.artefacts("probes") == []
+    assert probed(store).complete()
+
+
+def test_only_wanted_classes_are_probed_and_unknown_ones_refused(store):
+    made = probed(store, classes=("love",))
+    assert set(pq.read_table(made.path / "feature_classes.parquet")["class"].to_pylist()) == {"love"}
+    with pytest.raises(UserError, match="no class 'lov'"):
+        probed(store, classes=("lov",))
+    with pytest.raises(UserError, match="no annotations 'verbs'"):
+        probe(store, pick_run(store, runs(store), None), "verbs", ProbeSettings())
+
+
+def test_values_that_are_not_encoded_do_not_count(tmp_path):
+    """Token 1 is skipped by a setting: its value is as if it were not there."""
+    given = Given()
+    store = given.write(tmp_path / "store")
+    (tmp_path / "words.csv").write_text(CLASSES)
+    annotate(store, None, "words", Source(tmp_path / "words.csv"), quiet())
+    run = pick_run(store, runs(store), None)
+    from dataclasses import replace
+
+    from saeflow.classes.probing import members_of, read_spans
+    from saeflow.query.run_records import newest_annotations
+
+    spans = read_spans(next(iter(newest_annotations(store, "tokens/demo-f0000001").values())))
+    members = members_of(store, replace(run), spans)
+    assert members.n_tokens == 8
+    assert members.classes == ("love", "start")
+    assert members.class_tokens.tolist() == [3, 3]
+
+
+def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():
+    """Four features decide a class each; neurons mix them, and random directions hold a bit of all."""
+    dice = np.random.default_rng(0)
+    n, n_features, width = 4_000, 24, 16
+    active = rounded(dice.lognormal(0, 0.3, (n, n_features)) * (dice.random((n, n_features)) < 0.15))
+    directions = dice.normal(size=(n_features, width))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    neurons = (active @ directions).astype(np.float32)
+    classes = active[:, :4] > 0
+    members = membership(spans_of(classes, 0), np.arange(n), np.arange(n) // 40)
+    sample = draw(members, 0, 2_000, 500)
+    from scipy import sparse
+
+    found = {}
+    for basis, values in {
+        "features": sparse.csc_array(active[sample.places]),
+        "neurons": sparse.csc_array(neurons[sample.places]),
+        "random": random_values(neurons[sample.places], n_features, 4, 0),
+    }.items():
+        found[basis] = [{row["k"]: row for row in probes(values, sample, c)} for c in range(4)]
+    for c in range(4):
+        assert found["features"][c][1]["dimensions"] == [c]
+        assert found["features"][c][1]["auroc"] == 1
+        assert found["features"][c][1]["f1"] == 1
+        assert max(found[basis][c][1]["auroc"] for basis in ("neurons", "random")) < 0.95
+    assert sample.is_test.mean() == pytest.approx(0.3, abs=0.05)
+    held = {int(d) for d in (sample.places // 40)[sample.is_test]}
+    assert held.isdisjoint((sample.places // 40)[~sample.is_test].tolist())
+
+
+def test_the_command_probes_neurons_and_random_directions_too(saeflow: Command, finished: Finished, tmp_path):
+    store = ["--store", finished.store.root]
+    sql = "select token_id, if(token_id % 3 = 0, 'a', 'b') as class from tokens where mask"
+    assert saeflow("annotate", "thirds", "--sql", sql, *store).code == 0
+    said = saeflow("probe", "thirds", "--sparse", "--replicates", 20, *store)
+    assert said.code == 0, said.err
+    assert "random SAE" in said.out
+    rows = saeflow("ask", "sparse_probes", "-f", "csv", *store).out.splitlines()
+    assert len(rows) == 1 + 2 * 3 * 3
