@@ -45,6 +45,8 @@ class Panel:
     most_rows: int = MOST_ROWS
     about: str = ""
     """A sentence under the title."""
+    if_none: str = "No rows."
+    """The sentence instead of rows, if there are none: which command makes them."""
 
     def ask(self, opened: OpenedRun) -> Answer:
         """Answer the panel's question. Raises UserError for arguments that fit nothing."""

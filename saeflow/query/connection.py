@@ -59,8 +59,12 @@ KEPT = {
 }
 """Views held in memory if they have at most so many rows: up to 64 MB of blocks, for 17 million tokens."""
 
-KEPT_FOR_PAGES = {"stg_summaries": 300_000, "feature_names": 300_000, "stg_feature_histogram": 4_000_000}
-"""Views that lists of features read whole. They are worth their reading if a connection answers many questions."""
+KEPT_FOR_PAGES = {
+    "stg_summaries": 300_000, "feature_names": 300_000, "stg_feature_histogram": 4_000_000, "stg_labels": 300_000,
+    "stg_rules": 300_000, "stg_explanation_scores": 300_000,
+}  # fmt: skip
+"""Views that lists of features read whole, or that every feature's page asks. They are worth their reading if a
+connection answers many questions."""
 
 
 def connect(

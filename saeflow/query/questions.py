@@ -39,7 +39,7 @@ GROUPS: dict[str, set[str | None]] = {
     "One feature": {"feature"},
     "Several features together": {"features"},
     "Tokens and text": {"token", "text", "document_key", "vocab", "annotation", "class"},
-    "Tokens you choose": {"sql"},
+    "Tokens you choose": {"sql", "tokens"},
     "One source or run against another": {"a"},
     "Views, to select from": {None},
     "The run": set(),

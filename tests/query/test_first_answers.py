@@ -706,6 +706,8 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
     elsewhere |= {"annotations", "annotated_tokens", "feature_classes", "features_of_class", "classes_of_feature"}
     elsewhere |= {"sparse_probes"}  # tests/classes
     elsewhere |= {"metrics", "settings", "stages", "training_curve"}  # test_run_records reads what they were made from
+    elsewhere |= {"labels_of_feature", "tokens_in_text"}  # test_sql
+    elsewhere |= {"class_in_text", "measured_effects", "scores_of_labels"}  # test_meaning_of_features
     # test_new_text, test_offsets, test_chats, test_leave_out, test_sql, test_lists and test_documents_and_tokens ask
     # these; test_filtered_answers and test_documents_and_tokens ask those with a filter
     stored = [
