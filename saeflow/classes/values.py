@@ -35,7 +35,6 @@ class Entries:
     codes: NDArray[np.unsignedinteger]
     documents: NDArray[np.int32]
 
-
     def of(self, feature: int) -> Entries:
         """Return a copy of one feature's entries."""
         rows = slice(self.starts[feature - self.first], self.ends[feature - self.first])
@@ -87,10 +86,14 @@ class ValueFiles:
                 found.append((number, group, *ends, of_group.num_rows))
         return found
 
-    def blocks(self, block_values: int = BLOCK_VALUES) -> list[tuple[int, int]]:
-        """Return first and last feature of blocks of about so many values, every feature in one of them."""
+    def blocks(self, block_values: int = BLOCK_VALUES, threads: int = 1) -> list[tuple[int, int]]:
+        """Return first and last feature of blocks of about so many values, every feature in one of them.
+
+        Blocks are somewhat smaller if that gives each thread as many.
+        """
         _, _, low, high, n = self.groups.T
-        return cut_features(low, high, n, self.n_features, block_values)
+        n_blocks = -(-max(int(n.sum()), 1) // (block_values * threads)) * threads
+        return cut_features(low, high, n, self.n_features, int(1.02 * n.sum() / n_blocks) + 1)
 
     def read(self, first: int, last: int, members: Membership, wanted: Sequence[int] | None = None) -> Entries:
         """Return the values of these features at counted tokens, each feature's in the order of its files.

@@ -117,7 +117,14 @@ def main() -> None:
         Bar("bytes at the peak", MOST_BYTES, "<=", took["bytes"]),
         Bar("planted classes whose feature ranks first", 1, ">=", float(right)),
     ]
-    report("probe", bars, n_values=store.artefacts("features")[-1].published().total("n_values"), n_classes=N_CLASSES, n_features=_made_run.N_FEATURES, took=took)
+    report(
+        "probe",
+        bars,
+        n_values=store.artefacts("features")[-1].published().total("n_values"),
+        n_classes=N_CLASSES,
+        n_features=_made_run.N_FEATURES,
+        took=took,
+    )
 
 
 if __name__ == "__main__":
