@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -120,7 +121,7 @@ class ValueFiles:
 
     def _table(
         self, number: int, first: int, last: int, wanted: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int32], ...] | None:
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]] | None:
         """Return feature_ids, token_ids and values of the groups of one file that hold wanted features, if any do."""
         mine = self.groups[self.groups[:, 0] == number]
         holds = np.searchsorted(wanted, mine[:, 2]) < np.searchsorted(wanted, mine[:, 3], side="right")
@@ -130,10 +131,11 @@ class ValueFiles:
             table = file.read_row_groups(mine[holds, 1].tolist(), columns=COLUMNS, use_threads=False)
         columns = [_as_array(table.column(name)) for name in COLUMNS]
         start, stop = np.searchsorted(columns[0], np.array([first, last + 1], np.int32))
-        return tuple(column[start:stop] for column in columns)
+        features, tokens, values = (column[start:stop] for column in columns)
+        return features, tokens, values
 
 
-def _as_array(column: pa.ChunkedArray) -> NDArray[np.int32]:
+def _as_array(column: pa.ChunkedArray) -> NDArray[Any]:
     return np.asarray(column.to_numpy() if column.num_chunks != 1 else column.chunk(0).to_numpy())
 
 
