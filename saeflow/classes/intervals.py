@@ -77,8 +77,8 @@ def intervals(
     if not pairs or members.n_documents < 2:
         return found
     lanes = [np.ascontiguousarray(weights[:, first : first + LANES]) for first in range(0, weights.shape[1], LANES)]
-    in_class = [each.T.astype(float) @ members.document_classes for each in lanes]
-    every = [each.T.astype(float) @ members.document_tokens for each in lanes]
+    in_class: list[Doubles] = [each.T.astype(float) @ members.document_classes for each in lanes]
+    every: list[Doubles] = [each.T.astype(float) @ members.document_tokens for each in lanes]
 
     kept = held.entries if held else {}
 
@@ -134,7 +134,7 @@ def _replicates(
     for c in classes:
         has = members.sets_with(c)
         drawn = [np.full((len(FIGURES), each.shape[1]), np.nan) for each in lanes]
-        inside, threshold = has[codes], np.float32(scores.threshold[f, c])
+        inside, threshold = has[codes], float(np.float32(scores.threshold[f, c]))
         for each, of_class, of_all, figures in zip(lanes, in_class, every, drawn, strict=True):
             count_replicates(keys, values, documents, inside, each, of_class[:, c].copy(), of_all, threshold, figures)
         yield np.concatenate(drawn, axis=1)

@@ -85,8 +85,8 @@ def membership(spans: Spans, token_ids: Ints, document_ids: Ints) -> Membership:
     starts, states = _constant_stretches(spans, first, n_places)
     words, set_of_stretch = _distinct_rows(states, np.diff(np.r_[starts, n_places]))
     set_of_stretch += 1
-    kind = np.uint16 if len(words) < 1 << 16 else np.uint32
-    codes = np.zeros(n_places, kind)
+    kind: type[np.unsignedinteger] = np.uint16 if len(words) < 1 << 16 else np.uint32
+    codes: NDArray[np.unsignedinteger] = np.zeros(n_places, kind)
     codes[places] = np.repeat(set_of_stretch.astype(kind), np.diff(np.r_[starts, n_places]))[places]
     of_set = np.zeros((len(words) + 1, len(spans.classes)), np.uint8)
     of_set[1:] = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : len(spans.classes)]

@@ -176,7 +176,7 @@ def write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
 
 def read_table(made: Artefact, name: str) -> list[dict[str, Any]]:
     """Return the rows of a table of a probe."""
-    return pq.read_table(made.own_file(TABLES[name])).to_pylist()
+    return list(pq.read_table(made.own_file(TABLES[name])).to_pylist())
 
 
 def best_of_each_class(made: Artefact) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def score(
         if held is not None:
             held.take(entries, auroc)
 
-    in_parallel(count, files.blocks(block_values), n_threads(threads))
+    in_parallel(count, files.blocks(block_values, n_threads(threads)), n_threads(threads))
     return scores_of(counts, members, expected)
 
 
