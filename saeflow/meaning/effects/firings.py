@@ -121,7 +121,7 @@ def _has_context(tokens: np.ndarray, sequences: np.ndarray, first_holes: np.ndar
         return np.ones(len(tokens), bool)
     mine = tokens // length
     place = np.minimum(np.searchsorted(sequences, mine), len(sequences) - 1)
-    return (sequences[place] != mine) | (tokens < first_holes[place])
+    return np.asarray((sequences[place] != mine) | (tokens < first_holes[place]))
 
 
 def _drawn(rows: dict[str, np.ndarray], n: int, bands: int, seed: int) -> pa.Table:
