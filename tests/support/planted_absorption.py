@@ -47,7 +47,7 @@ class Planted:
         fires[np.flatnonzero(carried), one[carried]] = True
         for feature in list(SPECIFIC)[n_absorbing:]:  # these fire beside the general one, in whole and in missing
             fires[:, feature] = members & (dice.random(N_TOKENS) < 0.08)
-        strengths = fires * dice.uniform(0.8, 2, fires.shape)
+        strengths = fires * dice.uniform(0.7, 2, fires.shape)
         rows = strengths @ directions + 0.03 * dice.normal(size=(N_TOKENS, WIDTH))
         return cls(rows.astype(np.float32), strengths, members, directions, absorbs)
 
