@@ -323,10 +323,12 @@ def test_files_that_a_page_names_are_there(page: Page) -> None:
 
 
 NOTEBOOK = DOCS / "tutorial.ipynb"
+NOTEBOOKS = (NOTEBOOK, DOCS / "dialogue.ipynb")
 
 
-def test_the_notebook_is_one_of_version_4_5_without_outputs() -> None:
-    found = json.loads(NOTEBOOK.read_text("utf-8"))
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_one_of_version_4_5_without_outputs(notebook: Path) -> None:
+    found = json.loads(notebook.read_text("utf-8"))
     assert (found["nbformat"], found["nbformat_minor"]) == (4, 5)
     assert found["metadata"]["kernelspec"]["name"] == "python3"
     assert len({cell["id"] for cell in found["cells"]}) == len(found["cells"])
@@ -335,17 +337,19 @@ def test_the_notebook_is_one_of_version_4_5_without_outputs() -> None:
         assert cell["metadata"] == {}
         assert cell.get("outputs", []) == []
         assert cell.get("execution_count") is None
-    assert generator().made("<!-- made: notebook docs/tutorial.ipynb -->").count("```python") == len(cells(NOTEBOOK))
+    made = generator().made(f"<!-- made: notebook docs/{notebook.name} -->")
+    assert made.count("```python") == len(cells(notebook))
 
 
-def test_the_first_cell_of_the_notebook_installs_the_clone_with_the_pinned_torch(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_of_a_notebook_installs_the_clone_with_the_pinned_torch(
+    notebook: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
     monkeypatch.chdir(DOCS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("subprocess.run", lambda words, check: commands.append(words))
-    exec(next(iter(cells(NOTEBOOK).values())), {})
+    exec(next(iter(cells(notebook).values())), {})
     (pin,) = re.findall(r"^torch==.*$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", pin, str(ROOT)]]
 
