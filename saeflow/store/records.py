@@ -205,13 +205,7 @@ def generation_table(generation: Generation) -> pa.Table:
         })  # fmt: skip
 
 
-_NOT_A_LIST = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    pa.ArrowException,
-)  # of a table that is no list of parts
+_NOT_A_LIST = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)  # of a table that is none
 
 
 def read_generation(path: Path, number: int) -> Generation:
