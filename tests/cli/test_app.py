@@ -416,7 +416,7 @@ NEEDS_ANNOTATIONS = ("annotated_tokens", "features_of_class")  # tests/classes a
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
 def test_every_question_can_be_asked(question: Question, saeflow: Command, finished: Finished) -> None:
     if question.name in NEEDS_ANNOTATIONS:
-        assert "There is no annotation" in saeflow("ask", question.name, "cat", "--store", finished.store.root).err
+        assert f"There is no {question.parameters[0].name}" in saeflow("ask", question.name, "cat", "--store", finished.store.root).err
         return
     words = NAMES.get(question.name) or [WORDS[each.type] for each in question.parameters if each.default is None]
     said = saeflow("ask", question.name, *words, "-f", "json", "-n", 5, "--store", finished.store.root)
