@@ -6,6 +6,7 @@ A page that is asked for after a generation was published shows that generation.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -178,13 +179,14 @@ def opened_alone(store: Store, name: str | None) -> Iterator[OpenedRun]:
 
 
 def generations(store: Store) -> object:
-    """Return what changes whenever a run, its tokens or a file of labels is published."""
+    """Return what changes whenever a run, its tokens, annotations or a file of labels are published."""
     found = []
     for artefact in store.artefacts("features", "tokens"):
         with contextlib.suppress(OSError):
             found.append((artefact.id, (artefact.path / "manifest.json").stat().st_mtime_ns))
             found.append((artefact.id, (artefact.path / "quality.json").stat().st_mtime_ns))
-    for path in sorted((store.root / "labels").glob("*/*.csv")):
+    beside = (store.root.glob(pattern) for pattern in ("labels/*/*.csv", "annotations/*/artefact.json"))
+    for path in sorted(itertools.chain.from_iterable(beside)):
         with contextlib.suppress(OSError):
             found.append((str(path), path.stat().st_mtime_ns))
     return tuple(found)

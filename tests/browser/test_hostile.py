@@ -20,10 +20,12 @@ from safetensors.numpy import save_file
 import saeflow
 from saeflow.browser.answers import FORMATS
 from saeflow.browser.server import Application
+from saeflow.classes.annotations import Source, annotate
 from saeflow.cli.screen import render_table
 from saeflow.query.labels import Label, put
 from saeflow.query.questions import Question, questions
 from saeflow.query.text_formats import for_python
+from saeflow.runtime.progress import Progress
 from saeflow.runtime.terminal import Terminal
 from tests.fuzz.pages import HOSTILE as WORDS
 from tests.fuzz.pages import LABEL, Asking, problems_of
@@ -96,6 +98,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         folder / "sae_weights.safetensors",
     )
     put(store, folder.name, "own", {0: Label("<zq9>" * 2000), 1: Label("=1+1"), 2: Label(HOSTILE)})
+    classes = {"class": ["<zq9>'\"", "=1+1", HOSTILE], "token_id": [0, 3, 5]}
+    pq.write_table(pa.table(classes), root.parent / "classes.parquet")
+    annotate(store, None, "hostile", Source(root.parent / "classes.parquet"), Progress(verbosity=-1))
     return Place(Application(store), root)
 
 
@@ -141,6 +146,7 @@ def arguments(question: Question) -> dict[str, Any]:
     chosen = {
         "feature": 0, "features": "0,1", "thresholds": "0,0", "token": 3, "vocab": 5, "other": 1, "window": 3,
         "text": "a", "document_key": NAMES[0], "first_char": 0, "end_char": 9, "a": NAMES[0], "b": NAMES[1],
+        "annotation": "hostile",
     }  # fmt: skip
     if question.name == "compare_runs":
         chosen |= {"a": "hostile", "b": "hostile"}

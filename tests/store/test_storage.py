@@ -113,7 +113,7 @@ def answers(store: Store) -> dict[str, Any]:
     """What each named question answers to its first arguments."""
     words = {"feature": 3, "threshold": 0.1, "n": 5, "token": 20, "text": "the", "a": "tales", "b": "letters"}
     words |= {"features": [3, 4], "thresholds": [0.0, 0.0], "window": 5, "other": 4, "vocab": 20}
-    words |= {"document_key": "tales/000", "first_char": 0, "end_char": 5}
+    words |= {"document_key": "tales/000", "first_char": 0, "end_char": 5, "annotation": "none"}
     with contextlib.closing(connect(store)) as connection:
         found = {}
         for question in (each for each in questions() if each.name not in ("runs", "stages") and not each.runs_model):
