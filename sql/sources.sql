@@ -98,6 +98,23 @@ select stored.annotation, stored.class, basis, k, auroc, f1, n_train, n_test, di
 create or replace view src_annotations as
 select stored.annotation, stored.class, document_id, first_token_id, last_token_id from $annotations as stored;
 
+create or replace view src_rules as
+select feature_id, rule, kind, "precision", recall, score from $rules;
+
+create or replace view src_effects as
+select * from $effects;
+
+create or replace view src_direct_effects as
+select effect, feature_id, vocab_id, logit from $direct_effects;
+
+create or replace view src_explanation_scores as
+select feature_id, stored.source, model, method, stratum, score, low, high, n, n_unusable
+from $explanation_scores as stored;
+
+create or replace view src_explanation_mistakes as
+select feature_id, stored.source, model, method, stratum, token_id, asked, answered
+from $explanation_mistakes as stored;
+
 create or replace view src_runs as
 select unnest($runs, recursive := true);
 

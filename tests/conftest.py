@@ -21,17 +21,21 @@ os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ.pop("SAEFLOW_STORE", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process that a test starts compiles saeflow anew
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from saeflow.pipeline import stages
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.kept_catalog import expect_many_connections
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.progress import Progress
+from saeflow.store.files import read_json, write_json
 from saeflow.store.store import Store
 from tests.support.command import saeflow  # noqa: F401  (a fixture)
 from tests.support.small_pipeline import Ingredients, quiet, recipe_data
@@ -51,15 +55,33 @@ class Finished:
 @pytest.fixture(scope="session")
 def ingredients(tmp_path_factory: pytest.TempPathFactory) -> Ingredients:
     """A two-layer random GPT-2 and 66 documents in many scripts; do not write there."""
-    return Ingredients.write(tmp_path_factory.mktemp("ingredients"))
+    with _made_once(tmp_path_factory, "ingredients") as (folder, is_made):
+        return Ingredients.at(folder) if is_made else Ingredients.write(folder)
 
 
 @pytest.fixture(scope="session")
 def finished(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The small recipe run through all stages; do not write there (copy the store to change it)."""
-    store = Store.create(tmp_path_factory.mktemp("finished") / "store")
     recipe = parse_recipe(recipe_data(ingredients))
-    return Finished(store, recipe, stages.run(Lineage(store, recipe), quiet()))
+    with _made_once(tmp_path_factory, "finished") as (folder, is_made):
+        store = Store.create(folder / "store")
+        if not is_made:
+            write_json(folder / "summary.json", stages.run(Lineage(store, recipe), quiet()))
+        return Finished(store, recipe, read_json(folder / "summary.json"))
+
+
+@contextlib.contextmanager
+def _made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+    """Give a folder that all workers of pytest-xdist share, and whether one of them has filled it.
+
+    The first worker fills it while the others wait, so that kernels are compiled once.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with FileLock(f"{folder}.lock"):
+        done = folder / "done"
+        yield folder, done.exists()
+        done.touch()
 
 
 LONG = {

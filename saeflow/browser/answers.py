@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from saeflow.browser import charts, pictures, shading
 from saeflow.browser.address import Asked, address_of_panel
 from saeflow.browser.panels import Answer, address_of_run, address_of_token, as_query
+from saeflow.query.questions import find_question
 from saeflow.query.text_formats import as_csv, as_json_value, for_parquet
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import human_bytes, sanitise
@@ -86,6 +87,7 @@ def environment(drawn: bool = False) -> Environment:
         "number": shading.number,
         "marked": shading.marked,
         "linked": shading.linked,
+        "around_token": shading.around_token,
         "piece": shading.piece,
         "lines": lambda text: shading.lines(sanitise(str(text))),
         "chart": pictures.picture if drawn else charts.chart,
@@ -98,6 +100,7 @@ def environment(drawn: bool = False) -> Environment:
         "address_of_token": address_of_token,
         "human_bytes": human_bytes,
         "share": shading.share,
+        "definition": lambda question: find_question(question).units,
     }
     made.globals.update(functions)
     made.filters.update(shown=shading.shown, number=shading.number, visible=shading.shown_text)

@@ -6,7 +6,6 @@ A page that is asked for after a generation was published shows that generation.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
 from saeflow.runtime.sql_errors import QUERY_ERRORS
+from saeflow.store.records import BESIDE
 from saeflow.store.store import Store
 
 Made = TypeVar("Made")
@@ -179,14 +179,16 @@ def opened_alone(store: Store, name: str | None) -> Iterator[OpenedRun]:
 
 
 def generations(store: Store) -> object:
-    """Return what changes whenever a run, its tokens, annotations or a file of labels are published."""
+    """Return what changes whenever a run, its tokens, a file of labels, or what is known beside them is published."""
     found = []
     for artefact in store.artefacts("features", "tokens"):
         with contextlib.suppress(OSError):
             found.append((artefact.id, (artefact.path / "manifest.json").stat().st_mtime_ns))
             found.append((artefact.id, (artefact.path / "quality.json").stat().st_mtime_ns))
-    beside = (store.root.glob(pattern) for pattern in ("labels/*/*.csv", "annotations/*/artefact.json"))
-    for path in sorted(itertools.chain.from_iterable(beside)):
+    for artefact in store.artefacts(*BESIDE):
+        with contextlib.suppress(OSError):
+            found.append((artefact.id, (artefact.path / "artefact.json").stat().st_mtime_ns))
+    for path in sorted((store.root / "labels").glob("*/*.*")):
         with contextlib.suppress(OSError):
             found.append((str(path), path.stat().st_mtime_ns))
     return tuple(found)

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from saeflow.browser.connections import OpenedRun
 from saeflow.query.ask import ask, resolve_names
-from saeflow.query.new_text import read_if_needed
+from saeflow.query.outside.supply import supply
 from saeflow.query.questions import Question, Value, find_question, parse_arguments
 from saeflow.query.text_formats import for_python
 from saeflow.runtime.errors import UserError
@@ -45,6 +45,8 @@ class Panel:
     most_rows: int = MOST_ROWS
     about: str = ""
     """A sentence under the title."""
+    if_none: str = "No rows."
+    """The sentence instead of rows, if there are none: which command makes them."""
 
     def ask(self, opened: OpenedRun) -> Answer:
         """Answer the panel's question. Raises UserError for arguments that fit nothing."""
@@ -52,7 +54,9 @@ class Panel:
         values = resolve_names(opened.cursor, question, parse_arguments(question, self.arguments))
         if question.runs_model:
             _refuse_model_or_text(str(values["text"]), str(values["model"] or ""))
-        readings = read_if_needed(opened.store, opened.run, question, values)
+        if question.takes_select:
+            _refuse_select(question, values)
+        readings = supply(opened.store, opened.run, opened.cursor, question, values)
         table = ask(opened.cursor, self.question, values, self.most_rows + 1, readings)
         refuse_large(table)
         return Answer(self, question, values, opened.run.schema, for_python(table))
@@ -136,6 +140,12 @@ def _refuse_model_or_text(text: str, model: str) -> None:
         raise UserError(f"The text is longer than {LONGEST_TEXT:,} characters. Ask in a terminal: saeflow ask.")
     if model and not Path(model).is_absolute():
         raise UserError(f"model is {brief(model)!r}, but on a page it must be the whole path of a folder, from / on.")
+
+
+def _refuse_select(question: Question, values: Mapping[str, Value]) -> None:
+    """A page takes no SQL: whoever can reach it could keep the machine busy."""
+    if values["sql"]:
+        raise UserError(f"A page runs no SQL. Give tokens, or ask in a terminal: saeflow ask {question.name} --sql …")
 
 
 def address_of_run(schema: str) -> str:

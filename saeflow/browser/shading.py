@@ -17,6 +17,10 @@ LONGEST_PIECE = 200
 """Characters of a token that a page shows; its JSON has all."""
 
 
+LONGEST_SIDE = 500
+"""Characters on either side of a token that are shown where a context is one text."""
+
+
 @dataclass(frozen=True)
 class ShadedToken:
     """A token as a page shows it."""
@@ -26,7 +30,7 @@ class ShadedToken:
     shade: str
     """A class of the style sheet; empty if the feature is silent here."""
     is_centre: bool = False
-    token_id: int | None = None
+    token_id: int = 0
 
 
 def shade_of(value: float, strongest: float) -> str:
@@ -38,8 +42,11 @@ def shade_of(value: float, strongest: float) -> str:
 
 
 def shaded(row: Mapping[str, Any], strongest: float | None = None) -> list[ShadedToken]:
-    """Return the tokens of a row with `pieces`, `feature_values`, `place` (from 1) and `token_id` of the centre."""
-    values: Sequence[float] = row["feature_values"]
+    """Return the tokens of a row with `pieces`, `place` (from 1) and `token_id` of the centre.
+
+    Without `feature_values` all tokens are silent.
+    """
+    values: Sequence[float] = row.get("feature_values") or [0.0] * len(row["pieces"])
     top = strongest or max(map(abs, values), default=0.0)
     first = row["token_id"] - row["place"] + 1
     return [
@@ -51,16 +58,24 @@ def shaded(row: Mapping[str, Any], strongest: float | None = None) -> list[Shade
 def marked(row: Mapping[str, Any], strongest: float | None = None) -> Markup:
     """Return a context as HTML: a mark for each token with a value and for the centre, which says its value.
 
-    Silent tokens between them are plain text, so that a page stays short. The style sheet hides or shows line breaks.
+    Silent tokens between them are plain text, so that a page stays short: `data-lengths` says where each of them ends,
+    so that the page's script can choose any token. The style sheet hides or shows line breaks.
     """
+    tokens, has_values = shaded(row, strongest), "feature_values" in row
     html = "".join(
         f'<mark class="{token.shade}{" c" * token.is_centre}" tabindex="0">{lines(token.text)}'
-        f"<i> {number(token.value)}</i></mark>"
+        f"{f'<i> {number(token.value)}</i>' if has_values else ''}</mark>"
         if token.value or token.is_centre
         else lines(token.text)
-        for token in shaded(row, strongest)
+        for token in tokens
     )
-    return Markup("<bdi>") + Markup(html) + Markup("</bdi>")
+    lengths = " ".join("m" if token.value or token.is_centre else str(utf16_length(token.text)) for token in tokens)
+    return Markup(f'<bdi data-first="{tokens[0].token_id}" data-lengths="{lengths}">{html}</bdi>')
+
+
+def utf16_length(text: str) -> int:
+    """Return how long JavaScript finds a text."""
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def linked(rows: Sequence[Mapping[str, Any]], address: str, name: str = "token_id") -> Markup:
@@ -82,6 +97,15 @@ def linked(rows: Sequence[Mapping[str, Any]], address: str, name: str = "token_i
 def lines(text: str) -> Markup:
     """Return shown text as HTML, with a break after each ↵."""
     return Markup(escape(text).replace("↵", Markup("↵<br>")))
+
+
+def around_token(context: str) -> Markup:
+    """Return a text that marks its token as «token» as HTML, cut on both sides."""
+    before, _, rest = context.partition("«")
+    token, _, after = rest.partition("»")
+    cut = (before[-LONGEST_SIDE:], brief(token, LONGEST_PIECE), after[:LONGEST_SIDE])
+    before, token, after = (lines(sanitise(text)) for text in cut)
+    return Markup('<bdi>{}<mark class="c">{}</mark>{}</bdi>').format(before, token, after)
 
 
 def piece(text: object) -> Markup:

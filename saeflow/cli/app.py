@@ -16,6 +16,7 @@ from saeflow.cli.browse import browse_commands
 from saeflow.cli.common import out, run_command_line
 from saeflow.cli.label import label_commands
 from saeflow.cli.meaning.annotate import annotate_commands
+from saeflow.cli.meaning.compare import compare_commands
 from saeflow.cli.meaning.effects import effect_commands
 from saeflow.cli.meaning.explain import explain_commands
 from saeflow.cli.meaning.probe import probe_commands
@@ -34,7 +35,7 @@ app = typer.Typer(
 )
 for family in (
     run_commands, synth_commands, store_commands, ask_commands, browse_commands, label_commands, annotate_commands,
-    probe_commands, explain_commands, effect_commands, serve_commands,
+    probe_commands, explain_commands, effect_commands, compare_commands, serve_commands,
 ):  # fmt: skip
     app.add_typer(family)
 

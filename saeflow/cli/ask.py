@@ -111,12 +111,20 @@ def ask_command(
     ] = None,
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(help="The question's parameters, in order; without them they are explained. 3,7,12 is a list."),
+        typer.Argument(
+            help="The question's parameters, in order or as --name value; without them they are explained. "
+            "3,7,12 is a list."
+        ),
     ] = None,
     store: StoreOption = None,
     run: RunOption = None,
     show_sql: Annotated[
-        bool, typer.Option("--sql", help="Print the question as SQL for the duckdb shell instead of the answer.")
+        bool,
+        typer.Option(
+            "--sql",
+            help="Print the question as SQL for the duckdb shell instead of the answer. A question about tokens that "
+            "you choose takes the select that follows.",
+        ),
     ] = False,
     format: FormatOption = None,
     limit: Limit = None,
@@ -128,35 +136,53 @@ def ask_command(
     """
     from saeflow.query.ask import READ_TO_RESOLVE, as_statement, ask, resolve_names
     from saeflow.query.connection import connect_to_run
-    from saeflow.query.new_text import read_if_needed
+    from saeflow.query.outside.supply import supply
     from saeflow.query.questions import find_question
 
     if question is None:
         return _list_questions()
-    given = arguments or []
     chosen = find_question(question)
+    given = _by_name(chosen, arguments or [])
     values = _parse_or_explain(chosen, given)
-    says_how_many = "n" in list(values)[: len(given)]
     reply = Reply(format, output, limit)
     opened = existing_store(store)
-    current, connection = connect_to_run(opened, run, names=[question, *READ_TO_RESOLVE])
+    whole = chosen.takes_select and values["sql"]  # a select may read any view
+    current, connection = connect_to_run(opened, run, names=None if whole else [question, *READ_TO_RESOLVE])
     with contextlib.closing(connection):
         values = resolve_names(connection, chosen, values)
-        if show_sql:
+        if show_sql and not whole:
             return _write_text(as_statement(connection, chosen, values, limit), output)
-        readings = read_if_needed(opened, current, chosen, values)
-        reply.write(lambda most: ask(connection, question, values, most, readings), None if says_how_many else 20)
+        readings = supply(opened, current, connection, chosen, values)
+        reply.write(lambda most: ask(connection, question, values, most, readings), None if "n" in given else 20)
     return None
 
 
-def _parse_or_explain(question: Question, given: list[str]) -> dict[str, Any]:
+def _by_name(question: Question, words: list[str]) -> dict[str, object]:
+    """Return the typed words by parameter: `--name value` and `--name=value` say which, the others come in order."""
+    from saeflow.query.questions import name_arguments
+
+    names = {f"--{parameter.name}": parameter.name for parameter in question.parameters}
+    in_order, named, waiting = list[object](), dict[str, object](), list(words)
+    while waiting:
+        word = waiting.pop(0)
+        option, sign, value = word.partition("=")
+        if option not in names or (not sign and not waiting):
+            in_order.append(word)
+        elif names[option] in named:
+            raise UserError(f"{question.name} is given {option} twice.")
+        else:
+            named[names[option]] = value if sign else waiting.pop(0)
+    return name_arguments(question, in_order, named)
+
+
+def _parse_or_explain(question: Question, given: dict[str, object]) -> dict[str, Any]:
     """Return the values of the parameters. Explains the question if one that is needed was left out."""
     from saeflow.query.questions import parse_arguments
 
     try:
         return dict(parse_arguments(question, given))
     except UserError as error:
-        if all(parameter.default is not None for parameter in question.parameters[len(given) :]):
+        if all(parameter.default is not None for parameter in question.parameters if parameter.name not in given):
             raise
         raise UserError(f"{error}\n\n{_explain_question(question)}") from None
 

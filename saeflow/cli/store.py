@@ -236,6 +236,8 @@ def _describe_forgotten(done: Forgotten) -> Iterator[str]:
     for name in done.saes:
         yield f"{name}: was trained on them; train anew with `saeflow train RECIPE --fresh`"
     yield from (f"{name}: was not trained on them, they were held out" for name in done.held_out_only)
+    if done.explanations:
+        yield f"{done.explanations} explanations or scores quoted them and were removed: run saeflow explain again"
     if done.documents or done.runs:
         yield "Remove them from the disk: saeflow compact RECIPE, then saeflow gc --grace 0 --yes"
 

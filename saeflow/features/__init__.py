@@ -9,4 +9,6 @@ part_encoder  one activation part through one or more SAEs
 compaction    merge many parts into few
 left_out      how many tokens a run leaves out, and why
 run_tables    tables beside the parts: similar features, and the words a feature promotes
+changes       what a feature's value becomes
+splice        change features inside a running model
 """

@@ -58,6 +58,13 @@ RUN_TABLES: dict[str, pa.Schema] = {
 }
 """One file each beside the parts: they follow from the autoencoder and the model alone."""
 
+RULES = pa.schema(
+    {
+        "feature_id": _ID, "rule": pa.string(), "kind": pa.string(), "precision": pa.float64(),
+        "recall": pa.float64(), "score": pa.float64(),
+    }
+)  # fmt: skip
+
 LABELS = pa.schema({"feature_id": _ID, "label": pa.string(), "source": pa.string(), "score": pa.float64()})
 
 SPANS = pa.schema({"class": pa.string(), "document_id": _N, "first_token_id": _N, "last_token_id": _N})
@@ -84,6 +91,43 @@ PROBE_TABLES: dict[str, pa.Schema] = {
     ),
 }  # fmt: skip
 """One file each in a probe: each feature of a run against each class of annotations."""
+
+_MOVED = [
+    (f"{way}_{what}", pa.list_(pa.int32() if what == "ids" else pa.float32()))
+    for way in ("up", "down")
+    for what in ("ids", "before", "after")
+]
+EFFECTS: dict[str, pa.Schema] = {
+    "effects": pa.schema(
+        [
+            ("effect", pa.string()), ("change", pa.string()), ("feature_id", _ID), ("token_id", _N),
+            ("ahead", pa.int16()), ("document_id", _N), ("band", pa.int16()), ("value", pa.float32()),
+            ("set_to", pa.float32()), ("loss", pa.float32()), ("loss_change", pa.float32()), ("kl", pa.float32()),
+            *_MOVED,
+        ]
+    ),
+    "direct_effects": pa.schema(
+        [("effect", pa.string()), ("feature_id", _ID), ("vocab_id", _ID), ("logit", pa.float32())]
+    ),
+}  # fmt: skip
+"""Tables of an artefact `effects/NAME-FP`: what the model does when features are changed."""
+EXPLANATION_SCORES = pa.schema(
+    {
+        "feature_id": _ID, "model": pa.string(), "tokens": pa.string(), "method": pa.string(), "stratum": pa.string(),
+        "score": _SUM, "low": _SUM, "high": _SUM, "n": _N, "n_unusable": _N, "settings": pa.string(),
+    }
+)  # fmt: skip
+"""Scores of labels, beside the file of the labels: `<source>.scores.parquet`."""
+
+EXPLANATION_MISTAKES = pa.schema(
+    {
+        "feature_id": _ID, "model": pa.string(), "tokens": pa.string(), "method": pa.string(), "stratum": pa.string(),
+        "token_id": _N, "asked": pa.bool_(), "answered": pa.bool_(),
+    }
+)  # fmt: skip
+"""Examples that were judged wrongly: `<source>.mistakes.parquet`."""
+
+BESIDE_LABELS = {"explanation_scores": EXPLANATION_SCORES, "explanation_mistakes": EXPLANATION_MISTAKES}
 
 VALUES: dict[str, pa.Schema] = {
     "feature_major": pa.schema({"feature_id": _ID, "token_id": _N, "value": pa.float32()}),

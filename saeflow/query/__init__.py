@@ -3,6 +3,7 @@
 ask            ask a question or run SQL
 questions      the named questions and their arguments
 new_text       the features of a new text, by running the model
+outside        what else a question may need: tokens that a select chooses, cosines between two runs
 runs           the runs of a store, and the files each is made of
 run_records    a run's stages, settings and log of training
 connection     DuckDB with that SQL loaded, nothing else to read, and the checks

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import duckdb
 import pyarrow as pa
 
 from saeflow.query.ask import ask, query, resolve_names
 from saeflow.query.connection import connect_to_run
-from saeflow.query.new_text import read_if_needed
-from saeflow.query.questions import Question, find_question, parse_arguments, questions
+from saeflow.query.new_text import model_settings
+from saeflow.query.outside.supply import supply
+from saeflow.query.questions import Question, find_question, name_arguments, parse_arguments, questions
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store, store_path
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from saeflow.recipe.data_settings import ModelConfig
+    from saeflow.sae.autoencoder import SparseAutoencoder
 
 
 class OpenRun:
@@ -65,13 +74,15 @@ class OpenRun:
             run.ask("top_tokens", feature=12, n=5)
             run.ask("tokens_where", 12, 0.5)
             run.ask("features_of_text", "a text that is nowhere in the corpus")  # runs the model
+            run.ask("features_of_selection", sql="select token_id from tokens where piece = ' he'")
 
         Raises UserError for a question, parameter, feature, source or run that does not exist.
         """
         chosen = find_question(question)
-        values = parse_arguments(chosen, _by_name(chosen, arguments, named))
+        values = parse_arguments(chosen, name_arguments(chosen, arguments, named))
         values = resolve_names(self._connection, chosen, values)
-        return ask(self._connection, question, values, limit, read_if_needed(self.store, self._run, chosen, values))
+        readings = supply(self.store, self._run, self._connection, chosen, values)
+        return ask(self._connection, question, values, limit, readings)
 
     def sql(self, statement: str, parameters: Sequence[object] = (), limit: int | None = None) -> pa.Table:
         """Run one statement that only reads. Each `?` in it stands for one of the parameters. Raises UserError."""
@@ -80,6 +91,58 @@ class OpenRun:
     def questions(self) -> list[Question]:
         """Return the questions that can be asked: their names, parameters, and what each answers."""
         return questions()
+
+    @cached_property
+    def sae(self) -> SparseAutoencoder:
+        """The run's autoencoder, a `torch.nn.Module` that encodes and decodes. Loads PyTorch."""
+        from saeflow.sae.formats.load import load_sae
+
+        return load_sae(self.store.input_of(self._run.artefact, "saes").fetched())
+
+    def model(self, path: str = "") -> Any:
+        """Load the run's language model, a Hugging Face model in eval mode; each call loads one.
+
+        `path` is its folder, if it was moved. Raises UserError if its files are not those that gave the activations.
+        """
+        from saeflow.model.load import load_model
+
+        return load_model(self._model_settings(path))
+
+    def tokenizer(self, path: str = "") -> Any:
+        """Load the tokenizer of the run's language model, a Hugging Face tokenizer."""
+        from saeflow.model.load import load_tokenizer
+
+        return load_tokenizer(self._model_settings(path))
+
+    def _model_settings(self, path: str) -> ModelConfig:
+        activations = self.store.input_of(self._run.artefact, "activations")
+        return model_settings(activations, path, "run.model(FOLDER)")
+
+    @contextlib.contextmanager
+    def spliced(self, changes: Mapping[int, float | str], model: nn.Module) -> Iterator[nn.Module]:
+        """While open, features of the model have other values at every token that the run encodes.
+
+            model = run.model()
+            with run.spliced({12: "3x", 40: 0}, model):
+                model.generate(...)
+
+        A value is a number in the units of the feature's values, or text: `3x` (of its maximum), `mean`, `zero`,
+        `same`. Everything else at the site stays as it is, what the SAE misses too. Gives the model. Raises UserError
+        for a feature or value that there is not.
+        """
+        from saeflow.features.changes import FeatureChange, FeatureLevels
+        from saeflow.features.splice import SplicePlace, spliced_features
+
+        values: dict[int, float | None] = {}
+        for feature, value in changes.items():
+            parsed = FeatureChange.parse(value, f"The change of feature {feature}")
+            rows = self.sql(_LEVELS, [feature]).to_pylist()
+            if not rows:
+                raise UserError(f"The run {self.name} has no feature {feature}.")
+            values[feature] = parsed.new_value(FeatureLevels(rows[0]["mean"] or 0.0, rows[0]["max_value"] or 0.0))
+        place = SplicePlace.of_run(self.store, self._run.artefact, self.sae)
+        with spliced_features(model, self.sae, place, values):
+            yield model
 
     def close(self) -> None:
         self._connection.close()
@@ -95,11 +158,7 @@ class OpenRun:
         return f"<saeflow run {self.name!r} of {self.store.name!r}{': ' if counts else ''}{', '.join(counts)}>"
 
 
-def _by_name(question: Question, arguments: Sequence[object], named: dict[str, object]) -> dict[str, object]:
-    names = [parameter.name for parameter in question.parameters]
-    if len(arguments) > len(names):
-        raise UserError(f"{question.name} takes {len(names)} arguments, not {len(arguments)}: {question.usage}")
-    by_place = dict(zip(names, arguments, strict=False))
-    for twice in by_place.keys() & named.keys():
-        raise UserError(f"{question.name} is given {twice} twice. Ask it as: {question.usage}")
-    return by_place | named
+_LEVELS = """
+select sum_value / nullif((select n_encoded_tokens from stg_size), 0) as mean, max_value
+from stg_feature_stats where feature_id = ?
+"""

@@ -5,9 +5,10 @@ Values travel as prepared parameters. Names are looked up among the files of `sq
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import duckdb
 import pyarrow as pa
@@ -33,7 +34,7 @@ DEEPEST_SQL = 200
 
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
 _ABOUT_SOURCES = {"compare_sources", "source_contrast"}
-_ABOUT_RUNS = {"compare_runs"}
+_ABOUT_RUNS = {"compare_runs", "correlate_runs", "split_features"}
 READ_TO_RESOLVE = (
     "stg_shape", "stg_feature_stats", "stg_documents", "stg_document_places", "stg_tokens", "stg_runs", "stg_spans",
 )  # fmt: skip
@@ -59,6 +60,9 @@ _NAMES = {
     ),
 }
 """Parameters that name something of the corpus: SQL that finds the name, and SQL for the names nearest to it."""
+_READINGS = "readings_at_hand"
+"""Name under which DuckDB reads an array."""
+
 _SOURCES_SHOWN = 20
 """Sources listed in an error; the error then says how to list them all."""
 
@@ -68,20 +72,39 @@ def ask(
     question: str,
     arguments: Arguments = (),
     limit: int | None = None,
-    readings: Readings | None = None,
+    readings: Readings | pa.Array | None = None,
 ) -> pa.Table:
     """Answer a named question. Arguments come by position or by name, as values or as words to be parsed.
 
-    `readings` are what the model gave, if the question runs it: see `saeflow.query.new_text`.
+    `readings` are what the question needs beyond the run's files: see `saeflow.query.outside`. An array, which may hold
+    millions of tokens, is read by DuckDB where it lies.
     """
     chosen = find_question(question)
     values: list[object] = list(parse_arguments(chosen, arguments).values())
-    values += [] if readings is None else [readings]
-    call = f"({', '.join('?' * len(values))})" if chosen.is_macro else ""
+    marks = ["?"] * len(values)
+    if isinstance(readings, pa.Array):
+        marks.append(f"(select coalesce(list(item), []) from {_READINGS})")
+    elif readings is not None:
+        marks, values = [*marks, "?"], [*values, readings]
+    call = f"({', '.join(marks)})" if chosen.is_macro else ""
     sql = f"select * from {chosen.name}{call}"
     if limit is not None:
         sql, values = f"{sql} limit ?", [*values, limit]
-    return _fetch(connection, sql, values, chosen.name, short=chosen.is_macro)
+    with _registered(connection, readings):
+        return _fetch(connection, sql, values, chosen.name, short=chosen.is_macro)
+
+
+@contextlib.contextmanager
+def _registered(connection: duckdb.DuckDBPyConnection, readings: object) -> Iterator[None]:
+    """Let the connection, and no other cursor, read an array as a table of one column `item`."""
+    if not isinstance(readings, pa.Array):
+        yield
+        return
+    connection.register(_READINGS, pa.table({"item": readings}))
+    try:
+        yield
+    finally:
+        connection.unregister(_READINGS)
 
 
 def query(

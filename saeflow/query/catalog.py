@@ -18,7 +18,8 @@ from string import Template
 import duckdb
 
 from saeflow import __version__
-from saeflow.query.labels import labels_relation
+from saeflow.features.schema import BESIDE_LABELS
+from saeflow.query.labels import beside_labels_relation, labels_relation, rules_relation
 from saeflow.query.relations import identifier, literal, outline, relations, side_by_side, spans_relation
 from saeflow.query.runs import EVERY_RUN, Run, pick_run, runs
 from saeflow.runtime.errors import UserError
@@ -39,7 +40,7 @@ MANY_FILES = 1_000
 _SIDE_BY_SIDE = ("stg_feature_stats", "stg_token_major", "stg_tokens_encoded")
 """Views that exist for all runs side by side, too."""
 
-OF_EVERY_RUN = frozenset({"compare_runs"})
+OF_EVERY_RUN = frozenset({"compare_runs", "correlate_runs", "split_features"})
 """Questions that read several runs."""
 
 _OF_DOCUMENTS = ("staging/stg_documents.sql", "marts/documents.sql")
@@ -88,7 +89,7 @@ def upon_sources(
     for run in to_make:
         yield from _in_schema(run, sql_texts(*STAGING, names=wanted))
     if wanted is None or not OF_EVERY_RUN.isdisjoint(wanted):
-        yield from _views_of_every_run([run.schema for run in read])
+        yield from _views_of_every_run([run.schema for run in read], wanted)
     for run in to_make:
         yield from _in_schema(run, sql_texts("marts", names=wanted))
 
@@ -124,6 +125,9 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
     found["annotations"] = spans_relation(run.annotations)
     if run.labels:
         found["labels"] = labels_relation(run.labels)
+        found["rules"] = rules_relation(run.labels) or found["rules"]
+    tokens = run.artefact.record.input("tokens") or ""
+    found |= {table: beside_labels_relation(run.beside_labels, table, tokens) for table in BESIDE_LABELS}
     conditions = {"encoded": run.encoded, "skip_reason": run.skip_reason}
     if run.roles:
         chosen = (
@@ -201,9 +205,9 @@ def _around_names(text: str) -> list[str]:
     return _pattern_of_names().sub(lambda name: f"\0.{name[0]}", text).split("\0")
 
 
-def _views_of_every_run(schemas: Sequence[str]) -> Iterator[str]:
+def _views_of_every_run(schemas: Sequence[str], wanted: Collection[str] | None = None) -> Iterator[str]:
     yield f"create schema if not exists {EVERY_RUN};"
-    for view in _SIDE_BY_SIDE:
+    for view in (view for view in _SIDE_BY_SIDE if wanted is None or view in wanted):
         yield f"create or replace view {EVERY_RUN}.{view} as {side_by_side(schemas, view)};"
 
 

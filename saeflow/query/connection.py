@@ -59,8 +59,12 @@ KEPT = {
 }
 """Views held in memory if they have at most so many rows: up to 64 MB of blocks, for 17 million tokens."""
 
-KEPT_FOR_PAGES = {"stg_summaries": 300_000, "feature_names": 300_000, "stg_feature_histogram": 4_000_000}
-"""Views that lists of features read whole. They are worth their reading if a connection answers many questions."""
+KEPT_FOR_PAGES = {
+    "stg_summaries": 300_000, "feature_names": 300_000, "stg_feature_histogram": 4_000_000, "stg_labels": 300_000,
+    "stg_rules": 300_000, "stg_explanation_scores": 300_000,
+}  # fmt: skip
+"""Views that lists of features read whole, or that every feature's page asks. They are worth their reading if a
+connection answers many questions."""
 
 
 def connect(
@@ -208,8 +212,8 @@ def _keep_small_views(connection: duckdb.DuckDBPyConnection, run: Run, kept: Map
 def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None:
     """Allow access to the published files alone, each in both spellings, because globs are checked too."""
     paths = {path for run in every for files in run.files.values() for path in files}
-    paths |= {file.location for run in every for file in run.labels}
     paths |= {path for run in every for path in run.annotations.values()}
+    paths |= {file.location for run in every for file in (*run.labels, *run.beside_labels)}
     allowed = sorted(paths | {unglobbed(path) for path in paths})
     connection.execute(f"set allowed_paths = {literal(allowed)}")
     connection.execute("set enable_external_access = false")

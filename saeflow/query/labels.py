@@ -17,7 +17,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from saeflow.query.relations import literal, unglobbed
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saeflow.features.schema import BESIDE_LABELS
+from saeflow.query.relations import literal, no_rows, unglobbed
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.store import Store
@@ -25,6 +29,10 @@ from saeflow.store.store import Store
 log = logging.getLogger(__name__)
 
 LABEL_COLUMNS = ("feature_id", "label", "score")
+RULE_COLUMNS = ("rule", "kind", "precision", "recall", "state")
+"""Further columns of the source RULES."""
+RULES = "rules"
+"""The source of explanations without a language model."""
 _ALIASES = {"feature": "feature_id", "index": "feature_id", "description": "label", "explanation": "label"}
 _LONGEST_LABEL = 10_000
 _LINES_SHOWN = 3
@@ -44,6 +52,8 @@ class Label:
     text: str
     score: float | None = None
     """How well the label fits, 0 to 1."""
+    cells: Mapping[str, str] = field(default_factory=dict)
+    """Cells of RULE_COLUMNS."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,16 @@ class LabelFile:
     source: str
     delimiter: str
     columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TableBesideLabels:
+    """A readable Parquet file that tells more of one source's labels: `<source>.scores.parquet`, or `.mistakes`."""
+
+    location: str
+    source: str
+    table: str
+    """`explanation_scores` or `explanation_mistakes`."""
 
 
 @dataclass
@@ -94,7 +114,8 @@ class Sheet:
     def columns(self) -> tuple[str, ...]:
         """Names under which SQL reads the columns; columns without a meaning here are numbered."""
         names = column_names(self.header)
-        return tuple(name if name in LABEL_COLUMNS else f"column{i}" for i, name in enumerate(names))
+        first = {name: names.index(name) for name in (*LABEL_COLUMNS, *RULE_COLUMNS) if name in names}
+        return tuple(name if first.get(name) == i else f"column{i}" for i, name in enumerate(names))
 
     def cell(self, row: list[str], name: str) -> str:
         place = self.columns.index(name) if name in self.columns else len(row)
@@ -106,8 +127,10 @@ class Sheet:
     def with_labels(self, labels: Mapping[int, Label | None]) -> Sheet:
         """Return a sheet with these labels, in the features' rows or at the end. None removes a feature's rows."""
         given = {feature: label for feature, label in sorted(labels.items()) if label is not None}
-        needs_score = "score" not in self.columns and any(label.score is not None for label in given.values())
-        changed = replace(self, header=[*self.header, "score"] if needs_score else self.header, rows=[])
+        wanted = ["score"] if any(label.score is not None for label in given.values()) else []
+        wanted += [name for name in RULE_COLUMNS if any(name in label.cells for label in given.values())]
+        added = [name for name in wanted if name not in self.columns]
+        changed = replace(self, header=[*self.header, *added], rows=[])
         for row in self.rows:
             feature = self.feature(row)
             if feature is None or feature not in labels:
@@ -119,9 +142,9 @@ class Sheet:
 
     def _row(self, row: list[str], feature: int, label: Label) -> list[str]:
         """Return the row with this label; its other columns stay as they are."""
-        text = f"'{label.text}" if _LIKE_FORMULA.match(label.text) else label.text
         score = "" if label.score is None else repr(label.score).removesuffix(".0")  # all digits
-        cells = {"feature_id": str(feature), "label": text, "score": score}
+        texts = {name: _as_text(text) for name, text in {"label": label.text, **label.cells}.items()}
+        cells = {"feature_id": str(feature), "score": score, **texts}
         wide = row + [""] * (len(self.header) - len(row))
         return [cells.get(name, held) for name, held in zip(self.columns, wide, strict=False)]
 
@@ -129,6 +152,10 @@ class Sheet:
         out = io.StringIO(newline="")
         csv.writer(out, delimiter=self.delimiter, lineterminator="\n").writerows([self.header, *self.rows])
         return (self.mark + out.getvalue()).encode()
+
+
+def _as_text(cell: str) -> str:
+    return f"'{cell}" if _LIKE_FORMULA.match(cell) else cell
 
 
 def column_names(header: list[str]) -> list[str]:
@@ -156,35 +183,89 @@ def label_files(store: Store, sae: str) -> list[LabelFile]:
     return found
 
 
+def tables_beside_labels(store: Store, sae: str) -> list[TableBesideLabels]:
+    """Return the tables of scores and mistakes of an SAE's labels. Warns of files that cannot be read."""
+    folder, found = _folder_of_sae(store, sae), []
+    for name in sorted(store.storage.names_below(folder)):
+        source, _, ending = name.removesuffix(".parquet").rpartition(".")
+        table = f"explanation_{ending}"
+        if not name.endswith(".parquet") or table not in BESIDE_LABELS or "/" in name or name.startswith("."):
+            continue
+        try:
+            literal(name).encode()
+            if not pq.read_schema(store.storage.fetch(folder / name)).equals(BESIDE_LABELS[table]):
+                raise ValueError("it has other columns")
+        except (ValueError, OSError, pa.ArrowException) as error:
+            problem = sanitise(brief(str(error), 200))
+            log.warning("labels: %s is left out: %s", sanitise(ascii(name)[1:-1]), problem)
+            continue
+        found.append(TableBesideLabels(store.storage.location(folder / name), source, table))
+    return found
+
+
+def beside_labels_relation(files: Sequence[TableBesideLabels], table: str, tokens: str) -> str:
+    """Return SQL for a table beside the labels, with the rows about one artefact of tokens and their source."""
+    columns = ", ".join(BESIDE_LABELS[table].names)
+    selected = [
+        f"select {columns}, {literal(file.source)} as source from read_parquet({literal([unglobbed(file.location)])}, "
+        f"hive_partitioning = false) where tokens = {literal(tokens)}"
+        for file in files
+        if file.table == table
+    ]
+    empty = f"select *, null::varchar as source from {no_rows(BESIDE_LABELS[table])}"
+    return f"({' union all '.join(selected or [empty])})"
+
+
 def labels_relation(files: Sequence[LabelFile]) -> str:
     """Return SQL that selects from the files. It leaves out rows that DuckDB cannot read."""
     return f"({' union all '.join(map(_select_labels, files))})"
 
 
+def rules_relation(files: Sequence[LabelFile]) -> str | None:
+    """Return SQL that selects the rules of the source RULES with their figures; None if there is no such file."""
+    for file in (file for file in files if file.source == RULES and "rule" in file.columns):
+        rule = _UNQUOTED.format(_trimmed("rule"))
+        kind = _trimmed("kind") if "kind" in file.columns else "null::varchar"
+        figures = ", ".join(f"{_number_in(file, name)} as {name}" for name in ("precision", "recall", "score"))
+        return f"(select {_FEATURE} as feature_id, {rule} as rule, {kind} as kind, {figures} from {_rows_of(file)})"
+    return None
+
+
 def _select_labels(file: LabelFile) -> str:
+    label = _UNQUOTED.format(_trimmed("label"))
+    return (
+        f"select feature_id, label, {literal(file.source)} as source, score from ("
+        f"select {_FEATURE} as feature_id, {label} as label, {_number_in(file, 'score')} as score "
+        f"from {_rows_of(file)}) where feature_id is not null and label <> ''"
+    )
+
+
+def _rows_of(file: LabelFile) -> str:
     columns = literal(dict.fromkeys(file.columns, "varchar"))
     options = (
         f"columns = {columns}, delim = {literal(file.delimiter)}, quote = '\"', escape = '\"', header = true, "
         "auto_detect = false, ignore_errors = true, null_padding = true, strict_mode = false, parallel = false, "
         "hive_partitioning = false"
     )
-    feature_id, label = _trimmed("feature_id"), _trimmed("label")
-    score = (
-        f"if(contains(score, '_'), null, try_cast({_trimmed('score')} as double))"
-        if "score" in file.columns
-        else "null::double"
-    )
-    return (
-        f"select feature_id, label, {literal(file.source)} as source, if(isfinite(score), score, null) as score from ("
-        f"select case when regexp_full_match({feature_id}, '[0-9]{{1,10}}') then try_cast({feature_id} as integer) end "
-        f"as feature_id, {_UNQUOTED.format(label)} as label, {score} as score "
-        f"from read_csv({literal([unglobbed(file.location)])}, {options})"
-        ") where feature_id is not null and label <> ''"
-    )
+    return f"read_csv({literal([unglobbed(file.location)])}, {options})"
+
+
+def _number_in(file: LabelFile, column: str) -> str:
+    """Return SQL for a column as a finite number; null for anything else, and if the file lacks the column."""
+    if column not in file.columns:
+        return "null::double"
+    number = f"try_cast({_trimmed(column)} as double)"
+    return f"if(contains({column}, '_') or not isfinite({number}), null, {number})"
 
 
 def _trimmed(column: str) -> str:
     return f"trim({column}, {literal(_BLANK)})"
+
+
+_FEATURE = (
+    f"case when regexp_full_match({_trimmed('feature_id')}, '[0-9]{{1,10}}') "
+    f"then try_cast({_trimmed('feature_id')} as integer) end"
+)
 
 
 def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None], wait_seconds: float = 60) -> int:
@@ -193,7 +274,7 @@ def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None],
     Raises UserError if the file exists and cannot be read, so that a person's work is never overwritten, or if another
     command has been changing labels of this SAE all the time.
     """
-    path = _folder_of_sae(store, sae) / f"{_valid_source(source)}.csv"
+    path = _folder_of_sae(store, sae) / f"{require_source(source)}.csv"
     with store.storage.locked(f"labels-{path.parent.name}", wait_seconds):
         sheet = _current_sheet(store, path).with_labels(labels)
         if sheet.rows:
@@ -201,6 +282,13 @@ def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None],
         else:
             store.storage.remove(path)
     return len(sheet.rows)
+
+
+def read_cells(store: Store, sae: str, source: str, column: str) -> dict[int, str]:
+    """Return the cells of a column in the file of a source, by feature; none without the file. Raises as `put` does."""
+    sheet = _current_sheet(store, _folder_of_sae(store, sae) / f"{require_source(source)}.csv")
+    rows = ((sheet.feature(row), row) for row in sheet.rows)
+    return {feature: sheet.cell(row, column) for feature, row in rows if feature is not None}
 
 
 def clean_label(text: object, score: object, where: str) -> Label | None:
@@ -244,7 +332,8 @@ def _current_sheet(store: Store, path: Path) -> Sheet:
         raise UserError(f"{path} cannot be read: {brief(str(error), 200)}.\nRepair it or move it away first.") from None
 
 
-def _valid_source(name: str) -> str:
+def require_source(name: str) -> str:
+    """Return the name if it can be that of a source. Raises UserError."""
     if not re.fullmatch(r"\w(?:[\w .+-]{0,62}\w)?", name):
         raise UserError(f"The source is {brief(name)!r}; name it with letters, digits, spaces and . + - _, at most 64.")
     return name

@@ -105,7 +105,7 @@ def read_text(store: Store, run: Run, text: str, model: str = "") -> ReadText:
     without the tokens that the run skips. Memory is that of the model, the SAE and the values of the text; model and
     SAE stay until another run is asked.
     """
-    config = _model_settings(store.input_of(run.artefact, "activations"), model)
+    config = model_settings(store.input_of(run.artefact, "activations"), model)
     key = (run.artefact.path, run.artefact.fp, config.path, config.revision, config.dtype)
     with _one_at_a_time:
         if key not in _kept:
@@ -114,18 +114,24 @@ def read_text(store: Store, run: Run, text: str, model: str = "") -> ReadText:
         return _kept[key].read(text)
 
 
-def _model_settings(stored: Artefact, given: str) -> ModelConfig:
-    """Return the model that gave the activations, wherever it lies now. Its files are compared with those of then."""
+_READS_TEXT = "features_of_text TEXT 20 MODEL_FOLDER"
+
+
+def model_settings(stored: Artefact, given: str = "", remedy: str = _READS_TEXT) -> ModelConfig:
+    """Return the model that gave the activations, wherever it lies now. Its files are compared with those of then.
+
+    `given` is the model's folder, if the records name none or another. `remedy` is how a user names it.
+    """
     from saeflow.model.load import model_fingerprint
     from saeflow.recipe.data_settings import ModelConfig
 
     wanted = stored.record.facts.get("model")
     if wanted is None:
-        raise UserError("features_of_text reads texts with a language model, but this run is of a table.")
+        raise UserError(f"{remedy.split()[0]} runs a language model, but this run is of a table.")
     folder = stored.own_file("provenance.json").parent
     path, revision = given or provenance_value(folder, "model"), provenance_value(folder, "revision")
     if not path:
-        raise UserError("The store does not say where its model lies. Name it: features_of_text TEXT 20 MODEL_FOLDER.")
+        raise UserError(f"The store does not say where its model lies. Name it: {remedy}.")
     is_gone = Path(path).is_absolute() and not Path(path).exists()  # else it would be looked for on the hub
     for dtype in () if is_gone else get_args(ModelConfig.model_fields["dtype"].annotation):
         config = ModelConfig(path=path, revision=None if given else revision, dtype=dtype)
@@ -134,8 +140,16 @@ def _model_settings(stored: Artefact, given: str) -> ModelConfig:
                 return config
     raise UserError(
         f"model is {brief(path)!r}, but the activations of this run are of other files, or it is not there.\n"
-        "Name the folder of that model: features_of_text TEXT 20 MODEL_FOLDER."
+        f"Name the folder of that model: {remedy}."
     )
+
+
+def tokens_settings(store: Store, run: Run) -> tuple[TokensConfig, Mapping[str, Any]]:
+    """Return how a run's texts were cut into tokens, and all facts of its tokens."""
+    from saeflow.recipe.data_settings import TokensConfig
+
+    facts = store.input_of(run.artefact, "tokens").record.facts
+    return TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts}), facts
 
 
 class _Reader:
@@ -148,14 +162,12 @@ class _Reader:
         from saeflow.corpus.selection import TokenSelection
         from saeflow.model.load import load_model, load_tokenizer
         from saeflow.model.sites import choose_site
-        from saeflow.recipe.data_settings import TokensConfig
         from saeflow.sae.formats.load import load_sae
 
         tokens, self.stored = store.input_of(run.artefact, "tokens"), store.input_of(run.artefact, "activations")
-        facts = tokens.record.facts
-        self.about = TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts})
+        self.about, facts = tokens_settings(store, run)
         self.tokenizer, self.model = load_tokenizer(config), load_model(config)
-        self.frame = _frame_then(self.tokenizer, facts, self.about)
+        self.frame = frame_then(self.tokenizer, facts, self.about)
         self.vocab = pq.read_table(tokens.own_file("vocab.parquet"), columns=["piece", "bytes"])
         self.site = choose_site(stored_sites(self.stored), run.artefact.fact("site"))
         self.selection = TokenSelection.from_facts(tokens, run.artefact.record.facts)
@@ -229,7 +241,7 @@ def letters_of(pieces: Sequence[bytes]) -> list[str]:
     return letters
 
 
-def _frame_then(tokenizer: Any, facts: Mapping[str, Any], about: TokensConfig) -> Frame:
+def frame_then(tokenizer: Any, facts: Mapping[str, Any], about: TokensConfig) -> Frame:
     """Return the special tokens around the documents of these tokens. An earlier saeflow added BOS alone."""
     from saeflow.corpus.token_parts import Frame, frame_of, special_tokens
     from saeflow.recipe.data_settings import CorpusConfig

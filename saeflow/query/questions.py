@@ -39,6 +39,7 @@ GROUPS: dict[str, set[str | None]] = {
     "One feature": {"feature"},
     "Several features together": {"features"},
     "Tokens and text": {"token", "text", "document_key", "vocab", "annotation", "class"},
+    "Tokens you choose": {"sql", "tokens"},
     "One source or run against another": {"a"},
     "Views, to select from": {None},
     "The run": set(),
@@ -146,11 +147,24 @@ class Question:
         return "readings :=" in self.sql
 
     @property
+    def takes_select(self) -> bool:
+        """True if a select of the user chooses its tokens: `saeflow.query.outside.selection` runs it first."""
+        return "chosen :=" in self.sql
+
+    @property
+    def compares_directions(self) -> bool:
+        """True if it wants cosines between two runs: `saeflow.query.outside.directions` computes them first."""
+        return "cosines :=" in self.sql
+
+    @property
     def command(self) -> str:
         """The example of the header, as typed in a shell."""
         found = re.search(rf"\bfrom {self.name}\((.*)\)", self.example)
-        words = [re.sub(r"^\w+ := ", "", word) for word in _split_list(found[1])] if found else []
-        return shlex.join(["saeflow", "ask", self.name, *map(_as_word, words)])
+        given = [re.fullmatch(r"(?:(\w+) := )?(.*)", word) for word in _split_list(found[1])] if found else []
+        words = ["saeflow", "ask", self.name]
+        for each, parameter in zip(filter(None, given), self.parameters, strict=False):
+            words += [f"--{each[1]}"] * (each[1] not in (None, parameter.name)) + [_as_word(each[2])]
+        return shlex.join(words)
 
     def as_sql(self, values: Mapping[str, Value], schema: str) -> str:
         """Return the question as SQL with its values filled in, asked of the run in this schema."""
@@ -196,6 +210,20 @@ def parse_arguments(question: Question, arguments: Arguments) -> dict[str, Value
             raise UserError(f"{question.name} needs {parameter}. Ask it as: {question.usage}")
         values[parameter.name] = parameter.default_value if value is None else parameter.parse(value)
     return values
+
+
+def name_arguments(question: Question, arguments: Sequence[object], named: Mapping[str, object]) -> dict[str, object]:
+    """Return arguments by the names of their parameters. Raises UserError if one is given twice or there are too many.
+
+    Those without a name belong to the first parameters, in order.
+    """
+    names = [parameter.name for parameter in question.parameters]
+    if len(arguments) > len(names):
+        raise UserError(f"{question.name} takes {len(names)} arguments, not {len(arguments)}: {question.usage}")
+    by_place = dict(zip(names, arguments, strict=False))
+    for twice in by_place.keys() & named.keys():
+        raise UserError(f"{question.name} is given {twice} twice. Ask it as: {question.usage}")
+    return by_place | dict(named)
 
 
 def _parse_scalar(type: str, value: object) -> Scalar:

@@ -14,7 +14,18 @@ import pyarrow as pa
 
 from saeflow.corpus.token_parts import BLOCK_TOKENS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
-from saeflow.features.schema import LABELS, LEFT_OUT_TABLE, ORDERS, PART_TABLES, PROBE_TABLES, RUN_TABLES, SPANS, VALUES
+from saeflow.features.schema import (
+    EFFECTS,
+    LABELS,
+    LEFT_OUT_TABLE,
+    ORDERS,
+    PART_TABLES,
+    PROBE_TABLES,
+    RULES,
+    RUN_TABLES,
+    SPANS,
+    VALUES,
+)
 from saeflow.runtime.text import HOSTILE
 
 Files = Mapping[str, Sequence[str]]
@@ -24,7 +35,8 @@ _HIVE = "hive_partitioning = true, hive_types = {'low': bigint, 'high': bigint}"
 _BY_NAME = r"regexp_extract(filename, '/low=(\d+)/high=(\d+)/[^/]*$', {})::bigint"
 _TYPES = {
     pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
-    pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean", pa.list_(pa.int32()): "integer[]",
+    pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
+    pa.list_(pa.int32()): "integer[]", pa.list_(pa.float32()): "float[]",
 }  # fmt: skip
 _LOG = pa.schema(
     [
@@ -35,7 +47,9 @@ _LOG = pa.schema(
 )
 """What the log of a training may hold. Which columns it has depends on the settings."""
 
-_OPTIONAL = {**PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **PROBE_TABLES, "labels": LABELS}
+_OPTIONAL = {
+    **PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **PROBE_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
+}  # fmt: skip
 
 
 def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -> dict[str, str]:
@@ -54,9 +68,9 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
     found |= {order: _select_values(order, files[order], left_out) for order in ORDERS}
     for table, schema in _OPTIONAL.items():
         options = "filename = true" if table == "feature_stats" else ""
-        found[table] = _read_files(files[table], options) if files.get(table) else _no_rows(schema)
+        found[table] = _read_files(files[table], options) if files.get(table) else no_rows(schema)
     read_logs = [_read_files([path]) for path in files.get("training_log", ())]
-    logs = [_no_rows(_LOG), *(f"select * from {relation}" for relation in read_logs)]
+    logs = [no_rows(_LOG), *(f"select * from {relation}" for relation in read_logs)]
     found["training_log"] = f"({' union all by name '.join(logs)})"
     if unseen := _outside(left_out):
         found["left_out"] = f"(select * from {found['left_out']} where {unseen})"
@@ -123,7 +137,7 @@ def _select_values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
     everywhere = "0::bigint as low, 9223372036854775807 as high"
     parts = [_select_ranged(columns, ranged)] if ranged else []
     parts += [f"select {columns}, {everywhere}, filename from {_read_files(others)}"] if others else []
-    parts = parts or [f"select *, {everywhere}, null::varchar as filename from {_no_rows(VALUES[order])}"]
+    parts = parts or [f"select *, {everywhere}, null::varchar as filename from {no_rows(VALUES[order])}"]
     rows = " union all ".join(parts)
     unseen = _outside(left_out)
     return f"(select * from ({rows}) where {unseen})" if unseen else f"({rows})"
@@ -181,7 +195,8 @@ def _blocks_of(tokens: str) -> str:
     )
 
 
-def _no_rows(schema: pa.Schema) -> str:
+def no_rows(schema: pa.Schema) -> str:
+    """Return SQL for an empty table with these columns."""
     columns = ", ".join(f"null::{_TYPES[field.type]} as {field.name}" for field in schema)
     return f"(select {columns} where false)"
 
@@ -196,7 +211,7 @@ def spans_relation(annotations: Mapping[str, str]) -> str:
         f"select {literal(name)} as annotation, {columns} from {_read_files([path])} as stored"
         for name, path in annotations.items()
     ]
-    nothing = f"(select null::varchar as annotation, {columns} from {_no_rows(SPANS)} as stored)"
+    nothing = f"(select null::varchar as annotation, {columns} from {no_rows(SPANS)} as stored)"
     return f"({' union all '.join(parts)})" if parts else nothing
 
 

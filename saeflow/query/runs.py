@@ -16,6 +16,7 @@ from typing import Any
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import has_marks
 from saeflow.features.schema import (
+    EFFECTS,
     LEFT_OUT_TABLE,
     ORDERS,
     PART_TABLES,
@@ -26,7 +27,7 @@ from saeflow.features.schema import (
     token_ranges,
 )
 from saeflow.query import run_records
-from saeflow.query.labels import LabelFile, label_files
+from saeflow.query.labels import LabelFile, TableBesideLabels, label_files, tables_beside_labels
 from saeflow.query.relations import condition_of_encoded, reason_to_skip
 from saeflow.query.run_records import UNREADABLE_RECORD
 from saeflow.recipe.settings import SIGNED, TOP_FAMILY
@@ -72,6 +73,7 @@ class Run:
     labels: Sequence[LabelFile] = ()
     annotations: Mapping[str, str] = field(default_factory=dict)
     """Where the spans of the newest annotations lie, by name."""
+    beside_labels: Sequence[TableBesideLabels] = ()
     is_whole: bool = False
     """True if every published part of the tokens is encoded."""
     model: str | None = None
@@ -181,6 +183,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
     files = _files_by_table(artefact, shown, tokens, generation.parts)
     files["training_log"] = run_records.log_of(run_records.ancestors(store, artefact))
     files |= run_records.probe_files(store, artefact.id)
+    files |= _effects_of(store, artefact)
     _refuse_damage(store, artefact, tokens, files)
     quality = artefact.path / "quality.json"
     n_tokens = sum(part.counts.get("n_tokens", 0) for part in shown) or generation.total("n_tokens")
@@ -198,6 +201,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         roles=artefact.record.facts.get("roles", ()),
         labels=label_files(store, sae) if sae else (),
         annotations=run_records.span_files(store, source),
+        beside_labels=tables_beside_labels(store, sae) if sae else (),
         is_whole={part.index for part in generation.parts} <= {i for part in shown for i in _fresh(part, generation)},
         **_recorded(store, artefact),
     )
@@ -240,6 +244,12 @@ def _files_by_table(
         "vocab": [tokens.storage.location(tokens.path / "vocab.parquet")],
         **{table: [artefact.storage.location(artefact.path / f"{table}.parquet")] for table in beside},
     }
+
+
+def _effects_of(store: Store, artefact: Artefact) -> dict[str, Sequence[str]]:
+    """Return the files of what changed features did to the model, by table."""
+    newest = store.newest_of("effects", artefact.id).values()
+    return {table: [each.storage.location(each.path / f"{table}.parquet") for each in newest] for table in EFFECTS}
 
 
 def _files_of_parts(artefact: Artefact, parts: Iterable[PartRecord], tables: Iterable[str]) -> dict[str, Sequence[str]]:

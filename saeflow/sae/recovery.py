@@ -123,7 +123,7 @@ def best_cosines(true: Tensor, found: Tensor, block: int = BLOCK_FEATURES) -> tu
     0 if there are no directions to compare with.
     """
     of_true, of_found = np.zeros(len(true), np.float32), np.full(len(found), -1 if len(true) else 0, np.float32)
-    for rows, cosines in _cosine_blocks(true, found, block) if len(found) else ():
+    for rows, cosines in cosine_blocks(true, found, block) if len(found) else ():
         of_true[rows] = cosines.max(1)
         np.maximum(of_found, cosines.max(0), out=of_found)
     return of_true, of_found
@@ -142,7 +142,7 @@ def match_directions(true: Tensor, found: Tensor, block: int = BLOCK_FEATURES) -
         return partners
     few, many = (true, found) if len(true) <= len(found) else (found, true)
     costs = np.empty((len(few), len(many)))
-    for block_rows, cosines in _cosine_blocks(few, many, block):
+    for block_rows, cosines in cosine_blocks(few, many, block):
         costs[block_rows] = -cosines
     rows, columns = linear_sum_assignment(costs)
     if few is true:
@@ -152,7 +152,7 @@ def match_directions(true: Tensor, found: Tensor, block: int = BLOCK_FEATURES) -
     return partners
 
 
-def _cosine_blocks(some: Tensor, others: Tensor, block: int) -> Iterator[tuple[slice, np.ndarray]]:
+def cosine_blocks(some: Tensor, others: Tensor, block: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield the cosines of at most `block` rows (n, D) with all others (m, D) at a time."""
     units = tf.normalize(others, dim=1)
     for start, stop in ranges(len(some), block):

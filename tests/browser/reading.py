@@ -297,6 +297,125 @@ def bands(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
             context(item, row, asked["feature"])
 
 
+def within(cell: Element, value: object, low: object, high: object) -> None:
+    """A figure, and the ends of its interval in small type if it has one."""
+    told = cell.all("small")
+    number_is(cell.words.removesuffix(told[0].words if told else "").strip(), value)
+    assert bool(told) == (low is not None)
+    if told:
+        for seen, end in zip(told[0].words.split(" to "), (low, high), strict=True):
+            number_is(seen, end)
+
+
+TELLS = ("f1", "threshold", "precision", "recall", "lift", "q", "n_fires", "n_both")
+
+
+def tells(panel: Element, rows: Rows, words: Words) -> None:
+    """Classes that a feature tells, or features that tell a class."""
+    found = panel.one("table")
+    of_class = "feature_id" in rows[0]
+    first = (["feature", "label"] + ["fires on"] * bool(words)) if of_class else ["class"]
+    figures = ["AUROC", "F1", "value from", "precision", "recall", "lift", "q", "firings", "in the class"]
+    assert headings(found) == first + figures
+    for cells, row in zip(body(found), rows, strict=True):
+        if of_class:
+            leads_to(cells[0], "features", row["feature_id"])
+            text_is(cells[1], row["label"])
+            if words:
+                pieces_are(cells[2], words[row["feature_id"]]["pieces"])
+        else:
+            assert about(cells[0].all("a"))[1] == {"annotation": row["annotation"], "class": row["class"]}
+            assert cells[0].words == f"{visible(row['annotation'])}: {visible(row['class'])}".strip()
+        within(cells[len(first)], row["auroc"], row["auroc_low"], row["auroc_high"])
+        for cell, name in zip(cells[len(first) + 1 :], TELLS, strict=True):
+            number_is(cell.words, row[name])
+
+
+def effects(panel: Element, rows: Rows, words: Words) -> None:
+    found = panel.one("table")
+    assert headings(found) == ["measurement", "set to", "ahead", "firings", "change of the loss", "worse", "KL"]
+    for cells, row in zip(body(found), rows, strict=True):
+        effect, change, ahead, firings, loss, worse, kl = cells
+        text_is(effect, row["effect"])
+        text_is(change, row["change"])
+        number_is(ahead.words, row["ahead"])
+        number_is(firings.words, row["n_firings"])
+        within(loss, row["mean_loss_change"], row["loss_change_low"], row["loss_change_high"])
+        assert worse.words == share(row["worse_share"])
+        within(kl, row["mean_kl"], row["kl_low"], row["kl_high"])
+
+
+def moved(panel: Element, rows: Rows, words: Words) -> None:
+    found = panel.one("table")
+    assert headings(found) == ["measurement", "token", "firings", "up", "down", "probability", "log", "direct"]
+    for (effect, entry, *numbers), row in zip(body(found), rows, strict=True):
+        text_is(effect, row["effect"])
+        piece_is(entry, row["piece"])
+        leads_to(entry, "tokens", row["vocab_id"])
+        names = ("n_firings", "n_up", "n_down", "mean_change", "log_change", "direct_change")
+        for cell, name in zip(numbers, names, strict=True):
+            number_is(cell.words, row[name])
+
+
+def cut_text(item: Element, row: Mapping[str, Any], feature: str) -> None:
+    """A text that marks its token as «token», cut on both sides."""
+    before, _, rest = row["context"].partition("«")
+    token, _, after = rest.partition("»")
+    inner = item.one("q").one("bdi")
+    assert inner.one("mark.c").text == visible(token)
+    assert inner.text == sanitise(before[-500:]) + visible(token) + sanitise(after[:500])
+    document_is(Element("p", {}, item.all("a")[:1]), row, row["token_id"], feature)
+
+
+def effect_contexts(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
+    for item, row in zip(panel.all("li"), rows, strict=True):
+        number_is(item.all("b")[0].words, row["kl"])
+        cut_text(item, row, asked["feature"])
+        said = item.one("p.place")
+        numbers = said.text.partition("More likely")[0].removeprefix(visible(row["effect"])).split()
+        number_is(numbers[1], row["value"])
+        number_is(numbers[4].rstrip(","), row["set_to"])
+        number_is(numbers[8].removesuffix("."), row["loss_change"])
+        pieces_are(said, [*row["up"], *row["down"]])
+
+
+def mistakes(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
+    for item, row in zip(panel.all("li"), rows, strict=True):
+        assert item.all("b")[0].words == ("fires" if row["asked"] else "silent")
+        cut_text(item, row, asked["feature"])
+        verb = "fires" if row["answered"] else "is silent"
+        said = f"By the label of {visible(row['source'])}, {visible(row['model'])} said that it {verb}: "
+        said += f"{visible(row['method'])}, {visible(row['stratum'])}."
+        assert item.one("p.place").words.split() == said.split()
+
+
+def spans(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
+    """Spans of a class; the tokens that have it are marked."""
+    for item, row in zip(panel.all("li"), rows, strict=True):
+        inner = item.one("q").one("bdi")
+        assert {each.text.strip() for each in inner.all("i")} <= {"1"}
+        marked = [each.text.removesuffix(" 1") for each in inner.all("mark")]
+        has = [visible(each) for each, value in zip(row["pieces"], row["feature_values"], strict=True) if value]
+        assert marked == has
+        assert [each.words for each in item.all("small")] == [f"{row['n_tokens']:,} tokens"] * (row["n_tokens"] > 1)
+        document_is(Element("p", {}, item.all("a")), row, row["token_id"])
+
+
+def chosen(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
+    """Each token in its text, with a link to the page without it."""
+    for item, row in zip(panel.all("li"), rows, strict=True):
+        inner, centre = item.one("q").one("bdi"), visible(row["pieces"][row["place"] - 1])
+        assert inner.text == "".join(map(visible, row["pieces"]))
+        assert inner.one("mark.c").text == centre
+        assert inner.attributes["data-first"] == str(row["token_id"] - row["place"] + 1)
+        token, document, without = item.all("a")
+        assert token.words == str(row["token_id"])
+        leads_to(Element("p", {}, [token]), "tokens-at", row["token_id"])
+        document_is(Element("p", {}, [document]), row, row["token_id"])
+        others = [str(other["token_id"]) for other in rows if other is not row]
+        assert about([without])[1].get("tokens", "") == ",".join(others)
+
+
 def examples(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
     """Contexts stand under the heading of their part."""
     heading, under = "", dict[str, list[Element]]()
@@ -471,12 +590,14 @@ VIEWS: dict[str, Callable[[Element, Rows, Words], None]] = {
     "feature_companions": neighbours, "context": place, "document_tokens": text, "find_features": features,
     "count_features": counts, "runs": runs, "settings": settings, "training_curve": curves, "stages": stages,
     "density_histogram": densities, "density_and_max": scatter, "compare_runs": matches,
+    "classes_of_feature": tells, "features_of_class": tells, "measured_effects": effects, "effects_on_entries": moved,
     "entry_features": entry, "entry_followers": followers, "text_tokens": text,
 }  # fmt: skip
 
 VIEWS_OF_CONTEXTS: dict[str, Callable[[Element, Rows, Mapping[str, str]], None]] = {
     "feature_examples": examples, "feature_contexts": contexts, "random_contexts": contexts, "feature_bands": bands,
-    "near_miss_contexts": near_misses,
+    "near_miss_contexts": near_misses, "tokens_in_text": chosen, "effect_contexts": effect_contexts,
+    "explanation_mistakes": mistakes, "class_in_text": spans,
 }  # fmt: skip
 
 

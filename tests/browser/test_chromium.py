@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from starlette.testclient import TestClient
 
 from saeflow.browser.server import application
+from saeflow.browser.shading import shown_text
 from tests.conftest import Finished
 from tests.support.chromium import CHROMIUM, Window, window
 from tests.support.walk import at, strayed, walk, walk_through
@@ -75,7 +77,7 @@ PAGES = [
     "/", "/about", "/runs/small", "/runs/small/features", "/runs/small/map", "/runs/small/questions",
     "/runs/small/ask/feature_summary", "/runs/small/features/1", "/runs/no", "/compare-runs?a=small&b=small",
     "/runs/small/docs", "/runs/small/doc?key=tales/000", "/runs/small/tokens?text=a", "/runs/small/tokens-at/3",
-    "/runs/small/compare?a=1&b=2", "/runs/small/try", "/runs/small/sources",
+    "/runs/small/compare?a=1&b=2", "/runs/small/selection?tokens=3,40", "/runs/small/try", "/runs/small/sources",
 ]  # fmt: skip
 DRAWN = "[...document.querySelectorAll('figure.chart')].every((each) => each.classList.contains('drawn'))"
 
@@ -91,6 +93,124 @@ def test_what_a_feature_page_shows_beside_its_contexts_does_not_scroll_sideways(
     shown.open(f"{address}/runs/small/features/1")
     shown.wait(DRAWN)
     assert shown.value("[...document.querySelectorAll('figure.chart')].every((f) => f.scrollWidth <= f.clientWidth)")
+
+
+PLACE = (
+    "(() => {{ const box = {}.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; }})()"
+)
+
+
+def click(shown: Window, element: str) -> None:
+    """Click in the middle of an element, given as JavaScript."""
+    shown.value(f"{element}.scrollIntoView({{ block: 'center' }})")
+    x, y = shown.value(PLACE.format(element))
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+        shown.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+
+
+SILENT = """[...document.querySelectorAll('#examples [data-lengths]')].map((each) => {
+  const node = [...each.childNodes].find((node) => node.nodeType === 3 && node.data.trim());
+  return node && each;
+}).find(Boolean)"""
+"""A context with silent tokens."""
+
+SPELT = """(() => {
+  const found = [];
+  for (const context of document.querySelectorAll('[data-lengths]')) {
+    context.dispatchEvent(new Event('focusin', { bubbles: true }));
+    for (const each of context.querySelectorAll('[data-token]')) {
+      const text = [...each.childNodes].filter((node) => node.nodeName !== 'I').map((node) => node.textContent);
+      found.push([Number(each.dataset.token), text.join('')]);
+    }
+  }
+  return found;
+})()"""
+"""Every token of the contexts as a reader may choose it: its number and its text."""
+
+
+def test_every_token_of_a_context_can_be_chosen_under_its_own_number(shown: Window, address: str, pages: TestClient):
+    for path in ("features/1/strongest", "features/2/random", "selection?tokens=3,40"):
+        shown.open(f"{address}/runs/small/{path}")
+        expected = []
+        for panel in (
+            pages.get(f"/runs/small/{path}".replace("?", ".json?") if "?" in path else f"/runs/small/{path}.json")
+            .json()["panels"]
+            .values()
+        ):
+            for row in (row for row in panel["rows"] if "place" in row):
+                first = row["token_id"] - row["place"] + 1
+                expected += [
+                    [first + i, shown_text(each)]
+                    for i, each in enumerate(row["pieces"])
+                    if each or i + 1 == row["place"]
+                ]
+        found = shown.value(SPELT)
+        assert [each for each in found if each[1]] == [each for each in expected if each[1]], path
+
+
+def test_five_tokens_clicked_on_lead_to_the_features_on_them(shown: Window, address: str, pages: TestClient) -> None:
+    shown.open(f"{address}/runs/small/features/1")
+    shown.value("sessionStorage.clear()")
+    shown.open(f"{address}/runs/small/features/1")
+    assert shown.value("document.querySelector('.bar').hidden")
+    tokens = shown.value(f"{SPELT}.map((each) => each[0]).slice(0, 5)")
+    for token in tokens:
+        click(shown, f"document.querySelector('[data-token=\"{token}\"]')")
+    assert shown.value("document.querySelector('.bar').innerText").startswith("5 tokens chosen")
+    shown.open(f"{address}/runs/small/docs")  # the choice lasts from page to page
+    click(shown, "document.querySelector('.bar a')")
+    at(shown, "/runs/small/selection")
+    address_now = shown.value("location.pathname + '.json' + location.search")
+    assert shown.value("new URLSearchParams(location.search).get('tokens')") == ",".join(map(str, sorted(tokens)))
+    panels = pages.get(address_now).json()["panels"]
+    assert [row["token_id"] for row in panels["tokens"]["rows"]] == sorted(tokens)
+    listed = "[...document.querySelectorAll('#features tbody a')].map((each) => Number(each.textContent))"
+    assert shown.value(listed) == [row["feature_id"] for row in panels["features"]["rows"]]
+    click(shown, "document.querySelector('.bar button')")
+    assert shown.value("document.querySelector('.bar').hidden")
+
+
+def test_keys_alone_choose_a_token_and_the_silent_one_beside_it(shown: Window, address: str) -> None:
+    shown.open(f"{address}/runs/small/features/1/strongest")
+    shown.value("sessionStorage.clear()")
+    shown.open(f"{address}/runs/small/features/1/strongest")
+    shown.value("document.querySelector('.contexts mark').focus()")
+    first = shown.value("document.activeElement.dataset.token")
+    shown.press("Enter")
+    shown.value(
+        "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowRight', bubbles: true }))"
+    )
+    assert shown.value("document.activeElement.dataset.token") == str(int(first) + 1)
+    shown.press("x")
+    assert shown.value("document.querySelector('.bar a').search") == f"?tokens={first},{int(first) + 1}"
+    shown.press("x")
+    assert shown.value("document.querySelector('.bar a').search") == f"?tokens={first}"
+
+
+def test_a_click_on_a_document_opens_a_token_unless_the_reader_chooses(shown: Window, address: str) -> None:
+    shown.open(f"{address}/runs/small/doc?key=tales/000")
+    shown.value("sessionStorage.clear()")
+    shown.open(f"{address}/runs/small/doc?key=tales/000")
+    click(shown, "document.querySelector('.choose input')")
+    third, fourth = shown.value("[...document.querySelectorAll('.text a')].slice(2, 4).map((each) => each.id)")
+    click(shown, f"document.querySelector('#{third}')")
+    assert shown.value("document.querySelector('.bar a').search") == f"?tokens={third[1:]}"
+    click(shown, "document.querySelector('.choose input')")
+    click(shown, f"document.querySelector('#{fourth}')")
+    at(shown, f"/runs/small/tokens-at/{fourth[1:]}")
+
+
+def test_no_more_than_a_hundred_tokens_are_chosen(shown: Window, address: str) -> None:
+    shown.open(f"{address}/runs/small/doc?key=tales/000")
+    many = "JSON.stringify([...Array(100).keys()].map((i) => i + 100000))"
+    shown.value(f"sessionStorage.setItem('chosen tokens of /runs/small', {many})")
+    shown.open(f"{address}/runs/small/doc?key=tales/000")
+    shown.value("document.querySelector('.text a').focus()")
+    shown.press("x")
+    assert "100 tokens chosen, the most there may be" in shown.value("document.querySelector('.bar').innerText")
+    assert not shown.value("document.querySelector('.text a').classList.contains('picked')")
+    shown.value("sessionStorage.clear()")
 
 
 @pytest.mark.long

@@ -168,6 +168,8 @@ def test_panels_that_come_later_are_a_link_away(pages: TestClient):
               "features/1?with_feature=99999999999999999999", "features/1?threshold=nan", "compare?a=1&b=-1",
               "docs/no", "doc?key=no",
               "compare?a=1&b=99999999999999999999", "tokens/-1", "tokens/99999999", "tokens/x", "tokens-at/99999999999",
+              "selection?tokens=x", "selection?tokens=1,x", "selection?tokens=99999999999999999999",
+              f"selection?tokens={','.join(map(str, range(101)))}",
               "tokens-at/'", "docs?after_id=x", "doc?key=tales/000&feature=x", "features/1?role=nobody"],
 )  # fmt: skip
 def test_a_wrong_word_is_said_with_a_way_back(pages: TestClient, wrong: str):

@@ -27,9 +27,11 @@ from saeflow.query.questions import Question, questions
 from saeflow.query.text_formats import for_python
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.terminal import Terminal
+from saeflow.store.store import Store
 from tests.fuzz.pages import HOSTILE as WORDS
 from tests.fuzz.pages import LABEL, Asking, problems_of
 from tests.support.asgi import Answered, ask
+from tests.support.beside import put_classes, put_effects, put_scores, put_spans
 from tests.support.hostile_text import ACTS, HOSTILE
 from tests.support.small_store import Document, Given
 
@@ -98,13 +100,44 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         folder / "sae_weights.safetensors",
     )
     put(store, folder.name, "own", {0: Label("<zq9>" * 2000), 1: Label("=1+1"), 2: Label(HOSTILE)})
+    put_meaning(store, n_entries)
     classes = {"class": ["<zq9>'\"", "=1+1", HOSTILE], "token_id": [0, 3, 5]}
     pq.write_table(pa.table(classes), root.parent / "classes.parquet")
     annotate(store, None, "hostile", Source(root.parent / "classes.parquet"), Progress(verbosity=-1))
     return Place(Application(store), root)
 
 
+def put_meaning(store: Store, n_entries: int) -> None:
+    """Scores of labels, classes and effects whose every name is hostile."""
+    (run,), (tokens,) = store.artefacts("features"), store.artefacts("tokens")
+    words = {"model": NAMES[0], "method": NAMES[1], "stratum": NAMES[3]}
+    put_scores(
+        store, run, "own",
+        [{"feature_id": 0, **words, "score": 0.75, "low": 0.5, "high": 0.875, "n": 8}],
+        [{"feature_id": 0, **words, "token_id": token, "asked": token % 2 == 0, "answered": token % 2 == 1}
+         for token in (0, 7, 250)],
+    )  # fmt: skip
+    put_spans(store, tokens, "marks", [(name, 0, 3 * i, 3 * i + 1) for i, name in enumerate(NAMES)])
+    figures = {"auroc": 0.75, "auroc_low": 0.5, "auroc_high": 0.875, "f1": 0.5, "q": 0.001}
+    put_classes(
+        store, run, "marks",
+        [{"class": name, "feature_id": feature, "n_fires": 9, "n_both": 5, **figures}
+         for name in NAMES for feature in range(2)],
+    )  # fmt: skip
+    moved = [(entry, 0.25, 0.5) for entry in range(min(n_entries, 5))]
+    firings = [
+        {"effect": name, "change": name, "feature_id": 0, "token_id": token, "document_id": 0, "value": 1.0,
+         "loss_change": 0.5, "kl": 0.25, "up": moved, "down": moved[:2]}
+        for name in NAMES[:4] for token in (0, 7, 250)
+    ]  # fmt: skip
+    put_effects(store, run, firings, [{"effect": NAMES[0], "feature_id": 0, "vocab_id": 1, "logit": 0.5}])
+
+
 RUN = "/runs/{run}"
+MANY_PANELS = (
+    "bands", "strongest", "random", "near_misses", "entries", "mistakes", "classes", "effects", "moved",
+    "effect_contexts",
+)  # fmt: skip
 PLACES: dict[str, list[str]] = {
     "/": ["/"],
     "/about": ["/about"],
@@ -117,13 +150,15 @@ PLACES: dict[str, list[str]] = {
         f"/runs/hostile/features{query}" for query in ("", "?text=%3Czq9", "?text=%1B", "?sort=id&n=1")
     ],
     f"{RUN}/features/{{feature}}": ["/runs/hostile/features/0?all=1&before=100&after=100", "/runs/hostile/features/1"],
-    f"{RUN}/features/{{feature}}/{{panel}}": [
-        f"/runs/hostile/features/0/{panel}?n=50" for panel in ("bands", "strongest", "random", "near_misses", "entries")
-    ],
+    f"{RUN}/features/{{feature}}/{{panel}}": [f"/runs/hostile/features/0/{panel}?n=50" for panel in MANY_PANELS],
     f"{RUN}/compare": ["/runs/hostile/compare?a=0&b=1"],
     f"{RUN}/sources": [
         "/runs/hostile/sources",
         f"/runs/hostile/sources?{urllib.parse.urlencode({'a': NAMES[0], 'b': NAMES[1]})}",
+    ],
+    f"{RUN}/classes": [
+        "/runs/hostile/classes",
+        *(f"/runs/hostile/classes?{urllib.parse.urlencode({'annotation': 'marks', 'class': name})}" for name in NAMES),
     ],
     f"{RUN}/docs": ["/runs/hostile/docs", "/runs/hostile/docs?text=%3Czq9"],
     f"{RUN}/doc": [
@@ -133,6 +168,7 @@ PLACES: dict[str, list[str]] = {
     f"{RUN}/tokens": ["/runs/hostile/tokens?text=a", "/runs/hostile/tokens?text=%3Czq9", "/runs/hostile/tokens"],
     f"{RUN}/tokens/{{vocab}}": [f"/runs/hostile/tokens/{entry}" for entry in (0, 5, 40)],
     f"{RUN}/tokens-at/{{token}}": [f"/runs/hostile/tokens-at/{token}" for token in (0, 7, 250)],
+    f"{RUN}/selection": ["/runs/hostile/selection?tokens=0,7,250", "/runs/hostile/selection"],
     f"{RUN}/try": ["/runs/hostile/try", "/runs/hostile/try?text=%3Czq9%3E"],
     f"{RUN}/map": ["/runs/hostile/map"],
     f"{RUN}/questions": ["/runs/hostile/questions"],
@@ -146,11 +182,13 @@ def arguments(question: Question) -> dict[str, Any]:
     chosen = {
         "feature": 0, "features": "0,1", "thresholds": "0,0", "token": 3, "vocab": 5, "other": 1, "window": 3,
         "text": "a", "document_key": NAMES[0], "first_char": 0, "end_char": 9, "a": NAMES[0], "b": NAMES[1],
-        "annotation": "hostile",
     }  # fmt: skip
-    if question.name == "compare_runs":
+    chosen |= {"matches": "1,0", "other_run": "hostile"}
+    chosen |= {"tokens": "3,250", "annotation": "marks", "class": NAMES[0]}
+    if question.name.endswith("_runs"):
         chosen |= {"a": "hostile", "b": "hostile"}
-    return {each.name: chosen[each.name] for each in question.parameters if each.default is None}
+    tokens = {"tokens": "3,4,5"} if question.takes_select else {}
+    return tokens | {each.name: chosen[each.name] for each in question.parameters if each.default is None}
 
 
 ASKED = [each for each in questions() if not each.runs_model and each.name != "features_by_role"]

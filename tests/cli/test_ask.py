@@ -83,7 +83,7 @@ def test_a_header_s_parameters_may_be_lists_have_defaults_with_commas_and_go_on_
     assert parse_arguments(asked, ["1"]) == {
         "features": [1], "thresholds": [0.0, 0.5], "text": "a, [b", "n": 5, "window": 8, "sources": [], "other": None,
     }  # fmt: skip
-    assert asked.command == "saeflow ask q 3,7 2"
+    assert asked.command == "saeflow ask q 3,7 --n 2"
 
 
 def test_a_header_that_says_parameters_otherwise_is_our_mistake() -> None:

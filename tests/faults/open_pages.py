@@ -36,7 +36,7 @@ PAGES = [
     "/runs/small/features/1", "/runs/small/features/2.json?all=1", "/runs/small/features/3?source=tales&threshold=0.1",
     "/runs/small/doc?key=letters/001", "/runs/small/doc.json?key=tales/002", "/runs/small/docs",
     "/runs/small/tokens-at/40.json", "/runs/small/tokens.json?text=a", "/runs/small/compare?a=1&b=2",
-    "/runs/small/ask/feature_summary.json",
+    "/runs/small/selection.json?tokens=3,40", "/runs/small/ask/feature_summary.json",
 ]  # fmt: skip
 
 TURN = ("ingest", "run_second", "forget", "run", "compact", "label", "remove_second", "gc")

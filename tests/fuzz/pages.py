@@ -46,15 +46,16 @@ NUMBERS = [
 PLAUSIBLE = {
     "run": ["small"], "feature": ["0", "1", "3", "31"], "panel": ["strongest", "bands", "random", "entries"],
     "doc": ["tales/000", "tales/001"], "key": ["tales/000"], "document_key": ["tales/000"], "vocab": ["5", "30"],
+    "token": ["0", "17", "200"], "tokens": ["3", "3,17,200"],
+    "source": ["tales"], "since": ["2020-01-01"], "until": ["2030-01-01"],
     "annotation": ["none"], "class": ["none"],
-    "token": ["0", "17", "200"], "source": ["tales"], "since": ["2020-01-01"], "until": ["2030-01-01"],
     "features": ["1,2", "3"], "thresholds": ["0,0", "0.1"], "sort": ["interesting", "id"], "file": ["browser.css"],
     "kind": ["dead", "other"], "by": ["pca", "umap"], "text": ["a", "the sea"], "a": ["small", "1"], "b": ["2"],
 }  # fmt: skip
 METHODS = ["HEAD", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "get", MARK.upper()]
 OWN_WORDS = [
     *FILTER, *WINDOW, *SEARCH, "n", "all", "breaks", "sort", "after_sort", "after_id", "a", "b", "run", "match", "key",
-    "feature", "at", "first", "by", "text", "model",
+    "feature", "at", "first", "by", "text", "model", "tokens",
 ]  # fmt: skip
 """What pages, beside the questions, read from an address."""
 

@@ -561,6 +561,119 @@ def compare_runs(slow: Slow, ask: Ask) -> None:
         assert [tuple(row.values())[:6] for row in rows] == expected
 
 
+def wilson(hits: int, total: int, side: int) -> float:
+    """An end of the 95% interval of a share: the root of (p - share)² = 1.96² p (1 - p) / total on this side."""
+    if total == 0:
+        return 0.0 if side < 0 else 1.0
+    share, z = hits / total, 1.96
+    middle, half = share + z * z / 2 / total, z * math.sqrt(share * (1 - share) / total + (z / 2 / total) ** 2)
+    return (middle + side * half) / (1 + z * z / total)
+
+
+def features_of_selection(slow: Slow, ask: Ask) -> None:
+    encoded = {token.token_id for token in slow.encoded}
+    every = [token.token_id for token in slow.given.every_token()]
+    for chosen in (every[:5] or [0], every[1:900:3] or [0], every[-1:] or [0], every[:900] or [0], [10**9]):
+        mine = encoded.intersection(chosen)
+        others, expected = len(encoded - mine), {}
+        for feature in range(slow.given.n_features):
+            firing = slow.firing(feature)
+            values = [value for token, value in firing.items() if token in mine]
+            if values:
+                n, rest = len(values), len(encoded.intersection(firing)) - len(values)
+                share, rest_share = n / len(mine), rest / others if others else None
+                low, high = wilson(n, len(mine), -1), wilson(rest, others, 1)
+                row = (n, share, rest, rest_share, share / rest_share if rest_share else None)
+                expected[feature] = pytest.approx((*row, np.mean(values), low * math.log2(low / high)), abs=1e-9)
+        rows = ask("features_of_selection", "", [*chosen, chosen[0]], 99)
+        assert {row["feature_id"]: tuple(row.values())[2:] for row in rows} == expected
+        order = [(-row["score"], row["feature_id"]) for row in rows]
+        assert order == sorted(order)
+        assert ask("features_of_selection", "", chosen, 1) == rows[:1]
+
+
+def absorption(slow: Slow, ask: Ask) -> None:
+    """Each token of the class is looked at by itself: who fires, who pulls most."""
+    encoded = {token.token_id for token in slow.encoded}
+    every = [token.token_id for token in slow.given.every_token()][:900] or [0]
+    cosines: dict[tuple[int, int], float] = {}
+    for row in slow.given.tables.get("similar", ()):
+        for pair in ((row["feature_id"], row["other_id"]), (row["other_id"], row["feature_id"])):
+            cosines[pair] = max(row["cosine"], cosines.get(pair, -2.0))
+    a, b, *_, dead = slow.features
+    firing = [slow.firing(feature) for feature in range(slow.given.n_features)]
+    for tokens, generals, *least in (
+        (every, [], 0.9, 0.1, 0.25), (every[::2], [a], 0.0, -1.0, 0.1), (every[1::3] or [0], [b, a], 0.3, 0.2, 0.0),
+        (every, [dead], 0.0, 0.0, 0.0),
+    ):  # fmt: skip
+        members = encoded.intersection(tokens)
+        inside = [len(members.intersection(each)) for each in firing]
+        telling = [row["feature_id"] for row in ask("features_of_selection", "", tokens, 1)]
+        mains = generals or telling
+        heard = {token for main in mains for token in members.intersection(firing[main])}
+        absorbed = Counter[int]()
+        for token in members - heard:
+            pulls = [
+                (-(firing[f][token] * cosines[f, main] / slow.usual(main)), f, main)
+                for f in range(slow.given.n_features)
+                for main in mains
+                if token in firing[f] and (f, main) in cosines and firing[main]
+            ]
+            pull, best, main = min(pulls, default=(math.inf, -1, -1))
+            is_specific = best >= 0 and inside[best] / len(firing[best]) >= least[0] and inside[best] < len(heard)
+            if is_specific and cosines[best, main] >= least[1] and -pull >= least[2]:
+                absorbed[best] += 1
+        rows = ask("absorption", "", tokens, generals, *least)
+        n, total = len(members), sum(absorbed.values())
+        whole = (sorted(mains) or None, n, n - len(heard), total, total / n if n else None)
+        assert {tuple(row.values())[:5] == whole for row in rows} == {True}
+        found = [(row["feature_id"], row["n_absorbed"]) for row in rows if row["feature_id"] is not None]
+        assert found == sorted(absorbed.items(), key=lambda item: (-item[1], item[0]))
+        for row in rows if absorbed else ():
+            assert row["share"] == row["n_absorbed"] / n
+            assert row["precision"] == inside[row["feature_id"]] / len(firing[row["feature_id"]])
+
+
+def split_features(slow: Slow, ask: Ask) -> None:
+    other = slow.other or slow
+    both = {t.token_id for t in slow.encoded} & {t.token_id for t in other.encoded}
+    for feature in slow.features:
+        mine = both.intersection(slow.firing(feature))
+        for least in (0.0, 0.5, 1.0):
+            theirs = {f: both.intersection(other.firing(f)) for f in range(other.given.n_features)}
+            shares = {f: len(mine & tokens) / len(tokens) for f, tokens in theirs.items() if mine & tokens}
+            ordered = sorted((f for f in shares if shares[f] >= least), key=lambda f: (-len(mine & theirs[f]), f))
+            covered, expected = set[int](), []
+            for f in ordered:
+                covered |= mine & theirs[f]
+                n_both, n_other = len(mine & theirs[f]), len(theirs[f])
+                row = (f, len(mine), n_other, n_both, shares[f], n_both / len(mine), len(covered) / len(mine))
+                expected.append((*row, n_both / (len(mine) + n_other - n_both), None))
+            rows = ask("split_features", feature, other.given.name, 10, least)
+            assert [tuple(row.values()) for row in rows] == expected[:10]
+
+
+def correlate_runs(slow: Slow, ask: Ask) -> None:
+    other = slow.other or slow
+    both = sorted({t.token_id for t in slow.encoded} & {t.token_id for t in other.encoded})
+    pairs = [(f, g) for f in slow.features for g in other.features]
+    rows = ask("correlate_runs", slow.given.name, other.given.name, *map(list, zip(*pairs, strict=True)))
+    assert [(row["feature_id"], row["match_id"]) for row in rows] == pairs
+    for row in rows:
+        one, two = slow.firing(row["feature_id"]), other.firing(row["match_id"])
+        x, y = ([each.get(token, 0.0) for token in both] for each in (one, two))
+        counts = [
+            sum(v != 0 for v in x),
+            sum(v != 0 for v in y),
+            sum(v != 0 and w != 0 for v, w in zip(x, y, strict=True)),
+        ]
+        assert [row["n_a"], row["n_b"], row["n_both"], row["n_all"]] == [*counts, len(both)]
+        union = counts[0] + counts[1] - counts[2]
+        assert row["jaccard"] == (counts[2] / union if union else None)
+        if both and len(set(x)) > 1 and len(set(y)) > 1:
+            assert row["correlation"] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9)
+
+
 QUESTIONS = {
     tokens_where: "tokens_where", tokens_where_all: "tokens_where_all", tokens_where_within: "tokens_where_within",
     top_tokens_and_contexts: "top_tokens contexts", context: "context", top_documents: "top_documents",
@@ -570,7 +683,8 @@ QUESTIONS = {
     summaries: "feature_summary", feature_kind: "feature_kind", token_features: "token_features",
     views: "tokens documents find_documents runs feature_labels", search_token: "search_token",
     stored_tables: "similar_features feature_logits", feature_words: "feature_words", compare_runs: "compare_runs",
-    decoder_cosines: "decoder_cosines",
+    decoder_cosines: "decoder_cosines", features_of_selection: "features_of_selection", absorption: "absorption",
+    split_features: "split_features", correlate_runs: "correlate_runs",
 }  # fmt: skip
 
 
@@ -585,9 +699,15 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
     }
     elsewhere |= {"find_features", "count_features", "sources", "density_and_max", "density_histogram"}
     elsewhere |= {"document_tokens", "document_features"}
+    elsewhere |= {"annotations", "annotated_tokens"}  # tests/classes
+    elsewhere |= {"feature_rules"}  # test_rules counts what its rules say
+    elsewhere |= {"effect_contexts", "effects_on_entries", "feature_effects"}  # tests/meaning/test_effects.py
+    elsewhere |= {"explanation_scores", "explanation_mistakes"}  # test_explainer
     elsewhere |= {"annotations", "annotated_tokens", "feature_classes", "features_of_class", "classes_of_feature"}
     elsewhere |= {"sparse_probes"}  # tests/classes
     elsewhere |= {"metrics", "settings", "stages", "training_curve"}  # test_run_records reads what they were made from
+    elsewhere |= {"labels_of_feature", "tokens_in_text"}  # test_sql
+    elsewhere |= {"class_in_text", "measured_effects", "scores_of_labels"}  # test_meaning_of_features
     # test_new_text, test_offsets, test_chats, test_leave_out, test_sql, test_lists and test_documents_and_tokens ask
     # these; test_filtered_answers and test_documents_and_tokens ask those with a filter
     stored = [

@@ -291,6 +291,27 @@ def test_labels_name_a_feature_our_own_first(tmp_path):
         assert ask(connection, "feature_labels").column("label").to_pylist() == ["love", "guess", "b", "a"]
         assert ask(connection, "feature_summary").column("label").to_pylist() == ["love", None, "b", None]
         assert ask(connection, "coactive_features", [0]).column("label").to_pylist() == ["b"]
+        assert [tuple(row.values()) for row in ask(connection, "labels_of_feature", [0]).to_pylist()] == [
+            ("love", "own", None, None, None, True),
+            ("guess", "auto", 0.9, None, None, False),
+        ]
+        assert [tuple(row.values()) for row in ask(connection, "labels_of_feature", [2]).to_pylist()] == [
+            ("b", "auto", 0.5, None, None, True),
+            ("a", "auto", 0.1, None, None, False),
+        ]
+        for feature in range(4):  # the first is the one that other questions call the feature by
+            named = ask(connection, "labels_of_feature", [feature]).column("label").to_pylist()[:1]
+            summary = query(connection, "from feature_names where feature_id = ?", [feature])
+            assert named == summary.column("label").to_pylist()
+
+
+def test_chosen_tokens_stand_in_their_text_once_and_in_corpus_order(demo):
+    rows = demo("tokens_in_text", [7, 1, 7, 99], 1, 2)
+    assert rows == [
+        {"token_id": 1, "place": 2, "pieces": ["Emma", " loves", " no", " one"], "key": "emma", "source": "novels",
+         "position": 1},
+        {"token_id": 7, "place": 2, "pieces": [" thy", " love"], "key": "psalm", "source": "bible", "position": 3},
+    ]  # fmt: skip
 
 
 def test_each_kind_of_feature_is_told_by_where_it_fires(tmp_path):

@@ -113,11 +113,12 @@ def answers(store: Store) -> dict[str, Any]:
     """What each named question answers to its first arguments."""
     words = {"feature": 3, "threshold": 0.1, "n": 5, "token": 20, "text": "the", "a": "tales", "b": "letters"}
     words |= {"features": [3, 4], "thresholds": [0.0, 0.0], "window": 5, "other": 4, "vocab": 20}
-    words |= {"document_key": "tales/000", "first_char": 0, "end_char": 5, "annotation": "none"}
+    words |= {"document_key": "tales/000", "first_char": 0, "end_char": 5, "tokens": [20, 21, 300]}
+    words |= {"other_run": "small", "matches": [4, 5], "annotation": "none", "class": "none"}
     with contextlib.closing(connect(store)) as connection:
         found = {}
         for question in (each for each in questions() if each.name not in ("runs", "stages") and not each.runs_model):
-            known = words | ({"a": "small", "b": "small"} if question.name == "compare_runs" else {})
+            known = words | ({"a": "small", "b": "small"} if question.name.endswith("_runs") else {})
             given = {p.name: known[p.name] for p in question.parameters if p.name in known}
             found[question.name] = ask(connection, question.name, given).to_pylist()
         return found

@@ -109,7 +109,15 @@ class Ingredients:
 
     @classmethod
     def write(cls, folder: Path) -> Ingredients:
-        return cls(write_model(folder / "model"), write_corpus(folder / "corpus.parquet"))
+        folder.mkdir(exist_ok=True)
+        write_model(folder / "model")
+        write_corpus(folder / "corpus.parquet")
+        return cls.at(folder)
+
+    @classmethod
+    def at(cls, folder: Path) -> Ingredients:
+        """Return what `write` wrote into a folder."""
+        return cls(folder / "model", folder / "corpus.parquet")
 
 
 _SMALL: dict[str, Any] = {

@@ -25,8 +25,10 @@ from saeflow.cli import app as cli
 from saeflow.cli import common
 from saeflow.query.questions import questions
 from saeflow.recipe.recipe import parse_recipe
+from saeflow.store.store import Store
 from tests.support.notebook import cells
 from tests.support.small_pipeline import Ingredients, a_table, documents, recipe_data, write_corpus, write_recipe
+from tests.support.stub_endpoint import stub_endpoint, truth_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -63,6 +65,10 @@ OTHER_PROGRAMS = {
     "duckdb": "DuckDB's shell is not installed; tests/query/test_catalog.py reads the same file",
 }
 """Programs that are not run here, with the reason."""
+
+
+ENDPOINT = "http://127.0.0.1:8000/v1"
+"""The address of a language model on the pages. The tests put that of a stub in its place."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,14 @@ def run(arguments: list[str]) -> int:
     [pytest.param(page, marks=() if page is README else pytest.mark.long, id=page.name) for page in WITH_COMMANDS],
 )
 def test_the_commands_of_a_page_run_in_its_order(page: Page, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    if ENDPOINT not in page.text:
+        run_commands(page, folder, capfd)
+        return
+    with stub_endpoint(truth_of(Store.open(folder / "data" / "store"), "demo")) as stub:
+        run_commands(page, folder, capfd, stub.url)
+
+
+def run_commands(page: Page, folder: Path, capfd: pytest.CaptureFixture[str], endpoint: str = "") -> None:
     for fence in page.fences("toml"):
         if 'name = "table"' in fence:
             (folder / "table.toml").write_text(f"{fence}\n[train]\nn_tokens = 2_000\n")  # by default two million
@@ -200,7 +214,8 @@ def test_the_commands_of_a_page_run_in_its_order(page: Page, folder: Path, capfd
         if words[1] == "init":
             (folder / "my.toml").unlink()
         explains = words == ["saeflow", "ask", "tokens_where"]  # which then says what is missing
-        assert run(words[1:]) == (2 if explains else 0), f"{' '.join(words)}: {capfd.readouterr().err}"
+        typed = [endpoint if word == ENDPOINT else word for word in words[1:]]
+        assert run(typed) == (2 if explains else 0), f"{' '.join(words)}: {capfd.readouterr().err}"
         (folder / "my.toml").write_bytes(kept)
 
 
@@ -308,10 +323,12 @@ def test_files_that_a_page_names_are_there(page: Page) -> None:
 
 
 NOTEBOOK = DOCS / "tutorial.ipynb"
+NOTEBOOKS = (NOTEBOOK, DOCS / "dialogue.ipynb")
 
 
-def test_the_notebook_is_one_of_version_4_5_without_outputs() -> None:
-    found = json.loads(NOTEBOOK.read_text("utf-8"))
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_one_of_version_4_5_without_outputs(notebook: Path) -> None:
+    found = json.loads(notebook.read_text("utf-8"))
     assert (found["nbformat"], found["nbformat_minor"]) == (4, 5)
     assert found["metadata"]["kernelspec"]["name"] == "python3"
     assert len({cell["id"] for cell in found["cells"]}) == len(found["cells"])
@@ -320,17 +337,19 @@ def test_the_notebook_is_one_of_version_4_5_without_outputs() -> None:
         assert cell["metadata"] == {}
         assert cell.get("outputs", []) == []
         assert cell.get("execution_count") is None
-    assert generator().made("<!-- made: notebook docs/tutorial.ipynb -->").count("```python") == len(cells(NOTEBOOK))
+    made = generator().made(f"<!-- made: notebook docs/{notebook.name} -->")
+    assert made.count("```python") == len(cells(notebook))
 
 
-def test_the_first_cell_of_the_notebook_installs_the_clone_with_the_pinned_torch(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_of_a_notebook_installs_the_clone_with_the_pinned_torch(
+    notebook: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
     monkeypatch.chdir(DOCS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("subprocess.run", lambda words, check: commands.append(words))
-    exec(next(iter(cells(NOTEBOOK).values())), {})
+    exec(next(iter(cells(notebook).values())), {})
     (pin,) = re.findall(r"^torch==.*$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", pin, str(ROOT)]]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from saeflow.browser.address import FILTER, IN_WORDS, WINDOW, Asked, address_of_panel
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
+from saeflow.browser.pages.meaning import LATER as LATER_MEANING
+from saeflow.browser.pages.meaning import Measured, not_measured
+from saeflow.browser.pages.meaning import panels as panels_of_meaning
 from saeflow.browser.pages.sources import sources_of
 from saeflow.browser.panels import Panel, address_of_run, as_query, with_words
 from saeflow.query import labels
@@ -19,7 +22,7 @@ OWN = "own"
 BESIDE = ("numbers", "values", "sources", "entries", "logits", "similar", "companions")
 """Panels in the narrow column, in their order."""
 
-LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources")
+LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources", *LATER_MEANING)
 """Panels that a page fetches when they are looked at: they read more than the feature's own tokens."""
 
 ALONE = ("strongest", "bands", "random")
@@ -33,9 +36,13 @@ MOST_CONTEXTS = 200
 
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
-    every = panels(asked, asked.number("feature"))
+    feature = asked.number("feature")
+    missing = not_measured(opened, feature)
+    left_out = {name for each in missing for name in each.panels}
+    every = [panel for panel in panels(asked, feature) if panel.name not in left_out]
     later = [panel for panel in every if panel.name in LATER and not asked.switch("all")]
-    return _page_of(asked, opened, [panel for panel in every if panel not in later and panel.name not in ALONE], later)
+    now = [panel for panel in every if panel not in later and panel.name not in ALONE]
+    return _page_of(asked, opened, now, later, missing)
 
 
 def one_panel(asked: Asked, opened: OpenedRun) -> Page:
@@ -50,7 +57,9 @@ def one_panel(asked: Asked, opened: OpenedRun) -> Page:
     return _page_of(asked, opened, [chosen], [])
 
 
-def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel]) -> Page:
+def _page_of(
+    asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel], missing: Sequence[Measured] = ()
+) -> Page:
     feature, schema = asked.number("feature"), opened.run.schema
     answers = [panel.ask(opened) for panel in now]
     if not later and len(now) == 1:  # a panel that a page fetches
@@ -61,6 +70,7 @@ def _page_of(asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Pane
         **about, "data": about, "beside": BESIDE, "widest": WIDEST, "window": window_of(asked),
         "later": [(panel, address_of_panel(schema, feature, panel.name, asked.query)) for panel in later],
         "fields": [(field, IN_WORDS[field]) for field in FILTER], "sources": sources_of(opened),
+        "not_measured": missing,
     }  # fmt: skip
     return Page("feature.html", f"Feature {feature}", answers, schema, more)
 
@@ -85,6 +95,7 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("logits", "Next tokens", "feature_logits", about, "logits", about=whole),
         Panel("similar", "Similar directions", "similar_features", about, "neighbours", 10, whole),
         Panel("companions", "Features that fire together", *companions, "neighbours", 10),
+        *panels_of_meaning(feature, whole),
         Panel("examples", "Contexts", "feature_examples", shown, "examples"),
         Panel("strongest", "Strongest contexts", "feature_contexts", {**shown, "n": 50}, "contexts"),
         Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),

@@ -44,4 +44,4 @@ def at(asked: Asked, opened: OpenedRun) -> Page:
         raise UserError(f"The corpus has no token {about['token']}.")
     features = Panel("features", "Features that fire here", "token_features", about, most_rows=100).ask(opened)
     answers = [place, *with_words([features], opened)]
-    return Page("panels.html", f"Token {about['token']}", answers, opened.run.schema)
+    return Page("token.html", f"Token {about['token']}", answers, opened.run.schema, {"token_id": about["token"]})

@@ -1,4 +1,4 @@
-// Draws charts and answers keys. Pages work without it, but for the charts.
+// Draws charts, fetches panels and answers keys. Pages work without it, but for the charts.
 "use strict";
 (() => {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
@@ -44,7 +44,11 @@
       fetch(entry.target.querySelector("a").href)
         .then((answer) => answer.text())
         .then((text) => new DOMParser().parseFromString(text, "text/html").getElementById(entry.target.id))
-        .then((found) => found && entry.target.replaceWith(found))
+        .then((found) => {
+          if (!found) return;
+          entry.target.replaceWith(found);
+          found.dispatchEvent(new Event("fetched", { bubbles: true }));
+        })
         .catch(() => {});
     }
   });

@@ -22,6 +22,8 @@ from saeflow.corpus.forgotten import ForgottenHashes, pair_of
 from saeflow.corpus.ledger import Ledger, document_rows, group_by_part, key_hash, merge_hidden
 from saeflow.corpus.token_parts import write_tables
 from saeflow.corpus.tokenise.texts import MARK_TYPES
+from saeflow.meaning.language_model.forgetting import drop_forgotten
+from saeflow.meaning.token_rules.stored import remove_outdated
 from saeflow.pipeline import encode
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.recipe.data_settings import CorpusConfig
@@ -51,6 +53,8 @@ class Forgotten:
     """SAEs that were trained on these documents."""
     held_out_only: list[str] = field(default_factory=list)
     """SAEs from whose training these documents were held out."""
+    explanations: int = 0
+    """Features whose explanation or scores by a language model quoted these documents. They were removed."""
 
 
 def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
@@ -134,13 +138,16 @@ def withdraw(store: Store, source: Artefact, rows: list[dict[str, Any]], progres
 
 
 def _follow(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotten, progress: Progress) -> None:
-    """Remove the values of hidden documents, and list the SAEs that were trained on them."""
+    """Remove the values of hidden documents and rules that may quote them. List the SAEs that were trained on them."""
+    for sae, n in remove_outdated(store).items():
+        progress.say(f"{sae}: {n:,} rules removed, as they may quote these documents; make new ones: saeflow explain")
     for run in store.artefacts("features"):  # also runs that a killed call left as they were
         try:
             if run.generation() and encode.refresh(store, run, progress):
                 done.runs.append(run.id)
         except (UserError, OSError) as error:  # its views leave these parts out
             done.waiting[run.id] = str(error)
+    done.explanations = drop_forgotten(store)
     _list_saes(store, found, done)
 
 

@@ -1,0 +1,52 @@
+"""Some tokens that a reader chose, and the features that tell them from the rest: features by example."""
+
+from __future__ import annotations
+
+from saeflow.browser.address import Asked
+from saeflow.browser.answers import Page
+from saeflow.browser.connections import OpenedRun
+from saeflow.browser.panels import Panel, with_words
+from saeflow.query.questions import Parameter
+from saeflow.runtime.errors import UserError
+
+MOST_TOKENS = 100
+"""Tokens that a page takes; the script that chooses them stops there, too."""
+
+MOST_FEATURES = 50
+
+ABOUT = "The features that fire on these tokens and seldom elsewhere come first."
+
+
+def page(asked: Asked, opened: OpenedRun) -> Page:
+    """Return the chosen tokens in the text and the features on them, or only the form if none are given."""
+    tokens = tokens_of(asked)
+    answers = []
+    if tokens:
+        found = [panel.ask(opened) for panel in panels(tokens)]
+        answers = with_words(found, opened)
+    title = "One token" if len(tokens) == 1 else f"{len(tokens)} tokens" if tokens else "Features by example"
+    return Page("selection.html", title, answers, opened.run.schema, {"tokens": tokens, "most": MOST_TOKENS})
+
+
+def panels(tokens: list[int]) -> list[Panel]:
+    about = {"tokens": tokens}
+    features = {**about, "n": MOST_FEATURES}
+    return [
+        Panel("features", "Features that tell them from the rest", "features_of_selection", features, about=ABOUT),
+        Panel("tokens", "The tokens", "tokens_in_text", about, "chosen"),
+    ]
+
+
+def tokens_of(asked: Asked) -> list[int]:
+    """Return the tokens of the address, each once, in corpus order. Raises UserError if they are no numbers or many."""
+    if not asked.given("tokens"):
+        return []
+    found = Parameter("tokens", "bigint[]").parse(asked.query["tokens"])
+    assert isinstance(found, list)
+    tokens = sorted({int(each) for each in found})
+    if len(tokens) > MOST_TOKENS:
+        raise UserError(
+            f"{len(tokens)} tokens are chosen; a page takes at most {MOST_TOKENS}.\n"
+            "Ask for more in a terminal: saeflow ask features_of_selection --sql 'select token_id …'"
+        )
+    return tokens

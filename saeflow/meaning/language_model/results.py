@@ -1,0 +1,121 @@
+"""What is kept of explained features: labels, scores, and the examples that cost points.
+
+Scores are written last. A feature that has them under the same settings is finished, and is not asked about again.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from saeflow.features.schema import EXPLANATION_MISTAKES, EXPLANATION_SCORES
+from saeflow.meaning.language_model.cache import read_table
+from saeflow.meaning.language_model.feature import Explained
+from saeflow.query.labels import Label, clean_label, put
+from saeflow.store.files import make_folder
+from saeflow.store.store import Store
+
+FINISHED = "explanation"
+"""Method of the one row that says with which settings a feature was finished."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of one source of labels beside its CSV file, and the rows of one judge in them."""
+
+    store: Store
+    sae: str
+    """Name and fingerprint of the SAE, without its kind."""
+    source: str
+    model: str
+    tokens: str
+    makes_labels: bool = True
+    """False if the labels are another's, and only their scores are kept."""
+
+    def path(self, table: str) -> Path:
+        return self.store.root / "labels" / self.sae / f"{self.source}.{table}.parquet"
+
+    def finished(self) -> dict[int, str]:
+        """Return the settings under which each feature was finished."""
+        rows = read_table(self.store, self.path("scores"), EXPLANATION_SCORES).to_pylist()
+        mine = [row for row in rows if row["method"] == FINISHED and self._is_mine(row)]
+        return {row["feature_id"]: row["settings"] for row in mine}
+
+    def _is_mine(self, row: Mapping[str, Any]) -> bool:
+        return bool(row["model"] == self.model and row["tokens"] == self.tokens)
+
+    def write(self, done: Sequence[tuple[Explained, str]]) -> None:
+        """Keep features with their settings. A command that is killed in between does the same again.
+
+        Call it while no other command changes the files of this source.
+        """
+        features = [each.feature for each, _ in done]
+        mistakes = [row for each, _ in done for row in self._mistakes(each)]
+        scores = [row for each, settings in done for row in self._scores(each, settings)]
+        self._replace("mistakes", EXPLANATION_MISTAKES, features, mistakes)
+        if self.makes_labels:
+            put(self.store, f"saes/{self.sae}", self.source, {each.feature: _label(each) for each, _ in done})
+        self._replace("scores", EXPLANATION_SCORES, features, scores)
+
+    def _replace(self, table: str, schema: pa.Schema, features: list[int], rows: list[dict[str, Any]]) -> None:
+        path = self.path(table)
+        old = read_table(self.store, path, schema)
+        mine = pc.and_(pc.equal(old.column("model"), self.model), pc.equal(old.column("tokens"), self.tokens))
+        gone = pc.and_(mine, pc.is_in(old.column("feature_id"), pa.array(features, pa.int32())))
+        fresh = pa.concat_tables([old.filter(pc.invert(gone)), pa.Table.from_pylist(rows, schema)])
+        order = [("feature_id", "ascending"), ("tokens", "ascending"), ("model", "ascending")]
+        write_table(self.store, path, fresh.take(pc.sort_indices(fresh, order)))
+
+    def _scores(self, done: Explained, settings: str) -> list[dict[str, Any]]:
+        common: dict[str, Any] = {
+            "feature_id": done.feature,
+            "model": self.model,
+            "tokens": self.tokens,
+            "settings": settings,
+        }
+        made: dict[str, Any] = {
+            "method": FINISHED, "stratum": "all", "n": done.n_explaining, "n_unusable": int(done.explanation is None),
+        }  # fmt: skip
+        rows: list[dict[str, Any]] = [
+            {"method": method, "stratum": each.stratum, "score": each.score, "low": each.low, "high": each.high,
+             "n": each.n, "n_unusable": each.n_unusable}
+            for method, scores in done.scores.items()
+            for each in scores
+        ]  # fmt: skip
+        return [common | row for row in (made, *rows)]
+
+    def _mistakes(self, done: Explained) -> list[dict[str, Any]]:
+        return [
+            {"feature_id": done.feature, "model": self.model, "tokens": self.tokens, "method": method,
+             "stratum": each.stratum, "token_id": each.token_id, "asked": each.asked, "answered": each.answered}
+            for method, judged in done.judged.items()
+            for each in sorted(judged, key=lambda each: each.token_id)
+            if each.answered is not None and each.answered != each.asked
+        ]  # fmt: skip
+
+
+def _label(done: Explained) -> Label | None:
+    """Return the label with its detection score, or else the fuzzing score."""
+    if done.explanation is None:
+        return None
+    scores: Iterable[float | None] = (done.score(method) for method in ("detection", "fuzzing"))
+    score = next((score for score in scores if score is not None), None)
+    return clean_label(done.explanation, None if score is None else round(score, 6), f"feature {done.feature}")
+
+
+def write_table(store: Store, path: Path, table: pa.Table) -> None:
+    """Put a table in the place of the file that was read; no rows, no file."""
+    if not len(table):
+        store.storage.remove(path)
+        return
+    content = io.BytesIO()
+    pq.write_table(table, content, compression="zstd")
+    make_folder(path.parent)
+    store.storage.put_if_unchanged(path, content.getvalue())

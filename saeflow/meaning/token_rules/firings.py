@@ -1,0 +1,78 @@
+"""Where features fire, read for a range of features at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import duckdb
+import numpy as np
+
+from saeflow.meaning.token_rules.counting import Counts, Firings, collect
+from saeflow.runtime.errors import UserError
+
+CHUNK_VALUES = 16_000_000
+"""Values held at once. A feature with more is held alone, in 4 bytes for each token at which it fires."""
+
+_CHUNK_FEATURES = 8192
+
+READ_FROM = ("stg_feature_major", "stg_feature_stats", "stg_shape")
+"""Views of `sql/` that these functions ask."""
+
+
+def count_firings(connection: duckdb.DuckDBPyConnection) -> Counts:
+    """Return (F,) at how many tokens each feature fires at most: statistics may still count forgotten documents."""
+    rows = connection.execute("select feature_id, n_tokens from stg_feature_stats").fetchnumpy()
+    [(n_features,)] = connection.execute("select n_features from stg_shape").fetchall()
+    ids = np.ma.getdata(rows["feature_id"]).astype(np.int64)
+    counts = np.zeros(max(int(n_features or 0), int(ids.max(initial=-1)) + 1), np.int64)
+    counts[ids] = np.ma.getdata(rows["n_tokens"]).astype(np.int64)
+    return counts
+
+
+def plan_chunks(
+    features: Sequence[int], counts: Counts, most_values: int = CHUNK_VALUES, most_features: int = _CHUNK_FEATURES
+) -> list[list[int]]:
+    """Cut sorted features into runs, each of at most so many values and features, or of one feature."""
+    chunks: list[list[int]] = []
+    n_values = 0
+    for feature in features:
+        n_values += int(counts[feature])
+        if not chunks or n_values > most_values or len(chunks[-1]) >= most_features:
+            chunks.append([])
+            n_values = int(counts[feature])
+        chunks[-1].append(feature)
+    return chunks
+
+
+def read_firings(
+    connection: duckdb.DuckDBPyConnection, features: Sequence[int], counts: Counts, n_tokens: int
+) -> Firings:
+    """Return the tokens at which each of these sorted features has a value above zero. Raises UserError for damage."""
+    first, last = features[0], features[-1]
+    wanted = np.zeros(last - first + 1, np.bool_)
+    wanted[np.array(features) - first] = True
+    room = np.where(wanted, counts[first : last + 1], 0)
+    limits = np.cumsum(room)
+    starts = limits - room
+    ends, token_ids = starts.copy(), np.empty(int(limits[-1]), np.int32)
+    for ids, tokens in _batches(connection, first, last):
+        chosen = wanted[ids - first]
+        if not chosen.all():
+            ids, tokens = ids[chosen], tokens[chosen]
+        if not collect(ids, tokens, first, n_tokens, limits, ends, token_ids):
+            raise UserError(
+                f"The values of features {first} to {last} are not those that the run's statistics count.\n"
+                "See what is damaged: saeflow verify --full"
+            )
+    at = np.array(features) - first
+    return Firings(starts[at], ends[at], token_ids)
+
+
+def _batches(connection: duckdb.DuckDBPyConnection, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    reader = connection.sql(
+        "select feature_id, token_id from stg_feature_major "
+        "where feature_id between $1 and $2 and high >= $1 and low <= $2 and value > 0",
+        params=[first, last],
+    ).to_arrow_reader(1 << 20)
+    for batch in reader:
+        yield batch.column(0).to_numpy(zero_copy_only=False), batch.column(1).to_numpy(zero_copy_only=False)
