@@ -435,9 +435,8 @@ NEEDS_ANNOTATIONS = ("annotated_tokens", "class_in_text", "features_of_class")  
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
 def test_every_question_can_be_asked(question: Question, saeflow: Command, finished: Finished) -> None:
     if question.name in NEEDS_ANNOTATIONS:
-        assert (
-            "There is no annotation" in saeflow("ask", question.name, "cat", "cat", "--store", finished.store.root).err
-        )
+        said = saeflow("ask", question.name, "cat", "cat", "--store", finished.store.root).err
+        assert "There is no annotation" in said or "There is no class" in said
         return
     words = NAMES.get(question.name) or [WORDS[each.type] for each in question.parameters if each.default is None]
     said = saeflow("ask", question.name, *words, "-f", "json", "-n", 5, "--store", finished.store.root)
