@@ -123,6 +123,9 @@ def test_nonsense_is_counted_asked_again_so_often_and_then_recorded(store: Store
     stub.misbehave = lambda number: "As a model I cannot say.\nReally." if number % 2 else None
     outcome = explain(store, stub, parallel=1)
     assert outcome.n_nonsense > 2
+    assert outcome.forecast is not None
+    assert outcome.meter is not None
+    assert abs(outcome.forecast.tokens / outcome.meter.spent - 1) <= 0.10  # repeated questions are part of it
     assert {each.explanation is None for each in outcome.explained} == {False}
     stub.misbehave = lambda number: "¯\\_(ツ)_/¯\n\ud800 [0, 1"
     (store.root / "labels" / SAE.removeprefix("saes/") / "llm-stub.answers.parquet").unlink()

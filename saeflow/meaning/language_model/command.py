@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import duckdb
 
@@ -195,9 +195,12 @@ class _Work:
             catalog.write_catalog(self.store)
 
     def _forecast_rest(self, todo: Sequence[int], outcome: Outcome, meter: Meter) -> None:
+        """Forecast the others, with as many repeated questions as the first feature needed."""
         rest = self.forecast(todo[1:]) if len(todo) > 1 else Forecast(0, {}, 0, True)
-        questions = dict(rest.questions)
-        outcome.forecast = Forecast(len(todo), questions, meter.spent + rest.tokens, rest.is_counted)
+        first = outcome.explained[0]
+        again = first.n_nonsense / max(1, first.n_questions)
+        rest = replace(rest, tokens=round(rest.tokens * (1 + again)))
+        outcome.forecast = replace(rest, n_features=len(todo), tokens=meter.spent + rest.tokens)
         if len(todo) > 1:
             self.progress.say(f"forecast, after {meter.spent:,} tokens for the first feature: {rest}")
 
