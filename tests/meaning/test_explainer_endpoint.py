@@ -123,6 +123,9 @@ def test_nonsense_is_counted_asked_again_so_often_and_then_recorded(store: Store
     stub.misbehave = lambda number: "As a model I cannot say.\nReally." if number % 2 else None
     outcome = explain(store, stub, parallel=1)
     assert outcome.n_nonsense > 2
+    assert outcome.forecast is not None
+    assert outcome.meter is not None
+    assert abs(outcome.forecast.tokens / outcome.meter.spent - 1) <= 0.10  # repeated questions are part of it
     assert {each.explanation is None for each in outcome.explained} == {False}
     stub.misbehave = lambda number: "¯\\_(ツ)_/¯\n\ud800 [0, 1"
     (store.root / "labels" / SAE.removeprefix("saes/") / "llm-stub.answers.parquet").unlink()
@@ -183,6 +186,7 @@ def test_a_refusal_stops_at_once(status: int, store: Store, stub: Stub) -> None:
     assert sum(stub.asked.values()) == 1
 
 
+@pytest.mark.long
 def test_a_question_that_is_refused_later_is_recorded_as_unusable(store: Store, stub: Stub) -> None:
     stub.misbehave = lambda number: (413, {}) if number == 2 else None
     outcome = explain(store, stub, parallel=1)
@@ -190,6 +194,7 @@ def test_a_question_that_is_refused_later_is_recorded_as_unusable(store: Store, 
     assert max(s.n_unusable for each in outcome.explained for found in each.scores.values() for s in found) == 5
 
 
+@pytest.mark.long
 def test_models_that_want_other_options_get_them(store: Store, stub: Stub) -> None:
     bodies: list[str] = []
 
@@ -225,6 +230,7 @@ def test_the_key_is_sent_and_is_in_no_file_and_no_message(
         assert connection.execute(sql).fetchall() == [("your key is (key)",)]
 
 
+@pytest.mark.long
 def test_without_a_key_none_is_sent_but_a_word(store: Store, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     endpoint = Endpoint(stub.url, "stub", first_wait_seconds=0.01)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import duckdb
 
@@ -175,14 +175,18 @@ class _Work:
         return forecast(left, len(features), rates, (*made, *self.settings.methods))
 
     async def explain(self, todo: Sequence[int], outcome: Outcome) -> None:
-        """Explain the first feature, forecast the others by what it took, then explain them many at a time."""
+        """Explain one feature, forecast the others by what it took, then explain them many at a time.
+
+        Features at the start about which nothing has to be asked are passed over: they tell nothing of the cost.
+        """
         meter = outcome.meter = Meter(self.settings.budget)
         order = iter(todo)
         try:
             with self.progress.bar("explain", len(todo), "features") as bar:
                 async with Asker(self.settings.endpoint, meter) as asker:
                     explainer = Explainer(self.settings, self.prompts, asker, self.cache, self.results.tokens)
-                    await self._one(next(order), explainer, outcome, bar, todo)
+                    while not meter.spent and len(outcome.explained) < len(todo):
+                        await self._one(next(order), explainer, outcome, bar, todo)
                     self._forecast_rest(todo, outcome, meter)
                     lock, n = asyncio.Lock(), self.settings.endpoint.parallel
                     await gather([self._several(order, explainer, outcome, bar, todo, lock) for _ in range(n)])
@@ -195,10 +199,13 @@ class _Work:
             catalog.write_catalog(self.store)
 
     def _forecast_rest(self, todo: Sequence[int], outcome: Outcome, meter: Meter) -> None:
-        rest = self.forecast(todo[1:]) if len(todo) > 1 else Forecast(0, {}, 0, True)
-        questions = dict(rest.questions)
-        outcome.forecast = Forecast(len(todo), questions, meter.spent + rest.tokens, rest.is_counted)
-        if len(todo) > 1:
+        """Forecast the others, with as many repeated questions as the first feature needed."""
+        first, others = outcome.explained[-1], todo[len(outcome.explained) :]
+        rest = self.forecast(others) if others else Forecast(0, {}, 0, True)
+        again = first.n_nonsense / max(1, first.n_questions)
+        rest = replace(rest, tokens=round(rest.tokens * (1 + again)))
+        outcome.forecast = replace(rest, n_features=len(todo), tokens=meter.spent + rest.tokens)
+        if others:
             self.progress.say(f"forecast, after {meter.spent:,} tokens for the first feature: {rest}")
 
     async def _several(

@@ -49,6 +49,7 @@ class Explained:
     feature: int
     explanation: str | None
     n_explaining: int = 0
+    n_questions: int = 0
     n_nonsense: int = 0
     """Answers that could not be read, also those that a second question made good."""
     scores: dict[Method, list[Score]] = field(default_factory=dict)
@@ -107,6 +108,7 @@ class Explainer:
     async def _read(self, question: Question, done: Explained, read: Reader[Read]) -> Read | None:
         """Return what the answer says. A question whose answer cannot be read is asked again, with a reminder."""
         prompt = question.prompt
+        done.n_questions += 1
         for _ in range(self.settings.nonsense_retries + 1):
             text = await self._answer(prompt, question, done.feature)
             if text is None:
