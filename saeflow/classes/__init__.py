@@ -10,6 +10,7 @@ membership   which classes each token belongs to, looked up in constant time
 values       the values of a run, read feature by feature
 ranking      kernels that rank values and count classes along the ranks
 scores       every feature against every class: AUROC, F1 and others, with p and q by documents
+best         values of the best features so far, held while all are scored
 intervals    bootstrap intervals by document
 probing      the artefact of these figures
 samples      sampled tokens of classes, and what features, neurons and random directions give there

@@ -94,7 +94,7 @@ def annotate(
         find_characters(connection, tokens, unmatched, progress)
         if not unmatched.n_matched:
             raise UserError(f"None of the {unmatched.n_rows:,} rows matched a token. {_reasons(unmatched)}")
-        _write_spans(connection, folder)
+        write_tables(connection, folder)
         unmatched.n_tokens_left_out = _count_left_out(connection)
         classes = pq.read_table(folder / CLASSES).to_pylist()
         facts = {"place": columns.place, "classes": len(classes), **unmatched.as_facts()}
@@ -111,8 +111,8 @@ def _reasons(unmatched: Unmatched) -> str:
     return f"Counts: {'; '.join(counted[1:])}. Nothing was published."
 
 
-def _write_spans(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Write the spans, merged and sorted, and the counts of each class."""
+def write_tables(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    """Write the spans of `annotate_found`, merged and sorted, and the counts of each class."""
     merged = islands("annotate_found", ["class_id", "document_id"], ["first_token_id", "last_token_id"])
     connection.execute(f"create table annotate_merged as {merged}")
     connection.execute("drop table annotate_found")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from saeflow.classes.best import BestEntries
 from saeflow.classes.membership import Membership
 from saeflow.classes.ranking import Keys, rank_keys
 from saeflow.classes.scores import Doubles, Ints, Scores
@@ -22,7 +23,7 @@ from saeflow.sae.kernels import Floats, Ids, compiled
 
 Weights = NDArray[np.uint8]
 
-N_REPLICATES = 1_000
+N_REPLICATES = 500
 FEWEST_REPLICATES = 200
 WEIGHT_BYTES = 1 << 30
 """Most memory for how often each replicate draws each document. With more documents there are fewer replicates."""
@@ -62,11 +63,12 @@ def draw_documents(n_documents: int, seed: int, n_replicates: int = N_REPLICATES
 
 
 def intervals(
-    files: ValueFiles, members: Membership, scores: Scores, n_best: int, weights: Weights, threads: int = 0
-) -> Intervals:
+    files: ValueFiles, members: Membership, scores: Scores, n_best: int, weights: Weights, threads: int = 0,
+    held: BestEntries | None = None,
+) -> Intervals:  # fmt: skip
     """Return the intervals of the `n_best` features with the largest AUROC of each class.
 
-    Reads the values of these features once more. Replicates without a token of the class, or with no other, are left
+    Values that are not held are read once more. Replicates without a token of the class, or with no other, are left
     out.
     """
     shape = scores.auroc.shape
@@ -75,12 +77,16 @@ def intervals(
     if not pairs or members.n_documents < 2:
         return found
     lanes = [np.ascontiguousarray(weights[:, first : first + LANES]) for first in range(0, weights.shape[1], LANES)]
-    in_class = [each.T.astype(float) @ members.document_classes for each in lanes]
-    every = [each.T.astype(float) @ members.document_tokens for each in lanes]
+    in_class: list[Doubles] = [each.T.astype(float) @ members.document_classes for each in lanes]
+    every: list[Doubles] = [each.T.astype(float) @ members.document_tokens for each in lanes]
+
+    kept = held.entries if held else {}
 
     def count(wanted: list[int]) -> None:
-        entries = files.read(wanted[0], wanted[-1], members, wanted)
+        lacking = [f for f in wanted if f not in kept]
+        block = files.read(lacking[0], lacking[-1], members, lacking) if lacking else None
         for f in wanted:
+            entries = block.of(f) if block and f in lacking else kept[f]
             drawn = _replicates(entries, members, f, pairs[f], scores, lanes, in_class, every)
             for c, figures in zip(pairs[f], drawn, strict=True):
                 for name, of_replicates in zip(FIGURES, figures, strict=True):
@@ -117,19 +123,18 @@ def _replicates(
     in_class: list[Doubles], every: list[Doubles],
 ) -> Iterator[Doubles]:  # fmt: skip
     """Yield (figures, replicates) for each of these classes."""
-    rows = slice(entries.starts[f - entries.first], entries.ends[f - entries.first])
-    values, n = entries.values[rows], rows.stop - rows.start
+    values, n = entries.values, len(entries.values)
     keys, spare = np.empty(n, np.uint64), np.empty(n, np.uint64)
     order = np.empty(0, np.int64)
     if n:
         rank_keys(values.view(np.int32), np.arange(n, dtype=np.uint32), keys, spare)
         order = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
         keys >>= np.uint64(32)
-    codes, documents, values = entries.codes[rows][order], entries.documents[rows][order], values[order]
+    codes, documents, values = entries.codes[order], entries.documents[order], values[order]
     for c in classes:
         has = members.sets_with(c)
         drawn = [np.full((len(FIGURES), each.shape[1]), np.nan) for each in lanes]
-        inside, threshold = has[codes], np.float32(scores.threshold[f, c])
+        inside, threshold = has[codes], float(np.float32(scores.threshold[f, c]))
         for each, of_class, of_all, figures in zip(lanes, in_class, every, drawn, strict=True):
             count_replicates(keys, values, documents, inside, each, of_class[:, c].copy(), of_all, threshold, figures)
         yield np.concatenate(drawn, axis=1)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saeflow.classes.best import BestEntries
 from saeflow.classes.intervals import FIGURES, N_REPLICATES, Intervals, draw_documents, intervals
 from saeflow.classes.membership import Membership, Spans, membership
 from saeflow.classes.scores import Scores, score
@@ -38,7 +39,7 @@ class ProbeSettings:
 
     classes: tuple[str, ...] = ()
     """Classes to probe; empty for all."""
-    n_best: int = 5
+    n_best: int = 3
     """Features of each class, those with the largest AUROC, that get bootstrap intervals."""
     replicates: int = N_REPLICATES
     seed: int = 0
@@ -117,9 +118,10 @@ def score_tables(
 ) -> dict[str, pa.Table]:
     """Return the tables of the figures, by name."""
     files = ValueFiles.of(run)
-    scores = score(files, members, threads)
+    held = BestEntries(settings.n_best)
+    scores = score(files, members, threads, held=held)
     weights = draw_documents(members.n_documents, settings.seed, settings.replicates)
-    found = intervals(files, members, scores, settings.n_best, weights, threads)
+    found = intervals(files, members, scores, settings.n_best, weights, threads, held)
     return {
         "feature_classes": _pair_table(name, members, scores, found),
         "class_sizes": _class_table(name, members),
@@ -174,7 +176,7 @@ def write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
 
 def read_table(made: Artefact, name: str) -> list[dict[str, Any]]:
     """Return the rows of a table of a probe."""
-    return pq.read_table(made.own_file(TABLES[name])).to_pylist()
+    return list(pq.read_table(made.own_file(TABLES[name])).to_pylist())
 
 
 def best_of_each_class(made: Artefact) -> list[dict[str, Any]]:

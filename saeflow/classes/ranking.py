@@ -65,7 +65,7 @@ def _sort_keys(keys: Keys, spare: Keys, width: int) -> None:
 
 
 @compiled
-def rank_keys(bits: Ids, items: Codes, keys: Keys, spare: Keys) -> tuple[int, int]:
+def rank_keys(bits: Ids, items: Codes, keys: Keys, spare: Keys) -> tuple[np.int64, int]:
     """Write the values as sorted keys, the largest value first: a value's rank among bits in the upper half, its item
     in the lower half. Return the largest ordered bits and how far they are shifted; see `key_bits`.
     """

@@ -49,7 +49,7 @@ class Sample:
         inside = self.inside[rows, c]
         n_in = max(int(inside.sum()), 1)
         n_out = max(len(rows) - int(inside.sum()), 1)
-        return np.where(inside, self.shares[c] / n_in, (1 - self.shares[c]) / n_out) * len(rows)
+        return np.asarray(np.where(inside, self.shares[c] / n_in, (1 - self.shares[c]) / n_out) * len(rows))
 
 
 def draw(members: Membership, seed: int, n_others: int = N_OTHERS, n_members: int = N_MEMBERS) -> Sample:

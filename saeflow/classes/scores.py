@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from saeflow.classes.best import BestEntries
 from saeflow.classes.membership import Membership
 from saeflow.classes.ranking import score_features
 from saeflow.classes.values import BLOCK_VALUES, Entries, ValueFiles
@@ -43,8 +44,8 @@ class Counts:
             np.zeros((n_features, 3, n_classes), np.int64), np.zeros(shape), np.zeros(shape), np.zeros((n_features, 2)),
         )  # fmt: skip
 
-    def add(self, entries: Entries, members: Membership, expected: Doubles) -> None:
-        """Count the features of these entries."""
+    def add(self, entries: Entries, members: Membership, expected: Doubles) -> Doubles:
+        """Count the features of these entries. Return their AUROC (features, C)."""
         rows = slice(entries.first, entries.first + len(entries.starts))
         self.fires[rows] = entries.ends - entries.starts
         score_features(
@@ -53,6 +54,7 @@ class Counts:
             members.set_classes, expected, self.n_both[rows], self.ranks[rows], self.precisions[rows], self.best[rows],
             self.sums_in[rows], self.squares[rows], self.totals[rows],
         )  # fmt: skip
+        return auroc_of(self.ranks[rows], members.class_tokens, members.n_tokens)
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,24 @@ class Scores:
         return np.where(np.take_along_axis(auroc, order, 0) >= 0, order, -1)
 
 
-def score(files: ValueFiles, members: Membership, threads: int = 0, block_values: int = BLOCK_VALUES) -> Scores:
-    """Return the figures of every feature with every class. The number of threads changes nothing in them."""
+def score(
+    files: ValueFiles, members: Membership, threads: int = 0, block_values: int = BLOCK_VALUES,
+    held: BestEntries | None = None,
+) -> Scores:  # fmt: skip
+    """Return the figures of every feature with every class. The number of threads changes nothing in them.
+
+    `held` takes the values of the best features, so that their intervals need not read them again.
+    """
     counts = Counts.none(files.n_features, len(members.classes))
     expected = expected_in_documents(members)
-    in_parallel(
-        lambda block: counts.add(files.read(*block, members), members, expected),
-        files.blocks(block_values),
-        n_threads(threads),
-    )
+
+    def count(block: tuple[int, int]) -> None:
+        entries = files.read(*block, members)
+        auroc = counts.add(entries, members, expected)
+        if held is not None:
+            held.take(entries, auroc)
+
+    in_parallel(count, files.blocks(block_values, n_threads(threads)), n_threads(threads))
     return scores_of(counts, members, expected)
 
 
@@ -107,21 +118,25 @@ def expected_in_documents(members: Membership) -> Doubles:
     return members.document_classes - members.document_tokens[:, None] * shares
 
 
+def auroc_of(ranks: Ints, class_tokens: Ints, n_tokens: int) -> Doubles:
+    """Return AUROC from twice the number of tokens above each token of the class, ties counted half."""
+    pairs = class_tokens.astype(float) * (n_tokens - class_tokens)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(1 - (ranks - class_tokens**2) / 2 / np.where(pairs > 0, pairs, np.nan))
+
+
 def scores_of(counts: Counts, members: Membership, expected: Doubles) -> Scores:
     """Return the figures that follow from counts over all values."""
     n, in_class = float(members.n_tokens), members.class_tokens.astype(float)
     t, p = _by_document(counts, members, expected)
     with np.errstate(invalid="ignore", divide="ignore"):
-        outside = n - in_class
-        pairs = np.where(in_class * outside > 0, in_class * outside, np.nan)
-        above = (counts.ranks - members.class_tokens**2) / 2
         both, chosen, bits = (counts.best[:, row] for row in range(3))
         found = np.where(chosen > 0, both, np.nan)
         fires = counts.fires[:, None]
         return Scores(
             fires=counts.fires,
             n_both=counts.n_both,
-            auroc=1 - above / pairs,
+            auroc=auroc_of(counts.ranks, members.class_tokens, members.n_tokens),
             average_precision=counts.precisions / np.where(in_class > 0, in_class, np.nan),
             threshold=np.where(chosen > 0, bits.astype(np.int32).view(np.float32), np.nan).astype(float),
             f1=2 * found / (chosen + in_class),

@@ -27,7 +27,6 @@ from saeflow.runtime.threads import one_torch_thread
 from saeflow.store.store import Store
 
 SIZES = (1, 5, 16)
-Matrix = sparse.csc_array
 
 
 def sparse_table(store: Store, run: Run, name: str, members: Membership, seed: int, threads: int = 0) -> pa.Table:
@@ -45,7 +44,7 @@ def sparse_table(store: Store, run: Run, name: str, members: Membership, seed: i
 
 def _bases(
     store: Store, run: Run, members: Membership, sample: Sample, seed: int, threads: int
-) -> Iterator[tuple[str, Matrix]]:
+) -> Iterator[tuple[str, sparse.csc_array]]:
     """Yield each basis with its values at the sampled tokens."""
     files = ValueFiles.of(run)
     features = feature_values(files, members, sample.places, threads)
@@ -58,7 +57,7 @@ def _bases(
     yield "random", random_values(neurons, files.n_features, n_active, seed)
 
 
-def probes(values: Matrix, sample: Sample, c: int) -> Iterator[dict[str, Any]]:
+def probes(values: sparse.csc_array, sample: Sample, c: int) -> Iterator[dict[str, Any]]:
     """Yield the figures of each k for one class. Figures are None if training or held-out documents lack the class."""
     train, test = np.flatnonzero(~sample.is_test), np.flatnonzero(sample.is_test)
     y = sample.inside[:, c]
@@ -67,14 +66,16 @@ def probes(values: Matrix, sample: Sample, c: int) -> Iterator[dict[str, Any]]:
     order = _strongest(values, train, y[train], sample.weights(c, train), max(SIZES)) if able else np.empty(0, np.int64)
     for k in SIZES:
         chosen = order[:k]
-        figures = {"auroc": None, "f1": None}
+        figures: dict[str, float | None] = {"auroc": None, "f1": None}
         if len(chosen):
             dense = values[:, chosen].toarray().astype(float)
             figures = _judged(dense[train], dense[test], y, train, test, sample, c)
         yield {"k": k, "dimensions": chosen.tolist(), **counts, **figures}
 
 
-def _strongest(values: Matrix, rows: Ints, y: NDArray[np.bool_], weights: NDArray[np.float64], n: int) -> Ints:
+def _strongest(
+    values: sparse.csc_array, rows: Ints, y: NDArray[np.bool_], weights: NDArray[np.float64], n: int
+) -> Ints:
     """Return the n dimensions whose values differ most between class and others, by the size of the correlation.
 
     The correlation is the difference of means in units of the spread, so that dimensions of any scale compare.
@@ -94,7 +95,7 @@ def _strongest(values: Matrix, rows: Ints, y: NDArray[np.bool_], weights: NDArra
 def _judged(
     x_train: NDArray[np.float64], x_test: NDArray[np.float64], y: NDArray[np.bool_], train: Ints, test: Ints,
     sample: Sample, c: int,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float | None]:  # fmt: skip
     """Fit on the training rows and judge on the others. The cut for F1 is the best one on the training rows."""
     spread = x_train.std(0)
     spread[spread == 0] = 1

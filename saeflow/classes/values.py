@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,17 @@ class Entries:
     values: NDArray[np.float32]
     codes: NDArray[np.unsignedinteger]
     documents: NDArray[np.int32]
+
+    def of(self, feature: int) -> Entries:
+        """Return a copy of one feature's entries."""
+        rows = slice(self.starts[feature - self.first], self.ends[feature - self.first])
+        n = np.array([rows.stop - rows.start])
+        values, codes, documents = self.values[rows].copy(), self.codes[rows].copy(), self.documents[rows].copy()
+        return Entries(feature, np.zeros(1, np.int64), n, values, codes, documents)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.values.nbytes + self.codes.nbytes + self.documents.nbytes
 
 
 @dataclass(frozen=True)
@@ -75,10 +87,14 @@ class ValueFiles:
                 found.append((number, group, *ends, of_group.num_rows))
         return found
 
-    def blocks(self, block_values: int = BLOCK_VALUES) -> list[tuple[int, int]]:
-        """Return first and last feature of blocks of about so many values, every feature in one of them."""
+    def blocks(self, block_values: int = BLOCK_VALUES, threads: int = 1) -> list[tuple[int, int]]:
+        """Return first and last feature of blocks of about so many values, every feature in one of them.
+
+        Blocks are somewhat smaller if that gives each thread as many.
+        """
         _, _, low, high, n = self.groups.T
-        return cut_features(low, high, n, self.n_features, block_values)
+        n_blocks = -(-max(int(n.sum()), 1) // (block_values * threads)) * threads
+        return cut_features(low, high, n, self.n_features, int(1.02 * n.sum() / n_blocks) + 1)
 
     def read(self, first: int, last: int, members: Membership, wanted: Sequence[int] | None = None) -> Entries:
         """Return the values of these features at counted tokens, each feature's in the order of its files.
@@ -90,7 +106,7 @@ class ValueFiles:
         tables = [table for table in found_in if table is not None]
         counts = np.zeros(last - first + 1, np.int64)
         for features, _, _ in tables:
-            counts += np.bincount(features - first, minlength=len(counts))
+            counts += np.diff(np.searchsorted(features, np.arange(first, last + 2, dtype=np.int32)))
         starts = np.cumsum(counts) - counts
         ends, n = starts.copy(), int(counts.sum())
         found = Entries(
@@ -105,7 +121,7 @@ class ValueFiles:
 
     def _table(
         self, number: int, first: int, last: int, wanted: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int32], ...] | None:
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]] | None:
         """Return feature_ids, token_ids and values of the groups of one file that hold wanted features, if any do."""
         mine = self.groups[self.groups[:, 0] == number]
         holds = np.searchsorted(wanted, mine[:, 2]) < np.searchsorted(wanted, mine[:, 3], side="right")
@@ -114,11 +130,12 @@ class ValueFiles:
         with pq.ParquetFile(self.paths[number], metadata=self._footers[number]) as file:
             table = file.read_row_groups(mine[holds, 1].tolist(), columns=COLUMNS, use_threads=False)
         columns = [_as_array(table.column(name)) for name in COLUMNS]
-        start, stop = np.searchsorted(columns[0], (first, last + 1))
-        return tuple(column[start:stop] for column in columns)
+        start, stop = np.searchsorted(columns[0], np.array([first, last + 1], np.int32))
+        features, tokens, values = (column[start:stop] for column in columns)
+        return features, tokens, values
 
 
-def _as_array(column: pa.ChunkedArray) -> NDArray[np.int32]:
+def _as_array(column: pa.ChunkedArray) -> NDArray[Any]:
     return np.asarray(column.to_numpy() if column.num_chunks != 1 else column.chunk(0).to_numpy())
 
 

@@ -19,7 +19,6 @@ from saeflow.cli.meaning.annotate import annotate_commands
 from saeflow.cli.meaning.compare import compare_commands
 from saeflow.cli.meaning.effects import effect_commands
 from saeflow.cli.meaning.explain import explain_commands
-from saeflow.cli.meaning.explain_by_model import explain_model_commands
 from saeflow.cli.meaning.probe import probe_commands
 from saeflow.cli.run import run_commands
 from saeflow.cli.serve import serve_commands
@@ -36,7 +35,7 @@ app = typer.Typer(
 )
 for family in (
     run_commands, synth_commands, store_commands, ask_commands, browse_commands, label_commands, annotate_commands,
-    probe_commands, explain_commands, explain_model_commands, effect_commands, compare_commands, serve_commands,
+    probe_commands, explain_commands, effect_commands, compare_commands, serve_commands,
 ):  # fmt: skip
     app.add_typer(family)
 

@@ -70,7 +70,8 @@ def unit_lengths(sae: SparseAutoencoder, x: Tensor) -> Tensor | float:
     wide = x.double()
     if sae.input_norm == "layer_norm":
         return wide.std(dim=1, keepdim=True).float()
-    return (torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp(min=1e-30) / math.sqrt(x.shape[1])).float()
+    length: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp(min=1e-30) / math.sqrt(x.shape[1])
+    return length.float()
 
 
 def require_spliceable(sae: SparseAutoencoder) -> None:
@@ -137,7 +138,7 @@ def _left_alone(place: SplicePlace, inputs: Any, named: dict[str, Any]) -> Tenso
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return None
     before = named.get("past_key_values")
-    start = int(before.get_seq_length()) if hasattr(before, "get_seq_length") else 0
+    start = 0 if before is None or not hasattr(before, "get_seq_length") else int(before.get_seq_length())
     positions = torch.arange(start, start + ids.shape[1])
     special, skipped = (torch.tensor(list(each), dtype=torch.int64) for each in (place.special, place.positions))
     return torch.isin(ids.cpu(), special) | torch.isin(positions, skipped)

@@ -9,7 +9,7 @@
 --          simulation predicts each token's strength: score is a correlation (-1 to 1). low and high are a 95%
 --          interval. n counts the examples that were answered (of simulation: contexts), n_unusable those whose answer
 --          could not be read.
--- Ask it:  which labels of a language model are good?  from explanation_scores where stratum = 'all'
+-- Ask it:  which labels of a language model are good? (stratum = 'all')
 create or replace view explanation_scores as
 select
     feature_id,

@@ -2,8 +2,8 @@
 --
 -- Grain:   one row per feature with a label.
 -- Reads:   src_labels
--- Units:   its own label counts before those of other people and tools, and these before one that `saeflow explain` made
---          without a language model (source rules). Then the best score counts, then the first in text order.
+-- Units:   its own label counts before those of other people and tools, and these before one that `saeflow explain`
+--          made without a language model (source rules). Then the best score counts, then the first in text order.
 -- Ask it:  what is feature 12 called?
 create or replace view feature_names as
 select

@@ -68,7 +68,7 @@ def timed(folder: str) -> None:
     store, saved = Store.open(folder), np.load(f"{folder}/planted.npz")
     names = tuple(f"class {number:02d}" for number in range(N_CLASSES))
     spans = Spans(names, saved["numbers"], saved["firsts"], saved["lasts"])
-    took, began = {}, time.perf_counter()
+    took, began, busy = {}, time.perf_counter(), time.process_time()
     run = pick_run(store, runs(store), None)
     members = probing.members_of(store, run, spans)
     took["members"] = time.perf_counter() - began
@@ -77,6 +77,7 @@ def timed(folder: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         probing.write_tables(Path(place), tables)
         took["seconds"] = time.perf_counter() - began
+        took["cpu_seconds"] = time.process_time() - busy
         pairs = pq.read_table(f"{place}/feature_classes.parquet", columns=["class", "feature_id", "auroc"])
     first = (
         pairs.sort_by([("auroc", "descending")])
@@ -116,7 +117,14 @@ def main() -> None:
         Bar("bytes at the peak", MOST_BYTES, "<=", took["bytes"]),
         Bar("planted classes whose feature ranks first", 1, ">=", float(right)),
     ]
-    report("probe", bars, n_values=n_values, n_classes=N_CLASSES, n_features=_made_run.N_FEATURES, took=took)
+    report(
+        "probe",
+        bars,
+        n_values=store.artefacts("features")[-1].published().total("n_values"),
+        n_classes=N_CLASSES,
+        n_features=_made_run.N_FEATURES,
+        took=took,
+    )
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ from safetensors.numpy import save_file
 import saeflow
 from saeflow.browser.answers import FORMATS
 from saeflow.browser.server import Application
+from saeflow.classes.annotations import Source, annotate
 from saeflow.cli.screen import render_table
 from saeflow.query.labels import Label, put
 from saeflow.query.questions import Question, questions
 from saeflow.query.text_formats import for_python
+from saeflow.runtime.progress import Progress
 from saeflow.runtime.terminal import Terminal
 from saeflow.store.store import Store
 from tests.fuzz.pages import HOSTILE as WORDS
@@ -99,6 +101,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     )
     put(store, folder.name, "own", {0: Label("<zq9>" * 2000), 1: Label("=1+1"), 2: Label(HOSTILE)})
     put_meaning(store, n_entries)
+    classes = {"class": ["<zq9>'\"", "=1+1", HOSTILE], "token_id": [0, 3, 5]}
+    pq.write_table(pa.table(classes), root.parent / "classes.parquet")
+    annotate(store, None, "hostile", Source(root.parent / "classes.parquet"), Progress(verbosity=-1))
     return Place(Application(store), root)
 
 

@@ -310,7 +310,7 @@ def test_the_command_says_what_matched_and_lists_and_removes(tmp_path: Path, sto
     assert said.err.splitlines()[-3:] == [
         "Columns read: class, document, start, end; not read: by",
         "1 of 2 rows matched",
-        "1 rows name a document that the store does not show",
+        "rows that name a document which the store does not show: 1",
     ]
     assert "published" in said.out
     assert "places" in saeflow("annotate", *at).out

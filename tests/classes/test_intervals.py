@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
 from saeflow.classes import intervals
+from saeflow.classes.best import BestEntries
 from saeflow.classes.membership import membership
 from saeflow.classes.scores import score
 from tests.classes.test_scores import made, rounded, spans_of, write
@@ -20,7 +21,11 @@ def test_intervals_are_those_of_repeated_documents(tmp_path, signed):
     files = write(tmp_path, values, 0, (200,))
     scores = score(files, members)
     weights = intervals.draw_documents(members.n_documents, 0, 40)
-    found = intervals.intervals(files, members, scores, 3, weights, 2)
+    held = BestEntries(3, 10_000)
+    score(files, members, 2, 300, held)
+    found = intervals.intervals(files, members, scores, 3, weights, 2, held)
+    again = intervals.intervals(files, members, scores, 3, weights, 2)
+    np.testing.assert_array_equal(found.low["auroc"], again.low["auroc"])
     ids = np.unique(documents)
     assert (np.isfinite(found.low["auroc"]).sum(0) == 3).all()
     for f, c in np.argwhere(np.isfinite(found.low["auroc"])):

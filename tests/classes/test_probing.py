@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,25 +99,6 @@ def test_only_wanted_classes_are_probed_and_unknown_ones_refused(store):
         probe(store, pick_run(store, runs(store), None), "verbs", ProbeSettings())
 
 
-def test_values_that_are_not_encoded_do_not_count(tmp_path):
-    """Token 1 is skipped by a setting: its value is as if it were not there."""
-    given = Given()
-    store = given.write(tmp_path / "store")
-    (tmp_path / "words.csv").write_text(CLASSES)
-    annotate(store, None, "words", Source(tmp_path / "words.csv"), quiet())
-    run = pick_run(store, runs(store), None)
-    from dataclasses import replace
-
-    from saeflow.classes.probing import members_of, read_spans
-    from saeflow.query.run_records import newest_annotations
-
-    spans = read_spans(next(iter(newest_annotations(store, "tokens/demo-f0000001").values())))
-    members = members_of(store, replace(run), spans)
-    assert members.n_tokens == 8
-    assert members.classes == ("love", "start")
-    assert members.class_tokens.tolist() == [3, 3]
-
-
 def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():
     """Four features decide a class each; neurons mix them, and random directions hold a bit of all."""
     dice = np.random.default_rng(0)
@@ -148,8 +130,9 @@ def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():
 
 
 def test_the_command_probes_neurons_and_random_directions_too(saeflow: Command, finished: Finished, tmp_path):
-    store = ["--store", finished.store.root]
-    sql = "select token_id, if(token_id % 3 = 0, 'a', 'b') as class from tokens where mask"
+    shutil.copytree(finished.store.root, tmp_path / "store")
+    store = ["--store", tmp_path / "store"]
+    sql = "select token_id, if(token_id % 3 = 0, 'a', 'b') as class from tokens"
     assert saeflow("annotate", "thirds", "--sql", sql, *store).code == 0
     said = saeflow("probe", "thirds", "--sparse", "--replicates", 20, *store)
     assert said.code == 0, said.err

@@ -422,11 +422,14 @@ MAY_BE_EMPTY = (
     "left_out",
     "annotations",
     "feature_rules",
+    "feature_classes",
+    "classes_of_feature",
+    "sparse_probes",
     *EFFECTS,
     "explanation_scores",
     "explanation_mistakes",
 )
-NEEDS_ANNOTATIONS = ("annotated_tokens", "class_in_text")  # tests/classes asks these
+NEEDS_ANNOTATIONS = ("annotated_tokens", "class_in_text", "features_of_class")  # tests/classes asks these
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)

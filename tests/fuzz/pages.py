@@ -48,6 +48,7 @@ PLAUSIBLE = {
     "doc": ["tales/000", "tales/001"], "key": ["tales/000"], "document_key": ["tales/000"], "vocab": ["5", "30"],
     "token": ["0", "17", "200"], "tokens": ["3", "3,17,200"],
     "source": ["tales"], "since": ["2020-01-01"], "until": ["2030-01-01"],
+    "annotation": ["none"], "class": ["none"],
     "features": ["1,2", "3"], "thresholds": ["0,0", "0.1"], "sort": ["interesting", "id"], "file": ["browser.css"],
     "kind": ["dead", "other"], "by": ["pca", "umap"], "text": ["a", "the sea"], "a": ["small", "1"], "b": ["2"],
 }  # fmt: skip

@@ -123,6 +123,15 @@ def test_a_pass_for_many_changes_gives_what_one_change_at_a_time_gives(name: str
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+def test_a_transcoder_is_changed_where_it_writes() -> None:
+    model, read, target = a_model("GPT2LMHeadModel", _GPT2), "transformer.h.0.mlp:input", "transformer.h.0.mlp"
+    branches = some_branches(16, 3)
+    with contextlib.closing(SharedPass(model, read, target)) as running:
+        found = running.logits([branches])
+    for one, other in zip(found, one_at_a_time(model, target, branches), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
 def test_a_site_behind_the_last_attention_reaches_no_later_token() -> None:
     model = a_model("GPT2LMHeadModel", _GPT2 | {"n_layer": 1})
     assert not choose_pass(model, "transformer.h.0.mlp", "transformer.h.0.mlp", 16, 20).reaches_later

@@ -226,7 +226,7 @@ def test_a_dry_run_asks_nothing_and_knows_what_was_counted(store: Store, stub: S
     assert outcome.forecast is not None
     assert outcome.forecast.is_counted
     assert outcome.forecast.questions["explanation"] == 2
-    typed = ["explain-by-model", "demo", "--endpoint", stub.url, "--model", "other", "--store", store.root]
+    typed = ["explain", "demo", "--endpoint", stub.url, "--model", "other", "--store", store.root]
     said = saeflow(*typed, "--features", "1,2", "--dry-run", "--methods", "all")
     assert said.out.startswith("forecast: 2 features, ")
     assert said.out.strip().endswith("(guessed: four characters a token)")
@@ -236,7 +236,7 @@ def test_a_dry_run_asks_nothing_and_knows_what_was_counted(store: Store, stub: S
 
 def test_a_budget_is_never_passed_and_the_next_command_goes_on(store: Store, stub: Stub, saeflow: Command) -> None:
     typed = [
-        "explain-by-model", "demo", "--endpoint", stub.url, "--model", "new", "--store", store.root, "--features",
+        "explain", "demo", "--endpoint", stub.url, "--model", "new", "--store", store.root, "--features",
         "1-4", "--context", "9", "--bands", "3", "-n", "2", "--silent", "5",
     ]  # fmt: skip
     said = saeflow(*typed, "--budget", 6000)
@@ -258,7 +258,7 @@ def test_a_budget_is_never_passed_and_the_next_command_goes_on(store: Store, stu
     [
         (["--features", "3,x"], "--features is '3,x'"),
         (["--features", "9-3"], "--features has '9-3'"),
-        (["--features", "99"], "There is no feature 99; features go from 0 to 9."),
+        (["--features", "99"], "features go from 0 to 9."),
         (["--features", "1", "--methods", "magic"], "--methods is 'magic'"),
         (["--features", "1", "--score", "nobody"], "Sources with labels: llm-stub, shuffled."),
         (["--features", "1", "--score", "shuffled", "--methods", "none"], "--score needs a method"),
@@ -268,13 +268,15 @@ def test_a_budget_is_never_passed_and_the_next_command_goes_on(store: Store, stu
         (["--features", "1", "--key-from", "NOBODY_SET_THIS"], "no such environment variable"),
         (["--features", "1", "--endpoint", "localhost"], "--endpoint is 'localhost'"),
         (["--features", "1", "--model", " "], "--model is ' '"),
+        ([], "--endpoint needs --features"),
+        (["--features", "1", "--rules"], "Leave one out"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_asked(
     typed: list[str], said: str, scored: Scored, stub: Stub, saeflow: Command
 ) -> None:
     usual = ["--endpoint", stub.url, "--model", "stub", "--store", scored.root]
-    found = saeflow("explain-by-model", "demo", *usual, *typed)
+    found = saeflow("explain", "demo", *usual, *typed)
     assert (found.code, said in found.err) == (2, True), found.err
     assert not stub.asked
 

@@ -210,7 +210,7 @@ def test_the_key_is_sent_and_is_in_no_file_and_no_message(
 ) -> None:
     monkeypatch.setenv("THEIR_KEY", KEY)
     stub.misbehave = lambda number: f"Explanation: your key is {KEY}" if number == 1 else None
-    typed = ["explain-by-model", "demo", "--endpoint", stub.url, "--model", "stub", "--store", store.root, *TYPED]
+    typed = ["explain", "demo", "--endpoint", stub.url, "--model", "stub", "--store", store.root, *TYPED]
     done = saeflow(*typed, "--key-from", "THEIR_KEY")
     assert done.code == 0, done.err
     assert set(stub.keys) == {f"Bearer {KEY}"}
@@ -238,7 +238,7 @@ def test_a_command_that_is_killed_asks_nothing_twice_and_ends_as_undisturbed(
     at: int, store: Store, stub: Stub, undisturbed: dict[str, bytes]
 ) -> None:
     """Killed with a question on its way: that one alone was not answered, and is asked again."""
-    typed = ["explain-by-model", "demo", "--endpoint", stub.url, "--model", "stub", "--store", str(store.root)]
+    typed = ["explain", "demo", "--endpoint", stub.url, "--model", "stub", "--store", str(store.root)]
     killed: list[subprocess.Popen[bytes]] = []
 
     def kill(number: int) -> Misbehaviour:

@@ -11,14 +11,15 @@ import torch
 
 import saeflow as package
 from saeflow.meaning.effects.steer import parse_assignments
-from saeflow.pipeline import stages
+from saeflow.pipeline import encode, stages, train
+from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.api import OpenRun
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.support.command import Command
-from tests.support.small_pipeline import Ingredients, quiet, recipe_data
+from tests.support.small_pipeline import Ingredients, a_table, brought_data, quiet, recipe_data, write_table
 
 RESID = "transformer.h.0"
 TEXT = "the old sailor sees"
@@ -164,15 +165,10 @@ def test_escape_sequences_of_a_prompt_reach_no_terminal(store: Store, saeflow: C
 
 
 def test_a_run_of_a_table_has_no_model(tmp_path: Path) -> None:
-    from saeflow.pipeline import collect, encode, tokens, train  # noqa: F401
-    from saeflow.pipeline.foreign import import_table
-    from tests.support.small_pipeline import a_table, brought_data, write_table
-
     made = Store.create(tmp_path / "store")
-    lineage = Lineage(made, parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table()))))
-    import_table.run(lineage, quiet())
-    for stage in (train, encode):
-        stage.run(lineage, quiet())
+    recipe = parse_recipe(brought_data(write_table(tmp_path / "t.npy", a_table())))
+    for stage in (import_table, train, encode):
+        stage.run(Lineage(made, recipe), quiet())
     with package.open(made.root) as opened, pytest.raises(UserError, match="this run is of a table"):
         opened.model()
 

@@ -703,6 +703,8 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
     elsewhere |= {"feature_rules"}  # test_rules counts what its rules say
     elsewhere |= {"effect_contexts", "effects_on_entries", "feature_effects"}  # tests/meaning/test_effects.py
     elsewhere |= {"explanation_scores", "explanation_mistakes"}  # test_explainer
+    elsewhere |= {"annotations", "annotated_tokens", "feature_classes", "features_of_class", "classes_of_feature"}
+    elsewhere |= {"sparse_probes"}  # tests/classes
     elsewhere |= {"metrics", "settings", "stages", "training_curve"}  # test_run_records reads what they were made from
     elsewhere |= {"labels_of_feature", "tokens_in_text"}  # test_sql
     elsewhere |= {"class_in_text", "measured_effects", "scores_of_labels"}  # test_meaning_of_features

@@ -8,7 +8,9 @@ from dataclasses import replace
 from saeflow.browser.address import FILTER, IN_WORDS, WINDOW, Asked, address_of_panel
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.pages import meaning
+from saeflow.browser.pages.meaning import LATER as LATER_MEANING
+from saeflow.browser.pages.meaning import Measured, not_measured
+from saeflow.browser.pages.meaning import panels as panels_of_meaning
 from saeflow.browser.pages.sources import sources_of
 from saeflow.browser.panels import Panel, address_of_run, as_query, with_words
 from saeflow.query import labels
@@ -20,7 +22,7 @@ OWN = "own"
 BESIDE = ("numbers", "values", "sources", "entries", "logits", "similar", "companions")
 """Panels in the narrow column, in their order."""
 
-LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources", *meaning.LATER)
+LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources", *LATER_MEANING)
 """Panels that a page fetches when they are looked at: they read more than the feature's own tokens."""
 
 ALONE = ("strongest", "bands", "random")
@@ -35,7 +37,7 @@ MOST_CONTEXTS = 200
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
     feature = asked.number("feature")
-    missing = meaning.not_measured(opened, feature)
+    missing = not_measured(opened, feature)
     left_out = {name for each in missing for name in each.panels}
     every = [panel for panel in panels(asked, feature) if panel.name not in left_out]
     later = [panel for panel in every if panel.name in LATER and not asked.switch("all")]
@@ -56,7 +58,7 @@ def one_panel(asked: Asked, opened: OpenedRun) -> Page:
 
 
 def _page_of(
-    asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel], missing: Sequence[meaning.Measured] = ()
+    asked: Asked, opened: OpenedRun, now: list[Panel], later: list[Panel], missing: Sequence[Measured] = ()
 ) -> Page:
     feature, schema = asked.number("feature"), opened.run.schema
     answers = [panel.ask(opened) for panel in now]
@@ -93,7 +95,7 @@ def panels(asked: Asked, feature: int) -> list[Panel]:
         Panel("logits", "Next tokens", "feature_logits", about, "logits", about=whole),
         Panel("similar", "Similar directions", "similar_features", about, "neighbours", 10, whole),
         Panel("companions", "Features that fire together", *companions, "neighbours", 10),
-        *meaning.panels(feature, whole),
+        *panels_of_meaning(feature, whole),
         Panel("examples", "Contexts", "feature_examples", shown, "examples"),
         Panel("strongest", "Strongest contexts", "feature_contexts", {**shown, "n": 50}, "contexts"),
         Panel("bands", "Contexts by strength", "feature_bands", {**shown, "n": 10}, "bands"),

@@ -82,12 +82,14 @@ def _show(done: Done, dry_run: bool) -> None:
 
 
 _REASONS = {
-    "n_unknown_documents": "name a document that the store does not show",
-    "n_unknown_tokens": "name a token that no document of the store has",
-    "n_unreadable": "lack a whole number for start, end or token_id",
-    "n_empty": "end before they begin, or name a document without tokens",
-    "n_outside": "lie outside of their document's text",
-    "n_between": "hold only characters for which no token stands",
+    "n_unknown_documents": "rows that name a document which the store does not show",
+    "n_unknown_tokens": "rows that name a token which no document of the store has",
+    "n_unreadable": "rows that lack a whole number for start, end or token_id",
+    "n_empty": "rows that end before they begin, or name a document without tokens",
+    "n_outside": "rows that lie outside of their document's text",
+    "n_between": "rows that hold only characters for which no token stands",
+    "n_cut": "matched rows that reach beyond the text or the tokens; the rest of each counts",
+    "n_tokens_left_out": "tokens that this run does not encode, so that no feature can fire there",
 }
 
 
@@ -97,11 +99,7 @@ def _described(done: Done) -> Iterator[str]:
     unread = f"; not read: {', '.join(columns.unread)}" if columns.unread else ""
     yield f"Columns read: {', '.join(columns.read)}{unread}"
     yield f"{lost.n_matched:,} of {lost.n_rows:,} rows matched"
-    yield from (f"{n:,} rows {why}" for name, why in _REASONS.items() if (n := getattr(lost, name)))
-    if lost.n_cut:
-        yield f"{lost.n_cut:,} matched rows reach beyond the text or the tokens; the rest of each counts"
-    if lost.n_tokens_left_out:
-        yield f"{lost.n_tokens_left_out:,} of the tokens are not encoded in this run, so no feature can fire there"
+    yield from (f"{why}: {n:,}" for name, why in _REASONS.items() if (n := getattr(lost, name)))
 
 
 def _list(store: Store, run: str | None) -> None:

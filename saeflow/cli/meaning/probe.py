@@ -24,10 +24,10 @@ def probe_command(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Also probes of 1, 5 and 16 features, neurons and random directions.")
     ] = False,
-    best: Annotated[int, typer.Option("--best", min=0, help="Features of each class that get intervals.")] = 5,
+    best: Annotated[int, typer.Option("--best", min=0, help="Features of each class that get intervals.")] = 3,
     replicates: Annotated[
         int, typer.Option("--replicates", min=2, max=100_000, help="Resamples of the documents for the intervals.")
-    ] = 1_000,
+    ] = 500,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the resamples and of the sampled tokens.")] = 0,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Threads to use; 0: one per core.")] = 0,
     store: StoreOption = None,

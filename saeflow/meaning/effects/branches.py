@@ -48,7 +48,7 @@ class Branches:
 
     @property
     def ends(self) -> np.ndarray:
-        return self.places + self.lengths
+        return np.asarray(self.places + self.lengths)
 
     @property
     def positions(self) -> np.ndarray:

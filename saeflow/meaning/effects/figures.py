@@ -57,7 +57,7 @@ def compare(before: Tensor, after: Tensor, following: np.ndarray, top: int, n_vo
 
 
 def _nothing(top: int) -> list[np.ndarray]:
-    moved = [np.zeros((0, top), np.int32), np.zeros((0, top), np.float32), np.zeros((0, top), np.float32)]
+    moved: list[np.ndarray] = [np.zeros((0, top), kind) for kind in (np.int32, np.float32, np.float32)]
     moved.append(np.zeros(0, np.int64))
     return [np.zeros(0), np.zeros(0), np.zeros(0), *moved, *moved]
 

@@ -81,7 +81,7 @@ def choose_firings(
 
 def shuffled(tokens: np.ndarray, seed: int) -> np.ndarray:
     """Return uint64 numbers that order tokens at random: SplitMix64 (Steele et al. 2014) of token and seed."""
-    mixed = tokens.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = tokens.astype(np.uint64) + np.array([seed], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
@@ -121,7 +121,7 @@ def _has_context(tokens: np.ndarray, sequences: np.ndarray, first_holes: np.ndar
         return np.ones(len(tokens), bool)
     mine = tokens // length
     place = np.minimum(np.searchsorted(sequences, mine), len(sequences) - 1)
-    return (sequences[place] != mine) | (tokens < first_holes[place])
+    return np.asarray((sequences[place] != mine) | (tokens < first_holes[place]))
 
 
 def _drawn(rows: dict[str, np.ndarray], n: int, bands: int, seed: int) -> pa.Table:

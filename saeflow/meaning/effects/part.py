@@ -40,7 +40,7 @@ class SequenceTokens:
         ids, owners = [np.zeros((0, length), np.int64)], [np.zeros((0, length), np.int64)]
         for group in groups:
             first, last = int(group[0]), int(group[-1])
-            table = connection.execute(
+            table: pa.Table = connection.execute(
                 "select token_id, vocab_id, if(mask, document_id, null) as document_id from src_tokens "
                 "where token_id between ? and ? order by token_id",
                 [first * length, (last + 1) * length - 1],

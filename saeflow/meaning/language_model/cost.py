@@ -77,5 +77,5 @@ def forecast(left: Sequence[Sequence[Prompt]], n_features: int, rates: Rates, me
     counts = Counter(prompt.method for prompts in left for prompt in prompts)
     tokens = sum(rates.tokens(prompt) for prompts in left for prompt in prompts)
     scale = n_features / len(left) if left else 0.0
-    questions = {method: round(n * scale) for method, n in counts.items()}
+    questions: dict[str, int] = {method: round(n * scale) for method, n in counts.items()}
     return Forecast(n_features, questions, round(tokens * scale), rates.knows(methods))

@@ -152,7 +152,8 @@ class Asker:
                 if self._changes_options(error):
                     continue
                 if not _may_pass(error):
-                    return self._refused(error)
+                    self._require_only_this(error)
+                    return None
                 wait = _retry_after(error.response.headers)
                 last = f"HTTP {error.status_code}: {self._plain(error.message)}"
             except (APIConnectionError, TimeoutError, httpx2.HTTPError) as error:
@@ -169,7 +170,7 @@ class Asker:
         )
 
     async def _send(self, prompt: Prompt) -> Completion:
-        given = {self.options["limit"]: prompt.most_answer_tokens}
+        given: Any = {self.options["limit"]: prompt.most_answer_tokens}
         if self.options["temperature"] is not None:
             given["temperature"] = self.options["temperature"]
         messages: Any = [{"role": role, "content": content} for role, content in prompt.messages]
@@ -193,7 +194,8 @@ class Asker:
             return True
         return False
 
-    def _refused(self, error: APIStatusError) -> None:
+    def _require_only_this(self, error: APIStatusError) -> None:
+        """Raise UserError unless the error may be about this one question, while others were answered."""
         if error.status_code in _THIS_QUESTION and self.has_answered:
             return
         hint = {401: _key_hint(self.endpoint), 403: _key_hint(self.endpoint), 404: "Is the address right, with /v1 at "

@@ -140,8 +140,8 @@ def _template(method: Method, folder: Path | None) -> tuple[str, str]:
         raise UserError(f"{sanitise(str(path))} has {{{{{unknown[0]}}}}}, but only these are filled in: {known}.")
     if missing := sorted(_NEEDED[method] - names):
         raise UserError(f"{sanitise(str(path))} lacks {{{{{missing[0]}}}}}.")
-    system, _, user = text.partition(_BETWEEN.search(text)[0]) if _BETWEEN.search(text) else ("", "", text)
-    return system, user
+    between = _BETWEEN.search(text)
+    return (text[: between.start()], text[between.end() :]) if between else ("", text)
 
 
 def _strong_example(window: Window, strongest: float) -> str:

@@ -74,11 +74,16 @@ class Results:
         write_table(self.store, path, fresh.take(pc.sort_indices(fresh, order)))
 
     def _scores(self, done: Explained, settings: str) -> list[dict[str, Any]]:
-        common = {"feature_id": done.feature, "model": self.model, "tokens": self.tokens, "settings": settings}
-        made = {
+        common: dict[str, Any] = {
+            "feature_id": done.feature,
+            "model": self.model,
+            "tokens": self.tokens,
+            "settings": settings,
+        }
+        made: dict[str, Any] = {
             "method": FINISHED, "stratum": "all", "n": done.n_explaining, "n_unusable": int(done.explanation is None),
         }  # fmt: skip
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"method": method, "stratum": each.stratum, "score": each.score, "low": each.low, "high": each.high,
              "n": each.n, "n_unusable": each.n_unusable}
             for method, scores in done.scores.items()

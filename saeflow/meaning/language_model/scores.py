@@ -138,9 +138,8 @@ def _correlated(stratum: str, simulated: Sequence[Simulated], seed: int) -> Scor
     if score is None or len(pairs) < 2:
         return Score(stratum, score, None, None, len(pairs), n_unusable)
     sampled = list(_resampled(pairs, seed))
-    low, high = np.quantile(sampled, [0.025, 0.975]) if sampled else (None, None)
-    bounds = (None, None) if low is None else (float(low), float(high))
-    return Score(stratum, score, *bounds, len(pairs), n_unusable)
+    low, high = map(float, np.quantile(sampled, [0.025, 0.975]))
+    return Score(stratum, score, low, high, len(pairs), n_unusable)
 
 
 def _resampled(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int) -> Iterator[float]:

@@ -102,7 +102,7 @@ def _of_the_token(table: TokenTable) -> list[Maker]:
             _by_entry(table, codes),
             len(texts),
             lambda keys: template + either([quoted(texts[k]) for k in keys]),
-            0.005,
+            0.02,
         )
 
     def after(back: int, template: str, price: float) -> Family:
