@@ -124,7 +124,7 @@ def test_the_filter_in_force_is_shown_and_in_the_json(pages: TestClient):
     assert json["filter"] == {"source": "tales", "threshold": "0.1", "without_feature": "2"}
     in_force = html.partition('class="filter-in-force"')[2].partition("</p>")[0]
     assert all(word in in_force for word in ("source", "tales", "value above", "0.1", "is silent"))
-    assert html.count("The filter does not change this panel.") == 2
+    assert html.count("The filter does not change this panel.") == 3  # next tokens, similar directions, labels
     assert "filter-in-force" not in pages.get(f"{address}?threshold=0&source=").text
     for panel in ("numbers", "values", "examples"):
         assert json["panels"][panel]["arguments"]["source"] == "tales"
