@@ -17,10 +17,12 @@ select
     rules.recall,
     row_number() over (
         order by
-            labels.source = 'own' desc, labels.source = 'rules', labels.score desc nulls last, labels.label, labels.source
+            labels.source = 'own' desc, labels.source = 'rules', labels.score desc nulls last,
+            labels.label, labels.source
     ) = 1 as is_name
 from stg_labels as labels
 left join stg_rules as rules on labels.source = 'rules' and rules.feature_id = labels.feature_id
 where labels.feature_id = feature
 order by
-    labels.source = 'own' desc, labels.source = 'rules', labels.score desc nulls last, labels.label, labels.source;
+    labels.source = 'own' desc, labels.source = 'rules', labels.score desc nulls last,
+            labels.label, labels.source;
