@@ -3,8 +3,8 @@
 -- Grain:   one row per (effect, feature, ahead). No rows before `saeflow effects` has run.
 -- Reads:   stg_effects
 -- Units:   effect is the name of the measurement, change what was done to the feature: zero, mean, max*2, same, or a
---          number. ahead 0 is the prediction at the changed token, 1 that of the token after it. Changes of the loss
---          and KL divergence (before ‖ after) are means over firings, in nats. low and high end a 95% interval
+--          number. ahead 0 is the prediction at the changed token, 1 that of the token after it. Changes of loss and
+--          KL divergence (before ‖ after) are means over firings, in nats. low and high are the ends of a 95% interval
 --          by document (1.96 cluster-robust standard errors; null for one document), as tokens of a document are alike.
 --          worse_share is the share of firings at which the loss grew. n_losses counts those with a next token.
 -- Ask it:  which features does the model use most? (ahead = 0, by mean_kl)
