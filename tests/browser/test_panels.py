@@ -151,7 +151,7 @@ def test_a_page_shows_what_was_measured_and_says_how_to_measure_the_rest(odd: Re
     assert not measured & panels("/runs/odd/features/1?all=1")
     said = parsed(odd.pages.get("/runs/odd/features/1").text).one("section.unknown").words
     assert "saeflow effects odd --features 1" in said
-    assert "saeflow explain-by-model odd --features 1" in said
+    assert "saeflow explain odd --features 1" in said
     assert "saeflow effects" not in odd.pages.get("/runs/odd/features/0").text
     assert "Nobody has said so yet" in odd.pages.get("/runs/odd/features/1").text
 

@@ -153,7 +153,6 @@ RUN = {
     "query/ask.py": {"sql": "judged, or made of a question's name and question marks"},
     "query/connection.py": {"sql": "a file of sql/checks", "statement": "what catalog.definitions yields"},
     "query/kept_catalog.py": {"statement": "what catalog.upon_sources yields"},
-    "query/api.py": {"_LEVELS": "a constant"},
     "query/first_answers.py": {"_LARGEST_SOURCES": "a constant", "_STRIKING": "a constant"},
     "cli/meaning/explain_by_model.py": {"_N_FEATURES": "a constant", "_LIVE": "a constant"},
     "meaning/language_model/command.py": {"sql": "one of two constants"},

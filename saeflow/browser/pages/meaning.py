@@ -31,7 +31,7 @@ MEASURED = (
         ("scores", "mistakes"),
         "from stg_explanation_scores where feature_id = ?",
         "No language model has judged its labels",
-        "saeflow explain-by-model {run} --features {feature} --endpoint URL --model NAME",
+        "saeflow explain {run} --features {feature} --endpoint URL --model NAME",
     ),
     Measured(
         ("classes",),
