@@ -356,6 +356,7 @@ def _words(connection: Any) -> Sequence[dict[str, Any]]:
     return query(connection, sql).to_pylist()
 
 
+@pytest.mark.long
 def test_spans_of_a_real_corpus_have_the_tokens_that_tokens_of_span_gives(real: Finished, tmp_path: Path) -> None:
     expected: dict[str, set[int]] = {}
     with connect(real.store, threads=1) as connection:

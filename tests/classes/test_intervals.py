@@ -13,7 +13,7 @@ from saeflow.classes.scores import score
 from tests.classes.test_scores import made, rounded, spans_of, write
 
 
-@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("signed", [pytest.param(False, marks=pytest.mark.long), True])
 def test_intervals_are_those_of_repeated_documents(tmp_path, signed):
     values, classes, documents, _ = made(1, signed=signed)
     values, classes = values[:, :6], classes[:, [2, 20, 40]]

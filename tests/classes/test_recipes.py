@@ -79,7 +79,6 @@ COUNTRY = [
 DOCUMENTS = [
     Document(key, source, [piece.encode() for piece in pieces])
     for key, source, pieces in [
-        ("austen/x/chapter-01", "austen", NOVEL), ("kjv/ruth", "kjv", BIBLE),
         ("austen/x/chapter-01", "austen", NOVEL),
         ("kjv/ruth", "kjv", BIBLE),
         ("factbook/a/cape-verde", "factbook", COUNTRY),

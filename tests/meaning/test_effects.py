@@ -253,6 +253,7 @@ def test_a_token_behind_a_hole_in_its_sequence_has_lost_its_context() -> None:
     assert kept.tolist() == [True, True, True, False, False, True]
 
 
+@pytest.mark.long
 def test_forgotten_documents_do_not_count(ingredients: Ingredients, tmp_path: Path) -> None:
     store = Store.create(tmp_path / "store")
     lineage = Lineage(store, parse_recipe(recipe_data(ingredients, activations={"sites": [RESID]})))
@@ -279,6 +280,7 @@ def test_forgotten_documents_do_not_count(ingredients: Ingredients, tmp_path: Pa
         assert row["token_id"] < first.get(row["token_id"] // 16, 1 << 62)
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on_and_ends_with_equal_files(store: Store, tmp_path: Path) -> None:
     undisturbed, killed = (shutil.copytree(store.root, tmp_path / name) for name in ("undisturbed", "killed"))
     words = ["effects", "resid", "--features", "all", "--n", "0", "--ahead", "1", "--name", "k"]

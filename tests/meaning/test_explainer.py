@@ -234,6 +234,7 @@ def test_a_dry_run_asks_nothing_and_knows_what_was_counted(store: Store, stub: S
     assert tree(store.root) == before
 
 
+@pytest.mark.long
 def test_a_budget_is_never_passed_and_the_next_command_goes_on(store: Store, stub: Stub, saeflow: Command) -> None:
     typed = [
         "explain", "demo", "--endpoint", stub.url, "--model", "new", "--store", store.root, "--features",
