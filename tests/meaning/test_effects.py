@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import saeflow as package
 from saeflow.features.changes import FeatureChange, FeatureLevels
 from saeflow.meaning.effects import firings
-from saeflow.meaning.effects.firings import choose_firings, parse_features
+from saeflow.meaning.effects.firings import choose_firings
 from saeflow.meaning.effects.measure import EffectSettings, MeasuredEffects, measure_effects
 from saeflow.pipeline import collect, encode, stages, tokens, train
 from saeflow.pipeline.lifecycle import forget
@@ -325,7 +325,7 @@ def test_an_equal_question_is_answered_from_the_store(store: Store, zeroed: Meas
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["resid", "--features", "64"], "names 64, but the run's features are 0 to 63"),
+        (["resid", "--features", "64"], "has '64', but features go from 0 to 63"),
         (["resid", "--features", "9-2"], "has the range '9-2'"),
         (["resid", "--features", "a,b"], "Write numbers and ranges"),
         (["resid", "--features", ""], "Write numbers and ranges"),
@@ -355,11 +355,6 @@ def test_what_cannot_be_is_refused_before_work(store: Store, saeflow: Command, w
 
 def outside_tmp(store: Store) -> list[Path]:
     return sorted(path for path in store.root.rglob("*") if "tmp" not in path.relative_to(store.root).parts)
-
-
-def test_features_are_numbers_and_ranges() -> None:
-    assert parse_features("3, 17,5-7,6", 20) == [3, 5, 6, 7, 17]
-    assert parse_features("all", 4) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from saeflow.meaning.token_rules import counting, explain, stored, token_table
 from saeflow.meaning.token_rules.counting import MOST_KEYS, N_LEVELS, PRICE, Firings, Unions
-from saeflow.meaning.token_rules.explain import parse_features
 from saeflow.meaning.token_rules.firings import plan_chunks
 from saeflow.meaning.token_rules.wording import quoted
 from saeflow.pipeline.lifecycle.forget import forget
@@ -237,16 +236,6 @@ def test_the_command_says_shares_and_the_rules_that_were_asked_for(saeflow: Comm
     assert "demo-f0000001/rules.csv" in saeflow("explain", "--features", "1-3", "--store", store.root).out
     wrong = saeflow("explain", "--features", "3-99", "--store", store.root)
     assert (wrong.code, wrong.err.splitlines()[-1]) == (2, f"--features has '3-99', but features go from 0 to {DEAD}.")
-
-
-@pytest.mark.parametrize("text", ["", "a", "1,,2", "5-3", "-1", "1-", "9" * 99, "²"])
-def test_a_list_of_features_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="--features"):
-        parse_features(text, 10)
-
-
-def test_a_list_of_features_may_hold_ranges() -> None:
-    assert parse_features("7, 1-3,2", 10) == [1, 2, 3, 7]
 
 
 def test_labels_of_people_and_of_other_tools_are_shown_instead_of_a_rule(explained: Store, store: Store) -> None:

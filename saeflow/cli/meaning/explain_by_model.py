@@ -165,7 +165,7 @@ def _features(store: Store, run: str | None, words: str | None) -> list[int]:
     """Return the features that a list such as 3,7,20-29 names, or `all` that fire. Raises UserError."""
     import contextlib
 
-    from saeflow.meaning.token_rules.explain import parse_features
+    from saeflow.meaning.feature_list import parse_features
     from saeflow.query.connection import connect
 
     if words is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from saeflow.meaning.effects.tables import FIRINGS, sort_into, write_parquet
-from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import brief
 
 _MOST_ROWS = 4_000_000
 """Firings that are ranked at once."""
@@ -33,26 +30,6 @@ where feature_id in (select unnest($features::bigint[])) and feature_id between 
 """
 READS = ("src_tokens", "stg_shape", "stg_feature_major", "stg_feature_stats", "stg_size")
 """Names of SQL that drawing firings, and reading their tokens, needs."""
-
-
-def parse_features(text: str, n_features: int) -> list[int]:
-    """Return the features of a text such as `3,17,40-59` or `all`, ascending. Raises UserError."""
-    if text.strip().lower() == "all":
-        return list(range(n_features))
-    found: set[int] = set()
-    for word in text.split(","):
-        pair = re.fullmatch(r"\s*(\d{1,10})(?:\s*-\s*(\d{1,10}))?\s*", word)
-        if pair is None:
-            raise UserError(f"--features is {brief(text)!r}. Write numbers and ranges, such as 3,17,40-59, or all.")
-        first, last = int(pair[1]), int(pair[2] or pair[1])
-        if max(first, last) >= n_features:
-            raise UserError(
-                f"--features names {max(first, last):,}, but the run's features are 0 to {n_features - 1:,}."
-            )
-        if last < first:
-            raise UserError(f"--features has the range {brief(word.strip())!r}. Write its lower end first.")
-        found.update(range(first, last + 1))
-    return sorted(found)
 
 
 def choose_firings(

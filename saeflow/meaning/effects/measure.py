@@ -29,6 +29,7 @@ from saeflow.meaning.effects.tables import (
     sort_into,
     write_parquet,
 )
+from saeflow.meaning.feature_list import parse_features
 from saeflow.query.catalog import write_catalog
 from saeflow.query.connection import connect_to_run
 from saeflow.query.runs import Run
@@ -109,7 +110,7 @@ def measure_effects(
     change = FeatureChange.parse(settings.change)
     run, connection = connect_to_run(store, run_name, names=firings.READS)
     with contextlib.closing(connection):
-        features = firings.parse_features(settings.features, run.shape.get("n_features") or 0)
+        features = parse_features(settings.features, run.shape.get("n_features") or 0)
         strengths = strengths_of(connection, run, features)
         if not strengths.n_tokens.sum():
             raise UserError("--features names features that never fire. Choose others: saeflow ask feature_summary.")

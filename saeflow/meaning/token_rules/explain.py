@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import duckdb
 import numpy as np
 
+from saeflow.meaning.feature_list import parse_features
 from saeflow.meaning.token_rules import firings, stored, token_table
 from saeflow.meaning.token_rules.choose import Chooser, Rule
 from saeflow.meaning.token_rules.families import make_families
@@ -19,7 +20,6 @@ from saeflow.query.connection import connect_to_run
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.text import brief
 from saeflow.runtime.threads import n_threads
 from saeflow.store.store import Store
 
@@ -41,20 +41,6 @@ class Explained:
     """Rules that this call chose; the others were there."""
     split: str = ""
     """How tokens were held out, in words; empty if no rule was chosen."""
-
-
-def parse_features(text: str, n_features: int) -> list[int]:
-    """Return the features of a list such as `1,5-9`, sorted. Raises UserError for anything else."""
-    found = set[int]()
-    for each in text.split(","):
-        first, dash, last = each.strip().partition("-")
-        if not (first.isdecimal() and first.isascii() and (last.isdecimal() and last.isascii() if dash else True)):
-            raise UserError(f"--features is {brief(text)!r}; write numbers and ranges, such as 1,5-9.")
-        ends = int(first[:12]), int((last or first)[:12])
-        if not ends[0] <= ends[1] < n_features:
-            raise UserError(f"--features has {brief(each)!r}, but features go from 0 to {n_features - 1}.")
-        found.update(range(ends[0], ends[1] + 1))
-    return sorted(found)
 
 
 def explain(
