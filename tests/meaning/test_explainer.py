@@ -258,7 +258,7 @@ def test_a_budget_is_never_passed_and_the_next_command_goes_on(store: Store, stu
     ("typed", "said"),
     [
         (["--features", "3,x"], "--features is '3,x'"),
-        (["--features", "9-3"], "--features has '9-3'"),
+        (["--features", "9-3"], "--features has the range '9-3'"),
         (["--features", "99"], "features go from 0 to 9."),
         (["--features", "1", "--methods", "magic"], "--methods is 'magic'"),
         (["--features", "1", "--score", "nobody"], "Sources with labels: llm-stub, shuffled."),
