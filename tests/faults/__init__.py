@@ -114,6 +114,10 @@ def tenth(n: int) -> list[Case]:
     return CASES[n % 10 :: 10]
 
 
+_FOLDER_HELD = {"os.mkdir": 2, "os.rename": 2, "shutil.rmtree": 1}
+"""Which argument of an audit event is the handle of the folder that the path lies in; -1 or None if there is none."""
+
+
 class Strike:
     """Watches for the point and lets the fault happen there, once."""
 
@@ -135,8 +139,9 @@ class Strike:
 
     def _is_here(self, event: str, arguments: tuple[object, ...]) -> bool:
         path = str(arguments[0])
-        if event == "os.rename" and int(str(arguments[2])) >= 0:  # the name in a folder that is held open
-            path = f"{os.readlink(f'/proc/self/fd/{arguments[2]}')}/{path}"
+        folder = arguments[_FOLDER_HELD[event]] if event in _FOLDER_HELD else None
+        if folder is not None and int(str(folder)) >= 0:  # the path is a name in a folder that is held open
+            path = f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}"
         if event == "open" and not str(arguments[1] or "").startswith(("w", "x", "a")):
             return False
         if self.case.point.nth < 0 and not list(Path(self.root).glob("saes/*/artefact.json")):
