@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from saeflow.classes.characters import find_characters, require_characters
 from saeflow.classes.places import Unmatched, find_places, islands
 from saeflow.classes.tables import Columns, opened_table, store_rows
+from saeflow.features.files import ROW_GROUP
 from saeflow.features.schema import SPANS as SPAN_COLUMNS
 from saeflow.query.connection import connect_to_run
 from saeflow.query.run_records import SPANS, newest_annotations
@@ -39,8 +40,6 @@ CLASSES = "classes.parquet"
 """The classes and their counts, beside SPANS."""
 
 CLASS_COLUMNS = pa.schema({"class": pa.string(), **dict.fromkeys(("n_spans", "n_tokens", "n_documents"), pa.int64())})
-
-_ROW_GROUP = 122_880
 
 
 @dataclass(frozen=True)
@@ -130,20 +129,20 @@ def write_tables(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
 
 def _write(connection: duckdb.DuckDBPyConnection, path: Path, schema: pa.Schema, sql: str) -> None:
     """Stream the rows of a select into a file. The row groups depend on the rows alone."""
-    rows = connection.sql(sql).to_arrow_reader(_ROW_GROUP)
+    rows = connection.sql(sql).to_arrow_reader(ROW_GROUP)
     with pq.ParquetWriter(path, schema, compression="zstd", compression_level=1) as file:
         for table in _in_groups(rows):
-            file.write_table(table.rename_columns(schema.names).cast(schema), row_group_size=_ROW_GROUP)
+            file.write_table(table.rename_columns(schema.names).cast(schema), row_group_size=ROW_GROUP)
 
 
 def _in_groups(rows: pa.RecordBatchReader) -> Iterator[pa.Table]:
     waiting: list[pa.RecordBatch] = []
     for batch in rows:
         waiting.append(batch)
-        if sum(each.num_rows for each in waiting) >= _ROW_GROUP:
+        if sum(each.num_rows for each in waiting) >= ROW_GROUP:
             table = pa.Table.from_batches(waiting)
-            yield table.slice(0, _ROW_GROUP)
-            waiting = table.slice(_ROW_GROUP).to_batches()
+            yield table.slice(0, ROW_GROUP)
+            waiting = table.slice(ROW_GROUP).to_batches()
     if waiting:
         yield pa.Table.from_batches(waiting)
 
@@ -199,7 +198,7 @@ def _write_without(old: Artefact, hidden: Sequence[int], folder: Path) -> int:
     with contextlib.closing(duckdb.connect()) as connection:
         connection.execute("create table annotate_merged (class varchar, document_id bigint, a bigint, b bigint)")
         n = 0
-        for batch in pq.ParquetFile(old.own_file(SPANS)).iter_batches(_ROW_GROUP):
+        for batch in pq.ParquetFile(old.own_file(SPANS)).iter_batches(ROW_GROUP):
             kept = batch.filter(pc.invert(pc.is_in(batch.column("document_id"), gone)))
             n += batch.num_rows - kept.num_rows
             connection.register("annotate_batch", pa.Table.from_batches([kept]))

@@ -20,6 +20,7 @@ from saeflow.classes.intervals import FIGURES, N_REPLICATES, Intervals, draw_doc
 from saeflow.classes.membership import Membership, Spans, membership
 from saeflow.classes.scores import Scores, score
 from saeflow.classes.values import ValueFiles
+from saeflow.features.files import ROW_GROUP
 from saeflow.features.schema import PROBE_TABLES, holding
 from saeflow.query.connection import connect
 from saeflow.query.run_records import SPANS, newest_annotations
@@ -169,7 +170,7 @@ def write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
         split = [field.name for field in table.schema if pa.types.is_floating(field.type)]
         others = [field.name for field in table.schema if field.name not in split and field.name != "dimensions"]
         pq.write_table(
-            table.replace_schema_metadata(), folder / TABLES[name], compression="zstd", row_group_size=122_880,
+            table.replace_schema_metadata(), folder / TABLES[name], compression="zstd", row_group_size=ROW_GROUP,
             use_dictionary=others, column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"), store_schema=False,
         )  # fmt: skip
 
