@@ -1,9 +1,18 @@
--- Examples of a feature that a language model judged wrongly by the feature's label.
+-- Tokens at which a feature and what is said of it disagree.
 --
--- Grain:   one row per label's feature and source, judging model, method and token.
+-- Grain:   one row per source of the label, feature, judging model, method and token.
 -- Reads:   src_explanation_mistakes
--- Units:   asked is true if the feature fires there; answered is what the model said.
+-- Units:   asked is true if the feature fires there. answered is what a language model said by the label, or what the
+--          rule says (method rule; model is then null).
 -- Ask it:  select count(*) from stg_explanation_mistakes
 create or replace view stg_explanation_mistakes as
-select feature_id, src_explanation_mistakes.source, model, method, stratum, token_id, asked, answered
+select
+    feature_id,
+    src_explanation_mistakes.source,
+    nullif(model, '') as model,
+    method,
+    stratum,
+    token_id,
+    asked,
+    answered
 from src_explanation_mistakes;

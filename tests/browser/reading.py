@@ -384,8 +384,10 @@ def mistakes(panel: Element, rows: Rows, asked: Mapping[str, str]) -> None:
         assert item.all("b")[0].words == ("fires" if row["asked"] else "silent")
         cut_text(item, row, asked["feature"])
         verb = "fires" if row["answered"] else "is silent"
-        said = f"By the label of {visible(row['source'])}, {visible(row['model'])} said that it {verb}: "
-        said += f"{visible(row['method'])}, {visible(row['stratum'])}."
+        said = f"The rule says that it {verb}."
+        if row["model"] is not None:
+            said = f"By the label of {visible(row['source'])}, {visible(row['model'])} said that it {verb}: "
+            said += f"{visible(row['method'])}, {visible(row['stratum'])}."
         assert item.one("p.place").words.split() == said.split()
 
 

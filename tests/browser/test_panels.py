@@ -111,7 +111,9 @@ def put_meaning(store: Store) -> None:
         [{"feature_id": 0, "method": method, "stratum": stratum, "score": 1 / (2 + i), "low": 0.01, "high": 0.99,
           "n": i} for i, (method, stratum) in enumerate(strata)],
         [{"feature_id": 0, "token_id": token, "asked": token % 2 == 0, "answered": token % 2 == 1}
-         for token in range(5)],
+         for token in range(5)]
+        + [{"feature_id": 0, "model": "", "method": "rule", "stratum": "random", "token_id": 7 + silent,
+            "asked": not silent, "answered": bool(silent)} for silent in range(2)],
     )  # fmt: skip
     put_spans(store, tokens, "kinds", [("<u>", 0, 2, 4), ("<u>", 0, 7, 7), ("long", 1, 13, 20)])
     put_classes(

@@ -174,7 +174,11 @@ def test_mistakes_are_the_tokens_at_which_label_and_feature_disagree(scored: Sco
         assert f"«{piece}»" in context
         if method == "fuzzing":
             assert not scored.truth.fires(token, 6) or not asked
-    assert len(rows(scored.root, "select * from explanation_mistakes(3, 5)", "explanation_mistakes")) == 5
+    first = rows(scored.root, "select * from explanation_mistakes(3, 5)", "explanation_mistakes")
+    groups = [(method, fires) for method in ("detection", "fuzzing") for fires in (True, False)]
+    assert [row[:11] for row in first] == [
+        row for group in groups for row in [each for each in mistakes if (each[2], each[5]) == group][:5]
+    ]
 
 
 def test_examples_that_score_share_nothing_with_those_that_explain(scored: Scored) -> None:

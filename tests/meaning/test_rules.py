@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow.meaning.token_rules import counting, explain, stored, token_table
+from saeflow.features.schema import EXPLANATION_MISTAKES
+from saeflow.meaning.beside_labels import path_beside, replace_rows
+from saeflow.meaning.token_rules import counting, explain, stored, testing, token_table
 from saeflow.meaning.token_rules.counting import MOST_KEYS, N_LEVELS, PRICE, Firings, Unions
 from saeflow.meaning.token_rules.firings import plan_chunks
 from saeflow.meaning.token_rules.wording import quoted
@@ -97,7 +100,11 @@ def planted() -> Given:
     every = spots(documents)
     values = [(t, f, 1.0) for t, spot in enumerate(every) for f, (_, _, fires) in enumerate(PLANTED) if fires(spot)]
     values += [(t, RANDOM, 1.0) for t in range(len(every)) if dice.random() < 0.1]
-    values += [(t, NOISY, 1.0) for t, spot in enumerate(every) if dice.random() < (0.8 if spot[0] == " the" else 0.02)]
+    values += [
+        (t, NOISY, dice.choice((0.5, 1.0, 2.0)))
+        for t, spot in enumerate(every)
+        if dice.random() < (0.8 if spot[0] == " the" else 0.02)
+    ]
     values += [(t, RARE, 1.0) for t in (61, 65, 70)]
     stats = [
         {
@@ -148,6 +155,10 @@ def csv_of(store: Store) -> Path:
     return store.root / "labels" / "demo-f0000001" / "rules.csv"
 
 
+def mistakes_of(store: Store) -> Path:
+    return csv_of(store).with_name("rules.mistakes.parquet")
+
+
 @pytest.mark.parametrize("feature", range(len(PLANTED)), ids=[text for text, _, _ in PLANTED])
 def test_a_planted_feature_gets_exactly_its_rule(explained: Store, feature: int) -> None:
     text, kind, _ = PLANTED[feature]
@@ -182,6 +193,43 @@ def test_figures_equal_a_slow_count_over_all_held_out_tokens(explained: Store) -
     assert row["f1"] == pytest.approx(2 * hits / (len(said) + len(fired)), rel=1e-15)
 
 
+def mistakes(store: Store, feature: int) -> list[tuple[int, bool, str]]:
+    with connect(store, threads=1, names=["explanation_mistakes"]) as connection:
+        found = ask(connection, "explanation_mistakes", [feature]).to_pylist()
+    assert {(row["source"], row["model"], row["method"]) for row in found} <= {("rules", None, "rule")}
+    assert all(row["answered"] is not row["asked"] for row in found)
+    return [(row["token_id"], row["asked"], row["stratum"]) for row in found]
+
+
+def test_a_rule_says_the_strongest_firings_it_misses_and_some_tokens_where_it_is_wrong(explained: Store) -> None:
+    data = planted()
+    every = spots(data.documents)
+    held_out = {t for t in range(len(every)) if t // N_TOKENS % 5 == 0}
+    values = {t: value for t, feature, value in data.values if feature == NOISY and t in held_out}
+    said = {t for t in held_out if every[t][0] == " the"}
+    found = mistakes(explained, NOISY)
+    missed = sorted(values.keys() - said, key=lambda t: (-values[t], t))[: testing.MOST_MISTAKES]
+    assert [row for row in found if row[1]] == [(t, True, "strongest") for t in sorted(missed)]
+    alarms = [t for t, fires, stratum in found if not fires and stratum == "random"]
+    assert len(alarms) == testing.MOST_MISTAKES < len(said - values.keys())
+    assert set(alarms) < said - values.keys()
+    assert mistakes(explained, 0) == []
+
+
+def test_mistakes_of_a_rule_go_with_it_and_those_of_a_language_model_stay(explained: Store, store: Store) -> None:
+    explain.explain(store, None, f"{NOISY},{RANDOM}", False, quiet(), threads=1)
+    tokens = store.artefacts("tokens")[0].id
+    other = {"feature_id": NOISY, "model": "judge", "tokens": tokens, "method": "detection", "stratum": "random"}
+    row = other | {"token_id": 7, "asked": False, "answered": True}
+    path = path_beside(store, SAE.removeprefix("saes/"), "rules", "mistakes")
+    replace_rows(store, path, EXPLANATION_MISTAKES, [NOISY], {"model": "judge"}, [row])
+    explain.explain(store, None, str(NOISY), True, quiet(), threads=1)
+    assert {row["model"] for row in pq.read_table(path).to_pylist()} == {"", "judge"}
+    hide(store, 3)
+    stored.remove_outdated(store)
+    assert pq.read_table(path).to_pylist() == [row]
+
+
 def test_no_text_of_the_corpus_reaches_a_label_with_what_a_terminal_obeys(explained: Store) -> None:
     text = csv_of(explained).read_text("utf-8")
     assert "\x1b" not in text
@@ -192,12 +240,14 @@ def test_no_text_of_the_corpus_reaches_a_label_with_what_a_terminal_obeys(explai
 
 def test_run_again_does_nothing_and_with_again_gives_equal_bytes(explained: Store, monkeypatch) -> None:
     before, time = csv_of(explained).read_bytes(), csv_of(explained).stat().st_mtime_ns
+    wrong = mistakes_of(explained).read_bytes()
     monkeypatch.setattr(token_table, "read_token_table", lambda _: pytest.fail("it reads the tokens again"))
     assert explain.explain(explained, None, None, False, quiet()).n_made == 0
     assert csv_of(explained).stat().st_mtime_ns == time
     monkeypatch.undo()
     assert explain.explain(explained, None, None, True, quiet(), threads=2).n_made == DEAD
     assert csv_of(explained).read_bytes() == before
+    assert mistakes_of(explained).read_bytes() == wrong
 
 
 KILLED = """
@@ -224,6 +274,7 @@ def test_a_killed_call_goes_on_where_it_stopped_and_equals_an_undisturbed_one(ex
     assert sorted(rules(store)) == list(range(10))
     assert explain.explain(store, None, None, False, quiet(), threads=1).n_made == DEAD - 10
     assert csv_of(store).read_bytes() == csv_of(explained).read_bytes()
+    assert mistakes_of(store).read_bytes() == mistakes_of(explained).read_bytes()
 
 
 def test_the_command_says_shares_and_the_rules_that_were_asked_for(saeflow: Command, store: Store) -> None:
@@ -332,7 +383,7 @@ def test_the_best_union_is_the_best_of_all_unions(keys: list[int], seed: int, be
     starts, listed = np.zeros(3, np.int64), np.empty(int((other >= 0).sum()), np.int32)
     counting.index_keys(other, np.arange(n, dtype=np.int32), starts, listed)
     first = np.array([[0]], np.int32) if beside else np.empty((1, 0), np.int32)
-    firings = Firings(np.array([0]), np.array([len(token_ids)]), token_ids)
+    firings = Firings(np.array([0]), np.array([len(token_ids)]), token_ids, np.ones(len(token_ids), np.float32))
     counting.best_unions(
         firings, levels, np.zeros(1, np.uint8), own, sizes, np.empty((1, 0), np.int32), PRICE, other, first, starts,
         listed, found,
@@ -359,15 +410,14 @@ def test_a_feature_that_fires_often_is_looked_at_in_a_sample_of_whole_stretches(
     assert (levels.reshape(-1, counting.STRETCH) == levels[:: counting.STRETCH, None]).all()
     for level in range(1, 4):
         assert (levels > level).mean() == pytest.approx(0.5**level, rel=0.2)
-    firings = Firings(
-        np.array([0, n]), np.array([n, n + 9]), np.concatenate([np.arange(n), np.arange(9)]).astype(np.int32)
-    )
-    samples, n_training = counting.choose_samples(firings, levels)
-    assert n_training.tolist() == [n, 9]
+    token_ids = np.concatenate([np.arange(n), np.arange(9)]).astype(np.int32)
+    firings = Firings(np.array([0, n]), np.array([n, n + 9]), token_ids, np.arange(n + 9, dtype=np.float32))
+    samples = counting.choose_samples(firings, levels)
     assert samples[1] == 0
     part = counting.select_firings(firings, levels, samples + np.uint8(1), N_LEVELS)
     assert counting.MOST_FIRINGS / 4 < part.ends[0] - part.starts[0] <= counting.MOST_FIRINGS
     assert part.ends[1] - part.starts[1] == 9
+    assert (part.token_ids == token_ids[part.values.astype(int)]).all()
 
 
 @given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=40), most=st.integers(1, 60), size=st.integers(1, 9))

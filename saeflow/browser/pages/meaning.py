@@ -10,6 +10,8 @@ from saeflow.browser.panels import Panel
 
 NO_LABELS = "Nobody has said so yet. Write a label above, or in a terminal: saeflow explain"
 
+NO_MISTAKES = "None is known: whatever was tested was right each time."
+
 LATER = ("mistakes", "classes", "effects", "moved", "effect_contexts")
 """Panels that a page fetches when they are looked at."""
 
@@ -28,10 +30,17 @@ class Measured:
 
 MEASURED = (
     Measured(
-        ("scores", "mistakes"),
+        ("scores",),
         "from stg_explanation_scores where feature_id = ?",
         "No language model has judged its labels",
         "saeflow explain {run} --features {feature} --endpoint URL --model NAME",
+    ),
+    Measured(
+        ("mistakes",),
+        "from (select feature_id from stg_explanation_mistakes union all select feature_id from stg_rules) "
+        "where feature_id = ?",
+        "No rule was tested, so nobody knows where it fails",
+        "saeflow explain {run} --features {feature}",
     ),
     Measured(
         ("classes",),
@@ -58,11 +67,18 @@ def not_measured(opened: OpenedRun, feature: int) -> list[Measured]:
 def panels(feature: int, note: str = "") -> list[Panel]:
     """Return the panels, with a note under each title."""
     about: Mapping[str, object] = {"feature": feature}
-    ten, twenty = {**about, "n": 10}, {**about, "n": 20}
+    ten, five = {**about, "n": 10}, {**about, "n": 5}
     found = [
         Panel("labels", "What it is said to mean", "labels_of_feature", about, if_none=NO_LABELS),
         Panel("scores", "How well its labels tell where it fires", "scores_of_labels", about, most_rows=12),
-        Panel("mistakes", "Examples that cost the labels points", "explanation_mistakes", twenty, "mistakes"),
+        Panel(
+            "mistakes",
+            "Tokens that cost its labels points",
+            "explanation_mistakes",
+            five,
+            "mistakes",
+            if_none=NO_MISTAKES,
+        ),
         Panel("classes", "Classes of tokens it tells", "classes_of_feature", ten, "tells"),
         Panel("effects", "What the model does when it is changed", "measured_effects", about, "effects"),
         Panel("moved", "Tokens that become more or less likely", "effects_on_entries", ten, "moved"),

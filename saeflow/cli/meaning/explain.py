@@ -59,7 +59,8 @@ def explain_command(
     """Say where features fire, by simple rules that are tested on held-out documents, or by a language model.
 
     Each rule is chosen on training documents. Its precision and recall count all held-out tokens. Rules are labels of
-    the source `rules`; `saeflow ask feature_rules` lists them with their figures.
+    the source `rules`; `saeflow ask feature_rules` lists them with their figures, and
+    `saeflow ask explanation_mistakes FEATURE` some tokens at which the rule of a feature is wrong.
 
     With --endpoint a language model explains, and judges each explanation on other examples; all options from there
     on are about it. `saeflow ask explanation_scores` lists the scores.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -17,8 +16,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from saeflow.meaning.beside_labels import changing_beside, path_beside, read_table, write_table
 from saeflow.meaning.language_model.prompts import Prompt
 from saeflow.store.files import make_folder
 from saeflow.store.links import open_unlinked, unlinked
@@ -78,7 +77,7 @@ class AnswerCache:
 
     @property
     def path(self) -> Path:
-        return self.store.root / "labels" / self.sae / f"{self.source}.answers.parquet"
+        return path_beside(self.store, self.sae, self.source, "answers")
 
     @property
     def journal(self) -> Path:
@@ -86,7 +85,7 @@ class AnswerCache:
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keep other commands from changing the source's answers and scores inside the block, which must be short."""
-        return self.store.storage.locked(f"answers-{self.sae}-{self.source}")
+        return changing_beside(self.store, self.sae, self.source)
 
     def load(self, features: Collection[int]) -> None:
         """Read the answers about these features, those of a killed command too."""
@@ -119,13 +118,7 @@ class AnswerCache:
     def replace(self, answers: Iterable[Answer]) -> None:
         """Make these the answers of the source, and empty the journal. Call it inside `locked`."""
         rows = sorted({answer.key: asdict(answer) for answer in answers}.values(), key=_place)
-        if rows:
-            content = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(rows, ANSWERS), content, compression="zstd")
-            make_folder(self.path.parent)
-            self.store.storage.put_if_unchanged(self.path, content.getvalue())
-        else:
-            self.store.storage.remove(self.path)
+        write_table(self.store, self.path, pa.Table.from_pylist(rows, ANSWERS))
         self.store.storage.remove(self.journal)
         self.fresh = {}
 
@@ -149,15 +142,6 @@ class AnswerCache:
                 yield from _answers([json.loads(line)])
             except (ValueError, TypeError, KeyError):
                 continue
-
-
-def read_table(store: Store, path: Path, schema: pa.Schema) -> pa.Table:
-    """Return a table of the store as it is now; an empty one if there is none or it is of another form."""
-    try:
-        table = pq.read_table(store.storage.fetch(path, fresh=True))
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return schema.empty_table()
-    return table.cast(schema) if table.schema.names == schema.names else schema.empty_table()
 
 
 def _answers(rows: Iterable[dict[str, object]]) -> Iterator[Answer]:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saeflow.features.schema import EXPLANATION_MISTAKES, EXPLANATION_SCORES
-from saeflow.meaning.language_model.cache import Answer, AnswerCache, read_table
-from saeflow.meaning.language_model.results import write_table
+from saeflow.meaning.beside_labels import path_beside, read_table, write_table
+from saeflow.meaning.language_model.cache import Answer, AnswerCache
 from saeflow.query.labels import put
 from saeflow.store.store import Store
 
@@ -66,7 +66,7 @@ def _drop(cache: AnswerCache, hidden: dict[str, set[int]]) -> int:
         if explained:
             put(cache.store, f"saes/{cache.sae}", cache.source, dict.fromkeys(explained))
         for table, schema in (("mistakes", EXPLANATION_MISTAKES), ("scores", EXPLANATION_SCORES)):
-            path = cache.path.with_name(f"{cache.source}.{table}.parquet")
+            path = path_beside(cache.store, cache.sae, cache.source, table)
             old = read_table(cache.store, path, schema)
             write_table(cache.store, path, old.filter(pc.invert(pc.is_in(old.column("feature_id"), _ids(features)))))
         # An answer about a feature whose explanation goes may repeat that explanation.

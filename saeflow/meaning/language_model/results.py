@@ -5,21 +5,17 @@ Scores are written last. A feature that has them under the same settings is fini
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from saeflow.features.schema import EXPLANATION_MISTAKES, EXPLANATION_SCORES
-from saeflow.meaning.language_model.cache import read_table
+from saeflow.meaning.beside_labels import path_beside, read_table, replace_rows
 from saeflow.meaning.language_model.feature import Explained
 from saeflow.query.labels import Label, clean_label, put
-from saeflow.store.files import make_folder
 from saeflow.store.store import Store
 
 FINISHED = "explanation"
@@ -40,7 +36,7 @@ class Results:
     """False if the labels are another's, and only their scores are kept."""
 
     def path(self, table: str) -> Path:
-        return self.store.root / "labels" / self.sae / f"{self.source}.{table}.parquet"
+        return path_beside(self.store, self.sae, self.source, table)
 
     def finished(self) -> dict[int, str]:
         """Return the settings under which each feature was finished."""
@@ -65,13 +61,8 @@ class Results:
         self._replace("scores", EXPLANATION_SCORES, features, scores)
 
     def _replace(self, table: str, schema: pa.Schema, features: list[int], rows: list[dict[str, Any]]) -> None:
-        path = self.path(table)
-        old = read_table(self.store, path, schema)
-        mine = pc.and_(pc.equal(old.column("model"), self.model), pc.equal(old.column("tokens"), self.tokens))
-        gone = pc.and_(mine, pc.is_in(old.column("feature_id"), pa.array(features, pa.int32())))
-        fresh = pa.concat_tables([old.filter(pc.invert(gone)), pa.Table.from_pylist(rows, schema)])
-        order = [("feature_id", "ascending"), ("tokens", "ascending"), ("model", "ascending")]
-        write_table(self.store, path, fresh.take(pc.sort_indices(fresh, order)))
+        owned = {"model": self.model, "tokens": self.tokens}
+        replace_rows(self.store, self.path(table), schema, features, owned, rows)
 
     def _scores(self, done: Explained, settings: str) -> list[dict[str, Any]]:
         common: dict[str, Any] = {
@@ -108,14 +99,3 @@ def _label(done: Explained) -> Label | None:
     scores: Iterable[float | None] = (done.score(method) for method in ("detection", "fuzzing"))
     score = next((score for score in scores if score is not None), None)
     return clean_label(done.explanation, None if score is None else round(score, 6), f"feature {done.feature}")
-
-
-def write_table(store: Store, path: Path, table: pa.Table) -> None:
-    """Put a table in the place of the file that was read; no rows, no file."""
-    if not len(table):
-        store.storage.remove(path)
-        return
-    content = io.BytesIO()
-    pq.write_table(table, content, compression="zstd")
-    make_folder(path.parent)
-    store.storage.put_if_unchanged(path, content.getvalue())

@@ -9,5 +9,6 @@ token_table  the tokens of a run as arrays, and which are held out
 firings      where features fire, read for a range of features at a time
 hashing      numbers for n-grams, words and pairs of keys
 counting     kernels that count firings by key and find the best union of keys
+testing      the kernel that tests rules on held-out tokens, and keeps some mistakes
 stored       rules as labels: which still hold, and which must go
 """

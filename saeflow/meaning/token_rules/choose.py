@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.meaning.token_rules import counting
+from saeflow.meaning.token_rules import counting, testing
 from saeflow.meaning.token_rules.counting import MOST_KEYS, PRICE, Counts, Firings, Unions
 from saeflow.meaning.token_rules.families import Family
 from saeflow.meaning.token_rules.hashing import HELD_OUT, Ids, Sides
+from saeflow.meaning.token_rules.testing import Keyed, Mistakes, no_mistakes
 from saeflow.meaning.token_rules.token_table import TokenTable
 from saeflow.runtime.threads import in_parallel
 
@@ -54,8 +55,10 @@ class Rule:
     kind: str
     text: str
     held_out: Counted
-    n_training: int
-    """Training tokens at which the feature fires."""
+    missed: tuple[int, ...] = ()
+    """Some held-out tokens outside the rule at which the feature fires, the strongest first."""
+    false_alarms: tuple[int, ...] = ()
+    """Some held-out tokens in the rule at which it is silent."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class _Chunk:
     samples: Sides
 
     def at(self, places: NDArray[np.int64]) -> _Chunk:
-        starts, ends, token_ids = self.firings
-        return _Chunk(self.ids[places], Firings(starts[places], ends[places], token_ids), self.samples[places])
+        starts, ends, token_ids, values = self.firings
+        chosen = Firings(starts[places], ends[places], token_ids, values)
+        return _Chunk(self.ids[places], chosen, self.samples[places])
 
 
 class _Kinds(NamedTuple):
@@ -90,15 +94,16 @@ class Chooser:
     def rules(self, features: Sequence[int], firings: Firings) -> list[Rule]:
         """Return the best rule of each of these features, whose firings are given in their order."""
         levels, sides = self.table.levels, self.table.sides
-        samples, n_training = counting.choose_samples(firings, levels)
+        samples = counting.choose_samples(firings, levels)
         chosen_on = counting.select_firings(firings, levels, samples + np.uint8(1), counting.N_LEVELS)
         tested_on = counting.select_firings(firings, sides, np.full(len(features), HELD_OUT, np.uint8), HELD_OUT)
         chunk = _Chunk(np.array(features), chosen_on, samples)
         first = self._first_kind(chunk)
         second = self._second_kind(chunk, first)
-        counts = self._measured(_Chunk(chunk.ids, tested_on, samples), first, second)
+        counts, mistakes = self._tested(_Chunk(chunk.ids, tested_on, samples), first, second)
+        tokens = [[tuple(row[row >= 0].tolist()) for row in side] for side in (mistakes.missed, mistakes.false_alarms)]
         return [
-            Rule(feature, *self._worded(i, first, second), Counted(*counts[i].tolist()), int(n_training[i]))
+            Rule(feature, *self._worded(i, first, second), Counted(*counts[i].tolist()), *(side[i] for side in tokens))
             for i, feature in enumerate(features)
         ]
 
@@ -143,22 +148,23 @@ class Chooser:
             second.keys[at[gains]], second.family[at[gains]] = found.keys[gains], found.family[gains]
         return second
 
-    def _measured(self, chunk: _Chunk, first: _Kinds, second: _Kinds) -> Counts:
-        """Return (F, 3) exact counts of each feature's rule on held-out tokens: see `counting.measure`."""
-        out = np.zeros((len(chunk.ids), 3), np.int64)
+    def _tested(self, chunk: _Chunk, first: _Kinds, second: _Kinds) -> tuple[Counts, Mistakes]:
+        """Return (F, 3) exact counts of each feature's rule on held-out tokens, and mistakes: see `test_rules`."""
+        n = len(chunk.ids)
+        counts, mistakes = np.zeros((n, 3), np.int64), no_mistakes(n)
 
         def work(pair: tuple[int, int]) -> None:
             at = np.flatnonzero((first.family == pair[0]) & (second.family == pair[1]))
-            a, b = self.families[pair[0]], self.families[pair[1]]
-            found = np.zeros((len(at), 3), np.int64)
-            counting.measure(
-                chunk.at(at).firings, self.table.sides, a.keys, first.keys[at], *a.index, b.keys,
-                second.keys[at], *b.index, found,
-            )  # fmt: skip
-            out[at] = found
+            a, b = (self.families[number] for number in pair)
+            in_first, in_second = Keyed(a.keys, first.keys[at], *a.index), Keyed(b.keys, second.keys[at], *b.index)
+            counted, wrong = np.zeros((len(at), 3), np.int64), no_mistakes(len(at))
+            testing.test_rules(
+                chunk.ids[at], chunk.at(at).firings, self.table.sides, in_first, in_second, counted, wrong
+            )
+            counts[at], mistakes.missed[at], mistakes.false_alarms[at] = counted, wrong.missed, wrong.false_alarms
 
         in_parallel(work, sorted(set(zip(first.family.tolist(), second.family.tolist(), strict=True))), self.threads)
-        return out
+        return counts, mistakes
 
     def _worded(self, i: int, first: _Kinds, second: _Kinds) -> tuple[str, str]:
         """Return the kind and the text of a rule; both are empty if no key of any family says anything."""

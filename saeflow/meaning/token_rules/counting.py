@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.meaning.token_rules.hashing import HELD_OUT, LEAST_FIRINGS, TRAINING, Ids, Places, Sides, mixed_number
+from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, TRAINING, Ids, Places, Sides, mixed_number
 from saeflow.sae.kernels import compiled
 
 Counts = NDArray[np.int64]
@@ -36,6 +36,7 @@ class Firings(NamedTuple):
     """(F,): where the tokens of each feature begin."""
     ends: Places
     token_ids: Ids
+    values: NDArray[np.float32]
 
 
 class Unions(NamedTuple):
@@ -75,60 +76,58 @@ def count_training(keys: Ids, levels: Sides, out: Ids) -> None:
 
 
 @compiled
-def choose_samples(firings: Firings, levels: Sides) -> tuple[Sides, Counts]:
-    """Return for each feature the first sample with at most MOST_FIRINGS training firings, or the last.
-
-    Also return (F,) how many training firings there are in all.
-    """
-    starts, ends, token_ids = firings
-    found, n_training = np.zeros(len(starts), np.uint8), np.zeros(len(starts), np.int64)
+def choose_samples(firings: Firings, levels: Sides) -> Sides:
+    """Return for each feature the first sample with at most MOST_FIRINGS training firings, or the last."""
+    starts, ends, token_ids, _ = firings
+    found = np.zeros(len(starts), np.uint8)
     counts = np.zeros(N_LEVELS + 1, np.int64)
     for f in range(len(starts)):
         counts[:] = 0
         for i in range(starts[f], ends[f]):
             counts[levels[token_ids[i]]] += 1
-        n_training[f] = counts[1:].sum()
-        n_fired = n_training[f]
+        n_fired = counts[1:].sum()
         while n_fired > MOST_FIRINGS and found[f] < N_LEVELS - 1:
             n_fired -= counts[found[f] + 1]
             found[f] += 1
-    return found, n_training
+    return found
 
 
 @compiled
 def select_firings(firings: Firings, groups: Sides, least: Sides, most: int) -> Firings:
     """Return only the firings at tokens whose group is from `least` (F,) to `most`."""
-    starts, ends, token_ids = firings
+    starts, ends, token_ids, values = firings
     new_starts, new_ends = np.empty_like(starts), np.empty_like(ends)
     n_kept = 0
     for f in range(len(starts)):
         for i in range(starts[f], ends[f]):
             n_kept += least[f] <= groups[token_ids[i]] <= most
-    kept = np.empty(n_kept, np.int32)
+    kept, kept_values = np.empty(n_kept, np.int32), np.empty(n_kept, np.float32)
     at = 0
     for f in range(len(starts)):
         new_starts[f] = at
         for i in range(starts[f], ends[f]):
             if least[f] <= groups[token_ids[i]] <= most:
-                kept[at] = token_ids[i]
+                kept[at], kept_values[at] = token_ids[i], values[i]
                 at += 1
         new_ends[f] = at
-    return Firings(new_starts, new_ends, kept)
+    return Firings(new_starts, new_ends, kept, kept_values)
 
 
 @compiled
 def collect(
-    feature_ids: Ids, token_ids: Places, first: int, n_tokens: int, limits: Places, ends: Places, out: Ids
-) -> bool:
-    """Put tokens behind those that their features have; `ends` (F,) moves on. False for a token that cannot be right.
+    feature_ids: Ids, token_ids: Places, values: NDArray[np.float32], first: int, n_tokens: int, limits: Places,
+    found: Firings,
+) -> bool:  # fmt: skip
+    """Put firings behind those that their features have; the ends move on. False for a token that cannot be right.
 
     `limits` (F,) says where each feature's room ends.
     """
+    _, ends, out, out_values = found
     for i in range(len(feature_ids)):
         f = feature_ids[i] - first
         if ends[f] >= limits[f] or token_ids[i] < 0 or token_ids[i] >= n_tokens:
             return False
-        out[ends[f]] = token_ids[i]
+        out[ends[f]], out_values[ends[f]] = token_ids[i], values[i]
         ends[f] += 1
     return True
 
@@ -153,7 +152,8 @@ def index_keys(keys: Ids, order: Ids, starts: Places, token_ids: Ids) -> None:
 
 
 @compiled
-def _is_among(key: int, chosen: Ids) -> bool:
+def is_among(key: int, chosen: Ids) -> bool:
+    """True if the key is one of these. No key below 0 is."""
     if key < 0:
         return False
     for i in range(len(chosen)):  # noqa: SIM110  # a generator does not compile
@@ -200,7 +200,7 @@ def best_unions(
     A union of disjoint keys has F1 = 2 hits / (firings + size). Dinkelbach's method (1967) maximises such a ratio: for
     a bound F on F1, the best keys are those with the largest 2 hits - F size above zero, and they give a better F.
     """
-    starts, ends, token_ids = firings
+    starts, ends, token_ids, _ = firings
     chosen, score = found
     n_keys = sizes.shape[1]
     counts, lost, met = np.zeros(n_keys, np.int32), np.zeros(n_keys, np.int32), np.empty(n_keys, np.int32)
@@ -212,7 +212,7 @@ def best_unions(
         for i in range(starts[f], ends[f]):
             t = token_ids[i]
             fired += 1
-            if adds and _is_among(first_keys[t], first_chosen[f]):
+            if adds and is_among(first_keys[t], first_chosen[f]):
                 first_hits += 1
                 continue
             k = keys[t]
@@ -236,7 +236,7 @@ def best_unions(
         n_kept, bound = 0, 2.0 * first_hits / max(1, fired + first_size)
         for i in range(n_met):
             k = met[i]
-            usable = counts[k] >= LEAST_FIRINGS and (allowed.shape[1] == 0 or _is_among(k, allowed[f]))
+            usable = counts[k] >= LEAST_FIRINGS and (allowed.shape[1] == 0 or is_among(k, allowed[f]))
             if usable:
                 met[n_kept] = k
                 own[k] = sizes[sample, k] - lost[k]
@@ -277,34 +277,3 @@ def best_unions(
                         break
                     if keys[index_tokens[i]] >= 0:
                         lost[keys[index_tokens[i]]] = 0
-
-
-@compiled
-def measure(
-    firings: Firings, sides: Sides, first_keys: Ids, first_chosen: Ids, index_starts: Places, index_tokens: Ids,
-    keys: Ids, chosen: Ids, index_starts_2: Places, index_tokens_2: Ids, out: Counts,
-) -> None:  # fmt: skip
-    """Count for each feature its held-out firings, the held-out tokens in its rule, and both. `out` is (F, 3).
-
-    `firings` are held-out ones. A token is in the rule if its key of either family is chosen. Lists of keys have their
-    held-out tokens at their ends.
-    """
-    starts, ends, token_ids = firings
-    for f in range(len(starts)):
-        out[f, 0] += ends[f] - starts[f]
-        for i in range(starts[f], ends[f]):
-            t = token_ids[i]
-            out[f, 2] += _is_among(first_keys[t], first_chosen[f]) or _is_among(keys[t], chosen[f])
-        for j in range(MOST_KEYS):
-            k = first_chosen[f, j]
-            if k >= 0:
-                i = index_starts[k + 1] - 1
-                while i >= index_starts[k] and sides[index_tokens[i]] == HELD_OUT:
-                    out[f, 1] += 1
-                    i -= 1
-            k = chosen[f, j]
-            if k >= 0:
-                i = index_starts_2[k + 1] - 1
-                while i >= index_starts_2[k] and sides[index_tokens_2[i]] == HELD_OUT:
-                    out[f, 1] += not _is_among(first_keys[index_tokens_2[i]], first_chosen[f])
-                    i -= 1

@@ -99,7 +99,7 @@ class _Work:
         return table.split
 
     def _save(self, rules: Sequence[Rule], dead: Sequence[int] = ()) -> None:
-        stored.save(self.store, self.sae, self.state, rules, dead)
+        stored.save(self.store, self.run.artefact, self.sae, self.state, rules, dead)
         if stored.state_of(self.store, self.run.artefact) != self.state:
             stored.remove_outdated(self.store)
             raise UserError(

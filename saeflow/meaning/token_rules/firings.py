@@ -11,7 +11,7 @@ from saeflow.meaning.token_rules.counting import Counts, Firings, collect
 from saeflow.runtime.errors import UserError
 
 CHUNK_VALUES = 16_000_000
-"""Values held at once. A feature with more is held alone, in 4 bytes for each token at which it fires."""
+"""Values held at once. A feature with more is held alone, in 8 bytes for each token at which it fires."""
 
 _CHUNK_FEATURES = 8192
 
@@ -54,25 +54,26 @@ def read_firings(
     room = np.where(wanted, counts[first : last + 1], 0)
     limits = np.cumsum(room)
     starts = limits - room
-    ends, token_ids = starts.copy(), np.empty(int(limits[-1]), np.int32)
-    for ids, tokens in _batches(connection, first, last):
+    n = int(limits[-1])
+    found = Firings(starts, starts.copy(), np.empty(n, np.int32), np.empty(n, np.float32))
+    for ids, tokens, values in _batches(connection, first, last):
         chosen = wanted[ids - first]
         if not chosen.all():
-            ids, tokens = ids[chosen], tokens[chosen]
-        if not collect(ids, tokens, first, n_tokens, limits, ends, token_ids):
+            ids, tokens, values = ids[chosen], tokens[chosen], values[chosen]
+        if not collect(ids, tokens, values, first, n_tokens, limits, found):
             raise UserError(
                 f"The values of features {first} to {last} are not those that the run's statistics count.\n"
                 "See what is damaged: saeflow verify --full"
             )
     at = np.array(features) - first
-    return Firings(starts[at], ends[at], token_ids)
+    return Firings(starts[at], found.ends[at], found.token_ids, found.values)
 
 
-def _batches(connection: duckdb.DuckDBPyConnection, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(connection: duckdb.DuckDBPyConnection, first: int, last: int) -> Iterator[list[np.ndarray]]:
     reader = connection.sql(
-        "select feature_id, token_id from stg_feature_major "
+        "select feature_id, token_id, value from stg_feature_major "
         "where feature_id between $1 and $2 and high >= $1 and low <= $2 and value > 0",
         params=[first, last],
     ).to_arrow_reader(1 << 20)
     for batch in reader:
-        yield batch.column(0).to_numpy(zero_copy_only=False), batch.column(1).to_numpy(zero_copy_only=False)
+        yield [column.to_numpy(zero_copy_only=False) for column in batch.columns]

@@ -6,9 +6,11 @@ the method, eight for the documents that were hidden then. `forget` removes rows
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from saeflow.features.schema import holding
+from saeflow.features.schema import EXPLANATION_MISTAKES, holding
+from saeflow.meaning.beside_labels import changing_beside, path_beside, replace_rows
 from saeflow.meaning.token_rules.choose import Rule
 from saeflow.query.labels import RULES, Label, put, read_cells
 from saeflow.query.run_records import UNREADABLE_RECORD
@@ -16,8 +18,11 @@ from saeflow.recipe.fingerprint import fingerprint
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
 
-METHOD = 1
-"""Counts up when other rules would be chosen from equal values. Rows of an earlier method are made again."""
+METHOD = 2
+"""Counts up when other rules or mistakes would follow from equal values. Rows of an earlier method are made again."""
+
+_BY_RULE = {"model": "", "method": "rule"}
+"""How mistakes of rules differ from those that a language model made with the same source of labels."""
 
 SIMPLE = 0.5
 """Held-out F1 from which a rule is called one."""
@@ -44,10 +49,27 @@ def stored_features(store: Store, sae: str) -> set[int]:
     return {feature for feature, cell in read_cells(store, sae, RULES, "state").items() if cell}
 
 
-def save(store: Store, sae: str, state: str, rules: Iterable[Rule], dead: Iterable[int] = ()) -> None:
-    """Write rules; features that are `dead` have none."""
+def save(store: Store, run: Artefact, sae: str, state: str, rules: Sequence[Rule], dead: Iterable[int] = ()) -> None:
+    """Write rules; features that are `dead` have none. Their mistakes go first: a rule that is there has its own."""
     labels: dict[int, Label | None] = dict.fromkeys(dead)
-    put(store, sae, RULES, labels | {rule.feature_id: _label(rule, state) for rule in rules})
+    labels |= {rule.feature_id: _label(rule, state) for rule in rules}
+    tokens = store.input_of(run, "tokens").id
+    _put_mistakes(store, sae, labels, [row | {"tokens": tokens} for rule in rules for row in _mistakes(rule)])
+    put(store, sae, RULES, labels)
+
+
+def _put_mistakes(store: Store, sae: str, features: Iterable[int], rows: Iterable[Mapping[str, Any]]) -> None:
+    name = sae.removeprefix("saes/")
+    path = path_beside(store, name, RULES, "mistakes")
+    with changing_beside(store, name, RULES):
+        replace_rows(store, path, EXPLANATION_MISTAKES, features, {"method": _BY_RULE["method"]}, rows)
+
+
+def _mistakes(rule: Rule) -> list[dict[str, Any]]:
+    common = {"feature_id": rule.feature_id, **_BY_RULE}
+    missed = [{"stratum": "strongest", "token_id": token, "asked": True, "answered": False} for token in rule.missed]
+    alarms = [{"stratum": "random", "token_id": token, "asked": False, "answered": True} for token in rule.false_alarms]
+    return [common | row for row in missed + alarms]
 
 
 def _label(rule: Rule, state: str) -> Label:
@@ -81,6 +103,7 @@ def remove_outdated(store: Store) -> dict[str, int]:
         outdated = [feature for feature, state in states.items() if state and state.partition("-")[2] not in current]
         if outdated:
             put(store, sae, RULES, dict.fromkeys(outdated))
+            _put_mistakes(store, sae, outdated, [])
             lost[f"saes/{sae}"] = len(outdated)
     return lost
 
