@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from saeflow.meaning.language_model.command import Outcome, explain_features
 from saeflow.meaning.language_model.prompts import Prompts
 from saeflow.meaning.language_model.settings import Endpoint, ExampleCounts, ExplainSettings
 from saeflow.query.connection import connect
+from saeflow.query.labels import Label, put
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.meaning.test_explainer import SAE, planted
@@ -208,6 +210,22 @@ def test_models_that_want_other_options_get_them(store: Store, stub: Stub) -> No
     assert len(explain(store, stub, parallel=1).explained) == 2
     assert '"max_tokens"' in bodies[0]
     assert all('"max_completion_tokens"' in body for body in bodies[1:])
+
+
+def test_questions_that_are_refused_side_by_side_are_all_sent_again_without_a_retry(store: Store, stub: Stub) -> None:
+    put(store, SAE, "own", {feature: Label(f"where feature {feature} fires") for feature in FEATURES})
+    stub.says = "use max_completion_tokens instead"
+    first = threading.Barrier(2)
+
+    def both_at_first(number: int) -> Misbehaviour:
+        if number <= 2:
+            first.wait(30)
+            return (400, {})
+        return None
+
+    stub.misbehave = both_at_first
+    settings = ExplainSettings(Endpoint(stub.url, "stub", parallel=2, retries=0), FEW, score_source="own")
+    assert len(explain_features(store, None, FEATURES, settings, Prompts.read(), quiet()).explained) == 2
 
 
 def test_the_key_is_sent_and_is_in_no_file_and_no_message(

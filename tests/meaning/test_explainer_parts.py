@@ -80,6 +80,7 @@ def test_judgements_are_one_list_of_as_many_answers_as_examples(text: str, found
         ('{"1": 11}', None),
         ('{"1": NaN}', None),
         ('{"1": "a"}', None),
+        pytest.param(f'{{"1": 1{"0" * 400}}}', None, id="beyond every float"),
         ("{1: 2}", None),
         ("none", None),
     ],
@@ -234,8 +235,12 @@ def test_our_prompts_are_files_beside_the_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000", "ftp://a/v1", "http://", "http://user:word@a/v1", "http://a/v1?key=x", "http://a/#b"]
-)
+    "url",
+    [
+        "127.0.0.1:8000", "ftp://a/v1", "http://", "http://user:word@a/v1", "http://a/v1?key=x", "http://a/#b",
+        "http://[::1", "http://a:99999/v1", "http://a:b/v1", "http://a b/v1", "http://a\nb/v1",
+    ],
+)  # fmt: skip
 def test_an_endpoint_is_a_plain_address(url: str) -> None:
     with pytest.raises(UserError, match="--endpoint"):
         endpoint_url(url)

@@ -149,8 +149,6 @@ class Asker:
             try:
                 return await self._send(prompt)
             except APIStatusError as error:
-                if self._changes_options(error):
-                    continue
                 if not _may_pass(error):
                     self._require_only_this(error)
                     return None
@@ -170,9 +168,21 @@ class Asker:
         )
 
     async def _send(self, prompt: Prompt) -> Completion:
-        given: Any = {self.options["limit"]: prompt.most_answer_tokens}
-        if self.options["temperature"] is not None:
-            given["temperature"] = self.options["temperature"]
+        """Send a question, and again if the model wants other options."""
+        from openai import BadRequestError
+
+        while True:
+            sent = dict(self.options)
+            try:
+                return await self._send_once(prompt, sent)
+            except BadRequestError as error:
+                if not self._changes_options(error, sent):
+                    raise
+
+    async def _send_once(self, prompt: Prompt, options: Mapping[str, Any]) -> Completion:
+        given: Any = {options["limit"]: prompt.most_answer_tokens}
+        if options["temperature"] is not None:
+            given["temperature"] = options["temperature"]
         messages: Any = [{"role": role, "content": content} for role, content in prompt.messages]
         self.meter.n_requests += 1
         async with asyncio.timeout(self.endpoint.timeout_seconds):
@@ -181,15 +191,16 @@ class Asker:
         self.has_answered = True
         return Completion(self._without_key(found.text), found.n_prompt_tokens, found.n_answer_tokens)
 
-    def _changes_options(self, error: APIStatusError) -> bool:
-        """Adapt to models that name the limit of tokens otherwise, or take no temperature. True if to be sent again."""
+    def _changes_options(self, error: APIStatusError, sent: Mapping[str, Any]) -> bool:
+        """Adapt to models that name the limit of tokens otherwise, or take no temperature. True: send again.
+
+        `sent` are the options that were refused. Another question may have changed `options` in the meantime.
+        """
         said = error.message.lower()
-        if error.status_code != 400:
-            return False
-        if "max_completion_tokens" in said and self.options["limit"] == "max_tokens":
+        if "max_completion_tokens" in said and sent["limit"] == "max_tokens":
             self.options["limit"] = "max_completion_tokens"
             return True
-        if "temperature" in said and self.options["temperature"] is not None:
+        if "temperature" in said and sent["temperature"] is not None:
             self.options["temperature"] = None
             return True
         return False
