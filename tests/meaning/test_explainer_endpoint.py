@@ -225,7 +225,9 @@ def test_questions_that_are_refused_side_by_side_are_all_sent_again_without_a_re
 
     stub.misbehave = both_at_first
     settings = ExplainSettings(Endpoint(stub.url, "stub", parallel=2, retries=0), FEW, score_source="own")
-    assert len(explain_features(store, None, FEATURES, settings, Prompts.read(), quiet()).explained) == 2
+    outcome = explain_features(store, None, [*FEATURES, 5], settings, Prompts.read(), quiet())
+    assert len(outcome.explained) == 2
+    assert outcome.n_finished_before == 0  # feature 5 has no label
 
 
 def test_the_key_is_sent_and_is_in_no_file_and_no_message(
@@ -249,6 +251,12 @@ def test_the_key_is_sent_and_is_in_no_file_and_no_message(
 
 
 @pytest.mark.long
+def test_a_stand_in_for_a_key_spoils_no_answer(store: Store, stub: Stub) -> None:
+    settings = ExplainSettings(Endpoint(stub.url, "stub", "0"), FEW)
+    outcome = explain_features(store, None, FEATURES, settings, Prompts.read(), quiet())
+    assert outcome.n_nonsense == 0
+
+
 def test_without_a_key_none_is_sent_but_a_word(store: Store, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     endpoint = Endpoint(stub.url, "stub", first_wait_seconds=0.01)

@@ -30,6 +30,9 @@ _MOST_DOUBLED_WAIT = 60.0
 _FRAME_TOKENS = 64
 """Tokens that a chat template may add to the messages."""
 
+_SHORTEST_SECRET = 8
+"""Shorter keys are stand-ins such as `none` or `0`, for endpoints that need none: they may be words of an answer."""
+
 _MAY_PASS = {408, 409, 425, 429}
 _THIS_QUESTION = {400, 413, 422}
 """Errors that may be about one question, e.g. a text that is too long for the model."""
@@ -239,7 +242,8 @@ class Asker:
         return brief(sanitise(self._without_key(" ".join(text.split()))), 300)
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self.endpoint.key, "(key)") if self.endpoint.key else text
+        key = self.endpoint.key or ""
+        return text.replace(key, "(key)") if len(key) >= _SHORTEST_SECRET else text
 
 
 def _completion(answer: ChatCompletion) -> Completion:
