@@ -31,6 +31,7 @@ from saeflow.pipeline.lineage import Lineage
 from saeflow.query.api import OpenRun
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import SAEConfig
+from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.save import save_sae
 from saeflow.store.store import Store
@@ -280,6 +281,21 @@ def test_forgotten_documents_do_not_count(ingredients: Ingredients, tmp_path: Pa
         assert row["token_id"] < first.get(row["token_id"] // 16, 1 << 62)
 
 
+def test_firings_that_have_all_lost_their_context_are_an_error_in_words(store: Store, tmp_path: Path) -> None:
+    """One document stays that lies in a single sequence and does not begin it."""
+    left = Store.open(shutil.copytree(store.root, tmp_path / "store"))
+    with package.open(left.root, "resid") as run:
+        documents = run.sql(
+            "select key, first_token_id // 16 = (first_token_id + n_tokens - 1) // 16 and first_token_id % 16 > 0 "
+            "and n_tokens > 0 as fits from stg_documents order by fits desc, key"
+        ).to_pylist()
+    assert documents[0]["fits"]
+    forget.forget(left, [row["key"] for row in documents[1:]], quiet())
+    with pytest.raises(UserError, match="behind a forgotten document"):
+        measure_effects(left, "resid", EffectSettings(ahead=0), quiet())
+    assert not list(left.root.glob("tmp/*.checkpoint"))
+
+
 @pytest.mark.long
 def test_a_run_that_was_killed_goes_on_and_ends_with_equal_files(store: Store, tmp_path: Path) -> None:
     undisturbed, killed = (shutil.copytree(store.root, tmp_path / name) for name in ("undisturbed", "killed"))
@@ -366,3 +382,14 @@ def test_a_change_means_a_value(text: str, value: float | None) -> None:
     assert FeatureChange.parse(text).new_value(FeatureLevels(0.25, 4.0)) == value
     again = FeatureChange.parse(str(FeatureChange.parse(text)))
     assert again.new_value(FeatureLevels(0.25, 4.0)) == value
+
+
+@pytest.mark.parametrize("text", ["-3", "-1x", "1e20", "1e-5", "mean", "3.14159265"])
+def test_each_change_names_its_artefact(text: str) -> None:
+    EffectSettings(change=text).require_sensible()
+
+
+@given(st.floats(-1e29, 1e29), st.sampled_from(["{!r}", "max*{!r}"]))
+def test_two_changes_have_two_texts(number: float, form: str) -> None:
+    change = FeatureChange.parse(form.format(number))
+    assert FeatureChange.parse(str(change)) == change

@@ -140,7 +140,7 @@ class _Work:
             yield
 
     def wanted(self, features: Sequence[int]) -> list[int]:
-        """Return the features, ascending; those with a label if labels are scored. Raises UserError for unknown ones."""
+        """Return the features, ascending; only those with a label if labels are scored. Raises UserError."""
         for feature in features:
             if not 0 <= feature < self.n_features:
                 raise UserError(f"There is no feature {feature}; features go from 0 to {self.n_features - 1}.")
