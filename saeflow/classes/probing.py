@@ -89,18 +89,26 @@ def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[s
 
 
 def read_spans(annotations: Artefact, wanted: Sequence[str] = ()) -> Spans:
-    """Return the spans of annotations, of all classes or of the wanted ones. Raises UserError for unknown classes."""
+    """Return the spans of annotations, of all classes or of the wanted ones.
+
+    Raises UserError for unknown classes, and if no span is left.
+    """
     table = pq.read_table(annotations.own_file(SPANS), columns=["class", "first_token_id", "last_token_id"])
     column = table.column("class").combine_chunks().dictionary_encode()
     names = column.dictionary.to_pylist()
     for each in wanted:
         if each not in names:
             raise UserError(f"{annotations.id} has no class {brief(each)!r}. {did_you_mean(each, names)}")
-    kept = tuple(sorted(set(wanted) or names))
-    places = np.array([kept.index(name) if name in kept else -1 for name in names], np.int64)
-    numbers = places[column.indices.to_numpy(zero_copy_only=False)] if names else np.empty(0, np.int64)
+    if not names:
+        raise UserError(
+            f"{annotations.id} has no span left: its documents are forgotten.\n"
+            f"Annotate other tokens: saeflow annotate {annotations.name} FILE."
+        )
+    kept = {name: number for number, name in enumerate(sorted(set(wanted) or names))}
+    places = np.array([kept.get(name, -1) for name in names], np.int64)
+    numbers = places[column.indices.to_numpy()]
     firsts, lasts = (table.column(name).to_numpy() for name in ("first_token_id", "last_token_id"))
-    return Spans(kept, numbers[numbers >= 0], firsts[numbers >= 0], lasts[numbers >= 0])
+    return Spans(tuple(kept), numbers[numbers >= 0], firsts[numbers >= 0], lasts[numbers >= 0])
 
 
 def members_of(store: Store, run: Run, spans: Spans) -> Membership:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,18 @@ def test_an_answer_survives_a_kill_and_a_torn_line(
     third.load([2])
     assert third.known == {"b": an_answer("b", feature=2)}
     assert sorted(answer.key for answer in third.every()) == ["a", "b"]
+
+
+def test_the_name_of_a_new_journal_is_flushed_with_its_first_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = AnswerCache(Store.create(tmp_path), "demo-f0000001", "llm-m")
+    flushed: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda handle: flushed.append(os.readlink(f"/proc/self/fd/{handle}")))
+    for key in "ab":
+        cache.keep(an_answer(key))
+    assert [path for path in flushed if path == str(cache.journal.parent)] == [str(cache.journal.parent)]
+    assert flushed.count(str(cache.journal)) == 2
 
 
 def test_an_answer_is_found_by_model_question_and_sampling_alone() -> None:

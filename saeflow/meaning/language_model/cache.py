@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow.meaning.language_model.prompts import Prompt
-from saeflow.store.files import make_folder
+from saeflow.store.files import flush, make_folder
 from saeflow.store.links import open_unlinked, unlinked
 from saeflow.store.store import Store
 
@@ -109,6 +109,8 @@ class AnswerCache:
             os.fsync(handle)
         finally:
             os.close(handle)
+        if not n_bytes:
+            flush(self.journal.parent)  # or a power cut could take the new file's name
 
     def fold(self) -> None:
         """Move the answers of the journal into the store."""
