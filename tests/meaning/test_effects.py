@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import time
+import tracemalloc
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +27,7 @@ from saeflow.features.changes import FeatureChange, FeatureLevels
 from saeflow.meaning.effects import firings
 from saeflow.meaning.effects.firings import choose_firings
 from saeflow.meaning.effects.measure import EffectSettings, MeasuredEffects, measure_effects
+from saeflow.meaning.effects.part import SequenceTokens
 from saeflow.pipeline import collect, encode, stages, tokens, train
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
@@ -252,6 +255,23 @@ def test_a_token_behind_a_hole_in_its_sequence_has_lost_its_context() -> None:
     tokens = np.array([0, 15, 16, 20, 21, 40])
     kept = firings._has_context(tokens, np.array([1, 2]), np.array([20, 47]), 16)
     assert kept.tolist() == [True, True, True, False, False, True]
+
+
+def test_far_sequences_are_read_in_little_memory_and_each_as_it_is() -> None:
+    length, wanted = 64, np.arange(3, 60_000, 50)
+    with duckdb.connect() as connection:
+        connection.execute(
+            "create view src_tokens as select range as token_id, (range % 97)::integer as vocab_id, "
+            f"range // 640 as document_id, range % 640 < 600 as mask from range({60_000 * length})"
+        )
+        tracemalloc.start()
+        found = SequenceTokens.read(connection, wanted, length)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    token_ids = wanted[:, None] * length + np.arange(length)
+    assert (found.vocab_ids == token_ids % 97).all()
+    assert (found.owners == np.where(token_ids % 640 < 600, token_ids // 640, -1)).all()
+    assert peak < 60_000 * length * 8  # less than one number for each token in between
 
 
 @pytest.mark.long
