@@ -27,9 +27,13 @@ from saeflow.query.run_records import SPANS, newest_annotations
 from saeflow.query.runs import Run
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import brief, did_you_mean
+from saeflow.runtime.memory import total_memory
+from saeflow.runtime.text import brief, did_you_mean, human_bytes
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
+
+_PAIR_BYTES = 320
+"""Memory that a feature and a class take: their counts, their figures and their row."""
 
 TABLES = {name: f"{name}.parquet" for name in PROBE_TABLES}
 
@@ -69,6 +73,7 @@ def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: i
             target.renew()
             return target
         began = time.monotonic()
+        _refuse_large(int(run.artefact.fact("n_features")), len(spans.classes))
         members = members_of(store, run, spans)
         tables = {**score_tables(run, name, members, settings, threads)}
         if settings.sparse:
@@ -79,6 +84,15 @@ def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: i
         with target.publish_folder(facts, inputs, {"seconds": time.monotonic() - began}) as folder:
             write_tables(folder, tables)
     return target
+
+
+def _refuse_large(n_features: int, n_classes: int) -> None:
+    needed, most = _PAIR_BYTES * n_features * n_classes, total_memory() // 2
+    if needed > most:
+        raise UserError(
+            f"{n_features:,} features and {n_classes:,} classes take {human_bytes(needed)} of memory, but half of this "
+            f"machine's is {human_bytes(most)}.\nName fewer classes with --class, or use a larger machine."
+        )
 
 
 def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[str, Any]:

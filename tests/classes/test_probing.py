@@ -100,6 +100,13 @@ def test_only_wanted_classes_are_probed_and_unknown_ones_refused(store):
         probe(store, pick_run(store, runs(store), None), "verbs", ProbeSettings())
 
 
+def test_more_classes_than_fit_into_memory_are_refused_with_both_numbers(store, monkeypatch):
+    monkeypatch.setattr("saeflow.classes.probing.total_memory", lambda: 4_000)
+    with pytest.raises(UserError, match=r"4 features and 2 classes take 2\.5 KiB of memory, but half .* is 2\.0 KiB"):
+        probed(store)
+    assert probed(store, classes=("love",)).complete()
+
+
 def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():
     """Four features decide a class each; neurons mix them, and random directions hold a bit of all."""
     dice = np.random.default_rng(0)
