@@ -195,7 +195,7 @@ def erase_hidden(store: Store, tokens: Artefact, progress: Progress) -> None:
 def _write_without(old: Artefact, hidden: Sequence[int], folder: Path) -> int:
     """Write both tables without the documents. Return how many spans are gone; then nothing is written if none is."""
     gone = pa.array(hidden, pa.int64())
-    with contextlib.closing(duckdb.connect()) as connection:
+    with contextlib.closing(duckdb.connect(config={"temp_directory": str(folder / "spill")})) as connection:
         connection.execute("create table annotate_merged (class varchar, document_id bigint, a bigint, b bigint)")
         n = 0
         for batch in pq.ParquetFile(old.own_file(SPANS)).iter_batches(ROW_GROUP):

@@ -18,7 +18,7 @@ from saeflow.classes.membership import Membership
 from saeflow.classes.ranking import Keys, rank_keys
 from saeflow.classes.scores import Doubles, Ints, Scores
 from saeflow.classes.values import Entries, ValueFiles
-from saeflow.runtime.threads import in_parallel, n_threads
+from saeflow.runtime.threads import in_parallel, n_threads, ranges
 from saeflow.sae.kernels import Floats, Ids, compiled
 
 Weights = NDArray[np.uint8]
@@ -30,6 +30,9 @@ WEIGHT_BYTES = 1 << 30
 
 LANES = 256
 """Replicates that one pass over a feature's values counts."""
+
+_DOCUMENTS_AT_ONCE = 50_000
+"""Documents whose weights are numbers of eight bytes at once."""
 
 AT_ONCE = 500_000
 """Values of chosen features that are read at once."""
@@ -77,8 +80,8 @@ def intervals(
     if not pairs or members.n_documents < 2:
         return found
     lanes = [np.ascontiguousarray(weights[:, first : first + LANES]) for first in range(0, weights.shape[1], LANES)]
-    in_class: list[Doubles] = [each.T.astype(float) @ members.document_classes for each in lanes]
-    every: list[Doubles] = [each.T.astype(float) @ members.document_tokens for each in lanes]
+    in_class = [count_drawn(each, members.document_classes) for each in lanes]
+    every = [count_drawn(each, members.document_tokens) for each in lanes]
 
     kept = held.entries if held else {}
 
@@ -94,6 +97,14 @@ def intervals(
 
     in_parallel(count, _at_once(scores.fires, list(pairs)), n_threads(threads))
     return found
+
+
+def count_drawn(weights: Weights, tokens: Ints) -> Doubles:
+    """Return how many tokens each replicate has drawn, given those of each document (documents, …): (replicates, …)."""
+    total = np.zeros((weights.shape[1], *tokens.shape[1:]))
+    for start, stop in ranges(len(weights), _DOCUMENTS_AT_ONCE):
+        total += weights[start:stop].T.astype(float) @ tokens[start:stop]
+    return total
 
 
 def _at_once(fires: Ints, features: list[int]) -> list[list[int]]:

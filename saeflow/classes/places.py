@@ -23,7 +23,7 @@ class Unmatched:
     n_unknown_tokens: int = 0
     """No token of a visible document has the number: it is too large, or padding."""
     n_unreadable: int = 0
-    """A start, end or token_id is missing, or is no whole number."""
+    """A start, end or token_id is missing, or one of the numbers is no whole number."""
     n_empty: int = 0
     """The place ends before it begins, or the document has no tokens."""
     n_outside: int = 0
@@ -89,7 +89,7 @@ def _find_documents(connection: duckdb.DuckDBPyConnection, found: Unmatched) -> 
         select class_id, document_id, first_token_id, end_token_id, "start" as first_char, "end" as end_char,
             case
                 when document_id is null then 'n_unknown_documents'
-                when ("start" is null) != ("end" is null) then 'n_unreadable'
+                when unreadable or ("start" is null) != ("end" is null) then 'n_unreadable'
                 when "start" >= "end" or first_token_id is null or first_token_id >= end_token_id then 'n_empty'
                 when "start" is null then 'document'
                 else 'characters'
@@ -119,7 +119,7 @@ def _find_tokens(connection: duckdb.DuckDBPyConnection, columns: Columns, found:
         f"""
         create table annotate_located as
         with ranges as (
-            select class_id, token_id as first, coalesce({last}, token_id) as last
+            select class_id, unreadable, token_id as first, coalesce({last}, token_id) as last
             from annotate_rows join annotate_classes using (class)
         ),
         begun as (
@@ -128,7 +128,7 @@ def _find_tokens(connection: duckdb.DuckDBPyConnection, columns: Columns, found:
         )
         select begun.*, place as last_place, end_token_id - 1 as last_known,
             case
-                when first is null then 'n_unreadable'
+                when unreadable or first is null then 'n_unreadable'
                 when first > last then 'n_empty'
                 when first_place is null or place is null or first_place > place then 'n_unknown_tokens'
                 else 'tokens'

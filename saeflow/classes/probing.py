@@ -27,9 +27,13 @@ from saeflow.query.run_records import SPANS, newest_annotations
 from saeflow.query.runs import Run
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import brief, did_you_mean
+from saeflow.runtime.memory import total_memory
+from saeflow.runtime.text import brief, did_you_mean, human_bytes
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
+
+_PAIR_BYTES = 320
+"""Memory that a feature and a class take: their counts, their figures and their row."""
 
 TABLES = {name: f"{name}.parquet" for name in PROBE_TABLES}
 
@@ -69,6 +73,7 @@ def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: i
             target.renew()
             return target
         began = time.monotonic()
+        _refuse_large(int(run.artefact.fact("n_features")), len(spans.classes))
         members = members_of(store, run, spans)
         tables = {**score_tables(run, name, members, settings, threads)}
         if settings.sparse:
@@ -81,6 +86,15 @@ def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: i
     return target
 
 
+def _refuse_large(n_features: int, n_classes: int) -> None:
+    needed, most = _PAIR_BYTES * n_features * n_classes, total_memory() // 2
+    if needed > most:
+        raise UserError(
+            f"{n_features:,} features and {n_classes:,} classes take {human_bytes(needed)} of memory, but half of this "
+            f"machine's is {human_bytes(most)}.\nName fewer classes with --class, or use a larger machine."
+        )
+
+
 def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[str, Any]:
     """Return what a probe follows from: run and annotations, the values that are shown, and the settings."""
     values = fingerprint(holding(run.artefact.published().parts), list(run.left_out), [*map(int, run.hidden)])
@@ -89,18 +103,26 @@ def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[s
 
 
 def read_spans(annotations: Artefact, wanted: Sequence[str] = ()) -> Spans:
-    """Return the spans of annotations, of all classes or of the wanted ones. Raises UserError for unknown classes."""
+    """Return the spans of annotations, of all classes or of the wanted ones.
+
+    Raises UserError for unknown classes, and if no span is left.
+    """
     table = pq.read_table(annotations.own_file(SPANS), columns=["class", "first_token_id", "last_token_id"])
     column = table.column("class").combine_chunks().dictionary_encode()
     names = column.dictionary.to_pylist()
     for each in wanted:
         if each not in names:
             raise UserError(f"{annotations.id} has no class {brief(each)!r}. {did_you_mean(each, names)}")
-    kept = tuple(sorted(set(wanted) or names))
-    places = np.array([kept.index(name) if name in kept else -1 for name in names], np.int64)
-    numbers = places[column.indices.to_numpy(zero_copy_only=False)] if names else np.empty(0, np.int64)
+    if not names:
+        raise UserError(
+            f"{annotations.id} has no span left: its documents are forgotten.\n"
+            f"Annotate other tokens: saeflow annotate {annotations.name} FILE."
+        )
+    kept = {name: number for number, name in enumerate(sorted(set(wanted) or names))}
+    places = np.array([kept.get(name, -1) for name in names], np.int64)
+    numbers = places[column.indices.to_numpy()]
     firsts, lasts = (table.column(name).to_numpy() for name in ("first_token_id", "last_token_id"))
-    return Spans(kept, numbers[numbers >= 0], firsts[numbers >= 0], lasts[numbers >= 0])
+    return Spans(tuple(kept), numbers[numbers >= 0], firsts[numbers >= 0], lasts[numbers >= 0])
 
 
 def members_of(store: Store, run: Run, spans: Spans) -> Membership:

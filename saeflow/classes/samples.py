@@ -30,19 +30,30 @@ ROWS_AT_ONCE = 2_048
 
 @dataclass(frozen=True)
 class Sample:
-    """Sampled tokens (rows), and which of them serve for each class.
+    """Sampled tokens (rows): some of all counted tokens, and more of each class.
 
-    A row of the class stands for more or fewer tokens than another row: weights give the class its share of the corpus.
+    A class is probed on its own tokens and on those drawn from all: tokens that were drawn for other classes would be
+    too common among the rest. A row of the class stands for more or fewer tokens than another row, so weights give the
+    class its share of the corpus.
     """
 
     places: Ints
     """(rows,) token_id minus the membership's first token, ascending."""
     is_test: NDArray[np.bool_]
     """(rows,) True if the token's document is held out."""
+    of_all: NDArray[np.bool_]
+    """(rows,) True at tokens drawn from all counted tokens."""
+    of_class: NDArray[np.bool_]
+    """(rows, C) True at tokens drawn from those of the class."""
     inside: NDArray[np.bool_]
     """(rows, C) True at tokens of the class."""
     shares: NDArray[np.float64]
     """(C,) share of the class among all counted tokens."""
+
+    def rows(self, c: int) -> tuple[Ints, Ints]:
+        """Return the training rows and the held-out rows of a class."""
+        mine = self.of_all | self.of_class[:, c]
+        return np.flatnonzero(mine & ~self.is_test), np.flatnonzero(mine & self.is_test)
 
     def weights(self, c: int, rows: Ints) -> NDArray[np.float64]:
         """Return how much each of these rows counts, so that the class has its share of the corpus among them."""
@@ -63,8 +74,12 @@ def draw(members: Membership, seed: int, n_others: int = N_OTHERS, n_members: in
         has = members.sets_with(c)
         chosen.append(_some(dice, counted[has[members.codes[counted]]], n_members))
     places = np.unique(np.concatenate(chosen))
+    of_all, *of_class = (np.isin(places, each, assume_unique=True) for each in chosen)
     inside = np.stack([members.sets_with(c)[members.codes[places]] for c in range(len(members.classes))], 1)
-    return Sample(places, held_out[members.documents[places]], inside, members.class_tokens / max(members.n_tokens, 1))
+    return Sample(
+        places, held_out[members.documents[places]], of_all, np.stack(of_class, 1), inside,
+        members.class_tokens / max(members.n_tokens, 1),
+    )  # fmt: skip
 
 
 def _some(dice: np.random.Generator, places: Ints, most: int) -> Ints:

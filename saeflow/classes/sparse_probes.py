@@ -53,13 +53,13 @@ def _bases(
     if neurons is None:
         return
     yield "neurons", sparse.csc_array(neurons)
-    n_active = max(1, round(features.nnz / max(len(sample.places), 1)))
+    n_active = max(1, round(features[np.flatnonzero(sample.of_all)].nnz / sample.of_all.sum()))
     yield "random", random_values(neurons, files.n_features, n_active, seed)
 
 
 def probes(values: sparse.csc_array, sample: Sample, c: int) -> Iterator[dict[str, Any]]:
     """Yield the figures of each k for one class. Figures are None if training or held-out documents lack the class."""
-    train, test = np.flatnonzero(~sample.is_test), np.flatnonzero(sample.is_test)
+    train, test = sample.rows(c)
     y = sample.inside[:, c]
     counts = {"n_train": len(train), "n_test": len(test)}
     able = all(0 < y[rows].sum() < len(rows) for rows in (train, test))

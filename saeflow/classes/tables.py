@@ -124,20 +124,29 @@ def _saying(what: str) -> Iterator[None]:
 def store_rows(connection: duckdb.DuckDBPyConnection, rows: duckdb.DuckDBPyRelation, default: str) -> Columns:
     """Copy the rows into the table `annotate_rows`, and their classes into `annotate_classes`, numbered by name.
 
-    A row without a class has the class `default`. What is no whole number becomes null. Raises UserError if there are
-    no rows, or classes that are none.
+    A row without a class has the class `default`. A cell without a whole number becomes null; if it is not empty, the
+    row is marked as `unreadable`. Raises UserError if there are no rows, or classes that are none.
     """
     found = columns_of(rows.columns)
     written = {name.casefold(): identifier(name) for name in rows.columns}
     given = f"nullif(trim({written['class']}::varchar), '')" if "class" in found.read else "null"
-    cells = [f"coalesce({given}, {literal(default)}) as class"]
+    cells, unreadable = [f"coalesce({given}, {literal(default)}) as class"], ["false"]
     for name in found.read:
-        if name != "class":
-            cell = f"{written[name]}::varchar" if name == "document" else f"try_cast({written[name]} as bigint)"
-            cells.append(f"{cell} as {identifier(name)}")
+        if name == "document":
+            cells.append(f"{written[name]}::varchar as document")
+        elif name != "class":
+            number = _whole_number(written[name])
+            cells.append(f"{number} as {identifier(name)}")
+            unreadable.append(f"({number} is null and trim({written[name]}::varchar) <> '')")
+    cells.append(f"coalesce({' or '.join(unreadable)}, false) as unreadable")
     rows.project(", ".join(cells)).create("annotate_rows")
     _number_classes(connection)
     return found
+
+
+def _whole_number(cell: str) -> str:
+    """Return SQL for a cell as a bigint; null for what is no whole number, where a plain cast would round."""
+    return f"if(try_cast({cell} as bigint) = try_cast({cell} as double), try_cast({cell} as bigint), null)"
 
 
 def _number_classes(connection: duckdb.DuckDBPyConnection) -> None:

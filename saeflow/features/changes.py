@@ -55,11 +55,14 @@ class FeatureChange:
         return cls("max" if found else "value", number)
 
     def __str__(self) -> str:
+        """Two different changes have two texts: a text names an artefact and is part of its fingerprint."""
+        short = f"{self.number:g}"
+        digits = short if float(short) == self.number else repr(self.number)
         match self.kind:
             case "max":
-                return f"max*{self.number:g}"
+                return f"max*{digits}"
             case "value":
-                return f"{self.number:g}" if self.number else "zero"
+                return digits if self.number else "zero"
         return self.kind
 
     def new_value(self, levels: FeatureLevels) -> float | None:

@@ -32,6 +32,7 @@ means as (
         sum(n)::bigint                               as n_firings,
         sum(n_with_loss)::bigint                     as n_losses,
         count(*)                                     as n_documents,
+        count(*) filter (where n_with_loss > 0)      as n_loss_documents,
         sum(sum_loss) / nullif(sum(n_with_loss), 0)  as mean_loss_change,
         sum(sum_kl) / sum(n)                         as mean_kl,
         sum(n_worse) / nullif(sum(n_with_loss), 0)   as worse_share
@@ -45,7 +46,7 @@ errors as (
         ahead,
         any_value(change)                            as change,
         1.96 * sqrt(
-            any_value(n_documents) / nullif(any_value(n_documents) - 1, 0)
+            any_value(n_loss_documents) / nullif(any_value(n_loss_documents) - 1, 0)
             * sum(pow(sum_loss - mean_loss_change * n_with_loss, 2))
         ) / nullif(any_value(n_losses), 0)           as loss_error,
         1.96 * sqrt(

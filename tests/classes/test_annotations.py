@@ -157,6 +157,22 @@ def test_every_row_that_does_not_match_is_counted_once_and_kept_in_the_facts(tmp
     assert asked(store) == {"x": [0, 1, 5]}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token_id\n1.5\n", "token_id,last_token_id\n1,two\n", "token_id,end_token_id\n1,2.5\n",
+        "document,start,end\none,a,b\n", "document,start,end\none,0,1.5\n",
+    ],
+)  # fmt: skip
+def test_a_number_that_is_not_whole_is_neither_rounded_nor_taken_for_an_empty_cell(
+    tmp_path: Path, shared: Store, text: str
+) -> None:
+    with pytest.raises(UserError, match=r"None of the 1 rows matched a token\..* unreadable: 1"):
+        annotate(shared, None, "x", table(tmp_path, text), quiet())
+    annotate(shared, None, "x", table(tmp_path, "token_id,last_token_id\n1.0,+2\n"), quiet())
+    assert asked(shared) == {"x": [1, 2]}
+
+
 def test_characters_that_the_tokenizer_drops_and_tokens_that_a_run_skips_are_said(tmp_path: Path) -> None:
     given = Given(documents=WORDS, values=[(1, 0, 1.0)], skipped=[0], skips_special=[b" no"])
     store = given.write(tmp_path / "store")

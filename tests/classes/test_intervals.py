@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
@@ -44,6 +46,17 @@ def test_intervals_are_those_of_repeated_documents(tmp_path, signed):
         for name, figures in drawn.items():
             limits = np.quantile(figures, intervals.LEVELS)
             assert [found.low[name][f, c], found.high[name][f, c]] == pytest.approx(limits, abs=1e-12)
+
+
+def test_tokens_of_replicates_are_counted_in_little_memory():
+    weights = np.random.default_rng(0).integers(0, 3, (200_000, 64), np.uint8)
+    tokens = np.arange(400_000).reshape(-1, 2) % 7
+    tracemalloc.start()
+    found = intervals.count_drawn(weights, tokens)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found[5] == weights[:, 5].astype(np.int64) @ tokens).all()
+    assert peak < 4 * weights.nbytes
 
 
 def test_intervals_by_document_are_wider_than_those_by_token(tmp_path):

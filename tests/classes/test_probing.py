@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from saeflow.classes.annotations import Source, annotate
+from saeflow.classes.annotations import Source, annotate, erase_hidden
 from saeflow.classes.membership import membership
 from saeflow.classes.probing import ProbeSettings, probe
 from saeflow.classes.samples import draw, random_values
@@ -99,6 +100,13 @@ def test_only_wanted_classes_are_probed_and_unknown_ones_refused(store):
         probe(store, pick_run(store, runs(store), None), "verbs", ProbeSettings())
 
 
+def test_more_classes_than_fit_into_memory_are_refused_with_both_numbers(store, monkeypatch):
+    monkeypatch.setattr("saeflow.classes.probing.total_memory", lambda: 4_000)
+    with pytest.raises(UserError, match=r"4 features and 2 classes take 2\.5 KiB of memory, but half .* is 2\.0 KiB"):
+        probed(store)
+    assert probed(store, classes=("love",)).complete()
+
+
 def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():
     """Four features decide a class each; neurons mix them, and random directions hold a bit of all."""
     dice = np.random.default_rng(0)
@@ -110,8 +118,6 @@ def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():
     classes = active[:, :4] > 0
     members = membership(spans_of(classes, 0), np.arange(n), np.arange(n) // 40)
     sample = draw(members, 0, 2_000, 500)
-    from scipy import sparse
-
     found = {}
     for basis, values in {
         "features": sparse.csc_array(active[sample.places]),
@@ -127,6 +133,28 @@ def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():
     assert sample.is_test.mean() == pytest.approx(0.3, abs=0.05)
     held = {int(d) for d in (sample.places // 40)[sample.is_test]}
     assert held.isdisjoint((sample.places // 40)[~sample.is_test].tolist())
+
+
+def test_a_class_is_judged_against_the_corpus_and_not_against_the_tokens_of_other_classes():
+    """The feature fires at every token of a common class, and at those of a rare one, which is drawn more often."""
+    dice = np.random.default_rng(0)
+    n = 40_000
+    common, rare = dice.random((2, n)) < np.array([[0.2], [0.01]])
+    fires = np.where(common | rare, dice.random(n) + 1, dice.random(n)).astype(np.float32)
+    members = membership(spans_of(np.stack([common, rare], 1), 0), np.arange(n), np.arange(n) // 100)
+    sample = draw(members, 0, 2_000, 1_000)
+    row = next(iter(probes(sparse.csc_array(fires[sample.places, None]), sample, 0)))
+    assert row["auroc"] == pytest.approx(roc_auc_score(common, fires), abs=0.01)
+    assert row["n_train"] + row["n_test"] < 2_000 + 1_000
+
+
+def test_annotations_whose_documents_are_all_forgotten_are_an_error_in_words(store, tmp_path):
+    for kind in ("tokens", "features"):
+        shutil.rmtree(store.root / kind)
+    forgotten = Given(hidden=[0, 1]).write(store.root)
+    erase_hidden(forgotten, forgotten.artefacts("tokens")[0], quiet())
+    with pytest.raises(UserError, match="no span left"):
+        probed(forgotten)
 
 
 def test_the_command_probes_neurons_and_random_directions_too(saeflow: Command, finished: Finished, tmp_path):

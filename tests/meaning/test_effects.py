@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import time
+import tracemalloc
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -25,12 +27,14 @@ from saeflow.features.changes import FeatureChange, FeatureLevels
 from saeflow.meaning.effects import firings
 from saeflow.meaning.effects.firings import choose_firings
 from saeflow.meaning.effects.measure import EffectSettings, MeasuredEffects, measure_effects
+from saeflow.meaning.effects.part import SequenceTokens
 from saeflow.pipeline import collect, encode, stages, tokens, train
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.api import OpenRun
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import SAEConfig
+from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.save import save_sae
 from saeflow.store.store import Store
@@ -253,6 +257,23 @@ def test_a_token_behind_a_hole_in_its_sequence_has_lost_its_context() -> None:
     assert kept.tolist() == [True, True, True, False, False, True]
 
 
+def test_far_sequences_are_read_in_little_memory_and_each_as_it_is() -> None:
+    length, wanted = 64, np.arange(3, 60_000, 50)
+    with duckdb.connect() as connection:
+        connection.execute(
+            "create view src_tokens as select range as token_id, (range % 97)::integer as vocab_id, "
+            f"range // 640 as document_id, range % 640 < 600 as mask from range({60_000 * length})"
+        )
+        tracemalloc.start()
+        found = SequenceTokens.read(connection, wanted, length)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    token_ids = wanted[:, None] * length + np.arange(length)
+    assert (found.vocab_ids == token_ids % 97).all()
+    assert (found.owners == np.where(token_ids % 640 < 600, token_ids // 640, -1)).all()
+    assert peak < 60_000 * length * 8  # less than one number for each token in between
+
+
 @pytest.mark.long
 def test_forgotten_documents_do_not_count(ingredients: Ingredients, tmp_path: Path) -> None:
     store = Store.create(tmp_path / "store")
@@ -278,6 +299,21 @@ def test_forgotten_documents_do_not_count(ingredients: Ingredients, tmp_path: Pa
     for row in rows_of(made):
         assert row["document_id"] != victim["document_id"]
         assert row["token_id"] < first.get(row["token_id"] // 16, 1 << 62)
+
+
+def test_firings_that_have_all_lost_their_context_are_an_error_in_words(store: Store, tmp_path: Path) -> None:
+    """One document stays that lies in a single sequence and does not begin it."""
+    left = Store.open(shutil.copytree(store.root, tmp_path / "store"))
+    with package.open(left.root, "resid") as run:
+        documents = run.sql(
+            "select key, first_token_id // 16 = (first_token_id + n_tokens - 1) // 16 and first_token_id % 16 > 0 "
+            "and n_tokens > 0 as fits from stg_documents order by fits desc, key"
+        ).to_pylist()
+    assert documents[0]["fits"]
+    forget.forget(left, [row["key"] for row in documents[1:]], quiet())
+    with pytest.raises(UserError, match="behind a forgotten document"):
+        measure_effects(left, "resid", EffectSettings(ahead=0), quiet())
+    assert not list(left.root.glob("tmp/*.checkpoint"))
 
 
 @pytest.mark.long
@@ -366,3 +402,14 @@ def test_a_change_means_a_value(text: str, value: float | None) -> None:
     assert FeatureChange.parse(text).new_value(FeatureLevels(0.25, 4.0)) == value
     again = FeatureChange.parse(str(FeatureChange.parse(text)))
     assert again.new_value(FeatureLevels(0.25, 4.0)) == value
+
+
+@pytest.mark.parametrize("text", ["-3", "-1x", "1e20", "1e-5", "mean", "3.14159265"])
+def test_each_change_names_its_artefact(text: str) -> None:
+    EffectSettings(change=text).require_sensible()
+
+
+@given(st.floats(-1e29, 1e29), st.sampled_from(["{!r}", "max*{!r}"]))
+def test_two_changes_have_two_texts(number: float, form: str) -> None:
+    change = FeatureChange.parse(form.format(number))
+    assert FeatureChange.parse(str(change)) == change

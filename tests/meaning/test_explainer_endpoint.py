@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from saeflow.meaning.language_model.command import Outcome, explain_features
 from saeflow.meaning.language_model.prompts import Prompts
 from saeflow.meaning.language_model.settings import Endpoint, ExampleCounts, ExplainSettings
 from saeflow.query.connection import connect
+from saeflow.query.labels import Label, put
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.meaning.test_explainer import SAE, planted
@@ -210,6 +212,24 @@ def test_models_that_want_other_options_get_them(store: Store, stub: Stub) -> No
     assert all('"max_completion_tokens"' in body for body in bodies[1:])
 
 
+def test_questions_that_are_refused_side_by_side_are_all_sent_again_without_a_retry(store: Store, stub: Stub) -> None:
+    put(store, SAE, "own", {feature: Label(f"where feature {feature} fires") for feature in FEATURES})
+    stub.says = "use max_completion_tokens instead"
+    first = threading.Barrier(2)
+
+    def both_at_first(number: int) -> Misbehaviour:
+        if number <= 2:
+            first.wait(30)
+            return (400, {})
+        return None
+
+    stub.misbehave = both_at_first
+    settings = ExplainSettings(Endpoint(stub.url, "stub", parallel=2, retries=0), FEW, score_source="own")
+    outcome = explain_features(store, None, [*FEATURES, 5], settings, Prompts.read(), quiet())
+    assert len(outcome.explained) == 2
+    assert outcome.n_finished_before == 0  # feature 5 has no label
+
+
 def test_the_key_is_sent_and_is_in_no_file_and_no_message(
     store: Store, stub: Stub, saeflow: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +251,12 @@ def test_the_key_is_sent_and_is_in_no_file_and_no_message(
 
 
 @pytest.mark.long
+def test_a_stand_in_for_a_key_spoils_no_answer(store: Store, stub: Stub) -> None:
+    settings = ExplainSettings(Endpoint(stub.url, "stub", "0"), FEW)
+    outcome = explain_features(store, None, FEATURES, settings, Prompts.read(), quiet())
+    assert outcome.n_nonsense == 0
+
+
 def test_without_a_key_none_is_sent_but_a_word(store: Store, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     endpoint = Endpoint(stub.url, "stub", first_wait_seconds=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,7 @@ def test_judgements_are_one_list_of_as_many_answers_as_examples(text: str, found
         ('{"1": 11}', None),
         ('{"1": NaN}', None),
         ('{"1": "a"}', None),
+        pytest.param(f'{{"1": 1{"0" * 400}}}', None, id="beyond every float"),
         ("{1: 2}", None),
         ("none", None),
     ],
@@ -234,8 +236,12 @@ def test_our_prompts_are_files_beside_the_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000", "ftp://a/v1", "http://", "http://user:word@a/v1", "http://a/v1?key=x", "http://a/#b"]
-)
+    "url",
+    [
+        "127.0.0.1:8000", "ftp://a/v1", "http://", "http://user:word@a/v1", "http://a/v1?key=x", "http://a/#b",
+        "http://[::1", "http://a:99999/v1", "http://a:b/v1", "http://a b/v1", "http://a\nb/v1",
+    ],
+)  # fmt: skip
 def test_an_endpoint_is_a_plain_address(url: str) -> None:
     with pytest.raises(UserError, match="--endpoint"):
         endpoint_url(url)
@@ -287,6 +293,18 @@ def test_an_answer_survives_a_kill_and_a_torn_line(
     third.load([2])
     assert third.known == {"b": an_answer("b", feature=2)}
     assert sorted(answer.key for answer in third.every()) == ["a", "b"]
+
+
+def test_the_name_of_a_new_journal_is_flushed_with_its_first_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = AnswerCache(Store.create(tmp_path), "demo-f0000001", "llm-m")
+    flushed: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda handle: flushed.append(os.readlink(f"/proc/self/fd/{handle}")))
+    for key in "ab":
+        cache.keep(an_answer(key))
+    assert [path for path in flushed if path == str(cache.journal.parent)] == [str(cache.journal.parent)]
+    assert flushed.count(str(cache.journal)) == 2
 
 
 def test_an_answer_is_found_by_model_question_and_sampling_alone() -> None:

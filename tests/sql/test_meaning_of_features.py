@@ -34,7 +34,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         {"feature_id": 0, "token_id": token, "document_id": document, "value": 1.0, "loss_change": change, "kl": kl,
          "ahead": ahead, "up": [(0, 0.1, 0.2)], "down": [(1, 0.5, 0.25)]}
         for token, document, change, kl, ahead in
-        [(0, 0, 1.0, 0.5, 0), (1, 0, 3.0, 1.5, 0), (5, 1, -1.0, 1.0, 0), (5, 1, None, 0.25, 1)]
+        [(0, 0, 1.0, 0.5, 0), (1, 0, 3.0, 1.5, 0), (5, 1, -1.0, 1.0, 0), (5, 1, None, 0.25, 1),
+         (0, 0, 1.0, 0.5, 2), (7, 1, None, 1.5, 2)]
     ]  # fmt: skip
     put_effects(store, run, firings, [{"feature_id": 0, "vocab_id": 0, "logit": 2.0}])
     with contextlib.closing(connect(store, threads=1)) as connection:
@@ -51,13 +52,18 @@ def test_scores_of_a_label_come_with_the_whole_of_each_method_first(known):
 
 
 def test_effects_of_a_feature_are_means_over_its_firings_with_intervals_by_document(known):
-    at, ahead = known("measured_effects", 0)
+    at, ahead, last = known("measured_effects", 0)
     assert (at["effect"], at["change"], at["ahead"], at["n_firings"]) == ("zeroed", "zero", 0, 3)
     assert (at["mean_loss_change"], at["mean_kl"], at["worse_share"]) == (1.0, 1.0, pytest.approx(2 / 3))
     error = 1.96 * (2 * (2.0**2 + 2.0**2)) ** 0.5 / 3  # two documents, whose sums lie 2 above and below their share
     assert (at["loss_change_low"], at["loss_change_high"]) == (pytest.approx(1 - error), pytest.approx(1 + error))
     assert (ahead["ahead"], ahead["mean_loss_change"], ahead["mean_kl"]) == (1, None, 0.25)
     assert ahead["kl_low"] is None
+    assert (last["mean_loss_change"], last["loss_change_low"]) == (
+        1.0,
+        None,
+    )  # no token follows in one of two documents
+    assert last["kl_low"] == pytest.approx(1 - 1.96 * (2 * (0.5**2 + 0.5**2)) ** 0.5 / 2)
     assert known("measured_effects", 1) == []
 
 

@@ -82,7 +82,8 @@ class EffectSettings:
 
     @property
     def artefact_name(self) -> str:
-        return self.name or str(FeatureChange.parse(self.change)).replace("*", "").replace("+", "")
+        plain = str(FeatureChange.parse(self.change)).replace("*", "").replace("+", "")
+        return self.name or (f"minus{plain[1:]}" if plain.startswith("-") else plain)
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,14 @@ class _Work:
             self.connection, self.features, self.strengths.n_tokens, settings.n, settings.bands, settings.seed,
             self.folder,
         )  # fmt: skip
-        n_positions, parts = self._measure_parts(loaded, drawn)
         n_firings = pq.read_metadata(drawn).num_rows
+        if not n_firings:
+            remove(self.folder)
+            raise UserError(
+                "Every firing of these features lies behind a forgotten document in its sequence, so its context is "
+                "gone.\nName other features: saeflow ask feature_summary."
+            )
+        n_positions, parts = self._measure_parts(loaded, drawn)
         about = facts | {"n_firings": n_firings, "measured_ahead": n_positions - 1}
         with self.target.publish_folder(about, self._inputs(), {"model": self.config.path}) as folder:
             sort_into(folder / EFFECTS_FILE, parts, "feature_id, token_id, ahead", self.folder)

@@ -21,6 +21,8 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 
 _GAP = 64
 """Sequences that nobody asked for are read, too, if fewer than this lie between two that are."""
+_MOST_READ = 1 << 20
+"""Tokens that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class SequenceTokens:
     @classmethod
     def read(cls, connection: duckdb.DuckDBPyConnection, wanted: np.ndarray, length: int) -> SequenceTokens:
         """Read these sequences (ascending) from a run's tokens; far sequences in between are not read."""
-        groups = np.split(wanted, np.flatnonzero(np.diff(wanted) > _GAP) + 1) if len(wanted) else []
+        blocks = wanted // max(1, _MOST_READ // length)
+        ends = np.flatnonzero((np.diff(wanted) > _GAP) | (np.diff(blocks) > 0)) + 1
+        groups = np.split(wanted, ends) if len(wanted) else []
         ids, owners = [np.zeros((0, length), np.int64)], [np.zeros((0, length), np.int64)]
         for group in groups:
             first, last = int(group[0]), int(group[-1])

@@ -51,7 +51,7 @@ def read_strengths(text: str, n: int) -> list[float] | None:
     for found in reversed(_OBJECT.findall(_THOUGHTS.sub("", text))):
         try:
             given = {int(number): float(strength) for number, strength in json.loads(found).items()}
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             continue
         if all(
             1 <= number <= n and 0 <= value <= STRONGEST and math.isfinite(value) for number, value in given.items()

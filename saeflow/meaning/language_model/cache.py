@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from saeflow.meaning.beside_labels import changing_beside, path_beside, read_table, write_table
 from saeflow.meaning.language_model.prompts import Prompt
-from saeflow.store.files import make_folder
+from saeflow.store.files import flush, make_folder
 from saeflow.store.links import open_unlinked, unlinked
 from saeflow.store.store import Store
 
@@ -108,6 +108,8 @@ class AnswerCache:
             os.fsync(handle)
         finally:
             os.close(handle)
+        if not n_bytes:
+            flush(self.journal.parent)  # or a power cut could take the new file's name
 
     def fold(self) -> None:
         """Move the answers of the journal into the store."""

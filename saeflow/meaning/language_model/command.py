@@ -78,9 +78,10 @@ def explain_features(
         if not dry_run:
             stack.enter_context(work.alone())
             drop_forgotten_of(work.cache)
-        todo = work.left(features)
+        wanted = work.wanted(features)
+        todo = work.left(wanted)
         work.cache.load(todo)
-        outcome = Outcome(work.results.source, len(set(features)) - len(todo))
+        outcome = Outcome(work.results.source, len(wanted) - len(todo))
         if todo and dry_run:
             outcome.forecast = work.forecast(todo)
         elif todo:
@@ -138,8 +139,8 @@ class _Work:
                 ) from None
             yield
 
-    def left(self, features: Sequence[int]) -> list[int]:
-        """Return the features that are not finished under these settings. Raises UserError for unknown ones."""
+    def wanted(self, features: Sequence[int]) -> list[int]:
+        """Return the features, ascending; only those with a label if labels are scored. Raises UserError."""
         for feature in features:
             if not 0 <= feature < self.n_features:
                 raise UserError(f"There is no feature {feature}; features go from 0 to {self.n_features - 1}.")
@@ -147,8 +148,12 @@ class _Work:
             features = [feature for feature in features if feature in self.labels]
             if not features:
                 raise UserError(f"None of these features has a label of {self.settings.score_source!r}.")
+        return sorted(set(features))
+
+    def left(self, features: Sequence[int]) -> list[int]:
+        """Return the features that are not finished under these settings."""
         finished = self.results.finished()
-        return [each for each in sorted(set(features)) if finished.get(each) != self.settings_of(each)]
+        return [each for each in features if finished.get(each) != self.settings_of(each)]
 
     def settings_of(self, feature: int) -> str:
         """Return a digest of all that decides what is asked about a feature, but for the corpus."""

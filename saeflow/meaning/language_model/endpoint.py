@@ -30,6 +30,9 @@ _MOST_DOUBLED_WAIT = 60.0
 _FRAME_TOKENS = 64
 """Tokens that a chat template may add to the messages."""
 
+_SHORTEST_SECRET = 8
+"""Shorter keys are stand-ins such as `none` or `0`, for endpoints that need none: they may be words of an answer."""
+
 _MAY_PASS = {408, 409, 425, 429}
 _THIS_QUESTION = {400, 413, 422}
 """Errors that may be about one question, e.g. a text that is too long for the model."""
@@ -149,8 +152,6 @@ class Asker:
             try:
                 return await self._send(prompt)
             except APIStatusError as error:
-                if self._changes_options(error):
-                    continue
                 if not _may_pass(error):
                     self._require_only_this(error)
                     return None
@@ -170,9 +171,21 @@ class Asker:
         )
 
     async def _send(self, prompt: Prompt) -> Completion:
-        given: Any = {self.options["limit"]: prompt.most_answer_tokens}
-        if self.options["temperature"] is not None:
-            given["temperature"] = self.options["temperature"]
+        """Send a question, and again if the model wants other options."""
+        from openai import BadRequestError
+
+        while True:
+            sent = dict(self.options)
+            try:
+                return await self._send_once(prompt, sent)
+            except BadRequestError as error:
+                if not self._changes_options(error, sent):
+                    raise
+
+    async def _send_once(self, prompt: Prompt, options: Mapping[str, Any]) -> Completion:
+        given: Any = {options["limit"]: prompt.most_answer_tokens}
+        if options["temperature"] is not None:
+            given["temperature"] = options["temperature"]
         messages: Any = [{"role": role, "content": content} for role, content in prompt.messages]
         self.meter.n_requests += 1
         async with asyncio.timeout(self.endpoint.timeout_seconds):
@@ -181,15 +194,16 @@ class Asker:
         self.has_answered = True
         return Completion(self._without_key(found.text), found.n_prompt_tokens, found.n_answer_tokens)
 
-    def _changes_options(self, error: APIStatusError) -> bool:
-        """Adapt to models that name the limit of tokens otherwise, or take no temperature. True if to be sent again."""
+    def _changes_options(self, error: APIStatusError, sent: Mapping[str, Any]) -> bool:
+        """Adapt to models that name the limit of tokens otherwise, or take no temperature. True: send again.
+
+        `sent` are the options that were refused. Another question may have changed `options` in the meantime.
+        """
         said = error.message.lower()
-        if error.status_code != 400:
-            return False
-        if "max_completion_tokens" in said and self.options["limit"] == "max_tokens":
+        if "max_completion_tokens" in said and sent["limit"] == "max_tokens":
             self.options["limit"] = "max_completion_tokens"
             return True
-        if "temperature" in said and self.options["temperature"] is not None:
+        if "temperature" in said and sent["temperature"] is not None:
             self.options["temperature"] = None
             return True
         return False
@@ -228,7 +242,8 @@ class Asker:
         return brief(sanitise(self._without_key(" ".join(text.split()))), 300)
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self.endpoint.key, "(key)") if self.endpoint.key else text
+        key = self.endpoint.key or ""
+        return text.replace(key, "(key)") if len(key) >= _SHORTEST_SECRET else text
 
 
 def _completion(answer: ChatCompletion) -> Completion:

@@ -70,7 +70,8 @@ def _drop(cache: AnswerCache, hidden: dict[str, set[int]]) -> int:
             old = read_table(cache.store, path, schema)
             write_table(cache.store, path, old.filter(pc.invert(pc.is_in(old.column("feature_id"), _ids(features)))))
         # An answer about a feature whose explanation goes may repeat that explanation.
-        cache.replace(answer for answer in every if answer not in gone and answer.feature_id not in explained)
+        kept = (answer for answer in every if answer.feature_id not in explained)
+        cache.replace(answer for answer in kept if not _quotes(answer, hidden))
     return len(features)
 
 

@@ -96,8 +96,12 @@ class ExplainSettings:
 
 def endpoint_url(url: str) -> str:
     """Return the address without a slash at its end. Raises UserError if it is none, or holds a password."""
-    place = urlsplit(url)
-    if place.scheme not in ("http", "https") or not place.hostname:
+    try:
+        place = urlsplit(url)
+        is_address = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+    except ValueError:  # half an IPv6 address, or no number as the port
+        is_address = False
+    if not is_address or " " in url or not url.isprintable():
         raise UserError(
             f"--endpoint is {brief(sanitise(url))!r}, but it must be an address such as http://127.0.0.1:8000/v1."
         )
