@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 
 from saeflow.classes.best import BestEntries
 from saeflow.classes.intervals import FIGURES, N_REPLICATES, Intervals, draw_documents, intervals
-from saeflow.classes.membership import Membership, Spans, membership
+from saeflow.classes.membership import Membership, Spans, membership, require_spans
 from saeflow.classes.scores import Scores, score
 from saeflow.classes.values import ValueFiles
+from saeflow.features.beside import newest_annotations, require_table
 from saeflow.features.files import ROW_GROUP
-from saeflow.features.schema import PROBE_TABLES, holding
+from saeflow.features.schema import PROBE_TABLES, SPANS, holding
 from saeflow.query.connection import connect
-from saeflow.query.run_records import SPANS, newest_annotations
 from saeflow.query.runs import Run
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
@@ -89,8 +89,15 @@ def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[s
 
 
 def read_spans(annotations: Artefact, wanted: Sequence[str] = ()) -> Spans:
-    """Return the spans of annotations, of all classes or of the wanted ones. Raises UserError for unknown classes."""
-    table = pq.read_table(annotations.own_file(SPANS), columns=["class", "first_token_id", "last_token_id"])
+    """Return the spans of annotations, of all classes or of the wanted ones.
+
+    Raises UserError for unknown classes, and for a table that is not as saeflow writes it.
+    """
+    remedy = f"Make them again: saeflow annotate {annotations.name} FILE."
+    path = require_table(annotations, "spans", SPANS, remedy)
+    table = pq.read_table(path, columns=["class", "first_token_id", "last_token_id"])
+    if any(column.null_count for column in table.columns):
+        raise UserError(f"{annotations.id} cannot be read: a span lacks its class or a token.\n{remedy}")
     column = table.column("class").combine_chunks().dictionary_encode()
     names = column.dictionary.to_pylist()
     for each in wanted:
@@ -100,7 +107,12 @@ def read_spans(annotations: Artefact, wanted: Sequence[str] = ()) -> Spans:
     places = np.array([kept.index(name) if name in kept else -1 for name in names], np.int64)
     numbers = places[column.indices.to_numpy(zero_copy_only=False)] if names else np.empty(0, np.int64)
     firsts, lasts = (table.column(name).to_numpy() for name in ("first_token_id", "last_token_id"))
-    return Spans(kept, numbers[numbers >= 0], firsts[numbers >= 0], lasts[numbers >= 0])
+    spans = Spans(kept, numbers[numbers >= 0], firsts[numbers >= 0], lasts[numbers >= 0])
+    try:
+        require_spans(spans)
+    except ValueError as error:
+        raise UserError(f"{annotations.id} cannot be read: {error}.\n{remedy}") from error
+    return spans
 
 
 def members_of(store: Store, run: Run, spans: Spans) -> Membership:

@@ -204,11 +204,12 @@ def no_rows(schema: pa.Schema) -> str:
 def spans_relation(annotations: Mapping[str, str]) -> str:
     """Select the spans of these files of annotations, by name, with the name as the first column.
 
-    Columns are qualified: a question may have a parameter `annotation` or `class`.
+    Only a forged span has no class. Columns are qualified: a question may have a parameter `annotation` or `class`.
     """
     columns = ", ".join(f"stored.{name}" for name in SPANS.names)
     parts = [
-        f"select {literal(name)} as annotation, {columns} from {_read_files([path])} as stored"
+        f"select {literal(name)} as annotation, {columns} from {_read_files([path])} as stored "
+        "where stored.class is not null"
         for name, path in annotations.items()
     ]
     nothing = f"(select null::varchar as annotation, {columns} from {no_rows(SPANS)} as stored)"

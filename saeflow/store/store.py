@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,17 @@ class Store:
 
         `owner` is an id such as `tokens/demo-0123abcd`. A damaged artefact counts as missing.
         """
-        found: dict[str, Artefact] = {}
-        for artefact in self.artefacts(kind):
+        return {name: shown[0] for name, shown in self.shown_of(kind, owner).items()}
+
+    def shown_of(self, kind: Kind, owner: str) -> dict[str, list[Artefact]]:
+        """Return by name the artefacts that readers see: the newest, then older ones that add tables to it."""
+        found: dict[str, list[Artefact]] = {}
+        for artefact in reversed(self.artefacts(kind)):
             with contextlib.suppress(Damaged, FileNotFoundError):
                 if owner_of(artefact) == owner and artefact.complete():
-                    found[artefact.name] = artefact
+                    newer = found.setdefault(artefact.name, [])
+                    if adds_tables(artefact, newer):
+                        newer.append(artefact)
         return dict(sorted(found.items()))
 
     def why_new(self, target: Artefact, facts: dict[str, Any], ignored: Collection[str] = ()) -> str:
@@ -174,6 +180,17 @@ class Store:
 def owner_of(artefact: Artefact) -> str | None:
     """Return the id of the run, or else of the tokens, that annotations, probes or effects belong to."""
     return artefact.record.input("features") or artefact.record.input("tokens")
+
+
+def adds_tables(older: Artefact, newer: Sequence[Artefact]) -> bool:
+    """True if an artefact holds a table that the newer ones of its name lack, and all were made from the same values.
+
+    `saeflow probe NAME` without --sparse therefore leaves the sparse probes visible that were made before.
+    """
+    made_from = older.record.inputs, older.record.facts.get("values")
+    there = {file.name for each in newer for file in each.record.files}
+    same = all((each.record.inputs, each.record.facts.get("values")) == made_from for each in newer)
+    return not newer or (same and not there.issuperset(file.name for file in older.record.files))
 
 
 def _time_of(record: Path) -> int | None:

@@ -20,13 +20,13 @@ from saeflow.classes.annotations import Source, annotate
 from saeflow.classes.listing import annotations_of
 from saeflow.classes.places import find_places, islands
 from saeflow.classes.tables import store_rows
+from saeflow.features.beside import newest_annotations
 from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.stages import compact_store
 from saeflow.query import catalog
 from saeflow.query.ask import ask, query
 from saeflow.query.connection import connect
-from saeflow.query.run_records import newest_annotations
 from saeflow.runtime.errors import UserError
 from saeflow.store import garbage
 from saeflow.store.store import Store
