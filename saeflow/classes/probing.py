@@ -20,16 +20,17 @@ from saeflow.classes.intervals import FIGURES, N_REPLICATES, Intervals, draw_doc
 from saeflow.classes.membership import Membership, Spans, membership, require_spans
 from saeflow.classes.scores import Scores, score
 from saeflow.classes.values import ValueFiles
-from saeflow.features.beside import newest_annotations, require_table
+from saeflow.features.beside import has_table, newest_annotations, require_table
 from saeflow.features.files import ROW_GROUP
 from saeflow.features.schema import PROBE_TABLES, SPANS, holding
 from saeflow.query.connection import connect
 from saeflow.query.runs import Run
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import brief, did_you_mean
 from saeflow.store.artefact import Artefact
-from saeflow.store.store import Store
+from saeflow.store.store import Store, classes_of
 
 TABLES = {name: f"{name}.parquet" for name in PROBE_TABLES}
 
@@ -58,7 +59,9 @@ def find_annotations(store: Store, run: Run, name: str) -> Artefact:
     return there[name]
 
 
-def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: int = 0) -> Artefact:
+def probe(
+    store: Store, run: Run, name: str, settings: ProbeSettings, threads: int = 0, progress: Progress | None = None
+) -> Artefact:
     """Return the probe of a run with these annotations, computed if there is none yet. Raises UserError."""
     annotations = find_annotations(store, run, name)
     spans = read_spans(annotations, settings.classes)
@@ -68,17 +71,27 @@ def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: i
         if target.complete():
             target.renew()
             return target
-        began = time.monotonic()
+        began, progress = time.monotonic(), progress or Progress(verbosity=-1)
         members = members_of(store, run, spans)
-        tables = {**score_tables(run, name, members, settings, threads)}
+        tables = {**score_tables(run, name, members, settings, threads, progress)}
         if settings.sparse:
             from saeflow.classes.sparse_probes import sparse_table
 
-            tables["sparse_probes"] = sparse_table(store, run, name, members, settings.seed, threads)
+            tables["sparse_probes"] = sparse_table(store, run, name, members, settings.seed, threads, progress)
         inputs = [run.artefact.id, annotations.id]
         with target.publish_folder(facts, inputs, {"seconds": time.monotonic() - began}) as folder:
             write_tables(folder, tables)
     return target
+
+
+def still_shown(store: Store, made: Artefact) -> list[str]:
+    """Return in words what readers see of earlier probes beside this one: other classes, and sparse probes."""
+    found = []
+    for each in store.shown_of("probes", made.record.input("features") or "").get(made.name, [])[1:]:
+        sparse = has_table(each, "sparse_probes") and not has_table(made, "sparse_probes")
+        others = bool(classes_of(made)) and classes_of(each) != classes_of(made)
+        found.append(f"{' and '.join(['other classes'] * others + ['sparse probes'] * sparse)} of {each.id}")
+    return found
 
 
 def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[str, Any]:
@@ -127,14 +140,15 @@ def members_of(store: Store, run: Run, spans: Spans) -> Membership:
 
 
 def score_tables(
-    run: Run, name: str, members: Membership, settings: ProbeSettings, threads: int = 0
-) -> dict[str, pa.Table]:
+    run: Run, name: str, members: Membership, settings: ProbeSettings, threads: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, pa.Table]:  # fmt: skip
     """Return the tables of the figures, by name."""
     files = ValueFiles.of(run)
     held = BestEntries(settings.n_best)
-    scores = score(files, members, threads, held=held)
+    scores = score(files, members, threads, held=held, progress=progress)
     weights = draw_documents(members.n_documents, settings.seed, settings.replicates)
-    found = intervals(files, members, scores, settings.n_best, weights, threads, held)
+    found = intervals(files, members, scores, settings.n_best, weights, threads, held, progress)
     return {
         "feature_classes": _pair_table(name, members, scores, found),
         "class_sizes": _class_table(name, members),

@@ -7,7 +7,7 @@ that the run can still be asked everything else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from saeflow.features.schema import EFFECTS, PROBE_TABLES, SPANS
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import HOSTILE, brief, sanitise
 from saeflow.store.artefact import Artefact
-from saeflow.store.store import Store
+from saeflow.store.store import Store, classes_of
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,16 @@ _REMEDIES = {"annotations": "annotate {} FILE", "probes": "probe {}", "effects":
 
 SPANS_FILE = "spans.parquet"
 """The spans of annotations, in their artefact."""
+
+
+@dataclass(frozen=True)
+class ProbeFile:
+    """A table of a probe that readers see."""
+
+    location: str
+    table: str
+    without: tuple[str, ...]
+    """Classes whose rows are not read, because a newer probe has them."""
 
 
 def newest_annotations(store: Store, tokens: str) -> dict[str, Artefact]:
@@ -42,29 +52,32 @@ def span_files(store: Store, tokens: str) -> dict[str, str]:
     return {name: _location(each, "spans") for name, each in found.items() if can_be_read(each, "spans", SPANS)}
 
 
-def probe_files(store: Store, run: str) -> dict[str, list[str]]:
-    """Return where the tables lie that readers see of the probes of a run, by table. `run` is the id of its artefact.
+def probe_files(store: Store, run: str) -> list[ProbeFile]:
+    """Return the tables that readers see of the probes of a run. `run` is the id of its artefact.
 
-    A table that the newest probe of a name lacks comes from an earlier one of the same values.
+    A table or class that the newest probe of a name lacks comes from an earlier one of the same values.
     """
-    return _tables_of([each for shown in store.shown_of("probes", run).values() for each in shown], PROBE_TABLES)
+    found = []
+    for shown in store.shown_of("probes", run).values():
+        for table, schema in PROBE_TABLES.items():
+            newer = list[str]()
+            for each in (each for each in shown if has_table(each, table)):
+                if can_be_read(each, table, schema):
+                    found.append(ProbeFile(_location(each, table), table, tuple(newer)))
+                classes = classes_of(each)
+                if not classes:
+                    break
+                newer += classes
+    return found
 
 
 def effect_files(store: Store, run: str) -> dict[str, list[str]]:
     """Return where the tables of the newest effects of each name lie, by table. `run` is the id of its artefact."""
-    return _tables_of(list(store.newest_of("effects", run).values()), EFFECTS)
-
-
-def _tables_of(artefacts: list[Artefact], schemas: Mapping[str, pa.Schema]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {table: [] for table in schemas}
-    taken = set[tuple[str, str]]()
-    for each in artefacts:
-        for table, schema in schemas.items():
-            if (each.name, table) not in taken and has_table(each, table):
-                taken.add((each.name, table))
-                if can_be_read(each, table, schema):
-                    found[table].append(_location(each, table))
-    return found
+    newest = store.newest_of("effects", run).values()
+    return {
+        table: [_location(each, table) for each in newest if can_be_read(each, table, schema)]
+        for table, schema in EFFECTS.items()
+    }
 
 
 def has_table(artefact: Artefact, table: str) -> bool:

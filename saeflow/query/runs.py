@@ -73,6 +73,7 @@ class Run:
     labels: Sequence[LabelFile] = ()
     annotations: Mapping[str, str] = field(default_factory=dict)
     """Where the spans of the newest annotations lie, by name."""
+    probes: Sequence[beside.ProbeFile] = ()
     beside_labels: Sequence[TableBesideLabels] = ()
     is_whole: bool = False
     """True if every published part of the tokens is encoded."""
@@ -182,7 +183,6 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
     shown = _shown_parts(artefact, generation)
     files = _files_by_table(artefact, shown, tokens, generation.parts)
     files["training_log"] = run_records.log_of(run_records.ancestors(store, artefact))
-    files |= beside.probe_files(store, artefact.id)
     files |= beside.effect_files(store, artefact.id)
     _refuse_damage(store, artefact, tokens, files)
     quality = artefact.path / "quality.json"
@@ -201,6 +201,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         roles=artefact.record.facts.get("roles", ()),
         labels=label_files(store, sae) if sae else (),
         annotations=beside.span_files(store, source),
+        probes=beside.probe_files(store, artefact.id),
         beside_labels=tables_beside_labels(store, sae) if sae else (),
         is_whole={part.index for part in generation.parts} <= {i for part in shown for i in _fresh(part, generation)},
         **_recorded(store, artefact),

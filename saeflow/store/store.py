@@ -183,14 +183,27 @@ def owner_of(artefact: Artefact) -> str | None:
 
 
 def adds_tables(older: Artefact, newer: Sequence[Artefact]) -> bool:
-    """True if an artefact holds a table that the newer ones of its name lack, and all were made from the same values.
+    """True if an artefact holds a table or class that newer ones of its name lack, and all are of the same values.
 
-    `saeflow probe NAME` without --sparse therefore leaves the sparse probes visible that were made before.
+    `saeflow probe NAME` without --sparse, or with --class, therefore leaves visible what was probed before.
     """
     made_from = older.record.inputs, older.record.facts.get("values")
-    there = {file.name for each in newer for file in each.record.files}
-    same = all((each.record.inputs, each.record.facts.get("values")) == made_from for each in newer)
-    return not newer or (same and not there.issuperset(file.name for file in older.record.files))
+    if any((each.record.inputs, each.record.facts.get("values")) != made_from for each in newer):
+        return False
+    covered = {cell for each in newer for cell in _cells(each)}
+    return not newer or any(not {(file, name), (file, None)} & covered for file, name in _cells(older))
+
+
+def _cells(artefact: Artefact) -> set[tuple[str, str | None]]:
+    """Return the tables of an artefact, each with its classes; None stands for all."""
+    classes: Sequence[str | None] = classes_of(artefact) or [None]
+    return {(file.name, name) for file in artefact.record.files for name in classes}
+
+
+def classes_of(artefact: Artefact) -> list[str]:
+    """Return the classes that a probe was limited to; none for all."""
+    classes = artefact.record.facts.get("classes") if artefact.kind == "probes" else None
+    return [str(each) for each in classes] if isinstance(classes, list) else []
 
 
 def _time_of(record: Path) -> int | None:
