@@ -366,3 +366,12 @@ def test_a_change_means_a_value(text: str, value: float | None) -> None:
     assert FeatureChange.parse(text).new_value(FeatureLevels(0.25, 4.0)) == value
     again = FeatureChange.parse(str(FeatureChange.parse(text)))
     assert again.new_value(FeatureLevels(0.25, 4.0)) == value
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [("zero", "zero"), ("max*-2", "max-2"), ("-3.5", "minus3.5"), ("1e20", "1e20")]
+)
+def test_a_measurement_has_the_name_of_its_change_if_it_is_given_none(change: str, name: str) -> None:
+    settings = EffectSettings(change=change)
+    settings.require_sensible()
+    assert settings.artefact_name == name
