@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from saeflow.classes.characters import find_characters, require_characters
 from saeflow.classes.places import Unmatched, find_places, islands
 from saeflow.classes.tables import Columns, opened_table, store_rows
+from saeflow.features.beside import SPANS_FILE, newest_annotations
 from saeflow.features.files import ROW_GROUP
 from saeflow.features.schema import SPANS as SPAN_COLUMNS
 from saeflow.query.connection import connect_to_run
-from saeflow.query.run_records import SPANS, newest_annotations
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.section import RECIPE_NAME
 from saeflow.runtime.errors import UserError
@@ -37,7 +37,7 @@ from saeflow.store.files import checksum
 from saeflow.store.store import Store
 
 CLASSES = "classes.parquet"
-"""The classes and their counts, beside SPANS."""
+"""The classes and their counts, beside SPANS_FILE."""
 
 CLASS_COLUMNS = pa.schema({"class": pa.string(), **dict.fromkeys(("n_spans", "n_tokens", "n_documents"), pa.int64())})
 
@@ -116,7 +116,7 @@ def write_tables(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     connection.execute(f"create table annotate_merged as {merged}")
     connection.execute("drop table annotate_found")
     _write(
-        connection, folder / SPANS, SPAN_COLUMNS,
+        connection, folder / SPANS_FILE, SPAN_COLUMNS,
         "select class, document_id, first_token_id, last_token_id from annotate_merged join annotate_classes "
         "using (class_id) order by class_id, first_token_id",
     )  # fmt: skip
@@ -161,7 +161,7 @@ def _count_left_out(connection: duckdb.DuckDBPyConnection) -> int:
 
 
 def _target(store: Store, tokens: Artefact, name: str, facts: Mapping[str, Any], folder: Path) -> Artefact:
-    content = [checksum(folder / file) for file in (SPANS, CLASSES)]
+    content = [checksum(folder / file) for file in (SPANS_FILE, CLASSES)]
     return store.artefact("annotations", name, fingerprint({"tokens": tokens.id, "content": content, **facts}))
 
 
@@ -176,7 +176,7 @@ def publish(
                 target.renew()
             return target, False
         with target.publish_folder(dict(facts), [tokens.id], dict(provenance)) as whole:
-            for file in (SPANS, CLASSES):
+            for file in (SPANS_FILE, CLASSES):
                 shutil.copyfile(folder / file, whole / file)
     return target, True
 
@@ -198,13 +198,13 @@ def _write_without(old: Artefact, hidden: Sequence[int], folder: Path) -> int:
     with contextlib.closing(duckdb.connect(config={"temp_directory": str(folder / "spill")})) as connection:
         connection.execute("create table annotate_merged (class varchar, document_id bigint, a bigint, b bigint)")
         n = 0
-        for batch in pq.ParquetFile(old.own_file(SPANS)).iter_batches(ROW_GROUP):
+        for batch in pq.ParquetFile(old.own_file(SPANS_FILE)).iter_batches(ROW_GROUP):
             kept = batch.filter(pc.invert(pc.is_in(batch.column("document_id"), gone)))
             n += batch.num_rows - kept.num_rows
             connection.register("annotate_batch", pa.Table.from_batches([kept]))
             connection.execute("insert into annotate_merged from annotate_batch")
         if n:
-            _write(connection, folder / SPANS, SPAN_COLUMNS, "from annotate_merged order by class, a")
+            _write(connection, folder / SPANS_FILE, SPAN_COLUMNS, "from annotate_merged order by class, a")
             counts = "class, count(*), sum(b - a + 1)::bigint, count(distinct document_id)"
             _write(
                 connection,

@@ -18,6 +18,7 @@ from saeflow.classes.membership import Membership
 from saeflow.classes.ranking import Keys, rank_keys
 from saeflow.classes.scores import Doubles, Ints, Scores
 from saeflow.classes.values import Entries, ValueFiles
+from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, n_threads, ranges
 from saeflow.sae.kernels import Floats, Ids, compiled
 
@@ -67,7 +68,7 @@ def draw_documents(n_documents: int, seed: int, n_replicates: int = N_REPLICATES
 
 def intervals(
     files: ValueFiles, members: Membership, scores: Scores, n_best: int, weights: Weights, threads: int = 0,
-    held: BestEntries | None = None,
+    held: BestEntries | None = None, progress: Progress | None = None,
 ) -> Intervals:  # fmt: skip
     """Return the intervals of the `n_best` features with the largest AUROC of each class.
 
@@ -94,8 +95,10 @@ def intervals(
             for c, figures in zip(pairs[f], drawn, strict=True):
                 for name, of_replicates in zip(FIGURES, figures, strict=True):
                     found.low[name][f, c], found.high[name][f, c] = _limits(of_replicates)
+        bar.advance(len(wanted))
 
-    in_parallel(count, _at_once(scores.fires, list(pairs)), n_threads(threads))
+    with (progress or Progress(verbosity=-1)).bar("intervals", len(pairs), "features") as bar:
+        in_parallel(count, _at_once(scores.fires, list(pairs)), n_threads(threads))
     return found
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from saeflow.classes.annotations import CLASSES
+from saeflow.classes.annotations import CLASS_COLUMNS, CLASSES
+from saeflow.features.beside import can_be_read, newest_annotations
 from saeflow.query import runs
-from saeflow.query.run_records import newest_annotations
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, did_you_mean
 from saeflow.store.store import Store, owner_of
@@ -23,13 +23,16 @@ def tokens_of(store: Store, run: str | None) -> str:
 def annotations_of(store: Store, run: str | None) -> list[dict[str, Any]]:
     """Return a row for each annotation of a run and each of its classes, as they were published.
 
-    Forgotten documents count until `saeflow compact`; the question `annotations` leaves them out at once.
+    Forgotten documents count until `saeflow compact`; the question `annotations` leaves them out at once. Annotations
+    whose table of classes cannot be read are left out with a warning.
     """
     found = newest_annotations(store, tokens_of(store, run))
     return [
         {"annotation": name, **row}
         for name, each in found.items()
+        if can_be_read(each, "classes", CLASS_COLUMNS)
         for row in pq.read_table(each.own_file(CLASSES)).to_pylist()
+        if None not in row.values()
     ]
 
 

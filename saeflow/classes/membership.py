@@ -17,6 +17,9 @@ Ints = NDArray[np.int64]
 UNCOUNTED = 0
 """The code of tokens that do not count: padding, tokens left out, hidden or not encoded."""
 
+BEYOND = 1 << 62
+"""More tokens than there can be."""
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -119,7 +122,7 @@ def _constant_stretches(spans: Spans, first: int, n_places: int) -> tuple[Ints, 
 
     A class's bit is flipped where a span of it begins, and again behind the span's end.
     """
-    _refuse_overlap(spans)
+    require_spans(spans)
     bounds = np.clip(np.r_[spans.firsts, spans.lasts + 1] - first, 0, n_places)
     numbers = np.r_[spans.numbers, spans.numbers]
     order = np.argsort(bounds, kind="stable")
@@ -147,7 +150,8 @@ def _distinct_rows(rows: NDArray[np.uint64], n_tokens: Ints) -> tuple[NDArray[np
     return rows[firsts[order]], place_of[numbers]
 
 
-def _refuse_overlap(spans: Spans) -> None:
+def require_spans(spans: Spans) -> None:
+    """Raise ValueError if spans of a class overlap, or if a span has tokens that no corpus has."""
     numbers, firsts, lasts = spans.numbers, spans.firsts, spans.lasts
     later = (numbers[1:] > numbers[:-1]) | ((numbers[1:] == numbers[:-1]) & (firsts[1:] >= firsts[:-1]))
     if not later.all():
@@ -157,6 +161,8 @@ def _refuse_overlap(spans: Spans) -> None:
     if wrong.any() or (firsts > lasts).any():
         at = int(np.flatnonzero(np.r_[wrong, False] | (firsts > lasts))[0])
         raise ValueError(f"spans of class {spans.classes[numbers[at]]!r} overlap at token {firsts[at]}")
+    if len(firsts) and not 0 <= firsts.min() <= lasts.max() < BEYOND:
+        raise ValueError("a span has tokens that no corpus has")
 
 
 def _count_by_document(

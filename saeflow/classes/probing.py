@@ -17,20 +17,21 @@ import pyarrow.parquet as pq
 
 from saeflow.classes.best import BestEntries
 from saeflow.classes.intervals import FIGURES, N_REPLICATES, Intervals, draw_documents, intervals
-from saeflow.classes.membership import Membership, Spans, membership
+from saeflow.classes.membership import Membership, Spans, membership, require_spans
 from saeflow.classes.scores import Scores, score
 from saeflow.classes.values import ValueFiles
+from saeflow.features.beside import has_table, newest_annotations, require_table
 from saeflow.features.files import ROW_GROUP
-from saeflow.features.schema import PROBE_TABLES, holding
+from saeflow.features.schema import PROBE_TABLES, SPANS, holding
 from saeflow.query.connection import connect
-from saeflow.query.run_records import SPANS, newest_annotations
 from saeflow.query.runs import Run
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
+from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import brief, did_you_mean, human_bytes
 from saeflow.store.artefact import Artefact
-from saeflow.store.store import Store
+from saeflow.store.store import Store, classes_of
 
 _PAIR_BYTES = 320
 """Memory that a feature and a class take: their counts, their figures and their row."""
@@ -62,7 +63,9 @@ def find_annotations(store: Store, run: Run, name: str) -> Artefact:
     return there[name]
 
 
-def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: int = 0) -> Artefact:
+def probe(
+    store: Store, run: Run, name: str, settings: ProbeSettings, threads: int = 0, progress: Progress | None = None
+) -> Artefact:
     """Return the probe of a run with these annotations, computed if there is none yet. Raises UserError."""
     annotations = find_annotations(store, run, name)
     spans = read_spans(annotations, settings.classes)
@@ -72,14 +75,14 @@ def probe(store: Store, run: Run, name: str, settings: ProbeSettings, threads: i
         if target.complete():
             target.renew()
             return target
-        began = time.monotonic()
+        began, progress = time.monotonic(), progress or Progress(verbosity=-1)
         _refuse_large(int(run.artefact.fact("n_features")), len(spans.classes))
         members = members_of(store, run, spans)
-        tables = {**score_tables(run, name, members, settings, threads)}
+        tables = {**score_tables(run, name, members, settings, threads, progress)}
         if settings.sparse:
             from saeflow.classes.sparse_probes import sparse_table
 
-            tables["sparse_probes"] = sparse_table(store, run, name, members, settings.seed, threads)
+            tables["sparse_probes"] = sparse_table(store, run, name, members, settings.seed, threads, progress)
         inputs = [run.artefact.id, annotations.id]
         with target.publish_folder(facts, inputs, {"seconds": time.monotonic() - began}) as folder:
             write_tables(folder, tables)
@@ -95,6 +98,16 @@ def _refuse_large(n_features: int, n_classes: int) -> None:
         )
 
 
+def still_shown(store: Store, made: Artefact) -> list[str]:
+    """Return in words what readers see of earlier probes beside this one: other classes, and sparse probes."""
+    found = []
+    for each in store.shown_of("probes", made.record.input("features") or "").get(made.name, [])[1:]:
+        sparse = has_table(each, "sparse_probes") and not has_table(made, "sparse_probes")
+        others = bool(classes_of(made)) and classes_of(each) != classes_of(made)
+        found.append(f"{' and '.join(['other classes'] * others + ['sparse probes'] * sparse)} of {each.id}")
+    return found
+
+
 def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[str, Any]:
     """Return what a probe follows from: run and annotations, the values that are shown, and the settings."""
     values = fingerprint(holding(run.artefact.published().parts), list(run.left_out), [*map(int, run.hidden)])
@@ -105,9 +118,13 @@ def facts_of(run: Run, annotations: Artefact, settings: ProbeSettings) -> dict[s
 def read_spans(annotations: Artefact, wanted: Sequence[str] = ()) -> Spans:
     """Return the spans of annotations, of all classes or of the wanted ones.
 
-    Raises UserError for unknown classes, and if no span is left.
+    Raises UserError for unknown classes, if no span is left, and for a table that is not as saeflow writes it.
     """
-    table = pq.read_table(annotations.own_file(SPANS), columns=["class", "first_token_id", "last_token_id"])
+    remedy = f"Make them again: saeflow annotate {annotations.name} FILE."
+    path = require_table(annotations, "spans", SPANS, remedy)
+    table = pq.read_table(path, columns=["class", "first_token_id", "last_token_id"])
+    if any(column.null_count for column in table.columns):
+        raise UserError(f"{annotations.id} cannot be read: a span lacks its class or a token.\n{remedy}")
     column = table.column("class").combine_chunks().dictionary_encode()
     names = column.dictionary.to_pylist()
     for each in wanted:
@@ -122,7 +139,12 @@ def read_spans(annotations: Artefact, wanted: Sequence[str] = ()) -> Spans:
     places = np.array([kept.get(name, -1) for name in names], np.int64)
     numbers = places[column.indices.to_numpy()]
     firsts, lasts = (table.column(name).to_numpy() for name in ("first_token_id", "last_token_id"))
-    return Spans(tuple(kept), numbers[numbers >= 0], firsts[numbers >= 0], lasts[numbers >= 0])
+    spans = Spans(tuple(kept), numbers[numbers >= 0], firsts[numbers >= 0], lasts[numbers >= 0])
+    try:
+        require_spans(spans)
+    except ValueError as error:
+        raise UserError(f"{annotations.id} cannot be read: {error}.\n{remedy}") from error
+    return spans
 
 
 def members_of(store: Store, run: Run, spans: Spans) -> Membership:
@@ -137,14 +159,15 @@ def members_of(store: Store, run: Run, spans: Spans) -> Membership:
 
 
 def score_tables(
-    run: Run, name: str, members: Membership, settings: ProbeSettings, threads: int = 0
-) -> dict[str, pa.Table]:
+    run: Run, name: str, members: Membership, settings: ProbeSettings, threads: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, pa.Table]:  # fmt: skip
     """Return the tables of the figures, by name."""
     files = ValueFiles.of(run)
     held = BestEntries(settings.n_best)
-    scores = score(files, members, threads, held=held)
+    scores = score(files, members, threads, held=held, progress=progress)
     weights = draw_documents(members.n_documents, settings.seed, settings.replicates)
-    found = intervals(files, members, scores, settings.n_best, weights, threads, held)
+    found = intervals(files, members, scores, settings.n_best, weights, threads, held, progress)
     return {
         "feature_classes": _pair_table(name, members, scores, found),
         "class_sizes": _class_table(name, members),

@@ -16,6 +16,7 @@ from saeflow.classes.best import BestEntries
 from saeflow.classes.membership import Membership
 from saeflow.classes.ranking import score_features
 from saeflow.classes.values import BLOCK_VALUES, Entries, ValueFiles
+from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, n_threads
 
 Doubles = NDArray[np.float64]
@@ -93,7 +94,7 @@ class Scores:
 
 def score(
     files: ValueFiles, members: Membership, threads: int = 0, block_values: int = BLOCK_VALUES,
-    held: BestEntries | None = None,
+    held: BestEntries | None = None, progress: Progress | None = None,
 ) -> Scores:  # fmt: skip
     """Return the figures of every feature with every class. The number of threads changes nothing in them.
 
@@ -107,8 +108,10 @@ def score(
         auroc = counts.add(entries, members, expected)
         if held is not None:
             held.take(entries, auroc)
+        bar.advance(len(entries.starts))
 
-    in_parallel(count, files.blocks(block_values, n_threads(threads)), n_threads(threads))
+    with (progress or Progress(verbosity=-1)).bar("probe", files.n_features, "features") as bar:
+        in_parallel(count, files.blocks(block_values, n_threads(threads)), n_threads(threads))
     return scores_of(counts, members, expected)
 
 

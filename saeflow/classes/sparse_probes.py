@@ -23,22 +23,26 @@ from saeflow.classes.samples import Sample, draw, feature_values, neuron_values,
 from saeflow.classes.values import ValueFiles
 from saeflow.features.schema import PROBE_TABLES
 from saeflow.query.runs import Run
+from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import one_torch_thread
 from saeflow.store.store import Store
 
 SIZES = (1, 5, 16)
 
 
-def sparse_table(store: Store, run: Run, name: str, members: Membership, seed: int, threads: int = 0) -> pa.Table:
+def sparse_table(
+    store: Store, run: Run, name: str, members: Membership, seed: int, threads: int, progress: Progress
+) -> pa.Table:
     """Return AUROC and F1 of each class, basis and k. Without stored activations, only features are probed."""
     sample = draw(members, seed)
     rows = []
-    with one_torch_thread():
+    with one_torch_thread(), progress.bar("sparse", None, "probes") as bar:
         for basis, values in _bases(store, run, members, sample, seed, threads):
             for c, label in enumerate(members.classes):
                 rows += [
                     {"annotation": name, "class": label, "basis": basis} | row for row in probes(values, sample, c)
                 ]
+                bar.advance(len(SIZES))
     return pa.Table.from_pylist(rows, PROBE_TABLES["sparse_probes"])
 
 

@@ -78,7 +78,7 @@ def opened_table(
         with _saying("The select"), blaming_temporary_folder():
             yield planned(connection, statement.strip().rstrip(";"))
         return
-    with contextlib.closing(duckdb.connect()) as reader, _saying(f"{file} cannot be read as a table, or it"):
+    with contextlib.closing(duckdb.connect()) as reader, _saying(f"Reading {file}", of_store=False):
         rows = reader.sql(_reading(file)).to_arrow_reader(_BATCH_ROWS)
         connection.register("annotate_file", rows)
         try:
@@ -110,7 +110,7 @@ def _reading(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _saying(what: str) -> Iterator[None]:
+def _saying(what: str, of_store: bool = True) -> Iterator[None]:
     try:
         yield
     except UserError:
@@ -118,7 +118,7 @@ def _saying(what: str) -> Iterator[None]:
     except QUERY_ERRORS as error:
         if is_of_system(error):
             raise
-        raise UserError(f"{what} failed.\n{message(error)}") from error
+        raise UserError(f"{what} failed.\n{message(error, of_store)}") from error
 
 
 def store_rows(connection: duckdb.DuckDBPyConnection, rows: duckdb.DuckDBPyRelation, default: str) -> Columns:

@@ -157,6 +157,9 @@ def ask_command(
     return None
 
 
+_LIKE_AN_OPTION = "A text that begins with -- is given by its name: --text=--word."
+
+
 def _by_name(question: Question, words: list[str]) -> dict[str, object]:
     """Return the typed words by parameter: `--name value` and `--name=value` say which, the others come in order."""
     from saeflow.query.questions import name_arguments
@@ -166,6 +169,9 @@ def _by_name(question: Question, words: list[str]) -> dict[str, object]:
     while waiting:
         word = waiting.pop(0)
         option, sign, value = word.partition("=")
+        if option not in names and re.fullmatch("--[a-z_]+", option):
+            known = ", ".join(names) or "none"
+            raise UserError(f"{question.name} has no parameter {option}. It has: {known}.\n{_LIKE_AN_OPTION}")
         if option not in names or (not sign and not waiting):
             in_order.append(word)
         elif names[option] in named:

@@ -9,6 +9,7 @@ part_encoder  one activation part through one or more SAEs
 compaction    merge many parts into few
 left_out      how many tokens a run leaves out, and why
 run_tables    tables beside the parts: similar features, and the words a feature promotes
+beside        annotations, probes and effects that belong to a run
 changes       what a feature's value becomes
 splice        change features inside a running model
 """

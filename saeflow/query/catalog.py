@@ -18,9 +18,17 @@ from string import Template
 import duckdb
 
 from saeflow import __version__
-from saeflow.features.schema import BESIDE_LABELS
+from saeflow.features.schema import BESIDE_LABELS, PROBE_TABLES
 from saeflow.query.labels import beside_labels_relation, labels_relation, rules_relation
-from saeflow.query.relations import identifier, literal, outline, relations, side_by_side, spans_relation
+from saeflow.query.relations import (
+    identifier,
+    literal,
+    outline,
+    probe_relation,
+    relations,
+    side_by_side,
+    spans_relation,
+)
 from saeflow.query.runs import EVERY_RUN, Run, pick_run, runs
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
@@ -123,6 +131,7 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
     shape = {name: literal(value) for name, value in run.shape.items()}
     found = relations(run.files, run.left_out, run.hidden)
     found["annotations"] = spans_relation(run.annotations)
+    found |= {table: probe_relation(run.probes, table) for table in PROBE_TABLES}
     if run.labels:
         found["labels"] = labels_relation(run.labels)
         found["rules"] = rules_relation(run.labels) or found["rules"]

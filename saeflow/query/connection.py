@@ -213,6 +213,7 @@ def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None
     """Allow access to the published files alone, each in both spellings, because globs are checked too."""
     paths = {path for run in every for files in run.files.values() for path in files}
     paths |= {path for run in every for path in run.annotations.values()}
+    paths |= {file.location for run in every for file in run.probes}
     paths |= {file.location for run in every for file in run.labels}
     paths |= {file.location for run in every for file in run.beside_labels}
     allowed = sorted(paths | {unglobbed(path) for path in paths})

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from saeflow.corpus.token_parts import BLOCK_TOKENS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
+from saeflow.features.beside import ProbeFile
 from saeflow.features.schema import (
     EFFECTS,
     LABELS,
@@ -48,7 +49,7 @@ _LOG = pa.schema(
 """What the log of a training may hold. Which columns it has depends on the settings."""
 
 _OPTIONAL = {
-    **PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **PROBE_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
+    **PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
 }  # fmt: skip
 
 
@@ -204,15 +205,27 @@ def no_rows(schema: pa.Schema) -> str:
 def spans_relation(annotations: Mapping[str, str]) -> str:
     """Select the spans of these files of annotations, by name, with the name as the first column.
 
-    Columns are qualified: a question may have a parameter `annotation` or `class`.
+    Only a forged span has no class. Columns are qualified: a question may have a parameter `annotation` or `class`.
     """
     columns = ", ".join(f"stored.{name}" for name in SPANS.names)
     parts = [
-        f"select {literal(name)} as annotation, {columns} from {_read_files([path])} as stored"
+        f"select {literal(name)} as annotation, {columns} from {_read_files([path])} as stored "
+        "where stored.class is not null"
         for name, path in annotations.items()
     ]
     nothing = f"(select null::varchar as annotation, {columns} from {no_rows(SPANS)} as stored)"
     return f"({' union all '.join(parts)})" if parts else nothing
+
+
+def probe_relation(probes: Sequence[ProbeFile], table: str) -> str:
+    """Select the rows of a table of probes, without classes that a newer probe of the same annotations has."""
+    parts = [
+        f"select * from {_read_files([each.location])} as stored"
+        + (f" where stored.class not in ({', '.join(map(literal, each.without))})" if each.without else "")
+        for each in probes
+        if each.table == table
+    ]
+    return f"({' union all by name '.join(parts)})" if parts else no_rows(PROBE_TABLES[table])
 
 
 def unglobbed(path: str) -> str:

@@ -12,21 +12,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from saeflow.features.schema import PROBE_TABLES
 from saeflow.recipe.data_settings import ActivationsConfig, CorpusConfig, TokensConfig
 from saeflow.recipe.section import Section
 from saeflow.recipe.settings import FeedConfig, SAEConfig, TrainConfig
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.text import HOSTILE
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
 from saeflow.store.store import Store
 
 UNREADABLE_RECORD = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
 """What a missing, truncated or nonsensical record raises."""
-
-SPANS = "spans.parquet"
-"""The spans of annotations, in their artefact."""
 
 LOG = "log.parquet"
 """The log of a training, beside the weights of its SAE."""
@@ -69,34 +64,6 @@ def provenance(artefact: Artefact) -> dict[str, Any]:
 def model_of(made: Mapping[str, Artefact]) -> str | None:
     """Return the folder or name of the language model that the activations came from."""
     return _text(provenance(made["activations"]).get("model")) if "activations" in made else None
-
-
-def newest_annotations(store: Store, tokens: str) -> dict[str, Artefact]:
-    """Return the annotations that questions about these tokens see, by name: the newest whole artefact of each name.
-
-    `tokens` is an id such as `tokens/demo-0123abcd`. A name that holds characters a terminal obeys is left out.
-    """
-    found = store.newest_of("annotations", tokens)
-    return {name: each for name, each in found.items() if name.isprintable() and not HOSTILE.search(name)}
-
-
-def span_files(store: Store, tokens: str) -> dict[str, str]:
-    """Return where the spans of each of the newest annotations lie, by name."""
-    found = newest_annotations(store, tokens)
-    named = {name: {file.name for file in each.record.files} for name, each in found.items()}
-    return {name: each.storage.location(each.path / SPANS) for name, each in found.items() if SPANS in named[name]}
-
-
-def probe_files(store: Store, run: str) -> dict[str, list[str]]:
-    """Return where the tables of the newest probe of each name lie, by table. `run` is the id of the run's artefact."""
-    found: dict[str, list[str]] = {table: [] for table in PROBE_TABLES}
-    for name, artefact in store.newest_of("probes", run).items():
-        if name.isprintable() and not HOSTILE.search(name):
-            there = {file.name for file in artefact.record.files}
-            for table in found:
-                if f"{table}.parquet" in there:
-                    found[table].append(artefact.storage.location(artefact.path / f"{table}.parquet"))
-    return found
 
 
 def log_of(made: Mapping[str, Artefact]) -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import has_marks
+from saeflow.features import beside
 from saeflow.features.schema import (
-    EFFECTS,
     LEFT_OUT_TABLE,
     ORDERS,
     PART_TABLES,
@@ -73,6 +73,7 @@ class Run:
     labels: Sequence[LabelFile] = ()
     annotations: Mapping[str, str] = field(default_factory=dict)
     """Where the spans of the newest annotations lie, by name."""
+    probes: Sequence[beside.ProbeFile] = ()
     beside_labels: Sequence[TableBesideLabels] = ()
     is_whole: bool = False
     """True if every published part of the tokens is encoded."""
@@ -182,8 +183,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
     shown = _shown_parts(artefact, generation)
     files = _files_by_table(artefact, shown, tokens, generation.parts)
     files["training_log"] = run_records.log_of(run_records.ancestors(store, artefact))
-    files |= run_records.probe_files(store, artefact.id)
-    files |= _effects_of(store, artefact)
+    files |= beside.effect_files(store, artefact.id)
     _refuse_damage(store, artefact, tokens, files)
     quality = artefact.path / "quality.json"
     n_tokens = sum(part.counts.get("n_tokens", 0) for part in shown) or generation.total("n_tokens")
@@ -200,7 +200,8 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         **_conditions(artefact, shown, tokens, generation),
         roles=artefact.record.facts.get("roles", ()),
         labels=label_files(store, sae) if sae else (),
-        annotations=run_records.span_files(store, source),
+        annotations=beside.span_files(store, source),
+        probes=beside.probe_files(store, artefact.id),
         beside_labels=tables_beside_labels(store, sae) if sae else (),
         is_whole={part.index for part in generation.parts} <= {i for part in shown for i in _fresh(part, generation)},
         **_recorded(store, artefact),
@@ -244,12 +245,6 @@ def _files_by_table(
         "vocab": [tokens.storage.location(tokens.path / "vocab.parquet")],
         **{table: [artefact.storage.location(artefact.path / f"{table}.parquet")] for table in beside},
     }
-
-
-def _effects_of(store: Store, artefact: Artefact) -> dict[str, Sequence[str]]:
-    """Return the files of what changed features did to the model, by table."""
-    newest = store.newest_of("effects", artefact.id).values()
-    return {table: [each.storage.location(each.path / f"{table}.parquet") for each in newest] for table in EFFECTS}
 
 
 def _files_of_parts(artefact: Artefact, parts: Iterable[PartRecord], tables: Iterable[str]) -> dict[str, Sequence[str]]:

@@ -20,11 +20,14 @@ def is_of_system(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
-def message(error: Exception) -> str:
-    """Return the message of an error, shortened: DuckDB quotes names and texts of any length."""
+def message(error: Exception, of_store: bool = True) -> str:
+    """Return the message of an error, shortened: DuckDB quotes names and texts of any length.
+
+    `of_store`: a damaged file may be the store's, so the message says how to repair it.
+    """
     lines = [brief(line, 160) for line in str(error)[:10_000].splitlines()]
     said = brief("\n".join(lines[:10]), 800)
-    return f"{said}\n{REPAIR}" if _IS_DAMAGE.search(said) else said
+    return f"{said}\n{REPAIR}" if of_store and _IS_DAMAGE.search(said) else said
 
 
 _IS_DAMAGE = re.compile(r"magic bytes|too small|TProtocol|thrift|[Dd]ecompress|[Cc]orrupt|Variable-length|\.parquet")

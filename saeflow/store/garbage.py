@@ -15,7 +15,7 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.lease import hold_lease
 from saeflow.store.records import BESIDE, KINDS, Generation, read_part_folders
 from saeflow.store.storage.folder import DAMAGED
-from saeflow.store.store import Store, owner_of
+from saeflow.store.store import Store, adds_tables, owner_of
 
 ABANDONED_SECONDS = 30 * 86_400.0
 """A checkpoint of an SAE that is not published stays for so long after it was last written: somebody may be on
@@ -106,17 +106,19 @@ def _replaced_artefacts(store: Store) -> dict[Artefact, list[Garbage]]:
     The owner is the run or the tokens that they belong to. Two owners may have artefacts of one name: both stay.
     """
     found: dict[Artefact, list[Garbage]] = {}
-    newer: dict[tuple[str, str, str | None], Artefact] = {}
+    newer: dict[tuple[str, str, str | None], list[Artefact]] = {}
     for artefact in reversed(store.artefacts(*BESIDE)):
         with contextlib.suppress(UserError, OSError):  # `verify` says what is wrong
             owner = owner_of(artefact)
             if owner is not None and not store.storage.names_here(store.by_id(owner).path):
                 found[artefact] = [_whole(artefact, f"{owner}, to which it belongs, is gone", math.inf)]
             elif artefact.complete():
-                newest = newer.setdefault((artefact.kind, artefact.name, owner), artefact)
-                if newest != artefact:
-                    age = time.time() - store.storage.footprint(newest.path / "artefact.json")[1]
-                    found[artefact] = [_whole(artefact, f"readers see {newest.id}", max(age, 0.0))]
+                shown = newer.setdefault((artefact.kind, artefact.name, owner), [])
+                if adds_tables(artefact, shown):
+                    shown.append(artefact)
+                else:
+                    age = time.time() - store.storage.footprint(shown[0].path / "artefact.json")[1]
+                    found[artefact] = [_whole(artefact, f"readers see {shown[0].id}", max(age, 0.0))]
     return found
 
 

@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,17 @@ class Store:
 
         `owner` is an id such as `tokens/demo-0123abcd`. A damaged artefact counts as missing.
         """
-        found: dict[str, Artefact] = {}
-        for artefact in self.artefacts(kind):
+        return {name: shown[0] for name, shown in self.shown_of(kind, owner).items()}
+
+    def shown_of(self, kind: Kind, owner: str) -> dict[str, list[Artefact]]:
+        """Return by name the artefacts that readers see: the newest, then older ones that add tables to it."""
+        found: dict[str, list[Artefact]] = {}
+        for artefact in reversed(self.artefacts(kind)):
             with contextlib.suppress(Damaged, FileNotFoundError):
                 if owner_of(artefact) == owner and artefact.complete():
-                    found[artefact.name] = artefact
+                    newer = found.setdefault(artefact.name, [])
+                    if adds_tables(artefact, newer):
+                        newer.append(artefact)
         return dict(sorted(found.items()))
 
     def why_new(self, target: Artefact, facts: dict[str, Any], ignored: Collection[str] = ()) -> str:
@@ -174,6 +180,30 @@ class Store:
 def owner_of(artefact: Artefact) -> str | None:
     """Return the id of the run, or else of the tokens, that annotations, probes or effects belong to."""
     return artefact.record.input("features") or artefact.record.input("tokens")
+
+
+def adds_tables(older: Artefact, newer: Sequence[Artefact]) -> bool:
+    """True if an artefact holds a table or class that newer ones of its name lack, and all are of the same values.
+
+    `saeflow probe NAME` without --sparse, or with --class, therefore leaves visible what was probed before.
+    """
+    made_from = older.record.inputs, older.record.facts.get("values")
+    if any((each.record.inputs, each.record.facts.get("values")) != made_from for each in newer):
+        return False
+    covered = {cell for each in newer for cell in _cells(each)}
+    return not newer or any(not {(file, name), (file, None)} & covered for file, name in _cells(older))
+
+
+def _cells(artefact: Artefact) -> set[tuple[str, str | None]]:
+    """Return the tables of an artefact, each with its classes; None stands for all."""
+    classes: Sequence[str | None] = classes_of(artefact) or [None]
+    return {(file.name, name) for file in artefact.record.files for name in classes}
+
+
+def classes_of(artefact: Artefact) -> list[str]:
+    """Return the classes that a probe was limited to; none for all."""
+    classes = artefact.record.facts.get("classes") if artefact.kind == "probes" else None
+    return [str(each) for each in classes] if isinstance(classes, list) else []
 
 
 def _time_of(record: Path) -> int | None:

@@ -177,3 +177,22 @@ def test_the_points_of_the_map_say_what_its_sql_link_answers(reader: Reader):
         assert {name: point[name] for name in ("label", "density", "max_value")}.items() <= rows[
             point["feature_id"]
         ].items()
+
+
+def test_a_page_without_rows_says_why(tmp_path):
+    """A class that no feature fires on is not one that was never probed; tokens may not be there at all."""
+    store = Given().write(tmp_path / "store")
+    (run,), (tokens,) = store.artefacts("features"), store.artefacts("tokens")
+    put_spans(store, tokens, "marks", [("silent", 0, 2, 2), ("new", 0, 3, 3)])
+    put_spans(store, tokens, "other", [("elsewhere", 0, 0, 0)])
+    put_classes(store, run, "marks", [{"class": "silent", "feature_id": 0, "n_fires": 3, "n_both": 0}])
+    with TestClient(application(store), base_url=ADDRESS) as client:
+        pages = {
+            "classes?annotation=marks&class=silent": "No feature fires on a token of this class.",
+            "classes?annotation=marks&class=new": "compared with this class yet. In a terminal: saeflow probe marks",
+            "classes?annotation=marks&class=elsewhere": "The annotation &#39;marks&#39; has no class",
+            "selection?tokens=99": "The corpus has none of these tokens.",
+            "selection?tokens=2": "No feature fires on a token that is chosen and encoded.",
+        }
+        for address, said in pages.items():
+            assert said in client.get(f"/runs/demo/{address}").text, address

@@ -20,13 +20,13 @@ from saeflow.classes.annotations import Source, annotate
 from saeflow.classes.listing import annotations_of
 from saeflow.classes.places import find_places, islands
 from saeflow.classes.tables import store_rows
+from saeflow.features.beside import newest_annotations
 from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.stages import compact_store
 from saeflow.query import catalog
 from saeflow.query.ask import ask, query
 from saeflow.query.connection import connect
-from saeflow.query.run_records import newest_annotations
 from saeflow.runtime.errors import UserError
 from saeflow.store import garbage
 from saeflow.store.store import Store
@@ -149,10 +149,10 @@ def test_every_row_that_does_not_match_is_counted_once_and_kept_in_the_facts(tmp
     assert done.unmatched.n_matched == 2
     facts = newest_annotations(store, TOKENS)["x"].record.facts
     assert {name: facts[name] for name in expected} == expected
-    text = "token_id,last_token_id\n0,1\n5,9\n6,7\n99,\nthree,\n3,2\n-4,-1\n"
+    text = "token_id,last_token_id\n0,1\n5,9\n6,7\n99,\nthree,\n3,2\n-4,-1\n1.5,\n"
     done = annotate(store, None, "x", table(tmp_path, text), quiet())
     assert done.unmatched.as_facts() == {
-        "n_rows": 7, "n_unknown_tokens": 3, "n_unreadable": 1, "n_empty": 1, "n_cut": 1,
+        "n_rows": 8, "n_unknown_tokens": 3, "n_unreadable": 2, "n_empty": 1, "n_cut": 1,
     }  # fmt: skip
     assert asked(store) == {"x": [0, 1, 5]}
 
@@ -242,6 +242,20 @@ def test_a_select_reads_the_store_and_no_other_file(tmp_path: Path, shared: Stor
     (tmp_path / "secret.csv").write_text("token_id\n1\n")
     with pytest.raises(UserError, match="Permission Error: Cannot access file"):
         annotate(shared, None, "x", Source(sql=f"from read_csv('{tmp_path}/secret.csv')"), quiet())
+
+
+def test_whole_numbers_of_any_type_are_read_and_no_others(shared: Store) -> None:
+    sql = "select unnest([0.0, 1.5, 4.0, 'nan'::double, 'inf'::double, null]) as token_id"
+    done = annotate(shared, None, "x", Source(sql=sql), quiet())
+    assert done.unmatched.as_facts() == {"n_rows": 6, "n_unreadable": 4}
+    assert asked(shared) == {"x": [0, 4]}
+
+
+def test_a_file_of_the_user_that_is_no_table_is_no_damage_of_the_store(tmp_path: Path, shared: Store) -> None:
+    (tmp_path / "x.parquet").write_text("no table")
+    with pytest.raises(UserError, match=r"Reading .*x\.parquet failed") as refused:
+        annotate(shared, None, "x", Source(tmp_path / "x.parquet"), quiet())
+    assert "verify" not in str(refused.value)
 
 
 numbers = st.integers(-2, 14)

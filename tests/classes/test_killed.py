@@ -1,4 +1,4 @@
-"""`saeflow annotate` is killed, and typed again: the store equals that of an undisturbed run."""
+"""`saeflow annotate` or `saeflow probe` is killed, and typed again: the store equals that of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from saeflow.classes.annotations import Source, annotate
+from saeflow.classes.probing import ProbeSettings, probe
 from saeflow.query.catalog import write_catalog
+from saeflow.query.runs import pick_run, runs
 from saeflow.store.store import Store
 from saeflow.store.verify import verify
 from tests.support.small_pipeline import quiet
@@ -24,6 +26,18 @@ def hook(happened, about):
         os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
 sys.argv[:3] = ["saeflow"]
+from saeflow.cli.app import main
+main()
+"""
+KILLED_AFTER_A_TABLE = """
+import os, signal, sys
+import pyarrow.parquet as pq
+write = pq.write_table
+def write_and_die(*arguments, **options):
+    write(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+pq.write_table = write_and_die
+sys.argv[:1] = ["saeflow"]
 from saeflow.cli.app import main
 main()
 """
@@ -64,3 +78,23 @@ def test_a_killed_annotation_is_finished_by_the_same_command(tmp_path: Path, poi
     write_catalog(Store.open(store.root))
     assert content(store.root) == content(undisturbed.root)
     assert [row["class"] for row in again.classes] == ["name", "verb"]
+
+
+@pytest.mark.long
+def test_a_killed_probe_is_made_by_the_same_command_with_equal_bytes(tmp_path: Path) -> None:
+    """It is killed when its first table is written."""
+    (tmp_path / "words.csv").write_text("class,token_id\nlove,1\nlove,5\nname,0\n")
+    store = Given().write(tmp_path / "store")
+    annotate(store, None, "words", Source(tmp_path / "words.csv"), quiet())
+    shutil.rmtree(store.root / "tmp")
+    undisturbed = Store.open(shutil.copytree(store.root, tmp_path / "undisturbed"))
+    settings = ProbeSettings(replicates=20)
+    probe(undisturbed, pick_run(undisturbed, runs(undisturbed), None), "words", settings, 1)
+    words = ["probe", "words", "--replicates", "20", "--threads", "1", "--store", str(store.root)]
+    done = subprocess.run([sys.executable, "-c", KILLED_AFTER_A_TABLE, *words], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert [path.name for path in (store.root / "tmp").rglob("*.parquet")] == ["feature_classes.parquet"]
+    assert list(verify(Store.open(store.root), full=True)) == []
+    again = Store.open(store.root)
+    probe(again, pick_run(again, runs(again), None), "words", settings, 1)
+    assert content(store.root) == content(undisturbed.root)

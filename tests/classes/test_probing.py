@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
@@ -11,15 +12,19 @@ import pytest
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
+import saeflow
 from saeflow.classes.annotations import Source, annotate, erase_hidden
 from saeflow.classes.membership import membership
-from saeflow.classes.probing import ProbeSettings, probe
+from saeflow.classes.probing import ProbeSettings, probe, still_shown
 from saeflow.classes.samples import draw, random_values
 from saeflow.classes.sparse_probes import probes
 from saeflow.query.ask import ask
 from saeflow.query.connection import connect
 from saeflow.query.runs import pick_run, runs
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.progress import Progress
+from saeflow.runtime.terminal import Terminal
+from saeflow.store import garbage
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
 from tests.classes.test_scores import rounded, spans_of
@@ -105,6 +110,53 @@ def test_more_classes_than_fit_into_memory_are_refused_with_both_numbers(store, 
     with pytest.raises(UserError, match=r"4 features and 2 classes take 2\.5 KiB of memory, but half .* is 2\.0 KiB"):
         probed(store)
     assert probed(store, classes=("love",)).complete()
+
+
+def test_a_later_probe_leaves_visible_what_it_does_not_replace(store):
+    """Of the same values: sparse probes, if it makes none, and the classes that it was not asked for."""
+    sparse, plain = probed(store, sparse=True), probed(store)
+    with saeflow.open(store.root) as run:
+        every = run.ask("feature_classes").to_pylist()
+        assert {row["class"] for row in run.ask("sparse_probes").to_pylist()} == {"love", "start"}
+    assert still_shown(store, plain) == [f"sparse probes of {sparse.id}"]
+    one = probed(store, classes=("love",), seed=3)
+    assert still_shown(store, one)[0] == f"other classes of {plain.id}"
+    garbage.collect_garbage(store, 0, remove=True)
+    assert store.artefacts("probes") == [sparse, plain, one]
+    with saeflow.open(store.root) as run:
+        assert {row["class"] for row in run.ask("sparse_probes").to_pylist()} == {"love", "start"}
+        now = run.ask("feature_classes").to_pylist()
+    place = [(row["class"], row["feature_id"], row["auroc"]) for row in now]
+    assert sorted(place) == sorted((row["class"], row["feature_id"], row["auroc"]) for row in every)
+    again = probed(store, sparse=True, seed=3)
+    assert still_shown(store, again) == []
+    garbage.collect_garbage(store, 0, remove=True)
+    assert store.artefacts("probes") == [again]
+
+
+def test_sparse_probes_of_other_values_are_not_shown(store):
+    probed(store, sparse=True)
+    (run,) = store.artefacts("features")
+    with run.writing():
+        (part,) = run.published().parts
+        with run.new_part(part.index, dict(part.counts), {"other": "values"}) as work:
+            shutil.copytree(run.part_path(part), work, dirs_exist_ok=True)
+            (work / "part.json").unlink()
+        run.publish([run.made[part.index]])
+    plain = probed(store)
+    assert still_shown(store, plain) == []
+    with saeflow.open(store.root) as opened:
+        assert opened.ask("sparse_probes").num_rows == 0
+        assert opened.ask("feature_classes").num_rows > 0
+
+
+def test_a_probe_says_how_far_it_is(store):
+    said: list[str] = []
+    progress = Progress(console=Terminal(file=io.StringIO()), log=said.append)
+    chosen = pick_run(store, runs(store), None)
+    probe(store, chosen, "words", ProbeSettings(replicates=20, sparse=True), 2, progress)
+    units = [line.split(" in ")[0] for line in said]
+    assert units == ["probe: 4 features", "intervals: 2 features", "sparse: 6 probes"]
 
 
 def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():

@@ -148,6 +148,8 @@ def test_draws_follow_the_seed(store: Store, saeflow: Command, feature: int) -> 
         (["3=1", "a b c " * 50], "but the model reads at most 64"),
         (["3=1", TEXT, "--tokens", "0"], "--tokens is 0"),
         (["3=1", TEXT, "--temperature", "-1"], "--temperature is -1"),
+        (["3=1", TEXT, "--temperature", "1", "--seed", str(10**30)], "--seed is 1"),
+        (["3=1", TEXT, "--device", "gpu"], "--device is 'gpu'"),
         (["3=1", TEXT, "--model", "/nowhere"], "model is '/nowhere'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -91,6 +91,12 @@ def test_a_select_names_nothing_of_the_question_s_own(run: OpenRun) -> None:
         run.ask("features_of_selection", "select token_id from wanted")
 
 
+def test_a_parameter_that_there_is_not_is_refused_by_name(saeflow: Command) -> None:
+    said = saeflow("ask", "features_of_selection", "--select", "select 1", "--store", "nowhere")
+    assert said.code == 2
+    assert "features_of_selection has no parameter --select. It has: --sql, --tokens, --n." in said.err
+
+
 WRITES = [
     "copy (select 1 as token_id) to 'x.csv'",
     "create table t as select 1 as token_id",

@@ -38,13 +38,13 @@ def put_effects(store: Store, run: Artefact, effects: Rows, direct: Rows, name: 
         "effects": pa.Table.from_pylist(rows, EFFECTS["effects"]),
         "direct_effects": pa.Table.from_pylist([{"effect": name, **row} for row in direct], EFFECTS["direct_effects"]),
     }
-    _publish(store, "effects", name, run, tables)
+    publish(store, "effects", name, run, tables)
 
 
 def put_spans(store: Store, tokens: Artefact, name: str, spans: Iterable[tuple[str, int, int, int]]) -> None:
     """Publish an annotation: (class, document_id, first_token_id, last_token_id), in this order."""
     rows = [dict(zip(SPANS.names, span, strict=True)) for span in sorted(spans, key=lambda span: (span[0], span[2]))]
-    _publish(store, "annotations", name, tokens, {"spans": pa.Table.from_pylist(rows, SPANS)})
+    publish(store, "annotations", name, tokens, {"spans": pa.Table.from_pylist(rows, SPANS)})
 
 
 def put_classes(store: Store, run: Artefact, name: str, rows: Rows) -> None:
@@ -52,10 +52,11 @@ def put_classes(store: Store, run: Artefact, name: str, rows: Rows) -> None:
     schema = PROBE_TABLES["feature_classes"]
     found = sorted(({"annotation": name, **row} for row in rows), key=lambda row: (row["class"], row["feature_id"]))
     tables = {table: schema.empty_table() for table, schema in PROBE_TABLES.items()}
-    _publish(store, "probes", name, run, {**tables, "feature_classes": pa.Table.from_pylist(found, schema)})
+    publish(store, "probes", name, run, {**tables, "feature_classes": pa.Table.from_pylist(found, schema)})
 
 
-def _publish(store: Store, kind: Kind, name: str, owner: Artefact, tables: Mapping[str, pa.Table]) -> None:
+def publish(store: Store, kind: Kind, name: str, owner: Artefact, tables: Mapping[str, pa.Table]) -> None:
+    """Publish tables, whatever they hold, as an artefact that belongs to tokens or to a run."""
     artefact = store.artefact(kind, name, "0f0f0f0f")
     with artefact.writing(), artefact.publish_folder({}, [owner.id], {}) as folder:
         for stem, table in tables.items():

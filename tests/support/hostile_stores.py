@@ -16,12 +16,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saeflow.classes.annotations import CLASS_COLUMNS
+from saeflow.features.schema import EFFECTS, PROBE_TABLES, SPANS
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import checksum
 from saeflow.store.lease_slot import Owner
-from saeflow.store.records import FORGOTTEN, checked_text
+from saeflow.store.records import FORGOTTEN, Kind, checked_text
 from saeflow.store.store import Store
+from tests.support.beside import publish
 
 Change = Callable[[Path, Path], object]
 HOSTILE: dict[str, Change] = {}
@@ -155,6 +158,41 @@ def as_text(column: str) -> Callable[[pa.Table, str], pa.Table]:
     return change
 
 
+BESIDE: dict[Kind, dict[str, pa.Schema]] = {
+    "annotations": {"spans": SPANS, "classes": CLASS_COLUMNS}, "probes": PROBE_TABLES, "effects": EFFECTS,
+}  # fmt: skip
+_USUAL = {pa.string(): "marks", pa.float32(): 0.5, pa.float64(): 0.5}
+_ODD: dict[str, dict[pa.DataType, Any]] = {
+    "nulls": dict.fromkeys([pa.string(), pa.float64(), pa.float32(), pa.int64(), pa.int32(), pa.int16()]),
+    "huge numbers": {pa.int64(): 2**63 - 1, pa.int32(): 2**31 - 1, pa.int16(): 2**15 - 1, pa.float64(): 1e308},
+    "negative numbers": {pa.int64(): -(2**63), pa.int32(): -(2**31), pa.int16(): -1, pa.float64(): float("nan")},
+    "letters that act": {pa.string(): "\x1b]0;x\x07\x00\n=1+1<b>'; copy (select 1) to 'z'; --"},
+}
+
+
+def beside(name: str, kind: Kind, table_of: Callable[[pa.Schema], pa.Table]) -> None:
+    """A stranger's annotations, probe or effects `marks` belong to the store's own tokens or run."""
+
+    def forge(folder: Path, outside: Path) -> None:
+        store = Store.open(folder)
+        run = store.artefacts("features")[0]
+        owner = store.by_id(str(run.record.input("tokens"))) if kind == "annotations" else run
+        publish(store, kind, "marks", owner, {table: table_of(schema) for table, schema in BESIDE[kind].items()})
+
+    HOSTILE[f"beside: {kind}, {name}"] = forge
+
+
+def rows_of(values: dict[pa.DataType, Any]) -> Callable[[pa.Schema], pa.Table]:
+    """Make two equal rows of a table: what `values` says by type, something usual otherwise."""
+
+    def make(schema: pa.Schema) -> pa.Table:
+        cells = _USUAL | values
+        usual = {field.name: cells.get(field.type, [1] if pa.types.is_list(field.type) else 0) for field in schema}
+        return pa.Table.from_pylist([usual] * 2, schema)
+
+    return make
+
+
 def relisted(name: str, change: Callable[[dict[str, Any], str], object]) -> None:
     """A published list of parts names something else; the manifest fits it. Changes one row, as a dict of columns."""
 
@@ -277,6 +315,11 @@ for _name, _documents in {
         f"forgotten: {_name}", lambda s: s / FORGOTTEN,
         checked_text({"format_version": FORMAT_VERSION, "documents": _documents}),
     )  # fmt: skip
+for _kind in BESIDE:
+    beside("other columns", _kind, lambda schema: pa.table({"x": [EVIL]}))
+    beside("numbers as text", _kind, lambda schema: pa.table({name: [EVIL] for name in schema.names}))
+    for _name, _values in _ODD.items():
+        beside(_name, _kind, rows_of(_values))
 fifo("pipe: list", "tokens/*/generations/*")
 fifo("pipe: vocabulary", "tokens/*/vocab.parquet")
 fifo("pipe: a table", "tokens/*/parts/*/tokens.parquet")

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 import saeflow as package
+from saeflow.browser.server import Application
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
 from tests.conftest import Finished
+from tests.support.asgi import ask
 from tests.support.command import Command
 from tests.support.hostile_stores import HOSTILE, tree, write_outside
 from tests.support.small_pipeline import Ingredients, recipe_data, write_recipe
+from tests.support.small_store import Given
 
 READING = {
     "runs": ["ask", "runs"],
@@ -169,3 +172,63 @@ def test_only_who_shares_a_store_changes_it(public_folder, owner, mode, user, gr
     said = _as_user(user, group, lambda: store.storage.remove(root / "tmp" / "leftover"))
     assert (root / "tmp" / "leftover").exists() != allowed, said
     assert ("does not share it" in said) != allowed
+
+
+FORGED_BESIDE = [name for name in HOSTILE if name.startswith("beside: ")]
+ANSWERED_BESIDE: dict[str, dict[str, object]] = {
+    "annotations": {}, "annotated_tokens": {"annotation": "marks"}, "features_of_class": {"class": "marks"},
+    "class_in_text": {"annotation": "marks", "class": "marks"}, "classes_of_feature": {"feature": 0},
+    "feature_classes": {}, "sparse_probes": {}, "feature_effects": {}, "measured_effects": {},
+    "effect_contexts": {"feature": 0}, "effects_on_entries": {"feature": 0},
+}  # fmt: skip
+PAGES_BESIDE = [
+    "classes", "classes?annotation=marks&class=marks", "features/0", "features/0/classes", "features/0/effects",
+    "features/0/moved", "features/0/effect_contexts", "questions",
+]  # fmt: skip
+COMMANDS_BESIDE = [["annotate"], ["probe", "marks"], ["ls"], ["verify", "--full"], ["gc"], ["catalog"]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name.endswith("nulls") else pytest.param(name, marks=pytest.mark.long) for name in FORGED_BESIDE],
+)
+def test_forged_tables_beside_a_run_do_not_stand_in_the_way_of_others(name, tmp_path, saeflow, monkeypatch):
+    """Each is left out with a warning, answered as it is, or refused with one clear error."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    store, outside = Given(corpus=("demo", "c0000001")).write(tmp_path / "x" / "store"), tmp_path / "x" / "outside"
+    with package.open(store.root) as run:
+        usual = {question: run.ask(question, feature=0) for question in ("top_tokens", "feature_numbers")}
+    HOSTILE[name](store.root, write_outside(outside))
+    before = tree(outside)
+    with package.open(store.root) as run:
+        assert {question: run.ask(question, feature=0) for question in usual} == usual
+        for question, arguments in ANSWERED_BESIDE.items():
+            with contextlib.suppress(UserError):
+                run.ask(question, **arguments)
+    pages = Application(store)
+    for address in PAGES_BESIDE:
+        answered = ask(pages.app, f"/runs/demo/{address}")
+        assert answered.error is None, address
+        assert answered.status in (200, 400, 404), address
+    for command in COMMANDS_BESIDE:
+        said = saeflow(*command, "--store", store.root)
+        assert said.code in (0, 2), said.err
+        assert "not your fault" not in said.err, said.err
+        assert "\x1b" not in said.out + said.err
+    assert tree(outside) == before
+    assert sorted(os.listdir(tmp_path / "x")) == ["outside", "store"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "said", "remedy"),
+    [("annotations", "annotations", "spans.parquet is left out: it has no column class", "saeflow annotate marks FILE"),
+     ("probes", "feature_classes", "feature_classes.parquet is left out: it has no column annotation",
+      "saeflow probe marks"),
+     ("effects", "feature_effects", "effects.parquet is left out: it has no column effect", "saeflow effects RUN")],
+)  # fmt: skip
+def test_a_table_beside_a_run_with_other_columns_is_left_out(kind, question, said, remedy, tmp_path, caplog):
+    store = Given(corpus=("demo", "c0000001")).write(tmp_path / "store")
+    HOSTILE[f"beside: {kind}, other columns"](store.root, tmp_path)
+    with package.open(store.root) as run:
+        assert run.ask(question).num_rows == 0
+    assert f"{said}. Make it again: {remedy}" in caplog.text

@@ -6,12 +6,16 @@ from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
 from saeflow.browser.panels import Panel, with_words
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import brief
 
 MOST_FEATURES = 50
 
 NO_CLASSES = "No tokens have classes yet. In a terminal: saeflow annotate NAME FILE"
 NOT_PROBED = "No feature was compared with this class yet. In a terminal: saeflow probe {annotation}"
+NONE_FIRES = "No feature fires on a token of this class."
 
+_IS_PROBED = "select exists(from stg_feature_classes as scores where scores.annotation = ? and scores.class = ?)"
 
 INDEX = (
     Panel("annotations", "Classes of tokens", "annotations", if_none=NO_CLASSES),
@@ -24,17 +28,20 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     chosen = asked.given("annotation", "class")
     if len(chosen) < 2:
         return Page("panels.html", "Classes", [panel.ask(opened) for panel in INDEX], opened.run.schema)
-    answers = [panel.ask(opened) for panel in panels(chosen)]
-    return Page(
-        "panels.html", f"{chosen['annotation']}: {chosen['class']}", with_words(answers, opened), opened.run.schema
-    )
+    is_probed = opened.cursor.execute(_IS_PROBED, [*chosen.values()]).fetchall()[0][0]
+    features, spans = (panel.ask(opened) for panel in panels(chosen, is_probed))
+    if not spans.rows:  # both names exist, but not together
+        annotation, name = (brief(str(each)) for each in chosen.values())
+        raise UserError(f"The annotation {annotation!r} has no class {name!r}.")
+    answers = with_words([features, spans], opened)
+    return Page("panels.html", f"{chosen['annotation']}: {chosen['class']}", answers, opened.run.schema)
 
 
-def panels(chosen: dict[str, object]) -> list[Panel]:
+def panels(chosen: dict[str, object], is_probed: bool) -> list[Panel]:
     """Return the panels of a class, named by its annotation and its own name."""
     features = {**chosen, "n": MOST_FEATURES}
-    not_probed = NOT_PROBED.format(**chosen)
+    if_none = NONE_FIRES if is_probed else NOT_PROBED.format(**chosen)
     return [
-        Panel("features", "Features that tell it", "features_of_class", features, "tells", if_none=not_probed),
+        Panel("features", "Features that tell it", "features_of_class", features, "tells", if_none=if_none),
         Panel("spans", "In the text", "class_in_text", chosen, "spans"),
     ]

@@ -15,6 +15,8 @@ MOST_TOKENS = 100
 MOST_FEATURES = 50
 
 ABOUT = "The features that fire on these tokens and seldom elsewhere come first."
+NO_FEATURES = "No feature fires on a token that is chosen and encoded."
+NO_TOKENS = "The corpus has none of these tokens."
 
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
@@ -32,8 +34,15 @@ def panels(tokens: list[int]) -> list[Panel]:
     about = {"tokens": tokens}
     features = {**about, "n": MOST_FEATURES}
     return [
-        Panel("features", "Features that tell them from the rest", "features_of_selection", features, about=ABOUT),
-        Panel("tokens", "The tokens", "tokens_in_text", about, "chosen"),
+        Panel(
+            "features",
+            "Features that tell them from the rest",
+            "features_of_selection",
+            features,
+            about=ABOUT,
+            if_none=NO_FEATURES,
+        ),
+        Panel("tokens", "The tokens", "tokens_in_text", about, "chosen", if_none=NO_TOKENS),
     ]
 
 

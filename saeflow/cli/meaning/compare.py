@@ -45,7 +45,7 @@ def compare_command(
     from saeflow.query.runs import pick_run, runs
 
     if picture is not None:
-        if picture.suffix not in PICTURES:
+        if picture.suffix.lower() not in PICTURES:
             raise UserError(f"--picture is {picture.name!r}, but it must end in {', '.join(PICTURES)}.")
         require_place(picture)
     reply = Reply(format, output, limit)
@@ -58,7 +58,7 @@ def compare_command(
     _say(matched, sanitise(current.schema), sanitise(partner.schema))
     if picture is not None:
         with whole_file(picture) as temporary:
-            draw(matched, current.schema, partner.schema, temporary, picture.suffix.removeprefix("."))
+            draw(matched, current.schema, partner.schema, temporary, picture.suffix.lower().removeprefix("."))
 
 
 def _say(matched: Matched, run: str, other: str) -> None:

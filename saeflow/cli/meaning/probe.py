@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saeflow.cli.common import Quiet, RunOption, StoreOption, existing_store, new_table, out, print_line, print_note
+from saeflow.cli.common import (
+    Quiet,
+    RunOption,
+    StoreOption,
+    err,
+    existing_store,
+    new_table,
+    out,
+    print_line,
+    print_note,
+)
 from saeflow.runtime.text import sanitise
 
 if TYPE_CHECKING:
@@ -40,17 +50,20 @@ def probe_command(
 
     Examples: `saeflow probe digits`, `saeflow probe names --class countries --sparse`
     """
-    from saeflow.classes.probing import ProbeSettings, probe
+    from saeflow.classes.probing import ProbeSettings, probe, still_shown
     from saeflow.query import catalog
     from saeflow.query.runs import pick_run, runs
+    from saeflow.runtime.progress import Progress
 
     opened = existing_store(store)
     chosen = pick_run(opened, runs(opened), run)
     settings = ProbeSettings(tuple(sorted(set(classes or ()))), best, replicates, seed, sparse)
-    made = probe(opened, chosen, name, settings, threads)
+    made = probe(opened, chosen, name, settings, threads, Progress(err, -1 if quiet else 0))
     catalog.write_catalog(opened)
     if not quiet:
         _show(made, sparse)
+        for each in still_shown(opened, made):
+            print_note(sanitise(f"Still shown, because the values are the same: {each}"))
 
 
 def _show(made: Artefact, sparse: bool) -> None:

@@ -78,12 +78,12 @@ class EffectSettings:
             if not least <= getattr(self, setting) <= most:
                 raise UserError(f"--{setting} is {getattr(self, setting)}; it may be {least} to {most:,}.")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.artefact_name):
-            raise UserError(f"--name is {brief(self.name)!r}; use letters, digits and . - _, at most 64.")
+            raise UserError(f"--name is {brief(self.artefact_name)!r}; use letters, digits and . - _, at most 64.")
 
     @property
     def artefact_name(self) -> str:
-        plain = str(FeatureChange.parse(self.change)).replace("*", "").replace("+", "")
-        return self.name or (f"minus{plain[1:]}" if plain.startswith("-") else plain)
+        change = str(FeatureChange.parse(self.change)).replace("*", "").replace("+", "")
+        return self.name or re.sub("^-", "minus", change)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from saeflow.model.sites import predicts_next_token, require_running_order
 from saeflow.query.new_text import model_settings
 from saeflow.query.runs import Run
 from saeflow.recipe.data_settings import ModelConfig
+from saeflow.runtime.devices import choose_device
 from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.load import load_sae
@@ -56,7 +57,8 @@ class RunModel:
 
 
 def model_of_run(store: Store, run: Run, given: str, device: str, remedy: str) -> ModelConfig:
-    """Return the settings that load a run's model on a device. Raises UserError if it is not where it was."""
+    """Return the settings that load a run's model on a device. Raises UserError if either is not there."""
+    choose_device("--device", device)
     config = model_settings(store.input_of(run.artefact, "activations"), given, remedy)
     return config.model_copy(update={"device": device})
 

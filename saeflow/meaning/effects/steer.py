@@ -24,6 +24,7 @@ from saeflow.store.store import Store
 REMEDY = 'saeflow steer RUN FEATURE=VALUE "prompt" --model FOLDER'
 _MOST_TOKENS = 10_000
 _MOST_LETTERS = 1_000_000
+_LARGEST_SEED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class SteerSettings:
             raise UserError(f"--tokens is {self.n_tokens}; it may be 1 to {_MOST_TOKENS:,}.")
         if not 0 <= self.temperature <= 100:
             raise UserError(f"--temperature is {self.temperature:g}; it may be 0 to 100.")
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise UserError(f"--seed is {self.seed}; it may be 0 to {_LARGEST_SEED:,}.")
 
 
 @dataclass(frozen=True)
