@@ -24,11 +24,14 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process that a test 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from filelock import FileLock
+from hypothesis import settings
 
 from saeflow.pipeline import stages
 from saeflow.pipeline.lineage import Lineage
@@ -41,6 +44,8 @@ from tests.support.command import saeflow  # noqa: F401  (a fixture)
 from tests.support.small_pipeline import Ingredients, quiet, recipe_data
 
 expect_many_connections()
+settings.register_profile("saeflow", deadline=None)  # how long an example takes depends on the machine's load
+settings.load_profile("saeflow")
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def progress() -> Progress:
     return quiet()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_flush() -> Iterator[None]:
+    """No test cuts the power in this process (`tests/faults` does in its own), and flushing takes much of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_command_tree() -> Iterator[None]:
+    """Typer builds the tree of commands anew for each command line, which takes longer than most commands do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.main.get_command", cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
