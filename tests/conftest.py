@@ -89,7 +89,22 @@ def _made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Pat
         done.touch()
 
 
-LONG = "serve newcomer flows cancel power cluster remote forecast import_sae wheel kill storage app one_pass".split()
+LONG = [
+    "serve",
+    "newcomer",
+    "flows",
+    "cancel",
+    "power",
+    "cluster",
+    "remote",
+    "forecast",
+    "import_sae",
+    "wheel",
+    "kill",
+    "storage",
+    "app",
+    "one_pass",
+]
 """Files that take longest: they come first, so that no worker is left with one of them at the end."""
 
 
