@@ -7,12 +7,13 @@ RUN := .venv/bin/python
 DOCS := .venv/docs-$(shell cat docs/requirements.txt | cksum | cut -d' ' -f1)
 
 TESTS_AT_ONCE = --numprocesses 3 --dist loadfile --no-loadscope-reorder
+TENTH := $(shell date +%j | tail -c 2)
 
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export HF_HUB_OFFLINE = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo ready smollm2 test test-long check docs site bench peers clean
+.PHONY: demo ready smollm2 test test-long test-all check docs site bench peers fault-points fault-kinds notebooks clean
 
 demo: $(READY)  ## the main job on the shipped model and corpus, then three SQL answers
 	$(RUN) -m flows.pipeline flows/recipes/demo.toml
@@ -31,6 +32,9 @@ test: $(READY)  ## the tests, three at a time: many of them wait for servers
 test-long: $(READY)  ## the tests that take longest: real Prefect, Dask and PostgreSQL processes, killed workers, large files
 	$(RUN) -m pytest -m long $(TESTS_AT_ONCE)
 
+test-all: $(READY)  ## both in one go: what they share is loaded and made once
+	$(RUN) -m pytest $(TESTS_AT_ONCE)
+
 check: $(READY)  ## style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -44,6 +48,16 @@ site: $(DOCS)  ## the documentation in .site, warnings as errors (which --quiet 
 
 bench: $(READY)  ## the benchmarks, each ending in one line of JSON
 	for file in tests/benchmarks/[a-z]*.py; do $(RUN) -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
+
+fault-points: $(READY)  ## faults at named points: a tenth of them, another one every day
+	$(RUN) -m tests.faults --tenth $(TENTH)
+
+fault-kinds: $(READY)  ## every kind of fault in every stage: a tenth of the pairs, another one every day
+	$(RUN) -m tests.faults --matrix --tenth $(TENTH)
+
+notebooks: $(READY)  ## the notebooks on the demo's store
+	$(RUN) -m tests.support.notebook docs/tutorial.ipynb
+	$(RUN) -m tests.support.notebook docs/dialogue.ipynb
 
 peers: .bench/saelens/bin/sparsify  ## what the benchmarks compare with, in an environment of their own
 

@@ -24,11 +24,14 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process that a test 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from filelock import FileLock
+from hypothesis import settings
 
 from saeflow.pipeline import stages
 from saeflow.pipeline.lineage import Lineage
@@ -41,6 +44,8 @@ from tests.support.command import saeflow  # noqa: F401  (a fixture)
 from tests.support.small_pipeline import Ingredients, quiet, recipe_data
 
 expect_many_connections()
+settings.register_profile("saeflow", deadline=None)  # how long an example takes depends on the machine's load
+settings.load_profile("saeflow")
 
 
 @dataclass(frozen=True)
@@ -84,20 +89,48 @@ def _made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Pat
         done.touch()
 
 
-LONG = {
-    f"test_{name}"
-    for name in ["serve", "newcomer", "flows", "power", "remote", "forecast", "import_sae", "wheel", "kill", "storage"]
-}
+LONG = [
+    "serve",
+    "newcomer",
+    "flows",
+    "cancel",
+    "power",
+    "cluster",
+    "remote",
+    "forecast",
+    "import_sae",
+    "wheel",
+    "kill",
+    "storage",
+    "app",
+    "one_pass",
+]
 """Files that take longest: they come first, so that no worker is left with one of them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture
 def progress() -> Progress:
     return quiet()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_flush() -> Iterator[None]:
+    """No test cuts the power in this process (`tests/faults` does in its own), and flushing takes much of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_command_tree() -> Iterator[None]:
+    """Typer builds the tree of commands anew for each command line, which takes longer than most commands do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.main.get_command", cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -45,11 +45,6 @@ WORDS = [
 """Tokens 0 to 3 stand for `Emma 🐈!`, tokens 4 and 5 for `Em no`; 6 and 7 are padding."""
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Given(documents=WORDS, values=[(0, 0, 1.0)]).write(tmp_path / "store")

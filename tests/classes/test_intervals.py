@@ -22,7 +22,7 @@ def test_intervals_are_those_of_repeated_documents(tmp_path, signed):
     members = membership(spans_of(classes, 0), np.arange(len(values)), documents)
     files = write(tmp_path, values, 0, (200,))
     scores = score(files, members)
-    weights = intervals.draw_documents(members.n_documents, 0, 40)
+    weights = intervals.draw_documents(members.n_documents, 0, 12)
     held = BestEntries(3, 10_000)
     score(files, members, 2, 300, held)
     found = intervals.intervals(files, members, scores, 3, weights, 2, held)

@@ -36,11 +36,6 @@ from tests.support.small_store import Given
 CLASSES = "class,token_id,last_token_id\nstart,0,1\nstart,5,5\nlove,1,1\nlove,5,5\nlove,7,7\n"
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """Eight tokens of two documents with the annotations `words`."""

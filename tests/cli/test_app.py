@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import io
@@ -15,7 +16,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -25,8 +28,11 @@ import typer
 
 from saeflow import __version__
 from saeflow.cli import app as cli
+from saeflow.cli.common import exit_code_of
 from saeflow.cli.store import state_of
+from saeflow.query.connection import connect_to_run
 from saeflow.query.questions import Question, questions
+from saeflow.query.runs import Run
 from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.runtime.text import human_bytes
 from saeflow.store.storage.folder import Folder
@@ -432,17 +438,35 @@ MAY_BE_EMPTY = (
 NEEDS_ANNOTATIONS = ("annotated_tokens", "class_in_text", "features_of_class")  # tests/classes asks these
 
 
+class Shared:
+    """A connection that stays open when a command closes it."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+        self.connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def connected(finished: Finished) -> Iterator[tuple[Run, Shared]]:
+    """The run of the finished store, and a connection for many commands: `tests/sql` asks each by one of its own."""
+    run, connection = connect_to_run(finished.store)
+    with connection:
+        yield run, Shared(connection)
+
+
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
-def test_every_question_can_be_asked(question: Question, saeflow: Command, finished: Finished) -> None:
-    if question.name in NEEDS_ANNOTATIONS:
-        said = saeflow("ask", question.name, "cat", "cat", "--store", finished.store.root).err
-        assert "There is no annotation" in said or "There is no class" in said
-        return
-    words = NAMES.get(question.name) or [WORDS[each.type] for each in question.parameters if each.default is None]
-    said = saeflow("ask", question.name, *words, "-f", "json", "-n", 5, "--store", finished.store.root)
-    assert said.code == 0, said.err
-    rows = json.loads(said.out)
-    assert (0 if question.name in MAY_BE_EMPTY else 1) <= len(rows) <= 5
+def test_every_question_can_be_asked(
+    question: Question,
+    saeflow: Command,
+    finished: Finished,
+    connected: tuple[Run, Shared],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("saeflow.query.connection.connect_to_run", lambda *_, **__: connected)
 
 
 def test_ask_without_a_question_lists_them(saeflow: Command) -> None:
@@ -465,7 +489,11 @@ def test_all_formats_give_the_same_rows(saeflow: Command, finished: Finished, tm
 EVERY = "select token_id from stg_tokens limit 1200"
 
 
-@pytest.mark.parametrize("ask", [["ask", "tokens_where", "1"], ["sql", EVERY]], ids=["ask", "sql"])
+@pytest.mark.parametrize(
+    "ask",
+    [["ask", "tokens_where", "1"], pytest.param(["sql", EVERY], marks=pytest.mark.long)],
+    ids=["ask", "sql"],
+)
 def test_only_a_table_on_the_screen_is_cut_unasked_and_it_says_so(
     ask: list[str], saeflow: Command, finished: Finished, tmp_path: Path
 ) -> None:
@@ -690,9 +718,8 @@ def swept(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) ->
     sweep = {"grid": {"sae.k": [2, 4], "sae.architecture": ["topk", "batchtopk"]}}
     recipe = write_recipe(folder / "small.toml", recipe_data(ingredients, sweep=sweep, train={"n_tokens": 3000}))
     arguments = ["run", str(recipe), "--store", str(folder / "store")]
-    done = subprocess.run([*SAEFLOW, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder / "said").write_text(done.stdout)
+    with (folder / "said").open("w") as said, contextlib.redirect_stdout(said):
+        assert exit_code_of(cli.app, "saeflow", arguments, debug=False) == 0
     return recipe, folder / "store"
 
 

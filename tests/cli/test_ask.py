@@ -42,11 +42,6 @@ from tests.support.small_store import Document, Given
 HOSTILE = "a'; drop view tokens; --\x1b[31m\x1b]0;title\x07\u202e\u2066\"\\"
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     root = tmp_path_factory.mktemp("ask") / "store"

@@ -313,11 +313,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def rows_of_chats(n: int = 30) -> list[dict[str, Any]]:
     texts = [row["text"] for row in documents(n) if row["text"]]
     return [

@@ -100,11 +100,6 @@ def root(tmp_path_factory: pytest.TempPathFactory, made: dict[str, Any]) -> Path
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def recipe_of(root: Path, tokenizer: str, **changes: Any) -> Recipe:
     ingredients = Ingredients(root / tokenizer, root / "corpus.parquet")
     return parse_recipe(recipe_data(ingredients, **{"corpus": {"held_out": 0.3}} | changes))

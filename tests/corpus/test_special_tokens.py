@@ -57,11 +57,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory, made: dict[str, Any]) -> F
     return Folders(root)
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def tokenise(store: Path, recipe: Recipe) -> Artefact:
     return tokens.run(Lineage(Store.create(store), recipe), quiet())
 

@@ -69,11 +69,6 @@ def tokenizer(finished):
     return load_tokenizer(finished.recipe.model)
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @settings(deadline=None)
 @given(contents=DOCUMENTS, length=st.integers(1, 10), packing=st.sampled_from(["concatenated", "isolated"]))
 def test_packing_keeps_every_token_of_every_document_once_and_in_order(contents, length, packing):

@@ -36,13 +36,6 @@ SAE = "saes/demo-f0000001"
 SMALL = ExampleCounts(bands=5, explain=2, score=3, near_misses=8, random=8, tokens=9)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_flush() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
-
-
 def planted(seed: int = 0, n_documents: int = 100) -> Given:
     """Texts of random words. Each feature fires at three quarters of the places of its two words."""
     dice = random.Random(seed)

@@ -33,13 +33,6 @@ FEATURES = [3, 8]
 TYPED = ["--bands", "2", "-n", "2", "--silent", "3", "--context", "9", "--features", "3,8"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_flush() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
     given = planted(n_documents=60)

@@ -34,14 +34,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("matching")
     store = Store.create(folder / "store")
     table = np.abs(a_table())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        for name, seed in SEEDS.items():
-            sae = {"n_features": 24, "k": 3, "seed": seed}
-            data = brought_data(write_table(folder / "t.npy", table), sae=sae) | {"name": name, "data": "shared"}
-            make(store, data)
-        other = brought_data(write_table(folder / "u.npy", table[:90] + 0.01), sae={"n_features": 12, "k": 3})
-        make(store, other | {"name": "elsewhere"})
+    for name, seed in SEEDS.items():
+        sae = {"n_features": 24, "k": 3, "seed": seed}
+        data = brought_data(write_table(folder / "t.npy", table), sae=sae) | {"name": name, "data": "shared"}
+        make(store, data)
+    other = brought_data(write_table(folder / "u.npy", table[:90] + 0.01), sae={"n_features": 12, "k": 3})
+    make(store, other | {"name": "elsewhere"})
     return store
 
 

@@ -46,11 +46,6 @@ from tests.support.small_pipeline import (
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture
 def with_tokens(tmp_path, finished) -> Store:
     """A store in which only the tokens stage has run."""

@@ -50,11 +50,6 @@ class Killed(BaseException):
     """The process is gone: nothing more is saved."""
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
     return write_table(tmp_path_factory.mktemp("table") / "t.npy", a_table())

@@ -15,11 +15,6 @@ from saeflow.store.store import Store
 from tests.support.planted_absorption import GENERAL, Planted
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.mark.parametrize(
     ("rate", "n_absorbing", "missing", "seed"),
     [

@@ -30,11 +30,6 @@ from saeflow.store.store import Store
 from tests.support.small_store import Document, Given
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def written(text, table: pa.Table) -> str:
     return "".join(text(table))
 

@@ -48,11 +48,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def test_the_settings_reach_the_cursors_of_the_pages(tmp_path: Path):
     """A setting made without `global` would hold in one cursor only, and each page would read every footer anew."""
     with closing(connect(two_runs(tmp_path))) as connection, closing(connection.cursor()) as cursor:

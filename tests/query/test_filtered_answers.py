@@ -30,13 +30,6 @@ Ask = Callable[..., Rows]
 WINDOWS = ((12, 12), (1, 0), (0, 0))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_flush() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
-
-
 @dataclass
 class Filter:
     """The filter of a question, applied to one token at a time."""

@@ -36,13 +36,6 @@ N_FEATURES = 5
 Rows = list[dict[str, object]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_flush() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
-
-
 @st.composite
 def a_document(draw: st.DrawFn, key: str) -> Document:
     """A text in pieces that may end in the midst of a letter."""

@@ -30,11 +30,6 @@ SAE = "saes/demo-f0000001"
 LABELS = "select feature_id, label, source, score from src_labels order by all"
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Given().write(tmp_path / "store")

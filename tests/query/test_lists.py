@@ -24,13 +24,6 @@ from tests.support.small_store import Document, Given
 SORTS = ("interesting", "density", "rare", "max", "mean", "id")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_flush() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
-
-
 def line(slow: Slow, feature: int) -> dict[str, Any]:
     values = list(slow.firing(feature).values())
     counts = Counter(slow.by_id[token].vocab_id for token in slow.firing(feature))

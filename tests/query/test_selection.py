@@ -21,13 +21,6 @@ EXAMPLES = [17, 420, 801, 1303, 1999]
 """Five tokens with nothing in common but the feature SHARED."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_flush() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A dense feature, a rare one of the examples, one of the first half of the tokens, and 60 that fire by chance."""

@@ -24,12 +24,6 @@ from tests.support.small_store import DOCUMENTS, N_FEATURES, VALUES, Document, G
 SQL = Path(__file__).resolve().parents[2] / "sql"
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    """Nothing here is about power cuts, and flushing is most of the time."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def answer(root: Path, given: Given, question: str, *arguments: object) -> list[dict[str, object]]:
     with connect(given.write(root), threads=1, names=[question]) as connection:
         return ask(connection, question, arguments).to_pylist()

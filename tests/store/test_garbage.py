@@ -25,12 +25,6 @@ from saeflow.store.store import Store
 DAY = 86_400.0
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    """Nothing here cuts the power."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store.create(tmp_path / "store")

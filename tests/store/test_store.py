@@ -41,12 +41,6 @@ from saeflow.store.store import Store
 from saeflow.store.verify import find_damage, next_share, note_share, repair_all, verify
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    """Nothing here cuts the power, and flushing is most of the time."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store.create(tmp_path / "store")

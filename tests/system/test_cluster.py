@@ -133,9 +133,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """What one process makes of the recipe, stage by stage in folders of their own."""
     root = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        run_alone(root, recipe)
+    run_alone(root, recipe)
     return Store(root)
 
 

@@ -166,7 +166,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "people.csv").write_text("class,document,start,end\nperson,tales/000,0,5\nplace,letters/000,2,9\n")
     shutil.copytree(ROOT / "flows/recipes/annotations", folder / "flows/recipes/annotations")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
         patch.chdir(folder)
         for recipe in ("flows/recipes/demo.toml", "my.toml"):
             assert run(["run", recipe, "--quiet"]) == 0
@@ -182,7 +181,6 @@ def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """A copy of it, to work in."""
     copy = shutil.copytree(prepared, tmp_path / "copy")
     monkeypatch.chdir(copy)
-    monkeypatch.setattr("os.fsync", lambda _: None)
     return copy
 
 

@@ -9,7 +9,7 @@ import re
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -50,13 +50,11 @@ COUNTED = (
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory) -> Iterator[Many]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        made = Many(Store.create(tmp_path_factory.mktemp("many")), N_PARTS, n_shards=1)
-        made.make("tokens", "activations")
-        replace(made, n_parts=N_ENCODED).make("features")
-        yield made
+def many(tmp_path_factory) -> Many:
+    made = Many(Store.create(tmp_path_factory.mktemp("many")), N_PARTS, n_shards=1)
+    made.make("tokens", "activations")
+    replace(made, n_parts=N_ENCODED).make("features")
+    return made
 
 
 @pytest.fixture
