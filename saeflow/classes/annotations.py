@@ -44,7 +44,7 @@ CLASS_COLUMNS = pa.schema({"class": pa.string(), **dict.fromkeys(("n_spans", "n_
 
 @dataclass(frozen=True)
 class Source:
-    """What is read: a file, or a statement that only reads."""
+    """A file to read, or a statement that only reads."""
 
     file: Path | None = None
     sql: str | None = None
@@ -60,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Annotated:
-    """What was given a class, and what was not matched."""
+    """Classes with their counts, and rows that did not match."""
 
     id: str
     """The artefact, as `saeflow ls` names it."""
@@ -193,7 +193,7 @@ def erase_hidden(store: Store, tokens: Artefact, progress: Progress) -> None:
 
 
 def _write_without(old: Artefact, hidden: Sequence[int], folder: Path) -> int:
-    """Write both tables without the documents. Return how many spans are gone; then nothing is written if none is."""
+    """Return how many spans the documents have. If they have any, write both tables without these."""
     gone = pa.array(hidden, pa.int64())
     with contextlib.closing(duckdb.connect(config={"temp_directory": str(folder / "spill")})) as connection:
         connection.execute("create table annotate_merged (class varchar, document_id bigint, a bigint, b bigint)")

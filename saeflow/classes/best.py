@@ -1,4 +1,4 @@
-"""Values of the features that tell a class best so far, held while all are scored: their intervals need them again."""
+"""Keep the values of the best features so far while all are scored, because their intervals need them again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from saeflow.classes.values import Entries
 
 HELD_BYTES = 1 << 30
-"""Most memory for held values. What does not fit is read from the files again."""
+"""Most memory for held values. Others are read from the files again."""
 
 
 @dataclass
 class BestEntries:
-    """Entries of features by number. What is held depends on the order of blocks; it saves time and decides nothing."""
+    """Entries of features by number. Which are held depends on the order of blocks, but no figure depends on it."""
 
     n_best: int
     most_bytes: int = HELD_BYTES

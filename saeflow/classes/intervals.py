@@ -40,7 +40,7 @@ AT_ONCE = 500_000
 
 LEVELS = (0.025, 0.975)
 FIGURES = ("auroc", "f1")
-"""Figures with intervals. That of average precision takes a division for each token and replicate: too slow."""
+"""Figures with intervals. Average precision has none: it takes a division for each token and replicate."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What annotations a run has, and removing them."""
+"""List the annotations of a run, and remove them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the rows of a table of annotations lie: rows become spans of tokens, and what did not match is counted.
+"""Find the spans of tokens that rows of a table of annotations name, and count the rows that name none.
 
 Everything is a join in DuckDB, which spills to disk. No step compares every row with every document or token.
 """
@@ -14,7 +14,7 @@ from saeflow.classes.tables import Columns
 
 @dataclass
 class Unmatched:
-    """Rows of a table that gave no token, by the first reason that applies; and what was cut away or is not encoded."""
+    """Counts of rows that gave no token, by the first reason that applies, and of what was cut or is not encoded."""
 
     n_rows: int = 0
     """Rows of the table, matched or not."""

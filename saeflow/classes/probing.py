@@ -41,7 +41,7 @@ TABLES = {name: f"{name}.parquet" for name in PROBE_TABLES}
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What a probe computes. Equal settings, equal bytes."""
+    """Settings of a probe. Equal settings give equal bytes."""
 
     classes: tuple[str, ...] = ()
     """Classes to probe; empty for all."""

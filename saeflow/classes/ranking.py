@@ -66,8 +66,10 @@ def _sort_keys(keys: Keys, spare: Keys, width: int) -> None:
 
 @compiled
 def rank_keys(bits: Ids, items: Codes, keys: Keys, spare: Keys) -> tuple[np.int64, int]:
-    """Write the values as sorted keys, the largest value first: a value's rank among bits in the upper half, its item
-    in the lower half. Return the largest ordered bits and how far they are shifted; see `key_bits`.
+    """Write sorted keys, the largest value first. Return the bits of the largest value, shifted, and the shift.
+
+    Bits are ordered as the values are. The upper half of a key says how far its value's shifted bits lie below the
+    largest, the lower half is the value's item.
     """
     low_bits, least, most = np.int32(0), np.int64(1) << 40, -(np.int64(1) << 40)
     for i in range(len(bits)):
@@ -93,8 +95,8 @@ def _add_by_document(
 ) -> None:  # fmt: skip
     """Count the feature's tokens in each class, add up their values, and the squares of what each document adds.
 
-    A document adds the sum over its tokens of (y - share) (value - mean), where y is 1 in the class. The caller adds
-    the squares of documents in which the feature is silent to all of `squares`, and these here are what differs.
+    A document adds the sum over its tokens of (y - share) (value - mean), where y is 1 in the class. `squares` gets
+    only what the document's square is above that of a document in which the feature is silent; the caller adds those.
     """
     i, n = 0, len(values)
     while i < n:

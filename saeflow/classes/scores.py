@@ -25,7 +25,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Counts:
-    """What the kernels count for each feature and class: see `ranking.score_features` for the arrays."""
+    """Counts of each feature and class: `ranking.score_features` says what the arrays mean."""
 
     fires: Ints
     """(F,) counted tokens at which the feature fires."""
@@ -69,7 +69,7 @@ class Scores:
     auroc: Doubles
     average_precision: Doubles
     threshold: Doubles
-    """The value from which on the feature tells the class with the best F1; the largest of several."""
+    """Tokens with at least this value tell the class with the best F1; the largest such value."""
     f1: Doubles
     precision: Doubles
     recall: Doubles

@@ -1,4 +1,4 @@
-"""What a feature's value becomes: none, its mean, a multiple of its maximum, or a number."""
+"""The value that a feature is set to: zero, its mean, a multiple of its maximum, or another number."""
 
 from __future__ import annotations
 

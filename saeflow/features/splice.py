@@ -31,7 +31,7 @@ from saeflow.store.store import Store
 
 @dataclass(frozen=True)
 class SplicePlace:
-    """Where an SAE sits in a model, and which tokens it reads."""
+    """The sites of a model that an SAE reads and reconstructs, and the tokens that it leaves alone."""
 
     read: str
     target: str

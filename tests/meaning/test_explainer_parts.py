@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saeflow.meaning.language_model import endpoint
 from saeflow.meaning.language_model.answers import read_explanation, read_judgements, read_strengths
 from saeflow.meaning.language_model.cache import Answer, AnswerCache, key_of
 from saeflow.meaning.language_model.cost import Rates, forecast
-from saeflow.meaning.language_model.examples import Examples, Window
+from saeflow.meaning.language_model.endpoint import Completion
+from saeflow.meaning.language_model.examples import Window
 from saeflow.meaning.language_model.prompts import Prompt, Prompts, marked, own_folder, strength_told, wrong_places
 from saeflow.meaning.language_model.scores import (
     Judged,
@@ -326,11 +328,12 @@ def test_a_forecast_scales_the_questions_of_some_features() -> None:
 
 
 def test_tokens_that_nobody_counted_are_a_quarter_of_the_characters() -> None:
-    assert an_answer("a", n_prompt_tokens=None).n_tokens == 10 + 1
+    prompt = Prompt("detection", (("user", "x" * 40),), 1, 100)
+    assert endpoint._spent(Completion("[1]\n.", None, None), prompt) == 10 + 2
+    assert endpoint._spent(Completion("[1]\n.", 7, 3), prompt) == 7 + 3
 
 
-def test_examples_know_their_documents() -> None:
+def test_neighbours_overlap_if_their_windows_reach_one_another() -> None:
     one, two = window(["a"], [1.0]), window(["b"], [1.0], token_id=11)
-    assert Examples(0, 1.0, (one,), (two,)).document_ids == [0]
     assert one.overlaps(two, 2)
     assert not one.overlaps(two, 1)

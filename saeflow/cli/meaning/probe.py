@@ -71,7 +71,8 @@ def _show(made: Artefact, sparse: bool) -> None:
 
     table = new_table("class", "tokens", "best feature", "AUROC", "95% by document", "F1", "q")
     for row in best_of_each_class(made):
-        interval = f"{_figure(row['auroc_low'])} to {_figure(row['auroc_high'])}" if row["auroc_low"] else "-"
+        low, high = row["auroc_low"], row["auroc_high"]
+        interval = "-" if low is None else f"{_figure(low)} to {_figure(high)}"
         table.add_row(
             sanitise(row["class"]), f"{row['n_tokens']:,}", str(row["feature_id"]), _figure(row["auroc"]), interval,
             _figure(row["f1"]), "-" if row["q"] is None else f"{row['q']:.1g}",

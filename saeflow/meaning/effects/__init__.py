@@ -1,4 +1,4 @@
-"""What a model does when features are changed. Read `measure` first.
+"""Measure what a model does when features are changed. Read `measure` first.
 
 measure    plan the work, do it part by part, publish
 firings    which firings are changed, drawn from quantile bands

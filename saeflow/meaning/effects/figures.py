@@ -1,4 +1,4 @@
-"""What a change did to the predictions of a language model: loss, KL divergence, and the entries that moved most."""
+"""Compare predictions of a language model: loss, KL divergence, and the entries that moved most."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of n rows: what each predicted before, and what became of it."""
+    """Figures of n predictions: each one's loss before a change, and how the change moved it."""
 
     loss: np.ndarray
     """(n) float64: nats, before; NaN where no token follows."""

@@ -50,7 +50,7 @@ _MOST_AHEAD, _MOST_TOP, _MOST_BANDS = 256, 100, 1_000
 
 @dataclass(frozen=True)
 class EffectSettings:
-    """What is asked of the model."""
+    """Settings of a measurement."""
 
     features: str = "all"
     """Numbers and ranges, such as `3,17,40-59`; or `all`."""

@@ -20,7 +20,7 @@ from saeflow.runtime.threads import map_in_order
 from saeflow.sae.autoencoder import SparseAutoencoder
 
 _GAP = 64
-"""Sequences that nobody asked for are read, too, if fewer than this lie between two that are."""
+"""If fewer unwanted sequences than this lie between two wanted ones, all are read in one go."""
 _MOST_READ = 1 << 20
 """Tokens that are read at once."""
 
@@ -56,7 +56,7 @@ class SequenceTokens:
         return cls(wanted, np.concatenate(ids), np.concatenate(owners))
 
     def n_ahead(self, rows: np.ndarray, places: np.ndarray, most: int) -> np.ndarray:
-        """Return at how many positions from each place on (1 to `most`) its own document goes on."""
+        """Return how many positions of its own document there are from each place on, 1 to `most`."""
         length, found = self.vocab_ids.shape[1], np.ones(len(rows), np.int64)
         goes_on = np.ones(len(rows), bool)
         for ahead in range(1, most):

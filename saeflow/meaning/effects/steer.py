@@ -35,7 +35,7 @@ class SteerSettings:
     temperature: float = 0.0
     """0 takes the likeliest token each time."""
     seed: int = 0
-    """Of the draws, if the temperature is above 0."""
+    """Seed of the draws, if the temperature is above 0."""
 
     def require_sensible(self) -> None:
         """Raise UserError for numbers out of their range."""
@@ -55,7 +55,7 @@ class Continuations:
     unchanged: str
     steered: str
     values: dict[int, float | None]
-    """What each feature was set to, in the units of its values."""
+    """The value each feature was set to; None if it kept its own."""
 
 
 def parse_assignments(words: Sequence[str]) -> dict[int, FeatureChange]:

@@ -1,10 +1,10 @@
 """Explanations by a language model behind any OpenAI-compatible endpoint, and their scores. Read `command` first.
 
-command     `saeflow explain --endpoint`: which features are left to do, many at a time, what is kept when
-settings    what a user chooses: endpoint, examples, methods, budget
+command     `saeflow explain --endpoint`: explain many features at a time, and go on after a kill
+settings    settings of a user: endpoint, examples, methods, budget
 examples    a feature's examples from the store: bands, near misses, random tokens
 prompts     prompts from files that a user can edit, and the examples as text
-answers     what an answer says: an explanation, yes or no for each example, a strength for each token
+answers     read an answer: an explanation, yes or no for each example, a strength for each token
 endpoint    ask the endpoint: retries, waits, budget; the key stays here
 cache       every answer is kept at once, so that nothing is asked twice
 feature     explain one feature and score its explanation

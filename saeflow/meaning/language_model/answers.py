@@ -1,4 +1,4 @@
-"""What an answer says. Models chat, think aloud and miscount, so each reader looks for the one form it asked for."""
+"""Read answers. Models chat, think aloud and miscount, so each reader looks for the one form it asked for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_explanation(text: str) -> str | None:
 
 
 def read_judgements(text: str, n: int) -> list[bool] | None:
-    """Return yes or no for each of `n` examples: the last list of so many 0 and 1 in the answer, or None."""
+    """Return yes or no for each of `n` examples, from the answer's last list of `n` items, 0 or 1; None without one."""
     said = _THOUGHTS.sub("", text)
     lists = [found.split(",") for found in _LIST.findall(said)]
     if n == 1 and not lists:

@@ -49,13 +49,6 @@ class Answer:
     document_ids: tuple[int, ...]
     """Documents that the question quoted."""
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of question and answer; if the endpoint did not count them, a quarter of the characters."""
-        told = (self.n_prompt_tokens, self.n_answer_tokens)
-        guessed = (self.n_prompt_chars, len(self.text))
-        return sum(-(-chars // 4) if n is None else n for n, chars in zip(told, guessed, strict=True))
-
 
 def key_of(model: str, temperature: float, prompt: Prompt) -> str:
     """Return the hash by which an answer is found again."""

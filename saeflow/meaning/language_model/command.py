@@ -1,4 +1,4 @@
-"""Explain features by a language model: which are left to do, many at a time, what is kept when.
+"""Explain many features at a time by a language model, and go on where a killed command stopped.
 
 Features are read one at a time from DuckDB, in order, while questions about others are on their way. Every answer is
 kept at once. Labels and scores are written in the order of the features, so that a command that was killed and run
@@ -33,7 +33,7 @@ from saeflow.runtime.progress import Bar, Progress
 from saeflow.store.store import Store
 
 _WRITE_SECONDS = 30.0
-"""Finished features are written so often. A kill loses no answer in between, only their summing up."""
+"""Time between two writings of finished features. A kill in between loses no answer, only their scores."""
 
 _FORECAST_FEATURES = 32
 """Features whose questions are made for the forecast."""
@@ -41,13 +41,13 @@ _FORECAST_FEATURES = 32
 
 @dataclass
 class Outcome:
-    """What a command did."""
+    """Results of a command."""
 
     source: str
     n_finished_before: int
     explained: list[Explained] = field(default_factory=list)
     forecast: Forecast | None = None
-    """What the whole command was expected to take; None if nothing was left to do."""
+    """Tokens that the whole command was expected to take; None if nothing was left to do."""
     meter: Meter | None = None
     n_left: int = 0
     """Features that the budget left undone."""
@@ -169,7 +169,7 @@ class _Work:
     def forecast(self, features: Sequence[int]) -> Forecast:
         """Forecast what these features take, from the questions about some of them and the answers that are kept."""
         step = max(1, len(features) // _FORECAST_FEATURES)
-        looked_at = list(features[::step])[: max(_FORECAST_FEATURES, 1)]
+        looked_at = list(features[::step])[:_FORECAST_FEATURES]
         self.drawn |= {feature: self.examples(feature) for feature in looked_at}
         left = [
             list(questions_left(self.drawn[each], self.prompts, self.settings, self.cache, self.labels.get(each)))
@@ -182,7 +182,7 @@ class _Work:
     async def explain(self, todo: Sequence[int], outcome: Outcome) -> None:
         """Explain one feature, forecast the others by what it took, then explain them many at a time.
 
-        Features at the start about which nothing has to be asked are passed over: they tell nothing of the cost.
+        The first feature is one that takes a question: features whose answers are all kept tell nothing of the cost.
         """
         meter = outcome.meter = Meter(self.settings.budget)
         order = iter(todo)
@@ -251,7 +251,7 @@ class _Work:
             with self.cache.locked():
                 self.results.write([(done, self.settings_of(done.feature)) for done in ready])
         for done in ready:
-            done.judged.clear()  # of thousands of features they would fill the memory
+            done.judged.clear()  # those of thousands of features would fill the memory
 
 
 def _labels_of(connection: duckdb.DuckDBPyConnection, source: str) -> dict[int, str]:

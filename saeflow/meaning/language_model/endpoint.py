@@ -195,7 +195,7 @@ class Asker:
         return Completion(self._without_key(found.text), found.n_prompt_tokens, found.n_answer_tokens)
 
     def _changes_options(self, error: APIStatusError, sent: Mapping[str, Any]) -> bool:
-        """Adapt to models that name the limit of tokens otherwise, or take no temperature. True: send again.
+        """Adapt to models that have another name for the limit of tokens, or take no temperature. True: send again.
 
         `sent` are the options that were refused. Another question may have changed `options` in the meantime.
         """

@@ -83,10 +83,6 @@ class Examples:
     explaining: tuple[Window, ...]
     scoring: tuple[Window, ...]
 
-    @property
-    def document_ids(self) -> list[int]:
-        return sorted({window.document_id for window in (*self.explaining, *self.scoring)})
-
 
 def draw_examples(connection: duckdb.DuckDBPyConnection, feature: int, counts: ExampleCounts) -> Examples:
     """Read a feature's examples. There are fewer than asked for if the feature rarely fires, or is rarely silent.

@@ -20,7 +20,7 @@ _JOURNAL = "answers-"
 
 
 def drop_forgotten(store: Store) -> int:
-    """Remove what came from documents that are hidden now. Returns how many features need a new explanation or score.
+    """Remove what every source made of hidden documents. Return how many features need a new explanation or score.
 
     Labels that somebody else wrote stay; only their scores go. Safe to repeat after a kill.
     """
@@ -29,7 +29,7 @@ def drop_forgotten(store: Store) -> int:
 
 
 def drop_forgotten_of(cache: AnswerCache) -> int:
-    """Do the same for one source."""
+    """Remove what one source made of hidden documents. Return how many features need a new explanation or score."""
     hidden = _hidden_documents(cache.store)
     return _drop(cache, hidden) if any(hidden.values()) else 0
 

@@ -1,4 +1,4 @@
-"""What is kept of explained features: labels, scores, and the examples that cost points.
+"""Keep the labels and scores of explained features, and the examples that cost points.
 
 Scores are written last. A feature that has them under the same settings is finished, and is not asked about again.
 """

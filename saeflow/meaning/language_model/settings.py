@@ -1,4 +1,4 @@
-"""What a user chooses about explanations by a language model."""
+"""Settings of explanations by a language model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ipaddress
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -24,7 +23,7 @@ DEFAULT_KEY = "OPENAI_API_KEY"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a language model answers, and how it is asked."""
+    """The address of a language model, and how it is asked."""
 
     url: str
     model: str
@@ -88,8 +87,6 @@ class ExplainSettings:
     """How often a question is asked again if its answer cannot be read."""
     budget: int | None = None
     """Most tokens that one command may spend, questions and answers together."""
-    prompts: Path | None = None
-    """Folder of edited prompts."""
     score_source: str | None = None
     """Score the labels of this source instead of making new ones."""
 
