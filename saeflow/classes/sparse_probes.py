@@ -17,6 +17,7 @@ from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, precision_recall_curve, roc_auc_score
+from threadpoolctl import threadpool_limits
 
 from saeflow.classes.membership import Ints, Membership
 from saeflow.classes.samples import Sample, draw, feature_values, neuron_values, random_values
@@ -100,12 +101,15 @@ def _judged(
     x_train: NDArray[np.float64], x_test: NDArray[np.float64], y: NDArray[np.bool_], train: Ints, test: Ints,
     sample: Sample, c: int,
 ) -> dict[str, float | None]:  # fmt: skip
-    """Fit on the training rows and judge on the others. The cut for F1 is the best one on the training rows."""
+    """Fit on the training rows and judge on the others. The cut for F1 is the best one on the training rows.
+
+    The products of a fit are so small that threads of the BLAS library take five times as long as one.
+    """
     spread = x_train.std(0)
     spread[spread == 0] = 1
     model = LogisticRegression(max_iter=300)
     weights = sample.weights(c, train)
-    with warnings.catch_warnings():
+    with threadpool_limits(1, "blas"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x_train / spread, y[train], sample_weight=weights)
     on_train, on_test = (model.decision_function(x / spread) for x in (x_train, x_test))

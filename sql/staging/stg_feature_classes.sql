@@ -2,7 +2,8 @@
 --
 -- Grain:   one row per annotation, class and feature that fires.
 -- Reads:   src_feature_classes
--- Units:   see feature_classes.
+-- Units:   see feature_classes. A class that the newest probe was not asked for is that of an earlier probe of the same
+--          values.
 -- Ask it:  how well does feature 12 tell digits from other tokens?
 create or replace view stg_feature_classes as
 select

@@ -214,3 +214,16 @@ def test_the_command_probes_neurons_and_random_directions_too(saeflow: Command, 
     assert "random SAE" in said.out
     rows = saeflow("ask", "sparse_probes", "-f", "csv", *store).out.splitlines()
     assert len(rows) == 1 + 2 * 3 * 3
+
+
+def test_the_command_says_that_no_feature_fires_in_a_class_and_shows_intervals_from_zero(
+    saeflow: Command, store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "odd.csv").write_text("class,token_id\nsilent,2\nlow,0\nlow,1\nlow,3\nlow,5\nlow,7\n")
+    place = ["--store", store.root]
+    assert saeflow("annotate", "odd", tmp_path / "odd.csv", *place).code == 0
+    said = saeflow("probe", "odd", "--replicates", 20, *place)
+    assert said.code == 0, said.err
+    rows = [line.split() for line in said.out.splitlines()]
+    assert ["silent", "1", "none", "fires", "-", "-", "-", "-"] in rows
+    assert "None" not in said.out

@@ -375,10 +375,10 @@ def test_an_equal_question_is_answered_from_the_store(store: Store, zeroed: Meas
         (["resid", "--features", "1", "--top", "0"], "--top is 0"),
         (["resid", "--features", "1", "--name", "../x"], "--name is '../x'"),
         (["resid", "--features", "1", "--model", "/nowhere"], "model is '/nowhere', but the activations"),
-        (["resid", "--features", "1", "--device", "tpu"], "model.device is 'tpu'"),
+        (["resid", "--features", "1", "--device", "tpu"], "--device is 'tpu'"),
         (["nobody", "--features", "1"], "There is no run 'nobody'"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_work(store: Store, saeflow: Command, words: list[str], message: str) -> None:
     before = outside_tmp(store)

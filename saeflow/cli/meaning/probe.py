@@ -71,10 +71,11 @@ def _show(made: Artefact, sparse: bool) -> None:
 
     table = new_table("class", "tokens", "best feature", "AUROC", "95% by document", "F1", "q")
     for row in best_of_each_class(made):
-        low, high = row["auroc_low"], row["auroc_high"]
-        interval = "-" if low is None else f"{_figure(low)} to {_figure(high)}"
+        ends = [row["auroc_low"], row["auroc_high"]]
+        interval = "-" if None in ends else " to ".join(map(_figure, ends))
+        best = "none fires" if row["feature_id"] is None else str(row["feature_id"])
         table.add_row(
-            sanitise(row["class"]), f"{row['n_tokens']:,}", str(row["feature_id"]), _figure(row["auroc"]), interval,
+            sanitise(row["class"]), f"{row['n_tokens']:,}", best, _figure(row["auroc"]), interval,
             _figure(row["f1"]), "-" if row["q"] is None else f"{row['q']:.1g}",
         )  # fmt: skip
     out.print_table(table)
