@@ -61,13 +61,18 @@ ODD = [
 ]
 
 
+@pytest.fixture(scope="module")
+def opened(finished: Finished) -> Iterator[saeflow.OpenRun]:
+    with saeflow.open(finished.store.root) as run:
+        yield run
+
+
 @pytest.mark.parametrize("address", PAGES)
-def test_the_sql_of_each_panel_gives_its_rows(pages: TestClient, finished: Finished, address: str):
+def test_the_sql_of_each_panel_gives_its_rows(pages: TestClient, opened: saeflow.OpenRun, address: str):
     run = pages.get("/.json").json()["panels"]["runs"]["rows"][0]["schema_name"]
-    with saeflow.open(finished.store.root) as opened:
-        for name, panel in pages.get(address.format(run=run)).json()["panels"].items():
-            rows = opened.sql(panel["sql"].removesuffix(";")).to_pylist()
-            assert json.loads(json.dumps(as_json_value(rows))) == panel["rows"], name
+    for name, panel in pages.get(address.format(run=run)).json()["panels"].items():
+        rows = opened.sql(panel["sql"].removesuffix(";")).to_pylist()
+        assert json.loads(json.dumps(as_json_value(rows))) == panel["rows"], name
 
 
 @pytest.fixture(scope="module")

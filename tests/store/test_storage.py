@@ -43,6 +43,7 @@ from saeflow.store.storage.objects import Found, Objects
 from saeflow.store.store import Store
 from saeflow.train.group import TrainingGroup
 from saeflow.train.training import CHECKPOINT, STATE, FeedBatch, Training, is_checkpoint
+from tests.conftest import Finished
 from tests.support.s3_server import SECRET, Server, s3_server
 from tests.support.small_pipeline import NOT_COMPARED, Ingredients, documents, quiet, recipe_data, tree, write_corpus
 
@@ -73,10 +74,8 @@ def recipe(ingredients: Ingredients) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    store = Store.create(tmp_path_factory.mktemp("local"))
-    stages.run(Lineage(store, recipe), quiet())
-    return store
+def local(finished: Finished) -> Store:
+    return finished.store
 
 
 @pytest.fixture(scope="module")
