@@ -81,7 +81,7 @@ def reader(pages: TestClient, finished: Finished) -> Iterator[Reader]:
         yield Reader(pages, connection, "small")
 
 
-@pytest.mark.parametrize("address", PAGES + FURTHER)
+@pytest.mark.parametrize("address", [*PAGES, *(pytest.param(each, marks=pytest.mark.long) for each in FURTHER)])
 def test_a_page_shows_every_row_of_its_sql_and_no_other(reader: Reader, address: str):
     assert reader.read(address.format(run=reader.name).replace(".json", "", 1))
 
