@@ -90,21 +90,9 @@ def _made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Pat
 
 
 LONG = [
-    "serve",
-    "newcomer",
-    "flows",
-    "cancel",
-    "power",
-    "cluster",
-    "remote",
-    "forecast",
-    "import_sae",
-    "wheel",
-    "kill",
-    "storage",
-    "app",
-    "one_pass",
-]
+    "serve", "newcomer", "flows", "cancel", "power", "cluster", "remote", "forecast", "import_sae", "wheel", "kill",
+    "storage", "app", "one_pass",
+]  # fmt: skip
 """Files that take longest: they come first, so that no worker is left with one of them at the end."""
 
 

@@ -61,13 +61,18 @@ ODD = [
 ]
 
 
+@pytest.fixture(scope="module")
+def opened(finished: Finished) -> Iterator[saeflow.OpenRun]:
+    with saeflow.open(finished.store.root) as run:
+        yield run
+
+
 @pytest.mark.parametrize("address", PAGES)
-def test_the_sql_of_each_panel_gives_its_rows(pages: TestClient, finished: Finished, address: str):
+def test_the_sql_of_each_panel_gives_its_rows(pages: TestClient, opened: saeflow.OpenRun, address: str):
     run = pages.get("/.json").json()["panels"]["runs"]["rows"][0]["schema_name"]
-    with saeflow.open(finished.store.root) as opened:
-        for name, panel in pages.get(address.format(run=run)).json()["panels"].items():
-            rows = opened.sql(panel["sql"].removesuffix(";")).to_pylist()
-            assert json.loads(json.dumps(as_json_value(rows))) == panel["rows"], name
+    for name, panel in pages.get(address.format(run=run)).json()["panels"].items():
+        rows = opened.sql(panel["sql"].removesuffix(";")).to_pylist()
+        assert json.loads(json.dumps(as_json_value(rows))) == panel["rows"], name
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def reader(pages: TestClient, finished: Finished) -> Iterator[Reader]:
         yield Reader(pages, connection, "small")
 
 
-@pytest.mark.parametrize("address", PAGES + FURTHER)
+@pytest.mark.parametrize("address", [*PAGES, *(pytest.param(each, marks=pytest.mark.long) for each in FURTHER)])
 def test_a_page_shows_every_row_of_its_sql_and_no_other(reader: Reader, address: str):
     assert reader.read(address.format(run=reader.name).replace(".json", "", 1))
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -30,15 +29,13 @@ from saeflow import __version__
 from saeflow.cli import app as cli
 from saeflow.cli.common import exit_code_of
 from saeflow.cli.store import state_of
-from saeflow.query.connection import connect_to_run
 from saeflow.query.questions import Question, questions
-from saeflow.query.runs import Run
 from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.runtime.text import human_bytes
 from saeflow.store.storage.folder import Folder
 from saeflow.store.store import Store
 from tests.conftest import Finished
-from tests.support.command import SAEFLOW, Command, Said
+from tests.support.command import SAEFLOW, Command, Connected, Said, one_connection
 from tests.support.small_pipeline import (
     SITE,
     WIDTH,
@@ -438,24 +435,11 @@ MAY_BE_EMPTY = (
 NEEDS_ANNOTATIONS = ("annotated_tokens", "class_in_text", "features_of_class")  # tests/classes asks these
 
 
-class Shared:
-    """A connection that stays open when a command closes it."""
-
-    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
-        self.connection = connection
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.connection, name)
-
-    def close(self) -> None: ...
-
-
 @pytest.fixture(scope="module")
-def connected(finished: Finished) -> Iterator[tuple[Run, Shared]]:
-    """The run of the finished store, and a connection for many commands: `tests/sql` asks each by one of its own."""
-    run, connection = connect_to_run(finished.store)
-    with connection:
-        yield run, Shared(connection)
+def connected(finished: Finished) -> Iterator[Connected]:
+    """For many questions: `tests/sql` asks each by a connection that is made for it."""
+    with one_connection(finished.store) as found:
+        yield found
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
@@ -463,7 +447,7 @@ def test_every_question_can_be_asked(
     question: Question,
     saeflow: Command,
     finished: Finished,
-    connected: tuple[Run, Shared],
+    connected: Connected,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("saeflow.query.connection.connect_to_run", lambda *_, **__: connected)
@@ -741,6 +725,7 @@ def test_a_sweep_prints_its_table_and_the_next_command_which_works(saeflow: Comm
     ]
 
 
+@pytest.mark.long
 def test_a_stage_takes_one_sae_of_a_sweep_by_name(saeflow: Command, swept: tuple[Path, Path]) -> None:
     recipe, store = swept
     for stage in ("train", "encode", "evaluate", "report"):
@@ -768,6 +753,7 @@ def test_an_sae_that_a_sweep_has_not_is_refused_with_the_nearest(
     assert "small_batchtopk_k4" in said.err
 
 
+@pytest.mark.long
 def test_all_saes_of_a_sweep_are_encoded_by_one_command(saeflow: Command, swept: tuple[Path, Path]) -> None:
     recipe, store = swept
     said = saeflow("encode", recipe, "--store", store)

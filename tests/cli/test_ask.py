@@ -36,7 +36,7 @@ from saeflow.query.questions import (
 from saeflow.query.text_formats import as_json
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
-from tests.support.command import SAEFLOW, Command
+from tests.support.command import SAEFLOW, Command, Connected, one_connection
 from tests.support.small_store import Document, Given
 
 HOSTILE = "a'; drop view tokens; --\x1b[31m\x1b]0;title\x07\u202e\u2066\"\\"
@@ -332,6 +332,12 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Store:
     ).write(root)
 
 
+@pytest.fixture(scope="module")
+def to_hostile(hostile: Store) -> Iterator[Connected]:
+    with one_connection(hostile) as found:
+        yield found
+
+
 @pytest.mark.parametrize("form", ["table", "csv", "json", "jsonl"])
 @pytest.mark.parametrize(
     "words", [["ask", "tokens"], ["ask", "top_tokens", "0"], ["ask", "documents"], ["ask", "search_token", "cmd"],
@@ -339,8 +345,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Store:
     ids=lambda words: words[1],
 )  # fmt: skip
 def test_nothing_of_a_corpus_is_obeyed_by_a_terminal(
-    words: list[str], form: str, saeflow: Command, hostile: Store, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    form: str,
+    saeflow: Command,
+    hostile: Store,
+    to_hostile: Connected,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("saeflow.query.connection.connect_to_run", lambda *_, **__: to_hostile)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
     said = saeflow(*words, "-f", form, "--store", hostile.root)

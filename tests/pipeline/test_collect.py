@@ -37,6 +37,7 @@ from tests.support.small_pipeline import (
     WIDTH,
     a_table,
     brought_data,
+    quiet,
     recipe_data,
     tree,
     write_corpus,
@@ -83,14 +84,20 @@ def outputs(recipe, where: Store, name: str = SITE) -> tuple[torch.Tensor, torch
     return torch.cat(seen), torch.cat(masks)
 
 
+@pytest.fixture(scope="module", params=["concatenated", "isolated"])
+def packed(request, ingredients, tmp_path_factory):
+    """A packing, a store of tokens packed so, and the model's own outputs on them."""
+    where = Store.create(tmp_path_factory.mktemp("packed") / "store")
+    recipe = parse_recipe(recipe_data(ingredients, tokens={"packing": request.param}))
+    tokens.run(Lineage(where, recipe), quiet())
+    return request.param, where, *outputs(recipe, where)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("packing", ["concatenated", "isolated"])
-def test_stored_rows_are_the_models_own_output_in_the_precision_of_the_disk(
-    with_tokens, ingredients, progress, dtype, packing
-):
+def test_stored_rows_are_the_models_own_output_in_the_precision_of_the_disk(packed, ingredients, progress, dtype):
+    packing, where, wanted, mask = packed
     changes = {"activations": {"dtype": dtype}, "tokens": {"packing": packing}}
-    recipe, artefact = collected(with_tokens, ingredients, progress, **changes)
-    wanted, mask = outputs(recipe, with_tokens)
+    _, artefact = collected(where, ingredients, progress, **changes)
     got = stored(artefact)
     assert got.dtype == STORED[dtype]
     assert got.shape == wanted.shape == (mask.shape[0], CONTEXT_LENGTH, WIDTH)

@@ -428,7 +428,10 @@ def test_without_held_out_documents_the_training_data_are_judged_and_that_is_sai
     assert quality["mean_squared_error"] == pytest.approx(tf.mse_loss(sae.reconstruct(x), x).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"held_out": 0.25}, {"held_out": 0.1, "seed": 3}, {"held_out": 0.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"held_out": 0.1, "seed": 3}, *(pytest.param({"held_out": each}, marks=pytest.mark.long) for each in (0.25, 0.5))],
+)
 def test_rows_of_a_table_are_held_out_by_their_keys_and_judged(tmp_path, progress, changes):
     store = Store.create(tmp_path / "store")
     data = brought_data(write_table(tmp_path / "t.npy", a_table()), activations={"part_rows": 300}, corpus=changes)

@@ -195,6 +195,7 @@ def test_every_published_run_over_the_activations_follows(night: Watched) -> Non
         )
 
 
+@pytest.mark.long
 def test_a_run_that_is_being_written_follows_later_and_one_that_cannot_is_named_after_the_others(
     night: Watched,
 ) -> None:
@@ -224,6 +225,7 @@ def test_published_runs_follow_though_the_recipes_own_cannot_be_made_and_it_is_n
     assert night.says(WORD, Lineage(night.store, night.recipe).features.id)
 
 
+@pytest.mark.long
 def test_whatever_ends_one_run_the_others_follow(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
     other = parse_recipe(data | {"name": "a", "data": "small", "sae": data["sae"] | {"k": 2}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import duckdb
@@ -13,9 +13,19 @@ import pyarrow as pa
 import pytest
 
 from saeflow.query.ask import ask, query
-from saeflow.query.catalog import names_in, script_of_run
-from saeflow.query.connection import check, connect
+from saeflow.query.catalog import (
+    MANY_FILES,
+    at_last,
+    names_in,
+    runs_read,
+    script_of_run,
+    sources,
+    upon_sources,
+    with_what_they_read,
+)
+from saeflow.query.connection import check, connect, open_duckdb
 from saeflow.query.questions import questions
+from saeflow.query.runs import Run, pick_run, runs
 from saeflow.runtime.errors import UserError
 from saeflow.store.records import Hidden
 from tests.support import part_tables
@@ -930,15 +940,33 @@ def test_every_file_says_its_grain_and_holds_what_it_is_named_after(path):
 def test_every_example_in_a_header_runs_also_where_only_what_it_reads_is_made(tmp_path):
     Given(name="small", fp="f0000000", corpus=("large", "f0000001")).write(tmp_path)
     store = Given(name="large").write(tmp_path)
-    with connect(store) as connection:
+    every = runs(store)
+    current = pick_run(store, every, "large")
+    with connect(store, threads=1) as connection, open_duckdb(store, threads=1) as alone:
+        for statement in sources(every, every, MANY_FILES):
+            alone.execute(statement)
         for question in questions():
             found = re.search(r"\?  (from .*)$", question.example)
             assert bool(found) == question.is_macro, question.name
             asked = found[1] if found else f"from {question.name}"
             with pytest.raises(UserError, match="runs the model") if question.runs_model else nullcontext():
                 whole = query(connection, asked)
-                with connect(store, names=[question.name]) as alone:
+                with made_for_a_moment(alone, every, current, question.name):
                     assert query(alone, asked).equals(whole), question.name
+
+
+@contextmanager
+def made_for_a_moment(
+    connection: duckdb.DuckDBPyConnection, every: list[Run], current: Run, name: str
+) -> Iterator[None]:
+    """What a connection for this one name makes upon the views of files, until the block ends."""
+    names = with_what_they_read([name])
+    read = runs_read(every, current, names)
+    connection.execute("begin")
+    for statement in (*upon_sources(read, names), *at_last(every, current, read, MANY_FILES, names)):
+        connection.execute(statement)
+    yield
+    connection.execute("rollback")
 
 
 def test_only_sources_names_files_and_each_layer_reads_the_one_before():

@@ -43,6 +43,7 @@ from saeflow.store.storage.objects import Found, Objects
 from saeflow.store.store import Store
 from saeflow.train.group import TrainingGroup
 from saeflow.train.training import CHECKPOINT, STATE, FeedBatch, Training, is_checkpoint
+from tests.conftest import Finished
 from tests.support.s3_server import SECRET, Server, s3_server
 from tests.support.small_pipeline import NOT_COMPARED, Ingredients, documents, quiet, recipe_data, tree, write_corpus
 
@@ -73,10 +74,8 @@ def recipe(ingredients: Ingredients) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def local(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    store = Store.create(tmp_path_factory.mktemp("local"))
-    stages.run(Lineage(store, recipe), quiet())
-    return store
+def local(finished: Finished) -> Store:
+    return finished.store
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +232,7 @@ def test_a_sweep_goes_on_and_is_read_on_another_machine(
     assert there(server, url) == here(alone)
 
 
-def test_a_second_run_sends_nothing(url: str, recipe: Recipe) -> None:
-    stages.run(Lineage(Store.create(url), recipe), quiet())
+def test_a_second_run_sends_nothing(remote: str, recipe: Recipe) -> None:
     sent: list[str] = []
 
     class Watched(Objects):
@@ -242,7 +240,7 @@ def test_a_second_run_sends_nothing(url: str, recipe: Recipe) -> None:
             sent.append(key)
             return super().upload(path, key)
 
-    stages.run(Lineage(Store.create(Bucket(Watched(url), cache_folder(url))), recipe), quiet())
+    stages.run(Lineage(Store.create(Bucket(Watched(remote), cache_folder(remote))), recipe), quiet())
     assert sent == []
 
 
@@ -253,9 +251,9 @@ def shard_key(server: Server, url: str) -> str:
 
 @pytest.mark.parametrize("harm", [pytest.param("deleted", marks=pytest.mark.long), "flipped"])
 def test_a_shard_that_is_gone_or_changed_is_named_never_read_and_made_again(
-    harm: str, server: Server, url: str, recipe: Recipe, local: Store
+    harm: str, server: Server, url: str, remote: str, recipe: Recipe, local: Store
 ) -> None:
-    stages.run(Lineage(Store.create(url), recipe), quiet())
+    server.copy("bucket", *(each.removeprefix("s3://bucket/") for each in (remote, url)))
     key, client = shard_key(server, url), server.client()
     if harm == "deleted":
         client.delete_object(Bucket="bucket", Key=key)

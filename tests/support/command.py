@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import pytest
 
 from saeflow.cli import app as cli
+from saeflow.query.connection import connect_to_run
+from saeflow.query.runs import Run
+from saeflow.store.store import Store
 
 SAEFLOW = [sys.executable, "-c", "from saeflow.cli.app import main; main()"]
 
@@ -40,3 +46,26 @@ def saeflow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return Said(int(ended.value.code or 0), said.out, said.err)
 
     return run
+
+
+@dataclass
+class Shared:
+    """A connection that stays open when a command closes it."""
+
+    connection: duckdb.DuckDBPyConnection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+    def close(self) -> None: ...
+
+
+Connected = tuple[Run, Shared]
+
+
+@contextmanager
+def one_connection(store: Store) -> Iterator[Connected]:
+    """What `saeflow.query.connection.connect_to_run` may give to many commands instead of a connection for each."""
+    run, connection = connect_to_run(store)
+    with connection:
+        yield run, Shared(connection)

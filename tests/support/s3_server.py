@@ -74,6 +74,12 @@ class Server:
             for key in keys
         }
 
+    def copy(self, bucket: str, prefix: str, target: str) -> None:
+        """Put every object below a prefix below another one, too."""
+        client = self.client()
+        for key, content in self.files(bucket, prefix).items():
+            client.put_object(Bucket=bucket, Key=f"{target}/{key}", Body=content)
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed at the end
             while True:

@@ -212,6 +212,7 @@ def test_a_forgotten_document_is_gone_from_the_feed(grown):
     )
 
 
+@pytest.mark.long
 def test_views_leave_a_part_out_while_it_still_holds_values_of_a_forgotten_document(grown, monkeypatch, caplog):
     grown.run(with_secret())
     owned = token_ids_of(grown, "secret/one")
@@ -342,6 +343,7 @@ def documents_of(grown: Grown) -> bytes:
     return "\n".join(found).encode()
 
 
+@pytest.mark.long
 def test_compaction_moves_no_other_token_and_changes_no_other_value_outside_the_rewritten_part(grown):
     grown.run(with_secret())
     forget.forget(grown.store, ["secret/one"], quiet())
@@ -446,6 +448,7 @@ def test_a_position_outside_of_the_sequence_is_refused(grown):
         train.run(Lineage(grown.store, changed), quiet())
 
 
+@pytest.mark.long
 def test_special_tokens_may_be_left_out(grown):
     changed = parse_recipe(
         recipe_of(grown, tokens={"prepend_bos": True}, activations={"skip_special": True}) | {"name": "special"}

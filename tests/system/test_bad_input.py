@@ -261,7 +261,9 @@ def test_too_little_disk_for_the_forecast(
 STAGES = ["tokens", "collect", "train", "encode", "evaluate"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [each if each in ("collect", "encode") else pytest.param(each, marks=pytest.mark.long) for each in STAGES]
+)
 def test_a_disk_that_fills_up_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
     stage: str,

@@ -75,7 +75,8 @@ def passing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("nth", [quick_or_long(1, False), quick_or_long(64, False), quick_or_long(200, False)])
+@pytest.mark.long
+@pytest.mark.parametrize("nth", [1, 64, 200])
 def test_a_killed_sweep_leaves_the_undisturbed_store_for_every_architecture(nth: int, sweeping: Runner) -> None:
     store = sweeping.folder / f"killed-{nth}"
     assert sweeping.run(store, Case(Point("train", "in some step", STEP, "", nth), "SIGKILL")) == -9
@@ -84,7 +85,8 @@ def test_a_killed_sweep_leaves_the_undisturbed_store_for_every_architecture(nth:
     assert differences(sweeping.undisturbed, store) == []
 
 
-@pytest.mark.parametrize("when", [quick_or_long(each, each == "after a part") for each in ONE_PASS_POINTS])
+@pytest.mark.long
+@pytest.mark.parametrize("when", ONE_PASS_POINTS)
 def test_a_killed_pass_without_stored_activations_leaves_the_undisturbed_store(when: str, passing: Runner) -> None:
     store = passing.folder / f"killed-{when.replace(' ', '-')}"
     assert passing.run(store, Case(point("encode", when), "SIGKILL")) == -9

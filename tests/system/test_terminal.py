@@ -240,9 +240,9 @@ def long_ones(*commands: list[str]) -> list[Any]:
 @pytest.mark.parametrize(
     "command",
     [
-        ["ask", "top_tokens", "3"],
-        *long_ones(["ls"], ["sql", "from documents", "-f", "csv"], ["ask", "top_tokens", "3", "--sql"]),
-        *long_ones(["sql", "from tokens", "-f", "json"]),
+        ["ls"],
+        *long_ones(["ask", "top_tokens", "3"], ["sql", "from documents", "-f", "csv"]),
+        *long_ones(["ask", "top_tokens", "3", "--sql"], ["sql", "from tokens", "-f", "json"]),
     ],
     ids=" ".join,
 )
