@@ -246,6 +246,11 @@ class TrainConfig(Section):
         description="Device to train on: `cpu`, `cuda`, or `auto` for a GPU if there is one. It is not part of the "
         "SAE's identity.",
     )
+    parallel: Literal["data", "features"] = Field(
+        "data",
+        description="What several processes share (`torchrun`): `data`, the tokens of each batch, or `features`, for "
+        "dictionaries too large for one GPU. It is not part of the SAE's identity.",
+    )
     restarts: PositiveInt = Field(
         1, description="Trainings from different seeds. The one with the best reconstruction is kept."
     )

@@ -6,6 +6,7 @@ terminal    the one place that prints
 progress    progress bars and messages
 threads     how many threads, and work spread over them
 linear      the product rows @ weights.T, and the precision it is quickest in
+ranks       processes that work together, as torchrun starts them
 devices     processor or GPU: streams, pinned memory, copies
 memory      how much memory and time work takes, and how much memory the machine has
 temporary   temporary folders, and what is said if they are full

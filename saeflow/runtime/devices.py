@@ -7,6 +7,7 @@ Execution"). On the processor, these functions do nothing.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 
 import torch
@@ -24,10 +25,13 @@ GPU_WORKERS = 2
 def choose_device(setting: str, name: str) -> torch.device:
     """Return the device of a setting; `auto` is a GPU if there is one.
 
-    Raises UserError that names the setting if the device does not exist.
+    Each process that `torchrun` has started on this machine has a GPU of its own. Raises UserError that names the
+    setting if the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
         raise UserError(

@@ -20,8 +20,11 @@ WorkResult = TypeVar("WorkResult")
 
 
 def n_threads(asked: int) -> int:
-    """Return the threads to use: `asked`, or for 0 one per core that this process may use (affinity, cgroup)."""
-    return asked or cpu_count()
+    """Return the threads to use: `asked`, or for 0 one per core that this process may use (affinity, cgroup).
+
+    Processes that `torchrun` has started on this machine share its cores.
+    """
+    return asked or max(cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 
 def keep_freed_memory() -> None:

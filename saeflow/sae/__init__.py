@@ -7,6 +7,7 @@ loss           the training loss of a batch, with all gradients
 encoder        the encoder product, and a bound on its error
 exact          every value, exactly as it is stored, by token or by feature; the entries of a training step
 batch          a batch, how it is to be explained, and the result of a step
+split          how several processes share a step
 step           one training step, sparse or dense
 gradients      from active entries to reconstructions, their errors, and gradients of the weights
 pursuit        matching pursuit: encoding and training step

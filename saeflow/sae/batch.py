@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae.architectures import FeatureSums, TrainingRule
+from saeflow.sae.split import WHOLE, Split
+
+RowsResult = TypeVar("RowsResult")
 
 DEGENERATE = 1e-6
 """Share of the squares of a batch below which its variance, or the rest to explain, is rounding."""
@@ -40,6 +44,10 @@ class CentredBatch:
         """Return the factor on a squared error that makes it a share of the variance, or a mean over all numbers."""
         return 1 / (self.variance if of_variance else self.target.numel())
 
+    def part(self, rows: slice) -> CentredBatch:
+        """Return some of the rows, with the variance of all."""
+        return CentredBatch(self.low[rows], self.target[rows], self.variance)
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -54,6 +62,17 @@ class StepSettings:
     """True if decoder rows have unit length, and gradients must keep it."""
     use_kernels: bool
     threads: int
+    split: Split = WHOLE
+    """How ranks share the work."""
+
+    def by_rows(self, function: Callable[[tuple[int, int]], RowsResult], target: Tensor) -> list[RowsResult]:
+        """Return what workers compute for ranges of the target's rows.
+
+        Ranks that split the features take all rows at once, on the calling thread: they add up inside `function`.
+        """
+        alone = self.split.features.n == 1
+        parts = worker_ranges(target, WORKER_ROWS, self.use_kernels and alone)
+        return in_parallel(function, parts, self.threads if alone else 1)
 
 
 @dataclass

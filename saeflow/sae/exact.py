@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseRows, SparseValues, concatenated
+from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import kernels
 from saeflow.sae.encoder import PRODUCT_ENTRIES, Encoder, thread_buffers
@@ -111,21 +112,24 @@ def share_positive(rows: Tensor, encoder: Encoder) -> float:
     return float((encoder.pre_activations(_sample(rows)) > 0).float().mean())
 
 
-def top_entries_of_batch(rows: Tensor, encoder: Encoder, n: int, guess: float) -> tuple[SparseValues, float]:
+def top_entries_of_batch(
+    rows: Tensor, encoder: Encoder, n: int, guess: float, ranks: Ranks = ALONE
+) -> tuple[SparseValues, float]:
     """Return the n largest positive pre-activations of all rows together, and a guess for the next batch.
 
     Among equals the first ones are chosen. `guess` is a number that about n pre-activations, and rather more, are
-    thought to exceed; 0 means none. A wrong guess costs time and never changes what is chosen.
+    thought to exceed; 0 means none. A wrong guess costs time and never changes what is chosen. Of several ranks, each
+    returns all its pre-activations above a number that n or more exceed.
     """
     encoder.prepare()
-    guess = guess or _sampled_guess(rows, encoder, n)
+    guess = guess or ranks.total(_sampled_guess(rows, encoder, n // ranks.n)) / ranks.n
     while True:
         cut = _cut_above(guess, encoder)
         starts, ids, bits = _chosen_above(rows, encoder, cut)
-        if len(bits) >= n or cut[0] == 0:
+        if ranks.total(len(bits)) >= n or cut[0] == 0:
             break
         guess = 0.6 * guess if guess > 1e-6 else 0.0
-    if len(bits) <= n:
+    if ranks.n > 1 or len(bits) <= n:
         return _with_floats(SparseRows(starts, ids, bits)), 0.0
     kth = np.partition(bits, len(bits) - n)[len(bits) - n]
     keep = bits > kth

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseTensors
 from saeflow.runtime.linear import converted
+from saeflow.runtime.ranks import Ranks
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import kernels
 from saeflow.sae.batch import WORKER_FEATURES, WORKER_ROWS, StepSettings, on_processor, worker_ranges
@@ -45,24 +46,26 @@ class SparseReconstruction:
         return cls(chosen._replace(values=values), residual, g, losses)
 
     def reconstruct(self, rows: tuple[int, int], w_dec: Tensor, target: Tensor, settings: StepSettings) -> None:
-        """Fill in what belongs to a range of rows; without the processor's kernels, to all rows."""
-        if on_processor(target, settings.use_kernels):
+        """Fill in what belongs to a range of rows; without the kernels, or if ranks split the features, to all rows."""
+        if on_processor(target, settings.use_kernels) and settings.split.features.n == 1:
             arrays = (*self.entries, w_dec, target, settings.ends, self.residual, self.g, self.losses)
             kernels.reconstruct(*rows, *(each.numpy() for each in arrays))
         else:
-            g, losses = _reconstruct_anywhere(self.entries, w_dec, target, settings.ends, self.residual)
+            features = settings.split.features
+            g, losses = _reconstruct_anywhere(self.entries, w_dec, target, settings.ends, self.residual, features)
             self.g.copy_(g)
             self.losses.copy_(losses)
 
 
 def _reconstruct_anywhere(
-    entries: SparseTensors, w_dec: Tensor, target: Tensor, ends: Tensor, residual: Tensor
+    entries: SparseTensors, w_dec: Tensor, target: Tensor, ends: Tensor, residual: Tensor, features: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """Fill in the residuals; return the products and the squared norms."""
+    """Fill in the residuals; return the products and the squared norms. Ranks add up their features' parts."""
     ids, rows = entries.feature_ids.long(), entries.rows
     for nested, end in enumerate(ends.tolist()):
         inside = entries._replace(values=torch.where(ids < end, entries.values, 0.0))
-        residual[nested] = decode(inside, w_dec) - target
+        residual[nested] = decode(inside, w_dec)
+    features.sum_(residual).sub_(target)
     losses = residual.square().sum(2)
     residual.copy_(residual.flip(0).cumsum(0).flip(0))
     owner = torch.searchsorted(ends.to(ids.device), ids, right=True)

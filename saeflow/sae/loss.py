@@ -10,23 +10,22 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseTensors
-from saeflow.runtime.threads import in_parallel
+from saeflow.runtime.ranks import Ranks
 from saeflow.sae.architectures import Gated, JumpReLU, Relu, Top, TrainingRule
 from saeflow.sae.batch import (
     DEGENERATE,
-    WORKER_ROWS,
     CentredBatch,
     StepResult,
     StepSettings,
     Weights,
     centred_batch,
-    worker_ranges,
 )
 from saeflow.sae.encoder import Encoder
 from saeflow.sae.exact import share_positive
 from saeflow.sae.gradients import SparseReconstruction, WeightGradients
 from saeflow.sae.parameters import SAEParameters
 from saeflow.sae.pursuit import pursuit_step
+from saeflow.sae.split import Split
 from saeflow.sae.step import dense_step, entries_above_cut, largest_entries, sparse_step
 
 THRESHOLD_MEMORY = 0.9
@@ -47,7 +46,7 @@ class StepInfo:
     """Mean number of active features of a token."""
     n_dead: int
     fired: Tensor
-    """Number of tokens of each feature (F)."""
+    """Number of tokens of each feature (F), of this rank's if ranks split the features."""
 
 
 @dataclass(frozen=True)
@@ -88,27 +87,30 @@ class _ComputedLoss(torch.autograd.Function):
 def _loss_and_gradients(
     sae: SAEParameters, x: Tensor, target: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, StepInfo, tuple[Tensor, ...]]:
-    config, encoder = sae.config, sae.current_encoder()
+    config, encoder, split = sae.config, sae.current_encoder(), sae.split.for_rows(len(x))
     batch = centred_batch(x, sae.b_in, target, sae.b_dec, encoder.dtype, sae.threads)
     rule = _training_rule(sae, batch, options.sparsity)
     weights = Weights(sae.W_enc.detach(), sae.W_dec.detach())
-    ends = torch.tensor(config.nested, dtype=torch.int32)
+    mine = split.features.share(config.n_features)
+    ends = (torch.tensor(config.nested, dtype=torch.int32) - mine.start).clamp(0, mine.stop - mine.start)
     scale = batch.scale(config.counts_k)
-    settings = StepSettings(rule, ends, scale, config.unit_norm, sae.use_kernels, sae.threads)
+    settings = StepSettings(rule, ends, scale, config.unit_norm, sae.use_kernels, sae.threads, split)
     result, chosen = _step_result(sae, x, batch, encoder, weights, settings, options)
     dead = (sae.tokens_since_fired >= options.dead_after_tokens).nonzero().flatten()
     weight = options.aux_weight if sae.traits.revives_dead else 0.0
-    aux_loss = _add_auxiliary(result, batch, weights, encoder, settings, dead, options.k, weight, sae.traits.signed)
+    n_dead = int(split.features.total(len(dead)))
+    about = n_dead, options.k, weight, sae.traits.signed
+    aux_loss = _add_auxiliary(result, batch, weights, encoder, settings, dead, *about)
     n_active = result.n_active / len(x)
     penalty, sparsity_loss = rule.penalty_loss(result.penalty, n_active)
     loss = result.mean_error * scale + penalty + options.aux_weight * aux_loss
     if sae.training and math.isfinite(loss):  # a batch with NaN or infinity must leave nothing behind
-        _remember(sae, len(x), result.fired, None if options.by_token else chosen)
+        _remember(sae, len(x), result.fired, None if options.by_token else chosen, split.ranks)
         if config.aims_at_k:
             sae.log_off_k = options.sparsity * math.log(max(n_active, 1e-6) / options.k)
     unexplained = result.error / batch.variance
-    info = StepInfo(unexplained, aux_loss, sparsity_loss, n_active, len(dead), result.fired)
-    return torch.tensor(loss, device=x.device), info, _gradients(sae, result, rule, weights, n_active)
+    info = StepInfo(unexplained, aux_loss, sparsity_loss, n_active, n_dead, result.fired)
+    return torch.tensor(loss, device=x.device), info, _gradients(sae, result, rule, weights, n_active, split)
 
 
 def _step_result(
@@ -121,15 +123,16 @@ def _step_result(
     if sae.traits.pursues:
         return pursuit_step(batch, encoder, weights, settings, options.k), None
     if sae.config.counts_k:
-        how = options.by_token, sae.cut_guess, sae.use_kernels, sae.traits.signed
+        how = options.by_token, sae.cut_guess, sae.use_kernels, sae.traits.signed, settings.split
         chosen, sae.cut_guess = largest_entries(rows, suited, options.k, *how)
     else:
         cut = cast(Tensor | float, settings.rule.cut)
         if isinstance(cut, Tensor):
             suited = suited.with_cut(cut)
-        if share_positive(rows, suited) > sae.dense_share:
+        split = settings.split
+        if split.features.total(share_positive(rows, suited)) / split.features.n > sae.dense_share:
             return dense_step(batch, encoder, weights, settings), None
-        chosen = entries_above_cut(rows, suited, sae.use_kernels)
+        chosen = entries_above_cut(rows[split.rows.share(len(rows))], suited, sae.use_kernels)
     return sparse_step(batch, chosen, weights, settings), chosen
 
 
@@ -154,7 +157,7 @@ def _training_rule(sae: SAEParameters, batch: CentredBatch, sparsity: float) -> 
 
 
 def _gradients(
-    sae: SAEParameters, result: StepResult, rule: TrainingRule, weights: Weights, n_active: float
+    sae: SAEParameters, result: StepResult, rule: TrainingRule, weights: Weights, n_active: float, split: Split
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `trained_parameters`, in their order."""
     d_w_dec, d_b_dec = result.d_w_dec, result.d_b_dec
@@ -165,44 +168,46 @@ def _gradients(
         along = per_length[:, None] * weights.w_dec
         d_w_dec = d_w_dec if sae.config.unit_norm else d_w_dec + along
     if sae.config.target_site is None:
-        d_b_dec = d_b_dec - result.d_pre @ weights.w_enc
+        d_b_dec = d_b_dec - split.features.sum_(result.d_pre @ weights.w_enc)
     d_b_enc = rule.bias_gradient(result.d_pre, result.sums)
     return result.d_w_enc, d_b_enc, d_w_dec, d_b_dec, *rule.own_gradients(result.sums, n_active)
 
 
-def _remember(sae: SAEParameters, n_rows: int, fired: Tensor, chosen: SparseTensors | None) -> None:
+def _remember(sae: SAEParameters, n_rows: int, fired: Tensor, chosen: SparseTensors | None, ranks: Ranks) -> None:
     """Count the tokens since each feature fired; let the running threshold follow a batch's least chosen value."""
     sae.tokens_since_fired.add_(n_rows).masked_fill_(fired > 0, 0)
-    if sae.config.counts_k and chosen is not None and len(chosen.values):
+    if sae.config.counts_k and chosen is not None and ranks.total(len(chosen.values)):
         memory = torch.where(sae.threshold > 0, THRESHOLD_MEMORY, 0.0)
-        sae.threshold.mul_(memory).add_((1 - memory) * chosen.values.abs().min())
+        sizes = chosen.values.abs() if len(chosen.values) else memory.new_tensor([math.inf])
+        sae.threshold.mul_(memory).add_((1 - memory) * ranks.least_(sizes.min()))
 
 
 def _add_auxiliary(
     result: StepResult, batch: CentredBatch, weights: Weights, encoder: Encoder, settings: StepSettings, dead: Tensor,
-    k: int, weight: float, signed: bool,
+    n_dead: int, k: int, weight: float, signed: bool,
 ) -> float:  # fmt: skip
     """Let dead features explain what living ones miss (Gao et al. 2024, arXiv 2406.04093).
 
     The largest pre-activations of dead features (int64 ids) reconstruct the residual. Adds the gradients to the
     result's and returns the share of the residual that dead features miss, unweighted. A quarter as many entries as the
-    step has are active at most: so few rows take part, but all of them while few features are dead.
+    step has are active at most: so few rows take part, but all of them while few features are dead. `n_dead` counts
+    dead features of all ranks. Ranks that split the rows all take the same ones here: the work is small.
     """
-    if not len(dead) or not weight > 0:
+    if not n_dead or not weight > 0:
         return 0.0
-    k_dead = min(max(batch.target.shape[1] // 2, 1), len(dead))
+    k_dead = min(max(batch.target.shape[1] // 2, 1), n_dead)
     rows = slice(min(len(batch.low), max(len(batch.low) * k // (4 * k_dead), 1)))
     rest, low = -result.residual[rows], batch.low[rows]
     target_squares = batch.target[rows].double().square().sum().item()
     total = max(rest.double().square().sum().item(), DEGENERATE * target_squares, 1e-30)
-    whole = replace(settings, rule=Top(), ends=settings.ends[-1:], scale=weight / total)
+    split = settings.split.only_features
+    whole = replace(settings, rule=Top(), ends=settings.ends[-1:], scale=weight / total, split=split)
     small = Encoder(encoder.w_enc[dead], encoder.b_enc[dead], encoder.b_in, encoder.dtype, threads=encoder.threads)
-    chosen, _ = largest_entries(low, small, k_dead, True, 0.0, settings.use_kernels, signed)
+    chosen, _ = largest_entries(low, small, k_dead, True, 0.0, settings.use_kernels, signed, split)
     chosen = chosen._replace(feature_ids=dead[chosen.feature_ids.long()].int())
     found = SparseReconstruction.room_for(chosen, rest, whole)
     found.entries.values.copy_(chosen.values)
-    parts = worker_ranges(rest, WORKER_ROWS, settings.use_kernels)
-    in_parallel(lambda part: found.reconstruct(part, weights.w_dec, rest, whole), parts, settings.threads)
+    whole.by_rows(lambda part: found.reconstruct(part, weights.w_dec, rest, whole), rest)
     pair = torch.stack([chosen.values, found.g]) * (2 * whole.scale)
     gradients = WeightGradients(result.d_w_enc, result.d_w_dec, fresh=False)
     by_feature = gradients.add(found, pair, low, weights.w_dec, whole)

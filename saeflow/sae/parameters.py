@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, Self
 
 import torch
@@ -15,6 +16,7 @@ from saeflow.runtime.threads import in_parallel
 from saeflow.sae.architectures import TRAITS, Traits
 from saeflow.sae.batch import worker_ranges
 from saeflow.sae.encoder import Encoder
+from saeflow.sae.split import WHOLE, Split
 from saeflow.sae.step import DENSE_SHARE
 
 InputNorm = Literal["none", "constant_norm_rescale", "layer_norm"]
@@ -35,10 +37,13 @@ class SAEParameters(nn.Module):
     centre: Tensor
     W_skip: Tensor | None
 
-    def __init__(self, config: SAEConfig, width: int, out_width: int | None = None, threads: int = 1) -> None:
+    def __init__(
+        self, config: SAEConfig, width: int, out_width: int | None = None, threads: int = 1, split: Split = WHOLE
+    ) -> None:
         super().__init__()
-        self.config = config
-        w_enc, b_enc, w_dec = _initial_weights(config, width, out_width or width)
+        self.config, self.split = config, split
+        mine = split.features.share(config.n_features)
+        w_enc, b_enc, w_dec = _initial_weights(config, width, out_width or width, mine)
         self.W_enc, self.b_enc, self.W_dec = (nn.Parameter(weight) for weight in (w_enc, b_enc, w_dec))
         self.b_dec = nn.Parameter(torch.zeros(w_dec.shape[1]), requires_grad=config.decoder_bias != "fixed")
         if self.traits.pursues:
@@ -46,12 +51,12 @@ class SAEParameters(nn.Module):
         threshold = torch.zeros(())
         match config.architecture:
             case "gated":
-                self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(config.n_features)) for _ in range(2))
+                self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(len(b_enc))) for _ in range(2))
             case "jumprelu":
-                threshold = torch.full((config.n_features,), config.first_threshold)
+                threshold = torch.full((len(b_enc),), config.first_threshold)
                 self.log_threshold = nn.Parameter(threshold.log())
         self.register_buffer("threshold", threshold)
-        self.register_buffer("tokens_since_fired", torch.zeros(config.n_features, dtype=torch.int64))
+        self.register_buffer("tokens_since_fired", torch.zeros(len(b_enc), dtype=torch.int64))
         if config.target_site is not None:
             self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("W_skip", None)
@@ -162,8 +167,10 @@ class SAEParameters(nn.Module):
         return super().train(mode)
 
 
-def _initial_weights(config: SAEConfig, width: int, out_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W_enc (F, D), b_enc (F), W_dec (F, D_out).
+def _initial_weights(
+    config: SAEConfig, width: int, out_width: int, mine: slice
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return W_enc (F, D), b_enc (F), W_dec (F, D_out) of the features that are `mine`.
 
     `linear` draws uniformly within one over the root of the fan-in. A transcoder's matrices have nothing in common, so
     `tied` draws both.
@@ -171,17 +178,38 @@ def _initial_weights(config: SAEConfig, width: int, out_width: int) -> tuple[Ten
     generator = torch.Generator().manual_seed(config.seed)
     n = config.n_features
     if config.init == "tied":
-        directions = tf.normalize(torch.randn(n, width, generator=generator), dim=1)
-        outward = directions
-        if config.target_site is not None:
-            outward = tf.normalize(torch.randn(n, out_width, generator=generator), dim=1)
+
+        def unit_rows(size: int) -> Tensor:
+            drawn = _drawn(lambda k: torch.randn(k, size, generator=generator), n, mine)
+            return tf.normalize(drawn, dim=1)
+
+        directions = unit_rows(width)
+        outward = directions if config.target_site is None else unit_rows(out_width)
         decoder_scale = 1.0 if config.unit_norm else config.decoder_scale
-        return directions * config.first_encoder_scale, torch.zeros(n), outward * decoder_scale
+        biases = torch.zeros(len(directions))
+        return directions * config.first_encoder_scale, biases, outward * decoder_scale
 
     def uniform(fan_in: int, *size: int) -> Tensor:
-        return torch.rand(size, generator=generator).mul_(2).sub_(1).div_(math.sqrt(fan_in))
+        drawn = _drawn(lambda k: torch.rand(k, *size, generator=generator), n, mine)
+        return drawn.mul_(2).sub_(1).div_(math.sqrt(fan_in))
 
-    decoder = uniform(n, n, out_width) * config.decoder_scale
+    decoder = uniform(n, out_width) * config.decoder_scale
     if config.unit_norm:
         decoder = tf.normalize(decoder, dim=1)
-    return uniform(width, n, width) * config.first_encoder_scale, uniform(width, n), decoder
+    return uniform(width, width) * config.first_encoder_scale, uniform(width), decoder
+
+
+_DRAWN_ROWS = 4096
+"""Rows drawn at a time. Torch draws normal numbers in groups of 16, so only blocks of whole groups equal one draw."""
+
+
+def _drawn(draw: Callable[[int], Tensor], n: int, mine: slice) -> Tensor:
+    """Return the rows `mine` of n random rows, as one draw of n rows gives them, without holding all."""
+    if mine == slice(0, n):
+        return draw(n)
+    starts = [0, *range(_DRAWN_ROWS, n - 16, _DRAWN_ROWS)]
+    kept = []
+    for start, stop in zip(starts, [*starts[1:], n], strict=True):
+        block = draw(stop - start)
+        kept.append(block[max(mine.start - start, 0) : max(mine.stop - start, 0)].clone())
+    return torch.cat(kept)

@@ -26,7 +26,7 @@ from saeflow.sae.encoder import Encoder
 from saeflow.sae.exact import rounded
 from saeflow.sae.gradients import without_radial
 from saeflow.sae.kernels import pursue_rows
-from saeflow.sae.step import largest_entries
+from saeflow.sae.step import largest_entries, of_all_rows
 
 
 class PursuitEnd(NamedTuple):
@@ -87,6 +87,7 @@ def pursuit_step(batch: CentredBatch, encoder: Encoder, weights: Weights, settin
     The gradients go back through all residuals: with r' = r - v d and v = r · d, they are g - (g · d) d for r and
     -v g - (g · d) r for d, if g is that for r'.
     """
+    batch = batch.part(settings.split.rows.share(len(batch.low)))
     residual, w_dec, steps = batch.target.clone(), weights.w_dec, list[_Chosen]()
     features = _chosen_by_gram(residual, w_dec, k, settings) if _gram_pays(residual, w_dec, k, settings) else None
     for step in range(k):
@@ -111,12 +112,13 @@ def pursuit_step(batch: CentredBatch, encoder: Encoder, weights: Weights, settin
         residual[rows] = before
         g[rows] = above - along * directions
     fired = torch.cat([(each.rows * len(w_dec) + each.ids)[each.v > 0] for each in steps]).unique() % len(w_dec)
-    return StepResult(
+    result = StepResult(
         error=error, mean_error=error, n_active=len(fired), fired=torch.bincount(fired, minlength=len(w_dec)),
         penalty=residual.new_zeros(()), residual=last, d_w_enc=d_w_dec,
         d_w_dec=without_radial(d_w_dec, w_dec) if settings.on_sphere else d_w_dec,
         d_pre=w_dec.new_zeros(len(w_dec)), d_b_dec=-g.sum(0), sums={},
     )  # fmt: skip
+    return of_all_rows(result, settings.split.rows)
 
 
 _LARGEST_GRAM = 8192

@@ -10,6 +10,7 @@ takes a piece of rows through everything that needs them while they are in the c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseRows, SparseTensors, SparseValues
 from saeflow.runtime.linear import converted, linear
+from saeflow.runtime.ranks import Ranks
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae.architectures import FeatureSums
 from saeflow.sae.batch import (
-    WORKER_ROWS,
     CentredBatch,
     StepResult,
     StepSettings,
@@ -32,16 +33,21 @@ from saeflow.sae.batch import (
 from saeflow.sae.encoder import Encoder
 from saeflow.sae.exact import positive_entries, top_entries, top_entries_of_batch
 from saeflow.sae.gradients import SparseReconstruction, WeightGradients, summed_over_rows, without_radial
+from saeflow.sae.split import WHOLE, Split, largest_of_batch, largest_of_rows, no_entries
 
 
 def largest_entries(
-    rows: Tensor, encoder: Encoder, k: int, by_row: bool, guess: float, use_kernels: bool, signed: bool = False
-) -> tuple[SparseTensors, float]:
+    rows: Tensor, encoder: Encoder, k: int, by_row: bool, guess: float, use_kernels: bool, signed: bool = False,
+    split: Split = WHOLE,
+) -> tuple[SparseTensors, float]:  # fmt: skip
     """Return the k largest positive pre-activations of each row, or k times B of the whole batch.
 
     If `signed`, those of each row that have the largest magnitudes.
     `guess`, and the one returned for the next batch, are those of `top_entries_of_batch`.
+    Each of several ranks returns the entries of its own rows and features.
     """
+    if split.ranks.n > 1:
+        return _largest_of_ranks(rows, encoder, k, by_row, guess, use_kernels, signed, split)
     if not on_processor(rows, use_kernels):
         pre = encoder.pre_activations(rows)
         size = pre.abs() if signed else pre
@@ -51,6 +57,29 @@ def largest_entries(
         return _as_tensors(top_entries(rows, encoder, k, signed)), 0.0
     found, guess = top_entries_of_batch(rows, encoder, k * len(rows), guess)
     return _as_tensors(found), guess
+
+
+def _largest_of_ranks(
+    rows: Tensor, encoder: Encoder, k: int, by_row: bool, guess: float, use_kernels: bool, signed: bool, split: Split
+) -> tuple[SparseTensors, float]:
+    """Do what `largest_entries` does with the ranks of `split`, which has several."""
+    n, n_features = k * len(rows), int(split.features.total(len(encoder.w_enc)))
+    mine, here = rows[split.rows.share(len(rows))], min(k, len(encoder.w_enc))
+    if not here:
+        own = no_entries(len(mine), mine)
+    elif by_row:
+        own, _ = largest_entries(mine, encoder, here, True, 0.0, use_kernels, signed)
+    elif on_processor(mine, use_kernels):
+        found, _ = top_entries_of_batch(mine, encoder, n, guess, split.ranks)
+        own = _as_tensors(found)
+    else:
+        pre = encoder.pre_activations(mine)
+        marked = _marked_largest(pre.reshape(1, -1), min(n, pre.numel())).view_as(pre)
+        own = _dense_entries(pre, marked & (pre > 0))
+    if by_row:
+        return largest_of_rows(own, k, split.features), 0.0
+    own, nth = largest_of_batch(own, own.values, n, len(rows), n_features, split)
+    return own, 0.93 * nth
 
 
 def entries_above_cut(rows: Tensor, encoder: Encoder, use_kernels: bool) -> SparseTensors:
@@ -83,33 +112,33 @@ def _dense_entries(pre: Tensor, keep: Tensor) -> SparseTensors:
 
 
 def sparse_step(batch: CentredBatch, chosen: SparseTensors, weights: Weights, settings: StepSettings) -> StepResult:
-    """Return loss and gradients from the pre-activations of the chosen entries."""
-    found = SparseReconstruction.room_for(chosen, batch.target, settings)
+    """Return loss and gradients from the pre-activations of the chosen entries, or from this rank's entries."""
+    split, target = settings.split, batch.target[settings.split.rows.share(len(batch.target))]
+    found = SparseReconstruction.room_for(chosen, target, settings)
     has_second = settings.rule.second_values(chosen.values[:0]) is not None
-    second = SparseReconstruction.room_for(chosen, batch.target, settings) if has_second else None
+    second = SparseReconstruction.room_for(chosen, target, settings) if has_second else None
     pair = chosen.values.new_empty(2, len(chosen.values))
 
     def explain(rows: tuple[int, int]) -> _RowsResult:
-        return _explain_rows(rows, chosen, found, second, weights.w_dec, batch.target, settings, pair)
+        return _explain_rows(rows, chosen, found, second, weights.w_dec, target, settings, pair)
 
-    parts = in_parallel(explain, worker_ranges(batch.low, WORKER_ROWS, settings.use_kernels), settings.threads)
+    explained = _Explained.of(found, pair, settings.by_rows(explain, target)).with_all_rows(split.rows)
+    found, pair, active = explained.found, explained.pair, explained.active
     gradients = WeightGradients(torch.empty_like(weights.w_enc), torch.empty_like(weights.w_dec), fresh=True)
     by_feature = gradients.add(found, pair, batch.low, weights.w_dec, settings)
-    errors = torch.stack([part.errors for part in parts]).sum(0)
-    active = torch.cat([part.active for part in parts])
     scale = 2 * settings.scale / len(settings.ends)
     return StepResult(
-        error=errors[-1].item(),
-        mean_error=errors.mean().item() + sum(part.second_error for part in parts),
-        n_active=len(active),
+        error=explained.errors[-1].item(),
+        mean_error=explained.errors.mean().item() + explained.second_error,
+        n_active=int(split.features.total(len(active))),
         fired=by_feature.count(active),
-        penalty=torch.stack([part.penalty for part in parts]).double().sum(),
+        penalty=split.features.sum_(explained.penalty),
         residual=found.residual[-1],
         d_w_enc=gradients.d_w_enc,
         d_w_dec=gradients.d_w_dec,
         d_pre=by_feature(pair[1]),
         d_b_dec=summed_over_rows(found.residual[0], settings.threads).mul_(scale),
-        sums={name: by_feature(torch.cat([part.to_sum[name] for part in parts])) for name in parts[0].to_sum},
+        sums={name: by_feature(numbers) for name, numbers in explained.to_sum.items()},
     )
 
 
@@ -125,6 +154,54 @@ class _RowsResult(NamedTuple):
     penalty: Tensor
     to_sum: FeatureSums
     """Numbers of entries, to be summed by feature."""
+
+
+class _Explained(NamedTuple):
+    """A rank's rows, or all of them, after `_explain_rows`."""
+
+    found: SparseReconstruction
+    pair: Tensor
+    """Values and derivatives (2, nnz), times the loss's scale."""
+    active: Tensor
+    errors: Tensor
+    """Squared errors of each nested dictionary (G), float64."""
+    second_error: float
+    penalty: Tensor
+    to_sum: FeatureSums
+
+    @classmethod
+    def of(cls, found: SparseReconstruction, pair: Tensor, parts: list[_RowsResult]) -> _Explained:
+        return cls(
+            found,
+            pair,
+            active=torch.cat([part.active for part in parts]),
+            errors=torch.stack([part.errors for part in parts]).sum(0),
+            second_error=sum(part.second_error for part in parts),
+            penalty=torch.stack([part.penalty for part in parts]).double().sum(),
+            to_sum={name: torch.cat([part.to_sum[name] for part in parts]) for name in parts[0].to_sum},
+        )
+
+    def with_all_rows(self, ranks: Ranks) -> _Explained:
+        """Return the rows of all ranks, from the entries and residuals of each: less than gradients would take."""
+        if ranks.n == 1:
+            return self
+        (starts, ids, values), residual = self.found.entries, self.found.residual.transpose(0, 1)
+        counts, ids, values, residual, scaled, d_pre, active, figures, *to_sum = ranks.together(
+            starts.diff(), ids, values, residual, *self.pair, self.active,
+            torch.cat([self.errors, self.errors.new_tensor([self.second_error, self.penalty.item()])])[None],
+            *self.to_sum.values(),
+        )  # fmt: skip
+        entries = SparseRows(tf.pad(counts.cumsum(0), (1, 0)), ids, values)
+        *_, second_error, penalty = figures.sum(0)
+        return _Explained(
+            replace(self.found, entries=entries, residual=residual.transpose(0, 1).contiguous()),
+            torch.stack([scaled, d_pre]),
+            active,
+            errors=figures[:, :-2].sum(0),
+            second_error=second_error.item(),
+            penalty=penalty,
+            to_sum=dict(zip(self.to_sum, to_sum, strict=True)),
+        )
 
 
 def _explain_rows(
@@ -196,7 +273,10 @@ class _DensePass:
 
     def _residual(self, values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the residual, and the derivative of the loss by the values."""
-        rest = torch.addmm(target, values, self.weights.w_dec, beta=-1)
+        if (features := self.settings.split.features).n > 1:
+            rest = features.sum_(values @ self.weights.w_dec).sub_(target)
+        else:
+            rest = torch.addmm(target, values, self.weights.w_dec, beta=-1)
         return rest, linear(rest.to(self.low_w_dec.dtype), self.low_w_dec).float().mul_(self.scale)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -216,21 +296,24 @@ class _DensePass:
 
 
 def dense_step(batch: CentredBatch, encoder: Encoder, weights: Weights, settings: StepSettings) -> StepResult:
-    """Return loss and gradients from all entries. The encoder has no cut."""
+    """Return loss and gradients from all entries. The encoder has no cut. A rank takes its rows and features."""
     encoder.prepare()
-    whole = _DensePass(batch, encoder, weights, settings)
+    features = settings.split.features
+    whole = _DensePass(batch.part(settings.split.rows.share(len(batch.low))), encoder, weights, settings)
     n_rows, n_features = whole.values.shape
     rows = ranges(n_rows, min(max(_WORKER_ENTRIES // n_features, 16), 256))
-    pieces = in_parallel(whole.explain_rows, rows, settings.threads)
+    if features.n > 1:  # ranks add up inside of `explain_rows`: the same rows in the same order, on the calling thread
+        rows = ranges(n_rows, 256)
+    pieces = in_parallel(whole.explain_rows, rows, settings.threads if features.n == 1 else 1)
     d_w_enc, d_w_dec = whole.gradients()
     errors, second_errors, fired, d_pre, sums, penalty = zip(*pieces, strict=True)
     total = torch.stack(fired).sum(0)
-    return StepResult(
+    result = StepResult(
         error=sum(errors),
         mean_error=sum(errors) + sum(second_errors),
-        n_active=int(total.sum()),
+        n_active=int(features.total(int(total.sum()))),
         fired=total,
-        penalty=torch.stack(penalty).double().sum(),
+        penalty=features.sum_(torch.stack(penalty).double().sum()),
         residual=whole.residual,
         d_w_enc=d_w_enc,
         d_w_dec=d_w_dec,
@@ -238,3 +321,21 @@ def dense_step(batch: CentredBatch, encoder: Encoder, weights: Weights, settings
         d_b_dec=whole.residual.sum(0) * whole.scale,
         sums={name: torch.stack([each[name] for each in sums]).sum(0) for name in sums[0]},
     )
+    return of_all_rows(result, settings.split.rows)
+
+
+def of_all_rows(part: StepResult, ranks: Ranks) -> StepResult:
+    """Return the result of a whole batch from those of the ranks' rows, by adding gradients.
+
+    For steps whose gradients take less room than their entries.
+    """
+    if ranks.n == 1:
+        return part
+    gradients = {id(each): each for each in (part.d_w_enc, part.d_w_dec, part.fired, part.d_pre, part.d_b_dec)}
+    for tensor in [*gradients.values(), *part.sums.values()]:  # a pursuit has one gradient for both matrices
+        ranks.sum_(tensor)
+    (residual,) = ranks.together(part.residual)
+    return replace(
+        part, error=ranks.total(part.error), mean_error=ranks.total(part.mean_error), residual=residual,
+        n_active=int(ranks.total(part.n_active)), penalty=ranks.sum_(part.penalty),
+    )  # fmt: skip
