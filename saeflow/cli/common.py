@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.errors import ToldElsewhere, UserError, first_line
 from saeflow.runtime.temporary import NO_SPACE
 from saeflow.runtime.terminal import Terminal, prepare_streams, printing_logs
 from saeflow.runtime.text import sanitise
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from saeflow.recipe.recipe import Recipe
     from saeflow.runtime.progress import Progress
+    from saeflow.runtime.ranks import Ranks
     from saeflow.store.store import Store
 
 out = Terminal()
@@ -189,6 +190,31 @@ def progress_of(quiet: bool, verbose: bool, recipe: Recipe) -> Progress:
     return progress
 
 
+def are_several() -> bool:
+    """True if `torchrun` has started several processes of this command."""
+    return {"RANK", "MASTER_ADDR"} <= os.environ.keys() and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[Ranks | None]:
+    """Join the processes of this command that `torchrun` has started, for the block; None if there is only this one."""
+    if not are_several():
+        yield None
+        return
+    from saeflow.runtime.ranks import joined
+
+    with joined() as ranks:
+        yield ranks
+
+
+def _require_shareable_command(arguments: list[str]) -> None:
+    if are_several() and arguments[:1] != ["train"]:
+        raise UserError(
+            f"torchrun has started {os.environ['WORLD_SIZE']} processes, but they can share only `saeflow train`.\n"
+            "Run this command without torchrun."
+        )
+
+
 def run_command_line(commands: typer.Typer, name: str) -> None:
     """Run the command that `sys.argv` names, and exit. An error that a user can fix is one message and exit code 2."""
     prepare_streams()
@@ -218,11 +244,14 @@ def exit_code_of(commands: typer.Typer, name: str, arguments: list[str], debug: 
     """Run a command and return its exit code. Prints the message of an error that a user can fix."""
     command = typer.main.get_command(commands)
     try:
+        _require_shareable_command(arguments)
         code = int(command.main(arguments, name, standalone_mode=False) or 0)
         if code == _INTERRUPTED:
             again = shlex.join([*name.split(), *arguments])
             print_note(f"\nStopped. Nothing finished is lost; continue with: {again}")
         return code
+    except ToldElsewhere:
+        return 2
     except UserError as error:
         if debug:
             raise

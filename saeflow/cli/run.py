@@ -21,6 +21,7 @@ from saeflow.cli.common import (
     Verbose,
     create_store,
     err,
+    joined_ranks,
     new_table,
     out,
     print_line,
@@ -264,21 +265,26 @@ def train_command(
 ) -> None:
     """Train the sparse autoencoder, or all SAEs of a sweep. Continues a training that was killed.
 
+    `torchrun --no-python saeflow train my.toml` trains on several GPUs.
+
     Example: `saeflow train my.toml`
     """
-    settings = read_recipe(recipe, set_, member)
-    from saeflow.cli.summary import print_sweep
-    from saeflow.pipeline import train
-    from saeflow.pipeline.judge import sweep
-    from saeflow.pipeline.lineage import Lineage
+    with joined_ranks() as ranks:
+        quiet = quiet or not (ranks is None or ranks.is_first)
+        settings = read_recipe(recipe, set_, member)
+        from saeflow.cli.summary import print_sweep
+        from saeflow.pipeline import train
+        from saeflow.pipeline.judge import sweep
+        from saeflow.pipeline.lineage import Lineage
+        from saeflow.runtime.ranks import ALONE
 
-    opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
-    lineage = Lineage(opened, settings, fresh)
-    train.run(lineage, progress)
-    if settings.is_sweep:
-        table = sweep.run(lineage, progress)
-        if not quiet:
-            print_sweep(table, recipe, opened)
+        opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
+        lineage = Lineage(opened, settings, fresh)
+        made = train.run_all(lineage, progress, ranks=ranks or ALONE)
+        if settings.is_sweep and made:
+            table = sweep.run(lineage, progress)
+            if not quiet:
+                print_sweep(table, recipe, opened)
 
 
 @run_commands.command("import", rich_help_panel="Stages")

@@ -18,6 +18,7 @@ from saeflow.pipeline.parts import PartMaker, PartWork, Records
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
+from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.runtime.threads import use_threads
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.links import remove
@@ -29,6 +30,7 @@ from saeflow.train.group import (
     require_memory,
     require_tensorboard,
 )
+from saeflow.train.shares import require_shareable
 
 _NOTICING_SECONDS = 10.0
 """Time that a worker may take to notice that its run was killed."""
@@ -44,28 +46,44 @@ def run(lineage: Lineage, progress: Progress) -> Artefact:
     return run_all(lineage, progress)[0]
 
 
-def run_all(lineage: Lineage, progress: Progress, noticing_seconds: float = _NOTICING_SECONDS) -> list[Artefact]:
+def run_all(
+    lineage: Lineage, progress: Progress, noticing_seconds: float = _NOTICING_SECONDS, ranks: Ranks = ALONE
+) -> list[Artefact]:
     """Do what `run` does; return the SAE of each member, in order.
 
     SAEs that read the same sites share one feed. Each SAE has a lease and a checkpoint of its own, is published as soon
     as it is finished, and equals, byte for byte, the one that its own recipe would give. On a cluster each worker
     trains, locks and publishes its share. Imports stay in this process.
+
+    Several ranks share each training. The first holds the leases, imports and publishes; the others return nothing.
     """
     lineage = lineage.training
     members = lineage.members
+    if not ranks.is_first:
+        _follow(lineage, ranks)
+        return []
+    require_shareable((each.recipe for each in members), ranks)
     away = [each for each in members if lineage.recipe.cluster and not _is_import(each) and not each.sae.complete()]
     if away:
         _train_on_workers(lineage, away, progress, noticing_seconds)
     if here := [each for each in members if each not in away]:
-        _train_here(lineage.recipe, here, progress)
+        _train_here(lineage.recipe, here, progress, ranks)
     return [each.sae for each in members]
+
+
+def _follow(lineage: Lineage, ranks: Ranks) -> None:
+    """Train what the first rank trains, on the data that it has chosen."""
+    facts = ranks.first_says()
+    chosen = [each for each in lineage.members if each.recipe.name in facts]
+    if chosen:
+        _train([lineage.member(each.recipe, facts[each.recipe.name]) for each in chosen], Progress(verbosity=-1), ranks)
 
 
 def _is_import(lineage: Lineage) -> bool:
     return lineage.recipe.sae.source is not None
 
 
-def _train_here(recipe: Recipe, chosen: list[Lineage], progress: Progress) -> None:
+def _train_here(recipe: Recipe, chosen: list[Lineage], progress: Progress, ranks: Ranks = ALONE) -> None:
     """Train or import these members of a recipe in this process."""
     targets = [each.sae for each in chosen]
     with writing_all(targets):
@@ -78,8 +96,10 @@ def _train_here(recipe: Recipe, chosen: list[Lineage], progress: Progress) -> No
             import_sae.require_fits(each)
         for each in ready:
             import_sae.run(each, progress)
-        if left := [each for each in left if not _is_import(each)]:
-            _train(left, progress)
+        left = [each for each in left if not _is_import(each)]
+        ranks.first_says({each.recipe.name: each.sae_facts for each in left})
+        if left:
+            _train(left, progress, ranks)
 
 
 def _train_on_workers(lineage: Lineage, away: list[Lineage], progress: Progress, noticing_seconds: float) -> None:
@@ -163,9 +183,9 @@ def _say_what_is_done(progress: Progress, recipe: Recipe, chosen: list[Lineage],
         progress.say(f"train: an earlier saeflow trained {which} with its own defaults; --fresh takes today's")
 
 
-def _train(chosen: list[Lineage], progress: Progress) -> None:
+def _train(chosen: list[Lineage], progress: Progress, ranks: Ranks) -> None:
     """Check memory and packages, then train SAEs that read the same sites together."""
-    require_memory([(each.recipe, each.distinct_sites) for each in chosen])
+    require_memory([(each.recipe, each.distinct_sites) for each in chosen], ranks)
     for each in chosen:
         require_tensorboard(each.recipe.train.tensorboard)
         if different := each.store.why_new(each.sae, each.sae_facts, DATA_SEEN):
@@ -181,7 +201,7 @@ def _train(chosen: list[Lineage], progress: Progress) -> None:
             which = "tokens are left out" if reason == "n_left_out" else "of these for the length of their vectors"
             progress.say(f"train: {n:,} {which}")
         jobs = [TrainingJob(each.recipe, each.sae, each.sae_facts) for each in together]
-        TrainingGroup(feed, jobs, progress).run()
+        TrainingGroup(feed, jobs, progress, ranks=ranks).run()
 
 
 def _feed_of(lineage: Lineage) -> Feed:

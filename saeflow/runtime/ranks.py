@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,20 +137,12 @@ ALONE = Ranks()
 """One process."""
 
 
-def are_started() -> bool:
-    """True if `torchrun`, or something like it, has started several processes of this command."""
-    return {"RANK", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the ranks that `torchrun` has started for the block; without it this process is the only rank.
+    """Join the ranks that `torchrun` has started, for the block.
 
     An error ends all ranks. Only the first to meet one raises it; the others raise ToldElsewhere.
     """
-    if not are_started():
-        yield ALONE
-        return
     global _store
     store, number, n = next(iter(rendezvous("env://", timeout=PATIENCE)))
     _store = PrefixStore("saeflow", store)

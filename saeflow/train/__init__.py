@@ -2,6 +2,7 @@
 
 training   one training: state, step, checkpoint
 group      several trainings on one feed, their TensorBoard logs, publication
+shares     training by several processes that split the features
 schedules  what changes in the course of a training
 whitening  all directions of the activations vary alike; removed from the SAE in the end
 resample   dead features start again where much is unexplained

@@ -8,6 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,14 +24,24 @@ from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.devices import choose_device, device_memory
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.runtime.text import human_bytes
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.save import save_sae
+from saeflow.sae.split import Split
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
 from saeflow.store.records import Damaged
 from saeflow.store.store import Store
-from saeflow.train.training import CHECKPOINT, FeedBatch, Training, interrupts_wait, is_checkpoint, sample_rows
+from saeflow.train.training import (
+    CHECKPOINT,
+    FeedBatch,
+    Training,
+    interrupts_noted,
+    interrupts_wait,
+    is_checkpoint,
+    sample_rows,
+)
 
 
 def open_board(folder: Path, first_step: int) -> Any:
@@ -104,12 +115,15 @@ class TrainingGroup:
 
     Each batch goes to all trainings for which it is the next step. After a kill the trainings may be at different
     steps: the earliest ones catch up, each on the batches that it has not had yet.
+
+    Of several ranks each reads all batches. The first one alone writes checkpoints and logs, and publishes.
     """
 
     def __init__(
-        self, feed: Feed, jobs: list[TrainingJob], progress: Progress, publish: PublishJob = publish_sae
-    ) -> None:
-        self.feed, self.jobs, self.progress, self.publish = feed, jobs, progress, publish
+        self, feed: Feed, jobs: list[TrainingJob], progress: Progress, publish: PublishJob = publish_sae,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        self.feed, self.jobs, self.progress, self.publish, self.ranks = feed, jobs, progress, publish, ranks
         self.began = self.saved = time.monotonic()
         self.seconds = min(job.recipe.train.checkpoint_seconds for job in jobs)
 
@@ -118,7 +132,10 @@ class TrainingGroup:
         return [training for job in self.jobs for training in job.trainings]
 
     def run(self) -> None:
-        """Train to the end and publish. If interrupted, or if a training cannot go on, write checkpoints first."""
+        """Train to the end and publish. If interrupted, or if a training cannot go on, write checkpoints first.
+
+        Several ranks do so only when they agree on the step at which they stop: see `_agree`.
+        """
         self._begin()
         try:
             if not all(training.done for training in self.trainings):
@@ -126,7 +143,8 @@ class TrainingGroup:
             for job in self.jobs:
                 self._finish(job)
         except BaseException as error:
-            if isinstance(error, UserError) or not isinstance(error, Exception):  # the latter is an interruption
+            interrupted = not isinstance(error, Exception)
+            if self.ranks.n == 1 and (isinstance(error, UserError) or interrupted):
                 self._keep()
             raise
         finally:
@@ -138,12 +156,23 @@ class TrainingGroup:
         rows = sample_rows(self.feed)
         for job in self.jobs:
             for restart in range(job.recipe.train.restarts):
-                begin = partial(Training.begin, self.feed, job.recipe, restart, rows)
-                job.trainings.append(self._restored(job, begin, restart))
-                if job.recipe.train.tensorboard:
+                begin = partial(Training.begin, self.feed, job.recipe, restart, rows, self.ranks)
+                job.trainings.append(self._begun_by_all(job, begin, restart))
+                if job.recipe.train.tensorboard and self.ranks.is_first:
                     folder = Path(job.recipe.train.tensorboard) / job.target.id
                     folder = folder / f"restart-{restart}" if job.recipe.train.restarts > 1 else folder
                     job.boards.append(open_board(folder, job.trainings[-1].step))
+
+    def _begun_by_all(self, job: TrainingJob, begin: Callable[[], Training], restart: int) -> Training:
+        """Return the training as the first rank begins it or has restored it."""
+        training = self._restored(job, begin, restart) if self.ranks.is_first else begin()
+        sae = training.sae
+        step, product = self.ranks.first_says([training.step, str(sae.product_dtype).removeprefix("torch.")])
+        if step and not self.ranks.is_first:
+            job.target.storage.bring_back(job.folder(restart), CHECKPOINT)
+            training.load(job.folder(restart))
+        sae.product_dtype = getattr(torch, product)  # chosen by measurement, which may differ between ranks
+        return training
 
     def _restored(self, job: TrainingJob, begin: Callable[[], Training], restart: int) -> Training:
         """Return the training as its checkpoint has it, or begun anew; in a bucket it may be from another machine."""
@@ -165,13 +194,17 @@ class TrainingGroup:
         first = min(training.step for training in self.trainings if not training.done)
         last = max(training.n_steps for training in self.trainings)
         rows, n_batches = self.feed.n_rows, self.feed.batches_per_epoch
+        several = self.ranks.n > 1
+        noting: AbstractContextManager[list[int]] = interrupts_noted() if several else contextlib.nullcontext([])
         with (
             self.progress.bar("train", last * rows // n_batches, "tokens") as bar,
             contextlib.closing(self.feed.aligned(skip=first)) as batches,
+            noting as asked,
         ):
             bar.resume_at(first * rows // n_batches)
             for number in range(first, last):
                 self._step(FeedBatch(number, next(batches), self.feed), bar)
+                self._agree(bool(asked))
 
     def _step(self, batch: FeedBatch, bar: Bar) -> None:
         for job in self.jobs:
@@ -187,8 +220,15 @@ class TrainingGroup:
         for job in self.jobs:
             if len(job.trainings) == 1:  # to choose the best of several reads the store again: not in between
                 self._finish(job)
-        if time.monotonic() - self.saved > self.seconds:
+
+    def _agree(self, stop: bool) -> None:
+        """Write checkpoints if it is time. Ranks stop together, after the same step, as soon as one has to."""
+        due = self.ranks.is_first and time.monotonic() - self.saved > self.seconds
+        stop, due = self.ranks.any(stop, due)
+        if stop or due:
             self._keep()
+        if stop:
+            raise KeyboardInterrupt
 
     def _note(self) -> str:
         infos = [training.info for training in self.trainings if training.info is not None]
@@ -204,16 +244,20 @@ class TrainingGroup:
                 board.flush()
             for restart, training in enumerate(job.trainings):
                 training.save(job.folder(restart), job.target.own_work, job.target.require_lease)
-                job.target.storage.keep(job.folder(restart), training.step, CHECKPOINT)
+                if self.ranks.is_first:
+                    job.target.storage.keep(job.folder(restart), training.step, CHECKPOINT)
         self.saved = time.monotonic()
 
     def _finish(self, job: TrainingJob) -> None:
         """Publish the job if it is trained to its end, and remove its checkpoints."""
         if job.published or not job.done:
             return
-        self.publish(job, job.best(self.feed), self.feed, time.monotonic() - self.began)
         job.published = True
-        job.target.storage.remove(checkpoints_of(job.target))
+        for training in job.trainings:
+            training.bring_whole()
+        if self.ranks.is_first:
+            self.publish(job, job.best(self.feed), self.feed, time.monotonic() - self.began)
+            job.target.storage.remove(checkpoints_of(job.target))
 
 
 def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
@@ -233,12 +277,13 @@ def require_tensorboard(folder: str | None) -> None:
         )
 
 
-def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]]) -> None:
+def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]], ranks: Ranks = ALONE) -> None:
     """Raise UserError if memory cannot hold, in float32, weights and Adam's two moments of every training, and the
-    gradients of the one that steps."""
+    gradients of the one that steps. Of several ranks each needs that for its features."""
     needs: dict[torch.device, list[int]] = {}
     for recipe, sites in wanted:
-        size = recipe.sae.n_features * (sites[0].width + sites[-1].width + 2)
+        features = Split.of(ranks, recipe.train.parallel).features
+        size = -(-recipe.sae.n_features // features.n) * (sites[0].width + sites[-1].width + 2)
         here = needs.setdefault(choose_device("train.device", recipe.train.device), [])
         here += [size] * recipe.train.restarts
     for place, sizes in needs.items():

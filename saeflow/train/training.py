@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -22,16 +22,19 @@ from saeflow.recipe.settings import TrainConfig
 from saeflow.runtime.devices import choose_device, to_device
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.linear import fast_dtype
+from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.runtime.threads import n_threads
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.save import write_tensors
 from saeflow.sae.formats.tensors import read_tensors
 from saeflow.sae.loss import StepInfo
+from saeflow.sae.split import Split
 from saeflow.store.files import checksum, flush, make_folder, rename
 from saeflow.store.links import is_file, remove, unlinked
 from saeflow.store.records import Damaged, damaged, is_refusal, read_checked, write_checked
 from saeflow.train import schedules
 from saeflow.train.resample import resample_dead
+from saeflow.train.shares import read_share, whole_sae, whole_state
 from saeflow.train.whitening import Whitening, whitening_of
 
 CHECKPOINT, STATE = "state.json", "state.safetensors"
@@ -99,7 +102,10 @@ class Training:
     """Figures of the last step."""
 
     @classmethod
-    def begin(cls, feed: Feed, recipe: Recipe, restart: int = 0, rows: tuple[Tensor, ...] | None = None) -> Training:
+    def begin(
+        cls, feed: Feed, recipe: Recipe, restart: int = 0, rows: tuple[Tensor, ...] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Training:  # fmt: skip
         """Return a training with fresh weights; a sample of shuffled rows gives the data set's mean and scale."""
         rows = rows or sample_rows(feed)
         whitening = whitening_of(rows[0]) if recipe.sae.whiten and recipe.sae.source is None else None
@@ -108,7 +114,8 @@ class Training:
         means, scales = zip(*(mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
         seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
         widths = feed.sites[0].width, feed.sites[-1].width
-        sae = SparseAutoencoder(seeded, *widths, n_threads(recipe.threads))
+        split = Split.of(ranks, recipe.train.parallel)
+        sae = SparseAutoencoder(seeded, *widths, n_threads(recipe.threads), split)
         sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
         sae.start_sparse(rows[0] * scales[0])
         config, place = schedules.with_rate(recipe, widths[0]), choose_device("train.device", recipe.train.device)
@@ -202,21 +209,35 @@ class Training:
         sae = self.sae.folded(*self.scales).cpu()
         return sae if self.whitening is None else self.whitening.removed_from(sae)
 
-    def save(self, folder: Path, work: Path | None = None, require: Callable[[], None] = lambda: None) -> None:
-        """Write a checkpoint under `work`, then put it in the place of the last one, unless `require` raises."""
-        whole = folder.with_name(folder.name + ".new")
-        fresh = (work or folder.parent) / f"{folder.name}.fresh"
-        remove(fresh)
-        make_folder(fresh)
+    def bring_whole(self) -> None:
+        """Bring all features to the first of several ranks, at the end of the training."""
+        self.sae = whole_sae(self.sae)
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the weights of this rank and Adam's moments, by their names in a checkpoint."""
+        weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        if self.whitening is not None:
+            weights |= {f"whitening.{name}": value for name, value in self.whitening._asdict().items()}
         moments = {
             f"adam.{number}.{name}": value
             for number, state in self.adam.state_dict()["state"].items()
             for name, value in state.items()
         }
-        weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        if self.whitening is not None:
-            weights |= {f"whitening.{name}": value for name, value in self.whitening._asdict().items()}
-        write_tensors(fresh / STATE, {**weights, **moments}, {"step": str(self.step)})
+        return {**weights, **moments}
+
+    def save(self, folder: Path, work: Path | None = None, require: Callable[[], None] = lambda: None) -> None:
+        """Write a checkpoint under `work`, then put it in the place of the last one, unless `require` raises.
+
+        Of several ranks the first writes, for all.
+        """
+        state = whole_state(self._state(), self.sae)
+        if not self.sae.split.ranks.is_first:
+            return
+        whole = folder.with_name(folder.name + ".new")
+        fresh = (work or folder.parent) / f"{folder.name}.fresh"
+        remove(fresh)
+        make_folder(fresh)
+        write_tensors(fresh / STATE, state, {"step": str(self.step)})
         flush(fresh / STATE)  # before the other file, which says that the checkpoint is complete
         product = str(self.sae.product_dtype).removeprefix("torch.")  # chosen once, by measurement
         about = {"step": self.step, "scales": self.scales, "product": product, "log": self.log}
@@ -237,7 +258,7 @@ class Training:
         fresh, errors = folder.with_name(folder.name + ".new"), []
         for place in filter(is_checkpoint, (folder, fresh)):
             try:
-                self._load(place)
+                self.load(place)
             except _NONSENSE as error:
                 if is_refusal(error):
                     raise damaged(place, error) from error
@@ -251,9 +272,11 @@ class Training:
             raise Damaged("\n".join(errors))
         return False
 
-    def _load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> None:
+        """Continue from the checkpoint in `folder`."""
         about = read_checked(folder / CHECKPOINT)
-        tensors = read_tensors(unlinked(folder / STATE))
+        read = read_tensors if self.sae.split.features.n == 1 else partial(read_share, sae=self.sae)
+        tensors = read(unlinked(folder / STATE))
         with safe_open(folder / STATE, "pt") as file:
             step = (file.metadata() or {}).get("step", str(about["step"]))
         if step != str(about["step"]):
@@ -304,17 +327,24 @@ def mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait until the block has ended: half a step must not be saved."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+    with interrupts_noted() as asked:
         yield
-        return
+    if asked:
+        signal.raise_signal(asked[0])
+
+
+@contextlib.contextmanager
+def interrupts_noted() -> Iterator[list[int]]:
+    """Only note Ctrl-C and SIGTERM inside the block, in the list that it gets."""
     asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+        yield asked
+        return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in handlers:
         signal.signal(number, lambda number, frame: asked.append(number))
     try:
-        yield
+        yield asked
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if asked:
-        signal.raise_signal(asked[0])
