@@ -25,6 +25,11 @@ def linear(rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(rows, weights, bias)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return numbers of lower precision in float32, others as they are. Tests compute in float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def converted(tensor: Tensor, dtype: torch.dtype, threads: int) -> Tensor:
     """Return `tensor.to(dtype)`, for a tensor of at least one dimension.
 

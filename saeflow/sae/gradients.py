@@ -14,7 +14,7 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseTensors
-from saeflow.runtime.linear import converted
+from saeflow.runtime.linear import at_least_float32, converted
 from saeflow.runtime.ranks import Ranks
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import kernels
@@ -123,7 +123,7 @@ class WeightGradients:
         owner = torch.searchsorted(settings.ends.to(ids.device), ids, right=True)
 
         def product(numbers: Tensor, places: Tensor, matrix: Tensor) -> Tensor:
-            bags = places[order], matrix.to(low.dtype).float(), starts
+            bags = places[order], at_least_float32(matrix.to(low.dtype)), starts
             return tf.embedding_bag(*bags, mode="sum", per_sample_weights=numbers[order], include_last_offset=True)
 
         if self.fresh:
@@ -143,7 +143,7 @@ class SumByFeature:
     def __call__(self, numbers: Tensor) -> Tensor:
         if self.ids.device.type == "cpu":
             summed = np.bincount(self.ids.numpy(), numbers.numpy(), self.n_features)
-            return torch.from_numpy(summed).float()
+            return torch.from_numpy(summed).to(numbers.dtype)
         return summed_in_order(self.ids, numbers, self.n_features)
 
     def count(self, ids: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class SumByFeature:
 def summed_in_order(ids: Tensor, numbers: Tensor, n: int) -> Tensor:
     """Return sums (n) of numbers (nnz) by id, added in the order of entries. `index_add_` has none on a GPU."""
     starts = tf.pad(torch.bincount(ids, minlength=n).cumsum(0), (1, 0))
-    column = numbers[:, None].float()
+    column = at_least_float32(numbers[:, None])
     return tf.embedding_bag(ids.argsort(stable=True), column, starts, mode="sum", include_last_offset=True)[:, 0]
 
 

@@ -110,7 +110,7 @@ def _loss_and_gradients(
             sae.log_off_k = options.sparsity * math.log(max(n_active, 1e-6) / options.k)
     unexplained = result.error / batch.variance
     info = StepInfo(unexplained, aux_loss, sparsity_loss, n_active, n_dead, result.fired)
-    return torch.tensor(loss, device=x.device), info, _gradients(sae, result, rule, weights, n_active, split)
+    return x.new_tensor(loss), info, _gradients(sae, result, rule, weights, n_active, split)
 
 
 def _step_result(

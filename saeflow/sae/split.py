@@ -16,6 +16,7 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseRows, SparseTensors
+from saeflow.runtime.linear import at_least_float32
 from saeflow.runtime.ranks import ALONE, Ranks
 
 
@@ -50,9 +51,9 @@ WHOLE = Split()
 
 
 def no_entries(n_rows: int, like: Tensor) -> SparseTensors:
-    """Return rows without entries, on the device of `like`."""
+    """Return rows without entries, where the matrix `like` is and in its precision."""
     starts = torch.zeros(n_rows + 1, dtype=torch.int64, device=like.device)
-    return SparseRows(starts, starts[:0].int(), starts[:0].float())
+    return SparseRows(starts, starts[:0].int(), at_least_float32(like[:0, 0]))
 
 
 def kept(entries: SparseTensors, keep: Tensor) -> SparseTensors:

@@ -18,7 +18,7 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseRows, SparseTensors, SparseValues
-from saeflow.runtime.linear import converted, linear
+from saeflow.runtime.linear import at_least_float32, converted, linear
 from saeflow.runtime.ranks import Ranks
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae.architectures import FeatureSums
@@ -108,7 +108,7 @@ def _marked_largest(pre: Tensor, k: int) -> Tensor:
 def _dense_entries(pre: Tensor, keep: Tensor) -> SparseTensors:
     rows, ids = keep.nonzero(as_tuple=True)
     starts = tf.pad(torch.bincount(rows, minlength=len(pre)).cumsum(0), (1, 0))
-    return SparseRows(starts, ids.int(), pre[rows, ids].float())
+    return SparseRows(starts, ids.int(), at_least_float32(pre[rows, ids]))
 
 
 def sparse_step(batch: CentredBatch, chosen: SparseTensors, weights: Weights, settings: StepSettings) -> StepResult:
@@ -122,11 +122,11 @@ def sparse_step(batch: CentredBatch, chosen: SparseTensors, weights: Weights, se
     def explain(rows: tuple[int, int]) -> _RowsResult:
         return _explain_rows(rows, chosen, found, second, weights.w_dec, target, settings, pair)
 
-    explained = _Explained.of(found, pair, settings.by_rows(explain, target)).with_all_rows(split.rows)
+    scale = 2 * settings.scale / len(settings.ends)
+    explained = _Explained.of(found, pair, settings.by_rows(explain, target)).with_all_rows(split.rows, scale)
     found, pair, active = explained.found, explained.pair, explained.active
     gradients = WeightGradients(torch.empty_like(weights.w_enc), torch.empty_like(weights.w_dec), fresh=True)
     by_feature = gradients.add(found, pair, batch.low, weights.w_dec, settings)
-    scale = 2 * settings.scale / len(settings.ends)
     return StepResult(
         error=explained.errors[-1].item(),
         mean_error=explained.errors.mean().item() + explained.second_error,
@@ -181,22 +181,21 @@ class _Explained(NamedTuple):
             to_sum={name: torch.cat([part.to_sum[name] for part in parts]) for name in parts[0].to_sum},
         )
 
-    def with_all_rows(self, ranks: Ranks) -> _Explained:
+    def with_all_rows(self, ranks: Ranks, scale: float) -> _Explained:
         """Return the rows of all ranks, from the entries and residuals of each: less than gradients would take."""
         if ranks.n == 1:
             return self
         (starts, ids, values), residual = self.found.entries, self.found.residual.transpose(0, 1)
-        counts, ids, values, residual, scaled, d_pre, active, figures, *to_sum = ranks.together(
-            starts.diff(), ids, values, residual, *self.pair, self.active,
-            torch.cat([self.errors, self.errors.new_tensor([self.second_error, self.penalty.item()])])[None],
-            *self.to_sum.values(),
-        )  # fmt: skip
+        figures = torch.cat([self.errors, self.errors.new_tensor([self.second_error, self.penalty.item()])])
+        counts, ids, values, d_pre, residual, figures, *to_sum = ranks.together(
+            starts.diff(), ids, values, self.pair[1], residual, figures[None], *self.to_sum.values()
+        )
         entries = SparseRows(tf.pad(counts.cumsum(0), (1, 0)), ids, values)
         *_, second_error, penalty = figures.sum(0)
         return _Explained(
             replace(self.found, entries=entries, residual=residual.transpose(0, 1).contiguous()),
-            torch.stack([scaled, d_pre]),
-            active,
+            torch.stack([values * scale, d_pre]),
+            active=ids[values != 0].long(),
             errors=figures[:, :-2].sum(0),
             second_error=second_error.item(),
             penalty=penalty,
@@ -258,7 +257,8 @@ class _DensePass:
 
     def explain_rows(self, part: tuple[int, int]) -> _DensePiece:
         rows, rule, every = slice(*part), self.settings.rule, slice(None)
-        pre, target = self.encoder.pre_activations(self.batch.low[rows]).float(), self.batch.target[rows]
+        pre = at_least_float32(self.encoder.pre_activations(self.batch.low[rows]))
+        target = self.batch.target[rows]
         values = rule.values(pre, every)
         self.residual[rows], g = self._residual(values, target)
         error, second_error, g_second = self.residual[rows].square().sum().item(), 0.0, None
@@ -277,7 +277,7 @@ class _DensePass:
             rest = features.sum_(values @ self.weights.w_dec).sub_(target)
         else:
             rest = torch.addmm(target, values, self.weights.w_dec, beta=-1)
-        return rest, linear(rest.to(self.low_w_dec.dtype), self.low_w_dec).float().mul_(self.scale)
+        return rest, at_least_float32(linear(rest.to(self.low_w_dec.dtype), self.low_w_dec)).mul_(self.scale)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Return the gradients of encoder and decoder rows."""
@@ -288,7 +288,7 @@ class _DensePass:
         def differentiate(part: tuple[int, int]) -> None:
             features = slice(*part)
             d_w_enc[features] = self.d_pre[:, features].t() @ low
-            of_decoder = (self.values[:, features].t() @ residual).float().mul_(self.scale)
+            of_decoder = at_least_float32(self.values[:, features].t() @ residual).mul_(self.scale)
             d_w_dec[features] = without_radial(of_decoder, w_dec[features]) if self.settings.on_sphere else of_decoder
 
         in_parallel(differentiate, worker_ranges(w_dec, _WORKER_COLUMNS), threads)

@@ -2,7 +2,8 @@
 
 python -m tests.support.ranks STORE RECIPES [ROWS]     one of them; its environment says which
 
-With ROWS the first one is asked to stop, as `torchrun` asks, after so many rows of each training.
+With ROWS the first one is asked to stop, as `torchrun` asks, after so many rows of each training. Given a file of
+settings alone, they train on random rows in float64, and the first one writes the losses beside it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ import torch
 from saeflow.pipeline import train
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import parse_recipe
+from saeflow.recipe.settings import SAEConfig
 from saeflow.runtime.progress import Bar
-from saeflow.runtime.ranks import joined
+from saeflow.runtime.ranks import ALONE, Ranks, joined
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.split import Split
 from saeflow.store.store import Store
 from saeflow.train import training
 from tests.support.small_pipeline import quiet
@@ -49,10 +53,23 @@ def train_together(n: int, store: Path, recipes: list[dict[str, Any]], stop_afte
 
     With `stop_after`, stop each after so many rows.
     """
-    path, port = store.with_name(f"recipes-{n}.json"), free_port()
+    path = store.with_name(f"recipes-{n}.json")
     path.write_text(json.dumps(recipes))
-    command = [sys.executable, "-m", "tests.support.ranks", str(store), str(path)]
-    command += [] if stop_after is None else [str(stop_after)]
+    start(n, store, path, *([] if stop_after is None else [stop_after]))
+
+
+def exact_losses_of_ranks(n: int, settings: list[dict[str, Any]], folder: Path) -> list[list[float]]:
+    """Return what `exact_losses` gives for these settings, each computed by n processes."""
+    path = folder / f"settings-{n}.json"
+    path.write_text(json.dumps(settings))
+    start(n, path)
+    found: list[list[float]] = json.loads(path.with_suffix(".losses").read_text())
+    return found
+
+
+def start(n: int, *arguments: object) -> None:
+    """Run this module in n processes, to their end."""
+    command, port = [sys.executable, "-m", "tests.support.ranks", *map(str, arguments)], free_port()
     started = [subprocess.Popen(command, cwd=ROOT, env=environment(number, n, port)) for number in range(n)]
     try:
         codes = [each.wait(timeout=280) for each in started]
@@ -60,6 +77,24 @@ def train_together(n: int, store: Path, recipes: list[dict[str, Any]], stop_afte
         for each in started:
             each.kill()
     assert codes == [0] * n
+
+
+def exact_losses(settings: dict[str, Any], ranks: Ranks = ALONE, n_steps: int = 20) -> list[float]:
+    """Return the losses of a training in which every product and sum is in float64."""
+    split = Split.of(ranks, settings.get("parallel", "data"))
+    sae = SparseAutoencoder(SAEConfig.model_validate(settings["sae"]), 16, split=split).double()
+    sae.use_kernels, sae.product_dtype = False, torch.float64
+    adam = torch.optim.Adam(sae.parameters(), lr=5e-3)
+    losses = []
+    for step in range(n_steps):
+        x = torch.randn(100, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        loss, _ = sae.training_loss(x, aux_weight=1 / 32, dead_after_tokens=100)
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        sae.after_step()
+        losses.append(loss.item())
+    return losses
 
 
 def _stopping_after(rows: int) -> Callable[[Bar], None]:
@@ -71,16 +106,25 @@ def _stopping_after(rows: int) -> Callable[[Bar], None]:
 
 
 def main() -> None:
-    store, path, *stop_after = sys.argv[1:]
+    path, *more = map(Path, sys.argv[1:])
+    with joined() as ranks:
+        if more:
+            _train_recipes(path, *more, ranks=ranks)
+            return
+        losses = [exact_losses(settings, ranks) for settings in json.loads(path.read_text())]
+        if ranks.is_first:
+            path.with_suffix(".losses").write_text(json.dumps(losses))
+
+
+def _train_recipes(store: Path, path: Path, *stop_after: Path, ranks: Ranks) -> None:
     training.fast_dtype = lambda place: torch.float32
     os.fsync = lambda _: None
-    with joined() as ranks:
-        progress = quiet()
-        if stop_after and ranks.is_first:
-            progress.listener = _stopping_after(int(stop_after[0]))
-        for data in json.loads(Path(path).read_text()):
-            with contextlib.suppress(KeyboardInterrupt):
-                train.run_all(Lineage(Store(Path(store)), parse_recipe(data)), progress, ranks=ranks)
+    progress = quiet()
+    if stop_after and ranks.is_first:
+        progress.listener = _stopping_after(int(str(stop_after[0])))
+    for data in json.loads(path.read_text()):
+        with contextlib.suppress(KeyboardInterrupt):
+            train.run_all(Lineage(Store(store), parse_recipe(data)), progress, ranks=ranks)
 
 
 if __name__ == "__main__":

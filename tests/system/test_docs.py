@@ -62,6 +62,7 @@ OTHER_PROGRAMS = {
     "export": "of the shell",
     "prefect": "needs a server; test_newcomer.py types it",
     "createdb": "needs PostgreSQL; tests/flows/test_serve.py has one",
+    "torchrun": "needs GPUs; tests/train/test_ranks.py runs it on the processor",
     "duckdb": "DuckDB's shell is not installed; tests/query/test_catalog.py reads the same file",
 }
 """Programs that are not run here, with the reason."""

@@ -32,7 +32,7 @@ from saeflow.train import training
 from saeflow.train.group import checkpoints_of
 from saeflow.train.shares import require_shareable
 from tests.support.command import SAEFLOW
-from tests.support.ranks import ROOT, train_together
+from tests.support.ranks import ROOT, exact_losses, exact_losses_of_ranks, train_together
 from tests.support.small_pipeline import a_table, brought_data, quiet, tree, write_recipe, write_table
 
 STEPS, BATCHES = 20, 3
@@ -147,6 +147,13 @@ def test_four_ranks_give_the_curve_of_one_process(alone, of_four, parallel, name
     require_equal(of_four[parallel, name], alone[name])
 
 
+def test_in_float64_the_losses_of_ranks_are_those_of_one_process_to_twelve_digits(tmp_path):
+    small = {"n_features": 61, "k": 2, "l1_weight": 0.05, "seed": 3}
+    settings = [{"parallel": how, "sae": small | (CASES | ONLY_DATA)[name]["sae"]} for how, name in SHARED]
+    found = exact_losses_of_ranks(2, settings, tmp_path)
+    np.testing.assert_allclose(found, [exact_losses(each) for each in settings], rtol=1e-12)
+
+
 def test_the_cases_use_the_auxiliary_loss_and_both_kinds_of_step(alone):
     assert all(alone[name]["auxiliary_loss"].max() > 0.1 for name in ("topk", "batchtopk", "matryoshka", "jumprelu"))
     n_active = {name: alone[name]["l0"].mean() for name in ("relu", "gated", "gated_sparse")}
@@ -248,7 +255,7 @@ def test_a_killed_rank_ends_all_with_one_message_and_the_same_command_goes_on(ta
     store, undisturbed = tmp_path / "store", tmp_path / "undisturbed"
     for each in (store, undisturbed):
         shutil.copytree(stored, each)
-    train_long = {"parallel": parallel, "n_tokens": 150_000, "checkpoint_seconds": 0.01}
+    train_long = {"parallel": parallel, "n_tokens": 50_000, "checkpoint_seconds": 0.01}
     data = recipe_of(table, "killed", CASES["batchtopk"], train=train_long)
     recipe, target = write_recipe(tmp_path / "killed.toml", data), Lineage(Store(store), parse_recipe(data)).sae
     running = started(store, recipe)
