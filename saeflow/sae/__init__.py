@@ -14,6 +14,5 @@ pursuit        matching pursuit: encoding and training step
 kernels        Numba kernels for the few active entries
 formats        folders of autoencoders, of any program: read, folded in, written
 metrics        L0, variance unexplained and other figures
-readings       other ways to read the weights of an imported SAE that explains little
 recovery       how many known features an SAE found
 """

@@ -26,9 +26,9 @@ from saeflow.runtime.threads import n_threads
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.description import SAEFolder
 from saeflow.sae.formats.load import load_described, load_sae
+from saeflow.sae.formats.readings import best_reading
 from saeflow.sae.formats.source import describe_source
 from saeflow.sae.metrics import Firing, Reconstruction, WithoutLongest
-from saeflow.sae.readings import best_reading
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
 from saeflow.train.group import write_sae

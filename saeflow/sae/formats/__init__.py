@@ -12,5 +12,6 @@ llama_scope          Llama Scope and others of OpenMOSS
 single_files         single files: Qwen-Scope, circuit-tracer and others
 tensors              tensors, or names and shapes, out of files, and nothing but tensors
 load                 from a description to an autoencoder; differences are folded in
+readings             other ways to read the weights of an imported SAE that explains little
 save                 an autoencoder as a folder of SAELens 6
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saeflow.recipe.settings import SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.readings import best_reading
+from saeflow.sae.formats.readings import best_reading
 
 D, N = 24, 24
 """As many features as numbers, so that a transposed matrix fits."""
