@@ -169,7 +169,7 @@ class TrainingGroup:
         sae = training.sae
         step, product = self.ranks.first_says([training.step, str(sae.product_dtype).removeprefix("torch.")])
         if step and not self.ranks.is_first:
-            job.target.storage.bring_back(job.folder(restart), CHECKPOINT)
+            _fetch_checkpoint(job, job.folder(restart))
             training.load(job.folder(restart))
         sae.product_dtype = getattr(torch, product)  # chosen by measurement, which may differ between ranks
         return training
@@ -177,8 +177,7 @@ class TrainingGroup:
     def _restored(self, job: TrainingJob, begin: Callable[[], Training], restart: int) -> Training:
         """Return the training as its checkpoint has it, or begun anew; in a bucket it may be from another machine."""
         folder = job.folder(restart)
-        if not is_checkpoint(folder):  # a fetch may have been killed between two files
-            job.target.storage.bring_back(folder, CHECKPOINT)
+        _fetch_checkpoint(job, folder)
         training = begin()
         try:
             restored = training.restore(folder)
@@ -252,12 +251,18 @@ class TrainingGroup:
         """Publish the job if it is trained to its end, and remove its checkpoints."""
         if job.published or not job.done:
             return
-        job.published = True
         for training in job.trainings:
             training.bring_whole()
         if self.ranks.is_first:
             self.publish(job, job.best(self.feed), self.feed, time.monotonic() - self.began)
+        job.published = True
+        if self.ranks.is_first:
             job.target.storage.remove(checkpoints_of(job.target))
+
+
+def _fetch_checkpoint(job: TrainingJob, folder: Path) -> None:
+    if not is_checkpoint(folder):  # a fetch may have been killed between two files
+        job.target.storage.bring_back(folder, CHECKPOINT)
 
 
 def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:
@@ -279,7 +284,7 @@ def require_tensorboard(folder: str | None) -> None:
 
 def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]], ranks: Ranks = ALONE) -> None:
     """Raise UserError if memory cannot hold, in float32, weights and Adam's two moments of every training, and the
-    gradients of the one that steps. Of several ranks each needs that for its features."""
+    gradients of the one that steps. Each rank needs that for its features; on the processor they share the memory."""
     needs: dict[torch.device, list[int]] = {}
     for recipe, sites in wanted:
         features = Split.of(ranks, recipe.train.parallel).features
@@ -287,7 +292,8 @@ def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]], ranks: Ranks = A
         here = needs.setdefault(choose_device("train.device", recipe.train.device), [])
         here += [size] * recipe.train.restarts
     for place, sizes in needs.items():
-        need, total = 4 * (3 * sum(sizes) + max(sizes)), device_memory(place)
+        n_there = ranks.n if place.type == "cpu" else 1
+        need, total = 4 * (3 * sum(sizes) + max(sizes)) * n_there, device_memory(place)
         if need > total:
             where = "this machine has" if place.type == "cpu" else f"on {place} are free"
             raise UserError(
