@@ -147,6 +147,7 @@ def test_four_ranks_give_the_curve_of_one_process(alone, of_four, parallel, name
     require_equal(of_four[parallel, name], alone[name])
 
 
+@pytest.mark.long
 def test_in_float64_the_losses_of_ranks_are_those_of_one_process_to_twelve_digits(tmp_path):
     small = {"n_features": 61, "k": 2, "l1_weight": 0.05, "seed": 3}
     settings = [{"parallel": how, "sae": small | (CASES | ONLY_DATA)[name]["sae"]} for how, name in SHARED]
@@ -161,6 +162,7 @@ def test_the_cases_use_the_auxiliary_loss_and_both_kinds_of_step(alone):
     assert alone["resampled"]["dead"].max() > 0
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_four_ranks_goes_on_with_two_and_with_one(table, tmp_path, stored):
     store = tmp_path / "store"
     shutil.copytree(stored, store)
