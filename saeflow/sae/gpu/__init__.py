@@ -1,0 +1,9 @@
+"""A sparse training step by Triton kernels. Only this package imports triton. Read `decode` first.
+
+decode      reconstructions, residuals and derivatives of the active entries, by row
+by_feature  entries sorted by feature, segments of long features, sums by feature
+update      gradients of the rows of both matrices and Adam's step, in one kernel
+adam        Adam's step of a row, and the rows that take one
+moments     Adam's moments in float32 or 8 bits, and weights in bfloat16
+specimens   what the compile test compiles
+"""
