@@ -1,0 +1,21 @@
+"""What is needed to compile a kernel ahead of its use, without a GPU: its signature, constants and sizes of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A kernel as it is launched at the sizes it is made for."""
+
+    kernel: Any
+    signature: dict[str, str]
+    """Type of each argument that is not a constant, such as `*fp32` or `i32`."""
+    constexprs: dict[str, Any]
+    warps: int
+    stages: int
+    name: str
+    capabilities: tuple[int, ...] = (80, 90, 100)
+    """GPUs that it is launched on, by ten times their compute capability."""
