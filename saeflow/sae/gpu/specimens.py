@@ -1,4 +1,4 @@
-"""A kernel with the sizes it is compiled for ahead of time, without a GPU."""
+"""What is needed to compile a kernel ahead of its use, without a GPU: its signature, constants and sizes of blocks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Specimen:
-    """What `triton.compile` takes. Pointers, and integers that are called `d…`, are divisible by 16."""
+    """A kernel as it is launched at the sizes it is made for. Pointers and widths of rows are divisible by 16."""
 
     kernel: Any
     signature: dict[str, str]
-    """Type of every argument by its name, as triton spells types; constexprs are `constexpr`."""
+    """Type of each argument, such as `*fp32` or `i32`; constants may be left out, or be `constexpr`."""
     constexprs: dict[str, Any]
     warps: int
     stages: int
     name: str
+    capabilities: tuple[int, ...] = (80, 90, 100)
+    """GPUs that it is launched on, by ten times their compute capability."""
