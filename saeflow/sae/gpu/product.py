@@ -90,14 +90,17 @@ class Product:
     def _large_blocks(self) -> Blocks:
         if self.large is not None or self.low.dtype == torch.float32:
             return self.large or _FLOAT32
-        return _LARGE[min(torch.cuda.get_device_capability(self.low.device)[0], 10) * 10]
+        on_gpu = self.low.device.type == "cuda"
+        capability = torch.cuda.get_device_capability(self.low.device)[0] if on_gpu else 9
+        return _LARGE[min(capability, 10) * 10]
 
     def _small_blocks(self) -> Blocks:
         return self.small or (_FLOAT32 if self.low.dtype == torch.float32 else _SMALL)
 
 
 def _multiprocessors(place: torch.device) -> int:
-    return torch.cuda.get_device_properties(place).multi_processor_count
+    """Return how many programs run at a time; few for the interpreter, which runs one after the other."""
+    return torch.cuda.get_device_properties(place).multi_processor_count if place.type == "cuda" else 2
 
 
 class RowList(NamedTuple):
@@ -211,6 +214,7 @@ def _size_bits(pre, SIGNED: tl.constexpr):
     bits = pre.to(tl.int32, bitcast=True)
     if SIGNED:
         bits = bits & 0x7FFFFFFF
+        bits = tl.where(bits == 0x7F800000, 0, bits)  # a bias of minus infinity leaves a feature out
     return bits
 
 

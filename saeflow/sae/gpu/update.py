@@ -260,18 +260,20 @@ class RowGradients:
 
     def update(
         self, encoder: AdamRows, decoder: AdamRows, w_low: Tensor | None, codes: Tensor, wakefulness: Wakefulness,
-        clock: AdamClock, seed: int,
+        clock: AdamClock, seed: int, allowed: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Let all awake rows take the step that `clock.advance` has begun.
 
         `w_low` (F, D), if any, gets the encoder's new rows for the next product. `codes` are those of `code_tables`.
-        Weights in bfloat16 are rounded at random, by `seed`.
+        Weights in bfloat16 are rounded at random, by `seed`. If `allowed` (1) is 0, nothing changes.
         """
-        awake = wakefulness.awake(self.by.feature_starts, clock.step)
+        awake, n_awake = wakefulness.awake(self.by.feature_starts, clock.step)
+        if allowed is not None:
+            n_awake = n_awake * allowed.int()
         tables = wakefulness.last_step, wakefulness.awake_until, clock.table, clock.step, codes
         low = encoder.weights if w_low is None else w_low
         update_rows_kernel[(self._n_features,)](
-            *self._arrays, *awake, *tables, low, *encoder, *decoder, seed, *self._widths, **self._tiles, **self._kind,
+            *self._arrays, awake, n_awake, *tables, low, *encoder, *decoder, seed, *self._widths, **self._tiles, **self._kind,
             HAS_LOW=w_low is not None, EIGHT_BIT=encoder.eight_bit, STOCHASTIC=encoder.weights.dtype == torch.bfloat16,
         )  # fmt: skip
 
