@@ -83,6 +83,7 @@ class Product:
         kernel[(min(tiles, n_programs),)](
             low=self.low, w_low=self.w_low, bias=self.bias, n_features=self.n_features, width=width,
             SIGNED=self.signed, EVEN=width % blocks.width == 0, GROUP=GROUP,
+            WIDEN=self.low.device.type == "cpu",  # Triton's interpreter multiplies bfloat16 as if it were int16
             ROWS=blocks.rows, FEATURES=blocks.features, WIDTH=blocks.width,
             num_warps=blocks.warps, num_stages=blocks.stages, **arguments,
         )  # fmt: skip
@@ -188,7 +189,7 @@ def _tile_at(number, n_rows, n_features, GROUP: tl.constexpr, ROWS: tl.constexpr
 @triton.jit
 def _pre_activations(
     low, w_low, bias, rows, features, width,
-    EVEN: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     inner = tl.arange(0, WIDTH)
     x_at = low + rows.to(tl.int64)[:, None] * width + inner[None, :]
@@ -200,6 +201,8 @@ def _pre_activations(
         else:
             x = tl.load(x_at, mask=inner[None, :] < width - start, other=0.0)
             w = tl.load(w_at, mask=inner[:, None] < width - start, other=0.0)
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
         pre = tl.dot(x, w, pre, input_precision="ieee")
         x_at += WIDTH
         w_at += WIDTH
@@ -252,7 +255,7 @@ def _n_bits(words):
 def candidates_kernel(
     low, w_low, bias, row_list, n_listed, floor, tie_floor, counts, cand_rows, cand_ids, cand_values,
     n_features, width, capacity, last,
-    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, TIES: tl.constexpr, EVEN: tl.constexpr,
+    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, TIES: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Append entries from the floor on: see `collect`.
@@ -268,7 +271,7 @@ def candidates_kernel(
         column = tl.arange(0, FEATURES)
         first = feature_block * FEATURES
         features = tl.minimum(first + column, n_features - 1)
-        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, ROWS, FEATURES, WIDTH)
+        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, WIDEN, ROWS, FEATURES, WIDTH)
 
         bits = _size_bits(pre, SIGNED)
         state = rows if BY_ROW else rows * 0
@@ -301,7 +304,7 @@ def candidates_kernel(
 def histogram_kernel(
     low, w_low, bias, row_list, n_listed, floor, tie_floor, histograms,
     n_features, width, n_histograms, shift, high, last,
-    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, OF_PLACES: tl.constexpr, EVEN: tl.constexpr,
+    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, OF_PLACES: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     BINS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Count entries by a digit: see `add_histograms`. The floor's lower digits are zero."""
@@ -312,7 +315,7 @@ def histogram_kernel(
         rows = tl.load(row_list + listed, mask=listed < n, other=0)
         unclipped = feature_block * FEATURES + tl.arange(0, FEATURES)
         features = tl.minimum(unclipped, n_features - 1)
-        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, ROWS, FEATURES, WIDTH)
+        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, WIDEN, ROWS, FEATURES, WIDTH)
 
         bits = _size_bits(pre, SIGNED)
         state = rows if BY_ROW else rows * 0
@@ -354,7 +357,7 @@ def _specimen(kernel: Any, name: str, flags: dict[str, bool], short: str, blocks
         if name in _TYPES
     }
     sizes = {"ROWS": blocks.rows, "FEATURES": blocks.features, "WIDTH": blocks.width, "GROUP": GROUP}
-    plain = {"SIGNED": False, "EVEN": True, "TIES": False, "BINS": 1 << DIGIT_BITS}
+    plain = {"SIGNED": False, "EVEN": True, "WIDEN": False, "TIES": False, "BINS": 1 << DIGIT_BITS}
     constants = {key: value for key, value in (plain | sizes | flags).items() if key in kernel.arg_names}
     label = f"{kernel.__name__} {name} {short}"
     return Specimen(kernel, signature, constants, blocks.warps, blocks.stages, label, only or (80, 90, 100))
