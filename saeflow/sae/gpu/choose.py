@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saeflow.sae.gpu.product import Candidates, Floor, Product, RowList, collect
 from saeflow.sae.gpu.search import complete
-from saeflow.sae.gpu.specimens import Specimen
+from saeflow.sae.gpu.specimens import Specimen, typed
 
 
 class Entries(NamedTuple):
@@ -164,18 +164,12 @@ def _rows_together(capacity: int) -> int:
     return max(_TOGETHER // capacity, 1)
 
 
+_TYPES = typed({"*i32": "counts cand_ids row_starts ids", "*fp32": "cand_values values kth", "i32": "k n_rows"})
+
 SPECIMENS = [
     Specimen(
-        select_kernel,
-        {
-            **dict.fromkeys(("counts", "cand_ids", "row_starts", "ids"), "*i32"),
-            **dict.fromkeys(("cand_values", "values", "kth"), "*fp32"),
-            **{"k": "i32", "n_rows": "i32"},
-        },
-        {"CAPACITY": capacity, "K": k, "ROWS": _rows_together(capacity)},
-        _WARPS,
-        1,
+        select_kernel, _TYPES, {"CAPACITY": capacity, "K": k, "ROWS": _rows_together(capacity)}, _WARPS, 1,
         f"select_kernel {k} of {capacity}",
     )
     for k, capacity in ((64, 512), (64, 1024), (256, 2048))
-]
+]  # fmt: skip

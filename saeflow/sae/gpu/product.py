@@ -4,8 +4,8 @@ A number of size `bits` is a float32 of at least zero, read as int32: such integ
 search says from which bits on an entry matters (its `floor`), and among entries of exactly those bits, how far from
 the last feature it must be (`tie_floor`): so entries are in one order without equals, lower features first.
 
-The same tile is computed by the same instructions, whichever kernel asks and whichever rows share the tile. So a
-pre-activation has the same bits in every search, and what is chosen does not depend on guesses.
+Every kernel here sums a pre-activation in the same order, by the same kind of instruction, whichever rows share the
+tile. So it has the same bits in every search, and what is chosen does not depend on guesses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saeflow.sae.gpu.specimens import Specimen
+from saeflow.sae.gpu.specimens import Specimen, typed
 
 
 class Blocks(NamedTuple):
@@ -285,6 +285,7 @@ def candidates_kernel(
         in_row = _n_bits(words)
         if BY_ROW:
             place = tl.atomic_add(counts + rows, in_row, mask=in_row > 0, sem="relaxed")
+            place = tl.where(in_row > 0, place, 0)  # it is undefined where nothing was added
             begin = rows.to(tl.int64) * capacity
         else:
             place = tl.cumsum(in_row, 0) - in_row + tl.atomic_add(counts, tl.sum(in_row), sem="relaxed")
@@ -333,12 +334,10 @@ def histogram_kernel(
         tl.atomic_add(at, 1, mask=keep, sem="relaxed")
 
 
-_TYPES = {
-    **{"low": "*", "w_low": "*", "bias": "*fp32", "row_list": "*i32", "n_listed": "*i32", "floor": "*i32"},
-    **{"tie_floor": "*i64", "counts": "*i32", "cand_rows": "*i32", "cand_ids": "*i32", "cand_values": "*fp32"},
-    **{"histograms": "*i32", "last": "i64"},
-    **dict.fromkeys(("n_features", "width", "capacity", "n_histograms", "shift", "high"), "i32"),
-}
+_TYPES = typed({
+    "*i32": "row_list n_listed floor counts cand_rows cand_ids histograms", "*i64": "tie_floor",
+    "*fp32": "bias cand_values", "i32": "n_features width capacity n_histograms shift high", "i64": "last",
+})  # fmt: skip
 _COLLECTED = {
     "rows": {"BY_ROW": True}, "batch": {"BY_ROW": False}, "magnitudes": {"BY_ROW": True, "SIGNED": True},
     "ragged": {"BY_ROW": True, "EVEN": False}, "rows_ties": {"BY_ROW": True, "TIES": True},
@@ -351,11 +350,8 @@ _COUNTED = {
 
 
 def _specimen(kernel: Any, name: str, flags: dict[str, bool], short: str, blocks: Blocks, *only: int) -> Specimen:
-    signature = {
-        name: _TYPES[name].replace("*", f"*{short}") if name in ("low", "w_low") else _TYPES[name]
-        for name in kernel.arg_names
-        if name in _TYPES
-    }
+    types = _TYPES | {"low": f"*{short}", "w_low": f"*{short}"}
+    signature = {key: types[key] for key in kernel.arg_names if key in types}
     sizes = {"ROWS": blocks.rows, "FEATURES": blocks.features, "WIDTH": blocks.width, "GROUP": GROUP}
     plain = {"SIGNED": False, "EVEN": True, "WIDEN": False, "TIES": False, "BINS": 1 << DIGIT_BITS}
     constants = {key: value for key, value in (plain | sizes | flags).items() if key in kernel.arg_names}
