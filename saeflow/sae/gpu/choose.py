@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saeflow.sae.gpu.product import Candidates, Floor, Product, RowList, collect
 from saeflow.sae.gpu.search import complete
-from saeflow.sae.gpu.specimens import Specimen
+from saeflow.sae.gpu.specimens import Specimen, typed
 
 
 class Entries(NamedTuple):
@@ -54,9 +54,10 @@ def largest_of_rows(product: Product, k: int, guess: Tensor, capacity: int) -> C
     row_starts = tf.pad(candidates.counts.clamp(max=k).cumsum(0, dtype=torch.int32), (1, 0))
     ids = torch.zeros(n_rows * k, dtype=torch.int32, device=place)
     values, kth = torch.zeros(n_rows * k, device=place), torch.zeros(n_rows, device=place)
-    select_kernel[(n_rows,)](
-        candidates.counts, candidates.ids, candidates.values, row_starts, ids, values, kth, k,
-        CAPACITY=capacity, K=triton.next_power_of_2(k), num_warps=_WARPS,
+    together = _rows_together(capacity)
+    select_kernel[(triton.cdiv(n_rows, together),)](
+        candidates.counts, candidates.ids, candidates.values, row_starts, ids, values, kth, k, n_rows,
+        CAPACITY=capacity, K=triton.next_power_of_2(k), ROWS=together, num_warps=_WARPS,
     )  # fmt: skip
     return Choice(Entries(row_starts, ids, values), kth, n_wrong)
 
@@ -124,51 +125,51 @@ def _by_place(product: Product, candidates: Candidates, kth: Tensor, n_equal: Te
     return Entries(row_starts, ids[:room], kept[:room])
 
 
-_WARPS = 4
-"""For buffers of 512 to 1,024 entries: 4 to 8 a thread."""
+_WARPS, _TOGETHER = 4, 1024
+"""Entries of the buffers that a program sorts: 8 a thread."""
 
 
 @triton.jit
 def select_kernel(
-    counts, cand_ids, cand_values, row_starts, ids, values, kth, k, CAPACITY: tl.constexpr, K: tl.constexpr
-):
-    """Write the k largest candidates of one row by ascending feature, and the size of the last.
+    counts, cand_ids, cand_values, row_starts, ids, values, kth, k, n_rows,
+    CAPACITY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write the k largest candidates of some rows by ascending feature, and the sizes of the last ones.
 
     An entry is one number: its size, then how far its feature is from the last one, then its sign. The largest of
     these are chosen by a bitonic top-k. K: the power of two from k on.
     """
-    row = tl.program_id(0)
-    n = tl.minimum(tl.load(counts + row), CAPACITY)
-    at = tl.arange(0, CAPACITY)
-    begin = row.to(tl.int64) * CAPACITY
-    feature = tl.load(cand_ids + begin + at, mask=at < n, other=0).to(tl.int64)
-    bits = tl.load(cand_values + begin + at, mask=at < n, other=0.0).to(tl.int32, bitcast=True).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.minimum(tl.load(counts + row, mask=row < n_rows, other=0), CAPACITY)[:, None]
+    column = tl.arange(0, CAPACITY)[None, :]
+    at = (row.to(tl.int64) * CAPACITY)[:, None] + column
+    feature = tl.load(cand_ids + at, mask=column < n, other=0).to(tl.int64)
+    bits = tl.load(cand_values + at, mask=column < n, other=0.0).to(tl.int32, bitcast=True).to(tl.int64)
     key = ((bits & 0x7FFFFFFF) << 32) | ((0x7FFFFFFF - feature) << 1) | ((bits >> 31) & 1)
-    key = tl.topk(tl.where(at < n, key, 0), K)
+    key = tl.topk(tl.where(column < n, key, 0), K)
 
-    place = tl.arange(0, K)
-    size, feature = key >> 32, 0x7FFFFFFF - ((key >> 1) & 0x7FFFFFFF)
-    tl.store(kth + row, tl.sum(tl.where(place == k - 1, size, 0)).to(tl.int32).to(tl.float32, bitcast=True))
-    signed = size | ((key & 1) << 31)
-    by_feature = tl.sort(tl.where(place < tl.minimum(n, k), (feature << 32) | signed, 0x7FFFFFFFFFFFFFFF))
-    to = tl.load(row_starts + row) + place
+    place = tl.arange(0, K)[None, :]
     chosen = place < tl.minimum(n, k)
+    size, feature = key >> 32, 0x7FFFFFFF - ((key >> 1) & 0x7FFFFFFF)
+    last = tl.sum(tl.where(place == k - 1, size, 0), 1).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(kth + row, last, mask=row < n_rows)
+    signed = size | ((key & 1) << 31)
+    by_feature = tl.sort(tl.where(chosen, (feature << 32) | signed, 0x7FFFFFFFFFFFFFFF))
+    to = tl.load(row_starts + row, mask=row < n_rows, other=0)[:, None] + place
     tl.store(ids + to, (by_feature >> 32).to(tl.int32), mask=chosen)
     tl.store(values + to, by_feature.to(tl.int32).to(tl.float32, bitcast=True), mask=chosen)
 
 
+def _rows_together(capacity: int) -> int:
+    return max(_TOGETHER // capacity, 1)
+
+
+_TYPES = typed({"*i32": "counts cand_ids row_starts ids", "*fp32": "cand_values values kth", "i32": "k n_rows"})
+
 SPECIMENS = [
     Specimen(
-        select_kernel,
-        {
-            **dict.fromkeys(("counts", "cand_ids", "row_starts", "ids"), "*i32"),
-            **dict.fromkeys(("cand_values", "values", "kth"), "*fp32"),
-            "k": "i32",
-        },
-        {"CAPACITY": capacity, "K": k},
-        _WARPS,
-        1,
+        select_kernel, _TYPES, {"CAPACITY": capacity, "K": k, "ROWS": _rows_together(capacity)}, _WARPS, 1,
         f"select_kernel {k} of {capacity}",
     )
     for k, capacity in ((64, 512), (64, 1024), (256, 2048))
-]
+]  # fmt: skip

@@ -26,7 +26,8 @@ _SAMPLE_ROWS = 64
 
 def lengths(rows: Tensor) -> Tensor:
     """Return the length of each row (B) float32."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    return length
 
 
 def next_ratio(kth: Tensor, row_lengths: Tensor) -> Tensor:

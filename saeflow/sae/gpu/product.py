@@ -4,8 +4,8 @@ A number of size `bits` is a float32 of at least zero, read as int32: such integ
 search says from which bits on an entry matters (its `floor`), and among entries of exactly those bits, how far from
 the last feature it must be (`tie_floor`): so entries are in one order without equals, lower features first.
 
-The same tile is computed by the same instructions, whichever kernel asks and whichever rows share the tile. So a
-pre-activation has the same bits in every search, and what is chosen does not depend on guesses.
+Every kernel here sums a pre-activation in the same order, by the same kind of instruction, whichever rows share the
+tile. So it has the same bits in every search, and what is chosen does not depend on guesses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saeflow.sae.gpu.specimens import Specimen
+from saeflow.sae.gpu.specimens import Specimen, typed
 
 
 class Blocks(NamedTuple):
@@ -83,6 +83,7 @@ class Product:
         kernel[(min(tiles, n_programs),)](
             low=self.low, w_low=self.w_low, bias=self.bias, n_features=self.n_features, width=width,
             SIGNED=self.signed, EVEN=width % blocks.width == 0, GROUP=GROUP,
+            WIDEN=self.low.device.type == "cpu",  # Triton's interpreter multiplies bfloat16 as if it were int16
             ROWS=blocks.rows, FEATURES=blocks.features, WIDTH=blocks.width,
             num_warps=blocks.warps, num_stages=blocks.stages, **arguments,
         )  # fmt: skip
@@ -191,7 +192,7 @@ def _tile_at(number, n_rows, n_features, GROUP: tl.constexpr, ROWS: tl.constexpr
 @triton.jit
 def _pre_activations(
     low, w_low, bias, rows, features, width,
-    EVEN: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     inner = tl.arange(0, WIDTH)
     x_at = low + rows.to(tl.int64)[:, None] * width + inner[None, :]
@@ -203,6 +204,8 @@ def _pre_activations(
         else:
             x = tl.load(x_at, mask=inner[None, :] < width - start, other=0.0)
             w = tl.load(w_at, mask=inner[:, None] < width - start, other=0.0)
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
         pre = tl.dot(x, w, pre, input_precision="ieee")
         x_at += WIDTH
         w_at += WIDTH
@@ -256,7 +259,7 @@ def _n_bits(words):
 def candidates_kernel(
     low, w_low, bias, row_list, n_listed, floor, tie_floor, counts, cand_rows, cand_ids, cand_values,
     n_features, width, capacity, last,
-    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, TIES: tl.constexpr, EVEN: tl.constexpr,
+    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, TIES: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Append entries from the floor on: see `collect`.
@@ -272,7 +275,7 @@ def candidates_kernel(
         column = tl.arange(0, FEATURES)
         first = feature_block * FEATURES
         features = tl.minimum(first + column, n_features - 1)
-        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, ROWS, FEATURES, WIDTH)
+        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, WIDEN, ROWS, FEATURES, WIDTH)
 
         bits = _size_bits(pre, SIGNED)
         state = rows if BY_ROW else rows * 0
@@ -286,6 +289,7 @@ def candidates_kernel(
         in_row = _n_bits(words)
         if BY_ROW:
             place = tl.atomic_add(counts + rows, in_row, mask=in_row > 0, sem="relaxed")
+            place = tl.where(in_row > 0, place, 0)  # it is undefined where nothing was added
             begin = rows.to(tl.int64) * capacity
         else:
             place = tl.cumsum(in_row, 0) - in_row + tl.atomic_add(counts, tl.sum(in_row), sem="relaxed")
@@ -305,7 +309,7 @@ def candidates_kernel(
 def histogram_kernel(
     low, w_low, bias, row_list, n_listed, floor, tie_floor, histograms,
     n_features, width, n_histograms, shift, high, last,
-    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, OF_PLACES: tl.constexpr, EVEN: tl.constexpr,
+    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, OF_PLACES: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     BINS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Count entries by a digit: see `add_histograms`. The floor's lower digits are zero."""
@@ -316,7 +320,7 @@ def histogram_kernel(
         rows = tl.load(row_list + listed, mask=listed < n, other=0)
         unclipped = feature_block * FEATURES + tl.arange(0, FEATURES)
         features = tl.minimum(unclipped, n_features - 1)
-        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, ROWS, FEATURES, WIDTH)
+        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, WIDEN, ROWS, FEATURES, WIDTH)
 
         bits = _size_bits(pre, SIGNED)
         state = rows if BY_ROW else rows * 0
@@ -334,12 +338,10 @@ def histogram_kernel(
         tl.atomic_add(at, 1, mask=keep, sem="relaxed")
 
 
-_TYPES = {
-    **{"low": "*", "w_low": "*", "bias": "*fp32", "row_list": "*i32", "n_listed": "*i32", "floor": "*i32"},
-    **{"tie_floor": "*i64", "counts": "*i32", "cand_rows": "*i32", "cand_ids": "*i32", "cand_values": "*fp32"},
-    **{"histograms": "*i32", "last": "i64"},
-    **dict.fromkeys(("n_features", "width", "capacity", "n_histograms", "shift", "high"), "i32"),
-}
+_TYPES = typed({
+    "*i32": "row_list n_listed floor counts cand_rows cand_ids histograms", "*i64": "tie_floor",
+    "*fp32": "bias cand_values", "i32": "n_features width capacity n_histograms shift high", "i64": "last",
+})  # fmt: skip
 _COLLECTED = {
     "rows": {"BY_ROW": True}, "batch": {"BY_ROW": False}, "magnitudes": {"BY_ROW": True, "SIGNED": True},
     "ragged": {"BY_ROW": True, "EVEN": False}, "rows_ties": {"BY_ROW": True, "TIES": True},
@@ -352,13 +354,10 @@ _COUNTED = {
 
 
 def _specimen(kernel: Any, name: str, flags: dict[str, bool], short: str, blocks: Blocks, *only: int) -> Specimen:
-    signature = {
-        name: _TYPES[name].replace("*", f"*{short}") if name in ("low", "w_low") else _TYPES[name]
-        for name in kernel.arg_names
-        if name in _TYPES
-    }
+    types = _TYPES | {"low": f"*{short}", "w_low": f"*{short}"}
+    signature = {key: types[key] for key in kernel.arg_names if key in types}
     sizes = {"ROWS": blocks.rows, "FEATURES": blocks.features, "WIDTH": blocks.width, "GROUP": GROUP}
-    plain = {"SIGNED": False, "EVEN": True, "TIES": False, "BINS": 1 << DIGIT_BITS}
+    plain = {"SIGNED": False, "EVEN": True, "WIDEN": False, "TIES": False, "BINS": 1 << DIGIT_BITS}
     constants = {key: value for key, value in (plain | sizes | flags).items() if key in kernel.arg_names}
     label = f"{kernel.__name__} {name} {short}"
     return Specimen(kernel, signature, constants, blocks.warps, blocks.stages, label, only or (80, 90, 100))

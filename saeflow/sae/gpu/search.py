@@ -27,7 +27,7 @@ from saeflow.sae.gpu.product import (
     collect,
     last_place,
 )
-from saeflow.sae.gpu.specimens import Specimen
+from saeflow.sae.gpu.specimens import Specimen, typed
 
 _SIZE_BITS = 31
 _BATCH_HISTOGRAMS = 64
@@ -96,9 +96,9 @@ def descend_kernel(
     """Find the digit of the wanted entry of one row, or of the batch: see `_descend`."""
     number, n = tl.program_id(0), tl.load(n_listed)
     if number < n:
-        row = tl.load(row_list + number) if BY_ROW else 0
+        row = tl.load(row_list + number) if BY_ROW else number
         bins = tl.arange(0, BINS)
-        at = histograms + row.to(tl.int64) * BINS + bins if BY_ROW else histograms + bins
+        at = histograms + row.to(tl.int64) * BINS + bins
         here = tl.zeros((BINS,), tl.int64)
         for _ in range(PIECES):
             here += tl.load(at)
@@ -121,18 +121,18 @@ def descend_kernel(
                 tl.store(n_next, n)
 
 
+_TYPES = typed({
+    "*i32": "row_list n_listed next_rows n_next floor wanted histograms",
+    "*i64": "tie_floor",
+    "i32": "k capacity shift",
+})  # fmt: skip
+
 SPECIMENS = [
     Specimen(
-        descend_kernel,
-        {
-            **dict.fromkeys(("row_list", "n_listed", "next_rows", "n_next", "floor", "wanted", "histograms"), "*i32"),
-            **{"tie_floor": "*i64", "k": "i32", "capacity": "i32", "shift": "i32"},
-        },
-        {"BY_ROW": pieces == 1, "OF_PLACES": of_places, "BINS": 1 << DIGIT_BITS, "PIECES": pieces},
-        _WARPS,
-        1,
+        descend_kernel, _TYPES,
+        {"BY_ROW": pieces == 1, "OF_PLACES": of_places, "BINS": 1 << DIGIT_BITS, "PIECES": pieces}, _WARPS, 1,
         f"descend_kernel {'rows' if pieces == 1 else 'batch'} {'places' if of_places else 'sizes'}",
     )
     for pieces in (1, _BATCH_HISTOGRAMS)
     for of_places in (False, True)
-]
+]  # fmt: skip

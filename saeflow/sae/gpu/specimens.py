@@ -19,3 +19,8 @@ class Specimen:
     name: str
     capabilities: tuple[int, ...] = (80, 90, 100)
     """GPUs that it is launched on, by ten times their compute capability."""
+
+
+def typed(names_by_type: dict[str, str]) -> dict[str, str]:
+    """Return the type of each argument, from their names by type, parted by blanks."""
+    return {name: kind for kind, names in names_by_type.items() for name in names.split()}
