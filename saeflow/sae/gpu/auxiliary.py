@@ -39,9 +39,13 @@ class Reconstructed(NamedTuple):
 
     def followed_by(self, other: Reconstructed) -> Reconstructed:
         """Return the entries of both, for the same rows of the batch."""
-        joined = (torch.cat([mine, its]) for mine, its in zip(self[:3], other[:3], strict=True))
-        pair, residual = torch.cat([self.pair, other.pair], 1), torch.cat([self.residual, other.residual])
-        return Reconstructed(*joined, pair, residual, self.losses, self.scale)
+        return self._replace(
+            ids=torch.cat([self.ids, other.ids]),
+            rows=torch.cat([self.rows, other.rows]),
+            residual_rows=torch.cat([self.residual_rows, other.residual_rows]),
+            pair=torch.cat([self.pair, other.pair], 1),
+            residual=torch.cat([self.residual, other.residual]),
+        )
 
 
 class Auxiliary:

@@ -28,9 +28,9 @@ from saeflow.sae.parameters import SAEParameters
 CAPACITY = 16
 """Entries that a row's buffer holds, as a multiple of k: see `guess`."""
 
-FIGURES = ("loss", "unexplained", "auxiliary", "n_active", "n_dead", "n_wrong_guesses", "finite", "suspect")
-"""Figures of a step, in this order. `finite` is 0 if a loss was not finite in this step or before, and `suspect` is then
-the row to look at: see `saeflow.train.training.FeedBatch.suspect`."""
+FIGURES = ("loss", "unexplained", "auxiliary", "n_active", "n_dead", "n_wrong_guesses", "alive", "suspect")
+"""Figures of a step, in this order. `alive` is 0 if a loss was not finite, in this step or before. `suspect` is the row of
+that batch to look at, the first one that is not finite, as -1 - row, or else the longest."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class FusedStep:
         self.aux_weight = aux_weight if sae.traits.revives_dead else 0.0
         self.dead_after = dead_after_tokens
         group, place = adam.param_groups[0], sae.W_enc.device
-        settings = AdamSettings(*group["betas"], group["eps"], highest_lr, tolerance)
+        beta1, beta2 = group["betas"]
+        settings = AdamSettings(beta1, beta2, group["eps"], highest_lr, tolerance)
         self.clock = AdamClock(settings, place)
         self.wakefulness = Wakefulness.asleep(sae.config.n_features, place)
         self.codes = code_tables(place)
@@ -75,14 +76,16 @@ class FusedStep:
         self.ends = torch.tensor(sae.config.nested, dtype=torch.int32, device=place)
         self.guess: Tensor | None = None
         """Ratio of guess to length, or a number for the whole batch (1): see `guess`."""
+        self.guess_is_of_batch = False
         self.auxiliary = Auxiliary(sae.traits.signed)
         self.alive = torch.ones(1, device=place)
         """1, or 0 from the first loss on that is not finite."""
+        self.suspect = torch.zeros(1, dtype=torch.float64, device=place)
         self.figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=place)
         self._resume()
 
     def _resume(self) -> None:
-        """Take the clock from Adam's state. Rows whose moments are not zero are awake until their next step says more."""
+        """Take the clock from Adam's state. Rows with moments are awake until their next step says more."""
         step = self.adam.state[self.sae.W_dec]["step"]
         self.clock.step.fill_(int(step))
         self.wakefulness.last_step.fill_(int(step))
@@ -100,7 +103,7 @@ class FusedStep:
         added = self._auxiliary(main, batch, dead, options)
         loss, figures = self._losses(main, added, batch, choice, dead, len(x))
         self._judge(loss, x)
-        self.figures.copy_(torch.cat([loss, *figures, self.alive, self._suspect]))
+        self.figures.copy_(torch.cat([loss, *figures, self.alive, self.suspect]))
         self._remember(choice, len(x), options)
         self._update(main, added, batch, options.lr)
 
@@ -152,7 +155,9 @@ class FusedStep:
         self, main: Reconstructed, added: Reconstructed | None, batch: _Centred, choice: Choice, dead: Tensor, n: int
     ) -> tuple[Tensor, list[Tensor]]:
         errors = main.losses.double().sum(1)
-        auxiliary = torch.zeros_like(batch.variance) if added is None else added.losses.double().sum()[None] / added.scale
+        auxiliary = (
+            torch.zeros_like(batch.variance) if added is None else added.losses.double().sum()[None] / added.scale
+        )
         loss = errors.mean()[None] / batch.variance + self.aux_weight * auxiliary
         n_active = choice.entries.row_starts[-1:].double() / n
         unexplained = errors[-1:] / batch.variance
@@ -160,12 +165,11 @@ class FusedStep:
 
     def _judge(self, loss: Tensor, x: Tensor) -> None:
         """Stop all changes if the loss is not finite, and note the row to look at."""
-        self.alive.mul_(loss.isfinite())
-        norms = torch.linalg.vector_norm(x, dim=1)
-        row = torch.where(norms.isfinite(), norms, torch.inf).argmax()[None].double()
-        first = getattr(self, "_suspect", None)
-        self._suspect = row if first is None else torch.where(self._was_alive > 0, row, first)
-        self._was_alive = self.alive.clone()
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        bad = ~norms.isfinite()
+        row = torch.where(bad.any(), -1 - bad.int().argmax(), torch.where(bad, 0, norms).argmax())[None].double()
+        self.suspect = torch.where(self.alive > 0, row, self.suspect)
+        self.alive = self.alive * loss.isfinite()
 
     def _remember(self, choice: Choice, n_rows: int, options: StepOptions) -> None:
         """Count the tokens since each feature fired; let the running threshold follow the least chosen value."""
@@ -217,7 +221,7 @@ class FusedStep:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Bring the moments of sleeping rows up to the present step, and Adam's count of steps. This waits for the device."""
+        """Bring the moments of sleeping rows, and Adam's count of steps, up to now. This waits for the device."""
         step = int(self.clock.step)
         for name in ("W_enc", "W_dec"):
             asleep = (step - self.wakefulness.last_step).double()[:, None]

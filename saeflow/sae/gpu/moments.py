@@ -139,9 +139,7 @@ def store_moments(numbers, scales, tables, row, columns, d, moments, EIGHT_BIT: 
 
 
 @triton.jit
-def store_weights(
-    weights, row, columns, d, new, seed, step, matrix, STOCHASTIC: tl.constexpr
-):
+def store_weights(weights, row, columns, d, new, seed, step, matrix, STOCHASTIC: tl.constexpr):
     """Write a row of weights. With STOCHASTIC, bfloat16 rounds up or down with the probability that keeps the mean.
 
     The random number depends on seed, step, row, column and `matrix` alone (Philox 4x32, counter-based).
