@@ -301,7 +301,7 @@ def candidates_kernel(
             place += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift", "high"])
 def histogram_kernel(
     low, w_low, bias, row_list, n_listed, floor, tie_floor, histograms,
     n_features, width, n_histograms, shift, high, last,
@@ -336,7 +336,7 @@ def histogram_kernel(
 
 _TYPES = typed({
     "*i32": "row_list n_listed floor counts cand_rows cand_ids histograms", "*i64": "tie_floor",
-    "*fp32": "bias cand_values", "i32": "n_features width capacity n_histograms shift high", "i64": "last",
+    "*fp32": "bias cand_values", "i32": "n_features width capacity n_histograms shift high last",
 })  # fmt: skip
 _COLLECTED = {
     "rows": {"BY_ROW": True}, "batch": {"BY_ROW": False}, "magnitudes": {"BY_ROW": True, "SIGNED": True},
@@ -355,8 +355,9 @@ def _specimen(kernel: Any, name: str, flags: dict[str, bool], short: str, blocks
     sizes = {"ROWS": blocks.rows, "FEATURES": blocks.features, "WIDTH": blocks.width, "GROUP": GROUP}
     plain = {"SIGNED": False, "EVEN": True, "WIDEN": False, "TIES": False, "BINS": 1 << DIGIT_BITS}
     constants = {key: value for key, value in (plain | sizes | flags).items() if key in kernel.arg_names}
-    label = f"{kernel.__name__} {name} {short}"
-    return Specimen(kernel, signature, constants, blocks.warps, blocks.stages, label, only or (80, 90, 100))
+    label, odd = f"{kernel.__name__} {name} {short}", ("last", "shift", "high")
+    odd += () if constants["EVEN"] else ("width", "n_features")
+    return Specimen(kernel, signature, constants, blocks.warps, blocks.stages, label, only or (80, 90, 100), odd)
 
 
 SPECIMENS = [
