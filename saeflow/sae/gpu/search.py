@@ -88,7 +88,7 @@ _WARPS = 4
 """For 2,048 counters: 16 a thread."""
 
 
-@triton.jit(do_not_specialize=["shift"])
+@triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=["n_listed"])
 def descend_kernel(
     row_list, n_listed, next_rows, n_next, floor, tie_floor, wanted, histograms, k, capacity, shift,
     BY_ROW: tl.constexpr, OF_PLACES: tl.constexpr, BINS: tl.constexpr, PIECES: tl.constexpr,
@@ -131,7 +131,7 @@ SPECIMENS = [
     Specimen(
         descend_kernel, _TYPES,
         {"BY_ROW": pieces == 1, "OF_PLACES": of_places, "BINS": 1 << DIGIT_BITS, "PIECES": pieces}, _WARPS, 1,
-        f"descend_kernel {'rows' if pieces == 1 else 'batch'} {'places' if of_places else 'sizes'}", odd=("shift",),
+        f"descend_kernel {'rows' if pieces == 1 else 'batch'} {'places' if of_places else 'sizes'}", odd=("shift", "n_listed"),
     )
     for pieces in (1, _BATCH_HISTOGRAMS)
     for of_places in (False, True)

@@ -11,7 +11,7 @@ from saeflow.sae.gpu.product import Candidates, Floor, Product, RowList, add_his
 from tests.sae.gpu import PLACE
 from tests.sae.gpu.dense import Shape, a_product, exact, few_examples, product_of, sizes
 
-SHAPES = st.builds(Shape, st.integers(1, 70), st.integers(1, 150), st.integers(1, 40))
+SHAPES = st.builds(Shape, st.integers(1, 200), st.integers(1, 150), st.integers(1, 40))
 
 
 def rows_of(*numbers: int, n_rows: int) -> RowList:
@@ -44,7 +44,7 @@ def test_all_entries_above_the_floor_are_found_with_their_values(shape, seed, dt
     product = a_product(shape, seed, dtype, signed)
     wanted, size = exact(product), sizes(product)
     least = torch.rand(shape.n_rows if by_row else 1) * 2
-    candidates = Candidates.room_for(product, by_row, 256 if by_row else 70 * 256)
+    candidates = Candidates.room_for(product, by_row, 256 if by_row else 200 * 256)
     collect(product, rows_of(*range(shape.n_rows), n_rows=shape.n_rows), floor_of(least), False, candidates)
     values = found(product, candidates)
     assert candidates.counts.sum() == (values != 0).sum()
