@@ -35,8 +35,8 @@ class Blocks(NamedTuple):
 
 
 _LARGE = {80: Blocks(128, 128, 64, 8, 3, 1), 90: Blocks(256, 128, 64, 8, 3, 1), 100: Blocks(256, 128, 64, 8, 3, 1)}
-"""Blocks of a search in bfloat16 by the GPU's capability; others take those of 80. A thread then holds 64 or 128 sums, the most that leave it
-registers for the search; 128 rows of 256 features spill. Shared memory: 96 to 144 KiB."""
+"""Blocks of a search in bfloat16 by the GPU's capability; others take those of 80. A thread then holds 64 or 128 sums,
+the most that leave it registers for the search; 128 rows of 256 features spill. Shared memory: 64 to 144 KiB."""
 _SMALL = Blocks(128, 64, 64, 8, 3, 1)
 """Blocks in bfloat16 of kernels that need more registers for an entry: a thread holds 32 sums."""
 _FLOAT32 = Blocks(64, 64, 32, 4, 3, 2)

@@ -131,7 +131,8 @@ SPECIMENS = [
     Specimen(
         descend_kernel, _TYPES,
         {"BY_ROW": pieces == 1, "OF_PLACES": of_places, "BINS": 1 << DIGIT_BITS, "PIECES": pieces}, _WARPS, 1,
-        f"descend_kernel {'rows' if pieces == 1 else 'batch'} {'places' if of_places else 'sizes'}", odd=("shift", "n_listed"),
+        f"descend_kernel {'rows' if pieces == 1 else 'batch'} {'places' if of_places else 'sizes'}",
+        odd=("shift", "n_listed"),
     )
     for pieces in (1, _BATCH_HISTOGRAMS)
     for of_places in (False, True)
