@@ -38,7 +38,7 @@ def complete(product: Product, k: int, floor: Floor, candidates: Candidates) -> 
     """Make the candidates hold the k largest of each row, or of the batch; return how many rows that took (1) int32.
 
     `candidates` holds what `collect` found from the floor on, which then moves where it was wrong. k is at most the
-    capacity.
+    capacity. Memory: 8 KiB of counters a row, or 512 KiB for a batch.
     """
     by_row, counts, n_rows = candidates.rows is None, candidates.counts, product.n_rows
     wrong = (counts > candidates.capacity) | ((counts < k) & (floor.bits > 1))

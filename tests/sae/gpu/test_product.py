@@ -71,6 +71,17 @@ def test_only_listed_rows_are_searched():
     assert (candidates.counts[[2, 7, 39]].cpu() == (exact(product) > 0).sum(1)[[2, 7, 39]]).all()
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_every_tile_is_searched_once_in_groups_of_any_height(group, monkeypatch):
+    monkeypatch.setattr("saeflow.sae.gpu.product.GROUP", group)
+    product = a_product(Shape(300, 200, 20))
+    candidates, size = Candidates.room_for(product, True, 256), exact(product)
+    least = size.sort(dim=1, descending=True).values[:, 2] * 0.999
+    collect(product, rows_of(*range(300), n_rows=300), floor_of(least), False, candidates)
+    assert torch.equal(found(product, candidates) != 0, size > least[:, None])
+    assert torch.equal(candidates.counts.cpu().long(), (size > least[:, None]).sum(1))
+
+
 @pytest.mark.parametrize("by_row", [True, False])
 def test_of_entries_of_the_floors_size_only_the_first_ones_are_found(by_row):
     product = a_product(Shape(40, 100, 5), whole=2)
