@@ -13,10 +13,11 @@ from torch import Tensor
 from saeflow.sae.gpu.product import Product
 
 LOW_QUANTILE, MARGIN = 1 / 256, 0.98
-"""The ratio is the one that 255 of 256 rows exceed, times a margin for what a step changes. The few rows below are
-searched anew: up to one tile of them costs as much as a single one. Rows far above the ratio find too many entries,
-and a lower quantile would make more of those. With normal pre-activations of which k are the thousandth part, 8 k
-entries exceed 0.75 times the k-th, and 16 k exceed 0.65 times: so far may the ratios of rows lie apart."""
+"""The ratio is the one that 255 of 256 rows exceed, times a margin for what a step changes. The few rows below it are
+searched anew: up to a tile of 128 rows costs as much as one row. A lower ratio would let more rows find too many
+entries. With normal pre-activations of which k are the thousandth part, 8 k exceed 0.75 times the k-th, and 16 k exceed
+0.65 times. Measured on the demo's activations and trained autoencoder (4,096 features, k = 32), whose ratios differ six
+times: 0.5% of rows find fewer than k; 0.5% find more than 8 k, and 0.02% more than 16 k."""
 
 BATCH_MARGIN = 0.95
 """The k-th of half a million entries hardly moves; about 1.6 times as many exceed 0.95 times it."""

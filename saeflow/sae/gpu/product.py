@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as tf
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,12 +35,15 @@ class Blocks(NamedTuple):
 
 
 _LARGE = {80: Blocks(128, 128, 64, 8, 3, 1), 90: Blocks(256, 128, 64, 8, 3, 1), 100: Blocks(256, 128, 64, 8, 3, 1)}
-"""Blocks of a search in bfloat16 by the GPU's capability. A thread then holds 64 or 128 sums, the most that leave it
-registers for the search; 128 rows of 256 features spill. Shared memory: 96 to 144 KiB."""
+"""Blocks of a search in bfloat16 by the GPU's capability; others take those of 80. A thread then holds 64 or 128 sums,
+the most that leave it registers for the search; 128 rows of 256 features spill. Shared memory: 64 to 144 KiB."""
 _SMALL = Blocks(128, 64, 64, 8, 3, 1)
 """Blocks in bfloat16 of kernels that need more registers for an entry: a thread holds 32 sums."""
 _FLOAT32 = Blocks(64, 64, 32, 4, 3, 2)
 """Blocks in float32, which has no tensor cores: a thread holds 32 sums and what it multiplies."""
+
+WIDTH_MULTIPLE = 64
+"""A block of any other width needs a mask, and an odd one an address for every number: threads would spill."""
 
 GROUP = 8
 """Blocks of rows that pass over the features together. A wave of 132 tiles is then about as many rows as features, and
@@ -54,7 +58,7 @@ class Product:
     """The pre-activations of a batch less their cuts, low @ w_low.T + bias, and how they are computed."""
 
     low: Tensor
-    """Centred batch (B, D), bfloat16 or float32."""
+    """Centred batch (B, D), bfloat16 or float32; D is a multiple of 64."""
     w_low: Tensor
     """Encoder weights (F, D), of that type."""
     bias: Tensor
@@ -65,6 +69,14 @@ class Product:
     small: Blocks | None = None
     """Blocks other than those of the GPU at hand, and how many programs run at a time."""
     n_programs: int = 0
+
+    @classmethod
+    def of(cls, low: Tensor, w_low: Tensor, bias: Tensor, signed: bool = False) -> Product:
+        """Return the product of any width: zeros fill it up to a multiple of 64, in copies if it is none."""
+        missing = -low.shape[1] % WIDTH_MULTIPLE
+        if missing:
+            low, w_low = (tf.pad(each, (0, missing)) for each in (low, w_low))
+        return cls(low, w_low, bias, signed)
 
     @property
     def n_rows(self) -> int:
@@ -79,10 +91,9 @@ class Product:
         blocks = self._small_blocks() if is_small else self._large_blocks()
         tiles = triton.cdiv(self.n_rows, blocks.rows) * triton.cdiv(self.n_features, blocks.features)
         n_programs = self.n_programs or blocks.programs * _multiprocessors(self.low.device)
-        width = self.low.shape[1]
         kernel[(min(tiles, n_programs),)](
-            low=self.low, w_low=self.w_low, bias=self.bias, n_features=self.n_features, width=width,
-            SIGNED=self.signed, EVEN=width % blocks.width == 0, GROUP=GROUP,
+            low=self.low, w_low=self.w_low, bias=self.bias, n_features=self.n_features,
+            width=self.low.shape[1], SIGNED=self.signed, GROUP=GROUP,
             WIDEN=self.low.device.type == "cpu",  # Triton's interpreter multiplies bfloat16 as if it were int16
             ROWS=blocks.rows, FEATURES=blocks.features, WIDTH=blocks.width,
             num_warps=blocks.warps, num_stages=blocks.stages, **arguments,
@@ -92,8 +103,8 @@ class Product:
         if self.large is not None or self.low.dtype == torch.float32:
             return self.large or _FLOAT32
         on_gpu = self.low.device.type == "cuda"
-        capability = torch.cuda.get_device_capability(self.low.device)[0] if on_gpu else 9
-        return _LARGE[min(capability, 10) * 10]
+        capability = torch.cuda.get_device_capability(self.low.device)[0] * 10 if on_gpu else 90
+        return _LARGE.get(capability, _LARGE[80])
 
     def _small_blocks(self) -> Blocks:
         return self.small or (_FLOAT32 if self.low.dtype == torch.float32 else _SMALL)
@@ -192,18 +203,14 @@ def _tile_at(number, n_rows, n_features, GROUP: tl.constexpr, ROWS: tl.constexpr
 @triton.jit
 def _pre_activations(
     low, w_low, bias, rows, features, width,
-    EVEN: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
+    WIDEN: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     inner = tl.arange(0, WIDTH)
     x_at = low + rows.to(tl.int64)[:, None] * width + inner[None, :]
     w_at = w_low + features.to(tl.int64)[None, :] * width + inner[:, None]
     pre = tl.zeros((ROWS, FEATURES), tl.float32) + tl.load(bias + features)[None, :]
-    for start in range(0, width, WIDTH):
-        if EVEN:
-            x, w = tl.load(x_at), tl.load(w_at)
-        else:
-            x = tl.load(x_at, mask=inner[None, :] < width - start, other=0.0)
-            w = tl.load(w_at, mask=inner[:, None] < width - start, other=0.0)
+    for _ in range(0, width, WIDTH):
+        x, w = tl.load(x_at), tl.load(w_at)
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)
         pre = tl.dot(x, w, pre, input_precision="ieee")
@@ -255,11 +262,11 @@ def _n_bits(words):
     return tl.sum((((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24).to(tl.int32), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["n_listed"])
 def candidates_kernel(
     low, w_low, bias, row_list, n_listed, floor, tie_floor, counts, cand_rows, cand_ids, cand_values,
     n_features, width, capacity, last,
-    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, TIES: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, TIES: tl.constexpr, WIDEN: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Append entries from the floor on: see `collect`.
@@ -275,7 +282,7 @@ def candidates_kernel(
         column = tl.arange(0, FEATURES)
         first = feature_block * FEATURES
         features = tl.minimum(first + column, n_features - 1)
-        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, WIDEN, ROWS, FEATURES, WIDTH)
+        pre = _pre_activations(low, w_low, bias, rows, features, width, WIDEN, ROWS, FEATURES, WIDTH)
 
         bits = _size_bits(pre, SIGNED)
         state = rows if BY_ROW else rows * 0
@@ -305,11 +312,11 @@ def candidates_kernel(
             place += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift", "high"], do_not_specialize_on_alignment=["n_listed"])
 def histogram_kernel(
     low, w_low, bias, row_list, n_listed, floor, tie_floor, histograms,
     n_features, width, n_histograms, shift, high, last,
-    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, OF_PLACES: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+    BY_ROW: tl.constexpr, SIGNED: tl.constexpr, OF_PLACES: tl.constexpr, WIDEN: tl.constexpr,
     BINS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Count entries by a digit: see `add_histograms`. The floor's lower digits are zero."""
@@ -320,7 +327,7 @@ def histogram_kernel(
         rows = tl.load(row_list + listed, mask=listed < n, other=0)
         unclipped = feature_block * FEATURES + tl.arange(0, FEATURES)
         features = tl.minimum(unclipped, n_features - 1)
-        pre = _pre_activations(low, w_low, bias, rows, features, width, EVEN, WIDEN, ROWS, FEATURES, WIDTH)
+        pre = _pre_activations(low, w_low, bias, rows, features, width, WIDEN, ROWS, FEATURES, WIDTH)
 
         bits = _size_bits(pre, SIGNED)
         state = rows if BY_ROW else rows * 0
@@ -340,12 +347,11 @@ def histogram_kernel(
 
 _TYPES = typed({
     "*i32": "row_list n_listed floor counts cand_rows cand_ids histograms", "*i64": "tie_floor",
-    "*fp32": "bias cand_values", "i32": "n_features width capacity n_histograms shift high", "i64": "last",
+    "*fp32": "bias cand_values", "i32": "n_features width capacity n_histograms shift high last",
 })  # fmt: skip
 _COLLECTED = {
     "rows": {"BY_ROW": True}, "batch": {"BY_ROW": False}, "magnitudes": {"BY_ROW": True, "SIGNED": True},
-    "ragged": {"BY_ROW": True, "EVEN": False}, "rows_ties": {"BY_ROW": True, "TIES": True},
-    "batch_ties": {"BY_ROW": False, "TIES": True},
+    "rows_ties": {"BY_ROW": True, "TIES": True}, "batch_ties": {"BY_ROW": False, "TIES": True},
 }  # fmt: skip
 _COUNTED = {
     "rows_sizes": {"BY_ROW": True, "OF_PLACES": False}, "rows_places": {"BY_ROW": True, "OF_PLACES": True},
@@ -357,10 +363,10 @@ def _specimen(kernel: Any, name: str, flags: dict[str, bool], short: str, blocks
     types = _TYPES | {"low": f"*{short}", "w_low": f"*{short}"}
     signature = {key: types[key] for key in kernel.arg_names if key in types}
     sizes = {"ROWS": blocks.rows, "FEATURES": blocks.features, "WIDTH": blocks.width, "GROUP": GROUP}
-    plain = {"SIGNED": False, "EVEN": True, "WIDEN": False, "TIES": False, "BINS": 1 << DIGIT_BITS}
+    plain = {"SIGNED": False, "WIDEN": False, "TIES": False, "BINS": 1 << DIGIT_BITS}
     constants = {key: value for key, value in (plain | sizes | flags).items() if key in kernel.arg_names}
-    label = f"{kernel.__name__} {name} {short}"
-    return Specimen(kernel, signature, constants, blocks.warps, blocks.stages, label, only or (80, 90, 100))
+    label, odd = f"{kernel.__name__} {name} {short}", ("n_features", "last", "shift", "high", "n_listed")
+    return Specimen(kernel, signature, constants, blocks.warps, blocks.stages, label, only or (80, 90, 100), odd)
 
 
 SPECIMENS = [

@@ -38,7 +38,7 @@ def complete(product: Product, k: int, floor: Floor, candidates: Candidates) -> 
     """Make the candidates hold the k largest of each row, or of the batch; return how many rows that took (1) int32.
 
     `candidates` holds what `collect` found from the floor on, which then moves where it was wrong. k is at most the
-    capacity.
+    capacity. Memory: 8 KiB of counters a row, or 512 KiB for a batch.
     """
     by_row, counts, n_rows = candidates.rows is None, candidates.counts, product.n_rows
     wrong = (counts > candidates.capacity) | ((counts < k) & (floor.bits > 1))
@@ -88,7 +88,7 @@ _WARPS = 4
 """For 2,048 counters: 16 a thread."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=["n_listed"])
 def descend_kernel(
     row_list, n_listed, next_rows, n_next, floor, tie_floor, wanted, histograms, k, capacity, shift,
     BY_ROW: tl.constexpr, OF_PLACES: tl.constexpr, BINS: tl.constexpr, PIECES: tl.constexpr,
@@ -132,6 +132,7 @@ SPECIMENS = [
         descend_kernel, _TYPES,
         {"BY_ROW": pieces == 1, "OF_PLACES": of_places, "BINS": 1 << DIGIT_BITS, "PIECES": pieces}, _WARPS, 1,
         f"descend_kernel {'rows' if pieces == 1 else 'batch'} {'places' if of_places else 'sizes'}",
+        odd=("shift", "n_listed"),
     )
     for pieces in (1, _BATCH_HISTOGRAMS)
     for of_places in (False, True)

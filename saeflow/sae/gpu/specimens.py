@@ -19,6 +19,8 @@ class Specimen:
     name: str
     capabilities: tuple[int, ...] = (80, 90, 100)
     """GPUs that it is launched on, by ten times their compute capability."""
+    odd: tuple[str, ...] = ()
+    """Sizes and addresses that need not be multiples of 16."""
 
 
 def typed(names_by_type: dict[str, str]) -> dict[str, str]:

@@ -28,11 +28,11 @@ from saeflow.sae.gpu.specimens import Specimen
 def resources(specimen: Specimen, capability: int) -> dict[str, Any]:
     """Return registers and bytes of stack of a thread, and bytes of shared memory. A stack means that registers spill.
 
-    Addresses are multiples of 16, as torch's are, and so are the sizes of a batch.
+    Addresses are multiples of 16, as torch's are, and so are sizes, unless the specimen says otherwise.
     """
     names = specimen.kernel.arg_names
     signature = {name: specimen.signature.get(name, "constexpr") for name in names}
-    aligned = [n for n, name in enumerate(names) if signature[name].startswith("*") or signature[name] == "i32"]
+    aligned = [n for n, name in enumerate(names) if signature[name] != "constexpr" and name not in specimen.odd]
     source = ASTSource(
         fn=specimen.kernel, signature=signature, constexprs=specimen.constexprs,
         attrs={(n,): [["tt.divisibility", 16]] for n in aligned},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,10 @@ from saeflow.sae.gpu.choose import Entries
 from saeflow.sae.gpu.product import Blocks, Product
 from tests.sae.gpu import PLACE
 
-SMALL = Blocks(rows=32, features=64, width=16, warps=4, stages=2, programs=1)
+SMALL = Blocks(rows=64, features=64, width=32, warps=4, stages=2, programs=1)
 
 
-few_examples = settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
+few_examples = settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
 """The interpreter takes a second for a batch: to find a smaller failing one would take minutes."""
 
 
@@ -41,7 +42,8 @@ def a_product(
 
 def product_of(low: Tensor, w_low: Tensor, bias: Tensor, signed: bool = False) -> Product:
     """Return the product in small tiles, of which each program takes several."""
-    return Product(low.to(PLACE), w_low.to(PLACE), bias.to(PLACE), signed, SMALL, SMALL, n_programs=3)
+    product = Product.of(low.to(PLACE), w_low.to(PLACE), bias.to(PLACE), signed)
+    return replace(product, large=SMALL, small=SMALL, n_programs=3)
 
 
 def exact(product: Product) -> Tensor:

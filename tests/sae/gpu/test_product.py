@@ -11,7 +11,7 @@ from saeflow.sae.gpu.product import Candidates, Floor, Product, RowList, add_his
 from tests.sae.gpu import PLACE
 from tests.sae.gpu.dense import Shape, a_product, exact, few_examples, product_of, sizes
 
-SHAPES = st.builds(Shape, st.integers(1, 70), st.integers(1, 150), st.integers(1, 40))
+SHAPES = st.builds(Shape, st.integers(1, 200), st.integers(1, 150), st.integers(1, 40))
 
 
 def rows_of(*numbers: int, n_rows: int) -> RowList:
@@ -44,7 +44,7 @@ def test_all_entries_above_the_floor_are_found_with_their_values(shape, seed, dt
     product = a_product(shape, seed, dtype, signed)
     wanted, size = exact(product), sizes(product)
     least = torch.rand(shape.n_rows if by_row else 1) * 2
-    candidates = Candidates.room_for(product, by_row, 256 if by_row else 70 * 256)
+    candidates = Candidates.room_for(product, by_row, 256 if by_row else 200 * 256)
     collect(product, rows_of(*range(shape.n_rows), n_rows=shape.n_rows), floor_of(least), False, candidates)
     values = found(product, candidates)
     assert candidates.counts.sum() == (values != 0).sum()
@@ -69,6 +69,17 @@ def test_only_listed_rows_are_searched():
     collect(product, rows_of(7, 39, 2, n_rows=40), floor_of(torch.zeros(40)), False, candidates)
     assert candidates.counts.nonzero().flatten().tolist() == [2, 7, 39]
     assert (candidates.counts[[2, 7, 39]].cpu() == (exact(product) > 0).sum(1)[[2, 7, 39]]).all()
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_every_tile_is_searched_once_in_groups_of_any_height(group, monkeypatch):
+    monkeypatch.setattr("saeflow.sae.gpu.product.GROUP", group)
+    product = a_product(Shape(300, 200, 20))
+    candidates, size = Candidates.room_for(product, True, 256), exact(product)
+    least = size.sort(dim=1, descending=True).values[:, 2] * 0.999
+    collect(product, rows_of(*range(300), n_rows=300), floor_of(least), False, candidates)
+    assert torch.equal(found(product, candidates) != 0, size > least[:, None])
+    assert torch.equal(candidates.counts.cpu().long(), (size > least[:, None]).sum(1))
 
 
 @pytest.mark.parametrize("by_row", [True, False])
