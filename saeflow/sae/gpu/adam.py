@@ -125,7 +125,7 @@ class Wakefulness:
         return cls(*tables)
 
     def awake(self, feature_starts: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows (F + 1, int32) that take a step, ascending, and their number (1, int32); the rest is garbage."""
+        """Return the rows (F + 1, int32) that take a step, ascending, then garbage; and their number (1, int32)."""
         n_rows = len(self.awake_until)
         takes = (feature_starts.diff() > 0) | (self.awake_until >= step)
         places = takes.cumsum(0, dtype=torch.int32)

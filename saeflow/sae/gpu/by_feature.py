@@ -45,7 +45,9 @@ class ByFeature(NamedTuple):
         n_features = len(self.feature_starts) - 1
         sums = numbers.new_empty(len(numbers), n_features)
         grid = n_features, len(numbers)
-        sum_by_feature_kernel[grid](self.feature_starts, numbers, sums, *numbers.shape, n_features, SUM_ENTRIES, num_warps=1)
+        sum_by_feature_kernel[grid](
+            self.feature_starts, numbers, sums, *numbers.shape, n_features, SUM_ENTRIES, num_warps=1
+        )
         return sums
 
 

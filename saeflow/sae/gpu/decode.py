@@ -7,7 +7,6 @@ entries needs few registers. Sums are added in an order that is always the same.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -131,9 +130,9 @@ def room_for_residuals(n_nested: int, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _specimen(weights: str, nested: int) -> Specimen:
-    pointers = {name: "*i32" for name in ("row_starts", "ids", "ends")} | {"w_dec": weights, "low_residual": "*bf16"}
+    pointers = dict.fromkeys(("row_starts", "ids", "ends"), "*i32") | {"w_dec": weights, "low_residual": "*bf16"}
     names = decode_kernel.arg_names
-    types = {name: pointers.get(name, "*fp32") for name in names[:10]} | {name: "i32" for name in names[10:13]}
+    types = {name: pointers.get(name, "*fp32") for name in names[:10]} | dict.fromkeys(names[10:13], "i32")
     constexprs = {"HAS_LOW": True, "NESTED": nested, "ENTRIES": ENTRIES, "COLUMNS": COLUMNS}
     signature = types | dict.fromkeys(constexprs, "constexpr")
     return Specimen(decode_kernel, signature, constexprs, WARPS, 1, f"decode {weights} nested={nested}")

@@ -143,9 +143,12 @@ def _advance(
         m_row = tl.minimum(tl.maximum(m_row, -most), most)
     m_row, v_row = faded(m_row, table, LOG_M, n_asleep), faded(v_row, table, LOG_V, n_asleep)
     weights, m_row, v_row = adam_step(weights, gradient, m_row, v_row, table)
+    ratio = largest_ratio(m_row, v_row, table)
     store_moments(m, m_scale, codes, feature, columns, d, m_row, EIGHT_BIT, True)
+    if EIGHT_BIT:
+        tl.debug_barrier()  # one search for codes after the other needs fewer registers
     store_moments(v, v_scale, codes, feature, columns, d, v_row, EIGHT_BIT, False)
-    return weights, largest_ratio(m_row, v_row, table)
+    return weights, ratio
 
 
 @triton.jit

@@ -136,7 +136,9 @@ def test_codes_are_those_of_the_nearest_numbers_of_the_map(signed):
     codes = torch.empty(len(x), dtype=torch.int32)
     codes_kernel[(1,)](x, code_tables(), codes, len(x), signed, 4096)
     errors = (x[:, None].double() - numbers.double()).abs()
-    torch.testing.assert_close(errors.gather(1, codes[:, None].long())[:, 0], errors.min(1).values, atol=1e-9, rtol=1e-4)
+    torch.testing.assert_close(
+        errors.gather(1, codes[:, None].long())[:, 0], errors.min(1).values, atol=1e-9, rtol=1e-4
+    )
     assert (numbers[codes[-257:-1].long()] == numbers).all()
 
 

@@ -19,7 +19,14 @@ from tests.sae.gpu.entries import nested_losses, random_entries
         (4, 17, 520, 0.4, [3, 9, 17]),
         (2, 9, 3, 1e-9, [4, 9]),
     ],
-    ids=["ragged", "two pieces of columns", "all features", "one in twenty, nested", "nested, two pieces", "no entries"],
+    ids=[
+        "ragged",
+        "two pieces of columns",
+        "all features",
+        "one in twenty, nested",
+        "nested, two pieces",
+        "no entries",
+    ],
 )
 def test_residuals_losses_and_derivatives_are_those_of_the_dense_formula(n_rows, n_features, d_out, share, ends):
     generator = torch.Generator().manual_seed(n_rows)
