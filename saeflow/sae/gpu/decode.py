@@ -15,8 +15,8 @@ from saeflow.sae.gpu.specimens import Specimen
 
 COLUMNS = 512
 """Columns of a piece: 2 warps read them by 16 bytes a thread (bfloat16), or twice as many (float32)."""
-ENTRIES = 8
-"""Directions read at once: enough loads under way, and 64 registers a thread."""
+ENTRIES = 4
+"""Directions read at once. With 32 numbers of them a thread has about 60 registers: 32 warps a multiprocessor."""
 WARPS = 2
 """Few, because each product of a direction with the residual is summed over all threads."""
 

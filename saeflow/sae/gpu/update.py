@@ -31,8 +31,8 @@ from saeflow.sae.gpu.by_feature import SEGMENT, ByFeature, segments_room, sort_b
 from saeflow.sae.gpu.moments import BLOCK, AdamRows, load_moments, store_moments, store_weights
 from saeflow.sae.gpu.specimens import Specimen
 
-UNROLL = 4
-"""Rows read at once: their loads are under way together."""
+UNROLL, UPDATE_UNROLL = 8, 4
+"""Rows read at once, so that their loads are under way together; fewer where the moments need registers, too."""
 ENCODER, DECODER = tl.constexpr(0), tl.constexpr(1)
 """What tells random numbers of both matrices apart."""
 
@@ -202,7 +202,7 @@ def tiles_for(d_in: int, d_out: int) -> dict[str, int]:
     """Return the sizes of kernels for rows of these widths. A thread holds 16 numbers of the wider tile."""
     blocks = [triton.next_power_of_2(triton.cdiv(d, BLOCK.value)) for d in (d_in, d_out)]
     warps = min(max(max(blocks) // 2, 1), 16)
-    return {"IN_BLOCKS": blocks[0], "OUT_BLOCKS": blocks[1], "UNROLL": UNROLL, "num_warps": warps}
+    return {"IN_BLOCKS": blocks[0], "OUT_BLOCKS": blocks[1], "num_warps": warps}
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class RowGradients:
         sum_segments_kernel[(room,)](
             self.by.feature_starts, self.by.segment_starts, self.by.segment_owners, self.rows, self.residual_rows,
             self.d_pre, self.values, self.low, self.residual, *sums, self._n_features, *self._widths,
-            SEGMENT=self.by.segment, **self._tiles,
+            SEGMENT=self.by.segment, UNROLL=UNROLL, **self._tiles,
         )  # fmt: skip
         return sums[0], sums[1]
 
@@ -257,7 +257,7 @@ class RowGradients:
         """Return the squared length (F) of each feature's gradients: see `AdamClock.clip`."""
         squares = torch.empty(self._n_features, device=w_dec.device)
         square_gradients_kernel[(self._n_features,)](
-            *self._arrays, w_dec, squares, *self._widths, **self._tiles, **self._kind
+            *self._arrays, w_dec, squares, *self._widths, UNROLL=UNROLL, **self._tiles, **self._kind
         )
         return squares
 
@@ -275,7 +275,7 @@ class RowGradients:
         low = encoder.weights if w_low is None else w_low
         update_rows_kernel[(self._n_features,)](
             *self._arrays, *awake, *tables, low, *encoder, *decoder, seed, *self._widths, **self._tiles, **self._kind,
-            HAS_LOW=w_low is not None, EIGHT_BIT=encoder.eight_bit, STOCHASTIC=encoder.weights.dtype == torch.bfloat16,
+            UNROLL=UPDATE_UNROLL, HAS_LOW=w_low is not None, EIGHT_BIT=encoder.eight_bit, STOCHASTIC=encoder.weights.dtype == torch.bfloat16,
         )  # fmt: skip
 
     @property
@@ -304,31 +304,34 @@ class RowGradients:
 
 
 def _specimens(d_in: int, d_out: int) -> Iterator[Specimen]:
-    """Yield every kernel at these widths, with bfloat16 products."""
+    """Yield every kernel at these widths."""
     constexprs: dict[str, Any] = tiles_for(d_in, d_out)
     warps = constexprs.pop("num_warps")
-    plain = {"ON_SPHERE": True, "HAS_LENGTHS": False, "HAS_LOW": True, "EIGHT_BIT": False, "STOCHASTIC": False}
+    plain: dict[str, Any] = {"UNROLL": UPDATE_UNROLL, "ON_SPHERE": True, "HAS_LENGTHS": False}
+    full = plain | {"HAS_LOW": True, "EIGHT_BIT": False, "STOCHASTIC": False}
     small = plain | {"HAS_LOW": False, "EIGHT_BIT": True, "STOCHASTIC": True}
-    cases = (
-        (sum_segments_kernel, {"SEGMENT": SEGMENT}, "sums of segments"),
-        (square_gradients_kernel, {"ON_SPHERE": True, "HAS_LENGTHS": False}, "squared gradients"),
-        (update_rows_kernel, plain, "update"),
-        (update_rows_kernel, small, "update, 8-bit moments, bfloat16 weights"),
+    cases: tuple[tuple[Any, dict[str, Any], str, str], ...] = (
+        (sum_segments_kernel, {"SEGMENT": SEGMENT, "UNROLL": UNROLL}, "*bf16", "sums of segments"),
+        (square_gradients_kernel, plain | {"UNROLL": UNROLL}, "*bf16", "squared gradients"),
+        (update_rows_kernel, full, "*bf16", "update"),
+        (update_rows_kernel, full | {"HAS_LOW": False}, "*fp32", "update in float32"),
+        (update_rows_kernel, small, "*bf16", "update in 8 bits and bfloat16"),
     )
-    for kernel, own, name in cases:
-        types = {argument: _type(argument, own) for argument in kernel.arg_names}
+    for kernel, own, low, name in cases:
+        types = {argument: _type(argument, own, low) for argument in kernel.arg_names}
         signature = types | dict.fromkeys(constexprs | own, "constexpr")
         yield Specimen(kernel, signature, constexprs | own, warps, 1, f"{name}, D = {d_in}, D_out = {d_out}")
 
 
-def _type(argument: str, kind: dict[str, Any]) -> str:
+def _type(argument: str, kind: dict[str, Any], low: str) -> str:
     weights, moments = "*bf16" if kind.get("STOCHASTIC") else "*fp32", "*u8" if kind.get("EIGHT_BIT") else "*fp32"
     floats = ("d_pre", "values", "encoder_sums", "decoder_sums", "length_sums", "table", "codes", "squares")
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("low", "residual", "w_low"), "*bf16")
-    types |= dict.fromkeys(("w_enc", "w_dec"), weights) | dict.fromkeys(("m_enc", "v_enc", "m_dec", "v_dec"), moments)
-    types |= dict.fromkeys((f"{name}_scale" for name in ("m_enc", "v_enc", "m_dec", "v_dec")), "*fp32")
+    names_of_moments = ("m_enc", "v_enc", "m_dec", "v_dec")
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("low", "residual", "w_low"), low)
+    types |= dict.fromkeys(("w_enc", "w_dec"), weights) | dict.fromkeys(names_of_moments, moments)
+    types |= dict.fromkeys((f"{name}_scale" for name in names_of_moments), "*fp32")
     types |= dict.fromkeys(("seed", "d_in", "d_out", "n_features"), "i32")
     return types.get(argument, "*i32")
 
 
-SPECIMENS = [specimen for widths in ((2304, 2304), (4096, 4096), (8192, 8192)) for specimen in _specimens(*widths)]
+SPECIMENS = [specimen for width in (2304, 4096, 8192) for specimen in _specimens(width, width)]
