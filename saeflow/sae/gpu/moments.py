@@ -137,13 +137,13 @@ def store_moments(numbers, scales, tables, row, columns, d, moments, EIGHT_BIT: 
 
 
 @triton.jit
-def store_weights(weights, row, columns, d, new, seed, step, matrix, STOCHASTIC: tl.constexpr):
+def store_weights(weights, row, columns, d, new, seed, step, which, STOCHASTIC: tl.constexpr):
     """Write a row of weights. With STOCHASTIC, bfloat16 rounds up or down with the probability that keeps the mean.
 
-    The random number depends on seed, step, row, column and `matrix` alone (Philox 4x32, counter-based).
+    The random number depends on seed, step, row, column and `which` matrix alone (Philox 4x32, counter-based).
     """
     if STOCHASTIC:
-        random, _, _, _ = tl.philox(seed, columns, row.to(tl.int32), step, matrix, n_rounds=_ROUNDS)
+        random, _, _, _ = tl.philox(seed, columns, row.to(tl.int32), step, which, n_rounds=_ROUNDS)
         bits = new.to(tl.uint32, bitcast=True) + (random & 0xFFFF)
         rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
         new = tl.where(new == new, rounded, new)

@@ -30,7 +30,7 @@ def one_entry_each(active: Tensor, low: Tensor, residual: Tensor, on_sphere: boo
 
 
 def firing(n_steps: int, generator: torch.Generator) -> Tensor:
-    """Return when features fire (n_steps, 6): never, twice with a long pause, and on 1, 10, 50 and 100 % of the steps."""
+    """Return when features fire (n_steps, 6): never, twice with a long pause, and on 1, 10, 50 and 100 % of steps."""
     fires = torch.rand(n_steps, 6, generator=generator) < torch.tensor([0, 0, 0.01, 0.1, 0.5, 1])
     fires[[n_steps // 8, n_steps - n_steps // 8], 1] = True
     return fires
