@@ -195,7 +195,7 @@ def adam_vector_kernel(weights, gradient, m, v, table, n, VECTOR: tl.constexpr):
 def update_vector(weights: Tensor, gradient: Tensor, m: Tensor, v: Tensor, clock: AdamClock) -> None:
     """Take a step of a vector (n) in float32, such as a bias: always a dense one."""
     grid = (triton.cdiv(len(weights), VECTOR),)
-    adam_vector_kernel[grid](weights, gradient, m, v, clock.table, len(weights), VECTOR, num_warps=4)
+    adam_vector_kernel[grid](weights, gradient, m, v, clock.table, len(weights), VECTOR, num_warps=4, num_stages=1)
 
 
 SPECIMENS = [

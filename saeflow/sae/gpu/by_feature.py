@@ -46,10 +46,8 @@ class ByFeature(NamedTuple):
         """Return sums (M, F) by feature of numbers (M, N) that are sorted already."""
         n_features = len(self.feature_starts) - 1
         sums = numbers.new_empty(len(numbers), n_features)
-        grid = n_features, len(numbers)
-        sum_by_feature_kernel[grid](
-            self.feature_starts, numbers, sums, *numbers.shape, n_features, SUM_ENTRIES, num_warps=1
-        )
+        arguments = self.feature_starts, numbers, sums, *numbers.shape, n_features, SUM_ENTRIES
+        sum_by_feature_kernel[n_features, len(numbers)](*arguments, num_warps=1, num_stages=1)
         return sums
 
 

@@ -119,9 +119,8 @@ def decode_rows(
     low = residual if low_residual is None else low_residual
     arrays = row_starts, ids, values, w_dec, target, ends, residual, low, losses, g
     sizes = n_rows, d_out, len(ends)
-    decode_kernel[(n_rows,)](
-        *arrays, *sizes, low_residual is not None, triton.next_power_of_2(len(ends)), ENTRIES, COLUMNS, num_warps=WARPS
-    )
+    constexprs = low_residual is not None, triton.next_power_of_2(len(ends)), ENTRIES, COLUMNS
+    decode_kernel[(n_rows,)](*arrays, *sizes, *constexprs, num_warps=WARPS, num_stages=1)
 
 
 def room_for_residuals(n_nested: int, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -204,7 +204,7 @@ def tiles_for(d_in: int, d_out: int) -> dict[str, int]:
     """Return the sizes of kernels for rows of these widths. A thread holds 16 numbers of the wider tile."""
     blocks = [triton.next_power_of_2(triton.cdiv(d, BLOCK.value)) for d in (d_in, d_out)]
     warps = min(max(max(blocks) // 2, 1), 16)
-    return {"IN_BLOCKS": blocks[0], "OUT_BLOCKS": blocks[1], "num_warps": warps}
+    return {"IN_BLOCKS": blocks[0], "OUT_BLOCKS": blocks[1], "num_warps": warps, "num_stages": 1}
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ class RowGradients:
 def _specimens(d_in: int, d_out: int) -> Iterator[Specimen]:
     """Yield every kernel at these widths."""
     constexprs: dict[str, Any] = tiles_for(d_in, d_out)
-    warps = constexprs.pop("num_warps")
+    warps, stages = (constexprs.pop(name) for name in ("num_warps", "num_stages"))
     plain: dict[str, Any] = {"UNROLL": UPDATE_UNROLL, "ON_SPHERE": True, "HAS_LENGTHS": False}
     full = plain | {"HAS_LOW": True, "EIGHT_BIT": False, "STOCHASTIC": False}
     small = plain | {"HAS_LOW": False, "EIGHT_BIT": True, "STOCHASTIC": True}
@@ -327,7 +327,7 @@ def _specimens(d_in: int, d_out: int) -> Iterator[Specimen]:
     for kernel, own, low, name in cases:
         types = {argument: _type(argument, own, low) for argument in kernel.arg_names}
         signature = types | dict.fromkeys(constexprs | own, "constexpr")
-        yield Specimen(kernel, signature, constexprs | own, warps, 1, f"{name}, D = {d_in}, D_out = {d_out}")
+        yield Specimen(kernel, signature, constexprs | own, warps, stages, f"{name}, D = {d_in}, D_out = {d_out}")
 
 
 def _type(argument: str, kind: dict[str, Any], low: str) -> str:
