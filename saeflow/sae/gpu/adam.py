@@ -11,6 +11,7 @@ tolerance. Then it sleeps. When it wakes, its moments have become beta1^n and be
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saeflow.sae.gpu.moments import AdamRows
 from saeflow.sae.gpu.specimens import Specimen
 
 STEP_SIZE = tl.constexpr(0)
@@ -83,22 +85,21 @@ class AdamClock:
         """Steps begun."""
         self.lr = torch.zeros(1, dtype=torch.float64, device=device)
         """To be filled before `advance`."""
-        betas = settings.beta1, settings.beta2
         fade = settings.fade if 0 < settings.fade < 1 else 0.5
-        kept = [0.0, 0.0, 1.0, settings.eps, *(1 - beta for beta in betas), settings.beta2]
-        kept += [*(math.log2(max(beta, 1e-30)) for beta in betas), math.log2(fade), settings.log_rest]
+        kept = [0.0, 0.0, 1.0, settings.eps, *(1 - beta for beta in self.betas), settings.beta2]
+        kept += [*(math.log2(max(beta, 1e-30)) for beta in self.betas), math.log2(fade), settings.log_rest]
         self.table = torch.tensor([*kept, settings.most_ratio], device=device)
 
     def advance(self) -> None:
         """Begin the next step."""
         self.step += 1
         steps = self.step.double()
-        corrections = [1 - torch.pow(torch.full_like(steps, beta), steps) for beta in self._betas]
+        corrections = [1 - torch.pow(torch.full_like(steps, beta), steps) for beta in self.betas]
         self.table[STEP_SIZE.value : 1].copy_(self.lr / corrections[0])
         self.table[ROOT.value : 2].copy_(corrections[1].sqrt())
 
     @property
-    def _betas(self) -> tuple[float, float]:
+    def betas(self) -> tuple[float, float]:
         return self.settings.beta1, self.settings.beta2
 
     def clip(self, squares: Tensor, most: float) -> Tensor:
@@ -125,13 +126,23 @@ class Wakefulness:
         return cls(*tables)
 
     def awake(self, feature_starts: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows (F + 1, int32) that take a step, ascending, and their number (1, int32); the rest is garbage."""
+        """Return the rows (F + 1, int32) that take a step, ascending, then garbage; and their number (1, int32)."""
         n_rows = len(self.awake_until)
         takes = (feature_starts.diff() > 0) | (self.awake_until >= step)
         places = takes.cumsum(0, dtype=torch.int32)
         rows = torch.empty(n_rows + 1, dtype=torch.int32, device=takes.device)
         numbers = torch.arange(n_rows, dtype=torch.int32, device=takes.device)
         return rows.scatter_(0, torch.where(takes, places - 1, n_rows).long(), numbers), places[-1:]
+
+    def settle(self, matrices: Iterable[AdamRows], clock: AdamClock) -> None:
+        """Let the moments of sleeping rows become those of an optimiser that takes every step, for a checkpoint."""
+        n_steps = (clock.step - self.last_step).double()[:, None]
+        factors = [torch.pow(torch.full_like(n_steps, beta), n_steps).float() for beta in clock.betas]
+        for rows in matrices:
+            pair = (rows.m_scale, rows.v_scale) if rows.eight_bit else (rows.m, rows.v)
+            for moments, factor in zip(pair, factors, strict=True):
+                moments.mul_(factor)
+        self.last_step.copy_(clock.step.expand_as(self.last_step))
 
 
 @triton.jit
@@ -184,7 +195,7 @@ def adam_vector_kernel(weights, gradient, m, v, table, n, VECTOR: tl.constexpr):
 def update_vector(weights: Tensor, gradient: Tensor, m: Tensor, v: Tensor, clock: AdamClock) -> None:
     """Take a step of a vector (n) in float32, such as a bias: always a dense one."""
     grid = (triton.cdiv(len(weights), VECTOR),)
-    adam_vector_kernel[grid](weights, gradient, m, v, clock.table, len(weights), VECTOR, num_warps=4)
+    adam_vector_kernel[grid](weights, gradient, m, v, clock.table, len(weights), VECTOR, num_warps=4, num_stages=1)
 
 
 SPECIMENS = [

@@ -93,10 +93,10 @@ class Auxiliary:
         """Return the product with dead features, and which they are, unless all features are in it."""
         n_features = len(w_low)
         if n_dead * _GATHERED > n_features:
-            return Product(low, w_low, torch.where(dead, b_enc, -torch.inf), self.signed), None
+            return Product.of(low, w_low, torch.where(dead, b_enc, -torch.inf), self.signed), None
         places = torch.where(dead, dead.cumsum(0) - 1, n_dead).clamp(max=n_dead)
         numbers = torch.arange(n_features, dtype=torch.int32, device=low.device)
         names = numbers.new_zeros(n_dead + 1).scatter_(0, places, numbers)[:n_dead]
         filled = torch.arange(n_dead, device=low.device) < dead.sum()
         bias = torch.where(filled, b_enc[names.long()], -torch.inf)
-        return Product(low, w_low[names.long()], bias, self.signed), names
+        return Product.of(low, w_low[names.long()], bias, self.signed), names

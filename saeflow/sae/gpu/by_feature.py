@@ -17,9 +17,11 @@ from torch import Tensor
 from saeflow.sae.gpu.specimens import Specimen
 
 SEGMENT = 256
-"""Entries that one program sums up: about 50 µs of an H100, and a feature has B * K / F of them on average."""
+"""Entries that one program sums up. A feature has B * K / F on average: 8 at B = 8,192, K = 64, F = 65,536."""
 SUM_ENTRIES = 256
 """Numbers of a feature that `sum_by_feature_kernel` takes at once, with one warp."""
+_PIECE = 8192
+"""Features of a piece of the encoder: in float32 it takes 128 MiB at D = 4,096."""
 
 
 class ByFeature(NamedTuple):
@@ -44,10 +46,8 @@ class ByFeature(NamedTuple):
         """Return sums (M, F) by feature of numbers (M, N) that are sorted already."""
         n_features = len(self.feature_starts) - 1
         sums = numbers.new_empty(len(numbers), n_features)
-        grid = n_features, len(numbers)
-        sum_by_feature_kernel[grid](
-            self.feature_starts, numbers, sums, *numbers.shape, n_features, SUM_ENTRIES, num_warps=1
-        )
+        arguments = self.feature_starts, numbers, sums, *numbers.shape, n_features, SUM_ENTRIES
+        sum_by_feature_kernel[n_features, len(numbers)](*arguments, num_warps=1, num_stages=1)
         return sums
 
 
@@ -101,9 +101,10 @@ def sum_by_feature_kernel(feature_starts, numbers, sums, n_kinds, n_entries, n_f
 def gradient_through_centring(d_pre: Tensor, w_enc: Tensor) -> Tensor:
     """Return what the encoder adds to the gradient of the bias that its input has lost (D), before weights change.
 
-    `d_pre` (F) is summed by feature, `w_enc` is (F, D). Half-precision weights are summed in float32 by the library.
+    `d_pre` (F) is summed by feature; `w_enc` is (F, D). Pieces of weights in bfloat16 are converted one by one.
     """
-    return -(d_pre.to(w_enc.dtype) @ w_enc).float()
+    pairs = zip(d_pre.split(_PIECE), w_enc.split(_PIECE), strict=True)
+    return -torch.stack([of_features @ weights.float() for of_features, weights in pairs]).sum(0)
 
 
 SPECIMENS = [

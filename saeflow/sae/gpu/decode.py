@@ -15,8 +15,8 @@ from saeflow.sae.gpu.specimens import Specimen
 
 COLUMNS = 512
 """Columns of a piece: 2 warps read them by 16 bytes a thread (bfloat16), or twice as many (float32)."""
-ENTRIES = 8
-"""Directions read at once: enough loads under way, and 64 registers a thread."""
+ENTRIES = 4
+"""Directions read at once. With 32 numbers of them a thread has about 60 registers: 32 warps a multiprocessor."""
 WARPS = 2
 """Few, because each product of a direction with the residual is summed over all threads."""
 
@@ -119,9 +119,8 @@ def decode_rows(
     low = residual if low_residual is None else low_residual
     arrays = row_starts, ids, values, w_dec, target, ends, residual, low, losses, g
     sizes = n_rows, d_out, len(ends)
-    decode_kernel[(n_rows,)](
-        *arrays, *sizes, low_residual is not None, triton.next_power_of_2(len(ends)), ENTRIES, COLUMNS, num_warps=WARPS
-    )
+    constexprs = low_residual is not None, triton.next_power_of_2(len(ends)), ENTRIES, COLUMNS
+    decode_kernel[(n_rows,)](*arrays, *sizes, *constexprs, num_warps=WARPS, num_stages=1)
 
 
 def room_for_residuals(n_nested: int, target: Tensor) -> tuple[Tensor, Tensor]:

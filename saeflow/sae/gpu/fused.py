@@ -29,8 +29,8 @@ CAPACITY = 16
 """Entries that a row's buffer holds, as a multiple of k: see `guess`."""
 
 FIGURES = ("loss", "unexplained", "auxiliary", "n_active", "n_dead", "n_wrong_guesses", "alive", "suspect")
-"""Figures of a step, in this order. `alive` is 0 if a loss was not finite, in this step or before. `suspect` is the row of
-that batch to look at, the first one that is not finite, as -1 - row, or else the longest."""
+"""Figures of a step, in this order. `alive` is 0 if a loss was not finite, in this step or before. `suspect` is the row
+of that batch to look at, the first one that is not finite, as -1 - row, or else the longest."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class FusedStep:
 
     def _choose(self, batch: _Centred, options: StepOptions) -> Choice:
         sae, k = self.sae, options.k
-        product = Product(batch.low, self.w_low, sae.b_enc.detach(), sae.traits.signed)
+        product = Product.of(batch.low, self.w_low, sae.b_enc.detach(), sae.traits.signed)
         if options.by_token:
             if self.guess is None or self.guess_is_of_batch:
                 self.guess, self.guess_is_of_batch = guess.first_ratio(product, k), False

@@ -20,7 +20,8 @@ _MIDPOINTS, _UNSIGNED = tl.constexpr(256), tl.constexpr(513)
 """Where the tables of `code_tables` begin."""
 _LOG2_10 = tl.constexpr(3.321928094887362)
 _ROUNDS = tl.constexpr(7)
-"""Rounds of Philox: the fewest that pass all tests (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+"""Rounds of Philox: the fewest that pass all tests (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3")."""
 
 
 def quantisation_map(signed: bool) -> Tensor:
@@ -100,10 +101,7 @@ def nearest_codes(x, tables, SIGNED: tl.constexpr):
     part = tl.floor((size * tl.exp2((6 - decade) * _LOG2_10) - 0.1) * n_parts / 0.9)
     rank = n_parts - first_parts + 1 + tl.minimum(tl.maximum(part, 0.0), n_parts - 1)
     rank = tl.where(size < 1e-7, 0.0, rank).to(tl.int32)
-    if SIGNED:
-        code = tl.where(x < 0, 127 - rank, 127 + rank)
-    else:
-        code = rank
+    code = tl.where(x < 0, 127 - rank, 127 + rank) if SIGNED else rank
     above = (x >= tl.load(starts + code + 1)).to(tl.int32)
     below = (x < tl.load(starts + code)).to(tl.int32)
     return code + above - below
@@ -139,13 +137,13 @@ def store_moments(numbers, scales, tables, row, columns, d, moments, EIGHT_BIT: 
 
 
 @triton.jit
-def store_weights(weights, row, columns, d, new, seed, step, matrix, STOCHASTIC: tl.constexpr):
+def store_weights(weights, row, columns, d, new, seed, step, which, STOCHASTIC: tl.constexpr):
     """Write a row of weights. With STOCHASTIC, bfloat16 rounds up or down with the probability that keeps the mean.
 
-    The random number depends on seed, step, row, column and `matrix` alone (Philox 4x32, counter-based).
+    The random number depends on seed, step, row, column and `which` matrix alone (Philox 4x32, counter-based).
     """
     if STOCHASTIC:
-        random, _, _, _ = tl.philox(seed, columns, row.to(tl.int32), step, matrix, n_rounds=_ROUNDS)
+        random, _, _, _ = tl.philox(seed, columns, row.to(tl.int32), step, which, n_rounds=_ROUNDS)
         bits = new.to(tl.uint32, bitcast=True) + (random & 0xFFFF)
         rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
         new = tl.where(new == new, rounded, new)

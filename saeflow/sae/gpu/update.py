@@ -31,10 +31,9 @@ from saeflow.sae.gpu.by_feature import SEGMENT, ByFeature, segments_room, sort_b
 from saeflow.sae.gpu.moments import BLOCK, AdamRows, load_moments, store_moments, store_weights
 from saeflow.sae.gpu.specimens import Specimen
 
-UNROLL = 4
-"""Rows read at once: their loads are under way together."""
-ENCODER, DECODER = tl.constexpr(0), tl.constexpr(1)
-"""What tells random numbers of both matrices apart."""
+UNROLL, UPDATE_UNROLL = 8, 4
+"""Rows in bfloat16 read at once, so that their loads are under way together; half as many in float32, and where the
+moments need registers, too."""
 
 
 @triton.jit
@@ -133,9 +132,11 @@ def square_gradients_kernel(
 
 @triton.jit
 def _advance(
-    weights, gradient, m, v, m_scale, v_scale, codes, table, feature, columns, d, n_asleep, EIGHT_BIT: tl.constexpr
-):
-    """Take Adam's step of a row: read and write its moments, return its weights and its largest |m| / sqrt(v)."""
+    weights, gradient, matrix, copy, m, v, m_scale, v_scale, codes, table, feature, columns, d, now, n_asleep, seed,
+    WHICH: tl.constexpr, ON_SPHERE: tl.constexpr, HAS_COPY: tl.constexpr, EIGHT_BIT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Take Adam's step of a row: write its weights, a copy and its moments; return its largest |m| / sqrt(v)."""
     m_row = load_moments(m, m_scale, codes, feature, columns, d, EIGHT_BIT, True)
     v_row = load_moments(v, v_scale, codes, feature, columns, d, EIGHT_BIT, False)
     if EIGHT_BIT:  # a small v may have become zero, and its m not
@@ -143,9 +144,19 @@ def _advance(
         m_row = tl.minimum(tl.maximum(m_row, -most), most)
     m_row, v_row = faded(m_row, table, LOG_M, n_asleep), faded(v_row, table, LOG_V, n_asleep)
     weights, m_row, v_row = adam_step(weights, gradient, m_row, v_row, table)
+    ratio = largest_ratio(m_row, v_row, table)
+    if ON_SPHERE:
+        weights = weights / tl.sqrt(tl.sum(weights * weights))
+    store_weights(matrix, feature, columns, d, weights, seed, now, WHICH, STOCHASTIC)
+    if HAS_COPY:
+        store_weights(copy, feature, columns, d, weights, seed, now, WHICH, False)
+    if EIGHT_BIT:
+        tl.debug_barrier()  # to do these three one after the other needs fewer registers
     store_moments(m, m_scale, codes, feature, columns, d, m_row, EIGHT_BIT, True)
+    if EIGHT_BIT:
+        tl.debug_barrier()
     store_moments(v, v_scale, codes, feature, columns, d, v_row, EIGHT_BIT, False)
-    return weights, largest_ratio(m_row, v_row, table)
+    return ratio
 
 
 @triton.jit
@@ -169,13 +180,10 @@ def update_rows_kernel(
             low, rows, d_pre, encoder_sums, feature, feature_starts, segment_starts, d_in, IN_BLOCKS, UNROLL
         )
         weights = tl.load(w_enc + feature * d_in + columns, mask=columns < d_in, other=0.0).to(tl.float32)
-        weights, ratio = _advance(
-            weights, gradient, m_enc, v_enc, m_enc_scale, v_enc_scale, codes, table, feature, columns, d_in, n_asleep,
-            EIGHT_BIT,
+        ratio = _advance(
+            weights, gradient, w_enc, w_low, m_enc, v_enc, m_enc_scale, v_enc_scale, codes, table, feature, columns,
+            d_in, now, n_asleep, seed, 0, False, HAS_LOW, EIGHT_BIT, STOCHASTIC,
         )  # fmt: skip
-        store_weights(w_enc, feature, columns, d_in, weights, seed, now, ENCODER, STOCHASTIC)
-        if HAS_LOW:
-            store_weights(w_low, feature, columns, d_in, weights, seed, now, ENCODER, False)
 
         columns = _columns(OUT_BLOCKS)
         gradient = _gradient(
@@ -184,13 +192,10 @@ def update_rows_kernel(
         )  # fmt: skip
         weights = tl.load(w_dec + feature * d_out + columns, mask=columns < d_out, other=0.0).to(tl.float32)
         gradient = _decoder_gradient(gradient, weights, length_sums, feature, ON_SPHERE, HAS_LENGTHS)
-        weights, of_decoder = _advance(
-            weights, gradient, m_dec, v_dec, m_dec_scale, v_dec_scale, codes, table, feature, columns, d_out, n_asleep,
-            EIGHT_BIT,
+        of_decoder = _advance(
+            weights, gradient, w_dec, w_dec, m_dec, v_dec, m_dec_scale, v_dec_scale, codes, table, feature, columns,
+            d_out, now, n_asleep, seed, 1, ON_SPHERE, False, EIGHT_BIT, STOCHASTIC,
         )  # fmt: skip
-        if ON_SPHERE:
-            weights = weights / tl.sqrt(tl.sum(weights * weights))
-        store_weights(w_dec, feature, columns, d_out, weights, seed, now, DECODER, STOCHASTIC)
         tl.store(last_step + feature, now)
         tl.store(awake_until + feature, now + steps_awake(tl.maximum(ratio, of_decoder), table))
 
@@ -199,7 +204,7 @@ def tiles_for(d_in: int, d_out: int) -> dict[str, int]:
     """Return the sizes of kernels for rows of these widths. A thread holds 16 numbers of the wider tile."""
     blocks = [triton.next_power_of_2(triton.cdiv(d, BLOCK.value)) for d in (d_in, d_out)]
     warps = min(max(max(blocks) // 2, 1), 16)
-    return {"IN_BLOCKS": blocks[0], "OUT_BLOCKS": blocks[1], "UNROLL": UNROLL, "num_warps": warps}
+    return {"IN_BLOCKS": blocks[0], "OUT_BLOCKS": blocks[1], "num_warps": warps, "num_stages": 1}
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ class RowGradients:
         sum_segments_kernel[(room,)](
             self.by.feature_starts, self.by.segment_starts, self.by.segment_owners, self.rows, self.residual_rows,
             self.d_pre, self.values, self.low, self.residual, *sums, self._n_features, *self._widths,
-            SEGMENT=self.by.segment, **self._tiles,
+            SEGMENT=self.by.segment, UNROLL=self._at_once(UNROLL), **self._tiles,
         )  # fmt: skip
         return sums[0], sums[1]
 
@@ -254,7 +259,7 @@ class RowGradients:
         """Return the squared length (F) of each feature's gradients: see `AdamClock.clip`."""
         squares = torch.empty(self._n_features, device=w_dec.device)
         square_gradients_kernel[(self._n_features,)](
-            *self._arrays, w_dec, squares, *self._widths, **self._tiles, **self._kind
+            *self._arrays, w_dec, squares, *self._widths, UNROLL=self._at_once(UNROLL), **self._tiles, **self._kind
         )
         return squares
 
@@ -273,9 +278,13 @@ class RowGradients:
         tables = wakefulness.last_step, wakefulness.awake_until, clock.table, clock.step, codes
         low = encoder.weights if w_low is None else w_low
         update_rows_kernel[(self._n_features,)](
-            *self._arrays, awake, n_awake, *tables, low, *encoder, *decoder, seed, *self._widths, **self._tiles, **self._kind,
-            HAS_LOW=w_low is not None, EIGHT_BIT=encoder.eight_bit, STOCHASTIC=encoder.weights.dtype == torch.bfloat16,
+            *self._arrays, awake, n_awake, *tables, low, *encoder, *decoder, seed, *self._widths, **self._tiles,
+            **self._kind, UNROLL=self._at_once(UPDATE_UNROLL), HAS_LOW=w_low is not None, EIGHT_BIT=encoder.eight_bit,
+            STOCHASTIC=encoder.weights.dtype == torch.bfloat16,
         )  # fmt: skip
+
+    def _at_once(self, n_rows: int) -> int:
+        return n_rows * 2 // max(self.low.itemsize, self.residual.itemsize)
 
     @property
     def _n_features(self) -> int:
@@ -303,31 +312,35 @@ class RowGradients:
 
 
 def _specimens(d_in: int, d_out: int) -> Iterator[Specimen]:
-    """Yield every kernel at these widths, with bfloat16 products."""
+    """Yield every kernel at these widths."""
     constexprs: dict[str, Any] = tiles_for(d_in, d_out)
-    warps = constexprs.pop("num_warps")
-    plain = {"ON_SPHERE": True, "HAS_LENGTHS": False, "HAS_LOW": True, "EIGHT_BIT": False, "STOCHASTIC": False}
+    warps, stages = (constexprs.pop(name) for name in ("num_warps", "num_stages"))
+    plain: dict[str, Any] = {"UNROLL": UPDATE_UNROLL, "ON_SPHERE": True, "HAS_LENGTHS": False}
+    full = plain | {"HAS_LOW": True, "EIGHT_BIT": False, "STOCHASTIC": False}
     small = plain | {"HAS_LOW": False, "EIGHT_BIT": True, "STOCHASTIC": True}
-    cases = (
-        (sum_segments_kernel, {"SEGMENT": SEGMENT}, "sums of segments"),
-        (square_gradients_kernel, {"ON_SPHERE": True, "HAS_LENGTHS": False}, "squared gradients"),
-        (update_rows_kernel, plain, "update"),
-        (update_rows_kernel, small, "update, 8-bit moments, bfloat16 weights"),
+    cases: tuple[tuple[Any, dict[str, Any], str, str], ...] = (
+        (sum_segments_kernel, {"SEGMENT": SEGMENT, "UNROLL": UNROLL}, "*bf16", "sums of segments"),
+        (square_gradients_kernel, plain | {"UNROLL": UNROLL}, "*bf16", "squared gradients"),
+        (update_rows_kernel, full, "*bf16", "update"),
+        (update_rows_kernel, full | {"HAS_LOW": False, "UNROLL": UPDATE_UNROLL // 2}, "*fp32", "update in float32"),
     )
-    for kernel, own, name in cases:
-        types = {argument: _type(argument, own) for argument in kernel.arg_names}
+    if max(d_in, d_out) <= 4096:
+        cases += ((update_rows_kernel, small, "*bf16", "update in 8 bits and bfloat16"),)
+    for kernel, own, low, name in cases:
+        types = {argument: _type(argument, own, low) for argument in kernel.arg_names}
         signature = types | dict.fromkeys(constexprs | own, "constexpr")
-        yield Specimen(kernel, signature, constexprs | own, warps, 1, f"{name}, D = {d_in}, D_out = {d_out}")
+        yield Specimen(kernel, signature, constexprs | own, warps, stages, f"{name}, D = {d_in}, D_out = {d_out}")
 
 
-def _type(argument: str, kind: dict[str, Any]) -> str:
+def _type(argument: str, kind: dict[str, Any], low: str) -> str:
     weights, moments = "*bf16" if kind.get("STOCHASTIC") else "*fp32", "*u8" if kind.get("EIGHT_BIT") else "*fp32"
     floats = ("d_pre", "values", "encoder_sums", "decoder_sums", "length_sums", "table", "codes", "squares")
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("low", "residual", "w_low"), "*bf16")
-    types |= dict.fromkeys(("w_enc", "w_dec"), weights) | dict.fromkeys(("m_enc", "v_enc", "m_dec", "v_dec"), moments)
-    types |= dict.fromkeys((f"{name}_scale" for name in ("m_enc", "v_enc", "m_dec", "v_dec")), "*fp32")
+    names_of_moments = ("m_enc", "v_enc", "m_dec", "v_dec")
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("low", "residual", "w_low"), low)
+    types |= dict.fromkeys(("w_enc", "w_dec"), weights) | dict.fromkeys(names_of_moments, moments)
+    types |= dict.fromkeys((f"{name}_scale" for name in names_of_moments), "*fp32")
     types |= dict.fromkeys(("seed", "d_in", "d_out", "n_features"), "i32")
     return types.get(argument, "*i32")
 
 
-SPECIMENS = [specimen for widths in ((2304, 2304), (4096, 4096), (8192, 8192)) for specimen in _specimens(*widths)]
+SPECIMENS = [specimen for width in (2304, 4096, 8192) for specimen in _specimens(width, width)]

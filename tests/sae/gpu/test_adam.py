@@ -29,19 +29,15 @@ def one_entry_each(active: Tensor, low: Tensor, residual: Tensor, on_sphere: boo
     return RowGradients.of_entries(ids, rows, rows, pair, low, residual, len(active), on_sphere)
 
 
-SHARES = [0, 0.001, 0.01, 0.1, 0.5, 1]
-"""Shares of steps on which features fire."""
-
-
 def firing(n_steps: int, generator: torch.Generator) -> Tensor:
-    """Return when features fire (n_steps, 6); the second one does so on one step."""
-    fires = torch.rand(n_steps, 6, generator=generator) < torch.tensor(SHARES)
-    fires[:, 1] = torch.arange(n_steps) == n_steps // 3
+    """Return when features fire (n_steps, 6): never, twice with a long pause, and on 1, 10, 50 and 100 % of steps."""
+    fires = torch.rand(n_steps, 6, generator=generator) < torch.tensor([0, 0, 0.01, 0.1, 0.5, 1])
+    fires[[n_steps // 8, n_steps - n_steps // 8], 1] = True
     return fires
 
 
 @pytest.mark.parametrize(
-    ("n_steps", "beta1"), [(40, 0.3), pytest.param(1000, 0.9, marks=[pytest.mark.long, pytest.mark.timeout(3000)])]
+    ("n_steps", "beta1"), [(32, 0.3), pytest.param(1000, 0.9, marks=[pytest.mark.long, pytest.mark.timeout(3000)])]
 )
 def test_rows_that_sleep_end_where_those_of_torch_adam_do(n_steps, beta1):
     generator = torch.Generator().manual_seed(0)
@@ -67,6 +63,10 @@ def test_rows_that_sleep_end_where_those_of_torch_adam_do(n_steps, beta1):
         n_stepped += wakefulness.last_step == clock.step
     torch.testing.assert_close(w_enc, wanted[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(w_dec, wanted[1], atol=1e-6, rtol=0)
+    wakefulness.settle((encoder, decoder), clock)
+    for rows, weights in zip((encoder, decoder), wanted, strict=True):
+        torch.testing.assert_close(rows.m, adam.state[weights]["exp_avg"], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(rows.v, adam.state[weights]["exp_avg_sq"], atol=1e-6, rtol=1e-4)
     assert n_stepped[0] == 0
     assert 5 < n_stepped[1] < n_steps / 2
     assert n_stepped[5] == n_steps
@@ -170,6 +170,18 @@ def test_moments_in_eight_bits_stay_near_those_in_float32_and_so_do_weights():
             torch.testing.assert_close(found, wanted, atol=0.03 * float(wanted.abs().max()), rtol=0)
         torch.testing.assert_close(small.weights, plain.weights, atol=0.5 * LR, rtol=0)
         assert (small.weights != plain.weights).any()
+
+
+def test_moments_in_eight_bits_settle_by_their_scales():
+    rows, wakefulness = AdamRows.begin(torch.zeros(2, 300), eight_bit=True), Wakefulness.asleep(2)
+    rows.m.fill_(255)
+    rows.m_scale.fill_(2.0)
+    clock = AdamClock(AdamSettings())
+    clock.step.fill_(5)
+    wakefulness.last_step[1] = 3
+    wakefulness.settle([rows], clock)
+    torch.testing.assert_close(rows.moments()[0][:, -1], torch.tensor([2 * 0.9**5, 2 * 0.9**2]))
+    assert wakefulness.last_step.tolist() == [5, 5]
 
 
 def bfloat16_after_one_step(seed: int) -> Tensor:

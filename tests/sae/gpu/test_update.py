@@ -198,9 +198,10 @@ def test_entries_are_sorted_by_feature_and_every_segment_belongs_to_a_long_featu
     torch.testing.assert_close(summed[1], 3 * summed[0])
 
 
-def test_the_bias_before_the_encoder_gets_its_gradient():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bias_before_the_encoder_gets_its_gradient(dtype):
     generator = torch.Generator().manual_seed(6)
     low, w_enc, d_pre = (torch.randn(*size, generator=generator) for size in ((5, 4), (7, 4), (5, 7)))
-    bias = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    w_enc, bias = w_enc.to(dtype), torch.zeros(4, dtype=torch.float64, requires_grad=True)
     ((low.double() - bias) @ w_enc.double().t() * d_pre.double()).sum().backward()
     torch.testing.assert_close(gradient_through_centring(d_pre.sum(0), w_enc).double(), bias.grad, atol=1e-5, rtol=1e-5)
