@@ -37,7 +37,7 @@ class Fetched:
 
 
 class FusedTraining:
-    """The steps of one training on a GPU. The host waits for the device only in `fetch` and `settle`."""
+    """The steps of one training on a GPU. The host waits for the device only in `fetch`."""
 
     def __init__(self, sae: SAEParameters, adam: torch.optim.Adam, config: TrainConfig, feed: Feed) -> None:
         from saeflow.sae.gpu.fused import FusedStep  # which imports triton
@@ -58,8 +58,9 @@ class FusedTraining:
         from saeflow.sae.gpu.fused import FIGURES
 
         found = dict(zip(FIGURES, self._step.figures.tolist(), strict=True))
-        self._n_dead = int(found["n_dead"])
-        info = StepInfo(found["unexplained"], found["auxiliary"], 0.0, found["n_active"], self._n_dead, torch.empty(0))
+        self._n_dead = int(found["n_dead_after"])
+        figures = found["unexplained"], found["auxiliary"], 0.0, found["n_active"], int(found["n_dead"])
+        info = StepInfo(*figures, torch.empty(0))
         step = int(self._step.clock.step)
         return Fetched(found["loss"], info, step, found["alive"] > 0, self._place(step, int(found["suspect"])))
 

@@ -28,9 +28,9 @@ from saeflow.sae.parameters import SAEParameters
 CAPACITY = 16
 """Entries that a row's buffer holds, as a multiple of k: see `guess`."""
 
-FIGURES = ("loss", "unexplained", "auxiliary", "n_active", "n_dead", "n_wrong_guesses", "alive", "suspect")
+FIGURES = ("loss", "unexplained", "auxiliary", "n_active", "n_dead", "n_wrong_guesses", "alive", "suspect", "n_dead_after")
 """Figures of a step, in this order. `alive` is 0 if a loss was not finite, in this step or before. `suspect` is the row
-of that batch to look at, the first one that is not finite, as -1 - row, or else the longest."""
+of that batch to look at, the first one that is not finite, as -1 - row, or else the longest. `n_dead_after` are dead for the next step."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,9 @@ class FusedStep:
         added = self._auxiliary(main, batch, dead, options)
         loss, figures = self._losses(main, added, batch, choice, dead, len(x))
         self._judge(loss, x)
-        self.figures.copy_(torch.cat([loss, *figures, self.alive, self.suspect]))
         self._remember(choice, len(x), options)
+        still = (sae.tokens_since_fired >= self.dead_after).sum()[None].double()
+        self.figures.copy_(torch.cat([loss, *figures, self.alive, self.suspect, still]))
         self._update(main, added, batch, options.lr)
 
     def _choose(self, batch: _Centred, options: StepOptions) -> Choice:
@@ -221,16 +222,10 @@ class FusedStep:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Bring the moments of sleeping rows, and Adam's count of steps, up to now. This waits for the device."""
-        step = int(self.clock.step)
-        for name in ("W_enc", "W_dec"):
-            asleep = (step - self.wakefulness.last_step).double()[:, None]
-            for moments, beta in zip(self.moments[name], self.adam.param_groups[0]["betas"], strict=True):
-                for part, n in zip(moments.split(4096), asleep.split(4096), strict=True):
-                    part.mul_(torch.pow(beta, n).float())
-        self.wakefulness.last_step.fill_(step)
+        """Bring the moments of sleeping rows, and Adam's count of steps, up to now."""
+        self.wakefulness.settle([self._rows(name) for name in ("W_enc", "W_dec")], self.clock)
         for state in self.adam.state.values():
-            state["step"].fill_(float(step))
+            state["step"].copy_(self.clock.step[0])
 
 
 def _moments(adam: torch.optim.Adam, weight: Tensor) -> tuple[Tensor, Tensor]:
