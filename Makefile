@@ -7,13 +7,14 @@ RUN := .venv/bin/python
 DOCS := .venv/docs-$(shell cat docs/requirements.txt | cksum | cut -d' ' -f1)
 
 TESTS_AT_ONCE = --numprocesses 3 --dist loadfile --no-loadscope-reorder
+TRITON = .bench/triton-3.9.0
 TENTH := $(shell date +%j | tail -c 2)
 
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export HF_HUB_OFFLINE = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo ready smollm2 test test-long test-all check docs site bench peers fault-points fault-kinds notebooks clean
+.PHONY: demo ready smollm2 test test-long test-all test-kernels check docs site bench peers fault-points fault-kinds notebooks clean
 
 demo: $(READY)  ## the main job on the shipped model and corpus, then three SQL answers
 	$(RUN) -m flows.pipeline flows/recipes/demo.toml
@@ -34,6 +35,12 @@ test-long: $(READY)  ## the tests that take longest: real Prefect, Dask and Post
 
 test-all: $(READY)  ## both in one go: what they share is loaded and made once
 	$(RUN) -m pytest $(TESTS_AT_ONCE)
+
+test-kernels: $(READY) $(TRITON)  ## the tests of kernels for a GPU: on one, or in Triton's interpreter
+	PYTHONPATH=$(TRITON) $(RUN) -m pytest tests/sae/gpu $(TESTS_AT_ONCE)
+
+$(TRITON): | $(READY)
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.9.0
 
 check: $(READY)  ## style and types
 	.venv/bin/ruff check .

@@ -19,7 +19,7 @@ from saeflow.store.files import checksum_once
 from saeflow.store.records import Generation, read_or_empty, write_checked
 from saeflow.store.storage.bucket import cache_folder
 
-_NO_SETTINGS = {"checkpoint_seconds", "device", "parallel"}
+_NO_SETTINGS = {"checkpoint_seconds", "device", "kernels", "parallel"}
 """Settings of `[train]` that change nothing in the SAE."""
 
 DATA_SEEN = ("generation", "hidden", "n_train_tokens")

@@ -251,6 +251,11 @@ class TrainConfig(Section):
         description="What several processes share (`torchrun`): `data`, the tokens of each batch, or `features`, for "
         "dictionaries too large for one GPU. It is not part of the SAE's identity.",
     )
+    kernels: bool = Field(
+        True,
+        description="On one GPU with Triton, the top-k family takes its steps by saeflow's kernels. False: by torch's "
+        "operations. It is not part of the SAE's identity.",
+    )
     restarts: PositiveInt = Field(
         1, description="Trainings from different seeds. The one with the best reconstruction is kept."
     )

@@ -1,6 +1,7 @@
 """Training: many SAEs on one feed, with checkpoints. Read `training` first.
 
 training   one training: state, step, checkpoint
+fused      steps by the kernels of a GPU, and when the host looks at what they have done
 group      several trainings on one feed, their TensorBoard logs, publication
 shares     training by several processes that split the features
 schedules  what changes in the course of a training

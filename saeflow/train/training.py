@@ -32,7 +32,7 @@ from saeflow.sae.split import Split
 from saeflow.store.files import checksum, flush, make_folder, rename
 from saeflow.store.links import is_file, remove, unlinked
 from saeflow.store.records import Damaged, damaged, is_refusal, read_checked, write_checked
-from saeflow.train import schedules
+from saeflow.train import fused, schedules
 from saeflow.train.resample import resample_dead
 from saeflow.train.shares import read_share, whole_sae, whole_state
 from saeflow.train.whitening import Whitening, whitening_of
@@ -99,7 +99,11 @@ class Training:
     step: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
     info: StepInfo | None = None
-    """Figures of the last step."""
+    """Figures of the last step; by the kernels of a GPU, those that were fetched last."""
+    fused: fused.FusedTraining | None = None
+    """Takes the steps on a GPU. It begins with the next step whenever somebody else has changed weights or moments."""
+    uses_fused: bool = False
+    """True if the kernels of a GPU take the steps."""
 
     @classmethod
     def begin(
@@ -123,7 +127,9 @@ class Training:
         sae.to(place)
         adam = torch.optim.Adam(sae.parameters(), betas=(config.beta1, config.beta2), fused=True)
         n_steps = max(1, round(config.n_tokens * feed.batches_per_epoch / feed.n_rows))
-        return cls(sae, adam, config, scales, n_steps, whitening, recipe.name)
+        training = cls(sae, adam, config, scales, n_steps, whitening, recipe.name)
+        training.uses_fused = fused.suits(sae, config)
+        return training
 
     @property
     def place(self) -> torch.device:
@@ -141,12 +147,14 @@ class Training:
         if self.whitening is not None:
             x = self.whitening.apply(batch.scaled(0, 1.0, self.place)) * self.scales[0]
         target, dead_after = others[0] if others else None, self.config.dead_after_tokens
+        if self.uses_fused:
+            return self._advance_fused(batch, x, target)
         loss, info = self.sae.training_loss(
             x, self.config.aux_weight, dead_after, target=target, k=self._k, sparsity=self._sparsity,
             by_token=schedules.chooses_by_token(self.step, self.n_steps, self.config),
         )  # fmt: skip
         if not math.isfinite(loss.item()):
-            raise UserError(self._not_finite(loss.item(), batch))
+            raise UserError(self._not_finite(loss.item(), *batch.suspect()))
         loss.backward()  # type: ignore[no-untyped-call]
         clipped = self._clip()
         self.adam.step()
@@ -154,10 +162,47 @@ class Training:
         self.adam.zero_grad(set_to_none=True)  # so that only one of many trainings has gradients at a time
         if self.step in self._resample_steps:
             resample_dead(self.sae, self.adam, x, dead_after, self.step, target)
-        if self.step % self.config.log_every == 0 or self.step == self.n_steps - 1:
+        if self._is_logged(self.step):
             self.log.append(self._log_row(loss.item(), info, len(batch)) | clipped)
         self.step, self.info = self.step + 1, info
         return info
+
+    def _advance_fused(self, batch: FeedBatch, x: Tensor, target: Tensor | None) -> StepInfo:
+        """Take one step by the kernels of a GPU. Its figures are fetched only for the log, and before they are kept."""
+        if self.fused is None:
+            self.fused = fused.FusedTraining(self.sae, self.adam, self.config, batch.feed)
+        by_token = self.sae.traits.chooses_by_token
+        by_token = by_token or schedules.chooses_by_token(self.step, self.n_steps, self.config)
+        self.fused.take(x, target, self.adam.param_groups[0]["lr"], self._k, by_token)
+        self.step += 1
+        if self.info is None or self._is_logged(self.step - 1):
+            loss, self.info = self._fetched()
+            self.log.append(self._log_row(loss, self.info, len(batch)) | {"step": self.step - 1})
+        if self.step - 1 in self._resample_steps:
+            self.settle()
+            resample_dead(self.sae, self.adam, x, self.config.dead_after_tokens, self.step - 1, target)
+        return self.info
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.n_steps - 1
+
+    def _fetched(self) -> tuple[float, StepInfo]:
+        """Return loss and figures of the last step. Raises UserError if a loss since the last call was not finite."""
+        assert self.fused is not None
+        found = self.fused.fetch()
+        if not found.finite:
+            self.step = found.step
+            self.fused.settle()
+            self.fused = None
+            raise UserError(self._not_finite(found.loss, *found.suspect))
+        return found.loss, found.info
+
+    def settle(self) -> None:
+        """Bring weights and moments to where they can be kept, or changed by others. Raises as `advance` does."""
+        if self.fused is not None:
+            self._fetched()
+            self.fused.settle()
+            self.fused = None
 
     @property
     def _k(self) -> int:
@@ -173,8 +218,7 @@ class Training:
             return {}
         return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip_norm).item()}
 
-    def _not_finite(self, loss: float, batch: FeedBatch) -> str:
-        row, finite = batch.suspect()
+    def _not_finite(self, loss: float, row: str, finite: bool) -> str:
         begin = f"{self.name}: The loss is {loss} at step {self.step}."
         if not finite:
             return f"{begin} The activation at {row}. Check what is stored with `saeflow verify --full`."
@@ -230,6 +274,7 @@ class Training:
 
         Of several ranks the first writes, for all.
         """
+        self.settle()
         state = whole_state(self._state(), self.sae)
         if not self.sae.split.ranks.is_first:
             return
@@ -283,6 +328,7 @@ class Training:
             raise ValueError(f"{STATE} is of step {step}, {CHECKPOINT} of step {about['step']}")
         if "checksum" in about and about["checksum"] != checksum(folder / STATE):  # an earlier saeflow did not write it
             raise ValueError(f"the checksum of {STATE} is wrong")
+        self.fused = None
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
         if self.whitening is not None:
             self.whitening = Whitening(*(tensors[f"whitening.{name}"] for name in Whitening._fields))

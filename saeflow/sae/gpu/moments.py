@@ -1,0 +1,150 @@
+"""What Adam keeps of a row: its two moments, in float32 or in 8 bits; and weights in bfloat16.
+
+8 bits are those of Dettmers et al. 2022 (arXiv 2110.02861): each block of 256 numbers is divided by its largest
+magnitude, and each quotient is replaced by the nearest of 256 fixed numbers. Blocks are pieces of a row here, so that a
+row is read and written by itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Self
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = tl.constexpr(256)
+"""Numbers that share a scale, and columns of a tile: a row is a tile of BLOCKS times BLOCK numbers."""
+_MIDPOINTS, _UNSIGNED = tl.constexpr(256), tl.constexpr(513)
+"""Where the tables of `code_tables` begin."""
+_LOG2_10 = tl.constexpr(3.321928094887362)
+_ROUNDS = tl.constexpr(7)
+"""Rounds of Philox: the fewest that pass all tests (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3")."""
+
+
+def quantisation_map(signed: bool) -> Tensor:
+    """Return the 256 numbers that 8 bits stand for, ascending ("dynamic" quantisation of arXiv 2110.02861).
+
+    After the sign, zeros of the code count factors of 0.1; then a one; the bits behind it divide the numbers from 0.1
+    to 1 into equal parts, and stand for the middle of a part. Without a sign there is one more bit for parts. Two codes
+    are left for 0 and 1.
+    """
+    positive = []
+    for zeros in range(7):
+        n_parts = 2 ** (6 - zeros + (not signed))
+        middles = 0.1 + 0.9 * (torch.arange(n_parts, dtype=torch.float64) + 0.5) / n_parts
+        positive.append(middles * 10.0**-zeros)
+    numbers = torch.cat(positive)
+    whole = torch.cat([-numbers, numbers]) if signed else numbers
+    return torch.cat([whole, torch.tensor([0.0, 1.0], dtype=torch.float64)]).sort().values.float()
+
+
+def code_tables(device: torch.device | str = "cpu") -> Tensor:
+    """Return for signed and for unsigned codes the numbers they stand for (256), and where each begins (257)."""
+    edge, tables = torch.tensor([torch.inf]), []
+    for signed in (True, False):
+        numbers = quantisation_map(signed)
+        tables += [numbers, -edge, (numbers[1:] + numbers[:-1]) / 2, edge]
+    return torch.cat(tables).to(device)
+
+
+class AdamRows(NamedTuple):
+    """The rows of a matrix (F, D), float32 or bfloat16, with Adam's moments."""
+
+    weights: Tensor
+    m: Tensor
+    """(F, D) float32, or codes uint8."""
+    v: Tensor
+    m_scale: Tensor
+    """(F, ceil(D / 256)): the largest magnitude of each block. Moments in float32 have none."""
+    v_scale: Tensor
+
+    @classmethod
+    def begin(cls, weights: Tensor, eight_bit: bool = False) -> Self:
+        """Return weights with the moments before the first step."""
+        n_rows, d = weights.shape
+        dtype, n_scales = (torch.uint8, triton.cdiv(d, BLOCK.value)) if eight_bit else (torch.float32, 0)
+        numbers = [torch.zeros(n_rows, d, dtype=dtype, device=weights.device) for _ in range(2)]
+        scales = [torch.zeros(n_rows, n_scales, device=weights.device) for _ in range(2)]
+        return cls(weights, *numbers, *scales)
+
+    @property
+    def eight_bit(self) -> bool:
+        return self.m.dtype == torch.uint8
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return both moments (F, D) in float32."""
+        if not self.eight_bit:
+            return self.m, self.v
+        return _read(self.m, self.m_scale, True), _read(self.v, self.v_scale, False)
+
+
+def _read(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    numbers = quantisation_map(signed).to(codes.device)[codes.int()]
+    return numbers * scales.repeat_interleave(BLOCK.value, 1)[:, : codes.shape[1]]
+
+
+@triton.jit
+def nearest_codes(x, tables, SIGNED: tl.constexpr):
+    """Return the codes of numbers between -1 and 1.
+
+    The code is computed, then corrected by one where the nearest number lies in another decade, or is 0 or 1.
+    """
+    first_parts: tl.constexpr = 1 if SIGNED else 2
+    starts = tables + _MIDPOINTS + (0 if SIGNED else _UNSIGNED)
+    size = tl.abs(x)
+    decade = tl.floor(tl.log2(tl.maximum(size, 1e-30)) / _LOG2_10) + 7
+    decade = tl.minimum(tl.maximum(decade, 0.0), 6.0)
+    n_parts = tl.exp2(decade) * first_parts
+    part = tl.floor((size * tl.exp2((6 - decade) * _LOG2_10) - 0.1) * n_parts / 0.9)
+    rank = n_parts - first_parts + 1 + tl.minimum(tl.maximum(part, 0.0), n_parts - 1)
+    rank = tl.where(size < 1e-7, 0.0, rank).to(tl.int32)
+    code = tl.where(x < 0, 127 - rank, 127 + rank) if SIGNED else rank
+    above = (x >= tl.load(starts + code + 1)).to(tl.int32)
+    below = (x < tl.load(starts + code)).to(tl.int32)
+    return code + above - below
+
+
+@triton.jit
+def load_moments(numbers, scales, tables, row, columns, d, EIGHT_BIT: tl.constexpr, SIGNED: tl.constexpr):
+    """Return a row of moments as a tile; `columns` (BLOCKS, BLOCK) numbers its columns."""
+    inside = columns < d
+    stored = tl.load(numbers + row * d + columns, mask=inside, other=0)
+    if EIGHT_BIT:
+        n_scales = tl.cdiv(d, BLOCK)
+        block = tl.arange(0, columns.shape[0])
+        scale = tl.load(scales + row * n_scales + block, mask=block < n_scales, other=0.0)
+        stored = tl.load(tables + (0 if SIGNED else _UNSIGNED) + stored.to(tl.int32)) * scale[:, None]
+        stored = tl.where(inside, stored, 0.0)
+    return stored
+
+
+@triton.jit
+def store_moments(numbers, scales, tables, row, columns, d, moments, EIGHT_BIT: tl.constexpr, SIGNED: tl.constexpr):
+    """Write a row of moments; those beyond the row's end are zero."""
+    if EIGHT_BIT:
+        n_scales = tl.cdiv(d, BLOCK)
+        block = tl.arange(0, columns.shape[0])
+        scale = tl.max(tl.abs(moments), 1)
+        tl.store(scales + row * n_scales + block, scale, mask=block < n_scales)
+        quotient = moments / tl.where(scale > 0, scale, 1.0)[:, None]
+        codes = nearest_codes(quotient, tables, SIGNED).to(tl.uint8)
+        tl.store(numbers + row * d + columns, codes, mask=columns < d)
+    else:
+        tl.store(numbers + row * d + columns, moments, mask=columns < d)
+
+
+@triton.jit
+def store_weights(weights, row, columns, d, new, seed, step, which, STOCHASTIC: tl.constexpr):
+    """Write a row of weights. With STOCHASTIC, bfloat16 rounds up or down with the probability that keeps the mean.
+
+    The random number depends on seed, step, row, column and `which` matrix alone (Philox 4x32, counter-based).
+    """
+    if STOCHASTIC:
+        random, _, _, _ = tl.philox(seed, columns, row.to(tl.int32), step, which, n_rounds=_ROUNDS)
+        bits = new.to(tl.uint32, bitcast=True) + (random & 0xFFFF)
+        rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        new = tl.where(new == new, rounded, new)
+    tl.store(weights + row * d + columns, new.to(weights.dtype.element_ty), mask=columns < d)

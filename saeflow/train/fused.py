@@ -1,0 +1,76 @@
+"""Training steps by the kernels of `saeflow.sae.gpu`, and when the host looks at what they have done."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saeflow.activations.feed import Feed
+from saeflow.recipe.settings import TrainConfig
+from saeflow.sae.loss import StepInfo
+from saeflow.sae.parameters import SAEParameters
+
+TOLERANCE = 1e-7
+"""How far a weight of a feature that has long been silent may stay behind, in units of the learning rate."""
+
+
+def suits(sae: SAEParameters, config: TrainConfig) -> bool:
+    """True if the kernels can train the SAE where it is: on one GPU with Triton, and of the top-k family."""
+    if not config.kernels or sae.split.ranks.n > 1:
+        return False
+    on_gpu = sae.W_enc.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return on_gpu and sae.config.counts_k and not sae.traits.pursues and config.clip_norm is None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The figures of a step."""
+
+    loss: float
+    info: StepInfo
+    step: int
+    """Steps that were taken: fewer than asked for if a loss was not finite."""
+    finite: bool
+    suspect: tuple[str, bool]
+    """If the loss is not finite: see `FeedBatch.suspect`."""
+
+
+class FusedTraining:
+    """The steps of one training on a GPU. The host waits for the device only in `fetch`."""
+
+    def __init__(self, sae: SAEParameters, adam: torch.optim.Adam, config: TrainConfig, feed: Feed) -> None:
+        from saeflow.sae.gpu.fused import FusedStep  # which imports triton
+
+        lr, dtype = config.lr or 1e-3, sae.product_dtype or torch.float32
+        self._step = FusedStep(sae, adam, dtype, lr, config.aux_weight, config.dead_after_tokens, TOLERANCE * lr)
+        self._n_dead = int((sae.tokens_since_fired >= config.dead_after_tokens).sum())
+        self._feed = feed
+
+    def take(self, x: Tensor, target: Tensor | None, lr: float, k: int, by_token: bool) -> None:
+        """Take a step on x (B, D), and for a transcoder its target (B, D_out), float32."""
+        from saeflow.sae.gpu.fused import StepOptions
+
+        self._step(x, target, StepOptions(lr, k, by_token, self._n_dead))
+
+    def fetch(self) -> Fetched:
+        """Wait for the last step, and return its figures."""
+        from saeflow.sae.gpu.fused import FIGURES
+
+        found = dict(zip(FIGURES, self._step.figures.tolist(), strict=True))
+        self._n_dead = int(found["n_dead_after"])
+        figures = found["unexplained"], found["auxiliary"], 0.0, found["n_active"], int(found["n_dead"])
+        info = StepInfo(*figures, torch.empty(0))
+        step = int(self._step.clock.step)
+        return Fetched(found["loss"], info, step, found["alive"] > 0, self._place(step, int(found["suspect"])))
+
+    def _place(self, step: int, row: int) -> tuple[str, bool]:
+        if row < 0:
+            return f"{self._feed.locate(step, -1 - row)} is not finite", False
+        return str(self._feed.locate(step, row)), True
+
+    def settle(self) -> None:
+        """Bring weights and Adam's moments to where the dense optimizer would have them."""
+        self._step.settle()

@@ -1,0 +1,122 @@
+"""A whole step by kernels gives what the processor's step and torch's Adam give."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from saeflow.recipe.settings import SAEConfig
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.gpu.fused import FIGURES, FusedStep, StepOptions
+from tests.sae.gpu import PLACE
+
+B, D, F, K = 10, 9, 22, 3
+LR, DEAD_AFTER, AUX = 1e-2, 30, 1 / 32
+
+
+class Trained(NamedTuple):
+    sae: SparseAutoencoder
+    adam: torch.optim.Adam
+
+    def step_of_processor(self, x: Tensor, target: Tensor | None, by_token: bool) -> tuple[float, float, float, int]:
+        loss, info = self.sae.training_loss(x, AUX, DEAD_AFTER, target=target, by_token=by_token)
+        loss.backward()
+        self.adam.step()
+        self.sae.after_step()
+        self.adam.zero_grad(set_to_none=True)
+        return loss.item(), info.unexplained, info.auxiliary, info.n_dead
+
+    def moments(self) -> list[Tensor]:
+        return [state[name].cpu() for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+
+def begun(place: str = "cpu", **changes: object) -> Trained:
+    config = SAEConfig.model_validate({"architecture": "topk", "n_features": F, "k": K, "seed": 3, **changes})
+    sae = SparseAutoencoder(config, D, 7 if config.target_site else None)
+    sae.product_dtype = torch.float32
+    sae.to(place)
+    return Trained(sae, torch.optim.Adam(sae.parameters(), lr=LR, fused=True))
+
+
+def batch(number: int, width: int = D) -> Tensor:
+    made = torch.Generator().manual_seed(number)
+    directions = torch.nn.functional.normalize(
+        torch.randn(14, width, generator=torch.Generator().manual_seed(5)), dim=1
+    )
+    strengths = torch.rand(B, 14, generator=made) * (torch.rand(B, 14, generator=made) < 0.15)
+    return 3 * strengths @ directions + 0.05 * torch.randn(B, width, generator=made)
+
+
+def fused(trained: Trained) -> FusedStep:
+    return FusedStep(trained.sae, trained.adam, torch.float32, LR, AUX, DEAD_AFTER, tolerance=1e-9)
+
+
+def options(trained: Trained, by_token: bool) -> StepOptions:
+    n_dead = int((trained.sae.tokens_since_fired >= DEAD_AFTER).sum())
+    return StepOptions(LR, trained.sae.config.k, by_token or trained.sae.traits.chooses_by_token, n_dead)
+
+
+CASES = {
+    "topk": {}, "magnitudes": {"architecture": "abstopk"}, "of the batch": {"architecture": "batchtopk"},
+    "nested": {"architecture": "matryoshka"}, "one of each token": {"k": 1},
+    "a transcoder": {"target_site": "there"}, "free lengths": {"unit_norm": False},
+    "a bias that stays": {"decoder_bias": "fixed"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_steps_equal_those_of_the_processor_and_of_adam(changes: dict[str, object]) -> None:
+    there, here = begun(**changes), begun(PLACE, **changes)
+    step = fused(here)
+    for number in range(6):
+        x = batch(number)
+        target = batch(number, 7) if "target_site" in changes else None
+        by_token = number == 2
+        step(x.to(PLACE), None if target is None else target.to(PLACE), options(here, by_token))
+        expected = there.step_of_processor(x, target, by_token)
+        found = dict(zip(FIGURES, step.figures.tolist(), strict=True))
+        assert [found[name] for name in ("loss", "unexplained", "auxiliary", "n_dead")] == pytest.approx(
+            expected, rel=1e-5, abs=1e-6
+        )
+        assert found["alive"] == 1
+    step.settle()
+    for name, value in there.sae.state_dict().items():
+        torch.testing.assert_close(here.sae.state_dict()[name].cpu(), value, rtol=1e-5, atol=1e-6)
+    for mine, its in zip(here.moments(), there.moments(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # by NumPy, in which the interpreter multiplies
+def test_from_a_batch_with_nan_on_nothing_changes_and_its_row_is_named() -> None:
+    trained = begun(PLACE)
+    step = fused(trained)
+    step(batch(0).to(PLACE), None, options(trained, False))
+    before = copy.deepcopy(trained.sae.state_dict())
+    moments = [each.clone() for each in trained.moments()]
+    bad = batch(1)
+    bad[4, 2] = torch.nan
+    for x in (bad, batch(2)):
+        step(x.to(PLACE), None, options(trained, False))
+    found = dict(zip(FIGURES, step.figures.tolist(), strict=True))
+    assert (found["alive"], found["suspect"], int(step.clock.step)) == (0, -1 - 4, 1)
+    assert all(torch.equal(value, before[name]) for name, value in trained.sae.state_dict().items())
+    assert all(map(torch.equal, trained.moments(), moments))
+
+
+def test_a_step_begun_from_kept_state_goes_on_as_if_nothing_had_been() -> None:
+    whole, cut = begun(PLACE), begun(PLACE)
+    one, first = fused(whole), fused(cut)
+    for number in range(5):
+        if number == 3:
+            first.settle()
+            first = fused(cut)
+        for step, trained in ((one, whole), (first, cut)):
+            step(batch(number).to(PLACE), None, options(trained, False))
+    for name, value in whole.sae.state_dict().items():
+        torch.testing.assert_close(cut.sae.state_dict()[name], value, rtol=1e-6, atol=1e-7)

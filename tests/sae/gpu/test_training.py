@@ -1,0 +1,86 @@
+"""Trainings whose steps the kernels take: their log, their checkpoints, and what a batch that is not finite leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from saeflow.recipe.settings import TrainConfig
+from saeflow.runtime.errors import UserError
+from saeflow.train.training import FeedBatch, Training
+from tests.sae.gpu.test_fused import PLACE, batch, begun
+
+N_STEPS = 8
+
+
+class Rows:
+    """What a training asks of a feed."""
+
+    def locate(self, number: int, row: int) -> str:
+        return f"batch {number}, row {row}"
+
+
+def a_training(uses_fused: bool, log_every: int = 1) -> Training:
+    """Return one that looks at every step, so that the auxiliary loss knows which features are dead."""
+    sae, adam = begun(PLACE if uses_fused else "cpu")
+    config = TrainConfig(lr=1e-2, log_every=log_every, dead_after_tokens=30, checkpoint_seconds=1)
+    training = Training(sae, adam, config, (1.0,), N_STEPS, name="small")
+    training.uses_fused = uses_fused
+    return training
+
+
+def steps(training: Training, until: int, bad: int | None = None) -> None:
+    feed: Any = Rows()
+    while training.step < until:
+        values = batch(training.step)
+        if training.step == bad:
+            values[6, 1] = torch.inf
+        training.advance(FeedBatch(training.step, (values,), feed))
+
+
+def test_a_training_by_kernels_logs_what_the_processor_logs_and_ends_alike() -> None:
+    here, there = a_training(True), a_training(False)
+    for training in (here, there):
+        steps(training, N_STEPS)
+    here.settle()
+    assert [row["step"] for row in here.log] == list(range(N_STEPS))
+    for mine, its in zip(here.log, there.log, strict=True):
+        assert mine == pytest.approx(its, rel=1e-4, abs=1e-6)
+    for name, value in there.sae.state_dict().items():
+        torch.testing.assert_close(here.sae.state_dict()[name].cpu(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_kernels_goes_on_on_the_processor_and_the_other_way_round(tmp_path: Path) -> None:
+    whole = a_training(False)
+    steps(whole, N_STEPS)
+    for first in (True, False):
+        cut = a_training(first)
+        steps(cut, 4)
+        cut.save(tmp_path / "kept")
+        other = a_training(not first)
+        assert other.restore(tmp_path / "kept")
+        steps(other, N_STEPS)
+        other.settle()
+        for name, value in whole.sae.state_dict().items():
+            torch.testing.assert_close(other.sae.state_dict()[name].cpu(), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # by NumPy, in which the interpreter multiplies
+def test_a_batch_that_is_not_finite_is_named_at_the_next_look_and_what_is_kept_is_before_it(tmp_path: Path) -> None:
+    training, before = a_training(True, log_every=3), a_training(True, log_every=3)
+    with pytest.raises(UserError, match=r"at step 4\. The activation at batch 4, row 6 is not finite"):
+        steps(training, N_STEPS, bad=4)
+    assert training.step == 4
+    training.save(tmp_path / "kept")
+    steps(before, 4)
+    before.settle()
+    again = a_training(True)
+    assert again.restore(tmp_path / "kept")
+    assert again.step == 4
+    for name, value in before.sae.state_dict().items():
+        torch.testing.assert_close(again.sae.state_dict()[name], value, rtol=1e-6, atol=1e-7)
