@@ -46,6 +46,8 @@ PUT_IN = {
         "written[name]": "an identifier",
         "given": "made here, of an identifier",
         "cell": "made here, of an identifier",
+        "number": "made here, of an identifier",
+        "' or '.join(unreadable)": "made here, of identifiers",
     },
     "query/ask.py": {
         "chosen.name": "the name of a file of sql/marts, looked up",
@@ -98,6 +100,8 @@ PUT_IN = {
         "f'({given})' if self.is_macro else ''": "literals",
     },
     "query/relations.py": {
+        "', '.join(map(literal, each.without))": "literals",
+        "_read_files([each.location])": "literals",
         "shown": "of a literal",
         "gone": "of a literal",
         "marked": "made here, of literals",
@@ -145,6 +149,7 @@ PUT_IN = {
 }
 
 RUN = {
+    "browser/pages/classes.py": {"_IS_PROBED": "a constant"},
     "classes/annotations.py": {"sql": "constants, and names of columns in the code"},
     "classes/characters.py": {"sql": "a constant"},
     "classes/places.py": {"sql": "a constant of this file", "statement": "one of the constant _TABLES"},
