@@ -37,7 +37,7 @@ test-all: $(READY)  ## both in one go: what they share is loaded and made once
 	$(RUN) -m pytest $(TESTS_AT_ONCE)
 
 test-kernels: $(READY) $(TRITON)  ## the tests of kernels for a GPU: on one, or in Triton's interpreter
-	PYTHONPATH=$(TRITON) $(RUN) -m pytest tests/sae/gpu $(TESTS_AT_ONCE)
+	PYTHONPATH=$(CURDIR)/$(TRITON) $(RUN) -m pytest tests/sae/gpu $(TESTS_AT_ONCE)
 
 $(TRITON): | $(READY)
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.9.0
