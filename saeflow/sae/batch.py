@@ -119,10 +119,16 @@ def centred_batch(
     wanted = centred
     if target is not None:
         wanted, sums, squares, _ = _centred(target, b_dec, torch.float32, threads)
-    variance = (squares - sums.square().sum() / len(x)).item()
-    if variance < DEGENERATE * squares.item():
-        variance = squares.item()
-    return CentredBatch(low, wanted, max(variance, 1e-30))
+    return CentredBatch(low, wanted, variance_of(sums, squares, len(x)).item())
+
+
+def variance_of(sums: Tensor, squares: Tensor, n_rows: int) -> Tensor:
+    """Return the sum of squared distances from the mean, from sums (D) and the sum of squares of rows, in float64.
+
+    Rows without a variance have that sum of squares in its place.
+    """
+    variance = squares - sums.square().sum() / n_rows
+    return torch.where(variance < DEGENERATE * squares, squares, variance).clamp(min=1e-30)
 
 
 def _centred(x: Tensor, bias: Tensor, dtype: torch.dtype, threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -182,6 +182,12 @@ def _remember(sae: SAEParameters, n_rows: int, fired: Tensor, chosen: SparseTens
         sae.threshold.mul_(memory).add_((1 - memory) * ranks.least_(sizes.min()))
 
 
+def auxiliary_size(n_rows: int, width: int, k: int, n_dead: int) -> tuple[int, int]:
+    """Return how many dead features may explain a row, and how many rows take part: see `_add_auxiliary`."""
+    k_dead = min(max(width // 2, 1), n_dead)
+    return k_dead, min(n_rows, max(n_rows * k // (4 * k_dead), 1))
+
+
 def _add_auxiliary(
     result: StepResult, batch: CentredBatch, weights: Weights, encoder: Encoder, settings: StepSettings, dead: Tensor,
     n_dead: int, k: int, weight: float, signed: bool,
@@ -195,8 +201,8 @@ def _add_auxiliary(
     """
     if not n_dead or not weight > 0:
         return 0.0
-    k_dead = min(max(batch.target.shape[1] // 2, 1), n_dead)
-    rows = slice(min(len(batch.low), max(len(batch.low) * k // (4 * k_dead), 1)))
+    k_dead, n_rows = auxiliary_size(len(batch.low), batch.target.shape[1], k, n_dead)
+    rows = slice(n_rows)
     rest, low = -result.residual[rows], batch.low[rows]
     target_squares = batch.target[rows].double().square().sum().item()
     total = max(rest.double().square().sum().item(), DEGENERATE * target_squares, 1e-30)

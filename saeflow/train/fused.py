@@ -33,9 +33,8 @@ class Fetched:
     info: StepInfo
     step: int
     """Steps that were taken: fewer than asked for if a loss was not finite."""
-    finite: bool
-    suspect: tuple[str, bool]
-    """If the loss is not finite: see `FeedBatch.suspect`."""
+    suspect: tuple[str, bool] | None
+    """See `FeedBatch.suspect`; None if every loss was finite."""
 
 
 class FusedTraining:
@@ -64,7 +63,8 @@ class FusedTraining:
         figures = found["unexplained"], found["auxiliary"], 0.0, found["n_active"], int(found["n_dead"])
         info = StepInfo(*figures, torch.empty(0))
         step = int(self._step.clock.step)
-        return Fetched(found["loss"], info, step, found["alive"] > 0, self._place(step, int(found["suspect"])))
+        suspect = None if found["alive"] > 0 else self._place(step, int(found["suspect"]))
+        return Fetched(found["loss"], info, step, suspect)
 
     def _place(self, step: int, row: int) -> tuple[str, bool]:
         if row < 0:

@@ -190,7 +190,7 @@ class Training:
         """Return loss and figures of the last step. Raises UserError if a loss since the last call was not finite."""
         assert self.fused is not None
         found = self.fused.fetch()
-        if not found.finite:
+        if found.suspect is not None:
             self.step = found.step
             self.fused.settle()
             self.fused = None

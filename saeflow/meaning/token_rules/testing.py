@@ -32,45 +32,31 @@ class Mistakes(NamedTuple):
 
     missed: Ids
     """Tokens outside the rule at which the feature fires: the strongest, the strongest first."""
-    values: NDArray[np.float32]
-    """Values of the missed ones."""
+    missed_order: Hashes
+    """Numbers by which the missed ones ascend."""
     false_alarms: Ids
     """Tokens in the rule at which the feature is silent: drawn at random, the same ones for the same feature."""
-    draws: Hashes
-    """The random numbers of the false alarms, ascending: the smallest of all."""
+    alarms_order: Hashes
+    """Random numbers by which the false alarms ascend: the smallest of all."""
 
 
 def no_mistakes(n_features: int) -> Mistakes:
     """Return room for the mistakes of so many features."""
-    shape = (n_features, MOST_MISTAKES)
-    tokens = np.full((2, *shape), -1, np.int32)
-    return Mistakes(tokens[0], np.zeros(shape, np.float32), tokens[1], np.zeros(shape, np.uint64))
+    shape = (2, n_features, MOST_MISTAKES)
+    tokens, order = np.full(shape, -1, np.int32), np.zeros(shape, np.uint64)
+    return Mistakes(tokens[0], order[0], tokens[1], order[1])
 
 
 @compiled
-def _keep_missed(token: int, value: float, missed: Ids, values: NDArray[np.float32]) -> None:
-    """Put a token among the strongest, unless all of them are stronger. Equal values: the earlier token first."""
+def _keep(token: int, place: np.uint64, tokens: Ids, order: Hashes) -> None:
+    """Put a token among those with the smallest numbers, ascending."""
     at = MOST_MISTAKES
-    while at > 0 and (
-        missed[at - 1] < 0 or value > values[at - 1] or (value == values[at - 1] and token < missed[at - 1])
-    ):
+    while at > 0 and (tokens[at - 1] < 0 or place < order[at - 1]):
         at -= 1
     for j in range(MOST_MISTAKES - 1, at, -1):
-        missed[j], values[j] = missed[j - 1], values[j - 1]
+        tokens[j], order[j] = tokens[j - 1], order[j - 1]
     if at < MOST_MISTAKES:
-        missed[at], values[at] = token, value
-
-
-@compiled
-def _keep_false_alarm(token: int, draw: np.uint64, alarms: Ids, draws: Hashes) -> None:
-    """Put a token among those with the smallest draws."""
-    at = MOST_MISTAKES
-    while at > 0 and (alarms[at - 1] < 0 or draw < draws[at - 1]):
-        at -= 1
-    for j in range(MOST_MISTAKES - 1, at, -1):
-        alarms[j], draws[j] = alarms[j - 1], draws[j - 1]
-    if at < MOST_MISTAKES:
-        alarms[at], draws[at] = token, draw
+        tokens[at], order[at] = token, place
 
 
 @compiled
@@ -83,7 +69,8 @@ def test_rules(
     `firings` are held-out ones. A token is in the rule if its key of either family is chosen.
     """
     starts, ends, token_ids, values = firings
-    missed, missed_values, alarms, draws = mistakes
+    missed, missed_order, alarms, alarms_order = mistakes
+    strengths = values.view(np.uint32)  # those of positive numbers ascend as the numbers do
     fires = np.zeros(len(sides), np.bool_)
     for f in range(len(starts)):
         out[f, 0] = ends[f] - starts[f]
@@ -93,7 +80,8 @@ def test_rules(
             if is_among(first.keys[t], first.chosen[f]) or is_among(second.keys[t], second.chosen[f]):
                 out[f, 2] += 1
             else:
-                _keep_missed(t, values[i], missed[f], missed_values[f])
+                weakness = np.uint64(0xFFFFFFFF) - np.uint64(strengths[i])
+                _keep(t, (weakness << np.uint64(32)) | np.uint64(t), missed[f], missed_order[f])
         for part in range(2):
             keyed = second if part else first
             for j in range(MOST_KEYS):
@@ -107,6 +95,6 @@ def test_rules(
                     out[f, 1] += 1
                     if not fires[t]:
                         draw = mixed_number(np.uint64(feature_ids[f]), np.uint64(t))
-                        _keep_false_alarm(t, draw, alarms[f], draws[f])
+                        _keep(t, draw, alarms[f], alarms_order[f])
         for i in range(starts[f], ends[f]):
             fires[token_ids[i]] = False

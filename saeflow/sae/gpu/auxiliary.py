@@ -16,6 +16,7 @@ from saeflow.sae.gpu import choose, guess
 from saeflow.sae.gpu.by_feature import rows_of_entries, used_ids
 from saeflow.sae.gpu.decode import decode_rows
 from saeflow.sae.gpu.product import Product
+from saeflow.sae.loss import auxiliary_size
 
 _GATHERED = 8
 """A copy of the dead features' weights is made if they are at most this part of all; else all are multiplied."""
@@ -65,8 +66,7 @@ class Auxiliary:
         decoder's. `first_residual`: where the residuals will be put behind others.
         """
         w_low, b_enc, w_dec = weights
-        k_dead = min(max(target.shape[1] // 2, 1), n_dead)
-        n_rows = min(len(low), max(len(low) * k // (4 * k_dead), 1))
+        k_dead, n_rows = auxiliary_size(len(target), target.shape[1], k, n_dead)
         product, names = self._product(low[:n_rows], w_low, b_enc, dead, n_dead)
         if self._ratio is None:
             self._ratio = torch.zeros(1, device=low.device)

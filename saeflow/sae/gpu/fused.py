@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saeflow.sae.batch import DEGENERATE
+from saeflow.sae.batch import variance_of
 from saeflow.sae.gpu import choose, guess
 from saeflow.sae.gpu.adam import AdamClock, AdamSettings, Wakefulness, update_vector
 from saeflow.sae.gpu.auxiliary import Auxiliary, Reconstructed
@@ -106,7 +106,7 @@ class FusedStep:
         added = self._auxiliary(main, batch, dead, options)
         loss, figures = self._losses(main, added, batch, choice, dead, len(x))
         self._judge(loss, x)
-        self._remember(choice, len(x), options)
+        self._remember(main.ids.long(), choice, len(x), options)
         still = (sae.tokens_since_fired >= self.dead_after).sum()[None].double()
         self.figures.copy_(torch.cat([loss, *figures, self.alive, self.suspect, still]))
         self._update(main, added, batch, options.lr)
@@ -175,14 +175,13 @@ class FusedStep:
         self.suspect = torch.where(self.alive > 0, row, self.suspect)
         self.alive = self.alive * loss.isfinite()
 
-    def _remember(self, choice: Choice, n_rows: int, options: StepOptions) -> None:
+    def _remember(self, used: Tensor, choice: Choice, n_rows: int, options: StepOptions) -> None:
         """Count the tokens since each feature fired; let the running threshold follow the least chosen value."""
-        sae, entries = self.sae, choice.entries
-        used = used_ids(entries.ids, entries.row_starts, len(self.w_low)).long()
+        sae = self.sae
         since = torch.cat([sae.tokens_since_fired + n_rows, sae.tokens_since_fired[:1]]).scatter_(0, used, 0)[:-1]
         sae.tokens_since_fired.copy_(torch.where(self.alive > 0, since, sae.tokens_since_fired))
         if sae.config.counts_k and not options.by_token:
-            sizes = torch.where(used < len(self.w_low), entries.values.abs(), torch.inf)
+            sizes = torch.where(used < len(self.w_low), choice.entries.values.abs(), torch.inf)
             memory = torch.where(sae.threshold > 0, THRESHOLD_MEMORY, 0.0)
             least = sizes.min()
             known = least.isfinite() & (self.alive[0] > 0)
@@ -244,9 +243,7 @@ def _centred(x: Tensor, b_in: Tensor, target: Tensor | None, b_dec: Tensor, dtyp
     low = x - b_in
     wanted = low if target is None else target - b_dec
     wide = wanted.double()
-    squares = wide.square().sum()[None]
-    variance = squares - wide.sum(0).square().sum() / len(x)
-    variance = torch.where(variance < DEGENERATE * squares, squares, variance).clamp(min=1e-30)
+    variance = variance_of(wide.sum(0), wide.square().sum()[None], len(x))
     return _Centred(low.to(dtype), wanted, variance)
 
 
