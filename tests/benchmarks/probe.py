@@ -110,6 +110,7 @@ def main() -> None:
         command = [sys.executable, "-c", f"from tests.benchmarks import probe; probe.timed({str(folder)!r})"]
         subprocess.run(command, check=True, capture_output=True)  # compiles the kernels
         answer = subprocess.run(command, check=True, capture_output=True, text=True)
+        n_stored = store.artefacts("features")[-1].published().total("n_values")
     took = json.loads(answer.stdout.splitlines()[-1])
     right = np.mean([a == b for a, b in zip(took.pop("best"), features, strict=False)])
     bars = [
@@ -120,7 +121,7 @@ def main() -> None:
     report(
         "probe",
         bars,
-        n_values=store.artefacts("features")[-1].published().total("n_values"),
+        n_values=n_stored,
         n_classes=N_CLASSES,
         n_features=_made_run.N_FEATURES,
         took=took,
