@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from saeflow.sae.batch import DEGENERATE
-from saeflow.sae.gpu import choose, guess
-from saeflow.sae.gpu.by_feature import rows_of_entries, used_ids
+from saeflow.sae.gpu.choice import choose, guess
+from saeflow.sae.gpu.choice.product import Product
 from saeflow.sae.gpu.decode import decode_rows
-from saeflow.sae.gpu.product import Product
+from saeflow.sae.gpu.rows.by_feature import rows_of_entries, used_ids
 from saeflow.sae.loss import auxiliary_size
 
 _GATHERED = 8

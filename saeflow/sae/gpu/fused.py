@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from saeflow.sae.batch import variance_of
-from saeflow.sae.gpu import choose, guess
-from saeflow.sae.gpu.adam import AdamClock, AdamSettings, Wakefulness, update_vector
 from saeflow.sae.gpu.auxiliary import Auxiliary, Reconstructed
-from saeflow.sae.gpu.by_feature import gradient_through_centring, rows_of_entries, rows_of_residuals, used_ids
-from saeflow.sae.gpu.choose import Choice
+from saeflow.sae.gpu.choice import choose, guess
+from saeflow.sae.gpu.choice.choose import Choice
+from saeflow.sae.gpu.choice.product import Product
 from saeflow.sae.gpu.decode import decode_rows
-from saeflow.sae.gpu.moments import AdamRows, code_tables
-from saeflow.sae.gpu.product import Product
-from saeflow.sae.gpu.update import RowGradients
+from saeflow.sae.gpu.rows.adam import AdamClock, AdamSettings, Wakefulness, update_vector
+from saeflow.sae.gpu.rows.by_feature import gradient_through_centring, rows_of_entries, rows_of_residuals, used_ids
+from saeflow.sae.gpu.rows.moments import AdamRows, code_tables
+from saeflow.sae.gpu.rows.update import RowGradients
 from saeflow.sae.loss import THRESHOLD_MEMORY
 from saeflow.sae.parameters import SAEParameters
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import Phase, settings
 from torch import Tensor
 
-from saeflow.sae.gpu.choose import Entries
-from saeflow.sae.gpu.product import Blocks, Product
+from saeflow.sae.gpu.choice.choose import Entries
+from saeflow.sae.gpu.choice.product import Blocks, Product
 from tests.sae.gpu import PLACE
 
 SMALL = Blocks(rows=64, features=64, width=32, warps=4, stages=2, programs=1)

@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from saeflow.sae.gpu.adam import AdamClock, AdamSettings, Wakefulness, update_vector
-from saeflow.sae.gpu.moments import AdamRows, code_tables, nearest_codes, quantisation_map
-from saeflow.sae.gpu.update import RowGradients
+from saeflow.sae.gpu.rows.adam import AdamClock, AdamSettings, Wakefulness, update_vector
+from saeflow.sae.gpu.rows.moments import AdamRows, code_tables, nearest_codes, quantisation_map
+from saeflow.sae.gpu.rows.update import RowGradients
 from saeflow.sae.gradients import without_radial
 
 LR = 1e-3

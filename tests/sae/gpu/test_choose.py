@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from saeflow.sae.encoder import Encoder
-from saeflow.sae.gpu import guess
-from saeflow.sae.gpu.choose import Choice, above_cut, largest_of_batch, largest_of_rows
+from saeflow.sae.gpu.choice import guess
+from saeflow.sae.gpu.choice.choose import Choice, above_cut, largest_of_batch, largest_of_rows
 from saeflow.sae.step import entries_above_cut, largest_entries
 from tests.sae.gpu import PLACE
 from tests.sae.gpu.dense import (
@@ -167,7 +167,7 @@ class _NoQuestions(TorchDispatchMode):
 
 def test_the_device_is_asked_for_no_number(monkeypatch):
     product = a_product(Shape(20, 64, 8))
-    monkeypatch.setattr("saeflow.sae.gpu.product.Product.launch", lambda *arguments: None)
+    monkeypatch.setattr("saeflow.sae.gpu.choice.product.Product.launch", lambda *arguments: None)
     for name in ("choose.select_kernel", "search.descend_kernel"):
         monkeypatch.setattr(f"saeflow.sae.gpu.{name}", _Launched())
     with _NoQuestions():

@@ -13,7 +13,11 @@ pytest.importorskip("triton")
 import saeflow.sae.gpu
 
 FOLDER = Path(saeflow.sae.gpu.__file__).parent
-MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if "\nSPECIMENS" in path.read_text("utf-8"))
+MODULES = sorted(
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.glob("**/*.py")
+    if "\nSPECIMENS" in path.read_text("utf-8")
+)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that a block may have, by CUDA's table of compute capabilities."""
 
@@ -34,7 +38,7 @@ def test_no_kernel_spills_registers_or_asks_for_more_shared_memory_than_there_is
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_kernel_of_a_module_has_a_specimen(module):
-    text = (FOLDER / f"{module}.py").read_text("utf-8")
+    text = (FOLDER / f"{module.replace('.', '/')}.py").read_text("utf-8")
     defined = {line.removeprefix("def ").split("(")[0] for line in text.splitlines() if line.startswith("def ")}
     kernels = {name for name in defined if name.endswith("_kernel")}
     specimens = __import__(f"saeflow.sae.gpu.{module}", fromlist=["SPECIMENS"]).SPECIMENS

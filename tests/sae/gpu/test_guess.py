@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from saeflow.sae.gpu import guess
-from saeflow.sae.gpu.choose import largest_of_batch, largest_of_rows
+from saeflow.sae.gpu.choice import guess
+from saeflow.sae.gpu.choice.choose import largest_of_batch, largest_of_rows
 from tests.sae.gpu.dense import Shape, a_product, product_of, sizes
 
 F, D, K = 4096, 128, 16

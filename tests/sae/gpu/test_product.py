@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from saeflow.sae.gpu.product import Candidates, Floor, Product, RowList, add_histograms, collect, last_place
+from saeflow.sae.gpu.choice.product import Candidates, Floor, Product, RowList, add_histograms, collect, last_place
 from tests.sae.gpu import PLACE
 from tests.sae.gpu.dense import Shape, a_product, exact, few_examples, product_of, sizes
 
@@ -73,7 +73,7 @@ def test_only_listed_rows_are_searched():
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_every_tile_is_searched_once_in_groups_of_any_height(group, monkeypatch):
-    monkeypatch.setattr("saeflow.sae.gpu.product.GROUP", group)
+    monkeypatch.setattr("saeflow.sae.gpu.choice.product.GROUP", group)
     product = a_product(Shape(300, 200, 20))
     candidates, size = Candidates.room_for(product, True, 256), exact(product)
     least = size.sort(dim=1, descending=True).values[:, 2] * 0.999

@@ -13,17 +13,17 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from saeflow.sae.gpu.adam import AdamClock, AdamSettings, Wakefulness
-from saeflow.sae.gpu.by_feature import (
+from saeflow.sae.gpu.decode import decode_rows, room_for_residuals
+from saeflow.sae.gpu.rows.adam import AdamClock, AdamSettings, Wakefulness
+from saeflow.sae.gpu.rows.by_feature import (
     gradient_through_centring,
     rows_of_entries,
     rows_of_residuals,
     sort_by_feature,
     used_ids,
 )
-from saeflow.sae.gpu.decode import decode_rows, room_for_residuals
-from saeflow.sae.gpu.moments import AdamRows, code_tables
-from saeflow.sae.gpu.update import RowGradients
+from saeflow.sae.gpu.rows.moments import AdamRows, code_tables
+from saeflow.sae.gpu.rows.update import RowGradients
 from tests.sae.gpu.entries import Entries, nested_losses, random_entries
 
 SCALE, LR = 0.1, 1e-2

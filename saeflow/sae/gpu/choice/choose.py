@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saeflow.sae.gpu.product import Candidates, Floor, Product, RowList, collect
-from saeflow.sae.gpu.search import complete
+from saeflow.sae.gpu.choice.product import Candidates, Floor, Product, RowList, collect
+from saeflow.sae.gpu.choice.search import complete
 from saeflow.sae.gpu.specimens import Specimen, typed
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saeflow.sae.gpu.product import Product
+from saeflow.sae.gpu.choice.product import Product
 
 LOW_QUANTILE, MARGIN = 1 / 256, 0.98
 """The ratio is the one that 255 of 256 rows exceed, times a margin for what a step changes. The few rows below it are

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saeflow.sae.gpu.moments import AdamRows
+from saeflow.sae.gpu.rows.moments import AdamRows
 from saeflow.sae.gpu.specimens import Specimen
 
 STEP_SIZE = tl.constexpr(0)

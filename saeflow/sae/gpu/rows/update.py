@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saeflow.sae.gpu.adam import (
+from saeflow.sae.gpu.rows.adam import (
     LOG_M,
     LOG_V,
     MOST_RATIO,
@@ -27,8 +27,8 @@ from saeflow.sae.gpu.adam import (
     largest_ratio,
     steps_awake,
 )
-from saeflow.sae.gpu.by_feature import SEGMENT, ByFeature, segments_room, sort_by_feature
-from saeflow.sae.gpu.moments import BLOCK, AdamRows, load_moments, store_moments, store_weights
+from saeflow.sae.gpu.rows.by_feature import SEGMENT, ByFeature, segments_room, sort_by_feature
+from saeflow.sae.gpu.rows.moments import BLOCK, AdamRows, load_moments, store_moments, store_weights
 from saeflow.sae.gpu.specimens import Specimen
 
 UNROLL, UPDATE_UNROLL = 8, 4

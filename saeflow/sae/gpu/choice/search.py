@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saeflow.sae.gpu.product import (
+from saeflow.sae.gpu.choice.product import (
     DIGIT_BITS,
     Candidates,
     Floor,

@@ -1,0 +1,7 @@
+"""The entries that a step keeps, found in the tiles of the encoder product.
+
+choose      the largest of each row or of the batch, or all above a cut
+guess       numbers that the next batch's entries will exceed
+product     the encoder product in tiles, searched where it is made
+search      the exact search for rows whose guess was wrong
+"""
