@@ -24,7 +24,7 @@ from saeflow.store.artefact import Artefact
 
 Int = NDArray[np.int64]
 
-_AT_ONCE = 4_000_000
+_TOKENS_AT_ONCE = 4_000_000
 """Tokens looked at one by one, at once."""
 
 
@@ -130,7 +130,7 @@ def lookup(marks: Marks, document_id: Int, first_char: Int, end_char: Int) -> Lo
     plain = hit & (places.n_odd[high] == places.n_odd[low]) & ~places.is_jump[low]
     rows = np.flatnonzero(plain)
     row, first, last = [rows], [marks.token_id[low[rows]]], [marks.token_id[high[rows]]]
-    for chosen in _cut(np.flatnonzero(hit & ~plain), (high - low + 1)):
+    for chosen in _cut_rows(np.flatnonzero(hit & ~plain), (high - low + 1)):
         for each, found in zip(
             (row, first, last), _one_by_one(marks, chosen, low, high, first_char, end_char), strict=True
         ):
@@ -201,11 +201,11 @@ class _Places:
         return np.where(some, low, 0), np.where(some, high, -1), end_of_text
 
 
-def _cut(rows: Int, sizes: Int) -> Iterator[Int]:
-    """Cut rows into runs with about `_AT_ONCE` tokens each."""
+def _cut_rows(rows: Int, sizes: Int) -> Iterator[Int]:
+    """Cut rows into runs with about `_TOKENS_AT_ONCE` tokens each."""
     if len(rows):
         total = np.cumsum(sizes[rows])
-        yield from np.split(rows, np.flatnonzero(np.diff(total // _AT_ONCE)) + 1)
+        yield from np.split(rows, np.flatnonzero(np.diff(total // _TOKENS_AT_ONCE)) + 1)
 
 
 def _one_by_one(marks: Marks, rows: Int, low: Int, high: Int, first_char: Int, end_char: Int) -> tuple[Int, Int, Int]:

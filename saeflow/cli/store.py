@@ -51,21 +51,21 @@ def ls_command(store: StoreOption = None) -> None:
     table = new_table("artefact", "generation", "parts", "tokens", "size", "inputs")
     artefacts = opened.artefacts()
     for artefact in artefacts:
-        table.add_row(sanitise(artefact.id), *state_of(artefact), sanitise(", ".join(artefact.record.inputs)))
+        table.add_row(sanitise(artefact.id), *state_in_words(artefact), sanitise(", ".join(artefact.record.inputs)))
     out.print_table(table, may_go=("inputs", "parts", "generation", "tokens", "size"))
     for artefact in artefacts:
         if engine := artefact.record.facts.get("engine"):
             print_line(f"{sanitise(artefact.id)} was made by {sanitise(str(engine))}")
 
 
-def state_of(artefact: Artefact) -> tuple[str, str, str, str]:
+def state_in_words(artefact: Artefact) -> tuple[str, str, str, str]:
     """Return generation, parts, tokens, and the size of what readers see.
 
     Only records are read, because a store may hold millions of files.
     """
-    from saeflow.store.records import WHOLE
+    from saeflow.store.records import WHOLE_KINDS
 
-    if artefact.kind in WHOLE:
+    if artefact.kind in WHOLE_KINDS:
         return ("whole" if artefact.complete() else "damaged"), "-", "-", _size(artefact, ())
     generation = artefact.generation()
     if generation is None:

@@ -65,7 +65,7 @@ def survey_corpus(recipe: Recipe, progress: Progress) -> Survey:
             content = contents_as_text(document.text) if about.messages else document.content
             n_characters += len(content)
             n_held_out += len(content) * is_held_out(document.key, about.seed, about.held_out)
-            for piece in _cut(content):
+            for piece in _cut_content(content):
                 n_pieces += 1
                 place = len(pieces) if len(pieces) < _MORE_PIECES else dice.randrange(n_pieces)
                 pieces[place : place + 1] = [piece] if place < _MORE_PIECES else pieces[place : place + 1]
@@ -76,7 +76,7 @@ def survey_corpus(recipe: Recipe, progress: Progress) -> Survey:
     return Survey(n_documents, n_characters, n_held_out, tuple(pieces))
 
 
-def _cut(content: str | tuple[int, ...]) -> Iterator[str | tuple[int, ...]]:
+def _cut_content(content: str | tuple[int, ...]) -> Iterator[str | tuple[int, ...]]:
     length = _PIECE_CHARACTERS if isinstance(content, str) else _PIECE_CHARACTERS // 4
     for start in range(0, len(content), length):
         yield content[start : start + length]

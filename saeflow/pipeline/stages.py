@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from saeflow.classes.annotations import erase_hidden as erase_from_annotations
+from saeflow.classes.annotations import erase_hidden_spans as erase_from_annotations
 from saeflow.pipeline import collect, compact, encode, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open
 from saeflow.pipeline.foreign import import_sae, import_table
@@ -128,7 +128,7 @@ def compact_store(lineage: Lineage, progress: Progress, enough: int = 2, place: 
 
 def _without_hidden(lineage: Lineage, progress: Progress, place: Place) -> None:
     source = lineage.tokens
-    forget.erase_hidden(source, progress)
+    forget.erase_hidden_tokens(source, progress)
     erase_from_annotations(lineage.store, source, progress)
     for stored in (a for a in lineage.store.artefacts("activations") if source.id in a.record.inputs):
         if stored != lineage.activations:

@@ -347,7 +347,7 @@ def test_documents_forgotten_while_rules_are_chosen_leave_no_rule_behind(store: 
 def test_without_held_out_documents_a_fifth_of_the_documents_is_and_each_document_is_whole(tmp_path: Path) -> None:
     data = planted()
     data.metadata = {}
-    with connect(data.write(tmp_path / "store"), threads=1, names=token_table.READ_FROM) as connection:
+    with connect(data.write(tmp_path / "store"), threads=1, names=token_table.TOKEN_TABLES) as connection:
         table = token_table.read_token_table(connection)
     sides = table.sides[: N_DOCUMENTS * N_TOKENS].reshape(N_DOCUMENTS, N_TOKENS)
     assert (sides == sides[:, :1]).all()

@@ -351,7 +351,9 @@ def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
     for row, member in zip(rows, recipe.members(), strict=True):
         target = Lineage(store, member).sae
         alone = evaluate.judge_together(Lineage(store, member), [load_sae(target.path)], quiet())[0].figures
-        assert {name: row[name] for name in sweep.FIGURES} == {name: alone[name] for name in sweep.FIGURES}
+        assert {name: row[name] for name in sweep.JUDGED_FIGURES} == {
+            name: alone[name] for name in sweep.JUDGED_FIGURES
+        }
         assert (row["sae"], row["architecture"]) == (target.id, member.sae.architecture)
         assert (row["sparsity"], row["n_features"]) == (f"k {member.sae.k}", 64)
     assert summary["sweep"] == read_checked(table_of(store))

@@ -315,7 +315,7 @@ def test_a_scheduler_lost_after_the_last_part_does_not_end_the_run(dask: InThrea
     def there(_: ClusterConfig) -> contextlib.AbstractContextManager[LocalCluster]:
         return contextlib.nullcontext(dask.dask)
 
-    with clusters.joined(dask.store, config, quiet(), start=there) as workers:
+    with clusters.joined_cluster(dask.store, config, quiet(), start=there) as workers:
         dask.client.sync(dask.dask.scheduler.close)
         assert workers.client.status != "running" or not workers.able()
 

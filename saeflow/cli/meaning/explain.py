@@ -93,7 +93,7 @@ def _refuse_options_of_models(given: Mapping[str, object]) -> None:
 
 
 def _print_found(store: Store, found: Explained, by_number: bool) -> None:
-    from saeflow.meaning.token_rules.stored import share
+    from saeflow.meaning.token_rules.stored import share_of_rules
     from saeflow.query.ask import query
     from saeflow.query.connection import connect
 
@@ -110,6 +110,6 @@ def _print_found(store: Store, found: Explained, by_number: bool) -> None:
     for feature in found.dead[:_MOST_SHOWN] if by_number else ():
         print_line(f"Feature {feature} never fires.")
     scores = [row["f1"] for row in rows]
-    shares = ", ".join(f"{share(scores, least):.1%} a rule of F1 ≥ {least}" for least in (0.8, 0.5))
+    shares = ", ".join(f"{share_of_rules(scores, least):.1%} a rule of F1 ≥ {least}" for least in (0.8, 0.5))
     print_line(f"{len(rows):,} live features: {shares} on held-out tokens.")
     print_line(sanitise(f"labels/{found.sae.removeprefix('saes/')}/rules.csv: {found.n_made:,} rules written"))

@@ -114,7 +114,7 @@ def select_firings(firings: Firings, groups: Sides, least: Sides, most: int) -> 
 
 
 @compiled
-def collect(
+def collect_firings(
     feature_ids: Ids, token_ids: Places, values: NDArray[np.float32], first: int, n_tokens: int, limits: Places,
     found: Firings,
 ) -> bool:  # fmt: skip

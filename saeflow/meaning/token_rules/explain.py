@@ -23,7 +23,7 @@ from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads
 from saeflow.store.store import Store
 
-_READ_FROM = (*token_table.READ_FROM, *firings.READ_FROM, "stg_logits")
+_READ_FROM = (*token_table.TOKEN_TABLES, *firings.FIRING_TABLES, "stg_logits")
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def explain(
         wanted = range(len(counts)) if features is None else parse_features(features, len(counts))
         live = [feature for feature in wanted if counts[feature]]
         dead = [feature for feature in wanted if not counts[feature]]
-        work = _Work(store, chosen, sae, stored.state_of(store, chosen.artefact), connection, counts)
+        work = _RuleMaking(store, chosen, sae, stored.state_of_rules(store, chosen.artefact), connection, counts)
         split = work.make(live, dead, again, progress, n_threads(threads))
     catalog.write_catalog(store)
     return Explained(chosen.schema, sae, live, dead if features else [], work.n_made, split)
 
 
 @dataclass
-class _Work:
+class _RuleMaking:
     store: Store
     run: Run
     sae: str
@@ -100,7 +100,7 @@ class _Work:
 
     def _save(self, rules: Sequence[Rule], dead: Sequence[int] = ()) -> None:
         stored.save(self.store, self.run.artefact, self.sae, self.state, rules, dead)
-        if stored.state_of(self.store, self.run.artefact) != self.state:
+        if stored.state_of_rules(self.store, self.run.artefact) != self.state:
             stored.remove_outdated(self.store)
             raise UserError(
                 f"{self.run.artefact.id} has changed meanwhile. Run the same command again to explain it as it is now."

@@ -167,7 +167,7 @@ def _warn_of_versions(seen: Sequence[dict[str, Any]], progress: Progress) -> Non
 
 
 @contextlib.contextmanager
-def joined(
+def joined_cluster(
     store: Store, config: ClusterConfig, progress: Progress,
     start: Callable[[ClusterConfig], contextlib.AbstractContextManager[Any]] = started,
 ) -> Iterator[Workers]:  # fmt: skip
@@ -215,7 +215,7 @@ _current: ContextVar[Clusters | None] = ContextVar("clusters", default=None)
 
 
 @contextlib.contextmanager
-def kept_open(join: Join = joined) -> Iterator[Clusters]:
+def kept_open(join: Join = joined_cluster) -> Iterator[Clusters]:
     """Keep clusters open until the block ends. A block inside another one shares its clusters."""
     if (outer := _current.get()) is not None:
         yield outer

@@ -130,7 +130,7 @@ def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress
     forward = forward_of(lineage, sites)
     with progress.bar("evaluate", None, "tokens") as bar:
         for held_out in (True, False):
-            for rows in _read(lineage, forward, held_out):
+            for rows in _activations_to_judge(lineage, forward, held_out):
                 for x, *others in zip(*(torch.split(each, n_rows) for each in rows), strict=True):
                     for judged, sae in zip(found, saes, strict=True):
                         judged.held_out = held_out
@@ -141,7 +141,9 @@ def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress
     return found
 
 
-def _read(lineage: Lineage, forward: ForwardPass | None, held_out: bool) -> Iterator[tuple[Tensor, ...]]:
+def _activations_to_judge(
+    lineage: Lineage, forward: ForwardPass | None, held_out: bool
+) -> Iterator[tuple[Tensor, ...]]:
     """Yield the activations (n, D) to judge on, of each site: held-out ones, or those of training."""
     most, used, sites = lineage.recipe.evaluate.max_tokens, lineage.selection(), lineage.distinct_sites
     if forward:

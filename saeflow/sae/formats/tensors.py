@@ -24,9 +24,9 @@ from saeflow.sae.formats.description import AGAIN
 Shapes = Mapping[str, tuple[int, ...]]
 
 _TORCH = (".pt", ".pth", ".bin")
-_MOST_INFLATED, _SMALL = 16, 64 << 20
-"""How many times its size an archive may grow when it is read, once that is more than `_SMALL` bytes. Trained weights
-hardly shrink."""
+_MOST_INFLATED, _SMALL_ARCHIVE = 16, 64 << 20
+"""How many times its size an archive may grow when it is read, once that is more than `_SMALL_ARCHIVE` bytes. Trained
+weights hardly shrink."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def _declared(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _require_modest(path: Path, n_bytes: int) -> None:
-    if n_bytes > max(_SMALL, _MOST_INFLATED * path.stat().st_size):
+    if n_bytes > max(_SMALL_ARCHIVE, _MOST_INFLATED * path.stat().st_size):
         raise UserError(f"{path} would grow to {n_bytes:,} bytes when it is read: no weights are like that. {AGAIN}")
 
 
