@@ -252,10 +252,10 @@ def compact_command(
     """
     settings = read_recipe(recipe, set_)
     opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
-    from saeflow.pipeline import stages
+    from saeflow.pipeline.lifecycle.tidy import compact_store
     from saeflow.pipeline.lineage import Lineage
 
-    stages.compact_store(Lineage(opened, settings), progress)
+    compact_store(Lineage(opened, settings), progress)
     if not quiet:
         later, now = "saeflow gc --yes", "saeflow gc --grace 0 --yes"
         print_note(f"The old files go after {GRACE_HOURS} hours with: {later}; now with: {now}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,7 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
     SAEs of one site share one reading. If activations are not kept, all SAEs share one pass of the model.
     """
     kept = lineage.recipe.activations.keep
-    with kept_open():
+    with kept_open() if lineage.recipe.cluster else nullcontext():
         for group in grouped(lineage.members, lambda member: member.feature_facts["site"] if kept else None):
             run_together(group, progress, through)
     return lineage.members[0].features
@@ -174,7 +175,10 @@ def _encode(
         Encoders, settings, sizes, targets, ("features", "tokens"), None if cluster else here, n_at_once=n_here,
         publish=publish,
     )  # fmt: skip
-    make_parts(work, store, cluster, progress, through)
+    if cluster:
+        make_parts(work, store, cluster, progress, through)
+    else:
+        work.run_here(progress, through)
 
 
 def n_at_once(config: FeaturesConfig, threads: int) -> int:

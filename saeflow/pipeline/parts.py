@@ -104,6 +104,10 @@ class PartWork:
             self.make(executor, bar)
         self.publish()
 
+    def run_here(self, progress: Progress, through: Through) -> None:
+        """Make every part in this process, then publish."""
+        self.run(through(Here(self.n_at_once)), progress)
+
     def open_bar(self, progress: Progress) -> contextlib.AbstractContextManager[Bar]:
         stage, unit = self.bar
         return progress.bar(stage, sum(size for _, size in self.sizes), unit)

@@ -216,19 +216,6 @@ def _n_seen(stored: Artefact, sae: Artefact) -> int:
     return generation.total("n_documents") if generation else sys.maxsize
 
 
-def count_visible(source: Artefact) -> dict[str, int]:
-    """Return the number of documents and tokens that are not hidden."""
-    generation = source.published()
-    n_tokens = generation.total("n_tokens")
-    for part in generation.parts:
-        ids = pa.array([document.document_id for document in generation.hidden.get(part.index, ())], pa.int64())
-        if len(ids):
-            table = pq.read_table(source.part_file(part, "documents.parquet"), columns=["document_id", "n_tokens"])
-            hidden = table.filter(pc.is_in(table.column("document_id"), ids))
-            n_tokens -= pc.sum(hidden.column("n_tokens")).as_py() or 0
-    return {"n_documents": generation.total("n_documents") - len(generation.hidden_ids), "n_tokens": n_tokens}
-
-
 def erase_hidden_tokens(source: Artefact, progress: Progress) -> None:
     """Rewrite the token parts that still hold hidden documents.
 

@@ -151,3 +151,14 @@ def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if dtype.kind != "f":
         raise ValueError(f"it holds {dtype}, not real numbers")
     return shape, dtype
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError if a weight is NaN or infinite: nothing could be encoded with it."""
+    for name, tensor in tensors.items():
+        n_bad = tensor.numel() - int(tensor.isfinite().sum())
+        if n_bad:
+            raise UserError(
+                f"{what}: {n_bad:,} of {tensor.numel():,} values of {name} are NaN or infinite in float32: nothing "
+                "is published.\nThe weights or the activations are too large: bring the activations to a smaller scale."
+            )
