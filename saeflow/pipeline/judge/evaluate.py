@@ -181,7 +181,9 @@ def _liveness(run_artefact: Artefact) -> dict[str, Any]:
     }
 
 
-def _language_model(lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, progress: Progress) -> dict[str, Any]:
+def _language_model(
+    lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, progress: Progress, n_together: int = _SEQUENCES
+) -> dict[str, Any]:
     """Return the next-token loss of the model, and its loss and KL divergence (nats a token) with three changes.
 
     The changes at the site: the SAE's reconstruction, the mean, zero. Also returns the shares of loss and KL divergence
@@ -195,7 +197,7 @@ def _language_model(lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, prog
         return {}
     read, target = (site.name for site in lineage.sites)
     require_running_order(model, read, target)
-    workers, n_together = _room(model, recipe)
+    workers, n_together = _room(model, recipe, device_memory(device_of(model)), n_together)
     batches = list(_held_out_sequences(lineage, n_together))
     n_predicted = sum(int(_predicting(batch).sum()) for batch in batches)
     if not n_predicted:
@@ -227,12 +229,12 @@ def _changes(sae: SparseAutoencoder, mean: Tensor) -> dict[str, Change]:
     }
 
 
-def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
+def _room(model: Any, recipe: Recipe, memory: int, n_together: int = _SEQUENCES) -> tuple[int, int]:
     """Return threads, and sequences at once in each, so that logits take at most a quarter of the memory."""
-    room = device_memory(device_of(model)) // 4
+    room = memory // 4
     one = recipe.tokens.context_length * model.get_output_embeddings().weight.shape[0] * _LOGIT_BYTES
     workers = min(model_threads(device_of(model), recipe.threads), max(1, room // one))
-    return workers, min(_SEQUENCES, max(1, room // one // workers))
+    return workers, min(n_together, max(1, room // one // workers))
 
 
 @dataclass(frozen=True)
