@@ -23,7 +23,6 @@ from saeflow.classes.characters import find_characters, require_characters
 from saeflow.classes.places import Unmatched, find_places, islands
 from saeflow.classes.tables import Columns, opened_table, store_rows
 from saeflow.features.beside import SPANS_FILE, newest_annotations
-from saeflow.features.files import ROW_GROUP
 from saeflow.features.schema import SPANS as SPAN_COLUMNS
 from saeflow.query.connection import connect_to_run
 from saeflow.recipe.fingerprint import fingerprint
@@ -33,7 +32,7 @@ from saeflow.runtime.progress import Progress
 from saeflow.runtime.temporary import blaming_temporary_folder, temporary_folder
 from saeflow.runtime.text import brief
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import checksum
+from saeflow.store.files import ROW_GROUP, checksum
 from saeflow.store.store import Store
 
 CLASSES = "classes.parquet"

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeflow.classes.best import BestEntries
-from saeflow.classes.membership import Membership
+from saeflow.classes.membership import Ints, Membership
 from saeflow.classes.ranking import Keys, rank_keys
-from saeflow.classes.scores import Doubles, Ints, Scores
+from saeflow.classes.scores import Scores
 from saeflow.classes.values import FeatureEntries, ValueFiles
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, n_threads, ranges
-from saeflow.sae.kernels import Floats, Ids, compiled
+from saeflow.sae.kernels import Doubles, Floats, Ids, compiled
 
 Weights = NDArray[np.uint8]
 

@@ -21,7 +21,6 @@ from saeflow.classes.membership import Membership, Spans, membership, require_sp
 from saeflow.classes.scores import Scores, score_classes
 from saeflow.classes.values import ValueFiles
 from saeflow.features.beside import has_table, newest_annotations, require_table
-from saeflow.features.files import ROW_GROUP
 from saeflow.features.schema import PROBE_TABLES, SPANS, holding
 from saeflow.query.connection import connect
 from saeflow.query.runs import Run
@@ -31,6 +30,7 @@ from saeflow.runtime.memory import require_share_of_memory
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.text import brief, did_you_mean
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import ROW_GROUP
 from saeflow.store.store import Store, classes_of
 
 _PAIR_BYTES = 320

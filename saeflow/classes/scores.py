@@ -9,18 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from saeflow.classes.best import BestEntries
-from saeflow.classes.membership import Membership
+from saeflow.classes.membership import Ints, Membership
 from saeflow.classes.ranking import score_features
 from saeflow.classes.values import BLOCK_VALUES, FeatureEntries, ValueFiles
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, n_threads
-
-Doubles = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from saeflow.sae.kernels import Doubles
 
 
 @dataclass(frozen=True)

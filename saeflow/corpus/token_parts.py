@@ -19,6 +19,7 @@ from saeflow.corpus.vocabulary import text_it_reads
 from saeflow.recipe.data_settings import CorpusConfig, TokensConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import ROW_GROUP
 from saeflow.store.records import PartRecord
 
 
@@ -304,7 +305,7 @@ def write_token_tables(
     ascending = names & {"token_id", "document_id", "char_start", "char_end"}
     with target.new_part(index, counts) as folder:
         pq.write_table(
-            table, folder / "tokens.parquet", compression="zstd", row_group_size=122_880,
+            table, folder / "tokens.parquet", compression="zstd", row_group_size=ROW_GROUP,
             use_dictionary=sorted(names & {"vocab_id", "role"}),
             column_encoding=dict.fromkeys(ascending, "DELTA_BINARY_PACKED"),
         )  # fmt: skip

@@ -227,7 +227,7 @@ def rules_relation(files: Sequence[LabelFile]) -> str | None:
         rule = _UNQUOTED.format(_trimmed("rule"))
         kind = _trimmed("kind") if "kind" in file.columns else "null::varchar"
         figures = ", ".join(f"{_number_in(file, name)} as {name}" for name in ("precision", "recall", "score"))
-        return f"(select {_FEATURE} as feature_id, {rule} as rule, {kind} as kind, {figures} from {_sql_rows(file)})"
+        return f"(select {_FEATURE_ID} as feature_id, {rule} as rule, {kind} as kind, {figures} from {_sql_rows(file)})"
     return None
 
 
@@ -235,7 +235,7 @@ def _select_labels(file: LabelFile) -> str:
     label = _UNQUOTED.format(_trimmed("label"))
     return (
         f"select feature_id, label, {literal(file.source)} as source, score from ("
-        f"select {_FEATURE} as feature_id, {label} as label, {_number_in(file, 'score')} as score "
+        f"select {_FEATURE_ID} as feature_id, {label} as label, {_number_in(file, 'score')} as score "
         f"from {_sql_rows(file)}) where feature_id is not null and label <> ''"
     )
 
@@ -262,7 +262,7 @@ def _trimmed(column: str) -> str:
     return f"trim({column}, {literal(_WHITE_SPACE)})"
 
 
-_FEATURE = (
+_FEATURE_ID = (
     f"case when regexp_full_match({_trimmed('feature_id')}, '[0-9]{{1,10}}') "
     f"then try_cast({_trimmed('feature_id')} as integer) end"
 )

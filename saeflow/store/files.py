@@ -18,6 +18,9 @@ import xxhash
 
 from saeflow.store.links import move, open_unlinked, read_bytes, remove, unlinked
 
+ROW_GROUP = 122_880
+"""Rows of a row group in Parquet: as many as one thread of DuckDB reads at a time."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

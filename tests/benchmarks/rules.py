@@ -22,7 +22,7 @@ import numpy as np
 from saeflow.meaning.token_rules import token_table
 from saeflow.meaning.token_rules.choose import Chooser
 from saeflow.meaning.token_rules.counting import Firings
-from saeflow.meaning.token_rules.explain import explain
+from saeflow.meaning.token_rules.explain import explain_run
 from saeflow.meaning.token_rules.families import make_families
 from saeflow.meaning.token_rules.firings import plan_chunks
 from saeflow.meaning.token_rules.stored import share_of_rules
@@ -57,7 +57,7 @@ def demo_bars(root: Path) -> list[Bar]:
     """Choose the demo's rules, and return the shares of live features, and the processor's seconds."""
     with _linked(root) as store:
         began = _seconds()
-        explain(store, None, None, False, Progress(verbosity=-1))
+        explain_run(store, None, None, False, Progress(verbosity=-1))
         wall, cpu = (now - then for now, then in zip(_seconds(), began, strict=True))
         with connect(store, names=["feature_rules"]) as connection:
             scores = [row[0] for row in connection.execute("select f1 from feature_rules").fetchall()]

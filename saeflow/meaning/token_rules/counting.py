@@ -7,10 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, TRAINING, Ids, Places, Sides, mixed_number
-from saeflow.sae.kernels import compiled
-
-Counts = NDArray[np.int64]
+from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, TRAINING, Places, Sides, mixed_number
+from saeflow.sae.kernels import Ids, compiled
 
 MOST_KEYS = 6
 """Keys of one family in a rule: more than a reader takes in at a glance is no simple rule."""

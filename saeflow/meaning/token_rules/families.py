@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from saeflow.meaning.token_rules import counting, hashing, shapes
 from saeflow.meaning.token_rules.counting import N_LEVELS
-from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, Hashes, Ids, Places
+from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, Hashes, Places
 from saeflow.meaning.token_rules.token_table import TokenTable
 from saeflow.meaning.token_rules.wording import either, quoted
 from saeflow.runtime.threads import in_parallel
+from saeflow.sae.kernels import Ids
 
 LONGEST_NGRAM = 5
 """Tokens of the longest n-gram, with the token itself."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import duckdb
 import numpy as np
 
-from saeflow.meaning.token_rules.counting import Counts, Firings, collect_firings
+from saeflow.features.counting import Counts
+from saeflow.meaning.token_rules.counting import Firings, collect_firings
 from saeflow.runtime.errors import UserError
 
 CHUNK_VALUES = 16_000_000

@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.sae.kernels import compiled
+from saeflow.sae.kernels import Ids, compiled
 
-Ids = NDArray[np.int32]
 Places = NDArray[np.int64]
 Sides = NDArray[np.uint8]
 Hashes = NDArray[np.uint64]

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.meaning.token_rules.counting import MOST_KEYS, Counts, Firings, is_among
-from saeflow.meaning.token_rules.hashing import HELD_OUT, Hashes, Ids, Places, Sides, mixed_number
-from saeflow.sae.kernels import compiled
+from saeflow.features.counting import Counts
+from saeflow.meaning.token_rules.counting import MOST_KEYS, Firings, is_among
+from saeflow.meaning.token_rules.hashing import HELD_OUT, Hashes, Places, Sides, mixed_number
+from saeflow.sae.kernels import Ids, compiled
 
 MOST_MISTAKES = 5
 """Mistakes of each kind that are kept of a rule."""

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeflow.meaning.token_rules.counting import sample_levels
-from saeflow.meaning.token_rules.hashing import HELD_OUT, NOT_ENCODED, TRAINING, Ids, Sides
+from saeflow.meaning.token_rules.hashing import HELD_OUT, NOT_ENCODED, TRAINING, Sides
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.memory import require_share_of_memory
+from saeflow.sae.kernels import Ids
 
 BYTES_PER_TOKEN = 240
 """Memory that a token takes while rules are chosen: its columns, and one key for each kind of rule."""

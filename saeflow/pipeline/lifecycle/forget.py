@@ -293,7 +293,7 @@ def forget_removed(lineage: Lineage, progress: Progress) -> Removed:
     look_through(ledger, sources.open_corpus(whole).documents, about)
     gone, n_seen = ledger.ids_not_met(), len(ledger.keys)
     if len(gone) > recipe.schedule.most_removed * n_seen:
-        return Removed(refusal=_refusal(len(gone), n_seen, recipe.schedule.most_removed))
+        return Removed(refusal=_refusal_to_forget(len(gone), n_seen, recipe.schedule.most_removed))
     if len(gone):
         progress.say(f"removed: {len(gone):,} of {n_seen:,} documents are gone from the corpus and are forgotten")
         withdraw(lineage.store, source, document_rows(source, generation, gone), progress)
@@ -312,7 +312,7 @@ def note_seen(source: Artefact, removed: Removed) -> None:
         source.storage.send(source.path / "provenance.json")
 
 
-def _refusal(n_gone: int, n_seen: int, most: float) -> str:
+def _refusal_to_forget(n_gone: int, n_seen: int, most: float) -> str:
     return (
         f"{n_gone:,} of {n_seen:,} documents are gone from the corpus, {n_gone / n_seen:.0%}; "
         f"schedule.most_removed is {most:g}. None of them was forgotten; what is new was taken in.\n"
