@@ -69,10 +69,10 @@ def draw_sample(members: Membership, seed: int, n_others: int = N_OTHERS, n_memb
     held_out = np.zeros(members.n_documents, bool)
     held_out[dice.permutation(members.n_documents)[: round(TEST_SHARE * members.n_documents)]] = True
     counted = np.flatnonzero(members.codes)
-    chosen = [_at_most(dice, counted, n_others)]
+    chosen = [_draw_at_most(dice, counted, n_others)]
     for c in range(len(members.classes)):
         has = members.sets_with(c)
-        chosen.append(_at_most(dice, counted[has[members.codes[counted]]], n_members))
+        chosen.append(_draw_at_most(dice, counted[has[members.codes[counted]]], n_members))
     places = np.unique(np.concatenate(chosen))
     of_all, *of_class = (np.isin(places, each, assume_unique=True) for each in chosen)
     inside = np.stack([members.sets_with(c)[members.codes[places]] for c in range(len(members.classes))], 1)
@@ -82,7 +82,7 @@ def draw_sample(members: Membership, seed: int, n_others: int = N_OTHERS, n_memb
     )  # fmt: skip
 
 
-def _at_most(dice: np.random.Generator, places: Ints, most: int) -> Ints:
+def _draw_at_most(dice: np.random.Generator, places: Ints, most: int) -> Ints:
     return places if len(places) <= most else np.sort(dice.choice(places, most, replace=False))
 
 
