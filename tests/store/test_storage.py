@@ -22,6 +22,7 @@ import pytest
 from saeflow.activations.shards import open_site, stored_sites
 from saeflow.pipeline import stages, train
 from saeflow.pipeline.lifecycle import forget
+from saeflow.pipeline.lifecycle.tidy import compact_store
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog, labels, runs
 from saeflow.query.ask import ask, query
@@ -35,8 +36,9 @@ from saeflow.sae.loss import StepInfo
 from saeflow.store import garbage
 from saeflow.store import verify as integrity
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import cache_folder
 from saeflow.store.records import Damaged
-from saeflow.store.storage.bucket import Bucket, cache_folder
+from saeflow.store.storage.bucket import Bucket
 from saeflow.store.storage.duckdb_files import BucketFiles
 from saeflow.store.storage.local_copy import Listing
 from saeflow.store.storage.objects import Found, Objects
@@ -306,7 +308,7 @@ def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
     with contextlib.closing(connect(Store.open(url))) as connection:
         assert query(connection, "select key from documents where key = 'secret'").num_rows == 0
     store = Store.create(url)
-    stages.compact_store(Lineage(store, recipe), quiet())
+    compact_store(Lineage(store, recipe), quiet())
     garbage.collect_garbage(Store.open(url), grace_seconds=0, remove=True)
     for name, content in there(server, url).items():
         if name.endswith("documents.parquet"):
