@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 
 from saeflow.recipe.settings import TrainConfig
 from saeflow.runtime.errors import UserError
+from saeflow.train import retaken
 from saeflow.train.training import FeedBatch, Training
-from tests.sae.gpu.test_fused import PLACE, batch, begun
+from tests.sae.gpu.test_fused import CASES, PLACE, batch, begun
 
 N_STEPS = 8
 
@@ -25,11 +26,22 @@ class Rows:
         return f"batch {number}, row {row}"
 
 
-def a_training(uses_fused: bool, log_every: int = 1) -> Training:
+@pytest.fixture(autouse=True)
+def _kernels_take_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so few features, a large share is active."""
+    monkeypatch.setattr(retaken, "MOST_SHARE", 2.0)
+
+
+def a_training(
+    uses_fused: bool, log_every: int = 1, kind: str = "topk", n_steps: int = N_STEPS, resample_at: float | None = None
+) -> Training:
     """Return one that looks at every step, so that the auxiliary loss knows which features are dead."""
-    sae, adam = begun(PLACE if uses_fused else "cpu")
-    config = TrainConfig(lr=1e-2, log_every=log_every, dead_after_tokens=30, checkpoint_seconds=1)
-    training = Training(sae, adam, config, (1.0,), N_STEPS, name="small")
+    sae, adam = begun(PLACE if uses_fused else "cpu", **CASES[kind])
+    config = TrainConfig(
+        lr=1e-2, log_every=log_every, dead_after_tokens=30, checkpoint_seconds=1, sparsity_warmup_share=0.5,
+        resample_at=[] if resample_at is None else [resample_at],
+    )  # fmt: skip
+    training = Training(sae, adam, config, (1.0,), n_steps, name="small")
     training.uses_fused = uses_fused
     return training
 
