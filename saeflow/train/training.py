@@ -173,13 +173,13 @@ class Training:
         by_token = self.sae.traits.chooses_by_token
         by_token = by_token or schedules.chooses_by_token(self.step, self.n_steps, self.config)
         self.fused.take(x, target, self.adam.param_groups[0]["lr"], self._k, by_token, self._sparsity)
-        self.step += 1
-        if self.info is None or self._is_logged(self.step - 1):
+        if self.info is None or self._is_logged(self.step):
             loss, self.info = self._fetched()
-            self.log.append(self._log_row(loss, self.info, len(batch)) | {"step": self.step - 1})
-        if self.step - 1 in self._resample_steps:
+            self.log.append(self._log_row(loss, self.info, len(batch)))
+        if self.step in self._resample_steps:
             self.settle()
-            resample_dead(self.sae, self.adam, x, self.config.dead_after_tokens, self.step - 1, target)
+            resample_dead(self.sae, self.adam, x, self.config.dead_after_tokens, self.step, target)
+        self.step += 1
         return self.info
 
     def _is_logged(self, step: int) -> bool:

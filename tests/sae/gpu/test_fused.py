@@ -76,15 +76,23 @@ CASES = {
     "nested": {"architecture": "matryoshka"}, "one of each token": {"k": 1},
     "a transcoder": {"target_site": "there"}, "free lengths": {"unit_norm": False},
     "a bias that stays": {"decoder_bias": "fixed"},
-    "relu": RELU, "relu, free lengths": RELU | FREE, "relu, a transcoder": RELU | {"target_site": "there"},
-    "gated": GATED, "gated, free lengths": GATED | FREE, "gated, a transcoder": GATED | {"target_site": "there"},
-    "jumprelu": JUMPRELU, "jumprelu, by tanh": JUMPRELU | {"penalty": "tanh"},
+    "relu": RELU, "gated": GATED, "jumprelu": JUMPRELU, "jumprelu, by tanh": JUMPRELU | {"penalty": "tanh"},
+}  # fmt: skip
+MORE_CASES = {
+    "relu, free lengths": RELU | FREE, "relu, a transcoder": RELU | {"target_site": "there"},
+    "gated, free lengths": GATED | FREE, "gated, a transcoder": GATED | {"target_site": "there"},
     "jumprelu, by tanh, free lengths": JUMPRELU | {"penalty": "tanh", "unit_norm": False},
     "jumprelu, a transcoder": JUMPRELU | {"target_site": "there"},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(pytest.param(changes, id=name) for name, changes in CASES.items()),
+        *(pytest.param(changes, id=name, marks=pytest.mark.long) for name, changes in MORE_CASES.items()),
+    ],
+)
 def test_steps_equal_those_of_the_processor_and_of_adam(changes: dict[str, object]) -> None:
     there, here = begun(**changes), begun(PLACE, **changes)
     step = fused(here)
