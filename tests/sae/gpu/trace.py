@@ -127,12 +127,14 @@ def a_step(sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.devic
     return FusedStep(sae, adam, dtype, 1e-3, AUX_WEIGHT, 1000)
 
 
-def trace_of(sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, **changes: Any) -> Trace:
-    """Return the trace of a step that follows another, with dead features."""
-    step = a_step(sizes, dtype, place, **changes)
-    step.sae.tokens_since_fired[: int(SHARE_DEAD * sizes.n_features)] = 10_000
+def trace_of(
+    sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, share_dead: float = SHARE_DEAD,
+    **changes: Any,
+) -> Trace:  # fmt: skip
+    """Return the trace of a step that follows another; a share of the features is dead."""
+    step, n_dead = a_step(sizes, dtype, place, **changes), int(share_dead * sizes.n_features)
+    step.sae.tokens_since_fired[:n_dead] = 10_000
     x = torch.randn(sizes.n_rows, sizes.width, device=place)
-    n_dead = int(SHARE_DEAD * sizes.n_features)
     options = StepOptions(1e-3, sizes.k, step.sae.traits.chooses_by_token, n_dead)
     for _ in range(2):
         with traced() as trace:
