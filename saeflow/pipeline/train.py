@@ -27,9 +27,9 @@ from saeflow.train.group import (
     TrainingGroup,
     TrainingJob,
     checkpoints_of,
-    require_memory,
     require_tensorboard,
 )
+from saeflow.train.memory import require_memory
 from saeflow.train.shares import require_shareable
 
 _NOTICING_SECONDS = 10.0

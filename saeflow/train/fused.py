@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.feed import Feed
-from saeflow.recipe.settings import TrainConfig
+from saeflow.recipe.settings import SAEConfig, TrainConfig
+from saeflow.sae.architectures import TRAITS
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.loss import StepInfo
 from saeflow.sae.parameters import SAEParameters
+from saeflow.sae.split import Split
 from saeflow.train.retaken import RetakenSteps, StepBatch
 
 if TYPE_CHECKING:
@@ -26,11 +28,16 @@ TOLERANCE = 1e-7
 
 
 def suits(sae: SAEParameters, config: TrainConfig) -> bool:
-    """True if the kernels can train the SAE where it is: on one GPU with Triton, and not by pursuits."""
-    if not config.kernels or sae.split.ranks.n > 1:
+    """True if the kernels can train the SAE where it is."""
+    return takes(sae.config, config, sae.W_enc.device, sae.split)
+
+
+def takes(sae: SAEConfig, config: TrainConfig, place: torch.device, split: Split) -> bool:
+    """True if the kernels train such an SAE there: on one GPU with Triton, and not by pursuits."""
+    if not config.kernels or split.ranks.n > 1 or config.clip_norm is not None:
         return False
-    on_gpu = sae.W_enc.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return on_gpu and not sae.traits.pursues and config.clip_norm is None
+    on_gpu = place.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return on_gpu and not TRAITS[sae.architecture].pursues
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ explain     how well they reconstruct the batch, and what they add to the gradie
 decode      reconstructions, residuals and derivatives of the active entries, by row
 auxiliary   what dead features add to a step
 guard       whether steps change anything
+memory      bytes that a training takes, by formula; it needs no Triton
 rows        gradients of the rows of both matrices, and Adam's step
 vectors     Adam's step of biases and of an architecture's own parameters
 specimens   what is needed to compile a kernel without a GPU
