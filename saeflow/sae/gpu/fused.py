@@ -69,8 +69,7 @@ class FusedStep:
         sae = self.sae
         batch = Centred.of(x, sae.b_in, target, sae.b_dec, self.w_low.dtype)
         rule = training_rule(sae, len(x), batch.target.shape[1], options.sparsity)
-        product = Product.of(batch.low, self.w_low, sae.b_enc.detach(), sae.traits.signed)
-        chosen = self.chooser(product, rule, options.k, options.by_token)
+        chosen = self._choose(batch, rule, options)
         scale = batch.scale(sae.config.counts_k)
         explained = explain(chosen.entries, batch, rule, sae.W_dec.detach(), self.ends, scale)
         dead = sae.tokens_since_fired >= self.dead_after
@@ -81,6 +80,10 @@ class FusedStep:
         still = sae.tokens_since_fired >= self.dead_after
         self._update(explained, added, batch, rule, options)
         self._note([loss, *figures, dead.sum(), chosen.n_found, chosen.n_wrong], still.sum())
+
+    def _choose(self, batch: Centred, rule: TrainingRule, options: StepOptions) -> Chosen:
+        product = Product.of(batch.low, self.w_low, self.sae.b_enc.detach(), self.sae.traits.signed)
+        return self.chooser(product, rule, options.k, options.by_token)
 
     def _auxiliary(self, explained: Explained, batch: Centred, dead: Tensor, options: StepOptions) -> Auxiliary | None:
         if not options.n_dead or not self.aux_weight > 0:
