@@ -10,7 +10,10 @@ from torch import Tensor
 
 from saeflow.activations.feed import Feed
 from saeflow.recipe.settings import TrainConfig
+from saeflow.runtime.devices import choose_device
+from saeflow.runtime.errors import UserError
 from saeflow.sae.loss import StepInfo
+from saeflow.sae.optimizer import bfloat16
 from saeflow.sae.parameters import SAEParameters
 
 TOLERANCE = 1e-7
@@ -23,6 +26,18 @@ def suits(sae: SAEParameters, config: TrainConfig) -> bool:
         return False
     on_gpu = sae.W_enc.device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return on_gpu and sae.config.counts_k and not sae.traits.pursues and config.clip_norm is None
+
+
+def require_kernels(config: TrainConfig) -> None:
+    """Raise UserError, before any work, if a setting needs kernels of a GPU and nothing there can compile them."""
+    if choose_device("train.device", config.device).type == "cpu" or importlib.util.find_spec("triton") is not None:
+        return
+    for name, value in {"train.moments": config.moments, "train.weights": config.weights}.items():
+        if value != "float32":
+            raise UserError(
+                f"{name} is {value}, which on a GPU needs Triton, but Triton is not installed.\n"
+                f"Install it with `pip install triton`, set train.device to cpu, or leave {name} out."
+            )
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,8 @@ class FusedTraining:
     def __init__(self, sae: SAEParameters, adam: torch.optim.Adam, config: TrainConfig, feed: Feed) -> None:
         from saeflow.sae.gpu.fused import FusedStep  # which imports triton
 
+        if config.weights == "bfloat16":
+            bfloat16.store_narrow(sae)
         lr, dtype = config.lr or 1e-3, sae.product_dtype or torch.float32
         self._step = FusedStep(sae, adam, dtype, lr, config.aux_weight, config.dead_after_tokens, TOLERANCE * lr)
         self._n_dead = int((sae.tokens_since_fired >= config.dead_after_tokens).sum())

@@ -23,6 +23,7 @@ from saeflow.model.sites import Site
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.devices import choose_device, device_memory
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.interrupts import interrupts_noted, interrupts_wait
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.runtime.text import human_bytes
@@ -37,8 +38,6 @@ from saeflow.train.training import (
     CHECKPOINT,
     FeedBatch,
     Training,
-    interrupts_noted,
-    interrupts_wait,
     is_checkpoint,
     sample_rows,
 )

@@ -20,9 +20,11 @@ from saeflow.sae.gpu.choice.product import Product
 from saeflow.sae.gpu.decode import decode_rows
 from saeflow.sae.gpu.rows.adam import AdamClock, AdamSettings, Wakefulness, update_vector
 from saeflow.sae.gpu.rows.by_feature import gradient_through_centring, rows_of_entries, rows_of_residuals, used_ids
-from saeflow.sae.gpu.rows.moments import AdamRows, code_tables
+from saeflow.sae.gpu.rows.moments import AdamRows
 from saeflow.sae.gpu.rows.update import RowGradients
 from saeflow.sae.loss import THRESHOLD_MEMORY
+from saeflow.sae.optimizer.adam import begun_state
+from saeflow.sae.optimizer.codes import code_tables
 from saeflow.sae.parameters import SAEParameters
 
 CAPACITY = 16
@@ -74,8 +76,9 @@ class FusedStep:
         self.clock = AdamClock(settings, place)
         self.wakefulness = Wakefulness.asleep(sae.config.n_features, place)
         self.codes = code_tables(place)
-        self.moments = {name: _moments(adam, weight) for name, weight in sae.named_parameters() if weight.requires_grad}
+        self.moments = {name: begun_state(adam, each) for name, each in sae.named_parameters() if each.requires_grad}
         self.w_low = sae.W_enc.detach().to(dtype)
+        """The encoder's rows in the precision of the product: the weights themselves if they are in it."""
         self.ends = torch.tensor(sae.config.nested, dtype=torch.int32, device=place)
         self.guess: Tensor | None = None
         """Ratio of guess to length, or a number for the whole batch (1): see `guess`."""
@@ -92,7 +95,10 @@ class FusedStep:
         step = self.adam.state[self.sae.W_dec]["step"]
         self.clock.step.fill_(int(step))
         self.wakefulness.last_step.fill_(int(step))
-        moved = torch.stack([self.moments[name][0].abs().amax(1) > 0 for name in ("W_enc", "W_dec")]).any(0)
+        matrices = self._rows("W_enc"), self._rows("W_dec")
+        moved = torch.stack([(each.m_scale if each.eight_bit else each.m.abs()).amax(1) > 0 for each in matrices]).any(
+            0
+        )
         self.wakefulness.awake_until.copy_(torch.where(moved, int(step) + 1, 0))
 
     @torch.no_grad()
@@ -202,21 +208,21 @@ class FusedStep:
         if sae.config.target_site is None:
             d_b_dec = d_b_dec + gradient_through_centring(d_pre, sae.W_enc.detach())
         encoder, decoder = (self._rows(name) for name in ("W_enc", "W_dec"))
-        gradients.update(
-            encoder, decoder, self.w_low, self.codes, self.wakefulness, self.clock, sae.config.seed, self.alive
-        )
+        low = None if self.w_low.dtype == encoder.weights.dtype else self.w_low
+        gradients.update(encoder, decoder, low, self.codes, self.wakefulness, self.clock, sae.config.seed, self.alive)
         self._update_bias("b_enc", d_pre)
         if sae.b_dec.requires_grad:
             self._update_bias("b_dec", d_b_dec)
 
     def _rows(self, name: str) -> AdamRows:
-        m, v = self.moments[name]
-        nothing = m.new_empty(len(m), 0)
-        return AdamRows(getattr(self.sae, name).detach(), m, v, nothing, nothing)
+        state = self.moments[name]
+        nothing = state["exp_avg"].new_empty(len(state["exp_avg"]), 0)
+        scales = (state.get(slot, nothing) for slot in ("exp_avg_scale", "exp_avg_sq_scale"))
+        return AdamRows(getattr(self.sae, name).detach(), state["exp_avg"], state["exp_avg_sq"], *scales)
 
     def _update_bias(self, name: str, gradient: Tensor) -> None:
         bias = getattr(self.sae, name).detach()
-        state = bias, *self.moments[name]
+        state = bias, self.moments[name]["exp_avg"], self.moments[name]["exp_avg_sq"]
         fresh = [each.clone() for each in state]
         update_vector(fresh[0], gradient, fresh[1], fresh[2], self.clock)
         for old, new in zip(state, fresh, strict=True):
@@ -228,15 +234,6 @@ class FusedStep:
         self.wakefulness.settle([self._rows(name) for name in ("W_enc", "W_dec")], self.clock)
         for state in self.adam.state.values():
             state["step"].copy_(self.clock.step[0])
-
-
-def _moments(adam: torch.optim.Adam, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Adam's moments of a parameter, made if it has none yet."""
-    state = adam.state[weight]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-        state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weight) for _ in range(2))
-    return state["exp_avg"].detach(), state["exp_avg_sq"].detach()
 
 
 def _centred(x: Tensor, b_in: Tensor, target: Tensor | None, b_dec: Tensor, dtype: torch.dtype) -> _Centred:
