@@ -159,7 +159,7 @@ class Training:
         loss.backward()  # type: ignore[no-untyped-call]
         clipped = self._clip()
         self.adam.step()
-        self.sae.after_step()
+        self.sae.after_step(self.in_bfloat16)
         if self.in_bfloat16:
             bfloat16.round_at_random(self.sae, self.step + 1)
         self.adam.zero_grad(set_to_none=True)  # so that only one of many trainings has gradients at a time
