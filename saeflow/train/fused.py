@@ -10,7 +10,6 @@ from torch import Tensor
 
 from saeflow.activations.feed import Feed
 from saeflow.recipe.settings import TrainConfig
-from saeflow.runtime.devices import choose_device
 from saeflow.runtime.errors import UserError
 from saeflow.sae.loss import StepInfo
 from saeflow.sae.optimizer import bfloat16
@@ -28,9 +27,9 @@ def suits(sae: SAEParameters, config: TrainConfig) -> bool:
     return on_gpu and sae.config.counts_k and not sae.traits.pursues and config.clip_norm is None
 
 
-def require_kernels(config: TrainConfig) -> None:
+def require_kernels(config: TrainConfig, place: torch.device) -> None:
     """Raise UserError, before any work, if a setting needs kernels of a GPU and nothing there can compile them."""
-    if choose_device("train.device", config.device).type == "cpu" or importlib.util.find_spec("triton") is not None:
+    if place.type == "cpu" or importlib.util.find_spec("triton") is not None:
         return
     for name, value in {"train.moments": config.moments, "train.weights": config.weights}.items():
         if value != "float32":

@@ -29,6 +29,7 @@ from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.runtime.text import human_bytes
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.save import save_sae
+from saeflow.sae.optimizer.adam import MOMENT_BYTES
 from saeflow.sae.split import Split
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
@@ -282,22 +283,24 @@ def require_tensorboard(folder: str | None) -> None:
 
 
 def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]], ranks: Ranks = ALONE) -> None:
-    """Raise UserError if memory cannot hold, in float32, weights and Adam's two moments of every training, and the
-    gradients of the one that steps. Each rank needs that for its features; on the processor they share the memory."""
-    needs: dict[torch.device, list[int]] = {}
+    """Raise UserError if memory cannot hold weights and Adam's two moments of every training, and the gradients of the
+    one that steps, in float32 but for moments in 8 bits. Each rank needs that for its features; on the processor they
+    share the memory."""
+    needs: dict[torch.device, list[tuple[int, float]]] = {}
     for recipe, sites in wanted:
         features = Split.of(ranks, recipe.train.parallel).features
         size = -(-recipe.sae.n_features // features.n) * (sites[0].width + sites[-1].width + 2)
         here = needs.setdefault(choose_device("train.device", recipe.train.device), [])
-        here += [size] * recipe.train.restarts
+        here += [(size, 4 + MOMENT_BYTES[recipe.train.moments])] * recipe.train.restarts
     for place, sizes in needs.items():
         n_there = ranks.n if place.type == "cpu" else 1
-        need, total = 4 * (3 * sum(sizes) + max(sizes)) * n_there, device_memory(place)
+        kept, gradients = sum(size * each for size, each in sizes), 4 * max(size for size, _ in sizes)
+        need, total = round(kept + gradients) * n_there, device_memory(place)
         if need > total:
             where = "this machine has" if place.type == "cpu" else f"on {place} are free"
             raise UserError(
                 f"{len(sizes)} SAEs in training take {human_bytes(need)} (weights, gradients, moments), but {where} "
                 f"{human_bytes(total)} of memory.\n"
-                "Train fewer at once: shorten [sweep], lower train.restarts, or choose a "
-                "smaller sae.n_features."
+                "Train fewer at once: shorten [sweep], or lower train.restarts. Or choose a smaller sae.n_features, or "
+                'train.moments = "8bit".'
             )

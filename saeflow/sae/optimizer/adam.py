@@ -17,6 +17,8 @@ from saeflow.sae.kernels import Floats, Matrix
 from saeflow.sae.optimizer import codes, kernels
 from saeflow.sae.parameters import SAEParameters
 
+MOMENT_BYTES = {"float32": 8.0, "8bit": 2 + 2 * 4 / codes.BLOCK}
+"""Bytes that both moments of a weight take, by `train.moments`."""
 _ROWS = 64
 """Rows that a worker takes at a time."""
 

@@ -8,7 +8,7 @@ import torch
 from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.optimizer import codes
-from saeflow.sae.optimizer.adam import EightBitAdam, optimizer_of
+from saeflow.sae.optimizer.adam import MOMENT_BYTES, EightBitAdam, optimizer_of
 
 LR, BETAS, EPS = 1e-2, (0.9, 0.99), 1e-8
 SLOTS = "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"
@@ -84,5 +84,5 @@ def test_moments_take_two_bytes_a_weight_and_a_scale_for_256():
     sae.training_loss(torch.randn(8, 512))[0].backward()
     adam.step()
     n_bytes = sum(each.nbytes for each in adam.state[sae.W_enc].values() if each.dim())
-    assert n_bytes == 64 * 512 * (2 + 2 * 4 / 256)
+    assert n_bytes == sae.W_enc.numel() * MOMENT_BYTES["8bit"]
     assert type(optimizer_of(sae, TrainConfig())) is torch.optim.Adam
