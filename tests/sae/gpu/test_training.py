@@ -119,7 +119,7 @@ def test_a_checkpoint_of_kernels_goes_on_on_the_processor_and_the_other_way_roun
             torch.testing.assert_close(other.sae.state_dict()[name].cpu(), value, rtol=1e-4, atol=1e-5)
 
 
-LOW = [{"moments": "8bit"}, {"weights": "bfloat16"}, {"moments": "8bit", "weights": "bfloat16", "resample_at": [0.5]}]
+LOW = [{"moments": "8bit"}, {"weights": "bfloat16"}, {"moments": "8bit", "weights": "bfloat16", "resample_at": 0.5}]
 
 
 @pytest.mark.parametrize("settings", LOW, ids=["8bit", "bfloat16", "both"])
