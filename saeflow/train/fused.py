@@ -12,10 +12,10 @@ from torch import Tensor
 from saeflow.activations.feed import Feed
 from saeflow.recipe.settings import TrainConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.gpu.figures import FIGURES, StepOptions
+from saeflow.sae.gpu.figures import StepOptions
 from saeflow.sae.loss import StepInfo
 from saeflow.sae.parameters import SAEParameters
-from saeflow.train.retaken import RetakenSteps, StepBatch
+from saeflow.train.kernel_steps import CountedSteps, RetriedSteps, StepBatch
 
 if TYPE_CHECKING:
     from saeflow.sae.gpu.choice.chooser import EntriesAboveCut
@@ -46,7 +46,7 @@ class Fetched:
 
 
 class FusedTraining:
-    """The steps of one training on a GPU. The host waits for the device only in `fetch`: but see `retaken`."""
+    """The steps of one training on a GPU. The host waits for the device only in `fetch`: but see `RetriedSteps`."""
 
     def __init__(self, sae: SparseAutoencoder, adam: torch.optim.Adam, config: TrainConfig, feed: Feed) -> None:
         from saeflow.sae.gpu.fused import FusedStep  # which imports triton
@@ -58,7 +58,7 @@ class FusedTraining:
             return FusedStep(sae, adam, dtype, lr, *about)
 
         counts_k = sae.config.counts_k
-        self._steps = CountedSteps(step()) if counts_k else RetakenSteps(sae, adam, config, step)
+        self._steps = CountedSteps(step()) if counts_k else RetriedSteps(sae, adam, config, step)
         self._n_dead = int((sae.tokens_since_fired >= config.dead_after_tokens).sum())
         self._feed = feed
 
@@ -83,22 +83,3 @@ class FusedTraining:
     def settle(self) -> None:
         """Bring weights and Adam's moments to where the dense optimizer would have them."""
         self._steps.settle()
-
-
-class CountedSteps:
-    """Steps whose number of entries is known before: those of the top-k family."""
-
-    def __init__(self, step: FusedStep) -> None:
-        self._step = step
-
-    def take(self, batch: StepBatch) -> None:
-        """Take a step."""
-        self._step(batch.x, batch.target, batch.options)
-
-    def figures(self) -> dict[str, float]:
-        """Wait for the last step, and return its figures."""
-        return dict(zip(FIGURES, self._step.figures.tolist(), strict=True))
-
-    def settle(self) -> None:
-        """Bring weights and Adam's moments to where the dense optimizer would have them."""
-        self._step.settle()
