@@ -85,6 +85,7 @@ MORE_CASES = {
     "gated, free lengths": GATED | FREE, "gated, a transcoder": GATED | {"target_site": "there"},
     "jumprelu, by tanh, free lengths": JUMPRELU | {"penalty": "tanh", "unit_norm": False},
     "jumprelu, a transcoder": JUMPRELU | {"target_site": "there"},
+    "jumprelu, nothing active": JUMPRELU | {"first_threshold": 50.0},
 }  # fmt: skip
 
 
