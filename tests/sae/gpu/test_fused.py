@@ -12,11 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.choice.chooser import EntriesAboveCut, LargestEntries
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.gpu.fused import FusedStep
+from saeflow.sae.optimizer import bfloat16
+from saeflow.sae.optimizer.adam import optimizer_of
 from tests.sae.gpu import PLACE
 from tests.sae.gpu.questions import Idle, NoQuestions
 
@@ -134,6 +136,26 @@ def test_a_step_asks_the_device_for_no_number(changes: dict[str, object], monkey
     with NoQuestions():
         step(batch(0).to(PLACE), target, about)
         step(batch(1).to(PLACE), target, about)
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_bytes"),
+    [({}, 13), ({"moments": "8bit"}, 7 + 1 / 32), ({"weights": "bfloat16"}, 10),
+     ({"moments": "8bit", "weights": "bfloat16"}, 4 + 1 / 32)],
+)  # fmt: skip
+def test_a_training_keeps_as_many_bytes_for_each_number_of_its_matrices_as_the_docs_say(
+    settings: dict[str, str], n_bytes: float
+) -> None:
+    config = TrainConfig.model_validate(settings)
+    sae = SparseAutoencoder(SAEConfig(architecture="topk", n_features=F, k=K), 512).to(PLACE)
+    adam = optimizer_of(sae, config)
+    if config.weights == "bfloat16":
+        bfloat16.store_narrow(sae)
+    step = FusedStep(sae, adam, torch.bfloat16, LR, AUX, DEAD_AFTER)
+    matrices = sae.W_enc, sae.W_dec
+    kept = [each for matrix in matrices for each in (matrix, *adam.state[matrix].values()) if each.dim() == 2]
+    room = {each.data_ptr(): each.nbytes for each in [*kept, step.w_low]}
+    assert sum(room.values()) == n_bytes * 2 * sae.W_enc.numel()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # by NumPy, in which the interpreter multiplies

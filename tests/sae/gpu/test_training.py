@@ -122,6 +122,7 @@ def test_a_checkpoint_of_kernels_goes_on_on_the_processor_and_the_other_way_roun
 LOW = [{"moments": "8bit"}, {"weights": "bfloat16"}, {"moments": "8bit", "weights": "bfloat16", "resample_at": 0.5}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", LOW, ids=["8bit", "bfloat16", "both"])
 def test_moments_in_8_bits_and_weights_in_bfloat16_are_the_processors_and_go_on_there(
     tmp_path: Path, settings: dict[str, Any]
