@@ -248,12 +248,12 @@ class TrainConfig(Section):
     )
     parallel: Literal["data", "features"] = Field(
         "data",
-        description="What several processes share (`torchrun`): `data`, the tokens of each batch, or `features`, for "
-        "dictionaries too large for one GPU. It is not part of the SAE's identity.",
+        description="What several processes share (`torchrun`, cluster.ranks): `data`, the tokens of each batch, or "
+        "`features`, for dictionaries too large for one GPU. It is not part of the SAE's identity.",
     )
     kernels: bool = Field(
         True,
-        description="On one GPU with Triton, the top-k family takes its steps by saeflow's kernels. False: by torch's "
+        description="On GPUs with Triton, the top-k family takes its steps by saeflow's kernels. False: by torch's "
         "operations. It is not part of the SAE's identity.",
     )
     restarts: PositiveInt = Field(
