@@ -25,8 +25,8 @@ def suits(sae: SAEParameters, config: TrainConfig) -> bool:
 
 
 def takes(sae: SAEConfig, config: TrainConfig, place: torch.device, split: Split) -> bool:
-    """True if the kernels train such an SAE there: on one GPU with Triton, and of the top-k family."""
-    if not config.kernels or split.ranks.n > 1 or config.clip_norm is not None:
+    """True if the kernels train such an SAE there: on a GPU with Triton, of the top-k family, with all its features."""
+    if not config.kernels or split.features.n > 1 or config.clip_norm is not None:
         return False
     on_gpu = place.type == "cuda" and importlib.util.find_spec("triton") is not None
     return on_gpu and sae.counts_k and not TRAITS[sae.architecture].pursues

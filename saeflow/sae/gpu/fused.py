@@ -17,7 +17,8 @@ from saeflow.sae.gpu.auxiliary import Auxiliary, Reconstructed
 from saeflow.sae.gpu.choice import choose, guess
 from saeflow.sae.gpu.choice.choose import Choice
 from saeflow.sae.gpu.choice.product import Product
-from saeflow.sae.gpu.decode import decode_rows
+from saeflow.sae.gpu.decode import decode_rows, room_for_residuals
+from saeflow.sae.gpu.exchange import RowExchange
 from saeflow.sae.gpu.rows.adam import AdamClock, AdamSettings, Wakefulness, update_vector
 from saeflow.sae.gpu.rows.by_feature import gradient_through_centring, rows_of_entries, rows_of_residuals, used_ids
 from saeflow.sae.gpu.rows.moments import AdamRows, code_tables
@@ -100,8 +101,11 @@ class FusedStep:
         """Take a step on x (B, D), and for a transcoder its target (B, D_out), float32. See `figures`."""
         sae = self.sae
         batch = _centred(x, sae.b_in, target, sae.b_dec, self.w_low.dtype)
-        choice = self._choose(batch, options)
-        main = self._reconstructed(choice, batch)
+        exchange = RowExchange(sae.split.for_rows(len(x)).rows, len(x))
+        choice = exchange.choice_of_all(
+            self._choose(batch.low[exchange.mine], len(x), options), options.k, options.by_token
+        )
+        main = self._reconstructed(choice, batch, exchange)
         dead = sae.tokens_since_fired >= self.dead_after
         added = self._auxiliary(main, batch, dead, options)
         loss, figures = self._losses(main, added, batch, choice, dead, len(x))
@@ -111,31 +115,33 @@ class FusedStep:
         self.figures.copy_(torch.cat([loss, *figures, self.alive, self.suspect, still]))
         self._update(main, added, batch, options.lr)
 
-    def _choose(self, batch: _Centred, options: StepOptions) -> Choice:
+    def _choose(self, low: Tensor, n_rows: int, options: StepOptions) -> Choice:
+        """Return the largest entries of these rows, as many as the batch of `n_rows` may have of them."""
         sae, k = self.sae, options.k
-        product = Product.of(batch.low, self.w_low, sae.b_enc.detach(), sae.traits.signed)
+        product = Product.of(low, self.w_low, sae.b_enc.detach(), sae.traits.signed)
         if options.by_token:
             if self.guess is None or self.guess_is_of_batch:
                 self.guess, self.guess_is_of_batch = guess.first_ratio(product, k), False
-            lengths = guess.lengths(batch.low)
+            lengths = guess.lengths(low)
             choice = choose.largest_of_rows(product, k, self.guess * lengths, _power_of_two(CAPACITY * k))
             self.guess = guess.next_ratio(choice.kth, lengths)
             return choice
-        n = k * len(batch.low)
+        n = min(k * n_rows, len(low) * len(self.w_low))
         if self.guess is None or not self.guess_is_of_batch:
             self.guess, self.guess_is_of_batch = guess.first_of_batch(product, n), True
         choice = choose.largest_of_batch(product, n, self.guess, 2 * n)
         self.guess = choice.kth * guess.BATCH_MARGIN
         return choice
 
-    def _reconstructed(self, choice: Choice, batch: _Centred) -> Reconstructed:
+    def _reconstructed(self, choice: Choice, batch: _Centred, exchange: RowExchange) -> Reconstructed:
         starts, ids, values = choice.entries
-        n_rows, n_features = len(batch.low), len(self.w_low)
-        residual = batch.target.new_empty(len(self.ends) * n_rows, batch.target.shape[1])
-        losses = batch.target.new_empty(len(self.ends), n_rows)
-        g = torch.zeros_like(values)
-        shaped = residual.view(len(self.ends), *batch.target.shape)
-        decode_rows(starts, ids, values, self.sae.W_dec.detach(), batch.target, self.ends, shaped, losses, g)
+        n_rows, n_features, mine = len(batch.low), len(self.w_low), exchange.mine
+        target, bounds, g = batch.target[mine], starts[mine.start : mine.stop + 1], torch.zeros_like(values)
+        rooms = room_for_residuals(len(self.ends), target)
+        decode_rows(bounds, ids, values, self.sae.W_dec.detach(), target, self.ends, *rooms, g)
+        residual, losses = map(exchange.rows_of_all, rooms)
+        residual = residual.flatten(0, 1)
+        exchange.ranks.sum_(g)  # others have zeros where this rank has products
         used = used_ids(ids, starts, n_features)
         rows = rows_of_entries(starts, len(ids))
         where = rows_of_residuals(used, rows, self.ends, n_rows).clamp(max=len(residual) - 1)

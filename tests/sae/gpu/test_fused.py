@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from saeflow.recipe.settings import SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.fused import FIGURES, FusedStep, StepOptions
+from saeflow.sae.split import WHOLE, Split
 from tests.sae.gpu import PLACE
 
 B, D, F, K = 10, 9, 22, 3
@@ -36,9 +37,9 @@ class Trained(NamedTuple):
         return [state[name].cpu() for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
 
-def begun(place: str = "cpu", **changes: object) -> Trained:
+def begun(place: str = "cpu", split: Split = WHOLE, **changes: object) -> Trained:
     config = SAEConfig.model_validate({"architecture": "topk", "n_features": F, "k": K, "seed": 3, **changes})
-    sae = SparseAutoencoder(config, D, 7 if config.target_site else None)
+    sae = SparseAutoencoder(config, D, 7 if config.target_site else None, split=split)
     sae.product_dtype = torch.float32
     sae.to(place)
     return Trained(sae, torch.optim.Adam(sae.parameters(), lr=LR, fused=True))

@@ -25,8 +25,10 @@ from triton.runtime.jit import KernelInterface
 import tests.sae.gpu  # noqa: F401  which chooses the interpreter before Triton is imported
 from docs._generate import table
 from saeflow.recipe.settings import SAEConfig
+from saeflow.runtime.ranks import Ranks
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.fused import FusedStep, StepOptions
+from saeflow.sae.split import Split
 
 META = torch.device("meta")
 AUX_WEIGHT = 1 / 32
@@ -115,11 +117,24 @@ def traced() -> Iterator[Trace]:
         yield trace
 
 
-def a_step(sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, **changes: Any) -> FusedStep:
+class OneOfMany(Ranks):
+    """A rank whose exchanges have the right sizes, and reach nobody."""
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        return tensor.new_empty(self.n, *tensor.shape)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def a_step(
+    sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, n_ranks: int = 1, **changes: Any
+) -> FusedStep:
     """Return a step with fresh weights, before its first batch."""
     settings = {"architecture": "topk", "n_features": sizes.n_features, "k": sizes.k} | changes
     with place:
-        sae = SparseAutoencoder(SAEConfig.model_validate(settings), sizes.width)
+        split = Split(rows=OneOfMany(n_ranks // 2, n_ranks))
+        sae = SparseAutoencoder(SAEConfig.model_validate(settings), sizes.width, split=split)
     adam = torch.optim.Adam(sae.parameters())
     for each in sae.parameters():
         moments = {name: torch.zeros_like(each) for name in ("exp_avg", "exp_avg_sq")}
@@ -129,10 +144,10 @@ def a_step(sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.devic
 
 def trace_of(
     sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, share_dead: float = SHARE_DEAD,
-    **changes: Any,
+    n_ranks: int = 1, **changes: Any,
 ) -> Trace:  # fmt: skip
     """Return the trace of a step that follows another; a share of the features is dead."""
-    step, n_dead = a_step(sizes, dtype, place, **changes), int(share_dead * sizes.n_features)
+    step, n_dead = a_step(sizes, dtype, place, n_ranks, **changes), int(share_dead * sizes.n_features)
     step.sae.tokens_since_fired[:n_dead] = 10_000
     x = torch.randn(sizes.n_rows, sizes.width, device=place)
     options = StepOptions(1e-3, sizes.k, step.sae.traits.chooses_by_token, n_dead)
