@@ -16,6 +16,7 @@ from torch import Tensor
 from saeflow.activations.epoch import Block, Pool, TrainingBlocks, batches_of_pools, fit_pool, plan_epoch, plan_pools
 from saeflow.activations.lengths import LongVectors, longest_allowed, without_long
 from saeflow.activations.shards import StoredArray, open_site
+from saeflow.activations.upload import Room
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.recipe.settings import FeedConfig
@@ -135,8 +136,11 @@ class Feed:
         finally:
             aligned.close()
 
-    def aligned(self, skip: int = 0) -> Generator[tuple[Tensor, ...], None, None]:
-        """Yield batches of all sites: one tensor (B, D) per site, with the same tokens in the same rows."""
+    def aligned(self, skip: int = 0, room: Room | None = None) -> Generator[tuple[Tensor, ...], None, None]:
+        """Yield batches of all sites: one tensor (B, D) per site, with the same tokens in the same rows.
+
+        `room`, if given, is asked for each batch's memory.
+        """
         planned = self._planned(skip)
         n_rows = min(self.pool_blocks, len(self.blocks)) * self.stride
         halves = itertools.cycle([self._room(n_rows), self._room(n_rows)])
@@ -146,7 +150,9 @@ class Feed:
                 values, batches = pending.result()
                 pending = self._submit(ahead, planned, halves)
                 for places in batches:
-                    yield tuple(_take_rows(each, places) for each in values)
+                    shapes = [(len(places), site.width) for site in self.sites]
+                    outs = room(shapes, self.dtype) if room else [None for _ in shapes]
+                    yield tuple(_take_rows(each, places, out) for each, out in zip(values, outs, strict=True))
 
     def locate(self, batch: int, row: int) -> TokenLocation:
         """Return where row `row` of batch number `batch` is stored. Reads the masks of one block, no activations."""
@@ -231,10 +237,14 @@ def _opener(target: Artefact, parts: Sequence[PartRecord]) -> Callable[[int, Sit
     return opened
 
 
-def _take_rows(values: Tensor, places: np.ndarray) -> Tensor:
-    """Take rows of a pool with one core. torch would take all cores away from reading ahead."""
-    bits = values.view(torch.int16 if values.dtype.itemsize == 2 else torch.int32).numpy()
-    return torch.from_numpy(np.take(bits, places, axis=0)).view(values.dtype)
+def _take_rows(values: Tensor, places: np.ndarray, out: Tensor | None = None) -> Tensor:
+    """Take rows of a pool with one core, to `out` if given. torch would take all cores away from reading ahead."""
+    bits = torch.int16 if values.dtype.itemsize == 2 else torch.int32
+    source = values.view(bits).numpy()
+    if out is None:
+        return torch.from_numpy(np.take(source, places, axis=0)).view(values.dtype)
+    np.take(source, places, axis=0, out=out.view(bits).numpy(), mode="clip")  # other modes write to a buffer first
+    return out
 
 
 def held_out_rows(selection: TokenSelection, target: Artefact, site: Site, max_tokens: int) -> Iterator[Tensor]:

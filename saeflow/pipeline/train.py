@@ -62,7 +62,7 @@ def run_all(
     lineage = lineage.training
     members = lineage.members
     if not ranks.is_first:
-        _follow(lineage, ranks, Progress(verbosity=-1))
+        _follow_first_rank(lineage, ranks, Progress(verbosity=-1))
         return []
     require_shareable((each.recipe for each in members), ranks)
     away = [each for each in members if lineage.recipe.cluster and not _is_import(each) and not each.sae.complete()]
@@ -73,7 +73,7 @@ def run_all(
     return [each.sae for each in members]
 
 
-def _follow(lineage: Lineage, ranks: Ranks, progress: Progress) -> None:
+def _follow_first_rank(lineage: Lineage, ranks: Ranks, progress: Progress) -> None:
     """Train what the first rank trains, on the data that it has chosen."""
     facts = ranks.first_says()
     chosen = [each for each in lineage.members if each.recipe.name in facts]
@@ -170,7 +170,7 @@ class RankTrainer(Trainer, name="train-ranks"):
             if ranks.is_first:
                 _train_here(self.whole.recipe, self.members(names), progress, ranks)
             else:
-                _follow(self.whole, ranks, progress)
+                _follow_first_rank(self.whole, ranks, progress)
         return {}
 
 

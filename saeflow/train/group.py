@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from saeflow.activations.feed import Feed
+from saeflow.activations.upload import uploaded
 from saeflow.model.sites import Site
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
@@ -194,13 +195,19 @@ class TrainingGroup:
         noting: AbstractContextManager[list[int]] = interrupts_noted() if several else contextlib.nullcontext([])
         with (
             self.progress.bar("train", last * rows // n_batches, "tokens") as bar,
-            contextlib.closing(self.feed.aligned(skip=first)) as batches,
+            contextlib.closing(uploaded(partial(self.feed.aligned, first), self._place)) as batches,
             noting as asked,
         ):
             bar.resume_at(first * rows // n_batches)
             for number in range(first, last):
                 self._step(FeedBatch(number, next(batches), self.feed), bar)
                 self._agree(bool(asked))
+
+    @property
+    def _place(self) -> torch.device:
+        """Where batches are brought, once for all trainings; trainings elsewhere bring them there themselves."""
+        places = {training.place for training in self.trainings}
+        return places.pop() if len(places) == 1 else torch.device("cpu")
 
     def _step(self, batch: FeedBatch, bar: Bar) -> None:
         for job in self.jobs:

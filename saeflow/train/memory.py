@@ -38,7 +38,8 @@ def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]], ranks: Ranks = A
     needs: dict[torch.device, list[_Need]] = {}
     for recipe, sites in wanted:
         place, split = choose_device("train.device", recipe.train.device), Split.of(ranks, recipe.train.parallel)
-        need_of = _of_kernels if fused.takes(recipe.sae, recipe.train, place, split) else _dense
+        by_kernels = fused.takes(recipe.sae, recipe.train, place, split)
+        need_of = _of_kernels if by_kernels and recipe.sae.counts_k else _dense  # relu may go on by torch's operations
         need = need_of(recipe, (sites[0].width, sites[-1].width), place, split)
         needs.setdefault(place, []).extend([need] * recipe.train.restarts)
     for place, here in needs.items():

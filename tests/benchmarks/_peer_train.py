@@ -53,6 +53,9 @@ class Training:
     decay_steps: int = 0
     """The last steps, over which the learning rate falls in a line to zero."""
     autocast: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    scored_rows: int | None = None
+    """How many of the rows held out are scored; None takes all."""
     threads: int | None = None
     seed: int = 0
     penalty: float | None = None
@@ -76,23 +79,30 @@ class Feed(Iterator[torch.Tensor]):
     time.
     """
 
-    def __init__(self, rows: np.ndarray, batch: int, seed: int) -> None:
+    def __init__(self, rows: np.ndarray, batch: int, seed: int, device: str = "cpu") -> None:
         if len(rows) < batch:
             raise ValueError(f"data has {len(rows)} rows, fewer than a batch of {batch}.")
+        self.device = device
         self.seconds: list[float] = []
         self._given: float | None = None
         self._batches = self._forever(rows, batch, np.random.default_rng(seed))
 
     def __next__(self) -> torch.Tensor:
         self.close_step()
-        batch = next(self._batches)
+        batch = next(self._batches).to(self.device)
+        self._wait()
         self._given = time.perf_counter()
         return batch
 
     def close_step(self) -> None:
         if self._given is not None:
+            self._wait()
             self.seconds.append(time.perf_counter() - self._given)
             self._given = None
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     @staticmethod
     def _forever(rows: np.ndarray, batch: int, draw: np.random.Generator) -> Iterator[torch.Tensor]:
@@ -109,11 +119,11 @@ def saelens(about: Training, width: int, feed: Feed) -> Fitted:
 
     names = {"relu": "standard", "matryoshka": "matryoshka_batchtopk"}
     build, config = get_sae_training_class(names.get(about.architecture, about.architecture))
-    trained = build(config(d_in=width, d_sae=about.n_features, **saelens_options(about)))
+    trained = build(config(d_in=width, d_sae=about.n_features, device=about.device, **saelens_options(about)))
     trainer_config = SAETrainerConfig(
         total_training_samples=about.n_steps * about.batch, train_batch_size_samples=about.batch,
         lr=about.lr, lr_end=0.0, lr_warm_up_steps=about.lr_warmup_steps,
-        lr_decay_steps=about.decay_steps, autocast=about.autocast,
+        lr_decay_steps=about.decay_steps, autocast=about.autocast, device=about.device,
     )  # fmt: skip
     SAETrainer(trainer_config, trained, feed).fit()
     feed.close_step()
@@ -121,6 +131,7 @@ def saelens(about: Training, width: int, feed: Feed) -> Fitted:
         folder = about.save or stack.enter_context(tempfile.TemporaryDirectory())
         trained.save_inference_model(folder)
         inference = SAE.load_from_disk(folder)
+    inference.to(about.device)
     return Fitted(saelens_apply(inference.eval()), saelens_apply(trained.eval()), "sae-lens")
 
 
@@ -161,10 +172,10 @@ def sparsify(about: Training, width: int, feed: Feed) -> Fitted:
         num_latents=about.n_features, k=about.k, **{name: about.options[name] for name in of_coder}
     )
     training = TrainConfig(config, **{name: about.options[name] for name in about.options.keys() - of_coder})
-    coder = SparseCoder(width, config, dtype=torch.float32)
+    coder = SparseCoder(width, config, device=about.device, dtype=torch.float32)
     optimizer, schedule = sparsify_optimizer(about, coder)
-    tokens_since_fired = torch.zeros(about.n_features, dtype=torch.long)
-    fired = torch.zeros(about.n_features, dtype=torch.bool)
+    tokens_since_fired = torch.zeros(about.n_features, dtype=torch.long, device=about.device)
+    fired = torch.zeros(about.n_features, dtype=torch.bool, device=about.device)
     torch.set_float32_matmul_precision("high")
     for step in range(about.n_steps):
         rows = next(feed)
@@ -173,7 +184,7 @@ def sparsify(about: Training, width: int, feed: Feed) -> Fitted:
         if config.normalize_decoder:
             coder.set_decoder_norm_to_unit_norm()
         dead = tokens_since_fired > training.dead_feature_threshold if training.auxk_alpha > 0 else None
-        with torch.autocast("cpu", torch.bfloat16) if about.autocast else contextlib.nullcontext():
+        with torch.autocast(about.device, torch.bfloat16) if about.autocast else contextlib.nullcontext():
             out = coder(rows, dead_mask=dead)
         fired[out.latent_indices.flatten()] = True
         (out.fvu + training.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8).backward()
@@ -220,13 +231,13 @@ def lr_share(about: Training, step: int) -> float:
 
 
 @torch.no_grad()
-def scores(apply: Apply, held_out: np.ndarray, batch: int) -> dict[str, float]:
+def scores(apply: Apply, held_out: np.ndarray, batch: int, device: str) -> dict[str, float]:
     """Variance unexplained (about the mean of all the rows), features per row, features that never fired."""
     torch.set_float32_matmul_precision("highest")
-    mean = torch.from_numpy(held_out.mean(0, dtype=np.float64))
-    counts, error, variance = torch.zeros((), dtype=torch.long), 0.0, 0.0
+    mean = torch.from_numpy(held_out.mean(0, dtype=np.float64)).to(device)
+    counts, error, variance = torch.zeros((), dtype=torch.long, device=device), 0.0, 0.0
     for start in range(0, len(held_out), batch):
-        rows = torch.from_numpy(np.array(held_out[start : start + batch]))
+        rows = torch.from_numpy(np.array(held_out[start : start + batch])).to(device)
         fired, reconstruction = apply(rows)
         counts = counts + fired
         error += (reconstruction.double() - rows).square().sum().item()
@@ -250,14 +261,15 @@ def train(about: Training) -> dict[str, Any]:
         torch.set_num_threads(about.threads)
     torch.manual_seed(about.seed)
     data, held_out = (np.load(path, mmap_mode="r") for path in (about.data, about.held_out))
-    feed = Feed(data, about.batch, about.seed)
+    held_out = held_out[: about.scored_rows]
+    feed = Feed(data, about.batch, about.seed, about.device)
     fitted = {"saelens": saelens, "sparsify": sparsify}[about.peer](about, data.shape[1], feed)
     end = None if about.n_timed is None else about.warmup_steps + about.n_timed
     timed = feed.seconds[about.warmup_steps : end]
     return {
         **speed(timed, about.batch),
-        **scores(fitted.inference, held_out, about.batch),
-        "as_trained": scores(fitted.as_trained, held_out, about.batch),
+        **scores(fitted.inference, held_out, about.batch, about.device),
+        "as_trained": scores(fitted.as_trained, held_out, about.batch, about.device),
         "n_steps": len(feed.seconds),
         "n_timed": len(timed),
         "threads": torch.get_num_threads(),

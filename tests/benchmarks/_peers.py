@@ -23,9 +23,9 @@ def available() -> bool:
     return PEER.exists() and (PEER.parent / "sparsify").exists()
 
 
-def train(**about: Any) -> dict[str, Any]:
+def train(python: Path = PEER, **about: Any) -> dict[str, Any]:
     """Train as `_peer_train.Training` says and return its figures."""
-    return _run(about)
+    return _run(about, python)
 
 
 def train_several(trainings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -44,10 +44,10 @@ def values_of(folder: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return found["values"], found["reconstruction"]
 
 
-def _run(about: dict[str, Any]) -> dict[str, Any]:
+def _run(about: dict[str, Any], python: Path = PEER) -> dict[str, Any]:
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ} | OFFLINE
     # -I: the folder of the program holds modules named like others' (`train`, `compression`)
-    command = [PEER, "-I", PROGRAM]
+    command = [python, "-I", PROGRAM]
     asked = json.dumps(about, default=str)
     run = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:

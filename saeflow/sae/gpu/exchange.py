@@ -14,7 +14,9 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from saeflow.runtime.ranks import Ranks
-from saeflow.sae.gpu.choice.choose import Choice, Entries
+from saeflow.sae.gpu.choice.choose import Entries
+from saeflow.sae.gpu.choice.chooser import Chosen
+from saeflow.sae.gpu.decode import decode_rows, room_for_residuals
 from saeflow.sae.gpu.rows.by_feature import rows_of_entries
 
 
@@ -34,7 +36,7 @@ class RowExchange:
     def _longest(self) -> int:
         return -(-self.n_rows // self.ranks.n)
 
-    def choice_of_all(self, own: Choice, k: int, by_token: bool) -> Choice:
+    def chosen_of_all(self, own: Chosen, k: int, by_token: bool) -> Chosen:
         """Return the entries of all rows, from those that each rank has chosen of its own ones.
 
         `own` has the k largest entries of each row of this rank, or the k B largest of all its rows, if there are so
@@ -44,15 +46,28 @@ class RowExchange:
             return own
         ids, rows, values, n_wrong = self._together(own, (self._longest if by_token else self.n_rows) * k)
         keep, n = rows < self.n_rows, k * self.n_rows
-        if by_token:
-            return Choice(self._entries(ids, rows, values, keep, n), own.kth, n_wrong)
-        kth = values.topk(n, sorted=False).values.amin(0, keepdim=True)
-        equal = keep & (values == kth)
-        n_equal = n - (values > kth).sum()
-        keep = (values > kth) | (equal & (equal.cumsum(0) <= n_equal))
-        return Choice(self._entries(ids, rows, values, keep, n), kth, n_wrong)
+        if not by_token:
+            nth = values.topk(n, sorted=False).values.min()
+            equal = keep & (values == nth)
+            keep = (values > nth) | (equal & (equal.cumsum(0) <= n - (values > nth).sum()))
+        entries = self._entries(ids, rows, values, keep, n)
+        return Chosen(entries, entries.row_starts[-1:], n_wrong)
 
-    def _together(self, own: Choice, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def decoded(
+        self, entries: Entries, values: Tensor, w_dec: Tensor, target: Tensor, ends: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return residuals (G, B, D_out), their squared norms (G, B), and products (N) with the directions.
+
+        `entries`, their `values` and the target (B, D_out) are those of all rows. See `decode_rows`.
+        """
+        starts, target = entries.row_starts[self.mine.start : self.mine.stop + 1], target[self.mine]
+        residual, losses = room_for_residuals(len(ends), target)
+        products = torch.zeros_like(values)
+        decode_rows(starts, entries.ids, values.contiguous(), w_dec, target, ends, residual, losses, products)
+        self.ranks.sum_(products)  # others have zeros where this rank has numbers
+        return self._rows_of_all(residual), self._rows_of_all(losses), products
+
+    def _together(self, own: Chosen, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return numbers, rows and values of all ranks' entries, with row B at unused places, and all wrong guesses."""
         starts, ids, values = own.entries
         places = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
@@ -76,7 +91,7 @@ class RowExchange:
         every_row = torch.arange(self.n_rows + 1, dtype=of_rows.dtype, device=of_rows.device)
         return Entries(torch.searchsorted(of_rows, every_row, out_int32=True), of_ids, of_values)
 
-    def rows_of_all(self, own: Tensor) -> Tensor:
+    def _rows_of_all(self, own: Tensor) -> Tensor:
         """Return rows (G, B, ...) of all ranks, from this rank's share (G, b, ...)."""
         if self.ranks.n == 1:
             return own

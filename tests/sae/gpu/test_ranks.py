@@ -14,9 +14,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from saeflow.runtime.ranks import Ranks
-from saeflow.sae.gpu.choice.choose import Choice, Entries
+from saeflow.sae.gpu.choice.choose import Entries
+from saeflow.sae.gpu.choice.chooser import Chosen
 from saeflow.sae.gpu.exchange import RowExchange
-from saeflow.sae.gpu.fused import FIGURES
+from saeflow.sae.gpu.figures import FIGURES
 from saeflow.sae.split import Split
 from tests.sae.gpu.dense import few_examples, largest, largest_of_all, spread
 from tests.sae.gpu.ranks import CASES, trained, trained_together
@@ -46,13 +47,13 @@ class Threads(Ranks):
         return every
 
 
-def chosen(size: Tensor, marked: Tensor, room: int) -> Choice:
+def chosen(size: Tensor, marked: Tensor, room: int) -> Chosen:
     """Return the marked numbers of a matrix as entries in some room."""
     rows, ids = marked.nonzero(as_tuple=True)
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), marked.sum(1).cumsum(0).int()])
     filled = torch.nn.functional.pad(ids.int(), (0, room - len(ids)))
     values = torch.nn.functional.pad(size[rows, ids].float(), (0, room - len(ids)))
-    return Choice(Entries(starts, filled, values), torch.zeros(len(size)), torch.ones(1, dtype=torch.int32))
+    return Chosen(Entries(starts, filled, values), starts[-1:], torch.ones(1, dtype=torch.int32))
 
 
 @few_examples
@@ -64,11 +65,11 @@ def test_entries_of_all_ranks_are_those_that_one_process_chooses(by_token, n, n_
     size = torch.randint(-whole, whole + 1, (n_rows, 7), generator=torch.Generator().manual_seed(seed)).double()
     wanted = largest(size, k) if by_token else largest_of_all(size, k * n_rows)
 
-    def choose(ranks: Ranks) -> Choice:
+    def choose(ranks: Ranks) -> Chosen:
         own = size[ranks.share(n_rows)]
         most = min(k * n_rows, own.numel())
         marked, room = (largest(own, k), k * len(own)) if by_token else (largest_of_all(own, most), most)
-        return RowExchange(ranks, n_rows).choice_of_all(chosen(own, marked, room), k, by_token)
+        return RowExchange(ranks, n_rows).chosen_of_all(chosen(own, marked, room), k, by_token)
 
     for found in Threads.call(n, choose):
         marks, values = spread(found.entries, 7)
@@ -80,7 +81,7 @@ def test_entries_of_all_ranks_are_those_that_one_process_chooses(by_token, n, n_
 
 def test_rows_of_all_ranks_come_back_in_their_order():
     whole = torch.arange(2.0 * 7 * 3).view(2, 7, 3)
-    for found in Threads.call(3, lambda ranks: RowExchange(ranks, 7).rows_of_all(whole[:, ranks.share(7)])):
+    for found in Threads.call(3, lambda ranks: RowExchange(ranks, 7)._rows_of_all(whole[:, ranks.share(7)])):
         assert torch.equal(found, whole)
 
 
