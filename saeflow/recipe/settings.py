@@ -258,13 +258,13 @@ class TrainConfig(Section):
     )
     parallel: Literal["data", "features"] = Field(
         "data",
-        description="What several processes share (`torchrun`): `data`, the tokens of each batch, or `features`, for "
-        "dictionaries too large for one GPU. It is not part of the SAE's identity.",
+        description="What several processes share (`torchrun`, cluster.ranks): `data`, the tokens of each batch, or "
+        "`features`, for dictionaries too large for one GPU. It is not part of the SAE's identity.",
     )
     kernels: bool = Field(
         True,
-        description="On one GPU with Triton, saeflow's kernels take the steps of every architecture but mp. False: "
-        "torch's operations do. It is not part of the SAE's identity.",
+        description="On a GPU with Triton, saeflow's kernels take the steps of every architecture but mp; if ranks share "
+        "the rows, of the top-k family. False: torch's operations do. It is not part of the SAE's identity.",
     )
     restarts: PositiveInt = Field(
         1, description="Trainings from different seeds. The one with the best reconstruction is kept."

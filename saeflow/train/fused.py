@@ -35,16 +35,17 @@ def suits(sae: SAEParameters, config: TrainConfig) -> bool:
 
 
 def takes(sae: SAEConfig, config: TrainConfig, place: torch.device, split: Split) -> bool:
-    """True if the kernels train such an SAE there: on one GPU with Triton, and not by pursuits.
+    """True if the kernels train such an SAE there: on a GPU with Triton, and not by pursuits.
 
     Weights in bfloat16 must be of the top-k family: steps of others may fall to torch's operations, see `kernel_steps`.
+    Ranks may split the rows of the top-k family.
     """
-    if not config.kernels or split.ranks.n > 1 or config.clip_norm is not None:
+    if not config.kernels or split.features.n > 1 or config.clip_norm is not None:
         return False
     if config.weights == "bfloat16" and not sae.counts_k:
         return False
     on_gpu = place.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return on_gpu and not TRAITS[sae.architecture].pursues
+    return on_gpu and not TRAITS[sae.architecture].pursues and (sae.counts_k or split.rows.n == 1)
 
 
 def require_kernels(config: TrainConfig, place: torch.device) -> None:

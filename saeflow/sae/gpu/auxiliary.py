@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saeflow.runtime.ranks import ALONE
 from saeflow.sae.architectures import Top
 from saeflow.sae.batch import DEGENERATE
 from saeflow.sae.gpu.choice import choose, guess
 from saeflow.sae.gpu.choice.chooser import power_of_two
 from saeflow.sae.gpu.choice.product import Product
+from saeflow.sae.gpu.exchange import RowExchange
 from saeflow.sae.gpu.explain import Centred, Reconstructed, explain
 from saeflow.sae.loss import auxiliary_size
 
@@ -64,7 +66,8 @@ class AuxiliaryLoss:
         squares = wanted.double().square().sum(), DEGENERATE * target.double().square().sum()
         total = torch.maximum(*squares).clamp(min=1e-30)[None]
         ends = torch.full((1,), len(w_dec), dtype=torch.int32, device=low.device)
-        explained = explain(entries, Centred(low, wanted, total), Top(), w_dec, ends, weight / total)
+        alone = RowExchange(ALONE, n_rows)  # the work is small: every rank does all of it
+        explained = explain(entries, Centred(low, wanted, total), Top(), w_dec, ends, weight / total, alone)
         return Auxiliary(explained.main, (explained.errors / total)[0])
 
     def _product(

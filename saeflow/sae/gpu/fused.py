@@ -16,6 +16,7 @@ from saeflow.sae.architectures import FeatureSums, TrainingRule
 from saeflow.sae.gpu.auxiliary import Auxiliary, AuxiliaryLoss
 from saeflow.sae.gpu.choice.chooser import Chosen, EntriesAboveCut, LargestEntries
 from saeflow.sae.gpu.choice.product import Product
+from saeflow.sae.gpu.exchange import RowExchange
 from saeflow.sae.gpu.explain import Centred, Explained, explain
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.gpu.guard import Guard
@@ -75,9 +76,10 @@ class FusedStep:
         sae = self.sae
         batch = Centred.of(x, sae.b_in, target, sae.b_dec, self.w_low.dtype)
         rule = training_rule(sae, len(x), batch.target.shape[1], options.sparsity)
-        chosen = self._choose(batch, rule, options)
+        exchange = RowExchange(sae.split.for_rows(len(x)).rows, len(x))
+        chosen = self._choose(batch, rule, options, exchange)
         scale = batch.scale(sae.config.counts_k)
-        explained = explain(chosen.entries, batch, rule, sae.W_dec.detach(), self.ends, scale)
+        explained = explain(chosen.entries, batch, rule, sae.W_dec.detach(), self.ends, scale, exchange)
         dead = sae.tokens_since_fired >= self.dead_after
         added = self._auxiliary(explained, batch, dead, options)
         loss, figures = self._losses(explained, added, batch, rule, scale)
@@ -87,9 +89,10 @@ class FusedStep:
         self._update(explained, added, batch, rule, options)
         self._note([loss, *figures, dead.sum(), chosen.n_found, chosen.n_wrong], still.sum())
 
-    def _choose(self, batch: Centred, rule: TrainingRule, options: StepOptions) -> Chosen:
-        product = Product.of(batch.low, self.w_low, self.sae.b_enc.detach(), self.sae.traits.signed)
-        return self.chooser(product, rule, options.k, options.by_token)
+    def _choose(self, batch: Centred, rule: TrainingRule, options: StepOptions, exchange: RowExchange) -> Chosen:
+        bias, k, by_token = self.sae.b_enc.detach(), options.k, options.by_token
+        product = Product.of(batch.low[exchange.mine], self.w_low, bias, self.sae.traits.signed)
+        return exchange.chosen_of_all(self.chooser(product, rule, k, by_token, len(batch.low)), k, by_token)
 
     def _auxiliary(self, explained: Explained, batch: Centred, dead: Tensor, options: StepOptions) -> Auxiliary | None:
         if not options.n_dead or not self.aux_weight > 0:

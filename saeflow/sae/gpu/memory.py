@@ -27,6 +27,8 @@ _HISTOGRAM, _BATCH_HISTOGRAMS = 8192, 64
 """Bytes of a row's counters, and how many of them a batch has."""
 _CHOSEN, _EXPLAINED, _SORTED = 8, 24, 44
 """Bytes of an entry: as it is chosen, as it is explained, and while it is sorted by feature."""
+_GATHERED_ENTRY = 44
+"""Bytes of an entry of each rank, while the largest of all are chosen."""
 _SEGMENT = 128
 """Entries for which there is a row of sums, at most."""
 _GATHERED = 8
@@ -58,14 +60,18 @@ class TrainingSize:
     weight_bytes: int = 4
     moment_bytes: float = 8.0
     """Bytes of both moments of a weight."""
+    n_ranks: int = 1
+    """Ranks that split the rows of a batch."""
 
     @classmethod
-    def of(cls, sae: SAEConfig, train: TrainConfig, widths: tuple[int, int], n_rows: int) -> TrainingSize:
+    def of(
+        cls, sae: SAEConfig, train: TrainConfig, widths: tuple[int, int], n_rows: int, n_ranks: int = 1
+    ) -> TrainingSize:
         """Return the size of the largest step of a training."""
         k, by_token = max(sae.k, train.k_start or 0), TRAITS[sae.architecture].chooses_by_token
         size = cls(
             n_rows, sae.n_features, *widths, k, len(sae.nested), by_token, sae.target_site is not None,
-            weight_bytes=WEIGHT_BYTES[train.weights], moment_bytes=MOMENT_BYTES[train.moments],
+            weight_bytes=WEIGHT_BYTES[train.weights], moment_bytes=MOMENT_BYTES[train.moments], n_ranks=n_ranks,
         )  # fmt: skip
         if not TRAITS[sae.architecture].revives_dead or not train.aux_weight > 0:
             return size
@@ -87,8 +93,12 @@ class TrainingSize:
     def _phases(self) -> Iterator[int]:
         batch = self._batch
         yield batch + 2 * _DOUBLE * self.n_rows * self.d_out
-        yield batch + self._choice + _CHOSEN * self._entries
-        explained = batch + (_CHOSEN + _EXPLAINED) * self._entries + self._residuals(self.n_nested * self.n_rows)
+        yield batch + self._choice + _CHOSEN * self._own_entries
+        explained, residuals = batch + _CHOSEN * self._entries, self._residuals(self.n_nested * self.n_rows)
+        if self.n_ranks > 1:
+            yield explained + _GATHERED_ENTRY * self.n_ranks * self._own_entries
+            yield explained + _CHOSEN * self._entries + 2 * residuals + 2 * residuals // self.n_ranks
+        explained += _EXPLAINED * self._entries + residuals
         rows, entries = self._auxiliary_sizes
         if rows:
             yield explained + self._auxiliary(rows, entries)
@@ -106,6 +116,15 @@ class TrainingSize:
     def _entries(self) -> int:
         return self.n_rows * self.k
 
+    @property
+    def _own_rows(self) -> int:
+        return -(-self.n_rows // self.n_ranks)
+
+    @property
+    def _own_entries(self) -> int:
+        """Entries that this rank chooses: all of a batch may be in its rows."""
+        return self._own_rows * self.k if self.by_token else self._entries
+
     def _residuals(self, rows: int) -> int:
         return rows * self.d_out * _FLOAT
 
@@ -116,10 +135,10 @@ class TrainingSize:
 
     @property
     def _choice(self) -> int:
-        copies = self._filled_up(self.n_rows + self.n_features)
+        copies = self._filled_up(self._own_rows + self.n_features)
         if not self.by_token:
             return copies + 2 * self._entries * _CANDIDATE_OF_BATCH + _BATCH_HISTOGRAMS * _HISTOGRAM
-        return copies + self._candidates(self.n_rows, _CAPACITY * self.k)
+        return copies + self._candidates(self._own_rows, _CAPACITY * self.k)
 
     def _candidates(self, rows: int, capacity: int) -> int:
         return rows * ((1 << (capacity - 1).bit_length()) * _CANDIDATE + _HISTOGRAM)

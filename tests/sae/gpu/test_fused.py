@@ -19,6 +19,7 @@ from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.gpu.fused import FusedStep
 from saeflow.sae.optimizer import bfloat16
 from saeflow.sae.optimizer.adam import optimizer_of
+from saeflow.sae.split import WHOLE, Split
 from tests.sae.gpu import PLACE
 from tests.sae.gpu.questions import Idle, NoQuestions
 
@@ -44,9 +45,9 @@ class Trained(NamedTuple):
         return [state[name].cpu() for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
 
-def begun(place: str = "cpu", **changes: object) -> Trained:
+def begun(place: str = "cpu", split: Split = WHOLE, **changes: object) -> Trained:
     config = SAEConfig.model_validate({"architecture": "topk", "n_features": F, "k": K, "seed": 3, **changes})
-    sae = SparseAutoencoder(config, D, 7 if config.target_site else None)
+    sae = SparseAutoencoder(config, D, 7 if config.target_site else None, split=split)
     sae.product_dtype = torch.float32
     sae.to(place)
     return Trained(sae, torch.optim.Adam(sae.parameters(), lr=LR, fused=True))
