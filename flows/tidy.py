@@ -6,7 +6,8 @@ from prefect import flow
 
 from flows.support.reporting import reporting, show_table
 from flows.support.tasks import in_task, open_lineage, places
-from saeflow.pipeline import encode, stages
+from saeflow.pipeline import encode
+from saeflow.pipeline.lifecycle.tidy import compact_store
 from saeflow.recipe.recipe import Recipe
 
 
@@ -19,7 +20,7 @@ def tidy_flow(recipe: Recipe, store: str | None = None) -> dict[str, int]:
     lineage = open_lineage(recipe, store, overlap="wait")
     with reporting("tidy") as progress:
         enough = recipe.features.compact_parts
-        in_task("tidy", lambda: stages.compact_store(lineage, progress, enough, places(recipe)))
+        in_task("tidy", lambda: compact_store(lineage, progress, enough, places(recipe)))
     runs = encode.runs_over(lineage.store, lineage.activations)
     left = {each.id: len(each.published().parts) for each in runs}
     show_table("tidy", {f"parts of {name}": n for name, n in left.items()})

@@ -19,7 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.support.reporting import counted, name_run
 from saeflow.pipeline import stages
 from saeflow.pipeline.lineage import Lineage
-from saeflow.pipeline.parts import Executor, Item, Made, PartWork, Records, Tally, Through, directly, key_of
+from saeflow.pipeline.parts import Executor, Item, Made, PartWork, Records, Tally, Through, directly, key_of_item
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
@@ -130,10 +130,10 @@ class Attempts:
 
     def make(self, numbers: Sequence[int]) -> list[int]:
         left = [number for number in numbers if number not in self.made]
-        number_of = {key_of(self.items[number]): number for number in left}
+        number_of = {key_of_item(self.items[number]): number for number in left}
         with closing(self.executor.each(self.work, [self.items[number] for number in left], self.tally)) as made:
             for item, records in made:
-                self.made[number_of[key_of(item)]] = records
+                self.made[number_of[key_of_item(item)]] = records
         return list(numbers)
 
 

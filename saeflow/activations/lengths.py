@@ -24,12 +24,12 @@ from saeflow.runtime.devices import to_processor
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.threads import ranges
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import ROW_GROUP
 from saeflow.store.records import PartRecord
 
 LENGTHS_FILE = "lengths.parquet"
 _SAMPLE_TOKENS = 1024
 """Tokens whose median length stands for that of all."""
-_ROW_GROUP = 122_880
 _KEPT_PARTS = 4096
 
 
@@ -53,7 +53,7 @@ class PartLengths:
         table = pa.table({name: np.concatenate(column) for name, column in self._columns.items()})
         packed = dict.fromkeys(table.column_names, "BYTE_STREAM_SPLIT")
         pq.write_table(
-            table, path, compression="zstd", use_dictionary=False, column_encoding=packed, row_group_size=_ROW_GROUP
+            table, path, compression="zstd", use_dictionary=False, column_encoding=packed, row_group_size=ROW_GROUP
         )
 
 

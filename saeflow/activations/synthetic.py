@@ -220,10 +220,10 @@ def toy_truth(config: SyntheticConfig) -> GroundTruth:
             yield rows.numpy(), values_above_zero((strengths * lengths)[:, known].numpy())
 
     units = tf.normalize(directions[known], dim=1).numpy()
-    return GroundTruth(units, np.full(len(units), _rate(config)), 0.0, fresh)
+    return GroundTruth(units, np.full(len(units), _firing_rate(config)), 0.0, fresh)
 
 
-def _rate(config: SyntheticConfig) -> float:
+def _firing_rate(config: SyntheticConfig) -> float:
     """Return the share of rows in which a feature fires. It is the same for all features."""
     if config.kind == "sparse":
         return (1 + config.n_active) / 2 / config.n_true

@@ -48,7 +48,7 @@ def respond(page: Page, format: str, asked: Asked, **common: Any) -> Response:
         case "":
             return HTMLResponse(as_html(page, asked, **common))
         case "json":
-            return Response(as_json(page, asked), media_type="application/json")
+            return Response(page_as_json(page, asked), media_type="application/json")
     if not page.answers:
         raise UserError(f"This page has no rows that {format} could hold. Ask for its JSON.")
     table = page.answers[0].table
@@ -65,7 +65,7 @@ def as_html(page: Page, asked: Asked, drawn: bool = False, **common: Any) -> str
     return environment(drawn).get_template(page.template).render(values)
 
 
-def as_json(page: Page, asked: Asked) -> str:
+def page_as_json(page: Page, asked: Asked) -> str:
     found = {
         "title": page.title,
         "address": asked.address,
@@ -83,9 +83,9 @@ def environment(drawn: bool = False) -> Environment:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     functions: dict[str, Callable[..., Any]] = {
-        "shown": shading.shown,
+        "shown": shading.shown_html,
         "number": shading.number,
-        "marked": shading.marked,
+        "marked": shading.marked_html,
         "linked": shading.linked,
         "around_token": shading.around_token,
         "piece": shading.piece,
@@ -99,11 +99,11 @@ def environment(drawn: bool = False) -> Environment:
         "address_of_panel": address_of_panel,
         "address_of_token": address_of_token,
         "human_bytes": human_bytes,
-        "share": shading.share,
+        "share": shading.per_cent,
         "definition": lambda question: find_question(question).units,
     }
     made.globals.update(functions)
-    made.filters.update(shown=shading.shown, number=shading.number, visible=shading.shown_text)
+    made.filters.update(shown=shading.shown_html, number=shading.number, visible=shading.shown_text)
     views: dict[str, Any] = {}
     made.globals.update(views=views, policy="", copied=())
     for name in made.list_templates(filter_func=lambda name: name.endswith("views.html")):

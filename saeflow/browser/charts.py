@@ -26,7 +26,7 @@ def chart(name: str, rows: Sequence[Mapping[str, Any]], label: str) -> Markup:
     spec = copy.deepcopy(specification(name))
     fields = _fields_of(spec)
     spec["datasets"] = {"rows": [{field: _short(row.get(field)) for field in fields} for row in rows]}
-    return _figure(spec, label)
+    return _chart_figure(spec, label)
 
 
 def tiny_histogram(counts: Sequence[int], from_value: float | None) -> Markup:
@@ -55,10 +55,10 @@ def chart_of(name: str, url: str, rows: str, label: str, run: str) -> Markup:
     spec.setdefault("transform", []).append(
         {"calculate": f"{json.dumps(run + '/features/')} + datum.feature_id", "as": "address"}
     )
-    return _figure(spec, label)
+    return _chart_figure(spec, label)
 
 
-def _figure(spec: Mapping[str, Any], label: str) -> Markup:
+def _chart_figure(spec: Mapping[str, Any], label: str) -> Markup:
     figure = Markup('<figure class="chart" role="img" aria-label="{}"><script type="application/json">').format(label)
     return figure + Markup(as_script(spec)) + Markup("</script></figure>")
 
@@ -146,7 +146,7 @@ def curves() -> Any:
     return altair.concat(*(curve(*each) for each in named), columns=2)
 
 
-def _features(width: int, height: int, x: Any, y: Any, *told: str) -> Any:
+def _feature_points(width: int, height: int, x: Any, y: Any, *told: str) -> Any:
     """Features as points that open their pages."""
     import altair
 
@@ -165,7 +165,7 @@ def scatter() -> Any:
 
     x = altair.X("density:Q", scale=altair.Scale(type="log"), axis=altair.Axis(format=".0e", tickCount=6))
     y = altair.Y("max_value:Q", title="largest value", scale=altair.Scale(type="symlog"))
-    return _features(700, 320, x, y, "max_value:Q")
+    return _feature_points(700, 320, x, y, "max_value:Q")
 
 
 def map_() -> Any:
@@ -173,7 +173,7 @@ def map_() -> Any:
     import altair
 
     x, y = (altair.X("x:Q", axis=None), altair.Y("y:Q", axis=None))
-    return _features(800, 640, x, y, "max_value:Q")
+    return _feature_points(800, 640, x, y, "max_value:Q")
 
 
 CHARTS: dict[str, Callable[[], Any]] = {

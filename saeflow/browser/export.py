@@ -14,14 +14,14 @@ from starlette.routing import compile_path
 from saeflow import __version__
 from saeflow.browser import charts
 from saeflow.browser.address import Asked
-from saeflow.browser.answers import Page, as_html, as_json
+from saeflow.browser.answers import Page, as_html, page_as_json
 from saeflow.browser.connections import Connections, OpenedRun, generations
 from saeflow.browser.output import OutputFolder
 from saeflow.browser.pages import PAGES, questions
 from saeflow.browser.panels import Panel, address_of_run
 from saeflow.browser.static_copy import static_copy
 from saeflow.query.ask import resolve_names
-from saeflow.query.questions import Parameter, find_question
+from saeflow.query.questions import find_question
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.threads import map_in_order, n_threads
 
@@ -91,7 +91,7 @@ class Export:
 def _rows_at(opened: OpenedRun, address: str, inside: str) -> list[dict[str, Any]]:
     """Return rows of the JSON of a page, which a chart would ask the server for."""
     asked, page = page_at(address, opened)
-    found = json.loads(as_json(page, asked))
+    found = json.loads(page_as_json(page, asked))
     for name in inside.split("."):
         found = found[name]
     return list(found)
@@ -109,13 +109,6 @@ def page_at(address: str, opened: OpenedRun, **given: str) -> tuple[Asked, Page]
             asked = Asked(found.groupdict(), query, {}, address, "json" if path != url.path else "")
             return asked, make(asked, opened)
     raise KeyError(address)
-
-
-def parse_features(words: str) -> list[int]:
-    """Return features that are written as 3,17,99. Raises UserError."""
-    found = Parameter("--only", "bigint[]").parse(words)
-    assert isinstance(found, list)
-    return [int(each) for each in found]
 
 
 def choose_features(opened: OpenedRun, only: Sequence[int] | None, n: int) -> list[int]:

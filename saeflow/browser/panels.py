@@ -22,6 +22,9 @@ from saeflow.runtime.text import brief, human_bytes
 MOST_ROWS = 1_000
 """Rows of a panel on a page."""
 
+MOST_FEATURES = 50
+"""Features of a panel that ranks them."""
+
 MOST_IN_A_FILE = 200_000
 """Rows of a panel in JSON, CSV or Parquet."""
 
@@ -160,9 +163,9 @@ def address_of_token(schema: str, key: str, token_id: int | None, feature: int |
 
 def as_query(values: Mapping[str, object]) -> str:
     """Return values as the query of an address; lists as JSON would, without spaces."""
-    given = {name: _as_word(value) for name, value in values.items() if value is not None}
+    given = {name: _word_in_address(value) for name, value in values.items() if value is not None}
     return f"?{urllib.parse.urlencode(given)}" if given else ""
 
 
-def _as_word(value: object) -> str:
+def _word_in_address(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

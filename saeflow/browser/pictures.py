@@ -26,17 +26,21 @@ def as_svg(name: str, rows: Rows, config: Mapping[str, Any] | None = None) -> st
     """Return a chart of these rows as SVG; without `config`, dark on white."""
     import vl_convert
 
-    return str(vl_convert.vegalite_to_svg(_filled(name, rows), config=dict(config or _ON_PAPER), allowed_base_urls=[]))
+    return str(
+        vl_convert.vegalite_to_svg(_spec_with_rows(name, rows), config=dict(config or _ON_PAPER), allowed_base_urls=[])
+    )
 
 
 def as_png(name: str, rows: Rows) -> bytes:
     """Return a chart of these rows as PNG, dark on white, at twice its size."""
     import vl_convert
 
-    return bytes(vl_convert.vegalite_to_png(_filled(name, rows), scale=2, config=_ON_PAPER, allowed_base_urls=[]))
+    return bytes(
+        vl_convert.vegalite_to_png(_spec_with_rows(name, rows), scale=2, config=_ON_PAPER, allowed_base_urls=[])
+    )
 
 
-def _filled(name: str, rows: Rows) -> dict[str, Any]:
+def _spec_with_rows(name: str, rows: Rows) -> dict[str, Any]:
     spec = copy.deepcopy(chart_or_picture(name))
     spec["datasets"] = {"rows": [{key: _drawable(value) for key, value in row.items()} for row in rows]}
     return spec
@@ -74,7 +78,7 @@ def is_chart(name: str) -> bool:
     return name in REPORT_CHARTS or name in charts.CHARTS
 
 
-def _framed(height: int) -> Any:
+def _chart_of_rows(height: int) -> Any:
     import altair
 
     return altair.Chart(altair.NamedData("rows"), width=charts.WIDTH, height=height)
@@ -85,7 +89,7 @@ def front() -> Any:
     import altair
 
     whole = altair.Scale(zero=True, nice=True)
-    placed = _framed(220).encode(
+    placed = _chart_of_rows(220).encode(
         x=altair.X("l0:Q", title="features per token (L0)", scale=whole),
         y=altair.Y("variance_unexplained:Q", title="variance unexplained", scale=whole),
     )
@@ -100,7 +104,7 @@ def cosines() -> Any:
     """Features by the cosine with their nearest neighbour."""
     import altair
 
-    return _framed(charts.HEIGHT).mark_bar().encode(
+    return _chart_of_rows(charts.HEIGHT).mark_bar().encode(
         x=altair.X("from_cosine:Q", title="cosine with the nearest neighbour", bin="binned"),
         x2="to_cosine:Q",
         y=altair.Y("n_features:Q", title="features"),
@@ -111,7 +115,9 @@ def timeline() -> Any:
     """Stages by the time of their last publication; a bar is as long as the stage says that it took."""
     import altair
 
-    placed = _framed(110).encode(y=altair.Y("stage:N", title=None, sort=["tokens", "activations", "saes", "features"]))
+    placed = _chart_of_rows(110).encode(
+        y=altair.Y("stage:N", title=None, sort=["tokens", "activations", "saes", "features"])
+    )
     bars = placed.transform_calculate(began="toDate(datum.written) - 1000 * datum.seconds").transform_filter(
         "isValid(datum.seconds)"
     )
@@ -125,7 +131,7 @@ def stage_bytes() -> Any:
     """Stages by what they left on the disk."""
     import altair
 
-    return _framed(110).mark_bar().encode(
+    return _chart_of_rows(110).mark_bar().encode(
         x=altair.X("n_bytes:Q", title="bytes on disk", axis=altair.Axis(format="~s")),
         y=altair.Y("stage:N", title=None, sort=None),
     )  # fmt: skip

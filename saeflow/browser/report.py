@@ -47,7 +47,7 @@ REPORT_PANELS = [
 def write_report(opened: OpenedRun, folder: OutputFolder, advance: Callable[[int], None]) -> None:
     """Write `report.html` and the folder `pictures` in place of those of an earlier report."""
     found = []
-    for answer in ask(opened):
+    for answer in ask_for_report(opened):
         found.append(answer)
         advance(1)
     html = as_report(opened, found)
@@ -61,7 +61,7 @@ def write_report(opened: OpenedRun, folder: OutputFolder, advance: Callable[[int
     folder.put("report.html", html.encode())
 
 
-def ask(opened: OpenedRun) -> Iterator[Answer]:
+def ask_for_report(opened: OpenedRun) -> Iterator[Answer]:
     """Yield the panels of a report, and at the end the contexts of the most telling features."""
     for panel in REPORT_PANELS:
         yield (answer := panel.ask(opened))

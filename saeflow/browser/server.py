@@ -70,7 +70,7 @@ class Application:
             Route("/runs/{run}/features/{feature}/label", self.label, methods=["POST"]),
         ]
         errors: dict[Any, Any] = {HTTPException: self.no_such_page, Exception: self.fault}
-        self.app: ASGIApp = Guard(Starlette(routes=routes, exception_handlers=errors), hosts)
+        self.app: ASGIApp = PageGuard(Starlette(routes=routes, exception_handlers=errors), hosts)
 
     def _of_run(self, make: Callable[[Asked, OpenedRun], Page]) -> Callable[[Asked, Connections], Page]:
         def of_run(asked: Asked, connections: Connections) -> Page:
@@ -163,7 +163,7 @@ async def read_form(request: Request) -> dict[str, str]:
     return dict(urllib.parse.parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
 
 
-class Guard:
+class PageGuard:
     """Refuses what did not come from these pages, and gives every answer its headers."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:

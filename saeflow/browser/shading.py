@@ -55,7 +55,7 @@ def shaded(row: Mapping[str, Any], strongest: float | None = None) -> list[Shade
     ]
 
 
-def marked(row: Mapping[str, Any], strongest: float | None = None) -> Markup:
+def marked_html(row: Mapping[str, Any], strongest: float | None = None) -> Markup:
     """Return a context as HTML: a mark for each token with a value and for the centre, which says its value.
 
     Silent tokens between them are plain text, so that a page stays short: `data-lengths` says where each of them ends,
@@ -126,7 +126,7 @@ def shown_text(text: object) -> str:
     return sanitise(brief(str(text), LONGEST_PIECE))
 
 
-def shown(text: object) -> Markup:
+def shown_html(text: object) -> Markup:
     """Return a text of the corpus as HTML. Its direction of writing does not reach out of it."""
     return Markup("<bdi>") + escape(shown_text(text)) + Markup("</bdi>")
 
@@ -145,6 +145,6 @@ def number(value: object) -> str:
     return shown_text(value)
 
 
-def share(value: float | None, digits: int = 3) -> str:
+def per_cent(value: float | None, digits: int = 3) -> str:
     """Return a share for a person, in per cent."""
     return "–" if value is None else f"{float(f'{100 * value:.{digits}g}'):g}%"

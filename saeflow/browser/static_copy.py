@@ -11,7 +11,7 @@ from typing import Any
 
 from saeflow.browser import charts
 
-_ENDINGS = (".json", ".csv", ".parquet")
+_FILE_ENDINGS = (".json", ".csv", ".parquet")
 CONTROLS = ("button", "datalist", "fieldset", "input", "label", "select", "textarea")
 WITHOUT_END = ("input",)
 
@@ -65,7 +65,7 @@ class _Writer(HTMLParser):
     def _open_link(self, given: dict[str, str | None]) -> None:
         address = given.get("href") or ""
         file = self._file(address)
-        goes = self._in_navigation or "rel" in given or address.partition("?")[0].endswith(_ENDINGS)
+        goes = self._in_navigation or "rel" in given or address.partition("?")[0].endswith(_FILE_ENDINGS)
         written = "a" if file is not None else "" if goes else "span"
         self._links.append(written)
         self._left_out += not written

@@ -23,7 +23,6 @@ from saeflow.classes.characters import find_characters, require_characters
 from saeflow.classes.places import Unmatched, find_places, islands
 from saeflow.classes.tables import Columns, opened_table, store_rows
 from saeflow.features.beside import SPANS_FILE, newest_annotations
-from saeflow.features.files import ROW_GROUP
 from saeflow.features.schema import SPANS as SPAN_COLUMNS
 from saeflow.query.connection import connect_to_run
 from saeflow.recipe.fingerprint import fingerprint
@@ -33,7 +32,7 @@ from saeflow.runtime.progress import Progress
 from saeflow.runtime.temporary import blaming_temporary_folder, temporary_folder
 from saeflow.runtime.text import brief
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import checksum
+from saeflow.store.files import ROW_GROUP, checksum
 from saeflow.store.store import Store
 
 CLASSES = "classes.parquet"
@@ -93,7 +92,7 @@ def annotate(
         find_characters(connection, tokens, unmatched, progress)
         if not unmatched.n_matched:
             raise UserError(f"None of the {unmatched.n_rows:,} rows matched a token. {_reasons(unmatched)}")
-        write_tables(connection, folder)
+        write_annotations(connection, folder)
         unmatched.n_tokens_left_out = _count_left_out(connection)
         classes = pq.read_table(folder / CLASSES).to_pylist()
         facts = {"place": columns.place, "classes": len(classes), **unmatched.as_facts()}
@@ -101,7 +100,7 @@ def annotate(
         if dry_run:
             return Annotated(_target(store, tokens, name, facts, folder).id, columns, classes, unmatched, False)
         seconds = {"seconds": round(time.monotonic() - began, 3)}
-        target, is_new = publish(store, tokens, name, facts, folder, provenance | seconds)
+        target, is_new = publish_annotations(store, tokens, name, facts, folder, provenance | seconds)
     return Annotated(target.id, columns, classes, unmatched, is_new)
 
 
@@ -110,7 +109,7 @@ def _reasons(unmatched: Unmatched) -> str:
     return f"Counts: {'; '.join(counted[1:])}. Nothing was published."
 
 
-def write_tables(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+def write_annotations(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     """Write the spans of `annotate_found`, merged and sorted, and the counts of each class."""
     merged = islands("annotate_found", ["class_id", "document_id"], ["first_token_id", "last_token_id"])
     connection.execute(f"create table annotate_merged as {merged}")
@@ -165,7 +164,7 @@ def _target(store: Store, tokens: Artefact, name: str, facts: Mapping[str, Any],
     return store.artefact("annotations", name, fingerprint({"tokens": tokens.id, "content": content, **facts}))
 
 
-def publish(
+def publish_annotations(
     store: Store, tokens: Artefact, name: str, facts: Mapping[str, Any], folder: Path, provenance: Mapping[str, Any]
 ) -> tuple[Artefact, bool]:
     """Publish the tables in a folder as the newest annotations of a name. Return them, and whether they are new."""
@@ -181,14 +180,16 @@ def publish(
     return target, True
 
 
-def erase_hidden(store: Store, tokens: Artefact, progress: Progress) -> None:
+def erase_hidden_spans(store: Store, tokens: Artefact, progress: Progress) -> None:
     """Publish the annotations of these tokens anew without spans of hidden documents. `gc` removes the old ones."""
     hidden = tokens.published().hidden_ids
     for name, old in newest_annotations(store, tokens.id).items() if hidden else ():
         with temporary_folder("saeflow-annotate-") as folder:
             if n := _write_without(old, hidden, folder):
                 facts = {**old.record.facts, "n_spans_removed": old.record.facts.get("n_spans_removed", 0) + n}
-                publish(store, tokens, name, facts, folder, {"source": f"{old.id}, without hidden documents"})
+                publish_annotations(
+                    store, tokens, name, facts, folder, {"source": f"{old.id}, without hidden documents"}
+                )
                 progress.say(f"compact: {n} spans of hidden documents removed from annotations/{name}")
 
 

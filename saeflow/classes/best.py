@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.classes.values import Entries
+from saeflow.classes.values import FeatureEntries
 
 HELD_BYTES = 1 << 30
 """Most memory for held values. Others are read from the files again."""
@@ -20,11 +20,11 @@ class BestEntries:
 
     n_best: int
     most_bytes: int = HELD_BYTES
-    entries: dict[int, Entries] = field(default_factory=dict)
+    entries: dict[int, FeatureEntries] = field(default_factory=dict)
     _scores: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, block: Entries, auroc: NDArray[np.float64]) -> None:
+    def take(self, block: FeatureEntries, auroc: NDArray[np.float64]) -> None:
         """Hold the features of a block that are among the best of a class now. `auroc` (features of the block, C)."""
         if not self.n_best:
             return

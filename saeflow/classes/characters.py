@@ -16,15 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from saeflow.classes.membership import Ints
 from saeflow.classes.places import Unmatched
 from saeflow.corpus.token_parts import has_marks
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 
-Int = NDArray[np.int64]
-
-_AT_ONCE = 4_000_000
+_TOKENS_AT_ONCE = 4_000_000
 """Tokens looked at one by one, at once."""
 
 
@@ -32,10 +31,10 @@ _AT_ONCE = 4_000_000
 class Marks:
     """The tokens of a part that stand for characters, in the order of their numbers; each document in one stretch."""
 
-    token_id: Int
-    document_id: Int
-    char_start: Int
-    char_end: Int
+    token_id: Ints
+    document_id: Ints
+    char_start: Ints
+    char_end: Ints
 
 
 def require_characters(tokens: Artefact) -> None:
@@ -81,7 +80,7 @@ def read_marks(path: Path) -> Marks:
     return Marks(*(_whole_numbers(table, name) for name in ("token_id", "document_id", "char_start", "char_end")))
 
 
-def _whole_numbers(table: pa.Table, name: str) -> Int:
+def _whole_numbers(table: pa.Table, name: str) -> Ints:
     return np.asarray(table.column(name), np.int64)
 
 
@@ -104,9 +103,9 @@ def _insert(connection: duckdb.DuckDBPyConnection, rows: pa.Table, marks: Marks,
 class Lookup:
     """Unbroken spans of tokens, and the row that gave each. A row may give several, in its own order, or none."""
 
-    row: Int
-    first: Int
-    last: Int
+    row: Ints
+    first: Ints
+    last: Ints
     n_matched: int
     """Rows that gave at least one."""
     n_outside: int
@@ -115,7 +114,7 @@ class Lookup:
     """Matched rows that reach beyond that last character, or begin before the first."""
 
 
-def lookup(marks: Marks, document_id: Int, first_char: Int, end_char: Int) -> Lookup:
+def lookup(marks: Marks, document_id: Ints, first_char: Ints, end_char: Ints) -> Lookup:
     """Find the tokens of spans of characters: those with a character from `first_char` to `end_char` - 1.
 
     The result is exact for tokenizers whose offsets jump back, too, and a token without characters breaks a span. Spans
@@ -130,7 +129,7 @@ def lookup(marks: Marks, document_id: Int, first_char: Int, end_char: Int) -> Lo
     plain = hit & (places.n_odd[high] == places.n_odd[low]) & ~places.is_jump[low]
     rows = np.flatnonzero(plain)
     row, first, last = [rows], [marks.token_id[low[rows]]], [marks.token_id[high[rows]]]
-    for chosen in _cut(np.flatnonzero(hit & ~plain), (high - low + 1)):
+    for chosen in _cut_rows(np.flatnonzero(hit & ~plain), (high - low + 1)):
         for each, found in zip(
             (row, first, last), _one_by_one(marks, chosen, low, high, first_char, end_char), strict=True
         ):
@@ -148,18 +147,18 @@ def lookup(marks: Marks, document_id: Int, first_char: Int, end_char: Int) -> Lo
 class _Places:
     """The tokens of a part as numbers that grow: the rank of the document times the width, plus a character."""
 
-    documents: Int
+    documents: Ints
     """Documents in ascending order."""
-    ranks: Int
+    ranks: Ints
     """The rank of each of these: which one it is by its tokens."""
     width: int
-    reached: Int
+    reached: Ints
     """By token, the furthest end of a character of its document so far."""
-    begun: Int
+    begun: Ints
     """By token, the nearest start of a character of its document from there on."""
-    last_of: Int
+    last_of: Ints
     """By rank, the place of the document's last token."""
-    n_odd: Int
+    n_odd: Ints
     """By token, how many steps from one token to the next, up to this one, break a span or jump back."""
     is_jump: NDArray[np.bool_]
     """By token: true if its own offsets are not the furthest and the nearest."""
@@ -181,12 +180,12 @@ class _Places:
             np.append(begins[1:], len(rank)) - 1, np.cumsum(step | jump), jump,
         )  # fmt: skip
 
-    def rank_of(self, document_id: Int) -> Int:
+    def rank_of(self, document_id: Ints) -> Ints:
         """Return the rank of each document; -1 if the part does not hold it."""
         place = np.minimum(np.searchsorted(self.documents, document_id), len(self.documents) - 1)
         return np.where(self.documents[place] == document_id, self.ranks[place], -1)
 
-    def bounds(self, rank: Int, first_char: Int, end_char: Int) -> tuple[Int, Int, Int]:
+    def bounds(self, rank: Ints, first_char: Ints, end_char: Ints) -> tuple[Ints, Ints, Ints]:
         """Return the first and last token that may have a character of each span (0 and -1 if none has), and where
         each text ends.
         """
@@ -201,14 +200,16 @@ class _Places:
         return np.where(some, low, 0), np.where(some, high, -1), end_of_text
 
 
-def _cut(rows: Int, sizes: Int) -> Iterator[Int]:
-    """Cut rows into runs with about `_AT_ONCE` tokens each."""
+def _cut_rows(rows: Ints, sizes: Ints) -> Iterator[Ints]:
+    """Cut rows into runs with about `_TOKENS_AT_ONCE` tokens each."""
     if len(rows):
         total = np.cumsum(sizes[rows])
-        yield from np.split(rows, np.flatnonzero(np.diff(total // _AT_ONCE)) + 1)
+        yield from np.split(rows, np.flatnonzero(np.diff(total // _TOKENS_AT_ONCE)) + 1)
 
 
-def _one_by_one(marks: Marks, rows: Int, low: Int, high: Int, first_char: Int, end_char: Int) -> tuple[Int, Int, Int]:
+def _one_by_one(
+    marks: Marks, rows: Ints, low: Ints, high: Ints, first_char: Ints, end_char: Ints
+) -> tuple[Ints, Ints, Ints]:
     """Look at every token from `low` to `high` of some rows. Return the row, first and last token of each span."""
     n = high[rows] - low[rows] + 1
     row = np.repeat(rows, n)

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeflow.classes.best import BestEntries
-from saeflow.classes.membership import Membership
+from saeflow.classes.membership import Ints, Membership
 from saeflow.classes.ranking import Keys, rank_keys
-from saeflow.classes.scores import Doubles, Ints, Scores
-from saeflow.classes.values import Entries, ValueFiles
+from saeflow.classes.scores import Scores
+from saeflow.classes.values import FeatureEntries, ValueFiles
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, n_threads, ranges
-from saeflow.sae.kernels import Floats, Ids, compiled
+from saeflow.sae.kernels import Doubles, Floats, Ids, compiled
 
 Weights = NDArray[np.uint8]
 
@@ -39,7 +39,7 @@ AT_ONCE = 500_000
 """Values of chosen features that are read at once."""
 
 LEVELS = (0.025, 0.975)
-FIGURES = ("auroc", "f1")
+FIGURES_WITH_INTERVALS = ("auroc", "f1")
 """Figures with intervals. Average precision has none: it takes a division for each token and replicate."""
 
 
@@ -76,8 +76,8 @@ def intervals(
     out.
     """
     shape = scores.auroc.shape
-    found = Intervals(*({name: np.full(shape, np.nan) for name in FIGURES} for _ in range(2)))
-    pairs = _pairs(scores.best_features(n_best))
+    found = Intervals(*({name: np.full(shape, np.nan) for name in FIGURES_WITH_INTERVALS} for _ in range(2)))
+    pairs = _classes_by_feature(scores.best_features(n_best))
     if not pairs or members.n_documents < 2:
         return found
     lanes = [np.ascontiguousarray(weights[:, first : first + LANES]) for first in range(0, weights.shape[1], LANES)]
@@ -93,7 +93,7 @@ def intervals(
             entries = block.of(f) if block and f in lacking else kept[f]
             drawn = _replicates(entries, members, f, pairs[f], scores, lanes, in_class, every)
             for c, figures in zip(pairs[f], drawn, strict=True):
-                for name, of_replicates in zip(FIGURES, figures, strict=True):
+                for name, of_replicates in zip(FIGURES_WITH_INTERVALS, figures, strict=True):
                     found.low[name][f, c], found.high[name][f, c] = _limits(of_replicates)
         bar.advance(len(wanted))
 
@@ -119,7 +119,7 @@ def _at_once(fires: Ints, features: list[int]) -> list[list[int]]:
     ]
 
 
-def _pairs(best: Ints) -> dict[int, list[int]]:
+def _classes_by_feature(best: Ints) -> dict[int, list[int]]:
     """Map each feature, ascending, to the classes it is among the best of."""
     found: dict[int, list[int]] = {}
     for f, c in sorted((int(f), c) for row in best for c, f in enumerate(row) if f >= 0):
@@ -133,7 +133,7 @@ def _limits(figures: Doubles) -> tuple[float, float]:
 
 
 def _replicates(
-    entries: Entries, members: Membership, f: int, classes: list[int], scores: Scores, lanes: list[Weights],
+    entries: FeatureEntries, members: Membership, f: int, classes: list[int], scores: Scores, lanes: list[Weights],
     in_class: list[Doubles], every: list[Doubles],
 ) -> Iterator[Doubles]:  # fmt: skip
     """Yield (figures, replicates) for each of these classes."""
@@ -147,7 +147,7 @@ def _replicates(
     codes, documents, values = entries.codes[order], entries.documents[order], values[order]
     for c in classes:
         has = members.sets_with(c)
-        drawn = [np.full((len(FIGURES), each.shape[1]), np.nan) for each in lanes]
+        drawn = [np.full((len(FIGURES_WITH_INTERVALS), each.shape[1]), np.nan) for each in lanes]
         inside, threshold = has[codes], float(np.float32(scores.threshold[f, c]))
         for each, of_class, of_all, figures in zip(lanes, in_class, every, drawn, strict=True):
             count_replicates(keys, values, documents, inside, each, of_class[:, c].copy(), of_all, threshold, figures)

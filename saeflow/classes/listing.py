@@ -14,7 +14,7 @@ from saeflow.runtime.text import brief, did_you_mean
 from saeflow.store.store import Store, owner_of
 
 
-def tokens_of(store: Store, run: str | None) -> str:
+def tokens_id_of(store: Store, run: str | None) -> str:
     """Return the id of the tokens of a run; of the newest if it is not named. Raises UserError."""
     chosen = runs.pick_run(store, runs.runs(store), run)
     return store.input_of(chosen.artefact, "tokens").id
@@ -26,7 +26,7 @@ def annotations_of(store: Store, run: str | None) -> list[dict[str, Any]]:
     Forgotten documents count until `saeflow compact`; the question `annotations` leaves them out at once. Annotations
     whose table of classes cannot be read are left out with a warning.
     """
-    found = newest_annotations(store, tokens_of(store, run))
+    found = newest_annotations(store, tokens_id_of(store, run))
     return [
         {"annotation": name, **row}
         for name, each in found.items()
@@ -36,12 +36,12 @@ def annotations_of(store: Store, run: str | None) -> list[dict[str, Any]]:
     ]
 
 
-def remove(store: Store, run: str | None, name: str) -> list[str]:
+def remove_annotations(store: Store, run: str | None, name: str) -> list[str]:
     """Remove every annotation of this name that the run's tokens have, older ones too. Return their ids.
 
     Raises UserError if there is none, or if another run is writing one of them.
     """
-    tokens = tokens_of(store, run)
+    tokens = tokens_id_of(store, run)
     mine = [each for each in store.artefacts("annotations") if owner_of(each) == tokens]
     chosen = [each for each in mine if each.name == name]
     if not chosen:

@@ -93,7 +93,7 @@ def membership(spans: Spans, token_ids: Ints, document_ids: Ints) -> Membership:
     codes[places] = np.repeat(set_of_stretch.astype(kind), np.diff(np.r_[starts, n_places]))[places]
     of_set = np.zeros((len(words) + 1, len(spans.classes)), np.uint8)
     of_set[1:] = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : len(spans.classes)]
-    ids, of_token, together = _numbered(document_ids)
+    ids, of_token, together = _numbered_documents(document_ids)
     documents = np.zeros(n_places, np.int32)
     documents[places] = of_token
     return Membership(
@@ -110,7 +110,7 @@ def membership(spans: Spans, token_ids: Ints, document_ids: Ints) -> Membership:
     )
 
 
-def _numbered(document_ids: Ints) -> tuple[Ints, Ints, bool]:
+def _numbered_documents(document_ids: Ints) -> tuple[Ints, Ints, bool]:
     """Return the different ids, the place of each token's id among them, and whether equal ids are neighbours."""
     begins = np.flatnonzero(np.r_[True, document_ids[1:] != document_ids[:-1]][: len(document_ids)])
     ids, of_run = np.unique(document_ids[begins], return_inverse=True)

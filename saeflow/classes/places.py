@@ -51,9 +51,9 @@ def find_places(connection: duckdb.DuckDBPyConnection, columns: Columns) -> Unma
     Spans by character are not found here but put into `annotate_characters`, by document: class_id, document_id,
     first_char and end_char. Spans may overlap still.
     """
-    for statement in _TABLES:
+    for statement in _CREATE_TABLES:
         connection.execute(statement)
-    found = Unmatched(n_rows=_number(connection, "select count(*) from annotate_rows"))
+    found = Unmatched(n_rows=_count(connection, "select count(*) from annotate_rows"))
     match columns.place:
         case "tokens":
             _find_tokens(connection, columns, found)
@@ -66,7 +66,7 @@ def find_places(connection: duckdb.DuckDBPyConnection, columns: Columns) -> Unma
     return found
 
 
-_TABLES = (
+_CREATE_TABLES = (
     "create table annotate_found (class_id bigint, document_id bigint, first_token_id bigint, last_token_id bigint)",
     "create table annotate_characters (class_id bigint, document_id bigint, first_char bigint, end_char bigint)",
     """
@@ -137,7 +137,7 @@ def _find_tokens(connection: duckdb.DuckDBPyConnection, columns: Columns, found:
         """
     )
     _count_fates(connection, found)
-    found.n_cut += _number(
+    found.n_cut += _count(
         connection,
         "select count(*) from annotate_located where fate = 'tokens' and (first < first_known or last > last_known)",
     )
@@ -187,5 +187,5 @@ def _count_fates(connection: duckdb.DuckDBPyConnection, found: Unmatched) -> Non
             setattr(found, fate, getattr(found, fate) + n)
 
 
-def _number(connection: duckdb.DuckDBPyConnection, sql: str) -> int:
+def _count(connection: duckdb.DuckDBPyConnection, sql: str) -> int:
     return int(connection.execute(sql).fetchall()[0][0])

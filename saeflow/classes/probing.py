@@ -16,21 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.classes.best import BestEntries
-from saeflow.classes.intervals import FIGURES, N_REPLICATES, Intervals, draw_documents, intervals
+from saeflow.classes.intervals import FIGURES_WITH_INTERVALS, N_REPLICATES, Intervals, draw_documents, intervals
 from saeflow.classes.membership import Membership, Spans, membership, require_spans
-from saeflow.classes.scores import Scores, score
+from saeflow.classes.scores import Scores, score_classes
 from saeflow.classes.values import ValueFiles
 from saeflow.features.beside import has_table, newest_annotations, require_table
-from saeflow.features.files import ROW_GROUP
 from saeflow.features.schema import PROBE_TABLES, SPANS, holding
 from saeflow.query.connection import connect
 from saeflow.query.runs import Run
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.memory import total_memory
+from saeflow.runtime.memory import require_share_of_memory
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.text import brief, did_you_mean, human_bytes
+from saeflow.runtime.text import brief, did_you_mean
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import ROW_GROUP
 from saeflow.store.store import Store, classes_of
 
 _PAIR_BYTES = 320
@@ -76,7 +76,7 @@ def probe(
             target.renew()
             return target
         began, progress = time.monotonic(), progress or Progress(verbosity=-1)
-        _refuse_large(int(run.artefact.fact("n_features")), len(spans.classes))
+        _require_room_for_scores(int(run.artefact.fact("n_features")), len(spans.classes))
         members = members_of(store, run, spans)
         tables = {**score_tables(run, name, members, settings, threads, progress)}
         if settings.sparse:
@@ -85,17 +85,14 @@ def probe(
             tables["sparse_probes"] = sparse_table(store, run, name, members, settings.seed, threads, progress)
         inputs = [run.artefact.id, annotations.id]
         with target.publish_folder(facts, inputs, {"seconds": time.monotonic() - began}) as folder:
-            write_tables(folder, tables)
+            write_probe_tables(folder, tables)
     return target
 
 
-def _refuse_large(n_features: int, n_classes: int) -> None:
-    needed, most = _PAIR_BYTES * n_features * n_classes, total_memory() // 2
-    if needed > most:
-        raise UserError(
-            f"{n_features:,} features and {n_classes:,} classes take {human_bytes(needed)} of memory, but half of this "
-            f"machine's is {human_bytes(most)}.\nName fewer classes with --class, or use a larger machine."
-        )
+def _require_room_for_scores(n_features: int, n_classes: int) -> None:
+    what = f"{n_features:,} features and {n_classes:,} classes take"
+    remedy = "Name fewer classes with --class, or use a larger machine."
+    require_share_of_memory(_PAIR_BYTES * n_features * n_classes, what, remedy)
 
 
 def still_shown(store: Store, made: Artefact) -> list[str]:
@@ -165,7 +162,7 @@ def score_tables(
     """Return the tables of the figures, by name."""
     files = ValueFiles.of(run)
     held = BestEntries(settings.n_best)
-    scores = score(files, members, threads, held=held, progress=progress)
+    scores = score_classes(files, members, threads, held=held, progress=progress)
     weights = draw_documents(members.n_documents, settings.seed, settings.replicates)
     found = intervals(files, members, scores, settings.n_best, weights, threads, held, progress)
     return {
@@ -178,7 +175,7 @@ def _pair_table(name: str, members: Membership, scores: Scores, found: Intervals
     """One row for each class and feature that fires, sorted by class, then feature. NaN becomes null."""
     live, n_classes = np.flatnonzero(scores.fires > 0), len(members.classes)
     arrays: dict[str, np.ndarray] = {"n_both": scores.n_both}
-    for figure in FIGURES:
+    for figure in FIGURES_WITH_INTERVALS:
         arrays[figure] = getattr(scores, figure)
         arrays |= {f"{figure}_low": found.low[figure], f"{figure}_high": found.high[figure]}
     others = ("average_precision", "threshold", "precision", "recall", "lift", "correlation", "t", "p", "q")
@@ -210,7 +207,7 @@ def _repeated(names: Sequence[str], each: int) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(list(names), pa.string()))
 
 
-def write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
+def write_probe_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
     for name, table in tables.items():
         split = [field.name for field in table.schema if pa.types.is_floating(field.type)]
         others = [field.name for field in table.schema if field.name not in split and field.name != "dimensions"]
@@ -220,7 +217,7 @@ def write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
         )  # fmt: skip
 
 
-def read_table(made: Artefact, name: str) -> list[dict[str, Any]]:
+def rows_of_table(made: Artefact, name: str) -> list[dict[str, Any]]:
     """Return the rows of a table of a probe."""
     return list(pq.read_table(made.own_file(TABLES[name])).to_pylist())
 
@@ -231,7 +228,7 @@ def best_of_each_class(made: Artefact) -> list[dict[str, Any]]:
     The figures are None if no feature fires in the class.
     """
     rows = []
-    for size in read_table(made, "class_sizes"):
+    for size in rows_of_table(made, "class_sizes"):
         wanted = [("class", "=", size["class"]), ("n_both", ">", 0)]
         found = pq.read_table(made.own_file(TABLES["feature_classes"]), filters=wanted)
         order = [("auroc", "descending"), ("feature_id", "ascending")]

@@ -25,7 +25,7 @@ N_OTHERS = 20_000
 N_MEMBERS = 5_000
 """Tokens drawn from the tokens of each class besides."""
 
-ROWS_AT_ONCE = 2_048
+SAMPLE_ROWS_AT_ONCE = 2_048
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class Sample:
         return np.asarray(np.where(inside, self.shares[c] / n_in, (1 - self.shares[c]) / n_out) * len(rows))
 
 
-def draw(members: Membership, seed: int, n_others: int = N_OTHERS, n_members: int = N_MEMBERS) -> Sample:
+def draw_sample(members: Membership, seed: int, n_others: int = N_OTHERS, n_members: int = N_MEMBERS) -> Sample:
     """Draw tokens of all classes, and hold TEST_SHARE of the documents out. The seed decides both."""
     dice = np.random.default_rng(seed)
     held_out = np.zeros(members.n_documents, bool)
     held_out[dice.permutation(members.n_documents)[: round(TEST_SHARE * members.n_documents)]] = True
     counted = np.flatnonzero(members.codes)
-    chosen = [_some(dice, counted, n_others)]
+    chosen = [_draw_at_most(dice, counted, n_others)]
     for c in range(len(members.classes)):
         has = members.sets_with(c)
-        chosen.append(_some(dice, counted[has[members.codes[counted]]], n_members))
+        chosen.append(_draw_at_most(dice, counted[has[members.codes[counted]]], n_members))
     places = np.unique(np.concatenate(chosen))
     of_all, *of_class = (np.isin(places, each, assume_unique=True) for each in chosen)
     inside = np.stack([members.sets_with(c)[members.codes[places]] for c in range(len(members.classes))], 1)
@@ -82,7 +82,7 @@ def draw(members: Membership, seed: int, n_others: int = N_OTHERS, n_members: in
     )  # fmt: skip
 
 
-def _some(dice: np.random.Generator, places: Ints, most: int) -> Ints:
+def _draw_at_most(dice: np.random.Generator, places: Ints, most: int) -> Ints:
     return places if len(places) <= most else np.sort(dice.choice(places, most, replace=False))
 
 
@@ -145,7 +145,7 @@ def random_values(neurons: NDArray[np.float32], n_features: int, n_active: int, 
     directions /= directions.norm(dim=1, keepdim=True)
     mean = torch.from_numpy(neurons.mean(0, dtype=np.float64).astype(np.float32))
     pieces = []
-    for start, stop in ranges(len(neurons), ROWS_AT_ONCE):
+    for start, stop in ranges(len(neurons), SAMPLE_ROWS_AT_ONCE):
         products = (torch.from_numpy(neurons[start:stop]) - mean) @ directions.T
         values, ids = products.topk(min(n_active, n_features), dim=1)
         values = values.clamp_(min=0)

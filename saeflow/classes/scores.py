@@ -9,18 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from saeflow.classes.best import BestEntries
-from saeflow.classes.membership import Membership
+from saeflow.classes.membership import Ints, Membership
 from saeflow.classes.ranking import score_features
-from saeflow.classes.values import BLOCK_VALUES, Entries, ValueFiles
+from saeflow.classes.values import BLOCK_VALUES, FeatureEntries, ValueFiles
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, n_threads
-
-Doubles = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from saeflow.sae.kernels import Doubles
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Counts:
             np.zeros((n_features, 3, n_classes), np.int64), np.zeros(shape), np.zeros(shape), np.zeros((n_features, 2)),
         )  # fmt: skip
 
-    def add(self, entries: Entries, members: Membership, expected: Doubles) -> Doubles:
+    def add(self, entries: FeatureEntries, members: Membership, expected: Doubles) -> Doubles:
         """Count the features of these entries. Return their AUROC (features, C)."""
         rows = slice(entries.first, entries.first + len(entries.starts))
         self.fires[rows] = entries.ends - entries.starts
@@ -92,7 +89,7 @@ class Scores:
         return np.where(np.take_along_axis(auroc, order, 0) >= 0, order, -1)
 
 
-def score(
+def score_classes(
     files: ValueFiles, members: Membership, threads: int = 0, block_values: int = BLOCK_VALUES,
     held: BestEntries | None = None, progress: Progress | None = None,
 ) -> Scores:  # fmt: skip

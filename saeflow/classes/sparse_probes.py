@@ -20,7 +20,7 @@ from sklearn.metrics import f1_score, precision_recall_curve, roc_auc_score
 from threadpoolctl import threadpool_limits
 
 from saeflow.classes.membership import Ints, Membership
-from saeflow.classes.samples import Sample, draw, feature_values, neuron_values, random_values
+from saeflow.classes.samples import Sample, draw_sample, feature_values, neuron_values, random_values
 from saeflow.classes.values import ValueFiles
 from saeflow.features.schema import PROBE_TABLES
 from saeflow.query.runs import Run
@@ -35,7 +35,7 @@ def sparse_table(
     store: Store, run: Run, name: str, members: Membership, seed: int, threads: int, progress: Progress
 ) -> pa.Table:
     """Return AUROC and F1 of each class, basis and k. Without stored activations, only features are probed."""
-    sample = draw(members, seed)
+    sample = draw_sample(members, seed)
     rows = []
     with one_torch_thread(), progress.bar("sparse", None, "probes") as bar:
         for basis, values in _bases(store, run, members, sample, seed, threads):
@@ -74,7 +74,7 @@ def probes(values: sparse.csc_array, sample: Sample, c: int) -> Iterator[dict[st
         figures: dict[str, float | None] = {"auroc": None, "f1": None}
         if len(chosen):
             dense = values[:, chosen].toarray().astype(float)
-            figures = _judged(dense[train], dense[test], y, train, test, sample, c)
+            figures = _judged_probe(dense[train], dense[test], y, train, test, sample, c)
         yield {"k": k, "dimensions": chosen.tolist(), **counts, **figures}
 
 
@@ -97,7 +97,7 @@ def _strongest(
     return np.asarray(order[sizes[order] > 0])
 
 
-def _judged(
+def _judged_probe(
     x_train: NDArray[np.float64], x_test: NDArray[np.float64], y: NDArray[np.bool_], train: Ints, test: Ints,
     sample: Sample, c: int,
 ) -> dict[str, float | None]:  # fmt: skip

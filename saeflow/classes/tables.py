@@ -25,10 +25,10 @@ MOST_CLASSES = 10_000
 LONGEST_CLASS = 200
 """Most characters of the name of a class."""
 
-_NEEDED: dict[Place, tuple[str, ...]] = {
+_NEEDED_COLUMNS: dict[Place, tuple[str, ...]] = {
     "tokens": ("token_id",), "characters": ("document", "start", "end"), "documents": ("document",),
 }  # fmt: skip
-_OPTIONAL: dict[Place, tuple[str, ...]] = {
+_OPTIONAL_COLUMNS: dict[Place, tuple[str, ...]] = {
     "tokens": ("last_token_id", "end_token_id"), "characters": (), "documents": (),
 }  # fmt: skip
 _BATCH_ROWS = 1 << 16
@@ -58,10 +58,10 @@ def columns_of(names: Sequence[str]) -> Columns:
     if {"last_token_id", "end_token_id"} <= known:
         raise UserError("The table has last_token_id and end_token_id. Leave one of them out: both end a range.")
     place: Place = "tokens" if "token_id" in known else "characters" if {"start", "end"} & known else "documents"
-    if lacking := [name for name in _NEEDED[place] if name not in known]:
+    if lacking := [name for name in _NEEDED_COLUMNS[place] if name not in known]:
         listed = ", ".join(sanitise(brief(name, 40)) for name in names[:20])
         raise UserError(f"The table has no column {' and no '.join(lacking)}, but: {listed}.\n{_WAYS}")
-    read = tuple(name for name in ("class", *_NEEDED[place], *_OPTIONAL[place]) if name in known)
+    read = tuple(name for name in ("class", *_NEEDED_COLUMNS[place], *_OPTIONAL_COLUMNS[place]) if name in known)
     return Columns(place, read, tuple(name for name in names if name.casefold() not in read))
 
 
@@ -74,12 +74,12 @@ def opened_table(
     A file is opened by a connection of its own: that of the run opens the store's files and nothing else.
     """
     if file is None or file.suffix.casefold() == ".sql":
-        statement = sql or "" if file is None else _text_of(file)
+        statement = sql or "" if file is None else _sql_in_file(file)
         with _saying("The select"), blaming_temporary_folder():
             yield planned(connection, statement.strip().rstrip(";"))
         return
     with contextlib.closing(duckdb.connect()) as reader, _saying(f"Reading {file}", of_store=False):
-        rows = reader.sql(_reading(file)).to_arrow_reader(_BATCH_ROWS)
+        rows = reader.sql(_sql_that_reads(file)).to_arrow_reader(_BATCH_ROWS)
         connection.register("annotate_file", rows)
         try:
             with blaming_temporary_folder():
@@ -88,14 +88,14 @@ def opened_table(
             connection.unregister("annotate_file")
 
 
-def _text_of(file: Path) -> str:
+def _sql_in_file(file: Path) -> str:
     try:
         return file.read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as SQL: {error}.") from error
 
 
-def _reading(file: Path) -> str:
+def _sql_that_reads(file: Path) -> str:
     """Return SQL that reads a file of the user, chosen by the ending of its name."""
     if not file.is_file():
         raise UserError(f"There is no file {file}. Give a Parquet or CSV file, a .sql file, or --sql 'select …'.")

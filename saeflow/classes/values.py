@@ -22,11 +22,11 @@ from saeflow.query.runs import Run
 BLOCK_VALUES = 8_000_000
 """Values of a block: about 26 bytes each while they are read."""
 
-COLUMNS = ["feature_id", "token_id", "value"]
+VALUE_COLUMNS = ["feature_id", "token_id", "value"]
 
 
 @dataclass(frozen=True)
-class Entries:
+class FeatureEntries:
     """The values of consecutive features at counted tokens: feature `first + f` has entries starts[f] to ends[f]."""
 
     first: int
@@ -36,12 +36,12 @@ class Entries:
     codes: NDArray[np.unsignedinteger]
     documents: NDArray[np.int32]
 
-    def of(self, feature: int) -> Entries:
+    def of(self, feature: int) -> FeatureEntries:
         """Return a copy of one feature's entries."""
         rows = slice(self.starts[feature - self.first], self.ends[feature - self.first])
         n = np.array([rows.stop - rows.start])
         values, codes, documents = self.values[rows].copy(), self.codes[rows].copy(), self.documents[rows].copy()
-        return Entries(feature, np.zeros(1, np.int64), n, values, codes, documents)
+        return FeatureEntries(feature, np.zeros(1, np.int64), n, values, codes, documents)
 
     @property
     def n_bytes(self) -> int:
@@ -96,7 +96,7 @@ class ValueFiles:
         n_blocks = -(-max(int(n.sum()), 1) // (block_values * threads)) * threads
         return cut_features(low, high, n, self.n_features, int(1.02 * n.sum() / n_blocks) + 1)
 
-    def read(self, first: int, last: int, members: Membership, wanted: Sequence[int] | None = None) -> Entries:
+    def read(self, first: int, last: int, members: Membership, wanted: Sequence[int] | None = None) -> FeatureEntries:
         """Return the values of these features at counted tokens, each feature's in the order of its files.
 
         `wanted`: features whose values are needed, ascending; others may lack some or all.
@@ -109,7 +109,7 @@ class ValueFiles:
             counts += np.diff(np.searchsorted(features, np.arange(first, last + 2, dtype=np.int32)))
         starts = np.cumsum(counts) - counts
         ends, n = starts.copy(), int(counts.sum())
-        found = Entries(
+        found = FeatureEntries(
             first, starts, ends, np.empty(n, np.float32), np.empty(n, members.codes.dtype), np.empty(n, np.int32)
         )
         for features, tokens, values in tables:
@@ -128,8 +128,8 @@ class ValueFiles:
         if not holds.any():
             return None
         with pq.ParquetFile(self.paths[number], metadata=self._footers[number]) as file:
-            table = file.read_row_groups(mine[holds, 1].tolist(), columns=COLUMNS, use_threads=False)
-        columns = [_as_array(table.column(name)) for name in COLUMNS]
+            table = file.read_row_groups(mine[holds, 1].tolist(), columns=VALUE_COLUMNS, use_threads=False)
+        columns = [_as_array(table.column(name)) for name in VALUE_COLUMNS]
         start, stop = np.searchsorted(columns[0], np.array([first, last + 1], np.int32))
         features, tokens, values = (column[start:stop] for column in columns)
         return features, tokens, values

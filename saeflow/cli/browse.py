@@ -163,9 +163,10 @@ def export_command(
     from saeflow.browser import export
     from saeflow.browser.connections import opened_alone
     from saeflow.browser.output import OutputFolder
+    from saeflow.query.questions import parse_whole_numbers
     from saeflow.runtime.progress import Progress
 
-    named = None if only is None else export.parse_features(only)
+    named = None if only is None else parse_whole_numbers("--only", only)
     with opened_alone(existing_store(store), run) as about:
         chosen = export.choose_features(about, named, features)
         folder = OutputFolder(output or Path(f"export-{about.run.schema}"), "export", export.EXPORT_FILES)

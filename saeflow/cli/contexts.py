@@ -22,7 +22,7 @@ from saeflow.runtime.terminal import Terminal
 from saeflow.runtime.text import sanitise
 
 _MARKED = re.compile("«([^«»]*)»")
-_LEVELS = 9
+_N_SHADES = 9
 _ABOVE, _BELOW = ((150, 140, 125), (255, 140, 0)), ((125, 135, 150), (60, 160, 255))
 """The weakest and the strongest shade above and below zero. Black letters are readable on all of them."""
 _LONGEST_PIECE = 1_000
@@ -122,7 +122,7 @@ class _Shade:
 
     def mark(self, piece: str, value: float, is_centre: bool) -> Text:
         """Return a token as it is shown. A space in front of it stays outside of its mark."""
-        level = math.ceil(_LEVELS * abs(value) / self.most) if self.most else 0
+        level = math.ceil(_N_SHADES * abs(value) / self.most) if self.most else 0
         if not is_centre and level <= (0 if self.in_colour else 1):
             return Text(sanitise(_shortened(piece)))
         space, word = _word(sanitise(_shortened(piece)))
@@ -137,7 +137,7 @@ def _style(level: int, is_below: bool) -> Style:
     if not level:
         return Style(underline=True)
     weak, strong = _BELOW if is_below else _ABOVE
-    share = (level - 1) / (_LEVELS - 1)
+    share = (level - 1) / (_N_SHADES - 1)
     shade = [low + share * (high - low) for low, high in zip(weak, strong, strict=True)]
     return Style(color="#000000", bgcolor=Color.from_rgb(*shade))
 

@@ -40,10 +40,10 @@ def write_answer(table: pa.Table, format: Format, target: Path | None = None, co
         _write_table(table, target, console)
     elif target is not None:
         with whole_file(target) as temporary, temporary.open("wb") as file:
-            file.writelines(_pieces(table, format))
+            file.writelines(_encoded_pieces(table, format))
     else:
         write_exactly(
-            _pieces(harmless_for_terminal(table) if format == "csv" and sys.stdout.isatty() else table, format)
+            _encoded_pieces(harmless_for_terminal(table) if format == "csv" and sys.stdout.isatty() else table, format)
         )
 
 
@@ -64,7 +64,7 @@ def _write_table(table: pa.Table, target: Path | None, console: Terminal | None)
         render_table(table, Terminal(file=file, width=160))
 
 
-def _pieces(table: pa.Table, format: Format) -> Iterator[bytes]:
+def _encoded_pieces(table: pa.Table, format: Format) -> Iterator[bytes]:
     if format in TEXT_FORMATS:
         return (text.encode() for text in TEXT_FORMATS[format](table))
     buffer = io.BytesIO()

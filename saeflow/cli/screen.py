@@ -21,7 +21,7 @@ from saeflow.query.text_formats import as_json_value, is_number
 from saeflow.runtime.terminal import LONGEST_WORD, Terminal
 from saeflow.runtime.text import sanitise
 
-_GAP = 3
+_COLUMN_GAP = 3
 _NARROWEST_CONTEXT = 32
 _READABLE_CONTEXT = 48
 _WIDEST_BESIDE_CONTEXT = 32
@@ -38,7 +38,7 @@ def render_table(table: pa.Table, console: Terminal | None = None, max_rows: int
     """
     console = console or Terminal()
     shown = table if max_rows is None else table.slice(0, max_rows)
-    columns = list(_columns(shown, console))
+    columns = list(_shown_columns(shown, console))
     left_out = list(_make_room(columns, console.width))
     grid = _grid(columns, console.width)
     fits = console.least_width(grid) <= console.width
@@ -76,7 +76,7 @@ class _Column:
         return context_lines(self.contexts, width) if self.contexts is not None else list(map(Text, self.cells))
 
 
-def _columns(table: pa.Table, console: Terminal) -> Iterator[_Column]:
+def _shown_columns(table: pa.Table, console: Terminal) -> Iterator[_Column]:
     """Yield the columns as they are shown. `pieces`, with their values and place, are one column: the context."""
     shaded = shaded_contexts(table, console)
     for name, field, column in zip(table.column_names, table.schema, table.columns, strict=True):
@@ -95,7 +95,7 @@ def _make_room(columns: list[_Column], width: int) -> Iterator[str]:
     beside.sort(key=lambda column: order.index(column.name) if column.name in order else len(order))
     for column in beside if any(each.contexts for each in columns) else []:
         context = _READABLE_CONTEXT if column.name in _GO_EARLY else _NARROWEST_CONTEXT
-        if sum(each.least_width(context) + _GAP for each in columns) > width:
+        if sum(each.least_width(context) + _COLUMN_GAP for each in columns) > width:
             columns.remove(column)
             yield column.name
 
@@ -103,7 +103,7 @@ def _make_room(columns: list[_Column], width: int) -> Iterator[str]:
 def _grid(columns: list[_Column], width: int) -> Table:
     """Return a table with a line for each row. Contexts take the room that is left, on one line."""
     others = [max(min(c.width, _WIDEST_BESIDE_CONTEXT), c.least_width(0)) for c in columns if c.contexts is None]
-    room = max(width - sum(others) - _GAP * len(columns), 1)
+    room = max(width - sum(others) - _COLUMN_GAP * len(columns), 1)
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for column in columns:
         view.add_column(

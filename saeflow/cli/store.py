@@ -51,21 +51,21 @@ def ls_command(store: StoreOption = None) -> None:
     table = new_table("artefact", "generation", "parts", "tokens", "size", "inputs")
     artefacts = opened.artefacts()
     for artefact in artefacts:
-        table.add_row(sanitise(artefact.id), *state_of(artefact), sanitise(", ".join(artefact.record.inputs)))
+        table.add_row(sanitise(artefact.id), *state_in_words(artefact), sanitise(", ".join(artefact.record.inputs)))
     out.print_table(table, may_go=("inputs", "parts", "generation", "tokens", "size"))
     for artefact in artefacts:
         if engine := artefact.record.facts.get("engine"):
             print_line(f"{sanitise(artefact.id)} was made by {sanitise(str(engine))}")
 
 
-def state_of(artefact: Artefact) -> tuple[str, str, str, str]:
+def state_in_words(artefact: Artefact) -> tuple[str, str, str, str]:
     """Return generation, parts, tokens, and the size of what readers see.
 
     Only records are read, because a store may hold millions of files.
     """
-    from saeflow.store.records import WHOLE
+    from saeflow.store.records import WHOLE_KINDS
 
-    if artefact.kind in WHOLE:
+    if artefact.kind in WHOLE_KINDS:
         return ("whole" if artefact.complete() else "damaged"), "-", "-", _size(artefact, ())
     generation = artefact.generation()
     if generation is None:
@@ -252,10 +252,10 @@ def compact_command(
     """
     settings = read_recipe(recipe, set_)
     opened, progress = create_store(store, settings, quiet), progress_of(quiet, verbose, settings)
-    from saeflow.pipeline import stages
+    from saeflow.pipeline.lifecycle.tidy import compact_store
     from saeflow.pipeline.lineage import Lineage
 
-    stages.compact_store(Lineage(opened, settings), progress)
+    compact_store(Lineage(opened, settings), progress)
     if not quiet:
         later, now = "saeflow gc --yes", "saeflow gc --grace 0 --yes"
         print_note(f"The old files go after {GRACE_HOURS} hours with: {later}; now with: {now}")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from saeflow.recipe.recipe import Recipe
     from saeflow.runtime.progress import Progress
     from saeflow.runtime.terminal import Terminal
-    from saeflow.sae.recovery import Scores
+    from saeflow.sae.recovery import RecoveryScores
     from saeflow.store.store import Store
 
 synth_commands = typer.Typer()
@@ -60,7 +60,7 @@ class Synth:
 
     recipe: Recipe
     sae: str
-    scores: Scores
+    scores: RecoveryScores
 
 
 @synth_commands.command("synth")
@@ -122,7 +122,7 @@ def train_and_score(store: Store, recipes: Sequence[Recipe], progress: Progress)
         truth = truth_of(recipe.activations.synthetic)
         for member, target in zip(recipe.members(), trained, strict=True):
             sae = load_sae(target.fetched(), n_threads(recipe.threads))
-            judged.append(Synth(member, target.id, recovery.score(sae, truth, member.train.n_tokens)))
+            judged.append(Synth(member, target.id, recovery.score_recovery(sae, truth, member.train.n_tokens)))
     return judged
 
 

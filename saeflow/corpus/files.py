@@ -20,7 +20,7 @@ from fsspec.utils import glob_translate
 
 from saeflow.corpus import remote
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.runtime.text import decoded, encoding_of
+from saeflow.runtime.text import decoded_text, encoding_of
 
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 """The reader of a file by its ending. Files with other endings are texts."""
@@ -232,7 +232,7 @@ def read_text(path: str) -> str:
         content = file.read()
     require_format(path, content)
     try:
-        return decoded(content)
+        return decoded_text(content)
     except UnicodeDecodeError as error:
         raise _not_decoded(path, f"byte {error.start} is {content[error.start]:#04x}", error) from error
 

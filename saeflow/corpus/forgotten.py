@@ -34,7 +34,7 @@ class ForgottenHashes:
 
         Raises Damaged if the list is damaged.
         """
-        return cls(frozenset([*_listed(store), *((key, "") for key in _hidden_keys(store))]))
+        return cls(frozenset([*_listed_documents(store), *((key, "") for key in _hidden_keys(store))]))
 
     @cached_property
     def keys(self) -> frozenset[str]:
@@ -72,12 +72,12 @@ def drop(store: Store, keys: frozenset[str]) -> None:
 
 def _change(store: Store, change: Callable[[set[Pair]], set[Pair]]) -> None:
     with store.storage.locked("forgotten"):
-        pairs: Sequence[Pair] = sorted(change(set(_listed(store))))
+        pairs: Sequence[Pair] = sorted(change(set(_listed_documents(store))))
         content = checked_text({"format_version": FORMAT_VERSION, "documents": pairs})
         store.storage.put_if_unchanged(store.root / FORGOTTEN, content.encode())
 
 
-def _listed(store: Store) -> Iterator[Pair]:
+def _listed_documents(store: Store) -> Iterator[Pair]:
     with contextlib.suppress(FileNotFoundError):
         yield from read_record(store.storage.fetch(store.root / FORGOTTEN, fresh=True), ForgottenRecord).documents
 

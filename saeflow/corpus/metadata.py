@@ -16,7 +16,7 @@ _DECIMAL = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+(e[-+][0-9]+)?|-?[1-9]e[-+][0-9
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _ARROW_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "date": pa.date32(), "text": pa.string()}
 """Types of single values, in the order in which they are preferred."""
-_LARGEST_EXACT = 1 << 53
+LARGEST_EXACT = 1 << 53
 """Every integer up to this one is a float64."""
 _MOST_FIELDS = 100
 """Objects with more keys than this in all rows together are stored as JSON text, not as one struct."""
@@ -69,7 +69,7 @@ class ColumnType:
             types = [pa.schema([("x", each)]) for each in (self.nested, pa.infer_type([value]))]
             self.nested = pa.unify_schemas(types, promote_options="permissive").field("x").type
             whole = [abs(each) for each in _leaves(value) if isinstance(each, int)]
-            self.has_long_nested |= max(whole, default=0) > _LARGEST_EXACT
+            self.has_long_nested |= max(whole, default=0) > LARGEST_EXACT
             if max(whole, default=0).bit_length() > 63:
                 self.possible = {"text"}
         except (pa.ArrowException, OverflowError):
@@ -117,7 +117,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _kinds_of_integer(value: int) -> set[str]:
     kinds = {"int"} if -(1 << 63) <= value < 1 << 63 else set()
-    return kinds | ({"float"} if abs(value) <= _LARGEST_EXACT else set())
+    return kinds | ({"float"} if abs(value) <= LARGEST_EXACT else set())
 
 
 def _is_date(value: str) -> bool:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.corpus.files import shown
+from saeflow.corpus.metadata import LARGEST_EXACT
 from saeflow.runtime.errors import UserError
 
 _KINDS = {
@@ -21,8 +22,6 @@ _KINDS = {
     "bytes": lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
 }
 """Types within which Parquet files may differ."""
-_EXACT = 1 << 53
-"""A float64 holds every whole number up to this one."""
 _IN_LIST = re.compile(r"\.list\.(element|item)(?=\.|$)")
 """How Parquet names the values of lists."""
 
@@ -75,6 +74,7 @@ def _is_exact(path: str, column: str) -> bool:
     chunks = [group.column(place) for group in groups for place in range(group.num_columns)]
     found = [each.statistics for each in chunks if _IN_LIST.sub("", each.path_in_schema) == column]
     exact = (
-        each is not None and (not each.has_min_max or max(abs(each.min), abs(each.max)) <= _EXACT) for each in found
+        each is not None and (not each.has_min_max or max(abs(each.min), abs(each.max)) <= LARGEST_EXACT)
+        for each in found
     )
     return len(found) == len(groups) and all(exact)

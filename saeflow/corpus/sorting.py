@@ -27,7 +27,7 @@ KEY, FILE, CONTENT, SOURCE = "_saeflow_key", "_saeflow_file", "_saeflow_content"
 BATCH_DOCUMENTS = 512
 LEAST_MEMORY = 1 << 30
 """Least memory that DuckDB gets; on a large machine it gets a quarter. The rest goes to the scratch folder."""
-_NAME = "_saeflow_name"
+_NAME_COLUMN = "_saeflow_name"
 _CONTENT_PLACE = ("_saeflow_hash", "_saeflow_offset", "_saeflow_bytes")
 
 
@@ -88,7 +88,7 @@ class SortedRows:
         if self.rows is None:
             return
         has_keys = KEY in self.rows.columns and self.rows.count(KEY).fetchall() != [(0,)]
-        by = [KEY, _CONTENT_PLACE[0], FILE] if has_keys else [_NAME, _CONTENT_PLACE[0], FILE]
+        by = [KEY, _CONTENT_PLACE[0], FILE] if has_keys else [_NAME_COLUMN, _CONTENT_PLACE[0], FILE]
         self.contents.flush()
         chosen = [ColumnExpression(name) for name in by if name in self.rows.columns]
         for batch in self.rows.sort(*chosen).to_arrow_reader(BATCH_DOCUMENTS):
@@ -106,7 +106,7 @@ class SortedRows:
         kinds = (pa.string(), pa.int64(), pa.int64())
         named = dict(zip(rest.schema.names, rest.columns, strict=True))
         if FILE in named:
-            named[_NAME] = pa.array([self.names[each] for each in named[FILE].to_pylist()], pa.string())
+            named[_NAME_COLUMN] = pa.array([self.names[each] for each in named[FILE].to_pylist()], pa.string())
         columns = zip(*written, strict=True)
         return named | {name: pa.array(c, kind) for name, c, kind in zip(_CONTENT_PLACE, columns, kinds, strict=True)}
 

@@ -85,7 +85,7 @@ def _from_parquet(
     content = config.content
     schemas = {path: _columns_of(path, names[path], content) for path in paths}
     require_like_columns(schemas, {content, config.key or "key", "source"})
-    connection = stack.enter_context(_reading(scratch))
+    connection = stack.enter_context(_connect_to_read(scratch))
     with _query_failures("corpus.files cannot be read as parquet"):
         relation = connection.from_parquet([glob.escape(path) for path in paths], filename=True, union_by_name=True)
         folders = folder_columns(paths, {*map(str.casefold, relation.columns)}, {config.key or "key", "source"})
@@ -116,7 +116,7 @@ def from_query(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
             raise UserError(
                 f"corpus.folder is {config.folder!r}, but DuckDB cannot search a folder with a comma. Rename it."
             )
-        connection = stack.enter_context(_reading(scratch, file_search_path=config.folder or ""))
+        connection = stack.enter_context(_connect_to_read(scratch, file_search_path=config.folder or ""))
         with _query_failures("corpus.sql cannot be run"):
             if not only_reads(connection, sql):
                 raise UserError(
@@ -127,7 +127,7 @@ def from_query(config: CorpusConfig, memory_bytes: int | None = None) -> Corpus:
             return _stream(relation, config, {}, _is_ordered(connection, sql), scratch, stack)
 
 
-def _reading(scratch: Scratch, **settings: str) -> DuckDBPyConnection:
+def _connect_to_read(scratch: Scratch, **settings: str) -> DuckDBPyConnection:
     """Connect to read documents that may together be longer than 2 GiB."""
     settings |= {"arrow_large_buffer_size": "true", "python_enable_replacements": "false"}
     connection = scratch.connect("read", **settings)
@@ -294,13 +294,15 @@ def _as_documents(
                 key = document_key(batch, row, names, content)
                 yield Document(
                     key=key,
-                    content=tuple(np.frombuffer(content, "<i8").tolist()) if is_ids else _decoded(content, key),
+                    content=tuple(np.frombuffer(content, "<i8").tolist())
+                    if is_ids
+                    else _text_of_document(content, key),
                     source=source or file_name(batch, row, names),
                     metadata=metadata[row],
                 )
 
 
-def _decoded(content: bytes, key: str) -> str:
+def _text_of_document(content: bytes, key: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:

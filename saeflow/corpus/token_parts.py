@@ -14,11 +14,12 @@ from saeflow.corpus import sources
 from saeflow.corpus.ledger import Entry, Ledger
 from saeflow.corpus.requests.files import PROMPT
 from saeflow.corpus.tokenise.chats import ChatTokeniser
-from saeflow.corpus.tokenise.texts import MARKS, Tokenised, mark_columns, tokens_of
+from saeflow.corpus.tokenise.texts import MARKS, Tokenised, mark_columns, tokenise_texts
 from saeflow.corpus.vocabulary import text_it_reads
 from saeflow.recipe.data_settings import CorpusConfig, TokensConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import ROW_GROUP
 from saeflow.store.records import PartRecord
 
 
@@ -103,14 +104,14 @@ def pack(documents: Sequence[Stretch], length: int, packing: str, pad: int, fram
     """
     runs = [list(documents)] if packing == "concatenated" else [[document] for document in documents]
     if frame.in_each_sequence:
-        runs = [list(_framed(run, length, pad, frame)) for run in runs]
+        runs = [list(_framed_stretches(run, length, pad, frame)) for run in runs]
     rows = [_packed_rows(run, length, pad) for run in runs if sum(len(ids) for _, ids in run)]
     if not rows:
         return Packed(np.empty((0, length), np.int32), np.empty((0, length), np.int64))
     return Packed(np.concatenate([ids for ids, _ in rows]), np.concatenate([owners for _, owners in rows]))
 
 
-def _framed(run: Sequence[Stretch], length: int, pad: int, frame: Frame) -> Iterator[Stretch]:
+def _framed_stretches(run: Sequence[Stretch], length: int, pad: int, frame: Frame) -> Iterator[Stretch]:
     """Cut documents where sequences end, and put the special tokens around each stretch."""
     left = length
     for owner, ids in run:
@@ -178,7 +179,7 @@ class TokenPartWriter:
     def take(self, stream: Iterator[Entry]) -> Iterator[tuple[Entry, Tokenised]]:
         """Yield tokenised documents for the next part: whole ones, until it is full."""
         n_tokens = 0
-        for batch in _batches(stream, self.config.part_tokens):
+        for batch in _document_batches(stream, self.config.part_tokens):
             for entry, tokens in self.tokenised(batch):
                 n_tokens += len(tokens.vocab_ids) + (0 if self.frame.in_each_sequence else len(self.frame))
                 yield entry, tokens
@@ -195,7 +196,7 @@ class TokenPartWriter:
         if self.chats:
             return [self.chats.tokens(entry.key, entry.document.text) for entry in entries]
         if not self.about.tokenised:
-            return tokens_of(self.tokenizer, [entry.document.text for entry in entries], self.config)
+            return tokenise_texts(self.tokenizer, [entry.document.text for entry in entries], self.config)
         for entry in entries:
             self._require_known(entry.key, entry.document.vocab_ids)
         return [self._generated(entry, Tokenised.of(entry.document.vocab_ids)) for entry in entries]
@@ -289,7 +290,7 @@ def write_part(target: Artefact, index: int, counts: dict[str, int], packed: Pac
         for name, column in mark_columns(packed.marks.reshape(-1), packed.roles).items():
             table = table.append_column(name, column)
         counts |= {"n_offsets": int((packed.marks["char_start"] >= 0).sum())}
-    return write_tables(target, index, counts, table, documents)
+    return write_token_tables(target, index, counts, table, documents)
 
 
 def has_marks(part: PartRecord) -> bool:
@@ -297,14 +298,14 @@ def has_marks(part: PartRecord) -> bool:
     return "n_offsets" in part.counts
 
 
-def write_tables(
+def write_token_tables(
     target: Artefact, index: int, counts: dict[str, int], table: pa.Table, documents: pa.Table
 ) -> PartRecord:
     names = set(table.schema.names)
     ascending = names & {"token_id", "document_id", "char_start", "char_end"}
     with target.new_part(index, counts) as folder:
         pq.write_table(
-            table, folder / "tokens.parquet", compression="zstd", row_group_size=122_880,
+            table, folder / "tokens.parquet", compression="zstd", row_group_size=ROW_GROUP,
             use_dictionary=sorted(names & {"vocab_id", "role"}),
             column_encoding=dict.fromkeys(ascending, "DELTA_BINARY_PACKED"),
         )  # fmt: skip
@@ -327,7 +328,7 @@ def vocab_blocks(table: pa.Table) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=VOCAB_BLOCKS)
 
 
-def _batches(stream: Iterator[Entry], n_tokens: int) -> Iterator[list[Entry]]:
+def _document_batches(stream: Iterator[Entry], n_tokens: int) -> Iterator[list[Entry]]:
     """Yield documents in groups so small that a part is overfilled by at most one group."""
     limit = min(_BATCH_CHARACTERS, n_tokens)
     batch: list[Entry] = []

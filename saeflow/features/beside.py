@@ -86,14 +86,14 @@ def has_table(artefact: Artefact, table: str) -> bool:
 
 def require_table(artefact: Artefact, table: str, schema: pa.Schema, remedy: str) -> Path:
     """Return the path of a table, to be read. Raises UserError if it has other columns than saeflow writes."""
-    if problem := _problem_of(artefact, table, schema):
+    if problem := _problem_of_table(artefact, table, schema):
         raise UserError(f"{artefact.id} cannot be read: {problem}.\n{remedy}")
     return artefact.own_file(f"{table}.parquet")
 
 
 def can_be_read(artefact: Artefact, table: str, schema: pa.Schema) -> bool:
     """True if a table has the columns that saeflow writes. Warns if it has not."""
-    problem = _problem_of(artefact, table, schema) if has_table(artefact, table) else "it is missing"
+    problem = _problem_of_table(artefact, table, schema) if has_table(artefact, table) else "it is missing"
     if problem:
         remedy = _REMEDIES[artefact.kind].format(artefact.name)
         log.warning(
@@ -103,7 +103,7 @@ def can_be_read(artefact: Artefact, table: str, schema: pa.Schema) -> bool:
     return not problem
 
 
-def _problem_of(artefact: Artefact, table: str, schema: pa.Schema) -> str | None:
+def _problem_of_table(artefact: Artefact, table: str, schema: pa.Schema) -> str | None:
     try:
         found = _read_schema(artefact, f"{table}.parquet")
     except (OSError, pa.ArrowException) as error:

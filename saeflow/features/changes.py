@@ -12,7 +12,7 @@ from saeflow.runtime.text import brief
 
 _NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
 _OF_MAXIMUM = re.compile(rf"max(?:\*{_NUMBER})?|{_NUMBER}x", re.IGNORECASE)
-_LARGEST = 1e30
+_LARGEST_CHANGE = 1e30
 
 WAYS = "zero, mean, same, max*2 (or 2x), or a number such as 3.5"
 
@@ -50,8 +50,8 @@ class FeatureChange:
         if found is None and re.fullmatch(_NUMBER, word) is None:
             raise UserError(f"{setting} is {brief(str(text))!r}; it may be {WAYS}.")
         number = float((found[1] or found[2] or 1) if found else word)
-        if not abs(number) < _LARGEST or not math.isfinite(number):
-            raise UserError(f"{setting} is {brief(str(text))!r}; numbers may be at most {_LARGEST:g}.")
+        if not abs(number) < _LARGEST_CHANGE or not math.isfinite(number):
+            raise UserError(f"{setting} is {brief(str(text))!r}; numbers may be at most {_LARGEST_CHANGE:g}.")
         return cls("max" if found else "value", number)
 
     def __str__(self) -> str:

@@ -15,9 +15,8 @@ from saeflow.activations.sparse_values import SparseValues
 from saeflow.features.schema import VALUES
 from saeflow.sae.exact import FeatureMajor
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import ROW_GROUP
 from saeflow.store.records import PartRecord
-
-ROW_GROUP = 122_880
 
 
 def write_token_major(folder: Path, token_ids: np.ndarray, sparse: SparseValues) -> None:

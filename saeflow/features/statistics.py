@@ -110,7 +110,7 @@ def _source_codes(
 _PIECE_VOCAB = 64
 """Vocabulary entries of a feature that are remembered from one piece of a part to the next."""
 
-_MOST_PIECES = 16
+_MOST_TOTALS = 16
 """Pieces whose totals are kept apart before they are added up."""
 
 _NO_TOTALS = KeyTotals(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0), np.empty(0))
@@ -220,7 +220,7 @@ class PartStatistics:
     def _group(self, name: str, found: KeyTotals) -> None:
         groups = self._grouped.setdefault(name, [])
         groups.append(found)
-        if len(groups) >= _MOST_PIECES:
+        if len(groups) >= _MOST_TOTALS:
             self._grouped[name] = [added_up(groups)]
 
     def _of(self, name: str) -> KeyTotals:

@@ -31,7 +31,7 @@ def changing_beside(store: Store, sae: str, source: str) -> contextlib.AbstractC
     return store.storage.locked(f"answers-{sae}-{source}")
 
 
-def read_table(store: Store, path: Path, schema: pa.Schema) -> pa.Table:
+def read_beside(store: Store, path: Path, schema: pa.Schema) -> pa.Table:
     """Return a table of the store as it is now; an empty one if there is none or it is of another form."""
     try:
         table = pq.read_table(store.storage.fetch(path, fresh=True))
@@ -40,7 +40,7 @@ def read_table(store: Store, path: Path, schema: pa.Schema) -> pa.Table:
     return table.cast(schema) if table.schema.names == schema.names else schema.empty_table()
 
 
-def write_table(store: Store, path: Path, table: pa.Table) -> None:
+def write_beside(store: Store, path: Path, table: pa.Table) -> None:
     """Put a table in the place of the file that was read; no rows, no file."""
     if not len(table):
         store.storage.remove(path)
@@ -59,11 +59,11 @@ def replace_rows(
 
     Call it inside `changing_beside`. Nothing is written if nothing changes.
     """
-    old = read_table(store, path, schema)
+    old = read_beside(store, path, schema)
     gone = pc.is_in(old.column("feature_id"), pa.array(features, pa.int32()))
     for name, value in owned.items():
         gone = pc.and_(gone, pc.equal(old.column(name), value))
     fresh = pa.concat_tables([old.filter(pc.invert(gone)), pa.Table.from_pylist(list(rows), schema)])
     fresh = fresh.take(pc.sort_indices(fresh, _ORDER))
     if not fresh.equals(old):
-        write_table(store, path, fresh)
+        write_beside(store, path, fresh)

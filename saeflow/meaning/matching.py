@@ -19,8 +19,7 @@ from saeflow.query.ask import query
 from saeflow.query.outside.directions import can_compare, directions_of
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.memory import total_memory
-from saeflow.runtime.text import human_bytes
+from saeflow.runtime.memory import require_share_of_memory
 from saeflow.store.store import Store
 
 FOUND_AGAIN = (0.7, 0.9)
@@ -90,7 +89,7 @@ def match_runs(
             f"{run.schema} and {other.schema} read different activations, so their directions cannot be compared."
         )
     mine, theirs = _live(connection, run), _live(connection, other)
-    _refuse_large(run, len(mine), other, len(theirs))
+    _require_room_for_cosines(run, len(mine), other, len(theirs))
     found = match_by_direction(_directions(store, run, mine), _directions(store, other, theirs))
     columns = {"feature_id": mine["feature_id"].combine_chunks()} | {
         f"{kind}_{name}": column
@@ -112,14 +111,10 @@ def _live(connection: duckdb.DuckDBPyConnection, run: Run) -> pa.Table:
     return query(connection, _LIVE, [run.schema])
 
 
-def _refuse_large(run: Run, n_mine: int, other: Run, n_theirs: int) -> None:
-    needed, most = 8 * n_mine * n_theirs, total_memory() // 2
-    if needed > most:
-        raise UserError(
-            f"{run.schema} has {n_mine:,} live features and {other.schema} {n_theirs:,}: to match them takes "
-            f"{human_bytes(needed)} of memory, but half of this machine's is {human_bytes(most)}. "
-            "Use a larger machine. `saeflow ask compare_runs` finds features that fire on the same tokens."
-        )
+def _require_room_for_cosines(run: Run, n_mine: int, other: Run, n_theirs: int) -> None:
+    sizes = f"{run.schema} has {n_mine:,} live features and {other.schema} {n_theirs:,}"
+    remedy = "Use a larger machine. `saeflow ask compare_runs` finds features that fire on the same tokens."
+    require_share_of_memory(8 * n_mine * n_theirs, f"{sizes}: to match them takes", remedy)
 
 
 def _directions(store: Store, run: Run, live: pa.Table) -> Any:
@@ -171,7 +166,7 @@ def _with_correlations(
     return table
 
 
-def draw(matched: Matched, run: str, other: str, path: Path, kind: str) -> None:
+def draw_matches(matched: Matched, run: str, other: str, path: Path, kind: str) -> None:
     """Draw how many features have a match, and a nearest feature, at each cosine. `kind`: png, svg or pdf."""
     from matplotlib.figure import Figure
 

@@ -150,7 +150,10 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly, besid
             publish()
             return target
         work = _collect_work(lineage, missing, publish, progress, beside)
-        make_parts(work, lineage.store, recipe.cluster, progress, through)
+        if recipe.cluster:
+            make_parts(work, lineage.store, recipe.cluster, progress, through)
+        else:
+            work.run_here(progress, through)
         if missing:
             warn_of_massive_positions(target, recipe.activations, progress)
             say_which_are_long(lineage.selection(), target, progress)

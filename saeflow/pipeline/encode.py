@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,7 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly) -> Ar
     SAEs of one site share one reading. If activations are not kept, all SAEs share one pass of the model.
     """
     kept = lineage.recipe.activations.keep
-    with kept_open():
+    with kept_open() if lineage.recipe.cluster else nullcontext():
         for group in grouped(lineage.members, lambda member: member.feature_facts["site"] if kept else None):
             run_together(group, progress, through)
     return lineage.members[0].features
@@ -128,7 +129,7 @@ def run_together(lineages: Sequence[Lineage], progress: Progress, through: Throu
         inputs = {part.index: part_inputs(used, part) for part in wanted}
         lacking = {target: inputs.keys() - compaction.part_of_each(target, inputs) for target in targets}
         missing = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
-        _require_room(store, [(_trained(lineage), n) for lineage, n in zip(lineages, missing, strict=True) if n])
+        _require_disk(store, [(_trained(lineage), n) for lineage, n in zip(lineages, missing, strict=True) if n])
         encoders = [
             open_encoder(lineage, used, progress)
             for target, lineage in targets.items()
@@ -174,7 +175,10 @@ def _encode(
         Encoders, settings, sizes, targets, ("features", "tokens"), None if cluster else here, n_at_once=n_here,
         publish=publish,
     )  # fmt: skip
-    make_parts(work, store, cluster, progress, through)
+    if cluster:
+        make_parts(work, store, cluster, progress, through)
+    else:
+        work.run_here(progress, through)
 
 
 def n_at_once(config: FeaturesConfig, threads: int) -> int:
@@ -188,7 +192,7 @@ def _trained(lineage: Lineage) -> Artefact:
     return lineage.sae
 
 
-def _require_room(store: Store, wanted: Iterable[tuple[Artefact, int]]) -> None:
+def _require_disk(store: Store, wanted: Iterable[tuple[Artefact, int]]) -> None:
     """Raise UserError if the disk cannot hold the values of each SAE at its number of tokens."""
     n_values = sum(n * last_log_row(trained).get("l0", 0) for trained, n in wanted)
     store.require_free(int(n_values * _BYTES_PER_NONZERO), "Storing every feature activation")
@@ -262,7 +266,7 @@ def refresh(
             publish_run()
             return []
         if recipe:
-            _require_room(store, [(run.sae, sum(part.counts["n_tokens"] for part in wanted if part.index in stale))])
+            _require_disk(store, [(run.sae, sum(part.counts["n_tokens"] for part in wanted if part.index in stale))])
         encoder = encoder_of(run, used, _config_here(recipe))
         _encode([encoder], wanted, {target: stale}, store, recipe, publish_run, progress)
     return sorted(stale)

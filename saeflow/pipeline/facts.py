@@ -15,9 +15,8 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_tha
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.formats.source import describe_source
-from saeflow.store.files import checksum_once
+from saeflow.store.files import cache_folder, checksum_once
 from saeflow.store.records import Generation, read_or_empty, write_checked
-from saeflow.store.storage.bucket import cache_folder
 
 _NO_SETTINGS = {"checkpoint_seconds", "device", "kernels", "parallel"}
 """Settings of `[train]` that change nothing in the SAE."""

@@ -18,6 +18,7 @@ from saeflow.corpus.document import is_held_out
 from saeflow.corpus.token_parts import frame_of
 from saeflow.corpus.tokenise.messages import contents_as_text
 from saeflow.corpus.tokenise.texts import ids_of
+from saeflow.features.part_encoder import SEGMENT_VALUES
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.trial import try_out
 from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint
@@ -33,8 +34,6 @@ _BYTES_PER_VALUE = 6.7
 """On disk, both orders together: measured on the demo and on SmolLM2."""
 _MEMORY_PER_VALUE = 60
 """Bytes held while a part's values are sorted and written: measured on the demo."""
-_SEGMENT = 24_000_000
-"""Values of a part that are held at once (part_encoder.SEGMENT_VALUES)."""
 _MORE_PIECES, _PIECE_CHARACTERS = 256, 4000
 """Pieces of text in the sample, drawn as if the corpus were cut into pieces of this length."""
 
@@ -65,7 +64,7 @@ def survey_corpus(recipe: Recipe, progress: Progress) -> Survey:
             content = contents_as_text(document.text) if about.messages else document.content
             n_characters += len(content)
             n_held_out += len(content) * is_held_out(document.key, about.seed, about.held_out)
-            for piece in _cut(content):
+            for piece in _cut_content(content):
                 n_pieces += 1
                 place = len(pieces) if len(pieces) < _MORE_PIECES else dice.randrange(n_pieces)
                 pieces[place : place + 1] = [piece] if place < _MORE_PIECES else pieces[place : place + 1]
@@ -76,7 +75,7 @@ def survey_corpus(recipe: Recipe, progress: Progress) -> Survey:
     return Survey(n_documents, n_characters, n_held_out, tuple(pieces))
 
 
-def _cut(content: str | tuple[int, ...]) -> Iterator[str | tuple[int, ...]]:
+def _cut_content(content: str | tuple[int, ...]) -> Iterator[str | tuple[int, ...]]:
     length = _PIECE_CHARACTERS if isinstance(content, str) else _PIECE_CHARACTERS // 4
     for start in range(0, len(content), length):
         yield content[start : start + length]
@@ -208,7 +207,7 @@ def growth(
         return max(0, pool_memory(recipe, stored) - pool_memory(recipe, tried["activation_bytes"]))
     if name != "encode":
         return 0
-    n_values = min(n_threads(recipe.threads), n_parts) * min(n_tokens / n_parts * l0, _SEGMENT)
+    n_values = min(n_threads(recipe.threads), n_parts) * min(n_tokens / n_parts * l0, SEGMENT_VALUES)
     return int(max(0, n_values - tried["n_values"]) * _MEMORY_PER_VALUE)
 
 

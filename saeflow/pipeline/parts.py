@@ -104,6 +104,10 @@ class PartWork:
             self.make(executor, bar)
         self.publish()
 
+    def run_here(self, progress: Progress, through: Through) -> None:
+        """Make every part in this process, then publish."""
+        self.run(through(Here(self.n_at_once)), progress)
+
     def open_bar(self, progress: Progress) -> contextlib.AbstractContextManager[Bar]:
         stage, unit = self.bar
         return progress.bar(stage, sum(size for _, size in self.sizes), unit)
@@ -125,7 +129,7 @@ class PartWork:
             targets[name].made[part.index] = part
 
 
-def key_of(item: Item) -> str:
+def key_of_item(item: Item) -> str:
     return json.dumps(item)
 
 
@@ -133,13 +137,13 @@ class Tally:
     """Counts the units of parts on one bar: a part that is made twice counts once."""
 
     def __init__(self, bar: Bar, sizes: Sequence[tuple[Item, int]]) -> None:
-        self.bar, self._sizes = bar, {key_of(item): size for item, size in sizes}
+        self.bar, self._sizes = bar, {key_of_item(item): size for item, size in sizes}
         self._done, self._lock = dict[str, int](), threading.Lock()
 
     def begin(self, item: Item) -> None:
         """Count this part's units from now on."""
         with self._lock:
-            self._done.setdefault(key_of(item), 0)
+            self._done.setdefault(key_of_item(item), 0)
 
     def tell(self, key: str, done: int) -> None:
         """Note that so many units of a part are done."""
@@ -151,12 +155,12 @@ class Tally:
 
     def finish(self, item: Item) -> None:
         """Count the units of a finished part that nobody has told of."""
-        self.tell(key_of(item), self._sizes[key_of(item)])
+        self.tell(key_of_item(item), self._sizes[key_of_item(item)])
 
     def progress(self, item: Item) -> Progress:
         """Return the progress that a part of this process reports to."""
         self.begin(item)
-        key = key_of(item)
+        key = key_of_item(item)
         return Progress(verbosity=-1, listener=lambda bar: self.tell(key, bar.done), stopping=self.bar.stopping)
 
 

@@ -7,21 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from saeflow.classes.annotations import erase_hidden as erase_from_annotations
 from saeflow.pipeline import collect, compact, encode, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open
 from saeflow.pipeline.foreign import import_sae, import_table
 from saeflow.pipeline.judge import evaluate, report, sweep
-from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query import catalog
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.devices import choose_device
 from saeflow.runtime.memory import measure_usage
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.threads import use_threads
 from saeflow.store.records import read_checked
-from saeflow.store.upgrade import upgrade
 
 
 @dataclass(frozen=True)
@@ -105,37 +101,6 @@ def run(lineage: Lineage, progress: Progress, place: Place = anywhere) -> dict[s
     }
 
 
-def compact_store(lineage: Lineage, progress: Progress, enough: int = 2, place: Place = anywhere) -> None:
-    """Erase hidden documents, let every published run over these activations follow, and merge the runs' parts.
-
-    Parts are merged where at least `enough` can be.
-    """
-    store, recipe = lineage.store, lineage.recipe
-    upgrade(store)
-    use_threads(recipe.threads)
-    try:
-        with kept_open():
-            for each in dict.fromkeys([lineage, lineage.training]) if recipe.model else ():
-                _without_hidden(each, progress, place)
-            for run in encode.runs_over(store, lineage.activations):
-                with nullcontext() if encode.holds_all(store, run) else place("encode"):
-                    encode.refresh(store, run, progress, recipe=recipe)
-                encode.add_tables(store, run, recipe, progress)
-                compact.merge_parts(store, run, recipe, progress, enough, mend=True)
-    finally:
-        catalog.write_catalog(store)
-
-
-def _without_hidden(lineage: Lineage, progress: Progress, place: Place) -> None:
-    source = lineage.tokens
-    forget.erase_hidden(source, progress)
-    erase_from_annotations(lineage.store, source, progress)
-    for stored in (a for a in lineage.store.artefacts("activations") if source.id in a.record.inputs):
-        if stored != lineage.activations:
-            progress.say(f"compact: {stored.id} belongs to another recipe; compact that too")
-    collect_new(lineage, progress, place)
-
-
 def collect_new(lineage: Lineage, progress: Progress, place: Place) -> None:
     """Store activations of new tokens. Without new tokens, no place is waited for."""
     source, stored = lineage.tokens.published(), lineage.activations.generation()
@@ -149,7 +114,7 @@ def summary(lineage: Lineage) -> dict[str, Any]:
     about = {
         "run": lineage.recipe.name,
         "store": lineage.store.name,
-        **forget.count_visible(lineage.tokens),
+        **tokens.count_visible(lineage.tokens),
         "activation_bytes": sum(part.n_bytes for part in lineage.activations.published().parts),
     }
     if lineage.recipe.is_sweep:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow.corpus import sources
@@ -160,3 +162,16 @@ def _restored(
         bar.advance(part.counts["n_tokens"])
     maker.n_sequences = maker.n_documents = 0
     return made
+
+
+def count_visible(source: Artefact) -> dict[str, int]:
+    """Return the number of documents and tokens that are not hidden."""
+    generation = source.published()
+    n_tokens = generation.total("n_tokens")
+    for part in generation.parts:
+        ids = pa.array([document.document_id for document in generation.hidden.get(part.index, ())], pa.int64())
+        if len(ids):
+            table = pq.read_table(source.part_file(part, "documents.parquet"), columns=["document_id", "n_tokens"])
+            hidden = table.filter(pc.is_in(table.column("document_id"), ids))
+            n_tokens -= pc.sum(hidden.column("n_tokens")).as_py() or 0
+    return {"n_documents": generation.total("n_documents") - len(generation.hidden_ids), "n_tokens": n_tokens}

@@ -27,9 +27,9 @@ from saeflow.train.group import (
     TrainingGroup,
     TrainingJob,
     checkpoints_of,
-    require_memory,
     require_tensorboard,
 )
+from saeflow.train.memory import require_memory
 from saeflow.train.shares import require_shareable
 
 _NOTICING_SECONDS = 10.0
@@ -60,7 +60,7 @@ def run_all(
     lineage = lineage.training
     members = lineage.members
     if not ranks.is_first:
-        _follow(lineage, ranks)
+        _follow_first_rank(lineage, ranks)
         return []
     require_shareable((each.recipe for each in members), ranks)
     away = [each for each in members if lineage.recipe.cluster and not _is_import(each) and not each.sae.complete()]
@@ -71,7 +71,7 @@ def run_all(
     return [each.sae for each in members]
 
 
-def _follow(lineage: Lineage, ranks: Ranks) -> None:
+def _follow_first_rank(lineage: Lineage, ranks: Ranks) -> None:
     """Train what the first rank trains, on the data that it has chosen."""
     facts = ranks.first_says()
     chosen = [each for each in lineage.members if each.recipe.name in facts]

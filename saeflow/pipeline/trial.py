@@ -38,7 +38,7 @@ from saeflow.runtime.threads import map_in_order, n_threads, ranges
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 
-_MOST_PIECES = 16
+_FIRST_PIECES = 16
 """Pieces of the sample in a first trial."""
 _QUICK_SECONDS = 4.0
 """If the model reads those in less time, it is tried again on all pieces: short work says little of long work."""
@@ -87,9 +87,9 @@ def _seed_that_holds_out(share: float, keys: Sequence[str]) -> int:
 
 def try_out(recipe: Recipe, pieces: Pieces, progress: Progress) -> dict[str, Any]:
     """Try the stages on a few pieces, and if they take no time, on all."""
-    tried = _tried(recipe, pieces[:_MOST_PIECES], progress)
+    tried = _tried(recipe, pieces[:_FIRST_PIECES], progress)
     longest = tried["stages"]["collect" if recipe.activations.keep else "encode"]["working"]  # the model runs there
-    if len(pieces) > _MOST_PIECES and longest < _QUICK_SECONDS:
+    if len(pieces) > _FIRST_PIECES and longest < _QUICK_SECONDS:
         return _tried(recipe, pieces, progress)
     return tried
 
@@ -201,7 +201,7 @@ def _read_seconds(kept: Lineage) -> float:
     return _seconds(read, kept.activations.published().parts)
 
 
-def main(recipe_file: Path, folder: Path) -> int:
+def measure_for_parent(recipe_file: Path, folder: Path) -> int:
     try:
         found = measure(Recipe.model_validate_json(recipe_file.read_text("utf-8")), Store.create(folder))
     except UserError as error:
@@ -212,4 +212,4 @@ def main(recipe_file: Path, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:])))
+    sys.exit(measure_for_parent(*map(Path, sys.argv[1:])))

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 import duckdb
 import pyarrow as pa
 
-from saeflow.query.ask import ask, query, resolve_names
+from saeflow.query.ask import ask, query, resolve_names, strengths_of
 from saeflow.query.connection import connect_to_run
 from saeflow.query.new_text import model_settings
 from saeflow.query.outside.supply import supply
 from saeflow.query.questions import Question, find_question, name_arguments, parse_arguments, questions
 from saeflow.query.runs import Run
-from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store, store_path
 
 if TYPE_CHECKING:
@@ -130,16 +129,14 @@ class OpenRun:
         `same`. Everything else at the site stays as it is, what the SAE misses too. Gives the model. Raises UserError
         for a feature or value that there is not.
         """
-        from saeflow.features.changes import FeatureChange, FeatureLevels
+        from saeflow.features.changes import FeatureChange
         from saeflow.features.splice import SplicePlace, spliced_features
 
-        values: dict[int, float | None] = {}
-        for feature, value in changes.items():
-            parsed = FeatureChange.parse(value, f"The change of feature {feature}")
-            rows = self.sql(_LEVELS, [feature]).to_pylist()
-            if not rows:
-                raise UserError(f"The run {self.name} has no feature {feature}.")
-            values[feature] = parsed.new_value(FeatureLevels(rows[0]["mean"] or 0.0, rows[0]["max_value"] or 0.0))
+        strengths = strengths_of(self._connection, self._run, [*changes])
+        values = {
+            feature: FeatureChange.parse(value, f"The change of feature {feature}").new_value(levels)
+            for (feature, value), levels in zip(changes.items(), strengths.levels, strict=True)
+        }
         place = SplicePlace.of_run(self.store, self._run.artefact, self.sae)
         with spliced_features(model, self.sae, place, values):
             yield model
@@ -156,9 +153,3 @@ class OpenRun:
     def __repr__(self) -> str:
         counts = [f"{n:,} {what}" for n, what in ((self.n_features, "features"), (self.n_tokens, "tokens")) if n]
         return f"<saeflow run {self.name!r} of {self.store.name!r}{': ' if counts else ''}{', '.join(counts)}>"
-
-
-_LEVELS = """
-select sum_value / nullif((select n_encoded_tokens from stg_size), 0) as mean, max_value
-from stg_feature_stats where feature_id = ?
-"""

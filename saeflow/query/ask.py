@@ -9,12 +9,15 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import duckdb
 import pyarrow as pa
 
+from saeflow.features.changes import FeatureLevels
 from saeflow.query.catalog import names_of_sql
 from saeflow.query.questions import Arguments, Question, Value, find_question, parse_arguments
+from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.runtime.sql_judge import only_reads
@@ -260,3 +263,31 @@ def _read_rows(reader: pa.RecordBatchReader, limit: int | None) -> pa.Table:
         batches.append(batch)
         n_rows += batch.num_rows
     return pa.Table.from_batches(batches, reader.schema).slice(0, limit)
+
+
+_LEVELS = """
+select feature_id, sum_value / nullif((select n_encoded_tokens from stg_size), 0) as mean, max_value, n_tokens
+from stg_feature_stats where feature_id in (select unnest(?::bigint[]))
+"""
+
+
+@dataclass(frozen=True)
+class FeatureStrengths:
+    """Strengths of some features in a run's corpus, in the order asked."""
+
+    levels: Sequence[FeatureLevels]
+    n_tokens: Sequence[int]
+    """On how many tokens each fires."""
+
+
+def strengths_of(connection: duckdb.DuckDBPyConnection, run: Run, features: Sequence[int]) -> FeatureStrengths:
+    """Return how strong these features are. Raises UserError for one that the run does not have."""
+    n = run.shape.get("n_features") or 0
+    if wrong := [feature for feature in features if not 0 <= feature < n]:
+        raise UserError(f"The run {run.schema} has no feature {wrong[0]}: its features are 0 to {n - 1:,}.")
+    found = {
+        row[0]: (float(row[1] or 0.0), float(row[2] or 0.0), int(row[3] or 0))
+        for row in connection.execute(_LEVELS, [list(features)]).fetchall()
+    }
+    rows = [found.get(feature, (0.0, 0.0, 0)) for feature in features]
+    return FeatureStrengths([FeatureLevels(mean, top) for mean, top, _ in rows], [n for *_, n in rows])

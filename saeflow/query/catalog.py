@@ -51,7 +51,7 @@ _SIDE_BY_SIDE = ("stg_feature_stats", "stg_token_major", "stg_tokens_encoded")
 OF_EVERY_RUN = frozenset({"compare_runs", "correlate_runs", "split_features"})
 """Questions that read several runs."""
 
-_OF_DOCUMENTS = ("staging/stg_documents.sql", "marts/documents.sql")
+_DOCUMENT_VIEWS = ("staging/stg_documents.sql", "marts/documents.sql")
 """Views that show whatever columns the documents have, which only all files together tell."""
 
 
@@ -110,8 +110,8 @@ def at_last(
         if _in_outline(run, many_files) is not run:
             yield f"set search_path = {literal(identifier(run.schema))}"
             yield source_views(run, every)
-            shown = (name for name in _OF_DOCUMENTS if wanted is None or Path(name).stem in wanted)
-            yield from _in_schema(run, (_text_of(sql_folder() / name) for name in shown))
+            shown = (name for name in _DOCUMENT_VIEWS if wanted is None or Path(name).stem in wanted)
+            yield from _in_schema(run, (_sql_of(sql_folder() / name) for name in shown))
     yield f"set search_path = {literal(identifier(current.schema))}"
     yield from DUCKDB_SETTINGS
 
@@ -126,7 +126,7 @@ def script_of_run(store: Store, run: str | None = None) -> str:
 
 def source_views(run: Run, every: Sequence[Run]) -> str:
     """Return `sql/sources.sql` with the run's files filled in."""
-    text = Template(_text_of(sql_folder() / "sources.sql"))
+    text = Template(_sql_of(sql_folder() / "sources.sql"))
     rows = literal([{"place": place} | other.row(run) for place, other in enumerate(every)])
     shape = {name: literal(value) for name, value in run.shape.items()}
     found = relations(run.files, run.left_out, run.hidden)
@@ -158,11 +158,11 @@ def sql_texts(*folders: str, names: Collection[str] | None = None) -> Iterator[s
     paths = [path for folder in folders for path in (sql_folder() / folder).glob("*.sql")]
     for path in sorted(paths, key=lambda path: path.name):
         if names is None or path.stem in names:
-            yield _text_of(path)
+            yield _sql_of(path)
 
 
 @cache
-def _text_of(path: Path) -> str:
+def _sql_of(path: Path) -> str:
     """Return a file of `sql/`. An installation does not change while it runs."""
     return path.read_text("utf-8")
 

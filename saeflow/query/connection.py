@@ -140,13 +140,13 @@ def _make_views(
 
 def _without_damaged(store: Store, every: Sequence[Run], error: Exception) -> list[Run]:
     """Return the runs; those over whose files no view can be made say why. Raises the error if it is not theirs."""
-    problems = {run.artefact: _problem_of(store, run) for run in every if run.problem is None}
+    problems = {run.artefact: _problem_of_run(store, run) for run in every if run.problem is None}
     if not any(problems.values()):
         raise error
     return [replace(run, problem=run.problem or problems[run.artefact]) for run in every]
 
 
-def _problem_of(store: Store, run: Run) -> str | None:
+def _problem_of_run(store: Store, run: Run) -> str | None:
     with contextlib.closing(open_duckdb(store)) as connection:
         try:
             _make_views(connection, [run], run)

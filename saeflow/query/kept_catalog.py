@@ -43,7 +43,7 @@ def expect_many_connections() -> None:
 
 def make_upon_sources(connection: duckdb.DuckDBPyConnection, read: Sequence[Run]) -> None:
     """Make all views and macros of runs whose views of files exist. What was kept is copied."""
-    keys = {run.schema: (run.schema, run.encoded, run.skip_reason, _columns(connection, run)) for run in read}
+    keys = {run.schema: (run.schema, run.encoded, run.skip_reason, _columns_of_views(connection, run)) for run in read}
     with _lock:
         made = [schema for schema, key in keys.items() if _copied(connection, kept.get(key))]
     for statement in upon_sources(read, made=made):
@@ -51,10 +51,10 @@ def make_upon_sources(connection: duckdb.DuckDBPyConnection, read: Sequence[Run]
     with _lock:
         for schema, key in keys.items():
             if schema not in made:
-                _keep(connection, schema, key)
+                _keep_catalog(connection, schema, key)
 
 
-def _columns(connection: duckdb.DuckDBPyConnection, run: Run) -> str:
+def _columns_of_views(connection: duckdb.DuckDBPyConnection, run: Run) -> str:
     """Return the names and types of the columns of a run's views of files."""
     views = (view for view in names_of_sources("view") if view not in _OF_ONE_TYPE)
     rows = (f"(select {view} from {identifier(run.schema)}.{view} limit 0)" for view in views)
@@ -69,7 +69,7 @@ def _copied(connection: duckdb.DuckDBPyConnection, path: Path | None) -> bool:
     return True
 
 
-def _keep(connection: duckdb.DuckDBPyConnection, schema: str, key: object) -> None:
+def _keep_catalog(connection: duckdb.DuckDBPyConnection, schema: str, key: object) -> None:
     known = key in kept
     while len(kept) >= MOST_KEPT and not known:
         if (oldest := kept.pop(next(iter(kept)))) is not None:
@@ -80,7 +80,7 @@ def _keep(connection: duckdb.DuckDBPyConnection, schema: str, key: object) -> No
 def _written(connection: duckdb.DuckDBPyConnection, schema: str) -> Path | None:
     """Copy a run's views and macros, but those of its files, into a file. None if there is no room for it."""
     try:
-        path = Path(_temporary().name) / f"{next(_numbers)}.duckdb"
+        path = Path(_private_folder().name) / f"{next(_numbers)}.duckdb"
         with _attached(connection, path):
             connection.execute(f"copy from database memory to {_ATTACHED} (schema)")
             every = connection.execute("select schema_name from duckdb_schemas() where not internal").fetchall()
@@ -104,6 +104,6 @@ def _attached(connection: duckdb.DuckDBPyConnection, path: Path, options: str = 
 
 
 @cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
+def _private_folder() -> tempfile.TemporaryDirectory[str]:
     """Return a folder that nobody else may read, and that goes with the process."""
     return tempfile.TemporaryDirectory(prefix="saeflow-catalog-", ignore_cleanup_errors=True)

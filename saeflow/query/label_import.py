@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from saeflow.corpus.files import UNREADABLE, unpacked
 from saeflow.query.labels import LABEL_COLUMNS, Label, Sheet, clean_label, column_names
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.runtime.text import brief, decoded, encoding_of
+from saeflow.runtime.text import brief, decoded_text, encoding_of
 
 _PACKED = {".gz", ".bz2", ".xz", ".zst"}
 
@@ -48,7 +48,7 @@ def require_feature(feature: int, n_features: int | None, where: str) -> None:
 def _unpacked(path: Path) -> bytes:
     """Return the bytes of a file, unpacked if they are packed, and a text in UTF-16 as UTF-8."""
     content = unpacked(path.read_bytes())
-    return decoded(content).encode() if encoding_of(content) == "utf-16" else content
+    return decoded_text(content).encode() if encoding_of(content) == "utf-16" else content
 
 
 def _label_rows(path: Path) -> Iterator[Row]:

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 LABEL_COLUMNS = ("feature_id", "label", "score")
 RULE_COLUMNS = ("rule", "kind", "precision", "recall", "state")
-"""Further columns of the source RULES."""
-RULES = "rules"
+"""Further columns of the source `rules`."""
+RULES_SOURCE = "rules"
 """The source of explanations without a language model."""
 _ALIASES = {"feature": "feature_id", "index": "feature_id", "description": "label", "explanation": "label"}
 _LONGEST_LABEL = 10_000
@@ -41,7 +41,7 @@ _LINES_SHOWN = 3
 _LIKE_FORMULA = re.compile(r"'*[=+\-@]")
 """Text that a spreadsheet would take for a formula gets a ' in front. Reading takes it off again."""
 
-_BLANK = " \t\n\r\v\f\xa0"
+_WHITE_SPACE = " \t\n\r\v\f\xa0"
 """Characters cut off both ends of a cell, here and in SQL."""
 
 _UNQUOTED = r"regexp_replace({}, '^''(''*[=+\-@])', '\1')"
@@ -119,7 +119,7 @@ class Sheet:
 
     def cell(self, row: list[str], name: str) -> str:
         place = self.columns.index(name) if name in self.columns else len(row)
-        return row[place].strip(_BLANK) if place < len(row) else ""
+        return row[place].strip(_WHITE_SPACE) if place < len(row) else ""
 
     def feature(self, row: list[str]) -> int | None:
         return _parse_feature(self.cell(row, "feature_id"))
@@ -222,12 +222,12 @@ def labels_relation(files: Sequence[LabelFile]) -> str:
 
 
 def rules_relation(files: Sequence[LabelFile]) -> str | None:
-    """Return SQL that selects the rules of the source RULES with their figures; None if there is no such file."""
-    for file in (file for file in files if file.source == RULES and "rule" in file.columns):
+    """Return SQL that selects the rules of the source `rules` with their figures; None if there is no such file."""
+    for file in (file for file in files if file.source == RULES_SOURCE and "rule" in file.columns):
         rule = _UNQUOTED.format(_trimmed("rule"))
         kind = _trimmed("kind") if "kind" in file.columns else "null::varchar"
         figures = ", ".join(f"{_number_in(file, name)} as {name}" for name in ("precision", "recall", "score"))
-        return f"(select {_FEATURE} as feature_id, {rule} as rule, {kind} as kind, {figures} from {_rows_of(file)})"
+        return f"(select {_FEATURE_ID} as feature_id, {rule} as rule, {kind} as kind, {figures} from {_sql_rows(file)})"
     return None
 
 
@@ -235,12 +235,12 @@ def _select_labels(file: LabelFile) -> str:
     label = _UNQUOTED.format(_trimmed("label"))
     return (
         f"select feature_id, label, {literal(file.source)} as source, score from ("
-        f"select {_FEATURE} as feature_id, {label} as label, {_number_in(file, 'score')} as score "
-        f"from {_rows_of(file)}) where feature_id is not null and label <> ''"
+        f"select {_FEATURE_ID} as feature_id, {label} as label, {_number_in(file, 'score')} as score "
+        f"from {_sql_rows(file)}) where feature_id is not null and label <> ''"
     )
 
 
-def _rows_of(file: LabelFile) -> str:
+def _sql_rows(file: LabelFile) -> str:
     columns = literal(dict.fromkeys(file.columns, "varchar"))
     options = (
         f"columns = {columns}, delim = {literal(file.delimiter)}, quote = '\"', escape = '\"', header = true, "
@@ -259,10 +259,10 @@ def _number_in(file: LabelFile, column: str) -> str:
 
 
 def _trimmed(column: str) -> str:
-    return f"trim({column}, {literal(_BLANK)})"
+    return f"trim({column}, {literal(_WHITE_SPACE)})"
 
 
-_FEATURE = (
+_FEATURE_ID = (
     f"case when regexp_full_match({_trimmed('feature_id')}, '[0-9]{{1,10}}') "
     f"then try_cast({_trimmed('feature_id')} as integer) end"
 )

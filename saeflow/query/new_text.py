@@ -38,7 +38,7 @@ def read_if_needed(store: Store, run: Run, question: Question, values: Mapping[s
     """Return what the model gives on the question's text; None if the question does not run it. Raises UserError."""
     if not question.runs_model:
         return None
-    read = read_text(store, run, str(values["text"]), str(values["model"] or ""))
+    read = read_new_text(store, run, str(values["text"]), str(values["model"] or ""))
     return read.by_token(values["feature"]) if question.name == "text_tokens" else read.by_feature()
 
 
@@ -94,11 +94,11 @@ class ReadText:
 
 
 _one_at_a_time = threading.Lock()
-_kept: dict[object, _Reader] = {}
+_kept: dict[object, _TextReader] = {}
 """The reader that was asked last."""
 
 
-def read_text(store: Store, run: Run, text: str, model: str = "") -> ReadText:
+def read_new_text(store: Store, run: Run, text: str, model: str = "") -> ReadText:
     """Return what the model and the SAE see in the text.
 
     The text is read as a document of the run's corpus would be: with its special tokens, its context length, and
@@ -110,7 +110,7 @@ def read_text(store: Store, run: Run, text: str, model: str = "") -> ReadText:
     with _one_at_a_time:
         if key not in _kept:
             _kept.clear()  # two models need not fit into memory
-            _kept[key] = _Reader(store, run, config)
+            _kept[key] = _TextReader(store, run, config)
         return _kept[key].read(text)
 
 
@@ -152,7 +152,7 @@ def tokens_settings(store: Store, run: Run) -> tuple[TokensConfig, Mapping[str, 
     return TokensConfig(**{name: facts[name] for name in TokensConfig.model_fields if name in facts}), facts
 
 
-class _Reader:
+class _TextReader:
     """A model and an SAE in memory, and what they saw in the last text."""
 
     def __init__(self, store: Store, run: Run, config: ModelConfig) -> None:

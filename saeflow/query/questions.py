@@ -163,7 +163,7 @@ class Question:
         given = [re.fullmatch(r"(?:(\w+) := )?(.*)", word) for word in _split_list(found[1])] if found else []
         words = ["saeflow", "ask", self.name]
         for each, parameter in zip(filter(None, given), self.parameters, strict=False):
-            words += [f"--{each[1]}"] * (each[1] not in (None, parameter.name)) + [_as_word(each[2])]
+            words += [f"--{each[1]}"] * (each[1] not in (None, parameter.name)) + [_example_word(each[2])]
         return shlex.join(words)
 
     def as_sql(self, values: Mapping[str, Value], schema: str) -> str:
@@ -188,6 +188,13 @@ def find_question(name: str) -> Question:
     if name not in known:
         raise UserError(f"There is no question {brief(name)!r}. {did_you_mean(name, known)}")
     return known[name]
+
+
+def parse_whole_numbers(name: str, words: str) -> list[int]:
+    """Return numbers that are written as 3,17,99. `name` is what the error calls them. Raises UserError."""
+    found = Parameter(name, "bigint[]").parse(words)
+    assert isinstance(found, list)
+    return [int(each) for each in found]
 
 
 def parse_arguments(question: Question, arguments: Arguments) -> dict[str, Value]:
@@ -291,5 +298,5 @@ def _unquoted(sql: str) -> str:
     return sql[1:-1].replace("''", "'") if sql[:1] == sql[-1:] == "'" else sql
 
 
-def _as_word(sql: str) -> str:
+def _example_word(sql: str) -> str:
     return re.sub(r",\s+", ",", sql[1:-1]) if sql.startswith("[") else _unquoted(sql)

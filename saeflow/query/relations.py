@@ -34,7 +34,7 @@ Ranges = Sequence[tuple[int, int]]
 
 _HIVE = "hive_partitioning = true, hive_types = {'low': bigint, 'high': bigint}"
 _BY_NAME = r"regexp_extract(filename, '/low=(\d+)/high=(\d+)/[^/]*$', {})::bigint"
-_TYPES = {
+_SQL_TYPES = {
     pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
     pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
     pa.list_(pa.int32()): "integer[]", pa.list_(pa.float32()): "float[]",
@@ -48,7 +48,7 @@ _LOG = pa.schema(
 )
 """What the log of a training may hold. Which columns it has depends on the settings."""
 
-_OPTIONAL = {
+_OPTIONAL_TABLES = {
     **PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
 }  # fmt: skip
 
@@ -67,7 +67,7 @@ def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -
     }
     found |= _as_compacted(found, hidden) if hidden else {}
     found |= {order: _select_values(order, files[order], left_out) for order in ORDERS}
-    for table, schema in _OPTIONAL.items():
+    for table, schema in _OPTIONAL_TABLES.items():
         options = "filename = true" if table == "feature_stats" else ""
         found[table] = _read_files(files[table], options) if files.get(table) else no_rows(schema)
     read_logs = [_read_files([path]) for path in files.get("training_log", ())]
@@ -119,7 +119,7 @@ def _tokens(paths: Sequence[str], unmarked: Sequence[str]) -> str:
     if not unmarked:
         return _read_files(paths)
     lacking = {*unmarked}
-    nothing = ", ".join(f"null::{_TYPES[kind]} as {name}" for name, kind in MARK_TYPES.items())
+    nothing = ", ".join(f"null::{_SQL_TYPES[kind]} as {name}" for name, kind in MARK_TYPES.items())
     parts = (
         [f"select * from {_read_files(marked)}"] if (marked := [each for each in paths if each not in lacking]) else []
     )
@@ -198,7 +198,7 @@ def _blocks_of(tokens: str) -> str:
 
 def no_rows(schema: pa.Schema) -> str:
     """Return SQL for an empty table with these columns."""
-    columns = ", ".join(f"null::{_TYPES[field.type]} as {field.name}" for field in schema)
+    columns = ", ".join(f"null::{_SQL_TYPES[field.type]} as {field.name}" for field in schema)
     return f"(select {columns} where false)"
 
 

@@ -50,8 +50,8 @@ def _stage(artefact: Artefact) -> dict[str, object]:
     n_bytes = None
     with contextlib.suppress(*UNREADABLE_RECORD):
         n_bytes = artefact.n_bytes()
-    seconds, written = (_number(known.get(name)) for name in ("seconds", "written"))
-    return {"n_bytes": n_bytes, "seconds": seconds, "written": written, "host": _text(known.get("host"))}
+    seconds, written = (_number_or_none(known.get(name)) for name in ("seconds", "written"))
+    return {"n_bytes": n_bytes, "seconds": seconds, "written": written, "host": _text_or_none(known.get("host"))}
 
 
 def provenance(artefact: Artefact) -> dict[str, Any]:
@@ -63,19 +63,19 @@ def provenance(artefact: Artefact) -> dict[str, Any]:
 
 def model_of(made: Mapping[str, Artefact]) -> str | None:
     """Return the folder or name of the language model that the activations came from."""
-    return _text(provenance(made["activations"]).get("model")) if "activations" in made else None
+    return _text_or_none(provenance(made["activations"]).get("model")) if "activations" in made else None
 
 
 def log_of(made: Mapping[str, Artefact]) -> list[str]:
     """Return the location of the training's log, if it is there in its full size."""
     sae = made.get("saes")
     with contextlib.suppress(*UNREADABLE_RECORD):
-        if sae and any(file.name == LOG and _is_whole(sae, file.n_bytes) for file in sae.record.files):
+        if sae and any(file.name == LOG and _has_size(sae, file.n_bytes) for file in sae.record.files):
             return [sae.storage.location(sae.path / LOG)]
     return []
 
 
-def _is_whole(sae: Artefact, n_bytes: int) -> bool:
+def _has_size(sae: Artefact, n_bytes: int) -> bool:
     return sae.storage.size(f"{sae.path}/{LOG}") == n_bytes
 
 
@@ -105,9 +105,9 @@ def _default(section: str, name: str) -> dict[str, object]:
     return {"usual": usual, "about": field.description if field else None}
 
 
-def _number(value: object) -> float | None:
+def _number_or_none(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _text(value: object) -> str | None:
+def _text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None

@@ -27,7 +27,7 @@ from saeflow.recipe.settings import (
 )
 from saeflow.recipe.sweep import SweepConfig, member_name_of, settings_by_name, settings_with_effect
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.runtime.text import brief, decoded
+from saeflow.runtime.text import brief, decoded_text
 
 
 class Recipe(Section):
@@ -265,7 +265,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     if not path.is_file():
         raise UserError(f"No recipe at {path}. Write one with `saeflow init {path}`.")
     try:
-        data = tomllib.loads(decoded(path.read_bytes()))
+        data = tomllib.loads(decoded_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {first_line(error)}.") from error
     for dotted, value in overrides.items():

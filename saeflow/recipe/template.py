@@ -30,7 +30,7 @@ _TOP_LEVEL = {"data": '"{name}"', "store": '"data/store"', "threads": "0", "over
 DEFAULT_MODEL = "openai-community/gpt2"
 Start = dict[str, dict[str, str | None]]
 """TOML values by section and setting; None leaves a setting open."""
-_START: Start = {
+_FIRST_VALUES: Start = {
     "corpus": {"files": '["texts/*.txt"]'},
     "model": {"path": f'"{DEFAULT_MODEL}"'},
     "activations": {"sites": '["transformer.h.6.mlp.act"]'},
@@ -50,7 +50,9 @@ def template(
 
     `sites_of` names a model other than `DEFAULT_MODEL`. Its sites are left open, since only `saeflow sites` knows them.
     """
-    chosen = {section: _START.get(section, {}) | (start or {}).get(section, {}) for section in Recipe.model_fields}
+    chosen = {
+        section: _FIRST_VALUES.get(section, {}) | (start or {}).get(section, {}) for section in Recipe.model_fields
+    }
     hint = ""
     if sites_of is not None:
         del chosen["activations"]["sites"]

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from saeflow.runtime.errors import UserError
+from saeflow.runtime.text import human_bytes
+
 
 @dataclass
 class Usage:
@@ -39,6 +42,19 @@ def peak_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def require_share_of_memory(needed: int, what: str, remedy: str, n_quarters: int = 2) -> None:
+    """Raise UserError if more bytes are needed than some quarters of the machine's memory.
+
+    `what` ends with the verb that comes before the bytes, e.g. "4 features and 2 classes take".
+    """
+    most = total_memory() * n_quarters // 4
+    if needed > most:
+        share = {2: "half", 3: "three quarters"}[n_quarters]
+        raise UserError(
+            f"{what} {human_bytes(needed)} of memory, but {share} of this machine's is {human_bytes(most)}.\n{remedy}"
+        )
 
 
 def total_memory() -> int:

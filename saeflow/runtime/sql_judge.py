@@ -20,7 +20,7 @@ def _words(text: str) -> frozenset[str]:
 
 _NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
 
-_TABLES = _words(
+_TABLE_FUNCTIONS = _words(
     """
     range generate_series repeat repeat_row unnest json_each json_tree query_table glob sniff_csv
     read_parquet parquet_scan read_csv read_csv_auto read_json read_json_auto read_json_objects
@@ -73,7 +73,7 @@ def only_reads(
     if kinds != [duckdb.StatementType.SELECT] or not _is_reading_tree(connection, sql, macros):
         return False
     plan = connection.execute(f"explain (format json) {sql}", parameters or None).fetchall()
-    return {name for row in plan for name in _operators(row[-1])} <= _OPERATORS | _TABLES
+    return {name for row in plan for name in _operators(row[-1])} <= _OPERATORS | _TABLE_FUNCTIONS
 
 
 def _is_reading_tree(connection: duckdb.DuckDBPyConnection, sql: str, macros: Collection[str]) -> bool:
@@ -89,7 +89,7 @@ def _is_reading_tree(connection: duckdb.DuckDBPyConnection, sql: str, macros: Co
             named = {str(name).lower() for name in (node.get("name"), *(node.get("column_names") or ()))}
             if (kind.endswith("_NODE") and kind not in _NODES) or function in _ACTING or named & _MAKING_TABLES:
                 return False
-            if gives_table and gives_table not in _TABLES and gives_table not in macros:
+            if gives_table and gives_table not in _TABLE_FUNCTIONS and gives_table not in macros:
                 return False
         waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     return not tree["error"]

@@ -45,7 +45,7 @@ def encoding_of(first: bytes) -> str:
     return "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
-def decoded(content: bytes) -> str:
+def decoded_text(content: bytes) -> str:
     """Return a text in UTF-8 or, by its mark, in UTF-16. Raises UnicodeDecodeError."""
     return content.decode(encoding_of(content))
 

@@ -7,6 +7,7 @@ tensors are, by their ids or all in order. `g` is the derivative of the reconstr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from saeflow.recipe.settings import Architecture
 
 FeatureIndex = Tensor | slice
 FeatureSums = dict[str, Tensor]
+Number = TypeVar("Number", float, Tensor)
+"""A number that the host has, or one (shape ()) that stays on the device."""
 Backward = tuple[Tensor, FeatureSums]
 """The derivative by the pre-activation, and numbers to be summed by feature for the gradients of own parameters."""
 
@@ -72,14 +75,14 @@ class Top:
     def penalty(self, pre: Tensor, values: Tensor, at: FeatureIndex) -> Tensor:
         return values.new_zeros(())
 
-    def penalty_loss(self, total: Tensor, n_active: float) -> tuple[float, float]:
+    def penalty_loss(self, total: Number, n_active: Number) -> tuple[Number, Number]:
         """Return what the penalty adds to the loss, and the penalty before its weight."""
-        return 0.0, 0.0
+        return total, total
 
     def bias_gradient(self, d_pre: Tensor, sums: FeatureSums) -> Tensor:
         return d_pre
 
-    def own_gradients(self, sums: FeatureSums, n_active: float) -> tuple[Tensor, ...]:
+    def own_gradients(self, sums: FeatureSums, n_active: Number) -> tuple[Tensor, ...]:
         return ()
 
 
@@ -105,8 +108,8 @@ class Relu(Top):
     def penalty(self, pre: Tensor, values: Tensor, at: FeatureIndex) -> Tensor:
         return (values if self.lengths is None else values * self.lengths[at]).sum()
 
-    def penalty_loss(self, total: Tensor, n_active: float) -> tuple[float, float]:
-        mean = total.item() / self.n_entries
+    def penalty_loss(self, total: Number, n_active: Number) -> tuple[Number, Number]:
+        mean = total / self.n_entries
         return self.weight * mean, mean
 
     def _price(self, at: FeatureIndex) -> Tensor | float:
@@ -148,7 +151,7 @@ class Gated(Relu):
         """The magnitude path does not see the gate's bias."""
         return d_pre - self.r_mag.exp() * sums["b_mag"]
 
-    def own_gradients(self, sums: FeatureSums, n_active: float) -> tuple[Tensor, ...]:
+    def own_gradients(self, sums: FeatureSums, n_active: Number) -> tuple[Tensor, ...]:
         return sums["r_mag"], sums["b_mag"]
 
 
@@ -196,17 +199,17 @@ class JumpReLU(Top):
         lengths = 1.0 if self.lengths is None else self.lengths[at]
         return torch.tanh(self.tanh_scale * lengths * values).sum()
 
-    def penalty_loss(self, total: Tensor, n_active: float) -> tuple[float, float]:
+    def penalty_loss(self, total: Number, n_active: Number) -> tuple[Number, Number]:
         if self.tanh_scale is None:
             off = (n_active / self.k - 1) ** 2
             return self.weight * off, off
-        return self._price * total.item(), total.item() / self.n_rows
+        return self._price * total, total / self.n_rows
 
     @property
     def _price(self) -> float:
         return self.weight / (self.n_rows * self.width)
 
-    def own_gradients(self, sums: FeatureSums, n_active: float) -> tuple[Tensor, ...]:
+    def own_gradients(self, sums: FeatureSums, n_active: Number) -> tuple[Tensor, ...]:
         """Return the gradient of the logarithm of the thresholds."""
         gradient = sums["threshold"]
         if self.tanh_scale is None:

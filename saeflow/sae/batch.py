@@ -115,10 +115,10 @@ def centred_batch(
 
     Rows that are all equal, or a single one, have no variance; then squared distances from the decoder bias count.
     """
-    centred, sums, squares, low = _centred(x, b_in, dtype, threads)
+    centred, sums, squares, low = _centred_batch(x, b_in, dtype, threads)
     wanted = centred
     if target is not None:
-        wanted, sums, squares, _ = _centred(target, b_dec, torch.float32, threads)
+        wanted, sums, squares, _ = _centred_batch(target, b_dec, torch.float32, threads)
     return CentredBatch(low, wanted, variance_of(sums, squares, len(x)).item())
 
 
@@ -131,7 +131,7 @@ def variance_of(sums: Tensor, squares: Tensor, n_rows: int) -> Tensor:
     return torch.where(variance < DEGENERATE * squares, squares, variance).clamp(min=1e-30)
 
 
-def _centred(x: Tensor, bias: Tensor, dtype: torch.dtype, threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _centred_batch(x: Tensor, bias: Tensor, dtype: torch.dtype, threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return x - bias, its sum over rows and its sum of squares in float64, and x - bias in `dtype`."""
     centred = torch.empty_like(x)
     low = centred if dtype == torch.float32 else torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -31,7 +31,7 @@ Matrix = NDArray[Any]
 Offsets = NDArray[np.int64]
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
-BLOCK = 32
+VECTOR_SIZE = 32
 """Pre-activations compared at once."""
 
 ROUNDING = np.int64(1) << 41
@@ -75,21 +75,21 @@ def cut_bits(cut: Doubles, dtype: torch.dtype) -> Bits:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _mask_above(typing: Any, numbers: Any, start: Any, limit: Any) -> Any:
-    """Return one bit for each of BLOCK numbers from `start` on, set where the number is above the limit.
+    """Return one bit for each of VECTOR_SIZE numbers from `start` on, set where the number is above the limit.
 
     Written as vector instructions, because the compiler does not find them and a whole matrix goes through here.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         element = context.get_data_type(numbers.dtype)
-        vector = ir.VectorType(element, BLOCK)
+        vector = ir.VectorType(element, VECTOR_SIZE)
         array = context.make_array(numbers)(context, builder, arguments[0])
         place = builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
         loaded = builder.load(place, align=element.width // 8)
         first = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), None)
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), VECTOR_SIZE), None)
         limits = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
-        return builder.bitcast(builder.icmp_signed(">", loaded, limits), ir.IntType(BLOCK))
+        return builder.bitcast(builder.icmp_signed(">", loaded, limits), ir.IntType(VECTOR_SIZE))
 
     return numba.uint32(numbers, numba.intp, numbers.dtype), generate
 
@@ -116,7 +116,7 @@ def _float(typing: Any, number: Any) -> Any:
 
 
 @compiled
-def _above(row: Bits, cut: int, ids: Ids, out: Bits, n: int) -> int:
+def _append_above(row: Bits, cut: int, ids: Ids, out: Bits, n: int) -> int:
     """Append the places and bits of all numbers above the cut to `ids` and `out`, from entry n on."""
     limit = row.dtype.type(cut)
     if cut < 0:
@@ -126,16 +126,16 @@ def _above(row: Bits, cut: int, ids: Ids, out: Bits, n: int) -> int:
             out[n] = row[j]
             n += row[j] >= 0 or (row[j] ^ flip) > cut
         return n
-    n_blocks = len(row) // BLOCK
+    n_blocks = len(row) // VECTOR_SIZE
     for block in range(n_blocks):
-        mask = _mask_above(row, block * BLOCK, limit)
+        mask = _mask_above(row, block * VECTOR_SIZE, limit)
         while mask != 0:
-            j = block * BLOCK + _lowest_bit(mask)
+            j = block * VECTOR_SIZE + _lowest_bit(mask)
             ids[n] = j
             out[n] = row[j]
             n += 1
             mask = np.uint32(mask & np.uint32(mask - np.uint32(1)))
-    for j in range(n_blocks * BLOCK, len(row)):
+    for j in range(n_blocks * VECTOR_SIZE, len(row)):
         if row[j] > limit:
             ids[n] = j
             out[n] = row[j]
@@ -173,7 +173,7 @@ def select_above(bits: Bits, cuts: Bits, row_starts: Offsets, ids: Ids, out: Bit
     n = 0
     row_starts[0] = 0
     for r in range(len(bits)):
-        n = _above(bits[r], cuts[r], ids, out, n)
+        n = _append_above(bits[r], cuts[r], ids, out, n)
         row_starts[r + 1] = n
 
 
@@ -190,8 +190,8 @@ def select_top(bits: Bits, k: int, row_starts: Offsets, ids: Ids, out: Bits) -> 
         n_lanes *= 2
     n_lanes = min(n_lanes, width)
     lanes = np.empty(n_lanes, bits.dtype)
-    near = np.empty(width + BLOCK, np.int32)
-    near_bits = np.empty(width + BLOCK, bits.dtype)
+    near = np.empty(width + VECTOR_SIZE, np.int32)
+    near_bits = np.empty(width + VECTOR_SIZE, bits.dtype)
     n = 0
     row_starts[0] = 0
     for r in range(len(bits)):
@@ -203,7 +203,7 @@ def select_top(bits: Bits, k: int, row_starts: Offsets, ids: Ids, out: Bits) -> 
                 number = part[lane]
                 lanes[lane] = number if number > lanes[lane] else lanes[lane]
         first_cut = max(_kth_largest(lanes, k) - 1, 0)
-        n_near = _above(row, first_cut, near, near_bits, 0)
+        n_near = _append_above(row, first_cut, near, near_bits, 0)
         kth = _kth_largest(near_bits[:n_near], k)
         ties = k
         for i in range(n_near):

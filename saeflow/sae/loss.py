@@ -89,7 +89,7 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, StepInfo, tuple[Tensor, ...]]:
     config, encoder, split = sae.config, sae.current_encoder(), sae.split.for_rows(len(x))
     batch = centred_batch(x, sae.b_in, target, sae.b_dec, encoder.dtype, sae.threads)
-    rule = _training_rule(sae, batch, options.sparsity)
+    rule = training_rule(sae, len(x), batch.target.shape[1], options.sparsity)
     weights = Weights(sae.W_enc.detach(), sae.W_dec.detach())
     mine = split.features.share(config.n_features)
     ends = (torch.tensor(config.nested, dtype=torch.int32) - mine.start).clamp(0, mine.stop - mine.start)
@@ -102,7 +102,7 @@ def _loss_and_gradients(
     about = n_dead, options.k, weight, sae.traits.signed
     aux_loss = _add_auxiliary(result, batch, weights, encoder, settings, dead, *about)
     n_active = result.n_active / len(x)
-    penalty, sparsity_loss = rule.penalty_loss(result.penalty, n_active)
+    penalty, sparsity_loss = rule.penalty_loss(result.penalty.item(), n_active)
     loss = result.mean_error * scale + penalty + options.aux_weight * aux_loss
     if sae.training and math.isfinite(loss):  # a batch with NaN or infinity must leave nothing behind
         _remember(sae, len(x), result.fired, None if options.by_token else chosen, split.ranks)
@@ -136,8 +136,12 @@ def _step_result(
     return sparse_step(batch, chosen, weights, settings), chosen
 
 
-def _training_rule(sae: SAEParameters, batch: CentredBatch, sparsity: float) -> TrainingRule:
-    config, n_rows = sae.config, len(batch.low)
+def training_rule(sae: SAEParameters, n_rows: int, width: int, sparsity: float) -> TrainingRule:
+    """Return the rule for a batch of so many rows, of which so many numbers each are to be reconstructed.
+
+    `sparsity` is a factor on the penalty.
+    """
+    config = sae.config
     weighted = config.l1_norm_weighted or (config.architecture == "jumprelu" and not config.unit_norm)
     lengths = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1) if weighted else None
     paid = config.l1_weight * sparsity, n_rows * config.n_features, lengths
@@ -150,10 +154,18 @@ def _training_rule(sae: SAEParameters, batch: CentredBatch, sparsity: float) -> 
             return Top()
         case "jumprelu":
             scale = config.tanh_scale if config.penalty == "tanh" else None
-            weight, width = config.penalty_weight * sparsity, batch.target.shape[1]
+            weight = config.penalty_weight * sparsity
             return JumpReLU(sae.threshold, config.bandwidth, weight, config.k, n_rows, width, scale, lengths)
         case unknown:
             assert_never(unknown)
+
+
+def share_above_cut(sae: SAEParameters, x: Tensor) -> float:
+    """Return the share of pre-activations that a step looks at if it does not count k, in a sample of x (B, D)."""
+    cut, encoder = training_rule(sae, len(x), 1, 1.0).cut, sae.current_encoder()
+    with torch.no_grad():
+        rows = (x - sae.b_in).to(encoder.dtype)
+        return share_positive(rows, encoder.with_cut(cut) if isinstance(cut, Tensor) else encoder)
 
 
 def _gradients(

@@ -25,7 +25,7 @@ root of D; or it is centred and divided by the standard deviation of its numbers
 
 _START_ROWS = 4096
 """Rows from which biases and thresholds of a sparse start are taken."""
-_THRESHOLD_GAIN, _LEAST_THRESHOLD = 0.03, 1e-6
+THRESHOLD_GAIN, LEAST_THRESHOLD = 0.03, 1e-6
 """Change of jumprelu's log thresholds in a step, per unit of log(L0 / k), and the lowest threshold."""
 
 
@@ -141,8 +141,8 @@ class SAEParameters(nn.Module):
         if self.traits.pursues:
             self.W_enc.copy_(self.W_dec)
         if self.config.architecture == "jumprelu":
-            self.log_threshold.add_(_THRESHOLD_GAIN * min(max(self.log_off_k, -3.0), 3.0))
-            self.log_threshold.clamp_(min=math.log(_LEAST_THRESHOLD))
+            self.log_threshold.add_(THRESHOLD_GAIN * min(max(self.log_off_k, -3.0), 3.0))
+            self.log_threshold.clamp_(min=math.log(LEAST_THRESHOLD))
             self.log_off_k = 0.0
             torch.exp(self.log_threshold, out=self.threshold)
 

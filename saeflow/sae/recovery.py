@@ -36,7 +36,7 @@ DecodeValues = Callable[[SparseValues], Tensor]
 
 
 @dataclass(frozen=True)
-class Scores:
+class RecoveryScores:
     """Scores of one autoencoder against n_true known features.
 
     n_frequent of these fire at least `min_fires` times in training; n_live features of the autoencoder fire at all.
@@ -76,9 +76,9 @@ class Scores:
     true_l0: float
 
 
-def score(
+def score_recovery(
     sae: SparseAutoencoder, truth: GroundTruth, n_tokens: int, min_fires: int = MIN_FIRES, n_rows: int = FRESH_ROWS
-) -> Scores:
+) -> RecoveryScores:
     """Return the scores of an autoencoder that was trained on `n_tokens` rows, on at least `n_rows` fresh rows."""
     w_dec = sae.eval().W_dec.detach()
     return score_directions(w_dec, sae.encode_sparse, sae.decode, truth, n_tokens, min_fires, n_rows)
@@ -87,7 +87,7 @@ def score(
 def score_directions(
     w_dec: Tensor, encode: EncodeRows, decode: DecodeValues, truth: GroundTruth, n_tokens: int,
     min_fires: int = MIN_FIRES, n_rows: int = FRESH_ROWS,
-) -> Scores:  # fmt: skip
+) -> RecoveryScores:  # fmt: skip
     """Return the scores of any program that has directions (F, D) and encodes rows with them.
 
     A true feature is frequent if its rate times `n_tokens` reaches `min_fires`. Fresh rows are made and encoded twice:
@@ -106,7 +106,7 @@ def score_directions(
     f1 = 2 * n_both / np.maximum(fresh.n_true + np.where(matched, fresh.n_found[partners], 0), 1)
     frequent = truth.rates * n_tokens >= min_fires
     judged = frequent & (fresh.n_true > 0)
-    return Scores(
+    return RecoveryScores(
         n_true=len(true), n_frequent=int(frequent.sum()), n_live=len(live),
         mean_max_cosine=_mean(of_true), found_share=_mean(of_true > FOUND_COSINE),
         found_share_frequent=_mean(of_true[frequent] > FOUND_COSINE), precision=_mean(of_found > FOUND_COSINE),

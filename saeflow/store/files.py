@@ -1,8 +1,9 @@
-"""Files: checksums, and writes that a power cut leaves either undone or whole."""
+"""Files: checksums, writes that a power cut leaves either undone or whole, and where copies from elsewhere are kept."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -16,6 +17,9 @@ import numpy as np
 import xxhash
 
 from saeflow.store.links import move, open_unlinked, read_bytes, remove, unlinked
+
+ROW_GROUP = 122_880
+"""Rows of a row group in Parquet: as many as one thread of DuckDB reads at a time."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -153,3 +157,11 @@ def rename(source: Path, target: Path) -> None:
     move(source, target)
     flush(target.parent)
     flush(source.parent)
+
+
+def cache_folder(url: str) -> Path:
+    """Return the folder of this machine that stands for a bucket: below SAEFLOW_CACHE, else the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(os.environ.get("SAEFLOW_CACHE") or Path(home) / "saeflow").absolute()
+    name = "".join(c if c.isalnum() else "-" for c in url.partition("://")[2])[-40:].strip("-")
+    return base / f"{name}-{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}"

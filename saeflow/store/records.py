@@ -37,7 +37,7 @@ Kind = Literal["tokens", "activations", "saes", "features", "annotations", "prob
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BESIDE: tuple[Kind, ...] = ("annotations", "probes", "effects")
 """Kinds that belong to tokens or to a run, and that no stage reads. The newest of a name is the one that is read."""
-WHOLE: tuple[Kind, ...] = ("saes", *BESIDE)  # kinds without parts: each appears whole, in one rename
+WHOLE_KINDS: tuple[Kind, ...] = ("saes", *BESIDE)  # kinds without parts: each appears whole, in one rename
 _Record = TypeVar("_Record", bound=BaseModel)
 
 FORGOTTEN = "forgotten.json"

@@ -25,7 +25,7 @@ from saeflow.store.files import map_lookups
 from saeflow.store.records import (
     FORGOTTEN,
     KINDS,
-    WHOLE,
+    WHOLE_KINDS,
     Damaged,
     ForgottenRecord,
     PartRecord,
@@ -249,7 +249,7 @@ def repair(found: Damage) -> str:
 def _repair_own(artefact: Artefact) -> str:
     if not list(_own_problems(artefact, full=True)):
         return f"{artefact.path} is whole by now"
-    whole = artefact.kind in WHOLE
+    whole = artefact.kind in WHOLE_KINDS
     bad = [artefact.path] if whole else list(_bad_files(artefact))
     moved = [_moved_aside(artefact, path) for path in bad]
     mended = not whole and artefact.recover()

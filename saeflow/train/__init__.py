@@ -2,7 +2,9 @@
 
 training   one training: state, step, checkpoint
 fused      steps by the kernels of a GPU, and when the host looks at what they have done
+retaken    steps by kernels whose number of entries depends on data, taken again if they do not fit
 group      several trainings on one feed, their TensorBoard logs, publication
+memory     memory that trainings take on each device, priced before any work
 shares     training by several processes that split the features
 schedules  what changes in the course of a training
 whitening  all directions of the activations vary alike; removed from the SAE in the end

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saeflow.activations.feed import Feed
-from saeflow.recipe.settings import TrainConfig
+from saeflow.recipe.settings import SAEConfig, TrainConfig
+from saeflow.sae.architectures import TRAITS
+from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.loss import StepInfo
 from saeflow.sae.parameters import SAEParameters
+from saeflow.sae.split import Split
+from saeflow.train.retaken import RetakenSteps, StepBatch
+
+if TYPE_CHECKING:
+    from saeflow.sae.gpu.choice.chooser import EntriesAboveCut
+    from saeflow.sae.gpu.fused import FusedStep
 
 TOLERANCE = 1e-7
 """How far a weight of a feature that has long been silent may stay behind, in units of the learning rate."""
 
 
 def suits(sae: SAEParameters, config: TrainConfig) -> bool:
-    """True if the kernels can train the SAE where it is: on one GPU with Triton, and of the top-k family."""
-    if not config.kernels or sae.split.ranks.n > 1:
+    """True if the kernels can train the SAE where it is."""
+    return takes(sae.config, config, sae.W_enc.device, sae.split)
+
+
+def takes(sae: SAEConfig, config: TrainConfig, place: torch.device, split: Split) -> bool:
+    """True if the kernels train such an SAE there: on one GPU with Triton, and not by pursuits."""
+    if not config.kernels or split.ranks.n > 1 or config.clip_norm is not None:
         return False
-    on_gpu = sae.W_enc.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return on_gpu and sae.config.counts_k and not sae.traits.pursues and config.clip_norm is None
+    on_gpu = place.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return on_gpu and not TRAITS[sae.architecture].pursues
 
 
 @dataclass(frozen=True)
@@ -38,31 +53,32 @@ class Fetched:
 
 
 class FusedTraining:
-    """The steps of one training on a GPU. The host waits for the device only in `fetch`."""
+    """The steps of one training on a GPU. The host waits for the device only in `fetch`: but see `retaken`."""
 
-    def __init__(self, sae: SAEParameters, adam: torch.optim.Adam, config: TrainConfig, feed: Feed) -> None:
+    def __init__(self, sae: SparseAutoencoder, adam: torch.optim.Adam, config: TrainConfig, feed: Feed) -> None:
         from saeflow.sae.gpu.fused import FusedStep  # which imports triton
 
         lr, dtype = config.lr or 1e-3, sae.product_dtype or torch.float32
-        self._step = FusedStep(sae, adam, dtype, lr, config.aux_weight, config.dead_after_tokens, TOLERANCE * lr)
+
+        def step(chooser: EntriesAboveCut | None = None) -> FusedStep:
+            about = config.aux_weight, config.dead_after_tokens, TOLERANCE * lr, chooser
+            return FusedStep(sae, adam, dtype, lr, *about)
+
+        counts_k = sae.config.counts_k
+        self._steps = CountedSteps(step()) if counts_k else RetakenSteps(sae, adam, config, step)
         self._n_dead = int((sae.tokens_since_fired >= config.dead_after_tokens).sum())
         self._feed = feed
 
-    def take(self, x: Tensor, target: Tensor | None, lr: float, k: int, by_token: bool) -> None:
+    def take(self, x: Tensor, target: Tensor | None, lr: float, k: int, by_token: bool, sparsity: float = 1.0) -> None:
         """Take a step on x (B, D), and for a transcoder its target (B, D_out), float32."""
-        from saeflow.sae.gpu.fused import StepOptions
-
-        self._step(x, target, StepOptions(lr, k, by_token, self._n_dead))
+        self._steps.take(StepBatch(x, target, StepOptions(lr, k, by_token, self._n_dead, sparsity)))
 
     def fetch(self) -> Fetched:
         """Wait for the last step, and return its figures."""
-        from saeflow.sae.gpu.fused import FIGURES
-
-        found = dict(zip(FIGURES, self._step.figures.tolist(), strict=True))
+        found = self._steps.figures()
         self._n_dead = int(found["n_dead_after"])
-        figures = found["unexplained"], found["auxiliary"], 0.0, found["n_active"], int(found["n_dead"])
-        info = StepInfo(*figures, torch.empty(0))
-        step = int(self._step.clock.step)
+        figures = found["unexplained"], found["auxiliary"], found["sparsity"], found["n_active"], int(found["n_dead"])
+        info, step = StepInfo(*figures, torch.empty(0)), int(found["step"])
         suspect = None if found["alive"] > 0 else self._place(step, int(found["suspect"]))
         return Fetched(found["loss"], info, step, suspect)
 
@@ -70,6 +86,25 @@ class FusedTraining:
         if row < 0:
             return f"{self._feed.locate(step, -1 - row)} is not finite", False
         return str(self._feed.locate(step, row)), True
+
+    def settle(self) -> None:
+        """Bring weights and Adam's moments to where the dense optimizer would have them."""
+        self._steps.settle()
+
+
+class CountedSteps:
+    """Steps whose number of entries is known before: those of the top-k family."""
+
+    def __init__(self, step: FusedStep) -> None:
+        self._step = step
+
+    def take(self, batch: StepBatch) -> None:
+        """Take a step."""
+        self._step(batch.x, batch.target, batch.options)
+
+    def figures(self) -> dict[str, float]:
+        """Wait for the last step, and return its figures."""
+        return dict(zip(FIGURES, self._step.figures.tolist(), strict=True))
 
     def settle(self) -> None:
         """Bring weights and Adam's moments to where the dense optimizer would have them."""

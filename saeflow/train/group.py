@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,14 +22,11 @@ from saeflow.activations.feed import Feed
 from saeflow.activations.upload import uploaded
 from saeflow.model.sites import Site
 from saeflow.recipe.recipe import Recipe
-from saeflow.runtime.devices import choose_device, device_memory
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.ranks import ALONE, Ranks
-from saeflow.runtime.text import human_bytes
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.save import save_sae
-from saeflow.sae.split import Split
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
 from saeflow.store.records import Damaged
@@ -287,25 +284,3 @@ def require_tensorboard(folder: str | None) -> None:
             f"train.tensorboard is {folder!r}, but the package tensorboard is not installed.\n"
             "Install it with `pip install tensorboard`, or take the setting out."
         )
-
-
-def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]], ranks: Ranks = ALONE) -> None:
-    """Raise UserError if memory cannot hold, in float32, weights and Adam's two moments of every training, and the
-    gradients of the one that steps. Each rank needs that for its features; on the processor they share the memory."""
-    needs: dict[torch.device, list[int]] = {}
-    for recipe, sites in wanted:
-        features = Split.of(ranks, recipe.train.parallel).features
-        size = -(-recipe.sae.n_features // features.n) * (sites[0].width + sites[-1].width + 2)
-        here = needs.setdefault(choose_device("train.device", recipe.train.device), [])
-        here += [size] * recipe.train.restarts
-    for place, sizes in needs.items():
-        n_there = ranks.n if place.type == "cpu" else 1
-        need, total = 4 * (3 * sum(sizes) + max(sizes)) * n_there, device_memory(place)
-        if need > total:
-            where = "this machine has" if place.type == "cpu" else f"on {place} are free"
-            raise UserError(
-                f"{len(sizes)} SAEs in training take {human_bytes(need)} (weights, gradients, moments), but {where} "
-                f"{human_bytes(total)} of memory.\n"
-                "Train fewer at once: shorten [sweep], lower train.restarts, or choose a "
-                "smaller sae.n_features."
-            )

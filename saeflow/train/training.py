@@ -34,6 +34,7 @@ from saeflow.store.links import is_file, remove, unlinked
 from saeflow.store.records import Damaged, damaged, is_refusal, read_checked, write_checked
 from saeflow.train import fused, schedules
 from saeflow.train.resample import resample_dead
+from saeflow.train.retaken import take_adam_step
 from saeflow.train.shares import read_share, whole_sae, whole_state
 from saeflow.train.whitening import Whitening, whitening_of
 
@@ -157,9 +158,7 @@ class Training:
             raise UserError(self._not_finite(loss.item(), *batch.suspect()))
         loss.backward()  # type: ignore[no-untyped-call]
         clipped = self._clip()
-        self.adam.step()
-        self.sae.after_step()
-        self.adam.zero_grad(set_to_none=True)  # so that only one of many trainings has gradients at a time
+        take_adam_step(self.sae, self.adam)
         if self.step in self._resample_steps:
             resample_dead(self.sae, self.adam, x, dead_after, self.step, target)
         if self._is_logged(self.step):
@@ -173,14 +172,14 @@ class Training:
             self.fused = fused.FusedTraining(self.sae, self.adam, self.config, batch.feed)
         by_token = self.sae.traits.chooses_by_token
         by_token = by_token or schedules.chooses_by_token(self.step, self.n_steps, self.config)
-        self.fused.take(x, target, self.adam.param_groups[0]["lr"], self._k, by_token)
-        self.step += 1
-        if self.info is None or self._is_logged(self.step - 1):
+        self.fused.take(x, target, self.adam.param_groups[0]["lr"], self._k, by_token, self._sparsity)
+        if self.info is None or self._is_logged(self.step):
             loss, self.info = self._fetched()
-            self.log.append(self._log_row(loss, self.info, len(batch)) | {"step": self.step - 1})
-        if self.step - 1 in self._resample_steps:
+            self.log.append(self._log_row(loss, self.info, len(batch)))
+        if self.step in self._resample_steps:
             self.settle()
-            resample_dead(self.sae, self.adam, x, self.config.dead_after_tokens, self.step - 1, target)
+            resample_dead(self.sae, self.adam, x, self.config.dead_after_tokens, self.step, target)
+        self.step += 1
         return self.info
 
     def _is_logged(self, step: int) -> bool:

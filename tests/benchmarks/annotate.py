@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from saeflow.classes.annotations import write_tables
+from saeflow.classes.annotations import write_annotations
 from saeflow.classes.characters import find_characters, read_marks
 from saeflow.classes.places import find_places
 from saeflow.classes.tables import opened_table, store_rows
@@ -118,7 +118,7 @@ def main() -> None:
         placed = time.perf_counter() - began
         find_characters(connection, tokens, unmatched, Progress(verbosity=-1))
         looked_up = time.perf_counter() - began
-        write_tables(connection, folder)
+        write_annotations(connection, folder)
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         wrong = n_wrong(tokens, spans, folder / "spans.parquet")

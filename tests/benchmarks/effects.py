@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saeflow.meaning.effects.measure import REMEDY, EffectSettings, measure_effects
+from saeflow.meaning.effects.measure import EFFECTS_COMMAND, EffectSettings, measure_effects
 from saeflow.meaning.effects.run_model import RunModel, model_of_run
 from saeflow.query.connection import connect_to_run
 from saeflow.runtime.memory import peak_bytes
@@ -49,7 +49,7 @@ def one_at_a_time(store: Store, rows: pa.Table) -> float:
     """Return the largest difference of loss change and KL from passes over whole sequences, one for each firing."""
     run, connection = connect_to_run(store, "demo")
     with contextlib.closing(connection):
-        loaded = RunModel.load(store, run, model_of_run(store, run, "", "cpu", REMEDY))
+        loaded = RunModel.load(store, run, model_of_run(store, run, "", "cpu", EFFECTS_COMMAND))
         model, worst = loaded.model.double(), 0.0
         module = dict(model.named_modules())[loaded.place.target]
         for row in rows.to_pylist():

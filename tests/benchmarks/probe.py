@@ -75,7 +75,7 @@ def timed(folder: str) -> None:
     tables = probing.score_tables(run, "planted", members, probing.ProbeSettings(), threads=2)
     took["figures"] = time.perf_counter() - began - took["members"]
     with tempfile.TemporaryDirectory() as place:
-        probing.write_tables(Path(place), tables)
+        probing.write_probe_tables(Path(place), tables)
         took["seconds"] = time.perf_counter() - began
         took["cpu_seconds"] = time.process_time() - busy
         pairs = pq.read_table(f"{place}/feature_classes.parquet", columns=["class", "feature_id", "auroc"])

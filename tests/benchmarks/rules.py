@@ -22,10 +22,10 @@ import numpy as np
 from saeflow.meaning.token_rules import token_table
 from saeflow.meaning.token_rules.choose import Chooser
 from saeflow.meaning.token_rules.counting import Firings
-from saeflow.meaning.token_rules.explain import explain
+from saeflow.meaning.token_rules.explain import explain_run
 from saeflow.meaning.token_rules.families import make_families
 from saeflow.meaning.token_rules.firings import plan_chunks
-from saeflow.meaning.token_rules.stored import share
+from saeflow.meaning.token_rules.stored import share_of_rules
 from saeflow.meaning.token_rules.token_table import TokenTable
 from saeflow.query.connection import connect
 from saeflow.runtime.memory import peak_bytes
@@ -57,12 +57,12 @@ def demo_bars(root: Path) -> list[Bar]:
     """Choose the demo's rules, and return the shares of live features, and the processor's seconds."""
     with _linked(root) as store:
         began = _seconds()
-        explain(store, None, None, False, Progress(verbosity=-1))
+        explain_run(store, None, None, False, Progress(verbosity=-1))
         wall, cpu = (now - then for now, then in zip(_seconds(), began, strict=True))
         with connect(store, names=["feature_rules"]) as connection:
             scores = [row[0] for row in connection.execute("select f1 from feature_rules").fetchall()]
     bars = [
-        Bar(f"live demo features with F1 of at least {least}", asked, ">=", share(scores, least))
+        Bar(f"live demo features with F1 of at least {least}", asked, ">=", share_of_rules(scores, least))
         for least, asked in _ASKED.items()
     ]
     return [*bars, Bar("demo, processor seconds", 60, "<=", cpu), Bar("demo, seconds", 60, "<=", wall)]
@@ -90,7 +90,7 @@ def _made_firings(table: TokenTable, tokens: np.ndarray, starts: np.ndarray, cou
 def made_bars(root: Path, every: int) -> list[Bar]:
     """Choose rules of every so-many-th made feature. Return the minutes for all, making them aside, and the memory."""
     n_features = 131_072
-    with connect(Store.open(root), names=token_table.READ_FROM) as connection:
+    with connect(Store.open(root), names=token_table.TOKEN_TABLES) as connection:
         table = token_table.read_token_table(connection)
     threads = n_threads(0)
     began = _seconds()

@@ -35,7 +35,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae import recovery
 from saeflow.sae.formats.load import load_sae
-from saeflow.sae.recovery import Scores
+from saeflow.sae.recovery import RecoveryScores
 from saeflow.store.store import Store
 from saeflow.train.training import mean_and_scale
 from tests.benchmarks import _peers
@@ -74,7 +74,7 @@ def recipe_of(architecture: str, n_tokens: int, quick: bool) -> Recipe:
     return load_recipe(RECIPE, **changes)
 
 
-def peer_scores(recipe: Recipe, peer: str, architecture: str, folder: Path) -> Scores:
+def peer_scores(recipe: Recipe, peer: str, architecture: str, folder: Path) -> RecoveryScores:
     """Train a peer's autoencoder on the recipe's rows from a file and judge it as ours are."""
     made = recipe.activations.synthetic
     assert made is not None
@@ -146,7 +146,7 @@ def trained(
         yield name, (found, time.monotonic() - began)
 
 
-def worst_share(scores: Scores) -> float:
+def worst_share(scores: RecoveryScores) -> float:
     """Of what is asked, the share reached where it is least."""
     return min(scores.found_share_frequent / FOUND, scores.precision / PRECISION, scores.f1 / F1)
 
@@ -159,7 +159,7 @@ def main() -> None:
     made = first.activations.synthetic
     assert made is not None
     skipped: dict[str, str] = {}
-    peers: dict[str, Scores] = {}
+    peers: dict[str, RecoveryScores] = {}
     with contextlib.ExitStack() as stack:
         folder = asked.store or stack.enter_context(tempfile.TemporaryDirectory(prefix="saeflow-synth-"))
         found = dict(trained(Store.create(folder), recipes, skipped))

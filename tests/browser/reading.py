@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from saeflow.browser.shading import share
+from saeflow.browser.shading import per_cent
 from saeflow.runtime.text import brief, human_bytes, sanitise
 from tests.support.html_tree import Element
 
@@ -341,7 +341,7 @@ def effects(panel: Element, rows: Rows, words: Words) -> None:
         number_is(ahead.words, row["ahead"])
         number_is(firings.words, row["n_firings"])
         within(loss, row["mean_loss_change"], row["loss_change_low"], row["loss_change_high"])
-        assert worse.words == share(row["worse_share"])
+        assert worse.words == per_cent(row["worse_share"])
         within(kl, row["mean_kl"], row["kl_low"], row["kl_high"])
 
 
@@ -483,9 +483,9 @@ def features(panel: Element, rows: Rows, words: Words) -> None:
         leads_to(number, "features", row["feature_id"])
         text_is(label, row["label"], "")
         pieces_are(pieces, row["pieces"])
-        assert [each.words for each in pieces.all("small")] == [share(each, 2) for each in row["shares"]]
+        assert [each.words for each in pieces.all("small")] == [per_cent(each, 2) for each in row["shares"]]
         named = row["main_source"] is not None
-        assert source.words == (f"{visible(row['main_source'])} {share(row['source_share'], 2)}" if named else "")
+        assert source.words == (f"{visible(row['main_source'])} {per_cent(row['source_share'], 2)}" if named else "")
         assert kind.words == row["kind"]
         for cell, name in zip(numbers, ("n_tokens", "density", "mean_value", "max_value"), strict=True):
             number_is(cell.words, row[name])

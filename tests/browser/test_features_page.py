@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from saeflow.browser.charts import tiny_histogram
-from saeflow.browser.shading import share
+from saeflow.browser.shading import per_cent
 from tests.browser.test_server import run_of
 
 
@@ -56,7 +56,7 @@ def test_the_list_says_how_much_each_token_and_source_counts(pages: TestClient) 
     for row in rows_of(pages, f"{here}.json?source=tales&n=3"):
         assert row["main_source"] == "tales"
         for part in (row["source_share"], *row["shares"]):  # type: ignore[misc]
-            assert f"<small>{share(part, 2)}</small>" in html
+            assert f"<small>{per_cent(part, 2)}</small>" in html
     assert '<option value="letters"></option>' in html
     assert "single-token nine tenths" in " ".join(html.split())
 

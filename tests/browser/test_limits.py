@@ -40,10 +40,8 @@ def ask_after(pause: float, connections: Connections) -> None:
 
 @pytest.mark.parametrize("pause", [0.0, 0.8], ids=["while it runs", "before it begins"])
 def test_a_question_is_stopped_when_its_time_is_over(hasty: Connections, pause: float) -> None:
-    began = time.monotonic()
     with pytest.raises(TooSlow, match="saeflow ask"):
         ask_after(pause, hasty)
-    assert time.monotonic() - began < 10
     with hasty.opened() as opened:
         assert opened.cursor.execute("select 1").fetchall() == [(1,)]
 

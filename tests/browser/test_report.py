@@ -71,7 +71,7 @@ def test_a_report_is_one_file_that_loads_nothing(reported: Path):
 
 def test_each_number_of_a_report_is_its_statements_answer(finished: Finished):
     with opened_alone(finished.store, None) as opened, saeflow.open(finished.store.root) as run:
-        for answer in report.ask(opened):
+        for answer in report.ask_for_report(opened):
             assert run.sql(answer.sql.removesuffix(";")).to_pylist() == answer.rows, answer.panel.name
 
 

@@ -22,8 +22,8 @@ from saeflow.classes.places import find_places, islands
 from saeflow.classes.tables import store_rows
 from saeflow.features.beside import newest_annotations
 from saeflow.pipeline.lifecycle.forget import forget
+from saeflow.pipeline.lifecycle.tidy import compact_store
 from saeflow.pipeline.lineage import Lineage
-from saeflow.pipeline.stages import compact_store
 from saeflow.query import catalog
 from saeflow.query.ask import ask, query
 from saeflow.query.connection import connect

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saeflow.classes.annotations import Source, annotate
-from saeflow.classes.listing import annotations_of, remove
+from saeflow.classes.listing import annotations_of, remove_annotations
 from saeflow.query.ask import ask
 from saeflow.query.connection import connect
 from saeflow.store.garbage import collect_garbage
@@ -55,5 +55,5 @@ def test_annotations_in_a_bucket_are_those_of_a_folder(tmp_path: Path, monkeypat
             len([each for each in collect_garbage(store, 0, remove=True).garbage if each.path.name.startswith("x-")])
             == 1
         )
-        assert len(remove(Store.open(url), None, "x")) == 1
+        assert len(remove_annotations(Store.open(url), None, "x")) == 1
         assert server.files("annotated", "annotations") == {}

@@ -44,7 +44,7 @@ def test_a_span_has_the_tokens_that_looking_at_each_token_finds(
 ) -> None:
     document, first, end = np.array(rows, np.int64).reshape(-1, 3).T
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(characters, "_AT_ONCE", at_once)
+        patch.setattr(characters, "_TOKENS_AT_ONCE", at_once)
         found = lookup(marks, document, first, end)
     expected, outside, cut = {}, 0, 0
     for row, (key, low, high) in enumerate(rows):

@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from saeflow.classes import intervals
 from saeflow.classes.best import BestEntries
 from saeflow.classes.membership import membership
-from saeflow.classes.scores import score
+from saeflow.classes.scores import score_classes
 from tests.classes.test_scores import made, rounded, spans_of, write
 
 
@@ -21,17 +21,17 @@ def test_intervals_are_those_of_repeated_documents(tmp_path, signed):
     values, classes = values[:, :6], classes[:, [2, 20, 40]]
     members = membership(spans_of(classes, 0), np.arange(len(values)), documents)
     files = write(tmp_path, values, 0, (200,))
-    scores = score(files, members)
+    scores = score_classes(files, members)
     weights = intervals.draw_documents(members.n_documents, 0, 12)
     held = BestEntries(3, 10_000)
-    score(files, members, 2, 300, held)
+    score_classes(files, members, 2, 300, held)
     found = intervals.intervals(files, members, scores, 3, weights, 2, held)
     again = intervals.intervals(files, members, scores, 3, weights, 2)
     np.testing.assert_array_equal(found.low["auroc"], again.low["auroc"])
     ids = np.unique(documents)
     assert (np.isfinite(found.low["auroc"]).sum(0) == 3).all()
     for f, c in np.argwhere(np.isfinite(found.low["auroc"])):
-        drawn = {name: [] for name in intervals.FIGURES}
+        drawn = {name: [] for name in intervals.FIGURES_WITH_INTERVALS}
         for replicate in range(weights.shape[1]):
             rows = np.concatenate(
                 [
@@ -71,6 +71,6 @@ def test_intervals_by_document_are_wider_than_those_by_token(tmp_path):
         members = membership(spans_of(classes, 0), np.arange(1200), owners)
         files = write(tmp_path, values, 0, ())
         drawn = intervals.draw_documents(members.n_documents, 0, 300)
-        found = intervals.intervals(files, members, score(files, members), 1, drawn)
+        found = intervals.intervals(files, members, score_classes(files, members), 1, drawn)
         widths.append(found.high["auroc"][0, 0] - found.low["auroc"][0, 0])
     assert widths[0] > 3 * widths[1]

@@ -13,10 +13,10 @@ from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
 import saeflow
-from saeflow.classes.annotations import Source, annotate, erase_hidden
+from saeflow.classes.annotations import Source, annotate, erase_hidden_spans
 from saeflow.classes.membership import membership
 from saeflow.classes.probing import ProbeSettings, probe, still_shown
-from saeflow.classes.samples import draw, random_values
+from saeflow.classes.samples import draw_sample, random_values
 from saeflow.classes.sparse_probes import probes
 from saeflow.query.ask import ask
 from saeflow.query.connection import connect
@@ -84,7 +84,7 @@ def test_a_probe_that_is_stopped_leaves_nothing_and_is_made_again(store, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("saeflow.classes.probing.write_tables", stop)
+        patched.setattr("saeflow.classes.probing.write_probe_tables", stop)
         with pytest.raises(KeyboardInterrupt):
             probed(store)
     assert store.artefacts("probes") == []
@@ -101,7 +101,7 @@ def test_only_wanted_classes_are_probed_and_unknown_ones_refused(store):
 
 
 def test_more_classes_than_fit_into_memory_are_refused_with_both_numbers(store, monkeypatch):
-    monkeypatch.setattr("saeflow.classes.probing.total_memory", lambda: 4_000)
+    monkeypatch.setattr("saeflow.runtime.memory.total_memory", lambda: 4_000)
     with pytest.raises(UserError, match=r"4 features and 2 classes take 2\.5 KiB of memory, but half .* is 2\.0 KiB"):
         probed(store)
     assert probed(store, classes=("love",)).complete()
@@ -164,7 +164,7 @@ def test_a_planted_direction_is_found_by_one_feature_and_not_by_random_ones():
     neurons = (active @ directions).astype(np.float32)
     classes = active[:, :4] > 0
     members = membership(spans_of(classes, 0), np.arange(n), np.arange(n) // 40)
-    sample = draw(members, 0, 2_000, 500)
+    sample = draw_sample(members, 0, 2_000, 500)
     found = {}
     for basis, values in {
         "features": sparse.csc_array(active[sample.places]),
@@ -189,7 +189,7 @@ def test_a_class_is_judged_against_the_corpus_and_not_against_the_tokens_of_othe
     common, rare = dice.random((2, n)) < np.array([[0.2], [0.01]])
     fires = np.where(common | rare, dice.random(n) + 1, dice.random(n)).astype(np.float32)
     members = membership(spans_of(np.stack([common, rare], 1), 0), np.arange(n), np.arange(n) // 100)
-    sample = draw(members, 0, 2_000, 1_000)
+    sample = draw_sample(members, 0, 2_000, 1_000)
     row = next(iter(probes(sparse.csc_array(fires[sample.places, None]), sample, 0)))
     assert row["auroc"] == pytest.approx(roc_auc_score(common, fires), abs=0.01)
     assert row["n_train"] + row["n_test"] < 2_000 + 1_000
@@ -199,7 +199,7 @@ def test_annotations_whose_documents_are_all_forgotten_are_an_error_in_words(sto
     for kind in ("tokens", "features"):
         shutil.rmtree(store.root / kind)
     forgotten = Given(hidden=[0, 1]).write(store.root)
-    erase_hidden(forgotten, forgotten.artefacts("tokens")[0], quiet())
+    erase_hidden_spans(forgotten, forgotten.artefacts("tokens")[0], quiet())
     with pytest.raises(UserError, match="no span left"):
         probed(forgotten)
 

@@ -14,8 +14,15 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from saeflow.classes.membership import Membership, Spans, membership
-from saeflow.classes.scores import Counts, Scores, expected_in_documents, false_discovery_rates, score, scores_of
-from saeflow.classes.values import Entries, ValueFiles, cut_features
+from saeflow.classes.scores import (
+    Counts,
+    Scores,
+    expected_in_documents,
+    false_discovery_rates,
+    score_classes,
+    scores_of,
+)
+from saeflow.classes.values import FeatureEntries, ValueFiles, cut_features
 
 N_TOKENS, N_FEATURES, N_CLASSES = 900, 12, 70
 
@@ -68,7 +75,7 @@ def scored(folder: Path, *args, **options) -> tuple[Scores, np.ndarray, np.ndarr
     values, classes, documents, counted = made(*args, **options)
     first = 5_000
     members = membership(spans_of(classes, first), np.flatnonzero(counted) + first, documents[counted])
-    found = score(write(folder, values, first, (300, 700)), members, threads=2, block_values=1_000)
+    found = score_classes(write(folder, values, first, (300, 700)), members, threads=2, block_values=1_000)
     return found, values[counted], classes[counted], documents[counted], members
 
 
@@ -122,7 +129,7 @@ def test_the_number_of_threads_and_the_size_of_blocks_change_nothing(tmp_path):
     values, classes, documents, counted = made()
     members = membership(spans_of(classes, 0), np.flatnonzero(counted), documents[counted])
     files = write(tmp_path, values, 0, (450,))
-    whole, cut = score(files, members, 1), score(files, members, 2, 100)
+    whole, cut = score_classes(files, members, 1), score_classes(files, members, 2, 100)
     for name in whole.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(whole, name), getattr(cut, name))
 
@@ -132,7 +139,7 @@ def test_values_with_all_24_bits_are_ranked_exactly(tmp_path):
     values = dice.lognormal(0, 3, (500, 1)).astype(np.float32)
     y = dice.random(500) < 0.3
     members = membership(spans_of(y[:, None], 0), np.arange(500), np.arange(500) // 10)
-    found = score(write(tmp_path, values, 0, ()), members)
+    found = score_classes(write(tmp_path, values, 0, ()), members)
     assert found.auroc[0, 0] == pytest.approx(roc_auc_score(y, values[:, 0]), abs=1e-12)
     assert found.average_precision[0, 0] == pytest.approx(average_precision_score(y, values[:, 0]), abs=1e-12)
 
@@ -148,7 +155,7 @@ def test_p_holds_its_level_although_tokens_of_a_document_are_alike():
     values = (levels * dice.random(len(documents)))[:, None]
     flat = rounded(values)[:, 0]
     codes = members.codes
-    entries = Entries(0, np.array([0]), np.array([len(flat)]), flat, codes, members.documents)
+    entries = FeatureEntries(0, np.array([0]), np.array([len(flat)]), flat, codes, members.documents)
     counts, expected = Counts.none(1, n_trials), expected_in_documents(members)
     counts.add(entries, members, expected)
     p = scores_of(counts, members, expected).p[0]

@@ -28,7 +28,7 @@ import typer
 from saeflow import __version__
 from saeflow.cli import app as cli
 from saeflow.cli.common import exit_code_of
-from saeflow.cli.store import state_of
+from saeflow.cli.store import state_in_words
 from saeflow.query.questions import Question, questions
 from saeflow.recipe.recipe import Recipe, load_recipe
 from saeflow.runtime.text import human_bytes
@@ -367,7 +367,7 @@ def test_the_sizes_of_a_store_are_read_from_its_records(copied: Store, monkeypat
         shown = {"parts", *(file.name for file in artefact.record.files)}
         inside = [path for path in artefact.path.rglob("*") if path.relative_to(artefact.path).parts[0] in shown]
         n_bytes = sum(path.stat().st_size for path in inside if path.is_file() and path.name != "part.json")
-        assert state_of(artefact)[-1] == human_bytes(n_bytes)
+        assert state_in_words(artefact)[-1] == human_bytes(n_bytes)
 
 
 def test_gc_says_what_it_leaves_to_a_run_at_work(saeflow: Command, copied: Store) -> None:

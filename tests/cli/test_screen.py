@@ -18,7 +18,7 @@ from rich.cells import cell_len
 from saeflow.cli.common import out
 from saeflow.cli.render import write_answer
 from saeflow.cli.screen import render_table
-from saeflow.cli.store import state_of
+from saeflow.cli.store import state_in_words
 from saeflow.cli.summary import print_sweep
 from saeflow.runtime.terminal import Terminal
 from tests.conftest import Finished
@@ -190,7 +190,9 @@ def test_ls_fits_and_every_id_can_be_copied(width: int, saeflow: Command, finish
     assert [line.split()[0] for line in lines[1 : 1 + len(artefacts)]] == [each.id for each in artefacts]
     assert max(map(len, lines)) <= max(width, 80)
     assert ("No room for" in said) == (width < 200)
-    cells = [dict(zip(("generation", "parts", "tokens", "size"), state_of(each), strict=True)) for each in artefacts]
+    cells = [
+        dict(zip(("generation", "parts", "tokens", "size"), state_in_words(each), strict=True)) for each in artefacts
+    ]
     for column in set(lines[0].split()) - {"artefact", "inputs"}:
         assert all(each[column] in line for each, line in zip(cells, lines[1:], strict=False)), "a cell is cut"
     if width == 200:

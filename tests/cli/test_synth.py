@@ -15,7 +15,7 @@ from saeflow.cli.synth import print_scores, train_and_score
 from saeflow.recipe.recipe import load_recipe, parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.terminal import Terminal
-from saeflow.sae.recovery import Scores
+from saeflow.sae.recovery import RecoveryScores
 from saeflow.store.store import Store
 from tests.support.small_pipeline import brought_data, write_recipe
 
@@ -98,7 +98,7 @@ def test_all_of_a_sweep_are_scored_under_their_own_names_and_one_can_be_named(tm
 
 def test_every_score_is_shown():
     shown = {field for field, _, _ in synth._SCORES.values()}
-    assert {field.name for field in dataclasses.fields(Scores)} - shown == {
+    assert {field.name for field in dataclasses.fields(RecoveryScores)} - shown == {
         "n_true", "n_frequent", "noise_floor", "true_l0"
     }  # fmt: skip
 

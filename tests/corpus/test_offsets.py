@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from saeflow.corpus.token_parts import has_marks
 from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.pipeline import stages, tokens
-from saeflow.pipeline.lifecycle.forget import erase_hidden, forget
+from saeflow.pipeline.lifecycle.forget import erase_hidden_tokens, forget
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import ask, query
 from saeflow.query.connection import check, connect
@@ -246,7 +246,7 @@ def test_a_forgotten_document_leaves_no_offsets_behind(tmp_path: Path, root: Pat
     before = artefact.published().total("n_offsets")
     gone = sum(row["char_start"] is not None for row in rows_of(artefact)["han"])
     forget(store, ["han"], quiet())
-    erase_hidden(artefact, quiet())
+    erase_hidden_tokens(artefact, quiet())
     assert "han" not in rows_of(artefact)
     assert artefact.published().total("n_offsets") == before - gone
 

@@ -276,14 +276,19 @@ def test_forgetting_leaves_torch_its_threads(copied):
         torch.set_num_threads(before)
 
 
-def test_what_a_compacted_run_still_holds_of_a_forgotten_document_is_not_shown(copied, monkeypatch):
+def forget_beside_a_writer(copied, keys: list[str]) -> None:
+    """Forget documents while the run is being written, so that it cannot follow yet."""
+    with run_of(copied).writing():
+        assert forget(copied.store, keys, quiet()).waiting
+
+
+def test_what_a_compacted_run_still_holds_of_a_forgotten_document_is_not_shown(copied):
     compacted(copied)
-    monkeypatch.setattr(encode, "refresh", lambda *_: [])
     with contextlib.closing(connect(copied.store)) as connection:
         sql = "select distinct token_id from stg_token_major join tokens using (token_id) where key = 'letters/003'"
         secret = query(connection, sql).column(0).to_pylist()
         every = len(query(connection, "from stg_token_major"))
-    forget(copied.store, ["letters/003"], quiet())
+    forget_beside_a_writer(copied, ["letters/003"])
     with contextlib.closing(connect(copied.store)) as connection:
         shown = set(query(connection, "select distinct token_id from stg_token_major").column(0).to_pylist())
         kept = len(query(connection, "from stg_token_major"))
@@ -292,9 +297,8 @@ def test_what_a_compacted_run_still_holds_of_a_forgotten_document_is_not_shown(c
     assert every / 2 < kept < every
 
 
-def test_entries_and_sources_that_only_a_forgotten_document_has_are_not_shown(copied, monkeypatch):
+def test_entries_and_sources_that_only_a_forgotten_document_has_are_not_shown(copied):
     compacted(copied)
-    monkeypatch.setattr(encode, "refresh", lambda *_: [])
     found = (
         "select any_value(key) as key, vocab_id, any_value(source) as source from tokens "
         "join (select distinct vocab_id, source from stg_feature_vocab, stg_feature_sources) using (vocab_id, source) "
@@ -304,7 +308,7 @@ def test_entries_and_sources_that_only_a_forgotten_document_has_are_not_shown(co
         secret = query(connection, found).to_pylist()[0]
         sql = "select key from documents where source = ?"
         keys = query(connection, sql, [secret["source"]]).column(0).to_pylist()
-    forget(copied.store, keys, quiet())
+    forget_beside_a_writer(copied, keys)
     with contextlib.closing(connect(copied.store)) as connection:
         for view, column in {
             "stg_feature_vocab": "vocab_id", "feature_kind": "vocab_id",

@@ -321,7 +321,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_equal_files(store: Store, t
     undisturbed, killed = (shutil.copytree(store.root, tmp_path / name) for name in ("undisturbed", "killed"))
     words = ["effects", "resid", "--features", "all", "--n", "0", "--ahead", "1", "--name", "k"]
     slow = (
-        "import saeflow.meaning.effects.tables as tables, time; tables.ROW_GROUP = 2048\n"
+        "import saeflow.meaning.effects.tables as tables, time; tables.EFFECT_ROW_GROUP = 2048\n"
         "import saeflow.meaning.effects.part as part\n"
         "measure = part.PartMeasurer.measure\n"
         "def slowly(*given):\n    time.sleep({seconds}); return measure(*given)\n"

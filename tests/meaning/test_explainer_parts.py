@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from saeflow.meaning.language_model import endpoint
 from saeflow.meaning.language_model.answers import read_explanation, read_judgements, read_strengths
-from saeflow.meaning.language_model.cache import Answer, AnswerCache, key_of
+from saeflow.meaning.language_model.cache import AnswerCache, CachedAnswer, key_of_prompt
 from saeflow.meaning.language_model.cost import Rates, forecast
 from saeflow.meaning.language_model.endpoint import Completion
 from saeflow.meaning.language_model.examples import Window
-from saeflow.meaning.language_model.prompts import Prompt, Prompts, marked, own_folder, strength_told, wrong_places
+from saeflow.meaning.language_model.prompts import Prompt, Prompts, own_folder, strength_told, with_marks, wrong_places
 from saeflow.meaning.language_model.scores import (
-    Judged,
+    JudgedExample,
     Rate,
     Simulated,
     correlation,
@@ -110,11 +110,11 @@ def test_wilson_s_interval_holds_the_shares_whose_score_test_does_not_refuse(rig
 
 def test_balanced_accuracy_weighs_firing_and_silent_examples_alike() -> None:
     judged = [
-        *(Judged("band_1", i, True, True) for i in range(8)),
-        *(Judged("band_2", i, True, i % 2 == 0) for i in range(2)),
-        *(Judged("near_misses", i, False, i < 3) for i in range(4)),
-        *(Judged("random", i, False, False) for i in range(6)),
-        Judged("random", 99, False, None),
+        *(JudgedExample("band_1", i, True, True) for i in range(8)),
+        *(JudgedExample("band_2", i, True, i % 2 == 0) for i in range(2)),
+        *(JudgedExample("near_misses", i, False, i < 3) for i in range(4)),
+        *(JudgedExample("random", i, False, False) for i in range(6)),
+        JudgedExample("random", 99, False, None),
     ]
     found = {each.stratum: each for each in judged_scores(judged)}
     assert list(found) == [
@@ -129,7 +129,7 @@ def test_balanced_accuracy_weighs_firing_and_silent_examples_alike() -> None:
 
 
 def test_without_silent_examples_there_is_no_balanced_accuracy() -> None:
-    found = {each.stratum: each.score for each in judged_scores([Judged("band_1", 1, True, True)])}
+    found = {each.stratum: each.score for each in judged_scores([JudgedExample("band_1", 1, True, True)])}
     assert found == {"all": None, "against_near_misses": None, "against_random": None, "band_1": 1.0}
     assert [each.score for each in judged_scores([])] == [None, None, None]
 
@@ -139,8 +139,8 @@ def test_the_interval_of_a_balanced_accuracy_covers_the_truth_in_95_of_100_cases
     covered = []
     for _ in range(600):
         yes, no = dice.random(30) < 0.8, dice.random(40) < 0.6
-        judged = [Judged("band_1", i, True, bool(each)) for i, each in enumerate(yes)]
-        judged += [Judged("random", i, False, not each) for i, each in enumerate(no)]
+        judged = [JudgedExample("band_1", i, True, bool(each)) for i, each in enumerate(yes)]
+        judged += [JudgedExample("random", i, False, not each) for i, each in enumerate(no)]
         whole = judged_scores(judged)[0]
         covered.append(whole.low <= 0.7 <= whole.high)  # type: ignore[operator]
     assert 0.93 <= np.mean(covered) <= 0.98
@@ -177,8 +177,8 @@ def test_the_intervals_of_simulation_resample_contexts() -> None:
 def test_marks_stand_around_active_tokens_and_neighbours_share_them() -> None:
     shown = window(["a", " b", " c\n", "d"], [0.0, 9.0, 3.0, 1.0])
     assert shown.active == (1, 2)  # 1.0 is below 0.3 of the strongest
-    assert marked(shown, shown.active) == "a<< b c\\n>>d"
-    assert marked(shown, [0, 3]) == "<<a>> b c\\n<<d>>"
+    assert with_marks(shown, shown.active) == "a<< b c\\n>>d"
+    assert with_marks(shown, [0, 3]) == "<<a>> b c\\n<<d>>"
 
 
 @settings(max_examples=100)
@@ -265,13 +265,13 @@ def test_a_key_comes_from_the_variable_that_is_named(monkeypatch: pytest.MonkeyP
         key_from("YOURS")
 
 
-def an_answer(key: str, feature: int = 1, documents: tuple[int, ...] = (3,), **changes: object) -> Answer:
+def an_answer(key: str, feature: int = 1, documents: tuple[int, ...] = (3,), **changes: object) -> CachedAnswer:
     values = {
         "key": key, "feature_id": feature, "method": "detection", "model": "m", "text": "[1]\n", "n": 1,
         "n_prompt_chars": 40, "n_prompt_tokens": 9, "n_answer_tokens": None, "tokens": "tokens/t-1",
         "document_ids": documents,
     }  # fmt: skip
-    return Answer(**{**values, **changes})  # type: ignore[arg-type]
+    return CachedAnswer(**{**values, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"key": "half', b"\xff\n", b"[]\nnull\n{}\n"])
@@ -309,12 +309,12 @@ def test_the_name_of_a_new_journal_is_flushed_with_its_first_answer(
 def test_an_answer_is_found_by_model_question_and_sampling_alone() -> None:
     prompt = Prompt("detection", (("user", "a"),), 1, 100)
     keys = {
-        key_of("m", 0.0, prompt), key_of("n", 0.0, prompt), key_of("m", 0.5, prompt),
-        key_of("m", 0.0, Prompt("detection", (("user", "b"),), 1, 100)),
-        key_of("m", 0.0, Prompt("detection", (("user", "a"),), 1, 200)),
+        key_of_prompt("m", 0.0, prompt), key_of_prompt("n", 0.0, prompt), key_of_prompt("m", 0.5, prompt),
+        key_of_prompt("m", 0.0, Prompt("detection", (("user", "b"),), 1, 100)),
+        key_of_prompt("m", 0.0, Prompt("detection", (("user", "a"),), 1, 200)),
     }  # fmt: skip
     assert len(keys) == 5
-    assert key_of("m", 0.0, Prompt("fuzzing", (("user", "a"),), 2, 100)) in keys
+    assert key_of_prompt("m", 0.0, Prompt("fuzzing", (("user", "a"),), 2, 100)) in keys
 
 
 def test_a_forecast_scales_the_questions_of_some_features() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import saeflow as package
-from saeflow.meaning import matching
 from saeflow.meaning.matching import QUESTIONS, Matched, match_by_direction, match_runs
 from saeflow.pipeline import encode, train
 from saeflow.pipeline.foreign import import_table
@@ -130,7 +129,7 @@ def test_runs_of_other_activations_are_refused_and_so_is_what_takes_too_much_mem
 ) -> None:
     with pytest.raises(UserError, match="read different activations"):
         matched(store, "one", "elsewhere")
-    monkeypatch.setattr(matching, "total_memory", lambda: 4000)
+    monkeypatch.setattr("saeflow.runtime.memory.total_memory", lambda: 4000)
     with pytest.raises(UserError, match=r"takes \d.* of memory, but half of this machine's is 2"):
         matched(store, "one", "two")
 

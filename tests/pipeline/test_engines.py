@@ -20,6 +20,7 @@ from saeflow.model.load import load_model, may_run, site_names
 from saeflow.model.sites import Site, list_sites
 from saeflow.pipeline import collect, stages, tokens
 from saeflow.pipeline.lifecycle import forget
+from saeflow.pipeline.lifecycle.tidy import compact_store
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.connection import connect
 from saeflow.recipe.data_settings import ModelConfig
@@ -340,7 +341,7 @@ def test_a_forgotten_request_leaves_the_disk(stored):
     stored.collected()
     forget.forget(stored.store, ["r0-3"], quiet())
     (stored.folder / "r0-3.safetensors").unlink()
-    stages.compact_store(stored.lineage(), quiet())
+    compact_store(stored.lineage(), quiet())
     requests = made_up()
     del requests["r0-3"]
     assert_equal(stored.collected(), requests)

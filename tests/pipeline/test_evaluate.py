@@ -28,7 +28,6 @@ from saeflow.query.ask import ask
 from saeflow.query.connection import check, connect
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import FeaturesConfig, SAEConfig
-from saeflow.runtime import devices
 from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.load import load_sae
@@ -107,8 +106,8 @@ def rows(finished):
 def language_model(finished, rows):
     """Figures of the language model with any autoencoder in the place of the trained one."""
 
-    def figures(sae):
-        return evaluate._language_model(Lineage(finished.store, finished.recipe), sae, rows.mean(0), quiet())
+    def figures(sae, **how):
+        return evaluate._language_model(Lineage(finished.store, finished.recipe), sae, rows.mean(0), quiet(), **how)
 
     return figures
 
@@ -175,13 +174,9 @@ none."""
 
 
 @pytest.mark.parametrize("n_together", [1, 3, 50])
-def test_figures_of_the_language_model_do_not_depend_on_how_many_sequences_run_together(
-    language_model, monkeypatch, n_together
-):
+def test_figures_of_the_language_model_do_not_depend_on_how_many_sequences_run_together(language_model, n_together):
     sae = Fake(lambda x: 0.8 * x)
-    before = language_model(sae)
-    monkeypatch.setattr(evaluate, "_SEQUENCES", n_together)
-    assert_equal_figures(language_model(sae), before, rel=FLOAT32)
+    assert_equal_figures(language_model(sae, n_together=n_together), language_model(sae), rel=FLOAT32)
 
 
 @pytest.mark.long
@@ -265,12 +260,11 @@ def test_the_divergence_of_ablation_is_that_of_float64_arithmetic_on_the_models_
         assert total > 1
 
 
-def test_logits_of_the_passes_that_are_compared_take_a_quarter_of_the_memory_at_most(finished, monkeypatch):
+def test_logits_of_the_passes_that_are_compared_take_a_quarter_of_the_memory_at_most(finished):
     model, recipe = load_model(finished.recipe.model), finished.recipe.model_copy(update={"threads": 8})
     n_logits = recipe.tokens.context_length * model.config.vocab_size
     for room, wanted in ((0, (1, 1)), (1, (1, 1)), (3, (3, 1)), (9, (8, 1)), (17, (8, 2)), (10**6, (8, 4))):
-        monkeypatch.setattr(devices, "total_memory", lambda room=room: 4 * room * n_logits * (8 + 3 * 4))
-        assert evaluate._room(model, recipe) == wanted
+        assert evaluate._room(model, recipe, 4 * room * n_logits * (8 + 3 * 4)) == wanted
 
 
 READ, TARGET = "transformer.h.0.mlp:input", "transformer.h.0.mlp"

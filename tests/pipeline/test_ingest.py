@@ -27,6 +27,7 @@ from saeflow.corpus.ledger import Entry, Ledger
 from saeflow.pipeline import collect, encode, stages, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open, workers_of
 from saeflow.pipeline.lifecycle import forget, ingest
+from saeflow.pipeline.lifecycle.tidy import compact_store
 from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import PartWork
 from saeflow.query.ask import query
@@ -259,7 +260,7 @@ def test_a_run_that_was_never_finished_keeps_no_other_from_following_or_being_co
     night.drop(NEW)
     night.ingest()
     assert night.says(WORD)
-    stages.compact_store(Lineage(night.store, night.recipe), quiet())
+    compact_store(Lineage(night.store, night.recipe), quiet())
     assert len(Lineage(night.store, night.recipe).features.published().parts) == 1
 
 
@@ -272,7 +273,7 @@ def test_the_catalog_is_written_though_a_run_cannot_be_compacted(
     (night.store.root / "catalog.sql").unlink()
     monkeypatch.setattr(encode, "add_tables", broken)
     with pytest.raises(UserError, match="no room"):
-        stages.compact_store(Lineage(night.store, night.recipe), quiet())
+        compact_store(Lineage(night.store, night.recipe), quiet())
     assert (night.store.root / "catalog.sql").is_file()
 
 
@@ -358,7 +359,7 @@ def test_a_stage_holds_a_place_while_it_works_and_an_ingest_of_nothing_new_waits
     assert asked() == ["collect", "encode"]
     ingest.retrain(Lineage(night.store, night.recipe), quiet(), place=place)
     assert asked() == ["train", "encode", "compact", "evaluate", "report"]
-    stages.compact_store(Lineage(night.store, night.recipe), quiet(), place=place)
+    compact_store(Lineage(night.store, night.recipe), quiet(), place=place)
     assert asked() == []
 
 

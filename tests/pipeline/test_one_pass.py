@@ -21,6 +21,7 @@ from saeflow.pipeline import collect, encode, stages, tokens, train
 from saeflow.pipeline.dask import clusters
 from saeflow.pipeline.judge import sweep
 from saeflow.pipeline.lifecycle import forget, ingest
+from saeflow.pipeline.lifecycle.tidy import compact_store
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.connection import check, connect
 from saeflow.recipe.recipe import Recipe, parse_recipe
@@ -236,7 +237,7 @@ def test_documents_that_come_later_and_are_forgotten_or_erased_give_what_storing
         assert done.runs
         assert not done.waiting
         hidden = values(Lineage(store, recipe).features)
-        stages.compact_store(Lineage(store, recipe), quiet())
+        compact_store(Lineage(store, recipe), quiet())
         garbage.collect_garbage(store, 0, remove=True)
         assert not list(verify(store, full=True))
         found.append((hidden, values(Lineage(store, recipe).features)))
@@ -390,7 +391,7 @@ def test_what_comes_later_joins_the_sample_by_the_same_choice_and_the_next_train
     ingest.retrain(Lineage(store, recipe), quiet())
     assert Lineage(store, recipe).sae != first
     forget.forget(store, [max(keys["sample"])], quiet())
-    stages.compact_store(Lineage(store, recipe), quiet())
+    compact_store(Lineage(store, recipe), quiet())
     assert all(
         max(keys["sample"]) not in documents_of(each, part)
         for each in store.artefacts("tokens")

@@ -20,9 +20,10 @@ from saeflow.pipeline.lineage import Lineage, last_log_row
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.recipe.settings import Architecture, SAEConfig
 from saeflow.recipe.sweep import IGNORED_SETTINGS
-from saeflow.runtime import devices
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.progress import Progress
+from saeflow.runtime.memory import total_memory
+from saeflow.runtime.progress import Bar, Progress
+from saeflow.runtime.text import human_bytes
 from saeflow.sae.formats.load import load_sae
 from saeflow.store.lease_slot import FileSlot
 from saeflow.store.records import Hidden, read_checked
@@ -310,13 +311,13 @@ def test_restarts_read_the_store_once_and_the_best_is_kept(store, stored, table,
     assert found.error(rows) == min(errors) < max(errors)
 
 
-def test_a_sweep_that_memory_cannot_hold_is_refused_with_both_numbers(store, table, monkeypatch):
-    monkeypatch.setattr(devices, "total_memory", lambda: 60_000)
-    recipe = recipe_of(table, sweep=SWEEP)
+def test_a_sweep_that_memory_cannot_hold_is_refused_with_both_numbers(store, table):
+    recipe = recipe_of(table, sweep={"grid": {"sae.n_features": [64, 10**12]}})
     with pytest.raises(UserError) as caught:
         train.run(Lineage(store, recipe), quiet())
-    assert "6 SAEs in training take 123.5 KiB" in str(caught.value)  # (6 × 3 + 1) × 64 × 26 × 4 bytes
-    assert "this machine has 58.6 KiB of memory.\nTrain fewer at once: shorten [sweep]" in str(caught.value)
+    needed, there = (3 * (64 + 10**12) + 10**12) * 26 * 4, total_memory()  # the gradients are those of the larger one
+    assert f"2 SAEs in training take {human_bytes(needed)} (weights, gradients, moments)" in str(caught.value)
+    assert f"has {human_bytes(there)} of memory.\nTrain fewer at once: shorten [sweep]" in str(caught.value)
     train.run(Lineage(store, recipe.members()[0]), quiet())
 
 
@@ -351,7 +352,9 @@ def test_the_table_has_the_figures_of_judging_each_sae_alone(judged):
     for row, member in zip(rows, recipe.members(), strict=True):
         target = Lineage(store, member).sae
         alone = evaluate.judge_together(Lineage(store, member), [load_sae(target.path)], quiet())[0].figures
-        assert {name: row[name] for name in sweep.FIGURES} == {name: alone[name] for name in sweep.FIGURES}
+        assert {name: row[name] for name in sweep.JUDGED_FIGURES} == {
+            name: alone[name] for name in sweep.JUDGED_FIGURES
+        }
         assert (row["sae"], row["architecture"]) == (target.id, member.sae.architecture)
         assert (row["sparsity"], row["n_features"]) == (f"k {member.sae.k}", 64)
     assert summary["sweep"] == read_checked(table_of(store))
@@ -368,19 +371,16 @@ def test_a_sweep_is_judged_again_once_a_document_is_hidden(store, table):
     assert sweep.run(Lineage(store, recipe), quiet())["tokens"] != first["tokens"]
 
 
-def test_who_has_lost_the_lease_writes_no_table(store, table, monkeypatch):
+def test_who_has_lost_the_lease_writes_no_table(store, table):
     recipe = recipe_of(table, sweep={"grid": {"sae.k": [3, 6]}}, train={"n_tokens": 500})
     train.run(Lineage(store, recipe), quiet())
-    draw = sweep.draw
 
-    def slow(*arguments):
+    def too_slow(_: Bar) -> None:
         [lease] = (store.root / "tmp" / "locks").glob("sweeps-*.lease")
         take_over(FileSlot(lease))
-        return draw(*arguments)
 
-    monkeypatch.setattr(sweep, "draw", slow)
     with pytest.raises(UserError, match="has taken over"):
-        sweep.run(Lineage(store, recipe), quiet())
+        sweep.run(Lineage(store, recipe), Progress(verbosity=-1, listener=too_slow))
     assert not list(store.root.glob("sweeps/*/*"))
 
 

@@ -676,10 +676,12 @@ def test_where_it_is_trained_is_no_setting_of_an_sae(stored, table):
     assert Lineage(stored, here).sae.id == Lineage(stored, anywhere).sae.id
 
 
-def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(store, table, monkeypatch):
-    monkeypatch.setattr(train, "open_feed", None)
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(store, table):
+    lineage = Lineage(store, recipe_of(table, train={"device": "cuda:99"}))
+    for part in lineage.activations.published().parts:
+        shutil.rmtree(lineage.activations.part_path(part))
     with pytest.raises(UserError, match=r"train\.device is 'cuda:99'"):
-        train.run(Lineage(store, recipe_of(table, train={"device": "cuda:99"})), quiet())
+        train.run(lineage, quiet())
 
 
 READ, TARGET = "transformer.h.0.mlp:input", "transformer.h.0.mlp"

@@ -35,8 +35,8 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress, Stopped
 from saeflow.runtime.threads import n_threads
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import cache_folder
 from saeflow.store.lease import acquire, hold_lease
-from saeflow.store.storage.bucket import cache_folder
 from saeflow.store.store import Store
 from tests.conftest import Finished
 from tests.support.fake_cluster import FakeCluster, IdleCluster
@@ -315,7 +315,7 @@ def test_a_scheduler_lost_after_the_last_part_does_not_end_the_run(dask: InThrea
     def there(_: ClusterConfig) -> contextlib.AbstractContextManager[LocalCluster]:
         return contextlib.nullcontext(dask.dask)
 
-    with clusters.joined(dask.store, config, quiet(), start=there) as workers:
+    with clusters.joined_cluster(dask.store, config, quiet(), start=there) as workers:
         dask.client.sync(dask.dask.scheduler.close)
         assert workers.client.status != "running" or not workers.able()
 

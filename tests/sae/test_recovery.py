@@ -20,7 +20,7 @@ from saeflow.recipe.recipe import load_recipe
 from saeflow.recipe.settings import SAEConfig
 from saeflow.recipe.synthetic import SyntheticConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.recovery import Scores, best_cosines, match_directions, score, score_directions
+from saeflow.sae.recovery import RecoveryScores, best_cosines, match_directions, score_directions, score_recovery
 
 N, WIDTH = 8, 12
 
@@ -54,7 +54,7 @@ def sparse_of(values: Tensor) -> SparseValues:
 
 def judged(
     w_dec: Tensor, threshold: float = 0.5, truth: GroundTruth = TRUTH, n_tokens: int = 10**6, **changes
-) -> Scores:
+) -> RecoveryScores:
     """Of the dictionary that codes with its own directions, scaled to unit length; what is below a threshold is cut."""
     units = torch.nn.functional.normalize(w_dec, dim=1)
 
@@ -72,7 +72,7 @@ def judged(
     return score_directions(w_dec, encode, decode, truth, n_tokens, **{"n_rows": 4000} | changes)
 
 
-def shares(found: Scores) -> list[float]:
+def shares(found: RecoveryScores) -> list[float]:
     return [found.mean_max_cosine, found.found_share, found.found_share_frequent, found.precision, found.mcc, found.f1,
             found.f1_weighted]  # fmt: skip
 
@@ -213,10 +213,10 @@ def test_an_autoencoder_is_scored_through_its_own_encoding():
         for weight in (sae.W_enc, sae.W_dec):
             weight.copy_(DIRECTIONS)
         sae.b_enc.fill_(-0.5)
-    found = score(sae, TRUTH, 10**6, n_rows=4000)
+    found = score_recovery(sae, TRUTH, 10**6, n_rows=4000)
     assert shares(found) == pytest.approx([1] * 7, abs=1e-6)
     assert found.n_live == N
-    assert found == score(sae, TRUTH, 10**6, n_rows=4000)
+    assert found == score_recovery(sae, TRUTH, 10**6, n_rows=4000)
 
 
 def kind(name: str, **changes) -> SyntheticConfig:
@@ -290,7 +290,7 @@ def test_a_peers_autoencoder_is_scored_as_our_own_is(tmp_path, monkeypatch):
         sae.W_dec /= scale
         sae.b_dec /= scale
     truth = truth_of(recipe.activations.synthetic)
-    ours = score(sae, truth, 4096)
+    ours = score_recovery(sae, truth, 4096)
     assert dataclasses.asdict(theirs) == pytest.approx(dataclasses.asdict(ours), rel=1e-5)
     assert np.square(trained_on[0] - trained_on[0].mean(0)).sum(1).mean() == pytest.approx(64, rel=0.05)
     assert ours.f1 < synth.linear_f1(truth, n_blocks=2) <= 1

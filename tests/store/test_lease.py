@@ -67,12 +67,14 @@ def foreign(slot: FileSlot, **changes: Any) -> Owner:
     return owner
 
 
+def never(seconds: float) -> None:
+    raise AssertionError(f"nobody need be waited for, not for {seconds} s")
+
+
 def test_a_second_writer_of_this_machine_is_refused_at_once_and_the_first_is_named(slot: FileSlot) -> None:
-    with hold_lease(slot, "tokens/x", "refuse"):
-        began = time.monotonic()
-        with pytest.raises(UserError, match=rf"writing tokens/x: process {os.getpid()} on .*\n.*overlap = \"wait\""):
-            acquire(slot, "tokens/x", "refuse")
-        assert time.monotonic() - began < 0.5
+    named = rf"writing tokens/x: process {os.getpid()} on .*\n.*overlap = \"wait\""
+    with hold_lease(slot, "tokens/x", "refuse"), pytest.raises(UserError, match=named):
+        acquire(slot, "tokens/x", "refuse", never)
     acquire(slot, "tokens/x", "refuse").release()
     assert [path.name for path in slot.path.parent.iterdir()] == ["x.lock"]
 
@@ -106,9 +108,7 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(slot: FileSlot) -> N
     child.wait()
     with slot.guard():
         slot.put(owner)
-    began = time.monotonic()
-    acquire(slot, "x", "refuse").release()
-    assert time.monotonic() - began < 1
+    acquire(slot, "x", "refuse", never).release()
 
 
 def test_an_owner_of_this_machine_that_runs_is_left_alone_however_silent(slot: FileSlot) -> None:
@@ -136,7 +136,7 @@ def test_a_silent_owner_elsewhere_is_followed_once_its_lease_has_lasted(slot: Fi
     foreign(slot)
     began = time.monotonic()
     acquire(slot, "x", overlap).release()
-    assert 1 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 1
 
 
 def test_an_owner_elsewhere_that_gives_signs_of_life_is_never_followed(slot: FileSlot) -> None:
@@ -239,7 +239,7 @@ def test_the_leases_of_a_dead_machine_lapse_together(tmp_path: Path) -> None:
         take_over(target.slot)
     began = time.monotonic()
     with writing_all(targets):
-        assert 1 <= time.monotonic() - began < 3
+        assert 1 <= time.monotonic() - began < len(targets), "each lease lasts a second"
 
 
 def test_whether_a_lease_is_free_is_found_out_without_taking_it_and_names_the_artefact(
@@ -255,12 +255,13 @@ def test_whether_a_lease_is_free_is_found_out_without_taking_it_and_names_the_ar
 
 
 def test_a_store_that_does_not_answer_holds_up_no_release_and_hides_no_error(tmp_path: Path) -> None:
-    over, silent = threading.Event(), threading.Event()
+    over, silent, answered = threading.Event(), threading.Event(), threading.Event()
 
     class Silent(Objects):
         def put(self, key: str, content: bytes, tag: str | None) -> str | None:
             if silent.is_set():
-                over.wait(20)
+                over.wait(60)
+                answered.set()
                 raise UserError("The store does not answer")
             return super().put(key, content, tag)
 
@@ -270,11 +271,10 @@ def test_a_store_that_does_not_answer_holds_up_no_release_and_hides_no_error(tmp
             silent.set()
             raise KeyboardInterrupt
 
-    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    assert not answered.is_set()
     over.set()
-    assert time.monotonic() - began < 5
 
 
 def test_a_release_that_fails_does_not_hide_why_the_work_ended(

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.cli.store import state_of
+from saeflow.cli.store import state_in_words
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json, write_json
 from saeflow.store.records import (
     KINDS,
-    WHOLE,
+    WHOLE_KINDS,
     ArtefactRecord,
     Damaged,
     FileRecord,
@@ -542,12 +542,12 @@ def test_repair_reads_the_parts_that_a_lost_manifest_had_hidden_from_it(artefact
     assert list(artefact.parts()) == [0]
 
 
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("kind", WHOLE_KINDS)
 def test_an_artefact_without_parts_is_moved_aside_whole_if_a_byte_changed(store, kind):
     made = store.artefact(kind, "x", "00000000")
     with made.writing(), made.publish_folder({}, [], {}) as folder:
         (folder / "table").write_bytes(b"table")
-    assert state_of(made)[:3] == ("whole", "-", "-")
+    assert state_in_words(made)[:3] == ("whole", "-", "-")
     assert list(verify(store, full=True)) == []
     (made.path / "table").write_bytes(b"tabla")
     assert not list(verify(store, full=False))

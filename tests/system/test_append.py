@@ -19,6 +19,7 @@ from saeflow.corpus.forgotten import ForgottenHashes
 from saeflow.corpus.ledger import Ledger, key_hash
 from saeflow.pipeline import encode, stages, tokens, train
 from saeflow.pipeline.lifecycle import forget
+from saeflow.pipeline.lifecycle.tidy import compact_store
 from saeflow.pipeline.lineage import Lineage
 from saeflow.query.ask import query
 from saeflow.query.connection import check, connect
@@ -315,7 +316,7 @@ def test_the_summary_counts_what_the_view_documents_shows(grown):
     assert agree()
     forget.forget(grown.store, [str(FIRST[1]["key"]), str(NEW[0]["key"])], quiet())
     assert agree()
-    stages.compact_store(Lineage(grown.store, grown.recipe), quiet())
+    compact_store(Lineage(grown.store, grown.recipe), quiet())
     assert agree()
 
 
@@ -323,7 +324,7 @@ def test_compaction_and_gc_leave_no_trace_of_a_forgotten_document(grown):
     grown.run(with_secret())
     forget.forget(grown.store, ["secret/one"], quiet())
     assert b"secret/one" in documents_of(grown)
-    stages.compact_store(Lineage(grown.store, grown.recipe), quiet())
+    compact_store(Lineage(grown.store, grown.recipe), quiet())
     assert list(grown.sql("from documents where key = 'secret/one'")) == []
     collect_garbage(grown.store, grace_seconds=0, remove=True)
     assert b"secret/one" not in documents_of(grown)
@@ -351,7 +352,7 @@ def test_compaction_moves_no_other_token_and_changes_no_other_value_outside_the_
     touched = set(source.published().hidden)
     before = {row["token_id"]: row for row in grown.sql("from tokens")}
     values = grown.sql("select token_id, feature_id, value from stg_token_major")
-    stages.compact_store(Lineage(grown.store, grown.recipe), quiet())
+    compact_store(Lineage(grown.store, grown.recipe), quiet())
     assert {row["token_id"]: row for row in grown.sql("from tokens")} == before
     length = grown.recipe.tokens.context_length
     parts = [part for part in source.published().parts if part.index not in touched]
@@ -372,7 +373,7 @@ def test_a_compacted_store_trains_and_runs_on(grown):
     key = next(str(row["key"]) for row in grown.sql("from documents where not held_out and n_tokens > 20"))
     forget.forget(grown.store, [key], quiet())
     n_rows = train.open_feed(Lineage(grown.store, grown.recipe)).n_rows
-    stages.compact_store(Lineage(grown.store, grown.recipe), quiet())
+    compact_store(Lineage(grown.store, grown.recipe), quiet())
     assert train.open_feed(Lineage(grown.store, grown.recipe)).n_rows == n_rows
     grown.run(with_secret() + NEW)
     assert grown.checked() == []

@@ -308,7 +308,6 @@ def test_no_worker_within_the_time_that_is_set_is_said(tmp_path: Path, recipe: R
     here = Cluster(tmp_path)
     here.start_scheduler()
     try:
-        began = time.monotonic()
         with (
             pytest.raises(
                 UserError, match=r"no worker since 2 s \(cluster\.wait_seconds\)[\s\S]*dask worker tcp://127"
@@ -316,7 +315,6 @@ def test_no_worker_within_the_time_that_is_set_is_said(tmp_path: Path, recipe: R
             workers_of(Store(alone.root / "collect"), on(here, recipe, wait_seconds=2)),
         ):
             pass
-        assert time.monotonic() - began < 30
     finally:
         here.kill(*here.processes)
 

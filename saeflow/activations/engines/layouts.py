@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from saeflow.activations.engines.places import Place, place_of
 from saeflow.corpus.files import shown
 from saeflow.corpus.requests.files import IDS, MASK, ids_name
-from saeflow.corpus.requests.folder import ABOUT
+from saeflow.corpus.requests.folder import ENGINE_FILE
 from saeflow.runtime.errors import UserError, first_line
 
 _STATES = "hidden_states"
@@ -46,7 +46,7 @@ class Engine:
     @classmethod
     def of(cls, folder: Path, layers: list[int]) -> Engine:
         """Read engine.json, if there is one. `layers` are those of the recipe. Raises UserError if they differ."""
-        path = folder / ABOUT
+        path = folder / ENGINE_FILE
         about: Any = {}
         try:
             about = json.loads(path.read_text("utf-8")) if path.is_file() else {}
@@ -93,7 +93,7 @@ def _of_vllm(path: Path, shape: tuple[int, ...], layers: tuple[int, ...]) -> dic
         raise UserError(
             f"corpus.requests: {shown(str(path))} holds {n_layers} layers, but {said}.\nSet "
             "activations.request_layers to the ids that vLLM was given as eagle_aux_hidden_state_layer_ids, or write "
-            f'them into {ABOUT} beside the files: {{"engine": "vllm", "version": "…", "layers": [1, 2]}}.'
+            f'them into {ENGINE_FILE} beside the files: {{"engine": "vllm", "version": "…", "layers": [1, 2]}}.'
         )
     width = shape[-1]
     return {

@@ -23,14 +23,14 @@ _STACK = r"(?:[A-Za-z_]+\.)*(?:layers|layer|h|blocks|block)"
 """The list of a model's layers: the last word of its name, with no number before it."""
 _OUTPUT = re.compile(rf"{_STACK}\.(\d+)|blocks\.(\d+)\.hook_resid_post|layers_output\W?(\d+)\W?")
 _INPUT = re.compile(rf"{_STACK}\.(\d+):input|blocks\.(\d+)\.hook_resid_pre|layers_input\W?(\d+)\W?")
-_ENDINGS = {".output.0": "", ".output": "", ".inputs.0.0": ":input", ".input": ":input"}
+_SITE_ENDINGS = {".output.0": "", ".output": "", ".inputs.0.0": ":input", ".input": ":input"}
 """What nnsight adds to a module's name."""
 _ALLOWED = re.compile(r"[\w.:\-\[\]]+")
 
 
 def place_of(name: str, model: Sequence[str] = ()) -> Place:
     """Return the place that a tensor or a site of this name has. `model` are the names of its sites, if known."""
-    for ending, side in _ENDINGS.items():
+    for ending, side in _SITE_ENDINGS.items():
         if name.endswith(ending):
             name = name.removesuffix(ending) + side
             break
@@ -53,7 +53,7 @@ def sites_of(patterns: Sequence[str], widths: Mapping[Place, int], model: Sequen
         if not names:
             raise UserError(
                 f"activations.sites: the files of corpus.requests have no site {brief(repr(pattern))}. They hold: "
-                f"{in_words(widths)}.\n{_advice(pattern, known)}"
+                f"{places_in_words(widths)}.\n{_advice(pattern, known)}"
             )
         chosen |= {name: widths[known[name]] for name in names}
     return [Site(name, chosen[name]) for name in sorted(chosen, key=_by_layer)]
@@ -75,7 +75,7 @@ def _names(pattern: str, widths: Iterable[Place]) -> Iterable[tuple[str, Place]]
             yield pattern, place
 
 
-def in_words(widths: Iterable[Place]) -> str:
+def places_in_words(widths: Iterable[Place]) -> str:
     """Return what files hold, for people."""
     layers = sorted(place for place in widths if isinstance(place, int))
     others = sorted(place for place in widths if isinstance(place, str))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.engines.layouts import Engine, Vectors, vectors_in
-from saeflow.activations.engines.places import Place, in_words, place_of, sites_of
+from saeflow.activations.engines.places import Place, place_of, places_in_words, sites_of
 from saeflow.corpus.files import shown
 from saeflow.corpus.requests.documents import REQUEST
 from saeflow.corpus.requests.files import Request, open_safetensors, vocab_ids_of
@@ -73,7 +73,9 @@ class EngineFiles:
         for site, each in zip(sites, chosen, strict=True):
             if each is None or each.width != site.width:
                 other = (
-                    f"of width {each.width}, but other files have {site.width}" if each else f"only {in_words(found)}"
+                    f"of width {each.width}, but other files have {site.width}"
+                    if each
+                    else f"only {places_in_words(found)}"
                 )
                 raise UserError(
                     f"corpus.requests: {shown(str(path))} holds {site.name} {other}.\n"

@@ -21,7 +21,7 @@ from saeflow.runtime.text import encoding_of, separator_of
 
 _MISSING = pa.array(["", "NA", "N/A", "#N/A", "<NA>", "NULL", "null", "None"])
 """Cells without a number. They are refused by row and neuron, as NaN is."""
-_NUMBER = r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*"
+_NUMBER_CELL = r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*"
 _WITH_COMMAS = r"\s*[-+]?\d[\d.,' ]*\s*"
 INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: ?\d+|index|level_\d+|row_(nr|index|number)", re.IGNORECASE)
 _TEXT_BYTES = 8 << 20
@@ -114,7 +114,7 @@ class _Csv:
         row = 0
         for batch in self.batches(places):
             for n, column in enumerate(batch.columns):
-                is_number = pc.match_substring_regex(column, f"^{_NUMBER}$")
+                is_number = pc.match_substring_regex(column, f"^{_NUMBER_CELL}$")
                 alike[n] += (
                     pc.sum(pc.or_(is_number, pc.match_substring_regex(column, f"^{_WITH_COMMAS}$"))).as_py() or 0
                 )
@@ -132,7 +132,7 @@ class _Csv:
 
 def _is_header(first: list[str], name: str) -> bool:
     """True if the first line names the columns. Raises UserError if it may be a row as well."""
-    numbers = [cell for cell in first if re.fullmatch(_NUMBER, cell)]
+    numbers = [cell for cell in first if re.fullmatch(_NUMBER_CELL, cell)]
     counted = [list(map(str, range(start, start + len(numbers)))) for start in (0, 1)]
     if not any(cell for cell in first if cell not in numbers):
         return len(numbers) > 1 and numbers == counted[0]

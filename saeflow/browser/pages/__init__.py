@@ -44,7 +44,7 @@ PAGES_OF_STORE: list[tuple[str, Callable[[Asked, Connections], Page]]] = [
 """Pages that a store without any run has, too."""
 
 PAGES: list[tuple[str, Callable[[Asked, OpenedRun], Page]]] = [
-    ("/compare-runs", compare.runs),
+    ("/compare-runs", compare.page_of_runs),
     ("/runs/{run}", run.page),
     ("/runs/{run}/features", features.page),
     ("/runs/{run}/features/{feature}", feature.page),

@@ -5,11 +5,9 @@ from __future__ import annotations
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.panels import Panel, with_words
+from saeflow.browser.panels import MOST_FEATURES, Panel, with_words
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief
-
-MOST_FEATURES = 50
 
 NO_CLASSES = "No tokens have classes yet. In a terminal: saeflow annotate NAME FILE"
 NOT_PROBED = "No feature was compared with this class yet. In a terminal: saeflow probe {annotation}"
@@ -29,7 +27,7 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     if len(chosen) < 2:
         return Page("panels.html", "Classes", [panel.ask(opened) for panel in INDEX], opened.run.schema)
     is_probed = opened.cursor.execute(_IS_PROBED, [*chosen.values()]).fetchall()[0][0]
-    features, spans = (panel.ask(opened) for panel in panels(chosen, is_probed))
+    features, spans = (panel.ask(opened) for panel in panels_of_class(chosen, is_probed))
     if not spans.rows:  # both names exist, but not together
         annotation, name = (brief(str(each)) for each in chosen.values())
         raise UserError(f"The annotation {annotation!r} has no class {name!r}.")
@@ -37,7 +35,7 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     return Page("panels.html", f"{chosen['annotation']}: {chosen['class']}", answers, opened.run.schema)
 
 
-def panels(chosen: dict[str, object], is_probed: bool) -> list[Panel]:
+def panels_of_class(chosen: dict[str, object], is_probed: bool) -> list[Panel]:
     """Return the panels of a class, named by its annotation and its own name."""
     features = {**chosen, "n": MOST_FEATURES}
     if_none = NONE_FIRES if is_probed else NOT_PROBED.format(**chosen)

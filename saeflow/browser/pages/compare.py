@@ -42,12 +42,12 @@ def _of_side(asked: Asked, side: str, number: int) -> list[Panel]:
             title=f"{panel.title} of {number}",
             arguments={**panel.arguments, "n": N_CONTEXTS} if "n" in panel.arguments else panel.arguments,
         )
-        for panel in feature_page.panels(asked, number)
+        for panel in feature_page.panels_of_feature(asked, number)
         if panel.name in SHOWN
     ]
 
 
-def runs(asked: Asked, opened: OpenedRun) -> Page:
+def page_of_runs(asked: Asked, opened: OpenedRun) -> Page:
     """Return the page of the runs `a` and `b`, or of the two in `run`."""
     every = RUNS.ask(opened)
     a, b = names_of(asked)

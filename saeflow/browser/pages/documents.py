@@ -14,7 +14,7 @@ from saeflow.runtime.text import brief
 MOST_DOCUMENTS = 50
 """Documents of a page of the list."""
 
-MOST_TOKENS = 1_000
+TOKENS_ON_A_PAGE = 1_000
 """Tokens of a page of a document."""
 
 FIELDS = {"text": "key contains", "source": "source", "since": "written since", "until": "written until"}
@@ -39,17 +39,17 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
         raise UserError(f"There is no document {brief(key)!r} with tokens.")
     begin, end = found[0]
     at = asked.count("at", begin, end - 1)
-    first = asked.count("first", max(at - begin, 0) // MOST_TOKENS * MOST_TOKENS, end)
+    first = asked.count("first", max(at - begin, 0) // TOKENS_ON_A_PAGE * TOKENS_ON_A_PAGE, end)
     about = {"document_key": key}
-    shown = {**about, **asked.given("feature"), "first": first, "n": MOST_TOKENS}
+    shown = {**about, **asked.given("feature"), "first": first, "n": TOKENS_ON_A_PAGE}
     answers = [
         Panel("text", "Text", "document_tokens", shown, "text").ask(opened),
         Panel("features", "Features that tell it from others", "document_features", {**about, "n": 30}).ask(opened),
     ]
     answers = with_words(answers, opened)
     steps = {
-        "before": asked.link(first=max(first - MOST_TOKENS, 0), at=None) if first else "",
-        "after": asked.link(first=first + MOST_TOKENS, at=None) if begin + first + MOST_TOKENS < end else "",
+        "before": asked.link(first=max(first - TOKENS_ON_A_PAGE, 0), at=None) if first else "",
+        "after": asked.link(first=first + TOKENS_ON_A_PAGE, at=None) if begin + first + TOKENS_ON_A_PAGE < end else "",
     }
     more: dict[str, Any] = {"key": key, "steps": steps, "at": at if "at" in asked.query else None, "data": {"key": key}}
     return Page("document.html", f"Document {key}", answers, opened.run.schema, more)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from saeflow.browser.address import FILTER, IN_WORDS, WINDOW, Asked, address_of_panel
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.pages.meaning import LATER as LATER_MEANING
+from saeflow.browser.pages.meaning import LATER_MEANING as LATER_MEANING
 from saeflow.browser.pages.meaning import Measured, not_measured
-from saeflow.browser.pages.meaning import panels as panels_of_meaning
+from saeflow.browser.pages.meaning import panels_of_meaning as panels_of_meaning
 from saeflow.browser.pages.sources import sources_of
 from saeflow.browser.panels import Panel, address_of_run, as_query, with_words
 from saeflow.query import labels
@@ -19,13 +19,13 @@ from saeflow.runtime.errors import UserError
 OWN = "own"
 """The file of labels that people write."""
 
-BESIDE = ("numbers", "values", "sources", "entries", "logits", "similar", "companions")
+IN_NARROW_COLUMN = ("numbers", "values", "sources", "entries", "logits", "similar", "companions")
 """Panels in the narrow column, in their order."""
 
 LATER = ("similar", "companions", "near_misses", "entries", "documents", "sources", *LATER_MEANING)
 """Panels that a page fetches when they are looked at: they read more than the feature's own tokens."""
 
-ALONE = ("strongest", "bands", "random")
+PAGES_OF_THEIR_OWN = ("strongest", "bands", "random")
 """Panels that are pages of their own: a feature's page shows the first rows of each, which one question gives."""
 
 WIDEST = 100
@@ -39,15 +39,15 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     feature = asked.number("feature")
     missing = not_measured(opened, feature)
     left_out = {name for each in missing for name in each.panels}
-    every = [panel for panel in panels(asked, feature) if panel.name not in left_out]
+    every = [panel for panel in panels_of_feature(asked, feature) if panel.name not in left_out]
     later = [panel for panel in every if panel.name in LATER and not asked.switch("all")]
-    now = [panel for panel in every if panel not in later and panel.name not in ALONE]
+    now = [panel for panel in every if panel not in later and panel.name not in PAGES_OF_THEIR_OWN]
     return _page_of(asked, opened, now, later, missing)
 
 
 def one_panel(asked: Asked, opened: OpenedRun) -> Page:
     """Return a page of one panel, with more rows. A feature's page fetches the panels that come later from here."""
-    every = {panel.name: panel for panel in panels(asked, asked.number("feature"))}
+    every = {panel.name: panel for panel in panels_of_feature(asked, asked.number("feature"))}
     chosen = every.get(asked.path["panel"])
     if chosen is None:
         raise UserError("A feature has no such panel.")
@@ -67,7 +67,7 @@ def _page_of(
     name = opened.cursor.execute("select label from feature_names where feature_id = ?", [feature]).fetchall()
     about = {"feature": feature, "label": name[0][0] if name else ""}
     more = {
-        **about, "data": about, "beside": BESIDE, "widest": WIDEST, "window": window_of(asked),
+        **about, "data": about, "beside": IN_NARROW_COLUMN, "widest": WIDEST, "window": window_of(asked),
         "later": [(panel, address_of_panel(schema, feature, panel.name, asked.query)) for panel in later],
         "fields": [(field, IN_WORDS[field]) for field in FILTER], "sources": sources_of(opened),
         "not_measured": missing,
@@ -80,7 +80,7 @@ def window_of(asked: Asked) -> dict[str, int]:
     return {name: asked.count(name, 12, WIDEST) for name in WINDOW}
 
 
-def panels(asked: Asked, feature: int) -> list[Panel]:
+def panels_of_feature(asked: Asked, feature: int) -> list[Panel]:
     """Return the panels of a feature, under the filter of the address."""
     about: Mapping[str, object] = {"feature": feature}
     under = {**about, **asked.filter.values}

@@ -12,7 +12,7 @@ from saeflow.query.questions import find_question
 SEARCH = ("text", "entry", "kind", "min_density", "max_density", "min_peak", "max_peak", "source")
 """Parameters that find_features and count_features share."""
 
-KINDS = ("other", "single-token", "position", "dense", "rare", "dead")
+FEATURE_KINDS = ("other", "single-token", "position", "dense", "rare", "dead")
 SORTS = {
     "interesting": "interesting first",
     "density": "dense first",
@@ -36,7 +36,7 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     last = found.rows[-1] if found.rows and found.has_more and not whole else None
     further = asked.link(after_sort=last["sort_key"], after_id=last["feature_id"]) if last else ""
     more = {
-        "next": further, "kinds": KINDS, "sorts": SORTS, "data": {"next": further or None},
+        "next": further, "kinds": FEATURE_KINDS, "sorts": SORTS, "data": {"next": further or None},
         "meaning": find_question("feature_kind").units, "sources": sources_of(opened),
     }  # fmt: skip
     return Page("features.html", "Features", [found, counts], opened.run.schema, more)

@@ -12,7 +12,7 @@ NO_LABELS = "Nobody has said so yet. Write a label above, or in a terminal: saef
 
 NO_MISTAKES = "None is known: whatever was tested was right each time."
 
-LATER = ("mistakes", "classes", "effects", "moved", "effect_contexts")
+LATER_MEANING = ("mistakes", "classes", "effects", "moved", "effect_contexts")
 """Panels that a page fetches when they are looked at."""
 
 
@@ -64,7 +64,7 @@ def not_measured(opened: OpenedRun, feature: int) -> list[Measured]:
     return [each for each, is_measured in zip(MEASURED, found, strict=True) if not is_measured]
 
 
-def panels(feature: int, note: str = "") -> list[Panel]:
+def panels_of_meaning(feature: int, note: str = "") -> list[Panel]:
     """Return the panels, with a note under each title."""
     about: Mapping[str, object] = {"feature": feature}
     ten, five = {**about, "n": 10}, {**about, "n": 5}

@@ -14,7 +14,7 @@ from saeflow.query.questions import GROUPS, Question, find_question, questions
 def page(asked: Asked, opened: OpenedRun) -> Page:
     """Return the page of all questions that can be asked of the run."""
     data = {"questions": [{"name": each.name, "answers": each.answers, "usage": each.usage} for each in questions()]}
-    return Page("questions.html", "Questions", (), opened.run.schema, {"groups": grouped(questions()), "data": data})
+    return Page("questions.html", "Questions", (), opened.run.schema, {"groups": by_group(questions()), "data": data})
 
 
 def one(asked: Asked, opened: OpenedRun) -> Page:
@@ -29,10 +29,10 @@ def one(asked: Asked, opened: OpenedRun) -> Page:
 def about(asked: Asked, connections: Connections) -> Page:
     """Return the page of definitions. It needs no run."""
     words = [{name: getattr(each, name) for name in ("name", "answers", "grain", "units")} for each in questions()]
-    return Page("about.html", "About", more={"groups": grouped(questions()), "data": {"definitions": words}})
+    return Page("about.html", "About", more={"groups": by_group(questions()), "data": {"definitions": words}})
 
 
-def grouped(every: Iterable[Question]) -> dict[str, list[Question]]:
+def by_group(every: Iterable[Question]) -> dict[str, list[Question]]:
     """Return questions by group, in the order of the groups."""
     found: dict[str, list[Question]] = {title: [] for title in GROUPS}
     for question in every:

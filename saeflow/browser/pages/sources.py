@@ -5,14 +5,14 @@ from __future__ import annotations
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page
 from saeflow.browser.connections import OpenedRun
-from saeflow.browser.panels import Panel, with_words
-
-MOST_FEATURES = 50
+from saeflow.browser.panels import MOST_FEATURES, Panel, with_words
 
 MOST_NAMES = 50
 """Sources that a field offers."""
 
-ABOUT = "Whether one document makes the difference, a feature's page says under “Sources it fires in”: largest_share."
+ABOUT_CONTRAST = (
+    "Whether one document makes the difference, a feature's page says under “Sources it fires in”: largest_share."
+)
 
 
 def page(asked: Asked, opened: OpenedRun) -> Page:
@@ -22,7 +22,9 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     pair = {"a": "", "b": ""} | dict(zip("ab", names, strict=False)) | asked.given("a", "b")
     if all(pair.values()):
         title = "What tells {a} from {b}".format(**pair)
-        answers.append(Panel("contrast", title, "source_contrast", pair, "table", MOST_FEATURES, ABOUT).ask(opened))
+        answers.append(
+            Panel("contrast", title, "source_contrast", pair, "table", MOST_FEATURES, ABOUT_CONTRAST).ask(opened)
+        )
     return Page(
         "sources.html", "Sources", with_words(answers, opened), opened.run.schema, {"pair": pair, "sources": names}
     )

@@ -66,11 +66,11 @@ def annotate_command(
     if not dry_run:
         catalog.write_catalog(opened)
     if not quiet:
-        _show(done, dry_run)
+        _show_annotations(done, dry_run)
     return None
 
 
-def _show(done: Done, dry_run: bool) -> None:
+def _show_annotations(done: Done, dry_run: bool) -> None:
     table = new_table("class", "tokens", "spans", "documents")
     for row in done.classes:
         table.add_row(sanitise(row["class"]), *(f"{row[name]:,}" for name in ("n_tokens", "n_spans", "n_documents")))
@@ -122,7 +122,7 @@ def _remove(store: Store, run: str | None, name: str | None) -> None:
 
     if name is None:
         raise UserError("Which annotation is to be removed? saeflow annotate NAME --remove")
-    removed = listing.remove(store, run, name)
+    removed = listing.remove_annotations(store, run, name)
     catalog.write_catalog(store)
     for each in removed:
         print_line(sanitise(f"removed {each}"))

@@ -40,7 +40,7 @@ def compare_command(
 
     Example: `saeflow compare my demo -o again.csv`
     """
-    from saeflow.meaning.matching import QUESTIONS, draw, match_runs
+    from saeflow.meaning.matching import QUESTIONS, draw_matches, match_runs
     from saeflow.query.connection import connect_to_run
     from saeflow.query.runs import pick_run, runs
 
@@ -58,7 +58,7 @@ def compare_command(
     _say(matched, sanitise(current.schema), sanitise(partner.schema))
     if picture is not None:
         with whole_file(picture) as temporary:
-            draw(matched, current.schema, partner.schema, temporary, picture.suffix.lower().removeprefix("."))
+            draw_matches(matched, current.schema, partner.schema, temporary, picture.suffix.lower().removeprefix("."))
 
 
 def _say(matched: Matched, run: str, other: str) -> None:

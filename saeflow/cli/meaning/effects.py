@@ -75,7 +75,7 @@ def effects_command(
     print_note(sanitise(f"All of them: {shown}"))
 
 
-_LARGEST = """
+_LARGEST_EFFECTS = """
 select feature_id, n_firings, mean_loss_change, loss_change_low, loss_change_high, mean_kl
 from feature_effects where effect = ? and ahead = 0 order by mean_kl desc, feature_id limit 10
 """
@@ -86,7 +86,7 @@ def _show_largest(store: Store, run: str, effect: str) -> None:
     from saeflow.query.connection import connect
 
     with connect(store, run, names=("feature_effects",)) as connection:
-        rows = query(connection, _LARGEST, [effect]).to_pylist()
+        rows = query(connection, _LARGEST_EFFECTS, [effect]).to_pylist()
     table = new_table("feature", "firings", "loss change", "95% interval", "KL")
     for row in rows:
         ends = (row["loss_change_low"], row["loss_change_high"])

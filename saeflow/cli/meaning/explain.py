@@ -13,7 +13,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import sanitise
 
 if TYPE_CHECKING:
-    from saeflow.meaning.token_rules.explain import Explained
+    from saeflow.meaning.token_rules.explain import ExplainedRun
     from saeflow.store.store import Store
 
 explain_commands = typer.Typer()
@@ -78,11 +78,11 @@ def explain_command(
         by_model.explain_by_model(run, features, typed, store, quiet)
         return
     _refuse_options_of_models({"--model": model, "--score": score, "--budget": budget, "--dry-run": dry_run or None})
-    from saeflow.meaning.token_rules.explain import explain
+    from saeflow.meaning.token_rules.explain import explain_run
     from saeflow.runtime.progress import Progress
 
     opened = existing_store(store)
-    found = explain(opened, run, features, again, Progress(err, -1 if quiet else 0))
+    found = explain_run(opened, run, features, again, Progress(err, -1 if quiet else 0))
     if not quiet:
         _print_found(opened, found, features is not None)
 
@@ -92,8 +92,8 @@ def _refuse_options_of_models(given: Mapping[str, object]) -> None:
         raise UserError(f"{option} is about a language model: say with --endpoint where it answers, or leave it out.")
 
 
-def _print_found(store: Store, found: Explained, by_number: bool) -> None:
-    from saeflow.meaning.token_rules.stored import share
+def _print_found(store: Store, found: ExplainedRun, by_number: bool) -> None:
+    from saeflow.meaning.token_rules.stored import share_of_rules
     from saeflow.query.ask import query
     from saeflow.query.connection import connect
 
@@ -110,6 +110,6 @@ def _print_found(store: Store, found: Explained, by_number: bool) -> None:
     for feature in found.dead[:_MOST_SHOWN] if by_number else ():
         print_line(f"Feature {feature} never fires.")
     scores = [row["f1"] for row in rows]
-    shares = ", ".join(f"{share(scores, least):.1%} a rule of F1 ≥ {least}" for least in (0.8, 0.5))
+    shares = ", ".join(f"{share_of_rules(scores, least):.1%} a rule of F1 ≥ {least}" for least in (0.8, 0.5))
     print_line(f"{len(rows):,} live features: {shares} on held-out tokens.")
     print_line(sanitise(f"labels/{found.sae.removeprefix('saes/')}/rules.csv: {found.n_made:,} rules written"))

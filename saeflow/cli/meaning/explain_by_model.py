@@ -14,12 +14,12 @@ from saeflow.runtime.text import brief, sanitise
 
 if TYPE_CHECKING:
     from saeflow.meaning.language_model.command import Outcome
-    from saeflow.meaning.language_model.feature import Explained
+    from saeflow.meaning.language_model.feature import ExplainedFeature
     from saeflow.meaning.language_model.settings import ExplainSettings, Method
     from saeflow.store.store import Store
 
 _N_FEATURES = "select coalesce((select n_features from stg_shape), (select max(feature_id) + 1 from stg_feature_stats))"
-_LIVE = "select feature_id from stg_feature_stats where n_tokens > 0 order by feature_id"
+_LIVE_IDS = "select feature_id from stg_feature_stats where n_tokens > 0 order by feature_id"
 
 _SHOWN = 50
 """Features shown at the end; `saeflow ask explanation_scores` has the others."""
@@ -124,7 +124,7 @@ def explain_by_model(run: str | None, features: str | None, typed: Typed, store:
     opened = existing_store(store)
     if settings.endpoint.is_open_to_readers and not quiet:
         print_note(f"Texts and key go to {settings.endpoint.url} unencrypted.")
-    chosen, progress = _features(opened, run, features), Progress(err, -1 if quiet else 0)
+    chosen, progress = _features_named(opened, run, features), Progress(err, -1 if quiet else 0)
     outcome = explain_features(opened, run, chosen, settings, texts, progress, typed.source, typed.dry_run)
     if typed.dry_run:
         _print_forecast(outcome)
@@ -161,7 +161,7 @@ def _methods(words: str, scored: str | None) -> tuple[Method, ...]:
     return tuple(method for method in SCORINGS if method in named)
 
 
-def _features(store: Store, run: str | None, words: str | None) -> list[int]:
+def _features_named(store: Store, run: str | None, words: str | None) -> list[int]:
     """Return the features that a list such as 3,7,20-29 names, or `all` that fire. Raises UserError."""
     import contextlib
 
@@ -175,7 +175,7 @@ def _features(store: Store, run: str | None, words: str | None) -> list[int]:
     with contextlib.closing(connect(store, run, names=["stg_feature_stats", "stg_shape"])) as connection:
         if words.strip() != "all":
             return parse_features(words, connection.execute(_N_FEATURES).fetchall()[0][0])
-        return [row[0] for row in connection.execute(_LIVE).fetchall()]
+        return [row[0] for row in connection.execute(_LIVE_IDS).fetchall()]
 
 
 def _print_forecast(outcome: Outcome) -> None:
@@ -191,7 +191,9 @@ def _print_outcome(outcome: Outcome, settings: ExplainSettings) -> None:
     if done:
         table = new_table("feature", *settings.methods, "explanation")
         for each in done[:_SHOWN]:
-            table.add_row(str(each.feature), *(_shown(each, method) for method in settings.methods), _said(each))
+            table.add_row(
+                str(each.feature), *(_score_in_words(each, method) for method in settings.methods), _said(each)
+            )
         out.print_table(table)
     if len(done) > _SHOWN:
         print_note(f"and {len(done) - _SHOWN:,} more: saeflow ask explanation_scores")
@@ -205,10 +207,10 @@ def _print_outcome(outcome: Outcome, settings: ExplainSettings) -> None:
             )
 
 
-def _shown(done: Explained, method: Method) -> str:
+def _score_in_words(done: ExplainedFeature, method: Method) -> str:
     score = done.score(method)
     return "" if score is None else f"{score:.2f}"
 
 
-def _said(done: Explained) -> str:
+def _said(done: ExplainedFeature) -> str:
     return sanitise(done.explanation) if done.explanation is not None else "(no answer that can be read)"

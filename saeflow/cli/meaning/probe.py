@@ -61,26 +61,26 @@ def probe_command(
     made = probe(opened, chosen, name, settings, threads, Progress(err, -1 if quiet else 0))
     catalog.write_catalog(opened)
     if not quiet:
-        _show(made, sparse)
+        _show_probe(made, sparse)
         for each in still_shown(opened, made):
             print_note(sanitise(f"Still shown, because the values are the same: {each}"))
 
 
-def _show(made: Artefact, sparse: bool) -> None:
-    from saeflow.classes.probing import best_of_each_class, read_table
+def _show_probe(made: Artefact, sparse: bool) -> None:
+    from saeflow.classes.probing import best_of_each_class, rows_of_table
 
     table = new_table("class", "tokens", "best feature", "AUROC", "95% by document", "F1", "q")
     for row in best_of_each_class(made):
         ends = [row["auroc_low"], row["auroc_high"]]
-        interval = "-" if None in ends else " to ".join(map(_figure, ends))
+        interval = "-" if None in ends else " to ".join(map(_figure_in_words, ends))
         best = "none fires" if row["feature_id"] is None else str(row["feature_id"])
         table.add_row(
-            sanitise(row["class"]), f"{row['n_tokens']:,}", best, _figure(row["auroc"]), interval,
-            _figure(row["f1"]), "-" if row["q"] is None else f"{row['q']:.1g}",
+            sanitise(row["class"]), f"{row['n_tokens']:,}", best, _figure_in_words(row["auroc"]), interval,
+            _figure_in_words(row["f1"]), "-" if row["q"] is None else f"{row['q']:.1g}",
         )  # fmt: skip
     out.print_table(table)
     if sparse:
-        _show_sparse(read_table(made, "sparse_probes"))
+        _show_sparse(rows_of_table(made, "sparse_probes"))
     print_note("More: saeflow ask features_of_class CLASS; saeflow ask classes_of_feature FEATURE")
     print_line(sanitise(f"{made.id}: published"))
 
@@ -89,12 +89,12 @@ def _show_sparse(rows: list[dict[str, Any]]) -> None:
     table = new_table("class", "k", "features", "neurons", "random SAE")
     found = {(row["class"], row["k"], row["basis"]): row["auroc"] for row in rows}
     for name, k in dict.fromkeys((row["class"], row["k"]) for row in rows):
-        each = (_figure(found.get((name, k, basis))) for basis in ("features", "neurons", "random"))
+        each = (_figure_in_words(found.get((name, k, basis))) for basis in ("features", "neurons", "random"))
         table.add_row(sanitise(name), str(k), *each)
     print_line("")
     print_line("AUROC on held-out documents, of a logistic regression on k dimensions:")
     out.print_table(table)
 
 
-def _figure(value: float | None) -> str:
+def _figure_in_words(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"

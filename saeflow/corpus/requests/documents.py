@@ -37,8 +37,8 @@ def request_documents(config: CorpusConfig, open_listed: Callable[[CorpusConfig]
     assert config.requests is not None
     folder = RequestFolder.of(config.requests)
     about = _listing(config, folder)
-    _require_one_each(_pairs(config, folder, about, open_listed)[0], folder, config.share)
-    pairs, metadata = _pairs(config, folder, about, open_listed)
+    _require_one_each(_documents_with_requests(config, folder, about, open_listed)[0], folder, config.share)
+    pairs, metadata = _documents_with_requests(config, folder, about, open_listed)
     has_prompts = PROMPT not in metadata.names and any(each.n_prompt is not None for each in folder.requests.values())
     if has_prompts:
         metadata = metadata.append(pa.field(PROMPT, pa.int64()))
@@ -77,7 +77,7 @@ def _columns_of_index(index: Path) -> list[str]:
         raise UserError(f"corpus.requests: {shown(str(index))} cannot be read: {first_line(error)}.") from error
 
 
-def _pairs(
+def _documents_with_requests(
     config: CorpusConfig,
     folder: RequestFolder,
     about: CorpusConfig | None,

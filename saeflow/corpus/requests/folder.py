@@ -13,7 +13,7 @@ from saeflow.corpus.files import shown
 from saeflow.corpus.requests.files import Request, requests_in
 from saeflow.runtime.errors import UserError
 
-ABOUT = "engine.json"
+ENGINE_FILE = "engine.json"
 INDEXES = ("requests.jsonl", "requests.parquet")
 _UNREAD = {
     ".zst": "is packed by Zstandard. Unpack it with `zstd -d`.",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from saeflow.corpus.tokenise.templates import Chat, ChatTemplate
-from saeflow.corpus.tokenise.texts import MARKS, Tokenised, tokens_of
+from saeflow.corpus.tokenise.texts import MARKS, Tokenised, tokenise_texts
 from saeflow.recipe.data_settings import TokensConfig
 from saeflow.runtime.errors import UserError
 
@@ -56,7 +56,7 @@ class ChatTokeniser:
     def _tokens(self, chat: Chat) -> Tokenised:
         """Tokenise the text with the special tokens of the template, but not with those that messages name."""
         if not chat.names:
-            return tokens_of(self.tokenizer, [chat.text], self.parsing)[0]
+            return tokenise_texts(self.tokenizer, [chat.text], self.parsing)[0]
         cuts = [0, *(place for name in chat.names for place in name), len(chat.text)]
         pieces = [
             self._piece(chat.text, start, end, is_name=n % 2 == 1)
@@ -69,7 +69,7 @@ class ChatTokeniser:
         """Tokenise a piece of a text, behind a line end so that no blank is put before it as before a whole text."""
         config = self.literal if is_name else self.parsing
         for lead in ("\n", "") if start else ("",):
-            tokens = tokens_of(self.tokenizer, [lead + text[start:end]], config)[0]
+            tokens = tokenise_texts(self.tokenizer, [lead + text[start:end]], config)[0]
             own = tokens.marks["char_end"] > len(lead)
             if (tokens.marks["char_start"][own] >= len(lead)).all():
                 break

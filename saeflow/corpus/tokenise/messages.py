@@ -25,7 +25,9 @@ def conversation(messages: Any, tools: Any, where: str) -> str:
     about: dict[str, Any] = {"messages": found}
     if tools := _parsed(tools, f"{where}, tools"):
         if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
-            raise UserError(f"{where}: the tools are {_shown(tools)}, but they must be a list of JSON schemas.")
+            raise UserError(
+                f"{where}: the tools are {_value_in_words(tools)}, but they must be a list of JSON schemas."
+            )
         about["tools"] = _without_nulls(tools)
     return json.dumps(about, ensure_ascii=False)
 
@@ -59,7 +61,7 @@ def _list_of_messages(messages: Any, where: str) -> list[Any]:
     found = _parsed(messages, where)
     if not isinstance(found, list) or not found:
         raise UserError(
-            f"{where}: corpus.messages is {_shown(found)}, but {_FORM}.\n"
+            f"{where}: corpus.messages is {_value_in_words(found)}, but {_FORM}.\n"
             "Leave such rows out, or bring them into that form, with corpus.sql."
         )
     return found
@@ -71,7 +73,7 @@ def _parsed(value: Any, where: str) -> Any:
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {_shown(value)} is no JSON, but {_FORM}.") from error
+        raise UserError(f"{where}: {_value_in_words(value)} is no JSON, but {_FORM}.") from error
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             "when 'human' then 'user' when 'gpt' then 'assistant' else m.from end, 'content': m.value}) as messages "
             "from 'chats.parquet'\"."
         )
-        raise UserError(f"{where}, is {_shown(message)}, but {_FORM}.{way_out if former else ''}")
+        raise UserError(f"{where}, is {_value_in_words(message)}, but {_FORM}.{way_out if former else ''}")
     return {**_without_nulls(message), "content": _content(message.get("content"), where)}
 
 
@@ -96,7 +98,7 @@ def _content(content: Any, where: str) -> str:
         ]
         if all(isinstance(part, str) for part in parts):
             return "\n".join(str(part) for part in parts)
-    raise UserError(f"{where}: its content is {_shown(content)}, but it must be a text, or parts of text.")
+    raise UserError(f"{where}: its content is {_value_in_words(content)}, but it must be a text, or parts of text.")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -106,7 +108,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _shown(value: Any) -> str:
+def _value_in_words(value: Any) -> str:
     return (
         "empty"
         if value in (None, "", [])

@@ -49,7 +49,7 @@ def ids_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[list[
     return [ids for read in _tokenised_batches(tokenizer, texts, config) for ids in read["input_ids"]]
 
 
-def tokens_of(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[Tokenised]:
+def tokenise_texts(tokenizer: Any, texts: list[str], config: TokensConfig) -> list[Tokenised]:
     """Return the vocabulary ids of texts, and the characters that each token stands for by the tokenizer's own account.
 
     Tokenizers written in Python give no such account.

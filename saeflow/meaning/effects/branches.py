@@ -27,7 +27,7 @@ from saeflow.runtime.errors import UserError
 
 MOST_LOGIT_BYTES = 128 << 20
 """Logits of one pass."""
-_MOST_TOKENS = 8192
+_MOST_PASS_TOKENS = 8192
 """Tokens of one pass, padding included."""
 _CLOSE = {torch.float32: 2e-4, torch.float64: 2e-5}
 _CLOSE_HALF = 0.1
@@ -137,7 +137,7 @@ class BranchPass:
         longest = n_rows = 0
         for piece in (piece for branches in every for piece in self.cut(branches)):
             n_tokens, rows = self.n_tokens(piece), int(piece.lengths.sum())
-            too_many = (len(batch) + 1) * max(longest, n_tokens) > _MOST_TOKENS
+            too_many = (len(batch) + 1) * max(longest, n_tokens) > _MOST_PASS_TOKENS
             if batch and (too_many or (n_rows + rows) * 8 * self.n_entries > MOST_LOGIT_BYTES):
                 yield batch
                 batch, longest, n_rows = [], 0, 0
@@ -206,7 +206,7 @@ class CopiedPass(BranchPass):
 
     def cut(self, branches: Branches) -> Iterator[Branches]:
         length = int(branches.ends.max()) if len(branches.ends) else 1
-        at_once = max(1, _MOST_TOKENS // length - 1)
+        at_once = max(1, _MOST_PASS_TOKENS // length - 1)
         for piece in super().cut(branches):
             for start in range(0, len(piece.places), at_once):
                 yield piece.some(slice(start, start + at_once))

@@ -13,7 +13,7 @@ from saeflow.meaning.effects.tables import FIRINGS, sort_into, write_parquet
 
 _MOST_ROWS = 4_000_000
 """Firings that are ranked at once."""
-_GAP = 16
+_MOST_FEATURES_BETWEEN = 16
 """Features further apart than this are read by themselves: those in between are not."""
 
 _HOLES = """
@@ -65,8 +65,8 @@ def shuffled(tokens: np.ndarray, seed: int) -> np.ndarray:
 
 
 def draw_firings(
-    connection: duckdb.DuckDBPyConnection, features: Sequence[int], counts: np.ndarray, n: int, bands: int, seed: int,
-    folder: Path,
+    connection: duckdb.DuckDBPyConnection, features: Sequence[int], counts: Sequence[int], n: int, bands: int,
+    seed: int, folder: Path,
 ) -> Path:  # fmt: skip
     """Write the chosen firings of all features, sorted by token, to `folder`, and return the file.
 
@@ -85,7 +85,9 @@ def draw_firings(
         rows = {name: np.asarray(column) for name, column in found.items()}
         whole = _has_context(rows["token_id"], np.asarray(holes["sequence"]), np.asarray(holes["first_hole"]), length)
         pieces.append(folder / f"drawn-{number:06d}.parquet")
-        write_parquet(pieces[-1], _drawn({name: column[whole] for name, column in rows.items()}, n, bands, seed))
+        write_parquet(
+            pieces[-1], _drawn_firings({name: column[whole] for name, column in rows.items()}, n, bands, seed)
+        )
     sort_into(target, pieces, "token_id, feature_id", folder)
     for piece in pieces:
         piece.unlink()
@@ -101,7 +103,7 @@ def _has_context(tokens: np.ndarray, sequences: np.ndarray, first_holes: np.ndar
     return np.asarray((sequences[place] != mine) | (tokens < first_holes[place]))
 
 
-def _drawn(rows: dict[str, np.ndarray], n: int, bands: int, seed: int) -> pa.Table:
+def _drawn_firings(rows: dict[str, np.ndarray], n: int, bands: int, seed: int) -> pa.Table:
     """Draw from each feature's firings."""
     order = np.argsort(rows["feature_id"], kind="stable")
     feature, token, value = (rows[name][order] for name in ("feature_id", "token_id", "value"))
@@ -114,11 +116,11 @@ def _drawn(rows: dict[str, np.ndarray], n: int, bands: int, seed: int) -> pa.Tab
     return pa.concat_tables(tables)
 
 
-def _groups(features: Sequence[int], counts: np.ndarray) -> Iterator[list[int]]:
+def _groups(features: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
     group: list[int] = []
     total = 0
-    for feature, count in zip(features, counts.tolist(), strict=True):
-        if count and group and (total + count > _MOST_ROWS or feature - group[-1] > _GAP):
+    for feature, count in zip(features, counts, strict=True):
+        if count and group and (total + count > _MOST_ROWS or feature - group[-1] > _MOST_FEATURES_BETWEEN):
             yield group
             group, total = [], 0
         if count:

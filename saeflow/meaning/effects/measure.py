@@ -20,7 +20,7 @@ from saeflow.features.splice import unit_lengths
 from saeflow.meaning.effects import firings
 from saeflow.meaning.effects.branches import SharedPass, choose_pass
 from saeflow.meaning.effects.part import PartMeasurer
-from saeflow.meaning.effects.run_model import FeatureStrengths, RunModel, model_of_run, strengths_of
+from saeflow.meaning.effects.run_model import RunModel, model_of_run
 from saeflow.meaning.effects.tables import (
     DIRECT_FILE,
     EFFECTS_FILE,
@@ -30,6 +30,7 @@ from saeflow.meaning.effects.tables import (
     write_parquet,
 )
 from saeflow.meaning.feature_list import parse_features
+from saeflow.query.ask import FeatureStrengths, strengths_of
 from saeflow.query.catalog import write_catalog
 from saeflow.query.connection import connect_to_run
 from saeflow.query.runs import Run
@@ -43,7 +44,7 @@ from saeflow.store.files import make_folder
 from saeflow.store.links import remove
 from saeflow.store.store import Store
 
-REMEDY = "saeflow effects RUN --model FOLDER"
+EFFECTS_COMMAND = "saeflow effects RUN --model FOLDER"
 _RESUMED = ".checkpoint"
 _MOST_AHEAD, _MOST_TOP, _MOST_BANDS = 256, 100, 1_000
 
@@ -113,9 +114,9 @@ def measure_effects(
     with contextlib.closing(connection):
         features = parse_features(settings.features, run.shape.get("n_features") or 0)
         strengths = strengths_of(connection, run, features)
-        if not strengths.n_tokens.sum():
+        if not sum(strengths.n_tokens):
             raise UserError("--features names features that never fire. Choose others: saeflow ask feature_summary.")
-        config = model_of_run(store, run, model_path, device, REMEDY)
+        config = model_of_run(store, run, model_path, device, EFFECTS_COMMAND)
         facts = _facts(store, run, settings, change, features)
         target = store.artefact("effects", settings.artefact_name, fingerprint(facts))
         with target.writing():
@@ -124,7 +125,7 @@ def measure_effects(
                     target.renew()
                 progress.skip("effects", str(target.path))
                 return MeasuredEffects(target, True)
-            work = _Work(store, run, connection, settings, change, features, strengths, config, target, progress)
+            work = _Measurement(store, run, connection, settings, change, features, strengths, config, target, progress)
             work.do(facts)
         write_catalog(store)
     return MeasuredEffects(target, False)
@@ -152,7 +153,7 @@ def _facts(
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Measurement:
     """One measurement on its way."""
 
     store: Store

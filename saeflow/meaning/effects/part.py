@@ -19,7 +19,7 @@ from saeflow.runtime.devices import model_threads
 from saeflow.runtime.threads import map_in_order
 from saeflow.sae.autoencoder import SparseAutoencoder
 
-_GAP = 64
+_MOST_SEQUENCES_BETWEEN = 64
 """If fewer unwanted sequences than this lie between two wanted ones, all are read in one go."""
 _MOST_READ = 1 << 20
 """Tokens that are read at once."""
@@ -39,7 +39,7 @@ class SequenceTokens:
     def read(cls, connection: duckdb.DuckDBPyConnection, wanted: np.ndarray, length: int) -> SequenceTokens:
         """Read these sequences (ascending) from a run's tokens; far sequences in between are not read."""
         blocks = wanted // max(1, _MOST_READ // length)
-        ends = np.flatnonzero((np.diff(wanted) > _GAP) | (np.diff(blocks) > 0)) + 1
+        ends = np.flatnonzero((np.diff(wanted) > _MOST_SEQUENCES_BETWEEN) | (np.diff(blocks) > 0)) + 1
         groups = np.split(wanted, ends) if len(wanted) else []
         ids, owners = [np.zeros((0, length), np.int64)], [np.zeros((0, length), np.int64)]
         for group in groups:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import duckdb
-import numpy as np
 import pyarrow.parquet as pq
 from torch import nn
 
-from saeflow.features.changes import FeatureLevels
 from saeflow.features.splice import SplicePlace, require_spliceable
 from saeflow.model.load import load_model, load_tokenizer
 from saeflow.model.sites import predicts_next_token, require_running_order
@@ -61,31 +57,3 @@ def model_of_run(store: Store, run: Run, given: str, device: str, remedy: str) -
     choose_device("--device", device)
     config = model_settings(store.input_of(run.artefact, "activations"), given, remedy)
     return config.model_copy(update={"device": device})
-
-
-_LEVELS = """
-select feature_id, sum_value / nullif((select n_encoded_tokens from stg_size), 0) as mean, max_value, n_tokens
-from stg_feature_stats where feature_id in (select unnest(?::bigint[]))
-"""
-
-
-@dataclass(frozen=True)
-class FeatureStrengths:
-    """Strengths of some features in a run's corpus, in the order asked."""
-
-    levels: Sequence[FeatureLevels]
-    n_tokens: np.ndarray
-    """On how many tokens each fires."""
-
-
-def strengths_of(connection: duckdb.DuckDBPyConnection, run: Run, features: Sequence[int]) -> FeatureStrengths:
-    """Return how strong these features are. Raises UserError for one that the run does not have."""
-    n = run.shape.get("n_features") or 0
-    if wrong := [feature for feature in features if not 0 <= feature < n]:
-        raise UserError(f"The run {run.schema} has no feature {wrong[0]}: its features are 0 to {n - 1:,}.")
-    found = {
-        row[0]: (float(row[1] or 0.0), float(row[2] or 0.0), int(row[3] or 0))
-        for row in connection.execute(_LEVELS, [list(features)]).fetchall()
-    }
-    rows = [found.get(feature, (0.0, 0.0, 0)) for feature in features]
-    return FeatureStrengths([FeatureLevels(mean, top) for mean, top, _ in rows], np.array([n for *_, n in rows]))

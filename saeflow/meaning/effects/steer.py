@@ -13,16 +13,17 @@ from saeflow.corpus.token_parts import Frame
 from saeflow.corpus.tokenise.texts import ids_of
 from saeflow.features.changes import FeatureChange
 from saeflow.features.splice import spliced_features
-from saeflow.meaning.effects.run_model import RunModel, model_of_run, strengths_of
+from saeflow.meaning.effects.run_model import RunModel, model_of_run
 from saeflow.model.sites import run_on
+from saeflow.query.ask import strengths_of
 from saeflow.query.connection import connect_to_run
 from saeflow.query.new_text import frame_then, tokens_settings
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, is_utf8
 from saeflow.store.store import Store
 
-REMEDY = 'saeflow steer RUN FEATURE=VALUE "prompt" --model FOLDER'
-_MOST_TOKENS = 10_000
+STEER_COMMAND = 'saeflow steer RUN FEATURE=VALUE "prompt" --model FOLDER'
+_MOST_NEW_TOKENS = 10_000
 _MOST_LETTERS = 1_000_000
 _LARGEST_SEED = 1 << 62
 
@@ -39,8 +40,8 @@ class SteerSettings:
 
     def require_sensible(self) -> None:
         """Raise UserError for numbers out of their range."""
-        if not 1 <= self.n_tokens <= _MOST_TOKENS:
-            raise UserError(f"--tokens is {self.n_tokens}; it may be 1 to {_MOST_TOKENS:,}.")
+        if not 1 <= self.n_tokens <= _MOST_NEW_TOKENS:
+            raise UserError(f"--tokens is {self.n_tokens}; it may be 1 to {_MOST_NEW_TOKENS:,}.")
         if not 0 <= self.temperature <= 100:
             raise UserError(f"--temperature is {self.temperature:g}; it may be 0 to 100.")
         if not 0 <= self.seed <= _LARGEST_SEED:
@@ -90,12 +91,12 @@ def steer(
         features = sorted(changes)
         levels = dict(zip(features, strengths_of(connection, run, features).levels, strict=True))
     values = {feature: change.new_value(levels[feature]) for feature, change in changes.items()}
-    config = model_of_run(store, run, model_path, device, REMEDY)
+    config = model_of_run(store, run, model_path, device, STEER_COMMAND)
     loaded = RunModel.load(store, run, config)
     about, facts = tokens_settings(store, run)
     frame = frame_then(loaded.tokenizer, facts, about)
     ids = _beginning(frame, np.asarray(ids_of(loaded.tokenizer, [prompt], about)[0], np.int64))
-    _require_room(loaded.model, len(ids), settings.n_tokens)
+    _require_context(loaded.model, len(ids), settings.n_tokens)
     end = {loaded.tokenizer.eos_token_id} - {None}
     plain = _continue(loaded.model, ids, settings, loaded.n_vocab, end)
     with spliced_features(loaded.model, loaded.sae, loaded.place, values):
@@ -109,7 +110,7 @@ def _beginning(frame: Frame, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([np.asarray(frame.before, np.int64), ids])
 
 
-def _require_room(model: nn.Module, n_prompt: int, n_tokens: int) -> None:
+def _require_context(model: nn.Module, n_prompt: int, n_tokens: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None) or 0
     if limit > 0 and n_prompt + n_tokens > limit:
         raise UserError(

@@ -27,14 +27,14 @@ FIRINGS = pa.schema(
 )
 """The firings that are changed, by token_id, then feature_id."""
 
-ROW_GROUP = 16_384
+EFFECT_ROW_GROUP = 16_384
 _MOST_PRODUCT_BYTES = 64 << 20
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table that takes its place whole."""
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP)
+        pq.write_table(table, temporary, compression="zstd", row_group_size=EFFECT_ROW_GROUP)
 
 
 def sort_into(target: Path, sources: list[Path], order: str, work: Path) -> None:
@@ -44,7 +44,7 @@ def sort_into(target: Path, sources: list[Path], order: str, work: Path) -> None
     with contextlib.closing(duckdb.connect(config=config)) as connection, replacing(target) as temporary:
         connection.execute(
             f"copy (select * from read_parquet({files}) order by {order}) to {literal(str(temporary))} "
-            f"(format parquet, compression zstd, row_group_size {ROW_GROUP})"
+            f"(format parquet, compression zstd, row_group_size {EFFECT_ROW_GROUP})"
         )
 
 

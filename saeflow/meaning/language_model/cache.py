@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saeflow.meaning.beside_labels import changing_beside, path_beside, read_table, write_table
+from saeflow.meaning.beside_labels import changing_beside, path_beside, read_beside, write_beside
 from saeflow.meaning.language_model.prompts import Prompt
 from saeflow.store.files import flush, make_folder
 from saeflow.store.links import open_unlinked, unlinked
@@ -34,7 +34,7 @@ ANSWERS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Answer:
+class CachedAnswer:
     key: str
     feature_id: int
     method: str
@@ -50,7 +50,7 @@ class Answer:
     """Documents that the question quoted."""
 
 
-def key_of(model: str, temperature: float, prompt: Prompt) -> str:
+def key_of_prompt(model: str, temperature: float, prompt: Prompt) -> str:
     """Return the hash by which an answer is found again."""
     asked = [model, temperature, prompt.most_answer_tokens, prompt.messages]
     return hashlib.blake2b(json.dumps(asked, ensure_ascii=True).encode(), digest_size=16).hexdigest()
@@ -64,8 +64,8 @@ class AnswerCache:
     sae: str
     """Name and fingerprint of the SAE, without its kind."""
     source: str
-    known: dict[str, Answer] = field(default_factory=dict)
-    fresh: dict[str, Answer] = field(default_factory=dict)
+    known: dict[str, CachedAnswer] = field(default_factory=dict)
+    fresh: dict[str, CachedAnswer] = field(default_factory=dict)
     """Answers that are in the journal alone."""
 
     @property
@@ -88,7 +88,7 @@ class AnswerCache:
         self.fresh = {answer.key: answer for answer in self._journaled()}
         self.known |= self.fresh
 
-    def keep(self, answer: Answer) -> None:
+    def keep(self, answer: CachedAnswer) -> None:
         """Append an answer to the journal. It survives a kill and a power cut from here on."""
         self.known[answer.key] = self.fresh[answer.key] = answer
         make_folder(self.journal.parent)
@@ -110,22 +110,22 @@ class AnswerCache:
             with self.locked():
                 self.replace([*_answers(self.stored().to_pylist()), *self.fresh.values()])
 
-    def replace(self, answers: Iterable[Answer]) -> None:
+    def replace(self, answers: Iterable[CachedAnswer]) -> None:
         """Make these the answers of the source, and empty the journal. Call it inside `locked`."""
-        rows = sorted({answer.key: asdict(answer) for answer in answers}.values(), key=_place)
-        write_table(self.store, self.path, pa.Table.from_pylist(rows, ANSWERS))
+        rows = sorted({answer.key: asdict(answer) for answer in answers}.values(), key=_sort_key)
+        write_beside(self.store, self.path, pa.Table.from_pylist(rows, ANSWERS))
         self.store.storage.remove(self.journal)
         self.fresh = {}
 
     def stored(self) -> pa.Table:
-        return read_table(self.store, self.path, ANSWERS)
+        return read_beside(self.store, self.path, ANSWERS)
 
-    def every(self) -> list[Answer]:
+    def every(self) -> list[CachedAnswer]:
         """Return all answers of the source, those of the journal too."""
         found = {answer.key: answer for answer in _answers(self.stored().to_pylist())}
         return list((found | {answer.key: answer for answer in self._journaled()}).values())
 
-    def _journaled(self) -> Iterator[Answer]:
+    def _journaled(self) -> Iterator[CachedAnswer]:
         """Yield the answers of the journal. The last line may be torn."""
         try:
             with open_unlinked(self.journal) as file:
@@ -139,10 +139,10 @@ class AnswerCache:
                 continue
 
 
-def _answers(rows: Iterable[dict[str, object]]) -> Iterator[Answer]:
+def _answers(rows: Iterable[dict[str, object]]) -> Iterator[CachedAnswer]:
     for row in rows:
-        yield Answer(**{**row, "document_ids": tuple(row["document_ids"])})  # type: ignore[arg-type]
+        yield CachedAnswer(**{**row, "document_ids": tuple(row["document_ids"])})  # type: ignore[arg-type]
 
 
-def _place(row: dict[str, object]) -> tuple[object, ...]:
+def _sort_key(row: dict[str, object]) -> tuple[object, ...]:
     return row["feature_id"], row["method"], row["key"]

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field, replace
 import duckdb
 
 from saeflow.meaning.language_model.cache import AnswerCache
-from saeflow.meaning.language_model.cost import Forecast, Rates, forecast
+from saeflow.meaning.language_model.cost import CostForecast, Rates, forecast
 from saeflow.meaning.language_model.endpoint import Asker, BudgetReached, Meter
 from saeflow.meaning.language_model.examples import READ, Examples, draw_examples
-from saeflow.meaning.language_model.feature import Explained, Explainer, gather, questions_left
+from saeflow.meaning.language_model.feature import ExplainedFeature, Explainer, gather, questions_left
 from saeflow.meaning.language_model.forgetting import drop_forgotten_of
 from saeflow.meaning.language_model.prompts import Prompts
 from saeflow.meaning.language_model.results import Results
@@ -45,8 +45,8 @@ class Outcome:
 
     source: str
     n_finished_before: int
-    explained: list[Explained] = field(default_factory=list)
-    forecast: Forecast | None = None
+    explained: list[ExplainedFeature] = field(default_factory=list)
+    forecast: CostForecast | None = None
     """Tokens that the whole command was expected to take; None if nothing was left to do."""
     meter: Meter | None = None
     n_left: int = 0
@@ -74,7 +74,7 @@ def explain_features(
     """
     chosen, connection = connect_to_run(store, run, names=READ)
     with contextlib.closing(connection), contextlib.ExitStack() as stack:
-        work = _Work.begin(store, chosen, connection, settings, prompts, progress, source)
+        work = _Explaining.begin(store, chosen, connection, settings, prompts, progress, source)
         if not dry_run:
             stack.enter_context(work.alone())
             drop_forgotten_of(work.cache)
@@ -91,7 +91,7 @@ def explain_features(
 
 
 @dataclass
-class _Work:
+class _Explaining:
     store: Store
     connection: duckdb.DuckDBPyConnection
     settings: ExplainSettings
@@ -102,7 +102,7 @@ class _Work:
     n_features: int
     labels: Mapping[int, str]
     """Labels to score; none if explanations are made."""
-    waiting: dict[int, Explained] = field(default_factory=dict)
+    waiting: dict[int, ExplainedFeature] = field(default_factory=dict)
     """Finished features that others, in front of them, still keep from being written."""
     drawn: dict[int, Examples] = field(default_factory=dict)
     """Examples that the forecast has read, until they are used."""
@@ -112,7 +112,7 @@ class _Work:
     def begin(
         cls, store: Store, run: Run, connection: duckdb.DuckDBPyConnection, settings: ExplainSettings, prompts: Prompts,
         progress: Progress, source: str | None,
-    ) -> _Work:  # fmt: skip
+    ) -> _Explaining:  # fmt: skip
         sae, tokens = run.artefact.record.input("saes"), run.artefact.record.input("tokens")
         if sae is None or tokens is None:
             raise UserError(f"{run.artefact.id} does not say which SAE its features belong to.")
@@ -166,7 +166,7 @@ class _Work:
     def examples(self, feature: int) -> Examples:
         return self.drawn.pop(feature, None) or draw_examples(self.connection, feature, self.settings.counts)
 
-    def forecast(self, features: Sequence[int]) -> Forecast:
+    def forecast(self, features: Sequence[int]) -> CostForecast:
         """Forecast what these features take, from the questions about some of them and the answers that are kept."""
         step = max(1, len(features) // _FORECAST_FEATURES)
         looked_at = list(features[::step])[:_FORECAST_FEATURES]
@@ -206,7 +206,7 @@ class _Work:
     def _forecast_rest(self, todo: Sequence[int], outcome: Outcome, meter: Meter) -> None:
         """Forecast the others, with as many repeated questions as the first feature needed."""
         first, others = outcome.explained[-1], todo[len(outcome.explained) :]
-        rest = self.forecast(others) if others else Forecast(0, {}, 0, True)
+        rest = self.forecast(others) if others else CostForecast(0, {}, 0, True)
         again = first.n_nonsense / max(1, first.n_questions)
         rest = replace(rest, tokens=round(rest.tokens * (1 + again)))
         outcome.forecast = replace(rest, n_features=len(todo), tokens=meter.spent + rest.tokens)

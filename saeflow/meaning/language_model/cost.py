@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from saeflow.meaning.language_model.cache import Answer
+from saeflow.meaning.language_model.cache import CachedAnswer
 from saeflow.meaning.language_model.prompts import Prompt
 from saeflow.meaning.language_model.settings import Method
 
@@ -25,7 +25,7 @@ class Rates:
     per_item: Mapping[str, float]
 
     @classmethod
-    def counted(cls, answers: Iterable[Answer]) -> Rates:
+    def counted(cls, answers: Iterable[CachedAnswer]) -> Rates:
         """Return the rates of answers whose tokens the endpoint has counted."""
         sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for answer in answers:
@@ -53,7 +53,7 @@ def _items(method: str, n: int) -> int:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class CostForecast:
     """Questions and tokens that the features which are left will take."""
 
     n_features: int
@@ -72,10 +72,12 @@ class Forecast:
         return f"{self.n_features:,} features, {self.n_questions:,} questions ({each}): {self.tokens:,} tokens{basis}"
 
 
-def forecast(left: Sequence[Sequence[Prompt]], n_features: int, rates: Rates, methods: Iterable[Method]) -> Forecast:
+def forecast(
+    left: Sequence[Sequence[Prompt]], n_features: int, rates: Rates, methods: Iterable[Method]
+) -> CostForecast:
     """Return the forecast for `n_features`; `left` has the questions of some of them that are not answered yet."""
     counts = Counter(prompt.method for prompts in left for prompt in prompts)
     tokens = sum(rates.tokens(prompt) for prompts in left for prompt in prompts)
     scale = n_features / len(left) if left else 0.0
     questions: dict[str, int] = {method: round(n * scale) for method, n in counts.items()}
-    return Forecast(n_features, questions, round(tokens * scale), rates.knows(methods))
+    return CostForecast(n_features, questions, round(tokens * scale), rates.knows(methods))

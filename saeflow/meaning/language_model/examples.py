@@ -90,7 +90,7 @@ def draw_examples(connection: duckdb.DuckDBPyConnection, feature: int, counts: E
     A window of a band has its strongest token in the middle, or as near to it as the document allows. Windows of near
     misses and of random tokens are silent throughout, so that no in detection is right for all of them.
     """
-    reader = _Reader(connection, feature, counts)
+    reader = _ExampleReader(connection, feature, counts)
     bands = reader.bands()
     near = reader.near_misses()
     explaining = [window for windows in bands.values() for window in windows[: _share_to_explain(windows, counts)]]
@@ -131,7 +131,7 @@ def _apart(
 
 
 @dataclass
-class _Reader:
+class _ExampleReader:
     connection: duckdb.DuckDBPyConnection
     feature: int
     counts: ExampleCounts

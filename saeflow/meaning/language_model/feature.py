@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from saeflow.meaning.language_model.answers import read_explanation, read_judgements, read_strengths
-from saeflow.meaning.language_model.cache import Answer, AnswerCache, key_of
+from saeflow.meaning.language_model.cache import AnswerCache, CachedAnswer, key_of_prompt
 from saeflow.meaning.language_model.endpoint import Asker
 from saeflow.meaning.language_model.examples import Examples, Window
-from saeflow.meaning.language_model.prompts import Prompt, Prompts, marked, plain, wrong_places
+from saeflow.meaning.language_model.prompts import Prompt, Prompts, plain, with_marks, wrong_places
 from saeflow.meaning.language_model.scores import (
-    Judged,
+    JudgedExample,
     Score,
     Simulated,
     judged_scores,
@@ -35,7 +35,7 @@ EXPECTED_EXPLANATION = "x" * 60
 
 
 @dataclass(frozen=True)
-class Question:
+class ExampleQuestion:
     """A prompt and the windows that it is about."""
 
     prompt: Prompt
@@ -43,7 +43,7 @@ class Question:
 
 
 @dataclass
-class Explained:
+class ExplainedFeature:
     """An explanation with its scores. `explanation` is None if the model's answers could not be read."""
 
     feature: int
@@ -53,7 +53,7 @@ class Explained:
     n_nonsense: int = 0
     """Answers that could not be read, also those that a second question made good."""
     scores: dict[Method, list[Score]] = field(default_factory=dict)
-    judged: dict[Method, list[Judged]] = field(default_factory=dict)
+    judged: dict[Method, list[JudgedExample]] = field(default_factory=dict)
 
     def score(self, method: Method) -> float | None:
         """Return the score of all examples."""
@@ -71,11 +71,11 @@ class Explainer:
     tokens: str
     """The artefact of tokens that examples come from."""
 
-    async def explain(self, examples: Examples, explanation: str | None = None) -> Explained:
+    async def explain(self, examples: Examples, explanation: str | None = None) -> ExplainedFeature:
         """Make an explanation, or take the one that is given, and score it by every method of the settings."""
-        done = Explained(examples.feature, explanation, len(examples.explaining))
+        done = ExplainedFeature(examples.feature, explanation, len(examples.explaining))
         if explanation is None and examples.explaining:
-            question = Question(self.prompts.explanation(examples), examples.explaining)
+            question = ExampleQuestion(self.prompts.explanation(examples), examples.explaining)
             done.explanation = await self._read(question, done, lambda text, n: read_explanation(text))
         if done.explanation is not None:
             for method in self.settings.methods:
@@ -86,17 +86,19 @@ class Explainer:
                     done.scores[method] = judged_scores(done.judged[method])
         return done
 
-    async def _judge(self, method: Method, examples: Examples, explanation: str, done: Explained) -> list[Judged]:
+    async def _judge(
+        self, method: Method, examples: Examples, explanation: str, done: ExplainedFeature
+    ) -> list[JudgedExample]:
         questions = judgements(method, self.prompts, examples, explanation, self.settings)
         answers = await gather([self._read(question, done, read_judgements) for question in questions])
         found = []
         for question, answered in zip(questions, answers, strict=True):
             said: Sequence[bool | None] = answered or [None] * len(question.windows)
             pairs = zip(question.windows, said, strict=True)
-            found += [Judged(window.stratum, window.token_id, window.fires, answer) for window, answer in pairs]
+            found += [JudgedExample(window.stratum, window.token_id, window.fires, answer) for window, answer in pairs]
         return found
 
-    async def _simulate(self, examples: Examples, explanation: str, done: Explained) -> list[Score]:
+    async def _simulate(self, examples: Examples, explanation: str, done: ExplainedFeature) -> list[Score]:
         questions = simulations(self.prompts, examples, explanation)
         answers = await gather([self._read(question, done, read_strengths) for question in questions])
         found = [
@@ -105,7 +107,7 @@ class Explainer:
         ]
         return simulated_scores(found, self.settings.counts.seed)
 
-    async def _read(self, question: Question, done: Explained, read: Reader[Read]) -> Read | None:
+    async def _read(self, question: ExampleQuestion, done: ExplainedFeature, read: Reader[Read]) -> Read | None:
         """Return what the answer says. A question whose answer cannot be read is asked again, with a reminder."""
         prompt = question.prompt
         done.n_questions += 1
@@ -119,10 +121,10 @@ class Explainer:
             prompt = question.prompt.again(text)
         return None
 
-    async def _answer(self, prompt: Prompt, question: Question, feature: int) -> str | None:
+    async def _answer(self, prompt: Prompt, question: ExampleQuestion, feature: int) -> str | None:
         """Return the kept answer, or ask and keep it. None if the endpoint refuses this question."""
         about = self.settings.endpoint
-        key = key_of(about.model, about.temperature, prompt)
+        key = key_of_prompt(about.model, about.temperature, prompt)
         if (known := self.cache.known.get(key)) is not None:
             return known.text
         found = await self.asker.ask(prompt)
@@ -130,7 +132,7 @@ class Explainer:
             return None
         documents = tuple(sorted({window.document_id for window in question.windows}))
         self.cache.keep(
-            Answer(
+            CachedAnswer(
                 key, feature, prompt.method, about.model, found.text, prompt.n, prompt.n_chars, found.n_prompt_tokens,
                 found.n_answer_tokens, self.tokens, documents,
             )
@@ -152,8 +154,8 @@ def questions_left(
 ) -> Iterator[Prompt]:
     """Yield the questions about a feature that have no answer yet. A stand-in takes the place of its explanation."""
 
-    def answer_to(prompt: Prompt) -> Answer | None:
-        return cache.known.get(key_of(settings.endpoint.model, settings.endpoint.temperature, prompt))
+    def answer_to(prompt: Prompt) -> CachedAnswer | None:
+        return cache.known.get(key_of_prompt(settings.endpoint.model, settings.endpoint.temperature, prompt))
 
     if explanation is None:
         if not examples.explaining:
@@ -170,7 +172,7 @@ def questions_left(
 
 def _scoring_questions(
     examples: Examples, prompts: Prompts, settings: ExplainSettings, explanation: str
-) -> Iterator[Question]:
+) -> Iterator[ExampleQuestion]:
     for method in settings.methods:
         if method == "simulation":
             yield from simulations(prompts, examples, explanation)
@@ -180,7 +182,7 @@ def _scoring_questions(
 
 def judgements(
     method: Method, prompts: Prompts, examples: Examples, explanation: str, settings: ExplainSettings
-) -> list[Question]:
+) -> list[ExampleQuestion]:
     """Return the questions of detection or fuzzing. Each mixes firing and silent examples, in an order by chance."""
     seed = settings.counts.seed
     dice = random.Random(f"{seed}:{method}:{examples.feature}")
@@ -189,7 +191,7 @@ def judgements(
     if method == "fuzzing":
         n_marked = [len(window.active) for window in windows if window.fires] or [1]
         shown = {
-            window.token_id: marked(
+            window.token_id: with_marks(
                 window, window.active if window.fires else wrong_places(window, dice.choice(n_marked), seed)
             )
             for window in windows
@@ -198,14 +200,16 @@ def judgements(
         shown = {window.token_id: plain(window) for window in windows}
     chunks = (windows[start : start + settings.batch] for start in range(0, len(windows), settings.batch))
     return [
-        Question(prompts.judgement(method, explanation, [shown[window.token_id] for window in chunk]), tuple(chunk))
+        ExampleQuestion(
+            prompts.judgement(method, explanation, [shown[window.token_id] for window in chunk]), tuple(chunk)
+        )
         for chunk in chunks
     ]
 
 
-def simulations(prompts: Prompts, examples: Examples, explanation: str) -> list[Question]:
+def simulations(prompts: Prompts, examples: Examples, explanation: str) -> list[ExampleQuestion]:
     """Return the questions of simulation: one context of each band, and half as many silent ones at random."""
     firing = list({window.stratum: window for window in reversed(examples.scoring) if window.fires}.values())[::-1]
     silent = [window for window in examples.scoring if window.stratum == "random"]
     chosen = firing + silent[: -(-len(firing) // 2)]
-    return [Question(prompts.simulation(explanation, window), (window,)) for window in chosen]
+    return [ExampleQuestion(prompts.simulation(explanation, window), (window,)) for window in chosen]

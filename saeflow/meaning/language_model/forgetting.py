@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saeflow.features.schema import EXPLANATION_MISTAKES, EXPLANATION_SCORES
-from saeflow.meaning.beside_labels import path_beside, read_table, write_table
-from saeflow.meaning.language_model.cache import Answer, AnswerCache
+from saeflow.meaning.beside_labels import path_beside, read_beside, write_beside
+from saeflow.meaning.language_model.cache import AnswerCache, CachedAnswer
 from saeflow.query.labels import put
 from saeflow.store.store import Store
 
@@ -67,15 +67,15 @@ def _drop(cache: AnswerCache, hidden: dict[str, set[int]]) -> int:
             put(cache.store, f"saes/{cache.sae}", cache.source, dict.fromkeys(explained))
         for table, schema in (("mistakes", EXPLANATION_MISTAKES), ("scores", EXPLANATION_SCORES)):
             path = path_beside(cache.store, cache.sae, cache.source, table)
-            old = read_table(cache.store, path, schema)
-            write_table(cache.store, path, old.filter(pc.invert(pc.is_in(old.column("feature_id"), _ids(features)))))
+            old = read_beside(cache.store, path, schema)
+            write_beside(cache.store, path, old.filter(pc.invert(pc.is_in(old.column("feature_id"), _ids(features)))))
         # An answer about a feature whose explanation goes may repeat that explanation.
         kept = (answer for answer in every if answer.feature_id not in explained)
         cache.replace(answer for answer in kept if not _quotes(answer, hidden))
     return len(features)
 
 
-def _quotes(answer: Answer, hidden: dict[str, set[int]]) -> bool:
+def _quotes(answer: CachedAnswer, hidden: dict[str, set[int]]) -> bool:
     return not hidden.get(answer.tokens, set()).isdisjoint(answer.document_ids)
 
 

@@ -20,7 +20,7 @@ from saeflow.meaning.language_model.settings import Method
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
 
-_NAME = re.compile(r"\{\{(\w+)\}\}")
+_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 _BETWEEN = re.compile(r"^--- user ---[ \t]*$", re.MULTILINE)
 _FILLED: dict[Method, frozenset[str]] = {
     "explanation": frozenset({"examples"}),
@@ -28,7 +28,7 @@ _FILLED: dict[Method, frozenset[str]] = {
     "fuzzing": frozenset({"examples", "explanation", "n", "form"}),
     "simulation": frozenset({"examples", "explanation", "n"}),
 }
-_NEEDED = {method: names & {"examples", "explanation"} for method, names in _FILLED.items()}
+_NEEDED_PLACEHOLDERS = {method: names & {"examples", "explanation"} for method, names in _FILLED.items()}
 
 _MOST_ANSWER_TOKENS: dict[Method, int] = {"explanation": 400, "detection": 200, "fuzzing": 200, "simulation": 400}
 """Tokens that an answer may have. A model that thinks aloud needs more: `--answer-tokens`."""
@@ -91,12 +91,12 @@ class Prompts:
     def explanation(self, examples: Examples) -> Prompt:
         lines = [_strong_example(window, examples.strongest) for window in examples.explaining if window.fires]
         numbered = [f"Example {i}: {line}" for i, line in enumerate(lines, 1)]
-        near = [marked(window, [window.place]) for window in examples.explaining if not window.fires]
+        near = [with_marks(window, [window.place]) for window in examples.explaining if not window.fires]
         numbered += [f"Near miss {i}: {line}" for i, line in enumerate(near, 1)]
         return self._filled("explanation", {"examples": "\n".join(numbered)}, len(numbered))
 
     def judgement(self, method: Method, explanation: str, texts: Sequence[str]) -> Prompt:
-        """Return the question about texts that `plain` or `marked` gave, for detection or fuzzing."""
+        """Return the question about texts that `plain` or `with_marks` gave, for detection or fuzzing."""
         n = len(texts)
         values = {
             "examples": "\n".join(f"Example {i}: {text}" for i, text in enumerate(texts, 1)),
@@ -112,7 +112,7 @@ class Prompts:
         return self._filled("simulation", {"examples": "\n".join(lines), "explanation": explanation, "n": str(n)}, n)
 
     def _filled(self, method: Method, values: Mapping[str, str], n: int) -> Prompt:
-        texts = [_NAME.sub(lambda found: values[found[1]], part).strip() for part in self.templates[method]]
+        texts = [_PLACEHOLDER.sub(lambda found: values[found[1]], part).strip() for part in self.templates[method]]
         messages = [(role, text) for role, text in zip(("system", "user"), texts, strict=True) if text]
         return Prompt(method, tuple(messages), n, self.answer_tokens or _MOST_ANSWER_TOKENS[method])
 
@@ -134,11 +134,11 @@ def _template(method: Method, folder: Path | None) -> tuple[str, str]:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The prompt {sanitise(str(path))} cannot be read: {brief(str(error))}.") from None
-    names = set(_NAME.findall(text))
+    names = set(_PLACEHOLDER.findall(text))
     if unknown := sorted(names - _FILLED[method]):
         known = ", ".join(f"{{{{{name}}}}}" for name in sorted(_FILLED[method]))
         raise UserError(f"{sanitise(str(path))} has {{{{{unknown[0]}}}}}, but only these are filled in: {known}.")
-    if missing := sorted(_NEEDED[method] - names):
+    if missing := sorted(_NEEDED_PLACEHOLDERS[method] - names):
         raise UserError(f"{sanitise(str(path))} lacks {{{{{missing[0]}}}}}.")
     between = _BETWEEN.search(text)
     return (text[: between.start()], text[between.end() :]) if between else ("", text)
@@ -149,7 +149,7 @@ def _strong_example(window: Window, strongest: float) -> str:
         f"{json.dumps(window.pieces[place], ensure_ascii=False)} {strength_told(window.strengths[place], strongest)}"
         for place in window.active
     ]
-    return f"{marked(window, window.active)}\n  strengths: {', '.join(told)}"
+    return f"{with_marks(window, window.active)}\n  strengths: {', '.join(told)}"
 
 
 def strength_told(value: float, strongest: float) -> int:
@@ -161,7 +161,7 @@ def plain(window: Window) -> str:
     return _on_one_line(window.text)
 
 
-def marked(window: Window, places: Sequence[int]) -> str:
+def with_marks(window: Window, places: Sequence[int]) -> str:
     """Return the text with tokens between << and >>. Neighbours stand together."""
     chosen, text = set(places), ""
     for place, piece in enumerate(window.pieces):

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from saeflow.features.schema import EXPLANATION_MISTAKES, EXPLANATION_SCORES
-from saeflow.meaning.beside_labels import path_beside, read_table, replace_rows
-from saeflow.meaning.language_model.feature import Explained
+from saeflow.meaning.beside_labels import path_beside, read_beside, replace_rows
+from saeflow.meaning.language_model.feature import ExplainedFeature
 from saeflow.query.labels import Label, clean_label, put
 from saeflow.store.store import Store
 
@@ -40,14 +40,14 @@ class Results:
 
     def finished(self) -> dict[int, str]:
         """Return the settings under which each feature was finished."""
-        rows = read_table(self.store, self.path("scores"), EXPLANATION_SCORES).to_pylist()
+        rows = read_beside(self.store, self.path("scores"), EXPLANATION_SCORES).to_pylist()
         mine = [row for row in rows if row["method"] == FINISHED and self._is_mine(row)]
         return {row["feature_id"]: row["settings"] for row in mine}
 
     def _is_mine(self, row: Mapping[str, Any]) -> bool:
         return bool(row["model"] == self.model and row["tokens"] == self.tokens)
 
-    def write(self, done: Sequence[tuple[Explained, str]]) -> None:
+    def write(self, done: Sequence[tuple[ExplainedFeature, str]]) -> None:
         """Keep features with their settings. A command that is killed in between does the same again.
 
         Call it while no other command changes the files of this source.
@@ -57,14 +57,19 @@ class Results:
         scores = [row for each, settings in done for row in self._scores(each, settings)]
         self._replace("mistakes", EXPLANATION_MISTAKES, features, mistakes)
         if self.makes_labels:
-            put(self.store, f"saes/{self.sae}", self.source, {each.feature: _label(each) for each, _ in done})
+            put(
+                self.store,
+                f"saes/{self.sae}",
+                self.source,
+                {each.feature: _label_of_explanation(each) for each, _ in done},
+            )
         self._replace("scores", EXPLANATION_SCORES, features, scores)
 
     def _replace(self, table: str, schema: pa.Schema, features: list[int], rows: list[dict[str, Any]]) -> None:
         owned = {"model": self.model, "tokens": self.tokens}
         replace_rows(self.store, self.path(table), schema, features, owned, rows)
 
-    def _scores(self, done: Explained, settings: str) -> list[dict[str, Any]]:
+    def _scores(self, done: ExplainedFeature, settings: str) -> list[dict[str, Any]]:
         common: dict[str, Any] = {
             "feature_id": done.feature,
             "model": self.model,
@@ -82,7 +87,7 @@ class Results:
         ]  # fmt: skip
         return [common | row for row in (made, *rows)]
 
-    def _mistakes(self, done: Explained) -> list[dict[str, Any]]:
+    def _mistakes(self, done: ExplainedFeature) -> list[dict[str, Any]]:
         return [
             {"feature_id": done.feature, "model": self.model, "tokens": self.tokens, "method": method,
              "stratum": each.stratum, "token_id": each.token_id, "asked": each.asked, "answered": each.answered}
@@ -92,7 +97,7 @@ class Results:
         ]  # fmt: skip
 
 
-def _label(done: Explained) -> Label | None:
+def _label_of_explanation(done: ExplainedFeature) -> Label | None:
     """Return the label with its detection score, or else the fuzzing score."""
     if done.explanation is None:
         return None

@@ -15,7 +15,7 @@ _RESAMPLINGS = 1000
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedExample:
     """One example of detection or fuzzing, and the answer to it (None: the answer could not be read)."""
 
     stratum: str
@@ -68,7 +68,7 @@ class Rate:
         return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
-def judged_scores(judged: Sequence[Judged]) -> list[Score]:
+def judged_scores(judged: Sequence[JudgedExample]) -> list[Score]:
     """Return the scores of detection or fuzzing: balanced accuracies, then the share of right answers by stratum.
 
     `all` is balanced accuracy: the mean of the share of firing examples with a yes and of silent ones with a no, so
@@ -92,20 +92,20 @@ def _order(stratum: str) -> tuple[int, str]:
     return (int(stratum.removeprefix("band_")), "") if stratum.startswith("band_") else (1 << 30, stratum)
 
 
-def _rate(judged: Sequence[Judged]) -> Rate | None:
+def _rate_of_right_answers(judged: Sequence[JudgedExample]) -> Rate | None:
     answered = [each for each in judged if each.answered is not None]
     return Rate(sum(each.answered == each.asked for each in answered), len(answered)) if answered else None
 
 
-def _share(stratum: str, judged: Sequence[Judged]) -> Score:
-    rate = _rate(judged)
+def _share(stratum: str, judged: Sequence[JudgedExample]) -> Score:
+    rate = _rate_of_right_answers(judged)
     if rate is None:
         return Score(stratum, None, None, None, 0, len(judged))
     return Score(stratum, rate.share, *rate.interval, rate.n, len(judged) - rate.n)
 
 
-def _balanced(stratum: str, firing: Sequence[Judged], silent: Sequence[Judged]) -> Score:
-    yes, no = _rate(firing), _rate(silent)
+def _balanced(stratum: str, firing: Sequence[JudgedExample], silent: Sequence[JudgedExample]) -> Score:
+    yes, no = _rate_of_right_answers(firing), _rate_of_right_answers(silent)
     n = sum(rate.n for rate in (yes, no) if rate is not None)
     n_unusable = len(firing) + len(silent) - n
     if yes is None or no is None:

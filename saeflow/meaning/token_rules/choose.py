@@ -10,13 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from saeflow.features.counting import Counts
 from saeflow.meaning.token_rules import counting, testing
-from saeflow.meaning.token_rules.counting import MOST_KEYS, PRICE, Counts, Firings, Unions
+from saeflow.meaning.token_rules.counting import MOST_KEYS, PRICE, Firings, Unions
 from saeflow.meaning.token_rules.families import Family
-from saeflow.meaning.token_rules.hashing import HELD_OUT, Ids, Sides
+from saeflow.meaning.token_rules.hashing import HELD_OUT, Sides
 from saeflow.meaning.token_rules.testing import Keyed, Mistakes, no_mistakes
 from saeflow.meaning.token_rules.token_table import TokenTable
 from saeflow.runtime.threads import in_parallel
+from saeflow.sae.kernels import Ids
 
 SECOND_PRICE = 0.03
 """F1 on training documents that a second kind of rule must add."""

@@ -7,10 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, TRAINING, Ids, Places, Sides, mixed_number
-from saeflow.sae.kernels import compiled
-
-Counts = NDArray[np.int64]
+from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, TRAINING, Places, Sides, mixed_number
+from saeflow.sae.kernels import Ids, compiled
 
 MOST_KEYS = 6
 """Keys of one family in a rule: more than a reader takes in at a glance is no simple rule."""
@@ -114,7 +112,7 @@ def select_firings(firings: Firings, groups: Sides, least: Sides, most: int) -> 
 
 
 @compiled
-def collect(
+def collect_firings(
     feature_ids: Ids, token_ids: Places, values: NDArray[np.float32], first: int, n_tokens: int, limits: Places,
     found: Firings,
 ) -> bool:  # fmt: skip

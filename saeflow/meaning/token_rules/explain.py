@@ -14,21 +14,21 @@ from saeflow.meaning.token_rules import firings, stored, token_table
 from saeflow.meaning.token_rules.choose import Chooser, Rule
 from saeflow.meaning.token_rules.families import make_families
 from saeflow.meaning.token_rules.firings import count_firings, plan_chunks, read_firings
-from saeflow.meaning.token_rules.hashing import Ids
 from saeflow.query import catalog
 from saeflow.query.connection import connect_to_run
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import n_threads
+from saeflow.sae.kernels import Ids
 from saeflow.store.store import Store
 
-_READ_FROM = (*token_table.READ_FROM, *firings.READ_FROM, "stg_logits")
+_READ_FROM = (*token_table.TOKEN_TABLES, *firings.FIRING_TABLES, "stg_logits")
 
 
 @dataclass(frozen=True)
-class Explained:
-    """What a call of `explain` found and made."""
+class ExplainedRun:
+    """What a call of `explain_run` found and made."""
 
     run: str
     """The run's name in SQL."""
@@ -43,9 +43,9 @@ class Explained:
     """How tokens were held out, in words; empty if no rule was chosen."""
 
 
-def explain(
+def explain_run(
     store: Store, run: str | None, features: str | None, again: bool, progress: Progress, threads: int = 0
-) -> Explained:
+) -> ExplainedRun:
     """Choose a rule for each live feature that has none from the present values, or `again` for all.
 
     Rules are written a range of features at a time, so a killed call goes on where it stopped. Raises UserError for an
@@ -60,14 +60,14 @@ def explain(
         wanted = range(len(counts)) if features is None else parse_features(features, len(counts))
         live = [feature for feature in wanted if counts[feature]]
         dead = [feature for feature in wanted if not counts[feature]]
-        work = _Work(store, chosen, sae, stored.state_of(store, chosen.artefact), connection, counts)
+        work = _RuleMaking(store, chosen, sae, stored.state_of_rules(store, chosen.artefact), connection, counts)
         split = work.make(live, dead, again, progress, n_threads(threads))
     catalog.write_catalog(store)
-    return Explained(chosen.schema, sae, live, dead if features else [], work.n_made, split)
+    return ExplainedRun(chosen.schema, sae, live, dead if features else [], work.n_made, split)
 
 
 @dataclass
-class _Work:
+class _RuleMaking:
     store: Store
     run: Run
     sae: str
@@ -100,7 +100,7 @@ class _Work:
 
     def _save(self, rules: Sequence[Rule], dead: Sequence[int] = ()) -> None:
         stored.save(self.store, self.run.artefact, self.sae, self.state, rules, dead)
-        if stored.state_of(self.store, self.run.artefact) != self.state:
+        if stored.state_of_rules(self.store, self.run.artefact) != self.state:
             stored.remove_outdated(self.store)
             raise UserError(
                 f"{self.run.artefact.id} has changed meanwhile. Run the same command again to explain it as it is now."

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from saeflow.meaning.token_rules import counting, hashing, shapes
 from saeflow.meaning.token_rules.counting import N_LEVELS
-from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, Hashes, Ids, Places
+from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, Hashes, Places
 from saeflow.meaning.token_rules.token_table import TokenTable
 from saeflow.meaning.token_rules.wording import either, quoted
 from saeflow.runtime.threads import in_parallel
+from saeflow.sae.kernels import Ids
 
 LONGEST_NGRAM = 5
 """Tokens of the longest n-gram, with the token itself."""
@@ -144,7 +145,7 @@ def _next(table: TokenTable) -> Family:
     )  # fmt: skip
 
 
-def _numbered(table: TokenTable, hashes: Hashes) -> tuple[Ids, Places]:
+def _numbered_keys(table: TokenTable, hashes: Hashes) -> tuple[Ids, Places]:
     """Return keys (n,) for hashes of enough training tokens, and a training token of each key."""
     n = len(hashes)
     size = 1 << max(4, (2 * n).bit_length())
@@ -154,7 +155,7 @@ def _numbered(table: TokenTable, hashes: Hashes) -> tuple[Ids, Places]:
     return keys, examples[:kept].copy()
 
 
-def _text(table: TokenTable, token: int, first: int, last: int) -> str:
+def _text_between(table: TokenTable, token: int, first: int, last: int) -> str:
     """Return the text of the tokens from `first` to `last` places before a token, both included."""
     return "".join(table.pieces[i] for i in table.vocab_ids[token - first : token - last + 1].tolist())
 
@@ -165,7 +166,7 @@ def _of_ngrams(table: TokenTable) -> list[Maker]:
 
         def one(key: int) -> str:
             token = int(examples[key])
-            return f"{quoted(_text(table, token, 0, 0))} after {quoted(_text(table, token, n - 1, 1))}"
+            return f"{quoted(_text_between(table, token, 0, 0))} after {quoted(_text_between(table, token, n - 1, 1))}"
 
         return _family(table, "n-gram", keys, len(examples), lambda keys: either(list(map(one, keys))), 0.01 * (n - 1))
 
@@ -173,7 +174,7 @@ def _of_ngrams(table: TokenTable) -> list[Maker]:
         keys, examples = _ngram_keys(table, n, 1)
 
         def one(key: int) -> str:
-            return quoted(_text(table, int(examples[key]), n, 1))
+            return quoted(_text_between(table, int(examples[key]), n, 1))
 
         return _family(
             table,
@@ -191,7 +192,7 @@ def _of_ngrams(table: TokenTable) -> list[Maker]:
 def _ngram_keys(table: TokenTable, first: int, last: int) -> tuple[Ids, Places]:
     hashes = np.empty(len(table.vocab_ids), np.uint64)
     hashing.hash_ngrams(table.vocab_ids, table.contexts, first, last, hashes)
-    return _numbered(table, hashes)
+    return _numbered_keys(table, hashes)
 
 
 def _of_words(table: TokenTable) -> list[Maker]:
@@ -208,23 +209,23 @@ def _of_words(table: TokenTable) -> list[Maker]:
         return token
 
     def word() -> Family:
-        keys, examples = _numbered(table, hashes()[0])
+        keys, examples = _numbered_keys(table, hashes()[0])
 
         def one(key: int) -> str:
             token = int(examples[key])
-            return quoted(_text(table, token, token - start_of(token), 0))
+            return quoted(_text_between(table, token, token - start_of(token), 0))
 
         return _family(
             table, "word", keys, len(examples), lambda keys: "the word so far is " + either(list(map(one, keys))), 0.01
         )
 
     def word_before() -> Family:
-        keys, examples = _numbered(table, hashes()[1])
+        keys, examples = _numbered_keys(table, hashes()[1])
 
         def one(key: int) -> str:
             token = int(examples[key])
             end = start_of(token) - 1
-            return quoted(_text(table, token, token - start_of(end), token - end))
+            return quoted(_text_between(table, token, token - start_of(end), token - end))
 
         return _family(
             table,
@@ -291,7 +292,7 @@ def _of_pairs(table: TokenTable) -> list[Maker]:
         a, b = left(), right()
         hashes = np.empty(len(a), np.uint64)
         hashing.hash_pairs(a, b, hashes)
-        keys, examples = _numbered(table, hashes)
+        keys, examples = _numbered_keys(table, hashes)
         a_of, b_of = a[examples], b[examples]
         return _family(
             table,

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import duckdb
 import numpy as np
 
-from saeflow.meaning.token_rules.counting import Counts, Firings, collect
+from saeflow.features.counting import Counts
+from saeflow.meaning.token_rules.counting import Firings, collect_firings
 from saeflow.runtime.errors import UserError
 
 CHUNK_VALUES = 16_000_000
@@ -15,7 +16,7 @@ CHUNK_VALUES = 16_000_000
 
 _CHUNK_FEATURES = 8192
 
-READ_FROM = ("stg_feature_major", "stg_feature_stats", "stg_shape")
+FIRING_TABLES = ("stg_feature_major", "stg_feature_stats", "stg_shape")
 """Views of `sql/` that these functions ask."""
 
 
@@ -56,11 +57,11 @@ def read_firings(
     starts = limits - room
     n = int(limits[-1])
     found = Firings(starts, starts.copy(), np.empty(n, np.int32), np.empty(n, np.float32))
-    for ids, tokens, values in _batches(connection, first, last):
+    for ids, tokens, values in _firing_batches(connection, first, last):
         chosen = wanted[ids - first]
         if not chosen.all():
             ids, tokens, values = ids[chosen], tokens[chosen], values[chosen]
-        if not collect(ids, tokens, values, first, n_tokens, limits, found):
+        if not collect_firings(ids, tokens, values, first, n_tokens, limits, found):
             raise UserError(
                 f"The values of features {first} to {last} are not those that the run's statistics count.\n"
                 "See what is damaged: saeflow verify --full"
@@ -69,7 +70,7 @@ def read_firings(
     return Firings(starts[at], found.ends[at], found.token_ids, found.values)
 
 
-def _batches(connection: duckdb.DuckDBPyConnection, first: int, last: int) -> Iterator[list[np.ndarray]]:
+def _firing_batches(connection: duckdb.DuckDBPyConnection, first: int, last: int) -> Iterator[list[np.ndarray]]:
     reader = connection.sql(
         "select feature_id, token_id, value from stg_feature_major "
         "where feature_id between $1 and $2 and high >= $1 and low <= $2 and value > 0",

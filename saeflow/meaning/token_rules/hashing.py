@@ -9,14 +9,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.sae.kernels import compiled
+from saeflow.sae.kernels import Ids, compiled
 
-Ids = NDArray[np.int32]
 Places = NDArray[np.int64]
 Sides = NDArray[np.uint8]
 Hashes = NDArray[np.uint64]
 
-UNCOUNTED, TRAINING, HELD_OUT = 0, 1, 2
+NOT_ENCODED, TRAINING, HELD_OUT = 0, 1, 2
 """Sides of a token: not encoded, of a document for choosing, of a document for testing."""
 
 LEAST_FIRINGS = 2

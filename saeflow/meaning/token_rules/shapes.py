@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from saeflow.meaning.token_rules.hashing import Ids
+from saeflow.sae.kernels import Ids
 
 SHAPES = (
     "a line break",
@@ -22,7 +22,7 @@ SHAPES = (
 )
 """Shapes in words; every entry has exactly one. `shape_of` returns places in this list."""
 
-_BREAK, _BLANK, _DIGITS, _CAPITALISED, _CAPITALS, _WORD, _REST, _START, _PUNCTUATION, _OTHER = range(len(SHAPES))
+_BREAK, _BLANK, _DIGITS, _CAPITALISED, _CAPITALS, _WHOLE_WORD, _REST, _START, _PUNCTUATION, _OTHER = range(len(SHAPES))
 
 
 def shape_of(piece: str) -> int:
@@ -41,7 +41,7 @@ def shape_of(piece: str) -> int:
         return _CAPITALS
     if letters[0].isupper():
         return _CAPITALISED if piece[0].isspace() else _START
-    return _WORD if piece[0].isspace() else _REST
+    return _WHOLE_WORD if piece[0].isspace() else _REST
 
 
 def begins_word(piece: str) -> bool:

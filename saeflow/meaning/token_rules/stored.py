@@ -12,7 +12,7 @@ from typing import Any
 from saeflow.features.schema import EXPLANATION_MISTAKES, holding
 from saeflow.meaning.beside_labels import changing_beside, path_beside, replace_rows
 from saeflow.meaning.token_rules.choose import Rule
-from saeflow.query.labels import RULES, Label, put, read_cells
+from saeflow.query.labels import RULES_SOURCE, Label, put, read_cells
 from saeflow.query.run_records import UNREADABLE_RECORD
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.store.artefact import Artefact
@@ -28,7 +28,7 @@ SIMPLE = 0.5
 """Held-out F1 from which a rule is called one."""
 
 
-def state_of(store: Store, run: Artefact) -> str:
+def state_of_rules(store: Store, run: Artefact) -> str:
     """Return the state of rules that are made from this run now."""
     values = fingerprint({"run": run.id, "values": holding(run.published().parts), "method": METHOD})
     return f"{values}-{_hidden_in(store, run)}"
@@ -41,27 +41,27 @@ def _hidden_in(store: Store, run: Artefact) -> str:
 
 def finished(store: Store, sae: str, state: str) -> set[int]:
     """Return the features whose rule is of this state."""
-    return {feature for feature, cell in read_cells(store, sae, RULES, "state").items() if cell == state}
+    return {feature for feature, cell in read_cells(store, sae, RULES_SOURCE, "state").items() if cell == state}
 
 
 def stored_features(store: Store, sae: str) -> set[int]:
     """Return the features that have a rule of any state."""
-    return {feature for feature, cell in read_cells(store, sae, RULES, "state").items() if cell}
+    return {feature for feature, cell in read_cells(store, sae, RULES_SOURCE, "state").items() if cell}
 
 
 def save(store: Store, run: Artefact, sae: str, state: str, rules: Sequence[Rule], dead: Iterable[int] = ()) -> None:
     """Write rules; features that are `dead` have none. Their mistakes go first: a rule that is there has its own."""
     labels: dict[int, Label | None] = dict.fromkeys(dead)
-    labels |= {rule.feature_id: _label(rule, state) for rule in rules}
+    labels |= {rule.feature_id: _label_of_rule(rule, state) for rule in rules}
     tokens = store.input_of(run, "tokens").id
     _put_mistakes(store, sae, labels, [row | {"tokens": tokens} for rule in rules for row in _mistakes(rule)])
-    put(store, sae, RULES, labels)
+    put(store, sae, RULES_SOURCE, labels)
 
 
 def _put_mistakes(store: Store, sae: str, features: Iterable[int], rows: Iterable[Mapping[str, Any]]) -> None:
     name = sae.removeprefix("saes/")
-    path = path_beside(store, name, RULES, "mistakes")
-    with changing_beside(store, name, RULES):
+    path = path_beside(store, name, RULES_SOURCE, "mistakes")
+    with changing_beside(store, name, RULES_SOURCE):
         replace_rows(store, path, EXPLANATION_MISTAKES, features, {"method": _BY_RULE["method"]}, rows)
 
 
@@ -72,15 +72,15 @@ def _mistakes(rule: Rule) -> list[dict[str, Any]]:
     return [common | row for row in missed + alarms]
 
 
-def _label(rule: Rule, state: str) -> Label:
+def _label_of_rule(rule: Rule, state: str) -> Label:
     counted = rule.held_out
     figures = {"precision": counted.precision, "recall": counted.recall}
     cells = {name: "" if figure is None else repr(figure) for name, figure in figures.items()}
     cells |= {"rule": rule.text, "kind": rule.kind, "state": state}
-    return Label(in_words(rule), counted.f1, cells)
+    return Label(rule_in_words(rule), counted.f1, cells)
 
 
-def in_words(rule: Rule) -> str:
+def rule_in_words(rule: Rule) -> str:
     """Return the label that a rule gives its feature."""
     counted = rule.held_out
     if counted.f1 is None:
@@ -99,17 +99,17 @@ def remove_outdated(store: Store) -> dict[str, int]:
     folders = store.storage.names_in(store.root / "labels")
     for sae in sorted(name for name in folders if _has_rules(store, name)):
         current = {hidden for run in store.artefacts("features") if (hidden := _hidden_if_of(store, run, sae))}
-        states = read_cells(store, sae, RULES, "state")
+        states = read_cells(store, sae, RULES_SOURCE, "state")
         outdated = [feature for feature, state in states.items() if state and state.partition("-")[2] not in current]
         if outdated:
-            put(store, sae, RULES, dict.fromkeys(outdated))
+            put(store, sae, RULES_SOURCE, dict.fromkeys(outdated))
             _put_mistakes(store, sae, outdated, [])
             lost[f"saes/{sae}"] = len(outdated)
     return lost
 
 
 def _has_rules(store: Store, sae: str) -> bool:
-    return store.storage.size(f"{store.root}/labels/{sae}/{RULES}.csv") is not None
+    return store.storage.size(f"{store.root}/labels/{sae}/{RULES_SOURCE}.csv") is not None
 
 
 def _hidden_if_of(store: Store, run: Artefact, sae: str) -> str | None:
@@ -120,6 +120,6 @@ def _hidden_if_of(store: Store, run: Artefact, sae: str) -> str | None:
         return None
 
 
-def share(rules: Sequence[float | None], least: float) -> float:
+def share_of_rules(rules: Sequence[float | None], least: float) -> float:
     """Return the share of held-out F1s that are at least so large; features that were not tested count as below."""
     return sum(f1 is not None and f1 >= least for f1 in rules) / max(1, len(rules))

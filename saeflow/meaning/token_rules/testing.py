@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.meaning.token_rules.counting import MOST_KEYS, Counts, Firings, is_among
-from saeflow.meaning.token_rules.hashing import HELD_OUT, Hashes, Ids, Places, Sides, mixed_number
-from saeflow.sae.kernels import compiled
+from saeflow.features.counting import Counts
+from saeflow.meaning.token_rules.counting import MOST_KEYS, Firings, is_among
+from saeflow.meaning.token_rules.hashing import HELD_OUT, Hashes, Places, Sides, mixed_number
+from saeflow.sae.kernels import Ids, compiled
 
 MOST_MISTAKES = 5
 """Mistakes of each kind that are kept of a rule."""
@@ -48,7 +49,7 @@ def no_mistakes(n_features: int) -> Mistakes:
 
 
 @compiled
-def _keep(token: int, place: np.uint64, tokens: Ids, order: Hashes) -> None:
+def _keep_mistake(token: int, place: np.uint64, tokens: Ids, order: Hashes) -> None:
     """Put a token among those with the smallest numbers, ascending."""
     at = MOST_MISTAKES
     while at > 0 and (tokens[at - 1] < 0 or place < order[at - 1]):
@@ -81,7 +82,7 @@ def test_rules(
                 out[f, 2] += 1
             else:
                 weakness = np.uint64(0xFFFFFFFF) - np.uint64(strengths[i])
-                _keep(t, (weakness << np.uint64(32)) | np.uint64(t), missed[f], missed_order[f])
+                _keep_mistake(t, (weakness << np.uint64(32)) | np.uint64(t), missed[f], missed_order[f])
         for part in range(2):
             keyed = second if part else first
             for j in range(MOST_KEYS):
@@ -95,6 +96,6 @@ def test_rules(
                     out[f, 1] += 1
                     if not fires[t]:
                         draw = mixed_number(np.uint64(feature_ids[f]), np.uint64(t))
-                        _keep(t, draw, alarms[f], alarms_order[f])
+                        _keep_mistake(t, draw, alarms[f], alarms_order[f])
         for i in range(starts[f], ends[f]):
             fires[token_ids[i]] = False

@@ -10,18 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeflow.meaning.token_rules.counting import sample_levels
-from saeflow.meaning.token_rules.hashing import HELD_OUT, TRAINING, UNCOUNTED, Ids, Sides
+from saeflow.meaning.token_rules.hashing import HELD_OUT, NOT_ENCODED, TRAINING, Sides
 from saeflow.recipe.fingerprint import fingerprint
-from saeflow.runtime.errors import UserError
-from saeflow.runtime.memory import total_memory
-from saeflow.runtime.text import human_bytes
+from saeflow.runtime.memory import require_share_of_memory
+from saeflow.sae.kernels import Ids
 
 BYTES_PER_TOKEN = 240
 """Memory that a token takes while rules are chosen: its columns, and one key for each kind of rule."""
 
 _FIFTH = 5
 
-READ_FROM = ("stg_tokens", "stg_documents", "stg_vocab", "stg_shape", "is_encoded")
+TOKEN_TABLES = ("stg_tokens", "stg_documents", "stg_vocab", "stg_shape", "is_encoded")
 """Views and macros of `sql/` that `read_token_table` asks."""
 
 
@@ -71,13 +70,14 @@ def read_token_table(connection: duckdb.DuckDBPyConnection) -> TokenTable:
     [(n, length)] = connection.execute(
         "select coalesce((select max(token_id) from stg_tokens) + 1, 0), (select context_length from stg_shape)"
     ).fetchall()
-    _require_memory(n)
+    remedy = "Take a larger machine, or explain a run of a smaller corpus (corpus.share)."
+    require_share_of_memory(n * BYTES_PER_TOKEN, f"Rules for {n:,} tokens take", remedy, n_quarters=3)
     documents = connection.execute(
         "select document_id, key, docs.source, held_out, first_token_id from stg_documents as docs "
         "where first_token_id is not null order by key, document_id"
     ).fetchnumpy()
     ids = np.ma.getdata(documents["document_id"]).astype(np.int64)
-    names = [_text_of(each) for each in documents["source"].tolist()]
+    names = [_text_or_empty(each) for each in documents["source"].tolist()]
     sources = sorted(set(names))
     code = {name: place for place, name in enumerate(sources)}
     vocab_ids, owners, counted = _read_columns(connection, n, ids)
@@ -86,23 +86,14 @@ def read_token_table(connection: duckdb.DuckDBPyConnection) -> TokenTable:
     real = owners >= 0
     places[real] = np.flatnonzero(real) - first[owners[real]]
     held_out, split = _split(documents, owners, counted)
-    sides = np.where(counted & real, np.where(held_out, HELD_OUT, TRAINING), UNCOUNTED).astype(np.uint8)
+    sides = np.where(counted & real, np.where(held_out, HELD_OUT, TRAINING), NOT_ENCODED).astype(np.uint8)
     return TokenTable(
         vocab_ids, owners, places.astype(np.int32), sides, np.array([code[name] for name in names], np.int32), sources,
-        _pieces(connection), max(1, int(length or 1)), split,
+        _vocabulary_pieces(connection), max(1, int(length or 1)), split,
     )  # fmt: skip
 
 
-def _require_memory(n_tokens: int) -> None:
-    needed, available = n_tokens * BYTES_PER_TOKEN, total_memory() * 3 // 4
-    if needed > available:
-        raise UserError(
-            f"Rules for {n_tokens:,} tokens take {human_bytes(needed)} of memory; three quarters of this machine's are "
-            f"{human_bytes(available)}.\nTake a larger machine, or explain a run of a smaller corpus (corpus.share)."
-        )
-
-
-def _text_of(value: object) -> str:
+def _text_or_empty(value: object) -> str:
     return "" if value is None else str(value)
 
 
@@ -125,11 +116,11 @@ def _read_columns(
     return vocab_ids, owners, counted
 
 
-def _pieces(connection: duckdb.DuckDBPyConnection) -> list[str]:
+def _vocabulary_pieces(connection: duckdb.DuckDBPyConnection) -> list[str]:
     rows = connection.execute("select vocab_id, piece from stg_vocab").fetchall()
     pieces = [""] * (1 + max((vocab_id for vocab_id, _ in rows), default=-1))
     for vocab_id, piece in rows:
-        pieces[vocab_id] = _text_of(piece)
+        pieces[vocab_id] = _text_or_empty(piece)
     return pieces
 
 

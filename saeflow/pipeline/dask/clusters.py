@@ -18,7 +18,7 @@ from tenacity import Retrying, stop_after_delay, wait_fixed
 
 from saeflow.pipeline.dask.work import TOPIC, Session, let_go, look, software
 from saeflow.pipeline.dask.workers import Workers
-from saeflow.pipeline.parts import Executor, Here, PartWork, Through, directly
+from saeflow.pipeline.parts import PartWork, Through, directly
 from saeflow.recipe.cluster import ClusterConfig
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.progress import Progress
@@ -167,7 +167,7 @@ def _warn_of_versions(seen: Sequence[dict[str, Any]], progress: Progress) -> Non
 
 
 @contextlib.contextmanager
-def joined(
+def joined_cluster(
     store: Store, config: ClusterConfig, progress: Progress,
     start: Callable[[ClusterConfig], contextlib.AbstractContextManager[Any]] = started,
 ) -> Iterator[Workers]:  # fmt: skip
@@ -215,7 +215,7 @@ _current: ContextVar[Clusters | None] = ContextVar("clusters", default=None)
 
 
 @contextlib.contextmanager
-def kept_open(join: Join = joined) -> Iterator[Clusters]:
+def kept_open(join: Join = joined_cluster) -> Iterator[Clusters]:
     """Keep clusters open until the block ends. A block inside another one shares its clusters."""
     if (outer := _current.get()) is not None:
         yield outer
@@ -236,12 +236,9 @@ def workers_of(store: Store, config: ClusterConfig, progress: Progress) -> Itera
 
 
 def make_parts(
-    work: PartWork, store: Store, cluster: ClusterConfig | None, progress: Progress, through: Through = directly
+    work: PartWork, store: Store, cluster: ClusterConfig, progress: Progress, through: Through = directly
 ) -> None:
-    """Make the parts of a stage on the cluster, or without one in this process; then publish them."""
-    joining: contextlib.AbstractContextManager[Executor] = contextlib.nullcontext(Here(work.n_at_once))
-    if cluster is not None:
-        joining = workers_of(store, cluster, progress)
-    with work.open_bar(progress) as bar, joining as executor:
-        work.make(through(executor), bar)
+    """Make the parts of a stage on the cluster, then publish them."""
+    with work.open_bar(progress) as bar, workers_of(store, cluster, progress) as workers:
+        work.make(through(workers), bar)
     work.publish()

@@ -31,9 +31,9 @@ from saeflow import __version__
 from saeflow.pipeline.parts import Item, PartMaker, not_seen, registered
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
+from saeflow.store.files import cache_folder
 from saeflow.store.lease import acquire
 from saeflow.store.records import read_checked
-from saeflow.store.storage.bucket import cache_folder
 from saeflow.store.store import Store, storage_of
 
 TOPIC = "saeflow"

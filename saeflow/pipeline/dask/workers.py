@@ -28,7 +28,7 @@ from saeflow.runtime.threads import n_threads
 
 _RETRIES = 2
 """Retries of a part that fails on a worker. Dask counts deaths of workers by itself."""
-_AHEAD = 3
+_PARTS_AHEAD = 3
 """Parts given to the scheduler for each thread of the workers: 100,000 at once would be too many."""
 _CALLS = 64
 """Least calls of `each` at once, so that workers that come later find parts waiting in the scheduler."""
@@ -80,7 +80,7 @@ class Workers:
             return self._able[1]
 
     def each(self, work: PartWork, items: Sequence[Item], tally: Tally) -> Made:
-        """Have these parts made, at most `_AHEAD` for each thread given out at once; yield each once it is made."""
+        """Have these parts made, at most `_PARTS_AHEAD` at once for each thread; yield each once it is made."""
         name, threads = work.maker.name, work.threads or threads_of_worker(self.config, self.n_expected, n_threads(0))
         settings = json.dumps(work.settings | {"threads": threads})
         finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
@@ -89,7 +89,7 @@ class Workers:
         self._tallies.append(tally)
         try:
             while True:
-                for item in islice(waiting, max(0, _AHEAD * self.n_threads - len(running))):
+                for item in islice(waiting, max(0, _PARTS_AHEAD * self.n_threads - len(running))):
                     tally.begin(item)
                     future: Future[Any] = self.client.submit(
                         make_part, self.session, name, settings, item, key=f"{name}-{uuid.uuid4().hex}", pure=False,

@@ -33,7 +33,7 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
 from saeflow.train.group import write_sae
 
-_SAMPLE_ROWS = 4096
+_TRIED_ROWS = 4096
 """Tokens on which an imported SAE is tried."""
 _POOR, _FAR, _FAR_BETTER = 0.5, 2.0, 0.35
 """Variance unexplained above which an import is called poor; how many times another L0 than the stated one is; and the
@@ -171,10 +171,10 @@ def import_in_words(source: SAEConfig, made: Artefact) -> str:
 
 
 def _first_rows(lineage: Lineage, sites: list[Site]) -> list[Tensor]:
-    """Return the first used tokens (n, D) of the store, at most `_SAMPLE_ROWS`, one tensor for each site."""
+    """Return the first used tokens (n, D) of the store, at most `_TRIED_ROWS`, one tensor for each site."""
     used, stored = lineage.selection(), lineage.activations
     part = stored.published().parts[0]
-    sequences = slice(0, max(1, _SAMPLE_ROWS // used.length))
+    sequences = slice(0, max(1, _TRIED_ROWS // used.length))
     mask = used.mask(part.index, sequences)
     if forward := forward_of(lineage, sites):
         wanted = np.zeros((part.counts["n_sequences"], used.length), bool)

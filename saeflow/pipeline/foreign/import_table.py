@@ -142,7 +142,7 @@ def _bring_part(
     order = np.argsort(rows.held_out, kind="stable")
     documents = pa.table(
         {
-            "document_id": rows.numbers, "key": _keys(rows.numbers.tolist(), rows.labels),
+            "document_id": rows.numbers, "key": _row_keys(rows.numbers.tolist(), rows.labels),
             "source": ["table"] * n, "content_hash": [""] * n,
             "held_out": rows.held_out, "n_tokens": np.ones(n, np.int64), "first_token_id": start + np.argsort(order),
         }
@@ -166,10 +166,10 @@ class _PartRows:
         """
         for first, values, labels in self._blocks():
             self._name(first, len(values), labels)
-            yield from _rows_of(values, ~self.held_out[first : first + len(values)], first)
+            yield from _chosen_rows(values, ~self.held_out[first : first + len(values)], first)
         if self.held_out.any():
             for first, values, _ in self._blocks():
-                yield from _rows_of(values, self.held_out[first : first + len(values)], first)
+                yield from _chosen_rows(values, self.held_out[first : first + len(values)], first)
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray, list[str] | None]]:
         first, start = 0, int(self.numbers[0])
@@ -180,15 +180,15 @@ class _PartRows:
     def _name(self, first: int, n: int, labels: list[str] | None) -> None:
         self.labels += labels or ()
         if self._share:
-            keys = _keys(self.numbers[first : first + n].tolist(), labels)
+            keys = _row_keys(self.numbers[first : first + n].tolist(), labels)
             self.held_out[first : first + n] = [is_held_out(key, self._seed, self._share) for key in keys]
 
 
-def _keys(numbers: list[int], labels: list[str] | None) -> list[str]:
+def _row_keys(numbers: list[int], labels: list[str] | None) -> list[str]:
     return [f"{name} #{i}" for i, name in zip(numbers, labels or map(row_name, numbers), strict=True)]
 
 
-def _rows_of(values: np.ndarray, chosen: np.ndarray, first: int) -> Iterator[tuple[np.ndarray, int]]:
+def _chosen_rows(values: np.ndarray, chosen: np.ndarray, first: int) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the chosen rows, if there are any; all of them are not copied."""
     if chosen.any():
         yield (values if chosen.all() else values[chosen]), first

@@ -130,7 +130,7 @@ def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress
     forward = forward_of(lineage, sites)
     with progress.bar("evaluate", None, "tokens") as bar:
         for held_out in (True, False):
-            for rows in _read(lineage, forward, held_out):
+            for rows in _activations_to_judge(lineage, forward, held_out):
                 for x, *others in zip(*(torch.split(each, n_rows) for each in rows), strict=True):
                     for judged, sae in zip(found, saes, strict=True):
                         judged.held_out = held_out
@@ -141,7 +141,9 @@ def judge_together(lineage: Lineage, saes: Sequence[SparseAutoencoder], progress
     return found
 
 
-def _read(lineage: Lineage, forward: ForwardPass | None, held_out: bool) -> Iterator[tuple[Tensor, ...]]:
+def _activations_to_judge(
+    lineage: Lineage, forward: ForwardPass | None, held_out: bool
+) -> Iterator[tuple[Tensor, ...]]:
     """Yield the activations (n, D) to judge on, of each site: held-out ones, or those of training."""
     most, used, sites = lineage.recipe.evaluate.max_tokens, lineage.selection(), lineage.distinct_sites
     if forward:
@@ -179,7 +181,9 @@ def _liveness(run_artefact: Artefact) -> dict[str, Any]:
     }
 
 
-def _language_model(lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, progress: Progress) -> dict[str, Any]:
+def _language_model(
+    lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, progress: Progress, n_together: int = _SEQUENCES
+) -> dict[str, Any]:
     """Return the next-token loss of the model, and its loss and KL divergence (nats a token) with three changes.
 
     The changes at the site: the SAE's reconstruction, the mean, zero. Also returns the shares of loss and KL divergence
@@ -193,7 +197,7 @@ def _language_model(lineage: Lineage, sae: SparseAutoencoder, mean: Tensor, prog
         return {}
     read, target = (site.name for site in lineage.sites)
     require_running_order(model, read, target)
-    workers, n_together = _room(model, recipe)
+    workers, n_together = _room(model, recipe, device_memory(device_of(model)), n_together)
     batches = list(_held_out_sequences(lineage, n_together))
     n_predicted = sum(int(_predicting(batch).sum()) for batch in batches)
     if not n_predicted:
@@ -225,12 +229,12 @@ def _changes(sae: SparseAutoencoder, mean: Tensor) -> dict[str, Change]:
     }
 
 
-def _room(model: Any, recipe: Recipe) -> tuple[int, int]:
+def _room(model: Any, recipe: Recipe, memory: int, n_together: int = _SEQUENCES) -> tuple[int, int]:
     """Return threads, and sequences at once in each, so that logits take at most a quarter of the memory."""
-    room = device_memory(device_of(model)) // 4
+    room = memory // 4
     one = recipe.tokens.context_length * model.get_output_embeddings().weight.shape[0] * _LOGIT_BYTES
     workers = min(model_threads(device_of(model), recipe.threads), max(1, room // one))
-    return workers, min(_SEQUENCES, max(1, room // one // workers))
+    return workers, min(n_together, max(1, room // one // workers))
 
 
 @dataclass(frozen=True)

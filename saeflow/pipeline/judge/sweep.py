@@ -20,7 +20,7 @@ from saeflow.store.lease import Lease
 from saeflow.store.records import read_or_empty, write_checked
 
 TABLE, PICTURE = "table.json", "pareto.png"
-FIGURES = ("n_tokens", "l0", "variance_unexplained", "mean_squared_error", "shrinkage", "silent", "judged_on")
+JUDGED_FIGURES = ("n_tokens", "l0", "variance_unexplained", "mean_squared_error", "shrinkage", "silent", "judged_on")
 """The figures of `evaluate.Judged` that the table keeps."""
 _LABELLED = 24
 """If there are more SAEs, only those on the front get a label."""
@@ -53,7 +53,7 @@ def _judge_and_draw(lineage: Lineage, path: Path, progress: Progress, lease: Lea
         progress.skip("evaluate", f"{len(members)} SAEs in {path}")
         return known
     use_threads(recipe.threads)
-    rows = _table_rows(members, _judged(members, progress))
+    rows = _table_rows(members, _figures_of_members(members, progress))
     table = {"format_version": FORMAT_VERSION} | judged | {"saes": rows}
     picture = draw(recipe.name, rows)
     with lease.fence():
@@ -74,7 +74,7 @@ def picture_of(lineage: Lineage) -> Path:
     return folder_of(lineage) / PICTURE
 
 
-def _judged(members: Sequence[Lineage], progress: Progress) -> list[dict[str, Any]]:
+def _figures_of_members(members: Sequence[Lineage], progress: Progress) -> list[dict[str, Any]]:
     """Return the figures of every SAE. SAEs of the same sites are judged in one reading."""
     figures: dict[str, dict[str, Any]] = {}
     for together in grouped(members, lambda member: member.sites):
@@ -94,7 +94,7 @@ def _table_rows(members: Sequence[Lineage], figures: Sequence[dict[str, Any]]) -
             "sparsity": sparsity(member.recipe.sae),
             "n_features": member.sae_config.n_features,
             "on_front": number in front,
-            **{name: figures[number][name] for name in FIGURES},
+            **{name: figures[number][name] for name in JUDGED_FIGURES},
             "l0_missed": member.recipe.sae.misses_k(figures[number]["l0"]),
         }
         for number, member in enumerate(members)
@@ -132,12 +132,12 @@ def draw(name: str, rows: Sequence[dict[str, Any]]) -> Any:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    front = sorted((_place(row) for row in rows if row["on_front"]), key=lambda place: place[0])
+    front = sorted((_place_in_picture(row) for row in rows if row["on_front"]), key=lambda place: place[0])
     axes.plot(
         *zip(*front, strict=True), color="0.75", linewidth=6, solid_capstyle="round", zorder=1, label="Pareto front"
     )
     for number, architecture in enumerate(dict.fromkeys(row["architecture"] for row in rows)):
-        places = [_place(row) for row in rows if row["architecture"] == architecture]
+        places = [_place_in_picture(row) for row in rows if row["architecture"] == architecture]
         axes.scatter(
             *zip(*places, strict=True), marker="osD^vP"[number % 6], color=f"C{number}", label=architecture, zorder=2
         )
@@ -145,7 +145,8 @@ def draw(name: str, rows: Sequence[dict[str, Any]]) -> Any:
         if row["on_front"] or len(rows) <= _LABELLED:
             below = not row["on_front"]
             axes.annotate(
-                _label(name, row), _place(row), (4, 4) if below else (-4, -4), textcoords="offset points", fontsize=7,
+                _label_of_member(name, row), _place_in_picture(row), (4, 4) if below else (-4, -4),
+                textcoords="offset points", fontsize=7,
                 ha="left" if below else "right", va="bottom" if below else "top",
             )  # fmt: skip
     axes.set_xscale("log")
@@ -159,10 +160,10 @@ def draw(name: str, rows: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def _place(row: dict[str, Any]) -> tuple[float, float]:
+def _place_in_picture(row: dict[str, Any]) -> tuple[float, float]:
     return max(float(row["l0"]), _LEAST_L0), float(row["variance_unexplained"])
 
 
-def _label(name: str, row: dict[str, Any]) -> str:
+def _label_of_member(name: str, row: dict[str, Any]) -> str:
     """Return a member's name without the sweep's name and the architecture, which the picture shows."""
     return str(row["member"]).removeprefix(f"{name}_").removeprefix(row["architecture"]).strip("_")

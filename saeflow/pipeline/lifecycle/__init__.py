@@ -2,4 +2,5 @@
 
 ingest  new documents through every stage, and a new SAE once the store has grown
 forget  documents leave the store
+tidy    forgotten documents leave the disk, and small parts become larger ones
 """

@@ -1,6 +1,6 @@
 """Documents leave the store, because a user or the corpus no longer wants them.
 
-`forget` and `withdraw` hide them at once in every view and feed. `erase_hidden` removes them from the disk.
+`forget` and `withdraw` hide them at once in every view and feed. `erase_hidden_tokens` removes them from the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from saeflow.corpus import forgotten, sources
 from saeflow.corpus.document import Document
 from saeflow.corpus.forgotten import ForgottenHashes, pair_of
 from saeflow.corpus.ledger import Ledger, document_rows, group_by_part, key_hash, merge_hidden
-from saeflow.corpus.token_parts import write_tables
+from saeflow.corpus.token_parts import write_token_tables
 from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.meaning.language_model.forgetting import drop_forgotten
 from saeflow.meaning.token_rules.stored import remove_outdated
@@ -81,7 +81,7 @@ def forget(store: Store, keys: Sequence[str], progress: Progress) -> Forgotten:
         found[name] = list({row["document_id"]: row for row in (*found[name], *late)}.values())
         done.documents[name] = len(found[name])
         done.same_texts += sum(row["key"] not in keys for row in found[name])
-    _follow(store, found, done, progress)
+    _remove_what_followed(store, found, done, progress)
     return done
 
 
@@ -133,11 +133,13 @@ def withdraw(store: Store, source: Artefact, rows: list[dict[str, Any]], progres
     """
     done = Forgotten({source.id: len(rows)})
     _hide(source, lambda: rows, "replaced")
-    _follow(store, {source.id: rows}, done, progress)
+    _remove_what_followed(store, {source.id: rows}, done, progress)
     return done
 
 
-def _follow(store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotten, progress: Progress) -> None:
+def _remove_what_followed(
+    store: Store, found: dict[str, list[dict[str, Any]]], done: Forgotten, progress: Progress
+) -> None:
     """Remove the values of hidden documents and rules that may quote them. List the SAEs that were trained on them."""
     for sae, n in remove_outdated(store).items():
         progress.say(f"{sae}: {n:,} rules removed, as they may quote these documents; make new ones: saeflow explain")
@@ -214,20 +216,7 @@ def _n_seen(stored: Artefact, sae: Artefact) -> int:
     return generation.total("n_documents") if generation else sys.maxsize
 
 
-def count_visible(source: Artefact) -> dict[str, int]:
-    """Return the number of documents and tokens that are not hidden."""
-    generation = source.published()
-    n_tokens = generation.total("n_tokens")
-    for part in generation.parts:
-        ids = pa.array([document.document_id for document in generation.hidden.get(part.index, ())], pa.int64())
-        if len(ids):
-            table = pq.read_table(source.part_file(part, "documents.parquet"), columns=["document_id", "n_tokens"])
-            hidden = table.filter(pc.is_in(table.column("document_id"), ids))
-            n_tokens -= pc.sum(hidden.column("n_tokens")).as_py() or 0
-    return {"n_documents": generation.total("n_documents") - len(generation.hidden_ids), "n_tokens": n_tokens}
-
-
-def erase_hidden(source: Artefact, progress: Progress) -> None:
+def erase_hidden_tokens(source: Artefact, progress: Progress) -> None:
     """Rewrite the token parts that still hold hidden documents.
 
     Their tokens become padding, so no number changes. Activations and features follow when they are next collected and
@@ -267,7 +256,7 @@ def _without(source: Artefact, part: PartRecord, hidden: Sequence[Hidden]) -> Pa
     }
     if "n_offsets" in counts:
         counts["n_offsets"] = len(tokens) - tokens.column("char_start").null_count
-    return write_tables(source, part.index, counts, tokens, documents)
+    return write_token_tables(source, part.index, counts, tokens, documents)
 
 
 def _replaced(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
@@ -304,7 +293,7 @@ def forget_removed(lineage: Lineage, progress: Progress) -> Removed:
     look_through(ledger, sources.open_corpus(whole).documents, about)
     gone, n_seen = ledger.ids_not_met(), len(ledger.keys)
     if len(gone) > recipe.schedule.most_removed * n_seen:
-        return Removed(refusal=_refusal(len(gone), n_seen, recipe.schedule.most_removed))
+        return Removed(refusal=_refusal_to_forget(len(gone), n_seen, recipe.schedule.most_removed))
     if len(gone):
         progress.say(f"removed: {len(gone):,} of {n_seen:,} documents are gone from the corpus and are forgotten")
         withdraw(lineage.store, source, document_rows(source, generation, gone), progress)
@@ -323,7 +312,7 @@ def note_seen(source: Artefact, removed: Removed) -> None:
         source.storage.send(source.path / "provenance.json")
 
 
-def _refusal(n_gone: int, n_seen: int, most: float) -> str:
+def _refusal_to_forget(n_gone: int, n_seen: int, most: float) -> str:
     return (
         f"{n_gone:,} of {n_seen:,} documents are gone from the corpus, {n_gone / n_seen:.0%}; "
         f"schedule.most_removed is {most:g}. None of them was forgotten; what is new was taken in.\n"

@@ -16,7 +16,7 @@ from saeflow.query.questions import Value
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
 
-_OF_DOCUMENTS = {
+_TOKENS_OF_DOCUMENTS = {
     "document_id": """
         select token_id from stg_tokens
         where mask and document_id in (select unnest(?::bigint[]))
@@ -46,16 +46,16 @@ def chosen_tokens(connection: duckdb.DuckDBPyConnection, question: str, values: 
             f"{question} needs sql or tokens, {'not both' if tokens else 'one of the two'}. "
             f"Ask it as: {question} --{_EXAMPLE}, or {question} --tokens 3,7,12"
         )
-    return None if tokens else tokens_of(connection, sql)
+    return None if tokens else tokens_selected_by(connection, sql)
 
 
-def tokens_of(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Array:
+def tokens_selected_by(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Array:
     """Return the tokens that a select chooses, int64 (n,); see `chosen_tokens`."""
     found = query(connection, sql)
     name, rows = _column_that_chooses(found)
     if name == "token_id":
         return rows
-    of_documents = query(connection, _OF_DOCUMENTS[name], [rows.to_pylist()])
+    of_documents = query(connection, _TOKENS_OF_DOCUMENTS[name], [rows.to_pylist()])
     return of_documents.column(0).combine_chunks()
 
 
@@ -64,8 +64,8 @@ def _column_that_chooses(found: pa.Table) -> tuple[str, pa.Array]:
     names = [name.lower() for name in found.column_names]
     alone = len(names) == 1
     for name, is_kind, kind in (
-        ("token_id", _is_whole, pa.int64()),
-        ("document_id", _is_whole, pa.int64()),
+        ("token_id", _holds_whole_numbers, pa.int64()),
+        ("document_id", _holds_whole_numbers, pa.int64()),
         ("key", pa.types.is_string, pa.string()),
     ):
         for place, each in enumerate(found.schema.types):
@@ -85,5 +85,5 @@ def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
         raise UserError("The select gives whole numbers that are beyond any token's or document's.") from None
 
 
-def _is_whole(kind: pa.DataType) -> bool:
+def _holds_whole_numbers(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind)) or (pa.types.is_decimal(kind) and kind.scale == 0)

@@ -15,9 +15,8 @@ from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.description import AGAIN, SAEFolder
 from saeflow.sae.formats.saelens import SAVED_AS
-from saeflow.sae.formats.save import require_finite
 from saeflow.sae.formats.source import read_sae_folder
-from saeflow.sae.formats.tensors import read_weights, sizes
+from saeflow.sae.formats.tensors import read_weights, require_finite, sizes
 
 Tensors = dict[str, Tensor]
 """By SAELens' names: W_enc (D, F), W_dec (F, D_out) and so on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeflow.recipe.settings import PER_TOKEN
-from saeflow.runtime.errors import UserError
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.names import CFG, WEIGHTS
 from saeflow.sae.formats.saelens import SAVED_AS, saelens_name
+from saeflow.sae.formats.tensors import require_finite
 
 
 def save_sae(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:
@@ -30,17 +29,6 @@ def save_sae(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> 
     write_tensors(folder / WEIGHTS, tensors)
     cfg = _saelens_cfg(sae, metadata)
     (folder / CFG).write_text(json.dumps(cfg, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-
-
-def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise UserError if a weight is NaN or infinite: nothing could be encoded with it."""
-    for name, tensor in tensors.items():
-        n_bad = tensor.numel() - int(tensor.isfinite().sum())
-        if n_bad:
-            raise UserError(
-                f"{what}: {n_bad:,} of {tensor.numel():,} values of {name} are NaN or infinite in float32: nothing "
-                "is published.\nThe weights or the activations are too large: bring the activations to a smaller scale."
-            )
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

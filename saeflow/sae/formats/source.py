@@ -48,7 +48,7 @@ def read_sae_folder(folder: Path, asked: SAEConfig | None = None, card: dict[str
             weights = [path for path in weights if wanted in (path.name, each.settings)]
         if len(weights) > 1 and "checkpoints" not in each.weights:
             raise UserError(
-                f"{folder} holds {len(weights)} autoencoders: {_some([path.name for path in weights])}.\n"
+                f"{folder} holds {len(weights)} autoencoders: {_names_in_short([path.name for path in weights])}.\n"
                 f"Name one of them, such as {weights[0]}."
             )
         if weights and (settings is None or settings.is_file()):
@@ -157,7 +157,8 @@ def _found_in(folder: Path) -> str:
         return f"{folder.name} is a file that it does not read."
     inner = sorted(each.name for each in folder.iterdir() if each.is_dir() and _is_one(each))
     if inner:
-        return f"There are autoencoders in the folders {_some(inner)}: name one of them, such as {folder / inner[0]}."
+        names = _names_in_short(inner)
+        return f"There are autoencoders in the folders {names}: name one of them, such as {folder / inner[0]}."
     return f"Found: {'; '.join(_file_in_words(each) for each in sorted(folder.iterdir())[:8]) or 'nothing'}."
 
 
@@ -177,5 +178,5 @@ def _file_in_words(path: Path) -> str:
         return f"{path.name} (unreadable)"
 
 
-def _some(names: list[str]) -> str:
+def _names_in_short(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -24,9 +24,9 @@ from saeflow.sae.formats.description import AGAIN
 Shapes = Mapping[str, tuple[int, ...]]
 
 _TORCH = (".pt", ".pth", ".bin")
-_MOST_INFLATED, _SMALL = 16, 64 << 20
-"""How many times its size an archive may grow when it is read, once that is more than `_SMALL` bytes. Trained weights
-hardly shrink."""
+_MOST_INFLATED, _SMALL_ARCHIVE = 16, 64 << 20
+"""How many times its size an archive may grow when it is read, once that is more than `_SMALL_ARCHIVE` bytes. Trained
+weights hardly shrink."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def _declared(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _require_modest(path: Path, n_bytes: int) -> None:
-    if n_bytes > max(_SMALL, _MOST_INFLATED * path.stat().st_size):
+    if n_bytes > max(_SMALL_ARCHIVE, _MOST_INFLATED * path.stat().st_size):
         raise UserError(f"{path} would grow to {n_bytes:,} bytes when it is read: no weights are like that. {AGAIN}")
 
 
@@ -151,3 +151,14 @@ def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if dtype.kind != "f":
         raise ValueError(f"it holds {dtype}, not real numbers")
     return shape, dtype
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError if a weight is NaN or infinite: nothing could be encoded with it."""
+    for name, tensor in tensors.items():
+        n_bad = tensor.numel() - int(tensor.isfinite().sum())
+        if n_bad:
+            raise UserError(
+                f"{what}: {n_bad:,} of {tensor.numel():,} values of {name} are NaN or infinite in float32: nothing "
+                "is published.\nThe weights or the activations are too large: bring the activations to a smaller scale."
+            )

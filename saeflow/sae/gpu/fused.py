@@ -1,58 +1,31 @@
-"""A whole optimiser step of the top-k family on a GPU, in which the host never waits for the device.
+"""A whole optimiser step on a GPU, in which the host never waits for the device.
 
 No tensor of shape (B, F) and no gradient of shape (F, D) exists. Sizes that depend on data are counters on the device.
-From the first batch on whose loss is not finite nothing changes any more, until the host has looked at the figures.
+From the first batch on whose loss is not finite, or whose entries do not fit, nothing changes any more, until the host
+has looked at the figures.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from saeflow.sae.batch import variance_of
-from saeflow.sae.gpu.auxiliary import Auxiliary, Reconstructed
-from saeflow.sae.gpu.choice import choose, guess
-from saeflow.sae.gpu.choice.choose import Choice
+from saeflow.sae.architectures import FeatureSums, TrainingRule
+from saeflow.sae.gpu.auxiliary import Auxiliary, AuxiliaryLoss
+from saeflow.sae.gpu.choice.chooser import Chosen, EntriesAboveCut, LargestEntries
 from saeflow.sae.gpu.choice.product import Product
-from saeflow.sae.gpu.decode import decode_rows
-from saeflow.sae.gpu.rows.adam import AdamClock, AdamSettings, Wakefulness, update_vector
-from saeflow.sae.gpu.rows.by_feature import gradient_through_centring, rows_of_entries, rows_of_residuals, used_ids
+from saeflow.sae.gpu.explain import Centred, Explained, explain
+from saeflow.sae.gpu.figures import FIGURES, StepOptions
+from saeflow.sae.gpu.guard import Guard
+from saeflow.sae.gpu.rows.adam import AdamClock, AdamSettings, Wakefulness
+from saeflow.sae.gpu.rows.by_feature import gradient_through_centring
 from saeflow.sae.gpu.rows.moments import AdamRows, code_tables
 from saeflow.sae.gpu.rows.update import RowGradients
-from saeflow.sae.loss import THRESHOLD_MEMORY
+from saeflow.sae.gpu.vectors import move_thresholds, update_vectors
+from saeflow.sae.loss import THRESHOLD_MEMORY, training_rule
 from saeflow.sae.parameters import SAEParameters
-
-CAPACITY = 16
-"""Entries that a row's buffer holds, as a multiple of k: see `guess`."""
-
-FIGURES = (
-    "loss", "unexplained", "auxiliary", "n_active", "n_dead", "n_wrong_guesses", "alive", "suspect", "n_dead_after",
-)  # fmt: skip
-"""Figures of a step, in this order. `alive` is 0 if a loss was not finite, in this step or before. `suspect` is the row
-of that batch to look at, the first one that is not finite, as -1 - row, or else the longest. `n_dead_after` features
-are dead for the next step."""
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """What may change from step to step."""
-
-    lr: float
-    k: int
-    by_token: bool
-    """True if the k largest values of each token are kept, not of the batch."""
-    n_dead: int
-    """Dead features, as of the figures fetched last. They decide how many rows the auxiliary loss takes."""
-
-
-class _Centred(NamedTuple):
-    low: Tensor
-    target: Tensor
-    variance: Tensor
-    """(1) float64: see `saeflow.sae.batch.centred_batch`."""
 
 
 class FusedStep:
@@ -63,9 +36,9 @@ class FusedStep:
 
     def __init__(
         self, sae: SAEParameters, adam: torch.optim.Adam, dtype: torch.dtype, highest_lr: float, aux_weight: float,
-        dead_after_tokens: int, tolerance: float = 0.0,
+        dead_after_tokens: int, tolerance: float = 0.0, chooser: LargestEntries | EntriesAboveCut | None = None,
     ) -> None:  # fmt: skip
-        self.sae, self.adam = sae, adam
+        self.sae, self.adam, self.chooser = sae, adam, chooser or LargestEntries()
         self.aux_weight = aux_weight if sae.traits.revives_dead else 0.0
         self.dead_after = dead_after_tokens
         group, place = adam.param_groups[0], sae.W_enc.device
@@ -77,13 +50,8 @@ class FusedStep:
         self.moments = {name: _moments(adam, weight) for name, weight in sae.named_parameters() if weight.requires_grad}
         self.w_low = sae.W_enc.detach().to(dtype)
         self.ends = torch.tensor(sae.config.nested, dtype=torch.int32, device=place)
-        self.guess: Tensor | None = None
-        """Ratio of guess to length, or a number for the whole batch (1): see `guess`."""
-        self.guess_is_of_batch = False
-        self.auxiliary = Auxiliary(sae.traits.signed)
-        self.alive = torch.ones(1, device=place)
-        """1, or 0 from the first loss on that is not finite."""
-        self.suspect = torch.zeros(1, dtype=torch.float64, device=place)
+        self.auxiliary = AuxiliaryLoss(sae.traits.signed)
+        self.guard = Guard(place)
         self.figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=place)
         self._resume()
 
@@ -99,128 +67,98 @@ class FusedStep:
     def __call__(self, x: Tensor, target: Tensor | None, options: StepOptions) -> None:
         """Take a step on x (B, D), and for a transcoder its target (B, D_out), float32. See `figures`."""
         sae = self.sae
-        batch = _centred(x, sae.b_in, target, sae.b_dec, self.w_low.dtype)
-        choice = self._choose(batch, options)
-        main = self._reconstructed(choice, batch)
-        dead = sae.tokens_since_fired >= self.dead_after
-        added = self._auxiliary(main, batch, dead, options)
-        loss, figures = self._losses(main, added, batch, choice, dead, len(x))
-        self._judge(loss, x)
-        self._remember(main.ids.long(), choice, len(x), options)
-        still = (sae.tokens_since_fired >= self.dead_after).sum()[None].double()
-        self.figures.copy_(torch.cat([loss, *figures, self.alive, self.suspect, still]))
-        self._update(main, added, batch, options.lr)
-
-    def _choose(self, batch: _Centred, options: StepOptions) -> Choice:
-        sae, k = self.sae, options.k
+        batch = Centred.of(x, sae.b_in, target, sae.b_dec, self.w_low.dtype)
+        rule = training_rule(sae, len(x), batch.target.shape[1], options.sparsity)
         product = Product.of(batch.low, self.w_low, sae.b_enc.detach(), sae.traits.signed)
-        if options.by_token:
-            if self.guess is None or self.guess_is_of_batch:
-                self.guess, self.guess_is_of_batch = guess.first_ratio(product, k), False
-            lengths = guess.lengths(batch.low)
-            choice = choose.largest_of_rows(product, k, self.guess * lengths, _power_of_two(CAPACITY * k))
-            self.guess = guess.next_ratio(choice.kth, lengths)
-            return choice
-        n = k * len(batch.low)
-        if self.guess is None or not self.guess_is_of_batch:
-            self.guess, self.guess_is_of_batch = guess.first_of_batch(product, n), True
-        choice = choose.largest_of_batch(product, n, self.guess, 2 * n)
-        self.guess = choice.kth * guess.BATCH_MARGIN
-        return choice
+        chosen = self.chooser(product, rule, options.k, options.by_token)
+        scale = batch.scale(sae.config.counts_k)
+        explained = explain(chosen.entries, batch, rule, sae.W_dec.detach(), self.ends, scale)
+        dead = sae.tokens_since_fired >= self.dead_after
+        added = self._auxiliary(explained, batch, dead, options)
+        loss, figures = self._losses(explained, added, batch, rule, scale)
+        self.guard.judge(loss, x, chosen.n_found <= len(chosen.entries.ids))
+        self._remember(explained, chosen, len(x), options)
+        still = sae.tokens_since_fired >= self.dead_after
+        self._update(explained, added, batch, rule, options)
+        self._note([loss, *figures, dead.sum(), chosen.n_found, chosen.n_wrong], still.sum())
 
-    def _reconstructed(self, choice: Choice, batch: _Centred) -> Reconstructed:
-        starts, ids, values = choice.entries
-        n_rows, n_features = len(batch.low), len(self.w_low)
-        residual = batch.target.new_empty(len(self.ends) * n_rows, batch.target.shape[1])
-        losses = batch.target.new_empty(len(self.ends), n_rows)
-        g = torch.zeros_like(values)
-        shaped = residual.view(len(self.ends), *batch.target.shape)
-        decode_rows(starts, ids, values, self.sae.W_dec.detach(), batch.target, self.ends, shaped, losses, g)
-        used = used_ids(ids, starts, n_features)
-        rows = rows_of_entries(starts, len(ids))
-        where = rows_of_residuals(used, rows, self.ends, n_rows).clamp(max=len(residual) - 1)
-        # the scale of the loss: a share of the variance, and the mean over nested dictionaries
-        scale = (2 / (batch.variance * len(self.ends))).float()
-        pair = torch.stack([values, g]) * scale
-        return Reconstructed(used, rows.clamp(max=n_rows - 1), where, pair, residual, losses, scale)
-
-    def _auxiliary(
-        self, main: Reconstructed, batch: _Centred, dead: Tensor, options: StepOptions
-    ) -> Reconstructed | None:
+    def _auxiliary(self, explained: Explained, batch: Centred, dead: Tensor, options: StepOptions) -> Auxiliary | None:
         if not options.n_dead or not self.aux_weight > 0:
             return None
-        rest = -main.residual[-len(batch.low) :]
+        rest = -explained.main.residual[-len(batch.low) :]
         weights = self.w_low, self.sae.b_enc.detach(), self.sae.W_dec.detach()
-        return self.auxiliary(
-            batch.low, rest, batch.target, weights, dead, options.k, options.n_dead, self.aux_weight, len(main.residual)
-        )
+        return self.auxiliary(batch, rest, weights, dead, options.k, options.n_dead, self.aux_weight)
 
     def _losses(
-        self, main: Reconstructed, added: Reconstructed | None, batch: _Centred, choice: Choice, dead: Tensor, n: int
+        self, explained: Explained, added: Auxiliary | None, batch: Centred, rule: TrainingRule, scale: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        errors = main.losses.double().sum(1)
-        auxiliary = (
-            torch.zeros_like(batch.variance) if added is None else added.losses.double().sum()[None] / added.scale
-        )
-        loss = errors.mean()[None] / batch.variance + self.aux_weight * auxiliary
-        n_active = choice.entries.row_starts[-1:].double() / n
-        unexplained = errors[-1:] / batch.variance
-        return loss, [unexplained, auxiliary, n_active, dead.sum()[None].double(), choice.n_wrong.double()]
+        """Return the loss (1), and the figures from `unexplained` to `n_active`."""
+        auxiliary = torch.zeros_like(explained.n_active) if added is None else added.share
+        penalty, sparsity = rule.penalty_loss(explained.penalty, explained.n_active)
+        mean_error = explained.errors.mean() + explained.second_error
+        loss = mean_error * scale + penalty + self.aux_weight * auxiliary
+        return loss, [explained.errors[-1] / batch.variance, auxiliary, sparsity, explained.n_active]
 
-    def _judge(self, loss: Tensor, x: Tensor) -> None:
-        """Stop all changes if the loss is not finite, and note the row to look at."""
-        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-        bad = ~norms.isfinite()
-        row = torch.where(bad.any(), -1 - bad.int().argmax(), torch.where(bad, 0, norms).argmax())[None].double()
-        self.suspect = torch.where(self.alive > 0, row, self.suspect)
-        self.alive = self.alive * loss.isfinite()
+    def _note(self, figures: list[Tensor], n_dead_after: Tensor) -> None:
+        guard = self.guard
+        last = [guard.alive, guard.fits, guard.suspect, n_dead_after, self.clock.step]
+        self.figures.copy_(torch.cat([each.double().view(1) for each in (*figures, *last)]))
 
-    def _remember(self, used: Tensor, choice: Choice, n_rows: int, options: StepOptions) -> None:
+    def _remember(self, explained: Explained, chosen: Chosen, n_rows: int, options: StepOptions) -> None:
         """Count the tokens since each feature fired; let the running threshold follow the least chosen value."""
-        sae = self.sae
-        since = torch.cat([sae.tokens_since_fired + n_rows, sae.tokens_since_fired[:1]]).scatter_(0, used, 0)[:-1]
-        sae.tokens_since_fired.copy_(torch.where(self.alive > 0, since, sae.tokens_since_fired))
+        sae, fired = self.sae, explained.fired.long()
+        since = torch.cat([sae.tokens_since_fired + n_rows, sae.tokens_since_fired[:1]]).scatter_(0, fired, 0)[:-1]
+        self.guard.change(sae.tokens_since_fired, since)
         if sae.config.counts_k and not options.by_token:
-            sizes = torch.where(used < len(self.w_low), choice.entries.values.abs(), torch.inf)
+            sizes = torch.where(fired < len(self.w_low), chosen.entries.values.abs(), torch.inf)
             memory = torch.where(sae.threshold > 0, THRESHOLD_MEMORY, 0.0)
             least = sizes.min()
-            known = least.isfinite() & (self.alive[0] > 0)
             new = memory * sae.threshold + (1 - memory) * least
-            sae.threshold.copy_(torch.where(known, new, sae.threshold))
+            self.guard.change(sae.threshold, torch.where(least.isfinite(), new, sae.threshold))
 
-    def _update(self, main: Reconstructed, added: Reconstructed | None, batch: _Centred, lr: float) -> None:
-        sae, both = self.sae, main if added is None else main.followed_by(added)
-        self.clock.lr.fill_(lr)
+    def _update(
+        self, explained: Explained, added: Auxiliary | None, batch: Centred, rule: TrainingRule, options: StepOptions
+    ) -> None:
+        """Take Adam's step of all parameters. Their gradients are computed before the first of them changes."""
+        sae, main = self.sae, explained.main
+        self.clock.lr.fill_(options.lr)
         self.clock.advance()
-        self.clock.step.sub_(1 - self.alive.int())
+        self.clock.step.sub_(1 - self.guard.open.int())
+        both = main if added is None else main.followed_by(added.entries)
         gradients = RowGradients.of_entries(
             both.ids, both.rows, both.residual_rows, both.pair, batch.low, both.residual, len(self.w_low),
             sae.config.unit_norm,
         )  # fmt: skip
-        d_pre = gradients.by.sums(gradients.d_pre[None])[0]
-        d_b_dec = main.residual[: len(batch.low)].sum(0) * main.scale
-        if sae.config.target_site is None:
-            d_b_dec = d_b_dec + gradient_through_centring(d_pre, sae.W_enc.detach())
+        numbers = torch.stack([both.pair[1], *both.to_sum.values()])
+        d_pre, *by_name = gradients.by.sums(gradients.by.take(numbers))
+        sums = dict(zip(both.to_sum, by_name, strict=True))
+        if "length" in sums and not sae.config.unit_norm:
+            gradients = replace(gradients, length_sums=sums["length"])
+        vectors = self._vector_gradients(d_pre, sums, explained, rule)
         encoder, decoder = (self._rows(name) for name in ("W_enc", "W_dec"))
         gradients.update(
-            encoder, decoder, self.w_low, self.codes, self.wakefulness, self.clock, sae.config.seed, self.alive
+            encoder, decoder, self.w_low, self.codes, self.wakefulness, self.clock, sae.config.seed, self.guard.open
         )
-        self._update_bias("b_enc", d_pre)
-        if sae.b_dec.requires_grad:
-            self._update_bias("b_dec", d_b_dec)
+        update_vectors(sae, vectors, self.moments, self.clock, self.guard)
+        if sae.config.architecture == "jumprelu":
+            move_thresholds(sae, explained.n_active, options.k, options.sparsity, self.guard)
+
+    def _vector_gradients(
+        self, d_pre: Tensor, sums: FeatureSums, explained: Explained, rule: TrainingRule
+    ) -> dict[str, Tensor]:
+        """Return the gradients of biases and of the architecture's own parameters from sums by feature (F)."""
+        sae, d_b_dec = self.sae, explained.d_b_dec
+        if sae.config.target_site is None:
+            d_b_dec = d_b_dec + gradient_through_centring(d_pre, sae.W_enc.detach())
+        own = rule.own_gradients(sums, explained.n_active)
+        gradients = {"b_enc": rule.bias_gradient(d_pre, sums), "b_dec": d_b_dec}
+        gradients |= zip(sae.traits.own_parameters, own, strict=True)
+        return {name: gradient for name, gradient in gradients.items() if name in self.moments}
 
     def _rows(self, name: str) -> AdamRows:
         m, v = self.moments[name]
         nothing = m.new_empty(len(m), 0)
         return AdamRows(getattr(self.sae, name).detach(), m, v, nothing, nothing)
-
-    def _update_bias(self, name: str, gradient: Tensor) -> None:
-        bias = getattr(self.sae, name).detach()
-        state = bias, *self.moments[name]
-        fresh = [each.clone() for each in state]
-        update_vector(fresh[0], gradient, fresh[1], fresh[2], self.clock)
-        for old, new in zip(state, fresh, strict=True):
-            old.copy_(torch.where(self.alive > 0, new, old))
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -237,15 +175,3 @@ def _moments(adam: torch.optim.Adam, weight: Tensor) -> tuple[Tensor, Tensor]:
         state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
         state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weight) for _ in range(2))
     return state["exp_avg"].detach(), state["exp_avg_sq"].detach()
-
-
-def _centred(x: Tensor, b_in: Tensor, target: Tensor | None, b_dec: Tensor, dtype: torch.dtype) -> _Centred:
-    low = x - b_in
-    wanted = low if target is None else target - b_dec
-    wide = wanted.double()
-    variance = variance_of(wide.sum(0), wide.square().sum()[None], len(x))
-    return _Centred(low.to(dtype), wanted, variance)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

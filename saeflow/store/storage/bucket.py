@@ -7,8 +7,6 @@ its record last; shards of arrays are read in ranges and not kept.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,14 +36,6 @@ _DUCKDB_NEEDS = (
 
 _SENDERS = 4
 """Files of a part on their way at once."""
-
-
-def cache_folder(url: str) -> Path:
-    """Return the folder of this machine that stands for a bucket: below SAEFLOW_CACHE, else the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    base = Path(os.environ.get("SAEFLOW_CACHE") or Path(home) / "saeflow").absolute()
-    name = "".join(c if c.isalnum() else "-" for c in url.partition("://")[2])[-40:].strip("-")
-    return base / f"{name}-{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}"
 
 
 class Bucket(Storage):

@@ -32,10 +32,10 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
     def key(self, path: str) -> str:
         return _path_of_glob(path.partition("://")[2] or path).removeprefix(f"{self._prefix}/")
 
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> _Reader:
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> _ObjectReader:
         if mode != "rb":
             raise PermissionError(f"{path} is read only")
-        return _Reader(self, self.key(path))
+        return _ObjectReader(self, self.key(path))
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         return {"name": path, "size": self.size_of(self.key(path)), "type": "file"}
@@ -70,7 +70,7 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return found
 
 
-class _Reader(io.RawIOBase):
+class _ObjectReader(io.RawIOBase):
     """An open object. DuckDB's threads share it and call seek, then read, so each thread has its own position."""
 
     def __init__(self, files: BucketFiles, key: str) -> None:

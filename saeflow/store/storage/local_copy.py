@@ -75,7 +75,7 @@ class Listings:
                 del self._made[prefix]
 
 
-_AT_ONCE = 4
+_ARTEFACTS_AT_ONCE = 4
 """Artefacts looked at at once."""
 
 _UNSENT_SECONDS = 86_400
@@ -104,7 +104,7 @@ class LocalCopy:
         top = self.objects.list_level("")
         kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
         artefacts = [artefact for kind in kinds for artefact in self.objects.list_level(kind)["common_prefixes"]]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_ARTEFACTS_AT_ONCE) as pool:
             found = [*top["objects"], *itertools.chain.from_iterable(pool.map(self._own_objects, artefacts))]
         self._bring(found, self.root, keep_unsent=True)
 
@@ -153,7 +153,7 @@ class LocalCopy:
     def download(self, path: Path, key: str | None = None) -> None:
         """Bring a file here, from an object of its own key or of another. Raises FileNotFoundError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        key, temporary = key or self.key(path), _temporary(path)
+        key, temporary = key or self.key(path), _temporary_name(path)
         try:
             tag = self.objects.download(key, temporary)
             if is_own(key):
@@ -208,7 +208,7 @@ class LocalCopy:
             return
         note = self._note_of(path)
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(note)
+        temporary = _temporary_name(note)
         temporary.write_text(f"{digest} {tag}", "utf-8")
         os.replace(temporary, note)
 
@@ -227,6 +227,6 @@ def is_own(key: str) -> bool:
     return not key.startswith("tmp/") and "/parts/" not in key
 
 
-def _temporary(path: Path) -> Path:
+def _temporary_name(path: Path) -> Path:
     """Return a name beside a file, of this thread alone, for what takes the file's place."""
     return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")

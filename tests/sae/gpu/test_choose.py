@@ -147,8 +147,8 @@ def test_all_entries_above_the_cut_are_those_of_the_processor(has_cut):
     less = bias if cut is None else bias - cut
     n = len(wanted.values)
     for room in (n, n - 1):
-        entries, is_full = above_cut(product_of(low, w_low, less), None if cut is None else cut.to(PLACE), room)
-        assert bool(is_full) == (room < n)
+        entries, n_found = above_cut(product_of(low, w_low, less), None if cut is None else cut.to(PLACE), room)
+        assert int(n_found) == n
         if room >= n:
             assert torch.equal(entries.row_starts.cpu().long(), wanted.row_starts)
             assert torch.equal(entries.ids[:n].cpu(), wanted.feature_ids)

@@ -13,7 +13,9 @@ pytest.importorskip("triton")
 
 from saeflow.recipe.settings import SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.gpu.fused import FIGURES, FusedStep, StepOptions
+from saeflow.sae.gpu.choice.chooser import EntriesAboveCut, LargestEntries
+from saeflow.sae.gpu.figures import FIGURES, StepOptions
+from saeflow.sae.gpu.fused import FusedStep
 from tests.sae.gpu import PLACE
 
 B, D, F, K = 10, 9, 22, 3
@@ -24,13 +26,15 @@ class Trained(NamedTuple):
     sae: SparseAutoencoder
     adam: torch.optim.Adam
 
-    def step_of_processor(self, x: Tensor, target: Tensor | None, by_token: bool) -> tuple[float, float, float, int]:
-        loss, info = self.sae.training_loss(x, AUX, DEAD_AFTER, target=target, by_token=by_token)
+    def step_of_processor(
+        self, x: Tensor, target: Tensor | None, by_token: bool, sparsity: float, dead_after: int = DEAD_AFTER
+    ) -> list[float]:
+        loss, info = self.sae.training_loss(x, AUX, dead_after, target=target, by_token=by_token, sparsity=sparsity)
         loss.backward()
         self.adam.step()
         self.sae.after_step()
         self.adam.zero_grad(set_to_none=True)
-        return loss.item(), info.unexplained, info.auxiliary, info.n_dead
+        return [loss.item(), info.unexplained, info.auxiliary, info.sparsity, info.n_active, info.n_dead]
 
     def moments(self) -> list[Tensor]:
         return [state[name].cpu() for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -54,37 +58,54 @@ def batch(number: int, width: int = D) -> Tensor:
 
 
 def fused(trained: Trained) -> FusedStep:
-    return FusedStep(trained.sae, trained.adam, torch.float32, LR, AUX, DEAD_AFTER, tolerance=1e-9)
+    chooser = LargestEntries() if trained.sae.config.counts_k else EntriesAboveCut(B * F)
+    return FusedStep(trained.sae, trained.adam, torch.float32, LR, AUX, DEAD_AFTER, 1e-9, chooser)
 
 
-def options(trained: Trained, by_token: bool) -> StepOptions:
+def options(trained: Trained, by_token: bool, sparsity: float = 1.0) -> StepOptions:
     n_dead = int((trained.sae.tokens_since_fired >= DEAD_AFTER).sum())
-    return StepOptions(LR, trained.sae.config.k, by_token or trained.sae.traits.chooses_by_token, n_dead)
+    return StepOptions(LR, trained.sae.config.k, by_token or trained.sae.traits.chooses_by_token, n_dead, sparsity)
 
+
+RELU, GATED = {"architecture": "relu", "l1_weight": 0.3}, {"architecture": "gated", "l1_weight": 0.3}
+JUMPRELU = {"architecture": "jumprelu", "first_threshold": 0.4, "bandwidth": 0.6}
+FREE = {"unit_norm": False, "l1_norm_weighted": True}
 
 CASES = {
     "topk": {}, "magnitudes": {"architecture": "abstopk"}, "of the batch": {"architecture": "batchtopk"},
     "nested": {"architecture": "matryoshka"}, "one of each token": {"k": 1},
     "a transcoder": {"target_site": "there"}, "free lengths": {"unit_norm": False},
     "a bias that stays": {"decoder_bias": "fixed"},
+    "relu": RELU, "gated": GATED, "jumprelu": JUMPRELU, "jumprelu, by tanh": JUMPRELU | {"penalty": "tanh"},
+}  # fmt: skip
+MORE_CASES = {
+    "relu, free lengths": RELU | FREE, "relu, a transcoder": RELU | {"target_site": "there"},
+    "gated, free lengths": GATED | FREE, "gated, a transcoder": GATED | {"target_site": "there"},
+    "jumprelu, by tanh, free lengths": JUMPRELU | {"penalty": "tanh", "unit_norm": False},
+    "jumprelu, a transcoder": JUMPRELU | {"target_site": "there"},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(pytest.param(changes, id=name) for name, changes in CASES.items()),
+        *(pytest.param(changes, id=name, marks=pytest.mark.long) for name, changes in MORE_CASES.items()),
+    ],
+)
 def test_steps_equal_those_of_the_processor_and_of_adam(changes: dict[str, object]) -> None:
     there, here = begun(**changes), begun(PLACE, **changes)
     step = fused(here)
     for number in range(6):
         x = batch(number)
         target = batch(number, 7) if "target_site" in changes else None
-        by_token = number == 2
-        step(x.to(PLACE), None if target is None else target.to(PLACE), options(here, by_token))
-        expected = there.step_of_processor(x, target, by_token)
+        about = number == 2, (number + 1) / 6
+        step(x.to(PLACE), None if target is None else target.to(PLACE), options(here, *about))
+        expected = there.step_of_processor(x, target, *about)
         found = dict(zip(FIGURES, step.figures.tolist(), strict=True))
-        assert [found[name] for name in ("loss", "unexplained", "auxiliary", "n_dead")] == pytest.approx(
-            expected, rel=1e-5, abs=1e-6
-        )
-        assert found["alive"] == 1
+        names = "loss", "unexplained", "auxiliary", "sparsity", "n_active", "n_dead"
+        assert [found[name] for name in names] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert (found["alive"], found["fits"], found["step"]) == (1, 1, number + 1)
     step.settle()
     for name, value in there.sae.state_dict().items():
         torch.testing.assert_close(here.sae.state_dict()[name].cpu(), value, rtol=1e-5, atol=1e-6)

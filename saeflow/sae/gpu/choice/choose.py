@@ -77,9 +77,10 @@ def largest_of_batch(product: Product, n: int, guess: Tensor, capacity: int) -> 
 
 
 def above_cut(product: Product, cut: Tensor | None, room: int) -> tuple[Entries, Tensor]:
-    """Return all entries above zero, in room for so many, and whether there were more (1) bool.
+    """Return all entries above zero, in room for so many, and how many there are (1) int32.
 
-    `cut` (F) is what the product's bias lacks; the values returned have it again. If there were more, some are missing.
+    `cut` (F) is what the product's bias lacks; the values returned have it again. If there are more than the room
+    holds, some are missing.
     """
     candidates = Candidates.room_for(product, False, room)
     zero = torch.zeros(1, device=product.low.device)
@@ -88,7 +89,7 @@ def above_cut(product: Product, cut: Tensor | None, room: int) -> tuple[Entries,
     if cut is not None:
         filled = torch.arange(room, device=cut.device) < entries.row_starts[-1]
         entries = entries._replace(values=entries.values + torch.where(filled, cut[entries.ids.long()], 0.0))
-    return entries, candidates.counts > room
+    return entries, candidates.counts
 
 
 def _above(guess: Tensor) -> Floor:

@@ -10,7 +10,7 @@ tile. So it has the same bits in every search, and what is chosen does not depen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +77,10 @@ class Product:
         if missing:
             low, w_low = (tf.pad(each, (0, missing)) for each in (low, w_low))
         return cls(low, w_low, bias, signed)
+
+    def less(self, cut: Tensor) -> Product:
+        """Return the product less a cut (F)."""
+        return replace(self, bias=self.bias - cut)
 
     @property
     def n_rows(self) -> int:

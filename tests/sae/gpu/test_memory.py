@@ -1,0 +1,39 @@
+"""The formula for the memory of a step is an upper bound, and not far from what the step holds."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from saeflow.recipe.settings import SAEConfig
+from saeflow.sae.gpu.memory import TrainingSize
+from tests.sae.gpu.trace import ARCHITECTURES, REAL, Sizes, a_step, trace_of
+
+OTHERS = (Sizes(4096, 16_384, 768, 32), Sizes(8192, 4096, 500, 32))
+
+
+def size_of(sizes: Sizes, name: str, dtype: torch.dtype, n_dead: int) -> TrainingSize:
+    nested = SAEConfig.model_validate({"architecture": name, "n_features": sizes.n_features, "k": sizes.k}).nested
+    width = sizes.width
+    return TrainingSize(
+        sizes.n_rows, sizes.n_features, width, width, sizes.k, len(nested), name == "topk", False, dtype, n_dead
+    )
+
+
+@pytest.mark.parametrize("sizes", [*REAL, *OTHERS])
+@pytest.mark.parametrize("share_dead", [0.0, 0.0005, 0.05, 0.6])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_step_holds_no_more_than_the_formula_says_and_little_less(name, share_dead, sizes):
+    for dtype in (torch.bfloat16, torch.float32):
+        trace = trace_of(sizes, dtype, share_dead=share_dead, architecture=name)
+        said = size_of(sizes, name, dtype, int(share_dead * sizes.n_features)).step_bytes
+        assert trace.peak <= said <= 1.3 * trace.peak
+
+
+@pytest.mark.parametrize("sizes", [*REAL, *OTHERS])
+def test_the_state_takes_what_the_formula_says(sizes):
+    step = a_step(sizes)
+    weights = [*step.sae.parameters(), *step.sae.buffers(), step.w_low]
+    moments = [moment for pair in step.moments.values() for moment in pair]
+    held = sum(each.nbytes for each in [*weights, *moments])
+    assert held <= size_of(sizes, "topk", torch.bfloat16, 0).state_bytes <= 1.02 * held
