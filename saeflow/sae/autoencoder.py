@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import assert_never
 
 import numpy as np
@@ -21,6 +20,8 @@ from saeflow.sae.gradients import decode
 from saeflow.sae.loss import LossOptions, StepInfo, loss_of_batch
 from saeflow.sae.parameters import SAEParameters
 from saeflow.sae.pursuit import NO_END, pursue
+
+Encode = Callable[[Tensor, Encoder, ActivationFunction], SparseValues]
 
 
 class SparseAutoencoder(SAEParameters):
@@ -118,15 +119,19 @@ class SparseAutoencoder(SAEParameters):
         """
         function = self.activation_function()
         cut, x = self._cut(function), self._normalised(x)[0]
-        encode = encode_on_processor
+        encode: Encode = encode_on_processor
         if not self.use_kernels or x.device.type != "cpu" or self.W_enc.device.type != "cpu":
             encode, x = self._encode_on_accelerator(), to_device(x, self.W_enc.device)
-        choose = partial(encode, encoder=self.current_encoder(cut), function=function)
+        encoder = self.current_encoder(cut)
+
+        def choose(rows: Tensor) -> SparseValues:
+            return encode(rows, encoder, function)
+
         if self.traits.pursues:
             return pursue(x, self.W_dec.detach(), self.b_dec.detach(), self.config.k, self.pursuit_end, choose)
         return choose(x)
 
-    def _encode_on_accelerator(self) -> Callable[[Tensor, Encoder, ActivationFunction], SparseValues]:
+    def _encode_on_accelerator(self) -> Encode:
         """Return what encodes where the weights are: the kernels of a GPU with Triton, or torch's operations."""
         on_gpu = self.W_enc.device.type == "cuda" and importlib.util.find_spec("triton") is not None
         if not (on_gpu and self.use_kernels):

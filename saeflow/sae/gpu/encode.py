@@ -27,7 +27,6 @@ LEAST_ROOM, MOST_ROOM = 256, 8192
 """Candidates of a row; where more are near, the stored product is the quicker one."""
 _PER_K = 16
 """Buffers hold so many times k. About twice k entries are candidates in bfloat16 at F = 65,536, k = 64."""
-_SAMPLE_ROWS = 64
 _RELATIVE = 2.05 * 2.0**-24
 
 
@@ -78,7 +77,7 @@ class _Screen:
         n, needed = (4 * self._sampled_counts(),) * 2 if k is None else (_PER_K * k, 4 * k)
         if needed > MOST_ROOM:
             return None
-        return min(max(triton.next_power_of_2(n), LEAST_ROOM), MOST_ROOM)
+        return min(max(int(triton.next_power_of_2(n)), LEAST_ROOM), MOST_ROOM)
 
     def candidates(self, capacity: int) -> tuple[Tensor, Tensor]:
         """Return row and feature of all entries (n, 2) that may be values, and in which rows (B) these were found."""
@@ -101,10 +100,10 @@ class _Screen:
         """Return a number for each row (B) float32 that all of its candidates, it is thought, exceed."""
         if self.function.k is None:
             return (self._cut_of_all() * (1 - 2.0**-22)).clamp(min=0).float()
-        rows, sizes = self._sample()
+        rows, sizes = guess.sample(self.product)
         kth = sizes.topk(min(self.function.k, sizes.shape[1]), dim=1).values[:, -1]
         lengths = guess.lengths(rows)
-        ratio = guess.next_ratio(self._least_of_k(kth, self._sampled(self.widest)).float(), lengths)
+        ratio = guess.next_ratio(self._least_of_k(kth, guess.sampled(self.widest)).float(), lengths)
         return ratio * guess.lengths(self.product.low)
 
     def _cut(self, sizes: Tensor) -> Tensor:
@@ -122,18 +121,9 @@ class _Screen:
         least = (kth.double() * (1 - _RELATIVE) - widest).clamp(min=0) - widest
         return least - _RELATIVE * least.abs() - 1e-30
 
-    def _sampled(self, of_rows: Tensor) -> Tensor:
-        return of_rows[:: max(len(of_rows) // _SAMPLE_ROWS, 1)][:_SAMPLE_ROWS]
-
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        """Return some rows, and the sizes of all their entries."""
-        rows = self._sampled(self.product.low)
-        pre = torch.nn.functional.linear(rows, self.product.w_low).float() + self.product.bias
-        return rows, pre.abs() if self.function.signed else pre
-
     def _sampled_counts(self) -> int:
-        _, sizes = self._sample()
-        return int((sizes > self._sampled(self._cut_of_all())[:, None]).sum(1).max())
+        _, sizes = guess.sample(self.product)
+        return int((sizes > guess.sampled(self._cut_of_all())[:, None]).sum(1).max())
 
 
 def _error_of_bias(bias: Tensor, encoder: Encoder) -> Tensor:
@@ -142,7 +132,7 @@ def _error_of_bias(bias: Tensor, encoder: Encoder) -> Tensor:
     return ((bias - low).abs() + (encoder.error_of_sums + _RELATIVE) * low.abs() + 1e-30) * (1 + 1e-6)
 
 
-COLUMNS, WARPS = 512, 2
+RESCORED, RESCORE_WARPS = 512, 2
 """Numbers of a row multiplied at once: eight of float64 a thread, whose loads are under way together."""
 
 
@@ -166,7 +156,7 @@ def _rescored(x: Tensor, encoder: Encoder, rows: Tensor, ids: Tensor) -> Tensor:
     exact = torch.empty(len(rows), dtype=torch.float64, device=x.device)
     if len(rows):
         arrays = x, encoder.b_in, encoder.w_enc, rows, ids, exact
-        rescore_kernel[(len(rows),)](*arrays, x.shape[1], COLUMNS, num_warps=WARPS, num_stages=1)
+        rescore_kernel[(len(rows),)](*arrays, x.shape[1], RESCORED, num_warps=RESCORE_WARPS, num_stages=1)
     return exact + encoder.b_enc.double()[ids]
 
 
@@ -175,7 +165,7 @@ SPECIMENS = [
         rescore_kernel,
         {"x": stored, "b_in": "*fp32", "w_enc": "*fp32", "rows": "*i64", "ids": "*i64", "exact": "*fp64",
          "width": "i32", "COLUMNS": "constexpr"},
-        {"COLUMNS": COLUMNS}, WARPS, 1, f"rescore {stored}",
+        {"COLUMNS": RESCORED}, RESCORE_WARPS, 1, f"rescore {stored}",
     )
     for stored in ("*fp16", "*bf16", "*fp32")
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Values that kernels encode are the processor's, bit for bit, whatever was guessed and however little room there is."""
+"""Values that kernels encode are the processor's, bit for bit, whatever was guessed and with however little room."""
 
 from __future__ import annotations
 
