@@ -108,9 +108,10 @@ class Correct:
         made = self.made
         cut = made.choice.kth.mean() * (1 + 0.1 * self.card.normal(made.size.n_features, seed=9))
         product = replace(made.product, bias=made.bias - cut)
-        entries, is_full = choose.above_cut(product, cut, 4 * made.size.n_entries)
+        room = 4 * made.size.n_entries
+        entries, n_found = choose.above_cut(product, cut, room)
         pre, nothing = self.pre_activations(), torch.zeros(1, device=self.card.place)
-        if is_full:
+        if int(n_found) > room:
             return [Row("above a cut", note="failed: the buffer is full")]
         return self._compared("above a cut", entries, pre - cut.double(), pre, nothing)
 
