@@ -66,7 +66,10 @@ class FeedBatch:
         return len(self.values[0])
 
     def scaled(self, site: int, scale: float, place: torch.device) -> Tensor:
-        """Return the rows of a site in float32, times `scale`. Many trainings share them: do not change them."""
+        """Return the rows of a site in float32, times `scale`. Many trainings share them: do not change them.
+
+        They have memory of their own: on a GPU that of `values` is used again after the step.
+        """
         key = site, scale, place
         if key not in self._scaled:
             self._scaled[key] = to_device(self.values[site], place).float() * scale
