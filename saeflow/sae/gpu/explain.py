@@ -97,10 +97,10 @@ def explain(
     ids, pre, at = entries.ids, entries.values, entries.ids.long()
     factor = (2 * scale / len(ends)).float()
     values, second = rule.values(pre, at), rule.second_values(pre)
-    residual, losses, g = _decoded(entries, values, w_dec, batch.target, ends)
+    residual, losses, g = _residuals_of(entries, values, w_dec, batch.target, ends)
     g_second, second_error = None, losses.new_zeros((), dtype=torch.float64)
     if second is not None:
-        _, second_losses, of_second = _decoded(entries, second, w_dec, batch.target, ends)
+        _, second_losses, of_second = _residuals_of(entries, second, w_dec, batch.target, ends)
         g_second, second_error = of_second * factor, second_losses.double().sum()
     d_pre, to_sum = rule.backward(pre, values, g * factor, g_second, at)
     used = used_ids(ids, entries.row_starts, len(w_dec))
@@ -114,7 +114,7 @@ def explain(
     return Explained(main, fired, n_active, losses.double().sum(1), second_error, penalty, d_b_dec)
 
 
-def _decoded(
+def _residuals_of(
     entries: Entries, values: Tensor, w_dec: Tensor, target: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return residuals (G, B, D_out), their squared norms (G, B), and products (N) with the directions."""
