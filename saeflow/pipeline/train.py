@@ -16,6 +16,7 @@ from saeflow.pipeline.foreign import import_sae
 from saeflow.pipeline.lineage import Lineage, grouped
 from saeflow.pipeline.parts import PartMaker, PartWork, Records
 from saeflow.recipe.recipe import Recipe, parse_recipe
+from saeflow.runtime.devices import choose_device
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.ranks import ALONE, Ranks
@@ -23,6 +24,7 @@ from saeflow.runtime.threads import use_threads
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.links import remove
 from saeflow.store.store import Store
+from saeflow.train.fused import require_kernels
 from saeflow.train.group import (
     TrainingGroup,
     TrainingJob,
@@ -188,6 +190,7 @@ def _train(chosen: list[Lineage], progress: Progress, ranks: Ranks) -> None:
     require_memory([(each.recipe, each.distinct_sites) for each in chosen], ranks)
     for each in chosen:
         require_tensorboard(each.recipe.train.tensorboard)
+        require_kernels(each.recipe.train, choose_device("train.device", each.recipe.train.device))
         if different := each.store.why_new(each.sae, each.sae_facts, DATA_SEEN):
             progress.say(different)
     use_threads(chosen[0].recipe.threads)

@@ -220,6 +220,16 @@ class TrainConfig(Section):
         examples=[1.0],
         description="Longest gradient over all parameters together. Longer ones are scaled down to it.",
     )
+    moments: Literal["float32", "8bit"] = Field(
+        "float32",
+        description="Precision of Adam's two moments of the matrices. 8bit: block-wise, as bitsandbytes defines it, in "
+        "a quarter of the memory.",
+    )
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of the matrices in training. bfloat16: each step is computed in float32, then rounded "
+        "at random so that small changes add up.",
+    )
     sparsity_warmup_share: Share = Field(
         0.0, description="Share of steps at the start in which the penalty rises from zero (relu, gated, jumprelu)."
     )

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from saeflow.activations.feed import Feed
 from saeflow.recipe.settings import SAEConfig, TrainConfig
+from saeflow.runtime.errors import UserError
 from saeflow.sae.architectures import TRAITS
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.loss import StepInfo
+from saeflow.sae.optimizer import bfloat16
 from saeflow.sae.parameters import SAEParameters
 from saeflow.sae.split import Split
 from saeflow.train.retaken import RetakenSteps, StepBatch
@@ -33,11 +35,28 @@ def suits(sae: SAEParameters, config: TrainConfig) -> bool:
 
 
 def takes(sae: SAEConfig, config: TrainConfig, place: torch.device, split: Split) -> bool:
-    """True if the kernels train such an SAE there: on one GPU with Triton, and not by pursuits."""
+    """True if the kernels train such an SAE there: on one GPU with Triton, and not by pursuits.
+
+    Weights in bfloat16 must be of the top-k family: steps of others may fall to torch's operations, see `retaken`.
+    """
     if not config.kernels or split.ranks.n > 1 or config.clip_norm is not None:
+        return False
+    if config.weights == "bfloat16" and not sae.counts_k:
         return False
     on_gpu = place.type == "cuda" and importlib.util.find_spec("triton") is not None
     return on_gpu and not TRAITS[sae.architecture].pursues
+
+
+def require_kernels(config: TrainConfig, place: torch.device) -> None:
+    """Raise UserError, before any work, if a setting needs kernels of a GPU and nothing there can compile them."""
+    if place.type == "cpu" or importlib.util.find_spec("triton") is not None:
+        return
+    for name, value in {"train.moments": config.moments, "train.weights": config.weights}.items():
+        if value != "float32":
+            raise UserError(
+                f"{name} is {value}, which on a GPU needs Triton, but Triton is not installed.\n"
+                f"Install it with `pip install triton`, set train.device to cpu, or leave {name} out."
+            )
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,8 @@ class FusedTraining:
     def __init__(self, sae: SparseAutoencoder, adam: torch.optim.Adam, config: TrainConfig, feed: Feed) -> None:
         from saeflow.sae.gpu.fused import FusedStep  # which imports triton
 
+        if config.weights == "bfloat16":
+            bfloat16.store_narrow(sae)
         lr, dtype = config.lr or 1e-3, sae.product_dtype or torch.float32
 
         def step(chooser: EntriesAboveCut | None = None) -> FusedStep:

@@ -20,6 +20,7 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.gpu.guard import suspect
 from saeflow.sae.loss import StepInfo, share_above_cut
+from saeflow.sae.optimizer import bfloat16
 
 if TYPE_CHECKING:
     from saeflow.sae.gpu.choice.chooser import EntriesAboveCut
@@ -161,10 +162,15 @@ class RetakenSteps:
         }  # fmt: skip
 
 
-def take_adam_step(sae: SparseAutoencoder, adam: torch.optim.Adam) -> None:
-    """Take a step from the parameters' gradients, and drop these: of many trainings only one has any at a time."""
+def take_adam_step(sae: SparseAutoencoder, adam: torch.optim.Adam, rounded: int | None = None) -> None:
+    """Take a step from the parameters' gradients, and drop these: of many trainings only one has any at a time.
+
+    If the weights are in bfloat16, `rounded` is the number of the step, from 1 on.
+    """
     adam.step()
-    sae.after_step()
+    sae.after_step(in_bfloat16=rounded is not None)
+    if rounded is not None:
+        bfloat16.round_at_random(sae, rounded)
     adam.zero_grad(set_to_none=True)
 
 

@@ -15,6 +15,8 @@ import torch
 from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.architectures import TRAITS
 from saeflow.sae.loss import auxiliary_size
+from saeflow.sae.optimizer.adam import MOMENT_BYTES
+from saeflow.sae.optimizer.bfloat16 import WEIGHT_BYTES
 
 _FLOAT, _DOUBLE = 4, 8
 CAPACITY, AUX_CAPACITY = 16, 4
@@ -53,12 +55,18 @@ class TrainingSize:
     """Precision of the encoder product."""
     n_dead: int = 0
     """Dead features that take part; 0 without the auxiliary loss."""
+    weight_bytes: int = 4
+    moment_bytes: float = 8.0
+    """Bytes of both moments of a weight."""
 
     @classmethod
     def of(cls, sae: SAEConfig, train: TrainConfig, widths: tuple[int, int], n_rows: int) -> TrainingSize:
         """Return the size of the largest step of a training."""
         k, by_token = max(sae.k, train.k_start or 0), TRAITS[sae.architecture].chooses_by_token
-        size = cls(n_rows, sae.n_features, *widths, k, len(sae.nested), by_token, sae.target_site is not None)
+        size = cls(
+            n_rows, sae.n_features, *widths, k, len(sae.nested), by_token, sae.target_site is not None,
+            weight_bytes=WEIGHT_BYTES[train.weights], moment_bytes=MOMENT_BYTES[train.moments],
+        )  # fmt: skip
         if not TRAITS[sae.architecture].revives_dead or not train.aux_weight > 0:
             return size
         n_dead = max(1, k // 4), max(1, sae.n_features // GATHERED), sae.n_features
@@ -66,9 +74,10 @@ class TrainingSize:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights and both moments in float32, and of the encoder in the product's precision."""
-        width = self.d_in + self.d_out
-        return self.n_features * (3 * _FLOAT * (width + 1) + self.d_in * self.dtype.itemsize + _FEATURE)
+        """Bytes of weights and both moments, and of the encoder in the product's precision if it is another one."""
+        a_weight = self.weight_bytes + self.moment_bytes
+        copy = 0 if self.weight_bytes == self.dtype.itemsize else self.d_in * self.dtype.itemsize
+        return round(self.n_features * (a_weight * (self.d_in + self.d_out) + 3 * _FLOAT + copy + _FEATURE))
 
     @property
     def step_bytes(self) -> int:

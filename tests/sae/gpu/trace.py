@@ -24,9 +24,11 @@ from triton.runtime.jit import KernelInterface
 
 import tests.sae.gpu  # noqa: F401  which chooses the interpreter before Triton is imported
 from docs._generate import table
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.fused import FusedStep, StepOptions
+from saeflow.sae.optimizer.adam import begun_state, optimizer_of
+from saeflow.sae.optimizer.bfloat16 import store_narrow
 
 META = torch.device("meta")
 AUX_WEIGHT = 1 / 32
@@ -115,15 +117,20 @@ def traced() -> Iterator[Trace]:
         yield trace
 
 
-def a_step(sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, **changes: Any) -> FusedStep:
+def a_step(
+    sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, train: TrainConfig | None = None,
+    **changes: Any,
+) -> FusedStep:  # fmt: skip
     """Return a step with fresh weights, before its first batch."""
+    train = train or TrainConfig()
     settings = {"architecture": "topk", "n_features": sizes.n_features, "k": sizes.k} | changes
     with place:
         sae = SparseAutoencoder(SAEConfig.model_validate(settings), sizes.width)
-    adam = torch.optim.Adam(sae.parameters())
+    adam = optimizer_of(sae, train)
     for each in sae.parameters():
-        moments = {name: torch.zeros_like(each) for name in ("exp_avg", "exp_avg_sq")}
-        adam.state[each] = {"step": torch.tensor(0.0), **moments}
+        begun_state(adam, each)["step"] = torch.tensor(0.0)
+    if train.weights == "bfloat16":
+        store_narrow(sae)
     return FusedStep(sae, adam, dtype, 1e-3, AUX_WEIGHT, 1000)
 
 
