@@ -32,8 +32,8 @@ from saeflow.store.files import checksum, flush, make_folder, rename
 from saeflow.store.links import is_file, remove, unlinked
 from saeflow.store.records import Damaged, damaged, is_refusal, read_checked, write_checked
 from saeflow.train import fused, schedules
+from saeflow.train.kernel_steps import take_adam_step
 from saeflow.train.resample import resample_dead
-from saeflow.train.retaken import take_adam_step
 from saeflow.train.shares import read_share, whole_sae, whole_state
 from saeflow.train.whitening import Whitening, whitening_of
 

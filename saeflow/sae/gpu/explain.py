@@ -120,5 +120,5 @@ def _residuals_of(
     """Return residuals (G, B, D_out), their squared norms (G, B), and products (N) with the directions."""
     residual, losses = room_for_residuals(len(ends), target)
     g = torch.zeros_like(values)
-    decode_rows(entries.row_starts, entries.ids, values.contiguous(), w_dec, target, ends, residual, losses, g)
+    decode_rows(entries.row_starts, entries.ids, values, w_dec, target, ends, residual, losses, g)
     return residual, losses, g

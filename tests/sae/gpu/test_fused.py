@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from saeflow.sae.gpu.choice.chooser import EntriesAboveCut, LargestEntries
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.gpu.fused import FusedStep
 from tests.sae.gpu import PLACE
+from tests.sae.gpu.questions import Idle, NoQuestions
 
 B, D, F, K = 10, 9, 22, 3
 LR, DEAD_AFTER, AUX = 1e-2, 30, 1 / 32
@@ -83,6 +85,7 @@ MORE_CASES = {
     "gated, free lengths": GATED | FREE, "gated, a transcoder": GATED | {"target_site": "there"},
     "jumprelu, by tanh, free lengths": JUMPRELU | {"penalty": "tanh", "unit_norm": False},
     "jumprelu, a transcoder": JUMPRELU | {"target_site": "there"},
+    "jumprelu, nothing active": JUMPRELU | {"first_threshold": 50.0},
 }  # fmt: skip
 
 
@@ -111,6 +114,26 @@ def test_steps_equal_those_of_the_processor_and_of_adam(changes: dict[str, objec
         torch.testing.assert_close(here.sae.state_dict()[name].cpu(), value, rtol=1e-5, atol=1e-6)
     for mine, its in zip(here.moments(), there.moments(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+
+
+KERNELS = [
+    "choice.choose.select_kernel", "choice.search.descend_kernel", "decode.decode_kernel",
+    "rows.adam.adam_vector_kernel", "rows.by_feature.sum_by_feature_kernel", "rows.update.sum_segments_kernel",
+    "rows.update.update_rows_kernel",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", (CASES | MORE_CASES).values(), ids=CASES | MORE_CASES)
+def test_a_step_asks_the_device_for_no_number(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = begun(PLACE, **changes)
+    step, about = fused(trained), dataclasses.replace(options(trained, False), n_dead=5)
+    target = batch(1, 7).to(PLACE) if "target_site" in changes else None
+    monkeypatch.setattr("saeflow.sae.gpu.choice.product.Product.launch", lambda *arguments: None)
+    for name in KERNELS:
+        monkeypatch.setattr(f"saeflow.sae.gpu.{name}", Idle())
+    with NoQuestions():
+        step(batch(0).to(PLACE), target, about)
+        step(batch(1).to(PLACE), target, about)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # by NumPy, in which the interpreter multiplies
