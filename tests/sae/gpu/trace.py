@@ -152,7 +152,7 @@ def trace_of(
     n_ranks: int = 1, **changes: Any,
 ) -> Trace:  # fmt: skip
     """Return the trace of a step that follows another; a share of the features is dead."""
-    step, n_dead = a_step(sizes, dtype, place, n_ranks, **changes), int(share_dead * sizes.n_features)
+    step, n_dead = a_step(sizes, dtype, place, n_ranks=n_ranks, **changes), int(share_dead * sizes.n_features)
     step.sae.tokens_since_fired[:n_dead] = 10_000
     x = torch.randn(sizes.n_rows, sizes.width, device=place)
     options = StepOptions(1e-3, sizes.k, step.sae.traits.chooses_by_token, n_dead)
