@@ -262,7 +262,10 @@ def a_jumprelu_trained(k: int, n_steps: int, lr: float, first_share: float | Non
     return len(sae.eval().encode_sparse(made(4096)).values) / 4096 / k
 
 
-@pytest.mark.parametrize(("k", "n_steps"), [(3, 400), (8, 600), (20, 400)])
+@pytest.mark.parametrize(
+    ("k", "n_steps"),
+    [(3, 400), pytest.param(8, 600, marks=pytest.mark.long), pytest.param(20, 400, marks=pytest.mark.long)],
+)
 def test_jumprelu_has_the_l0_that_was_asked_for_however_short_the_training(k, n_steps):
     assert a_jumprelu_trained(k, n_steps, 1e-3, None) == pytest.approx(1, abs=0.05)
 
@@ -270,8 +273,8 @@ def test_jumprelu_has_the_l0_that_was_asked_for_however_short_the_training(k, n_
 @pytest.mark.parametrize(
     "settings",
     [
-        {"lr": 1e-2, "first_share": None},
-        {"lr": 1e-4, "first_share": 0.3},
+        pytest.param({"lr": 1e-2, "first_share": None}, marks=pytest.mark.long),
+        pytest.param({"lr": 1e-4, "first_share": 0.3}, marks=pytest.mark.long),
         {"lr": 1e-3, "first_share": 0.0, "first_threshold": 30.0},
         {"lr": 1e-3, "first_share": 0.0, "unit_norm": False, "encoder_scale": 3.0},
     ],

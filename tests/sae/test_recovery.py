@@ -235,13 +235,14 @@ def test_every_kind_knows_its_directions_and_gives_rows_that_are_not_stored(conf
     if config.kind == "superposed":
         offset = synthetic.SuperposedFeatures.of(config).offset
     counts = np.zeros(len(truth.directions))
+    stored = set(map(bytes, stored_rows(config)))
     for rows, codes in blocks:
         values = np.zeros((len(rows), len(truth.directions)), np.float32)
         values[codes.rows, codes.feature_ids] = codes.values
         counts += (values > 0).sum(0)
         if len(truth.directions) == config.n_true:
             np.testing.assert_allclose(rows, values @ truth.directions + offset, atol=1e-5)
-        assert not set(map(bytes, rows)) & set(map(bytes, stored_rows(config)))
+        assert stored.isdisjoint(map(bytes, rows))
     n_rows = sum(len(rows) for rows, _ in blocks)
     np.testing.assert_allclose(counts / n_rows, truth.rates, atol=5 * np.sqrt(0.25 / n_rows))
     again = next(truth_of(config).fresh())[0]
