@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +12,21 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from saeflow.activations.feed import Feed, measure_mixing
 from saeflow.pipeline.dask.clusters import workers_of
+from saeflow.pipeline.dask.gang import make_together
 from saeflow.pipeline.facts import DATA_SEEN, hidden_fact
 from saeflow.pipeline.foreign import import_sae
 from saeflow.pipeline.lineage import Lineage, grouped
 from saeflow.pipeline.parts import PartMaker, PartWork, Records
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.runtime.errors import UserError
+from saeflow.runtime.devices import choose_device
+from saeflow.runtime.errors import ToldElsewhere, UserError
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.ranks import ALONE, Ranks
+from saeflow.runtime.ranks import ALONE, Ranks, joined_at
 from saeflow.runtime.threads import use_threads
 from saeflow.store.artefact import Artefact, writing_all
 from saeflow.store.links import remove
 from saeflow.store.store import Store
+from saeflow.train.fused import require_kernels
 from saeflow.train.group import (
     TrainingGroup,
     TrainingJob,
@@ -60,7 +64,7 @@ def run_all(
     lineage = lineage.training
     members = lineage.members
     if not ranks.is_first:
-        _follow_first_rank(lineage, ranks)
+        _follow_first_rank(lineage, ranks, Progress(verbosity=-1))
         return []
     require_shareable((each.recipe for each in members), ranks)
     away = [each for each in members if lineage.recipe.cluster and not _is_import(each) and not each.sae.complete()]
@@ -71,12 +75,12 @@ def run_all(
     return [each.sae for each in members]
 
 
-def _follow_first_rank(lineage: Lineage, ranks: Ranks) -> None:
+def _follow_first_rank(lineage: Lineage, ranks: Ranks, progress: Progress) -> None:
     """Train what the first rank trains, on the data that it has chosen."""
     facts = ranks.first_says()
     chosen = [each for each in lineage.members if each.recipe.name in facts]
     if chosen:
-        _train([lineage.member(each.recipe, facts[each.recipe.name]) for each in chosen], Progress(verbosity=-1), ranks)
+        _train([lineage.member(each.recipe, facts[each.recipe.name]) for each in chosen], progress, ranks)
 
 
 def _is_import(lineage: Lineage) -> bool:
@@ -103,23 +107,31 @@ def _train_here(recipe: Recipe, chosen: list[Lineage], progress: Progress, ranks
 
 
 def _train_on_workers(lineage: Lineage, away: list[Lineage], progress: Progress, noticing_seconds: float) -> None:
-    """Train these members on a cluster: one group of them a worker, each group in one reading."""
+    """Train these members on a cluster: one group of them a worker, or all workers together; a group in one reading."""
     recipe, store = lineage.recipe, lineage.store
     assert recipe.cluster is not None
+    n_ranks = recipe.cluster.ranks
+    alone = recipe.model_copy(update={"cluster": None})
+    require_shareable((each.recipe.model_copy(update={"cluster": None}) for each in away), Ranks(0, n_ranks))
     sites = [tuple(each.distinct_sites) for each in away]
     _require_free([each.sae for each in away], noticing_seconds)
     with workers_of(store, recipe.cluster, progress) as workers:
-        groups = [[away[number].recipe for number in group] for group in shares(sites, workers.n_expected)]
+        n_groups = workers.n_expected if n_ranks == 1 else 1
+        groups = [[away[number].recipe for number in group] for group in shares(sites, n_groups)]
         settings = {
-            "recipe": recipe.model_copy(update={"cluster": None}).model_dump(mode="json"),
+            "recipe": alone.model_dump(mode="json"),
             "facts": {each.recipe.name: each.sae_facts for each in away},
         }
         sizes = [([member.name for member in group], max(m.train.n_tokens for m in group)) for group in groups]
         work = PartWork(
-            Trainer, settings, sizes, [each.sae for each in away], ("train", "tokens"),
+            Trainer if n_ranks == 1 else RankTrainer, settings, sizes, [each.sae for each in away], ("train", "tokens"),
             made=lambda names, _: progress.say(f"train: {', '.join(names)} finished on a worker"),
         )  # fmt: skip
-        work.run(workers, progress)
+        if n_ranks == 1:
+            work.run(workers, progress)
+        for names, size in sizes if n_ranks > 1 else ():
+            make_together(workers, work, names, size, n_ranks, progress)
+            progress.say(f"train: {', '.join(names)} finished on {n_ranks} workers together")
     store.storage.pull()
 
 
@@ -145,6 +157,22 @@ class Trainer(PartMaker, name="train-train"):
 
     def make(self, item: list[str], progress: Progress) -> Records:
         _train_here(self.whole.recipe, self.members(item), progress)
+        return {}
+
+
+class RankTrainer(Trainer, name="train-ranks"):
+    """On a worker: one rank of a training. An item is [rank, number of ranks, host, port, names of members]."""
+
+    def waits_for(self, item: list[Any]) -> list[Artefact]:
+        return super().waits_for(item[-1]) if item[0] == 0 else []
+
+    def make(self, item: list[Any], progress: Progress) -> Records:
+        number, n, host, port, names = item
+        with contextlib.suppress(ToldElsewhere), joined_at(host, port, number, n) as ranks:
+            if ranks.is_first:
+                _train_here(self.whole.recipe, self.members(names), progress, ranks)
+            else:
+                _follow_first_rank(self.whole, ranks, progress)
         return {}
 
 
@@ -188,6 +216,7 @@ def _train(chosen: list[Lineage], progress: Progress, ranks: Ranks) -> None:
     require_memory([(each.recipe, each.distinct_sites) for each in chosen], ranks)
     for each in chosen:
         require_tensorboard(each.recipe.train.tensorboard)
+        require_kernels(each.recipe.train, choose_device("train.device", each.recipe.train.device))
         if different := each.store.why_new(each.sae, each.sae_facts, DATA_SEEN):
             progress.say(different)
     use_threads(chosen[0].recipe.threads)

@@ -64,6 +64,11 @@ class ClusterConfig(Section):
         description="Parts a worker encodes at the same time. (It collects, trains and merges one at a time.) On "
         "Kubernetes, set the cores in `options` instead.",
     )
+    ranks: PositiveInt = Field(
+        1,
+        description="Workers that train one SAE together and share what `train.parallel` says. They must reach one "
+        "another. 1: each worker trains SAEs of its own.",
+    )
     options: dict[str, Any] = Field(
         {},
         description="More arguments for the cluster class of dask, dask_cuda, dask_jobqueue or dask_kubernetes: sizes, "
@@ -124,6 +129,11 @@ class ClusterConfig(Section):
             raise ValueError(
                 f"cluster.{given[0]} is for clusters that saeflow starts (cluster.kind), but the cluster of "
                 f"cluster.{'address' if self.address else 'scheduler_file'} is already running. Leave it out."
+            )
+        if self.n_workers is not None and self.n_workers < self.ranks:
+            raise ValueError(
+                f"cluster.ranks is {self.ranks}, but cluster.n_workers is {self.n_workers}. "
+                "Start a worker for each rank."
             )
         if self.starts == "kubernetes" and "threads_per_worker" in given:
             raise ValueError(

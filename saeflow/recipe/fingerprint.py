@@ -33,7 +33,7 @@ _ADDED_IN_FORMAT_2 = {
     "target_site", "prefixes", "penalty", "penalty_weight", "tanh_scale", "bandwidth", "first_threshold", "first_share",
     "encoder_scale", "input_scale", "whiten",
     "decay", "clip_norm", "sparsity_warmup_share", "k_start", "k_anneal_share",
-    "token_topk_share",
+    "token_topk_share", "moments", "weights",
     "l0", "zipf_exponent", "max_rate", "magnitude_floor", "magnitude_scale", "group_share", "group_chance", "noise",
     "offset",
 }  # fmt: skip

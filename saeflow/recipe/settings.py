@@ -220,6 +220,16 @@ class TrainConfig(Section):
         examples=[1.0],
         description="Longest gradient over all parameters together. Longer ones are scaled down to it.",
     )
+    moments: Literal["float32", "8bit"] = Field(
+        "float32",
+        description="Precision of Adam's two moments of the matrices. 8bit: block-wise, as bitsandbytes defines it, in "
+        "a quarter of the memory.",
+    )
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of the matrices in training. bfloat16: each step is computed in float32, then rounded "
+        "at random so that small changes add up.",
+    )
     sparsity_warmup_share: Share = Field(
         0.0, description="Share of steps at the start in which the penalty rises from zero (relu, gated, jumprelu)."
     )
@@ -248,13 +258,13 @@ class TrainConfig(Section):
     )
     parallel: Literal["data", "features"] = Field(
         "data",
-        description="What several processes share (`torchrun`): `data`, the tokens of each batch, or `features`, for "
-        "dictionaries too large for one GPU. It is not part of the SAE's identity.",
+        description="What several processes share (`torchrun`, cluster.ranks): `data`, the tokens of each batch, or "
+        "`features`, for dictionaries too large for one GPU. It is not part of the SAE's identity.",
     )
     kernels: bool = Field(
         True,
-        description="On one GPU with Triton, the top-k family takes its steps by saeflow's kernels. False: by torch's "
-        "operations. It is not part of the SAE's identity.",
+        description="On a GPU with Triton, saeflow's kernels take the steps of every architecture but mp; with ranks "
+        "that share the rows, of the top-k family. False: torch's operations do. It is not part of the SAE's identity.",
     )
     restarts: PositiveInt = Field(
         1, description="Trainings from different seeds. The one with the best reconstruction is kept."

@@ -8,6 +8,7 @@ threads     how many threads, and work spread over them
 linear      the product rows @ weights.T, and the precision it is quickest in
 ranks       processes that work together, as torchrun starts them
 devices     processor or GPU: streams, pinned memory, copies
+interrupts  Ctrl-C and SIGTERM that wait until a step is done
 memory      how much memory and time work takes, and how much memory the machine has
 temporary   temporary folders, and what is said if they are full
 sql_errors  the part of a DuckDB error that a user can act on

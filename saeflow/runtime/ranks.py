@@ -1,4 +1,4 @@
-"""Ranks: processes that work together, as `torchrun` starts them, and the few exchanges between them.
+"""Ranks: processes that work together, as `torchrun` or a cluster starts them, and the few exchanges between them.
 
 All exchanges are collectives of torch.distributed: gloo for tensors in the processor's memory, NCCL for those on GPUs.
 With one rank every exchange returns its input. All ranks must exchange the same things in the same order.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -28,6 +29,7 @@ PATIENCE = timedelta(minutes=10)
 _ROLL_CALL_SECONDS = 10.0
 """Time in which each rank must answer once an exchange has failed."""
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the second before torch 2.13
 _store: Store | None = None
 """Keys that all ranks can read. `torchrun` keeps them, so they outlive any rank."""
 _messages = itertools.count()
@@ -85,24 +87,24 @@ class Ranks:
         if self.n == 1:
             return tensors
         own = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
-        sizes = self._gathered(torch.tensor([len(each) for each in own])).tolist()
+        sizes = self.gathered(torch.tensor([len(each) for each in own])).tolist()
         longest = max(map(sum, sizes))
         room = torch.cat([*own, own[0].new_empty(longest - sum(map(len, own)))])
         parts = [
             everything[: sum(size)].split(size)
-            for everything, size in zip(self._gathered(room), sizes, strict=True)
+            for everything, size in zip(self.gathered(room), sizes, strict=True)
         ]  # fmt: skip
         return tuple(
             torch.cat(bytes_).view(tensor.dtype).view(-1, *tensor.shape[1:])
             for bytes_, tensor in zip(zip(*parts, strict=True), tensors, strict=True)
         )
 
-    def _gathered(self, tensor: Tensor) -> Tensor:
-        """Return tensors (n, ...) of one size in the order of ranks."""
-        out = tensor.new_empty(self.n, *tensor.shape)
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Return the tensors (n, ...) of all ranks, in their order. All must have one shape."""
+        out = tensor.new_empty(self.n * len(tensor), *tensor.shape[1:])
         with _exchange(self):
-            dist.all_gather(list(out), tensor)
-        return out
+            _all_gather(out, tensor.contiguous())
+        return out.view(self.n, *tensor.shape)
 
     def brought_to_first(self, share: Tensor, n_items: int) -> Tensor:
         """Return on the first rank all `n_items` items, in the processor's memory; elsewhere the share of this rank."""
@@ -143,9 +145,39 @@ def joined() -> Iterator[Ranks]:
 
     An error ends all ranks. Only the first to meet one raises it; the others raise ToldElsewhere.
     """
-    global _store
     store, number, n = next(iter(rendezvous("env://", timeout=PATIENCE)))
-    _store = PrefixStore("saeflow", store)
+    with _joined(store, number, n) as ranks:
+        yield ranks
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined_at(host: str, port: int, number: int, n: int) -> Iterator[Ranks]:
+    """Join ranks that meet at an address, for the block, as `joined` does. The process may join others afterwards."""
+    try:
+        store = TCPStore(host, port, is_master=False, timeout=PATIENCE)
+    except RuntimeError as error:
+        raise UserError(
+            f"This machine cannot reach {host}, port {port}, where {n} workers meet that train together.\n"
+            "Open the network between them, or train without ranks."
+        ) from error
+    try:
+        with _joined(store, number, n) as ranks:
+            yield ranks
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def meeting_point(host: str) -> TCPStore:
+    """Return keys for ranks to meet by, at a free port of this machine. They are there as long as the object is."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def _joined(store: Store, number: int, n: int) -> Iterator[Ranks]:
+    global _store, _messages
+    _store, _messages = PrefixStore("saeflow", store), itertools.count()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=n, timeout=PATIENCE)
     try:
@@ -154,7 +186,6 @@ def joined() -> Iterator[Ranks]:
         if not _speaks(number):
             raise ToldElsewhere from error
         raise
-    dist.destroy_process_group()
 
 
 def _keys() -> Store:

@@ -12,6 +12,7 @@ step           one training step, sparse or dense
 gradients      from active entries to reconstructions, their errors, and gradients of the weights
 pursuit        matching pursuit: encoding and training step
 kernels        Numba kernels for the few active entries
+optimizer      Adam's moments in 8 bits, weights in bfloat16
 gpu            Triton kernels for a training step on a GPU
 formats        folders of autoencoders, of any program: read, folded in, written
 metrics        L0, variance unexplained and other figures

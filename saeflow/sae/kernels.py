@@ -38,12 +38,15 @@ ROUNDING = np.int64(1) << 41
 """Half a unit in the last of 11 significand bits, in the bits of a float64."""
 
 
-def compiled(kernel: Kernel) -> Kernel:
+def compiled(kernel: Kernel, reorder: bool = True) -> Kernel:
     """Compile a kernel. It may reassociate sums, to use vector registers; their order is the same in every run.
+
+    Without `reorder` every operation is rounded as it is written, on any processor.
 
     A user who may write no folder of a cache compiles at every start. NUMBA_CACHE_DIR can name one.
     """
-    made = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})(kernel)
+    relaxed = {"reassoc", "contract"} if reorder else set()
+    made = numba.njit(nogil=True, error_model="numpy", fastmath=relaxed)(kernel)
     with contextlib.suppress(RuntimeError):
         made.enable_caching()
     return cast(Kernel, made)

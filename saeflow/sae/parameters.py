@@ -124,8 +124,11 @@ class SAEParameters(nn.Module):
                 self.b_enc[some] -= cuts
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, in_bfloat16: bool = False) -> None:
         """Bring decoder rows back to unit length and thresholds up to date; call it after every optimiser step.
+
+        With `in_bfloat16`, the step began with numbers of bfloat16. Then rows that still consist of such numbers have
+        not moved. They stay, as their length is off by the rounding, which would move them at every step.
 
         Where jumprelu aims at k, all thresholds also move together: integral control of their logarithms. The penalty's
         gradient alone is too slow, since Adam changes a logarithm by at most the learning rate in a step, while
@@ -134,7 +137,11 @@ class SAEParameters(nn.Module):
 
         def normalise(features: tuple[int, int]) -> None:
             rows = self.W_dec[slice(*features)]
-            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+            lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            if in_bfloat16:
+                moved = (rows.view(torch.int32) & 0xFFFF).any(1, keepdim=True)
+                lengths = torch.where(moved, lengths, 1.0)
+            rows.div_(lengths)
 
         if self.config.unit_norm:
             in_parallel(normalise, worker_ranges(self.W_dec, 512), self.threads)

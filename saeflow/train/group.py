@@ -23,6 +23,7 @@ from saeflow.activations.upload import uploaded
 from saeflow.model.sites import Site
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.errors import UserError
+from saeflow.runtime.interrupts import interrupts_noted, interrupts_wait
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.sae.autoencoder import SparseAutoencoder
@@ -35,8 +36,6 @@ from saeflow.train.training import (
     CHECKPOINT,
     FeedBatch,
     Training,
-    interrupts_noted,
-    interrupts_wait,
     is_checkpoint,
     sample_rows,
 )

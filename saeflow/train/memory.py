@@ -15,6 +15,7 @@ from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.runtime.text import human_bytes
 from saeflow.sae.gpu.memory import TrainingSize
+from saeflow.sae.optimizer.adam import MOMENT_BYTES
 from saeflow.sae.split import Split
 from saeflow.train import fused
 
@@ -31,7 +32,7 @@ class _Need:
 def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]], ranks: Ranks = ALONE) -> None:
     """Raise UserError if memory cannot hold all trainings, and what the one that steps needs.
 
-    A training holds weights and Adam's two moments in float32. While it steps it has gradients or, by the kernels of a
+    A training holds weights and Adam's two moments. While it steps it has gradients or, by the kernels of a
     GPU, the temporaries of `TrainingSize`. Each rank needs that for its features; on the processor they share the
     memory.
     """
@@ -50,12 +51,12 @@ def require_memory(wanted: Iterable[tuple[Recipe, list[Site]]], ranks: Ranks = A
 
 
 def _dense(recipe: Recipe, widths: tuple[int, int], place: torch.device, split: Split) -> _Need:
-    size = 4 * -(-recipe.sae.n_features // split.features.n) * (sum(widths) + 2)
-    return _Need(3 * size, size, False)
+    n_weights = -(-recipe.sae.n_features // split.features.n) * (sum(widths) + 2)
+    return _Need(round((4 + MOMENT_BYTES[recipe.train.moments]) * n_weights), 4 * n_weights, False)
 
 
 def _of_kernels(recipe: Recipe, widths: tuple[int, int], place: torch.device, split: Split) -> _Need:
-    size = TrainingSize.of(recipe.sae, recipe.train, widths, recipe.feed.batch_rows)
+    size = TrainingSize.of(recipe.sae, recipe.train, widths, recipe.feed.batch_rows, split.rows.n)
     size = replace(size, dtype=fast_dtype(place))
     batch = 4 * recipe.feed.batch_rows * sum(widths)
     return _Need(size.state_bytes, size.step_bytes + batch, True)
@@ -67,8 +68,8 @@ def _refusal(place: torch.device, here: list[_Need], need: int, total: int) -> s
         return (
             f"{len(here)} SAEs in training take {human_bytes(need)} (weights, gradients, moments), but {where} "
             f"{human_bytes(total)} of memory.\n"
-            "Train fewer at once: shorten [sweep], lower train.restarts, or choose a "
-            "smaller sae.n_features."
+            "Train fewer at once: shorten [sweep], or lower train.restarts. Or choose a smaller sae.n_features, or "
+            'train.moments = "8bit".'
         )
     state, step = sum(each.state for each in here), max(each.step for each in here)
     which = "An SAE in training takes" if len(here) == 1 else f"{len(here)} SAEs in training take"
@@ -76,6 +77,6 @@ def _refusal(place: torch.device, here: list[_Need], need: int, total: int) -> s
     return (
         f"{which} {human_bytes(need)}: {human_bytes(state)} for weights and moments, {human_bytes(step)} in a step. "
         f"But {where} {human_bytes(total)} of memory.\n"
-        f"To need less, {fewer}lower feed.batch_rows or sae.n_features, or split the features over "
-        'several GPUs: train.parallel = "features", started by torchrun.'
+        f'To need less, {fewer}lower feed.batch_rows or sae.n_features, choose train.moments = "8bit", or split the '
+        'features over several GPUs: train.parallel = "features", started by torchrun.'
     )

@@ -49,8 +49,9 @@ def resample_dead(
             parameter[dead] = parameter[live].mean()
             sae.threshold[dead] = parameter[dead].exp()
         if name != "b_dec" and parameter.requires_grad:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                adam.state[parameter][moment][dead] = 0.0
+            for name_of_moment, moment in adam.state[parameter].items():
+                if name_of_moment != "step":
+                    moment[dead] = 0  # in 8 bits the scale of zero makes all codes zero
     sae.start_sparse(x, dead)
     sae.tokens_since_fired[dead] = 0
     return len(dead)

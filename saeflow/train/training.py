@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,13 +25,15 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.save import write_tensors
 from saeflow.sae.formats.tensors import read_tensors
 from saeflow.sae.loss import StepInfo
+from saeflow.sae.optimizer import bfloat16
+from saeflow.sae.optimizer.adam import optimizer_of
 from saeflow.sae.split import Split
 from saeflow.store.files import checksum, flush, make_folder, rename
 from saeflow.store.links import is_file, remove, unlinked
 from saeflow.store.records import Damaged, damaged, is_refusal, read_checked, write_checked
 from saeflow.train import fused, schedules
+from saeflow.train.kernel_steps import take_adam_step
 from saeflow.train.resample import resample_dead
-from saeflow.train.retaken import take_adam_step
 from saeflow.train.shares import read_share, whole_sae, whole_state
 from saeflow.train.whitening import Whitening, whitening_of
 
@@ -129,7 +128,9 @@ class Training:
         config, place = schedules.with_rate(recipe, widths[0]), choose_device("train.device", recipe.train.device)
         sae.product_dtype = fast_dtype(place)
         sae.to(place)
-        adam = torch.optim.Adam(sae.parameters(), betas=(config.beta1, config.beta2), fused=True)
+        if config.weights == "bfloat16":
+            bfloat16.round_to_nearest(sae)
+        adam = optimizer_of(sae, config)
         n_steps = max(1, round(config.n_tokens * feed.batches_per_epoch / feed.n_rows))
         training = cls(sae, adam, config, scales, n_steps, whitening, recipe.name)
         training.uses_fused = fused.suits(sae, config)
@@ -161,9 +162,9 @@ class Training:
             raise UserError(self._not_finite(loss.item(), *batch.suspect()))
         loss.backward()  # type: ignore[no-untyped-call]
         clipped = self._clip()
-        take_adam_step(self.sae, self.adam)
+        take_adam_step(self.sae, self.adam, self.step + 1 if self.in_bfloat16 else None)
         if self.step in self._resample_steps:
-            resample_dead(self.sae, self.adam, x, dead_after, self.step, target)
+            self._resample(x, target, self.step)
         if self._is_logged(self.step):
             self.log.append(self._log_row(loss.item(), info, len(batch)) | clipped)
         self.step, self.info = self.step + 1, info
@@ -181,9 +182,25 @@ class Training:
             self.log.append(self._log_row(loss, self.info, len(batch)))
         if self.step in self._resample_steps:
             self.settle()
-            resample_dead(self.sae, self.adam, x, self.config.dead_after_tokens, self.step, target)
+            self._resample(x, target, self.step)
         self.step += 1
         return self.info
+
+    def _resample(self, x: Tensor, target: Tensor | None, step: int) -> None:
+        self._widen()
+        resample_dead(self.sae, self.adam, x, self.config.dead_after_tokens, step, target)
+        if self.in_bfloat16:
+            bfloat16.round_to_nearest(self.sae)
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """True if both matrices hold numbers of bfloat16 only."""
+        return self.config.weights == "bfloat16"
+
+    def _widen(self) -> None:
+        """Store weights in float32, for all but the kernels of a GPU."""
+        if self.in_bfloat16:
+            self.sae.float()
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.n_steps - 1
@@ -244,6 +261,7 @@ class Training:
 
     def error(self, rows: Sequence[Tensor]) -> float:
         """Return the mean squared error of reconstructing raw rows (n, D), one tensor for each site, in eval mode."""
+        self._widen()
         self.sae.eval()
         if self.whitening is not None:
             rows = [_whitened(self.whitening, rows[0])]
@@ -252,6 +270,7 @@ class Training:
 
     def folded(self) -> SparseAutoencoder:
         """Return the SAE for raw activations, on the processor."""
+        self._widen()
         sae = self.sae.folded(*self.scales).cpu()
         return sae if self.whitening is None else self.whitening.removed_from(sae)
 
@@ -262,6 +281,8 @@ class Training:
     def _state(self) -> dict[str, Tensor]:
         """Return the weights of this rank and Adam's moments, by their names in a checkpoint."""
         weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        if self.in_bfloat16:
+            weights |= {name: weights[name].bfloat16() for name in map("sae.{}".format, bfloat16.MATRICES)}
         if self.whitening is not None:
             weights |= {f"whitening.{name}": value for name, value in self.whitening._asdict().items()}
         moments = {
@@ -331,6 +352,7 @@ class Training:
         if "checksum" in about and about["checksum"] != checksum(folder / STATE):  # an earlier saeflow did not write it
             raise ValueError(f"the checksum of {STATE} is wrong")
         self.fused = None
+        self._widen()
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
         if self.whitening is not None:
             self.whitening = Whitening(*(tensors[f"whitening.{name}"] for name in Whitening._fields))
@@ -370,29 +392,3 @@ def mean_and_scale(rows: Tensor, normalise: bool) -> tuple[Tensor, float]:
     if not spread > 0:
         raise UserError("All activations are equal; there is nothing to learn. Check the site and the corpus.")
     return mean, math.sqrt(rows.shape[1] / spread) if normalise else 1.0
-
-
-@contextlib.contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until the block has ended: half a step must not be saved."""
-    with interrupts_noted() as asked:
-        yield
-    if asked:
-        signal.raise_signal(asked[0])
-
-
-@contextlib.contextmanager
-def interrupts_noted() -> Iterator[list[int]]:
-    """Only note Ctrl-C and SIGTERM inside the block, in the list that it gets."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
-        yield asked
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda number, frame: asked.append(number))
-    try:
-        yield asked
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

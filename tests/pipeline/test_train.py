@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -22,16 +23,18 @@ from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lineage import Lineage, last_log_row, n_tokens_seen
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.recipe.recipe import Recipe, parse_recipe
-from saeflow.recipe.settings import Architecture
+from saeflow.recipe.settings import Architecture, TrainConfig
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.formats.load import load_sae
+from saeflow.sae.formats.tensors import read_tensors
 from saeflow.store.files import read_json, write_json
 from saeflow.store.records import Damaged
 from saeflow.store.store import Store
 from saeflow.train import group, schedules, training
-from saeflow.train.group import fit
+from saeflow.train.fused import require_kernels
+from saeflow.train.group import checkpoints_of, fit
 from saeflow.train.training import FeedBatch, Training, is_checkpoint, sample_rows
 from tests.support.fake_lane import FakeLane
 from tests.support.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
@@ -645,6 +648,69 @@ EVERYTHING = {
 def test_every_architecture_with_every_schedule_goes_on_exactly(stored, table, tmp_path, architecture):
     recipe = recipe_of(table, sae={"architecture": architecture}, train=EVERYTHING)
     assert_killed_and_resumed_alike(train.open_feed(Lineage(stored, recipe)), recipe, tmp_path, 2000)
+
+
+LOW = {"moments": "8bit", "weights": "bfloat16"}
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "mp"])
+def test_a_training_in_low_precision_goes_on_exactly(stored, table, tmp_path, architecture):
+    recipe = recipe_of(table, sae={"architecture": architecture}, train=EVERYTHING | LOW)
+    assert_killed_and_resumed_alike(train.open_feed(Lineage(stored, recipe)), recipe, tmp_path, 2000)
+
+
+def test_a_checkpoint_in_low_precision_takes_less_room_and_what_is_published_is_float32(store, table):
+    recipe = recipe_of(table, sae={"architecture": "topk"}, train=LOW | {"checkpoint_seconds": 1e-9})
+    with pytest.raises(Killed):
+        train.run(Lineage(store, recipe), stopping_after(2000, Killed))
+    tensors = read_tensors(checkpoints_of(Lineage(store, recipe).sae) / "restart-0" / training.STATE)
+    n, n_rows = tensors["sae.W_enc"].numel(), len(tensors["sae.W_enc"])
+    weights_and_codes, scales = 2 * n * (2 + 1 + 1), 2 * n_rows * (4 + 4)
+    assert sum(each.nbytes for each in tensors.values() if each.dim() == 2) == weights_and_codes + scales
+    train.run(Lineage(store, recipe), quiet())
+    published = load_sae(Lineage(store, recipe).sae.path)
+    assert published.W_enc.dtype == torch.float32
+    assert torch.equal(published.W_enc, published.W_enc.bfloat16().float())
+    assert torch.allclose(torch.linalg.vector_norm(published.W_dec, dim=1), torch.ones(()), atol=4e-3)
+
+
+@pytest.mark.parametrize("changes", [{"moments": "8bit"}, {"weights": "bfloat16"}, LOW])
+def test_low_precision_is_part_of_the_identity_and_float32_is_as_if_it_were_not_named(stored, table, changes):
+    def lineage(train: dict) -> Lineage:
+        return Lineage(stored, recipe_of(table, train=train))
+
+    plain, named = lineage({}), lineage({"moments": "float32", "weights": "float32"})
+    assert plain.sae.fp == named.sae.fp
+    assert not {"moments", "weights"} & plain.sae_facts["train"].keys()
+    assert changes.items() <= lineage(changes).sae_facts["train"].items()
+    assert lineage(changes).sae.fp != plain.sae.fp
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+def test_low_precision_learns_what_float32_learns(stored, table, tmp_path, architecture):
+    about = {"n_tokens": 40_000, "lr": 5e-3}
+    recipes = [
+        recipe_of(table, sae={"architecture": architecture, "k": 6}, train=about | changes)
+        for changes in ({}, {"moments": "8bit"}, LOW)
+    ]
+    feed = train.open_feed(Lineage(stored, recipes[0]))
+    wide, *narrow = (
+        fit(feed, recipe, tmp_path / str(number), quiet()).log[-1]["variance_unexplained"]
+        for number, recipe in enumerate(recipes)
+    )
+    assert narrow == pytest.approx([wide, wide], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["moments", "weights"])
+def test_low_precision_on_a_gpu_without_triton_is_refused_and_on_the_processor_it_is_not(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    config = TrainConfig(**{name: LOW[name]})
+    with pytest.raises(
+        UserError, match=rf"train\.{name} is {LOW[name]}, which on a GPU (.|\n)*leave train\.{name} out"
+    ):
+        require_kernels(config, torch.device("cuda"))
+    require_kernels(config, torch.device("cpu"))
+    require_kernels(TrainConfig(), torch.device("cuda"))
 
 
 def test_a_whitened_training_goes_on_exactly_and_takes_raw_activations_in_the_end(stored, table, tmp_path):

@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "relu_lengths": {"sae": {"architecture": "relu", "l1_norm_weighted": True, "unit_norm": False}},
     "gated": {"sae": {"architecture": "gated", "first_share": 0.4}},
     "gated_sparse": {"sae": {"architecture": "gated", "first_share": 0.02}},
+    "rounded": {"sae": {"architecture": "topk"}, "train": {"moments": "8bit", "weights": "bfloat16"}},
 }
 """Trainings that ranks can share either way."""
 ONLY_DATA: dict[str, dict[str, Any]] = {
@@ -129,22 +130,27 @@ def of_four(table: Path, stored: Path) -> dict[tuple[str, str], Curve]:
     return curves_of_ranks(table, stored, 4)
 
 
-def require_equal(found: Curve, wanted: Curve) -> None:
+def require_equal(found: Curve, wanted: Curve, tolerance: float = 1e-6) -> None:
     assert list(found) == list(wanted)
     assert len(found["loss"]) == STEPS
     for figure, values in wanted.items():
-        np.testing.assert_allclose(found[figure], values, rtol=1e-6, atol=1e-6, err_msg=figure)
+        np.testing.assert_allclose(found[figure], values, rtol=tolerance, atol=tolerance, err_msg=figure)
+
+
+def tolerance_of(parallel: str, name: str) -> float:
+    """Where a number lies in the middle between two numbers of few bits, another order of sums rounds otherwise."""
+    return 1e-3 if (parallel, name) == ("features", "rounded") else 1e-6
 
 
 @pytest.mark.parametrize(("parallel", "name"), SHARED)
 def test_two_ranks_give_the_curve_of_one_process(alone, of_two, parallel, name):
-    require_equal(of_two[parallel, name], alone[name])
+    require_equal(of_two[parallel, name], alone[name], tolerance_of(parallel, name))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("parallel", "name"), SHARED)
 def test_four_ranks_give_the_curve_of_one_process(alone, of_four, parallel, name):
-    require_equal(of_four[parallel, name], alone[name])
+    require_equal(of_four[parallel, name], alone[name], tolerance_of(parallel, name))
 
 
 @pytest.mark.long
@@ -166,16 +172,16 @@ def test_the_cases_use_the_auxiliary_loss_and_both_kinds_of_step(alone):
 def test_a_checkpoint_of_four_ranks_goes_on_with_two_and_with_one(table, tmp_path, stored):
     store = tmp_path / "store"
     shutil.copytree(stored, store)
-    names = [("data", "topk"), ("features", "batchtopk"), ("features", "jumprelu")]
+    names = [("data", "topk"), ("features", "rounded"), ("features", "batchtopk"), ("features", "jumprelu")]
     recipes = [recipe_of(table, f"{name}_4", CASES[name], train={"parallel": how}) for how, name in names]
     train_together(4, store, recipes, stop_after=2000)
     kept = [checkpoints_of(Lineage(Store(store), parse_recipe(each)).sae) / "restart-0/state.json" for each in recipes]
-    assert [read_json(each)["step"] for each in kept] == [9] * 3
-    train_together(2, store, recipes[:2])
-    resumed = [*(curve(store, each) for each in recipes[:2]), *trained_alone(store, recipes[2:])]
+    assert [read_json(each)["step"] for each in kept] == [9] * 4
+    train_together(2, store, recipes[:3])
+    resumed = [*(curve(store, each) for each in recipes[:3]), *trained_alone(store, recipes[3:])]
     whole = trained_alone(store, [recipe_of(table, f"{name}_1", CASES[name]) for _, name in names])
-    for found, wanted in zip(resumed, whole, strict=True):
-        require_equal(found, wanted)
+    for name, found, wanted in zip(names, resumed, whole, strict=True):
+        require_equal(found, wanted, tolerance_of(*name))
 
 
 @pytest.mark.parametrize("changes", [{}, {"init": "linear"}, {"target_site": "other"}, {"init": "linear", "k": 1}])

@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 from distributed import Reschedule, Worker, get_worker
+from distributed.comm.addressing import parse_address, parse_host_port
 from distributed.core import Status
 
 from saeflow import __version__
@@ -195,6 +196,15 @@ def make_part(session: Session, name: str, settings: str, item: Item) -> dict[st
     except Exception as error:
         error.add_note(f"It happened on the worker {platform.node()}, in {name}, part {item}.")
         raise
+
+
+def meet(dask_worker: Any = None) -> tuple[str, int]:
+    """Open a place at this worker where ranks meet, instead of an earlier one; return its host and port."""
+    from saeflow.runtime.ranks import meeting_point
+
+    host = parse_host_port(parse_address(str(dask_worker.address))[1])[0]
+    place = vars(dask_worker)["saeflow_meeting"] = meeting_point(host)
+    return host, place.port
 
 
 def let_go(token: str, dask_worker: Any = None) -> None:

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -86,29 +86,45 @@ class Workers:
         finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         running: dict[str, tuple[Future[Any], Item]] = {}
         waiting = iter(items)
+        try:
+            with self.hearing(tally):
+                while True:
+                    for item in islice(waiting, max(0, _PARTS_AHEAD * self.n_threads - len(running))):
+                        tally.begin(item)
+                        future = self.submit(name, settings, item, retries=_RETRIES)
+                        running[str(future.key)] = future, item
+                        future.add_done_callback(finished.put)
+                    if not running:
+                        return
+                    future, item = running.pop(str(self._next(finished, tally.bar).key))
+                    records = self.result(future, item)
+                    work.note(records)
+                    tally.finish(item)
+                    yield item, records
+        finally:
+            if running:
+                self.give_up([future for future, _ in running.values()])
+
+    @contextlib.contextmanager
+    def hearing(self, tally: Tally) -> Iterator[None]:
+        """Inside the block, workers that tell of their parts tell this tally."""
         self._tallies.append(tally)
         try:
-            while True:
-                for item in islice(waiting, max(0, _PARTS_AHEAD * self.n_threads - len(running))):
-                    tally.begin(item)
-                    future: Future[Any] = self.client.submit(
-                        make_part, self.session, name, settings, item, key=f"{name}-{uuid.uuid4().hex}", pure=False,
-                        retries=_RETRIES, resources={"GPU": 1} if self._gpu else None,
-                    )  # fmt: skip
-                    running[str(future.key)] = future, item
-                    future.add_done_callback(finished.put)
-                if not running:
-                    return
-                future, item = running.pop(str(self._next(finished, tally.bar).key))
-                records = self._result(future, item)
-                work.note(records)
-                tally.finish(item)
-                yield item, records
+            yield
         finally:
             self._tallies.remove(tally)
-            if running and self.client.status == "running":
-                with contextlib.suppress(Exception):  # it may be lost at this very moment
-                    self.client.cancel([future for future, _ in running.values()])
+
+    def give_up(self, futures: Sequence[Future[Any]]) -> None:
+        if self.client.status == "running":
+            with contextlib.suppress(Exception):  # it may be lost at this very moment
+                self.client.cancel(futures)
+
+    def submit(self, name: str, settings: str, item: Item, **how: Any) -> Future[Any]:
+        """Give a part to the scheduler."""
+        gpu = {"GPU": 1} if self._gpu else None
+        about = {"key": f"{name}-{uuid.uuid4().hex}", "pure": False, "resources": gpu} | how
+        future: Future[Any] = self.client.submit(make_part, self.session, name, settings, item, **about)
+        return future
 
     def _next(self, finished: queue.SimpleQueue[Future[Any]], bar: Bar) -> Future[Any]:
         """Wait for the next future. Raises UserError if the cluster is lost, Stopped if the work should stop."""
@@ -125,7 +141,7 @@ class Workers:
             elif time.monotonic() - (alone_since := alone_since or time.monotonic()) > self.config.wait_seconds:
                 raise self.alone("no worker left")
 
-    def _result(self, future: Future[Any], item: Item) -> Records:
+    def result(self, future: Future[Any], item: Item) -> Records:
         if future.status in ("cancelled", "lost"):
             raise self.lost()
         error = future.exception() if future.status == "error" else None

@@ -11,18 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saeflow.runtime.ranks import ALONE
 from saeflow.sae.architectures import Top
 from saeflow.sae.batch import DEGENERATE
 from saeflow.sae.gpu.choice import choose, guess
 from saeflow.sae.gpu.choice.chooser import power_of_two
 from saeflow.sae.gpu.choice.product import Product
+from saeflow.sae.gpu.exchange import RowExchange
 from saeflow.sae.gpu.explain import Centred, Reconstructed, explain
+from saeflow.sae.gpu.memory import AUX_CAPACITY, GATHERED
 from saeflow.sae.loss import auxiliary_size
-
-_GATHERED = 8
-"""A copy of the dead features' weights is made if they are at most this part of all; else all are multiplied."""
-_CAPACITY = 4
-"""Entries that a row's buffer holds, as a multiple of those chosen."""
 
 
 class Auxiliary(NamedTuple):
@@ -56,7 +54,7 @@ class AuxiliaryLoss:
         if self._ratio is None:
             self._ratio = torch.zeros(1, device=low.device)
         lengths = guess.lengths(product.low)
-        choice = choose.largest_of_rows(product, k_dead, self._ratio * lengths, power_of_two(_CAPACITY * k_dead))
+        choice = choose.largest_of_rows(product, k_dead, self._ratio * lengths, power_of_two(AUX_CAPACITY * k_dead))
         self._ratio = guess.next_ratio(choice.kth, lengths)
         entries = choice.entries
         if names is not None:
@@ -64,7 +62,8 @@ class AuxiliaryLoss:
         squares = wanted.double().square().sum(), DEGENERATE * target.double().square().sum()
         total = torch.maximum(*squares).clamp(min=1e-30)[None]
         ends = torch.full((1,), len(w_dec), dtype=torch.int32, device=low.device)
-        explained = explain(entries, Centred(low, wanted, total), Top(), w_dec, ends, weight / total)
+        alone = RowExchange(ALONE, n_rows)  # the work is small: every rank does all of it
+        explained = explain(entries, Centred(low, wanted, total), Top(), w_dec, ends, weight / total, alone)
         return Auxiliary(explained.main, (explained.errors / total)[0])
 
     def _product(
@@ -72,7 +71,7 @@ class AuxiliaryLoss:
     ) -> tuple[Product, Tensor | None]:
         """Return the product with dead features, and which they are, unless all features are in it."""
         n_features = len(w_low)
-        if n_dead * _GATHERED > n_features:
+        if n_dead * GATHERED > n_features:
             return Product.of(low, w_low, torch.where(dead, b_enc, -torch.inf), self.signed), None
         places = torch.where(dead, dead.cumsum(0) - 1, n_dead).clamp(max=n_dead)
         numbers = torch.arange(n_features, dtype=torch.int32, device=low.device)

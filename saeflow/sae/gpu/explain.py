@@ -14,7 +14,7 @@ from torch import Tensor
 from saeflow.sae.architectures import FeatureSums, TrainingRule
 from saeflow.sae.batch import variance_of
 from saeflow.sae.gpu.choice.choose import Entries
-from saeflow.sae.gpu.decode import decode_rows, room_for_residuals
+from saeflow.sae.gpu.exchange import RowExchange
 from saeflow.sae.gpu.rows.by_feature import rows_of_entries, rows_of_residuals, used_ids
 
 
@@ -87,20 +87,21 @@ class Explained(NamedTuple):
 
 
 def explain(
-    entries: Entries, batch: Centred, rule: TrainingRule, w_dec: Tensor, ends: Tensor, scale: Tensor
-) -> Explained:
+    entries: Entries, batch: Centred, rule: TrainingRule, w_dec: Tensor, ends: Tensor, scale: Tensor,
+    exchange: RowExchange,
+) -> Explained:  # fmt: skip
     """Reconstruct a batch from the pre-activations of its entries; `ends` (G) are sizes of nested dictionaries.
 
     `scale` (1): factor on squared errors. Unused places have the pre-activation 0, to which no rule gives a value or a
-    price; their derivatives are never read.
+    price; their derivatives are never read. Each rank of `exchange` decodes its share of the rows.
     """
     ids, pre, at = entries.ids, entries.values, entries.ids.long()
     factor = (2 * scale / len(ends)).float()
     values, second = rule.values(pre, at), rule.second_values(pre)
-    residual, losses, g = _decoded(entries, values, w_dec, batch.target, ends)
+    residual, losses, g = exchange.decoded(entries, values, w_dec, batch.target, ends)
     g_second, second_error = None, losses.new_zeros((), dtype=torch.float64)
     if second is not None:
-        _, second_losses, of_second = _decoded(entries, second, w_dec, batch.target, ends)
+        _, second_losses, of_second = exchange.decoded(entries, second, w_dec, batch.target, ends)
         g_second, second_error = of_second * factor, second_losses.double().sum()
     d_pre, to_sum = rule.backward(pre, values, g * factor, g_second, at)
     used = used_ids(ids, entries.row_starts, len(w_dec))
@@ -112,13 +113,3 @@ def explain(
     n_active = (fired < len(w_dec)).sum().double() / n_rows
     penalty, d_b_dec = rule.penalty(pre, values, at).double(), residual[0].sum(0) * factor
     return Explained(main, fired, n_active, losses.double().sum(1), second_error, penalty, d_b_dec)
-
-
-def _decoded(
-    entries: Entries, values: Tensor, w_dec: Tensor, target: Tensor, ends: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return residuals (G, B, D_out), their squared norms (G, B), and products (N) with the directions."""
-    residual, losses = room_for_residuals(len(ends), target)
-    g = torch.zeros_like(values)
-    decode_rows(entries.row_starts, entries.ids, values.contiguous(), w_dec, target, ends, residual, losses, g)
-    return residual, losses, g

@@ -16,15 +16,18 @@ from saeflow.sae.architectures import FeatureSums, TrainingRule
 from saeflow.sae.gpu.auxiliary import Auxiliary, AuxiliaryLoss
 from saeflow.sae.gpu.choice.chooser import Chosen, EntriesAboveCut, LargestEntries
 from saeflow.sae.gpu.choice.product import Product
+from saeflow.sae.gpu.exchange import RowExchange
 from saeflow.sae.gpu.explain import Centred, Explained, explain
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.gpu.guard import Guard
 from saeflow.sae.gpu.rows.adam import AdamClock, AdamSettings, Wakefulness
 from saeflow.sae.gpu.rows.by_feature import gradient_through_centring
-from saeflow.sae.gpu.rows.moments import AdamRows, code_tables
+from saeflow.sae.gpu.rows.moments import AdamRows
 from saeflow.sae.gpu.rows.update import RowGradients
 from saeflow.sae.gpu.vectors import move_thresholds, update_vectors
 from saeflow.sae.loss import THRESHOLD_MEMORY, training_rule
+from saeflow.sae.optimizer.adam import begun_state
+from saeflow.sae.optimizer.codes import code_tables
 from saeflow.sae.parameters import SAEParameters
 
 
@@ -47,8 +50,9 @@ class FusedStep:
         self.clock = AdamClock(settings, place)
         self.wakefulness = Wakefulness.asleep(sae.config.n_features, place)
         self.codes = code_tables(place)
-        self.moments = {name: _moments(adam, weight) for name, weight in sae.named_parameters() if weight.requires_grad}
+        self.moments = {name: begun_state(adam, each) for name, each in sae.named_parameters() if each.requires_grad}
         self.w_low = sae.W_enc.detach().to(dtype)
+        """The encoder's rows in the precision of the product: the weights themselves if they are in it."""
         self.ends = torch.tensor(sae.config.nested, dtype=torch.int32, device=place)
         self.auxiliary = AuxiliaryLoss(sae.traits.signed)
         self.guard = Guard(place)
@@ -60,7 +64,10 @@ class FusedStep:
         step = self.adam.state[self.sae.W_dec]["step"]
         self.clock.step.fill_(int(step))
         self.wakefulness.last_step.fill_(int(step))
-        moved = torch.stack([self.moments[name][0].abs().amax(1) > 0 for name in ("W_enc", "W_dec")]).any(0)
+        matrices = self._rows("W_enc"), self._rows("W_dec")
+        moved = torch.stack([(each.m_scale if each.eight_bit else each.m.abs()).amax(1) > 0 for each in matrices]).any(
+            0
+        )
         self.wakefulness.awake_until.copy_(torch.where(moved, int(step) + 1, 0))
 
     @torch.no_grad()
@@ -69,10 +76,10 @@ class FusedStep:
         sae = self.sae
         batch = Centred.of(x, sae.b_in, target, sae.b_dec, self.w_low.dtype)
         rule = training_rule(sae, len(x), batch.target.shape[1], options.sparsity)
-        product = Product.of(batch.low, self.w_low, sae.b_enc.detach(), sae.traits.signed)
-        chosen = self.chooser(product, rule, options.k, options.by_token)
+        exchange = RowExchange(sae.split.for_rows(len(x)).rows, len(x))
+        chosen = self._choose(batch, rule, options, exchange)
         scale = batch.scale(sae.config.counts_k)
-        explained = explain(chosen.entries, batch, rule, sae.W_dec.detach(), self.ends, scale)
+        explained = explain(chosen.entries, batch, rule, sae.W_dec.detach(), self.ends, scale, exchange)
         dead = sae.tokens_since_fired >= self.dead_after
         added = self._auxiliary(explained, batch, dead, options)
         loss, figures = self._losses(explained, added, batch, rule, scale)
@@ -81,6 +88,11 @@ class FusedStep:
         still = sae.tokens_since_fired >= self.dead_after
         self._update(explained, added, batch, rule, options)
         self._note([loss, *figures, dead.sum(), chosen.n_found, chosen.n_wrong], still.sum())
+
+    def _choose(self, batch: Centred, rule: TrainingRule, options: StepOptions, exchange: RowExchange) -> Chosen:
+        bias, k, by_token = self.sae.b_enc.detach(), options.k, options.by_token
+        product = Product.of(batch.low[exchange.mine], self.w_low, bias, self.sae.traits.signed)
+        return exchange.chosen_of_all(self.chooser(product, rule, k, by_token, len(batch.low)), k, by_token)
 
     def _auxiliary(self, explained: Explained, batch: Centred, dead: Tensor, options: StepOptions) -> Auxiliary | None:
         if not options.n_dead or not self.aux_weight > 0:
@@ -136,8 +148,9 @@ class FusedStep:
             gradients = replace(gradients, length_sums=sums["length"])
         vectors = self._vector_gradients(d_pre, sums, explained, rule)
         encoder, decoder = (self._rows(name) for name in ("W_enc", "W_dec"))
+        low = None if self.w_low.dtype == encoder.weights.dtype else self.w_low
         gradients.update(
-            encoder, decoder, self.w_low, self.codes, self.wakefulness, self.clock, sae.config.seed, self.guard.open
+            encoder, decoder, low, self.codes, self.wakefulness, self.clock, sae.config.seed, self.guard.open
         )
         update_vectors(sae, vectors, self.moments, self.clock, self.guard)
         if sae.config.architecture == "jumprelu":
@@ -156,9 +169,10 @@ class FusedStep:
         return {name: gradient for name, gradient in gradients.items() if name in self.moments}
 
     def _rows(self, name: str) -> AdamRows:
-        m, v = self.moments[name]
-        nothing = m.new_empty(len(m), 0)
-        return AdamRows(getattr(self.sae, name).detach(), m, v, nothing, nothing)
+        state = self.moments[name]
+        nothing = state["exp_avg"].new_empty(len(state["exp_avg"]), 0)
+        scales = (state.get(slot, nothing) for slot in ("exp_avg_scale", "exp_avg_sq_scale"))
+        return AdamRows(getattr(self.sae, name).detach(), state["exp_avg"], state["exp_avg_sq"], *scales)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -166,12 +180,3 @@ class FusedStep:
         self.wakefulness.settle([self._rows(name) for name in ("W_enc", "W_dec")], self.clock)
         for state in self.adam.state.values():
             state["step"].copy_(self.clock.step[0])
-
-
-def _moments(adam: torch.optim.Adam, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Adam's moments of a parameter, made if it has none yet."""
-    state = adam.state[weight]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-        state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weight) for _ in range(2))
-    return state["exp_avg"].detach(), state["exp_avg_sq"].detach()

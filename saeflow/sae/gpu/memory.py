@@ -15,20 +15,24 @@ import torch
 from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.architectures import TRAITS
 from saeflow.sae.loss import auxiliary_size
+from saeflow.sae.optimizer.adam import MOMENT_BYTES
+from saeflow.sae.optimizer.bfloat16 import WEIGHT_BYTES
 
 _FLOAT, _DOUBLE = 4, 8
-_CAPACITY, _AUX_CAPACITY = 16, 4
-"""Candidates that a row's buffer holds, in multiples of k: of the step, and of its auxiliary loss."""
+CAPACITY, AUX_CAPACITY = 16, 4
+"""Candidates that a row's buffer holds, in multiples of k: of the step (see `guess`), and of its auxiliary loss."""
 _CANDIDATE, _CANDIDATE_OF_BATCH = 8, 84
 """Bytes of a candidate: number and value; of the whole batch also its row, and all of it sorted by place."""
-_HISTOGRAM, _BATCH_HISTOGRAMS = 8192, 64
-"""Bytes of a row's counters, and how many of them a batch has."""
+_HISTOGRAM, BATCH_HISTOGRAMS = 8192, 64
+"""Bytes of a row's counters, and how many of them a batch has: all programs would wait for a single one."""
 _CHOSEN, _EXPLAINED, _SORTED = 8, 24, 44
 """Bytes of an entry: as it is chosen, as it is explained, and while it is sorted by feature."""
+_GATHERED_ENTRY = 44
+"""Bytes of an entry of each rank, while the largest of all are chosen."""
 _SEGMENT = 128
 """Entries for which there is a row of sums, at most."""
-_GATHERED = 8
-"""Dead features up to this part of all have their weights copied together."""
+GATHERED = 8
+"""A copy of the dead features' weights is made if they are at most this part of all; else all are multiplied."""
 _FEATURE = 40
 """Bytes of a feature's numbers that a step keeps to its end: where its entries begin, if it is dead, if it is awake."""
 _FEW = 1 << 20
@@ -53,22 +57,33 @@ class TrainingSize:
     """Precision of the encoder product."""
     n_dead: int = 0
     """Dead features that take part; 0 without the auxiliary loss."""
+    weight_bytes: int = 4
+    moment_bytes: float = 8.0
+    """Bytes of both moments of a weight."""
+    n_ranks: int = 1
+    """Ranks that split the rows of a batch."""
 
     @classmethod
-    def of(cls, sae: SAEConfig, train: TrainConfig, widths: tuple[int, int], n_rows: int) -> TrainingSize:
+    def of(
+        cls, sae: SAEConfig, train: TrainConfig, widths: tuple[int, int], n_rows: int, n_ranks: int = 1
+    ) -> TrainingSize:
         """Return the size of the largest step of a training."""
         k, by_token = max(sae.k, train.k_start or 0), TRAITS[sae.architecture].chooses_by_token
-        size = cls(n_rows, sae.n_features, *widths, k, len(sae.nested), by_token, sae.target_site is not None)
+        size = cls(
+            n_rows, sae.n_features, *widths, k, len(sae.nested), by_token, sae.target_site is not None,
+            weight_bytes=WEIGHT_BYTES[train.weights], moment_bytes=MOMENT_BYTES[train.moments], n_ranks=n_ranks,
+        )  # fmt: skip
         if not TRAITS[sae.architecture].revives_dead or not train.aux_weight > 0:
             return size
-        n_dead = max(1, k // 4), max(1, sae.n_features // _GATHERED), sae.n_features
+        n_dead = max(1, k // 4), max(1, sae.n_features // GATHERED), sae.n_features
         return max((replace(size, n_dead=n) for n in n_dead), key=lambda each: each.step_bytes)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights and both moments in float32, and of the encoder in the product's precision."""
-        width = self.d_in + self.d_out
-        return self.n_features * (3 * _FLOAT * (width + 1) + self.d_in * self.dtype.itemsize + _FEATURE)
+        """Bytes of weights and both moments, and of the encoder in the product's precision if it is another one."""
+        a_weight = self.weight_bytes + self.moment_bytes
+        copy = 0 if self.weight_bytes == self.dtype.itemsize else self.d_in * self.dtype.itemsize
+        return round(self.n_features * (a_weight * (self.d_in + self.d_out) + 3 * _FLOAT + copy + _FEATURE))
 
     @property
     def step_bytes(self) -> int:
@@ -78,8 +93,12 @@ class TrainingSize:
     def _phases(self) -> Iterator[int]:
         batch = self._batch
         yield batch + 2 * _DOUBLE * self.n_rows * self.d_out
-        yield batch + self._choice + _CHOSEN * self._entries
-        explained = batch + (_CHOSEN + _EXPLAINED) * self._entries + self._residuals(self.n_nested * self.n_rows)
+        yield batch + self._choice + _CHOSEN * self._own_entries
+        explained, residuals = batch + _CHOSEN * self._entries, self._residuals(self.n_nested * self.n_rows)
+        if self.n_ranks > 1:
+            yield explained + _GATHERED_ENTRY * self.n_ranks * self._own_entries
+            yield explained + _CHOSEN * self._entries + 2 * residuals + 2 * residuals // self.n_ranks
+        explained += _EXPLAINED * self._entries + residuals
         rows, entries = self._auxiliary_sizes
         if rows:
             yield explained + self._auxiliary(rows, entries)
@@ -97,6 +116,15 @@ class TrainingSize:
     def _entries(self) -> int:
         return self.n_rows * self.k
 
+    @property
+    def _own_rows(self) -> int:
+        return -(-self.n_rows // self.n_ranks)
+
+    @property
+    def _own_entries(self) -> int:
+        """Entries that this rank chooses: all of a batch may be in its rows."""
+        return self._own_rows * self.k if self.by_token else self._entries
+
     def _residuals(self, rows: int) -> int:
         return rows * self.d_out * _FLOAT
 
@@ -107,10 +135,10 @@ class TrainingSize:
 
     @property
     def _choice(self) -> int:
-        copies = self._filled_up(self.n_rows + self.n_features)
+        copies = self._filled_up(self._own_rows + self.n_features)
         if not self.by_token:
-            return copies + 2 * self._entries * _CANDIDATE_OF_BATCH + _BATCH_HISTOGRAMS * _HISTOGRAM
-        return copies + self._candidates(self.n_rows, _CAPACITY * self.k)
+            return copies + 2 * self._entries * _CANDIDATE_OF_BATCH + BATCH_HISTOGRAMS * _HISTOGRAM
+        return copies + self._candidates(self._own_rows, CAPACITY * self.k)
 
     def _candidates(self, rows: int, capacity: int) -> int:
         return rows * ((1 << (capacity - 1).bit_length()) * _CANDIDATE + _HISTOGRAM)
@@ -124,11 +152,11 @@ class TrainingSize:
         return rows, rows * k_dead
 
     def _auxiliary(self, rows: int, entries: int) -> int:
-        is_small = self.n_dead * _GATHERED <= self.n_features
+        is_small = self.n_dead * GATHERED <= self.n_features
         n_features = self.n_dead if is_small else self.n_features
         weights = self.n_dead * self.d_in * self.dtype.itemsize if is_small else 0
         rest = self._residuals(self.n_rows) + _CHOSEN * entries
-        chosen = self._candidates(rows, _AUX_CAPACITY * (entries // rows)) + self._filled_up(rows + n_features)
+        chosen = self._candidates(rows, AUX_CAPACITY * (entries // rows)) + self._filled_up(rows + n_features)
         explained = self._residuals(2 * rows) + _EXPLAINED * entries
         squares = 2 * _DOUBLE * rows * self.d_out
         return rest + weights + max(chosen, explained, squares)

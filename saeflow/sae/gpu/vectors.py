@@ -14,12 +14,15 @@ from saeflow.sae.parameters import LEAST_THRESHOLD, THRESHOLD_GAIN, SAEParameter
 
 
 def update_vectors(
-    sae: SAEParameters, gradients: Mapping[str, Tensor], moments: Mapping[str, tuple[Tensor, Tensor]],
+    sae: SAEParameters, gradients: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]],
     clock: AdamClock, guard: Guard,
 ) -> None:  # fmt: skip
-    """Let vectors take the step that `clock.advance` has begun, by their gradients, if the guard allows it."""
+    """Let vectors take the step that `clock.advance` has begun, by their gradients, if the guard allows it.
+
+    `states` are Adam's.
+    """
     for name, gradient in gradients.items():
-        state = getattr(sae, name).detach(), *moments[name]
+        state = getattr(sae, name).detach(), states[name]["exp_avg"], states[name]["exp_avg_sq"]
         fresh = [each.clone() for each in state]
         update_vector(fresh[0], gradient, fresh[1], fresh[2], clock)
         for old, new in zip(state, fresh, strict=True):

@@ -5,18 +5,28 @@ import torch
 
 pytest.importorskip("triton")
 
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.gpu.memory import TrainingSize
 from tests.sae.gpu.trace import ARCHITECTURES, REAL, Sizes, a_step, trace_of
 
 OTHERS = (Sizes(4096, 16_384, 768, 32), Sizes(8192, 4096, 500, 32))
 
 
-def size_of(sizes: Sizes, name: str, dtype: torch.dtype, n_dead: int) -> TrainingSize:
+def size_of(sizes: Sizes, name: str, dtype: torch.dtype, n_dead: int, n_ranks: int = 1) -> TrainingSize:
     nested = SAEConfig.model_validate({"architecture": name, "n_features": sizes.n_features, "k": sizes.k}).nested
     width = sizes.width
     return TrainingSize(
-        sizes.n_rows, sizes.n_features, width, width, sizes.k, len(nested), name == "topk", False, dtype, n_dead
+        sizes.n_rows,
+        sizes.n_features,
+        width,
+        width,
+        sizes.k,
+        len(nested),
+        name == "topk",
+        False,
+        dtype,
+        n_dead,
+        n_ranks,
     )
 
 
@@ -30,10 +40,28 @@ def test_a_step_holds_no_more_than_the_formula_says_and_little_less(name, share_
         assert trace.peak <= said <= 1.3 * trace.peak
 
 
+@pytest.mark.parametrize("sizes", [*REAL, OTHERS[0]])
+@pytest.mark.parametrize("n_ranks", [2, 3, 8])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_so_it_is_with_ranks_that_split_the_rows(name, n_ranks, sizes):
+    trace = trace_of(sizes, n_ranks=n_ranks, share_dead=0.05, architecture=name)
+    said = size_of(sizes, name, torch.bfloat16, int(0.05 * sizes.n_features), n_ranks).step_bytes
+    assert trace.peak <= said <= 1.3 * trace.peak
+
+
 @pytest.mark.parametrize("sizes", [*REAL, *OTHERS])
-def test_the_state_takes_what_the_formula_says(sizes):
-    step = a_step(sizes)
-    weights = [*step.sae.parameters(), *step.sae.buffers(), step.w_low]
-    moments = [moment for pair in step.moments.values() for moment in pair]
-    held = sum(each.nbytes for each in [*weights, *moments])
-    assert held <= size_of(sizes, "topk", torch.bfloat16, 0).state_bytes <= 1.02 * held
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_the_state_takes_what_the_formula_says(weights, moments, sizes):
+    train = TrainConfig(weights=weights, moments=moments)
+    step = a_step(sizes, train=train)
+    tensors = [
+        *step.sae.parameters(),
+        *step.sae.buffers(),
+        *(each for one in step.moments.values() for each in one.values()),
+    ]
+    held = sum(each.nbytes for each in tensors)
+    held += 0 if weights == "bfloat16" else step.w_low.nbytes  # else the product reads the weights themselves
+    sae = SAEConfig.model_validate({"architecture": "topk", "n_features": sizes.n_features, "k": sizes.k})
+    said = TrainingSize.of(sae, train, (sizes.width, sizes.width), sizes.n_rows).state_bytes
+    assert held <= said <= 1.05 * held

@@ -22,8 +22,9 @@ from saeflow.sae.gpu.rows.by_feature import (
     sort_by_feature,
     used_ids,
 )
-from saeflow.sae.gpu.rows.moments import AdamRows, code_tables
+from saeflow.sae.gpu.rows.moments import AdamRows
 from saeflow.sae.gpu.rows.update import RowGradients
+from saeflow.sae.optimizer.codes import code_tables
 from tests.sae.gpu.entries import Entries, nested_losses, random_entries
 
 SCALE, LR = 0.1, 1e-2

@@ -16,9 +16,7 @@ from saeflow.sae.architectures import TrainingRule
 from saeflow.sae.gpu.choice import choose, guess
 from saeflow.sae.gpu.choice.choose import Choice, Entries
 from saeflow.sae.gpu.choice.product import Product
-
-CAPACITY = 16
-"""Entries that a row's buffer holds, as a multiple of k: see `guess`."""
+from saeflow.sae.gpu.memory import CAPACITY
 
 
 class Chosen(NamedTuple):
@@ -39,9 +37,10 @@ class LargestEntries:
         """Ratio of guess to length, or a number for the whole batch (1): see `guess`."""
         self._is_of_batch = False
 
-    def __call__(self, product: Product, rule: TrainingRule, k: int, by_token: bool) -> Chosen:
-        """Return the entries that a batch keeps; `by_token` those of each token."""
-        choice = self._of_rows(product, k) if by_token else self._of_batch(product, k * product.n_rows)
+    def __call__(self, product: Product, rule: TrainingRule, k: int, by_token: bool, n_rows: int) -> Chosen:
+        """Return the entries of the product that a batch of `n_rows` may keep; `by_token` those of each token."""
+        n = min(k * n_rows, product.n_rows * product.n_features)
+        choice = self._of_rows(product, k) if by_token else self._of_batch(product, n)
         return Chosen(choice.entries, choice.entries.row_starts[-1:], choice.n_wrong)
 
     def _of_rows(self, product: Product, k: int) -> Choice:
@@ -66,8 +65,8 @@ class EntriesAboveCut:
     def __init__(self, room: int) -> None:
         self.room = room
 
-    def __call__(self, product: Product, rule: TrainingRule, k: int, by_token: bool) -> Chosen:
-        """Return the entries that the batch has: neither `k` nor `by_token` matters."""
+    def __call__(self, product: Product, rule: TrainingRule, k: int, by_token: bool, n_rows: int) -> Chosen:
+        """Return the entries that the product has: neither `k` nor `by_token` nor `n_rows` matters."""
         cut = rule.cut if isinstance(rule.cut, Tensor) else None
         entries, n_found = choose.above_cut(product if cut is None else product.less(cut), cut, self.room)
         return Chosen(entries, n_found, torch.zeros_like(n_found))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from saeflow.sae.gpu.rows.moments import AdamRows
 from saeflow.sae.gpu.specimens import Specimen
+from saeflow.sae.optimizer.codes import most_ratio
 
 STEP_SIZE = tl.constexpr(0)
 """Places in the table of `AdamClock`: lr / (1 - beta1^t)."""
@@ -62,10 +63,8 @@ class AdamSettings:
 
     @property
     def most_ratio(self) -> float:
-        """The most that |m| / sqrt(v) can be, by Cauchy and Schwarz: both are sums over the same gradients."""
-        if self.fade * self.beta1 / math.sqrt(self.beta2) >= 1:
-            return 1e30
-        return (1 - self.beta1) / math.sqrt((1 - self.beta2) * (1 - self.fade**2))
+        """The most that |m| / sqrt(v) can be."""
+        return most_ratio(self.beta1, self.beta2)
 
     @property
     def log_rest(self) -> float:

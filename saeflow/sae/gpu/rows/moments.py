@@ -1,9 +1,5 @@
-"""What Adam keeps of a row: its two moments, in float32 or in 8 bits; and weights in bfloat16.
-
-8 bits are those of Dettmers et al. 2022 (arXiv 2110.02861): each block of 256 numbers is divided by its largest
-magnitude, and each quotient is replaced by the nearest of 256 fixed numbers. Blocks are pieces of a row here, so that a
-row is read and written by itself.
-"""
+"""What Adam keeps of a row: its two moments, in float32 or in the 8 bits of
+`saeflow.sae.optimizer.codes`; and weights in bfloat16."""
 
 from __future__ import annotations
 
@@ -14,40 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = tl.constexpr(256)
+from saeflow.sae.optimizer.codes import BLOCK_COLUMNS, decoded, n_blocks
+from saeflow.sae.optimizer.kernels import ROUNDS
+
+BLOCK = tl.constexpr(BLOCK_COLUMNS)
 """Numbers that share a scale, and columns of a tile: a row is a tile of BLOCKS times BLOCK numbers."""
 _MIDPOINTS, _UNSIGNED = tl.constexpr(256), tl.constexpr(513)
 """Where the tables of `code_tables` begin."""
 _LOG2_10 = tl.constexpr(3.321928094887362)
-_ROUNDS = tl.constexpr(7)
-"""Rounds of Philox: the fewest that pass all tests (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3")."""
-
-
-def quantisation_map(signed: bool) -> Tensor:
-    """Return the 256 numbers that 8 bits stand for, ascending ("dynamic" quantisation of arXiv 2110.02861).
-
-    After the sign, zeros of the code count factors of 0.1; then a one; the bits behind it divide the numbers from 0.1
-    to 1 into equal parts, and stand for the middle of a part. Without a sign there is one more bit for parts. Two codes
-    are left for 0 and 1.
-    """
-    positive = []
-    for zeros in range(7):
-        n_parts = 2 ** (6 - zeros + (not signed))
-        middles = 0.1 + 0.9 * (torch.arange(n_parts, dtype=torch.float64) + 0.5) / n_parts
-        positive.append(middles * 10.0**-zeros)
-    numbers = torch.cat(positive)
-    whole = torch.cat([-numbers, numbers]) if signed else numbers
-    return torch.cat([whole, torch.tensor([0.0, 1.0], dtype=torch.float64)]).sort().values.float()
-
-
-def code_tables(device: torch.device | str = "cpu") -> Tensor:
-    """Return for signed and for unsigned codes the numbers they stand for (256), and where each begins (257)."""
-    edge, tables = torch.tensor([torch.inf]), []
-    for signed in (True, False):
-        numbers = quantisation_map(signed)
-        tables += [numbers, -edge, (numbers[1:] + numbers[:-1]) / 2, edge]
-    return torch.cat(tables).to(device)
+_ROUNDS = tl.constexpr(ROUNDS)
 
 
 class AdamRows(NamedTuple):
@@ -65,7 +36,7 @@ class AdamRows(NamedTuple):
     def begin(cls, weights: Tensor, eight_bit: bool = False) -> Self:
         """Return weights with the moments before the first step."""
         n_rows, d = weights.shape
-        dtype, n_scales = (torch.uint8, triton.cdiv(d, BLOCK.value)) if eight_bit else (torch.float32, 0)
+        dtype, n_scales = (torch.uint8, n_blocks(d)) if eight_bit else (torch.float32, 0)
         numbers = [torch.zeros(n_rows, d, dtype=dtype, device=weights.device) for _ in range(2)]
         scales = [torch.zeros(n_rows, n_scales, device=weights.device) for _ in range(2)]
         return cls(weights, *numbers, *scales)
@@ -78,12 +49,7 @@ class AdamRows(NamedTuple):
         """Return both moments (F, D) in float32."""
         if not self.eight_bit:
             return self.m, self.v
-        return _read(self.m, self.m_scale, True), _read(self.v, self.v_scale, False)
-
-
-def _read(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    numbers = quantisation_map(signed).to(codes.device)[codes.int()]
-    return numbers * scales.repeat_interleave(BLOCK.value, 1)[:, : codes.shape[1]]
+        return decoded(self.m, self.m_scale, True), decoded(self.v, self.v_scale, False)
 
 
 @triton.jit
@@ -138,9 +104,10 @@ def store_moments(numbers, scales, tables, row, columns, d, moments, EIGHT_BIT: 
 
 @triton.jit
 def store_weights(weights, row, columns, d, new, seed, step, which, STOCHASTIC: tl.constexpr):
-    """Write a row of weights. With STOCHASTIC, bfloat16 rounds up or down with the probability that keeps the mean.
+    """Write a row of weights, and return it as written.
 
-    The random number depends on seed, step, row, column and `which` matrix alone (Philox 4x32, counter-based).
+    With STOCHASTIC, it is rounded to bfloat16, up or down with the probability that keeps the mean. The random number
+    depends on seed, step, row, column and `which` matrix alone, as in `saeflow.sae.optimizer.kernels`.
     """
     if STOCHASTIC:
         random, _, _, _ = tl.philox(seed, columns, row.to(tl.int32), step, which, n_rounds=_ROUNDS)
@@ -148,3 +115,4 @@ def store_weights(weights, row, columns, d, new, seed, step, which, STOCHASTIC: 
         rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
         new = tl.where(new == new, rounded, new)
     tl.store(weights + row * d + columns, new.to(weights.dtype.element_ty), mask=columns < d)
+    return new

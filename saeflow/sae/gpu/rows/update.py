@@ -131,7 +131,7 @@ def square_gradients_kernel(
 
 
 @triton.jit
-def _advance(
+def advance_row(
     weights, gradient, matrix, copy, m, v, m_scale, v_scale, codes, table, feature, columns, d, now, n_asleep, seed,
     WHICH: tl.constexpr, ON_SPHERE: tl.constexpr, HAS_COPY: tl.constexpr, EIGHT_BIT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -147,7 +147,7 @@ def _advance(
     ratio = largest_ratio(m_row, v_row, table)
     if ON_SPHERE:
         weights = weights / tl.sqrt(tl.sum(weights * weights))
-    store_weights(matrix, feature, columns, d, weights, seed, now, WHICH, STOCHASTIC)
+    weights = store_weights(matrix, feature, columns, d, weights, seed, now, WHICH, STOCHASTIC)
     if HAS_COPY:
         store_weights(copy, feature, columns, d, weights, seed, now, WHICH, False)
     if EIGHT_BIT:
@@ -180,7 +180,7 @@ def update_rows_kernel(
             low, rows, d_pre, encoder_sums, feature, feature_starts, segment_starts, d_in, IN_BLOCKS, UNROLL
         )
         weights = tl.load(w_enc + feature * d_in + columns, mask=columns < d_in, other=0.0).to(tl.float32)
-        ratio = _advance(
+        ratio = advance_row(
             weights, gradient, w_enc, w_low, m_enc, v_enc, m_enc_scale, v_enc_scale, codes, table, feature, columns,
             d_in, now, n_asleep, seed, 0, False, HAS_LOW, EIGHT_BIT, STOCHASTIC,
         )  # fmt: skip
@@ -192,7 +192,7 @@ def update_rows_kernel(
         )  # fmt: skip
         weights = tl.load(w_dec + feature * d_out + columns, mask=columns < d_out, other=0.0).to(tl.float32)
         gradient = _decoder_gradient(gradient, weights, length_sums, feature, ON_SPHERE, HAS_LENGTHS)
-        of_decoder = _advance(
+        of_decoder = advance_row(
             weights, gradient, w_dec, w_dec, m_dec, v_dec, m_dec_scale, v_dec_scale, codes, table, feature, columns,
             d_out, now, n_asleep, seed, 1, ON_SPHERE, False, EIGHT_BIT, STOCHASTIC,
         )  # fmt: skip
@@ -325,7 +325,11 @@ def _specimens(d_in: int, d_out: int) -> Iterator[Specimen]:
         (update_rows_kernel, full | {"HAS_LOW": False, "UNROLL": UPDATE_UNROLL // 2}, "*fp32", "update in float32"),
     )
     if max(d_in, d_out) <= 4096:
-        cases += ((update_rows_kernel, small, "*bf16", "update in 8 bits and bfloat16"),)
+        cases += (
+            (update_rows_kernel, small, "*bf16", "update in 8 bits and bfloat16"),
+            (update_rows_kernel, full | {"EIGHT_BIT": True}, "*bf16", "update in 8 bits"),
+            (update_rows_kernel, small | {"EIGHT_BIT": False}, "*bf16", "update in bfloat16"),
+        )
     for kernel, own, low, name in cases:
         types = {argument: _type(argument, own, low) for argument in kernel.arg_names}
         signature = types | dict.fromkeys(constexprs | own, "constexpr")

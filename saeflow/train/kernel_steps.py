@@ -1,8 +1,9 @@
-"""Steps whose number of entries depends on data (relu, gated, jumprelu), by kernels that have room for so many.
+"""Steps by kernels, whose number of entries is known before (top-k family) or depends on data (relu, gated, jumprelu).
 
-A step whose entries do not fit changes nothing, nor does any after it. The host keeps the last batches until it has
-seen that their steps fitted; else it makes more room and takes them again. It looks two steps back, so it waits for
-the device only if it is that far ahead. Beyond `MOST_SHARE` of all pre-activations torch's operations take the step.
+Kernels have room for so many entries. A step whose entries do not fit changes nothing, nor does any after it. The host
+keeps the last batches until it has seen that their steps fitted; else it makes more room and takes them again. It looks
+two steps back, so it waits for the device only if it is that far ahead. Beyond `MOST_SHARE` of all pre-activations
+torch's operations take the step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.gpu.guard import suspect
 from saeflow.sae.loss import StepInfo, share_above_cut
+from saeflow.sae.optimizer import bfloat16
 
 if TYPE_CHECKING:
     from saeflow.sae.gpu.choice.chooser import EntriesAboveCut
@@ -45,6 +47,25 @@ class StepBatch:
     options: StepOptions
 
 
+class CountedSteps:
+    """Steps whose number of entries is known before: those of the top-k family."""
+
+    def __init__(self, step: FusedStep) -> None:
+        self._step = step
+
+    def take(self, batch: StepBatch) -> None:
+        """Take a step."""
+        self._step(batch.x, batch.target, batch.options)
+
+    def figures(self) -> dict[str, float]:
+        """Wait for the last step, and return its figures."""
+        return dict(zip(FIGURES, self._step.figures.tolist(), strict=True))
+
+    def settle(self) -> None:
+        """Bring weights and Adam's moments to where the dense optimizer would have them."""
+        self._step.settle()
+
+
 class _Later:
     """Numbers on the device that the host reads later; it waits only if they are not there yet."""
 
@@ -58,8 +79,8 @@ class _Later:
         return dict(zip(FIGURES, self._numbers.tolist(), strict=True))
 
 
-class RetakenSteps:
-    """The steps of one training, by kernels where their entries fit, else by torch's operations."""
+class RetriedSteps:
+    """Steps whose number of entries depends on data: by kernels where they fit, else by torch's operations."""
 
     def __init__(
         self, sae: SparseAutoencoder, adam: torch.optim.Adam, config: TrainConfig,
@@ -161,10 +182,15 @@ class RetakenSteps:
         }  # fmt: skip
 
 
-def take_adam_step(sae: SparseAutoencoder, adam: torch.optim.Adam) -> None:
-    """Take a step from the parameters' gradients, and drop these: of many trainings only one has any at a time."""
+def take_adam_step(sae: SparseAutoencoder, adam: torch.optim.Adam, rounded: int | None = None) -> None:
+    """Take a step from the parameters' gradients, and drop these: of many trainings only one has any at a time.
+
+    If the weights are in bfloat16, `rounded` is the number of the step, from 1 on.
+    """
     adam.step()
-    sae.after_step()
+    sae.after_step(in_bfloat16=rounded is not None)
+    if rounded is not None:
+        bfloat16.round_at_random(sae, rounded)
     adam.zero_grad(set_to_none=True)
 
 
