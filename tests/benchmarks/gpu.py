@@ -9,7 +9,7 @@ Needs a CUDA device, a CUDA build of torch with Triton, and what saeflow needs; 
 what it has to compute and to move, at the rates that this card reaches in a product of two square matrices and in a
 copy, measured in the same run. *Steps*: whole steps with the optimizer, as a training takes them, beside the dense step
 by torch.compile. A part that fails says so in its row; the others are measured. `gpu.json` and `gpu.md` are written to
-`--out`. A figure counts as failed if its row has no number.
+`--out`.
 """
 
 from __future__ import annotations

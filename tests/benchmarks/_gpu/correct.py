@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saeflow.recipe.settings import Architecture, SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.optimizer.codes import code_tables
 from tests.benchmarks._gpu import steps
 from tests.benchmarks._gpu.made import LR, Made
 from tests.benchmarks._gpu.measure import Card, Row, Size
@@ -164,7 +165,6 @@ class Correct:
         return rows
 
     def _update(self, encoder: Any, decoder: Any, w_low: Tensor | None = None) -> None:
-        from saeflow.sae.gpu.rows.moments import code_tables
 
         made = self.made
         codes = code_tables(self.card.place)
@@ -222,7 +222,9 @@ class Correct:
         batches = steps.batches(size, self.card, 2 if self.card.is_toy else 10)
         losses = []
         for by_kernels in (True, False):
-            training = steps.a_training(architecture, size, self.card, batches[0], by_kernels, torch.float32, 1)
+            training = steps.a_training(
+                architecture, size, self.card, batches[0], by_kernels, torch.float32, log_every=1
+            )
             if training.uses_fused is not by_kernels:
                 return Row(f"{architecture}: whole steps", note="the kernels do not take these steps")
             for n, x in enumerate(batches):

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from saeflow.sae.optimizer.codes import code_tables
 from tests.benchmarks._gpu.made import LR, Made
 from tests.benchmarks._gpu.measure import Card, Row, rate
 from tests.benchmarks._gpu.work import Task
@@ -113,7 +114,6 @@ class Parts:
 
     def update(self) -> Row:
         """Gradients and Adam of all rows, from entries that are sorted already."""
-        from saeflow.sae.gpu.rows.moments import code_tables
 
         made, codes = self.made, code_tables(self.card.place)
         encoder, decoder, gradients = made.moments(made.w_enc, 20), made.moments(made.w_dec, 30), made.gradients()
@@ -125,7 +125,7 @@ class Parts:
         )  # fmt: skip
 
     def update_in_8_bits(self) -> Row:
-        from saeflow.sae.gpu.rows.moments import AdamRows, code_tables
+        from saeflow.sae.gpu.rows.moments import AdamRows
 
         made, codes = self.made, code_tables(self.card.place)
         rows = [AdamRows.begin(weights.bfloat16(), eight_bit=True) for weights in (made.w_enc, made.w_dec)]

@@ -23,6 +23,8 @@ from saeflow.runtime.linear import fast_dtype
 from saeflow.sae import parameters
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.memory import TrainingSize
+from saeflow.sae.optimizer import bfloat16
+from saeflow.sae.optimizer.adam import optimizer_of
 from saeflow.train import fused
 from saeflow.train.training import FeedBatch, Training
 from tests.benchmarks import _peers
@@ -57,7 +59,7 @@ def feed_batch(number: int, x: Tensor) -> FeedBatch:
 
 def a_training(
     architecture: Architecture, size: Size, card: Card, first: Tensor, by_kernels: bool = True,
-    product: torch.dtype | None = None, log_every: int = 10,
+    product: torch.dtype | None = None, **settings: Any,
 ) -> Training:  # fmt: skip
     """Return a training on the card; by kernels where they can take its steps."""
     about = {"architecture": architecture, "n_features": size.n_features, "k": size.k, **OPTIONS.get(architecture, {})}
@@ -67,9 +69,10 @@ def a_training(
     sae.to(card.place)
     sae.initialise(first.mean(0))
     sae.start_sparse(first)
-    config = TrainConfig(lr=1e-3, warmup_share=0.0, decay_share=0.0, kernels=by_kernels, log_every=log_every)
-    adam = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
-    training = Training(sae, adam, config, (1.0,), 10**6)
+    config = TrainConfig(lr=1e-3, warmup_share=0.0, decay_share=0.0, kernels=by_kernels, **settings)
+    if config.weights == "bfloat16":
+        bfloat16.round_to_nearest(sae)
+    training = Training(sae, optimizer_of(sae, config), config, (1.0,), 10**6)
     training.uses_fused = by_kernels and _takes(sae, config, card)
     return training
 
@@ -119,9 +122,9 @@ class Steps:
 
         return take
 
-    def ours(self, architecture: Architecture, by_kernels: bool = True) -> tuple[str, list[float]]:
+    def ours(self, architecture: Architecture, by_kernels: bool = True, **settings: Any) -> tuple[str, list[float]]:
         """Return how the steps are taken, and seconds of a step."""
-        training = a_training(architecture, self.size, self.card, self.batches[0], by_kernels)
+        training = a_training(architecture, self.size, self.card, self.batches[0], by_kernels, **settings)
         seconds = self.card.rounds(self.step(training), self.seconds)
         return "by kernels" if training.uses_fused else "by torch's operations", seconds
 
@@ -151,6 +154,12 @@ class Steps:
         rows.append(rate(self.size.n_rows, "tokens/s", f"{name}, dense step by torch.compile", theirs))
         return [*rows, ratio(f"{name}, beside the dense step by torch.compile", 1, seconds, theirs)]
 
+    def in_low_precision(self) -> list[Row]:
+        how, seconds = self.ours("topk", moments="8bit", weights="bfloat16")
+        name = f"{self.size.name}: topk, 8-bit moments and bfloat16 weights, {how}"
+        about = {"flops": self.size.flops, "n_bytes": 8.0 * self.size.n_weights}
+        return [rate(self.size.n_rows, "tokens/s", name, seconds, **about)]
+
     def without_kernels(self) -> list[Row]:
         _, slow = self.ours("topk", by_kernels=False)
         return [rate(self.size.n_rows, "tokens/s", f"{self.size.name}: topk, by torch's operations", slow)]
@@ -175,7 +184,8 @@ class Steps:
         speeds: dict[str, Task] = {name: partial(self.speed, name) for name in self.architectures}
         if "topk" not in self.architectures:
             return speeds
-        return {"memory": self.memory, **speeds, "without kernels": self.without_kernels}
+        others: dict[str, Task] = {"low precision": self.in_low_precision, "without kernels": self.without_kernels}
+        return {"memory": self.memory, **speeds, **others}
 
 
 PEERS: dict[str, list[tuple[Architecture, bool]]] = {

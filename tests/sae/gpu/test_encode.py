@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ pytest.importorskip("triton")
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.recipe.settings import SAEConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
+from saeflow.sae.exact import encode_on_accelerator
 from saeflow.sae.gpu import encode
 from saeflow.sae.gpu.choice import guess
 from saeflow.sae.pursuit import pursue
@@ -53,6 +57,12 @@ def by_kernels(sae: SparseAutoencoder, x: Tensor) -> SparseValues:
 def assert_equal(found: SparseValues, wanted: SparseValues) -> None:
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_on_a_gpu_the_kernels_encode_unless_they_are_switched_off() -> None:
+    for use_kernels, wanted in ((True, encode.encode_by_kernels), (False, encode_on_accelerator)):
+        sae: Any = SimpleNamespace(W_enc=SimpleNamespace(device=torch.device("cuda")), use_kernels=use_kernels)
+        assert SparseAutoencoder._encode_on_accelerator(sae) is wanted
 
 
 @pytest.mark.parametrize("product", [torch.bfloat16, torch.float32])
