@@ -43,6 +43,7 @@ MAKERS = {
     "toys": measured.toys,
     "l0": measured.l0,
     "defaults": measured.defaults,
+    "low_precision": measured.low_precision,
     "compression": measured.compression,
     "house": house.page,
     "file": _file,

@@ -86,6 +86,17 @@ def l0() -> str:
     return table(header, rows, right=range(1, 5))
 
 
+def low_precision() -> str:
+    """Scores with moments in 8 bits and weights in bfloat16 beside float32's, and how far seeds lie apart."""
+    found, keys = figures("low_precision"), ["found_share", "precision", "f1", "variance_unexplained"]
+    rows = []
+    for architecture, ways in found["means"].items():
+        rows += [(f"{architecture}, {way}", *(f"{scores[key]:.3f}" for key in keys)) for way, scores in ways.items()]
+        noise = found["seed_noise"][architecture].values()
+        rows.append((f"{architecture}, standard deviation of float32's seeds", *(f"{each:.3f}" for each in noise), ""))
+    return table(["", "found", "precision", "F1", "variance unexplained"], rows, right=range(1, 5))
+
+
 def defaults() -> str:
     """Variance that trainings with default rates leave, ours and the peers'."""
     names = ["ours topk", "sparsify topk", "saelens topk", "ours batchtopk", "saelens batchtopk"]

@@ -8,6 +8,7 @@ norms          lengths of activations by position, and the warning about huge on
 lengths        which vectors are too long to count
 epoch          the plan of an epoch: which blocks and rows, in which order
 feed           shuffled batches, read ahead, and how well they are mixed
+upload         batches on their way to a GPU
 sparse_values  non-zero values by row
 engines        activations that an inference engine has written
 tables         tables of activations that a user brings

@@ -22,7 +22,7 @@ MOST_MAPS = 8
 MOST_FOR_UMAP = 20_000
 """Features that UMAP lays out while a page waits."""
 
-_ROWS_AT_ONCE = 8_192
+_DECODER_ROWS = 8_192
 """Rows of the decoder that are read at once."""
 
 _kept: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
@@ -81,6 +81,6 @@ def unit_rows(path: Path) -> Iterator[np.ndarray]:
         raise UserError(f"The decoder's directions cannot be read from {path.name}: {first_line(error)}") from error
     with file:
         n_rows = rows.get_shape()[0]
-        for start in range(0, n_rows, _ROWS_AT_ONCE):
-            block = rows[start : min(start + _ROWS_AT_ONCE, n_rows)].astype(np.float32)
+        for start in range(0, n_rows, _DECODER_ROWS):
+            block = rows[start : min(start + _DECODER_ROWS, n_rows)].astype(np.float32)
             yield block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)

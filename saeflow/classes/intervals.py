@@ -26,7 +26,7 @@ Weights = NDArray[np.uint8]
 
 N_REPLICATES = 500
 FEWEST_REPLICATES = 200
-WEIGHT_BYTES = 1 << 30
+REPLICATE_BYTES = 1 << 30
 """Most memory for how often each replicate draws each document. With more documents there are fewer replicates."""
 
 LANES = 256
@@ -57,7 +57,7 @@ class Intervals:
 
 def draw_documents(n_documents: int, seed: int, n_replicates: int = N_REPLICATES) -> Weights:
     """Return (documents, replicates): how often each replicate has drawn each document."""
-    most = max(FEWEST_REPLICATES, WEIGHT_BYTES // max(n_documents, 1))
+    most = max(FEWEST_REPLICATES, REPLICATE_BYTES // max(n_documents, 1))
     dice = np.random.default_rng(seed)
     weights = np.empty((n_documents, min(n_replicates, most)), np.uint8)
     for replicate in range(weights.shape[1]):

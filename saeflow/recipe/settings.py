@@ -263,8 +263,8 @@ class TrainConfig(Section):
     )
     kernels: bool = Field(
         True,
-        description="On GPUs with Triton, the top-k family takes its steps by saeflow's kernels. False: by torch's "
-        "operations. It is not part of the SAE's identity.",
+        description="On a GPU with Triton, saeflow's kernels take the steps of every architecture but mp; with ranks "
+        "that share the rows, of the top-k family. False: torch's operations do. It is not part of the SAE's identity.",
     )
     restarts: PositiveInt = Field(
         1, description="Trainings from different seeds. The one with the best reconstruction is kept."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
-from functools import partial
+from collections.abc import Callable
 from typing import assert_never
 
 import numpy as np
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from saeflow.activations.sparse_values import SparseRows, SparseValues
 from saeflow.runtime.devices import to_device
+from saeflow.sae.encoder import Encoder
 from saeflow.sae.exact import ActivationFunction, encode_on_accelerator, encode_on_processor
 from saeflow.sae.gradients import decode
 from saeflow.sae.loss import LossOptions, StepInfo, loss_of_batch
 from saeflow.sae.parameters import SAEParameters
 from saeflow.sae.pursuit import NO_END, pursue
+
+Encode = Callable[[Tensor, Encoder, ActivationFunction], SparseValues]
 
 
 class SparseAutoencoder(SAEParameters):
@@ -115,13 +119,26 @@ class SparseAutoencoder(SAEParameters):
         """
         function = self.activation_function()
         cut, x = self._cut(function), self._normalised(x)[0]
-        encode = encode_on_processor
+        encode: Encode = encode_on_processor
         if not self.use_kernels or x.device.type != "cpu" or self.W_enc.device.type != "cpu":
-            encode, x = encode_on_accelerator, to_device(x, self.W_enc.device)
-        choose = partial(encode, encoder=self.current_encoder(cut), function=function)
+            encode, x = self._encode_on_accelerator(), to_device(x, self.W_enc.device)
+        encoder = self.current_encoder(cut)
+
+        def choose(rows: Tensor) -> SparseValues:
+            return encode(rows, encoder, function)
+
         if self.traits.pursues:
             return pursue(x, self.W_dec.detach(), self.b_dec.detach(), self.config.k, self.pursuit_end, choose)
         return choose(x)
+
+    def _encode_on_accelerator(self) -> Encode:
+        """Return what encodes where the weights are: the kernels of a GPU with Triton, or torch's operations."""
+        on_gpu = self.W_enc.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        if not (on_gpu and self.use_kernels):
+            return encode_on_accelerator
+        from saeflow.sae.gpu.encode import encode_by_kernels  # which imports triton
+
+        return encode_by_kernels
 
     @torch.no_grad()
     def decode(self, sparse: SparseValues, x: Tensor | None = None) -> Tensor:

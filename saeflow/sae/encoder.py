@@ -253,17 +253,22 @@ class Encoder:
         """Relative error of rounding a pre-activation: product and bias may be rounded one after the other."""
         return 2.05 * 2.0 ** (-8 if self.dtype == torch.bfloat16 else -24)
 
+    @property
+    def error_of_sums(self) -> float:
+        """Relative error of a sum of D + 2 terms in float32: as many roundings, doubled."""
+        return (self.w_enc.shape[1] + 2) * 2.0**-23
+
     @cached_property
     def bounds(self) -> Doubles:
         """(3, F): what bounds the error of a feature: factors of a row's two numbers, and a constant.
 
         x.w + b - (x~.w~ + b~) = (x - x~).w + x~.(w - w~) + b - b~. Each product is at most the product of the lengths
-        (Cauchy-Schwarz). A sum of D + 2 terms in float32 adds D + 2 roundings, doubled here.
+        (Cauchy-Schwarz). To that comes `error_of_sums`.
         """
         return self._bounds_for(self.low_w.double(), self.bias.double(), self.low_b.double())
 
     def _bounds_for(self, low_w: Tensor, b: Tensor, low_b: Tensor) -> Doubles:
-        rounding = (self.w_enc.shape[1] + 2) * 2.0**-23
+        rounding = self.error_of_sums
         w = self.w_enc.double()
         of_low = (w - low_w).norm(dim=1) + rounding * low_w.norm(dim=1)
         fixed = (b - low_b).abs() + (rounding + self.relative_error) * low_b.abs() + 1e-30

@@ -256,8 +256,13 @@ def encode_on_accelerator(x: Tensor, encoder: Encoder, function: ActivationFunct
 
 
 def _encode_on_device(x: Tensor, encoder: Encoder, function: ActivationFunction) -> SparseValues:
+    rows, ids = screened(x, encoder, function)
+    return values_of_entries(rows, ids, _exact_pre_activations(x, encoder, rows, ids), function, len(x))
+
+
+def screened(x: Tensor, encoder: Encoder, function: ActivationFunction) -> tuple[Tensor, Tensor]:
+    """Return rows and features (n), in this order, of all entries that may be values of x (B, D)."""
     place = encoder.w_enc.device
-    thresholds, stretch, shift = function.on(place)
     low, row_bounds = encoder.bounded(x.float())
     pre = encoder.pre_activations(low).float()
     if function.signed:
@@ -269,16 +274,23 @@ def _encode_on_device(x: Tensor, encoder: Encoder, function: ActivationFunction)
         least = (kth * (1 - encoder.relative_error) - widest).clamp(min=0) - widest
     cut = least - encoder.relative_error * least.abs() - 1e-30
     rows, ids = (pre.double() > cut[:, None]).nonzero(as_tuple=True)
-    exact = _exact_pre_activations(x, encoder, rows, ids)
+    return rows, ids
+
+
+def values_of_entries(
+    rows: Tensor, ids: Tensor, exact: Tensor, function: ActivationFunction, n_rows: int
+) -> SparseValues:
+    """Return the values among entries (n), from their rows, features and exact pre-activations."""
+    thresholds, stretch, shift = function.on(rows.device)
     signs = exact.sign() if function.signed else 1.0
     exact = exact * signs
     keep = exact > thresholds[ids]
     if function.k is not None:
-        keep &= _places_in_rows(rows, torch.where(keep, exact, -torch.inf), len(x)) < function.k
+        keep &= _places_in_rows(rows, torch.where(keep, exact, -torch.inf), n_rows) < function.k
     values = rounded((stretch[ids] * exact + shift[ids]).clamp(min=0))
     keep &= values > 0
     values = (values * signs).float()
-    return _from_device(rows[keep], ids[keep], values[keep], len(x))
+    return _from_device(rows[keep], ids[keep], values[keep], n_rows)
 
 
 def _exact_pre_activations(x: Tensor, encoder: Encoder, rows: Tensor, ids: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.runtime.errors import UserError
 from saeflow.sae.architectures import TRAITS
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.gpu.figures import FIGURES, StepOptions
+from saeflow.sae.gpu.figures import StepOptions
 from saeflow.sae.loss import StepInfo
 from saeflow.sae.optimizer import bfloat16
 from saeflow.sae.parameters import SAEParameters
 from saeflow.sae.split import Split
-from saeflow.train.retaken import RetakenSteps, StepBatch
+from saeflow.train.kernel_steps import CountedSteps, RetriedSteps, StepBatch
 
 if TYPE_CHECKING:
     from saeflow.sae.gpu.choice.chooser import EntriesAboveCut
@@ -37,7 +37,7 @@ def suits(sae: SAEParameters, config: TrainConfig) -> bool:
 def takes(sae: SAEConfig, config: TrainConfig, place: torch.device, split: Split) -> bool:
     """True if the kernels train such an SAE there: on a GPU with Triton, and not by pursuits.
 
-    Weights in bfloat16 must be of the top-k family: steps of others may fall to torch's operations, see `retaken`.
+    Weights in bfloat16 must be of the top-k family: steps of others may fall to torch's operations, see `kernel_steps`.
     So must be what ranks share.
     """
     if not config.kernels or config.clip_norm is not None:
@@ -73,7 +73,7 @@ class Fetched:
 
 
 class FusedTraining:
-    """The steps of one training on a GPU. The host waits for the device only in `fetch`: but see `retaken`."""
+    """The steps of one training on a GPU. The host waits for the device only in `fetch`: but see `RetriedSteps`."""
 
     def __init__(self, sae: SparseAutoencoder, adam: torch.optim.Adam, config: TrainConfig, feed: Feed) -> None:
         from saeflow.sae.gpu.fused import FusedStep  # which imports triton
@@ -87,7 +87,7 @@ class FusedTraining:
             return FusedStep(sae, adam, dtype, lr, *about)
 
         counts_k = sae.config.counts_k
-        self._steps = CountedSteps(step()) if counts_k else RetakenSteps(sae, adam, config, step)
+        self._steps = CountedSteps(step()) if counts_k else RetriedSteps(sae, adam, config, step)
         n_dead = int((sae.tokens_since_fired >= config.dead_after_tokens).sum())
         self._n_dead = int(sae.split.features.total(n_dead))
         self._feed = feed
@@ -113,22 +113,3 @@ class FusedTraining:
     def settle(self) -> None:
         """Bring weights and Adam's moments to where the dense optimizer would have them."""
         self._steps.settle()
-
-
-class CountedSteps:
-    """Steps whose number of entries is known before: those of the top-k family."""
-
-    def __init__(self, step: FusedStep) -> None:
-        self._step = step
-
-    def take(self, batch: StepBatch) -> None:
-        """Take a step."""
-        self._step(batch.x, batch.target, batch.options)
-
-    def figures(self) -> dict[str, float]:
-        """Wait for the last step, and return its figures."""
-        return dict(zip(FIGURES, self._step.figures.tolist(), strict=True))
-
-    def settle(self) -> None:
-        """Bring weights and Adam's moments to where the dense optimizer would have them."""
-        self._step.settle()

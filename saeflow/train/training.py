@@ -32,8 +32,8 @@ from saeflow.store.files import checksum, flush, make_folder, rename
 from saeflow.store.links import is_file, remove, unlinked
 from saeflow.store.records import Damaged, damaged, is_refusal, read_checked, write_checked
 from saeflow.train import fused, schedules
+from saeflow.train.kernel_steps import take_adam_step
 from saeflow.train.resample import resample_dead
-from saeflow.train.retaken import take_adam_step
 from saeflow.train.shares import read_share, whole_sae, whole_state
 from saeflow.train.whitening import Whitening, whitening_of
 
@@ -66,7 +66,10 @@ class FeedBatch:
         return len(self.values[0])
 
     def scaled(self, site: int, scale: float, place: torch.device) -> Tensor:
-        """Return the rows of a site in float32, times `scale`. Many trainings share them: do not change them."""
+        """Return the rows of a site in float32, times `scale`. Many trainings share them: do not change them.
+
+        They have memory of their own: on a GPU that of `values` is used again after the step.
+        """
         key = site, scale, place
         if key not in self._scaled:
             self._scaled[key] = to_device(self.values[site], place).float() * scale

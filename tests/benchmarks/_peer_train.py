@@ -54,8 +54,8 @@ class Training:
     """The last steps, over which the learning rate falls in a line to zero."""
     autocast: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
-    scored_rows: int | None = None
-    """How many of the rows held out are scored; None takes all."""
+    is_scored: bool = True
+    """False if only the speed is asked."""
     threads: int | None = None
     seed: int = 0
     penalty: float | None = None
@@ -127,6 +127,8 @@ def saelens(about: Training, width: int, feed: Feed) -> Fitted:
     )  # fmt: skip
     SAETrainer(trainer_config, trained, feed).fit()
     feed.close_step()
+    if not about.is_scored:
+        return Fitted(saelens_apply(trained), saelens_apply(trained), "sae-lens")
     with contextlib.ExitStack() as stack:
         folder = about.save or stack.enter_context(tempfile.TemporaryDirectory())
         trained.save_inference_model(folder)
@@ -256,20 +258,23 @@ def speed(seconds: list[float], batch: int) -> dict[str, float | None]:
     return {"tokens_per_s": batch / mean, "seconds_per_step": mean}
 
 
+def scored(fitted: Fitted, held_out: np.ndarray, about: Training) -> dict[str, Any]:
+    found: dict[str, Any] = dict(scores(fitted.inference, held_out, about.batch, about.device))
+    return found | {"as_trained": scores(fitted.as_trained, held_out, about.batch, about.device)}
+
+
 def train(about: Training) -> dict[str, Any]:
     if about.threads:
         torch.set_num_threads(about.threads)
     torch.manual_seed(about.seed)
     data, held_out = (np.load(path, mmap_mode="r") for path in (about.data, about.held_out))
-    held_out = held_out[: about.scored_rows]
     feed = Feed(data, about.batch, about.seed, about.device)
     fitted = {"saelens": saelens, "sparsify": sparsify}[about.peer](about, data.shape[1], feed)
     end = None if about.n_timed is None else about.warmup_steps + about.n_timed
     timed = feed.seconds[about.warmup_steps : end]
     return {
         **speed(timed, about.batch),
-        **scores(fitted.inference, held_out, about.batch, about.device),
-        "as_trained": scores(fitted.as_trained, held_out, about.batch, about.device),
+        **(scored(fitted, held_out, about) if about.is_scored else {}),
         "n_steps": len(feed.seconds),
         "n_timed": len(timed),
         "threads": torch.get_num_threads(),
@@ -290,10 +295,19 @@ def values_of(folder: str, rows: str, out: str) -> dict[str, Any]:
     return {"architecture": autoencoder.cfg.architecture(), "peer_version": version("sae-lens")}
 
 
+def train_or_say(about: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return train(Training(**about))
+    except Exception as error:  # one that fails must not keep the others from being trained
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 def main() -> None:
     about = json.load(sys.stdin)
     if "values_of" in about:
         found: Any = values_of(about["values_of"], about["rows"], about["out"])
+    elif "each" in about:
+        found = [train_or_say(each) for each in about["each"]]
     elif "several" in about:
         found = [train(Training(**each)) for each in about["several"]]
     else:

@@ -23,14 +23,19 @@ def available() -> bool:
     return PEER.exists() and (PEER.parent / "sparsify").exists()
 
 
-def train(python: Path = PEER, **about: Any) -> dict[str, Any]:
+def train(**about: Any) -> dict[str, Any]:
     """Train as `_peer_train.Training` says and return its figures."""
-    return _run(about, python)
+    return _run(about)
 
 
 def train_several(trainings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Do what `train` does several times in one process: the peers take long to import."""
     return _run({"several": trainings})  # type: ignore[return-value]
+
+
+def train_each(trainings: Sequence[dict[str, Any]], python: Path = PEER) -> list[dict[str, Any]]:
+    """Do what `train_several` does with an interpreter; a training that fails has only its `error`."""
+    return _run({"each": trainings}, python)  # type: ignore[return-value]
 
 
 def values_of(folder: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Do moments in 8 bits and weights in bfloat16 cost quality? Known features found with them, beside float32.
 
-python -m tests.benchmarks.low_precision              topk and batchtopk, five seeds, 600,000 tokens each
+python -m tests.benchmarks.low_precision              topk and batchtopk, four seeds, 300,000 tokens each
 python -m tests.benchmarks.low_precision --quick      one seed, 20,000 tokens, half the width: is it alive?
 python -m tests.benchmarks.low_precision --store DIR  keep rows and SAEs there, and go on where a stopped run was
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute, smaller sizes")
     parser.add_argument("--store", help="folder to keep everything in; default: one that goes away")
     asked = parser.parse_args()
-    n_tokens, seeds = (20_000, [0]) if asked.quick else (600_000, [0, 1, 2, 3, 4])
+    n_tokens, seeds = (20_000, [0]) if asked.quick else (300_000, [0, 1, 2, 3])
     recipe = recipe_of(n_tokens, seeds, asked.quick)
     with tempfile.TemporaryDirectory(prefix="saeflow-low-precision-") as temporary:
         judged = train_and_score(Store.create(asked.store or temporary), [recipe], Progress())

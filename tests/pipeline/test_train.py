@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from saeflow.activations.upload import uploaded
 from saeflow.model.load import load_model
 from saeflow.pipeline import collect, tokens, train
 from saeflow.pipeline.foreign import import_table
@@ -31,10 +32,11 @@ from saeflow.sae.formats.tensors import read_tensors
 from saeflow.store.files import read_json, write_json
 from saeflow.store.records import Damaged
 from saeflow.store.store import Store
-from saeflow.train import schedules, training
+from saeflow.train import group, schedules, training
 from saeflow.train.fused import require_kernels
 from saeflow.train.group import checkpoints_of, fit
 from saeflow.train.training import FeedBatch, Training, is_checkpoint, sample_rows
+from tests.support.fake_lane import FakeLane
 from tests.support.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
 ARCHITECTURES = get_args(Architecture)
@@ -735,6 +737,24 @@ def test_a_gpu_learns_what_the_processor_learns_and_goes_on_exactly(stored, tabl
     )
     assert there == pytest.approx(here, rel=0.1)
     assert_killed_and_resumed_alike(feed, recipes[1], tmp_path, 2000)
+
+
+def test_batches_that_come_by_a_ring_train_the_same_weights(stored, table, tmp_path, monkeypatch):
+    recipe = recipe_of(table, sae={"architecture": "topk"}, train={"n_tokens": 3000})
+    feed = train.open_feed(Lineage(stored, recipe))
+    plain = fit(feed, recipe, tmp_path / "plain", quiet())
+    lanes = []
+
+    def by_ring(read, place):
+        lanes.append(FakeLane(len(lanes)))
+        return uploaded(read, place, lanes[-1])
+
+    monkeypatch.setattr(group, "uploaded", by_ring)
+    monkeypatch.setattr(FakeLane, "hold_steps", lambda lane, event: lane.wait(event))  # steps are done when taken
+    ringed = fit(feed, recipe, tmp_path / "ringed", quiet())
+    assert lanes
+    for name, value in plain.sae.state_dict().items():
+        assert torch.equal(value, ringed.sae.state_dict()[name])
 
 
 def test_where_it_is_trained_is_no_setting_of_an_sae(stored, table):

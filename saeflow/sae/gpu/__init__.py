@@ -1,4 +1,4 @@
-"""Triton kernels for a sparse training step on a GPU. Only who trains there imports them. Read `fused` first.
+"""Triton kernels for training and encoding on a GPU. Only who works there imports them. Read `fused` first.
 
 fused       a whole step
 figures     what a step takes besides its batch, and the figures that it leaves on the device
@@ -9,6 +9,7 @@ auxiliary   what dead features add to a step
 exchange    what ranks that split the rows of a batch tell one another in a step
 feature_exchange  what ranks that split the features tell one another
 guard       whether steps change anything
+encode      exact values, as the processor gives them
 memory      bytes that a training takes, by formula; it needs no Triton
 rows        gradients of the rows of both matrices, and Adam's step
 vectors     Adam's step of biases and of an architecture's own parameters

@@ -18,12 +18,8 @@ from saeflow.sae.gpu.choice.chooser import Chosen, power_of_two
 from saeflow.sae.gpu.choice.product import Product
 from saeflow.sae.gpu.explain import Centred, Reconstructed, explain
 from saeflow.sae.gpu.feature_exchange import Exchange
+from saeflow.sae.gpu.memory import AUX_CAPACITY, GATHERED
 from saeflow.sae.loss import auxiliary_size
-
-_GATHERED = 8
-"""A copy of the dead features' weights is made if they are at most this part of all; else all are multiplied."""
-_CAPACITY = 4
-"""Entries that a row's buffer holds, as a multiple of those chosen."""
 
 
 class Auxiliary(NamedTuple):
@@ -58,7 +54,7 @@ class AuxiliaryLoss:
             self._ratio = torch.zeros(1, device=low.device)
         lengths = guess.lengths(product.low)
         k_here, exchange = min(k_dead, product.n_features), exchange.of_first_rows(n_rows)
-        choice = choose.largest_of_rows(product, k_here, self._ratio * lengths, power_of_two(_CAPACITY * k_here))
+        choice = choose.largest_of_rows(product, k_here, self._ratio * lengths, power_of_two(AUX_CAPACITY * k_here))
         self._ratio = guess.next_ratio(choice.kth, lengths)
         own = Chosen(choice.entries, choice.entries.row_starts[-1:], choice.n_wrong)
         entries = exchange.chosen_of_all(own, k_dead, True).entries
@@ -75,7 +71,7 @@ class AuxiliaryLoss:
     ) -> tuple[Product, Tensor | None]:
         """Return the product with dead features, and which they are, unless all features are in it."""
         n_features = len(w_low)
-        if n_dead * _GATHERED > n_features:
+        if n_dead * GATHERED > n_features:
             return Product.of(low, w_low, torch.where(dead, b_enc, -torch.inf), self.signed), None
         places = torch.where(dead, dead.cumsum(0) - 1, n_dead).clamp(max=n_dead)
         numbers = torch.arange(n_features, dtype=torch.int32, device=low.device)

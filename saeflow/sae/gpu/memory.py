@@ -20,20 +20,20 @@ from saeflow.sae.optimizer.bfloat16 import WEIGHT_BYTES
 from saeflow.sae.split import WHOLE, Split
 
 _FLOAT, _DOUBLE = 4, 8
-_CAPACITY, _AUX_CAPACITY = 16, 4
-"""Candidates that a row's buffer holds, in multiples of k: of the step, and of its auxiliary loss."""
+CAPACITY, AUX_CAPACITY = 16, 4
+"""Candidates that a row's buffer holds, in multiples of k: of the step (see `guess`), and of its auxiliary loss."""
 _CANDIDATE, _CANDIDATE_OF_BATCH = 8, 84
 """Bytes of a candidate: number and value; of the whole batch also its row, and all of it sorted by place."""
-_HISTOGRAM, _BATCH_HISTOGRAMS = 8192, 64
-"""Bytes of a row's counters, and how many of them a batch has."""
+_HISTOGRAM, BATCH_HISTOGRAMS = 8192, 64
+"""Bytes of a row's counters, and how many of them a batch has: all programs would wait for a single one."""
 _CHOSEN, _EXPLAINED, _SORTED = 8, 24, 44
 """Bytes of an entry: as it is chosen, as it is explained, and while it is sorted by feature."""
 _GATHERED_ENTRY = 44
 """Bytes of an entry of each rank, while the largest of all are chosen."""
 _SEGMENT = 128
 """Entries for which there is a row of sums, at most."""
-_GATHERED = 8
-"""Dead features up to this part of all have their weights copied together."""
+GATHERED = 8
+"""A copy of the dead features' weights is made if they are at most this part of all; else all are multiplied."""
 _FEATURE = 40
 """Bytes of a feature's numbers that a step keeps to its end: where its entries begin, if it is dead, if it is awake."""
 _FEW = 1 << 20
@@ -80,7 +80,7 @@ class TrainingSize:
         )  # fmt: skip
         if not TRAITS[sae.architecture].revives_dead or not train.aux_weight > 0:
             return size
-        n_dead = max(1, k // 4), max(1, n_features // _GATHERED), n_features
+        n_dead = max(1, k // 4), max(1, n_features // GATHERED), n_features
         return max((replace(size, n_dead=n) for n in n_dead), key=lambda each: each.step_bytes)
 
     @property
@@ -144,8 +144,8 @@ class TrainingSize:
     def _choice(self) -> int:
         copies = self._filled_up(self._own_rows + self.n_features)
         if not self.by_token:
-            return copies + 2 * self._entries * _CANDIDATE_OF_BATCH + _BATCH_HISTOGRAMS * _HISTOGRAM
-        return copies + self._candidates(self._own_rows, _CAPACITY * self.k)
+            return copies + 2 * self._entries * _CANDIDATE_OF_BATCH + BATCH_HISTOGRAMS * _HISTOGRAM
+        return copies + self._candidates(self._own_rows, CAPACITY * self.k)
 
     def _candidates(self, rows: int, capacity: int) -> int:
         return rows * ((1 << (capacity - 1).bit_length()) * _CANDIDATE + _HISTOGRAM)
@@ -159,11 +159,11 @@ class TrainingSize:
         return rows, rows * k_dead
 
     def _auxiliary(self, rows: int, entries: int) -> int:
-        is_small = self.n_dead * _GATHERED <= self.n_features
+        is_small = self.n_dead * GATHERED <= self.n_features
         n_features = self.n_dead if is_small else self.n_features
         weights = self.n_dead * self.d_in * self.dtype.itemsize if is_small else 0
         rest = self._residuals(self.n_rows) + _CHOSEN * entries
-        chosen = self._candidates(rows, _AUX_CAPACITY * (entries // rows)) + self._filled_up(rows + n_features)
+        chosen = self._candidates(rows, AUX_CAPACITY * (entries // rows)) + self._filled_up(rows + n_features)
         explained = self._residuals(2 * rows) + _EXPLAINED * entries
         squares = 2 * _DOUBLE * rows * self.d_out
         return rest + weights + max(chosen, explained, squares)

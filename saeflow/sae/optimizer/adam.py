@@ -17,10 +17,8 @@ from saeflow.sae.kernels import Floats, Matrix
 from saeflow.sae.optimizer import codes, kernels
 from saeflow.sae.parameters import SAEParameters
 
-MOMENT_BYTES = {"float32": 8.0, "8bit": 2 + 2 * 4 / codes.BLOCK}
+MOMENT_BYTES = {"float32": 8.0, "8bit": 2 + 2 * 4 / codes.BLOCK_COLUMNS}
 """Bytes that both moments of a weight take, by `train.moments`."""
-_ROWS = 64
-"""Rows that a worker takes at a time."""
 
 
 def optimizer_of(sae: SAEParameters, config: TrainConfig) -> torch.optim.Adam:
@@ -69,9 +67,9 @@ class EightBitAdam(torch.optim.Adam):
         numbers = np.array(constants, np.float32)
 
         def step_some(rows: tuple[int, int]) -> None:
-            kernels.step_rows(*rows, w, g, m, v, m_scale, v_scale, maps, least, ends, numbers)
+            kernels.step_range(*rows, w, g, m, v, m_scale, v_scale, maps, least, ends, numbers)
 
-        in_parallel(step_some, ranges(len(weights), _ROWS), self.threads)
+        in_parallel(step_some, ranges(len(weights), kernels.ROWS_OF_WORKER), self.threads)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state. torch alone would turn codes into the type of the weights."""
@@ -97,7 +95,7 @@ def begun_state(adam: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _constants(group: dict[str, Any], step: int) -> tuple[float, ...]:
-    """Return what `kernels.step_rows` takes."""
+    """Return what `kernels.step_range` takes."""
     beta1, beta2 = group["betas"]
     corrections = 1 - beta1**step, math.sqrt(1 - beta2**step)
     kept = group["eps"], 1 - beta1, 1 - beta2, beta2, codes.most_ratio(beta1, beta2)

@@ -18,8 +18,6 @@ MATRICES = "W_enc", "W_dec"
 """Parameters whose rows are features. Biases and thresholds stay in float32."""
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of a weight where the kernels of a GPU train it, by `train.weights`. On the processor it is always 4."""
-_ROWS = 64
-"""Rows that a worker takes at a time."""
 
 
 @torch.no_grad()
@@ -60,6 +58,6 @@ def _round(weight: Tensor, first: int, seed: int, step: int, which: int, threads
     bits, key = weight.numpy().view(np.uint32), np.uint64(seed % 2**64)
 
     def round_some(rows: tuple[int, int]) -> None:
-        kernels.round_rows(*rows, bits, first, step, which, key)
+        kernels.round_range(*rows, bits, first, step, which, key)
 
-    in_parallel(round_some, ranges(len(weight), _ROWS), threads)
+    in_parallel(round_some, ranges(len(weight), kernels.ROWS_OF_WORKER), threads)

@@ -12,13 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-BLOCK = 256
+BLOCK_COLUMNS = 256
 """Numbers of a row that share a scale."""
 
 
 def n_blocks(width: int) -> int:
     """Return the number of scales of a row."""
-    return -(-width // BLOCK)
+    return -(-width // BLOCK_COLUMNS)
 
 
 def quantisation_map(signed: bool) -> Tensor:
@@ -67,7 +67,7 @@ def least_codes(signed: bool) -> Tensor:
 def decoded(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """Return the numbers (F, D) in float32 that codes (F, D) and the scales of their blocks stand for."""
     numbers = quantisation_map(signed).to(codes.device)[codes.int()]
-    return numbers * scales.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+    return numbers * scales.repeat_interleave(BLOCK_COLUMNS, 1)[:, : codes.shape[1]]
 
 
 def most_ratio(beta1: float, beta2: float) -> float:

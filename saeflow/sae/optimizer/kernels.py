@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeflow.sae.kernels import Floats, Matrix, compiled
-from saeflow.sae.optimizer.codes import BLOCK
+from saeflow.sae.optimizer.codes import BLOCK_COLUMNS
 
 Codes = NDArray[np.uint8]
 
+ROWS_OF_WORKER = 64
+"""Rows that a worker takes at a time."""
 ROUNDS = 7
 """Rounds of Philox: the fewest that pass all tests (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
 3")."""
@@ -37,7 +39,7 @@ def _code(quotient: np.float32, least: Codes, ends: Floats) -> int:
 
 
 @exact
-def step_rows(
+def step_range(
     start: int, stop: int, weights: Floats, gradient: Floats, m: Codes, v: Codes, m_scale: Floats, v_scale: Floats,
     maps: Floats, least: Matrix, ends: Floats, constants: Floats,
 ) -> None:  # fmt: skip
@@ -47,11 +49,11 @@ def step_rows(
     lr / (1 - beta1^t), sqrt(1 - beta2^t), eps, 1 - beta1, 1 - beta2, beta2, and the most that |m| / sqrt(v) can be.
     """
     rate, root, eps, new_m, new_v, keep_v, most_ratio = constants
-    means, squares = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    means, squares = np.empty(BLOCK_COLUMNS, np.float32), np.empty(BLOCK_COLUMNS, np.float32)
     for row in range(start, stop):
         for block in range(m_scale.shape[1]):
-            first = block * BLOCK
-            n = min(BLOCK, weights.shape[1] - first)
+            first = block * BLOCK_COLUMNS
+            n = min(BLOCK_COLUMNS, weights.shape[1] - first)
             old_m, old_v = m_scale[row, block], v_scale[row, block]
             largest_m, largest_v = np.float32(0), np.float32(0)
             for i in range(n):
@@ -84,7 +86,7 @@ def _random(column: np.uint64, row: np.uint64, step: np.uint64, which: np.uint64
 
 
 @exact
-def round_rows(
+def round_range(
     start: int, stop: int, bits: NDArray[np.uint32], first_row: int, step: int, which: int, seed: np.uint64
 ) -> None:
     """Round rows start..stop of float32 weights (F, D), seen as integers, to numbers of bfloat16.

@@ -6,7 +6,8 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,33 @@ class Around:
     def __init__(self, card: Card) -> None:
         self.card, self.size = card, card.sizes["small"]
 
+    def uploads(self, n: int | None = None) -> Generator[tuple[Tensor, ...], None, None]:
+        """Yield n batches, or batches without end, that come from the host in float16."""
+
+        def read(room: Room | None) -> Iterator[tuple[Tensor, ...]]:
+            for x in itertools.islice(itertools.cycle(self.on_host), n):
+                yield tuple(out.copy_(x) for out in room([(len(x), x.shape[1])], x.dtype)) if room else (x,)
+
+        return uploaded(read, self.card.place)
+
+    @cached_property
+    def on_host(self) -> list[Tensor]:
+        return [each.half().cpu() for each in steps.batches(self.size, self.card)]
+
+    def feed_is_right(self) -> Row:
+        """Batches compared with the host's, each behind work that lasts longer than a copy."""
+        n, n_wrong, busy = 20, torch.zeros((), device=self.card.place), self.on_host[0].float().to(self.card.place)
+        wanted = [each.to(self.card.place) for each in self.on_host]
+        for number, (x,) in enumerate(self.uploads(n)):
+            for _ in range(number % 4):
+                _ = busy.T @ busy
+            n_wrong += (x != wanted[number % len(wanted)]).any()
+        return Row(f"batches of {n} that differ from the host's", int(n_wrong), asked=0, sense="<=")
+
     def feed(self) -> list[Row]:
         """Steps on float16 batches from the host's memory, beside steps on batches that are on the card."""
         taken = steps.Steps(self.card, "small", ["topk"])
-        training = steps.a_training("topk", self.size, self.card, taken.batches[0])
-        on_host = [each.half().cpu() for each in taken.batches]
-
-        def read(room: Room | None) -> Iterator[tuple[Tensor, ...]]:
-            for x in itertools.cycle(on_host):
-                yield tuple(out.copy_(x) for out in room([(len(x), x.shape[1])], x.dtype)) if room else (x,)
-
-        coming = uploaded(read, self.card.place)
+        training, coming = steps.a_training("topk", self.size, self.card, taken.batches[0]), self.uploads()
 
         def step() -> None:
             training.advance(steps.feed_batch(training.step, next(coming)[0]))
@@ -86,7 +103,8 @@ class Around:
         """Exact values of a batch, their way back to the host included."""
         x = steps.batches(self.size, self.card, 1)[0].half()
         about = {"architecture": architecture, "n_features": self.size.n_features, "k": self.size.k}
-        sae = SparseAutoencoder(SAEConfig.model_validate(about), self.size.width).eval()
+        with steps.quick_weights(self.size, self.card):
+            sae = SparseAutoencoder(SAEConfig.model_validate(about), self.size.width).eval()
         sae.to(self.card.place)
         with torch.no_grad():
             sae.threshold.fill_(_threshold(sae, x, self.size.k))
@@ -99,7 +117,7 @@ class Around:
 
     def tasks(self) -> dict[str, Task]:
         return {
-            "feed": self.feed, "encode topk": lambda: self.encode("topk"),
+            "batches": self.feed_is_right, "feed": self.feed, "encode topk": lambda: self.encode("topk"),
             "encode batchtopk": lambda: self.encode("batchtopk"), "collect": lambda: self.collect(False),
             "collect, larger": lambda: self.collect(True),
         }  # fmt: skip

@@ -20,6 +20,7 @@ from tests.benchmarks._gpu.work import Task
 ROWS, FEATURES = 64, 256
 """Rows and features that are compared."""
 CLOSE = 1e-5
+ENCODED: tuple[Architecture, ...] = ("topk", "batchtopk", "abstopk", "jumprelu")
 
 WHOLE_STEPS = Size(256, 4096, 16, 1024)
 """Of trainings by kernels beside trainings by torch's operations, ten steps each."""
@@ -107,9 +108,10 @@ class Correct:
         made = self.made
         cut = made.choice.kth.mean() * (1 + 0.1 * self.card.normal(made.size.n_features, seed=9))
         product = replace(made.product, bias=made.bias - cut)
-        entries, is_full = choose.above_cut(product, cut, 4 * made.size.n_entries)
+        room = 4 * made.size.n_entries
+        entries, n_found = choose.above_cut(product, cut, room)
         pre, nothing = self.pre_activations(), torch.zeros(1, device=self.card.place)
-        if is_full:
+        if int(n_found) > room:
             return [Row("above a cut", note="failed: the buffer is full")]
         return self._compared("above a cut", entries, pre - cut.double(), pre, nothing)
 
@@ -231,14 +233,21 @@ class Correct:
 
     def encoding(self, architecture: Architecture) -> Row:
         """Values that differ from the processor's, in a bit or in whether they are there."""
+        from saeflow.sae.gpu.encode import encode_by_kernels
+
         size = self.made.size
         x = self.made.low[: ROWS if self.card.on_gpu else 8].half()
         config = SAEConfig.model_validate({"architecture": architecture, "n_features": size.n_features, "k": size.k})
         sae = SparseAutoencoder(config, size.width).eval()
         with torch.no_grad():
-            sae.threshold.fill_(float(self.made.choice.kth.mean()) / 2)
+            sae.threshold.fill_(float(self.made.choice.kth.mean()) / 2)  # rows of `encoder_scale` 0.5
         here = sae.encode_sparse(x.cpu())
-        there = sae.to(self.card.place).encode_sparse(x)
+        if self.card.on_gpu:
+            there = sae.to(self.card.place).encode_sparse(x)
+        else:
+            function = sae.activation_function()
+            cut = torch.from_numpy(function.thresholds) if function.thresholds.any() else None
+            there = encode_by_kernels(x, sae.current_encoder(cut), function)
         one, other = (
             set(zip(each.rows.tolist(), each.feature_ids.tolist(), each.values.tolist(), strict=True))
             for each in (here, there)
@@ -256,7 +265,7 @@ class Correct:
             "sums by feature": self.sums_by_feature, "Adam": self.update, "8 bits": self.small_moments,
             "bias": self.bias,
         }  # fmt: skip
-        tasks |= {f"{name}: encoding": partial(self.encoding, name) for name in ("topk", "batchtopk", "abstopk")}
+        tasks |= {f"{name}: encoding": partial(self.encoding, name) for name in ENCODED}
         return tasks | {f"{name}: steps": partial(self.whole_steps, name) for name in steps.ARCHITECTURES}
 
 

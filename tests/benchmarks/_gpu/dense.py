@@ -7,7 +7,6 @@ but for the auxiliary one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as tf
@@ -17,21 +16,6 @@ from saeflow.recipe.settings import Architecture
 from tests.benchmarks._gpu.measure import Card, Size
 
 NESTED, BANDWIDTH = 5, 0.05
-
-
-class _Step(torch.autograd.Function):
-    """pre where it is above the threshold, with a box kernel's derivative (arXiv 2407.14435)."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        return pre * (pre > threshold)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        pre, threshold = ctx.saved_tensors
-        near = ((pre - threshold).abs() < BANDWIDTH / 2) / BANDWIDTH
-        return g * (pre > threshold), (-threshold * near * g).sum(0)
 
 
 class Dense(nn.Module):
@@ -75,7 +59,9 @@ class Dense(nn.Module):
                 kth = pre.detach().flatten().topk(n, sorted=False).values.amin()
                 return pre * (pre >= kth), nothing
             case "jumprelu":
-                values = _Step.apply(pre, self.threshold)
+                gate, held = pre > self.threshold, self.threshold.detach()
+                near = ((pre.detach() - held).abs() < BANDWIDTH / 2) / BANDWIDTH
+                values = pre * gate - held * near * (self.threshold - held)  # which is zero: arXiv 2407.14435
                 return values, ((values > 0).float().sum(1).mean() / self.k - 1).square()
             case "gated":
                 values = (pre > 0) * tf.relu(self.r_mag.exp() * (pre - self.b_enc) + self.b_mag)

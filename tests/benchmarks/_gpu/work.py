@@ -34,9 +34,13 @@ class Part(NamedTuple):
     name: str
     tasks: Callable[[Card], dict[str, Task]]
     seconds: float
-    """What the part may take at most."""
+    """What the part may take, if there is time for all."""
     is_quick: bool = True
     """True if `--quick` runs it."""
+
+    def share_of(self, left: Sequence[Part], seconds: float) -> float:
+        """Return the part's share of the seconds that it and the parts behind it have."""
+        return seconds * self.seconds / sum(part.seconds for part in left)
 
 
 def do_tasks(part: Part, card: Card, without: Sequence[str] = ()) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -24,6 +23,7 @@ from tests.sae.gpu.dense import (
     sizes,
     spread,
 )
+from tests.sae.gpu.questions import Idle, NoQuestions
 
 SHAPES = st.builds(Shape, st.integers(1, 90), st.integers(10, 150), st.integers(1, 20))
 SEEDS = st.integers(0, 99)
@@ -155,31 +155,14 @@ def test_all_entries_above_the_cut_are_those_of_the_processor(has_cut):
             torch.testing.assert_close(entries.values[:n].cpu(), wanted.values, rtol=1e-5, atol=1e-5)
 
 
-class _NoQuestions(TorchDispatchMode):
-    """Raise where the host would wait for a number, or a size, from the device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"), name
-        assert not (name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]))
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_device_is_asked_for_no_number(monkeypatch):
     product = a_product(Shape(20, 64, 8))
     monkeypatch.setattr("saeflow.sae.gpu.choice.product.Product.launch", lambda *arguments: None)
     for name in ("choose.select_kernel", "search.descend_kernel"):
-        monkeypatch.setattr(f"saeflow.sae.gpu.{name}", _Launched())
-    with _NoQuestions():
+        monkeypatch.setattr(f"saeflow.sae.gpu.choice.{name}", Idle())
+    with NoQuestions():
         kth = largest_of_rows(product, 4, torch.zeros(20, device=PLACE), 16).kth
         guess.next_ratio(kth, guess.lengths(product.low))
         largest_of_batch(product, 80, guess.first_of_batch(product, 80), 240)
         above_cut(product, product.bias, 100)
         guess.first_ratio(product, 4)
-
-
-class _Launched:
-    """A kernel that does nothing: the interpreter itself reads numbers."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None

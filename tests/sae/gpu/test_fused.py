@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -11,13 +12,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.choice.chooser import EntriesAboveCut, LargestEntries
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.gpu.fused import FusedStep
+from saeflow.sae.optimizer import bfloat16
+from saeflow.sae.optimizer.adam import optimizer_of
 from saeflow.sae.split import WHOLE, Split
 from tests.sae.gpu import PLACE
+from tests.sae.gpu.questions import Idle, NoQuestions
 
 B, D, F, K = 10, 9, 22, 3
 LR, DEAD_AFTER, AUX = 1e-2, 30, 1 / 32
@@ -84,6 +88,7 @@ MORE_CASES = {
     "gated, free lengths": GATED | FREE, "gated, a transcoder": GATED | {"target_site": "there"},
     "jumprelu, by tanh, free lengths": JUMPRELU | {"penalty": "tanh", "unit_norm": False},
     "jumprelu, a transcoder": JUMPRELU | {"target_site": "there"},
+    "jumprelu, nothing active": JUMPRELU | {"first_threshold": 50.0},
 }  # fmt: skip
 
 
@@ -112,6 +117,46 @@ def test_steps_equal_those_of_the_processor_and_of_adam(changes: dict[str, objec
         torch.testing.assert_close(here.sae.state_dict()[name].cpu(), value, rtol=1e-5, atol=1e-6)
     for mine, its in zip(here.moments(), there.moments(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+
+
+KERNELS = [
+    "choice.choose.select_kernel", "choice.search.descend_kernel", "decode.decode_kernel",
+    "rows.adam.adam_vector_kernel", "rows.by_feature.sum_by_feature_kernel", "rows.update.sum_segments_kernel",
+    "rows.update.update_rows_kernel",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", (CASES | MORE_CASES).values(), ids=CASES | MORE_CASES)
+def test_a_step_asks_the_device_for_no_number(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = begun(PLACE, **changes)
+    step, about = fused(trained), dataclasses.replace(options(trained, False), n_dead=5)
+    target = batch(1, 7).to(PLACE) if "target_site" in changes else None
+    monkeypatch.setattr("saeflow.sae.gpu.choice.product.Product.launch", lambda *arguments: None)
+    for name in KERNELS:
+        monkeypatch.setattr(f"saeflow.sae.gpu.{name}", Idle())
+    with NoQuestions():
+        step(batch(0).to(PLACE), target, about)
+        step(batch(1).to(PLACE), target, about)
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_bytes"),
+    [({}, 13), ({"moments": "8bit"}, 7 + 1 / 32), ({"weights": "bfloat16"}, 10),
+     ({"moments": "8bit", "weights": "bfloat16"}, 4 + 1 / 32)],
+)  # fmt: skip
+def test_a_training_keeps_as_many_bytes_for_each_number_of_its_matrices_as_the_docs_say(
+    settings: dict[str, str], n_bytes: float
+) -> None:
+    config = TrainConfig.model_validate(settings)
+    sae = SparseAutoencoder(SAEConfig(architecture="topk", n_features=F, k=K), 512).to(PLACE)
+    adam = optimizer_of(sae, config)
+    if config.weights == "bfloat16":
+        bfloat16.store_narrow(sae)
+    step = FusedStep(sae, adam, torch.bfloat16, LR, AUX, DEAD_AFTER)
+    matrices = sae.W_enc, sae.W_dec
+    kept = [each for matrix in matrices for each in (matrix, *adam.state[matrix].values()) if each.dim() == 2]
+    room = {each.data_ptr(): each.nbytes for each in [*kept, step.w_low]}
+    assert sum(room.values()) == n_bytes * 2 * sae.W_enc.numel()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # by NumPy, in which the interpreter multiplies

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.gpu.memory import TrainingSize
 from tests.sae.gpu.trace import ARCHITECTURES, REAL, Sizes, a_step, trace_of
 
@@ -41,9 +41,18 @@ def test_so_it_is_with_several_ranks(what, name, n_ranks, share_dead, sizes):
 
 
 @pytest.mark.parametrize("sizes", [*REAL, *OTHERS])
-def test_the_state_takes_what_the_formula_says(sizes):
-    step = a_step(sizes)
-    weights = [*step.sae.parameters(), *step.sae.buffers(), step.w_low]
-    moments = [moment for pair in step.moments.values() for moment in pair]
-    held = sum(each.nbytes for each in [*weights, *moments])
-    assert held <= size_of(sizes, "topk", torch.bfloat16, 0).state_bytes <= 1.02 * held
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_the_state_takes_what_the_formula_says(weights, moments, sizes):
+    train = TrainConfig(weights=weights, moments=moments)
+    step = a_step(sizes, train=train)
+    tensors = [
+        *step.sae.parameters(),
+        *step.sae.buffers(),
+        *(each for one in step.moments.values() for each in one.values()),
+    ]
+    held = sum(each.nbytes for each in tensors)
+    held += 0 if weights == "bfloat16" else step.w_low.nbytes  # else the product reads the weights themselves
+    sae = SAEConfig.model_validate({"architecture": "topk", "n_features": sizes.n_features, "k": sizes.k})
+    said = TrainingSize.of(sae, train, (sizes.width, sizes.width), sizes.n_rows).state_bytes
+    assert held <= said <= 1.05 * held

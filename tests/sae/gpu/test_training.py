@@ -14,7 +14,7 @@ from saeflow.recipe.settings import TrainConfig
 from saeflow.runtime.errors import UserError
 from saeflow.sae.optimizer import bfloat16
 from saeflow.sae.optimizer.adam import optimizer_of
-from saeflow.train import retaken
+from saeflow.train import kernel_steps
 from saeflow.train.training import FeedBatch, Training
 from tests.sae.gpu.test_fused import CASES, PLACE, batch, begun
 
@@ -32,7 +32,7 @@ class Rows:
 @pytest.fixture(autouse=True)
 def _kernels_take_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so few features, a large share is active."""
-    monkeypatch.setattr(retaken, "MOST_SHARE", 2.0)
+    monkeypatch.setattr(kernel_steps, "MOST_SHARE", 2.0)
 
 
 def a_training(
@@ -119,9 +119,10 @@ def test_a_checkpoint_of_kernels_goes_on_on_the_processor_and_the_other_way_roun
             torch.testing.assert_close(other.sae.state_dict()[name].cpu(), value, rtol=1e-4, atol=1e-5)
 
 
-LOW = [{"moments": "8bit"}, {"weights": "bfloat16"}, {"moments": "8bit", "weights": "bfloat16", "resample_at": [0.5]}]
+LOW = [{"moments": "8bit"}, {"weights": "bfloat16"}, {"moments": "8bit", "weights": "bfloat16", "resample_at": 0.5}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", LOW, ids=["8bit", "bfloat16", "both"])
 def test_moments_in_8_bits_and_weights_in_bfloat16_are_the_processors_and_go_on_there(
     tmp_path: Path, settings: dict[str, Any]

@@ -24,10 +24,12 @@ from triton.runtime.jit import KernelInterface
 
 import tests.sae.gpu  # noqa: F401  which chooses the interpreter before Triton is imported
 from docs._generate import table
-from saeflow.recipe.settings import SAEConfig
+from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.runtime.ranks import Ranks
 from saeflow.sae.autoencoder import SparseAutoencoder
 from saeflow.sae.gpu.fused import FusedStep, StepOptions
+from saeflow.sae.optimizer.adam import begun_state, optimizer_of
+from saeflow.sae.optimizer.bfloat16 import store_narrow
 from saeflow.sae.split import Split
 
 META = torch.device("meta")
@@ -133,18 +135,20 @@ Sharing = Literal["rows", "features"]
 
 
 def a_step(
-    sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, n_ranks: int = 1,
-    what: Sharing = "rows", **changes: Any,
+    sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, train: TrainConfig | None = None,
+    n_ranks: int = 1, what: Sharing = "rows", **changes: Any,
 ) -> FusedStep:  # fmt: skip
     """Return a step with fresh weights, before its first batch."""
+    train = train or TrainConfig()
     settings = {"architecture": "topk", "n_features": sizes.n_features, "k": sizes.k} | changes
     with place:
         split = Split(**{what: OneOfMany(n_ranks // 2, n_ranks)})
         sae = SparseAutoencoder(SAEConfig.model_validate(settings), sizes.width, split=split)
-    adam = torch.optim.Adam(sae.parameters())
+    adam = optimizer_of(sae, train)
     for each in sae.parameters():
-        moments = {name: torch.zeros_like(each) for name in ("exp_avg", "exp_avg_sq")}
-        adam.state[each] = {"step": torch.tensor(0.0), **moments}
+        begun_state(adam, each)["step"] = torch.tensor(0.0)
+    if train.weights == "bfloat16":
+        store_narrow(sae)
     return FusedStep(sae, adam, dtype, 1e-3, AUX_WEIGHT, 1000)
 
 
@@ -153,7 +157,8 @@ def trace_of(
     n_ranks: int = 1, what: Sharing = "rows", **changes: Any,
 ) -> Trace:  # fmt: skip
     """Return the trace of a step that follows another; a share of the features is dead."""
-    step, n_dead = a_step(sizes, dtype, place, n_ranks, what, **changes), int(share_dead * sizes.n_features)
+    step = a_step(sizes, dtype, place, n_ranks=n_ranks, what=what, **changes)
+    n_dead = int(share_dead * sizes.n_features)
     step.sae.tokens_since_fired[:n_dead] = 10_000
     x = torch.randn(sizes.n_rows, sizes.width, device=place)
     options = StepOptions(1e-3, sizes.k, step.sae.traits.chooses_by_token, n_dead)

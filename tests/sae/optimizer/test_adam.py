@@ -17,7 +17,7 @@ SLOTS = "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"
 def coded(numbers: torch.Tensor, signed: bool) -> torch.Tensor:
     """Return what numbers (F, D) become in 8 bits: each block by the largest in it, then the nearest of 256."""
     found = []
-    for block in numbers.split(codes.BLOCK, 1):
+    for block in numbers.split(codes.BLOCK_COLUMNS, 1):
         scale = block.abs().amax(1, keepdim=True).clamp(min=1e-30)
         distances = (block / scale)[..., None] - codes.quantisation_map(signed)
         found.append(codes.quantisation_map(signed)[distances.abs().argmin(-1)] * scale)

@@ -16,9 +16,7 @@ from saeflow.sae.architectures import TrainingRule
 from saeflow.sae.gpu.choice import choose, guess
 from saeflow.sae.gpu.choice.choose import Choice, Entries
 from saeflow.sae.gpu.choice.product import Product
-
-CAPACITY = 16
-"""Entries that a row's buffer holds, as a multiple of k: see `guess`."""
+from saeflow.sae.gpu.memory import CAPACITY
 
 
 class Chosen(NamedTuple):

@@ -43,19 +43,24 @@ def next_ratio(kth: Tensor, row_lengths: Tensor) -> Tensor:
 
 def first_ratio(product: Product, k: int) -> Tensor:
     """Return the ratio (1) for a first batch, from the products of a few rows with all features."""
-    rows, sizes = _sample(product)
+    rows, sizes = sample(product)
     return next_ratio(sizes.topk(k, dim=1).values[:, -1].clamp(min=0), lengths(rows))
 
 
 def first_of_batch(product: Product, n: int) -> Tensor:
     """Return a number (1) that about 2 n entries of the batch exceed, from the products of a few rows."""
-    rows, sizes = _sample(product)
+    rows, sizes = sample(product)
     rank = min(2 * n * len(rows) // product.n_rows + 1, sizes.numel())
     return sizes.flatten().topk(rank, sorted=False).values.amin(0, keepdim=True).clamp(min=0)
 
 
-def _sample(product: Product) -> tuple[Tensor, Tensor]:
-    """Return some rows, and the sizes of all their entries."""
-    rows = product.low[:: max(product.n_rows // _SAMPLE_ROWS, 1)][:_SAMPLE_ROWS]
+def sampled(of_rows: Tensor) -> Tensor:
+    """Return those of some numbers (B, ...), one for each row, that belong to the rows of `sample`."""
+    return of_rows[:: max(len(of_rows) // _SAMPLE_ROWS, 1)][:_SAMPLE_ROWS]
+
+
+def sample(product: Product) -> tuple[Tensor, Tensor]:
+    """Return a few rows of the product, and the sizes of all their entries."""
+    rows = sampled(product.low)
     pre = torch.nn.functional.linear(rows, product.w_low).float() + product.bias
     return rows, pre.abs() if product.signed else pre

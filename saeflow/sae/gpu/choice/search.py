@@ -27,11 +27,10 @@ from saeflow.sae.gpu.choice.product import (
     collect,
     last_place,
 )
+from saeflow.sae.gpu.memory import BATCH_HISTOGRAMS
 from saeflow.sae.gpu.specimens import Specimen, typed
 
 _SIZE_BITS = 31
-_BATCH_HISTOGRAMS = 64
-"""Histograms of a whole batch, to be summed: in a single one, all programs would wait for the same counters."""
 
 
 def complete(product: Product, k: int, floor: Floor, candidates: Candidates) -> Tensor:
@@ -45,7 +44,7 @@ def complete(product: Product, k: int, floor: Floor, candidates: Candidates) -> 
     for state in (floor.bits, floor.tie, counts):
         state.masked_fill_(wrong, 0)
     wanted = torch.full_like(counts, k)
-    histograms = counts.new_zeros(n_rows if by_row else _BATCH_HISTOGRAMS, 1 << DIGIT_BITS)
+    histograms = counts.new_zeros(n_rows if by_row else BATCH_HISTOGRAMS, 1 << DIGIT_BITS)
     all_wrong = listed = _listed(wrong.expand(n_rows))
     for shift, high, of_places in _digits(last_place(product, by_row).bit_length()):
         add_histograms(product, listed, floor, (shift, high), of_places, histograms, by_row)
@@ -134,6 +133,6 @@ SPECIMENS = [
         f"descend_kernel {'rows' if pieces == 1 else 'batch'} {'places' if of_places else 'sizes'}",
         odd=("shift", "n_listed"),
     )
-    for pieces in (1, _BATCH_HISTOGRAMS)
+    for pieces in (1, BATCH_HISTOGRAMS)
     for of_places in (False, True)
 ]  # fmt: skip

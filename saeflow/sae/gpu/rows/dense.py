@@ -42,7 +42,7 @@ def round_rows_kernel(weights, first_row, seed, step, d, WHICH: tl.constexpr, BL
 
 
 def step_rows(weights: Tensor, gradient: Tensor, moments: Sequence[Tensor], constants: Sequence[float]) -> None:
-    """Do what `saeflow.sae.optimizer.kernels.step_rows` does, with all rows. `moments`: codes, then scales."""
+    """Do what `saeflow.sae.optimizer.kernels.step_range` does, with all rows. `moments`: codes, then scales."""
     *first, most_ratio = constants
     rate, root, *others = first
     table = torch.tensor([rate, root, 1.0, *others, 0.0, 0.0, 0.0, 0.0, most_ratio], device=weights.device)
@@ -52,7 +52,7 @@ def step_rows(weights: Tensor, gradient: Tensor, moments: Sequence[Tensor], cons
 
 
 def round_rows(weights: Tensor, first_row: int, seed: int, step: int, which: int) -> None:
-    """Do what `saeflow.sae.optimizer.kernels.round_rows` does, with all rows of float32 weights (F, D)."""
+    """Do what `saeflow.sae.optimizer.kernels.round_range` does, with all rows of float32 weights (F, D)."""
     d = weights.shape[1]
     round_rows_kernel[(len(weights),)](weights, first_row, seed, step, d, which, **_tile(d))
 

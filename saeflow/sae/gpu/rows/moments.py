@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saeflow.sae.optimizer.codes import BLOCK as BLOCK_COLUMNS
-from saeflow.sae.optimizer.codes import decoded, n_blocks
+from saeflow.sae.optimizer.codes import BLOCK_COLUMNS, decoded, n_blocks
 from saeflow.sae.optimizer.kernels import ROUNDS
 
 BLOCK = tl.constexpr(BLOCK_COLUMNS)

@@ -12,8 +12,8 @@ from saeflow.recipe.settings import TrainConfig
 from saeflow.sae.gpu.choice.chooser import EntriesAboveCut
 from saeflow.sae.gpu.figures import StepOptions
 from saeflow.sae.gpu.fused import FusedStep
-from saeflow.train import retaken
-from saeflow.train.retaken import RetakenSteps, StepBatch
+from saeflow.train import kernel_steps
+from saeflow.train.kernel_steps import RetriedSteps, StepBatch
 from tests.sae.gpu.test_fused import AUX, LR, PLACE, Trained, batch, begun
 
 JUMPRELU = {"architecture": "jumprelu", "first_threshold": 0.8, "bandwidth": 0.2}
@@ -21,7 +21,7 @@ NEVER = 10**9
 """Tokens after which a feature is dead. How many are dead is not told to these steps."""
 
 
-class Watched(RetakenSteps):
+class Watched(RetriedSteps):
     """Steps that note how much room kernels had each time they ran, or 0 where torch's operations took the step."""
 
     def __init__(self, trained: Trained) -> None:
@@ -66,8 +66,8 @@ def assert_alike(here: Trained, there: Trained) -> None:
 
 
 def test_steps_that_do_not_fit_get_more_room_or_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retaken, "MOST_SHARE", 0.3)
-    monkeypatch.setattr(retaken, "_LEAST_ROOM", 8)
+    monkeypatch.setattr(kernel_steps, "MOST_SHARE", 0.3)
+    monkeypatch.setattr(kernel_steps, "_LEAST_ROOM", 8)
     batches = [batch(number) * (4 if number == 3 else 1) for number in range(6)]
     here, there = begun(PLACE, **JUMPRELU), after_steps_of_processor(batches, JUMPRELU)
     steps = Watched(here)
@@ -80,9 +80,9 @@ def test_steps_that_do_not_fit_get_more_room_or_are_left_to_torch(monkeypatch: p
 
 
 def test_room_that_is_too_large_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retaken, "MOST_SHARE", 1.0)
-    monkeypatch.setattr(retaken, "_LEAST_ROOM", 8)
-    monkeypatch.setattr(retaken, "share_above_cut", lambda sae, x: 0.5)
+    monkeypatch.setattr(kernel_steps, "MOST_SHARE", 1.0)
+    monkeypatch.setattr(kernel_steps, "_LEAST_ROOM", 8)
+    monkeypatch.setattr(kernel_steps, "share_above_cut", lambda sae, x: 0.5)
     batches = [batch(number) for number in range(4)]
     here = begun(PLACE, **JUMPRELU)
     steps = Watched(here)
@@ -95,8 +95,8 @@ def test_room_that_is_too_large_is_given_back(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # by NumPy, in which the interpreter multiplies
 @pytest.mark.parametrize("most", [0.3, 0.0], ids=["kernels", "torch"])
 def test_a_batch_with_nan_and_those_after_it_change_nothing(most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retaken, "MOST_SHARE", most)
-    monkeypatch.setattr(retaken, "_LEAST_ROOM", 8)
+    monkeypatch.setattr(kernel_steps, "MOST_SHARE", most)
+    monkeypatch.setattr(kernel_steps, "_LEAST_ROOM", 8)
     batches = [batch(number) for number in range(4)]
     batches[2][5, 1] = torch.nan  # all pre-activations of the row then count as above the cut: they do not fit
     here = begun(PLACE, **JUMPRELU)

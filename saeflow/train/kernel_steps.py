@@ -1,8 +1,9 @@
-"""Steps whose number of entries depends on data (relu, gated, jumprelu), by kernels that have room for so many.
+"""Steps by kernels, whose number of entries is known before (top-k family) or depends on data (relu, gated, jumprelu).
 
-A step whose entries do not fit changes nothing, nor does any after it. The host keeps the last batches until it has
-seen that their steps fitted; else it makes more room and takes them again. It looks two steps back, so it waits for
-the device only if it is that far ahead. Beyond `MOST_SHARE` of all pre-activations torch's operations take the step.
+Kernels have room for so many entries. A step whose entries do not fit changes nothing, nor does any after it. The host
+keeps the last batches until it has seen that their steps fitted; else it makes more room and takes them again. It looks
+two steps back, so it waits for the device only if it is that far ahead. Beyond `MOST_SHARE` of all pre-activations
+torch's operations take the step.
 """
 
 from __future__ import annotations
@@ -46,6 +47,25 @@ class StepBatch:
     options: StepOptions
 
 
+class CountedSteps:
+    """Steps whose number of entries is known before: those of the top-k family."""
+
+    def __init__(self, step: FusedStep) -> None:
+        self._step = step
+
+    def take(self, batch: StepBatch) -> None:
+        """Take a step."""
+        self._step(batch.x, batch.target, batch.options)
+
+    def figures(self) -> dict[str, float]:
+        """Wait for the last step, and return its figures."""
+        return dict(zip(FIGURES, self._step.figures.tolist(), strict=True))
+
+    def settle(self) -> None:
+        """Bring weights and Adam's moments to where the dense optimizer would have them."""
+        self._step.settle()
+
+
 class _Later:
     """Numbers on the device that the host reads later; it waits only if they are not there yet."""
 
@@ -59,8 +79,8 @@ class _Later:
         return dict(zip(FIGURES, self._numbers.tolist(), strict=True))
 
 
-class RetakenSteps:
-    """The steps of one training, by kernels where their entries fit, else by torch's operations."""
+class RetriedSteps:
+    """Steps whose number of entries depends on data: by kernels where they fit, else by torch's operations."""
 
     def __init__(
         self, sae: SparseAutoencoder, adam: torch.optim.Adam, config: TrainConfig,
