@@ -38,14 +38,14 @@ def takes(sae: SAEConfig, config: TrainConfig, place: torch.device, split: Split
     """True if the kernels train such an SAE there: on a GPU with Triton, and not by pursuits.
 
     Weights in bfloat16 must be of the top-k family: steps of others may fall to torch's operations, see `kernel_steps`.
-    Ranks may split the rows of the top-k family.
+    So must be what ranks share.
     """
-    if not config.kernels or split.features.n > 1 or config.clip_norm is not None:
+    if not config.kernels or config.clip_norm is not None:
         return False
     if config.weights == "bfloat16" and not sae.counts_k:
         return False
     on_gpu = place.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return on_gpu and not TRAITS[sae.architecture].pursues and (sae.counts_k or split.rows.n == 1)
+    return on_gpu and not TRAITS[sae.architecture].pursues and (sae.counts_k or split.ranks.n == 1)
 
 
 def require_kernels(config: TrainConfig, place: torch.device) -> None:
@@ -88,7 +88,8 @@ class FusedTraining:
 
         counts_k = sae.config.counts_k
         self._steps = CountedSteps(step()) if counts_k else RetriedSteps(sae, adam, config, step)
-        self._n_dead = int((sae.tokens_since_fired >= config.dead_after_tokens).sum())
+        n_dead = int((sae.tokens_since_fired >= config.dead_after_tokens).sum())
+        self._n_dead = int(sae.split.features.total(n_dead))
         self._feed = feed
 
     def take(self, x: Tensor, target: Tensor | None, lr: float, k: int, by_token: bool, sparsity: float = 1.0) -> None:

@@ -56,7 +56,7 @@ def _dense(recipe: Recipe, widths: tuple[int, int], place: torch.device, split: 
 
 
 def _of_kernels(recipe: Recipe, widths: tuple[int, int], place: torch.device, split: Split) -> _Need:
-    size = TrainingSize.of(recipe.sae, recipe.train, widths, recipe.feed.batch_rows, split.rows.n)
+    size = TrainingSize.of(recipe.sae, recipe.train, widths, recipe.feed.batch_rows, split)
     size = replace(size, dtype=fast_dtype(place))
     batch = 4 * recipe.feed.batch_rows * sum(widths)
     return _Need(size.state_bytes, size.step_bytes + batch, True)

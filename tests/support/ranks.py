@@ -67,9 +67,9 @@ def exact_losses_of_ranks(n: int, settings: list[dict[str, Any]], folder: Path) 
     return found
 
 
-def start(n: int, *arguments: object) -> None:
-    """Run this module in n processes, to their end."""
-    command, port = [sys.executable, "-m", "tests.support.ranks", *map(str, arguments)], free_port()
+def start(n: int, *arguments: object, module: str = "tests.support.ranks") -> None:
+    """Run a module, by default this one, in n processes, to their end."""
+    command, port = [sys.executable, "-m", module, *map(str, arguments)], free_port()
     started = [subprocess.Popen(command, cwd=ROOT, env=environment(number, n, port)) for number in range(n)]
     try:
         codes = [each.wait(timeout=280) for each in started]

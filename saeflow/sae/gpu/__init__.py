@@ -6,7 +6,8 @@ choice      the entries a step keeps
 explain     how well they reconstruct the batch, and what they add to the gradients
 decode      reconstructions, residuals and derivatives of the active entries, by row
 auxiliary   what dead features add to a step
-exchange    what several ranks tell one another in a step
+exchange    what ranks that split the rows of a batch tell one another in a step
+feature_exchange  what ranks that split the features tell one another
 guard       whether steps change anything
 encode      exact values, as the processor gives them
 memory      bytes that a training takes, by formula; it needs no Triton

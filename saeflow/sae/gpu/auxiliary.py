@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saeflow.runtime.ranks import ALONE
 from saeflow.sae.architectures import Top
 from saeflow.sae.batch import DEGENERATE
 from saeflow.sae.gpu.choice import choose, guess
-from saeflow.sae.gpu.choice.chooser import power_of_two
+from saeflow.sae.gpu.choice.chooser import Chosen, power_of_two
 from saeflow.sae.gpu.choice.product import Product
-from saeflow.sae.gpu.exchange import RowExchange
 from saeflow.sae.gpu.explain import Centred, Reconstructed, explain
+from saeflow.sae.gpu.feature_exchange import Exchange
 from saeflow.sae.gpu.memory import AUX_CAPACITY, GATHERED
 from saeflow.sae.loss import auxiliary_size
 
@@ -40,7 +39,7 @@ class AuxiliaryLoss:
 
     def __call__(
         self, batch: Centred, rest: Tensor, weights: tuple[Tensor, Tensor, Tensor], dead: Tensor, k: int, n_dead: int,
-        weight: float,
+        weight: float, exchange: Exchange,
     ) -> Auxiliary:  # fmt: skip
         """Return what dead features (F, bool) add, for the first rows of the batch.
 
@@ -54,16 +53,17 @@ class AuxiliaryLoss:
         if self._ratio is None:
             self._ratio = torch.zeros(1, device=low.device)
         lengths = guess.lengths(product.low)
-        choice = choose.largest_of_rows(product, k_dead, self._ratio * lengths, power_of_two(AUX_CAPACITY * k_dead))
+        k_here, exchange = min(k_dead, product.n_features), exchange.of_first_rows(n_rows)
+        choice = choose.largest_of_rows(product, k_here, self._ratio * lengths, power_of_two(AUX_CAPACITY * k_here))
         self._ratio = guess.next_ratio(choice.kth, lengths)
-        entries = choice.entries
+        own = Chosen(choice.entries, choice.entries.row_starts[-1:], choice.n_wrong)
+        entries = exchange.chosen_of_all(own, k_dead, True).entries
         if names is not None:
             entries = entries._replace(ids=names[entries.ids.long()])
         squares = wanted.double().square().sum(), DEGENERATE * target.double().square().sum()
         total = torch.maximum(*squares).clamp(min=1e-30)[None]
         ends = torch.full((1,), len(w_dec), dtype=torch.int32, device=low.device)
-        alone = RowExchange(ALONE, n_rows)  # the work is small: every rank does all of it
-        explained = explain(entries, Centred(low, wanted, total), Top(), w_dec, ends, weight / total, alone)
+        explained = explain(entries, Centred(low, wanted, total), Top(), w_dec, ends, weight / total, exchange)
         return Auxiliary(explained.main, (explained.errors / total)[0])
 
     def _product(

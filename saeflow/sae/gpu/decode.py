@@ -123,6 +123,36 @@ def decode_rows(
     decode_kernel[(n_rows,)](*arrays, *sizes, *constexprs, num_warps=WARPS, num_stages=1)
 
 
+@triton.jit
+def products_kernel(
+    row_starts, ids, w_dec, ends, residual, g, n_rows, d_out, n_nested,
+    NESTED: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Multiply the residuals of one row with its active directions: see `multiply_residuals`."""
+    row = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(row_starts + row), tl.load(row_starts + row + 1)
+    nested = tl.arange(0, NESTED)
+    stops = _stops(ids, ends, first, last, n_nested, ENTRIES, NESTED)
+    for column in range(0, d_out, COLUMNS):
+        columns = column + tl.arange(0, COLUMNS)
+        tl.debug_barrier()  # what other threads have written to `g` is read below
+        for n in range(n_nested):
+            part = tl.load(residual + (n * n_rows + row) * d_out + columns, mask=columns < d_out, other=0.0)
+            begin = tl.max(tl.where(nested == n - 1, stops, first))
+            end = tl.max(tl.where(nested == n, stops, first))
+            _add_products(ids, part, w_dec, g, begin, end, columns, d_out, column == 0, ENTRIES, COLUMNS)
+
+
+def multiply_residuals(
+    row_starts: Tensor, ids: Tensor, w_dec: Tensor, ends: Tensor, residual: Tensor, g: Tensor
+) -> None:
+    """Write the products `g` (N) of residuals (G, B, D_out), summed as in `decode_rows`, with the directions."""
+    n_nested, n_rows, d_out = residual.shape
+    constexprs = triton.next_power_of_2(n_nested), ENTRIES, COLUMNS
+    arrays = row_starts, ids, w_dec, ends, residual, g
+    products_kernel[(n_rows,)](*arrays, n_rows, d_out, n_nested, *constexprs, num_warps=WARPS, num_stages=1)
+
+
 def room_for_residuals(n_nested: int, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return room for the residuals and the losses that `decode_rows` writes."""
     return target.new_empty(n_nested, *target.shape), target.new_empty(n_nested, len(target))
@@ -137,5 +167,17 @@ def _specimen(weights: str, nested: int) -> Specimen:
     return Specimen(decode_kernel, signature, constexprs, WARPS, 1, f"decode {weights} nested={nested}")
 
 
-SPECIMENS = [_specimen(weights, nested) for weights in ("*fp32", "*bf16") for nested in (1, 8)]
+def _products_specimen(weights: str, nested: int) -> Specimen:
+    pointers = dict.fromkeys(("row_starts", "ids", "ends"), "*i32") | {"w_dec": weights}
+    names = products_kernel.arg_names
+    types = {name: pointers.get(name, "*fp32") for name in names[:6]} | dict.fromkeys(names[6:9], "i32")
+    constexprs = {"NESTED": nested, "ENTRIES": ENTRIES, "COLUMNS": COLUMNS}
+    signature = types | dict.fromkeys(constexprs, "constexpr")
+    return Specimen(products_kernel, signature, constexprs, WARPS, 1, f"products {weights} nested={nested}")
+
+
+SPECIMENS = [
+    make(weights, nested) for make in (_specimen, _products_specimen) for weights in ("*fp32", "*bf16")
+    for nested in (1, 8)
+]  # fmt: skip
 """The same for every width: a program loops over pieces of columns."""

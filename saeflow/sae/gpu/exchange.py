@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from saeflow.runtime.ranks import Ranks
+from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.sae.gpu.choice.choose import Entries
 from saeflow.sae.gpu.choice.chooser import Chosen
 from saeflow.sae.gpu.decode import decode_rows, room_for_residuals
@@ -50,7 +50,7 @@ class RowExchange:
             nth = values.topk(n, sorted=False).values.min()
             equal = keep & (values == nth)
             keep = (values > nth) | (equal & (equal.cumsum(0) <= n - (values > nth).sum()))
-        entries = self._entries(ids, rows, values, keep, n)
+        entries = entries_kept(ids, rows, values, keep, n, self.n_rows)
         return Chosen(entries, entries.row_starts[-1:], n_wrong)
 
     def decoded(
@@ -80,17 +80,6 @@ class RowExchange:
         ids, rows, bits = every[:, :, :room].flatten(1)
         return ids, rows, bits.view(torch.float32), every[0, :, room].sum(0, keepdim=True).int()
 
-    def _entries(self, ids: Tensor, rows: Tensor, values: Tensor, keep: Tensor, room: int) -> Entries:
-        """Return the kept entries one after the other, in room for so many."""
-        to = torch.where(keep, keep.cumsum(0) - 1, room)
-        kept = [torch.zeros(room + 1, dtype=each.dtype, device=each.device) for each in (ids, values)]
-        kept.append(torch.full_like(kept[0], self.n_rows))
-        of_ids, of_values, of_rows = (
-            new.scatter_(0, to, each)[:room] for new, each in zip(kept, (ids, values, rows), strict=True)
-        )
-        every_row = torch.arange(self.n_rows + 1, dtype=of_rows.dtype, device=of_rows.device)
-        return Entries(torch.searchsorted(of_rows, every_row, out_int32=True), of_ids, of_values)
-
     def _rows_of_all(self, own: Tensor) -> Tensor:
         """Return rows (G, B, ...) of all ranks, from this rank's share (G, b, ...)."""
         if self.ranks.n == 1:
@@ -100,3 +89,25 @@ class RowExchange:
         sizes = [Ranks(number, self.ranks.n).share(self.n_rows) for number in range(self.ranks.n)]
         every = self.ranks.gathered(room)
         return torch.cat([part[:, : size.stop - size.start] for part, size in zip(every, sizes, strict=True)], 1)
+
+    def total(self, own: Tensor) -> Tensor:
+        """Return a number or vector that belongs to all features: every rank has it."""
+        return own
+
+    least = total
+
+    def of_first_rows(self, n_rows: int) -> RowExchange:
+        """Return what every rank does by itself for some rows."""
+        return RowExchange(ALONE, n_rows)
+
+
+def entries_kept(ids: Tensor, rows: Tensor, values: Tensor, keep: Tensor, room: int, n_rows: int) -> Entries:
+    """Return the entries to keep one after the other, in room for so many; `rows` (N) are ascending."""
+    to = torch.where(keep, keep.cumsum(0) - 1, room)
+    kept = [torch.zeros(room + 1, dtype=each.dtype, device=each.device) for each in (ids, values)]
+    kept.append(torch.full_like(kept[0], n_rows))
+    of_ids, of_values, of_rows = (
+        new.scatter_(0, to, each)[:room] for new, each in zip(kept, (ids, values, rows), strict=True)
+    )
+    every_row = torch.arange(n_rows + 1, dtype=of_rows.dtype, device=of_rows.device)
+    return Entries(torch.searchsorted(of_rows, every_row, out_int32=True), of_ids, of_values)

@@ -14,7 +14,7 @@ from torch import Tensor
 from saeflow.sae.architectures import FeatureSums, TrainingRule
 from saeflow.sae.batch import variance_of
 from saeflow.sae.gpu.choice.choose import Entries
-from saeflow.sae.gpu.exchange import RowExchange
+from saeflow.sae.gpu.feature_exchange import Exchange
 from saeflow.sae.gpu.rows.by_feature import rows_of_entries, rows_of_residuals, used_ids
 
 
@@ -88,7 +88,7 @@ class Explained(NamedTuple):
 
 def explain(
     entries: Entries, batch: Centred, rule: TrainingRule, w_dec: Tensor, ends: Tensor, scale: Tensor,
-    exchange: RowExchange,
+    exchange: Exchange,
 ) -> Explained:  # fmt: skip
     """Reconstruct a batch from the pre-activations of its entries; `ends` (G) are sizes of nested dictionaries.
 
@@ -110,6 +110,6 @@ def explain(
     pair, flat = torch.stack([values * factor, d_pre]), residual.flatten(0, 1)
     main = Reconstructed(used, rows.clamp(max=n_rows - 1), where, pair, flat, losses, to_sum)
     fired = torch.where(values != 0, used, len(w_dec))
-    n_active = (fired < len(w_dec)).sum().double() / n_rows
+    n_active = exchange.total((fired < len(w_dec)).sum().double()) / n_rows
     penalty, d_b_dec = rule.penalty(pre, values, at).double(), residual[0].sum(0) * factor
     return Explained(main, fired, n_active, losses.double().sum(1), second_error, penalty, d_b_dec)

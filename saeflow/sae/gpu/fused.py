@@ -18,6 +18,7 @@ from saeflow.sae.gpu.choice.chooser import Chosen, EntriesAboveCut, LargestEntri
 from saeflow.sae.gpu.choice.product import Product
 from saeflow.sae.gpu.exchange import RowExchange
 from saeflow.sae.gpu.explain import Centred, Explained, explain
+from saeflow.sae.gpu.feature_exchange import Exchange, FeatureExchange
 from saeflow.sae.gpu.figures import FIGURES, StepOptions
 from saeflow.sae.gpu.guard import Guard
 from saeflow.sae.gpu.rows.adam import AdamClock, AdamSettings, Wakefulness
@@ -48,12 +49,14 @@ class FusedStep:
         beta1, beta2 = group["betas"]
         settings = AdamSettings(beta1, beta2, group["eps"], highest_lr, tolerance)
         self.clock = AdamClock(settings, place)
-        self.wakefulness = Wakefulness.asleep(sae.config.n_features, place)
+        self.wakefulness = Wakefulness.asleep(len(sae.W_enc), place)
         self.codes = code_tables(place)
         self.moments = {name: begun_state(adam, each) for name, each in sae.named_parameters() if each.requires_grad}
         self.w_low = sae.W_enc.detach().to(dtype)
         """The encoder's rows in the precision of the product: the weights themselves if they are in it."""
-        self.ends = torch.tensor(sae.config.nested, dtype=torch.int32, device=place)
+        mine = sae.split.features.share(sae.config.n_features)
+        ends = torch.tensor(sae.config.nested, dtype=torch.int32, device=place)
+        self.ends = (ends - mine.start).clamp(0, mine.stop - mine.start)
         self.auxiliary = AuxiliaryLoss(sae.traits.signed)
         self.guard = Guard(place)
         self.figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=place)
@@ -76,30 +79,40 @@ class FusedStep:
         sae = self.sae
         batch = Centred.of(x, sae.b_in, target, sae.b_dec, self.w_low.dtype)
         rule = training_rule(sae, len(x), batch.target.shape[1], options.sparsity)
-        exchange = RowExchange(sae.split.for_rows(len(x)).rows, len(x))
+        exchange = self._exchange(len(x))
         chosen = self._choose(batch, rule, options, exchange)
         scale = batch.scale(sae.config.counts_k)
         explained = explain(chosen.entries, batch, rule, sae.W_dec.detach(), self.ends, scale, exchange)
         dead = sae.tokens_since_fired >= self.dead_after
-        added = self._auxiliary(explained, batch, dead, options)
+        added = self._auxiliary(explained, batch, dead, options, exchange)
         loss, figures = self._losses(explained, added, batch, rule, scale)
         self.guard.judge(loss, x, chosen.n_found <= len(chosen.entries.ids))
-        self._remember(explained, chosen, len(x), options)
+        self._remember(explained, chosen, len(x), options, exchange)
         still = sae.tokens_since_fired >= self.dead_after
-        self._update(explained, added, batch, rule, options)
-        self._note([loss, *figures, dead.sum(), chosen.n_found, chosen.n_wrong], still.sum())
+        self._update(explained, added, batch, rule, options, exchange)
+        n_dead, n_still = exchange.total(torch.stack([dead.sum(), still.sum()])).unbind()
+        self._note([loss, *figures, n_dead, chosen.n_found, chosen.n_wrong], n_still)
 
-    def _choose(self, batch: Centred, rule: TrainingRule, options: StepOptions, exchange: RowExchange) -> Chosen:
+    def _exchange(self, n_rows: int) -> Exchange:
+        """Return what ranks tell one another for a batch of so many rows."""
+        split = self.sae.split.for_rows(n_rows)
+        if split.features.n > 1:
+            return FeatureExchange(split.features, n_rows, self.sae.config.n_features)
+        return RowExchange(split.rows, n_rows)
+
+    def _choose(self, batch: Centred, rule: TrainingRule, options: StepOptions, exchange: Exchange) -> Chosen:
         bias, k, by_token = self.sae.b_enc.detach(), options.k, options.by_token
         product = Product.of(batch.low[exchange.mine], self.w_low, bias, self.sae.traits.signed)
         return exchange.chosen_of_all(self.chooser(product, rule, k, by_token, len(batch.low)), k, by_token)
 
-    def _auxiliary(self, explained: Explained, batch: Centred, dead: Tensor, options: StepOptions) -> Auxiliary | None:
+    def _auxiliary(
+        self, explained: Explained, batch: Centred, dead: Tensor, options: StepOptions, exchange: Exchange
+    ) -> Auxiliary | None:
         if not options.n_dead or not self.aux_weight > 0:
             return None
         rest = -explained.main.residual[-len(batch.low) :]
         weights = self.w_low, self.sae.b_enc.detach(), self.sae.W_dec.detach()
-        return self.auxiliary(batch, rest, weights, dead, options.k, options.n_dead, self.aux_weight)
+        return self.auxiliary(batch, rest, weights, dead, options.k, options.n_dead, self.aux_weight, exchange)
 
     def _losses(
         self, explained: Explained, added: Auxiliary | None, batch: Centred, rule: TrainingRule, scale: Tensor
@@ -116,7 +129,9 @@ class FusedStep:
         last = [guard.alive, guard.fits, guard.suspect, n_dead_after, self.clock.step]
         self.figures.copy_(torch.cat([each.double().view(1) for each in (*figures, *last)]))
 
-    def _remember(self, explained: Explained, chosen: Chosen, n_rows: int, options: StepOptions) -> None:
+    def _remember(
+        self, explained: Explained, chosen: Chosen, n_rows: int, options: StepOptions, exchange: Exchange
+    ) -> None:
         """Count the tokens since each feature fired; let the running threshold follow the least chosen value."""
         sae, fired = self.sae, explained.fired.long()
         since = torch.cat([sae.tokens_since_fired + n_rows, sae.tokens_since_fired[:1]]).scatter_(0, fired, 0)[:-1]
@@ -124,13 +139,14 @@ class FusedStep:
         if sae.config.counts_k and not options.by_token:
             sizes = torch.where(fired < len(self.w_low), chosen.entries.values.abs(), torch.inf)
             memory = torch.where(sae.threshold > 0, THRESHOLD_MEMORY, 0.0)
-            least = sizes.min()
+            least = exchange.least(sizes.min())
             new = memory * sae.threshold + (1 - memory) * least
             self.guard.change(sae.threshold, torch.where(least.isfinite(), new, sae.threshold))
 
     def _update(
-        self, explained: Explained, added: Auxiliary | None, batch: Centred, rule: TrainingRule, options: StepOptions
-    ) -> None:
+        self, explained: Explained, added: Auxiliary | None, batch: Centred, rule: TrainingRule, options: StepOptions,
+        exchange: Exchange,
+    ) -> None:  # fmt: skip
         """Take Adam's step of all parameters. Their gradients are computed before the first of them changes."""
         sae, main = self.sae, explained.main
         self.clock.lr.fill_(options.lr)
@@ -146,7 +162,7 @@ class FusedStep:
         sums = dict(zip(both.to_sum, by_name, strict=True))
         if "length" in sums and not sae.config.unit_norm:
             gradients = replace(gradients, length_sums=sums["length"])
-        vectors = self._vector_gradients(d_pre, sums, explained, rule)
+        vectors = self._vector_gradients(d_pre, sums, explained, rule, exchange)
         encoder, decoder = (self._rows(name) for name in ("W_enc", "W_dec"))
         low = None if self.w_low.dtype == encoder.weights.dtype else self.w_low
         gradients.update(
@@ -157,12 +173,12 @@ class FusedStep:
             move_thresholds(sae, explained.n_active, options.k, options.sparsity, self.guard)
 
     def _vector_gradients(
-        self, d_pre: Tensor, sums: FeatureSums, explained: Explained, rule: TrainingRule
+        self, d_pre: Tensor, sums: FeatureSums, explained: Explained, rule: TrainingRule, exchange: Exchange
     ) -> dict[str, Tensor]:
         """Return the gradients of biases and of the architecture's own parameters from sums by feature (F)."""
         sae, d_b_dec = self.sae, explained.d_b_dec
         if sae.config.target_site is None:
-            d_b_dec = d_b_dec + gradient_through_centring(d_pre, sae.W_enc.detach())
+            d_b_dec = d_b_dec + exchange.total(gradient_through_centring(d_pre, sae.W_enc.detach()))
         own = rule.own_gradients(sums, explained.n_active)
         gradients = {"b_enc": rule.bias_gradient(d_pre, sums), "b_dec": d_b_dec}
         gradients |= zip(sae.traits.own_parameters, own, strict=True)

@@ -17,6 +17,7 @@ from saeflow.sae.architectures import TRAITS
 from saeflow.sae.loss import auxiliary_size
 from saeflow.sae.optimizer.adam import MOMENT_BYTES
 from saeflow.sae.optimizer.bfloat16 import WEIGHT_BYTES
+from saeflow.sae.split import WHOLE, Split
 
 _FLOAT, _DOUBLE = 4, 8
 CAPACITY, AUX_CAPACITY = 16, 4
@@ -62,20 +63,24 @@ class TrainingSize:
     """Bytes of both moments of a weight."""
     n_ranks: int = 1
     """Ranks that split the rows of a batch."""
+    n_feature_ranks: int = 1
+    """Ranks that split the features; `n_features` and `n_dead` are then those of one of them."""
 
     @classmethod
     def of(
-        cls, sae: SAEConfig, train: TrainConfig, widths: tuple[int, int], n_rows: int, n_ranks: int = 1
+        cls, sae: SAEConfig, train: TrainConfig, widths: tuple[int, int], n_rows: int, split: Split = WHOLE
     ) -> TrainingSize:
-        """Return the size of the largest step of a training."""
+        """Return the size of the largest step of a training, on one of the ranks that share it."""
+        n_features = -(-sae.n_features // split.features.n)
         k, by_token = max(sae.k, train.k_start or 0), TRAITS[sae.architecture].chooses_by_token
         size = cls(
-            n_rows, sae.n_features, *widths, k, len(sae.nested), by_token, sae.target_site is not None,
-            weight_bytes=WEIGHT_BYTES[train.weights], moment_bytes=MOMENT_BYTES[train.moments], n_ranks=n_ranks,
+            n_rows, n_features, *widths, k, len(sae.nested), by_token, sae.target_site is not None,
+            weight_bytes=WEIGHT_BYTES[train.weights], moment_bytes=MOMENT_BYTES[train.moments], n_ranks=split.rows.n,
+            n_feature_ranks=split.features.n,
         )  # fmt: skip
         if not TRAITS[sae.architecture].revives_dead or not train.aux_weight > 0:
             return size
-        n_dead = max(1, k // 4), max(1, sae.n_features // GATHERED), sae.n_features
+        n_dead = max(1, k // 4), max(1, n_features // GATHERED), n_features
         return max((replace(size, n_dead=n) for n in n_dead), key=lambda each: each.step_bytes)
 
     @property
@@ -99,6 +104,8 @@ class TrainingSize:
             yield explained + _GATHERED_ENTRY * self.n_ranks * self._own_entries
             yield explained + _CHOSEN * self._entries + 2 * residuals + 2 * residuals // self.n_ranks
         explained += _EXPLAINED * self._entries + residuals
+        if self.n_feature_ranks > 1:
+            yield explained + 2 * self._residuals(self.n_rows)
         rows, entries = self._auxiliary_sizes
         if rows:
             yield explained + self._auxiliary(rows, entries)

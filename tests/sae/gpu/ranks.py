@@ -1,12 +1,12 @@
 """Ranks that train by kernels in the interpreter: each is a process, and writes what it has in the end.
 
-python -m tests.sae.gpu.ranks FOLDER     one of them; its environment says which
+python -m tests.sae.gpu.ranks FOLDER CASE     one of them; its environment says which
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from saeflow.runtime.ranks import joined
 from saeflow.sae.split import Split
 from tests.sae.gpu import PLACE, quick
 from tests.sae.gpu.test_fused import batch, begun, fused, options
-from tests.support.ranks import ROOT, environment, free_port
+from tests.support.ranks import start
 
 CASES: dict[str, dict[str, Any]] = {
     "topk": {}, "batchtopk": {"architecture": "batchtopk"},
@@ -33,33 +33,38 @@ def trained(case: dict[str, Any], split: Split) -> State:
     """Return figures of all steps, weights, counters and moments."""
     here = begun(PLACE, split=split, **case)
     step, figures = fused(here), []
+    features = split.features
     for number in range(N_STEPS):
         n_rows = 1 if number == ONE_ROW else None
         x, target = batch(number)[:n_rows].to(PLACE), batch(number, 7)[:n_rows].to(PLACE)
-        step(x, target if "target_site" in case else None, options(here, number == BY_TOKEN))
+        given = options(here, number == BY_TOKEN)
+        given = replace(given, n_dead=int(features.total(given.n_dead)))
+        step(x, target if "target_site" in case else None, given)
         figures.append(step.figures.clone())
     step.settle()
     moments = {f"moment.{number}": each for number, each in enumerate(here.moments())}
     return {"figures": torch.stack(figures), **here.sae.state_dict(), **moments}
 
 
-def trained_together(n: int, folder: Path) -> list[dict[str, State]]:
-    """Return what each of n processes has in the end, of each case."""
-    command, port = [sys.executable, "-m", "tests.sae.gpu.ranks", str(folder)], free_port()
-    started = [subprocess.Popen(command, cwd=ROOT, env=environment(number, n, port)) for number in range(n)]
-    try:
-        codes = [each.wait(timeout=280) for each in started]
-    finally:
-        for each in started:
-            each.kill()
-    assert codes == [0] * n
+def together(shares: list[State], whole: State) -> State:
+    """Return the state of ranks that split the features, put together where a tensor is shared."""
+    return {
+        name: torch.cat([share[name] for share in shares]) if each.shape != shares[0][name].shape else shares[0][name]
+        for name, each in whole.items()
+    }
+
+
+def trained_together(n: int, folder: Path, case: str) -> list[dict[str, State]]:
+    """Return what each of n processes has in the end, by what they share."""
+    start(n, folder, case, module="tests.sae.gpu.ranks")
     return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(n)]
 
 
 def main() -> None:
     quick.interpreter.InterpretedFunction.__call__ = quick.call
     with joined() as ranks:
-        found = {name: trained(case, Split(rows=ranks)) for name, case in CASES.items()}
+        splits = {"data": Split(rows=ranks), "features": Split(features=ranks)}
+        found = {how: trained(CASES[sys.argv[2]], split) for how, split in splits.items()}
         torch.save(found, Path(sys.argv[1]) / f"{ranks.number}.pt")
 
 

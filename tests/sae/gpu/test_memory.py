@@ -12,22 +12,11 @@ from tests.sae.gpu.trace import ARCHITECTURES, REAL, Sizes, a_step, trace_of
 OTHERS = (Sizes(4096, 16_384, 768, 32), Sizes(8192, 4096, 500, 32))
 
 
-def size_of(sizes: Sizes, name: str, dtype: torch.dtype, n_dead: int, n_ranks: int = 1) -> TrainingSize:
+def size_of(sizes: Sizes, name: str, dtype: torch.dtype, n_dead: int, **ranks: int) -> TrainingSize:
     nested = SAEConfig.model_validate({"architecture": name, "n_features": sizes.n_features, "k": sizes.k}).nested
-    width = sizes.width
-    return TrainingSize(
-        sizes.n_rows,
-        sizes.n_features,
-        width,
-        width,
-        sizes.k,
-        len(nested),
-        name == "topk",
-        False,
-        dtype,
-        n_dead,
-        n_ranks,
-    )
+    n_features = sizes.n_features // ranks.get("n_feature_ranks", 1)
+    numbers = sizes.n_rows, n_features, sizes.width, sizes.width, sizes.k, len(nested)
+    return TrainingSize(*numbers, name == "topk", False, dtype, n_dead, **ranks)
 
 
 @pytest.mark.parametrize("sizes", [*REAL, *OTHERS])
@@ -41,11 +30,13 @@ def test_a_step_holds_no_more_than_the_formula_says_and_little_less(name, share_
 
 
 @pytest.mark.parametrize("sizes", [*REAL, OTHERS[0]])
-@pytest.mark.parametrize("n_ranks", [2, 3, 8])
+@pytest.mark.parametrize(("n_ranks", "share_dead"), [(2, 0.0), (3, 0.05), (8, 0.6)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_so_it_is_with_ranks_that_split_the_rows(name, n_ranks, sizes):
-    trace = trace_of(sizes, n_ranks=n_ranks, share_dead=0.05, architecture=name)
-    said = size_of(sizes, name, torch.bfloat16, int(0.05 * sizes.n_features), n_ranks).step_bytes
+@pytest.mark.parametrize("what", ["rows", "features"])
+def test_so_it_is_with_several_ranks(what, name, n_ranks, share_dead, sizes):
+    trace = trace_of(sizes, share_dead=share_dead, n_ranks=n_ranks, what=what, architecture=name)
+    ranks = {"n_ranks" if what == "rows" else "n_feature_ranks": n_ranks}
+    said = size_of(sizes, name, torch.bfloat16, int(share_dead * sizes.n_features), **ranks).step_bytes
     assert trace.peak <= said <= 1.3 * trace.peak
 
 

@@ -1,4 +1,4 @@
-"""Ranks that split the rows take the step of one process by kernels."""
+"""Ranks that split the rows or the features take the step of one process by kernels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from saeflow.runtime.ranks import Ranks
 from saeflow.sae.gpu.choice.choose import Entries
 from saeflow.sae.gpu.choice.chooser import Chosen
 from saeflow.sae.gpu.exchange import RowExchange
+from saeflow.sae.gpu.feature_exchange import FeatureExchange
 from saeflow.sae.gpu.figures import FIGURES
 from saeflow.sae.split import Split
 from tests.sae.gpu.dense import few_examples, largest, largest_of_all, spread
-from tests.sae.gpu.ranks import CASES, trained, trained_together
+from tests.sae.gpu.ranks import CASES, together, trained, trained_together
 
 SMALL_NUMBERS = st.integers(2, 4)
 
@@ -37,6 +38,9 @@ class Threads(Ranks):
             object.__setattr__(each, "meeting", (met, told))
         with ThreadPoolExecutor(n) as pool:
             return list(pool.map(function, ranks))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(self.gathered(tensor).sum(0))
 
     def gathered(self, tensor: Tensor) -> Tensor:
         met, told = self.meeting
@@ -79,23 +83,41 @@ def test_entries_of_all_ranks_are_those_that_one_process_chooses(by_token, n, n_
         assert found.n_wrong.tolist() == [n]
 
 
+@few_examples
+@given(n=SMALL_NUMBERS, n_rows=st.integers(1, 9), seed=st.integers(0, 99), whole=SMALL_NUMBERS, k=st.integers(1, 3))
+@pytest.mark.parametrize("by_token", [True, False])
+def test_ranks_that_split_the_features_keep_what_one_process_chooses(by_token, n, n_rows, seed, whole, k):
+    size = torch.randint(-whole, whole + 1, (n_rows, 7), generator=torch.Generator().manual_seed(seed)).double()
+    wanted = largest(size, k) if by_token else largest_of_all(size, k * n_rows)
+
+    def choose(ranks: Ranks) -> tuple[Tensor, Tensor]:
+        own = size[:, ranks.share(7)]
+        here = min(k, own.shape[1])
+        n_here = min(k * n_rows, own.numel())
+        marked, room = (largest(own, here), here * n_rows) if by_token else (largest_of_all(own, n_here), n_here)
+        exchange = FeatureExchange(ranks, n_rows, 7)
+        return spread(exchange.chosen_of_all(chosen(own, marked, room), k, by_token).entries, own.shape[1])
+
+    marks, values = (torch.cat(parts, 1) for parts in zip(*Threads.call(n, choose), strict=True))
+    assert torch.equal(marks, wanted)
+    assert torch.equal(values, torch.where(wanted, size, 0))
+
+
 def test_rows_of_all_ranks_come_back_in_their_order():
     whole = torch.arange(2.0 * 7 * 3).view(2, 7, 3)
     for found in Threads.call(3, lambda ranks: RowExchange(ranks, 7)._rows_of_all(whole[:, ranks.share(7)])):
         assert torch.equal(found, whole)
 
 
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    return trained_together(2, tmp_path_factory.mktemp("ranks"))
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_give_the_figures_weights_and_moments_of_one_process(of_two, name):
-    wanted, column = trained(CASES[name], Split()), FIGURES.index("n_wrong_guesses")
-    for found in of_two:
-        wanted["figures"][:, column] = found[name]["figures"][:, column]  # a rank guesses from its own rows
-        for key, value in wanted.items():
-            torch.testing.assert_close(found[name][key], value, rtol=1e-6, atol=1e-7)
+def test_two_ranks_give_the_figures_weights_and_moments_of_one_process(tmp_path, name):
+    wanted, of_two = trained(CASES[name], Split()), trained_together(2, tmp_path, name)
     assert wanted["figures"][:, FIGURES.index("auxiliary")].max() > 0
+    features = together([each["features"] for each in of_two], wanted)
+    for found, exact in ((of_two[0]["data"], 10), (of_two[1]["data"], 10), (features, 1)):
+        for figure in ("n_wrong_guesses", "n_found"):  # a rank guesses and finds entries among its own
+            column = FIGURES.index(figure)
+            wanted["figures"][:, column] = found["figures"][:, column]
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5 / exact, atol=1e-6 / exact)

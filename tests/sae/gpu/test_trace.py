@@ -18,9 +18,9 @@ TINY = Sizes(11, 40, 64, 3)
 @pytest.mark.parametrize("sizes", REAL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("n_ranks", [1, 8])
-def test_a_step_makes_no_large_tensor_and_copies_nothing_to_or_from_the_host(n_ranks, name, dtype, sizes):
-    trace = trace_of(sizes, dtype, n_ranks=n_ranks, architecture=name)
+@pytest.mark.parametrize(("n_ranks", "what"), [(1, "rows"), (8, "rows"), (8, "features")])
+def test_a_step_makes_no_large_tensor_and_copies_nothing_to_or_from_the_host(n_ranks, what, name, dtype, sizes):
+    trace = trace_of(sizes, dtype, n_ranks=n_ranks, what=what, architecture=name)
     assert trace.kernels.count("decode_kernel") == 2  # dead features take part
     assert trace.largest < sizes.n_rows * sizes.n_features
     assert trace.largest < sizes.n_features * sizes.width

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -128,16 +128,21 @@ class OneOfMany(Ranks):
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    least_ = sum_
+
+
+Sharing = Literal["rows", "features"]
+
 
 def a_step(
     sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, train: TrainConfig | None = None,
-    n_ranks: int = 1, **changes: Any,
+    n_ranks: int = 1, what: Sharing = "rows", **changes: Any,
 ) -> FusedStep:  # fmt: skip
     """Return a step with fresh weights, before its first batch."""
     train = train or TrainConfig()
     settings = {"architecture": "topk", "n_features": sizes.n_features, "k": sizes.k} | changes
     with place:
-        split = Split(rows=OneOfMany(n_ranks // 2, n_ranks))
+        split = Split(**{what: OneOfMany(n_ranks // 2, n_ranks)})
         sae = SparseAutoencoder(SAEConfig.model_validate(settings), sizes.width, split=split)
     adam = optimizer_of(sae, train)
     for each in sae.parameters():
@@ -149,10 +154,11 @@ def a_step(
 
 def trace_of(
     sizes: Sizes, dtype: torch.dtype = torch.bfloat16, place: torch.device = META, share_dead: float = SHARE_DEAD,
-    n_ranks: int = 1, **changes: Any,
+    n_ranks: int = 1, what: Sharing = "rows", **changes: Any,
 ) -> Trace:  # fmt: skip
     """Return the trace of a step that follows another; a share of the features is dead."""
-    step, n_dead = a_step(sizes, dtype, place, n_ranks=n_ranks, **changes), int(share_dead * sizes.n_features)
+    step = a_step(sizes, dtype, place, n_ranks=n_ranks, what=what, **changes)
+    n_dead = int(share_dead * sizes.n_features)
     step.sae.tokens_since_fired[:n_dead] = 10_000
     x = torch.randn(sizes.n_rows, sizes.width, device=place)
     options = StepOptions(1e-3, sizes.k, step.sae.traits.chooses_by_token, n_dead)

@@ -40,7 +40,7 @@ class LargestEntries:
     def __call__(self, product: Product, rule: TrainingRule, k: int, by_token: bool, n_rows: int) -> Chosen:
         """Return the entries of the product that a batch of `n_rows` may keep; `by_token` those of each token."""
         n = min(k * n_rows, product.n_rows * product.n_features)
-        choice = self._of_rows(product, k) if by_token else self._of_batch(product, n)
+        choice = self._of_rows(product, min(k, product.n_features)) if by_token else self._of_batch(product, n)
         return Chosen(choice.entries, choice.entries.row_starts[-1:], choice.n_wrong)
 
     def _of_rows(self, product: Product, k: int) -> Choice:
