@@ -292,7 +292,7 @@ def n_tokens_seen(trained: Artefact) -> int | None:
 
 def _half_trained(store: Store, name: str) -> set[str]:
     """Return fingerprints of the SAEs of this name that have a checkpoint."""
-    from saeflow.train.training import CHECKPOINT  # loads Numba: half a second and 60 MiB
+    from saeflow.train.checkpoint import CHECKPOINT  # loads Numba: half a second and 60 MiB
 
     found = store.storage.work_with(CHECKPOINT)
     matches = (re.fullmatch(rf"saes-{re.escape(name)}-([0-9a-f]{{8}})\.checkpoint", each) for each in found)

@@ -32,13 +32,8 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.files import replacing
 from saeflow.store.records import Damaged
 from saeflow.store.store import Store
-from saeflow.train.training import (
-    CHECKPOINT,
-    FeedBatch,
-    Training,
-    is_checkpoint,
-    sample_rows,
-)
+from saeflow.train.checkpoint import CHECKPOINT, is_checkpoint
+from saeflow.train.training import FeedBatch, Training, sample_rows
 
 
 def open_board(folder: Path, first_step: int) -> Any:

@@ -9,36 +9,28 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saeflow.activations.feed import Feed
-from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import TrainConfig
 from saeflow.runtime.devices import choose_device, to_device
-from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.linear import fast_dtype
 from saeflow.runtime.ranks import ALONE, Ranks
 from saeflow.runtime.threads import n_threads
 from saeflow.sae.autoencoder import SparseAutoencoder
-from saeflow.sae.formats.save import write_tensors
 from saeflow.sae.formats.tensors import read_tensors
 from saeflow.sae.loss import StepInfo
 from saeflow.sae.optimizer import bfloat16
 from saeflow.sae.optimizer.adam import optimizer_of
 from saeflow.sae.split import Split
-from saeflow.store.files import checksum, flush, make_folder, rename
-from saeflow.store.links import is_file, remove, unlinked
-from saeflow.store.records import Damaged, damaged, is_refusal, read_checked, write_checked
-from saeflow.train import fused, schedules
+from saeflow.train import checkpoint, fused, schedules
 from saeflow.train.kernel_steps import take_adam_step
 from saeflow.train.resample import resample_dead
 from saeflow.train.shares import read_share, whole_sae, whole_state
 from saeflow.train.whitening import Whitening, whitening_of
 
-CHECKPOINT, STATE = "state.json", "state.safetensors"
-"""The files of a checkpoint. The first is written last."""
 _SCALE_ROWS = 65_536
 """Tokens from which the mean and the scale of the data set are taken."""
 
@@ -159,7 +151,7 @@ class Training:
             by_token=schedules.chooses_by_token(self.step, self.n_steps, self.config),
         )  # fmt: skip
         if not math.isfinite(loss.item()):
-            raise UserError(self._not_finite(loss.item(), *batch.suspect()))
+            raise UserError(_not_finite(self, loss.item(), *batch.suspect()))
         loss.backward()  # type: ignore[no-untyped-call]
         clipped = self._clip()
         take_adam_step(self.sae, self.adam, self.step + 1 if self.in_bfloat16 else None)
@@ -213,7 +205,7 @@ class Training:
             self.step = found.step
             self.fused.settle()
             self.fused = None
-            raise UserError(self._not_finite(found.loss, *found.suspect))
+            raise UserError(_not_finite(self, found.loss, *found.suspect))
         return found.loss, found.info
 
     def settle(self) -> None:
@@ -236,15 +228,6 @@ class Training:
         if self.config.clip_norm is None:
             return {}
         return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip_norm).item()}
-
-    def _not_finite(self, loss: float, row: str, finite: bool) -> str:
-        begin = f"{self.name}: The loss is {loss} at step {self.step}."
-        if not finite:
-            return f"{begin} The activation at {row}. Check what is stored with `saeflow verify --full`."
-        return (
-            f"{begin} Lower train.lr (it is {self.config.lr or 0:g}), or set train.clip_norm.\n"
-            f"All activations of the batch are finite; the longest is that at {row}."
-        )
 
     def _log_row(self, loss: float, info: StepInfo, n_rows: int) -> dict[str, float]:
         return {
@@ -299,23 +282,10 @@ class Training:
         """
         self.settle()
         state = whole_state(self._state(), self.sae)
-        if not self.sae.split.ranks.is_first:
-            return
-        whole = folder.with_name(folder.name + ".new")
-        fresh = (work or folder.parent) / f"{folder.name}.fresh"
-        remove(fresh)
-        make_folder(fresh)
-        write_tensors(fresh / STATE, state, {"step": str(self.step)})
-        flush(fresh / STATE)  # before the other file, which says that the checkpoint is complete
-        product = str(self.sae.product_dtype).removeprefix("torch.")  # chosen once, by measurement
-        about = {"step": self.step, "scales": self.scales, "product": product, "log": self.log}
-        proof = {"format_version": FORMAT_VERSION, "checksum": checksum(fresh / STATE)}
-        write_checked(fresh / CHECKPOINT, about | proof)
-        require()
-        remove(whole)
-        rename(fresh, whole)
-        remove(folder)
-        rename(whole, folder)
+        if self.sae.split.ranks.is_first:
+            product = str(self.sae.product_dtype).removeprefix("torch.")  # chosen once, by measurement
+            about = {"step": self.step, "scales": self.scales, "product": product, "log": self.log}
+            checkpoint.write(folder, work or folder.parent, state, about, require)
 
     def restore(self, folder: Path) -> bool:
         """Continue from the newest whole checkpoint, which then lies in `folder`; return False if there is none.
@@ -323,34 +293,12 @@ class Training:
         Raises Damaged if none of those that are there is whole: begin anew then. Raises UserError if the system refuses
         to read one.
         """
-        fresh, errors = folder.with_name(folder.name + ".new"), []
-        for place in filter(is_checkpoint, (folder, fresh)):
-            try:
-                self.load(place)
-            except _NONSENSE as error:
-                if is_refusal(error):
-                    raise damaged(place, error) from error
-                errors.append(f"The checkpoint {place} is damaged ({first_line(error)})")
-                continue
-            if place == fresh:
-                remove(folder)
-                rename(fresh, folder)  # the next `save` begins by removing `.new`
-            return True
-        if errors:
-            raise Damaged("\n".join(errors))
-        return False
+        return checkpoint.try_newest(folder, self.load)
 
     def load(self, folder: Path) -> None:
         """Continue from the checkpoint in `folder`."""
-        about = read_checked(folder / CHECKPOINT)
         read = read_tensors if self.sae.split.features.n == 1 else partial(read_share, sae=self.sae)
-        tensors = read(unlinked(folder / STATE))
-        with safe_open(folder / STATE, "pt") as file:
-            step = (file.metadata() or {}).get("step", str(about["step"]))
-        if step != str(about["step"]):
-            raise ValueError(f"{STATE} is of step {step}, {CHECKPOINT} of step {about['step']}")
-        if "checksum" in about and about["checksum"] != checksum(folder / STATE):  # an earlier saeflow did not write it
-            raise ValueError(f"the checksum of {STATE} is wrong")
+        about, tensors = checkpoint.read(folder, read)
         self.fused = None
         self._widen()
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
@@ -367,13 +315,15 @@ class Training:
         self.step, self.scales, self.log = int(about["step"]), tuple(map(float, scales)), list(about["log"])
 
 
-_NONSENSE = (Damaged, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
-"""What a checkpoint that is not whole raises."""
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """True if the folder holds a complete checkpoint."""
-    return all(is_file(folder / name) for name in (CHECKPOINT, STATE))
+def _not_finite(training: Training, loss: float, row: str, finite: bool) -> str:
+    """Return what to say of a loss that is not finite. See `FeedBatch.suspect` for the last two."""
+    begin = f"{training.name}: The loss is {loss} at step {training.step}."
+    if not finite:
+        return f"{begin} The activation at {row}. Check what is stored with `saeflow verify --full`."
+    return (
+        f"{begin} Lower train.lr (it is {training.config.lr or 0:g}), or set train.clip_norm.\n"
+        f"All activations of the batch are finite; the longest is that at {row}."
+    )
 
 
 def _whitened(whitening: Whitening, rows: Tensor) -> Tensor:

@@ -32,10 +32,11 @@ from saeflow.sae.formats.tensors import read_tensors
 from saeflow.store.files import read_json, write_json
 from saeflow.store.records import Damaged
 from saeflow.store.store import Store
-from saeflow.train import group, schedules, training
+from saeflow.train import checkpoint, group, schedules
+from saeflow.train.checkpoint import is_checkpoint
 from saeflow.train.fused import require_kernels
 from saeflow.train.group import checkpoints_of, fit
-from saeflow.train.training import FeedBatch, Training, is_checkpoint, sample_rows
+from saeflow.train.training import FeedBatch, Training, sample_rows
 from tests.support.fake_lane import FakeLane
 from tests.support.small_pipeline import a_table, brought_data, quiet, recipe_data, tree, write_table
 
@@ -181,9 +182,9 @@ def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_
     recipe = recipe_of(table)
     begun = Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
     done: list[str] = []
-    write = training.write_checked
-    monkeypatch.setattr(training, "flush", lambda path: done.append(path.name))
-    monkeypatch.setattr(training, "write_checked", lambda path, value: (done.append(path.name), write(path, value)))
+    write = checkpoint.write_checked
+    monkeypatch.setattr(checkpoint, "flush", lambda path: done.append(path.name))
+    monkeypatch.setattr(checkpoint, "write_checked", lambda path, value: (done.append(path.name), write(path, value)))
     begun.save(tmp_path / "checkpoint")
     assert done == ["state.safetensors", "state.json"]
 
@@ -663,7 +664,7 @@ def test_a_checkpoint_in_low_precision_takes_less_room_and_what_is_published_is_
     recipe = recipe_of(table, sae={"architecture": "topk"}, train=LOW | {"checkpoint_seconds": 1e-9})
     with pytest.raises(Killed):
         train.run(Lineage(store, recipe), stopping_after(2000, Killed))
-    tensors = read_tensors(checkpoints_of(Lineage(store, recipe).sae) / "restart-0" / training.STATE)
+    tensors = read_tensors(checkpoints_of(Lineage(store, recipe).sae) / "restart-0" / checkpoint.STATE)
     n, n_rows = tensors["sae.W_enc"].numel(), len(tensors["sae.W_enc"])
     weights_and_codes, scales = 2 * n * (2 + 1 + 1), 2 * n_rows * (4 + 4)
     assert sum(each.nbytes for each in tensors.values() if each.dim() == 2) == weights_and_codes + scales

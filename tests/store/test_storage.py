@@ -43,8 +43,9 @@ from saeflow.store.storage.duckdb_files import BucketFiles
 from saeflow.store.storage.local_copy import Listing
 from saeflow.store.storage.objects import Found, Objects
 from saeflow.store.store import Store
+from saeflow.train.checkpoint import CHECKPOINT, STATE, is_checkpoint
 from saeflow.train.group import TrainingGroup
-from saeflow.train.training import CHECKPOINT, STATE, FeedBatch, Training, is_checkpoint
+from saeflow.train.training import FeedBatch, Training
 from tests.conftest import Finished
 from tests.support.s3_server import SECRET, Server, s3_server
 from tests.support.small_pipeline import NOT_COMPARED, Ingredients, documents, quiet, recipe_data, tree, write_corpus
