@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from saeflow.activations.upload import N_SLOTS
 from saeflow.model.sites import Site
 from saeflow.recipe.recipe import Recipe
 from saeflow.runtime.devices import choose_device, device_memory
@@ -58,8 +59,9 @@ def _dense(recipe: Recipe, widths: tuple[int, int], place: torch.device, split: 
 def _of_kernels(recipe: Recipe, widths: tuple[int, int], place: torch.device, split: Split) -> _Need:
     size = TrainingSize.of(recipe.sae, recipe.train, widths, recipe.feed.batch_rows, split)
     size = replace(size, dtype=fast_dtype(place))
-    batch = 4 * recipe.feed.batch_rows * sum(widths)
-    return _Need(size.state_bytes, size.step_bytes + batch, True)
+    batch = recipe.feed.batch_rows * sum(widths if recipe.sae.target_site is not None else widths[:1])
+    as_stored = N_SLOTS * getattr(torch, recipe.activations.dtype).itemsize
+    return _Need(size.state_bytes, size.step_bytes + (4 + as_stored) * batch, True)
 
 
 def _refusal(place: torch.device, here: list[_Need], need: int, total: int) -> str:

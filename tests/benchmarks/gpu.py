@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from saeflow.runtime.devices import choose_device
 from tests.benchmarks._bars import report
 from tests.benchmarks._gpu.measure import Card, Row
 from tests.benchmarks._gpu.work import Part, child, command_of, do_tasks, failed, rows_of
@@ -114,7 +115,7 @@ def main() -> None:
         return
     if asked.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-    card = Card(torch.device("cpu" if asked.dry else "cuda"), asked.dry)
+    card = Card(choose_device("the place", "cpu" if asked.dry else "cuda"), asked.dry)  # sums stay in float32
     names = asked.only.split(";") if asked.only else None
     chosen = [part for part in parts() if (part.is_quick or not asked.quick) and (not names or part.name in names)]
     if asked.part:

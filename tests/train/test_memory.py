@@ -44,7 +44,7 @@ def test_a_training_by_kernels_needs_its_state_and_a_step_and_no_gradients(monke
     recipe = a_recipe()
     size = TrainingSize.of(recipe.sae, recipe.train, (WIDTH, WIDTH), 8192)
     assert size.state_bytes == pytest.approx(65_536 * WIDTH * (24 + 2), rel=0.001)  # weights, two moments, a low copy
-    needed = (size.state_bytes + size.step_bytes + 8 * 8192 * WIDTH) / 2**30
+    needed = (size.state_bytes + size.step_bytes + (4 + 3 * 2) * 8192 * WIDTH) / 2**30  # three batches in float16
     require(monkeypatch, needed + 0.001)
     with pytest.raises(UserError):
         require(monkeypatch, needed - 0.001)
