@@ -687,9 +687,9 @@ def test_low_precision_is_part_of_the_identity_and_float32_is_as_if_it_were_not_
     assert lineage(changes).sae.fp != plain.sae.fp
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
 def test_low_precision_learns_what_float32_learns(stored, table, tmp_path, architecture):
-    about = {"n_tokens": 40_000, "lr": 5e-3}
+    about = {"n_tokens": 20_000, "lr": 5e-3}
     recipes = [
         recipe_of(table, sae={"architecture": architecture, "k": 6}, train=about | changes)
         for changes in ({}, {"moments": "8bit"}, LOW)
