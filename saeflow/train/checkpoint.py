@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -71,7 +72,9 @@ def try_newest(folder: Path, load: Callable[[Path], None]) -> bool:
     return False
 
 
-def read(folder: Path, read_state: Callable[[Path], dict[str, Tensor]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_whole(
+    folder: Path, read_state: Callable[[Path], dict[str, Tensor]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what `write` got, from a checkpoint whose files belong together. Raises ValueError if they do not."""
     about = read_checked(folder / CHECKPOINT)
     tensors = read_state(unlinked(folder / STATE))
@@ -82,3 +85,19 @@ def read(folder: Path, read_state: Callable[[Path], dict[str, Tensor]]) -> tuple
     if "checksum" in about and about["checksum"] != checksum(folder / STATE):  # an earlier saeflow did not write it
         raise ValueError(f"the checksum of {STATE} is wrong")
     return about, tensors
+
+
+def moments_of(adam: torch.optim.Adam) -> dict[str, Tensor]:
+    """Return the optimizer's state by its names in a checkpoint."""
+    states = adam.state_dict()["state"].items()
+    return {f"adam.{number}.{slot}": value for number, state in states for slot, value in state.items()}
+
+
+def set_moments(adam: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
+    """Give the optimizer the state that a checkpoint has."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("adam."):
+            _, number, slot = name.split(".", 2)
+            state.setdefault(int(number), {})[slot] = value
+    adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})

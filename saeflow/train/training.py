@@ -111,10 +111,8 @@ class Training:
         if whitening is not None:
             rows = (_whitened(whitening, rows[0]),)
         means, scales = zip(*(mean_and_scale(each, recipe.sae.normalise) for each in rows), strict=True)
-        seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
         widths = feed.sites[0].width, feed.sites[-1].width
-        split = Split.of(ranks, recipe.train.parallel)
-        sae = SparseAutoencoder(seeded, *widths, n_threads(recipe.threads), split)
+        sae = _fresh_sae(recipe, restart, widths, ranks)
         sae.initialise(*(mean * scale for mean, scale in zip(means, scales, strict=True)))
         sae.start_sparse(rows[0] * scales[0])
         config, place = schedules.with_rate(recipe, widths[0]), choose_device("train.device", recipe.train.device)
@@ -151,9 +149,9 @@ class Training:
             by_token=schedules.chooses_by_token(self.step, self.n_steps, self.config),
         )  # fmt: skip
         if not math.isfinite(loss.item()):
-            raise UserError(_not_finite(self, loss.item(), *batch.suspect()))
+            raise UserError(_loss_not_finite(self, loss.item(), *batch.suspect()))
         loss.backward()  # type: ignore[no-untyped-call]
-        clipped = self._clip()
+        clipped = _clip(self.sae, self.config.clip_norm)
         take_adam_step(self.sae, self.adam, self.step + 1 if self.in_bfloat16 else None)
         if self.step in self._resample_steps:
             self._resample(x, target, self.step)
@@ -205,7 +203,7 @@ class Training:
             self.step = found.step
             self.fused.settle()
             self.fused = None
-            raise UserError(_not_finite(self, found.loss, *found.suspect))
+            raise UserError(_loss_not_finite(self, found.loss, *found.suspect))
         return found.loss, found.info
 
     def settle(self) -> None:
@@ -223,20 +221,10 @@ class Training:
     def _sparsity(self) -> float:
         return schedules.sparsity_factor(self.step, self.n_steps, self.config)
 
-    def _clip(self) -> dict[str, float]:
-        """Shorten the gradient if `train.clip_norm` says so; return its length before, for the log."""
-        if self.config.clip_norm is None:
-            return {}
-        return {"grad_norm": torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip_norm).item()}
-
     def _log_row(self, loss: float, info: StepInfo, n_rows: int) -> dict[str, float]:
-        return {
-            "step": self.step, "batch_rows": n_rows, "lr": self.adam.param_groups[0]["lr"], "loss": loss,
-            "variance_unexplained": info.unexplained, "l0": info.n_active, "dead": info.n_dead,
-            "auxiliary_loss": info.auxiliary, "sparsity_loss": info.sparsity,
-            **({"k": self._k} if self.config.k_start and self.sae.config.counts_k else {}),
-            **({"sparsity_factor": self._sparsity} if self.config.sparsity_warmup_share else {}),
-        }  # fmt: skip
+        figures = _figures(info) | ({"k": self._k} if self.config.k_start and self.sae.config.counts_k else {})
+        figures |= {"sparsity_factor": self._sparsity} if self.config.sparsity_warmup_share else {}
+        return {"step": self.step, "batch_rows": n_rows, "lr": self.adam.param_groups[0]["lr"], "loss": loss} | figures
 
     @cached_property
     def _resample_steps(self) -> set[int]:
@@ -261,27 +249,13 @@ class Training:
         """Bring all features to the first of several ranks, at the end of the training."""
         self.sae = whole_sae(self.sae)
 
-    def _state(self) -> dict[str, Tensor]:
-        """Return the weights of this rank and Adam's moments, by their names in a checkpoint."""
-        weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        if self.in_bfloat16:
-            weights |= {name: weights[name].bfloat16() for name in map("sae.{}".format, bfloat16.MATRICES)}
-        if self.whitening is not None:
-            weights |= {f"whitening.{name}": value for name, value in self.whitening._asdict().items()}
-        moments = {
-            f"adam.{number}.{name}": value
-            for number, state in self.adam.state_dict()["state"].items()
-            for name, value in state.items()
-        }
-        return {**weights, **moments}
-
     def save(self, folder: Path, work: Path | None = None, require: Callable[[], None] = lambda: None) -> None:
         """Write a checkpoint under `work`, then put it in the place of the last one, unless `require` raises.
 
         Of several ranks the first writes, for all.
         """
         self.settle()
-        state = whole_state(self._state(), self.sae)
+        state = whole_state(_kept_state(self), self.sae)
         if self.sae.split.ranks.is_first:
             product = str(self.sae.product_dtype).removeprefix("torch.")  # chosen once, by measurement
             about = {"step": self.step, "scales": self.scales, "product": product, "log": self.log}
@@ -298,24 +272,19 @@ class Training:
     def load(self, folder: Path) -> None:
         """Continue from the checkpoint in `folder`."""
         read = read_tensors if self.sae.split.features.n == 1 else partial(read_share, sae=self.sae)
-        about, tensors = checkpoint.read(folder, read)
+        about, tensors = checkpoint.read_whole(folder, read)
         self.fused = None
         self._widen()
         self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
         if self.whitening is not None:
             self.whitening = Whitening(*(tensors[f"whitening.{name}"] for name in Whitening._fields))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("adam."):
-                _, number, slot = name.split(".", 2)
-                state.setdefault(int(number), {})[slot] = value
-        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+        checkpoint.set_moments(self.adam, tensors)
         self.sae.product_dtype = getattr(torch, about["product"])
         scales = about["scales"] if "scales" in about else [about["scale"]]  # written before there were transcoders
         self.step, self.scales, self.log = int(about["step"]), tuple(map(float, scales)), list(about["log"])
 
 
-def _not_finite(training: Training, loss: float, row: str, finite: bool) -> str:
+def _loss_not_finite(training: Training, loss: float, row: str, finite: bool) -> str:
     """Return what to say of a loss that is not finite. See `FeedBatch.suspect` for the last two."""
     begin = f"{training.name}: The loss is {loss} at step {training.step}."
     if not finite:
@@ -324,6 +293,34 @@ def _not_finite(training: Training, loss: float, row: str, finite: bool) -> str:
         f"{begin} Lower train.lr (it is {training.config.lr or 0:g}), or set train.clip_norm.\n"
         f"All activations of the batch are finite; the longest is that at {row}."
     )
+
+
+def _fresh_sae(recipe: Recipe, restart: int, widths: tuple[int, int], ranks: Ranks) -> SparseAutoencoder:
+    seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
+    split = Split.of(ranks, recipe.train.parallel)
+    return SparseAutoencoder(seeded, *widths, n_threads(recipe.threads), split)
+
+
+def _clip(sae: SparseAutoencoder, longest: float | None) -> dict[str, float]:
+    """Shorten the gradient if `train.clip_norm` says so; return its length before, for the log."""
+    return {} if longest is None else {"grad_norm": torch.nn.utils.clip_grad_norm_(sae.parameters(), longest).item()}
+
+
+def _kept_state(training: Training) -> dict[str, Tensor]:
+    """Return the weights of this rank and Adam's moments, by their names in a checkpoint."""
+    weights = {f"sae.{name}": value for name, value in training.sae.state_dict().items()}
+    if training.in_bfloat16:
+        weights |= {name: weights[name].bfloat16() for name in map("sae.{}".format, bfloat16.MATRICES)}
+    if training.whitening is not None:
+        weights |= {f"whitening.{name}": value for name, value in training.whitening._asdict().items()}
+    return weights | checkpoint.moments_of(training.adam)
+
+
+def _figures(info: StepInfo) -> dict[str, float]:
+    return {
+        "variance_unexplained": info.unexplained, "l0": info.n_active, "dead": info.n_dead,
+        "auxiliary_loss": info.auxiliary, "sparsity_loss": info.sparsity,
+    }  # fmt: skip
 
 
 def _whitened(whitening: Whitening, rows: Tensor) -> Tensor:
