@@ -435,6 +435,7 @@ def test_advice_is_for_the_kind_of_cluster_that_it_is(dask: InThreads) -> None:
         ({"address": "host:8786"}, "cluster.address is 'host:8786'"),
         ({"address": "tcp://a:1", "kind": "local"}, "cluster.address and cluster.kind each name a cluster"),
         ({"kind": "slurm"}, "cluster.kind is 'slurm', which needs cluster.n_workers"),
+        ({"n_workers": 2, "ranks": 3}, "cluster.ranks is 3, but cluster.n_workers is 2. Start a worker for each rank"),
         ({"kind": "yarn"}, "cluster.kind is 'yarn'"),
         ({"adress": "tcp://a:1"}, "Did you mean address?"),
         ({"address": "tcp://a:1", "n_workers": 2}, "cluster.n_workers is for clusters that saeflow starts"),
