@@ -37,12 +37,13 @@ def suits(sae: SAEParameters, config: TrainConfig) -> bool:
 def takes(sae: SAEConfig, config: TrainConfig, place: torch.device, split: Split) -> bool:
     """True if the kernels train such an SAE there: on a GPU with Triton, and not by pursuits.
 
-    Weights in bfloat16 must be of the top-k family: steps of others may fall to torch's operations, see `kernel_steps`.
+    Weights in bfloat16 must be of the top-k family, as steps of others may fall to torch's operations (`kernel_steps`),
+    and whole: the kernels round each row by its number among all.
     So must be what ranks share.
     """
     if not config.kernels or config.clip_norm is not None:
         return False
-    if config.weights == "bfloat16" and not sae.counts_k:
+    if config.weights == "bfloat16" and (not sae.counts_k or split.features.n > 1):
         return False
     on_gpu = place.type == "cuda" and importlib.util.find_spec("triton") is not None
     return on_gpu and not TRAITS[sae.architecture].pursues and (sae.counts_k or split.ranks.n == 1)

@@ -32,8 +32,8 @@ from saeflow.sae.gpu.rows.moments import BLOCK, AdamRows, load_moments, store_mo
 from saeflow.sae.gpu.specimens import Specimen
 
 UNROLL, UPDATE_UNROLL = 8, 4
-"""Rows in bfloat16 read at once, so that their loads are under way together; half as many in float32, and where the
-moments need registers, too."""
+"""Rows read at once, so that their loads are under way together: by a kernel that only adds, and by one that also takes
+the step. The latter reads half as many if they are in float32."""
 
 
 @triton.jit
@@ -251,7 +251,7 @@ class RowGradients:
         sum_segments_kernel[(room,)](
             self.by.feature_starts, self.by.segment_starts, self.by.segment_owners, self.rows, self.residual_rows,
             self.d_pre, self.values, self.low, self.residual, *sums, self._n_features, *self._widths,
-            SEGMENT=self.by.segment, UNROLL=self._at_once(UNROLL), **self._tiles,
+            SEGMENT=self.by.segment, UNROLL=UNROLL, **self._tiles,
         )  # fmt: skip
         return sums[0], sums[1]
 
@@ -277,9 +277,10 @@ class RowGradients:
             n_awake = n_awake * allowed.int()
         tables = wakefulness.last_step, wakefulness.awake_until, clock.table, clock.step, codes
         low = encoder.weights if w_low is None else w_low
+        unroll = UPDATE_UNROLL if encoder.eight_bit else self._at_once(UPDATE_UNROLL)  # with fewer, 8 bits spill on 9.0
         update_rows_kernel[(self._n_features,)](
             *self._arrays, awake, n_awake, *tables, low, *encoder, *decoder, seed, *self._widths, **self._tiles,
-            **self._kind, UNROLL=self._at_once(UPDATE_UNROLL), HAS_LOW=w_low is not None, EIGHT_BIT=encoder.eight_bit,
+            **self._kind, UNROLL=unroll, HAS_LOW=w_low is not None, EIGHT_BIT=encoder.eight_bit,
             STOCHASTIC=encoder.weights.dtype == torch.bfloat16,
         )  # fmt: skip
 
@@ -315,20 +316,21 @@ def _specimens(d_in: int, d_out: int) -> Iterator[Specimen]:
     """Yield every kernel at these widths."""
     constexprs: dict[str, Any] = tiles_for(d_in, d_out)
     warps, stages = (constexprs.pop(name) for name in ("num_warps", "num_stages"))
-    plain: dict[str, Any] = {"UNROLL": UPDATE_UNROLL, "ON_SPHERE": True, "HAS_LENGTHS": False}
+    plain: dict[str, Any] = {"UNROLL": UPDATE_UNROLL // 2, "ON_SPHERE": True, "HAS_LENGTHS": False}
     full = plain | {"HAS_LOW": True, "EIGHT_BIT": False, "STOCHASTIC": False}
-    small = plain | {"HAS_LOW": False, "EIGHT_BIT": True, "STOCHASTIC": True}
+    small = plain | {"UNROLL": UPDATE_UNROLL, "HAS_LOW": False, "EIGHT_BIT": True, "STOCHASTIC": True}
     cases: tuple[tuple[Any, dict[str, Any], str, str], ...] = (
         (sum_segments_kernel, {"SEGMENT": SEGMENT, "UNROLL": UNROLL}, "*bf16", "sums of segments"),
-        (square_gradients_kernel, plain | {"UNROLL": UNROLL}, "*bf16", "squared gradients"),
+        (sum_segments_kernel, {"SEGMENT": SEGMENT, "UNROLL": UNROLL}, "*fp32", "sums of segments in float32"),
+        (square_gradients_kernel, plain | {"UNROLL": UNROLL // 2}, "*bf16", "squared gradients"),
         (update_rows_kernel, full, "*bf16", "update"),
-        (update_rows_kernel, full | {"HAS_LOW": False, "UNROLL": UPDATE_UNROLL // 2}, "*fp32", "update in float32"),
+        (update_rows_kernel, full | {"HAS_LOW": False}, "*fp32", "update in float32"),
     )
     if max(d_in, d_out) <= 4096:
         cases += (
             (update_rows_kernel, small, "*bf16", "update in 8 bits and bfloat16"),
-            (update_rows_kernel, full | {"EIGHT_BIT": True}, "*bf16", "update in 8 bits"),
-            (update_rows_kernel, small | {"EIGHT_BIT": False}, "*bf16", "update in bfloat16"),
+            (update_rows_kernel, small | {"HAS_LOW": True, "STOCHASTIC": False}, "*bf16", "update in 8 bits"),
+            (update_rows_kernel, full | {"HAS_LOW": False, "STOCHASTIC": True}, "*bf16", "update in bfloat16"),
         )
     for kernel, own, low, name in cases:
         types = {argument: _type(argument, own, low) for argument in kernel.arg_names}
@@ -340,7 +342,7 @@ def _type(argument: str, kind: dict[str, Any], low: str) -> str:
     weights, moments = "*bf16" if kind.get("STOCHASTIC") else "*fp32", "*u8" if kind.get("EIGHT_BIT") else "*fp32"
     floats = ("d_pre", "values", "encoder_sums", "decoder_sums", "length_sums", "table", "codes", "squares")
     names_of_moments = ("m_enc", "v_enc", "m_dec", "v_dec")
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("low", "residual", "w_low"), low)
+    types = dict.fromkeys((*floats, "residual"), "*fp32") | dict.fromkeys(("low", "w_low"), low)
     types |= dict.fromkeys(("w_enc", "w_dec"), weights) | dict.fromkeys(names_of_moments, moments)
     types |= dict.fromkeys((f"{name}_scale" for name in names_of_moments), "*fp32")
     types |= dict.fromkeys(("seed", "d_in", "d_out", "n_features"), "i32")
