@@ -133,6 +133,18 @@ def _train_on_workers(lineage: Lineage, away: list[Lineage], progress: Progress,
             make_together(workers, work, names, size, n_ranks, progress)
             progress.say(f"train: {', '.join(names)} finished on {n_ranks} workers together")
     store.storage.pull()
+    if n_ranks > 1:
+        require_published(work.targets)
+
+
+def require_published(targets: Iterable[Artefact]) -> None:
+    """Raise UserError if all ranks have ended, and an SAE is not there: the rank that knew why was lost."""
+    for target in targets:
+        if not target.complete():
+            raise UserError(
+                f"The workers that trained {target.id} together have ended before it was done, and none says why: see "
+                "their logs.\nNothing up to the last checkpoint is lost: run the same command again."
+            )
 
 
 @dataclass

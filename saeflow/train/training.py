@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -153,7 +153,7 @@ class Training:
         loss.backward()  # type: ignore[no-untyped-call]
         clipped = _clip(self.sae, self.config.clip_norm)
         take_adam_step(self.sae, self.adam, self.step + 1 if self.in_bfloat16 else None)
-        if self.step in self._resample_steps:
+        if _resamples(self):
             self._resample(x, target, self.step)
         if self._is_logged(self.step):
             self.log.append(self._log_row(loss.item(), info, len(batch)) | clipped)
@@ -170,7 +170,7 @@ class Training:
         if self.info is None or self._is_logged(self.step):
             loss, self.info = self._fetched()
             self.log.append(self._log_row(loss, self.info, len(batch)))
-        if self.step in self._resample_steps:
+        if _resamples(self):
             self.settle()
             self._resample(x, target, self.step)
         self.step += 1
@@ -225,10 +225,6 @@ class Training:
         figures = _figures(info) | ({"k": self._k} if self.config.k_start and self.sae.config.counts_k else {})
         figures |= {"sparsity_factor": self._sparsity} if self.config.sparsity_warmup_share else {}
         return {"step": self.step, "batch_rows": n_rows, "lr": self.adam.param_groups[0]["lr"], "loss": loss} | figures
-
-    @cached_property
-    def _resample_steps(self) -> set[int]:
-        return {round(share * self.n_steps) for share in self.config.resample_at}
 
     def error(self, rows: Sequence[Tensor]) -> float:
         """Return the mean squared error of reconstructing raw rows (n, D), one tensor for each site, in eval mode."""
@@ -299,6 +295,11 @@ def _fresh_sae(recipe: Recipe, restart: int, widths: tuple[int, int], ranks: Ran
     seeded = recipe.sae.model_copy(update={"seed": recipe.sae.seed + restart})
     split = Split.of(ranks, recipe.train.parallel)
     return SparseAutoencoder(seeded, *widths, n_threads(recipe.threads), split)
+
+
+def _resamples(training: Training) -> bool:
+    """True if dead features start again after this step."""
+    return training.step in {round(share * training.n_steps) for share in training.config.resample_at}
 
 
 def _clip(sae: SparseAutoencoder, longest: float | None) -> dict[str, float]:

@@ -189,6 +189,14 @@ def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_
     assert done == ["state.safetensors", "state.json"]
 
 
+def test_ranks_that_end_without_a_word_and_without_the_sae_are_an_error(stored, table):
+    lineage = Lineage(stored, recipe_of(table, train={"n_tokens": 100}))
+    with pytest.raises(UserError, match=r"that trained saes/\S+ together have ended before it was done"):
+        train.require_published([lineage.sae])
+    train.run(lineage, quiet())
+    train.require_published([lineage.sae])
+
+
 def test_a_checkpoint_of_weights_and_a_count_of_other_steps_is_refused(stored, table, tmp_path):
     recipe = recipe_of(table)
     begun = Training.begin(train.open_feed(Lineage(stored, recipe)), recipe)
