@@ -14,7 +14,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export HF_HUB_OFFLINE = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo ready smollm2 test test-long test-all test-kernels check docs site bench peers fault-points fault-kinds notebooks clean
+.PHONY: demo ready smollm2 test test-long test-all test-kernels test-kernels-tenth check docs site bench peers fault-points fault-kinds notebooks clean
 
 demo: $(READY)  ## the main job on the shipped model and corpus, then three SQL answers
 	$(RUN) -m flows.pipeline flows/recipes/demo.toml
@@ -38,6 +38,9 @@ test-all: $(READY)  ## both in one go: what they share is loaded and made once
 
 test-kernels: $(READY) $(TRITON)  ## the tests of kernels for a GPU: on one, or in Triton's interpreter
 	PYTHONPATH=$(CURDIR)/$(TRITON) $(RUN) -m pytest tests/sae/gpu $(TESTS_AT_ONCE)
+
+test-kernels-tenth: $(READY) $(TRITON)  ## of those that take long a tenth, another one every day
+	SAEFLOW_TENTH=$(TENTH) PYTHONPATH=$(CURDIR)/$(TRITON) $(RUN) -m pytest tests/sae/gpu $(TESTS_AT_ONCE)
 
 $(TRITON): | $(READY)
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.9.0

@@ -1,5 +1,9 @@
 """Fixtures of the tests of kernels."""
 
+import os
+import zlib
+from pathlib import Path
+
 import pytest
 
 
@@ -9,3 +13,17 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.sae.gpu.quick import call, interpreter
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep, where `SAEFLOW_TENTH` is a digit, only that tenth of the long tests, but all that compile a kernel."""
+    tenth = os.environ.get("SAEFLOW_TENTH", "")
+    here = Path(__file__).parent
+    left_out = [
+        item
+        for item in items
+        if tenth and here in item.path.parents and item.get_closest_marker("long") and item.path.stem != "test_compiled"
+        and zlib.crc32(item.nodeid.encode()) % 10 != int(tenth)
+    ]  # fmt: skip
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
