@@ -171,8 +171,8 @@ def watch(case: Case, root: Path) -> None:
     sys.addaudithook(strike)
     after = autoencoder.SparseAutoencoder.after_step
 
-    def after_step(self: autoencoder.SparseAutoencoder) -> None:
-        after(self)
+    def after_step(self: autoencoder.SparseAutoencoder, in_bfloat16: bool = False) -> None:
+        after(self, in_bfloat16)
         strike(STEP, ())
 
     autoencoder.SparseAutoencoder.after_step = after_step  # type: ignore[method-assign]

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from saeflow.cli.synth import Synth
-from saeflow.sae.recovery import Scores
+from saeflow.sae.recovery import RecoveryScores
 from tests.benchmarks import low_precision
 
-ZERO = Scores(*(0 for _ in dataclasses.fields(Scores)))
+ZERO = RecoveryScores(*(0 for _ in dataclasses.fields(RecoveryScores)))
 
 
 def test_every_architecture_is_trained_every_way_from_every_seed():
