@@ -78,11 +78,10 @@ def open_feed(folder: Path, pool_bytes: int) -> Feed:
 def mapped_chunks(feed: Feed) -> Callable[[int], list[np.ndarray]]:
     """A block's rows (n, D) where they lie in the shard files: chunk after chunk, each with four bytes of checksum."""
     files = {}
-    for (index, _), array in feed.arrays.items():
-        part = next(b.part for b in feed.blocks if b.part.index == index)
+    for part in feed.blocks.parts:
         folder = feed.target.part_path(part) / SITE.file / "c"
         shards = sorted(folder.glob("*/0/0"), key=lambda path: int(path.relative_to(folder).parts[0]))
-        files[index] = array, [np.memmap(shard, np.uint8, "r") for shard in shards]
+        files[part.index] = feed._array(part.index, SITE), [np.memmap(shard, np.uint8, "r") for shard in shards]
 
     def chunks(number: int) -> list[np.ndarray]:
         block = feed.blocks[number]
