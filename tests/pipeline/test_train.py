@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -55,11 +56,12 @@ def table(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stored(table, tmp_path_factory) -> Store:
-    """A store that holds only the table, in float32."""
+def stored(table, tmp_path_factory) -> Iterator[Store]:
+    """A store that holds only the table, in float32. Tests share it, so nobody may train in it."""
     store = Store.create(tmp_path_factory.mktemp("stored") / "store")
     import_table.run(Lineage(store, recipe_of(table)), quiet())
-    return store
+    yield store
+    assert not store.artefacts("saes"), "a test trained in the store that all share: it wants the fixture `store`"
 
 
 @pytest.fixture
@@ -189,8 +191,8 @@ def test_the_weights_of_a_checkpoint_are_on_the_disk_before_the_file_that_calls_
     assert done == ["state.safetensors", "state.json"]
 
 
-def test_ranks_that_end_without_a_word_and_without_the_sae_are_an_error(stored, table):
-    lineage = Lineage(stored, recipe_of(table, train={"n_tokens": 100}))
+def test_ranks_that_end_without_a_word_and_without_the_sae_are_an_error(store, table):
+    lineage = Lineage(store, recipe_of(table, train={"n_tokens": 100}))
     with pytest.raises(UserError, match=r"that trained saes/\S+ together have ended before it was done"):
         train.require_published([lineage.sae])
     train.run(lineage, quiet())
