@@ -29,6 +29,9 @@ select
 create or replace macro src_is_encoded(token, entry) as
 ($encoded);
 
+create or replace macro src_vocab_id(token) as
+($vocab_id);
+
 create or replace macro src_is_signed() as
 ($is_signed::boolean);
 

@@ -18,8 +18,9 @@ from dask.system import cpu_count
 from saeflow.query.ask import READ_TO_RESOLVE
 from saeflow.query.catalog import OF_EVERY_RUN
 from saeflow.query.connection import connect_to_run
+from saeflow.query.files.chosen import list_all
+from saeflow.query.files.quoting import identifier
 from saeflow.query.kept_catalog import expect_many_connections
-from saeflow.query.relations import identifier
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
@@ -57,6 +58,7 @@ class OpenedRun:
         """Give the run with a cursor that another thread may use at the same time."""
         with contextlib.closing(self.cursor.cursor()) as cursor:
             cursor.execute("set search_path = ?", [identifier(self.run.schema)])
+            list_all(cursor)
             yield replace(self, cursor=cursor)
 
 

@@ -60,7 +60,7 @@ class Panel:
         if question.takes_select:
             _refuse_select(question, values)
         readings = supply(opened.store, opened.run, opened.cursor, question, values)
-        table = ask(opened.cursor, self.question, values, self.most_rows + 1, readings)
+        table = ask(opened.cursor, self.question, values, self.most_rows + 1, readings, opened.run)
         refuse_large(table)
         return Answer(self, question, values, opened.run.schema, for_python(table))
 

@@ -11,7 +11,7 @@ from typing import Literal
 import duckdb
 
 from saeflow.query.ask import planned
-from saeflow.query.relations import identifier, literal, unglobbed
+from saeflow.query.files.quoting import identifier, literal, unglobbed
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, message
 from saeflow.runtime.temporary import blaming_temporary_folder

@@ -153,7 +153,9 @@ def ask_command(
         if show_sql and not whole:
             return _write_text(as_statement(connection, chosen, values, limit), output)
         readings = supply(opened, current, connection, chosen, values)
-        reply.write(lambda most: ask(connection, question, values, most, readings), None if "n" in given else 20)
+        reply.write(
+            lambda most: ask(connection, question, values, most, readings, current), None if "n" in given else 20
+        )
     return None
 
 

@@ -150,6 +150,9 @@ VOCAB_BLOCKS = pa.schema(
     {"block_id": pa.int64(), "first_token_id": pa.int64(), "n_tokens": pa.int32(), "vocab_ids": pa.binary()}
 )
 
+VOCAB_IDS = "vocab_ids.npy"
+"""The same ids as one array, int32 (n,), which readers map into memory."""
+
 _BATCH_CHARACTERS = 1 << 20
 """Text handed to the tokenizer at once."""
 
@@ -312,6 +315,7 @@ def write_token_tables(
         pa.default_memory_pool().release_unused()  # the next table would be written beside freed pages of this one
         pq.write_table(documents, folder / "documents.parquet", compression="zstd")
         pq.write_table(vocab_blocks(table), folder / "vocab_blocks.parquet", compression="none", row_group_size=128)
+        np.save(folder / VOCAB_IDS, table.column("vocab_id").to_numpy().astype("<i4"), allow_pickle=False)
     return target.made[index]
 
 

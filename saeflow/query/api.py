@@ -81,7 +81,7 @@ class OpenRun:
         values = parse_arguments(chosen, name_arguments(chosen, arguments, named))
         values = resolve_names(self._connection, chosen, values)
         readings = supply(self.store, self._run, self._connection, chosen, values)
-        return ask(self._connection, question, values, limit, readings)
+        return ask(self._connection, question, values, limit, readings, self._run)
 
     def sql(self, statement: str, parameters: Sequence[object] = (), limit: int | None = None) -> pa.Table:
         """Run one statement that only reads. Each `?` in it stands for one of the parameters. Raises UserError."""

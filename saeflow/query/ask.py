@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from saeflow.features.changes import FeatureLevels
 from saeflow.query.catalog import names_of_sql
+from saeflow.query.files.chosen import FEATURES, only_files_for
 from saeflow.query.questions import Arguments, Question, Value, find_question, parse_arguments
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
@@ -43,7 +44,6 @@ READ_TO_RESOLVE = (
 )  # fmt: skip
 """Views that `resolve_names` reads."""
 
-_FEATURES = ("feature", "other", "features", "with_feature", "without_feature")
 _NAMES = {
     "role": (
         "select 1 from stg_tokens where role = ? limit 1",
@@ -76,14 +76,18 @@ def ask(
     arguments: Arguments = (),
     limit: int | None = None,
     readings: Readings | pa.Array | None = None,
+    run: Run | None = None,
 ) -> pa.Table:
     """Answer a named question. Arguments come by position or by name, as values or as words to be parsed.
+
+    `run`: the connection's run, so that no other files are looked at than those the arguments are about.
 
     `readings` are what the question needs beyond the run's files: see `saeflow.query.outside`. An array, which may hold
     millions of tokens, is read by DuckDB where it lies.
     """
     chosen = find_question(question)
-    values: list[object] = list(parse_arguments(chosen, arguments).values())
+    given = parse_arguments(chosen, arguments)
+    values: list[object] = list(given.values())
     marks = ["?"] * len(values)
     if isinstance(readings, pa.Array):
         marks.append(f"(select coalesce(list(item), []) from {_READINGS})")
@@ -93,8 +97,16 @@ def ask(
     sql = f"select * from {chosen.name}{call}"
     if limit is not None:
         sql, values = f"{sql} limit ?", [*values, limit]
-    with _registered(connection, readings):
+    with _registered(connection, readings), _only_files_for(connection, chosen, given, run):
         return _fetch(connection, sql, values, chosen.name, short=chosen.is_macro)
+
+
+def _only_files_for(
+    connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value], run: Run | None
+) -> contextlib.AbstractContextManager[None]:
+    if run is None or question.name in _ABOUT_RUNS:  # their features are not of one run
+        return contextlib.nullcontext()
+    return only_files_for(connection, run.value_files, run.number, values)
 
 
 @contextlib.contextmanager
@@ -134,7 +146,7 @@ def resolve_names(
     Raises UserError for a feature, source, role, document or run that does not exist: that is a typing mistake, not an
     empty answer.
     """
-    _refuse_unknown_features(connection, [each for name in _FEATURES for each in _as_list(values.get(name))])
+    _refuse_unknown_features(connection, [each for name in FEATURES for each in _as_list(values.get(name))])
     _refuse_unknown_sources(connection, [str(each) for each in _as_list(values.get("source"))])
     for name in _NAMES.keys() & values.keys():
         _refuse_unknown_name(connection, name, values[name])

@@ -19,16 +19,10 @@ import duckdb
 
 from saeflow import __version__
 from saeflow.features.schema import BESIDE_LABELS, PROBE_TABLES
+from saeflow.query.files.chosen import FileLists
+from saeflow.query.files.quoting import identifier, literal
+from saeflow.query.files.relations import outline, probe_relation, relations, side_by_side, spans_relation
 from saeflow.query.labels import beside_labels_relation, labels_relation, rules_relation
-from saeflow.query.relations import (
-    identifier,
-    literal,
-    outline,
-    probe_relation,
-    relations,
-    side_by_side,
-    spans_relation,
-)
 from saeflow.query.runs import EVERY_RUN, Run, pick_run, runs
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
@@ -84,9 +78,13 @@ def runs_read(every: Sequence[Run], current: Run, wanted: Collection[str] | None
 def sources(every: Sequence[Run], read: Sequence[Run], many_files: int) -> Iterator[str]:
     """Yield SQL that makes each run's schema and the views of its files, of a few of them if it has many."""
     for run in read:
-        yield f"create schema if not exists {identifier(run.schema)}"
-        yield f"set search_path = {literal(identifier(run.schema))}"
-        yield source_views(_in_outline(run, many_files), every)
+        yield from begin_schema(run)
+        yield source_views(_in_outline(run, many_files), every, in_schema=True)
+
+
+def begin_schema(run: Run) -> Iterator[str]:
+    yield f"create schema if not exists {identifier(run.schema)}"
+    yield f"set search_path = {literal(identifier(run.schema))}"
 
 
 def upon_sources(
@@ -109,9 +107,19 @@ def at_last(
     for run in read:
         if _in_outline(run, many_files) is not run:
             yield f"set search_path = {literal(identifier(run.schema))}"
-            yield source_views(run, every)
-            shown = (name for name in _DOCUMENT_VIEWS if wanted is None or Path(name).stem in wanted)
-            yield from _in_schema(run, (_sql_of(sql_folder() / name) for name in shown))
+            yield source_views(run, every, in_schema=True)
+            yield from views_of_documents(run, wanted)
+    yield from in_use(current)
+
+
+def views_of_documents(run: Run, wanted: Collection[str] | None) -> Iterator[str]:
+    """Yield SQL that makes anew the views that show whatever columns all files of documents have."""
+    shown = (name for name in _DOCUMENT_VIEWS if wanted is None or Path(name).stem in wanted)
+    yield from _in_schema(run, (_sql_of(sql_folder() / name) for name in shown))
+
+
+def in_use(current: Run) -> Iterator[str]:
+    """Yield SQL that chooses the run and the settings of a connection."""
     yield f"set search_path = {literal(identifier(current.schema))}"
     yield from DUCKDB_SETTINGS
 
@@ -124,12 +132,15 @@ def script_of_run(store: Store, run: str | None = None) -> str:
     return "\n".join([source_views(current, every), *views])
 
 
-def source_views(run: Run, every: Sequence[Run]) -> str:
-    """Return `sql/sources.sql` with the run's files filled in."""
+def source_views(run: Run, every: Sequence[Run], lists: FileLists | None = None, in_schema: bool = False) -> str:
+    """Return `sql/sources.sql` with the run's files filled in. `lists` says how they are listed.
+
+    `in_schema`: names inside macros have the run's schema in front.
+    """
     text = Template(_sql_of(sql_folder() / "sources.sql"))
     rows = literal([{"place": place} | other.row(run) for place, other in enumerate(every)])
     shape = {name: literal(value) for name, value in run.shape.items()}
-    found = relations(run.files, run.left_out, run.hidden)
+    found = relations(run.files, run.left_out, run.hidden, lists)
     found["annotations"] = spans_relation(run.annotations)
     found |= {table: probe_relation(run.probes, table) for table in PROBE_TABLES}
     if run.labels:
@@ -137,7 +148,9 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
         found["rules"] = rules_relation(run.labels) or found["rules"]
     tokens = run.artefact.record.input("tokens") or ""
     found |= {table: beside_labels_relation(run.beside_labels, table, tokens) for table in BESIDE_LABELS}
-    conditions = {"encoded": run.encoded, "skip_reason": run.skip_reason}
+    conditions = {"encoded": run.encoded, "skip_reason": run.skip_reason, "vocab_id": run.vocab_id_sql}
+    if in_schema:
+        conditions["vocab_id"] = identifier(run.schema).join(_around_names(run.vocab_id_sql))
     if run.roles:
         chosen = (
             f"select token_id from {found['tokens']} as spoken "
@@ -145,8 +158,8 @@ def source_views(run: Run, every: Sequence[Run]) -> str:
         )
         conditions["encoded"] += f" and token in ({chosen})"
         conditions["skip_reason"] = f"coalesce({run.skip_reason}, case when token not in ({chosen}) then 'role' end)"
-    lists = {"runs": rows, "stages": _rows(run.stages), "settings": _rows(run.settings)}
-    return text.substitute(found, hidden=literal([*map(int, run.hidden)]), **lists, **conditions, **shape)
+    known = {"runs": rows, "stages": _rows(run.stages), "settings": _rows(run.settings)}
+    return text.substitute(found, hidden=literal([*map(int, run.hidden)]), **known, **conditions, **shape)
 
 
 def _rows(rows: Sequence[Mapping[str, object]]) -> str:
@@ -205,7 +218,16 @@ def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:
     schema = identifier(run.schema)
     yield f"set search_path = {literal(schema)}"
     for text in texts:
-        yield schema.join(_around_names(text))
+        yield schema.join(_around_names(text if run.document_start is None else _looking_up(text, run.document_start)))
+
+
+@cache
+def _looking_up(text: str, document_start: str) -> str:
+    """Return a file of `sql/` that looks each token's document up, where it would sort all documents."""
+    return _AS_OF.sub(rf"join stg_document_places\1 on \4first_token_id = {document_start}(\3)", text)
+
+
+_AS_OF = re.compile(r"\basof join stg_document_places( as (\w+))?\s+on ([\w.]+) >= ((?:\w+\.)?)first_token_id\b")
 
 
 @cache

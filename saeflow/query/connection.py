@@ -6,8 +6,10 @@ A connection opens published files and nothing else on the machine.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
+import sys
 import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,18 +25,22 @@ from saeflow.query.catalog import (
     MANY_FILES,
     OF_EVERY_RUN,
     STAGING,
-    at_last,
+    begin_schema,
+    in_use,
     names_in,
     runs_read,
     source_views,
-    sources,
     sql_folder,
     sql_texts,
     upon_sources,
+    views_of_documents,
     with_what_they_read,
 )
+from saeflow.query.files.chosen import FileLists
+from saeflow.query.files.chosen import keep as keep_lists
+from saeflow.query.files.quoting import identifier, literal, unglobbed
+from saeflow.query.files.token_index import TokenIndex
 from saeflow.query.kept_catalog import make_upon_sources
-from saeflow.query.relations import identifier, literal, unglobbed
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.runtime.memory import total_memory
@@ -58,6 +64,9 @@ KEPT = {
     "stg_size": 1,
 }
 """Views held in memory if they have at most so many rows: up to 64 MB of blocks, for 17 million tokens."""
+
+KEPT_BESIDE_INDEX = {"stg_document_places": 2_000_000}
+"""Documents that are held where an index says which of them a token belongs to: 200 MB with keys of 30 letters."""
 
 KEPT_FOR_PAGES = {
     "stg_summaries": 300_000, "feature_names": 300_000, "stg_feature_histogram": 4_000_000, "stg_labels": 300_000,
@@ -97,7 +106,7 @@ def connect_to_run(
 
     `for_pages`: labels that change later are not seen, and only questions that are in `names` read several runs.
     """
-    every, made = runs(store), False
+    every, made = [replace(each, number=place) for place, each in enumerate(runs(store))], False
     while not made:
         current, connection = pick_run(store, every, run), open_duckdb(store, memory_limit, threads)
         try:
@@ -123,8 +132,7 @@ def _make_views(
 ) -> None:
     wanted = None if names is None else with_what_they_read(names)
     read = runs_read(every, current, wanted, alone=for_pages)
-    for statement in sources(every, read, many_files):
-        connection.execute(statement)
+    lists = [_make_sources(connection, each, every, many_files) for each in read]
     if wanted is not None:
         for statement in upon_sources(read, wanted):
             connection.execute(statement)
@@ -132,10 +140,23 @@ def _make_views(
         make_upon_sources(connection, read)
         for name in OF_EVERY_RUN if for_pages else ():  # it would find no other run
             connection.execute(f"drop macro table {identifier(current.schema)}.{name}")
-    for statement in at_last(every, current, read, many_files, wanted):
+    keep_lists(connection, lists)
+    for statement in itertools.chain(*(views_of_documents(each, wanted) for each in read), in_use(current)):
         connection.execute(statement)
     kept = KEPT | KEPT_FOR_PAGES if for_pages else KEPT
-    _keep_small_views(connection, current, {view: n for view, n in kept.items() if wanted is None or view in wanted})
+    kept = {view: n for view, n in kept.items() if wanted is None or view in wanted}
+    _keep_small_views(connection, current, kept if current.document_start is None else kept | KEPT_BESIDE_INDEX)
+
+
+def _make_sources(connection: duckdb.DuckDBPyConnection, run: Run, every: Sequence[Run], many_files: int) -> FileLists:
+    """Make the views of a run's files. If it has many, they read one file of each table until the lists are kept."""
+    if run.document_start is not None:
+        TokenIndex(run.vocab_id_files or (), run.files["documents"]).register(connection, run.number or 0)
+    lists = FileLists(run.number, in_variables=sum(map(len, run.files.values())) > many_files)
+    views = source_views(run, every, lists, in_schema=True)
+    for statement in (*lists.outline(), *begin_schema(run), views):
+        connection.execute(statement)
+    return lists
 
 
 def _without_damaged(store: Store, every: Sequence[Run], error: Exception) -> list[Run]:
@@ -203,21 +224,38 @@ def _keep_small_views(connection: duckdb.DuckDBPyConnection, run: Run, kept: Map
     """Hold in memory what nearly every question joins with; reading it anew would be most of a question's time."""
     schema = identifier(run.schema)
     for view, most_rows in kept.items():
-        if connection.execute(f"select count(*) from {schema}.{view}").fetchall()[0][0] <= most_rows:
+        if _n_rows(connection, run, view) <= most_rows:
             connection.execute(f"create table {schema}.kept_{view} as from {schema}.{view}")
             connection.execute(f"drop view {schema}.{view}")
             connection.execute(f"alter table {schema}.kept_{view} rename to {view}")
 
 
+def _n_rows(connection: duckdb.DuckDBPyConnection, run: Run, view: str) -> int:
+    """Count a view's rows, of the largest by the records: to count them would open every file."""
+    if view == "src_vocab_blocks" and run.document_start is not None:
+        return sys.maxsize  # no question reads many of them
+    if view == "stg_document_places" and run.n_documents is not None:
+        return run.n_documents
+    ((n_rows,),) = connection.execute(f"select count(*) from {identifier(run.schema)}.{view}").fetchall()
+    return int(n_rows)
+
+
 def _harden(connection: duckdb.DuckDBPyConnection, every: Iterable[Run]) -> None:
-    """Allow access to the published files alone, each in both spellings, because globs are checked too."""
-    paths = {path for run in every for files in run.files.values() for path in files}
-    paths |= {path for run in every for path in run.annotations.values()}
-    paths |= {file.location for run in every for file in run.probes}
-    paths |= {file.location for run in every for file in run.labels}
-    paths |= {file.location for run in every for file in run.beside_labels}
-    allowed = sorted(paths | {unglobbed(path) for path in paths})
-    connection.execute(f"set allowed_paths = {literal(allowed)}")
+    """Allow access to the published files alone; of a run of many files to the folders of its and its tokens' parts.
+
+    Each is allowed in both spellings, because globs are checked, too. DuckDB takes 50 microseconds over each.
+    """
+    paths, folders = set[str](), set[str]()
+    for run in every:
+        files = {path for each in run.files.values() for path in each}
+        if len(files) > MANY_FILES:
+            folders |= {f"{path.rpartition('/parts/')[0]}/parts/" for path in files if "/parts/" in path}
+            files = {path for path in files if "/parts/" not in path}
+        paths |= files | {*run.annotations.values()}
+        for beside in (run.probes, run.labels, run.beside_labels):
+            paths |= {file.location for file in beside}
+    for setting, allowed in (("allowed_paths", paths), ("allowed_directories", folders)):
+        connection.execute(f"set {setting} = {literal(sorted(allowed | {unglobbed(path) for path in allowed}))}")
     connection.execute("set enable_external_access = false")
     connection.execute("set lock_configuration = true")
 

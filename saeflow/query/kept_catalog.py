@@ -17,7 +17,7 @@ from pathlib import Path
 import duckdb
 
 from saeflow.query.catalog import names_of_sources, upon_sources
-from saeflow.query.relations import identifier, literal
+from saeflow.query.files.quoting import identifier, literal
 from saeflow.query.runs import Run
 
 MOST_KEPT = 64
@@ -43,7 +43,7 @@ def expect_many_connections() -> None:
 
 def make_upon_sources(connection: duckdb.DuckDBPyConnection, read: Sequence[Run]) -> None:
     """Make all views and macros of runs whose views of files exist. What was kept is copied."""
-    keys = {run.schema: (run.schema, run.encoded, run.skip_reason, _columns_of_views(connection, run)) for run in read}
+    keys = {run.schema: _key(connection, run) for run in read}
     with _lock:
         made = [schema for schema, key in keys.items() if _copied(connection, kept.get(key))]
     for statement in upon_sources(read, made=made):
@@ -52,6 +52,11 @@ def make_upon_sources(connection: duckdb.DuckDBPyConnection, read: Sequence[Run]
         for schema, key in keys.items():
             if schema not in made:
                 _keep_catalog(connection, schema, key)
+
+
+def _key(connection: duckdb.DuckDBPyConnection, run: Run) -> object:
+    """Return all that the views and macros of a run depend on."""
+    return run.schema, run.encoded, run.skip_reason, run.document_start, _columns_of_views(connection, run)
 
 
 def _columns_of_views(connection: duckdb.DuckDBPyConnection, run: Run) -> str:

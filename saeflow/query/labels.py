@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.features.schema import BESIDE_LABELS
-from saeflow.query.relations import literal, no_rows, unglobbed
+from saeflow.query.files.quoting import literal, unglobbed
+from saeflow.query.files.relations import no_rows
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.store import Store

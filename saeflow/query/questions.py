@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from saeflow.query.catalog import sql_folder
-from saeflow.query.relations import identifier, literal
+from saeflow.query.files.quoting import identifier, literal
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, did_you_mean
 

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import filterfalse
 from typing import Any
 
@@ -27,8 +28,10 @@ from saeflow.features.schema import (
     token_ranges,
 )
 from saeflow.query import run_records
+from saeflow.query.files.chosen import FileRanges
+from saeflow.query.files.relations import condition_of_encoded, reason_to_skip
+from saeflow.query.files.token_index import VocabIdFile, vocab_id_files
 from saeflow.query.labels import LabelFile, TableBesideLabels, label_files, tables_beside_labels
-from saeflow.query.relations import condition_of_encoded, reason_to_skip
 from saeflow.query.run_records import UNREADABLE_RECORD
 from saeflow.recipe.settings import SIGNED, TOP_FAMILY
 from saeflow.runtime.errors import UserError
@@ -43,6 +46,13 @@ log = logging.getLogger(__name__)
 
 EVERY_RUN = "every_run"
 """The schema that holds what questions about several runs read."""
+
+SQL_VOCAB_ID = (
+    "select (held.vocab_ids[(token - held.first_token_id) * 4 + 1 : (token - held.first_token_id) * 4 + 4])"
+    "::bit::integer from src_vocab_blocks as held where held.block_id = token // 512 "
+    "and token between held.first_token_id and held.first_token_id + held.n_tokens - 1"
+)
+"""SQL on `token`: its vocabulary id, from the blocks."""
 
 _RESERVED = {EVERY_RUN, "memory", "main", "temp", "system", "pg_catalog", "information_schema"}
 
@@ -82,6 +92,27 @@ class Run:
     """Rows of the view `stages`, the run itself last."""
     settings: Sequence[Mapping[str, object]] = ()
     problem: str | None = None
+    n_documents: int | None = None
+    """Documents with names, hidden ones too; None where the records do not say."""
+    vocab_id_files: Sequence[VocabIdFile] | None = None
+    """What a connection looks vocabulary ids up in; None if it must ask SQL."""
+    number: int | None = None
+    """The run's number in its connection, which names its functions and variables there."""
+
+    @cached_property
+    def value_files(self) -> dict[str, FileRanges]:
+        """The files of values by order, to choose from."""
+        return {order: FileRanges(self.files.get(order, ())) for order in ORDERS}
+
+    @property
+    def vocab_id_sql(self) -> str:
+        """SQL on `token`: its vocabulary id."""
+        return SQL_VOCAB_ID if self.document_start is None else f"vocab_id_{self.number}(token)"
+
+    @property
+    def document_start(self) -> str | None:
+        """The function that finds the first token of a token's document, in a connection that has it."""
+        return None if self.number is None or self.vocab_id_files is None else f"document_start_{self.number}"
 
     def is_called(self, name: str) -> bool:
         """True if the name means this run alone; the short name may mean several."""
@@ -203,6 +234,8 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         annotations=beside.span_files(store, source),
         probes=beside.probe_files(store, artefact.id),
         beside_labels=tables_beside_labels(store, sae) if sae else (),
+        n_documents=generation.total("n_documents"),
+        vocab_id_files=vocab_id_files(tokens, generation),
         is_whole={part.index for part in generation.parts} <= {i for part in shown for i in _fresh(part, generation)},
         **_recorded(store, artefact),
     )

@@ -1,7 +1,7 @@
 -- The tokens around some tokens, for a list of token ids.
 --
 -- Grain:   one row per (centre, token of its span). The centres are the real tokens of the list.
--- Reads:   token_owners, stg_vocab_blocks, stg_vocab, block_vocab_id
+-- Reads:   token_owners, stg_vocab, vocab_id_of
 -- Units:   before and after count tokens; a span never leaves its document. key, source and position are the centre's.
 --          short_digits are those of stg_vocab.
 -- Ask it:  from token_spans([4711], 2, 2)
@@ -19,16 +19,7 @@ with owned as materialized (
     from token_owners(ids) as owners
 ),
 spelt as materialized (
-    select
-        centre,
-        token_id,
-        key,
-        owned.source,
-        position,
-        block_vocab_id(vocab_ids, token_id - first_token_id) as vocab_id
-    from (select *, token_id // 512 as block_id from owned) as owned
-    join stg_vocab_blocks using (block_id)
-    where token_id between first_token_id and first_token_id + n_tokens - 1
+    select centre, token_id, key, owned.source, position, vocab_id_of(token_id) as vocab_id from owned
 )
 select centre, token_id, entries.piece, entries.short_digits, spelt.key, spelt.source, spelt.position
 from spelt

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow.corpus.token_parts import VOCAB_BLOCKS
+from saeflow.corpus.token_parts import VOCAB_BLOCKS, VOCAB_IDS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.features.schema import LEFT_OUT_TABLE, PART_TABLES, RUN_TABLES
 from saeflow.features.schema import VALUES as VALUE_SCHEMAS
@@ -52,6 +53,8 @@ class Given:
     stats: list[dict[str, float]] | None = None
     tokens: list[dict[str, object]] | None = None
     vocab_blocks: Rows | None = None
+    has_vocab_ids: bool = True
+    """False as of a saeflow that knew only the blocks."""
     tables: dict[str, Rows] = field(default_factory=dict)
     """Tables of a part as they are written in each, or `similar` and `logits`, which are empty else."""
     metadata: dict[str, pa.Array] = field(default_factory=dict)
@@ -163,6 +166,8 @@ class Given:
                 if not self.is_early:
                     blocks = self.vocab_blocks if self.vocab_blocks is not None else part_tables.blocks(part)
                     pq.write_table(pa.Table.from_pylist(blocks, VOCAB_BLOCKS), folder / "vocab_blocks.parquet")
+                if not self.is_early and self.vocab_blocks is None and self.has_vocab_ids:
+                    np.save(folder / VOCAB_IDS, np.array([row["vocab_id"] for row in rows], "<i4"))
         owners = {i: index for index in range(self.n_token_parts) for i in self._documents_of(index)}
         hidden: dict[int, tuple[Hidden, ...]] = {}
         for i in self.hidden:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.query.relations import condition_of_encoded, identifier, literal, relations, whole
+from saeflow.query.files.quoting import identifier, literal, whole
+from saeflow.query.files.relations import condition_of_encoded, relations
 
 ROOT = Path(__file__).resolve().parents[2]
 _SQL = re.compile(
@@ -99,7 +100,8 @@ PUT_IN = {
         "self.type": "a type of the constant _IN_WORDS",
         "f'({given})' if self.is_macro else ''": "literals",
     },
-    "query/relations.py": {
+    "query/files/chosen.py": {"_LISTS": "a constant"},
+    "query/files/relations.py": {
         "', '.join(map(literal, each.without))": "literals",
         "_read_files([each.location])": "literals",
         "shown": "of a literal",
@@ -113,8 +115,8 @@ PUT_IN = {
         "name": "a name of a column of a schema in the code",
         "nothing": "made here, of constants",
         "relation": "_read_files of one file: literals",
-        "_read_files(marked)": "literals",
-        "_read_files(unmarked)": "literals",
+        "_read_listed(lists.listed('tokens', marked))": "literals, or variables of the connection",
+        "_read_listed(lists.listed('tokens', unmarked))": "literals, or variables of the connection",
         "tokens": "SQL that this file has made, of literals",
         "found['vocab_blocks']": "made here, of literals",
         "_blocks_of(f'(select * from {masked} where token_id // {BLOCK_TOKENS} in {touched})')": "of literals",
@@ -129,10 +131,10 @@ PUT_IN = {
         "everywhere": "a constant",
         "low": "a constant regular expression",
         "high": "a constant regular expression",
-        "_read_files(others)": "literals",
-        "_read_files(paths)": "literals",
-        "_read_files(paths, _HIVE)": "literals",
-        "_read_files(lacking)": "literals",
+        "_read_listed(lists.listed(order, others))": "literals, or variables of the connection",
+        "_read_listed(listed)": "literals, or variables of the connection",
+        "_read_listed(listed, _HIVE)": "literals, or variables of the connection",
+        "_read_listed(lists.listed('vocab_blocks', paths))": "literals, or variables of the connection",
         "no_rows(SPANS)": "a schema in the code",
         "_read_files([path])": "literals",
         "no_rows(VALUES[order])": "a schema in the code",

@@ -24,7 +24,7 @@ from saeflow.features.compaction import USUAL_MERGE
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect
 from saeflow.pipeline.lineage import Lineage
-from saeflow.query.relations import relations
+from saeflow.query.files.relations import relations
 from saeflow.recipe.recipe import parse_recipe
 from saeflow.recipe.settings import FeedConfig
 from saeflow.runtime.progress import Progress

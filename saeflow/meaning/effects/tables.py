@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from saeflow.features.schema import EFFECTS
 from saeflow.model.direct_path import direct_path
-from saeflow.query.relations import literal, unglobbed
+from saeflow.query.files.quoting import literal, unglobbed
 from saeflow.runtime.linear import linear
 from saeflow.runtime.memory import total_memory
 from saeflow.store.files import replacing

@@ -5,8 +5,6 @@ Names of files and columns, and numbers, become literals; no text of a user is u
 
 from __future__ import annotations
 
-import math
-import operator
 import re
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +25,8 @@ from saeflow.features.schema import (
     SPANS,
     VALUES,
 )
-from saeflow.runtime.text import HOSTILE
+from saeflow.query.files.chosen import FileLists
+from saeflow.query.files.quoting import identifier, literal, unglobbed, whole
 
 Files = Mapping[str, Sequence[str]]
 Ranges = Sequence[tuple[int, int]]
@@ -53,23 +52,28 @@ _OPTIONAL_TABLES = {
 }  # fmt: skip
 
 
-def relations(files: Files, left_out: Ranges = (), hidden: Sequence[int] = ()) -> dict[str, str]:
+def relations(
+    files: Files, left_out: Ranges = (), hidden: Sequence[int] = (), lists: FileLists | None = None
+) -> dict[str, str]:
     """Return SQL for each table of a run, without values in the ranges of token_id `left_out`, both ends included.
 
     Tokens of the `hidden` documents are padding, as compaction will write them, and their rows are left out. Statistics
-    of the ranges still count them: entries and sources of these documents alone are left out.
+    of the ranges still count them: entries and sources of these documents alone are left out. `lists` says how the
+    files are listed; by default as SQL that any program runs.
     """
+    lists = lists or FileLists()
     found = {
-        "tokens": _tokens(files["tokens"], files.get("unmarked_tokens", ())),
-        "documents": _read_files(files["documents"], "union_by_name = true"),
+        "tokens": _tokens(files["tokens"], files.get("unmarked_tokens", ()), lists),
+        "documents": _read_listed(lists.listed("documents", files["documents"]), "union_by_name = true"),
         "vocab": _read_files(files["vocab"]),
-        "vocab_blocks": _vocab_blocks(files.get("vocab_blocks", ()), files["tokens"]),
+        "vocab_blocks": _vocab_blocks(files.get("vocab_blocks", ()), files["tokens"], lists),
     }
     found |= _as_compacted(found, hidden) if hidden else {}
-    found |= {order: _select_values(order, files[order], left_out) for order in ORDERS}
+    found |= {order: _select_values(order, files[order], left_out, lists) for order in ORDERS}
     for table, schema in _OPTIONAL_TABLES.items():
         options = "filename = true" if table == "feature_stats" else ""
-        found[table] = _read_files(files[table], options) if files.get(table) else no_rows(schema)
+        stored = files.get(table)
+        found[table] = _read_listed(lists.listed(table, stored), options) if stored else no_rows(schema)
     read_logs = [_read_files([path]) for path in files.get("training_log", ())]
     logs = [no_rows(_LOG), *(f"select * from {relation}" for relation in read_logs)]
     found["training_log"] = f"({' union all by name '.join(logs)})"
@@ -109,24 +113,27 @@ def _without_secrets(found: Mapping[str, str], hidden: Sequence[int]) -> dict[st
 
 
 def _read_files(paths: Sequence[str], options: str = "") -> str:
-    listed = literal([unglobbed(path) for path in paths])
+    return _read_listed(literal([unglobbed(path) for path in paths]), options)
+
+
+def _read_listed(listed: str, options: str = "") -> str:
     partitions = "" if "hive_partitioning" in options else ", hive_partitioning = false"
     return f"read_parquet({listed}{partitions}{', ' + options if options else ''})"
 
 
-def _tokens(paths: Sequence[str], unmarked: Sequence[str]) -> str:
+def _tokens(paths: Sequence[str], unmarked: Sequence[str], lists: FileLists) -> str:
     """Select the tokens. Files of an earlier saeflow, and those of tables, lack the columns of MARKS."""
     if not unmarked:
-        return _read_files(paths)
+        return _read_listed(lists.listed("tokens", paths))
     lacking = {*unmarked}
     nothing = ", ".join(f"null::{_SQL_TYPES[kind]} as {name}" for name, kind in MARK_TYPES.items())
-    parts = (
-        [f"select * from {_read_files(marked)}"] if (marked := [each for each in paths if each not in lacking]) else []
-    )
-    return f"({' union all '.join([*parts, f'select *, {nothing} from {_read_files(unmarked)}'])})"
+    marked = [each for each in paths if each not in lacking]
+    parts = [f"select * from {_read_listed(lists.listed('tokens', marked))}"] if marked else []
+    parts.append(f"select *, {nothing} from {_read_listed(lists.listed('tokens', unmarked))}")
+    return f"({' union all '.join(parts)})"
 
 
-def _select_values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
+def _select_values(order: str, paths: Sequence[str], left_out: Ranges, lists: FileLists) -> str:
     """Select the values of one order with the columns low, high and filename.
 
     Files of an earlier saeflow do not name their range, so they may hold anything. A folder `value=9` above the store
@@ -136,8 +143,9 @@ def _select_values(order: str, paths: Sequence[str], left_out: Ranges) -> str:
     others = [path for path in paths if not _names_its_range(path)]
     columns = ", ".join(VALUES[order].names)
     everywhere = "0::bigint as low, 9223372036854775807 as high"
-    parts = [_select_ranged(columns, ranged)] if ranged else []
-    parts += [f"select {columns}, {everywhere}, filename from {_read_files(others)}"] if others else []
+    parts = [_select_ranged(columns, ranged, lists.listed(order, ranged, may_be_few=True))] if ranged else []
+    if others:
+        parts.append(f"select {columns}, {everywhere}, filename from {_read_listed(lists.listed(order, others))}")
     parts = parts or [f"select *, {everywhere}, null::varchar as filename from {no_rows(VALUES[order])}"]
     rows = " union all ".join(parts)
     unseen = _outside(left_out)
@@ -148,11 +156,11 @@ def _outside(ranges: Ranges) -> str:
     return " and ".join(f"token_id not between {whole(first)} and {whole(last)}" for first, last in ranges)
 
 
-def _select_ranged(columns: str, paths: Sequence[str]) -> str:
+def _select_ranged(columns: str, paths: Sequence[str], listed: str) -> str:
     if any("=" in path.rpartition("/low=")[0] for path in paths):
         low, high = map(_BY_NAME.format, (1, 2))
-        return f"select {columns}, {low} as low, {high} as high, filename from {_read_files(paths)}"
-    return f"select {columns}, low, high, filename from {_read_files(paths, _HIVE)}"
+        return f"select {columns}, {low} as low, {high} as high, filename from {_read_listed(listed)}"
+    return f"select {columns}, low, high, filename from {_read_listed(listed, _HIVE)}"
 
 
 def _names_its_range(path: str) -> bool:
@@ -179,12 +187,12 @@ def _without_blocks(paths: Sequence[str], tokens: Sequence[str]) -> list[str]:
     return [path for path in tokens if path.rpartition("/")[0] not in folders]
 
 
-def _vocab_blocks(paths: Sequence[str], tokens: Sequence[str]) -> str:
+def _vocab_blocks(paths: Sequence[str], tokens: Sequence[str], lists: FileLists) -> str:
     """Select the stored blocks. Blocks that an earlier saeflow did not write are made from the tokens."""
     lacking = _without_blocks(paths, tokens)
-    parts = [f"select * from {_read_files(paths)}"] if paths else []
+    parts = [f"select * from {_read_listed(lists.listed('vocab_blocks', paths))}"] if paths else []
     if lacking:
-        parts.append(_blocks_of(_read_files(lacking)))
+        parts.append(_blocks_of(_read_listed(lists.listed("vocab_blocks", lacking))))
     return f"({' union all '.join(parts)})"
 
 
@@ -228,11 +236,6 @@ def probe_relation(probes: Sequence[ProbeFile], table: str) -> str:
     return f"({' union all by name '.join(parts)})" if parts else no_rows(PROBE_TABLES[table])
 
 
-def unglobbed(path: str) -> str:
-    """Return the path as a glob that matches only itself: read_parquet expands `*`, `?` and `[` even in a list."""
-    return re.sub(r"[*?\[]", r"[\g<0>]", path)
-
-
 def condition_of_encoded(
     ranges: Ranges | None, length: int, positions: Sequence[int] = (), entries: Sequence[int] = ()
 ) -> str:
@@ -259,36 +262,6 @@ def reason_to_skip(length: int, positions: Sequence[int] = (), entries: Sequence
     if entries:
         cases.append(f"when entry in ({', '.join(map(whole, entries))}) then 'special'")
     return f"case {' '.join(cases)} end" if cases else "null::varchar"
-
-
-def whole(value: int) -> str:
-    """Return a whole number as SQL. Raises ValueError or TypeError for what is none: a record may hold anything."""
-    return literal(operator.index(value))
-
-
-def identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(value: object) -> str:
-    """Return a value as SQL on one line, without anything that a terminal would obey."""
-    match value:
-        case None:
-            return "null"
-        case bool() | int():
-            return str(value).lower()
-        case float() if math.isfinite(value):
-            return repr(value)
-        case dict():
-            return "{" + ", ".join(f"{literal(key)}: {literal(item)}" for key, item in value.items()) + "}"
-        case list():
-            return "[" + ", ".join(map(literal, value)) + "]"
-    text = str(value).encode("utf-8", "replace").decode().replace("'", "''")
-    if not HOSTILE.search(text):
-        return f"'{text}'"
-    doubled = text.replace("\\", "\\\\")
-    escaped = HOSTILE.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode()), doubled)
-    return f"E'{escaped}'"
 
 
 def side_by_side(schemas: Sequence[str], view: str) -> str:

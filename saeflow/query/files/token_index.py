@@ -1,0 +1,108 @@
+"""What stands at a token, looked up without SQL: its vocabulary id, and where its document begins.
+
+DuckDB would read blocks of 512 ids for each token, and sort all documents for each question. The ids of a part lie in
+`vocab_ids.npy`, which is mapped into memory: one token costs one read of four bytes, and processes share the pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from duckdb.func import FunctionNullHandling, PythonUDFType
+
+from saeflow.corpus.token_parts import VOCAB_IDS
+from saeflow.store.artefact import Artefact
+from saeflow.store.records import Generation
+
+MOST_MAPPED = 4_096
+"""Files that are mapped at the same time: Linux allows a process 65,530 maps."""
+
+
+class VocabIdFile(NamedTuple):
+    """A file of vocabulary ids, and its part's tokens: those from `first` to `end` - 1."""
+
+    first: int
+    end: int
+    path: str
+
+
+def vocab_id_files(tokens: Artefact, generation: Generation) -> list[VocabIdFile] | None:
+    """Return the files of all parts by their first token, or None if these questions need SQL.
+
+    They do where a part of an earlier saeflow has no such file, where a hidden document must look like padding, and in
+    a bucket, whose files cannot be mapped.
+    """
+    length = int(tokens.record.facts.get("context_length", 1))
+    if generation.hidden_ids or tokens.storage.asks_a_server:
+        return None
+    found = []
+    for part in generation.parts:
+        counts = part.counts
+        if not any(file.name == VOCAB_IDS for file in part.files) or "first_sequence" not in counts:
+            return None
+        first = counts["first_sequence"] * length
+        path = tokens.storage.location(tokens.part_path(part) / VOCAB_IDS)
+        found.append(VocabIdFile(first, first + counts["n_sequences"] * length, path))
+    return sorted(found)
+
+
+class TokenIndex:
+    """The lookups of one run, for one connection and its cursors."""
+
+    def __init__(self, files: Sequence[VocabIdFile], documents: Sequence[str]) -> None:
+        self.files, self.documents = files, documents
+        self._firsts = np.array([file.first for file in files], np.int64)
+        self._ends = np.array([file.end for file in files], np.int64)
+        self._mapped: Callable[[int], np.ndarray] = lru_cache(MOST_MAPPED)(self._map)
+
+    def register(self, connection: duckdb.DuckDBPyConnection, number: int) -> None:
+        """Give the connection the functions `vocab_id_NUMBER` and `document_start_NUMBER` of a token id."""
+        arrow, null_too = PythonUDFType.ARROW, FunctionNullHandling.SPECIAL
+        for name, look_up, result in (
+            (f"vocab_id_{number}", self.vocab_ids, "integer"),
+            (f"document_start_{number}", self.document_starts, "bigint"),
+        ):
+            connection.create_function(name, _of_arrow(look_up), ["bigint"], result, type=arrow, null_handling=null_too)
+
+    def vocab_ids(self, token_ids: np.ndarray) -> np.ma.MaskedArray:
+        """Return the vocabulary ids int32 (n,) of tokens (n,) in any order; masked where there is no such token."""
+        owners = np.searchsorted(self._firsts, token_ids, "right") - 1
+        found = np.ma.masked_array(np.zeros(len(token_ids), np.int32), True)
+        for owner in np.unique(owners[owners >= 0]).tolist():
+            here = (owners == owner) & (token_ids < self._ends[owner])
+            found[here] = self._mapped(owner)[token_ids[here] - self._firsts[owner]]
+        return found
+
+    def document_starts(self, token_ids: np.ndarray) -> np.ma.MaskedArray:
+        """Return the first token int64 (n,) of the last document that begins at or before each token (n,)."""
+        places = np.searchsorted(self._starts, token_ids, "right") - 1
+        starts = self._starts if len(self._starts) else np.zeros(1, np.int64)
+        found: np.ma.MaskedArray = np.ma.masked_array(starts[places], places < 0)
+        return found
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        table = pq.read_table(list(self.documents), columns=["first_token_id"], partitioning=None)
+        return np.sort(pc.drop_null(table.column(0)).to_numpy())
+
+    def _map(self, place: int) -> np.ndarray:
+        file = self.files[place]
+        ids: np.ndarray = np.load(file.path, mmap_mode="r", allow_pickle=False)
+        if ids.dtype != np.dtype("<i4") or ids.shape != (file.end - file.first,):
+            raise ValueError(f"{file.path} does not hold the vocabulary ids of {file.end - file.first} tokens")
+        return ids
+
+
+def _of_arrow(look_up: Callable[[np.ndarray], np.ma.MaskedArray]) -> Callable[[pa.ChunkedArray], pa.Array]:
+    def of_arrow(token_ids: pa.ChunkedArray) -> pa.Array:
+        found = look_up(pc.fill_null(token_ids, -1).to_numpy())
+        return pa.array(found.data, mask=np.ma.getmaskarray(found))
+
+    return of_arrow

@@ -1,0 +1,166 @@
+"""Which files a question reads, and what it looks up without SQL: never another answer than by reading them all."""
+
+from __future__ import annotations
+
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saeflow.corpus.token_parts import VOCAB_IDS
+from saeflow.query import connection as connections
+from saeflow.query.ask import ask
+from saeflow.query.catalog import OF_EVERY_RUN
+from saeflow.query.connection import connect_to_run
+from saeflow.query.files.chosen import FEATURES, TOKEN, FileRanges, list_all, only_files_for
+from saeflow.query.files.token_index import TokenIndex, VocabIdFile
+from saeflow.query.questions import questions
+from saeflow.query.runs import runs
+from saeflow.store.store import Store
+from tests.support.small_store import Given
+
+ABOUT = {
+    "feature": 2, "other": 0, "features": [0, 2], "thresholds": [0.0, 0.0], "token": 7, "distance": 3, "low": 0.1,
+    "high": 9.0, "source": "bible",
+}  # fmt: skip
+"""Arguments of questions that must be given."""
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lists in variables": {},
+    "blocks alone": {"has_vocab_ids": False},
+    "hidden": {"hidden": [0]},
+    "several parts": {"n_parts": 2, "n_token_parts": 2},
+}
+"""Ways in which a connection reads a run's files."""
+
+
+@pytest.fixture(params=WAYS)
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Four files of features in each part."""
+    if request.param == "lists in variables":
+        monkeypatch.setattr(connections, "MANY_FILES", 0)
+    return Given(n_buckets=4, **WAYS[request.param]).write(tmp_path / "store")
+
+
+def asked() -> dict[str, dict[str, object]]:
+    """The questions about features, or a token, of one run, with arguments."""
+    found = {}
+    for question in questions():
+        needed = [each.name for each in question.parameters if each.default is None]
+        names = {each.name for each in question.parameters}
+        if names & {*FEATURES, TOKEN} and {*needed} <= ABOUT.keys() and question.name not in OF_EVERY_RUN:
+            found[question.name] = {name: ABOUT[name] for name in needed}
+    return found
+
+
+def test_a_question_that_looks_only_at_its_files_answers_as_one_that_looks_at_all(store: Store) -> None:
+    run, connection = connect_to_run(store, many_files=connections.MANY_FILES)
+    assert len(asked()) > 20
+    with closing(connection):
+        for name, values in asked().items():
+            few, every = (ask(connection, name, values, run=each).to_pylist() for each in (run, None))
+            assert few == every, name
+
+
+def test_what_is_looked_up_is_what_the_tables_say(store: Store) -> None:
+    _, connection = connect_to_run(store, many_files=connections.MANY_FILES)
+    with closing(connection):
+        ask_all = partial(rows, connection)
+        looked_up = dict(ask_all("select token_id, vocab_id_of(token_id) from range(-3, 40) as t(token_id)"))
+        assert looked_up == dict.fromkeys(range(-3, 40)) | dict(ask_all("select token_id, vocab_id from src_tokens"))
+        assert ask_all("select token_id, document_id from token_owners(range(-3, 40)) order by all") == ask_all(
+            "select token_id, document_id from stg_tokens where mask order by all"
+        )
+
+
+def rows(connection: duckdb.DuckDBPyConnection, sql: str) -> list[Any]:
+    return connection.execute(sql).fetchall()
+
+
+def test_a_cursor_reads_the_lists_that_its_connection_keeps(tmp_path: Path) -> None:
+    store = Given(n_buckets=4).write(tmp_path / "store")
+    run, connection = connect_to_run(store, many_files=0)
+    with closing(connection), closing(connection.cursor()) as cursor:
+        list_all(cursor)
+        assert rows(cursor, f"select count(*) from {run.schema}.stg_feature_major") == [(7,)]
+
+
+def test_only_the_files_of_a_feature_are_opened(tmp_path: Path) -> None:
+    """The other files are gone, so that to look at one would be an error."""
+    store = Given(n_buckets=4).write(tmp_path / "store")
+    run, connection = connect_to_run(store)
+    with closing(connection):
+        kept = run.value_files["feature_major"].holding([2])
+        for path in {*run.files["feature_major"]} - {*kept}:
+            Path(path).unlink()
+        assert ask(connection, "tokens_where", [2], run=run).column("token_id").to_pylist() == [1, 7]
+        with pytest.raises(Exception, match=r"No such file|Cannot access file"):
+            ask(connection, "tokens_where", [2])
+
+
+def test_after_a_question_all_files_are_read_again_even_if_it_fails(tmp_path: Path) -> None:
+    run, connection = connect_to_run(Given(n_buckets=4).write(tmp_path / "store"))
+    count = "select count(*) from stg_feature_major"
+    with closing(connection):
+        with suppress(ZeroDivisionError), only_files_for(connection, run.value_files, run.number, {"feature": 0}):
+            assert rows(connection, count) < [(7,)]
+            raise ZeroDivisionError
+        assert rows(connection, count) == [(7,)]
+
+
+def test_questions_about_several_runs_read_all_files(tmp_path: Path) -> None:
+    Given(name="old", fp="f0000009", corpus=("demo", "f0000001"), n_buckets=4).write(tmp_path / "store")
+    run, connection = connect_to_run(Given(n_buckets=4).write(tmp_path / "store"), "demo")
+    with closing(connection):
+        few, every = (ask(connection, "split_features", [0, "old"], run=each).to_pylist() for each in (run, None))
+        assert few == every != []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 30)), min_size=1), st.lists(st.integers(0, 140), min_size=1)
+)
+def test_the_chosen_files_are_those_whose_names_say_that_they_may_hold_a_number(
+    ends: list[tuple[int, int]], numbers: list[int]
+) -> None:
+    paths = [f"/part/low={low}/high={low + more}/{place:03d}.parquet" for place, (low, more) in enumerate(ends)]
+    holding = [
+        path for path, (low, more) in zip(paths, ends, strict=True) if any(low <= n <= low + more for n in numbers)
+    ]
+    assert FileRanges(paths).holding(numbers) == (holding or paths[:1])
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.lists(st.integers(-5, 320)))
+def test_vocabulary_ids_are_found_in_any_number_of_files_in_any_order(sizes: list[int], asked: list[int]) -> None:
+    ends = np.cumsum(sizes).tolist()
+    files = [VocabIdFile(end - size, end, "") for size, end in zip(sizes, ends, strict=True)]
+    index = TokenIndex(files, [])
+    index._mapped = lambda place: 1000 + np.arange(files[place].first, files[place].end, dtype=np.int32)
+    found = index.vocab_ids(np.array(asked, np.int64)).tolist()
+    assert found == [1000 + token if 0 <= token < ends[-1] else None for token in asked]
+
+
+@pytest.mark.parametrize("forged", [np.array([{}] * 8, object), np.arange(7, dtype="<i4"), np.arange(8, dtype="<i8")])
+def test_a_forged_file_of_vocabulary_ids_is_refused_and_executes_nothing(forged: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / VOCAB_IDS
+    np.save(path, forged, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"does not hold the vocabulary ids of 8 tokens|Python objects"):
+        TokenIndex([VocabIdFile(0, 8, str(path))], []).vocab_ids(np.array([3]))
+
+
+def test_a_token_before_all_documents_belongs_to_none() -> None:
+    index = TokenIndex([], [])
+    index._starts = np.array([4, 9])
+    assert index.document_starts(np.array([3, 4, 8, 9, 99])).tolist() == [None, 4, 4, 9, 9]
+
+
+def test_only_a_run_whose_tokens_all_have_the_file_is_looked_up_without_sql(tmp_path: Path) -> None:
+    found = {name: Given(**changes).write(tmp_path / name.replace(" ", "-")) for name, changes in WAYS.items()}
+    have = {name: runs(store)[0].vocab_id_files is not None for name, store in found.items()}
+    assert have == {name: name not in ("blocks alone", "hidden") for name in WAYS}
