@@ -143,9 +143,8 @@ def _make_views(
     keep_lists(connection, lists)
     for statement in itertools.chain(*(views_of_documents(each, wanted) for each in read), in_use(current)):
         connection.execute(statement)
-    kept = KEPT | KEPT_FOR_PAGES if for_pages else KEPT
-    kept = {view: n for view, n in kept.items() if wanted is None or view in wanted}
-    _keep_small_views(connection, current, kept if current.document_start is None else kept | KEPT_BESIDE_INDEX)
+    kept = KEPT | (KEPT_FOR_PAGES if for_pages else {}) | (KEPT_BESIDE_INDEX if current.document_start else {})
+    _keep_small_views(connection, current, {view: n for view, n in kept.items() if wanted is None or view in wanted})
 
 
 def _make_sources(connection: duckdb.DuckDBPyConnection, run: Run, every: Sequence[Run], many_files: int) -> FileLists:

@@ -2,6 +2,10 @@
 
 python -m tests.benchmarks.queries            10M and 100M values: 2 GB of disk and of memory, about ten minutes
 python -m tests.benchmarks.queries --quick    1M and 10M
+python -m tests.benchmarks.queries --values 1e9 --keep FOLDER    one run of 1e8, 1e9 or 1e10 values, in a process of its
+                                              own; 1e10 take 48 GB of disk and an hour, so they are kept in the folder
+
+A run of `--values` is one of ten million values, copied with its tokens renumbered (`_copied_run` says how).
 
 *Warm*: asked before on the same connection, of other features. *Cold*: a new connection, and the files dropped from the
 system's cache. Besides: one file a part with its values unsorted; and files of a fifth of the features each, which have
@@ -10,8 +14,13 @@ to be loaded for one feature (as delphi keeps its latents: safetensors, int64 pl
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,14 +38,19 @@ from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
 from saeflow.features.files import files_of
 from saeflow.query.ask import ask, query
-from saeflow.query.connection import connect
+from saeflow.query.connection import connect_to_run
+from saeflow.query.runs import Run
+from saeflow.runtime.memory import peak_bytes
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
-from tests.benchmarks import _made_run
-from tests.benchmarks._bars import Bar, arguments, report
+from tests.benchmarks import _copied_run, _made_run
+from tests.benchmarks._bars import Bar, report
 
 ALTERNATIONS = 3
+ORIGINAL = 10_000_000
+"""Values of the run that is copied."""
+
 RARE, COMMON = 100, 30_000
 N_SPLITS = 5
 QUIET = Progress(verbosity=-1)
@@ -78,14 +92,18 @@ def asked(counts: np.ndarray, n_tokens: int) -> list[Asked]:
     ]
 
 
+Opened = tuple[Run, duckdb.DuckDBPyConnection]
+
+
 def nearest(counts: np.ndarray, wanted: int, n: int = 16) -> list[int]:
     """Features that fire on about so many tokens."""
     return [int(f) for f in np.argsort(np.abs(counts - wanted), kind="stable")[:n]]
 
 
-def milliseconds(connection: duckdb.DuckDBPyConnection, each: Asked, arguments: Sequence[object]) -> float:
+def milliseconds(opened: Opened, each: Asked, arguments: Sequence[object]) -> float:
+    run, connection = opened
     began = time.perf_counter()
-    ask(connection, each.question, list(arguments), each.limit)
+    ask(connection, each.question, list(arguments), each.limit, run=run)
     return 1e3 * (time.perf_counter() - began)
 
 
@@ -95,7 +113,7 @@ class Made:
 
     store: Store
     run: Artefact
-    connection: duckdb.DuckDBPyConnection
+    opened: Opened
     every: list[Asked]
 
 
@@ -105,8 +123,8 @@ def measured(stores: Sequence[Made]) -> list[dict[str, dict[str, Any]]]:
     for _ in range(ALTERNATIONS):
         for number, made in enumerate(stores):
             for each in made.every:
-                milliseconds(made.connection, each, each.arguments[0])
-                times = [milliseconds(made.connection, each, a) for a in each.arguments]
+                milliseconds(made.opened, each, each.arguments[0])
+                times = [milliseconds(made.opened, each, a) for a in each.arguments]
                 warm.setdefault((number, each.name), []).append(times)
     answers: list[dict[str, dict[str, Any]]] = []
     for number, made in enumerate(stores):
@@ -128,8 +146,9 @@ def cold(made: Made, each: Asked, arguments: Sequence[object]) -> float:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    with contextlib.closing(connect(made.store)) as connection:
-        return milliseconds(connection, each, arguments)
+    opened = connect_to_run(made.store)
+    with contextlib.closing(opened[1]):
+        return milliseconds(opened, each, arguments)
 
 
 def unsorted(run: Artefact, folder: Path, features: Sequence[int]) -> float:
@@ -192,10 +211,14 @@ def made(folder: Path, n_values: int) -> tuple[Made, float]:
     began = time.perf_counter()
     compact(run, source)
     seconds = time.perf_counter() - began
-    connection = connect(store)
-    counts = counts_of(connection)
-    every = asked(counts, source.published().total("n_tokens"))
-    return Made(store, run, connection, every), int(counts.sum()) / seconds
+    return opened(store, run), run.published().total("n_values") / seconds
+
+
+def opened(store: Store, run: Artefact) -> Made:
+    found = connect_to_run(store)
+    return Made(
+        store, run, found, asked(counts_of(found[1]), store.input_of(run, "tokens").published().total("n_tokens"))
+    )
 
 
 def compact(run: Artefact, source: Artefact) -> None:
@@ -224,26 +247,102 @@ def bars(small: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]], ful
     return found
 
 
+AT_SIZE: dict[int, dict[str, float]] = {
+    100_000_000: {"tokens_where, rare": 8, "top_tokens": 10},
+    10_000_000_000: {
+        "tokens_where, rare": 20, "tokens_where, common": 40, "top_tokens": 15, "token_features": 10,
+        "contexts with values": 50, "coactivation, from the values": 3000,
+        **dict.fromkeys(("coactive_features", "feature_histogram", "position_profile", "feature_summary, a page"), 20),
+    },
+}  # fmt: skip
+"""Milliseconds that questions may take at a size, warm."""
+
+
+def copied_store(folder: Path, n_values: int) -> Store:
+    """Make the store of a run of so many values in the folder, or find it there."""
+    kept, base = folder / f"copied-{n_values}", folder / "original"
+    if not kept.exists():
+        shutil.rmtree(base, ignore_errors=True)
+        original, _ = made(base, ORIGINAL)
+        original.opened[1].close()
+        making = folder / f"making-{n_values}"
+        shutil.rmtree(making, ignore_errors=True)
+        _copied_run.copied(original.store, original.run, Store.create(making), n_values // ORIGINAL)
+        making.rename(kept)
+    return Store.open(kept)
+
+
+def ask_alone(store: Store) -> dict[str, Any]:
+    """Connect and ask every question; to be done in a process that has done nothing else."""
+    began = time.perf_counter()
+    connect_to_run(store)[1].close()
+    first = time.perf_counter() - began
+    began = time.perf_counter()
+    found = opened(store, store.artefacts("features")[0])
+    again = time.perf_counter() - began
+    (answers,) = measured([found])
+    files = sum(map(len, found.opened[0].files.values()))
+    return {
+        "connect_s": [round(first, 2), round(again, 2)], "files": files, "peak_bytes": peak_bytes(), "answers": answers,
+    }  # fmt: skip
+
+
+def at_size(n_values: int, folder: Path) -> None:
+    store = copied_store(folder, n_values)
+    command = [sys.executable, "-m", "tests.benchmarks.queries", "--ask", str(store.root)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    limits = AT_SIZE.get(n_values, AT_SIZE[10_000_000_000])
+    listed = [
+        Bar("connect: seconds", 1, "<=", min(found["connect_s"]), round(abs(np.diff(found["connect_s"]).item()), 2)),
+        Bar("memory of the process: bytes", 1_000_000_000, "<=", found["peak_bytes"]),
+    ]
+    for name, most in limits.items():
+        each = found["answers"][name]
+        spread = round(float(np.ptp(each["medians_ms"])), 2)
+        listed.append(Bar(f"{name}: milliseconds, warm", most, "<=", each["median_ms"], spread))
+    report("queries", listed, values=n_values, **found)
+
+
 def main() -> None:
-    options = arguments(__doc__)
-    sizes = (1_000_000, 10_000_000) if options.quick else (10_000_000, 100_000_000)
+    options = options_of()
+    if options.ask:
+        return print(json.dumps(ask_alone(Store.open(options.ask))))
+    if options.values:
+        with tempfile.TemporaryDirectory() as temporary:
+            return at_size(int(options.values), options.keep or Path(temporary))
+    beside_other_ways(options.quick)
+    return None
+
+
+def options_of() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="under a minute, smaller sizes")
+    parser.add_argument("--values", type=float, choices=(1e8, 1e9, 1e10), help="one run of so many values")
+    parser.add_argument("--keep", type=Path, help="make the run in this folder, or find it there")
+    parser.add_argument("--ask", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def beside_other_ways(quick: bool) -> None:
+    sizes = (1_000_000, 10_000_000) if quick else (10_000_000, 100_000_000)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         stores, rates = zip(*(made(folder, n_values) for n_values in sizes), strict=True)
         answers = measured(stores)
         large = stores[-1]
-        rare = nearest(counts_of(large.connection), RARE)
+        rare = nearest(counts_of(large.opened[1]), RARE)
         peers = {
             "unsorted files": unsorted(large.run, folder / "unsorted", rare),
             "splits loaded": as_splits(large.run, folder / "splits", rare),
         }
         for each in stores:
-            each.connection.close()
+            each.opened[1].close()
     facts = {
         "compaction_values_per_s": [round(rate) for rate in rates],
         "one rare feature elsewhere, milliseconds": {name: round(ms, 1) for name, ms in peers.items()},
     }
-    report("queries", bars(answers[0], answers[1], not options.quick), sizes=list(sizes), warm=answers, **facts)
+    report("queries", bars(answers[0], answers[1], not quick), sizes=list(sizes), warm=answers, **facts)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Many:
             getattr(self, f"_make_{kind}")()
 
     def token_parts(self, start: int, stop: int) -> Iterator[PartRecord]:
-        names = ("documents.parquet", "tokens.parquet", "vocab_blocks.parquet")
+        names = ("documents.parquet", "tokens.parquet", "vocab_blocks.parquet", "vocab_ids.npy")
         for index in range(start, stop):
             documents = {"documents.parquet": self._documents(index)} if self.with_documents else {}
             yield self._part(self.tokens, index, self._counts(index), dict.fromkeys(names) | documents, {})

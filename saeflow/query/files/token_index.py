@@ -25,6 +25,10 @@ MOST_MAPPED = 4_096
 """Files that are mapped at the same time: Linux allows a process 65,530 maps."""
 
 
+Found = tuple[np.ndarray, np.ndarray]
+"""What is found for each token, and whether nothing is."""
+
+
 class VocabIdFile(NamedTuple):
     """A file of vocabulary ids, and its part's tokens: those from `first` to `end` - 1."""
 
@@ -71,21 +75,28 @@ class TokenIndex:
         ):
             connection.create_function(name, _of_arrow(look_up), ["bigint"], result, type=arrow, null_handling=null_too)
 
-    def vocab_ids(self, token_ids: np.ndarray) -> np.ma.MaskedArray:
-        """Return the vocabulary ids int32 (n,) of tokens (n,) in any order; masked where there is no such token."""
-        owners = np.searchsorted(self._firsts, token_ids, "right") - 1
-        found = np.ma.masked_array(np.zeros(len(token_ids), np.int32), True)
-        for owner in np.unique(owners[owners >= 0]).tolist():
-            here = (owners == owner) & (token_ids < self._ends[owner])
-            found[here] = self._mapped(owner)[token_ids[here] - self._firsts[owner]]
-        return found
+    def vocab_ids(self, token_ids: np.ndarray) -> Found:
+        """Return the vocabulary ids int32 (n,) of tokens (n,) in any order, and True where there is no such token."""
+        order = None if np.all(token_ids[1:] >= token_ids[:-1]) else np.argsort(token_ids)
+        ascending = token_ids if order is None else token_ids[order]
+        found, lacks = np.zeros(len(ascending), np.int32), np.ones(len(ascending), bool)
+        starts, stops = np.searchsorted(ascending, self._firsts), np.searchsorted(ascending, self._ends)
+        for place in np.flatnonzero(starts < stops).tolist():
+            here = slice(starts[place], stops[place])
+            found[here] = self._mapped(place)[ascending[here] - self._firsts[place]]
+            lacks[here] = False
+        if order is None:
+            return found, lacks
+        back = np.argsort(order)
+        return found[back], lacks[back]
 
-    def document_starts(self, token_ids: np.ndarray) -> np.ma.MaskedArray:
-        """Return the first token int64 (n,) of the last document that begins at or before each token (n,)."""
+    def document_starts(self, token_ids: np.ndarray) -> Found:
+        """Return the first token int64 (n,) of the last document that begins at or before each token (n,).
+
+        True where there is none.
+        """
         places = np.searchsorted(self._starts, token_ids, "right") - 1
-        starts = self._starts if len(self._starts) else np.zeros(1, np.int64)
-        found: np.ma.MaskedArray = np.ma.masked_array(starts[places], places < 0)
-        return found
+        return self._starts[np.maximum(places, 0)] if len(self._starts) else np.zeros_like(token_ids), places < 0
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -100,9 +111,9 @@ class TokenIndex:
         return ids
 
 
-def _of_arrow(look_up: Callable[[np.ndarray], np.ma.MaskedArray]) -> Callable[[pa.ChunkedArray], pa.Array]:
+def _of_arrow(look_up: Callable[[np.ndarray], Found]) -> Callable[[pa.ChunkedArray], pa.Array]:
     def of_arrow(token_ids: pa.ChunkedArray) -> pa.Array:
-        found = look_up(pc.fill_null(token_ids, -1).to_numpy())
-        return pa.array(found.data, mask=np.ma.getmaskarray(found))
+        found, lacks = look_up(pc.fill_null(token_ids, -1).to_numpy())
+        return pa.array(found, mask=lacks if lacks.any() else None)
 
     return of_arrow
