@@ -218,11 +218,11 @@ def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:
     schema = identifier(run.schema)
     yield f"set search_path = {literal(schema)}"
     for text in texts:
-        yield schema.join(_around_names(text if run.document_start is None else _looking_up(text, run.document_start)))
+        yield schema.join(_around_names(text if run.document_start is None else looking_up(text, run.document_start)))
 
 
 @cache
-def _looking_up(text: str, document_start: str) -> str:
+def looking_up(text: str, document_start: str) -> str:
     """Return a file of `sql/` that looks each token's document up, where it would sort all documents."""
     return _AS_OF.sub(rf"join stg_document_places\1 on \4first_token_id = {document_start}(\3)", text)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from saeflow.corpus.token_parts import VOCAB_IDS
 from saeflow.query import connection as connections
 from saeflow.query.ask import ask
-from saeflow.query.catalog import OF_EVERY_RUN
+from saeflow.query.catalog import OF_EVERY_RUN, looking_up, sql_folder
 from saeflow.query.connection import connect_to_run
 from saeflow.query.files.chosen import FEATURES, TOKEN, FileRanges, list_all, only_files_for
 from saeflow.query.files.token_index import TokenIndex, VocabIdFile
@@ -168,3 +168,13 @@ def test_only_a_run_whose_tokens_all_have_the_file_is_looked_up_without_sql(tmp_
     found = {name: Given(**changes).write(tmp_path / name.replace(" ", "-")) for name, changes in WAYS.items()}
     have = {name: runs(store)[0].vocab_id_files is not None for name, store in found.items()}
     assert have == {name: name not in ("blocks alone", "hidden") for name in WAYS}
+
+
+def test_each_question_that_sorts_documents_looks_them_up_in_a_connection() -> None:
+    texts = [path.read_text("utf-8") for path in sql_folder().glob("*/*.sql")]
+    n_sorts = sum(
+        text.count("\nasof join stg_document_places") + text.count(" asof join stg_document_places") for text in texts
+    )
+    looked_up = [looking_up(text, "document_start_0") for text in texts]
+    assert sum("document_start_0(" in text for text in looked_up) >= 7
+    assert sum(text.count("document_start_0(") for text in looked_up) == n_sorts
