@@ -79,21 +79,22 @@ class FeatureExchange:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return residuals (G, B, D_out), their squared norms (G, B), and products (N) with the directions.
 
-        `entries` and `ends` are those of this rank's features. A residual is linear in the partial reconstructions: so
-        each rank takes zeros for the target, then they add up, and the target is taken off.
+        `entries` and `ends` are those of this rank's features. The first rank reconstructs the target, and all others
+        zeros: so their residuals add up to those of all features.
         """
         residual, losses = room_for_residuals(len(ends), target)
         products = torch.zeros_like(values)
         arrays = entries.row_starts, entries.ids, values.contiguous(), w_dec
-        decode_rows(*arrays, torch.zeros_like(target), ends, residual, losses, products)
+        decode_rows(*arrays, self._own_target(target), ends, residual, losses, products)
         self.ranks.sum_(residual)
-        for nested, part in enumerate(residual):
-            part.sub_(target, alpha=len(ends) - nested)
         for nested, loss in enumerate(losses):
             alone = residual[nested] - residual[nested + 1] if nested + 1 < len(ends) else residual[nested]
             loss.copy_(torch.linalg.vector_norm(alone, dim=1).square_())
         multiply_residuals(entries.row_starts, entries.ids, w_dec, ends, residual, products)
         return residual, losses, products
+
+    def _own_target(self, target: Tensor) -> Tensor:
+        return target if self.ranks.is_first else torch.zeros_like(target)
 
     def total(self, own: Tensor) -> Tensor:
         """Return the sum over all ranks of a number or vector that belongs to their features."""

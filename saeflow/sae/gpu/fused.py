@@ -15,7 +15,7 @@ from torch import Tensor
 from saeflow.sae.architectures import FeatureSums, TrainingRule
 from saeflow.sae.gpu.auxiliary import Auxiliary, AuxiliaryLoss
 from saeflow.sae.gpu.choice.chooser import Chosen, EntriesAboveCut, LargestEntries
-from saeflow.sae.gpu.choice.product import Product
+from saeflow.sae.gpu.choice.product import Product, filled_up
 from saeflow.sae.gpu.exchange import RowExchange
 from saeflow.sae.gpu.explain import Centred, Explained, explain
 from saeflow.sae.gpu.feature_exchange import Exchange, FeatureExchange
@@ -52,8 +52,10 @@ class FusedStep:
         self.wakefulness = Wakefulness.asleep(len(sae.W_enc), place)
         self.codes = code_tables(place)
         self.moments = {name: begun_state(adam, each) for name, each in sae.named_parameters() if each.requires_grad}
-        self.w_low = sae.W_enc.detach().to(dtype)
-        """The encoder's rows in the precision of the product: the weights themselves if they are in it."""
+        weights = sae.W_enc.detach()
+        self.w_low = filled_up(weights.to(dtype))
+        """The encoder's rows as the product reads them: the weights themselves if their precision and width suit it."""
+        self._is_copy = self.w_low is not weights
         mine = sae.split.features.share(sae.config.n_features)
         ends = torch.tensor(sae.config.nested, dtype=torch.int32, device=place)
         self.ends = (ends - mine.start).clamp(0, mine.stop - mine.start)
@@ -164,10 +166,13 @@ class FusedStep:
             gradients = replace(gradients, length_sums=sums["length"])
         vectors = self._vector_gradients(d_pre, sums, explained, rule, exchange)
         encoder, decoder = (self._rows(name) for name in ("W_enc", "W_dec"))
-        low = None if self.w_low.dtype == encoder.weights.dtype else self.w_low
+        by_kernel = self._is_copy and self.w_low.dtype == torch.bfloat16
+        low = self.w_low if by_kernel else None
         gradients.update(
             encoder, decoder, low, self.codes, self.wakefulness, self.clock, sae.config.seed, self.guard.open
         )
+        if self._is_copy and not by_kernel:  # the kernel would need too many registers to write float32 twice
+            self.w_low[:, : encoder.weights.shape[1]].copy_(encoder.weights)
         update_vectors(sae, vectors, self.moments, self.clock, self.guard)
         if sae.config.architecture == "jumprelu":
             move_thresholds(sae, explained.n_active, options.k, options.sparsity, self.guard)

@@ -38,8 +38,9 @@ _FEATURE = 40
 """Bytes of a feature's numbers that a step keeps to its end: where its entries begin, if it is dead, if it is awake."""
 _FEW = 1 << 20
 """Bytes of everything else: vectors of the width, numbers of rows."""
-_WIDTH = 64
-"""Rows of any other width are filled up, in a copy."""
+WIDTH_MULTIPLE = 64
+"""Rows of a product have such a width, or are filled up with zeros. A mask, or an address for every number of a row
+that begins anywhere, would need more registers than a thread has."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class TrainingSize:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights and both moments, and of the encoder in the product's precision if it is another one."""
+        """Bytes of weights and both moments, and of the encoder as the product reads it, if that is a copy."""
         a_weight = self.weight_bytes + self.moment_bytes
-        copy = 0 if self.weight_bytes == self.dtype.itemsize else self.d_in * self.dtype.itemsize
+        is_copy = self.weight_bytes != self.dtype.itemsize or self._width != self.d_in
+        copy = self._width * self.dtype.itemsize if is_copy else 0
         return round(self.n_features * (a_weight * (self.d_in + self.d_out) + 3 * _FLOAT + copy + _FEATURE))
 
     @property
@@ -135,14 +137,18 @@ class TrainingSize:
     def _residuals(self, rows: int) -> int:
         return rows * self.d_out * _FLOAT
 
+    @property
+    def _width(self) -> int:
+        """Width of a product's rows."""
+        return -(-self.d_in // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
     def _filled_up(self, n_rows: int) -> int:
-        """Bytes of copies of the rows of a product, if their width must be filled up."""
-        wide = -(-self.d_in // _WIDTH) * _WIDTH
-        return 0 if wide == self.d_in else n_rows * wide * self.dtype.itemsize
+        """Bytes of copies of some rows of the batch, if their width must be filled up."""
+        return 0 if self._width == self.d_in else n_rows * self._width * self.dtype.itemsize
 
     @property
     def _choice(self) -> int:
-        copies = self._filled_up(self._own_rows + self.n_features)
+        copies = self._filled_up(self._own_rows)
         if not self.by_token:
             return copies + 2 * self._entries * _CANDIDATE_OF_BATCH + BATCH_HISTOGRAMS * _HISTOGRAM
         return copies + self._candidates(self._own_rows, CAPACITY * self.k)
@@ -160,10 +166,9 @@ class TrainingSize:
 
     def _auxiliary(self, rows: int, entries: int) -> int:
         is_small = self.n_dead * GATHERED <= self.n_features
-        n_features = self.n_dead if is_small else self.n_features
-        weights = self.n_dead * self.d_in * self.dtype.itemsize if is_small else 0
+        weights = self.n_dead * self._width * self.dtype.itemsize if is_small else 0
         rest = self._residuals(self.n_rows) + _CHOSEN * entries
-        chosen = self._candidates(rows, AUX_CAPACITY * (entries // rows)) + self._filled_up(rows + n_features)
+        chosen = self._candidates(rows, AUX_CAPACITY * (entries // rows)) + self._filled_up(rows)
         explained = self._residuals(2 * rows) + _EXPLAINED * entries
         squares = 2 * _DOUBLE * rows * self.d_out
         return rest + weights + max(chosen, explained, squares)

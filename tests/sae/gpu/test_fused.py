@@ -119,6 +119,18 @@ def test_steps_equal_those_of_the_processor_and_of_adam(changes: dict[str, objec
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
 
 
+def test_the_product_reads_the_weights_themselves_where_their_width_suits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.sae.gpu.test_fused.D", 64)
+    there, here = begun(), begun(PLACE)
+    step = fused(here)
+    assert step.w_low.data_ptr() == here.sae.W_enc.data_ptr()
+    for number in range(2):
+        x = batch(number, 64)
+        step(x.to(PLACE), None, options(here, True))
+        there.step_of_processor(x, None, True, 1.0)
+    torch.testing.assert_close(here.sae.W_enc.cpu(), there.sae.W_enc, rtol=1e-5, atol=1e-6)
+
+
 KERNELS = [
     "choice.choose.select_kernel", "choice.search.descend_kernel", "decode.decode_kernel",
     "rows.adam.adam_vector_kernel", "rows.by_feature.sum_by_feature_kernel", "rows.update.sum_segments_kernel",

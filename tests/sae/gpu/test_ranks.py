@@ -112,12 +112,19 @@ def test_rows_of_all_ranks_come_back_in_their_order():
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_give_the_figures_weights_and_moments_of_one_process(tmp_path, name):
+    """Ranks that share the features round sums of partial reconstructions in another order.
+
+    In 12 steps of topk that changes losses by up to 1.5e-7 of their size on two and four ranks, the share of the
+    residual that dead features miss by 2.1e-7, and weights by up to 1e-7.
+    """
     wanted, of_two = trained(CASES[name], Split()), trained_together(2, tmp_path, name)
     assert wanted["figures"][:, FIGURES.index("auxiliary")].max() > 0
     features = together([each["features"] for each in of_two], wanted)
-    for found, exact in ((of_two[0]["data"], 10), (of_two[1]["data"], 10), (features, 1)):
+    for found in (of_two[0]["data"], of_two[1]["data"], features):
         for figure in ("n_wrong_guesses", "n_found"):  # a rank guesses and finds entries among its own
             column = FIGURES.index(figure)
             wanted["figures"][:, column] = found["figures"][:, column]
+        losses = (state["figures"][:, : FIGURES.index("auxiliary") + 1] for state in (found, wanted))
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
         for key, value in wanted.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-5 / exact, atol=1e-6 / exact)
+            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7)

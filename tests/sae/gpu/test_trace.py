@@ -13,9 +13,11 @@ from tests.sae.gpu.trace import ARCHITECTURES, META, REAL, Sizes, launches, trac
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "built" / "gpu-kernels.md"
 TINY = Sizes(11, 40, 64, 3)
+ODD = Sizes(8192, 65_536, 2300, 64)
+"""Its width is filled up for the product."""
 
 
-@pytest.mark.parametrize("sizes", REAL)
+@pytest.mark.parametrize("sizes", [*REAL, ODD])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(("n_ranks", "what"), [(1, "rows"), (8, "rows"), (8, "features")])

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saeflow.sae.gpu.memory import WIDTH_MULTIPLE
 from saeflow.sae.gpu.specimens import Specimen, typed
 
 
@@ -41,9 +42,6 @@ _SMALL = Blocks(128, 64, 64, 8, 3, 1)
 """Blocks in bfloat16 of kernels that need more registers for an entry: a thread holds 32 sums."""
 _FLOAT32 = Blocks(64, 64, 32, 4, 3, 2)
 """Blocks in float32, which has no tensor cores: a thread holds 32 sums and what it multiplies."""
-
-WIDTH_MULTIPLE = 64
-"""A block of any other width needs a mask, and an odd one an address for every number: threads would spill."""
 
 GROUP = 8
 """Blocks of rows that pass over the features together. A wave of 132 tiles is then about as many rows as features, and
@@ -72,11 +70,8 @@ class Product:
 
     @classmethod
     def of(cls, low: Tensor, w_low: Tensor, bias: Tensor, signed: bool = False) -> Product:
-        """Return the product of any width: zeros fill it up to a multiple of 64, in copies if it is none."""
-        missing = -low.shape[1] % WIDTH_MULTIPLE
-        if missing:
-            low, w_low = (tf.pad(each, (0, missing)) for each in (low, w_low))
-        return cls(low, w_low, bias, signed)
+        """Return the product of rows of any width, which are copied unless they are `filled_up`."""
+        return cls(filled_up(low), filled_up(w_low), bias, signed)
 
     def less(self, cut: Tensor) -> Product:
         """Return the product less a cut (F)."""
@@ -112,6 +107,12 @@ class Product:
 
     def _small_blocks(self) -> Blocks:
         return self.small or (_FLOAT32 if self.low.dtype == torch.float32 else _SMALL)
+
+
+def filled_up(rows: Tensor) -> Tensor:
+    """Return rows (n, D) with zeros up to the width that kernels multiply: the rows themselves if they have it."""
+    missing = -rows.shape[1] % WIDTH_MULTIPLE
+    return tf.pad(rows, (0, missing)) if missing else rows
 
 
 def _multiprocessors(place: torch.device) -> int:

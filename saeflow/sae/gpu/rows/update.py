@@ -164,7 +164,7 @@ def update_rows_kernel(
     feature_starts, segment_starts, rows, residual_rows, d_pre, values, low, residual, encoder_sums, decoder_sums,
     length_sums, awake, n_awake, last_step, awake_until, table, step, codes,
     w_low, w_enc, m_enc, v_enc, m_enc_scale, v_enc_scale, w_dec, m_dec, v_dec, m_dec_scale, v_dec_scale,
-    seed, d_in, d_out,
+    seed, d_in, d_low, d_out,
     IN_BLOCKS: tl.constexpr, OUT_BLOCKS: tl.constexpr, UNROLL: tl.constexpr, ON_SPHERE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_LOW: tl.constexpr, EIGHT_BIT: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
@@ -180,8 +180,9 @@ def update_rows_kernel(
             low, rows, d_pre, encoder_sums, feature, feature_starts, segment_starts, d_in, IN_BLOCKS, UNROLL
         )
         weights = tl.load(w_enc + feature * d_in + columns, mask=columns < d_in, other=0.0).to(tl.float32)
+        copy = w_low + feature * (d_low - d_in)
         ratio = advance_row(
-            weights, gradient, w_enc, w_low, m_enc, v_enc, m_enc_scale, v_enc_scale, codes, table, feature, columns,
+            weights, gradient, w_enc, copy, m_enc, v_enc, m_enc_scale, v_enc_scale, codes, table, feature, columns,
             d_in, now, n_asleep, seed, 0, False, HAS_LOW, EIGHT_BIT, STOCHASTIC,
         )  # fmt: skip
 
@@ -269,8 +270,8 @@ class RowGradients:
     ) -> None:  # fmt: skip
         """Let all awake rows take the step that `clock.advance` has begun.
 
-        `w_low` (F, D), if any, gets the encoder's new rows for the next product. `codes` are those of `code_tables`.
-        Weights in bfloat16 are rounded at random, by `seed`. If `allowed` (1) is 0, nothing changes.
+        `w_low` (F, D or wider), if any, gets the encoder's new rows for the next product. `codes` are those of
+        `code_tables`. Weights in bfloat16 are rounded at random, by `seed`. If `allowed` (1) is 0, nothing changes.
         """
         awake, n_awake = wakefulness.awake(self.by.feature_starts, clock.step)
         if allowed is not None:
@@ -278,9 +279,10 @@ class RowGradients:
         tables = wakefulness.last_step, wakefulness.awake_until, clock.table, clock.step, codes
         low = encoder.weights if w_low is None else w_low
         unroll = UPDATE_UNROLL if encoder.eight_bit else self._at_once(UPDATE_UNROLL)  # with fewer, 8 bits spill on 9.0
+        widths = encoder.weights.shape[1], low.shape[1], decoder.weights.shape[1]
         update_rows_kernel[(self._n_features,)](
-            *self._arrays, awake, n_awake, *tables, low, *encoder, *decoder, seed, *self._widths, **self._tiles,
-            **self._kind, UNROLL=unroll, HAS_LOW=w_low is not None, EIGHT_BIT=encoder.eight_bit,
+            *self._arrays, awake, n_awake, *tables, low, *encoder, *decoder, seed, *widths, **self._tiles, **self._kind,
+            UNROLL=unroll, HAS_LOW=w_low is not None, EIGHT_BIT=encoder.eight_bit,
             STOCHASTIC=encoder.weights.dtype == torch.bfloat16,
         )  # fmt: skip
 
@@ -331,6 +333,8 @@ def _specimens(d_in: int, d_out: int) -> Iterator[Specimen]:
             (update_rows_kernel, small, "*bf16", "update in 8 bits and bfloat16"),
             (update_rows_kernel, small | {"HAS_LOW": True, "STOCHASTIC": False}, "*bf16", "update in 8 bits"),
             (update_rows_kernel, full | {"HAS_LOW": False, "STOCHASTIC": True}, "*bf16", "update in bfloat16"),
+            (update_rows_kernel, small | {"HAS_LOW": True}, "*bf16", "update in 8 bits and bfloat16 with a copy"),
+            (update_rows_kernel, full | {"STOCHASTIC": True}, "*bf16", "update in bfloat16 with a copy"),
         )
     for kernel, own, low, name in cases:
         types = {argument: _type(argument, own, low) for argument in kernel.arg_names}
@@ -345,7 +349,7 @@ def _type(argument: str, kind: dict[str, Any], low: str) -> str:
     types = dict.fromkeys((*floats, "residual"), "*fp32") | dict.fromkeys(("low", "w_low"), low)
     types |= dict.fromkeys(("w_enc", "w_dec"), weights) | dict.fromkeys(names_of_moments, moments)
     types |= dict.fromkeys((f"{name}_scale" for name in names_of_moments), "*fp32")
-    types |= dict.fromkeys(("seed", "d_in", "d_out", "n_features"), "i32")
+    types |= dict.fromkeys(("seed", "d_in", "d_low", "d_out", "n_features"), "i32")
     return types.get(argument, "*i32")
 
 
