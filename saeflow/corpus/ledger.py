@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,21 +13,22 @@ import pyarrow as pa
 from pyarrow import dataset
 
 from saeflow.corpus.document import Document, is_held_out
+from saeflow.corpus.document_index import (
+    FILES_AT_ONCE,
+    DocumentHashes,
+    content_numbers,
+    key_hash,
+    key_numbers,
+    stored_hashes,
+)
 from saeflow.corpus.forgotten import NOTHING, ForgottenHashes
 from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation, Hidden, PartRecord
 
 Verdict = Literal["new", "changed", "same", "forgotten"]
-_FILES_AT_ONCE = 1000
-_HASH_COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("content_hash", pa.string())])
 _SPLIT_COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("held_out", pa.bool_())])
 HiddenByPart = Mapping[int, tuple[Hidden, ...]]
-
-
-def key_hash(key: str) -> str:
-    """Return 16 hex digits that stand for a document's key without revealing it."""
-    return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -67,34 +67,24 @@ class Ledger:
         forgotten: ForgottenHashes = NOTHING, kept: Iterable[str] = (),
     ) -> Ledger:  # fmt: skip
         """Read the documents of the generation's parts. `forgotten` is what the store has forgotten."""
-        hidden = np.array(generation.hidden_ids, np.int64)
-        keys, contents, ids, rests = [], [], [], []
-        for start in range(0, len(generation.parts), _FILES_AT_ONCE):
-            table = _document_hashes(target, generation.parts[start : start + _FILES_AT_ONCE])
-            table = table.filter(~np.isin(table.column("document_id").to_numpy(), hidden))
-            ids.append(table.column("document_id").to_numpy())
-            keys.append(_hash_numbers(map(key_hash, table.column("key").to_pylist())))
-            hashes = table.column("content_hash").to_pylist()
-            contents.append(_hash_numbers(text[:16] for text in hashes))
-            rests.append(_hash_numbers(text[16:] for text in hashes))
-        every = [np.concatenate(each) if each else np.empty(0, np.uint64) for each in (keys, contents, ids, rests)]
+        shown = stored_hashes(target, generation.parts).without(np.array(generation.hidden_ids, np.int64))
         every_hidden = (document for documents in generation.hidden.values() for document in documents)
         here = frozenset((each.key_hash, "") for each in every_hidden if each.reason == "forgotten")
-        found = cls._sorted(*every)
-        return replace(found, forgotten=ForgottenHashes(forgotten.pairs | here), kept=frozenset(kept))
+        known = ForgottenHashes(forgotten.pairs | here)
+        return cls._of(shown, known, frozenset(kept))
 
     @classmethod
     def of(cls, held: Sequence[tuple[str, str]]) -> Ledger:
         """Make a ledger of documents given by key and content hash, numbered in this order."""
-        keys = _hash_numbers(key_hash(key) for key, _ in held)
-        contents = _hash_numbers(content[:16] for _, content in held)
-        rests = _hash_numbers(content[16:] for _, content in held)
-        return cls._sorted(keys, contents, np.arange(len(held)), rests)
+        first, rests = content_numbers(content for _, content in held)
+        keys = key_numbers(key for key, _ in held)
+        return cls._of(DocumentHashes.sorted([keys, first, np.arange(len(held)), rests]))
 
     @classmethod
-    def _sorted(cls, keys: np.ndarray, contents: np.ndarray, ids: np.ndarray, rests: np.ndarray) -> Ledger:
-        order = np.argsort(keys, kind="stable")
-        return cls(keys[order], contents[order], ids[order], rests[order])
+    def _of(
+        cls, shown: DocumentHashes, forgotten: ForgottenHashes = NOTHING, kept: frozenset[str] = frozenset()
+    ) -> Ledger:
+        return cls(shown.keys, shown.contents, shown.document_ids, shown.rests, forgotten, kept)
 
     def look_up(self, key: str, content_hash: str) -> Verdict:
         """Compare a document with the stored one of its key. A changed document is noted as one to replace."""
@@ -200,8 +190,8 @@ def document_rows(target: Artefact, generation: Generation, ids: np.ndarray) -> 
     files = [str(target.part_file(part, "documents.parquet")) for part in holding]
     wanted = dataset.field("document_id").isin(pa.array(ids))
     found: list[dict[str, Any]] = []
-    for start in range(0, len(files), _FILES_AT_ONCE):
-        read = dataset.dataset(files[start : start + _FILES_AT_ONCE], schema=_SPLIT_COLUMNS, format="parquet")
+    for start in range(0, len(files), FILES_AT_ONCE):
+        read = dataset.dataset(files[start : start + FILES_AT_ONCE], schema=_SPLIT_COLUMNS, format="parquet")
         found += read.to_table(filter=wanted).to_pylist()
     return found
 
@@ -243,9 +233,3 @@ def _hash_numbers(digits: Iterable[str]) -> np.ndarray:
     """Return uint64 numbers written as at most 16 hex digits each."""
     content = bytes.fromhex("".join(each.zfill(16) for each in digits))
     return np.frombuffer(content, ">u8").astype(np.uint64)
-
-
-def _document_hashes(target: Artefact, parts: Sequence[PartRecord]) -> pa.Table:
-    """Return ids, keys and content hashes of the documents of these parts. Many files read faster together."""
-    files = [str(target.part_file(part, "documents.parquet")) for part in parts]
-    return dataset.dataset(files, schema=_HASH_COLUMNS, format="parquet").to_table()

@@ -12,7 +12,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import map_lookups
+from saeflow.store.links import read_in
 from saeflow.store.records import (
     FORGOTTEN,
     KINDS,
@@ -154,6 +155,8 @@ def _noted(artefact: Artefact, part: PartRecord | None, problems: Iterator[str])
     """Yield these problems, and what ended the look at them if the system did not let it end well."""
     try:
         yield from (Damage(artefact, part, problem) for problem in problems)
+    except Damaged as error:  # the list names files that no part has
+        yield Damage(artefact, part, str(error))
     except (Unreadable, OSError) as error:
         what = getattr(error, "filename", None) or artefact.path
         said = error if isinstance(error, UserError) else unreadable(what, error)
@@ -174,16 +177,17 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
 
 
 def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator[str]:
-    folder = artefact.part_path(part)
-    yield from artefact.missing_files(folder, part.files, full)
+    folder, files = artefact.part_path(part), part.files
+    yield from artefact.missing_files(folder, files, full)
     if full:
         yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part))
     elif artefact.storage.asks_a_server:  # one request a part would take long
         return
     try:
-        path = artefact.storage.fetch(folder / "part.json", fresh=True)
+        artefact.storage.fetch(folder / "part.json", fresh=True) if artefact.storage.asks_a_server else None
         # nearly always its bytes are equal, and need not be read as JSON
-        if path.read_bytes() != part.text.encode() and not _is_record_of(part, read_record(path, PartRecord)):
+        is_equal = read_in(str(folder), "part.json") == part.text_with(files).encode()
+        if not is_equal and not _is_record_of(part, read_record(folder / "part.json", PartRecord)):
             yield f"{folder / 'part.json'} is not the record that was published"
     except (Damaged, FileNotFoundError):
         yield f"{folder / 'part.json'} is missing or damaged"
@@ -191,7 +195,7 @@ def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator
 
 def _is_record_of(part: PartRecord, found: PartRecord) -> bool:
     """True if both say the same; an upgrade that was killed leaves them in different formats."""
-    return found.model_copy(update={"format_version": part.format_version}) == part
+    return replace(found, format_version=part.format_version) == part
 
 
 def _strangers(artefact: Artefact, part: PartRecord) -> list[str]:

@@ -169,7 +169,7 @@ def test_planning_an_epoch_opens_a_bounded_number_of_arrays_and_no_tokens(many, 
 
 def test_the_record_of_a_part_is_written_as_every_other_record_is(many):
     for part in (*many.tokens.published().parts[:3], *many.features.published().parts[:3]):
-        assert part.text == checked_text(part.model_dump(mode="json"))
+        assert part.text == checked_text(part.as_json)
 
 
 PAGE = (ROOT / "docs" / "scale.md").read_text("utf-8")

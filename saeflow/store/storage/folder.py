@@ -13,7 +13,7 @@ import shutil
 import stat
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 from saeflow.store.files import Bytes, FileBytes, checksum, flush_tree, rename, replacing
 from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import FileSlot, Slot
-from saeflow.store.links import Linked, is_file, keep_inside, remove, unlinked
+from saeflow.store.links import Linked, is_file, keep_inside, remove, sizes, unlinked
 from saeflow.store.records import FileRecord, Generation
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ class Storage(ABC):
     @abstractmethod
     def size(self, path: str) -> int | None:
         """Return the bytes of a file; None if it is missing. Cheap: a store has millions of files."""
+
+    def sizes(self, folder: str, names: Sequence[str]) -> list[int | None]:
+        """Return the bytes of each file below a folder; None if it is missing."""
+        return [self.size(f"{folder}/{name}") for name in names]
 
     @abstractmethod
     def checksum(self, path: Path) -> str:
@@ -232,6 +236,9 @@ class Folder(Storage):
     def size(self, path: str) -> int | None:
         """A link is missing."""
         return os.lstat(path).st_size if is_file(path) else None
+
+    def sizes(self, folder: str, names: Sequence[str]) -> list[int | None]:
+        return sizes(folder, names)
 
     def checksum(self, path: Path) -> str:
         return checksum(path)
