@@ -51,15 +51,22 @@ def sizes(folder: str, names: Sequence[str]) -> list[int | None]:
 
     Looks once at each file and at each folder: three million files are looked at in seconds.
     """
-    try:
-        _look_once(os.path.dirname(folder))
-    except (FileNotFoundError, NotADirectoryError, Linked):
+    if not is_folder(os.path.dirname(folder)) or not stat.S_ISDIR(_mode_and_size(folder)[0]):
         return [None] * len(names)
-    steps = ["", *_folders_of(tuple(names))]
-    closed = tuple(step for step in steps if not stat.S_ISDIR(_mode_and_size(f"{folder}/{step}".rstrip("/"))[0]))
+    steps = folders_of(tuple(names))
+    closed = tuple(f"{step}/" for step in steps if not stat.S_ISDIR(_mode_and_size(f"{folder}/{step}")[0]))
     found = (_mode_and_size(f"{folder}/{name}") for name in names)
     open_sizes = [n_bytes if stat.S_ISREG(mode) else None for mode, n_bytes in found]
     return [None if name.startswith(closed) else n_bytes for name, n_bytes in zip(names, open_sizes, strict=True)]
+
+
+def is_folder(path: str) -> bool:
+    """True if a folder is there, and no link on the way to it. It is looked at once a process."""
+    try:
+        _look_once(path)
+    except (FileNotFoundError, NotADirectoryError, Linked):
+        return False
+    return True
 
 
 def _mode_and_size(path: str) -> tuple[int, int]:
@@ -72,9 +79,9 @@ def _mode_and_size(path: str) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _folders_of(names: tuple[str, ...]) -> list[str]:
-    """Return the folders that these names lead through, each with a slash at its end."""
-    return sorted({name[: place + 1] for name in names for place, letter in enumerate(name) if letter == "/"})
+def folders_of(names: tuple[str, ...]) -> list[str]:
+    """Return the folders that these names lead through."""
+    return sorted({name[:place] for name in names for place, letter in enumerate(name) if letter == "/"})
 
 
 def read_in(folder: str, name: str) -> bytes:

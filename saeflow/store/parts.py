@@ -221,14 +221,19 @@ class Parts(Identity):
         generation = self.generation()
         found: dict[int, PartRecord] = {}
         every = itertools.chain(generation.parts if generation else (), self.unlisted_parts(generation))
-        for record, whole in map_lookups(lambda part: (part, self._is_whole(part)), filter(fits, every)):
-            if whole:
+        for record in map_lookups(self._whole, filter(fits, every)):
+            if record is not None:
                 found.setdefault(record.index, record)
         return found
 
     def parts_from(self, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
         """Return the finished parts that were made from these inputs, by index."""
         return self.parts(lambda part: part.index in inputs and part.made_from(inputs[part.index]))
+
+    def _whole(self, parts: list[PartRecord]) -> list[PartRecord | None]:
+        """Return those of these parts whose files are there in their full size; None in the place of others."""
+        sure = self.storage.confirmed(f"{self.path}/parts", parts)
+        return [part if known or self._is_whole(part) else None for part, known in zip(parts, sure, strict=True)]
 
     def _is_whole(self, part: PartRecord) -> bool:
         files = part.files

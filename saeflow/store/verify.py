@@ -144,11 +144,16 @@ def find_damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = 
         parts = generation.parts if generation else ()
         reads = full or share is not None
 
-        def problems(part: PartRecord) -> list[Damage]:
-            found = _part_problems(artefact, part, full or _falls_into(share, part.folder))
+        def problems(part: PartRecord, has_files: bool = False) -> Iterable[Damage]:
+            found = _part_problems(artefact, part, full or _falls_into(share, part.folder), has_files)
             return list(_noted(artefact, part, found))
 
-        yield from itertools.chain.from_iterable((map if reads else map_lookups)(problems, parts))
+        def problems_of_many(some: list[PartRecord]) -> list[Iterable[Damage]]:
+            return list(map(problems, some, artefact.storage.confirmed(f"{artefact.path}/parts", some)))
+
+        yield from itertools.chain.from_iterable(
+            map(problems, parts) if reads else map_lookups(problems_of_many, parts)
+        )
 
 
 def _noted(artefact: Artefact, part: PartRecord | None, problems: Iterator[str]) -> Iterator[Damage]:
@@ -176,9 +181,11 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
         yield str(error).partition(" is missing or damaged")[0] + " is missing or damaged"
 
 
-def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator[str]:
+def _part_problems(artefact: Artefact, part: PartRecord, full: bool, has_files: bool = False) -> Iterator[str]:
+    """`has_files`: the files were found in their sizes just now."""
     folder, files = artefact.part_path(part), part.files
-    yield from artefact.missing_files(folder, files, full)
+    if not has_files:
+        yield from artefact.missing_files(folder, files, full)
     if full:
         yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part))
     elif artefact.storage.asks_a_server:  # one request a part would take long
