@@ -21,6 +21,7 @@ from pydantic_core import to_json
 
 from saeflow.store.links import open_unlinked, read_bytes
 from saeflow.store.records import (
+    Damaged,
     FileRecord,
     Generation,
     Hidden,
@@ -73,6 +74,16 @@ class ListedPart(PartRecord):
         """The whole record, as JSON."""
         records: _Records = self.__dict__["_records"]
         return records.text(self.__dict__["_row"])
+
+
+def with_files(part: PartRecord) -> PartRecord:
+    """Return a part that holds its files, for who needs them more than once; as it is if they can't be read."""
+    try:
+        held = PartRecord(part.index, part.counts, part.files, part.inputs, part.format_version)
+    except Damaged:
+        return part
+    held.__dict__["folder"] = part.folder
+    return held
 
 
 class _Records:

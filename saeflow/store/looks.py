@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit, types
 
 from saeflow.store.links import folders_of
-from saeflow.store.records import PartRecord
+from saeflow.store.records import Damaged, PartRecord
 
 HAS_STATX = hasattr(ctypes.CDLL(None), "statx")
 _FOLDER, _ANY_SIZE = -1, -2
@@ -29,10 +29,16 @@ def confirmed(folder: str, parts: Sequence[PartRecord]) -> list[bool]:
     n_bytes: list[int] = []
     first: list[int] = []
     for part in parts:
-        files, inside = part.files, f"{folder}/{part.folder}"
+        first.append(len(paths))
+        inside = f"{folder}/{part.folder}"
+        try:
+            files = part.files
+        except Damaged:
+            paths.append(inside)
+            n_bytes.append(_ANY_SIZE)  # it is no file, so nothing is confirmed
+            continue
         names = tuple(file.name for file in files)
         steps = folders_of(names)
-        first.append(len(paths))
         paths += [inside, f"{inside}/part.json"]
         paths += [f"{inside}/{name}" for name in (*steps, *names)]
         n_bytes += [_FOLDER, _ANY_SIZE, *[_FOLDER] * len(steps), *(file.n_bytes for file in files)]

@@ -23,6 +23,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import map_lookups
 from saeflow.store.links import read_in
+from saeflow.store.lists import with_files
 from saeflow.store.records import (
     FORGOTTEN,
     KINDS,
@@ -149,7 +150,8 @@ def find_damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = 
             return list(_noted(artefact, part, found))
 
         def problems_of_many(some: list[PartRecord]) -> list[Iterable[Damage]]:
-            return list(map(problems, some, artefact.storage.confirmed(f"{artefact.path}/parts", some)))
+            held = [with_files(part) for part in some]
+            return list(map(problems, held, artefact.storage.confirmed(f"{artefact.path}/parts", held)))
 
         yield from itertools.chain.from_iterable(
             map(problems, parts) if reads else map_lookups(problems_of_many, parts)

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from saeflow.store import files
 from saeflow.store.artefact import Artefact
 from saeflow.store.lists import generation_table, read_generation
 from saeflow.store.records import Damaged, FileRecord, Generation, Hidden, PartRecord
+from saeflow.store.storage import folder
 from saeflow.store.store import Store
 from saeflow.store.verify import find_damage
 
@@ -22,10 +24,10 @@ def artefact(tmp_path) -> Artefact:
     made = Store.create(tmp_path / "store").artefact("tokens", "small", "0123abcd")
     made.create({"context_length": 4})
     for index in range(3):
-        with made.new_part(index, {"n_tokens": index}, {"tokens": f"{index:06d}-00000000"}) as folder:
-            (folder / "data.bin").write_bytes(bytes(index))
-            (folder / "deeper").mkdir()
-            (folder / "deeper" / "more.bin").write_bytes(b"x")
+        with made.new_part(index, {"n_tokens": index}, {"tokens": f"{index:06d}-00000000"}) as inside:
+            (inside / "data.bin").write_bytes(bytes(index))
+            (inside / "deeper").mkdir()
+            (inside / "deeper" / "more.bin").write_bytes(b"x")
     return made
 
 
@@ -59,7 +61,10 @@ def spoiled(table: pa.Table, column: str, row: int, text: str) -> pa.Table:
     return table.set_column(table.column_names.index(column), column, pa.array(values, pa.string()))
 
 
-def test_a_record_that_is_none_is_found_by_verify_and_costs_no_other_part(artefact):
+@pytest.mark.parametrize("many", [2, 3, 1000])
+def test_a_record_that_is_none_is_found_by_verify_and_costs_no_other_part(artefact, many, monkeypatch):
+    for module in (files, folder):
+        monkeypatch.setattr(module, "MANY", many)
     artefact.publish(artefact.parts().values())
     spoilt = spoiled(pq.read_table(artefact.list_path(1)), "record", 1, '{"files": [{"name": "../x"}]}')
     pq.write_table(spoilt, artefact.list_path(1))
@@ -92,19 +97,19 @@ def test_a_lost_list_is_written_again_also_one_of_an_earlier_saeflow(artefact, w
 
 
 def test_sizes_are_of_files_below_a_folder_and_not_of_what_links_lead_to(artefact, tmp_path):
-    folder = artefact.part_path(artefact.parts()[2])
-    (folder / "link").symlink_to(folder / "data.bin")
-    (folder / "linked").symlink_to(folder / "deeper")
-    (folder / "deeper" / "inner").symlink_to(folder)
+    inside = artefact.part_path(artefact.parts()[2])
+    (inside / "link").symlink_to(inside / "data.bin")
+    (inside / "linked").symlink_to(inside / "deeper")
+    (inside / "deeper" / "inner").symlink_to(inside)
     names = ["data.bin", "deeper/more.bin", "deeper", "none", "none/x", "data.bin/x", "link", "linked/more.bin"]
-    found = artefact.storage.sizes(str(folder), [*names, "deeper/inner/data.bin", "deeper/inner/deeper/more.bin"])
+    found = artefact.storage.sizes(str(inside), [*names, "deeper/inner/data.bin", "deeper/inner/deeper/more.bin"])
     assert found == [2, 1, *[None] * 8]
-    assert artefact.storage.sizes(f"{folder}-none", names) == [None] * len(names)
+    assert artefact.storage.sizes(f"{inside}-none", names) == [None] * len(names)
     elsewhere = tmp_path / "elsewhere"
-    folder.rename(elsewhere)
-    folder.symlink_to(elsewhere)
-    assert artefact.storage.sizes(str(folder), names) == [None] * len(names)
-    assert artefact.storage.sizes(str(folder), []) == []
+    inside.rename(elsewhere)
+    inside.symlink_to(elsewhere)
+    assert artefact.storage.sizes(str(inside), names) == [None] * len(names)
+    assert artefact.storage.sizes(str(inside), []) == []
 
 
 def test_a_file_record_stays_as_it_was_written(artefact, tmp_path):
