@@ -11,7 +11,6 @@ tabular        documents in tables: Parquet and SQL by DuckDB, CSV and JSON row 
 requests       what an inference engine has written, as documents
 sources        the documents of a corpus, streamed in a fixed order
 forgotten      which documents the store must not take in again
-document_index hashes of the documents that are stored, kept for the next append
 ledger         which documents a store already holds
 selection      which tokens count
 vocabulary     the tokenizer's vocabulary as a table

@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.activations.feed import Feed
-from saeflow.corpus.document_index import index_path
-from saeflow.corpus.ledger import Ledger
+from saeflow.corpus.ledger import Ledger, index_path
 from saeflow.corpus.selection import TokenSelection
 from saeflow.model.sites import Site
 from saeflow.pipeline import collect, encode

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.corpus.document_index import key_hash
 from saeflow.corpus.forgotten import ForgottenHashes
+from saeflow.corpus.ledger import key_hash
 from saeflow.pipeline import tokens
 from saeflow.pipeline.lifecycle.forget import forget, remember
 from saeflow.pipeline.lineage import Lineage

@@ -15,9 +15,8 @@ import pytest
 
 from saeflow.corpus import token_parts
 from saeflow.corpus.document import Document
-from saeflow.corpus.document_index import key_hash
 from saeflow.corpus.forgotten import ForgottenHashes
-from saeflow.corpus.ledger import Ledger
+from saeflow.corpus.ledger import Ledger, key_hash
 from saeflow.pipeline import encode, stages, tokens, train
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lifecycle.tidy import compact_store

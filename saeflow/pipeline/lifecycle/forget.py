@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 
 from saeflow.corpus import forgotten, sources
 from saeflow.corpus.document import Document
-from saeflow.corpus.document_index import key_hash
 from saeflow.corpus.forgotten import ForgottenHashes, pair_of
-from saeflow.corpus.ledger import Ledger, document_rows, group_by_part, merge_hidden
+from saeflow.corpus.ledger import Ledger, document_rows, group_by_part, key_hash, merge_hidden
 from saeflow.corpus.token_parts import write_token_tables
 from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.meaning.language_model.forgetting import drop_forgotten

@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.corpus import document_index
-from saeflow.corpus.document_index import index_path, key_hash, stored_hashes
-from saeflow.corpus.ledger import Ledger
+from saeflow.corpus import ledger as ledgers
+from saeflow.corpus.ledger import Ledger, index_path, key_hash, stored_hashes
 from saeflow.store.artefact import Artefact
 from saeflow.store.garbage import collect_garbage
 from saeflow.store.records import Hidden
@@ -24,7 +23,7 @@ N = 20
 
 @pytest.fixture
 def artefact(tmp_path, monkeypatch) -> Artefact:
-    monkeypatch.setattr(document_index, "KEPT_FROM", 2)
+    monkeypatch.setattr(ledgers, "KEPT_FROM", 2)
     made = Store.create(tmp_path / "store").artefact("tokens", "small", "0123abcd")
     made.create({"context_length": 4})
     append(made, 8)
@@ -155,7 +154,7 @@ def test_a_full_disk_does_not_end_an_append(artefact, monkeypatch):
     def full(*arguments: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(document_index, "save", full)
+    monkeypatch.setattr(ledgers, "save", full)
     assert len(stored_hashes(artefact, artefact.published().parts).keys) == 8 * N
     assert not index_path(artefact).exists()
 
