@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
-from saeflow.store.records import FORGOTTEN, Damaged, ForgottenRecord, checked_text, read_forgotten_keys, read_record
+from saeflow.store.lists import read_forgotten_keys
+from saeflow.store.records import FORGOTTEN, Damaged, ForgottenRecord, checked_text, read_record
 from saeflow.store.store import Store
 
 Pair = tuple[str, str]

@@ -1,27 +1,44 @@
-"""Which documents a token artefact holds, and so which of a corpus are new, changed, the same or forgotten."""
+"""Which documents a token artefact holds, and so which of a corpus are new, changed, the same or forgotten.
+
+Hashes of all documents are kept in a file of tmp/ for the next append. The file only saves time: it names the parts
+that it covers and holds a checksum. One that is missing, damaged or of other parts is written anew.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from pyarrow import dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from saeflow.corpus.document import Document, is_held_out
 from saeflow.corpus.forgotten import NOTHING, ForgottenHashes
 from saeflow.recipe.data_settings import CorpusConfig
 from saeflow.store.artefact import Artefact
+from saeflow.store.files import replacing
+from saeflow.store.links import unlinked
 from saeflow.store.records import Generation, Hidden, PartRecord
 
 Verdict = Literal["new", "changed", "same", "forgotten"]
 _FILES_AT_ONCE = 1000
+KEPT_FROM = 500
+"""Parts from which on the hashes are kept: those of fewer are read in less than a second."""
+_FRESH_SHARE = 8
+"""The file is written again once the parts that it lacks are more than one in so many."""
 _HASH_COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("content_hash", pa.string())])
+_NAMES = ("keys", "contents", "document_ids", "rests")
 _SPLIT_COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("held_out", pa.bool_())])
 HiddenByPart = Mapping[int, tuple[Hidden, ...]]
 
@@ -38,6 +55,36 @@ class Entry:
     document: Document
     key: str
     held_out: bool
+
+
+@dataclass(frozen=True)
+class DocumentHashes:
+    """One row a document, sorted by the hash of its key. `rests` is the second half of the content's hash."""
+
+    keys: np.ndarray
+    contents: np.ndarray
+    document_ids: np.ndarray
+    rests: np.ndarray
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        return self.keys, self.contents, self.document_ids, self.rests
+
+    @classmethod
+    def sorted(cls, columns: Sequence[np.ndarray]) -> DocumentHashes:
+        order = np.argsort(columns[0], kind="stable")
+        return cls(*(column[order] for column in columns))
+
+    def merged(self, other: DocumentHashes) -> DocumentHashes:
+        """Both together; a few rows among many are put in without sorting all of them again."""
+        places = np.searchsorted(self.keys, other.keys, side="right")
+        return DocumentHashes(*(np.insert(a, places, b) for a, b in zip(self.columns, other.columns, strict=True)))
+
+    def without(self, document_ids: np.ndarray) -> DocumentHashes:
+        if not len(document_ids):
+            return self
+        stays = ~np.isin(self.document_ids, document_ids)
+        return DocumentHashes(*(column[stays] for column in self.columns))
 
 
 @dataclass
@@ -67,34 +114,24 @@ class Ledger:
         forgotten: ForgottenHashes = NOTHING, kept: Iterable[str] = (),
     ) -> Ledger:  # fmt: skip
         """Read the documents of the generation's parts. `forgotten` is what the store has forgotten."""
-        hidden = np.array(generation.hidden_ids, np.int64)
-        keys, contents, ids, rests = [], [], [], []
-        for start in range(0, len(generation.parts), _FILES_AT_ONCE):
-            table = _document_hashes(target, generation.parts[start : start + _FILES_AT_ONCE])
-            table = table.filter(~np.isin(table.column("document_id").to_numpy(), hidden))
-            ids.append(table.column("document_id").to_numpy())
-            keys.append(_hash_numbers(map(key_hash, table.column("key").to_pylist())))
-            hashes = table.column("content_hash").to_pylist()
-            contents.append(_hash_numbers(text[:16] for text in hashes))
-            rests.append(_hash_numbers(text[16:] for text in hashes))
-        every = [np.concatenate(each) if each else np.empty(0, np.uint64) for each in (keys, contents, ids, rests)]
+        shown = stored_hashes(target, generation.parts).without(np.array(generation.hidden_ids, np.int64))
         every_hidden = (document for documents in generation.hidden.values() for document in documents)
         here = frozenset((each.key_hash, "") for each in every_hidden if each.reason == "forgotten")
-        found = cls._sorted(*every)
-        return replace(found, forgotten=ForgottenHashes(forgotten.pairs | here), kept=frozenset(kept))
+        known = ForgottenHashes(forgotten.pairs | here)
+        return cls._of(shown, known, frozenset(kept))
 
     @classmethod
     def of(cls, held: Sequence[tuple[str, str]]) -> Ledger:
         """Make a ledger of documents given by key and content hash, numbered in this order."""
-        keys = _hash_numbers(key_hash(key) for key, _ in held)
-        contents = _hash_numbers(content[:16] for _, content in held)
-        rests = _hash_numbers(content[16:] for _, content in held)
-        return cls._sorted(keys, contents, np.arange(len(held)), rests)
+        first, rests = content_numbers(content for _, content in held)
+        keys = key_numbers(key for key, _ in held)
+        return cls._of(DocumentHashes.sorted([keys, first, np.arange(len(held)), rests]))
 
     @classmethod
-    def _sorted(cls, keys: np.ndarray, contents: np.ndarray, ids: np.ndarray, rests: np.ndarray) -> Ledger:
-        order = np.argsort(keys, kind="stable")
-        return cls(keys[order], contents[order], ids[order], rests[order])
+    def _of(
+        cls, shown: DocumentHashes, forgotten: ForgottenHashes = NOTHING, kept: frozenset[str] = frozenset()
+    ) -> Ledger:
+        return cls(shown.keys, shown.contents, shown.document_ids, shown.rests, forgotten, kept)
 
     def look_up(self, key: str, content_hash: str) -> Verdict:
         """Compare a document with the stored one of its key. A changed document is noted as one to replace."""
@@ -245,7 +282,76 @@ def _hash_numbers(digits: Iterable[str]) -> np.ndarray:
     return np.frombuffer(content, ">u8").astype(np.uint64)
 
 
-def _document_hashes(target: Artefact, parts: Sequence[PartRecord]) -> pa.Table:
-    """Return ids, keys and content hashes of the documents of these parts. Many files read faster together."""
-    files = [str(target.part_file(part, "documents.parquet")) for part in parts]
-    return dataset.dataset(files, schema=_HASH_COLUMNS, format="parquet").to_table()
+def stored_hashes(target: Artefact, parts: Sequence[PartRecord]) -> DocumentHashes:
+    """Return the hashes of the documents of these parts. Only parts that were not kept last time are read."""
+    path = index_path(target)
+    kept = _kept(path, {part.folder for part in parts}) if len(parts) >= KEPT_FROM else None
+    folders, hashes = kept or (set[str](), DocumentHashes.sorted(_no_rows()))
+    fresh = [part for part in parts if part.folder not in folders]
+    if fresh:
+        hashes = hashes.merged(_read(target, fresh))
+    if len(parts) >= KEPT_FROM and len(fresh) * _FRESH_SHARE > len(parts):
+        _keep(path, [part.folder for part in parts], hashes)
+    return hashes
+
+
+def index_path(target: Artefact) -> Path:
+    return target.work.with_name(f"{target.work.name}.documents")
+
+
+def _kept(path: Path, shown: set[str]) -> tuple[set[str], DocumentHashes] | None:
+    """Return the parts whose hashes a file holds, and these; None if it can't be trusted."""
+    try:
+        with safe_open(unlinked(path), "numpy") as file:
+            about = file.metadata() or {}
+            hashes = DocumentHashes(*(file.get_tensor(name) for name in _NAMES))
+        folders = {str(folder) for folder in json.loads(about["parts"])}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    is_whole = about.get("checksum") == _checksum(about["parts"], hashes)
+    return (folders, hashes) if is_whole and folders <= shown else None
+
+
+def _keep(path: Path, folders: list[str], hashes: DocumentHashes) -> None:
+    parts = json.dumps(folders)
+    about = {"parts": parts, "checksum": _checksum(parts, hashes)}
+    with contextlib.suppress(OSError), replacing(path) as temporary:  # a full disk ends no append
+        temporary.write_bytes(save(dict(zip(_NAMES, hashes.columns, strict=True)), about))
+
+
+def _checksum(parts: str, hashes: DocumentHashes) -> str:
+    digest = xxhash.xxh3_128(parts.encode())
+    for column in hashes.columns:
+        digest.update(f"{column.dtype} {column.shape}".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()
+
+
+def _no_rows() -> list[np.ndarray]:
+    return [np.empty(0, dtype) for dtype in (np.uint64, np.uint64, np.int64, np.uint64)]
+
+
+def _read(target: Artefact, parts: Sequence[PartRecord]) -> DocumentHashes:
+    """Read the documents of these parts, many files together."""
+    found = [_no_rows()]
+    for start in range(0, len(parts), _FILES_AT_ONCE):
+        files = [str(target.part_file(part, "documents.parquet")) for part in parts[start : start + _FILES_AT_ONCE]]
+        table = dataset.dataset(files, schema=_HASH_COLUMNS, format="parquet").to_table()
+        halves = content_numbers(table.column("content_hash").to_pylist())
+        found.append(
+            [key_numbers(table.column("key").to_pylist()), halves[0], table.column("document_id").to_numpy(), halves[1]]
+        )
+    return DocumentHashes.sorted([np.concatenate(column) for column in zip(*found, strict=True)])
+
+
+def key_numbers(keys: Iterable[str]) -> np.ndarray:
+    """Return the hash of each key, uint64: the number that `key_hash` writes."""
+    digests = b"".join([hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys])
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
+def content_numbers(hashes: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and the last 16 hex digits of each hash, uint64. A hash may have fewer digits."""
+    halves = [text[:16].rjust(16, "0") + text[16:].rjust(16, "0") for text in hashes]
+    numbers = np.frombuffer(bytes.fromhex("".join(halves)), ">u8").astype(np.uint64).reshape(-1, 2)
+    return np.ascontiguousarray(numbers[:, 0]), np.ascontiguousarray(numbers[:, 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,17 +133,20 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly, besid
         done = target.parts_from(inputs)
         missing = [part for part in wanted if part.index not in done]
 
-        def publish() -> None:
-            made = target.parts_from(inputs)
-            if any(part.index not in made for part in wanted):  # a list names a part by a record that is not its own
-                raise damaged(target.path)
+        def show(made: dict[int, PartRecord]) -> None:
             about = recipe.model
             model = {"model": about.path, "revision": about.revision, "model_dtype": about.dtype} if about else {}
             target.publish([made[part.index] for part in wanted], model)
 
+        def publish() -> None:
+            made = target.parts_from(inputs)
+            if any(part.index not in made for part in wanted):  # a list names a part by a record that is not its own
+                raise damaged(target.path)
+            show(made)
+
         if not missing and target.complete():
-            skipped(target, progress)
-            publish()
+            skipped(target, done.values(), progress)
+            show(done)
             return target
         if not recipe.activations.keep:
             _list_parts(lineage, missing, progress, beside)
@@ -199,9 +202,8 @@ def _collect_work(
     )
 
 
-def skipped(target: Artefact, progress: Progress) -> None:
-    """Report that all activations are stored."""
-    parts = target.parts().values()
+def skipped(target: Artefact, parts: Collection[PartRecord], progress: Progress) -> None:
+    """Report that all activations are stored, in these parts."""
     n_tokens, n_bytes = sum(p.counts["n_tokens"] for p in parts), sum(p.n_bytes for p in parts)
     how = f"{n_bytes / 1e9:.2f} GB" if is_kept(target) else "not kept"
     progress.skip("activations", f"{n_tokens:,} tokens, {how}")

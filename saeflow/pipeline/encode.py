@@ -127,7 +127,8 @@ def run_together(lineages: Sequence[Lineage], progress: Progress, through: Throu
         wanted = first.activations.published().parts
         used = first.selection()
         inputs = {part.index: part_inputs(used, part) for part in wanted}
-        lacking = {target: inputs.keys() - compaction.part_of_each(target, inputs) for target in targets}
+        held = {target: compaction.part_of_each(target, inputs) for target in targets}
+        lacking = {target: inputs.keys() - held[target].keys() for target in targets}
         missing = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
         _require_disk(store, [(_trained(lineage), n) for lineage, n in zip(lineages, missing, strict=True) if n])
         encoders = [
@@ -138,7 +139,8 @@ def run_together(lineages: Sequence[Lineage], progress: Progress, through: Throu
 
         def publish_all() -> None:
             for target, lineage in targets.items():
-                publish(store, target, used, inputs, progress, lineage.recipe)
+                if encoders or not shows_only(target, held[target]):
+                    publish(store, target, used, inputs, progress, lineage.recipe)
 
         if not encoders:
             n_values = sum(each.total("n_values") for target in targets if (each := target.generation()))
@@ -146,6 +148,14 @@ def run_together(lineages: Sequence[Lineage], progress: Progress, through: Throu
             publish_all()
             return
         _encode(encoders, wanted, lacking, store, first.recipe, publish_all, progress, through)
+
+
+def shows_only(target: Artefact, held: Mapping[int, PartRecord]) -> bool:
+    """True if readers see just these parts, each whole: the part that holds each activation part."""
+    generation = target.generation()
+    parts = {part.folder: part for part in held.values()}
+    shown = {part.folder for part in generation.parts} if generation else None
+    return shown == parts.keys() and sum(len(covered(part)) for part in parts.values()) == len(held)
 
 
 def _encode(

@@ -217,7 +217,7 @@ def shared(store: Store, id: str) -> Artefact:
 
 
 def dumped(records: Mapping[Artefact, PartRecord]) -> Records:
-    return {target.id: record.model_dump(mode="json") for target, record in records.items()}
+    return {target.id: record.as_json for target, record in records.items()}
 
 
 def not_seen(store: str, why: str | None = None) -> str:

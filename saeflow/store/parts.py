@@ -23,6 +23,7 @@ from saeflow.store.files import checksum, map_lookups
 from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import Slot
 from saeflow.store.links import is_file, remove
+from saeflow.store.lists import read_generation, read_part_folders
 from saeflow.store.records import (
     ArtefactRecord,
     Damaged,
@@ -33,8 +34,6 @@ from saeflow.store.records import (
     damaged,
     file_records,
     read_checked,
-    read_generation,
-    read_part_folders,
     read_record,
     write_record,
 )
@@ -54,7 +53,7 @@ class Identity:
     def id(self) -> str:
         return f"{self.kind}/{self.name}-{self.fp}"
 
-    @property
+    @cached_property
     def path(self) -> Path:
         return self.storage.root / self.kind / f"{self.name}-{self.fp}"
 
@@ -112,9 +111,10 @@ class Identity:
 
     def missing_files(self, folder: Path, files: Iterable[FileRecord], full: bool = False) -> Iterator[str]:
         """Yield what is wrong with the recorded files: missing, of another size, or (`full`) of other content."""
-        for file in files:
+        files = list(files)
+        sizes = self.storage.sizes(str(folder), [file.name for file in files])
+        for file, n_bytes in zip(files, sizes, strict=True):
             path = f"{folder}/{file.name}"
-            n_bytes = self.storage.size(path)
             if n_bytes is None:
                 yield f"{path} is missing"
             elif n_bytes != file.n_bytes:
@@ -221,8 +221,8 @@ class Parts(Identity):
         generation = self.generation()
         found: dict[int, PartRecord] = {}
         every = itertools.chain(generation.parts if generation else (), self.unlisted_parts(generation))
-        for record, whole in map_lookups(lambda part: (part, self._is_whole(part)), filter(fits, every)):
-            if whole:
+        for record in map_lookups(self._whole, filter(fits, every)):
+            if record is not None:
                 found.setdefault(record.index, record)
         return found
 
@@ -230,10 +230,16 @@ class Parts(Identity):
         """Return the finished parts that were made from these inputs, by index."""
         return self.parts(lambda part: part.index in inputs and part.made_from(inputs[part.index]))
 
+    def _whole(self, parts: list[PartRecord]) -> list[PartRecord | None]:
+        """Return those of these parts whose files are there in their full size; None in the place of others."""
+        sure = self.storage.confirmed(f"{self.path}/parts", parts)
+        return [part if known or self._is_whole(part) else None for part, known in zip(parts, sure, strict=True)]
+
     def _is_whole(self, part: PartRecord) -> bool:
-        folder = self.part_path(part)
-        has_record = self.storage.size(f"{folder}/part.json") is not None
-        return has_record and not any(self.missing_files(folder, part.files))
+        files = part.files
+        wanted = [file.n_bytes for file in files]
+        *found, record = self.storage.sizes(f"{self.path}/parts/{part.folder}", [*(f.name for f in files), "part.json"])
+        return record is not None and found == wanted
 
     def unlisted_parts(self, generation: Generation | None) -> Iterator[PartRecord]:
         """Yield finished parts that a generation does not list: work of a run that was killed."""

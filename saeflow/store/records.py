@@ -12,33 +12,36 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar, get_args
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
 from pydantic_core import to_json
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, json_text, read_json, replacing, write_json
-from saeflow.store.links import Linked, open_unlinked, read_bytes
+from saeflow.store.links import Linked, read_bytes
 
 Kind = Literal["tokens", "activations", "saes", "features", "annotations", "probes", "effects"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BESIDE: tuple[Kind, ...] = ("annotations", "probes", "effects")
 """Kinds that belong to tokens or to a run, and that no stage reads. The newest of a name is the one that is read."""
 WHOLE_KINDS: tuple[Kind, ...] = ("saes", *BESIDE)  # kinds without parts: each appears whole, in one rename
-_Record = TypeVar("_Record", bound=BaseModel)
+
+
+class _Model(Protocol):
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...
+
+
+_Record = TypeVar("_Record", bound=_Model)
 
 FORGOTTEN = "forgotten.json"
 """The store's list of documents that were forgotten, beside store.json."""
@@ -46,8 +49,6 @@ FORGOTTEN = "forgotten.json"
 _STEP = r"([^/.\x00][^/\x00]*|\.[^/.\x00][^/\x00]*|\.\.[^/\x00]+)"
 _INSIDE = rf"^{_STEP}(/{_STEP})*$"
 """A path that stays in its folder: neither from the root nor with a step up. A store may come from a stranger."""
-
-_FOLDER = r"\A[0-9]{6,}-[0-9a-f]{8}\z"  # what parts are called
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,21 @@ class FileRecord:
     checksum: str
 
 
-class PartRecord(BaseModel, frozen=True):
+@dataclass(frozen=True)
+class PartRecord:
     """What part.json says: enough to find, count and verify the part without opening its arrays."""
 
-    format_version: int = FORMAT_VERSION
     index: int
     counts: dict[str, int]
     files: list[FileRecord]
-    inputs: dict[str, str] = {}
+    inputs: dict[str, str] = field(default_factory=dict)
     """What the part was made from: the folder of the part read, by kind. Empty in format 1."""
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> PartRecord:
+        """Return the record that this JSON says. Raises ValidationError."""
+        return _PART.validate_python(obj)
 
     @cached_property
     def folder(self) -> str:
@@ -81,18 +88,38 @@ class PartRecord(BaseModel, frozen=True):
         return f"{self.index:06d}-{xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())[:8]}"
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What the record says beside its files."""
+        return {name: getattr(self, name) for name in ("format_version", "index", "counts", "inputs")}
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """What the record says."""
+        files = [{"name": f.name, "n_bytes": f.n_bytes, "checksum": f.checksum} for f in self.files]
+        about = self.about
+        inputs = about.pop("inputs")
+        return about | {"files": files, "inputs": inputs}
+
+    @property
     def text(self) -> str:
         """What part.json holds: `checked_text` of the record, without Python's own slow indenting."""
-        files = [{"checksum": f.checksum, "n_bytes": f.n_bytes, "name": f.name} for f in self.files]
+        return self.text_with(self.files)
+
+    def text_with(self, files: list[FileRecord]) -> str:
+        """Return `text`, of a record whose files were read already."""
         about = {
             "counts": dict(sorted(self.counts.items())),
-            "files": files,
+            "files": [{"checksum": f.checksum, "n_bytes": f.n_bytes, "name": f.name} for f in files],
             "format_version": self.format_version,
             "index": self.index,
             "inputs": dict(sorted(self.inputs.items())),
         }
-        digest = xxhash.xxh3_64_hexdigest(to_json(about, indent=1) + b"\n")
-        return to_json(about | {"sum": digest}, indent=1).decode() + "\n"
+        content = to_json(about, indent=1)
+        digest = xxhash.xxh3_64_hexdigest(content + b"\n")
+        return f'{content.removesuffix(_END).decode()},\n "sum": "{digest}"\n}}\n'
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PartRecord) and self.about == other.about and self.files == other.files
 
     def made_from(self, inputs: dict[str, str]) -> bool:
         """Is the part what these inputs give? Format 1 did not say; its parts follow from their index."""
@@ -102,6 +129,9 @@ class PartRecord(BaseModel, frozen=True):
     def n_bytes(self) -> int:
         return sum(file.n_bytes for file in self.files)
 
+
+_PART = TypeAdapter(PartRecord)
+_END = b"\n}"
 
 _Whole = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 _Text = Annotated[str, Field(strict=True)]
@@ -190,45 +220,6 @@ class Generation:
         return sum(part.counts.get(count, 0) for part in self.parts)
 
 
-def generation_table(generation: Generation) -> pa.Table:
-    """Return the table of a generation: one row a part."""
-    parts = generation.parts
-    document = pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())])
-    with no_collection():
-        hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
-        return pa.table({
-            "part_index": [part.index for part in parts],
-            "folder": [part.folder for part in parts],
-            "n_bytes": pa.array([part.n_bytes for part in parts], pa.int64()),
-            "record": [part.model_dump_json() for part in parts],
-            "hidden": pa.array(hidden, pa.list_(document)),
-        })  # fmt: skip
-
-
-_NOT_A_LIST = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)  # of a table that is none
-
-
-def read_generation(path: Path, number: int) -> Generation:
-    """A generation from its table. Raises Damaged."""
-    try:
-        with open_unlinked(path) as file:
-            table = pq.read_table(file)
-        with no_collection():
-            parts = tuple(map(PartRecord.model_validate_json, table.column("record").to_numpy()))
-        for part, folder in zip(parts, _folders(table), strict=True):
-            part.__dict__["folder"] = folder  # known: it need not be computed
-        return Generation(number, parts, dict(_hidden(table, parts)))
-    except _NOT_A_LIST as error:
-        raise damaged(path, error) from error
-
-
-def _hidden(table: pa.Table, parts: Sequence[PartRecord]) -> Iterator[tuple[int, tuple[Hidden, ...]]]:
-    if "hidden" in table.column_names:
-        column = table.column("hidden")
-        for row in np.flatnonzero(pc.fill_null(pc.list_value_length(column), 0)).tolist():
-            yield parts[row].index, tuple(Hidden(**each) for each in column[row].as_py())
-
-
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
     """Python would look again and again for cycles among a million objects that are being made: most of the time."""
@@ -239,36 +230,6 @@ def no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def read_part_folders(path: Path) -> list[str]:
-    """Folders of the parts in a list, without their records. Raises Damaged."""
-    try:
-        with open_unlinked(path) as file:
-            return list(_folders(pq.read_table(file, columns=["folder"])))
-    except _NOT_A_LIST as error:
-        raise damaged(path, error) from error
-
-
-def read_forgotten_keys(path: Path) -> list[str]:
-    """Return the hashes of the keys that a list of parts hides for good. Raises Damaged."""
-    try:
-        with open_unlinked(path) as file:
-            table = pq.read_table(file)
-        if "hidden" not in table.column_names:  # format 1
-            return []
-        hidden = [Hidden(**each) for each in pc.list_flatten(table.column("hidden")).to_pylist()]
-        return [each.key_hash for each in hidden if each.reason == "forgotten"]
-    except _NOT_A_LIST as error:
-        raise damaged(path, error) from error
-
-
-def _folders(table: pa.Table) -> np.ndarray:
-    """Raises ValueError where one is no name of a part: it could lead anywhere."""
-    column = table.column("folder")
-    if not pc.all(pc.fill_null(pc.match_substring_regex(column, _FOLDER), False), min_count=0).as_py():
-        raise ValueError("a folder is not called as parts are")
-    return np.asarray(column.to_numpy())
 
 
 def file_records(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> list[FileRecord]:
@@ -355,8 +316,8 @@ def read_record(path: Path, model: type[_Record]) -> _Record:
         raise damaged(path) from error
 
 
-def write_record(path: Path, record: BaseModel) -> None:
-    write_checked(path, record.model_dump(mode="json"))
+def write_record(path: Path, record: BaseModel | PartRecord) -> None:
+    write_checked(path, record.as_json if isinstance(record, PartRecord) else record.model_dump(mode="json"))
 
 
 class Damaged(UserError):

@@ -40,7 +40,8 @@ def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> P
     """Return the part under its new name, its files linked, not copied."""
     if part.format_version == FORMAT_VERSION:
         return part
-    made_from = {each.kind: p.folder for each in inputs for p in each.published().parts if p.index == part.index}
+    folders = ((str(each.kind), p) for each in inputs for p in each.published().parts)
+    made_from = {kind: p.folder for kind, p in folders if p.index == part.index}
     fresh = PartRecord(index=part.index, counts=part.counts, files=part.files, inputs=made_from)
     if fresh.folder == part.folder:
         write_record(artefact.part_path(part) / "part.json", fresh)

@@ -12,7 +12,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import map_lookups
+from saeflow.store.links import read_in
+from saeflow.store.lists import with_files
 from saeflow.store.records import (
     FORGOTTEN,
     KINDS,
@@ -143,17 +145,25 @@ def find_damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = 
         parts = generation.parts if generation else ()
         reads = full or share is not None
 
-        def problems(part: PartRecord) -> list[Damage]:
-            found = _part_problems(artefact, part, full or _falls_into(share, part.folder))
+        def problems(part: PartRecord, has_files: bool = False) -> Iterable[Damage]:
+            found = _part_problems(artefact, part, full or _falls_into(share, part.folder), has_files)
             return list(_noted(artefact, part, found))
 
-        yield from itertools.chain.from_iterable((map if reads else map_lookups)(problems, parts))
+        def problems_of_many(some: list[PartRecord]) -> list[Iterable[Damage]]:
+            held = [with_files(part) for part in some]
+            return list(map(problems, held, artefact.storage.confirmed(f"{artefact.path}/parts", held)))
+
+        yield from itertools.chain.from_iterable(
+            map(problems, parts) if reads else map_lookups(problems_of_many, parts)
+        )
 
 
 def _noted(artefact: Artefact, part: PartRecord | None, problems: Iterator[str]) -> Iterator[Damage]:
     """Yield these problems, and what ended the look at them if the system did not let it end well."""
     try:
         yield from (Damage(artefact, part, problem) for problem in problems)
+    except Damaged as error:  # the list names files that no part has
+        yield Damage(artefact, part, str(error))
     except (Unreadable, OSError) as error:
         what = getattr(error, "filename", None) or artefact.path
         said = error if isinstance(error, UserError) else unreadable(what, error)
@@ -173,17 +183,20 @@ def _own_problems(artefact: Artefact, full: bool) -> Iterator[str]:
         yield str(error).partition(" is missing or damaged")[0] + " is missing or damaged"
 
 
-def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator[str]:
-    folder = artefact.part_path(part)
-    yield from artefact.missing_files(folder, part.files, full)
+def _part_problems(artefact: Artefact, part: PartRecord, full: bool, has_files: bool = False) -> Iterator[str]:
+    """`has_files`: the files were found in their sizes just now."""
+    folder, files = artefact.part_path(part), part.files
+    if not has_files:
+        yield from artefact.missing_files(folder, files, full)
     if full:
         yield from (f"{folder / name} does not belong there" for name in _strangers(artefact, part))
     elif artefact.storage.asks_a_server:  # one request a part would take long
         return
     try:
-        path = artefact.storage.fetch(folder / "part.json", fresh=True)
+        artefact.storage.fetch(folder / "part.json", fresh=True) if artefact.storage.asks_a_server else None
         # nearly always its bytes are equal, and need not be read as JSON
-        if path.read_bytes() != part.text.encode() and not _is_record_of(part, read_record(path, PartRecord)):
+        is_equal = read_in(str(folder), "part.json") == part.text_with(files).encode()
+        if not is_equal and not _is_record_of(part, read_record(folder / "part.json", PartRecord)):
             yield f"{folder / 'part.json'} is not the record that was published"
     except (Damaged, FileNotFoundError):
         yield f"{folder / 'part.json'} is missing or damaged"
@@ -191,7 +204,7 @@ def _part_problems(artefact: Artefact, part: PartRecord, full: bool) -> Iterator
 
 def _is_record_of(part: PartRecord, found: PartRecord) -> bool:
     """True if both say the same; an upgrade that was killed leaves them in different formats."""
-    return found.model_copy(update={"format_version": part.format_version}) == part
+    return replace(found, format_version=part.format_version) == part
 
 
 def _strangers(artefact: Artefact, part: PartRecord) -> list[str]:

@@ -248,7 +248,7 @@ def test_a_worker_of_a_cluster_makes_the_same_parts(stored):
     worker = collect.CollectParts.open(stored.store, settings)
     made = [worker.make(part.index, quiet())[lineage.activations.id] for part in generation.parts]
     assert [record["files"] for record in made] == [
-        part.model_dump(mode="json")["files"] for _, part in sorted(wanted.items())
+        part.as_json["files"] for _, part in sorted(wanted.items())
     ]
 
 

@@ -19,6 +19,7 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json, write_json
+from saeflow.store.lists import generation_table, read_generation, read_part_folders
 from saeflow.store.records import (
     KINDS,
     WHOLE_KINDS,
@@ -28,9 +29,6 @@ from saeflow.store.records import (
     Generation,
     Hidden,
     PartRecord,
-    generation_table,
-    read_generation,
-    read_part_folders,
     read_record,
     write_record,
 )
@@ -383,13 +381,13 @@ def test_of_a_part_with_a_stray_file_only_the_stray_file_goes(artefact):
 @pytest.mark.parametrize("name", ["/home/u/.ssh/id", "../../../precious", "deeper/..", "", ".", "a//b"])
 def test_a_file_name_that_leads_out_of_its_folder_is_no_record(artefact, name):
     part = damaged_store(artefact)
-    changed = part.model_copy(update={"files": [FileRecord(name, 5, "0" * 32)]})
+    changed = PartRecord(part.index, part.counts, [FileRecord(name, 5, "0" * 32)])
     write_record(artefact.part_path(part) / "part.json", changed)
     with pytest.raises(Damaged, match=r"part\.json is missing or damaged"):
         read_record(artefact.part_path(part) / "part.json", PartRecord)
     pq.write_table(generation_table(Generation(1, (changed,))), artefact.list_path(1))
     with pytest.raises(Damaged, match=r"000001\.parquet is missing or damaged"):
-        read_generation(artefact.list_path(1), 1)
+        _ = [part.files for part in read_generation(artefact.list_path(1), 1).parts]
 
 
 @pytest.mark.parametrize(

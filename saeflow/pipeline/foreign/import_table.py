@@ -43,7 +43,7 @@ def run(lineage: Lineage, progress: Progress) -> tuple[Artefact, Artefact]:
     with source.writing(), target.writing():
         about = recipe.activations
         if source.generation() and target.generation() and not _missing(source, target, about):
-            skipped(target, progress)
+            skipped(target, target.published().parts, progress)
             return source, target
         torch.set_num_threads(n_threads(recipe.threads))
         rows = _open(source, target, about)
@@ -118,7 +118,7 @@ def _missing(source: Artefact, target: Artefact, about: ActivationsConfig) -> bo
     """True if a published part is missing or the recipe asks for more rows than are published."""
     if about.synthetic and about.synthetic.grows and about.synthetic.n_samples > min(_n_rows(source), _n_rows(target)):
         return True
-    return any(part.index not in item.parts() for item in (source, target) for part in item.published().parts)
+    return any({part.index for part in item.published().parts} - item.parts().keys() for item in (source, target))
 
 
 def _bring_part(

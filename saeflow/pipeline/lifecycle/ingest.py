@@ -18,7 +18,8 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.store.artefact import Artefact
 from saeflow.store.lease import is_free
-from saeflow.store.records import Damaged, read_part_folders
+from saeflow.store.lists import read_part_folders
+from saeflow.store.records import Damaged
 from saeflow.store.store import Store
 
 _log = logging.getLogger(__name__)

@@ -13,17 +13,17 @@ import shutil
 import stat
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
-from saeflow.store.files import Bytes, FileBytes, checksum, flush_tree, rename, replacing
+from saeflow.store.files import MANY, Bytes, FileBytes, checksum, flush_tree, rename, replacing
 from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import FileSlot, Slot
-from saeflow.store.links import Linked, is_file, keep_inside, remove, unlinked
-from saeflow.store.records import FileRecord, Generation
+from saeflow.store.links import Linked, is_file, is_folder, keep_inside, remove, sizes, unlinked
+from saeflow.store.records import FileRecord, Generation, PartRecord
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -85,6 +85,14 @@ class Storage(ABC):
     @abstractmethod
     def size(self, path: str) -> int | None:
         """Return the bytes of a file; None if it is missing. Cheap: a store has millions of files."""
+
+    def sizes(self, folder: str, names: Sequence[str]) -> list[int | None]:
+        """Return the bytes of each file below a folder; None if it is missing."""
+        return [self.size(f"{folder}/{name}") for name in names]
+
+    def confirmed(self, folder: str, parts: Sequence[PartRecord]) -> list[bool]:
+        """Return True for parts below a folder that are there with their files; False for those to be looked at."""
+        return [False] * len(parts)
 
     @abstractmethod
     def checksum(self, path: Path) -> str:
@@ -232,6 +240,16 @@ class Folder(Storage):
     def size(self, path: str) -> int | None:
         """A link is missing."""
         return os.lstat(path).st_size if is_file(path) else None
+
+    def sizes(self, folder: str, names: Sequence[str]) -> list[int | None]:
+        return sizes(folder, names)
+
+    def confirmed(self, folder: str, parts: Sequence[PartRecord]) -> list[bool]:
+        if len(parts) < MANY or not is_folder(folder):
+            return super().confirmed(folder, parts)
+        from saeflow.store import looks  # takes half a second: only where there are many parts
+
+        return looks.confirmed(folder, parts) if looks.HAS_STATX else super().confirmed(folder, parts)
 
     def checksum(self, path: Path) -> str:
         return checksum(path)

@@ -1,0 +1,119 @@
+"""Lists of parts: opened without the records of their files, and as trustworthy as if these were read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from saeflow.store import files
+from saeflow.store.artefact import Artefact
+from saeflow.store.lists import generation_table, read_generation
+from saeflow.store.records import Damaged, FileRecord, Generation, Hidden, PartRecord
+from saeflow.store.storage import folder
+from saeflow.store.store import Store
+from saeflow.store.verify import find_damage
+
+HIDDEN = {1: (Hidden(document_id=7, key_hash="0f", reason="forgotten"),)}
+
+
+@pytest.fixture
+def artefact(tmp_path) -> Artefact:
+    made = Store.create(tmp_path / "store").artefact("tokens", "small", "0123abcd")
+    made.create({"context_length": 4})
+    for index in range(3):
+        with made.new_part(index, {"n_tokens": index}, {"tokens": f"{index:06d}-00000000"}) as inside:
+            (inside / "data.bin").write_bytes(bytes(index))
+            (inside / "deeper").mkdir()
+            (inside / "deeper" / "more.bin").write_bytes(b"x")
+    return made
+
+
+def written(parts: list[PartRecord], path: Path, with_about: bool = True) -> Generation:
+    pq.write_table(generation_table(Generation(1, tuple(parts), HIDDEN), with_about), path)
+    return read_generation(path, 1)
+
+
+@pytest.mark.parametrize("with_about", [True, False])
+def test_a_list_says_what_was_written_into_it_also_one_of_an_earlier_saeflow(artefact, tmp_path, with_about):
+    parts = list(artefact.parts().values())
+    found = written(parts, tmp_path / "list", with_about)
+    assert (found.parts, found.hidden) == (tuple(parts), HIDDEN)
+    for part, as_read in zip(parts, found.parts, strict=True):
+        assert (as_read.text, as_read.folder, as_read.n_bytes) == (part.text, part.folder, part.n_bytes)
+        assert as_read.as_json == part.as_json
+    assert generation_table(found, with_about) == generation_table(Generation(1, tuple(parts), HIDDEN), with_about)
+
+
+@pytest.mark.parametrize("changed", ["index", "counts", "inputs", "files"])
+def test_parts_that_differ_in_anything_are_not_equal(artefact, tmp_path, changed):
+    part = artefact.parts()[2]
+    others = {"index": 3, "counts": {"n_tokens": 9}, "inputs": {}, "files": part.files[:1]}
+    fields = {name: getattr(part, name) for name in others} | {changed: others[changed]}
+    assert written([part], tmp_path / "list").parts[0] != PartRecord(**fields)
+
+
+def spoiled(table: pa.Table, column: str, row: int, text: str) -> pa.Table:
+    values = table.column(column).to_pylist()
+    values[row] = text
+    return table.set_column(table.column_names.index(column), column, pa.array(values, pa.string()))
+
+
+@pytest.mark.parametrize("many", [2, 3, 1000])
+def test_a_record_that_is_none_is_found_by_verify_and_costs_no_other_part(artefact, many, monkeypatch):
+    for module in (files, folder):
+        monkeypatch.setattr(module, "MANY", many)
+    artefact.publish(artefact.parts().values())
+    spoilt = spoiled(pq.read_table(artefact.list_path(1)), "record", 1, '{"files": [{"name": "../x"}]}')
+    pq.write_table(spoilt, artefact.list_path(1))
+    artefact.show(1)
+    parts = artefact.published().parts
+    assert [part.counts["n_tokens"] for part in parts] == [0, 1, 2]
+    with pytest.raises(Damaged, match=r"000001\.parquet is missing or damaged"):
+        _ = parts[1].files
+    assert [found.part.index for found in find_damage(artefact, full=False) if found.part] == [1]
+    assert len(parts[2].files) == 2
+
+
+def test_a_list_that_says_nothing_about_a_part_is_damaged(artefact, tmp_path):
+    table = generation_table(Generation(1, tuple(artefact.parts().values())))
+    pq.write_table(spoiled(table, "about", 0, '{"index": "x"}'), tmp_path / "list")
+    with pytest.raises(Damaged):
+        read_generation(tmp_path / "list", 1)
+
+
+@pytest.mark.parametrize("with_about", [True, False])
+def test_a_lost_list_is_written_again_also_one_of_an_earlier_saeflow(artefact, with_about):
+    artefact.publish(artefact.parts().values())
+    path, every = artefact.list_path(1), artefact.published().parts
+    pq.write_table(generation_table(Generation(1, every), with_about), path)
+    artefact.show(1)
+    content = path.read_bytes()
+    path.unlink()
+    assert artefact.recover()
+    assert path.read_bytes() == content
+
+
+def test_sizes_are_of_files_below_a_folder_and_not_of_what_links_lead_to(artefact, tmp_path):
+    inside = artefact.part_path(artefact.parts()[2])
+    (inside / "link").symlink_to(inside / "data.bin")
+    (inside / "linked").symlink_to(inside / "deeper")
+    (inside / "deeper" / "inner").symlink_to(inside)
+    names = ["data.bin", "deeper/more.bin", "deeper", "none", "none/x", "data.bin/x", "link", "linked/more.bin"]
+    found = artefact.storage.sizes(str(inside), [*names, "deeper/inner/data.bin", "deeper/inner/deeper/more.bin"])
+    assert found == [2, 1, *[None] * 8]
+    assert artefact.storage.sizes(f"{inside}-none", names) == [None] * len(names)
+    elsewhere = tmp_path / "elsewhere"
+    inside.rename(elsewhere)
+    inside.symlink_to(elsewhere)
+    assert artefact.storage.sizes(str(inside), names) == [None] * len(names)
+    assert artefact.storage.sizes(str(inside), []) == []
+
+
+def test_a_file_record_stays_as_it_was_written(artefact, tmp_path):
+    part = artefact.parts()[1]
+    record = FileRecord("ä/ö.bin", 3, "0" * 32)
+    read = written([PartRecord(1, part.counts, [record])], tmp_path / "list").parts[0]
+    assert read.files == [record]
