@@ -36,6 +36,7 @@ from saeflow.store.store import Store
 from tests.benchmarks import _made_run, queries
 from tests.benchmarks._bars import Bar, arguments, report
 from tests.benchmarks.queries import QUIET, Asked
+from tests.support.growing_run import GrowingRun
 
 PER_LEVEL = FeaturesConfig().compact_parts
 AT_ONCE = 16
@@ -101,6 +102,24 @@ def grow(store: Store, plan: Plan) -> Growth:
             found.n_values += part.counts["n_values"]
             found.n_parts += (len(shown),)
     assert sum(part.counts["n_values"] for part in shown) == found.n_values
+    return found
+
+
+def planned() -> dict[str, dict[str, float]]:
+    """What other numbers of parts a level would write and show: 100 equal appends, only planned."""
+    found = {}
+    for per_level in (2, 4, 8, 16):
+        run, n_parts = GrowingRun(per_level), []
+        for _ in range(N_APPENDS):
+            run.append([1])
+            run.merge()
+            n_parts.append(len(run.parts))
+        found[f"{per_level} parts a level"] = {
+            "values written again, over values appended": run.written.total() / N_APPENDS,
+            "parts a reader sees, at most": max(n_parts),
+            "parts a reader sees, on average": round(float(np.mean(n_parts)), 1),
+        }
+        print(f"{per_level} parts a level, planned: {found[f'{per_level} parts a level']}", flush=True)
     return found
 
 
@@ -236,7 +255,7 @@ def main() -> None:
         folder = Path(temporary)
         grown, facts = growths(folder, 1_000_000 if options.quick else 20_000_000)
         asked_bars, answers = questions(folder, options.quick)
-    report("merges", [*grown, *asked_bars], per_level=PER_LEVEL, growth=facts, **answers)
+    report("merges", [*grown, *asked_bars], per_level=PER_LEVEL, planned=planned(), growth=facts, **answers)
 
 
 if __name__ == "__main__":
