@@ -13,14 +13,13 @@ from saeflow.recipe.recipe import Recipe
 
 @flow(name="saeflow-tidy", flow_run_name="tidy-{recipe.name}")
 def tidy_flow(recipe: Recipe, store: str | None = None) -> dict[str, int]:
-    """Rewrite parts that still hold hidden documents, and merge the parts of runs that have `features.compact_parts`.
+    """Rewrite parts that still hold hidden documents, and merge runs' parts where a level has `features.compact_parts`.
 
     Returns how many parts each run has left.
     """
     lineage = open_lineage(recipe, store, overlap="wait")
     with reporting("tidy") as progress:
-        enough = recipe.features.compact_parts
-        in_task("tidy", lambda: compact_store(lineage, progress, enough, places(recipe)))
+        in_task("tidy", lambda: compact_store(lineage, progress, None, places(recipe)))
     runs = encode.runs_over(lineage.store, lineage.activations)
     left = {each.id: len(each.published().parts) for each in runs}
     show_table("tidy", {f"parts of {name}": n for name, n in left.items()})

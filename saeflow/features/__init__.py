@@ -7,6 +7,7 @@ statistics    the tokens of a part, and statistics of its values
 files         how values lie in files
 part_encoder  one activation part through one or more SAEs
 compaction    merge many parts into few
+levels        when the parts of a growing run are merged
 left_out      how many tokens a run leaves out, and why
 run_tables    tables beside the parts: similar features, and the words a feature promotes
 beside        annotations, probes and effects that belong to a run

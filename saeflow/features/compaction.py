@@ -7,6 +7,7 @@ beside the old parts and takes their place in one switch, so a reader sees eithe
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class MergeSettings:
     """Values in one compacted part: all of them are written again when one document of the part is forgotten."""
     most_tokens: int = 1 << 30
     """Places of tokens in one compacted part: rows are numbered in 32 bits, and vocabulary ids held in memory."""
+    most_at_once: int = sys.maxsize
+    """Values in all parts that are merged after one another. A later merge takes what is left."""
 
 
 USUAL_MERGE = MergeSettings()
@@ -260,7 +263,7 @@ def plan_merges(
     parts: Sequence[PartRecord], spans: Mapping[int, tuple[int, int]], enough: int = 2, mend: bool = False,
     settings: MergeSettings = USUAL_MERGE,
 ) -> list[list[PartRecord]]:  # fmt: skip
-    """Return groups of at least `enough` neighbouring parts to merge.
+    """Return groups of at least `enough` neighbouring parts to merge, so that as few parts as possible are left.
 
     A group has at most `settings.most_values` values in at most `settings.most_tokens` places (padding counts), unless
     one part alone has more. `spans` is the first and last token of each activation part. `mend` adds groups, however
@@ -268,7 +271,7 @@ def plan_merges(
     """
     groups: list[list[PartRecord]] = [[]]
     n_values = first = last = 0
-    for part in _by_first_activation_part(parts):
+    for part in by_first_activation_part(parts):
         begin, end = min(spans[i][0] for i in covered(part)), max(spans[i][1] for i in covered(part))
         n_values, last = n_values + part.counts["n_values"], max(last, end)
         if groups[-1] and (n_values > settings.most_values or last - first >= settings.most_tokens):
@@ -284,13 +287,14 @@ def plan_merges(
 
 
 def group_between(parts: Sequence[PartRecord], first: str, last: str) -> list[PartRecord]:
-    """Return a group of `plan_merges`, by the folders of its first and last part."""
-    ordered = _by_first_activation_part(parts)
+    """Return the neighbouring parts between two folders, both included."""
+    ordered = by_first_activation_part(parts)
     folders = [part.folder for part in ordered]
     return ordered[folders.index(first) : folders.index(last) + 1]
 
 
-def _by_first_activation_part(parts: Sequence[PartRecord]) -> list[PartRecord]:
+def by_first_activation_part(parts: Sequence[PartRecord]) -> list[PartRecord]:
+    """Return parts in the order of the corpus: each by the first activation part that it holds."""
     return sorted(parts, key=lambda part: min(covered(part)))
 
 

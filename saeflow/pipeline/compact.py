@@ -11,6 +11,7 @@ import torch
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features import compaction
 from saeflow.features.compaction import USUAL_MERGE, MergeSettings
+from saeflow.features.levels import plan_levels
 from saeflow.pipeline.dask.clusters import kept_open, workers_of
 from saeflow.pipeline.lineage import Ancestors, Lineage
 from saeflow.pipeline.parts import Here, Item, PartMaker, PartWork, Records, dumped, shared
@@ -48,37 +49,43 @@ class MergeParts(PartMaker, name="features-merge"):
 
 
 def run(lineage: Lineage, progress: Progress, enough: int | None = None) -> None:
-    """Merge parts of the recipe's runs, where at least `enough` can be (default: `features.compact_parts`)."""
+    """Merge parts of the recipe's runs, as `merge_parts` does."""
     with kept_open():
         for member in lineage.members:
-            recipe = member.recipe
             if member.features.generation() is not None:
-                use_threads(recipe.threads)
-                merge_parts(member.store, member.features, recipe, progress, enough or recipe.features.compact_parts)
+                use_threads(member.recipe.threads)
+                merge_parts(member.store, member.features, member.recipe, progress, enough)
 
 
 def merge_parts(
-    store: Store, target: Artefact, recipe: Recipe, progress: Progress, enough: int, mend: bool = False,
+    store: Store, target: Artefact, recipe: Recipe, progress: Progress, enough: int | None = None, mend: bool = False,
     sizes: MergeSettings = USUAL_MERGE,
-) -> None:  # fmt: skip
-    """Merge parts of one run. Raises UserError if the disk has no room for old and new parts together.
+) -> int:  # fmt: skip
+    """Merge parts of one run level by level, `features.compact_parts` of a level; return how many parts were made.
 
-    `mend`: also merge parts that an earlier saeflow made, which lack some statistics.
+    `enough`: leave as few parts as possible instead, where at least `enough` can be one. `mend`: also merge parts that
+    an earlier saeflow made, which lack some statistics. Raises UserError if the disk has no room for old and new parts
+    together.
     """
     used = Ancestors(store, target).selection()
     with target.writing():
-        groups = compaction.plan_merges(target.published().parts, used.spans, enough, mend, sizes)
-        n_bytes = sum(part.n_bytes for group in groups for part in group)
-        store.require_free(n_bytes, f"Merging the parts of {target.id}")
+        parts = target.published().parts
+        groups = (
+            plan_levels(parts, used.spans, recipe.features.compact_parts, mend, sizes)
+            if enough is None
+            else compaction.plan_merges(parts, used.spans, enough, mend, sizes)
+        )
+        store.require_free(sum(part.n_bytes for group in groups for part in group), f"Merging the parts of {target.id}")
         if not groups:
-            progress.skip("compact", f"{len(target.published().parts)} parts")
-            return
-        here = MergeParts(target, used, target.published().parts, replace(sizes, threads=recipe.threads))
+            progress.skip("compact", f"{len(parts)} parts")
+            return 0
+        here = MergeParts(target, used, parts, replace(sizes, threads=recipe.threads))
         if recipe.cluster is None:
             _merge_work(here, groups, here).run(Here(), progress)
         else:
             with workers_of(store, recipe.cluster, progress) as workers:
                 _merge_work(here, groups, None).run(workers, progress)
+        return len(groups)
 
 
 def _merge_work(maker: MergeParts, groups: list[list[PartRecord]], here: MergeParts | None) -> PartWork:

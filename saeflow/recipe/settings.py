@@ -293,7 +293,10 @@ class FeaturesConfig(Section):
         "`saeflow verify --full` checks all.",
     )
     compact_parts: PositiveInt = Field(
-        16, ge=2, description="A run merges its parts once it has this many. `saeflow compact` merges them at any time."
+        4,
+        ge=2,
+        description="Parts of one level that become one part of the next. A smaller number has a question open fewer "
+        "files, and a growing run write its values more often. `saeflow compact` merges all parts at any time.",
     )
 
 

@@ -6,6 +6,7 @@ inside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -31,10 +32,14 @@ SUBJECTS = 48
 
 
 def make(
-    store: Store, n_values: int, part_tokens: int = 262_144, n_threads: int = 2, n_features: int = N_FEATURES
-) -> Artefact:
-    """A published run of about so many values, in parts."""
-    source = _tokens(store, n_values // PER_TOKEN, part_tokens)
+    store: Store, n_values: int, part_tokens: int | Sequence[int] = 262_144, n_threads: int = 2,
+    n_features: int = N_FEATURES,
+) -> Artefact:  # fmt: skip
+    """A published run of about so many values, in parts of so many tokens each."""
+    n_tokens = n_values // PER_TOKEN
+    if isinstance(part_tokens, int):
+        part_tokens = [min(part_tokens, n_tokens - start) for start in range(0, n_tokens, part_tokens)]
+    source = _tokens(store, n_tokens, part_tokens)
     target = store.artefact("features", "made", f"{n_values:08x}"[:8])
     facts = {"n_features": n_features, "context_length": LENGTH, "site": "made"}
     target.create(facts, [source.id, f"activations/made-{source.fp}", f"saes/made-{source.fp}"])
@@ -49,16 +54,16 @@ def make(
     return target
 
 
-def _tokens(store: Store, n_tokens: int, part_tokens: int) -> Artefact:
+def _tokens(store: Store, n_tokens: int, part_tokens: Sequence[int]) -> Artefact:
     source = store.artefact("tokens", "made", f"{n_tokens:08x}"[:8])
     source.create({"context_length": LENGTH, "packing": "concatenated"})
     pieces = [f" w{i}" for i in range(N_VOCAB)]
     write_vocab(source.path / "vocab.parquet", pieces)
     first, n_documents, made = 0, 0, []
     with source.writing():
-        for index, start in enumerate(range(0, n_tokens, part_tokens)):
+        for index, size in enumerate(part_tokens):
             dice = np.random.default_rng([7, index])
-            n_rows = min(part_tokens, n_tokens - start) // LENGTH
+            n_rows = size // LENGTH
             owners = n_documents + np.arange(n_rows * LENGTH) // 700
             counts = {
                 "first_sequence": first, "n_sequences": n_rows, "n_train_sequences": n_rows,

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from saeflow.cli import app as cli
 from saeflow.corpus.document import Document
 from saeflow.corpus.ledger import Entry, Ledger
+from saeflow.features.compaction import MergeSettings, PartMerger
 from saeflow.pipeline import collect, stages, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open, workers_of
 from saeflow.pipeline.lifecycle import forget, ingest
@@ -44,7 +45,16 @@ from saeflow.store.files import read_json, write_json
 from saeflow.store.records import KINDS, Generation
 from saeflow.store.store import Store
 from tests.support.fake_cluster import FakeCluster
-from tests.support.small_pipeline import Ingredients, a_table, brought_data, documents, quiet, recipe_data, write_table
+from tests.support.small_pipeline import (
+    Ingredients,
+    a_table,
+    brought_data,
+    documents,
+    quiet,
+    recipe_data,
+    tree,
+    write_table,
+)
 
 WORD = "zebu"
 """In none of the first texts."""
@@ -272,9 +282,79 @@ def test_the_catalog_is_written_though_a_run_cannot_be_compacted(night: Watched)
     assert (night.store.root / "catalog.sql").is_file()
 
 
+def merging(night: Watched) -> Watched:
+    """The same night, whose runs merge every two parts."""
+    features = night.recipe.features.model_copy(update={"compact_parts": 2})
+    return Watched(night.store, night.recipe.model_copy(update={"features": features}), night.texts)
+
+
+def test_after_an_append_parts_are_merged_and_answers_stay(night: Watched) -> None:
+    run = Lineage(night.store, night.recipe).features
+    n_encoded = len(Lineage(night.store, night.recipe).activations.published().parts)
+    night.drop(NEW)
+    night.ingest()
+    values = "select token_id, feature_id, value from stg_token_major order by all"
+    before = night.sql(values)
+    n_parts = len(run.published().parts)
+    assert n_parts > n_encoded
+    summary = merging(night).ingest()
+    assert summary["parts"][run.id] == [], "merged parts hold nothing new"
+    assert len(run.published().parts) <= n_parts.bit_length()
+    assert night.sql(values) == before
+    assert run.published().parts[-1].folder in (night.store.root / "catalog.sql").read_text()
+    assert not night.broken_checks()
+    written = night.written()
+    merging(night).ingest()
+    assert night.written() == written
+
+
+def test_an_ingest_finishes_the_merge_that_was_killed(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(night.store.root, night.store.root.with_name("alone"))
+    alone = merging(Watched(Store(night.store.root.with_name("alone")), night.recipe, night.texts))
+    with monkeypatch.context() as patched:
+        patched.setattr(PartMerger, "_write_by_feature", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merging(night).ingest()
+    assert night.says("the cat")
+    for each in (merging(night), alone):
+        each.ingest()
+    run = Lineage(night.store, night.recipe).features
+    assert tree(run.path / "parts") == tree(Lineage(alone.store, night.recipe).features.path / "parts")
+    assert len(run.published().parts) < len(Lineage(night.store, night.recipe).activations.published().parts)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_append_does_not_fail_for_want_of_room_to_merge(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(store: Store, n_bytes: int, purpose: str) -> None:
+        if purpose.startswith("Merging") and n_bytes:
+            raise UserError("no room")
+
+    said: list[str] = []
+    monkeypatch.setattr(Store, "require_free", refuse)
+    monkeypatch.setattr(Progress, "say", lambda self, text: said.append(text))
+    night.drop(NEW)
+    assert merging(night).ingest()["n_documents"] == len(NEW)
+    assert night.says(WORD)
+    [words] = [text for text in said if "not merged" in text]
+    assert words == f"ingest: parts of {Lineage(night.store, night.recipe).features.id} are not merged: no room"
+
+
+def test_merges_after_an_append_are_bounded(night: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Lineage(night.store, night.recipe).features
+    before = run.published().parts
+    smallest = min(part.counts["n_values"] for part in before)
+    for most, merged in ((smallest, False), (10**9, True)):
+        monkeypatch.setattr(ingest, "AFTER_APPEND", MergeSettings(most_values=most, most_at_once=most))
+        merging(night).ingest()
+        assert (run.published().parts != before) is merged
+
+
 def test_new_parts_are_encoded_and_checked_as_the_recipe_says(night: Watched) -> None:
     data = night.recipe.model_dump(mode="json")
-    about = {"device": "cpu", "batch_rows": 7, "check_values": 3}
+    about = {"device": "cpu", "batch_rows": 7, "check_values": 3, "compact_parts": 100}
     recipe, cluster, totals = parse_recipe(data | {"features": about}), FakeCluster(), dict[str, int | None]()
     on_it = recipe.model_copy(update={"cluster": on_a_cluster(night).cluster})
     run = Lineage(night.store, night.recipe).features

@@ -127,6 +127,7 @@ _SMALL: dict[str, Any] = {
     "feed": {"batch_rows": 256},
     "sae": {"architecture": "batchtopk", "n_features": 64, "k": 4},
     "train": {"n_tokens": 10_000, "log_every": 5},
+    "features": {"compact_parts": 100},  # parts stay as they were encoded
 }
 
 

@@ -154,7 +154,7 @@ def encode_pairs(lineage: Lineage, progress: Progress) -> None:
 
 
 def compact_first(lineage: Lineage, progress: Progress) -> None:
-    compact.run(lineage.members[0], progress)
+    compact.run(lineage.members[0], progress, enough=2)
 
 
 STAGES: dict[str, tuple[str, Callable[..., Any]]] = {

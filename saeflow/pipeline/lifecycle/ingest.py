@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from saeflow.pipeline import encode, stages, tokens, train
+from saeflow.features.levels import AFTER_APPEND
+from saeflow.pipeline import compact, encode, stages, tokens, train
 from saeflow.pipeline.dask.clusters import kept_open
 from saeflow.pipeline.foreign import import_table
 from saeflow.pipeline.lifecycle.forget import forget_removed, note_seen
@@ -30,8 +32,9 @@ def run(lineage: Lineage, progress: Progress, place: stages.Place = stages.anywh
 
     Every published run over these activations encodes the new documents; of the recipe's own runs, only the newest
     `schedule.keep_runs`. A run that another process is writing follows at the next ingest. Then, if the recipe's newest
-    SAE has no run yet, it is trained, encoded and judged. If nothing has changed, only records are read. The summary
-    counts new documents and tokens, and lists new parts by artefact.
+    SAE has no run yet, it is trained, encoded and judged. If nothing has changed, only records are read. At last, once
+    all new documents can be asked about, some of the runs' parts are merged. The summary counts new documents and
+    tokens, and lists new parts by artefact.
 
     Raises UserError, once all other runs have followed, if a run could not follow or be made, or if too many documents
     are gone to be forgotten.
@@ -49,19 +52,20 @@ def run(lineage: Lineage, progress: Progress, place: stages.Place = stages.anywh
         for each, gone in removed:
             note_seen(each.tokens, gone)
         _keep_lists(held)
-        waiting = _encode_new(lineage, progress, place)
+        runs = following(lineage)
+        waiting = _encode_new(lineage, runs, progress, place)
         catalog.write_catalog(store)
         try:
             trained = _make_run(lineage, progress, place)
         except UserError as error:
             waiting[recipe.name] = str(error)
+        summary = _ingest_summary(lineage, held, before)
+        _merge_some(lineage, runs, progress)
     failed = [f"{name} does not hold the new documents yet: {why}" for name, why in waiting.items()]
     whole = removed[0][1]
     if whole.refusal or failed:
         raise UserError("\n".join(filter(None, [whole.refusal, *failed])))
-    return _ingest_summary(lineage, held, before) | {
-        "n_removed": whole.n, "trained": trained, "grown": grown(lineage.anew()),
-    }  # fmt: skip
+    return summary | {"n_removed": whole.n, "trained": trained, "grown": grown(lineage.anew())}
 
 
 def _keep_lists(held: list[Artefact]) -> None:
@@ -91,10 +95,10 @@ def _make_run(lineage: Lineage, progress: Progress, place: stages.Place) -> bool
     return True
 
 
-def _encode_new(lineage: Lineage, progress: Progress, place: stages.Place) -> dict[str, str]:
-    """Let published runs over the recipe's activations encode all of them. Return runs that could not, and why."""
+def _encode_new(lineage: Lineage, runs: Sequence[Artefact], progress: Progress, place: stages.Place) -> dict[str, str]:
+    """Let runs over the recipe's activations encode all of them. Return runs that could not, and why."""
     store, waiting = lineage.store, {}
-    for each in following(lineage):
+    for each in runs:
         if not is_free(each.slot):
             progress.say(f"ingest: another run is writing {each.id}, which follows at the next ingest")
             continue
@@ -107,6 +111,18 @@ def _encode_new(lineage: Lineage, progress: Progress, place: stages.Place) -> di
             _log.exception("%s could not be encoded", each.id)
             waiting[each.id] = f"{type(error).__name__}: {error}"
     return waiting
+
+
+def _merge_some(lineage: Lineage, runs: Sequence[Artefact], progress: Progress) -> None:
+    """Merge some parts of these runs, for about a minute each. A later ingest, or `compact`, merges the others."""
+    n_merged = 0
+    for each in (run for run in runs if is_free(run.slot)):
+        try:
+            n_merged += compact.merge_parts(lineage.store, each, lineage.recipe, progress, sizes=AFTER_APPEND)
+        except (UserError, OSError) as error:  # its parts can be asked about as they are
+            progress.say(f"ingest: parts of {each.id} are not merged: {error}")
+    if n_merged:
+        catalog.write_catalog(lineage.store)
 
 
 def following(lineage: Lineage) -> list[Artefact]:

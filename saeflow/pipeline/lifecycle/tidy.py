@@ -16,10 +16,10 @@ from saeflow.runtime.threads import use_threads
 from saeflow.store.upgrade import upgrade
 
 
-def compact_store(lineage: Lineage, progress: Progress, enough: int = 2, place: Place = anywhere) -> None:
+def compact_store(lineage: Lineage, progress: Progress, enough: int | None = 2, place: Place = anywhere) -> None:
     """Erase hidden documents, let every published run over these activations follow, and merge the runs' parts.
 
-    Parts are merged where at least `enough` can be.
+    Parts are merged where at least `enough` can be one; if it is None, level by level.
     """
     store, recipe = lineage.store, lineage.recipe
     upgrade(store)
