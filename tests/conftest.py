@@ -10,6 +10,7 @@ Everything works offline and on one processor thread.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -98,6 +99,17 @@ LONG = [
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+def pytest_collection() -> None:
+    """Do not look for garbage while tests are imported: nearly all objects of a module stay to the end."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from now on, but not among those objects."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

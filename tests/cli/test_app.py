@@ -83,18 +83,19 @@ def test_a_command_that_is_not_there_ends_with_2(saeflow: Command) -> None:
     assert "Traceback" not in said.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["ask"], ["sql", "select 1"]])
-def test_light_commands_do_not_wait_for_torch(arguments: list[str], finished: Finished) -> None:
+def test_light_commands_do_not_wait_for_torch(finished: Finished) -> None:
     code = (
         "import sys; from saeflow.cli import app\n"
-        "try: app.main()\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "print([m for m in ('torch', 'transformers', 'prefect', 'zarr', 'numba') if m in sys.modules])"
+        "for words in ['--help'], ['ls'], ['ask'], ['sql', 'select 1']:\n"
+        "    sys.argv[1:] = words\n"
+        "    try: app.main()\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
+        "    heavy = [m for m in ('torch', 'transformers', 'prefect', 'zarr', 'numba') if m in sys.modules]\n"
+        "    assert not heavy, (words, heavy)"
     )
     environment = os.environ | {"SAEFLOW_STORE": str(finished.store.root)}
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_stages_one_by_one_make_the_store_that_run_makes(

@@ -117,13 +117,15 @@ def s3_server() -> Iterator[Server]:
 def serve() -> None:
     """Print the port and serve S3 until terminated."""
     import logging
+    from functools import cache
 
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.core import serialize
+    from moto.moto_server.werkzeug_app import create_backend_app
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    application = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, application, threaded=True)
+    serialize.parse_to_aware_datetime = cache(serialize.parse_to_aware_datetime)  # half of a listing's time
+    server = make_server("127.0.0.1", 0, create_backend_app("s3"), threaded=True)
     print(server.server_port, flush=True)
     server.serve_forever()
 
