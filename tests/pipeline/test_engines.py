@@ -247,9 +247,7 @@ def test_a_worker_of_a_cluster_makes_the_same_parts(stored):
     }  # fmt: skip
     worker = collect.CollectParts.open(stored.store, settings)
     made = [worker.make(part.index, quiet())[lineage.activations.id] for part in generation.parts]
-    assert [record["files"] for record in made] == [
-        part.as_json["files"] for _, part in sorted(wanted.items())
-    ]
+    assert [record["files"] for record in made] == [part.as_json["files"] for _, part in sorted(wanted.items())]
 
 
 def test_ids_beyond_the_vocabulary_are_refused_with_their_document(stored):
