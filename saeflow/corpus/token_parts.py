@@ -221,8 +221,10 @@ class TokenPartWriter:
                 f"{self.n_vocab - 1}.\nWas it tokenised for another model? {way_out}."
             )
 
-    def write(self, index: int, tokenised: Sequence[tuple[Entry, Tokenised]], marked: bool = True) -> PartRecord:
-        """Write a part. If it is not `marked`, it is as an earlier saeflow wrote it: without the columns of MARKS."""
+    def write(
+        self, index: int, tokenised: Sequence[tuple[Entry, Tokenised]], like: PartRecord | None = None
+    ) -> PartRecord:
+        """Write a part, with the columns and files that a part `like` it has: an earlier saeflow wrote fewer."""
         numbered = [(self.n_documents + i, entry, tokens) for i, (entry, tokens) in enumerate(tokenised)]
         sides = [
             self._packed([(n, tokens) for n, entry, tokens in numbered if entry.held_out == wanted])
@@ -230,7 +232,8 @@ class TokenPartWriter:
         ]
         train = sides[0]
         ids, owners, marks = (np.concatenate([side[place] for side in sides]) for place in range(3))
-        both = Packed(ids, owners, marks if marked else None, self.chats.roles if self.chats else ())
+        is_marked, with_ids = like is None or has_marks(like), like is None or has_vocab_ids(like)
+        both = Packed(ids, owners, marks if is_marked else None, self.chats.roles if self.chats else ())
         counts = {
             "first_sequence": self.n_sequences,
             "n_sequences": len(both.vocab_ids),
@@ -240,7 +243,7 @@ class TokenPartWriter:
             "n_tokens": int((both.documents >= 0).sum()),
             "n_train_tokens": int((train.documents >= 0).sum()),
         }
-        return write_part(self.target, index, counts, both, self._documents(numbered, both))
+        return write_part(self.target, index, counts, both, self._documents(numbered, both), with_ids)
 
     def _packed(self, side: Sequence[tuple[int, Tokenised]]) -> Packed:
         """Lay documents into rows, and their marks in the same way: by the places of the tokens one after another."""
@@ -272,10 +275,12 @@ class TokenPartWriter:
         return pa.Table.from_pylist(rows, pa.schema([*_DOCUMENTS, *metadata]))
 
 
-def write_part(target: Artefact, index: int, counts: dict[str, int], packed: Packed, documents: pa.Table) -> PartRecord:
+def write_part(
+    target: Artefact, index: int, counts: dict[str, int], packed: Packed, documents: pa.Table, with_ids: bool = True
+) -> PartRecord:
     """Write one part: the table that the model is fed from, and the documents that begin in it.
 
-    The record counts the tokens with characters only if the table has the columns of MARKS.
+    The record counts the tokens with characters only if the table has the columns of MARKS. `with_ids`: with VOCAB_IDS.
     """
     n_rows, length = packed.vocab_ids.shape
     owners = packed.documents.reshape(-1)
@@ -293,7 +298,7 @@ def write_part(target: Artefact, index: int, counts: dict[str, int], packed: Pac
         for name, column in mark_columns(packed.marks.reshape(-1), packed.roles).items():
             table = table.append_column(name, column)
         counts |= {"n_offsets": int((packed.marks["char_start"] >= 0).sum())}
-    return write_token_tables(target, index, counts, table, documents)
+    return write_token_tables(target, index, counts, table, documents, with_ids)
 
 
 def has_marks(part: PartRecord) -> bool:
@@ -301,8 +306,12 @@ def has_marks(part: PartRecord) -> bool:
     return "n_offsets" in part.counts
 
 
+def has_vocab_ids(part: PartRecord) -> bool:
+    return any(file.name == VOCAB_IDS for file in part.files)
+
+
 def write_token_tables(
-    target: Artefact, index: int, counts: dict[str, int], table: pa.Table, documents: pa.Table
+    target: Artefact, index: int, counts: dict[str, int], table: pa.Table, documents: pa.Table, with_ids: bool = True
 ) -> PartRecord:
     names = set(table.schema.names)
     ascending = names & {"token_id", "document_id", "char_start", "char_end"}
@@ -315,7 +324,8 @@ def write_token_tables(
         pa.default_memory_pool().release_unused()  # the next table would be written beside freed pages of this one
         pq.write_table(documents, folder / "documents.parquet", compression="zstd")
         pq.write_table(vocab_blocks(table), folder / "vocab_blocks.parquet", compression="none", row_group_size=128)
-        np.save(folder / VOCAB_IDS, table.column("vocab_id").to_numpy().astype("<i4"), allow_pickle=False)
+        if with_ids:
+            np.save(folder / VOCAB_IDS, table.column("vocab_id").to_numpy().astype("<i4"), allow_pickle=False)
     return target.made[index]
 
 

@@ -15,7 +15,7 @@ from saeflow.corpus import sources
 from saeflow.corpus.forgotten import ForgottenHashes
 from saeflow.corpus.ledger import Entry, Ledger, group_by_part, merge_hidden
 from saeflow.corpus.selection import positions_from_start
-from saeflow.corpus.token_parts import TokenPartWriter, has_marks
+from saeflow.corpus.token_parts import TokenPartWriter
 from saeflow.corpus.vocabulary import chosen_vocab_ids, tokenizer_vocab, write_vocab
 from saeflow.model.load import load_tokenizer
 from saeflow.pipeline.lineage import Lineage
@@ -152,7 +152,7 @@ def _restored(
     for part in lost:
         maker.n_sequences, maker.n_documents = part.counts["first_sequence"], part.counts["first_document"]
         entries = list(itertools.islice(stream, part.counts["n_documents"]))
-        made[part.index] = maker.write(part.index, list(maker.tokenised(entries)), has_marks(part))
+        made[part.index] = maker.write(part.index, list(maker.tokenised(entries)), like=part)
         if (made[part.index].counts, made[part.index].files) != (part.counts, part.files):
             raise UserError(
                 f"Part {part.index} of {maker.target.id} is damaged, and the corpus no longer gives the documents it "

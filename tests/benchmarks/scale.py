@@ -37,7 +37,7 @@ from saeflow.pipeline.lineage import Lineage
 from saeflow.pipeline.parts import Executor
 from saeflow.query import catalog, runs
 from saeflow.query.ask import ask
-from saeflow.query.connection import connect
+from saeflow.query.connection import connect_to_run
 from saeflow.recipe.settings import FeedConfig
 from saeflow.runtime.memory import peak_bytes
 from saeflow.runtime.progress import Progress
@@ -147,11 +147,11 @@ def swept(many: Many, taken: Taken) -> None:
 
 def asked(many: Many, taken: Taken) -> None:
     """A connection, a question about a feature, and `catalog.sql`."""
-    with taken.timed(), contextlib.closing(connect(many.store)) as connection:
+    with taken.timed(), contextlib.closing((opened := connect_to_run(many.store))[1]) as connection:
         taken.facts["connected"] = round(time.perf_counter() - taken.began, 1)
         for name, arguments in (("tokens_where", [7, 0.5]), ("context", [4711])):
             began = time.perf_counter()
-            ask(connection, name, arguments, None)
+            ask(connection, name, arguments, None, run=opened[0])
             taken.facts[name] = round(time.perf_counter() - began, 3)
     (run,) = runs.runs(many.store)
     taken.facts["files"] = sum(map(len, run.files.values()))

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
-from saeflow.corpus.token_parts import VOCAB_IDS
+from saeflow.corpus.token_parts import VOCAB_IDS, has_vocab_ids
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation
 
@@ -49,7 +49,7 @@ def vocab_id_files(tokens: Artefact, generation: Generation) -> list[VocabIdFile
     found = []
     for part in generation.parts:
         counts = part.counts
-        if not any(file.name == VOCAB_IDS for file in part.files) or "first_sequence" not in counts:
+        if not has_vocab_ids(part) or "first_sequence" not in counts:
             return None
         first = counts["first_sequence"] * length
         path = tokens.storage.location(tokens.part_path(part) / VOCAB_IDS)
