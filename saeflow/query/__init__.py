@@ -8,7 +8,7 @@ runs           the runs of a store, and the files each is made of
 run_records    a run's stages, settings and log of training
 connection     DuckDB with that SQL loaded, nothing else to read, and the checks
 kept_catalog   what DuckDB has made of that SQL before
-relations      lists of files as SQL
+files          the files that answers come from, as SQL, and which of them one question reads
 labels         labels of features
 label_import   labels from Neuronpedia, delphi and other tools
 catalog        the SQL that makes the runs askable, here or as `catalog.sql`
