@@ -67,12 +67,12 @@ def exact_losses_of_ranks(n: int, settings: list[dict[str, Any]], folder: Path) 
     return found
 
 
-def start(n: int, *arguments: object, module: str = "tests.support.ranks") -> None:
-    """Run a module, by default this one, in n processes, to their end."""
+def start(n: int, *arguments: object, module: str = "tests.support.ranks", seconds: float = 280) -> None:
+    """Run a module, by default this one, in n processes, to their end, which must come within so many seconds."""
     command, port = [sys.executable, "-m", module, *map(str, arguments)], free_port()
     started = [subprocess.Popen(command, cwd=ROOT, env=environment(number, n, port)) for number in range(n)]
     try:
-        codes = [each.wait(timeout=280) for each in started]
+        codes = [each.wait(timeout=seconds) for each in started]
     finally:
         for each in started:
             each.kill()

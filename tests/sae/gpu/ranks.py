@@ -56,7 +56,7 @@ def together(shares: list[State], whole: State) -> State:
 
 def trained_together(n: int, folder: Path, case: str) -> list[dict[str, State]]:
     """Return what each of n processes has in the end, by what they share."""
-    start(n, folder, case, module="tests.sae.gpu.ranks")
+    start(n, folder, case, module="tests.sae.gpu.ranks", seconds=1500)
     return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(n)]
 
 
