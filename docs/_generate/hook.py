@@ -39,6 +39,7 @@ MAKERS = {
     "checks": questions.checks,
     "bars": measured.bars,
     "queries": measured.queries,
+    "queries_by_size": measured.queries_by_size,
     "synth": measured.synth,
     "toys": measured.toys,
     "l0": measured.l0,

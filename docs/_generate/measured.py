@@ -46,6 +46,16 @@ def queries() -> str:
     return table(["question", "asked, ms", "warm median", "95%", "cold"], rows, right=(1, 2, 3, 4))
 
 
+def queries_by_size() -> str:
+    """Milliseconds of each question on runs of 10^8 and 10^9 values, made alike."""
+    small, large = (figures(f"queries_{size}") for size in ("1e8", "1e9"))
+    rows = []
+    for name, about in large["answers"].items():
+        times = small["answers"][name]["median_ms"], about["median_ms"], about["cold_ms"]
+        rows.append((name, *(f"{time:.1f}" for time in times), f"{times[1] / times[0]:.2f}"))
+    return table(["question", "10⁸, warm", "10⁹, warm", "10⁹, cold", "10⁹ / 10⁸"], rows, right=(1, 2, 3, 4))
+
+
 def synth(name: str = "synth") -> str:
     """Scores of every architecture and peer on the same made rows."""
     found = figures(name)
