@@ -38,7 +38,7 @@ KEPT_FROM = 500
 _FRESH_SHARE = 8
 """The file is written again once the parts that it lacks are more than one in so many."""
 _HASH_COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("content_hash", pa.string())])
-_NAMES = ("keys", "contents", "document_ids", "rests")
+_COLUMN_NAMES = ("keys", "contents", "document_ids", "rests")
 _SPLIT_COLUMNS = pa.schema([("document_id", pa.int64()), ("key", pa.string()), ("held_out", pa.bool_())])
 HiddenByPart = Mapping[int, tuple[Hidden, ...]]
 
@@ -285,7 +285,7 @@ def _hash_numbers(digits: Iterable[str]) -> np.ndarray:
 def stored_hashes(target: Artefact, parts: Sequence[PartRecord]) -> DocumentHashes:
     """Return the hashes of the documents of these parts. Only parts that were not kept last time are read."""
     path = index_path(target)
-    kept = _kept(path, {part.folder for part in parts}) if len(parts) >= KEPT_FROM else None
+    kept = _trusted_hashes(path, {part.folder for part in parts}) if len(parts) >= KEPT_FROM else None
     folders, hashes = kept or (set[str](), DocumentHashes.sorted(_no_rows()))
     fresh = [part for part in parts if part.folder not in folders]
     if fresh:
@@ -299,12 +299,12 @@ def index_path(target: Artefact) -> Path:
     return target.work.with_name(f"{target.work.name}.documents")
 
 
-def _kept(path: Path, shown: set[str]) -> tuple[set[str], DocumentHashes] | None:
+def _trusted_hashes(path: Path, shown: set[str]) -> tuple[set[str], DocumentHashes] | None:
     """Return the parts whose hashes a file holds, and these; None if it can't be trusted."""
     try:
         with safe_open(unlinked(path), "numpy") as file:
             about = file.metadata() or {}
-            hashes = DocumentHashes(*(file.get_tensor(name) for name in _NAMES))
+            hashes = DocumentHashes(*(file.get_tensor(name) for name in _COLUMN_NAMES))
         folders = {str(folder) for folder in json.loads(about["parts"])}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
@@ -316,7 +316,7 @@ def _keep(path: Path, folders: list[str], hashes: DocumentHashes) -> None:
     parts = json.dumps(folders)
     about = {"parts": parts, "checksum": _checksum(parts, hashes)}
     with contextlib.suppress(OSError), replacing(path) as temporary:  # a full disk ends no append
-        temporary.write_bytes(save(dict(zip(_NAMES, hashes.columns, strict=True)), about))
+        temporary.write_bytes(save(dict(zip(_COLUMN_NAMES, hashes.columns, strict=True)), about))
 
 
 def _checksum(parts: str, hashes: DocumentHashes) -> str:

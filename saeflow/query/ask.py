@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from saeflow.features.changes import FeatureLevels
 from saeflow.query.catalog import names_of_sql
-from saeflow.query.files.chosen import FEATURES, only_files_for
+from saeflow.query.files.chosen import FEATURE_PARAMETERS, as_list, only_files_for
 from saeflow.query.questions import Arguments, Question, Value, find_question, parse_arguments
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
@@ -146,8 +146,8 @@ def resolve_names(
     Raises UserError for a feature, source, role, document or run that does not exist: that is a typing mistake, not an
     empty answer.
     """
-    _refuse_unknown_features(connection, [each for name in FEATURES for each in _as_list(values.get(name))])
-    _refuse_unknown_sources(connection, [str(each) for each in _as_list(values.get("source"))])
+    _refuse_unknown_features(connection, [each for name in FEATURE_PARAMETERS for each in as_list(values.get(name))])
+    _refuse_unknown_sources(connection, [str(each) for each in as_list(values.get("source"))])
     for name in _NAMES.keys() & values.keys():
         _refuse_unknown_name(connection, name, values[name])
     texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
@@ -166,10 +166,6 @@ def as_statement(
     sql = question.as_sql(values, schema) + (f" limit {limit}" if limit is not None else "")
     _refuse_writes(connection, sql, ())
     return f"{sql};"
-
-
-def _as_list(value: Value) -> list[object]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _refuse_unknown_features(connection: duckdb.DuckDBPyConnection, features: Sequence[object]) -> None:

@@ -36,8 +36,7 @@ from saeflow.query.catalog import (
     views_of_documents,
     with_what_they_read,
 )
-from saeflow.query.files.chosen import FileLists
-from saeflow.query.files.chosen import keep as keep_lists
+from saeflow.query.files.chosen import FileLists, keep_lists
 from saeflow.query.files.quoting import identifier, literal, unglobbed
 from saeflow.query.files.token_index import TokenIndex
 from saeflow.query.kept_catalog import make_upon_sources
@@ -223,13 +222,13 @@ def _keep_small_views(connection: duckdb.DuckDBPyConnection, run: Run, kept: Map
     """Hold in memory what nearly every question joins with; reading it anew would be most of a question's time."""
     schema = identifier(run.schema)
     for view, most_rows in kept.items():
-        if _n_rows(connection, run, view) <= most_rows:
+        if _count_rows(connection, run, view) <= most_rows:
             connection.execute(f"create table {schema}.kept_{view} as from {schema}.{view}")
             connection.execute(f"drop view {schema}.{view}")
             connection.execute(f"alter table {schema}.kept_{view} rename to {view}")
 
 
-def _n_rows(connection: duckdb.DuckDBPyConnection, run: Run, view: str) -> int:
+def _count_rows(connection: duckdb.DuckDBPyConnection, run: Run, view: str) -> int:
     """Count a view's rows, of the largest by the records: to count them would open every file."""
     if view == "src_vocab_blocks" and run.document_start is not None:
         return sys.maxsize  # no question reads many of them

@@ -46,7 +46,7 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
-def sizes(folder: str, names: Sequence[str]) -> list[int | None]:
+def sizes_below(folder: str, names: Sequence[str]) -> list[int | None]:
     """Return the bytes of each file below a folder; None if it is missing, or a link is on the way to it.
 
     Looks once at each file and at each folder: three million files are looked at in seconds.

@@ -18,7 +18,7 @@ from saeflow.query import connection as connections
 from saeflow.query.ask import ask
 from saeflow.query.catalog import OF_EVERY_RUN, looking_up, sql_folder
 from saeflow.query.connection import connect_to_run
-from saeflow.query.files.chosen import FEATURES, TOKEN, FileRanges, list_all, only_files_for
+from saeflow.query.files.chosen import FEATURE_PARAMETERS, TOKEN, FileRanges, list_all, only_files_for
 from saeflow.query.files.token_index import TokenIndex, VocabIdFile
 from saeflow.query.questions import questions
 from saeflow.query.runs import runs
@@ -55,7 +55,7 @@ def asked() -> dict[str, dict[str, object]]:
     for question in questions():
         needed = [each.name for each in question.parameters if each.default is None]
         names = {each.name for each in question.parameters}
-        if names & {*FEATURES, TOKEN} and {*needed} <= ABOUT.keys() and question.name not in OF_EVERY_RUN:
+        if names & {*FEATURE_PARAMETERS, TOKEN} and {*needed} <= ABOUT.keys() and question.name not in OF_EVERY_RUN:
             found[question.name] = {name: ABOUT[name] for name in needed}
     return found
 

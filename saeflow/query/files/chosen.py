@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from saeflow.query.files.quoting import identifier, literal, unglobbed
 
-FEATURES = ("feature", "other", "features", "with_feature", "without_feature")
+FEATURE_PARAMETERS = ("feature", "other", "features", "with_feature", "without_feature")
 """Parameters of questions that say of which features values are read."""
 
 TOKEN = "token"
@@ -76,7 +76,7 @@ class FileLists:
             yield f"set variable {identifier(name)} = {literal(files[:1])}"
 
 
-def keep(connection: duckdb.DuckDBPyConnection, every: Iterable[FileLists]) -> None:
+def keep_lists(connection: duckdb.DuckDBPyConnection, every: Iterable[FileLists]) -> None:
     """Keep lists of files where each cursor finds them, and list them here."""
     kept = {name: files for lists in every for name, files in lists.kept.items()}
     if not kept:
@@ -104,10 +104,13 @@ def only_files_for(
     cursor: duckdb.DuckDBPyConnection, ranges: Mapping[str, FileRanges], number: int | None, values: Mapping[str, Any]
 ) -> Iterator[None]:
     """While open, the run's views of values read the files that these arguments of a question can be about."""
-    features = [int(each) for name in FEATURES for each in _as_list(values.get(name))]
-    tokens = [int(each) for each in _as_list(values.get(TOKEN))]
-    wanted = {"feature_major": features, "token_major": tokens}
-    chosen = {table: each for table, each in wanted.items() if number is not None and each and ranges[table].paths}
+    features = [each for name in FEATURE_PARAMETERS for each in as_list(values.get(name))]
+    wanted = {"feature_major": features, "token_major": as_list(values.get(TOKEN))}
+    chosen = {
+        table: numbers
+        for table, numbers in wanted.items()
+        if number is not None and numbers and ranges[table].paths and all(isinstance(each, int) for each in numbers)
+    }
     try:
         for table, numbers in chosen.items():
             files = [unglobbed(path) for path in ranges[table].holding(numbers)]
@@ -118,7 +121,7 @@ def only_files_for(
             cursor.execute(f"reset variable {identifier(_few(table, number))}")
 
 
-def _as_list(value: object) -> list[Any]:
+def as_list(value: object) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 

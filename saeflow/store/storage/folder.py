@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 from saeflow.store.files import MANY, Bytes, FileBytes, checksum, flush_tree, rename, replacing
 from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import FileSlot, Slot
-from saeflow.store.links import Linked, is_file, is_folder, keep_inside, remove, sizes, unlinked
+from saeflow.store.links import Linked, is_file, is_folder, keep_inside, remove, sizes_below, unlinked
 from saeflow.store.records import FileRecord, Generation, PartRecord
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class Folder(Storage):
         return os.lstat(path).st_size if is_file(path) else None
 
     def sizes(self, folder: str, names: Sequence[str]) -> list[int | None]:
-        return sizes(folder, names)
+        return sizes_below(folder, names)
 
     def confirmed(self, folder: str, parts: Sequence[PartRecord]) -> list[bool]:
         if len(parts) < MANY or not is_folder(folder):
