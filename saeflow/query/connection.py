@@ -6,7 +6,6 @@ A connection opens published files and nothing else on the machine.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import sys
@@ -140,7 +139,11 @@ def _make_views(
         for name in OF_EVERY_RUN if for_pages else ():  # it would find no other run
             connection.execute(f"drop macro table {identifier(current.schema)}.{name}")
     keep_lists(connection, lists)
-    for statement in itertools.chain(*(views_of_documents(each, wanted) for each in read), in_use(current)):
+    for each in (run for run, its in zip(read, lists, strict=True) if its.kept):
+        again = source_views(each, every, FileLists(each.number, in_variables=True), in_schema=True)
+        for statement in (*begin_schema(each), again, *views_of_documents(each, wanted)):
+            connection.execute(statement)  # only all files together tell the columns of documents
+    for statement in in_use(current):
         connection.execute(statement)
     kept = KEPT | (KEPT_FOR_PAGES if for_pages else {}) | (KEPT_BESIDE_INDEX if current.document_start else {})
     _keep_small_views(connection, current, {view: n for view, n in kept.items() if wanted is None or view in wanted})
