@@ -118,6 +118,16 @@ def progress() -> Progress:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers, and the commands they start, share a cache. Nobody reads or writes the user's."""
+    with _made_once(tmp_path_factory, "cache") as (folder, _):
+        folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAEFLOW_CACHE", str(folder))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _no_flush() -> Iterator[None]:
     """No test cuts the power in this process (`tests/faults` does in its own), and flushing takes much of the time."""
     with pytest.MonkeyPatch.context() as patch:

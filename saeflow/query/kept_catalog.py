@@ -1,13 +1,14 @@
-"""Views and macros copied from a connection that this process made before.
+"""Views and macros copied from a connection that was made before, by this process or an earlier one.
 
-DuckDB takes half a second to make those of one run, because it binds each anew with all that it reads. It copies them
-in a hundredth of that.
+DuckDB takes a second to make those of one run, because it binds each anew with all that it reads. It copies them in a
+hundredth of that. They are kept in the user's cache, where anything may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import hashlib
+import os
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,15 +17,13 @@ from pathlib import Path
 
 import duckdb
 
-from saeflow.query.catalog import names_of_sources, upon_sources
+from saeflow.query.catalog import names_of_sources, sql_folder, upon_sources
 from saeflow.query.files.quoting import identifier, literal
 from saeflow.query.runs import Run
+from saeflow.store.files import user_cache
 
-MOST_KEPT = 64
-"""Runs of which a process keeps this, about half a megabyte each."""
-
-kept: dict[object, Path | None] = {}
-"""The file of each run by what it depends on; none while it was made only once, as by most commands."""
+MOST_KEPT = 256
+"""Runs whose views and macros are kept, about half a megabyte each."""
 
 _many_follow = threading.Event()
 
@@ -32,8 +31,6 @@ _OF_ONE_TYPE = ("src_runs", "src_stages")
 """Views whose columns all readers see in one type, whatever their values are."""
 
 _ATTACHED = "kept_catalog"
-_lock = threading.Lock()
-_numbers = itertools.count()
 
 
 def expect_many_connections() -> None:
@@ -43,20 +40,39 @@ def expect_many_connections() -> None:
 
 def make_upon_sources(connection: duckdb.DuckDBPyConnection, read: Sequence[Run]) -> None:
     """Make all views and macros of runs whose views of files exist. What was kept is copied."""
-    keys = {run.schema: _key(connection, run) for run in read}
-    with _lock:
-        made = [schema for schema, key in keys.items() if _copied(connection, kept.get(key))]
+    files = {run.schema: _file_of(connection, run) for run in read}
+    made = [schema for schema, file in files.items() if _copied(connection, file)]
     for statement in upon_sources(read, made=made):
         connection.execute(statement)
-    with _lock:
-        for schema, key in keys.items():
-            if schema not in made:
-                _keep_catalog(connection, schema, key)
+    for schema, file in files.items():
+        if schema not in made and file is not None:
+            _keep(connection, schema, file)
 
 
-def _key(connection: duckdb.DuckDBPyConnection, run: Run) -> object:
-    """Return all that the views and macros of a run depend on."""
-    return run.schema, run.encoded, run.skip_reason, run.document_start, _columns_of_views(connection, run)
+def kept_folder() -> Path | None:
+    """Return the folder of what is kept. None if the user has none that nobody else may write."""
+    try:
+        folder = user_cache() / "catalogs"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        is_own = folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o022
+    except (OSError, RuntimeError):
+        return None
+    return folder if is_own else None
+
+
+def _file_of(connection: duckdb.DuckDBPyConnection, run: Run) -> Path | None:
+    """Return the file of a run. Its name is a hash of all that the views and macros of the run depend on."""
+    columns = _columns_of_views(connection, run)
+    known = (duckdb.__version__, _hash_of_sql(), run.schema, run.encoded, run.skip_reason, run.document_start, columns)
+    folder = kept_folder()
+    return folder and folder / f"{hashlib.sha256(repr(known).encode()).hexdigest()}.duckdb"
+
+
+@cache
+def _hash_of_sql() -> str:
+    """Hash the files of `sql/`, and the code that puts names in front of them."""
+    paths = [*sql_folder().rglob("*.sql"), *Path(__file__).parent.glob("*.py")]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(paths))).hexdigest()
 
 
 def _columns_of_views(connection: duckdb.DuckDBPyConnection, run: Run) -> str:
@@ -66,37 +82,60 @@ def _columns_of_views(connection: duckdb.DuckDBPyConnection, run: Run) -> str:
     return str(connection.sql(f"select {', '.join(rows)}").types)
 
 
-def _copied(connection: duckdb.DuckDBPyConnection, path: Path | None) -> bool:
-    if path is None or not path.is_file():
+def _copied(connection: duckdb.DuckDBPyConnection, file: Path | None) -> bool:
+    """Copy what a file keeps. False if it keeps nothing, or is damaged, in which case it goes."""
+    if file is None or not _has_bytes(file):
         return False
-    with _attached(connection, path, "(read_only)"):
-        connection.execute(f"copy from database {_ATTACHED} to memory (schema)")
+    try:
+        with _attached(connection, file, "(read_only)"):
+            connection.execute(f"copy from database {_ATTACHED} to memory (schema)")
+        os.utime(file)
+    except duckdb.Error:
+        file.unlink(missing_ok=True)
+        return False
+    except OSError:  # deleted, or read-only: it was copied
+        return True
     return True
 
 
-def _keep_catalog(connection: duckdb.DuckDBPyConnection, schema: str, key: object) -> None:
-    known = key in kept
-    while len(kept) >= MOST_KEPT and not known:
-        if (oldest := kept.pop(next(iter(kept)))) is not None:
-            oldest.unlink(missing_ok=True)
-    kept[key] = _written(connection, schema) if known or _many_follow.is_set() else None
-
-
-def _written(connection: duckdb.DuckDBPyConnection, schema: str) -> Path | None:
-    """Copy a run's views and macros, but those of its files, into a file. None if there is no room for it."""
+def _has_bytes(file: Path) -> bool:
     try:
-        path = Path(_private_folder().name) / f"{next(_numbers)}.duckdb"
-        with _attached(connection, path):
-            connection.execute(f"copy from database memory to {_ATTACHED} (schema)")
-            every = connection.execute("select schema_name from duckdb_schemas() where not internal").fetchall()
-            for other in {name for (name,) in every} - {schema, "main"}:
-                connection.execute(f"drop schema if exists {_ATTACHED}.{identifier(other)} cascade")
-            for kind in ("view", "macro"):
-                for name in names_of_sources(kind):
-                    connection.execute(f"drop {kind} {_ATTACHED}.{identifier(schema)}.{name}")
-    except (OSError, duckdb.Error):
-        return None
-    return path
+        return file.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _keep(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> None:
+    """Keep a run's views and macros, but those of its files. The first time, an empty file says that they were made.
+
+    Most runs are opened once only. Errors are of no account: then nothing is kept.
+    """
+    with contextlib.suppress(OSError, duckdb.Error):
+        if not file.exists() and not _many_follow.is_set():
+            file.touch()
+            return
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            written = Path(folder) / file.name
+            _write(connection, schema, written)
+            written.replace(file)
+        _drop_oldest(file.parent)
+
+
+def _write(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> None:
+    with _attached(connection, file):
+        connection.execute(f"copy from database memory to {_ATTACHED} (schema)")
+        every = connection.execute("select schema_name from duckdb_schemas() where not internal").fetchall()
+        for other in {name for (name,) in every} - {schema, "main"}:
+            connection.execute(f"drop schema if exists {_ATTACHED}.{identifier(other)} cascade")
+        for kind in ("view", "macro"):
+            for name in names_of_sources(kind):
+                connection.execute(f"drop {kind} {_ATTACHED}.{identifier(schema)}.{name}")
+
+
+def _drop_oldest(folder: Path) -> None:
+    files = sorted(folder.glob("*.duckdb"), key=lambda file: file.stat().st_mtime)
+    for file in files[:-MOST_KEPT]:
+        file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -106,9 +145,3 @@ def _attached(connection: duckdb.DuckDBPyConnection, path: Path, options: str = 
         yield
     finally:
         connection.execute(f"detach {_ATTACHED}")
-
-
-@cache
-def _private_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a folder that nobody else may read, and that goes with the process."""
-    return tempfile.TemporaryDirectory(prefix="saeflow-catalog-", ignore_cleanup_errors=True)

@@ -160,8 +160,12 @@ def rename(source: Path, target: Path) -> None:
 
 
 def cache_folder(url: str) -> Path:
-    """Return the folder of this machine that stands for a bucket: below SAEFLOW_CACHE, else the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    base = Path(os.environ.get("SAEFLOW_CACHE") or Path(home) / "saeflow").absolute()
+    """Return the folder of this machine that stands for a bucket."""
     name = "".join(c if c.isalnum() else "-" for c in url.partition("://")[2])[-40:].strip("-")
-    return base / f"{name}-{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}"
+    return user_cache() / f"{name}-{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}"
+
+
+def user_cache() -> Path:
+    """Return SAEFLOW_CACHE, else saeflow's folder in the user's cache. Raises RuntimeError if the user has no home."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SAEFLOW_CACHE") or Path(home) / "saeflow").absolute()

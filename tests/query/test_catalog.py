@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -197,13 +198,75 @@ CATALOGUE = [
 ]
 
 
-def test_views_copied_from_an_earlier_connection_are_those_that_were_made(tmp_path: Path) -> None:
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty folder of what is kept."""
+    monkeypatch.setenv("SAEFLOW_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "catalogs"
+
+
+def test_views_copied_from_an_earlier_connection_are_those_that_were_made(tmp_path: Path, kept: Path) -> None:
     answers = []
     for folder in ("first", "second", "third"):
         Given(name="other", fp="f0000002").write(tmp_path / folder)
         with connect(Given(corpus=("other", "f0000002")).write(tmp_path / folder), "demo") as connection:
             answers.append([str(connection.execute(statement).fetchall()) for statement in CATALOGUE])
-    assert any(kept_catalog.kept.values())
+    assert len([*kept.iterdir()]) == 2
     assert answers[0] == answers[1] == answers[2]
     with connect(Given(metadata={"year": pa.array([1, 2, 3])}).write(tmp_path / "another")) as connection:
         assert connection.execute("select year from documents order by key").fetchall() == [(1,), (3,), (2,)]
+
+
+def made(store: Store) -> str:
+    with connect(store) as connection:
+        return str(connection.execute(CATALOGUE[0]).fetchall())
+
+
+def test_views_are_kept_when_a_second_process_makes_them(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_catalog, "_many_follow", threading.Event())
+    store, sizes = Given().write(tmp_path / "store"), []
+    for _ in range(3):
+        made(store)
+        sizes.append([path.stat().st_size > 0 for path in kept.iterdir()])
+    assert sizes == [[False], [True], [True]]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no database", None], ids=["empty", "another file", "a flipped byte"])
+def test_a_damaged_file_of_kept_views_is_made_again(tmp_path: Path, kept: Path, damage: bytes | None) -> None:
+    store = Given().write(tmp_path / "store")
+    expected = made(store)
+    (file,) = kept.iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = b"\xff" * 64
+    file.write_bytes(content if damage is None else damage)
+    assert made(store) == expected
+    assert made(store) == expected
+    assert [path.stat().st_size > 1000 for path in kept.iterdir()] == [True]
+
+
+def test_kept_views_of_a_folder_that_others_may_write_are_not_read(tmp_path: Path, kept: Path) -> None:
+    store = Given().write(tmp_path / "store")
+    kept.mkdir(parents=True)
+    kept.chmod(0o777)
+    made(store)
+    assert not [*kept.iterdir()]
+
+
+def test_without_a_home_and_without_a_folder_nothing_is_kept(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.parent.write_text("a file, where the cache should be")
+    assert made(Given().write(tmp_path / "store"))
+    monkeypatch.delenv("SAEFLOW_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert made(Store.open(tmp_path / "store"))
+
+
+def test_only_the_newest_kept_views_stay(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_catalog, "MOST_KEPT", 2)
+    for place in range(3):  # each connection makes those of all runs
+        made(Given(name=f"run_{place}").write(tmp_path / "store"))
+    assert len([*kept.iterdir()]) == 2
