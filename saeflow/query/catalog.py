@@ -20,6 +20,7 @@ import duckdb
 from saeflow import __version__
 from saeflow.features.schema import BESIDE_LABELS, PROBE_TABLES
 from saeflow.query.files.chosen import FileLists
+from saeflow.query.files.looked_up import looking_up
 from saeflow.query.files.quoting import identifier, literal
 from saeflow.query.files.relations import outline, probe_relation, relations, side_by_side, spans_relation
 from saeflow.query.labels import beside_labels_relation, labels_relation, rules_relation
@@ -218,16 +219,7 @@ def _in_schema(run: Run, texts: Iterable[str]) -> Iterator[str]:
     schema = identifier(run.schema)
     yield f"set search_path = {literal(schema)}"
     for text in texts:
-        yield schema.join(_around_names(text if run.document_start is None else looking_up(text, run.document_start)))
-
-
-@cache
-def looking_up(text: str, document_start: str) -> str:
-    """Return a file of `sql/` that looks each token's document up, where it would sort all documents."""
-    return _AS_OF.sub(rf"join stg_document_places\1 on \4first_token_id = {document_start}(\3)", text)
-
-
-_AS_OF = re.compile(r"\basof join stg_document_places( as (\w+))?\s+on ([\w.]+) >= ((?:\w+\.)?)first_token_id\b")
+        yield schema.join(_around_names(text if run.looks_up is None else looking_up(text, run.looks_up)))
 
 
 @cache

@@ -37,7 +37,9 @@ from saeflow.query.catalog import (
 )
 from saeflow.query.files.chosen import FileLists, keep_lists
 from saeflow.query.files.quoting import identifier, literal, unglobbed
-from saeflow.query.files.token_index import TokenIndex
+from saeflow.query.files.token_index import Documents, TokenIndex
+from saeflow.query.files.token_texts import TokenTexts
+from saeflow.query.files.vocabulary import Vocabulary
 from saeflow.query.kept_catalog import make_upon_sources
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
 from saeflow.runtime.errors import UserError, first_line
@@ -145,14 +147,17 @@ def _make_views(
             connection.execute(statement)  # only all files together tell the columns of documents
     for statement in in_use(current):
         connection.execute(statement)
-    kept = KEPT | (KEPT_FOR_PAGES if for_pages else {}) | (KEPT_BESIDE_INDEX if current.document_start else {})
+    kept = KEPT | (KEPT_FOR_PAGES if for_pages else {}) | ({} if current.looks_up is None else KEPT_BESIDE_INDEX)
     _keep_small_views(connection, current, {view: n for view, n in kept.items() if wanted is None or view in wanted})
 
 
 def _make_sources(connection: duckdb.DuckDBPyConnection, run: Run, every: Sequence[Run], many_files: int) -> FileLists:
     """Make the views of a run's files. If it has many, they read one file of each table until the lists are kept."""
-    if run.document_start is not None:
-        TokenIndex(run.vocab_id_files or (), run.files["documents"]).register(connection, run.number or 0)
+    if run.looks_up is not None:
+        index = TokenIndex(run.vocab_id_files or (), Documents(run.files["documents"]))
+        index.register(connection, run.looks_up)
+        vocabulary = Vocabulary(run.files["vocab"])
+        TokenTexts(index, vocabulary, run.shape.get("context_length")).register(connection, run.looks_up)
     lists = FileLists(run.number, in_variables=sum(map(len, run.files.values())) > many_files)
     views = source_views(run, every, lists, in_schema=True)
     for statement in (*lists.outline(), *begin_schema(run), views):
@@ -233,7 +238,7 @@ def _keep_small_views(connection: duckdb.DuckDBPyConnection, run: Run, kept: Map
 
 def _count_rows(connection: duckdb.DuckDBPyConnection, run: Run, view: str) -> int:
     """Count a view's rows, of the largest by the records: to count them would open every file."""
-    if view == "src_vocab_blocks" and run.document_start is not None:
+    if view == "src_vocab_blocks" and run.looks_up is not None:
         return sys.maxsize  # no question reads many of them
     if view == "stg_document_places" and run.n_documents is not None:
         return run.n_documents

@@ -63,7 +63,7 @@ def kept_folder() -> Path | None:
 def _file_of(connection: duckdb.DuckDBPyConnection, run: Run) -> Path | None:
     """Return the file of a run. Its name is a hash of all that the views and macros of the run depend on."""
     columns = _columns_of_views(connection, run)
-    known = (duckdb.__version__, _hash_of_sql(), run.schema, run.encoded, run.skip_reason, run.document_start, columns)
+    known = (duckdb.__version__, _hash_of_sql(), run.schema, run.encoded, run.skip_reason, run.looks_up, columns)
     folder = kept_folder()
     return folder and folder / f"{hashlib.sha256(repr(known).encode()).hexdigest()}.duckdb"
 
@@ -71,7 +71,7 @@ def _file_of(connection: duckdb.DuckDBPyConnection, run: Run) -> Path | None:
 @cache
 def _hash_of_sql() -> str:
     """Hash the files of `sql/`, and the code that puts names in front of them."""
-    paths = [*sql_folder().rglob("*.sql"), *Path(__file__).parent.glob("*.py")]
+    paths = [*sql_folder().rglob("*.sql"), *Path(__file__).parent.rglob("*.py")]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(paths))).hexdigest()
 
 

@@ -29,6 +29,7 @@ from saeflow.features.schema import (
 )
 from saeflow.query import run_records
 from saeflow.query.files.chosen import FileRanges
+from saeflow.query.files.looked_up import vocab_id_function
 from saeflow.query.files.relations import condition_of_encoded, reason_to_skip
 from saeflow.query.files.token_index import VocabIdFile, vocab_id_files
 from saeflow.query.labels import LabelFile, TableBesideLabels, label_files, tables_beside_labels
@@ -107,12 +108,12 @@ class Run:
     @property
     def vocab_id_sql(self) -> str:
         """SQL on `token`: its vocabulary id."""
-        return SQL_VOCAB_ID if self.document_start is None else f"vocab_id_{self.number}(token)"
+        return SQL_VOCAB_ID if self.looks_up is None else f"{vocab_id_function(self.looks_up)}(token)"
 
     @property
-    def document_start(self) -> str | None:
-        """The function that finds the first token of a token's document, in a connection that has it."""
-        return None if self.number is None or self.vocab_id_files is None else f"document_start_{self.number}"
+    def looks_up(self) -> int | None:
+        """The run's number in a connection that has functions to look its tokens up; else None."""
+        return None if self.vocab_id_files is None else self.number
 
     def is_called(self, name: str) -> bool:
         """True if the name means this run alone; the short name may mean several."""

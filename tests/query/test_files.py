@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,15 @@ from hypothesis import strategies as st
 from saeflow.corpus.token_parts import VOCAB_IDS
 from saeflow.query import connection as connections
 from saeflow.query.ask import ask
-from saeflow.query.catalog import OF_EVERY_RUN, looking_up, sql_folder
+from saeflow.query.catalog import OF_EVERY_RUN, sql_folder
 from saeflow.query.connection import connect_to_run
 from saeflow.query.files.chosen import FEATURE_PARAMETERS, TOKEN, FileRanges, list_all, only_files_for
-from saeflow.query.files.token_index import TokenIndex, VocabIdFile
+from saeflow.query.files.looked_up import looking_up
+from saeflow.query.files.token_index import Documents, TokenIndex, VocabIdFile
 from saeflow.query.questions import questions
 from saeflow.query.runs import runs
 from saeflow.store.store import Store
-from tests.support.small_store import Given
+from tests.support.small_store import Document, Given
 
 ABOUT = {
     "feature": 2, "other": 0, "features": [0, 2], "thresholds": [0.0, 0.0], "token": 7, "distance": 3, "low": 0.1,
@@ -80,8 +82,8 @@ def test_what_is_looked_up_is_what_the_tables_say(store: Store) -> None:
         )
 
 
-def rows(connection: duckdb.DuckDBPyConnection, sql: str) -> list[Any]:
-    return connection.execute(sql).fetchall()
+def rows(connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, object] | None = None) -> list[Any]:
+    return connection.execute(sql, parameters or None).fetchall()
 
 
 def test_a_cursor_reads_the_lists_that_its_connection_keeps(tmp_path: Path) -> None:
@@ -155,13 +157,13 @@ def test_a_forged_file_of_vocabulary_ids_is_refused_and_executes_nothing(forged:
     path = tmp_path / VOCAB_IDS
     np.save(path, forged, allow_pickle=True)
     with pytest.raises(ValueError, match=r"does not hold the vocabulary ids of 8 tokens|Python objects"):
-        TokenIndex([VocabIdFile(0, 8, str(path))], []).vocab_ids(np.array([3]))
+        TokenIndex([VocabIdFile(0, 8, str(path))], Documents([])).vocab_ids(np.array([3]))
 
 
 def test_a_token_before_all_documents_belongs_to_none() -> None:
-    index = TokenIndex([], [])
-    index._starts = np.array([4, 9])
-    assert with_gaps(*index.document_starts(np.array([3, 4, 8, 9, 99]))) == [None, 4, 4, 9, 9]
+    documents = Documents([])
+    documents.starts = np.array([4, 9])
+    assert with_gaps(*TokenIndex([], documents).document_starts(np.array([3, 4, 8, 9, 99]))) == [None, 4, 4, 9, 9]
 
 
 def test_only_a_run_whose_tokens_all_have_the_file_is_looked_up_without_sql(tmp_path: Path) -> None:
@@ -172,9 +174,55 @@ def test_only_a_run_whose_tokens_all_have_the_file_is_looked_up_without_sql(tmp_
 
 def test_each_question_that_sorts_documents_looks_them_up_in_a_connection() -> None:
     texts = [path.read_text("utf-8") for path in sql_folder().glob("*/*.sql")]
-    n_sorts = sum(
-        text.count("\nasof join stg_document_places") + text.count(" asof join stg_document_places") for text in texts
-    )
-    looked_up = [looking_up(text, "document_start_0") for text in texts]
-    assert sum("document_start_0(" in text for text in looked_up) >= 7
-    assert sum(text.count("document_start_0(") for text in looked_up) == n_sorts
+    sort = re.compile(r"^\s*asof join stg_document_places", re.MULTILINE)
+    sorting = [text for text in texts if sort.search(text)]
+    looked_up = [looking_up(text, 0) for text in sorting]
+    assert len(looked_up) >= 7
+    assert all("_0(" in text for text in looked_up)
+    assert not any(sort.search(text) for text in looked_up)
+
+
+BYTES = [
+    b"a", b" b", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\x98", b"\x80", b"\xf0\x9f\x98\x80", b"\xff",
+    b"\xed\xa0\x80", b"\xc0\x80", b"\xab\xc2", "«é»".encode(), b"x\xe2", b"\x82\xacy", b"\x80\x80\x80\x80", b"\x00",
+    b"", b"long " * 300,
+    b"\x82" + "€".encode() * 400 + b"\xe2\x82", b"\xf4\x90\x80\x80", b"\xe0\x80\x80",
+]  # fmt: skip
+"""Entries of a vocabulary: letters, parts of them, what is no text, and what is cut."""
+
+SPANS = [(0, 0), (1, 0), (0, 2), (2, 1), (3, 3), (-1, -5), (1 << 62, 1 << 62)]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_texts_put_together_without_sql_are_those_of_sql(seed: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(seed)
+    drawn = [[BYTES[each] for each in random.integers(len(BYTES), size=n)] for n in (60, 1, 2, 30)]
+    documents = [Document(f"document {place}", None if place else "a", pieces) for place, pieces in enumerate(drawn)]
+    values = [(int(token), 0, float(token + 1) / 8) for token in np.sort(random.permutation(60)[:40])]
+    firing = [{"token_id": token, "value": value} for token, _, value in values]
+    asked = [(f"from token_texts(range(-2, 110), {b}, {a}) order by all", {}) for b, a in SPANS]
+    spans = [f"from token_surroundings(range(-2, 110), $firing, {b}, {a}) order by all" for b, a in SPANS]
+    asked += [(span, {"firing": firing}) for span in spans]
+    asked += [("from tokens_where(0, 2.5)", {}), ("from token_places(range(-2, 110)) order by all", {})]
+    found = []
+    for name, looks_up in (("by sql", False), ("looked up", True)):
+        given = Given(documents=documents, values=values, has_vocab_ids=looks_up, n_parts=2, n_token_parts=2)
+        run, connection = connect_to_run(given.write(tmp_path / name), names={*REPLACED})
+        assert (run.looks_up is not None) == looks_up
+        with closing(connection):
+            found.append([rows(connection, *each) for each in asked])
+    assert [len(found[0][place]) for place in (0, len(SPANS), -2, -1)] == [93, 93, len(found[1][-2]), 93]
+    assert len(found[0][-2]) > 20
+    assert found[0] == found[1]
+
+
+REPLACED = ("token_texts", "token_surroundings", "token_places", "tokens_where")
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_macro_that_is_replaced_has_the_parameters_and_columns_of_its_own(name: str) -> None:
+    (path,) = sql_folder().glob(f"*/{name}.sql")
+    header = re.compile(r"create or replace macro .*? as table")
+    own, instead = path.read_text("utf-8"), looking_up(path.read_text("utf-8"), 0)
+    assert header.findall(own) == header.findall(instead)
+    assert "_0(" in instead

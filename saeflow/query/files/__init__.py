@@ -2,6 +2,10 @@
 
 relations    lists of files as SQL
 chosen       the few files that one question reads
-token_index  what stands at a token, looked up without SQL
+looked_up    the SQL of connections that look tokens up without SQL
+token_index  the vocabulary id and the document of a token
+token_texts  the text around a token
+vocabulary   entries of the vocabulary
+letters      letters whose bytes several tokens share
 quoting      values, names and paths as SQL text
 """

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from saeflow.corpus.token_parts import VOCAB_IDS, has_vocab_ids
+from saeflow.query.files.looked_up import document_start_function, vocab_id_function
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation
 
@@ -57,21 +58,57 @@ def vocab_id_files(tokens: Artefact, generation: Generation) -> list[VocabIdFile
     return sorted(found)
 
 
+class Documents:
+    """Documents with tokens, hidden ones too, by their first token."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+
+    def places(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return the place of the last document that begins at or before each token (n,), -1 if none does."""
+        found: np.ndarray = np.searchsorted(self.starts, token_ids, "right") - 1
+        return found
+
+    def place(self, token_id: int) -> int | None:
+        """Return the place of the token's document, None if it has none."""
+        place = int(self.places(np.array([token_id]))[0])
+        return place if place >= 0 and token_id < self.ends[place] else None
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The first token of each, int64 (n,)."""
+        starts: np.ndarray = self.table["first_token_id"].to_numpy()
+        return starts
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """The token after the last of each, int64 (n,)."""
+        ends: np.ndarray = self.starts + self.table["n_tokens"].to_numpy()
+        return ends
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """Their numbers, keys and sources."""
+        columns = ["first_token_id", "n_tokens", "document_id", "key", "source"]
+        table = pq.read_table(list(self._paths), columns=columns, partitioning=None)
+        return table.filter(pc.is_valid(table["first_token_id"])).sort_by("first_token_id").combine_chunks()
+
+
 class TokenIndex:
     """The lookups of one run, for one connection and its cursors."""
 
-    def __init__(self, files: Sequence[VocabIdFile], documents: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[VocabIdFile], documents: Documents) -> None:
         self.files, self.documents = files, documents
         self._firsts = np.array([file.first for file in files], np.int64)
         self._ends = np.array([file.end for file in files], np.int64)
         self._mapped: Callable[[int], np.ndarray] = lru_cache(MOST_MAPPED)(self._map)
 
     def register(self, connection: duckdb.DuckDBPyConnection, number: int) -> None:
-        """Give the connection the functions `vocab_id_NUMBER` and `document_start_NUMBER` of a token id."""
+        """Give the connection the functions of a token id that `looked_up` names for the run of this number."""
         arrow, null_too = PythonUDFType.ARROW, FunctionNullHandling.SPECIAL
         for name, look_up, result in (
-            (f"vocab_id_{number}", self.vocab_ids, "integer"),
-            (f"document_start_{number}", self.document_starts, "bigint"),
+            (vocab_id_function(number), self.vocab_ids, "integer"),
+            (document_start_function(number), self.document_starts, "bigint"),
         ):
             connection.create_function(name, _of_arrow(look_up), ["bigint"], result, type=arrow, null_handling=null_too)
 
@@ -95,13 +132,8 @@ class TokenIndex:
 
         True where there is none.
         """
-        places = np.searchsorted(self._starts, token_ids, "right") - 1
-        return self._starts[np.maximum(places, 0)] if len(self._starts) else np.zeros_like(token_ids), places < 0
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        table = pq.read_table(list(self.documents), columns=["first_token_id"], partitioning=None)
-        return np.sort(pc.drop_null(table.column(0)).to_numpy())
+        starts, places = self.documents.starts, self.documents.places(token_ids)
+        return starts[np.maximum(places, 0)] if len(starts) else np.zeros_like(token_ids), places < 0
 
     def _map(self, place: int) -> np.ndarray:
         file = self.files[place]

@@ -1,0 +1,75 @@
+"""The entries of a vocabulary, as answers show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from saeflow.query.files.letters import LONGEST, as_text, short_bytes
+
+
+class Entry(NamedTuple):
+    """An entry of the vocabulary."""
+
+    content: bytes
+    text: str | None
+    """The content, if it is text: then it neither ends a letter of another token nor leaves one open."""
+
+
+class Vocabulary:
+    """What `stg_vocab` says of an entry. An entry that is not there has no piece and no bytes."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+        self._entries: dict[int, Entry] = {}
+
+    def entry(self, vocab_id: int) -> Entry:
+        return self._entries.get(vocab_id) or self._made(vocab_id)
+
+    def pieces(self, vocab_ids: np.ndarray) -> pa.Array:
+        """Return the names of entries (n,), null where there is none."""
+        return self._pieces.take(self._rows(vocab_ids))
+
+    def piece(self, vocab_id: int) -> str | None:
+        """Return the name of an entry."""
+        return self.pieces(np.array([vocab_id]))[0].as_py()  # type: ignore[no-any-return]
+
+    def _made(self, vocab_id: int) -> Entry:
+        row = self._rows(np.array([vocab_id]))[0].as_py()
+        content = short_bytes(b"" if row is None else self._table["bytes"][row].as_py() or b"")
+        self._entries[vocab_id] = made = Entry(content, as_text(content))
+        return made
+
+    def _rows(self, vocab_ids: np.ndarray) -> pa.Array:
+        """Return the row of each entry (n,), null where there is none."""
+        ascending, rows = self._order
+        places = np.minimum(np.searchsorted(ascending, vocab_ids), max(len(ascending) - 1, 0))
+        if not len(ascending):
+            return pa.nulls(len(vocab_ids), pa.int64())
+        return pa.array(rows[places], mask=ascending[places] != vocab_ids)
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        columns = ["vocab_id", "piece", "bytes"]
+        return pq.read_table(list(self._paths), columns=columns, partitioning=None).combine_chunks()
+
+    @cached_property
+    def _order(self) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of all entries in ascending order, and the row of each."""
+        vocab_ids = self._table["vocab_id"].to_numpy()
+        rows = np.argsort(vocab_ids)
+        return vocab_ids[rows], rows
+
+    @cached_property
+    def _pieces(self) -> pa.Array:
+        """Pieces, a very long one cut as `short_text.sql` cuts it."""
+        pieces = self._table["piece"].cast(pa.string())
+        shortened = pc.binary_join_element_wise(pc.utf8_slice_codeunits(pieces, 0, LONGEST), "…", "")
+        made = pc.if_else(pc.less_equal(pc.binary_length(pieces), LONGEST), pieces, shortened)
+        return pa.concat_arrays([*made.chunks, pa.array([], pa.string())])
