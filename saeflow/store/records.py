@@ -47,7 +47,7 @@ FORGOTTEN = "forgotten.json"
 """The store's list of documents that were forgotten, beside store.json."""
 
 _STEP = r"([^/.\x00][^/\x00]*|\.[^/.\x00][^/\x00]*|\.\.[^/\x00]+)"
-_INSIDE = rf"^{_STEP}(/{_STEP})*$"
+INSIDE = rf"^{_STEP}(/{_STEP})*$"
 """A path that stays in its folder: neither from the root nor with a step up. A store may come from a stranger."""
 
 
@@ -58,7 +58,7 @@ class FileRecord:
     No pydantic model: a store has millions of them, and one takes a quarter of the memory so.
     """
 
-    name: Annotated[str, Field(pattern=_INSIDE)]
+    name: Annotated[str, Field(pattern=INSIDE)]
     n_bytes: int
     checksum: str
 
@@ -86,6 +86,11 @@ class PartRecord:
         if self.inputs:
             facts.append(self.inputs)
         return f"{self.index:06d}-{xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())[:8]}"
+
+    @property
+    def names_and_sizes(self) -> tuple[tuple[str, ...], list[int]]:
+        """The names of the part's files, and the bytes of each."""
+        return tuple(file.name for file in self.files), [file.n_bytes for file in self.files]
 
     @property
     def about(self) -> dict[str, Any]:

@@ -77,6 +77,27 @@ def test_a_record_that_is_none_is_found_by_verify_and_costs_no_other_part(artefa
     assert len(parts[2].files) == 2
 
 
+FILE = '{{"files": [{{"name": {name}, "n_bytes": {size}, "checksum": ""}}]}}'
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{}", "[]", "no JSON", '{"files": 1}', '{"files": [1]}', '{"files": [{"name": "x"}]}',
+        *(FILE.format(name=name, size=1) for name in ('"../x"', '"/x"', '"a/../x"', "7")),
+        *(FILE.format(name='"x"', size=size) for size in ("-1", "1.5", '"1"', "true")),
+    ],
+)  # fmt: skip
+def test_names_that_lead_out_and_sizes_that_are_none_are_damage(artefact, tmp_path, record):
+    table = generation_table(Generation(1, tuple(artefact.parts().values())))
+    pq.write_table(spoiled(table, "record", 1, record), tmp_path / "list")
+    parts = read_generation(tmp_path / "list", 1).parts
+    with pytest.raises(Damaged, match="list is missing or damaged"):
+        _ = parts[1].names_and_sizes
+    assert parts[2].names_and_sizes == (("data.bin", "deeper/more.bin"), [2, 1])
+    assert parts[2].names_and_sizes == artefact.parts()[2].names_and_sizes
+
+
 def test_a_list_that_says_nothing_about_a_part_is_damaged(artefact, tmp_path):
     table = generation_table(Generation(1, tuple(artefact.parts().values())))
     pq.write_table(spoiled(table, "about", 0, '{"index": "x"}'), tmp_path / "list")
