@@ -70,6 +70,7 @@ def wide(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.long
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("first", range(0, len(CHOSEN), AT_ONCE))
 def test_200_random_features_read_as_their_sql_answers_filtered_and_not(wide: Reader, first: int):
     for feature in CHOSEN[first : first + AT_ONCE]:

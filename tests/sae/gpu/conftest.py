@@ -1,7 +1,5 @@
 """Fixtures of the tests of kernels."""
 
-import os
-import zlib
 from pathlib import Path
 
 import pytest
@@ -15,18 +13,17 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep, where `SAEFLOW_TENTH` is a digit, only that tenth of the long tests, but all that compile a kernel."""
-    tenth = os.environ.get("SAEFLOW_TENTH", "")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where a digit says which tests `.ci/run` takes today, that is a tenth of the long ones, a fifth of the others.
+
+    All that compile a kernel are taken every day.
+    """
     here = Path(__file__).parent
-    left_out = [
-        item
-        for item in items
-        if tenth and here in item.path.parents and item.get_closest_marker("long") and item.path.stem != "test_compiled"
-        and zlib.crc32(item.nodeid.encode()) % 10 != int(tenth)
-    ]  # fmt: skip
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
     for item in items:
-        if here in item.path.parents and item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+        if here not in item.path.parents:
+            continue
+        long = item.get_closest_marker("long")
+        if item.path.stem != "test_compiled":
+            item.add_marker(pytest.mark.rotates(10 if long else 5))
+        if long and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))  # the interpreter has what other tests leave of the processor
