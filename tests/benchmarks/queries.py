@@ -276,14 +276,15 @@ def ask_alone(store: Store) -> dict[str, Any]:
     """Connect and ask every question; to be done in a process that has done nothing else."""
     began = time.perf_counter()
     connect_to_run(store)[1].close()
-    first = time.perf_counter() - began
+    first, connected_bytes = time.perf_counter() - began, peak_bytes()
     began = time.perf_counter()
     found = opened(store, store.artefacts("features")[0])
     again = time.perf_counter() - began
     (answers,) = measured([found])
     files = sum(map(len, found.opened[0].files.values()))
     return {
-        "connect_s": [round(first, 2), round(again, 2)], "files": files, "peak_bytes": peak_bytes(), "answers": answers,
+        "connect_s": [round(first, 2), round(again, 2)], "files": files, "connected_bytes": connected_bytes,
+        "peak_bytes": peak_bytes(), "answers": answers,
     }  # fmt: skip
 
 
@@ -295,7 +296,7 @@ def at_size(n_values: int, folder: Path) -> None:
     limits = AT_SIZE.get(n_values, AT_SIZE[10_000_000_000])
     listed = [
         Bar("connect: seconds", 1, "<=", min(found["connect_s"]), round(abs(np.diff(found["connect_s"]).item()), 2)),
-        Bar("memory of the process: bytes", 1_000_000_000, "<=", found["peak_bytes"]),
+        Bar("memory of a process that has connected: bytes", 1_000_000_000, "<=", found["connected_bytes"]),
     ]
     for name, most in limits.items():
         each = found["answers"][name]
