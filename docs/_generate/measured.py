@@ -47,13 +47,16 @@ def queries() -> str:
 
 
 def queries_by_size() -> str:
-    """Milliseconds of each question on runs of 10^8 and 10^9 values, made alike."""
-    small, large = (figures(f"queries_{size}") for size in ("1e8", "1e9"))
+    """Milliseconds of each question on runs of 10^8, 10^9 and 10^10 values, made alike."""
+    found = [figures(f"queries_{size}") for size in ("1e8", "1e9", "1e10")]
+    asked = {bar["name"].partition(":")[0]: bar["asked"] for bar in found[-1]["bars"]}
     rows = []
-    for name, about in large["answers"].items():
-        times = small["answers"][name]["median_ms"], about["median_ms"], about["cold_ms"]
-        rows.append((name, *(f"{time:.1f}" for time in times), f"{times[1] / times[0]:.2f}"))
-    return table(["question", "10⁸, warm", "10⁹, warm", "10⁹, cold", "10⁹ / 10⁸"], rows, right=(1, 2, 3, 4))
+    for name, about in found[-1]["answers"].items():
+        times = [*(each["answers"][name]["median_ms"] for each in found), about["cold_ms"]]
+        most = f"≤ {asked[name]}" if name in asked else ""
+        rows.append((name, *(f"{time:.1f}" for time in times), most, f"{times[2] / times[0]:.1f}"))
+    header = ["question", "10⁸, warm", "10⁹, warm", "10¹⁰, warm", "10¹⁰, cold", "asked", "10¹⁰ / 10⁸"]
+    return table(header, rows, right=(1, 2, 3, 4, 5, 6))
 
 
 def synth(name: str = "synth") -> str:
