@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -72,17 +73,28 @@ class Reply:
         elif self.format == "parquet" and sys.stdout.isatty():
             raise UserError("Parquet is not for a terminal. Write it to a file: -o answer.parquet")
 
-    def write(self, find: Callable[[int | None], pa.Table], default_limit: int | None) -> None:
-        """Find the rows and write them. Only a table on the screen has the default limit; a note then says so."""
+    @property
+    def form(self) -> Format:
         from saeflow.cli import render
 
-        form = self.format or render.format_for(self.output)
+        return self.format or render.format_for(self.output)
+
+    def write(self, find: Callable[[int | None], pa.Table], default_limit: int | None) -> pa.Table:
+        """Find the rows, write and return them.
+
+        Only a table on the screen has the default limit; a note then says so.
+        """
+        from saeflow.cli import render
+
+        form = self.form
         on_screen = form == "table" and self.output is None
         most = self.limit or (default_limit if on_screen else None)
         table = find(most and most + 1)
-        render.write_answer(table.slice(0, most), form, self.output, out)
+        shown = table.slice(0, most)
+        render.write_answer(shown, form, self.output, out)
         if on_screen and most and len(table) > most:
             print_note(f"The first {most:,} rows. More: -n {10 * most}; all: -o FILE.csv")
+        return shown
 
 
 def _complete_question(incomplete: str) -> list[tuple[str, str]]:
@@ -126,6 +138,14 @@ def ask_command(
             "you choose takes the select that follows.",
         ),
     ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Say after the answer, on standard error, what it cost: files, requests, bytes and seconds. As JSON "
+            "if the answer is JSON.",
+        ),
+    ] = False,
     format: FormatOption = None,
     limit: Limit = None,
     output: Output = None,
@@ -136,26 +156,38 @@ def ask_command(
     """
     from saeflow.query.ask import READ_TO_RESOLVE, as_statement, ask, resolve_names
     from saeflow.query.connection import connect_to_run
+    from saeflow.query.files.cost import Cost, Spent, Watch
     from saeflow.query.outside.supply import supply
     from saeflow.query.questions import find_question
 
     if question is None:
         return _list_questions()
+    if show_sql and explain:
+        raise UserError("--explain says what an answer cost, and --sql gives none. Leave one of them out.")
     chosen = find_question(question)
     given = _by_name(chosen, arguments or [])
     values = _parse_or_explain(chosen, given)
     reply = Reply(format, output, limit)
+    watch, spent = Watch(), list[Spent]()
     opened = existing_store(store)
     whole = chosen.takes_select and values["sql"]  # a select may read any view
     current, connection = connect_to_run(opened, run, names=None if whole else [question, *READ_TO_RESOLVE])
+    spent.append(watch.spent(opened.storage))
     with contextlib.closing(connection):
         values = resolve_names(connection, chosen, values)
         if show_sql and not whole:
             return _write_text(as_statement(connection, chosen, values, limit), output)
         readings = supply(opened, current, connection, chosen, values)
-        reply.write(
-            lambda most: ask(connection, question, values, most, readings, current), None if "n" in given else 20
-        )
+
+        def find(most: int | None) -> pa.Table:
+            table = ask(connection, question, values, most, readings, current)
+            spent.append(watch.spent(opened.storage))
+            return table
+
+        answer = reply.write(find, None if "n" in given else 20)
+    if explain:
+        cost = Cost.of(current, question, values, answer, *spent)
+        print_note(json.dumps(cost.as_json()) if reply.form in ("json", "jsonl") else str(cost))
     return None
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from saeflow.query.ask import ask, query, resolve_names, strengths_of
 from saeflow.query.connection import connect_to_run
+from saeflow.query.files.cost import Cost, Spent, Watch
 from saeflow.query.new_text import model_settings
 from saeflow.query.outside.supply import supply
 from saeflow.query.questions import Question, find_question, name_arguments, parse_arguments, questions
@@ -34,8 +35,8 @@ class OpenRun:
     quicker than planning a short statement twice.
     """
 
-    def __init__(self, store: Store, run: Run, connection: duckdb.DuckDBPyConnection) -> None:
-        self.store, self._run, self._connection = store, run, connection
+    def __init__(self, store: Store, run: Run, connection: duckdb.DuckDBPyConnection, connecting: Spent) -> None:
+        self.store, self._run, self._connection, self._connecting = store, run, connection, connecting
 
     @classmethod
     def open(
@@ -51,8 +52,10 @@ class OpenRun:
         The default store is SAEFLOW_STORE if that is set, else data/store. `memory_limit` ("2GB") and `threads` are
         settings of DuckDB. Raises UserError if there is no such store or run.
         """
+        watch = Watch()
         opened = Store.open(store_path(None if store is None else os.fspath(store)))
-        return cls(opened, *connect_to_run(opened, run, memory_limit, threads))
+        found, connection = connect_to_run(opened, run, memory_limit, threads)
+        return cls(opened, found, connection, watch.spent(opened.storage))
 
     @property
     def name(self) -> str:
@@ -77,11 +80,20 @@ class OpenRun:
 
         Raises UserError for a question, parameter, feature, source or run that does not exist.
         """
+        return self.explain(question, *arguments, limit=limit, **named)[0]
+
+    def explain(
+        self, question: str, *arguments: object, limit: int | None = None, **named: object
+    ) -> tuple[pa.Table, Cost]:
+        """Answer a question as `ask` does, and say what the answer cost: files, requests, bytes and seconds."""
+        watch = Watch(self.store.storage)
         chosen = find_question(question)
         values = parse_arguments(chosen, name_arguments(chosen, arguments, named))
         values = resolve_names(self._connection, chosen, values)
         readings = supply(self.store, self._run, self._connection, chosen, values)
-        return ask(self._connection, question, values, limit, readings, self._run)
+        answer = ask(self._connection, question, values, limit, readings, self._run)
+        asking = watch.spent(self.store.storage)
+        return answer, Cost.of(self._run, question, values, answer, self._connecting, asking)
 
     def sql(self, statement: str, parameters: Sequence[object] = (), limit: int | None = None) -> pa.Table:
         """Run one statement that only reads. Each `?` in it stands for one of the parameters. Raises UserError."""

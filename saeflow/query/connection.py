@@ -207,7 +207,7 @@ def _tables_as_written(store: Store) -> Iterator[None]:
 
 def open_duckdb(store: Store, memory_limit: str | None = None, threads: int | None = None) -> duckdb.DuckDBPyConnection:
     """Return an empty connection that can read the store's files, wherever they lie."""
-    connection = duckdb.connect(config=_duckdb_config(memory_limit, threads))
+    connection = duckdb.connect(config=_duckdb_config(memory_limit, threads or store.storage.n_query_threads))
     store.storage.register(connection)
     return connection
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from saeflow.recipe.settings import FeedConfig, SAEConfig, TrainConfig
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
+from saeflow.store.records import FileRecord, damaged
 from saeflow.store.store import Store
 
 UNREADABLE_RECORD = (UserError, OSError, ValueError, KeyError, AttributeError, TypeError, pa.ArrowException)
@@ -68,15 +70,20 @@ def model_of(made: Mapping[str, Artefact]) -> str | None:
 
 def log_of(made: Mapping[str, Artefact]) -> list[str]:
     """Return the location of the training's log, if it is there in its full size."""
-    sae = made.get("saes")
+    if (sae := made.get("saes")) is None:
+        return []
     with contextlib.suppress(*UNREADABLE_RECORD):
-        if sae and any(file.name == LOG and _has_size(sae, file.n_bytes) for file in sae.record.files):
-            return [sae.storage.location(sae.path / LOG)]
+        known = [file for file in sae.record.files if file.name == LOG]
+        for file in known:
+            sae.storage.look_once(f"{sae.id} {file}", partial(_require_size, sae, file))
+        sae.storage.note_recorded(sae.path, known)
+        return [sae.storage.location(sae.path / LOG) for _ in known]
     return []
 
 
-def _has_size(sae: Artefact, n_bytes: int) -> bool:
-    return sae.storage.size(f"{sae.path}/{LOG}") == n_bytes
+def _require_size(artefact: Artefact, file: FileRecord) -> None:
+    if artefact.storage.size(f"{artefact.path}/{file.name}") != file.n_bytes:
+        raise damaged(artefact.path / file.name)
 
 
 def settings(made: Mapping[str, Artefact]) -> list[dict[str, object]]:

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import filterfalse
 from typing import Any
 
@@ -253,12 +253,16 @@ def _recorded(store: Store, artefact: Artefact) -> dict[str, Any]:
 
 def _refuse_damage(store: Store, artefact: Artefact, tokens: Artefact, files: Mapping[str, Sequence[str]]) -> None:
     for item in (artefact, tokens):
-        for found in find_damage(item, full=False):
-            raise UserError(found.problem)
+        item.look_once(partial(_raise_damage, item))
     for table in (*ORDERS, "feature_stats", "tokens", "documents"):
         if not files[table]:
             raise UserError(f"{artefact.id} has no {table} files")
-    _refuse_lost_vocabulary(store, artefact, tokens)
+    tokens.storage.look_once(f"{tokens.id} vocabulary", lambda: _refuse_lost_vocabulary(store, artefact, tokens))
+
+
+def _raise_damage(artefact: Artefact) -> None:
+    for found in find_damage(artefact, full=False):
+        raise UserError(found.problem)
 
 
 def _refuse_lost_vocabulary(store: Store, artefact: Artefact, tokens: Artefact) -> None:
@@ -270,6 +274,8 @@ def _files_by_table(
     artefact: Artefact, shown: Sequence[PartRecord], tokens: Artefact, token_parts: Sequence[PartRecord]
 ) -> dict[str, Sequence[str]]:
     """Return a run's files by table: those of its parts, of the token parts, and those beside the parts."""
+    for each in (artefact, tokens):
+        each.storage.note_recorded(each.path, each.record.files)
     own = {file.name for file in artefact.record.files}
     beside = (table for table in RUN_TABLES if f"{table}.parquet" in own)
     return {
@@ -285,6 +291,7 @@ def _files_of_parts(artefact: Artefact, parts: Iterable[PartRecord], tables: Ite
     """Return the parts' files by table: `table.parquet`, or the files in a folder `table/`."""
     found: dict[str, list[str]] = {table: [] for table in tables}
     for part in parts:
+        artefact.storage.note_recorded(artefact.part_path(part), part.files)
         for file in part.files:
             table = file.name.partition("/")[0].removesuffix(".parquet")
             if table in found and file.name.endswith(".parquet"):

@@ -122,6 +122,11 @@ class Identity:
             elif full and self.storage.checksum(Path(path)) != file.checksum:
                 yield f"{path} has changed since it was written"
 
+    def look_once(self, look: Callable[[], None]) -> None:
+        """Look at the published files; `look` raises if one is missing. A bucket is looked at once a machine."""
+        records = (self.path / name for name in ("artefact.json", "manifest.json"))
+        self.storage.look_once(" ".join([self.id, *(checksum(each) for each in records if is_file(each))]), look)
+
     def set_aside(self, path: Path) -> Path | None:
         """Move a file or folder of the artefact into the store's `damaged/`. Return its new place, None if it is gone.
 

@@ -574,7 +574,7 @@ def test_what_a_killed_run_left_unsent_goes_when_the_next_one_takes_the_lease(ma
 def test_an_open_object_may_be_shared_by_threads(server: Server, url: str, tmp_path: Path) -> None:
     content = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8).tobytes()
     server.client().put_object(Bucket="bucket", Key=f"{url.removeprefix('s3://bucket/')}/file", Body=content)
-    files = BucketFiles(Bucket(Objects(url), tmp_path))
+    files = BucketFiles(url, Bucket(Objects(url), tmp_path / "cache").pieces)
     dice = np.random.default_rng(1)
     wanted = [(int(start), int(size)) for start, size in dice.integers(0, [2_900_000, 600_000], (200, 2))]
     with files.open(f"{url}/file") as shared, ThreadPoolExecutor(8) as pool:

@@ -1,27 +1,43 @@
-"""A server on loopback that speaks S3, and a way to it that loses connections at random.
+"""A server on loopback that speaks S3 and counts requests, and a way to it that loses connections at random.
 
     with s3_server() as server:                 # a process of its own
         os.environ |= server.environment
         url = server.bucket("name")             # s3://name
         server.drop(0.1)                        # every tenth connection breaks, somewhere in it
+        server.delay(0.02)                      # every answer comes 20 ms later
+        server.requests()                       # those since the last call
 
-By hand: `python -m tests.s3_server`.
+By hand: `python -m tests.support.s3_server`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import select
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qs
 
 SECRET = "never-shown-secret"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that the server has answered: HEAD, LIST, GET, PUT, POST or DELETE."""
+
+    kind: str
+    key: str
+    n_bytes: int
+    """Of the answer."""
 
 
 @dataclass
@@ -52,6 +68,18 @@ class Server:
     def drop(self, share: float, seed: int = 0) -> None:
         """From now on this share of pieces of data breaks its connection instead of arriving."""
         self.share, self.dice = share, random.Random(seed)
+
+    def delay(self, seconds: float) -> None:
+        """From now on each answer comes so much later."""
+        self._control(f"delay/{seconds}")
+
+    def requests(self) -> list[Request]:
+        """Return the requests since the last call, in the order of their answers."""
+        return [Request(*each) for each in json.loads(self._control("requests"))]
+
+    def _control(self, what: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.s3_port}{_CONTROL}{what}") as answer:
+            return str(answer.read().decode())
 
     def bucket(self, name: str) -> str:
         self.client().create_bucket(Bucket=name)
@@ -114,6 +142,42 @@ def s3_server() -> Iterator[Server]:
             process.terminate()
 
 
+_CONTROL = "/-/"
+"""Paths that are no bucket's."""
+
+
+class Watched:
+    """A WSGI application whose requests are counted and delayed."""
+
+    def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
+        self.app, self.seconds = app, 0.0
+        self.answered: list[tuple[str, str, int]] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path.startswith(_CONTROL):
+            return self._obey(path.removeprefix(_CONTROL), start_response)
+        time.sleep(self.seconds)
+
+        def start_counted(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            lists = environ["REQUEST_METHOD"] == "GET" and "list-type" in environ.get("QUERY_STRING", "")
+            n_bytes = int(dict(headers).get("Content-Length", 0)) * (environ["REQUEST_METHOD"] != "HEAD")
+            key = parse_qs(environ["QUERY_STRING"]).get("prefix", [""])[0] if lists else path
+            self.answered.append(("LIST" if lists else environ["REQUEST_METHOD"], key, n_bytes))
+            return start_response(status, headers, *error)
+
+        return self.app(environ, start_counted)
+
+    def _obey(self, what: str, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        word, _, value = what.partition("/")
+        start_response("200 OK", [("Content-Type", "application/json")])
+        if word == "delay":
+            self.seconds = float(value)
+            return [b"{}"]
+        answered, self.answered = self.answered, []
+        return [json.dumps(answered).encode()]
+
+
 def serve() -> None:
     """Print the port and serve S3 until terminated."""
     import logging
@@ -125,7 +189,7 @@ def serve() -> None:
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     serialize.parse_to_aware_datetime = cache(serialize.parse_to_aware_datetime)  # half of a listing's time
-    server = make_server("127.0.0.1", 0, create_backend_app("s3"), threaded=True)
+    server = make_server("127.0.0.1", 0, Watched(create_backend_app("s3")), threaded=True)
     print(server.server_port, flush=True)
     server.serve_forever()
 

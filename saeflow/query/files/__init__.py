@@ -7,5 +7,6 @@ token_index  the vocabulary id and the document of a token
 token_texts  the text around a token
 vocabulary   entries of the vocabulary
 letters      letters whose bytes several tokens share
+cost         files, requests, bytes and seconds of an answer
 quoting      values, names and paths as SQL text
 """

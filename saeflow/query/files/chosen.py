@@ -104,21 +104,31 @@ def only_files_for(
     cursor: duckdb.DuckDBPyConnection, ranges: Mapping[str, FileRanges], number: int | None, values: Mapping[str, Any]
 ) -> Iterator[None]:
     """While open, the run's views of values read the files that these arguments of a question can be about."""
-    features = [each for name in FEATURE_PARAMETERS for each in as_list(values.get(name))]
-    wanted = {"feature_major": features, "token_major": as_list(values.get(TOKEN))}
-    chosen = {
-        table: numbers
-        for table, numbers in wanted.items()
-        if number is not None and numbers and ranges[table].paths and all(isinstance(each, int) for each in numbers)
-    }
+    chosen = chosen_files(ranges, number, values)
     try:
-        for table, numbers in chosen.items():
-            files = [unglobbed(path) for path in ranges[table].holding(numbers)]
+        for table, paths in chosen.items():
+            files = [unglobbed(path) for path in paths]
             cursor.execute(f"set variable {identifier(_few(table, number))} = ?", [files])
         yield
     finally:
         for table in chosen:
             cursor.execute(f"reset variable {identifier(_few(table, number))}")
+
+
+def chosen_files(
+    ranges: Mapping[str, FileRanges], number: int | None, values: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """Return the files of values that these arguments can be about, by table; no entry for a table that is read whole.
+
+    `number` is the run's in its connection; without one no file can be chosen.
+    """
+    features = [each for name in FEATURE_PARAMETERS for each in as_list(values.get(name))]
+    wanted = {"feature_major": features, "token_major": as_list(values.get(TOKEN))}
+    return {
+        table: ranges[table].holding(numbers)
+        for table, numbers in wanted.items()
+        if number is not None and numbers and ranges[table].paths and all(isinstance(each, int) for each in numbers)
+    }
 
 
 def as_list(value: object) -> list[Any]:

@@ -22,6 +22,9 @@ from saeflow.store.records import FileRecord
 from saeflow.store.storage.folder import Storage
 from saeflow.store.storage.local_copy import Listings, LocalCopy, is_own
 from saeflow.store.storage.objects import ObjectBytes, Objects
+from saeflow.store.storage.piece_cache import PieceCache, cache_limit
+from saeflow.store.storage.pieces import Pieces, piece_name
+from saeflow.store.storage.traffic import Traffic
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -44,11 +47,13 @@ class Bucket(Storage):
     n_readers = 8
     has_locks = False
     asks_a_server = True
+    n_query_threads = 16  # they wait for the server most of the time
     duckdb_needs = _DUCKDB_NEEDS
 
     def __init__(self, objects: Objects, root: Path) -> None:
         super().__init__(root)
         self.objects, self.local, self.listings = objects, LocalCopy(objects, root), Listings(objects)
+        self.pieces = Pieces(objects, self.local, PieceCache(root.parent / "pieces", cache_limit()))
         self.key = self.local.key
         self._n_bytes: dict[str, int] = {}
 
@@ -112,7 +117,23 @@ class Bucket(Storage):
     def register(self, connection: DuckDBPyConnection) -> None:
         from saeflow.store.storage.duckdb_files import BucketFiles
 
-        connection.register_filesystem(BucketFiles(self))
+        connection.register_filesystem(BucketFiles(self.name, self.pieces))
+
+    def note_recorded(self, folder: Path, files: Iterable[FileRecord]) -> None:
+        key = self.key(folder)
+        self.pieces.recorded |= {f"{key}/{file.name}": file for file in files}
+
+    def look_once(self, what: str, look: Callable[[], None]) -> None:
+        cache, name = self.pieces.cache, piece_name("whole", self.name, what)
+        if cache.get(name) is None:
+            look()
+            cache.put(name, b"")
+
+    def read_ahead(self, locations: Iterable[str]) -> None:
+        self.pieces.read_ahead(location.removeprefix(f"{self.name}/") for location in locations)
+
+    def traffic(self) -> Traffic:
+        return self.objects.meter.traffic
 
     def send(self, *paths: Path) -> None:
         self.send_as((path, path) for path in paths)

@@ -24,6 +24,7 @@ from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import FileSlot, Slot
 from saeflow.store.links import Linked, is_file, is_folder, keep_inside, remove, sizes_below, unlinked
 from saeflow.store.records import FileRecord, Generation, PartRecord
+from saeflow.store.storage.traffic import Traffic, bytes_read_here
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -42,6 +43,8 @@ class Storage(ABC):
     """True if nobody else publishes inside a slot's `guard`. Otherwise records are compared as they are replaced."""
     asks_a_server: ClassVar[bool]
     """True if a look into a small file is a request over the network."""
+    n_query_threads: ClassVar[int | None] = None
+    """Threads that DuckDB reads with; None for as many as there are cores."""
     duckdb_needs: ClassVar[tuple[str, ...]] = ()
     """Lines that say what a DuckDB shell needs before it reads the store's files."""
 
@@ -143,6 +146,23 @@ class Storage(ABC):
     def register(self, connection: DuckDBPyConnection) -> None:  # noqa: B027
         """Let a DuckDB connection read the store's files by their locations."""
 
+    def note_recorded(self, folder: Path, files: Iterable[FileRecord]) -> None:  # noqa: B027
+        """Remember what published files in a folder hold, so that nobody has to ask the storage for it."""
+
+    def look_once(self, what: str, look: Callable[[], None]) -> None:
+        """Look at published files, which never change; `look` raises if something is wrong with them.
+
+        `what` names them as they are now. A bucket is looked at once a machine, because a look lists it.
+        """
+        look()
+
+    def read_ahead(self, locations: Iterable[str]) -> None:  # noqa: B027
+        """Read what each of these recorded files is opened with, several at once, if that saves time."""
+
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """Return what was read since the storage was opened; of a folder: all files that this process has read."""
+
     def send(self, *paths: Path) -> None:  # noqa: B027
         """Store files that were written below `root`."""
 
@@ -236,6 +256,13 @@ class Folder(Storage):
     n_readers = 2
     has_locks = True
     asks_a_server = False
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._at_first = Traffic({}, bytes_read_here())
+
+    def traffic(self) -> Traffic:
+        return Traffic({}, bytes_read_here()) - self._at_first
 
     def size(self, path: str) -> int | None:
         """A link is missing."""

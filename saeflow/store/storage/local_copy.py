@@ -75,8 +75,8 @@ class Listings:
                 del self._made[prefix]
 
 
-_ARTEFACTS_AT_ONCE = 4
-"""Artefacts looked at at once."""
+_AT_ONCE = 16
+"""Requests at once."""
 
 _UNSENT_SECONDS = 86_400
 """Age from which a file that was never sent is not about to be."""
@@ -95,16 +95,17 @@ class LocalCopy:
         return path.relative_to(self.root).as_posix()
 
     def pull(self) -> None:
-        """Bring the records of every artefact here, and drop what is no longer there.
+        """Bring the records of every artefact here that are new, and drop what is no longer there.
 
-        Two listings an artefact, whatever it holds; parts are not looked at. What was never in the bucket as it is here
-        stays: a run of this machine is about to send it.
+        One listing for the bucket and each kind, two for each artefact, whatever it holds; parts are not looked at.
+        What was never in the bucket as it is here stays: a run of this machine is about to send it.
         """
         self.tags.clear()
         top = self.objects.list_level("")
         kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
-        artefacts = [artefact for kind in kinds for artefact in self.objects.list_level(kind)["common_prefixes"]]
-        with ThreadPoolExecutor(_ARTEFACTS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            levels = pool.map(self.objects.list_level, kinds)
+            artefacts = [artefact for level in levels for artefact in level["common_prefixes"]]
             found = [*top["objects"], *itertools.chain.from_iterable(pool.map(self._own_objects, artefacts))]
         self._bring(found, self.root, keep_unsent=True)
 
@@ -117,8 +118,9 @@ class LocalCopy:
 
     def _own_objects(self, artefact: str) -> list[Any]:
         """Return the objects of an artefact that belong to no part."""
-        levels = (artefact, f"{artefact}/generations")
-        return [meta for level in levels for meta in self.objects.list_level(level)["objects"]]
+        level, lists = self.objects.list_level(artefact), f"{artefact}/generations"
+        below = self.objects.list_level(lists)["objects"] if lists in level["common_prefixes"] else []
+        return [*level["objects"], *below]
 
     def _own_files(self, folder: Path) -> Iterator[Path]:
         """Yield the files of an artefact that belong to no part; of every artefact if the folder is the root.
@@ -135,13 +137,13 @@ class LocalCopy:
         for path in self._own_files(folder):
             if self.key(path) not in known and not (keep_unsent and self._is_unsent(path)):
                 path.unlink(missing_ok=True)
-        for key, meta in known.items():
-            self._refresh(self.root / key, meta, keep_unsent)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda key: self._refresh(self.root / key, known[key], keep_unsent), known))
 
     def _refresh(self, path: Path, meta: Any, keep_unsent: bool) -> None:
-        """Read a small record anew; drop another file that is not the bucket's any more."""
+        """Bring a record that has changed; drop another file that is not the bucket's any more."""
         if path.suffix == ".json":
-            self.download(path)
+            self._refresh_record(path, str(meta["e_tag"]))
             return
         with contextlib.suppress(FileNotFoundError):  # another process of this machine may look at the same time
             unsent = keep_unsent and self._noted(path) and self._is_unsent(path)
@@ -149,6 +151,14 @@ class LocalCopy:
                 path.unlink()
             if path.parent.name == "generations" and not path.is_file():
                 self.download(path)
+
+    def _refresh_record(self, path: Path, tag: str) -> None:
+        """Bring a record, unless the one that is here is the one with this tag."""
+        noted = self._noted(path)
+        if noted[1:] == [tag] and path.is_file() and noted[0] == checksum(path):
+            self.tags[self.key(path)] = tag
+        else:
+            self.download(path)
 
     def download(self, path: Path, key: str | None = None) -> None:
         """Bring a file here, from an object of its own key or of another. Raises FileNotFoundError."""

@@ -20,10 +20,11 @@ from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from saeflow.runtime.errors import UserError, first_line
+from saeflow.store.storage.traffic import Meter
 
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
 T = TypeVar("T")
-_STREAM_BYTES = 4 << 20
+_STREAM_BYTES, _PAGE = 4 << 20, 1000
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Objects:
     """
 
     def __init__(self, url: str, n_tries: int = 8) -> None:
-        self.url, self._n_tries = url, n_tries
+        self.url, self._n_tries, self.meter = url, n_tries, Meter()
         options: Any = {"retry_config": RETRIES, "client_options": {"allow_http": allow_http()}}
         try:
             self.store: Any = from_url(url, **options)
@@ -65,14 +66,19 @@ class Objects:
 
     def list(self, prefix: str) -> list[Any]:
         """Return what is below a prefix."""
-        return self._ask(lambda: [meta for each in obstore.list(self.store, prefix, chunk_size=1000) for meta in each])
+        pages = self._ask(lambda: [*obstore.list(self.store, prefix, chunk_size=_PAGE)])
+        self.meter.add("LIST", n=max(1, len(pages)))
+        return [meta for page in pages for meta in page]
 
     def list_level(self, prefix: str) -> Any:
         """Return the objects and the prefixes right below a prefix."""
-        return self._ask(lambda: obstore.list_with_delimiter(self.store, prefix or None))
+        found = self._ask(lambda: obstore.list_with_delimiter(self.store, prefix or None))
+        self.meter.add("LIST", n=_pages(len(found["objects"]) + len(found["common_prefixes"])))
+        return found
 
     def size(self, key: str) -> int:
         """Return the bytes of an object. Raises FileNotFoundError."""
+        self.meter.add("HEAD")
         return self._ask(lambda: int(obstore.head(self.store, key)["size"]))
 
     def checksum(self, key: str) -> str:
@@ -80,7 +86,9 @@ class Objects:
 
         def digest() -> str:
             found = xxhash.xxh3_128()
-            for piece in obstore.get(self.store, key).stream(min_chunk_size=_STREAM_BYTES):
+            gotten = obstore.get(self.store, key)
+            self.meter.add("GET", gotten.meta["size"])
+            for piece in gotten.stream(min_chunk_size=_STREAM_BYTES):
                 found.update(piece)
             return found.hexdigest()
 
@@ -90,13 +98,16 @@ class Objects:
         """Return bytes of an object. Raises FileNotFoundError."""
         if not n_bytes:
             return memoryview(b"")
-        return self._ask(lambda: memoryview(obstore.get_range(self.store, key, start=start, length=n_bytes)))
+        found = self._ask(lambda: memoryview(obstore.get_range(self.store, key, start=start, length=n_bytes)))
+        self.meter.add("GET", len(found))
+        return found
 
     def read(self, key: str) -> tuple[bytes, str] | None:
         """Return what an object holds and its tag; None if there is none."""
 
         def read() -> tuple[bytes, str]:
             found = obstore.get(self.store, key)
+            self.meter.add("GET", found.meta["size"])
             return bytes(found.bytes()), str(found.meta["e_tag"])
 
         with contextlib.suppress(FileNotFoundError):
@@ -108,6 +119,7 @@ class Objects:
 
         def once() -> str:
             found = obstore.get(self.store, key)
+            self.meter.add("GET", found.meta["size"])
             with path.open("wb") as file:
                 for piece in found.stream(min_chunk_size=_STREAM_BYTES):
                     file.write(piece)
@@ -119,6 +131,7 @@ class Objects:
 
     def upload(self, path: Path, key: str) -> str:
         """Store a file and return its tag."""
+        self.meter.add("PUT")
         return str(self._ask(lambda: obstore.put(self.store, key, path))["e_tag"])
 
     def put(self, key: str, content: bytes, tag: str | None) -> str | None:
@@ -127,6 +140,7 @@ class Objects:
         Raises UserError if the store cannot compare.
         """
         mode: Any = {"e_tag": tag} if tag is not None else "create"
+        self.meter.add("PUT")
         try:
             put = self._ask(lambda: obstore.put(self.store, key, content, mode=mode, use_multipart=False))
             return str(put["e_tag"])
@@ -162,6 +176,10 @@ class Objects:
         from zarr.storage import ObjectStore, StorePath
 
         return StorePath(ObjectStore(self.store, read_only=True), key)
+
+
+def _pages(n_listed: int) -> int:
+    return max(1, -(-n_listed // _PAGE))
 
 
 @dataclass
