@@ -34,7 +34,7 @@ MOST_OPEN = 4
 """Connections that are open at the same time. The one that was asked longest ago is closed."""
 
 LIST_OF_RUNS = frozenset({"runs"})
-SIDE_BY_SIDE = LIST_OF_RUNS | OF_EVERY_RUN | {*READ_TO_RESOLVE}
+SIDE_BY_SIDE = LIST_OF_RUNS | OF_EVERY_RUN | READ_TO_RESOLVE
 """What pages of several runs read. All other pages read one run: views of all runs would take long."""
 
 QUERY_SECONDS = 20.0

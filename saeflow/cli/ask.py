@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import sys
@@ -154,7 +153,7 @@ def ask_command(
 
     Examples: `saeflow ask top_tokens 123 10`, `saeflow ask tokens_where 123 0.5 -f csv`
     """
-    from saeflow.query.ask import READ_TO_RESOLVE, as_statement, ask, resolve_names
+    from saeflow.query.ask import as_statement, ask, names_read, resolve_names
     from saeflow.query.connection import connect_to_run
     from saeflow.query.files.cost import Cost, Spent, Watch
     from saeflow.query.outside.supply import supply
@@ -171,7 +170,7 @@ def ask_command(
     watch, spent = Watch(), list[Spent]()
     opened = existing_store(store)
     whole = chosen.takes_select and values["sql"]  # a select may read any view
-    current, connection = connect_to_run(opened, run, names=None if whole else [question, *READ_TO_RESOLVE])
+    current, connection = connect_to_run(opened, run, names=None if whole else names_read(chosen, values))
     spent.append(watch.spent(opened.storage))
     with contextlib.closing(connection):
         values = resolve_names(connection, chosen, values)
@@ -187,7 +186,7 @@ def ask_command(
         answer = reply.write(find, None if "n" in given else 20)
     if explain:
         cost = Cost.of(current, question, values, answer, *spent)
-        print_note(json.dumps(cost.as_json()) if reply.form in ("json", "jsonl") else str(cost))
+        print_note(cost.as_json() if reply.form in ("json", "jsonl") else str(cost))
     return None
 
 

@@ -39,10 +39,14 @@ DEEPEST_SQL = 200
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
 _ABOUT_SOURCES = {"compare_sources", "source_contrast"}
 _ABOUT_RUNS = {"compare_runs", "correlate_runs", "split_features"}
-READ_TO_RESOLVE = (
-    "stg_shape", "stg_feature_stats", "stg_documents", "stg_document_places", "stg_tokens", "stg_runs", "stg_spans",
-)  # fmt: skip
-"""Views that `resolve_names` reads."""
+_SOURCES = ("stg_documents", "stg_document_places")
+_READ_TO_RESOLVE = {
+    **dict.fromkeys(FEATURE_PARAMETERS, ("stg_shape", "stg_feature_stats")),
+    **dict.fromkeys(("annotation", "class"), ("stg_spans",)),
+    "source": _SOURCES, "role": ("stg_tokens",), "document_key": ("stg_document_places",),
+}  # fmt: skip
+READ_TO_RESOLVE = frozenset({"stg_runs"}.union(*_READ_TO_RESOLVE.values()))
+"""Views that `resolve_names` reads, whatever the question."""
 
 _NAMES = {
     "role": (
@@ -136,6 +140,14 @@ def planned(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.DuckDBPyR
     _refuse_nonsense(sql)
     _refuse_writes(connection, sql, ())
     return connection.sql(sql)
+
+
+def names_read(question: Question, values: Mapping[str, Value]) -> frozenset[str]:
+    """Return the names of the question and of the views that `resolve_names` reads for these values."""
+    given = [name for name, value in values.items() if value is not None]
+    found = {question.name}.union(*(_READ_TO_RESOLVE.get(name, ()) for name in given))
+    found |= {*_SOURCES} if question.name in _ABOUT_SOURCES else {"stg_runs"} if question.name in _ABOUT_RUNS else set()
+    return frozenset(found)
 
 
 def resolve_names(

@@ -7,6 +7,7 @@ No text of a user becomes SQL: names are quoted identifiers, values are literals
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from saeflow.query.files.looked_up import looking_up
 from saeflow.query.files.quoting import identifier, literal
 from saeflow.query.files.relations import outline, probe_relation, relations, side_by_side, spans_relation
 from saeflow.query.labels import beside_labels_relation, labels_relation, rules_relation
-from saeflow.query.runs import EVERY_RUN, Run, pick_run, runs
+from saeflow.query.runs import EVERY_RUN, SQL_VOCAB_ID, Run, pick_run, runs
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.files import replacing
@@ -133,12 +134,19 @@ def script_of_run(store: Store, run: str | None = None) -> str:
     return "\n".join([source_views(current, every), *views])
 
 
-def source_views(run: Run, every: Sequence[Run], lists: FileLists | None = None, in_schema: bool = False) -> str:
+def source_views(
+    run: Run,
+    every: Sequence[Run],
+    lists: FileLists | None = None,
+    in_schema: bool = False,
+    wanted: frozenset[str] | None = None,
+) -> str:
     """Return `sql/sources.sql` with the run's files filled in. `lists` says how they are listed.
 
-    `in_schema`: names inside macros have the run's schema in front.
+    `in_schema`: names inside macros have the run's schema in front. `wanted`: only these views and macros, because
+    DuckDB opens a file to make a view.
     """
-    text = Template(_sql_of(sql_folder() / "sources.sql"))
+    text = Template(_sources_text(wanted))
     rows = literal([{"place": place} | other.row(run) for place, other in enumerate(every)])
     shape = {name: literal(value) for name, value in run.shape.items()}
     found = relations(run.files, run.left_out, run.hidden, lists)
@@ -161,6 +169,15 @@ def source_views(run: Run, every: Sequence[Run], lists: FileLists | None = None,
         conditions["skip_reason"] = f"coalesce({run.skip_reason}, case when token not in ({chosen}) then 'role' end)"
     known = {"runs": rows, "stages": _rows(run.stages), "settings": _rows(run.settings)}
     return text.substitute(found, hidden=literal([*map(int, run.hidden)]), **known, **conditions, **shape)
+
+
+@cache
+def _sources_text(wanted: frozenset[str] | None) -> str:
+    """Return `sql/sources.sql` without the views and macros that are not wanted."""
+    statements = _sql_of(sql_folder() / "sources.sql").split(";\n")
+    made = [re.search(r"^create or replace (?:view|macro) (\w+)", each, re.MULTILINE) for each in statements]
+    kept = (wanted is None or name is None or name[1] in wanted for name in made)
+    return ";\n".join(itertools.compress(statements, kept))
 
 
 def _rows(rows: Sequence[Mapping[str, object]]) -> str:
@@ -194,7 +211,8 @@ def with_what_they_read(names: Collection[str]) -> frozenset[str]:
 def _read_by() -> dict[str, frozenset[str]]:
     """Map each view and macro of `sql/` to the names in its text."""
     paths = [path for path in sql_folder().glob("*/*.sql") if path.parent.name != "checks"]
-    return {path.stem: names_in([path.read_text("utf-8")]) for path in paths}
+    texts = {path.stem: path.read_text("utf-8") for path in paths} | {"src_vocab_id": SQL_VOCAB_ID}
+    return {name: names_in([text]) for name, text in texts.items()}
 
 
 def names_in(texts: Iterable[str]) -> frozenset[str]:

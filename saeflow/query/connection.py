@@ -132,7 +132,7 @@ def _make_views(
 ) -> None:
     wanted = None if names is None else with_what_they_read(names)
     read = runs_read(every, current, wanted, alone=for_pages)
-    lists = [_make_sources(connection, each, every, many_files) for each in read]
+    lists = [_make_sources(connection, each, every, many_files, wanted) for each in read]
     if wanted is not None:
         for statement in upon_sources(read, wanted):
             connection.execute(statement)
@@ -142,16 +142,23 @@ def _make_views(
             connection.execute(f"drop macro table {identifier(current.schema)}.{name}")
     keep_lists(connection, lists)
     for each in (run for run, its in zip(read, lists, strict=True) if its.kept):
-        again = source_views(each, every, FileLists(each.number, in_variables=True), in_schema=True)
+        again = source_views(each, every, FileLists(each.number, in_variables=True), in_schema=True, wanted=wanted)
         for statement in (*begin_schema(each), again, *views_of_documents(each, wanted)):
             connection.execute(statement)  # only all files together tell the columns of documents
     for statement in in_use(current):
         connection.execute(statement)
     kept = KEPT | (KEPT_FOR_PAGES if for_pages else {}) | ({} if current.looks_up is None else KEPT_BESIDE_INDEX)
-    _keep_small_views(connection, current, {view: n for view, n in kept.items() if wanted is None or view in wanted})
+    used = kept if wanted is None else {*kept} & wanted - {"src_vocab_blocks"}  # one question reads them once
+    _keep_small_views(connection, current, {view: n for view, n in kept.items() if view in used})
 
 
-def _make_sources(connection: duckdb.DuckDBPyConnection, run: Run, every: Sequence[Run], many_files: int) -> FileLists:
+def _make_sources(
+    connection: duckdb.DuckDBPyConnection,
+    run: Run,
+    every: Sequence[Run],
+    many_files: int,
+    wanted: frozenset[str] | None,
+) -> FileLists:
     """Make the views of a run's files. If it has many, they read one file of each table until the lists are kept."""
     if run.looks_up is not None:
         index = TokenIndex(run.vocab_id_files or (), Documents(run.files["documents"]))
@@ -159,7 +166,7 @@ def _make_sources(connection: duckdb.DuckDBPyConnection, run: Run, every: Sequen
         vocabulary = Vocabulary(run.files["vocab"])
         TokenTexts(index, vocabulary, run.shape.get("context_length")).register(connection, run.looks_up)
     lists = FileLists(run.number, in_variables=sum(map(len, run.files.values())) > many_files)
-    views = source_views(run, every, lists, in_schema=True)
+    views = source_views(run, every, lists, in_schema=True, wanted=wanted)
     for statement in (*lists.outline(), *begin_schema(run), views):
         connection.execute(statement)
     return lists

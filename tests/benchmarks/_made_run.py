@@ -59,6 +59,7 @@ def _tokens(store: Store, n_tokens: int, part_tokens: Sequence[int]) -> Artefact
     source.create({"context_length": LENGTH, "packing": "concatenated"})
     pieces = [f" w{i}" for i in range(N_VOCAB)]
     write_vocab(source.path / "vocab.parquet", pieces)
+    source.add_files(["vocab.parquet"])
     first, n_documents, made = 0, 0, []
     with source.writing():
         for index, size in enumerate(part_tokens):

@@ -17,7 +17,7 @@ import pytest
 
 from saeflow.cli.render import write_answer
 from saeflow.cli.screen import render_table
-from saeflow.query.ask import READ_TO_RESOLVE, ask, query, resolve_names
+from saeflow.query.ask import ask, names_read, query, resolve_names
 from saeflow.query.catalog import sql_folder
 from saeflow.query.connection import check, connect
 from saeflow.query.questions import find_question, parse_arguments, questions
@@ -535,6 +535,6 @@ def test_every_format_goes_to_a_file_or_to_standard_output(connection, tmp_path,
 )  # fmt: skip
 def test_names_are_resolved_where_only_the_views_for_that_are_made(tmp_path, question, arguments):
     chosen = find_question(question)
-    with contextlib.closing(connect(Given().write(tmp_path), names=READ_TO_RESOLVE)) as connection:
-        values = parse_arguments(chosen, arguments)
+    values = parse_arguments(chosen, arguments)
+    with contextlib.closing(connect(Given().write(tmp_path), names=names_read(chosen, values))) as connection:
         assert resolve_names(connection, chosen, values) == values

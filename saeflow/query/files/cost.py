@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ class Spent:
     seconds: float
     traffic: Traffic
 
-    def as_json(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {
             "seconds": round(self.seconds, 4),
             "requests": dict(self.traffic.requests),
@@ -76,15 +77,17 @@ class Cost:
         files = count_files(run, question, values)
         return cls(*files, answer.num_rows, answer.nbytes, connecting, asking)
 
-    def as_json(self) -> dict[str, Any]:
-        return {
+    def as_json(self) -> str:
+        """Return one line."""
+        about = {
             "files": self.n_files,
             "files_of_run": self.n_files_of_run,
             "rows": self.n_rows,
             "answer_bytes": self.answer_bytes,
-            "connecting": self.connecting.as_json(),
-            "asking": self.asking.as_json(),
+            "connecting": self.connecting.as_dict(),
+            "asking": self.asking.as_dict(),
         }
+        return json.dumps(about)
 
     def __str__(self) -> str:
         return (

@@ -129,9 +129,6 @@ class Bucket(Storage):
             look()
             cache.put(name, b"")
 
-    def read_ahead(self, locations: Iterable[str]) -> None:
-        self.pieces.read_ahead(location.removeprefix(f"{self.name}/") for location in locations)
-
     def traffic(self) -> Traffic:
         return self.objects.meter.traffic
 

@@ -156,9 +156,6 @@ class Storage(ABC):
         """
         look()
 
-    def read_ahead(self, locations: Iterable[str]) -> None:  # noqa: B027
-        """Read what each of these recorded files is opened with, several at once, if that saves time."""
-
     @abstractmethod
     def traffic(self) -> Traffic:
         """Return what was read since the storage was opened; of a folder: all files that this process has read."""

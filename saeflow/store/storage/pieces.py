@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
@@ -26,7 +24,6 @@ _LEAST_TAIL, _MOST_TAIL, _TAIL_SHARE = 64 << 10, 1 << 20, 512
 """Bytes read at the end of larger files: a footer takes about a 700th of a file of values."""
 
 _IN_MEMORY = 64 << 20
-_AT_ONCE = 16
 
 
 def kept_range(n_bytes: int) -> tuple[int, int]:
@@ -68,12 +65,6 @@ class Pieces:
         if stop <= first:
             return self._fetched(key, start, stop)
         return self._fetched(key, start, first) + self._kept(key, first, last)[: stop - first]
-
-    def read_ahead(self, keys: Iterable[str]) -> None:
-        """Read what is kept of recorded files, several at once."""
-        wanted = [key for key in dict.fromkeys(keys) if key in self.recorded]
-        with ThreadPoolExecutor(_AT_ONCE, "saeflow-ahead") as pool:
-            list(pool.map(lambda key: self._kept(key, *kept_range(self.size(key))), wanted))
 
     def _kept(self, key: str, start: int, stop: int) -> bytes:
         """Return a piece from memory, from this machine, or from the bucket. Threads that want the same wait."""

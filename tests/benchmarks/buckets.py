@@ -1,0 +1,177 @@
+"""Requests, bytes and seconds of every named question to a store in a bucket whose server answers 20 ms late.
+
+python -m tests.benchmarks.buckets            the demo's store in data/store (`make demo`), about ten minutes
+python -m tests.benchmarks.buckets --quick    a made run of four million values, without questions that run the model
+
+The server speaks S3 on loopback, in a process of its own, and counts what it answers. *Cold*: nothing of the store is on
+this machine. *Warm*: the question again, over a new connection of a store opened anew. Each answer is compared with the
+local store's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+
+from saeflow.query.ask import ask, names_read, query
+from saeflow.query.catalog import OF_EVERY_RUN
+from saeflow.query.connection import connect_to_run
+from saeflow.query.files.cost import count_files
+from saeflow.query.outside.supply import supply
+from saeflow.query.questions import Question, parse_arguments, questions
+from saeflow.runtime.errors import UserError
+from saeflow.store.store import Store
+from tests.benchmarks import _made_run
+from tests.benchmarks._bars import Bar, arguments, report
+from tests.benchmarks.queries import nearest
+from tests.support.s3_server import Request, Server, s3_server
+
+LATENCY = 0.02
+DEMO = Path("data/store")
+LIMIT = 50
+"""Rows of an answer, as a page or a terminal asks for."""
+
+_RECORDS = ("artefact.json", "manifest.json", "provenance.json")
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    with tempfile.TemporaryDirectory() as temporary, s3_server() as server:
+        folder = Path(temporary)
+        store = _made(folder / "store") if options.quick else _demo()
+        changes = server.environment | {"SAEFLOW_CACHE": str(folder / "cache")}
+        with patch.dict(os.environ, changes):
+            url = f"{server.bucket('bucket')}/store"
+            upload(server, store)
+            server.delay(LATENCY)
+            found = measured(server, store, url, folder / "cache")
+    report("buckets", bars(found, n_artefacts(store)), latency_s=LATENCY, questions=found)
+
+
+def _made(folder: Path) -> Store:
+    store = Store.create(folder)
+    _made_run.make(store, 4_000_000, part_tokens=65_536)
+    return store
+
+
+def _demo() -> Store:
+    if not (DEMO / "store.json").is_file():
+        raise UserError(f"There is no {DEMO}. Make it: `make demo`.")
+    return Store.open(DEMO)
+
+
+def upload(server: Server, store: Store) -> None:
+    """Put everything into the bucket that a question may read: no activations, but their records."""
+    client = server.client()
+    for path in store.root.rglob("*"):
+        name = path.relative_to(store.root).as_posix()
+        is_array = name.startswith("activations/") and "/parts/" in name
+        if path.is_file() and not name.startswith("tmp/") and (not is_array or path.name in _RECORDS):
+            client.upload_file(str(path), "bucket", f"store/{name}")
+
+
+def n_artefacts(store: Store) -> int:
+    return len(store.artefacts())
+
+
+def measured(server: Server, store: Store, url: str, cache: Path) -> dict[str, dict[str, Any]]:
+    """Ask every question of the local store and of the bucket, cold and warm."""
+    values = arguments_of(store)
+    found = {}
+    for question in questions():
+        known = values | (dict.fromkeys(("a", "b"), values["other_run"]) if question.name in OF_EVERY_RUN else {})
+        names = [each.name for each in question.parameters if each.default is None or each.name == "tokens"]
+        given = {name: known[name] for name in names if name in known}
+        if not can_be_asked(question, store, given):
+            continue
+        shutil.rmtree(cache, ignore_errors=True)
+        expected, n_files, _ = answered(str(store.root), question, given)
+        found[question.name] = {"files": n_files}
+        for state in ("cold", "warm"):
+            server.requests()
+            table, _, seconds = answered(url, question, given)
+            found[question.name][state] = {"seconds": seconds, **spent(server.requests())}
+            if not same(table, expected):
+                print("MISMATCH", question.name)
+        print(f"{question.name:28}", found[question.name], flush=True)
+    return found
+
+
+def answered(store: str, question: Question, given: Mapping[str, Any]) -> tuple[pa.Table, int, float]:
+    """Return the answer as a command finds it, how many files it may be in, and the seconds it took."""
+    began = time.perf_counter()
+    opened = Store.open(store)
+    values = parse_arguments(question, given)
+    run, connection = connect_to_run(opened, names=names_read(question, values))
+    with contextlib.closing(connection):
+        readings = supply(opened, run, connection, question, values)
+        table = ask(connection, question.name, given, LIMIT, readings, run)
+        seconds = time.perf_counter() - began
+        return table, count_files(run, question.name, given)[0], round(seconds, 3)
+
+
+def arguments_of(store: Store) -> dict[str, Any]:
+    """Return a value for each parameter that must be given, about features that fire on some hundred tokens."""
+    run, connection = connect_to_run(store)
+    with contextlib.closing(connection):
+        counts = query(connection, "select n_tokens from feature_summary order by feature_id").column(0).to_numpy()
+        feature, other = nearest(np.nan_to_num(counts), 300, 2)
+        about = query(connection, "select source, key from documents where n_tokens > 100 order by hash(key)")
+        word = query(connection, "select vocab_id, piece from stg_vocab where vocab_id = 260").to_pylist()[0]
+    sources = sorted({*about.column("source").to_pylist()})
+    token = int(run.n_tokens or 0) // 2
+    return {
+        "feature": feature, "other": other, "features": [feature, other], "matches": [other, feature],
+        "thresholds": [0.0, 0.0], "window": 5, "token": token, "tokens": [token, token + 1, token // 2],
+        "vocab": word["vocab_id"], "text": word["piece"], "document_key": about.column("key")[0].as_py(),
+        "first_char": 0, "end_char": 20, "a": sources[0], "b": sources[-1], "annotation": "none", "class": "none",
+        "other_run": run.schema,
+    }  # fmt: skip
+
+
+def can_be_asked(question: Question, store: Store, given: Mapping[str, Any]) -> bool:
+    """A made run has no model and no SAE, and its documents have no texts."""
+    needed = {each.name for each in question.parameters if each.default is None}
+    has_sae = bool(store.artefacts("saes"))
+    return needed <= given.keys() and (has_sae or not (question.runs_model or question.compares_directions))
+
+
+def spent(requests: Iterable[Request]) -> dict[str, Any]:
+    answered = list(requests)
+    return {"requests": dict(Counter(each.kind for each in answered)), "bytes": sum(each.n_bytes for each in answered)}
+
+
+def same(one: pa.Table, other: pa.Table) -> bool:
+    return sorted(map(repr, one.to_pylist())) == sorted(map(repr, other.to_pylist()))
+
+
+def n_requests(each: Mapping[str, Any]) -> int:
+    return sum(each["requests"].values())
+
+
+def bars(found: Mapping[str, dict[str, Any]], artefacts: int) -> list[Bar]:
+    both = [each[state] for each in found.values() for state in ("cold", "warm")]
+    heads = sum(each["requests"].get("HEAD", 0) for each in both)
+    dearer = sum(n_requests(each["warm"]) > n_requests(each["cold"]) for each in found.values())
+    lists = max(each["requests"].get("LIST", 0) for each in both)
+    return [
+        Bar("questions asked", 70, ">=", len(found)),
+        Bar("HEAD requests of all questions", 0, "<=", heads),
+        Bar("questions with more requests warm than cold", 0, "<=", dearer),
+        Bar("LIST requests of a question", 2 + 3 * artefacts, "<=", lists),
+    ]
+
+
+if __name__ == "__main__":
+    main()
