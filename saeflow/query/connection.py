@@ -42,10 +42,10 @@ from saeflow.query.files.token_texts import TokenTexts
 from saeflow.query.files.vocabulary import Vocabulary
 from saeflow.query.kept_catalog import make_upon_sources
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
-from saeflow.runtime.errors import UserError, first_line
+from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
 from saeflow.runtime.progress import Progress
-from saeflow.runtime.sql_errors import QUERY_ERRORS, REPAIR, is_of_system, message
+from saeflow.runtime.sql_errors import QUERY_ERRORS, REPAIR, is_of_system, message, without_traceback
 from saeflow.runtime.text import brief, sanitise
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
@@ -185,7 +185,8 @@ def _problem_of_run(store: Store, run: Run) -> str | None:
         try:
             _make_views(connection, [run], run)
         except QUERY_ERRORS as error:
-            return f"its tables or those of its tokens are not as saeflow writes them: {first_line(error)}\n{REPAIR}"
+            why = without_traceback(str(error)).strip().partition("\n")[0]
+            return f"its tables or those of its tokens are not as saeflow writes them: {brief(why, 300)}\n{REPAIR}"
     return None
 
 

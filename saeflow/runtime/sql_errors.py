@@ -25,11 +25,18 @@ def message(error: Exception, of_store: bool = True) -> str:
 
     `of_store`: a damaged file may be the store's, so the message says how to repair it.
     """
-    lines = [brief(line, 160) for line in str(error)[:10_000].splitlines()]
+    lines = [brief(line, 160) for line in without_traceback(str(error))[:10_000].splitlines()]
     said = brief("\n".join(lines[:10]), 800)
     return f"{said}\n{REPAIR}" if of_store and _IS_DAMAGE.search(said) else said
 
 
+def without_traceback(text: str) -> str:
+    """Return the message of an error that Python raised while DuckDB read a file: DuckDB quotes the whole traceback."""
+    *_, last = _RAISED.split(text)
+    return last
+
+
+_RAISED = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n)+[\w.]+: ", re.MULTILINE)
 _IS_DAMAGE = re.compile(r"magic bytes|too small|TProtocol|thrift|[Dd]ecompress|[Cc]orrupt|Variable-length|\.parquet")
 """What DuckDB says of a file that is not as it was written. It does not always name the file."""
 REPAIR = "If a file of the store is damaged: `saeflow verify --full --repair`, then run the recipe again."

@@ -354,7 +354,7 @@ def unreadable(what: object, error: OSError) -> Unreadable:
     return Unreadable(f"{what} cannot be read: {os.strerror(error.errno or 0)}. It may be whole. {way_out}")
 
 
-def damaged(what: Path, error: BaseException | None = None) -> UserError:
+def damaged(what: Path | str, error: BaseException | None = None) -> UserError:
     """Return the error for a file that gave this error: Damaged, unless the system refused to read it."""
     if isinstance(error, UserError) and is_refusal(error):
         return error

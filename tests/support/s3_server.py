@@ -23,7 +23,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -91,6 +93,17 @@ class Server:
 
         settings = {"region_name": "us-east-1", "aws_access_key_id": "tester", "aws_secret_access_key": SECRET}
         return boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.s3_port}", **settings)
+
+    def upload(self, folder: Path, bucket: str, prefix: str, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Store the files below a folder whose names in it are wanted, under the prefix."""
+        client = self.client()
+        names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+        def send(name: str) -> None:
+            client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=(folder / name).read_bytes())
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(send, filter(wanted, names)))
 
     def files(self, bucket: str, prefix: str = "") -> dict[str, bytes]:
         """Every object by its key below the prefix."""

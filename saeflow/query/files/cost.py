@@ -101,6 +101,8 @@ class Cost:
 def count_files(run: Run, question: str, values: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many files of the run a question with these arguments may open, and how many the run has."""
     files = {table: len(paths) for table, paths in run.files.items() if table != "unmarked_tokens"}
+    if run.looks_up is not None:  # the connection does not read the blocks
+        files["vocab_blocks"] = len(run.vocab_id_files or ())
     files["annotations"], files["labels"] = len(run.annotations), len(run.labels)
     files |= Counter(each.table for each in run.probes) | Counter(each.table for each in run.beside_labels)
     read = with_what_they_read([question])

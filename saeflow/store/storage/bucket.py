@@ -53,7 +53,7 @@ class Bucket(Storage):
     def __init__(self, objects: Objects, root: Path) -> None:
         super().__init__(root)
         self.objects, self.local, self.listings = objects, LocalCopy(objects, root), Listings(objects)
-        self.pieces = Pieces(objects, self.local, PieceCache(root.parent / "pieces", cache_limit()))
+        self.pieces = Pieces(objects, PieceCache(root.parent / "pieces", cache_limit()))
         self.key = self.local.key
         self._n_bytes: dict[str, int] = {}
 

@@ -44,7 +44,7 @@ class Storage(ABC):
     asks_a_server: ClassVar[bool]
     """True if a look into a small file is a request over the network."""
     n_query_threads: ClassVar[int | None] = None
-    """Threads that DuckDB reads with; None for as many as there are cores."""
+    """Threads that DuckDB reads with; None for as many as there are processors."""
     duckdb_needs: ClassVar[tuple[str, ...]] = ()
     """Lines that say what a DuckDB shell needs before it reads the store's files."""
 

@@ -13,14 +13,13 @@ from collections import OrderedDict
 import xxhash
 
 from saeflow.store.records import FileRecord, damaged
-from saeflow.store.storage.local_copy import LocalCopy
 from saeflow.store.storage.objects import Objects
 from saeflow.store.storage.piece_cache import PieceCache
 
 WHOLE_BYTES = 2 << 20
 """Bytes of the largest file that is read whole: about what a server sends in the time that a request takes."""
 
-_LEAST_TAIL, _MOST_TAIL, _TAIL_SHARE = 64 << 10, 1 << 20, 512
+LEAST_TAIL, _MOST_TAIL, _TAIL_SHARE = 64 << 10, 1 << 20, 512
 """Bytes read at the end of larger files: a footer takes about a 700th of a file of values."""
 
 _IN_MEMORY = 64 << 20
@@ -30,14 +29,14 @@ def kept_range(n_bytes: int) -> tuple[int, int]:
     """Return the start and end of what is kept of a file of so many bytes."""
     if n_bytes <= WHOLE_BYTES:
         return 0, n_bytes
-    return n_bytes - min(max(n_bytes // _TAIL_SHARE, _LEAST_TAIL), _MOST_TAIL), n_bytes
+    return n_bytes - min(max(n_bytes // _TAIL_SHARE, LEAST_TAIL), _MOST_TAIL), n_bytes
 
 
 class Pieces:
     """Reads files of a bucket by key. Safe to use from several threads."""
 
-    def __init__(self, objects: Objects, local: LocalCopy, cache: PieceCache) -> None:
-        self.objects, self._local, self.cache = objects, local, cache
+    def __init__(self, objects: Objects, cache: PieceCache) -> None:
+        self.objects, self.cache = objects, cache
         self.recorded: dict[str, FileRecord] = {}
         """Published files by key. Their sizes need not be asked for, and their pieces are kept on this machine."""
         self._asked: dict[str, int] = {}
@@ -87,7 +86,7 @@ class Pieces:
             return piece
         piece = self._fetched(key, start, stop)
         if not _fits(record, piece, start, stop):
-            raise damaged(self._local.root / key)
+            raise damaged(f"{self.objects.url}/{key}")
         self.cache.put(name, piece)
         return piece
 
