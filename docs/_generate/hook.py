@@ -40,6 +40,7 @@ MAKERS = {
     "bars": measured.bars,
     "queries": measured.queries,
     "queries_by_size": measured.queries_by_size,
+    "buckets": measured.buckets,
     "synth": measured.synth,
     "toys": measured.toys,
     "l0": measured.l0,

@@ -59,6 +59,20 @@ def queries_by_size() -> str:
     return table(header, rows, right=(1, 2, 3, 4, 5, 6))
 
 
+def buckets() -> str:
+    """Requests, megabytes and seconds of each question to a bucket, cold and warm."""
+    rows = []
+    for name, about in figures("buckets")["questions"].items():
+        spent = [each for state in ("cold", "warm") for each in _spent(about[state])]
+        rows.append((f"`{name}`", str(about["files"]), *spent))
+    header = ["question", "files", "cold: requests", "MB", "s", "warm: requests", "MB", "s"]
+    return table(header, rows, right=range(1, 8))
+
+
+def _spent(about: dict[str, Any]) -> tuple[str, str, str]:
+    return str(sum(about["requests"].values())), f"{about['bytes'] / 1e6:.1f}", f"{about['seconds']:.1f}"
+
+
 def synth(name: str = "synth") -> str:
     """Scores of every architecture and peer on the same made rows."""
     found = figures(name)

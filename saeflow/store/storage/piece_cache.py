@@ -20,7 +20,7 @@ LIMIT = "SAEFLOW_CACHE_BYTES"
 _USUAL_LIMIT = "1GiB"
 _DIGEST_BYTES = 16
 _LOOKS = 16
-"""The cache is measured once for each such share of its limit that this process adds."""
+"""A process measures the cache whenever it has added a sixteenth of the limit; other processes add meanwhile."""
 
 
 def cache_limit() -> int:
@@ -75,7 +75,7 @@ class PieceCache:
                 self._make_room()
 
     def _make_room(self) -> None:
-        """Remove what was unused for longest, also what killed processes left, until the limit holds."""
+        """Remove what was unused for longest, also what killed processes left, until there is room to the next look."""
         found = []
         for path in self.folder.glob("*/*"):
             with contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ class PieceCache:
                 found.append((about.st_mtime_ns, about.st_size, path))
         total = sum(n_bytes for _, n_bytes, _ in found)
         for _, n_bytes, path in sorted(found):
-            if total <= self.most_bytes:
+            if total <= self.most_bytes - self.most_bytes // _LOOKS:
                 return
             with contextlib.suppress(OSError):
                 path.unlink()
