@@ -161,9 +161,10 @@ def _make_sources(
 ) -> FileLists:
     """Make the views of a run's files. If it has many, they read one file of each table until the lists are kept."""
     if run.looks_up is not None:
-        index = TokenIndex(run.vocab_id_files or (), Documents(run.files["documents"]))
+        files = run.artefact.storage.filesystem
+        index = TokenIndex(run.vocab_id_files or (), Documents(run.files["documents"], files), files)
         index.register(connection, run.looks_up)
-        vocabulary = Vocabulary(run.files["vocab"])
+        vocabulary = Vocabulary(run.files["vocab"], files)
         TokenTexts(index, vocabulary, run.shape.get("context_length")).register(connection, run.looks_up)
     lists = FileLists(run.number, in_variables=sum(map(len, run.files.values())) > many_files)
     views = source_views(run, every, lists, in_schema=True, wanted=wanted)

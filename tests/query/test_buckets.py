@@ -93,12 +93,12 @@ def server() -> Iterator[Server]:
         yield started
 
 
-@pytest.fixture
-def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """Four files of features in each of two parts."""
+@pytest.fixture(params=[True])
+def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Bucket:
+    """Four files of features in each of two parts; with `vocab_ids.npy`, or with blocks alone."""
     for name, value in (server.environment | {"SAEFLOW_CACHE": str(tmp_path / "cache")}).items():
         monkeypatch.setenv(name, value)
-    local = Given(n_buckets=4, n_parts=2, n_token_parts=2, has_vocab_ids=False).write(tmp_path / "store")
+    local = Given(n_buckets=4, n_parts=2, n_token_parts=2, has_vocab_ids=request.param).write(tmp_path / "store")
     local.artefacts("tokens")[0].add_files(["vocab.parquet"])
     name = f"store-{next(numbers)}"
     server.upload(local.root, "bucket", name)
@@ -136,6 +136,7 @@ def answers(store: Store) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.parametrize("bucket", [True, False], ids=["vocab_ids.npy", "blocks"], indirect=True)
 def test_every_question_answers_as_of_a_local_store_and_no_size_is_asked_for(bucket: Bucket) -> None:
     bucket.server.requests()
     found = answers(Store.open(bucket.url))
@@ -174,6 +175,17 @@ def test_a_question_about_few_values_reads_at_most_two_ranges_of_a_file(large: B
     assert len(of_values) <= 2
     assert kinds(found.asking).keys() == {"GET"}
     assert kinds(found.connecting).keys() == {"LIST"}
+
+
+def test_the_text_around_a_token_costs_one_range_of_vocabulary_ids(
+    large: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "WHOLE_BYTES", 16 << 10)
+    monkeypatch.setattr(pieces, "LEAST_TAIL", 8 << 10)
+    found = large.ask("context", 5_000)
+    assert found.rows == asked_locally(large.local, "context", 5_000)
+    assert [each.n_bytes for each in found.asking if "vocab_ids" in each.key] == [6_400 * 4]
+    assert not [each for each in found.asking if "vocab_blocks" in each.key]
 
 
 def test_a_question_about_all_values_reads_each_file_once(large: Bucket) -> None:

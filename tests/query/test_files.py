@@ -7,8 +7,10 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import duckdb
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +21,9 @@ from saeflow.query import connection as connections
 from saeflow.query.ask import ask
 from saeflow.query.catalog import OF_EVERY_RUN, sql_folder
 from saeflow.query.connection import connect_to_run
+from saeflow.query.files import far_ids
 from saeflow.query.files.chosen import FEATURE_PARAMETERS, TOKEN, FileRanges, list_all, only_files_for
+from saeflow.query.files.far_ids import FarIds
 from saeflow.query.files.looked_up import looking_up
 from saeflow.query.files.token_index import Documents, TokenIndex, VocabIdFile
 from saeflow.query.questions import questions
@@ -143,7 +147,7 @@ def test_vocabulary_ids_are_found_in_any_number_of_files_in_any_order(sizes: lis
     ends = np.cumsum(sizes).tolist()
     files = [VocabIdFile(end - size, end, "") for size, end in zip(sizes, ends, strict=True)]
     index = TokenIndex(files, [])
-    index._mapped = lambda place: 1000 + np.arange(files[place].first, files[place].end, dtype=np.int32)
+    index._opened = lambda place: 1000 + np.arange(files[place].first, files[place].end, dtype=np.int32)
     found = with_gaps(*index.vocab_ids(np.array(asked, np.int64)))
     assert found == [1000 + token if 0 <= token < ends[-1] else None for token in asked]
 
@@ -226,3 +230,22 @@ def test_a_macro_that_is_replaced_has_the_parameters_and_columns_of_its_own(name
     own, instead = path.read_text("utf-8"), looking_up(path.read_text("utf-8"), 0)
     assert header.findall(own) == header.findall(instead)
     assert "_0(" in instead
+
+
+@given(st.integers(1, 70), st.lists(st.integers(0, 69)))
+def test_ids_in_a_bucket_are_found_block_by_block(n_tokens: int, asked: list[int]) -> None:
+    ids = np.arange(n_tokens, dtype="<i4") * 3
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/ids.npy", b"h" * 128 + ids.tobytes())
+    places = np.array(sorted(place for place in asked if place < n_tokens), np.int64)
+    with patch.object(far_ids, "BLOCK", 8), patch.object(far_ids, "_MOST_HELD", 3):
+        far = FarIds(files, "/ids.npy", n_tokens)
+        for _ in range(2):
+            assert far[places].tolist() == ids[places].tolist()
+
+
+def test_a_file_in_a_bucket_that_is_too_short_for_its_tokens_is_refused() -> None:
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/short.npy", bytes(40))
+    with pytest.raises(ValueError, match="does not hold the vocabulary ids of 10 tokens"):
+        FarIds(files, "/short.npy", 10)

@@ -38,8 +38,7 @@ NOT_RUN = {
     "saeflow sites openai-community/gpt2 *.mlp.act": "needs the hub; tests/cli lists the sites of a local model",
     "saeflow run my.toml --store s3://bucket/path": "needs a bucket; tests/store/test_storage.py runs one",
     "saeflow ask top_tokens 1234 --store s3://bucket/path": "needs a bucket; tests/store/test_storage.py asks one",
-    "saeflow ask tokens_where 1234 0.5 --store s3://bucket/path --explain":
-        "needs a bucket; tests/query/test_buckets.py asks one",
+    "saeflow ask tokens_where 1234 0.5 --store s3://bucket/path --explain": "by tests/query/test_buckets.py",
     "saeflow run my.toml --set cluster=tcp://127.0.0.1:8786": "needs a scheduler; tests/system/test_cluster.py has one",
     "saeflow init nightly.toml --files texts/*.txt --model models/lm --sites *.0.mlp.act": "by test_newcomer.py",
     "saeflow init published.toml --files texts/*.txt --model models/lm --sae saes/gemma": "by test_published_sae.py",

@@ -4,6 +4,7 @@ relations    lists of files as SQL
 chosen       the few files that one question reads
 looked_up    the SQL of connections that look tokens up without SQL
 token_index  the vocabulary id and the document of a token
+far_ids      vocabulary ids in a bucket
 token_texts  the text around a token
 vocabulary   entries of the vocabulary
 letters      letters whose bytes several tokens share

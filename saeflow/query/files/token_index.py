@@ -1,14 +1,17 @@
 """What stands at a token, looked up without SQL: its vocabulary id, and where its document begins.
 
 DuckDB would read blocks of 512 ids for each token, and sort all documents for each question. The ids of a part lie in
-`vocab_ids.npy`, which is mapped into memory: one token costs one read of four bytes, and processes share the pages.
+`vocab_ids.npy`, which is mapped into memory: one token costs one read of four bytes, and processes share the pages. In
+a bucket it costs one request, as do all tokens of its block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -18,6 +21,7 @@ import pyarrow.parquet as pq
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from saeflow.corpus.token_parts import VOCAB_IDS, has_vocab_ids
+from saeflow.query.files.far_ids import AT_ONCE, FarIds
 from saeflow.query.files.looked_up import document_start_function, vocab_id_function
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation
@@ -41,11 +45,10 @@ class VocabIdFile(NamedTuple):
 def vocab_id_files(tokens: Artefact, generation: Generation) -> list[VocabIdFile] | None:
     """Return the files of all parts by their first token, or None if these questions need SQL.
 
-    They do where a part of an earlier saeflow has no such file, where a hidden document must look like padding, and in
-    a bucket, whose files cannot be mapped.
+    They do where a part of an earlier saeflow has no such file, and where a hidden document must look like padding.
     """
     length = int(tokens.record.facts.get("context_length", 1))
-    if generation.hidden_ids or tokens.storage.asks_a_server:
+    if generation.hidden_ids:
         return None
     found = []
     for part in generation.parts:
@@ -61,8 +64,9 @@ def vocab_id_files(tokens: Artefact, generation: Generation) -> list[VocabIdFile
 class Documents:
     """Documents with tokens, hidden ones too, by their first token."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
+    def __init__(self, paths: Sequence[str], filesystem: Any = None) -> None:
+        """`filesystem` is fsspec's that has the files; None for local ones."""
+        self._paths, self._filesystem = paths, filesystem
 
     def places(self, token_ids: np.ndarray) -> np.ndarray:
         """Return the place of the last document that begins at or before each token (n,), -1 if none does."""
@@ -90,18 +94,19 @@ class Documents:
     def table(self) -> pa.Table:
         """Their numbers, keys and sources."""
         columns = ["first_token_id", "n_tokens", "document_id", "key", "source"]
-        table = pq.read_table(list(self._paths), columns=columns, partitioning=None)
+        table = pq.read_table(list(self._paths), columns=columns, filesystem=self._filesystem, partitioning=None)
         return table.filter(pc.is_valid(table["first_token_id"])).sort_by("first_token_id").combine_chunks()
 
 
 class TokenIndex:
     """The lookups of one run, for one connection and its cursors."""
 
-    def __init__(self, files: Sequence[VocabIdFile], documents: Documents) -> None:
-        self.files, self.documents = files, documents
+    def __init__(self, files: Sequence[VocabIdFile], documents: Documents, filesystem: Any = None) -> None:
+        """`filesystem` is fsspec's that has the files; None for local ones, which are mapped into memory."""
+        self.files, self.documents, self._filesystem = files, documents, filesystem
         self._firsts = np.array([file.first for file in files], np.int64)
         self._ends = np.array([file.end for file in files], np.int64)
-        self._mapped: Callable[[int], np.ndarray] = lru_cache(MOST_MAPPED)(self._map)
+        self._opened: Callable[[int], np.ndarray | FarIds] = lru_cache(MOST_MAPPED)(self._open)
 
     def register(self, connection: duckdb.DuckDBPyConnection, number: int) -> None:
         """Give the connection the functions of a token id that `looked_up` names for the run of this number."""
@@ -118,14 +123,32 @@ class TokenIndex:
         ascending = token_ids if order is None else token_ids[order]
         found, lacks = np.zeros(len(ascending), np.int32), np.ones(len(ascending), bool)
         starts, stops = np.searchsorted(ascending, self._firsts), np.searchsorted(ascending, self._ends)
-        for place in np.flatnonzero(starts < stops).tolist():
+
+        def read(place: int) -> None:
             here = slice(starts[place], stops[place])
-            found[here] = self._mapped(place)[ascending[here] - self._firsts[place]]
+            found[here] = self._opened(place)[ascending[here] - self._firsts[place]]
             lacks[here] = False
+
+        with self._reading() as each:
+            list(each(read, np.flatnonzero(starts < stops).tolist()))
         if order is None:
             return found, lacks
         back = np.argsort(order)
         return found[back], lacks[back]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Callable[..., Iterable[None]]]:
+        """Give what reads several files: one after the other, but in a bucket at once."""
+        if self._filesystem is None:
+            yield map
+            return
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield pool.map
+
+    def read_ahead(self, token_ids: Sequence[int]) -> None:
+        """Read what these tokens need in a bucket, before each of them is asked for alone."""
+        if self._filesystem is not None:
+            self.vocab_ids(np.array(token_ids, np.int64))
 
     def document_starts(self, token_ids: np.ndarray) -> Found:
         """Return the first token int64 (n,) of the last document that begins at or before each token (n,).
@@ -135,8 +158,10 @@ class TokenIndex:
         starts, places = self.documents.starts, self.documents.places(token_ids)
         return starts[np.maximum(places, 0)] if len(starts) else np.zeros_like(token_ids), places < 0
 
-    def _map(self, place: int) -> np.ndarray:
+    def _open(self, place: int) -> np.ndarray | FarIds:
         file = self.files[place]
+        if self._filesystem is not None:
+            return FarIds(self._filesystem, file.path, file.end - file.first)
         ids: np.ndarray = np.load(file.path, mmap_mode="r", allow_pickle=False)
         if ids.dtype != np.dtype("<i4") or ids.shape != (file.end - file.first,):
             raise ValueError(f"{file.path} does not hold the vocabulary ids of {file.end - file.first} tokens")

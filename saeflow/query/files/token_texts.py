@@ -65,7 +65,7 @@ class TokenTexts:
             (text_around_function(number), self.text_around, TEXT),
             (pieces_around_function(number), self.pieces_around, PIECES),
         ):
-            of_arrow, sql_type = _of_rows(look_up, result), _sql_type(result)
+            of_arrow, sql_type = _of_rows(look_up, result, self._index.read_ahead), _sql_type(result)
             connection.create_function(name, of_arrow, ["bigint"] * 3, sql_type, type=arrow, null_handling=null_too)
 
     def places(self, token_ids: pa.ChunkedArray) -> pa.Array:
@@ -173,10 +173,13 @@ def _finished(entries: Sequence[Entry]) -> Iterator[bytes]:
         yield own[: len(own) - len(open_letter(own))]
 
 
-def _of_rows(look_up: LookUp, result: pa.StructType) -> Callable[..., pa.Array]:
+def _of_rows(
+    look_up: LookUp, result: pa.StructType, read_ahead: Callable[[Sequence[int]], None]
+) -> Callable[..., pa.Array]:
     """Return a function of DuckDB's columns. Nulls count as no tokens; a null token has no answer."""
 
     def of_rows(token_ids: pa.ChunkedArray, before: pa.ChunkedArray, after: pa.ChunkedArray) -> pa.Array:
+        read_ahead(token_ids.drop_null().to_pylist())
         rows = zip(token_ids.to_pylist(), before.to_pylist(), after.to_pylist(), strict=True)
         found = [None if row[0] is None else look_up(row[0], *map(_at_most, row[1:])) for row in rows]
         return pa.array(found, result)

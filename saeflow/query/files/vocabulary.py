@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,9 @@ class Entry(NamedTuple):
 class Vocabulary:
     """What `stg_vocab` says of an entry. An entry that is not there has no piece and no bytes."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
+    def __init__(self, paths: Sequence[str], filesystem: Any = None) -> None:
+        """`filesystem` is fsspec's that has the files; None for local ones."""
+        self._paths, self._filesystem = paths, filesystem
         self._entries: dict[int, Entry] = {}
 
     def entry(self, vocab_id: int) -> Entry:
@@ -57,7 +58,8 @@ class Vocabulary:
     @cached_property
     def _table(self) -> pa.Table:
         columns = ["vocab_id", "piece", "bytes"]
-        return pq.read_table(list(self._paths), columns=columns, partitioning=None).combine_chunks()
+        table = pq.read_table(list(self._paths), columns=columns, filesystem=self._filesystem, partitioning=None)
+        return table.combine_chunks()
 
     @cached_property
     def _order(self) -> tuple[np.ndarray, np.ndarray]:

@@ -29,6 +29,8 @@ from saeflow.store.storage.traffic import Traffic
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+    from saeflow.store.storage.duckdb_files import BucketFiles
+
 _ONE_REQUEST = 1 << 30
 """Bytes of the largest file that is held in memory to be sent."""
 
@@ -114,10 +116,14 @@ class Bucket(Storage):
     def zarr(self, path: Path) -> Any:
         return self.objects.zarr(self.key(path))
 
-    def register(self, connection: DuckDBPyConnection) -> None:
+    @property
+    def filesystem(self) -> BucketFiles:
         from saeflow.store.storage.duckdb_files import BucketFiles
 
-        connection.register_filesystem(BucketFiles(self.name, self.pieces))
+        return BucketFiles(self.name, self.pieces)
+
+    def register(self, connection: DuckDBPyConnection) -> None:
+        connection.register_filesystem(self.filesystem)
 
     def note_recorded(self, folder: Path, files: Iterable[FileRecord]) -> None:
         key = self.key(folder)

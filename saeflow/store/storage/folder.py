@@ -143,6 +143,11 @@ class Storage(ABC):
     def zarr(self, path: Path) -> Any:
         """Return an array as zarr opens it."""
 
+    @property
+    def filesystem(self) -> Any:
+        """The fsspec filesystem that reads the store's files by their locations; None for local files."""
+        return None
+
     def register(self, connection: DuckDBPyConnection) -> None:  # noqa: B027
         """Let a DuckDB connection read the store's files by their locations."""
 

@@ -61,9 +61,7 @@ class Pieces:
         first, last = kept_range(size)
         if start >= first:
             return self._kept(key, first, last)[start - first : stop - first]
-        if stop <= first:
-            return self._fetched(key, start, stop)
-        return self._fetched(key, start, first) + self._kept(key, first, last)[: stop - first]
+        return self._fetched(key, start, stop)
 
     def _kept(self, key: str, start: int, stop: int) -> bytes:
         """Return a piece from memory, from this machine, or from the bucket. Threads that want the same wait."""
