@@ -1,6 +1,6 @@
 """Requests, bytes and seconds of every named question to a store in a bucket whose server answers 20 ms late.
 
-python -m tests.benchmarks.buckets            the demo's store in data/store (`make demo`), about ten minutes
+python -m tests.benchmarks.buckets            the demo's store in data/store (`make demo`), a quarter of an hour
 python -m tests.benchmarks.buckets --quick    ten questions to a made run of a million values
 
 The server speaks S3 on loopback, in a process of its own, and counts what it answers. *Cold*: nothing of the store is
