@@ -66,7 +66,7 @@ def _show_labels(store: Store, run: str, feature: int) -> None:
     from saeflow.query.ask import query
     from saeflow.query.connection import connect
 
-    with connect(store, run, names=()) as connection:
+    with connect(store, run, names=("src_labels",)) as connection:
         sql = (
             "select label, source, score from src_labels where feature_id = ? "
             "order by source, score desc nulls last, label"
