@@ -131,12 +131,16 @@ class Given:
 
     def values_of(self, index: int) -> list[Value]:
         """The values of a part of the features."""
+        n_tokens = len(self.every_token())
+        return [row for row in self.values if self._part_of(min(row[0], n_tokens - 1)) == index]
+
+    def _part_of(self, token_id: int) -> int:
+        """The part of the features that a token belongs to: its part of the tokens, or a share of all sequences."""
+        if self.n_parts == self.n_token_parts:
+            ends = itertools.accumulate(map(len, self.token_parts()))
+            return next((index for index, end in enumerate(ends) if token_id < end), self.n_parts - 1)
         n_sequences = max(1, len(self.every_token()) // CONTEXT_LENGTH)
-        return [
-            row
-            for row in self.values
-            if min(row[0] // CONTEXT_LENGTH * self.n_parts // n_sequences, self.n_parts - 1) == index
-        ]
+        return min(token_id // CONTEXT_LENGTH * self.n_parts // n_sequences, self.n_parts - 1)
 
     def _documents_of(self, index: int) -> range:
         n = len(self.documents)
@@ -255,8 +259,7 @@ class Given:
     def _write_tables(self, folder: Path, mine: list[Value], index: int) -> None:
         tokens = self.every_token()
         seen = [token for token in tokens if token.document_id not in self.hidden]
-        n_sequences = max(1, len(tokens) // CONTEXT_LENGTH)
-        of_part = [t for t in seen if t.token_id // CONTEXT_LENGTH * self.n_parts // n_sequences == index]
+        of_part = [token for token in seen if self._part_of(token.token_id) == index]
         special = {entry for entry, piece in enumerate(self.vocab) if piece in self.skips_special}
         of_part = [token for token in of_part if token.vocab_id not in special and token.token_id not in self.long]
         if self.long:
