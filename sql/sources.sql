@@ -24,6 +24,7 @@ select
     $context_length::bigint as context_length,
     $n_features::bigint     as n_features,
     $has_marginals::boolean as has_marginals,
+    $has_sample::boolean    as has_sample,
     $has_offsets::boolean   as has_offsets;
 
 create or replace macro src_is_encoded(token, entry) as
@@ -80,6 +81,12 @@ select feature_id, other_id, n_both from $coactivation;
 
 create or replace view src_encoded_tokens as
 select stored.source, is_rest, band, n_tokens, filename from $encoded_tokens as stored;
+
+create or replace view src_sample as
+select feature_id, token_id, value from $sample;
+
+create or replace view src_sample_documents as
+select document_id, first_token_id, n_tokens from $sample_documents;
 
 create or replace view src_similar as
 select feature_id, other_id, cosine from $similar;

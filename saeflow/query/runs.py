@@ -22,8 +22,10 @@ from saeflow.features.schema import (
     ORDERS,
     PART_TABLES,
     RUN_TABLES,
+    SAMPLE_TABLES,
     covered,
     has_every_table,
+    has_sample,
     hidden_digest_of,
     token_ranges,
 )
@@ -285,7 +287,7 @@ def _files_by_table(
     own = {file.name for file in artefact.record.files}
     beside = (table for table in RUN_TABLES if f"{table}.parquet" in own)
     return {
-        **_files_of_parts(artefact, shown, [*ORDERS, *PART_TABLES, *LEFT_OUT_TABLE]),
+        **_files_of_parts(artefact, shown, [*ORDERS, *PART_TABLES, *LEFT_OUT_TABLE, *SAMPLE_TABLES]),
         **_files_of_parts(tokens, token_parts, ["tokens", "documents", "vocab_blocks"]),
         "unmarked_tokens": _files_of_parts(tokens, filterfalse(has_marks, token_parts), ["tokens"])["tokens"],
         "vocab": [tokens.storage.location(tokens.path / "vocab.parquet")],
@@ -309,6 +311,7 @@ def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) ->
         "context_length": tokens.record.facts.get("context_length"),
         "n_features": artefact.record.facts.get("n_features"),
         "has_marginals": all(map(has_every_table, shown)),
+        "has_sample": all(map(has_sample, shown)),
         "has_offsets": all(map(has_marks, tokens.published().parts)),
         "is_signed": artefact.record.facts.get("architecture") in SIGNED,
     }

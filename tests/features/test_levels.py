@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from saeflow.features.compaction import MergeSettings, group_between
 from saeflow.features.levels import plan_levels
-from saeflow.features.schema import PART_TABLES, covered
+from saeflow.features.schema import PART_TABLES, SAMPLE_TABLES, covered
 from saeflow.store.records import FileRecord, PartRecord
 from tests.support.growing_run import PLACES, GrowingRun, a_part, merged
 
@@ -106,7 +106,7 @@ def test_a_part_between_larger_ones_is_merged_with_them_and_parts_at_their_sides
 
 
 def test_a_part_of_an_earlier_saeflow_is_mended_alone_if_it_is_asked() -> None:
-    complete = [FileRecord(name=f"{table}.parquet", n_bytes=1, checksum="") for table in PART_TABLES]
+    complete = [FileRecord(name=f"{table}.parquet", n_bytes=1, checksum="") for table in PART_TABLES | SAMPLE_TABLES]
     parts = [a_part(0, 1), PartRecord(index=1, counts={"n_values": 1}, files=complete)]
     spans = {0: (0, 9), 1: (10, 19)}
     assert plan_levels(parts, spans, 4) == []

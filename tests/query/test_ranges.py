@@ -56,7 +56,7 @@ class Range:
         given, asked = self.slow.given, self.arguments
         assert isinstance(given, Given)
         owner = self.slow.owner(token_id)
-        date, part = given.metadata["published"][owner].as_py(), given._part_of(token_id)
+        date, part = given.metadata["published"][owner].as_py(), given.parts_of([token_id])[0]
         return (
             asked.get("source") in (None, given.documents[owner].source)
             and ("since" not in asked or (date is not None and date >= asked["since"]))

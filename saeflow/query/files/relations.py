@@ -22,6 +22,7 @@ from saeflow.features.schema import (
     PROBE_TABLES,
     RULES,
     RUN_TABLES,
+    SAMPLE_TABLES,
     SPANS,
     VALUES,
 )
@@ -58,8 +59,11 @@ _PARTS = (
 """One text is read a hundred times as fast as a list of so many literals."""
 _FILENAME = pa.field("filename", pa.string())
 _OPTIONAL_TABLES = {
-    **PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
+    **PART_TABLES, **LEFT_OUT_TABLE, **SAMPLE_TABLES, **RUN_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
 }  # fmt: skip
+
+_OF_TOKENS = {"left_out": "token_id", "sample": "token_id", "sample_documents": "first_token_id"}
+"""Tables without the rows of tokens whose values are hidden, by their column of tokens."""
 
 
 def relations(
@@ -88,8 +92,9 @@ def relations(
     read_logs = [_read_files([path]) for path in files.get("training_log", ())]
     logs = [no_rows(_LOG), *(f"select * from {relation}" for relation in read_logs)]
     found["training_log"] = f"({' union all by name '.join(logs)})"
-    if unseen := _outside(left_out):
-        found["left_out"] = f"(select * from {found['left_out']} where {unseen})"
+    for table, column in _OF_TOKENS.items() if left_out else ():
+        unseen = _outside(left_out, column)
+        found[table] = f"(select * from {found[table]} where {unseen})"
     return found | (_without_secrets(found, hidden) if left_out else {})
 
 
@@ -163,8 +168,8 @@ def _select_values(order: str, paths: Sequence[str], left_out: Ranges, lists: Fi
     return f"(select * from ({rows}) where {unseen})" if unseen else f"({rows})"
 
 
-def _outside(ranges: Ranges) -> str:
-    return " and ".join(f"token_id not between {whole(first)} and {whole(last)}" for first, last in ranges)
+def _outside(ranges: Ranges, column: str = "token_id") -> str:
+    return " and ".join(f"{column} not between {whole(first)} and {whole(last)}" for first, last in ranges)
 
 
 def _select_ranged(columns: str, paths: Sequence[str], listed: str) -> str:
