@@ -1,5 +1,5 @@
--- The stored sample holds the values of the sampled documents, and no others. Finds nothing if an earlier saeflow stored
--- none.
+-- The stored sample holds the values of the sampled documents, and no others. Finds nothing if an earlier saeflow
+-- stored none.
 --
 -- Grain:   one row per document whose sample is wrong.
 -- Reads:   stg_sample, stg_sample_documents, stg_document_places, stg_tokens, stg_feature_major, stg_shape, is_sampled
@@ -35,7 +35,10 @@ stored as (
     group by document_id
 ),
 documents as (
-    select document_id, first_token_id, n_tokens from stg_sample_documents where (select has_sample from stg_shape)
+    select document_id, min(first_token_id) as first_token_id, sum(n_tokens) as n_tokens
+    from stg_sample_documents
+    where (select has_sample from stg_shape)
+    group by document_id
 )
 select
     document_id,

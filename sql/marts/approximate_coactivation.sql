@@ -1,14 +1,16 @@
 -- Features that fire together with a feature, counted in a sample of documents: a quick estimate of coactivation.
 --
--- Grain:   one row per other feature that fires there at least once, the largest Jaccard index first; at most n.
+-- Grain:   one row per other feature that fires there at least once, the largest jaccard_low first; at most n.
 -- Reads:   stg_sample, stg_sample_documents, stg_feature_stats, every_part_has_sample, effective_size, share_low,
 --          share_high, jaccard_index
 -- Units:   n_both estimates the tokens at which both fire; 95 of 100 samples have the true number from low to high.
 --          jaccard, jaccard_low and jaccard_high follow from these. The sample is a 64th of the documents, those of
 --          is_sampled: n_seen counts its tokens at which both fire, n_documents its documents in which the feature
 --          fires. n_both = n_feature * n_seen / (tokens of the sample at which the feature fires): a ratio estimate,
---          since n_feature and n_other are exact. The interval is that of a share (Wilson 1927) with the effective_size
---          of so many documents. Another feature that the sample does not show with it is no row.
+--          since n_feature and n_other are exact. The interval is that of a share (Wilson 1927) with the
+--          effective_size of so many documents. It is that of a pair chosen beforehand: a pair that is listed for being
+--          frequent in the sample is more often less frequent elsewhere. Features that the sample does not show
+--          together are no row.
 -- Parameters: feature bigint, n bigint = 20
 -- Ask it:  what fires with feature 12, about?  from approximate_coactivation(12)
 create or replace macro approximate_coactivation(feature, n := 20) as table
@@ -43,7 +45,11 @@ shares as materialized (
     cross join own
     join stg_feature_stats as mine on mine.feature_id = feature
     join stg_feature_stats as others on others.feature_id = other_id
-    order by jaccard desc, counts.n_both desc, other_id
+    -- Few tokens say little: candidates are compared by what is sure of them.
+    order by
+        jaccard_index(mine.n_tokens * share_low(counts.n_both, own.n_seen), mine.n_tokens, others.n_tokens) desc,
+        counts.n_both desc,
+        other_id
     limit n
 ),
 by_document as (
@@ -91,4 +97,4 @@ select
     n_hits                                   as n_seen,
     n_documents
 from ends
-order by jaccard desc, n_seen desc, other_id;
+order by jaccard_low desc, n_seen desc, other_id;

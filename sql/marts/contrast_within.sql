@@ -6,7 +6,7 @@
 --          answer for every part whose documents of both sources are all in the range. Values are read of other parts,
 --          of parts with more than 64 sources, and of those of an earlier saeflow, which did not count sources.
 -- Parameters: a text, b text, since text = null, until text = null, from_part bigint = null, to_part bigint = null
--- Ask it:  what told them apart in parts 0 to 3?  from contrast_within('austen', 'bible', from_part := 0, to_part := 3)
+-- Ask it:  what tells novels from scripture since 1813?  from contrast_within('austen', 'bible', '1813')
 create or replace macro contrast_within(
     a, b, since := null, until := null, from_part := null, to_part := null
 ) as table

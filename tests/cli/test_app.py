@@ -425,6 +425,7 @@ MAY_BE_EMPTY = (
     "scores_of_labels",
     "measured_effects",
     "left_out",
+    "approximate_coactivation",
     "annotations",
     "feature_rules",
     "feature_classes",

@@ -105,7 +105,8 @@ def test_a_sample_of_all_documents_counts_exactly_and_its_interval_has_the_count
     draw_sample(world, connection, 0, share=1)
     exact = {row["other_id"]: row for row in ask(connection, "coactivation", [0]).to_pylist()}
     rows = ask(connection, "approximate_coactivation", [0]).to_pylist()
-    assert [row["other_id"] for row in rows] == list(exact)
+    assert {row["other_id"] for row in rows} == {*exact}
+    assert [row["jaccard_low"] for row in rows] == sorted((row["jaccard_low"] for row in rows), reverse=True)
     for row in rows:
         wanted = exact[row["other_id"]]
         assert (row["n_both"], row["n_seen"]) == (wanted["n_both"],) * 2
@@ -134,16 +135,18 @@ def test_the_interval_does_not_have_width_zero_where_the_sample_shows_no_differe
     assert row["low"] < row["n_tokens"] == row["high"] == row["n_rarest"]
 
 
-@contextlib.contextmanager
-def small(tmp_path: Path, **about: Any) -> Iterator[duckdb.DuckDBPyConnection]:
+def sampled_world(**about: Any) -> Given:
     """Forty documents of the sample and forty others, in two parts."""
     keys = [key for pair in zip(SAMPLED[:40], OTHERS[:40], strict=True) for key in pair]
     documents = [Document(key, None, [b"x"] * 4) for key in keys]
-    values = [
-        (token, feature, 1.0) for token, feature in itertools.product(range(320), range(3)) if token % 5 > feature
-    ]
-    world = Given(**{"documents": documents, "values": values, "n_parts": 2, "n_token_parts": 2} | about)
-    with connect(world.write(tmp_path), threads=1) as connection:
+    cells = itertools.product(range(320), range(3))
+    values = [(token, feature, 1.0) for token, feature in cells if token % 5 > feature]
+    return Given(**{"documents": documents, "values": values, "n_parts": 2, "n_token_parts": 2} | about)
+
+
+@contextlib.contextmanager
+def small(tmp_path: Path, **about: Any) -> Iterator[duckdb.DuckDBPyConnection]:
+    with connect(sampled_world(**about).write(tmp_path), threads=1) as connection:
         yield connection
 
 
@@ -169,6 +172,7 @@ def test_an_estimate_is_given_if_the_exact_answer_reads_many_values_and_the_samp
             assert {name for name, given in found.items() if given} == wanted
         assert found["coactivation"] == ("approximate_coactivation", {"feature": 0})
         assert estimate(connection, "coactivation", 0, -1) is None
+        assert estimate(connection, "coactivation", 3) is None, "it never fires"
         assert estimate(connection, "tokens_where", 0) is None
         monkeypatch.setattr(approximation, "FEWEST_DOCUMENTS", 41)
         assert estimate(connection, "coactivation", 0) is None

@@ -15,13 +15,26 @@ FEWEST_DOCUMENTS = 30
 """Documents of a sample from which an estimate is given."""
 
 _VALUES_READ = {
-    "coactivation": "select coalesce(sum(n_tokens), 0) from stg_feature_stats",
-    "count_where_all": """
-        select coalesce(sum(n_tokens), 0) from stg_feature_stats
-        where feature_id in (select unnest($features::bigint[]))
-    """,
+    "coactivation": (
+        "feature",
+        """
+        select coalesce(least(sum(n_tokens), 122880 * sum(n_tokens) filter (where feature_id = $given)), 0)
+        from stg_feature_stats
+        """,
+    ),
+    "count_where_all": (
+        "features",
+        """
+        select coalesce(sum(n_tokens), 0)
+        from stg_feature_stats
+        where feature_id in (select unnest($given::bigint[]))
+        """,
+    ),
 }
-"""Questions that can be estimated, with SQL for the number of values that their exact answers read."""
+"""Questions that can be estimated, with a parameter and SQL on it: how many values the exact answer reads, at most.
+
+The tokens of a feature lie in so many row groups at most; DuckDB leaves out the others.
+"""
 
 _SAMPLED = """
 select case when (select has_sample from stg_shape) then (select count(*) from stg_sample_documents) else 0 end
@@ -42,9 +55,8 @@ def estimate_of(
     """
     if question.name not in _VALUES_READ or values.get("shift"):
         return None
-    sql = _VALUES_READ[question.name]
-    given = {"features": values["features"]} if "$features" in sql else {}
-    ((n_values,),) = connection.execute(sql, given or None).fetchall()
+    parameter, sql = _VALUES_READ[question.name]
+    ((n_values,),) = connection.execute(sql, {"given": values[parameter]}).fetchall()
     if n_values <= CHEAP_VALUES:
         return None
     ((n_documents,),) = connection.execute(_SAMPLED).fetchall()
